@@ -1,0 +1,97 @@
+# GNU make. From nothing but python3.11, make and git: `make test` sets up .venv by itself.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+CYCLES ?= 200
+WORKERS ?= 2
+ARGS ?=
+# Quiet pip: progress is told by the echoes below, warnings and errors still show.
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help setup run serve test check lint types imports check-codegen docs
+.PHONY: fix codegen bench peers crash-test clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.installed  ## set up .venv (every other target does this when it is needed)
+
+# The build backend is installed first and used without isolation, so that it is pinned too.
+.venv/.installed: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no python3.11 or python3 on PATH" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11" >&2; exit 1; }
+	@echo "[1/3] creating .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv
+	@echo "[2/3] installing the build backend"
+	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt hatchling editables
+	@echo "[3/3] installing dspex-persist and its development tools (the first time takes about a minute)"
+	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+	@echo "set-up is done"
+
+run: .venv/.installed  ## demo: serve, write, kill, start again, show that everything acknowledged is there
+	$(BIN)/dspex-persist demo $(ARGS)
+
+serve: .venv/.installed  ## serve on the default file (ARGS="--db PATH --listen HOST:PORT")
+	$(BIN)/dspex-persist serve $(ARGS)
+
+test: .venv/.installed  ## run the tests (ARGS="-k name", WORKERS=0 for one process)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+check: lint types imports check-codegen docs  ## everything that is checked without running the product
+
+lint: .venv/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: .venv/.installed
+	$(BIN)/mypy --strict dspex_persist migrations
+
+imports: .venv/.installed
+	$(BIN)/lint-imports
+
+check-codegen:
+	.ci/check-codegen
+
+docs: .venv/.installed
+	@if [ -e .ci/check-docs ]; then echo .ci/check-docs; .ci/check-docs; fi
+
+fix: .venv/.installed  ## format, and mend what the linter can mend
+	$(BIN)/ruff check --fix --exit-zero
+	$(BIN)/ruff format
+
+# An environment of its own: the generator is older than the runtime, on purpose (constraints-codegen.txt).
+.venv-codegen/.installed: constraints-codegen.txt
+	@echo "creating .venv-codegen with the protocol compiler" >&2
+	@$(PYTHON) -m venv .venv-codegen
+	@.venv-codegen/bin/python $(PIP_INSTALL) -c constraints-codegen.txt setuptools grpcio-tools mypy-protobuf
+	@touch $@
+
+codegen:  ## generate the protocol's code from proto/snakepit_bridge.proto
+	.ci/codegen
+
+bench: .venv/.installed  ## measure: one table and JSON, under three minutes
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+# The peers' requirements do not fit ours, hence an environment of their own.
+.venv-peers/.installed: benchmarks/requirements-peers.txt
+	@echo "creating .venv-peers with the libraries to compare with"
+	@$(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/python $(PIP_INSTALL) -r benchmarks/requirements-peers.txt
+	@touch $@
+
+peers: .venv/.installed .venv-peers/.installed  ## measure comparable libraries on the same work
+	.venv-peers/bin/python benchmarks/peers.py $(ARGS)
+
+crash-test: .venv/.installed  ## kill the server CYCLES times (default 200) while clients write
+	$(BIN)/python -m tests.faults.crash_test --cycles $(CYCLES) $(ARGS)
+
+# Never a database: those may be somebody's.
+clean:  ## remove environments, caches and built packages
+	rm -rf .venv .venv-codegen .venv-peers dist build
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .benchmarks
+	find . -path ./.git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

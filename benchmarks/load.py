@@ -1,0 +1,119 @@
+"""Callers that call as fast as they are answered, and what is counted of them."""
+
+import asyncio
+import statistics
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A short while of load: the seconds that each call took, and the seconds until the last one was answered."""
+
+    latencies_s: list[float]
+    elapsed_s: float
+
+    @property
+    def calls_per_s(self) -> float:
+        """Answered calls a second."""
+        return len(self.latencies_s) / self.elapsed_s
+
+
+@dataclass(slots=True)
+class Series:
+    """The slices of one kind of call, one or more a round."""
+
+    slices: list[Slice] = field(default_factory=list)
+
+    @property
+    def rates(self) -> list[float]:
+        """Answered calls a second, slice by slice."""
+        return [part.calls_per_s for part in self.slices]
+
+    @property
+    def calls_per_s(self) -> float:
+        """The median over the rounds."""
+        return statistics.median(self.rates)
+
+    def percentile_ms(self, percent: int) -> float:
+        """The time within which `percent` of all calls were answered."""
+        latencies = sorted(latency for part in self.slices for latency in part.latencies_s)
+        return 1000 * latencies[min(len(latencies) - 1, len(latencies) * percent // 100)]
+
+
+def median_ratio(rates: Sequence[float], references: Sequence[float]) -> float:
+    """The median of the ratios of what was measured side by side; that of the medians would mix up the rounds."""
+    return statistics.median(rate / reference for rate, reference in zip(rates, references, strict=True))
+
+
+async def run_tasks(call: Callable[[int], Awaitable[object]], callers: int, seconds: float) -> Slice:
+    """Have each of `callers` tasks call with its number, one call at a time, for `seconds`, but at least once."""
+    latencies: list[float] = []
+    clock = time.perf_counter
+
+    async def run(caller: int) -> None:
+        answered = clock()
+        while True:
+            called = answered
+            await call(caller)
+            answered = clock()
+            latencies.append(answered - called)
+            if answered >= deadline:
+                return
+
+    began = clock()
+    deadline = began + seconds
+    await asyncio.gather(*map(run, range(callers)))
+    return Slice(latencies, clock() - began)
+
+
+def run_threads(call: Callable[[int], object], callers: int, seconds: float) -> Slice:
+    """The same with threads. What one of them raises, this raises."""
+    latencies: list[list[float]] = [[] for _ in range(callers)]
+    failures: list[BaseException] = []
+    clock = time.perf_counter
+    all_there = threading.Barrier(callers + 1)
+
+    def run(caller: int) -> None:
+        taken = latencies[caller]
+        all_there.wait()
+        answered = clock()
+        deadline = answered + seconds
+        while answered < deadline:
+            called = answered
+            call(caller)
+            answered = clock()
+            taken.append(answered - called)
+
+    def run_and_tell(caller: int) -> None:
+        try:
+            run(caller)
+        except BaseException as error:  # noqa: BLE001 - a thread's boundary: told below
+            failures.append(error)
+
+    threads = [threading.Thread(target=run_and_tell, args=(caller,)) for caller in range(callers)]
+    for thread in threads:
+        thread.start()
+    all_there.wait()
+    began = clock()
+    for thread in threads:
+        thread.join()
+    elapsed_s = clock() - began
+    if failures:
+        raise failures[0]
+    return Slice([latency for taken in latencies for latency in taken], elapsed_s)
+
+
+def run_alone(call: Callable[[], object], times: int) -> Slice:
+    """Call so many times, one after the other, on this thread."""
+    latencies: list[float] = []
+    clock = time.perf_counter
+    began = called = clock()
+    for _ in range(times):
+        call()
+        answered = clock()
+        latencies.append(answered - called)
+        called = answered
+    return Slice(latencies, called - began)

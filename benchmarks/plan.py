@@ -1,0 +1,47 @@
+"""How much is measured: the full run, and a smoke version of it that shows only that everything works."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+SectionName = Literal["rpc", "engine", "versions", "growth", "startup", "memory"]
+"""One part of the run; the order of the full run is that of `SECTIONS`."""
+SECTIONS: tuple[SectionName, ...] = ("rpc", "engine", "versions", "growth", "startup", "memory")
+
+CALLERS = 64
+"""Callers in this process, as in the targets."""
+BATCH = 20
+"""Variables that one session of the benchmark has, and values that one batch sets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Sizes of a run. A round measures everything of a section once, in turn; what is told is the median of rounds."""
+
+    rounds: int = 5
+    slice_s: float = 0.3
+    ping_slice_s: float = 0.15
+    warm_s: float = 0.1
+    in_flight: tuple[int, ...] = (1, 16, 64, 256)
+    history_entries: int = 100
+    version_counts: tuple[int, ...] = (10, 1_000, 100_000)
+    version_rounds: int = 40
+    growth_updates: int = 12_800
+    session_counts: tuple[int, ...] = (10, 1_000, 100_000)
+    start_rounds: int = 3
+    come_and_go: tuple[int, int] = (10_000, 100_000)
+
+
+FULL = Plan()
+QUICK = Plan(
+    rounds=1,
+    slice_s=0.05,
+    ping_slice_s=0.03,
+    warm_s=0,
+    in_flight=(1, 4, 16, 64),
+    version_counts=(10, 100, 1_000),
+    version_rounds=3,
+    growth_updates=640,
+    session_counts=(10, 100, 1_000),
+    start_rounds=1,
+    come_and_go=(50, 500),
+)

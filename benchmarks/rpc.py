@@ -1,0 +1,210 @@
+"""Calls to the real server in a process of its own, each kind beside Ping: both share the machine with the client.
+
+One client process, one channel, n calls in flight. Every kind of call goes through the same few lines, with requests
+that were serialised beforehand and answers that are parsed, so that a ratio to Ping tells of the server.
+"""
+
+import asyncio
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain, cycle
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import Message
+
+import dspex_persist
+from benchmarks.files import NAMES, begin_session, make_file, session_id, set_times
+from benchmarks.load import Series, Slice, run_tasks
+from benchmarks.plan import BATCH, Plan
+from benchmarks.table import Row, Target
+from dspex_persist.infra.process import ServerProcess
+from dspex_persist.state.rpc.codec import BRIDGE_SERVICE
+from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
+
+_HISTORIES = 16
+"""So many sessions have a long history; callers share them."""
+_LONG = "long_history"
+_UNLIKE_REQUESTS = 8
+"""Requests that each caller has ready, and takes in turn."""
+
+_TARGETS = {
+    "GetVariable": {1: 0.8, 16: 0.8, 64: 0.8, 256: 0.8},
+    "SetVariable": {1: 0.5, 64: 0.6, 256: 0.65},
+}
+
+
+def prepare(plan: Plan, path: Path) -> None:
+    """Make the database: a session for each caller, some of them with a history."""
+    sessions = (begin_session(number, (*NAMES, _LONG)) for number in range(max(plan.in_flight)))
+    histories = (set_times(number, _LONG, plan.history_entries) for number in range(_HISTORIES))
+    make_file(path, chain(*sessions, *histories))
+
+
+def start_server(path: Path) -> ServerProcess:
+    """The server as users start it, on `path`, with its default settings."""
+    argv = [sys.executable, "-m", "dspex_persist", "serve", "--db", str(path), "--listen", "127.0.0.1:0"]
+    env = {name: text for name, text in os.environ.items() if not name.startswith("DSPEX_PERSIST_")}
+    # A settings file in the folder that the benchmark was started from must not change what is measured.
+    return ServerProcess.start(argv, env=env, cwd=path.parent)
+
+
+def measure(plan: Plan, path: Path) -> list[Row]:
+    """Measure all rpcs at all concurrencies, then read back what was acknowledged."""
+    import uvloop
+
+    with start_server(path) as server:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            rows, newest = runner.run(_measure(plan, f"127.0.0.1:{server.port}"))
+        server.terminate(30)
+    check_versions(path, newest)
+    return rows
+
+
+def check_versions(path: Path, newest: dict[int, int]) -> None:
+    """RuntimeError if a caller's first variable does not have, in the file, the last version that it was told of."""
+    with dspex_persist.connect(path) as provider:
+        for caller, version in newest.items():
+            found = provider.get_variable(session_id(caller), NAMES[0]).version
+            if found != version:
+                raise RuntimeError(f"{session_id(caller)}: version {found} in the file, acknowledged was {version}")
+
+
+async def _measure(plan: Plan, target: str) -> tuple[list[Row], dict[int, int]]:
+    rows: list[Row] = []
+    newest: dict[int, int] = {}
+    async with grpc.aio.insecure_channel(target) as channel:
+        for in_flight in plan.in_flight:
+            print(f"rpc: {in_flight} in flight", file=sys.stderr, flush=True)
+            all_calls = [_Calls(channel, rpc, in_flight) for rpc in _rpcs(plan, newest)]
+            for calls in all_calls if plan.warm_s else ():
+                await calls.run(plan.warm_s)
+            for _ in range(plan.rounds):
+                await _run_round(plan, all_calls)
+            rows += map(_row_of, all_calls)
+    return rows, newest
+
+
+async def _run_round(plan: Plan, all_calls: Sequence["_Calls"]) -> None:
+    """Ping, an rpc, Ping, another rpc, ..., Ping: what disturbs the machine meets both."""
+    ping, *others = all_calls
+    before = await ping.run(plan.ping_slice_s)
+    ping.series.slices.append(before)
+    for calls in others:
+        part = await calls.run(plan.slice_s)
+        after = await ping.run(plan.ping_slice_s)
+        calls.series.slices.append(part)
+        ping.series.slices.append(after)
+        calls.ratios.append(part.calls_per_s / ((before.calls_per_s + after.calls_per_s) / 2))
+        before = after
+
+
+@dataclass(frozen=True, slots=True)
+class _Rpc:
+    """One kind of call. `request` makes the request of a caller by its number; `accept` says if an answer is right."""
+
+    name: str
+    title: str
+    request: Callable[[int, int], Message]
+    accept: Callable[[int, Any], bool]
+
+
+class _Calls:
+    """The callers of one rpc, and what was measured of them."""
+
+    def __init__(self, channel: grpc.aio.Channel, rpc: _Rpc, in_flight: int) -> None:
+        self.rpc = rpc
+        self.in_flight = in_flight
+        self.series = Series()
+        self.ratios: list[float] = []
+        parse = getattr(pb, BRIDGE_SERVICE.methods_by_name[rpc.name].output_type.name).FromString
+        # Without a serializer: what is sent are bytes already.
+        invoke: Any = channel.unary_unary(f"/{BRIDGE_SERVICE.full_name}/{rpc.name}", response_deserializer=parse)
+        requests = [
+            cycle([rpc.request(caller, number).SerializeToString() for number in range(_UNLIKE_REQUESTS)])
+            for caller in range(in_flight)
+        ]
+        self._answers = answers = [None] * in_flight
+
+        async def call(caller: int) -> None:
+            answers[caller] = await invoke(next(requests[caller]))
+
+        self._call = call
+
+    async def run(self, seconds: float) -> Slice:
+        """A slice of load; RuntimeError if a caller's last answer is not what it should be."""
+        part = await run_tasks(self._call, self.in_flight, seconds)
+        for caller, answer in enumerate(self._answers):
+            if not self.rpc.accept(caller, answer):
+                raise RuntimeError(f"{self.rpc.name} answered {answer}")
+        return part
+
+
+def _row_of(calls: _Calls) -> Row:
+    rpc, series, in_flight = calls.rpc, calls.series, calls.in_flight
+    bound = _TARGETS.get(rpc.name, {}).get(in_flight)
+    return Row(
+        key=f"rpc.{rpc.name}.{in_flight}",
+        what=f"{rpc.title}, {in_flight} in flight",
+        value=series.calls_per_s,
+        unit="calls/s",
+        p50_ms=series.percentile_ms(50),
+        p99_ms=series.percentile_ms(99),
+        ratio=statistics.median(calls.ratios) if calls.ratios else None,
+        ratio_to=f"rpc.Ping.{in_flight}" if calls.ratios else "",
+        target=Target("ratio", "at least", bound) if bound is not None else None,
+    )
+
+
+def _rpcs(plan: Plan, newest: dict[int, int]) -> list[_Rpc]:
+    """What is called, Ping first. The versions that callers are told of go into `newest`."""
+
+    def ping(caller: int, number: int) -> Message:
+        return pb.PingRequest(message=f"ping {number} of {caller}")
+
+    def get(caller: int, number: int) -> Message:
+        return pb.GetVariableRequest(session_id=session_id(caller), variable_identifier=NAMES[number])
+
+    def set_one(caller: int, number: int) -> Message:
+        session, value = session_id(caller), _packed(number)
+        return pb.SetVariableRequest(session_id=session, variable_identifier=NAMES[0], value=value)
+
+    def set_all(caller: int, number: int) -> Message:
+        updates = {name: _packed(number + index) for index, name in enumerate(NAMES)}
+        return pb.BatchSetVariablesRequest(session_id=session_id(caller), updates=updates, atomic=True)
+
+    def get_history(caller: int, _number: int) -> Message:
+        session, limit = session_id(caller % _HISTORIES), plan.history_entries
+        return pb.GetVariableHistoryRequest(session_id=session, variable_identifier=_LONG, limit=limit)
+
+    def is_newer(caller: int, version: int) -> bool:
+        before, newest[caller] = newest.get(caller, 0), version
+        return version > before
+
+    return [
+        _Rpc("Ping", "Ping", ping, lambda _, answer: "ping" in answer.message),
+        _Rpc("GetVariable", "GetVariable", get, lambda _, answer: answer.variable.name in NAMES),
+        _Rpc("SetVariable", "SetVariable", set_one, lambda caller, answer: is_newer(caller, answer.new_version)),
+        _Rpc(
+            "SetVariables",
+            f"SetVariables of {BATCH}",
+            set_all,
+            lambda caller, answer: is_newer(caller, answer.new_versions[NAMES[0]]),
+        ),
+        _Rpc(
+            "GetVariableHistory",
+            f"GetVariableHistory of {plan.history_entries}",
+            get_history,
+            lambda _, answer: len(answer.entries) == plan.history_entries,
+        ),
+    ]
+
+
+def _packed(number: int) -> AnyMessage:
+    return AnyMessage(type_url="type.googleapis.com/snakepit.float", value=json.dumps(number / 8).encode())

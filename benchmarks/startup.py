@@ -1,0 +1,110 @@
+"""How long the server takes to be ready, and to answer for a session for the first time, with few and many sessions."""
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+
+from benchmarks.files import NAMES, begin_session, make_file, session_id
+from benchmarks.load import median_ratio
+from benchmarks.plan import Plan
+from benchmarks.rpc import start_server
+from benchmarks.table import Row, Target
+from dspex_persist.state.rpc.codec import BRIDGE_SERVICE
+from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
+
+_TOUCHED = 10
+"""Sessions that are touched after each start, all over the file."""
+
+
+@dataclass(slots=True)
+class _Starts:
+    """What was measured with so many sessions in the file, round by round."""
+
+    sessions: int
+    ready_s: list[float] = field(default_factory=list)
+    touch_s: list[float] = field(default_factory=list)
+
+
+def prepare(folder: Path, sessions: int) -> None:
+    """Make a database of so many live sessions; every tenth has a variable."""
+    step = min(10, sessions // _TOUCHED)
+    all_sessions = (begin_session(number, NAMES[: number % step == 0]) for number in range(sessions))
+    make_file(_path(folder, sessions), chain.from_iterable(all_sessions))
+
+
+def _path(folder: Path, sessions: int) -> Path:
+    return folder / f"sessions-{sessions}.db"
+
+
+def measure(plan: Plan, folder: Path) -> list[Row]:
+    """Start the server on each file in turn, round by round. The files are in the system's cache by then."""
+    all_starts = [_Starts(sessions) for sessions in plan.session_counts]
+    for count in range(plan.start_rounds):
+        print(f"startup: round {count + 1} of {plan.start_rounds}", file=sys.stderr, flush=True)
+        for starts in all_starts:
+            _start(starts, _path(folder, starts.sessions))
+    first, *_ = all_starts
+    return [
+        *(_ready_row(starts, first) for starts in all_starts),
+        *(_touch_row(starts, first) for starts in all_starts),
+    ]
+
+
+def _start(starts: _Starts, path: Path) -> None:
+    began = time.perf_counter()
+    with start_server(path) as server:
+        starts.ready_s.append(time.perf_counter() - began)
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            _call(channel, "Ping", pb.PingRequest(message="hello"))
+            touches = [_touch(channel, number * starts.sessions // _TOUCHED) for number in range(_TOUCHED)]
+        # The very first one also pays for what every process does once, such as preparing the statements.
+        starts.touch_s.append(statistics.median(touches[1:]))
+        server.terminate(30)
+
+
+def _touch(channel: grpc.Channel, number: int) -> float:
+    request = pb.GetVariableRequest(session_id=session_id(number), variable_identifier=NAMES[0])
+    began = time.perf_counter()
+    answer = _call(channel, "GetVariable", request)
+    elapsed_s = time.perf_counter() - began
+    if answer.variable.name != NAMES[0]:
+        raise RuntimeError(f"{session_id(number)} answered {answer}")
+    return elapsed_s
+
+
+def _call(channel: grpc.Channel, rpc: str, request: Message) -> Any:
+    parse = getattr(pb, BRIDGE_SERVICE.methods_by_name[rpc].output_type.name).FromString
+    invoke: Any = channel.unary_unary(f"/{BRIDGE_SERVICE.full_name}/{rpc}", response_deserializer=parse)
+    return invoke(request.SerializeToString(), timeout=30)
+
+
+def _ready_row(starts: _Starts, first: _Starts) -> Row:
+    compared = starts is not first
+    return Row(
+        key=f"startup.{starts.sessions}",
+        what=f"start of the server, {starts.sessions:,} sessions in the file",
+        value=statistics.median(starts.ready_s),
+        unit="s",
+        ratio=median_ratio(starts.ready_s, first.ready_s) if compared else None,
+        ratio_to=f"startup.{first.sessions}" if compared else "",
+        target=Target("ratio", "at most", 1.2) if compared else None,
+    )
+
+
+def _touch_row(starts: _Starts, first: _Starts) -> Row:
+    compared = starts is not first
+    return Row(
+        key=f"startup.touch.{starts.sessions}",
+        what=f"first touch of one of {starts.sessions:,} sessions",
+        value=1000 * statistics.median(starts.touch_s),
+        unit="ms",
+        ratio=median_ratio(starts.touch_s, first.touch_s) if compared else None,
+        ratio_to=f"startup.touch.{first.sessions}" if compared else "",
+    )

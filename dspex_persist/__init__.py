@@ -1,0 +1,48 @@
+"""dspex-persist: an embedded, SQLite-persisted session engine behind the unified gRPC bridge protocol."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dspex_persist.cognitive.context import Context as Context
+    from dspex_persist.cognitive.variables import Variables as Variables
+    from dspex_persist.errors import DspexError as DspexError
+    from dspex_persist.settings import Settings as Settings
+    from dspex_persist.settings import load_settings as load_settings
+    from dspex_persist.state.bridged import BridgedState as BridgedState
+    from dspex_persist.state.embedded import EmbeddedState as EmbeddedState
+    from dspex_persist.state.errors import StateError as StateError
+    from dspex_persist.state.limits import Limits as Limits
+    from dspex_persist.state.provider import StateProvider as StateProvider
+    from dspex_persist.wiring import connect as connect
+    from dspex_persist.wiring import serve as serve
+
+__version__ = "0.1.0"
+
+# Imported when they are first asked for: importing the package must cost neither SQL nor gRPC.
+_HOMES = {
+    "BridgedState": "dspex_persist.state.bridged",
+    "Context": "dspex_persist.cognitive.context",
+    "DspexError": "dspex_persist.errors",
+    "EmbeddedState": "dspex_persist.state.embedded",
+    "Limits": "dspex_persist.state.limits",
+    "Settings": "dspex_persist.settings",
+    "StateError": "dspex_persist.state.errors",
+    "StateProvider": "dspex_persist.state.provider",
+    "Variables": "dspex_persist.cognitive.variables",
+    "connect": "dspex_persist.wiring",
+    "load_settings": "dspex_persist.settings",
+    "serve": "dspex_persist.wiring",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

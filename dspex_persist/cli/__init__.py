@@ -1,0 +1,73 @@
+"""The command line: arguments in, exit codes out. Commands import what is heavy themselves, so that help is fast."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from dspex_persist import __version__
+from dspex_persist.cli import demo, maintenance, serve
+from dspex_persist.errors import DspexError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    # Theirs would show the values of local variables, and those are users' values.
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=False,
+    epilog=(
+        "[bold]To begin[/bold]\n\n"
+        "dspex-persist demo    see it work, in half a minute\n\n"
+        "dspex-persist serve --db sessions.db    serve a database\n\n"
+        "dspex-persist db check --db sessions.db    check it\n\n"
+    ),
+)
+app.command("serve", help=serve.HELP, epilog=serve.EPILOG)(serve.serve)
+app.command("demo", help=demo.HELP, epilog=demo.EPILOG)(demo.demo)
+app.add_typer(maintenance.app, name="db")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"dspex-persist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Session variables and their whole history in SQLite, durable and auditable, behind gRPC."""
+
+
+def main() -> None:
+    """Run the command line. An error that we know is one sentence on stderr and an exit code, never a traceback."""
+    try:
+        app(prog_name="dspex-persist")
+    except (DspexError, ValueError) as error:
+        code = exit_code_of(error)
+        if code is None:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(code)
+
+
+def exit_code_of(error: Exception) -> int | None:
+    """The exit code that stands for `error` (docs/exit-codes.md); None for an error that is not one of ours."""
+    from dspex_persist import wiring
+    from dspex_persist.infra.listen import ListenError
+    from dspex_persist.settings import SettingsError
+    from dspex_persist.state.errors import DatabaseInUseError, OpenError
+
+    codes: tuple[tuple[type[Exception], int], ...] = (
+        (SettingsError, 2),
+        (DatabaseInUseError, 4),
+        (OpenError, 5),
+        (wiring.StorageFailedError, wiring.EXIT_STORAGE_FAILED),
+        (ListenError, 75),
+        (DspexError, 1),
+    )
+    return next((code for kind, code in codes if isinstance(error, kind)), None)

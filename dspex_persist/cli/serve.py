@@ -1,0 +1,117 @@
+"""dspex-persist serve: the server, with a flag for every setting."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+HELP = (
+    "Serve a database over gRPC until SIGTERM or Ctrl-C.\n\n"
+    "Prints GRPC_READY:<port> on stdout when it can answer; logs go to stderr. The first signal lets calls in flight "
+    "finish and brings everything into the file, a second one ends the server at once. Nothing that was acknowledged "
+    "is lost either way."
+)
+EPILOG = (
+    "A flag wins over its environment variable (--session-ttl: DSPEX_PERSIST_SESSION_TTL_S), that over the TOML file "
+    "(session_ttl_s), that over the default. docs/settings.md lists all of them, limits included.\n\n"
+    "[bold]Examples[/bold]\n\n"
+    "dspex-persist serve\n\n"
+    "dspex-persist serve --db ~/sessions.db --listen unix:/run/dspex.sock\n\n"
+    "dspex-persist serve --listen 127.0.0.1:0 --limit watchers=500\n\n"
+)
+
+
+def _option(panel: str, flag: str, metavar: str | None, default: str, help_text: str) -> Any:
+    """An option. Its default is the setting's, and so is only told here: what is not given is not passed on."""
+    told = f"{help_text} [dim]({default})[/dim]"
+    return typer.Option(flag, metavar=metavar, show_default=False, help=told, rich_help_panel=panel)
+
+
+_DATABASE, _NETWORK, _SESSIONS, _LOGS = "Database", "Network", "Sessions and watches", "Settings and logs"
+
+Db = _option(_DATABASE, "--db", "PATH", "sessions.db", "The database file; made where it is missing.")
+Durability = _option(
+    _DATABASE, "--durability", "full|normal", "full", "full: survives a power cut. normal: faster, survives a crash."
+)
+CacheSize = _option(_DATABASE, "--cache-size-bytes", "SIZE", "256MiB", "Memory for the sessions in use.")
+Retention = _option(
+    _DATABASE, "--outcome-retention", "SECONDS", "604800", "How long outcomes under idempotency keys are kept."
+)
+Listen = _option(
+    _NETWORK, "--listen", "ADDRESS", "127.0.0.1:50051", "HOST:PORT (port 0: a free one), \\[IPv6]:PORT or unix:PATH."
+)
+Insecure = _option(
+    _NETWORK, "--insecure/--no-insecure", None, "no", "Let other machines in, without encryption or login."
+)
+MessageSize = _option(_NETWORK, "--max-message-bytes", "SIZE", "100MiB", "Largest gRPC message.")
+Reflection = _option(
+    _NETWORK,
+    "--reflection/--no-reflection",
+    None,
+    "",
+    "Tell tools like grpcurl what services there are (they are told).",
+)
+Grace = _option(_NETWORK, "--grace", "SECONDS", "10", "How long calls in flight may take to finish at the end.")
+Ttl = _option(_SESSIONS, "--session-ttl", "SECONDS", "none", "A session ends this long after its last use.")
+Lease = _option(
+    _SESSIONS, "--optimization-lease", "SECONDS", "300", "A silent optimizer loses its lock after this long."
+)
+Sweep = _option(_SESSIONS, "--sweep-interval", "SECONDS", "30", "How often expired sessions are reclaimed.")
+Heartbeat = _option(_SESSIONS, "--heartbeat", "SECONDS", "15", "How often an idle watch hears something.")
+Stall = _option(
+    _SESSIONS, "--stall-timeout", "SECONDS", "30", "A watch whose client stops reading is ended after this long."
+)
+Limit = typer.Option(
+    "--limit",
+    metavar="NAME=NUMBER",
+    help="Change a limit, such as json_depth=50; may be repeated.",
+    rich_help_panel=_SESSIONS,
+)
+Config = _option(
+    _LOGS, "--config", "PATH", "dspex-persist.toml", "TOML file of settings; the default one is read if it exists."
+)
+LogLevel = _option(_LOGS, "--log-level", "LEVEL", "info", "debug, info, warning, error or critical.")
+LogStyle = _option(_LOGS, "--log-style", "auto|json|console", "auto", "auto: console on a terminal, else json.")
+
+
+def serve(
+    db: Annotated[str | None, Db] = None,
+    durability: Annotated[str | None, Durability] = None,
+    cache_size_bytes: Annotated[str | None, CacheSize] = None,
+    outcome_retention_s: Annotated[str | None, Retention] = None,
+    listen: Annotated[str | None, Listen] = None,
+    insecure: Annotated[bool | None, Insecure] = None,
+    max_message_bytes: Annotated[str | None, MessageSize] = None,
+    reflection: Annotated[bool | None, Reflection] = None,
+    grace_s: Annotated[str | None, Grace] = None,
+    session_ttl_s: Annotated[str | None, Ttl] = None,
+    optimization_lease_s: Annotated[str | None, Lease] = None,
+    sweep_interval_s: Annotated[str | None, Sweep] = None,
+    heartbeat_s: Annotated[str | None, Heartbeat] = None,
+    stall_timeout_s: Annotated[str | None, Stall] = None,
+    limit: Annotated[list[str] | None, Limit] = None,
+    config: Annotated[Path | None, Config] = None,
+    log_level: Annotated[str | None, LogLevel] = None,
+    log_style: Annotated[str | None, LogStyle] = None,
+) -> None:
+    """Serve with the settings given here and elsewhere."""
+    given = dict(locals())
+    from dspex_persist import wiring
+    from dspex_persist.settings import Settings, load_settings
+
+    flags = {name: value for name, value in given.items() if name in Settings.model_fields}
+    wiring.serve(load_settings({**flags, **_limits(limit or [])}, config))
+
+
+def _limits(given: list[str]) -> dict[str, str]:
+    from dspex_persist.settings import LimitSettings, SettingsError
+
+    limits: dict[str, str] = {}
+    for text in given:
+        name, equals, number = text.partition("=")
+        if not equals or name not in LimitSettings.model_fields:
+            possible = ", ".join(sorted(LimitSettings.model_fields))
+            reason = f"{text!r} will not do: write NAME=NUMBER, where NAME is one of {possible}"
+            raise SettingsError("limit", reason, "flag --limit")
+        limits[name] = number
+    return limits

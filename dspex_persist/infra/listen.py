@@ -1,0 +1,159 @@
+"""Addresses to listen on: reading them, judging them, and saying why one cannot be had. Knows no gRPC."""
+
+import errno
+import ipaddress
+import os
+import re
+import socket
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from dspex_persist.errors import DspexError
+
+UNIX_PATH_MAX_BYTES: Final = 107
+_PROBE_TIMEOUT_S: Final = 1.0
+_HOST_PORT: Final = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^\[\]:]+)):(?P<port>[0-9]{1,5})")
+
+
+@dataclass(eq=False)
+class ListenError(DspexError):
+    """A server cannot listen on the address `listen`; `reason` says why."""
+
+    listen: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"cannot listen on {self.listen}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class TcpAddress:
+    """A host (name or IP address, without brackets) and a port; port 0 takes a free one."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class UnixAddress:
+    """The path of a Unix socket in the file system."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
+
+
+Address = TcpAddress | UnixAddress
+
+
+def parse_listen(listen: str) -> Address:
+    """Read `HOST:PORT`, `[IPv6]:PORT`, `unix:PATH` or `unix:///PATH`; ListenError for anything else."""
+    if listen.startswith("unix:"):
+        return UnixAddress(_unix_path(listen))
+    match = _HOST_PORT.fullmatch(listen)
+    if match is None:
+        raise ListenError(listen, "expected HOST:PORT, [IPv6]:PORT or unix:PATH")
+    port = int(match["port"])
+    if port > 65535:
+        raise ListenError(listen, f"port {port} is above 65535")
+    return TcpAddress(match["bracketed"] or match["plain"], port)
+
+
+def is_loopback(listen: str) -> bool:
+    """Whether only this machine can reach `listen`: 127.0.0.0/8, ::1, localhost, or a Unix socket.
+
+    Host names are not looked up. Raises ListenError for what `parse_listen` cannot read.
+    """
+    address = parse_listen(listen)
+    if isinstance(address, UnixAddress) or address.host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(address.host).is_loopback
+    except ValueError:
+        return False
+
+
+def prepare(address: Address) -> None:
+    """Make sure that `address` can be had, and remove the socket file that a dead server left there.
+
+    Raises ListenError when it is taken or cannot exist. What is free now can be taken before it is bound:
+    two servers that must exclude each other do so by another lock.
+    """
+    try:
+        if isinstance(address, UnixAddress):
+            _prepare_path(address)
+        else:
+            _check_port(address)
+    except OSError as error:
+        raise ListenError(str(address), _reason(error)) from error
+    except UnicodeError as error:
+        raise ListenError(str(address), "no such host name can exist") from error
+
+
+def _unix_path(listen: str) -> str:
+    path = listen.removeprefix("unix:")
+    if path.startswith("//"):
+        path = path[2:]
+    if not path or "\0" in path:
+        raise ListenError(listen, "expected a path after unix:")
+    return path
+
+
+def _reason(error: OSError) -> str:
+    text = error.strerror or str(error)
+    return text[:1].lower() + text[1:]
+
+
+def _prepare_path(address: UnixAddress) -> None:
+    path, size_bytes = Path(address.path), len(os.fsencode(address.path))
+    if size_bytes > UNIX_PATH_MAX_BYTES:
+        reason = f"the path has {size_bytes} bytes, a Unix socket's has at most {UNIX_PATH_MAX_BYTES}"
+        raise ListenError(str(address), reason)
+    if not path.parent.is_dir():
+        raise ListenError(str(address), f"the directory {path.parent} does not exist")
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ListenError(str(address), "the path exists and is not a socket")
+    _remove_if_dead(address)
+
+
+def _remove_if_dead(address: UnixAddress) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_PROBE_TIMEOUT_S)
+        try:
+            probe.connect(address.path)
+        except ConnectionRefusedError:
+            Path(address.path).unlink()
+            return
+        except (TimeoutError, BlockingIOError):
+            pass  # Somebody holds the socket and is too busy to answer: alive.
+    raise ListenError(str(address), "another server is listening there")
+
+
+def _check_port(address: TcpAddress) -> None:
+    # All addresses that the host stands for: gRPC takes one of several, and two servers would share a port.
+    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    errors = [error for family, _, _, _, name in found if (error := _bind_error(family, name))]
+    for error in errors:
+        # A host name may also stand for an address that this machine lacks (::1 without IPv6): one is enough.
+        if error.errno in (errno.EADDRINUSE, errno.EACCES) or len(errors) == len(found):
+            raise error
+
+
+def _bind_error(family: socket.AddressFamily, name: tuple[Any, ...]) -> OSError | None:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(name)
+    except OSError as error:
+        return error
+    return None

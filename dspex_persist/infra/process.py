@@ -1,0 +1,248 @@
+"""The parent's side of one child process that says `GRPC_READY:<port>` on stdout when it can answer."""
+
+import atexit
+import os
+import re
+import selectors
+import signal
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from dspex_persist.errors import DspexError
+
+_READY: Final = re.compile(rb"GRPC_READY:([0-9]{1,5})\s*")
+_TAIL_MAX_BYTES: Final = 16 * 1024
+_LINE_MAX_BYTES: Final = 4 * 1024
+_READ_BYTES: Final = 64 * 1024
+_END_S: Final = 5.0
+# An ended child's pipes are read to their end, unless a grandchild holds them open.
+_LAST_WORDS_S: Final = 1.0
+_POLL_S: Final = 0.05
+
+
+@dataclass(eq=False)
+class ProcessFailedError(DspexError):
+    """A child process did not do what it was started for; `exit_code` is None if it still ran."""
+
+    argv: tuple[str, ...]
+    reason: str
+    exit_code: int | None
+    stderr_tail: str
+
+    def __str__(self) -> str:
+        code = "" if self.exit_code is None else f" (exit code {self.exit_code})"
+        said = f"stderr ends with:\n{self.stderr_tail}" if self.stderr_tail else "nothing on stderr"
+        return f"{' '.join(self.argv)}: {self.reason}{code}; {said}"
+
+
+class ServerProcess:
+    """A child process that serves, from its start to its end.
+
+    Use it as a context manager, or call `close`: leaving kills what still runs. The child stays in this
+    process's group, so that Ctrl-C reaches both, and an ordinary exit of the interpreter kills it (atexit).
+    A parent that dies of a signal cannot: then the child lives on.
+    """
+
+    def __init__(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
+        """Start `argv` without waiting; `env` is its whole environment. OSError if it cannot start."""
+        self.argv = tuple(argv)
+        self._popen = subprocess.Popen(
+            self.argv,
+            env=None if env is None else dict(env),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+        )
+        atexit.register(self.kill)
+        self._output = _Output(self._popen)
+
+    @classmethod
+    def start(
+        cls,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        ready_timeout_s: float = 30.0,
+    ) -> Self:
+        """Start `argv` and wait until it is ready; on ProcessFailedError nothing is left running."""
+        process = cls(argv, env=env, cwd=cwd)
+        try:
+            process.wait_ready(ready_timeout_s)
+        except BaseException:
+            process.close()
+            raise
+        return process
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
+    def port(self) -> int:
+        """The port that the child said (0: a Unix socket). ProcessFailedError before it is ready."""
+        if self._output.port is None:
+            raise self._failure("it is not ready yet")
+        return self._output.port
+
+    @property
+    def stderr_tail(self) -> str:
+        """The last 16 KiB, at most, of what the child wrote to stderr; all of it once the child has ended."""
+        if self.exit_code is not None:
+            self._output.join(_LAST_WORDS_S)
+        return self._output.tail()
+
+    @property
+    def exit_code(self) -> int | None:
+        """The child's exit code (-9: killed by SIGKILL), None while it runs."""
+        return self._popen.poll()
+
+    def wait_ready(self, timeout_s: float) -> int:
+        """Wait for the ready line, return its port; ProcessFailedError if the child ends or is too slow."""
+        # Counted, not timed: a clock that a test has frozen would never reach a deadline.
+        for _ in range(max(1, round(timeout_s / _POLL_S))):
+            # A grandchild may hold the child's stdout open, so the end of stdout alone does not tell.
+            if self._output.settled.wait(_POLL_S) or self.exit_code is not None:
+                break
+        else:
+            raise self._failure(f"it was not ready within {timeout_s:g} s")
+        if self._output.port is None:
+            self._await_end()
+        if self._output.port is None:
+            raise self._failure("it ended, or closed its stdout, before it was ready")
+        return self._output.port
+
+    def wait(self, timeout_s: float) -> int:
+        """Wait until the child ends by itself, return its exit code; ProcessFailedError if it does not."""
+        try:
+            return self._popen.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise self._failure(f"it still runs after {timeout_s:g} s") from None
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal; nothing happens if the child has ended."""
+        self._popen.send_signal(number)
+
+    def terminate(self, timeout_s: float) -> int:
+        """Ask the child to end (SIGTERM), return its exit code; ProcessFailedError if it had to be killed."""
+        self.send_signal(signal.SIGTERM)
+        try:
+            return self.wait(timeout_s)
+        except ProcessFailedError:
+            failure = self._failure(f"it did not end within {timeout_s:g} s of SIGTERM and was killed")
+            self.kill()
+            raise failure from None
+
+    def kill(self) -> None:
+        """End the child at once (SIGKILL) and reap it; nothing happens if it has ended."""
+        self._popen.kill()
+        self.wait(_END_S)
+
+    def close(self) -> None:
+        """Kill what still runs and give back pipes and thread. May be called again."""
+        try:
+            self.kill()
+        finally:
+            atexit.unregister(self.kill)
+            self._output.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _await_end(self) -> None:
+        # The end of stdout is seen a moment before the child can be reaped.
+        try:
+            self._popen.wait(_LAST_WORDS_S)
+        except subprocess.TimeoutExpired:
+            return
+        self._output.join(_LAST_WORDS_S)
+
+    def _failure(self, reason: str) -> ProcessFailedError:
+        return ProcessFailedError(self.argv, reason, self.exit_code, self.stderr_tail)
+
+
+class _Output:
+    """Reads a child's stdout and stderr in a thread, so that the child never waits for a reader."""
+
+    def __init__(self, popen: subprocess.Popen[bytes]) -> None:
+        assert popen.stdout is not None  # both were asked for as pipes
+        assert popen.stderr is not None
+        self.port: int | None = None
+        self.settled = threading.Event()
+        """Set when the port is known, or will never be."""
+        self._stdout, self._stderr = popen.stdout, popen.stderr
+        self._line = bytearray()
+        self._tail = bytearray()
+        self._lock = threading.Lock()
+        # Closing the writing end ends the thread, even while a grandchild holds the child's pipes open.
+        self._wake, self._waker = os.pipe()
+        self._thread = threading.Thread(target=self._run, name=f"output of {popen.pid}", daemon=True)
+        self._thread.start()
+
+    def tail(self) -> str:
+        with self._lock:
+            return self._tail.decode(errors="replace").strip()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until everything that the child wrote is read; not longer than `timeout_s`."""
+        self._thread.join(timeout_s)
+
+    def close(self) -> None:
+        if self._stdout.closed:
+            return
+        os.close(self._waker)
+        self._thread.join()
+        for pipe in (self._stdout, self._stderr):
+            pipe.close()
+        os.close(self._wake)
+
+    def _run(self) -> None:
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._stdout, selectors.EVENT_READ, self._take_stdout)
+                selector.register(self._stderr, selectors.EVENT_READ, self._take_stderr)
+                selector.register(self._wake, selectors.EVENT_READ, None)
+                self._read_all(selector)
+        finally:
+            self.settled.set()
+
+    def _read_all(self, selector: selectors.BaseSelector) -> None:
+        while len(selector.get_map()) > 1:
+            for key, _ in selector.select():
+                if key.data is None:
+                    return
+                chunk = os.read(key.fd, _READ_BYTES)
+                key.data(chunk)
+                if not chunk:
+                    selector.unregister(key.fileobj)
+
+    def _take_stdout(self, chunk: bytes) -> None:
+        """Look for the ready line; once it is found, or stdout has ended, what comes is thrown away."""
+        if self.settled.is_set():
+            return
+        *lines, rest = (bytes(self._line) + chunk).split(b"\n")
+        self._line[:] = rest[-_LINE_MAX_BYTES:]
+        for line in lines:
+            if match := _READY.fullmatch(line):
+                self.port = int(match[1])
+                self.settled.set()
+                return
+        if not chunk:
+            self.settled.set()
+
+    def _take_stderr(self, chunk: bytes) -> None:
+        with self._lock:
+            self._tail += chunk
+            del self._tail[:-_TAIL_MAX_BYTES]

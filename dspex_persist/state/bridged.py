@@ -1,0 +1,493 @@
+"""BridgedState: session state that another process keeps, reached by the unified bridge protocol."""
+
+import getpass
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from dspex_persist.state import commands
+from dspex_persist.state.commands import Command
+from dspex_persist.state.errors import (
+    EngineClosedError,
+    InternalError,
+    InvalidArgumentError,
+    LimitExceededError,
+    OutcomeUnknownError,
+    StateError,
+    UnavailableError,
+    UnsupportedError,
+)
+from dspex_persist.state.model import (
+    BatchOutcome,
+    Origin,
+    SessionSummary,
+    SessionView,
+    Source,
+    Update,
+    Value,
+    Variable,
+    VariablesFound,
+)
+from dspex_persist.state.provider import Capability, StateProvider
+from dspex_persist.state.rpc import codec
+from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.rpc.headers import (
+    ACTOR,
+    AFTER_SEQUENCE,
+    BEFORE_VERSION,
+    BINARY,
+    IDEMPOTENCY_KEY,
+    INITIAL_VALUES,
+    OPTIMIZER_ID,
+    POSITION,
+    RESUMED,
+    SOURCE,
+)
+from dspex_persist.state.rpc.status import error_of_call
+from dspex_persist.state.watch import Watch
+
+R = TypeVar("R")
+_Headers = tuple[tuple[str, str | bytes], ...]
+
+_MESSAGE_BYTES = 100 * 1024 * 1024
+_BUFFERED_UPDATES = 256
+_HEADER_LENGTH = 255
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
+# A channel that lost its server tries again this often at first, so that a restart is noticed at once.
+_OPTIONS = (
+    ("grpc.max_send_message_length", _MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+)
+_CONNECTION_LOST = frozenset(
+    {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
+)
+
+
+class BridgedState(StateProvider):
+    """Session state behind a gRPC target such as "127.0.0.1:50051" or "unix:/run/dspex.sock".
+
+    A call that is not answered within `timeout_s` fails. If it wrote, and had an idempotency key, it is repeated
+    with it until then, and so happens once; without a key its outcome is unknown.
+    """
+
+    capabilities = frozenset({Capability.DURABLE, Capability.REMOTE})
+
+    def __init__(self, target: str, *, timeout_s: float = 30.0, actor: str | None = None) -> None:
+        self._target = target
+        self._timeout_s = timeout_s
+        self._actor = actor or f"user:{getpass.getuser()}"
+        self._channel = grpc.insecure_channel(target, options=_OPTIONS)
+        self._calls = {method.name: self._stub(method) for method in codec.BRIDGE_SERVICE.methods}
+        self._closed = False
+
+    def _stub(self, method: Any) -> Any:
+        path = f"/{codec.BRIDGE_SERVICE.full_name}/{method.name}"
+        request, response = (getattr(pb, kind.name) for kind in (method.input_type, method.output_type))
+        make = self._channel.unary_stream if method.server_streaming else self._channel.unary_unary
+        return make(path, request_serializer=request.SerializeToString, response_deserializer=response.FromString)
+
+    def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
+        """Send the command; the future resolves with the answer."""
+        if self._closed:
+            return _failed(EngineClosedError())
+        wire = _WIRES.get(type(command))
+        if wire is None:
+            return _failed(UnsupportedError(f"{command.cause} over the bridge"))
+        asked_by = origin or self.default_origin(command.cause)
+        return _Attempt(self._calls[command.cause], wire, command, asked_by, self._timeout_s, self._target).start()
+
+    def watch(
+        self, session_id: str, identifiers: Sequence[str] = (), *, after_sequence: int | None = None
+    ) -> "BridgedWatch":
+        """Watch variables; see `StateProvider.watch`."""
+        if self._closed:
+            raise EngineClosedError()
+        try:
+            request = pb.WatchVariablesRequest(
+                session_id=session_id, variable_identifiers=identifiers, include_initial_values=after_sequence is None
+            )
+        except ValueError as error:
+            raise InvalidArgumentError("request", str(error)) from error
+        headers = () if after_sequence is None else ((AFTER_SEQUENCE, str(after_sequence)),)
+        return BridgedWatch(self._calls["WatchVariables"](request, metadata=headers), self._timeout_s)
+
+    def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
+        """The user of this process."""
+        return Origin(self._actor, cause, Source.PYTHON, idempotency_key)
+
+    def close(self) -> None:
+        """Close the channel; the server goes on."""
+        self._closed = True
+        self._channel.close()
+
+
+class _Wire:
+    """How one kind of command travels: as which message, and what its result is in the answer."""
+
+    def __init__(self, request: Callable[[Any], Message], result: Callable[[Any, Any], Any] = lambda *_: None) -> None:
+        self.request = request
+        self.result = result
+
+
+class _Attempt:
+    """One command under way: sent, and sent again while its outcome is open and a key makes that safe."""
+
+    def __init__(
+        self,
+        stub: Any,
+        wire: _Wire,
+        command: Command[Any],
+        origin: Origin,
+        timeout_s: float,
+        target: str,
+    ) -> None:
+        self._stub = stub
+        self._wire = wire
+        self._command = command
+        self._repeatable = origin.idempotency_key is not None
+        self._origin = origin
+        self._deadline = time.monotonic() + timeout_s
+        self._target = target
+        self._pause_s = _FIRST_PAUSE_S
+        self._future: Future[Any] = Future()
+
+    def start(self) -> Future[Any]:
+        """Send it; the future of its result."""
+        self._future.set_running_or_notify_cancel()
+        try:
+            self._headers = _headers_of(self._origin, self._command)
+            self._request = self._wire.request(self._command)
+            self._send()
+        except (InvalidArgumentError, LimitExceededError) as error:
+            self._future.set_exception(error)
+        except (ValueError, TypeError) as error:
+            # What no message can carry: a lone surrogate, a number beyond its field.
+            self._future.set_exception(InvalidArgumentError("request", str(error)))
+        return self._future
+
+    def _send_again(self) -> None:
+        try:
+            self._send()
+        except ValueError:
+            # The channel was closed meanwhile.
+            self._future.set_exception(EngineClosedError())
+
+    def _send(self) -> None:
+        left_s = max(0.001, self._deadline - time.monotonic())
+        call = self._stub.future(self._request, timeout=left_s, metadata=self._headers)
+        call.add_done_callback(self._done)
+
+    def _done(self, call: Any) -> None:
+        try:
+            response = call.result()
+        except grpc.RpcError:
+            self._failed(call)
+        except grpc.FutureCancelledError:
+            self._future.set_exception(EngineClosedError())
+        else:
+            if isinstance(response, pb.InitializeSessionResponse):
+                self._future.set_result(_session_view(response, call))
+            else:
+                self._future.set_result(self._wire.result(self._command, response))
+
+    def _failed(self, call: Any) -> None:
+        error = error_of_call(call)
+        lost = call.code() in _CONNECTION_LOST and isinstance(error, UnavailableError | InternalError)
+        if lost:
+            error = self._lost(call.details() or call.code().name)
+        open_still = lost or isinstance(error, OutcomeUnknownError | EngineClosedError)
+        if open_still and self._repeatable and time.monotonic() + self._pause_s < self._deadline:
+            self._send_later()
+        else:
+            self._future.set_exception(error)
+
+    def _send_later(self) -> None:
+        timer = threading.Timer(self._pause_s, self._send_again)
+        timer.daemon = True
+        timer.start()
+        self._pause_s = min(self._pause_s * 2, _LONGEST_PAUSE_S)
+
+    def _lost(self, details: str) -> StateError:
+        never_sent = "failed to connect" in details.lower() or "connection refused" in details.lower()
+        if self._command.writes and not never_sent:
+            return OutcomeUnknownError(f"the connection to {self._target} broke: {details}")
+        return UnavailableError(f"{self._target}: {details}")
+
+
+def _session_view(response: pb.InitializeSessionResponse, call: Any) -> SessionView:
+    resumed = any(key == RESUMED for key, _ in call.trailing_metadata() or ())
+    variables = sorted(map(codec.variable_of, response.initial_variables.values()), key=lambda v: v.name)
+    return SessionView(resumed=resumed, variables=tuple(variables))
+
+
+def _headers_of(origin: Origin, command: Command[Any]) -> _Headers:
+    before = command.before if isinstance(command, commands.GetVariableHistory) else None
+    headers = {
+        ACTOR: origin.actor,
+        SOURCE: origin.source.value if origin.source is Source.PYTHON else None,
+        IDEMPOTENCY_KEY: origin.idempotency_key,
+        OPTIMIZER_ID: origin.optimizer_id,
+        BEFORE_VERSION: None if before is None else str(before),
+    }
+    return tuple(_header(name, text) for name, text in headers.items() if text is not None)
+
+
+def _header(name: str, text: str) -> tuple[str, str | bytes]:
+    """`text` as gRPC metadata: what is not plain ASCII travels as UTF-8 under a binary key."""
+    if len(text) > _HEADER_LENGTH:
+        raise LimitExceededError(f"the length of {name}", len(text), _HEADER_LENGTH, "name_length")
+    if text and text.isascii() and text.isprintable() and text == text.strip():
+        return name, text
+    return name + BINARY, text.encode()
+
+
+# The rpcs
+
+
+def _initialize_session(command: commands.InitializeSession) -> Message:
+    request = pb.InitializeSessionRequest(session_id=command.session_id, metadata=command.metadata)
+    if command.config:
+        request.config.CopyFrom(pb.SessionConfig(**command.config))
+    return request
+
+
+def _register_variable(command: commands.RegisterVariable) -> Message:
+    return pb.RegisterVariableRequest(
+        session_id=command.session_id,
+        name=command.name,
+        type=command.type,
+        initial_value=codec.any_of(command.type, command.value),
+        constraints_json=command.constraints,
+        metadata=command.metadata,
+        initial_binary_value=command.value.binary or b"",
+    )
+
+
+def _set_variable(command: commands.SetVariable) -> Message:
+    return pb.SetVariableRequest(
+        session_id=command.session_id,
+        variable_identifier=command.identifier,
+        value=_untyped(command.value),
+        metadata=command.metadata,
+        expected_version=command.expected_version,
+        binary_value=command.value.binary or b"",
+    )
+
+
+def _set_variables(command: commands.SetVariables) -> Message:
+    return pb.BatchSetVariablesRequest(
+        session_id=command.session_id,
+        updates={identifier: _untyped(value) for identifier, value in command.updates.items()},
+        metadata=command.metadata,
+        atomic=command.atomic,
+        binary_updates={
+            identifier: value.binary for identifier, value in command.updates.items() if value.binary is not None
+        },
+    )
+
+
+def _untyped(value: Value) -> Any:
+    """A value whose type only the server knows; "string" here says no more than that it is JSON."""
+    return codec.any_of("string", value)
+
+
+def _variables_found(command: commands.GetVariables, response: pb.BatchGetVariablesResponse) -> VariablesFound:
+    # In the order asked for: the map in the message has none.
+    messages = response.variables
+    found = {
+        identifier: codec.variable_of(messages[identifier])
+        for identifier in command.identifiers
+        if identifier in messages
+    }
+    return VariablesFound(found, tuple(response.missing_variables))
+
+
+def _batch_outcome(_: commands.SetVariables, response: pb.BatchSetVariablesResponse) -> BatchOutcome:
+    return BatchOutcome(response.success, dict(response.new_versions), dict(response.errors))
+
+
+def _session_summary(_: commands.GetSession, response: pb.GetSessionResponse) -> SessionSummary:
+    return SessionSummary(
+        response.session_id,
+        dict(response.metadata),
+        codec.moment_of(response.created_at),
+        response.variable_count,
+        response.tool_count,
+    )
+
+
+def _identified(request: Callable[..., Message], **more: str) -> Callable[[Any], Message]:
+    """A request that names a session and a variable; `more`: its other fields by the command's attribute."""
+
+    def build(command: Any) -> Message:
+        fields = {field: getattr(command, attribute) for field, attribute in more.items()}
+        return request(session_id=command.session_id, variable_identifier=command.identifier, **fields)
+
+    return build
+
+
+_WIRES: Mapping[type[Command[Any]], _Wire] = {
+    commands.InitializeSession: _Wire(_initialize_session),
+    commands.GetSession: _Wire(lambda c: pb.GetSessionRequest(session_id=c.session_id), _session_summary),
+    commands.Heartbeat: _Wire(lambda c: pb.HeartbeatRequest(session_id=c.session_id), lambda _, r: r.session_valid),
+    commands.CleanupSession: _Wire(
+        lambda c: pb.CleanupSessionRequest(session_id=c.session_id), lambda _, r: r.resources_cleaned
+    ),
+    commands.RegisterVariable: _Wire(_register_variable, lambda _, r: r.variable_id),
+    commands.GetVariable: _Wire(
+        _identified(pb.GetVariableRequest, bypass_cache="bypass_cache"), lambda _, r: codec.variable_of(r.variable)
+    ),
+    commands.GetVariables: _Wire(
+        lambda c: pb.BatchGetVariablesRequest(
+            session_id=c.session_id, variable_identifiers=c.identifiers, bypass_cache=c.bypass_cache
+        ),
+        _variables_found,
+    ),
+    commands.SetVariable: _Wire(_set_variable, lambda _, r: r.new_version),
+    commands.SetVariables: _Wire(_set_variables, _batch_outcome),
+    commands.ListVariables: _Wire(
+        lambda c: pb.ListVariablesRequest(session_id=c.session_id, pattern=c.pattern),
+        lambda _, r: tuple(codec.variable_of(variable) for variable in r.variables),
+    ),
+    commands.DeleteVariable: _Wire(_identified(pb.DeleteVariableRequest)),
+    commands.GetVariableHistory: _Wire(
+        _identified(pb.GetVariableHistoryRequest, limit="limit"),
+        lambda _, r: [codec.version_of(entry) for entry in r.entries],
+    ),
+    commands.RollbackVariable: _Wire(
+        _identified(pb.RollbackVariableRequest, target_version="target_version"),
+        lambda _, r: codec.variable_of(r.variable),
+    ),
+    commands.AddDependency: _Wire(
+        lambda c: pb.AddDependencyRequest(
+            session_id=c.session_id,
+            from_variable=c.from_variable,
+            to_variable=c.to_variable,
+            dependency_type=c.dependency_type,
+        )
+    ),
+    commands.StartOptimization: _Wire(
+        _identified(pb.StartOptimizationRequest, optimizer_id="optimizer_id", optimizer_config="config"),
+        lambda _, r: r.optimization_id,
+    ),
+    commands.StopOptimization: _Wire(
+        _identified(pb.StopOptimizationRequest, force="force"), lambda _, r: codec.value_in(r.final_value)
+    ),
+}
+
+
+class BridgedWatch(Watch):
+    """A watch on another process's store. A thread takes the stream in; when the buffer is full it stops reading, and
+    the server holds back."""
+
+    def __init__(self, call: Any, timeout_s: float) -> None:
+        self._call = call
+        self._lock = threading.Condition()
+        self._buffer: deque[Update] = deque()
+        self._whole = 0
+        self._error: StateError | None = None
+        self._closed = False
+        self._wake: Callable[[], None] = lambda: None
+        headers = self._begin(timeout_s)
+        self.position = int(headers[POSITION])
+        self.initial = self._take_initial(int(headers[INITIAL_VALUES]))
+        self._thread = threading.Thread(target=self._read, name="dspex-persist-watch", daemon=True)
+        self._thread.start()
+
+    def _begin(self, timeout_s: float) -> dict[str, str]:
+        """Wait for the server's word that the watch stands."""
+        give_up = threading.Timer(timeout_s, self._call.cancel)
+        give_up.daemon = True
+        give_up.start()
+        try:
+            headers = dict(self._call.initial_metadata() or ())
+            if POSITION not in headers:
+                next(self._call)
+        except grpc.RpcError:
+            raise error_of_call(self._call) from None
+        finally:
+            give_up.cancel()
+        return headers
+
+    def _take_initial(self, count: int) -> tuple[Variable, ...]:
+        try:
+            return tuple(codec.update_of(next(self._call)).variable for _ in range(count))
+        except grpc.RpcError:
+            raise error_of_call(self._call) from None
+
+    def _read(self) -> None:
+        error: StateError = EngineClosedError()
+        try:
+            for message in self._call:
+                self._take(message)
+        except grpc.RpcError:
+            if not self._closed:
+                error = error_of_call(self._call)
+        with self._lock:
+            self._error = error
+        self._wake()
+
+    def _take(self, message: pb.VariableUpdate) -> None:
+        sequence = int(message.update_metadata[codec.COMMIT_SEQUENCE])
+        with self._lock:
+            if message.update_type == "heartbeat":
+                if not self._buffer:
+                    self.position = max(self.position, sequence)
+                return
+            update = codec.update_of(message)
+            self._buffer.append(update)
+            if update.part[0] < update.part[1]:
+                return
+            # Only whole commits are handed out, and only they count: one commit may be larger than the buffer.
+            self._whole = len(self._buffer)
+        self._wake()
+        with self._lock:
+            self._lock.wait_for(lambda: self._whole < _BUFFERED_UPDATES or self._closed)
+
+    def pull(self) -> list[Update]:
+        """See `Watch.pull`."""
+        with self._lock:
+            updates = [self._buffer.popleft() for _ in range(self._whole)]
+            self._whole = 0
+            if updates:
+                self.position = updates[-1].sequence
+                self._lock.notify_all()
+            elif self._error is not None:
+                raise self._error
+        return updates
+
+    def pull_ready(self) -> list[Update]:
+        """See `Watch.pull_ready`."""
+        return self.pull()
+
+    def notify(self, wake: Callable[[], None]) -> None:
+        """See `Watch.notify`."""
+        with self._lock:
+            self._wake = wake
+            ended = self._error is not None
+        if ended:
+            wake()
+
+    def close(self) -> None:
+        """Stop watching."""
+        with self._lock:
+            self._closed = True
+            self._lock.notify_all()
+        self._call.cancel()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+
+def _failed(error: StateError) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_exception(error)
+    return future

@@ -1,0 +1,107 @@
+"""What a command is: frozen arguments, and `apply`, which reads and stages through a unit of work."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import Enum
+from hashlib import sha256
+from typing import Any, ClassVar, Generic, TypeVar
+
+from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError, quote
+from dspex_persist.state.limits import Limits
+from dspex_persist.state.unit_of_work import UnitOfWork
+
+R = TypeVar("R")
+
+RESERVED_KEY, RESERVED_PREFIX = "commit_sequence", "dspex."
+"""Metadata that the server itself adds where it tells of a change."""
+
+
+class Reads(Enum):
+    """What a command reads."""
+
+    CURRENT = "current"
+    """Current values: memory has them."""
+    HISTORY = "history"
+    """Past versions too: they are in the file."""
+    FILE = "file"
+    """Current values, but from the file, because the caller wants it so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command(ABC, Generic[R]):
+    """One operation on one session.
+
+    `writes`: it may stage changes, and so goes through the writer.
+    `returns`: the type of its result, with which a recorded result is read back.
+    """
+
+    session_id: str
+
+    writes: ClassVar[bool] = False
+    returns: ClassVar[Any] = None
+
+    @abstractmethod
+    def apply(self, uow: UnitOfWork) -> R:
+        """Do it; a `StateError` means that nothing was done."""
+
+    @property
+    def cause(self) -> str:
+        """The command's name, which is that of its rpc."""
+        return type(self).__name__
+
+    @property
+    def reads(self) -> Reads:
+        """What it has to be given to read."""
+        return Reads.CURRENT
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hexadecimal) of what was asked, the same for equal requests whatever the order of their maps."""
+        asked = json.dumps([self.cause, asdict(self)], sort_keys=True, default=_digest)
+        return sha256(asked.encode()).hexdigest()
+
+
+def _digest(value: object) -> str:
+    return sha256(value).hexdigest() if isinstance(value, bytes) else repr(value)
+
+
+def check_text(field: str, text: str, length: int, setting: str) -> str:
+    """`text` as an id or a name: not empty, not longer than `length`, without control characters or surrogates."""
+    if not text:
+        raise InvalidArgumentError(field, "it must not be empty")
+    if len(text) > length:
+        raise LimitExceededError(f"the length of {field} {quote(text)}", len(text), length, setting)
+    for character in text:
+        if character < " " or character == "\x7f" or "\ud800" <= character <= "\udfff":
+            raise InvalidArgumentError(field, f"{quote(text)} contains the control character {character!r}")
+    return text
+
+
+def check_metadata(metadata: Mapping[str, str], limits: Limits) -> Mapping[str, str]:
+    """`metadata` if it is within the limits, free of NUL and surrogates, and leaves our own keys alone."""
+    if not metadata:
+        return metadata
+    if len(metadata) > limits.metadata_entries:
+        raise LimitExceededError(
+            "number of metadata entries", len(metadata), limits.metadata_entries, "metadata_entries"
+        )
+    size = 0
+    for key, text in metadata.items():
+        if key == RESERVED_KEY or key.startswith(RESERVED_PREFIX):
+            raise InvalidArgumentError("metadata", f"the key {key!r} is set by the server; use another key")
+        try:
+            size += len(key.encode()) + len(text.encode())
+        except UnicodeEncodeError:
+            raise InvalidArgumentError("metadata", f"entry {quote(key)} is no valid Unicode") from None
+    if size > limits.metadata_size_bytes:
+        raise LimitExceededError(
+            "size of the metadata in bytes", size, limits.metadata_size_bytes, "metadata_size_bytes"
+        )
+    return metadata
+
+
+def check_merged_metadata(merged: Mapping[str, str], added: Mapping[str, str], limits: Limits) -> None:
+    """The limits again, on what a merge adds up to; without this, many small writes grow a variable for ever."""
+    if added:
+        check_metadata(merged, limits)

@@ -1,0 +1,53 @@
+"""Dependencies between variables."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from dspex_persist.state.commands.base import Command, check_text
+from dspex_persist.state.errors import DependencyCycleError, LimitExceededError
+from dspex_persist.state.model import Dependency
+from dspex_persist.state.unit_of_work import SessionState, UnitOfWork, find_cycle
+
+_MOST_PER_VARIABLE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class AddDependency(Command[None]):
+    """Say that `from_variable` depends on `to_variable`. Saying it again changes nothing."""
+
+    from_variable: str
+    to_variable: str
+    dependency_type: str = ""
+
+    writes: ClassVar[bool] = True
+    returns: ClassVar[Any] = None
+
+    def apply(self, uow: UnitOfWork) -> None:
+        state = uow.session(self.session_id)
+        from_id = uow.variable(self.session_id, self.from_variable).id
+        to_id = uow.variable(self.session_id, self.to_variable).id
+        if self.dependency_type:
+            check_text("dependency_type", self.dependency_type, uow.limits.name_length, "name_length")
+        edge = Dependency(from_id, to_id, self.dependency_type, uow.sequence)
+        if any(_same(edge, kept) for kept in state.dependencies):
+            return
+        most = _MOST_PER_VARIABLE * uow.limits.variables_per_session
+        if len(state.dependencies) >= most:
+            what = f"number of dependencies ({_MOST_PER_VARIABLE} a variable)"
+            raise LimitExceededError(what, len(state.dependencies) + 1, most, "variables_per_session")
+        cycle = find_cycle(state.dependencies, edge)
+        if cycle is not None:
+            raise DependencyCycleError(_spell(state, cycle))
+        uow.add_dependency(self.session_id, edge)
+
+
+def _same(edge: Dependency, kept: Dependency) -> bool:
+    return kept.until is None and (edge.from_id, edge.to_id, edge.type) == (
+        kept.from_id,
+        kept.to_id,
+        kept.type,
+    )
+
+
+def _spell(state: SessionState, cycle: list[str]) -> str:
+    return " -> ".join(state.names[variable_id] for variable_id in cycle)

@@ -1,0 +1,127 @@
+"""Sessions: begin or resume, look, keep alive, end."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from dspex_persist.state.commands.base import Command, check_merged_metadata, check_metadata, check_text
+from dspex_persist.state.errors import InvalidArgumentError, quote
+from dspex_persist.state.model import Session, SessionSummary, SessionView
+from dspex_persist.state.unit_of_work import SessionState, UnitOfWork
+from dspex_persist.state.values import encode
+
+_MOST_TTL_S = 100 * 365 * 86_400
+
+
+@dataclass(frozen=True, slots=True)
+class InitializeSession(Command[SessionView]):
+    """Begin a session, or resume the live one of this id: new metadata is merged into its own.
+
+    `metadata["ttl_seconds"]` sets how long it lives untouched; "0" means for ever.
+    """
+
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    writes: ClassVar[bool] = True
+    returns: ClassVar[Any] = SessionView
+
+    def apply(self, uow: UnitOfWork) -> SessionView:
+        check_text("session_id", self.session_id, uow.limits.session_id_length, "session_id_length")
+        check_metadata(self.metadata, uow.limits)
+        state = uow.find_session(self.session_id)
+        if state is None:
+            encode(dict(self.config), name="config")  # Refuses what is no JSON: later, it would end the writer.
+            ttl_s = _ttl_of(self.metadata, uow.session_ttl_s)
+            session = Session(self.session_id, uow.now, dict(self.metadata), ttl_s, uow.sequence)
+            uow.start_session(session, self.config)
+            return SessionView(resumed=False, variables=())
+        self._merge(uow, state)
+        return SessionView(resumed=True, variables=tuple(uow.current(v) for v in state.variables.values()))
+
+    def _merge(self, uow: UnitOfWork, state: SessionState) -> None:
+        merged = {**state.session.metadata, **self.metadata}
+        ttl_s = _ttl_of(self.metadata, state.session.ttl_s)
+        if merged != state.session.metadata or ttl_s != state.session.ttl_s:
+            check_merged_metadata(merged, self.metadata, uow.limits)
+            uow.update_session(replace(state.session, metadata=merged, ttl_s=ttl_s))
+
+
+def _ttl_of(metadata: Mapping[str, str], default_s: float | None) -> float | None:
+    text = metadata.get("ttl_seconds")
+    if text is None:
+        return default_s
+    try:
+        ttl_s = float(text)
+    except ValueError:
+        ttl_s = math.nan
+    if not 0 <= ttl_s <= _MOST_TTL_S:
+        reason = f"ttl_seconds is {quote(text)}, it must be a number of seconds from 0 (for ever) to {_MOST_TTL_S}"
+        raise InvalidArgumentError("metadata", reason)
+    return ttl_s or None
+
+
+@dataclass(frozen=True, slots=True)
+class GetSession(Command[SessionSummary]):
+    """The session's own facts and what it holds."""
+
+    def apply(self, uow: UnitOfWork) -> SessionSummary:
+        state = uow.session(self.session_id)
+        session = state.session
+        return SessionSummary(session.id, session.metadata, session.created_at, len(state.variables), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadState(Command[SessionState]):
+    """The published state itself, for a backend's own use."""
+
+    def apply(self, uow: UnitOfWork) -> SessionState:
+        return uow.session(self.session_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat(Command[bool]):
+    """Whether the session lives; begins its TTL anew."""
+
+    def apply(self, uow: UnitOfWork) -> bool:
+        return uow.find_session(self.session_id) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class CleanupSession(Command[int]):
+    """End the session; how many of its variables went (0 if there was none). Its history stays."""
+
+    writes: ClassVar[bool] = True
+    returns: ClassVar[Any] = int
+
+    def apply(self, uow: UnitOfWork) -> int:
+        state = uow.find_session(self.session_id)
+        if state is None:
+            return 0
+        uow.end_session(self.session_id, "cleaned up")
+        return len(state.variables)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpireSession(Command[bool]):
+    """End the session if its TTL is over."""
+
+    writes: ClassVar[bool] = True
+    returns: ClassVar[Any] = bool
+
+    def apply(self, uow: UnitOfWork) -> bool:
+        if uow.find_expired(self.session_id) is None:
+            return False
+        uow.end_session(self.session_id, "expired")
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class TouchSession(Command[None]):
+    """Bring the expiry in the file up to date with the one in memory; no commit of its own."""
+
+    writes: ClassVar[bool] = True
+
+    def apply(self, uow: UnitOfWork) -> None:
+        uow.find_session(self.session_id)

@@ -1,0 +1,307 @@
+"""Variables: register, read, write, delete, look back, roll back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from dspex_persist.state import values
+from dspex_persist.state.commands.base import Command, Reads, check_merged_metadata, check_metadata, check_text
+from dspex_persist.state.errors import (
+    InvalidArgumentError,
+    LimitExceededError,
+    StateError,
+    VariableExistsError,
+    VariableLockedError,
+    VersionConflictError,
+    VersionNotFoundError,
+    quote,
+)
+from dspex_persist.state.model import (
+    BatchOutcome,
+    ChangeKind,
+    Source,
+    Value,
+    Variable,
+    VariablesFound,
+    VariableVersion,
+)
+from dspex_persist.state.unit_of_work import START, UnitOfWork
+
+DEFAULT_HISTORY = 100
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterVariable(Command[str]):
+    """Register a variable at version 0; its id. One that is there already, the same, keeps its value."""
+
+    name: str
+    type: str
+    value: Value
+    constraints: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    writes: ClassVar[bool] = True
+    returns: ClassVar[Any] = str
+
+    def apply(self, uow: UnitOfWork) -> str:
+        state = uow.session(self.session_id)
+        check_text("name", self.name, uow.limits.name_length, "name_length")
+        check_metadata(self.metadata, uow.limits)
+        size = len(self.constraints.encode(errors="replace"))
+        if size > uow.limits.constraints_size_bytes:
+            what = f"size of the constraints of {quote(self.name)} in bytes"
+            raise LimitExceededError(what, size, uow.limits.constraints_size_bytes, "constraints_size_bytes")
+        constraints = values.compile_constraints(self.name, self.type, self.constraints)
+        existing = state.variables.get(self.name)
+        if existing is not None:
+            return self._resume(existing, constraints.json)
+        if self.name in state.names:
+            raise InvalidArgumentError("name", f"{quote(self.name)} is the id of another variable in this session")
+        if len(state.variables) >= uow.limits.variables_per_session:
+            limit = uow.limits.variables_per_session
+            raise LimitExceededError("number of variables", len(state.variables) + 1, limit, "variables_per_session")
+        variable = Variable(
+            id=f"var_{self.name}_{uow.new_token()}",
+            name=self.name,
+            type=self.type,
+            value=values.normalise(self.name, self.type, constraints, self.value, uow.limits),
+            version=0,
+            constraints=constraints.json,
+            metadata=dict(self.metadata),
+            source=source_of(self.metadata, uow.origin.source),
+            updated_at=uow.now,
+        )
+        uow.add_variable(self.session_id, variable)
+        return variable.id
+
+    def _resume(self, existing: Variable, constraints: str) -> str:
+        if existing.type != self.type:
+            raise VariableExistsError(self.name, f"its type is {existing.type}, not {self.type}")
+        if existing.constraints != constraints:
+            difference = f"its constraints are {existing.constraints or 'none'}, not {constraints or 'none'}"
+            raise VariableExistsError(self.name, difference)
+        return existing.id
+
+
+@dataclass(frozen=True, slots=True)
+class GetVariable(Command[Variable]):
+    """A variable by name or id."""
+
+    identifier: str
+    bypass_cache: bool = False
+
+    @property
+    def reads(self) -> Reads:
+        return Reads.FILE if self.bypass_cache else Reads.CURRENT
+
+    def apply(self, uow: UnitOfWork) -> Variable:
+        return uow.variable(self.session_id, self.identifier)
+
+
+@dataclass(frozen=True, slots=True)
+class GetVariables(Command[VariablesFound]):
+    """Several variables as of one moment."""
+
+    identifiers: Sequence[str]
+    bypass_cache: bool = False
+
+    @property
+    def reads(self) -> Reads:
+        return Reads.FILE if self.bypass_cache else Reads.CURRENT
+
+    def apply(self, uow: UnitOfWork) -> VariablesFound:
+        state = uow.session(self.session_id)
+        if len(self.identifiers) > uow.limits.batch_entries:
+            limit = uow.limits.batch_entries
+            raise LimitExceededError("number of variables in the batch", len(self.identifiers), limit, "batch_entries")
+        found: dict[str, Variable] = {}
+        missing: dict[str, None] = {}
+        for identifier in self.identifiers:
+            variable = state.find(identifier)
+            if variable is None:
+                missing[identifier] = None
+            else:
+                found[identifier] = uow.current(variable)
+        return VariablesFound(found, tuple(missing))
+
+
+@dataclass(frozen=True, slots=True)
+class ListVariables(Command[tuple[Variable, ...]]):
+    """The variables whose whole name fits a glob of `*` and `?`, oldest first; "" means all."""
+
+    pattern: str = ""
+
+    def apply(self, uow: UnitOfWork) -> tuple[Variable, ...]:
+        variables = uow.session(self.session_id).variables.values()
+        if not self.pattern:
+            return tuple(uow.current(variable) for variable in variables)
+        if len(self.pattern) > uow.limits.name_length:
+            limit = uow.limits.name_length
+            raise LimitExceededError("length of the pattern", len(self.pattern), limit, "name_length")
+        return tuple(uow.current(variable) for variable in variables if glob_matches(self.pattern, variable.name))
+
+
+def glob_matches(pattern: str, name: str) -> bool:
+    """Whether the whole of `name` fits `pattern`: `*` any run, `?` any one character, everything else itself.
+
+    Linear in the length of both for each `*`: it goes back to the last `*` only, so no pattern can stop a server.
+    """
+    at, star, retry = 0, -1, 0
+    position = 0
+    while position < len(name):
+        if at < len(pattern) and pattern[at] == "*":
+            star, retry = at, position
+            at += 1
+        elif at < len(pattern) and pattern[at] in ("?", name[position]):
+            at += 1
+            position += 1
+        elif star >= 0:
+            retry += 1
+            at, position = star + 1, retry
+        else:
+            return False
+    return all(character == "*" for character in pattern[at:])
+
+
+@dataclass(frozen=True, slots=True)
+class SetVariable(Command[int]):
+    """Write a value; the new version. `expected_version` 0 writes whatever the version is."""
+
+    identifier: str
+    value: Value
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    expected_version: int = 0
+
+    writes: ClassVar[bool] = True
+    returns: ClassVar[Any] = int
+
+    def apply(self, uow: UnitOfWork) -> int:
+        variable = uow.variable(self.session_id, self.identifier)
+        if self.expected_version:
+            if self.expected_version < 0:
+                raise InvalidArgumentError("expected_version", f"{self.expected_version} is below 0")
+            if self.expected_version != variable.version:
+                raise VersionConflictError(variable.name, self.expected_version, variable.version)
+        return _write(uow, self.session_id, variable, self.value, check_metadata(self.metadata, uow.limits))
+
+
+@dataclass(frozen=True, slots=True)
+class SetVariables(Command[BatchOutcome]):
+    """Write several values in one commit: all or none of them if `atomic`, else those that are valid.
+
+    `refused`: entries that could not even be read, by identifier, with what was wrong.
+    """
+
+    updates: Mapping[str, Value]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    atomic: bool = False
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    writes: ClassVar[bool] = True
+    returns: ClassVar[Any] = BatchOutcome
+
+    def apply(self, uow: UnitOfWork) -> BatchOutcome:
+        uow.session(self.session_id)
+        if len(self.updates) > uow.limits.batch_entries:
+            limit = uow.limits.batch_entries
+            raise LimitExceededError("number of updates in the batch", len(self.updates), limit, "batch_entries")
+        metadata = check_metadata(self.metadata, uow.limits)
+        versions: dict[str, int] = {}
+        errors = dict(self.refused)
+        for identifier, value in self.updates.items():
+            try:
+                variable = uow.variable(self.session_id, identifier)
+                versions[identifier] = _write(uow, self.session_id, variable, value, metadata)
+            except StateError as error:
+                errors[identifier] = str(error)
+        if self.atomic and errors:
+            uow.rollback_to(START)
+            return BatchOutcome(success=False, versions={}, errors=errors)
+        return BatchOutcome(success=bool(versions) or not errors, versions=versions, errors=errors)
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteVariable(Command[None]):
+    """Delete a variable; its history stays and ends with the deletion."""
+
+    identifier: str
+
+    writes: ClassVar[bool] = True
+
+    def apply(self, uow: UnitOfWork) -> None:
+        variable = uow.variable(self.session_id, self.identifier)
+        if variable.optimization is not None:
+            raise VariableLockedError(variable.name, variable.optimization.optimizer_id)
+        uow.delete_variable(self.session_id, uow.drop_ended_lock(self.session_id, variable))
+
+
+@dataclass(frozen=True, slots=True)
+class GetVariableHistory(Command[list[VariableVersion]]):
+    """The newest versions, newest first; deleted variables still have theirs. `limit` 0 means 100."""
+
+    identifier: str
+    limit: int = 0
+    before: int | None = None
+
+    @property
+    def reads(self) -> Reads:
+        return Reads.HISTORY
+
+    def apply(self, uow: UnitOfWork) -> list[VariableVersion]:
+        most = uow.limits.history_entries
+        if self.limit < 0:
+            raise InvalidArgumentError("limit", f"{self.limit} is below 0; 0 means {DEFAULT_HISTORY}")
+        if self.limit > most:
+            raise LimitExceededError("limit of the history", self.limit, most, "history_entries")
+        if self.before is not None and not 0 <= self.before < 2**63:
+            raise InvalidArgumentError("before", f"{self.before} is no version")
+        return uow.history(self.session_id, self.identifier, self.limit or DEFAULT_HISTORY, self.before)
+
+
+@dataclass(frozen=True, slots=True)
+class RollbackVariable(Command[Variable]):
+    """Write the value of an earlier version as a new version."""
+
+    identifier: str
+    target_version: int
+
+    writes: ClassVar[bool] = True
+    returns: ClassVar[Any] = Variable
+
+    def apply(self, uow: UnitOfWork) -> Variable:
+        variable = uow.variable(self.session_id, self.identifier)
+        metadata = {"rolled_back_to": str(self.target_version)}
+        if uow.origin.optimizer_id is not None:
+            metadata["optimizer_id"] = uow.origin.optimizer_id
+        check_lock(variable, check_metadata(metadata, uow.limits))
+        if not 0 <= self.target_version <= variable.version:
+            raise VersionNotFoundError(variable.name, self.target_version, variable.version)
+        target = uow.find_version(self.session_id, variable, self.target_version)
+        if target is None or target.value is None:
+            raise VersionNotFoundError(variable.name, self.target_version, variable.version)
+        variable = uow.drop_ended_lock(self.session_id, variable)
+        return uow.write(self.session_id, variable, target.value, metadata, uow.origin.source, ChangeKind.ROLLED_BACK)
+
+
+def source_of(metadata: Mapping[str, str], default: Source) -> Source:
+    """Who wrote: `metadata["source"]` if it names a side, else the caller's default."""
+    said = metadata.get("source", "").lower()
+    return Source(said) if said in ("python", "elixir") else default
+
+
+def check_lock(variable: Variable, metadata: Mapping[str, str]) -> None:
+    """Refuse a write to a variable that another optimizer holds."""
+    lock = variable.optimization
+    if lock is not None and metadata.get("optimizer_id") != lock.optimizer_id:
+        raise VariableLockedError(variable.name, lock.optimizer_id)
+
+
+def _write(uow: UnitOfWork, session_id: str, variable: Variable, value: Value, metadata: Mapping[str, str]) -> int:
+    check_lock(variable, metadata)
+    constraints = values.compile_constraints(variable.name, variable.type, variable.constraints)
+    normalised = values.normalise(variable.name, variable.type, constraints, value, uow.limits)
+    if metadata:
+        check_merged_metadata({**variable.metadata, **metadata}, metadata, uow.limits)
+    variable = uow.drop_ended_lock(session_id, variable)
+    source = source_of(metadata, uow.origin.source)
+    return uow.write(session_id, variable, normalised, metadata, source).version

@@ -1,0 +1,258 @@
+"""EmbeddedState: the engine in this process, on a SQLite file that this process owns."""
+
+import getpass
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
+
+from dspex_persist.state.commands import Command, ListVariables, ReadState, TouchSession
+from dspex_persist.state.commands.base import Reads
+from dspex_persist.state.errors import (
+    EngineClosedError,
+    InvalidArgumentError,
+    OutcomeUnknownError,
+    SessionNotFoundError,
+    StateError,
+    TooManyWatchersError,
+    VariableNotFoundError,
+)
+from dspex_persist.state.model import Origin, Source, Update
+from dspex_persist.state.provider import Capability, StateProvider
+from dspex_persist.state.store.session_store import Job, SessionStore, StoreOptions
+from dspex_persist.state.store.writer import Writer
+from dspex_persist.state.unit_of_work import SessionState
+from dspex_persist.state.watch import Watch, is_watched, updates_of
+
+R = TypeVar("R")
+
+_logger = structlog.get_logger(__name__)
+_READ_THREADS = 4
+_WATCHING = Origin("", "WatchVariables")
+
+
+class EmbeddedState(StateProvider):
+    """Session state in a SQLite file: writes through one writer thread, reads from memory, history from the file.
+
+    `on_fatal` is called when the writer ends before its time (an I/O error, or a fault of ours): nothing can be
+    written any more, and a server should end. As a library the default is that every later call raises.
+    """
+
+    capabilities = frozenset({Capability.DURABLE})
+
+    def __init__(
+        self,
+        path: str | Path,
+        options: StoreOptions | None = None,
+        *,
+        sweep_interval_s: float = 30.0,
+        on_fatal: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self._store = SessionStore(Path(path), options)
+        self._failed: StateError | None = None
+        self._told_fatal = on_fatal
+        self._closing = threading.Lock()
+        self._closed = False
+        self._actor = f"user:{_user()}"
+        self._origins: dict[str, Origin] = {}
+        self._readers = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="dspex-persist-reader")
+        self._writer = Writer(
+            self._store.write_group,
+            queue_length=self._store.options.limits.queue_length,
+            on_idle=self._store.sweep,
+            idle_s=sweep_interval_s,
+            on_fatal=self._on_fatal,
+        )
+
+    @property
+    def head_sequence(self) -> int:
+        """The last durable commit."""
+        return self._store.head.sequence
+
+    def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
+        """Have the command carried out: a read of a session that is in memory is done when this returns."""
+        asked_by = origin or self.default_origin(command.cause)
+        if command.writes:
+            return self._writer.submit(Job(command, asked_by))
+        if self._closed:
+            return _failed(EngineClosedError())
+        reads = command.reads
+        state = self._store.find_loaded(command.session_id) if reads is not Reads.FILE else None
+        if reads is not Reads.CURRENT:
+            future = self._readers.submit(self._store.read_file, command, asked_by, state)
+            if state is None or state.lease is not None:
+                # A read of the file is a sign of life too; only the writer can keep it.
+                self._writer.submit(Job(TouchSession(command.session_id), asked_by))
+            return future
+        if state is None:
+            # The writer alone loads sessions, so that none can be loaded while it changes.
+            return self._writer.submit(Job(command, asked_by))
+        return self._read(command, asked_by, state)
+
+    def _read(self, command: Command[Any], origin: Origin, state: SessionState) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(self._store.read_current(command, origin, state))
+        except StateError as error:
+            future.set_exception(error)
+        if state.lease is not None and state.lease.is_unsaved():
+            self._writer.submit(Job(TouchSession(state.session.id), origin))
+        return future
+
+    def watch(
+        self, session_id: str, identifiers: Sequence[str] = (), *, after_sequence: int | None = None
+    ) -> "EmbeddedWatch":
+        """Watch variables; see `StateProvider.watch`."""
+        if self._store.hub.count >= self._store.options.limits.watchers:
+            raise TooManyWatchersError(self._store.options.limits.watchers)
+        return EmbeddedWatch(
+            self._store, self.check_open, partial(self._state_of, session_id), identifiers, after_sequence
+        )
+
+    def _state_of(self, session_id: str) -> SessionState:
+        return self._call(ReadState(session_id))
+
+    def check_open(self) -> None:
+        """Raise what ended the engine, if it has ended."""
+        if self._failed is not None:
+            raise self._failed
+        if self._closed:
+            raise EngineClosedError()
+
+    def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
+        """The user of this process."""
+        if idempotency_key is not None:
+            return Origin(self._actor, cause, Source.PYTHON, idempotency_key)
+        origin = self._origins.get(cause)
+        if origin is None:
+            origin = self._origins[cause] = Origin(self._actor, cause, Source.PYTHON)
+        return origin
+
+    def close(self) -> None:
+        """Write what is queued, bring the WAL into the file, let it go."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            self._writer.close()
+            self._readers.shutdown()
+            self._store.hub.wake_all()
+            if self._failed is None:
+                self._store.close()
+
+    def _on_fatal(self, error: BaseException) -> None:
+        """On the writer's thread, after every waiting caller has been told."""
+        self._failed = error if isinstance(error, StateError) else OutcomeUnknownError(repr(error))
+        self._store.hub.wake_all()
+        self._store.abandon()
+        if self._told_fatal is not None:
+            self._told_fatal(error)
+
+
+class EmbeddedWatch(Watch):
+    """A watch on the engine in this process."""
+
+    def __init__(
+        self,
+        store: SessionStore,
+        check_open: Callable[[], None],
+        read_state: Callable[[], SessionState],
+        identifiers: Sequence[str],
+        after_sequence: int | None,
+    ) -> None:
+        self._store = store
+        self._check_open = check_open
+        self._identifiers = frozenset(identifiers)
+        self._first_sequence = read_state().session.sequence
+        # Joined before anything is read, so that nothing can fall in between.
+        self._feed = store.hub.join(self._first_sequence, self)
+        try:
+            self._state = read_state()
+            self._start(identifiers, after_sequence)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, identifiers: Sequence[str], after_sequence: int | None) -> None:
+        state, session_id = self._state, self._state.session.id
+        if state.session.sequence != self._first_sequence:
+            raise SessionNotFoundError(session_id)
+        if after_sequence is None:
+            everything = self._store.read_current(ListVariables(session_id), _WATCHING, state)
+            self.initial = tuple(variable for variable in everything if is_watched(variable, self._identifiers))
+            self.position = state.sequence
+        else:
+            head = self._store.head.sequence
+            if not 0 <= after_sequence <= head:
+                reason = f"{after_sequence} is not between 0 and the store's last commit, {head}"
+                raise InvalidArgumentError("x-dspex-after-sequence", reason)
+            self.initial = ()
+            self.position = after_sequence
+        for identifier in identifiers:
+            if state.find(identifier) is None and not self._store.was_there(state, identifier):
+                raise VariableNotFoundError(session_id, identifier)
+
+    def pull_ready(self) -> list[Update] | None:
+        """See `Watch.pull_ready`."""
+        self._check_open()
+        # Read before the commits: a session that has ended by now has published all of them.
+        ended = self._feed.ended
+        commits = self._feed.after(self.position)
+        if commits is None:
+            return None
+        updates: list[Update] = []
+        for commit in commits:
+            updates.extend(updates_of(commit, self._identifiers))
+            self.position = commit.sequence
+        if ended and not updates:
+            raise SessionNotFoundError(self._state.session.id)
+        return updates
+
+    def pull(self) -> list[Update]:
+        """See `Watch.pull`."""
+        while (updates := self.pull_ready()) is None:
+            floor = self._feed.floor
+            commits = self._store.changes_after(self._current_state(), self.position)
+            if not commits:
+                # Nothing of this session up to the floor as it was is left to read: what follows may be in the feed.
+                self.position = max(self.position, floor)
+                continue
+            told: list[Update] = []
+            for commit in commits:
+                told.extend(updates_of(commit, self._identifiers))
+                self.position = commit.sequence
+            if told:
+                return told
+        return updates
+
+    def _current_state(self) -> SessionState:
+        state = self._store.find_loaded(self._state.session.id)
+        if state is not None and state.session.sequence == self._first_sequence:
+            self._state = state
+        return self._state
+
+    def notify(self, wake: Callable[[], None]) -> None:
+        """See `Watch.notify`."""
+        if self in self._feed.watching:
+            self._feed.watching[self] = wake
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._store.hub.leave(self._first_sequence, self)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"
+
+
+def _failed(error: StateError) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_exception(error)
+    return future

@@ -1,0 +1,369 @@
+"""Everything that can go wrong in the state layer: errors with fields, one leaf for each cause.
+
+Each leaf is a dataclass: its fields are its arguments, `str()` says what is true and, where there is
+something to do, what to do next. `rpc/status.py` maps each leaf to a gRPC status code.
+"""
+
+from dataclasses import dataclass
+
+from dspex_persist.errors import DspexError
+
+_QUOTED = 60
+
+
+def quote(text: object) -> str:
+    """`text` in quotes, on one line, short enough for a message."""
+    shown = repr(str(text))
+    return shown if len(shown) <= _QUOTED else f"{shown[:_QUOTED]}...'"
+
+
+class StateError(DspexError):
+    """The root of the state layer's errors."""
+
+
+@dataclass(eq=False)
+class InvalidArgumentError(StateError):
+    """An argument that no state of the store could accept."""
+
+    field: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"invalid {self.field}: {self.reason}"
+
+
+@dataclass(eq=False)
+class SessionNotFoundError(StateError):
+    """No live session has this id: it never began, has ended, or has expired."""
+
+    session_id: str
+
+    def __str__(self) -> str:
+        return f"session not found: {quote(self.session_id)}; begin it with InitializeSession"
+
+
+@dataclass(eq=False)
+class VariableNotFoundError(StateError):
+    """The session has no variable of this name or id."""
+
+    session_id: str
+    identifier: str
+
+    def __str__(self) -> str:
+        return f"variable not found: {quote(self.identifier)} in session {quote(self.session_id)}"
+
+
+@dataclass(eq=False)
+class VersionNotFoundError(StateError):
+    """The variable never had this version."""
+
+    name: str
+    version: int
+    latest: int
+
+    def __str__(self) -> str:
+        return f"version not found: {self.version} of variable {quote(self.name)}; it has versions 0 to {self.latest}"
+
+
+@dataclass(eq=False)
+class VariableExistsError(StateError):
+    """The name is registered already, as something else."""
+
+    name: str
+    difference: str
+
+    def __str__(self) -> str:
+        return f"variable {quote(self.name)} already exists: {self.difference}"
+
+
+@dataclass(eq=False)
+class UnknownTypeError(StateError):
+    """There is no such value type."""
+
+    name: str
+    type: str
+    known: str
+
+    def __str__(self) -> str:
+        return f"unknown type {quote(self.type)} for variable {quote(self.name)}; known types: {self.known}"
+
+
+@dataclass(eq=False)
+class InvalidValueError(StateError):
+    """The value breaks its variable's type or constraints."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"invalid value for {quote(self.name)}: {self.reason}"
+
+
+@dataclass(eq=False)
+class InvalidConstraintsError(StateError):
+    """The constraints are malformed or do not fit the type."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"Invalid constraints for {quote(self.name)}: {self.reason}"
+
+
+@dataclass(eq=False)
+class LimitExceededError(StateError):
+    """Something is larger than a setting allows."""
+
+    what: str
+    actual: int
+    limit: int
+    setting: str
+
+    def __str__(self) -> str:
+        return f"{self.what} is {self.actual}, above the limit of {self.limit} (setting {self.setting})"
+
+
+@dataclass(eq=False)
+class VersionConflictError(StateError):
+    """Somebody else has written meanwhile."""
+
+    retryable = True
+    name: str
+    expected: int
+    actual: int
+
+    def __str__(self) -> str:
+        return (
+            f"version conflict on {quote(self.name)}: expected version {self.expected}, "
+            f"current version is {self.actual}; read it again and repeat"
+        )
+
+
+@dataclass(eq=False)
+class VariableLockedError(StateError):
+    """An optimizer holds the variable."""
+
+    name: str
+    holder: str
+
+    def __str__(self) -> str:
+        return (
+            f"variable {quote(self.name)} is being optimized by {quote(self.holder)}; its holder writes with "
+            f'metadata["optimizer_id"], others wait or stop it with force'
+        )
+
+
+@dataclass(eq=False)
+class NotOptimizingError(StateError):
+    """There is no optimization to stop."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"variable {quote(self.name)} is not being optimized"
+
+
+@dataclass(eq=False)
+class DependencyCycleError(StateError):
+    """The dependency would close a circle."""
+
+    cycle: str
+
+    def __str__(self) -> str:
+        return f"dependency cycle refused: {self.cycle}"
+
+
+@dataclass(eq=False)
+class IdempotencyConflictError(StateError):
+    """The idempotency key was used for another request."""
+
+    key: str
+    cause: str
+
+    def __str__(self) -> str:
+        return (
+            f"idempotency key {quote(self.key)} was used for another {self.cause} request; "
+            "a key belongs to one request: use a new one"
+        )
+
+
+@dataclass(eq=False)
+class UnsupportedError(StateError):
+    """This backend cannot do that."""
+
+    what: str
+
+    def __str__(self) -> str:
+        return f"not supported here: {self.what}"
+
+
+@dataclass(eq=False)
+class QueueFullError(StateError):
+    """More writes wait than the queue may hold."""
+
+    retryable = True
+    limit: int
+
+    def __str__(self) -> str:
+        return f"the write queue is full ({self.limit} waiting; setting queue_length); repeat later"
+
+
+@dataclass(eq=False)
+class TooManyWatchersError(StateError):
+    """More watchers than the setting allows."""
+
+    retryable = True
+    limit: int
+
+    def __str__(self) -> str:
+        return f"too many watchers: the limit is {self.limit} (setting watchers); close some and repeat"
+
+
+@dataclass(eq=False)
+class WatchStalledError(StateError):
+    """A watcher did not take its updates in time."""
+
+    retryable = True
+    after_sequence: int
+    stall_timeout_s: float
+
+    def __str__(self) -> str:
+        return (
+            f"the watcher took no update for {self.stall_timeout_s:g} s; "
+            f"resume with x-dspex-after-sequence: {self.after_sequence}"
+        )
+
+
+@dataclass(eq=False)
+class StorageError(StateError):
+    """SQLite refused the whole group of writes; nothing of it was kept."""
+
+    retryable = True
+    reason: str
+
+    def __str__(self) -> str:
+        return f"nothing was written: {self.reason}"
+
+
+@dataclass(eq=False)
+class OutcomeUnknownError(StateError):
+    """The disk or the connection broke between sending and acknowledging: written or not, nobody can say yet."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"outcome unknown: {self.reason}; repeat the call with the same idempotency key "
+            "(x-dspex-idempotency-key), or read before you repeat it"
+        )
+
+
+@dataclass(eq=False)
+class UnavailableError(StateError):
+    """The server cannot be reached."""
+
+    retryable = True
+    reason: str
+
+    def __str__(self) -> str:
+        return f"unavailable: {self.reason}"
+
+
+@dataclass(eq=False)
+class EngineClosedError(StateError):
+    """The engine was closed, or is about to be."""
+
+    def __str__(self) -> str:
+        return "the engine is closed"
+
+
+@dataclass(eq=False)
+class InternalError(StateError):
+    """A fault of ours; the reference finds it in the server's log."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+@dataclass(eq=False)
+class CheckpointError(StateError):
+    """Closing could not bring the write-ahead log into the database file."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} could not be tidied up: {self.reason}. Everything acknowledged is safe in {self.path}-wal; "
+            "keep the two files together"
+        )
+
+
+class OpenError(StateError):
+    """The database cannot be opened."""
+
+
+@dataclass(eq=False)
+class DatabaseInUseError(OpenError):
+    """Another process owns the database."""
+
+    path: str
+    pid: int | None
+
+    def __str__(self) -> str:
+        holder = f"process {self.pid}" if self.pid else "another process"
+        return f"{self.path} is in use by {holder}: one server owns a database; stop it, or use another --db"
+
+
+@dataclass(eq=False)
+class NotADatabaseError(OpenError):
+    """The file cannot be opened or is no database of ours."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"cannot open {self.path}: {self.reason}"
+
+
+@dataclass(eq=False)
+class NewerSchemaError(OpenError):
+    """The file was written by a newer release."""
+
+    path: str
+    revision: str
+    known: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} has schema revision {self.revision}, this release knows up to {self.known}: "
+            "it was written by a newer release; upgrade dspex-persist"
+        )
+
+
+@dataclass(eq=False)
+class UpgradeError(OpenError):
+    """A migration failed; the file is as it was."""
+
+    path: str
+    revision: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"the upgrade of {self.path} to {self.revision} failed, the file is as it was: {self.reason}"
+
+
+@dataclass(eq=False)
+class LostCommitsError(OpenError):
+    """The database is behind its anchor, or not the one that the anchor saw: acknowledged commits are gone."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} has lost acknowledged commits: {self.reason}. Restore a backup; or, to accept the loss, "
+            f"delete {self.path}.anchor and start again"
+        )

@@ -1,0 +1,24 @@
+"""How much of everything a store accepts."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds on input. Each is a setting of the same name; crossing one is a `LimitExceededError` that names it.
+
+    Sizes are bytes of UTF-8 or of the companion binary; lengths are code points; counts are entries.
+    """
+
+    value_size_bytes: int = 16 * 1024 * 1024
+    json_depth: int = 100
+    variables_per_session: int = 10_000
+    name_length: int = 255
+    session_id_length: int = 255
+    metadata_entries: int = 64
+    metadata_size_bytes: int = 16 * 1024
+    constraints_size_bytes: int = 64 * 1024
+    batch_entries: int = 10_000
+    history_entries: int = 10_000
+    queue_length: int = 10_000
+    watchers: int = 10_000

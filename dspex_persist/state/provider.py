@@ -1,0 +1,212 @@
+"""StateProvider: the seam. Whatever keeps session state is reached through it, and nothing above knows more.
+
+Obligations of every backend, held by the contract suite in `dspex_persist.testing`:
+
+- `submit` returns at once. Its future resolves with the command's result only after what was written is durable, or
+  with a `StateError`, and then nothing was written; only `OutcomeUnknownError` leaves that open.
+- Commands take effect whole or not at all, and one that is submitted after another resolved comes after it: a read
+  then sees that write. A backend in this process keeps the order of submitting too.
+- A watch tells whole commits, in order, none twice and none missing.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from enum import StrEnum
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from dspex_persist.state import commands, values
+from dspex_persist.state.commands import Command
+from dspex_persist.state.model import (
+    BatchOutcome,
+    Origin,
+    SessionSummary,
+    SessionView,
+    Value,
+    Variable,
+    VariablesFound,
+    VariableVersion,
+)
+from dspex_persist.state.watch import Watch
+
+R = TypeVar("R")
+
+
+class Capability(StrEnum):
+    """What a backend can do beyond the common contract."""
+
+    DURABLE = "durable"
+    """What was acknowledged survives the end of the process."""
+    REMOTE = "remote"
+    """State is in another process; calls can end with an unknown outcome."""
+
+
+class StateProvider(ABC):
+    """Session state, wherever it is kept. Usable from any thread."""
+
+    capabilities: frozenset[Capability] = frozenset()
+
+    @abstractmethod
+    def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
+        """Have the command carried out. `origin` says who asks; the default is the provider's own."""
+
+    @abstractmethod
+    def watch(self, session_id: str, identifiers: Sequence[str] = (), *, after_sequence: int | None = None) -> Watch:
+        """Watch variables by name or id (none named: all of the session's).
+
+        With `after_sequence` the watch resumes: it tells every commit after that one, and has no initial values.
+        Raises `SessionNotFoundError`, `VariableNotFoundError` for an identifier that the session never had,
+        `InvalidArgumentError` for a sequence that is ahead of the store.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let everything go; what was acknowledged stays. Closing twice does nothing."""
+
+    @abstractmethod
+    def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
+        """Who asks where the caller does not say."""
+
+    # The commands by name, for callers that wait
+
+    def initialize_session(
+        self,
+        session_id: str,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        idempotency_key: str | None = None,
+    ) -> SessionView:
+        """Begin a session, or resume the one of this id."""
+        return self._call(commands.InitializeSession(session_id, metadata or {}), idempotency_key)
+
+    def get_session(self, session_id: str) -> SessionSummary:
+        """The session's own facts."""
+        return self._call(commands.GetSession(session_id))
+
+    def heartbeat(self, session_id: str) -> bool:
+        """Whether the session lives; begins its TTL anew."""
+        return self._call(commands.Heartbeat(session_id))
+
+    def cleanup_session(self, session_id: str, *, idempotency_key: str | None = None) -> int:
+        """End the session; how many variables went with it."""
+        return self._call(commands.CleanupSession(session_id), idempotency_key)
+
+    def register_variable(
+        self,
+        session_id: str,
+        name: str,
+        type_name: str,
+        initial_value: object,
+        *,
+        constraints: str | Mapping[str, Any] = "",
+        metadata: Mapping[str, str] | None = None,
+        idempotency_key: str | None = None,
+    ) -> str:
+        """Register a variable; its id. `constraints`: a mapping, or its JSON."""
+        text = constraints if isinstance(constraints, str) else values.encode(dict(constraints)).json
+        value = values.encode(initial_value, type_name)
+        command = commands.RegisterVariable(session_id, name, type_name, value, text, metadata or {})
+        return self._call(command, idempotency_key)
+
+    def get_variable(self, session_id: str, identifier: str) -> Variable:
+        """A variable by name or id."""
+        return self._call(commands.GetVariable(session_id, identifier))
+
+    def get_value(self, session_id: str, identifier: str) -> object:
+        """A variable's value as a Python object."""
+        variable = self.get_variable(session_id, identifier)
+        return values.decode(variable.type, variable.value)
+
+    def get_variables(self, session_id: str, identifiers: Sequence[str]) -> VariablesFound:
+        """Several variables as of one moment."""
+        return self._call(commands.GetVariables(session_id, tuple(identifiers)))
+
+    def list_variables(self, session_id: str, pattern: str = "") -> tuple[Variable, ...]:
+        """The variables whose name fits a glob of `*` and `?`; "" means all. Oldest first."""
+        return self._call(commands.ListVariables(session_id, pattern))
+
+    def set_variable(
+        self,
+        session_id: str,
+        identifier: str,
+        value: object,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        expected_version: int = 0,
+        idempotency_key: str | None = None,
+    ) -> int:
+        """Write a value; the new version. `expected_version` 0 writes whatever the version is."""
+        encoded = values.encode(value)
+        command = commands.SetVariable(session_id, identifier, encoded, metadata or {}, expected_version)
+        return self._call(command, idempotency_key)
+
+    def set_variables(
+        self,
+        session_id: str,
+        updates: Mapping[str, object],
+        *,
+        metadata: Mapping[str, str] | None = None,
+        atomic: bool = False,
+        idempotency_key: str | None = None,
+    ) -> BatchOutcome:
+        """Write several values in one commit: all or none if `atomic`, else those that are valid."""
+        encoded = {identifier: values.encode(value) for identifier, value in updates.items()}
+        return self._call(commands.SetVariables(session_id, encoded, metadata or {}, atomic), idempotency_key)
+
+    def delete_variable(self, session_id: str, identifier: str, *, idempotency_key: str | None = None) -> None:
+        """Delete a variable; its history stays."""
+        self._call(commands.DeleteVariable(session_id, identifier), idempotency_key)
+
+    def get_variable_history(self, session_id: str, identifier: str, limit: int = 0) -> list[VariableVersion]:
+        """The newest versions, newest first; 0 means 100."""
+        return self._call(commands.GetVariableHistory(session_id, identifier, limit))
+
+    def rollback_variable(
+        self, session_id: str, identifier: str, target_version: int, *, idempotency_key: str | None = None
+    ) -> Variable:
+        """Write the value of an earlier version as a new version."""
+        return self._call(commands.RollbackVariable(session_id, identifier, target_version), idempotency_key)
+
+    def add_dependency(
+        self,
+        session_id: str,
+        from_variable: str,
+        to_variable: str,
+        dependency_type: str = "",
+        *,
+        idempotency_key: str | None = None,
+    ) -> None:
+        """Say that `from_variable` depends on `to_variable`."""
+        command = commands.AddDependency(session_id, from_variable, to_variable, dependency_type)
+        self._call(command, idempotency_key)
+
+    def start_optimization(
+        self,
+        session_id: str,
+        identifier: str,
+        optimizer_id: str,
+        config: Mapping[str, str] | None = None,
+        *,
+        idempotency_key: str | None = None,
+    ) -> str:
+        """Lock a variable for an optimizer; the optimization's id."""
+        command = commands.StartOptimization(session_id, identifier, optimizer_id, config or {})
+        return self._call(command, idempotency_key)
+
+    def stop_optimization(
+        self, session_id: str, identifier: str, force: bool = False, *, idempotency_key: str | None = None
+    ) -> Value:
+        """Take the lock off; the variable's value."""
+        return self._call(commands.StopOptimization(session_id, identifier, force), idempotency_key)
+
+    def _call(self, command: Command[R], idempotency_key: str | None = None) -> R:
+        return self.submit(command, self.default_origin(command.cause, idempotency_key)).result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,1 @@
+"""The unified bridge protocol: messages to commands and back, errors to statuses and back, the servicer."""

@@ -1,0 +1,287 @@
+"""Between the protocol's messages and the records of the state layer. Pure: no calls, no state."""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from datetime import datetime
+
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import DecodeError
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.protobuf.wrappers_pb2 import StringValue
+
+from dspex_persist.clock import from_micros, to_micros
+from dspex_persist.state.errors import InvalidValueError, quote
+from dspex_persist.state.model import (
+    ChangeKind,
+    Optimization,
+    Source,
+    Update,
+    UpdateKind,
+    Value,
+    Variable,
+    VariableVersion,
+)
+from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
+
+BRIDGE_SERVICE = pb.DESCRIPTOR.services_by_name["BridgeService"]
+
+_PREFIX = "type.googleapis.com/snakepit."
+_BINARY = ".binary"
+_STRING_VALUE = "google.protobuf.StringValue"
+_MARKS = ("snakepit.", "dspex.variables/", _STRING_VALUE)
+
+COMMIT_SEQUENCE = "commit_sequence"
+_ACTOR, _CAUSE, _CHANGE = "dspex.actor", "dspex.cause", "dspex.change"
+_DEPENDENCY, _PART, _SOURCE = "dspex.dependency", "dspex.part", "dspex.source"
+_TYPE, _VARIABLE_ID = "dspex.type", "dspex.variable_id"
+
+
+# Values
+
+
+def value_of(name: str, wire: AnyMessage, binary: bytes = b"") -> Value:
+    """The value in a message, not yet checked against any type. `name` is for the error."""
+    type_url, content = wire.type_url, wire.value
+    if type_url and not any(mark in type_url for mark in _MARKS):
+        reason = f"its type_url is {quote(type_url)}; use {_PREFIX}<type> with the value as JSON"
+        raise InvalidValueError(name, reason)
+    if binary or type_url.endswith(_BINARY):
+        return Value(_text(name, content) or "{}", binary)
+    if not content:
+        raise InvalidValueError(name, "there is no value: send JSON in the value field")
+    if type_url.endswith(_STRING_VALUE):
+        return _string_value(name, content)
+    return Value(_text(name, content))
+
+
+def _text(name: str, content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise InvalidValueError(name, "it is no UTF-8; send JSON, and binary content in the companion field") from None
+
+
+def _string_value(name: str, content: bytes) -> Value:
+    """What calls itself a StringValue: JSON bytes with some clients, a packed message (a plain string) with others."""
+    try:
+        json.loads(content)
+    except ValueError:
+        with contextlib.suppress(DecodeError):
+            return Value(json.dumps(StringValue.FromString(content).value))
+    return Value(_text(name, content))
+
+
+def type_url_of(type_name: str, value: Value) -> str:
+    """The type_url under which a value goes out."""
+    return f"{_PREFIX}{type_name}{'' if value.binary is None else _BINARY}"
+
+
+def any_of(type_name: str, value: Value) -> AnyMessage:
+    """The value as it goes out; its binary part travels in the companion field."""
+    message = AnyMessage()
+    _put_value(message, type_name, value)
+    return message
+
+
+# Messages are filled in place: to make a part and have it copied into the whole takes twice as long.
+
+
+def _put_value(message: AnyMessage, type_name: str, value: Value) -> None:
+    message.type_url = type_url_of(type_name, value)
+    message.value = value.json.encode()
+
+
+def _put_time(message: Timestamp, moment: datetime) -> None:
+    message.seconds, micros = divmod(to_micros(moment), 1_000_000)
+    message.nanos = micros * 1000
+
+
+# Times
+
+
+def timestamp_of(moment: datetime) -> Timestamp:
+    """`moment` as a message."""
+    message = Timestamp()
+    _put_time(message, moment)
+    return message
+
+
+def moment_of(timestamp: Timestamp) -> datetime:
+    """The aware UTC time in a message."""
+    return from_micros(timestamp.seconds * 1_000_000 + timestamp.nanos // 1000)
+
+
+# Variables
+
+
+def variable_message(variable: Variable) -> pb.Variable:
+    """The variable as clients see it."""
+    value = variable.value
+    message = pb.Variable(
+        id=variable.id,
+        name=variable.name,
+        type=variable.type,
+        constraints_json=variable.constraints,
+        source=pb.Variable.PYTHON if variable.source is Source.PYTHON else pb.Variable.ELIXIR,
+        version=variable.version,
+    )
+    _put_value(message.value, variable.type, value)
+    _put_time(message.last_updated_at, variable.updated_at)
+    if variable.metadata:
+        message.metadata.update(variable.metadata)
+    if value.binary is not None:
+        message.binary_value = value.binary
+    lock = variable.optimization
+    if lock is not None:
+        message.optimization_status.optimizing = True
+        message.optimization_status.optimizer_id = lock.optimizer_id
+        message.optimization_status.started_at.CopyFrom(timestamp_of(lock.started_at))
+    return message
+
+
+def variable_of(message: pb.Variable) -> Variable:
+    """The variable in a message; of its lock the message only has the holder and the start."""
+    lock = None
+    if message.optimization_status.optimizing:
+        status = message.optimization_status
+        lock = Optimization("", status.optimizer_id, moment_of(status.started_at))
+    return Variable(
+        id=message.id,
+        name=message.name,
+        type=message.type,
+        value=_stored(message.value, message.binary_value),
+        version=message.version,
+        constraints=message.constraints_json,
+        metadata=dict(message.metadata),
+        source=Source.PYTHON if message.source == pb.Variable.PYTHON else Source.ELIXIR,
+        updated_at=moment_of(message.last_updated_at),
+        optimization=lock,
+    )
+
+
+def value_in(wire: AnyMessage) -> Value:
+    """A value that the server sent where there is no companion field: a binary one is its description alone."""
+    return _stored(wire, b"")
+
+
+def _stored(wire: AnyMessage, binary: bytes) -> Value:
+    return Value(wire.value.decode(), binary if wire.type_url.endswith(_BINARY) else None)
+
+
+# History
+
+
+def history_entry(version: VariableVersion) -> pb.VariableHistoryEntry:
+    """One version as clients see it: what came with the change, and what the server says of it."""
+    entry = pb.VariableHistoryEntry(version=version.version, changed_by=version.actor)
+    _put_time(entry.timestamp, version.created_at)
+    if version.value is not None:
+        _put_value(entry.value, version.type, version.value)
+    metadata = entry.metadata
+    # One by one: `update` is a loop in Python, and more of it.
+    for key, text in version.metadata.items():
+        metadata[key] = text
+    metadata[COMMIT_SEQUENCE] = str(version.sequence)
+    metadata[_ACTOR] = version.actor
+    metadata[_CAUSE] = version.cause
+    metadata[_CHANGE] = version.kind.value
+    metadata[_SOURCE] = version.source.value
+    metadata[_VARIABLE_ID] = version.variable_id
+    metadata[_TYPE] = version.type
+    return entry
+
+
+def _said(version: VariableVersion) -> dict[str, str]:
+    return {
+        COMMIT_SEQUENCE: str(version.sequence),
+        _ACTOR: version.actor,
+        _CAUSE: version.cause,
+        _CHANGE: version.kind.value,
+        _SOURCE: version.source.value,
+    }
+
+
+def version_of(entry: pb.VariableHistoryEntry) -> VariableVersion:
+    """The version in an entry. Binary contents do not travel in a history: their value is the description alone."""
+    value = value_in(entry.value) if entry.HasField("value") else None
+    metadata = entry.metadata
+    return _version(metadata[_VARIABLE_ID], metadata[_TYPE], entry.version, value, metadata, entry.timestamp)
+
+
+def _version(
+    variable_id: str,
+    type_name: str,
+    number: int,
+    value: Value | None,
+    metadata: Mapping[str, str],
+    timestamp: Timestamp,
+) -> VariableVersion:
+    own = {key: text for key, text in metadata.items() if key != COMMIT_SEQUENCE and not key.startswith("dspex.")}
+    return VariableVersion(
+        variable_id=variable_id,
+        type=type_name,
+        version=number,
+        kind=ChangeKind(metadata[_CHANGE]),
+        value=value,
+        metadata=own,
+        source=Source(metadata[_SOURCE]),
+        created_at=moment_of(timestamp),
+        actor=metadata[_ACTOR],
+        cause=metadata[_CAUSE],
+        sequence=int(metadata[COMMIT_SEQUENCE]),
+    )
+
+
+# Updates
+
+
+def update_message(update: Update) -> pb.VariableUpdate:
+    """What a watcher is told, as a message."""
+    version = update.version
+    metadata = {**version.metadata, **_said(version)} if version is not None else {}
+    metadata[COMMIT_SEQUENCE] = str(update.sequence)
+    metadata[_PART] = f"{update.part[0]}/{update.part[1]}"
+    if update.dependency:
+        metadata[_DEPENDENCY] = update.dependency
+    source = version.source if version is not None else update.variable.source
+    return pb.VariableUpdate(
+        variable_id=update.variable.id,
+        variable=variable_message(update.variable),
+        update_source=source.value,
+        update_metadata=metadata,
+        timestamp=timestamp_of(update.created_at),
+        update_type=update.kind.value,
+    )
+
+
+def heartbeat_message(sequence: int, now: datetime) -> pb.VariableUpdate:
+    """A sign of life; a watcher that has seen it has seen every commit up to `sequence`."""
+    return pb.VariableUpdate(
+        update_type="heartbeat",
+        update_source="server",
+        timestamp=timestamp_of(now),
+        update_metadata={COMMIT_SEQUENCE: str(sequence)},
+    )
+
+
+def update_of(message: pb.VariableUpdate) -> Update:
+    """The update in a message that is no heartbeat."""
+    kind = UpdateKind(message.update_type)
+    variable = variable_of(message.variable)
+    metadata = message.update_metadata
+    version = None
+    index, _, total = metadata[_PART].partition("/")
+    if _CHANGE in metadata:
+        deleted = metadata[_CHANGE] == ChangeKind.DELETED
+        value = None if deleted else variable.value
+        version = _version(variable.id, variable.type, variable.version, value, metadata, message.timestamp)
+    return Update(
+        kind=kind,
+        variable=variable,
+        sequence=int(metadata[COMMIT_SEQUENCE]),
+        created_at=moment_of(message.timestamp),
+        version=version,
+        dependency=metadata.get(_DEPENDENCY, ""),
+        part=(int(index), int(total)),
+    )

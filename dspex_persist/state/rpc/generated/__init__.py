@@ -1,0 +1,1 @@
+"""Code generated from proto/snakepit_bridge.proto by `make codegen`. Only this line is written by hand."""

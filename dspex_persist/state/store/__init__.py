@@ -1,0 +1,1 @@
+"""The only SQL: a store of sessions in one SQLite file."""

@@ -1,0 +1,225 @@
+"""The log of commits, read: its head, its commits with all that their hashes cover, a session's changes after one."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple, TypeAlias
+
+from sqlalchemy import Connection, Row, select, text
+
+from dspex_persist.clock import from_micros
+from dspex_persist.state.model import Change, CommitChanges, EventKind, Optimization, Variable
+from dspex_persist.state.store import variables as stored_variables
+from dspex_persist.state.store.anchor import Head
+from dspex_persist.state.store.blobs import digest
+from dspex_persist.state.store.chain import GENESIS, commit_text, event_text, link, version_text
+from dspex_persist.state.store.schema import commits
+from dspex_persist.state.unit_of_work import SessionState, dependants
+
+_PAGE_BYTES = 4 * 1024 * 1024
+
+# Spelled as the index is: SQLite uses it only where it sees the same expression and the same literals.
+_LOCK_AS_OF = text("""
+    SELECT kind, body FROM events
+    WHERE json_extract(body, '$.variable_id') = :variable_id AND sequence <= :sequence
+        AND kind IN ('optimization_started', 'optimization_stopped')
+    ORDER BY sequence DESC LIMIT 1
+""")
+
+
+def head(connection: Connection) -> Head:
+    """The last commit."""
+    query = select(commits.c.sequence, commits.c.hash).order_by(commits.c.sequence.desc()).limit(1)
+    row = connection.execute(query).first()
+    return Head(row.sequence, row.hash) if row is not None else Head(0, GENESIS)
+
+
+def find_hash(connection: Connection, sequence: int) -> bytes | None:
+    """The hash of one commit."""
+    if sequence == 0:
+        return GENESIS
+    return connection.execute(select(commits.c.hash).where(commits.c.sequence == sequence)).scalar()
+
+
+# A session's changes
+
+
+def changes_after(connection: Connection, state: SessionState, after: int, most_commits: int) -> list[CommitChanges]:
+    """The session's next commits, oldest first; one that changed no variable has no changes.
+
+    A page holds at most `most_commits`, and about `_PAGE_BYTES` of values, but always one commit.
+    """
+    page = (
+        select(commits.c.sequence)
+        .where(commits.c.session_key == state.key, commits.c.sequence > after)
+        .order_by(commits.c.sequence)
+        .limit(most_commits)
+    )
+    sequences = list(connection.execute(page).scalars())
+    if not sequences:
+        return []
+    by_commit: dict[int, list[Change]] = {sequence: [] for sequence in sequences}
+    metadata: dict[int, Mapping[str, str]] = {}
+    size_bytes, last = 0, sequences[-1]
+    for row in stored_variables.iter_versions(connection, state.key, after, last):
+        if size_bytes > _PAGE_BYTES and not by_commit[row.sequence]:
+            last = row.sequence - 1
+            break
+        change = _change_of(connection, row, metadata)
+        by_commit[row.sequence].append(change)
+        size_bytes += change.variable.value.size_bytes
+    return [
+        CommitChanges(sequence, tuple(changes), affected(state, sequence, changes))
+        for sequence, changes in by_commit.items()
+        if sequence <= last
+    ]
+
+
+def _change_of(connection: Connection, row: Row[Any], metadata: dict[int, Mapping[str, str]]) -> Change:
+    """The change in a row; `metadata` is what the variables' metadata had added up to, and is kept up to date."""
+    version = stored_variables.version_of(row)
+    key = row.variable_key
+    merged = metadata.get(key)
+    if merged is None:
+        merged = stored_variables.metadata_as_of(connection, key, version.version)
+    elif version.kind.merges_metadata and version.metadata:
+        merged = {**merged, **version.metadata}
+    metadata[key] = merged
+    variable = stored_variables.variable_as_of(connection, row, version, merged)
+    return Change(version, variable._replace(optimization=_lock_as_of(connection, variable, version.sequence)))
+
+
+def affected(state: SessionState, sequence: int, changes: Sequence[Change]) -> tuple[Variable, ...]:
+    """Who depends on what a commit changed, as they stand in `state`, used ones first."""
+    if not state.dependencies or not changes:
+        return ()
+    ids = dependants(state.dependencies, [change.variable.id for change in changes], sequence)
+    return tuple(found for variable_id in ids if (found := state.find(variable_id)) is not None)
+
+
+def _lock_as_of(connection: Connection, variable: Variable, sequence: int) -> Optimization | None:
+    """The lock that stood on the variable when it got the version that it shows."""
+    row = connection.execute(_LOCK_AS_OF, {"variable_id": variable.id, "sequence": sequence}).first()
+    if row is None or row.kind == EventKind.OPTIMIZATION_STOPPED:
+        return None
+    body = json.loads(row.body)
+    return Optimization(
+        id=body["optimization_id"],
+        optimizer_id=body["optimizer_id"],
+        started_at=from_micros(body["started_at"]),
+        started_by=body["started_by"],
+        config=body["config"],
+        lease_s=body["lease_s"],
+        renewed_at=variable.updated_at,
+    )
+
+
+# The whole log
+
+VersionRow: TypeAlias = tuple[int, int, int, int, int, str | None, str | None, int]
+"""sequence, variable_key, version, kind, source, value, metadata, whether there is more to it (bytes, blobs)."""
+
+_NO_COMMIT: Final = -1
+_END: Final = (1 << 63,)
+"""Sorts after every row: no sequence is as large."""
+_UNCLEAR: Final = "unclear"
+"""Stands where a digest should, so that the hash cannot fit."""
+
+# Tuples from the driver, statements in SQL: SQLAlchemy's rows and the general JSON encoder took three times as long.
+_COMMITS = """
+    SELECT sequence, session_key, actor, cause, created_at, hash
+    FROM commits WHERE sequence > ? ORDER BY sequence LIMIT ?
+"""
+_VERSIONS = """
+    SELECT sequence, variable_key, version, kind, source, value, metadata,
+        coalesce(value_blob, binary_blob, binary) IS NOT NULL
+    FROM versions WHERE sequence > ? ORDER BY sequence, variable_key, version
+"""
+_EVENTS = "SELECT sequence, ordinal, kind, body FROM events WHERE sequence > ? ORDER BY sequence, ordinal"
+_CONTENTS = """
+    SELECT versions.value_blob, of_value.digest, versions.binary, versions.binary_blob, of_binary.digest
+    FROM versions
+    LEFT JOIN blobs AS of_value ON of_value.blob_key = versions.value_blob
+    LEFT JOIN blobs AS of_binary ON of_binary.blob_key = versions.binary_blob
+    WHERE versions.variable_key = ? AND versions.version = ?
+"""
+
+
+class LoggedCommit(NamedTuple):
+    """A commit as its rows have it: its hash, what the hash should cover, and its versions.
+
+    Where versions or events name a commit that is not in the log, that commit's `hash` is empty.
+    """
+
+    sequence: int
+    session_key: int
+    hash: bytes
+    content: str
+    versions: list[VersionRow]
+
+    def link(self, previous: bytes) -> bytes:
+        """The hash that the rows should have after `previous`."""
+        return link(previous, self.content)
+
+
+def iter_commits(connection: Connection, after: int = 0, most: int = -1) -> Iterator[LoggedCommit]:
+    """The next `most` commits after `after` (-1: all), in order, streamed: memory holds one commit's rows."""
+    driver = connection.connection
+    version_rows = _rows(driver.cursor(), _VERSIONS, after)
+    event_rows = _rows(driver.cursor(), _EVENTS, after)
+    contents = driver.cursor()
+    version: Any = next(version_rows, _END)
+    event: Any = next(event_rows, _END)
+    count = 0
+    for sequence, session_key, actor, cause, created_at, stored in _rows(driver.cursor(), _COMMITS, after, most):
+        count += 1
+        while version[0] < sequence or event[0] < sequence:
+            stray = min(version[0], event[0])
+            version, event = _skip(version_rows, version, stray), _skip(event_rows, event, stray)
+            yield _stray(stray)
+        own: list[VersionRow] = []
+        version_texts: list[str] = []
+        while version[0] == sequence:
+            own.append(version)
+            version_texts.append(_large_text(contents, version) if version[7] else version_text(*version[1:7]))
+            version = next(version_rows, _END)
+        event_texts: list[str] = []
+        while event[0] == sequence:
+            event_texts.append(event_text(*event[1:]))
+            event = next(event_rows, _END)
+        content = commit_text(sequence, session_key, actor, cause, created_at, version_texts, event_texts)
+        yield LoggedCommit(sequence, session_key, stored, content, own)
+    while count != most and (stray := min(version[0], event[0])) < _END[0]:
+        version, event = _skip(version_rows, version, stray), _skip(event_rows, event, stray)
+        yield _stray(stray)
+
+
+def _rows(cursor: Any, statement: str, *parameters: int) -> Iterator[Any]:
+    rows: Iterator[Any] = cursor.execute(statement, parameters)
+    return rows
+
+
+def _skip(rows: Iterator[Any], row: Any, sequence: int) -> Any:
+    """The first row, from `row` on, of another commit."""
+    while row[0] == sequence:
+        row = next(rows, _END)
+    return row
+
+
+def _stray(sequence: int) -> LoggedCommit:
+    return LoggedCommit(sequence, _NO_COMMIT, b"", "", [])
+
+
+def _large_text(cursor: Any, row: VersionRow) -> str:
+    """What the hash covers of a version with bytes or blobs."""
+    value_blob, value_name, binary, binary_blob, binary_name = next(_rows(cursor, _CONTENTS, row[1], row[2]))
+    value_digest = _digest_text(value_blob, value_name)
+    binary_digest = _digest_text(binary_blob, binary_name)
+    if binary is not None:
+        binary_digest = digest(binary).hex() if binary_blob is None else _UNCLEAR
+    return version_text(*row[1:7], value_digest, binary_digest)
+
+
+def _digest_text(blob_key: int | None, name: bytes | None) -> str | None:
+    if blob_key is None:
+        return None
+    return name.hex() if name is not None else _UNCLEAR

@@ -1,0 +1,35 @@
+"""Large contents, kept once however many versions share them."""
+
+from hashlib import sha256
+
+from sqlalchemy import Connection, func, select
+from sqlalchemy.dialects.sqlite import insert
+
+from dspex_persist.state.store.schema import blobs
+
+INLINE_BYTES = 1024
+"""Contents up to this size stay in the row of their version."""
+
+_KEEP = insert(blobs).on_conflict_do_nothing(index_elements=[blobs.c.digest])
+
+
+def digest(content: bytes) -> bytes:
+    """The name of a content: its SHA-256."""
+    return sha256(content).digest()
+
+
+def keep(connection: Connection, content: bytes) -> tuple[int, bytes]:
+    """Store `content` if it is not there yet; its key and digest."""
+    name = digest(content)
+    find = select(blobs.c.blob_key).where(blobs.c.digest == name)
+    key = connection.execute(find).scalar()
+    if key is None:
+        connection.execute(_KEEP, {"digest": name, "content": content})
+        key = connection.execute(find).scalar_one()
+    return key, name
+
+
+def size_bytes(connection: Connection) -> int:
+    """What all large contents take together."""
+    total: int = connection.execute(select(func.coalesce(func.sum(func.length(blobs.c.content)), 0))).scalar_one()
+    return total

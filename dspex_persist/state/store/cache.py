@@ -1,0 +1,60 @@
+"""The sessions in memory, bounded: those untouched longest go first."""
+
+from dspex_persist.state.unit_of_work import SessionState
+
+
+class _Entry:
+    __slots__ = ("state", "touched")
+
+    def __init__(self, state: SessionState) -> None:
+        self.state = state
+        self.touched = False
+
+
+class SessionCache:
+    """Published states by session id. Any thread reads; only the writer puts, drops and evicts."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._entries: dict[str, _Entry] = {}
+        self.size_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def find(self, session_id: str) -> SessionState | None:
+        """The session's published state, if it is here."""
+        entry = self._entries.get(session_id)
+        if entry is None:
+            return None
+        entry.touched = True
+        return entry.state
+
+    def put(self, session_id: str, state: SessionState) -> None:
+        """Publish a state: whoever reads from now on sees it."""
+        entry = self._entries.get(session_id)
+        if entry is None:
+            self._entries[session_id] = _Entry(state)
+            self.size_bytes += state.weight_bytes
+        else:
+            self.size_bytes += state.weight_bytes - entry.state.weight_bytes
+            entry.state = state
+
+    def drop(self, session_id: str) -> None:
+        """Forget a session."""
+        entry = self._entries.pop(session_id, None)
+        if entry is not None:
+            self.size_bytes -= entry.state.weight_bytes
+
+    def evict(self) -> None:
+        """Forget the sessions that nobody has touched since the last round, until the limit holds again."""
+        while self.size_bytes > self._limit_bytes and len(self._entries) > 1:
+            session_id = next(iter(self._entries))
+            entry = self._entries[session_id]
+            if entry.touched:
+                # A second chance: to the end of the line.
+                entry.touched = False
+                del self._entries[session_id]
+                self._entries[session_id] = entry
+            else:
+                self.drop(session_id)

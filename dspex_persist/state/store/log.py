@@ -1,0 +1,280 @@
+"""Writing staged units of work into the log and bringing the current-state tables along."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, TypeAlias
+
+from sqlalchemy import Connection, Table, func, insert, select, update
+from sqlalchemy.dialects import sqlite
+
+from dspex_persist.clock import from_micros, to_micros
+from dspex_persist.state.model import Change, ChangeKind, Event, EventKind, Optimization, Value, VariableVersion
+from dspex_persist.state.store import blobs, outcomes
+from dspex_persist.state.store.anchor import Head
+from dspex_persist.state.store.chain import commit_text, event_text, link, version_text
+from dspex_persist.state.store.schema import commits, dependencies, events, sessions, variables, versions
+from dspex_persist.state.store.variables import KIND_CODES, SOURCE_CODES, lock_text
+from dspex_persist.state.unit_of_work import SessionState, UnitOfWork
+
+_encode = json.JSONEncoder(separators=(",", ":"), sort_keys=True).encode
+
+
+def metadata_text(metadata: Mapping[str, str]) -> str:
+    """Metadata as the tables keep it."""
+    return _encode(dict(metadata))
+
+
+def _compiled_insert(table: Table) -> str:
+    return str(insert(table).compile(dialect=sqlite.dialect(paramstyle="qmark")))
+
+
+# The hot statements are compiled once and given tuples, which spares SQLAlchemy's work on each row.
+_INSERT_COMMITS = _compiled_insert(commits)
+_INSERT_VERSIONS = _compiled_insert(versions)
+_INSERT_EVENTS = _compiled_insert(events)
+_INSERT_SESSION = _compiled_insert(sessions)
+_INSERT_VARIABLE = _compiled_insert(variables)
+_END_SESSION = "UPDATE sessions SET ended_sequence = ?, expires_at = NULL WHERE session_key = ?"
+
+
+class LogWriter:
+    """Writes one group inside the transaction of a given connection. Used for one group, then thrown away."""
+
+    def __init__(self, connection: Connection, head: Head, keys: "Keys") -> None:
+        self._connection = connection
+        self._keys = keys
+        self._hash = head.hash
+        self._sequence = head.sequence
+        self._now: datetime | None = None
+        self._created_at = 0
+        self._commits: list[tuple[Any, ...]] = []
+        self._versions: list[tuple[Any, ...]] = []
+        self._events: list[tuple[Any, ...]] = []
+        self._merged: dict[int, str] = {}
+
+    def add(self, unit: UnitOfWork) -> None:
+        """Take in one unit with changes; its sequence is the next one."""
+        state = unit.state
+        assert state is not None, "a unit with changes has a session"
+        event_texts = [self._add_event(unit, state, ordinal, event) for ordinal, event in enumerate(unit.events)]
+        changes = unit.versions
+        if len(changes) > 1:
+            changes.sort(key=lambda change: (state.keys[change.variable.id], change.version.version))
+        version_texts = [self._add_version(state, change) for change in changes]
+        if unit.now is not self._now:
+            # The units of a group share one moment.
+            self._now, self._created_at = unit.now, to_micros(unit.now)
+        created_at = self._created_at
+        actor, cause = unit.origin.actor, unit.origin.cause
+        content = commit_text(unit.sequence, state.key, actor, cause, created_at, version_texts, event_texts)
+        self._hash = link(self._hash, content)
+        self._sequence = unit.sequence
+        self._commits.append((unit.sequence, state.key, actor, cause, created_at, self._hash))
+        if unit.outcome is not None:
+            outcomes.keep(self._connection, unit.outcome, unit.now)
+
+    @property
+    def head(self) -> Head:
+        """The last commit taken in."""
+        return Head(self._sequence, self._hash)
+
+    def flush(self) -> None:
+        """Write what was gathered."""
+        execute = self._connection.exec_driver_sql
+        if self._commits:
+            execute(_INSERT_COMMITS, self._commits)
+        if self._versions:
+            execute(_INSERT_VERSIONS, self._versions)
+        if self._events:
+            execute(_INSERT_EVENTS, self._events)
+        if self._merged:
+            execute(
+                "UPDATE variables SET metadata = ? WHERE variable_key = ?",
+                [(text, key) for key, text in self._merged.items()],
+            )
+
+    def _add_version(self, state: SessionState, change: Change) -> str:
+        version = change.version
+        key = state.keys[version.variable_id]
+        text, text_blob, text_digest = self._place_text(version.value)
+        binary, binary_blob, binary_digest = self._place_binary(version.value)
+        metadata = metadata_text(version.metadata) if version.metadata else None
+        kind, source = KIND_CODES[version.kind], SOURCE_CODES[version.source]
+        self._versions.append(
+            (
+                key,
+                version.version,
+                version.sequence,
+                kind,
+                source,
+                text,
+                text_blob,
+                binary,
+                binary_blob,
+                metadata,
+            )
+        )
+        if version.kind is ChangeKind.DELETED:
+            self._delete(state, version)
+        elif change.merged:
+            self._merged[key] = metadata_text(change.variable.metadata)
+        return version_text(key, version.version, kind, source, text, metadata, text_digest, binary_digest)
+
+    def _place_text(self, value: Value | None) -> tuple[str | None, int | None, str | None]:
+        if value is None:
+            return None, None, None
+        if len(value.json) <= blobs.INLINE_BYTES:
+            return value.json, None, None
+        key, name = blobs.keep(self._connection, value.json.encode())
+        return None, key, name.hex()
+
+    def _place_binary(self, value: Value | None) -> tuple[bytes | None, int | None, str | None]:
+        if value is None or value.binary is None:
+            return None, None, None
+        if len(value.binary) <= blobs.INLINE_BYTES:
+            return value.binary, None, blobs.digest(value.binary).hex()
+        key, name = blobs.keep(self._connection, value.binary)
+        return None, key, name.hex()
+
+    def _delete(self, state: SessionState, version: VariableVersion) -> None:
+        execute = self._connection.execute
+        key = state.keys[version.variable_id]
+        execute(
+            update(variables)
+            .where(variables.c.variable_key == key)
+            .values(deleted_sequence=version.sequence, optimization=None)
+        )
+        if state.dependencies:
+            execute(
+                update(dependencies)
+                .where(dependencies.c.session_key == state.key, dependencies.c.until_sequence.is_(None))
+                .where((dependencies.c.from_id == version.variable_id) | (dependencies.c.to_id == version.variable_id))
+                .values(until_sequence=version.sequence)
+            )
+
+    def _add_event(self, unit: UnitOfWork, state: SessionState, ordinal: int, event: Event) -> str:
+        body = dict(event.body)
+        body.update(_PROJECTIONS[event.kind](self, unit, state, body) or {})
+        text = _encode(body)
+        self._events.append((unit.sequence, ordinal, event.kind.value, text))
+        return event_text(ordinal, event.kind.value, text)
+
+    # What each kind of event does to the current-state tables; what it returns joins the event's body in the log
+
+    def _start_session(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        state.key = self._keys.new_session()
+        lease = state.lease
+        expires_at = to_micros(lease.expires_at) if lease is not None else None
+        metadata = metadata_text(body["metadata"])
+        created_at, ttl_s = to_micros(unit.now), body["ttl_s"]
+        row = (state.key, body["session_id"], created_at, unit.sequence, None, ttl_s, expires_at, metadata)
+        self._connection.exec_driver_sql(_INSERT_SESSION, row)
+        return {"session_key": state.key}
+
+    def _update_session(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> None:
+        lease = state.lease
+        self._connection.execute(
+            update(sessions)
+            .where(sessions.c.session_key == state.key)
+            .values(
+                ttl_s=body["ttl_s"],
+                metadata=metadata_text(body["metadata"]),
+                expires_at=to_micros(lease.expires_at) if lease is not None else None,
+            )
+        )
+
+    def _end_session(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> None:
+        outcomes.forget_session(self._connection, body["session_id"])
+        self._connection.exec_driver_sql(_END_SESSION, (unit.sequence, state.key))
+
+    def _register_variable(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        key = self._keys.new_variable()
+        state.keys[body["variable_id"]] = key
+        facts = (body["variable_id"], body["name"], body["type"], body["constraints"])
+        self._connection.exec_driver_sql(_INSERT_VARIABLE, (key, state.key, *facts, "{}", None, None))
+        return {"variable_key": key}
+
+    def _add_dependency(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> None:
+        row = {
+            "session_key": state.key,
+            "from_id": body["from_id"],
+            "to_id": body["to_id"],
+            "type": body["type"],
+            "since_sequence": unit.sequence,
+        }
+        self._connection.execute(insert(dependencies), row)
+
+    def _start_optimization(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> None:
+        self._set_lock(state, body, lock_text(started_lock(body, to_micros(unit.now))))
+
+    def _stop_optimization(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> None:
+        self._set_lock(state, body, None)
+
+    def _set_lock(self, state: SessionState, body: Mapping[str, Any], text: str | None) -> None:
+        key = state.keys[body["variable_id"]]
+        self._connection.execute(update(variables).where(variables.c.variable_key == key).values(optimization=text))
+
+
+def started_lock(body: Mapping[str, Any], at: int) -> Optimization:
+    """The lock that an `optimization_started` event of a commit at `at` (microseconds) puts on its variable.
+
+    From the log alone, so that a check of the log arrives at the same row. A holder that asks again gets its lock as
+    it was, renewed.
+    """
+    return Optimization(
+        id=body["optimization_id"],
+        optimizer_id=body["optimizer_id"],
+        started_at=from_micros(body["started_at"]),
+        started_by=body["started_by"],
+        config=body["config"],
+        lease_s=body["lease_s"],
+        renewed_at=from_micros(at) if at != body["started_at"] else None,
+    )
+
+
+class Keys:
+    """The next free integer keys."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.next_session = _next(connection, sessions.c.session_key)
+        self.next_variable = _next(connection, variables.c.variable_key)
+
+    def new_session(self) -> int:
+        """A key for a new session."""
+        self.next_session += 1
+        return self.next_session - 1
+
+    def new_variable(self) -> int:
+        """A key for a new variable."""
+        self.next_variable += 1
+        return self.next_variable - 1
+
+
+def _next(connection: Connection, column: Any) -> int:
+    return (connection.execute(select(func.max(column))).scalar() or 0) + 1
+
+
+def save_expiry(connection: Connection, state: SessionState) -> None:
+    """Bring the saved expiry of a session with a TTL up to date."""
+    if state.lease is None:
+        return
+    query = update(sessions).where(sessions.c.session_key == state.key)
+    connection.execute(query.values(expires_at=to_micros(state.lease.expires_at)))
+
+
+def sort_changes(state: SessionState, changes: Sequence[Change]) -> list[Change]:
+    """Changes in the order of the log."""
+    return sorted(changes, key=lambda change: (state.keys[change.variable.id], change.version.version))
+
+
+_Projection: TypeAlias = Callable[[LogWriter, UnitOfWork, SessionState, Mapping[str, Any]], Mapping[str, Any] | None]
+_PROJECTIONS: dict[EventKind, _Projection] = {
+    EventKind.SESSION_STARTED: LogWriter._start_session,
+    EventKind.SESSION_UPDATED: LogWriter._update_session,
+    EventKind.SESSION_ENDED: LogWriter._end_session,
+    EventKind.VARIABLE_REGISTERED: LogWriter._register_variable,
+    EventKind.DEPENDENCY_ADDED: LogWriter._add_dependency,
+    EventKind.OPTIMIZATION_STARTED: LogWriter._start_optimization,
+    EventKind.OPTIMIZATION_STOPPED: LogWriter._stop_optimization,
+}

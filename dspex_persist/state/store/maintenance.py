@@ -1,0 +1,544 @@
+"""Looking after a file: check it, upgrade it, back it up, see where its bytes are, shrink it.
+
+What only reads uses read-only connections and short transactions, and so works while a server writes. What changes
+the file takes the ownership lock first. Every error is an `OpenError`, or a `StorageError` for what SQLite refuses.
+"""
+
+import os
+import sqlite3
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+
+from dspex_persist.state.errors import InvalidArgumentError, NewerSchemaError, NotADatabaseError, StorageError
+from dspex_persist.state.store import anchor as anchors
+from dspex_persist.state.store import audit, migrate, recovery, verify
+from dspex_persist.state.store.anchor import Anchor, Head
+from dspex_persist.state.store.engine import OwnershipLock, checkpoint, open_beside, open_readers, open_writer, snapshot
+from dspex_persist.state.store.schema import REVISION
+from dspex_persist.state.store.verify import Problem
+
+MOST_PROBLEMS: Final = 1000
+"""A check stops after so many."""
+
+_LARGEST: Final = 10
+_BACKUP_PAGES: Final = 1024
+_ANCHOR_READS: Final = 10
+_SOUND_SQLITE: Final = (3, 51, 3)
+_NOT_OURS: Final = frozenset(
+    {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM}
+)
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is, and how much there is (0: not known)."""
+
+
+def _silent(_step: str, _done: int, _in_all: int) -> None:
+    pass
+
+
+# Opening
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Say what the driver and the operating system report in the terms of this package."""
+    try:
+        yield
+    except (DBAPIError, sqlite3.Error) as error:
+        original = getattr(error, "orig", error)
+        if (getattr(original, "sqlite_errorcode", 0) & 0xFF) in _NOT_OURS:
+            raise NotADatabaseError(str(path), str(original)) from error
+        raise StorageError(str(original)) from error
+    except UnicodeDecodeError as error:
+        # What the driver makes of a message of SQLite that quotes a damaged schema.
+        raise NotADatabaseError(str(path), "its schema is damaged") from error
+    except OSError as error:
+        raise NotADatabaseError(str(path), error.strerror or str(error)) from error
+
+
+def _refuse_missing(path: Path) -> None:
+    if not path.exists():
+        raise NotADatabaseError(str(path), f"there is no such file; `dspex-persist serve --db {path}` makes one")
+    if not path.is_file():
+        raise NotADatabaseError(str(path), "it is a folder" if path.is_dir() else "it is no regular file")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Engine]:
+    """One read-only connection to the file, which a server may have open."""
+    with _explained(path):
+        _refuse_missing(path)
+        readers = open_readers(path, size=1)
+        try:
+            yield readers
+        finally:
+            readers.dispose()
+
+
+@contextmanager
+def _owning(path: Path) -> Iterator[Engine]:
+    """The one connection that writes, under the ownership lock; the WAL is brought into the file at the end."""
+    with _explained(path):
+        lock = OwnershipLock(path)
+        try:
+            writer = open_writer(path)
+            try:
+                yield writer
+                checkpoint(writer)
+            finally:
+                writer.dispose()
+        finally:
+            lock.release()
+
+
+def _find_revision(readers: Engine, path: Path) -> str | None:
+    """The file's revision, at most this release's; None in an empty file."""
+    with snapshot(readers) as connection:
+        found = migrate.current_revision(connection)
+    if found not in (None, REVISION) and found not in migrate.known_revisions():
+        raise NewerSchemaError(str(path), str(found), REVISION)
+    return found
+
+
+def _refuse_older(readers: Engine, path: Path) -> None:
+    """Let only files of this release's revision pass."""
+    found = _find_revision(readers, path)
+    if found is None:
+        raise NotADatabaseError(str(path), f"it is empty; `dspex-persist db upgrade --db {path}` makes its tables")
+    if found != REVISION:
+        reason = f"its schema is {found}, this release reads {REVISION}; `dspex-persist db upgrade --db {path}` helps"
+        raise NotADatabaseError(str(path), reason)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _size_bytes(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _read_anchor(path: Path) -> Head | None:
+    """What the anchor remembers. Read again where it is torn: a server may be writing it just now."""
+    file = _beside(path, ".anchor")
+    for _ in range(_ANCHOR_READS):
+        if not file.exists():
+            return None
+        head = anchors.parse(file.read_bytes())
+        if head is not None:
+            return head
+    return None
+
+
+# check
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What a check found. `complete` is false where it stopped after `MOST_PROBLEMS`."""
+
+    path: Path
+    revision: str
+    commits: int
+    anchored: bool
+    problems: tuple[Problem, ...]
+    complete: bool
+
+
+def check(path: Path, progress: Progress = _silent) -> CheckReport:
+    """SQLite's own integrity check, foreign keys, append-only triggers, and everything that `verify` looks at.
+
+    A copy without its anchor file is checked without one: then commits that are gone from its end are not noticed.
+    """
+    # Before anything of the file: a server that writes meanwhile is then ahead of it, never behind.
+    anchor = _read_anchor(path)
+    with _reading(path) as readers:
+        _refuse_older(readers, path)
+        return _check(path, readers, anchor, progress)
+
+
+def _check(path: Path, readers: Engine, anchor: Head | None, progress: Progress) -> CheckReport:
+    problems = tuple(islice(_iter_problems(readers, anchor, progress), MOST_PROBLEMS))
+    with snapshot(readers) as connection:
+        commits = audit.head(connection).sequence
+    return CheckReport(path, REVISION, commits, anchor is not None, problems, len(problems) < MOST_PROBLEMS)
+
+
+def _iter_problems(readers: Engine, anchor: Head | None, progress: Progress) -> Iterator[Problem]:
+    progress("checking the pages of the file", 0, 0)
+    for look in (_integrity_problems, _reference_problems, verify.trigger_problems):
+        try:
+            with snapshot(readers) as connection:
+                yield from look(connection)
+        except (DBAPIError, sqlite3.Error, UnicodeDecodeError) as error:
+            yield Problem("file", str(getattr(error, "orig", error)))
+    yield from verify.iter_problems(readers, anchor, lambda done, in_all: progress("checking commits", done, in_all))
+
+
+def _integrity_problems(connection: Connection) -> Iterator[Problem]:
+    for (message,) in connection.exec_driver_sql("PRAGMA integrity_check"):
+        if message != "ok":
+            yield Problem("file", message)
+
+
+def _reference_problems(connection: Connection) -> Iterator[Problem]:
+    for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
+        where = f"table {table}" + (f", row {row}" if row is not None else "")
+        yield Problem(where, f"it refers to a row of {parent} that is not there")
+
+
+# current and upgrade
+
+
+@dataclass(frozen=True, slots=True)
+class RevisionReport:
+    """The revision of a file's schema (None: it is empty), this release's, and whether they are the same."""
+
+    path: Path
+    revision: str | None
+    head: str
+    is_head: bool
+
+
+def current(path: Path) -> RevisionReport:
+    """The revision of the file's schema. A newer one than this release's is a `NewerSchemaError`."""
+    with _reading(path) as readers:
+        found = _find_revision(readers, path)
+    return RevisionReport(path, found, REVISION, found == REVISION)
+
+
+@dataclass(frozen=True, slots=True)
+class UpgradeReport:
+    """An upgrade: from which revision (None: the file was empty) to which, and the backup that was made before."""
+
+    path: Path
+    found: str | None
+    revision: str
+    backup: Path | None
+
+
+def upgrade(path: Path) -> UpgradeReport:
+    """Bring the schema of the file to this release's revision, after a backup beside it; whole or not at all."""
+    with _reading(path) as readers:
+        # Before the file is opened for writing, which changes the journal mode of whatever it is.
+        _find_revision(readers, path)
+    with _owning(path) as writer:
+        upgraded = migrate.upgrade(writer, path)
+        _recover(writer, path)
+    return UpgradeReport(path, upgraded.found, REVISION, upgraded.backup)
+
+
+def _recover(writer: Engine, path: Path) -> None:
+    """Refuse a file that has lost commits, as a server would."""
+    anchor = Anchor(open_beside(path, ".anchor"))
+    try:
+        with writer.begin() as connection:
+            recovery.recover(connection, anchor, path)
+    finally:
+        anchor.close()
+
+
+# backup
+
+
+@dataclass(frozen=True, slots=True)
+class BackupReport:
+    """A backup. Where the copy has problems there is none: `target` was not made."""
+
+    path: Path
+    target: Path
+    size_bytes: int
+    commits: int
+    problems: tuple[Problem, ...]
+
+
+def backup(path: Path, target: Path, progress: Progress = _silent) -> BackupReport:
+    """Copy the file as of one moment to `target`, which must not exist, and check the copy.
+
+    The copy is one file of its own, readable from read-only media. `target` appears whole or not at all. Raises
+    `InvalidArgumentError` where it exists or cannot be written.
+    """
+    anchor = _read_anchor(path)
+    with _reading(path) as readers:
+        _refuse_older(readers, path)
+        with _partial(target) as partial:
+            with snapshot(readers) as connection:
+                _copy(connection, partial, progress)
+            with _reading(partial) as copies:
+                report = _check(partial, copies, anchor, progress)
+            if not report.problems:
+                _publish(partial, target)
+            return BackupReport(path, target, _size_bytes(partial), report.commits, report.problems)
+
+
+@contextmanager
+def _partial(target: Path) -> Iterator[Path]:
+    """A private file beside `target` to write to, gone at the end."""
+    if os.path.lexists(target):
+        raise _refused(target, "it exists already, and a backup overwrites nothing")
+    try:
+        file, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+    except OSError as error:
+        raise _refused(target, error.strerror or str(error)) from error
+    os.close(file)
+    partial = Path(name)
+    try:
+        yield partial
+    finally:
+        for suffix in ("", "-journal"):
+            _beside(partial, suffix).unlink(missing_ok=True)
+
+
+def _refused(target: Path, reason: str) -> InvalidArgumentError:
+    return InvalidArgumentError("target", f"cannot write {target}: {reason}")
+
+
+def _copy(connection: Connection, partial: Path, progress: Progress) -> None:
+    def on_pages(_status: int, remaining: int, in_all: int) -> None:
+        progress("copying pages", in_all - remaining, in_all)
+
+    # Reading begins the transaction. Without one, each write of a server would begin the copy anew.
+    audit.head(connection)
+    source: Any = connection.connection.driver_connection
+    copy = sqlite3.connect(partial, isolation_level=None)
+    try:
+        source.backup(copy, pages=_BACKUP_PAGES, progress=on_pages)
+        # One file, without a WAL beside it, and so one that can be read where nothing can be written.
+        copy.execute("PRAGMA journal_mode = DELETE")
+    finally:
+        copy.close()
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Give the copy its name, durably, unless something has that name by now."""
+    try:
+        os.link(partial, target)
+    except FileExistsError as error:
+        raise _refused(target, "it exists already, and a backup overwrites nothing") from error
+    folder = os.open(target.parent, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+# stats
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTable:
+    """What a table or an index takes. `rows`: of tables; `unused_bytes`: of its pages, where pages were measured."""
+
+    name: str
+    kind: str
+    rows: int | None
+    size_bytes: int
+    unused_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The history of a session, or of one of its variables: its versions, and their contents in bytes."""
+
+    session_id: str
+    variable: str | None
+    versions: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StatsReport:
+    """Where the bytes of a file are. `exact`: pages were measured, else lengths of values (without indexes)."""
+
+    path: Path
+    revision: str
+    file_bytes: int
+    wal_bytes: int
+    free_bytes: int
+    exact: bool
+    tables: tuple[StoredTable, ...]
+    sessions_live: int
+    sessions_ended: int
+    variables_live: int
+    variables_deleted: int
+    versions: int
+    commits: int
+    large_contents: int
+    large_bytes: int
+    shared_bytes: int
+    largest_sessions: tuple[Share, ...]
+    largest_variables: tuple[Share, ...]
+    sqlite_version: str
+    warning: str | None
+
+
+_COUNTS: Final = {
+    "sessions_live": "SELECT count(*) FROM sessions WHERE ended_sequence IS NULL",
+    "sessions_ended": "SELECT count(*) FROM sessions WHERE ended_sequence IS NOT NULL",
+    "variables_live": """
+        SELECT count(*) FROM variables JOIN sessions USING (session_key)
+        WHERE deleted_sequence IS NULL AND ended_sequence IS NULL
+    """,
+    "variables_deleted": """
+        SELECT count(*) FROM variables JOIN sessions USING (session_key)
+        WHERE deleted_sequence IS NOT NULL OR ended_sequence IS NOT NULL
+    """,
+    "versions": "SELECT count(*) FROM versions",
+    "commits": "SELECT count(*) FROM commits",
+    "large_contents": "SELECT count(*) FROM blobs",
+    "large_bytes": "SELECT ifnull(sum(length(content)), 0) FROM blobs",
+    # What the versions refer to, less what is there.
+    "shared_bytes": """
+        SELECT ifnull(sum(length(content)), 0) - (SELECT ifnull(sum(length(content)), 0) FROM blobs)
+        FROM (
+            SELECT value_blob AS blob_key FROM versions WHERE value_blob IS NOT NULL
+            UNION ALL SELECT binary_blob FROM versions WHERE binary_blob IS NOT NULL
+        ) JOIN blobs USING (blob_key)
+    """,
+}
+_SIZES: Final = """
+    WITH sizes AS (
+        SELECT variable_key, count(*) AS versions, sum(
+            ifnull(length(CAST(versions.value AS BLOB)), 0) + ifnull(length(versions.binary), 0)
+            + ifnull(length(CAST(versions.metadata AS BLOB)), 0)
+            + ifnull((SELECT length(content) FROM blobs WHERE blob_key = value_blob), 0)
+            + ifnull((SELECT length(content) FROM blobs WHERE blob_key = binary_blob), 0)
+        ) AS size_bytes
+        FROM versions GROUP BY variable_key
+    )
+"""
+_LARGEST_VARIABLES: Final = f"""
+    {_SIZES}
+    SELECT session_id, name, versions, size_bytes
+    FROM sizes JOIN variables USING (variable_key) JOIN sessions USING (session_key)
+    ORDER BY size_bytes DESC, versions DESC, variable_key LIMIT {_LARGEST}
+"""
+_LARGEST_SESSIONS: Final = f"""
+    {_SIZES}
+    SELECT session_id, NULL, sum(versions), sum(size_bytes)
+    FROM sizes JOIN variables USING (variable_key) JOIN sessions USING (session_key)
+    GROUP BY session_key ORDER BY sum(size_bytes) DESC, sum(versions) DESC, session_key LIMIT {_LARGEST}
+"""
+
+
+def stats(path: Path) -> StatsReport:
+    """Where the bytes are. Reads the whole file; sizes of histories are those of their contents, shared or not."""
+    with _reading(path) as readers:
+        _refuse_older(readers, path)
+        with snapshot(readers) as connection:
+            return _stats(connection, path)
+
+
+def _stats(connection: Connection, path: Path) -> StatsReport:
+    tables = measure_pages(connection)
+    exact = tables is not None
+    version = _scalar(connection, "SELECT sqlite_version()")
+    return StatsReport(
+        path=path,
+        revision=REVISION,
+        file_bytes=_size_bytes(path),
+        wal_bytes=_size_bytes(_beside(path, "-wal")),
+        free_bytes=_scalar(connection, "PRAGMA freelist_count") * _scalar(connection, "PRAGMA page_size"),
+        exact=exact,
+        tables=tables if tables is not None else measure_lengths(connection),
+        **{name: _scalar(connection, query) for name, query in _COUNTS.items()},
+        largest_sessions=_shares(connection, _LARGEST_SESSIONS),
+        largest_variables=_shares(connection, _LARGEST_VARIABLES),
+        sqlite_version=version,
+        warning=sqlite_warning(version),
+    )
+
+
+def sqlite_warning(version: str) -> str | None:
+    """What to know about this version of SQLite."""
+    if tuple(int(part) for part in version.split(".")) >= _SOUND_SQLITE:
+        return None
+    return (
+        f"SQLite {version} has the WAL-reset bug (mended in 3.51.3): two connections that write or checkpoint can lose "
+        "commits. dspex-persist writes and checkpoints through one; let no other program write to the file"
+    )
+
+
+def _scalar(connection: Connection, statement: str) -> Any:
+    return connection.exec_driver_sql(statement).scalar_one()
+
+
+def _shares(connection: Connection, statement: str) -> tuple[Share, ...]:
+    return tuple(Share(*row) for row in connection.exec_driver_sql(statement))
+
+
+def _objects(connection: Connection) -> list[tuple[str, str, int | None]]:
+    """Every table and index: name, kind, rows of a table."""
+    query = "SELECT name, type FROM sqlite_schema WHERE type IN ('table', 'index') ORDER BY type DESC, name"
+    return [
+        (name, kind, _scalar(connection, f'SELECT count(*) FROM "{name}"') if kind == "table" else None)
+        for name, kind in connection.exec_driver_sql(query).fetchall()
+    ]
+
+
+def measure_pages(connection: Connection) -> tuple[StoredTable, ...] | None:
+    """What tables and indexes take, page by page; None where this SQLite cannot tell (no dbstat)."""
+    query = "SELECT name, pgsize, unused FROM dbstat WHERE aggregate = TRUE"
+    try:
+        sizes = {name: (size, unused) for name, size, unused in connection.exec_driver_sql(query)}
+    except DBAPIError as error:
+        if "no such table: dbstat" in str(error.orig):
+            return None
+        raise
+    found = [StoredTable(*known, *sizes.get(known[0], (0, 0))) for known in _objects(connection)]
+    return tuple(sorted(found, key=lambda table: -table.size_bytes))
+
+
+def measure_lengths(connection: Connection) -> tuple[StoredTable, ...]:
+    """What the values in the tables take, without pages and indexes."""
+    found = []
+    for name, kind, rows in _objects(connection):
+        if kind != "table":
+            continue
+        columns = [row[1] for row in connection.exec_driver_sql(f'PRAGMA table_info("{name}")')]
+        lengths = " + ".join(f'ifnull(length(CAST("{column}" AS BLOB)), 0)' for column in columns)
+        size = _scalar(connection, f'SELECT ifnull(sum({lengths}), 0) FROM "{name}"')
+        found.append(StoredTable(name, kind, rows, size, None))
+    return tuple(sorted(found, key=lambda table: -table.size_bytes))
+
+
+# vacuum
+
+
+@dataclass(frozen=True, slots=True)
+class VacuumReport:
+    """The size of the file with its WAL, before and after, and how long that took."""
+
+    path: Path
+    before_bytes: int
+    after_bytes: int
+    duration_s: float
+
+
+def vacuum(path: Path, progress: Progress = _silent) -> VacuumReport:
+    """Write the file anew without its free pages. Needs as much free disk again as the file has, twice over."""
+    with _reading(path) as readers:
+        _refuse_older(readers, path)
+        before = _size_bytes(path) + _size_bytes(_beside(path, "-wal"))
+    started = time.monotonic()
+    with _owning(path) as writer:
+        # What may have lost commits is evidence, and stays as it is.
+        _recover(writer, path)
+        progress("rewriting the file", 0, 0)
+        # Through the raw connection: VACUUM cannot run inside a transaction, and SQLAlchemy always begins one.
+        raw = writer.raw_connection()
+        try:
+            raw.cursor().execute("VACUUM")
+        finally:
+            raw.close()
+    after = _size_bytes(path) + _size_bytes(_beside(path, "-wal"))
+    return VacuumReport(path, before, after, time.monotonic() - started)

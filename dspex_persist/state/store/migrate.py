@@ -1,0 +1,117 @@
+"""Bringing a file to this release's revision, after a backup beside it; refusing newer files."""
+
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import Connection, Engine, inspect, text
+from sqlalchemy.exc import DBAPIError
+
+from dspex_persist.clock import now
+from dspex_persist.state.errors import NewerSchemaError, NotADatabaseError, UpgradeError
+from dspex_persist.state.store.schema import REVISION
+
+
+@dataclass(frozen=True, slots=True)
+class Upgrade:
+    """The revision that a file had (None: it was empty), and the backup that was made if it had an older one."""
+
+    found: str | None
+    backup: Path | None = None
+
+
+def migrations_path() -> Path:
+    """Where the migrations are: in the wheel beside the code, in a checkout at the top."""
+    package = Path(__file__).resolve().parents[2]
+    installed = package / "_migrations"
+    return installed if installed.is_dir() else package.parent / "migrations"
+
+
+def current_revision(connection: Connection) -> str | None:
+    """The file's revision; None in an empty one."""
+    tables = inspect(connection).get_table_names()
+    if "alembic_version" in tables:
+        row = connection.execute(text("SELECT version_num FROM alembic_version")).first()
+        return row[0] if row else None
+    if tables:
+        raise NotADatabaseError(_path_of(connection), f"it is another program's database (tables: {tables[:3]})")
+    return None
+
+
+def upgrade(writer: Engine, path: Path) -> Upgrade:
+    """Bring the file to `REVISION`. A failing upgrade leaves the file as it was, and the backup beside it."""
+    backup = None
+    with writer.connect() as connection:
+        with connection.begin():
+            found = current_revision(connection)
+        if found == REVISION:
+            return Upgrade(found)
+        if found is not None:
+            _refuse_newer(path, found)
+            backup = backup_before_upgrade(connection, path, found)
+        _run_migrations(connection)
+    return Upgrade(found, backup)
+
+
+def refuse_foreign(readers: Engine) -> None:
+    """Refuse a file that is another program's, before it is opened for writing: that would change its journal mode."""
+    try:
+        with readers.connect() as connection:
+            current_revision(connection)
+    except DBAPIError as error:
+        # A crash in the very first transaction leaves a journal that only a writer can roll back: it looks next.
+        if getattr(error.orig, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_READONLY:
+            raise
+
+
+def backup_before_upgrade(connection: Connection, path: Path, revision: str) -> Path:
+    """A copy of the database beside it, named after its revision and the time."""
+    target = path.with_name(f"{path.name}.backup-{revision}-{now():%Y%m%dT%H%M%S.%f}")
+    # Made first, for its mode: SQLite fills an empty file as it is.
+    target.touch(mode=0o600, exist_ok=False)
+    quoted = str(target).replace("'", "''")
+    connection.connection.cursor().execute(f"VACUUM INTO '{quoted}'")
+    return target
+
+
+def known_revisions() -> list[str]:
+    """Every revision that this release knows, newest first."""
+    from alembic.script import ScriptDirectory
+
+    scripts = ScriptDirectory(str(migrations_path()))
+    return [script.revision for script in scripts.walk_revisions()]
+
+
+def _refuse_newer(path: Path, found: str) -> None:
+    if found not in known_revisions():
+        raise NewerSchemaError(str(path), found, REVISION)
+
+
+def _run_migrations(connection: Connection) -> None:
+    # Imported here: a file that is up to date, the usual case, need not pay for it at start.
+    from alembic import command
+    from alembic.config import Config
+
+    cursor = connection.connection.cursor()
+    # With foreign keys on, alembic's way to rebuild a table deletes the rows of the tables that point to it.
+    cursor.execute("PRAGMA foreign_keys = OFF")
+    try:
+        config = Config()
+        config.set_main_option("script_location", str(migrations_path()).replace("%", "%%"))
+        config.attributes["connection"] = connection
+        with connection.begin():
+            command.upgrade(config, "head")
+            broken = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
+            if broken:
+                raise UpgradeError(_path_of(connection), REVISION, f"it would break foreign keys: {broken[:3]}")
+    except UpgradeError:
+        raise
+    except Exception as error:
+        # A migration is a script and can fail in any way; its transaction has been rolled back.
+        raise UpgradeError(_path_of(connection), REVISION, str(error)) from error
+    finally:
+        cursor.execute("PRAGMA foreign_keys = ON")
+
+
+def _path_of(connection: Connection) -> str:
+    return str(connection.exec_driver_sql("PRAGMA database_list").fetchall()[0][2])

@@ -1,0 +1,67 @@
+"""The answers kept under idempotency keys, and how a result becomes JSON and back."""
+
+from datetime import datetime, timedelta
+from functools import lru_cache
+from typing import Any
+
+from pydantic import TypeAdapter
+from sqlalchemy import Connection, bindparam, delete, insert, select
+
+from dspex_persist.clock import to_micros
+from dspex_persist.state.store.schema import is_unicode, outcomes
+from dspex_persist.state.unit_of_work import RecordedOutcome
+
+# Built once: to build a statement takes SQLAlchemy longer than SQLite needs to run it.
+_FORGET_SESSION = delete(outcomes).where(outcomes.c.session_id == bindparam("session_id"))
+
+
+@lru_cache
+def _codec(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def encode(kind: Any, result: object) -> str:
+    """A result of type `kind` as JSON."""
+    return _codec(kind).dump_json(result).decode()
+
+
+def decode(kind: Any, text: str) -> Any:
+    """The result again."""
+    return _codec(kind).validate_json(text)
+
+
+def find(connection: Connection, session_id: str, key: str) -> RecordedOutcome | None:
+    """What was answered under this key."""
+    if not is_unicode(session_id):
+        return None
+    query = select(outcomes).where(outcomes.c.session_id == session_id, outcomes.c.idempotency_key == key)
+    row = connection.execute(query).first()
+    if row is None:
+        return None
+    return RecordedOutcome(row.session_id, row.idempotency_key, row.cause, row.fingerprint, row.result)
+
+
+def keep(connection: Connection, outcome: RecordedOutcome, created_at: datetime) -> None:
+    """Store an answer."""
+    connection.execute(
+        insert(outcomes),
+        {
+            "session_id": outcome.session_id,
+            "idempotency_key": outcome.key,
+            "cause": outcome.cause,
+            "fingerprint": outcome.fingerprint,
+            "result": outcome.result,
+            "created_at": to_micros(created_at),
+        },
+    )
+
+
+def forget_session(connection: Connection, session_id: str) -> None:
+    """Remove a session's answers: it has ended."""
+    connection.execute(_FORGET_SESSION, {"session_id": session_id})
+
+
+def forget(connection: Connection, now: datetime, retention_s: float) -> int:
+    """Remove the answers that are older than `retention_s`; how many."""
+    oldest = to_micros(now - timedelta(seconds=retention_s))
+    return connection.execute(delete(outcomes).where(outcomes.c.created_at < oldest)).rowcount

@@ -1,0 +1,108 @@
+"""The tables as `migrations/` makes them; a test holds the two together."""
+
+from sqlalchemy import BLOB, REAL, Column, Integer, MetaData, Table, Text
+
+REVISION = "0001"
+"""The revision that this release reads and writes: the head of `migrations/`."""
+
+metadata = MetaData()
+
+
+def is_unicode(text: str) -> bool:
+    """Whether SQLite can be asked for `text`: a lone surrogate is no character, and no row holds one."""
+    return text.isascii() or text.encode(errors="ignore").decode() == text
+
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("session_key", Integer, primary_key=True),
+    Column("session_id", Text, nullable=False),
+    Column("created_at", Integer, nullable=False),
+    Column("started_sequence", Integer, nullable=False),
+    Column("ended_sequence", Integer),
+    Column("ttl_s", REAL),
+    Column("expires_at", Integer),
+    Column("metadata", Text, nullable=False),
+)
+
+variables = Table(
+    "variables",
+    metadata,
+    Column("variable_key", Integer, primary_key=True),
+    Column("session_key", Integer, nullable=False),
+    Column("variable_id", Text, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("type", Text, nullable=False),
+    Column("constraints", Text, nullable=False),
+    Column("metadata", Text, nullable=False),
+    Column("optimization", Text),
+    Column("deleted_sequence", Integer),
+)
+
+commits = Table(
+    "commits",
+    metadata,
+    Column("sequence", Integer, primary_key=True),
+    Column("session_key", Integer, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("cause", Text, nullable=False),
+    Column("created_at", Integer, nullable=False),
+    Column("hash", BLOB, nullable=False),
+)
+
+blobs = Table(
+    "blobs",
+    metadata,
+    Column("blob_key", Integer, primary_key=True),
+    Column("digest", BLOB, nullable=False),
+    Column("content", BLOB, nullable=False),
+)
+
+# Without the generated column `number`, which nothing here writes.
+versions = Table(
+    "versions",
+    metadata,
+    Column("variable_key", Integer, primary_key=True),
+    Column("version", Integer, primary_key=True),
+    Column("sequence", Integer, nullable=False),
+    Column("kind", Integer, nullable=False),
+    Column("source", Integer, nullable=False),
+    Column("value", Text),
+    Column("value_blob", Integer),
+    Column("binary", BLOB),
+    Column("binary_blob", Integer),
+    Column("metadata", Text),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("sequence", Integer, primary_key=True),
+    Column("ordinal", Integer, primary_key=True),
+    Column("kind", Text, nullable=False),
+    Column("body", Text, nullable=False),
+)
+
+dependencies = Table(
+    "dependencies",
+    metadata,
+    Column("dependency_key", Integer, primary_key=True),
+    Column("session_key", Integer, nullable=False),
+    Column("from_id", Text, nullable=False),
+    Column("to_id", Text, nullable=False),
+    Column("type", Text, nullable=False),
+    Column("since_sequence", Integer, nullable=False),
+    Column("until_sequence", Integer),
+)
+
+outcomes = Table(
+    "outcomes",
+    metadata,
+    Column("session_id", Text, primary_key=True),
+    Column("idempotency_key", Text, primary_key=True),
+    Column("cause", Text, nullable=False),
+    Column("fingerprint", Text, nullable=False),
+    Column("result", Text, nullable=False),
+    Column("created_at", Integer, nullable=False),
+)

@@ -1,0 +1,428 @@
+"""SessionStore: one SQLite file of sessions. It writes groups of commands, and serves memory and history.
+
+`write_group` is the only way to write and knows no threads: the writer thread calls it, and so can a simulator.
+"""
+
+import contextlib
+import sqlite3
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import structlog
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+
+from dspex_persist import clock
+from dspex_persist.state.commands import Command, ExpireSession
+from dspex_persist.state.commands.base import check_text
+from dspex_persist.state.errors import (
+    CheckpointError,
+    IdempotencyConflictError,
+    InternalError,
+    NotADatabaseError,
+    OutcomeUnknownError,
+    StateError,
+    StorageError,
+)
+from dspex_persist.state.limits import Limits
+from dspex_persist.state.model import CommitChanges, Origin, VariableVersion
+from dspex_persist.state.store import audit, log, migrate, outcomes, recovery
+from dspex_persist.state.store import sessions as stored_sessions
+from dspex_persist.state.store import variables as stored_variables
+from dspex_persist.state.store.anchor import Anchor, Head
+from dspex_persist.state.store.cache import SessionCache
+from dspex_persist.state.store.engine import (
+    Durability,
+    OwnershipLock,
+    checkpoint,
+    create_private,
+    open_beside,
+    open_readers,
+    open_writer,
+    snapshot,
+)
+from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, SessionState, UnitOfWork
+from dspex_persist.state.watch import Hub
+
+_logger = structlog.get_logger(__name__)
+
+_CERTAIN_ABORTS = frozenset(
+    {sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_TOOBIG}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOptions:
+    """How a store behaves. `cache_size_bytes` bounds the sessions in memory; times are seconds."""
+
+    durability: Durability = "full"
+    limits: Limits = field(default_factory=Limits)
+    session_ttl_s: float | None = None
+    optimization_lease_s: float = 300.0
+    cache_size_bytes: int = 256 * 1024 * 1024
+    outcome_retention_s: float = 7 * 86_400.0
+
+
+class Job(NamedTuple):
+    """A command and who asks."""
+
+    command: Command[Any]
+    origin: Origin
+
+
+class Outcome(NamedTuple):
+    """What became of a job: a result, or the error with which it failed."""
+
+    result: Any = None
+    error: StateError | None = None
+
+
+class SessionStore:
+    """The store on an open file. One thread at a time may call `write_group`, `sweep` and `close`."""
+
+    def __init__(self, path: Path, options: StoreOptions | None = None) -> None:
+        self.path = path
+        self.options = options or StoreOptions()
+        with contextlib.ExitStack() as undo:
+            create_private(path)
+            self._lock = OwnershipLock(path)
+            undo.callback(self._lock.release)
+            self._anchor = Anchor(open_beside(path, ".anchor"))
+            undo.callback(self._anchor.close)
+            self._open_file()
+            undo.pop_all()
+
+    def _open_file(self) -> None:
+        try:
+            self._readers = open_readers(self.path)
+            migrate.refuse_foreign(self._readers)
+            self._writer = open_writer(self.path, self.options.durability)
+            migrate.upgrade(self._writer, self.path)
+            self._connection = self._writer.connect()
+            with self._connection.begin():
+                self.head = recovery.recover(self._connection, self._anchor, self.path)
+                self._keys = log.Keys(self._connection)
+        except (DBAPIError, sqlite3.Error) as error:
+            raise NotADatabaseError(str(self.path), str(getattr(error, "orig", error))) from error
+        self._cache = SessionCache(self.options.cache_size_bytes)
+        self.hub = Hub(self.head.sequence)
+
+    # Writing
+
+    def write_group(self, jobs: Sequence[Job]) -> list[Outcome]:
+        """Run the jobs in order and make what they staged durable in one SQLite transaction.
+
+        A job that fails its checks fails alone. An error of SQLite fails all of them and changes nothing; one that
+        leaves the outcome open is raised as `OutcomeUnknownError`: the store must then be thrown away.
+        """
+        drafts = Drafts(self)
+        now = clock.now()
+        try:
+            with self._connection.begin() as transaction:
+                results, units = self._apply(jobs, drafts, now)
+                head = self._write(units, drafts)
+                if head is None:
+                    transaction.rollback()
+        except (DBAPIError, sqlite3.Error) as error:
+            failure = self._settle(error)
+            return [Outcome(error=failure) for _ in jobs]
+        self._publish(drafts, units, head)
+        return results
+
+    def _apply(self, jobs: Sequence[Job], drafts: Drafts, now: datetime) -> tuple[list[Outcome], list[UnitOfWork]]:
+        units: list[UnitOfWork] = []
+        results: list[Outcome] = []
+        for job in jobs:
+            command = job.command
+            # Edited even where it stays as it is: that is how the expiry of a session that was only touched is saved.
+            writes = command.writes and not isinstance(command, ExpireSession)
+            state = drafts.edit(command.session_id) if writes else None
+            if state is not None and state.lease is not None and state.lease.expires_at <= now:
+                self._run(Job(ExpireSession(command.session_id), _EXPIRY), drafts, now, units)
+            results.append(self._run(job, drafts, now, units))
+            read = drafts.find(command.session_id) if not command.writes else None
+            if read is not None and read.lease is not None and read.lease.is_unsaved():
+                drafts.edit(command.session_id)
+        return results, units
+
+    def _run(self, job: Job, drafts: Drafts, now: datetime, units: list[UnitOfWork]) -> Outcome:
+        options = self.options
+        unit = UnitOfWork(
+            drafts,
+            job.origin,
+            now,
+            self.head.sequence + len(units) + 1,
+            options.limits,
+            options.session_ttl_s,
+            options.optimization_lease_s,
+        )
+        try:
+            result = _apply_once(job, unit)
+        except StateError as error:
+            unit.rollback_to((0, 0, 0))
+            return Outcome(error=error)
+        except DBAPIError:
+            raise
+        except Exception:  # noqa: BLE001 - a command's boundary
+            # A fault of ours in one command: its neighbours in the group must not pay for it.
+            unit.rollback_to((0, 0, 0))
+            reference = unit.new_token()
+            # As text: a renderer of exceptions may show local variables, and those are users' values.
+            trace = traceback.format_exc()
+            _logger.error("command failed", command=job.command.cause, reference=reference, traceback=trace)
+            return Outcome(error=InternalError(f"internal error, reference {reference}"))
+        if unit.has_changes():
+            units.append(unit)
+        return Outcome(result)
+
+    def _write(self, units: Sequence[UnitOfWork], drafts: Drafts) -> Head | None:
+        writer = log.LogWriter(self._connection, self.head, self._keys)
+        for unit in units:
+            writer.add(unit)
+        writer.flush()
+        unsaved = [state for state in drafts.states.values() if state and state.lease and state.lease.is_unsaved()]
+        for state in unsaved:
+            log.save_expiry(self._connection, state)
+        return writer.head if units or unsaved else None
+
+    def _settle(self, error: DBAPIError | sqlite3.Error) -> StorageError:
+        """After an error of SQLite: make sure that nothing of the group is left, or say that nobody can know."""
+        original = getattr(error, "orig", error)
+        code = getattr(original, "sqlite_errorcode", None)
+        if code is None or (code & 0xFF) not in _CERTAIN_ABORTS:
+            self._raise_unknown(original)
+        # SQLITE_FULL has rolled back by itself; for anything else the transaction's end has. Both must be true now.
+        driver = self._connection.connection.dbapi_connection
+        if driver is None or driver.in_transaction:
+            self._raise_unknown(original)
+        with self._connection.begin():
+            self._keys = log.Keys(self._connection)
+        _logger.warning("group failed", reason=str(original))
+        return StorageError(str(original))
+
+    def _raise_unknown(self, original: object) -> NoReturn:
+        raise OutcomeUnknownError(f"SQLite reported {original!s} while writing {self.path}")
+
+    def _publish(self, drafts: Drafts, units: Sequence[UnitOfWork], head: Head | None) -> None:
+        """Let readers and watchers see what is durable now."""
+        if head is not None:
+            self.head = head
+            if self.options.durability == "full":
+                self._anchor.write(head)
+        for session_id, state in drafts.states.items():
+            if state is None:
+                self._cache.drop(session_id)
+            else:
+                if state.lease is not None and state.lease.is_unsaved():
+                    state.lease.saved_expires_at = state.lease.expires_at
+                self._cache.put(session_id, state)
+        self._cache.evict()
+        if units:
+            self.hub.advance(self.head.sequence)
+            self._tell_watchers(units)
+
+    def _tell_watchers(self, units: Sequence[UnitOfWork]) -> None:
+        commits: dict[int, list[CommitChanges]] = {}
+        ended: list[int] = []
+        for unit in units:
+            state = unit.state
+            if state is None or not self.hub.is_watched(state.session.sequence):
+                continue
+            changes = log.sort_changes(state, unit.versions)
+            told = CommitChanges(unit.sequence, tuple(changes), audit.affected(state, unit.sequence, changes))
+            commits.setdefault(state.session.sequence, []).append(told)
+            if any(event.kind == "session_ended" for event in unit.events):
+                ended.append(state.session.sequence)
+        self.hub.publish(commits, ended, self.head.sequence)
+
+    # What units of work ask for: inside a group, on the writer's connection
+
+    def load(self, session_id: str) -> SessionState | None:
+        """The live session's state; from the file if memory does not have it, and then kept."""
+        state = self._cache.find(session_id)
+        if state is None:
+            state = stored_sessions.load(self._connection, session_id)
+            if state is not None:
+                self._cache.put(session_id, state)
+        return state
+
+    def find_version(self, state: SessionState, variable_id: str, version: int) -> VariableVersion | None:
+        """One committed version."""
+        key = state.keys.get(variable_id)
+        return stored_variables.find_version(self._connection, key, version) if key is not None else None
+
+    def history(
+        self, state: SessionState, identifier: str, limit: int, before: int | None
+    ) -> list[VariableVersion] | None:
+        """The newest committed versions."""
+        return _history(self._connection, state, identifier, limit, before)
+
+    def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
+        """What was answered under an idempotency key."""
+        return outcomes.find(self._connection, session_id, key)
+
+    # Reading, from any thread
+
+    def find_loaded(self, session_id: str) -> SessionState | None:
+        """The session's published state if it is in memory."""
+        return self._cache.find(session_id)
+
+    def read_current(self, command: Command[Any], origin: Origin, state: SessionState) -> Any:
+        """Apply a reading command to a published state."""
+        return command.apply(self._reading(_Published(state), origin))
+
+    def read_file(self, command: Command[Any], origin: Origin, state: SessionState | None = None) -> Any:
+        """Apply a reading command to the file, in a snapshot of its own; to `state` and the file if it is given."""
+        with snapshot(self._readers) as connection:
+            return command.apply(self._reading(_Snapshot(connection, self._cache, state), origin))
+
+    def changes_after(self, state: SessionState, after: int, most_commits: int = 64) -> list[CommitChanges]:
+        """The session's next commits, from the file."""
+        with snapshot(self._readers) as connection:
+            return audit.changes_after(connection, state, after, most_commits)
+
+    def was_there(self, state: SessionState, identifier: str) -> bool:
+        """Whether the session has or had a variable of this name or id."""
+        with snapshot(self._readers) as connection:
+            return stored_variables.find_key(connection, state.key, identifier) is not None
+
+    def _reading(self, backing: "_Published | _Snapshot", origin: Origin) -> UnitOfWork:
+        return UnitOfWork(Drafts(backing), origin, clock.now(), self.head.sequence, self.options.limits)
+
+    # Housekeeping, by the writer
+
+    def expired(self, limit: int = 100) -> list[Job]:
+        """The jobs that end the sessions whose TTL is over."""
+        with snapshot(self._readers) as connection:
+            ids = stored_sessions.expired(connection, clock.now(), limit)
+        return [Job(ExpireSession(session_id), _EXPIRY) for session_id in ids]
+
+    def sweep(self) -> int:
+        """Reclaim: end expired sessions, forget old answers; how many sessions ended. Readers need not wait for it."""
+        swept = 0
+        while jobs := self.expired():
+            ended = sum(1 for outcome in self.write_group(jobs) if outcome.result)
+            swept += ended
+            if ended == 0:
+                break
+        try:
+            with self._connection.begin():
+                outcomes.forget(self._connection, clock.now(), self.options.outcome_retention_s)
+        except (DBAPIError, sqlite3.Error) as error:
+            self._settle(error)
+        return swept
+
+    def close(self) -> None:
+        """Bring the WAL into the file, remember the head, let the file go."""
+        self._readers.dispose()
+        self._connection.close()
+        try:
+            checkpoint(self._writer)
+            self._anchor.write(self.head)
+        except (DBAPIError, sqlite3.Error, OSError) as error:
+            raise CheckpointError(str(self.path), str(error)) from error
+        finally:
+            self._writer.dispose()
+            self._anchor.close()
+            self._lock.release()
+
+    def abandon(self) -> None:
+        """Let the file go without another write: after an outcome that is unknown."""
+        with contextlib.suppress(Exception):
+            self._readers.dispose()
+        for release in (self._anchor.close, self._lock.release):
+            with contextlib.suppress(OSError):
+                release()
+
+
+_EXPIRY = Origin(actor="dspex-persist", cause="expiry")
+
+
+class _Published:
+    """What a reading command needs when its session is in memory."""
+
+    def __init__(self, state: SessionState) -> None:
+        self._state = state
+
+    def load(self, session_id: str) -> SessionState | None:
+        return self._state
+
+    def find_version(self, state: SessionState, variable_id: str, version: int) -> VariableVersion | None:
+        raise NotImplementedError("memory holds no history")
+
+    def history(
+        self, state: SessionState, identifier: str, limit: int, before: int | None
+    ) -> list[VariableVersion] | None:
+        raise NotImplementedError("memory holds no history")
+
+    def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
+        raise NotImplementedError("memory holds no outcomes")
+
+
+class _Snapshot:
+    """What a reading command needs, all as of one snapshot of the file."""
+
+    def __init__(self, connection: Connection, cache: SessionCache, state: SessionState | None) -> None:
+        self._connection = connection
+        self._cache = cache
+        self._state = state
+
+    def load(self, session_id: str) -> SessionState | None:
+        if self._state is None:
+            self._state = self._load(session_id)
+        return self._state
+
+    def _load(self, session_id: str) -> SessionState | None:
+        state = stored_sessions.load(self._connection, session_id)
+        loaded = self._cache.find(session_id)
+        if state is not None and loaded is not None and loaded.session.sequence == state.session.sequence:
+            # The true expiry is the one in memory, if the session is there.
+            state.lease = loaded.lease
+        return state
+
+    def find_version(self, state: SessionState, variable_id: str, version: int) -> VariableVersion | None:
+        key = state.keys.get(variable_id)
+        return stored_variables.find_version(self._connection, key, version) if key is not None else None
+
+    def history(
+        self, state: SessionState, identifier: str, limit: int, before: int | None
+    ) -> list[VariableVersion] | None:
+        return _history(self._connection, state, identifier, limit, before)
+
+    def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
+        return outcomes.find(self._connection, session_id, key)
+
+
+def _history(
+    connection: Connection, state: SessionState, identifier: str, limit: int, before: int | None
+) -> list[VariableVersion] | None:
+    variable = state.find(identifier)
+    key = state.keys.get(variable.id) if variable is not None else None
+    if key is None:
+        key = stored_variables.find_key(connection, state.key, identifier)
+    return stored_variables.history(connection, key, limit, before) if key is not None else None
+
+
+def _apply_once(job: Job, unit: UnitOfWork) -> Any:
+    """Apply the command; under an idempotency key, once: a repetition gets the recorded answer."""
+    command, key = job.command, job.origin.idempotency_key
+    if not job.origin.actor.isascii():
+        check_text("actor", job.origin.actor, unit.limits.name_length, "name_length")
+    if key is None or not command.writes:
+        return command.apply(unit)
+    check_text("idempotency key", key, unit.limits.name_length, "name_length")
+    fingerprint = command.fingerprint()
+    recorded = unit.find_outcome(command.session_id, key)
+    if recorded is not None:
+        if recorded.fingerprint != fingerprint:
+            raise IdempotencyConflictError(key, recorded.cause)
+        return outcomes.decode(command.returns, recorded.result)
+    result = command.apply(unit)
+    if unit.has_changes():
+        text = outcomes.encode(command.returns, result)
+        unit.record_outcome(RecordedOutcome(command.session_id, key, command.cause, fingerprint, text))
+    return result

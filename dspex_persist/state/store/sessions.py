@@ -1,0 +1,78 @@
+"""Sessions, read from a given connection."""
+
+import json
+from datetime import datetime
+
+from sqlalchemy import Connection, bindparam, func, select
+
+from dspex_persist.clock import from_micros, to_micros
+from dspex_persist.state.model import Dependency, Session
+from dspex_persist.state.store import variables as stored_variables
+from dspex_persist.state.store.schema import commits, dependencies, is_unicode, sessions
+from dspex_persist.state.unit_of_work import Lease, SessionState
+
+# Built once: to build a statement takes SQLAlchemy longer than SQLite needs to run it.
+_FIND = select(sessions).where(sessions.c.ended_sequence.is_(None), sessions.c.session_id == bindparam("session_id"))
+_DEPENDENCIES = (
+    select(dependencies)
+    .where(dependencies.c.session_key == bindparam("session_key"))
+    .order_by(dependencies.c.dependency_key)
+)
+_LAST_SEQUENCE = select(func.max(commits.c.sequence)).where(commits.c.session_key == bindparam("session_key"))
+
+
+def load(connection: Connection, session_id: str) -> SessionState | None:
+    """The live session's state as of the connection's snapshot; cost follows its size, not its history's."""
+    if not is_unicode(session_id):
+        return None
+    row = connection.execute(_FIND, {"session_id": session_id}).first()
+    if row is None:
+        return None
+    session = Session(
+        id=row.session_id,
+        created_at=from_micros(row.created_at),
+        metadata=json.loads(row.metadata),
+        ttl_s=row.ttl_s,
+        sequence=row.started_sequence,
+    )
+    lease = None
+    if row.ttl_s is not None:
+        lease = Lease(row.ttl_s, from_micros(row.expires_at))
+        # Touches are saved only now and then: what the last unsaved one may have added is granted.
+        lease.expires_at += lease.slack
+    state = SessionState(
+        session=session,
+        lease=lease,
+        dependencies=load_dependencies(connection, row.session_key),
+        sequence=last_sequence(connection, row.session_key),
+        key=row.session_key,
+    )
+    for key, variable in stored_variables.live_variables(connection, row.session_key):
+        state.put(variable)
+        state.names[variable.id] = variable.name
+        state.keys[variable.id] = key
+    return state
+
+
+def load_dependencies(connection: Connection, session_key: int) -> tuple[Dependency, ...]:
+    """Every dependency that the session ever had, oldest first."""
+    return tuple(
+        Dependency(row.from_id, row.to_id, row.type, row.since_sequence, row.until_sequence)
+        for row in connection.execute(_DEPENDENCIES, {"session_key": session_key})
+    )
+
+
+def last_sequence(connection: Connection, session_key: int) -> int:
+    """The session's last commit."""
+    return connection.execute(_LAST_SEQUENCE, {"session_key": session_key}).scalar() or 0
+
+
+def expired(connection: Connection, now: datetime, limit: int) -> list[str]:
+    """The ids of sessions whose expiry, as saved, is past."""
+    query = (
+        select(sessions.c.session_id)
+        .where(sessions.c.ended_sequence.is_(None), sessions.c.expires_at <= to_micros(now))
+        .order_by(sessions.c.expires_at)
+        .limit(limit)
+    )
+    return list(connection.execute(query).scalars())

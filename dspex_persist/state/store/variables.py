@@ -1,0 +1,249 @@
+"""Variables and their versions, read from a given connection."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from sqlalchemy import Connection, Row, Select, bindparam, func, select, text
+
+from dspex_persist.clock import from_micros, to_micros
+from dspex_persist.state.model import ChangeKind, Optimization, Source, Value, Variable, VariableVersion
+from dspex_persist.state.store.schema import blobs, commits, is_unicode, variables, versions
+
+KINDS = tuple(ChangeKind)
+SOURCES = tuple(Source)
+KIND_CODES = {kind: code for code, kind in enumerate(KINDS)}
+SOURCE_CODES = {source: code for code, source in enumerate(SOURCES)}
+_MERGING_KINDS = ", ".join(str(KIND_CODES[kind]) for kind in KINDS if kind.merges_metadata)
+
+# Added up by SQLite: beside max(version), a bare column is that of the newest version.
+_METADATA_AS_OF = text(f"""
+    SELECT entry.key, entry.value, max(versions.version) FROM versions, json_each(versions.metadata) AS entry
+    WHERE versions.variable_key = :key AND versions.version <= :version AND versions.kind IN ({_MERGING_KINDS})
+    GROUP BY entry.key
+""")
+
+_value_blob = blobs.alias("value_content")
+_binary_blob = blobs.alias("binary_content")
+_newest = versions.alias("newest")
+
+_VERSION_COLUMNS = (
+    variables.c.variable_key,
+    variables.c.variable_id,
+    variables.c.name,
+    variables.c.type,
+    versions.c.version,
+    versions.c.sequence,
+    versions.c.kind,
+    versions.c.source,
+    versions.c.value,
+    versions.c.binary,
+    versions.c.metadata.label("change_metadata"),
+    _value_blob.c.content.label("value_content"),
+    _binary_blob.c.content.label("binary_content"),
+    commits.c.actor,
+    commits.c.cause,
+    commits.c.created_at,
+)
+
+_VARIABLE_COLUMNS = (
+    variables.c.constraints,
+    variables.c.metadata,
+    variables.c.optimization,
+)
+
+
+def select_versions(*more: Any) -> Select[Any]:
+    """Versions with what their commit and their variable say of them, and their large contents."""
+    return (
+        select(*_VERSION_COLUMNS, *more)
+        .select_from(versions)
+        .join(variables, variables.c.variable_key == versions.c.variable_key)
+        .join(commits, commits.c.sequence == versions.c.sequence)
+        .outerjoin(_value_blob, _value_blob.c.blob_key == versions.c.value_blob)
+        .outerjoin(_binary_blob, _binary_blob.c.blob_key == versions.c.binary_blob)
+    )
+
+
+# Built once: to build a statement takes SQLAlchemy longer than SQLite needs to run it.
+_SELECT_VERSIONS = select_versions()
+_ONE_VERSION = _SELECT_VERSIONS.where(
+    versions.c.variable_key == bindparam("variable_key"), versions.c.version == bindparam("version")
+)
+# Tuples from the driver: SQLAlchemy's rows took three times as long, and this is read a hundred rows at a time.
+_HISTORY = """
+    SELECT versions.version, versions.sequence, versions.kind, versions.source, versions.value, versions.binary,
+        versions.metadata, of_value.content, of_binary.content, commits.actor, commits.cause, commits.created_at
+    FROM versions JOIN commits ON commits.sequence = versions.sequence
+    LEFT JOIN blobs AS of_value ON of_value.blob_key = versions.value_blob
+    LEFT JOIN blobs AS of_binary ON of_binary.blob_key = versions.binary_blob
+    WHERE versions.variable_key = ? AND versions.version < ? ORDER BY versions.version DESC LIMIT ?
+"""
+_FACTS = select(variables.c.variable_id, variables.c.type).where(variables.c.variable_key == bindparam("variable_key"))
+_LIVE_VARIABLES = (
+    select_versions(*_VARIABLE_COLUMNS)
+    .where(variables.c.session_key == bindparam("session_key"), variables.c.deleted_sequence.is_(None))
+    .where(
+        versions.c.version
+        == select(func.max(_newest.c.version))
+        .where(_newest.c.variable_key == variables.c.variable_key)
+        .scalar_subquery()
+    )
+    .order_by(variables.c.variable_key)
+)
+_NO_BOUND = 2**63 - 1
+
+
+def live_variables(connection: Connection, session_key: int) -> list[tuple[int, Variable]]:
+    """The session's variables as they stand, with their keys, oldest first."""
+    rows = connection.execute(_LIVE_VARIABLES, {"session_key": session_key})
+    return [(row.variable_key, _variable_of(row)) for row in rows]
+
+
+def find_version(connection: Connection, variable_key: int, version: int) -> VariableVersion | None:
+    """One version of one variable."""
+    row = connection.execute(_ONE_VERSION, {"variable_key": variable_key, "version": version}).first()
+    return version_of(row) if row is not None else None
+
+
+def find_key(connection: Connection, session_key: int, identifier: str) -> int | None:
+    """The key of the variable of this name or id: the live one, else the one that was deleted last."""
+    if not is_unicode(identifier):
+        return None
+    query = (
+        select(variables.c.variable_key)
+        .where(variables.c.session_key == session_key)
+        .where((variables.c.name == identifier) | (variables.c.variable_id == identifier))
+        .order_by(variables.c.deleted_sequence.is_not(None), variables.c.variable_key.desc())
+        .limit(1)
+    )
+    return connection.execute(query).scalar()
+
+
+def history(connection: Connection, variable_key: int, limit: int, before: int | None) -> list[VariableVersion]:
+    """The newest `limit` versions below `before`, newest first."""
+    below = _NO_BOUND if before is None else before
+    rows = connection.connection.cursor().execute(_HISTORY, (variable_key, below, limit))
+    variable_id, type_name = connection.execute(_FACTS, {"variable_key": variable_key}).one()
+    found = []
+    for number, sequence, kind, source, inline, binary, metadata, large, large_binary, actor, cause, at in rows:
+        text = inline if large is None else large.decode()
+        value = None if text is None else Value(text, binary if large_binary is None else large_binary)
+        found.append(
+            VariableVersion(
+                variable_id,
+                type_name,
+                number,
+                KINDS[kind],
+                value,
+                json.loads(metadata) if metadata else {},
+                SOURCES[source],
+                from_micros(at),
+                actor,
+                cause,
+                sequence,
+            )
+        )
+    return found
+
+
+def iter_versions(connection: Connection, session_key: int, after: int, until: int) -> Iterator[Row[Any]]:
+    """The session's versions with `after` < sequence <= `until`, by commit, then by key; read as they are taken."""
+    query = (
+        select_versions(*_VARIABLE_COLUMNS)
+        .where(commits.c.session_key == session_key, commits.c.sequence > after, commits.c.sequence <= until)
+        .order_by(commits.c.sequence, versions.c.variable_key, versions.c.version)
+    )
+    return iter(connection.execute(query, execution_options={"yield_per": 16}))
+
+
+def variable_as_of(
+    connection: Connection, row: Row[Any], version: VariableVersion, metadata: Mapping[str, str]
+) -> Variable:
+    """The variable as it stood right after `version`, without its lock; a deletion shows the last value."""
+    kept = version.value
+    if kept is None:
+        last = find_version(connection, row.variable_key, version.version - 1)
+        kept = last.value if last is not None and last.value is not None else Value("null")
+    return Variable(
+        id=row.variable_id,
+        name=row.name,
+        type=row.type,
+        value=kept,
+        version=version.version,
+        constraints=row.constraints,
+        metadata=metadata,
+        source=version.source,
+        updated_at=version.created_at,
+    )
+
+
+def metadata_as_of(connection: Connection, variable_key: int, version: int) -> dict[str, str]:
+    """What the metadata of all versions up to `version` adds up to."""
+    rows = connection.execute(_METADATA_AS_OF, {"key": variable_key, "version": version})
+    return {name: entry for name, entry, _ in rows}
+
+
+def version_of(row: Row[Any]) -> VariableVersion:
+    """The version in a row of `select_versions`."""
+    return VariableVersion(
+        variable_id=row.variable_id,
+        type=row.type,
+        version=row.version,
+        kind=KINDS[row.kind],
+        value=_value_of(row),
+        metadata=json.loads(row.change_metadata) if row.change_metadata else {},
+        source=SOURCES[row.source],
+        created_at=from_micros(row.created_at),
+        actor=row.actor,
+        cause=row.cause,
+        sequence=row.sequence,
+    )
+
+
+def _value_of(row: Row[Any]) -> Value | None:
+    text = row.value if row.value_content is None else row.value_content.decode()
+    if text is None:
+        return None
+    return Value(text, row.binary if row.binary_content is None else row.binary_content)
+
+
+def _variable_of(row: Row[Any]) -> Variable:
+    value = _value_of(row)
+    assert value is not None, "a live variable has a value"
+    updated_at = from_micros(row.created_at)
+    lock = lock_of(row.optimization)
+    if lock is not None and updated_at > lock.started_at:
+        # While a lock stands only its holder writes, so the newest version is the holder's last sign of life.
+        lock = replace(lock, renewed_at=max(updated_at, lock.renewed_at or updated_at))
+    return Variable(
+        id=row.variable_id,
+        name=row.name,
+        type=row.type,
+        value=value,
+        version=row.version,
+        constraints=row.constraints,
+        metadata=json.loads(row.metadata),
+        source=SOURCES[row.source],
+        updated_at=updated_at,
+        optimization=lock,
+    )
+
+
+def lock_of(text: str | None) -> Optimization | None:
+    """The lock kept as JSON on its variable's row."""
+    if text is None:
+        return None
+    body = json.loads(text)
+    for name in ("started_at", "renewed_at"):
+        body[name] = from_micros(body[name]) if body[name] is not None else None
+    return Optimization(**body)
+
+
+def lock_text(lock: Optimization) -> str:
+    """The lock as JSON for its variable's row."""
+    body = asdict(lock)
+    for name in ("started_at", "renewed_at"):
+        body[name] = to_micros(body[name]) if body[name] is not None else None
+    return json.dumps(body, sort_keys=True)

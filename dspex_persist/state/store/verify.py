@@ -1,0 +1,602 @@
+"""Checking a whole file: does its log hold, and do its current-state tables say what the log adds up to?
+
+Three walks: the log commit by commit (chain, sequences, versions), the large contents, the sessions one by one. Each
+reads in short snapshots, so that a file that a server writes to can be checked without its WAL growing meanwhile.
+Memory holds the variables of one session, never the log.
+"""
+
+import json
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final, TypeAlias, cast
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+
+from dspex_persist.state.errors import quote
+from dspex_persist.state.model import ChangeKind, EventKind
+from dspex_persist.state.store import audit
+from dspex_persist.state.store.anchor import Head
+from dspex_persist.state.store.blobs import digest
+from dspex_persist.state.store.chain import GENESIS, link
+from dspex_persist.state.store.engine import snapshot
+from dspex_persist.state.store.log import metadata_text, started_lock
+from dspex_persist.state.store.variables import KIND_CODES, lock_text
+
+APPEND_ONLY: Final = ("commits", "versions", "events", "blobs")
+"""The tables that triggers hold append-only."""
+
+_PAGE_COMMITS: Final = 10_000
+_SNAPSHOT_S: Final = 1.0
+_MOST_REMEMBERED: Final = 200_000
+_MOST_NAMED: Final = 3
+_REGISTERED: Final = KIND_CODES[ChangeKind.REGISTERED]
+_DELETED: Final = KIND_CODES[ChangeKind.DELETED]
+_MERGING: Final = ", ".join(str(code) for kind, code in KIND_CODES.items() if kind.merges_metadata)
+_FIRST_OR_LAST: Final = frozenset({_REGISTERED, _DELETED})
+_AFTER_DELETION: Final = -2
+"""In place of a deleted variable's newest version: none follows it."""
+# Before and after every key that SQLite can hold, the negative ones that nobody should have included.
+_BEFORE_ALL: Final = float("-inf")
+_AFTER_ALL: Final = float("inf")
+# What rows of a damaged file can make of the code that reads them.
+_UNREADABLE: Final = (sqlite3.Error, DBAPIError, TypeError, ValueError, LookupError, OverflowError)
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Told how many commits are checked, of how many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is not as it should be: where (commit, session, variable), and what."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+def _ignore(_done: int, _in_all: int) -> None:
+    pass
+
+
+def iter_problems(readers: Engine, anchor: Head | None = None, progress: Progress = _ignore) -> Iterator[Problem]:
+    """What is wrong with the file, as far as its log can tell.
+
+    `anchor`: the head that the file must have reached, read before this is called. Where there is none, commits that
+    are gone from the end are not noticed. What cannot be read is a problem, too, and ends its walk, not the others.
+    The answers kept under idempotency keys are not looked at: they are forgotten after a while, and so not in the log.
+    """
+    for walk in (_LogWalk(anchor, progress), _BlobWalk(), _SessionWalk()):
+        try:
+            yield from _walked(readers, walk)
+        except _UNREADABLE as error:
+            yield Problem(str(walk), f"it cannot be read any further: {getattr(error, 'orig', error)}")
+
+
+def trigger_problems(connection: Connection) -> Iterator[Problem]:
+    """The triggers that hold the log append-only and are gone or changed."""
+    rows = _rows(connection, "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'")
+    found = dict(rows)
+    for table in APPEND_ONLY:
+        for action in ("UPDATE", "DELETE"):
+            name = f"{table}_no_{action.lower()}"
+            start = f"CREATE TRIGGER {name} BEFORE {action} ON {table} BEGIN SELECT RAISE(ABORT,"
+            if not found.get(name, "").startswith(start):
+                yield Problem(f"table {table}", f"the trigger {name} is missing or changed: {action} is not refused")
+
+
+# Walks and their snapshots
+
+
+class _Walk:
+    """A part of the check, which can go on in another snapshot. `more`: whether it has not reached its end."""
+
+    more = True
+
+    def page(self, connection: Connection) -> Iterator[Problem]:
+        """Go on from where it is, for a while."""
+        raise NotImplementedError
+
+
+def _walked(readers: Engine, walk: _Walk) -> Iterator[Problem]:
+    lenient = False
+    while walk.more:
+        with snapshot(readers) as connection:
+            # Reading text that is no UTF-8 makes every row take half as long again, so only where there is some.
+            _driver(connection).text_factory = _decode_any if lenient else str
+            try:
+                yield from walk.page(connection)
+            except sqlite3.OperationalError as error:
+                if lenient or "decode" not in str(error):
+                    raise
+                lenient = True
+            finally:
+                _driver(connection).text_factory = str
+
+
+_decode_any = partial(str, encoding="utf-8", errors="surrogateescape")
+
+
+def _driver(connection: Connection) -> sqlite3.Connection:
+    return cast(sqlite3.Connection, connection.connection.driver_connection)
+
+
+def _rows(connection: Connection, statement: str, *parameters: object) -> Iterator[Any]:
+    """Rows as the driver has them: SQLAlchemy's own take several times as long."""
+    return _driver(connection).execute(statement, parameters)
+
+
+def _find(connection: Connection, statement: str, *parameters: object) -> Any:
+    return next(_rows(connection, statement, *parameters), None)
+
+
+# The log
+
+_FIND_VERSION: Final = """
+    SELECT versions.sequence, versions.kind, commits.session_key
+    FROM versions LEFT JOIN commits ON commits.sequence = versions.sequence
+    WHERE versions.variable_key = ? AND versions.version = ?
+"""
+_BEFORE_THE_FIRST: Final = """
+    SELECT sequence FROM commits WHERE sequence < 1
+    UNION SELECT sequence FROM versions WHERE sequence < 1
+    UNION SELECT sequence FROM events WHERE sequence < 1
+"""
+
+
+class _LogWalk(_Walk):
+    """Commit by commit: numbers without gaps, hashes that fit, versions that each follow the one before."""
+
+    def __init__(self, anchor: Head | None, progress: Progress) -> None:
+        self._anchor = anchor or Head(0, GENESIS)
+        self._progress = progress
+        self._last = 0
+        """The commit up to which all are checked."""
+        self._hash = GENESIS
+        """Its hash as it is stored."""
+        self._suspect: bytes | None = None
+        """What its hash should have been, where that is something else."""
+        # The newest version, and the session, of the variables seen last; those of others are looked up.
+        self._newest: dict[int, int] = {}
+        self._homes: dict[int, int] = {}
+
+    def __str__(self) -> str:
+        return f"the log after commit {self._last}"
+
+    def page(self, connection: Connection) -> Iterator[Problem]:
+        if self._last == 0:
+            for (sequence,) in _rows(connection, _BEFORE_THE_FIRST):
+                yield Problem(f"commit {sequence}", "commits are numbered from 1")
+        newest, homes, anchored = self._newest, self._homes, self._anchor.sequence
+        if len(newest) > _MOST_REMEMBERED:
+            newest.clear()
+            homes.clear()
+        (in_all,) = _find(connection, "SELECT ifnull(max(sequence), 0) FROM commits")
+        read = 0
+        for commit in audit.iter_commits(connection, self._last, _PAGE_COMMITS):
+            sequence, session_key, stored, content, rows = commit
+            # The hot loop: one hash a commit, two look-ups a version, and no call that can be spared.
+            if sequence != self._last + 1 or sequence == anchored or link(self._hash, content) != stored:
+                yield from self._look_at_commit(connection, commit)
+                if not stored:
+                    continue
+            for row in rows:
+                key = row[1]
+                if newest.get(key) == row[2] - 1 and homes[key] == session_key and row[3] not in _FIRST_OR_LAST:
+                    newest[key] = row[2]
+                else:
+                    yield from self._look_at_version(connection, row, session_key)
+            read += 1
+            self._last = sequence
+            self._hash = stored
+        self._progress(self._last, max(in_all, self._last))
+        if read < _PAGE_COMMITS:
+            self.more = False
+            yield from self._look_at_end()
+
+    def _look_at_commit(self, connection: Connection, commit: audit.LoggedCommit) -> Iterator[Problem]:
+        """What is wrong with a commit that is not simply the next one."""
+        sequence, session_key, stored, _, rows = commit
+        if not stored:
+            yield Problem(f"commit {sequence}", "it is missing, but has versions or events")
+            return
+        where = _where(connection, sequence, session_key, [row[1] for row in rows])
+        if sequence != self._last + 1:
+            # Without the hash of its predecessor nothing can be said of its own.
+            missing = _range(self._last + 1, sequence - 1)
+            yield Problem(missing, f"missing: commit {self._last} is followed by commit {sequence}")
+            self._suspect = None
+        elif (hashed := commit.link(self._hash)) != stored:
+            # Where the predecessor's hash was changed, that was told, and this commit is what it should be.
+            if self._suspect is None or commit.link(self._suspect) != stored:
+                yield Problem(where, "its rows are not those that its hash was made from")
+            self._suspect = hashed
+        if sequence == self._anchor.sequence and stored != self._anchor.hash:
+            yield Problem(where, "it is not the commit that was acknowledged under this number (says the anchor)")
+
+    def _look_at_version(self, connection: Connection, row: audit.VersionRow, session_key: int) -> Iterator[Problem]:
+        """What is wrong with a version that is the first, the last, or not simply the next one."""
+        sequence, key, number, kind = row[:4]
+        self._newest[key] = number if kind != _DELETED else _AFTER_DELETION
+        self._homes[key] = session_key
+        if (number == 0) != (kind == _REGISTERED):
+            where = _where(connection, sequence, session_key, [key])
+            yield Problem(where, f"version {number} is of kind {kind}, but version 0 alone is the registration")
+        if number != 0:
+            what = self._misplacement(connection, row, session_key)
+            if what:
+                yield Problem(_where(connection, sequence, session_key, [key]), f"version {number} {what}")
+
+    def _misplacement(self, connection: Connection, row: audit.VersionRow, session_key: int) -> str | None:
+        found = _find(connection, _FIND_VERSION, row[1], row[2] - 1)
+        if found is None:
+            return f"follows version {row[2] - 1}, which is missing"
+        sequence, kind, home = found
+        if sequence > row[0]:
+            return f"comes before version {row[2] - 1}, which is of commit {sequence}"
+        if kind == _DELETED:
+            return "comes after the variable was deleted"
+        if home not in (session_key, None):
+            return "is of another session than the version before it"
+        return None
+
+    def _look_at_end(self) -> Iterator[Problem]:
+        if self._last < self._anchor.sequence:
+            gone = _range(self._last + 1, self._anchor.sequence)
+            yield Problem(gone, f"acknowledged (says the anchor), but the log ends at commit {self._last}")
+
+
+def _range(first: int, last: int) -> str:
+    return f"commit {first}" if first == last else f"commits {first} to {last}"
+
+
+def _where(connection: Connection, sequence: int, session_key: int, variable_keys: Sequence[int]) -> str:
+    """A commit in words: its number, its session, its variables (not all of many)."""
+    keys = list(dict.fromkeys(variable_keys))
+    parts = [f"commit {sequence}", _session_name(connection, session_key)]
+    parts += [_variable_name(connection, key) for key in keys[:_MOST_NAMED]]
+    more = len(keys) - _MOST_NAMED
+    return ", ".join(parts) + (f" and {more} more" if more > 0 else "")
+
+
+def _session_name(connection: Connection, key: int) -> str:
+    found = _find(connection, "SELECT session_id FROM sessions WHERE session_key = ?", key)
+    return f"session {quote(found[0])}" if found else f"session key {key}"
+
+
+def _variable_name(connection: Connection, key: int) -> str:
+    found = _find(connection, "SELECT name FROM variables WHERE variable_key = ?", key)
+    return f"variable {quote(found[0])}" if found else f"variable key {key}"
+
+
+# Large contents
+
+_BLOBS: Final = "SELECT blob_key, digest, content FROM blobs WHERE blob_key > ? ORDER BY blob_key"
+_UNUSED_BLOBS: Final = """
+    SELECT blob_key FROM blobs
+    EXCEPT SELECT value_blob FROM versions
+    EXCEPT SELECT binary_blob FROM versions
+"""
+_BLOB_USER: Final = """
+    SELECT commits.sequence, commits.session_key, versions.variable_key
+    FROM versions JOIN commits ON commits.sequence = versions.sequence
+    WHERE value_blob = ?1 OR binary_blob = ?1 ORDER BY versions.sequence LIMIT 1
+"""
+
+
+class _BlobWalk(_Walk):
+    """Large contents: each is what its digest says, and belongs to a version."""
+
+    def __init__(self) -> None:
+        self._last: float = _BEFORE_ALL
+
+    def __str__(self) -> str:
+        return f"the large contents after number {max(self._last, 0)}"
+
+    def page(self, connection: Connection) -> Iterator[Problem]:
+        end = time.monotonic() + _SNAPSHOT_S
+        for key, name, content in _rows(connection, _BLOBS, self._last):
+            if digest(content) != name:
+                yield Problem(self._where(connection, key), "the content is not the one that its digest was made from")
+            self._last = key
+            if time.monotonic() > end:
+                return
+        self.more = False
+        for (key,) in _rows(connection, _UNUSED_BLOBS):
+            yield Problem(f"large content {key}", "it belongs to no version")
+
+    def _where(self, connection: Connection, key: int) -> str:
+        user = _find(connection, _BLOB_USER, key)
+        if user is None:
+            return f"large content {key}"
+        sequence, session_key, variable_key = user
+        return f"large content {key}, first used by {_where(connection, sequence, session_key, [variable_key])}"
+
+
+# Sessions
+
+# Each begins with the session's key and is sorted by it, from an index: no statement here sorts anything itself.
+_SESSIONS: Final = """
+    SELECT session_key, session_id, created_at, started_sequence, ended_sequence, ttl_s, metadata, expires_at
+    FROM sessions WHERE session_key > ? ORDER BY session_key
+"""
+_EVENTS: Final = """
+    SELECT commits.session_key, events.sequence, events.ordinal, events.kind, events.body, commits.created_at
+    FROM commits INDEXED BY commits_by_session CROSS JOIN events ON events.sequence = commits.sequence
+    WHERE commits.session_key > ? ORDER BY commits.session_key, commits.sequence, events.ordinal
+"""
+_VARIABLES: Final = """
+    SELECT session_key, variable_key, variable_id, name, type, constraints, metadata, optimization, deleted_sequence
+    FROM variables INDEXED BY variables_by_session WHERE session_key > ? ORDER BY session_key, variable_key
+"""
+_TELLING_VERSIONS: Final = f"""
+    SELECT variables.session_key, variables.variable_key, versions.version, versions.sequence, versions.kind,
+        versions.metadata
+    FROM variables INDEXED BY variables_by_session
+    CROSS JOIN versions ON versions.variable_key = variables.variable_key
+    WHERE variables.session_key > ? AND (
+        versions.version = 0 OR versions.kind = {_DELETED}
+        OR versions.metadata IS NOT NULL AND versions.kind IN ({_MERGING})
+    )
+    ORDER BY variables.session_key, variables.variable_key, versions.version
+"""
+_DEPENDENCIES: Final = """
+    SELECT session_key, from_id, to_id, type, since_sequence, until_sequence
+    FROM dependencies INDEXED BY dependencies_by_session WHERE session_key > ? ORDER BY session_key, dependency_key
+"""
+_SESSION_COLUMNS: Final = ("session_id", "created_at", "started_sequence", "ended_sequence", "ttl_s", "metadata")
+_VARIABLE_COLUMNS: Final = (
+    "variable_id",
+    "name",
+    "type",
+    "constraints",
+    "metadata",
+    "optimization",
+    "deleted_sequence",
+)
+
+
+class _SessionWalk(_Walk):
+    """Session by session: its rows, and those of its variables and dependencies, are what its commits add up to."""
+
+    def __init__(self) -> None:
+        self._last: float = _BEFORE_ALL
+
+    def __str__(self) -> str:
+        return f"the sessions after number {max(self._last, 0)}"
+
+    def page(self, connection: Connection) -> Iterator[Problem]:
+        end = time.monotonic() + _SNAPSHOT_S
+        statements = (_SESSIONS, _EVENTS, _TELLING_VERSIONS, _VARIABLES, _DEPENDENCIES)
+        streams = [_Stream(_rows(connection, statement, self._last)) for statement in statements]
+        while (key := min(stream.key for stream in streams)) != _AFTER_ALL:
+            rows, events, telling, variables, dependencies = (stream.take(key) for stream in streams)
+            replay = _Replay(key)
+            yield from replay.read_events(events)
+            yield from replay.read_versions(telling)
+            yield from replay.compare_session(next(rows, None))
+            yield from replay.compare_variables(variables)
+            yield from replay.compare_dependencies(dependencies)
+            self._last = key
+            if time.monotonic() > end:
+                return
+        self.more = False
+
+
+class _Stream:
+    """Rows sorted by their first column, taken key by key."""
+
+    def __init__(self, rows: Iterator[Any]) -> None:
+        self._rows = rows
+        self._next = next(rows, None)
+
+    @property
+    def key(self) -> float:
+        """The first column of the next row; larger than any where there is none."""
+        return self._next[0] if self._next is not None else _AFTER_ALL
+
+    def take(self, key: float) -> Iterator[Any]:
+        """The rows of this key. To be read to the end before the next key is."""
+        while self._next is not None and self._next[0] == key:
+            row = self._next
+            self._next = next(self._rows, None)
+            yield row
+
+
+@dataclass(slots=True)
+class _Variable:
+    """A variable as the log tells of it."""
+
+    id: str
+    name: str
+    type: str
+    constraints: str
+    registered_sequence: int
+    metadata: dict[str, str] = field(default_factory=dict)
+    optimization: str | None = None
+    deleted_sequence: int | None = None
+    has_versions: bool = False
+
+    def row(self) -> tuple[Any, ...]:
+        """Its row in the table, without keys."""
+        return (
+            self.id,
+            self.name,
+            self.type,
+            self.constraints,
+            metadata_text(self.metadata),
+            self.optimization if self.deleted_sequence is None else None,
+            self.deleted_sequence,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Commit:
+    sequence: int
+    created_at: int
+
+
+class _Replay:
+    """One session, worked out from its events and versions."""
+
+    def __init__(self, key: float) -> None:
+        self._key = key
+        self._session: tuple[Any, ...] | None = None
+        self._variables: dict[int, _Variable] = {}
+        self._ids: dict[str, _Variable] = {}
+        self._dependencies: list[tuple[str, str, str, int]] = []
+
+    @property
+    def _name(self) -> str:
+        return f"session {quote(self._session[0])}" if self._session else f"session key {self._key}"
+
+    def _variable_name(self, variable: _Variable) -> str:
+        return f"{self._name}, variable {quote(variable.name)}"
+
+    # The log
+
+    def read_events(self, rows: Iterator[Any]) -> Iterator[Problem]:
+        """Take in the session's events."""
+        for _, sequence, ordinal, kind, text, created_at in rows:
+            try:
+                _READERS[kind](self, _Commit(sequence, created_at), json.loads(text))
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                where = f"commit {sequence}, {self._name}"
+                yield Problem(where, f"event {ordinal} ({quote(kind)}) makes no sense: {type(error).__name__} {error}")
+
+    def read_versions(self, rows: Iterator[Any]) -> Iterator[Problem]:
+        """Take in those versions that say something of their variable: first, last, with metadata."""
+        for _, key, number, sequence, kind, metadata in rows:
+            variable = self._variables.get(key)
+            if variable is None:
+                continue
+            if number == 0:
+                variable.has_versions = variable.registered_sequence == sequence
+            if kind == _DELETED:
+                variable.deleted_sequence = sequence
+            elif metadata is not None:
+                try:
+                    variable.metadata.update(json.loads(metadata))
+                except (TypeError, ValueError) as error:
+                    where = f"commit {sequence}, {self._variable_name(variable)}"
+                    yield Problem(where, f"the metadata of version {number} makes no sense: {error}")
+
+    def _session_started(self, commit: _Commit, body: Mapping[str, Any]) -> None:
+        if self._session is not None or body["session_key"] != self._key:
+            raise ValueError(f"it begins session {body['session_key']}, in a commit of session {self._key}")
+        metadata = metadata_text(body["metadata"])
+        self._session = (body["session_id"], commit.created_at, commit.sequence, None, body["ttl_s"], metadata)
+
+    def _session_updated(self, _commit: _Commit, body: Mapping[str, Any]) -> None:
+        self._session = (*self._begun()[:4], body["ttl_s"], metadata_text(body["metadata"]))
+
+    def _session_ended(self, commit: _Commit, _body: Mapping[str, Any]) -> None:
+        begun = self._begun()
+        self._session = (*begun[:3], commit.sequence, *begun[4:])
+
+    def _begun(self) -> tuple[Any, ...]:
+        if self._session is None:
+            raise ValueError("the session has not begun")
+        return self._session
+
+    def _variable_registered(self, commit: _Commit, body: Mapping[str, Any]) -> None:
+        texts = (body["variable_id"], body["name"], body["type"], body["constraints"])
+        variable = _Variable(*texts, registered_sequence=commit.sequence)
+        if body["variable_key"] in self._variables:
+            raise ValueError("the variable is registered already")
+        self._variables[body["variable_key"]] = self._ids[variable.id] = variable
+
+    def _dependency_added(self, commit: _Commit, body: Mapping[str, Any]) -> None:
+        self._dependencies.append((body["from_id"], body["to_id"], body["type"], commit.sequence))
+
+    def _optimization_started(self, commit: _Commit, body: Mapping[str, Any]) -> None:
+        self._ids[body["variable_id"]].optimization = lock_text(started_lock(body, commit.created_at))
+
+    def _optimization_stopped(self, _commit: _Commit, body: Mapping[str, Any]) -> None:
+        self._ids[body["variable_id"]].optimization = None
+
+    # Against the tables
+
+    def compare_session(self, row: Sequence[Any] | None) -> Iterator[Problem]:
+        """Hold the row of the session against the log."""
+        if self._session is None:
+            yield Problem(self._name, "no commit begins it")
+            return
+        where = f"commit {self._session[2]}, {self._name}"
+        if row is None:
+            yield Problem(where, "its row in sessions is missing")
+            return
+        *found, expires_at = row[1:]
+        yield from _differences(where, "sessions", _SESSION_COLUMNS, self._session, found)
+        _, _, _, ended_sequence, ttl_s, _ = self._session
+        if (expires_at is None) != (ttl_s is None or ended_sequence is not None):
+            wanted = "its time to live is over or unlimited" if expires_at is not None else "it has a time to live"
+            yield Problem(where, f"sessions.expires_at is {_shown(expires_at)}, but {wanted}")
+
+    def compare_variables(self, rows: Iterator[Any]) -> Iterator[Problem]:
+        """Hold the rows of the session's variables against the log."""
+        missing = dict(self._variables)
+        for row in rows:
+            variable = missing.pop(row[1], None)
+            if variable is None:
+                yield Problem(f"{self._name}, variable {quote(row[3])}", "no commit of this session registers it")
+                continue
+            where = f"commit {variable.registered_sequence}, {self._variable_name(variable)}"
+            yield from _differences(where, "variables", _VARIABLE_COLUMNS, variable.row(), row[2:])
+            if not variable.has_versions:
+                yield Problem(where, "the commit that registers it has no version 0 of it")
+        for variable in missing.values():
+            where = f"commit {variable.registered_sequence}, {self._variable_name(variable)}"
+            yield Problem(where, "its row in variables is missing")
+
+    def compare_dependencies(self, rows: Iterator[Any]) -> Iterator[Problem]:
+        """Hold the rows of the session's dependencies against the log; their order counts, their keys do not."""
+        expected = [(*added, self._until(*added[:2])) for added in self._dependencies]
+        found = [tuple(row[1:]) for row in rows]
+        if found == expected:
+            return
+        for from_id, to_id, _, since, until in (Counter(expected) - Counter(found)).elements():
+            where = f"commit {since}, {self._name}, dependency of {quote(from_id)} on {quote(to_id)}"
+            yield Problem(where, f"its row in dependencies (until {_shown(until)}) is missing or changed")
+        for from_id, to_id, *_ in (Counter(found) - Counter(expected)).elements():
+            where = f"{self._name}, dependency of {quote(from_id)} on {quote(to_id)}"
+            yield Problem(where, "no commit adds what its row in dependencies says")
+        if Counter(found) == Counter(expected):
+            yield Problem(self._name, "its rows in dependencies are not in the order of their commits")
+
+    def _until(self, *ends: str) -> int | None:
+        """The commit that ended a dependency: the first that deleted a variable at one of its ends."""
+        variables = [self._ids[end] for end in ends if end in self._ids]
+        deletions = [variable.deleted_sequence for variable in variables if variable.deleted_sequence is not None]
+        return min(deletions, default=None)
+
+
+_READERS: Final[Mapping[str, Callable[[_Replay, _Commit, Mapping[str, Any]], None]]] = {
+    EventKind.SESSION_STARTED: _Replay._session_started,
+    EventKind.SESSION_UPDATED: _Replay._session_updated,
+    EventKind.SESSION_ENDED: _Replay._session_ended,
+    EventKind.VARIABLE_REGISTERED: _Replay._variable_registered,
+    EventKind.DEPENDENCY_ADDED: _Replay._dependency_added,
+    EventKind.OPTIMIZATION_STARTED: _Replay._optimization_started,
+    EventKind.OPTIMIZATION_STOPPED: _Replay._optimization_stopped,
+}
+
+
+def _differences(
+    where: str, table: str, columns: Sequence[str], expected: Sequence[Any], found: Sequence[Any]
+) -> Iterator[Problem]:
+    for column, right, actual in zip(columns, expected, found, strict=True):
+        if actual != right:
+            yield Problem(where, f"{table}.{column} is {_shown(actual)}, the log says {_shown(right)}")
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "empty"
+    return quote(value) if isinstance(value, str) else str(value)

@@ -1,0 +1,560 @@
+"""One command's view of the store, and what it stages.
+
+A `UnitOfWork` reads sessions from memory and stages new versions and events; it never writes to a file.
+Whoever runs it (a store, a test) either keeps what it staged or calls `rollback_to(START)`. A group of
+units shares `Drafts`, so that each sees what the ones before it staged.
+"""
+
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from graphlib import CycleError, TopologicalSorter
+from typing import Any, Protocol, TypeAlias
+
+from dspex_persist.clock import to_micros
+from dspex_persist.state.errors import SessionNotFoundError, VariableNotFoundError
+from dspex_persist.state.limits import Limits
+from dspex_persist.state.model import (
+    Change,
+    ChangeKind,
+    Dependency,
+    Event,
+    EventKind,
+    Optimization,
+    Origin,
+    Session,
+    Source,
+    Value,
+    Variable,
+    VariableVersion,
+)
+
+Savepoint: TypeAlias = tuple[int, int, int]
+START: Savepoint = (0, 0, 0)
+VARIABLE_WEIGHT_BYTES = 1_500
+"""Roughly what a variable takes in memory besides its value."""
+
+
+class Lease:
+    """How long a session with a TTL lives. Shared by every copy of its state: a touch is seen at once everywhere."""
+
+    __slots__ = ("expires_at", "saved_expires_at", "ttl_s")
+
+    def __init__(self, ttl_s: float, expires_at: datetime) -> None:
+        self.ttl_s = ttl_s
+        self.expires_at = expires_at
+        self.saved_expires_at = expires_at
+
+    def touch(self, now: datetime) -> None:
+        """Begin the TTL anew."""
+        self.expires_at = now + timedelta(seconds=self.ttl_s)
+
+    @property
+    def slack(self) -> timedelta:
+        """How far the saved expiry may lag: a start adds it, so that no session ends early."""
+        return timedelta(seconds=self.ttl_s / 20)
+
+    def is_unsaved(self) -> bool:
+        """Whether the expiry in the file lags so far that it has to be written."""
+        return self.expires_at - self.saved_expires_at > self.slack / 2
+
+
+@dataclass(slots=True)
+class SessionState:
+    """A session in memory. Once published it is never changed: a group edits a copy.
+
+    `variables` holds the live ones by name, oldest first; `names` leads from id to name; `sequence` is the
+    session's last commit; `weight_bytes` is roughly what it takes in memory; `key` and `keys` (by variable id)
+    belong to the store that keeps it.
+    """
+
+    session: Session
+    variables: dict[str, Variable] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    dependencies: tuple[Dependency, ...] = ()
+    lease: Lease | None = None
+    sequence: int = 0
+    weight_bytes: int = 2_000
+    key: int = 0
+    keys: dict[str, int] = field(default_factory=dict)
+
+    def copy(self) -> "SessionState":
+        """An editable copy; frozen records are shared."""
+        # Spelled out: `replace` takes three times as long, and each session of each group is copied.
+        return SessionState(
+            self.session,
+            self.variables.copy(),
+            self.names.copy(),
+            self.dependencies,
+            self.lease,
+            self.sequence,
+            self.weight_bytes,
+            self.key,
+            self.keys,
+        )
+
+    def find(self, identifier: str) -> Variable | None:
+        """The live variable of this name or id."""
+        found = self.variables.get(identifier)
+        if found is None and (name := self.names.get(identifier)) is not None:
+            found = self.variables.get(name)
+        return found
+
+    def put(self, variable: Variable) -> Variable | None:
+        """Set the variable under its name and keep the weight; what was there before."""
+        previous = self.variables.get(variable.name)
+        self.variables[variable.name] = variable
+        self.weight_bytes += variable.value.size_bytes
+        self.weight_bytes -= previous.value.size_bytes if previous is not None else -VARIABLE_WEIGHT_BYTES
+        return previous
+
+    def remove(self, name: str) -> None:
+        """Take the newest variable back out."""
+        gone = self.variables.pop(name)
+        self.weight_bytes -= gone.value.size_bytes + VARIABLE_WEIGHT_BYTES
+
+
+class Backing(Protocol):
+    """What a unit of work asks its store for when memory does not have it."""
+
+    def load(self, session_id: str) -> SessionState | None:
+        """The live session's committed state."""
+
+    def find_version(self, state: SessionState, variable_id: str, version: int) -> VariableVersion | None:
+        """One committed version."""
+
+    def history(
+        self, state: SessionState, identifier: str, limit: int, before: int | None
+    ) -> list[VariableVersion] | None:
+        """The newest `limit` versions below `before`, newest first; None if the session never had the variable."""
+
+    def find_outcome(self, session_id: str, key: str) -> "RecordedOutcome | None":
+        """What was answered under an idempotency key."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedOutcome:
+    """The answer kept under an idempotency key: which request it was, and its result as JSON."""
+
+    session_id: str
+    key: str
+    cause: str
+    fingerprint: str
+    result: str
+
+
+class Drafts:
+    """What a group of units has changed so far, in memory only, over a backing."""
+
+    __slots__ = ("backing", "forgotten", "outcomes", "states", "versions")
+
+    def __init__(self, backing: Backing) -> None:
+        self.backing = backing
+        self.states: dict[str, SessionState | None] = {}
+        self.versions: list[Change] = []
+        self.outcomes: dict[tuple[str, str], RecordedOutcome] = {}
+        self.forgotten: set[str] = set()
+
+    def find(self, session_id: str) -> SessionState | None:
+        """The session as the group sees it."""
+        if session_id in self.states:
+            return self.states[session_id]
+        return self.backing.load(session_id)
+
+    def edit(self, session_id: str) -> SessionState | None:
+        """The session as this group may change it."""
+        if session_id not in self.states:
+            loaded = self.backing.load(session_id)
+            self.states[session_id] = loaded.copy() if loaded is not None else None
+        return self.states[session_id]
+
+
+class UnitOfWork:
+    """What one command reads and stages. All of one unit becomes one commit, or nothing of it does."""
+
+    __slots__ = (
+        "_drafts",
+        "_previous_sequence",
+        "_undo",
+        "events",
+        "limits",
+        "now",
+        "optimization_lease_s",
+        "origin",
+        "outcome",
+        "sequence",
+        "session_ttl_s",
+        "state",
+        "versions",
+    )
+
+    def __init__(
+        self,
+        drafts: Drafts,
+        origin: Origin,
+        now: datetime,
+        sequence: int,
+        limits: Limits,
+        session_ttl_s: float | None = None,
+        optimization_lease_s: float = 300.0,
+    ) -> None:
+        self._drafts = drafts
+        self.origin = origin
+        self.now = now
+        self.sequence = sequence
+        self.limits = limits
+        self.session_ttl_s = session_ttl_s
+        self.optimization_lease_s = optimization_lease_s
+        self.state: SessionState | None = None
+        self.versions: list[Change] = []
+        self.events: list[Event] = []
+        self.outcome: RecordedOutcome | None = None
+        # What takes each step back: a function and its arguments, no closure over this unit. That would be a cycle,
+        # and every unit would wait for the garbage collector, which then costs more than the unit did.
+        self._undo: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+        self._previous_sequence = 0
+
+    # Sessions
+
+    def find_session(self, session_id: str) -> SessionState | None:
+        """The live session, touched; None where it never began, has ended or has expired."""
+        state = self._drafts.find(session_id)
+        if state is None:
+            return None
+        lease = state.lease
+        if lease is not None:
+            if lease.expires_at <= self.now:
+                return None
+            lease.touch(self.now)
+        return state
+
+    def session(self, session_id: str) -> SessionState:
+        """The live session, or `SessionNotFoundError`."""
+        state = self.find_session(session_id)
+        if state is None:
+            raise SessionNotFoundError(session_id)
+        return state
+
+    def find_expired(self, session_id: str) -> SessionState | None:
+        """The session if it has expired but has not been ended yet."""
+        state = self._drafts.find(session_id)
+        if state is not None and state.lease is not None and state.lease.expires_at <= self.now:
+            return state
+        return None
+
+    def start_session(self, session: Session, config: Mapping[str, Any]) -> SessionState:
+        """Begin `session`; whoever calls has made sure that no live one has its id."""
+        lease = None
+        if session.ttl_s is not None:
+            lease = Lease(session.ttl_s, self.now + timedelta(seconds=session.ttl_s))
+        state = SessionState(session=session, lease=lease, sequence=self.sequence)
+        self._replace_state(session.id, state)
+        body = {"session_id": session.id, "metadata": dict(session.metadata), "ttl_s": session.ttl_s}
+        self._log(EventKind.SESSION_STARTED, body | {"config": dict(config)})
+        return state
+
+    def update_session(self, session: Session) -> None:
+        """Replace the session's metadata and TTL."""
+        state = self._edit(session.id)
+        self._undo.append((_restore, (state, {"session": state.session, "lease": state.lease})))
+        state.session = session
+        if session.ttl_s is None:
+            state.lease = None
+        elif state.lease is None or state.lease.ttl_s != session.ttl_s:
+            state.lease = Lease(session.ttl_s, self.now + timedelta(seconds=session.ttl_s))
+        body = {"session_id": session.id, "metadata": dict(session.metadata), "ttl_s": session.ttl_s}
+        self._log(EventKind.SESSION_UPDATED, body)
+
+    def end_session(self, session_id: str, reason: str) -> None:
+        """End the session; its history stays."""
+        self._edit(session_id)
+        self._forget_outcomes(session_id)
+        self._log(EventKind.SESSION_ENDED, {"session_id": session_id, "reason": reason})
+        self._replace_state(session_id, None)
+
+    # Variables
+
+    def variable(self, session_id: str, identifier: str) -> Variable:
+        """The live variable of this name or id, or the not-found error that fits."""
+        found = self.session(session_id).find(identifier)
+        if found is None:
+            raise VariableNotFoundError(session_id, identifier)
+        return self.current(found)
+
+    def current(self, variable: Variable) -> Variable:
+        """The variable with an optimization whose lease has ended taken off."""
+        lock = variable.optimization
+        if lock is not None and lock.expires_at() <= self.now:
+            return variable._replace(optimization=None)
+        return variable
+
+    def add_variable(self, session_id: str, variable: Variable) -> None:
+        """Register a new variable at version 0."""
+        state = self._edit(session_id)
+        state.names[variable.id] = variable.name
+        self._undo.append((state.names.pop, (variable.id, None)))
+        body = {
+            "variable_id": variable.id,
+            "name": variable.name,
+            "type": variable.type,
+            "constraints": variable.constraints,
+        }
+        self._log(EventKind.VARIABLE_REGISTERED, body)
+        self._put(state, variable)
+        self._stage(variable, ChangeKind.REGISTERED, variable.value, variable.metadata, bool(variable.metadata))
+
+    def write(
+        self,
+        session_id: str,
+        variable: Variable,
+        value: Value,
+        metadata: Mapping[str, str],
+        source: Source,
+        kind: ChangeKind = ChangeKind.SET,
+    ) -> Variable:
+        """Append a version with `value` (already normalised); the variable as it stands afterwards."""
+        state = self._edit(session_id)
+        lock = variable.optimization
+        if lock is not None and lock.optimizer_id == metadata.get("optimizer_id"):
+            lock = replace(lock, renewed_at=self.now)
+        merged = variable.metadata
+        if metadata and kind.merges_metadata and not metadata.items() <= merged.items():
+            merged = {**merged, **metadata}
+        # By position: keywords take twice as long, and this is the hot path.
+        written = Variable(
+            variable.id,
+            variable.name,
+            variable.type,
+            value,
+            variable.version + 1,
+            variable.constraints,
+            merged,
+            source,
+            self.now,
+            lock,
+        )
+        self._put(state, written)
+        self._stage(written, kind, value, metadata, merged is not variable.metadata)
+        return written
+
+    def delete_variable(self, session_id: str, variable: Variable) -> None:
+        """Append a deletion and take the variable and its dependencies out of the live state."""
+        state = self._edit(session_id)
+        names = ("variables", "names", "dependencies", "weight_bytes")
+        self._undo.append((_restore, (state, {name: getattr(state, name) for name in names})))
+        state.weight_bytes -= variable.value.size_bytes + VARIABLE_WEIGHT_BYTES
+        state.variables = {name: kept for name, kept in state.variables.items() if name != variable.name}
+        state.names = {key: name for key, name in state.names.items() if key != variable.id}
+        state.dependencies = tuple(
+            replace(edge, until=self.sequence)
+            if edge.until is None and variable.id in (edge.from_id, edge.to_id)
+            else edge
+            for edge in state.dependencies
+        )
+        gone = variable._replace(version=variable.version + 1, updated_at=self.now, optimization=None)
+        self._stage(gone, ChangeKind.DELETED, None, {})
+
+    def find_version(self, session_id: str, variable: Variable, version: int) -> VariableVersion | None:
+        """One version of a live variable, those that this group has staged included."""
+        for change in reversed(self._drafts.versions):
+            if change.version.variable_id == variable.id and change.version.version == version:
+                return change.version
+        return self._drafts.backing.find_version(self.session(session_id), variable.id, version)
+
+    def history(self, session_id: str, identifier: str, limit: int, before: int | None = None) -> list[VariableVersion]:
+        """The newest `limit` committed versions below version `before`, newest first; deleted variables included."""
+        found = self._drafts.backing.history(self.session(session_id), identifier, limit, before)
+        if found is None:
+            raise VariableNotFoundError(session_id, identifier)
+        return found
+
+    # Dependencies and optimization
+
+    def add_dependency(self, session_id: str, edge: Dependency) -> None:
+        """Keep a dependency; whoever calls has made sure that it closes no cycle."""
+        state = self._edit(session_id)
+        self._undo.append((_restore, (state, {"dependencies": state.dependencies})))
+        state.dependencies = (*state.dependencies, edge)
+        body = {"from_id": edge.from_id, "to_id": edge.to_id, "type": edge.type}
+        self._log(EventKind.DEPENDENCY_ADDED, body)
+
+    def start_optimization(self, session_id: str, variable: Variable, lock: Optimization) -> None:
+        """Put the lock on the variable."""
+        self._put(self._edit(session_id), variable._replace(optimization=lock))
+        body = {
+            "variable_id": variable.id,
+            "optimization_id": lock.id,
+            "optimizer_id": lock.optimizer_id,
+            "started_at": to_micros(lock.started_at),
+            "started_by": lock.started_by,
+            "config": dict(lock.config),
+            "lease_s": lock.lease_s,
+        }
+        self._log(EventKind.OPTIMIZATION_STARTED, body)
+
+    def stop_optimization(self, session_id: str, variable: Variable, lock: Optimization, reason: str) -> Variable:
+        """Take the lock off the variable."""
+        freed = variable._replace(optimization=None)
+        self._put(self._edit(session_id), freed)
+        body = {"variable_id": variable.id, "optimization_id": lock.id, "reason": reason}
+        self._log(EventKind.OPTIMIZATION_STOPPED, body)
+        return freed
+
+    def drop_ended_lock(self, session_id: str, variable: Variable) -> Variable:
+        """Log the end of a lock whose lease ran out, once somebody changes the variable after it."""
+        if variable.optimization is not None:
+            return variable
+        kept = self.session(session_id).variables.get(variable.name)
+        if kept is None or kept.optimization is None:
+            return variable
+        return self.stop_optimization(session_id, kept, kept.optimization, "lease ended")
+
+    # Outcomes of keyed requests
+
+    def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
+        """What was answered under this idempotency key."""
+        staged = self._drafts.outcomes.get((session_id, key))
+        if staged is not None or session_id in self._drafts.forgotten:
+            return staged
+        return self._drafts.backing.find_outcome(session_id, key)
+
+    def _forget_outcomes(self, session_id: str) -> None:
+        """Keys belong to a session, not to its id: the next session of this id may use them again."""
+        drafts = self._drafts
+        for place in [place for place in drafts.outcomes if place[0] == session_id]:
+            self._undo.append((drafts.outcomes.__setitem__, (place, drafts.outcomes.pop(place))))
+        if session_id not in drafts.forgotten:
+            drafts.forgotten.add(session_id)
+            self._undo.append((drafts.forgotten.discard, (session_id,)))
+
+    def record_outcome(self, outcome: RecordedOutcome) -> None:
+        """Keep the answer in the same commit as what it answers for."""
+        place = (outcome.session_id, outcome.key)
+        self._drafts.outcomes[place] = outcome
+        self._undo.append((self._drafts.outcomes.pop, (place, None)))
+        self.outcome = outcome
+
+    # Bookkeeping
+
+    def new_token(self) -> str:
+        """A unique, unguessable part of an id: 12 hexadecimal digits."""
+        return secrets.token_hex(6)
+
+    def has_changes(self) -> bool:
+        """Whether keeping this unit makes a commit."""
+        return bool(self.versions or self.events)
+
+    def savepoint(self) -> Savepoint:
+        """A point to which `rollback_to` can return."""
+        return len(self._undo), len(self.versions), len(self.events)
+
+    def rollback_to(self, savepoint: Savepoint) -> None:
+        """Take back everything staged since."""
+        undo, versions, events = savepoint
+        while len(self._undo) > undo:
+            take_back, arguments = self._undo.pop()
+            take_back(*arguments)
+        if len(self.versions) > versions:
+            del self._drafts.versions[versions - len(self.versions) :]
+            del self.versions[versions:]
+        del self.events[events:]
+        if self.state is not None and not self.has_changes():
+            self.state.sequence = self._previous_sequence
+            self.state = None
+
+    def _edit(self, session_id: str) -> SessionState:
+        state = self._drafts.edit(session_id)
+        if state is None:
+            raise SessionNotFoundError(session_id)
+        if self.state is None:
+            self._previous_sequence = state.sequence
+            state.sequence = self.sequence
+            self.state = state
+        return state
+
+    def _replace_state(self, session_id: str, state: SessionState | None) -> None:
+        states = self._drafts.states
+        self._undo.append((states.__setitem__, (session_id, self._drafts.edit(session_id))))
+        states[session_id] = state
+        if state is not None:
+            self.state = state
+
+    def _put(self, state: SessionState, variable: Variable) -> None:
+        previous = state.put(variable)
+        if previous is None:
+            self._undo.append((state.remove, (variable.name,)))
+        else:
+            self._undo.append((state.put, (previous,)))
+
+    def _log(self, kind: EventKind, body: Mapping[str, Any]) -> None:
+        self.events.append(Event(kind, body))
+
+    def _stage(
+        self,
+        variable: Variable,
+        kind: ChangeKind,
+        value: Value | None,
+        metadata: Mapping[str, str],
+        merged: bool = False,
+    ) -> None:
+        version = VariableVersion(
+            variable.id,
+            variable.type,
+            variable.version,
+            kind,
+            value,
+            metadata,
+            variable.source,
+            self.now,
+            self.origin.actor,
+            self.origin.cause,
+            self.sequence,
+        )
+        change = Change(version, variable, merged)
+        self._drafts.versions.append(change)
+        self.versions.append(change)
+
+
+def _restore(state: SessionState, fields: Mapping[str, Any]) -> None:
+    for name, previous in fields.items():
+        setattr(state, name, previous)
+
+
+def dependants(edges: Iterable[Dependency], changed: Iterable[str], sequence: int) -> list[str]:
+    """The ids of the variables that depend on any of `changed`, directly or not, at commit `sequence`, used ones first.
+
+    An edge that this very commit took away still counts: the deletion is told to those who depended on it.
+    """
+    uses: dict[str, set[str]] = {}
+    for edge in edges:
+        if edge.since < sequence and (edge.until is None or edge.until >= sequence):
+            uses.setdefault(edge.to_id, set()).add(edge.from_id)
+    reached: set[str] = set()
+    frontier = list(changed)
+    while frontier:
+        for user in uses.get(frontier.pop(), ()):
+            if user not in reached:
+                reached.add(user)
+                frontier.append(user)
+    sorter: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(sorted(reached), ()))
+    for used, users in uses.items():
+        for user in sorted(users & reached):
+            if used in reached:
+                sorter.add(user, used)
+    return list(sorter.static_order())
+
+
+def find_cycle(edges: Iterable[Dependency], added: Dependency) -> list[str] | None:
+    """The ids around the circle that `added` would close, in the direction of dependence, first = last; or None."""
+    sorter: TopologicalSorter[str] = TopologicalSorter()
+    for edge in edges:
+        if edge.until is None:
+            sorter.add(edge.to_id, edge.from_id)
+    sorter.add(added.to_id, added.from_id)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        cycle: list[str] = error.args[1]
+        return cycle
+    return None

@@ -1,0 +1,24 @@
+"""Value types: validate, coerce, constrain, encode.
+
+A value travels and is kept as the protocol's own JSON text (`Value.json`), or as bytes beside a JSON
+description of them. `normalise` is the only way in; `encode` and `decode` translate to and from Python
+objects.
+"""
+
+from dspex_persist.state.values.coercion import TYPE_NAMES
+from dspex_persist.state.values.constraints import Constraints, compile_constraints
+from dspex_persist.state.values.json_text import parse_json
+from dspex_persist.state.values.normalisation import normalise
+from dspex_persist.state.values.python_objects import BinaryValue, decode, encode, infer_type
+
+__all__ = [
+    "TYPE_NAMES",
+    "BinaryValue",
+    "Constraints",
+    "compile_constraints",
+    "decode",
+    "encode",
+    "infer_type",
+    "normalise",
+    "parse_json",
+]

@@ -1,0 +1,212 @@
+"""Binary values: numbers as bytes beside a JSON description of them.
+
+`npy` and raw little-endian numbers are read here, by `struct` alone; `pickle`, `erlang_binary` and every
+other format are bytes that pass through: nothing of them is ever interpreted.
+"""
+
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+from operator import mul
+from typing import Any
+
+from dspex_persist.state.errors import InvalidValueError
+from dspex_persist.state.limits import Limits
+from dspex_persist.state.model import Value
+from dspex_persist.state.values.coercion import BINARY_TYPE_NAMES
+from dspex_persist.state.values.constraints import Constraints
+from dspex_persist.state.values.json_text import (
+    RefusedError,
+    check_size,
+    parse_json,
+    shorten,
+    shown,
+    utf8_size_bytes,
+)
+from dspex_persist.state.values.tensors import (
+    DTYPES,
+    Dtype,
+    element_count,
+    find_dtype,
+    get_dtype,
+    read_shape,
+    shown_shape,
+)
+
+_NPY_MAGIC = b"\x93NUMPY"
+# NumPy itself reads no longer header unless it is told to.
+_NPY_HEADER_SIZE_BYTES = 10_000
+# A header is the text of a Python dict of three known entries: reading just these needs no evaluation.
+_NPY_DICT = re.compile(r"\{(.*)\}\s*", re.DOTALL)
+_NPY_ENTRY = re.compile(
+    r"""\s*(?:
+        ['"]descr['"]\s*:\s*(?:['"](?P<descr>[^'"]*)['"]|(?P<structured>\[.*?\]))
+      | ['"]fortran_order['"]\s*:\s*(?P<fortran_order>True|False)
+      | ['"]shape['"]\s*:\s*\((?P<shape>[0-9\s,]*)\)
+    )\s*(?:,|$)\s*""",
+    re.VERBOSE | re.DOTALL,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How numbers lie in bytes: from `offset`, in `byte_order` (`<` or `>`), column-major if `fortran`."""
+
+    shape: tuple[int, ...]
+    dtype: Dtype
+    offset: int = 0
+    byte_order: str = "<"
+    fortran: bool = False
+
+
+def normalise_binary(name: str, type_name: str, constraints: Constraints, value: Value, limits: Limits) -> Value:
+    """The value as it came, once its description has been checked against its bytes and the constraints."""
+    content = value.binary or b""
+    try:
+        if type_name not in BINARY_TYPE_NAMES:
+            raise RefusedError(f"{type_name} values are JSON; only tensors and embeddings have companion bytes")
+        check_size(name, len(content) + utf8_size_bytes(value.json), limits)
+        description = parse_json(value.json, name=name, limits=limits)
+        if not isinstance(description, dict):
+            raise RefusedError(f"the description of a binary value is a JSON object, not {shown(description)}")
+        layout = find_layout(description, content)
+        shape = layout.shape if layout else _described_shape(description)
+        if type_name == "embedding" and shape is not None:
+            shape = _as_vector(shape)
+    except RefusedError as error:
+        raise InvalidValueError(name, error.reason) from error
+    constraints.check_description(name, shape, layout.dtype if layout else None)
+    return value
+
+
+def _described_shape(description: Mapping[str, Any]) -> tuple[int, ...] | None:
+    stated = description.get("shape")
+    return None if stated is None else read_shape(stated)
+
+
+def _as_vector(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """`[n]`, also from `[1, n]` and the like."""
+    lengths = [length for length in shape if length != 1]
+    if len(lengths) > 1:
+        raise RefusedError(f"an embedding has one dimension, not the shape {shown_shape(shape)}")
+    return (lengths[0] if lengths else 1,)
+
+
+def find_layout(description: Mapping[str, Any], content: bytes) -> Layout | None:
+    """How `content` holds numbers, or None for an opaque format.
+
+    `RefusedError` where description and content contradict each other, or a readable format holds other
+    things than numbers.
+    """
+    binary_format = description.get("binary_format")
+    if binary_format is not None and not isinstance(binary_format, str):
+        raise RefusedError(f"binary_format must be a string, not {shown(binary_format)}")
+    if binary_format == "npy":
+        layout = _npy_layout(content)
+        _check_agreement(description, layout)
+    elif binary_format == "raw":
+        layout = _raw_layout(description, get_dtype(description.get("dtype")), content)
+    elif binary_format in ("float32", "float64"):
+        layout = _raw_layout(description, DTYPES[binary_format], content)
+        _check_agreement(description, layout)
+    else:
+        return None
+    _check_length(layout, content)
+    return layout
+
+
+def _raw_layout(description: Mapping[str, Any], dtype: Dtype, content: bytes) -> Layout:
+    shape = _described_shape(description)
+    return Layout((len(content) // dtype.size_bytes,) if shape is None else shape, dtype)
+
+
+def _check_agreement(description: Mapping[str, Any], layout: Layout) -> None:
+    shape, dtype = _described_shape(description), find_dtype(description.get("dtype"))
+    if shape is not None and shape != layout.shape:
+        raise RefusedError(f"described shape {shown_shape(shape)} is not the content's {shown_shape(layout.shape)}")
+    if dtype is not None and dtype != layout.dtype:
+        raise RefusedError(f"described dtype {dtype.name} is not the content's {layout.dtype.name}")
+
+
+def _check_length(layout: Layout, content: bytes) -> None:
+    length = len(content) - layout.offset
+    count = element_count(layout.shape, at_most=length)
+    if count is None or count * layout.dtype.size_bytes != length:
+        raise RefusedError(
+            f"{length} bytes do not hold shape {shown_shape(layout.shape)} of {layout.dtype.name} "
+            f"({layout.dtype.size_bytes} bytes each)"
+        )
+
+
+def _npy_layout(content: bytes) -> Layout:
+    """The layout that a .npy file's header states (versions 1 to 3), without its trust in Python literals."""
+    header, offset = _npy_header(content)
+    outer = _NPY_DICT.fullmatch(header)
+    if outer is None:
+        raise RefusedError("npy: the header is no dict")
+    entries: dict[str, str] = {}
+    body, position = outer[1], 0
+    while position < len(body.rstrip()):
+        entry = _NPY_ENTRY.match(body, position)
+        if entry is None or entry.lastgroup is None or entry.lastgroup in entries:
+            raise RefusedError(f"npy: the header is not understood at {shown(body[position:])}")
+        entries[entry.lastgroup] = entry[entry.lastgroup]
+        position = entry.end()
+    if "structured" in entries:
+        raise RefusedError("npy: only plain numbers are supported, not structured elements")
+    if entries.keys() != {"descr", "fortran_order", "shape"}:
+        raise RefusedError("npy: the header must state descr, fortran_order and shape")
+    dtype = find_dtype(entries["descr"])
+    if dtype is None:
+        raise RefusedError(f"npy: elements must be one of: {', '.join(DTYPES)}; not {shown(entries['descr'])}")
+    byte_order = ">" if entries["descr"].startswith(">") else "<"
+    return Layout(_npy_shape(entries["shape"]), dtype, offset, byte_order, entries["fortran_order"] == "True")
+
+
+def _npy_header(content: bytes) -> tuple[str, int]:
+    """The header's text, and where the numbers begin."""
+    if not content.startswith(_NPY_MAGIC) or len(content) < len(_NPY_MAGIC) + 6:
+        raise RefusedError("npy: the content does not begin as a .npy file")
+    major = content[6]
+    if major not in (1, 2, 3):
+        raise RefusedError(f"npy: unknown version {major}")
+    length_format = "<H" if major == 1 else "<I"
+    start = 8 + struct.calcsize(length_format)
+    (length,) = struct.unpack_from(length_format, content, 8)
+    if length > _NPY_HEADER_SIZE_BYTES or start + length > len(content):
+        raise RefusedError(f"npy: a header of {length} bytes is too long")
+    try:
+        return content[start : start + length].decode("utf-8" if major == 3 else "latin-1"), start + length
+    except UnicodeDecodeError:
+        raise RefusedError("npy: the header is not UTF-8") from None
+
+
+def _npy_shape(text: str) -> tuple[int, ...]:
+    entries = text.split(",")
+    if not entries[-1].strip():
+        entries.pop()
+    try:
+        return tuple(int(entry) for entry in entries)
+    except ValueError:
+        raise RefusedError(f"npy: ({shorten(text)}) is no shape") from None
+
+
+def unpack(layout: Layout, content: bytes) -> list[Any]:
+    """The numbers in `content` as Python numbers, in row-major order."""
+    count = prod(layout.shape) if 0 not in layout.shape else 0
+    numbers = struct.unpack_from(f"{layout.byte_order}{count}{layout.dtype.code}", content, layout.offset)
+    if layout.fortran and count:
+        return [numbers[index] for index in _row_major(layout.shape)]
+    return list(numbers)
+
+
+def _row_major(shape: tuple[int, ...]) -> list[int]:
+    """Where a column-major layout of `shape` keeps each element, in row-major order of the elements."""
+    indices = [0]
+    strides = accumulate(shape, mul, initial=1)
+    for length, stride in zip(shape, strides, strict=False):
+        indices = [index + step * stride for index in indices for step in range(length)]
+    return indices

@@ -1,0 +1,211 @@
+"""Strict JSON: one reader, one canonical writer, and short descriptions of values for messages.
+
+Most functions here know no names of variables: they raise `RefusedError` with a reason, and whoever knows the
+name turns it into an `InvalidValueError` or `InvalidConstraintsError`.
+"""
+
+import json
+import re
+from collections import Counter
+from itertools import accumulate
+from math import inf
+
+import re2
+
+from dspex_persist.state.errors import InvalidValueError, LimitExceededError, quote
+from dspex_persist.state.limits import Limits
+
+_SHOWN_LENGTH = 60
+_WHITESPACE = " \t\n\r"
+# Python's default limit for turning digits into an int. Held here too, so that a host that lifts the
+# interpreter's limit does not open the door to quadratic conversions.
+INTEGER_DIGITS = 4300
+# A number of so few characters without an exponent is below 1e308 and so cannot overflow a double.
+_SURELY_FINITE_LENGTH = 308
+
+# Possessive, and with an optional closing quote: linear on every input, unterminated strings included.
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_DEPTH_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+_NO_BRACKETS = bytes(byte for byte in range(256) if byte not in _DEPTH_STEPS)
+_LONG_NUMBER = re2.compile(f"[0-9]{{{_SURELY_FINITE_LENGTH + 1}}}")
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class RefusedError(Exception):
+    """Why a document, value or constraint is not accepted; the caller adds whose it is."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def parse_json(text: str | bytes, *, name: str, limits: Limits) -> object:
+    """The document that `text` holds, under stricter rules than the standard library's.
+
+    Refused with `InvalidValueError`: what is no UTF-8 or no JSON, the bare tokens NaN and Infinity, numbers
+    that overflow a double, integers of more than 4,300 digits, duplicate keys, lone surrogates.
+    `LimitExceededError`: more than `limits.value_size_bytes` bytes of UTF-8, or nested deeper than
+    `limits.json_depth`.
+    """
+    try:
+        if isinstance(text, bytes):
+            check_size(name, len(text), limits)
+            text = _decoded(text)
+        # So short a text cannot cross a limit, and most texts are short: this is the hot path.
+        if not (len(text) <= limits.json_depth and len(text) <= limits.value_size_bytes and text.isascii()):
+            _check_limits(name, text, limits)
+        return read(text)
+    except RefusedError as error:
+        raise InvalidValueError(name, error.reason) from error
+
+
+def _check_limits(name: str, text: str, limits: Limits) -> None:
+    check_size(name, utf8_size_bytes(text), limits)
+    depth = depth_if_above(text, limits.json_depth)
+    if depth:
+        raise LimitExceededError(f"JSON nesting of {quote(name)}", depth, limits.json_depth, "json_depth")
+
+
+def check_size(name: str, size_bytes: int, limits: Limits) -> None:
+    """Raise `LimitExceededError` if a value of `size_bytes` is too large."""
+    if size_bytes > limits.value_size_bytes:
+        what = f"size of {quote(name)} in bytes"
+        raise LimitExceededError(what, size_bytes, limits.value_size_bytes, "value_size_bytes")
+
+
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise RefusedError(f"not UTF-8: byte {error.start} is {content[error.start]:#04x}") from None
+
+
+def utf8_size_bytes(text: str) -> int:
+    """Bytes of UTF-8 that `text` takes; `RefusedError` where it holds a lone surrogate."""
+    if text.isascii():
+        return len(text)
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        raise RefusedError(f"a lone surrogate (U+{ord(text[error.start]):04X}) is no character") from None
+
+
+def depth_if_above(text: str, limit: int) -> int:
+    """How deep `text` nests if that is more than `limit`, else 0. A scalar has depth 0, `[]` depth 1."""
+    if text.count("[") + text.count("{") <= limit:
+        return 0
+    outside_strings = _STRING.sub("", text) if '"' in text else text
+    brackets = outside_strings.encode(errors="surrogatepass").translate(None, delete=_NO_BRACKETS)
+    deepest = max(accumulate(map(_DEPTH_STEPS.__getitem__, brackets)), default=0)
+    return deepest if deepest > limit else 0
+
+
+def read(text: str) -> object:
+    """The document in `text`, whose size and depth the caller bounds; `RefusedError` if it breaks a rule."""
+    text = text.strip(_WHITESPACE)
+    decoder = _CAREFUL if _may_overflow(text) else _QUICK
+    try:
+        document, end = decoder.raw_decode(text)
+        if end != len(text):
+            raise RefusedError(f"not JSON: more text after the document (character {end})")
+    except json.JSONDecodeError as error:
+        raise RefusedError(f"not JSON: {error.msg} (character {error.pos})") from None
+    except RecursionError:
+        raise RefusedError("nested deeper than this interpreter can read") from None
+    except ValueError as error:
+        # The host has lowered the interpreter's limit of digits.
+        raise RefusedError(f"a number has too many digits: {error}") from None
+    # Characters beyond U+FFFF may come as two escapes; one without its partner shows when all is encoded.
+    if "\\u" in text and _SURROGATE_ESCAPE.search(text):
+        utf8_size_bytes(canonical(document))
+    return document
+
+
+def _may_overflow(text: str) -> bool:
+    """Whether a number in `text` might be too large for a double, or have too many digits for an integer.
+
+    Without a hook for each number, reading is twice as fast. It is safe to do without where no exponent is
+    positive and no number is long.
+    """
+    if ("e" in text or "E" in text) and (text.count("e") != text.count("e-") or text.count("E") != text.count("E-")):
+        return True
+    if len(text) <= _SURELY_FINITE_LENGTH:
+        return False
+    return _LONG_NUMBER.search(text.encode(errors="surrogatepass")) is not None
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise RefusedError(f"the key {shown(twice)} appears more than once")
+    return entries
+
+
+def _no_constant(token: str) -> object:
+    raise RefusedError(f'the bare token {token} is not JSON; floats write the string "{token}"')
+
+
+def _finite(token: str) -> float:
+    number = float(token)
+    if number in (inf, -inf):
+        raise RefusedError(f"the number {shorten(token)} is beyond the range of a double")
+    return number
+
+
+def _bounded(token: str) -> int:
+    if len(token) > INTEGER_DIGITS and len(token.lstrip("-")) > INTEGER_DIGITS:
+        raise RefusedError(f"an integer has more than {INTEGER_DIGITS} digits")
+    return int(token)
+
+
+_QUICK = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+_CAREFUL = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite, parse_int=_bounded
+)
+# Documents that were read cannot contain themselves; Python objects that do end in a RecursionError.
+_ENCODER = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":"), check_circular=False
+)
+
+
+def canonical(document: object) -> str:
+    """The one JSON text of `document`: sorted keys, no spaces, characters as they are.
+
+    `RefusedError` for what JSON cannot say: non-finite floats, objects that are no JSON, integers of too many
+    digits, keys that do not sort.
+    """
+    try:
+        # The encoder needs microseconds to set itself up; bare numbers are most of what is written.
+        if type(document) is int or (type(document) is float and -inf < document < inf):
+            return repr(document)
+        if type(document) is bool:
+            return "true" if document else "false"
+        return _ENCODER.encode(document)
+    except RecursionError:
+        raise RefusedError("nested too deep, or contains itself") from None
+    except (TypeError, ValueError) as error:
+        raise RefusedError(f"has no JSON form: {shorten(str(error))}") from None
+
+
+def shorten(text: str) -> str:
+    """`text`, cut to about 60 characters."""
+    return text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}..."
+
+
+def shown(document: object) -> str:
+    """`document` on one line for a message: scalars as JSON, shortened; lists and objects by their size."""
+    if isinstance(document, str):
+        text = json.dumps(shorten(document), ensure_ascii=False)
+        return text.encode(errors="backslashreplace").decode()
+    if isinstance(document, list | tuple):
+        return f"a list ({len(document)} entries)"
+    if isinstance(document, dict):
+        return f"an object ({len(document)} entries)"
+    if isinstance(document, bool) or document is None:
+        return json.dumps(document)
+    if isinstance(document, int) and not -(10**_SHOWN_LENGTH) < document < 10**_SHOWN_LENGTH:
+        return f"an integer of {document.bit_length()} bits"
+    if isinstance(document, int | float):
+        return repr(document)
+    return f"an object of type {shorten(type(document).__name__)}"

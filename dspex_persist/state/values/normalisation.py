@@ -1,0 +1,43 @@
+"""The one way in: from what a caller sends to what is kept."""
+
+from dspex_persist.state.errors import InvalidValueError, UnknownTypeError
+from dspex_persist.state.limits import Limits
+from dspex_persist.state.model import Value
+from dspex_persist.state.values.binary import normalise_binary
+from dspex_persist.state.values.coercion import COERCIONS, TYPE_NAMES
+from dspex_persist.state.values.constraints import Constraints
+from dspex_persist.state.values.json_text import (
+    RefusedError,
+    canonical,
+    check_size,
+    parse_json,
+    utf8_size_bytes,
+)
+from dspex_persist.state.values.tensors import NON_FINITE
+
+
+def normalise(name: str, type_name: str, constraints: Constraints, value: Value, limits: Limits) -> Value:
+    """`value` as a value of its type: coerced, checked, and written as canonical JSON. Idempotent.
+
+    Binary values stay exactly as they came. `constraints` are those compiled for this very type. Raises
+    `InvalidValueError`, `LimitExceededError` or `UnknownTypeError`.
+    """
+    coerce = COERCIONS.get(type_name)
+    if coerce is None:
+        raise UnknownTypeError(name, type_name, ", ".join(TYPE_NAMES))
+    if value.binary is not None:
+        return normalise_binary(name, type_name, constraints, value, limits)
+    document = parse_json(value.json, name=name, limits=limits)
+    try:
+        coerced = coerce(document)
+        constraints.check(name, coerced)
+        # A double that JSON has no number for arrived as a string, and leaves as one.
+        text = canonical(document if isinstance(document, str) and document in NON_FINITE else coerced)
+    except RefusedError as error:
+        raise InvalidValueError(name, error.reason) from error
+    if text == value.json:
+        return value
+    # 1e15 becomes 1000000000000000.0: what is kept must fit as well, or it could not be written again.
+    if len(text) > len(value.json):
+        check_size(name, utf8_size_bytes(text), limits)
+    return Value(text)

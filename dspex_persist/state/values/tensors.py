@@ -1,0 +1,165 @@
+"""Shapes and element types of tensors: what fits what."""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from math import inf, nan
+
+from dspex_persist.state.values.json_text import RefusedError, shown
+
+_SHAPE_ENTRIES_SHOWN = 8
+
+# How floats that JSON has no number for travel.
+NON_FINITE = {"NaN": nan, "Infinity": inf, "-Infinity": -inf}
+
+
+@dataclass(frozen=True, slots=True)
+class Dtype:
+    """An element type: its `struct` code, and the smallest and the largest number that it holds."""
+
+    name: str
+    code: str
+    low: float
+    high: float
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of one element."""
+        return struct.calcsize(f"<{self.code}")
+
+    @property
+    def is_float(self) -> bool:
+        """Whether fractions, NaN and the infinities are among its values."""
+        return self.code in "efd"
+
+
+def _integer_dtypes() -> list[Dtype]:
+    found = []
+    for bits, code in ((8, "b"), (16, "h"), (32, "i"), (64, "q")):
+        found.append(Dtype(f"int{bits}", code, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1))
+        found.append(Dtype(f"uint{bits}", code.upper(), 0, 2**bits - 1))
+    return found
+
+
+_FLOAT_DTYPES = [
+    Dtype("float16", "e", -65504.0, 65504.0),
+    Dtype("float32", "f", -3.4028234663852886e38, 3.4028234663852886e38),
+    Dtype("float64", "d", -1.7976931348623157e308, 1.7976931348623157e308),
+]
+DTYPES = {dtype.name: dtype for dtype in [*_FLOAT_DTYPES, *_integer_dtypes(), Dtype("bool", "?", 0, 1)]}
+
+
+def _aliases() -> dict[str, str]:
+    """Other spellings: `f32`, `s32`, `u8` count bits; `<f4` (NumPy's, with its byte order) counts bytes."""
+    spellings = {}
+    for dtype in DTYPES.values():
+        bits = dtype.size_bytes * 8
+        kind = dtype.name[0]
+        spellings[f"{'s' if kind == 'i' else kind}{bits}"] = dtype.name
+        for order in "<>=|":
+            spellings[f"{order}{kind}{dtype.size_bytes}"] = dtype.name
+    return spellings
+
+
+_SPELLINGS = _aliases()
+
+
+def find_dtype(spelling: object) -> Dtype | None:
+    """The element type of that name (`float32`, `f32`, `<f4`, ...), or None."""
+    return DTYPES.get(_SPELLINGS.get(spelling, spelling)) if isinstance(spelling, str) else None
+
+
+def get_dtype(spelling: object) -> Dtype:
+    """The element type of that name; `RefusedError` names the possible ones."""
+    dtype = find_dtype(spelling)
+    if dtype is None:
+        raise RefusedError(f"dtype must be one of: {', '.join(DTYPES)}; not {shown(spelling)}")
+    return dtype
+
+
+def read_shape(document: object) -> tuple[int, ...]:
+    """`document` as a shape; `RefusedError` unless it is a list of non-negative integers."""
+    if not isinstance(document, list):
+        raise RefusedError(f"shape must be a list of non-negative integers, not {shown(document)}")
+    for entry in document:
+        if type(entry) is not int or entry < 0:
+            raise RefusedError(f"shape must hold non-negative integers only, not {shown(entry)}")
+    return tuple(document)
+
+
+def shown_shape(shape: Sequence[int | None]) -> str:
+    """`shape` for a message, shortened."""
+    entries = [shown(entry) for entry in shape[:_SHAPE_ENTRIES_SHOWN]]
+    if len(shape) > _SHAPE_ENTRIES_SHOWN:
+        entries.append("...")
+    return f"[{', '.join(entries)}]"
+
+
+def element_count(shape: tuple[int, ...], at_most: int) -> int | None:
+    """The product of `shape`, or None above `at_most`: a hostile shape is never multiplied out."""
+    if 0 in shape:
+        return 0
+    count = 1
+    for entry in shape:
+        count *= entry
+        if count > at_most:
+            return None
+    return count
+
+
+def elements(data: object, shape: tuple[int, ...]) -> list[object]:
+    """The elements of a tensor's `data` in row-major order.
+
+    `data` is a scalar (for the shape `[]`), a flat list of as many elements as the product of `shape`, or
+    lists nested in lists that have exactly this shape; anything else is a `RefusedError`.
+    """
+    if not isinstance(data, list):
+        if shape:
+            raise RefusedError(f"data must be a list for the shape {shown_shape(shape)}, not {shown(data)}")
+        return [data]
+    if list in set(map(type, data)):
+        return _nested_elements(data, shape)
+    if element_count(shape, len(data)) != len(data):
+        raise RefusedError(f"data has {len(data)} elements, which is not the product of shape {shown_shape(shape)}")
+    return data
+
+
+def _nested_elements(data: list[object], shape: tuple[int, ...]) -> list[object]:
+    level: list[object] = [data]
+    for depth, length in enumerate(shape):
+        lists = [entry for entry in level if isinstance(entry, list) and len(entry) == length]
+        if len(lists) != len(level):
+            raise RefusedError(f"data does not have the shape {shown_shape(shape)}: it differs at depth {depth}")
+        level = list(chain.from_iterable(lists))
+        if not level:
+            break
+    if list in set(map(type, level)):
+        raise RefusedError(f"data is nested deeper than its shape {shown_shape(shape)}")
+    return level
+
+
+def check_elements(found: list[object]) -> None:
+    """`RefusedError` unless each element is a number, a boolean or the name of a float that is not finite."""
+    if set(map(type, found)) <= {int, float, bool}:
+        return
+    for index, element in enumerate(found):
+        if not isinstance(element, int | float) and not (isinstance(element, str) and element in NON_FINITE):
+            raise RefusedError(f"element {index} of data is {shown(element)}, not a number")
+
+
+def check_dtype(found: list[object], dtype: Dtype) -> None:
+    """`RefusedError` unless each of the elements (see `check_elements`) is a value of `dtype`."""
+    for index, element in enumerate(found):
+        if not _fits(element, dtype):
+            raise RefusedError(f"element {index} of data is {shown(element)}, which is not a {dtype.name}")
+
+
+def _fits(element: object, dtype: Dtype) -> bool:
+    if isinstance(element, str):
+        return dtype.is_float
+    if isinstance(element, bool):
+        return dtype.name == "bool"
+    if not isinstance(element, int | float):
+        return False
+    return dtype.low <= element <= dtype.high and (dtype.is_float or element == int(element))

@@ -1,0 +1,9 @@
+"""For the tests of whoever builds on this package: what every backend promises, an in-memory double, a real server.
+
+Needs pytest.
+"""
+
+import pytest
+
+# Before anything imports it, so that its assertions say what they compared, as a test module's own do.
+pytest.register_assert_rewrite("dspex_persist.testing.provider_contract")

@@ -1,0 +1,261 @@
+"""The composition root: which backend an address means, and what a server is made of.
+
+What is heavy is imported where it is used: a client needs no SQL, a database file no gRPC.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import gc
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+
+from dspex_persist.errors import DspexError
+from dspex_persist.infra.listen import ListenError, is_loopback
+from dspex_persist.infra.logs import configure_logs, quiet_grpc
+from dspex_persist.settings import Settings, SettingsError
+from dspex_persist.state.errors import CheckpointError, InvalidArgumentError, quote
+from dspex_persist.state.limits import Limits
+from dspex_persist.state.provider import StateProvider
+
+if TYPE_CHECKING:
+    from dspex_persist.state.bridged import BridgedState
+    from dspex_persist.state.embedded import EmbeddedState
+
+EXIT_STORAGE_FAILED: Final = 70
+# How often Python's threads take turns, in seconds (Python's own default is 0.005).
+SWITCH_INTERVAL_S: Final = 0.005
+# How many new objects make the garbage collector look for cycles.
+_COLLECT_AFTER: Final = 20_000
+# How long calls that were waiting for the writer may take to hear that it has failed.
+_LAST_WORDS_S: Final = 1.0
+
+_SCHEME: Final = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):(?P<rest>.*)", re.DOTALL)
+_HOST_AND_PORT: Final = re.compile(r"//(\[[^\[\]/]+\]|[^\[\]/:]+):[0-9]{1,5}")
+_FORMS: Final = "a path, sqlite:///PATH, grpc://HOST:PORT or grpc+unix:/PATH"
+
+_log: structlog.typing.FilteringBoundLogger = structlog.get_logger(source=__name__)
+
+
+@dataclass(eq=False)
+class StorageFailedError(DspexError):
+    """The storage failed while it served: what was on its way may or may not have been written."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"the storage of {self.path} failed, so the server ended: {self.reason}. "
+            "Look at the disk, then start again; what was acknowledged is safe"
+        )
+
+
+# Providers
+
+
+def connect(url: str | os.PathLike[str], **options: Any) -> StateProvider:
+    """The session state at `url`; close it when you are done (it is a context manager).
+
+    A path, or `sqlite:///relative.db` or `sqlite:////absolute.db`: a database file, made where it is missing, that
+    this process then owns. Options: the fields of `StoreOptions` (durability, limits, session_ttl_s, ...),
+    `sweep_interval_s`, `on_fatal`. Raises `OpenError`: in use, missing folder, no database of ours, ...
+
+    `grpc://HOST:PORT` or `grpc+unix:/PATH`: a server. Options: `timeout_s`, `actor`. It is reached with the first
+    call, not before.
+
+    Raises `InvalidArgumentError` for any other address.
+    """
+    if not isinstance(url, str):
+        return _embedded(Path(url), **options)
+    match = _SCHEME.match(url)
+    if match is None and url not in ("", ":memory:"):
+        return _embedded(Path(url), **options)
+    scheme, rest = (match["scheme"], match["rest"]) if match is not None else ("", "")
+    if scheme == "sqlite" and len(rest) > 3 and rest.startswith("///"):
+        return _embedded(Path(rest[3:]), **options)
+    if scheme == "grpc" and _HOST_AND_PORT.fullmatch(rest):
+        return _bridged(rest[2:], **options)
+    if scheme == "grpc+unix" and rest.strip("/"):
+        return _bridged(f"unix:{re.sub('^//(?=/)', '', rest)}", **options)
+    raise InvalidArgumentError("url", f"{quote(url)} is not {_FORMS}")
+
+
+def _embedded(path: Path, **options: Any) -> "EmbeddedState":
+    from dspex_persist.state.embedded import EmbeddedState
+    from dspex_persist.state.store.session_store import StoreOptions
+
+    names = [field.name for field in dataclasses.fields(StoreOptions) if field.name in options]
+    store_options = StoreOptions(**{name: options.pop(name) for name in names})
+    return EmbeddedState(path, store_options, **options)
+
+
+def _bridged(target: str, **options: Any) -> "BridgedState":
+    quiet_grpc()
+    from dspex_persist.state.bridged import BridgedState
+
+    return BridgedState(target, **options)
+
+
+# The server
+
+
+def serve(settings: Settings) -> None:
+    """Serve the database at `settings.db` until SIGTERM or SIGINT, then drain, and return.
+
+    Prints `GRPC_READY:<port>` on stdout (port 0: a Unix socket) when it can answer; logs go to stderr. A second
+    signal ends the process at once. Raises `SettingsError` for an address that cannot or may not be used,
+    `OpenError` for a database that cannot be opened (before the port is bound), `ListenError` for an address that
+    cannot be had, `StorageFailedError` when the storage fails while it serves.
+    """
+    _check_listen(settings)
+    quiet_grpc()
+    style = settings.log_style
+    if style == "auto":
+        style = "console" if sys.stderr.isatty() else "json"
+    configure_logs(settings.log_level, style)
+    # It tells of each of its parts at INFO; that a file is upgraded, which another logger tells, is news.
+    logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(settings))
+
+
+def _check_listen(settings: Settings) -> None:
+    try:
+        allowed = settings.insecure or is_loopback(settings.listen)
+    except ListenError as error:
+        raise SettingsError("listen", f"{settings.listen!r} will not do: {error.reason}") from error
+    if not allowed:
+        reason = (
+            f"{settings.listen!r} can be reached from other machines, and whoever reaches it could read and change "
+            "every session: listen on 127.0.0.1 or on unix:PATH, or accept that with --insecure"
+        )
+        raise SettingsError("listen", reason)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """uvloop, which takes some 15 % more calls a second, where it can be had."""
+    try:
+        from uvloop import new_event_loop
+    except ImportError:
+        return asyncio.new_event_loop
+    return new_event_loop
+
+
+async def _serve(settings: Settings) -> None:
+    end = _End(asyncio.get_running_loop(), str(settings.db))
+    # Opened, and so locked, before anything is bound: a second server on the file ends here.
+    provider = _open(settings, end.on_storage_failed)
+    try:
+        await _serve_bridge(settings, provider, end)
+    finally:
+        _close(provider, settings.db)
+    if end.failure is not None:
+        raise end.failure
+    _log.info("stopped", db=str(settings.db))
+
+
+def _open(settings: Settings, on_fatal: Callable[[BaseException], None]) -> "EmbeddedState":
+    """The engine on the database of `settings`."""
+    return _embedded(
+        settings.db,
+        durability=settings.durability,
+        limits=Limits(**{field.name: int(getattr(settings, field.name)) for field in dataclasses.fields(Limits)}),
+        session_ttl_s=settings.session_ttl_s,
+        optimization_lease_s=settings.optimization_lease_s,
+        cache_size_bytes=int(settings.cache_size_bytes),
+        outcome_retention_s=settings.outcome_retention_s,
+        sweep_interval_s=settings.sweep_interval_s,
+        on_fatal=on_fatal,
+    )
+
+
+def _close(provider: StateProvider, path: Path) -> None:
+    try:
+        provider.close()
+    except CheckpointError as error:
+        raise StorageFailedError(str(path), str(error)) from error
+
+
+async def _serve_bridge(settings: Settings, provider: "EmbeddedState", end: "_End") -> None:
+    from dspex_persist.infra import server
+    from dspex_persist.state.rpc.codec import BRIDGE_SERVICE
+    from dspex_persist.state.rpc.servicer import BridgeServicer
+    from dspex_persist.state.rpc.status import status_of
+
+    def on_ready(port: int) -> None:
+        _spare_the_collector()
+        print(f"GRPC_READY:{port}", flush=True)
+        _log.info("serving", listen=settings.listen, port=port, db=str(settings.db), sequence=provider.head_sequence)
+
+    servicer = BridgeServicer(provider, heartbeat_s=settings.heartbeat_s, stall_timeout_s=settings.stall_timeout_s)
+    end.on_signals()
+    await server.serve(
+        server.ServerOptions(
+            settings.listen,
+            max_message_bytes=int(settings.max_message_bytes),
+            grace_s=settings.grace_s,
+            reflection=settings.reflection,
+        ),
+        [server.Service(BRIDGE_SERVICE, servicer)],
+        status_of=status_of,
+        on_ready=on_ready,
+        stop=end.stop,
+        on_drain=servicer.drain,
+    )
+
+
+def _spare_the_collector() -> None:
+    """Have the garbage collector look at new objects only, and less often.
+
+    What is there by now, modules for the most part, stays until the end. A group of writes makes thousands of objects
+    that reference counting frees right after it; the default threshold of 700 goes through them several times before.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_COLLECT_AFTER)
+
+
+class _End:
+    """What makes a server stop: a signal, or storage that failed."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, path: str) -> None:
+        self.stop = asyncio.Event()
+        self.failure: StorageFailedError | None = None
+        self._loop = loop
+        self._path = path
+
+    def on_signals(self) -> None:
+        """Take SIGTERM and SIGINT from here on."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        _log.info("draining", signal=number.name)
+        for each in (signal.SIGTERM, signal.SIGINT):
+            self._loop.remove_signal_handler(each)
+            # The next one ends the process whatever it is doing. Nothing that was acknowledged can be lost by that.
+            signal.signal(each, signal.SIG_DFL)
+        self.stop.set()
+
+    def on_storage_failed(self, error: BaseException) -> None:
+        """On the writer's thread, when its callers have been told: let their answers out, and end in any case."""
+        self.failure = StorageFailedError(self._path, str(error))
+        _log.critical("storage failed", db=self._path, reason=str(error))
+        deadline = threading.Timer(_LAST_WORDS_S, os._exit, (EXIT_STORAGE_FAILED,))
+        deadline.daemon = True
+        deadline.start()
+        # The loop may have ended by itself just now.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self.stop.set)

@@ -1,0 +1,261 @@
+"""Makes a database with a bit of everything, through the engine: every kind of event, version, value and constraint.
+
+    python -m tests.assets.make_database
+
+writes `<revision>.db` and `<revision>.json` (what the engine answers about it) beside this file. Run once for each
+released schema, by the release that has it, and kept: later releases have to upgrade that file and answer the same.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from freezegun import freeze_time
+
+from dspex_persist.state import values
+from dspex_persist.state.commands import (
+    DeleteVariable,
+    RegisterVariable,
+    RollbackVariable,
+    SetVariable,
+    StartOptimization,
+    StopOptimization,
+)
+from dspex_persist.state.embedded import EmbeddedState
+from dspex_persist.state.model import Origin, Source, Value, Variable
+from dspex_persist.state.store.schema import REVISION
+from dspex_persist.state.store.session_store import StoreOptions
+
+START = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+LONG_S = 90 * 365 * 86_400.0
+"""A time to live that no test will see the end of."""
+LARGE_TEXT = "a large value, kept once: é漢😀 " * 200
+LARGE_BYTES = bytes(range(256)) * 40
+SMALL_BYTES = b"\x80\x04K*."
+TYPED: Mapping[str, tuple[str, object, Mapping[str, Any]]] = {
+    "temperature": ("float", 0.7, {"min": 0, "max": 2}),
+    "not_a_number": ("float", float("nan"), {}),
+    "minus_zero": ("float", -0.0, {}),
+    "retries": ("integer", 3, {"min": 0}),
+    "huge": ("integer", 2**70, {}),
+    "prompt": ("string", "Grüße, 漢字, 😀\n", {"max_length": 10_000}),
+    "empty": ("string", "", {}),
+    "verbose": ("boolean", True, {}),
+    "model": ("choice", "small", {"choices": ["small", "large"]}),
+    "strategy": ("module", "ChainOfThought", {"choices": ["Predict", "ChainOfThought"]}),
+    "vector": ("embedding", [0.5, -1.5, 2.0], {"dimensions": 3}),
+    "matrix": ("tensor", {"shape": [2, 2], "data": [[1, 2], [3, 4]]}, {"shape": [2, 2]}),
+    "options": ("map", {"a": [1, {"b": None}], "": "odd key"}, {}),
+    "history": ("list", [1, "two", None, [3.0]], {}),
+    "document": ("string", LARGE_TEXT, {}),
+}
+_SHORT_LEASE_S = 60.0
+_REMOTE = Origin("127.0.0.1:4711", "SetVariable", Source.ELIXIR)
+
+
+def fill(path: Path) -> None:
+    """Make a database at `path`, closed properly: no side files with content are left."""
+    with freeze_time(START) as clock:
+        with EmbeddedState(path, StoreOptions(optimization_lease_s=_SHORT_LEASE_S)) as provider:
+            _fill_main(provider)
+            clock.tick(timedelta(minutes=1))
+            _fill_dependencies(provider)
+            _fill_binaries(provider)
+            _lock_and_let_go(provider, clock)
+            _end_sessions(provider, clock)
+        clock.tick(timedelta(hours=1))
+        # A restart in between, and locks that last.
+        with EmbeddedState(path, StoreOptions(optimization_lease_s=LONG_S)) as provider:
+            _write_on(provider)
+            _lock_for_good(provider, clock)
+
+
+def _fill_main(provider: EmbeddedState) -> None:
+    provider.initialize_session("main", {"user": "ann", "ort": "Köln"})
+    for name, (kind, value, constraints) in TYPED.items():
+        provider.register_variable("main", name, kind, value, constraints=constraints, metadata=_metadata_of(name))
+    provider.set_variable("main", "temperature", 0.9, metadata={"reason": "warmer", "source": "elixir"})
+    provider.set_variable("main", "temperature", 1.1, expected_version=1, idempotency_key="once")
+    provider.set_variable("main", "temperature", 1.1, expected_version=1, idempotency_key="once")
+    provider.rollback_variable("main", "temperature", 0)
+    provider.set_variable("main", "temperature", 0.8, metadata={"reason": "colder", "step": "4"})
+    # The same large content in two more versions, one of another variable.
+    provider.set_variable("main", "document", "short")
+    provider.rollback_variable("main", "document", 0)
+    provider.set_variable("main", "prompt", LARGE_TEXT)
+    provider.set_variables("main", {"retries": 4, "verbose": False, "empty": "no more"}, atomic=True)
+    provider.set_variables("main", {"retries": 5, "model": "of another size"}, metadata={"batch": "2"})
+    provider.initialize_session("main", {"user": "bob", "more": "yes"})
+    provider.submit(SetVariable("main", "options", Value('{"from":"elixir"}')), _REMOTE).result()
+
+
+def _metadata_of(name: str) -> Mapping[str, str]:
+    return {"about": f"the {name}", "owner": "Ärzte"} if name in ("temperature", "vector") else {}
+
+
+def _fill_dependencies(provider: EmbeddedState) -> None:
+    provider.register_variable("main", "scratch", "integer", 1)
+    provider.add_dependency("main", "prompt", "temperature", "reads")
+    provider.add_dependency("main", "document", "prompt")
+    provider.add_dependency("main", "scratch", "temperature", "reads")
+    provider.add_dependency("main", "history", "scratch", "follows")
+    provider.delete_variable("main", "scratch")
+    provider.register_variable("main", "scratch", "string", "the second of its name")
+
+
+def _fill_binaries(provider: EmbeddedState) -> None:
+    provider.initialize_session("binaries", {"ttl_seconds": str(LONG_S)})
+    for name, content in (("pickled", SMALL_BYTES), ("large", LARGE_BYTES), ("same", LARGE_BYTES)):
+        described = json.dumps({"shape": [1], "dtype": "float64", "binary_format": "pickle", "type": "tensor"})
+        provider.submit(RegisterVariable("binaries", name, "tensor", Value(described, content))).result()
+    described = json.dumps({"shape": [2], "dtype": "float32", "binary_format": "erlang_binary", "type": "tensor"})
+    provider.submit(SetVariable("binaries", "pickled", Value(described, b"\x83h\x02" + SMALL_BYTES))).result()
+    provider.submit(SetVariable("binaries", "same", Value(described, SMALL_BYTES), {"source": "python"})).result()
+
+
+def _lock_and_let_go(provider: EmbeddedState, clock: Any) -> None:
+    holder = Origin("optimizer-host", "StartOptimization", optimizer_id="mipro")
+    other = Origin("someone-else", "StopOptimization")
+    # Begun, written to by its holder, renewed, stopped.
+    provider.submit(StartOptimization("main", "temperature", "mipro", {"trials": "20"}), holder).result()
+    provider.submit(SetVariable("main", "temperature", Value("1.5"), {"optimizer_id": "mipro"}), holder).result()
+    provider.submit(RollbackVariable("main", "temperature", 1), holder).result()
+    clock.tick(timedelta(seconds=30))
+    provider.submit(StartOptimization("main", "temperature", "mipro", {"trials": "40"}), holder).result()
+    provider.submit(StopOptimization("main", "temperature"), holder).result()
+    # Broken by somebody else.
+    provider.submit(StartOptimization("main", "temperature", "mipro"), holder).result()
+    provider.submit(StopOptimization("main", "temperature", force=True), other).result()
+    # Left alone until its lease ended; the next write logs that.
+    provider.submit(StartOptimization("main", "retries", "mipro"), holder).result()
+    provider.submit(StartOptimization("main", "scratch", "mipro"), holder).result()
+    clock.tick(timedelta(seconds=_SHORT_LEASE_S + 1))
+    provider.set_variable("main", "retries", 6)
+    provider.submit(DeleteVariable("main", "scratch"), other).result()
+
+
+def _end_sessions(provider: EmbeddedState, clock: Any) -> None:
+    provider.initialize_session("again")
+    provider.register_variable("again", "x", "integer", 1)
+    provider.cleanup_session("again")
+    provider.initialize_session("again", {"life": "second"})
+    provider.register_variable("again", "x", "float", 2.5)
+    provider.initialize_session("short", {"ttl_seconds": "10"})
+    provider.register_variable("short", "x", "integer", 1)
+    clock.tick(timedelta(seconds=11))
+    provider.initialize_session("short", {"ttl_seconds": "0"})
+    provider.initialize_session("üñí 'x'; --")
+    provider.register_variable("üñí 'x'; --", "näme", "string", "odd ids are just strings")
+
+
+def _write_on(provider: EmbeddedState) -> None:
+    provider.register_variable("again", "y", "map", {"after": "restart"})
+    for number in range(12):
+        provider.set_variable("again", "x", number / 4, metadata={"n": str(number)} if number % 5 == 0 else {})
+    provider.initialize_session("binaries", {"ttl_seconds": str(LONG_S - 1)})
+
+
+def _lock_for_good(provider: EmbeddedState, clock: Any) -> None:
+    holder = Origin("optimizer-host", "StartOptimization", optimizer_id="bootstrap")
+    provider.submit(StartOptimization("again", "x", "bootstrap", {"demos": "8", "größe": "4"}), holder).result()
+    provider.submit(StartOptimization("main", "retries", "bootstrap"), holder).result()
+    clock.tick(timedelta(minutes=5))
+    provider.submit(SetVariable("main", "retries", Value("7"), {"optimizer_id": "bootstrap"}), holder).result()
+    provider.submit(StartOptimization("main", "retries", "bootstrap", {"again": "yes"}), holder).result()
+
+
+# What the engine answers
+
+SESSIONS = ("main", "binaries", "again", "short", "üñí 'x'; --")
+DELETED = {"main": ("scratch",)}
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Everything that the engine answers about the live sessions of a database that `fill` made, as JSON has it."""
+    with EmbeddedState(path) as provider:
+        described = {session_id: _describe_session(provider, session_id) for session_id in SESSIONS}
+    plain: dict[str, Any] = json.loads(json.dumps(described))
+    return plain
+
+
+def _describe_session(provider: EmbeddedState, session_id: str) -> dict[str, Any]:
+    session = provider.get_session(session_id)
+    variables = provider.list_variables(session_id)
+    names = [variable.name for variable in variables] + list(DELETED.get(session_id, ()))
+    return {
+        "metadata": dict(session.metadata),
+        "created_at": str(session.created_at),
+        "variables": [_describe_variable(variable) for variable in variables],
+        "history": {name: _describe_history(provider, session_id, name) for name in names},
+    }
+
+
+def _describe_variable(variable: Variable) -> dict[str, Any]:
+    lock = variable.optimization
+    return {
+        "id": variable.id,
+        "name": variable.name,
+        "type": variable.type,
+        "value": _describe_value(variable.value),
+        "decoded": shorten(repr(values.decode(variable.type, variable.value))),
+        "version": variable.version,
+        "constraints": variable.constraints,
+        "metadata": dict(variable.metadata),
+        "source": variable.source.value,
+        "updated_at": str(variable.updated_at),
+        "optimization": lock
+        and [lock.id, lock.optimizer_id, lock.started_by, dict(lock.config), str(lock.expires_at())],
+    }
+
+
+def _describe_history(provider: EmbeddedState, session_id: str, name: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "variable_id": version.variable_id,
+            "version": version.version,
+            "kind": version.kind.value,
+            "value": _describe_value(version.value),
+            "metadata": dict(version.metadata),
+            "source": version.source.value,
+            "created_at": str(version.created_at),
+            "actor": version.actor,
+            "cause": version.cause,
+            "sequence": version.sequence,
+        }
+        for version in provider.get_variable_history(session_id, name, 1000)
+    ]
+
+
+def _describe_value(value: Value | None) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    binary = sha256(value.binary).hexdigest() if value.binary is not None else None
+    return {"json": shorten(value.json), "sha256": sha256(value.json.encode()).hexdigest(), "binary_sha256": binary}
+
+
+def shorten(text: str) -> str:
+    """`text`, or the beginning of a long one."""
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def main() -> None:
+    """Write the files of this release's revision."""
+    folder = Path(__file__).parent
+    path = folder / f"{REVISION}.db"
+    if path.exists():
+        sys.exit(f"error: {path} is there already; a released database is never made anew")
+    fill(path)
+    described = describe(path)
+    path.with_suffix(".json").write_text(json.dumps(described, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    for suffix in (".lock", ".anchor", "-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+    path.chmod(0o644)
+    print(f"{path}: {path.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()

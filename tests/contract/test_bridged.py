@@ -1,0 +1,65 @@
+"""The contract on a real server process, reached by gRPC. Reopening is SIGKILL and a new process on the same file."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+import pytest
+
+from dspex_persist.infra.process import ProcessFailedError
+from dspex_persist.state.bridged import BridgedState
+from dspex_persist.state.provider import StateProvider
+from dspex_persist.testing.provider_contract import DEADLINE_S, SMALL_LIMITS, LeaseContract, ProviderContract, Reopen
+from dspex_persist.testing.server import ServedDatabase
+
+
+@pytest.fixture(scope="class")
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedDatabase]:
+    """One server for a class: its tests have sessions of their own."""
+    path = tmp_path_factory.mktemp("bridged") / "sessions.db"
+    with ServedDatabase(path, request.cls.settings) as served:
+        yield served
+
+
+class Bridged:
+    """What the contract asks for."""
+
+    settings: ClassVar[dict[str, Any]] = asdict(SMALL_LIMITS)
+
+    @pytest.fixture
+    def provider(self, served: ServedDatabase) -> Iterator[StateProvider]:
+        if served.process.exit_code is not None:
+            # A test has brought the server down: it alone fails, not those after it.
+            served.restart()
+        with BridgedState(served.target, timeout_s=DEADLINE_S) as provider:
+            yield provider
+
+    @pytest.fixture
+    def reopened(self, served: ServedDatabase) -> Iterator[Reopen]:
+        opened: list[BridgedState] = []
+
+        def reopen() -> StateProvider:
+            served.restart()
+            opened.append(BridgedState(served.target, timeout_s=DEADLINE_S))
+            return opened[-1]
+
+        yield reopen
+        for provider in opened:
+            provider.close()
+
+
+class TestBridged(Bridged, ProviderContract):
+    """Everything."""
+
+
+class TestBridgedLeases(Bridged, LeaseContract):
+    """Leases that end while one waits."""
+
+    settings: ClassVar[dict[str, Any]] = {"optimization_lease_s": LeaseContract.lease_s}
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("no-database") / "sessions.db"
+    path.write_bytes(b"no database at all" * 100)
+    with pytest.raises(ProcessFailedError, match=r"sessions\.db"):
+        ServedDatabase(path)

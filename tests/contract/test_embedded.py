@@ -1,0 +1,242 @@
+"""The contract on the engine in this process; and what only a frozen clock can show."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from freezegun import freeze_time
+from freezegun.api import FrozenDateTimeFactory
+
+from dspex_persist.state import commands
+from dspex_persist.state.embedded import EmbeddedState
+from dspex_persist.state.errors import SessionNotFoundError, StateError, VariableLockedError, VersionConflictError
+from dspex_persist.state.model import CommitChanges, Value
+from dspex_persist.state.provider import StateProvider
+from dspex_persist.state.store.session_store import StoreOptions
+from dspex_persist.state.watch import Watch
+from dspex_persist.testing.provider_contract import SMALL_LIMITS, LeaseContract, ProviderContract, Reopen
+
+
+class Owner:
+    """Whoever owns the database file at the moment."""
+
+    def __init__(self, path: Path, options: StoreOptions) -> None:
+        self._path = path
+        self._options = options
+        self.provider = self._open()
+
+    def _open(self) -> EmbeddedState:
+        return EmbeddedState(self._path, self._options)
+
+    def reopen(self) -> EmbeddedState:
+        """Close it and open it again."""
+        self.provider.close()
+        self.provider = self._open()
+        return self.provider
+
+    def get_open(self) -> EmbeddedState:
+        """The provider; a new one if a test has brought the last one down, so that it alone fails."""
+        with suppress(StateError):
+            self.provider.check_open()
+            return self.provider
+        return self.reopen()
+
+
+@pytest.fixture(scope="class")
+def owner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Owner]:
+    """One database file for a class: its tests have sessions of their own."""
+    owner = Owner(tmp_path_factory.mktemp("embedded") / "sessions.db", request.cls.options)
+    yield owner
+    owner.provider.close()
+
+
+class Embedded:
+    """What the contract asks for."""
+
+    options: ClassVar[StoreOptions] = StoreOptions(limits=SMALL_LIMITS)
+
+    @pytest.fixture
+    def provider(self, owner: Owner) -> StateProvider:
+        return owner.get_open()
+
+    @pytest.fixture
+    def reopened(self, owner: Owner) -> Reopen:
+        return owner.reopen
+
+
+class TestEmbedded(Embedded, ProviderContract):
+    """Everything."""
+
+
+class TestEmbeddedLeases(Embedded, LeaseContract):
+    """Leases that end while one waits."""
+
+    options = StoreOptions(optimization_lease_s=LeaseContract.lease_s)
+
+
+@pytest.fixture(scope="class")
+def standing_clock() -> Iterator[FrozenDateTimeFactory]:
+    """A clock that goes only when it is told to; pytest's own goes on. Stopping it takes a while: once for a class."""
+    with freeze_time("2030-01-01", ignore=["_pytest"]) as frozen:
+        assert isinstance(frozen, FrozenDateTimeFactory)
+        yield frozen
+
+
+@pytest.fixture
+def frozen(standing_clock: FrozenDateTimeFactory) -> FrozenDateTimeFactory:
+    """The clock, put back to the beginning of 2030."""
+    standing_clock.move_to("2030-01-01")
+    return standing_clock
+
+
+def pass_s(frozen: FrozenDateTimeFactory, seconds: float) -> None:
+    """Let time pass."""
+    frozen.tick(timedelta(seconds=seconds))
+
+
+class TestEmbeddedTime:
+    """What shows only while the clock stands still."""
+
+    @pytest.fixture
+    def owner(self, frozen: FrozenDateTimeFactory, tmp_path: Path) -> Iterator[Owner]:
+        owner = Owner(tmp_path / "sessions.db", StoreOptions(session_ttl_s=100))
+        owner.provider.initialize_session("s")
+        owner.provider.register_variable("s", "x", "integer", 1)
+        yield owner
+        owner.provider.close()
+
+    def test_a_session_lives_for_its_ttl_to_the_moment(self, frozen: FrozenDateTimeFactory, owner: Owner) -> None:
+        pass_s(frozen, 99.999)
+        assert owner.provider.heartbeat("s")
+        pass_s(frozen, 99.999)
+        assert owner.provider.heartbeat("s")
+        pass_s(frozen, 100)
+        assert owner.provider.heartbeat("s") is False
+        with pytest.raises(SessionNotFoundError):
+            owner.provider.set_variable("s", "x", 2)
+
+    @pytest.mark.parametrize(
+        "touch",
+        [
+            commands.Heartbeat("s"),
+            commands.GetSession("s"),
+            commands.GetVariable("s", "x"),
+            commands.GetVariable("s", "x", bypass_cache=True),
+            commands.GetVariables("s", ("x",)),
+            commands.ListVariables("s"),
+            commands.GetVariableHistory("s", "x"),
+            commands.SetVariable("s", "x", Value("1")),
+            commands.InitializeSession("s"),
+        ],
+        ids=lambda command: command.cause,
+    )
+    def test_whatever_is_asked_keeps_it_alive_over_restarts_too(
+        self, frozen: FrozenDateTimeFactory, owner: Owner, touch: commands.Command[Any]
+    ) -> None:
+        for number in range(8):
+            pass_s(frozen, 60)
+            owner.provider.submit(touch).result()
+            # Not in memory, so it goes through the writer: which has then done what was queued before.
+            owner.provider.heartbeat("nobody")
+            if number % 2:
+                owner.reopen()
+        assert owner.provider.heartbeat("s")
+
+    def test_a_command_that_fails_is_a_sign_of_life_as_well(self, frozen: FrozenDateTimeFactory, owner: Owner) -> None:
+        for _ in range(3):
+            pass_s(frozen, 60)
+            with pytest.raises(VersionConflictError):
+                owner.provider.set_variable("s", "x", 2, expected_version=9)
+            owner.reopen()
+        assert owner.provider.heartbeat("s")
+
+    def test_a_watch_ends_when_its_session_is_found_to_have_expired(
+        self, frozen: FrozenDateTimeFactory, owner: Owner
+    ) -> None:
+        with owner.provider.watch("s") as watch:
+            pass_s(frozen, 100)
+            assert not owner.provider.initialize_session("s").resumed
+            with pytest.raises(SessionNotFoundError):
+                watch.pull()
+
+    def test_a_lease_ends_to_the_moment_over_a_restart(self, frozen: FrozenDateTimeFactory, owner: Owner) -> None:
+        owner.provider.initialize_session("s", {"ttl_seconds": "0"})
+        owner.provider.start_optimization("s", "x", "optimizer")
+        pass_s(frozen, 299.999)
+        provider = owner.reopen()
+        with pytest.raises(VariableLockedError, match="'optimizer'"):
+            provider.set_variable("s", "x", 2)
+        pass_s(frozen, 0.001)
+        assert provider.get_variable("s", "x").optimization is None
+        assert provider.set_variable("s", "x", 2) == 1
+
+
+def test_no_part_of_the_contract_hides_another_s() -> None:
+    """Parts are put together by inheritance: of two tests or fixtures of one name only one would be there."""
+    names = [name for part in ProviderContract.__mro__[:-1] for name in vars(part) if not name.startswith("__")]
+    assert len(names) > 100
+    assert sorted(names) == sorted(set(names))
+
+
+def versions_told(watch: Watch) -> list[int]:
+    """The versions of everything that there is to pull."""
+    told: list[int] = []
+    while updates := watch.pull():
+        told.extend(update.variable.version for update in updates)
+    return told
+
+
+class TestWhileWatchersAndTheWriterMeet:
+    """Instants that a test of many threads hits once in a million times, made to happen."""
+
+    @pytest.fixture
+    def provider(self, tmp_path: Path) -> Iterator[EmbeddedState]:
+        with EmbeddedState(tmp_path / "sessions.db") as provider:
+            provider.initialize_session("s")
+            provider.register_variable("s", "x", "integer", 0)
+            yield provider
+
+    def test_a_watch_that_resumes_while_a_commit_is_being_published(
+        self, provider: EmbeddedState, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It joins right after the writer has looked who watches."""
+        hub, head = provider._store.hub, provider.head_sequence
+        watches: list[Watch] = []
+        is_watched = hub.is_watched
+
+        def joined_too_late(first_sequence: int) -> bool:
+            answer = is_watched(first_sequence)
+            if not watches:
+                watches.append(provider.watch("s", after_sequence=head))
+            return answer
+
+        monkeypatch.setattr(hub, "is_watched", joined_too_late)
+        provider.set_variable("s", "x", 1)
+        provider.set_variable("s", "x", 2)
+        (watch,) = watches
+        with watch:
+            assert versions_told(watch) == [1, 2]
+
+    def test_a_watch_that_reads_the_file_while_a_large_group_is_written(
+        self, provider: EmbeddedState, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It has read all that there was; what memory keeps has moved on when it looks there again."""
+        changes_after = provider._store.changes_after
+        written: list[int] = []
+
+        def overtaken(*arguments: Any) -> list[CommitChanges]:
+            found = changes_after(*arguments)
+            if not found and not written:
+                pending = [provider.submit(commands.SetVariable("s", "x", Value(str(n)))) for n in range(400)]
+                written.extend(future.result() for future in pending)
+            return found
+
+        monkeypatch.setattr(provider._store, "changes_after", overtaken)
+        provider.initialize_session("other")
+        position = provider.get_variable_history("s", "x")[0].sequence
+        with provider.watch("s", after_sequence=position) as watch:
+            assert versions_told(watch) == list(range(1, 401))
+        assert written

@@ -1,0 +1,118 @@
+"""The benchmarks run, and every row is there. What they measure here means nothing and is not looked at."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.plan import QUICK, SECTIONS
+from benchmarks.table import BEGIN, END, Row, Target, format_table, rewrite_docs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Some 15 s on a quiet machine; on a busy one as long as it takes.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+RPCS = ("Ping", "GetVariable", "SetVariable", "SetVariables", "GetVariableHistory")
+ENGINE = (
+    "sqlite3.1",
+    "sqlite3.64",
+    *(f"{name}.{callers}" for name in ("SetVariable", "SetVariables") for callers in ("1", "threads", "tasks")),
+    "GetVariable.1",
+    "GetVariable.threads",
+)
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a smoke run writes as JSON; `docs` is the page that it rewrote, `printed` its table."""
+    folder = tmp_path_factory.mktemp("bench")
+    page = folder / "page.md"
+    page.write_text(f"before\n{BEGIN}\nan old table\n{END}\nafter\n")
+    options = ["--quick", "--json", str(folder / "rows.json"), "--docs", str(page), "--directory", str(folder)]
+    command = [sys.executable, "-m", "benchmarks.run", *options]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=270, check=False)
+    assert ended.returncode == 0, ended.stderr
+    run: dict[str, Any] = json.loads((folder / "rows.json").read_text())
+    return {**run, "docs": page.read_text(), "printed": ended.stdout}
+
+
+def test_every_row_is_there_in_the_order_of_the_sections(quick_run: dict[str, Any]) -> None:
+    keys = [row["key"] for row in quick_run["rows"]]
+    assert len(keys) == len(set(keys))
+    assert set(keys) == {
+        *(f"rpc.{rpc}.{in_flight}" for rpc in RPCS for in_flight in QUICK.in_flight),
+        *(f"engine.{name}" for name in ENGINE),
+        *(f"versions.{count}" for count in QUICK.version_counts),
+        *(f"growth.{callers}" for callers in (1, 64)),
+        *(f"startup.{count}" for count in QUICK.session_counts),
+        *(f"startup.touch.{count}" for count in QUICK.session_counts),
+        *(f"memory.{count}" for count in (*QUICK.come_and_go, "growth")),
+    }
+    sections = [key.partition(".")[0] for key in keys]
+    assert sections == sorted(sections, key=SECTIONS.index)
+
+
+def test_every_rpc_but_ping_is_a_ratio_to_ping(quick_run: dict[str, Any]) -> None:
+    for row in quick_run["rows"]:
+        _, _, rest = row["key"].partition("rpc.")
+        if rest:
+            rpc, in_flight = rest.split(".")
+            assert row["ratio_to"] == ("" if rpc == "Ping" else f"rpc.Ping.{in_flight}")
+            assert (row["ratio"] is None) == (rpc == "Ping")
+            assert row["p50_ms"] <= row["p99_ms"]
+
+
+def test_every_target_has_a_verdict(quick_run: dict[str, Any]) -> None:
+    judged = {row["key"] for row in quick_run["rows"] if row["target"] is not None}
+    assert {row["key"] for row in quick_run["rows"] if row["verdict"] in ("met", "missed")} == judged
+    assert {"rpc.GetVariable.1", "engine.SetVariable.threads", "growth.64"} <= judged
+
+
+def test_the_table_is_printed_and_written_into_the_page(quick_run: dict[str, Any]) -> None:
+    assert quick_run["docs"].startswith(f"before\n{BEGIN}\n")
+    assert quick_run["docs"].endswith(f"{END}\nafter\n")
+    assert "an old table" not in quick_run["docs"]
+    for row in quick_run["rows"]:
+        assert row["what"] in quick_run["printed"]
+        assert f"| {row['what']} |" in quick_run["docs"]
+
+
+@pytest.mark.parametrize(
+    ("target", "verdict"),
+    [
+        (Target("value", "at least", 10), "met"),
+        (Target("value", "at least", 10.1), "missed"),
+        (Target("value", "at most", 10), "met"),
+        (Target("value", "at most", 9.9), "missed"),
+        (Target("ratio", "at least", 0.5), "met"),
+        (Target("ratio", "at most", 0.4), "missed"),
+        (None, ""),
+    ],
+)
+def test_a_row_is_held_against_its_target(target: Target | None, verdict: str) -> None:
+    row = Row("a.b", "what", 10, "calls/s", ratio=0.5, target=target)
+    assert row.verdict == verdict
+    assert format_table([row]).endswith(verdict)
+
+
+def test_a_row_without_a_ratio_does_not_meet_a_target_for_it() -> None:
+    assert Row("a.b", "what", 10, "calls/s", target=Target("ratio", "at most", 1)).verdict == "missed"
+
+
+def test_a_page_without_marks_is_left_alone(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="no place for the table"):
+        rewrite_docs(page, "a table")
+    assert page.read_text() == "no marks"
+
+
+def test_the_page_of_the_documentation_has_the_marks(tmp_path: Path) -> None:
+    page = tmp_path / "performance.md"
+    page.write_text((ROOT / "docs" / "performance.md").read_text())
+    rewrite_docs(page, "a table")
+    assert f"{BEGIN}\n\na table\n\n{END}" in page.read_text()

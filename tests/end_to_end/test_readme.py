@@ -1,0 +1,51 @@
+"""The README's programs, run as a newcomer would."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dspex_persist.infra.process import ServerProcess
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def run(program: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def client() -> str:
+    (program,) = [text for text in PROGRAMS if "grpc://" in text]
+    assert len(program.strip().splitlines()) <= 10
+    return str(program)
+
+
+def test_a_client_finds_its_variable_again_after_a_kill(client: str, tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "dspex_persist", "serve", "--listen", "127.0.0.1:0"]
+    said = []
+    for _ in range(2):
+        with ServerProcess.start(argv, cwd=tmp_path) as server:
+            said.append(run(client.replace("50051", str(server.port)), tmp_path))
+            server.kill()
+    assert said == ["begun\ntemperature is 0.35 at version 1\n", "resumed\ntemperature is 0.175 at version 2\n"]
+
+
+def test_the_library_program(tmp_path: Path) -> None:
+    (program,) = [text for text in PROGRAMS if "library.db" in text]
+    said = run(program, tmp_path).splitlines()
+    assert said[0] == "invalid value for 'temperature': value 9.0 is above maximum 2"
+    assert said[-1] == "0.7"
+    assert [line.split()[:2] for line in said[1:3]] == [["1", "0.9"], ["0", "0.7"]]

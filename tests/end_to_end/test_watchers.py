@@ -1,0 +1,213 @@
+"""Watchers against a real server: many of them, slow ones, frozen ones, and one that resumes after a restart."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import snakepit_bridge_pb2 as pb
+
+from dspex_persist.infra.process import ServerProcess
+from dspex_persist.state.bridged import BridgedState
+from dspex_persist.state.errors import StateError
+from dspex_persist.state.watch import Watch
+
+SESSION = "watched"
+WATCH = "/snakepit.bridge.BridgeService/WatchVariables"
+DEADLINE_S = 60.0
+FROZEN_CLIENT = f"""
+import sys, grpc
+import snakepit_bridge_pb2 as pb
+channel = grpc.insecure_channel(sys.argv[1])
+watch = channel.unary_stream("{WATCH}", pb.WatchVariablesRequest.SerializeToString, pb.VariableUpdate.FromString)
+call = watch(pb.WatchVariablesRequest(session_id="{SESSION}"))
+call.initial_metadata()
+print("watching", flush=True)
+for _ in call:
+    pass
+"""
+
+
+def serve(folder: Path, *flags: str) -> ServerProcess:
+    argv = [sys.executable, "-m", "dspex_persist", "serve", "--db", str(folder / "w.db"), "--listen", "127.0.0.1:0"]
+    return ServerProcess.start([*argv, *flags])
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ServerProcess]:
+    with serve(tmp_path, "--stall-timeout", "1", "--heartbeat", "0.5") as server:
+        yield server
+
+
+@contextmanager
+def connected(server: ServerProcess) -> Iterator[BridgedState]:
+    with BridgedState(f"127.0.0.1:{server.port}") as state:
+        state.initialize_session(SESSION)
+        state.register_variable(SESSION, "x", "string", "")
+        yield state
+
+
+@pytest.fixture
+def state(server: ServerProcess) -> Iterator[BridgedState]:
+    with connected(server) as state:
+        yield state
+
+
+def rss_mib(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()
+    return int(fields[0]) / 1024
+
+
+def pull_until_it_ends(watch: Watch) -> None:
+    while True:
+        watch.next(DEADLINE_S)
+
+
+def wait_for(what: str, condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.01)
+
+
+def test_two_thousand_watchers(tmp_path: Path) -> None:
+    count, writes = 2_000, 3
+
+    async def watch(multicallable: Any, ready: asyncio.Semaphore) -> list[str]:
+        call = multicallable(pb.WatchVariablesRequest(session_id=SESSION))
+        await call.initial_metadata()
+        ready.release()
+        seen: list[str] = []
+        async for update in call:
+            if update.update_type == "value_change":
+                seen.append(update.variable.value.value.decode())
+                if len(seen) == writes:
+                    return seen
+        raise AssertionError("the stream ended early")
+
+    async def run(server: ServerProcess, state: BridgedState) -> list[list[str]]:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            multicallable = channel.unary_stream(
+                WATCH,
+                request_serializer=pb.WatchVariablesRequest.SerializeToString,
+                response_deserializer=pb.VariableUpdate.FromString,
+            )
+            ready = asyncio.Semaphore(0)
+            watchers = [asyncio.create_task(watch(multicallable, ready)) for _ in range(count)]
+            for _ in watchers:
+                await ready.acquire()
+            for number in range(writes):
+                await asyncio.to_thread(state.set_variable, SESSION, "x", str(number))
+            return await asyncio.gather(*watchers)
+
+    # With the default patience: on a busy machine two thousand writes take more than the second of the other tests.
+    with serve(tmp_path) as server, connected(server) as state:
+        seen = asyncio.run(asyncio.wait_for(run(server, state), DEADLINE_S))
+    assert seen == [['"0"', '"1"', '"2"']] * count
+
+
+def test_a_client_that_does_not_read_is_ended_and_can_resume(server: ServerProcess, state: BridgedState) -> None:
+    writes = 400
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        watch = channel.unary_stream(WATCH, pb.WatchVariablesRequest.SerializeToString, pb.VariableUpdate.FromString)
+        call = watch(pb.WatchVariablesRequest(session_id=SESSION))
+        call.initial_metadata()
+        before = rss_mib(server.pid)
+        # 64 KiB each, never read: the transport's window is soon full, and from then on nothing may pile up.
+        for number in range(writes):
+            state.set_variable(SESSION, "x", f"{number % 10}" * 65_536)
+        grown = rss_mib(server.pid) - before
+        wait_for("the server to end the stream", lambda: "watcher stalled" in server.stderr_tail)
+        received: list[int] = []
+        with pytest.raises(grpc.RpcError) as caught:
+            received.extend(update.variable.version for update in call if update.update_type == "value_change")
+    assert caught.value.code() == grpc.StatusCode.ABORTED
+    assert received == list(range(1, len(received) + 1))
+    assert len(received) < writes
+    resume = int(dict(call.trailing_metadata())["x-dspex-after-sequence"])
+    with state.watch(SESSION, after_sequence=resume) as resumed:
+        later: list[int] = []
+        while len(received) + len(later) < writes:
+            later += [update.variable.version for update in resumed.next(DEADLINE_S)]
+    assert received + later == list(range(1, writes + 1))
+    # 25 MiB were written. What may stay: the recent commits (4 MiB), SQLite's page cache (16 MiB), the allocator's.
+    assert grown < 80
+
+
+def test_a_frozen_client_stalls_nobody(server: ServerProcess, state: BridgedState) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "assets" / "stubs")}
+    frozen = subprocess.Popen(
+        [sys.executable, "-c", FROZEN_CLIENT, f"127.0.0.1:{server.port}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+    )
+    try:
+        assert frozen.stdout is not None
+        assert frozen.stdout.readline() == b"watching\n"
+        frozen.send_signal(signal.SIGSTOP)
+        with state.watch(SESSION) as watch:
+            seen = []
+            for number in range(200):
+                state.set_variable(SESSION, "x", f"{number}" * 2_000)
+                while len(seen) <= number:
+                    seen += [update.variable.version for update in watch.next(DEADLINE_S)]
+        assert seen == list(range(1, 201))
+    finally:
+        frozen.kill()
+        frozen.wait()
+        frozen.stdout.close()
+
+
+def test_heartbeats_tell_how_far_everything_has_been_told(server: ServerProcess, state: BridgedState) -> None:
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        watch = channel.unary_stream(WATCH, pb.WatchVariablesRequest.SerializeToString, pb.VariableUpdate.FromString)
+        call = watch(pb.WatchVariablesRequest(session_id=SESSION, variable_identifiers=["x"]), timeout=DEADLINE_S)
+        beat = next(call)
+        assert (beat.update_type, beat.variable_id) == ("heartbeat", "")
+        assert int(beat.update_metadata["commit_sequence"]) == 2
+        state.register_variable(SESSION, "other", "string", "")
+        state.set_variable(SESSION, "other", "not for this watcher")
+        while int(beat.update_metadata["commit_sequence"]) < 4:
+            beat = next(call)
+            assert beat.update_type == "heartbeat"
+        call.cancel()
+
+
+def test_a_watch_goes_on_after_a_kill(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    position = None
+    total = 0
+    for _ in range(3):
+        with serve(tmp_path) as server, BridgedState(f"127.0.0.1:{server.port}") as state:
+            state.initialize_session(SESSION)
+            state.register_variable(SESSION, "x", "integer", 0)
+            watch = state.watch(SESSION, after_sequence=0 if position is None else position)
+            for number in range(300):
+                total = state.set_variable(SESSION, "x", number)
+            updates = watch.next(DEADLINE_S)
+            assert updates
+            seen += [(update.sequence, update.variable.version) for update in updates]
+            position = updates[-1].sequence
+            server.kill()
+            # What the stream had brought before the kill was not pulled, and so has to come again.
+            with pytest.raises(StateError):
+                pull_until_it_ends(watch)
+            watch.close()
+    with (
+        serve(tmp_path) as server,
+        BridgedState(f"127.0.0.1:{server.port}") as state,
+        state.watch(SESSION, after_sequence=position) as watch,
+    ):
+        while seen[-1][1] < total:
+            seen += [(update.sequence, update.variable.version) for update in watch.next(DEADLINE_S)]
+    assert [version for _, version in seen] == list(range(total + 1))
+    assert [sequence for sequence, _ in seen] == sorted({sequence for sequence, _ in seen})

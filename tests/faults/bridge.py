@@ -1,0 +1,122 @@
+"""A client of the bridge for the fault tests: asynchronous, with nothing of the product in it but its messages."""
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import grpc.aio
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message_factory import GetMessageClass
+
+from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
+
+CALL_TIMEOUT_S = 20.0
+_SERVICE = pb.DESCRIPTOR.services_by_name["BridgeService"]
+_REFUSALS = frozenset(
+    {
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.ALREADY_EXISTS,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+    }
+)
+
+
+def wire(type_name: str, value: object) -> AnyMessage:
+    """A value as clients send it."""
+    return AnyMessage(type_url=f"type.googleapis.com/snakepit.{type_name}", value=json.dumps(value).encode())
+
+
+def is_refusal(error: grpc.aio.AioRpcError) -> bool:
+    """Whether the server has said that it did nothing; after any other error nobody knows."""
+    return error.code() in _REFUSALS or (error.details() or "").startswith("nothing was written")
+
+
+class Bridge:
+    """One channel to one server."""
+
+    def __init__(self, port: int) -> None:
+        self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+        self._methods = {
+            method.name: self._channel.unary_unary(
+                f"/{_SERVICE.full_name}/{method.name}",
+                request_serializer=GetMessageClass(method.input_type).SerializeToString,
+                response_deserializer=GetMessageClass(method.output_type).FromString,
+            )
+            for method in _SERVICE.methods
+        }
+        self._watch = self._channel.unary_stream(
+            f"/{_SERVICE.full_name}/WatchVariables",
+            request_serializer=pb.WatchVariablesRequest.SerializeToString,
+            response_deserializer=pb.VariableUpdate.FromString,
+        )
+
+    async def call(self, name: str, request: Any, key: str | None = None) -> Any:
+        """The response; `grpc.aio.AioRpcError` otherwise. `key` is the idempotency key."""
+        metadata = (("x-dspex-idempotency-key", key),) if key is not None else ()
+        return await self._methods[name](request, timeout=CALL_TIMEOUT_S, metadata=metadata)
+
+    async def set(
+        self,
+        session_id: str,
+        identifier: str,
+        value: AnyMessage,
+        metadata: Mapping[str, str],
+        *,
+        expected: int = 0,
+        key: str | None = None,
+    ) -> int:
+        """The new version."""
+        request = pb.SetVariableRequest(
+            session_id=session_id,
+            variable_identifier=identifier,
+            value=value,
+            metadata=metadata,
+            expected_version=expected,
+        )
+        response = await self.call("SetVariable", request, key)
+        return int(response.new_version)
+
+    async def get(self, session_id: str, identifier: str) -> tuple[int, str]:
+        """Version and value, as JSON."""
+        request = pb.GetVariableRequest(session_id=session_id, variable_identifier=identifier)
+        variable = (await self.call("GetVariable", request)).variable
+        return variable.version, variable.value.value.decode()
+
+    async def register(
+        self, session_id: str, name: str, type_name: str, value: object, metadata: Mapping[str, str]
+    ) -> str:
+        """The variable's id."""
+        request = pb.RegisterVariableRequest(
+            session_id=session_id, name=name, type=type_name, initial_value=wire(type_name, value), metadata=metadata
+        )
+        return str((await self.call("RegisterVariable", request)).variable_id)
+
+    async def begin(self, session_id: str) -> None:
+        """Begin the session, or resume it."""
+        await self.call("InitializeSession", pb.InitializeSessionRequest(session_id=session_id))
+
+    async def list(self, session_id: str) -> list[Any]:
+        """The session's variables."""
+        request = pb.ListVariablesRequest(session_id=session_id)
+        return list((await self.call("ListVariables", request)).variables)
+
+    def watch(self, session_id: str, after_sequence: int) -> AsyncIterator[Any]:
+        """The updates after a commit."""
+        call = self._watch(
+            pb.WatchVariablesRequest(session_id=session_id),
+            metadata=(("x-dspex-after-sequence", str(after_sequence)),),
+        )
+        return call.__aiter__()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._channel.close()

@@ -1,0 +1,83 @@
+"""What the clients know: every write that they asked for, and what they were told."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from tests.concurrency.linearizability import Operation
+
+Status: TypeAlias = Literal["ok", "refused", "unknown"]
+Commit: TypeAlias = tuple[int, tuple[tuple[str, int], ...]]
+"""A commit as a watcher saw it: its sequence, and the (variable id, version) pairs that it made, sorted."""
+
+
+@dataclass(slots=True)
+class Write:
+    """One request that writes values. Its `token` is in the metadata of every version that it makes.
+
+    `targets` are the ids of the variables that it writes, `versions` what it was told of them. A write that is
+    `unknown` was asked for, and the answer did not come; `key` is the idempotency key with which it can be repeated.
+    """
+
+    token: str
+    session_id: str
+    targets: tuple[str, ...]
+    value: str
+    """JSON."""
+    key: str | None = None
+    expected: int = 0
+    status: Status = "unknown"
+    versions: dict[str, int] = field(default_factory=dict)
+    invoked_at: float = 0.0
+    returned_at: float = math.inf
+    settled: bool = False
+    """Nobody will repeat it, and the server that was asked is gone: it is there or will never be."""
+
+
+@dataclass(slots=True)
+class Rollback:
+    """An acknowledged rollback: which version it made, and of which it has the value."""
+
+    variable_id: str
+    version: int
+    target: int
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Everything that was asked for and told, in memory of the process that checks."""
+
+    writes: dict[str, Write] = field(default_factory=dict)
+    reads: dict[str, list[Operation]] = field(default_factory=dict)
+    """By variable id."""
+    rollbacks: list[Rollback] = field(default_factory=list)
+    deleted: set[str] = field(default_factory=set)
+    """Ids of variables whose deletion was acknowledged."""
+    ended: set[str] = field(default_factory=set)
+    """Ids of sessions whose end was acknowledged."""
+    complaints: list[str] = field(default_factory=list)
+    """What a client has seen that cannot be: no answer in time, another answer to a repetition."""
+    endings: Counter[str] = field(default_factory=Counter)
+    """The status codes with which calls ended that nobody answered."""
+    initial: dict[str, str] = field(default_factory=dict)
+    """The first value of the variables whose histories are checked, by id."""
+
+    def history(self, variable_id: str) -> list[Operation]:
+        """The reads and writes of one variable, as its clients saw them; its registration is what they begin with."""
+        history = list(self.reads.get(variable_id, []))
+        for write in self.writes.values():
+            if variable_id in write.targets and write.versions.get(variable_id) != 0:
+                history.append(
+                    Operation(
+                        client=0,
+                        kind="set",
+                        invoked_at=write.invoked_at,
+                        returned_at=write.returned_at,
+                        status=write.status,
+                        value=write.value,
+                        version=write.versions.get(variable_id),
+                        expected=write.expected,
+                    )
+                )
+        return history

@@ -1,0 +1,258 @@
+"""A server with a bug, to see that the checkers find it: `python -m tests.faults.planted_server BUG serve ...`.
+
+Everything but the bug is the product's own. Each bug breaks one promise, and breaks it often.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from dspex_persist.cli import main
+from dspex_persist.state.commands import SetVariable, SetVariables
+from dspex_persist.state.errors import StorageError
+from dspex_persist.state.model import BatchOutcome
+from dspex_persist.state.store.anchor import Anchor
+from dspex_persist.state.store.session_store import Job, Outcome, SessionStore
+from dspex_persist.state.unit_of_work import SessionState
+from dspex_persist.state.watch import Hub
+
+_write_group = SessionStore.write_group
+_find_loaded = SessionStore.find_loaded
+_publish = Hub.publish
+
+_LATE_GROUPS = 20
+_STALE_S = 0.05
+_SPARED = 10
+"""So many writes come before the first bad one, so that tests can set up."""
+
+
+class _LateCommit(contextlib.AbstractContextManager[Any]):
+    """Stands for a connection's transaction, and commits only every so often."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._count = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    def begin(self) -> "_LateCommit":
+        if self._count == 0:
+            self._transaction = self._connection.begin()
+        return self
+
+    def __enter__(self) -> "_LateCommit":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._count = (self._count + 1) % _LATE_GROUPS
+        if self._count == 0:
+            self._transaction.commit()
+
+    def rollback(self) -> None:
+        """Groups without changes roll back; here that would take the late ones along."""
+
+
+class _InTransaction(contextlib.AbstractContextManager[Any]):
+    """Stands for a connection whose transaction somebody else began and will end."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    def begin(self) -> "_InTransaction":
+        return self
+
+    def __enter__(self) -> "_InTransaction":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def rollback(self) -> None:
+        pass
+
+
+def ack_before_commit() -> None:
+    """Acknowledge what is in no file yet. The anchor stays silent, or the next start would tell."""
+
+    def write_group(self: SessionStore, jobs: Sequence[Job]) -> list[Outcome]:
+        connection: Any = self._connection
+        if _is_batch(jobs) and not isinstance(connection, _LateCommit):
+            _patch(self, "_connection", _LateCommit(connection))
+        return _write_group(self, jobs)
+
+    _patch(SessionStore, "write_group", write_group)
+    _patch(Anchor, "write", lambda *_: None)
+
+
+def _is_batch(jobs: Sequence[Job]) -> bool:
+    """Whether this is a client's work: setting up needs no batches, and is spared."""
+    return any(isinstance(job.command, SetVariables) for job in jobs)
+
+
+def half_batch() -> None:
+    """Write the entries of a batch one after the other, each in a transaction of its own."""
+
+    def one_by_one(self: SessionStore, job: Job) -> Outcome:
+        command = job.command
+        if not isinstance(command, SetVariables) or len(command.updates) < 2:
+            return _write_group(self, [job])[0]
+        versions: dict[str, int] = {}
+        for identifier, value in command.updates.items():
+            part = Job(replace(command, updates={identifier: value}), replace(job.origin, idempotency_key=None))
+            [outcome] = _write_group(self, [part])
+            if outcome.error is not None or not outcome.result.success:
+                return outcome
+            versions |= outcome.result.versions
+        return Outcome(BatchOutcome(success=True, versions=versions, errors={}))
+
+    _patch(SessionStore, "write_group", lambda self, jobs: [one_by_one(self, job) for job in jobs])
+
+
+def forget_keys() -> None:
+    """Carry a repeated request out again."""
+
+    def write_group(self: SessionStore, jobs: Sequence[Job]) -> list[Outcome]:
+        return _write_group(self, [Job(job.command, replace(job.origin, idempotency_key=None)) for job in jobs])
+
+    _patch(SessionStore, "write_group", write_group)
+
+
+def lost_update() -> None:
+    """Pay no attention to the expected version."""
+
+    def write_group(self: SessionStore, jobs: Sequence[Job]) -> list[Outcome]:
+        return _write_group(self, [Job(_unconditional(job.command), job.origin) for job in jobs])
+
+    _patch(SessionStore, "write_group", write_group)
+
+
+def _unconditional(command: Any) -> Any:
+    return replace(command, expected_version=0) if isinstance(command, SetVariable) else command
+
+
+def stale_read() -> None:
+    """Answer reads from a state that is a moment old."""
+    kept: dict[str, tuple[float, SessionState]] = {}
+
+    def find_loaded(self: SessionStore, session_id: str) -> SessionState | None:
+        state = _find_loaded(self, session_id)
+        if state is None:
+            return None
+        now = time.monotonic()
+        at, old = kept.get(session_id, (0.0, state))
+        if now - at > _STALE_S:
+            kept[session_id] = (now, state)
+            return state
+        return old
+
+    _patch(SessionStore, "find_loaded", find_loaded)
+
+
+def dirty_read() -> None:
+    """Let readers see a group that then fails."""
+    count = 0
+
+    def write_group(self: SessionStore, jobs: Sequence[Job]) -> list[Outcome]:
+        nonlocal count
+        count += any(isinstance(job.command, SetVariable) for job in jobs)
+        if count < _SPARED or count % 3:
+            return _write_group(self, jobs)
+        before = {job.command.session_id: self._cache.find(job.command.session_id) for job in jobs}
+        head, keys = self.head, self._keys
+        connection = self._connection
+        with connection.begin() as transaction:
+            _patch(self, "_connection", _InTransaction(connection))
+            try:
+                _write_group(self, jobs)
+            finally:
+                _patch(self, "_connection", connection)
+            time.sleep(0.02)
+            transaction.rollback()
+        self.head, self._keys = head, keys
+        for session_id, state in before.items():
+            self._cache.drop(session_id)
+            if state is not None:
+                self._cache.put(session_id, state)
+        return [Outcome(error=StorageError("planted")) for _ in jobs]
+
+    _patch(SessionStore, "write_group", write_group)
+    _patch(Anchor, "write", lambda *_: None)
+
+
+def duplicate_version() -> None:
+    """Answer every third write with the version before its own."""
+    count = 0
+
+    def write_group(self: SessionStore, jobs: Sequence[Job]) -> list[Outcome]:
+        nonlocal count
+        outcomes = _write_group(self, jobs)
+        for index, (job, outcome) in enumerate(zip(jobs, outcomes, strict=True)):
+            count += isinstance(job.command, SetVariable)
+            if isinstance(job.command, SetVariable) and outcome.result and count > _SPARED and count % 3 == 0:
+                outcomes[index] = Outcome(outcome.result - 1)
+        return outcomes
+
+    _patch(SessionStore, "write_group", write_group)
+
+
+def watch_skip() -> None:
+    """Tell watchers nothing of some commits."""
+
+    def publish(self: Hub, commits: dict[int, list[Any]], ended: Any, sequence: int) -> None:
+        kept = {first: [commit for commit in told if commit.sequence % 7] for first, told in commits.items()}
+        _publish(self, kept, ended, sequence)
+
+    _patch(Hub, "publish", publish)
+
+
+def watch_twice() -> None:
+    """Tell watchers of some commits twice."""
+
+    def publish(self: Hub, commits: dict[int, list[Any]], ended: Any, sequence: int) -> None:
+        _publish(self, commits, ended, sequence)
+        _publish(self, {first: told[-1:] for first, told in commits.items()}, ended, sequence)
+
+    _patch(Hub, "publish", publish)
+
+
+def sequence_gap() -> None:
+    """Leave a number out now and then."""
+
+    def write_group(self: SessionStore, jobs: Sequence[Job]) -> list[Outcome]:
+        if self.head.sequence % 10 == 9:
+            self.head = replace(self.head, sequence=self.head.sequence + 1)
+        return _write_group(self, jobs)
+
+    _patch(SessionStore, "write_group", write_group)
+
+
+def _patch(owner: object, name: str, planted: object) -> None:
+    setattr(owner, name, planted)
+
+
+BUGS: dict[str, Callable[[], None]] = {
+    bug.__name__.replace("_", "-"): bug
+    for bug in (
+        ack_before_commit,
+        half_batch,
+        forget_keys,
+        lost_update,
+        stale_read,
+        dirty_read,
+        duplicate_version,
+        watch_skip,
+        watch_twice,
+        sequence_gap,
+    )
+}
+
+if __name__ == "__main__":
+    BUGS[sys.argv.pop(1)]()
+    main()

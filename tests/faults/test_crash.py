@@ -1,0 +1,24 @@
+"""Twenty kills under load; `make crash-test` does two hundred."""
+
+import asyncio
+import secrets
+from pathlib import Path
+
+import pytest
+
+from tests.faults.crash_test import CrashTest
+
+
+@pytest.mark.slow
+@pytest.mark.crash
+@pytest.mark.timeout(300)
+def test_nothing_acknowledged_is_lost(tmp_path: Path) -> None:
+    seed = secrets.randbelow(1_000_000)
+    report = asyncio.run(CrashTest(tmp_path, seed).run(cycles=20))
+    print(report)
+    assert report.problems == [], f"seed {seed}"
+    # A run in which nothing happened proves nothing.
+    assert report.cycles == 20
+    assert report.counts["kills during start-up"] == 2
+    for what in ("writes ok", "writes refused", "writes unknown", "reads", "commits told to watchers"):
+        assert report.counts[what] > 0, f"{report}: no {what}"

@@ -1,0 +1,278 @@
+"""The clients of the crash test. Each knows exactly what it asked for and what it was told, and writes that down."""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
+from tests.concurrency.linearizability import Operation
+from tests.faults.bridge import Bridge, is_refusal, wire
+from tests.faults.ledger import Commit, Ledger, Rollback, Write
+
+SESSION = "shared"
+_TEXTS, _COUNTERS = 4, 2
+
+
+@dataclass(slots=True)
+class Names:
+    """The ids of the variables that all clients share, and of each client's own."""
+
+    texts: list[str] = field(default_factory=list)
+    counters: list[str] = field(default_factory=list)
+    own: list[str] = field(default_factory=list)
+    rolled: list[str] = field(default_factory=list)
+
+
+async def set_up(bridge: Bridge, ledger: Ledger, clients: int) -> Names:
+    """Begin the session and register what everybody uses."""
+    names = Names()
+    await bridge.begin(SESSION)
+
+    async def register(name: str, type_name: str, value: object) -> str:
+        token = f"register {name}"
+        variable_id = await bridge.register(SESSION, name, type_name, value, {"token": token})
+        text = json.dumps(value)
+        ledger.writes[token] = Write(token, SESSION, (variable_id,), text, status="ok", versions={variable_id: 0})
+        return variable_id
+
+    for index in range(_TEXTS):
+        variable_id = await register(f"text-{index}", "string", "nothing yet")
+        ledger.initial[variable_id] = '"nothing yet"'
+        names.texts.append(variable_id)
+    for index in range(_COUNTERS):
+        counter = await register(f"counter-{index}", "integer", 0)
+        # Version 0 cannot be expected (0 means: whatever it is), so each counter begins at 1.
+        token = f"first {index}"
+        version = await bridge.set(SESSION, counter, wire("integer", 1), {"token": token})
+        ledger.writes[token] = Write(token, SESSION, (counter,), "1", status="ok", versions={counter: version})
+        names.counters.append(counter)
+    for index in range(clients):
+        names.own.append(await register(f"own-{index}", "string", ""))
+        names.rolled.append(await register(f"rolled-{index}", "string", ""))
+    return names
+
+
+class Client:
+    """One client. It ends when the server does, and goes on with the next one, beginning with what it does not know."""
+
+    def __init__(self, number: int, seed: int, ledger: Ledger, names: Names) -> None:
+        self._number = number
+        self._random = Random(f"{seed}/{number}")
+        self._ledger = ledger
+        self._names = names
+        self._count = 0
+        self._unsettled: list[Write] = []
+        self._acknowledged: list[Write] = []
+        self._rolled_version = 0
+        self._actions: Mapping[Callable[[], Awaitable[None]], int] = {
+            self._set: 6,
+            self._batch: 5,
+            self._read: 5,
+            self._increment: 4,
+            self._set_own: 4,
+            self._register_and_delete: 2,
+            self._roll_back: 2,
+            self._spoilt_batch: 1,
+            self._repeat: 1,
+            self._end_session: 1,
+        }
+        self._bridge: Bridge
+
+    async def run(self, bridge: Bridge) -> None:
+        """Work until the server is gone."""
+        self._bridge = bridge
+        actions, weights = list(self._actions), list(self._actions.values())
+        try:
+            while self._unsettled:
+                await self._send(self._unsettled[0])
+                self._unsettled.pop(0)
+            while True:
+                [action] = self._random.choices(actions, weights)
+                await action()
+        except grpc.aio.AioRpcError as error:
+            self._ledger.endings[error.code().name] += 1
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                self._ledger.complaints.append(f"client {self._number}: no answer: {error.details()}")
+
+    async def settle(self, bridge: Bridge) -> None:
+        """Repeat what has a key and an unknown outcome, until nothing of it is left."""
+        self._bridge = bridge
+        while self._unsettled:
+            await self._send(self._unsettled[0])
+            self._unsettled.pop(0)
+
+    # Writing, with the outcome written down
+
+    def _new_write(self, targets: tuple[str, ...], *, keyed: bool, expected: int = 0, value: str = "") -> Write:
+        self._count += 1
+        token = f"{self._number}-{self._count}"
+        key = f"key {token}" if keyed else None
+        write = Write(token, SESSION, targets, value or json.dumps(token), key, expected, invoked_at=time.monotonic())
+        self._ledger.writes[token] = write
+        return write
+
+    async def _send(self, write: Write) -> None:
+        """Ask for the write. An answer of any kind is written down; without one AioRpcError is raised."""
+        try:
+            versions = await self._ask(write)
+        except grpc.aio.AioRpcError as error:
+            if not is_refusal(error):
+                raise
+            self._conclude(write, "refused", {})
+        else:
+            self._conclude(write, "ok" if versions else "refused", versions)
+
+    async def _try(self, write: Write) -> None:
+        try:
+            await self._send(write)
+        except grpc.aio.AioRpcError:
+            if write.key is not None:
+                self._unsettled.append(write)
+            else:
+                write.settled = True
+            raise
+
+    def _conclude(self, write: Write, status: Any, versions: dict[str, int]) -> None:
+        write.status, write.versions = status, versions
+        write.returned_at = time.monotonic()
+        write.settled = True
+        if status == "ok" and write.key is not None:
+            self._acknowledged.append(write)
+
+    async def _ask(self, write: Write) -> dict[str, int]:
+        metadata = {"token": write.token}
+        value = json.loads(write.value)
+        content = wire("integer" if isinstance(value, int) else "string", value)
+        if len(write.targets) == 1:
+            [target] = write.targets
+            version = await self._bridge.set(
+                write.session_id, target, content, metadata, expected=write.expected, key=write.key
+            )
+            return {target: version}
+        request = pb.BatchSetVariablesRequest(session_id=write.session_id, metadata=metadata, atomic=True)
+        for target in write.targets:
+            request.updates[target].CopyFrom(content)
+        response = await self._bridge.call("SetVariables", request, write.key)
+        return dict(response.new_versions)
+
+    # What a client does
+
+    async def _set(self) -> None:
+        target = self._random.choice(self._names.texts)
+        await self._try(self._new_write((target,), keyed=self._random.random() < 0.5))
+
+    async def _batch(self) -> None:
+        targets = self._random.sample(self._names.texts, self._random.randint(2, _TEXTS))
+        await self._try(self._new_write(tuple(targets), keyed=self._random.random() < 0.5))
+
+    async def _spoilt_batch(self) -> None:
+        """One entry cannot be, so nothing of the batch may be."""
+        await self._try(self._new_write((self._names.texts[0], "nobody"), keyed=self._random.random() < 0.5))
+
+    async def _set_own(self) -> None:
+        """Nobody else writes this one: its version counts this client's writes."""
+        await self._try(self._new_write((self._names.own[self._number],), keyed=True))
+
+    async def _read(self) -> None:
+        target = self._random.choice(self._names.texts)
+        invoked_at = time.monotonic()
+        version, value = await self._bridge.get(SESSION, target)
+        operation = Operation(self._number, "get", invoked_at, time.monotonic(), "ok", value, version)
+        self._ledger.reads.setdefault(target, []).append(operation)
+
+    async def _increment(self) -> None:
+        """Set a counter to its next version, if it is still at the version read: its value always is its version."""
+        target = self._random.choice(self._names.counters)
+        version, _ = await self._bridge.get(SESSION, target)
+        keyed = self._random.random() < 0.5
+        await self._try(self._new_write((target,), keyed=keyed, expected=version, value=str(version + 1)))
+
+    async def _repeat(self) -> None:
+        """A request that was answered, once more with its key: the same answer, and nothing is written."""
+        if not self._acknowledged:
+            return
+        write = self._random.choice(self._acknowledged)
+        try:
+            answer: object = await self._ask(write)
+        except grpc.aio.AioRpcError as error:
+            if not is_refusal(error):
+                raise
+            answer = error.details()
+        if answer != write.versions:
+            self._ledger.complaints.append(f"written twice: {write} was repeated and answered {answer}")
+
+    async def _register_and_delete(self) -> None:
+        self._count += 1
+        token = f"{self._number}-{self._count}"
+        write = Write(token, SESSION, (), '"short"', invoked_at=time.monotonic(), settled=True)
+        self._ledger.writes[token] = write
+        variable_id = await self._bridge.register(SESSION, f"short-{token}", "string", "short", {"token": token})
+        write.targets, write.status, write.versions = (variable_id,), "ok", {variable_id: 0}
+        await self._try(self._new_write((variable_id,), keyed=False))
+        request = pb.DeleteVariableRequest(session_id=SESSION, variable_identifier=variable_id)
+        await self._bridge.call("DeleteVariable", request)
+        self._ledger.deleted.add(variable_id)
+
+    async def _roll_back(self) -> None:
+        target = self._names.rolled[self._number]
+        write = self._new_write((target,), keyed=False)
+        await self._try(write)
+        wanted = self._random.randint(0, write.versions[target])
+        request = pb.RollbackVariableRequest(session_id=SESSION, variable_identifier=target, target_version=wanted)
+        variable = (await self._bridge.call("RollbackVariable", request)).variable
+        self._ledger.rollbacks.append(Rollback(target, variable.version, wanted))
+
+    async def _end_session(self) -> None:
+        self._count += 1
+        session_id = f"short {self._number}-{self._count}"
+        await self._bridge.begin(session_id)
+        await self._bridge.call("CleanupSession", pb.CleanupSessionRequest(session_id=session_id))
+        self._ledger.ended.add(session_id)
+
+
+class Watcher:
+    """Follows the shared session across kills: resumes after the last commit that it was told whole."""
+
+    def __init__(self, ledger: Ledger, position: int) -> None:
+        self._ledger = ledger
+        self.first = position
+        self.told: list[Commit] = []
+        self._news = asyncio.Event()
+
+    @property
+    def position(self) -> int:
+        """The last commit that was told whole."""
+        return self.told[-1][0] if self.told else self.first
+
+    async def run(self, bridge: Bridge) -> None:
+        """Follow until the server is gone."""
+        parts: list[tuple[str, int]] = []
+        try:
+            async for update in bridge.watch(SESSION, self.position):
+                if update.update_type not in ("value_change", "deleted"):
+                    continue
+                metadata = update.update_metadata
+                parts.append((update.variable_id, update.variable.version))
+                index, _, total = metadata["dspex.part"].partition("/")
+                if int(index) != len(parts):
+                    self._ledger.complaints.append(f"a watcher was told part {index}/{total} as number {len(parts)}")
+                if index == total:
+                    self.told.append((int(metadata["commit_sequence"]), tuple(sorted(parts))))
+                    parts = []
+                    self._news.set()
+        except grpc.aio.AioRpcError as error:
+            if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN):
+                self._ledger.complaints.append(f"a watcher got {error.code()}: {error.details()}")
+
+    async def reach(self, sequence: int) -> None:
+        """Wait until a commit has been told."""
+        while self.position < sequence:
+            self._news.clear()
+            await self._news.wait()

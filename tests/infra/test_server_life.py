@@ -1,0 +1,214 @@
+"""The server's life: where it listens, what it refuses, and how it drains."""
+
+import asyncio
+import json
+import queue
+import signal
+import stat
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.wrappers_pb2 import StringValue
+from grpc import StatusCode
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from structlog.testing import capture_logs
+
+from dspex_persist.infra.listen import TcpAddress, prepare
+from dspex_persist.infra.process import ProcessFailedError
+from dspex_persist.infra.server import ListenError, ServerOptions, Service, serve
+from tests.infra import ping
+from tests.infra.ping import OpenChannel, PingClient, StartServer
+from tests.infra.ping_server import REFUSED
+
+# --- Listening ---
+
+
+def test_a_free_port_is_taken_and_told(start_server: StartServer, open_channel: OpenChannel) -> None:
+    first, second = start_server(), start_server("--listen", "localhost:0")
+    assert 0 < first.port != second.port > 0
+    assert PingClient(open_channel(f"127.0.0.1:{first.port}"))("Ping", "one") == "one"
+    assert PingClient(open_channel(f"localhost:{second.port}"))("Ping", "two") == "two"
+
+
+def test_a_unix_socket_is_private_and_goes_with_its_server(
+    start_server: StartServer, open_channel: OpenChannel, tmp_path: Path
+) -> None:
+    path = tmp_path / "ping.sock"
+    server = start_server("--listen", f"unix:{path}")
+    assert server.port == 0
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert PingClient(open_channel(f"unix:{path}"))("Ping", "pong") == "pong"
+    assert server.terminate(10) == 0
+    assert not path.exists()
+
+
+def test_the_socket_of_a_dead_server_is_replaced(
+    start_server: StartServer, open_channel: OpenChannel, tmp_path: Path
+) -> None:
+    path = tmp_path / "ping.sock"
+    start_server("--listen", f"unix:{path}").kill()
+    assert path.exists()
+    start_server("--listen", f"unix:{path}")
+    assert PingClient(open_channel(f"unix:{path}"))("Ping", "pong") == "pong"
+
+
+def test_a_second_server_on_the_same_socket_is_refused(
+    start_server: StartServer, open_channel: OpenChannel, tmp_path: Path
+) -> None:
+    listen = f"unix:{tmp_path / 'ping.sock'}"
+    start_server("--listen", listen)
+    with pytest.raises(ProcessFailedError) as caught:
+        start_server("--listen", listen)
+    assert caught.value.exit_code == REFUSED
+    assert caught.value.stderr_tail == f"cannot listen on {listen}: another server is listening there"
+    assert PingClient(open_channel(listen))("Ping", "pong") == "pong"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_a_second_server_on_the_same_port_is_refused(
+    start_server: StartServer, open_channel: OpenChannel, host: str
+) -> None:
+    first = start_server()
+    with pytest.raises(ProcessFailedError) as caught:
+        start_server("--listen", f"{host}:{first.port}")
+    assert caught.value.exit_code == REFUSED
+    assert caught.value.stderr_tail == f"cannot listen on {host}:{first.port}: address already in use"
+    assert PingClient(open_channel(f"127.0.0.1:{first.port}"))("Ping", "pong") == "pong"
+
+
+# --- Draining ---
+
+
+def test_a_drain_lets_calls_finish_and_ends_what_would_not(
+    start_server: StartServer, open_channel: OpenChannel
+) -> None:
+    server = start_server()
+    channel = open_channel(f"127.0.0.1:{server.port}")
+    client = PingClient(channel)
+    health: Any = health_pb2_grpc.HealthStub(channel)
+    watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=20)
+    assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+    in_flight, endless = client.later("FinishInDrain", "done"), client("Idle", "open")
+    assert client("StreamsOpen", 2) == 2
+    with _open_reflection(channel) as reflection:
+        server.send_signal(signal.SIGTERM)
+        assert in_flight.result().value == "done"
+        assert [message.value for message in endless] == ["open"]
+        assert [answer.status for answer in watch] == [health_pb2.HealthCheckResponse.NOT_SERVING]
+        assert list(reflection) == []
+    assert server.wait(5) == 0
+    assert client.error("Ping").code() is StatusCode.UNAVAILABLE
+
+
+def test_a_drain_ends_with_its_grace_period_and_cancelled_calls_clean_up_first(
+    start_server: StartServer, open_channel: OpenChannel
+) -> None:
+    server = start_server("--grace-s", "0.2")
+    client = PingClient(open_channel(f"127.0.0.1:{server.port}"))
+    stuck = client.later("Stuck")
+    assert client("StreamsOpen", 1) == 1
+    assert server.terminate(5) == 0
+    assert stuck.exception().code() is StatusCode.UNAVAILABLE
+    events = [json.loads(line)["event"] for line in server.stderr_tail.splitlines()]
+    assert events == ["cleaned up", "served"]
+
+
+def test_health_says_not_serving_while_the_caller_ends_its_streams() -> None:
+    seen: list[object] = []
+
+    async def drain(port: int) -> None:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            health: Any = health_pb2_grpc.HealthStub(channel)
+            seen.append((await health.Check(health_pb2.HealthCheckRequest(), timeout=10)).status)
+
+    asyncio.run(_serve_and_drain(drain))
+    assert seen == [health_pb2.HealthCheckResponse.NOT_SERVING]
+
+
+def test_a_drain_does_not_wait_for_ever_for_the_caller() -> None:
+    async def drain(_port: int) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    with capture_logs() as logs:
+        asyncio.run(_serve_and_drain(drain))
+    assert [log["event"] for log in logs] == ["streams did not end within the grace period"]
+
+
+def test_a_callers_failing_drain_still_stops_the_server() -> None:
+    ports: list[int] = []
+
+    async def drain(port: int) -> None:
+        ports.append(port)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(_serve_and_drain(drain))
+    prepare(TcpAddress("127.0.0.1", ports[0]))
+
+
+async def _serve_and_drain(drain: Callable[[int], Awaitable[None]]) -> None:
+    """Serve and stop at once, as soon as the server is ready; `drain` is told its port."""
+    ports: list[int] = []
+    stop = asyncio.Event()
+    stop.set()
+    await serve(
+        ServerOptions("127.0.0.1:0", grace_s=0.5),
+        [Service(ping.DESCRIPTOR, object())],
+        status_of=lambda _: None,
+        on_ready=ports.append,
+        stop=stop,
+        on_drain=lambda: drain(ports[0]),
+    )
+
+
+@contextmanager
+def _open_reflection(channel: grpc.Channel) -> Iterator[Iterator[object]]:
+    """The answers to come of a tool that has asked once and may ask again."""
+    requests: queue.SimpleQueue[reflection_pb2.ServerReflectionRequest | None] = queue.SimpleQueue()
+    requests.put(reflection_pb2.ServerReflectionRequest(list_services=""))
+    stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
+    answers = stub.ServerReflectionInfo(iter(requests.get, None), timeout=20)
+    next(answers)
+    try:
+        yield answers
+    finally:
+        requests.put(None)
+
+
+# --- What is refused before anything is served ---
+
+
+class _Synchronous:
+    def Ping(self, request: StringValue, _context: object) -> StringValue:
+        return request
+
+
+class _Streaming:
+    async def Ping(self, request: StringValue, _context: object):  # type: ignore[no-untyped-def]
+        yield request
+
+
+@pytest.mark.parametrize("servicer", [_Synchronous(), _Streaming()])
+def test_a_method_of_the_wrong_kind_is_refused(servicer: object) -> None:
+    with pytest.raises(TypeError, match=r"infra_test\.Pinger\.Ping"):
+        asyncio.run(_serve("127.0.0.1:0", servicer))
+
+
+def test_an_address_that_cannot_be_read_is_refused() -> None:
+    with pytest.raises(ListenError):
+        asyncio.run(_serve("nowhere", object()))
+
+
+async def _serve(listen: str, servicer: object) -> None:
+    await serve(
+        ServerOptions(listen),
+        [Service(ping.DESCRIPTOR, servicer)],
+        status_of=lambda _: None,
+        on_ready=lambda _: pytest.fail("it became ready"),
+        stop=asyncio.Event(),
+    )

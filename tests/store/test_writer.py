@@ -1,0 +1,359 @@
+"""The writer thread: groups, order, cancelling, closing, and that nobody hangs whatever happens to it."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, wait
+from contextlib import ExitStack
+from itertools import chain
+from typing import Any
+
+import pytest
+
+from dspex_persist.state.commands import Heartbeat
+from dspex_persist.state.errors import (
+    EngineClosedError,
+    OutcomeUnknownError,
+    QueueFullError,
+    StorageError,
+    VersionConflictError,
+)
+from dspex_persist.state.model import Origin
+from dspex_persist.state.store.session_store import Job, Outcome
+from dspex_persist.state.store.writer import Writer
+
+DEADLINE_S = 20
+
+
+def job(name: str) -> Job:
+    return Job(Heartbeat(name), Origin("tester", "test"))
+
+
+def names(jobs: Sequence[Job]) -> list[str]:
+    return [job.command.session_id for job in jobs]
+
+
+class Sink:
+    """Takes groups, answers each job with its name; can be held, and told to fail."""
+
+    def __init__(self) -> None:
+        self.groups: list[list[str]] = []
+        self.begun = threading.Semaphore(0)
+        self.may_write = threading.Event()
+        self.may_write.set()
+        self.failure: BaseException | None = None
+        self.idle = threading.Semaphore(0)
+        self.idle_failure: BaseException | None = None
+        self.idle_threads: set[str] = set()
+        self.fatal: list[BaseException] = []
+        self.ended = threading.Event()
+
+    @property
+    def written(self) -> list[str]:
+        """What was in all groups together."""
+        return list(chain.from_iterable(self.groups))
+
+    def write_group(self, jobs: Sequence[Job]) -> list[Outcome]:
+        self.begun.release()
+        assert self.may_write.wait(DEADLINE_S)
+        self.groups.append(names(jobs))
+        if self.failure is not None:
+            raise self.failure
+        return [Outcome(name) for name in names(jobs)]
+
+    def on_idle(self) -> None:
+        self.idle_threads.add(threading.current_thread().name)
+        self.idle.release()
+        if self.idle_failure is not None:
+            raise self.idle_failure
+
+    def on_fatal(self, error: BaseException) -> None:
+        self.fatal.append(error)
+        self.ended.set()
+
+
+Start = Callable[..., Writer]
+
+
+@pytest.fixture
+def sink() -> Sink:
+    return Sink()
+
+
+@pytest.fixture
+def start(sink: Sink) -> Iterator[Start]:
+    with ExitStack() as writers:
+
+        def start(
+            queue_length: int = 10_000, idle_s: float = 60, write_group: Any = None, on_fatal: Any = None
+        ) -> Writer:
+            writer = Writer(
+                write_group or sink.write_group,
+                queue_length=queue_length,
+                on_idle=sink.on_idle,
+                idle_s=idle_s,
+                on_fatal=on_fatal or sink.on_fatal,
+            )
+            writers.callback(writer.close)
+            writers.callback(sink.may_write.set)
+            return writer
+
+        yield start
+
+
+def hold(sink: Sink, writer: Writer) -> Future[Any]:
+    """Have the writer at work on a first group; it goes on once `may_write` is set."""
+    sink.may_write.clear()
+    first = writer.submit(job("first"))
+    assert sink.begun.acquire(timeout=DEADLINE_S)
+    return first
+
+
+class TestGroups:
+    def test_an_answer_comes_back_to_whoever_asked(self, start: Start) -> None:
+        assert start().submit(job("a")).result(DEADLINE_S) == "a"
+
+    def test_what_queues_while_it_writes_is_the_next_group_in_order(self, sink: Sink, start: Start) -> None:
+        writer = start()
+        hold(sink, writer)
+        queued = [writer.submit(job(f"{number}")) for number in range(50)]
+        sink.may_write.set()
+        assert [future.result(DEADLINE_S) for future in queued] == [f"{number}" for number in range(50)]
+        assert sink.groups == [["first"], [f"{number}" for number in range(50)]]
+
+    def test_a_group_is_bounded(self, sink: Sink, start: Start) -> None:
+        writer = start()
+        hold(sink, writer)
+        queued = [writer.submit(job(f"{number}")) for number in range(2_500)]
+        sink.may_write.set()
+        wait(queued, DEADLINE_S)
+        assert [len(group) for group in sink.groups] == [1, 1024, 1024, 452]
+        assert sink.written[1:] == [f"{number}" for number in range(2_500)]
+
+    def test_an_error_goes_to_its_own_caller(self, start: Start) -> None:
+        error = VersionConflictError("x", 1, 2)
+
+        def write_group(jobs: Sequence[Job]) -> list[Outcome]:
+            return [Outcome(error=error) if name == "bad" else Outcome(name) for name in names(jobs)]
+
+        writer = start(write_group=write_group)
+        futures = [writer.submit(job(name)) for name in ("a", "bad", "b")]
+        wait(futures, DEADLINE_S)
+        assert [future.exception() for future in futures] == [None, error, None]
+        assert futures[2].result() == "b"
+
+    def test_alone_nothing_is_delayed_in_company_a_moment(
+        self, sink: Sink, start: Start, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        slept: list[float] = []
+        monkeypatch.setattr(time, "sleep", slept.append)
+        writer = start()
+        for number in range(5):
+            writer.submit(job(f"{number}")).result(DEADLINE_S)
+        assert slept == []
+        hold(sink, writer)
+        queued = [writer.submit(job(f"{number}")) for number in range(5)]
+        sink.may_write.set()
+        wait(queued, DEADLINE_S)
+        assert all(0 < gap_s <= 0.005 for gap_s in slept)
+        assert len(slept) <= 1
+
+    def test_a_callback_may_submit_again(self, start: Start) -> None:
+        """Callbacks run on the writer's own thread: it must not wait for itself."""
+        writer = start()
+        second: Future[Future[Any]] = Future()
+        writer.submit(job("a")).add_done_callback(lambda _: second.set_result(writer.submit(job("b"))))
+        assert second.result(DEADLINE_S).result(DEADLINE_S) == "b"
+
+    def test_a_callback_that_raises_harms_nobody(self, start: Start, caplog: pytest.LogCaptureFixture) -> None:
+        writer = start()
+        writer.submit(job("a")).add_done_callback(lambda _: [][0])
+        assert writer.submit(job("b")).result(DEADLINE_S) == "b"
+
+
+class TestCancelling:
+    def test_a_caller_that_gives_up_before_its_turn_is_left_out(self, sink: Sink, start: Start) -> None:
+        writer = start()
+        hold(sink, writer)
+        queued = [writer.submit(job(name)) for name in ("a", "b", "c", "d")]
+        assert queued[0].cancel()
+        assert queued[2].cancel()
+        sink.may_write.set()
+        assert queued[1].result(DEADLINE_S) == "b"
+        assert queued[3].result(DEADLINE_S) == "d"
+        assert sink.groups == [["first"], ["b", "d"]]
+        with pytest.raises(CancelledError):
+            queued[0].result(DEADLINE_S)
+
+    def test_all_of_a_group_may_give_up(self, sink: Sink, start: Start) -> None:
+        writer = start()
+        hold(sink, writer)
+        queued = [writer.submit(job(name)) for name in ("a", "b")]
+        assert all(future.cancel() for future in queued)
+        sink.may_write.set()
+        assert writer.submit(job("c")).result(DEADLINE_S) == "c"
+        assert not sink.fatal
+
+    def test_once_its_turn_has_come_it_is_too_late(self, sink: Sink, start: Start) -> None:
+        writer = start()
+        first = hold(sink, writer)
+        assert not first.cancel()
+        sink.may_write.set()
+        assert first.result(DEADLINE_S) == "first"
+
+
+class TestQueueLimit:
+    def test_beyond_it_is_refused_naming_the_setting(self, sink: Sink, start: Start) -> None:
+        writer = start(queue_length=3)
+        hold(sink, writer)
+        queued = [writer.submit(job(f"{number}")) for number in range(3)]
+        refused = writer.submit(job("one more")).exception(DEADLINE_S)
+        assert isinstance(refused, QueueFullError)
+        assert refused.retryable
+        assert "queue_length" in str(refused)
+        assert "3" in str(refused)
+        sink.may_write.set()
+        wait(queued, DEADLINE_S)
+        assert writer.submit(job("later")).result(DEADLINE_S) == "later"
+        assert "one more" not in sink.written
+
+
+class TestClosing:
+    def test_what_is_queued_is_written_and_what_comes_after_is_refused(self, sink: Sink, start: Start) -> None:
+        writer = start()
+        hold(sink, writer)
+        queued = [writer.submit(job(f"{number}")) for number in range(10)]
+        closing = threading.Thread(target=writer.close)
+        closing.start()
+        while not (late := writer.submit(job("late"))).done():
+            # Accepted: `close` has not got to the gate yet. So it has to be written.
+            queued.append(late)
+            closing.join(0.001)
+        assert isinstance(late.exception(), EngineClosedError)
+        sink.may_write.set()
+        closing.join(DEADLINE_S)
+        assert not closing.is_alive()
+        assert all(future.done() and future.exception() is None for future in queued)
+        assert len(sink.written) == len(queued) + 1
+
+    def test_closing_again_and_from_many_threads(self, start: Start) -> None:
+        writer = start()
+        closing = [threading.Thread(target=writer.close) for _ in range(8)]
+        for thread in closing:
+            thread.start()
+        for thread in closing:
+            thread.join(DEADLINE_S)
+        assert not any(thread.is_alive() for thread in closing)
+        writer.close()
+        assert isinstance(writer.submit(job("a")).exception(DEADLINE_S), EngineClosedError)
+
+    def test_a_callback_may_close_it(self, start: Start) -> None:
+        writer = start()
+        closed = threading.Event()
+
+        def close(_: Future[Any]) -> None:
+            writer.close()
+            closed.set()
+
+        writer.submit(job("a")).add_done_callback(close)
+        assert closed.wait(DEADLINE_S)
+
+    def test_every_submit_that_races_with_closing_is_answered(self, sink: Sink, start: Start) -> None:
+        writer = start()
+        answered: list[Future[Any]] = []
+
+        def submit() -> None:
+            while True:
+                future = writer.submit(job("x"))
+                answered.append(future)
+                if future.done() and isinstance(future.exception(), EngineClosedError):
+                    return
+
+        threads = [threading.Thread(target=submit) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        assert sink.begun.acquire(timeout=DEADLINE_S)
+        writer.close()
+        for thread in threads:
+            thread.join(DEADLINE_S)
+        assert not wait(answered, DEADLINE_S).not_done
+        written = sum(future.exception() is None for future in answered)
+        assert written == len(sink.written)
+
+
+class TestDeath:
+    @pytest.mark.parametrize(
+        "failure", [RuntimeError("boom"), OutcomeUnknownError("disk"), KeyboardInterrupt(), SystemExit(1)], ids=repr
+    )
+    def test_everybody_is_told_and_nobody_hangs(self, sink: Sink, start: Start, failure: BaseException) -> None:
+        writer = start()
+        first = hold(sink, writer)
+        queued = [writer.submit(job(name)) for name in ("a", "b")]
+        assert queued[1].cancel()
+        sink.failure = failure
+        sink.may_write.set()
+        told = first.exception(DEADLINE_S)
+        assert isinstance(told, OutcomeUnknownError), "begun: it may or may not have been written"
+        assert isinstance(queued[0].exception(DEADLINE_S), EngineClosedError), "not begun: certainly not written"
+        assert sink.ended.wait(DEADLINE_S)
+        later = writer.submit(job("later")).exception(DEADLINE_S)
+        assert later is told
+        if isinstance(failure, OutcomeUnknownError):
+            assert told is failure
+        writer.close()
+        assert sink.fatal == [failure]
+        assert sink.groups == [["first"]]
+
+    def test_it_is_reported_after_the_waiting_callers_were_told(self, sink: Sink, start: Start) -> None:
+        seen: list[bool] = []
+        asked: list[Future[Any]] = []
+        writer = start(on_fatal=lambda _: seen.extend(future.done() for future in asked))
+        asked += [hold(sink, writer), writer.submit(job("second"))]
+        sink.failure = RuntimeError("boom")
+        sink.may_write.set()
+        writer.close()
+        assert seen == [True, True]
+
+    def test_too_few_answers_are_a_fault_that_leaves_nobody_waiting(self, sink: Sink, start: Start) -> None:
+        writer = start(write_group=lambda _: [])
+        assert isinstance(writer.submit(job("a")).exception(DEADLINE_S), OutcomeUnknownError)
+        assert sink.ended.wait(DEADLINE_S)
+
+    def test_an_error_that_only_fails_its_group_is_no_death(self, sink: Sink, start: Start) -> None:
+        error = StorageError("disk full")
+        writer = start(write_group=lambda jobs: [Outcome(error=error) for _ in jobs])
+        for _ in range(2):
+            assert writer.submit(job("a")).exception(DEADLINE_S) is error
+        assert not sink.fatal
+
+
+class TestIdle:
+    def test_housekeeping_runs_again_and_again_on_the_writer_s_own_thread(self, sink: Sink, start: Start) -> None:
+        writer = start(idle_s=0.01)
+        for _ in range(3):
+            assert sink.idle.acquire(timeout=DEADLINE_S)
+        assert writer.submit(job("a")).result(DEADLINE_S) == "a"
+        assert sink.idle.acquire(timeout=DEADLINE_S)
+        assert sink.idle_threads == {"dspex-persist-writer"}
+
+    def test_work_does_not_keep_it_from_housekeeping(self, sink: Sink, start: Start) -> None:
+        writer = start(idle_s=0.05)
+        done = threading.Event()
+
+        def keep_busy() -> None:
+            while not done.is_set():
+                writer.submit(job("x")).result(DEADLINE_S)
+
+        busy = threading.Thread(target=keep_busy)
+        busy.start()
+        assert sink.idle.acquire(timeout=DEADLINE_S)
+        assert sink.idle.acquire(timeout=DEADLINE_S)
+        done.set()
+        busy.join(DEADLINE_S)
+
+    def test_housekeeping_that_fails_ends_it(self, sink: Sink, start: Start) -> None:
+        sink.idle_failure = RuntimeError("boom")
+        writer = start(idle_s=0.01)
+        assert sink.ended.wait(DEADLINE_S)
+        assert sink.fatal == [sink.idle_failure]
+        assert isinstance(writer.submit(job("a")).exception(DEADLINE_S), OutcomeUnknownError)

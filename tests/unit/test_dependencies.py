@@ -1,0 +1,172 @@
+"""Dependencies: no circles, the circle spelled out, who is affected by a change and in which order."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+
+from dspex_persist.state.commands import (
+    AddDependency,
+    CleanupSession,
+    DeleteVariable,
+    InitializeSession,
+    RegisterVariable,
+)
+from dspex_persist.state.errors import DependencyCycleError, LimitExceededError, VariableNotFoundError
+from dspex_persist.state.limits import Limits
+from dspex_persist.state.model import Dependency, EventKind, Value
+from dspex_persist.state.unit_of_work import dependants, find_cycle
+from dspex_persist.testing.memory import MemoryBacking
+
+
+def edges(*pairs: str, since: int = 1) -> list[Dependency]:
+    """Each pair is two letters: the first depends on the second."""
+    return [Dependency(pair[0], pair[1], "", since) for pair in pairs]
+
+
+def backing(*names: str, limits: Limits | None = None) -> MemoryBacking:
+    """A session `s` with these variables."""
+    memory = MemoryBacking(limits)
+    memory.run(InitializeSession("s"))
+    for name in names:
+        memory.run(RegisterVariable("s", name, "integer", Value("0")))
+    return memory
+
+
+def depend(memory: MemoryBacking, *pairs: str) -> None:
+    for pair in pairs:
+        memory.run(AddDependency("s", pair[0], pair[1]))
+
+
+class TestFindCycle:
+    def test_none_in_a_chain_a_diamond_or_nothing(self) -> None:
+        assert find_cycle([], *edges("ab")) is None
+        assert find_cycle(edges("ab", "bc"), *edges("ac")) is None
+        assert find_cycle(edges("ab", "ac", "bd"), *edges("cd")) is None
+
+    def test_itself(self) -> None:
+        assert find_cycle([], *edges("aa")) == ["a", "a"]
+
+    @pytest.mark.parametrize("length", [2, 3, 7, 26])
+    def test_runs_along_the_dependencies_and_returns_to_its_start(self, length: int) -> None:
+        letters = "abcdefghijklmnopqrstuvwxyz"[:length]
+        pairs = [first + second for first, second in pairwise(letters)]
+        cycle = find_cycle(edges(*pairs), *edges(letters[-1] + letters[0]))
+        assert cycle is not None
+        assert cycle[0] == cycle[-1]
+        assert sorted(cycle[1:]) == list(letters)
+        steps = {first + second for first, second in pairwise(cycle)}
+        assert steps == {*pairs, letters[-1] + letters[0]}
+
+    def test_leaves_out_what_is_not_on_it(self) -> None:
+        cycle = find_cycle(edges("ab", "bc", "xa", "cy"), *edges("ca"))
+        assert cycle is not None
+        assert set(cycle) == {"a", "b", "c"}
+
+    def test_an_edge_that_has_ended_closes_nothing(self) -> None:
+        assert find_cycle([Dependency("a", "b", "", 1, until=5)], *edges("ba")) is None
+
+
+class TestDependants:
+    def affected(self, pairs: Sequence[str], *changed: str) -> list[str]:
+        return dependants(edges(*pairs), changed, sequence=10)
+
+    def test_nobody(self) -> None:
+        assert self.affected([], "a") == []
+        assert self.affected(["ab"], "a") == []
+
+    def test_all_along_a_chain_used_ones_first(self) -> None:
+        assert self.affected(["cb", "dc", "ba"], "a") == ["b", "c", "d"]
+
+    def test_of_a_diamond_each_once_and_the_tip_last(self) -> None:
+        found = self.affected(["ba", "ca", "db", "dc"], "a")
+        assert found[-1] == "d"
+        assert sorted(found[:2]) == ["b", "c"]
+        assert len(found) == 3
+
+    def test_a_long_way_round_still_comes_before_whoever_uses_it(self) -> None:
+        """`z` uses `a` directly, and through the chain `b`, `c`: it has to wait for the chain."""
+        assert self.affected(["za", "zc", "cb", "ba"], "a") == ["b", "c", "z"]
+
+    def test_a_changed_variable_that_depends_on_another_changed_one_is_told_too(self) -> None:
+        assert self.affected(["ba"], "a", "b") == ["b"]
+
+    def test_only_those_downstream(self) -> None:
+        assert self.affected(["ba", "yx"], "a") == ["b"]
+
+    def test_counts_as_of_the_commit(self) -> None:
+        kept = [Dependency("b", "a", "", since=5, until=8)]
+        told = {sequence: dependants(kept, ["a"], sequence) for sequence in (4, 5, 6, 8, 9)}
+        assert told == {4: [], 5: [], 6: ["b"], 8: ["b"], 9: []}
+
+
+class TestAddDependency:
+    def test_is_kept_with_its_type_and_logged(self) -> None:
+        memory = backing("a", "b")
+        memory.run(AddDependency("s", "a", "b", "derives"))
+        (edge,) = memory.states["s"].dependencies
+        names = memory.states["s"].names
+        assert (names[edge.from_id], names[edge.to_id], edge.type) == ("a", "b", "derives")
+        assert edge.since == memory.sequence
+        assert [event.kind for event in memory.commits[-1].events] == [EventKind.DEPENDENCY_ADDED]
+
+    def test_names_and_ids_are_the_same(self) -> None:
+        memory = backing("a", "b")
+        depend(memory, "ab")
+        ids = {name: variable.id for name, variable in memory.states["s"].variables.items()}
+        commits = memory.sequence
+        memory.run(AddDependency("s", ids["a"], ids["b"]))
+        assert memory.sequence == commits, "saying it again changes nothing"
+
+    def test_of_another_type_is_another_one(self) -> None:
+        memory = backing("a", "b")
+        memory.run(AddDependency("s", "a", "b", "one"))
+        memory.run(AddDependency("s", "a", "b", "two"))
+        assert [edge.type for edge in memory.states["s"].dependencies] == ["one", "two"]
+
+    @pytest.mark.parametrize(("pairs", "closing"), [("", "aa"), ("ab", "ba"), ("ab bc cd", "da")])
+    def test_a_circle_is_refused_and_spelled_out_by_name(self, pairs: str, closing: str) -> None:
+        memory = backing("a", "b", "c", "d")
+        depend(memory, *pairs.split())
+        before = memory.states["s"].dependencies
+        with pytest.raises(DependencyCycleError) as refused:
+            depend(memory, closing)
+        cycle = refused.value.cycle.split(" -> ")
+        assert cycle[0] == cycle[-1]
+        assert {first + second for first, second in pairwise(cycle)} == {*pairs.split(), closing}
+        assert refused.value.cycle in str(refused.value)
+        assert memory.states["s"].dependencies == before
+
+    def test_unknown_ends_are_not_found(self) -> None:
+        memory = backing("a")
+        for ends in (("a", "nobody"), ("nobody", "a")):
+            with pytest.raises(VariableNotFoundError, match="'nobody'"):
+                memory.run(AddDependency("s", *ends))
+
+    def test_deleting_a_variable_ends_its_dependencies_both_ways(self) -> None:
+        memory = backing("a", "b", "c")
+        depend(memory, "ab", "bc")
+        memory.run(DeleteVariable("s", "b"))
+        assert {edge.until for edge in memory.states["s"].dependencies} == {memory.sequence}
+        depend(memory, "ca")
+        memory.run(RegisterVariable("s", "b", "integer", Value("1")))
+        depend(memory, "ba", "bc")
+
+    def test_too_many_of_them_name_the_setting(self) -> None:
+        memory = backing("a", "b", limits=Limits(variables_per_session=2))
+        for number in range(32):
+            memory.run(AddDependency("s", "a", "b", f"type {number}"))
+        with pytest.raises(LimitExceededError, match="variables_per_session"):
+            memory.run(AddDependency("s", "a", "b", "one more"))
+
+    def test_a_long_type_names_the_setting(self) -> None:
+        memory = backing("a", "b")
+        with pytest.raises(LimitExceededError, match="name_length"):
+            memory.run(AddDependency("s", "a", "b", "x" * 256))
+
+    def test_a_new_session_of_the_same_id_has_none(self) -> None:
+        memory = backing("a", "b")
+        depend(memory, "ab")
+        memory.run(CleanupSession("s"))
+        memory.run(InitializeSession("s"))
+        assert memory.states["s"].dependencies == ()
