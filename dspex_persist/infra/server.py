@@ -34,12 +34,24 @@ from dspex_persist.infra.listen import (
     prepare,
 )
 
-__all__ = ["ListenError", "RpcStatus", "ServerOptions", "Service", "StatusOf", "is_loopback", "serve"]
+__all__ = [
+    "DrainingError",
+    "ListenError",
+    "RpcStatus",
+    "ServerOptions",
+    "Service",
+    "StatusOf",
+    "is_loopback",
+    "serve",
+]
 
 _MIB: Final = 1024 * 1024
 # After the grace period handlers are cancelled; this is how long their clean-up may take.
 _CLEAN_UP_S: Final = 5.0
 _PENDING_CALLS: Final = 100_000
+# Calls that come late are refused until none has come for so long; who repeats them at once is not waited for longer.
+_QUIET_S: Final = 0.05
+_LONGEST_QUIET_S: Final = 1.0
 # Clients may refuse trailing metadata above 8 KiB, and then see RESOURCE_EXHAUSTED instead of the status.
 _DETAILS_MAX_BYTES: Final = 3_500
 _TRAILERS_MAX_BYTES: Final = 4_000
@@ -108,6 +120,16 @@ class UnreadableRequestError(DspexError):
         return f"the request is not a valid {self.message_type} message"
 
 
+@dataclass(eq=False)
+class DrainingError(DspexError):
+    """The call came after the drain had begun: nothing was done. `status_of` may know what to make of it."""
+
+    retryable = True
+
+    def __str__(self) -> str:
+        return "the server is shutting down; repeat the call later"
+
+
 async def serve(
     options: ServerOptions,
     services: Sequence[Service],
@@ -120,17 +142,20 @@ async def serve(
     """Serve `services`, health and (on request) reflection until `stop` is set; return when no call is left.
 
     `on_ready(port)` is called when the server can answer (port 0 for a Unix socket). To drain, health
-    answers NOT_SERVING, `on_drain()` ends what would not end by itself (the caller's endless streams), then
-    new calls are refused while those in flight finish, all within `grace_s`; what still runs then is
-    cancelled. Raises ListenError if the address cannot be had, and TypeError for a servicer whose methods
+    answers NOT_SERVING and new calls are refused (`DrainingError`), `on_drain()` ends what would not end by
+    itself (the caller's endless streams), and those in flight finish, all within `grace_s`; what still runs
+    then is cancelled. Raises ListenError if the address cannot be had, and TypeError for a servicer whose methods
     are not asynchronous.
     """
     address = parse_listen(options.listen)
-    calls = _Calls(status_of)
     draining = asyncio.Event()
+    # Health and reflection answer to the end, so they are counted apart.
+    calls, own_calls = _Calls(status_of, draining), _Calls(status_of)
     server = grpc.aio.server(options=_channel_options(options))
-    for service in (*services, *_own_services(options, services, draining)):
+    for service in services:
         server.add_registered_method_handlers(service.descriptor.full_name, _handlers(service, calls))
+    for service in _own_services(options, services, draining):
+        server.add_registered_method_handlers(service.descriptor.full_name, _handlers(service, own_calls))
     port = _bind(server, address)
     await server.start()
     loop = asyncio.get_running_loop()
@@ -142,11 +167,14 @@ async def serve(
         draining.set()
         if on_drain is not None:
             await _end_streams(on_drain, deadline)
+        await calls.finished(deadline - loop.time())
+        await calls.quiet()
     finally:
         left_s = options.grace_s if deadline is None else max(0.0, deadline - loop.time())
         draining.set()
         await server.stop(left_s)
-        await calls.finished()
+        if not (await calls.finished(_CLEAN_UP_S) and await own_calls.finished(_CLEAN_UP_S)):
+            _log.warning("calls did not end after they were cancelled", calls=calls.active + own_calls.active)
 
 
 async def _end_streams(on_drain: Callable[[], Awaitable[None]], deadline: float) -> None:
@@ -203,28 +231,52 @@ def _add_private_socket(server: grpc.aio.Server, address: UnixAddress) -> None:
 
 
 class _Calls:
-    """The calls in flight: how many there are, and what their errors become."""
+    """The calls in flight: how many there are, whether new ones are taken, and what their errors become."""
 
-    def __init__(self, status_of: StatusOf) -> None:
+    def __init__(self, status_of: StatusOf, closing: asyncio.Event | None = None) -> None:
         self.active = 0
         self._status_of = status_of
+        self._closing = closing or asyncio.Event()
         self._idle: asyncio.Event | None = None
+        self._refused = 0
+
+    def enter(self) -> None:
+        """Count a call in; `leave` counts it out. Refuses it with `DrainingError` once the server closes."""
+        self.active += 1
+        if self._closing.is_set():
+            self._refused += 1
+            raise DrainingError()
 
     def leave(self) -> None:
+        """Count a call out."""
         self.active -= 1
         if self._idle is not None and not self.active:
             self._idle.set()
 
-    async def finished(self) -> None:
-        """Wait until cancelled handlers have cleaned up: gRPC does not, and what they use is closed next."""
+    async def finished(self, timeout_s: float) -> bool:
+        """Wait until no call is left, cancelled ones included (gRPC does not wait for their clean-up, and what they
+        use is closed next); whether that came to pass."""
         if not self.active:
-            return
+            return True
         self._idle = asyncio.Event()
         try:
-            async with asyncio.timeout(_CLEAN_UP_S):
+            async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
         except TimeoutError:
-            _log.warning("calls did not end after they were cancelled", calls=self.active)
+            return False
+        return True
+
+    async def quiet(self) -> None:
+        """Wait until no more calls come to be refused.
+
+        Those that gRPC has taken in but not handed over yet would be answered with CANCELLED, and without a word, when
+        it is stopped; a client cannot tell that from having cancelled them itself.
+        """
+        for _ in range(round(_LONGEST_QUIET_S / _QUIET_S)):
+            before = self._refused
+            await asyncio.sleep(_QUIET_S)
+            if self._refused == before:
+                return
 
     async def fail(self, rpc: str, context: Context, error: BaseException) -> NoReturn:
         """Answer a call that raised `error`; raises what gRPC expects then."""
@@ -244,9 +296,12 @@ class _Calls:
         if isinstance(error, UnreadableRequestError):
             return RpcStatus(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         try:
-            return self._status_of(error) or _internal_error(rpc, error)
+            known = self._status_of(error)
         except Exception as table_error:  # noqa: BLE001 -- the boundary itself: reported, never passed on
             return _internal_error(rpc, table_error)
+        if known is None and isinstance(error, DrainingError):
+            return RpcStatus(grpc.StatusCode.UNAVAILABLE, str(error))
+        return known or _internal_error(rpc, error)
 
 
 def _is_being_cancelled() -> bool:
@@ -355,8 +410,8 @@ def _unary_unary(rpc: _Rpc) -> Handler:
 
     # The hot path. gRPC is given neither deserializer nor serializer: their errors would pass the guard by.
     async def handle(request: bytes, context: Context) -> bytes:
-        calls.active += 1
         try:
+            calls.enter()
             return serialize(await run(parse(request), context))
         except BaseException as error:  # noqa: BLE001 -- the guard: `fail` answers, or raises it again
             await calls.fail(name, context, error)
@@ -382,8 +437,8 @@ def _stream_stream(rpc: _Rpc) -> Handler:
 
 async def _answer_with_stream(rpc: _Rpc, context: Context, request: Callable[[], object]) -> None:
     """Send what the servicer's method yields, or let it write (`context.write` serializes) by itself."""
-    rpc.calls.active += 1
     try:
+        rpc.calls.enter()
         answer = rpc.run(request(), context)
         if inspect.isasyncgen(answer):
             # Closed here: when the client goes, its clean-up would wait for the garbage collector otherwise.

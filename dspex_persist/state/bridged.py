@@ -19,6 +19,7 @@ from dspex_persist.state.errors import (
     InvalidArgumentError,
     LimitExceededError,
     OutcomeUnknownError,
+    ShuttingDownError,
     StateError,
     UnavailableError,
     UnsupportedError,
@@ -204,7 +205,7 @@ class _Attempt:
         lost = call.code() in _CONNECTION_LOST and isinstance(error, UnavailableError | InternalError)
         if lost:
             error = self._lost(call.details() or call.code().name)
-        open_still = lost or isinstance(error, OutcomeUnknownError | EngineClosedError)
+        open_still = lost or isinstance(error, OutcomeUnknownError | EngineClosedError | ShuttingDownError)
         if open_still and self._repeatable and time.monotonic() + self._pause_s < self._deadline:
             self._send_later()
         else:

@@ -278,6 +278,16 @@ class EngineClosedError(StateError):
 
 
 @dataclass(eq=False)
+class ShuttingDownError(StateError):
+    """The server takes no new calls, because it is about to end."""
+
+    retryable = True
+
+    def __str__(self) -> str:
+        return "nothing was written: the server is shutting down; repeat the call when it is back"
+
+
+@dataclass(eq=False)
 class InternalError(StateError):
     """A fault of ours; the reference finds it in the server's log."""
 

@@ -5,7 +5,9 @@ import json
 import queue
 import signal
 import stat
+import threading
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,34 @@ def test_a_drain_lets_calls_finish_and_ends_what_would_not(
         assert list(reflection) == []
     assert server.wait(5) == 0
     assert client.error("Ping").code() is StatusCode.UNAVAILABLE
+
+
+def test_calls_that_come_late_are_told_why_they_are_refused(
+    start_server: StartServer, open_channel: OpenChannel
+) -> None:
+    """None of them sees gRPC's own CANCELLED, which looks as if the client had given up itself."""
+    server = start_server()
+    channels = [open_channel(f"127.0.0.1:{server.port}") for _ in range(4)]
+    begun = threading.Barrier(33)
+
+    def call_until_refused(number: int) -> Any:
+        client = PingClient(channels[number % 4])
+        client("Ping")
+        begun.wait(20)
+        while True:
+            try:
+                client("Ping")
+            except grpc.RpcError as error:
+                return error
+
+    with ThreadPoolExecutor(32) as pool:
+        refused = [pool.submit(call_until_refused, number) for number in range(32)]
+        begun.wait(20)
+        server.send_signal(signal.SIGTERM)
+        errors = [future.result(20) for future in refused]
+    assert {error.code() for error in errors} == {StatusCode.UNAVAILABLE}
+    assert {error.details() for error in errors} == {"the server is shutting down; repeat the call later"}
+    assert server.wait(5) == 0
 
 
 def test_a_drain_ends_with_its_grace_period_and_cancelled_calls_clean_up_first(

@@ -11,7 +11,7 @@ from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
 from google.rpc.status_pb2 import Status
 from grpc import StatusCode
 
-from dspex_persist.infra.server import RpcStatus
+from dspex_persist.infra.server import DrainingError, RpcStatus
 from dspex_persist.state import errors
 from dspex_persist.state.errors import StateError
 from dspex_persist.state.rpc.headers import AFTER_SEQUENCE
@@ -43,6 +43,7 @@ CODES: dict[type[StateError], StatusCode] = {
     errors.OutcomeUnknownError: StatusCode.UNKNOWN,
     errors.UnavailableError: StatusCode.UNAVAILABLE,
     errors.EngineClosedError: StatusCode.UNAVAILABLE,
+    errors.ShuttingDownError: StatusCode.UNAVAILABLE,
     errors.InternalError: StatusCode.INTERNAL,
     errors.CheckpointError: StatusCode.INTERNAL,
     errors.DatabaseInUseError: StatusCode.FAILED_PRECONDITION,
@@ -70,7 +71,9 @@ _BY_REASON = {reason_of(kind): kind for kind in CODES}
 
 
 def status_of(error: BaseException) -> RpcStatus | None:
-    """What a client is told of a `StateError`; None for anything else."""
+    """What a client is told of a `StateError`, or of a call that came too late; None for anything else."""
+    if isinstance(error, DrainingError):
+        error = errors.ShuttingDownError()
     if not isinstance(error, StateError):
         return None
     code = CODES.get(type(error))
