@@ -5,6 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dspex_persist.cognitive.context import Context as Context
+    from dspex_persist.cognitive.tool_context import ToolContext as ToolContext
+    from dspex_persist.cognitive.toolbox import Toolbox as Toolbox
+    from dspex_persist.cognitive.tools import Tool as Tool
+    from dspex_persist.cognitive.tools import tool as tool
     from dspex_persist.cognitive.variables import Variables as Variables
     from dspex_persist.errors import DspexError as DspexError
     from dspex_persist.settings import Settings as Settings
@@ -29,10 +33,14 @@ _HOMES = {
     "Settings": "dspex_persist.settings",
     "StateError": "dspex_persist.state.errors",
     "StateProvider": "dspex_persist.state.provider",
+    "Tool": "dspex_persist.cognitive.tools",
+    "ToolContext": "dspex_persist.cognitive.tool_context",
+    "Toolbox": "dspex_persist.cognitive.toolbox",
     "Variables": "dspex_persist.cognitive.variables",
     "connect": "dspex_persist.wiring",
     "load_settings": "dspex_persist.settings",
     "serve": "dspex_persist.wiring",
+    "tool": "dspex_persist.cognitive.tools",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, Validatio
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
@@ -50,6 +51,13 @@ def _read_none(value: object) -> object:
     return None if isinstance(value, str) and value.strip().lower() == "none" else value
 
 
+def _read_list(value: object) -> object:
+    """A list as TOML has it, or in one text, separated by commas, as the environment has to have it."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
 def _refuse_bool(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("it must be a number")
@@ -73,6 +81,7 @@ class LimitSettings(BaseSettings):
     # The JSON reader recurses, and Python ends that at about a thousand levels.
     json_depth: Annotated[Count, Field(le=500)] = Field(100, description="Deepest nesting of a JSON value.")
     variables_per_session: Count = Field(10_000, description="Variables in one session.")
+    tools_per_session: Count = Field(1_000, description="Tools that workers register in one session.")
     name_length: Count = Field(255, description="Characters in the name of a variable, or in an idempotency key.")
     session_id_length: Count = Field(255, description="Characters in the id of a session.")
     metadata_entries: Count = Field(64, description="Metadata entries of one request, session or variable.")
@@ -82,6 +91,8 @@ class LimitSettings(BaseSettings):
     history_entries: Count = Field(10_000, description="Versions in one answer of GetVariableHistory.")
     queue_length: Count = Field(10_000, description="Writes that wait; those beyond are refused at once.")
     watchers: Count = Field(10_000, description="Watches that are open at the same time.")
+    executions: Count = Field(10_000, description="Tool executions that run or wait at the same time.")
+    journal_size_bytes: Size = Field(ByteSize(_MIB), description="What one execution may log, in its journal entry.")
 
 
 class Settings(LimitSettings):
@@ -117,6 +128,15 @@ class Settings(LimitSettings):
         30.0, description="A watch whose client takes no update for so long is ended, and can be resumed."
     )
     grace_s: Seconds = Field(10.0, description="How long calls in flight may take to finish when the server stops.")
+    tools: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_read_list)] = Field(
+        (), description="Where the server's tools are: `package.module` or `package.module:name`, several if need be."
+    )
+    tool_threads: Annotated[Count, Field(le=10_000)] = Field(
+        64, description="Threads for tools; those beyond wait. Asynchronous tools need none."
+    )
+    remote_timeout_s: Seconds = Field(
+        300.0, description="How long a tool in another process may take, where neither it nor its caller says."
+    )
     max_message_bytes: Annotated[Size, Field(le=2**31 - 1)] = Field(
         ByteSize(100 * _MIB), description="Largest gRPC message, received or sent."
     )

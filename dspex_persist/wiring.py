@@ -29,8 +29,11 @@ from dspex_persist.state.limits import Limits
 from dspex_persist.state.provider import StateProvider
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from dspex_persist.state.bridged import BridgedState
     from dspex_persist.state.embedded import EmbeddedState
+    from dspex_persist.state.runner import ToolCode
 
 EXIT_STORAGE_FAILED: Final = 70
 # How often Python's threads take turns, in seconds (Python's own default is 0.005).
@@ -155,10 +158,12 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 
 async def _serve(settings: Settings) -> None:
     end = _End(asyncio.get_running_loop(), str(settings.db))
+    # Before the file is opened: importing them takes its time, and may fail.
+    tools = _load_tools(settings)
     # Opened, and so locked, before anything is bound: a second server on the file ends here.
     provider = _open(settings, end.on_storage_failed)
     try:
-        await _serve_bridge(settings, provider, end)
+        await _serve_bridge(settings, provider, tools, end)
     finally:
         _close(provider, settings.db)
     if end.failure is not None:
@@ -166,12 +171,27 @@ async def _serve(settings: Settings) -> None:
     _log.info("stopped", db=str(settings.db))
 
 
+def _load_tools(settings: Settings) -> "Mapping[str, ToolCode]":
+    if not settings.tools:
+        return {}
+    from dspex_persist.cognitive.toolbox import Toolbox
+
+    toolbox = Toolbox()
+    for reference in settings.tools:
+        toolbox.load(reference)
+    return toolbox
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(**{field.name: int(getattr(settings, field.name)) for field in dataclasses.fields(Limits)})
+
+
 def _open(settings: Settings, on_fatal: Callable[[BaseException], None]) -> "EmbeddedState":
     """The engine on the database of `settings`."""
     return _embedded(
         settings.db,
         durability=settings.durability,
-        limits=Limits(**{field.name: int(getattr(settings, field.name)) for field in dataclasses.fields(Limits)}),
+        limits=_limits(settings),
         session_ttl_s=settings.session_ttl_s,
         optimization_lease_s=settings.optimization_lease_s,
         cache_size_bytes=int(settings.cache_size_bytes),
@@ -188,32 +208,51 @@ def _close(provider: StateProvider, path: Path) -> None:
         raise StorageFailedError(str(path), str(error)) from error
 
 
-async def _serve_bridge(settings: Settings, provider: "EmbeddedState", end: "_End") -> None:
+async def _serve_bridge(
+    settings: Settings, provider: "EmbeddedState", tools: "Mapping[str, ToolCode]", end: "_End"
+) -> None:
     from dspex_persist.infra import server
     from dspex_persist.state.rpc.codec import BRIDGE_SERVICE
+    from dspex_persist.state.rpc.remote import RemoteTools
     from dspex_persist.state.rpc.servicer import BridgeServicer
     from dspex_persist.state.rpc.status import status_of
+    from dspex_persist.state.runner import ToolRunner
 
     def on_ready(port: int) -> None:
         _spare_the_collector()
         print(f"GRPC_READY:{port}", flush=True)
         _log.info("serving", listen=settings.listen, port=port, db=str(settings.db), sequence=provider.head_sequence)
 
-    servicer = BridgeServicer(provider, heartbeat_s=settings.heartbeat_s, stall_timeout_s=settings.stall_timeout_s)
-    end.on_signals()
-    await server.serve(
-        server.ServerOptions(
-            settings.listen,
-            max_message_bytes=int(settings.max_message_bytes),
-            grace_s=settings.grace_s,
-            reflection=settings.reflection,
-        ),
-        [server.Service(BRIDGE_SERVICE, servicer)],
-        status_of=status_of,
-        on_ready=on_ready,
-        stop=end.stop,
-        on_drain=servicer.drain,
+    limits = _limits(settings)
+    remote = RemoteTools(
+        call_timeout_s=settings.remote_timeout_s,
+        # A client that may register an address must not make this server call other machines.
+        allow=lambda address: settings.insecure or is_loopback(address),
+        limits=limits,
     )
+    runner = ToolRunner(provider, tools, threads=settings.tool_threads, limits=limits, remote=remote)
+    servicer = BridgeServicer(
+        provider, runner, heartbeat_s=settings.heartbeat_s, stall_timeout_s=settings.stall_timeout_s
+    )
+    end.on_signals()
+    try:
+        await server.serve(
+            server.ServerOptions(
+                settings.listen,
+                max_message_bytes=int(settings.max_message_bytes),
+                grace_s=settings.grace_s,
+                reflection=settings.reflection,
+            ),
+            [server.Service(BRIDGE_SERVICE, servicer)],
+            status_of=status_of,
+            on_ready=on_ready,
+            stop=end.stop,
+            on_drain=servicer.drain,
+            belongs=servicer.belongs,
+        )
+    finally:
+        await remote.close()
+        runner.close()
 
 
 def _spare_the_collector() -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dspex_persist import __version__
-from dspex_persist.cli import demo, maintenance, serve
+from dspex_persist.cli import demo, maintenance, serve, tools
 from dspex_persist.errors import DspexError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app = typer.Typer(
 app.command("serve", help=serve.HELP, epilog=serve.EPILOG)(serve.serve)
 app.command("demo", help=demo.HELP, epilog=demo.EPILOG)(demo.demo)
 app.add_typer(maintenance.app, name="db")
+app.add_typer(tools.app, name="tools")
 
 
 def _print_version(wanted: bool) -> None:
@@ -58,12 +59,15 @@ def main() -> None:
 def exit_code_of(error: Exception) -> int | None:
     """The exit code that stands for `error` (docs/exit-codes.md); None for an error that is not one of ours."""
     from dspex_persist import wiring
+    from dspex_persist.cognitive.errors import ToolDefinitionError, ToolLoadError
     from dspex_persist.infra.listen import ListenError
     from dspex_persist.settings import SettingsError
     from dspex_persist.state.errors import DatabaseInUseError, OpenError
 
     codes: tuple[tuple[type[Exception], int], ...] = (
         (SettingsError, 2),
+        (ToolDefinitionError, 2),
+        (ToolLoadError, 2),
         (DatabaseInUseError, 4),
         (OpenError, 5),
         (wiring.StorageFailedError, wiring.EXIT_STORAGE_FAILED),

@@ -1,6 +1,5 @@
 """dspex-persist db: look after a database file."""
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 
+from dspex_persist.cli.output import counted, new_table, one_line, say, say_json
 from dspex_persist.errors import DspexError
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ EXIT_PROBLEMS: Final = 3
 """The check found something."""
 
 _KIB: Final = 1024
+_NUMBERS: Final = ("rows", "size", "share", "versions", "contents")
 
 HELP: Final = (
     "Look after a database file: check it, back it up, see where its bytes are.\n\n"
@@ -153,11 +154,11 @@ def _report(db: Path | None, as_json: bool, work: Callable[[Path, _Progress], R]
             report = work(path, progress)
     except (DspexError, ValueError) as error:
         if as_json:
-            _print_json({"ok": False, "error": str(error)})
+            say_json({"ok": False, "error": str(error)})
         raise
     is_sound = not getattr(report, "problems", ())
     if as_json:
-        _print_json({"ok": is_sound, **asdict(report)})
+        say_json({"ok": is_sound, **asdict(report)})
     else:
         show(report)
     if not is_sound:
@@ -170,10 +171,6 @@ def _database(given: Path | None) -> Path:
     from dspex_persist.settings import load_settings
 
     return load_settings().db
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    print(json.dumps(document, default=str))
 
 
 @contextmanager
@@ -200,75 +197,66 @@ def _progress() -> Iterator[_Progress]:
 # Shown to people
 
 
-def _print(*parts: Any) -> None:
-    from rich.console import Console
-
-    # Values of others are printed: none of them is markup. Cut off only where a terminal is as narrow as that.
-    console = Console(markup=False, highlight=False, soft_wrap=not sys.stdout.isatty())
-    for part in parts:
-        console.print(part)
-
-
 def _show_problems(problems: "tuple[Problem, ...]", complete: bool = True) -> None:
     from dspex_persist.state.store.maintenance import MOST_PROBLEMS
 
     for problem in problems:
-        _print(str(problem))
+        say(str(problem))
     if not complete:
-        _print(f"stopped after {MOST_PROBLEMS} problems")
+        say(f"stopped after {MOST_PROBLEMS} problems")
 
 
 def _show_check(report: "maintenance.CheckReport") -> None:
     _show_problems(report.problems, report.complete)
     end = "its end is what its anchor remembers" if report.anchored else "it has no anchor, so its end is not held"
     if report.problems:
-        _print(f"{report.path}: {_count(len(report.problems), 'problem')} in {_count(report.commits, 'commit')}")
+        say(f"{report.path}: {counted(len(report.problems), 'problem')} in {counted(report.commits, 'commit')}")
     else:
-        _print(f"{report.path} is sound: {_count(report.commits, 'commit')}, schema {report.revision}; {end}")
+        say(f"{report.path} is sound: {counted(report.commits, 'commit')}, schema {report.revision}; {end}")
 
 
 def _show_current(report: "maintenance.RevisionReport") -> None:
     if report.is_head:
-        _print(f"{report.revision} (this release's)")
+        say(f"{report.revision} (this release's)")
     else:
-        _print(f"{report.revision or 'empty'}, this release's is {report.head}: dspex-persist db upgrade")
+        say(f"{report.revision or 'empty'}, this release's is {report.head}: dspex-persist db upgrade")
 
 
 def _show_upgrade(report: "maintenance.UpgradeReport") -> None:
     if report.found == report.revision:
-        _print(f"{report.path} has schema {report.revision} already")
+        say(f"{report.path} has schema {report.revision} already")
         return
-    _print(f"{report.path}: schema {report.found or 'empty'} upgraded to {report.revision}")
+    say(f"{report.path}: schema {report.found or 'empty'} upgraded to {report.revision}")
     if report.backup is not None:
-        _print(f"backup of before: {report.backup}")
+        say(f"backup of before: {report.backup}")
 
 
 def _show_backup(report: "maintenance.BackupReport") -> None:
     if report.problems:
         _show_problems(report.problems)
-        _print(f"the copy has {_count(len(report.problems), 'problem')}: {report.target} was not made")
+        say(f"the copy has {counted(len(report.problems), 'problem')}: {report.target} was not made")
     else:
         size = _size(report.size_bytes)
-        _print(f"{report.target}: {_count(report.commits, 'commit')}, {size}, checked and sound")
+        say(f"{report.target}: {counted(report.commits, 'commit')}, {size}, checked and sound")
 
 
 def _show_vacuum(report: "maintenance.VacuumReport") -> None:
     before, after = _size(report.before_bytes), _size(report.after_bytes)
-    _print(f"{report.path}: {before} before, {after} after, in {report.duration_s:.1f} s")
+    say(f"{report.path}: {before} before, {after} after, in {report.duration_s:.1f} s")
 
 
 def _show_stats(report: "maintenance.StatsReport") -> None:
-    _print(_overview(report), _tables(report))
+    say(_overview(report), _tables(report))
     if report.versions:
-        _print(
+        say(
             _shares("Largest sessions", report.largest_sessions), _shares("Largest variables", report.largest_variables)
         )
     if report.warning is not None:
-        _print(f"warning: {report.warning}")
+        say(f"warning: {report.warning}")
 
 
 def _overview(report: "maintenance.StatsReport") -> Any:
-    table = _new_table(str(report.path), "", "")
+    table = new_table(str(report.path), "", "", right=_NUMBERS)
     rows = (
         ("file", _size(report.file_bytes)),
         ("of it free pages", _size(report.free_bytes)),
@@ -291,7 +279,7 @@ def _tables(report: "maintenance.StatsReport") -> Any:
     title = (
         "Tables and indexes" if report.exact else "Tables (by the length of their values: this SQLite has no dbstat)"
     )
-    table = _new_table(title, "name", "kind", "rows", "size", "share")
+    table = new_table(title, "name", "kind", "rows", "size", "share", right=_NUMBERS)
     total = sum(stored.size_bytes for stored in report.tables) or 1
     for stored in report.tables:
         rows = f"{stored.rows:,}" if stored.rows is not None else ""
@@ -302,34 +290,11 @@ def _tables(report: "maintenance.StatsReport") -> Any:
 
 def _shares(title: str, shares: "tuple[maintenance.Share, ...]") -> Any:
     by_variable = any(share.variable is not None for share in shares)
-    table = _new_table(title, "session", *(["variable"] if by_variable else []), "versions", "contents")
+    table = new_table(title, "session", *(["variable"] if by_variable else []), "versions", "contents", right=_NUMBERS)
     for share in shares:
         names = [share.session_id, *([share.variable] if share.variable is not None else [])]
-        table.add_row(*(_line(name) for name in names), f"{share.versions:,}", _size(share.size_bytes))
+        table.add_row(*(one_line(name) for name in names), f"{share.versions:,}", _size(share.size_bytes))
     return table
-
-
-def _new_table(title: str, *columns: str) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=any(columns))
-    for column in columns:
-        table.add_column(
-            column, justify="right" if column in ("rows", "size", "share", "versions", "contents") else "left"
-        )
-    return table
-
-
-def _line(name: str) -> Any:
-    """A name of somebody else's as one line of plain text."""
-    from rich.text import Text
-
-    return Text(name if name.isprintable() else repr(name))
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _size(size_bytes: int) -> str:

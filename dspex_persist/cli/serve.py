@@ -18,6 +18,7 @@ EPILOG = (
     "dspex-persist serve\n\n"
     "dspex-persist serve --db ~/sessions.db --listen unix:/run/dspex.sock\n\n"
     "dspex-persist serve --listen 127.0.0.1:0 --limit watchers=500\n\n"
+    "dspex-persist serve --tools shop.tools --tools shop.reports:daily\n\n"
 )
 
 
@@ -27,7 +28,13 @@ def _option(panel: str, flag: str, metavar: str | None, default: str, help_text:
     return typer.Option(flag, metavar=metavar, show_default=False, help=told, rich_help_panel=panel)
 
 
-_DATABASE, _NETWORK, _SESSIONS, _LOGS = "Database", "Network", "Sessions and watches", "Settings and logs"
+_DATABASE, _NETWORK, _SESSIONS, _TOOLS, _LOGS = (
+    "Database",
+    "Network",
+    "Sessions and watches",
+    "Tools",
+    "Settings and logs",
+)
 
 Db = _option(_DATABASE, "--db", "PATH", "sessions.db", "The database file; made where it is missing.")
 Durability = _option(
@@ -61,6 +68,17 @@ Heartbeat = _option(_SESSIONS, "--heartbeat", "SECONDS", "15", "How often an idl
 Stall = _option(
     _SESSIONS, "--stall-timeout", "SECONDS", "30", "A watch whose client stops reading is ended after this long."
 )
+Tools = typer.Option(
+    "--tools",
+    metavar="MODULE[:NAME]",
+    help="Serve the tools of a module, or the one (or the toolbox) of that name; may be repeated.",
+    show_default=False,
+    rich_help_panel=_TOOLS,
+)
+ToolThreads = _option(_TOOLS, "--tool-threads", "NUMBER", "64", "Threads for tools that are not asynchronous.")
+RemoteTimeout = _option(
+    _TOOLS, "--remote-timeout", "SECONDS", "300", "How long a tool in another process may take if nobody says."
+)
 Limit = typer.Option(
     "--limit",
     metavar="NAME=NUMBER",
@@ -89,6 +107,9 @@ def serve(
     sweep_interval_s: Annotated[str | None, Sweep] = None,
     heartbeat_s: Annotated[str | None, Heartbeat] = None,
     stall_timeout_s: Annotated[str | None, Stall] = None,
+    tools: Annotated[list[str] | None, Tools] = None,
+    tool_threads: Annotated[str | None, ToolThreads] = None,
+    remote_timeout_s: Annotated[str | None, RemoteTimeout] = None,
     limit: Annotated[list[str] | None, Limit] = None,
     config: Annotated[Path | None, Config] = None,
     log_level: Annotated[str | None, LogLevel] = None,
@@ -100,6 +121,7 @@ def serve(
     from dspex_persist.settings import Settings, load_settings
 
     flags = {name: value for name, value in given.items() if name in Settings.model_fields}
+    flags["tools"] = tuple(tools) if tools else None
     wiring.serve(load_settings({**flags, **_limits(limit or [])}, config))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from dspex_persist.cognitive.variables import Variables
+from dspex_persist.state import values
 from dspex_persist.state.provider import StateProvider
 
 
@@ -23,6 +24,13 @@ class Context:
 
     def __setitem__(self, name: str, value: object) -> None:
         self.variables[name] = value
+
+    def call(self, tool: str, /, **arguments: object) -> object:
+        """Execute a tool as one transaction; its result. What went wrong is raised, and then nothing was written."""
+        outcome = self._provider.execute_tool(self.session_id, tool, arguments)
+        if outcome.error is not None:
+            raise outcome.error
+        return values.decode_loosely(outcome.result) if outcome.result is not None else None
 
     def end(self) -> None:
         """End the session; its history stays."""

@@ -138,19 +138,21 @@ async def serve(
     on_ready: Callable[[int], None],
     stop: asyncio.Event,
     on_drain: Callable[[], Awaitable[None]] | None = None,
+    belongs: Callable[[Context], bool] = lambda _: False,
 ) -> None:
     """Serve `services`, health and (on request) reflection until `stop` is set; return when no call is left.
 
     `on_ready(port)` is called when the server can answer (port 0 for a Unix socket). To drain, health
     answers NOT_SERVING and new calls are refused (`DrainingError`), `on_drain()` ends what would not end by
     itself (the caller's endless streams), and those in flight finish, all within `grace_s`; what still runs
-    then is cancelled. Raises ListenError if the address cannot be had, and TypeError for a servicer whose methods
-    are not asynchronous.
+    then is cancelled. `belongs(context)` says whether a late call belongs to one in flight, which may be waiting
+    for it: it is let in. Raises ListenError if the address cannot be had, and TypeError for a servicer whose
+    methods are not asynchronous.
     """
     address = parse_listen(options.listen)
     draining = asyncio.Event()
     # Health and reflection answer to the end, so they are counted apart.
-    calls, own_calls = _Calls(status_of, draining), _Calls(status_of)
+    calls, own_calls = _Calls(status_of, draining, belongs), _Calls(status_of)
     server = grpc.aio.server(options=_channel_options(options))
     for service in services:
         server.add_registered_method_handlers(service.descriptor.full_name, _handlers(service, calls))
@@ -233,17 +235,24 @@ def _add_private_socket(server: grpc.aio.Server, address: UnixAddress) -> None:
 class _Calls:
     """The calls in flight: how many there are, whether new ones are taken, and what their errors become."""
 
-    def __init__(self, status_of: StatusOf, closing: asyncio.Event | None = None) -> None:
+    def __init__(
+        self,
+        status_of: StatusOf,
+        closing: asyncio.Event | None = None,
+        belongs: Callable[[Context], bool] = lambda _: False,
+    ) -> None:
         self.active = 0
         self._status_of = status_of
         self._closing = closing or asyncio.Event()
+        self._belongs = belongs
         self._idle: asyncio.Event | None = None
         self._refused = 0
 
-    def enter(self) -> None:
-        """Count a call in; `leave` counts it out. Refuses it with `DrainingError` once the server closes."""
+    def enter(self, context: Context) -> None:
+        """Count a call in; `leave` counts it out. Once the server closes, only what belongs to a call in flight is
+        taken; the rest is refused with `DrainingError`."""
         self.active += 1
-        if self._closing.is_set():
+        if self._closing.is_set() and not self._belongs(context):
             self._refused += 1
             raise DrainingError()
 
@@ -411,7 +420,7 @@ def _unary_unary(rpc: _Rpc) -> Handler:
     # The hot path. gRPC is given neither deserializer nor serializer: their errors would pass the guard by.
     async def handle(request: bytes, context: Context) -> bytes:
         try:
-            calls.enter()
+            calls.enter(context)
             return serialize(await run(parse(request), context))
         except BaseException as error:  # noqa: BLE001 -- the guard: `fail` answers, or raises it again
             await calls.fail(name, context, error)
@@ -438,7 +447,7 @@ def _stream_stream(rpc: _Rpc) -> Handler:
 async def _answer_with_stream(rpc: _Rpc, context: Context, request: Callable[[], object]) -> None:
     """Send what the servicer's method yields, or let it write (`context.write` serializes) by itself."""
     try:
-        rpc.calls.enter()
+        rpc.calls.enter(context)
         answer = rpc.run(request(), context)
         if inspect.isasyncgen(answer):
             # Closed here: when the client goes, its clean-up would wait for the garbage collector otherwise.

@@ -1,17 +1,20 @@
 """BridgedState: session state that another process keeps, reached by the unified bridge protocol."""
 
 import getpass
+import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
-from dspex_persist.state import commands
+from dspex_persist.state import commands, values
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import (
     EngineClosedError,
@@ -21,15 +24,19 @@ from dspex_persist.state.errors import (
     OutcomeUnknownError,
     ShuttingDownError,
     StateError,
+    ToolFailedError,
     UnavailableError,
     UnsupportedError,
 )
 from dspex_persist.state.model import (
     BatchOutcome,
+    ExecutionStatus,
     Origin,
     SessionSummary,
     SessionView,
     Source,
+    ToolOutcome,
+    ToolSpec,
     Update,
     Value,
     Variable,
@@ -41,16 +48,20 @@ from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.rpc.headers import (
     ACTOR,
     AFTER_SEQUENCE,
+    ALL_TOOLS,
     BEFORE_VERSION,
     BINARY,
+    EXECUTION_ID,
     IDEMPOTENCY_KEY,
     INITIAL_VALUES,
     OPTIMIZER_ID,
     POSITION,
     RESUMED,
     SOURCE,
+    TOOLS,
 )
 from dspex_persist.state.rpc.status import error_of_call
+from dspex_persist.state.unit_of_work import UnitOfWork
 from dspex_persist.state.watch import Watch
 
 R = TypeVar("R")
@@ -78,13 +89,19 @@ class BridgedState(StateProvider):
 
     A call that is not answered within `timeout_s` fails. If it wrote, and had an idempotency key, it is repeated
     with it until then, and so happens once; without a key its outcome is unknown.
+
+    With `execution_id` every call on variables and tools is part of that running execution's transaction: this is how
+    the process that runs a registered tool reaches it (it is told the id in `x-dspex-execution-id`).
     """
 
     capabilities = frozenset({Capability.DURABLE, Capability.REMOTE})
 
-    def __init__(self, target: str, *, timeout_s: float = 30.0, actor: str | None = None) -> None:
+    def __init__(
+        self, target: str, *, timeout_s: float = 30.0, actor: str | None = None, execution_id: str | None = None
+    ) -> None:
         self._target = target
         self._timeout_s = timeout_s
+        self._execution_id = execution_id
         self._actor = actor or f"user:{getpass.getuser()}"
         self._channel = grpc.insecure_channel(target, options=_OPTIONS)
         self._calls = {method.name: self._stub(method) for method in codec.BRIDGE_SERVICE.methods}
@@ -104,7 +121,15 @@ class BridgedState(StateProvider):
         if wire is None:
             return _failed(UnsupportedError(f"{command.cause} over the bridge"))
         asked_by = origin or self.default_origin(command.cause)
-        return _Attempt(self._calls[command.cause], wire, command, asked_by, self._timeout_s, self._target).start()
+        return _Attempt(
+            self._calls[wire.rpc or command.cause],
+            wire,
+            command,
+            partial(self._headers_of, asked_by, command),
+            self._patience_s(command),
+            self._target,
+            repeatable=asked_by.idempotency_key is not None,
+        ).start()
 
     def watch(
         self, session_id: str, identifiers: Sequence[str] = (), *, after_sequence: int | None = None
@@ -121,6 +146,41 @@ class BridgedState(StateProvider):
         headers = () if after_sequence is None else ((AFTER_SEQUENCE, str(after_sequence)),)
         return BridgedWatch(self._calls["WatchVariables"](request, metadata=headers), self._timeout_s)
 
+    def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
+        """The server's tools, and those that the session's workers have registered there."""
+        return self.run(_ListAllTools(session_id))
+
+    def stream_tool(
+        self,
+        session_id: str,
+        tool: str,
+        parameters: Mapping[str, object] | None = None,
+        *,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Iterator[object]:
+        """Execute a tool that streams, and yield what it yields, as it comes; it has committed when this ends.
+
+        Whoever stops taking chunks holds the tool back, and who closes the iterator ends it: nothing is written then.
+        """
+        encoded = {name: values.encode_loosely(value, name=name) for name, value in (parameters or {}).items()}
+        command = commands.ExecuteTool(session_id, tool, encoded, metadata or {})
+        origin = self.default_origin("ExecuteStreamingTool")
+        call = self._calls["ExecuteStreamingTool"](_execute_tool(command), metadata=self._headers_of(origin, command))
+        try:
+            for chunk in call:
+                if not (chunk.is_final and chunk.data == b"null"):
+                    yield json.loads(chunk.data)
+        except grpc.RpcError:
+            raise error_of_call(call) from None
+        finally:
+            call.cancel()
+
+    def _patience_s(self, command: Command[Any]) -> float:
+        return (isinstance(command, commands.ExecuteTool) and command.timeout_s) or self._timeout_s
+
+    def _headers_of(self, origin: Origin, command: Command[Any]) -> _Headers:
+        return _headers_of(origin, command, self._execution_id)
+
     def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
         """The user of this process."""
         return Origin(self._actor, cause, Source.PYTHON, idempotency_key)
@@ -132,11 +192,18 @@ class BridgedState(StateProvider):
 
 
 class _Wire:
-    """How one kind of command travels: as which message, and what its result is in the answer."""
+    """How one kind of command travels: as which message, and what its result is in the answer; `rpc`: if it is not
+    called as the command is."""
 
-    def __init__(self, request: Callable[[Any], Message], result: Callable[[Any, Any], Any] = lambda *_: None) -> None:
+    def __init__(
+        self,
+        request: Callable[[Any], Message],
+        result: Callable[[Any, Any], Any] = lambda *_: None,
+        rpc: str = "",
+    ) -> None:
         self.request = request
         self.result = result
+        self.rpc = rpc
 
 
 class _Attempt:
@@ -147,15 +214,17 @@ class _Attempt:
         stub: Any,
         wire: _Wire,
         command: Command[Any],
-        origin: Origin,
+        headers: Callable[[], _Headers],
         timeout_s: float,
         target: str,
+        *,
+        repeatable: bool,
     ) -> None:
         self._stub = stub
         self._wire = wire
         self._command = command
-        self._repeatable = origin.idempotency_key is not None
-        self._origin = origin
+        self._repeatable = repeatable
+        self._make_headers = headers
         self._deadline = time.monotonic() + timeout_s
         self._target = target
         self._pause_s = _FIRST_PAUSE_S
@@ -165,7 +234,7 @@ class _Attempt:
         """Send it; the future of its result."""
         self._future.set_running_or_notify_cancel()
         try:
-            self._headers = _headers_of(self._origin, self._command)
+            self._headers = self._make_headers()
             self._request = self._wire.request(self._command)
             self._send()
         except (InvalidArgumentError, LimitExceededError) as error:
@@ -230,7 +299,7 @@ def _session_view(response: pb.InitializeSessionResponse, call: Any) -> SessionV
     return SessionView(resumed=resumed, variables=tuple(variables))
 
 
-def _headers_of(origin: Origin, command: Command[Any]) -> _Headers:
+def _headers_of(origin: Origin, command: Command[Any], execution_id: str | None) -> _Headers:
     before = command.before if isinstance(command, commands.GetVariableHistory) else None
     headers = {
         ACTOR: origin.actor,
@@ -238,6 +307,8 @@ def _headers_of(origin: Origin, command: Command[Any]) -> _Headers:
         IDEMPOTENCY_KEY: origin.idempotency_key,
         OPTIMIZER_ID: origin.optimizer_id,
         BEFORE_VERSION: None if before is None else str(before),
+        EXECUTION_ID: execution_id,
+        TOOLS: ALL_TOOLS if isinstance(command, _ListAllTools) else None,
     }
     return tuple(_header(name, text) for name, text in headers.items() if text is not None)
 
@@ -326,6 +397,58 @@ def _session_summary(_: commands.GetSession, response: pb.GetSessionResponse) ->
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _ListAllTools(Command[tuple[ToolSpec, ...]]):
+    """The question of `list_tools`, which no store could answer."""
+
+    def apply(self, uow: UnitOfWork) -> tuple[ToolSpec, ...]:
+        raise NotImplementedError("it is only sent")
+
+
+def _execute_tool(command: commands.ExecuteTool) -> Message:
+    parameters = command.parameters
+    return pb.ExecuteToolRequest(
+        session_id=command.session_id,
+        tool_name=command.tool,
+        parameters={name: codec.loose_any_of(value) for name, value in parameters.items()},
+        metadata=command.metadata,
+        binary_parameters={name: value.binary for name, value in parameters.items() if value.binary is not None},
+    )
+
+
+def _tool_outcome(_: commands.ExecuteTool, response: pb.ExecuteToolResponse) -> ToolOutcome:
+    said = response.metadata
+    execution_id, sequence, code = said["execution_id"], said["commit_sequence"], said["error_code"]
+    return ToolOutcome(
+        ExecutionStatus.COMMITTED if response.success else _STATUSES.get(code),
+        codec.value_in(response.result) if response.success else None,
+        None if response.success else ToolFailedError(execution_id, response.error_message),
+        code,
+        execution_id,
+        int(sequence) if sequence else None,
+        int(said["attempts"] or 0),
+        repeated="repeated" in said,
+    )
+
+
+_STATUSES = {
+    "TOOL_FAILED": ExecutionStatus.FAILED,
+    "UNAVAILABLE": ExecutionStatus.FAILED,
+    "CONFLICT": ExecutionStatus.CONFLICT,
+    "TIMED_OUT": ExecutionStatus.TIMED_OUT,
+    "CANCELLED": ExecutionStatus.CANCELLED,
+    "INTERRUPTED": ExecutionStatus.INTERRUPTED,
+}
+
+
+def _register_tools(command: commands.RegisterTools) -> Message:
+    return pb.RegisterToolsRequest(
+        session_id=command.session_id,
+        worker_id=command.worker_id,
+        tools=[codec.registration_message(tool) for tool in command.tools],
+    )
+
+
 def _identified(request: Callable[..., Message], **more: str) -> Callable[[Any], Message]:
     """A request that names a session and a variable; `more`: its other fields by the command's attribute."""
 
@@ -379,6 +502,13 @@ _WIRES: Mapping[type[Command[Any]], _Wire] = {
     commands.StartOptimization: _Wire(
         _identified(pb.StartOptimizationRequest, optimizer_id="optimizer_id", optimizer_config="config"),
         lambda _, r: r.optimization_id,
+    ),
+    commands.ExecuteTool: _Wire(_execute_tool, _tool_outcome),
+    commands.RegisterTools: _Wire(_register_tools, lambda _, r: dict(r.tool_ids)),
+    _ListAllTools: _Wire(
+        lambda c: pb.GetExposedElixirToolsRequest(session_id=c.session_id),
+        lambda _, r: tuple(map(codec.tool_of, r.tools)),
+        rpc="GetExposedElixirTools",
     ),
     commands.StopOptimization: _Wire(
         _identified(pb.StopOptimizationRequest, force="force"), lambda _, r: codec.value_in(r.final_value)

@@ -2,15 +2,15 @@
 
 import getpass
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import structlog
 
-from dspex_persist.state.commands import Command, ListVariables, ReadState, TouchSession
+from dspex_persist.state.commands import Command, ExecuteTool, ListTools, ListVariables, ReadState, TouchSession
 from dspex_persist.state.commands.base import Reads
 from dspex_persist.state.errors import (
     EngineClosedError,
@@ -21,8 +21,9 @@ from dspex_persist.state.errors import (
     TooManyWatchersError,
     VariableNotFoundError,
 )
-from dspex_persist.state.model import Origin, Source, Update
+from dspex_persist.state.model import Origin, Source, ToolSpec, Update
 from dspex_persist.state.provider import Capability, StateProvider
+from dspex_persist.state.runner import ToolCode, ToolRunner, request_of
 from dspex_persist.state.store.session_store import Job, SessionStore, StoreOptions
 from dspex_persist.state.store.writer import Writer
 from dspex_persist.state.unit_of_work import SessionState
@@ -38,6 +39,7 @@ _WATCHING = Origin("", "WatchVariables")
 class EmbeddedState(StateProvider):
     """Session state in a SQLite file: writes through one writer thread, reads from memory, history from the file.
 
+    `tools` are what `execute_tool` can execute, on up to `tool_threads` threads (see `dspex_persist.Toolbox`).
     `on_fatal` is called when the writer ends before its time (an I/O error, or a fault of ours): nothing can be
     written any more, and a server should end. As a library the default is that every later call raises.
     """
@@ -51,6 +53,8 @@ class EmbeddedState(StateProvider):
         *,
         sweep_interval_s: float = 30.0,
         on_fatal: Callable[[BaseException], None] | None = None,
+        tools: Mapping[str, ToolCode] | None = None,
+        tool_threads: int = 64,
     ) -> None:
         self._store = SessionStore(Path(path), options)
         self._failed: StateError | None = None
@@ -67,6 +71,9 @@ class EmbeddedState(StateProvider):
             idle_s=sweep_interval_s,
             on_fatal=self._on_fatal,
         )
+        self._runner = (
+            ToolRunner(self, tools, threads=tool_threads, limits=self._store.options.limits) if tools else None
+        )
 
     @property
     def head_sequence(self) -> int:
@@ -76,6 +83,9 @@ class EmbeddedState(StateProvider):
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
         """Have the command carried out: a read of a session that is in memory is done when this returns."""
         asked_by = origin or self.default_origin(command.cause)
+        if self._runner is not None and isinstance(command, ExecuteTool):
+            # Its own submits pass here, too, and are no such command.
+            return cast(Future[R], self._runner.submit(request_of(command, asked_by)))
         if command.writes:
             return self._writer.submit(Job(command, asked_by))
         if self._closed:
@@ -114,7 +124,7 @@ class EmbeddedState(StateProvider):
         )
 
     def _state_of(self, session_id: str) -> SessionState:
-        return self._call(ReadState(session_id))
+        return self.run(ReadState(session_id))
 
     def check_open(self) -> None:
         """Raise what ended the engine, if it has ended."""
@@ -122,6 +132,12 @@ class EmbeddedState(StateProvider):
             raise self._failed
         if self._closed:
             raise EngineClosedError()
+
+    def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
+        """The tools that it was opened with, and those that the session's workers have registered."""
+        own = [tool.spec for tool in self._runner.tools.values()] if self._runner is not None else []
+        registered = self.run(ListTools(session_id)).values() if session_id else ()
+        return (*own, *(tool.spec for tool in registered))
 
     def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
         """The user of this process."""
@@ -138,6 +154,8 @@ class EmbeddedState(StateProvider):
             if self._closed:
                 return
             self._closed = True
+            if self._runner is not None:
+                self._runner.close()
             self._writer.close()
             self._readers.shutdown()
             self._store.hub.wake_all()

@@ -188,6 +188,120 @@ class IdempotencyConflictError(StateError):
 
 
 @dataclass(eq=False)
+class ToolNotFoundError(StateError):
+    """There is no such tool."""
+
+    name: str
+    hint: str
+
+    def __str__(self) -> str:
+        return f"unknown tool {quote(self.name)}; {self.hint}"
+
+
+@dataclass(eq=False)
+class ToolExistsError(StateError):
+    """The name belongs to a tool of the server, which a registration must not hide."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"tool {quote(self.name)} already exists: the server itself has one of this name; use another name"
+
+
+@dataclass(eq=False)
+class ToolArgumentError(StateError):
+    """An argument of a tool is wrong, missing or too much; nothing was begun."""
+
+    tool: str
+    parameter: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"invalid parameter {quote(self.parameter)} of tool {quote(self.tool)}: {self.reason}"
+
+
+@dataclass(eq=False)
+class MissingVariablesError(StateError):
+    """The session lacks variables that the tool requires; nothing was begun."""
+
+    tool: str
+    names: str
+
+    def __str__(self) -> str:
+        return f"tool {quote(self.tool)} needs variables that the session does not have: {self.names}; register them"
+
+
+@dataclass(eq=False)
+class ExecutionNotFoundError(StateError):
+    """No execution of this id is running: it never began, or has ended."""
+
+    execution_id: str
+
+    def __str__(self) -> str:
+        return (
+            f"no execution {quote(self.execution_id)} is running: it never began, or has ended (x-dspex-execution-id)"
+        )
+
+
+@dataclass(eq=False)
+class ExecutionEndedError(StateError):
+    """The execution has ended: what its code still does cannot be kept."""
+
+    execution_id: str
+    status: str
+
+    def __str__(self) -> str:
+        return f"execution {self.execution_id} has ended ({self.status}): nothing that its code still does is kept"
+
+
+@dataclass(eq=False)
+class ExecutionConflictError(StateError):
+    """Others changed what the execution stood on."""
+
+    retryable = True
+    execution_id: str
+    changes: str
+
+    def __str__(self) -> str:
+        return f"conflict: while the tool ran, others changed {self.changes}; nothing was written, run it again"
+
+
+@dataclass(eq=False)
+class ToolFailedError(StateError):
+    """The tool did not end well; nothing was written."""
+
+    execution_id: str
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+@dataclass(eq=False)
+class ToolTimedOutError(StateError):
+    """The tool took longer than it, or its caller, allows; nothing was written."""
+
+    execution_id: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"timed out: {self.reason}; nothing was written"
+
+
+@dataclass(eq=False)
+class RemoteToolError(StateError):
+    """The process that runs the tool cannot be reached, or broke off."""
+
+    retryable = True
+    tool: str
+    address: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"unavailable: tool {quote(self.tool)} at {self.address}: {self.reason}"
+
+
+@dataclass(eq=False)
 class UnsupportedError(StateError):
     """This backend cannot do that."""
 

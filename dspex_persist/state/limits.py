@@ -13,6 +13,7 @@ class Limits:
     value_size_bytes: int = 16 * 1024 * 1024
     json_depth: int = 100
     variables_per_session: int = 10_000
+    tools_per_session: int = 1_000
     name_length: int = 255
     session_id_length: int = 255
     metadata_entries: int = 64
@@ -22,3 +23,5 @@ class Limits:
     history_entries: int = 10_000
     queue_length: int = 10_000
     watchers: int = 10_000
+    executions: int = 10_000
+    journal_size_bytes: int = 1024 * 1024

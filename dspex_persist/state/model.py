@@ -41,6 +41,8 @@ class ChangeKind(StrEnum):
     ROLLED_BACK = "rolled_back"
     DELETED = "deleted"
     LOCK_BROKEN = "lock_broken"
+    PUBLISHED = "published"
+    """Written by a running tool ahead of its own commit, to be seen at once."""
 
     @property
     def merges_metadata(self) -> bool:
@@ -139,6 +141,9 @@ class EventKind(StrEnum):
     DEPENDENCY_ADDED = "dependency_added"
     OPTIMIZATION_STARTED = "optimization_started"
     OPTIMIZATION_STOPPED = "optimization_stopped"
+    TOOLS_REGISTERED = "tools_registered"
+    EXECUTION_BEGAN = "execution_began"
+    EXECUTION_ENDED = "execution_ended"
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,3 +239,164 @@ class BatchOutcome:
     success: bool
     versions: Mapping[str, int]
     errors: Mapping[str, str]
+
+
+class Isolation(StrEnum):
+    """What a tool execution is protected from: see docs/transactions.md."""
+
+    SERIALIZABLE = "serializable"
+    """Nothing that it read or wrote may have been changed by others when it commits."""
+    SNAPSHOT = "snapshot"
+    """Nothing that it wrote may have been."""
+
+
+class ExecutionStatus(StrEnum):
+    """How an execution stands in the journal."""
+
+    RUNNING = "running"
+    COMMITTED = "committed"
+    FAILED = "failed"
+    """Its code raised an error."""
+    CONFLICT = "conflict"
+    """Others changed meanwhile what it stood on."""
+    TIMED_OUT = "timed_out"
+    CANCELLED = "cancelled"
+    INTERRUPTED = "interrupted"
+    """The server, or the session, ended before it did."""
+    ABORTED = "aborted"
+    """It ended well, but was part of another execution that did not."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolParameter:
+    """One parameter of a tool. `type` is a value type, or "any"; `validation` is JSON, such as {"choices": [...]}."""
+
+    name: str
+    type: str
+    description: str = ""
+    required: bool = True
+    default: Value | None = None
+    validation: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolSpec:
+    """What a tool is called, takes and promises. `retries`: how often it may run again after a conflict."""
+
+    name: str
+    description: str = ""
+    parameters: tuple[ToolParameter, ...] = ()
+    streaming: bool = False
+    exposed: bool = False
+    required_variables: tuple[str, ...] = ()
+    isolation: Isolation = Isolation.SERIALIZABLE
+    retries: int = 0
+    timeout_s: float | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RegisteredTool:
+    """A tool that a session's worker runs in a process of its own; `address` is "" where nobody said it."""
+
+    spec: ToolSpec
+    worker_id: str
+    address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RunningExecution:
+    """An execution under way, as its session's state has it."""
+
+    id: str
+    tool: str
+    began_sequence: int
+    parent_id: str | None = None
+    idempotency_key: str | None = None
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedExecution:
+    """An execution that has ended, as it is found again by its idempotency key. `sequence`: the commit of its end."""
+
+    id: str
+    tool: str
+    status: ExecutionStatus
+    fingerprint: str
+    sequence: int
+    attempt: int
+    result: Value | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The error with which a tool's code ended. The traceback is for the journal only."""
+
+    type: str
+    message: str
+    traceback: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LogEntry:
+    """A line that a tool's code logged; `fields` are JSON values."""
+
+    at: datetime
+    message: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A variable as an execution found it: so it still has to be when the execution commits."""
+
+    variable_id: str
+    name: str
+    version: int
+    lock_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """What others changed under an execution: a variable with its versions (None: not there) then and now, or, where
+    it is no variable's version, what it is in words."""
+
+    name: str
+    expected: int | None = None
+    actual: int | None = None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"{self.name}: {self.reason}"
+        return f"{self.name} (was {_version_text(self.expected)}, is {_version_text(self.actual)})"
+
+
+def _version_text(version: int | None) -> str:
+    return "not there" if version is None else f"at version {version}"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolOutcome:
+    """How a request to execute a tool ended. Nothing was written unless it is a `success`.
+
+    `status` is None where nothing was begun: an unknown tool, a wrong parameter. `error` says what went wrong,
+    `error_code` the same for programs. `repeated`: an earlier request under the same idempotency key was answered so.
+    `streamed`: the result is the list of what the tool yielded.
+    """
+
+    status: ExecutionStatus | None
+    result: Value | None = None
+    error: Exception | None = None
+    error_code: str = ""
+    execution_id: str = ""
+    commit_sequence: int | None = None
+    attempts: int = 0
+    repeated: bool = False
+    streamed: bool = False
+
+    @property
+    def success(self) -> bool:
+        """Whether it committed."""
+        return self.status is ExecutionStatus.COMMITTED

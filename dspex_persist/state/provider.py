@@ -18,11 +18,14 @@ from typing import Any, Self, TypeVar
 
 from dspex_persist.state import commands, values
 from dspex_persist.state.commands import Command
+from dspex_persist.state.errors import UnsupportedError
 from dspex_persist.state.model import (
     BatchOutcome,
     Origin,
     SessionSummary,
     SessionView,
+    ToolOutcome,
+    ToolSpec,
     Value,
     Variable,
     VariablesFound,
@@ -31,6 +34,10 @@ from dspex_persist.state.model import (
 from dspex_persist.state.watch import Watch
 
 R = TypeVar("R")
+
+
+TOOL_TIMEOUT_S = 300.0
+"""How long a tool may take whose caller does not say."""
 
 
 class Capability(StrEnum):
@@ -68,6 +75,14 @@ class StateProvider(ABC):
     def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
         """Who asks where the caller does not say."""
 
+    def run(self, command: Command[R], idempotency_key: str | None = None) -> R:
+        """Have the command carried out, and wait for its result."""
+        return self.submit(command, self.default_origin(command.cause, idempotency_key)).result()
+
+    def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
+        """The tools that the session can execute; without one those that every session can."""
+        raise UnsupportedError("tools")
+
     # The commands by name, for callers that wait
 
     def initialize_session(
@@ -78,19 +93,19 @@ class StateProvider(ABC):
         idempotency_key: str | None = None,
     ) -> SessionView:
         """Begin a session, or resume the one of this id."""
-        return self._call(commands.InitializeSession(session_id, metadata or {}), idempotency_key)
+        return self.run(commands.InitializeSession(session_id, metadata or {}), idempotency_key)
 
     def get_session(self, session_id: str) -> SessionSummary:
         """The session's own facts."""
-        return self._call(commands.GetSession(session_id))
+        return self.run(commands.GetSession(session_id))
 
     def heartbeat(self, session_id: str) -> bool:
         """Whether the session lives; begins its TTL anew."""
-        return self._call(commands.Heartbeat(session_id))
+        return self.run(commands.Heartbeat(session_id))
 
     def cleanup_session(self, session_id: str, *, idempotency_key: str | None = None) -> int:
         """End the session; how many variables went with it."""
-        return self._call(commands.CleanupSession(session_id), idempotency_key)
+        return self.run(commands.CleanupSession(session_id), idempotency_key)
 
     def register_variable(
         self,
@@ -107,11 +122,11 @@ class StateProvider(ABC):
         text = constraints if isinstance(constraints, str) else values.encode(dict(constraints)).json
         value = values.encode(initial_value, type_name)
         command = commands.RegisterVariable(session_id, name, type_name, value, text, metadata or {})
-        return self._call(command, idempotency_key)
+        return self.run(command, idempotency_key)
 
     def get_variable(self, session_id: str, identifier: str) -> Variable:
         """A variable by name or id."""
-        return self._call(commands.GetVariable(session_id, identifier))
+        return self.run(commands.GetVariable(session_id, identifier))
 
     def get_value(self, session_id: str, identifier: str) -> object:
         """A variable's value as a Python object."""
@@ -120,11 +135,11 @@ class StateProvider(ABC):
 
     def get_variables(self, session_id: str, identifiers: Sequence[str]) -> VariablesFound:
         """Several variables as of one moment."""
-        return self._call(commands.GetVariables(session_id, tuple(identifiers)))
+        return self.run(commands.GetVariables(session_id, tuple(identifiers)))
 
     def list_variables(self, session_id: str, pattern: str = "") -> tuple[Variable, ...]:
         """The variables whose name fits a glob of `*` and `?`; "" means all. Oldest first."""
-        return self._call(commands.ListVariables(session_id, pattern))
+        return self.run(commands.ListVariables(session_id, pattern))
 
     def set_variable(
         self,
@@ -139,7 +154,7 @@ class StateProvider(ABC):
         """Write a value; the new version. `expected_version` 0 writes whatever the version is."""
         encoded = values.encode(value)
         command = commands.SetVariable(session_id, identifier, encoded, metadata or {}, expected_version)
-        return self._call(command, idempotency_key)
+        return self.run(command, idempotency_key)
 
     def set_variables(
         self,
@@ -152,21 +167,21 @@ class StateProvider(ABC):
     ) -> BatchOutcome:
         """Write several values in one commit: all or none if `atomic`, else those that are valid."""
         encoded = {identifier: values.encode(value) for identifier, value in updates.items()}
-        return self._call(commands.SetVariables(session_id, encoded, metadata or {}, atomic), idempotency_key)
+        return self.run(commands.SetVariables(session_id, encoded, metadata or {}, atomic), idempotency_key)
 
     def delete_variable(self, session_id: str, identifier: str, *, idempotency_key: str | None = None) -> None:
         """Delete a variable; its history stays."""
-        self._call(commands.DeleteVariable(session_id, identifier), idempotency_key)
+        self.run(commands.DeleteVariable(session_id, identifier), idempotency_key)
 
     def get_variable_history(self, session_id: str, identifier: str, limit: int = 0) -> list[VariableVersion]:
         """The newest versions, newest first; 0 means 100."""
-        return self._call(commands.GetVariableHistory(session_id, identifier, limit))
+        return self.run(commands.GetVariableHistory(session_id, identifier, limit))
 
     def rollback_variable(
         self, session_id: str, identifier: str, target_version: int, *, idempotency_key: str | None = None
     ) -> Variable:
         """Write the value of an earlier version as a new version."""
-        return self._call(commands.RollbackVariable(session_id, identifier, target_version), idempotency_key)
+        return self.run(commands.RollbackVariable(session_id, identifier, target_version), idempotency_key)
 
     def add_dependency(
         self,
@@ -179,7 +194,7 @@ class StateProvider(ABC):
     ) -> None:
         """Say that `from_variable` depends on `to_variable`."""
         command = commands.AddDependency(session_id, from_variable, to_variable, dependency_type)
-        self._call(command, idempotency_key)
+        self.run(command, idempotency_key)
 
     def start_optimization(
         self,
@@ -192,16 +207,27 @@ class StateProvider(ABC):
     ) -> str:
         """Lock a variable for an optimizer; the optimization's id."""
         command = commands.StartOptimization(session_id, identifier, optimizer_id, config or {})
-        return self._call(command, idempotency_key)
+        return self.run(command, idempotency_key)
 
     def stop_optimization(
         self, session_id: str, identifier: str, force: bool = False, *, idempotency_key: str | None = None
     ) -> Value:
         """Take the lock off; the variable's value."""
-        return self._call(commands.StopOptimization(session_id, identifier, force), idempotency_key)
+        return self.run(commands.StopOptimization(session_id, identifier, force), idempotency_key)
 
-    def _call(self, command: Command[R], idempotency_key: str | None = None) -> R:
-        return self.submit(command, self.default_origin(command.cause, idempotency_key)).result()
+    def execute_tool(
+        self,
+        session_id: str,
+        tool: str,
+        parameters: Mapping[str, object] | None = None,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        idempotency_key: str | None = None,
+        timeout_s: float = TOOL_TIMEOUT_S,
+    ) -> ToolOutcome:
+        """Execute a tool as one transaction, within `timeout_s`; how it ended. Under an idempotency key: once."""
+        encoded = {name: values.encode_loosely(value, name=name) for name, value in (parameters or {}).items()}
+        return self.run(commands.ExecuteTool(session_id, tool, encoded, metadata or {}, timeout_s), idempotency_key)
 
     def __enter__(self) -> Self:
         return self

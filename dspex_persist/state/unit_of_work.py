@@ -6,8 +6,9 @@ units shares `Drafts`, so that each sees what the ones before it staged.
 """
 
 import secrets
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Protocol, TypeAlias
@@ -21,8 +22,12 @@ from dspex_persist.state.model import (
     Dependency,
     Event,
     EventKind,
+    ExecutionStatus,
     Optimization,
     Origin,
+    RecordedExecution,
+    RegisteredTool,
+    RunningExecution,
     Session,
     Source,
     Value,
@@ -32,6 +37,7 @@ from dspex_persist.state.model import (
 
 Savepoint: TypeAlias = tuple[int, int, int]
 START: Savepoint = (0, 0, 0)
+_TOKENS: Iterator[str] = iter(lambda: secrets.token_hex(6), "")
 VARIABLE_WEIGHT_BYTES = 1_500
 """Roughly what a variable takes in memory besides its value."""
 
@@ -66,7 +72,8 @@ class SessionState:
 
     `variables` holds the live ones by name, oldest first; `names` leads from id to name; `sequence` is the
     session's last commit; `weight_bytes` is roughly what it takes in memory; `key` and `keys` (by variable id)
-    belong to the store that keeps it.
+    belong to the store that keeps it. `tools` are those that workers registered, by name, `executions` those that
+    run, by id; both are replaced, never changed.
     """
 
     session: Session
@@ -78,6 +85,8 @@ class SessionState:
     weight_bytes: int = 2_000
     key: int = 0
     keys: dict[str, int] = field(default_factory=dict)
+    tools: Mapping[str, RegisteredTool] = field(default_factory=dict)
+    executions: Mapping[str, RunningExecution] = field(default_factory=dict)
 
     def copy(self) -> "SessionState":
         """An editable copy; frozen records are shared."""
@@ -92,7 +101,13 @@ class SessionState:
             self.weight_bytes,
             self.key,
             self.keys,
+            self.tools,
+            self.executions,
         )
+
+    def is_over(self, now: datetime) -> bool:
+        """Whether its TTL is. A session in which a tool runs is in use."""
+        return self.lease is not None and self.lease.expires_at <= now and not self.executions
 
     def find(self, identifier: str) -> Variable | None:
         """The live variable of this name or id."""
@@ -132,6 +147,9 @@ class Backing(Protocol):
     def find_outcome(self, session_id: str, key: str) -> "RecordedOutcome | None":
         """What was answered under an idempotency key."""
 
+    def find_execution(self, state: SessionState, key: str) -> RecordedExecution | None:
+        """The last execution under an idempotency key that has ended."""
+
 
 @dataclass(frozen=True, slots=True)
 class RecordedOutcome:
@@ -147,13 +165,14 @@ class RecordedOutcome:
 class Drafts:
     """What a group of units has changed so far, in memory only, over a backing."""
 
-    __slots__ = ("backing", "forgotten", "outcomes", "states", "versions")
+    __slots__ = ("backing", "executions", "forgotten", "outcomes", "states", "versions")
 
     def __init__(self, backing: Backing) -> None:
         self.backing = backing
         self.states: dict[str, SessionState | None] = {}
         self.versions: list[Change] = []
         self.outcomes: dict[tuple[str, str], RecordedOutcome] = {}
+        self.executions: dict[tuple[int, str], RecordedExecution] = {}
         self.forgotten: set[str] = set()
 
     def find(self, session_id: str) -> SessionState | None:
@@ -186,6 +205,7 @@ class UnitOfWork:
         "sequence",
         "session_ttl_s",
         "state",
+        "tokens",
         "versions",
     )
 
@@ -210,6 +230,7 @@ class UnitOfWork:
         self.versions: list[Change] = []
         self.events: list[Event] = []
         self.outcome: RecordedOutcome | None = None
+        self.tokens: Iterator[str] = _TOKENS
         # What takes each step back: a function and its arguments, no closure over this unit. That would be a cycle,
         # and every unit would wait for the garbage collector, which then costs more than the unit did.
         self._undo: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
@@ -222,11 +243,10 @@ class UnitOfWork:
         state = self._drafts.find(session_id)
         if state is None:
             return None
-        lease = state.lease
-        if lease is not None:
-            if lease.expires_at <= self.now:
+        if state.lease is not None:
+            if state.is_over(self.now):
                 return None
-            lease.touch(self.now)
+            state.lease.touch(self.now)
         return state
 
     def session(self, session_id: str) -> SessionState:
@@ -239,9 +259,7 @@ class UnitOfWork:
     def find_expired(self, session_id: str) -> SessionState | None:
         """The session if it has expired but has not been ended yet."""
         state = self._drafts.find(session_id)
-        if state is not None and state.lease is not None and state.lease.expires_at <= self.now:
-            return state
-        return None
+        return state if state is not None and state.is_over(self.now) else None
 
     def start_session(self, session: Session, config: Mapping[str, Any]) -> SessionState:
         """Begin `session`; whoever calls has made sure that no live one has its id."""
@@ -267,8 +285,9 @@ class UnitOfWork:
         self._log(EventKind.SESSION_UPDATED, body)
 
     def end_session(self, session_id: str, reason: str) -> None:
-        """End the session; its history stays."""
-        self._edit(session_id)
+        """End the session, and with it what runs in it; its history stays."""
+        for execution_id in self._edit(session_id).executions:
+            self.end_execution(session_id, execution_id, ExecutionStatus.INTERRUPTED, {"reason": f"session {reason}"})
         self._forget_outcomes(session_id)
         self._log(EventKind.SESSION_ENDED, {"session_id": session_id, "reason": reason})
         self._replace_state(session_id, None)
@@ -410,6 +429,59 @@ class UnitOfWork:
             return variable
         return self.stop_optimization(session_id, kept, kept.optimization, "lease ended")
 
+    # Tools and their executions
+
+    def register_tools(self, session_id: str, worker_id: str, tools: Sequence[RegisteredTool]) -> None:
+        """Keep tools that a worker runs; one of the same name is replaced."""
+        state = self._edit(session_id)
+        self._undo.append((_restore, (state, {"tools": state.tools})))
+        state.tools = {**state.tools, **{tool.spec.name: tool for tool in tools}}
+        self._log(EventKind.TOOLS_REGISTERED, {"worker_id": worker_id, "tools": [asdict(tool) for tool in tools]})
+
+    def begin_execution(self, session_id: str, execution: RunningExecution, facts: Mapping[str, Any]) -> SessionState:
+        """Begin the journal entry of an execution; the session as it stands from then on."""
+        state = self._edit(session_id)
+        self._undo.append((_restore, (state, {"executions": state.executions})))
+        state.executions = {**state.executions, execution.id: execution}
+        body = {
+            "execution_id": execution.id,
+            "tool": execution.tool,
+            "parent_id": execution.parent_id,
+            "idempotency_key": execution.idempotency_key,
+            "fingerprint": execution.fingerprint,
+        }
+        self._log(EventKind.EXECUTION_BEGAN, body | dict(facts))
+        return state
+
+    def end_execution(
+        self,
+        session_id: str,
+        execution_id: str,
+        status: ExecutionStatus,
+        facts: Mapping[str, Any],
+        result: Value | None = None,
+        attempt: int = 1,
+    ) -> None:
+        """End the journal entry of a running execution."""
+        state = self._edit(session_id)
+        running = state.executions[execution_id]
+        self._undo.append((_restore, (state, {"executions": state.executions})))
+        state.executions = {key: kept for key, kept in state.executions.items() if key != execution_id}
+        body = {"execution_id": execution_id, "status": status.value, "result": value_body(result), **facts}
+        self._log(EventKind.EXECUTION_ENDED, body)
+        if running.idempotency_key is not None:
+            place = (state.session.sequence, running.idempotency_key)
+            self._undo.append((_put_back, (self._drafts.executions, place, self._drafts.executions.get(place))))
+            self._drafts.executions[place] = RecordedExecution(
+                execution_id, running.tool, status, running.fingerprint, self.sequence, attempt, result
+            )
+
+    def find_execution(self, session_id: str, key: str) -> RecordedExecution | None:
+        """The last execution under this idempotency key that has ended."""
+        state = self.session(session_id)
+        staged = self._drafts.executions.get((state.session.sequence, key))
+        return staged if staged is not None else self._drafts.backing.find_execution(state, key)
+
     # Outcomes of keyed requests
 
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
@@ -438,8 +510,8 @@ class UnitOfWork:
     # Bookkeeping
 
     def new_token(self) -> str:
-        """A unique, unguessable part of an id: 12 hexadecimal digits."""
-        return secrets.token_hex(6)
+        """A unique, unguessable part of an id: 12 hexadecimal digits, or what `tokens` has been set to give."""
+        return next(self.tokens)
 
     def has_changes(self) -> bool:
         """Whether keeping this unit makes a commit."""
@@ -514,6 +586,20 @@ class UnitOfWork:
         change = Change(version, variable, merged)
         self._drafts.versions.append(change)
         self.versions.append(change)
+
+
+def value_body(value: Value | None) -> Mapping[str, str] | None:
+    """A value in the body of an event."""
+    if value is None:
+        return None
+    return {"json": value.json} | ({"binary": b64encode(value.binary).decode()} if value.binary is not None else {})
+
+
+def _put_back(entries: dict[Any, Any], key: object, previous: object) -> None:
+    if previous is None:
+        entries.pop(key, None)
+    else:
+        entries[key] = previous
 
 
 def _restore(state: SessionState, fields: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from dspex_persist import clock
 from dspex_persist.state.commands import Command, ExpireSession
 from dspex_persist.state.errors import StateError
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.model import Change, Event, Origin, Source, VariableVersion
+from dspex_persist.state.model import Change, Event, Origin, RecordedExecution, Source, VariableVersion
 from dspex_persist.state.unit_of_work import START, Drafts, RecordedOutcome, SessionState, UnitOfWork
 
 R = TypeVar("R")
@@ -50,6 +50,7 @@ class MemoryBacking:
         self._states: dict[str, SessionState] = {}
         self._histories: dict[int, _History] = {}
         self._outcomes: dict[tuple[str, str], RecordedOutcome] = {}
+        self._executions: dict[tuple[int, str], RecordedExecution] = {}
 
     @property
     def sequence(self) -> int:
@@ -72,7 +73,7 @@ class MemoryBacking:
     def _expire(self, session_id: str) -> None:
         """End a session whose TTL is over, as a store does before it writes to it."""
         state = self._states.get(session_id)
-        if state is not None and state.lease is not None and state.lease.expires_at <= self._now():
+        if state is not None and state.is_over(self._now()):
             self._run(ExpireSession(session_id), _EXPIRY)
 
     def _run(self, command: Command[R], origin: Origin) -> R:
@@ -104,6 +105,7 @@ class MemoryBacking:
         for unit in units:
             if unit.has_changes():
                 self._keep_unit(unit)
+        self._executions.update(drafts.executions)
         for session_id, state in drafts.states.items():
             if state is None:
                 self._states.pop(session_id, None)
@@ -126,6 +128,7 @@ class MemoryBacking:
             assert state == self._states.get(session_id), f"a failed command changed session {session_id!r}"
         assert not drafts.versions, "a failed command left versions"
         assert not drafts.outcomes, "a failed command left outcomes"
+        assert not drafts.executions, "a failed command left executions"
 
     # What units of work ask for
 
@@ -152,6 +155,10 @@ class MemoryBacking:
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
         """What was answered under an idempotency key."""
         return self._outcomes.get((session_id, key))
+
+    def find_execution(self, state: SessionState, key: str) -> RecordedExecution | None:
+        """The last execution under an idempotency key that has ended."""
+        return self._executions.get((state.session.sequence, key))
 
     def _history_of(self, state: SessionState) -> "_History":
         return self._histories.setdefault(state.session.sequence, _History())

@@ -18,15 +18,30 @@ from freezegun import freeze_time
 
 from dspex_persist.state import values
 from dspex_persist.state.commands import (
+    BeginExecution,
     DeleteVariable,
+    FinishExecution,
+    PublishVariable,
+    RegisterTools,
     RegisterVariable,
     RollbackVariable,
     SetVariable,
     StartOptimization,
     StopOptimization,
 )
+from dspex_persist.state.commands.executions import Step, Verdict
 from dspex_persist.state.embedded import EmbeddedState
-from dspex_persist.state.model import Origin, Source, Value, Variable
+from dspex_persist.state.model import (
+    ExecutionStatus,
+    Failure,
+    Origin,
+    RegisteredTool,
+    Source,
+    ToolParameter,
+    ToolSpec,
+    Value,
+    Variable,
+)
 from dspex_persist.state.store.schema import REVISION
 from dspex_persist.state.store.session_store import StoreOptions
 
@@ -72,6 +87,7 @@ def fill(path: Path) -> None:
         with EmbeddedState(path, StoreOptions(optimization_lease_s=LONG_S)) as provider:
             _write_on(provider)
             _lock_for_good(provider, clock)
+            _execute_tools(provider)
 
 
 def _fill_main(provider: EmbeddedState) -> None:
@@ -166,6 +182,22 @@ def _lock_for_good(provider: EmbeddedState, clock: Any) -> None:
     clock.tick(timedelta(minutes=5))
     provider.submit(SetVariable("main", "retries", Value("7"), {"optimizer_id": "bootstrap"}), holder).result()
     provider.submit(StartOptimization("main", "retries", "bootstrap", {"again": "yes"}), holder).result()
+
+
+def _execute_tools(provider: EmbeddedState) -> None:
+    origin = Origin("worker-host", "ExecuteTool", Source.PYTHON)
+    address = RegisteredTool(ToolSpec("far", "lives elsewhere", (ToolParameter("n", "integer"),)), "w1", "unix:/tmp/w1")
+    provider.submit(RegisterTools("main", "w1", (address,)), origin).result()
+    begun = provider.submit(
+        BeginExecution("main", "count", {"n": Value("1")}, {"note": "asset"}, idempotency_key="one"), origin
+    ).result()
+    provider.submit(PublishVariable("main", begun.execution_id, "temperature", Value("1.5")), origin).result()
+    step = Step(begun.execution_id, SetVariable("main", "temperature", Value("1.25")), Source.PYTHON)
+    verdict = Verdict(begun.execution_id, ExecutionStatus.COMMITTED, Value('"done"'))
+    provider.submit(FinishExecution("main", verdict, (), (step,)), origin).result()
+    failed = provider.submit(BeginExecution("main", "count"), origin).result()
+    failure = Verdict(failed.execution_id, ExecutionStatus.FAILED, failure=Failure("ValueError", "no"))
+    provider.submit(FinishExecution("main", failure), origin).result()
 
 
 # What the engine answers

@@ -436,17 +436,25 @@ def test_optimization(stub: Any) -> None:
     assert set_value(stub, "t", "float", 0.6) == 2
 
 
-def test_tools_are_not_served_yet(stub: Any) -> None:
+def test_tools(stub: Any) -> None:
+    """The server has none of its own here; a worker registers one that nobody can reach."""
     assert not stub.GetExposedElixirTools(pb.GetExposedElixirToolsRequest(session_id=SESSION)).tools
-    request = pb.ExecuteToolRequest(session_id=SESSION, tool_name="x")
-    calls = [
-        (stub.ExecuteTool, request),
-        (lambda asked: next(stub.ExecuteStreamingTool(asked)), request),
-        (stub.ExecuteElixirTool, pb.ExecuteElixirToolRequest(session_id=SESSION, tool_name="x")),
-        (stub.RegisterTools, pb.RegisterToolsRequest(session_id=SESSION)),
-    ]
-    for call, asked in calls:
-        assert refusal(call, asked).code() == grpc.StatusCode.UNIMPLEMENTED
+    unknown = stub.ExecuteTool(pb.ExecuteToolRequest(session_id=SESSION, tool_name="x"))
+    assert (unknown.success, unknown.metadata["error_code"]) == (False, "UNKNOWN_TOOL")
+    hidden = stub.ExecuteElixirTool(pb.ExecuteElixirToolRequest(session_id=SESSION, tool_name="x"))
+    assert (hidden.success, hidden.metadata["error_code"]) == (False, "UNKNOWN_TOOL")
+    streamed: Any = refusal(
+        lambda asked: next(stub.ExecuteStreamingTool(asked)), pb.ExecuteToolRequest(session_id=SESSION, tool_name="x")
+    )
+    assert streamed.code() == grpc.StatusCode.NOT_FOUND
+    tool = pb.ToolRegistration(name="far", description="somewhere else")
+    registered = stub.RegisterTools(pb.RegisterToolsRequest(session_id=SESSION, tools=[tool], worker_id="w1"))
+    assert registered.success
+    assert dict(registered.tool_ids) == {"far": f"{SESSION}:far"}
+    far = stub.ExecuteTool(pb.ExecuteToolRequest(session_id=SESSION, tool_name="far"))
+    assert (far.success, far.metadata["error_code"]) == (False, "UNAVAILABLE")
+    assert 'without metadata["address"]' in far.error_message
+    assert "far" in stub.InitializeSession(pb.InitializeSessionRequest(session_id=SESSION)).available_tools
 
 
 def test_bytes_that_are_no_message(target: str) -> None:

@@ -147,7 +147,8 @@ def stale_read() -> None:
             return None
         now = time.monotonic()
         at, old = kept.get(session_id, (0.0, state))
-        if now - at > _STALE_S:
+        # Old values only: a session without the variable that everybody uses would show nothing.
+        if now - at > _STALE_S or old.variables.keys() != state.variables.keys():
             kept[session_id] = (now, state)
             return state
         return old

@@ -6,7 +6,7 @@ import queue
 import signal
 import stat
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 import pytest
-from google.protobuf.wrappers_pb2 import StringValue
+from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -22,7 +22,7 @@ from structlog.testing import capture_logs
 
 from dspex_persist.infra.listen import TcpAddress, prepare
 from dspex_persist.infra.process import ProcessFailedError
-from dspex_persist.infra.server import ListenError, ServerOptions, Service, serve
+from dspex_persist.infra.server import Context, ListenError, ServerOptions, Service, serve
 from tests.infra import ping
 from tests.infra.ping import OpenChannel, PingClient, StartServer
 from tests.infra.ping_server import REFUSED
@@ -133,6 +133,133 @@ def test_calls_that_come_late_are_told_why_they_are_refused(
     assert {error.code() for error in errors} == {StatusCode.UNAVAILABLE}
     assert {error.details() for error in errors} == {"the server is shutting down; repeat the call later"}
     assert server.wait(5) == 0
+
+
+def test_a_late_call_that_belongs_to_one_in_flight_is_let_in() -> None:
+    """The call in flight waits for it: refused, the two would hold each other up to the end of the grace period."""
+    (answer,) = asyncio.run(_call_back_in_drain(lambda context: ("x-belongs", "yes") in _metadata(context)))
+    assert answer == [
+        "pong",
+        [0, 1, 2],
+        (StatusCode.UNAVAILABLE, "the server is shutting down; repeat the call later"),
+    ]
+
+
+def test_nothing_belongs_unless_the_caller_says_so() -> None:
+    (answer,) = asyncio.run(_call_back_in_drain(None))
+    refused = (StatusCode.UNAVAILABLE, "the server is shutting down; repeat the call later")
+    assert answer == [refused, refused, refused]
+
+
+def test_a_failing_answer_to_what_belongs_fails_the_late_call_only() -> None:
+    def fail(context: Context) -> bool:
+        raise ZeroDivisionError
+
+    with capture_logs() as logs:
+        (answer,) = asyncio.run(_call_back_in_drain(fail))
+    assert [code for code, _ in answer] == [StatusCode.INTERNAL] * 3
+    assert [log["event"] for log in logs] == ["call failed"] * 3
+
+
+def test_what_belongs_is_asked_only_in_a_drain() -> None:
+    asked: list[Context] = []
+
+    def belongs(context: Context) -> bool:
+        asked.append(context)
+        return True
+
+    asyncio.run(_call_back_in_drain(belongs))
+    # Not of the call in flight itself, which came before.
+    assert len(asked) == 3
+
+
+def _metadata(context: Context) -> tuple[Any, ...]:
+    return tuple(context.invocation_metadata() or ())
+
+
+class _CallingBack:
+    """Its call in flight calls the server again once that drains, as a tool's worker does."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.begun = asyncio.Event()
+        self.draining = asyncio.Event()
+        self.answers: list[list[Any]] = []
+
+    async def drain(self) -> None:
+        self.draining.set()
+
+    async def Ping(self, request: StringValue, _context: object) -> StringValue:
+        return request
+
+    async def CountTo(self, request: Int32Value, _context: object) -> AsyncIterator[Int32Value]:
+        for number in range(request.value):
+            yield Int32Value(value=number)
+
+    async def FinishInDrain(self, request: StringValue, _context: object) -> StringValue:
+        self.begun.set()
+        await self.draining.wait()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{self.port}") as channel:
+            self.answers.append(
+                [
+                    await _answer_of(_ping(channel, "pong", belongs=True)),
+                    await _answer_of(_count(channel, 3, belongs=True)),
+                    await _answer_of(_ping(channel, "pong", belongs=False)),
+                ]
+            )
+        return request
+
+
+async def _call_back_in_drain(belongs: Callable[[Context], bool] | None) -> list[list[Any]]:
+    """What the calls of a call in flight were answered: two that belong to it, and one that does not."""
+    servicer, stop, ready = _CallingBack(), asyncio.Event(), asyncio.Event()
+
+    def on_ready(port: int) -> None:
+        servicer.port = port
+        ready.set()
+
+    said: dict[str, Any] = {} if belongs is None else {"belongs": belongs}
+    serving = asyncio.create_task(
+        serve(
+            ServerOptions("127.0.0.1:0"),
+            [Service(ping.DESCRIPTOR, servicer)],
+            status_of=lambda _: None,
+            on_ready=on_ready,
+            stop=stop,
+            on_drain=servicer.drain,
+            **said,
+        )
+    )
+    async with asyncio.timeout(8):  # less than the grace period
+        await ready.wait()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{servicer.port}") as channel:
+            finish: Any = channel.unary_unary(f"/{ping.SERVICE}/FinishInDrain", StringValue.SerializeToString)
+            in_flight = finish(StringValue(value="done"))
+            await servicer.begun.wait()
+            stop.set()
+            assert StringValue.FromString(await in_flight).value == "done"
+        await serving
+    return servicer.answers
+
+
+async def _answer_of(call: Awaitable[Any]) -> Any:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        code = error.code()
+        return code, error.details() if code is StatusCode.UNAVAILABLE else ""
+
+
+async def _ping(channel: grpc.aio.Channel, text: str, *, belongs: bool) -> Any:
+    method: Any = channel.unary_unary(f"/{ping.SERVICE}/Ping", StringValue.SerializeToString, StringValue.FromString)
+    answer = await method(StringValue(value=text), metadata=(("x-belongs", "yes" if belongs else "no"),))
+    return answer.value
+
+
+async def _count(channel: grpc.aio.Channel, to: int, *, belongs: bool) -> Any:
+    method: Any = channel.unary_stream(f"/{ping.SERVICE}/CountTo", Int32Value.SerializeToString, Int32Value.FromString)
+    call = method(Int32Value(value=to), metadata=(("x-belongs", "yes" if belongs else "no"),))
+    return [message.value async for message in call]
 
 
 def test_a_drain_ends_with_its_grace_period_and_cancelled_calls_clean_up_first(

@@ -39,7 +39,7 @@ def schema_of(path: Path) -> set[tuple[str, str, str]]:
 
 def dump(path: Path) -> list[str]:
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
-        return list(connection.iterdump())
+        return sorted(connection.iterdump())
 
 
 @pytest.fixture

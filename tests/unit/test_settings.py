@@ -86,6 +86,8 @@ def _other_value(default: object) -> tuple[str, object]:
     named = {"full": "normal", "info": "debug", "auto": "json", "127.0.0.1:50051": "unix:a.sock"}
     if isinstance(default, bool):
         return str(not default).lower(), not default
+    if isinstance(default, tuple):
+        return "shop.tools, shop.more:box", ("shop.tools", "shop.more:box")
     if isinstance(default, Path):
         return "other.db", Path("other.db")
     if isinstance(default, str):
@@ -245,7 +247,7 @@ def _row(setting: str) -> str:
 
 
 def _shown(default: object) -> str:
-    if default is None:
+    if default in (None, ()):
         return "none"
     if isinstance(default, bool):
         return str(default).lower()

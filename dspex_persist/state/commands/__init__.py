@@ -2,6 +2,14 @@
 
 from dspex_persist.state.commands.base import Command
 from dspex_persist.state.commands.dependencies import AddDependency
+from dspex_persist.state.commands.executions import (
+    BeginExecution,
+    ExecuteTool,
+    FinishExecution,
+    InterruptExecutions,
+    ListTools,
+    RegisterTools,
+)
 from dspex_persist.state.commands.optimization import StartOptimization, StopOptimization
 from dspex_persist.state.commands.sessions import (
     CleanupSession,
@@ -18,6 +26,7 @@ from dspex_persist.state.commands.variables import (
     GetVariableHistory,
     GetVariables,
     ListVariables,
+    PublishVariable,
     RegisterVariable,
     RollbackVariable,
     SetVariable,
@@ -26,18 +35,25 @@ from dspex_persist.state.commands.variables import (
 
 __all__ = [
     "AddDependency",
+    "BeginExecution",
     "CleanupSession",
     "Command",
     "DeleteVariable",
+    "ExecuteTool",
     "ExpireSession",
+    "FinishExecution",
     "GetSession",
     "GetVariable",
     "GetVariableHistory",
     "GetVariables",
     "Heartbeat",
     "InitializeSession",
+    "InterruptExecutions",
+    "ListTools",
     "ListVariables",
+    "PublishVariable",
     "ReadState",
+    "RegisterTools",
     "RegisterVariable",
     "RollbackVariable",
     "SetVariable",

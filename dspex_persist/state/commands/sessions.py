@@ -69,7 +69,7 @@ class GetSession(Command[SessionSummary]):
     def apply(self, uow: UnitOfWork) -> SessionSummary:
         state = uow.session(self.session_id)
         session = state.session
-        return SessionSummary(session.id, session.metadata, session.created_at, len(state.variables), 0)
+        return SessionSummary(session.id, session.metadata, session.created_at, len(state.variables), len(state.tools))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from dspex_persist.state import values
 from dspex_persist.state.commands.base import Command, Reads, check_merged_metadata, check_metadata, check_text
 from dspex_persist.state.errors import (
+    ExecutionNotFoundError,
     InvalidArgumentError,
     LimitExceededError,
     StateError,
@@ -25,7 +26,7 @@ from dspex_persist.state.model import (
     VariablesFound,
     VariableVersion,
 )
-from dspex_persist.state.unit_of_work import START, UnitOfWork
+from dspex_persist.state.unit_of_work import UnitOfWork
 
 DEFAULT_HISTORY = 100
 
@@ -182,7 +183,8 @@ class SetVariable(Command[int]):
                 raise InvalidArgumentError("expected_version", f"{self.expected_version} is below 0")
             if self.expected_version != variable.version:
                 raise VersionConflictError(variable.name, self.expected_version, variable.version)
-        return _write(uow, self.session_id, variable, self.value, check_metadata(self.metadata, uow.limits))
+        metadata = check_metadata(self.metadata, uow.limits)
+        return _write(uow, self.session_id, variable, self.value, metadata).version
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,16 +208,17 @@ class SetVariables(Command[BatchOutcome]):
             limit = uow.limits.batch_entries
             raise LimitExceededError("number of updates in the batch", len(self.updates), limit, "batch_entries")
         metadata = check_metadata(self.metadata, uow.limits)
+        start = uow.savepoint()
         versions: dict[str, int] = {}
         errors = dict(self.refused)
         for identifier, value in self.updates.items():
             try:
                 variable = uow.variable(self.session_id, identifier)
-                versions[identifier] = _write(uow, self.session_id, variable, value, metadata)
+                versions[identifier] = _write(uow, self.session_id, variable, value, metadata).version
             except StateError as error:
                 errors[identifier] = str(error)
         if self.atomic and errors:
-            uow.rollback_to(START)
+            uow.rollback_to(start)
             return BatchOutcome(success=False, versions={}, errors=errors)
         return BatchOutcome(success=bool(versions) or not errors, versions=versions, errors=errors)
 
@@ -283,6 +286,26 @@ class RollbackVariable(Command[Variable]):
         return uow.write(self.session_id, variable, target.value, metadata, uow.origin.source, ChangeKind.ROLLED_BACK)
 
 
+@dataclass(frozen=True, slots=True)
+class PublishVariable(Command[Variable]):
+    """Write a value ahead of the commit of the execution that asks: progress, which must be seen at once."""
+
+    execution_id: str
+    identifier: str
+    value: Value
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    writes: ClassVar[bool] = True
+    returns: ClassVar[Any] = Variable
+
+    def apply(self, uow: UnitOfWork) -> Variable:
+        if self.execution_id not in uow.session(self.session_id).executions:
+            raise ExecutionNotFoundError(self.execution_id)
+        variable = uow.variable(self.session_id, self.identifier)
+        metadata = check_metadata(self.metadata, uow.limits)
+        return _write(uow, self.session_id, variable, self.value, metadata, ChangeKind.PUBLISHED)
+
+
 def source_of(metadata: Mapping[str, str], default: Source) -> Source:
     """Who wrote: `metadata["source"]` if it names a side, else the caller's default."""
     said = metadata.get("source", "").lower()
@@ -296,12 +319,18 @@ def check_lock(variable: Variable, metadata: Mapping[str, str]) -> None:
         raise VariableLockedError(variable.name, lock.optimizer_id)
 
 
-def _write(uow: UnitOfWork, session_id: str, variable: Variable, value: Value, metadata: Mapping[str, str]) -> int:
+def _write(
+    uow: UnitOfWork,
+    session_id: str,
+    variable: Variable,
+    value: Value,
+    metadata: Mapping[str, str],
+    kind: ChangeKind = ChangeKind.SET,
+) -> Variable:
     check_lock(variable, metadata)
     constraints = values.compile_constraints(variable.name, variable.type, variable.constraints)
     normalised = values.normalise(variable.name, variable.type, constraints, value, uow.limits)
     if metadata:
         check_merged_metadata({**variable.metadata, **metadata}, metadata, uow.limits)
     variable = uow.drop_ended_lock(session_id, variable)
-    source = source_of(metadata, uow.origin.source)
-    return uow.write(session_id, variable, normalised, metadata, source).version
+    return uow.write(session_id, variable, normalised, metadata, source_of(metadata, uow.origin.source), kind)

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -11,11 +11,16 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from google.protobuf.wrappers_pb2 import StringValue
 
 from dspex_persist.clock import from_micros, to_micros
-from dspex_persist.state.errors import InvalidValueError, quote
+from dspex_persist.infra.listen import ListenError, parse_listen
+from dspex_persist.state.errors import InvalidArgumentError, InvalidValueError, quote
 from dspex_persist.state.model import (
     ChangeKind,
+    Isolation,
     Optimization,
+    RegisteredTool,
     Source,
+    ToolParameter,
+    ToolSpec,
     Update,
     UpdateKind,
     Value,
@@ -23,18 +28,28 @@ from dspex_persist.state.model import (
     VariableVersion,
 )
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.values import BinaryValue, infer_type
 
 BRIDGE_SERVICE = pb.DESCRIPTOR.services_by_name["BridgeService"]
+
+STRING_VALUE_STYLE, JSON_STYLE = "string_value", "json"
+"""How a client writes the parameters of tools: as what calls itself a StringValue, or under the types of variables."""
 
 _PREFIX = "type.googleapis.com/snakepit."
 _BINARY = ".binary"
 _STRING_VALUE = "google.protobuf.StringValue"
+_STRING_VALUE_URL = f"type.googleapis.com/{_STRING_VALUE}"
+# The type of a value that has none, such as null: it says no more than that it is JSON.
+_UNTYPED = "string"
 _MARKS = ("snakepit.", "dspex.variables/", _STRING_VALUE)
 
 COMMIT_SEQUENCE = "commit_sequence"
 _ACTOR, _CAUSE, _CHANGE = "dspex.actor", "dspex.cause", "dspex.change"
 _DEPENDENCY, _PART, _SOURCE = "dspex.dependency", "dspex.part", "dspex.source"
 _TYPE, _VARIABLE_ID = "dspex.type", "dspex.variable_id"
+_EXPOSED, _ISOLATION = "dspex.exposed", "dspex.isolation"
+_RETRIES, _TIMEOUT_S = "dspex.retries", "dspex.timeout_s"
+_ADDRESS = "address"
 
 
 # Values
@@ -82,6 +97,30 @@ def any_of(type_name: str, value: Value) -> AnyMessage:
     message = AnyMessage()
     _put_value(message, type_name, value)
     return message
+
+
+def style_of(parameters: Iterable[AnyMessage]) -> str:
+    """In which style the parameters of a tool came, and so its result goes out."""
+    string_values = any(wire.type_url.endswith(_STRING_VALUE) for wire in parameters)
+    return STRING_VALUE_STYLE if string_values else JSON_STYLE
+
+
+def loose_any_of(value: Value, style: str = JSON_STYLE) -> AnyMessage:
+    """A parameter or result of a tool, which no variable gives a type. Binary ones say theirs in either style."""
+    if style == STRING_VALUE_STYLE and value.binary is None:
+        return AnyMessage(type_url=_STRING_VALUE_URL, value=value.json.encode())
+    return any_of(_inferred_type(value), value)
+
+
+def _inferred_type(value: Value) -> str:
+    try:
+        document = json.loads(value.json)
+    except (ValueError, RecursionError):
+        # Whoever takes the value says what is wrong with it.
+        document = None
+    if value.binary is not None:
+        return infer_type(BinaryValue(document if isinstance(document, dict) else {}, value.binary))
+    return _UNTYPED if document is None else infer_type(document)
 
 
 # Messages are filled in place: to make a part and have it copied into the whole takes twice as long.
@@ -285,3 +324,108 @@ def update_of(message: pb.VariableUpdate) -> Update:
         dependency=metadata.get(_DEPENDENCY, ""),
         part=(int(index), int(total)),
     )
+
+
+# Tools
+
+
+def tool_message(spec: ToolSpec, where: Mapping[str, str]) -> pb.ToolSpec:
+    """A tool as clients see it; `where` it is joins its metadata, and so do its promises."""
+    own = {_ISOLATION: spec.isolation.value, _RETRIES: str(spec.retries), **where}
+    if spec.exposed:
+        own[_EXPOSED] = "true"
+    if spec.timeout_s is not None:
+        own[_TIMEOUT_S] = f"{spec.timeout_s:g}"
+    return pb.ToolSpec(
+        name=spec.name,
+        description=spec.description,
+        parameters=[_parameter_message(parameter) for parameter in spec.parameters],
+        metadata={**spec.metadata, **own},
+        supports_streaming=spec.streaming,
+        required_variables=spec.required_variables,
+    )
+
+
+def tool_of(message: pb.ToolSpec) -> ToolSpec:
+    """The tool in a message; where it is stays in its metadata."""
+    said = message.metadata
+    return ToolSpec(
+        message.name,
+        message.description,
+        _parameters_of(message.name, message.parameters),
+        message.supports_streaming,
+        exposed=_EXPOSED in said,
+        required_variables=tuple(message.required_variables),
+        isolation=Isolation(said[_ISOLATION]) if _ISOLATION in said else Isolation.SERIALIZABLE,
+        retries=int(said[_RETRIES] or 0),
+        timeout_s=float(said[_TIMEOUT_S]) if said[_TIMEOUT_S] else None,
+        metadata=dict(said),
+    )
+
+
+def registration_message(tool: RegisteredTool) -> pb.ToolRegistration:
+    """A tool as its worker registers it."""
+    spec = tool.spec
+    return pb.ToolRegistration(
+        name=spec.name,
+        description=spec.description,
+        parameters=[_parameter_message(parameter) for parameter in spec.parameters],
+        metadata={**spec.metadata, **({_ADDRESS: tool.address} if tool.address else {})},
+        supports_streaming=spec.streaming,
+    )
+
+
+def registered_tool(registration: pb.ToolRegistration, worker_id: str) -> RegisteredTool:
+    """The tool in a registration; `InvalidArgumentError` for an address or a default that is none."""
+    metadata = dict(registration.metadata)
+    address = metadata.get(_ADDRESS, "")
+    if address:
+        try:
+            parse_listen(address)
+        except ListenError as error:
+            reason = f"{_ADDRESS} of tool {quote(registration.name)}: {error}; it is HOST:PORT or unix:PATH"
+            raise InvalidArgumentError("metadata", reason) from error
+    parameters = _parameters_of(registration.name, registration.parameters)
+    spec = ToolSpec(
+        registration.name, registration.description, parameters, registration.supports_streaming, metadata=metadata
+    )
+    return RegisteredTool(spec, worker_id, address)
+
+
+def _parameter_message(parameter: ToolParameter) -> pb.ParameterSpec:
+    message = pb.ParameterSpec(
+        name=parameter.name,
+        type=parameter.type,
+        description=parameter.description,
+        required=parameter.required,
+        validation_json=parameter.validation,
+    )
+    if parameter.default is not None:
+        message.default_value.CopyFrom(loose_any_of(parameter.default))
+    return message
+
+
+def _parameters_of(tool: str, messages: Iterable[pb.ParameterSpec]) -> tuple[ToolParameter, ...]:
+    return tuple(
+        ToolParameter(
+            message.name,
+            message.type,
+            message.description,
+            message.required,
+            _default_of(tool, message),
+            message.validation_json,
+        )
+        for message in messages
+    )
+
+
+def _default_of(tool: str, message: pb.ParameterSpec) -> Value | None:
+    if not message.HasField("default_value"):
+        return None
+    try:
+        value = value_of(message.name, message.default_value)
+        json.loads(value.json)
+    except (InvalidValueError, ValueError) as error:
+        reason = f"of parameter {quote(message.name)} of tool {quote(tool)}: {error}"
+        raise InvalidArgumentError("default_value", reason) from error
+    return Value(value.json)

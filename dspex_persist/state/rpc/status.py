@@ -35,6 +35,16 @@ CODES: dict[type[StateError], StatusCode] = {
     errors.NotOptimizingError: StatusCode.FAILED_PRECONDITION,
     errors.DependencyCycleError: StatusCode.FAILED_PRECONDITION,
     errors.IdempotencyConflictError: StatusCode.INVALID_ARGUMENT,
+    errors.ToolNotFoundError: StatusCode.NOT_FOUND,
+    errors.ToolExistsError: StatusCode.ALREADY_EXISTS,
+    errors.ToolArgumentError: StatusCode.INVALID_ARGUMENT,
+    errors.MissingVariablesError: StatusCode.FAILED_PRECONDITION,
+    errors.ExecutionNotFoundError: StatusCode.FAILED_PRECONDITION,
+    errors.ExecutionEndedError: StatusCode.FAILED_PRECONDITION,
+    errors.ExecutionConflictError: StatusCode.ABORTED,
+    errors.ToolFailedError: StatusCode.ABORTED,
+    errors.ToolTimedOutError: StatusCode.DEADLINE_EXCEEDED,
+    errors.RemoteToolError: StatusCode.UNAVAILABLE,
     errors.UnsupportedError: StatusCode.UNIMPLEMENTED,
     errors.QueueFullError: StatusCode.RESOURCE_EXHAUSTED,
     errors.TooManyWatchersError: StatusCode.RESOURCE_EXHAUSTED,
@@ -59,6 +69,7 @@ _FIELDS: dict[type[StateError], str] = {
     errors.InvalidValueError: "value",
     errors.InvalidConstraintsError: "constraints_json",
     errors.IdempotencyConflictError: "x-dspex-idempotency-key",
+    errors.ToolArgumentError: "parameters",
 }
 
 

@@ -9,11 +9,30 @@ from sqlalchemy import Connection, Table, func, insert, select, update
 from sqlalchemy.dialects import sqlite
 
 from dspex_persist.clock import from_micros, to_micros
-from dspex_persist.state.model import Change, ChangeKind, Event, EventKind, Optimization, Value, VariableVersion
+from dspex_persist.state.model import (
+    Change,
+    ChangeKind,
+    Event,
+    EventKind,
+    ExecutionStatus,
+    Optimization,
+    Value,
+    VariableVersion,
+)
 from dspex_persist.state.store import blobs, outcomes
+from dspex_persist.state.store import executions as stored_executions
 from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.chain import commit_text, event_text, link, version_text
-from dspex_persist.state.store.schema import commits, dependencies, events, sessions, variables, versions
+from dspex_persist.state.store.schema import (
+    commits,
+    dependencies,
+    events,
+    executions,
+    sessions,
+    tools,
+    variables,
+    versions,
+)
 from dspex_persist.state.store.variables import KIND_CODES, SOURCE_CODES, lock_text
 from dspex_persist.state.unit_of_work import SessionState, UnitOfWork
 
@@ -35,6 +54,9 @@ _INSERT_VERSIONS = _compiled_insert(versions)
 _INSERT_EVENTS = _compiled_insert(events)
 _INSERT_SESSION = _compiled_insert(sessions)
 _INSERT_VARIABLE = _compiled_insert(variables)
+_INSERT_EXECUTION = _compiled_insert(executions)
+_END_EXECUTION = "UPDATE executions SET status = ?, ended_sequence = ? WHERE began_sequence = ?"
+_REPLACE_TOOL = _compiled_insert(tools).replace("INSERT", "INSERT OR REPLACE", 1)
 _END_SESSION = "UPDATE sessions SET ended_sequence = ?, expires_at = NULL WHERE session_key = ?"
 
 
@@ -52,6 +74,8 @@ class LogWriter:
         self._versions: list[tuple[Any, ...]] = []
         self._events: list[tuple[Any, ...]] = []
         self._merged: dict[int, str] = {}
+        self._begun: list[tuple[Any, ...]] = []
+        self._ended: list[tuple[Any, ...]] = []
 
     def add(self, unit: UnitOfWork) -> None:
         """Take in one unit with changes; its sequence is the next one."""
@@ -88,6 +112,10 @@ class LogWriter:
             execute(_INSERT_VERSIONS, self._versions)
         if self._events:
             execute(_INSERT_EVENTS, self._events)
+        if self._begun:
+            execute(_INSERT_EXECUTION, self._begun)
+        if self._ended:
+            execute(_END_EXECUTION, self._ended)
         if self._merged:
             execute(
                 "UPDATE variables SET metadata = ? WHERE variable_key = ?",
@@ -211,6 +239,38 @@ class LogWriter:
     def _stop_optimization(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> None:
         self._set_lock(state, body, None)
 
+    def _register_tools(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> None:
+        rows = [
+            (
+                state.key,
+                tool["spec"]["name"],
+                tool["worker_id"],
+                tool["address"],
+                stored_executions.spec_text(tool),
+                unit.sequence,
+            )
+            for tool in body["tools"]
+        ]
+        self._connection.exec_driver_sql(_REPLACE_TOOL, rows)
+
+    def _begin_execution(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> None:
+        row = (
+            unit.sequence,
+            state.key,
+            body["execution_id"],
+            body["tool"],
+            ExecutionStatus.RUNNING.value,
+            body["parent_id"],
+            body["attempt"],
+            body["idempotency_key"],
+            body["fingerprint"],
+            None,
+        )
+        self._begun.append(row)
+
+    def _end_execution(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> None:
+        self._ended.append((body["status"], unit.sequence, began_sequence(body["execution_id"])))
+
     def _set_lock(self, state: SessionState, body: Mapping[str, Any], text: str | None) -> None:
         key = state.keys[body["variable_id"]]
         self._connection.execute(update(variables).where(variables.c.variable_key == key).values(optimization=text))
@@ -231,6 +291,11 @@ def started_lock(body: Mapping[str, Any], at: int) -> Optimization:
         lease_s=body["lease_s"],
         renewed_at=from_micros(at) if at != body["started_at"] else None,
     )
+
+
+def began_sequence(execution_id: str) -> int:
+    """The commit that began an execution: its id says so."""
+    return int(execution_id.split("_")[1])
 
 
 class Keys:
@@ -277,4 +342,7 @@ _PROJECTIONS: dict[EventKind, _Projection] = {
     EventKind.DEPENDENCY_ADDED: LogWriter._add_dependency,
     EventKind.OPTIMIZATION_STARTED: LogWriter._start_optimization,
     EventKind.OPTIMIZATION_STOPPED: LogWriter._stop_optimization,
+    EventKind.TOOLS_REGISTERED: LogWriter._register_tools,
+    EventKind.EXECUTION_BEGAN: LogWriter._begin_execution,
+    EventKind.EXECUTION_ENDED: LogWriter._end_execution,
 }

@@ -2,7 +2,7 @@
 
 from sqlalchemy import BLOB, REAL, Column, Integer, MetaData, Table, Text
 
-REVISION = "0001"
+REVISION = "0002"
 """The revision that this release reads and writes: the head of `migrations/`."""
 
 metadata = MetaData()
@@ -105,4 +105,30 @@ outcomes = Table(
     Column("fingerprint", Text, nullable=False),
     Column("result", Text, nullable=False),
     Column("created_at", Integer, nullable=False),
+)
+
+executions = Table(
+    "executions",
+    metadata,
+    Column("began_sequence", Integer, primary_key=True),
+    Column("session_key", Integer, nullable=False),
+    Column("execution_id", Text, nullable=False),
+    Column("tool", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("parent_id", Text),
+    Column("attempt", Integer, nullable=False),
+    Column("idempotency_key", Text),
+    Column("fingerprint", Text, nullable=False),
+    Column("ended_sequence", Integer),
+)
+
+tools = Table(
+    "tools",
+    metadata,
+    Column("session_key", Integer, primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("worker_id", Text, nullable=False),
+    Column("address", Text, nullable=False),
+    Column("spec", Text, nullable=False),
+    Column("registered_sequence", Integer, nullable=False),
 )

@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from dspex_persist import clock
-from dspex_persist.state.commands import Command, ExpireSession
+from dspex_persist.state.commands import Command, ExpireSession, InterruptExecutions
 from dspex_persist.state.commands.base import check_text
 from dspex_persist.state.errors import (
     CheckpointError,
@@ -29,8 +29,9 @@ from dspex_persist.state.errors import (
     StorageError,
 )
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.model import CommitChanges, Origin, VariableVersion
+from dspex_persist.state.model import CommitChanges, Origin, RecordedExecution, VariableVersion
 from dspex_persist.state.store import audit, log, migrate, outcomes, recovery
+from dspex_persist.state.store import executions as stored_executions
 from dspex_persist.state.store import sessions as stored_sessions
 from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.anchor import Anchor, Head
@@ -94,6 +95,7 @@ class SessionStore:
             self._anchor = Anchor(open_beside(path, ".anchor"))
             undo.callback(self._anchor.close)
             self._open_file()
+            self._interrupt_executions()
             undo.pop_all()
 
     def _open_file(self) -> None:
@@ -110,6 +112,22 @@ class SessionStore:
             raise NotADatabaseError(str(self.path), str(getattr(error, "orig", error))) from error
         self._cache = SessionCache(self.options.cache_size_bytes)
         self.hub = Hub(self.head.sequence)
+
+    def _interrupt_executions(self) -> None:
+        """Say in the journal that nothing runs any more of what ran when the file was closed or its process died."""
+        with snapshot(self._readers) as connection:
+            self._stale = stored_executions.sessions_with_running(connection)
+        try:
+            self._interrupt_stale()
+        except OutcomeUnknownError as error:
+            raise NotADatabaseError(str(self.path), str(error)) from error
+
+    def _interrupt_stale(self) -> None:
+        """A disk without room keeps nobody from reading: what cannot be said now is said by a later sweep."""
+        if self._stale:
+            jobs = [Job(InterruptExecutions(session_id), _RECOVERY) for session_id in self._stale]
+            if all(outcome.error is None for outcome in self.write_group(jobs)):
+                self._stale = []
 
     # Writing
 
@@ -141,7 +159,7 @@ class SessionStore:
             # Edited even where it stays as it is: that is how the expiry of a session that was only touched is saved.
             writes = command.writes and not isinstance(command, ExpireSession)
             state = drafts.edit(command.session_id) if writes else None
-            if state is not None and state.lease is not None and state.lease.expires_at <= now:
+            if state is not None and state.is_over(now):
                 self._run(Job(ExpireSession(command.session_id), _EXPIRY), drafts, now, units)
             results.append(self._run(job, drafts, now, units))
             read = drafts.find(command.session_id) if not command.writes else None
@@ -265,6 +283,10 @@ class SessionStore:
         """What was answered under an idempotency key."""
         return outcomes.find(self._connection, session_id, key)
 
+    def find_execution(self, state: SessionState, key: str) -> RecordedExecution | None:
+        """The last execution under an idempotency key that has ended."""
+        return stored_executions.find_by_key(self._connection, state.key, key)
+
     # Reading, from any thread
 
     def find_loaded(self, session_id: str) -> SessionState | None:
@@ -303,6 +325,7 @@ class SessionStore:
 
     def sweep(self) -> int:
         """Reclaim: end expired sessions, forget old answers; how many sessions ended. Readers need not wait for it."""
+        self._interrupt_stale()
         swept = 0
         while jobs := self.expired():
             ended = sum(1 for outcome in self.write_group(jobs) if outcome.result)
@@ -340,6 +363,7 @@ class SessionStore:
 
 
 _EXPIRY = Origin(actor="dspex-persist", cause="expiry")
+_RECOVERY = Origin(actor="dspex-persist", cause="recovery")
 
 
 class _Published:
@@ -361,6 +385,9 @@ class _Published:
 
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
         raise NotImplementedError("memory holds no outcomes")
+
+    def find_execution(self, state: SessionState, key: str) -> RecordedExecution | None:
+        raise NotImplementedError("memory holds no executions that have ended")
 
 
 class _Snapshot:
@@ -395,6 +422,9 @@ class _Snapshot:
 
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
         return outcomes.find(self._connection, session_id, key)
+
+    def find_execution(self, state: SessionState, key: str) -> RecordedExecution | None:
+        return stored_executions.find_by_key(self._connection, state.key, key)
 
 
 def _history(

@@ -3,12 +3,13 @@
 import json
 from datetime import datetime
 
-from sqlalchemy import Connection, bindparam, func, select
+from sqlalchemy import Connection, bindparam, exists, func, select
 
 from dspex_persist.clock import from_micros, to_micros
 from dspex_persist.state.model import Dependency, Session
+from dspex_persist.state.store import executions as stored_executions
 from dspex_persist.state.store import variables as stored_variables
-from dspex_persist.state.store.schema import commits, dependencies, is_unicode, sessions
+from dspex_persist.state.store.schema import commits, dependencies, executions, is_unicode, sessions
 from dspex_persist.state.unit_of_work import Lease, SessionState
 
 # Built once: to build a statement takes SQLAlchemy longer than SQLite needs to run it.
@@ -46,6 +47,8 @@ def load(connection: Connection, session_id: str) -> SessionState | None:
         dependencies=load_dependencies(connection, row.session_key),
         sequence=last_sequence(connection, row.session_key),
         key=row.session_key,
+        tools=stored_executions.registered(connection, row.session_key),
+        executions=stored_executions.running(connection, row.session_key),
     )
     for key, variable in stored_variables.live_variables(connection, row.session_key):
         state.put(variable)
@@ -72,6 +75,10 @@ def expired(connection: Connection, now: datetime, limit: int) -> list[str]:
     query = (
         select(sessions.c.session_id)
         .where(sessions.c.ended_sequence.is_(None), sessions.c.expires_at <= to_micros(now))
+        # A session in which a tool runs is in use.
+        .where(
+            ~exists().where(executions.c.session_key == sessions.c.session_key, executions.c.ended_sequence.is_(None))
+        )
         .order_by(sessions.c.expires_at)
         .limit(limit)
     )

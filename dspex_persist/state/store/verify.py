@@ -24,7 +24,8 @@ from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.blobs import digest
 from dspex_persist.state.store.chain import GENESIS, link
 from dspex_persist.state.store.engine import snapshot
-from dspex_persist.state.store.log import metadata_text, started_lock
+from dspex_persist.state.store.executions import spec_text
+from dspex_persist.state.store.log import began_sequence, metadata_text, started_lock
 from dspex_persist.state.store.variables import KIND_CODES, lock_text
 
 APPEND_ONLY: Final = ("commits", "versions", "events", "blobs")
@@ -350,6 +351,26 @@ _DEPENDENCIES: Final = """
     SELECT session_key, from_id, to_id, type, since_sequence, until_sequence
     FROM dependencies INDEXED BY dependencies_by_session WHERE session_key > ? ORDER BY session_key, dependency_key
 """
+_EXECUTIONS: Final = """
+    SELECT session_key, began_sequence, execution_id, tool, status, parent_id, attempt, idempotency_key, fingerprint,
+        ended_sequence
+    FROM executions INDEXED BY executions_by_session WHERE session_key > ? ORDER BY session_key, began_sequence
+"""
+_TOOLS: Final = """
+    SELECT session_key, name, worker_id, address, spec, registered_sequence
+    FROM tools WHERE session_key > ? ORDER BY session_key, name
+"""
+_EXECUTION_COLUMNS: Final = (
+    "execution_id",
+    "tool",
+    "status",
+    "parent_id",
+    "attempt",
+    "idempotency_key",
+    "fingerprint",
+    "ended_sequence",
+)
+_TOOL_COLUMNS: Final = ("worker_id", "address", "spec", "registered_sequence")
 _SESSION_COLUMNS: Final = ("session_id", "created_at", "started_sequence", "ended_sequence", "ttl_s", "metadata")
 _VARIABLE_COLUMNS: Final = (
     "variable_id",
@@ -373,16 +394,18 @@ class _SessionWalk(_Walk):
 
     def page(self, connection: Connection) -> Iterator[Problem]:
         end = time.monotonic() + _SNAPSHOT_S
-        statements = (_SESSIONS, _EVENTS, _TELLING_VERSIONS, _VARIABLES, _DEPENDENCIES)
+        statements = (_SESSIONS, _EVENTS, _TELLING_VERSIONS, _VARIABLES, _DEPENDENCIES, _EXECUTIONS, _TOOLS)
         streams = [_Stream(_rows(connection, statement, self._last)) for statement in statements]
         while (key := min(stream.key for stream in streams)) != _AFTER_ALL:
-            rows, events, telling, variables, dependencies = (stream.take(key) for stream in streams)
+            rows, events, telling, variables, dependencies, executions, tools = (stream.take(key) for stream in streams)
             replay = _Replay(key)
             yield from replay.read_events(events)
             yield from replay.read_versions(telling)
             yield from replay.compare_session(next(rows, None))
             yield from replay.compare_variables(variables)
             yield from replay.compare_dependencies(dependencies)
+            yield from replay.compare_keyed("executions", _EXECUTION_COLUMNS, executions)
+            yield from replay.compare_keyed("tools", _TOOL_COLUMNS, tools)
             self._last = key
             if time.monotonic() > end:
                 return
@@ -451,6 +474,8 @@ class _Replay:
         self._variables: dict[int, _Variable] = {}
         self._ids: dict[str, _Variable] = {}
         self._dependencies: list[tuple[str, str, str, int]] = []
+        # What the log says of the tables that are compared row by row, by their key: the row, and its commit.
+        self._keyed: dict[str, dict[Any, list[Any]]] = {"executions": {}, "tools": {}}
 
     @property
     def _name(self) -> str:
@@ -521,6 +546,22 @@ class _Replay:
     def _optimization_stopped(self, _commit: _Commit, body: Mapping[str, Any]) -> None:
         self._ids[body["variable_id"]].optimization = None
 
+    def _tools_registered(self, commit: _Commit, body: Mapping[str, Any]) -> None:
+        for tool in body["tools"]:
+            row = [tool["worker_id"], tool["address"], spec_text(tool), commit.sequence]
+            self._keyed["tools"][tool["spec"]["name"]] = row
+
+    def _execution_began(self, commit: _Commit, body: Mapping[str, Any]) -> None:
+        names = ("parent_id", "attempt", "idempotency_key", "fingerprint")
+        row = [body["execution_id"], body["tool"], "running", *(body[name] for name in names), None]
+        self._keyed["executions"][commit.sequence] = row
+
+    def _execution_ended(self, commit: _Commit, body: Mapping[str, Any]) -> None:
+        row = self._keyed["executions"][began_sequence(body["execution_id"])]
+        if row[0] != body["execution_id"] or row[-1] is not None:
+            raise ValueError("no such execution was running")
+        row[2], row[-1] = body["status"], commit.sequence
+
     # Against the tables
 
     def compare_session(self, row: Sequence[Any] | None) -> Iterator[Problem]:
@@ -570,6 +611,19 @@ class _Replay:
         if Counter(found) == Counter(expected):
             yield Problem(self._name, "its rows in dependencies are not in the order of their commits")
 
+    def compare_keyed(self, table: str, columns: Sequence[str], rows: Iterator[Any]) -> Iterator[Problem]:
+        """Hold rows that have a key of their own (after the session's) against the log."""
+        missing = dict(self._keyed[table])
+        for _, key, *found in rows:
+            expected = missing.pop(key, None)
+            where = f"{self._name}, {table} {_shown(key)}"
+            if expected is None:
+                yield Problem(where, "no commit of this session makes it")
+            else:
+                yield from _differences(where, table, columns, expected, found)
+        for key in missing:
+            yield Problem(f"{self._name}, {table} {_shown(key)}", f"its row in {table} is missing")
+
     def _until(self, *ends: str) -> int | None:
         """The commit that ended a dependency: the first that deleted a variable at one of its ends."""
         variables = [self._ids[end] for end in ends if end in self._ids]
@@ -585,6 +639,9 @@ _READERS: Final[Mapping[str, Callable[[_Replay, _Commit, Mapping[str, Any]], Non
     EventKind.DEPENDENCY_ADDED: _Replay._dependency_added,
     EventKind.OPTIMIZATION_STARTED: _Replay._optimization_started,
     EventKind.OPTIMIZATION_STOPPED: _Replay._optimization_stopped,
+    EventKind.TOOLS_REGISTERED: _Replay._tools_registered,
+    EventKind.EXECUTION_BEGAN: _Replay._execution_began,
+    EventKind.EXECUTION_ENDED: _Replay._execution_ended,
 }
 
 

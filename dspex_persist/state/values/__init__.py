@@ -9,7 +9,14 @@ from dspex_persist.state.values.coercion import TYPE_NAMES
 from dspex_persist.state.values.constraints import Constraints, compile_constraints
 from dspex_persist.state.values.json_text import parse_json
 from dspex_persist.state.values.normalisation import normalise
-from dspex_persist.state.values.python_objects import BinaryValue, decode, encode, infer_type
+from dspex_persist.state.values.python_objects import (
+    BinaryValue,
+    decode,
+    decode_loosely,
+    encode,
+    encode_loosely,
+    infer_type,
+)
 
 __all__ = [
     "TYPE_NAMES",
@@ -17,7 +24,9 @@ __all__ = [
     "Constraints",
     "compile_constraints",
     "decode",
+    "decode_loosely",
     "encode",
+    "encode_loosely",
     "infer_type",
     "normalise",
     "parse_json",

@@ -159,6 +159,18 @@ def encode(obj: object, type_name: str | None = None, *, name: str = _ANONYMOUS)
     return Value(text)
 
 
+def encode_loosely(obj: object, *, name: str = _ANONYMOUS) -> Value:
+    """The value of what has no variable's type: a parameter or result of a tool, which may be None."""
+    return Value("null") if obj is None else encode(obj, name=name)
+
+
+def decode_loosely(value: Value) -> object:
+    """The Python object of such a value: what its JSON says, or the numbers in its bytes."""
+    if value.binary is not None:
+        return decode("tensor", value)
+    return read(value.json)
+
+
 def _encode_binary(obj: BinaryValue, type_name: str) -> Value:
     if type_name not in BINARY_TYPE_NAMES:
         raise RefusedError(f"{type_name} values are JSON; only tensors and embeddings have companion bytes")

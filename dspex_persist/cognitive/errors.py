@@ -1,0 +1,27 @@
+"""What can be wrong with tools before anything runs: in their code, and in finding them."""
+
+from dataclasses import dataclass
+
+from dspex_persist.errors import DspexError
+
+
+@dataclass(eq=False)
+class ToolDefinitionError(DspexError):
+    """A function that cannot be a tool as it is written, or `@tool` used wrongly on it."""
+
+    function: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.function} cannot be a tool: {self.reason}"
+
+
+@dataclass(eq=False)
+class ToolLoadError(DspexError):
+    """Tools cannot be had from where they should be."""
+
+    reference: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"cannot load tools from {self.reference!r}: {self.reason}"

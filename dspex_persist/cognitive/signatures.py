@@ -1,0 +1,156 @@
+"""Signatures: what a function's own text says about its parameters, and its arguments bound by it."""
+
+import difflib
+import inspect
+import types
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args, get_origin, get_type_hints
+
+import docstring_parser
+
+from dspex_persist.cognitive.errors import ToolDefinitionError
+from dspex_persist.cognitive.parameters import Parameter, one_line, read_parameter
+from dspex_persist.cognitive.tool_context import ToolContext
+from dspex_persist.state.errors import ToolArgumentError, quote
+from dspex_persist.state.model import Value
+from dspex_persist.state.values.json_text import RefusedError, shorten
+
+_CONTEXT_NAMES = ("ctx", "context")
+_NAMES_SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What a function takes besides a context and, for a method, `self`. `summary`: what its docstring begins with."""
+
+    parameters: Mapping[str, Parameter]
+    takes_context: bool
+    is_method: bool
+    summary: str
+
+    def bind(self, tool: str, parameters: Mapping[str, Value]) -> dict[str, object]:
+        """The arguments by name; `ToolArgumentError` names the first that is wrong, and the others."""
+        arguments: dict[str, object] = {}
+        wrong = {name: self._unknown(name) for name in parameters if name not in self.parameters}
+        for name, parameter in self.parameters.items():
+            if name not in parameters:
+                if parameter.described.required:
+                    wrong[name] = f"it is required ({parameter.described.type})"
+                continue
+            try:
+                arguments[name] = parameter.read(parameters[name])
+            except RefusedError as error:
+                wrong[name] = error.reason
+        if wrong:
+            first, *others = wrong
+            more = f" (also wrong: {_listed(others)})" if others else ""
+            raise ToolArgumentError(tool, first, wrong[first] + more)
+        return arguments
+
+    def _unknown(self, name: str) -> str:
+        if not self.parameters:
+            return "the tool takes no parameters"
+        near = difflib.get_close_matches(name, self.parameters, n=1)
+        if near:
+            return f"there is no such parameter; did you mean {quote(near[0])}?"
+        return f"there is no such parameter; the tool takes {_listed(self.parameters)}"
+
+
+def read_signature(function: Callable[..., Any], named: str) -> Signature:
+    """What the signature and the docstring of a function say; `ToolDefinitionError` calls it `named`."""
+    listed = list(inspect.signature(function).parameters.values())
+    is_method = _is_method(function)
+    if is_method:
+        _check_receiver(named, listed)
+        listed = listed[1:]
+    annotations = {parameter.name: _annotation_of(function, parameter, named) for parameter in listed}
+    takes_context = bool(listed) and _is_context(listed[0], annotations[listed[0].name])
+    if takes_context:
+        listed = listed[1:]
+    for parameter in listed:
+        _check_parameter(named, parameter, annotations[parameter.name])
+    if listed and not takes_context:
+        _check_not_meant_as_context(named, listed[0])
+    summary, descriptions = _read_docstring(function)
+    parameters = {
+        parameter.name: read_parameter(
+            named, parameter, annotations[parameter.name], descriptions.get(parameter.name, "")
+        )
+        for parameter in listed
+    }
+    return Signature(parameters, takes_context, is_method, summary)
+
+
+def _is_method(function: Callable[..., Any]) -> bool:
+    """Whether it is in the body of a class: the class itself is not there yet when its methods are decorated."""
+    _, _, scope = function.__qualname__.rpartition(".")[0].rpartition(".")
+    return bool(scope) and scope != "<locals>"
+
+
+def _is_context(first: inspect.Parameter, annotation: Any) -> bool:
+    return annotation is ToolContext and first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD)
+
+
+def _check_receiver(named: str, listed: Sequence[inspect.Parameter]) -> None:
+    if not listed or listed[0].name != "self":
+        reason = "a method's first parameter must be self: class methods and static methods cannot be tools"
+        raise ToolDefinitionError(named, reason)
+
+
+def _check_parameter(named: str, parameter: inspect.Parameter, annotation: Any) -> None:
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        reason = f"a schema has no place for its {str(parameter).partition(':')[0]}: name each parameter"
+        raise ToolDefinitionError(named, reason)
+    if parameter.kind is parameter.POSITIONAL_ONLY:
+        reason = f"its parameter {parameter.name} is positional-only, and arguments come by name: move or remove the /"
+        raise ToolDefinitionError(named, reason)
+    if _mentions_context(annotation):
+        reason = f"its parameter {parameter.name} is a ToolContext: only the first can be, annotated just so"
+        raise ToolDefinitionError(named, reason)
+
+
+def _check_not_meant_as_context(named: str, first: inspect.Parameter) -> None:
+    if first.name in _CONTEXT_NAMES and first.annotation is first.empty:
+        reason = f"annotate its first parameter: {first.name}: ToolContext (or Any, if it is an argument)"
+        raise ToolDefinitionError(named, reason)
+
+
+def _annotation_of(function: Callable[..., Any], parameter: inspect.Parameter, named: str) -> Any:
+    """The annotation, with what is in quotes looked up; ToolContext need not be imported for that."""
+    if parameter.annotation is parameter.empty:
+        return Any
+    names = {"ToolContext": ToolContext, **getattr(inspect.unwrap(function), "__globals__", {})}
+    holder: Any = types.SimpleNamespace(__annotations__={"it": parameter.annotation})
+    try:
+        return get_type_hints(holder, names, include_extras=True)["it"]
+    except (AttributeError, NameError, SyntaxError, TypeError) as error:
+        reason = f"the annotation of its parameter {parameter.name} cannot be looked up in its module: {error}"
+        raise ToolDefinitionError(named, reason) from error
+
+
+def _mentions_context(annotation: Any) -> bool:
+    """Whether it is, or has in it, a ToolContext."""
+    if isinstance(annotation, type) and get_origin(annotation) is None:
+        return issubclass(annotation, ToolContext)
+    return any(_mentions_context(argument) for argument in get_args(annotation))
+
+
+def _read_docstring(function: Callable[..., Any]) -> tuple[str, Mapping[str, str]]:
+    """The first paragraph, and what is said of each parameter (Google, NumPy and Sphinx styles)."""
+    try:
+        parsed = docstring_parser.parse(inspect.getdoc(function) or "")
+    except docstring_parser.ParseError:
+        return "", {}
+    descriptions = {
+        name.strip(): one_line(entry.description or "") for entry in parsed.params for name in entry.arg_name.split(",")
+    }
+    return one_line((parsed.description or "").partition("\n\n")[0]), descriptions
+
+
+def _listed(names: Collection[str]) -> str:
+    """Names for a message, not too many of them."""
+    shown_names = [shorten(name) for name in list(names)[:_NAMES_SHOWN]]
+    if len(names) > _NAMES_SHOWN:
+        shown_names.append("...")
+    return ", ".join(shown_names)

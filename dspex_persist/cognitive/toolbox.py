@@ -1,0 +1,150 @@
+"""Toolbox: tools by name, from code at hand or from modules to be imported."""
+
+import difflib
+import importlib
+import inspect
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dspex_persist.cognitive.errors import ToolLoadError
+from dspex_persist.cognitive.tools import Tool, tool
+from dspex_persist.state.model import ToolSpec
+
+AnyTool = Tool[..., Any]
+
+
+class Toolbox(Mapping[str, AnyTool]):
+    """Tools by name, in the order in which they came. The same tool may come twice; two of one name may not."""
+
+    def __init__(self) -> None:
+        self._tools: dict[str, AnyTool] = {}
+
+    def add(self, item: object) -> tuple[AnyTool, ...]:
+        """Add a tool, a function (which becomes one), a toolbox, or all tools that an instance has as methods.
+
+        Those added; `ToolLoadError` if there are none, or if a name is taken, and then none of them is added.
+        """
+        if inspect.isfunction(item):
+            item = tool(item)
+        return self._add(_named(item), _tools_in(item, _named(item)))
+
+    def load(self, reference: str) -> tuple[AnyTool, ...]:
+        """Add what `package.module` has as tools, or `package.module:name` alone; those added.
+
+        The module is imported as `python -m` would, with the working directory first. Named can be a tool, a toolbox,
+        an instance with tools as methods, or a class of such, which is made without arguments.
+        """
+        module_name, colon, name = reference.partition(":")
+        module = _imported(reference, module_name)
+        if colon:
+            return self._add(reference, _tools_in(_find(reference, module, name), reference))
+        found = [item for item in vars(module).values() if isinstance(item, Tool) and not item.needs_instance]
+        if not found:
+            raise ToolLoadError(reference, f"there are no tools in the module itself{_hint(module)}")
+        return self._add(reference, found)
+
+    def specs(self) -> tuple[ToolSpec, ...]:
+        """How the tools are described."""
+        return tuple(item.spec for item in self._tools.values())
+
+    def _add(self, reference: str, tools: Iterable[AnyTool]) -> tuple[AnyTool, ...]:
+        """All of them or none."""
+        added: dict[str, AnyTool] = {}
+        for item in tools:
+            name = item.spec.name
+            there = added.get(name) or self._tools.get(name)
+            if there is not None and there != item:
+                places = there.origin if there.origin == item.origin else f"{there.origin} and {item.origin}"
+                reason = f"two tools are called {name!r} ({places}); give one of them another name: @tool(name=...)"
+                raise ToolLoadError(reference, reason)
+            added[name] = item
+        self._tools |= added
+        return tuple(added.values())
+
+    def __getitem__(self, name: str) -> AnyTool:
+        return self._tools[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tools)
+
+    def __len__(self) -> int:
+        return len(self._tools)
+
+    def __repr__(self) -> str:
+        return f"<Toolbox: {', '.join(self._tools) or 'empty'}>"
+
+
+def _imported(reference: str, module_name: str) -> Any:
+    if not module_name or "/" in module_name or module_name.endswith(".py"):
+        raise ToolLoadError(reference, "what is wanted is package.module or package.module:name, as in an import")
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        # It stays there: what the module imports later must be found too.
+        sys.path.insert(0, here)
+    importlib.invalidate_caches()
+    try:
+        return importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        raise ToolLoadError(reference, f"the import failed with {type(error).__name__}: {error}") from error
+
+
+def _find(reference: str, module: Any, name: str) -> object:
+    found = module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            near = difflib.get_close_matches(part, [entry for entry in dir(found) if not entry.startswith("__")], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ToolLoadError(reference, f"there is nothing named {part!r}{hint}")
+        found = getattr(found, part)
+    return found
+
+
+def _tools_in(item: object, reference: str) -> list[AnyTool]:
+    """What one thing has as tools; `ToolLoadError` if nothing."""
+    if isinstance(item, Tool):
+        if item.needs_instance:
+            reason = f"{item.origin} is a method: add an instance of its class, or load the class"
+            raise ToolLoadError(reference, reason)
+        return [item]
+    if isinstance(item, Toolbox):
+        return list(item.values())
+    names = _method_names(item)
+    if not names:
+        reason = "it is no tool, and has none: decorate functions or methods with @tool"
+        raise ToolLoadError(reference, reason)
+    instance = _made(item, reference) if isinstance(item, type) else item
+    return [getattr(instance, name) for name in names]
+
+
+def _method_names(item: object) -> list[str]:
+    """The tools among the methods of a class, or of an instance, in the order in which they were written."""
+    kind = item if isinstance(item, type) else type(item)
+    names = {name: None for base in reversed(kind.__mro__) for name in vars(base)}
+    return [name for name in names if isinstance(inspect.getattr_static(kind, name), Tool)]
+
+
+def _made(kind: type, reference: str) -> object:
+    try:
+        return kind()
+    except Exception as error:
+        reason = f"{kind.__qualname__}() failed with {type(error).__name__}: {error}; name an instance instead"
+        raise ToolLoadError(reference, reason) from error
+
+
+def _hint(module: Any) -> str:
+    """What could have been named instead."""
+    names = [
+        name
+        for name, item in vars(module).items()
+        if isinstance(item, Toolbox) or (not name.startswith("_") and _method_names(item))
+    ]
+    return f"; did you mean {', '.join(f'{module.__name__}:{name}' for name in names)}?" if names else ""
+
+
+def _named(item: object) -> str:
+    if isinstance(item, Tool):
+        return item.origin
+    kind = item if isinstance(item, type) else type(item)
+    return f"{kind.__module__}.{kind.__qualname__}"

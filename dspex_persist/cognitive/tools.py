@@ -1,0 +1,227 @@
+"""`@tool`: a function, or a method, as a tool that a server runs in a transaction."""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from math import inf
+from typing import Any, Generic, ParamSpec, TypeVar, overload
+
+from dspex_persist.cognitive.errors import ToolDefinitionError
+from dspex_persist.cognitive.signatures import Signature, read_signature
+from dspex_persist.cognitive.tool_context import ToolContext
+from dspex_persist.state.model import Isolation, ToolSpec, Value
+from dspex_persist.state.runner import ToolKind, ToolSession
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_UNBOUND = object()
+_NAME_LENGTH = 255
+
+
+class Tool(Generic[P, R]):
+    """A function with what a server has to know of it. Called, it is the plain function: a test passes any context.
+
+    A method becomes a tool of its instance: `instance.method` is one, `Class.method` only has what describes it.
+    Two tools are equal if they are the same function (of the same instance).
+    """
+
+    __name__: str
+
+    def __init__(self, function: Callable[P, R], spec: ToolSpec, kind: ToolKind, signature: Signature) -> None:
+        functools.update_wrapper(self, function)
+        self.spec = spec
+        self.kind = kind
+        self._function: Callable[..., R] = function
+        self._signature = signature
+        self._receiver: object = _UNBOUND
+
+    @property
+    def needs_instance(self) -> bool:
+        """Whether it is a method that nobody can run, because it is not of an instance."""
+        return self._signature.is_method and self._receiver is _UNBOUND
+
+    @property
+    def origin(self) -> str:
+        """Where its function is: module and qualified name."""
+        return _origin(self._function)
+
+    def bind(self, parameters: Mapping[str, Value]) -> Mapping[str, object]:
+        """The arguments for `start`; `ToolArgumentError` for a wrong one."""
+        return self._signature.bind(self.spec.name, parameters)
+
+    def start(self, session: ToolSession, arguments: Mapping[str, object]) -> Any:
+        """Call the function: a result, a coroutine, a generator or an async generator, by `kind`."""
+        context = [ToolContext(session)] if self._signature.takes_context else []
+        started = self._function(*self._leading(), *context, **arguments)
+        if self.kind is ToolKind.FUNCTION:
+            self._check_result(started)
+        return started
+
+    def _leading(self) -> tuple[object, ...]:
+        return () if self._receiver is _UNBOUND else (self._receiver,)
+
+    def _check_result(self, result: object) -> None:
+        """A decorator below `@tool` can hide what the function is; its code would then never run."""
+        if inspect.iscoroutine(result) or inspect.isgenerator(result):
+            result.close()
+        elif not inspect.isasyncgen(result):
+            return
+        kind = type(result).__name__
+        reason = (
+            f"called as a plain function it returned a {kind}: decorate the async def, or the def with a yield, itself"
+        )
+        raise ToolDefinitionError(self.origin, reason)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self._function(*self._leading(), *args, **kwargs)
+
+    def __get__(self, instance: object | None, owner: type | None = None) -> "Tool[..., R]":
+        if instance is None or not self.needs_instance:
+            return self
+        bound = copy.copy(self)
+        bound._receiver = instance
+        return bound
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Tool):
+            return NotImplemented
+        return self._function is other._function and self._receiver is other._receiver
+
+    def __hash__(self) -> int:
+        return hash((self._function, id(self._receiver)))
+
+    def __repr__(self) -> str:
+        return f"<Tool {self.spec.name!r}, {self.kind.value} {self.origin}>"
+
+
+@overload
+def tool(function: Callable[P, R], /) -> Tool[P, R]: ...
+
+
+@overload
+def tool(
+    *,
+    description: str | None = None,
+    name: str | None = None,
+    isolation: Isolation | str = Isolation.SERIALIZABLE,
+    retries: int = 0,
+    timeout_s: float | None = None,
+    exposed: bool = False,
+    required_variables: Iterable[str] = (),
+    metadata: Mapping[str, str] | None = None,
+) -> Callable[[Callable[P, R]], Tool[P, R]]: ...
+
+
+def tool(
+    function: Callable[..., Any] | None = None,
+    /,
+    *,
+    description: str | None = None,
+    name: str | None = None,
+    isolation: Isolation | str = Isolation.SERIALIZABLE,
+    retries: int = 0,
+    timeout_s: float | None = None,
+    exposed: bool = False,
+    required_variables: Iterable[str] = (),
+    metadata: Mapping[str, str] | None = None,
+) -> Any:
+    """Make a tool of a function, an async function, a generator or an async generator (these two stream).
+
+    Its parameters are described by its signature and its docstring, from which comes the description too, unless one
+    is given. A first parameter annotated `ToolContext` gets the transaction. Wrong use is a `ToolDefinitionError`.
+
+    `isolation`: "serializable", or "snapshot", where only what was written must not have been changed by others.
+    `retries`: how often to run again, on fresh values, after a conflict with others' writes.
+    `timeout_s`: after how long it is given up; the server's own limit holds as well.
+    `exposed`: whether workers may call it too, through the coordinator.
+    `required_variables`: what the session must have before it starts.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Tool[..., Any]:
+        _check_function(function)
+        where, signature, kind = _origin(function), read_signature(function, _origin(function)), _kind_of(function)
+        spec = ToolSpec(
+            name=_checked_name(where, function.__name__ if name is None else name),
+            description=signature.summary if description is None else description,
+            parameters=tuple(parameter.described for parameter in signature.parameters.values()),
+            streaming=kind in (ToolKind.GENERATOR, ToolKind.ASYNC_GENERATOR),
+            exposed=bool(exposed),
+            required_variables=_checked_variables(where, required_variables),
+            isolation=_checked_isolation(where, isolation),
+            retries=_checked_retries(where, retries),
+            timeout_s=_checked_timeout(where, timeout_s),
+            metadata=_checked_metadata(where, metadata or {}),
+        )
+        return Tool(function, spec, kind, signature)
+
+    return decorate if function is None else decorate(function)
+
+
+def _origin(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def _kind_of(function: Callable[..., Any]) -> ToolKind:
+    if inspect.isasyncgenfunction(function):
+        return ToolKind.ASYNC_GENERATOR
+    if inspect.isgeneratorfunction(function):
+        return ToolKind.GENERATOR
+    return ToolKind.COROUTINE if inspect.iscoroutinefunction(function) else ToolKind.FUNCTION
+
+
+def _check_function(function: object) -> None:
+    if inspect.isfunction(function):
+        return
+    if isinstance(function, Tool):
+        raise ToolDefinitionError(function.origin, "it is one already")
+    if isinstance(function, staticmethod | classmethod):
+        reason = "class methods and static methods cannot be tools: use a function, or a method with self"
+        raise ToolDefinitionError(_origin(function.__func__), reason)
+    reason = "@tool goes on a function or a method, and takes everything else by name: @tool(description=...)"
+    raise ToolDefinitionError(repr(function), reason)
+
+
+def _checked_name(where: str, name: object) -> str:
+    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= _NAME_LENGTH:
+        reason = f"its name must be 1 to {_NAME_LENGTH} printable characters, not {name!r}"
+        raise ToolDefinitionError(where, reason)
+    if name == "<lambda>":
+        raise ToolDefinitionError(where, "a lambda has no name: use def, or give one with name=")
+    return name
+
+
+def _checked_isolation(where: str, isolation: object) -> Isolation:
+    levels = [level.value for level in Isolation]
+    if isolation not in levels:
+        raise ToolDefinitionError(where, f"its isolation must be one of {', '.join(levels)}, not {isolation!r}")
+    return Isolation(isolation)
+
+
+def _checked_retries(where: str, retries: object) -> int:
+    if not isinstance(retries, int) or isinstance(retries, bool) or retries < 0:
+        raise ToolDefinitionError(where, f"its retries must be a whole number from 0 up, not {retries!r}")
+    return retries
+
+
+def _checked_timeout(where: str, timeout_s: object) -> float | None:
+    if timeout_s is None:
+        return None
+    if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool) or not 0 < timeout_s < inf:
+        raise ToolDefinitionError(where, f"its timeout_s must be seconds above 0 (None: no limit), not {timeout_s!r}")
+    return float(timeout_s)
+
+
+def _checked_variables(where: str, names: Iterable[str]) -> tuple[str, ...]:
+    listed: tuple[object, ...] = () if isinstance(names, str) else tuple(names)
+    checked = tuple(name for name in listed if isinstance(name, str) and name)
+    if isinstance(names, str) or len(checked) != len(listed):
+        raise ToolDefinitionError(where, f"its required_variables must be a tuple of names, not {names!r}")
+    return checked
+
+
+def _checked_metadata(where: str, metadata: Mapping[str, str]) -> dict[str, str]:
+    if not all(isinstance(text, str) for entry in metadata.items() for text in entry):
+        raise ToolDefinitionError(where, f"its metadata must be strings by strings, not {metadata!r}")
+    return dict(metadata)

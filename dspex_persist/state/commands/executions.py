@@ -1,0 +1,368 @@
+"""Tool executions: their journal entries, and the one command that ends them with all that they wrote."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar
+
+from dspex_persist.clock import to_micros
+from dspex_persist.state.commands.base import Command, check_metadata, check_text
+from dspex_persist.state.commands.variables import glob_matches
+from dspex_persist.state.errors import (
+    ExecutionEndedError,
+    IdempotencyConflictError,
+    LimitExceededError,
+    StateError,
+    ToolExistsError,
+    UnsupportedError,
+)
+from dspex_persist.state.limits import Limits
+from dspex_persist.state.model import (
+    Conflict,
+    Dependency,
+    ExecutionStatus,
+    Failure,
+    Isolation,
+    LogEntry,
+    RecordedExecution,
+    RegisteredTool,
+    RunningExecution,
+    Seen,
+    Source,
+    ToolOutcome,
+    Value,
+    Variable,
+)
+from dspex_persist.state.unit_of_work import SessionState, UnitOfWork, value_body
+
+_REFUSED_LATER = "it was possible when the tool asked, and is not any more"
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What came of the wish to begin an execution.
+
+    `seed` is what its random numbers come from, `snapshot` the session as it sees it, for nobody else. Under an
+    idempotency key there may be none, because the execution of this key is `recorded` (it has committed) or `running`.
+    """
+
+    execution_id: str
+    sequence: int
+    limits: Limits
+    optimization_lease_s: float
+    seed: str = ""
+    snapshot: SessionState | None = None
+    recorded: RecordedExecution | None = None
+    running: RunningExecution | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BeginExecution(Command[Begun]):
+    """Begin an execution of a tool: its journal entry says `running` from here on.
+
+    `worker_id` says which worker runs it; "" if the server itself does.
+    """
+
+    tool: str
+    parameters: Mapping[str, Value] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    isolation: Isolation = Isolation.SERIALIZABLE
+    attempt: int = 1
+    parent_id: str | None = None
+    idempotency_key: str | None = None
+    worker_id: str = ""
+
+    writes: ClassVar[bool] = True
+
+    def apply(self, uow: UnitOfWork) -> Begun:
+        state = uow.session(self.session_id)
+        check_metadata(self.metadata, uow.limits)
+        if self.parent_id is not None and self.parent_id not in state.executions:
+            raise ExecutionEndedError(self.parent_id, "not running")
+        fingerprint = ""
+        if self.idempotency_key is not None:
+            fingerprint = self._asked()
+            known = self._known(uow, state, self.idempotency_key, fingerprint)
+            if known is not None:
+                return known
+        return self._begin(uow, fingerprint)
+
+    def _asked(self) -> str:
+        """The same for equal requests, whatever else differs in their calls."""
+        return type(self)(self.session_id, self.tool, self.parameters).fingerprint()
+
+    def _known(self, uow: UnitOfWork, state: SessionState, key: str, fingerprint: str) -> Begun | None:
+        check_text("idempotency key", key, uow.limits.name_length, "name_length")
+        running = next((each for each in state.executions.values() if each.idempotency_key == key), None)
+        recorded = uow.find_execution(self.session_id, key) if running is None else None
+        known = running or recorded
+        if known is None:
+            return None
+        if known.fingerprint != fingerprint:
+            raise IdempotencyConflictError(key, f"ExecuteTool ({known.tool})")
+        if recorded is not None and recorded.status is not ExecutionStatus.COMMITTED:
+            return None
+        return Begun(known.id, uow.sequence, uow.limits, uow.optimization_lease_s, recorded=recorded, running=running)
+
+    def _begin(self, uow: UnitOfWork, fingerprint: str) -> Begun:
+        # The commit's number is in the id, so that the journal finds an execution without an index.
+        execution_id = f"exec_{uow.sequence}_{uow.new_token()}{uow.new_token()}"
+        seed = uow.new_token()
+        running = RunningExecution(
+            execution_id, self.tool, uow.sequence, self.parent_id, self.idempotency_key, fingerprint
+        )
+        facts = {
+            "parameters": {name: value_body(value) for name, value in self.parameters.items()},
+            "metadata": dict(self.metadata),
+            "isolation": self.isolation.value,
+            "attempt": self.attempt,
+            "seed": seed,
+            "worker_id": self.worker_id,
+        }
+        state = uow.begin_execution(self.session_id, running, facts)
+        return Begun(execution_id, uow.sequence, uow.limits, uow.optimization_lease_s, seed, state.copy())
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A command that an execution carried out in its own memory, to be carried out again when it commits.
+
+    `tokens` are the random parts of the ids that it made: they stay what the tool was told.
+    """
+
+    execution_id: str
+    command: Command[Any]
+    source: Source
+    optimizer_id: str | None = None
+    tokens: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How one execution ended: the rest of its journal entry. `reads`: what it asked for, and as what it found it."""
+
+    execution_id: str
+    status: ExecutionStatus
+    result: Value | None = None
+    failure: Failure | None = None
+    reads: Mapping[str, Seen | None] = field(default_factory=dict)
+    patterns: tuple[str, ...] = ()
+    log: tuple[LogEntry, ...] = ()
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+    published: tuple[tuple[str, int], ...] = ()
+    attempt: int = 1
+    duration_us: int = 0
+
+    def body(self) -> dict[str, Any]:
+        """What the journal keeps of it, beside status and result."""
+        return {
+            "failure": asdict(self.failure) if self.failure is not None else None,
+            "reads": {asked: _seen_body(seen) for asked, seen in self.reads.items()},
+            "patterns": list(self.patterns),
+            "log": [{"at": to_micros(line.at), "message": line.message, "fields": line.fields} for line in self.log],
+            "recorded": self.recorded,
+            "published": [list(each) for each in self.published],
+            "duration_us": self.duration_us,
+        }
+
+
+def _seen_body(seen: Seen | None) -> list[Any] | None:
+    return None if seen is None else [seen.name, seen.variable_id, seen.version]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What came of the end of an execution; `sequence` is the commit that says so."""
+
+    status: ExecutionStatus
+    sequence: int
+    conflicts: tuple[Conflict, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FinishExecution(Command[Finished]):
+    """End an execution, and the `children` that ended well before it, in one commit with everything that it wrote.
+
+    `checked` and `matched` (by pattern) must still be as they were seen, `dependencies` too if it is given; otherwise
+    the execution ends as a conflict, and nothing but that is written.
+    """
+
+    verdict: Verdict
+    children: tuple[Verdict, ...] = ()
+    steps: tuple[Step, ...] = ()
+    checked: Mapping[str, Seen | None] = field(default_factory=dict)
+    matched: Mapping[str, tuple[Seen, ...]] = field(default_factory=dict)
+    dependencies: tuple[Dependency, ...] | None = None
+
+    writes: ClassVar[bool] = True
+
+    def apply(self, uow: UnitOfWork) -> Finished:
+        state = uow.session(self.session_id)
+        verdict = self.verdict
+        if verdict.execution_id not in state.executions:
+            raise ExecutionEndedError(verdict.execution_id, "its journal entry says how")
+        conflicts: tuple[Conflict, ...] = ()
+        writes: dict[str, list[Any]] = {}
+        if verdict.status is ExecutionStatus.COMMITTED:
+            start = uow.savepoint()
+            conflicts = tuple(self._changed(state)) or self._carry_out(uow, writes)
+            if conflicts:
+                uow.rollback_to(start)
+                writes.clear()
+                verdict = replace(verdict, status=ExecutionStatus.CONFLICT, result=None)
+        for child in self.children:
+            self._end(uow, self._child(child, verdict), writes.get(child.execution_id, []), ())
+        self._end(uow, verdict, writes.get(verdict.execution_id, []), conflicts)
+        return Finished(verdict.status, uow.sequence, conflicts)
+
+    def _child(self, child: Verdict, parent: Verdict) -> Verdict:
+        if child.status is ExecutionStatus.COMMITTED and parent.status is not ExecutionStatus.COMMITTED:
+            return replace(child, status=ExecutionStatus.ABORTED)
+        return child
+
+    def _end(self, uow: UnitOfWork, verdict: Verdict, writes: list[Any], conflicts: tuple[Conflict, ...]) -> None:
+        facts = verdict.body() | {"writes": writes, "conflicts": [asdict(conflict) for conflict in conflicts]}
+        uow.end_execution(self.session_id, verdict.execution_id, verdict.status, facts, verdict.result, verdict.attempt)
+
+    def _changed(self, state: SessionState) -> Iterator[Conflict]:
+        """What is not as it was seen."""
+        told: set[str] = set()
+        for asked, seen in self.checked.items():
+            now = state.find(asked)
+            if see(now) != seen:
+                conflict = _conflict(asked, seen, now)
+                told.add(conflict.name)
+                yield conflict
+        for pattern, matched in self.matched.items():
+            yield from _changed_matches(state, pattern, matched, told)
+        if self.dependencies is not None and state.dependencies != self.dependencies:
+            yield Conflict("dependencies", reason="others changed the session's dependencies")
+
+    def _carry_out(self, uow: UnitOfWork, writes: dict[str, list[Any]]) -> tuple[Conflict, ...]:
+        origin, tokens = uow.origin, uow.tokens
+        try:
+            for step in self.steps:
+                uow.origin = replace(origin, source=step.source, optimizer_id=step.optimizer_id)
+                uow.tokens = iter(step.tokens)
+                before = len(uow.versions)
+                step.command.apply(uow)
+                written = [[change.variable.name, change.version.version] for change in uow.versions[before:]]
+                writes.setdefault(step.execution_id, []).extend(written)
+        except StateError as error:
+            # It went well in the tool's own memory, so what it needed has gone.
+            return (Conflict(step.command.cause, reason=f"{_REFUSED_LATER}: {error}"),)
+        finally:
+            uow.origin, uow.tokens = origin, tokens
+        return ()
+
+
+def see(variable: Variable | None) -> Seen | None:
+    """What an execution has to find again of a variable that it asked for."""
+    if variable is None:
+        return None
+    lock = variable.optimization
+    return Seen(variable.id, variable.name, variable.version, lock.id if lock is not None else "")
+
+
+def _conflict(asked: str, seen: Seen | None, now: Variable | None) -> Conflict:
+    name = seen.name if seen is not None else now.name if now is not None else asked
+    expected, actual = (None if each is None else each.version for each in (seen, now))
+    if seen is not None and now is not None and expected == actual:
+        reason = "it is another variable of the same name" if now.id != seen.variable_id else "its optimization changed"
+        return Conflict(name, expected, actual, reason)
+    return Conflict(name, expected, actual)
+
+
+def matches(state: SessionState, pattern: str) -> list[Variable]:
+    """The variables that a pattern of ListVariables means."""
+    return [each for each in state.variables.values() if not pattern or glob_matches(pattern, each.name)]
+
+
+def _changed_matches(
+    state: SessionState, pattern: str, matched: tuple[Seen, ...], told: set[str]
+) -> Iterator[Conflict]:
+    now = {variable.id: variable for variable in matches(state, pattern)}
+    for seen in matched:
+        variable = now.pop(seen.variable_id, None)
+        if see(variable) != seen and seen.name not in told:
+            yield _conflict(seen.name, seen, variable)
+    for variable in now.values():
+        if variable.name not in told:
+            yield _conflict(variable.name, None, variable)
+
+
+@dataclass(frozen=True, slots=True)
+class InterruptExecutions(Command[int]):
+    """End everything that ran in the session when the server ended; how many there were."""
+
+    writes: ClassVar[bool] = True
+    returns: ClassVar[Any] = int
+
+    def apply(self, uow: UnitOfWork) -> int:
+        state = uow.find_session(self.session_id)
+        running = list(state.executions) if state is not None else []
+        for execution_id in running:
+            facts = {"reason": "the server ended while it ran"}
+            uow.end_execution(self.session_id, execution_id, ExecutionStatus.INTERRUPTED, facts)
+        return len(running)
+
+
+@dataclass(frozen=True, slots=True)
+class ExecuteTool(Command[ToolOutcome]):
+    """Execute a tool, within `timeout_s`. No store can do that by itself: a provider that can sees to it."""
+
+    tool: str
+    parameters: Mapping[str, Value] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    timeout_s: float | None = None
+
+    writes: ClassVar[bool] = True
+
+    def apply(self, uow: UnitOfWork) -> ToolOutcome:
+        raise UnsupportedError("tools: this provider was opened without any")
+
+
+# Registrations
+
+
+@dataclass(frozen=True, slots=True)
+class RegisterTools(Command[dict[str, str]]):
+    """Keep what tools a worker runs; their ids by name. A tool of the same name is replaced.
+
+    `reserved` are the names that no registration may take, because the server's own tools have them.
+    """
+
+    worker_id: str
+    tools: tuple[RegisteredTool, ...]
+    reserved: frozenset[str] = frozenset()
+
+    writes: ClassVar[bool] = True
+    returns: ClassVar[Any] = dict[str, str]
+
+    def apply(self, uow: UnitOfWork) -> dict[str, str]:
+        state = uow.session(self.session_id)
+        limits = uow.limits
+        for tool in self.tools:
+            name = check_text("tool name", tool.spec.name, limits.name_length, "name_length")
+            if name in self.reserved:
+                raise ToolExistsError(name)
+            check_metadata(tool.spec.metadata, limits)
+            size = len(json.dumps(asdict(tool)))
+            if size > limits.constraints_size_bytes:
+                what = f"size of the description of tool {name!r} in bytes"
+                raise LimitExceededError(what, size, limits.constraints_size_bytes, "constraints_size_bytes")
+        names = {tool.spec.name for tool in self.tools}
+        count = len(state.tools.keys() | names)
+        if count > limits.tools_per_session:
+            raise LimitExceededError("number of tools", count, limits.tools_per_session, "tools_per_session")
+        if any(state.tools.get(tool.spec.name) != tool for tool in self.tools):
+            uow.register_tools(self.session_id, self.worker_id, self.tools)
+        return {name: f"{self.session_id}:{name}" for name in names}
+
+
+@dataclass(frozen=True, slots=True)
+class ListTools(Command[Mapping[str, RegisteredTool]]):
+    """The tools that workers have registered in the session, by name."""
+
+    def apply(self, uow: UnitOfWork) -> Mapping[str, RegisteredTool]:
+        return uow.session(self.session_id).tools

@@ -1,0 +1,315 @@
+"""Execution: the session as one tool execution sees it, and what it has staged. In memory only, until it commits.
+
+Commands run here exactly as they run in a store: over a unit of work whose backing is the snapshot that the execution
+began with. At the end the commands that changed anything are sent to the store as one command (`FinishExecution`),
+which carries them out again if nothing that the execution stood on has changed.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+from dspex_persist import clock
+from dspex_persist.state import commands
+from dspex_persist.state.commands import Command
+from dspex_persist.state.commands.base import Reads
+from dspex_persist.state.commands.executions import Begun, FinishExecution, Step, Verdict, matches, see
+from dspex_persist.state.errors import ExecutionEndedError, InvalidArgumentError, StateError, UnsupportedError
+from dspex_persist.state.model import (
+    Dependency,
+    ExecutionStatus,
+    Isolation,
+    Origin,
+    RecordedExecution,
+    Seen,
+    Variable,
+    VariableVersion,
+)
+from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, Savepoint, SessionState, UnitOfWork
+
+R = TypeVar("R")
+
+
+class _Touched(NamedTuple):
+    """What a command reads and writes, by the identifiers that it names."""
+
+    reads: Sequence[str] = ()
+    writes: Sequence[str] = ()
+    pattern: str | None = None
+    dependencies: bool = False
+
+
+def _touched(command: Command[Any]) -> _Touched:
+    match command:
+        case commands.GetVariable() | commands.GetVariableHistory():
+            return _Touched((command.identifier,))
+        case commands.GetVariables():
+            return _Touched(command.identifiers)
+        case commands.ListVariables():
+            return _Touched(pattern=command.pattern)
+        case commands.SetVariable() | commands.DeleteVariable() | commands.RollbackVariable():
+            return _Touched(writes=(command.identifier,))
+        case commands.StartOptimization() | commands.StopOptimization():
+            return _Touched(writes=(command.identifier,))
+        case commands.SetVariables():
+            return _Touched(writes=tuple(command.updates))
+        case commands.RegisterVariable():
+            return _Touched(writes=(command.name,))
+        case commands.AddDependency():
+            return _Touched((command.from_variable, command.to_variable), dependencies=True)
+    raise UnsupportedError(f"{command.cause} inside an execution")
+
+
+def is_transactional(command: Command[Any]) -> bool:
+    """Whether the command belongs inside the execution that a call names: every one on variables does."""
+    try:
+        _touched(command)
+    except UnsupportedError:
+        return False
+    return True
+
+
+def may_block(command: Command[Any]) -> bool:
+    """Whether `Execution.run` may have to wait for the store's file."""
+    return command.reads is Reads.HISTORY or isinstance(command, commands.RollbackVariable)
+
+
+class _Overlay:
+    """What an execution and those that it called share: the snapshot, and what they have staged over it.
+
+    `read` carries out a reading command on the store, for history; it may block.
+    """
+
+    def __init__(self, session_id: str, begun: Begun, origin: Origin, read: Callable[[Command[Any]], Any]) -> None:
+        assert begun.snapshot is not None, "an execution that began has a snapshot"
+        self.lock = threading.RLock()
+        self.session_id = session_id
+        self.snapshot = begun.snapshot
+        self.steps: list[Step] = []
+        self.checked: dict[str, Seen | None] = {}
+        self.written: set[str] = set()
+        self.matched: dict[str, tuple[Seen, ...]] = {}
+        self.dependencies: tuple[Dependency, ...] | None = None
+        self.published: dict[str, Variable] = {}
+        self._base_sequence = begun.sequence
+        self._read = read
+        self._drafts = Drafts(self)
+        self.unit = UnitOfWork(
+            self._drafts, origin, clock.now(), 0, begun.limits, optimization_lease_s=begun.optimization_lease_s
+        )
+        self._tokens = self.unit.tokens
+
+    def apply(self, command: Command[R], execution_id: str, origin: Origin) -> R:
+        """Carry a command out; one that fails leaves nothing behind."""
+        unit, issued = self.unit, list[str]()
+        start = unit.savepoint()
+        unit.now, unit.origin, unit.tokens = clock.now(), origin, _recorded(self._tokens, issued)
+        try:
+            result = command.apply(unit)
+        except StateError:
+            unit.rollback_to(start)
+            raise
+        if command.writes and unit.savepoint() != start:
+            step = Step(execution_id, command, origin.source, origin.optimizer_id, tuple(issued))
+            self.steps.append(step)
+        return result
+
+    def look(self, touched: _Touched) -> dict[str, Seen | None]:
+        """Remember what the execution stands on from here on; what it is, by identifier."""
+        found = {asked: see(self.snapshot.find(asked)) for asked in (*touched.reads, *touched.writes)}
+        for asked, seen in found.items():
+            self.checked.setdefault(asked, seen)
+        if touched.pattern is not None and touched.pattern not in self.matched:
+            seen_all = map(see, matches(self.snapshot, touched.pattern))
+            self.matched[touched.pattern] = tuple(seen for seen in seen_all if seen is not None)
+        if touched.dependencies and self.dependencies is None:
+            self.dependencies = self.snapshot.dependencies
+        return found
+
+    def has_staged(self, identifier: str) -> bool:
+        """Whether the execution itself has written the variable."""
+        staged = (change.variable for change in self.unit.versions)
+        return any(identifier in (variable.name, variable.id) for variable in staged)
+
+    def rebase(self, variable: Variable) -> None:
+        """Take in a version that the execution itself has published: it is no conflict, and it is seen."""
+        before, now = variable.version - 1, see(variable)
+        for asked, seen in self.checked.items():
+            if seen is not None and (seen.variable_id, seen.version) == (variable.id, before):
+                self.checked[asked] = now
+        for pattern, matched in self.matched.items():
+            self.matched[pattern] = tuple(
+                now if now is not None and (seen.variable_id, seen.version) == (variable.id, before) else seen
+                for seen in matched
+            )
+        self.published[variable.id] = variable
+        self._show_published()
+
+    def rollback_to(self, savepoint: Savepoint, steps: int) -> None:
+        """Take back everything staged since."""
+        self.unit.rollback_to(savepoint)
+        del self.steps[steps:]
+        self._show_published()
+
+    def _show_published(self) -> None:
+        for variable in self.published.values():
+            self.snapshot.put(variable)
+            draft = self._drafts.states.get(self.session_id)
+            if draft is not None and not self.has_staged(variable.id):
+                draft.put(variable)
+
+    # What the unit of work asks for
+
+    def load(self, session_id: str) -> SessionState | None:
+        return self.snapshot if session_id == self.session_id else None
+
+    def find_version(self, state: SessionState, variable_id: str, version: int) -> VariableVersion | None:
+        query = commands.GetVariableHistory(self.session_id, variable_id, 1, version + 1)
+        found: list[VariableVersion] = self._read(query)
+        return found[0] if found and found[0].version == version else None
+
+    def history(
+        self, state: SessionState, identifier: str, limit: int, before: int | None
+    ) -> list[VariableVersion] | None:
+        staged = [
+            change.version
+            for change in reversed(self.unit.versions)
+            if identifier in (change.variable.name, change.variable.id)
+            and (before is None or change.version.version < before)
+        ]
+        if len(staged) >= limit or (staged and staged[-1].version == 0):
+            return staged[:limit]
+        base = self.snapshot.find(identifier)
+        if base is not None:
+            before = base.version + 1 if before is None else min(before, base.version + 1)
+        query = commands.GetVariableHistory(self.session_id, identifier, limit - len(staged), before)
+        committed: list[VariableVersion] = self._read(query)
+        if base is None:
+            # It was deleted before the execution began: another one of its name, begun since, is not for it to see.
+            committed = [entry for entry in committed if entry.sequence <= self._base_sequence]
+        return staged + committed
+
+    def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
+        return None
+
+    def find_execution(self, state: SessionState, key: str) -> RecordedExecution | None:
+        return None
+
+
+def _recorded(tokens: Iterator[str], issued: list[str]) -> Iterator[str]:
+    for token in tokens:
+        issued.append(token)
+        yield token
+
+
+@dataclass(eq=False)
+class Execution:
+    """One execution under way. Usable from any thread, until it is closed."""
+
+    id: str
+    session_id: str
+    tool: str
+    isolation: Isolation
+    overlay: _Overlay
+    parent: "Execution | None" = None
+    reads: dict[str, Seen | None] = field(default_factory=dict)
+    patterns: list[str] = field(default_factory=list)
+    published: list[tuple[str, int]] = field(default_factory=list)
+    children: list[Verdict] = field(default_factory=list)
+    status: str = ""
+    """How it has ended; "" while it runs."""
+    _start: tuple[Savepoint, int] = ((0, 0, 0), 0)
+
+    @classmethod
+    def begin(
+        cls,
+        session_id: str,
+        tool: str,
+        isolation: Isolation,
+        begun: Begun,
+        origin: Origin,
+        read: Callable[[Command[Any]], Any],
+    ) -> "Execution":
+        """The execution that a store has begun."""
+        return cls(begun.execution_id, session_id, tool, isolation, _Overlay(session_id, begun, origin, read))
+
+    def begin_child(self, begun: Begun, tool: str) -> "Execution":
+        """An execution that this one called: part of the same transaction."""
+        overlay = self.overlay
+        start = (overlay.unit.savepoint(), len(overlay.steps))
+        return Execution(begun.execution_id, self.session_id, tool, self.isolation, overlay, self, _start=start)
+
+    @property
+    def depth(self) -> int:
+        """How many executions it is part of."""
+        return 0 if self.parent is None else self.parent.depth + 1
+
+    @property
+    def ended(self) -> str:
+        """How it has ended, by itself or with one that it is part of; "" while it runs."""
+        return self.status or (self.parent.ended if self.parent is not None else "")
+
+    def run(self, command: Command[R], origin: Origin) -> R:
+        """Carry out a command on the session as the execution sees it."""
+        with self.overlay.lock:
+            self.check_running()
+            if command.session_id != self.session_id:
+                reason = f"execution {self.id} belongs to another session"
+                raise InvalidArgumentError("session_id", reason)
+            touched = _touched(command)
+            for asked, seen in self.overlay.look(touched).items():
+                self.reads.setdefault(asked, seen)
+            if touched.pattern is not None and touched.pattern not in self.patterns:
+                self.patterns.append(touched.pattern)
+            result = self.overlay.apply(command, self.id, origin)
+            self.overlay.written.update(touched.writes)
+            return result
+
+    def check_running(self) -> None:
+        """Raise `ExecutionEndedError` once it has ended."""
+        if self.ended:
+            raise ExecutionEndedError(self.id, self.ended)
+
+    def check_can_publish(self, identifier: str) -> None:
+        """Raise unless a value of the variable can be shown ahead of the commit."""
+        with self.overlay.lock:
+            self.check_running()
+            if self.overlay.has_staged(identifier):
+                reason = (
+                    f"{identifier!r} has been written in this execution, which shows at its end; do one or the other"
+                )
+                raise InvalidArgumentError("publish", reason)
+
+    def take_published(self, variable: Variable) -> None:
+        """Take in what has been published for it."""
+        with self.overlay.lock:
+            self.overlay.rebase(variable)
+            self.published.append((variable.name, variable.version))
+
+    def undo(self) -> None:
+        """Take back what it, and those that it called, have staged."""
+        with self.overlay.lock:
+            self.overlay.rollback_to(*self._start)
+
+    def close(self, status: str) -> None:
+        """End it: whatever its code still does is refused."""
+        with self.overlay.lock:
+            self.status = self.status or status
+
+    def finish(self, verdict: Verdict) -> FinishExecution:
+        """The command that ends it, with everything that has to hold and to be written if it is to commit."""
+        overlay = self.overlay
+        with overlay.lock:
+            if verdict.status is not ExecutionStatus.COMMITTED:
+                return FinishExecution(self.session_id, verdict, tuple(self.children))
+            everything = self.isolation is Isolation.SERIALIZABLE
+            return FinishExecution(
+                self.session_id,
+                verdict,
+                tuple(self.children),
+                tuple(overlay.steps),
+                {asked: seen for asked, seen in overlay.checked.items() if everything or asked in overlay.written},
+                dict(overlay.matched) if everything else {},
+                overlay.dependencies,
+            )

@@ -1,0 +1,136 @@
+"""How every rpc goes: who asks, what it says beside its message, where its command is carried out."""
+
+import asyncio
+import secrets
+from concurrent.futures import Future
+from typing import Any, TypeAlias, TypeVar
+
+import grpc
+import structlog
+
+from dspex_persist.state.commands import Command
+from dspex_persist.state.errors import InvalidArgumentError, StateError, quote
+from dspex_persist.state.execution import Execution, is_transactional, may_block
+from dspex_persist.state.mailbox import LoopMailbox
+from dspex_persist.state.model import Origin, Source
+from dspex_persist.state.provider import StateProvider
+from dspex_persist.state.rpc.headers import (
+    ACTOR,
+    BINARY,
+    EXECUTION_ID,
+    IDEMPOTENCY_KEY,
+    OPTIMIZER_ID,
+    RPC_ID,
+    SOURCE,
+)
+from dspex_persist.state.runner import ToolRunner
+
+R = TypeVar("R")
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+_ACTOR_LENGTH = 255
+_READER = Origin(actor="", cause="read")
+_logger = structlog.get_logger(source=__name__)
+
+
+class Calls:
+    """Carries out commands for rpcs: on the provider, or inside the tool execution that a call names.
+
+    Made and used on one event loop.
+    """
+
+    def __init__(self, provider: StateProvider, runner: ToolRunner) -> None:
+        self._provider = provider
+        self._runner = runner
+        self._mailbox = LoopMailbox(asyncio.get_running_loop())
+
+    def belongs(self, context: Context) -> bool:
+        """Whether the call is part of an execution that runs: then it is let in while the server drains."""
+        execution_id = header(context, EXECUTION_ID)
+        return execution_id is not None and self._runner.is_running(execution_id)
+
+    async def _read(self, command: Command[R], context: Context) -> R:
+        execution = self._execution_of(command, context)
+        if execution is not None:
+            return await _run_within(execution, command, _READER)
+        return await self._mailbox.result(self._submit_read(command))
+
+    def _submit_read(self, command: Command[R]) -> Future[R]:
+        return self._provider.submit(command, _READER)
+
+    async def _write(self, command: Command[R], context: Context) -> R:
+        try:
+            execution = self._execution_of(command, context)
+            origin = origin_of(command.cause, context)
+            if execution is not None:
+                return await _run_within(execution, command, origin)
+            return await self._mailbox.result(self._provider.submit(command, origin))
+        except StateError as error:
+            # The kind of error only: its text may quote a value.
+            self._log(command.cause, command.session_id, context).debug("refused", error=type(error).__name__)
+            raise
+
+    def _execution_of(self, command: Command[Any], context: Context) -> Execution | None:
+        execution_id = header(context, EXECUTION_ID)
+        if execution_id is None or not is_transactional(command):
+            return None
+        return self._runner.find(execution_id)
+
+    def _log(self, rpc: str, session_id: str, context: Context) -> Any:
+        """A log that names the call: its rpc, its session, and the id that the client gave it, or one of ours."""
+        return _logger.bind(rpc=rpc, session_id=session_id, rpc_id=header(context, RPC_ID) or secrets.token_hex(4))
+
+
+async def _run_within(execution: Execution, command: Command[R], origin: Origin) -> R:
+    if may_block(command):
+        return await asyncio.to_thread(execution.run, command, origin)
+    return execution.run(command, origin)
+
+
+def headers(context: Context) -> dict[str, str]:
+    """What the call says beside its message; ours may be UTF-8 under a binary key."""
+    found: dict[str, str] = {}
+    for key, content in context.invocation_metadata() or ():
+        if isinstance(content, str):
+            found[key] = content
+        elif key.startswith("x-dspex-"):
+            found[key.removesuffix(BINARY)] = _utf8(key, content)
+    return found
+
+
+def header(context: Context, name: str) -> str | None:
+    """One of ours that is always plain ASCII."""
+    for key, content in context.invocation_metadata() or ():
+        if key == name and isinstance(content, str):
+            return content
+    return None
+
+
+def _utf8(key: str, content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise InvalidArgumentError(key, "it is no UTF-8") from None
+
+
+def whole_number(context: Context, name: str) -> int | None:
+    """A header that is a number."""
+    text = header(context, name)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise InvalidArgumentError(name, f"{quote(text)} is not a whole number")
+    return int(text)
+
+
+def origin_of(cause: str, context: Context) -> Origin:
+    """Who asks: as the caller says in `x-dspex-actor`, else the host that it calls from."""
+    said = headers(context)
+    actor = said.get(ACTOR)
+    if actor is None:
+        # "ipv4:127.0.0.1:40312": the port says nothing about who it is. A Unix socket has no host.
+        actor = f"peer:{context.peer().partition(':')[2].rpartition(':')[0] or 'unix'}"
+    elif len(actor) > _ACTOR_LENGTH:
+        raise InvalidArgumentError(ACTOR, f"it is longer than {_ACTOR_LENGTH} characters")
+    source = Source.PYTHON if said.get(SOURCE) == Source.PYTHON else Source.ELIXIR
+    return Origin(actor, cause, source, said.get(IDEMPOTENCY_KEY), said.get(OPTIMIZER_ID))

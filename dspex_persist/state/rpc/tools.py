@@ -1,0 +1,205 @@
+"""The rpcs of tools: execute, stream, register, list."""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from dspex_persist.state import commands
+from dspex_persist.state.errors import (
+    InvalidArgumentError,
+    InvalidValueError,
+    ToolArgumentError,
+    ToolFailedError,
+    ToolNotFoundError,
+)
+from dspex_persist.state.model import ToolOutcome, Value
+from dspex_persist.state.provider import StateProvider
+from dspex_persist.state.rpc import codec
+from dspex_persist.state.rpc.calls import Calls, Context, header, origin_of
+from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.rpc.headers import ALL_TOOLS, EXECUTION_ID, TOOLS
+from dspex_persist.state.runner import IDEMPOTENCY_KEY, ToolCode, ToolRequest, ToolRunner
+
+_ADDRESS = "address"
+# A tool that runs into its client's deadline is ended so much earlier that its verdict still reaches the client.
+_MARGIN, _LONGEST_MARGIN_S = 0.1, 0.25
+
+
+class ToolRpcs(Calls):
+    """Executes tools for clients. `stall_timeout_s`: how long a chunk may wait for a client that does not read."""
+
+    def __init__(self, provider: StateProvider, runner: ToolRunner, stall_timeout_s: float) -> None:
+        super().__init__(provider, runner)
+        self._stall_timeout_s = stall_timeout_s
+
+    async def ExecuteTool(self, request: pb.ExecuteToolRequest, context: Context) -> pb.ExecuteToolResponse:
+        began = time.monotonic()
+        outcome = await self._execute("ExecuteTool", request, request.binary_parameters, context)
+        return pb.ExecuteToolResponse(**_answer(outcome, request.parameters, began))
+
+    async def ExecuteStreamingTool(self, request: pb.ExecuteToolRequest, context: Context) -> None:
+        stream = _ChunkStream(context, request.tool_name, self._stall_timeout_s)
+        call = self._request("ExecuteStreamingTool", request, request.binary_parameters, context)
+        within = header(context, EXECUTION_ID)
+        if within is not None:
+            outcome = await self._runner.execute_within(within, call)
+        else:
+            outcome = await self._runner.execute(call, stream.emit)
+        self._log_outcome("ExecuteStreamingTool", request, outcome, context)
+        if not outcome.success:
+            raise outcome.error or ToolFailedError(outcome.execution_id, outcome.error_code)
+        # The last chunk says that it is committed; only of a tool that does not stream it is the result as well.
+        text = "null" if outcome.streamed or outcome.result is None else outcome.result.json
+        await stream.send(text, is_final=True, **_metadata(outcome))
+
+    async def ExecuteElixirTool(self, request: pb.ExecuteElixirToolRequest, context: Context) -> Any:
+        began = time.monotonic()
+        tool = self._runner.tools.get(request.tool_name)
+        if tool is None or not tool.spec.exposed:
+            names = ", ".join(sorted(each.spec.name for each in self._exposed())) or "none"
+            error = ToolNotFoundError(request.tool_name, f"exposed are: {names}")
+            outcome = ToolOutcome(None, None, error, "UNKNOWN_TOOL")
+        else:
+            outcome = await self._execute("ExecuteElixirTool", request, {}, context)
+        return pb.ExecuteElixirToolResponse(**_answer(outcome, request.parameters, began))
+
+    async def GetExposedElixirTools(self, request: pb.GetExposedElixirToolsRequest, context: Context) -> Any:
+        if header(context, TOOLS) == ALL_TOOLS:
+            tools = list((await self._available_tools(request.session_id, context)).values())
+        else:
+            tools = [codec.tool_message(tool.spec, {"dspex.where": "server"}) for tool in self._exposed()]
+        return pb.GetExposedElixirToolsResponse(tools=tools)
+
+    async def RegisterTools(self, request: pb.RegisterToolsRequest, context: Context) -> pb.RegisterToolsResponse:
+        tools = tuple(codec.registered_tool(registration, request.worker_id) for registration in request.tools)
+        names = [tool.spec.name for tool in tools]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise InvalidArgumentError("tools", f"{twice!r} is there twice")
+        command = commands.RegisterTools(request.session_id, request.worker_id, tools, frozenset(self._runner.tools))
+        tool_ids = await self._write(command, context)
+        self._log("RegisterTools", request.session_id, context).info("tools registered", tools=len(tool_ids))
+        return pb.RegisterToolsResponse(success=True, tool_ids=tool_ids)
+
+    # How they go
+
+    async def _execute(self, rpc: str, request: Any, binaries: Mapping[str, bytes], context: Context) -> ToolOutcome:
+        try:
+            call = self._request(rpc, request, binaries, context)
+        except ToolArgumentError as error:
+            return ToolOutcome(None, None, error, "INVALID_PARAMETERS")
+        within = header(context, EXECUTION_ID)
+        if within is not None:
+            outcome = await self._runner.execute_within(within, call)
+        else:
+            outcome = await self._runner.execute(call)
+        self._log_outcome(rpc, request, outcome, context)
+        return outcome
+
+    def _request(self, rpc: str, request: Any, binaries: Mapping[str, bytes], context: Context) -> ToolRequest:
+        origin = origin_of(rpc, context)
+        metadata = dict(request.metadata)
+        return ToolRequest(
+            request.session_id,
+            request.tool_name,
+            _parameters(request.tool_name, request.parameters, binaries),
+            origin,
+            metadata,
+            metadata.get(IDEMPOTENCY_KEY) or origin.idempotency_key,
+            _time_left(context),
+            codec.style_of(request.parameters.values()),
+        )
+
+    def _log_outcome(self, rpc: str, request: Any, outcome: ToolOutcome, context: Context) -> None:
+        log = self._log(rpc, request.session_id, context)
+        facts = {"tool": request.tool_name, "execution_id": outcome.execution_id, "attempts": outcome.attempts}
+        if outcome.success:
+            log.debug("tool executed", **facts)
+        else:
+            # The code only: the error's text may quote a value.
+            log.info("tool failed", code=outcome.error_code, **facts)
+
+    def _exposed(self) -> list[ToolCode]:
+        return [tool for tool in self._runner.tools.values() if tool.spec.exposed]
+
+    async def _available_tools(self, session_id: str, context: Context) -> dict[str, pb.ToolSpec]:
+        """Everything that the session can execute, by name; without a session what the server itself has."""
+        registered = await self._read(commands.ListTools(session_id), context) if session_id else {}
+        tools = {
+            name: codec.tool_message(tool.spec, {"dspex.where": "server"}) for name, tool in self._runner.tools.items()
+        }
+        for name, tool in registered.items():
+            where = {"dspex.where": f"worker {tool.worker_id}", "dspex.address": tool.address}
+            tools[name] = codec.tool_message(tool.spec, where | {"dspex.circuit": self._runner.circuit_of(tool)})
+        return tools
+
+
+class _ChunkStream:
+    """The chunks of one execution on their way to a client, which holds the tool back if it reads slowly."""
+
+    def __init__(self, context: Context, tool: str, stall_timeout_s: float) -> None:
+        self._context = context
+        self._tool = tool
+        self._stall_timeout_s = stall_timeout_s
+        self._count = 0
+
+    async def emit(self, chunk: Value) -> None:
+        """Send what the tool has yielded."""
+        await self.send(chunk.json)
+
+    async def send(self, text: str, *, is_final: bool = False, **metadata: str) -> None:
+        """Send a chunk; an error if the client takes it not in time."""
+        self._count += 1
+        chunk_id = f"{self._tool}-{self._count}"
+        chunk = pb.ToolChunk(chunk_id=chunk_id, data=text.encode(), is_final=is_final, metadata=metadata)
+        try:
+            async with asyncio.timeout(self._stall_timeout_s):
+                await self._context.write(chunk)
+        except TimeoutError:
+            reason = f"the client took no chunk for {self._stall_timeout_s:g} s"
+            raise ToolFailedError("", f"{reason}; what the tool did is not kept") from None
+
+
+def _parameters(tool: str, wires: Mapping[str, Any], binaries: Mapping[str, bytes]) -> dict[str, Value]:
+    for name in binaries:
+        if name not in wires:
+            raise ToolArgumentError(tool, name, "there is binary content, but no entry in parameters that describes it")
+    parameters: dict[str, Value] = {}
+    for name, wire in wires.items():
+        try:
+            parameters[name] = codec.value_of(name, wire, binaries.get(name, b""))
+        except InvalidValueError as error:
+            raise ToolArgumentError(tool, name, error.reason) from error
+    return parameters
+
+
+def _time_left(context: Context) -> float | None:
+    left_s: float | None = context.time_remaining()
+    return None if left_s is None else max(0.0, left_s - min(_LONGEST_MARGIN_S, left_s * _MARGIN))
+
+
+def _answer(outcome: ToolOutcome, parameters: Mapping[str, Any], began: float) -> dict[str, Any]:
+    """The fields that the answers of both rpcs have in common."""
+    fields: dict[str, Any] = {
+        "success": outcome.success,
+        "error_message": "" if outcome.error is None else str(outcome.error),
+        "metadata": _metadata(outcome),
+        "execution_time_ms": round((time.monotonic() - began) * 1000),
+    }
+    if outcome.result is not None:
+        fields["result"] = codec.loose_any_of(outcome.result, codec.style_of(parameters.values()))
+    return fields
+
+
+def _metadata(outcome: ToolOutcome) -> dict[str, str]:
+    said = {
+        "execution_id": outcome.execution_id,
+        "commit_sequence": "" if outcome.commit_sequence is None else str(outcome.commit_sequence),
+        "attempts": str(outcome.attempts),
+    }
+    if outcome.error_code:
+        said["error_code"] = outcome.error_code
+    if outcome.repeated:
+        said["repeated"] = "true"
+    return said

@@ -1,0 +1,888 @@
+"""Running tools: each execution is a transaction, from its journal entry to its verdict.
+
+A `ToolRunner` lives on one event loop, its home. Tools' own code runs elsewhere: plain functions and generators on a
+bounded number of threads, asynchronous ones on an event loop of their own, so that a tool that computes, or blocks,
+stops nobody else.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import functools
+import json
+import random
+import threading
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from difflib import get_close_matches
+from enum import StrEnum
+from random import Random
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
+from uuid import UUID
+
+from dspex_persist import clock
+from dspex_persist.infra.threads import DaemonThreads
+from dspex_persist.state import commands, values
+from dspex_persist.state.commands import Command
+from dspex_persist.state.commands.executions import Begun, Finished, Verdict
+from dspex_persist.state.errors import (
+    EngineClosedError,
+    ExecutionConflictError,
+    ExecutionEndedError,
+    ExecutionNotFoundError,
+    IdempotencyConflictError,
+    InvalidValueError,
+    LimitExceededError,
+    MissingVariablesError,
+    QueueFullError,
+    RemoteToolError,
+    SessionNotFoundError,
+    StateError,
+    StorageError,
+    ToolArgumentError,
+    ToolFailedError,
+    ToolNotFoundError,
+    ToolTimedOutError,
+    UnavailableError,
+    quote,
+)
+from dspex_persist.state.execution import Execution
+from dspex_persist.state.limits import Limits
+from dspex_persist.state.mailbox import LoopMailbox
+from dspex_persist.state.model import (
+    ExecutionStatus,
+    Failure,
+    LogEntry,
+    Origin,
+    RecordedExecution,
+    RegisteredTool,
+    Source,
+    ToolOutcome,
+    ToolSpec,
+    Value,
+)
+from dspex_persist.state.provider import StateProvider
+
+R = TypeVar("R")
+Emit: TypeAlias = Callable[[Value], Awaitable[None]]
+"""Hands one chunk to whoever asked; returns when it has been taken."""
+
+IDEMPOTENCY_KEY: Final = "idempotency_key"
+"""The entry of a request's metadata under which its execution is found again."""
+_NULL: Final = Value("null")
+_DEEPEST: Final = 16
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.25
+_LARGE_BYTES: Final = 100_000
+_JOIN_PAUSE_S: Final = 0.02
+_MOST_JOINS: Final = 1_000
+_SAY_AGAIN_S: Final = 5.0
+_CLEAN_UP_S: Final = 2.0
+_ANEW: Final = (ExecutionStatus.CANCELLED, ExecutionStatus.INTERRUPTED, ExecutionStatus.CONFLICT)
+"""How an execution may have ended that whoever waited for it begins again."""
+_CODES: Final = {
+    ExecutionStatus.FAILED: "TOOL_FAILED",
+    ExecutionStatus.CONFLICT: "CONFLICT",
+    ExecutionStatus.TIMED_OUT: "TIMED_OUT",
+    ExecutionStatus.CANCELLED: "CANCELLED",
+    ExecutionStatus.INTERRUPTED: "INTERRUPTED",
+}
+_REFUSALS: Final[Mapping[type[StateError], str]] = {
+    ToolNotFoundError: "UNKNOWN_TOOL",
+    ToolArgumentError: "INVALID_PARAMETERS",
+    MissingVariablesError: "MISSING_VARIABLES",
+    IdempotencyConflictError: "IDEMPOTENCY_CONFLICT",
+}
+
+
+# What tools are to this layer
+
+
+class ToolKind(StrEnum):
+    """What calling a tool's code gives."""
+
+    FUNCTION = "function"
+    COROUTINE = "coroutine"
+    GENERATOR = "generator"
+    ASYNC_GENERATOR = "async_generator"
+
+    @property
+    def is_async(self) -> bool:
+        """Whether the code needs an event loop."""
+        return self in (ToolKind.COROUTINE, ToolKind.ASYNC_GENERATOR)
+
+
+class ToolCode(Protocol):
+    """A tool of this process, as whoever programs tools provides it."""
+
+    @property
+    def spec(self) -> ToolSpec: ...
+
+    @property
+    def kind(self) -> ToolKind: ...
+
+    def bind(self, parameters: Mapping[str, Value]) -> Mapping[str, object]:
+        """The arguments for `start`; `ToolArgumentError` for a wrong one."""
+
+    def start(self, session: "ToolSession", arguments: Mapping[str, object]) -> Any:
+        """Call the code: a result, a coroutine, a generator or an async generator, by `kind`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteCall:
+    """One call of a tool in another process. `style`: how the parameters came, "string_value" or "json"."""
+
+    tool: RegisteredTool
+    session_id: str
+    execution_id: str
+    parameters: Mapping[str, Value]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    timeout_s: float | None = None
+    style: str = "json"
+
+
+class RemotePort(Protocol):
+    """Whatever reaches tools in other processes."""
+
+    async def execute(self, call: RemoteCall) -> Value | None:
+        """The result; `RemoteToolError` or `ToolFailedError`."""
+
+    async def stream(self, call: RemoteCall, emit: Emit) -> Value | None:
+        """The same, with chunks on the way."""
+
+    def state_of(self, address: str) -> str:
+        """The circuit of an address: closed, open, half_open."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolRequest:
+    """A wish to have a tool executed. `timeout_s`: how long whoever asks is going to wait."""
+
+    session_id: str
+    tool: str
+    parameters: Mapping[str, Value]
+    origin: Origin
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    idempotency_key: str | None = None
+    timeout_s: float | None = None
+    style: str = "json"
+
+
+def request_of(command: commands.ExecuteTool, origin: Origin) -> ToolRequest:
+    """The request that a command makes."""
+    key = command.metadata.get(IDEMPOTENCY_KEY) or origin.idempotency_key
+    return ToolRequest(
+        command.session_id, command.tool, command.parameters, origin, command.metadata, key, command.timeout_s
+    )
+
+
+class ToolSession:
+    """What a tool's code reaches of its execution. Usable from any thread, until the execution ends."""
+
+    def __init__(
+        self, runner: "ToolRunner", execution: Execution, request: ToolRequest, attempt: int, seed: str
+    ) -> None:
+        self.session_id = execution.session_id
+        self.execution_id = execution.id
+        self.metadata = request.metadata
+        self.attempt = attempt
+        self.random = Random(f"{seed}:random")
+        self.execution = execution
+        self.request = request
+        self.origin = Origin(request.origin.actor, execution.id, Source.PYTHON)
+        # The home loop's alone: the tool that it calls at the moment, and whose turn it is to call one.
+        self.calling: ToolSession | None = None
+        self.task: asyncio.Task[Any] | None = None
+        self.turn = asyncio.Lock()
+        self._runner = runner
+        self._uuids = Random(f"{seed}:uuid")
+        self._began = time.monotonic()
+        self._log: list[LogEntry] = []
+        self._times: list[datetime] = []
+        self._journal_bytes = 0
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nothing that the code still does can be kept."""
+        return bool(self.execution.ended)
+
+    def run(self, command: Command[R]) -> R:
+        """Carry a command out inside the transaction."""
+        return self.execution.run(command, self.origin)
+
+    def publish(self, identifier: str, value: object, metadata: Mapping[str, str] | None = None) -> int:
+        """Write a value at once, in a commit of its own; the new version."""
+        self.execution.check_can_publish(identifier)
+        command = commands.PublishVariable(
+            self.session_id, self.execution_id, identifier, values.encode(value, name=identifier), metadata or {}
+        )
+        variable = self._runner.provider.submit(command, self.origin).result()
+        self.execution.take_published(variable)
+        return variable.version
+
+    def now(self) -> datetime:
+        """The time, recorded."""
+        moment = clock.now()
+        self._count(8)
+        self._times.append(moment)
+        return moment
+
+    def uuid(self) -> UUID:
+        """A new UUID, from the execution's recorded seed."""
+        return UUID(int=self._uuids.getrandbits(128), version=4)
+
+    def log(self, message: str, **fields: object) -> None:
+        """Keep a line in the journal."""
+        self.execution.check_running()
+        self._count(len(message) + len(values.encode(fields, "map", name="log").json))
+        self._log.append(LogEntry(clock.now(), message, fields))
+
+    def _count(self, size_bytes: int) -> None:
+        limit = self._runner.limits.journal_size_bytes
+        self._journal_bytes += size_bytes
+        if self._journal_bytes > limit:
+            what = "size of what the execution logged, in bytes,"
+            raise LimitExceededError(what, self._journal_bytes, limit, "journal_size_bytes")
+
+    def call(self, tool: str, arguments: Mapping[str, object]) -> Any:
+        """Run another tool in the same transaction: its result, in an asynchronous tool an awaitable of it."""
+        self.execution.check_running()
+        parameters = {name: values.encode_loosely(argument, name=name) for name, argument in arguments.items()}
+        request = replace(self.request, tool=tool, parameters=parameters, metadata={}, timeout_s=None)
+        future = self._runner.start(self._runner.execute_child(self, request))
+        return asyncio.wrap_future(_objects(future)) if _is_on_loop() else values.decode_loosely(future.result())
+
+    def verdict(self, status: ExecutionStatus, result: Value | None = None, failure: Failure | None = None) -> Verdict:
+        """The rest of the journal entry."""
+        execution = self.execution
+        return Verdict(
+            execution.id,
+            status,
+            result,
+            failure,
+            dict(execution.reads),
+            tuple(execution.patterns),
+            tuple(self._log),
+            {"now": [clock.to_micros(moment) for moment in self._times]},
+            tuple(execution.published),
+            self.attempt,
+            round((time.monotonic() - self._began) * 1e6),
+        )
+
+    def below(self) -> "list[ToolSession]":
+        """The tools that run on its behalf at the moment, the innermost last."""
+        return [] if self.calling is None else [self.calling, *self.calling.below()]
+
+
+def _is_on_loop() -> bool:
+    """Whether this thread runs an event loop."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _result_value(obj: object, name: str) -> Value:
+    value = values.encode_loosely(obj, name=name)
+    if value.binary is not None:
+        raise InvalidValueError(name, "the protocol has no field for its bytes here: write it to a variable instead")
+    return value
+
+
+def _objects(future: "Future[Value]") -> "Future[object]":
+    """The future of a value's Python object. Cancelling it cancels `future`."""
+    mapped: Future[object] = Future()
+
+    def done(finished: "Future[Value]") -> None:
+        if finished.cancelled():
+            mapped.cancel()
+        elif mapped.set_running_or_notify_cancel():
+            error = finished.exception()
+            if error is not None:
+                mapped.set_exception(error)
+            else:
+                mapped.set_result(values.decode_loosely(finished.result()))
+
+    mapped.add_done_callback(lambda each: future.cancel() if each.cancelled() else None)
+    future.add_done_callback(done)
+    return mapped
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    """A request with its tool and arguments. `broken`: what kept its chunks from being handed out."""
+
+    request: ToolRequest
+    tool: ToolCode | RegisteredTool
+    arguments: Mapping[str, object]
+    emit: Emit | None = None
+    emitted: bool = False
+    broken: Exception | None = None
+
+    async def hand_out(self, chunk: Value) -> None:
+        """Give a chunk to whoever asked; returns when it has been taken."""
+        assert self.emit is not None, "only called where there is somebody to take it"
+        self.emitted = True
+        try:
+            await self.emit(chunk)
+        except Exception as error:
+            self.broken = error
+            raise
+
+
+@dataclass(eq=False, slots=True)
+class _Running:
+    """An execution under way; `done` is set when it has ended, to its outcome, or None if nobody learnt it."""
+
+    session: ToolSession
+    done: "asyncio.Future[ToolOutcome | None]"
+
+
+class ToolRunner:
+    """Executes the `tools` of this process, and through `remote` those that sessions' workers have registered.
+
+    `execute` is a coroutine of the runner's home loop: the one that it is made on, else one of its own. From any
+    other thread use `submit`.
+    """
+
+    def __init__(
+        self,
+        provider: StateProvider,
+        tools: Mapping[str, ToolCode],
+        *,
+        threads: int = 64,
+        limits: Limits | None = None,
+        remote: RemotePort | None = None,
+    ) -> None:
+        self.provider = provider
+        self.limits = limits or Limits()
+        self.tools = dict(tools)
+        self._remote = remote
+        self._threads = DaemonThreads(threads, "dspex-persist-tool")
+        self._tools_loop = _LoopThread("dspex-persist-tools")
+        self._home = asyncio.get_running_loop() if _is_on_loop() else self._tools_loop.loop
+        self._mailbox = LoopMailbox(self._home)
+        self._running: dict[str, _Running] = {}
+        self._count = 0
+        self._draining = False
+
+    def start(self, coroutine: Coroutine[Any, Any, R]) -> "Future[R]":
+        """Have a coroutine of the runner's run on its home loop; from any thread."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._home)
+
+    def submit(self, request: ToolRequest) -> "Future[ToolOutcome]":
+        """Execute a tool; from any thread. Its future fails with `EngineClosedError` if the runner is closed first."""
+        return self.start(self._execute_until_closed(request))
+
+    async def _execute_until_closed(self, request: ToolRequest) -> ToolOutcome:
+        try:
+            return await self.execute(request)
+        except asyncio.CancelledError:
+            # By whoever cancelled the future, who does not look any more, or by `close`.
+            raise EngineClosedError() from None
+
+    def find(self, execution_id: str) -> Execution:
+        """A running execution; `ExecutionNotFoundError` otherwise."""
+        return self._session_of(execution_id).execution
+
+    def is_running(self, execution_id: str) -> bool:
+        """Whether `find` would find it."""
+        return execution_id in self._running
+
+    def circuit_of(self, tool: RegisteredTool) -> str:
+        """Whether calls to a tool elsewhere are let through: closed, open, half_open."""
+        return self._remote.state_of(tool.address) if self._remote is not None else "closed"
+
+    def drain(self) -> None:
+        """What is cancelled from here on was interrupted by the server's end, not given up by its client."""
+        self._draining = True
+
+    def close(self) -> None:
+        """Interrupt what runs, end idle threads and the tools' loop. Nobody waits for code that goes on all the same:
+        it can keep nothing any more."""
+        self._draining = True
+        self._threads.close()
+        self._tools_loop.close()
+
+    def _session_of(self, execution_id: str) -> ToolSession:
+        running = self._running.get(execution_id)
+        if running is None:
+            raise ExecutionNotFoundError(execution_id)
+        return running.session
+
+    # Executing
+
+    async def execute(self, request: ToolRequest, emit: Emit | None = None) -> ToolOutcome:
+        """Execute a tool, again if it may after a conflict; how it ended. Chunks of one that streams go to `emit`.
+
+        Raises `SessionNotFoundError` and what a store raises; whatever the tool itself does wrong is in the outcome.
+        """
+        if self._count >= self.limits.executions:
+            raise LimitExceededError("number of executions", self._count + 1, self.limits.executions, "executions")
+        self._count += 1
+        try:
+            job = await self._prepare(request, emit)
+            return replace(await self._execute(job), streamed=job.tool.spec.streaming)
+        except tuple(_REFUSALS) as error:
+            return ToolOutcome(None, None, error, _REFUSALS[type(error)])
+        finally:
+            self._count -= 1
+
+    async def execute_within(self, execution_id: str, request: ToolRequest) -> ToolOutcome:
+        """Execute a tool as part of a running execution, for the process that runs that one."""
+        parent = self._session_of(execution_id)
+        try:
+            result = await self.execute_child(parent, request)
+        except tuple(_REFUSALS) as error:
+            return ToolOutcome(None, None, error, _REFUSALS[type(error)], execution_id)
+        except Exception as error:  # noqa: BLE001 -- users' code: whatever it raises is told to its caller
+            return ToolOutcome(
+                ExecutionStatus.FAILED, None, _error_of(execution_id, _failure_of(error)), "TOOL_FAILED", execution_id
+            )
+        return ToolOutcome(ExecutionStatus.COMMITTED, result, execution_id=execution_id, attempts=1)
+
+    async def _prepare(self, request: ToolRequest, emit: Emit | None = None, within: Execution | None = None) -> _Job:
+        """Everything that can be refused before anything is begun."""
+        tool = await self._find_tool(request)
+        for name, value in request.parameters.items():
+            _check_parameter(request.tool, name, value, self.limits)
+        # Whether they are the right ones a tool elsewhere says itself.
+        arguments = {} if isinstance(tool, RegisteredTool) else await _bind(tool, request.parameters)
+        required = tool.spec.required_variables
+        if required:
+            query = commands.GetVariables(request.session_id, required)
+            found = within.run(query, request.origin) if within else await self._submit(query, request.origin)
+            if found.missing:
+                raise MissingVariablesError(request.tool, ", ".join(found.missing))
+        return _Job(request, tool, arguments, emit)
+
+    async def _find_tool(self, request: ToolRequest) -> ToolCode | RegisteredTool:
+        registered = await self._submit(commands.ListTools(request.session_id), request.origin)
+        found = self.tools.get(request.tool) or registered.get(request.tool)
+        if found is None:
+            names = sorted({*self.tools, *registered})
+            meant = get_close_matches(request.tool, names, 1)
+            hint = f"did you mean {meant[0]}?" if meant else f"there are: {', '.join(names[:20]) or 'none'}"
+            raise ToolNotFoundError(request.tool, hint)
+        return found
+
+    async def _execute(self, job: _Job) -> ToolOutcome:
+        attempt, joins, pause_s = 1, 0, _FIRST_PAUSE_S
+        while True:
+            begun = await self._begin(job, attempt)
+            if begun.recorded is not None:
+                return await _repeat(job, begun.recorded)
+            if begun.running is not None:
+                joined = await self._join(begun.running.id)
+                if joined is not None and joined.status not in _ANEW:
+                    return joined
+                joins += 1
+                if joins > _MOST_JOINS:
+                    raise UnavailableError(
+                        f"execution {begun.running.id} has this key and has not been cleared away yet"
+                    )
+                continue
+            outcome = await self._attempt(job, begun, attempt)
+            again = outcome.status is ExecutionStatus.CONFLICT and attempt <= job.tool.spec.retries
+            # What has been handed out cannot be taken back.
+            if not again or job.emitted:
+                return outcome
+            attempt += 1
+            # Drawn, so that those who met do not meet again.
+            await asyncio.sleep(random.uniform(0, pause_s))
+            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+
+    async def _join(self, execution_id: str) -> ToolOutcome | None:
+        """Wait for a running execution; its outcome. None if it has to be asked for again."""
+        running = self._running.get(execution_id)
+        if running is None:
+            # It has just ended, or its client has just gone: a moment later the store knows which.
+            await asyncio.sleep(_JOIN_PAUSE_S)
+            return None
+        return await asyncio.shield(running.done)
+
+    async def _begin(self, job: _Job, attempt: int, parent: Execution | None = None) -> Begun:
+        request, tool = job.request, job.tool
+        command = commands.BeginExecution(
+            request.session_id,
+            request.tool,
+            request.parameters,
+            request.metadata,
+            tool.spec.isolation,
+            attempt,
+            parent.id if parent is not None else None,
+            request.idempotency_key if parent is None else None,
+            tool.worker_id if isinstance(tool, RegisteredTool) else "",
+        )
+        origin = replace(request.origin, idempotency_key=None)
+        future = self.provider.submit(command, origin)
+        try:
+            return await self._mailbox.result(future)
+        except asyncio.CancelledError:
+            # Who asked has gone. What has begun all the same has to end.
+            future.add_done_callback(functools.partial(self._abandon, command, origin))
+            raise
+
+    def _abandon(self, command: commands.BeginExecution, origin: Origin, future: "Future[Begun]") -> None:
+        if future.cancelled() or future.exception() is not None or future.result().snapshot is None:
+            return
+        verdict = Verdict(future.result().execution_id, self._gone(), attempt=command.attempt)
+        self._say(commands.FinishExecution(command.session_id, verdict), origin)
+
+    async def _attempt(self, job: _Job, begun: Begun, attempt: int) -> ToolOutcome:
+        request = job.request
+        execution = Execution.begin(
+            request.session_id,
+            request.tool,
+            job.tool.spec.isolation,
+            begun,
+            request.origin,
+            lambda command: self.provider.submit(command, request.origin).result(),
+        )
+        session = ToolSession(self, execution, request, attempt, begun.seed)
+        outcome = None
+        with self._listed(session) as running:
+            try:
+                outcome = await self._conduct(job, session)
+            finally:
+                running.done.set_result(outcome)
+        if job.broken is not None:
+            raise job.broken
+        return outcome
+
+    @contextmanager
+    def _listed(self, session: ToolSession) -> Iterator[_Running]:
+        """Have the execution found while it runs."""
+        running = self._running[session.execution_id] = _Running(session, self._home.create_future())
+        try:
+            yield running
+        finally:
+            del self._running[session.execution_id]
+
+    async def _conduct(self, job: _Job, session: ToolSession) -> ToolOutcome:
+        """Run the code of an execution, then end it."""
+        try:
+            result = await self._invoke(job, session)
+            if session.calling is not None:
+                raise RuntimeError(f"it ended while {session.calling.execution.tool!r}, which it called, was running")
+            verdict = session.verdict(ExecutionStatus.COMMITTED, result)
+        except asyncio.CancelledError:
+            self._end_without_waiting(session, session.verdict(self._gone()))
+            raise
+        except Exception as error:  # noqa: BLE001 -- users' code: whatever it raises is its verdict
+            status = _status_of(error) if job.broken is None else ExecutionStatus.CANCELLED
+            verdict = session.verdict(status, failure=_failure_of(error))
+            return await self._end(session, verdict, error)
+        return await self._end(session, verdict)
+
+    def _gone(self) -> ExecutionStatus:
+        return ExecutionStatus.INTERRUPTED if self._draining else ExecutionStatus.CANCELLED
+
+    # Ending
+
+    async def _end(self, session: ToolSession, verdict: Verdict, raised: Exception | None = None) -> ToolOutcome:
+        command = self._closing(session, verdict)
+        future = self.provider.submit(command, session.origin)
+        try:
+            finished = await self._mailbox.result(future)
+        except asyncio.CancelledError:
+            # If its turn had come it is committed, or not, as it would have been anyway.
+            if future.cancelled():
+                self._end_without_waiting(session, replace(verdict, status=self._gone(), result=None))
+            raise
+        except (SessionNotFoundError, ExecutionEndedError):
+            error = ToolFailedError(session.execution_id, "the session ended while the tool ran; nothing was written")
+            return ToolOutcome(
+                ExecutionStatus.INTERRUPTED, None, error, "INTERRUPTED", session.execution_id, None, session.attempt
+            )
+        except StateError as error:
+            self._owe(session, verdict, error)
+            raise
+        return _outcome(verdict, finished, raised)
+
+    def _end_without_waiting(self, session: ToolSession, verdict: Verdict) -> None:
+        self._say(self._closing(session, verdict), session.origin)
+
+    def _closing(self, session: ToolSession, verdict: Verdict) -> commands.FinishExecution:
+        """The command that ends an execution, after which its code is refused everything, and what it called is ended
+        with it."""
+        execution = session.execution
+        execution.close(verdict.status.value)
+        for called in session.below():
+            called.execution.close(verdict.status.value)
+            execution.children.append(called.verdict(verdict.status))
+            execution.children.extend(called.execution.children)
+            if called.task is not None:
+                called.task.cancel()
+        return execution.finish(verdict)
+
+    def _say(self, command: commands.FinishExecution, origin: Origin) -> None:
+        """Have the journal say how an execution ended that wrote nothing; later, if the store has no room now."""
+
+        def settled(future: "Future[Finished]") -> None:
+            if not future.cancelled() and isinstance(future.exception(), StorageError | QueueFullError):
+                again = functools.partial(self._say, command, origin)
+                self._mailbox.post(lambda: self._home.call_later(_SAY_AGAIN_S, again))
+
+        self.provider.submit(command, origin).add_done_callback(settled)
+
+    def _owe(self, session: ToolSession, verdict: Verdict, error: StateError) -> None:
+        """The store could not take the end: what the execution wrote is lost, but its journal entry is not."""
+        if isinstance(error, StorageError | QueueFullError):
+            failed = replace(verdict, status=ExecutionStatus.FAILED, result=None, failure=_failure_of(error))
+            self._say(session.execution.finish(failed), session.origin)
+
+    # Calls from tool to tool
+
+    async def execute_child(self, parent: ToolSession, request: ToolRequest) -> Value:
+        """Execute a tool as part of its caller's execution; its result, or what its code raised.
+
+        One at a time for each caller: what one has staged could not be undone without that of another.
+        """
+        async with parent.turn:
+            execution = parent.execution
+            execution.check_running()
+            if execution.depth + 1 >= _DEEPEST:
+                raise LimitExceededError("depth of calls from tool to tool", execution.depth + 2, _DEEPEST, "none")
+            job = await self._prepare(request, within=execution)
+            begun = await self._begin(job, 1, execution)
+            session = ToolSession(self, execution.begin_child(begun, request.tool), request, 1, begun.seed)
+            session.task = asyncio.current_task()
+            parent.calling = session
+            try:
+                with self._listed(session):
+                    return await self._conduct_child(job, session, execution)
+            finally:
+                parent.calling = None
+
+    async def _conduct_child(self, job: _Job, session: ToolSession, parent: Execution) -> Value:
+        child = session.execution
+        try:
+            result = await self._invoke(job, session)
+        except BaseException as error:
+            if not parent.ended:
+                child.undo()
+                status = ExecutionStatus.FAILED if isinstance(error, Exception) else ExecutionStatus.CANCELLED
+                self._end_without_waiting(session, session.verdict(status, failure=_failure_of(error)))
+            raise
+        child.close(ExecutionStatus.COMMITTED.value)
+        parent.children.extend([session.verdict(ExecutionStatus.COMMITTED, result), *child.children])
+        return result
+
+    # Running code
+
+    async def _invoke(self, job: _Job, session: ToolSession) -> Value:
+        """Run the tool's code, within its time; its result."""
+        own_s, request_s = job.tool.spec.timeout_s, job.request.timeout_s
+        timeout_s = min((each for each in (own_s, request_s) if each is not None), default=None)
+        try:
+            async with asyncio.timeout(timeout_s) as limit:
+                if isinstance(job.tool, RegisteredTool):
+                    result = await self._call_remote(job, job.tool, session, timeout_s)
+                else:
+                    result = await self._call(job, job.tool, session)
+        except TimeoutError as error:
+            if limit.expired():
+                raise ToolTimedOutError(session.execution_id, f"it took longer than {timeout_s:g} s") from error
+            raise
+        size, most = result.size_bytes, self.limits.value_size_bytes
+        if size > most:
+            raise LimitExceededError(
+                f"size of the result of {quote(job.tool.spec.name)}", size, most, "value_size_bytes"
+            )
+        return result
+
+    async def _call(self, job: _Job, tool: ToolCode, session: ToolSession) -> Value:
+        # What the caller has set (dspy.context, a log's bindings) holds in the tool's thread, too.
+        context = contextvars.copy_context()
+        if tool.kind.is_async:
+            return await self._mailbox.result(context.run(self._tools_loop.start, self._run_async(job, tool, session)))
+        run = functools.partial(context.run, self._run_sync, job, tool, session)
+        if session.execution.parent is None:
+            return await self._mailbox.result(self._threads.submit(run))
+        # A caller may be waiting on one of the bounded threads: who is called must not wait for one.
+        thread = DaemonThreads(1, f"dspex-persist-{session.execution_id}")
+        try:
+            return await self._mailbox.result(thread.submit(run))
+        finally:
+            thread.close()
+
+    def _run_sync(self, job: _Job, tool: ToolCode, session: ToolSession) -> Value:
+        """On a thread of its own."""
+        with _contained():
+            started = tool.start(session, job.arguments)
+            if tool.kind is ToolKind.FUNCTION:
+                return _result_value(started, "result")
+            with contextlib.closing(started):
+                return _as_list([self._pass_on(job, session, chunk) for chunk in started])
+
+    def _pass_on(self, job: _Job, session: ToolSession, chunk: object) -> Value:
+        session.execution.check_running()
+        value = _result_value(chunk, "chunk")
+        if job.emit is not None:
+            self.start(job.hand_out(value)).result()
+        return value
+
+    async def _run_async(self, job: _Job, tool: ToolCode, session: ToolSession) -> Value:
+        """On the tools' loop."""
+        with _contained():
+            started = tool.start(session, job.arguments)
+            if tool.kind is ToolKind.COROUTINE:
+                return _result_value(await started, "result")
+            chunks: list[Value] = []
+            async with contextlib.aclosing(started):
+                async for chunk in started:
+                    session.execution.check_running()
+                    chunks.append(_result_value(chunk, "chunk"))
+                    if job.emit is not None:
+                        await asyncio.wrap_future(self.start(job.hand_out(chunks[-1])))
+            return _as_list(chunks)
+
+    async def _call_remote(
+        self, job: _Job, tool: RegisteredTool, session: ToolSession, timeout_s: float | None
+    ) -> Value:
+        request = job.request
+        if not tool.address or self._remote is None:
+            reason = (
+                f'worker {quote(tool.worker_id)} registered it without metadata["address"], so nobody can reach it'
+                if not tool.address
+                else "tools in other processes are for servers"
+            )
+            raise RemoteToolError(tool.spec.name, tool.address or "nowhere", reason)
+        call = RemoteCall(
+            tool,
+            session.session_id,
+            session.execution_id,
+            request.parameters,
+            {name: text for name, text in request.metadata.items() if name != IDEMPOTENCY_KEY},
+            timeout_s,
+            request.style,
+        )
+        if not tool.spec.streaming:
+            return await self._remote.execute(call) or _NULL
+        chunks: list[Value] = []
+
+        async def take(chunk: Value) -> None:
+            session.execution.check_running()
+            chunks.append(chunk)
+            if job.emit is not None:
+                await job.hand_out(chunk)
+
+        await self._remote.stream(call, take)
+        return _as_list(chunks)
+
+    async def _submit(self, command: Command[R], origin: Origin) -> R:
+        return await self._mailbox.result(self.provider.submit(command, origin))
+
+
+@contextmanager
+def _contained() -> Iterator[None]:
+    """Users' code that wants the process to end has failed, no more."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise RuntimeError(f"the tool tried to end the process: {error!r}") from error
+
+
+def _as_list(chunks: Sequence[Value]) -> Value:
+    """The result of a tool that streams: its chunks."""
+    return Value(f"[{','.join(chunk.json for chunk in chunks)}]")
+
+
+async def _repeat(job: _Job, recorded: RecordedExecution) -> ToolOutcome:
+    """The recorded outcome again, its chunks included."""
+    result = recorded.result or _NULL
+    if job.emit is not None and job.tool.spec.streaming:
+        for chunk in json.loads(result.json):
+            await job.hand_out(_result_value(chunk, "chunk"))
+    return ToolOutcome(
+        ExecutionStatus.COMMITTED, result, None, "", recorded.id, recorded.sequence, recorded.attempt, repeated=True
+    )
+
+
+def _outcome(verdict: Verdict, finished: Finished, raised: Exception | None) -> ToolOutcome:
+    status, execution_id = finished.status, verdict.execution_id
+    if status is ExecutionStatus.COMMITTED:
+        return ToolOutcome(status, verdict.result, None, "", execution_id, finished.sequence, verdict.attempt)
+    code, error = _CODES[status], raised
+    if status is ExecutionStatus.CONFLICT:
+        error = ExecutionConflictError(execution_id, ", ".join(map(str, finished.conflicts)))
+    elif isinstance(raised, RemoteToolError):
+        code = "UNAVAILABLE"
+    elif verdict.failure is not None and not isinstance(raised, ToolTimedOutError | ToolFailedError):
+        error = _error_of(execution_id, verdict.failure)
+    return ToolOutcome(status, None, error, code, execution_id, None, verdict.attempt)
+
+
+async def _bind(tool: ToolCode, parameters: Mapping[str, Value]) -> Mapping[str, object]:
+    if sum(value.size_bytes for value in parameters.values()) < _LARGE_BYTES:
+        return tool.bind(parameters)
+    # Reading a large one takes as long as a hundred calls: the loop is everybody's.
+    return await asyncio.to_thread(tool.bind, parameters)
+
+
+def _check_parameter(tool: str, name: str, value: Value, limits: Limits) -> None:
+    try:
+        values.parse_json(value.json, name=name, limits=limits)
+    except InvalidValueError as error:
+        raise ToolArgumentError(tool, name, error.reason) from error
+    if value.size_bytes > limits.value_size_bytes:
+        what = f"size of parameter {quote(name)}"
+        raise LimitExceededError(what, value.size_bytes, limits.value_size_bytes, "value_size_bytes")
+
+
+def _status_of(error: Exception) -> ExecutionStatus:
+    return ExecutionStatus.TIMED_OUT if isinstance(error, ToolTimedOutError) else ExecutionStatus.FAILED
+
+
+def _failure_of(error: BaseException) -> Failure:
+    return Failure(type(error).__name__, str(error), "".join(traceback.format_exception(error)))
+
+
+def _error_of(execution_id: str, failure: Failure) -> ToolFailedError:
+    """What clients are told of what a tool's code raised: no traceback."""
+    return ToolFailedError(execution_id, f"{failure.type}: {failure.message}")
+
+
+class _LoopThread:
+    """An event loop on a daemon thread of its own, which is started when it is first asked for."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop, running."""
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name=self._name, daemon=True).start()
+            return self._loop
+
+    def start(self, coroutine: Coroutine[Any, Any, R]) -> "Future[R]":
+        """Run a coroutine on the loop, in the context of whoever calls."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    def close(self) -> None:
+        """Cancel what runs on the loop, give it a moment to clean up, and stop the loop."""
+        with self._lock:
+            loop, self._loop = self._loop, None
+        if loop is not None:
+            ended = asyncio.run_coroutine_threadsafe(_cancel_others(), loop)
+            with contextlib.suppress(TimeoutError):
+                ended.result(_CLEAN_UP_S)
+            loop.call_soon_threadsafe(loop.stop)
+
+
+async def _cancel_others() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

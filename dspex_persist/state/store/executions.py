@@ -1,0 +1,112 @@
+"""Executions and registered tools, read from a given connection."""
+
+import json
+from base64 import b64decode
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import Connection, bindparam, select
+
+from dspex_persist.state.model import (
+    ExecutionStatus,
+    Isolation,
+    RecordedExecution,
+    RegisteredTool,
+    RunningExecution,
+    ToolParameter,
+    ToolSpec,
+    Value,
+)
+from dspex_persist.state.store.schema import events, executions, sessions, tools
+
+# Built once: to build a statement takes SQLAlchemy longer than SQLite needs to run it.
+_RUNNING = (
+    select(executions)
+    .where(executions.c.session_key == bindparam("session_key"), executions.c.ended_sequence.is_(None))
+    .order_by(executions.c.began_sequence)
+)
+_TOOLS = select(tools).where(tools.c.session_key == bindparam("session_key")).order_by(tools.c.name)
+_LAST_OF_KEY = (
+    select(executions)
+    .where(
+        executions.c.session_key == bindparam("session_key"),
+        executions.c.idempotency_key == bindparam("idempotency_key"),
+    )
+    .order_by(executions.c.began_sequence.desc())
+    .limit(1)
+)
+_ENDS = select(events.c.body).where(events.c.sequence == bindparam("sequence"), events.c.kind == "execution_ended")
+_UNFINISHED = (
+    select(sessions.c.session_id)
+    .join(executions, executions.c.session_key == sessions.c.session_key)
+    .where(executions.c.ended_sequence.is_(None), sessions.c.ended_sequence.is_(None))
+    .distinct()
+)
+
+
+def running(connection: Connection, session_key: int) -> dict[str, RunningExecution]:
+    """The session's executions that have not ended, oldest first."""
+    rows = connection.execute(_RUNNING, {"session_key": session_key})
+    return {
+        row.execution_id: RunningExecution(
+            row.execution_id, row.tool, row.began_sequence, row.parent_id, row.idempotency_key, row.fingerprint
+        )
+        for row in rows
+    }
+
+
+def sessions_with_running(connection: Connection) -> list[str]:
+    """The ids of the live sessions in which something runs."""
+    return list(connection.execute(_UNFINISHED).scalars())
+
+
+def find_by_key(connection: Connection, session_key: int, key: str) -> RecordedExecution | None:
+    """The last execution under an idempotency key, if it has ended."""
+    row = connection.execute(_LAST_OF_KEY, {"session_key": session_key, "idempotency_key": key}).first()
+    if row is None or row.ended_sequence is None:
+        return None
+    ends = (json.loads(text) for text in connection.execute(_ENDS, {"sequence": row.ended_sequence}).scalars())
+    end = next(body for body in ends if body["execution_id"] == row.execution_id)
+    return RecordedExecution(
+        row.execution_id,
+        row.tool,
+        ExecutionStatus(row.status),
+        row.fingerprint,
+        row.ended_sequence,
+        row.attempt,
+        value_in(end["result"]),
+    )
+
+
+def value_in(body: Mapping[str, str] | None) -> Value | None:
+    """A value in the body of an event."""
+    if body is None:
+        return None
+    binary = body.get("binary")
+    return Value(body["json"], None if binary is None else b64decode(binary))
+
+
+def registered(connection: Connection, session_key: int) -> dict[str, RegisteredTool]:
+    """The tools that the session's workers have registered, by name."""
+    rows = connection.execute(_TOOLS, {"session_key": session_key})
+    return {row.name: RegisteredTool(_spec_of(json.loads(row.spec)), row.worker_id, row.address) for row in rows}
+
+
+def spec_text(tool: Mapping[str, Any]) -> str:
+    """The specification in an event's `tools_registered` entry, as the table keeps it."""
+    return json.dumps(tool["spec"], sort_keys=True)
+
+
+def _spec_of(body: dict[str, Any]) -> ToolSpec:
+    parameters = tuple(
+        ToolParameter(**{**each, "default": None if each["default"] is None else Value(each["default"]["json"])})
+        for each in body["parameters"]
+    )
+    return ToolSpec(
+        **{
+            **body,
+            "parameters": parameters,
+            "required_variables": tuple(body["required_variables"]),
+            "isolation": Isolation(body["isolation"]),
+        }
+    )

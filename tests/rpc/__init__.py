@@ -1,0 +1,1 @@
+"""The wire alone: no store, and peers of the tests' own."""
