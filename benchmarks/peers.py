@@ -7,12 +7,15 @@ The work: 64 callers, each on a session of its own that holds 20 small float var
 - update: one variable is set per operation, durable when the call returns
 - batch:  all 20 variables are set in one durable operation
 - read:   the current values of all 20 variables, after a few updates of that session
+- execute: code that sets one variable is executed durably: that it began, what came of it and that it ended are on
+  record when the call returns. Of us a tool in its transaction; of DBOS a workflow of one step, which it is for.
+  The others have nothing like it, and DBOS has no variables.
 
 Each adapter gets every favour that its library's public interface offers: threads or asyncio tasks, whichever
 is quicker, live objects kept between calls, history left out of reads, caches on. Each library runs in a
-process of its own (what it imports would slow its neighbours' garbage collection) and each measurement on a
-fresh file; afterwards that file is opened again and every session read back, so that a number stands only for
-values that are really there.
+process of its own (what it imports would slow its neighbours' garbage collection; ours in the checkout's .venv,
+because its requirements are others) and each measurement on a fresh file; afterwards that file is opened again
+and every session read back, so that a number stands only for values that are really there.
 
 Exit code: 0 when every installed library was measured, 1 when one failed (its row says why).
 """
@@ -44,15 +47,17 @@ from typing import Any, ClassVar, Literal
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 State = dict[str, float]
-Work = Literal["update", "batch", "read"]
+Work = Literal["update", "batch", "read", "execute"]
 
 CALLERS = 64
 WARM_UPDATES = 5
 NAMES = tuple(f"v{index:02d}" for index in range(20))
 ZEROES: State = dict.fromkeys(NAMES, 0.0)
 SESSIONS = tuple(f"caller-{index:02d}" for index in range(CALLERS))
-WORKS: tuple[Work, ...] = ("update", "batch", "read")
+STATE_WORKS: tuple[Work, ...] = ("update", "batch", "read")
+WORKS: tuple[Work, ...] = (*STATE_WORKS, "execute")
 OURS = "ours"
+ROOT = Path(__file__).resolve().parents[1]
 NOT_INSTALLED = "not installed: make peers"
 
 
@@ -67,10 +72,12 @@ FULL_NOT_SETTABLE = "WAL; synchronous cannot be set from outside, so it is this 
 class Adapter(ABC):
     """What a library is, in words; its subclasses say how it is called.
 
-    `unit` names what one durable operation writes, `lacks` what the library leaves to its user, `durability`
-    how it came to WAL and `PRAGMA synchronous`; `{build}` in it stands for what this build of SQLite starts with.
+    `works` are those that it can do, `unit` names what one durable operation writes, `lacks` what the library leaves
+    to its user, `durability` how it came to WAL and `PRAGMA synchronous`; `{build}` in it stands for what this build
+    of SQLite starts with.
     """
 
+    works: ClassVar[tuple[Work, ...]] = STATE_WORKS
     title: ClassVar[str]
     distribution: ClassVar[str]
     unit: ClassVar[str]
@@ -86,6 +93,18 @@ class ThreadAdapter(Adapter):
         """Open the file and create the sessions that it does not hold yet, with every variable at 0.0."""
 
     @abstractmethod
+    def read(self, session: str) -> State:
+        """Return the current value of every variable of the session."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the file."""
+
+
+class StateAdapter(ThreadAdapter):
+    """One that keeps state."""
+
+    @abstractmethod
     def update(self, session: str, name: str, value: float) -> None:
         """Set one variable; durable on return."""
 
@@ -93,13 +112,13 @@ class ThreadAdapter(Adapter):
     def update_many(self, session: str, values: Mapping[str, float]) -> None:
         """Set several variables in one durable operation."""
 
-    @abstractmethod
-    def read(self, session: str) -> State:
-        """Return the current value of every variable of the session."""
+
+class ExecutingAdapter(ThreadAdapter):
+    """One that executes code durably."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Release the file."""
+    def execute(self, session: str, name: str, value: float) -> None:
+        """Execute code that sets one variable; on record on return."""
 
 
 class TaskAdapter(Adapter):
@@ -111,11 +130,11 @@ class TaskAdapter(Adapter):
 
     @abstractmethod
     async def update(self, session: str, name: str, value: float) -> None:
-        """See ThreadAdapter."""
+        """See StateAdapter."""
 
     @abstractmethod
     async def update_many(self, session: str, values: Mapping[str, float]) -> None:
-        """See ThreadAdapter."""
+        """See StateAdapter."""
 
     @abstractmethod
     async def read(self, session: str) -> State:
@@ -129,20 +148,31 @@ class TaskAdapter(Adapter):
 AnyAdapter = ThreadAdapter | TaskAdapter
 
 
-class DspexPersist(ThreadAdapter):
+class DspexPersist(StateAdapter, ExecutingAdapter):
+    works = WORKS
     title = "dspex-persist"
     distribution = "dspex-persist"
-    unit = "one commit per call, callers share transactions; one history row for each variable that changed"
+    unit = (
+        "one commit per call, two per tool, callers share transactions; one history row for each variable that "
+        "changed, one journal entry for each tool"
+    )
     lacks = "one process owns the file, ten value types; does check types, constraints, versions, a hash chain"
     durability = SET_BY_ITSELF
 
     def open(self, path: Path, sessions: Sequence[str]) -> None:
-        self._provider: Any = import_module("dspex_persist").connect(str(path))
+        tools = import_module("dspex_persist").Toolbox()
+        tools.add(import_module("benchmarks.tools").set_variable)
+        self._provider: Any = import_module("dspex_persist").connect(str(path), tools=tools)
         self._decode: Any = import_module("dspex_persist.state.values").decode
         for session in sessions:
             self._provider.initialize_session(session)
             for name in NAMES:
                 self._provider.register_variable(session, name, "float", 0.0)
+
+    def execute(self, session: str, name: str, value: float) -> None:
+        outcome = self._provider.execute_tool(session, "set_variable", {"name": name, "value": value})
+        if not outcome.success:
+            raise RuntimeError(str(outcome.error))
 
     def update(self, session: str, name: str, value: float) -> None:
         self._provider.set_variable(session, name, value)
@@ -158,7 +188,7 @@ class DspexPersist(ThreadAdapter):
         self._provider.close()
 
 
-class LanggraphCheckpoint(ThreadAdapter):
+class LanggraphCheckpoint(StateAdapter):
     title = "langgraph-checkpoint-sqlite"
     distribution = "langgraph-checkpoint-sqlite"
     unit = "one checkpoint: the whole state of the session, serialized again for each update"
@@ -312,7 +342,7 @@ class OpenaiAgentsSession(TaskAdapter):
             log.close()
 
 
-class Eventsourcing(ThreadAdapter):
+class Eventsourcing(StateAdapter):
     title = "eventsourcing (SQLite)"
     distribution = "eventsourcing"
     unit = "one event of the session's aggregate; one transaction per call; reads come from its cache"
@@ -388,6 +418,61 @@ def _session_aggregate() -> Any:
     return SessionState
 
 
+class Dbos(ExecutingAdapter):
+    """Two connections: with the default number the callers wait for each other in SQLite's busy handler."""
+
+    works = ("execute",)
+    title = "DBOS (SQLite)"
+    distribution = "dbos"
+    unit = "one workflow of one step: it with its input, who runs it, the step's result, its end; a transaction each"
+    lacks = "no state of its own: no variables, no transaction around what the code reads and writes, no conflict check"
+    durability = SET_HERE
+
+    def open(self, path: Path, sessions: Sequence[str]) -> None:
+        sqlalchemy: Any = import_module("sqlalchemy")
+        if not sqlalchemy.event.contains(sqlalchemy.Engine, "connect", _set_wal_and_full_on_connect):
+            sqlalchemy.event.listen(sqlalchemy.Engine, "connect", _set_wal_and_full_on_connect)
+        self._set_id: Any = import_module("dbos").SetWorkflowID
+        self._dbos: Any = import_module("dbos").DBOS
+        self._set_variable = _dbos_workflow()
+        config = {"system_database_url": f"sqlite:///{path}", "sys_db_pool_size": 2, "log_level": "ERROR"}
+        self._dbos(config={"name": "peers", "application_version": "1", **config})
+        self._dbos.launch()
+
+    def execute(self, session: str, name: str, value: float) -> None:
+        with self._set_id(f"{session}/{value:.0f}"):
+            if self._set_variable(name, value) != {name: value}:
+                raise RuntimeError("the workflow returned something else")
+
+    def read(self, session: str) -> State:
+        """What its workflows have on record, oldest first."""
+        found = self._dbos.list_workflows(workflow_id_prefix=f"{session}/", status="SUCCESS")
+        state = dict(ZEROES)
+        for workflow in sorted(found, key=lambda each: int(each.workflow_id.rpartition("/")[2])):
+            state.update(workflow.output)
+        return state
+
+    def close(self) -> None:
+        self._dbos.destroy()
+
+
+@cache
+def _dbos_workflow() -> Any:
+    """The workflow, made on demand: its decorators are there only where the library is installed."""
+    dbos: Any = import_module("dbos").DBOS
+
+    @dbos.step()  # type: ignore[untyped-decorator]
+    def set_variable(name: str, value: float) -> State:
+        return {name: value}
+
+    @dbos.workflow()  # type: ignore[untyped-decorator]
+    def execute(name: str, value: float) -> State:
+        state: State = set_variable(name, value)
+        return state
+
+    return execute
+
+
 ADAPTERS: dict[str, type[AnyAdapter]] = {
     OURS: DspexPersist,
     "langgraph": LanggraphCheckpoint,
@@ -395,6 +480,7 @@ ADAPTERS: dict[str, type[AnyAdapter]] = {
     "adk-sqlite": AdkSqliteSessions,
     "openai-agents": OpenaiAgentsSession,
     "eventsourcing": Eventsourcing,
+    "dbos": Dbos,
 }
 
 
@@ -411,6 +497,10 @@ def _set_wal_and_full(connection: Any) -> None:
         cursor.close()
     if (journal_mode, synchronous) != ("wal", 2):
         raise RuntimeError(f"SQLite answered journal_mode={journal_mode}, synchronous={synchronous}")
+
+
+def _set_wal_and_full_on_connect(connection: Any, _record: Any) -> None:
+    _set_wal_and_full(connection)
 
 
 def _switch_file_to_wal(path: Path) -> None:
@@ -451,6 +541,8 @@ def write_operation(adapter: Any, work: Work, session: str) -> Callable[[int], A
     """The count-th write of a caller; for a TaskAdapter it returns an awaitable."""
     if work == "batch":
         return lambda count: adapter.update_many(session, dict.fromkeys(NAMES, float(count)))
+    if work == "execute":
+        return lambda count: adapter.execute(session, NAMES[count % len(NAMES)], float(count))
     return lambda count: adapter.update(session, NAMES[count % len(NAMES)], float(count))
 
 
@@ -571,11 +663,11 @@ def describe_durability(adapter: Adapter, path: Path) -> str:
 
 
 def measure_library(key: str, seconds: float, directory: Path) -> dict[str, Any]:
-    """Measure the three works of one library in this process; the answer fits JSON, errors are part of it."""
+    """Measure the works of one library in this process; the answer fits JSON, errors are part of it."""
     adapter = ADAPTERS[key]()
     try:
         answer: dict[str, Any] = {"version": version(adapter.distribution), "rates": {}}
-        for work in WORKS:
+        for work in adapter.works:
             with tempfile.TemporaryDirectory(prefix="peers-", dir=directory) as folder:
                 path = Path(folder, "sessions.db")
                 answer["rates"][work] = measure_work(adapter, path, work, seconds)
@@ -594,14 +686,21 @@ def raise_open_files_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def python_of(key: str) -> str:
+    """The interpreter with a library: this one, and for ours that of the checkout if there is one."""
+    own = ROOT / ".venv" / "bin" / "python"
+    return str(own) if key == OURS and own.exists() else sys.executable
+
+
 def run_library(key: str, seconds: float, directory: Path) -> dict[str, Any]:
-    """Measure one library in a fresh process of this interpreter and return its answer."""
+    """Measure one library in a fresh process and return its answer."""
     with tempfile.TemporaryDirectory(prefix="peers-", dir=directory) as folder:
         answer = Path(folder, "answer.json")
-        command = [sys.executable, __file__, "--measure", key, "--seconds", str(seconds)]
+        command = [python_of(key), __file__, "--measure", key, "--seconds", str(seconds)]
         command += ["--directory", folder, "--json", str(answer)]
         try:
-            ended = subprocess.run(command, stdout=subprocess.DEVNULL, timeout=180 + 6 * seconds, check=False)
+            env = {**os.environ, "PYTHONPATH": str(ROOT)}
+            ended = subprocess.run(command, stdout=subprocess.DEVNULL, timeout=180 + 8 * seconds, env=env, check=False)
         except subprocess.TimeoutExpired as error:
             return {"status": "failed", "reason": f"did not end within {error.timeout:.0f} s"}
         if not answer.exists():
@@ -629,12 +728,12 @@ class Result:
         self.reason = answer.get("reason", "")
         if self.status == "measured":
             self.version, self.durability = answer["version"], answer["durability"]
-            for work in WORKS:
-                self.rates[work].append(answer["rates"][work])
+            for work, rate in answer["rates"].items():
+                self.rates[work].append(rate)
 
     def median(self, work: Work) -> float | None:
-        """Operations a second, or None where a round is missing."""
-        return statistics.median(self.rates[work]) if self.status == "measured" else None
+        """Operations a second, or None where a round is missing or the library does no such work."""
+        return statistics.median(self.rates[work]) if self.status == "measured" and self.rates[work] else None
 
     def ratio_to(self, ours: Result | None, work: Work) -> float | None:
         mine, reference = self.median(work), ours.median(work) if ours else None
@@ -698,7 +797,18 @@ def table_row(result: Result, ours: Result | None) -> list[str]:
 
 
 def format_table(results: Sequence[Result], ours: Result | None) -> str:
-    header = ["library", "update/s", "of ours", "batch/s", "values/s", "of ours", "read/s", "of ours"]
+    header = [
+        "library",
+        "update/s",
+        "of ours",
+        "batch/s",
+        "values/s",
+        "of ours",
+        "read/s",
+        "of ours",
+        "execute/s",
+        "of ours",
+    ]
     measured = [table_row(result, ours) for result in results if result.status == "measured"]
     widths = [max(map(len, column)) for column in zip(header, *measured, strict=True)]
     lines = []
@@ -717,8 +827,9 @@ def format_report(results: Sequence[Result], run: Mapping[str, Any]) -> str:
         f"Python {run['python']}, SQLite {run['sqlite']}, {run['cpus']} CPUs, files on {run['filesystem']}",
         f"{CALLERS} callers in one process, each on a session of its own with {len(NAMES)} float variables; "
         f"{run['seconds']:g} s a measurement, median of {run['rounds']}",
-        "update: one variable; batch: all 20 in one durable operation; read: all 20 current values",
-        'of ours: the rate beside it / the rate of dspex-persist in this run ("-": that was not measured)',
+        "update: one variable; batch: all 20 in one durable operation; read: all 20 current values; execute: code that",
+        "sets one variable, as a tool in its transaction (ours) or as a workflow of one step (DBOS)",
+        'of ours: the rate beside it / the rate of dspex-persist in this run ("-": not measured, or not what it does)',
         "",
         format_table(results, ours),
         "",
@@ -749,11 +860,11 @@ def library_as_json(result: Result, ours: Result | None) -> dict[str, Any]:
     works = {
         work: {
             "operations_per_s": result.median(work),
-            "values_per_operation": 1 if work == "update" else len(NAMES),
+            "values_per_operation": 1 if work in ("update", "execute") else len(NAMES),
             "ratio_to_ours": result.ratio_to(ours, work),
             "rounds": result.rates[work],
         }
-        for work in WORKS
+        for work in adapter.works
     }
     state = {"status": result.status, "reason": result.reason, "version": result.version}
     return {"key": result.key, **words, **state, "works": works}

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-SectionName = Literal["rpc", "engine", "versions", "growth", "startup", "memory"]
+SectionName = Literal["rpc", "tools", "engine", "versions", "growth", "startup", "memory"]
 """One part of the run; the order of the full run is that of `SECTIONS`."""
-SECTIONS: tuple[SectionName, ...] = ("rpc", "engine", "versions", "growth", "startup", "memory")
+SECTIONS: tuple[SectionName, ...] = ("rpc", "tools", "engine", "versions", "growth", "startup", "memory")
 
 CALLERS = 64
 """Callers in this process, as in the targets."""
@@ -18,11 +18,21 @@ class Plan:
     """Sizes of a run. A round measures everything of a section once, in turn; what is told is the median of rounds."""
 
     rounds: int = 5
-    slice_s: float = 0.3
-    ping_slice_s: float = 0.15
+    slice_s: float = 0.2
+    ping_slice_s: float = 0.1
     warm_s: float = 0.1
     in_flight: tuple[int, ...] = (1, 16, 64, 256)
     history_entries: int = 100
+    streams: tuple[int, ...] = (1, 16)
+    stream_chunks: int = 200
+    slow_tools: int = 200
+    # More than have to be running: now and then one is between two executions.
+    slow_callers: int = 216
+    slow_s: float = 2.0
+    slow_rounds: int = 4
+    slow_slice_s: float = 2.0
+    probes: int = 16
+    probes_per_s: float = 150.0
     version_counts: tuple[int, ...] = (10, 1_000, 100_000)
     version_rounds: int = 40
     growth_updates: int = 12_800
@@ -38,6 +48,13 @@ QUICK = Plan(
     ping_slice_s=0.03,
     warm_s=0,
     in_flight=(1, 4, 16, 64),
+    streams=(1, 4),
+    stream_chunks=20,
+    slow_tools=20,
+    slow_callers=24,
+    slow_s=0.3,
+    slow_rounds=1,
+    slow_slice_s=0.2,
     version_counts=(10, 100, 1_000),
     version_rounds=3,
     growth_updates=640,

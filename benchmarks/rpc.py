@@ -9,7 +9,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, cycle
 from pathlib import Path
@@ -28,10 +28,11 @@ from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state.rpc.codec import BRIDGE_SERVICE
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
 
+_ROOT = Path(__file__).resolve().parents[1]
 _HISTORIES = 16
 """So many sessions have a long history; callers share them."""
 _LONG = "long_history"
-_UNLIKE_REQUESTS = 8
+UNLIKE_REQUESTS = 8
 """Requests that each caller has ready, and takes in turn."""
 
 _TARGETS = {
@@ -47,10 +48,12 @@ def prepare(plan: Plan, path: Path) -> None:
     make_file(path, chain(*sessions, *histories))
 
 
-def start_server(path: Path) -> ServerProcess:
-    """The server as users start it, on `path`, with its default settings."""
-    argv = [sys.executable, "-m", "dspex_persist", "serve", "--db", str(path), "--listen", "127.0.0.1:0"]
+def start_server(path: Path, *options: str) -> ServerProcess:
+    """The server as users start it, on `path`, with its default settings but for `options`."""
+    argv = [sys.executable, "-m", "dspex_persist", "serve", "--db", str(path), "--listen", "127.0.0.1:0", *options]
     env = {name: text for name, text in os.environ.items() if not name.startswith("DSPEX_PERSIST_")}
+    # For the tools of this package: the server's working folder is that of the file.
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), env.get("PYTHONPATH"))))
     # A settings file in the folder that the benchmark was started from must not change what is measured.
     return ServerProcess.start(argv, env=env, cwd=path.parent)
 
@@ -82,16 +85,21 @@ async def _measure(plan: Plan, target: str) -> tuple[list[Row], dict[int, int]]:
     async with grpc.aio.insecure_channel(target) as channel:
         for in_flight in plan.in_flight:
             print(f"rpc: {in_flight} in flight", file=sys.stderr, flush=True)
-            all_calls = [_Calls(channel, rpc, in_flight) for rpc in _rpcs(plan, newest)]
-            for calls in all_calls if plan.warm_s else ():
-                await calls.run(plan.warm_s)
-            for _ in range(plan.rounds):
-                await _run_round(plan, all_calls)
-            rows += map(_row_of, all_calls)
+            all_calls = [Calls(channel, rpc, in_flight) for rpc in _rpcs(plan, newest)]
+            await run_rounds(plan, all_calls)
+            rows += (row_of("rpc", calls, _TARGETS) for calls in all_calls)
     return rows, newest
 
 
-async def _run_round(plan: Plan, all_calls: Sequence["_Calls"]) -> None:
+async def run_rounds(plan: Plan, all_calls: Sequence["Calls"]) -> None:
+    """Measure Ping, which is the first, and the others in turn."""
+    for calls in all_calls if plan.warm_s else ():
+        await calls.run(plan.warm_s)
+    for _ in range(plan.rounds):
+        await _run_round(plan, all_calls)
+
+
+async def _run_round(plan: Plan, all_calls: Sequence["Calls"]) -> None:
     """Ping, an rpc, Ping, another rpc, ..., Ping: what disturbs the machine meets both."""
     ping, *others = all_calls
     before = await ping.run(plan.ping_slice_s)
@@ -106,19 +114,30 @@ async def _run_round(plan: Plan, all_calls: Sequence["_Calls"]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rpc:
-    """One kind of call. `request` makes the request of a caller by its number; `accept` says if an answer is right."""
+class Rpc:
+    """One kind of call. `request` makes the request of a caller by its number; `accept` says if an answer is right.
+
+    `key` tells it from others that call the same rpc, in the keys of rows.
+    """
 
     name: str
     title: str
     request: Callable[[int, int], Message]
     accept: Callable[[int, Any], bool]
+    key: str = ""
 
 
-class _Calls:
+def _ping(caller: int, number: int) -> Message:
+    return pb.PingRequest(message=f"ping {number} of {caller}")
+
+
+PING = Rpc("Ping", "Ping", _ping, lambda _, answer: "ping" in answer.message)
+
+
+class Calls:
     """The callers of one rpc, and what was measured of them."""
 
-    def __init__(self, channel: grpc.aio.Channel, rpc: _Rpc, in_flight: int) -> None:
+    def __init__(self, channel: grpc.aio.Channel, rpc: Rpc, in_flight: int) -> None:
         self.rpc = rpc
         self.in_flight = in_flight
         self.series = Series()
@@ -127,13 +146,15 @@ class _Calls:
         # Without a serializer: what is sent are bytes already.
         invoke: Any = channel.unary_unary(f"/{BRIDGE_SERVICE.full_name}/{rpc.name}", response_deserializer=parse)
         requests = [
-            cycle([rpc.request(caller, number).SerializeToString() for number in range(_UNLIKE_REQUESTS)])
+            cycle([rpc.request(caller, number).SerializeToString() for number in range(UNLIKE_REQUESTS)])
             for caller in range(in_flight)
         ]
         self._answers = answers = [None] * in_flight
+        self.answered = answered = [0] * in_flight
 
         async def call(caller: int) -> None:
             answers[caller] = await invoke(next(requests[caller]))
+            answered[caller] += 1
 
         self._call = call
 
@@ -146,37 +167,36 @@ class _Calls:
         return part
 
 
-def _row_of(calls: _Calls) -> Row:
+def row_of(section: str, calls: Calls, targets: Mapping[str, Mapping[int, float]]) -> Row:
+    """The row of one kind of call. `targets`: the least ratios, by its key and by how many are in flight."""
     rpc, series, in_flight = calls.rpc, calls.series, calls.in_flight
-    bound = _TARGETS.get(rpc.name, {}).get(in_flight)
+    key = rpc.key or rpc.name
+    bound = targets.get(key, {}).get(in_flight)
     return Row(
-        key=f"rpc.{rpc.name}.{in_flight}",
+        key=f"{section}.{key}.{in_flight}",
         what=f"{rpc.title}, {in_flight} in flight",
         value=series.calls_per_s,
         unit="calls/s",
         p50_ms=series.percentile_ms(50),
         p99_ms=series.percentile_ms(99),
         ratio=statistics.median(calls.ratios) if calls.ratios else None,
-        ratio_to=f"rpc.Ping.{in_flight}" if calls.ratios else "",
+        ratio_to=f"{section}.Ping.{in_flight}" if calls.ratios else "",
         target=Target("ratio", "at least", bound) if bound is not None else None,
     )
 
 
-def _rpcs(plan: Plan, newest: dict[int, int]) -> list[_Rpc]:
+def _rpcs(plan: Plan, newest: dict[int, int]) -> list[Rpc]:
     """What is called, Ping first. The versions that callers are told of go into `newest`."""
-
-    def ping(caller: int, number: int) -> Message:
-        return pb.PingRequest(message=f"ping {number} of {caller}")
 
     def get(caller: int, number: int) -> Message:
         return pb.GetVariableRequest(session_id=session_id(caller), variable_identifier=NAMES[number])
 
     def set_one(caller: int, number: int) -> Message:
-        session, value = session_id(caller), _packed(number)
+        session, value = session_id(caller), packed(number)
         return pb.SetVariableRequest(session_id=session, variable_identifier=NAMES[0], value=value)
 
     def set_all(caller: int, number: int) -> Message:
-        updates = {name: _packed(number + index) for index, name in enumerate(NAMES)}
+        updates = {name: packed(number + index) for index, name in enumerate(NAMES)}
         return pb.BatchSetVariablesRequest(session_id=session_id(caller), updates=updates, atomic=True)
 
     def get_history(caller: int, _number: int) -> Message:
@@ -188,16 +208,16 @@ def _rpcs(plan: Plan, newest: dict[int, int]) -> list[_Rpc]:
         return version > before
 
     return [
-        _Rpc("Ping", "Ping", ping, lambda _, answer: "ping" in answer.message),
-        _Rpc("GetVariable", "GetVariable", get, lambda _, answer: answer.variable.name in NAMES),
-        _Rpc("SetVariable", "SetVariable", set_one, lambda caller, answer: is_newer(caller, answer.new_version)),
-        _Rpc(
+        PING,
+        Rpc("GetVariable", "GetVariable", get, lambda _, answer: answer.variable.name in NAMES),
+        Rpc("SetVariable", "SetVariable", set_one, lambda caller, answer: is_newer(caller, answer.new_version)),
+        Rpc(
             "SetVariables",
             f"SetVariables of {BATCH}",
             set_all,
             lambda caller, answer: is_newer(caller, answer.new_versions[NAMES[0]]),
         ),
-        _Rpc(
+        Rpc(
             "GetVariableHistory",
             f"GetVariableHistory of {plan.history_entries}",
             get_history,
@@ -206,5 +226,6 @@ def _rpcs(plan: Plan, newest: dict[int, int]) -> list[_Rpc]:
     ]
 
 
-def _packed(number: int) -> AnyMessage:
+def packed(number: int) -> AnyMessage:
+    """A small float that differs with `number`, as requests carry it."""
     return AnyMessage(type_url="type.googleapis.com/snakepit.float", value=json.dumps(number / 8).encode())

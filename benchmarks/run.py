@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks import engine, growth, memory, rpc, startup, versions
+from benchmarks import beside_slow, engine, executing, growth, memory, rpc, startup, versions
 from benchmarks.peers import filesystem_of
 from benchmarks.plan import FULL, QUICK, SECTIONS, Plan, SectionName
 from benchmarks.table import Row, as_json, format_markdown, format_table, rewrite_docs
@@ -47,19 +47,21 @@ def untimed_jobs(plan: Plan, folder: Path, names: Sequence[SectionName]) -> list
         "versions": [_Job(versions.prepare, (plan, folder / "versions.db"))],
         "growth": [_Job(growth.measure, (plan, folder))],
         "rpc": [_Job(rpc.prepare, (plan, folder / "rpc.db"))],
+        "tools": [_Job(executing.prepare, (plan, folder / "tools.db"))],
     }
     return [job for name, own in jobs.items() if name in names for job in own]
 
 
 def timed_jobs(plan: Plan, folder: Path, names: Sequence[SectionName]) -> list[_Job]:
     """What measures times: one after the other, with the machine to itself."""
-    jobs: dict[SectionName, _Job] = {
-        "rpc": _Job(rpc.measure, (plan, folder / "rpc.db")),
-        "engine": _Job(engine.measure, (plan, folder)),
-        "versions": _Job(versions.measure, (plan, folder / "versions.db")),
-        "startup": _Job(startup.measure, (plan, folder)),
+    jobs: dict[SectionName, list[_Job]] = {
+        "rpc": [_Job(rpc.measure, (plan, folder / "rpc.db"))],
+        "tools": [_Job(measured, (plan, folder / "tools.db")) for measured in (executing.measure, beside_slow.measure)],
+        "engine": [_Job(engine.measure, (plan, folder))],
+        "versions": [_Job(versions.measure, (plan, folder / "versions.db"))],
+        "startup": [_Job(startup.measure, (plan, folder))],
     }
-    return [job for name, job in jobs.items() if name in names]
+    return [job for name, own in jobs.items() if name in names for job in own]
 
 
 def run_jobs(jobs: Sequence[_Job], at_once: int, *, a_process: int | None = None) -> list[Row]:
@@ -113,7 +115,7 @@ def format_run(run: dict[str, Any]) -> str:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="How fast dspex-persist is, here.")
-    parser.add_argument("--quick", action="store_true", help="a smoke run of some 15 s; its numbers mean nothing")
+    parser.add_argument("--quick", action="store_true", help="a smoke run of some 20 s; its numbers mean nothing")
     parser.add_argument("--only", action="append", choices=SECTIONS, help="only this section (may be repeated)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file too")
     parser.add_argument("--docs", type=Path, metavar="PAGE", help="write the table into this page, between its marks")

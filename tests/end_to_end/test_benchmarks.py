@@ -13,10 +13,11 @@ from benchmarks.table import BEGIN, END, Row, Target, format_table, rewrite_docs
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Some 15 s on a quiet machine; on a busy one as long as it takes.
+# Some 20 s on a quiet machine; on a busy one as long as it takes.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 RPCS = ("Ping", "GetVariable", "SetVariable", "SetVariables", "GetVariableHistory")
+EXECUTED = ("Ping", "noop", "read_3_write_2")
 ENGINE = (
     "sqlite3.1",
     "sqlite3.64",
@@ -45,6 +46,9 @@ def test_every_row_is_there_in_the_order_of_the_sections(quick_run: dict[str, An
     assert len(keys) == len(set(keys))
     assert set(keys) == {
         *(f"rpc.{rpc}.{in_flight}" for rpc in RPCS for in_flight in QUICK.in_flight),
+        *(f"tools.{name}.{in_flight}" for name in EXECUTED for in_flight in QUICK.in_flight),
+        *(f"tools.chunks.{streams}" for streams in QUICK.streams),
+        *(f"tools.p99.{rpc}.{count}" for rpc in ("SetVariable", "GetVariable") for count in (0, QUICK.slow_tools)),
         *(f"engine.{name}" for name in ENGINE),
         *(f"versions.{count}" for count in QUICK.version_counts),
         *(f"growth.{callers}" for callers in (1, 64)),
@@ -56,20 +60,29 @@ def test_every_row_is_there_in_the_order_of_the_sections(quick_run: dict[str, An
     assert sections == sorted(sections, key=SECTIONS.index)
 
 
-def test_every_rpc_but_ping_is_a_ratio_to_ping(quick_run: dict[str, Any]) -> None:
+def test_every_rpc_and_tool_but_ping_is_a_ratio_to_ping(quick_run: dict[str, Any]) -> None:
+    called = {(section, name) for section, names in (("rpc", RPCS), ("tools", EXECUTED)) for name in names}
     for row in quick_run["rows"]:
-        _, _, rest = row["key"].partition("rpc.")
-        if rest:
-            rpc, in_flight = rest.split(".")
-            assert row["ratio_to"] == ("" if rpc == "Ping" else f"rpc.Ping.{in_flight}")
-            assert (row["ratio"] is None) == (rpc == "Ping")
+        section, name, in_flight = f"{row['key']}..".split(".")[:3]
+        if (section, name) in called:
+            assert row["ratio_to"] == ("" if name == "Ping" else f"{section}.Ping.{in_flight}")
+            assert (row["ratio"] is None) == (name == "Ping")
             assert row["p50_ms"] <= row["p99_ms"]
+
+
+def test_what_runs_beside_slow_tools_is_a_ratio_to_what_runs_without(quick_run: dict[str, Any]) -> None:
+    rows = {row["key"]: row for row in quick_run["rows"]}
+    for rpc in ("SetVariable", "GetVariable"):
+        beside = rows[f"tools.p99.{rpc}.{QUICK.slow_tools}"]
+        assert beside["ratio_to"] == f"tools.p99.{rpc}.0"
+        assert beside["value"] == beside["p99_ms"]
+        assert beside["target"] == {"of": "ratio", "sense": "at most", "bound": 1.5}
 
 
 def test_every_target_has_a_verdict(quick_run: dict[str, Any]) -> None:
     judged = {row["key"] for row in quick_run["rows"] if row["target"] is not None}
     assert {row["key"] for row in quick_run["rows"] if row["verdict"] in ("met", "missed")} == judged
-    assert {"rpc.GetVariable.1", "engine.SetVariable.threads", "growth.64"} <= judged
+    assert {"rpc.GetVariable.1", "tools.read_3_write_2.64", "engine.SetVariable.threads", "growth.64"} <= judged
 
 
 def test_the_table_is_printed_and_written_into_the_page(quick_run: dict[str, Any]) -> None:
