@@ -4,11 +4,12 @@
 server from ending.
 """
 
+import contextlib
 import threading
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 R = TypeVar("R")
 
@@ -19,55 +20,58 @@ class DaemonThreads:
     def __init__(self, most: int, name: str) -> None:
         self._most = most
         self._name = name
-        self._work: deque[Callable[[], None]] = deque()
-        self._changed = threading.Condition()
-        self._idle = 0
+        # A condition and a deque cost twice as much for each piece of work.
+        self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        # Threads that have asked for work, less the work that was ever queued for them.
+        self._free = 0
         self._count = 0
         self._closed = False
 
     def submit(self, function: Callable[[], R]) -> "Future[R]":
         """Have `function` called on one of the threads. A future that is cancelled in time is left out."""
         future: Future[R] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                result = function()
-            except BaseException as error:  # noqa: BLE001 -- a thread's boundary: whoever waits is told
-                future.set_exception(error)
-            else:
-                future.set_result(result)
-
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise RuntimeError("the threads are closed")
-            self._work.append(run)
-            if self._idle < len(self._work) and self._count < self._most:
+            self._free -= 1
+            if self._free < 0 and self._count < self._most:
                 self._count += 1
                 name = f"{self._name}-{self._count}"
                 threading.Thread(target=self._run, name=name, daemon=True).start()
-            else:
-                self._changed.notify()
+            self._work.put((future, function))
         return future
 
     def close(self) -> None:
-        """Take no more work, and let idle threads end; nobody waits for those that are busy."""
-        with self._changed:
+        """Take no more work, cancel what waits, let idle threads end; nobody waits for those that are busy."""
+        with self._lock:
+            if self._closed:
+                return
             self._closed = True
-            self._work.clear()
-            self._changed.notify_all()
+            with contextlib.suppress(Empty):
+                while (waiting := self._work.get_nowait()) is not None:
+                    waiting[0].cancel()
+            for _ in range(self._count):
+                self._work.put(None)
 
     def _run(self) -> None:
         while (work := self._next()) is not None:
-            work()
+            _carry_out(*work)
             # Let go before waiting: it may hold what its caller has let go of.
             del work
 
-    def _next(self) -> Callable[[], None] | None:
-        with self._changed:
-            self._idle += 1
-            while not self._work and not self._closed:
-                self._changed.wait()
-            self._idle -= 1
-            return self._work.popleft() if self._work else None
+    def _next(self) -> tuple[Future[Any], Callable[[], Any]] | None:
+        with self._lock:
+            self._free += 1
+        return self._work.get()
+
+
+def _carry_out(future: "Future[R]", function: Callable[[], R]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = function()
+    except BaseException as error:  # noqa: BLE001 -- a thread's boundary: whoever waits is told
+        future.set_exception(error)
+    else:
+        future.set_result(result)

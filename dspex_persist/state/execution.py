@@ -91,6 +91,7 @@ class _Overlay:
         self.written: set[str] = set()
         self.matched: dict[str, tuple[Seen, ...]] = {}
         self.dependencies: tuple[Dependency, ...] | None = None
+        # By name: others may have deleted one of them and registered another, which has been published since.
         self.published: dict[str, Variable] = {}
         self._base_sequence = begun.sequence
         self._read = read
@@ -143,7 +144,7 @@ class _Overlay:
                 now if now is not None and (seen.variable_id, seen.version) == (variable.id, before) else seen
                 for seen in matched
             )
-        self.published[variable.id] = variable
+        self.published[variable.name] = variable
         self._show_published()
 
     def rollback_to(self, savepoint: Savepoint, steps: int) -> None:
@@ -154,10 +155,15 @@ class _Overlay:
 
     def _show_published(self) -> None:
         for variable in self.published.values():
-            self.snapshot.put(variable)
+            _show(self.snapshot, variable)
             draft = self._drafts.states.get(self.session_id)
-            if draft is not None and not self.has_staged(variable.id):
-                draft.put(variable)
+            if draft is not None and not self._is_own(draft, variable):
+                _show(draft, variable)
+
+    def _is_own(self, draft: SessionState, variable: Variable) -> bool:
+        """Whether the execution has written the variable, or made another one that has its name now."""
+        named = draft.variables.get(variable.name)
+        return self.has_staged(variable.id) or (named is not None and self.has_staged(named.id))
 
     # What the unit of work asks for
 
@@ -172,29 +178,46 @@ class _Overlay:
     def history(
         self, state: SessionState, identifier: str, limit: int, before: int | None
     ) -> list[VariableVersion] | None:
+        meant = self._meant(state, identifier)
         staged = [
             change.version
             for change in reversed(self.unit.versions)
-            if identifier in (change.variable.name, change.variable.id)
-            and (before is None or change.version.version < before)
+            if change.version.variable_id == meant and (before is None or change.version.version < before)
         ]
         if len(staged) >= limit or (staged and staged[-1].version == 0):
             return staged[:limit]
-        base = self.snapshot.find(identifier)
+        base = self.snapshot.find(meant) if meant is not None else None
         if base is not None:
             before = base.version + 1 if before is None else min(before, base.version + 1)
-        query = commands.GetVariableHistory(self.session_id, identifier, limit - len(staged), before)
+        # By id: of its name there may be another one by now.
+        query = commands.GetVariableHistory(self.session_id, meant or identifier, limit - len(staged), before)
         committed: list[VariableVersion] = self._read(query)
         if base is None:
             # It was deleted before the execution began: another one of its name, begun since, is not for it to see.
             committed = [entry for entry in committed if entry.sequence <= self._base_sequence]
         return staged + committed
 
+    def _meant(self, state: SessionState, identifier: str) -> str | None:
+        """The id of the variable that is there, or that the execution has deleted; None if it was gone before."""
+        found = state.find(identifier)
+        if found is not None:
+            return found.id
+        staged = (change.variable for change in reversed(self.unit.versions))
+        return next((each.id for each in staged if identifier in (each.name, each.id)), None)
+
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
         return None
 
     def find_execution(self, state: SessionState, key: str) -> RecordedExecution | None:
         return None
+
+
+def _show(state: SessionState, variable: Variable) -> None:
+    """Set the variable in a state that may have another one of its name, or none."""
+    previous = state.put(variable)
+    if previous is not None and previous.id != variable.id:
+        state.names.pop(previous.id, None)
+    state.names[variable.id] = variable.name
 
 
 def _recorded(tokens: Iterator[str], issued: list[str]) -> Iterator[str]:

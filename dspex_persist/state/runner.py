@@ -36,6 +36,7 @@ from dspex_persist.state.errors import (
     ExecutionEndedError,
     ExecutionNotFoundError,
     IdempotencyConflictError,
+    InternalError,
     InvalidValueError,
     LimitExceededError,
     MissingVariablesError,
@@ -190,7 +191,6 @@ class ToolSession:
         self.execution_id = execution.id
         self.metadata = request.metadata
         self.attempt = attempt
-        self.random = Random(f"{seed}:random")
         self.execution = execution
         self.request = request
         self.origin = Origin(request.origin.actor, execution.id, Source.PYTHON)
@@ -199,7 +199,10 @@ class ToolSession:
         self.task: asyncio.Task[Any] | None = None
         self.turn = asyncio.Lock()
         self._runner = runner
-        self._uuids = Random(f"{seed}:uuid")
+        # To seed a generator takes longer than a short tool: only for those that draw.
+        self._seed = seed
+        self._random: Random | None = None
+        self._uuids: Random | None = None
         self._began = time.monotonic()
         self._log: list[LogEntry] = []
         self._times: list[datetime] = []
@@ -209,6 +212,14 @@ class ToolSession:
     def cancelled(self) -> bool:
         """Whether nothing that the code still does can be kept."""
         return bool(self.execution.ended)
+
+    @property
+    def random(self) -> Random:
+        """Random numbers from the execution's recorded seed."""
+        with self.execution.overlay.lock:
+            if self._random is None:
+                self._random = Random(f"{self._seed}:random")
+            return self._random
 
     def run(self, command: Command[R]) -> R:
         """Carry a command out inside the transaction."""
@@ -233,13 +244,18 @@ class ToolSession:
 
     def uuid(self) -> UUID:
         """A new UUID, from the execution's recorded seed."""
-        return UUID(int=self._uuids.getrandbits(128), version=4)
+        with self.execution.overlay.lock:
+            if self._uuids is None:
+                self._uuids = Random(f"{self._seed}:uuid")
+            return UUID(int=self._uuids.getrandbits(128), version=4)
 
     def log(self, message: str, **fields: object) -> None:
         """Keep a line in the journal."""
         self.execution.check_running()
-        self._count(len(message) + len(values.encode(fields, "map", name="log").json))
-        self._log.append(LogEntry(clock.now(), message, fields))
+        text = values.encode(fields, "map", name="log").json
+        self._count(len(message) + len(text))
+        # As they are now: the code may go on to change them, and the writer cannot refuse what they would be then.
+        self._log.append(LogEntry(clock.now(), message, json.loads(text)))
 
     def _count(self, size_bytes: int) -> None:
         limit = self._runner.limits.journal_size_bytes
@@ -427,8 +443,11 @@ class ToolRunner:
         self._count += 1
         try:
             job = await self._prepare(request, emit)
-            return replace(await self._execute(job), streamed=job.tool.spec.streaming)
+            outcome = await self._execute(job)
+            return replace(outcome, streamed=True) if job.tool.spec.streaming else outcome
         except tuple(_REFUSALS) as error:
+            # On a session that is not there, that is what is wrong first.
+            await self._submit(commands.ListTools(request.session_id), request.origin)
             return ToolOutcome(None, None, error, _REFUSALS[type(error)])
         finally:
             self._count -= 1
@@ -462,8 +481,12 @@ class ToolRunner:
         return _Job(request, tool, arguments, emit)
 
     async def _find_tool(self, request: ToolRequest) -> ToolCode | RegisteredTool:
+        own = self.tools.get(request.tool)
+        if own is not None:
+            # Whether there is such a session, whoever begins the execution is told.
+            return own
         registered = await self._submit(commands.ListTools(request.session_id), request.origin)
-        found = self.tools.get(request.tool) or registered.get(request.tool)
+        found = registered.get(request.tool)
         if found is None:
             names = sorted({*self.tools, *registered})
             meant = get_close_matches(request.tool, names, 1)
@@ -519,7 +542,10 @@ class ToolRunner:
             request.idempotency_key if parent is None else None,
             tool.worker_id if isinstance(tool, RegisteredTool) else "",
         )
-        origin = replace(request.origin, idempotency_key=None)
+        origin = request.origin
+        if origin.idempotency_key is not None:
+            # The execution's own key is in the command: that of its outcome is none of the store's.
+            origin = replace(origin, idempotency_key=None)
         future = self.provider.submit(command, origin)
         try:
             return await self._mailbox.result(future)
@@ -632,8 +658,8 @@ class ToolRunner:
         self.provider.submit(command, origin).add_done_callback(settled)
 
     def _owe(self, session: ToolSession, verdict: Verdict, error: StateError) -> None:
-        """The store could not take the end: what the execution wrote is lost, but its journal entry is not."""
-        if isinstance(error, StorageError | QueueFullError):
+        """The store did not take the end: what the execution wrote is lost, but its journal entry is not."""
+        if isinstance(error, StorageError | QueueFullError | InternalError):
             failed = replace(verdict, status=ExecutionStatus.FAILED, result=None, failure=_failure_of(error))
             self._say(session.execution.finish(failed), session.origin)
 
@@ -714,7 +740,7 @@ class ToolRunner:
 
     def _run_sync(self, job: _Job, tool: ToolCode, session: ToolSession) -> Value:
         """On a thread of its own."""
-        with _contained():
+        with _contained(Exception):
             started = tool.start(session, job.arguments)
             if tool.kind is ToolKind.FUNCTION:
                 return _result_value(started, "result")
@@ -730,7 +756,7 @@ class ToolRunner:
 
     async def _run_async(self, job: _Job, tool: ToolCode, session: ToolSession) -> Value:
         """On the tools' loop."""
-        with _contained():
+        with _contained(Exception, asyncio.CancelledError):
             started = tool.start(session, job.arguments)
             if tool.kind is ToolKind.COROUTINE:
                 return _result_value(await started, "result")
@@ -781,12 +807,16 @@ class ToolRunner:
 
 
 @contextmanager
-def _contained() -> Iterator[None]:
-    """Users' code that wants the process to end has failed, no more."""
+def _contained(*let_out: type[BaseException]) -> Iterator[None]:
+    """Users' code that raises anything else has failed, no more: neither the process nor its loops are to end."""
     try:
         yield
+    except let_out:
+        raise
     except (SystemExit, KeyboardInterrupt) as error:
         raise RuntimeError(f"the tool tried to end the process: {error!r}") from error
+    except BaseException as error:
+        raise RuntimeError(f"the tool raised {type(error).__name__}, which is no ordinary error") from error
 
 
 def _as_list(chunks: Sequence[Value]) -> Value:
@@ -841,7 +871,11 @@ def _status_of(error: Exception) -> ExecutionStatus:
 
 
 def _failure_of(error: BaseException) -> Failure:
-    return Failure(type(error).__name__, str(error), "".join(traceback.format_exception(error)))
+    try:
+        text = str(error)
+    except Exception as fault:  # noqa: BLE001 -- users' code, too
+        text = f"it has no text: its __str__ raised {type(fault).__name__}"
+    return Failure(type(error).__name__, text, "".join(traceback.format_exception(error)))
 
 
 def _error_of(execution_id: str, failure: Failure) -> ToolFailedError:
@@ -863,7 +897,7 @@ class _LoopThread:
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name=self._name, daemon=True).start()
+                threading.Thread(target=_run_loop, args=(self._loop,), name=self._name, daemon=True).start()
             return self._loop
 
     def start(self, coroutine: Coroutine[Any, Any, R]) -> "Future[R]":
@@ -879,6 +913,14 @@ class _LoopThread:
             with contextlib.suppress(TimeoutError):
                 ended.result(_CLEAN_UP_S)
             loop.call_soon_threadsafe(loop.stop)
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """Until it is stopped; by its own thread it is closed, as nobody waits for code that does not let it stop."""
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
 
 
 async def _cancel_others() -> None:

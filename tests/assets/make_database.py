@@ -7,8 +7,11 @@ released schema, by the release that has it, and kept: later releases have to up
 """
 
 import json
+import sqlite3
 import sys
 from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -29,13 +32,16 @@ from dspex_persist.state.commands import (
     StartOptimization,
     StopOptimization,
 )
-from dspex_persist.state.commands.executions import Step, Verdict
+from dspex_persist.state.commands.executions import Step, Verdict, see
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.model import (
     ExecutionStatus,
     Failure,
+    Isolation,
+    LogEntry,
     Origin,
     RegisteredTool,
+    Seen,
     Source,
     ToolParameter,
     ToolSpec,
@@ -70,6 +76,8 @@ TYPED: Mapping[str, tuple[str, object, Mapping[str, Any]]] = {
 }
 _SHORT_LEASE_S = 60.0
 _REMOTE = Origin("127.0.0.1:4711", "SetVariable", Source.ELIXIR)
+_TOOL = Origin("worker-host", "ExecuteTool", Source.PYTHON)
+_FAILURE = Failure("ValueError", "no «such» thing", "Traceback (most recent call last):\n...")
 
 
 def fill(path: Path) -> None:
@@ -88,6 +96,9 @@ def fill(path: Path) -> None:
             _write_on(provider)
             _lock_for_good(provider, clock)
             _execute_tools(provider)
+        clock.tick(timedelta(hours=1))
+        # What was left running is ended by this one.
+        EmbeddedState(path).close()
 
 
 def _fill_main(provider: EmbeddedState) -> None:
@@ -185,31 +196,119 @@ def _lock_for_good(provider: EmbeddedState, clock: Any) -> None:
 
 
 def _execute_tools(provider: EmbeddedState) -> None:
-    origin = Origin("worker-host", "ExecuteTool", Source.PYTHON)
-    address = RegisteredTool(ToolSpec("far", "lives elsewhere", (ToolParameter("n", "integer"),)), "w1", "unix:/tmp/w1")
-    provider.submit(RegisterTools("main", "w1", (address,)), origin).result()
-    begun = provider.submit(
-        BeginExecution("main", "count", {"n": Value("1")}, {"note": "asset"}, idempotency_key="one"), origin
-    ).result()
-    provider.submit(PublishVariable("main", begun.execution_id, "temperature", Value("1.5")), origin).result()
-    step = Step(begun.execution_id, SetVariable("main", "temperature", Value("1.25")), Source.PYTHON)
-    verdict = Verdict(begun.execution_id, ExecutionStatus.COMMITTED, Value('"done"'))
-    provider.submit(FinishExecution("main", verdict, (), (step,)), origin).result()
-    failed = provider.submit(BeginExecution("main", "count"), origin).result()
-    failure = Verdict(failed.execution_id, ExecutionStatus.FAILED, failure=Failure("ValueError", "no"))
-    provider.submit(FinishExecution("main", failure), origin).result()
+    _register_tools(provider)
+    begun = _begin(provider, {"n": Value("1"), "café": Value('"ß"', SMALL_BYTES)}, {"note": "asset"}, key="one")
+    provider.submit(PublishVariable("main", begun, "temperature", Value("1.5"), {"trial": "3"}), _TOOL).result()
+    seen = see(provider.get_variable("main", "temperature"))
+    line = LogEntry(START, "at work", {"step": 1, "größe": [None, True, 2.5]})
+    verdict = Verdict(
+        begun,
+        ExecutionStatus.COMMITTED,
+        Value('{"done":["é",1]}'),
+        reads={"temperature": seen, "nothing": None},
+        patterns=("t*",),
+        log=(line,),
+        recorded={"now": [1]},
+        published=(("temperature", seen.version if seen is not None else 0),),
+        duration_us=1234,
+    )
+    register = RegisterVariable("main", "by a tool", "list", Value("[1]"))
+    steps = (
+        Step(begun, SetVariable("main", "temperature", Value("1.25")), Source.PYTHON),
+        Step(begun, register, Source.PYTHON, None, ("0123456789ab",)),
+    )
+    _finish(provider, verdict, steps=steps, checked={"temperature": seen})
+    for status in (ExecutionStatus.FAILED, ExecutionStatus.TIMED_OUT, ExecutionStatus.CANCELLED):
+        _finish(provider, Verdict(_begin(provider, key="one more"), status, failure=_FAILURE))
+    _finish(provider, Verdict(_begin(provider), ExecutionStatus.COMMITTED), checked={"temperature": None})
+    _call_tools(provider)
+    _leave_tools(provider)
+
+
+def _register_tools(provider: EmbeddedState) -> None:
+    parameters = (
+        ToolParameter("n", "integer", "how many", required=False, default=Value("3"), validation='{"min":0}'),
+        ToolParameter("wörd", "any"),
+    )
+    far = ToolSpec("far", "lives elsewhere", parameters, metadata={"version": "1", "ort": "Köln"})
+    near = ToolSpec("near", "", (), True, True, ("temperature",), Isolation.SNAPSHOT, 3, 2.5)
+    for worker, spec in (("w1", far), ("w1", near), ("w2", replace(far, description="lives somewhere else"))):
+        tool = RegisteredTool(spec, worker, f"unix:/tmp/{worker}")
+        provider.submit(RegisterTools("main", worker, (tool,)), _TOOL).result()
+
+
+def _call_tools(provider: EmbeddedState) -> None:
+    """Executions within others: of one that ends well, and of one that does not."""
+    for status in (ExecutionStatus.COMMITTED, ExecutionStatus.FAILED):
+        parent = _begin(provider, key=f"parent {status}")
+        well, badly = (_begin(provider, parent=parent) for _ in range(2))
+        children = (
+            Verdict(badly, ExecutionStatus.FAILED, failure=_FAILURE),
+            Verdict(well, ExecutionStatus.COMMITTED, Value("[1]")),
+        )
+        step = Step(well, SetVariable("main", "history", Value('["of a child"]')), Source.PYTHON)
+        _finish(provider, Verdict(parent, status, Value("2")), children, (step,))
+
+
+def _leave_tools(provider: EmbeddedState) -> None:
+    """Executions that their session, and later their server, do not survive."""
+    provider.initialize_session("unfinished")
+    provider.submit(BeginExecution("unfinished", "count"), _TOOL).result()
+    provider.cleanup_session("unfinished")
+    _begin(provider, parent=_begin(provider, key="left alone"))
+
+
+def _begin(
+    provider: EmbeddedState,
+    parameters: Mapping[str, Value] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    key: str | None = None,
+    parent: str | None = None,
+) -> str:
+    command = BeginExecution(
+        "main", "count", parameters or {}, metadata or {}, parent_id=parent, idempotency_key=key, worker_id="w1"
+    )
+    return provider.submit(command, _TOOL).result().execution_id
+
+
+def _finish(
+    provider: EmbeddedState,
+    verdict: Verdict,
+    children: tuple[Verdict, ...] = (),
+    steps: tuple[Step, ...] = (),
+    checked: Mapping[str, Seen | None] | None = None,
+) -> None:
+    command = FinishExecution("main", verdict, children, steps, checked or {})
+    provider.submit(command, replace(_TOOL, cause=verdict.execution_id)).result()
 
 
 # What the engine answers
 
 SESSIONS = ("main", "binaries", "again", "short", "üñí 'x'; --")
 DELETED = {"main": ("scratch",)}
+_JOURNAL = ("id", "tool", "status", "parent", "attempt", "key", "began", "ended", "beginning", "end")
+_EXECUTIONS = """
+    SELECT execution_id, tool, status, parent_id, attempt, idempotency_key, began_sequence, executions.ended_sequence,
+        beginning.body, ending.body
+    FROM executions JOIN sessions USING (session_key)
+    JOIN events AS beginning ON beginning.sequence = began_sequence
+    LEFT JOIN events AS ending ON ending.sequence = executions.ended_sequence
+        AND ending.kind = 'execution_ended'
+        AND json_extract(ending.body, '$.execution_id') = execution_id
+    WHERE session_id = ? AND sessions.ended_sequence IS NULL ORDER BY began_sequence
+"""
 
 
 def describe(path: Path) -> dict[str, Any]:
     """Everything that the engine answers about the live sessions of a database that `fill` made, as JSON has it."""
     with EmbeddedState(path) as provider:
         described = {session_id: _describe_session(provider, session_id) for session_id in SESSIONS}
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        for session_id in SESSIONS:
+            # A revision that knew none is described as it was.
+            rows = connection.execute(_EXECUTIONS, [session_id])
+            executions = [dict(zip(_JOURNAL, row, strict=True)) for row in rows]
+            described[session_id] |= {"executions": executions} if executions else {}
     plain: dict[str, Any] = json.loads(json.dumps(described))
     return plain
 
@@ -218,7 +317,8 @@ def _describe_session(provider: EmbeddedState, session_id: str) -> dict[str, Any
     session = provider.get_session(session_id)
     variables = provider.list_variables(session_id)
     names = [variable.name for variable in variables] + list(DELETED.get(session_id, ()))
-    return {
+    tools = [asdict(tool) for tool in provider.list_tools(session_id)]
+    return ({"tools": tools} if tools else {}) | {
         "metadata": dict(session.metadata),
         "created_at": str(session.created_at),
         "variables": [_describe_variable(variable) for variable in variables],

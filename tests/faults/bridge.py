@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -36,6 +37,30 @@ def is_refusal(error: grpc.aio.AioRpcError) -> bool:
     return error.code() in _REFUSALS or (error.details() or "").startswith("nothing was written")
 
 
+@dataclass(frozen=True, slots=True)
+class ToolAnswer:
+    """How an execution ended: `code` is "" if it has committed."""
+
+    code: str
+    result: Any
+    metadata: Mapping[str, str]
+    message: str = ""
+
+    @property
+    def commit(self) -> tuple[str, int]:
+        """The execution's id, and the commit that ended it."""
+        return self.metadata["execution_id"], int(self.metadata["commit_sequence"])
+
+
+def _request(session_id: str, tool: str, arguments: Mapping[str, object], key: str | None) -> pb.ExecuteToolRequest:
+    request = pb.ExecuteToolRequest(session_id=session_id, tool_name=tool)
+    for name, argument in arguments.items():
+        request.parameters[name].CopyFrom(wire("any", argument))
+    if key is not None:
+        request.metadata["idempotency_key"] = key
+    return request
+
+
 class Bridge:
     """One channel to one server."""
 
@@ -53,6 +78,11 @@ class Bridge:
             f"/{_SERVICE.full_name}/WatchVariables",
             request_serializer=pb.WatchVariablesRequest.SerializeToString,
             response_deserializer=pb.VariableUpdate.FromString,
+        )
+        self._stream = self._channel.unary_stream(
+            f"/{_SERVICE.full_name}/ExecuteStreamingTool",
+            request_serializer=pb.ExecuteToolRequest.SerializeToString,
+            response_deserializer=pb.ToolChunk.FromString,
         )
 
     async def call(self, name: str, request: Any, key: str | None = None) -> Any:
@@ -86,6 +116,33 @@ class Bridge:
         request = pb.GetVariableRequest(session_id=session_id, variable_identifier=identifier)
         variable = (await self.call("GetVariable", request)).variable
         return variable.version, variable.value.value.decode()
+
+    async def execute(
+        self,
+        session_id: str,
+        tool: str,
+        arguments: Mapping[str, object],
+        *,
+        key: str | None = None,
+        timeout_s: float = CALL_TIMEOUT_S,
+    ) -> ToolAnswer:
+        """Execute a tool; how it ended."""
+        request = _request(session_id, tool, arguments, key)
+        response = await self._methods["ExecuteTool"](request, timeout=timeout_s)
+        metadata = dict(response.metadata)
+        result = json.loads(response.result.value) if response.success else None
+        return ToolAnswer(metadata.get("error_code", ""), result, metadata, response.error_message)
+
+    async def stream(
+        self, session_id: str, tool: str, arguments: Mapping[str, object], *, key: str | None = None
+    ) -> ToolAnswer:
+        """Execute a tool and take its chunks as they come; they are the result."""
+        chunks: list[Any] = []
+        async for chunk in self._stream(_request(session_id, tool, arguments, key), timeout=CALL_TIMEOUT_S):
+            if chunk.is_final:
+                return ToolAnswer("", chunks, dict(chunk.metadata))
+            chunks.append(json.loads(chunk.data))
+        raise AssertionError("the stream ended without a last chunk")
 
     async def register(
         self, session_id: str, name: str, type_name: str, value: object, metadata: Mapping[str, str]

@@ -20,6 +20,7 @@ from dspex_persist.state.store import audit
 from dspex_persist.state.store.anchor import Head, parse
 from dspex_persist.state.store.verify import iter_problems
 from tests.concurrency import linearizability
+from tests.faults.journal import Journal
 from tests.faults.ledger import Commit, Ledger, Write
 
 SUFFIXES = ("", "-wal", ".anchor")
@@ -56,6 +57,7 @@ class Checker:
 
     def __init__(self) -> None:
         self.head = Head(0, bytes(32))
+        self.journal = Journal()
         self._by_place: dict[tuple[str, int], Row] = {}
         self._by_token: defaultdict[str, list[Row]] = defaultdict(list)
         self._newest: dict[str, Row] = {}
@@ -67,10 +69,15 @@ class Checker:
         self._rollbacks = 0
         self._ended: set[str] = set()
 
-    def check(self, copy: Path, ledger: Ledger) -> list[str]:
-        """What is wrong with this copy; it may be written to (SQLite recovers the WAL into it)."""
+    def check(self, copy: Path, ledger: Ledger, *, started: bool = True) -> list[str]:
+        """What is wrong with this copy; it may be written to (SQLite recovers the WAL into it).
+
+        `started`: the server that left it had been ready.
+        """
         with closing(sqlite3.connect(copy)) as connection:
+            known = self.head.sequence
             problems = [*self._take_in(connection)]
+            problems += self.journal.check(connection, known, ledger, started=started)
             self._ended = {row[0] for row in connection.execute(_ENDED)}
         problems += self._check_writes(ledger)
         problems += self._check_rollbacks(ledger)
@@ -171,7 +178,7 @@ class Checker:
         elif rows and write.targets and set(found) != set(write.targets):
             yield f"half batch: {write} is in the file as {rows}"
         for row in rows:
-            if row.value != write.value:
+            if row.value != (write.value or str(row.version)):
                 yield f"value: {write} is in the file as {row}"
             if write.expected and row.version != write.expected + 1:
                 yield f"lost update: {write} is in the file as {row}"

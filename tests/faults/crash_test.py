@@ -23,6 +23,7 @@ from dspex_persist.infra.process import ProcessFailedError, ServerProcess
 from tests.faults.bridge import Bridge
 from tests.faults.checker import Checker, check_histories, copy_files, verify
 from tests.faults.ledger import Ledger
+from tests.faults.tools import TOOLS
 from tests.faults.workload import SESSION, Client, Names, Watcher, set_up
 
 _READY_S = 60.0
@@ -33,7 +34,8 @@ _CATCH_UP_S = 60.0
 def server_argv(database: Path, planted: str | None = None) -> list[str]:
     """How a server is started; `planted` names a bug that it shall have."""
     module = ["dspex_persist"] if planted is None else ["tests.faults.planted_server", planted]
-    return [sys.executable, "-m", *module, "serve", "--db", str(database), "--listen", "127.0.0.1:0"]
+    where = ["--db", str(database), "--listen", "127.0.0.1:0"]
+    return [sys.executable, "-m", *module, "serve", *where, "--tools", TOOLS]
 
 
 @dataclass(slots=True)
@@ -76,11 +78,9 @@ class CrashTest:
         self._watchers = [Watcher(self._ledger, 0) for _ in range(2)]
         while self.report.cycles < cycles and not self.report.problems:
             self.report.cycles += 1
-            if self.report.cycles % 10 == 5:
-                await self._kill_while_it_starts()
-            else:
-                await self._kill_while_it_works()
-            self._check_files()
+            starting = self.report.cycles % 10 == 5
+            await (self._kill_while_it_starts() if starting else self._kill_while_it_works())
+            self._check_files(started=not starting)
             if tell and self.report.cycles % 10 == 0:
                 print(f"  {self.report.cycles} cycles, {self._checker.head.sequence:,} commits", flush=True)
         if not self.report.problems:
@@ -146,9 +146,12 @@ class CrashTest:
         if served != self._checker.values(SESSION):
             self.report.problems.append(f"memory: the server has {served}, the file {self._checker.values(SESSION)}")
 
-    def _check_files(self) -> None:
+    def _check_files(self, *, started: bool = True) -> None:
         copy = copy_files(self.database, self._copies)
-        self.report.problems += self._checker.check(copy, self._ledger)
+        before = len(self._checker.journal.running)
+        self.report.problems += self._checker.check(copy, self._ledger, started=started)
+        if started:
+            self.report.counts["executions killed"] += before
         self.report.problems += self._ledger.complaints
         for watcher in self._watchers:
             self.report.problems += self._checker.check_watcher(SESSION, watcher.first, watcher.told)
@@ -171,6 +174,8 @@ class CrashTest:
             self.report.problems.append(f"the server ended with exit code {code} after SIGTERM")
         self._checker = Checker()
         self._check_files()
+        if self._checker.journal.running:
+            self.report.problems.append(f"still running: {self._checker.journal.running} after the server's end")
         self.report.problems += check_histories(self._ledger)
         self.report.problems += verify(copy_files(self.database, self._copies))
 
@@ -188,6 +193,9 @@ class CrashTest:
         counts["commits"] = self._checker.head.sequence
         for write in self._ledger.writes.values():
             counts[f"writes {write.status}"] += 1
+        for status, count in self._checker.journal.statuses.items():
+            counts[f"executions {status}"] += count
+        counts["executions run anew"] = self._checker.journal.run_anew
         counts["reads"] = sum(len(reads) for reads in self._ledger.reads.values())
         counts["commits told to watchers"] = sum(len(watcher.told) for watcher in self._watchers)
 

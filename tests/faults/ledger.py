@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from tests.concurrency.linearizability import Operation
 
@@ -24,13 +24,23 @@ class Write:
     session_id: str
     targets: tuple[str, ...]
     value: str
-    """JSON."""
+    """JSON; "" if it is the number of its version, as with counters."""
     key: str | None = None
     expected: int = 0
     status: Status = "unknown"
     versions: dict[str, int] = field(default_factory=dict)
     invoked_at: float = 0.0
     returned_at: float = math.inf
+    tool: str = ""
+    """The tool that writes, if it is one: its writes are one commit, like those of a batch."""
+    execution_id: str = ""
+    """The execution of which the answer told, however it ended."""
+    sequence: int = 0
+    """The commit of which the answer told."""
+    journal: str = ""
+    """How the execution ended by its answer, as the journal has to have it."""
+    result: Any = None
+    """What the tool answered, if it has committed."""
     settled: bool = False
     """Nobody will repeat it, and the server that was asked is gone: it is there or will never be."""
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from dspex_persist.cli import main
-from dspex_persist.state.commands import SetVariable, SetVariables
+from dspex_persist.state.commands import BeginExecution, FinishExecution, SetVariable, SetVariables
 from dspex_persist.state.errors import StorageError
 from dspex_persist.state.model import BatchOutcome
 from dspex_persist.state.store.anchor import Anchor
@@ -234,6 +234,87 @@ def sequence_gap() -> None:
     _patch(SessionStore, "write_group", write_group)
 
 
+# Bugs of tools: each changes the commands that begin and end executions
+
+
+def drop_steps() -> None:
+    """Commit half of what an execution has written."""
+    _change_ends(lambda end: replace(end, steps=end.steps[: len(end.steps) // 2]))
+
+
+def half_tool() -> None:
+    """Commit what an execution has written in two parts."""
+
+    def one_by_one(self: SessionStore, job: Job) -> Outcome:
+        command = job.command
+        if not isinstance(command, FinishExecution) or len(command.steps) < 2:
+            return _write_group(self, [job])[0]
+        first, rest = command.steps[:1], command.steps[1:]
+        _write_group(self, [Job(step.command, job.origin) for step in first])
+        return _write_group(self, [Job(_unchecked(replace(command, steps=rest)), job.origin)])[0]
+
+    _patch(SessionStore, "write_group", lambda self, jobs: [one_by_one(self, job) for job in jobs])
+
+
+def forget_tool_keys() -> None:
+    """Execute what has committed under a key once more."""
+    _change(BeginExecution, lambda begin: replace(begin, idempotency_key=None))
+
+
+def leave_running() -> None:
+    """Let the journal say that what a kill has ended still runs."""
+    _patch(SessionStore, "_interrupt_executions", lambda self: _patch(self, "_stale", {}))
+
+
+def no_read_check() -> None:
+    """Check what an execution has written, and not what it has only read."""
+
+    def only_written(end: Any) -> Any:
+        written = {step.command.identifier for step in end.steps if isinstance(step.command, SetVariable)}
+        return replace(end, checked={asked: seen for asked, seen in end.checked.items() if asked in written})
+
+    _change_ends(only_written)
+
+
+def no_conflict_check() -> None:
+    """Commit whatever others have done meanwhile."""
+    _change_ends(_unchecked)
+
+
+def stale_snapshot() -> None:
+    """Begin executions on a session that is a moment old, and let those that only read end well."""
+    kept: dict[str, tuple[float, SessionState]] = {}
+    begin = BeginExecution.apply
+
+    def apply(self: BeginExecution, uow: Any) -> Any:
+        begun = begin(self, uow)
+        now = time.monotonic()
+        at, old = kept.get(self.session_id, (0.0, begun.snapshot))
+        if now - at > _STALE_S:
+            kept[self.session_id] = (now, begun.snapshot.copy())
+            return begun
+        return replace(begun, snapshot=old.copy())
+
+    _patch(BeginExecution, "apply", apply)
+    _change_ends(lambda end: end if end.steps else _unchecked(end))
+
+
+def _unchecked(end: Any) -> Any:
+    return replace(end, checked={}, matched={}, dependencies=None)
+
+
+def _change_ends(change: Callable[[Any], Any]) -> None:
+    _change(FinishExecution, change)
+
+
+def _change(kind: type, change: Callable[[Any], Any]) -> None:
+    def write_group(self: SessionStore, jobs: Sequence[Job]) -> list[Outcome]:
+        changed = [Job(change(job.command), job.origin) if isinstance(job.command, kind) else job for job in jobs]
+        return _write_group(self, changed)
+
+    _patch(SessionStore, "write_group", write_group)
+
+
 def _patch(owner: object, name: str, planted: object) -> None:
     setattr(owner, name, planted)
 
@@ -251,6 +332,13 @@ BUGS: dict[str, Callable[[], None]] = {
         watch_skip,
         watch_twice,
         sequence_gap,
+        drop_steps,
+        half_tool,
+        forget_tool_keys,
+        leave_running,
+        no_read_check,
+        no_conflict_check,
+        stale_snapshot,
     )
 }
 

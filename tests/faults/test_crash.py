@@ -20,5 +20,7 @@ def test_nothing_acknowledged_is_lost(tmp_path: Path) -> None:
     # A run in which nothing happened proves nothing.
     assert report.cycles == 20
     assert report.counts["kills during start-up"] == 2
-    for what in ("writes ok", "writes refused", "writes unknown", "reads", "commits told to watchers"):
+    writes = ("writes ok", "writes refused", "writes unknown", "reads", "commits told to watchers")
+    ends = ("committed", "failed", "interrupted", "run anew")
+    for what in (*writes, *(f"executions {end}" for end in ends)):
         assert report.counts[what] > 0, f"{report}: no {what}"

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -13,11 +13,13 @@ import grpc.aio
 
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
 from tests.concurrency.linearizability import Operation
-from tests.faults.bridge import Bridge, is_refusal, wire
+from tests.faults.bridge import Bridge, ToolAnswer, is_refusal, wire
 from tests.faults.ledger import Commit, Ledger, Rollback, Write
 
 SESSION = "shared"
 _TEXTS, _COUNTERS = 4, 2
+_JOURNAL = {"CONFLICT": "conflict", "TOOL_FAILED": "failed", "CANCELLED": "cancelled", "INTERRUPTED": "interrupted"}
+"""How the journal calls what the clients are told."""
 
 
 @dataclass(slots=True)
@@ -53,6 +55,7 @@ async def set_up(bridge: Bridge, ledger: Ledger, clients: int) -> Names:
         version = await bridge.set(SESSION, counter, wire("integer", 1), {"token": token})
         ledger.writes[token] = Write(token, SESSION, (counter,), "1", status="ok", versions={counter: version})
         names.counters.append(counter)
+    await register("progress", "integer", 0)
     for index in range(clients):
         names.own.append(await register(f"own-{index}", "string", ""))
         names.rolled.append(await register(f"rolled-{index}", "string", ""))
@@ -71,6 +74,7 @@ class Client:
         self._unsettled: list[Write] = []
         self._acknowledged: list[Write] = []
         self._rolled_version = 0
+        self._pauses: dict[str, float] = {}
         self._actions: Mapping[Callable[[], Awaitable[None]], int] = {
             self._set: 6,
             self._batch: 5,
@@ -80,8 +84,11 @@ class Client:
             self._register_and_delete: 2,
             self._roll_back: 2,
             self._spoilt_batch: 1,
-            self._repeat: 1,
+            self._repeat: 3,
             self._end_session: 1,
+            self._spread: 6,
+            self._increment_by_tool: 2,
+            self._break_off: 1,
         }
         self._bridge: Bridge
 
@@ -121,7 +128,7 @@ class Client:
     async def _send(self, write: Write) -> None:
         """Ask for the write. An answer of any kind is written down; without one AioRpcError is raised."""
         try:
-            versions = await self._ask(write)
+            versions = await (self._execute(write) if write.tool else self._ask(write))
         except grpc.aio.AioRpcError as error:
             if not is_refusal(error):
                 raise
@@ -162,6 +169,26 @@ class Client:
         response = await self._bridge.call("SetVariables", request, write.key)
         return dict(response.new_versions)
 
+    async def _execute(self, write: Write) -> dict[str, int]:
+        """Execute the write's tool; what it answered is written down, {} if it wrote nothing."""
+        answer = await self._ask_tool(write)
+        write.execution_id = answer.metadata.get("execution_id", "")
+        if answer.code:
+            write.journal = _JOURNAL[answer.code]
+            return {}
+        write.journal, write.result = "committed", answer.result
+        write.execution_id, write.sequence = answer.commit
+        return _versions_in(answer.result)
+
+    async def _ask_tool(self, write: Write) -> ToolAnswer:
+        arguments: dict[str, object] = {"token": write.token, "pause_s": self._pauses[write.token]}
+        if write.value:
+            arguments |= {"targets": list(write.targets), "value": json.loads(write.value)}
+        else:
+            arguments["target"] = write.targets[0]
+        ask = self._bridge.stream if write.tool.startswith("stream") else self._bridge.execute
+        return await ask(SESSION, write.tool, arguments, key=write.key)
+
     # What a client does
 
     async def _set(self) -> None:
@@ -199,6 +226,9 @@ class Client:
         if not self._acknowledged:
             return
         write = self._random.choice(self._acknowledged)
+        if write.tool:
+            await self._repeat_tool(write)
+            return
         try:
             answer: object = await self._ask(write)
         except grpc.aio.AioRpcError as error:
@@ -207,6 +237,35 @@ class Client:
             answer = error.details()
         if answer != write.versions:
             self._ledger.complaints.append(f"written twice: {write} was repeated and answered {answer}")
+
+    async def _repeat_tool(self, write: Write) -> None:
+        answer = await self._ask_tool(write)
+        told = (answer.code, answer.result, answer.metadata.get("execution_id"))
+        if told != ("", write.result, write.execution_id) or answer.commit[1] != write.sequence:
+            self._ledger.complaints.append(f"written twice: {write} was repeated and answered {answer}")
+
+    def _new_execution(self, tool: str, targets: Sequence[str], value: str | None = None) -> Write:
+        write = self._new_write(tuple(targets), keyed=self._random.random() < 0.5)
+        write.tool = tool
+        if value is not None:
+            write.value = value
+        # A repetition has to be the same request.
+        self._pauses[write.token] = round(self._random.choice([0.0, 0.002, 0.02, 0.1]), 3)
+        return write
+
+    async def _spread(self) -> None:
+        """Several variables in one execution, of which the clients' other writes may be in the way."""
+        tool = self._random.choice(["spread", "spread", "spread_async", "stream", "stream_async"])
+        shared = self._random.sample(self._names.texts, self._random.randint(1, 2))
+        own = [self._names.own[self._number], self._names.rolled[self._number]]
+        await self._try(self._new_execution(tool, [own[0], *shared, own[1]]))
+
+    async def _increment_by_tool(self) -> None:
+        await self._try(self._new_execution("increment", [self._random.choice(self._names.counters)], value=""))
+
+    async def _break_off(self) -> None:
+        """It writes everything and then fails, so nothing of it may be."""
+        await self._try(self._new_execution("break_off", self._names.texts))
 
     async def _register_and_delete(self) -> None:
         self._count += 1
@@ -235,6 +294,12 @@ class Client:
         await self._bridge.begin(session_id)
         await self._bridge.call("CleanupSession", pb.CleanupSessionRequest(session_id=session_id))
         self._ledger.ended.add(session_id)
+
+
+def _versions_in(result: Any) -> dict[str, int]:
+    """The versions that a tool says it has made: in its result, or in its chunks."""
+    parts = result if isinstance(result, list) else [result]
+    return {target: version for part in parts for target, version in part.items()}
 
 
 class Watcher:

@@ -465,9 +465,9 @@ def test_stats_are_true(path: Path) -> None:
     assert next(table for table in report.tables if table.name == "versions_by_sequence").rows is None
     sizes = [table.size_bytes for table in report.tables]
     assert sizes == sorted(sizes, reverse=True)
-    assert (report.sessions_live, report.sessions_ended) == (5, 2)
+    assert (report.sessions_live, report.sessions_ended) == (5, 3)
     assert report.variables_deleted == 2 + 2, "two deleted, two of sessions that have ended"
-    assert report.variables_live == 21
+    assert report.variables_live == 22
 
 
 def test_stats_tell_what_sharing_saved(path: Path) -> None:

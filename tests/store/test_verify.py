@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from dspex_persist.state import commands as c
 from dspex_persist.state.embedded import EmbeddedState
-from dspex_persist.state.model import ChangeKind, EventKind, Origin, Value
+from dspex_persist.state.model import ChangeKind, EventKind, ExecutionStatus, Origin, Value
 from dspex_persist.state.store import audit, verify
 from dspex_persist.state.store.anchor import Head, parse
 from dspex_persist.state.store.chain import GENESIS, commit_text, event_text, link, version_text
@@ -33,7 +33,7 @@ _UNTOLD = {("dependencies", "dependency_key"), ("sessions", "expires_at")}
 LOG_COLUMNS = [(name, column.name) for name in APPEND_ONLY for column in tables.tables[name].columns]
 STATE_COLUMNS = [
     (name, column.name)
-    for name in ("sessions", "variables", "dependencies")
+    for name in ("sessions", "variables", "dependencies", "executions", "tools")
     for column in tables.tables[name].columns
     if (name, column.name) not in _UNTOLD
 ]
@@ -156,10 +156,17 @@ def test_sound_database_has_every_kind_of_everything(sound: Path) -> None:
             for column in ("value", "value_blob", "binary", "binary_blob", "metadata")
         }
         ended = connection.execute("SELECT count(until_sequence), count(*) FROM dependencies").fetchone()
+        statuses = {status for (status,) in connection.execute("SELECT DISTINCT status FROM executions")}
+        journal = connection.execute("SELECT count(parent_id), count(idempotency_key) FROM executions").fetchone()
+        tools = connection.execute("SELECT count(*), count(DISTINCT worker_id) FROM tools").fetchone()
     assert kinds == set(ChangeKind)
     assert events == {kind.value for kind in EventKind}
     assert all(filled.values()), filled
     assert 0 < ended[0] < ended[1]
+    # Nothing runs in a file that was closed: the next one to open it would say so.
+    assert statuses == set(ExecutionStatus) - {ExecutionStatus.RUNNING}
+    assert all(journal)
+    assert tools == (2, 2)
 
 
 def test_sound_database_has_no_problems(sound: Path) -> None:
@@ -252,7 +259,16 @@ WALKED = [
     *((audit, name) for name in ("_COMMITS", "_VERSIONS", "_EVENTS")),
     *(
         (verify, name)
-        for name in ("_BLOBS", "_SESSIONS", "_EVENTS", "_VARIABLES", "_TELLING_VERSIONS", "_DEPENDENCIES")
+        for name in (
+            "_BLOBS",
+            "_SESSIONS",
+            "_EVENTS",
+            "_VARIABLES",
+            "_TELLING_VERSIONS",
+            "_DEPENDENCIES",
+            "_EXECUTIONS",
+            "_TOOLS",
+        )
     ),
 ]
 
@@ -358,7 +374,7 @@ def update(tamperer: Tamperer, table: str, column: str, row: dict[str, Any], val
     tamperer.run(f"UPDATE {table} SET {column} = ? WHERE {where}", value, *(row[key] for key in keys))
 
 
-@pytest.mark.parametrize("table", ["commits", "versions", "events", "blobs", "sessions", "variables", "dependencies"])
+@pytest.mark.parametrize("table", [*APPEND_ONLY, *dict(STATE_COLUMNS)])
 def test_any_missing_row_is_found(path: Path, table: str) -> None:
     keys = keys_of(table)
     where = " AND ".join(f"{key} = ?" for key in keys)
@@ -400,6 +416,16 @@ ADDED = {
     "NULL FROM variables LIMIT 1",
     "variables of no session": "INSERT INTO variables SELECT 99, 99, 'var_new_1', 'new', type, constraints, metadata, "
     "NULL, NULL FROM variables LIMIT 1",
+    "executions": "INSERT INTO executions SELECT 1, session_key, execution_id, tool, status, parent_id, attempt, "
+    "idempotency_key, fingerprint, ended_sequence FROM executions LIMIT 1",
+    "executions of no session": "INSERT INTO executions SELECT 1, 99, execution_id, tool, status, parent_id, attempt, "
+    "idempotency_key, fingerprint, ended_sequence FROM executions LIMIT 1",
+    "executions before the first": "INSERT INTO executions SELECT -9223372036854775808, -9223372036854775808, "
+    "execution_id, tool, status, parent_id, attempt, idempotency_key, fingerprint, NULL FROM executions LIMIT 1",
+    "tools": "INSERT INTO tools SELECT session_key, 'new', worker_id, address, spec, registered_sequence FROM tools "
+    "LIMIT 1",
+    "tools of no session": "INSERT INTO tools SELECT 99, name, worker_id, address, spec, registered_sequence "
+    "FROM tools LIMIT 1",
     "dependencies": "INSERT INTO dependencies SELECT 99, session_key, to_id, from_id, type, since_sequence, NULL "
     "FROM dependencies LIMIT 1",
     "dependencies again": "INSERT INTO dependencies SELECT 99, session_key, from_id, to_id, type, since_sequence, "
@@ -420,10 +446,13 @@ def test_every_text_that_is_no_utf8_is_found_and_read_over(path: Path) -> None:
     with Tamperer(path) as tamperer:
         for table, column in texts:
             row = next(row for row in tamperer.rows(table) if row[column] is not None)
+            wrong = "CAST(x'61ff62' AS TEXT)"
             where = " AND ".join(f"{key} = ?" for key in keys_of(table))
             keys = [row[key] for key in keys_of(table)]
-            tamperer.run(f"UPDATE {table} SET {column} = CAST(x'61ff62' AS TEXT) WHERE {where}", *keys)
+            tamperer.run(f"UPDATE {table} SET {column} = {wrong} WHERE {where}", *keys)
             problems = tamperer.problems()
+            where = " AND ".join(f"{key} = {wrong if key == column else '?'}" for key in keys_of(table))
+            keys = [row[key] for key in keys_of(table) if key != column]
             tamperer.run(f"UPDATE {table} SET {column} = ? WHERE {where}", row[column], *keys)
             assert problems, f"{table}.{column}"
             assert not any("cannot be read any further" in problem.what for problem in problems), problems

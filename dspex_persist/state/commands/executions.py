@@ -231,8 +231,10 @@ class FinishExecution(Command[Finished]):
             now = state.find(asked)
             if see(now) != seen:
                 conflict = _conflict(asked, seen, now)
-                told.add(conflict.name)
-                yield conflict
+                # It may have been asked for by its name and by its id.
+                if conflict.name not in told:
+                    told.add(conflict.name)
+                    yield conflict
         for pattern, matched in self.matched.items():
             yield from _changed_matches(state, pattern, matched, told)
         if self.dependencies is not None and state.dependencies != self.dependencies:
@@ -242,7 +244,9 @@ class FinishExecution(Command[Finished]):
         origin, tokens = uow.origin, uow.tokens
         try:
             for step in self.steps:
-                uow.origin = replace(origin, source=step.source, optimizer_id=step.optimizer_id)
+                uow.origin = origin
+                if (step.source, step.optimizer_id) != (origin.source, origin.optimizer_id):
+                    uow.origin = replace(origin, source=step.source, optimizer_id=step.optimizer_id)
                 uow.tokens = iter(step.tokens)
                 before = len(uow.versions)
                 step.command.apply(uow)
@@ -293,14 +297,16 @@ def _changed_matches(
 
 @dataclass(frozen=True, slots=True)
 class InterruptExecutions(Command[int]):
-    """End everything that ran in the session when the server ended; how many there were."""
+    """End those of these executions that have not ended, because the server did; how many there were."""
+
+    executions: tuple[str, ...]
 
     writes: ClassVar[bool] = True
     returns: ClassVar[Any] = int
 
     def apply(self, uow: UnitOfWork) -> int:
         state = uow.find_session(self.session_id)
-        running = list(state.executions) if state is not None else []
+        running = [each for each in self.executions if each in state.executions] if state is not None else []
         for execution_id in running:
             facts = {"reason": "the server ended while it ran"}
             uow.end_execution(self.session_id, execution_id, ExecutionStatus.INTERRUPTED, facts)

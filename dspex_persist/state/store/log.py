@@ -57,6 +57,7 @@ _INSERT_VARIABLE = _compiled_insert(variables)
 _INSERT_EXECUTION = _compiled_insert(executions)
 _END_EXECUTION = "UPDATE executions SET status = ?, ended_sequence = ? WHERE began_sequence = ?"
 _REPLACE_TOOL = _compiled_insert(tools).replace("INSERT", "INSERT OR REPLACE", 1)
+_FREE_NAME = "UPDATE variables SET deleted_sequence = ? WHERE variable_key = ?"
 _END_SESSION = "UPDATE sessions SET ended_sequence = ?, expires_at = NULL WHERE session_key = ?"
 
 
@@ -76,13 +77,17 @@ class LogWriter:
         self._merged: dict[int, str] = {}
         self._begun: list[tuple[Any, ...]] = []
         self._ended: list[tuple[Any, ...]] = []
+        self._gone: frozenset[str] = frozenset()
 
     def add(self, unit: UnitOfWork) -> None:
         """Take in one unit with changes; its sequence is the next one."""
         state = unit.state
         assert state is not None, "a unit with changes has a session"
-        event_texts = [self._add_event(unit, state, ordinal, event) for ordinal, event in enumerate(unit.events)]
         changes = unit.versions
+        self._gone = _deleted_in(changes) if len(changes) > 1 else frozenset()
+        if self._gone:
+            self._free_names(unit, state)
+        event_texts = [self._add_event(unit, state, ordinal, event) for ordinal, event in enumerate(unit.events)]
         if len(changes) > 1:
             changes.sort(key=lambda change: (state.keys[change.variable.id], change.version.version))
         version_texts = [self._add_version(state, change) for change in changes]
@@ -165,6 +170,13 @@ class LogWriter:
         key, name = blobs.keep(self._connection, value.binary)
         return None, key, name.hex()
 
+    def _free_names(self, unit: UnitOfWork, state: SessionState) -> None:
+        """A unit that deletes a variable may register another one of its name, which only one live row can have."""
+        new = {event.body["variable_id"] for event in unit.events if event.kind is EventKind.VARIABLE_REGISTERED}
+        keys = [(unit.sequence, state.keys[variable_id]) for variable_id in self._gone - new]
+        if keys:
+            self._connection.exec_driver_sql(_FREE_NAME, keys)
+
     def _delete(self, state: SessionState, version: VariableVersion) -> None:
         execute = self._connection.execute
         key = state.keys[version.variable_id]
@@ -219,8 +231,10 @@ class LogWriter:
     def _register_variable(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> Mapping[str, Any]:
         key = self._keys.new_variable()
         state.keys[body["variable_id"]] = key
+        # One that the same unit deletes again never has its name to itself.
+        deleted = unit.sequence if body["variable_id"] in self._gone else None
         facts = (body["variable_id"], body["name"], body["type"], body["constraints"])
-        self._connection.exec_driver_sql(_INSERT_VARIABLE, (key, state.key, *facts, "{}", None, None))
+        self._connection.exec_driver_sql(_INSERT_VARIABLE, (key, state.key, *facts, "{}", None, deleted))
         return {"variable_key": key}
 
     def _add_dependency(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> None:
@@ -274,6 +288,11 @@ class LogWriter:
     def _set_lock(self, state: SessionState, body: Mapping[str, Any], text: str | None) -> None:
         key = state.keys[body["variable_id"]]
         self._connection.execute(update(variables).where(variables.c.variable_key == key).values(optimization=text))
+
+
+def _deleted_in(changes: Sequence[Change]) -> frozenset[str]:
+    deleted = (change.version for change in changes if change.version.kind is ChangeKind.DELETED)
+    return frozenset(version.variable_id for version in deleted)
 
 
 def started_lock(body: Mapping[str, Any], at: int) -> Optimization:

@@ -116,7 +116,7 @@ class SessionStore:
     def _interrupt_executions(self) -> None:
         """Say in the journal that nothing runs any more of what ran when the file was closed or its process died."""
         with snapshot(self._readers) as connection:
-            self._stale = stored_executions.sessions_with_running(connection)
+            self._stale = stored_executions.unfinished(connection)
         try:
             self._interrupt_stale()
         except OutcomeUnknownError as error:
@@ -125,9 +125,10 @@ class SessionStore:
     def _interrupt_stale(self) -> None:
         """A disk without room keeps nobody from reading: what cannot be said now is said by a later sweep."""
         if self._stale:
-            jobs = [Job(InterruptExecutions(session_id), _RECOVERY) for session_id in self._stale]
+            # By their ids: by the time of that sweep, others may have begun.
+            jobs = [Job(InterruptExecutions(*each), _RECOVERY) for each in self._stale.items()]
             if all(outcome.error is None for outcome in self.write_group(jobs)):
-                self._stale = []
+                self._stale = {}
 
     # Writing
 

@@ -1,0 +1,103 @@
+"""The tools that the fault tests' servers run: `--tools tests.faults.tools`.
+
+Each writes `token` into the metadata of every version that it makes, and answers with the versions that it was told.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+
+from dspex_persist import ToolContext, tool
+
+TOOLS = __name__
+RETRIES = 50
+
+
+@tool(retries=3)
+def spread(ctx: ToolContext, targets: list[str], value: str, token: str, pause_s: float = 0.0) -> dict[str, int]:
+    """Write one value to several variables, with a pause before each of them and one at the end."""
+    versions = {}
+    for target in targets:
+        time.sleep(pause_s)
+        versions[target] = ctx.variables.set(target, value, metadata={"token": token})
+    time.sleep(pause_s)
+    return versions
+
+
+@tool(retries=3)
+async def spread_async(
+    ctx: ToolContext, targets: list[str], value: str, token: str, pause_s: float = 0.0
+) -> dict[str, int]:
+    """The same on the event loop, the second half of it in a tool of its own."""
+    versions = {}
+    half = len(targets) // 2
+    for target in targets[:half]:
+        await asyncio.sleep(pause_s)
+        versions[target] = ctx.variables.set(target, value, metadata={"token": token})
+    versions |= await ctx.call("spread", targets=targets[half:], value=value, token=token, pause_s=pause_s)
+    return versions
+
+
+@tool(retries=RETRIES)
+def increment(ctx: ToolContext, target: str, token: str = "", pause_s: float = 0.0) -> dict[str, int]:
+    """Read a number, and write the next one."""
+    value = ctx[target]
+    time.sleep(pause_s)
+    return {target: ctx.variables.set(target, value + 1, metadata={"token": token} if token else {})}
+
+
+@tool
+def break_off(ctx: ToolContext, targets: list[str], value: str, token: str, pause_s: float = 0.0) -> None:
+    """Write everything, and then fail."""
+    spread(ctx, targets, value, token, pause_s)
+    raise RuntimeError("planned")
+
+
+@tool
+def stream(
+    ctx: ToolContext, targets: list[str], value: str, token: str, pause_s: float = 0.0
+) -> Iterator[dict[str, int]]:
+    """Write to one variable after the other, and tell of each."""
+    for target in targets:
+        version = ctx.variables.set(target, value, metadata={"token": token})
+        time.sleep(pause_s)
+        yield {target: version}
+
+
+@tool
+async def stream_async(
+    ctx: ToolContext, targets: list[str], value: str, token: str, pause_s: float = 0.0
+) -> AsyncIterator[dict[str, int]]:
+    """The same on the event loop; how far it is, is published where everybody sees it at once."""
+    for index, target in enumerate(targets):
+        version = ctx.variables.set(target, value, metadata={"token": token})
+        await asyncio.to_thread(ctx.publish, "progress", index + 1)
+        await asyncio.sleep(pause_s)
+        yield {target: version}
+
+
+# What the histories of whole executions are made of (tests/concurrency/serializability.py)
+
+
+def _append(ctx: ToolContext, operations: list[str], pause_s: float) -> list[str]:
+    seen: list[str] = []
+    for operation in operations:
+        name, _, element = operation.partition("+")
+        found = str(ctx[name])
+        seen.append(found)
+        time.sleep(pause_s)
+        if element:
+            ctx[name] = f"{found},{element}" if found else element
+    return seen
+
+
+@tool
+def append(ctx: ToolContext, operations: list[str], pause_s: float = 0.0) -> list[str]:
+    """Carry out `name` (read a list) and `name+element` (append to it); what each found."""
+    return _append(ctx, operations, pause_s)
+
+
+@tool(isolation="snapshot")
+def append_on_snapshot(ctx: ToolContext, operations: list[str], pause_s: float = 0.0) -> list[str]:
+    """The same, with nothing but its writes checked."""
+    return _append(ctx, operations, pause_s)

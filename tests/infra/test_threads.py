@@ -1,0 +1,227 @@
+"""A bounded pool of daemon threads: work gets done, in order, on no more threads than wanted; nobody waits at the end.
+
+Waiting is always for the thing itself, with a deadline.
+"""
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+import pytest
+
+from dspex_persist.infra.threads import DaemonThreads
+
+DEADLINE_S = 20.0
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    """What busy work waits for; opened at the end, so that no thread is left."""
+    gate = threading.Event()
+    yield gate
+    gate.set()
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    """A name that no other test's threads have."""
+    return f"test-{request.node.name}"
+
+
+def threads_of(name: str) -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith(f"{name}-")]
+
+
+def until_none_is_left(name: str) -> None:
+    end = time.monotonic() + DEADLINE_S
+    while threads_of(name):
+        assert time.monotonic() < end, f"left: {threads_of(name)}"
+        time.sleep(0.002)
+
+
+def occupy(threads: DaemonThreads, gate: threading.Event, count: int) -> list["Future[bool]"]:
+    """Work for `count` threads that goes on until the gate opens; it has begun when this returns."""
+    begun = threading.Semaphore(0)
+
+    def work() -> bool:
+        begun.release()
+        return gate.wait(DEADLINE_S)
+
+    futures = [threads.submit(work) for _ in range(count)]
+    for _ in range(count):
+        assert begun.acquire(timeout=DEADLINE_S)
+    return futures
+
+
+def test_work_is_done_on_a_daemon_thread_of_the_name(name: str) -> None:
+    threads = DaemonThreads(2, name)
+    thread = threads.submit(threading.current_thread).result(DEADLINE_S)
+    assert (thread.name, thread.daemon) == (f"{name}-1", True)
+    threads.close()
+    until_none_is_left(name)
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
+def test_whatever_is_raised_goes_to_whoever_waits_and_ends_no_thread(name: str, error: BaseException) -> None:
+    threads = DaemonThreads(1, name)
+
+    def fail() -> None:
+        raise error
+
+    assert threads.submit(fail).exception(DEADLINE_S) is error
+    assert threads.submit(lambda: "still there").result(DEADLINE_S) == "still there"
+    assert len(threads_of(name)) == 1
+    threads.close()
+
+
+def test_threads_are_made_only_when_none_is_free(name: str) -> None:
+    threads = DaemonThreads(8, name)
+    assert threads_of(name) == []
+    for number in range(50):
+        # A thread answers before it asks for more: now and then the next work comes just in between.
+        assert threads.submit(lambda number=number: number).result(DEADLINE_S) == number
+    assert len(threads_of(name)) < 8
+    threads.close()
+
+
+def test_work_that_waits_for_other_work_has_threads_enough(name: str) -> None:
+    """As many at the same time as there may be: each waits for all the others."""
+    threads = DaemonThreads(6, name)
+    for _ in range(20):
+        meeting = threading.Barrier(6)
+        futures = [threads.submit(lambda meeting=meeting: meeting.wait(DEADLINE_S)) for _ in range(6)]
+        assert {future.result(DEADLINE_S) for future in futures} == set(range(6))
+    assert len(threads_of(name)) == 6
+    threads.close()
+
+
+def test_there_are_never_more_than_wanted_and_the_rest_wait_in_order(name: str, gate: threading.Event) -> None:
+    threads = DaemonThreads(2, name)
+    busy = occupy(threads, gate, 2)
+    order: list[int] = []
+    waiting = [threads.submit(lambda number=number: order.append(number)) for number in range(20)]
+    assert len(threads_of(name)) == 2
+    assert not any(future.running() or future.done() for future in waiting)
+    gate.set()
+    for future in (*busy, *waiting):
+        future.result(DEADLINE_S)
+    # Two threads take them from the front; they may then overtake each other by one.
+    assert all(abs(place - number) <= 1 for place, number in enumerate(order)), order
+    assert len(threads_of(name)) == 2
+    threads.close()
+
+
+def test_a_future_cancelled_in_time_is_left_out_and_one_that_runs_is_not(name: str, gate: threading.Event) -> None:
+    threads = DaemonThreads(1, name)
+    (busy,) = occupy(threads, gate, 1)
+    done: list[str] = []
+    given_up = threads.submit(lambda: done.append("given up"))
+    kept = threads.submit(lambda: done.append("kept"))
+    assert given_up.cancel()
+    assert not busy.cancel()
+    gate.set()
+    kept.result(DEADLINE_S)
+    assert busy.result(DEADLINE_S) is True
+    assert done == ["kept"]
+    threads.close()
+
+
+def test_closing_ends_idle_threads_and_waits_for_no_busy_one(name: str, gate: threading.Event) -> None:
+    threads = DaemonThreads(3, name)
+    busy = occupy(threads, gate, 3)
+    done: list[str] = []
+    threads.submit(lambda: done.append("left"))
+    began = time.monotonic()
+    threads.close()
+    threads.close()
+    assert time.monotonic() - began < 5
+    assert len(threads_of(name)) == 3
+    with pytest.raises(RuntimeError, match="closed"):
+        threads.submit(lambda: None)
+    gate.set()
+    assert [future.result(DEADLINE_S) for future in busy] == [True] * 3
+    until_none_is_left(name)
+    assert done == []
+
+
+def test_closing_without_a_thread(name: str) -> None:
+    threads = DaemonThreads(3, name)
+    threads.close()
+    assert threads_of(name) == []
+
+
+def test_an_idle_thread_holds_nothing_of_its_last_work(name: str) -> None:
+    class Large:
+        pass
+
+    threads = DaemonThreads(1, name)
+    large = Large()
+    gone = weakref.ref(large)
+    threads.submit(lambda large=large: id(large)).result(DEADLINE_S)
+    del large
+    end = time.monotonic() + DEADLINE_S
+    while gone() is not None:
+        gc.collect()
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    threads.close()
+
+
+def test_submitting_from_many_threads_loses_nothing(name: str) -> None:
+    threads = DaemonThreads(4, name)
+    results: list[int] = []
+
+    def submit(first: int) -> None:
+        futures = [threads.submit(lambda n=number: n) for number in range(first, first + 500)]
+        results.extend(future.result(DEADLINE_S) for future in futures)
+
+    callers = [threading.Thread(target=submit, args=(number * 500,)) for number in range(6)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(DEADLINE_S)
+    assert sorted(results) == list(range(3000))
+    assert len(threads_of(name)) <= 4
+    threads.close()
+    until_none_is_left(name)
+
+
+def test_closing_while_others_submit_leaves_no_thread(name: str) -> None:
+    for _ in range(50):
+        threads = DaemonThreads(3, name)
+
+        def submit(threads: DaemonThreads = threads) -> None:
+            try:
+                for _ in range(100):
+                    threads.submit(lambda: None)
+            except RuntimeError:
+                pass
+
+        callers = [threading.Thread(target=submit) for _ in range(3)]
+        for caller in callers:
+            caller.start()
+        threads.close()
+        for caller in callers:
+            caller.join(DEADLINE_S)
+        until_none_is_left(name)
+
+
+def test_a_stuck_thread_keeps_no_process_from_ending() -> None:
+    script = """
+import threading
+from dspex_persist.infra.threads import DaemonThreads
+
+threads = DaemonThreads(2, "stuck")
+begun = threading.Event()
+threads.submit(lambda: (begun.set(), threading.Event().wait()))
+assert begun.wait(20)
+threads.submit(lambda: None).result(20)
+print("the end")
+"""
+    ended = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=60)
+    assert (ended.stdout, ended.stderr) == ("the end\n", "")
