@@ -230,7 +230,8 @@ async def _serve_bridge(
         allow=lambda address: settings.insecure or is_loopback(address),
         limits=limits,
     )
-    runner = ToolRunner(provider, tools, threads=settings.tool_threads, limits=limits, remote=remote)
+    home = asyncio.get_running_loop()
+    runner = ToolRunner(provider, tools, threads=settings.tool_threads, limits=limits, remote=remote, home=home)
     servicer = BridgeServicer(
         provider, runner, heartbeat_s=settings.heartbeat_s, stall_timeout_s=settings.stall_timeout_s
     )

@@ -21,6 +21,7 @@ app = typer.Typer(
         "dspex-persist demo    see it work, in half a minute\n\n"
         "dspex-persist serve --db sessions.db    serve a database\n\n"
         "dspex-persist db check --db sessions.db    check it\n\n"
+        "dspex-persist tools list --tools shop.tools    see what tools a module has\n\n"
     ),
 )
 app.command("serve", help=serve.HELP, epilog=serve.EPILOG)(serve.serve)

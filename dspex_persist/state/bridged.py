@@ -162,8 +162,7 @@ class BridgedState(StateProvider):
 
         Whoever stops taking chunks holds the tool back, and who closes the iterator ends it: nothing is written then.
         """
-        encoded = {name: values.encode_loosely(value, name=name) for name, value in (parameters or {}).items()}
-        command = commands.ExecuteTool(session_id, tool, encoded, metadata or {})
+        command = commands.ExecuteTool(session_id, tool, values.encode_arguments(parameters or {}), metadata or {})
         origin = self.default_origin("ExecuteStreamingTool")
         call = self._calls["ExecuteStreamingTool"](_execute_tool(command), metadata=self._headers_of(origin, command))
         try:

@@ -83,7 +83,7 @@ class EmbeddedState(StateProvider):
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
         """Have the command carried out: a read of a session that is in memory is done when this returns."""
         asked_by = origin or self.default_origin(command.cause)
-        if self._runner is not None and isinstance(command, ExecuteTool):
+        if self._runner is not None and isinstance(command, ExecuteTool) and not self._closed:
             # Its own submits pass here, too, and are no such command.
             return cast(Future[R], self._runner.submit(request_of(command, asked_by)))
         if command.writes:

@@ -226,7 +226,7 @@ class StateProvider(ABC):
         timeout_s: float = TOOL_TIMEOUT_S,
     ) -> ToolOutcome:
         """Execute a tool as one transaction, within `timeout_s`; how it ended. Under an idempotency key: once."""
-        encoded = {name: values.encode_loosely(value, name=name) for name, value in (parameters or {}).items()}
+        encoded = values.encode_arguments(parameters or {})
         return self.run(commands.ExecuteTool(session_id, tool, encoded, metadata or {}, timeout_s), idempotency_key)
 
     def __enter__(self) -> Self:

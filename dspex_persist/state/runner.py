@@ -267,7 +267,7 @@ class ToolSession:
     def call(self, tool: str, arguments: Mapping[str, object]) -> Any:
         """Run another tool in the same transaction: its result, in an asynchronous tool an awaitable of it."""
         self.execution.check_running()
-        parameters = {name: values.encode_loosely(argument, name=name) for name, argument in arguments.items()}
+        parameters = values.encode_arguments(arguments)
         request = replace(self.request, tool=tool, parameters=parameters, metadata={}, timeout_s=None)
         future = self._runner.start(self._runner.execute_child(self, request))
         return asyncio.wrap_future(_objects(future)) if _is_on_loop() else values.decode_loosely(future.result())
@@ -362,8 +362,8 @@ class _Running:
 class ToolRunner:
     """Executes the `tools` of this process, and through `remote` those that sessions' workers have registered.
 
-    `execute` is a coroutine of the runner's home loop: the one that it is made on, else one of its own. From any
-    other thread use `submit`.
+    `execute` is a coroutine of the runner's home loop: `home`, else a loop of its own on a thread of its own. From any
+    other thread use `submit`; whoever waits there must not be on the home loop, which would then wait for itself.
     """
 
     def __init__(
@@ -374,6 +374,7 @@ class ToolRunner:
         threads: int = 64,
         limits: Limits | None = None,
         remote: RemotePort | None = None,
+        home: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         self.provider = provider
         self.limits = limits or Limits()
@@ -381,7 +382,7 @@ class ToolRunner:
         self._remote = remote
         self._threads = DaemonThreads(threads, "dspex-persist-tool")
         self._tools_loop = _LoopThread("dspex-persist-tools")
-        self._home = asyncio.get_running_loop() if _is_on_loop() else self._tools_loop.loop
+        self._home = home or self._tools_loop.loop
         self._mailbox = LoopMailbox(self._home)
         self._running: dict[str, _Running] = {}
         self._count = 0

@@ -49,3 +49,8 @@ def test_the_library_program(tmp_path: Path) -> None:
     assert said[0] == "invalid value for 'temperature': value 9.0 is above maximum 2"
     assert said[-1] == "0.7"
     assert [line.split()[:2] for line in said[1:3]] == [["1", "0.9"], ["0", "0.7"]]
+
+
+def test_the_program_with_a_tool(tmp_path: Path) -> None:
+    (program,) = [text for text in PROGRAMS if "shop.db" in text]
+    assert run(program, tmp_path).splitlines() == ["1", "ValueError: only 1 left", "1 2"]

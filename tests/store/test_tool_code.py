@@ -13,6 +13,7 @@ import pytest
 from dspex_persist import Toolbox, ToolContext, tool
 from dspex_persist.state.commands import ReadState
 from dspex_persist.state.embedded import EmbeddedState
+from dspex_persist.state.errors import EngineClosedError
 from dspex_persist.state.model import ExecutionStatus
 
 
@@ -155,3 +156,24 @@ def test_what_cannot_be_logged_is_refused_at_once(provider: EmbeddedState) -> No
     assert outcome.status is ExecutionStatus.FAILED
     assert "no JSON form" in str(outcome.error)
     provider.set_variable("s", "x", 1)
+
+
+def test_whoever_waits_for_a_tool_may_be_on_an_event_loop(tmp_path: Path) -> None:
+    """As in a notebook: the tool runs on another one."""
+
+    async def main() -> tuple[object, str]:
+        toolbox = Toolbox()
+        toolbox.add(tool(_double, name="double"))
+        with EmbeddedState(tmp_path / "loop.db", tools=toolbox) as provider:
+            provider.initialize_session("s")
+            outcome = provider.execute_tool("s", "double", {"number": 21})
+        with pytest.raises(EngineClosedError):
+            provider.execute_tool("s", "double", {"number": 21})
+        assert outcome.result is not None
+        return outcome.status, outcome.result.json
+
+    assert asyncio.run(main()) == (ExecutionStatus.COMMITTED, "42")
+
+
+async def _double(number: int) -> int:
+    return 2 * number

@@ -19,9 +19,8 @@ from dspex_persist.state.rpc import codec
 from dspex_persist.state.rpc.calls import Calls, Context, header, origin_of
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.rpc.headers import ALL_TOOLS, EXECUTION_ID, TOOLS
-from dspex_persist.state.runner import IDEMPOTENCY_KEY, ToolCode, ToolRequest, ToolRunner
+from dspex_persist.state.runner import IDEMPOTENCY_KEY, Emit, ToolCode, ToolRequest, ToolRunner
 
-_ADDRESS = "address"
 # A tool that runs into its client's deadline is ended so much earlier that its verdict still reaches the client.
 _MARGIN, _LONGEST_MARGIN_S = 0.1, 0.25
 
@@ -41,12 +40,7 @@ class ToolRpcs(Calls):
     async def ExecuteStreamingTool(self, request: pb.ExecuteToolRequest, context: Context) -> None:
         stream = _ChunkStream(context, request.tool_name, self._stall_timeout_s)
         call = self._request("ExecuteStreamingTool", request, request.binary_parameters, context)
-        within = header(context, EXECUTION_ID)
-        if within is not None:
-            outcome = await self._runner.execute_within(within, call)
-        else:
-            outcome = await self._runner.execute(call, stream.emit)
-        self._log_outcome("ExecuteStreamingTool", request, outcome, context)
+        outcome = await self._run(call, context, stream.emit)
         if not outcome.success:
             raise outcome.error or ToolFailedError(outcome.execution_id, outcome.error_code)
         # The last chunk says that it is committed; only of a tool that does not stream it is the result as well.
@@ -89,12 +83,16 @@ class ToolRpcs(Calls):
             call = self._request(rpc, request, binaries, context)
         except ToolArgumentError as error:
             return ToolOutcome(None, None, error, "INVALID_PARAMETERS")
+        return await self._run(call, context)
+
+    async def _run(self, call: ToolRequest, context: Context, emit: Emit | None = None) -> ToolOutcome:
+        """On its own, or as part of the execution that the call names; that one's chunks come with its result."""
         within = header(context, EXECUTION_ID)
         if within is not None:
             outcome = await self._runner.execute_within(within, call)
         else:
-            outcome = await self._runner.execute(call)
-        self._log_outcome(rpc, request, outcome, context)
+            outcome = await self._runner.execute(call, emit)
+        self._log_outcome(call, outcome, context)
         return outcome
 
     def _request(self, rpc: str, request: Any, binaries: Mapping[str, bytes], context: Context) -> ToolRequest:
@@ -111,9 +109,9 @@ class ToolRpcs(Calls):
             codec.style_of(request.parameters.values()),
         )
 
-    def _log_outcome(self, rpc: str, request: Any, outcome: ToolOutcome, context: Context) -> None:
-        log = self._log(rpc, request.session_id, context)
-        facts = {"tool": request.tool_name, "execution_id": outcome.execution_id, "attempts": outcome.attempts}
+    def _log_outcome(self, call: ToolRequest, outcome: ToolOutcome, context: Context) -> None:
+        log = self._log(call.origin.cause, call.session_id, context)
+        facts = {"tool": call.tool, "execution_id": outcome.execution_id, "attempts": outcome.attempts}
         if outcome.success:
             log.debug("tool executed", **facts)
         else:

@@ -3,13 +3,10 @@
 import json
 from base64 import b64decode
 from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, bindparam, select
 
-from dspex_persist.clock import from_micros
 from dspex_persist.state.model import (
     ExecutionStatus,
     Isolation,
@@ -20,7 +17,7 @@ from dspex_persist.state.model import (
     ToolSpec,
     Value,
 )
-from dspex_persist.state.store.schema import commits, events, executions, sessions, tools
+from dspex_persist.state.store.schema import events, executions, sessions, tools
 
 # Built once: to build a statement takes SQLAlchemy longer than SQLite needs to run it.
 _RUNNING = (
@@ -39,13 +36,6 @@ _LAST_OF_KEY = (
     .limit(1)
 )
 _ENDS = select(events.c.body).where(events.c.sequence == bindparam("sequence"), events.c.kind == "execution_ended")
-_JOURNAL = (
-    select(executions, commits.c.created_at)
-    .join(sessions, executions.c.session_key == sessions.c.session_key)
-    .join(commits, executions.c.began_sequence == commits.c.sequence)
-    .where(sessions.c.session_id == bindparam("session_id"))
-    .order_by(executions.c.began_sequence)
-)
 _UNFINISHED = (
     select(sessions.c.session_id, executions.c.execution_id)
     .join(executions, executions.c.session_key == sessions.c.session_key)
@@ -87,48 +77,6 @@ def find_by_key(connection: Connection, session_key: int, key: str) -> RecordedE
         row.ended_sequence,
         row.attempt,
         value_in(end["result"]),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class JournalEntry:
-    """An execution as the journal has it.
-
-    `ended_sequence` is None while it runs; `writes` are the variables with their new versions, none unless it
-    committed; `error` is what its code raised, or the reason for which it ended.
-    """
-
-    execution_id: str
-    tool: str
-    status: ExecutionStatus
-    began_at: datetime
-    attempt: int
-    parent_id: str | None
-    idempotency_key: str | None
-    ended_sequence: int | None
-    writes: tuple[tuple[str, int], ...] = ()
-    error: str = ""
-
-
-def journal(connection: Connection, session_id: str) -> list[JournalEntry]:
-    """The executions of a session, and of earlier ones of the same id, oldest first."""
-    return [_entry(connection, row) for row in connection.execute(_JOURNAL, {"session_id": session_id}).fetchall()]
-
-
-def _entry(connection: Connection, row: Any) -> JournalEntry:
-    end = _end_of(connection, row) if row.ended_sequence is not None else {}
-    failure = end.get("failure")
-    return JournalEntry(
-        row.execution_id,
-        row.tool,
-        ExecutionStatus(row.status),
-        from_micros(row.created_at),
-        row.attempt,
-        row.parent_id,
-        row.idempotency_key,
-        row.ended_sequence,
-        tuple((name, version) for name, version in end.get("writes", ())),
-        f"{failure['type']}: {failure['message']}" if failure else end.get("reason", ""),
     )
 
 

@@ -23,7 +23,6 @@ from dspex_persist.state.store import anchor as anchors
 from dspex_persist.state.store import audit, migrate, recovery, verify
 from dspex_persist.state.store.anchor import Anchor, Head
 from dspex_persist.state.store.engine import OwnershipLock, checkpoint, open_beside, open_readers, open_writer, snapshot
-from dspex_persist.state.store.executions import JournalEntry, journal
 from dspex_persist.state.store.schema import REVISION
 from dspex_persist.state.store.verify import Problem
 
@@ -510,17 +509,6 @@ def measure_lengths(connection: Connection) -> tuple[StoredTable, ...]:
         size = _scalar(connection, f'SELECT ifnull(sum({lengths}), 0) FROM "{name}"')
         found.append(StoredTable(name, kind, rows, size, None))
     return tuple(sorted(found, key=lambda table: -table.size_bytes))
-
-
-# executions
-
-
-def executions(path: Path, session_id: str) -> list[JournalEntry]:
-    """The tool executions of a session, as the journal has them, oldest first."""
-    with _reading(path) as readers:
-        _refuse_older(readers, path)
-        with snapshot(readers) as connection:
-            return journal(connection, session_id)
 
 
 # vacuum

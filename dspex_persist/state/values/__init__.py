@@ -14,6 +14,7 @@ from dspex_persist.state.values.python_objects import (
     decode,
     decode_loosely,
     encode,
+    encode_arguments,
     encode_loosely,
     infer_type,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "decode",
     "decode_loosely",
     "encode",
+    "encode_arguments",
     "encode_loosely",
     "infer_type",
     "normalise",

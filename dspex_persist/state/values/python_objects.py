@@ -1,6 +1,6 @@
 """Between protocol values and the Python objects that people work with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import inf, isfinite
 from typing import Any, Protocol, TypeGuard
@@ -162,6 +162,11 @@ def encode(obj: object, type_name: str | None = None, *, name: str = _ANONYMOUS)
 def encode_loosely(obj: object, *, name: str = _ANONYMOUS) -> Value:
     """The value of what has no variable's type: a parameter or result of a tool, which may be None."""
     return Value("null") if obj is None else encode(obj, name=name)
+
+
+def encode_arguments(arguments: Mapping[str, object]) -> dict[str, Value]:
+    """The values of a tool's arguments."""
+    return {name: encode_loosely(argument, name=name) for name, argument in arguments.items()}
 
 
 def decode_loosely(value: Value) -> object:
