@@ -49,7 +49,7 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check
 
 types: .venv/.installed
-	$(BIN)/mypy --strict dspex_persist migrations
+	$(BIN)/mypy --strict dspex_persist migrations examples
 
 imports: .venv/.installed
 	$(BIN)/lint-imports
@@ -71,7 +71,7 @@ fix: .venv/.installed  ## format, and mend what the linter can mend
 	@.venv-codegen/bin/python $(PIP_INSTALL) -c constraints-codegen.txt setuptools grpcio-tools mypy-protobuf
 	@touch $@
 
-codegen:  ## generate the protocol's code from proto/snakepit_bridge.proto
+codegen:  ## generate the protocols' code from proto/
 	.ci/codegen
 
 bench: .venv/.installed  ## measure: one table and JSON, under three minutes

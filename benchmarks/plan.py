@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-SectionName = Literal["rpc", "tools", "engine", "versions", "growth", "startup", "memory"]
+SectionName = Literal["rpc", "tools", "engine", "versions", "growth", "startup", "memory", "audit"]
 """One part of the run; the order of the full run is that of `SECTIONS`."""
-SECTIONS: tuple[SectionName, ...] = ("rpc", "tools", "engine", "versions", "growth", "startup", "memory")
+SECTIONS: tuple[SectionName, ...] = ("rpc", "tools", "engine", "versions", "growth", "startup", "memory", "audit")
 
 CALLERS = 64
 """Callers in this process, as in the targets."""
@@ -39,6 +39,9 @@ class Plan:
     session_counts: tuple[int, ...] = (10, 1_000, 100_000)
     start_rounds: int = 3
     come_and_go: tuple[int, int] = (10_000, 100_000)
+    audit_versions: tuple[int, int] = (100_000, 1_000_000)
+    audit_rounds: int = 5
+    audit_executions: int = 1_000
 
 
 FULL = Plan()
@@ -61,4 +64,7 @@ QUICK = Plan(
     session_counts=(10, 100, 1_000),
     start_rounds=1,
     come_and_go=(50, 500),
+    audit_versions=(2_000, 10_000),
+    audit_rounds=1,
+    audit_executions=20,
 )

@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks import beside_slow, engine, executing, growth, memory, rpc, startup, versions
+from benchmarks import audit, beside_slow, engine, executing, growth, memory, rpc, startup, versions
 from benchmarks.peers import filesystem_of
 from benchmarks.plan import FULL, QUICK, SECTIONS, Plan, SectionName
 from benchmarks.table import Row, as_json, format_markdown, format_table, rewrite_docs
@@ -48,6 +48,7 @@ def untimed_jobs(plan: Plan, folder: Path, names: Sequence[SectionName]) -> list
         "growth": [_Job(growth.measure, (plan, folder))],
         "rpc": [_Job(rpc.prepare, (plan, folder / "rpc.db"))],
         "tools": [_Job(executing.prepare, (plan, folder / "tools.db"))],
+        "audit": [_Job(audit.prepare, (folder / f"audit{count}.db", count)) for count in plan.audit_versions[::-1]],
     }
     return [job for name, own in jobs.items() if name in names for job in own]
 
@@ -60,6 +61,7 @@ def timed_jobs(plan: Plan, folder: Path, names: Sequence[SectionName]) -> list[_
         "engine": [_Job(engine.measure, (plan, folder))],
         "versions": [_Job(versions.measure, (plan, folder / "versions.db"))],
         "startup": [_Job(startup.measure, (plan, folder))],
+        "audit": [_Job(audit.measure, (plan, *(folder / f"audit{count}.db" for count in plan.audit_versions)))],
     }
     return [job for name, own in jobs.items() if name in names for job in own]
 

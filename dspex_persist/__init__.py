@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dspex_persist.state.limits import Limits as Limits
     from dspex_persist.state.provider import StateProvider as StateProvider
     from dspex_persist.wiring import connect as connect
+    from dspex_persist.wiring import open_audit as open_audit
     from dspex_persist.wiring import serve as serve
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ _HOMES = {
     "Variables": "dspex_persist.cognitive.variables",
     "connect": "dspex_persist.wiring",
     "load_settings": "dspex_persist.settings",
+    "open_audit": "dspex_persist.wiring",
     "serve": "dspex_persist.wiring",
     "tool": "dspex_persist.cognitive.tools",
 }

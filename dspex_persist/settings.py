@@ -92,7 +92,9 @@ class LimitSettings(BaseSettings):
     queue_length: Count = Field(10_000, description="Writes that wait; those beyond are refused at once.")
     watchers: Count = Field(10_000, description="Watches that are open at the same time.")
     executions: Count = Field(10_000, description="Tool executions that run or wait at the same time.")
-    journal_size_bytes: Size = Field(ByteSize(_MIB), description="What one execution may log, in its journal entry.")
+    journal_size_bytes: Size = Field(
+        ByteSize(_MIB), description="What one execution may log and record in the journal."
+    )
 
 
 class Settings(LimitSettings):
@@ -123,6 +125,18 @@ class Settings(LimitSettings):
     outcome_retention_s: Seconds = Field(
         7 * 86_400.0, description="How long the outcome of a write with an idempotency key is remembered."
     )
+    retention_keep_versions: Annotated[Count | None, BeforeValidator(_read_none)] = Field(
+        None, description="Delete all but the newest so many versions of each variable; `none`: history stays."
+    )
+    retention_age_s: Annotated[Seconds | None, BeforeValidator(_read_none)] = Field(
+        None, description="Delete old versions older than this; with the setting above: only where both say so."
+    )
+    retention_ended_sessions_s: Annotated[Seconds | None, BeforeValidator(_read_none)] = Field(
+        None, description="Delete the history of sessions that ended so long ago; `none`: it stays."
+    )
+    warn_size_bytes: Annotated[Size | None, BeforeValidator(_read_none)] = Field(
+        None, description="Warn in the log, once a day, when the database is larger than this."
+    )
     heartbeat_s: Seconds = Field(15.0, description="How often a watch with nothing to tell sends a heartbeat.")
     stall_timeout_s: Seconds = Field(
         30.0, description="A watch whose client takes no update for so long is ended, and can be resumed."
@@ -136,6 +150,13 @@ class Settings(LimitSettings):
     )
     remote_timeout_s: Seconds = Field(
         300.0, description="How long a tool in another process may take, where neither it nor its caller says."
+    )
+    record_lm: bool = Field(False, description="Keep the LM calls of all tools in the journal; needs DSPy.")
+    audit_reveal: bool = Field(
+        False, description="Show values of sensitive variables to clients of the audit service that ask for them."
+    )
+    audit_prune: bool = Field(
+        False, description="Let clients of the audit service have history pruned; a dry run they may ask for anyway."
     )
     max_message_bytes: Annotated[Size, Field(le=2**31 - 1)] = Field(
         ByteSize(100 * _MIB), description="Largest gRPC message, received or sent."

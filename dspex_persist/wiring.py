@@ -29,11 +29,14 @@ from dspex_persist.state.limits import Limits
 from dspex_persist.state.provider import StateProvider
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
+    from dspex_persist.state.audit import AuditSource
     from dspex_persist.state.bridged import BridgedState
     from dspex_persist.state.embedded import EmbeddedState
+    from dspex_persist.state.recording import Header, RecordedCommit
     from dspex_persist.state.runner import ToolCode
+    from dspex_persist.state.store.transfer import ImportReport
 
 EXIT_STORAGE_FAILED: Final = 70
 # How often Python's threads take turns, in seconds (Python's own default is 0.005).
@@ -79,18 +82,90 @@ def connect(url: str | os.PathLike[str], **options: Any) -> StateProvider:
 
     Raises `InvalidArgumentError` for any other address.
     """
+    place = _place_of(url)
+    return _embedded(place, **options) if isinstance(place, Path) else _bridged(place, **options)
+
+
+def open_audit(url: str | os.PathLike[str], *, reveal: bool = False, **options: Any) -> "AuditSource":
+    """The history at `url`, to be asked; close it when you are done (it is a context manager).
+
+    `url` is what `connect` takes. A file is only read: a server may have it open, and a backup will do. `reveal` shows
+    the values of sensitive variables; a server shows them only if it was started with `audit_reveal`. Options are for
+    servers: `timeout_s`, `actor`.
+
+    Raises `OpenError` for what is no database, `InvalidArgumentError` for any other address.
+    """
+    place = _place_of(url)
+    if isinstance(place, Path):
+        from dspex_persist.state.store import maintenance
+
+        return maintenance.open_audit(place, reveal=reveal)
+    state = _bridged(place, **options)
+    return state.audit(reveal=reveal, let_go=state.close)
+
+
+@contextlib.contextmanager
+def open_recording(
+    path: str | os.PathLike[str], session_id: str, *, started: int | None = None, reveal: bool = False
+) -> "Iterator[tuple[Header, Iterator[RecordedCommit]]]":
+    """A session's whole log in a database file, as (header, commits); the commits are read as they are taken.
+
+    The file is only read: a server may have it open, and a backup will do. Of several sessions that had this id it is
+    the newest, or the one that began with commit `started`. `reveal`: with the values of sensitive variables.
+
+    Raises `OpenError` for what is no database, `NotInHistoryError` for a session that it never had.
+    """
+    from dspex_persist.state.store import maintenance
+
+    with maintenance.open_recording(Path(path), session_id, started=started, reveal=reveal) as recording:
+        yield recording
+
+
+def import_session(
+    path: str | os.PathLike[str],
+    lines: "Iterable[str]",
+    *,
+    name: str = "the recording",
+    session_id: str | None = None,
+    limits: Limits | None = None,
+    progress: Callable[[str, int, int], None] = lambda _step, _done, _in_all: None,
+) -> "ImportReport":
+    """Bring a recorded session with its whole history into a database file, under its own id or `session_id`.
+
+    All of it or nothing. This process owns the file meanwhile; it is made where it is missing. `lines` are those of
+    the recording, `name` is what errors call it.
+
+    Raises `RecordingError` for what is no whole, sound recording within the limits, `SessionExistsError` where a live
+    session has the id, `OpenError`.
+    """
+    from dspex_persist.state.store import transfer
+    from dspex_persist.state.store.session_store import StoreOptions
+
+    options = StoreOptions(limits=limits or Limits())
+    return transfer.import_session(
+        Path(path), lines, name=name, session_id=session_id, options=options, progress=progress
+    )
+
+
+def limits_of(settings: Settings) -> Limits:
+    """The limits that settings say."""
+    return Limits(**{field.name: int(getattr(settings, field.name)) for field in dataclasses.fields(Limits)})
+
+
+def _place_of(url: str | os.PathLike[str]) -> Path | str:
+    """The file that a URL means, or the target of the server."""
     if not isinstance(url, str):
-        return _embedded(Path(url), **options)
+        return Path(url)
     match = _SCHEME.match(url)
     if match is None and url not in ("", ":memory:"):
-        return _embedded(Path(url), **options)
+        return Path(url)
     scheme, rest = (match["scheme"], match["rest"]) if match is not None else ("", "")
     if scheme == "sqlite" and len(rest) > 3 and rest.startswith("///"):
-        return _embedded(Path(rest[3:]), **options)
+        return Path(rest[3:])
     if scheme == "grpc" and _HOST_AND_PORT.fullmatch(rest):
-        return _bridged(rest[2:], **options)
+        return rest[2:]
     if scheme == "grpc+unix" and rest.strip("/"):
-        return _bridged(f"unix:{re.sub('^//(?=/)', '', rest)}", **options)
+        return f"unix:{re.sub('^//(?=/)', '', rest)}"
     raise InvalidArgumentError("url", f"{quote(url)} is not {_FORMS}")
 
 
@@ -174,16 +249,16 @@ async def _serve(settings: Settings) -> None:
 def _load_tools(settings: Settings) -> "Mapping[str, ToolCode]":
     if not settings.tools:
         return {}
+    from dspex_persist.cognitive.errors import DspyMissingError
     from dspex_persist.cognitive.toolbox import Toolbox
 
-    toolbox = Toolbox()
+    try:
+        toolbox = Toolbox(record_lm=settings.record_lm)
+    except DspyMissingError as error:
+        raise SettingsError("record_lm", str(error)) from error
     for reference in settings.tools:
         toolbox.load(reference)
     return toolbox
-
-
-def _limits(settings: Settings) -> Limits:
-    return Limits(**{field.name: int(getattr(settings, field.name)) for field in dataclasses.fields(Limits)})
 
 
 def _open(settings: Settings, on_fatal: Callable[[BaseException], None]) -> "EmbeddedState":
@@ -191,11 +266,15 @@ def _open(settings: Settings, on_fatal: Callable[[BaseException], None]) -> "Emb
     return _embedded(
         settings.db,
         durability=settings.durability,
-        limits=_limits(settings),
+        limits=limits_of(settings),
         session_ttl_s=settings.session_ttl_s,
         optimization_lease_s=settings.optimization_lease_s,
         cache_size_bytes=int(settings.cache_size_bytes),
         outcome_retention_s=settings.outcome_retention_s,
+        retention_keep_versions=settings.retention_keep_versions,
+        retention_age_s=settings.retention_age_s,
+        retention_ended_sessions_s=settings.retention_ended_sessions_s,
+        warn_size_bytes=settings.warn_size_bytes,
         sweep_interval_s=settings.sweep_interval_s,
         on_fatal=on_fatal,
     )
@@ -212,6 +291,8 @@ async def _serve_bridge(
     settings: Settings, provider: "EmbeddedState", tools: "Mapping[str, ToolCode]", end: "_End"
 ) -> None:
     from dspex_persist.infra import server
+    from dspex_persist.state.rpc.audit_codec import AUDIT_SERVICE
+    from dspex_persist.state.rpc.audit_service import AuditServicer
     from dspex_persist.state.rpc.codec import BRIDGE_SERVICE
     from dspex_persist.state.rpc.remote import RemoteTools
     from dspex_persist.state.rpc.servicer import BridgeServicer
@@ -223,7 +304,7 @@ async def _serve_bridge(
         print(f"GRPC_READY:{port}", flush=True)
         _log.info("serving", listen=settings.listen, port=port, db=str(settings.db), sequence=provider.head_sequence)
 
-    limits = _limits(settings)
+    limits = limits_of(settings)
     remote = RemoteTools(
         call_timeout_s=settings.remote_timeout_s,
         # A client that may register an address must not make this server call other machines.
@@ -235,6 +316,18 @@ async def _serve_bridge(
     servicer = BridgeServicer(
         provider, runner, heartbeat_s=settings.heartbeat_s, stall_timeout_s=settings.stall_timeout_s
     )
+    auditor = AuditServicer(
+        provider,
+        reveal=settings.audit_reveal,
+        prune=settings.audit_prune,
+        stall_timeout_s=settings.stall_timeout_s,
+        max_message_bytes=int(settings.max_message_bytes),
+    )
+
+    async def drain() -> None:
+        auditor.drain()
+        await servicer.drain()
+
     end.on_signals()
     try:
         await server.serve(
@@ -244,16 +337,17 @@ async def _serve_bridge(
                 grace_s=settings.grace_s,
                 reflection=settings.reflection,
             ),
-            [server.Service(BRIDGE_SERVICE, servicer)],
+            [server.Service(BRIDGE_SERVICE, servicer), server.Service(AUDIT_SERVICE, auditor)],
             status_of=status_of,
             on_ready=on_ready,
             stop=end.stop,
-            on_drain=servicer.drain,
+            on_drain=drain,
             belongs=servicer.belongs,
         )
     finally:
         await remote.close()
         runner.close()
+        auditor.close()
 
 
 def _spare_the_collector() -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dspex_persist import __version__
-from dspex_persist.cli import demo, maintenance, serve, tools
+from dspex_persist.cli import audit, demo, maintenance, replay, serve, session, tools
 from dspex_persist.errors import DspexError
 
 app = typer.Typer(
@@ -21,13 +21,17 @@ app = typer.Typer(
         "dspex-persist demo    see it work, in half a minute\n\n"
         "dspex-persist serve --db sessions.db    serve a database\n\n"
         "dspex-persist db check --db sessions.db    check it\n\n"
+        "dspex-persist audit history SESSION    see who changed what, and when\n\n"
         "dspex-persist tools list --tools shop.tools    see what tools a module has\n\n"
     ),
 )
 app.command("serve", help=serve.HELP, epilog=serve.EPILOG)(serve.serve)
 app.command("demo", help=demo.HELP, epilog=demo.EPILOG)(demo.demo)
+app.command("replay", help=replay.HELP, epilog=replay.EPILOG)(replay.replay)
 app.add_typer(maintenance.app, name="db")
+app.add_typer(session.app, name="session")
 app.add_typer(tools.app, name="tools")
+app.add_typer(audit.app, name="audit")
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,20 +1,23 @@
 """dspex-persist db: look after a database file."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 
-from dspex_persist.cli.output import counted, new_table, one_line, say, say_json
+from dspex_persist.cli.output import Progress, counted, new_table, one_line, progress_bar, say, say_json
+from dspex_persist.cli.places import Db, database_of, url_of
 from dspex_persist.errors import DspexError
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from _typeshed import DataclassInstance
 
+    from dspex_persist.state.model import PrunePolicy
     from dspex_persist.state.store import maintenance
     from dspex_persist.state.store.verify import Problem
 
@@ -25,9 +28,10 @@ _KIB: Final = 1024
 _NUMBERS: Final = ("rows", "size", "share", "versions", "contents")
 
 HELP: Final = (
-    "Look after a database file: check it, back it up, see where its bytes are.\n\n"
-    "check, current, backup and stats only read, and work while a server has the file open. upgrade and vacuum change "
-    "it: stop the server first. None of them ever makes a file that is not there."
+    "Look after a database file: check it, back it up, see where its bytes are, delete old history.\n\n"
+    "check, current, backup and stats only read, and work while a server has the file open. upgrade, prune and vacuum "
+    "change it: stop the server first, or have the server prune it (prune --target). None of them ever makes a file "
+    "that is not there."
 )
 EPILOG: Final = (
     "[bold]Exit codes[/bold]\n\n"
@@ -49,19 +53,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Db = Annotated[
-    Path | None,
-    typer.Option(
-        "--db",
-        metavar="PATH",
-        show_default=False,
-        help="The database file. [dim](as serve: DSPEX_PERSIST_DB, the settings file, sessions.db)[/dim]",
-    ),
-]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 R = TypeVar("R", bound="DataclassInstance")
-_Progress = Callable[[str, int, int], None]
 
 
 @app.command(
@@ -70,7 +64,7 @@ _Progress = Callable[[str, int, int], None]
         "The whole history is read and hashed again, 50,000 to 100,000 versions a second, while a server may go on "
         "writing. What was altered, even by one byte, shows, and so do commits that are gone: the file beside the "
         "database whose name ends in .anchor remembers the last one. A backup has no such file, so what is gone from "
-        "the end of a backup does not show.\n\n"
+        "the end of a backup does not show. What was pruned is counted; what else is gone shows.\n\n"
         "Exit code 3: problems, each with its commit, session and variable.\n\n"
     )
 )
@@ -78,7 +72,7 @@ def check(db: Db = None, as_json: Json = False) -> None:
     """Check the file."""
     from dspex_persist.state.store import maintenance
 
-    _report(db, as_json, maintenance.check, _show_check)
+    _report(db, as_json, maintenance.check, show_check)
 
 
 @app.command(help="Show the revision of the schema, and whether it is this release's.")
@@ -134,9 +128,124 @@ def stats(db: Db = None, as_json: Json = False) -> None:
 
 @app.command(
     help=(
+        "Delete old history for good. Without --confirm it only says how much that would be, also beside a server.\n\n"
+        "Commits of their own in the log account for what goes, so that check still finds whatever else is missing or "
+        "changed. These stay in any case: the newest version of each variable, what its metadata came from, what "
+        'running tools may need, optimization locks, and each version that was written with metadata "pinned": "true". '
+        "It may be interrupted, and run again.\n\n"
+        "With --ended-sessions, --older-than speaks of when sessions ended, and of versions only if --keep-versions is "
+        "there as well.\n\n"
+    ),
+    epilog=(
+        "[bold]Examples[/bold]\n\n"
+        "dspex-persist db prune --keep-versions 100    what that would delete\n\n"
+        "dspex-persist db prune --keep-versions 100 --older-than 30d --confirm    both have to say so\n\n"
+        "dspex-persist db prune --ended-sessions --older-than 12h --confirm    sessions that ended 12 hours ago\n\n"
+        "dspex-persist db prune --session demo --older-than 2026-03-01T12:00Z --confirm\n\n"
+        "dspex-persist db prune --keep-versions 100 --target 127.0.0.1:50051 --confirm    by a server\n\n"
+    ),
+)
+def prune(
+    keep_versions: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, show_default=False, help="Keep the newest N versions of each variable."),
+    ] = None,
+    older_than: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AGE", show_default=False, help="Delete only what is older: 30d, 12h, 15m, or a time in ISO 8601."
+        ),
+    ] = None,
+    ended_sessions: Annotated[
+        bool, typer.Option("--ended-sessions", help="Delete all that sessions left behind that have ended.")
+    ] = False,
+    session: Annotated[
+        str | None, typer.Option(metavar="ID", show_default=False, help="Only in sessions of this id.")
+    ] = None,
+    confirm: Annotated[bool, typer.Option("--confirm/--dry-run", help="Do it, or only say what it would do.")] = False,
+    db: Db = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            metavar="ADDRESS",
+            show_default=False,
+            help="Have the server there do it, which goes on answering meanwhile: HOST:PORT or unix:PATH.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Delete old history."""
+    from dspex_persist.state.store import maintenance
+
+    policy = _policy(keep_versions, older_than, ended_sessions, session)
+    if target is not None:
+        if db is not None:
+            raise typer.BadParameter("--db names a file and --target a server: give one of them")
+        server = target
+        _tell(as_json, lambda progress: _prune_server(server, policy, confirm, progress), _show_prune_of_server)
+        return
+    _report(
+        db,
+        as_json,
+        lambda path, progress: maintenance.prune(path, policy, confirm=confirm, progress=progress),
+        _show_prune,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ServerPrunedReport:
+    """What a server pruned, or, where it was not `confirmed`, would."""
+
+    target: str
+    confirmed: bool
+    sessions: int
+    versions: int
+    events: int
+    markers: int
+    duration_s: float
+
+
+def _prune_server(target: str, policy: "PrunePolicy", confirm: bool, progress: Progress) -> ServerPrunedReport:
+    from dspex_persist.wiring import connect
+
+    started = time.monotonic()
+    with connect(url_of(target)) as server:
+        report = server.prune(policy, confirm=confirm, progress=progress)
+    return ServerPrunedReport(target, **asdict(report), duration_s=time.monotonic() - started)
+
+
+def _policy(keep_versions: int | None, older_than: str | None, ended: bool, session_id: str | None) -> "PrunePolicy":
+    from dspex_persist import clock
+    from dspex_persist.state.model import PrunePolicy
+
+    if keep_versions is None and older_than is None and not ended:
+        raise typer.BadParameter("say what may go: --keep-versions, --older-than or --ended-sessions")
+    before = _moment(older_than) if older_than is not None else None
+    ended_before = (before or clock.now()) if ended else None
+    # Whoever wants to be rid of old sessions has not said that those that live are to lose theirs.
+    of_versions = before if keep_versions is not None or not ended else None
+    return PrunePolicy(keep_versions, of_versions, ended_before, session_id)
+
+
+def _moment(text: str) -> "datetime":
+    from dspex_persist import clock
+    from dspex_persist.state.audit import parse_point
+    from dspex_persist.state.errors import InvalidArgumentError
+
+    try:
+        found = parse_point(text, clock.now()).at
+    except InvalidArgumentError:
+        found = None
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is neither an age (30d, 12h, 15m, 30s) nor a time (2026-03-01T12:00Z)")
+    return found
+
+
+@app.command(
+    help=(
         "Write the file anew without its free pages. Needs up to twice its size of free disk meanwhile.\n\n"
-        "Worth it where stats shows much that is free. The history is never removed, so a file that only grew hardly "
-        "shrinks.\n\n"
+        "Worth it where stats shows much that is free, as after prune: a file that only grew hardly shrinks.\n\n"
     )
 )
 def vacuum(db: Db = None, as_json: Json = False) -> None:
@@ -146,12 +255,16 @@ def vacuum(db: Db = None, as_json: Json = False) -> None:
     _report(db, as_json, maintenance.vacuum, _show_vacuum)
 
 
-def _report(db: Path | None, as_json: bool, work: Callable[[Path, _Progress], R], show: Callable[[R], None]) -> None:
+def _report(db: Path | None, as_json: bool, work: Callable[[Path, Progress], R], show: Callable[[R], None]) -> None:
+    """Do the work on a file and print what came of it."""
+    _tell(as_json, lambda progress: work(database_of(db), progress), show)
+
+
+def _tell(as_json: bool, work: Callable[[Progress], R], show: Callable[[R], None]) -> None:
     """Do the work and print what came of it. An error goes on to `main`, which says it on stderr."""
     try:
-        path = _database(db)
-        with _progress() as progress:
-            report = work(path, progress)
+        with progress_bar() as progress:
+            report = work(progress)
     except (DspexError, ValueError) as error:
         if as_json:
             say_json({"ok": False, "error": str(error)})
@@ -163,35 +276,6 @@ def _report(db: Path | None, as_json: bool, work: Callable[[Path, _Progress], R]
         show(report)
     if not is_sound:
         raise typer.Exit(EXIT_PROBLEMS)
-
-
-def _database(given: Path | None) -> Path:
-    if given is not None:
-        return given.expanduser()
-    from dspex_persist.settings import load_settings
-
-    return load_settings().db
-
-
-@contextmanager
-def _progress() -> Iterator[_Progress]:
-    """A bar on stderr, on a terminal only."""
-    if not sys.stderr.isatty():
-        yield lambda _step, _done, _in_all: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("opening", total=None)
-        yield lambda step, done, in_all: bar.update(task, description=step, completed=done, total=in_all or None)
 
 
 # Shown to people
@@ -206,13 +290,16 @@ def _show_problems(problems: "tuple[Problem, ...]", complete: bool = True) -> No
         say(f"stopped after {MOST_PROBLEMS} problems")
 
 
-def _show_check(report: "maintenance.CheckReport") -> None:
+def show_check(report: "maintenance.CheckReport") -> None:
     _show_problems(report.problems, report.complete)
     end = "its end is what its anchor remembers" if report.anchored else "it has no anchor, so its end is not held"
     if report.problems:
         say(f"{report.path}: {counted(len(report.problems), 'problem')} in {counted(report.commits, 'commit')}")
     else:
         say(f"{report.path} is sound: {counted(report.commits, 'commit')}, schema {report.revision}; {end}")
+    if report.pruned_commits:
+        gone = _versions_and_events(report.pruned_versions, report.pruned_events)
+        say(f"pruned, as its log says: {gone} of {counted(report.pruned_commits, 'commit')}")
 
 
 def _show_current(report: "maintenance.RevisionReport") -> None:
@@ -238,6 +325,31 @@ def _show_backup(report: "maintenance.BackupReport") -> None:
     else:
         size = _size(report.size_bytes)
         say(f"{report.target}: {counted(report.commits, 'commit')}, {size}, checked and sound")
+
+
+def _show_prune_of_server(report: ServerPrunedReport) -> None:
+    gone = _gone(report)
+    if report.confirmed:
+        say(f"{report.target}: {gone} deleted, in {report.duration_s:.1f} s")
+    else:
+        say(f"{report.target}: {gone} would be deleted; nothing is, without --confirm")
+
+
+def _gone(report: "ServerPrunedReport | maintenance.PrunedReport") -> str:
+    return f"{_versions_and_events(report.versions, report.events)} of {counted(report.sessions, 'session')}"
+
+
+def _show_prune(report: "maintenance.PrunedReport") -> None:
+    gone = _gone(report)
+    if report.confirmed:
+        say(f"{report.path}: {gone} deleted, in {report.duration_s:.1f} s; {_size(report.free_bytes)} are free in it")
+        say("dspex-persist db vacuum gives free pages back to the disk")
+    else:
+        say(f"{report.path}: {gone} would be deleted; nothing is, without --confirm")
+
+
+def _versions_and_events(versions: int, events: int) -> str:
+    return f"{counted(versions, 'version')} and {counted(events, 'event')}"
 
 
 def _show_vacuum(report: "maintenance.VacuumReport") -> None:

@@ -2,22 +2,53 @@
 
 import json
 import sys
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is, and how much there is (0: not known)."""
+
+
+def new_console(*, soft_wrap: bool) -> Any:
+    """What prints for people. Values of others are printed: none of them is markup."""
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False, soft_wrap=soft_wrap)
 
 
 def say(*parts: Any) -> None:
     """Print what a person reads."""
-    from rich.console import Console
-
-    # Values of others are printed: none of them is markup. Cut off only where a terminal is as narrow as that.
-    console = Console(markup=False, highlight=False, soft_wrap=not sys.stdout.isatty())
+    # Cut off only where a terminal is as narrow as that.
+    console = new_console(soft_wrap=not sys.stdout.isatty())
     for part in parts:
         console.print(part)
 
 
-def say_json(document: dict[str, Any]) -> None:
-    """Print what a program reads: one object."""
+def say_json(document: Any) -> None:
+    """Print what a program reads: one object, on a line of its own."""
     print(json.dumps(document, default=str))
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A bar on stderr, on a terminal only."""
+    if not sys.stderr.isatty():
+        yield lambda _step, _done, _in_all: None
+        return
+    from rich import progress as bars
+    from rich.console import Console
+
+    columns = (
+        bars.SpinnerColumn(),
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("opening", total=None)
+        yield lambda step, done, in_all: bar.update(task, description=step, completed=done, total=in_all or None)
 
 
 def new_table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Any:

@@ -44,6 +44,20 @@ CacheSize = _option(_DATABASE, "--cache-size-bytes", "SIZE", "256MiB", "Memory f
 Retention = _option(
     _DATABASE, "--outcome-retention", "SECONDS", "604800", "How long outcomes under idempotency keys are kept."
 )
+KeepVersions = _option(
+    _DATABASE,
+    "--retention-keep-versions",
+    "NUMBER",
+    "none",
+    "Delete all but the newest so many versions of a variable.",
+)
+Age = _option(
+    _DATABASE, "--retention-age", "SECONDS", "none", "Delete old versions older than this; with the above: both say so."
+)
+EndedSessions = _option(
+    _DATABASE, "--retention-ended-sessions", "SECONDS", "none", "Delete the history of sessions that ended so long ago."
+)
+WarnSize = _option(_DATABASE, "--warn-size-bytes", "SIZE", "none", "Warn once a day of a database larger than this.")
 Listen = _option(
     _NETWORK, "--listen", "ADDRESS", "127.0.0.1:50051", "HOST:PORT (port 0: a free one), \\[IPv6]:PORT or unix:PATH."
 )
@@ -57,6 +71,20 @@ Reflection = _option(
     None,
     "",
     "Tell tools like grpcurl what services there are (they are told).",
+)
+Reveal = _option(
+    _NETWORK,
+    "--audit-reveal/--no-audit-reveal",
+    None,
+    "no",
+    "Show sensitive values to clients that ask the audit service for them.",
+)
+Prune = _option(
+    _NETWORK,
+    "--audit-prune/--no-audit-prune",
+    None,
+    "no",
+    "Let clients have history pruned for good (db prune --target).",
 )
 Grace = _option(_NETWORK, "--grace", "SECONDS", "10", "How long calls in flight may take to finish at the end.")
 Ttl = _option(_SESSIONS, "--session-ttl", "SECONDS", "none", "A session ends this long after its last use.")
@@ -79,6 +107,9 @@ ToolThreads = _option(_TOOLS, "--tool-threads", "NUMBER", "64", "Threads for too
 RemoteTimeout = _option(
     _TOOLS, "--remote-timeout", "SECONDS", "300", "How long a tool in another process may take if nobody says."
 )
+RecordLm = _option(
+    _TOOLS, "--record-lm/--no-record-lm", None, "no", "Keep the LM calls of all tools in the journal; needs DSPy."
+)
 Limit = typer.Option(
     "--limit",
     metavar="NAME=NUMBER",
@@ -97,10 +128,16 @@ def serve(
     durability: Annotated[str | None, Durability] = None,
     cache_size_bytes: Annotated[str | None, CacheSize] = None,
     outcome_retention_s: Annotated[str | None, Retention] = None,
+    retention_keep_versions: Annotated[str | None, KeepVersions] = None,
+    retention_age_s: Annotated[str | None, Age] = None,
+    retention_ended_sessions_s: Annotated[str | None, EndedSessions] = None,
+    warn_size_bytes: Annotated[str | None, WarnSize] = None,
     listen: Annotated[str | None, Listen] = None,
     insecure: Annotated[bool | None, Insecure] = None,
     max_message_bytes: Annotated[str | None, MessageSize] = None,
     reflection: Annotated[bool | None, Reflection] = None,
+    audit_reveal: Annotated[bool | None, Reveal] = None,
+    audit_prune: Annotated[bool | None, Prune] = None,
     grace_s: Annotated[str | None, Grace] = None,
     session_ttl_s: Annotated[str | None, Ttl] = None,
     optimization_lease_s: Annotated[str | None, Lease] = None,
@@ -110,6 +147,7 @@ def serve(
     tools: Annotated[list[str] | None, Tools] = None,
     tool_threads: Annotated[str | None, ToolThreads] = None,
     remote_timeout_s: Annotated[str | None, RemoteTimeout] = None,
+    record_lm: Annotated[bool | None, RecordLm] = None,
     limit: Annotated[list[str] | None, Limit] = None,
     config: Annotated[Path | None, Config] = None,
     log_level: Annotated[str | None, LogLevel] = None,

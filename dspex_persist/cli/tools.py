@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from dspex_persist.cli.output import counted, new_table, one_line, say, say_json
+from dspex_persist.cli.places import url_of
 from dspex_persist.errors import DspexError
 
 if TYPE_CHECKING:
@@ -150,19 +151,8 @@ def _of_modules(references: Sequence[str]) -> list[Listed]:
 def _of_server(target: str, session: str) -> list[Listed]:
     from dspex_persist.wiring import connect
 
-    with connect(_url(target), timeout_s=_TIMEOUT_S) as server:
+    with connect(url_of(target), timeout_s=_TIMEOUT_S) as server:
         return [_listed(spec) for spec in server.list_tools(session)]
-
-
-def _url(target: str) -> str:
-    from dspex_persist.infra.listen import ListenError, UnixAddress, parse_listen
-    from dspex_persist.settings import SettingsError
-
-    try:
-        address = parse_listen(target)
-    except ListenError as error:
-        raise SettingsError("target", f"{target!r} will not do: {error.reason}", "flag --target") from error
-    return f"grpc+{address}" if isinstance(address, UnixAddress) else f"grpc://{address}"
 
 
 def _listed(spec: "ToolSpec") -> Listed:

@@ -25,3 +25,11 @@ class ToolLoadError(DspexError):
 
     def __str__(self) -> str:
         return f"cannot load tools from {self.reference!r}: {self.reason}"
+
+
+@dataclass(eq=False)
+class DspyMissingError(DspexError):
+    """LM calls are to be recorded, or played, without DSPy."""
+
+    def __str__(self) -> str:
+        return "LM calls are recorded through DSPy, which is not installed: pip install 'dspex-persist[dspy]'"

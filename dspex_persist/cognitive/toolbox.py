@@ -16,9 +16,15 @@ AnyTool = Tool[..., Any]
 
 
 class Toolbox(Mapping[str, AnyTool]):
-    """Tools by name, in the order in which they came. The same tool may come twice; two of one name may not."""
+    """Tools by name, in the order in which they came. The same tool may come twice; two of one name may not.
 
-    def __init__(self) -> None:
+    `record_lm`: have the LM calls of all of them recorded; `DspyMissingError` if that cannot be.
+    """
+
+    def __init__(self, *, record_lm: bool = False) -> None:
+        if record_lm:
+            import dspex_persist.cognitive.dspy  # noqa: F401 -- which takes a while: now, rather than in a tool
+        self._record_lm = record_lm
         self._tools: dict[str, AnyTool] = {}
 
     def add(self, item: object) -> tuple[AnyTool, ...]:
@@ -59,7 +65,7 @@ class Toolbox(Mapping[str, AnyTool]):
                 places = there.origin if there.origin == item.origin else f"{there.origin} and {item.origin}"
                 reason = f"two tools are called {name!r} ({places}); give one of them another name: @tool(name=...)"
                 raise ToolLoadError(reference, reason)
-            added[name] = item
+            added[name] = item.recording_lm() if self._record_lm else item
         self._tools |= added
         return tuple(added.values())
 

@@ -4,10 +4,11 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
 from math import inf
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
-from dspex_persist.cognitive.errors import ToolDefinitionError
+from dspex_persist.cognitive.errors import DspyMissingError, ToolDefinitionError
 from dspex_persist.cognitive.signatures import Signature, read_signature
 from dspex_persist.cognitive.tool_context import ToolContext
 from dspex_persist.state.model import Isolation, ToolSpec, Value
@@ -17,6 +18,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _UNBOUND = object()
+# What a tool that is recorded calls is recorded as well, in an execution of its own.
+_caller_is_recorded: ContextVar[bool] = ContextVar("dspex_persist_record_lm", default=False)
 _NAME_LENGTH = 255
 
 
@@ -29,10 +32,13 @@ class Tool(Generic[P, R]):
 
     __name__: str
 
-    def __init__(self, function: Callable[P, R], spec: ToolSpec, kind: ToolKind, signature: Signature) -> None:
+    def __init__(
+        self, function: Callable[P, R], spec: ToolSpec, kind: ToolKind, signature: Signature, record_lm: bool = False
+    ) -> None:
         functools.update_wrapper(self, function)
         self.spec = spec
         self.kind = kind
+        self.record_lm = record_lm
         self._function: Callable[..., R] = function
         self._signature = signature
         self._receiver: object = _UNBOUND
@@ -52,12 +58,23 @@ class Tool(Generic[P, R]):
         return self._signature.bind(self.spec.name, parameters)
 
     def start(self, session: ToolSession, arguments: Mapping[str, object]) -> Any:
-        """Call the function: a result, a coroutine, a generator or an async generator, by `kind`."""
+        """Call the function: a result, a coroutine, a generator or an async generator, by `kind`.
+
+        To be called in a context (of context variables) of its own.
+        """
+        if self.record_lm or _caller_is_recorded.get():
+            _record_lm_calls(session)
         context = [ToolContext(session)] if self._signature.takes_context else []
         started = self._function(*self._leading(), *context, **arguments)
         if self.kind is ToolKind.FUNCTION:
             self._check_result(started)
         return started
+
+    def recording_lm(self) -> "Tool[P, R]":
+        """The same tool with its LM calls recorded."""
+        recording = copy.copy(self)
+        recording.record_lm = True
+        return recording
 
     def _leading(self) -> tuple[object, ...]:
         return () if self._receiver is _UNBOUND else (self._receiver,)
@@ -111,6 +128,7 @@ def tool(
     exposed: bool = False,
     required_variables: Iterable[str] = (),
     metadata: Mapping[str, str] | None = None,
+    record_lm: bool = False,
 ) -> Callable[[Callable[P, R]], Tool[P, R]]: ...
 
 
@@ -126,6 +144,7 @@ def tool(
     exposed: bool = False,
     required_variables: Iterable[str] = (),
     metadata: Mapping[str, str] | None = None,
+    record_lm: bool = False,
 ) -> Any:
     """Make a tool of a function, an async function, a generator or an async generator (these two stream).
 
@@ -137,6 +156,7 @@ def tool(
     `timeout_s`: after how long it is given up; the server's own limit holds as well.
     `exposed`: whether workers may call it too, through the coordinator.
     `required_variables`: what the session must have before it starts.
+    `record_lm`: keep its LM calls, and those of tools that it calls, in the journal; needs DSPy.
     """
 
     def decorate(function: Callable[..., Any]) -> Tool[..., Any]:
@@ -154,7 +174,7 @@ def tool(
             timeout_s=_checked_timeout(where, timeout_s),
             metadata=_checked_metadata(where, metadata or {}),
         )
-        return Tool(function, spec, kind, signature)
+        return Tool(function, spec, kind, signature, _checked_record_lm(where, record_lm))
 
     return decorate if function is None else decorate(function)
 
@@ -219,6 +239,23 @@ def _checked_variables(where: str, names: Iterable[str]) -> tuple[str, ...]:
     if isinstance(names, str) or len(checked) != len(listed):
         raise ToolDefinitionError(where, f"its required_variables must be a tuple of names, not {names!r}")
     return checked
+
+
+def _checked_record_lm(where: str, record_lm: object) -> bool:
+    if record_lm:
+        try:
+            # Which takes a while: now, rather than in the first execution.
+            import dspex_persist.cognitive.dspy  # noqa: F401
+        except DspyMissingError as error:
+            raise ToolDefinitionError(where, f"record_lm: {error}") from error
+    return bool(record_lm)
+
+
+def _record_lm_calls(session: ToolSession) -> None:
+    from dspex_persist.cognitive.dspy import record_calls
+
+    _caller_is_recorded.set(True)
+    record_calls(session)
 
 
 def _checked_metadata(where: str, metadata: Mapping[str, str]) -> dict[str, str]:

@@ -490,9 +490,10 @@ class _Health:
     async def Watch(
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-        known = request.service in self._names
+        known, draining = request.service in self._names, self._draining.is_set()
         yield self._now() if known else _health(health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
-        if not self._draining.is_set():
+        # Not asked only now: the drain may begin while the first answer is on its way.
+        if not draining:
             await self._draining.wait()
             if known:
                 yield self._now()

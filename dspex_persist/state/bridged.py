@@ -32,6 +32,8 @@ from dspex_persist.state.model import (
     BatchOutcome,
     ExecutionStatus,
     Origin,
+    PrunePolicy,
+    PruneReport,
     SessionSummary,
     SessionView,
     Source,
@@ -43,7 +45,8 @@ from dspex_persist.state.model import (
     VariablesFound,
 )
 from dspex_persist.state.provider import Capability, StateProvider
-from dspex_persist.state.rpc import codec
+from dspex_persist.state.rpc import audit_client, codec
+from dspex_persist.state.rpc.audit_client import BridgedAudit
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.rpc.headers import (
     ACTOR,
@@ -84,6 +87,10 @@ _CONNECTION_LOST = frozenset(
 )
 
 
+def _nothing(*_: object) -> None:
+    pass
+
+
 class BridgedState(StateProvider):
     """Session state behind a gRPC target such as "127.0.0.1:50051" or "unix:/run/dspex.sock".
 
@@ -94,7 +101,7 @@ class BridgedState(StateProvider):
     the process that runs a registered tool reaches it (it is told the id in `x-dspex-execution-id`).
     """
 
-    capabilities = frozenset({Capability.DURABLE, Capability.REMOTE})
+    capabilities = frozenset({Capability.DURABLE, Capability.REMOTE, Capability.AUDIT})
 
     def __init__(
         self, target: str, *, timeout_s: float = 30.0, actor: str | None = None, execution_id: str | None = None
@@ -174,8 +181,26 @@ class BridgedState(StateProvider):
         finally:
             call.cancel()
 
+    def audit(self, *, reveal: bool = False, let_go: Callable[[], None] = _nothing) -> BridgedAudit:
+        """The server's history, to be asked; `let_go` is called when it is closed.
+
+        The server shows values of sensitive variables only if it was started with `audit_reveal`.
+        """
+        if self._closed:
+            raise EngineClosedError()
+        return BridgedAudit(self._channel, self._target, timeout_s=self._timeout_s, reveal=reveal, let_go=let_go)
+
+    def prune(
+        self, policy: PrunePolicy, *, confirm: bool, progress: Callable[[str, int, int], None] = _nothing
+    ) -> PruneReport:
+        """Have the server prune; see `StateProvider.prune`. It takes as long as it takes."""
+        if self._closed:
+            raise EngineClosedError()
+        return audit_client.prune(self._channel, self._target, policy, confirm=confirm, progress=progress)
+
     def _patience_s(self, command: Command[Any]) -> float:
-        return (isinstance(command, commands.ExecuteTool) and command.timeout_s) or self._timeout_s
+        asked_s = command.timeout_s if isinstance(command, commands.ExecuteTool) else None
+        return self._timeout_s if asked_s is None else asked_s
 
     def _headers_of(self, origin: Origin, command: Command[Any]) -> _Headers:
         return _headers_of(origin, command, self._execution_id)
@@ -427,6 +452,7 @@ def _tool_outcome(_: commands.ExecuteTool, response: pb.ExecuteToolResponse) -> 
         int(sequence) if sequence else None,
         int(said["attempts"] or 0),
         repeated="repeated" in said,
+        streamed="streamed" in said,
     )
 
 

@@ -2,15 +2,25 @@
 
 import getpass
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import structlog
 
-from dspex_persist.state.commands import Command, ExecuteTool, ListTools, ListVariables, ReadState, TouchSession
+from dspex_persist.state.audit import AuditSource
+from dspex_persist.state.commands import (
+    Command,
+    ExecuteTool,
+    ListTools,
+    ListVariables,
+    ReadState,
+    RegisterTools,
+    TouchSession,
+)
 from dspex_persist.state.commands.base import Reads
 from dspex_persist.state.errors import (
     EngineClosedError,
@@ -21,9 +31,20 @@ from dspex_persist.state.errors import (
     TooManyWatchersError,
     VariableNotFoundError,
 )
-from dspex_persist.state.model import Origin, Source, ToolSpec, Update
+from dspex_persist.state.model import (
+    Origin,
+    PrunePolicy,
+    PruneReport,
+    SessionSummary,
+    SessionView,
+    Source,
+    ToolSpec,
+    Update,
+)
 from dspex_persist.state.provider import Capability, StateProvider
+from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.runner import ToolCode, ToolRunner, request_of
+from dspex_persist.state.store.retention import Retention
 from dspex_persist.state.store.session_store import Job, SessionStore, StoreOptions
 from dspex_persist.state.store.writer import Writer
 from dspex_persist.state.unit_of_work import SessionState
@@ -36,6 +57,10 @@ _READ_THREADS = 4
 _WATCHING = Origin("", "WatchVariables")
 
 
+def _silent(_what: str, _done: int, _in_all: int) -> None:
+    pass
+
+
 class EmbeddedState(StateProvider):
     """Session state in a SQLite file: writes through one writer thread, reads from memory, history from the file.
 
@@ -44,7 +69,7 @@ class EmbeddedState(StateProvider):
     written any more, and a server should end. As a library the default is that every later call raises.
     """
 
-    capabilities = frozenset({Capability.DURABLE})
+    capabilities = frozenset({Capability.DURABLE, Capability.AUDIT})
 
     def __init__(
         self,
@@ -64,10 +89,16 @@ class EmbeddedState(StateProvider):
         self._actor = f"user:{_user()}"
         self._origins: dict[str, Origin] = {}
         self._readers = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="dspex-persist-reader")
+        self._pruning = threading.Lock()
+        self._retention = Retention(
+            self._store.options,
+            lambda policy, progress: self.prune(policy, confirm=True, progress=progress),
+            self._store.size_bytes,
+        )
         self._writer = Writer(
             self._store.write_group,
             queue_length=self._store.options.limits.queue_length,
-            on_idle=self._store.sweep,
+            on_idle=self._on_idle,
             idle_s=sweep_interval_s,
             on_fatal=self._on_fatal,
         )
@@ -83,9 +114,12 @@ class EmbeddedState(StateProvider):
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
         """Have the command carried out: a read of a session that is in memory is done when this returns."""
         asked_by = origin or self.default_origin(command.cause)
-        if self._runner is not None and isinstance(command, ExecuteTool) and not self._closed:
-            # Its own submits pass here, too, and are no such command.
-            return cast(Future[R], self._runner.submit(request_of(command, asked_by)))
+        if self._runner is not None and not self._closed:
+            # The runner's own submits pass here, too, and are no such commands.
+            if isinstance(command, ExecuteTool):
+                return cast(Future[R], self._runner.submit(request_of(command, asked_by)))
+            if isinstance(command, RegisterTools):
+                command = cast(Command[R], replace(command, reserved=frozenset(self._runner.tools)))
         if command.writes:
             return self._writer.submit(Job(command, asked_by))
         if self._closed:
@@ -133,11 +167,57 @@ class EmbeddedState(StateProvider):
         if self._closed:
             raise EngineClosedError()
 
+    def get_session(self, session_id: str) -> SessionSummary:
+        """The session's own facts; its tools are those of `list_tools`."""
+        summary = super().get_session(session_id)
+        own = len(self._runner.tools) if self._runner is not None else 0
+        return replace(summary, tool_count=summary.tool_count + own)
+
     def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
         """The tools that it was opened with, and those that the session's workers have registered."""
         own = [tool.spec for tool in self._runner.tools.values()] if self._runner is not None else []
         registered = self.run(ListTools(session_id)).values() if session_id else ()
         return (*own, *(tool.spec for tool in registered))
+
+    def audit(self, *, reveal: bool = False) -> AuditSource:
+        """See `StateProvider.audit`."""
+        self.check_open()
+        return self._store.audit(reveal=reveal)
+
+    def record(
+        self, session_id: str, *, started: int | None = None, reveal: bool = False
+    ) -> tuple[Header, Iterator[RecordedCommit]]:
+        """See `StateProvider.record`."""
+        self.check_open()
+        return self._store.record(session_id, started=started, reveal=reveal)
+
+    def fork_session(self, session_id: str, new_session_id: str, at: str = "") -> SessionView:
+        """See `StateProvider.fork_session`."""
+        self.check_open()
+        return self.run(self._store.fork(session_id, new_session_id, at))
+
+    def prune(
+        self, policy: PrunePolicy, *, confirm: bool, progress: Callable[[str, int, int], None] = _silent
+    ) -> PruneReport:
+        """Delete the history that `policy` lets go, for good; without `confirm`, only say how much that is.
+
+        Others go on reading and writing meanwhile. `progress` is told what has come of it, of how many variables, and
+        how many there are; what it raises ends the pruning, and what has gone by then is gone.
+        """
+        self.check_open()
+        if not confirm:
+            return self._store.prune(policy, None, progress)
+        with self._pruning:
+            return self._store.prune(policy, self._write_all, progress)
+
+    def _write_all(self, jobs: list[Job]) -> None:
+        futures = [self._writer.submit(job) for job in jobs]
+        for future in futures:
+            future.result()
+
+    def _on_idle(self) -> None:
+        self._store.sweep()
+        self._retention.on_idle()
 
     def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
         """The user of this process."""
@@ -157,6 +237,7 @@ class EmbeddedState(StateProvider):
             if self._runner is not None:
                 self._runner.close()
             self._writer.close()
+            self._retention.close()
             self._readers.shutdown()
             self._store.hub.wake_all()
             if self._failed is None:

@@ -43,6 +43,33 @@ class SessionNotFoundError(StateError):
 
 
 @dataclass(eq=False)
+class SessionExistsError(StateError):
+    """A live session has this id, and another one is to begin under it."""
+
+    session_id: str
+
+    def __str__(self) -> str:
+        return (
+            f"session {quote(self.session_id)} is live here already: use another id (session import: --as ID), "
+            "or end that session first"
+        )
+
+
+@dataclass(eq=False)
+class SessionPrunedError(StateError):
+    """Old history of the session is gone, so it cannot be recorded whole. `marker`: the commit that says so."""
+
+    session_id: str
+    marker: int
+
+    def __str__(self) -> str:
+        return (
+            f"session {quote(self.session_id)} cannot be recorded: old history of it was pruned, as commit "
+            f"{self.marker} says; record it from a backup that was made before"
+        )
+
+
+@dataclass(eq=False)
 class VariableNotFoundError(StateError):
     """The session has no variable of this name or id."""
 
@@ -63,6 +90,20 @@ class VersionNotFoundError(StateError):
 
     def __str__(self) -> str:
         return f"version not found: {self.version} of variable {quote(self.name)}; it has versions 0 to {self.latest}"
+
+
+@dataclass(eq=False)
+class VersionPrunedError(StateError):
+    """The variable had this version, but it was pruned."""
+
+    name: str
+    version: int
+
+    def __str__(self) -> str:
+        return (
+            f"version {self.version} of variable {quote(self.name)} was pruned: its value is gone; "
+            "GetVariableHistory lists the versions that are left"
+        )
 
 
 @dataclass(eq=False)
@@ -112,7 +153,7 @@ class InvalidConstraintsError(StateError):
 
 @dataclass(eq=False)
 class LimitExceededError(StateError):
-    """Something is larger than a setting allows."""
+    """Something is larger than is allowed, by a setting if `setting` names one."""
 
     what: str
     actual: int
@@ -120,7 +161,8 @@ class LimitExceededError(StateError):
     setting: str
 
     def __str__(self) -> str:
-        return f"{self.what} is {self.actual}, above the limit of {self.limit} (setting {self.setting})"
+        setting = f" (setting {self.setting})" if self.setting else ""
+        return f"{self.what} is {self.actual}, above the limit of {self.limit}{setting}"
 
 
 @dataclass(eq=False)
@@ -299,6 +341,30 @@ class RemoteToolError(StateError):
 
     def __str__(self) -> str:
         return f"unavailable: tool {quote(self.tool)} at {self.address}: {self.reason}"
+
+
+@dataclass(eq=False)
+class NotInHistoryError(StateError):
+    """An audit asked for something that the history never had: a session, a variable, an execution."""
+
+    what: str
+    name: str
+    hint: str
+
+    def __str__(self) -> str:
+        return f"no {self.what} {quote(self.name)} in the history" + (f"; {self.hint}" if self.hint else "")
+
+
+@dataclass(eq=False)
+class RecordingError(StateError):
+    """A file that is no recording, or not a whole one. `line` counts from 1."""
+
+    name: str
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}, line {self.line}: {self.reason}"
 
 
 @dataclass(eq=False)

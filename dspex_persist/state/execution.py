@@ -8,6 +8,7 @@ which carries them out again if nothing that the execution stood on has changed.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any, NamedTuple, TypeVar
 
 from dspex_persist import clock
@@ -99,7 +100,7 @@ class _Overlay:
         self.unit = UnitOfWork(
             self._drafts, origin, clock.now(), 0, begun.limits, optimization_lease_s=begun.optimization_lease_s
         )
-        self._tokens = self.unit.tokens
+        self._tokens = _tokens_of(begun.seed)
 
     def apply(self, command: Command[R], execution_id: str, origin: Origin) -> R:
         """Carry a command out; one that fails leaves nothing behind."""
@@ -220,6 +221,13 @@ def _show(state: SessionState, variable: Variable) -> None:
     state.names[variable.id] = variable.name
 
 
+def _tokens_of(seed: str) -> Iterator[str]:
+    """The random parts of ids, from the execution's recorded seed, so that a replay makes the same."""
+    drawn = Random(f"{seed}:ids")
+    while True:
+        yield f"{drawn.getrandbits(48):012x}"
+
+
 def _recorded(tokens: Iterator[str], issued: list[str]) -> Iterator[str]:
     for token in tokens:
         issued.append(token)
@@ -277,9 +285,7 @@ class Execution:
         """Carry out a command on the session as the execution sees it."""
         with self.overlay.lock:
             self.check_running()
-            if command.session_id != self.session_id:
-                reason = f"execution {self.id} belongs to another session"
-                raise InvalidArgumentError("session_id", reason)
+            self.check_is_of(command.session_id)
             touched = _touched(command)
             for asked, seen in self.overlay.look(touched).items():
                 self.reads.setdefault(asked, seen)
@@ -293,6 +299,11 @@ class Execution:
         """Raise `ExecutionEndedError` once it has ended."""
         if self.ended:
             raise ExecutionEndedError(self.id, self.ended)
+
+    def check_is_of(self, session_id: str) -> None:
+        """Raise unless it is an execution of this session."""
+        if session_id != self.session_id:
+            raise InvalidArgumentError("session_id", f"execution {self.id} belongs to another session")
 
     def check_can_publish(self, identifier: str) -> None:
         """Raise unless a value of the variable can be shown ahead of the commit."""

@@ -144,6 +144,7 @@ class EventKind(StrEnum):
     TOOLS_REGISTERED = "tools_registered"
     EXECUTION_BEGAN = "execution_began"
     EXECUTION_ENDED = "execution_ended"
+    PRUNED = "pruned"
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,3 +401,33 @@ class ToolOutcome:
     def success(self) -> bool:
         """Whether it committed."""
         return self.status is ExecutionStatus.COMMITTED
+
+
+PINNED = "pinned"
+"""The metadata entry of a change that keeps its version for ever, if it says "true"."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrunePolicy:
+    """Which history may go. A version goes where all that is given of `keep_versions` and `before` allows it.
+
+    `keep_versions`: of each variable, the newest so many stay. `before`: what was committed then or later stays.
+    `ended_before`: sessions that ended before it go as a whole, but for the fact that they were there.
+    `session_id`: nothing of other sessions goes.
+    """
+
+    keep_versions: int | None = None
+    before: datetime | None = None
+    ended_before: datetime | None = None
+    session_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PruneReport:
+    """What went, or, where it was not `confirmed`, would go. `markers`: the commits that say so."""
+
+    confirmed: bool
+    sessions: int
+    versions: int
+    events: int
+    markers: int

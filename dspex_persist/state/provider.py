@@ -1,27 +1,31 @@
 """StateProvider: the seam. Whatever keeps session state is reached through it, and nothing above knows more.
 
-Obligations of every backend, held by the contract suite in `dspex_persist.testing`:
+Obligations of every backend, held by the contract suites in `dspex_persist.testing`:
 
 - `submit` returns at once. Its future resolves with the command's result only after what was written is durable, or
   with a `StateError`, and then nothing was written; only `OutcomeUnknownError` leaves that open.
 - Commands take effect whole or not at all, and one that is submitted after another resolved comes after it: a read
   then sees that write. A backend in this process keeps the order of submitting too.
 - A watch tells whole commits, in order, none twice and none missing.
+- A backend that can execute tools executes each as one transaction, and once for an idempotency key.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from enum import StrEnum
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from dspex_persist.state import commands, values
+from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.commands import Command
-from dspex_persist.state.errors import UnsupportedError
+from dspex_persist.state.errors import InvalidArgumentError, UnsupportedError
 from dspex_persist.state.model import (
     BatchOutcome,
     Origin,
+    PrunePolicy,
+    PruneReport,
     SessionSummary,
     SessionView,
     ToolOutcome,
@@ -31,6 +35,7 @@ from dspex_persist.state.model import (
     VariablesFound,
     VariableVersion,
 )
+from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.watch import Watch
 
 R = TypeVar("R")
@@ -38,6 +43,11 @@ R = TypeVar("R")
 
 TOOL_TIMEOUT_S = 300.0
 """How long a tool may take whose caller does not say."""
+_LONGEST_TIMEOUT_S = 1e9
+
+
+def _silent(_what: str, _done: int, _in_all: int) -> None:
+    pass
 
 
 class Capability(StrEnum):
@@ -47,6 +57,8 @@ class Capability(StrEnum):
     """What was acknowledged survives the end of the process."""
     REMOTE = "remote"
     """State is in another process; calls can end with an unknown outcome."""
+    AUDIT = "audit"
+    """Its whole history can be asked: `audit`."""
 
 
 class StateProvider(ABC):
@@ -80,8 +92,42 @@ class StateProvider(ABC):
         return self.submit(command, self.default_origin(command.cause, idempotency_key)).result()
 
     def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
-        """The tools that the session can execute; without one those that every session can."""
+        """The tools that the session can execute; without one those that every session can.
+
+        What a backend says of them itself, such as where they run, is in their metadata under `dspex.`.
+        """
         raise UnsupportedError("tools")
+
+    def audit(self, *, reveal: bool = False) -> AuditSource:
+        """The history, to be asked. `reveal`: show values of sensitive variables, which are masked otherwise."""
+        raise UnsupportedError("audits")
+
+    def prune(
+        self, policy: PrunePolicy, *, confirm: bool, progress: Callable[[str, int, int], None] = _silent
+    ) -> PruneReport:
+        """Delete the history that `policy` lets go, for good; without `confirm`, only say how much that is.
+
+        Others go on reading and writing meanwhile. `progress` is told what has come of it, of how many variables, and
+        how many there are; what it raises ends the pruning, and what has gone by then is gone.
+        """
+        raise UnsupportedError("pruning")
+
+    def record(
+        self, session_id: str, *, started: int | None = None, reveal: bool = False
+    ) -> tuple[Header, Iterator[RecordedCommit]]:
+        """A session's whole log up to now, oldest first, read as it is taken; the session may have ended.
+
+        Of several that had this id it is the newest, or the one that began with commit `started`. `reveal`: with the
+        values of sensitive variables, which are left out otherwise.
+        """
+        raise UnsupportedError("recordings")
+
+    def fork_session(self, session_id: str, new_session_id: str, at: str = "") -> SessionView:
+        """Begin a session with the variables that `session_id` had at a point, each at version 0; "" is now.
+
+        A point is what audits take: a commit, an execution's id, a time, an age; `^` behind it: right before it.
+        """
+        raise UnsupportedError("forks of sessions")
 
     # The commands by name, for callers that wait
 
@@ -226,6 +272,9 @@ class StateProvider(ABC):
         timeout_s: float = TOOL_TIMEOUT_S,
     ) -> ToolOutcome:
         """Execute a tool as one transaction, within `timeout_s`; how it ended. Under an idempotency key: once."""
+        if not 0 < timeout_s <= _LONGEST_TIMEOUT_S:
+            reason = f"it must be above 0 and at most {_LONGEST_TIMEOUT_S:.0f} seconds, not {timeout_s:g}"
+            raise InvalidArgumentError("timeout_s", reason)
         encoded = values.encode_arguments(parameters or {})
         return self.run(commands.ExecuteTool(session_id, tool, encoded, metadata or {}, timeout_s), idempotency_key)
 

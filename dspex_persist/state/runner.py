@@ -194,6 +194,8 @@ class ToolSession:
         self.execution = execution
         self.request = request
         self.origin = Origin(request.origin.actor, execution.id, Source.PYTHON)
+        # What `now` asks: a replay sets it.
+        self.read_clock: Callable[[], datetime] = clock.now
         # The home loop's alone: the tool that it calls at the moment, and whose turn it is to call one.
         self.calling: ToolSession | None = None
         self.task: asyncio.Task[Any] | None = None
@@ -206,6 +208,7 @@ class ToolSession:
         self._began = time.monotonic()
         self._log: list[LogEntry] = []
         self._times: list[datetime] = []
+        self._recorded: dict[str, list[Any]] = {}
         self._journal_bytes = 0
 
     @property
@@ -237,7 +240,7 @@ class ToolSession:
 
     def now(self) -> datetime:
         """The time, recorded."""
-        moment = clock.now()
+        moment = self.read_clock()
         self._count(8)
         self._times.append(moment)
         return moment
@@ -257,11 +260,18 @@ class ToolSession:
         # As they are now: the code may go on to change them, and the writer cannot refuse what they would be then.
         self._log.append(LogEntry(clock.now(), message, json.loads(text)))
 
+    def record(self, kind: str, entry: Mapping[str, Any]) -> None:
+        """Keep what the code got from outside, as JSON, in the journal's `recorded`, in a list for each kind."""
+        text = json.dumps(entry)
+        with self.execution.overlay.lock:
+            self._count(len(text))
+            self._recorded.setdefault(kind, []).append(json.loads(text))
+
     def _count(self, size_bytes: int) -> None:
         limit = self._runner.limits.journal_size_bytes
         self._journal_bytes += size_bytes
         if self._journal_bytes > limit:
-            what = "size of what the execution logged, in bytes,"
+            what = "size of what the execution logged and recorded, in bytes,"
             raise LimitExceededError(what, self._journal_bytes, limit, "journal_size_bytes")
 
     def call(self, tool: str, arguments: Mapping[str, object]) -> Any:
@@ -283,11 +293,16 @@ class ToolSession:
             dict(execution.reads),
             tuple(execution.patterns),
             tuple(self._log),
-            {"now": [clock.to_micros(moment) for moment in self._times]},
+            self._all_recorded(),
             tuple(execution.published),
             self.attempt,
             round((time.monotonic() - self._began) * 1e6),
         )
+
+    def _all_recorded(self) -> dict[str, list[Any]]:
+        with self.execution.overlay.lock:
+            recorded = {kind: list(entries) for kind, entries in self._recorded.items()}
+        return {"now": [clock.to_micros(moment) for moment in self._times], **recorded}
 
     def below(self) -> "list[ToolSession]":
         """The tools that run on its behalf at the moment, the innermost last."""
@@ -456,6 +471,7 @@ class ToolRunner:
     async def execute_within(self, execution_id: str, request: ToolRequest) -> ToolOutcome:
         """Execute a tool as part of a running execution, for the process that runs that one."""
         parent = self._session_of(execution_id)
+        parent.execution.check_is_of(request.session_id)
         try:
             result = await self.execute_child(parent, request)
         except tuple(_REFUSALS) as error:
@@ -497,8 +513,9 @@ class ToolRunner:
 
     async def _execute(self, job: _Job) -> ToolOutcome:
         attempt, joins, pause_s = 1, 0, _FIRST_PAUSE_S
+        retry_of = None
         while True:
-            begun = await self._begin(job, attempt)
+            begun = await self._begin(job, attempt, retry_of=retry_of)
             if begun.recorded is not None:
                 return await _repeat(job, begun.recorded)
             if begun.running is not None:
@@ -516,7 +533,7 @@ class ToolRunner:
             # What has been handed out cannot be taken back.
             if not again or job.emitted:
                 return outcome
-            attempt += 1
+            attempt, retry_of = attempt + 1, outcome.execution_id
             # Drawn, so that those who met do not meet again.
             await asyncio.sleep(random.uniform(0, pause_s))
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
@@ -530,7 +547,9 @@ class ToolRunner:
             return None
         return await asyncio.shield(running.done)
 
-    async def _begin(self, job: _Job, attempt: int, parent: Execution | None = None) -> Begun:
+    async def _begin(
+        self, job: _Job, attempt: int, parent: Execution | None = None, retry_of: str | None = None
+    ) -> Begun:
         request, tool = job.request, job.tool
         command = commands.BeginExecution(
             request.session_id,
@@ -542,6 +561,7 @@ class ToolRunner:
             parent.id if parent is not None else None,
             request.idempotency_key if parent is None else None,
             tool.worker_id if isinstance(tool, RegisteredTool) else "",
+            retry_of,
         )
         origin = request.origin
         if origin.idempotency_key is not None:
@@ -675,7 +695,7 @@ class ToolRunner:
             execution = parent.execution
             execution.check_running()
             if execution.depth + 1 >= _DEEPEST:
-                raise LimitExceededError("depth of calls from tool to tool", execution.depth + 2, _DEEPEST, "none")
+                raise LimitExceededError("depth of calls from tool to tool", execution.depth + 2, _DEEPEST, "")
             job = await self._prepare(request, within=execution)
             begun = await self._begin(job, 1, execution)
             session = ToolSession(self, execution.begin_child(begun, request.tool), request, 1, begun.seed)
@@ -876,7 +896,9 @@ def _failure_of(error: BaseException) -> Failure:
         text = str(error)
     except Exception as fault:  # noqa: BLE001 -- users' code, too
         text = f"it has no text: its __str__ raised {type(fault).__name__}"
-    return Failure(type(error).__name__, text, "".join(traceback.format_exception(error)))
+    told = (type(error).__name__, text, "".join(traceback.format_exception(error)))
+    # A lone surrogate is no character: no message can carry it.
+    return Failure(*(each.encode(errors="backslashreplace").decode() for each in told))
 
 
 def _error_of(execution_id: str, failure: Failure) -> ToolFailedError:

@@ -482,6 +482,17 @@ class UnitOfWork:
         staged = self._drafts.executions.get((state.session.sequence, key))
         return staged if staged is not None else self._drafts.backing.find_execution(state, key)
 
+    # Pruning
+
+    def prune(self, session: Session, key: int, body: Mapping[str, Any]) -> None:
+        """Account for history that goes. The session, of which the store knows by `key`, may have ended."""
+        live = self._drafts.find(session.id)
+        if live is not None and live.key == key:
+            self._edit(session.id)
+        else:
+            self.state = SessionState(session, key=key)
+        self._log(EventKind.PRUNED, body)
+
     # Outcomes of keyed requests
 
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:

@@ -5,5 +5,5 @@ Needs pytest.
 
 import pytest
 
-# Before anything imports it, so that its assertions say what they compared, as a test module's own do.
-pytest.register_assert_rewrite("dspex_persist.testing.provider_contract")
+# Before anything imports them, so that their assertions say what they compared, as a test module's own do.
+pytest.register_assert_rewrite("dspex_persist.testing.provider_contract", "dspex_persist.testing.tool_contract")

@@ -19,6 +19,7 @@ from typing import Any
 
 from freezegun import freeze_time
 
+from dspex_persist.clock import now
 from dspex_persist.state import values
 from dspex_persist.state.commands import (
     BeginExecution,
@@ -40,6 +41,7 @@ from dspex_persist.state.model import (
     Isolation,
     LogEntry,
     Origin,
+    PrunePolicy,
     RegisteredTool,
     Seen,
     Source,
@@ -98,7 +100,8 @@ def fill(path: Path) -> None:
             _execute_tools(provider)
         clock.tick(timedelta(hours=1))
         # What was left running is ended by this one.
-        EmbeddedState(path).close()
+        with EmbeddedState(path) as provider:
+            _prune(provider, clock)
 
 
 def _fill_main(provider: EmbeddedState) -> None:
@@ -258,6 +261,39 @@ def _leave_tools(provider: EmbeddedState) -> None:
     _begin(provider, parent=_begin(provider, key="left alone"))
 
 
+def _prune(provider: EmbeddedState, clock: Any) -> None:
+    """Two sessions of which history is gone: one that lives, and one that has ended. Some of it went in two goes."""
+    provider.initialize_session("pruned")
+    for name, value in (("x", ""), ("large", f"{LARGE_TEXT}, and gone"), ("first", "")):
+        provider.register_variable("pruned", name, "string", value)
+    provider.set_variable("pruned", "x", "annotated", metadata={"note": "in force for ever"})
+    for number in range(6):
+        values_of = {"x": f"x{number}", "large": "not any more", "first": "changed"}
+        metadata = {"pinned": "true"} if number == 1 else {"step": str(number)} if number % 2 == 0 else {}
+        provider.set_variables("pruned", values_of, metadata=metadata)
+    provider.set_variable("pruned", "first", "alone")
+    provider.delete_variable("pruned", "first")
+    _end_one_to_be_pruned(provider)
+    clock.tick(timedelta(minutes=1))
+    for keep in (4, 2):
+        provider.prune(PrunePolicy(keep_versions=keep, session_id="pruned"), confirm=True)
+    provider.prune(PrunePolicy(ended_before=now(), session_id="gone"), confirm=True)
+
+
+def _end_one_to_be_pruned(provider: EmbeddedState) -> None:
+    provider.initialize_session("gone")
+    provider.initialize_session("gone", {"updated": "once"})
+    provider.initialize_session("gone", {"updated": "twice"})
+    for name in ("x", "y"):
+        provider.register_variable("gone", name, "integer", 1, metadata={"about": name})
+        provider.set_variable("gone", name, 2)
+    provider.add_dependency("gone", "x", "y")
+    provider.submit(StartOptimization("gone", "y", "mipro"), _TOOL).result()
+    provider.submit(BeginExecution("gone", "count"), _TOOL).result()
+    provider.delete_variable("gone", "x")
+    provider.cleanup_session("gone")
+
+
 def _begin(
     provider: EmbeddedState,
     parameters: Mapping[str, Value] | None = None,
@@ -284,8 +320,9 @@ def _finish(
 
 # What the engine answers
 
-SESSIONS = ("main", "binaries", "again", "short", "üñí 'x'; --")
-DELETED = {"main": ("scratch",)}
+SESSIONS = ("main", "binaries", "again", "short", "üñí 'x'; --", "pruned")
+DELETED = {"main": ("scratch",), "pruned": ("first",)}
+_LIVE = "SELECT session_id FROM sessions WHERE ended_sequence IS NULL"
 _JOURNAL = ("id", "tool", "status", "parent", "attempt", "key", "began", "ended", "beginning", "end")
 _EXECUTIONS = """
     SELECT execution_id, tool, status, parent_id, attempt, idempotency_key, began_sequence, executions.ended_sequence,
@@ -301,11 +338,12 @@ _EXECUTIONS = """
 
 def describe(path: Path) -> dict[str, Any]:
     """Everything that the engine answers about the live sessions of a database that `fill` made, as JSON has it."""
-    with EmbeddedState(path) as provider:
-        described = {session_id: _describe_session(provider, session_id) for session_id in SESSIONS}
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
-        for session_id in SESSIONS:
-            # A revision that knew none is described as it was.
+    with EmbeddedState(path) as provider, closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        # A revision that had less of everything is described as it was.
+        live = {session_id for (session_id,) in connection.execute(_LIVE)}
+        sessions = [session_id for session_id in SESSIONS if session_id in live]
+        described = {session_id: _describe_session(provider, session_id) for session_id in sessions}
+        for session_id in sessions:
             rows = connection.execute(_EXECUTIONS, [session_id])
             executions = [dict(zip(_JOURNAL, row, strict=True)) for row in rows]
             described[session_id] |= {"executions": executions} if executions else {}

@@ -11,6 +11,7 @@ from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.testing.provider_contract import DEADLINE_S, SMALL_LIMITS, LeaseContract, ProviderContract, Reopen
 from dspex_persist.testing.server import ServedDatabase
+from dspex_persist.testing.tool_contract import ToolContract
 
 
 @pytest.fixture(scope="class")
@@ -56,6 +57,12 @@ class TestBridgedLeases(Bridged, LeaseContract):
     """Leases that end while one waits."""
 
     settings: ClassVar[dict[str, Any]] = {"optimization_lease_s": LeaseContract.lease_s}
+
+
+class TestBridgedTools(Bridged, ToolContract):
+    """Tools that run in the server."""
+
+    settings: ClassVar[dict[str, Any]] = {"tools": "dspex_persist.testing.contract_tools"}
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -17,7 +17,9 @@ from dspex_persist.state.model import CommitChanges, Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.store.session_store import StoreOptions
 from dspex_persist.state.watch import Watch
+from dspex_persist.testing.contract_tools import CONTRACT_TOOLS
 from dspex_persist.testing.provider_contract import SMALL_LIMITS, LeaseContract, ProviderContract, Reopen
+from dspex_persist.testing.tool_contract import ToolContract
 
 
 class Owner:
@@ -75,6 +77,21 @@ class TestEmbeddedLeases(Embedded, LeaseContract):
     """Leases that end while one waits."""
 
     options = StoreOptions(optimization_lease_s=LeaseContract.lease_s)
+
+
+@pytest.fixture(scope="class")
+def with_tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedState]:
+    """One database file for a class, opened with the tools of the contract."""
+    with EmbeddedState(tmp_path_factory.mktemp("tools") / "sessions.db", tools=CONTRACT_TOOLS) as provider:
+        yield provider
+
+
+class TestEmbeddedTools(ToolContract):
+    """Tools that run in this process."""
+
+    @pytest.fixture
+    def provider(self, with_tools: EmbeddedState) -> StateProvider:
+        return with_tools
 
 
 @pytest.fixture(scope="class")
@@ -176,9 +193,10 @@ class TestEmbeddedTime:
 
 def test_no_part_of_the_contract_hides_another_s() -> None:
     """Parts are put together by inheritance: of two tests or fixtures of one name only one would be there."""
-    names = [name for part in ProviderContract.__mro__[:-1] for name in vars(part) if not name.startswith("__")]
-    assert len(names) > 100
-    assert sorted(names) == sorted(set(names))
+    for contract in (ProviderContract, ToolContract):
+        names = [name for part in contract.__mro__[:-1] for name in vars(part) if not name.startswith("__")]
+        assert len(names) > 50
+        assert sorted(names) == sorted(set(names))
 
 
 def versions_told(watch: Watch) -> list[int]:

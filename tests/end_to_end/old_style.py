@@ -1,9 +1,11 @@
 """What tests of tools share: a client as they exist in the field (generated stubs, nothing of this package), and an
 eye on the journal in the database file."""
 
+import functools
 import json
 import os
 import sqlite3
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,12 +20,13 @@ import snakepit_bridge_pb2_grpc as bridge
 from google.protobuf.any_pb2 import Any as AnyMessage
 
 from dspex_persist.infra.process import ServerProcess
+from tests.end_to_end.gates import DEADLINE_S
 
 T = TypeVar("T")
 
 ROOT = Path(__file__).parents[2]
 STUBS = ROOT / "tests/assets/stubs"
-DEADLINE_S = 30.0
+EXECUTION_ID = "x-dspex-execution-id"
 _PLAIN = "type.googleapis.com/snakepit."
 _STRING_VALUE = "type.googleapis.com/google.protobuf.StringValue"
 _TYPES = {bool: "boolean", int: "integer", float: "float", str: "string", dict: "map", list: "list"}
@@ -120,19 +123,12 @@ class Outcome:
         return int(text) if text else None
 
 
-class OldClient:
-    """One session, as an old client has it. It begins with the integers a, b and c at 0."""
+class Caller:
+    """One session, as old clients and old workers call it."""
 
-    def __init__(self, target: str, session: str, *, variables: tuple[str, ...] = ("a", "b", "c")) -> None:
+    def __init__(self, stub: Any, session: str) -> None:
+        self.stub = stub
         self.session = session
-        self._channel = grpc.insecure_channel(target)
-        self.stub: Any = bridge.BridgeServiceStub(self._channel)
-        self.view = self.stub.InitializeSession(pb.InitializeSessionRequest(session_id=session))
-        for name in variables:
-            self.register(name, 0)
-
-    def close(self) -> None:
-        self._channel.close()
 
     def register(self, name: str, value: int) -> None:
         request = pb.RegisterVariableRequest(
@@ -151,6 +147,19 @@ class OldClient:
     def set(self, name: str, value: object) -> None:
         self.stub.SetVariable(
             pb.SetVariableRequest(session_id=self.session, variable_identifier=name, value=packed(value))
+        )
+
+    def set_all(self, **values: object) -> None:
+        updates = {name: packed(value) for name, value in values.items()}
+        request = pb.BatchSetVariablesRequest(session_id=self.session, updates=updates, atomic=True)
+        assert self.stub.SetVariables(request).success
+
+    def delete(self, name: str) -> None:
+        self.stub.DeleteVariable(pb.DeleteVariableRequest(session_id=self.session, variable_identifier=name))
+
+    def roll_back(self, name: str, version: int) -> None:
+        self.stub.RollbackVariable(
+            pb.RollbackVariableRequest(session_id=self.session, variable_identifier=name, target_version=version)
         )
 
     def history(self, name: str = "a") -> list[Any]:
@@ -187,6 +196,68 @@ class OldClient:
     def stream(self, tool: str, /, _key: str = "", **parameters: Any) -> Any:
         """The chunks, as they come."""
         return self.stub.ExecuteStreamingTool(self.request(tool, parameters, key=_key), timeout=DEADLINE_S)
+
+
+class OldClient(Caller):
+    """One session, as an old client has it. It begins with the integers a, b and c at 0."""
+
+    def __init__(self, target: str, session: str, *, variables: tuple[str, ...] = ("a", "b", "c")) -> None:
+        self._channel = grpc.insecure_channel(target)
+        super().__init__(bridge.BridgeServiceStub(self._channel), session)
+        self.view = self.stub.InitializeSession(pb.InitializeSessionRequest(session_id=session))
+        for name in variables:
+            self.register(name, 0)
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+class Inside(Caller):
+    """The same from inside an execution: each call says which one it belongs to."""
+
+    def __init__(self, stub: Any, session: str, execution_id: str) -> None:
+        super().__init__(_Marked(stub, execution_id), session)
+        self.execution_id = execution_id
+
+
+class _Marked:
+    """A stub each of whose calls carries the id of an execution."""
+
+    def __init__(self, stub: Any, execution_id: str) -> None:
+        self._stub = stub
+        self._metadata = ((EXECUTION_ID, execution_id),)
+
+    def __getattr__(self, rpc: str) -> Any:
+        return functools.partial(getattr(self._stub, rpc), metadata=self._metadata)
+
+
+def refusal_of(call: Callable[[], object]) -> Any:
+    """The error with which a call ends; None if it is answered."""
+    try:
+        call()
+    except grpc.RpcError as error:
+        return error
+    return None
+
+
+def refused(call: Callable[[], object]) -> Any:
+    """The same where it must not be answered."""
+    error = refusal_of(call)
+    assert error is not None, "it was answered"
+    return error
+
+
+def tools_list(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """What `dspex-persist tools list` says."""
+    return subprocess.run(
+        [sys.executable, "-m", "dspex_persist", "tools", "list", *arguments],
+        env=environment(),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The tools that the server of test_tools.py has: loaded by `serve --tools tests.end_to_end.served_tools`.
+"""The tools that the servers of these tests have: loaded by `serve --tools tests.end_to_end.served_tools`.
 
 Those that must be caught in the act take a folder, their gate: they announce themselves by a file in it, and go on
 when the test has put another one there.
@@ -6,7 +6,6 @@ when the test has put another one there.
 
 import asyncio
 import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -14,29 +13,13 @@ from typing import Any, Literal
 
 import dspex_persist
 from dspex_persist import ToolContext, tool
+from tests.end_to_end.gates import DEADLINE_S, PAUSE_S, announce, wait_at
 
-DEADLINE_S = 30.0
-PAUSE_S = 0.005
 mood: ContextVar[str] = ContextVar("mood", default="none")
 
 
-def announce(gate: str, name: str) -> None:
-    """Tell the test how far it has come."""
-    Path(gate, name).touch()
-
-
-def wait_at(gate: str, ctx: ToolContext | None = None, *, name: str = "at", until: str = "go") -> None:
-    """Announce, then wait for the test's word, or for the end of the execution where `ctx` is given."""
-    announce(gate, name)
-    deadline = time.monotonic() + DEADLINE_S
-    while not Path(gate, until).exists() and not (ctx is not None and ctx.cancelled):
-        if time.monotonic() > deadline:
-            raise TimeoutError("the test never opened the gate")
-        time.sleep(PAUSE_S)
-
-
 async def wait_at_async(gate: str) -> None:
-    """The same in a coroutine, which is cancelled from outside."""
+    """What `wait_at` does, in a coroutine, which is cancelled from outside."""
     announce(gate, "at")
     try:
         async with asyncio.timeout(DEADLINE_S):
@@ -88,14 +71,6 @@ def total(numbers: Any) -> float:
 @tool
 def add(ctx: ToolContext, name: str, amount: int = 1) -> int:
     """Add to a variable."""
-    ctx[name] += amount
-    return int(ctx[name])
-
-
-@tool
-async def add_later(ctx: ToolContext, name: str, amount: int = 1) -> int:
-    """Add to a variable, in a coroutine."""
-    await asyncio.sleep(0)
     ctx[name] += amount
     return int(ctx[name])
 
@@ -166,15 +141,6 @@ def look_twice(ctx: ToolContext, gate: str) -> list[Any]:
     first = ctx["a"]
     wait_at(gate, ctx)
     return [first, ctx["a"], sorted(ctx)]
-
-
-@tool(isolation="snapshot")
-def look_twice_loosely(ctx: ToolContext, gate: str) -> list[Any]:
-    """The same, whatever others write meanwhile; what it writes itself is not in their way."""
-    first = ctx["a"]
-    wait_at(gate, ctx)
-    ctx["b"] = first
-    return [first, ctx["a"]]
 
 
 @tool
@@ -347,13 +313,6 @@ def parent(ctx: ToolContext, child_fails: bool, caught: bool, fails: bool = Fals
     if fails:
         raise RuntimeError("the parent failed")
     return [said, ctx["b"]]
-
-
-@tool
-async def parent_later(ctx: ToolContext) -> list[int]:
-    """The same in a coroutine."""
-    mine = ctx["a"]
-    return [await ctx.call("child", name="a", value=mine + 10), ctx["a"]]
 
 
 @tool

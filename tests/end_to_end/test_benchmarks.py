@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 RPCS = ("Ping", "GetVariable", "SetVariable", "SetVariables", "GetVariableHistory")
+ASKED = ("newest", "as_of", "blame", "search", "export")
 EXECUTED = ("Ping", "noop", "read_3_write_2")
 ENGINE = (
     "sqlite3.1",
@@ -55,6 +56,8 @@ def test_every_row_is_there_in_the_order_of_the_sections(quick_run: dict[str, An
         *(f"startup.{count}" for count in QUICK.session_counts),
         *(f"startup.touch.{count}" for count in QUICK.session_counts),
         *(f"memory.{count}" for count in (*QUICK.come_and_go, "growth")),
+        *(f"audit.{asked}.{count}" for asked in ASKED for count in QUICK.audit_versions),
+        *(f"audit.{what}" for what in ("verify", "prune", "replay", "quiet", "scanned")),
     }
     sections = [key.partition(".")[0] for key in keys]
     assert sections == sorted(sections, key=SECTIONS.index)

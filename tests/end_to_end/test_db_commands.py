@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -25,7 +26,7 @@ from dspex_persist.wiring import connect
 from tests.assets.make_database import fill
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("check", "current", "upgrade", "backup", "stats", "vacuum")
+COMMANDS = ("check", "current", "upgrade", "backup", "stats", "prune", "vacuum")
 FINE, FAILED, USAGE, PROBLEMS, IN_USE, UNUSABLE = range(6)
 
 
@@ -64,7 +65,8 @@ def run(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.Com
 
 
 def arguments_of(command: str, target: Path) -> list[str | Path]:
-    return [command, target] if command == "backup" else [command]
+    more: dict[str, list[str | Path]] = {"backup": [target], "prune": ["--keep-versions", "1", "--older-than", "30d"]}
+    return [command, *more.get(command, [])]
 
 
 def document_of(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -133,6 +135,9 @@ def test_every_command_prints_one_json_object(path: Path, tmp_path: Path) -> Non
         "path": str(path),
         "revision": REVISION,
         "commits": commits,
+        "pruned_commits": 16,
+        "pruned_versions": 15,
+        "pruned_events": 7,
         "anchored": True,
         "problems": [],
         "complete": True,
@@ -165,6 +170,78 @@ def test_the_default_database_is_that_of_serve(path: Path, tmp_path: Path) -> No
     (elsewhere / "dspex-persist.toml").write_text(f'db = "{path}"\n', encoding="utf-8")
     assert run("current", cwd=elsewhere).returncode == FINE
     assert run("current", "--db", tmp_path / "other.db", cwd=elsewhere).returncode == UNUSABLE
+
+
+# Pruning
+
+
+def versions_in(path: Path, session_id: str, name: str) -> int:
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        (count,) = connection.execute(
+            "SELECT count(*) FROM versions JOIN variables USING (variable_key) JOIN sessions USING (session_key) "
+            "WHERE session_id = ? AND ended_sequence IS NULL AND name = ?",
+            (session_id, name),
+        ).fetchone()
+    return int(count)
+
+
+def test_pruning_is_tried_confirmed_and_accounted_for(path: Path, tmp_path: Path) -> None:
+    before = versions_in(path, "again", "x")
+    document = document_of(run("prune", "--keep-versions", "2", "--session", "again", "--json", cwd=tmp_path))
+    assert (document["ok"], document["confirmed"], document["sessions"]) == (True, False, 1)
+    assert versions_in(path, "again", "x") == before
+    shown = run("prune", "--keep-versions", "2", "--session", "again", "--dry-run", cwd=tmp_path).stdout
+    assert re.search(rf"{document['versions']} versions and 0 events of 1 session would be deleted", shown)
+    result = run("prune", "--keep-versions", "2", "--session", "again", "--confirm", cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (FINE, "")
+    assert f"{document['versions']} versions and 0 events of 1 session deleted" in result.stdout
+    assert versions_in(path, "again", "x") == 2
+    checked = run("check", cwd=tmp_path)
+    assert checked.returncode == FINE
+    assert f"pruned, as its log says: {15 + document['versions']} versions and 7 events" in checked.stdout
+
+
+def test_sessions_that_ended_are_pruned_by_when_they_ended(path: Path, tmp_path: Path) -> None:
+    """Those that live keep all of their history."""
+    young = run("prune", "--ended-sessions", "--older-than", "2026-03-01T12:00:00Z", "--json", cwd=tmp_path)
+    assert document_of(young)["sessions"] == 0
+    old = document_of(run("prune", "--ended-sessions", "--older-than", "1m", "--confirm", "--json", cwd=tmp_path))
+    assert (old["confirmed"], old["sessions"]) == (True, 3)
+    with closing(sqlite3.connect(path)) as connection:
+        statement = "SELECT count(*) FROM variables JOIN sessions USING (session_key) WHERE ended_sequence IS NOT NULL"
+        assert connection.execute(statement).fetchone() == (0,)
+    assert versions_in(path, "again", "x") == 13
+    assert run("check", cwd=tmp_path).returncode == FINE
+
+
+def test_what_else_is_deleted_from_a_pruned_commit_is_found(path: Path, tmp_path: Path) -> None:
+    """The trigger lets it go, for the commit has been pruned; the check does not."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        statement = (
+            "DELETE FROM versions WHERE (variable_key, version) = ("
+            "SELECT variable_key, version FROM versions JOIN pruned USING (sequence) LIMIT 1)"
+        )
+        assert connection.execute(statement).rowcount == 1
+    result = run("check", cwd=tmp_path)
+    assert result.returncode == PROBLEMS
+    assert "it was pruned, and what is left of it is not what its last marker says" in result.stdout
+
+
+def test_a_server_prunes_by_its_settings_and_answers_meanwhile(filled: Path, tmp_path: Path) -> None:
+    path = tmp_path / "sessions.db"
+    shutil.copy(filled, path)
+    settings = {"retention_keep_versions": 5, "sweep_interval_s": 0.05}
+    with ServedDatabase(path, settings) as server, connect(f"grpc://{server.target}") as client:
+        wrote = 0
+        deadline = time.monotonic() + 30
+        while versions_in(path, "binaries", "pickled") > 5 or wrote < 20:
+            assert time.monotonic() < deadline
+            described = {"shape": [1], "data": [wrote]}
+            wrote = client.set_variable("binaries", "pickled", described)
+        assert client.get_variable("binaries", "pickled").version == wrote
+    result = run("check", "--json", cwd=tmp_path)
+    assert result.returncode == FINE, result.stdout
+    assert document_of(result)["pruned_versions"] > 15
 
 
 # Beside a server
@@ -205,9 +282,10 @@ def test_reading_commands_work_while_a_server_writes(served: ServedDatabase, tmp
     assert len(acknowledged) > 10
 
 
-@pytest.mark.parametrize("command", ["upgrade", "vacuum"])
+@pytest.mark.parametrize("command", ["upgrade", "vacuum", "prune"])
 def test_changing_commands_name_who_has_the_database(served: ServedDatabase, tmp_path: Path, command: str) -> None:
-    result = run(command, "--db", served.path, cwd=tmp_path)
+    confirmed = ["--confirm"] if command == "prune" else []
+    result = run(*arguments_of(command, tmp_path), *confirmed, "--db", served.path, cwd=tmp_path)
     assert f"in use by process {served.process.pid}:" in assert_one_sentence(result, IN_USE)
     assert result.stdout == ""
     with connect(f"grpc://{served.target}") as client:
@@ -275,6 +353,10 @@ def test_failed_is_1(path: Path, tmp_path: Path) -> None:
         (["check", "--unknown"], {}),
         (["backup"], {}),
         (["repair"], {}),
+        (["prune"], {}),
+        (["prune", "--keep-versions", "0"], {}),
+        (["prune", "--older-than", "30"], {}),
+        (["prune", "--older-than", "once"], {}),
         (["check"], {"DSPEX_PERSIST_DB": ":memory:"}),
         (["check"], {"DSPEX_PERSIST_CONFIG": "missing.toml"}),
     ],

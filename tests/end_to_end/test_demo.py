@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dspex_persist.cli.demo import WatchFaults, judge_watch, lost_writes
-from dspex_persist.wiring import connect
+from dspex_persist.cli.demo.scenes import WatchFaults, judge_watch, lost_writes
+from dspex_persist.state.audit import ExecutionQuery
+from dspex_persist.wiring import connect, open_audit
 
 COUNTERS = ("counter_a", "counter_b", "counter_c", "counter_d")
 
@@ -61,6 +62,13 @@ def test_the_demo_shows_what_it_promises_and_keeps_the_database(tmp_path: Path) 
             acknowledged = int(cells(result.stdout, counter)[1])
             # With the interrupted write, repeated, each counter is at the number of writes that were tried.
             assert state.get_value("demo", counter) == acknowledged + 1
+        address = [state.get_value("demo", name) for name in ("street", "postcode", "town")]
+        assert address == ["New Road 2", "2000", "Newton"]
+        assert state.get_variable("demo", "town").version == 1
+    with open_audit(tmp_path / "kept" / "sessions.db") as audit:
+        executions = list(audit.iterate(ExecutionQuery(session="demo", newest_first=False)))
+    assert [(each.status.value, each.writes) for each in executions] == [("interrupted", 0), ("committed", 3)]
+    assert cells(result.stdout, "town") == ["town", "Newton", "Oldham"]
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 

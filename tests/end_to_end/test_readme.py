@@ -1,29 +1,14 @@
 """The README's programs, run as a newcomer would."""
 
-import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from dspex_persist.infra.process import ServerProcess
+from tests.end_to_end.programs import programs_of, run
 
-ROOT = Path(__file__).parents[2]
-PROGRAMS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
-def run(program: str, folder: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+PROGRAMS = [program.text for program in programs_of("README.md")]
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.wrappers_pb2 import StringValue
 
 from dspex_persist.infra.process import ServerProcess
+from tests.end_to_end.gates import DEADLINE_S
 from tests.end_to_end.old_style import (
-    DEADLINE_S,
     Entry,
     Gate,
     Journal,
@@ -26,8 +26,11 @@ from tests.end_to_end.old_style import (
     Outcome,
     environment,
     packed,
+    refusal_of,
+    refused,
     serve,
     target_of,
+    tools_list,
     wait_until,
 )
 
@@ -44,32 +47,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(path: Path) -> Iterator[ServerProcess]:
     with serve(path, *TOOLS, "--stall-timeout", STALL_S) as process:
         yield process
-
-
-@pytest.fixture
-def client(server: ServerProcess, request: pytest.FixtureRequest) -> Iterator[OldClient]:
-    opened = OldClient(target_of(server), request.node.name)
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def journal(path: Path) -> Journal:
-    return Journal(path)
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[Gate]:
-    made = Gate(tmp_path / "gate")
-    yield made
-    # A test that failed half-way must not keep a thread of the server.
-    made.open()
-
-
-def refused(call: Callable[[], object]) -> Any:
-    with pytest.raises(grpc.RpcError) as caught:
-        call()
-    return caught.value
 
 
 def status_of(call: Any) -> Any:
@@ -149,19 +126,6 @@ def test_an_unknown_tool_and_an_unknown_session(client: OldClient) -> None:
 # --- Parameters and results ---
 
 
-def test_arguments_are_coerced(client: OldClient) -> None:
-    done = client.execute("describe", city="Bern", days=2.0, ratio=1, wet="true", tags=["x"], extra={"k": [1]})
-    assert done.result == {
-        "city": ["str", "Bern"],
-        "days": ["int", 2],
-        "scale": ["str", "c"],
-        "ratio": ["float", 1.0],
-        "wet": ["bool", True],
-        "tags": ["list", ["x"]],
-        "extra": ["dict", {"k": [1]}],
-    }
-
-
 @pytest.mark.parametrize(
     ("parameters", "name", "words"),
     [
@@ -219,20 +183,6 @@ def test_binary_parameters(client: OldClient) -> None:
 
 
 # --- The kinds of code ---
-
-
-def test_functions_and_coroutines(client: OldClient) -> None:
-    assert client.execute("add", name="a").result == 1
-    assert client.execute("add_later", name="a", amount=2).result == 3
-    assert client.get() == 3
-
-
-def test_generators_give_a_list_to_who_does_not_stream(client: OldClient) -> None:
-    assert client.execute("count", to=3, name="a").result == [1, 2, 3]
-    assert client.get() == 3
-    assert client.execute("count_later", to=2, name="a").result == [{"n": 1}, {"n": 2}]
-    assert client.get() == 2
-    assert client.execute("count", to=0).result == []
 
 
 def test_methods_share_their_instance(client: OldClient) -> None:
@@ -312,33 +262,6 @@ def test_reads_come_from_the_snapshot_and_a_read_that_changed_is_a_conflict(
     assert entry.status == "conflict"
     (conflict,) = entry.ended["conflicts"]
     assert (conflict["name"], conflict["expected"], conflict["actual"]) == ("a", 0, 1)
-
-
-def test_snapshot_isolation_bears_with_what_was_only_read(client: OldClient, gate: Gate) -> None:
-    call = client.begin("look_twice_loosely", gate=gate)
-    gate.wait()
-    client.set("a", 9)
-    gate.open()
-    assert Outcome(call.result()).result == [0, 0]
-    assert client.values() == {"a": 9, "b": 0, "c": 0}
-
-
-def test_snapshot_isolation_still_loses_no_write(client: OldClient, gate: Gate) -> None:
-    call = client.begin("look_twice_loosely", gate=gate)
-    gate.wait()
-    client.set("b", 9)
-    gate.open()
-    assert Outcome(call.result()).code == "CONFLICT"
-    assert client.get("b") == 9
-
-
-def test_a_conflict_without_retries_writes_nothing(client: OldClient, gate: Gate) -> None:
-    call = client.begin("add_at_gate", gate=gate)
-    gate.wait()
-    client.set("a", 5)
-    gate.open()
-    assert Outcome(call.result()).code == "CONFLICT"
-    assert client.get() == 5
 
 
 def test_retries_run_again_on_what_is_there_then(client: OldClient, gate: Gate, journal: Journal) -> None:
@@ -479,7 +402,7 @@ def test_sigterm_lets_a_tool_finish(tmp_path: Path, gate: Gate) -> None:
         call = client.begin("write_three", gate=gate, value=8)
         gate.wait()
         server.send_signal(signal.SIGTERM)
-        late = wait_until(lambda: _refusal(client), "new calls are refused")
+        late = wait_until(lambda: refusal_of(lambda: client.execute("echo", value=1)), "new calls are refused")
         assert late.code() == grpc.StatusCode.UNAVAILABLE
         gate.open()
         outcome = Outcome(call.result())
@@ -488,14 +411,6 @@ def test_sigterm_lets_a_tool_finish(tmp_path: Path, gate: Gate) -> None:
         client.close()
     entry = Journal(path).of_id(outcome.execution_id)
     assert (entry.status, len(entry.ended["writes"])) == ("committed", 3)
-
-
-def _refusal(client: OldClient) -> grpc.RpcError | None:
-    try:
-        client.execute("echo", value=1)
-    except grpc.RpcError as error:
-        return error
-    return None
 
 
 @pytest.mark.parametrize("how", ["beyond the grace", "killed"])
@@ -594,12 +509,6 @@ def test_who_joined_runs_it_when_the_first_goes_away(client: OldClient, gate: Ga
     assert Outcome(second.result()).result == "held"
     statuses = [entry.status for entry in journal.of_session(client.session) if entry.row["tool"] == "hold"]
     assert statuses == ["cancelled", "committed"]
-
-
-def test_a_key_of_a_tool_that_failed_runs_it_anew(client: OldClient) -> None:
-    first, second = (client.execute("fail", _key="k") for _ in range(2))
-    assert first.code == second.code == "TOOL_FAILED"
-    assert first.execution_id != second.execution_id
 
 
 # --- Streaming ---
@@ -750,11 +659,6 @@ def test_a_caller_that_fails_takes_what_it_called_with_it(client: OldClient, jou
     assert {name: entry.status for name, entry in entries.items()} == {"parent": "failed", "child": "aborted"}
 
 
-def test_a_coroutine_awaits_what_it_calls(client: OldClient) -> None:
-    assert client.execute("parent_later").result == [11, 10]
-    assert client.get() == 10
-
-
 def test_context_variables_are_kept(client: OldClient) -> None:
     assert client.execute("in_a_mood").result == ["cheerful", "cheerful"]
     assert client.execute("in_a_mood_later").result == ["thoughtful", "thoughtful"]
@@ -802,18 +706,6 @@ def test_what_is_published_is_seen_at_once_and_stays(client: OldClient, gate: Ga
 
 
 # --- The command line ---
-
-
-def tools_list(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "dspex_persist", "tools", "list", *arguments],
-        env=environment(),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
 
 
 def test_tools_list_of_a_module_and_of_a_server_agree(server: ServerProcess, client: OldClient, tmp_path: Path) -> None:

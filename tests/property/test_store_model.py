@@ -48,7 +48,7 @@ from dspex_persist.state.commands import (
     TouchSession,
 )
 from dspex_persist.state.errors import OutcomeUnknownError, SessionNotFoundError, StorageError
-from dspex_persist.state.model import Origin, Source, Value
+from dspex_persist.state.model import Origin, PrunePolicy, Source, Value
 from dspex_persist.state.store import sessions as stored_sessions
 from dspex_persist.state.store.anchor import Head, parse
 from dspex_persist.state.store.engine import open_readers, snapshot
@@ -357,6 +357,34 @@ class StoreModel(RuleBasedStateMachine):
         if found is not None:
             self._join(session_id, found.first_sequence, max(0, self.oracle.sequence - back))
 
+    @rule(
+        keep_versions=st.sampled_from([None, 1, 1, 2, 3]),
+        age_s=st.sampled_from([None, 0, 40]),
+        ended_age_s=st.sampled_from([None, 0, 40]),
+    )
+    def prune_a_copy(self, keep_versions: int | None, age_s: int | None, ended_age_s: int | None) -> None:
+        """A pruned file is sound, its current state is the same, and its history is part of what it was."""
+        ages = [None if age is None else self.now - timedelta(seconds=age) for age in (age_s, ended_age_s)]
+        policy = PrunePolicy(keep_versions, *ages)
+        if policy == PrunePolicy():
+            return
+        store = SessionStore(self._copy(), self.options)
+
+        def carry_out(jobs: list[Job]) -> None:
+            assert [outcome.error for outcome in store.write_group(jobs)] == [None] * len(jobs)
+
+        store.prune(policy, carry_out, lambda *_: None)
+        store.close()
+        assert_sound(store.path)
+        with reading(store.path) as connection:
+            file = FileView(connection)
+            for session_id, found in self.oracle.sessions.items():
+                # One that is over ends with the first job that is about it.
+                if not found.has_expired(self.now):
+                    assert file.session(session_id) == self._expected_session(session_id)
+            written = {row[:2]: row for row in _rows_of(self.oracle.log)}
+            assert all(row == written[row[:2]] for row in file.new_versions(0))
+
     # What has to hold after every step
 
     @invariant()
@@ -621,6 +649,15 @@ def _commit_of(commit: Any) -> Any:
 
 def check_log(path: Path, oracle: Oracle) -> None:
     """The closed file at the end: every commit that should be there, with the right hash, and no version more."""
+    assert_sound(path)
+    with reading(path) as connection:
+        file = FileView(connection)
+        assert file.commits() == oracle.commits
+        assert file.new_versions(0) == _rows_of(oracle.log)
+
+
+def assert_sound(path: Path) -> None:
+    """A closed file: nothing that a check can find."""
     anchor = parse(path.with_name(path.name + ".anchor").read_bytes())
     readers = open_readers(path, 1)
     try:
@@ -630,9 +667,6 @@ def check_log(path: Path, oracle: Oracle) -> None:
     finally:
         readers.dispose()
     with reading(path) as connection:
-        file = FileView(connection)
-        assert file.commits() == oracle.commits
-        assert file.new_versions(0) == _rows_of(oracle.log)
         assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
 

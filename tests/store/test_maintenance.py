@@ -25,6 +25,7 @@ from dspex_persist.state.errors import (
     NotADatabaseError,
     OpenError,
 )
+from dspex_persist.state.model import PrunePolicy
 from dspex_persist.state.store import maintenance
 from dspex_persist.state.store.engine import OwnershipLock
 from dspex_persist.state.store.schema import REVISION
@@ -38,15 +39,20 @@ def back_up(path: Path) -> object:
     return maintenance.backup(path, path.with_name("target.db"))
 
 
+def prune(path: Path) -> object:
+    return maintenance.prune(path, PrunePolicy(keep_versions=1), confirm=True)
+
+
 EVERYTHING: tuple[Act, ...] = (
     maintenance.check,
     maintenance.current,
     maintenance.upgrade,
     back_up,
     maintenance.stats,
+    prune,
     maintenance.vacuum,
 )
-CHANGING: tuple[Act, ...] = (maintenance.upgrade, maintenance.vacuum)
+CHANGING: tuple[Act, ...] = (maintenance.upgrade, prune, maintenance.vacuum)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +146,7 @@ def test_a_newer_file_is_refused_by_name_unchanged(path: Path, act: Act) -> None
     assert not list(path.parent.glob("*backup*"))
 
 
-@pytest.mark.parametrize("act", [maintenance.check, back_up, maintenance.stats, maintenance.vacuum])
+@pytest.mark.parametrize("act", [maintenance.check, back_up, maintenance.stats, prune, maintenance.vacuum])
 @pytest.mark.parametrize("revision", [None, "0000"])
 def test_an_empty_or_older_file_says_how_to_go_on(
     tmp_path: Path, path: Path, act: Act, revision: str | None, monkeypatch: pytest.MonkeyPatch
@@ -149,7 +155,7 @@ def test_an_empty_or_older_file_says_how_to_go_on(
         path = tmp_path / "empty.db"
         path.touch()
     else:
-        monkeypatch.setattr(maintenance, "REVISION", "0003")
+        monkeypatch.setattr(maintenance, "REVISION", "9999")
     with pytest.raises(NotADatabaseError, match=f"dspex-persist db upgrade --db {path}"):
         act(path)
 
@@ -465,9 +471,9 @@ def test_stats_are_true(path: Path) -> None:
     assert next(table for table in report.tables if table.name == "versions_by_sequence").rows is None
     sizes = [table.size_bytes for table in report.tables]
     assert sizes == sorted(sizes, reverse=True)
-    assert (report.sessions_live, report.sessions_ended) == (5, 3)
-    assert report.variables_deleted == 2 + 2, "two deleted, two of sessions that have ended"
-    assert report.variables_live == 22
+    assert (report.sessions_live, report.sessions_ended) == (6, 4)
+    assert report.variables_deleted == 3 + 2, "three deleted, two of sessions that have ended"
+    assert report.variables_live == 24
 
 
 def test_stats_tell_what_sharing_saved(path: Path) -> None:

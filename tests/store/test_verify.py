@@ -8,19 +8,30 @@ import threading
 import tracemalloc
 from collections.abc import Callable
 from contextlib import closing
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import Engine
 
 from dspex_persist.state import commands as c
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.model import ChangeKind, EventKind, ExecutionStatus, Origin, Value
 from dspex_persist.state.store import audit, verify
 from dspex_persist.state.store.anchor import Head, parse
-from dspex_persist.state.store.chain import GENESIS, commit_text, event_text, link, version_text
+from dspex_persist.state.store.chain import (
+    GENESIS,
+    commit_text,
+    event_text,
+    kept_residue,
+    link,
+    residue,
+    residue_entry,
+    version_text,
+)
 from dspex_persist.state.store.engine import open_readers, snapshot
 from dspex_persist.state.store.schema import metadata as tables
 from dspex_persist.state.store.session_store import Job, SessionStore
@@ -257,6 +268,7 @@ def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
 
 WALKED = [
     *((audit, name) for name in ("_COMMITS", "_VERSIONS", "_EVENTS")),
+    *((verify, name) for name in ("_PRUNED_COMMITS", "_PRUNED")),
     *(
         (verify, name)
         for name in (
@@ -428,6 +440,14 @@ ADDED = {
     "FROM tools LIMIT 1",
     "dependencies": "INSERT INTO dependencies SELECT 99, session_key, to_id, from_id, type, since_sequence, NULL "
     "FROM dependencies LIMIT 1",
+    "pruned": "INSERT INTO pruned SELECT 20, marker_sequence, residue FROM pruned LIMIT 1",
+    "pruned by nobody": "INSERT INTO pruned SELECT sequence, 50, residue FROM pruned LIMIT 1",
+    "pruned before the first": "INSERT INTO pruned SELECT -9223372036854775808, marker_sequence, residue FROM pruned "
+    "LIMIT 1",
+    "versions of what was pruned": "INSERT INTO versions SELECT variable_key, version + 1, (SELECT min(sequence) FROM "
+    "pruned), kind, source, value, value_blob, binary, binary_blob, metadata FROM versions WHERE variable_key = 27 AND "
+    "version = 3",
+    "events of what was pruned": "INSERT INTO events SELECT max(sequence), 9, 'session_updated', '{}' FROM pruned",
     "dependencies again": "INSERT INTO dependencies SELECT 99, session_key, from_id, to_id, type, since_sequence, "
     "until_sequence FROM dependencies LIMIT 1",
 }
@@ -515,22 +535,59 @@ def test_a_log_rewritten_with_fitting_hashes_is_held_against_the_anchor(path: Pa
     with Tamperer(path) as tamperer:
         tamperer.run("UPDATE commits SET actor = 'mallory' WHERE sequence = 20")
         assert names_commit(tamperer.problems(), 20)
-        for sequence, hashed in rehashed(path):
-            tamperer.run("UPDATE commits SET hash = ? WHERE sequence = ?", hashed, sequence)
+        forge(tamperer, path)
     assert problems_of(path) == [], "without an anchor nobody can tell"
     (problem,) = problems_of(path, anchor_of(path))
     assert problem.where.startswith(f"commit {anchor_of(path).sequence}, ")
 
 
-def rehashed(path: Path) -> list[tuple[int, bytes]]:
+def test_history_before_what_was_pruned_cannot_be_rewritten_up_to_there(path: Path) -> None:
+    """The hash of a pruned commit cannot be worked out, but it is tied to the one before it."""
+    with Tamperer(path) as tamperer:
+        tamperer.run("UPDATE commits SET actor = 'mallory' WHERE sequence = 20")
+        forge(tamperer, path, markers=False)
+        (first,) = tamperer.connection.execute("SELECT min(sequence) FROM pruned").fetchone()
+        problems = tamperer.problems()
+    assert names_commit(problems, first), problems
+    assert not names_commit(problems, 20)
+
+
+def forge(tamperer: Tamperer, path: Path, *, markers: bool = True) -> None:
+    """Make the hashes of all commits fit, and, with `markers`, what the markers say of them."""
     readers = open_readers(path, size=1)
-    previous, hashes = GENESIS, []
-    with snapshot(readers) as connection:
-        for commit in audit.iter_commits(connection):
+    previous, sequence = GENESIS, 0
+    pruned = {row["sequence"]: row["marker_sequence"] for row in tamperer.rows("pruned")}
+    full: dict[int, bytes] = {}
+    while found := read_commits(readers, sequence, 1):
+        [commit] = found
+        sequence = commit.sequence
+        if sequence not in pruned:
+            if markers and forge_marker(tamperer, sequence, full):
+                [commit] = read_commits(readers, sequence - 1, 1)
             previous = commit.link(previous)
-            hashes.append((commit.sequence, previous))
+            tamperer.run("UPDATE commits SET hash = ? WHERE sequence = ?", previous, sequence)
+            continue
+        if markers:
+            full[sequence] = residue(previous, commit.hash, commit.content)
+            kept = kept_residue(full[sequence], commit.content)
+            place = (sequence, pruned[sequence])
+            tamperer.run("UPDATE pruned SET residue = ? WHERE sequence = ? AND marker_sequence = ?", kept, *place)
+        previous = commit.hash
     readers.dispose()
-    return hashes
+
+
+def read_commits(readers: Engine, after: int, most: int) -> list[audit.LoggedCommit]:
+    with snapshot(readers) as connection:
+        return list(audit.iter_commits(connection, after, most))
+
+
+def forge_marker(tamperer: Tamperer, sequence: int, full: dict[int, bytes]) -> bool:
+    rows = [row for row in tamperer.rows("pruned") if row["marker_sequence"] == sequence]
+    residues = [(row["sequence"], row["residue"]) for row in rows]
+    entries = (residue_entry(at, kept if len(kept) == 32 else full[at]) for at, kept in residues)
+    digest = sha256(b"".join(entries)).hexdigest()
+    statement = "UPDATE events SET body = json_set(body, '$.digest', ?) WHERE kind = 'pruned' AND sequence = ?"
+    return tamperer.connection.execute(statement, (digest, sequence)).rowcount == 1
 
 
 def test_an_anchor_of_an_empty_log_fits_any(sound: Path) -> None:
@@ -608,8 +665,7 @@ def test_versions_out_of_order_are_found_even_where_the_hashes_fit(path: Path) -
         shutil.copy(path, copy)
         with Tamperer(copy) as tamperer:
             tamperer.run(statement)
-            for sequence, hashed in rehashed(copy):
-                tamperer.run("UPDATE commits SET hash = ? WHERE sequence = ?", hashed, sequence)
+            forge(tamperer, copy)
             problems = tamperer.problems()
         assert any(what in problem.what for problem in problems), (statement, problems)
 

@@ -150,6 +150,7 @@ def test_an_execution_begins_with_its_journal_entry(memory: MemoryBacking) -> No
         parent.execution_id,
         "key",
         "w1",
+        "exec_1_ab",
     )
     begun = memory.run(command, ANN)
     assert begun.sequence == memory.sequence
@@ -169,6 +170,7 @@ def test_an_execution_begins_with_its_journal_entry(memory: MemoryBacking) -> No
         "attempt": 2,
         "seed": begun.seed,
         "worker_id": "w1",
+        "retry_of": "exec_1_ab",
     }
     assert len(event.body["fingerprint"]) == 64
     running = memory.states["s"].executions[begun.execution_id]
@@ -579,6 +581,12 @@ def test_tools_beyond_the_limit_are_refused_and_replacements_are_not() -> None:
     memory.run(c.RegisterTools("s", "w2", (registered("x", "w2"), registered("y", "w2"))), BOB)
     with pytest.raises(errors.LimitExceededError, match="tools_per_session"):
         memory.run(c.RegisterTools("s", "w1", (registered("z"),)), BOB)
+
+
+def test_what_a_server_reserves_makes_no_other_registration() -> None:
+    asked = c.RegisterTools("s", "w1", (registered("x"),))
+    assert asked.fingerprint() == replace(asked, reserved=frozenset({"ours", "theirs"})).fingerprint()
+    assert asked.fingerprint() != replace(asked, worker_id="w2").fingerprint()
 
 
 # --- What an execution sees ---

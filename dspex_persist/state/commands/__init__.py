@@ -11,6 +11,7 @@ from dspex_persist.state.commands.executions import (
     RegisterTools,
 )
 from dspex_persist.state.commands.optimization import StartOptimization, StopOptimization
+from dspex_persist.state.commands.recordings import FinishImport, ForkSession, ImportCommit
 from dspex_persist.state.commands.sessions import (
     CleanupSession,
     ExpireSession,
@@ -42,11 +43,14 @@ __all__ = [
     "ExecuteTool",
     "ExpireSession",
     "FinishExecution",
+    "FinishImport",
+    "ForkSession",
     "GetSession",
     "GetVariable",
     "GetVariableHistory",
     "GetVariables",
     "Heartbeat",
+    "ImportCommit",
     "InitializeSession",
     "InterruptExecutions",
     "ListTools",

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from dspex_persist.state.commands.base import Command, check_text
 from dspex_persist.state.errors import DependencyCycleError, LimitExceededError
+from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Dependency
 from dspex_persist.state.unit_of_work import SessionState, UnitOfWork, find_cycle
 
@@ -31,14 +32,19 @@ class AddDependency(Command[None]):
         edge = Dependency(from_id, to_id, self.dependency_type, uow.sequence)
         if any(_same(edge, kept) for kept in state.dependencies):
             return
-        most = _MOST_PER_VARIABLE * uow.limits.variables_per_session
-        if len(state.dependencies) >= most:
-            what = f"number of dependencies ({_MOST_PER_VARIABLE} a variable)"
-            raise LimitExceededError(what, len(state.dependencies) + 1, most, "variables_per_session")
-        cycle = find_cycle(state.dependencies, edge)
-        if cycle is not None:
-            raise DependencyCycleError(_spell(state, cycle))
+        check_dependency(state, edge, uow.limits)
         uow.add_dependency(self.session_id, edge)
+
+
+def check_dependency(state: SessionState, edge: Dependency, limits: Limits) -> None:
+    """Refuse a dependency that is too many, or closes a cycle."""
+    most = _MOST_PER_VARIABLE * limits.variables_per_session
+    if len(state.dependencies) >= most:
+        what = f"number of dependencies ({_MOST_PER_VARIABLE} a variable)"
+        raise LimitExceededError(what, len(state.dependencies) + 1, most, "variables_per_session")
+    cycle = find_cycle(state.dependencies, edge)
+    if cycle is not None:
+        raise DependencyCycleError(_spell(state, cycle))
 
 
 def _same(edge: Dependency, kept: Dependency) -> bool:

@@ -60,7 +60,8 @@ class Begun:
 class BeginExecution(Command[Begun]):
     """Begin an execution of a tool: its journal entry says `running` from here on.
 
-    `worker_id` says which worker runs it; "" if the server itself does.
+    `worker_id` says which worker runs it; "" if the server itself does. `retry_of`: the execution that ran before it
+    for the same request, and ended as a conflict.
     """
 
     tool: str
@@ -71,6 +72,7 @@ class BeginExecution(Command[Begun]):
     parent_id: str | None = None
     idempotency_key: str | None = None
     worker_id: str = ""
+    retry_of: str | None = None
 
     writes: ClassVar[bool] = True
 
@@ -118,6 +120,7 @@ class BeginExecution(Command[Begun]):
             "attempt": self.attempt,
             "seed": seed,
             "worker_id": self.worker_id,
+            "retry_of": self.retry_of,
         }
         state = uow.begin_execution(self.session_id, running, facts)
         return Begun(execution_id, uow.sequence, uow.limits, uow.optimization_lease_s, seed, state.copy())
@@ -344,6 +347,10 @@ class RegisterTools(Command[dict[str, str]]):
 
     writes: ClassVar[bool] = True
     returns: ClassVar[Any] = dict[str, str]
+
+    def fingerprint(self) -> str:
+        """Of what the client asked: a server with other tools of its own is still asked the same."""
+        return Command.fingerprint(replace(self, reserved=frozenset()))
 
     def apply(self, uow: UnitOfWork) -> dict[str, str]:
         state = uow.session(self.session_id)

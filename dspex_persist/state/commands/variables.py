@@ -15,6 +15,7 @@ from dspex_persist.state.errors import (
     VariableLockedError,
     VersionConflictError,
     VersionNotFoundError,
+    VersionPrunedError,
     quote,
 )
 from dspex_persist.state.model import (
@@ -281,7 +282,7 @@ class RollbackVariable(Command[Variable]):
             raise VersionNotFoundError(variable.name, self.target_version, variable.version)
         target = uow.find_version(self.session_id, variable, self.target_version)
         if target is None or target.value is None:
-            raise VersionNotFoundError(variable.name, self.target_version, variable.version)
+            raise VersionPrunedError(variable.name, self.target_version)
         variable = uow.drop_ended_lock(self.session_id, variable)
         return uow.write(self.session_id, variable, target.value, metadata, uow.origin.source, ChangeKind.ROLLED_BACK)
 

@@ -335,7 +335,7 @@ def tool_message(spec: ToolSpec, where: Mapping[str, str]) -> pb.ToolSpec:
     if spec.exposed:
         own[_EXPOSED] = "true"
     if spec.timeout_s is not None:
-        own[_TIMEOUT_S] = f"{spec.timeout_s:g}"
+        own[_TIMEOUT_S] = repr(spec.timeout_s).removesuffix(".0")
     return pb.ToolSpec(
         name=spec.name,
         description=spec.description,

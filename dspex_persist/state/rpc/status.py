@@ -23,8 +23,11 @@ DETAILS_KEY = "grpc-status-details-bin"
 CODES: dict[type[StateError], StatusCode] = {
     errors.InvalidArgumentError: StatusCode.INVALID_ARGUMENT,
     errors.SessionNotFoundError: StatusCode.NOT_FOUND,
+    errors.SessionExistsError: StatusCode.ALREADY_EXISTS,
+    errors.SessionPrunedError: StatusCode.FAILED_PRECONDITION,
     errors.VariableNotFoundError: StatusCode.NOT_FOUND,
     errors.VersionNotFoundError: StatusCode.NOT_FOUND,
+    errors.VersionPrunedError: StatusCode.NOT_FOUND,
     errors.VariableExistsError: StatusCode.ALREADY_EXISTS,
     errors.UnknownTypeError: StatusCode.INVALID_ARGUMENT,
     errors.InvalidValueError: StatusCode.INVALID_ARGUMENT,
@@ -45,6 +48,8 @@ CODES: dict[type[StateError], StatusCode] = {
     errors.ToolFailedError: StatusCode.ABORTED,
     errors.ToolTimedOutError: StatusCode.DEADLINE_EXCEEDED,
     errors.RemoteToolError: StatusCode.UNAVAILABLE,
+    errors.NotInHistoryError: StatusCode.NOT_FOUND,
+    errors.RecordingError: StatusCode.INVALID_ARGUMENT,
     errors.UnsupportedError: StatusCode.UNIMPLEMENTED,
     errors.QueueFullError: StatusCode.RESOURCE_EXHAUSTED,
     errors.TooManyWatchersError: StatusCode.RESOURCE_EXHAUSTED,
@@ -70,6 +75,7 @@ _FIELDS: dict[type[StateError], str] = {
     errors.InvalidConstraintsError: "constraints_json",
     errors.IdempotencyConflictError: "x-dspex-idempotency-key",
     errors.ToolArgumentError: "parameters",
+    errors.RecordingError: "recording",
 }
 
 

@@ -200,4 +200,6 @@ def _metadata(outcome: ToolOutcome) -> dict[str, str]:
         said["error_code"] = outcome.error_code
     if outcome.repeated:
         said["repeated"] = "true"
+    if outcome.streamed:
+        said["streamed"] = "true"
     return said

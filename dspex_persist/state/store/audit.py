@@ -180,7 +180,7 @@ def iter_commits(connection: Connection, after: int = 0, most: int = -1) -> Iter
         version_texts: list[str] = []
         while version[0] == sequence:
             own.append(version)
-            version_texts.append(_large_text(contents, version) if version[7] else version_text(*version[1:7]))
+            version_texts.append(large_text(contents, version) if version[7] else version_text(*version[1:7]))
             version = next(version_rows, _END)
         event_texts: list[str] = []
         while event[0] == sequence:
@@ -209,7 +209,7 @@ def _stray(sequence: int) -> LoggedCommit:
     return LoggedCommit(sequence, _NO_COMMIT, b"", "", [])
 
 
-def _large_text(cursor: Any, row: VersionRow) -> str:
+def large_text(cursor: Any, row: VersionRow) -> str:
     """What the hash covers of a version with bytes or blobs."""
     value_blob, value_name, binary, binary_blob, binary_name = next(_rows(cursor, _CONTENTS, row[1], row[2]))
     value_digest = _digest_text(value_blob, value_name)

@@ -10,6 +10,9 @@ from json.encoder import encode_basestring_ascii as _quoted
 
 GENESIS = bytes(32)
 """What the first commit follows."""
+_NOTHING = ",[],[]]"
+"""How the content of a commit without versions and events ends, and no other."""
+_SHORT_RESIDUE = 8
 
 
 def version_text(
@@ -57,3 +60,22 @@ def commit_text(
 def link(previous: bytes, content: str) -> bytes:
     """The hash of the commit with this content that follows `previous`."""
     return sha256(previous + content.encode()).digest()
+
+
+def residue(previous: bytes, stored: bytes, content: str) -> bytes:
+    """What a marker keeps of a commit that lost rows: it covers what is left of the commit's content.
+
+    And it ties the commit's hash, which nobody can work out any more, to its predecessor's: without that, whoever
+    rewrites history could begin anew at each such commit.
+    """
+    return sha256(previous + stored + content.encode()).digest()
+
+
+def kept_residue(full: bytes, content: str) -> bytes:
+    """What `pruned` keeps of a residue: where nothing is left, the row in `commits` says the rest again."""
+    return full[:_SHORT_RESIDUE] if content.endswith(_NOTHING) else full
+
+
+def residue_entry(sequence: int, kept: bytes) -> bytes:
+    """A residue as the digest of its marker covers it; the entries of a marker are in the order of their commits."""
+    return sequence.to_bytes(8, "big", signed=True) + kept

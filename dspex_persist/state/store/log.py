@@ -19,7 +19,7 @@ from dspex_persist.state.model import (
     Value,
     VariableVersion,
 )
-from dspex_persist.state.store import blobs, outcomes
+from dspex_persist.state.store import blobs, outcomes, prune
 from dspex_persist.state.store import executions as stored_executions
 from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.chain import commit_text, event_text, link, version_text
@@ -28,6 +28,7 @@ from dspex_persist.state.store.schema import (
     dependencies,
     events,
     executions,
+    imports,
     sessions,
     tools,
     variables,
@@ -78,6 +79,7 @@ class LogWriter:
         self._begun: list[tuple[Any, ...]] = []
         self._ended: list[tuple[Any, ...]] = []
         self._gone: frozenset[str] = frozenset()
+        self._freed: set[int] = set()
 
     def add(self, unit: UnitOfWork) -> None:
         """Take in one unit with changes; its sequence is the next one."""
@@ -126,6 +128,9 @@ class LogWriter:
                 "UPDATE variables SET metadata = ? WHERE variable_key = ?",
                 [(text, key) for key, text in self._merged.items()],
             )
+        if self._freed:
+            # Now that the new versions are there: one of them may have the same content.
+            prune.delete_unused(self._connection, self._freed)
 
     def _add_version(self, state: SessionState, change: Change) -> str:
         version = change.version
@@ -285,6 +290,11 @@ class LogWriter:
     def _end_execution(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> None:
         self._ended.append((body["status"], unit.sequence, began_sequence(body["execution_id"])))
 
+    def _prune(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What goes is named by keys of this file; the log says how much it was."""
+        self._freed |= prune.blobs_of(body["versions"])
+        return prune.carry_out(self._connection, state.key, unit.sequence, body["versions"], body["events"])
+
     def _set_lock(self, state: SessionState, body: Mapping[str, Any], text: str | None) -> None:
         key = state.keys[body["variable_id"]]
         self._connection.execute(update(variables).where(variables.c.variable_key == key).values(optimization=text))
@@ -347,6 +357,11 @@ def save_expiry(connection: Connection, state: SessionState) -> None:
     connection.execute(query.values(expires_at=to_micros(state.lease.expires_at)))
 
 
+def note_import(connection: Connection, first: int, last: int) -> None:
+    """Remember that these commits have times of another file."""
+    connection.execute(insert(imports), {"first_sequence": first, "last_sequence": last})
+
+
 def sort_changes(state: SessionState, changes: Sequence[Change]) -> list[Change]:
     """Changes in the order of the log."""
     return sorted(changes, key=lambda change: (state.keys[change.variable.id], change.version.version))
@@ -364,4 +379,5 @@ _PROJECTIONS: dict[EventKind, _Projection] = {
     EventKind.TOOLS_REGISTERED: LogWriter._register_tools,
     EventKind.EXECUTION_BEGAN: LogWriter._begin_execution,
     EventKind.EXECUTION_ENDED: LogWriter._end_execution,
+    EventKind.PRUNED: LogWriter._prune,
 }

@@ -4,12 +4,13 @@ What only reads uses read-only connections and short transactions, and so works 
 the file takes the ownership lock first. Every error is an `OpenError`, or a `StorageError` for what SQLite refuses.
 """
 
+import json
 import os
 import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,12 +19,24 @@ from typing import Any, Final, TypeAlias
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from dspex_persist.state.errors import InvalidArgumentError, NewerSchemaError, NotADatabaseError, StorageError
+from dspex_persist.state.errors import (
+    DatabaseInUseError,
+    InvalidArgumentError,
+    NewerSchemaError,
+    NotADatabaseError,
+    OutcomeUnknownError,
+    StorageError,
+)
+from dspex_persist.state.model import PrunePolicy, PruneReport
+from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.store import anchor as anchors
-from dspex_persist.state.store import audit, migrate, recovery, verify
+from dspex_persist.state.store import audit, migrate, recordings, recovery, verify
+from dspex_persist.state.store import prune as pruning
 from dspex_persist.state.store.anchor import Anchor, Head
+from dspex_persist.state.store.answers import StoredAudit
 from dspex_persist.state.store.engine import OwnershipLock, checkpoint, open_beside, open_readers, open_writer, snapshot
 from dspex_persist.state.store.schema import REVISION
+from dspex_persist.state.store.session_store import Job, SessionStore
 from dspex_persist.state.store.verify import Problem
 
 MOST_PROBLEMS: Final = 1000
@@ -144,11 +157,18 @@ def _read_anchor(path: Path) -> Head | None:
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """What a check found. `complete` is false where it stopped after `MOST_PROBLEMS`."""
+    """What a check found. `complete` is false where it stopped after `MOST_PROBLEMS`.
+
+    Of the `commits`, `pruned_commits` have lost rows, `pruned_versions` and `pruned_events` in all: markers in the log
+    say so.
+    """
 
     path: Path
     revision: str
     commits: int
+    pruned_commits: int
+    pruned_versions: int
+    pruned_events: int
     anchored: bool
     problems: tuple[Problem, ...]
     complete: bool
@@ -170,7 +190,24 @@ def _check(path: Path, readers: Engine, anchor: Head | None, progress: Progress)
     problems = tuple(islice(_iter_problems(readers, anchor, progress), MOST_PROBLEMS))
     with snapshot(readers) as connection:
         commits = audit.head(connection).sequence
-    return CheckReport(path, REVISION, commits, anchor is not None, problems, len(problems) < MOST_PROBLEMS)
+        pruned = _count_pruned(connection)
+    return CheckReport(path, REVISION, commits, *pruned, anchor is not None, problems, len(problems) < MOST_PROBLEMS)
+
+
+_PRUNED_COMMITS: Final = "SELECT count(DISTINCT sequence) FROM pruned"
+_MARKERS: Final = """
+    SELECT body FROM events WHERE kind = 'pruned' AND sequence IN (SELECT DISTINCT marker_sequence FROM pruned)
+"""
+
+
+def _count_pruned(connection: Connection) -> tuple[int, int, int]:
+    """Commits that lost rows, versions and events that they lost. Of a file whose markers make no sense: none."""
+    try:
+        bodies = [json.loads(body) for (body,) in connection.exec_driver_sql(_MARKERS)]
+        versions, events = (sum(int(body[name]) for body in bodies) for name in ("versions", "events"))
+        return _scalar(connection, _PRUNED_COMMITS), versions, events
+    except (DBAPIError, sqlite3.Error, LookupError, TypeError, ValueError):
+        return 0, 0, 0
 
 
 def _iter_problems(readers: Engine, anchor: Head | None, progress: Progress) -> Iterator[Problem]:
@@ -509,6 +546,100 @@ def measure_lengths(connection: Connection) -> tuple[StoredTable, ...]:
         size = _scalar(connection, f'SELECT ifnull(sum({lengths}), 0) FROM "{name}"')
         found.append(StoredTable(name, kind, rows, size, None))
     return tuple(sorted(found, key=lambda table: -table.size_bytes))
+
+
+# audit
+
+
+def open_audit(path: Path, *, reveal: bool = False) -> StoredAudit:
+    """The history in a file, to be asked: read only, beside a server that writes to it. Close it when you are done."""
+    with _explained(path), ExitStack() as undo:
+        _refuse_missing(path)
+        readers = open_readers(path, size=1)
+        undo.callback(readers.dispose)
+        _refuse_older(readers, path)
+        undo.pop_all()
+    return StoredAudit(readers, reveal=reveal, let_go=readers.dispose, explained=lambda: _explained(path))
+
+
+@contextmanager
+def open_recording(
+    path: Path, session_id: str, *, started: int | None = None, reveal: bool = False
+) -> Iterator[tuple[Header, Iterator[RecordedCommit]]]:
+    """A session's log in a file, read as it is taken: read only, beside a server that writes to it."""
+    with _reading(path) as readers:
+        _refuse_older(readers, path)
+        yield recordings.read_session(readers, session_id, started=started, reveal=reveal)
+
+
+# prune
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedReport:
+    """What was pruned, or, where it was not `confirmed`, would be. `free_bytes`: what a vacuum would give back."""
+
+    path: Path
+    confirmed: bool
+    sessions: int
+    versions: int
+    events: int
+    markers: int
+    free_bytes: int
+    duration_s: float
+
+
+@dataclass(eq=False)
+class PruneInUseError(DatabaseInUseError):
+    """Another process owns the database that is to be pruned."""
+
+    def __str__(self) -> str:
+        holder = f"process {self.pid}" if self.pid else "another process"
+        return (
+            f"{self.path} is in use by {holder}: stop that server to prune it now, or have the server do it: "
+            "with --target ADDRESS, or by itself with the settings retention_keep_versions, retention_age_s, "
+            "retention_ended_sessions_s"
+        )
+
+
+def prune(path: Path, policy: PrunePolicy, *, confirm: bool, progress: Progress = _silent) -> PrunedReport:
+    """Delete the history that `policy` lets go, as the owner of the file; without `confirm` it is only read.
+
+    Raises `InvalidArgumentError` for a policy that says nothing.
+    """
+    started = time.monotonic()
+    with _reading(path) as readers:
+        _refuse_older(readers, path)
+        report = None if confirm else pruning.run(readers, policy, None, progress)
+    if report is None:
+        report = _prune(path, policy, progress)
+    with _reading(path) as readers, snapshot(readers) as connection:
+        free = _scalar(connection, "PRAGMA freelist_count") * _scalar(connection, "PRAGMA page_size")
+    counts = (report.sessions, report.versions, report.events, report.markers)
+    return PrunedReport(path, confirm, *counts, free, time.monotonic() - started)
+
+
+def _prune(path: Path, policy: PrunePolicy, progress: Progress) -> PruneReport:
+    try:
+        store = SessionStore(path)
+    except DatabaseInUseError as error:
+        raise PruneInUseError(error.path, error.pid) from None
+    try:
+
+        def write(jobs: list[Job]) -> None:
+            for outcome in store.write_group(jobs):
+                if outcome.error is not None:
+                    raise outcome.error
+
+        report = store.prune(policy, write, progress)
+    except OutcomeUnknownError:
+        store.abandon()
+        raise
+    except BaseException:
+        store.close()
+        raise
+    store.close()
+    return report
 
 
 # vacuum

@@ -5,7 +5,7 @@ from pathlib import Path
 from sqlalchemy import Connection
 
 from dspex_persist.state.errors import LostCommitsError
-from dspex_persist.state.store import audit
+from dspex_persist.state.store import audit, prune
 from dspex_persist.state.store.anchor import Anchor, Head
 
 _TAIL_COMMITS = 100
@@ -34,7 +34,7 @@ def _check_tail(connection: Connection, found: Head, path: Path) -> None:
     after = max(0, found.sequence - _TAIL_COMMITS)
     previous = audit.find_hash(connection, after)
     for commit in audit.iter_commits(connection, after):
-        if previous is None or commit.link(previous) != commit.hash:
+        if previous is None or not (commit.link(previous) == commit.hash or prune.fits(connection, commit, previous)):
             reason = f"the content of commit {commit.sequence} does not fit its hash"
             raise LostCommitsError(str(path), reason)
         previous = commit.hash

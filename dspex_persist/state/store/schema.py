@@ -2,7 +2,7 @@
 
 from sqlalchemy import BLOB, REAL, Column, Integer, MetaData, Table, Text
 
-REVISION = "0002"
+REVISION = "0003"
 """The revision that this release reads and writes: the head of `migrations/`."""
 
 metadata = MetaData()
@@ -131,4 +131,30 @@ tools = Table(
     Column("address", Text, nullable=False),
     Column("spec", Text, nullable=False),
     Column("registered_sequence", Integer, nullable=False),
+)
+
+pruned = Table(
+    "pruned",
+    metadata,
+    Column("sequence", Integer, primary_key=True),
+    Column("marker_sequence", Integer, primary_key=True),
+    Column("residue", BLOB, nullable=False),
+)
+
+imports = Table(
+    "imports",
+    metadata,
+    Column("first_sequence", Integer, primary_key=True),
+    Column("last_sequence", Integer, nullable=False),
+)
+
+# Filled by triggers.
+metadata_entries = Table(
+    "metadata_entries",
+    metadata,
+    Column("key", Text, primary_key=True),
+    Column("value", Text, primary_key=True),
+    Column("sequence", Integer, primary_key=True),
+    Column("variable_key", Integer, primary_key=True),
+    Column("version", Integer, primary_key=True),
 )

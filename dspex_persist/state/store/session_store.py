@@ -6,7 +6,7 @@
 import contextlib
 import sqlite3
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from dspex_persist import clock
-from dspex_persist.state.commands import Command, ExpireSession, InterruptExecutions
+from dspex_persist.state.commands import Command, ExpireSession, ForkSession, InterruptExecutions
 from dspex_persist.state.commands.base import check_text
 from dspex_persist.state.errors import (
     CheckpointError,
@@ -29,12 +29,21 @@ from dspex_persist.state.errors import (
     StorageError,
 )
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.model import CommitChanges, Origin, RecordedExecution, VariableVersion
-from dspex_persist.state.store import audit, log, migrate, outcomes, recovery
+from dspex_persist.state.model import (
+    CommitChanges,
+    Origin,
+    PrunePolicy,
+    PruneReport,
+    RecordedExecution,
+    VariableVersion,
+)
+from dspex_persist.state.recording import Header, RecordedCommit
+from dspex_persist.state.store import audit, log, migrate, outcomes, prune, recordings, recovery
 from dspex_persist.state.store import executions as stored_executions
 from dspex_persist.state.store import sessions as stored_sessions
 from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.anchor import Anchor, Head
+from dspex_persist.state.store.answers import StoredAudit
 from dspex_persist.state.store.cache import SessionCache
 from dspex_persist.state.store.engine import (
     Durability,
@@ -56,6 +65,10 @@ _CERTAIN_ABORTS = frozenset(
 )
 
 
+_PAGE_BYTES = 4 * 1024 * 1024
+"""How much of a whole series of jobs waits in memory, roughly; at most that of 64 jobs."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoreOptions:
     """How a store behaves. `cache_size_bytes` bounds the sessions in memory; times are seconds."""
@@ -66,6 +79,10 @@ class StoreOptions:
     optimization_lease_s: float = 300.0
     cache_size_bytes: int = 256 * 1024 * 1024
     outcome_retention_s: float = 7 * 86_400.0
+    retention_keep_versions: int | None = None
+    retention_age_s: float | None = None
+    retention_ended_sessions_s: float | None = None
+    warn_size_bytes: int | None = None
 
 
 class Job(NamedTuple):
@@ -152,6 +169,66 @@ class SessionStore:
         self._publish(drafts, units, head)
         return results
 
+    def write_whole(self, jobs: Iterable[Job]) -> list[Any]:
+        """Run the jobs in order, all of them in one transaction, however many there are; the results that are not None.
+
+        The first that fails is raised, and so is what `jobs` itself raises: then nothing is left of any of them. What
+        they stage goes into the transaction page by page, so that memory never holds all of it.
+        """
+        drafts = Drafts(self)
+        results: list[Any] = []
+        try:
+            with self._connection.begin():
+                head = self._write_pages(jobs, drafts, results)
+                if head.sequence > self.head.sequence:
+                    log.note_import(self._connection, self.head.sequence + 1, head.sequence)
+                for state in drafts.states.values():
+                    if state is not None and state.lease is not None:
+                        log.save_expiry(self._connection, state)
+                        state.lease.saved_expires_at = state.lease.expires_at
+        except (DBAPIError, sqlite3.Error) as error:
+            raise self._settle(error) from error
+        except BaseException:
+            with self._connection.begin():
+                self._keys = log.Keys(self._connection)
+            raise
+        self._publish(drafts, (), head)
+        self.hub.advance(head.sequence)
+        return results
+
+    def _write_pages(self, jobs: Iterable[Job], drafts: Drafts, results: list[Any]) -> Head:
+        rest, head, more = iter(jobs), self.head, True
+        while more:
+            writer = log.LogWriter(self._connection, head, self._keys)
+            more = self._fill_page(rest, writer, drafts, results)
+            writer.flush()
+            head = writer.head
+            # They are in the transaction now, where whoever asks finds them.
+            drafts.versions.clear()
+            drafts.executions.clear()
+        return head
+
+    def _fill_page(self, rest: Iterator[Job], writer: log.LogWriter, drafts: Drafts, results: list[Any]) -> bool:
+        """Have the writer take in about `_PAGE_BYTES`; whether there may be more jobs."""
+        now, size_bytes = clock.now(), 0
+        for job in rest:
+            unit = self._unit(job.origin, drafts, now, writer.head.sequence + 1)
+            result = job.command.apply(unit)
+            if unit.has_changes():
+                writer.add(unit)
+            if result is not None:
+                results.append(result)
+            size_bytes += _PAGE_BYTES // 64 + sum(change.variable.value.size_bytes for change in unit.versions)
+            if size_bytes > _PAGE_BYTES:
+                return True
+        return False
+
+    def _unit(self, origin: Origin, drafts: Drafts, now: datetime, sequence: int) -> UnitOfWork:
+        options = self.options
+        return UnitOfWork(
+            drafts, origin, now, sequence, options.limits, options.session_ttl_s, options.optimization_lease_s
+        )
+
     def _apply(self, jobs: Sequence[Job], drafts: Drafts, now: datetime) -> tuple[list[Outcome], list[UnitOfWork]]:
         units: list[UnitOfWork] = []
         results: list[Outcome] = []
@@ -169,16 +246,7 @@ class SessionStore:
         return results, units
 
     def _run(self, job: Job, drafts: Drafts, now: datetime, units: list[UnitOfWork]) -> Outcome:
-        options = self.options
-        unit = UnitOfWork(
-            drafts,
-            job.origin,
-            now,
-            self.head.sequence + len(units) + 1,
-            options.limits,
-            options.session_ttl_s,
-            options.optimization_lease_s,
-        )
+        unit = self._unit(job.origin, drafts, now, self.head.sequence + len(units) + 1)
         try:
             result = _apply_once(job, unit)
         except StateError as error:
@@ -313,6 +381,36 @@ class SessionStore:
         with snapshot(self._readers) as connection:
             return stored_variables.find_key(connection, state.key, identifier) is not None
 
+    def record(
+        self, session_id: str, *, started: int | None = None, reveal: bool = False
+    ) -> tuple[Header, Iterator[RecordedCommit]]:
+        """The log of a session, live or ended."""
+        return recordings.read_session(self._readers, session_id, started=started, reveal=reveal)
+
+    def fork(self, session_id: str, new_session_id: str, at: str = "") -> ForkSession:
+        """What makes a new session of a session as of a point."""
+        return recordings.fork_of(self._readers, session_id, new_session_id, at)
+
+    def audit(self, *, reveal: bool = False) -> StoredAudit:
+        """The history, to be asked."""
+        return StoredAudit(self._readers, reveal=reveal)
+
+    def prune(
+        self, policy: PrunePolicy, write: Callable[[list[Job]], object] | None, progress: prune.Progress
+    ) -> PruneReport:
+        """Look for what may go and hand over the jobs for it, little by little; `write` returns when they are done."""
+        carry_out = None if write is None else lambda commands: write([Job(each, _PRUNING) for each in commands])
+        return prune.run(self._readers, policy, carry_out, progress)
+
+    def size_bytes(self) -> int:
+        """What the file and its WAL take on the disk."""
+        total = 0
+        for suffix in ("", "-wal"):
+            # The WAL may not be there, or not any more.
+            with contextlib.suppress(OSError):
+                total += self.path.with_name(self.path.name + suffix).stat().st_size
+        return total
+
     def _reading(self, backing: "_Published | _Snapshot", origin: Origin) -> UnitOfWork:
         return UnitOfWork(Drafts(backing), origin, clock.now(), self.head.sequence, self.options.limits)
 
@@ -365,6 +463,7 @@ class SessionStore:
 
 _EXPIRY = Origin(actor="dspex-persist", cause="expiry")
 _RECOVERY = Origin(actor="dspex-persist", cause="recovery")
+_PRUNING = Origin(actor="dspex-persist", cause="pruning")
 
 
 class _Published:

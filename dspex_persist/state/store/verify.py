@@ -1,8 +1,12 @@
 """Checking a whole file: does its log hold, and do its current-state tables say what the log adds up to?
 
-Three walks: the log commit by commit (chain, sequences, versions), the large contents, the sessions one by one. Each
-reads in short snapshots, so that a file that a server writes to can be checked without its WAL growing meanwhile.
-Memory holds the variables of one session, never the log.
+Four walks: the log commit by commit (chain, sequences, versions), what was pruned, the large contents, the sessions one
+by one. Each reads in short snapshots, so that a file that a server writes to can be checked without its WAL growing
+meanwhile. Memory holds the variables of one session, never the log.
+
+Of a commit that was pruned nobody can work out the hash any more. That it is the one that it was, that it follows its
+predecessor, and what is left of the commit: all of that is in its residue, the residues are in the digest of a marker,
+and the chain covers the marker.
 """
 
 import json
@@ -12,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import sha256
 from typing import Any, Final, TypeAlias, cast
 
 from sqlalchemy import Connection, Engine
@@ -19,17 +24,24 @@ from sqlalchemy.exc import DBAPIError
 
 from dspex_persist.state.errors import quote
 from dspex_persist.state.model import ChangeKind, EventKind
-from dspex_persist.state.store import audit
+from dspex_persist.state.store import audit, prune
 from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.blobs import digest
-from dspex_persist.state.store.chain import GENESIS, link
+from dspex_persist.state.store.chain import GENESIS, commit_text, link, residue, residue_entry
 from dspex_persist.state.store.engine import snapshot
 from dspex_persist.state.store.executions import spec_text
 from dspex_persist.state.store.log import began_sequence, metadata_text, started_lock
 from dspex_persist.state.store.variables import KIND_CODES, lock_text
 
-APPEND_ONLY: Final = ("commits", "versions", "events", "blobs")
+APPEND_ONLY: Final = ("commits", "versions", "events", "blobs", "pruned")
 """The tables that triggers hold append-only."""
+_UNLESS_PRUNED: Final = "WHEN NOT EXISTS (SELECT 1 FROM pruned WHERE pruned.sequence = OLD.sequence) "
+_UNLESS_UNUSED: Final = (
+    "WHEN EXISTS (SELECT 1 FROM versions WHERE value_blob = OLD.blob_key) "
+    "OR EXISTS (SELECT 1 FROM versions WHERE binary_blob = OLD.blob_key) "
+)
+_MAY_GO: Final = {"versions": _UNLESS_PRUNED, "events": _UNLESS_PRUNED, "blobs": _UNLESS_UNUSED}
+"""Under which condition rows may be deleted all the same."""
 
 _PAGE_COMMITS: Final = 10_000
 _SNAPSHOT_S: Final = 1.0
@@ -73,7 +85,7 @@ def iter_problems(readers: Engine, anchor: Head | None = None, progress: Progres
     are gone from the end are not noticed. What cannot be read is a problem, too, and ends its walk, not the others.
     The answers kept under idempotency keys are not looked at: they are forgotten after a while, and so not in the log.
     """
-    for walk in (_LogWalk(anchor, progress), _BlobWalk(), _SessionWalk()):
+    for walk in (_LogWalk(anchor, progress), _PrunedWalk(), _BlobWalk(), _SessionWalk()):
         try:
             yield from _walked(readers, walk)
         except _UNREADABLE as error:
@@ -87,7 +99,8 @@ def trigger_problems(connection: Connection) -> Iterator[Problem]:
     for table in APPEND_ONLY:
         for action in ("UPDATE", "DELETE"):
             name = f"{table}_no_{action.lower()}"
-            start = f"CREATE TRIGGER {name} BEFORE {action} ON {table} BEGIN SELECT RAISE(ABORT,"
+            condition = _MAY_GO.get(table, "") if action == "DELETE" else ""
+            start = f"CREATE TRIGGER {name} BEFORE {action} ON {table} {condition}BEGIN SELECT RAISE(ABORT,"
             if not found.get(name, "").startswith(start):
                 yield Problem(f"table {table}", f"the trigger {name} is missing or changed: {action} is not refused")
 
@@ -139,10 +152,15 @@ def _find(connection: Connection, statement: str, *parameters: object) -> Any:
 
 # The log
 
-_FIND_VERSION: Final = """
-    SELECT versions.sequence, versions.kind, commits.session_key
+_FIND_VERSION_BEFORE: Final = """
+    SELECT versions.version, versions.sequence, versions.kind, commits.session_key
     FROM versions LEFT JOIN commits ON commits.sequence = versions.sequence
-    WHERE versions.variable_key = ? AND versions.version = ?
+    WHERE versions.variable_key = ? AND versions.version < ? ORDER BY versions.version DESC LIMIT 1
+"""
+_PRUNED_COMMITS: Final = "SELECT DISTINCT sequence FROM pruned WHERE sequence > ? ORDER BY sequence LIMIT ?"
+_PRUNED_BETWEEN: Final = """
+    SELECT 1 FROM pruned CROSS JOIN commits ON commits.sequence = pruned.sequence
+    WHERE pruned.sequence >= ? AND pruned.sequence <= ? AND commits.session_key = ? LIMIT 1
 """
 _BEFORE_THE_FIRST: Final = """
     SELECT sequence FROM commits WHERE sequence < 1
@@ -174,7 +192,10 @@ class _LogWalk(_Walk):
         if self._last == 0:
             for (sequence,) in _rows(connection, _BEFORE_THE_FIRST):
                 yield Problem(f"commit {sequence}", "commits are numbered from 1")
-        newest, homes, anchored = self._newest, self._homes, self._anchor.sequence
+        newest, homes = self._newest, self._homes
+        # Commits that are looked at whatever their hash is.
+        special = {self._anchor.sequence}
+        special.update(sequence for (sequence,) in _rows(connection, _PRUNED_COMMITS, self._last, _PAGE_COMMITS))
         if len(newest) > _MOST_REMEMBERED:
             newest.clear()
             homes.clear()
@@ -183,7 +204,7 @@ class _LogWalk(_Walk):
         for commit in audit.iter_commits(connection, self._last, _PAGE_COMMITS):
             sequence, session_key, stored, content, rows = commit
             # The hot loop: one hash a commit, two look-ups a version, and no call that can be spared.
-            if sequence != self._last + 1 or sequence == anchored or link(self._hash, content) != stored:
+            if sequence != self._last + 1 or sequence in special or link(self._hash, content) != stored:
                 yield from self._look_at_commit(connection, commit)
                 if not stored:
                     continue
@@ -207,19 +228,25 @@ class _LogWalk(_Walk):
         if not stored:
             yield Problem(f"commit {sequence}", "it is missing, but has versions or events")
             return
-        where = _where(connection, sequence, session_key, [row[1] for row in rows])
+        problems: list[str] = []
         if sequence != self._last + 1:
             # Without the hash of its predecessor nothing can be said of its own.
             missing = _range(self._last + 1, sequence - 1)
             yield Problem(missing, f"missing: commit {self._last} is followed by commit {sequence}")
             self._suspect = None
+        elif (fits := prune.fits(connection, commit, self._hash, self._suspect or self._hash)) is not None:
+            self._suspect = None
+            if not fits:
+                problems.append("it was pruned, and what is left of it is not what its last marker says")
         elif (hashed := commit.link(self._hash)) != stored:
             # Where the predecessor's hash was changed, that was told, and this commit is what it should be.
             if self._suspect is None or commit.link(self._suspect) != stored:
-                yield Problem(where, "its rows are not those that its hash was made from")
+                problems.append("its rows are not those that its hash was made from")
             self._suspect = hashed
         if sequence == self._anchor.sequence and stored != self._anchor.hash:
-            yield Problem(where, "it is not the commit that was acknowledged under this number (says the anchor)")
+            problems.append("it is not the commit that was acknowledged under this number (says the anchor)")
+        for what in problems:
+            yield Problem(_where(connection, sequence, session_key, [row[1] for row in rows]), what)
 
     def _look_at_version(self, connection: Connection, row: audit.VersionRow, session_key: int) -> Iterator[Problem]:
         """What is wrong with a version that is the first, the last, or not simply the next one."""
@@ -235,12 +262,13 @@ class _LogWalk(_Walk):
                 yield Problem(_where(connection, sequence, session_key, [key]), f"version {number} {what}")
 
     def _misplacement(self, connection: Connection, row: audit.VersionRow, session_key: int) -> str | None:
-        found = _find(connection, _FIND_VERSION, row[1], row[2] - 1)
-        if found is None:
+        found = _find(connection, _FIND_VERSION_BEFORE, row[1], row[2])
+        # Before the first one that is there: nothing, of no commit.
+        number, sequence, kind, home = found if found is not None else (-1, 0, None, None)
+        if number != row[2] - 1 and _find(connection, _PRUNED_BETWEEN, sequence, row[0], session_key) is None:
             return f"follows version {row[2] - 1}, which is missing"
-        sequence, kind, home = found
         if sequence > row[0]:
-            return f"comes before version {row[2] - 1}, which is of commit {sequence}"
+            return f"comes before version {number}, which is of commit {sequence}"
         if kind == _DELETED:
             return "comes after the variable was deleted"
         if home not in (session_key, None):
@@ -274,6 +302,96 @@ def _session_name(connection: Connection, key: int) -> str:
 def _variable_name(connection: Connection, key: int) -> str:
     found = _find(connection, "SELECT name FROM variables WHERE variable_key = ?", key)
     return f"variable {quote(found[0])}" if found else f"variable key {key}"
+
+
+# What was pruned
+
+_PRUNED: Final = """
+    SELECT pruned.sequence, pruned.marker_sequence, pruned.residue,
+        commits.session_key, commits.actor, commits.cause, commits.created_at, commits.hash, previous.hash
+    FROM pruned
+    LEFT JOIN commits ON commits.sequence = pruned.sequence
+    LEFT JOIN commits AS previous ON previous.sequence = pruned.sequence - 1
+    WHERE (pruned.sequence, pruned.marker_sequence) > (?, ?)
+    ORDER BY pruned.sequence, pruned.marker_sequence
+"""
+_MARKER: Final = "SELECT body FROM events WHERE sequence = ? AND kind = 'pruned'"
+_FULL_BYTES: Final = len(GENESIS)
+_HAS_ROW: Final = "SELECT 1 FROM pruned WHERE sequence = ? AND marker_sequence = ?"
+
+
+class _Marker:
+    """A marker's rows as they go by; `last`: the commit of its last one."""
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        self.last = int(body["range"][1])
+        self.digest = str(body["digest"])
+        self.read = sha256()
+
+
+class _PrunedWalk(_Walk):
+    """Each marker has the rows that its digest was made from.
+
+    Memory holds the markers whose rows have begun and not ended, which is little: each stands for up to a thousand.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[float, float] = (_BEFORE_ALL, _BEFORE_ALL)
+        self._markers: dict[int, _Marker | None] = {}
+
+    def __str__(self) -> str:
+        return f"what was pruned of commits after {max(self._last[0], 0)}"
+
+    def page(self, connection: Connection) -> Iterator[Problem]:
+        end = time.monotonic() + _SNAPSHOT_S
+        markers = self._markers
+        for sequence, marker_sequence, kept, *commit in _rows(connection, _PRUNED, *self._last):
+            if marker_sequence not in markers:
+                markers[marker_sequence] = _find_marker(connection, marker_sequence)
+                if markers[marker_sequence] is None:
+                    yield Problem(f"commit {marker_sequence}", f"it prunes commit {sequence}, but has no marker")
+            marker = markers[marker_sequence]
+            if marker is not None:
+                full = kept if len(kept) == _FULL_BYTES else _residue_of_nothing(sequence, *commit)
+                marker.read.update(residue_entry(sequence, full))
+                if sequence == marker.last:
+                    del markers[marker_sequence]
+                    yield from self._compare(marker_sequence, marker)
+            self._last = (sequence, marker_sequence)
+            if time.monotonic() > end:
+                return
+        self.more = False
+        for marker_sequence, marker in markers.items():
+            if marker is not None:
+                yield from self._compare(marker_sequence, marker)
+
+    def _compare(self, sequence: int, marker: _Marker) -> Iterator[Problem]:
+        if marker.read.hexdigest() != marker.digest:
+            yield Problem(
+                f"commit {sequence}", "its rows in pruned are not those that its marker's digest was made from"
+            )
+
+
+def _residue_of_nothing(
+    sequence: int,
+    session_key: int,
+    actor: str,
+    cause: str,
+    created_at: int,
+    stored: bytes | None,
+    previous: bytes | None,
+) -> bytes:
+    """The residue of a commit of which its own row is left, and nothing else."""
+    content = commit_text(sequence, session_key, actor, cause, created_at, (), ())
+    return residue(previous or GENESIS, stored or GENESIS, content)
+
+
+def _find_marker(connection: Connection, sequence: int) -> _Marker | None:
+    row = _find(connection, _MARKER, sequence)
+    try:
+        return _Marker(json.loads(row[0])) if row is not None else None
+    except (LookupError, TypeError, ValueError):
+        return None
 
 
 # Large contents
@@ -402,7 +520,8 @@ class _SessionWalk(_Walk):
             yield from replay.read_events(events)
             yield from replay.read_versions(telling)
             yield from replay.compare_session(next(rows, None))
-            yield from replay.compare_variables(variables)
+            yield from replay.compare_markers(connection)
+            yield from replay.compare_variables(variables, connection)
             yield from replay.compare_dependencies(dependencies)
             yield from replay.compare_keyed("executions", _EXECUTION_COLUMNS, executions)
             yield from replay.compare_keyed("tools", _TOOL_COLUMNS, tools)
@@ -476,6 +595,8 @@ class _Replay:
         self._dependencies: list[tuple[str, str, str, int]] = []
         # What the log says of the tables that are compared row by row, by their key: the row, and its commit.
         self._keyed: dict[str, dict[Any, list[Any]]] = {"executions": {}, "tools": {}}
+        # The markers, each with the last commit of which it took something.
+        self._markers: list[tuple[int, int]] = []
 
     @property
     def _name(self) -> str:
@@ -562,7 +683,16 @@ class _Replay:
             raise ValueError("no such execution was running")
         row[2], row[-1] = body["status"], commit.sequence
 
+    def _pruned(self, commit: _Commit, body: Mapping[str, Any]) -> None:
+        self._markers.append((commit.sequence, int(body["range"][1])))
+
     # Against the tables
+
+    def compare_markers(self, connection: Connection) -> Iterator[Problem]:
+        """Each marker has rows; whether they are the right ones is looked at elsewhere."""
+        for sequence, last in self._markers:
+            if _find(connection, _HAS_ROW, last, sequence) is None:
+                yield Problem(f"commit {sequence}, {self._name}", f"its row in pruned about commit {last} is missing")
 
     def compare_session(self, row: Sequence[Any] | None) -> Iterator[Problem]:
         """Hold the row of the session against the log."""
@@ -580,7 +710,7 @@ class _Replay:
             wanted = "its time to live is over or unlimited" if expires_at is not None else "it has a time to live"
             yield Problem(where, f"sessions.expires_at is {_shown(expires_at)}, but {wanted}")
 
-    def compare_variables(self, rows: Iterator[Any]) -> Iterator[Problem]:
+    def compare_variables(self, rows: Iterator[Any], connection: Connection) -> Iterator[Problem]:
         """Hold the rows of the session's variables against the log."""
         missing = dict(self._variables)
         for row in rows:
@@ -590,7 +720,7 @@ class _Replay:
                 continue
             where = f"commit {variable.registered_sequence}, {self._variable_name(variable)}"
             yield from _differences(where, "variables", _VARIABLE_COLUMNS, variable.row(), row[2:])
-            if not variable.has_versions:
+            if not variable.has_versions and not _is_pruned(connection, variable.registered_sequence):
                 yield Problem(where, "the commit that registers it has no version 0 of it")
         for variable in missing.values():
             where = f"commit {variable.registered_sequence}, {self._variable_name(variable)}"
@@ -642,7 +772,12 @@ _READERS: Final[Mapping[str, Callable[[_Replay, _Commit, Mapping[str, Any]], Non
     EventKind.TOOLS_REGISTERED: _Replay._tools_registered,
     EventKind.EXECUTION_BEGAN: _Replay._execution_began,
     EventKind.EXECUTION_ENDED: _Replay._execution_ended,
+    EventKind.PRUNED: _Replay._pruned,
 }
+
+
+def _is_pruned(connection: Connection, sequence: int) -> bool:
+    return _find(connection, "SELECT 1 FROM pruned WHERE sequence = ?", sequence) is not None
 
 
 def _differences(

@@ -1,26 +1,15 @@
-"""dspex-persist demo: the real server, a real client, and a kill in the middle of writing, shown and checked."""
+"""The demo's scenes of reading, writing, watching, and of a kill in the middle of writing."""
 
 import json
-import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Final
 
-import typer
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from dspex_persist.errors import DspexError
+from dspex_persist.cli.demo.stage import PATIENCE_S, PROGRAM, SESSION, DemoFailedError, Stage
 from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state.errors import StateError
 from dspex_persist.state.model import Update, UpdateKind, VariableVersion
@@ -29,162 +18,38 @@ if TYPE_CHECKING:
     from dspex_persist.state.provider import StateProvider
     from dspex_persist.state.watch import Watch
 
-HELP = (
-    "See it work: serve, write, kill the server, start it again, and find every write.\n\n"
-    "Takes less than half a minute. Ends with exit code 0 if everything was as promised, else with 1 and what was not."
-)
-EPILOG = (
-    "[bold]Examples[/bold]\n\n"
-    "dspex-persist demo\n\n"
-    "dspex-persist demo --keep ~/demo    then: dspex-persist db stats --db ~/demo/sessions.db\n\n"
-)
-
-_SESSION: Final = "demo"
 _COUNTERS: Final = ("counter_a", "counter_b", "counter_c", "counter_d")
 # The kill comes when every writer has this many acknowledgements.
 _WRITES: Final = 150
-# A newcomer's machine may be slow; none of these is waited for where it is not.
-_PATIENCE_S: Final = 15.0
-_CALL_TIMEOUT_S: Final = 2.0
-_WIDTH: Final = 80
-_PROGRAM: Final = (sys.executable, "-m", "dspex_persist")
-
-
-def demo(
-    keep: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Leave the database in this directory, to look at it afterwards."),
-    ] = None,
-) -> None:
-    """Play it, and say what was not as promised."""
-    console = Console(width=min(_WIDTH, Console().width), highlight=False)
-    began = time.monotonic()
-    with ExitStack() as stack:
-        folder = keep or Path(stack.enter_context(TemporaryDirectory(prefix="dspex-persist-demo-")))
-        _play(_Stage(console, _fresh_database(folder)))
-    console.print()
-    console.print(f"[bold green]All as promised[/], in {time.monotonic() - began:.0f} s.", end=" ")
-    kept = f"The database is {keep / 'sessions.db'}." if keep else "Run it with --keep DIR to keep the database."
-    console.print(escape(kept))
-
-
-@dataclass(eq=False)
-class DemoFailedError(DspexError):
-    """Something was not as promised."""
-
-    what: str
-
-    def __str__(self) -> str:
-        return f"the demo failed: {self.what}"
-
-
-class _Stage:
-    """What the scenes share: where to print, the database, and how to reach it."""
-
-    def __init__(self, console: Console, database: Path) -> None:
-        self.console = console
-        self.database = database
-        self._scene = 0
-
-    def say(self, sentence: str) -> None:
-        """Begin a scene: say what happens next."""
-        self._scene += 1
-        line = Table.grid(padding=(0, 1))
-        line.add_row(f"[bold cyan]{self._scene:>2}.[/]", sentence)
-        self.console.print()
-        self.console.print(line)
-
-    def add(self, sentence: str) -> None:
-        """Say more, in the same scene."""
-        self.console.print(f"    {sentence}")
-
-    def show(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        """Print a table; columns that end in "#" hold numbers."""
-        table = Table(title=title, title_justify="left", title_style="italic", box=box.ROUNDED, padding=(0, 1))
-        for column in columns:
-            table.add_column(
-                column.removesuffix("#"), justify="right" if column.endswith("#") else "left", overflow="fold"
-            )
-        for row in rows:
-            table.add_row(*(escape(str(cell)) for cell in row))
-        self.console.print(table)
-
-    def start_server(self) -> ServerProcess:
-        """The server as a user starts it, on a free port."""
-        # The user's own settings must not decide what the demo shows.
-        environment = {name: text for name, text in os.environ.items() if not name.startswith("DSPEX_PERSIST_")}
-        arguments = ["serve", "--db", str(self.database), "--listen", "127.0.0.1:0"]
-        return ServerProcess.start([*_PROGRAM, *arguments], env=environment, cwd=self.database.parent)
-
-
-def _fresh_database(folder: Path) -> Path:
-    folder = folder.absolute()
-    database = folder / "sessions.db"
-    if database.exists():
-        raise DemoFailedError(
-            f"{database} exists already, and the demo begins with a fresh file; choose another --keep"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DemoFailedError(f"cannot make the directory {folder}: {error.strerror}") from error
-    return database
-
-
-def _play(stage: _Stage) -> None:
-    from dspex_persist import connect
-
-    stage.say("Starting the server: a process of its own, on a fresh database file.")
-    with ExitStack() as stack:
-        server = stack.enter_context(stage.start_server())
-        stage.add(f"It is process {server.pid} and answers on 127.0.0.1:{server.port}.")
-        url = f"grpc://127.0.0.1:{server.port}"
-        client = stack.enter_context(connect(url, timeout_s=_CALL_TIMEOUT_S))
-        _register(stage, client)
-        watching = stack.enter_context(connect(url))
-        observer = stack.enter_context(_Observer(watching.watch(_SESSION)))
-        _change(stage, client)
-        _show_updates(stage, observer)
-        _show_history(stage, client)
-        writers = _write_until_killed(stage, client, server, observer)
-    with ExitStack() as stack:
-        stage.say("Starting it again on the same file, as if nothing had happened.")
-        server = stack.enter_context(stage.start_server())
-        stage.add(f"It is process {server.pid} now.")
-        client = stack.enter_context(connect(f"grpc://127.0.0.1:{server.port}"))
-        _show_writes(stage, client, writers)
-        _show_resumed_watch(stage, client, observer)
-        _show_verification(stage)
-        _stop(stage, server)
-
+CALL_TIMEOUT_S: Final = 2.0
 
 # The tour
 
 
-def _register(stage: _Stage, client: "StateProvider") -> None:
+def register(stage: Stage, client: "StateProvider") -> None:
     stage.say("A client begins a session and registers variables, each with its rules:")
-    client.initialize_session(_SESSION, {"owner": "demo"})
-    client.register_variable(_SESSION, "temperature", "float", 0.7, constraints={"min": 0, "max": 2})
-    client.register_variable(_SESSION, "model", "choice", "small", constraints={"choices": ["small", "large"]})
-    client.register_variable(_SESSION, "prompt", "string", "Be brief.", constraints={"max_length": 200})
-    client.register_variable(_SESSION, "weights", "embedding", [0.1, 0.2, 0.3], constraints={"dimensions": 3})
+    client.initialize_session(SESSION, {"owner": "demo"})
+    client.register_variable(SESSION, "temperature", "float", 0.7, constraints={"min": 0, "max": 2})
+    client.register_variable(SESSION, "model", "choice", "small", constraints={"choices": ["small", "large"]})
+    client.register_variable(SESSION, "prompt", "string", "Be brief.", constraints={"max_length": 200})
+    client.register_variable(SESSION, "weights", "embedding", [0.1, 0.2, 0.3], constraints={"dimensions": 3})
     rows = [
         (variable.name, variable.type, variable.constraints, variable.value.json, variable.version)
-        for variable in client.list_variables(_SESSION)
+        for variable in client.list_variables(SESSION)
     ]
     stage.show("The session's variables", ("variable", "type", "rules", "value", "version#"), rows)
 
 
-def _change(stage: _Stage, client: "StateProvider") -> None:
+def change(stage: Stage, client: "StateProvider") -> None:
     stage.say("It sets one, then two in one batch, and tries a value that breaks a rule:")
     rows: list[tuple[str, str]] = []
-    version = client.set_variable(_SESSION, "temperature", 1.2)
+    version = client.set_variable(SESSION, "temperature", 1.2)
     rows.append(("set temperature = 1.2", f"version {version}"))
-    outcome = client.set_variables(_SESSION, {"model": "large", "prompt": "Think first."}, atomic=True)
+    outcome = client.set_variables(SESSION, {"model": "large", "prompt": "Think first."}, atomic=True)
     versions = ", ".join(f"{name}: version {version}" for name, version in sorted(outcome.versions.items()))
     rows.append(('set model = "large", prompt = "Think first."', versions))
     try:
-        client.set_variable(_SESSION, "temperature", 99)
+        client.set_variable(SESSION, "temperature", 99)
     except StateError as error:
         rows.append(("set temperature = 99", f"refused: {error}"))
     else:
@@ -192,7 +57,7 @@ def _change(stage: _Stage, client: "StateProvider") -> None:
     stage.show("What the client asked, and the answers", ("request", "answer"), rows)
 
 
-def _show_updates(stage: _Stage, observer: "_Observer") -> None:
+def show_updates(stage: Stage, observer: "Observer") -> None:
     stage.say("Another client watched meanwhile. After each commit it was told:")
     observer.wait_for(lambda updates: len(updates) >= 3, "three updates")
     rows = [
@@ -202,12 +67,12 @@ def _show_updates(stage: _Stage, observer: "_Observer") -> None:
     stage.show("What the watch received", ("commit#", "what", "variable", "value", "version#"), rows)
 
 
-def _show_history(stage: _Stage, client: "StateProvider") -> None:
+def show_history(stage: Stage, client: "StateProvider") -> None:
     stage.say("A rollback writes an old value as a new version. History is never rewritten:")
-    client.rollback_variable(_SESSION, "temperature", 0)
+    client.rollback_variable(SESSION, "temperature", 0)
     rows = [
         (entry.version, _json(entry), entry.kind.value, entry.actor, f"{entry.created_at:%H:%M:%S.%f}"[:-3])
-        for entry in client.get_variable_history(_SESSION, "temperature")
+        for entry in client.get_variable_history(SESSION, "temperature")
     ]
     stage.show("The history of temperature, newest first", ("version#", "value", "how", "by", "at (UTC)"), rows)
     if [row[1] for row in rows] != ["0.7", "1.2", "0.7"]:
@@ -244,16 +109,16 @@ class Writer:
 
     def write(self, client: "StateProvider", value: int) -> int:
         """Write once, however often it is repeated: that is what the key says. The version."""
-        return client.set_variable(_SESSION, self.name, value, idempotency_key=f"{self.name}-{value}")
+        return client.set_variable(SESSION, self.name, value, idempotency_key=f"{self.name}-{value}")
 
 
-def _write_until_killed(
-    stage: _Stage, client: "StateProvider", server: ServerProcess, observer: "_Observer"
+def write_until_killed(
+    stage: Stage, client: "StateProvider", server: ServerProcess, observer: "Observer"
 ) -> list[Writer]:
     stage.say(f"Now {len(_COUNTERS)} writers count up, each noting every acknowledgement ...")
     writers = [Writer(name) for name in _COUNTERS]
     for writer in writers:
-        client.register_variable(_SESSION, writer.name, "integer", 0)
+        client.register_variable(SESSION, writer.name, "integer", 0)
     killed = threading.Event()
     threads = [threading.Thread(target=writer.run, args=(client, killed), daemon=True) for writer in writers]
     for thread in threads:
@@ -266,15 +131,15 @@ def _write_until_killed(
     server.kill()
     killed.set()
     stage.add(f"... and in the middle of that the server is killed: kill -9 {server.pid}.")
-    stage.add(f"The writers repeat their last write for {_CALL_TIMEOUT_S:g} s, then give up.")
+    stage.add(f"The writers repeat their last write for {CALL_TIMEOUT_S:g} s, then give up.")
     for thread in threads:
-        thread.join(_PATIENCE_S)
+        thread.join(PATIENCE_S)
     if any(writer.interrupted is None for writer in writers):
         raise DemoFailedError("a writer went on after the server was killed")
     return writers
 
 
-def _show_writes(stage: _Stage, client: "StateProvider", writers: Sequence[Writer]) -> None:
+def show_writes(stage: Stage, client: "StateProvider", writers: Sequence[Writer]) -> None:
     stage.say(
         "Is every acknowledged write there? And what of those that nobody acknowledged? Each writer repeats its own "
         "with the same idempotency key: whether it was written or not, it happens once."
@@ -293,7 +158,7 @@ def _show_writes(stage: _Stage, client: "StateProvider", writers: Sequence[Write
 
 
 def _values_by_version(client: "StateProvider", name: str) -> dict[int, int]:
-    history = client.get_variable_history(_SESSION, name, limit=10_000)
+    history = client.get_variable_history(SESSION, name, limit=10_000)
     return {entry.version: int(_json(entry)) for entry in history}
 
 
@@ -316,7 +181,7 @@ def _repeat(client: "StateProvider", writer: Writer, found: dict[int, int]) -> s
 # The watch
 
 
-class _Observer:
+class Observer:
     """A client that watches the session in a thread, until the server is gone."""
 
     def __init__(self, watch: "Watch") -> None:
@@ -334,8 +199,8 @@ class _Observer:
     def wait_for(self, condition: Callable[[Sequence[Update]], bool], what: str) -> None:
         """Wait until `condition` holds; it is asked again whenever there is news."""
         with self._news:
-            if not self._news.wait_for(lambda: condition(self.updates), _PATIENCE_S):
-                raise DemoFailedError(f"there were not {what} within {_PATIENCE_S:g} s")
+            if not self._news.wait_for(lambda: condition(self.updates), PATIENCE_S):
+                raise DemoFailedError(f"there were not {what} within {PATIENCE_S:g} s")
 
     def _run(self) -> None:
         try:
@@ -347,12 +212,12 @@ class _Observer:
         except StateError:
             return  # the server is gone, which is what the demo is about
 
-    def __enter__(self) -> "_Observer":
+    def __enter__(self) -> "Observer":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._watch.close()
-        self._thread.join(_PATIENCE_S)
+        self._thread.join(PATIENCE_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,11 +240,11 @@ def judge_watch(told: Sequence[tuple[int, str, int]], latest: dict[str, int]) ->
     )
 
 
-def _show_resumed_watch(stage: _Stage, client: "StateProvider", observer: _Observer) -> None:
+def show_resumed_watch(stage: Stage, client: "StateProvider", observer: Observer) -> None:
     stage.say(f"The watch resumes after commit {observer.position}, the last that it was told before the kill:")
-    latest = {name: client.get_variable(_SESSION, name).version for name in _COUNTERS}
+    latest = {name: client.get_variable(SESSION, name).version for name in _COUNTERS}
     before = _counted(observer.updates)
-    with client.watch(_SESSION, _COUNTERS, after_sequence=observer.position) as watch:
+    with client.watch(SESSION, _COUNTERS, after_sequence=observer.position) as watch:
         after = _pull_until(watch, set(latest.items()) - {(name, version) for _, name, version in before})
     faults = judge_watch([*before, *after], latest)
     columns = ("told before the kill#", "told after it#", "missed#", "doubled#", "out of order#")
@@ -401,7 +266,7 @@ def _pull_until(watch: "Watch", due: set[tuple[str, int]]) -> list[tuple[int, st
     """What the watch tells until it has told all that is `due` (variable, version), or takes too long."""
     told: list[tuple[int, str, int]] = []
     open_still = set(due)
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + PATIENCE_S
     while open_still and time.monotonic() < deadline:
         told += _counted(watch.next(timeout_s=1.0))
         open_still -= {(name, version) for _, name, version in told}
@@ -411,13 +276,13 @@ def _pull_until(watch: "Watch", due: set[tuple[str, int]]) -> list[tuple[int, st
 # The check, and the end
 
 
-def _show_verification(stage: _Stage) -> None:
+def show_verification(stage: Stage) -> None:
     stage.say(
         "Does the history verify? Each commit carries a hash of itself and of the one before it, so that no change "
         "goes unnoticed. This is [bold]dspex-persist db check[/], while the server runs:"
     )
-    command = [*_PROGRAM, "db", "check", "--json", "--db", str(stage.database)]
-    checked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=4 * _PATIENCE_S)
+    command = [*PROGRAM, "db", "check", "--json", "--db", str(stage.database)]
+    checked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=4 * PATIENCE_S)
     if checked.returncode != 0:
         raise DemoFailedError(f"db check ended with {checked.returncode}: {checked.stdout}{checked.stderr}")
     report = json.loads(checked.stdout)
@@ -431,9 +296,9 @@ def _show_verification(stage: _Stage) -> None:
         raise DemoFailedError(f"the database does not verify: {checked.stdout}")
 
 
-def _stop(stage: _Stage, server: ServerProcess) -> None:
+def stop(stage: Stage, server: ServerProcess) -> None:
     stage.say("Stopping it with SIGTERM: calls finish, and all goes into the one file.")
-    code = server.terminate(_PATIENCE_S)
+    code = server.terminate(PATIENCE_S)
     stage.add(f"It ended with exit code {code}.")
     if code != 0:
         raise DemoFailedError(f"the server ended with exit code {code}: {server.stderr_tail}")

@@ -1,0 +1,262 @@
+"""What audits cost on a large file, beside the same questions on a file a tenth the size."""
+
+import itertools
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dspex_persist
+from benchmarks.files import begin_session, carry_out, session_id, value_of
+from benchmarks.load import median_ratio, run_threads
+from benchmarks.plan import CALLERS, Plan
+from benchmarks.table import Row, Target
+from dspex_persist.audit import AuditSource, HistoryQuery
+from dspex_persist.cognitive.tool_context import ToolContext
+from dspex_persist.cognitive.toolbox import Toolbox
+from dspex_persist.cognitive.tools import tool
+from dspex_persist.replay import load, replay
+from dspex_persist.state.commands import Command, InitializeSession, RegisterVariable, SetVariable, SetVariables
+from dspex_persist.state.embedded import EmbeddedState
+from dspex_persist.state.model import PrunePolicy
+from dspex_persist.state.store import maintenance, transfer
+
+_NAMES = tuple(f"v{index}" for index in range(5))
+_VERSIONS = 20
+"""Versions of each variable of an ordinary session, so that ten sessions have a thousand."""
+_WIDE, _WIDTH = "wide", 100
+"""A session with so many variables, which many commits change."""
+_DEEP, _DEPTH = "deep", 2_000
+"""A session whose one variable has so many versions."""
+_FOUND = 10
+"""Versions with the metadata that is searched for."""
+_SCAN = """
+import sys
+import dspex_persist
+from dspex_persist.audit import HistoryQuery, parse_predicate
+with dspex_persist.open_audit(sys.argv[1]) as audit:
+    print("scanning", flush=True)
+    while True:
+        for _ in audit.iterate(HistoryQuery(where=(parse_predicate("= nothing"),))):
+            pass
+"""
+
+
+def prepare(path: Path, versions: int) -> None:
+    """Make a database of about so many versions in a hundredth as many sessions."""
+    toolbox = Toolbox()
+    toolbox.add(_mix)
+    with dspex_persist.connect(path, tools=toolbox) as provider:
+        carry_out(provider, _special())
+        carry_out(provider, itertools.chain.from_iterable(map(_ordinary, range(versions // 100))))
+        carry_out(provider, _searched(versions // 100))
+        # Changed last, and right at the beginning: what lies between must cost nothing.
+        carry_out(provider, (SetVariables(_WIDE, dict.fromkeys(_wide_names(), value_of(step))) for step in range(20)))
+        provider.execute_tool(_WIDE, "mix")
+
+
+@tool(name="noop", description="Do nothing.")
+def _noop() -> None:
+    pass
+
+
+@tool(name="mix", description="Read ten variables and write one.")
+def _mix(ctx: ToolContext) -> None:
+    ctx["w00"] = sum(ctx[name] for name in _wide_names()[:10])
+
+
+def _wide_names() -> list[str]:
+    return [f"w{index:02d}" for index in range(_WIDTH)]
+
+
+def _special() -> Iterator[Command[Any]]:
+    yield InitializeSession(_WIDE)
+    yield from (RegisterVariable(_WIDE, name, "float", value_of(0)) for name in _wide_names())
+    yield from (SetVariables(_WIDE, dict.fromkeys(_wide_names(), value_of(step))) for step in range(20))
+    yield InitializeSession(_DEEP)
+    yield RegisterVariable(_DEEP, "d", "float", value_of(0))
+    yield from (SetVariable(_DEEP, "d", value_of(step)) for step in range(_DEPTH))
+
+
+def _ordinary(number: int) -> Iterator[Command[Any]]:
+    yield from begin_session(number, _NAMES)
+    for step in range(1, _VERSIONS):
+        yield SetVariables(session_id(number), dict.fromkeys(_NAMES, value_of(step)), {"step": str(step)})
+
+
+def _searched(sessions: int) -> Iterator[Command[Any]]:
+    step = max(1, sessions // _FOUND)
+    for number in range(0, step * _FOUND, step):
+        yield SetVariable(session_id(number % sessions), _NAMES[0], value_of(7), {"trace": "needle"})
+
+
+# Questions
+
+
+@dataclass(slots=True)
+class _Question:
+    """Something to ask, and what must come of it."""
+
+    key: str
+    what: str
+    ask: Callable[[AuditSource, Path, int], int]
+    answers: int
+    times_s: dict[int, list[float]] = field(default_factory=dict)
+    read_bytes: dict[int, int] = field(default_factory=dict)
+
+
+def _questions() -> list[_Question]:
+    def newest(audit: AuditSource, _path: Path, _middle: int) -> int:
+        return len(list(audit.iterate(HistoryQuery(session=_DEEP, variable="d", limit=100))))
+
+    def as_of(audit: AuditSource, _path: Path, middle: int) -> int:
+        return len(audit.state(_WIDE, str(middle)))
+
+    def blame(audit: AuditSource, _path: Path, _middle: int) -> int:
+        return len(audit.blame(_WIDE, "w00", depth=1))
+
+    def search(audit: AuditSource, _path: Path, _middle: int) -> int:
+        return len(list(audit.iterate(HistoryQuery(metadata={"trace": "needle"}))))
+
+    def export(_audit: AuditSource, path: Path, _middle: int) -> int:
+        return transfer.export_session(path, _DEEP, path.with_suffix(".jsonl")).commits
+
+    return [
+        _Question("newest", "newest 100 versions of a variable", newest, 100),
+        _Question("as_of", f"state of a session of {_WIDTH} variables as of the middle of the file", as_of, _WIDTH),
+        _Question("blame", "blame of a variable, and of the ten that it stands on", blame, 11),
+        _Question("search", f"search for {_FOUND} versions by their metadata", search, _FOUND),
+        _Question("export", f"export of a session of {_DEPTH:,} versions", export, _DEPTH + 2),
+    ]
+
+
+def measure(plan: Plan, small: Path, large: Path) -> list[Row]:
+    """All questions on both files in turn, each on a file that has just been opened; then what is linear."""
+    paths = dict(zip(plan.audit_versions, (small, large), strict=True))
+    questions = _questions()
+    for _ in range(plan.audit_rounds):
+        for question, (versions, path) in itertools.product(questions, paths.items()):
+            _ask(question, versions, path)
+    rows = [_row_of(question, versions, plan) for question in questions for versions in plan.audit_versions]
+    linear = [_verify(large), _prune(small), _replay(small.with_name("replay.db"), plan)]
+    return [*rows, *linear, *_beside_scan(plan, large)]
+
+
+def _ask(question: _Question, versions: int, path: Path) -> None:
+    with dspex_persist.open_audit(path) as audit:
+        middle = audit.head() // 2
+    with dspex_persist.open_audit(path) as audit:
+        before, began = _bytes_read(), time.perf_counter()
+        answers = question.ask(audit, path, middle)
+        elapsed_s = time.perf_counter() - began
+        question.read_bytes[versions] = _bytes_read() - before
+    if answers != question.answers:
+        raise AssertionError(f"{question.what}: {answers} answers instead of {question.answers}")
+    question.times_s.setdefault(versions, []).append(elapsed_s)
+
+
+def _bytes_read() -> int:
+    """What this process has read through the system so far: SQLite reads a page with one call."""
+    for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines():
+        name, _, count = line.partition(": ")
+        if name == "rchar":
+            return int(count)
+    raise RuntimeError("/proc/self/io has no rchar")
+
+
+def _row_of(question: _Question, versions: int, plan: Plan) -> Row:
+    fewest = plan.audit_versions[0]
+    compared = versions != fewest
+    return Row(
+        key=f"audit.{question.key}.{versions}",
+        what=f"{question.what}, {versions:,} versions in the file",
+        value=question.read_bytes[versions] / 1_000,
+        unit="kB read",
+        p50_ms=statistics.median(question.times_s[versions]) * 1_000,
+        p99_ms=max(question.times_s[versions]) * 1_000,
+        ratio=question.read_bytes[versions] / question.read_bytes[fewest] if compared else None,
+        ratio_to=f"audit.{question.key}.{fewest}" if compared else "",
+        target=Target("ratio", "at most", 1.5) if compared else None,
+    )
+
+
+# What is linear
+
+
+def _verify(path: Path) -> Row:
+    began = time.perf_counter()
+    report = maintenance.check(path)
+    elapsed_s = time.perf_counter() - began
+    if report.problems:
+        raise AssertionError(f"the file does not verify: {report.problems[0]}")
+    versions = next(table.rows or 0 for table in maintenance.stats(path).tables if table.name == "versions")
+    target = Target("value", "at least", 50_000)
+    return Row("audit.verify", f"verify {versions:,} versions", versions / elapsed_s, "versions/s", target=target)
+
+
+def _prune(path: Path) -> Row:
+    with EmbeddedState(path) as provider:
+        began = time.perf_counter()
+        report = provider.prune(PrunePolicy(keep_versions=_VERSIONS // 2), confirm=True)
+        elapsed_s = time.perf_counter() - began
+    return Row("audit.prune", f"prune {report.versions:,} versions", report.versions / elapsed_s, "versions/s")
+
+
+def _replay(path: Path, plan: Plan) -> Row:
+    """Executions of a no-op, recorded, then replayed."""
+    count = plan.audit_executions
+    toolbox = Toolbox()
+    toolbox.add(_noop)
+    with dspex_persist.connect(path, tools=toolbox) as provider:
+        provider.initialize_session("s")
+        for _ in range(count):
+            provider.execute_tool("s", "noop")
+        recording = load(provider.record("s"))
+    began = time.perf_counter()
+    report = replay(recording, toolbox)
+    elapsed_s = time.perf_counter() - began
+    if not report.ok or len(report.executions) != count:
+        raise AssertionError(report.describe())
+    return Row("audit.replay", f"replay {count:,} executions of a no-op", count / elapsed_s, "executions/s")
+
+
+# Beside a scan
+
+
+def _beside_scan(plan: Plan, large: Path) -> list[Row]:
+    """64 threads set variables of this very file, while nobody scans it and while another process does."""
+    quiet: list[float] = []
+    scanned: list[float] = []
+    with dspex_persist.connect(large) as provider:
+
+        def set_one(caller: int) -> None:
+            provider.set_variable(session_id(caller), _NAMES[0], 0.5)
+
+        run_threads(set_one, CALLERS, plan.slice_s)
+        for _ in range(plan.rounds):
+            quiet.append(run_threads(set_one, CALLERS, 2 * plan.slice_s).calls_per_s)
+            with subprocess.Popen([sys.executable, "-c", _SCAN, str(large)], stdout=subprocess.PIPE) as scan:
+                assert scan.stdout is not None
+                scan.stdout.readline()
+                scanned.append(run_threads(set_one, CALLERS, 2 * plan.slice_s).calls_per_s)
+                scan.kill()
+    what = f"SetVariable, {CALLERS} threads"
+    alone, beside = statistics.median(quiet), statistics.median(scanned)
+    target = Target("ratio", "at least", 0.8)
+    ratio = median_ratio(scanned, quiet)
+    return [
+        Row("audit.quiet", f"{what}, nobody asks", alone, "updates/s"),
+        Row(
+            "audit.scanned",
+            f"{what}, an audit scans the file",
+            beside,
+            "updates/s",
+            ratio=ratio,
+            ratio_to="audit.quiet",
+            target=target,
+        ),
+    ]

@@ -1,0 +1,89 @@
+"""Templates of pages, and how they show values and times. Everything that they are given is escaped."""
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any, Final
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from dspex_persist.audit.pictures import duration_text
+from dspex_persist.state.model import Value
+
+MASKED: Final = "••••••"
+"""What stands where a sensitive value is kept back."""
+_MOST_LETTERS: Final = 4_000
+_MOST_READ: Final = 100_000
+_LINE_LETTERS: Final = 80
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """Where a page leads to; "" where it leads nowhere."""
+
+    session: Callable[[str], str]
+    variable: Callable[[str, str], str]
+    execution: Callable[[str], str]
+
+
+NOWHERE: Final = Links(lambda _: "", lambda _session, _name: "", lambda _: "")
+
+
+def render_template(name: str, /, links: Links = NOWHERE, **material: Any) -> str:
+    """A page of this package's templates."""
+    page = _environment().get_template(name).render(links=links, **material)
+    # JSON can have halves of characters, UTF-8 cannot.
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("dspex_persist.audit"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "value": value_text,
+        "clip": clip,
+        "short": lambda text, most: text if len(text) <= most else f"{text[: most - 1]}…",
+        "when": when,
+        "micros": lambda micros: "" if micros is None else duration_text(micros / 1e6),
+        "plain": lambda value: json.dumps(value, ensure_ascii=False, default=str),
+    }
+    environment.globals["masked"] = MASKED
+    return environment
+
+
+def value_text(value: Value | None) -> str:
+    """A value as people read it: a string without its quotes, what is long on lines of its own."""
+    if value is None:
+        return ""
+    text = value.json
+    if len(text) <= _MOST_READ:
+        # What Python does not read, such as a number of 5,000 digits, is shown as it is written.
+        with suppress(ValueError, RecursionError):
+            stated = json.loads(text)
+            if isinstance(stated, str):
+                text = stated
+            elif len(text) > _LINE_LETTERS:
+                text = json.dumps(stated, ensure_ascii=False, indent=1)
+    return text if value.binary is None else f"{text} and {len(value.binary):,} bytes"
+
+
+def clip(text: str, most: int = _MOST_LETTERS) -> str:
+    """The text, or its beginning and how much more there is."""
+    return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} more characters)"
+
+
+def when(moment: datetime | None, form: str = "%Y-%m-%d %H:%M:%S.%f") -> str:
+    """A time, UTC, to the millisecond."""
+    if moment is None:
+        return ""
+    text = moment.astimezone(UTC).strftime(form)
+    return text[:-3] if form.endswith("%f") else text

@@ -1,0 +1,318 @@
+"""A session's report: one page of HTML that needs nothing else, to be read, printed and mailed.
+
+    from dspex_persist.audit.report import gather, render
+
+    with dspex_persist.open_audit("sessions.db") as audit:
+        Path("report.html").write_text(render(gather(audit, "checkout-42")), encoding="utf-8")
+
+It has no script and allows none. What it shows is bounded; what it leaves out, it says.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from difflib import SequenceMatcher
+from itertools import islice
+from typing import Final, TypeVar
+
+from dspex_persist import clock
+from dspex_persist.audit.drawing import clip, render_template, value_text
+from dspex_persist.audit.pictures import Chart, Graph, Timeline, chart, lineage, number_of, timeline
+from dspex_persist.state.audit import (
+    AuditSource,
+    CommitEntry,
+    CommitQuery,
+    ExecutionDetail,
+    ExecutionQuery,
+    ExecutionSummary,
+    HistoryEntry,
+    HistoryQuery,
+    LineageNode,
+    Query,
+    SessionEntry,
+    SessionQuery,
+    VariableState,
+)
+from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, VersionPrunedError, quote
+from dspex_persist.state.model import Value
+
+R = TypeVar("R", SessionEntry, CommitEntry, ExecutionSummary, HistoryEntry)
+
+_DEPTH: Final = 2
+_LARGE_BYTES: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How much of each a report shows at most: the newest."""
+
+    executions: int = 300
+    versions: int = 5_000
+    versions_of_one: int = 30
+    variables: int = 150
+    charts: int = 24
+    in_lineage: int = 14
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a text that is the "same" before and after, "gone" or "new"."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class VariableRow:
+    """A variable with its versions, newest first; `state` is None if it was deleted before the end.
+
+    `first`: what it was at the beginning. `pieces`: how its value changed, nothing where that cannot be told in text.
+    """
+
+    name: str
+    type: str
+    state: VariableState | None
+    first: HistoryEntry | VariableState | None
+    versions: tuple[HistoryEntry, ...]
+    hidden: int
+    change: str
+    pieces: tuple[Piece, ...]
+    chart: Chart | None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the page shows."""
+
+    session: SessionEntry
+    since: CommitEntry | None
+    until: CommitEntry | None
+    made_at: datetime
+    statuses: tuple[tuple[str, int], ...]
+    executions: tuple[ExecutionDetail, ...]
+    timeline: Timeline | None
+    variables: tuple[VariableRow, ...]
+    charts: tuple[VariableRow, ...]
+    lineage: Graph | None
+    left_out: tuple[str, ...]
+    reveal: bool
+
+
+def gather(source: AuditSource, session: str, since: str = "", until: str = "", bounds: Bounds | None = None) -> Report:
+    """Everything that the report of a session says about the time between two points.
+
+    Of several sessions with this id it is the newest that had begun by then.
+    """
+    return _Gathering(source, bounds or Bounds()).report(session, since, until)
+
+
+def render(report: Report) -> str:
+    """The page."""
+    return render_template("report.html", report=report)
+
+
+class _Gathering:
+    def __init__(self, source: AuditSource, bounds: Bounds) -> None:
+        self._source = source
+        self._bounds = bounds
+        self._left_out: list[str] = []
+
+    def report(self, session_id: str, since: str, until: str) -> Report:
+        session, first, last = self._period(session_id, since, until)
+        executions = self._executions(session_id, first, last)
+        variables = self._variables(session, first, last)
+        charts = [row for row in variables if row.chart is not None]
+        self._note(len(charts), self._bounds.charts, "charts", "of variables with numbers")
+        shown = [execution.summary for execution in executions]
+        return Report(
+            session,
+            self._first_commit(session_id, first),
+            self._last_commit(session_id, last),
+            clock.now(),
+            tuple(Counter(summary.status.value for summary in shown).most_common()),
+            executions,
+            timeline(shown) if shown else None,
+            variables,
+            tuple(charts[: self._bounds.charts]),
+            self._lineage(session, last, variables),
+            tuple(self._left_out),
+            self._source.reveal,
+        )
+
+    def _period(self, session_id: str, since: str, until: str) -> tuple[SessionEntry, int, int]:
+        """The session, and the commits between which its report lies: after the first, up to and with the last."""
+        last = self._source.resolve(until, "until", session_id) if until else self._source.head()
+        first = self._source.resolve(since, "since", session_id) if since else 0
+        lives = list(self._own(SessionQuery(session=session_id), session_id))
+        if not lives:
+            raise NotInHistoryError("session", session_id, "a report is about one session, named by its whole id")
+        session = next((entry for entry in lives if entry.started_sequence <= last), None)
+        if session is None:
+            raise InvalidArgumentError("until", f"session {quote(session_id)} had not begun by then")
+        if session.ended_sequence is not None:
+            last = min(last, session.ended_sequence)
+        first = max(first, session.started_sequence - 1)
+        if first >= last:
+            raise InvalidArgumentError("since", f"nothing of session {quote(session_id)} lies after it")
+        return session, first, last
+
+    def _own(self, query: Query[R], session_id: str) -> Iterator[R]:
+        """The answers about the session: its id may look like a pattern, and then they are about others, too."""
+        return (row for row in self._source.iterate(query) if row.session_id == session_id)
+
+    def _first_commit(self, session_id: str, after: int) -> CommitEntry | None:
+        query = CommitQuery(session=session_id, since=str(after), newest_first=False)
+        return next(self._own(query, session_id), None)
+
+    def _last_commit(self, session_id: str, at: int) -> CommitEntry | None:
+        return next(self._own(CommitQuery(session=session_id, until=str(at)), session_id), None)
+
+    def _note(self, found: int, most: int, what: str, which: str = "") -> None:
+        if found > most:
+            self._left_out.append(f"{most:,} of {found:,} {what} {which}".rstrip())
+
+    # Executions
+
+    def _executions(self, session_id: str, first: int, last: int) -> tuple[ExecutionDetail, ...]:
+        """In the order in which they began, each before those that it called."""
+        most = self._bounds.executions
+        query = ExecutionQuery(session=session_id, children=False, since=str(first), until=str(last))
+        summaries = list(islice(self._own(query, session_id), most + 1))
+        if len(summaries) > most:
+            self._left_out.append(f"the newest {most:,} executions are here; there are older ones")
+        families = [self._source.execution(summary.execution_id) for summary in reversed(summaries[:most])]
+        found = [each for family in families for each in _with_children(family)]
+        # Those that a tool called may be many more than those that clients asked for.
+        self._note(len(found), 2 * most, "executions", "that others called are counted in")
+        return tuple(found[-2 * most :])
+
+    # Variables
+
+    def _variables(self, session: SessionEntry, first: int, last: int) -> tuple[VariableRow, ...]:
+        """Those that were there at the end, then those that were deleted before."""
+        most = self._bounds.versions
+        query = HistoryQuery(session=session.session_id, since=str(first), until=str(last))
+        history = [_light(entry) for entry in islice(self._own(query, session.session_id), most + 1)]
+        if len(history) > most:
+            # Whole commits only: what is before them is a state that there was.
+            first = history[most].sequence
+            history = [entry for entry in history if entry.sequence > first]
+            self._left_out.append(f"the newest {len(history):,} versions of variables are here; there are older ones")
+        versions: dict[str, list[HistoryEntry]] = {}
+        for entry in history:
+            versions.setdefault(entry.variable_id, []).append(entry)
+        before = {state.variable_id: state for state in self._beginning(session, first)}
+        after = {state.variable_id: state for state in self._state(session, last)}
+        gone = [variable_id for variable_id in (*before, *versions) if variable_id not in after]
+        order = [*sorted(after, key=lambda each: after[each].name), *dict.fromkeys(gone)]
+        self._note(len(order), self._bounds.variables, "variables")
+        return tuple(
+            self._row(versions.get(each, []), before.get(each), after.get(each))
+            for each in order[: self._bounds.variables]
+        )
+
+    def _beginning(self, session: SessionEntry, at: int) -> tuple[VariableState, ...]:
+        try:
+            return self._state(session, at)
+        except VersionPrunedError as error:
+            self._left_out.append(f"what the variables were at the beginning: {error}")
+            return ()
+
+    def _state(self, session: SessionEntry, at: int) -> tuple[VariableState, ...]:
+        if at < session.started_sequence:
+            return ()
+        if at == session.ended_sequence:
+            at -= 1
+        return self._source.state(session.session_id, str(at))
+
+    def _row(
+        self, versions: Sequence[HistoryEntry], before: VariableState | None, after: VariableState | None
+    ) -> VariableRow:
+        known: HistoryEntry | VariableState | None = after or before or (versions[0] if versions else None)
+        assert known is not None, "a variable was there, or has versions"
+        first: HistoryEntry | VariableState | None = before or (versions[-1] if versions else None)
+        most = self._bounds.versions_of_one
+        has_numbers = any(number_of(entry) is not None for entry in versions)
+        return VariableRow(
+            known.name,
+            known.type,
+            after,
+            first,
+            tuple(versions[:most]),
+            max(len(versions) - most, 0),
+            _change(before, first, after),
+            tuple(_compared(first, after)),
+            chart(list(reversed(versions))) if has_numbers else None,
+        )
+
+    # Lineage
+
+    def _lineage(self, session: SessionEntry, last: int, rows: Sequence[VariableRow]) -> Graph | None:
+        written = [row.state for row in rows if row.state is not None and row.state.execution_id is not None]
+        written.sort(key=lambda state: -state.sequence)
+        most = self._bounds.in_lineage
+        self._note(len(written), most, "variables", "that tools wrote have their lineage drawn")
+        found: dict[tuple[str, int], LineageNode] = {}
+        at = str(last - 1 if last == session.ended_sequence else last)
+        for state in written[:most]:
+            for node in self._source.blame(session.session_id, state.variable_id, at, _DEPTH):
+                key = (node.entry.variable_id, node.entry.version)
+                if key not in found or node.depth < found[key].depth:
+                    found[key] = node
+        return lineage(found.values()) if found else None
+
+
+def _light(entry: HistoryEntry) -> HistoryEntry:
+    """Without most of a large value: thousands of them are held at once."""
+    if entry.value is None or entry.value.size_bytes <= _LARGE_BYTES:
+        return entry
+    text = f"{entry.value.json[:_LARGE_BYTES]}… (of {entry.value.size_bytes:,} bytes)"
+    return replace(entry, value=Value(json.dumps(text)))
+
+
+def _with_children(execution: ExecutionDetail) -> Iterator[ExecutionDetail]:
+    yield execution
+    for child in execution.children:
+        yield from _with_children(child)
+
+
+def _change(
+    before: VariableState | None, first: HistoryEntry | VariableState | None, after: VariableState | None
+) -> str:
+    if after is None:
+        return "deleted"
+    if before is None:
+        return "added" if first is None or first.version == after.version else "added, then changed"
+    return "" if before.version == after.version else "changed"
+
+
+# Differences of texts
+
+_TOKEN: Final = re.compile(r"\s+|-?\d+(?:\.\d+)?|\w+|[^\w\s]")
+_MOST_TOKENS: Final = 1_500
+_LEAST_ALIKE: Final = 0.3
+
+
+def _compared(before: HistoryEntry | VariableState | None, after: VariableState | None) -> Iterable[Piece]:
+    if before is None or after is None or before.masked or after.masked or before.value == after.value:
+        return ()
+    return compare(clip(value_text(before.value), _LARGE_BYTES), clip(value_text(after.value), _LARGE_BYTES))
+
+
+def compare(before: str, after: str) -> list[Piece]:
+    """How one text became another, word by word; as a whole where little of it stayed."""
+    old, new = _TOKEN.findall(before), _TOKEN.findall(after)
+    matcher = SequenceMatcher(None, old, new, autojunk=False)
+    if max(len(old), len(new)) > _MOST_TOKENS or matcher.ratio() < _LEAST_ALIKE:
+        return [Piece("gone", before), Piece("new", after)]
+    pieces: list[Piece] = []
+    for kind, old_begin, old_end, new_begin, new_end in matcher.get_opcodes():
+        if kind == "equal":
+            pieces.append(Piece("same", "".join(old[old_begin:old_end])))
+            continue
+        pieces += [Piece("gone", "".join(old[old_begin:old_end]))] if old_end > old_begin else []
+        pieces += [Piece("new", "".join(new[new_begin:new_end]))] if new_end > new_begin else []
+    return pieces

@@ -1,0 +1,250 @@
+"""What the site tells of the views, and the questions that it answers with one click. SQL on promised views only."""
+
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+DATABASE: Final = "history"
+"""The name of the file in the site's addresses, whatever the file is called."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A promised view: its columns with what they mean."""
+
+    title: str
+    description: str
+    columns: Mapping[str, str]
+    facets: tuple[str, ...] = ()
+    newest_by: str = ""
+
+
+_VERSION: Final = {
+    "session_id": "the session's id, as its client named it",
+    "name": "the variable's name",
+    "variable_id": "the variable's id; a name that was deleted and registered again has another one",
+    "type": "the variable's type, such as float or string",
+    "version": "0 at registration, one more for each change",
+    "kind": "registered, set, rolled_back, deleted, lock_broken or published",
+    "source": "the side that the writer said it was on: python or elixir",
+    "value": "the value as JSON; NULL for a deletion and for a sensitive variable",
+    "number": "the value as a number, where it is one",
+    "binary_size_bytes": "how many bytes the value has beside its JSON, NULL without",
+    "sensitive": "1 if the variable's metadata says sensitive = true, else 0",
+}
+_COMMIT: Final = {
+    "sequence": "the number of the commit",
+    "created_at": "the time of the commit, UTC, ISO 8601 with microseconds",
+    "actor": "who wrote it",
+    "cause": "the rpc, or the id of the tool execution, that wrote it",
+    "execution_id": "the tool execution that wrote it, NULL where a client did",
+    "tool": "that execution's tool",
+}
+_EXECUTION: Final = {
+    "session_id": "the session's id",
+    "execution_id": "the execution's id",
+    "tool": "the tool's name",
+}
+
+VIEWS: Final[Mapping[str, View]] = {
+    "v_variable_history": View(
+        "Versions of variables",
+        "Every version that every variable ever had, and who made it.",
+        _VERSION | {"metadata": "what the writer said of this version, a JSON object or NULL"} | _COMMIT,
+        ("session_id", "name", "tool", "kind", "actor"),
+        "sequence",
+    ),
+    "v_current_variables": View(
+        "Current variables",
+        "What the variables of live sessions are now.",
+        _VERSION
+        | {
+            "constraints": "what values it may have, a JSON object; empty without",
+            "metadata": "the variable's metadata, a JSON object",
+        }
+        | _COMMIT,
+        ("session_id", "type", "tool"),
+        "sequence",
+    ),
+    "v_executions": View(
+        "Executions of tools",
+        "The journal: what ran, on what, and how it ended.",
+        _EXECUTION
+        | {
+            "status": "running, committed, failed, conflict, timed_out, cancelled, interrupted or aborted",
+            "attempt": "1, or more for one that repeats another after a conflict",
+            "parent_id": "the execution that called it, NULL where a client did",
+            "idempotency_key": "the key under which the client asked, or NULL",
+            "isolation": "serializable or snapshot",
+            "worker_id": "the worker that ran it, empty for the server itself",
+            "actor": "who asked for it",
+            "began_sequence": "the commit with which it began",
+            "began_at": "when it began, UTC",
+            "ended_sequence": "the commit with which it ended, NULL while it runs",
+            "ended_at": "when it ended, UTC",
+            "duration_us": "how long its code took, in microseconds",
+            "parameters": "its arguments, a JSON object of values, each with its json and, for bytes, binary (base64)",
+            "metadata": "the request's metadata, a JSON object",
+            "result": "what it gave back, as JSON",
+            "error_type": "the type of the error that its code raised",
+            "error": "that error's message, or why it ended without one",
+        },
+        ("session_id", "tool", "status", "actor"),
+        "began_sequence",
+    ),
+    "v_execution_reads": View(
+        "What executions read",
+        "On which versions each execution stood.",
+        _EXECUTION
+        | {
+            "asked": "the name or id that it asked for",
+            "name": "the variable's name, NULL if there was none",
+            "variable_id": "the variable's id",
+            "version": "the version that it found",
+        },
+        ("session_id", "tool", "name"),
+    ),
+    "v_execution_writes": View(
+        "What executions wrote",
+        "Which versions each execution made.",
+        _EXECUTION
+        | {
+            "name": "the variable's name",
+            "version": "the version that it made",
+            "published": "1 if it was written ahead of the execution's end, else 0",
+        },
+        ("session_id", "tool", "name"),
+    ),
+    "v_commits": View(
+        "Commits",
+        "Every acknowledged unit of change, in order, with its place in the chain of hashes.",
+        {
+            "sequence": "the commit's number, without gaps",
+            "session_id": "the session's id",
+            "actor": "who made it",
+            "cause": "the rpc, or the id of the tool execution, that made it",
+            "created_at": "when, UTC",
+            "hash": "SHA-256 over the commit before and this one's rows, hexadecimal",
+            "versions": "how many versions it has",
+            "events": "the kinds of its events, a JSON array",
+            "pruned": "1 if rows of it were pruned, else 0",
+        },
+        ("session_id", "actor"),
+        "sequence",
+    ),
+}
+
+REVEALED: Final = ("v_variable_history", "v_current_variables")
+"""The views with values, which are shown unmasked where that is wished."""
+
+QUERIES: Final[Mapping[str, Mapping[str, Any]]] = {
+    "who_changed": {
+        "title": "Who changed this variable?",
+        "description": "Its versions, newest first, each with its writer.",
+        "sql": """
+            select session_id, name, version, value, kind, coalesce(tool, actor) as writer, execution_id, created_at,
+                sequence, sensitive
+            from v_variable_history where session_id = :session and name = :variable order by sequence desc
+        """,
+    },
+    "went_wrong": {
+        "title": "Which executions went wrong?",
+        "description": "Failed, in conflict, timed out, cancelled, interrupted. An empty session asks for all.",
+        "sql": """
+            select session_id, execution_id, tool, status, attempt, error_type, error, duration_us / 1000.0 as took_ms,
+                began_at, actor
+            from v_executions
+            where status not in ('committed', 'running') and (:session = '' or session_id = :session)
+            order by began_sequence desc
+        """,
+    },
+    "read_and_wrote": {
+        "title": "What did this execution read and write?",
+        "description": "The versions on which it stood, and those that it made.",
+        "sql": """
+            select 'read' as did, session_id, name, version,
+                (select value from v_variable_history as seen
+                    where seen.variable_id = reads.variable_id and seen.version = reads.version) as value
+            from v_execution_reads as reads where execution_id = :execution
+            union all
+            select case when published then 'published' else 'wrote' end, writes.session_id, writes.name,
+                writes.version, made.value
+            from v_execution_writes as writes
+            join v_executions as executions on executions.execution_id = writes.execution_id
+            left join v_variable_history as made on made.session_id = writes.session_id and made.name = writes.name
+                and made.version = writes.version
+                and made.sequence between executions.began_sequence and executions.ended_sequence
+            where writes.execution_id = :execution
+        """,
+    },
+    "state_as_of": {
+        "title": "What was the state as of a time?",
+        "description": "The variables as they stood at a time such as 2026-03-01T12:00:00Z.",
+        "sql": """
+            select session_id, name, type, value, version, kind, coalesce(tool, actor) as writer, execution_id,
+                created_at, sensitive
+            from (
+                select *, row_number() over (partition by variable_id order by version desc) as place
+                from v_variable_history where session_id = :session and created_at <= :time
+            )
+            where place = 1 and kind <> 'deleted' order by name
+        """,
+    },
+    "stood_on": {
+        "title": "What stood on this variable?",
+        "description": "The executions that read it, newest first, and how they ended.",
+        "sql": """
+            select reads.session_id, reads.name, reads.version, reads.execution_id, reads.tool, executions.status,
+                executions.began_at
+            from v_execution_reads as reads
+            join v_executions as executions on executions.execution_id = reads.execution_id
+            where reads.session_id = :session and reads.name = :variable order by executions.began_sequence desc
+        """,
+    },
+    "slowest_tools": {
+        "title": "Which tools are the slowest?",
+        "description": "How long the executions of each tool took, in milliseconds.",
+        "sql": """
+            select tool, count(*) as executions, round(avg(duration_us) / 1000.0, 1) as mean_ms,
+                round(max(duration_us) / 1000.0, 1) as longest_ms, round(sum(duration_us) / 1000.0, 1) as all_ms
+            from v_executions where duration_us is not null group by tool order by mean_ms desc
+        """,
+    },
+    "most_conflicts": {
+        "title": "Where are the most conflicts?",
+        "description": "Executions that others got in the way of, by session and tool.",
+        "sql": """
+            select session_id, tool, sum(status = 'conflict') as conflicts, count(*) as executions,
+                round(100.0 * sum(status = 'conflict') / count(*), 1) as percent, max(attempt) as most_attempts
+            from v_executions group by session_id, tool having conflicts > 0 order by conflicts desc
+        """,
+    },
+}
+
+
+def _described(view: View) -> dict[str, Any]:
+    described = {
+        "title": view.title,
+        "description": view.description,
+        "columns": dict(view.columns),
+        "facets": list(view.facets),
+    }
+    return described | ({"sort_desc": view.newest_by} if view.newest_by else {})
+
+
+def _asked(query: Mapping[str, Any]) -> dict[str, Any]:
+    return {**query, "sql": textwrap.dedent(query["sql"]).strip(), "hide_sql": True}
+
+
+METADATA: Final = {
+    "title": "dspex-persist: history",
+    "databases": {
+        DATABASE: {
+            "title": "The history as tables",
+            "description": "Views that stay as they are, whatever becomes of the tables behind them.",
+            "tables": {name: _described(view) for name, view in VIEWS.items()},
+            "queries": {name: _asked(query) for name, query in QUERIES.items()},
+        }
+    },
+}

@@ -1,0 +1,102 @@
+"""The process that serves the website: one port of the loopback device, one Datasette, until a signal."""
+
+import errno
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import uvicorn
+from datasette.app import Datasette
+from datasette.database import Database
+from datasette.plugins import pm
+from datasette.utils.sqlite import sqlite3
+
+from dspex_persist.audit.web.questions import DATABASE, METADATA
+from dspex_persist.audit.web.site import Site
+from dspex_persist.infra.listen import ListenError
+from dspex_persist.state.audit import AuditSource
+
+_HOST: Final = "127.0.0.1"
+_LAST_ANSWERS_S: Final = 2
+_SETTINGS: Final = {
+    "allow_download": False,
+    "suggest_facets": False,
+    "sql_time_limit_ms": 5_000,
+    "facet_time_limit_ms": 2_000,
+    "default_facet_size": 10,
+    "truncate_cells_html": 200,
+    "num_sql_threads": 2,
+    "force_https_urls": False,
+}
+
+
+class _ReadOnlyFile(Database):  # type: ignore[misc]  # Datasette has no types
+    """The file, read beside a server that writes to it. Datasette's own address of it fails on a ? in the path."""
+
+    def connect(self, write: bool = False) -> Any:
+        address = f"{Path(self.path).resolve().as_uri()}?mode=ro"
+        connection = sqlite3.connect(address, uri=True, check_same_thread=False)
+        self._all_file_connections.append(connection)
+        return connection
+
+    async def foreign_keys_for_table(self, table: str) -> list[dict[str, str]]:
+        """None: Datasette fails on those that leave out the column that they mean, as ours do."""
+        return []
+
+    async def get_all_foreign_keys(self) -> dict[str, dict[str, list[object]]]:
+        """None, as above."""
+        return {table: {"incoming": [], "outgoing": []} for table in await self.table_names()}
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, when_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._when_ready = when_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._when_ready()
+
+
+def serve(path: Path, source: AuditSource, port: int, ready: Callable[[str], None]) -> None:
+    """See `serve_website`."""
+    with _listen(port) as listening:
+        url = f"http://{_HOST}:{listening.getsockname()[1]}/"
+        config = uvicorn.Config(
+            application(path, source),
+            log_level="warning",
+            access_log=False,
+            lifespan="on",
+            timeout_graceful_shutdown=_LAST_ANSWERS_S,
+        )
+        # The server ends at these by itself, and then raises them again, which is to end nothing.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
+        _Server(config, lambda: ready(url)).run([listening])
+
+
+def _listen(port: int) -> socket.socket:
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((_HOST, port))
+    except (OSError, OverflowError) as error:
+        listening.close()
+        number = error.errno if isinstance(error, OSError) else errno.EINVAL
+        raise ListenError(f"{_HOST}:{port}", os.strerror(number or errno.EINVAL).lower()) from error
+    return listening
+
+
+def application(path: Path, source: AuditSource) -> Any:
+    """The site as an ASGI application; one for each process, as Datasette's plugins are."""
+    # Else it prints each error with the values of all variables, which are users' values.
+    pm.get_plugin("datasette.handle_exception").rich = None
+    datasette = Datasette(metadata=METADATA, settings=_SETTINGS)
+    datasette.remove_database("_memory")
+    datasette.add_database(_ReadOnlyFile(datasette, str(path)), name=DATABASE)
+    pm.register(Site(source))
+    return datasette.app()

@@ -1,0 +1,229 @@
+"""What makes a site of Datasette: who may see what, links from cells to pages, and the pages themselves."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final
+from urllib.parse import urlencode
+
+from datasette.utils.asgi import Response
+from markupsafe import Markup
+from pluggy import HookimplMarker
+
+from dspex_persist.audit.drawing import MASKED, Links, render_template
+from dspex_persist.audit.pictures import chart, lineage
+from dspex_persist.audit.report import gather
+from dspex_persist.audit.web.questions import DATABASE, QUERIES, REVEALED, VIEWS
+from dspex_persist.state.audit import AuditSource, HistoryEntry, HistoryQuery, LineageNode, SessionQuery
+from dspex_persist.state.errors import StateError
+from dspex_persist.state.model import ChangeKind
+
+hookimpl = HookimplMarker("datasette")
+
+_SESSIONS: Final = 200
+_VERSIONS: Final = 300
+_DEPTH: Final = 2
+_LARGE: Final = (1_080, 260)
+_LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "[::1]"})
+_STYLE: Final = "/-/dspex-persist.css"
+_App = Callable[[Mapping[str, Any], Any, Any], Awaitable[None]]
+
+
+def _address(page: str, **parts: str) -> str:
+    return f"/{page}?{urlencode(parts, errors='replace')}"
+
+
+LINKS: Final = Links(
+    lambda session: _address("session", id=session),
+    lambda session, name: _address("variable", session=session, name=name),
+    lambda execution_id: _address("execution", id=execution_id),
+)
+
+
+class Site:
+    """A Datasette plugin."""
+
+    __name__ = "dspex_persist.audit.web"
+    """Datasette asks every plugin for it: most are modules."""
+
+    def __init__(self, source: AuditSource) -> None:
+        self._source = source
+
+    # Who may see what
+
+    @hookimpl(trylast=True)
+    def permission_allowed(self, action: str, resource: Any) -> bool | None:
+        """The views are for everybody; tables, and SQL of one's own, hold sensitive values unmasked.
+
+        Called last, and the last that says something decides.
+        """
+        if action == "view-table":
+            database, table = resource
+            return database == DATABASE and (self._source.reveal or table in VIEWS)
+        if action == "execute-sql":
+            return self._source.reveal and resource == DATABASE
+        return False if action == "view-database-download" else None
+
+    @hookimpl
+    def asgi_wrapper(self) -> Callable[[_App], _App]:
+        """Refuse what comes under another name: a page of somebody else's that has its name lead to this machine."""
+
+        def wrap(app: _App) -> _App:
+            async def guarded(scope: Mapping[str, Any], receive: Any, send: Any) -> None:
+                if scope["type"] == "http" and not _is_local(scope["headers"]):
+                    answer = Response.text("this site answers to 127.0.0.1 and localhost only", status=403)
+                    await answer.asgi_send(send)
+                else:
+                    await app(scope, receive, send)
+
+            return guarded
+
+        return wrap
+
+    @hookimpl
+    def prepare_connection(self, conn: Any, database: str) -> None:
+        """Where sensitive values are to be shown, put views that show them before those that mask them."""
+        if self._source.reveal and database == DATABASE:
+            for view in REVEALED:
+                columns = [row[1] for row in conn.execute(f"PRAGMA main.table_info({view})")]
+                conn.execute(_revealing(view, columns))
+
+    # Datasette's own pages
+
+    @hookimpl
+    def extra_css_urls(self) -> list[str]:
+        """Its pages in the dark, too."""
+        return [_STYLE]
+
+    @hookimpl
+    def render_cell(self, row: Any, value: Any, column: str) -> Markup | None:
+        """Names and ids as links, and what is kept back as such."""
+        found = {key: row[key] for key in row.keys()}  # noqa: SIM118 - rows of SQLite are no mappings
+        if column == "value" and value is None and found.get("sensitive"):
+            return Markup('<span title="the value of a sensitive variable">{}</span>').format(MASKED)
+        url = _page_of(column, value, found)
+        return Markup('<a href="{}">{}</a>').format(url, value) if url else None
+
+    @hookimpl
+    def register_routes(self) -> list[tuple[str, Any]]:
+        """Pages of our own."""
+        return [
+            (r"^/$", self._home),
+            (r"^/session$", self._session),
+            (r"^/variable$", self._variable),
+            (r"^/execution$", self._execution),
+            (rf"^{_STYLE}$", self._style),
+        ]
+
+    # Pages. What reads the file does so on a thread, beside the loop.
+
+    async def _home(self) -> Any:
+        return await _page(self._home_text)
+
+    async def _session(self, request: Any) -> Any:
+        return await _page(self._session_text, request.args.get("id") or "")
+
+    async def _variable(self, request: Any) -> Any:
+        return await _page(self._variable_text, request.args.get("session") or "", request.args.get("name") or "")
+
+    async def _execution(self, request: Any) -> Any:
+        return await _page(self._execution_text, request.args.get("id") or "")
+
+    async def _style(self) -> Any:
+        return Response(render_template("datasette.css"), content_type="text/css; charset=utf-8")
+
+    def _home_text(self) -> str:
+        asked = [(f"/{DATABASE}/{name}", query["title"], query["description"]) for name, query in QUERIES.items()]
+        sessions = list(self._source.iterate(SessionQuery(limit=_SESSIONS + 1)))
+        return render_template(
+            "web_home.html",
+            LINKS,
+            sessions=sessions[:_SESSIONS],
+            has_more=len(sessions) > _SESSIONS,
+            views=[(f"/{DATABASE}/{name}", view.title, view.description) for name, view in VIEWS.items()],
+            questions=asked,
+        )
+
+    def _session_text(self, session: str) -> str:
+        report = gather(self._source, session)
+        tables = [(title, _filtered(view, session_id=session)) for title, view in _TABLES_OF_A_SESSION]
+        return render_template("web_session.html", LINKS, report=report, tables=tables)
+
+    def _variable_text(self, session: str, name: str) -> str:
+        query = HistoryQuery(session=session, variable=name, limit=_VERSIONS + 1)
+        entries = list(self._source.iterate(query))
+        shown = entries[:_VERSIONS]
+        return render_template(
+            "web_variable.html",
+            LINKS,
+            session=session,
+            name=name,
+            entries=shown,
+            has_more=len(entries) > _VERSIONS,
+            chart=chart(shown[::-1], *_LARGE),
+            lineage=lineage(found) if (found := self._blame(session, shown)) else None,
+            table=_filtered("v_variable_history", session_id=session, name=name),
+        )
+
+    def _blame(self, session: str, entries: Sequence[HistoryEntry]) -> tuple[LineageNode, ...]:
+        """What the newest version stands on."""
+        newest = entries[0] if entries else None
+        if newest is None or newest.execution_id is None or newest.kind is ChangeKind.DELETED:
+            return ()
+        return self._source.blame(session, newest.variable_id, str(newest.sequence), _DEPTH)
+
+    def _execution_text(self, execution_id: str) -> str:
+        return render_template("web_execution.html", LINKS, one=self._source.execution(execution_id))
+
+
+_TABLES_OF_A_SESSION: Final = (
+    ("all versions", "v_variable_history"),
+    ("all executions", "v_executions"),
+    ("all commits", "v_commits"),
+)
+
+
+def _filtered(view: str, **conditions: str) -> str:
+    exact = {f"{column}__exact": wanted for column, wanted in conditions.items()}
+    return f"/{DATABASE}/{view}?{urlencode(exact, errors='replace')}"
+
+
+async def _page(text: Callable[..., str], *parts: str) -> Any:
+    try:
+        return Response.html(await asyncio.to_thread(text, *parts))
+    except StateError as error:
+        return Response.html(render_template("web_sorry.html", sentence=str(error)), status=404)
+
+
+def _is_local(headers: Sequence[tuple[bytes, bytes]]) -> bool:
+    host = next((text.decode("latin-1") for name, text in headers if name == b"host"), "")
+    return host.lower().rpartition(":")[0] in _LOOPBACK or host.lower() in _LOOPBACK
+
+
+def _page_of(column: str, value: Any, row: Mapping[str, Any]) -> str:
+    """Where a cell leads to; "" where it leads nowhere."""
+    if not isinstance(value, str) or not value:
+        return ""
+    if column == "session_id":
+        return LINKS.session(value)
+    if column in ("execution_id", "parent_id") or (column == "cause" and value.startswith("exec_")):
+        return LINKS.execution(value)
+    if column == "name" and isinstance(session := row.get("session_id"), str):
+        return LINKS.variable(session, value)
+    return ""
+
+
+def _revealing(view: str, columns: Sequence[str]) -> str:
+    """The statement for a view of the same name and columns that masks nothing. It goes before the file's."""
+    shown = {
+        "value": "coalesce(stored.value, CAST(contents.content AS TEXT)) AS value",
+        "number": "stored.number AS number",
+    }
+    return f"""
+        CREATE TEMP VIEW {view} AS
+        SELECT {", ".join(shown.get(column, f"masking.{column}") for column in columns)}
+        FROM main.{view} AS masking
+        JOIN main.variables AS owner ON owner.variable_id = masking.variable_id
+        JOIN main.versions AS stored ON stored.variable_key = owner.variable_key
+            AND stored.version = masking.version AND stored.sequence = masking.sequence
+        LEFT JOIN main.blobs AS contents ON contents.blob_key = stored.value_blob
+    """

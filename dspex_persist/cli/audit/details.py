@@ -1,0 +1,137 @@
+"""One execution in full, for people."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from dspex_persist.audit import AuditSource, ExecutionDetail, HistoryEntry, ReadEntry
+from dspex_persist.cli.audit.look import (
+    STYLES,
+    Look,
+    duration_text,
+    json_text,
+    plain,
+    shortened,
+    value_text,
+)
+from dspex_persist.cli.audit.tables import entries_text
+from dspex_persist.state.errors import VersionNotFoundError
+from dspex_persist.state.model import LogEntry
+
+
+def show_execution(source: AuditSource, detail: ExecutionDetail, look: Look) -> None:
+    """Print it, with all that it called."""
+    look.print(_tree(detail, _Changes(source, detail.history), look))
+
+
+class _Changes:
+    """What an execution and those that it called changed, each with what was there before."""
+
+    def __init__(self, source: AuditSource, history: Iterable[HistoryEntry]) -> None:
+        self._source = source
+        self._entries: dict[tuple[str, int], list[HistoryEntry]] = {}
+        for entry in history:
+            self._entries.setdefault((entry.name, entry.version), []).append(entry)
+
+    def lines(self, changes: Iterable[tuple[str, int]]) -> Iterator[str]:
+        """One line a change. Of a name that was given twice there may be two of the same version."""
+        for change in dict.fromkeys(changes):
+            if change not in self._entries:
+                yield f"{plain(change[0])}: version {change[1]} is pruned"
+            for entry in self._entries.get(change, ()):
+                what = f"{self._before(entry)} → {value_text(entry.value, entry.masked)}"
+                told = f", {entries_text(entry.metadata)}" if entry.metadata else ""
+                yield f"{plain(entry.name)}: {what}  (version {entry.version}, {entry.kind.value}{told})"
+
+    def _before(self, entry: HistoryEntry) -> str:
+        if entry.version == 0:
+            return "not there"
+        try:
+            before = self._source.version(entry.session_id, entry.variable_id, entry.version - 1)
+        except VersionNotFoundError:
+            return "pruned"
+        return value_text(before.value, before.masked)
+
+
+def _tree(detail: ExecutionDetail, changes: _Changes, look: Look) -> Any:
+    from rich.text import Text
+    from rich.tree import Tree
+
+    summary = detail.summary
+    title = Text.assemble(
+        (plain(summary.tool), "bold"),
+        f"  {summary.execution_id}  ",
+        (summary.status.value, STYLES.get(summary.status, "")),
+        f"  {duration_text(summary.duration_us)}" if summary.duration_us is not None else "",
+    )
+    tree = Tree(title, guide_style="dim")
+    for heading, lines in _sections(detail, changes, look):
+        shown = list(lines)
+        if shown:
+            branch = tree.add(Text(heading, "bold"))
+            for line in shown:
+                branch.add(Text(line))
+    if detail.children:
+        branch = tree.add(Text("called", "bold"))
+        for child in detail.children:
+            branch.add(_tree(child, changes, look))
+    return tree
+
+
+def _sections(detail: ExecutionDetail, changes: _Changes, look: Look) -> Iterator[tuple[str, Iterable[str]]]:
+    yield "when and who", _facts(detail, look)
+    yield "parameters", (f"{plain(name)} = {value_text(value)}" for name, value in detail.parameters.items())
+    yield "metadata", _entries(detail.metadata)
+    yield "read", (*map(_read, detail.reads), *(f"all of {plain(pattern)}" for pattern in detail.patterns))
+    yield "wrote", changes.lines(detail.writes)
+    yield "published", changes.lines(detail.published)
+    yield "logged", (_logged(entry, look) for entry in detail.log)
+    yield "drew", (_drawn(name, drawn) for name, drawn in detail.recorded.items() if drawn)
+    yield "conflicts", map(str, detail.conflicts)
+    yield "result", () if detail.result is None else (value_text(detail.result),)
+    yield "error", _error(detail)
+
+
+def _facts(detail: ExecutionDetail, look: Look) -> Iterator[str]:
+    summary = detail.summary
+    yield f"session {plain(summary.session_id)}, by {plain(summary.actor)}, {detail.isolation or 'isolation unknown'}"
+    yield f"began {look.full_time(summary.began_at)}, commit {summary.began_sequence}"
+    if summary.ended_sequence is not None:
+        yield f"ended {look.full_time(summary.ended_at)}, commit {summary.ended_sequence}"
+    if len(detail.attempts) > 1:
+        told = (f"{each} (this one)" if each == summary.execution_id else each for each in detail.attempts)
+        yield f"attempt {summary.attempt} of {len(detail.attempts)}: {', '.join(told)}"
+    if summary.parent_id is not None:
+        yield f"called by {summary.parent_id}"
+    if summary.idempotency_key is not None:
+        yield f"idempotency key {plain(summary.idempotency_key)}"
+    if summary.worker_id:
+        yield f"run by worker {plain(summary.worker_id)}"
+
+
+def _entries(entries: Mapping[str, str]) -> Iterator[str]:
+    return (f"{plain(key)} = {plain(text)}" for key, text in entries.items())
+
+
+def _read(read: ReadEntry) -> str:
+    if read.version is None:
+        return f"{plain(read.asked)}: not there"
+    by_id = f" (asked for as {plain(read.asked)})" if read.asked != read.name else ""
+    return f"{plain(read.name or '')}: version {read.version}{by_id}"
+
+
+def _logged(entry: LogEntry, look: Look) -> str:
+    fields = "".join(f"  {plain(name)}={json_text(stated)}" for name, stated in entry.fields.items())
+    return f"{look.time(entry.at)}  {plain(shortened(entry.message))}{fields}"
+
+
+def _drawn(name: str, drawn: Any) -> str:
+    return f"{plain(name)}: {len(drawn):,}" if isinstance(drawn, list) else f"{plain(name)}: {json.dumps(drawn)}"
+
+
+def _error(detail: ExecutionDetail) -> Iterator[str]:
+    if detail.failure is not None:
+        yield plain(f"{detail.failure.type}: {shortened(detail.failure.message)}")
+        yield "\n".join(map(plain, detail.failure.traceback.rstrip().split("\n")))
+    elif detail.reason:
+        yield plain(detail.reason)

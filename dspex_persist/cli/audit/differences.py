@@ -1,0 +1,76 @@
+"""The difference between two points, for people: - what was, + what is."""
+
+import json
+from collections.abc import Iterator, Sequence
+from difflib import unified_diff
+from typing import Any, Final
+
+from dspex_persist.audit import Difference, DifferenceKind, VariableState
+from dspex_persist.cli.audit.look import Look, plain, value_text
+from dspex_persist.cli.audit.tables import author
+
+_LONG: Final = 60
+_MOST_LINES: Final = 2_000
+_STYLES: Final = {"-": "red", "+": "green", "@": "cyan"}
+
+
+def show_differences(differences: Sequence[Difference], look: Look) -> None:
+    """Print one block a variable."""
+    from rich.text import Text
+
+    for difference in differences:
+        look.print(Text(_title(difference), "bold"))
+        for line in _lines(difference):
+            look.print(Text(line, _STYLES.get(line[0], "")))
+
+
+def _title(difference: Difference) -> str:
+    name = plain(difference.name)
+    before, after = difference.before, difference.after
+    match difference.kind:
+        case DifferenceKind.ADDED:
+            return f"{name} (added, {_author(after)})"
+        case DifferenceKind.REMOVED:
+            return f"{name} (removed, was {_version(before)})"
+        case DifferenceKind.REPLACED:
+            return f"{name} (another one under this name, {_author(after)})"
+    return f"{name} ({_version(before)} → {_author(after)})"
+
+
+def _version(state: VariableState | None) -> str:
+    assert state is not None, "its kind says that there is one"
+    return f"v{state.version}"
+
+
+def _author(state: VariableState | None) -> str:
+    assert state is not None, "its kind says that there is one"
+    return f"v{state.version} by {author(state)}, commit {state.sequence}"
+
+
+def _lines(difference: Difference) -> Iterator[str]:
+    before, after = _text_lines(difference.before), _text_lines(difference.after)
+    if len(before) <= 1 and len(after) <= 1:
+        yield from (f"- {line}" for line in before)
+        yield from (f"+ {line}" for line in after)
+        return
+    # Without the two lines that would name files.
+    compared = list(unified_diff(before, after, n=2, lineterm=""))[2:]
+    for line in compared:
+        yield line if line.startswith("@") else f"{line[0]} {line[1:]}"
+
+
+def _text_lines(state: VariableState | None) -> list[str]:
+    """A value as lines that can be compared: those of a text, or those of long JSON."""
+    if state is None:
+        return []
+    if state.value is None or state.value.binary is not None or len(state.value.json) <= _LONG:
+        return [value_text(state.value, state.masked)]
+    stated: Any = json.loads(state.value.json)
+    if isinstance(stated, str) and "\n" not in stated:
+        return [value_text(state.value)]
+    lines = (
+        stated.split("\n") if isinstance(stated, str) else json.dumps(stated, indent=2, ensure_ascii=False).split("\n")
+    )
+    if len(lines) > _MOST_LINES:
+        return [value_text(state.value)]
+    return [plain(line[:_MOST_LINES]) for line in lines]

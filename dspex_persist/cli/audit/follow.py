@@ -1,0 +1,110 @@
+"""Rows as they come: the log is looked at again and again, beside the server that writes it, until Ctrl-C."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from dspex_persist.audit import AuditSource, ExecutionQuery, ExecutionSummary, Query
+from dspex_persist.errors import DspexError
+from dspex_persist.state.errors import InvalidArgumentError
+from dspex_persist.state.model import ExecutionStatus
+
+if TYPE_CHECKING:
+    from dspex_persist.cli.audit.forms import Printer
+
+T = TypeVar("T")
+
+_POLL_S: Final = 0.2
+
+
+def follow_rows(source: AuditSource, query: Query[T], printer: "Printer[T]", most: int) -> None:
+    """Print the newest `most` rows (0: all), oldest first, then what comes."""
+    with suppress(KeyboardInterrupt):
+        seen = source.head()
+        printer.print(_past(source, query, seen, most))
+        for new in _news(source, seen):
+            printer.print(_between(source, query, *new))
+
+
+def follow_executions(
+    source: AuditSource, query: ExecutionQuery, printer: "Printer[ExecutionSummary]", most: int
+) -> None:
+    """The same for executions. One that runs when it is printed is printed again when it has ended."""
+    # One that runs may end with any status.
+    every = replace(query, status=None)
+    with suppress(KeyboardInterrupt):
+        seen = source.head()
+        running = {each.began_sequence for each in source.iterate(_running(query, seen))}
+        printer.print(_without_ended(_past(source, query, seen, most), running))
+        for new in _news(source, seen):
+            ended = [each for began in sorted(running) if (each := _ended(source, began)) is not None]
+            running -= {each.began_sequence for each in ended}
+            begun = list(_between(source, every, *new))
+            running |= {each.began_sequence for each in begun if each.status is ExecutionStatus.RUNNING}
+            printer.print(each for each in (*ended, *begun) if query.status in (None, each.status))
+
+
+def refuse_end(query: Query[T]) -> None:
+    """What is followed has no end."""
+    if query.until:
+        raise InvalidArgumentError("until", "--follow goes on for ever: leave --until out")
+
+
+def _past(source: AuditSource, query: Query[T], head: int, most: int) -> Iterable[T]:
+    past = replace(query, until=str(head), newest_first=bool(most), limit=most)
+    return reversed(list(source.iterate(past))) if most else source.iterate(past)
+
+
+def _between(source: AuditSource, query: Query[T], after: int, head: int) -> Iterator[T]:
+    return source.iterate(replace(query, since=str(after), until=str(head), newest_first=False, limit=0))
+
+
+def _running(query: ExecutionQuery, head: int) -> ExecutionQuery:
+    return replace(query, status=ExecutionStatus.RUNNING, until=str(head), limit=0)
+
+
+def _without_ended(rows: Iterable[ExecutionSummary], running: set[int]) -> Iterator[ExecutionSummary]:
+    """The rows; those that have ended since they were looked for do not count as running."""
+    for row in rows:
+        if row.status is not ExecutionStatus.RUNNING:
+            running.discard(row.began_sequence)
+        yield row
+
+
+def _ended(source: AuditSource, began: int) -> ExecutionSummary | None:
+    """The execution that this commit began, once it has ended."""
+    (found,) = source.page(ExecutionQuery(since=str(began - 1), until=str(began))).rows
+    return None if found.status is ExecutionStatus.RUNNING else found
+
+
+def _news(source: AuditSource, seen: int) -> Iterator[tuple[int, int]]:
+    """The commits that are new, each time that there are some: after the first, up to and with the second."""
+    patient = _patient(source.head)
+    while True:
+        head = patient()
+        if head > seen:
+            yield seen, head
+            seen = head
+        time.sleep(_POLL_S)
+
+
+def _patient(question: Callable[[], int]) -> Callable[[], int]:
+    """Asks again where the server, or the file, cannot be read just now."""
+
+    def asked() -> int:
+        is_told = False
+        while True:
+            try:
+                return question()
+            except DspexError as error:
+                if not error.retryable:
+                    raise
+                if not is_told:
+                    print(f"waiting: {error}", file=sys.stderr)
+                is_told = True
+                time.sleep(_POLL_S)
+
+    return asked

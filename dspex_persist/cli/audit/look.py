@@ -1,0 +1,199 @@
+"""How a person sees answers: times in a zone, values on one line, columns as wide as the terminal allows."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any, Final, Generic, TypeVar
+
+from dspex_persist.cli.output import new_console
+from dspex_persist.state.model import ChangeKind, ExecutionStatus, Value
+
+T = TypeVar("T")
+
+MASK: Final = "•••"
+ABSENT: Final = "—"
+_SHOWN: Final = 2_000
+"""Characters of a text that a person is shown; --json has all of it."""
+_GAP: Final = 2
+_BLOCK: Final = 200
+_NARROW: Final = 120
+
+STYLES: Final = {
+    ChangeKind.REGISTERED: "green",
+    ChangeKind.DELETED: "red",
+    ChangeKind.ROLLED_BACK: "yellow",
+    ChangeKind.PUBLISHED: "cyan",
+    ExecutionStatus.COMMITTED: "green",
+    ExecutionStatus.RUNNING: "cyan",
+    ExecutionStatus.CONFLICT: "yellow",
+    ExecutionStatus.FAILED: "red",
+    ExecutionStatus.TIMED_OUT: "red",
+    ExecutionStatus.INTERRUPTED: "red",
+}
+
+
+class Look:
+    """The terminal, and how times are told on it."""
+
+    def __init__(self, is_utc: bool) -> None:
+        self.console = new_console(soft_wrap=False)
+        self.is_narrow = self.console.width < _NARROW
+        self._zone = UTC if is_utc else None
+        self._format, self.time_width = ("%m-%d %H:%M:%S", 14) if self.is_narrow else ("%Y-%m-%d %H:%M:%S", 19)
+
+    def time(self, moment: datetime | None) -> str:
+        """A time; without its year where there is little room."""
+        if moment is None:
+            return ABSENT
+        return moment.astimezone(self._zone).strftime(self._format)
+
+    def full_time(self, moment: datetime | None) -> str:
+        """A time to the millisecond, with its zone."""
+        if moment is None:
+            return ABSENT
+        local = moment.astimezone(self._zone)
+        return f"{local:%Y-%m-%d %H:%M:%S}.{local.microsecond // 1_000:03d} {local:%Z}"
+
+    def print(self, *parts: Any) -> None:
+        """Print it now: somebody may be waiting for the line."""
+        for part in parts:
+            self.console.print(part)
+        sys.stdout.flush()
+
+    def print_lines(self, lines: Sequence[Any]) -> None:
+        """Print lines that are as wide as they may be: nothing goes on below where there is no room for them."""
+        from rich.text import Text
+
+        self.console.print(Text("\n").join(lines), no_wrap=True, overflow="ellipsis")
+        sys.stdout.flush()
+
+
+def shortened(text: str, most: int = _SHOWN) -> str:
+    """So much of it as a person wants to see."""
+    return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} more characters: --json)"
+
+
+def plain(text: str) -> str:
+    """A text of somebody else's on one line, without escapes that a terminal would obey."""
+    return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
+def value_text(value: Value | None, masked: bool = False) -> str:
+    """A value as its JSON; what is kept back as dots, what is not there as a dash."""
+    if masked:
+        return MASK
+    if value is None:
+        return ABSENT
+    text = plain(shortened(value.json))
+    return text if value.binary is None else f"{text} + {len(value.binary):,} bytes"
+
+
+def json_text(stated: Any) -> str:
+    """Anything as JSON on one line."""
+    return plain(shortened(json.dumps(stated, ensure_ascii=False)))
+
+
+def short_id(execution_id: str) -> str:
+    """As much of an execution's id as names it: the commit that began it."""
+    return "_".join(execution_id.split("_")[:2])
+
+
+def duration_text(duration_us: int | None) -> str:
+    """How long something took."""
+    if duration_us is None:
+        return ABSENT
+    if duration_us < 1_000_000:
+        return f"{duration_us / 1_000:.1f} ms"
+    seconds = duration_us / 1_000_000
+    return f"{seconds:.1f} s" if seconds < 100 else f"{int(seconds) // 60} min {int(seconds) % 60} s"
+
+
+# Tables
+
+
+@dataclass(frozen=True, slots=True)
+class Column(Generic[T]):
+    """A column: its title, the text of a row in it, the style of that, and the width below which it is not squeezed."""
+
+    title: str
+    text: Callable[[T], str]
+    least: int = 6
+    most: int = 40
+    right: bool = False
+    style: Callable[[T], str] = lambda _row: ""
+
+
+class Table(Generic[T]):
+    """Rows printed block by block, so that no number of them is too large.
+
+    The first block says how wide the columns are; one that needs more room begins anew, with a header.
+    """
+
+    def __init__(self, look: Look, columns: Sequence[Column[T]]) -> None:
+        self._look = look
+        self._columns = columns
+        self._wanted = [0] * len(columns)
+        self._widths: list[int] = []
+
+    def print(self, rows: Iterable[T]) -> None:
+        """Print these rows below those before."""
+        each = iter(rows)
+        while block := list(islice(each, _BLOCK)):
+            # Cut here too: to measure a long text costs more than all else.
+            texts = [[column.text(row)[: column.most + 1] for column in self._columns] for row in block]
+            self._print_block(texts, block)
+
+    def _print_block(self, texts: list[list[str]], rows: Sequence[T]) -> None:
+        from rich.text import Text
+
+        lines = [] if self._fits(texts) else list(self._header())
+        for row, cells in zip(rows, texts, strict=True):
+            styles = [column.style(row) for column in self._columns]
+            lines.append(self._line(Text(cell, style) for cell, style in zip(cells, styles, strict=True)))
+        self._look.print_lines(lines)
+
+    def _fits(self, texts: list[list[str]]) -> bool:
+        """Whether the widths will do; if not, there are new ones."""
+        from rich.cells import cell_len
+
+        needed = [
+            max(cell_len(column.title), min(column.most, max(map(cell_len, cells))))
+            for column, cells in zip(self._columns, zip(*texts, strict=True), strict=True)
+        ]
+        self._wanted = [max(pair) for pair in zip(needed, self._wanted, strict=True)]
+        room = self._look.console.width - _GAP * (len(self._columns) - 1)
+        before, self._widths = self._widths, squeezed(self._wanted, [each.least for each in self._columns], room)
+        return before == self._widths
+
+    def _header(self) -> "Iterator[Any]":
+        from rich.text import Text
+
+        yield self._line(Text(column.title, "bold") for column in self._columns)
+        yield Text("─" * (sum(self._widths) + _GAP * (len(self._widths) - 1)))
+
+    def _line(self, cells: "Iterable[Any]") -> Any:
+        from rich.text import Text
+
+        line = Text()
+        for column, cell, width in zip(self._columns, cells, self._widths, strict=True):
+            if line:
+                line.append(" " * _GAP)
+            cell.truncate(width, overflow="ellipsis")
+            cell.align("right" if column.right else "left", width)
+            line.append_text(cell)
+        line.rstrip()
+        return line
+
+
+def squeezed(wanted: Sequence[int], least: Sequence[int], room: int) -> list[int]:
+    """Widths that fit, if they can: the widest give way first, none below its least."""
+    widths = list(wanted)
+    while sum(widths) > room:
+        soft = [(width, which) for which, width in enumerate(widths) if width > least[which]]
+        if not soft:
+            break
+        widths[max(soft)[1]] -= 1
+    return widths

@@ -1,0 +1,178 @@
+"""The options that questions have in common, as the command line takes them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dspex_persist.state.model import ChangeKind, ExecutionStatus, Source
+
+if TYPE_CHECKING:
+    from dspex_persist.state.audit import Predicate
+
+_PLACE, _FORM, _FILTER = "Where", "How it is printed", "What is asked for"
+_POINT = "a commit's number, an execution's id, a time, an age such as 2h, or now"
+
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        metavar="ADDRESS",
+        show_default=False,
+        rich_help_panel=_PLACE,
+        help="Ask the server there instead of a file: HOST:PORT or unix:PATH.",
+    ),
+]
+
+Json = Annotated[
+    bool, typer.Option("--json", rich_help_panel=_FORM, help="JSON Lines: one object a row, nothing shortened.")
+]
+Csv = Annotated[bool, typer.Option("--csv", rich_help_panel=_FORM, help="CSV with a header; what is nested is JSON.")]
+Utc = Annotated[
+    bool, typer.Option("--utc", rich_help_panel=_FORM, help="Times in tables in UTC, not in the local zone.")
+]
+Reveal = Annotated[
+    bool,
+    typer.Option("--reveal", rich_help_panel=_FORM, help="Show the values of sensitive variables, masked otherwise."),
+]
+Follow = Annotated[
+    bool,
+    typer.Option("--follow", rich_help_panel=_FORM, help="Go on with what comes, oldest first, until Ctrl-C."),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        "--limit",
+        min=0,
+        metavar="ROWS",
+        show_default=False,
+        rich_help_panel=_FORM,
+        help="At most so many; 0: all. [dim](50 in a table, 10 before --follow goes on, else all)[/dim]",
+    ),
+]
+OldestFirst = Annotated[
+    bool, typer.Option("--oldest-first", rich_help_panel=_FORM, help="The other way round than newest first.")
+]
+
+Since = Annotated[
+    str,
+    typer.Option("--since", metavar="POINT", show_default=False, rich_help_panel=_FILTER, help=f"After {_POINT}."),
+]
+Until = Annotated[
+    str,
+    typer.Option(
+        "--until",
+        metavar="POINT",
+        show_default=False,
+        rich_help_panel=_FILTER,
+        help=f"Up to and with {_POINT}; with ^ behind it: up to right before it.",
+    ),
+]
+Type = Annotated[
+    str,
+    typer.Option(
+        "--type", metavar="TYPE", show_default=False, rich_help_panel=_FILTER, help="Variables of this type: float, ..."
+    ),
+]
+Kind = Annotated[
+    ChangeKind | None,
+    typer.Option("--kind", show_default=False, rich_help_panel=_FILTER, help="What made the version."),
+]
+Actor = Annotated[
+    str, typer.Option("--actor", metavar="NAME", show_default=False, rich_help_panel=_FILTER, help="Who did it.")
+]
+From = Annotated[
+    Source | None,
+    typer.Option("--source", show_default=False, rich_help_panel=_FILTER, help="Which side wrote it."),
+]
+Tool = Annotated[
+    str,
+    typer.Option("--tool", metavar="NAME", show_default=False, rich_help_panel=_FILTER, help="In which tool."),
+]
+Status = Annotated[
+    ExecutionStatus | None,
+    typer.Option("--status", show_default=False, rich_help_panel=_FILTER, help="How the execution stands."),
+]
+Execution = Annotated[
+    str,
+    typer.Option(
+        "--execution",
+        metavar="ID",
+        show_default=False,
+        rich_help_panel=_FILTER,
+        help="What this execution, and those that it called, wrote and published; exec_12 is enough of an id.",
+    ),
+]
+Cause = Annotated[
+    str,
+    typer.Option(
+        "--cause",
+        metavar="NAME",
+        show_default=False,
+        rich_help_panel=_FILTER,
+        help="Through what: SetVariable, an execution's id, ...",
+    ),
+]
+Meta = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--meta",
+        metavar="KEY=VALUE",
+        show_default=False,
+        rich_help_panel=_FILTER,
+        help="Whose metadata says so; may be repeated.",
+    ),
+]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--where",
+        metavar="CONDITION",
+        show_default=False,
+        rich_help_panel=_FILTER,
+        help="Whose value fulfils it: '< 0.5', '= on', '!= 3', 'contains text'; may be repeated.",
+    ),
+]
+Key = Annotated[
+    str,
+    typer.Option(
+        "--key", metavar="KEY", show_default=False, rich_help_panel=_FILTER, help="With this idempotency key."
+    ),
+]
+TopOnly = Annotated[
+    bool,
+    typer.Option("--top", rich_help_panel=_FILTER, help="Without executions that others called."),
+]
+
+
+def metadata_of(entries: Sequence[str] | None) -> Mapping[str, str]:
+    """What `--meta KEY=VALUE` asks for."""
+    from dspex_persist.state.errors import InvalidArgumentError, quote
+
+    found = dict(entry.partition("=")[::2] for entry in entries or ())
+    for entry in entries or ():
+        if "=" not in entry or entry.startswith("="):
+            raise InvalidArgumentError("meta", f"{quote(entry)} is not KEY=VALUE")
+    return found
+
+
+def predicates_of(conditions: Iterable[str] | None) -> "tuple[Predicate, ...]":
+    """What `--where` asks for."""
+    from dspex_persist.state.audit import parse_predicate
+
+    return tuple(map(parse_predicate, conditions or ()))
+
+
+def type_of(name: str) -> str:
+    """A type's name, if there is such a type; "" is any."""
+    if not name:
+        return ""
+    from dspex_persist.state.errors import InvalidArgumentError, quote
+    from dspex_persist.state.values import TYPE_NAMES
+
+    if name not in TYPE_NAMES:
+        meant = get_close_matches(name, TYPE_NAMES, 1)
+        hint = f"did you mean {meant[0]}? " if meant else ""
+        raise InvalidArgumentError("type", f"there is no type {quote(name)}; {hint}possible: {', '.join(TYPE_NAMES)}")
+    return name

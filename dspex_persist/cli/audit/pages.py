@@ -1,0 +1,94 @@
+"""dspex-persist audit report and web: the history as pages, to be mailed and to be browsed."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from dspex_persist.cli.audit.asking import Asked, answering, asking
+from dspex_persist.cli.audit.options import Reveal, Since, Target, Until
+from dspex_persist.cli.output import say
+from dspex_persist.cli.places import Db, database_of
+
+_PORT_MAX: Final = 65_535
+
+REPORT_HELP: Final = (
+    "Write a session's report: one page of HTML that needs nothing else, to be read, printed and mailed.\n\n"
+    "It shows the executions by time, charts of what is a number, what changed, every variable with its history, what "
+    "the values stand on, and the journal with its errors. Of large sessions it has the newest, and says what it left "
+    "out. It has no script and fetches nothing."
+)
+WEB_HELP: Final = (
+    "Serve a website over a database file until Ctrl-C: sessions, charts, lineage, tables to filter, questions.\n\n"
+    "It listens on this machine only, and only reads: a server may have the file open and go on writing. Needs "
+    "dspex-persist\\[web]. Prints the address when it answers."
+)
+
+
+def report(
+    session: Annotated[str, typer.Argument(metavar="SESSION", help="The session's id.")],
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", metavar="FILE", help="The page to write, over one that is there; -: stdout."),
+    ] = Path("report.html"),
+    since: Since = "",
+    until: Until = "",
+    reveal: Reveal = False,
+    db: Db = None,
+    target: Target = None,
+) -> None:
+    """Write a session's report."""
+    from dspex_persist.audit.report import gather, render
+
+    with asking(Asked(db, target, reveal=reveal)) as source:
+        page = render(gather(source, session, since, until))
+        if str(output) == "-":
+            sys.stdout.write(page)
+            return
+        try:
+            _write(output, page)
+        except OSError as error:
+            raise typer.BadParameter(f"{output}: {error.strerror}", param_hint="-o") from error
+        say(f"{output}: {len(page) / 1024:,.0f} KiB")
+
+
+def _write(path: Path, page: str) -> None:
+    """Whole or not at all; for its owner's eyes, as the database is."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.touch(mode=0o600)
+        unfinished.write_text(page, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def web(
+    db: Db = None,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=_PORT_MAX, help="The port of 127.0.0.1; 0: one that is free.")
+    ] = 0,
+    opens: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    reveal: Annotated[
+        bool,
+        typer.Option("--reveal", help="Show the values of sensitive variables, all tables, and allow SQL of your own."),
+    ] = False,
+) -> None:
+    """Serve the website."""
+    from dspex_persist.audit.web import serve_website
+
+    asked = Asked(db=db, reveal=reveal)
+
+    def ready(url: str) -> None:
+        print(url, flush=True)
+        if opens:
+            import webbrowser
+
+            webbrowser.open(url)
+
+    with answering(asked):
+        path = database_of(db)
+    with asking(asked) as source:
+        serve_website(path, source, port, ready)

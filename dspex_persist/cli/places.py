@@ -1,0 +1,37 @@
+"""Where commands find what they are about: a database file, or a server."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Db = Annotated[
+    Path | None,
+    typer.Option(
+        "--db",
+        metavar="PATH",
+        show_default=False,
+        help="The database file. [dim](as serve: DSPEX_PERSIST_DB, the settings file, sessions.db)[/dim]",
+    ),
+]
+
+
+def database_of(given: Path | None) -> Path:
+    """The file that `--db` names, or else the one that `serve` would take."""
+    if given is not None:
+        return given.expanduser()
+    from dspex_persist.settings import load_settings
+
+    return load_settings().db
+
+
+def url_of(target: str) -> str:
+    """The URL of the server that `--target` names: HOST:PORT or unix:PATH."""
+    from dspex_persist.infra.listen import ListenError, UnixAddress, parse_listen
+    from dspex_persist.settings import SettingsError
+
+    try:
+        address = parse_listen(target)
+    except ListenError as error:
+        raise SettingsError("target", f"{target!r} will not do: {error.reason}", "flag --target") from error
+    return f"grpc+{address}" if isinstance(address, UnixAddress) else f"grpc://{address}"

@@ -1,0 +1,255 @@
+"""dspex-persist replay: run a recorded session again, and see what comes out differently."""
+
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from dspex_persist.cli.output import new_table, one_line, progress_bar, say, say_json
+from dspex_persist.errors import DspexError
+
+if TYPE_CHECKING:
+    from dspex_persist.replay import Divergence, Recording, ReplayedExecution, ReplayReport
+
+EXIT_DIVERGED: Final = 6
+"""The replay came out differently."""
+
+HELP: Final = (
+    "Run a recorded session again, and see what comes out differently.\n\n"
+    "SOURCE is a recording, as session export makes them; with --db it is a session of that database. Each recorded "
+    "execution's tool runs again, in order, on the recorded state, with the recorded parameters, times, random "
+    "numbers, answers of language models and results of tools that are not here. What it writes, publishes, returns, "
+    "raises, calls and asks models for is compared with the recording. No database is written to; what the tools do "
+    "besides, such as sending mail, they do again.\n\n"
+    "Executions that cannot be repeated are skipped, and listed with the reason: those that ended by a conflict, a "
+    "timeout or a cancellation, those that ran in other processes, and those that read values which were kept out of "
+    "the recording.\n\n"
+    "--mode state runs no tools: it builds the state from the log alone, and tells where the log contradicts itself "
+    "or, with --db, what the database keeps.\n\n"
+)
+EPILOG: Final = (
+    "[bold]Examples[/bold]\n\n"
+    "dspex-persist replay checkout.jsonl --tools shop.tools\n\n"
+    "dspex-persist replay checkout.jsonl --tools shop.tools --only-tool order --from 120 --max-shown 20\n\n"
+    "dspex-persist replay --db sessions.db s1 --tools shop.tools --json\n\n"
+    "dspex-persist replay --db sessions.db s1 --mode state\n\n"
+    "[bold]Exit codes[/bold]\n\n"
+    "0  everything came out as recorded\n\n"
+    "1  failed; the sentence on stderr says why\n\n"
+    "2  wrong usage, or tools that cannot be loaded\n\n"
+    "5  no such file, or no database of ours\n\n"
+    "6  something came out differently\n\n"
+    "With --json, stdout has exactly one JSON object, also after an error; the exit codes are the same.\n\n"
+)
+
+
+_FLAGS: Final = {"since": "from", "only_tools": "only-tool"}
+"""What arguments of the library are called here."""
+_MOST_LOOKS: Final = 20
+"""How often a state is looked at that others change while it is."""
+_MOST_SAME: Final = 50
+"""With more executions than this only those are listed that did not come out the same."""
+
+
+class Mode(StrEnum):
+    """What is replayed."""
+
+    TOOLS = "tools"
+    STATE = "state"
+
+
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="The recording; with --db the id of the session.")]
+Db = Annotated[
+    Path | None,
+    typer.Option("--db", metavar="PATH", help="Replay a session of this database, which is only read."),
+]
+Reveal = Annotated[
+    bool,
+    typer.Option("--reveal", help="With --db: with the values of sensitive variables, which may then be shown, too."),
+]
+Tools = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tools",
+        metavar="MODULE[:NAME]",
+        show_default=False,
+        help="Where the tools are, as for serve; may be repeated. [dim](DSPEX_PERSIST_TOOLS, the settings file)[/dim]",
+    ),
+]
+ModeOption = Annotated[Mode, typer.Option("--mode", help="Run the tools, or only build the state.")]
+Since = Annotated[
+    str,
+    typer.Option(
+        "--from", metavar="POINT", show_default=False, help="From this commit of the recording, or execution."
+    ),
+]
+Until = Annotated[
+    str, typer.Option("--until", metavar="POINT", show_default=False, help="Up to this one, which is included.")
+]
+OnlyTool = Annotated[
+    list[str] | None,
+    typer.Option("--only-tool", metavar="NAME", show_default=False, help="Only this tool; may be repeated."),
+]
+LiveLm = Annotated[bool, typer.Option("--live-lm", help="Ask language models anew, and tell what they say otherwise.")]
+MaxShown = Annotated[int, typer.Option("--max-shown", metavar="NUMBER", min=0, help="How many divergences to show.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+
+
+def replay(
+    source: Source,
+    db: Db = None,
+    reveal: Reveal = False,
+    tools: Tools = None,
+    mode: ModeOption = Mode.TOOLS,
+    since: Since = "",
+    until: Until = "",
+    only_tool: OnlyTool = None,
+    live_lm: LiveLm = False,
+    max_shown: MaxShown = 5,
+    as_json: Json = False,
+) -> None:
+    """Replay a session."""
+    try:
+        choice = {"tools": tools, "from": since, "until": until, "only-tool": only_tool, "live-lm": live_lm}
+        _check_usage(mode, choice, reveal and db is None)
+        if mode is Mode.STATE:
+            report = _replay_state(source, db, reveal)
+        else:
+            recording = _recording(source, db, reveal)
+            report = _replay_tools(recording, tools or (), since, until, only_tool or (), live_lm)
+    except (DspexError, ValueError) as error:
+        if as_json:
+            say_json({"ok": False, "error": str(error)})
+        raise
+    if as_json:
+        say_json(report.document())
+    else:
+        _show(report, max_shown)
+    if not report.ok:
+        raise typer.Exit(EXIT_DIVERGED)
+
+
+def _check_usage(mode: Mode, choice: dict[str, Any], reveals_a_file: bool) -> None:
+    from dspex_persist.settings import SettingsError
+
+    if reveals_a_file:
+        raise SettingsError("reveal", "a recording has what it was exported with; it is for --db", "flag --reveal")
+    for name, given in choice.items():
+        if mode is Mode.STATE and given:
+            raise SettingsError(name, "with --mode state no tools run, and the whole log is read", f"flag --{name}")
+
+
+def _recording(source: str, db: Path | None, reveal: bool) -> "Recording":
+    from dspex_persist.replay import load
+
+    if db is None:
+        return load(Path(source).expanduser())
+    from dspex_persist import wiring
+
+    with wiring.open_recording(db.expanduser(), source, reveal=reveal) as read:
+        return load(read)
+
+
+def _replay_state(source: str, db: Path | None, reveal: bool) -> "ReplayReport":
+    from dspex_persist.replay import replay_state
+
+    if db is None:
+        return replay_state(_recording(source, None, reveal), limits=_limits())
+    from dspex_persist import wiring
+    from dspex_persist.state.errors import UnavailableError
+
+    with wiring.open_audit(db.expanduser(), reveal=reveal) as audit:
+        for _ in range(_MOST_LOOKS):
+            recording = _recording(source, db, reveal)
+            if recording.has_ended:
+                return replay_state(recording, limits=_limits())
+            stored = audit.state(source)
+            # A server may have written meanwhile, and then the two are of different moments.
+            with wiring.open_recording(db.expanduser(), source) as (header, _):
+                grown = header.commits > len(recording.commits)
+            if not grown:
+                return replay_state(recording, stored, limits=_limits())
+    raise UnavailableError(f"session {source} is written to all the time: replay a backup, or a recording")
+
+
+def _replay_tools(
+    recording: "Recording",
+    references: Sequence[str],
+    since: str,
+    until: str,
+    only_tools: Sequence[str],
+    live_lm: bool,
+) -> "ReplayReport":
+    from dspex_persist.cognitive.toolbox import Toolbox
+    from dspex_persist.replay import replay
+    from dspex_persist.settings import SettingsError, load_settings
+    from dspex_persist.state.errors import InvalidArgumentError
+
+    references = references or load_settings().tools
+    if not references:
+        raise SettingsError("tools", "say where the tools are: --tools package.module")
+    toolbox = Toolbox()
+    for reference in references:
+        toolbox.load(reference)
+    try:
+        with progress_bar() as progress:
+            return replay(
+                recording,
+                toolbox,
+                since=since,
+                until=until,
+                only_tools=only_tools,
+                live_lm=live_lm,
+                limits=_limits(),
+                progress=lambda done, in_all: progress("running again", done, in_all),
+            )
+    except InvalidArgumentError as error:
+        flag = _FLAGS.get(error.field, error.field)
+        raise SettingsError(flag, error.reason, f"flag --{flag}") from error
+
+
+def _limits() -> Any:
+    from dspex_persist import wiring
+    from dspex_persist.settings import load_settings
+
+    return wiring.limits_of(load_settings())
+
+
+# Shown to people
+
+
+def _show(report: "ReplayReport", most: int) -> None:
+    listed = [each for each in report.executions if len(report.executions) <= _MOST_SAME or each.outcome != "same"]
+    if listed:
+        say(_table(listed))
+    for divergence in report.divergences[:most]:
+        say(*_lines(divergence), "")
+    left = len(report.divergences) - most
+    if report.divergences and left > 0:
+        say(f"{left:,} more: --max-shown {len(report.divergences)} shows all")
+    say(one_line(report.headline()))
+
+
+def _table(executions: "Sequence[ReplayedExecution]") -> Any:
+    table = new_table("", "execution", "tool", "recorded", "replay", "what")
+    for each in executions:
+        what = each.reason or ", ".join(dict.fromkeys(divergence.what.value for divergence in each.divergences))
+        depth = "  " if each.parent_id is not None else ""
+        cells = (each.execution_id, depth + each.tool, each.status, each.outcome.value, what)
+        table.add_row(*map(one_line, cells), style=_STYLES[each.outcome.value])
+    return table
+
+
+_STYLES: Final = {"same": None, "diverged": "red", "skipped": "dim"}
+
+
+def _lines(divergence: "Divergence") -> Iterator[Any]:
+    """A divergence as a headline and a diff, coloured where there are colours."""
+    from rich.text import Text
+
+    headline, *diff = str(divergence).splitlines()
+    yield Text(one_line(headline).plain, style="bold")
+    for line in diff:
+        yield Text(one_line(line).plain, style={"-": "red", "+": "green"}.get(line[:1], "dim"))

@@ -1,0 +1,305 @@
+"""dspex-persist session: take a session with its whole history out of a database, bring one in, fork one."""
+
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Final, TypeVar, cast
+
+import typer
+
+from dspex_persist.cli.output import Progress, counted, progress_bar, say, say_json
+from dspex_persist.cli.places import Db, database_of
+from dspex_persist.errors import DspexError
+
+R = TypeVar("R")
+
+_STREAM: Final = "-"
+
+HELP: Final = (
+    "Take a session with its whole history out of a database, bring one into a database, fork one.\n\n"
+    "export only reads, and works while a server has the file open. import and fork change the file: stop the server "
+    "first.\n\n"
+)
+EPILOG: Final = (
+    "[bold]Exit codes[/bold]\n\n"
+    "0  fine\n\n"
+    "1  failed; the sentence on stderr says why\n\n"
+    "2  wrong usage, or a setting that cannot be\n\n"
+    "4  another process, such as a server, has the database\n\n"
+    "5  no such file, no database of ours, a newer schema, or acknowledged commits are gone\n\n"
+    "With --json, stdout has exactly one JSON object, also after an error; the exit codes are the same.\n\n"
+)
+
+app = typer.Typer(
+    help=HELP,
+    epilog=EPILOG,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Session = Annotated[str, typer.Argument(metavar="SESSION", help="The session's id; it may have ended.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+
+
+@app.command(
+    "export",
+    help=(
+        "Write a session's whole log to a file, for import elsewhere, for replay, or to keep.\n\n"
+        "The file has one line of JSON a commit, oldest first: every version and event, with its actor, cause and "
+        "time. It is as of one moment, appears whole or not at all, and can be read by its owner only.\n\n"
+        'Values of sensitive variables (those with the metadata "sensitive": "true") are left out unless --reveal. '
+        "What tools were given, returned and logged is not masked.\n\n"
+        "--as-test writes a test for pytest as well, which replays the recording with the tools of --tools.\n\n"
+    ),
+    epilog=(
+        "[bold]Examples[/bold]\n\n"
+        "dspex-persist session export checkout-42 -o checkout-42.jsonl\n\n"
+        "dspex-persist session export checkout-42 -o - --db backup.db | gzip > checkout-42.jsonl.gz\n\n"
+        "dspex-persist session export checkout-42 --as-test tests/test_checkout.py --tools shop.tools\n\n"
+    ),
+)
+def export(
+    session: Session,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            show_default=False,
+            help="The file to make, or to replace; - is stdout. [dim](with --as-test: beside the test)[/dim]",
+        ),
+    ] = None,
+    as_test: Annotated[
+        Path | None,
+        typer.Option("--as-test", metavar="TEST", help="A test to make, such as tests/test_checkout.py."),
+    ] = None,
+    tools: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tools",
+            metavar="MODULE[:NAME]",
+            show_default=False,
+            help="With --as-test: the tools that the test replays the recording with; may be repeated.",
+        ),
+    ] = None,
+    reveal: Annotated[bool, typer.Option("--reveal", help="With the values of sensitive variables.")] = False,
+    started: Annotated[
+        int | None,
+        typer.Option(
+            "--started",
+            metavar="COMMIT",
+            show_default=False,
+            help="Of several sessions of this id, the one that this commit began. [dim](the newest)[/dim]",
+        ),
+    ] = None,
+    db: Db = None,
+    as_json: Json = False,
+) -> None:
+    """Export a session."""
+    from dspex_persist.state.store import transfer
+
+    if output == _STREAM and as_json:
+        raise typer.BadParameter("with -o - stdout has the recording: give a file, or leave --json out")
+    target = _target_of(output, as_test, tools or [])
+
+    def work(progress: Progress) -> transfer.ExportReport:
+        path = database_of(db)
+        if target is not None:
+            report = transfer.export_session(path, session, target, started=started, reveal=reveal, progress=progress)
+            if as_test is not None:
+                as_test.write_text(_test_of(session, as_test, target, tools or []), encoding="utf-8")
+            return report
+        with _stdout() as stream:
+            return transfer.export_session(path, session, stream, started=started, reveal=reveal, progress=progress)
+
+    def show(report: transfer.ExportReport) -> None:
+        if report.target is not None:
+            left_out = "; values of sensitive variables are left out (--reveal)" if report.masked else ""
+            say(f"{report.target}: {counted(report.commits, 'commit')} of session {report.session_id}{left_out}")
+        if as_test is not None:
+            say(f"{as_test}: a test that replays it; run it with: pytest {as_test}")
+
+    _report(as_json, work, show)
+
+
+def _target_of(output: str | None, as_test: Path | None, tools: Sequence[str]) -> Path | None:
+    """The file that the recording goes to; None is stdout."""
+    if as_test is not None:
+        if not tools:
+            raise typer.BadParameter("say which tools the test replays it with: --tools MODULE")
+        if as_test.exists():
+            raise typer.BadParameter(f"{as_test} exists already, and may have been changed since; give another name")
+        if not as_test.stem.isidentifier() or as_test.suffix != ".py":
+            raise typer.BadParameter(f"{as_test} is no name for a test: take one such as tests/test_checkout.py")
+        if output == _STREAM:
+            raise typer.BadParameter("a test needs its recording in a file: leave -o - out")
+    elif tools:
+        raise typer.BadParameter("--tools is for --as-test")
+    if output is None and as_test is None:
+        raise typer.BadParameter("say where the recording goes: -o FILE, or -o - for stdout")
+    if output == _STREAM:
+        return None
+    return Path(output).expanduser() if output is not None else cast(Path, as_test).with_suffix(".jsonl")
+
+
+def _test_of(session: str, test: Path, recording: Path, tools: Sequence[str]) -> str:
+    """A module with one test."""
+    name = test.stem if test.stem.startswith("test_") else f"test_{test.stem}"
+    place = os.path.relpath(recording, test.parent)
+    return f'''"""Session {session!r} as it ran, replayed: its tools have to do today what they did then."""
+
+import pytest
+
+
+@pytest.mark.dspex_replay({json.dumps(place)}, tools={json.dumps(list(tools))})
+def {name}(dspex_replay):
+    assert dspex_replay.report.ok
+'''
+
+
+@contextmanager
+def _stdout() -> Iterator[io.TextIOWrapper]:
+    """Standard output as what a recording is written to: UTF-8, whatever the terminal speaks."""
+    stream = cast(io.TextIOWrapper, sys.stdout)
+    stream.reconfigure(encoding="utf-8", newline="\n")
+    try:
+        yield stream
+    except DspexError as error:
+        if isinstance(error.__cause__, BrokenPipeError):
+            # Python would try once more at its end, and complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise
+
+
+@app.command(
+    "import",
+    help=(
+        "Bring a recorded session, with its whole history, into a database: all of it or nothing.\n\n"
+        "Its commits get new numbers at the end of the log and keep their times, actors and causes; so do versions, "
+        "executions and tools. What ran when it was recorded is interrupted. A session that had not ended lives on, "
+        "and its time to live begins anew. The database is made where it is missing.\n\n"
+        "Refused: an id that a live session has (--as gives it another one), a recording without the values of "
+        "sensitive variables, whatever crosses a limit of the settings, and a file of which any line is wrong.\n\n"
+    ),
+    epilog=(
+        "[bold]Examples[/bold]\n\n"
+        "dspex-persist session import checkout-42.jsonl --db other.db\n\n"
+        "zcat checkout-42.jsonl.gz | dspex-persist session import - --as copy-of-42\n\n"
+    ),
+)
+def import_(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The recording; - is stdin.")],
+    new_id: Annotated[
+        str | None, typer.Option("--as", metavar="NEWID", show_default=False, help="The id that it gets here.")
+    ] = None,
+    db: Db = None,
+    as_json: Json = False,
+) -> None:
+    """Import a session."""
+    from dspex_persist import wiring
+    from dspex_persist.settings import load_settings
+    from dspex_persist.state.store.transfer import ImportReport
+
+    def work(progress: Progress) -> ImportReport:
+        limits = wiring.limits_of(load_settings())
+        with _lines(file) as lines:
+            return wiring.import_session(
+                database_of(db),
+                lines,
+                name="stdin" if file == _STREAM else file,
+                session_id=new_id,
+                limits=limits,
+                progress=progress,
+            )
+
+    def show(report: ImportReport) -> None:
+        what = f"{counted(report.commits, 'commit')}, {report.first_sequence} to {report.last_sequence}"
+        say(f"{report.path}: session {report.session_id} imported ({what})")
+        if report.interrupted:
+            say(f"{counted(report.interrupted, 'execution')} that had not ended: interrupted")
+
+    _report(as_json, work, show)
+
+
+@contextmanager
+def _lines(file: str) -> Iterator[Iterable[str]]:
+    from dspex_persist.state.errors import RecordingError
+
+    if file == _STREAM:
+        stream = cast(io.TextIOWrapper, sys.stdin)
+        stream.reconfigure(encoding="utf-8", errors="strict", newline="\n")
+        yield stream
+        return
+    try:
+        opened = Path(file).expanduser().open(encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise RecordingError(file, 1, f"it cannot be read: {error.strerror or error}") from error
+    with opened:
+        yield opened
+
+
+@app.command(
+    "fork",
+    help=(
+        "Begin a new session with the variables that a session had at a point.\n\n"
+        "Type, constraints, metadata and value of each are taken over, at version 0, and the dependencies among them; "
+        "not the locks, nor what was running. The new session's metadata says where it is from: forked_from, "
+        "forked_at.\n\n"
+        "A point is a commit's number, an execution's id (right after it ended), a time, an age (2h) or now; ^ behind "
+        "it means right before it.\n\n"
+    ),
+    epilog=(
+        "[bold]Examples[/bold]\n\n"
+        "dspex-persist session fork checkout-42 what-if --at 1234^\n\n"
+        "dspex-persist session fork checkout-42 what-if --at 2026-03-01T12:00Z\n\n"
+    ),
+)
+def fork(
+    session: Session,
+    new: Annotated[str, typer.Argument(metavar="NEW", help="The id of the new session.")],
+    at: Annotated[str, typer.Option("--at", metavar="POINT", help="As of when.")] = "now",
+    db: Db = None,
+    as_json: Json = False,
+) -> None:
+    """Fork a session."""
+    from dspex_persist import wiring
+    from dspex_persist.settings import load_settings
+    from dspex_persist.state.store import maintenance
+
+    def work(_: Progress) -> dict[str, Any]:
+        path, settings = database_of(db), load_settings()
+        maintenance.current(path)  # Refuses a missing file, which the engine would make.
+        options: dict[str, Any] = {"limits": wiring.limits_of(settings), "session_ttl_s": settings.session_ttl_s}
+        with wiring.connect(path, **options) as state:
+            variables = len(state.fork_session(session, new, at).variables)
+            forked_at = int(state.get_session(new).metadata["forked_at"])
+        return {"path": path, "session_id": new, "forked_from": session, "forked_at": forked_at, "variables": variables}
+
+    def show(report: dict[str, Any]) -> None:
+        what = f"{counted(report['variables'], 'variable')} of {session} as of commit {report['forked_at']}"
+        say(f"{report['path']}: session {new} begun with {what}")
+
+    _report(as_json, work, show)
+
+
+def _report(as_json: bool, work: Callable[[Progress], R], show: Callable[[R], None]) -> None:
+    """Do the work and print what came of it. An error goes on to `main`, which says it on stderr."""
+    try:
+        with progress_bar() as progress:
+            report = work(progress)
+    except (DspexError, ValueError) as error:
+        if as_json:
+            say_json({"ok": False, "error": str(error)})
+        raise
+    if as_json:
+        say_json({"ok": True, **(report if isinstance(report, dict) else asdict(cast(Any, report)))})
+    else:
+        show(report)

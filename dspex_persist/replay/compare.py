@@ -1,0 +1,179 @@
+"""An execution as it was recorded beside what its tool did now: both as lines, and where those differ."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import sha256
+from typing import Any, Final
+
+from dspex_persist.clock import from_micros
+from dspex_persist.replay.recorded import RecordedExecution, Written, value_of
+from dspex_persist.replay.report import Aspect, Divergence, diff_of
+from dspex_persist.replay.take import Played
+from dspex_persist.state.model import Change, ChangeKind, Event, EventKind, Value
+from dspex_persist.state.recording import RecordedVersion
+
+Lines = list[str]
+
+_WIDE: Final = 100
+_PASSING: Final = (
+    # The number in an execution's id is that of a commit of its own file.
+    (re.compile(r"exec_\d+_(?=[0-9a-f]{24})"), "exec_"),
+    (re.compile(r" at 0x[0-9a-f]+"), ""),
+)
+"""What differs from file to file, or from process to process."""
+_SAYS: Final = {
+    Aspect.CALLS: "it calls other tools than recorded",
+    Aspect.DRAWS: "it asks for the time {new:,} times, recorded are {recorded:,}",
+    Aspect.PUBLISHED: "it publishes something else than recorded",
+    Aspect.ERROR: "it fails with another error than recorded",
+    Aspect.RESULT: "its result is not the recorded one",
+    Aspect.WRITES: "it writes something else than recorded",
+    Aspect.DEPENDENCIES: "it adds other dependencies than recorded",
+    Aspect.LOCKS: "it starts or stops other optimizations than recorded",
+}
+_OF_SUCCESS: Final = (Aspect.RESULT, Aspect.WRITES, Aspect.DEPENDENCIES, Aspect.LOCKS)
+"""What an execution that failed has nothing of, and what so is no news if one of the two failed."""
+
+
+def compare(played: Played, names: Mapping[str, str], whole: bool) -> Iterator[Divergence]:
+    """What differs between an execution that has run again and its recording.
+
+    `names`: of the variables that were there, by id. `whole`: whether what is known of a commit only as a whole,
+    dependencies and locks, is to be compared.
+    """
+    recorded = played.recorded
+    assert recorded is not None, "only what was recorded is compared"
+    for difference in played.lm:
+        headline, *diff = str(difference).splitlines()
+        yield Divergence(Aspect.LM, headline, recorded.number, recorded.id, tuple(diff))
+    versions = (*recorded.written, *(version for version, _ in recorded.published))
+    hidden = frozenset((version.name, version.version) for version in versions if version.masked)
+    before = _account_of(recorded, names, hidden)
+    after = _account_of(played, names, hidden)
+    one_failed = bool(before[Aspect.ERROR]) != bool(after[Aspect.ERROR])
+    for what, says in _SAYS.items():
+        then, now = before[what], after[what]
+        if then == now or (one_failed and what in _OF_SUCCESS) or (what in _OF_SUCCESS[2:] and not whole):
+            continue
+        if what is Aspect.ERROR and one_failed:
+            says = "it fails, and did not when it was recorded" if now else "it does not fail as it was recorded"
+        summary = says.format(recorded=len(then), new=len(now))
+        yield Divergence(what, summary, recorded.number, recorded.id, diff_of(then, now))
+
+
+def _account_of(
+    execution: RecordedExecution | Played, names: Mapping[str, str], hidden: frozenset[tuple[str, int]]
+) -> dict[Aspect, Lines]:
+    """What an execution did, as lines. `hidden`: versions whose values are not known."""
+    body = execution.body or {}
+    if isinstance(execution, Played):
+        events, calls = execution.events, [_call_line(each.tool, each.parameters) for each in execution.calls]
+        versions = [_version_of(change) for change in execution.changes]
+        written: Iterable[RecordedVersion] = Written(versions).take(body.get("writes", ()))
+        published = [_version_of(change) for change in execution.published]
+    else:
+        events, calls = execution.events, [_call_line(each.tool, each.parameters) for each in execution.children]
+        written, published = execution.written, [version for version, _ in execution.published]
+    registered = {e.body["variable_id"]: e.body for e in events if e.kind is EventKind.VARIABLE_REGISTERED}
+    named = {**names, **{variable_id: facts["name"] for variable_id, facts in registered.items()}}
+    account = {
+        Aspect.CALLS: calls,
+        Aspect.DRAWS: [from_micros(each).isoformat() for each in body.get("recorded", {}).get("now", ())],
+        Aspect.PUBLISHED: [line for version in published for line in _kept_lines(version.name, version, hidden)],
+        Aspect.ERROR: _error_lines(body),
+        Aspect.RESULT: _value_lines("result", value_of(body.get("result"))),
+        Aspect.WRITES: [line for version in written for line in _write_lines(version, registered, hidden)],
+        Aspect.DEPENDENCIES: [_dependency_line(e, named) for e in events if e.kind is EventKind.DEPENDENCY_ADDED],
+        Aspect.LOCKS: [_lock_line(e, named) for e in events if e.kind in _LOCKS],
+    }
+    return {what: [_lasting(line) for line in lines] for what, lines in account.items()}
+
+
+def _lasting(line: str) -> str:
+    for pattern, instead in _PASSING:
+        line = pattern.sub(instead, line)
+    return line
+
+
+def _version_of(change: Change) -> RecordedVersion:
+    version = change.version
+    return RecordedVersion(
+        version.variable_id,
+        change.variable.name,
+        version.version,
+        version.kind,
+        version.source,
+        version.value,
+        version.metadata,
+    )
+
+
+# Lines
+
+
+def _call_line(tool: str, parameters: Mapping[str, Value]) -> str:
+    return f"{tool}({', '.join(f'{name}={value.json}' for name, value in sorted(parameters.items()))})"
+
+
+def _error_lines(body: Mapping[str, Any]) -> Lines:
+    failure = body.get("failure")
+    if failure:
+        return f"{failure['type']}: {failure['message']}".splitlines()
+    conflicts = body.get("conflicts") or ()
+    return [f"conflict: {conflict['name']} {conflict['reason']}".rstrip() for conflict in conflicts]
+
+
+def _write_lines(
+    version: RecordedVersion, registered: Mapping[str, Mapping[str, Any]], hidden: frozenset[tuple[str, int]]
+) -> Lines:
+    head = f"{version.name} v{version.version}"
+    if version.kind is ChangeKind.DELETED:
+        return [f"{head} deleted"]
+    if version.kind is not ChangeKind.SET:
+        head += f" {version.kind.value.replace('_', ' ')}"
+    facts = registered.get(version.variable_id) if version.kind is ChangeKind.REGISTERED else None
+    if facts is not None:
+        head += f" as {facts['type']}" + (f" with {facts['constraints']}" if facts["constraints"] else "")
+    if version.metadata:
+        head += f" {json.dumps(dict(sorted(version.metadata.items())), ensure_ascii=False)}"
+    return _kept_lines(head, version, hidden)
+
+
+def _kept_lines(head: str, version: RecordedVersion, hidden: frozenset[tuple[str, int]]) -> Lines:
+    if (version.name, version.version) in hidden:
+        return [f"{head} = (kept out of the recording)"]
+    return _value_lines(head, version.value)
+
+
+def _value_lines(head: str, value: Value | None) -> Lines:
+    """`head = value`; a long value on lines of its own, so that a diff shows where it differs."""
+    if value is None:
+        return []
+    text = value.json
+    if value.binary is not None:
+        text += f" with {len(value.binary):,} bytes, SHA-256 {sha256(value.binary).hexdigest()}"
+    elif len(text) > _WIDE:
+        text = json.dumps(json.loads(text), ensure_ascii=False, indent=1)
+    return f"{head} = {text}".splitlines()
+
+
+def _dependency_line(event: Event, names: Mapping[str, str]) -> str:
+    body = event.body
+    kind = f" ({body['type']})" if body["type"] else ""
+    return f"{_name(body['from_id'], names)} depends on {_name(body['to_id'], names)}{kind}"
+
+
+_LOCKS: Final = (EventKind.OPTIMIZATION_STARTED, EventKind.OPTIMIZATION_STOPPED)
+
+
+def _lock_line(event: Event, names: Mapping[str, str]) -> str:
+    body = event.body
+    name = _name(body["variable_id"], names)
+    if event.kind is EventKind.OPTIMIZATION_STOPPED:
+        return f"{name} {body['reason']}"
+    return f"{name} started by {body['optimizer_id']} with {json.dumps(body['config'], sort_keys=True)}"
+
+
+def _name(variable_id: str, names: Mapping[str, str]) -> str:
+    return names.get(variable_id, variable_id)

@@ -1,0 +1,250 @@
+"""Running the tools of a recording again."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Final, TypeAlias
+
+from dspex_persist import clock
+from dspex_persist.cognitive.toolbox import Toolbox
+from dspex_persist.replay.compare import compare
+from dspex_persist.replay.rebuild import Past
+from dspex_persist.replay.recorded import (
+    RecordedExecution,
+    Recording,
+    Source,
+    find_executions,
+    load,
+    range_of,
+)
+from dspex_persist.replay.report import Aspect, Divergence, Outcome, ReplayedExecution, ReplayReport
+from dspex_persist.replay.take import Stage, Take
+from dspex_persist.replay.tools import RunAgain, in_place_of, stand_ins_for
+from dspex_persist.state.commands.variables import glob_matches
+from dspex_persist.state.errors import InvalidArgumentError, quote
+from dspex_persist.state.limits import Limits
+from dspex_persist.state.model import ExecutionStatus, Origin, ToolOutcome
+from dspex_persist.state.provider import TOOL_TIMEOUT_S
+from dspex_persist.state.runner import ToolCode, ToolRequest, ToolRunner
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Told how many executions are done, of how many."""
+Tools: TypeAlias = Mapping[str, ToolCode] | Sequence[object] | str
+"""A toolbox, or what is to be in one: tools, instances that have some, and what `--tools` takes."""
+
+_REPEATABLE: Final = (ExecutionStatus.COMMITTED, ExecutionStatus.FAILED)
+_NOT_CALLED: Final = "it was not called this time"
+_REAL_TIME: Final = ("_pytest", "grpc", "uvloop")
+"""Modules that work with the world outside, where the time is what it is."""
+
+
+def replay(
+    recording: Source,
+    tools: Tools,
+    *,
+    since: str | int = "",
+    until: str | int = "",
+    only_tools: Iterable[str] = (),
+    live_lm: bool = False,
+    freeze: bool = True,
+    limits: Limits | None = None,
+    progress: Progress | None = None,
+) -> ReplayReport:
+    """Run the tools of a recording again, on the recorded state with what was recorded; what came out differently.
+
+    Nothing is written anywhere, except by what the tools' code does besides. An execution stands on the state that was
+    recorded, whatever became of those before it. `since` and `until` say which, by commits of the recording or ids of
+    executions, both included; `only_tools` are the names of those tools that are to run.
+
+    Language models are not asked: their recorded answers are played back. With `live_lm` they are asked, and what they
+    answer otherwise is a divergence. Where freezegun is installed, `freeze` has the process's clock begin each
+    execution at its recorded time; `ctx.now()` needs none of that.
+
+    Raises `RecordingError` for what is no recording, `InvalidArgumentError` for points and names that it does not have.
+    """
+    recorded = load(recording)
+    roots = find_executions(recorded.commits)
+    chosen = _chosen(roots, since, until, frozenset(only_tools))
+    rerun = _Rerun(recorded, _toolbox(tools), live_lm, limits or Limits(), chosen)
+    told: list[ReplayedExecution] = []
+    with rerun.open(), _clock(freeze and not live_lm) as move_to:
+        for done, root in enumerate(chosen):
+            if progress is not None:
+                progress(done, len(chosen))
+            move_to(root.at)
+            told.extend(rerun.run(root))
+    if progress is not None:
+        progress(len(chosen), len(chosen))
+    told.sort(key=lambda each: each.commit)
+    divergences = tuple(divergence for each in told for divergence in each.divergences)
+    return ReplayReport(recorded.header.session_id, "tools", len(recorded.commits), tuple(told), divergences)
+
+
+def _toolbox(tools: Tools) -> Mapping[str, ToolCode]:
+    if isinstance(tools, Mapping):
+        return tools
+    toolbox = Toolbox()
+    for each in [tools] if isinstance(tools, str) else tools:
+        if isinstance(each, str):
+            toolbox.load(each)
+        else:
+            toolbox.add(each)
+    return toolbox
+
+
+def _chosen(
+    roots: Sequence[RecordedExecution], since: str | int, until: str | int, names: frozenset[str]
+) -> list[RecordedExecution]:
+    meant = range_of(roots, since, until)
+    known = {root.tool for root in roots}
+    for name in sorted(names - known):
+        reason = f"no execution of {quote(name)} was recorded; there are {', '.join(sorted(known)) or 'none'}"
+        raise InvalidArgumentError("only_tools", reason)
+    return [root for root in roots if meant.has(root.number) and (not names or root.tool in names)]
+
+
+@contextmanager
+def _clock(wanted: bool) -> Iterator[Callable[[datetime], None]]:
+    """What sets the process's clock, if it can be set. It goes on from there: code that waits must come to an end."""
+    try:
+        from freezegun import freeze_time
+    except ImportError:
+        wanted = False
+    if not wanted:
+        yield lambda _moment: None
+        return
+    with freeze_time(tick=True, real_asyncio=True, ignore=list(_REAL_TIME)) as frozen:
+        yield frozen.move_to
+
+
+class _Rerun:
+    """A recording with a runner over it."""
+
+    def __init__(
+        self,
+        recording: Recording,
+        toolbox: Mapping[str, ToolCode],
+        live_lm: bool,
+        limits: Limits,
+        chosen: Sequence[RecordedExecution],
+    ) -> None:
+        bases = (number - 1 for root in chosen for each in root.tree() for _, number in each.published)
+        self._past = Past(recording.commits, {*bases, *(root.number for root in chosen)})
+        self._limits = limits
+        self._stage = Stage()
+        self._tools: dict[str, ToolCode] = {
+            name: RunAgain(tool, self._stage, live_lm) for name, tool in toolbox.items()
+        }
+        self._runner: ToolRunner | None = None
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """While it is open, `run` can be called."""
+        runner = self._runner = ToolRunner(self._stage, self._tools, limits=self._limits)
+        try:
+            yield
+        finally:
+            self._stage.take = self._runner = None
+            runner.close()
+
+    def run(self, root: RecordedExecution) -> Iterator[ReplayedExecution]:
+        """Run an execution again with all that it called; what became of each."""
+        reason = _why_not(root)
+        if reason:
+            yield from (_told(each, Outcome.SKIPPED, reason) for each in root.tree())
+            return
+        self._past.forget(root.number)
+        take = Take(root, self._past, self._limits)
+        if _reads_masked(root, take) or any(each.has_masked for each in in_place_of(root, self._tools)):
+            reason = "it reads a variable whose values were kept out of the recording"
+            yield from (_told(each, Outcome.SKIPPED, reason) for each in root.tree())
+            return
+        outcome = self._play(root, take)
+        if take.root is None:
+            yield _refused(root, outcome)
+            yield from (_told(each, Outcome.SKIPPED, _NOT_CALLED) for each in root.tree() if each is not root)
+        else:
+            yield from _compared(root, take)
+
+    def _play(self, root: RecordedExecution, take: Take) -> ToolOutcome:
+        runner = self._runner
+        assert runner is not None, "it is open"
+        self._stage.take = take
+        runner.tools = self._tools | stand_ins_for(root, self._tools, self._stage)
+        request = ToolRequest(
+            take.state.session.id,
+            root.tool,
+            root.parameters,
+            Origin(root.actor, root.cause),
+            root.metadata,
+            timeout_s=TOOL_TIMEOUT_S,
+        )
+        with clock.reading(take.now):
+            return runner.submit(request).result()
+
+
+def _why_not(root: RecordedExecution) -> str:
+    """Why an execution cannot be run again; "" if it can."""
+    if not root.ended:
+        return "it had not ended when the recording was made"
+    if root.worker_id:
+        return f"it ran in another process, in worker {root.worker_id}"
+    if root.status not in _REPEATABLE:
+        return f"it ended as {root.status.value.replace('_', ' ')}, which depends on others"
+    return ""
+
+
+def _reads_masked(root: RecordedExecution, take: Take) -> bool:
+    if not take.masked:
+        return False
+    masked = {variable.id: variable.name for variable in take.state.variables.values() if variable.id in take.masked}
+    for execution in root.tree():
+        seen = execution.body.get("reads", {}).values()
+        if any(each is not None and each[1] in masked for each in seen):
+            return True
+        patterns = execution.body.get("patterns", ())
+        if any(not pattern or glob_matches(pattern, name) for pattern in patterns for name in masked.values()):
+            return True
+    return False
+
+
+def _told(
+    execution: RecordedExecution, outcome: Outcome, reason: str = "", divergences: tuple[Divergence, ...] = ()
+) -> ReplayedExecution:
+    return ReplayedExecution(
+        execution.id,
+        execution.tool,
+        execution.number,
+        execution.attempt,
+        execution.parent_id,
+        execution.status.value,
+        outcome,
+        reason,
+        divergences,
+    )
+
+
+def _refused(root: RecordedExecution, outcome: ToolOutcome) -> ReplayedExecution:
+    """It could not even begin: there is no such tool any more, or it takes other parameters."""
+    summary = "it is refused before it begins, and was not when it was recorded"
+    diff = (f"+{type(outcome.error).__name__}: {outcome.error}",)
+    return _told(root, Outcome.DIVERGED, "", (Divergence(Aspect.ERROR, summary, root.number, root.id, diff),))
+
+
+def _compared(root: RecordedExecution, take: Take) -> Iterator[ReplayedExecution]:
+    whole = not any(played.from_recording for played in take.played.values())
+    stood_in: set[str] = set()
+    for execution in root.tree():
+        played = take.played.get(execution.id)
+        if execution.parent_id in stood_in:
+            stood_in.add(execution.id)
+            yield _told(execution, Outcome.SKIPPED, "it was called by one that was not run again")
+        elif played is None:
+            yield _told(execution, Outcome.SKIPPED, _NOT_CALLED)
+        elif played.from_recording:
+            stood_in.add(execution.id)
+            where = f"it ran in worker {execution.worker_id}" if execution.worker_id else "its code is not here"
+            yield _told(execution, Outcome.SKIPPED, f"{where}: what it did was taken from the recording")
+        else:
+            found = tuple(compare(played, take.names, whole and execution is root))
+            yield _told(execution, Outcome.DIVERGED if found else Outcome.SAME, "", found)

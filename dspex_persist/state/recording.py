@@ -1,0 +1,196 @@
+"""Recordings: a session's whole log as a file that people can keep, mail, import elsewhere, and replay.
+
+JSON Lines: a header, then one line a commit, oldest first. Commits are numbered from 1 within the session, and the
+numbers in the ids of executions count the same way, so that a session that was imported is exported as it was.
+"""
+
+import json
+import re
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any, Final, TextIO
+
+from dspex_persist.state.errors import RecordingError
+from dspex_persist.state.model import ChangeKind, Event, EventKind, Source, Value
+
+FORMAT: Final = "dspex-persist session"
+VERSION: Final = 1
+"""What this release writes, and the only version that it reads."""
+
+_EXECUTION: Final = re.compile(r"exec_([0-9]{1,18})_([0-9a-f]+)")
+_EXECUTION_FIELDS: Final = ("execution_id", "parent_id", "retry_of")
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedVersion:
+    """A version of a variable. `masked`: it had a value, which is kept out of the recording."""
+
+    variable_id: str
+    name: str
+    version: int
+    kind: ChangeKind
+    source: Source
+    value: Value | None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    masked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedCommit:
+    """A commit of the session: its number within the session, and everything that it changed."""
+
+    number: int
+    at: datetime
+    actor: str
+    cause: str
+    versions: tuple[RecordedVersion, ...] = ()
+    events: tuple[Event, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The first line. `masked`: values of sensitive variables were left out. `commits`: how many lines follow."""
+
+    session_id: str
+    commits: int
+    masked: bool = False
+
+
+def write_recording(header: Header, commits: Iterable[RecordedCommit], file: TextIO) -> None:
+    """Write a recording, line by line."""
+    head = {"format": FORMAT, "version": VERSION, "session_id": header.session_id}
+    file.write(_line(head | {"commits": header.commits, "masked": header.masked}))
+    for commit in commits:
+        file.write(_line(_commit_document(commit)))
+
+
+def _line(document: Mapping[str, Any]) -> str:
+    text = json.dumps(document, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # What a tool logs may have lone surrogates, which no file in UTF-8 can have but as escapes.
+        text = json.dumps(document)
+    return text + "\n"
+
+
+def _commit_document(commit: RecordedCommit) -> dict[str, Any]:
+    return {
+        "commit": commit.number,
+        "at": commit.at.isoformat(),
+        "actor": commit.actor,
+        "cause": commit.cause,
+        "versions": [_version_document(version) for version in commit.versions],
+        "events": [{"kind": event.kind.value, "body": dict(event.body)} for event in commit.events],
+    }
+
+
+def _version_document(version: RecordedVersion) -> dict[str, Any]:
+    value = version.value
+    binary = value.binary if value is not None else None
+    return {
+        "variable_id": version.variable_id,
+        "name": version.name,
+        "version": version.version,
+        "kind": version.kind.value,
+        "source": version.source.value,
+        "json": value.json if value is not None else None,
+        **({"binary": b64encode(binary).decode()} if binary is not None else {}),
+        **({"metadata": dict(version.metadata)} if version.metadata else {}),
+        **({"masked": True} if version.masked else {}),
+    }
+
+
+def read_recording(lines: Iterable[str], name: str = "the recording") -> tuple[Header, Iterator[RecordedCommit]]:
+    """The header, and the commits as they are taken; `RecordingError` names the line that is wrong.
+
+    `lines` is read once. A recording that ends before its last commit is refused when its end is reached.
+    """
+    numbered = _numbered(lines, name)
+    _, first = next(numbered, (1, ""))
+    header = _read_header(first, name)
+    return header, _read_commits(header, numbered, name)
+
+
+def _numbered(lines: Iterable[str], name: str) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        for number, line in enumerate(lines, 1):
+            yield number, line
+    except UnicodeDecodeError as error:
+        raise RecordingError(name, number + 1, "it is no text in UTF-8") from error
+
+
+def _read_header(line: str, name: str) -> Header:
+    try:
+        document = json.loads(line)
+        if document["format"] != FORMAT:
+            raise ValueError
+        version = document["version"]
+        if version != VERSION:
+            reason = f"it is of version {version!r}, and this release reads version {VERSION}: export the session anew"
+            raise RecordingError(name, 1, reason)
+        return Header(str(document["session_id"]), int(document["commits"]), bool(document["masked"]))
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
+        reason = f'it is no recording: the first line has to be {{"format": "{FORMAT}", ...}}'
+        raise RecordingError(name, 1, reason) from error
+
+
+def _read_commits(header: Header, numbered: Iterator[tuple[int, str]], name: str) -> Iterator[RecordedCommit]:
+    count = 0
+    for number, line in numbered:
+        try:
+            commit = _commit_of(json.loads(line))
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise RecordingError(name, number, f"it is no commit: {type(error).__name__} {error}") from error
+        count += 1
+        if commit.number != count:
+            raise RecordingError(name, number, f"it has commit {commit.number} where commit {count} is due")
+        yield commit
+    if count != header.commits:
+        raise RecordingError(name, count + 1, f"it ends after {count} commits of {header.commits}")
+
+
+def _commit_of(document: Mapping[str, Any]) -> RecordedCommit:
+    at = datetime.fromisoformat(document["at"])
+    if at.tzinfo is None:
+        raise ValueError(f"its time {document['at']} has no zone")
+    return RecordedCommit(
+        int(document["commit"]),
+        at,
+        str(document["actor"]),
+        str(document["cause"]),
+        tuple(_version_of(each) for each in document["versions"]),
+        tuple(Event(EventKind(each["kind"]), dict(each["body"])) for each in document["events"]),
+    )
+
+
+def _version_of(document: Mapping[str, Any]) -> RecordedVersion:
+    text, binary = document["json"], document.get("binary")
+    return RecordedVersion(
+        str(document["variable_id"]),
+        str(document["name"]),
+        int(document["version"]),
+        ChangeKind(document["kind"]),
+        Source(document["source"]),
+        None if text is None else Value(str(text), None if binary is None else b64decode(binary, validate=True)),
+        {str(key): str(entry) for key, entry in document.get("metadata", {}).items()},
+        bool(document.get("masked", False)),
+    )
+
+
+def renumbered(commit: RecordedCommit, number_of: Callable[[int], int | None]) -> RecordedCommit:
+    """The commit with other numbers in the ids of its executions; None leaves an id as it is."""
+
+    def changed(execution_id: str) -> str:
+        match = _EXECUTION.fullmatch(execution_id)
+        number = number_of(int(match[1])) if match is not None else None
+        return f"exec_{number}_{match[2]}" if match is not None and number is not None else execution_id
+
+    def changed_event(event: Event) -> Event:
+        ids = {name: changed(told) for name in _EXECUTION_FIELDS if isinstance(told := event.body.get(name), str)}
+        return Event(event.kind, {**event.body, **ids}) if ids else event
+
+    return replace(commit, cause=changed(commit.cause), events=tuple(map(changed_event, commit.events)))

@@ -1,0 +1,169 @@
+"""BridgedAudit: the history of a server, asked over gRPC."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import grpc
+
+from dspex_persist.state.audit import (
+    PAGE,
+    AuditSource,
+    Cursor,
+    ExecutionDetail,
+    HistoryEntry,
+    Page,
+    Query,
+    T,
+    VariableState,
+)
+from dspex_persist.state.errors import (
+    EngineClosedError,
+    InvalidArgumentError,
+    StateError,
+    UnavailableError,
+    UnsupportedError,
+)
+from dspex_persist.state.model import PrunePolicy, PruneReport
+from dspex_persist.state.rpc import audit_codec as codec
+from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as pb
+from dspex_persist.state.rpc.status import DETAILS_KEY, error_of_call
+
+
+class BridgedAudit(AuditSource):
+    """The history that a server keeps. An answer that does not come within `timeout_s` is an `UnavailableError`.
+
+    `reveal` is a wish: the server masks sensitive values all the same if it was not started with `audit_reveal`.
+    `let_go` is called when it is closed.
+    """
+
+    def __init__(
+        self,
+        channel: grpc.Channel,
+        target: str,
+        *,
+        timeout_s: float,
+        reveal: bool = False,
+        let_go: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.reveal = reveal
+        self._calls = _Calls(channel, target)
+        self._timeout_s = timeout_s
+        self._let_go = let_go
+
+    def close(self) -> None:
+        """Let the connection go if it was made for this."""
+        self._let_go()
+
+    def head(self) -> int:
+        """See `AuditSource.head`."""
+        return int(self._ask("GetHead", pb.GetHeadRequest).sequence)
+
+    def resolve(self, point: str, option: str = "at", session: str = "") -> int:
+        """See `AuditSource.resolve`."""
+        fields = {"point": point, "option": option, "session": session}
+        return int(self._ask("ResolvePoint", pb.ResolvePointRequest, **fields).sequence)
+
+    def page(self, query: Query[T], after: Cursor | None = None, most: int = PAGE) -> Page[T]:
+        """See `AuditSource.page`."""
+        rpc = codec.LISTS.get(type(query))
+        if rpc is None:
+            raise UnsupportedError(f"questions of type {type(query).__name__}")
+        request = _made(lambda: rpc.request(query, after, most, reveal=self.reveal))
+        pages = [rpc.page_of(each) for each in self._calls.stream(rpc.name, request, self._timeout_s)]
+        rows = [row for page in pages for row in page.rows]
+        return cast(Page[T], Page(rows, pages[-1].after))
+
+    def execution(self, execution_id: str) -> ExecutionDetail:
+        """See `AuditSource.execution`."""
+        answer = self._ask("GetExecution", pb.GetExecutionRequest, execution_id=execution_id, reveal=self.reveal)
+        return codec.detail_of(answer.execution)
+
+    def state(self, session: str, at: str = "") -> tuple[VariableState, ...]:
+        """See `AuditSource.state`."""
+        answer = self._ask("GetState", pb.GetStateRequest, session=session, at=at, reveal=self.reveal)
+        return tuple(map(codec.state_of, answer.variables))
+
+    def version(self, session: str, variable_id: str, version: int) -> HistoryEntry:
+        """See `AuditSource.version`."""
+        fields = {"session": session, "variable_id": variable_id, "version": version}
+        return codec.history_of(self._ask("GetVersion", pb.GetVersionRequest, **fields, reveal=self.reveal).entry)
+
+    def _ask(self, rpc: str, request: Callable[..., Any], **fields: Any) -> Any:
+        return self._calls.unary(rpc, _made(lambda: request(**fields)), self._timeout_s)
+
+
+def prune(
+    channel: grpc.Channel,
+    target: str,
+    policy: PrunePolicy,
+    *,
+    confirm: bool,
+    progress: Callable[[str, int, int], None],
+) -> PruneReport:
+    """Have a server prune. It takes as long as it takes; what `progress` raises ends it."""
+    request = _made(lambda: codec.prune_request(policy, confirm=confirm))
+    for answer in _Calls(channel, target).stream("Prune", request, None):
+        if answer.HasField("report"):
+            return codec.report_of(answer.report)
+        progress(answer.progress.what, answer.progress.done, answer.progress.in_all)
+    raise UnavailableError(f"{target} ended the pruning without a report")
+
+
+def _made(request: Callable[[], Any]) -> Any:
+    try:
+        return request()
+    except (ValueError, TypeError) as error:
+        # What no message can carry: a lone surrogate, a number beyond its field.
+        raise InvalidArgumentError("request", str(error)) from error
+
+
+class _Calls:
+    """The rpcs of the service on a channel. What goes wrong is raised as the error that the server meant."""
+
+    def __init__(self, channel: grpc.Channel, target: str) -> None:
+        self._target = target
+        self._stubs = {method.name: _stub(channel, method) for method in codec.AUDIT_SERVICE.methods}
+
+    def unary(self, rpc: str, request: Any, timeout_s: float) -> Any:
+        """The one answer."""
+        try:
+            return self._stubs[rpc](request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise self._error(error) from None
+        except ValueError as error:
+            # The channel is closed.
+            raise EngineClosedError() from error
+
+    def stream(self, rpc: str, request: Any, timeout_s: float | None) -> Iterator[Any]:
+        """The answers, as they come. Whoever stops taking them ends the call."""
+        try:
+            call = self._stubs[rpc](request, timeout=timeout_s)
+        except ValueError as error:
+            # The channel is closed.
+            raise EngineClosedError() from error
+        try:
+            yield from call
+        except grpc.RpcError:
+            raise self._error(call) from None
+        finally:
+            call.cancel()
+
+    def _error(self, call: Any) -> StateError:
+        code = call.code()
+        if any(key == DETAILS_KEY for key, _ in call.trailing_metadata() or ()):
+            return error_of_call(call)
+        if code is grpc.StatusCode.UNIMPLEMENTED:
+            service = codec.AUDIT_SERVICE.full_name
+            return UnsupportedError(f"audits; the server at {self._target} is older than {service}, upgrade it")
+        if code is grpc.StatusCode.CANCELLED:
+            return EngineClosedError()
+        if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            return UnavailableError(f"{self._target}: {call.details() or code.name}")
+        return error_of_call(call)
+
+
+def _stub(channel: grpc.Channel, method: Any) -> Any:
+    path = f"/{codec.AUDIT_SERVICE.full_name}/{method.name}"
+    request, response = (getattr(pb, kind.name) for kind in (method.input_type, method.output_type))
+    make: Any = channel.unary_stream if method.server_streaming else channel.unary_unary
+    return make(path, request_serializer=request.SerializeToString, response_deserializer=response.FromString)

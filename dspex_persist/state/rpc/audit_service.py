@@ -1,0 +1,261 @@
+"""AuditServicer: questions to the history over gRPC, beside the unified bridge. Messages in, questions out, no rules.
+
+Reading takes its time, so it never happens on the event loop but on threads: one for lists, a page at a time, and one
+for single answers. However many ask, the rest of the server hardly notices, and none waits for another's whole list.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar
+
+import structlog
+from google.protobuf.message import Message
+
+from dspex_persist.state.audit import AuditSource
+from dspex_persist.state.errors import EngineClosedError, LimitExceededError, UnavailableError, UnsupportedError
+from dspex_persist.state.mailbox import LoopMailbox
+from dspex_persist.state.model import PrunePolicy, PruneReport
+from dspex_persist.state.provider import StateProvider
+from dspex_persist.state.rpc import audit_codec as codec
+from dspex_persist.state.rpc.audit_codec import ListRpc, Question
+from dspex_persist.state.rpc.calls import Context
+from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as pb
+
+R = TypeVar("R")
+M = TypeVar("M", bound=Message)
+
+_FIRST_ROWS, _MOST_ROWS = 20, 100
+_BATCH_BYTES: Final = 256 * 1024
+"""What a message of a stream should have; one row may be larger."""
+
+_logger = structlog.get_logger(source=__name__)
+
+
+class AuditServicer:
+    """The rpcs. `reveal`: whether those who ask for it see the values of sensitive variables. `stall_timeout_s`: how
+    long a message may wait for a client that does not read before its stream is ended.
+
+    Made and used on one event loop; close it before the provider.
+    """
+
+    def __init__(
+        self,
+        provider: StateProvider,
+        *,
+        reveal: bool = False,
+        prune: bool = False,
+        stall_timeout_s: float = 30.0,
+        max_message_bytes: int = 100 * 1024 * 1024,
+    ) -> None:
+        self._provider = provider
+        self._reveal = reveal
+        self._may_prune = prune
+        self._stall_timeout_s = stall_timeout_s
+        self._max_message_bytes = max_message_bytes
+        self._draining = False
+        self._mailbox = LoopMailbox(asyncio.get_running_loop())
+        # One each: two that read at the same time make every other call wait for its turn twice as long.
+        self._lists = ThreadPoolExecutor(1, thread_name_prefix="dspex-persist-lists")
+        self._answers = ThreadPoolExecutor(1, thread_name_prefix="dspex-persist-answers")
+        self._pruner = ThreadPoolExecutor(1, thread_name_prefix="dspex-persist-pruner")
+
+    def drain(self) -> None:
+        """End every stream, with a status that says what to do; single questions are answered still."""
+        self._draining = True
+
+    def close(self) -> None:
+        """Wait for what the threads are at; nothing is read after it."""
+        self._draining = True
+        for threads in (self._lists, self._answers, self._pruner):
+            threads.shutdown(cancel_futures=True)
+
+    # Single answers
+
+    async def GetHead(self, _request: pb.GetHeadRequest, _context: Context) -> pb.GetHeadResponse:
+        return pb.GetHeadResponse(sequence=await self._ask(self._source().head))
+
+    async def ResolvePoint(self, request: pb.ResolvePointRequest, _context: Context) -> pb.ResolvePointResponse:
+        source = self._source()
+        sequence = await self._ask(lambda: source.resolve(request.point, request.option or "at", request.session))
+        return pb.ResolvePointResponse(sequence=sequence)
+
+    async def GetExecution(self, request: pb.GetExecutionRequest, _context: Context) -> pb.GetExecutionResponse:
+        source = self._source(request)
+
+        def answer() -> pb.GetExecutionResponse:
+            detail = source.execution(request.execution_id)
+            return pb.GetExecutionResponse(execution=codec.detail_message(detail))
+
+        return self._fitting(await self._ask(answer))
+
+    async def GetState(self, request: pb.GetStateRequest, _context: Context) -> pb.GetStateResponse:
+        source = self._source(request)
+
+        def answer() -> pb.GetStateResponse:
+            variables = source.state(request.session, request.at)
+            return pb.GetStateResponse(variables=map(codec.state_message, variables))
+
+        return self._fitting(await self._ask(answer))
+
+    async def GetVersion(self, request: pb.GetVersionRequest, _context: Context) -> pb.GetVersionResponse:
+        source = self._source(request)
+
+        def answer() -> pb.GetVersionResponse:
+            entry = source.version(request.session, request.variable_id, request.version)
+            return pb.GetVersionResponse(entry=codec.history_message(entry))
+
+        return self._fitting(await self._ask(answer))
+
+    # Lists
+
+    async def ListHistory(self, request: pb.ListHistoryRequest, context: Context) -> None:
+        await self._list(codec.HISTORY, request, self._source(request), context)
+
+    async def ListExecutions(self, request: pb.ListExecutionsRequest, context: Context) -> None:
+        await self._list(codec.EXECUTIONS, request, self._source(), context)
+
+    async def ListCommits(self, request: pb.ListCommitsRequest, context: Context) -> None:
+        await self._list(codec.COMMITS, request, self._source(), context)
+
+    async def ListSessions(self, request: pb.ListSessionsRequest, context: Context) -> None:
+        await self._list(codec.SESSIONS, request, self._source(), context)
+
+    async def _list(self, rpc: ListRpc[Any], request: Any, source: AuditSource, context: Context) -> None:
+        """Read a page, send it, and only then read the next."""
+        pages = _Pages(rpc.question(request), source, min(_BATCH_BYTES, self._max_message_bytes // 2))
+        while True:
+            await self._send(self._fitting(await self._on(self._lists, pages.read)), context)
+            if pages.ended:
+                return
+            if self._draining:
+                raise UnavailableError("the server is shutting down; go on after the cursor of the last message")
+
+    # Pruning
+
+    async def Prune(self, request: pb.PruneRequest, context: Context) -> None:
+        if request.confirm and not self._may_prune:
+            raise UnsupportedError(
+                "pruning for clients. Start the server with --audit-prune, or with a retention of its own "
+                "(--retention-keep-versions, ...), or stop it and prune the file with --db"
+            )
+        pruning = _Pruning(self._provider, codec.policy_of(request), request.confirm, self._mailbox)
+        _logger.info("pruning asked for", confirm=request.confirm, peer=context.peer())
+        work = asyncio.get_running_loop().run_in_executor(self._pruner, pruning.run)
+        try:
+            while not work.done():
+                message = await pruning.news(work)
+                if message is not None:
+                    await self._send(message, context)
+                if self._draining:
+                    raise UnavailableError("the server is shutting down; what has gone by now is gone, prune again")
+            await self._send(codec.report_message(await work), context)
+        finally:
+            pruning.end()
+            work.cancel()
+
+    # How they go
+
+    def _source(self, request: Any = None) -> AuditSource:
+        return self._provider.audit(reveal=self._reveal and request is not None and request.reveal)
+
+    async def _ask(self, question: Callable[[], R]) -> R:
+        return await self._on(self._answers, question)
+
+    async def _on(self, threads: ThreadPoolExecutor, question: Callable[[], R]) -> R:
+        try:
+            future = threads.submit(question)
+        except RuntimeError:
+            # The threads have been shut down.
+            raise EngineClosedError() from None
+        return await self._mailbox.result(future)
+
+    def _fitting(self, message: M) -> M:
+        size_bytes = message.ByteSize()
+        if size_bytes > self._max_message_bytes:
+            raise LimitExceededError("the size of the answer", size_bytes, self._max_message_bytes, "max_message_bytes")
+        return message
+
+    async def _send(self, message: Any, context: Context) -> None:
+        try:
+            async with asyncio.timeout(self._stall_timeout_s):
+                await context.write(message)
+        except TimeoutError:
+            _logger.info("client stalled", peer=context.peer(), message=type(message).__name__)
+            raise UnavailableError(f"the client took nothing for {self._stall_timeout_s:g} s") from None
+
+
+class _Pages:
+    """The answers to one question, in pages that are as large as a message should be. Used by one thread at a time."""
+
+    def __init__(self, question: Question[Any], source: AuditSource, batch_bytes: int = _BATCH_BYTES) -> None:
+        self.ended = False
+        self._question = question
+        self._source = source
+        self._batch_bytes = batch_bytes
+        self._after = question.key
+        self._left = question.query.limit or None
+        self._rows = _FIRST_ROWS
+        self._bounds: tuple[int, int] | None = None
+
+    def read(self) -> Any:
+        """The next message."""
+        if self._bounds is None:
+            self._bounds = self._question.bounds(self._source)
+        while True:
+            most = self._rows if self._left is None else min(self._rows, self._left)
+            page = self._source.page(self._question.within(self._bounds), self._after, most)
+            response = self._question.response(page, self._bounds)
+            self._adapt(len(page.rows), response.ByteSize())
+            if len(page.rows) <= self._rows or response.ByteSize() <= 2 * self._batch_bytes:
+                break
+        self._after = page.after
+        self._left = None if self._left is None else self._left - len(page.rows)
+        self.ended = page.after is None or self._left == 0
+        return response
+
+    def _adapt(self, rows: int, size_bytes: int) -> None:
+        fitting = max(1, self._batch_bytes * rows // size_bytes) if rows else self._rows
+        self._rows = min(fitting, 2 * self._rows, _MOST_ROWS)
+
+
+class _Left(Exception):
+    """Nobody waits for a pruning any more."""
+
+
+class _Pruning:
+    """One pruning on its thread, and what it last said of its progress on the event loop."""
+
+    def __init__(self, provider: StateProvider, policy: PrunePolicy, confirm: bool, mailbox: LoopMailbox) -> None:
+        self._provider = provider
+        self._policy = policy
+        self._confirm = confirm
+        self._mailbox = mailbox
+        self._told = asyncio.Event()
+        self._last: tuple[str, int, int] | None = None
+        self._ended = False
+
+    def run(self) -> PruneReport:
+        """Prune, on the thread that calls."""
+        return self._provider.prune(self._policy, confirm=self._confirm, progress=self._progress)
+
+    def _progress(self, what: str, done: int, in_all: int) -> None:
+        if self._ended:
+            raise _Left
+        self._last = (what, done, in_all)
+        self._mailbox.post(self._told.set)
+
+    async def news(self, work: "asyncio.Future[PruneReport]") -> pb.PruneResponse | None:
+        """Wait until there is something to tell, or the work is done; only the newest is told."""
+        telling = asyncio.ensure_future(self._told.wait())
+        try:
+            await asyncio.wait((telling, work), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            telling.cancel()
+        self._told.clear()
+        last, self._last = self._last, None
+        return codec.progress_message(*last) if last is not None else None
+
+    def end(self) -> None:
+        """Have it end after its next step."""
+        self._ended = True

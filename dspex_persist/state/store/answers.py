@@ -1,0 +1,944 @@
+"""The questions of an audit, answered from the file: each page in a short snapshot of its own.
+
+Which rows drive a question decides what it costs. One variable is read by its key, a session by its commits, metadata
+by its index; only what names none of these walks through the log, a window of commits at a time.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from difflib import get_close_matches
+from typing import Any, Final, cast
+
+from sqlalchemy import Connection, Engine
+
+from dspex_persist import clock
+from dspex_persist.clock import from_micros, to_micros
+from dspex_persist.state.audit import (
+    SENSITIVE,
+    AuditSource,
+    CommitEntry,
+    CommitQuery,
+    Cursor,
+    ExecutionDetail,
+    ExecutionQuery,
+    ExecutionSummary,
+    HistoryEntry,
+    HistoryQuery,
+    Operator,
+    Page,
+    Predicate,
+    Query,
+    ReadEntry,
+    SessionEntry,
+    SessionQuery,
+    T,
+    VariableState,
+    is_glob,
+    parse_point,
+)
+from dspex_persist.state.errors import (
+    InvalidArgumentError,
+    NotInHistoryError,
+    UnsupportedError,
+    VersionNotFoundError,
+    VersionPrunedError,
+    quote,
+)
+from dspex_persist.state.model import Conflict, ExecutionStatus, Failure, LogEntry, Value
+from dspex_persist.state.store import variables as stored_variables
+from dspex_persist.state.store.engine import snapshot
+from dspex_persist.state.store.executions import value_in
+from dspex_persist.state.store.schema import is_unicode
+from dspex_persist.state.store.variables import KIND_CODES, KINDS, SOURCE_CODES, SOURCES
+
+_WINDOW: Final = 50_000
+"""Commits that one snapshot walks through at most, where nothing narrows a question down."""
+_BEGAN: Final = "CASE WHEN commits.cause GLOB 'exec_[0-9]*' THEN CAST(substr(commits.cause, 6) AS INTEGER) END"
+
+_VERSIONS: Final = f"""
+    SELECT sessions.session_id, variables.name, variables.variable_id, variables.type, versions.version, versions.kind,
+        coalesce(versions.value, CAST(of_value.content AS TEXT)) AS text,
+        coalesce(versions.binary, of_binary.content) AS binary,
+        versions.source, versions.metadata, versions.sequence, commits.created_at, commits.actor, commits.cause,
+        executions.tool, json_extract(variables.metadata, '$.{SENSITIVE}') IS 'true' AS sensitive,
+        versions.variable_key, variables.constraints
+    FROM {{driver}}
+    CROSS JOIN variables ON variables.variable_key = versions.variable_key
+    CROSS JOIN sessions ON sessions.session_key = variables.session_key
+    LEFT JOIN executions ON executions.began_sequence = {_BEGAN} AND executions.execution_id = commits.cause
+    LEFT JOIN blobs AS of_value ON of_value.blob_key = versions.value_blob
+    LEFT JOIN blobs AS of_binary ON of_binary.blob_key = versions.binary_blob
+"""
+_BY_VARIABLE: Final = "versions CROSS JOIN commits ON commits.sequence = versions.sequence"
+_BY_SESSION: Final = """
+    commits INDEXED BY commits_by_session
+    CROSS JOIN versions INDEXED BY versions_by_sequence ON versions.sequence = commits.sequence
+"""
+_BY_SEQUENCE: Final = """
+    versions INDEXED BY versions_by_sequence CROSS JOIN commits ON commits.sequence = versions.sequence
+"""
+_BY_METADATA: Final = """
+    metadata_entries
+    CROSS JOIN versions ON versions.variable_key = metadata_entries.variable_key
+        AND versions.version = metadata_entries.version
+    CROSS JOIN commits ON commits.sequence = versions.sequence
+"""
+
+_EXECUTIONS: Final = """
+    SELECT sessions.session_id, executions.execution_id, executions.tool, executions.status, executions.attempt,
+        began.actor, executions.began_sequence, began.created_at AS began_at, executions.ended_sequence,
+        ended.created_at AS ended_at, json_extract(ending.body, '$.duration_us') AS duration_us,
+        executions.parent_id, executions.idempotency_key,
+        json_extract(beginning.body, '$.worker_id') AS worker_id,
+        (SELECT count(*) FROM json_each(ending.body, '$.reads')) AS reads,
+        (SELECT count(*) FROM json_each(ending.body, '$.writes')) AS writes,
+        json_extract(ending.body, '$.failure.type') AS error_type,
+        json_extract(ending.body, '$.failure.message') AS message, json_extract(ending.body, '$.reason') AS reason,
+        json_extract(ending.body, '$.conflicts') AS conflicts, executions.session_key,
+        beginning.body AS beginning, ending.body AS ending
+    FROM executions
+    JOIN sessions ON sessions.session_key = executions.session_key
+    JOIN commits AS began ON began.sequence = executions.began_sequence
+    LEFT JOIN commits AS ended ON ended.sequence = executions.ended_sequence
+    LEFT JOIN events AS beginning ON beginning.sequence = executions.began_sequence
+        AND beginning.kind = 'execution_began'
+    LEFT JOIN events AS ending ON ending.sequence = executions.ended_sequence AND ending.kind = 'execution_ended'
+        AND json_extract(ending.body, '$.execution_id') = executions.execution_id
+"""
+_COMMITS: Final = """
+    SELECT commits.sequence, sessions.session_id, commits.actor, commits.cause, commits.created_at,
+        lower(hex(commits.hash)) AS hash,
+        (SELECT json_group_array(json_array(variables.name, versions.version)) FROM versions
+            JOIN variables ON variables.variable_key = versions.variable_key
+            WHERE versions.sequence = commits.sequence) AS versions,
+        (SELECT json_group_array(events.kind) FROM events WHERE events.sequence = commits.sequence) AS events,
+        EXISTS (SELECT 1 FROM pruned WHERE pruned.sequence = commits.sequence) AS pruned
+    FROM commits JOIN sessions ON sessions.session_key = commits.session_key
+"""
+_SESSIONS: Final = """
+    SELECT sessions.session_id, sessions.created_at, sessions.started_sequence, sessions.ended_sequence,
+        ended.created_at AS ended_at,
+        (SELECT created_at FROM commits WHERE commits.session_key = sessions.session_key
+            ORDER BY commits.sequence DESC LIMIT 1) AS last_at,
+        sessions.ttl_s, sessions.metadata, sessions.session_key,
+        (SELECT count(*) FROM variables WHERE variables.session_key = sessions.session_key
+            AND (sessions.ended_sequence IS NOT NULL OR deleted_sequence IS NULL)) AS variables,
+        (SELECT count(*) FROM commits WHERE commits.session_key = sessions.session_key) AS commits,
+        (SELECT count(*) FROM executions WHERE executions.session_key = sessions.session_key) AS executions
+    FROM sessions LEFT JOIN commits AS ended ON ended.sequence = sessions.ended_sequence
+"""
+_AT_OR_BELOW: Final = """
+    SELECT version, sequence FROM versions WHERE variable_key = ? AND version <= ? ORDER BY version DESC LIMIT 1
+"""
+# Whether a variable (whose versions after the second parameter have a gap) lost one by the commit of the third.
+_REGISTERED: Final = """
+    SELECT 1 FROM variables
+    CROSS JOIN commits INDEXED BY commits_by_session ON commits.session_key = variables.session_key
+    CROSS JOIN events ON events.sequence = commits.sequence AND events.kind = 'variable_registered'
+        AND json_extract(events.body, '$.variable_key') = variables.variable_key
+    WHERE variables.variable_key = ?1 AND ?2 = -1 AND commits.sequence <= ?3
+"""
+_LOST: Final = """
+    SELECT 1 FROM variables
+    CROSS JOIN commits INDEXED BY commits_by_session ON commits.session_key = variables.session_key
+    CROSS JOIN pruned ON pruned.sequence = commits.sequence
+    WHERE variables.variable_key = ?1 AND commits.sequence <= ?3 AND commits.sequence >= (
+        SELECT sequence FROM versions WHERE versions.variable_key = ?1 AND versions.version = ?2
+    ) LIMIT 1
+"""
+_LAST_VERSION: Final = 2**62
+
+
+class StoredAudit(AuditSource):
+    """The history in a file. `let_go` is called when it is closed; within `explained`, errors of SQLite become ours."""
+
+    def __init__(
+        self,
+        readers: Engine,
+        *,
+        reveal: bool = False,
+        let_go: Callable[[], None] = lambda: None,
+        explained: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.reveal = reveal
+        self._readers = readers
+        self._let_go = let_go
+        self._explained = explained
+
+    @contextmanager
+    def _snapshot(self) -> Iterator[Connection]:
+        with self._explained(), snapshot(self._readers) as connection:
+            yield connection
+
+    def close(self) -> None:
+        """Let the file go if it was opened for this."""
+        self._let_go()
+
+    # Points
+
+    def head(self) -> int:
+        """See `AuditSource.head`."""
+        with self._snapshot() as connection:
+            return _head(connection)
+
+    def resolve(self, point: str, option: str = "at", session: str = "") -> int:
+        """See `AuditSource.resolve`."""
+        with self._snapshot() as connection:
+            return _resolve(connection, point, option, session)
+
+    # Pages
+
+    def page(self, query: Query[T], after: Cursor | None = None, most: int = 500) -> Page[T]:
+        """See `AuditSource.page`."""
+        asked: Any = query
+        with self._snapshot() as connection:
+            session = "" if is_glob(query.session) else query.session
+            bounds = _Bounds(
+                _resolve(connection, query.since, "since", session) if query.since else 0,
+                _resolve(connection, query.until, "until", session) if query.until else _head(connection),
+            )
+            match asked:
+                case HistoryQuery():
+                    page: Page[Any] = _HistoryPage(connection, asked, bounds, after, most, self.reveal).read()
+                case ExecutionQuery():
+                    page = _execution_page(connection, asked, bounds, after, most)
+                case CommitQuery():
+                    page = _commit_page(connection, asked, bounds, after, most)
+                case SessionQuery():
+                    page = _session_page(connection, asked, bounds, after, most)
+                case _:
+                    raise UnsupportedError(f"questions of type {type(query).__name__}")
+        return cast(Page[T], page)
+
+    # Single answers
+
+    def execution(self, execution_id: str) -> ExecutionDetail:
+        """See `AuditSource.execution`."""
+        history = tuple(self.iterate(HistoryQuery(execution_id=execution_id, newest_first=False)))
+        with self._snapshot() as connection:
+            return _detail(connection, execution_id, history)
+
+    def state(self, session: str, at: str = "") -> tuple[VariableState, ...]:
+        """See `AuditSource.state`."""
+        with self._snapshot() as connection:
+            sequence = _resolve(connection, at, "at", session)
+            key = _session_at(connection, session, sequence)
+            rows = _all(
+                connection,
+                "SELECT variable_key, name, deleted_sequence FROM variables WHERE session_key = ? "
+                "ORDER BY variable_key",
+                key,
+            )
+            if not rows:
+                _refuse_pruned(connection, session, key, sequence)
+            found = []
+            for variable_key, name, deleted in rows:
+                if deleted is None or deleted > sequence:
+                    version = _version_at(connection, variable_key, sequence)
+                    _refuse_gap(connection, variable_key, name, version, sequence)
+                    if version is not None:
+                        found.append(self._state_of(connection, variable_key, version))
+            return tuple(found)
+
+    def _state_of(self, connection: Connection, key: int, version: int) -> VariableState:
+        row = _one_version(connection, key, version)
+        entry = _entry_of(row, self.reveal)
+        return VariableState(
+            entry.session_id,
+            entry.name,
+            entry.variable_id,
+            entry.type,
+            entry.value,
+            entry.version,
+            entry.kind,
+            entry.source,
+            row.constraints,
+            stored_variables.metadata_as_of(connection, key, version),
+            entry.sequence,
+            entry.created_at,
+            entry.actor,
+            entry.cause,
+            entry.execution_id,
+            entry.tool,
+            entry.masked,
+        )
+
+    def version(self, session: str, variable_id: str, version: int) -> HistoryEntry:
+        """See `AuditSource.version`."""
+        with self._snapshot() as connection:
+            key = _variable_keys(connection, _session_keys(connection, session), variable_id)[-1]
+            row = _one_version(connection, key, version)
+            if row is None:
+                latest = _version_at(connection, key, _LAST_VERSION) or 0
+                if 0 <= version < latest:
+                    raise VersionPrunedError(variable_id, version)
+                raise VersionNotFoundError(variable_id, version, latest)
+            return _entry_of(row, self.reveal)
+
+
+# Rows
+
+
+def _all(connection: Connection, statement: str, *parameters: object) -> Sequence[Any]:
+    return connection.exec_driver_sql(statement, parameters).fetchall()
+
+
+def _first(connection: Connection, statement: str, *parameters: object) -> Any:
+    return connection.exec_driver_sql(statement, parameters).first()
+
+
+class _Conditions:
+    """What a WHERE clause asks for, with the parameters in its order."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self.parameters: list[object] = []
+
+    def add(self, text: str, *parameters: object) -> None:
+        self._texts.append(text)
+        self.parameters += parameters
+
+    def add_all(self, others: "_Conditions") -> None:
+        self._texts += others._texts
+        self.parameters += others.parameters
+
+    def add_equal(self, column: str, wanted: object) -> None:
+        """Nothing, where what is wanted is "" or None."""
+        if wanted not in ("", None):
+            self.add(f"{column} = ?", wanted)
+
+    def add_among(self, column: str, wanted: Sequence[object]) -> None:
+        self.add(f"{column} IN ({', '.join('?' * len(wanted))})", *wanted)
+
+    def add_metadata(self, column: str, wanted: Iterable[tuple[str, str]]) -> None:
+        for entry in wanted:
+            self.add(f"EXISTS (SELECT 1 FROM json_each({column}) WHERE key = ? AND value = ?)", *entry)
+
+    def __str__(self) -> str:
+        return f" WHERE {' AND '.join(self._texts)}" if self._texts else ""
+
+
+def _pattern(glob: str) -> str:
+    """SQLite's GLOB knows sets in brackets; ours does not."""
+    return glob.replace("[", "[[]")
+
+
+# Points
+
+
+class _Bounds(tuple[int, int]):
+    """The commits asked for: after the first, up to and with the second."""
+
+    __slots__ = ()
+
+    def __new__(cls, after: int, last: int) -> "_Bounds":
+        return super().__new__(cls, (after, last))
+
+
+def _head(connection: Connection) -> int:
+    row = _first(connection, "SELECT max(sequence) FROM commits")
+    return row[0] or 0
+
+
+def _resolve(connection: Connection, point: str, option: str, session: str) -> int:
+    parsed, head = parse_point(point, clock.now(), option), _head(connection)
+    sequence = head
+    if parsed.execution_id:
+        row = _execution_row(connection, parsed.execution_id)
+        sequence = row.began_sequence if row.ended_sequence is None else row.ended_sequence
+    elif parsed.at is not None:
+        micros = to_micros(parsed.at)
+        sequence = _session_time(connection, session, micros) if session else _global_time(connection, micros, head)
+    elif parsed.sequence is not None:
+        sequence = parsed.sequence
+        if sequence > head:
+            raise InvalidArgumentError(option, f"there is no commit {sequence} yet; the newest is {head}")
+    return max(sequence - 1, 0) if parsed.before else sequence
+
+
+def _global_time(connection: Connection, micros: int, head: int) -> int:
+    """The last commit that is not younger: found by halving, as commits are in the order of their times.
+
+    Those of an import are not: all of them count as the commit before them.
+    """
+    imports = _all(connection, "SELECT first_sequence, last_sequence FROM imports")
+    low, high = 0, head
+    while low < high:
+        first = last = (low + high + 1) // 2
+        for import_first, import_last in imports:
+            if import_first <= last <= import_last:
+                first, last = import_first - 1, import_last
+        if first == 0 or _created_at(connection, first) <= micros:
+            low = min(last, high)
+        else:
+            high = first - 1
+    return low
+
+
+def _created_at(connection: Connection, sequence: int) -> int:
+    row = _first(connection, "SELECT created_at FROM commits WHERE sequence = ?", sequence)
+    return int(row[0])
+
+
+def _session_time(connection: Connection, session: str, micros: int) -> int:
+    """The same among the commits of a session, or of all that had this id."""
+    return max(_time_in(connection, key, micros) for key in _session_keys(connection, session))
+
+
+def _time_in(connection: Connection, key: int, micros: int) -> int:
+    statement = """
+        SELECT sequence, created_at FROM commits INDEXED BY commits_by_session
+        WHERE session_key = ? AND sequence <= ? ORDER BY sequence DESC LIMIT 1
+    """
+    found, low, high = 0, 1, _head(connection)
+    while low <= high:
+        middle = (low + high) // 2
+        row = _first(connection, statement, key, middle)
+        if row is None:
+            low = middle + 1
+        elif row.created_at <= micros:
+            found, low = int(row.sequence), middle + 1
+        else:
+            high = row.sequence - 1
+    return found
+
+
+def _refuse_pruned(connection: Connection, session: str, key: int, sequence: int) -> None:
+    """Of a session that was pruned as a whole nobody can say any more what it had."""
+    statement = """
+        SELECT 1 FROM commits INDEXED BY commits_by_session CROSS JOIN pruned ON pruned.sequence = commits.sequence
+        WHERE commits.session_key = ? AND commits.sequence <= ? LIMIT 1
+    """
+    if _first(connection, statement, key, sequence) is not None:
+        raise InvalidArgumentError("at", f"what session {quote(session)} had at commit {sequence} was pruned")
+
+
+def _refuse_gap(connection: Connection, key: int, name: str, version: int | None, sequence: int) -> None:
+    """What stands at a commit is not `version` if the one that followed it was pruned."""
+    after = -1 if version is None else version
+    following = _first(
+        connection,
+        "SELECT version FROM versions WHERE variable_key = ? AND version > ? ORDER BY version LIMIT 1",
+        key,
+        after,
+    )
+    if following is None or following[0] == after + 1:
+        return
+    lost = _REGISTERED if version is None else _LOST
+    if _first(connection, lost, key, after, sequence) is not None:
+        raise VersionPrunedError(name, after + 1)
+
+
+def _version_at(connection: Connection, key: int, sequence: int) -> int | None:
+    """The variable's newest version as of a commit, found by halving; None before its first."""
+    cursor = connection.connection.cursor()
+    newest = cursor.execute(_AT_OR_BELOW, (key, _LAST_VERSION)).fetchone()
+    if newest is None:
+        return None
+    if newest[1] <= sequence:
+        return int(newest[0])
+    found, low, high = None, 0, newest[0] - 1
+    while low <= high:
+        middle = (low + high) // 2
+        row = cursor.execute(_AT_OR_BELOW, (key, middle)).fetchone()
+        if row is None:
+            low = middle + 1
+        elif row[1] <= sequence:
+            found, low = int(row[0]), middle + 1
+        else:
+            high = row[0] - 1
+    return found
+
+
+# Sessions and variables
+
+
+def _session_keys(connection: Connection, session: str) -> list[int]:
+    """All sessions that had this id, oldest first."""
+    rows = _all(connection, "SELECT session_key FROM sessions WHERE session_id = ?", _asked(session))
+    if not rows:
+        raise NotInHistoryError("session", session, _similar(connection, session))
+    return sorted(row[0] for row in rows)
+
+
+def _similar(connection: Connection, session: str) -> str:
+    rows = _all(connection, "SELECT DISTINCT session_id FROM sessions ORDER BY session_key DESC LIMIT 1000")
+    ids = [row[0] for row in rows]
+    meant = get_close_matches(session, ids, 1)
+    if meant:
+        return f"did you mean {quote(meant[0])}?"
+    return f"there are: {', '.join(map(quote, ids[:5]))}{', ...' if len(ids) > 5 else ''}" if ids else "it has none"
+
+
+def _asked(text: str) -> str | None:
+    """What SQLite can be asked for; no row has anything else."""
+    return text if is_unicode(text) else None
+
+
+def _session_at(connection: Connection, session: str, sequence: int) -> int:
+    """The session of this id that lived at a commit."""
+    keys = _session_keys(connection, session)
+    lives = [
+        _first(connection, "SELECT started_sequence, ended_sequence FROM sessions WHERE session_key = ?", key)
+        for key in keys
+    ]
+    for key, (started, ended) in zip(reversed(keys), reversed(lives), strict=True):
+        if started <= sequence and (ended is None or ended > sequence):
+            return key
+    told = ", ".join(f"from commit {started} to {'now' if ended is None else ended}" for started, ended in lives)
+    ends = [ended for _, ended in lives if ended is not None]
+    hint = f"; --at {ends[-1]}^ is right before it ended" if ends else ""
+    raise InvalidArgumentError("at", f"session {quote(session)} did not live at commit {sequence}, but {told}{hint}")
+
+
+def _variable_keys(connection: Connection, sessions: Sequence[int], variable: str) -> list[int]:
+    """All variables of the sessions that had this name, or have this id, oldest first."""
+    conditions = _Conditions()
+    conditions.add_among("session_key", sessions)
+    conditions.add("(name = ? OR variable_id = ?)", _asked(variable), _asked(variable))
+    rows = _all(connection, f"SELECT variable_key FROM variables{conditions}", *conditions.parameters)
+    if not rows:
+        names = _all(
+            connection,
+            f"SELECT DISTINCT name FROM variables WHERE session_key IN ({', '.join('?' * len(sessions))}) LIMIT 1000",
+            *sessions,
+        )
+        meant = get_close_matches(variable, [row[0] for row in names], 1)
+        raise NotInHistoryError("variable", variable, f"did you mean {quote(meant[0])}?" if meant else "")
+    return sorted(row[0] for row in rows)
+
+
+def _one_version(connection: Connection, key: int, version: int) -> Any:
+    statement = _VERSIONS.format(driver=_BY_VARIABLE) + " WHERE versions.variable_key = ? AND versions.version = ?"
+    return _first(connection, statement, key, version)
+
+
+def _entry_of(row: Any, reveal: bool) -> HistoryEntry:
+    kept_back = bool(row.sensitive) and not reveal and row.text is not None
+    return HistoryEntry(
+        row.session_id,
+        row.name,
+        row.variable_id,
+        row.type,
+        row.version,
+        KINDS[row.kind],
+        None if row.text is None or kept_back else Value(row.text, row.binary),
+        SOURCES[row.source],
+        json.loads(row.metadata) if row.metadata else {},
+        row.sequence,
+        from_micros(row.created_at),
+        row.actor,
+        row.cause,
+        row.cause if row.tool is not None else None,
+        row.tool,
+        kept_back,
+    )
+
+
+# History
+
+
+class _HistoryPage:
+    """One page of versions: which rows drive it, and what they have to fulfil."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        query: HistoryQuery,
+        bounds: _Bounds,
+        after: Cursor | None,
+        most: int,
+        reveal: bool,
+    ) -> None:
+        self._connection = connection
+        self._query = query
+        self._first, self._last = bounds
+        self._after = after
+        self._most = most
+        self._reveal = reveal
+        self._conditions = _Conditions()
+        self._mine: frozenset[tuple[str, int]] | None = None
+
+    def read(self) -> Page[HistoryEntry]:
+        query = self._query
+        keys = _session_keys(self._connection, query.session) if query.session and not is_glob(query.session) else None
+        self._narrow()
+        if query.execution_id:
+            return self._of_execution()
+        if query.metadata:
+            return self._of_metadata(keys)
+        if keys is not None:
+            if query.variable and not is_glob(query.variable):
+                return self._of_variables(_variable_keys(self._connection, keys, query.variable))
+            self._conditions.add_among("commits.session_key", keys)
+            self._name()
+            return self._page(_BY_SESSION, "commits.sequence", None)
+        self._name()
+        return self._page(_BY_SEQUENCE, "versions.sequence", _WINDOW)
+
+    def _narrow(self) -> None:
+        query, add = self._query, self._conditions
+        if is_glob(query.session):
+            add.add("sessions.session_id GLOB ?", _pattern(query.session))
+        add.add_equal("variables.type", query.type)
+        add.add_equal("versions.kind", None if query.kind is None else KIND_CODES[query.kind])
+        add.add_equal("commits.actor", query.actor)
+        add.add_equal("versions.source", None if query.source is None else SOURCE_CODES[query.source])
+        add.add_equal("executions.tool", query.tool)
+        for predicate in query.where:
+            add.add(*_predicate(predicate, self._reveal))
+
+    def _name(self) -> None:
+        variable = self._query.variable
+        if is_glob(variable):
+            self._conditions.add("variables.name GLOB ?", _pattern(variable))
+        elif variable:
+            asked = _asked(variable)
+            self._conditions.add("(variables.name = ? OR variables.variable_id = ?)", asked, asked)
+
+    def _of_execution(self) -> Page[HistoryEntry]:
+        """What it, and those that it called, wrote at the end of the whole, and published before."""
+        row = top = _execution_row(self._connection, self._query.execution_id)
+        family = _family(self._connection, row)
+        while top.parent_id is not None:
+            top = _execution_row(self._connection, top.parent_id)
+        if row is not top:
+            self._mine = frozenset(
+                written
+                for each in family
+                for name in ("writes", "published")
+                for written in _pairs(_end_of(each)[name])
+            )
+        last = top.ended_sequence if top.ended_sequence is not None else self._last
+        self._first, self._last = max(self._first, row.began_sequence), min(self._last, last)
+        self._conditions.add("commits.session_key = ?", row.session_key)
+        self._conditions.add_among("commits.cause", [top.execution_id, *(each.execution_id for each in family)])
+        self._name()
+        return self._page(_BY_SESSION, "commits.sequence", None)
+
+    def _of_metadata(self, keys: list[int] | None) -> Page[HistoryEntry]:
+        (key, value), *others = self._query.metadata.items()
+        self._conditions.add("metadata_entries.key = ?", key)
+        self._conditions.add("metadata_entries.value = ?", value)
+        self._conditions.add_metadata("versions.metadata", others)
+        if keys is not None:
+            self._conditions.add_among("variables.session_key", keys)
+        self._name()
+        return self._page(_BY_METADATA, "metadata_entries.sequence", None, "metadata_entries")
+
+    def _of_variables(self, keys: list[int]) -> Page[HistoryEntry]:
+        """One after the other: of one name, each was deleted before the next was registered."""
+        newest_first = self._query.newest_first
+        rows: list[HistoryEntry] = []
+        for key in sorted(keys, reverse=newest_first):
+            page = self._of_variable(key, self._most - len(rows))
+            rows += page.rows
+            if page.after is not None:
+                return Page(rows, page.after)
+        return Page(rows)
+
+    def _of_variable(self, key: int, most: int) -> Page[HistoryEntry]:
+        newest_first = self._query.newest_first
+        if self._after is not None and (key > self._after[1] if newest_first else key < self._after[1]):
+            return Page(())
+        if most <= 0:
+            return Page((), (0, key, _LAST_VERSION if newest_first else -1))
+        conditions = _Conditions()
+        conditions.add("versions.variable_key = ?", key)
+        after = _version_at(self._connection, key, self._first)
+        last = _version_at(self._connection, key, self._last)
+        conditions.add("versions.version > ?", -1 if after is None else after)
+        conditions.add("versions.version <= ?", -1 if last is None else last)
+        if self._after is not None and key == self._after[1]:
+            conditions.add(f"versions.version {'<' if newest_first else '>'} ?", self._after[2])
+        order = f" ORDER BY versions.version {'DESC' if newest_first else ''} LIMIT ?"
+        return self._read(_BY_VARIABLE, conditions, order, most)
+
+    def _page(self, driver: str, sequence: str, window: int | None, keys: str = "versions") -> Page[HistoryEntry]:
+        """A page in the order of commits. Within a `window` it may be short and yet not the last."""
+        newest_first = self._query.newest_first
+        first, last = self._first, self._last
+        if self._after is not None:
+            if newest_first:
+                last = min(last, self._after[0])
+            else:
+                first = max(first, self._after[0] - 1)
+        end = None
+        if window is not None and last - first > window:
+            end = last - window if newest_first else first + window
+            first, last = (end, last) if newest_first else (first, end)
+        conditions = _Conditions()
+        conditions.add(f"{sequence} > ?", first)
+        conditions.add(f"{sequence} <= ?", last)
+        key, direction = f"{sequence}, {keys}.variable_key, {keys}.version", "DESC" if newest_first else ""
+        if self._after is not None:
+            conditions.add(f"({key}) {'<' if newest_first else '>'} (?, ?, ?)", *self._after)
+        order = f" ORDER BY {key.replace(',', f' {direction},')} {direction} LIMIT ?"
+        page = self._read(driver, conditions, order, self._most)
+        if page.after is None and end is not None:
+            return Page(page.rows, (end, _LAST_VERSION, 0))
+        return page
+
+    def _read(self, driver: str, more: _Conditions, order: str, most: int) -> Page[HistoryEntry]:
+        more.add_all(self._conditions)
+        statement = _VERSIONS.format(driver=driver) + str(more) + order
+        rows = _all(self._connection, statement, *more.parameters, most + 1)
+        entries = [_entry_of(row, self._reveal) for row in rows[:most]]
+        if self._mine is not None:
+            entries = [entry for entry in entries if (entry.name, entry.version) in self._mine]
+        last = rows[most - 1] if len(rows) > most else None
+        return Page(entries, (last.sequence, last.variable_key, last.version) if last is not None else None)
+
+
+def _predicate(predicate: Predicate, reveal: bool) -> tuple[Any, ...]:
+    """As SQL. What is masked is not found by its value either."""
+    shown = "" if reveal else " AND sensitive = 0"
+    text, number = "text", predicate.number
+    if predicate.operator is Operator.CONTAINS:
+        return f"instr({text}, ?) > 0{shown}", predicate.operand
+    if number is not None:
+        return f"versions.number {predicate.operator.value} ?{shown}", number
+    quoted = json.dumps(predicate.operand, ensure_ascii=False)
+    return f"{text} {'=' if predicate.operator is Operator.EQUAL else '<>'} ?{shown}", _json_operand(predicate, quoted)
+
+
+def _json_operand(predicate: Predicate, quoted: str) -> str:
+    """The operand as the JSON that it is, or as the string that it means."""
+    try:
+        return json.dumps(json.loads(predicate.operand), ensure_ascii=False, separators=(",", ":"))
+    except ValueError:
+        return quoted
+
+
+# Executions
+
+
+def _execution_row(connection: Connection, execution_id: str) -> Any:
+    """The execution of this id, which names the commit that began it: `exec_12` is as good as all of it."""
+    _, number, *token = execution_id.split("_") if execution_id.startswith("exec_") else ("", "")
+    row = None
+    if number.isascii() and number.isdecimal() and len(number) < 19:
+        row = _first(connection, f"{_EXECUTIONS} WHERE executions.began_sequence = ?", int(number))
+    if row is None or (token and row.execution_id != execution_id):
+        hint = f"did you mean {row.execution_id}?" if row is not None else "audit executions lists them"
+        raise NotInHistoryError("execution", execution_id, hint)
+    return row
+
+
+def _family(connection: Connection, row: Any) -> list[Any]:
+    """The execution and all that it called, directly or not."""
+    statement = "SELECT execution_id FROM executions WHERE parent_id = ? ORDER BY began_sequence"
+    called = [_execution_row(connection, each[0]) for each in _all(connection, statement, row.execution_id)]
+    return [row, *(member for each in called for member in _family(connection, each))]
+
+
+def _end_of(row: Any) -> Mapping[str, Any]:
+    """The second half of its journal entry, as far as there is one."""
+    return {"writes": (), "published": (), **(json.loads(row.ending) if row.ending else {})}
+
+
+def _summary_of(row: Any) -> ExecutionSummary:
+    return ExecutionSummary(
+        row.session_id,
+        row.execution_id,
+        row.tool,
+        ExecutionStatus(row.status),
+        row.attempt,
+        row.actor,
+        row.began_sequence,
+        from_micros(row.began_at),
+        row.ended_sequence,
+        None if row.ended_at is None else from_micros(row.ended_at),
+        row.duration_us,
+        row.parent_id,
+        row.idempotency_key,
+        row.worker_id or "",
+        row.reads,
+        row.writes,
+        _error_text(row),
+    )
+
+
+def _error_text(row: Any) -> str:
+    if row.error_type:
+        return f"{row.error_type}: {row.message}"
+    conflicts = _conflicts_of(row.conflicts)
+    return row.reason or ", ".join(map(str, conflicts))
+
+
+def _conflicts_of(text: str | None) -> tuple[Conflict, ...]:
+    return tuple(Conflict(**each) for each in json.loads(text)) if text else ()
+
+
+def _execution_page(
+    connection: Connection, query: ExecutionQuery, bounds: _Bounds, after: Cursor | None, most: int
+) -> Page[ExecutionSummary]:
+    conditions = _Conditions()
+    if is_glob(query.session):
+        conditions.add("sessions.session_id GLOB ?", _pattern(query.session))
+    elif query.session:
+        conditions.add_among("executions.session_key", _session_keys(connection, query.session))
+    if is_glob(query.tool):
+        conditions.add("executions.tool GLOB ?", _pattern(query.tool))
+    else:
+        conditions.add_equal("executions.tool", query.tool)
+    conditions.add_equal("executions.status", None if query.status is None else query.status.value)
+    conditions.add_equal("began.actor", query.actor)
+    conditions.add_equal("executions.idempotency_key", query.idempotency_key)
+    conditions.add_metadata("json_extract(beginning.body, '$.metadata')", query.metadata.items())
+    if not query.children:
+        conditions.add("executions.parent_id IS NULL")
+    rows = _rows_of_page(connection, _EXECUTIONS, "executions.began_sequence", conditions, query, bounds, after, most)
+    return _page_of(rows, most, _summary_of, lambda row: (row.began_sequence,))
+
+
+def _rows_of_page(
+    connection: Connection,
+    statement: str,
+    key: str,
+    conditions: _Conditions,
+    query: Query[Any],
+    bounds: _Bounds,
+    after: Cursor | None,
+    most: int,
+) -> Sequence[Any]:
+    """The rows of a page that is in the order of a commit's number, and one more if there is one."""
+    first, last = bounds
+    conditions.add(f"{key} > ?", first)
+    conditions.add(f"{key} <= ?", last)
+    if after is not None:
+        conditions.add(f"{key} {'<' if query.newest_first else '>'} ?", after[0])
+    order = f" ORDER BY {key} {'DESC' if query.newest_first else ''} LIMIT ?"
+    return _all(connection, statement + str(conditions) + order, *conditions.parameters, most + 1)
+
+
+def _page_of(rows: Sequence[Any], most: int, made: Callable[[Any], T], key: Callable[[Any], Cursor]) -> Page[T]:
+    return Page([made(row) for row in rows[:most]], key(rows[most - 1]) if len(rows) > most else None)
+
+
+def _detail(connection: Connection, execution_id: str, history: tuple[HistoryEntry, ...]) -> ExecutionDetail:
+    row = _execution_row(connection, execution_id)
+    beginning = json.loads(row.beginning) if row.beginning else {}
+    ending = json.loads(row.ending) if row.ending else {}
+    children = _all(
+        connection, "SELECT execution_id FROM executions WHERE parent_id = ? ORDER BY began_sequence", row.execution_id
+    )
+    failure = ending.get("failure")
+    return ExecutionDetail(
+        _summary_of(row),
+        beginning.get("isolation", ""),
+        {name: _value(body) for name, body in beginning.get("parameters", {}).items()},
+        beginning.get("metadata", {}),
+        beginning.get("seed", ""),
+        value_in(ending.get("result")),
+        Failure(**failure) if failure else None,
+        ending.get("reason", ""),
+        tuple(Conflict(**each) for each in ending.get("conflicts", ())),
+        tuple(ReadEntry(asked, *(seen or (None, None, None))) for asked, seen in ending.get("reads", {}).items()),
+        tuple(ending.get("patterns", ())),
+        _pairs(ending.get("writes", ())),
+        _pairs(ending.get("published", ())),
+        tuple(LogEntry(from_micros(line["at"]), line["message"], line["fields"]) for line in ending.get("log", ())),
+        ending.get("recorded", {}),
+        _attempts(connection, row, beginning),
+        tuple(_detail(connection, each[0], ()) for each in children),
+        history,
+    )
+
+
+def _value(body: Mapping[str, str]) -> Value:
+    value = value_in(body)
+    assert value is not None, "a parameter has a value"
+    return value
+
+
+def _pairs(entries: Iterable[Sequence[Any]]) -> tuple[tuple[str, int], ...]:
+    return tuple((name, version) for name, version in entries)
+
+
+def _attempts(connection: Connection, row: Any, beginning: Mapping[str, Any]) -> tuple[str, ...]:
+    """The executions for the same request: those that it repeats, and those that repeat it."""
+    found = [row.execution_id]
+    earlier = beginning.get("retry_of")
+    while earlier is not None:
+        found.insert(0, earlier)
+        before = _execution_row(connection, earlier)
+        earlier = json.loads(before.beginning).get("retry_of") if before.beginning else None
+    last = row
+    while last is not None and last.status == ExecutionStatus.CONFLICT.value:
+        last = _first(
+            connection,
+            f"{_EXECUTIONS} WHERE executions.session_key = ? AND executions.began_sequence > ? "
+            "AND executions.tool = ? AND executions.attempt = ? AND json_extract(beginning.body, '$.retry_of') = ? "
+            "ORDER BY executions.began_sequence LIMIT 1",
+            last.session_key,
+            last.began_sequence,
+            last.tool,
+            last.attempt + 1,
+            last.execution_id,
+        )
+        found += [last.execution_id] if last is not None else []
+    return tuple(found)
+
+
+# Commits and sessions
+
+
+def _commit_page(
+    connection: Connection, query: CommitQuery, bounds: _Bounds, after: Cursor | None, most: int
+) -> Page[CommitEntry]:
+    conditions = _Conditions()
+    if is_glob(query.session):
+        conditions.add("sessions.session_id GLOB ?", _pattern(query.session))
+    elif query.session:
+        conditions.add_among("commits.session_key", _session_keys(connection, query.session))
+    conditions.add_equal("commits.actor", query.actor)
+    conditions.add_equal("commits.cause", query.cause)
+    rows = _rows_of_page(connection, _COMMITS, "commits.sequence", conditions, query, bounds, after, most)
+    return _page_of(rows, most, _commit_of, lambda row: (row.sequence,))
+
+
+def _commit_of(row: Any) -> CommitEntry:
+    return CommitEntry(
+        row.sequence,
+        row.session_id,
+        row.actor,
+        row.cause,
+        from_micros(row.created_at),
+        row.hash,
+        _pairs(json.loads(row.versions)),
+        tuple(json.loads(row.events)),
+        bool(row.pruned),
+    )
+
+
+def _session_page(
+    connection: Connection, query: SessionQuery, bounds: _Bounds, after: Cursor | None, most: int
+) -> Page[SessionEntry]:
+    conditions = _Conditions()
+    if is_glob(query.session):
+        conditions.add("sessions.session_id GLOB ?", _pattern(query.session))
+    elif query.session:
+        conditions.add_among("sessions.session_key", _session_keys(connection, query.session))
+    if query.live is not None:
+        conditions.add(f"sessions.ended_sequence IS {'' if query.live else 'NOT '}NULL")
+    conditions.add_metadata("sessions.metadata", query.metadata.items())
+    rows = _rows_of_page(connection, _SESSIONS, "sessions.started_sequence", conditions, query, bounds, after, most)
+    return _page_of(rows, most, _session_of, lambda row: (row.started_sequence,))
+
+
+def _session_of(row: Any) -> SessionEntry:
+    return SessionEntry(
+        row.session_id,
+        from_micros(row.created_at),
+        row.started_sequence,
+        row.ended_sequence,
+        None if row.ended_at is None else from_micros(row.ended_at),
+        from_micros(row.last_at),
+        row.ttl_s,
+        row.variables,
+        row.commits,
+        row.executions,
+        json.loads(row.metadata),
+    )

@@ -1,0 +1,531 @@
+"""Pruning: old history goes, and a marker in the chain says what went and what has to be left.
+
+A `Planner` looks for what may go, in short snapshots, and makes commands of it: small ones, so that whoever else writes
+waits for milliseconds. The writer carries each out as one commit of its session, whose one event is the marker. What
+is left is consistent after each of them: pruning can end anywhere and be begun again.
+
+Planning needs no lock. What it leaves standing is enough for whatever is written after its snapshot: the newest version
+of each variable, and all that anything running then may need.
+"""
+
+import heapq
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from hashlib import sha256
+from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
+
+from sqlalchemy import Connection, Engine
+
+from dspex_persist.clock import to_micros
+from dspex_persist.state.commands import Command
+from dspex_persist.state.errors import InvalidArgumentError
+from dspex_persist.state.model import PINNED, EventKind, PrunePolicy, PruneReport, Session
+from dspex_persist.state.store import audit
+from dspex_persist.state.store.chain import (
+    GENESIS,
+    commit_text,
+    event_text,
+    kept_residue,
+    residue,
+    residue_entry,
+    version_text,
+)
+from dspex_persist.state.store.engine import snapshot
+from dspex_persist.state.store.variables import KIND_CODES
+from dspex_persist.state.unit_of_work import UnitOfWork
+
+GoingVersion: TypeAlias = tuple[int, int, int, int | None, int | None]
+"""variable_key, version, sequence, value_blob, binary_blob"""
+GoingEvent: TypeAlias = tuple[int, int]
+"""sequence, ordinal"""
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Told what has come of it, of how many variables, and how many there are."""
+
+_BATCH_ROWS: Final = 1000
+_BATCH_COMMANDS: Final = 64
+_SNAPSHOT_S: Final = 0.5
+_PAGE: Final = 1000
+_VARIABLES_AT_ONCE: Final = 32
+_MERGING: Final = frozenset(code for kind, code in KIND_CODES.items() if kind.merges_metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class PruneHistory(Command[None]):
+    """Delete these versions and events of a session, which may have ended, and leave a marker."""
+
+    session_key: int
+    started_sequence: int
+    policy: PrunePolicy
+    versions: tuple[GoingVersion, ...]
+    events: tuple[GoingEvent, ...]
+
+    writes: ClassVar[bool] = True
+
+    def apply(self, uow: UnitOfWork) -> None:
+        session = Session(self.session_id, uow.now, sequence=self.started_sequence)
+        body = {"versions": self.versions, "events": self.events, "policy": _policy_body(self.policy)}
+        uow.prune(session, self.session_key, body)
+
+
+def _policy_body(policy: PrunePolicy) -> dict[str, Any]:
+    moments = {"before": policy.before, "ended_before": policy.ended_before}
+    return {"keep_versions": policy.keep_versions} | {
+        name: None if moment is None else to_micros(moment) for name, moment in moments.items()
+    }
+
+
+def run(
+    readers: Engine, policy: PrunePolicy, write: Callable[[list[PruneHistory]], object] | None, progress: Progress
+) -> PruneReport:
+    """Prune. `write` has commands carried out, and returns, or raises, when they are; without it nothing changes."""
+    _check(policy)
+    planner = Planner(readers, policy)
+    sessions: set[int] = set()
+    versions = events = markers = 0
+    for batch in planner.batches():
+        if write is not None and batch:
+            write(batch)
+        for command in batch:
+            sessions.add(command.session_key)
+            versions += len(command.versions)
+            events += len(command.events)
+            markers += write is not None
+        progress(f"{versions:,} versions, {events:,} events", planner.done, planner.in_all)
+    return PruneReport(write is not None, len(sessions), versions, events, markers)
+
+
+def _check(policy: PrunePolicy) -> None:
+    if policy.keep_versions is not None and policy.keep_versions < 1:
+        raise InvalidArgumentError("keep_versions", f"{policy.keep_versions} is below 1: the current version stays")
+    for name in ("before", "ended_before"):
+        moment: datetime | None = getattr(policy, name)
+        if moment is not None and moment.tzinfo is None:
+            raise InvalidArgumentError(name, f"{moment} has no time zone")
+    if policy.keep_versions is None and policy.before is None and policy.ended_before is None:
+        raise InvalidArgumentError("policy", "it says nothing of what may go: keep_versions, before or ended_before")
+
+
+# What may go
+
+_HEAD: Final = "SELECT ifnull(max(sequence), 0) FROM commits"
+_COMMITTED_AT: Final = "SELECT created_at FROM commits WHERE sequence = ?"
+_COUNT_VARIABLES: Final = "SELECT count(*) FROM variables"
+_SESSIONS: Final = """
+    SELECT session_key, session_id, started_sequence, ended_sequence FROM sessions
+    WHERE session_key > ?1 AND (?2 IS NULL OR session_id = ?2) ORDER BY session_key LIMIT ?3
+"""
+_RUNNING: Final = "SELECT min(began_sequence) FROM executions WHERE session_key = ? AND ended_sequence IS NULL"
+_VARIABLES: Final = """
+    SELECT variable_key,
+        (SELECT min(version) FROM versions WHERE versions.variable_key = variables.variable_key),
+        (SELECT max(version) FROM versions WHERE versions.variable_key = variables.variable_key),
+        deleted_sequence IS NOT NULL
+    FROM variables INDEXED BY variables_by_session
+    WHERE session_key = ? AND variable_key > ? ORDER BY variable_key LIMIT ?
+"""
+_FROM: Final = """
+    SELECT version, sequence, kind, metadata, value_blob, binary_blob FROM versions
+    WHERE variable_key = ? AND version >= ? ORDER BY version LIMIT 1
+"""
+_BELOW: Final = """
+    SELECT version, sequence, kind, metadata, value_blob, binary_blob FROM versions
+    WHERE variable_key = ? AND version < ? ORDER BY version DESC LIMIT ?
+"""
+_EVENTS: Final = """
+    SELECT events.sequence, events.ordinal, events.kind,
+        CASE WHEN events.kind IN ('execution_began', 'execution_ended') THEN json_extract(body, '$.execution_id')
+            WHEN events.kind = 'variable_registered' THEN json_extract(body, '$.variable_key') END
+    FROM commits INDEXED BY commits_by_session CROSS JOIN events ON events.sequence = commits.sequence
+    WHERE commits.session_key = ?1 AND commits.sequence >= ?2 AND (events.sequence, events.ordinal) > (?2, ?3)
+    ORDER BY events.sequence, events.ordinal LIMIT ?4
+"""
+_UPDATES: Final = """
+    SELECT events.sequence, events.ordinal
+    FROM commits INDEXED BY commits_by_session CROSS JOIN events ON events.sequence = commits.sequence
+    WHERE commits.session_key = ? AND events.kind = 'session_updated' ORDER BY events.sequence, events.ordinal
+"""
+_LOCK_KINDS: Final = frozenset({EventKind.OPTIMIZATION_STARTED, EventKind.OPTIMIZATION_STOPPED})
+_GO_BY_THEMSELVES: Final = _LOCK_KINDS | {EventKind.DEPENDENCY_ADDED, EventKind.TOOLS_REGISTERED}
+
+
+class _Session(NamedTuple):
+    key: int
+    id: str
+    started_sequence: int
+    ended_sequence: int | None
+
+
+class _Item(NamedTuple):
+    """What goes together. After any number of them, in order, what is left is consistent."""
+
+    versions: Sequence[GoingVersion] = ()
+    events: Sequence[GoingEvent] = ()
+
+
+@dataclass(slots=True)
+class _Variable:
+    """A variable's versions by number. Once they have been looked through: those that stay, and whether for ever."""
+
+    key: int
+    oldest: int
+    newest: int
+    deleted: bool
+    stay: list[GoingVersion] = field(default_factory=list)
+    pinned: bool = False
+
+
+class Planner:
+    """Looks for what a policy lets go. `done`: how many of `in_all` variables have been looked at."""
+
+    def __init__(self, readers: Engine, policy: PrunePolicy) -> None:
+        self._readers = readers
+        self._policy = policy
+        self._more = True
+        self.done = 0
+        with snapshot(readers) as connection:
+            self._connection = connection
+            self.in_all: int = self._rows(_COUNT_VARIABLES)[0][0]
+            self._cut = self._first_commit_at(policy.before)
+            self._ended_cut = self._first_commit_at(policy.ended_before) or 0
+        self._versions_go = policy.keep_versions is not None or policy.before is not None
+
+    def batches(self) -> Iterator[list[PruneHistory]]:
+        """Commands to be carried out before the next ones are asked for; sometimes none, to show that it goes on."""
+        items = self._items()
+        while self._more:
+            with snapshot(self._readers) as connection:
+                self._connection = connection
+                batch = self._gather(items)
+            yield batch
+
+    def _gather(self, items: Iterator[tuple[_Session, _Item]]) -> list[PruneHistory]:
+        pieces: dict[_Session, tuple[list[GoingVersion], list[GoingEvent]]] = {}
+        rows, end = 0, time.monotonic() + _SNAPSHOT_S
+        for session, item in items:
+            if item.versions or item.events:
+                versions, events = pieces.setdefault(session, ([], []))
+                versions.extend(item.versions)
+                events.extend(item.events)
+                rows += len(item.versions) + len(item.events)
+            if rows >= _BATCH_ROWS or len(pieces) >= _BATCH_COMMANDS or time.monotonic() > end:
+                break
+        else:
+            self._more = False
+        return [
+            PruneHistory(each.id, each.key, each.started_sequence, self._policy, tuple(versions), tuple(events))
+            for each, (versions, events) in pieces.items()
+        ]
+
+    def _rows(self, statement: str, *parameters: object) -> list[Any]:
+        """A page of rows. Nothing stays open: the next page may come from another snapshot."""
+        rows: list[Any] = self._connection.connection.cursor().execute(statement, parameters).fetchall()
+        return rows
+
+    def _first_commit_at(self, moment: datetime | None) -> int | None:
+        """The first commit at or after a moment: those of a log are in the order of their times."""
+        if moment is None:
+            return None
+        micros = to_micros(moment)
+        low, high = 1, self._rows(_HEAD)[0][0] + 1
+        while low < high:
+            middle = (low + high) // 2
+            if self._rows(_COMMITTED_AT, middle)[0][0] < micros:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def _items(self) -> Iterator[tuple[_Session, _Item]]:
+        last = 0
+        while rows := self._rows(_SESSIONS, last, self._policy.session_id, _PAGE):
+            for row in rows:
+                session = _Session(*row)
+                last = session.key
+                if session.ended_sequence is not None and session.ended_sequence < self._ended_cut:
+                    found = self._whole_session(session)
+                elif self._versions_go:
+                    found = self._old_versions(session)
+                else:
+                    continue
+                for item in found:
+                    yield session, item
+
+    # A session whose current state stays
+
+    def _old_versions(self, session: _Session) -> Iterator[_Item]:
+        for variables, running in self._variables(session):
+            first_kept = [(variable, self._first_kept(variable, running)) for variable in variables]
+            # What one commit wrote goes together, as far as that can be: for each time, `pruned` has a row.
+            going = [self._below(variable, first) for variable, first in first_kept if first > variable.oldest]
+            for version in heapq.merge(*going, key=_newest_first):
+                yield _Item((version,))
+            self.done += len(variables)
+            yield _Item()
+
+    def _variables(self, session: _Session) -> Iterator[tuple[list[_Variable], int | None]]:
+        """Its variables, some at a time, and the beginning of the oldest execution that ran at that time."""
+        last = 0
+        while rows := self._rows(_VARIABLES, session.key, last, _VARIABLES_AT_ONCE):
+            last = rows[-1][0]
+            running: int | None = self._rows(_RUNNING, session.key)[0][0]
+            yield [_Variable(*row) for row in rows if row[1] is not None], running
+
+    def _first_kept(self, variable: _Variable, running: int | None) -> int:
+        """The number from which on all versions stay. The newest does in any case, and what a deletion deleted."""
+        first = variable.newest - variable.deleted
+        if self._policy.keep_versions is not None:
+            first = min(first, variable.newest - self._policy.keep_versions + 1)
+        if self._cut is not None and first > variable.oldest:
+            first = min(first, self._number_at(variable, self._cut))
+        if running is not None and first > variable.oldest:
+            # And the version that it had right before.
+            first = min(first, self._number_at(variable, running) - 1)
+        return first
+
+    def _number_at(self, variable: _Variable, sequence: int) -> int:
+        """The number of the first version of a commit from `sequence` on."""
+        low, high = variable.oldest, variable.newest + 1
+        while low < high:
+            middle = (low + high) // 2
+            if self._rows(_FROM, variable.key, middle)[0][1] < sequence:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def _below(self, variable: _Variable, first: int) -> Iterator[GoingVersion]:
+        """The versions below `first` that may go, newest first; in the end `variable` has those that stay.
+
+        Some do: those that are pinned, and those with metadata that was still in force at the next version that stays,
+        for it could not be told any more what that version's metadata had added up to.
+        """
+        [(number, sequence, kind, metadata, *blobs)] = self._rows(_FROM, variable.key, first)
+        variable.stay.append((variable.key, number, sequence, *blobs))
+        entries = json.loads(metadata) if metadata is not None else {}
+        variable.pinned = _is_pinned(entries)
+        # The keys whose entries below are not in force any more at the version that stays.
+        settled = set(entries) if kind in _MERGING else set()
+        below = first
+        while rows := self._rows(_BELOW, variable.key, below, _PAGE):
+            below = rows[-1][0]
+            for number, sequence, kind, metadata, value_blob, binary_blob in rows:
+                version = (variable.key, number, sequence, value_blob, binary_blob)
+                if metadata is not None:
+                    entries = json.loads(metadata)
+                    merged = set(entries) if kind in _MERGING else set()
+                    if _is_pinned(entries):
+                        variable.pinned = True
+                        settled = merged
+                        variable.stay.append(version)
+                        continue
+                    if not merged <= settled:
+                        settled |= merged
+                        variable.stay.append(version)
+                        continue
+                yield version
+
+    # A session that goes as a whole
+
+    def _whole_session(self, session: _Session) -> Iterator[_Item]:
+        registered: dict[int, GoingEvent] = {}
+        yield from self._events(session, registered)
+        for variables, _ in self._variables(session):
+            for variable in variables:
+                for version in self._below(variable, variable.newest):
+                    yield _Item((version,))
+                if not variable.pinned:
+                    yield _Item(variable.stay, (registered[variable.key],))
+                self.done += 1
+            yield _Item()
+
+    def _events(self, session: _Session, registered: dict[int, GoingEvent]) -> Iterator[_Item]:
+        """All but those that the session itself, its markers and its variables (see `registered`) need."""
+        # The last update says what the session's row has.
+        for place in self._rows(_UPDATES, session.key)[:-1]:
+            yield _Item((), (place,))
+        began: dict[str, GoingEvent] = {}
+        # Of one commit: a row that hangs on one of them says only which commit that was.
+        together: list[GoingEvent] = []
+        last = (0, -1)
+        while rows := self._rows(_EVENTS, session.key, *last, _PAGE):
+            last = rows[-1][:2]
+            for sequence, ordinal, kind, subject in rows:
+                place = (sequence, ordinal)
+                if together and together[0][0] != sequence:
+                    yield _Item((), together)
+                    together = []
+                if kind in _GO_BY_THEMSELVES:
+                    together.append(place)
+                elif kind == EventKind.EXECUTION_BEGAN:
+                    began[subject] = place
+                elif kind == EventKind.EXECUTION_ENDED:
+                    yield _Item((), (began.pop(subject), place))
+                elif kind == EventKind.VARIABLE_REGISTERED:
+                    registered[subject] = place
+        if together:
+            yield _Item((), together)
+
+
+def _newest_first(version: GoingVersion) -> int:
+    return -version[2]
+
+
+def _is_pinned(entries: dict[str, str]) -> bool:
+    return entries.get(PINNED) == "true"
+
+
+# Letting it go
+
+_WANTED: Final = "(SELECT value FROM json_each(?))"
+_COMMITS: Final = f"""
+    SELECT commits.sequence, commits.session_key, commits.actor, commits.cause, commits.created_at, commits.hash,
+        previous.hash
+    FROM commits LEFT JOIN commits AS previous ON previous.sequence = commits.sequence - 1
+    WHERE commits.sequence IN {_WANTED} ORDER BY commits.sequence
+"""
+_LEFT_VERSIONS: Final = f"""
+    SELECT sequence, variable_key, version, kind, source, value, metadata,
+        coalesce(value_blob, binary_blob, binary) IS NOT NULL
+    FROM versions WHERE sequence IN {_WANTED} ORDER BY sequence, variable_key, version
+"""
+_LEFT_EVENTS: Final = f"""
+    SELECT sequence, ordinal, kind, body FROM events WHERE sequence IN {_WANTED} ORDER BY sequence, ordinal
+"""
+_INSERT_PRUNED: Final = "INSERT INTO pruned (sequence, marker_sequence, residue) VALUES (?, ?, ?)"
+_DELETE_VERSIONS: Final = "DELETE FROM versions WHERE variable_key = ? AND version BETWEEN ? AND ?"
+_DELETE_EVENT: Final = "DELETE FROM events WHERE sequence = ? AND ordinal = ?"
+_DELETE_BLOB: Final = """
+    DELETE FROM blobs WHERE blob_key = ?1
+        AND NOT EXISTS (SELECT 1 FROM versions WHERE value_blob = ?1)
+        AND NOT EXISTS (SELECT 1 FROM versions WHERE binary_blob = ?1)
+"""
+_GOING: Final = """
+    SELECT events.sequence, events.kind, json_extract(events.body, '$.variable_key')
+    FROM json_each(?) AS going
+    CROSS JOIN events ON events.sequence = json_extract(going.value, '$[0]')
+        AND events.ordinal = json_extract(going.value, '$[1]')
+"""
+# What an event of this kind, in this commit, has made.
+_HANGING: Final = {
+    EventKind.DEPENDENCY_ADDED: "DELETE FROM dependencies WHERE session_key = ? AND since_sequence = ?",
+    EventKind.TOOLS_REGISTERED: "DELETE FROM tools WHERE session_key = ? AND registered_sequence = ?",
+    EventKind.EXECUTION_BEGAN: "DELETE FROM executions WHERE session_key = ? AND began_sequence = ?",
+}
+_DELETE_VARIABLE: Final = "DELETE FROM variables WHERE session_key = ? AND variable_key = ?"
+_DELETE_LOCKS: Final = """
+    UPDATE variables SET optimization = NULL
+    WHERE session_key = ? AND optimization IS NOT NULL AND NOT EXISTS (
+        SELECT 1 FROM events WHERE json_extract(body, '$.variable_id') = variables.variable_id
+            AND kind IN ('optimization_started', 'optimization_stopped')
+    )
+"""
+
+
+def carry_out(
+    connection: Connection,
+    session_key: int,
+    marker: int,
+    versions: Sequence[GoingVersion],
+    events: Sequence[GoingEvent],
+) -> dict[str, Any]:
+    """Delete rows of a session, and say so in `pruned`; what the marker, which is commit `marker`, says of it."""
+    execute = connection.exec_driver_sql
+    # The row of the marker's commit comes later, in the same transaction.
+    execute("PRAGMA defer_foreign_keys = ON")
+    left = _residues(connection, versions, events)
+    execute(_INSERT_PRUNED, [(sequence, marker, kept) for sequence, _, kept in left])
+    if versions:
+        execute(_DELETE_VERSIONS, _runs(versions))
+    if events:
+        _delete_events(connection, session_key, events)
+    digest = sha256(b"".join(residue_entry(sequence, full) for sequence, full, _ in left)).hexdigest()
+    return {
+        "versions": len(versions),
+        "events": len(events),
+        "range": [left[0][0], left[-1][0]],
+        "digest": digest,
+    }
+
+
+def _runs(versions: Sequence[GoingVersion]) -> list[tuple[int, int, int]]:
+    """Versions as runs without gaps, first and last: one statement deletes a run in half the time."""
+    runs: list[tuple[int, int, int]] = []
+    for key, number, *_ in sorted(versions):
+        if runs and runs[-1][0] == key and runs[-1][2] == number - 1:
+            runs[-1] = (key, runs[-1][1], number)
+        else:
+            runs.append((key, number, number))
+    return runs
+
+
+def blobs_of(versions: Sequence[GoingVersion]) -> set[int]:
+    """The large contents of versions."""
+    return {key for version in versions for key in version[3:] if key is not None}
+
+
+def delete_unused(connection: Connection, blob_keys: set[int]) -> None:
+    """Delete those large contents that no version has any more."""
+    connection.exec_driver_sql(_DELETE_BLOB, [(key,) for key in blob_keys])
+
+
+def _residues(
+    connection: Connection, versions: Sequence[GoingVersion], events: Sequence[GoingEvent]
+) -> list[tuple[int, bytes, bytes]]:
+    """The commits that lose something, in order, each with the residue of what is left of it, whole and as kept."""
+    driver = connection.connection
+    wanted = json.dumps(list({version[2] for version in versions} | {event[0] for event in events}))
+    going_versions, going_events = {version[:2] for version in versions}, set(events)
+    left_versions: dict[int, list[str]] = {}
+    contents = driver.cursor()
+    for row in driver.cursor().execute(_LEFT_VERSIONS, (wanted,)):
+        if row[1:3] not in going_versions:
+            text = audit.large_text(contents, row) if row[7] else version_text(*row[1:7])
+            left_versions.setdefault(row[0], []).append(text)
+    left_events: dict[int, list[str]] = {}
+    for row in driver.cursor().execute(_LEFT_EVENTS, (wanted,)):
+        if row[:2] not in going_events:
+            left_events.setdefault(row[0], []).append(event_text(*row[1:]))
+    found: list[tuple[int, bytes, bytes]] = []
+    for *facts, stored, previous in driver.cursor().execute(_COMMITS, (wanted,)):
+        sequence, session_key, actor, cause, created_at = facts
+        left = left_versions.get(sequence, ()), left_events.get(sequence, ())
+        content = commit_text(sequence, session_key, actor, cause, created_at, *left)
+        full = residue(previous or GENESIS, stored, content)
+        found.append((sequence, full, kept_residue(full, content)))
+    return found
+
+
+def _delete_events(connection: Connection, session_key: int, events: Sequence[GoingEvent]) -> None:
+    """Delete events, and the rows that they made."""
+    execute = connection.exec_driver_sql
+    going = execute(_GOING, (json.dumps(events),)).fetchall()
+    execute(_DELETE_EVENT, list(events))
+    for kind, statement in _HANGING.items():
+        rows = [(session_key, sequence) for sequence, found, _ in going if found == kind]
+        if rows:
+            execute(statement, rows)
+    variables = [(session_key, key) for _, kind, key in going if kind == EventKind.VARIABLE_REGISTERED]
+    if variables:
+        execute(_DELETE_VARIABLE, variables)
+    if any(kind in _LOCK_KINDS for _, kind, _ in going):
+        execute(_DELETE_LOCKS, (session_key,))
+
+
+# What is left
+
+_LAST_RESIDUE: Final = "SELECT residue FROM pruned WHERE sequence = ? ORDER BY marker_sequence DESC LIMIT 1"
+
+
+def fits(connection: Connection, commit: audit.LoggedCommit, *previous: bytes) -> bool | None:
+    """Whether what is left of a commit is what its last marker says; None where none of it was pruned.
+
+    `previous`: the hashes that its predecessor may have.
+    """
+    row = connection.connection.cursor().execute(_LAST_RESIDUE, (commit.sequence,)).fetchone()
+    if row is None:
+        return None
+    content = commit.content
+    return any(row[0] == kept_residue(residue(each, commit.hash, content), content) for each in previous)

@@ -1,0 +1,198 @@
+"""A session's log, read as a recording, and a session as of a point, read to be forked.
+
+A recording is read page by page, each in a short snapshot, so that a server may go on writing meanwhile: what it
+commits after the beginning is not in the recording. Memory holds one page.
+"""
+
+import json
+from array import array
+from bisect import bisect_left
+from collections.abc import Collection, Iterator
+from typing import Any, Final
+
+from sqlalchemy import Connection, Engine
+
+from dspex_persist.clock import from_micros
+from dspex_persist.state.audit import SENSITIVE
+from dspex_persist.state.commands import ForkSession
+from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, SessionPrunedError, quote
+from dspex_persist.state.model import Dependency, Event, EventKind, Value, Variable
+from dspex_persist.state.recording import Header, RecordedCommit, RecordedVersion, renumbered
+from dspex_persist.state.store.answers import StoredAudit
+from dspex_persist.state.store.engine import snapshot
+from dspex_persist.state.store.schema import is_unicode
+from dspex_persist.state.store.variables import KINDS, SOURCES
+
+_PAGE_COMMITS: Final = 500
+_PAGE_BYTES: Final = 4 * 1024 * 1024
+_INTERNAL_KEYS: Final = ("session_key", "variable_key")
+
+_SESSIONS: Final = "SELECT session_key, started_sequence FROM sessions WHERE session_id = ? ORDER BY session_key"
+_EXTENT: Final = "SELECT count(*), max(sequence) FROM commits WHERE session_key = ?"
+_MARKER: Final = """
+    SELECT max(pruned.marker_sequence) FROM commits INDEXED BY commits_by_session
+    JOIN pruned ON pruned.sequence = commits.sequence WHERE commits.session_key = ?
+"""
+_SENSITIVE: Final = f"""
+    SELECT variable_key FROM variables
+    WHERE session_key = ? AND json_extract(metadata, '$.{SENSITIVE}') = 'true'
+"""
+_COMMITS: Final = f"""
+    SELECT sequence, actor, cause, created_at,
+        (SELECT max(marker_sequence) FROM pruned WHERE pruned.sequence = commits.sequence)
+    FROM commits INDEXED BY commits_by_session
+    WHERE session_key = ? AND sequence > ? AND sequence <= ? ORDER BY sequence LIMIT {_PAGE_COMMITS}
+"""
+_VERSIONS: Final = """
+    SELECT versions.variable_key, variables.variable_id, variables.name, versions.version, versions.kind,
+        versions.source, versions.value, of_value.content, versions.binary, of_binary.content, versions.metadata
+    FROM versions JOIN variables ON variables.variable_key = versions.variable_key
+    LEFT JOIN blobs AS of_value ON of_value.blob_key = versions.value_blob
+    LEFT JOIN blobs AS of_binary ON of_binary.blob_key = versions.binary_blob
+    WHERE versions.sequence = ? ORDER BY versions.variable_key, versions.version
+"""
+_EVENTS: Final = "SELECT kind, body FROM events WHERE sequence = ? ORDER BY ordinal"
+_DEPENDENCIES: Final = """
+    SELECT from_id, to_id, type, since_sequence FROM dependencies JOIN sessions USING (session_key)
+    WHERE session_id = ?1 AND started_sequence <= ?2 AND (ended_sequence IS NULL OR ended_sequence > ?2)
+        AND since_sequence <= ?2 AND (until_sequence IS NULL OR until_sequence > ?2)
+    ORDER BY dependency_key
+"""
+
+
+def read_session(
+    readers: Engine, session_id: str, *, started: int | None = None, reveal: bool = False
+) -> tuple[Header, Iterator[RecordedCommit]]:
+    """The log of a session, live or ended, up to now; its commits are read as they are taken.
+
+    Of several sessions that had this id it is the newest, or the one that began with commit `started`. Values of
+    sensitive variables (as their metadata says by now) are left out unless `reveal`. Raises `NotInHistoryError` for a
+    session that never was, `SessionPrunedError` for one that is not whole any more.
+    """
+    with snapshot(readers) as connection:
+        key = _find_session(connection, session_id, started)
+        marker = _first(connection, _MARKER, key)[0]
+        if marker is not None:
+            raise SessionPrunedError(session_id, marker)
+        count, last = _first(connection, _EXTENT, key)
+        hidden = frozenset() if reveal else frozenset(row[0] for row in _rows(connection, _SENSITIVE, key))
+    header = Header(session_id, count, masked=bool(hidden))
+    return header, _Reading(readers, session_id, key, last, hidden).commits()
+
+
+def _rows(connection: Connection, statement: str, *parameters: object) -> Iterator[Any]:
+    """Rows as the driver has them: SQLAlchemy's own take several times as long."""
+    rows: Iterator[Any] = connection.connection.cursor().execute(statement, parameters)
+    return rows
+
+
+def _first(connection: Connection, statement: str, *parameters: object) -> Any:
+    return next(_rows(connection, statement, *parameters))
+
+
+def _find_session(connection: Connection, session_id: str, started: int | None) -> int:
+    found = list(_rows(connection, _SESSIONS, session_id)) if is_unicode(session_id) else []
+    if not found:
+        raise NotInHistoryError("session", session_id, "")
+    if started is None:
+        return int(found[-1][0])
+    for key, began in found:
+        if began == started:
+            return int(key)
+    told = " and ".join(str(began) for _, began in found)
+    raise InvalidArgumentError("started", f"session {quote(session_id)} began with commit {told}, not {started}")
+
+
+class _Reading:
+    """Where a recording is."""
+
+    def __init__(self, readers: Engine, session_id: str, key: int, last: int, hidden: Collection[int]) -> None:
+        self._readers = readers
+        self._session_id = session_id
+        self._key = key
+        self._last = last
+        self._hidden = hidden
+        self._number = 0
+        # The beginnings of the executions so far: their commits in the file, and in the recording.
+        self._began = array("q")
+        self._numbers = array("q")
+
+    def commits(self) -> Iterator[RecordedCommit]:
+        after = 0
+        while after < self._last:
+            with snapshot(self._readers) as connection:
+                after, page = self._read_page(connection, after)
+            yield from page
+
+    def _read_page(self, connection: Connection, after: int) -> tuple[int, list[RecordedCommit]]:
+        """The next commits, and the last one of them in the file."""
+        page: list[RecordedCommit] = []
+        size_bytes = 0
+        for sequence, actor, cause, created_at, marker in _rows(connection, _COMMITS, self._key, after, self._last):
+            if marker is not None:
+                raise SessionPrunedError(self._session_id, marker)
+            self._number += 1
+            after = sequence
+            versions = tuple(map(self._version_of, _rows(connection, _VERSIONS, sequence)))
+            told = list(_rows(connection, _EVENTS, sequence))
+            events = tuple(self._event_of(sequence, *row) for row in told)
+            commit = RecordedCommit(self._number, from_micros(created_at), actor, cause, versions, events)
+            page.append(renumbered(commit, self._number_of))
+            size_bytes += sum(each.value.size_bytes for each in versions if each.value is not None)
+            size_bytes += sum(len(body) for _, body in told)
+            if size_bytes > _PAGE_BYTES:
+                break
+        return after, page
+
+    def _version_of(self, row: Any) -> RecordedVersion:
+        key, variable_id, name, version, kind, source, inline, large, binary, large_binary, metadata = row
+        text = inline if large is None else large.decode()
+        value = None if text is None else Value(text, binary if large_binary is None else large_binary)
+        masked = value is not None and key in self._hidden
+        return RecordedVersion(
+            variable_id,
+            name,
+            version,
+            KINDS[kind],
+            SOURCES[source],
+            None if masked else value,
+            json.loads(metadata) if metadata else {},
+            masked,
+        )
+
+    def _event_of(self, sequence: int, kind: str, text: str) -> Event:
+        body = json.loads(text)
+        for key in _INTERNAL_KEYS:
+            body.pop(key, None)
+        if kind == EventKind.EXECUTION_BEGAN:
+            self._began.append(sequence)
+            self._numbers.append(self._number)
+        return Event(EventKind(kind), body)
+
+    def _number_of(self, sequence: int) -> int | None:
+        place = bisect_left(self._began, sequence)
+        return self._numbers[place] if place < len(self._began) and self._began[place] == sequence else None
+
+
+def fork_of(readers: Engine, session_id: str, new_session_id: str, at: str) -> ForkSession:
+    """The command that begins a session as `session_id` was at a point."""
+    audit = StoredAudit(readers, reveal=True)
+    sequence = audit.resolve(at, session=session_id)
+    variables = tuple(
+        Variable(
+            each.variable_id,
+            each.name,
+            each.type,
+            each.value,
+            each.version,
+            each.constraints,
+            each.metadata,
+            each.source,
+            each.updated_at,
+        )
+        for each in audit.state(session_id, str(sequence))
+        if each.value is not None
+    )
+    with snapshot(readers) as connection:
+        edges = tuple(Dependency(*row) for row in _rows(connection, _DEPENDENCIES, session_id, sequence))
+    return ForkSession(new_session_id, session_id, sequence, variables, edges)

@@ -1,0 +1,89 @@
+"""Retention: what a store's settings say of old history, carried out beside everything else on a thread of its own."""
+
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Final, TypeAlias
+
+import structlog
+
+from dspex_persist import clock
+from dspex_persist.state.errors import EngineClosedError, StateError
+from dspex_persist.state.model import PrunePolicy, PruneReport
+from dspex_persist.state.store.prune import Progress
+from dspex_persist.state.store.session_store import StoreOptions
+
+_logger = structlog.get_logger(__name__)
+
+_PAUSE: Final = 20
+"""How many times as long as the last round it waits before the next: it takes a twentieth of a core at most."""
+_DAY_S: Final = 86_400.0
+
+Prune: TypeAlias = Callable[[PrunePolicy, Progress], PruneReport]
+
+
+class Retention:
+    """Prunes by the settings of a store, again and again, and warns of its size. The writer says when it has time."""
+
+    def __init__(self, options: StoreOptions, prune: Prune, size_bytes: Callable[[], int]) -> None:
+        self._options = options
+        self._prune = prune
+        self._size_bytes = size_bytes
+        self._thread: threading.Thread | None = None
+        self._next_round = self._next_warning = time.monotonic()
+        self._closed = False
+
+    def on_idle(self) -> None:
+        """Begin a round, if one is due."""
+        now = time.monotonic()
+        limit = self._options.warn_size_bytes
+        if limit is not None and now >= self._next_warning and (size := self._size_bytes()) > limit:
+            self._next_warning = now + _DAY_S
+            _logger.warning("database is large", size_bytes=size, warn_size_bytes=limit, hint="db prune, retention_*")
+        policy = policy_of(self._options)
+        if policy is None or now < self._next_round or (self._thread is not None and self._thread.is_alive()):
+            return
+        self._thread = threading.Thread(target=self._round, args=(policy,), name="dspex-persist-retention", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the round that is under way."""
+        self._closed = True
+        if self._thread is not None:
+            self._thread.join()
+
+    def _round(self, policy: PrunePolicy) -> None:
+        begun = time.monotonic()
+        try:
+            report = self._prune(policy, self._go_on)
+            if report.markers:
+                counts = {"versions": report.versions, "events": report.events, "sessions": report.sessions}
+                _logger.info("history pruned", **counts)
+        except StateError as error:
+            if not self._closed:
+                _logger.warning("history not pruned", reason=str(error))
+        except Exception as error:  # noqa: BLE001 - a thread's boundary
+            # While a store closes, what it read from goes.
+            if not self._closed:
+                _logger.error("history not pruned", reason=repr(error))
+        self._next_round = time.monotonic() + _PAUSE * (time.monotonic() - begun)
+
+    def _go_on(self, _what: str, _done: int, _in_all: int) -> None:
+        if self._closed:
+            raise EngineClosedError
+
+
+def policy_of(options: StoreOptions) -> PrunePolicy | None:
+    """What may go now by the settings; None if everything stays."""
+    keep, age_s, ended_s = (
+        options.retention_keep_versions,
+        options.retention_age_s,
+        options.retention_ended_sessions_s,
+    )
+    if keep is None and age_s is None and ended_s is None:
+        return None
+    before, ended_before = (
+        None if seconds is None else clock.now() - timedelta(seconds=seconds) for seconds in (age_s, ended_s)
+    )
+    return PrunePolicy(keep, before, ended_before)

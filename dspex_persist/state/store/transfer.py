@@ -1,0 +1,168 @@
+"""Sessions out of database files and into them: export to a recording, import of one."""
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TextIO
+
+from dspex_persist.state.commands import ExpireSession, FinishImport, ImportCommit
+from dspex_persist.state.errors import InvalidArgumentError, OutcomeUnknownError, RecordingError
+from dspex_persist.state.model import Origin
+from dspex_persist.state.recording import Header, RecordedCommit, read_recording, write_recording
+from dspex_persist.state.store.maintenance import Progress, open_recording
+from dspex_persist.state.store.session_store import Job, SessionStore, StoreOptions
+
+_IMPORT: Final = Origin("dspex-persist", "import")
+_TELL_AFTER: Final = 100
+
+
+def _silent(_step: str, _done: int, _in_all: int) -> None:
+    pass
+
+
+def _told(step: str, commits: Iterable[RecordedCommit], in_all: int, progress: Progress) -> Iterator[RecordedCommit]:
+    for commit in commits:
+        if commit.number % _TELL_AFTER == 1:
+            progress(step, commit.number - 1, in_all)
+        yield commit
+    progress(step, in_all, in_all)
+
+
+# Export
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """A recording that was made. `masked`: values of sensitive variables were left out. `target` None: a stream."""
+
+    path: Path
+    target: Path | None
+    session_id: str
+    commits: int
+    masked: bool
+
+
+def export_session(
+    path: Path,
+    session_id: str,
+    target: Path | TextIO,
+    *,
+    started: int | None = None,
+    reveal: bool = False,
+    progress: Progress = _silent,
+) -> ExportReport:
+    """Write a session's log to a file, which appears whole or not at all, readable by its owner; or to a stream.
+
+    A server may go on writing meanwhile. A file of that name is replaced. Raises `InvalidArgumentError` where it cannot
+    be written.
+    """
+    with open_recording(path, session_id, started=started, reveal=reveal) as (header, commits):
+        told = _told("writing commits", commits, header.commits, progress)
+        if isinstance(target, Path):
+            with _replacing(target) as file:
+                write_recording(header, told, file)
+            return _exported(path, target, header)
+        with _explained("the output"):
+            write_recording(header, told, target)
+            target.flush()
+        return _exported(path, None, header)
+
+
+def _exported(path: Path, target: Path | None, header: Header) -> ExportReport:
+    return ExportReport(path, target, header.session_id, header.commits, header.masked)
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InvalidArgumentError("output", f"cannot write {name}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[TextIO]:
+    """A private file beside `target` to write to, which takes its name at the end."""
+    if target.exists() and not target.is_file():
+        raise InvalidArgumentError("output", f"cannot write {target}: it is no regular file")
+    with _explained(str(target)):
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).replace(target)
+        finally:
+            Path(name).unlink(missing_ok=True)
+
+
+# Import
+
+
+@dataclass(frozen=True, slots=True)
+class ImportReport:
+    """A session that was imported: its commits in the file, and how many executions of it were interrupted."""
+
+    path: Path
+    session_id: str
+    commits: int
+    first_sequence: int
+    last_sequence: int
+    interrupted: int
+
+
+def import_session(
+    path: Path,
+    lines: Iterable[str],
+    *,
+    name: str = "the recording",
+    session_id: str | None = None,
+    options: StoreOptions | None = None,
+    progress: Progress = _silent,
+) -> ImportReport:
+    """Append a recorded session, with its whole history, to a file that nobody else has open: all of it or nothing.
+
+    Its commits keep their times and actors, and get new numbers. `session_id` None: it keeps its id. The file is made
+    where it is missing.
+    """
+    header, commits = read_recording(lines, name)
+    if header.masked:
+        reason = (
+            "values of sensitive variables were left out of it, and an import would have to invent them; "
+            "export the session with --reveal"
+        )
+        raise RecordingError(name, 1, reason)
+    told = _told("importing commits", commits, header.commits, progress)
+    store = SessionStore(path, options)
+    try:
+        report = _append(store, header.session_id if session_id is None else session_id, told)
+    except OutcomeUnknownError:
+        store.abandon()
+        raise
+    except RecordingError as error:
+        store.close()
+        raise RecordingError(name, error.line, error.reason) from error
+    except BaseException:
+        store.close()
+        raise
+    store.close()
+    return report
+
+
+def _append(store: SessionStore, session_id: str, commits: Iterable[RecordedCommit]) -> ImportReport:
+    # One whose time is over is not live, but nobody has said so yet.
+    store.write_group([Job(ExpireSession(session_id), _IMPORT)])
+    first = store.head.sequence + 1
+    interrupted = store.write_whole(_jobs(session_id, commits))
+    last = store.head.sequence
+    return ImportReport(store.path, session_id, last - first + 1, first, last, sum(interrupted))
+
+
+def _jobs(session_id: str, commits: Iterable[RecordedCommit]) -> Iterator[Job]:
+    for commit in commits:
+        yield Job(ImportCommit(session_id, commit), _IMPORT)
+    yield Job(FinishImport(session_id), _IMPORT)

@@ -1,0 +1,96 @@
+"""Playing the client of a recorded session again: its requests, one after the other, to whatever answers now."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from dspex_persist.replay import Recording
+from dspex_persist.replay.recorded import value_of
+from dspex_persist.state import commands
+from dspex_persist.state.commands import Command
+from dspex_persist.state.errors import RecordingError, StateError
+from dspex_persist.state.model import ChangeKind, Event, EventKind, Origin, Source, Value
+from dspex_persist.state.provider import TOOL_TIMEOUT_S, StateProvider
+from dspex_persist.state.recording import RecordedCommit, RecordedVersion
+
+_EXECUTION: Final = "exec_"
+_ROLLED_BACK: Final = "rolled_back_to"
+
+
+def drive_again(provider: StateProvider, recording: Recording) -> None:
+    """Ask everything again that the clients of the session had asked.
+
+    A request that is refused now changes nothing, and the others go on: what comes of that is for a replay to tell.
+    `RecordingError` for a recording that masks what clients wrote.
+    """
+    header = recording.header
+    names: dict[str, str] = {}
+    for commit in recording.commits:
+        if any(version.masked for version in commit.versions):
+            reason = "a value that a client wrote is masked; export the session with --reveal"
+            raise RecordingError(header.session_id, commit.number + 1, reason)
+        names |= {version.variable_id: version.name for version in commit.versions}
+        if commit.cause.startswith(_EXECUTION):
+            # A tool did it, which is asked for by its beginning.
+            continue
+        origin = Origin(commit.actor, commit.cause, _source_of(commit))
+        for command in _requests(header.session_id, commit, names):
+            try:
+                provider.submit(command, origin).result()
+            except StateError:
+                continue
+
+
+def _source_of(commit: RecordedCommit) -> Source:
+    return commit.versions[0].source if commit.versions else Source.PYTHON
+
+
+def _requests(session_id: str, commit: RecordedCommit, names: Mapping[str, str]) -> Iterator[Command[Any]]:
+    for event in commit.events:
+        yield from _request_of(session_id, event, commit, names)
+    written = [version for version in commit.versions if version.kind is ChangeKind.SET]
+    if written:
+        yield _writing(session_id, written)
+    for version in commit.versions:
+        if version.kind is ChangeKind.ROLLED_BACK:
+            yield commands.RollbackVariable(session_id, version.name, int(version.metadata[_ROLLED_BACK]))
+        elif version.kind is ChangeKind.DELETED:
+            yield commands.DeleteVariable(session_id, version.name)
+
+
+def _writing(session_id: str, written: list[RecordedVersion]) -> Command[Any]:
+    values = {version.name: version.value or Value("null") for version in written}
+    if len(written) == 1:
+        ((name, value),) = values.items()
+        return commands.SetVariable(session_id, name, value, written[0].metadata)
+    return commands.SetVariables(session_id, values, written[0].metadata, True)
+
+
+def _request_of(
+    session_id: str, event: Event, commit: RecordedCommit, names: Mapping[str, str]
+) -> Iterator[Command[Any]]:
+    body = event.body
+    match event.kind:
+        case EventKind.SESSION_STARTED | EventKind.SESSION_UPDATED:
+            yield commands.InitializeSession(session_id, body["metadata"], body.get("config", {}))
+        case EventKind.SESSION_ENDED:
+            yield commands.CleanupSession(session_id)
+        case EventKind.VARIABLE_REGISTERED:
+            first = next(each for each in commit.versions if each.variable_id == body["variable_id"])
+            value = first.value or Value("null")
+            facts = (body["name"], body["type"], value, body["constraints"], first.metadata)
+            yield commands.RegisterVariable(session_id, *facts)
+        case EventKind.DEPENDENCY_ADDED:
+            user, used = (names.get(body[end], body[end]) for end in ("from_id", "to_id"))
+            yield commands.AddDependency(session_id, user, used, body["type"])
+        case EventKind.OPTIMIZATION_STARTED:
+            name = names.get(body["variable_id"], body["variable_id"])
+            yield commands.StartOptimization(session_id, name, body["optimizer_id"], body["config"])
+        case EventKind.OPTIMIZATION_STOPPED if commit.cause == commands.StopOptimization.__name__:
+            name = names.get(body["variable_id"], body["variable_id"])
+            yield commands.StopOptimization(session_id, name, body["reason"] != "stopped")
+        case EventKind.EXECUTION_BEGAN if body["parent_id"] is None and body["attempt"] == 1:
+            parameters = {name: value_of(each) or Value("null") for name, each in body["parameters"].items()}
+            metadata = dict(body["metadata"])
+            if body["idempotency_key"] is not None:
+                metadata["idempotency_key"] = body["idempotency_key"]
+            yield commands.ExecuteTool(session_id, body["tool"], parameters, metadata, TOOL_TIMEOUT_S)

@@ -1,0 +1,800 @@
+"""What every StateProvider promises that can execute tools, as tests. Its backend subclasses `ToolContract`:
+
+    class TestMyTools(ToolContract):
+        @pytest.fixture
+        def provider(self) -> Iterator[StateProvider]:
+            with MyState(tools=CONTRACT_TOOLS) as provider:
+                yield provider
+
+The provider has the tools of `CONTRACT_TOOLS`, and no others of its own. A server has them from
+`--tools dspex_persist.testing.contract_tools`; it must see the same files as the tests. The provider may be used by
+other tests at the same time and before: each test begins a session of its own.
+
+Nothing here asks which backend it has. What tools promise that only a journal or a wire can show is tested elsewhere.
+"""
+
+import math
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final, cast
+
+import pytest
+
+from dspex_persist.state import commands, errors, values
+from dspex_persist.state.model import (
+    ChangeKind,
+    ExecutionStatus,
+    RegisteredTool,
+    Source,
+    ToolOutcome,
+    ToolParameter,
+    ToolSpec,
+    Value,
+)
+from dspex_persist.state.provider import StateProvider
+from dspex_persist.state.values import BinaryValue
+from dspex_persist.testing.contract_tools import CONTRACT_TOOLS, RAISED
+from dspex_persist.testing.provider_contract import (
+    DEADLINE_S,
+    check_whole_commits,
+    exact,
+    let_pass,
+    names_of,
+    refused,
+    shown,
+    take,
+)
+
+UNTOUCHED: Final[dict[str, object]] = {"a": 0, "b": 0, "c": 0}
+"""The values of a session of these tests, as it begins."""
+KINDS: Final = ("fail", "fail_later", "stumble", "stumble_later")
+"""Tools that fail: a function, a coroutine, a generator, an async generator."""
+
+
+class Gate:
+    """Where tools announce themselves and wait: a folder, which is the parameter `gate` of theirs."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self._folder = folder
+
+    def __str__(self) -> str:
+        return str(self._folder)
+
+    def wait(self, attempt: int = 1) -> None:
+        """Wait until an attempt is there."""
+        self.wait_for(f"at {attempt}")
+
+    def wait_for(self, name: str) -> None:
+        """Wait for what else the tool announces."""
+        deadline = time.monotonic() + DEADLINE_S
+        while not (self._folder / name).exists():
+            assert time.monotonic() < deadline, f"the tool did not say {name!r} within {DEADLINE_S} s"
+            let_pass(0.005)
+
+    def open(self, *attempts: int) -> None:
+        """Let these attempts go on; none named: the first."""
+        for attempt in attempts or (1,):
+            (self._folder / f"go {attempt}").touch()
+
+
+class Client:
+    """One session, as a test has tools executed in it. `_key` is an idempotency key."""
+
+    def __init__(self, provider: StateProvider, variables: Mapping[str, object] = UNTOUCHED) -> None:
+        self.provider = provider
+        self.session = f"contract-{uuid.uuid4().hex}"
+        provider.initialize_session(self.session)
+        for name, value in variables.items():
+            provider.register_variable(self.session, name, "integer", value)
+
+    def begin(self, tool: str, /, _key: str | None = None, **parameters: Any) -> Future[ToolOutcome]:
+        """Have a tool executed; the future of its outcome."""
+        encoded = values.encode_arguments(_plain(parameters))
+        command = commands.ExecuteTool(self.session, tool, encoded, timeout_s=2 * DEADLINE_S)
+        return self.provider.submit(command, self.provider.default_origin(command.cause, _key))
+
+    def execute(self, tool: str, /, _key: str | None = None, **parameters: Any) -> ToolOutcome:
+        """Have a tool executed; its outcome."""
+        return self.begin(tool, _key, **parameters).result(DEADLINE_S)
+
+    def get(self, tool: str, /, _key: str | None = None, **parameters: Any) -> Any:
+        """The result of a tool that has to end well."""
+        return result_of(self.execute(tool, _key, **parameters))
+
+    def set(self, name: str, value: object) -> None:
+        """Write a variable from outside."""
+        self.provider.set_variable(self.session, name, value)
+
+    def values(self) -> dict[str, object]:
+        """All variables, as everybody sees them."""
+        variables = self.provider.list_variables(self.session)
+        return {each.name: values.decode(each.type, each.value) for each in variables}
+
+    def versions(self, name: str = "a") -> list[int]:
+        """The versions in a variable's history, newest first."""
+        return [version.version for version in self.provider.get_variable_history(self.session, name)]
+
+
+def _plain(parameters: Mapping[str, object]) -> dict[str, object]:
+    return {name: str(value) if isinstance(value, Gate) else value for name, value in parameters.items()}
+
+
+def result_of(outcome: ToolOutcome) -> Any:
+    """The result of an execution that has to have committed."""
+    assert outcome.success, f"{outcome.error_code}: {outcome.error}"
+    assert outcome.result is not None
+    return values.decode_loosely(outcome.result)
+
+
+def check_not_begun(outcome: ToolOutcome, code: str) -> str:
+    """Nothing was begun, for this reason; its text."""
+    assert outcome.error is not None
+    assert outcome == ToolOutcome(None, None, outcome.error, code)
+    return str(outcome.error)
+
+
+def check_ended(outcome: ToolOutcome, status: ExecutionStatus, code: str, *, attempts: int = 1) -> str:
+    """It ran, and ended without success; the text of its error."""
+    assert (outcome.status, outcome.error_code, outcome.attempts) == (status, code, attempts)
+    assert (outcome.success, outcome.result, outcome.commit_sequence) == (False, None, None)
+    assert not outcome.repeated
+    assert outcome.execution_id
+    assert outcome.error is not None
+    return str(outcome.error)
+
+
+def check_failed(outcome: ToolOutcome) -> str:
+    """Its code failed; the text of its error."""
+    return check_ended(outcome, ExecutionStatus.FAILED, "TOOL_FAILED")
+
+
+def check_conflict(outcome: ToolOutcome, *, attempts: int = 1) -> str:
+    """It lost to others; the text of its error."""
+    return check_ended(outcome, ExecutionStatus.CONFLICT, "CONFLICT", attempts=attempts)
+
+
+class _Contract:
+    """What all parts of the contract have."""
+
+    @pytest.fixture
+    def provider(self) -> Iterator[StateProvider]:
+        """The provider under test."""
+        raise NotImplementedError(f"{type(self).__name__} gives no fixture `provider`")
+
+    @pytest.fixture
+    def client(self, provider: StateProvider) -> Client:
+        """A new session with the integers a, b and c."""
+        return Client(provider)
+
+    @pytest.fixture
+    def gate(self, tmp_path: Path) -> Iterator[Gate]:
+        """A gate, which opens at the end: a test that failed must keep no tool."""
+        gate = Gate(tmp_path / "gate")
+        yield gate
+        gate.open(1, 2, 3)
+
+
+class ListingContract(_Contract):
+    """What tools there are."""
+
+    def test_tools_are_described_as_they_were_written(self, provider: StateProvider, client: Client) -> None:
+        """What the provider itself says of them, such as where they run, is in metadata under `dspex.`."""
+        for session in ("", client.session):
+            assert tuple(map(_as_written, provider.list_tools(session))) == CONTRACT_TOOLS.specs()
+        assert provider.get_session(client.session).tool_count == len(CONTRACT_TOOLS)
+
+    def test_an_unknown_session_has_none(self, provider: StateProvider) -> None:
+        with pytest.raises(errors.SessionNotFoundError):
+            provider.list_tools(uuid.uuid4().hex)
+
+    def test_what_workers_register_is_listed_in_their_session_alone(
+        self, provider: StateProvider, client: Client
+    ) -> None:
+        parameter = ToolParameter("rate", "float", "How fast.", required=False, default=Value("0.5"))
+        far = RegisteredTool(ToolSpec("far", "Far away.", (parameter,), metadata={"team": "red"}), "worker-1")
+        registered = provider.run(commands.RegisterTools(client.session, far.worker_id, (far,)))
+        assert list(registered) == ["far"]
+        assert tuple(map(_as_written, provider.list_tools(client.session))) == (*CONTRACT_TOOLS.specs(), far.spec)
+        assert provider.get_session(client.session).tool_count == len(CONTRACT_TOOLS) + 1
+        for session in ("", Client(provider).session):
+            assert "far" not in [spec.name for spec in provider.list_tools(session)]
+
+    def test_nobody_can_register_under_a_name_that_the_provider_has(
+        self, provider: StateProvider, client: Client
+    ) -> None:
+        mine = RegisteredTool(ToolSpec("add"), "worker-1")
+        with pytest.raises(errors.ToolExistsError) as caught:
+            provider.run(commands.RegisterTools(client.session, mine.worker_id, (mine,)))
+        assert caught.value.name == "add"
+        assert client.get("add") == 1
+
+    def test_a_tool_that_nobody_can_reach_is_unavailable(self, provider: StateProvider, client: Client) -> None:
+        far = RegisteredTool(ToolSpec("far"), "worker-1")
+        provider.run(commands.RegisterTools(client.session, far.worker_id, (far,)))
+        text = check_ended(client.execute("far"), ExecutionStatus.FAILED, "UNAVAILABLE")
+        assert "'far'" in text
+        assert client.values() == UNTOUCHED
+
+
+def _as_written(spec: ToolSpec) -> ToolSpec:
+    return replace(spec, metadata={key: text for key, text in spec.metadata.items() if not key.startswith("dspex.")})
+
+
+RESULTS: Final[list[object]] = [
+    *(None, True, False, 0, -1, 2**53 + 1, 2**70, -(10**400)),
+    *(0.0, -0.0, 1.0, 0.1, 5e-324, 1.7976931348623157e308),
+    *("", "plain", "naïve 🦜\0\n\u2028", '"quoted" \\ {}', "NaN", "x" * 100_000),
+    *([], {}, [1, 1.0, True, None, "1", [[]]], {"": {"a b": [None]}, "ä": 1.5, "type": "tensor"}),
+    [[1.5, 2.0], [3.0, 4.0]],
+    {"shape": [2], "data": [1, 2]},
+]
+
+
+class ResultContract(_Contract):
+    """Parameters in, results out."""
+
+    @pytest.mark.parametrize("value", RESULTS, ids=shown)
+    def test_values_come_back_exactly(self, client: Client, value: object) -> None:
+        assert exact(client.get("echo", value=value)) == exact(value)
+        assert exact(client.get("echo", value=[value])) == exact([value])
+
+    def test_a_float_that_json_does_not_have_is_its_name(self, client: Client) -> None:
+        assert client.get("not_a_number") == "NaN"
+        assert client.get("echo", value=float("-inf")) == "-Infinity"
+
+    def test_numbers_may_come_as_bytes(self, client: Client) -> None:
+        described = {"shape": [3], "dtype": "float32", "binary_format": "raw"}
+        content = bytes.fromhex("0000803f0000004000006040")  # 1.0, 2.0, 3.5
+        for type_name in ("tensor", "embedding"):
+            assert client.get("total", numbers=BinaryValue({**described, "type": type_name}, content)) == 6.5
+        assert client.get("total", numbers=[1, 2.0, 3.5]) == 6.5
+
+    def test_arguments_are_coerced(self, client: Client) -> None:
+        said = client.get("describe", city="Bern", days=2.0, ratio=1, wet="true", tags=["x"], extra={"k": [1]})
+        assert said == {
+            "city": ["str", "Bern"],
+            "days": ["int", 2],
+            "scale": ["str", "c"],
+            "ratio": ["float", 1.0],
+            "wet": ["bool", True],
+            "tags": ["list", ["x"]],
+            "extra": ["dict", {"k": [1]}],
+        }
+
+    def test_what_is_left_out_has_its_default(self, client: Client) -> None:
+        said = client.get("describe", city="Bern", tags=None)
+        left_out = {name: argument for name, (_, argument) in said.items() if name != "city"}
+        assert left_out == {"days": 3, "scale": "c", "ratio": 0.5, "wet": False, "tags": None, "extra": None}
+
+    def test_functions_and_coroutines(self, client: Client) -> None:
+        assert client.get("add", name="a") == 1
+        assert client.get("add_later", name="a", amount=2) == 3
+        assert client.values()["a"] == 3
+
+    def test_the_result_of_a_tool_that_streams_is_the_list_of_its_chunks(self, client: Client) -> None:
+        counted, later, none = (
+            client.execute(tool, to=to) for tool, to in (("count", 3), ("count_later", 2), ("count", 0))
+        )
+        assert [result_of(outcome) for outcome in (counted, later, none)] == [[1, 2, 3], [{"n": 1}, {"n": 2}], []]
+        assert counted.streamed
+        assert later.streamed
+        assert none.streamed
+        assert not client.execute("add").streamed
+        assert client.versions() == [6, 5, 4, 3, 2, 1, 0]
+
+    @pytest.mark.parametrize(
+        ("tool", "words"), [("give_an_object", "object has no JSON form"), ("give_bytes", "write it to a variable")]
+    )
+    def test_a_result_that_cannot_travel_is_a_failure(self, client: Client, tool: str, words: str) -> None:
+        assert words in check_failed(client.execute(tool))
+        assert client.values() == UNTOUCHED
+
+    def test_the_outcome_and_the_history_name_each_other(self, provider: StateProvider, client: Client) -> None:
+        outcome = client.execute("add")
+        (newest, first) = provider.get_variable_history(client.session, "a")
+        assert (outcome.status, outcome.error, outcome.error_code) == (ExecutionStatus.COMMITTED, None, "")
+        assert (outcome.attempts, outcome.repeated) == (1, False)
+        assert (outcome.execution_id, outcome.commit_sequence) == (newest.cause, newest.sequence)
+        assert (newest.kind, newest.source, newest.actor) == (ChangeKind.SET, Source.PYTHON, first.actor)
+
+    def test_a_tool_that_writes_nothing_has_a_commit_of_its_own(self, client: Client) -> None:
+        first, second = (client.execute("echo", value=1).commit_sequence for _ in range(2))
+        assert first is not None
+        assert second is not None
+        assert first < second
+
+    def test_a_tool_is_told_who_it_is(self, provider: StateProvider, client: Client) -> None:
+        outcomes = [
+            provider.execute_tool(client.session, "facts", metadata={"user": "ada", "mood": "naïve 🦜"})
+            for _ in range(2)
+        ]
+        first, second = (result_of(outcome) for outcome in outcomes)
+        assert first["metadata"] == {"user": "ada", "mood": "naïve 🦜"}
+        assert (first["session_id"], first["execution_id"]) == (client.session, outcomes[0].execution_id)
+        assert (first["attempt"], first["cancelled"]) == (1, False)
+        drawn = {*first["random"], *first["uuids"], *second["random"], *second["uuids"]}
+        assert len(drawn) == 8
+        moments = [datetime.fromisoformat(text) for text in (*first["now"], *second["now"])]
+        assert moments == sorted(moments)
+        assert moments[0].utcoffset() is not None
+
+
+class RefusalContract(_Contract):
+    """What is refused before anything is begun."""
+
+    @pytest.mark.parametrize(
+        ("parameters", "name", "words"),
+        [
+            ({}, "city", "required"),
+            ({"city": 3}, "city", "string"),
+            ({"city": None}, "city", "string"),
+            ({"city": "Bern", "days": True}, "days", "true"),
+            ({"city": "Bern", "days": "2"}, "days", "integer"),
+            ({"city": "Bern", "days": 1.5}, "days", "1.5"),
+            ({"city": "Bern", "scale": "k"}, "scale", "'c'"),
+            ({"city": "Bern", "tags": [1]}, "tags", "string"),
+            ({"city": "Bern", "dais": 1}, "dais", "days"),
+            ({"city": "Bern", "days": BinaryValue({"type": "tensor"}, b"1")}, "days", ""),
+        ],
+        ids=shown,
+    )
+    def test_a_wrong_argument_is_named(self, client: Client, parameters: dict[str, Any], name: str, words: str) -> None:
+        text = check_not_begun(client.execute("describe", **parameters), "INVALID_PARAMETERS")
+        assert f"invalid parameter '{name}' of tool 'describe'" in text
+        assert words in text
+
+    @pytest.mark.parametrize("name", ["ad", "", "add ", "Add", "naïve 🦜"], ids=shown)
+    def test_an_unknown_tool(self, client: Client, name: str) -> None:
+        text = check_not_begun(client.execute(name), "UNKNOWN_TOOL")
+        assert f"unknown tool {name!r}" in text
+        assert "add" in text
+
+    def test_missing_variables_are_all_named(self, client: Client) -> None:
+        text = check_not_begun(client.execute("demanding"), "MISSING_VARIABLES")
+        assert "missing_one, missing_two" in text
+        for name in ("missing_one", "missing_two"):
+            client.provider.register_variable(client.session, name, "integer", 0)
+        assert client.get("demanding") == 5
+
+    @pytest.mark.parametrize(
+        ("tool", "parameters"),
+        [("add", {}), ("nowhere", {}), ("describe", {}), ("demanding", {}), ("count", {"to": 1})],
+        ids=shown,
+    )
+    def test_of_an_unknown_session_that_is_what_is_said(
+        self, client: Client, tool: str, parameters: dict[str, Any]
+    ) -> None:
+        client.session = uuid.uuid4().hex
+        with pytest.raises(errors.SessionNotFoundError) as caught:
+            client.execute(tool, **parameters)
+        assert caught.value.session_id == client.session
+
+    def test_a_session_that_has_ended_executes_nothing(self, provider: StateProvider, client: Client) -> None:
+        assert client.get("add") == 1
+        provider.cleanup_session(client.session)
+        with pytest.raises(errors.SessionNotFoundError):
+            client.execute("add")
+        with pytest.raises(errors.SessionNotFoundError):
+            provider.list_tools(client.session)
+
+    @pytest.mark.parametrize("timeout_s", [0, -1, math.nan, math.inf, 1e10], ids=shown)
+    def test_a_time_that_is_none_is_refused(self, provider: StateProvider, client: Client, timeout_s: float) -> None:
+        with pytest.raises(errors.InvalidArgumentError, match="timeout_s"):
+            provider.execute_tool(client.session, "add", timeout_s=timeout_s)
+        assert client.values() == UNTOUCHED
+
+    def test_a_key_that_is_none_is_refused(self, provider: StateProvider, client: Client) -> None:
+        for key in ("", "k" * 1000, "a\nb", "\ud83e"):
+            with pytest.raises((errors.InvalidArgumentError, errors.LimitExceededError)):
+                provider.execute_tool(client.session, "add", idempotency_key=key)
+        assert client.values() == UNTOUCHED
+
+    def test_what_is_no_metadata_is_refused(self, provider: StateProvider, client: Client) -> None:
+        many = {str(number): "" for number in range(100_000)}
+        command = commands.ExecuteTool(client.session, "add", metadata=many)
+        assert isinstance(refused(provider.submit(command)), errors.LimitExceededError | errors.InvalidArgumentError)
+        assert client.values() == UNTOUCHED
+
+
+class TransactionContract(_Contract):
+    """All at once, or not at all."""
+
+    def test_writes_appear_all_at_once_and_are_seen_by_the_tool_before(
+        self, provider: StateProvider, client: Client, gate: Gate
+    ) -> None:
+        with provider.watch(client.session) as watch:
+            call = client.begin("rebuild", gate=gate)
+            gate.wait()
+            assert client.values() == UNTOUCHED
+            gate.open()
+            outcome = call.result(DEADLINE_S)
+            updates = take(watch, 8)
+        said = result_of(outcome)
+        assert said["values"] == client.values() == {"a": 8, "b": 9, "new": 3}
+        assert (said["versions"], said["brief"]) == ([2, 1, 0], False)
+        assert "above maximum 10" in said["refused"]
+        check_whole_commits(updates)
+        assert {update.sequence for update in updates} == {outcome.commit_sequence}
+        assert sorted(names_of(updates)) == ["a", "b", "brief", "brief", "c", "new", "new", "new"]
+        history = provider.get_variable_history(client.session, "new")
+        assert [dict(version.metadata) for version in history] == [{}, {"why": "because"}, {}]
+        assert {version.cause for version in history} == {outcome.execution_id}
+
+    def test_what_it_wrote_itself_it_can_roll_back(self, client: Client) -> None:
+        assert client.get("roll_back") == 0
+        assert client.versions() == [2, 1, 0]
+        assert client.values() == UNTOUCHED
+
+    @pytest.mark.parametrize("tool", KINDS)
+    @pytest.mark.parametrize("name", RAISED)
+    def test_whatever_a_tool_raises_it_alone_has_failed(self, client: Client, tool: str, name: str) -> None:
+        text = check_failed(client.execute(tool, name=name))
+        assert name in text or name.startswith("Stop"), "Python itself makes a RuntimeError of those two"
+        assert "Traceback" not in text
+        assert client.values() == UNTOUCHED
+        assert client.get("add") == 1
+
+    def test_what_an_error_says_is_told(self, client: Client) -> None:
+        assert check_failed(client.execute("fail", name="ValueError")) == "ValueError: it went wrong: 🦜"
+
+    def test_sessions_are_apart(self, provider: StateProvider, client: Client, gate: Gate) -> None:
+        other = Client(provider)
+        call = client.begin("add_at_gate", gate=gate)
+        gate.wait()
+        assert [other.get("add") for _ in range(3)] == [1, 2, 3]
+        gate.open()
+        assert result_of(call.result(DEADLINE_S)) == 1
+        assert (client.values()["a"], other.values()["a"]) == (1, 3)
+
+
+class ConflictContract(_Contract):
+    """What others change while a tool runs."""
+
+    def test_a_read_that_has_changed_is_a_conflict_with_name_and_versions(self, client: Client, gate: Gate) -> None:
+        text = check_conflict(_meanwhile(client, gate, lambda: client.set("a", 9), "look", what="value"))
+        assert "a (was at version 0, is at version 1)" in text
+
+    def test_a_name_that_was_not_there_and_is_now_is_a_conflict(self, client: Client, gate: Gate) -> None:
+        def register() -> None:
+            client.provider.register_variable(client.session, "later", "integer", 1)
+
+        text = check_conflict(_meanwhile(client, gate, register, "look", what="absent"))
+        assert "later (was not there, is at version 0)" in text
+
+    def test_a_name_that_is_gone_is_a_conflict(self, client: Client, gate: Gate) -> None:
+        def delete() -> None:
+            client.provider.delete_variable(client.session, "a")
+
+        text = check_conflict(_meanwhile(client, gate, delete, "look", what="value"))
+        assert "a (was at version 0, is not there)" in text
+
+    def test_a_list_that_others_have_lengthened_is_a_conflict(self, client: Client, gate: Gate) -> None:
+        def register() -> None:
+            client.provider.register_variable(client.session, "d", "integer", 1)
+
+        text = check_conflict(_meanwhile(client, gate, register, "look", what="names"))
+        assert "d (was not there, is at version 0)" in text
+
+    @pytest.mark.parametrize("what", ["value", "absent"])
+    def test_what_others_do_elsewhere_is_none(self, client: Client, gate: Gate, what: str) -> None:
+        call = client.begin("look", gate=gate, what=what)
+        gate.wait()
+        client.set("b", 9)
+        gate.open()
+        first, second = result_of(call.result(DEADLINE_S))
+        assert first == second
+
+    def test_a_conflict_writes_nothing_and_nobody_is_in_the_way_of_the_next(self, client: Client, gate: Gate) -> None:
+        check_conflict(_meanwhile(client, gate, lambda: client.set("a", 5), "add_at_gate"))
+        assert client.versions() == [1, 0]
+        assert client.get("add_at_gate", gate=gate) == 6
+
+    def test_snapshot_isolation_bears_with_what_was_only_read(self, client: Client, gate: Gate) -> None:
+        outcome = _meanwhile(client, gate, lambda: client.set("a", 9), "look_loosely")
+        assert result_of(outcome) == [0, 0]
+        assert client.values() == {"a": 9, "b": 0, "c": 0}
+
+    def test_snapshot_isolation_still_loses_no_write(self, client: Client, gate: Gate) -> None:
+        text = check_conflict(_meanwhile(client, gate, lambda: client.set("b", 9), "look_loosely"))
+        assert "b (was at version 0, is at version 1)" in text
+        assert client.values()["b"] == 9
+
+    @pytest.mark.parametrize(("tool", "both"), [("take", False), ("take_loosely", True)])
+    def test_two_that_read_what_the_other_writes(
+        self, provider: StateProvider, tmp_path: Path, tool: str, both: bool
+    ) -> None:
+        """Of serializable ones only one can have been the first; snapshots bear with that."""
+        client = Client(provider, {"a": 1, "b": 0})
+        gates = [Gate(tmp_path / name) for name in "ab"]
+        calls = [client.begin(tool, gate=gate, name=name) for gate, name in zip(gates, "ab", strict=True)]
+        for gate in gates:
+            gate.wait()
+        for gate in gates:
+            gate.open()
+        outcomes = [call.result(DEADLINE_S) for call in calls]
+        assert sorted(outcome.success for outcome in outcomes) == [both, True]
+        assert sum(cast("dict[str, int]", client.values()).values()) == (-1 if both else 0)
+
+    def test_retries_run_again_on_what_is_there_then(self, client: Client, gate: Gate) -> None:
+        call = client.begin("add_with_retries", gate=gate)
+        gate.wait()
+        client.set("a", 5)
+        gate.open(1, 2)
+        outcome = call.result(DEADLINE_S)
+        assert result_of(outcome) == [2, 6]
+        assert outcome.attempts == 2
+        newest = client.provider.get_variable_history(client.session, "a")[0]
+        assert (newest.version, newest.cause) == (2, outcome.execution_id)
+
+    def test_retries_come_to_an_end(self, client: Client, gate: Gate) -> None:
+        call = client.begin("add_with_retries", gate=gate)
+        for attempt in (1, 2, 3):
+            gate.wait(attempt)
+            client.set("a", 10 * attempt)
+            gate.open(attempt)
+        text = check_conflict(call.result(DEADLINE_S), attempts=3)
+        assert "a (was at version 2, is at version 3)" in text
+        assert client.values()["a"] == 30
+
+    def test_the_total_of_many_threads_is_exact(self, provider: StateProvider, client: Client) -> None:
+        other, threads, each = Client(provider), 8, 6
+
+        def work(number: int) -> list[int]:
+            mine = (client, other)[number % 2]
+            return [cast(int, mine.get("add_stubbornly")) for _ in range(each)]
+
+        with ThreadPoolExecutor(threads) as pool:
+            said = list(pool.map(work, range(threads)))
+        total = threads * each // 2
+        for mine, of_mine in ((client, said[::2]), (other, said[1::2])):
+            assert mine.values()["a"] == total
+            assert sorted(number for numbers in of_mine for number in numbers) == list(range(1, total + 1))
+            assert mine.versions() == list(range(total, -1, -1))
+
+
+def _meanwhile(client: Client, gate: Gate, change: Callable[[], None], tool: str, /, **parameters: Any) -> ToolOutcome:
+    """The outcome of a tool while which ran others have changed something."""
+    call = client.begin(tool, gate=gate, **parameters)
+    gate.wait()
+    change()
+    gate.open()
+    return call.result(DEADLINE_S)
+
+
+class CallContract(_Contract):
+    """Tools that call tools: one transaction."""
+
+    def test_a_called_tool_is_part_of_the_transaction(self, provider: StateProvider, client: Client) -> None:
+        outcome = client.execute("parent")
+        assert result_of(outcome) == [2, 1]
+        assert client.values() == {"a": 1, "b": 1, "c": 1}
+        newest = [provider.get_variable_history(client.session, name)[0] for name in "abc"]
+        assert {version.sequence for version in newest} == {outcome.commit_sequence}
+
+    def test_a_coroutine_awaits_what_it_calls(self, client: Client) -> None:
+        assert client.get("parent_later") == [11, 10]
+        assert client.values()["a"] == 10
+
+    def test_a_called_tool_that_fails_is_undone_alone_if_its_caller_bears_it(self, client: Client) -> None:
+        assert client.get("parent", child_fails=True, caught=True) == ["the child failed", 0]
+        assert client.values() == {"a": 1, "b": 0, "c": 1}
+
+    def test_a_called_tool_that_fails_fails_its_caller(self, client: Client) -> None:
+        assert check_failed(client.execute("parent", child_fails=True)) == "ValueError: the child failed"
+        assert client.values() == UNTOUCHED
+
+    def test_a_caller_that_fails_takes_what_it_called_with_it(self, client: Client) -> None:
+        assert check_failed(client.execute("parent", fails=True)) == "RuntimeError: the parent failed"
+        assert client.values() == UNTOUCHED
+
+    @pytest.mark.parametrize("name", RAISED)
+    def test_whatever_a_called_tool_raises_its_caller_can_go_on(self, client: Client, name: str) -> None:
+        assert client.get("call", name="fail", arguments={"name": name})
+        assert client.values() == UNTOUCHED
+
+    @pytest.mark.parametrize(
+        ("name", "arguments", "said"),
+        [
+            ("nowhere", {}, "ToolNotFoundError: unknown tool 'nowhere'"),
+            ("describe", {"city": 1}, "ToolArgumentError: invalid parameter 'city' of tool 'describe'"),
+            ("demanding", {}, "MissingVariablesError: tool 'demanding' needs variables"),
+            ("count", {"to": 2}, "it said [1, 2]"),
+            ("count_later", {"to": 1}, "it said [{'n': 1}]"),
+            ("add_later", {}, "it said 1"),
+        ],
+    )
+    def test_any_tool_can_be_called(self, client: Client, name: str, arguments: dict[str, Any], said: str) -> None:
+        assert client.get("call", name=name, arguments=arguments).startswith(said)
+
+    def test_a_called_tool_sees_what_its_caller_has_written(self, client: Client) -> None:
+        assert client.get("descend", depth=3) == 3
+        assert client.values()["a"] == 4
+        assert client.versions() == [4, 3, 2, 1, 0]
+
+    def test_calls_that_never_end_are_ended(self, client: Client) -> None:
+        assert "depth of calls" in check_failed(client.execute("descend", depth=10_000))
+        assert client.values() == UNTOUCHED
+
+
+class PublishContract(_Contract):
+    """What a tool shows ahead of its end."""
+
+    def test_what_is_published_is_seen_at_once_and_is_no_conflict(
+        self, provider: StateProvider, client: Client, gate: Gate
+    ) -> None:
+        with provider.watch(client.session) as watch:
+            call = client.begin("progress", gate=gate)
+            (update,) = take(watch, 1)
+            assert (update.variable.name, update.variable.value.json) == ("a", "50")
+            gate.wait()
+            assert client.values() == {"a": 50, "b": 0, "c": 0}
+            gate.open()
+            outcome = call.result(DEADLINE_S)
+        assert result_of(outcome) == [1, 50]
+        assert client.values() == {"a": 50, "b": 5, "c": 0}
+        newest = provider.get_variable_history(client.session, "a")[0]
+        assert (newest.kind, newest.cause) == (ChangeKind.PUBLISHED, outcome.execution_id)
+        assert dict(newest.metadata) == {"step": "half"}
+        assert outcome.commit_sequence is not None
+        assert newest.sequence < outcome.commit_sequence
+
+    def test_what_is_published_stays_after_a_failure(self, client: Client, gate: Gate) -> None:
+        gate.open()
+        check_failed(client.execute("progress", gate=gate, fails=True))
+        assert client.values() == {"a": 50, "b": 0, "c": 0}
+
+    def test_what_others_write_over_it_is_a_conflict(self, client: Client, gate: Gate) -> None:
+        text = check_conflict(_meanwhile(client, gate, lambda: client.set("a", 60), "progress"))
+        assert "a (was at version 1, is at version 2)" in text
+        assert client.values() == {"a": 60, "b": 0, "c": 0}
+
+    def test_what_it_has_written_it_cannot_publish(self, client: Client) -> None:
+        assert "do one or the other" in check_failed(client.execute("publish_and_write"))
+        assert client.values() == UNTOUCHED
+
+
+class KeyContract(_Contract):
+    """Once for an idempotency key."""
+
+    def test_the_same_request_runs_once_and_is_answered_again(self, client: Client) -> None:
+        first, second, third = (client.execute("add", "k", name="a", amount=2) for _ in range(3))
+        assert not first.repeated
+        assert second == third == replace(first, repeated=True)
+        assert client.versions() == [1, 0]
+
+    def test_what_streamed_is_answered_again_as_such(self, client: Client) -> None:
+        first, second = (client.execute("count", "k", to=3) for _ in range(2))
+        assert second == replace(first, repeated=True)
+        assert result_of(second) == [1, 2, 3]
+        assert client.versions() == [3, 2, 1, 0]
+
+    def test_the_order_of_parameters_makes_no_other_request(self, client: Client) -> None:
+        assert client.get("add", "k", name="a", amount=2) == 2
+        assert client.execute("add", "k", amount=2, name="a").repeated
+
+    def test_a_key_may_come_in_the_metadata(self, provider: StateProvider, client: Client) -> None:
+        """It is the same key there, and before another one."""
+        first = provider.execute_tool(client.session, "add", metadata={"idempotency_key": "k"})
+        second = provider.execute_tool(
+            client.session, "add", metadata={"idempotency_key": "k", "user": "ada"}, idempotency_key="other"
+        )
+        third = client.execute("add", "k")
+        assert [outcome.repeated for outcome in (first, second, third)] == [False, True, True]
+        assert client.get("add", "other") == 2
+
+    def test_another_request_of_its_key_is_refused(self, client: Client) -> None:
+        client.get("add", "k", name="a")
+        for tool, parameters in (("add", {"name": "b"}), ("add", {}), ("add_later", {"name": "a"})):
+            assert "'k'" in check_not_begun(client.execute(tool, "k", **parameters), "IDEMPOTENCY_CONFLICT")
+        assert client.values() == {"a": 1, "b": 0, "c": 0}
+
+    def test_keys_belong_to_their_session(self, provider: StateProvider, client: Client) -> None:
+        client.get("add", "k", name="a")
+        other = Client(provider)
+        assert other.get("add", "k", name="b") == 1
+        provider.cleanup_session(client.session)
+        provider.initialize_session(client.session)
+        provider.register_variable(client.session, "a", "integer", 5)
+        assert client.get("add", "k", name="a") == 6
+
+    def test_who_asks_while_it_runs_waits_with_the_first(self, client: Client, gate: Gate) -> None:
+        calls = [client.begin("add_at_gate", "k", gate=gate)]
+        gate.wait()
+        calls += [client.begin("add_at_gate", "k", gate=gate) for _ in range(3)]
+        other = client.execute("add_at_gate", "k", gate=gate, name="b")
+        assert "'k'" in check_not_begun(other, "IDEMPOTENCY_CONFLICT")
+        assert not any(call.done() for call in calls)
+        gate.open()
+        first, *others = (call.result(DEADLINE_S) for call in calls)
+        assert result_of(first) == 1
+        # It may have ended just before one of them was looked at.
+        assert [replace(outcome, repeated=False) for outcome in others] == [first] * 3
+        assert client.versions() == [1, 0]
+
+    def test_of_many_at_once_one_runs(self, client: Client) -> None:
+        threads = 8
+        with ThreadPoolExecutor(threads) as pool:
+            outcomes = list(pool.map(lambda _: client.execute("add_stubbornly", "k"), range(threads)))
+        assert {outcome.execution_id for outcome in outcomes if result_of(outcome) == 1} == {outcomes[0].execution_id}
+        assert client.versions() == [1, 0]
+
+    def test_what_failed_runs_anew(self, client: Client) -> None:
+        first, second = (client.execute("fail", "k", name="ValueError") for _ in range(2))
+        assert check_failed(first) == check_failed(second)
+        assert first.execution_id != second.execution_id
+
+    def test_what_was_in_conflict_runs_anew(self, client: Client, gate: Gate) -> None:
+        call = client.begin("add_at_gate", "k", gate=gate)
+        gate.wait()
+        client.set("a", 5)
+        gate.open()
+        check_conflict(call.result(DEADLINE_S))
+        assert client.get("add_at_gate", "k", gate=gate) == 6
+        assert client.execute("add_at_gate", "k", gate=gate).repeated
+
+    def test_what_was_refused_leaves_its_key_free(self, client: Client) -> None:
+        check_not_begun(client.execute("nowhere", "k"), "UNKNOWN_TOOL")
+        check_not_begun(client.execute("describe", "k"), "INVALID_PARAMETERS")
+        assert client.get("add", "k") == 1
+
+
+class EndingContract(_Contract):
+    """Tools that are ended."""
+
+    @pytest.mark.parametrize("tool", ["slow", "slow_later"])
+    def test_a_tool_that_takes_longer_than_it_may_leaves_nothing(self, client: Client, gate: Gate, tool: str) -> None:
+        outcome = client.execute(tool, "k", gate=gate)
+        assert "longer than 0.5 s" in check_ended(outcome, ExecutionStatus.TIMED_OUT, "TIMED_OUT")
+        # A thread cannot be stopped, but what it still writes is refused; a coroutine is cancelled.
+        gate.wait_for("cancelled")
+        assert client.values() == UNTOUCHED
+        gate.open()
+        assert client.get(tool, "k", gate=gate) == "held"
+
+    @pytest.mark.parametrize("tool", ["hold", "hold_later"])
+    def test_a_tool_that_takes_longer_than_its_caller_waits_leaves_nothing(
+        self, provider: StateProvider, client: Client, gate: Gate, tool: str
+    ) -> None:
+        parameters = {"gate": str(gate)}
+        try:
+            outcome = provider.execute_tool(client.session, tool, parameters, timeout_s=0.6)
+        except errors.OutcomeUnknownError:
+            pass  # So late that the answer did not arrive in time.
+        else:
+            check_ended(outcome, ExecutionStatus.TIMED_OUT, "TIMED_OUT")
+        gate.wait_for("cancelled")
+        assert client.values() == UNTOUCHED
+
+    @pytest.mark.parametrize("tool", ["hold", "hold_later"])
+    def test_a_tool_whose_session_ends_leaves_nothing(
+        self, provider: StateProvider, client: Client, gate: Gate, tool: str
+    ) -> None:
+        call = client.begin(tool, gate=gate)
+        gate.wait()
+        provider.cleanup_session(client.session)
+        provider.initialize_session(client.session)
+        provider.register_variable(client.session, "a", "integer", 3)
+        gate.open()
+        text = check_ended(call.result(DEADLINE_S), ExecutionStatus.INTERRUPTED, "INTERRUPTED")
+        assert "the session ended while the tool ran" in text
+        assert client.values() == {"a": 3}
+
+
+class ToolContract(
+    ListingContract,
+    ResultContract,
+    RefusalContract,
+    TransactionContract,
+    ConflictContract,
+    CallContract,
+    PublishContract,
+    KeyContract,
+    EndingContract,
+):
+    """The whole contract."""

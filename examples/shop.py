@@ -1,0 +1,128 @@
+"""A shop whose counter is a session: tools that sell, order, restock and report, each call one transaction.
+
+    python examples/shop.py             # on a file of its own that is gone afterwards
+    python examples/shop.py shop.db     # on a file that stays: run it twice
+
+The same tools, served to every client (see call_shop.py):
+
+    dspex-persist serve --tools examples.shop
+"""
+
+import asyncio
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import dspex_persist
+from dspex_persist import ToolContext, tool
+
+SESSION = "shop"
+Article = Literal["apples", "bread", "milk"]
+PRICES = {"apples": 3, "bread": 5, "milk": 2}
+
+visitors: list[Callable[[], object]] = []
+"""What others do while somebody counts the shelves: `main` fills it to show a conflict."""
+
+
+@tool
+def open_shop(ctx: ToolContext) -> list[str]:
+    """Define the variables of the shop, those that are missing; their names."""
+    for article in PRICES:
+        ctx.variables.define(article, 10, constraints={"min": 0})
+    for name in ("cash", "counted"):
+        ctx.variables.define(name, 0)
+    return sorted(ctx)
+
+
+@tool(retries=5)
+def sell(ctx: ToolContext, article: Article, amount: int = 1) -> int:
+    """Sell some of an article; what it cost.
+
+    Args:
+        article: Which.
+        amount: How many.
+    """
+    if amount < 1:
+        raise ValueError(f"nobody buys {amount}")
+    # Below the minimum of 0 it is refused, and nothing of this sale has happened.
+    ctx[article] -= amount
+    price = amount * PRICES[article]
+    ctx["cash"] += price
+    return price
+
+
+@tool(retries=5)
+def order(ctx: ToolContext, basket: dict[Article, int]) -> dict[str, str]:
+    """Sell what there is of a basket, all of it or nothing of each article; what became of each."""
+    became: dict[str, str] = {}
+    for article, amount in basket.items():
+        try:
+            became[article] = f"sold for {ctx.call(sell, article=article, amount=amount)}"
+        except dspex_persist.DspexError as error:
+            # What the failed sale had written is undone, what the others have is not.
+            became[article] = str(error)
+    return became
+
+
+@tool(retries=5)
+async def restock(ctx: ToolContext, article: Article, amount: int) -> int:
+    """Fill a shelf up; how much is on it. It waits for the delivery, and blocks nobody meanwhile."""
+    await asyncio.sleep(0.05)
+    there = int(ctx[article]) + amount
+    ctx[article] = there
+    return there
+
+
+@tool(isolation="snapshot")
+def report(ctx: ToolContext) -> Iterator[dict[str, object]]:
+    """Tell one article after the other, as of one moment; sales meanwhile are no conflict, as it writes nothing."""
+    for article, price in PRICES.items():
+        yield {"article": article, "there": ctx[article], "worth": ctx[article] * price}
+
+
+def count_shelves(ctx: ToolContext) -> int:
+    """Count what is on the shelves, and write that down."""
+    counted = sum(int(ctx[article]) for article in PRICES)
+    while visitors:
+        visitors.pop()()
+    ctx["counted"] = counted
+    return counted
+
+
+count_once = tool(name="count_once")(count_shelves)
+count = tool(name="count", retries=3)(count_shelves)
+
+
+def main(path: Path) -> None:
+    """Open the shop, and show how executions end."""
+    tools = dspex_persist.Toolbox()
+    for each in (open_shop, sell, order, restock, report, count_once, count):
+        tools.add(each)
+    with dspex_persist.connect(path, tools=tools) as state:
+        shop = dspex_persist.Context(state, SESSION)
+        print("variables:", shop.call("open_shop"))
+        print("bread for", shop.call("sell", article="bread", amount=2))
+        print("order:", shop.call("order", basket={"apples": 1, "milk": 99}))
+        print("apples now:", shop.call("restock", article="apples", amount=5))
+        print("report:", shop.call("report"))
+
+        def buy_milk() -> None:
+            shop.call("sell", article="milk")
+
+        for name in ("count_once", "count"):
+            visitors.append(buy_milk)
+            outcome = state.execute_tool(SESSION, name)
+            said = outcome.result.json if outcome.result is not None else str(outcome.error)
+            print(f"{name}: {said} (attempts: {outcome.attempts})")
+        for entry in shop.variables.history("cash", limit=3):
+            print(f"cash: version {entry.version}, written by execution {entry.cause}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        main(Path(sys.argv[1]))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            main(Path(folder, "shop.db"))

@@ -1,0 +1,30 @@
+"""What tests of tools begin with. A module says itself what its `server` and the `path` of its database are."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dspex_persist.infra.process import ServerProcess
+from tests.end_to_end.old_style import Gate, Journal, OldClient, target_of
+
+
+@pytest.fixture
+def client(server: ServerProcess, request: pytest.FixtureRequest) -> Iterator[OldClient]:
+    """A session of the test's own."""
+    opened = OldClient(target_of(server), request.node.name)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def journal(path: Path) -> Journal:
+    return Journal(path)
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    made = Gate(tmp_path / "gate")
+    yield made
+    # A test that failed half-way must not keep a thread of the server.
+    made.open()

@@ -1,0 +1,60 @@
+"""The programs in the documentation, and how a newcomer runs them."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.end_to_end.old_style import ROOT, environment
+
+
+class Program(NamedTuple):
+    """A Python block of a page. `said`: the text block that is the next one on the page, if it is one."""
+
+    page: str
+    line: int
+    text: str
+    said: str
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it can run as it is; others are parts of programs."""
+        return "import dspex_persist\n" in self.text
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def programs_of(page: str) -> list[Program]:
+    """The Python blocks of a page, such as "docs/tools.md"."""
+    return list(_programs(page, (ROOT / page).read_text()))
+
+
+def _programs(page: str, text: str) -> Iterator[Program]:
+    blocks = list(re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        if block[1] == "python":
+            said = following[2] if following is not None and following[1] == "text" else ""
+            yield Program(page, text.count("\n", 0, block.start()) + 1, block[2], said)
+
+
+def run(program: str, folder: Path) -> str:
+    """What a program prints that is run in a folder."""
+    return run_python(["-c", program], folder)
+
+
+def run_python(arguments: Sequence[str], folder: Path, **more: str) -> str:
+    """What Python prints, which must be satisfied and warn of nothing; `more` is set in its environment."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", *arguments],
+        env=environment(**more),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

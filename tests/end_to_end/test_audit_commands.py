@@ -1,0 +1,833 @@
+"""dspex-persist audit: each question in each form, beside the server that writes the file."""
+
+import csv
+import io
+import json
+import os
+import pty
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, timedelta
+from pathlib import Path
+from queue import Empty, Queue
+from typing import Any
+
+import pytest
+from rich.cells import cell_len
+
+import dspex_persist
+from dspex_persist import cli, open_audit
+from dspex_persist.audit import (
+    ChangeKind,
+    CommitQuery,
+    ExecutionQuery,
+    ExecutionStatus,
+    HistoryQuery,
+    SessionQuery,
+    Source,
+    document,
+    parse_predicate,
+)
+from dspex_persist.cli.audit.look import squeezed
+from dspex_persist.cli.audit.sparkline import sparkline
+from dspex_persist.infra.process import ServerProcess
+from dspex_persist.state.commands import SetVariable
+from dspex_persist.state.model import Value
+from tests.end_to_end.gates import DEADLINE_S
+from tests.end_to_end.old_style import Gate, OldClient, environment, serve, target_of
+from tests.end_to_end.programs import Program, programs_of, run
+
+SESSION = "shop [bold]42[/]"
+SECRET = "70451993"
+MASK = "•••"
+TOOLS = ("--tools", "tests.end_to_end.served_tools")
+FINE, FAILED, USAGE, PROBLEMS, _, UNUSABLE = range(6)
+
+
+# What is asked about
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("audit") / "sessions.db"
+
+
+@pytest.fixture(scope="module")
+def server(path: Path) -> Iterator[ServerProcess]:
+    """It goes on to the end: what is asked is asked beside it."""
+    with serve(path, *TOOLS) as process:
+        happen(process, path.parent)
+        yield process
+
+
+def happen(server: ServerProcess, folder: Path) -> None:
+    """Whatever audits ask about, through clients."""
+    gate = Gate(folder / "conflict")
+    gate.open()
+    with dspex_persist.connect(f"grpc://{target_of(server)}") as state:
+        state.initialize_session("gone", {"team": "blue"})
+        state.register_variable("gone", "a", "integer", 1)
+        state.cleanup_session("gone")
+        state.initialize_session(SESSION, {"team": "red"})
+        for name, value in (("a", 0), ("b", 0), ("c", 0), ("sold", 5)):
+            state.register_variable(SESSION, name, "integer", value)
+        state.register_variable(SESSION, "pin", "integer", int(SECRET), metadata={"sensitive": "true"})
+        state.register_variable(SESSION, "temperature", "float", 0.7, constraints={"min": 0, "max": 2})
+        state.register_variable(SESSION, "prompt", "string", "one\ntwo\nthree\n" + "long " * 20)
+        state.register_variable(SESSION, "weights", "embedding", [0.5] * 500)
+        for step in range(6):
+            state.set_variable(SESSION, "temperature", 0.1 * step, metadata={"step": str(step)})
+        state.rollback_variable(SESSION, "temperature", 2)
+        state.execute_tool(SESSION, "add", {"name": "a", "amount": 2}, metadata={"user": "ann"}, idempotency_key="k1")
+        state.execute_tool(SESSION, "fail", metadata={"user": "bob"})
+        state.execute_tool(SESSION, "parent", {"child_fails": True, "caught": True})
+        state.execute_tool(SESSION, "recorder")
+        state.execute_tool(SESSION, "progress", {"gate": str(gate)})
+        state.execute_tool(SESSION, "restock", {"name": "pin", "amount": 0})
+        collide(state, Gate(folder / "gate"))
+        state.set_variable(SESSION, "prompt", "one\nTWO\nthree\n" + "long " * 20)
+        state.delete_variable(SESSION, "b")
+
+
+def collide(state: Any, gate: Gate) -> None:
+    """An execution whose first attempt meets a write of somebody else."""
+    running = threading.Thread(target=state.execute_tool, args=(SESSION, "add_with_retries", {"gate": str(gate)}))
+    running.start()
+    gate.wait()
+    state.set_variable(SESSION, "a", 100)
+    gate.open()
+    running.join()
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command answered."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+    @property
+    def cells(self) -> list[dict[str, str]]:
+        return list(csv.DictReader(io.StringIO(self.out)))
+
+
+@pytest.fixture
+def ask(
+    server: ServerProcess, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Said]:
+    """`dspex-persist audit ...` in this process, on the file that the server has open."""
+    for name in [name for name in os.environ if name.startswith("DSPEX_PERSIST_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def asked(*arguments: str | Path, width: int = 120, code: int = FINE, db: Path | None = path) -> Said:
+        place = ("--db", str(db)) if db is not None else ()
+        monkeypatch.setenv("COLUMNS", str(width))
+        monkeypatch.setattr(sys, "argv", ["dspex-persist", "audit", *map(str, arguments), *place])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = Said(int(ended.value.code or 0), *capsys.readouterr())
+        assert said.code == code, said
+        assert "Traceback" not in said.err
+        return said
+
+    return asked
+
+
+@pytest.fixture
+def executions(path: Path, server: ServerProcess) -> dict[str, str]:
+    """The id of the last execution of each tool."""
+    with open_audit(path) as audit:
+        return {each.tool: each.execution_id for each in audit.iterate(ExecutionQuery(newest_first=False))}
+
+
+QUESTIONS: dict[str, list[str]] = {
+    "history": ["history", SESSION],
+    "all history": ["history", "*"],
+    "executions": ["executions"],
+    "commits": ["commits"],
+    "sessions": ["sessions"],
+    "show": ["show", "PARENT"],
+    "show restock": ["show", "RESTOCK"],
+    "state": ["state", SESSION],
+    "state before": ["state", SESSION, "--at", "now^"],
+    "diff": ["diff", SESSION, "--from", "ADD^"],
+    "blame": ["blame", SESSION, "--depth", "3"],
+}
+
+
+def question(name: str, executions: dict[str, str]) -> list[str]:
+    ids = {"PARENT": "parent", "RESTOCK": "restock", "ADD^": "add"}
+    return [
+        executions[ids[word]] + ("^" if word.endswith("^") else "") if word in ids else word for word in QUESTIONS[name]
+    ]
+
+
+def answers(path: Path, name: str, executions: dict[str, str], reveal: bool = False) -> list[Any]:
+    """The same from the library."""
+    with open_audit(path, reveal=reveal) as audit:
+        ask: dict[str, Callable[[], Any]] = {
+            "history": lambda: audit.iterate(HistoryQuery(session=SESSION)),
+            "all history": lambda: audit.iterate(HistoryQuery()),
+            "executions": lambda: audit.iterate(ExecutionQuery()),
+            "commits": lambda: audit.iterate(CommitQuery()),
+            "sessions": lambda: audit.iterate(SessionQuery()),
+            "show": lambda: [audit.execution(executions["parent"])],
+            "show restock": lambda: [audit.execution(executions["restock"])],
+            "state": lambda: audit.state(SESSION),
+            "state before": lambda: audit.state(SESSION, "now^"),
+            "diff": lambda: audit.diff(SESSION, f"{executions['add']}^"),
+            "blame": lambda: audit.blame(SESSION, depth=3),
+        }
+        return list(ask[name]())
+
+
+# Forms
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_json_has_the_names_and_values_of_the_library(
+    ask: Callable[..., Said], path: Path, executions: dict[str, str], name: str
+) -> None:
+    said = ask(*question(name, executions), "--json")
+    wanted = [document(each) for each in answers(path, name, executions)]
+    assert wanted
+    assert said.rows == json.loads(json.dumps(wanted))
+    assert said.err == ""
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_csv_has_a_header_and_one_line_a_row(
+    ask: Callable[..., Said], path: Path, executions: dict[str, str], name: str
+) -> None:
+    cells = ask(*question(name, executions), "--csv").cells
+    wanted = [flat(json.loads(json.dumps(document(each)))) for each in answers(path, name, executions)]
+    assert len(cells) == len(wanted)
+    for row, expected in zip(cells, wanted, strict=True):
+        for column, stated in expected.items():
+            if column.endswith("value") and expected.get(column.removesuffix("value") + "masked"):
+                assert row[column] == MASK
+            elif column.endswith("value") or column == "result":
+                assert json.loads(row[column] or "null") == stated, column
+            else:
+                assert row[column] == plainly(stated), column
+
+
+def flat(stated: dict[str, Any]) -> dict[str, Any]:
+    """With the fields of a nested answer in columns of their own."""
+    found: dict[str, Any] = {}
+    for name, each in stated.items():
+        if name in ("summary", "entry", "before", "after"):
+            found |= {f"{name}_{inner}": value for inner, value in (each or {}).items()}
+        else:
+            found[name] = each
+    return found
+
+
+def plainly(stated: Any) -> str:
+    if stated is None:
+        return ""
+    return stated if isinstance(stated, str) else json.dumps(stated)
+
+
+def test_a_csv_without_rows_has_its_header(ask: Callable[..., Said]) -> None:
+    said = ask("history", SESSION, "--tool", "none", "--csv")
+    assert said.out.startswith("session_id,name,variable_id,type,version,kind,value,source,metadata,sequence,")
+    assert said.cells == []
+    assert ask("history", SESSION, "--tool", "none", "--json").out == ""
+    assert ask("history", SESSION, "--tool", "none").out == "nothing found\n"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_tables_fit_the_terminal(ask: Callable[..., Said], executions: dict[str, str], name: str, width: int) -> None:
+    lines = ask(*question(name, executions), width=width).out.splitlines()
+    assert len(lines) > 2
+    assert max(map(cell_len, lines)) <= width
+
+
+def test_history_as_a_table(ask: Callable[..., Said], executions: dict[str, str]) -> None:
+    said = ask("history", SESSION, "temperature", "--utc").out.splitlines()
+    assert said[0].split() == ["commit", "time", "v", "value", "kind", "by", "metadata"]
+    assert re.fullmatch(r" +\d+  \d{4}-\d\d-\d\d \d\d:\d\d:\d\d +7  0\.1 +rolled_back  \S+ +\{.*\}", said[2])
+    assert re.fullmatch(r"temperature  █▁[▁-▇]{5}▂  0 to 0.7", said[-1])
+    whole = ask("history", SESSION, "a").out
+    assert re.search(rf" 2 +set +{short(executions['add'])} add\b", whole)
+    assert "session" not in whole
+    assert "[bold]42[/]" in ask("history", "*", "a").out
+
+
+def short(execution_id: str) -> str:
+    return "_".join(execution_id.split("_")[:2])
+
+
+def test_tables_say_that_there_is_more_and_how_to_get_it(ask: Callable[..., Said]) -> None:
+    said = ask("commits", "--limit", "3").out.splitlines()
+    assert len(said) == 6
+    last = said[4].split()[0]
+    assert said[5] == (f"more than these 3 rows: --limit 0 shows all, --until {last} goes on from here")
+    onward = ask("commits", "--limit", "1", "--until", last).out.splitlines()
+    assert onward[2].split() == said[4].split()
+    oldest = ask("commits", "--limit", "2", "--oldest-first").out.splitlines()
+    assert oldest[-1].endswith("--since 1 goes on from here")
+    everything = ask("commits", "--limit", "0").out
+    assert "more than" not in everything
+    assert len(everything.splitlines()) == 2 + len(ask("commits", "--json").rows)
+
+
+def test_times_are_local_or_utc(
+    ask: Callable[..., Said], path: Path, executions: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = answers(path, "show", executions)[0].summary.began_at.astimezone(UTC)
+    assert f"{began:%Y-%m-%d %H:%M:%S}" in ask("show", executions["parent"], "--utc").out
+    local = began + timedelta(hours=3)
+    process = audit("show", executions["parent"], "--db", str(path), TZ="XYZ-3")
+    said, _ = process.communicate(timeout=DEADLINE_S)
+    assert f"{local:%Y-%m-%d %H:%M:%S}" in said
+    assert "XYZ" in said
+
+
+# Questions
+
+
+FILTERS: list[tuple[list[str], dict[str, Any]]] = [
+    (["--type", "float"], {"type": "float"}),
+    (["--kind", "rolled_back"], {"kind": ChangeKind.ROLLED_BACK}),
+    (["--source", "python"], {"source": Source.PYTHON}),
+    (["--tool", "parent"], {"tool": "parent"}),
+    (["--meta", "step=3"], {"metadata": {"step": "3"}}),
+    (["--where", "< 0.5", "--where", ">= 0.2"], {"where": tuple(map(parse_predicate, ("< 0.5", ">= 0.2")))}),
+    (["--where", "contains TWO"], {"where": (parse_predicate("contains TWO"),)}),
+    (["--since", "10", "--until", "20^"], {"since": "10", "until": "19"}),
+    (["--oldest-first", "--limit", "3"], {"newest_first": False, "limit": 3}),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "query"), FILTERS, ids=lambda each: " ".join(each) if isinstance(each, list) else ""
+)
+def test_filters_of_a_history(ask: Callable[..., Said], path: Path, options: list[str], query: dict[str, Any]) -> None:
+    with open_audit(path) as audit:
+        wanted = [document(each) for each in audit.iterate(HistoryQuery(**query))]
+    assert wanted
+    assert ask("history", "*", *options, "--json").rows == json.loads(json.dumps(wanted))
+
+
+def test_other_filters(ask: Callable[..., Said], path: Path, executions: dict[str, str]) -> None:
+    actor = ask("history", SESSION, "a", "--json").rows[-1]["actor"]
+    assert ask("history", SESSION, "--actor", actor, "--json").rows
+    assert ask("history", SESSION, "--actor", "nobody", "--json").rows == []
+    written = ask("history", "*", "--execution", executions["progress"], "--json").rows
+    assert [(each["name"], each["kind"]) for each in written] == [("b", "set"), ("a", "published")]
+    failed = ask("executions", SESSION, "--status", "failed", "--top", "--json").rows
+    assert [each["tool"] for each in failed] == ["fail"]
+    assert len(ask("executions", "--tool", "add_with_retries", "--json").rows) == 2
+    assert [each["tool"] for each in ask("executions", "--key", "k1", "--json").rows] == ["add"]
+    assert [each["tool"] for each in ask("executions", "--meta", "user=bob", "--json").rows] == ["fail"]
+    assert {each["cause"] for each in ask("commits", "--cause", "SetVariable", "--json").rows} == {"SetVariable"}
+    assert [each["session_id"] for each in ask("sessions", "--ended", "--json").rows] == ["gone"]
+    assert [each["session_id"] for each in ask("sessions", "sh?p*", "--live", "--json").rows] == [SESSION]
+    assert [each["session_id"] for each in ask("sessions", "--meta", "team=blue", "--json").rows] == ["gone"]
+
+
+def test_show_prints_one_execution_in_full(ask: Callable[..., Said], executions: dict[str, str]) -> None:
+    said = ask("show", executions["parent"]).out
+    for told in (
+        "parent  exec_",
+        "child_fails = true",
+        "called",
+        f"called by {executions['parent']}",
+        "error",
+        "ValueError: the child failed",
+        "Traceback (most recent call last):",
+        "result\n",
+    ):
+        assert told in said, told
+    assert re.search(r"a: 2 → 1  \(version \d, set\)", said)
+    assert re.search(r"b: version 0", said)
+    recorder = ask("show", executions["recorder"]).out
+    assert re.search(r"first line  step=1", recorder)
+    assert "now: 2" in recorder
+    conflicted = ask("show", executions["add_with_retries"]).out
+    assert re.search(r"attempt 2 of 2: exec_\w+, exec_\w+ \(this one\)", conflicted)
+    first = re.search(r"attempt 2 of 2: (exec_\w+)", conflicted)
+    assert first is not None
+    assert re.search(r"conflicts\n.*a \(was at version 3, is at version 4\)", ask("show", first[1]).out)
+    assert "idempotency key k1" in ask("show", executions["add"]).out
+    assert re.search(r"published\n.*a: 1 → 50  \(version \d, published", ask("show", executions["progress"]).out)
+
+
+def test_an_execution_is_named_by_the_commit_that_began_it(
+    ask: Callable[..., Said], executions: dict[str, str]
+) -> None:
+    whole = executions["add"]
+    number = whole.split("_")[1]
+    for name in (number, f"exec_{number}"):
+        assert ask("show", name, "--json").out == ask("show", whole, "--json").out
+    by_number = ask("diff", SESSION, "--from", f"exec_{number}^", "--to", f"exec_{number}", "--json").rows
+    assert [(each["name"], each["after"]["value"]) for each in by_number] == [("a", 2)]
+
+
+def test_diff_looks_like_a_diff(ask: Callable[..., Said], executions: dict[str, str]) -> None:
+    said = ask("diff", SESSION, "--from", f"{executions['add']}^").out
+    assert re.search(r"^b \(removed, was v\d\)\n- 0$", said, re.MULTILINE)
+    assert re.search(r"^a \(v0 → v\d by exec_\d+ add_with_retries, commit \d+\)\n- 0\n\+ 101$", said, re.MULTILINE)
+    assert re.search(r"^prompt .*\n@@ -1,4 \+1,4 @@\n  one\n- two\n\+ TWO\n  three$", said, re.MULTILINE)
+    assert re.search(rf"^pin .*\n- {MASK}\n\+ {MASK}$", said, re.MULTILINE)
+    assert "no difference between" in ask("diff", SESSION, "--from", "now").out
+
+
+def test_blame_is_a_tree(ask: Callable[..., Said], executions: dict[str, str]) -> None:
+    flat_tree = ask("blame", SESSION, "c", "--depth", "0").out
+    assert re.match(rf"c = 1  v1, set by {short(executions['parent'])} parent, commit", flat_tree)
+    assert "stands on" in flat_tree
+    assert "--depth 1 goes one step further back" in flat_tree
+    deep = ask("blame", SESSION, "a", "--depth", "9").out
+    assert re.search(r"^a = 101  v\d, set by exec_\d+ add_with_retries", deep)
+    assert re.search(r"^└── a = 100  v\d, set by \S+ \(SetVariable\), commit", deep, re.MULTILINE)
+    assert "goes one step further" not in deep
+    # What several stand on is told once.
+    every = ask("blame", SESSION, "--at", executions["parent"], "--depth", "9").out
+    assert "(see there)" in every
+
+
+def test_state_as_of_points(ask: Callable[..., Said], executions: dict[str, str]) -> None:
+    def value_of(point: str) -> Any:
+        rows = ask("state", SESSION, "--at", point, "--json").rows
+        return {each["name"]: each["value"] for each in rows}["a"]
+
+    add = executions["add"]
+    assert (value_of(f"{add}^"), value_of(add), value_of("now")) == (0, 2, 101)
+
+
+# Sensitive variables
+
+
+@pytest.mark.parametrize("form", ["--utc", "--json", "--csv"])
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_what_is_sensitive_is_masked_everywhere(
+    ask: Callable[..., Said], executions: dict[str, str], name: str, form: str
+) -> None:
+    asked = question(name, executions)
+    assert SECRET not in ask(*asked, form, width=300).out
+    revealed = ask(*asked, form, "--reveal", width=300).out
+    shows_values = name not in ("executions", "commits", "sessions", "show")
+    assert (SECRET in revealed) == shows_values
+    # What is nested in a cell is JSON.
+    if shows_values and form != "--json" and (name, form) != ("show restock", "--csv"):
+        assert MASK in ask(*asked, form, width=300).out
+
+
+def test_what_is_masked_cannot_be_found_by_its_value(ask: Callable[..., Said]) -> None:
+    guess = ("history", "*", "--where", f"= {SECRET}", "--json")
+    assert ask(*guess).rows == []
+    assert ask(*guess, "--reveal").rows
+
+
+# Wrong input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["history", "shoop [bold]42[/]"], FAILED, "no session 'shoop [bold]42[/]' in the history; did you mean"),
+        (["history", SESSION, "temprature"], FAILED, "did you mean 'temperature'?"),
+        (["show", "exec_1_ab"], FAILED, "no execution 'exec_1_ab' in the history; audit executions lists them"),
+        (["show", "999999"], FAILED, "no execution 'exec_999999'"),
+        (["history", SESSION, "--since", "yesterday"], USAGE, "invalid since: 'yesterday' is no point"),
+        (["history", SESSION, "--until", "999999"], USAGE, "invalid until: there is no commit 999999 yet"),
+        (["state", SESSION, "--at", "1"], USAGE, "did not live at commit 1"),
+        (["state", "gone"], USAGE, "is right before it ended"),
+        (["diff", SESSION, "--from", "x"], USAGE, "invalid from: 'x' is no point"),
+        (["diff", SESSION, "--from", "1", "--to", "x"], USAGE, "invalid to: 'x' is no point"),
+        (["history", SESSION, "--where", "about 3"], USAGE, "write '< 0.5', '= 3' or 'contains text'"),
+        (["history", SESSION, "--where", "< x"], USAGE, "which is no number"),
+        (["history", SESSION, "--meta", "step"], USAGE, "'step' is not KEY=VALUE"),
+        (["history", SESSION, "--type", "flaot"], USAGE, "did you mean float? possible: "),
+        (["history", SESSION, "--follow", "--until", "9"], USAGE, "leave --until out"),
+        (["verify", "--anchor", "missing.jsonl"], USAGE, "--write makes it"),
+        (["verify", "--write"], USAGE, "name the file with --anchor"),
+    ],
+)
+def test_wrong_input_says_what_is_possible(
+    ask: Callable[..., Said], arguments: list[str], code: int, sentence: str
+) -> None:
+    said = ask(*arguments, code=code)
+    assert said.out == ""
+    assert re.fullmatch(r"error: [^\n]+\n", said.err)
+    assert sentence in said.err
+    told = ask(*arguments, "--json", code=code)
+    assert told.rows == [{"ok": False, "error": said.err.removeprefix("error: ").strip()}]
+
+
+def test_usage_errors(ask: Callable[..., Said], path: Path) -> None:
+    assert "choose one" in ask("sessions", "--json", "--csv", code=USAGE).err
+    assert "choose one" in ask("sessions", "--target", "127.0.0.1:1", code=USAGE).err
+    assert "will not do" in ask("sessions", "--target", "nowhere", db=None, code=USAGE).err
+    kinds = ask("history", SESSION, "--kind", "changed", code=USAGE)
+    assert all(kind.value in kinds.err for kind in ChangeKind)
+    assert "running" in ask("executions", "--status", "done", code=USAGE).err
+    ask("history", code=USAGE)
+    assert "no such file" in ask("sessions", db=path.with_name("other.db"), code=UNUSABLE).err
+
+
+def test_a_damaged_file_is_told_of_in_a_sentence(ask: Callable[..., Said], backup: Path, tmp_path: Path) -> None:
+    content = bytearray(backup.read_bytes())
+    # All but the schema, which opening reads.
+    for page in range(40 * 4096, len(content), 4096):
+        content[page : page + 4096] = b"\xff" * 4096
+    damaged = tmp_path / "damaged.db"
+    damaged.write_bytes(content)
+    said = ask("commits", "--json", db=damaged, code=UNUSABLE)
+    assert "damaged.db: " in said.err
+    assert said.rows[-1]["ok"] is False
+
+
+# Places
+
+
+@pytest.fixture(scope="module")
+def backup(server: ServerProcess, path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("backup") / "backup.db"
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as source:
+        source.execute("VACUUM INTO ?", (str(target),))
+    return target
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_a_backup_answers_the_same(
+    ask: Callable[..., Said], backup: Path, executions: dict[str, str], name: str
+) -> None:
+    backup.parent.chmod(0o500)
+    try:
+        asked = question(name, executions)
+        assert ask(*asked, "--json", db=backup).out == ask(*asked, "--json").out
+    finally:
+        backup.parent.chmod(0o700)
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_a_server_answers_the_same(
+    ask: Callable[..., Said], server: ServerProcess, executions: dict[str, str], name: str
+) -> None:
+    asked = question(name, executions)
+    assert ask(*asked, "--json", "--target", target_of(server), db=None).rows == ask(*asked, "--json").rows
+
+
+def test_errors_of_a_server_are_the_same(ask: Callable[..., Said], server: ServerProcess) -> None:
+    for arguments, code in ((["history", "nobody"], FAILED), (["state", SESSION, "--at", "999999"], USAGE)):
+        there = ask(*arguments, "--json", "--target", target_of(server), db=None, code=code)
+        assert there == ask(*arguments, "--json", code=code)
+
+
+def test_a_server_that_cannot_be_reached(ask: Callable[..., Said], tmp_path: Path) -> None:
+    assert "unavailable: " in ask("sessions", "--target", f"unix:{tmp_path}/nobody", db=None, code=FAILED).err
+
+
+def test_the_default_is_the_database_of_serve(
+    ask: Callable[..., Said], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSPEX_PERSIST_DB", str(path))
+    assert ask("sessions", "--json", db=None).out == ask("sessions", "--json").out
+
+
+# verify
+
+
+def test_verify_checks_all_and_compares_with_heads_kept_elsewhere(
+    ask: Callable[..., Said], path: Path, tmp_path: Path
+) -> None:
+    assert "is sound" in ask("verify").out
+    kept = tmp_path / "heads.jsonl"
+    told = ask("verify", "--anchor", kept, "--write").out
+    assert "written" in told
+    (line,) = kept.read_text().splitlines()
+    assert json.loads(line).keys() == {"sequence", "hash", "time"}
+    assert "compared with 1 kept head" in ask("verify", "--anchor", kept).out
+    (row,) = ask("verify", "--anchor", kept, "--write", "--json").rows
+    assert (row["ok"], row["compared"], row["written"]) == (True, 1, json.loads(line))
+    assert len(kept.read_text().splitlines()) == 2
+    assert ask("verify", "--csv").out == "where,what\n"
+
+
+def test_verify_finds_a_history_that_was_rewritten_or_cut(
+    ask: Callable[..., Said], backup: Path, tmp_path: Path
+) -> None:
+    kept, other = tmp_path / "heads.jsonl", tmp_path / "other.db"
+    ask("verify", "--anchor", kept, "--write")
+    # As sound as the other, and not the same.
+    with dspex_persist.connect(other) as state:
+        state.initialize_session(SESSION)
+    gone = ask("verify", "--anchor", kept, db=other, code=PROBLEMS)
+    assert re.search(r"^commit \d+: kept as the newest of \S+, it is gone: the log ends with commit 1$", gone.out, re.M)
+    head = json.loads(kept.read_text())
+    kept.write_text(json.dumps({**head, "sequence": 1}) + "\n")
+    before = kept.read_bytes()
+    rewritten = ask("verify", "--anchor", kept, "--write", db=other, code=PROBLEMS)
+    assert "history was rewritten" in rewritten.out
+    assert kept.read_bytes() == before
+    (row,) = ask("verify", "--anchor", kept, "--json", db=other, code=PROBLEMS).rows
+    assert (row["ok"], len(row["problems"])) == (False, 1)
+    assert ask("verify", "--anchor", kept, "--csv", db=other, code=PROBLEMS).cells[0]["where"] == "commit 1"
+
+
+@pytest.mark.parametrize("content", ["", "nonsense\n", '{"sequence": 0, "hash": "00", "time": ""}\n', "[]\n"])
+def test_a_file_that_has_no_heads_is_refused(ask: Callable[..., Said], tmp_path: Path, content: str) -> None:
+    kept = tmp_path / "heads.jsonl"
+    kept.write_text(content)
+    assert str(kept) in ask("verify", "--anchor", kept, code=USAGE).err
+
+
+# As a process
+
+
+def audit(*arguments: str, stdout: int = subprocess.PIPE, **more: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dspex_persist", "audit", *arguments],
+        env=environment(**more),
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+class Lines:
+    """What a process prints, line by line, as it comes."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self._lines: Queue[str] = Queue()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.put(line)
+
+    def next(self) -> str:
+        try:
+            return self._lines.get(timeout=DEADLINE_S)
+        except Empty:
+            raise AssertionError(f"no further line within {DEADLINE_S:g} s") from None
+
+    def row(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.next())
+        return found
+
+    def end(self) -> str:
+        """Ctrl-C; what was said on stderr."""
+        self.process.send_signal(signal.SIGINT)
+        assert self.process.stderr is not None
+        said = self.process.stderr.read()
+        assert self.process.wait(DEADLINE_S) == 0
+        return said
+
+    def close(self) -> None:
+        """Whatever has become of it."""
+        self.process.kill()
+        self._reader.join()
+        self.process.__exit__(None, None, None)
+
+
+@pytest.fixture
+def follow() -> Iterator[Callable[..., Lines]]:
+    begun: list[Lines] = []
+
+    def following(*arguments: str) -> Lines:
+        begun.append(Lines(audit(*arguments, "--follow")))
+        return begun[-1]
+
+    yield following
+    for lines in begun:
+        lines.close()
+
+
+def test_follow_goes_on_through_restarts_of_the_server(follow: Callable[..., Lines], tmp_path: Path) -> None:
+    path = tmp_path / "sessions.db"
+    with serve(path) as server:
+        client = OldClient(target_of(server), "s", variables=("a",))
+        client.set("a", 1)
+        history = follow("history", "s", "a", "--db", str(path), "--json")
+        table = follow("commits", "--db", str(path), "--limit", "2")
+        assert [history.row()["value"] for _ in range(2)] == [0, 1]
+        header, _, *past = [table.next() for _ in range(4)]
+        assert header.startswith("commit")
+        assert [line.split()[0] for line in past] == ["2", "3"]
+        client.set("a", 2)
+        assert history.row()["value"] == 2
+        assert table.next().split()[0] == "4"
+        client.close()
+        server.kill()
+    for value in (3, 4):
+        # The first time after a kill, the second after an orderly end.
+        with serve(path) as server:
+            client = OldClient(target_of(server), "s", variables=())
+            client.set("a", value)
+            client.close()
+            assert history.row()["value"] == value
+            os.kill(server.pid, signal.SIGTERM)
+            server.wait(DEADLINE_S)
+    assert [table.next().split()[0] for _ in range(2)] == ["5", "6"]
+    assert (history.end(), table.end()) == ("", "")
+
+
+def test_follow_tells_when_executions_begin_and_end(follow: Callable[..., Lines], tmp_path: Path) -> None:
+    path = tmp_path / "sessions.db"
+    with serve(path, *TOOLS) as server:
+        client = OldClient(target_of(server), "s")
+        first, second = Gate(tmp_path / "first"), Gate(tmp_path / "second")
+        running = client.begin("write_three", gate=first, value=1)
+        first.wait()
+        every = follow("executions", "s", "--db", str(path), "--json")
+        failures = follow("executions", "--status", "failed", "--db", str(path), "--json")
+        assert (began := every.row())["status"] == "running"
+        first.open()
+        running.result()
+        ended = every.row()
+        assert (ended["execution_id"], ended["status"]) == (began["execution_id"], "committed")
+        another = client.begin("hold", gate=second)
+        second.wait()
+        assert every.row()["status"] == "running"
+        client.execute("fail")
+        told = failures.row()
+        assert (told["tool"], told["status"]) == ("fail", ExecutionStatus.FAILED.value)
+        second.open()
+        another.result()
+        said: list[tuple[str, str]] = []
+        while not {("hold", "committed"), ("fail", "failed")} <= set(said):
+            row = every.row()
+            said.append((row["tool"], row["status"]))
+        client.close()
+        assert (every.end(), failures.end()) == ("", "")
+
+
+# Much
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Several pages: of all forms the smallest takes more than a pipe holds."""
+    path = tmp_path_factory.mktemp("large") / "large.db"
+    with dspex_persist.connect(path) as state:
+        state.initialize_session("s")
+        state.register_variable("s", "text", "string", "")
+        writes = [
+            state.submit(SetVariable("s", "text", Value(json.dumps(f"{number} {'x' * 500}")), {}), None)
+            for number in range(2_000)
+        ]
+        for write in writes:
+            write.result()
+    return path
+
+
+def test_large_answers_stream(large: Path) -> None:
+    """What is printed is not held."""
+    program = """
+import sys, tracemalloc
+from dspex_persist import cli
+
+path = sys.argv[1]
+for form in ("--json", "--csv", "--utc"):
+    for limit in ("10", "0"):
+        tracemalloc.start()
+        sys.argv = ["dspex-persist", "audit", "history", "s", form, "--db", path, "--limit", limit]
+        try:
+            cli.main()
+        except SystemExit as ended:
+            assert not ended.code, ended
+        if limit == "0":
+            print(tracemalloc.get_traced_memory()[1], file=sys.stderr)
+        tracemalloc.stop()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(large)],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    peaks = [int(line) for line in done.stderr.splitlines()]
+    assert len(peaks) == 3
+    assert max(peaks) < 4 * 2**20, peaks
+
+
+def test_who_stops_reading_is_no_error(large: Path) -> None:
+    forms = ("--json", "--csv", "--utc")
+    for process in [audit("history", "s", form, "--limit", "0", "--db", str(large)) for form in forms]:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        process.wait(DEADLINE_S)
+        process.stderr.close()
+
+
+def test_a_table_on_a_terminal_has_fifty_rows_and_colours(large: Path) -> None:
+    master, slave = pty.openpty()
+    process = audit("history", "s", "--db", str(large), stdout=slave, TERM="xterm", COLUMNS="80", NO_COLOR="")
+    os.close(slave)
+    drawn = b""
+    while True:
+        try:
+            drawn += os.read(master, 65_536)
+        except OSError:
+            # How Linux says that nobody has the other side open any more.
+            break
+    os.close(master)
+    assert process.wait(DEADLINE_S) == 0
+    assert process.stderr is not None
+    process.stderr.close()
+    lines = drawn.decode().splitlines()
+    assert len(lines) == 2 + 50 + 1
+    assert "\x1b[1m" in lines[0]
+    assert lines[-1].startswith("more than these 50 rows: --limit 0 shows all, ")
+
+
+# Parts
+
+
+@pytest.mark.parametrize(
+    ("numbers", "line"),
+    [
+        ([0, 1], "▁█"),
+        ([0, 0.5, 1], "▁▅█"),
+        ([3, 3, 3], "▅▅▅"),
+        ([-1e308, 0, 1e308], "▁▅█"),
+        ([1e-300, 0], "█▁"),
+    ],
+)
+def test_sparklines(numbers: list[float], line: str) -> None:
+    assert len(sparkline(numbers)) == len(line)
+    assert sparkline(numbers)[0] == line[0]
+    assert sparkline(numbers)[-1] == line[-1]
+
+
+def test_columns_give_way_the_widest_first() -> None:
+    assert squeezed([10, 30, 5], [4, 4, 5], 45) == [10, 30, 5]
+    assert squeezed([10, 30, 5], [4, 4, 5], 25) == [10, 10, 5]
+    assert squeezed([10, 30, 5], [10, 4, 5], 20) == [10, 5, 5]
+    assert squeezed([10, 30, 5], [10, 10, 5], 3) == [10, 10, 5]
+
+
+# The page
+
+
+@pytest.mark.parametrize("program", programs_of("docs/audit.md"), ids=str)
+def test_the_programs_of_the_page_print_what_it_says(program: Program, tmp_path: Path) -> None:
+    assert run(program.text, tmp_path) == program.said

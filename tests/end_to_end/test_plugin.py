@@ -1,0 +1,244 @@
+"""The pytest plugin, as a project uses it that has this package installed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dspex_persist import cli
+
+TOOLS = '''
+from dspex_persist import ToolContext, tool
+
+
+@tool(description="Sell.")
+def sell(ctx: ToolContext, amount: int = 1) -> int:
+    """Sell from the stock."""
+    ctx["stock"] -= amount
+    ctx["order"] = str(ctx.uuid())
+    return ctx["stock"]
+'''
+TESTS = """
+from datetime import timedelta
+
+import pytest
+
+import dspex_persist
+
+
+def drive(session):
+    session.variables.define("stock", 5)
+    session.variables.define("order", "")
+    session.call("sell", amount=2)
+    session["stock"] = 10
+    session.call("sell")
+
+
+@pytest.mark.dspex_replay("tapes/checkout.jsonl", tools="shop_tools", drive=drive)
+def test_checkout(dspex_replay):
+    assert dspex_replay.report.ok
+    assert dspex_replay.state["stock"] == 9
+
+
+@pytest.mark.dspex_replay("tapes/checkout.jsonl", tools=["shop_tools"])
+def test_marked_only():
+    pass
+"""
+RUN = """
+import dspex_persist
+import shop_tools
+
+tools = dspex_persist.Toolbox()
+tools.add(shop_tools.sell)
+with dspex_persist.connect("shop.db", tools=tools) as state:
+    state.initialize_session("s1")
+    state.register_variable("s1", "stock", "integer", 3)
+    state.register_variable("s1", "order", "string", "")
+    state.execute_tool("s1", "sell", {"amount": 2})
+    state.set_variables("s1", {"order": "x", "stock": 3})
+    state.rollback_variable("s1", "stock", 1)
+"""
+FIXTURES = """
+from datetime import timedelta
+
+import pytest
+
+import dspex_persist
+
+pytestmark = pytest.mark.dspex_tools("shop_tools")
+
+
+def test_server(dspex_server):
+    with dspex_persist.connect(dspex_server.url) as state:
+        state.initialize_session("s")
+        state.register_variable("s", "stock", "integer", 3)
+        state.register_variable("s", "order", "string", "")
+        assert state.execute_tool("s", "sell").success
+    dspex_server.kill()
+    with pytest.raises(RuntimeError, match="start"):
+        dspex_server.url
+    dspex_server.restart()
+    with dspex_persist.connect(dspex_server.url) as state:
+        assert state.get_value("s", "stock") == 2
+
+
+def test_session(dspex_session, dspex_provider):
+    dspex_session.variables.define("stock", 3)
+    dspex_session.variables.define("order", "")
+    assert dspex_session.call("sell") == 2
+    assert dspex_provider.get_value("session", "stock") == 2
+
+
+def test_clock(dspex_clock, dspex_server, dspex_provider):
+    dspex_clock.move_to("2030-01-01")
+    dspex_provider.initialize_session("s", {"ttl_seconds": "60"})
+    dspex_provider.register_variable("s", "stock", "integer", 3)
+    assert dspex_provider.get_variable("s", "stock").updated_at.year == 2030
+    with dspex_persist.connect(dspex_server.url) as state:
+        state.initialize_session("s")
+    dspex_clock.tick(timedelta(minutes=2))
+    assert not dspex_provider.heartbeat("s")
+
+
+def test_called(dspex_replay):
+    assert dspex_replay("tapes/checkout.jsonl", tools="shop_tools").state["stock"] == 9
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "shop_tools.py").write_text(TOOLS, encoding="utf-8")
+    (tmp_path / "test_checkout.py").write_text(TESTS, encoding="utf-8")
+    return tmp_path
+
+
+def run_pytest(project: Path, *options: str, ci: bool = False) -> subprocess.CompletedProcess[str]:
+    environment = {name: text for name, text in os.environ.items() if name not in ("CI", "PYTEST_ADDOPTS")}
+    # Without hypothesis, whose import takes longer than all the rest.
+    plugins = ["-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "error", *plugins, *options]
+    return subprocess.run(
+        command,
+        cwd=project,
+        env=environment | ({"CI": "true"} if ci else {}),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def test_a_recording_is_made_once_then_replayed_and_renewed_when_asked(project: Path) -> None:
+    tape = project / "tapes" / "checkout.jsonl"
+    # In CI nothing is recorded behind anybody's back.
+    missing = run_pytest(project, ci=True)
+    assert missing.returncode == 1
+    assert "there is no recording" in missing.stdout
+    assert "pytest test_checkout.py::test_checkout --dspex-record=all" in missing.stdout
+    assert not tape.exists()
+
+    made = run_pytest(project)
+    assert made.returncode == 0, made.stdout
+    recorded = tape.read_bytes()
+    # Two workers read it side by side.
+    replayed = run_pytest(project, "-n", "2", ci=True)
+    assert replayed.returncode == 0, replayed.stdout
+    assert tape.read_bytes() == recorded
+
+    tools = project / "shop_tools.py"
+    tools.write_text(TOOLS.replace("-= amount", "-= 2 * amount"), encoding="utf-8")
+    stale = run_pytest(project, ci=True)
+    assert stale.returncode == 1
+    assert "checkout.jsonl is stale" in stale.stdout
+    assert "-" in stale.stdout
+    assert "+" in stale.stdout
+    assert "--dspex-record=all" in stale.stdout
+    assert tape.read_bytes() == recorded
+    # New episodes are added calls, and this is another answer to an old one.
+    assert run_pytest(project, "--dspex-record=new_episodes").returncode == 1
+    assert tape.read_bytes() == recorded
+
+    # The first test drives its client again; the second has none, and asks again what the recording has been asked.
+    renewed = run_pytest(project, "--dspex-record=all")
+    assert "assert 8 == 9" in renewed.stdout, renewed.stdout
+    assert tape.read_bytes() != recorded
+    alone = run_pytest(project, "--dspex-record=all", "-k", "marked_only")
+    assert alone.returncode == 0, alone.stdout
+    assert run_pytest(project, "-k", "marked_only", ci=True).returncode == 0
+
+
+def test_the_fixtures(project: Path) -> None:
+    assert run_pytest(project, "-k", "checkout").returncode == 0
+    (project / "test_fixtures.py").write_text(FIXTURES, encoding="utf-8")
+    ran = run_pytest(project, "test_fixtures.py")
+    assert ran.returncode == 0, ran.stdout
+    assert "4 passed" in ran.stdout
+
+
+def test_a_session_that_ran_elsewhere_becomes_a_test(project: Path) -> None:
+    """Its recording is renewed without anybody who plays its client."""
+    (project / "test_checkout.py").unlink()
+    (project / "run.py").write_text(RUN, encoding="utf-8")
+    subprocess.run([sys.executable, "run.py"], cwd=project, check=True, timeout=60)
+    export = [sys.executable, "-m", "dspex_persist", "session", "export", "s1", "--db", "shop.db"]
+    command = [*export, "--as-test", "test_s1.py", "--tools", "shop_tools"]
+    said = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert "pytest test_s1.py" in said
+    ran = run_pytest(project, ci=True)
+    assert (ran.returncode, "1 passed" in ran.stdout) == (0, True), ran.stdout
+    # Written once: it may have been changed since.
+    again = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False, timeout=60)
+    assert (again.returncode, "test_s1.py exists already" in again.stderr) == (2, True)
+
+    tape = project / "test_s1.jsonl"
+    recorded = tape.read_text(encoding="utf-8")
+    (project / "shop_tools.py").write_text(TOOLS.replace("-= amount", "-= 2 * amount"), encoding="utf-8")
+    assert run_pytest(project, ci=True).returncode == 1
+    renewed = run_pytest(project, "--dspex-record=all")
+    assert renewed.returncode == 0, renewed.stdout
+    assert tape.read_text(encoding="utf-8") != recorded
+    told = [json.loads(line) for line in tape.read_text(encoding="utf-8").splitlines()]
+    assert [(each["name"], each["json"]) for commit in told[1:] for each in commit["versions"]][-2:] == [
+        ("order", '"x"'),
+        ("stock", "-1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ([], "say where the recording goes"),
+        (["--as-test", "test_x.py"], "--tools MODULE"),
+        (["--as-test", "test-x.py", "--tools", "shop_tools"], "is no name for a test"),
+        (["--as-test", "test_x.py", "--tools", "shop_tools", "-o", "-"], "leave -o - out"),
+        (["-o", "x.jsonl", "--tools", "shop_tools"], "--tools is for --as-test"),
+    ],
+)
+def test_what_is_wrong_with_an_export_is_said(
+    options: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["dspex-persist", "session", "export", "s", *options])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert sentence in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_the_plugin_costs_nothing_where_it_is_not_used(project: Path) -> None:
+    """Whoever has the package installed has the plugin in every run of pytest."""
+    (project / "test_checkout.py").write_text(
+        "import sys\n"
+        "def test_nothing_heavy():\n"
+        "    heavy = {'grpc', 'sqlalchemy', 'pydantic', 'dspy', 'freezegun', 'dspex_persist.state'}\n"
+        "    assert not heavy & set(sys.modules)\n",
+        encoding="utf-8",
+    )
+    ran = run_pytest(project)
+    assert ran.returncode == 0, ran.stdout
+    told = run_pytest(project, "--markers").stdout
+    assert "dspex_replay(tape" in told
+    assert "dspex_tools(*references)" in told
+    assert "--dspex-record" in run_pytest(project, "--help").stdout

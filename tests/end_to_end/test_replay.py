@@ -1,0 +1,243 @@
+"""dspex-persist replay, as a process, on what real clients, tools and a worker have done with a real server."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dspex_persist import Tool
+from dspex_persist.cli import main
+from dspex_persist.infra.process import ServerProcess
+from dspex_persist.replay import replay
+from tests.end_to_end.old_style import OldClient, environment, serve, target_of
+from tests.end_to_end.programs import programs_of, run
+from tests.end_to_end.test_remote_workers import start_worker
+from tests.end_to_end.worker_process import register_tools
+
+FINE, FAILED, USAGE, _, _, UNUSABLE, DIVERGED = range(7)
+
+SHOP = '''
+from collections.abc import Iterator
+from dspex_persist import ToolContext, tool
+
+FEE = 1
+
+@tool(retries=20)
+def add(ctx: ToolContext, amount: int) -> int:
+    """Read, then write."""
+    ctx["a"] += amount
+    return ctx["a"]
+
+@tool
+def order(ctx: ToolContext, amount: int) -> list:
+    """Use all that is recorded, and other tools, one of which runs elsewhere."""
+    ctx["b"] = amount + FEE
+    ctx.publish("c", amount)
+    made = ctx.variables.define("order", {"at": ctx.now().isoformat(), "id": str(ctx.uuid())}, metadata={"by": "order"})
+    return [ctx.call(add, amount=amount), ctx.call("increase", amount=2), ctx.random.random(), made, ctx.execution_id]
+
+@tool
+def cancel(ctx: ToolContext) -> None:
+    """Delete what was ordered, or fail."""
+    del ctx["order"]
+
+@tool
+def count(ctx: ToolContext, to: int) -> Iterator[int]:
+    """Stream."""
+    for number in range(to):
+        yield number + ctx["b"]
+'''
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the server's tools and its database are."""
+    made = tmp_path_factory.mktemp("shop")
+    (made / "shop.py").write_text(SHOP)
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[ServerProcess]:
+    with serve(folder / "sessions.db", "--tools", "shop") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def tape(server: ServerProcess, folder: Path) -> Path:
+    """A session of old clients, exported."""
+    client = OldClient(target_of(server), "s1")
+    with start_worker(target_of(server)) as worker:
+        register_tools(client, target_of(worker))
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda amount: client.execute("add", amount=amount), range(24)))
+        assert client.execute("order", amount=5).success
+    client.set("b", 40)
+    list(client.stream("count", to=3))
+    assert client.execute("cancel").success
+    assert not client.execute("cancel").success
+    client.close()
+    path = folder / "s1.jsonl"
+    assert dspex("session", "export", "s1", "-o", path, "--db", "sessions.db", cwd=folder).returncode == FINE
+    return path
+
+
+Replayed = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> Path:
+    """A folder with tools that are not those of the recording any more."""
+    (tmp_path / "shop.py").write_text(SHOP.replace("FEE = 1", "FEE = 2"))
+    return tmp_path
+
+
+def dspex(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dspex_persist", *map(str, arguments)],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Replayed:
+    """The command in this process, which spares a start of Python: arguments and folder to code, stdout and stderr."""
+
+    def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+        argv = ["dspex-persist", "replay", *map(str, arguments)]
+        with monkeypatch.context() as patch:
+            patch.chdir(cwd)
+            patch.setattr(sys, "argv", argv)
+            # What the tools' import leaves behind must not meet the next one.
+            patch.setattr(sys, "path", [str(cwd), *sys.path])
+            sys.modules.pop("shop", None)
+            patch.setenv("COLUMNS", "200")
+            with pytest.raises(SystemExit) as ended:
+                main()
+            sys.modules.pop("shop", None)
+        told = capsys.readouterr()
+        return subprocess.CompletedProcess(argv, int(ended.value.code or 0), told.out, told.err)
+
+    return run
+
+
+def document_of(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The one JSON object on stdout, which has to be all of it."""
+    assert len(result.stdout.splitlines()) == 1, result
+    document: dict[str, Any] = json.loads(result.stdout)
+    return document
+
+
+def test_a_recorded_session_replays_clean(tape: Path, folder: Path) -> None:
+    result = dspex("replay", tape, "--tools", "shop", cwd=folder)
+    assert (result.returncode, result.stderr) == (FINE, ""), result.stdout
+    headline = result.stdout.splitlines()[-1]
+    assert headline.startswith("session s1: no divergence in ")
+    assert "it ran in worker worker-1: what it did was taken from the recording" in result.stdout
+    # The file that the server has open says the same, and nothing of it is written.
+    beside = dspex("replay", "--db", "sessions.db", "s1", "--tools", "shop", "--json", cwd=folder)
+    assert beside.returncode == FINE, beside
+    document = document_of(beside)
+    assert document["ok"]
+    outcomes = [each["outcome"] for each in document["executions"] if each["tool"] in ("order", "cancel", "count")]
+    assert outcomes == ["same"] * 4
+    assert sum(each["status"] == "conflict" for each in document["executions"]) == document["skipped"] - 1
+
+
+def test_changed_code_is_told_with_a_diff_and_an_exit_code(tape: Path, changed: Path) -> None:
+    result = dspex("replay", tape, "--tools", "shop", cwd=changed)
+    assert result.returncode == DIVERGED
+    assert "it writes something else than recorded\n-b v1 = 6\n+b v1 = 7\n" in result.stdout
+    assert "writes" in next(line for line in result.stdout.splitlines() if " order " in line)
+    assert result.stdout.splitlines()[-1].startswith("session s1: 1 divergence in ")
+
+
+def test_the_document_says_what_the_library_says(tape: Path, changed: Path, replayed: Replayed) -> None:
+    chosen = ("--only-tool", "order", "--until", "999")
+    result = replayed(tape, "--tools", "shop", *chosen, "--json", cwd=changed)
+    assert result.returncode == DIVERGED
+    document = document_of(result)
+    assert [each["tool"] for each in document["executions"]] == ["order", "add", "increase"]
+    assert (document["same"], document["diverged"], document["skipped"]) == (1, 1, 1)
+    scope: dict[str, Any] = {"__name__": "shop"}
+    exec((changed / "shop.py").read_text(), scope)
+    tools = [each for each in scope.values() if isinstance(each, Tool)]
+    report = replay(tape, tools, only_tools=["order"], until=999)
+    assert json.loads(json.dumps(report.document())) == document
+
+
+def test_points_choose_executions(tape: Path, folder: Path, replayed: Replayed) -> None:
+    everything = document_of(replayed(tape, "--tools", "shop", "--json", cwd=folder))
+    last = everything["executions"][-1]
+    chosen = ("--from", last["execution_id"], "--until", str(last["commit"]))
+    document = document_of(replayed(tape, "--tools", "shop", *chosen, "--json", cwd=folder))
+    assert document["executions"] == [last]
+
+
+def test_how_many_divergences_are_shown_can_be_chosen(tape: Path, changed: Path, replayed: Replayed) -> None:
+    result = replayed(tape, "--tools", "shop", "--max-shown", "0", cwd=changed)
+    assert result.returncode == DIVERGED
+    assert "-b v1" not in result.stdout
+    assert "1 more: --max-shown 1 shows all" in result.stdout
+
+
+def test_the_state_alone_is_replayed(tape: Path, folder: Path, tmp_path: Path, replayed: Replayed) -> None:
+    beside = replayed("--db", "sessions.db", "s1", "--mode", "state", cwd=folder)
+    assert (beside.returncode, beside.stderr) == (FINE, "")
+    assert beside.stdout.startswith("session s1: no divergence in ")
+    lines = tape.read_text().splitlines(keepends=True)
+    place = next(place for place, line in enumerate(lines) if '"json": "40"' in line)
+    lines[place] = lines[place].replace('"version": 2', '"version": 3')
+    altered = tmp_path / "altered.jsonl"
+    altered.write_text("".join(lines))
+    result = replayed(altered, "--mode", "state", "--json", cwd=folder)
+    assert result.returncode == DIVERGED
+    first = document_of(result)["divergences"][0]
+    assert (first["what"], first["commit"], first["summary"]) == ("versions", place, "b version 3: version 2 is due")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["nowhere.jsonl", "--tools", "shop"], UNUSABLE, "cannot open nowhere.jsonl: No such file or directory"),
+        (["shop.py", "--tools", "shop"], FAILED, "shop.py, line 1: it is no recording"),
+        (["future.jsonl", "--tools", "shop"], FAILED, "it is of version 2, and this release reads version 1"),
+        (["s1.jsonl"], USAGE, "say where the tools are: --tools package.module"),
+        (["s1.jsonl", "--tools", "nothing.here"], USAGE, "the import failed"),
+        (["s1.jsonl", "--tools", "shop", "--from", "noon"], USAGE, "setting from (flag --from): 'noon'"),
+        (["s1.jsonl", "--tools", "shop", "--only-tool", "ad"], USAGE, "there are add, cancel, count, order"),
+        (["s1.jsonl", "--tools", "shop", "--mode", "state"], USAGE, "with --mode state no tools run"),
+        (["s1.jsonl", "--tools", "shop", "--reveal"], USAGE, "it is for --db"),
+        (["--db", "sessions.db", "s2", "--tools", "shop"], FAILED, "s2"),
+        (["--db", "nowhere.db", "s1", "--tools", "shop"], UNUSABLE, "nowhere.db"),
+    ],
+)
+def test_what_cannot_be_replayed_is_said_in_a_sentence(
+    tape: Path, folder: Path, replayed: Replayed, arguments: list[str], code: int, told: str
+) -> None:
+    (folder / "future.jsonl").write_text(tape.read_text().replace('"version": 1', '"version": 2', 1))
+    result = replayed(*arguments, cwd=folder)
+    assert result.returncode == code, result
+    assert told in result.stderr
+    assert result.stdout == ""
+
+
+def test_an_error_is_an_object_for_programs(folder: Path, replayed: Replayed) -> None:
+    result = replayed("nowhere.jsonl", "--tools", "shop", "--json", cwd=folder)
+    assert result.returncode == UNUSABLE
+    assert document_of(result) == {"ok": False, "error": "cannot open nowhere.jsonl: No such file or directory"}
+
+
+def test_the_program_of_the_page_prints_what_the_page_says(tmp_path: Path) -> None:
+    (program,) = programs_of("docs/replay.md")
+    assert run(program.text, tmp_path) == program.said

@@ -1,0 +1,271 @@
+"""dspex-persist session, as a process: beside a server, on its own, killed half-way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+from typer.testing import CliRunner
+
+from dspex_persist import cli
+from dspex_persist.cli import session as session_commands
+from dspex_persist.state.bridged import BridgedState
+from dspex_persist.state.embedded import EmbeddedState
+from dspex_persist.state.store import maintenance
+from dspex_persist.wiring import connect
+from tests.end_to_end import programs
+from tests.end_to_end.old_style import environment, serve, target_of
+from tests.end_to_end.test_db_commands import FAILED, FINE, IN_USE, UNUSABLE, USAGE, assert_one_sentence, document_of
+
+TOOLS = ("--tools", "tests.end_to_end.served_tools")
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "dspex_persist", "session", *map(str, arguments)]
+
+
+def run_process(*arguments: str | Path, cwd: Path, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    """`dspex-persist session ...` to its end, where `sessions.db` is the database unless it says another."""
+    return subprocess.run(
+        command(*arguments),
+        cwd=cwd,
+        env=environment(),
+        input=text,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=60,
+        check=False,
+    )
+
+
+Run: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The same within this process, which takes a tenth of the time."""
+    for name in [name for name in os.environ if name.startswith("DSPEX_PERSIST_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["dspex-persist", "session", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        stdout, stderr = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), stdout, stderr)
+
+    return run
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "sessions.db"
+
+
+@pytest.fixture
+def filled(path: Path) -> Path:
+    """A database with session `s`: a (1) and a secret."""
+    with EmbeddedState(path) as state:
+        state.initialize_session("s")
+        state.register_variable("s", "a", "integer", 0)
+        state.set_variable("s", "a", 1)
+        state.register_variable("s", "key", "string", "hush", metadata={"sensitive": "true"})
+    return path
+
+
+@pytest.fixture
+def served(path: Path) -> Iterator[BridgedState]:
+    with serve(path, *TOOLS) as server, BridgedState(target_of(server)) as state:
+        yield state
+
+
+def test_a_session_moves_from_one_server_to_another(served: BridgedState, tmp_path: Path) -> None:
+    served.initialize_session("s")
+    served.register_variable("s", "a", "integer", 0)
+    assert served.execute_tool("s", "add", {"name": "a", "amount": 5}, idempotency_key="once").success
+    assert not served.execute_tool("s", "fail").success
+    served.set_variable("s", "a", 7)
+
+    result = run_process("export", "s", "-o", "s.jsonl", cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (FINE, "")
+    assert result.stdout == "s.jsonl: 7 commits of session s\n"
+    result = run_process("import", "s.jsonl", "--db", "other.db", cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (FINE, "")
+    assert result.stdout == "other.db: session s imported (7 commits, 1 to 7)\n"
+
+    assert maintenance.check(tmp_path / "other.db").problems == ()
+    with serve(tmp_path / "other.db", *TOOLS) as server, BridgedState(target_of(server)) as there:
+        histories = [
+            [(each.version, each.value, each.actor, each.created_at) for each in state.get_variable_history("s", "a")]
+            for state in (served, there)
+        ]
+        assert histories[0] == histories[1]
+        repeated = there.execute_tool("s", "add", {"name": "a", "amount": 5}, idempotency_key="once")
+        assert (repeated.repeated, there.get_value("s", "a")) == (True, 7)
+        assert there.execute_tool("s", "add", {"name": "a", "amount": 1}).success
+        assert (served.get_value("s", "a"), there.get_value("s", "a")) == (7, 8)
+
+
+def test_what_changes_a_file_waits_for_its_server_to_end(served: BridgedState, run: Run) -> None:
+    served.initialize_session("s")
+    assert run("export", "s", "-o", "s.jsonl").returncode == FINE
+    for arguments in (("import", "s.jsonl", "--as", "copy"), ("fork", "s", "copy")):
+        sentence = assert_one_sentence(run(*arguments), IN_USE)
+        assert "is in use by process" in sentence
+        document = document_of(result := run(*arguments, "--json"))
+        assert (result.returncode, document["ok"]) == (IN_USE, False)
+
+
+def test_recordings_go_through_pipes(filled: Path, tmp_path: Path, run: Run) -> None:
+    with EmbeddedState(filled) as state:
+        state.initialize_session("ü")
+        state.register_variable("ü", "x", "string", "漢\u2028😀")
+    exported = run_process("export", "ü", "-o", "-", cwd=tmp_path)
+    assert (exported.returncode, exported.stderr) == (FINE, "")
+    imported = run_process("import", "-", "--as", "again", cwd=tmp_path, text=exported.stdout)
+    assert (imported.returncode, imported.stderr) == (FINE, "")
+    again = run("export", "again", "-o", "-")
+    assert again.stdout.replace('"again"', '"ü"') == exported.stdout
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault(filled: Path, tmp_path: Path) -> None:
+    with EmbeddedState(filled) as state:
+        state.set_variable("s", "key", "x" * 5_000_000)
+    with subprocess.Popen(
+        command("export", "s", "-o", "-", "--reveal"),
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == "error: invalid output: cannot write the output: Broken pipe\n"
+    assert process.returncode == FAILED
+
+
+def test_every_command_prints_one_json_object(filled: Path, tmp_path: Path, run: Run) -> None:
+    exported = document_of(run("export", "s", "-o", "s.jsonl", "--reveal", "--json"))
+    assert exported == {
+        "ok": True,
+        "path": "sessions.db",
+        "target": "s.jsonl",
+        "session_id": "s",
+        "commits": 4,
+        "masked": False,
+    }
+    imported = document_of(run("import", "s.jsonl", "--as", "copy", "--json"))
+    assert (imported["ok"], imported["session_id"], imported["first_sequence"]) == (True, "copy", 5)
+    forked = document_of(run("fork", "s", "new", "--at", "2", "--json"))
+    assert forked == {
+        "ok": True,
+        "path": "sessions.db",
+        "session_id": "new",
+        "forked_from": "s",
+        "forked_at": 2,
+        "variables": 1,
+    }
+
+
+def test_what_is_left_out_is_said_and_not_invented_elsewhere(filled: Path, tmp_path: Path, run: Run) -> None:
+    result = run("export", "s", "-o", "s.jsonl")
+    assert result.stdout.endswith("values of sensitive variables are left out (--reveal)\n")
+    assert "hush" not in (tmp_path / "s.jsonl").read_text()
+    sentence = assert_one_sentence(run("import", "s.jsonl", "--db", "other.db"), FAILED)
+    assert "export the session with --reveal" in sentence
+    assert not (tmp_path / "other.db").exists()
+
+
+def test_a_fork_is_begun_with_what_was_there(filled: Path, tmp_path: Path, run: Run) -> None:
+    result = run("fork", "s", "new", "--at", "3^")
+    assert (result.returncode, result.stderr) == (FINE, "")
+    assert result.stdout == "sessions.db: session new begun with 1 variable of s as of commit 2\n"
+    with connect(filled) as state:
+        assert [(each.name, each.value.json) for each in state.list_variables("new")] == [("a", "0")]
+        assert state.get_session("new").metadata == {"forked_from": "s", "forked_at": "2"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (("export", "ghost", "-o", "-"), FAILED, "no session 'ghost'"),
+        (("export", "s", "-o", "missing/s.jsonl"), FAILED, "No such file"),
+        (("export", "s", "-o", "s.jsonl", "--db", "missing.db"), UNUSABLE, "there is no such file"),
+        (("import", "missing.jsonl"), FAILED, "cannot be read"),
+        (("import", "sessions.db"), FAILED, "line 1"),
+        (("fork", "s", "s"), FAILED, "is live here already"),
+        (("fork", "s", "new", "--at", "soon"), FAILED, "is no point in the history"),
+        (("fork", "s", "new", "--db", "missing.db"), UNUSABLE, "there is no such file"),
+    ],
+)
+def test_an_error_is_one_sentence_and_a_code(
+    filled: Path, tmp_path: Path, run: Run, arguments: tuple[str, ...], code: int, told: str
+) -> None:
+    assert told in assert_one_sentence(run(*arguments), code)
+    assert not (tmp_path / "missing.db").exists()
+
+
+def test_one_stdout_is_not_for_two(filled: Path, tmp_path: Path, run: Run) -> None:
+    result = run("export", "s", "-o", "-", "--json")
+    assert result.returncode == USAGE
+    assert "give a file" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["export", "import", "fork"])
+def test_help_of_each_command_has_its_options(name: str) -> None:
+    result = CliRunner().invoke(session_commands.app, [name, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert result.exit_code == FINE
+    assert "--db" in result.stdout
+    assert "--json" in result.stdout
+
+
+def test_the_program_on_the_page_prints_what_it_says(tmp_path: Path) -> None:
+    (program,) = programs.programs_of("docs/recordings.md")
+    assert programs.run(program.text, tmp_path) == program.said
+
+
+def long_recording(run: Run, commits: int) -> list[str]:
+    """The lines of a session with that many commits, each some 5 kB."""
+    result = run("export", "s", "-o", "-", "--reveal")
+    header, *lines = result.stdout.splitlines(keepends=True)
+    last: dict[str, Any] = json.loads(lines[-1])
+    (version,) = last["versions"]
+    value = json.dumps("x" * 5_000)
+    for number in range(len(lines) + 1, commits + 1):
+        version = version | {"version": version["version"] + 1, "kind": "set", "json": value}
+        lines.append(json.dumps(last | {"commit": number, "versions": [version], "events": []}) + "\n")
+    return [json.dumps(json.loads(header) | {"commits": commits}) + "\n", *lines]
+
+
+@pytest.mark.crash
+def test_a_killed_import_leaves_nothing(filled: Path, tmp_path: Path, run: Run) -> None:
+    lines = long_recording(run, 300)
+    before = maintenance.check(filled).commits
+    with subprocess.Popen(
+        command("import", "-", "--as", "copy"), cwd=tmp_path, env=environment(), stdin=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        # A pipe holds 64 kB: when all of this is in it, most has been read, and is in the transaction.
+        process.stdin.writelines(lines[:290])
+        process.stdin.flush()
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    with EmbeddedState(filled) as state:
+        assert state.head_sequence == before
+        assert not state.heartbeat("copy")
+    (tmp_path / "copy.jsonl").write_text("".join(lines), encoding="utf-8")
+    result = run("import", "copy.jsonl", "--as", "copy")
+    assert result.returncode == FINE, result
+    report = maintenance.check(filled)
+    assert (report.commits, report.problems) == (before + 300, ())

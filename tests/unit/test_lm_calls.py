@@ -1,0 +1,488 @@
+"""LM calls through DSPy: what is recorded of them, and how they are played back. No server, no file, no network."""
+
+import asyncio
+import contextvars
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import dspy
+import pytest
+from dspy.lm15 import Message, Request, Response, TextPart, ToolCallPart, Usage
+from dspy.utils import DummyLM
+from pydantic import BaseModel
+
+from dspex_persist.cognitive.dspy import RecordedLmError, UnexpectedLmCallError, playing, record_calls
+
+SECRETS = ("sk-secret-1", "hunter22", "Bearer xyz", "acme-org")
+
+
+class Ledger:
+    """What the recorder sees of a tool's session: where entries go, as JSON."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        self.calls: list[dict[str, Any]] = []
+
+    def record(self, kind: str, entry: Mapping[str, Any]) -> None:
+        assert kind == "lm"
+        self.calls.append(json.loads(json.dumps(entry, allow_nan=False)))
+
+
+class Engine:
+    """What an LM runs on, in Python: it says the last message back, in capitals, or fails."""
+
+    def __init__(self, *parts: Any, error: Exception | None = None) -> None:
+        self.parts, self.error, self.asked = parts, error, 0
+
+    def complete(self, request: Request) -> Response:
+        self.asked += 1
+        if self.error is not None:
+            raise self.error
+        parts = self.parts or (TextPart((request.messages[-1].text or "").upper()),)
+        usage = Usage(input_tokens=3, output_tokens=2, total_tokens=5)
+        return Response(id=None, model="m", message=Message.assistant(list(parts)), finish_reason="stop", usage=usage)
+
+
+class AsyncEngine:
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    async def complete(self, request: Request) -> Response:
+        return self.engine.complete(request)
+
+
+class Stuck:
+    """An engine that never answers."""
+
+    async def complete(self, request: Request) -> Response:
+        await asyncio.get_running_loop().create_future()
+        raise AssertionError("nobody sets it")
+
+
+def lm_on(engine: Engine, **options: Any) -> Any:
+    return dspy.LM(
+        "test/m", engine=engine, async_engine=AsyncEngine(engine), **{"cache": False, "num_retries": 0} | options
+    )
+
+
+def dummy(*answers: str) -> Any:
+    return DummyLM([{"answer": answer} for answer in answers])
+
+
+def recorded(program: Callable[[], Any]) -> tuple[Any, list[dict[str, Any]]]:
+    """What a program gives, and its LM calls by ordinal."""
+    ledger = Ledger()
+
+    def run() -> Any:
+        record_calls(ledger)  # type: ignore[arg-type]
+        return program()
+
+    result = contextvars.copy_context().run(run)
+    return result, sorted(ledger.calls, key=lambda call: call["ordinal"])
+
+
+def run_async(program: Callable[[], Any]) -> Callable[[], Any]:
+    async def run() -> Any:
+        return await program()
+
+    return lambda: asyncio.run(run())
+
+
+def ask(question: str, **options: Any) -> str:
+    return str(dspy.Predict("question -> answer", **options)(question=question).answer)
+
+
+def outputs(call: Mapping[str, Any]) -> Any:
+    return call["response"]["outputs"]
+
+
+def asked_with(lm: Any) -> None:
+    lm("hello")
+
+
+def asked_in_context(lm: Any) -> None:
+    with dspy.context(lm=lm):
+        ask("hello")
+
+
+def asked_by_module(lm: Any) -> None:
+    module = dspy.Predict("question -> answer")
+    module.set_lm(lm)
+    module(question="hello")
+
+
+def asked_by_keyword(lm: Any) -> None:
+    dspy.Predict("question -> answer")(question="hello", lm=lm)
+
+
+def asked_in_threads(lm: Any) -> None:
+    with dspy.context(lm=lm):
+        dspy.Parallel(num_threads=2, disable_progress_bar=True)(
+            [(dspy.Predict("question -> answer"), {"question": "a"})]
+        )
+
+
+def asked_async(lm: Any) -> None:
+    asyncio.run(lm.acall("hello"))
+
+
+def asked_async_by_module(lm: Any) -> None:
+    with dspy.context(lm=lm):
+        asyncio.run(dspy.Predict("question -> answer").acall(question="hello"))
+
+
+def asked_through_asyncify(lm: Any) -> None:
+    with dspy.context(lm=lm):
+        asyncio.run(dspy.asyncify(dspy.Predict("question -> answer"))(question="hello"))
+
+
+WAYS = (
+    asked_with,
+    asked_in_context,
+    asked_by_module,
+    asked_by_keyword,
+    asked_in_threads,
+    asked_async,
+    asked_async_by_module,
+    asked_through_asyncify,
+)
+
+
+# --- Recording ---
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_call_is_seen_once_and_played_whichever_way_the_lm_is_reached(way: Callable[[Any], None]) -> None:
+    _, calls = recorded(lambda: way(dummy("blue")))
+    assert [call["ordinal"] for call in calls] == [0]
+    assert "blue" in outputs(calls[0])[0]
+    assert calls[0]["model"] == "dummy"
+    silent = lm_on(Engine(error=AssertionError("it was asked")))
+    silent.model, silent.kwargs = "dummy", calls[0]["lm"]["defaults"]
+    with playing(calls) as playback:
+        way(silent)
+    assert playback.divergences == []
+
+
+def test_nothing_is_seen_outside() -> None:
+    recorded(lambda: asked_with(dummy("a")))
+    _, calls = recorded(lambda: None)
+    asked_with(dummy("b"))
+    assert calls == []
+
+
+def test_a_class_that_is_made_later_and_an_lm_that_asks_another_are_one_call() -> None:
+    recorded(lambda: None)
+
+    class Router(dspy.BaseLM):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return dummy("inner")(*args, **kwargs)
+
+    _, calls = recorded(lambda: Router("router")("hello"))
+    assert [call["model"] for call in calls] == ["router"]
+    assert "inner" in outputs(calls[0])[0]
+
+
+def test_keys_headers_and_addresses_are_kept_out() -> None:
+    class Answer(BaseModel):
+        word: str
+
+    secret = {
+        "api_key": SECRETS[0],
+        "api_base": f"https://me:{SECRETS[1]}@host/v1",
+        "extra_headers": {"Authorization": SECRETS[2]},
+        "organization": SECRETS[3],
+    }
+    tools = [{"type": "mcp", "name": "t", "server_url": f"https://{SECRETS[1]}", "headers": {"X": SECRETS[2]}}]
+    lm = dummy("a").copy(temperature=0.3, **secret)
+    _, calls = recorded(lambda: lm("hello", response_format=Answer, tools=tools, seed=7))
+    text = json.dumps(calls)
+    assert not [each for each in SECRETS if each in text]
+    options = calls[0]["request"]["options"]
+    assert {name: options[name] for name in ("temperature", "max_tokens", "seed", "tools")} == {
+        "temperature": 0.3,
+        "max_tokens": 1000,
+        "seed": 7,
+        "tools": [{"type": "mcp", "name": "t"}],
+    }
+    assert options["response_format"]["schema"]["properties"]["word"]["type"] == "string"
+
+
+def test_secrets_are_taken_out_of_errors() -> None:
+    lm = lm_on(Engine(error=ValueError(f"Incorrect API key provided: {SECRETS[0]}")))
+    lm.kwargs["api_key"] = SECRETS[0]
+
+    def program() -> None:
+        with pytest.raises(dspy.LMError, match=SECRETS[0]):
+            lm("hello")
+
+    _, calls = recorded(program)
+    assert calls[0]["error"]["message"].endswith("provided: ***")
+    assert SECRETS[0] not in json.dumps(calls)
+
+
+def test_the_hash_tells_requests_apart_and_a_prompt_is_a_message() -> None:
+    def program() -> None:
+        lm = dummy(*"abcdef")
+        lm("hello")
+        lm(messages=[{"role": "user", "content": "hello"}])
+        lm("hello", temperature=0.9)
+        lm("hello", rollout_id=1)
+        lm("hello", n=2)
+        lm("bye")
+
+    with warnings.catch_warnings():
+        # DSPy wants its own message objects instead.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        _, calls = recorded(program)
+    hashes = [call["hash"] for call in calls]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 5
+    assert len(outputs(calls[4])) == 2
+    assert recorded(lambda: dummy("z")("hello"))[1][0]["hash"] == hashes[0]
+
+
+def test_files_in_messages_are_represented_by_their_hash() -> None:
+    image = dspy.Image("data:image/png;base64," + "QUJD" * 200)
+    with dspy.context(lm=dummy("cat")):
+        _, calls = recorded(lambda: dspy.Predict("image: dspy.Image -> answer")(image=image))
+    text = json.dumps(calls)
+    assert "QUJDQUJD" not in text
+    assert "data:image/png;sha256:" in text
+
+
+def test_which_calls_come_from_other_threads_and_tasks() -> None:
+    def program() -> None:
+        lm = dummy(*"abc")
+        lm("one")
+        asked_in_threads(lm)
+
+    assert [call["concurrent"] for call in recorded(program)[1]] == [False, True]
+
+    async def in_tasks() -> None:
+        lm = dummy(*"abc")
+        await asyncio.gather(lm.acall("one"), lm.acall("two"))
+
+    assert [call["concurrent"] for call in recorded(run_async(in_tasks))[1]] == [True, True]
+
+
+def test_answers_from_the_cache_are_recorded_and_count_nothing() -> None:
+    engine = Engine()
+    lm = lm_on(engine, cache=True)
+    dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=True)
+    _, calls = recorded(lambda: [lm("hello"), lm("hello")])
+    assert engine.asked == 1
+    assert [outputs(call) for call in calls] == [["HELLO"], ["HELLO"]]
+    assert calls[0]["response"]["usage"]["test/m"]["total_tokens"] == 5
+    assert calls[1]["response"]["usage"] == {}
+
+
+def test_an_ended_execution_keeps_nothing() -> None:
+    ledger = Ledger()
+
+    def program() -> None:
+        record_calls(ledger)  # type: ignore[arg-type]
+        ledger.cancelled = True
+        assert dummy("a")("hello")
+
+    contextvars.copy_context().run(program)
+    assert ledger.calls == []
+
+
+# --- Playing ---
+
+
+def conversation() -> list[str]:
+    return [ask("one"), ask("two"), ask("one")]
+
+
+@pytest.fixture
+def calls() -> Iterator[list[dict[str, Any]]]:
+    """Those of a conversation with three answers."""
+    with dspy.context(lm=dummy("red", "green", "blue")):
+        yield recorded(conversation)[1]
+
+
+def test_the_same_program_gets_the_same_answers_where_no_lm_is_configured(calls: list[dict[str, Any]]) -> None:
+    with dspy.context(lm=None), playing(calls) as playback:
+        assert conversation() == ["red", "green", "blue"]
+    assert playback.divergences == []
+
+
+def test_an_lm_that_stands_in_asks_as_the_recorded_one_did() -> None:
+    with dspy.context(lm=lm_on(Engine(TextPart("[[ ## answer ## ]]\nyes")), temperature=0.4)):
+        _, calls = recorded(lambda: [ask("one"), ask("one", max_tokens=9)])
+    with dspy.context(lm=None), playing(calls) as playback:
+        assert isinstance(dspy.settings.lm, dspy.LM)
+        assert [ask("one"), ask("one", max_tokens=9)] == ["yes", "yes"]
+    assert playback.divergences == []
+
+
+def test_usage_and_history_are_as_they_were() -> None:
+    lm = lm_on(Engine())
+    _, calls = recorded(lambda: lm("hello"))
+    silent = lm_on(Engine(error=AssertionError("it was asked")))
+    with playing(calls), dspy.track_usage() as tracker:
+        assert silent("hello", temperature=None) == ["HELLO"]
+    assert tracker.get_total_tokens()["test/m"]["total_tokens"] == 5
+    entry = silent.history[-1]
+    assert (entry["prompt"], entry["outputs"], entry["usage"]["total_tokens"]) == ("hello", ["HELLO"], 5)
+
+
+def test_a_playback_can_be_recorded(calls: list[dict[str, Any]]) -> None:
+    def program() -> None:
+        with dspy.context(lm=None), playing(calls):
+            conversation()
+
+    _, again = recorded(program)
+    assert again == calls
+
+
+def test_tool_calls_are_played_as_objects() -> None:
+    lm = lm_on(Engine(TextPart("see"), ToolCallPart(id="c1", name="find", input={"q": "x"})))
+    answer, calls = recorded(lambda: lm("hello"))
+    with playing(calls):
+        played = lm("hello")
+    assert played == answer
+    call = played[0]["tool_calls"][0]
+    assert call.function.name == call["function"]["name"] == "find"
+
+
+def test_typed_requests_are_played_as_typed_responses() -> None:
+    engine = Engine()
+    lm = lm_on(engine)
+    request = Request(model="test/m", messages=(Message.user("hello"),))
+    answer, calls = recorded(lambda: lm(request))
+    with playing(calls):
+        assert lm(request) == answer
+    assert answer.text == "HELLO"
+    assert engine.asked == 1
+
+
+def test_recorded_errors_are_raised_again_as_what_they_were() -> None:
+    def program(lm: Any) -> Any:
+        try:
+            return lm("hello")
+        except dspy.LMError as error:
+            return type(error).__name__, str(error)
+
+    lm = lm_on(Engine(error=ValueError("no")))
+    failed, calls = recorded(lambda: program(lm))
+    with playing(calls) as playback:
+        assert program(lm_on(Engine())) == failed
+        assert playback.divergences == []
+    with playing([{**calls[0], "error": {"type": "gone.module.Odd", "message": "m"}}]):
+        with pytest.raises(RecordedLmError, match="m") as caught:
+            lm_on(Engine())("hello")
+        assert type(caught.value).__name__ == "Odd"
+
+
+def test_a_call_that_was_given_up_is_given_up_again() -> None:
+    lm = dspy.LM("test/m", engine=Engine(), async_engine=Stuck(), cache=False)
+
+    async def program() -> str:
+        try:
+            await asyncio.wait_for(lm.acall("hello"), 0.05)
+        except TimeoutError:
+            return "gave up"
+        return "answered"
+
+    result, calls = recorded(run_async(program))
+    assert (result, len(calls)) == ("gave up", 1)
+
+    async def play() -> tuple[str, Any]:
+        with playing(calls) as playback:
+            return await program(), playback.divergences
+
+    assert asyncio.run(play()) == ("gave up", [])
+
+
+def test_an_unexpected_request_is_refused_with_the_nearest_recorded_one(calls: list[dict[str, Any]]) -> None:
+    with dspy.context(lm=None), playing(calls) as playback:
+        ask("one")
+        with pytest.raises(UnexpectedLmCallError, match="asks for what was not recorded; nearest is"):
+            ask("too")
+        assert ask("one") == "blue"
+    (divergence,) = playback.divergences
+    assert (divergence.kind, divergence.ordinal) == ("unexpected", 1)
+    assert divergence.recorded == calls[1]
+    changed = [line for line in divergence.diff() if line[0] in "+-" and line[:3] not in ("+++", "---")]
+    assert changed == ["-two", "+too"]
+
+
+def test_another_model_and_another_option_are_unexpected(calls: list[dict[str, Any]]) -> None:
+    with dspy.context(lm=lm_on(Engine(), temperature=0.0, max_tokens=1000)), playing(calls):
+        with pytest.raises(UnexpectedLmCallError) as caught:
+            ask("one")
+        assert {'-  "model": "dummy",', '+  "model": "test/m",'} <= set(caught.value.divergence.diff())
+    with dspy.context(lm=dummy()), playing(calls) as playback:
+        with pytest.raises(UnexpectedLmCallError) as caught:
+            ask("one", temperature=0.4)
+        assert '+    "temperature": 0.4' in caught.value.divergence.diff()
+    assert [each.kind for each in playback.divergences] == ["unexpected", "unused", "unused"]
+
+
+def test_a_request_that_is_repeated_too_often(calls: list[dict[str, Any]]) -> None:
+    with dspy.context(lm=None), playing(calls) as playback:
+        conversation()
+        with pytest.raises(
+            UnexpectedLmCallError, match="LM call 3 repeats recorded call 2 once more than was recorded"
+        ):
+            ask("one")
+    assert len(playback.divergences) == 1
+    with playing([]), pytest.raises(UnexpectedLmCallError, match="nothing is left"):
+        dummy("a")("hello")
+
+
+def test_calls_that_are_not_made_any_more(calls: list[dict[str, Any]]) -> None:
+    with dspy.context(lm=None), playing(calls) as playback:
+        ask("one")
+    assert [(each.kind, each.recorded["ordinal"]) for each in playback.divergences if each.recorded] == [
+        ("unused", 1),
+        ("unused", 2),
+    ]
+    assert str(playback.divergences[0]) == "recorded LM call 1 was not made"
+
+
+def test_the_order_counts_in_the_tools_own_thread_only(calls: list[dict[str, Any]]) -> None:
+    with dspy.context(lm=None), playing(calls) as playback:
+        assert [ask("two"), ask("one"), ask("one")] == ["green", "red", "blue"]
+    assert [str(each) for each in playback.divergences] == [
+        "LM call 1 is recorded call 0, which came before the one that was made before it"
+    ]
+    with dspy.context(lm=None), playing(calls) as playback, ThreadPoolExecutor(1) as pool:
+        for question in ("two", "one", "one"):
+            pool.submit(contextvars.copy_context().run, ask, question).result()
+    assert playback.divergences == []
+
+
+def test_live_calls_go_to_the_lm_and_tell_what_changed(calls: list[dict[str, Any]]) -> None:
+    with dspy.context(lm=dummy("red", "white", "blue", "new")), playing(calls, live=True) as playback:
+        assert conversation() == ["red", "white", "blue"]
+        assert ask("three") == "new"
+    changed, unexpected = playback.divergences
+    assert (changed.kind, changed.ordinal, unexpected.kind) == ("answer", 1, "unexpected")
+    assert [line[:6] for line in changed.diff() if line[:2] in ("-g", "+w")] == ["-green", "+white"]
+
+
+def test_live_calls_go_past_the_cache() -> None:
+    engine = Engine()
+    lm = lm_on(engine, cache=True)
+    dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=True)
+    _, calls = recorded(lambda: lm("live hello"))
+    with playing(calls, live=True) as playback:
+        lm("live hello")
+    assert (engine.asked, playback.divergences) == (2, [])
+
+
+def test_the_innermost_playback_holds() -> None:
+    _, outer = recorded(lambda: dummy("outer")("hello"))
+    _, inner = recorded(lambda: dummy("inner")("hello"))
+    with playing(outer):
+        with playing(inner) as playback:
+            assert "inner" in dummy()("hello")[0]
+        assert playback.divergences == []
+        assert "outer" in dummy()("hello")[0]

@@ -1,0 +1,592 @@
+"""Replays, over sessions that are recorded in memory: clean ones, and what each change makes of them."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from freezegun import freeze_time
+
+from dspex_persist import ToolContext, clock, tool
+from dspex_persist.replay import Aspect, Outcome, Recording, ReplayReport, load, replay
+from dspex_persist.replay.recorded import find_executions
+from dspex_persist.replay.tools import exception_like
+from dspex_persist.state.errors import InvalidArgumentError, RecordingError
+from dspex_persist.state.model import Failure, Value
+from tests.unit.replays import MemoryState, masked, recorded, session, with_start_value
+
+
+def aspects(report: ReplayReport) -> list[Aspect]:
+    return [each.what for each in report.divergences]
+
+
+def only(report: ReplayReport, what: Aspect) -> str:
+    """The text of the one divergence, which is of this aspect."""
+    assert aspects(report) == [what], report.describe()
+    return str(report.divergences[0])
+
+
+# A session with a bit of everything
+
+
+@tool
+def price(ctx: ToolContext, item: str) -> float:
+    """A price, which is looked up once."""
+    if item == "gold":
+        raise LookupError("no price of gold")
+    ctx["lookups"] += 1
+    return len(item) * 1.5
+
+
+@tool
+def order(ctx: ToolContext, items: list[str]) -> dict[str, Any]:
+    """Add up prices."""
+    total = 0.0
+    for item in items:
+        try:
+            total += ctx.call(price, item=item)
+        except LookupError:
+            ctx.log("left out", item=item)
+    ctx["total"] = total
+    return {"id": str(ctx.uuid()), "luck": ctx.random.random(), "at": ctx.now().isoformat(), "total": total}
+
+
+@tool
+def rearrange(ctx: ToolContext) -> str:
+    """Register, delete, look back, roll back, lock."""
+    made = ctx.variables.define("note", "hello", constraints={"max_length": 20}, metadata={"owner": "me"})
+    del ctx["old"]
+    ctx.variables.define("old", 1)
+    ctx["old"] = 2
+    ctx.variables.rollback("total", 0)
+    versions = [entry.version for entry in ctx.variables.history("total")]
+    return f"{made} {versions} {ctx.execution_id} {sorted(ctx)}"
+
+
+@tool
+def progress(ctx: ToolContext, to: int) -> Iterator[int]:
+    """Publish while it streams."""
+    for number in range(to):
+        ctx.publish("progress", number)
+        yield ctx["progress"]
+
+
+@tool
+async def later(ctx: ToolContext) -> AsyncIterator[str]:
+    """Stream, asynchronously."""
+    yield (ctx.now()).isoformat()
+    yield str(await ctx.call(price, item="tea"))
+
+
+@tool(retries=1)
+def contested(ctx: ToolContext) -> int:
+    """Meet with others at the first attempt."""
+    found: int = ctx["total_items"]
+    if ctx.attempt == 1:
+        meeting.set()
+        assert gone_on.wait(10)
+    ctx["total_items"] = found + 1
+    return ctx.attempt
+
+
+@tool
+def breaks(ctx: ToolContext) -> None:
+    """Fail, after a write."""
+    ctx["total"] = 1e6
+    raise ValueError("it broke")
+
+
+meeting, gone_on = threading.Event(), threading.Event()
+EVERYTHING = (price, order, rearrange, progress, later, contested, breaks)
+
+
+def live(state: MemoryState) -> None:
+    state.execute_tool("s", "order", {"items": ["tea", "gold", "milk"]})
+    state.set_variable("s", "total", 7.5)
+    state.execute_tool("s", "breaks")
+    state.execute_tool("s", "rearrange")
+    state.execute_tool("s", "progress", {"to": 3})
+    state.execute_tool("s", "later")
+    meeting.clear()
+    gone_on.clear()
+    contest = threading.Thread(target=state.execute_tool, args=("s", "contested"))
+    contest.start()
+    assert meeting.wait(10)
+    state.set_variable("s", "total_items", 5)
+    gone_on.set()
+    contest.join(10)
+    state.execute_tool("s", "order", {"items": ["bread"]})
+
+
+@pytest.fixture(scope="module")
+def everything() -> Recording:
+    with session(*EVERYTHING, lookups=0, total=0.0, old="x", progress=-1, total_items=0) as state:
+        live(state)
+        return state.recording()
+
+
+def test_a_session_with_everything_replays_clean(everything: Recording) -> None:
+    report = replay(everything, EVERYTHING)
+    assert report.ok, report.describe(50)
+    assert report.count(Outcome.SAME) == 12
+    assert [(each.tool, each.reason) for each in report.executions if each.outcome is Outcome.SKIPPED] == [
+        ("contested", "it ended as conflict, which depends on others")
+    ]
+
+
+def test_a_replay_writes_nothing_and_may_be_repeated(everything: Recording) -> None:
+    assert replay(everything, EVERYTHING) == replay(everything, EVERYTHING)
+
+
+def test_the_recording_keeps_its_random_numbers_ids_and_times(everything: Recording) -> None:
+    @tool(name="order")
+    def ordered(ctx: ToolContext, items: list[str]) -> dict[str, Any]:
+        total = order(ctx, items)["total"]
+        # Drawn once more than recorded, so that the result is another one.
+        return {"id": str(ctx.uuid()), "luck": ctx.random.random(), "at": ctx.now().isoformat(), "total": total}
+
+    report = replay(everything, [price, ordered], only_tools=["order"], until=30)
+    assert aspects(report) == [Aspect.DRAWS, Aspect.RESULT]
+    text = report.describe()
+    assert "asks for the time 2 times, recorded are 1" in text
+    assert '- "luck"' in text
+    assert '+ "luck"' in text
+
+
+# What each change makes of it
+
+
+@tool
+def discount(ctx: ToolContext, percent: float) -> float:
+    """Lower the price."""
+    ctx["price"] = ctx["price"] * (100 - percent) / 100
+    return float(ctx["price"])
+
+
+@pytest.fixture(scope="module")
+def discounted() -> Recording:
+    return recorded(discount, {"percent": 20}, price=10.0)
+
+
+def test_other_code_writes_and_returns_something_else(discounted: Recording) -> None:
+    @tool(name="discount")
+    def doubled(ctx: ToolContext, percent: float) -> float:
+        ctx["price"] = ctx["price"] * (100 - 2 * percent) / 100
+        return float(ctx["price"])
+
+    report = replay(discounted, [doubled])
+    assert aspects(report) == [Aspect.RESULT, Aspect.WRITES]
+    (execution,) = report.executions
+    assert execution.outcome is Outcome.DIVERGED
+    assert execution.divergences == report.divergences
+    assert report.describe() == (
+        "session s: 2 divergences in 1 execution (1 diverged)\n\n"
+        f"{execution.execution_id}: its result is not the recorded one\n-result = 8.0\n+result = 6.0\n\n"
+        f"{execution.execution_id}: it writes something else than recorded\n-price v1 = 8.0\n+price v1 = 6.0"
+    )
+
+
+def test_another_start_value_makes_another_result(discounted: Recording) -> None:
+    report = replay(with_start_value(discounted, "price", "20.0"), [discount])
+    assert "-price v1 = 8.0\n+price v1 = 16.0" in report.describe()
+
+
+def test_each_execution_stands_on_what_was_recorded() -> None:
+    @tool
+    def add(ctx: ToolContext) -> None:
+        ctx["n"] += 1
+
+    with session(add, n=0) as state:
+        for _ in range(5):
+            state.execute_tool("s", "add")
+        recording = state.recording()
+    report = replay(with_start_value(recording, "n", "7"), [add])
+    assert [each.outcome for each in report.executions] == [Outcome.DIVERGED, *[Outcome.SAME] * 4]
+
+
+def test_calls_in_another_order_are_told() -> None:
+    @tool
+    def step(ctx: ToolContext, name: str) -> str:
+        return name
+
+    @tool
+    def walk(ctx: ToolContext) -> None:
+        ctx.call(step, name="left")
+        ctx.call(step, name="right")
+
+    @tool(name="walk")
+    def turned(ctx: ToolContext) -> None:
+        ctx.call(step, name="right")
+        ctx.call(step, name="left")
+
+    text = only(replay(recorded(walk, {}, step), [turned, step]), Aspect.CALLS)
+    assert 'it calls other tools than recorded\n+step(name="right")\n step(name="left")\n-step(name="right")' in text
+
+
+def test_calls_that_are_new_or_are_not_made_any_more_are_told() -> None:
+    @tool
+    def step(ctx: ToolContext, name: str) -> str:
+        return name
+
+    @tool
+    def walk(ctx: ToolContext) -> None:
+        ctx.call(step, name="left")
+
+    @tool(name="walk")
+    def stays(ctx: ToolContext) -> None:
+        pass
+
+    with_call, without = recorded(walk, {}, step), recorded(stays)
+    report = replay(with_call, [stays, step])
+    assert only(report, Aspect.CALLS).endswith('\n-step(name="left")')
+    assert [each.reason for each in report.executions] == ["", "it was not called this time"]
+    assert only(replay(without, [walk, step]), Aspect.CALLS).endswith('\n+step(name="left")')
+
+
+def test_another_order_of_writes_is_told() -> None:
+    @tool
+    def both(ctx: ToolContext) -> None:
+        ctx["a"] = 1
+        ctx["b"] = 2
+
+    @tool(name="both")
+    def turned(ctx: ToolContext) -> None:
+        ctx["b"] = 2
+        ctx["a"] = 1
+
+    only(replay(recorded(both, a=0, b=0), [turned]), Aspect.WRITES)
+
+
+def test_what_is_registered_deleted_and_depended_on_is_compared() -> None:
+    def make(limit: int, delete: bool, kind: str) -> Any:
+        @tool
+        def make(ctx: ToolContext) -> None:
+            ctx.variables.define("made", 1, constraints={"max": limit})
+            ctx["made"] = 2
+            if delete:
+                del ctx["old"]
+
+        return make
+
+    recording = recorded(make(5, True, ""), old=1)
+    assert replay(recording, [make(5, True, "")]).ok
+    text = only(replay(recording, [make(6, True, "")]), Aspect.WRITES)
+    assert (
+        '-made v0 registered as integer with {"max":5} = 1\n+made v0 registered as integer with {"max":6} = 1' in text
+    )
+    assert only(replay(recording, [make(5, False, "")]), Aspect.WRITES).endswith("\n-old v1 deleted")
+
+
+def test_what_is_published_is_compared() -> None:
+    @tool
+    def show(ctx: ToolContext, by: int = 1) -> list[int]:
+        return [ctx.publish("n", by), ctx.publish("n", 2 * by)]
+
+    @tool(name="show")
+    def shows_more(ctx: ToolContext, by: int = 1) -> list[int]:
+        return [ctx.publish("n", 1), ctx.publish("n", 3)]
+
+    recording = recorded(show, n=0)
+    assert replay(recording, [show]).ok
+    assert only(replay(recording, [shows_more]), Aspect.PUBLISHED).endswith("\n n = 1\n-n = 2\n+n = 3")
+
+
+def test_what_others_wrote_before_a_value_was_published_counts() -> None:
+    @tool
+    def show(ctx: ToolContext) -> list[int]:
+        first = ctx.publish("n", 1)
+        meeting.set()
+        assert gone_on.wait(10)
+        return [first, ctx.publish("n", 2), *(entry.version for entry in ctx.variables.history("n"))]
+
+    meeting.clear()
+    gone_on.clear()
+    with session(show, n=0) as state:
+        shown = threading.Thread(target=state.execute_tool, args=("s", "show"))
+        shown.start()
+        assert meeting.wait(10)
+        for number in (7, 8):
+            state.set_variable("s", "n", number)
+        gone_on.set()
+        shown.join(10)
+        recording = state.recording()
+    (execution,) = find_executions(recording.commits)
+    assert execution.result == Value("[1,4,4,3,2,1,0]")
+    report = replay(recording, [show])
+    assert report.ok, report.describe()
+
+
+def test_an_error_that_is_new_gone_or_another_one_is_told(discounted: Recording) -> None:
+    @tool(name="discount")
+    def breaks(ctx: ToolContext, percent: float) -> float:
+        ctx["price"] = 1.0
+        raise ValueError("no discount")
+
+    @tool(name="discount")
+    def breaks_otherwise(ctx: ToolContext, percent: float) -> float:
+        raise ValueError("none at all")
+
+    text = only(replay(discounted, [breaks]), Aspect.ERROR)
+    assert text.endswith("it fails, and did not when it was recorded\n+ValueError: no discount")
+    broken = recorded(breaks, {"percent": 20}, price=10.0)
+    assert replay(broken, [breaks]).ok
+    assert only(replay(broken, [discount]), Aspect.ERROR).endswith("\n-ValueError: no discount")
+    text = only(replay(broken, [breaks_otherwise]), Aspect.ERROR)
+    assert text.endswith("\n-ValueError: no discount\n+ValueError: none at all")
+
+
+def test_a_tool_that_is_gone_or_takes_other_parameters_is_refused(discounted: Recording) -> None:
+    @tool(name="discount")
+    def renamed(ctx: ToolContext, rate: float) -> float:
+        return rate
+
+    @tool
+    def discounts(ctx: ToolContext, percent: float) -> float:
+        return percent
+
+    assert "no such parameter" in only(replay(discounted, [renamed]), Aspect.ERROR)
+    assert "did you mean discounts?" in only(replay(discounted, [discounts]), Aspect.ERROR)
+
+
+def test_a_tool_that_became_asynchronous_is_the_same(discounted: Recording) -> None:
+    @tool(name="discount")
+    async def later(ctx: ToolContext, percent: float) -> float:
+        return float(discount(ctx, percent))
+
+    assert replay(discounted, [later]).ok
+
+
+# Tools that are not at hand
+
+
+def test_a_call_of_a_tool_that_is_not_here_is_answered_from_the_recording() -> None:
+    @tool
+    def inner(ctx: ToolContext, n: int) -> int:
+        ctx.publish("seen", n)
+        ctx["n"] = n
+        ctx.variables.define("new", n)
+        del ctx["old"]
+        if n == 3:
+            raise LookupError("no 3")
+        return n * 2
+
+    @tool
+    def outer(ctx: ToolContext) -> list[Any]:
+        found: list[Any] = [ctx.call("inner", n=2), ctx["n"], ctx["new"], sorted(ctx)]
+        try:
+            ctx.call("inner", n=3)
+        except LookupError as error:
+            found.append(str(error))
+        return found
+
+    recording = recorded(outer, {}, inner, n=0, seen=0, old=0)
+    report = replay(recording, [outer])
+    assert report.ok, report.describe()
+    assert [each.outcome for each in report.executions] == [Outcome.SAME, Outcome.SKIPPED, Outcome.SKIPPED]
+    assert report.executions[1].reason == "its code is not here: what it did was taken from the recording"
+
+    @tool(name="outer")
+    def calls_once_more(ctx: ToolContext) -> list[Any]:
+        found = outer(ctx)
+        ctx.call("inner", n=4)
+        return found
+
+    report = replay(recording, [calls_once_more])
+    assert aspects(report) == [Aspect.CALLS, Aspect.ERROR]
+    assert "+inner(n=4)" in report.describe()
+
+
+# The clock
+
+
+def test_leases_and_the_time_are_those_of_the_recording() -> None:
+    @tool
+    def when(ctx: ToolContext) -> list[bool]:
+        at = ctx.now()
+        return [ctx.variables.describe("n").updated_at <= at, datetime.now(at.tzinfo).date() == at.date()]  # noqa: TID251
+
+    @tool
+    def locked(ctx: ToolContext) -> None:
+        ctx["n"] = 1
+
+    with freeze_time("2020-02-02", tick=True, real_asyncio=True), session(when, locked, n=0) as state:
+        state.start_optimization("s", "n", "me")
+        state.execute_tool("s", "when")
+        state.execute_tool("s", "locked")
+        recording = state.recording()
+    report = replay(recording, [when, locked])
+    assert report.ok, report.describe()
+    assert [each.status for each in report.executions] == ["committed", "failed"]
+
+
+def test_a_clock_that_a_test_has_frozen_stays_as_it_is(everything: Recording) -> None:
+    with freeze_time("2030-01-01", real_asyncio=True):
+        assert replay(everything, EVERYTHING).ok
+        assert clock.now() == datetime(2030, 1, 1, tzinfo=UTC)
+    assert replay(everything, EVERYTHING, freeze=False).ok
+
+
+@pytest.mark.parametrize("name", ["LookupError", "ExceptionGroup", "ToolFailedError", "OwnError", "UnicodeDecodeError"])
+def test_a_recorded_error_is_raised_again_as_far_as_it_is_known(name: str) -> None:
+    error = exception_like(Failure(name, "it says so"))
+    assert (type(error).__name__, str(error)) == (name, "it says so")
+    assert isinstance(error, LookupError) == (name == "LookupError")
+
+
+# What is replayed
+
+
+def test_ranges_and_names_choose_executions(everything: Recording) -> None:
+    whole = [each for each in replay(everything, EVERYTHING).executions if each.parent_id is None]
+    second, fourth = whole[1], whole[3]
+
+    def between(since: object, until: object) -> list[str]:
+        report = replay(everything, EVERYTHING, since=since, until=until)  # type: ignore[arg-type]
+        return [each.execution_id for each in report.executions if each.parent_id is None]
+
+    expected = [each.execution_id for each in whole[1:4]]
+    assert between(second.execution_id, fourth.execution_id) == expected
+    assert between(second.commit, str(fourth.commit)) == expected
+    # The number in an id is another one in each file; the rest is not.
+    assert between("exec_9999_" + second.execution_id.rpartition("_")[2], fourth.commit) == expected
+    assert {each.tool for each in replay(everything, EVERYTHING, only_tools=["later"]).executions} == {"later", "price"}
+
+
+@pytest.mark.parametrize("wrong", [{"since": "noon"}, {"until": "exec_1_none"}, {"only_tools": ["ordr"]}])
+def test_a_choice_of_nothing_that_was_recorded_is_refused(everything: Recording, wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        replay(everything, EVERYTHING, **wrong)
+    assert caught.value.field in wrong
+
+
+def test_what_cannot_be_repeated_is_skipped_with_the_reason() -> None:
+    @tool(timeout_s=0.05)
+    async def slow(ctx: ToolContext) -> None:
+        await asyncio.sleep(30)
+
+    @tool
+    def hangs(ctx: ToolContext) -> None:
+        meeting.set()
+        gone_on.wait(10)
+
+    meeting.clear()
+    gone_on.clear()
+    with session(slow, hangs) as state:
+        state.execute_tool("s", "slow")
+        thread = threading.Thread(target=state.execute_tool, args=("s", "hangs"))
+        thread.start()
+        assert meeting.wait(10)
+        recording = state.recording()
+        gone_on.set()
+        thread.join(10)
+    report = replay(recording, [slow, hangs])
+    assert [(each.tool, each.reason) for each in report.executions] == [
+        ("slow", "it ended as timed out, which depends on others"),
+        ("hangs", "it had not ended when the recording was made"),
+    ]
+    assert report.ok
+
+
+def test_what_reads_a_masked_value_is_skipped() -> None:
+    @tool
+    def read(ctx: ToolContext, name: str) -> str:
+        return str(ctx[name])
+
+    @tool
+    def read_all(ctx: ToolContext) -> int:
+        return len(ctx.variables.list("sec*"))
+
+    @tool
+    def announce(ctx: ToolContext) -> None:
+        ctx.publish("secret", "z")
+
+    @tool
+    def call(ctx: ToolContext) -> None:
+        ctx.call("announce")
+
+    with session(read, read_all, announce, call, secret="x", open="y") as state:
+        for name in ("secret", "open"):
+            state.execute_tool("s", "read", {"name": name})
+        for tool_name in ("read_all", "announce", "call"):
+            state.execute_tool("s", tool_name)
+        recording = masked(state.recording(), "secret")
+    report = replay(recording, [read, read_all, announce, call])
+    outcomes = [(each.tool, each.outcome) for each in report.executions]
+    assert outcomes == [
+        ("read", Outcome.SKIPPED),
+        ("read", Outcome.SAME),
+        ("read_all", Outcome.SKIPPED),
+        ("announce", Outcome.SAME),
+        ("call", Outcome.SAME),
+        ("announce", Outcome.SAME),
+    ]
+    assert report.executions[0].reason == "it reads a variable whose values were kept out of the recording"
+    # In place of a tool that is not here the value would be needed.
+    report = replay(recording, [read, call], only_tools=["call"])
+    assert {each.outcome for each in report.executions} == {Outcome.SKIPPED}
+
+
+def test_progress_is_told_for_each_execution(everything: Recording) -> None:
+    told: list[tuple[int, int]] = []
+    replay(everything, EVERYTHING, progress=lambda done, in_all: told.append((done, in_all)))
+    assert told == [(done, 8) for done in range(9)]
+
+
+def test_a_document_has_everything_as_json(discounted: Recording) -> None:
+    report = replay(with_start_value(discounted, "price", "20.0"), [discount])
+    document = json.loads(json.dumps(report.document()))
+    (execution,) = document["executions"]
+    assert document == {
+        "format": "dspex-persist replay",
+        "version": 1,
+        "ok": False,
+        "session_id": "s",
+        "mode": "tools",
+        "commits": 4,
+        "same": 0,
+        "diverged": 1,
+        "skipped": 0,
+        "executions": [execution],
+        "divergences": execution["divergences"],
+    }
+    assert execution["divergences"][1] == {
+        "what": "writes",
+        "summary": "it writes something else than recorded",
+        "commit": 3,
+        "execution_id": execution["execution_id"],
+        "diff": ["-price v1 = 8.0", "+price v1 = 16.0"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"format": "dspex-persist session", "version": 2, "session_id": "s", "commits": 0}\n', "version 2"),
+        ("hello\n", "it is no recording"),
+        ("", "it is no recording"),
+    ],
+)
+def test_what_is_no_recording_is_refused_with_a_sentence(tmp_path: Path, content: str, reason: str) -> None:
+    path = tmp_path / "tape.jsonl"
+    path.write_text(content)
+    with pytest.raises(RecordingError, match=reason):
+        load(path)
+
+
+def test_a_thousand_executions_take_a_moment() -> None:
+    @tool
+    def nothing() -> None:
+        pass
+
+    with session(nothing) as state:
+        for _ in range(1_000):
+            state.execute_tool("s", "nothing")
+        recording = state.recording()
+    began = time.monotonic()
+    assert replay(recording, [nothing]).count(Outcome.SAME) == 1_000
+    assert time.monotonic() - began < 5

@@ -1,0 +1,133 @@
+"""Replays of tools that ask language models through DSPy."""
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import dspy
+import pytest
+from dspy.utils import DummyLM
+
+from dspex_persist import ToolContext, tool
+from dspex_persist.replay import Aspect, Outcome, Recording, replay
+from tests.unit.replays import recorded, session, with_start_value
+
+qa = dspy.Predict("question -> answer")
+
+
+def ask(question: str, *answers: str) -> str:
+    """An answer of a model that knows these."""
+    with dspy.context(lm=DummyLM([{"answer": answer} for answer in answers])):
+        return str(qa(question=question).answer)
+
+
+@tool(record_lm=True)
+def colour(ctx: ToolContext, of: str) -> str:
+    """Ask, twice."""
+    ctx["answer"] = ask(f"What colour is {of}, {ctx['tone']}?", "blue")
+    return ask(f"Is {ctx['answer']} a colour?", "yes")
+
+
+@pytest.fixture(scope="module")
+def recording() -> Recording:
+    return recorded(colour, {"of": "the sky"}, tone="please", answer="")
+
+
+def silent_model(*_args: Any, **_kwargs: Any) -> Any:
+    raise AssertionError("no model is to be asked")
+
+
+def test_a_program_is_given_the_recorded_answers(recording: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DummyLM, "forward", silent_model)
+    report = replay(recording, [colour])
+    assert report.ok, report.describe()
+    assert report.count(Outcome.SAME) == 1
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_streaming_and_asynchronous_tools_are_given_them_too(is_async: bool) -> None:
+    if is_async:
+
+        @tool(record_lm=True)
+        async def each(of: list[str]) -> AsyncIterator[str]:
+            with dspy.context(lm=DummyLM([{"answer": name.upper()} for name in of])):
+                for name in of:
+                    yield str((await qa.acall(question=name)).answer)
+
+        @tool(record_lm=True)
+        async def one(of: list[str]) -> str:
+            with dspy.context(lm=DummyLM([{"answer": "one"}])):
+                return str((await qa.acall(question=of[0])).answer)
+
+    else:
+
+        @tool(record_lm=True)
+        def each(of: list[str]) -> Iterator[str]:
+            for name in of:
+                yield ask(name, name.upper())
+
+        @tool(record_lm=True)
+        def one(of: list[str]) -> str:
+            return ask(of[0], "one")
+
+    with session(each, one) as state:
+        state.execute_tool("s", "each", {"of": ["a", "b"]})
+        state.execute_tool("s", "one", {"of": ["c"]})
+        recording = state.recording()
+    report = replay(recording, [each, one])
+    assert report.ok, report.describe()
+    assert report.count(Outcome.SAME) == 2
+
+
+def test_another_prompt_is_told_with_its_diff(recording: Recording) -> None:
+    @tool(name="colour", record_lm=True)
+    def hue(ctx: ToolContext, of: str) -> str:
+        ctx["answer"] = ask(f"What hue is {of}, {ctx['tone']}?", "blue")
+        return ask(f"Is {ctx['answer']} a colour?", "yes")
+
+    report = replay(recording, [hue])
+    first = report.divergences[0]
+    assert first.what is Aspect.LM
+    assert "LM call 0 asks for what was not recorded" in first.summary
+    text = str(first)
+    assert "What colour is the sky, please?" in text
+    assert "What hue is the sky, please?" in text
+
+
+def test_another_start_value_shows_in_the_prompt(recording: Recording) -> None:
+    report = replay(with_start_value(recording, "tone", '"now"'), [colour])
+    assert report.divergences[0].what is Aspect.LM
+    assert "What colour is the sky, now?" in report.describe()
+
+
+def test_a_call_that_is_not_made_any_more_is_told(recording: Recording) -> None:
+    @tool(name="colour", record_lm=True)
+    def once(ctx: ToolContext, of: str) -> str:
+        ctx["answer"] = ask(f"What colour is {of}, {ctx['tone']}?", "blue")
+        return "yes"
+
+    (divergence,) = replay(recording, [once]).divergences
+    assert (divergence.what, divergence.summary) == (Aspect.LM, "recorded LM call 1 was not made")
+
+
+def test_a_tool_that_was_recorded_without_its_calls_asks_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    @tool
+    def unrecorded() -> str:
+        return ask("Is it?", "yes")
+
+    recording = recorded(unrecorded)
+    monkeypatch.setattr(DummyLM, "forward", silent_model)
+    report = replay(recording, [unrecorded])
+    assert [each.what for each in report.divergences] == [Aspect.LM, Aspect.ERROR]
+
+
+def test_a_live_model_is_asked_and_what_it_says_otherwise_is_told(recording: Recording) -> None:
+    assert replay(recording, [colour], live_lm=True).ok
+
+    @tool(name="colour", record_lm=True)
+    def green(ctx: ToolContext, of: str) -> str:
+        ctx["answer"] = ask(f"What colour is {of}, {ctx['tone']}?", "green")
+        return ask("Is blue a colour?", "yes")
+
+    report = replay(recording, [green], live_lm=True)
+    assert [each.what for each in report.divergences] == [Aspect.LM, Aspect.WRITES]
+    assert "LM call 0 is answered otherwise than recorded call 0" in report.divergences[0].summary
