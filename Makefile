@@ -11,7 +11,7 @@ ARGS ?=
 # Quiet pip: progress is told by the echoes below, warnings and errors still show.
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup run serve test check lint types imports check-codegen docs
+.PHONY: help setup run serve test test-thorough check lint types imports check-codegen docs
 .PHONY: fix codegen bench peers crash-test clean
 
 help:  ## list the targets
@@ -41,6 +41,9 @@ serve: .venv/.installed  ## serve on the default file (ARGS="--db PATH --listen 
 
 test: .venv/.installed  ## run the tests (ARGS="-k name", WORKERS=0 for one process)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-thorough: .venv/.installed  ## ... and those that take long: do the proofs find planted bugs?
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m thorough $(ARGS)
 
 check: lint types imports check-codegen docs  ## everything that is checked without running the product
 

@@ -198,9 +198,10 @@ def timeline(executions: Sequence[ExecutionSummary], width: float = 1_080) -> Ti
 
 def _end_of(execution: ExecutionSummary) -> datetime | None:
     """When its code had ended: one that others called is committed later, with them. None while it runs."""
-    if execution.duration_us is not None:
-        return execution.began_at + timedelta(microseconds=execution.duration_us)
-    return execution.ended_at
+    if execution.parent_id is None or execution.duration_us is None or execution.ended_at is None:
+        return execution.ended_at
+    # The commit that ended it is its caller's.
+    return min(execution.began_at + timedelta(microseconds=execution.duration_us), execution.ended_at)
 
 
 def _family(

@@ -780,9 +780,9 @@ def planted(owner: type, name: str, bug: Callable[..., Any]) -> Iterator[None]:
         (FinishExecution, "_changed", check_nothing),
         (Execution, "finish", forget_patterns),
         (Execution, "finish", drop_steps),
-        (Execution, "undo", do_nothing),
+        pytest.param(Execution, "undo", do_nothing, marks=pytest.mark.thorough),
         (SessionStore, "_interrupt_stale", do_nothing),
-        (_Overlay, "rebase", keep_seen),
+        pytest.param(_Overlay, "rebase", keep_seen, marks=pytest.mark.thorough),
         (BeginExecution, "apply", read_committed),
     ],
 )
