@@ -6,7 +6,8 @@ MAKEFLAGS += --no-builtin-rules
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 CYCLES ?= 200
-WORKERS ?= 2
+# One more than the cores that CI has: tests wait for processes now and then.
+WORKERS ?= 3
 ARGS ?=
 # Quiet pip: progress is told by the echoes below, warnings and errors still show.
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check

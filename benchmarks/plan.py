@@ -64,7 +64,7 @@ QUICK = Plan(
     session_counts=(10, 100, 1_000),
     start_rounds=1,
     come_and_go=(50, 500),
-    audit_versions=(1_000, 4_000),
+    audit_versions=(1_000, 7_000),
     audit_rounds=1,
     audit_executions=20,
 )
