@@ -60,7 +60,7 @@ R = TypeVar("R", bound="DataclassInstance")
 
 @app.command(
     help=(
-        "Check everything: pages, references, the hash chain, versions, current values.\n\n"
+        "Check everything: schema, pages, references, the hash chain, versions, values, the index of metadata.\n\n"
         "The whole history is read and hashed again, 50,000 to 100,000 versions a second, while a server may go on "
         "writing. What was altered, even by one byte, shows, and so do commits that are gone: the file beside the "
         "database whose name ends in .anchor remembers the last one. A backup has no such file, so what is gone from "

@@ -25,7 +25,8 @@ HELP: Final = (
     "besides, such as sending mail, they do again.\n\n"
     "Executions that cannot be repeated are skipped, and listed with the reason: those that ended by a conflict, a "
     "timeout or a cancellation, those that ran in other processes, and those that read values which were kept out of "
-    "the recording.\n\n"
+    "the recording. Where all are skipped, the last line says that nothing was checked.\n\n"
+    "Commits and executions are numbered as in the recording; with --db as in the database, like audit does.\n\n"
     "--mode state runs no tools: it builds the state from the log alone, and tells where the log contradicts itself "
     "or, with --db, what the database keeps.\n\n"
 )
@@ -36,7 +37,7 @@ EPILOG: Final = (
     "dspex-persist replay --db sessions.db s1 --tools shop.tools --json\n\n"
     "dspex-persist replay --db sessions.db s1 --mode state\n\n"
     "[bold]Exit codes[/bold]\n\n"
-    "0  everything came out as recorded\n\n"
+    "0  everything that was checked came out as recorded\n\n"
     "1  failed; the sentence on stderr says why\n\n"
     "2  wrong usage, or tools that cannot be loaded\n\n"
     "5  no such file, or no database of ours\n\n"
@@ -82,7 +83,10 @@ ModeOption = Annotated[Mode, typer.Option("--mode", help="Run the tools, or only
 Since = Annotated[
     str,
     typer.Option(
-        "--from", metavar="POINT", show_default=False, help="From this commit of the recording, or execution."
+        "--from",
+        metavar="POINT",
+        show_default=False,
+        help="From this commit or execution: of the recording, with --db of the database.",
     ),
 ]
 Until = Annotated[

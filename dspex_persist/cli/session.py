@@ -19,6 +19,10 @@ from dspex_persist.errors import DspexError
 R = TypeVar("R")
 
 _STREAM: Final = "-"
+_LEFT_OUT: Final = (
+    "warning: values of sensitive variables are left out; executions that read them cannot be replayed, and a test "
+    "that can replay none fails (--reveal keeps the values in)"
+)
 
 HELP: Final = (
     "Take a session with its whole history out of a database, bring one into a database, fork one.\n\n"
@@ -56,7 +60,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for p
         "time. It is as of one moment, appears whole or not at all, and can be read by its owner only.\n\n"
         'Values of sensitive variables (those with the metadata "sensitive": "true") are left out unless --reveal. '
         "What tools were given, returned and logged is not masked.\n\n"
-        "--as-test writes a test for pytest as well, which replays the recording with the tools of --tools.\n\n"
+        "--as-test writes a test for pytest as well, which replays the recording with the tools of --tools. Executions "
+        "that read values which are left out cannot be replayed.\n\n"
     ),
     epilog=(
         "[bold]Examples[/bold]\n\n"
@@ -116,6 +121,8 @@ def export(
             report = transfer.export_session(path, session, target, started=started, reveal=reveal, progress=progress)
             if as_test is not None:
                 as_test.write_text(_test_of(session, as_test, target, tools or []), encoding="utf-8")
+                if report.masked:
+                    print(_LEFT_OUT, file=sys.stderr)
             return report
         with _stdout() as stream:
             return transfer.export_session(path, session, stream, started=started, reveal=reveal, progress=progress)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from dspex_persist.clock import from_micros
-from dspex_persist.state.errors import InvalidArgumentError, NotADatabaseError, RecordingError, quote
+from dspex_persist.state.errors import NotADatabaseError, RecordingError
 from dspex_persist.state.model import ChangeKind, Event, EventKind, ExecutionStatus, Failure, Value
 from dspex_persist.state.recording import Header, RecordedCommit, RecordedVersion, read_recording
 
@@ -213,40 +213,3 @@ class Written:
     def left(self) -> list[RecordedVersion]:
         """What nobody has taken."""
         return [version for there in self._versions.values() for version in there]
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Which executions are meant, by the commits of their beginnings, both included."""
-
-    first: int = 0
-    last: int | None = None
-
-    def has(self, number: int) -> bool:
-        """Whether an execution that began there is meant."""
-        return self.first <= number and (self.last is None or number <= self.last)
-
-
-def range_of(roots: Iterable[RecordedExecution], since: str | int, until: str | int) -> Range:
-    """The range between two points: commits of the recording, or ids of executions; "" is its beginning or end."""
-    numbers = {_token(each.id): each.number for root in roots for each in root.tree()}
-    first, last = _number(since, "since", numbers), _number(until, "until", numbers)
-    return Range(first or 0, last)
-
-
-def _number(point: str | int, option: str, numbers: Mapping[str, int]) -> int | None:
-    text = str(point).strip()
-    if not text:
-        return None
-    if text.isascii() and text.isdecimal():
-        return int(text)
-    number = numbers.get(_token(text)) if text.startswith("exec_") else None
-    if number is None:
-        reason = "is neither a number of a commit of the recording nor the id of one of its executions"
-        raise InvalidArgumentError(option, f"{quote(text)} {reason}")
-    return number
-
-
-def _token(execution_id: str) -> str:
-    """What an execution's id keeps in every file: the number in it is that of the file's own commit."""
-    return execution_id.rpartition("_")[2]

@@ -40,8 +40,9 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Something that came out differently. `commit`: where in the recording; `execution_id` is "" if no execution is
-    concerned. `diff`: recorded lines (-) and new ones (+), with some around them."""
+    """Something that came out differently. `commit`: where in the recording, or in the database that it was read from;
+    `execution_id` is "" if no execution is concerned. `diff`: recorded lines (-) and new ones (+), with some around
+    them."""
 
     what: Aspect
     summary: str
@@ -87,8 +88,18 @@ class ReplayReport:
 
     @property
     def ok(self) -> bool:
-        """Whether everything came out as it was recorded."""
+        """Whether everything that was checked came out as it was recorded."""
         return not self.divergences
+
+    @property
+    def checked(self) -> bool:
+        """Whether anything was: executions that were skipped were not."""
+        return self.mode == "state" or any(each.outcome is not Outcome.SKIPPED for each in self.executions)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why executions were skipped, each reason once."""
+        return tuple(dict.fromkeys(each.reason for each in self.executions if each.outcome is Outcome.SKIPPED))
 
     def count(self, outcome: Outcome) -> int:
         """How many executions ended so."""
@@ -100,6 +111,7 @@ class ReplayReport:
             "format": DOCUMENT,
             "version": DOCUMENT_VERSION,
             "ok": self.ok,
+            "checked": self.checked,
             "session_id": self.session_id,
             "mode": self.mode,
             "commits": self.commits,
@@ -121,8 +133,12 @@ class ReplayReport:
         found = _counted(len(self.divergences), "divergence") if self.divergences else "no divergence"
         if self.mode == "state":
             return f"session {self.session_id}: {found} in {_counted(self.commits, 'commit')}"
+        if not self.executions:
+            return f"session {self.session_id}: nothing was checked: it has no executions"
         counts = ", ".join(f"{self.count(each)} {each.value}" for each in Outcome if self.count(each))
-        ran = f"{_counted(len(self.executions), 'execution')} ({counts})" if counts else "no executions"
+        ran = f"{_counted(len(self.executions), 'execution')} ({counts})"
+        if not self.checked:
+            return f"session {self.session_id}: nothing was checked in {ran}: {'; '.join(self.reasons)}"
         return f"session {self.session_id}: {found} in {ran}"
 
     def __str__(self) -> str:

@@ -8,15 +8,9 @@ from typing import Final, TypeAlias
 from dspex_persist import clock
 from dspex_persist.cognitive.toolbox import Toolbox
 from dspex_persist.replay.compare import compare
+from dspex_persist.replay.numbers import Numbers, range_of
 from dspex_persist.replay.rebuild import Past
-from dspex_persist.replay.recorded import (
-    RecordedExecution,
-    Recording,
-    Source,
-    find_executions,
-    load,
-    range_of,
-)
+from dspex_persist.replay.recorded import RecordedExecution, Recording, Source, find_executions, load
 from dspex_persist.replay.report import Aspect, Divergence, Outcome, ReplayedExecution, ReplayReport
 from dspex_persist.replay.take import Stage, Take
 from dspex_persist.replay.tools import RunAgain, in_place_of, stand_ins_for
@@ -54,17 +48,20 @@ def replay(
 
     Nothing is written anywhere, except by what the tools' code does besides. An execution stands on the state that was
     recorded, whatever became of those before it. `since` and `until` say which, by commits of the recording or ids of
-    executions, both included; `only_tools` are the names of those tools that are to run.
+    executions, both included; `only_tools` are the names of those tools that are to run. Commits and executions have
+    the numbers of the recording; where it was read from a database, as `record` does, those of the database.
 
     Language models are not asked: their recorded answers are played back. With `live_lm` they are asked, and what they
     answer otherwise is a divergence. Where freezegun is installed, `freeze` has the process's clock begin each
     execution at its recorded time; `ctx.now()` needs none of that.
 
-    Raises `RecordingError` for what is no recording, `InvalidArgumentError` for points and names that it does not have.
+    Raises `RecordingError` for what is no recording, `InvalidArgumentError` for points and names that it does not have,
+    and for those between which no execution began.
     """
     recorded = load(recording)
     roots = find_executions(recorded.commits)
-    chosen = _chosen(roots, since, until, frozenset(only_tools))
+    numbers = Numbers(recorded)
+    chosen = _chosen(roots, numbers, since, until, frozenset(only_tools))
     rerun = _Rerun(recorded, _toolbox(tools), live_lm, limits or Limits(), chosen)
     told: list[ReplayedExecution] = []
     with rerun.open(), _clock(freeze and not live_lm) as move_to:
@@ -72,7 +69,7 @@ def replay(
             if progress is not None:
                 progress(done, len(chosen))
             move_to(root.at)
-            told.extend(rerun.run(root))
+            told.extend(map(numbers.told, rerun.run(root)))
     if progress is not None:
         progress(len(chosen), len(chosen))
     told.sort(key=lambda each: each.commit)
@@ -93,14 +90,21 @@ def _toolbox(tools: Tools) -> Mapping[str, ToolCode]:
 
 
 def _chosen(
-    roots: Sequence[RecordedExecution], since: str | int, until: str | int, names: frozenset[str]
+    roots: Sequence[RecordedExecution], numbers: Numbers, since: str | int, until: str | int, names: frozenset[str]
 ) -> list[RecordedExecution]:
-    meant = range_of(roots, since, until)
+    meant = range_of(roots, numbers, since, until)
     known = {root.tool for root in roots}
     for name in sorted(names - known):
         reason = f"no execution of {quote(name)} was recorded; there are {', '.join(sorted(known)) or 'none'}"
         raise InvalidArgumentError("only_tools", reason)
-    return [root for root in roots if meant.has(root.number) and (not names or root.tool in names)]
+    named = [root for root in roots if not names or root.tool in names]
+    chosen = [root for root in named if meant.has(numbers.shown(root.number))]
+    if named and not chosen:
+        first, last = numbers.shown(named[0].number), numbers.shown(named[-1].number)
+        of_names = f" of {', '.join(map(quote, sorted(names)))}" if names else ""
+        reason = f"no execution{of_names} began in commits {meant.first} to {meant.last}: the first began with commit "
+        raise InvalidArgumentError("since" if str(since) else "until", f"{reason}{first}, the last with commit {last}")
+    return chosen
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from dspex_persist.replay.numbers import Numbers
 from dspex_persist.replay.rebuild import Rebuilt
 from dspex_persist.replay.recorded import Source, Written, load
 from dspex_persist.replay.report import Aspect, Divergence, ReplayReport, diff_of
@@ -28,7 +29,8 @@ def replay_state(
     found = [divergence for commit in recorded.commits for divergence in check.take(commit)]
     if stored is not None:
         found.extend(check.compare(stored, len(recorded.commits)))
-    return ReplayReport(recorded.header.session_id, "state", len(recorded.commits), divergences=tuple(found))
+    told = tuple(map(Numbers(recorded).told_of, found))
+    return ReplayReport(recorded.header.session_id, "state", len(recorded.commits), divergences=told)
 
 
 class _Check:

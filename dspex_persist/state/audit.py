@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from difflib import get_close_matches
 from enum import StrEnum
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeAlias, TypeVar
@@ -30,6 +31,7 @@ SENSITIVE: Final = "sensitive"
 PAGE: Final = 500
 _DEEPEST: Final = 100
 _MOST_NODES: Final = 10_000
+_NAMED: Final = 5
 
 Cursor: TypeAlias = tuple[int, ...]
 """Where a page ended: the key of its last row."""
@@ -323,6 +325,15 @@ def is_glob(text: str) -> bool:
     return "*" in text or "?" in text
 
 
+def what_there_is(asked: str, names: Sequence[str]) -> str:
+    """The name that may have been meant, or some of those that there are."""
+    meant = get_close_matches(asked, names, 1)
+    if meant:
+        return f"did you mean {quote(meant[0])}?"
+    told = [*map(quote, names[:_NAMED]), *(["..."] if len(names) > _NAMED else [])]
+    return f"there are: {', '.join(told)}" if names else "there are none"
+
+
 # Points
 
 
@@ -429,18 +440,27 @@ class AuditSource(ABC):
 
     def diff(self, session: str, start: str, end: str = "") -> tuple[Difference, ...]:
         """What is not at `end` what it was at `start`, in the order of names."""
-        before = {variable.name: variable for variable in self.state(session, start)}
-        after = {variable.name: variable for variable in self.state(session, end)}
+        before = {variable.name: variable for variable in self._state("from", session, start)}
+        after = {variable.name: variable for variable in self._state("to", session, end)}
         found = (_difference(name, before.get(name), after.get(name)) for name in sorted(before.keys() | after.keys()))
         return tuple(each for each in found if each is not None)
+
+    def _state(self, option: str, session: str, point: str) -> tuple[VariableState, ...]:
+        """The state at a point that was given as `option`."""
+        try:
+            return self.state(session, point)
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(option, error.reason) from error
 
     def blame(self, session: str, variable: str = "", at: str = "", depth: int = 1) -> tuple[LineageNode, ...]:
         """What set the values as they stood at a point, and on what that stood, `depth` steps back."""
         standing = self.state(session, at)
         if variable:
+            names = [each.name for each in standing]
             standing = tuple(each for each in standing if variable in (each.name, each.variable_id))
             if not standing:
-                raise NotInHistoryError("variable", variable, f"session {quote(session)} did not have it then")
+                hint = f"session {quote(session)} did not have it then; {what_there_is(variable, names)}"
+                raise NotInHistoryError("variable", variable, hint)
         return tuple(self._lineage(standing, min(depth, _DEEPEST)))
 
     def _lineage(self, standing: Sequence[VariableState], depth: int) -> Iterator[LineageNode]:

@@ -94,8 +94,8 @@ def _nothing(*_: object) -> None:
 class BridgedState(StateProvider):
     """Session state behind a gRPC target such as "127.0.0.1:50051" or "unix:/run/dspex.sock".
 
-    A call that is not answered within `timeout_s` fails. If it wrote, and had an idempotency key, it is repeated
-    with it until then, and so happens once; without a key its outcome is unknown.
+    A call that is not answered within `timeout_s` fails. If it wrote, and had an idempotency key, it is repeated with
+    it for as long after the connection was lost, and so happens once; without a key its outcome is unknown.
 
     With `execution_id` every call on variables and tools is part of that running execution's transaction: this is how
     the process that runs a registered tool reaches it (it is told the id in `x-dspex-execution-id`).
@@ -134,6 +134,7 @@ class BridgedState(StateProvider):
             command,
             partial(self._headers_of, asked_by, command),
             self._patience_s(command),
+            self._timeout_s,
             self._target,
             repeatable=asked_by.idempotency_key is not None,
         ).start()
@@ -240,6 +241,7 @@ class _Attempt:
         command: Command[Any],
         headers: Callable[[], _Headers],
         timeout_s: float,
+        lost_s: float,
         target: str,
         *,
         repeatable: bool,
@@ -250,6 +252,10 @@ class _Attempt:
         self._repeatable = repeatable
         self._make_headers = headers
         self._deadline = time.monotonic() + timeout_s
+        # A tool may take its time; a server that is gone is not waited for as long as that.
+        self._lost_s = lost_s
+        self._give_up_at: float | None = None
+        self._unknown: OutcomeUnknownError | None = None
         self._target = target
         self._pause_s = _FIRST_PAUSE_S
         self._future: Future[Any] = Future()
@@ -299,10 +305,19 @@ class _Attempt:
         if lost:
             error = self._lost(call.details() or call.code().name)
         open_still = lost or isinstance(error, OutcomeUnknownError | EngineClosedError | ShuttingDownError)
-        if open_still and self._repeatable and time.monotonic() + self._pause_s < self._deadline:
+        if isinstance(error, OutcomeUnknownError):
+            self._unknown = error
+        if open_still and self._repeatable and time.monotonic() + self._pause_s < self._until():
             self._send_later()
         else:
-            self._future.set_exception(error)
+            # That it cannot be reached any more says nothing of what it did before.
+            self._future.set_exception(self._unknown if self._unknown is not None and lost else error)
+
+    def _until(self) -> float:
+        """Until when it is repeated, counted from the first failure."""
+        if self._give_up_at is None:
+            self._give_up_at = min(self._deadline, time.monotonic() + self._lost_s)
+        return self._give_up_at
 
     def _send_later(self) -> None:
         timer = threading.Timer(self._pause_s, self._send_again)

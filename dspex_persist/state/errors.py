@@ -50,8 +50,8 @@ class SessionExistsError(StateError):
 
     def __str__(self) -> str:
         return (
-            f"session {quote(self.session_id)} is live here already: use another id (session import: --as ID), "
-            "or end that session first"
+            f"session {quote(self.session_id)} is live here already: use another id for the new one "
+            "(of an import: --as ID), or end that session first"
         )
 
 
@@ -102,7 +102,7 @@ class VersionPrunedError(StateError):
     def __str__(self) -> str:
         return (
             f"version {self.version} of variable {quote(self.name)} was pruned: its value is gone; "
-            "GetVariableHistory lists the versions that are left"
+            "its history lists the versions that are left"
         )
 
 

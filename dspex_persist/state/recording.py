@@ -39,7 +39,10 @@ class RecordedVersion:
 
 @dataclass(frozen=True, slots=True)
 class RecordedCommit:
-    """A commit of the session: its number within the session, and everything that it changed."""
+    """A commit of the session: its number within the session, and everything that it changed.
+
+    `sequence`: its number in the database that it was read from, which no recording keeps; 0 if it was read from one.
+    """
 
     number: int
     at: datetime
@@ -47,6 +50,7 @@ class RecordedCommit:
     cause: str
     versions: tuple[RecordedVersion, ...] = ()
     events: tuple[Event, ...] = ()
+    sequence: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,12 +189,17 @@ def renumbered(commit: RecordedCommit, number_of: Callable[[int], int | None]) -
     """The commit with other numbers in the ids of its executions; None leaves an id as it is."""
 
     def changed(execution_id: str) -> str:
-        match = _EXECUTION.fullmatch(execution_id)
-        number = number_of(int(match[1])) if match is not None else None
-        return f"exec_{number}_{match[2]}" if match is not None and number is not None else execution_id
+        return renumbered_id(execution_id, number_of)
 
     def changed_event(event: Event) -> Event:
         ids = {name: changed(told) for name in _EXECUTION_FIELDS if isinstance(told := event.body.get(name), str)}
         return Event(event.kind, {**event.body, **ids}) if ids else event
 
     return replace(commit, cause=changed(commit.cause), events=tuple(map(changed_event, commit.events)))
+
+
+def renumbered_id(execution_id: str, number_of: Callable[[int], int | None]) -> str:
+    """The id of an execution with another number; None leaves it as it is."""
+    match = _EXECUTION.fullmatch(execution_id)
+    number = number_of(int(match[1])) if match is not None else None
+    return f"exec_{number}_{match[2]}" if match is not None and number is not None else execution_id

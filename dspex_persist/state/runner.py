@@ -6,10 +6,12 @@ stops nobody else.
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import contextvars
 import functools
 import json
+import os
 import random
 import threading
 import time
@@ -21,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from difflib import get_close_matches
 from enum import StrEnum
+from pathlib import Path
 from random import Random
 from typing import Any, Final, Protocol, TypeAlias, TypeVar
 from uuid import UUID
@@ -83,6 +86,13 @@ _JOIN_PAUSE_S: Final = 0.02
 _MOST_JOINS: Final = 1_000
 _SAY_AGAIN_S: Final = 5.0
 _CLEAN_UP_S: Final = 2.0
+_PACKAGE: Final = Path(__file__).parents[1]
+_BETWEEN: Final = (
+    *(f"{_PACKAGE / layer}{os.sep}" for layer in ("cognitive", "infra", "state")),
+    *(f"{folder}{os.sep}" for folder in (*asyncio.__path__, *concurrent.futures.__path__)),
+    contextlib.__file__,
+)
+"""The files of what stands between a tool's code and whoever asked for it."""
 _ANEW: Final = (ExecutionStatus.CANCELLED, ExecutionStatus.INTERRUPTED, ExecutionStatus.CONFLICT)
 """How an execution may have ended that whoever waited for it begins again."""
 _CODES: Final = {
@@ -735,7 +745,10 @@ class ToolRunner:
                     result = await self._call(job, job.tool, session)
         except TimeoutError as error:
             if limit.expired():
-                raise ToolTimedOutError(session.execution_id, f"it took longer than {timeout_s:g} s") from error
+                whose = "" if timeout_s == own_s else ", which is how long its caller waits"
+                raise ToolTimedOutError(
+                    session.execution_id, f"it took longer than {timeout_s:.3g} s{whose}"
+                ) from error
             raise
         size, most = result.size_bytes, self.limits.value_size_bytes
         if size > most:
@@ -891,12 +904,27 @@ def _status_of(error: Exception) -> ExecutionStatus:
     return ExecutionStatus.TIMED_OUT if isinstance(error, ToolTimedOutError) else ExecutionStatus.FAILED
 
 
+def _trace_of(error: BaseException) -> str:
+    """The traceback, of users' code only: of the errors that led to it, too, as far as they were raised there."""
+    told = traceback.TracebackException.from_exception(error)
+    _keep_users_frames(told)
+    return "".join(told.format())
+
+
+def _keep_users_frames(told: traceback.TracebackException) -> None:
+    users = [frame for frame in told.stack if not frame.filename.startswith(_BETWEEN)]
+    told.stack = traceback.StackSummary.from_list(users or told.stack[-1:])
+    for other in (told.__cause__, told.__context__, *(told.exceptions or ())):
+        if other is not None:
+            _keep_users_frames(other)
+
+
 def _failure_of(error: BaseException) -> Failure:
     try:
         text = str(error)
     except Exception as fault:  # noqa: BLE001 -- users' code, too
         text = f"it has no text: its __str__ raised {type(fault).__name__}"
-    told = (type(error).__name__, text, "".join(traceback.format_exception(error)))
+    told = (type(error).__name__, text, _trace_of(error))
     # A lone surrogate is no character: no message can carry it.
     return Failure(*(each.encode(errors="backslashreplace").decode() for each in told))
 

@@ -47,6 +47,12 @@ def check(path: Path, references: Sequence[str], drive: Drive | None, mode: str,
     if not references:
         pytest.fail(f"{path.name}: say which tools it is replayed with: tools='package.module'", pytrace=False)
     again = f"pytest {shlex.quote(test)} --dspex-record=all"
+    if drive is None and not path.exists():
+        pytest.fail(
+            f"there is no recording {path}, and nobody to play its client: give the marker drive=function(context), or "
+            f"make the recording with: dspex-persist session export SESSION -o {path}",
+            pytrace=False,
+        )
     if mode == "all" or (mode != "none" and not path.exists()):
         _record(path, references, drive, folder)
     if not path.exists():
@@ -60,6 +66,8 @@ def check(path: Path, references: Sequence[str], drive: Drive | None, mode: str,
             f"{path.name} is stale: {report.describe()}\n\nIf that is how it should be, renew it with: {again}",
             pytrace=False,
         )
+    if report.executions and not report.checked:
+        pytest.fail(f"{path.name}: nothing of it was checked: {'; '.join(report.reasons)}", pytrace=False)
     recording = load(path)
     return Tape(path, recording, report, final_state(recording))
 
@@ -76,12 +84,6 @@ def final_state(recording: Recording) -> dict[str, Any]:
 def _record(path: Path, references: Sequence[str], drive: Drive | None, folder: Path) -> None:
     """Play the session in an engine of its own, and keep its log. Another worker's file is replaced whole."""
     old = load(path) if path.exists() else None
-    if drive is None and old is None:
-        pytest.fail(
-            f"there is no recording {path}, and nobody to play its client: give the marker drive=function(context), or "
-            f"make the recording with: dspex-persist session export SESSION -o {path}",
-            pytrace=False,
-        )
     session_id = old.header.session_id if old is not None else path.stem
     with open_engine(folder / "recording.db", references) as provider:
         if drive is not None:

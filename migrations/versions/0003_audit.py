@@ -101,7 +101,7 @@ _KINDS = (
     "CASE versions.kind WHEN 0 THEN 'registered' WHEN 1 THEN 'set' WHEN 2 THEN 'rolled_back' WHEN 3 THEN 'deleted' "
     "WHEN 4 THEN 'lock_broken' WHEN 5 THEN 'published' END"
 )
-_SENSITIVE = "(json_extract(variables.metadata, '$.sensitive') IS 'true')"
+_SENSITIVE = "(lower(json_extract(variables.metadata, '$.sensitive')) IS 'true')"
 _BEGAN = "CASE WHEN commits.cause GLOB 'exec_[0-9]*' THEN CAST(substr(commits.cause, 6) AS INTEGER) END"
 
 _VERSION_COLUMNS = f"""

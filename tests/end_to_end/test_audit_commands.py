@@ -23,7 +23,7 @@ import pytest
 from rich.cells import cell_len
 
 import dspex_persist
-from dspex_persist import cli, open_audit
+from dspex_persist import Toolbox, ToolContext, cli, open_audit, tool
 from dspex_persist.audit import (
     ChangeKind,
     CommitQuery,
@@ -277,14 +277,71 @@ def test_tables_say_that_there_is_more_and_how_to_get_it(ask: Callable[..., Said
     said = ask("commits", "--limit", "3").out.splitlines()
     assert len(said) == 6
     last = said[4].split()[0]
-    assert said[5] == (f"more than these 3 rows: --limit 0 shows all, --until {last} goes on from here")
-    onward = ask("commits", "--limit", "1", "--until", last).out.splitlines()
-    assert onward[2].split() == said[4].split()
+    assert said[5] == f"more than these 3 rows: --limit 0 shows all, --until {int(last) - 1} goes on from here"
     oldest = ask("commits", "--limit", "2", "--oldest-first").out.splitlines()
-    assert oldest[-1].endswith("--since 1 goes on from here")
+    assert oldest[-1].endswith("--since 2 goes on from here")
     everything = ask("commits", "--limit", "0").out
     assert "more than" not in everything
     assert len(everything.splitlines()) == 2 + len(ask("commits", "--json").rows)
+
+
+@pytest.mark.parametrize("order", [[], ["--oldest-first"]], ids=["newest first", "oldest first"])
+@pytest.mark.parametrize("name", ["history", "all history", "executions", "commits", "sessions"])
+def test_who_follows_what_tables_say_sees_each_row_once(
+    ask: Callable[..., Said], executions: dict[str, str], name: str, order: list[str]
+) -> None:
+    def page(*options: str) -> tuple[list[list[str]], str]:
+        lines = ask(*question(name, executions), *order, *options, width=300).out.splitlines()[2:]
+        # How far a long value is shown depends on the other rows.
+        rows = [[cell[:20] for cell in line.split()] for line in lines if re.search(r"\d\d:\d\d:\d\d", line)]
+        return rows, lines[-1]
+
+    seen: list[list[str]] = []
+    onward: tuple[str, ...] = ()
+    while True:
+        rows, told = page("--limit", "2", *onward)
+        seen += rows
+        hint = re.search(r"(--until|--since) (\d+) goes on from here$", told)
+        if hint is None:
+            break
+        onward = hint.groups()
+    assert seen == page("--limit", "0")[0]
+
+
+def test_a_table_ends_with_a_whole_commit(ask: Callable[..., Said], tmp_path: Path) -> None:
+    tools, path = Toolbox(), tmp_path / "pairs.db"
+    tools.add(write_pair)
+    with dspex_persist.connect(path, tools=tools) as state:
+        state.initialize_session("s")
+        for name in ("a", "b"):
+            state.register_variable("s", name, "integer", 0)
+        for _ in range(2):
+            state.execute_tool("s", "write_pair")
+
+    def page(*options: str) -> tuple[list[str], str]:
+        lines = ask("history", "s", *options, db=path).out.splitlines()[2:]
+        return [line.split()[0] for line in lines if line.startswith(" ")], lines[-1]
+
+    newest, told = page("--limit", "1")
+    assert newest == ["7", "7"]
+    assert told == "more than these 2 rows: --limit 0 shows all, --until 6 goes on from here"
+    assert page("--limit", "1", "--until", "6")[0] == ["5", "5"]
+    assert page("--limit", "3", "--until", "6")[0] == ["5", "5", "3"]
+    oldest, told = page("--limit", "3", "--oldest-first")
+    assert oldest == ["2", "3", "5", "5"]
+    assert told == "more than these 4 rows: --limit 0 shows all, --since 5 goes on from here"
+    last, told = page("--limit", "1", "--oldest-first", "--since", "5")
+    assert last == ["7", "7"]
+    assert "more than" not in told
+    # Programs get as many as they ask for.
+    assert len(ask("history", "s", "--limit", "1", "--json", db=path).rows) == 1
+
+
+@tool
+def write_pair(ctx: ToolContext) -> None:
+    """Two versions in one commit."""
+    for name in ("a", "b"):
+        ctx[name] += 1
 
 
 def test_times_are_local_or_utc(
@@ -387,6 +444,26 @@ def test_diff_looks_like_a_diff(ask: Callable[..., Said], executions: dict[str, 
     assert re.search(r"^prompt .*\n@@ -1,4 \+1,4 @@\n  one\n- two\n\+ TWO\n  three$", said, re.MULTILINE)
     assert re.search(rf"^pin .*\n- {MASK}\n\+ {MASK}$", said, re.MULTILINE)
     assert "no difference between" in ask("diff", SESSION, "--from", "now").out
+    assert "backwards" not in said
+
+
+def test_a_diff_of_a_whole_execution_has_what_it_published_and_one_of_its_commit_has_not(
+    ask: Callable[..., Said], executions: dict[str, str]
+) -> None:
+    progress = executions["progress"]
+    of_commit = ask("diff", SESSION, "--from", f"{progress}^", "--to", progress, "--json").rows
+    began = progress.split("_")[1]
+    of_all = ask("diff", SESSION, "--from", began, "--to", progress, "--json").rows
+    assert [each["name"] for each in of_commit] == ["b"]
+    assert [each["name"] for each in of_all] == ["a", "b"]
+
+
+def test_a_diff_that_goes_backwards_says_so(ask: Callable[..., Said], executions: dict[str, str]) -> None:
+    add = executions["add"]
+    last = ask("show", add, "--json").rows[0]["summary"]["ended_sequence"]
+    said = ask("diff", SESSION, "--from", add, "--to", f"{add}^").out.splitlines()
+    assert said[0] == f"backwards: from commit {last} to the older commit {last - 1}"
+    assert said[2:] == ["- 2", "+ 0"]
 
 
 def test_blame_is_a_tree(ask: Callable[..., Said], executions: dict[str, str]) -> None:
@@ -448,7 +525,11 @@ def test_what_is_masked_cannot_be_found_by_its_value(ask: Callable[..., Said]) -
         (["show", "999999"], FAILED, "no execution 'exec_999999'"),
         (["history", SESSION, "--since", "yesterday"], USAGE, "invalid since: 'yesterday' is no point"),
         (["history", SESSION, "--until", "999999"], USAGE, "invalid until: there is no commit 999999 yet"),
-        (["state", SESSION, "--at", "1"], USAGE, "did not live at commit 1"),
+        (["history", SESSION, "nosuch"], FAILED, "no variable 'nosuch' in the history; there are: 'weights', "),
+        (["blame", SESSION, "nosuch"], FAILED, "did not have it then; there are: 'a', "),
+        (["state", SESSION, "--at", "1"], USAGE, "invalid at: session 'shop [bold]42[/]' had not begun by then; it"),
+        (["diff", SESSION, "--from", "2h"], USAGE, "invalid from: session 'shop [bold]42[/]' had not begun by then"),
+        (["diff", SESSION, "--from", "now", "--to", "2h"], USAGE, "invalid to: session 'shop [bold]42[/]' had not"),
         (["state", "gone"], USAGE, "is right before it ended"),
         (["diff", SESSION, "--from", "x"], USAGE, "invalid from: 'x' is no point"),
         (["diff", SESSION, "--from", "1", "--to", "x"], USAGE, "invalid to: 'x' is no point"),

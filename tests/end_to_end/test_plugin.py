@@ -138,6 +138,9 @@ def test_a_recording_is_made_once_then_replayed_and_renewed_when_asked(project: 
     assert missing.returncode == 1
     assert "there is no recording" in missing.stdout
     assert "pytest test_checkout.py::test_checkout --dspex-record=all" in missing.stdout
+    # Where nobody plays the client, no way of running the test makes one.
+    assert "pytest test_checkout.py::test_marked_only --dspex-record=all" not in missing.stdout
+    assert "make the recording with: dspex-persist session export SESSION -o " in missing.stdout
     assert not tape.exists()
 
     made = run_pytest(project)
@@ -201,6 +204,29 @@ def test_a_session_that_ran_elsewhere_becomes_a_test(project: Path) -> None:
         ("order", '"x"'),
         ("stock", "-1"),
     ]
+
+
+def test_a_recording_of_which_nothing_can_be_replayed_is_no_green_test(project: Path) -> None:
+    (project / "test_checkout.py").unlink()
+    secret = RUN.replace('"integer", 3)', '"integer", 3, metadata={"sensitive": "true"})')
+    # One that has no executions is fine: its state is all there is.
+    (project / "run.py").write_text(secret + '    state.initialize_session("s2")\n', encoding="utf-8")
+    subprocess.run([sys.executable, "run.py"], cwd=project, check=True, timeout=60)
+    said = {}
+    for session, options in (("s1", ()), ("s2", ()), ("s1", ("--reveal",))):
+        test = f"test_{session}{'_revealed' if options else ''}.py"
+        export = ["session", "export", session, "--db", "shop.db", "--as-test", test, "--tools", "shop_tools"]
+        command = [sys.executable, "-m", "dspex_persist", *export, *options]
+        ran = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True, timeout=60)
+        said[test] = ran.stderr
+    warned = said.pop("test_s1.py")
+    assert warned.startswith("warning: values of sensitive variables are left out; executions that read them cannot be")
+    assert "--reveal" in warned
+    assert set(said.values()) == {""}
+    ran = run_pytest(project, ci=True)
+    assert "2 passed, 1 error" in ran.stdout, ran.stdout
+    reason = "it reads a variable whose values were kept out of the recording"
+    assert f"test_s1.jsonl: nothing of it was checked: {reason}" in ran.stdout
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+import dspex_persist
 from dspex_persist import Tool
 from dspex_persist.cli import main
 from dspex_persist.infra.process import ServerProcess
 from dspex_persist.replay import replay
+from dspex_persist.state.audit import ExecutionQuery
 from tests.end_to_end.old_style import OldClient, environment, serve, target_of
 from tests.end_to_end.programs import programs_of, run
 from tests.end_to_end.test_remote_workers import start_worker
@@ -163,7 +165,8 @@ def test_changed_code_is_told_with_a_diff_and_an_exit_code(tape: Path, changed: 
 
 
 def test_the_document_says_what_the_library_says(tape: Path, changed: Path, replayed: Replayed) -> None:
-    chosen = ("--only-tool", "order", "--until", "999")
+    last = len(tape.read_text().splitlines()) - 1
+    chosen = ("--only-tool", "order", "--until", str(last))
     result = replayed(tape, "--tools", "shop", *chosen, "--json", cwd=changed)
     assert result.returncode == DIVERGED
     document = document_of(result)
@@ -172,7 +175,7 @@ def test_the_document_says_what_the_library_says(tape: Path, changed: Path, repl
     scope: dict[str, Any] = {"__name__": "shop"}
     exec((changed / "shop.py").read_text(), scope)
     tools = [each for each in scope.values() if isinstance(each, Tool)]
-    report = replay(tape, tools, only_tools=["order"], until=999)
+    report = replay(tape, tools, only_tools=["order"], until=last)
     assert json.loads(json.dumps(report.document())) == document
 
 
@@ -182,6 +185,35 @@ def test_points_choose_executions(tape: Path, folder: Path, replayed: Replayed) 
     chosen = ("--from", last["execution_id"], "--until", str(last["commit"]))
     document = document_of(replayed(tape, "--tools", "shop", *chosen, "--json", cwd=folder))
     assert document["executions"] == [last]
+
+
+def test_with_a_database_commits_and_executions_are_those_of_the_database(
+    tmp_path: Path, folder: Path, replayed: Replayed
+) -> None:
+    scope: dict[str, Any] = {"__name__": "shop"}
+    exec((folder / "shop.py").read_text(), scope)
+    tools = dspex_persist.Toolbox()
+    tools.add(scope["add"])
+    path = tmp_path / "two.db"
+    with dspex_persist.connect(path, tools=tools) as state:
+        for name in ("before", "s1"):
+            dspex_persist.Context(state, name).variables.define("a", 0)
+        for amount in (1, 2):
+            for name in ("s1", "before"):
+                dspex_persist.Context(state, name).call("add", amount=amount)
+    with dspex_persist.open_audit(path) as audit:
+        stored = sorted(audit.iterate(ExecutionQuery(session="s1")), key=lambda each: each.began_sequence)
+    ids = [each.execution_id for each in stored]
+    document = document_of(replayed("--db", path, "s1", "--tools", "shop", "--json", cwd=folder))
+    told = [(each["execution_id"], each["commit"], each["outcome"]) for each in document["executions"]]
+    assert told == [(each.execution_id, each.began_sequence, "same") for each in stored]
+    second = stored[1].began_sequence
+    for point in (ids[1], f"exec_{second}", str(second)):
+        chosen = replayed("--db", path, "s1", "--tools", "shop", "--from", point, "--until", point, cwd=folder)
+        assert (chosen.returncode, ids[1] in chosen.stdout, ids[0] in chosen.stdout) == (FINE, True, False), chosen
+    beyond = replayed("--db", path, "s1", "--tools", "shop", "--from", "1", cwd=folder)
+    assert beyond.returncode == USAGE
+    assert "there is no commit 1: session 's1' has commits 3 to " in beyond.stderr
 
 
 def test_how_many_divergences_are_shown_can_be_chosen(tape: Path, changed: Path, replayed: Replayed) -> None:
@@ -196,7 +228,7 @@ def test_the_state_alone_is_replayed(tape: Path, folder: Path, tmp_path: Path, r
     assert (beside.returncode, beside.stderr) == (FINE, "")
     assert beside.stdout.startswith("session s1: no divergence in ")
     lines = tape.read_text().splitlines(keepends=True)
-    place = next(place for place, line in enumerate(lines) if '"json": "40"' in line)
+    place = next(place for place, line in enumerate(lines) if '"name": "b", "version": 2,' in line)
     lines[place] = lines[place].replace('"version": 2', '"version": 3')
     altered = tmp_path / "altered.jsonl"
     altered.write_text("".join(lines))
@@ -215,6 +247,8 @@ def test_the_state_alone_is_replayed(tape: Path, folder: Path, tmp_path: Path, r
         (["s1.jsonl"], USAGE, "say where the tools are: --tools package.module"),
         (["s1.jsonl", "--tools", "nothing.here"], USAGE, "the import failed"),
         (["s1.jsonl", "--tools", "shop", "--from", "noon"], USAGE, "setting from (flag --from): 'noon'"),
+        (["s1.jsonl", "--tools", "shop", "--from", "99999"], USAGE, "there is no commit 99999: session 's1' has"),
+        (["s1.jsonl", "--tools", "shop", "--from", "20", "--until", "3"], USAGE, "(flag --until): commit 3 is before"),
         (["s1.jsonl", "--tools", "shop", "--only-tool", "ad"], USAGE, "there are add, cancel, count, order"),
         (["s1.jsonl", "--tools", "shop", "--mode", "state"], USAGE, "with --mode state no tools run"),
         (["s1.jsonl", "--tools", "shop", "--reveal"], USAGE, "it is for --db"),

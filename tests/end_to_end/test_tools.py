@@ -17,6 +17,11 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.wrappers_pb2 import StringValue
 
 from dspex_persist.infra.process import ServerProcess
+from dspex_persist.state.bridged import BridgedState
+from dspex_persist.state.commands import ExecuteTool
+from dspex_persist.state.errors import OutcomeUnknownError
+from dspex_persist.state.model import Origin
+from dspex_persist.state.values import encode
 from tests.end_to_end.gates import DEADLINE_S
 from tests.end_to_end.old_style import (
     Entry,
@@ -411,6 +416,23 @@ def test_sigterm_lets_a_tool_finish(tmp_path: Path, gate: Gate) -> None:
         client.close()
     entry = Journal(path).of_id(outcome.execution_id)
     assert (entry.status, len(entry.ended["writes"])) == ("committed", 3)
+
+
+def test_a_python_client_does_not_wait_for_a_server_that_is_gone_as_long_as_for_a_tool(
+    tmp_path: Path, gate: Gate
+) -> None:
+    """Its key lets it repeat the request, but the tool's time is not the server's."""
+    with serve(tmp_path / "sessions.db", *TOOLS) as server, BridgedState(target_of(server), timeout_s=0.5) as state:
+        state.initialize_session("s")
+        state.register_variable("s", "a", "integer", 0)
+        arguments = {"gate": encode(str(gate)), "name": encode("a")}
+        command = ExecuteTool("s", "add_at_gate", arguments, timeout_s=10 * DEADLINE_S)
+        future = state.submit(command, Origin("tester", "ExecuteTool", idempotency_key="k"))
+        gate.wait()
+        server.kill()
+        # It may have committed, for all that the client knows.
+        with pytest.raises(OutcomeUnknownError):
+            future.result(DEADLINE_S)
 
 
 @pytest.mark.parametrize("how", ["beyond the grace", "killed"])

@@ -54,7 +54,7 @@ from dspex_persist.state.store.anchor import Head, parse
 from dspex_persist.state.store.engine import open_readers, snapshot
 from dspex_persist.state.store.log import LogWriter
 from dspex_persist.state.store.session_store import Job, Outcome, SessionStore, StoreOptions
-from dspex_persist.state.store.verify import iter_problems, trigger_problems
+from dspex_persist.state.store.verify import iter_problems, schema_problems
 from dspex_persist.state.unit_of_work import SessionState
 from dspex_persist.state.watch import Feed
 from tests.property.store_oracle import LEASE_S, Entry, Oracle, Var
@@ -634,7 +634,7 @@ def assert_sound(path: Path) -> None:
     readers = open_readers(path, 1)
     try:
         with snapshot(readers) as checked:
-            assert list(trigger_problems(checked)) == []
+            assert list(schema_problems(checked)) == []
         assert [str(problem) for problem in iter_problems(readers, anchor)] == []
     finally:
         readers.dispose()

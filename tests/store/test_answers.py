@@ -3,6 +3,8 @@
 import io
 import json
 import sqlite3
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 from freezegun import freeze_time
 
-from dspex_persist import open_audit
+from dspex_persist import Toolbox, ToolContext, open_audit, tool
 from dspex_persist.audit import (
     AuditSource,
     CommitQuery,
@@ -26,12 +28,16 @@ from dspex_persist.audit import (
     document,
     parse_predicate,
 )
+from dspex_persist.state.commands import ExecuteTool
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import (
+    EngineClosedError,
     InvalidArgumentError,
     NotADatabaseError,
     NotInHistoryError,
+    SessionExistsError,
     VersionNotFoundError,
+    VersionPrunedError,
 )
 from dspex_persist.state.model import ChangeKind, ExecutionStatus, Source
 from dspex_persist.state.recording import write_recording
@@ -455,7 +461,10 @@ def test_what_the_history_never_had_is_said_with_what_comes_close(audit: AuditSo
         (lambda: audit.state("mian"), "no session 'mian' in the history; did you mean 'main'?"),
         (lambda: list(audit.iterate(HistoryQuery(session="nope"))), "there are: "),
         (lambda: list(audit.iterate(HistoryQuery(session="main", variable="totall"))), "did you mean 'total'?"),
-        (lambda: audit.blame("main", "totall"), "did not have it then"),
+        (lambda: list(audit.iterate(HistoryQuery(session="main", variable="qqq"))), "; there are: 'made', "),
+        (lambda: list(audit.iterate(HistoryQuery(session="gone", variable="qqq"))), "; there are: 'temperature'"),
+        (lambda: audit.blame("main", "totall"), "did not have it then; did you mean 'total'?"),
+        (lambda: audit.blame("main", "qqq"), "did not have it then; there are: 'temperature', 'total', 'last', "),
         (lambda: audit.execution("exec_1_ab"), "no execution 'exec_1_ab' in the history"),
         (lambda: audit.execution("nonsense\ud800"), "no execution"),
         (lambda: audit.state("\ud800"), "no session"),
@@ -470,15 +479,72 @@ def test_what_the_history_never_had_is_said_with_what_comes_close(audit: AuditSo
 
 def test_a_session_that_did_not_live_then_says_when_it_did(audit: AuditSource) -> None:
     ended = next(audit.iterate(SessionQuery(live=False))).ended_sequence
-    with pytest.raises(InvalidArgumentError, match=rf"did not live at commit {ended}.* --at {ended}\^"):
+    with pytest.raises(InvalidArgumentError, match=rf"invalid at: .* did not live at commit {ended}.*; {ended}\^ is"):
         audit.state("gone", str(ended))
     assert [each.name for each in audit.state("gone", f"{ended}^")] == ["temperature"]
+
+
+@pytest.mark.parametrize("point", ["1", "7d"])
+def test_a_session_that_had_not_begun_by_then_says_when_it_did(audit: AuditSource, point: str) -> None:
+    (main,) = audit.iterate(SessionQuery(session="main"))
+    when = rf"{main.created_at:%Y-%m-%d %H:%M:%S} UTC"
+    told = f"session 'main' had not begun by then; it began at commit {main.started_sequence}, {when}"
+    for option, ask in [
+        ("at", lambda: audit.state("main", point)),
+        ("from", lambda: audit.diff("main", point)),
+        ("to", lambda: audit.diff("main", "now", point)),
+    ]:
+        with pytest.raises(InvalidArgumentError) as caught:
+            ask()
+        assert str(caught.value) == f"invalid {option}: {told}"
+
+
+def test_an_execution_that_nobody_waited_for_says_why_it_ended(tmp_path: Path) -> None:
+    begun = threading.Semaphore(0)
+
+    @tool
+    def hold(ctx: ToolContext) -> None:
+        """Go on until it is told that it has ended."""
+        begun.release()
+        while not ctx.cancelled:
+            time.sleep(0.001)
+
+    tools, path = Toolbox(), tmp_path / "sessions.db"
+    tools.add(hold)
+    with EmbeddedState(path, tools=tools) as state:
+        state.initialize_session("s")
+        state.initialize_session("ends")
+        calls = [state.submit(ExecuteTool(session, "hold"), None) for session in ("s", "s", "ends")]
+        for _ in calls:
+            assert begun.acquire(timeout=10)
+        assert calls[0].cancel()
+        state.cleanup_session("ends")
+        with state.audit() as audit:
+            cancelled = ExecutionQuery(status=ExecutionStatus.CANCELLED)
+            deadline = time.monotonic() + 10
+            while not list(audit.iterate(cancelled)):
+                assert time.monotonic() < deadline, "the execution is not cancelled"
+    with pytest.raises(EngineClosedError):
+        calls[1].result(timeout=10)
+    with open_audit(path) as audit:
+        told = {(each.session_id, each.status.value, each.error) for each in audit.iterate(ExecutionQuery())}
+    assert told == {
+        ("s", "cancelled", "its client gave it up"),
+        ("s", "interrupted", "the server ended while it ran"),
+        ("ends", "interrupted", "session cleaned up"),
+    }
 
 
 @pytest.mark.parametrize("text", ["", "0.5", "< ", "< warm", "like x", "contains"])
 def test_what_is_no_condition_says_what_is(text: str) -> None:
     with pytest.raises(InvalidArgumentError, match="where"):
         parse_predicate(text)
+
+
+def test_errors_say_what_to_do_to_users_of_every_kind() -> None:
+    assert str(VersionPrunedError("x", 1)).endswith("its value is gone; its history lists the versions that are left")
+    exists = str(SessionExistsError("s"))
+    assert exists.endswith("use another id for the new one (of an import: --as ID), or end that session first")
 
 
 # Beside others

@@ -28,6 +28,7 @@ from dspex_persist.state.errors import (
     InvalidArgumentError,
     LostCommitsError,
     NotADatabaseError,
+    NotInHistoryError,
     VersionNotFoundError,
     VersionPrunedError,
 )
@@ -135,7 +136,6 @@ def test_other_sessions_are_left_alone(provider: EmbeddedState) -> None:
     write(provider, 5, "t")
     provider.prune(keep(2, session_id="t"), confirm=True)
     assert (numbers(provider), numbers(provider, "t")) == ([0, 1, 2, 3, 4, 5], [4, 5])
-    provider.prune(keep(2, session_id="unknown"), confirm=True)
     assert numbers(provider) == [0, 1, 2, 3, 4, 5]
 
 
@@ -194,9 +194,21 @@ def test_of_deleted_variables_the_deletion_stays_and_what_it_deleted(provider: E
 
 
 def test_policies_that_cannot_be(provider: EmbeddedState) -> None:
-    for policy in (PrunePolicy(), PrunePolicy(session_id="s"), keep(0), PrunePolicy(before=datetime(2030, 1, 1))):  # noqa: DTZ001
+    naive = PrunePolicy(before=datetime(2030, 1, 1))  # noqa: DTZ001
+    for policy in (PrunePolicy(), PrunePolicy(session_id="s"), keep(0), keep(1, session_id=""), naive):
         with pytest.raises(InvalidArgumentError):
             provider.prune(policy, confirm=False)
+
+
+def test_a_session_that_never_was_is_said(provider: EmbeddedState, path: Path) -> None:
+    begin(provider, "demo", "x")
+    for confirm in (False, True):
+        with pytest.raises(NotInHistoryError, match="no session 'dem' in the history; did you mean 'demo'"):
+            provider.prune(keep(1, session_id="dem"), confirm=confirm)
+    provider.close()
+    for confirm in (False, True):
+        with pytest.raises(NotInHistoryError, match="did you mean 'demo'"):
+            maintenance.prune(path, keep(1, session_id="dem"), confirm=confirm)
 
 
 # Whole sessions

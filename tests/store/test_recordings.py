@@ -190,6 +190,19 @@ def test_values_of_sensitive_variables_are_left_out(state: EmbeddedState, path: 
     assert [head.masked for head, _ in (state.record("s"), state.record("s", reveal=True))] == [True, False]
 
 
+@pytest.mark.parametrize("said", ["True", "TRUE", "true"])
+def test_sensitive_is_said_in_upper_or_lower_case(state: EmbeddedState, path: Path, said: str) -> None:
+    state.register_variable("s", "key", "string", "secret", metadata={"sensitive": said})
+    assert "secret" not in exported(path)
+    with state.audit() as audit:
+        found = audit.state("s")[-1]
+    assert (found.name, found.masked, found.value) == ("key", True, None)
+    with closing(sqlite3.connect(path)) as connection:
+        for view in ("v_variable_history", "v_current_variables"):
+            rows = connection.execute(f"SELECT value, sensitive FROM {view} WHERE name = 'key'").fetchall()
+            assert rows == [(None, 1)]
+
+
 def test_a_pruned_session_is_not_recorded_in_part(state: EmbeddedState, path: Path) -> None:
     write(state, range(5))
     _, commits = state.record("s")
@@ -349,6 +362,17 @@ def test_a_bad_line_leaves_nothing(state: EmbeddedState, path: Path, other: Path
         assert content(other) == before
     imported(other, text)
     assert maintenance.check(other).problems == ()
+
+
+def test_a_refused_recording_makes_no_file(state: EmbeddedState, path: Path, tmp_path: Path) -> None:
+    write(state, range(300))
+    (tmp_path / "there").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for target in (tmp_path / "there" / "new.db", tmp_path / "not" / "there" / "new.db"):
+        for damage, _ in damaged(exported(path)):
+            with pytest.raises(RecordingError):
+                imported(target, damage)
+            assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_store_goes_on_after_an_import_that_failed(state: EmbeddedState, path: Path, other: Path) -> None:

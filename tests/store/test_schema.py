@@ -9,8 +9,8 @@ import pytest
 from alembic.script import ScriptDirectory
 
 from dspex_persist.state.store import migrate, schema
+from dspex_persist.state.store.schema import APPEND_ONLY
 from dspex_persist.state.store.session_store import SessionStore
-from dspex_persist.state.store.verify import APPEND_ONLY
 from tests.assets.make_database import fill
 
 _GENERATED = 2

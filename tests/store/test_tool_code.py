@@ -177,3 +177,30 @@ def test_whoever_waits_for_a_tool_may_be_on_an_event_loop(tmp_path: Path) -> Non
 
 async def _double(number: int) -> int:
     return 2 * number
+
+
+def test_the_journal_has_the_traceback_of_the_tools_own_code(tmp_path: Path) -> None:
+    """What stands between a tool and whoever asked, or between it and one that it calls, tells nobody anything."""
+    toolbox = Toolbox()
+    toolbox.add(tool(_stumble, name="stumble"))
+    toolbox.add(tool(_lead, name="lead"))
+    with EmbeddedState(tmp_path / "trace.db", tools=toolbox) as provider:
+        provider.initialize_session("s")
+        outcome = provider.execute_tool("s", "lead")
+        with provider.audit() as audit:
+            failure = audit.execution(outcome.execution_id).failure
+    assert failure is not None
+    lines = failure.traceback.splitlines()
+    assert [line.strip() for line in lines if line.startswith("  File")][-2:] == [
+        f'File "{__file__}", line {_lead.__code__.co_firstlineno + 1}, in _lead',
+        f'File "{__file__}", line {_stumble.__code__.co_firstlineno + 1}, in _stumble',
+    ]
+    assert lines[-1] == "KeyError: 'nothing of this name'"
+
+
+def _stumble(ctx: ToolContext) -> None:
+    ctx["nothing of this name"]
+
+
+def _lead(ctx: ToolContext) -> None:
+    ctx.call("stumble")

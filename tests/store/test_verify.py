@@ -20,7 +20,7 @@ from sqlalchemy import Engine
 from dspex_persist.state import commands as c
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.model import ChangeKind, EventKind, ExecutionStatus, Origin, Value
-from dspex_persist.state.store import audit, verify
+from dspex_persist.state.store import audit, maintenance, verify
 from dspex_persist.state.store.anchor import Head, parse
 from dspex_persist.state.store.chain import (
     GENESIS,
@@ -33,10 +33,11 @@ from dspex_persist.state.store.chain import (
     version_text,
 )
 from dspex_persist.state.store.engine import open_readers, snapshot
+from dspex_persist.state.store.schema import APPEND_ONLY
 from dspex_persist.state.store.schema import metadata as tables
 from dspex_persist.state.store.session_store import Job, SessionStore
 from dspex_persist.state.store.variables import KINDS
-from dspex_persist.state.store.verify import APPEND_ONLY, Problem
+from dspex_persist.state.store.verify import Problem
 from tests.assets.make_database import fill
 
 # What the log says nothing of: a key that nothing refers to, an expiry that every touch moves on.
@@ -182,10 +183,7 @@ def test_sound_database_has_every_kind_of_everything(sound: Path) -> None:
 
 def test_sound_database_has_no_problems(sound: Path) -> None:
     assert problems_of(sound, anchor_of(sound)) == []
-    readers = open_readers(sound, size=1)
-    with snapshot(readers) as connection:
-        assert list(verify.trigger_problems(connection)) == []
-    readers.dispose()
+    assert schema_problems_of(sound) == []
 
 
 def test_progress_reaches_the_last_commit(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,6 +271,9 @@ WALKED = [
         (verify, name)
         for name in (
             "_BLOBS",
+            "_STRAYS",
+            "_LAST_OF_PAGE",
+            "_INDEXED",
             "_SESSIONS",
             "_EVENTS",
             "_VARIABLES",
@@ -670,6 +671,14 @@ def test_versions_out_of_order_are_found_even_where_the_hashes_fit(path: Path) -
         assert any(what in problem.what for problem in problems), (statement, problems)
 
 
+def schema_problems_of(path: Path) -> list[Problem]:
+    readers = open_readers(path, size=1)
+    with snapshot(readers) as connection:
+        problems = list(verify.schema_problems(connection))
+    readers.dispose()
+    return problems
+
+
 @pytest.mark.parametrize("table", APPEND_ONLY)
 @pytest.mark.parametrize("action", ["update", "delete"])
 @pytest.mark.parametrize("instead", ["", "CREATE TRIGGER {name} BEFORE {action} ON {table} BEGIN SELECT 1; END"])
@@ -679,12 +688,103 @@ def test_a_missing_or_toothless_trigger_is_found(path: Path, table: str, action:
         connection.execute(f"DROP TRIGGER {name}")
         if instead:
             connection.execute(instead.format(name=name, action=action, table=table))
-    readers = open_readers(path, size=1)
-    with snapshot(readers) as reading:
-        (problem,) = verify.trigger_problems(reading)
-    readers.dispose()
-    assert name in problem.what
-    assert problem.where == f"table {table}"
+    (problem,) = schema_problems_of(path)
+    assert problem == Problem(f"table {table}", f"the trigger {name} is {'changed' if instead else 'missing'}")
+
+
+def test_whatever_is_missing_in_the_schema_is_named(sound: Path, path: Path) -> None:
+    """Each trigger, view and index that a file has, dropped in turn."""
+    with closing(sqlite3.connect(f"file:{sound}?mode=ro", uri=True)) as connection:
+        parts = connection.execute(
+            "SELECT type, name FROM sqlite_schema WHERE type != 'table' AND sql IS NOT NULL"
+        ).fetchall()
+    assert {"versions_metadata_in", "v_commits", "versions_by_sequence"} <= {name for _, name in parts}
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA synchronous = OFF")
+        for number, (kind, name) in enumerate(parts, 1):
+            connection.execute(f"DROP {kind} {name}")
+            told = [problem.what for problem in schema_problems_of(path)]
+            assert f"the {kind} {name} is missing" in told
+            assert len(told) == number
+
+
+@pytest.mark.parametrize(
+    ("statements", "told"),
+    [
+        (
+            ("DROP VIEW v_commits", "CREATE VIEW v_commits AS SELECT 1"),
+            ["view v_commits: the view v_commits is changed"],
+        ),
+        (
+            ("DROP INDEX variables_by_id", "CREATE INDEX variables_by_id ON variables (name)"),
+            ["table variables: the index variables_by_id is changed"],
+        ),
+        (
+            ("CREATE TRIGGER theirs AFTER INSERT ON events BEGIN DELETE FROM tools; END",),
+            ["table events: the trigger theirs is not of this schema"],
+        ),
+        (("CREATE VIEW mine AS SELECT 1", "CREATE INDEX my_own ON versions (source)"), []),
+    ],
+)
+def test_what_was_changed_in_the_schema_is_named(path: Path, statements: tuple[str, ...], told: list[str]) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+    assert [str(problem) for problem in schema_problems_of(path)] == told
+    assert [str(problem) for problem in maintenance.check(path).problems] == told
+
+
+# The index of metadata
+
+
+@pytest.mark.parametrize("page", [1, 10_000])
+@pytest.mark.parametrize(
+    ("statement", "told"),
+    [
+        ("DELETE FROM metadata_entries {one}", ["version {version} has metadata that is missing in metadata_entries"]),
+        (
+            "UPDATE metadata_entries SET value = 'another' {one}",
+            [
+                "metadata_entries has '{key}' for version {version}, whose metadata does not say so",
+                "version {version} has metadata that is missing in metadata_entries",
+            ],
+        ),
+        (
+            "INSERT INTO metadata_entries SELECT 'added', value, sequence, variable_key, version "
+            "FROM metadata_entries {one}",
+            ["metadata_entries has 'added' for version {version}, whose metadata does not say so"],
+        ),
+    ],
+)
+def test_a_changed_index_of_metadata_is_found(
+    path: Path, monkeypatch: pytest.MonkeyPatch, page: int, statement: str, told: list[str]
+) -> None:
+    if page == 1:
+        monkeypatch.setattr(verify, "_SNAPSHOT_S", 0.0)
+        for name in ("_STRAYS", "_LAST_OF_PAGE"):
+            smaller = getattr(verify, name).replace("LIMIT 10000", "LIMIT 1").replace("OFFSET 9999", "OFFSET 0")
+            monkeypatch.setattr(verify, name, smaller)
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        names = ("key", "value", "sequence", "variable_key", "version")
+        entries = f"SELECT {', '.join(names)} FROM metadata_entries ORDER BY sequence"
+        row = connection.execute(f"{entries} LIMIT 1 OFFSET 3").fetchone()
+        key, _, sequence, variable_key, version = row
+        one = "WHERE " + " AND ".join(f"{name} = ?{number}" for number, name in enumerate(names, 1))
+        assert connection.execute(statement.format(one=one), row).rowcount == 1
+        (name,) = connection.execute("SELECT name FROM variables WHERE variable_key = ?", [variable_key]).fetchone()
+    problems = problems_of(path)
+    assert [problem.what for problem in problems] == [what.format(key=key, version=version) for what in told]
+    for problem in problems:
+        assert problem.where.startswith(f"commit {sequence}, session '")
+        assert problem.where.endswith(f"', variable '{name}'")
+
+
+def test_an_index_of_metadata_that_was_emptied_is_found(path: Path) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("DELETE FROM metadata_entries")
+        (count,) = connection.execute("SELECT count(*) FROM versions WHERE metadata IS NOT NULL").fetchone()
+    assert len(problems_of(path)) == count > 0
+    assert len(maintenance.check(path).problems) == count
 
 
 # Bit rot

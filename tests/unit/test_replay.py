@@ -457,6 +457,41 @@ def test_ranges_and_names_choose_executions(everything: Recording) -> None:
     assert {each.tool for each in replay(everything, EVERYTHING, only_tools=["later"]).executions} == {"later", "price"}
 
 
+def test_an_execution_can_be_named_by_its_number_and_a_called_one_means_its_caller(everything: Recording) -> None:
+    whole = replay(everything, EVERYTHING).executions
+    first, called = whole[0], whole[1]
+    assert called.parent_id == first.execution_id
+    for point in (f"exec_{first.commit}", called.execution_id, f"exec_{called.commit}"):
+        chosen = replay(everything, EVERYTHING, since=point, until=point).executions
+        assert [each for each in chosen if each.parent_id is None] == [first]
+
+
+@pytest.mark.parametrize(
+    ("since", "until", "field", "told"),
+    [
+        ("99999", "", "since", "there is no commit 99999: session 's' has commits 1 to {last}"),
+        ("9" * 5_000, "", "since", "session 's' has commits 1 to {last}"),
+        ("", 0, "until", "there is no commit 0: session 's' has commits 1 to {last}"),
+        ("exec_1", "", "since", "'exec_1' is no execution of it; session 's' has commits 1 to {last}"),
+        (20, 3, "until", "commit 3 is before commit 20, where the range begins; session 's' has commits 1 to {last}"),
+        (1, 2, "since", "no execution began in commits 1 to 2: the first began with commit 7, the last with commit"),
+        ("", 2, "until", "no execution began in commits 1 to 2"),
+    ],
+)
+def test_a_range_in_which_nothing_is_replayed_is_refused(
+    everything: Recording, since: str | int, until: str | int, field: str, told: str
+) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        replay(everything, EVERYTHING, since=since, until=until)
+    assert caught.value.field == field
+    assert told.format(last=len(everything.commits)) in caught.value.reason
+
+
+def test_a_tool_that_did_not_run_in_the_range_is_refused(everything: Recording) -> None:
+    with pytest.raises(InvalidArgumentError, match="no execution of 'breaks' began in commits 1 to 8"):
+        replay(everything, EVERYTHING, until=8, only_tools=["breaks"])
+
+
 @pytest.mark.parametrize("wrong", [{"since": "noon"}, {"until": "exec_1_none"}, {"only_tools": ["ordr"]}])
 def test_a_choice_of_nothing_that_was_recorded_is_refused(everything: Recording, wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
@@ -529,6 +564,16 @@ def test_what_reads_a_masked_value_is_skipped() -> None:
     # In place of a tool that is not here the value would be needed.
     report = replay(recording, [read, call], only_tools=["call"])
     assert {each.outcome for each in report.executions} == {Outcome.SKIPPED}
+    assert (report.ok, report.checked) == (True, False)
+    reason = "it reads a variable whose values were kept out of the recording"
+    assert report.headline() == f"session s: nothing was checked in 2 executions (2 skipped): {reason}"
+
+
+def test_a_session_without_executions_says_that_nothing_was_checked() -> None:
+    with session(a=1) as state:
+        report = replay(state.recording(), [])
+    assert (report.ok, report.checked) == (True, False)
+    assert report.headline() == "session s: nothing was checked: it has no executions"
 
 
 def test_progress_is_told_for_each_execution(everything: Recording) -> None:
@@ -545,6 +590,7 @@ def test_a_document_has_everything_as_json(discounted: Recording) -> None:
         "format": "dspex-persist replay",
         "version": 1,
         "ok": False,
+        "checked": True,
         "session_id": "s",
         "mode": "tools",
         "commits": 4,

@@ -64,6 +64,18 @@ def test_the_state_is_at_each_commit_what_an_import_makes_of_it(recording: Recor
         assert facts(rebuilt.state) == facts(imported.states["s"]), commit
 
 
+def test_a_log_that_was_read_from_a_database_is_told_with_its_numbers(recording: Recording) -> None:
+    wrong = changed(
+        recording,
+        lambda commit: any(version.version == 1 for version in commit.versions),
+        lambda commit: replace(commit, versions=tuple(replace(each, version=9) for each in commit.versions)),
+    )
+    (before, *_) = replay_state(wrong).divergences
+    shifted = tuple(replace(commit, sequence=commit.number + 100) for commit in wrong.commits)
+    (after, *_) = replay_state(replace(wrong, commits=shifted)).divergences
+    assert after == replace(before, commit=before.commit + 100)
+
+
 def test_a_sound_log_has_no_divergence(recording: Recording) -> None:
     report = replay_state(recording)
     assert report.ok

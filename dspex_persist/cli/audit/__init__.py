@@ -22,7 +22,8 @@ HELP = (
     "Ask the history: who changed a variable, when, in which tool call, standing on what.\n\n"
     "Reads a file, also while a server writes to it, or a backup; or asks a server (--target). A POINT is a commit's "
     "number, an execution's id, a time (2026-03-01T12:00), an age (30s, 15m, 2h, 7d) or now; ^ behind it means right "
-    "before it. Values of variables whose metadata says sensitive=true are masked unless --reveal."
+    "before it, of an execution right before the commit that ended it. Values of variables whose metadata says "
+    "sensitive=true are masked unless --reveal."
 )
 EPILOG = (
     "[bold]Examples[/bold]\n\n"
@@ -30,7 +31,8 @@ EPILOG = (
     "dspex-persist audit history '*' --where '> 0.9' --since 2h --json\n\n"
     "dspex-persist audit executions s1 --status failed\n\n"
     "dspex-persist audit show exec_1234    all about one execution; the whole id is not needed\n\n"
-    "dspex-persist audit diff s1 --from exec_1234^ --to exec_1234    what it changed\n\n"
+    "dspex-persist audit diff s1 --from exec_1234^ --to exec_1234    what its commit changed\n\n"
+    "dspex-persist audit diff s1 --from 1234 --to exec_1234    all that changed while it ran\n\n"
     "dspex-persist audit blame s1 temperature --depth 3    on what its value stands\n\n"
     "[bold]Exit codes[/bold]\n\n"
     "0  answered, also if nothing was found\n\n"
@@ -314,6 +316,8 @@ def diff(
             return
         from dspex_persist.cli.audit.differences import show_differences
 
+        if first > last:
+            say(f"backwards: from commit {first} to the older commit {last}")
         show_differences(found, asked.look())
         if not found:
             say(f"no difference between commit {first} and commit {last}")

@@ -133,5 +133,5 @@ def _error(detail: ExecutionDetail) -> Iterator[str]:
     if detail.failure is not None:
         yield plain(f"{detail.failure.type}: {shortened(detail.failure.message)}")
         yield "\n".join(map(plain, detail.failure.traceback.rstrip().split("\n")))
-    elif detail.reason:
-        yield plain(detail.reason)
+    elif told := detail.reason or ("" if detail.conflicts else detail.summary.error):
+        yield plain(told)

@@ -61,14 +61,32 @@ SESSION_ROWS: Final = Rows(SessionEntry, session_columns, lambda row: row.starte
 
 def say_list(audit: AuditSource, query: Query[T], rows: Rows[T], asked: Asked, limit: int | None) -> None:
     """Print at most `limit` answers (0: all; None: as many as suit the form)."""
-    is_table = asked.form is Form.TABLE
-    most = (_TABLE_ROWS if is_table else 0) if limit is None else limit
-    # One more than is printed: whether there is one is told below the table.
-    answers = audit.iterate(replace(query, limit=most + 1 if most else 0))
+    printer = asked.printer(rows.kind, rows.columns)
+    if asked.form is not Form.TABLE:
+        printer.print(audit.iterate(replace(query, limit=limit or 0)))
+        return
+    most = _TABLE_ROWS if limit is None else limit
     below = _Below(rows, query.newest_first)
-    asked.printer(rows.kind, rows.columns).print(below.noted(islice(answers, most) if most else answers))
-    if is_table:
-        say(*below.lines(is_whole=next(answers, None) is None))
+    printer.print(below.noted(_whole_commits(audit, query, rows, most)))
+    say(*below.lines(is_whole=not most or below.printed < most or not _goes_on(audit, query, below.last)))
+
+
+def _whole_commits(audit: AuditSource, query: Query[T], rows: Rows[T], most: int) -> Iterator[T]:
+    """The first `most` answers (0: all), and what else the commit of the last one has: points lie between commits."""
+    printed = last = of_last = 0
+    for row in audit.iterate(replace(query, limit=most)):
+        of_last = of_last + 1 if rows.commit(row) == last else 1
+        printed, last = printed + 1, rows.commit(row)
+        yield row
+    if most and printed == most:
+        commit = replace(query, since=str(last - 1), until=str(last), limit=0)
+        yield from islice(audit.iterate(commit), of_last, None)
+
+
+def _goes_on(audit: AuditSource, query: Query[T], last: int) -> bool:
+    """Whether there is more beyond the rows of this commit."""
+    beyond = replace(query, until=str(last - 1)) if query.newest_first else replace(query, since=str(last))
+    return any(True for _ in audit.iterate(replace(beyond, limit=1)))
 
 
 def follow_list(audit: AuditSource, query: Query[T], rows: Rows[T], asked: Asked, limit: int | None) -> None:
@@ -89,14 +107,14 @@ class _Below(Generic[T]):
         self._rows = rows
         self._newest_first = newest_first
         self._courses = Courses()
-        self._printed = 0
-        self._last = 0
+        self.printed = 0
+        self.last = 0
 
     def noted(self, rows: Iterable[T]) -> Iterator[T]:
         """The same rows, looked at on their way."""
         for row in rows:
-            self._printed += 1
-            self._last = self._rows.commit(row)
+            self.printed += 1
+            self.last = self._rows.commit(row)
             if isinstance(row, HistoryEntry):
                 self._courses.add(row)
             yield row
@@ -104,9 +122,9 @@ class _Below(Generic[T]):
     def lines(self, is_whole: bool) -> Iterator[str]:
         """The lines."""
         yield from self._courses.lines(self._newest_first)
-        if not self._printed:
+        if not self.printed:
             yield "nothing found"
         elif not is_whole:
-            on = f"--until {self._last}" if self._newest_first else f"--since {self._last - 1}"
-            shown = counted(self._printed, "row")
+            on = f"--until {self.last - 1}" if self._newest_first else f"--since {self.last}"
+            shown = counted(self.printed, "row")
             yield f"more than these {shown}: --limit 0 shows all, {on} goes on from here"

@@ -48,7 +48,8 @@ Limit = Annotated[
         metavar="ROWS",
         show_default=False,
         rich_help_panel=_FORM,
-        help="At most so many; 0: all. [dim](50 in a table, 10 before --follow goes on, else all)[/dim]",
+        help="At most so many, in a table up to the end of a commit; 0: all. "
+        "[dim](50 in a table, 10 before --follow goes on, else all)[/dim]",
     ),
 ]
 OldestFirst = Annotated[

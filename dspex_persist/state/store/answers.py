@@ -7,7 +7,6 @@ by its index; only what names none of these walks through the log, a window of c
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from difflib import get_close_matches
 from typing import Any, Final, cast
 
 from sqlalchemy import Connection, Engine
@@ -36,6 +35,7 @@ from dspex_persist.state.audit import (
     VariableState,
     is_glob,
     parse_point,
+    what_there_is,
 )
 from dspex_persist.state.errors import (
     InvalidArgumentError,
@@ -61,7 +61,7 @@ _VERSIONS: Final = f"""
         coalesce(versions.value, CAST(of_value.content AS TEXT)) AS text,
         coalesce(versions.binary, of_binary.content) AS binary,
         versions.source, versions.metadata, versions.sequence, commits.created_at, commits.actor, commits.cause,
-        executions.tool, json_extract(variables.metadata, '$.{SENSITIVE}') IS 'true' AS sensitive,
+        executions.tool, lower(json_extract(variables.metadata, '$.{SENSITIVE}')) IS 'true' AS sensitive,
         versions.variable_key, variables.constraints
     FROM {{driver}}
     CROSS JOIN variables ON variables.variable_key = versions.variable_key
@@ -148,6 +148,11 @@ _LOST: Final = """
     ) LIMIT 1
 """
 _LAST_VERSION: Final = 2**62
+_ENDINGS: Final[Mapping[str, str]] = {
+    ExecutionStatus.INTERRUPTED: "the server ended while it ran",
+    ExecutionStatus.CANCELLED: "its client gave it up",
+}
+"""What it means that an execution ended so, and its end gives neither a failure nor a reason."""
 
 
 class StoredAudit(AuditSource):
@@ -464,11 +469,7 @@ def _session_keys(connection: Connection, session: str) -> list[int]:
 
 def _similar(connection: Connection, session: str) -> str:
     rows = _all(connection, "SELECT DISTINCT session_id FROM sessions ORDER BY session_key DESC LIMIT 1000")
-    ids = [row[0] for row in rows]
-    meant = get_close_matches(session, ids, 1)
-    if meant:
-        return f"did you mean {quote(meant[0])}?"
-    return f"there are: {', '.join(map(quote, ids[:5]))}{', ...' if len(ids) > 5 else ''}" if ids else "it has none"
+    return what_there_is(session, [row[0] for row in rows])
 
 
 def _asked(text: str) -> str | None:
@@ -480,15 +481,22 @@ def _session_at(connection: Connection, session: str, sequence: int) -> int:
     """The session of this id that lived at a commit."""
     keys = _session_keys(connection, session)
     lives = [
-        _first(connection, "SELECT started_sequence, ended_sequence FROM sessions WHERE session_key = ?", key)
+        _first(
+            connection, "SELECT started_sequence, ended_sequence, created_at FROM sessions WHERE session_key = ?", key
+        )
         for key in keys
     ]
-    for key, (started, ended) in zip(reversed(keys), reversed(lives), strict=True):
+    for key, (started, ended, _) in zip(reversed(keys), reversed(lives), strict=True):
         if started <= sequence and (ended is None or ended > sequence):
             return key
-    told = ", ".join(f"from commit {started} to {'now' if ended is None else ended}" for started, ended in lives)
-    ends = [ended for _, ended in lives if ended is not None]
-    hint = f"; --at {ends[-1]}^ is right before it ended" if ends else ""
+    began, _, created_at = lives[0]
+    if sequence < began:
+        when = f"{from_micros(created_at):%Y-%m-%d %H:%M:%S} UTC"
+        reason = f"session {quote(session)} had not begun by then; it began at commit {began}, {when}"
+        raise InvalidArgumentError("at", reason)
+    told = ", ".join(f"from commit {started} to {'now' if ended is None else ended}" for started, ended, _ in lives)
+    ends = [ended for _, ended, _ in lives if ended is not None]
+    hint = f"; {ends[-1]}^ is right before it ended" if ends else ""
     raise InvalidArgumentError("at", f"session {quote(session)} did not live at commit {sequence}, but {told}{hint}")
 
 
@@ -501,11 +509,11 @@ def _variable_keys(connection: Connection, sessions: Sequence[int], variable: st
     if not rows:
         names = _all(
             connection,
-            f"SELECT DISTINCT name FROM variables WHERE session_key IN ({', '.join('?' * len(sessions))}) LIMIT 1000",
+            f"SELECT DISTINCT name FROM variables WHERE session_key IN ({', '.join('?' * len(sessions))}) "
+            "ORDER BY variable_key DESC LIMIT 1000",
             *sessions,
         )
-        meant = get_close_matches(variable, [row[0] for row in names], 1)
-        raise NotInHistoryError("variable", variable, f"did you mean {quote(meant[0])}?" if meant else "")
+        raise NotInHistoryError("variable", variable, what_there_is(variable, [row[0] for row in names]))
     return sorted(row[0] for row in rows)
 
 
@@ -764,7 +772,9 @@ def _error_text(row: Any) -> str:
     if row.error_type:
         return f"{row.error_type}: {row.message}"
     conflicts = _conflicts_of(row.conflicts)
-    return row.reason or ", ".join(map(str, conflicts))
+    # Where the end is pruned, its reason is gone: a session's end interrupts, too.
+    ending = _ENDINGS.get(row.status, "") if row.ending else ""
+    return row.reason or ", ".join(map(str, conflicts)) or ending
 
 
 def _conflicts_of(text: str | None) -> tuple[Conflict, ...]:

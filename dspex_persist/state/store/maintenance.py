@@ -175,7 +175,7 @@ class CheckReport:
 
 
 def check(path: Path, progress: Progress = _silent) -> CheckReport:
-    """SQLite's own integrity check, foreign keys, append-only triggers, and everything that `verify` looks at.
+    """SQLite's own integrity check, foreign keys, triggers, views, indexes, and everything that `verify` looks at.
 
     A copy without its anchor file is checked without one: then commits that are gone from its end are not noticed.
     """
@@ -212,7 +212,7 @@ def _count_pruned(connection: Connection) -> tuple[int, int, int]:
 
 def _iter_problems(readers: Engine, anchor: Head | None, progress: Progress) -> Iterator[Problem]:
     progress("checking the pages of the file", 0, 0)
-    for look in (_integrity_problems, _reference_problems, verify.trigger_problems):
+    for look in (_integrity_problems, _reference_problems, verify.schema_problems):
         try:
             with snapshot(readers) as connection:
                 yield from look(connection)
@@ -605,7 +605,8 @@ class PruneInUseError(DatabaseInUseError):
 def prune(path: Path, policy: PrunePolicy, *, confirm: bool, progress: Progress = _silent) -> PrunedReport:
     """Delete the history that `policy` lets go, as the owner of the file; without `confirm` it is only read.
 
-    Raises `InvalidArgumentError` for a policy that says nothing.
+    Raises `InvalidArgumentError` for a policy that says nothing, `NotInHistoryError` for the id of a session that never
+    was.
     """
     started = time.monotonic()
     with _reading(path) as readers:

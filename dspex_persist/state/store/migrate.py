@@ -1,10 +1,13 @@
 """Bringing a file to this release's revision, after a backup beside it; refusing newer files."""
 
 import sqlite3
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
-from sqlalchemy import Connection, Engine, inspect, text
+from sqlalchemy import Connection, Engine, StaticPool, create_engine, inspect, text
 from sqlalchemy.exc import DBAPIError
 
 from dspex_persist.clock import now
@@ -80,6 +83,34 @@ def known_revisions() -> list[str]:
 
     scripts = ScriptDirectory(str(migrations_path()))
     return [script.revision for script in scripts.walk_revisions()]
+
+
+class Part(NamedTuple):
+    """A trigger, a view or an index of a schema. `table`: the one that it belongs to; a view's own name."""
+
+    kind: str
+    name: str
+    table: str
+
+
+def parts_of(connection: Connection) -> Mapping[Part, str]:
+    """The file's parts, and the SQL that makes each of them."""
+    rows = connection.exec_driver_sql(
+        "SELECT type, name, tbl_name, sql FROM sqlite_schema WHERE type != 'table' AND sql IS NOT NULL"
+    )
+    return {Part(kind, name, table): " ".join(sql.split()) for kind, name, table, sql in rows}
+
+
+@cache
+def made_parts() -> Mapping[Part, str]:
+    """Those of a file of `REVISION`: the migrations make one in memory."""
+    memory = create_engine("sqlite://", poolclass=StaticPool)
+    try:
+        with memory.connect() as connection:
+            _run_migrations(connection)
+            return parts_of(connection)
+    finally:
+        memory.dispose()
 
 
 def _refuse_newer(path: Path, found: str) -> None:

@@ -24,6 +24,7 @@ from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.model import PINNED, EventKind, PrunePolicy, PruneReport, Session
 from dspex_persist.state.store import audit
+from dspex_persist.state.store.answers import StoredAudit
 from dspex_persist.state.store.chain import (
     GENESIS,
     commit_text,
@@ -80,8 +81,14 @@ def _policy_body(policy: PrunePolicy) -> dict[str, Any]:
 def run(
     readers: Engine, policy: PrunePolicy, write: Callable[[list[PruneHistory]], object] | None, progress: Progress
 ) -> PruneReport:
-    """Prune. `write` has commands carried out, and returns, or raises, when they are; without it nothing changes."""
+    """Prune. `write` has commands carried out, and returns, or raises, when they are; without it nothing changes.
+
+    Raises `NotInHistoryError` for the id of a session that never was.
+    """
     _check(policy)
+    if policy.session_id is not None:
+        # Any moment will do: it is the session that is looked for.
+        StoredAudit(readers).resolve("0s", session=policy.session_id)
     planner = Planner(readers, policy)
     sessions: set[int] = set()
     versions = events = markers = 0
@@ -100,6 +107,8 @@ def run(
 def _check(policy: PrunePolicy) -> None:
     if policy.keep_versions is not None and policy.keep_versions < 1:
         raise InvalidArgumentError("keep_versions", f"{policy.keep_versions} is below 1: the current version stays")
+    if policy.session_id == "":
+        raise InvalidArgumentError("session_id", "it is empty")
     for name in ("before", "ended_before"):
         moment: datetime | None = getattr(policy, name)
         if moment is not None and moment.tzinfo is None:

@@ -35,7 +35,7 @@ _MARKER: Final = """
 """
 _SENSITIVE: Final = f"""
     SELECT variable_key FROM variables
-    WHERE session_key = ? AND json_extract(metadata, '$.{SENSITIVE}') = 'true'
+    WHERE session_key = ? AND lower(json_extract(metadata, '$.{SENSITIVE}')) = 'true'
 """
 _COMMITS: Final = f"""
     SELECT sequence, actor, cause, created_at,
@@ -136,7 +136,7 @@ class _Reading:
             versions = tuple(map(self._version_of, _rows(connection, _VERSIONS, sequence)))
             told = list(_rows(connection, _EVENTS, sequence))
             events = tuple(self._event_of(sequence, *row) for row in told)
-            commit = RecordedCommit(self._number, from_micros(created_at), actor, cause, versions, events)
+            commit = RecordedCommit(self._number, from_micros(created_at), actor, cause, versions, events, sequence)
             page.append(renumbered(commit, self._number_of))
             size_bytes += sum(each.value.size_bytes for each in versions if each.value is not None)
             size_bytes += sum(len(body) for _, body in told)

@@ -5,6 +5,9 @@ from sqlalchemy import BLOB, REAL, Column, Integer, MetaData, Table, Text
 REVISION = "0003"
 """The revision that this release reads and writes: the head of `migrations/`."""
 
+APPEND_ONLY = ("commits", "versions", "events", "blobs", "pruned")
+"""The tables that triggers hold append-only."""
+
 metadata = MetaData()
 
 

@@ -2,16 +2,18 @@
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TextIO
 
 from dspex_persist.state.commands import ExpireSession, FinishImport, ImportCommit
-from dspex_persist.state.errors import InvalidArgumentError, OutcomeUnknownError, RecordingError
+from dspex_persist.state.errors import DatabaseInUseError, InvalidArgumentError, OutcomeUnknownError, RecordingError
 from dspex_persist.state.model import Origin
 from dspex_persist.state.recording import Header, RecordedCommit, read_recording, write_recording
+from dspex_persist.state.store import audit
+from dspex_persist.state.store.engine import OwnershipLock, open_readers, snapshot
 from dspex_persist.state.store.maintenance import Progress, open_recording
 from dspex_persist.state.store.session_store import Job, SessionStore, StoreOptions
 
@@ -127,7 +129,7 @@ def import_session(
     """Append a recorded session, with its whole history, to a file that nobody else has open: all of it or nothing.
 
     Its commits keep their times and actors, and get new numbers. `session_id` None: it keeps its id. The file is made
-    where it is missing.
+    where it is missing, and is not left behind where the recording is refused.
     """
     header, commits = read_recording(lines, name)
     if header.masked:
@@ -137,20 +139,62 @@ def import_session(
         )
         raise RecordingError(name, 1, reason)
     told = _told("importing commits", commits, header.commits, progress)
+    with _opened(path, options) as store:
+        try:
+            return _append(store, header.session_id if session_id is None else session_id, told)
+        except RecordingError as error:
+            raise RecordingError(name, error.line, error.reason) from error
+
+
+@contextmanager
+def _opened(path: Path, options: StoreOptions | None) -> Iterator[SessionStore]:
+    """The store on a file. What this makes is gone again if the block fails."""
+    made = _missing(path)
     store = SessionStore(path, options)
     try:
-        report = _append(store, header.session_id if session_id is None else session_id, told)
+        yield store
     except OutcomeUnknownError:
         store.abandon()
         raise
-    except RecordingError as error:
-        store.close()
-        raise RecordingError(name, error.line, error.reason) from error
     except BaseException:
         store.close()
+        _remove_empty(path, made)
         raise
     store.close()
-    return report
+
+
+def _missing(path: Path) -> list[Path]:
+    """What opening a database would make: nothing where it is there, else the file, its side files, its folders."""
+    if os.path.lexists(path):
+        return []
+    files = [path.with_name(path.name + suffix) for suffix in ("", "-wal", "-shm", ".anchor", ".lock")]
+    folders = [folder for folder in path.absolute().parents if not folder.exists()]
+    return [file for file in files if not file.exists()] + folders
+
+
+def _remove_empty(path: Path, made: Sequence[Path]) -> None:
+    """Remove what was made for nothing, unless somebody else has begun to use it."""
+    if not made:
+        return
+    with suppress(DatabaseInUseError):
+        lock = OwnershipLock(path)
+        try:
+            if _is_empty(path):
+                for each in made:
+                    # A folder stays if somebody has put something else into it.
+                    with suppress(OSError):
+                        (each.rmdir if each.is_dir() else each.unlink)()
+        finally:
+            lock.release()
+
+
+def _is_empty(path: Path) -> bool:
+    readers = open_readers(path, size=1)
+    try:
+        with snapshot(readers) as connection:
+            return audit.head(connection).sequence == 0
+    finally:
+        readers.dispose()
 
 
 def _append(store: SessionStore, session_id: str, commits: Iterable[RecordedCommit]) -> ImportReport:

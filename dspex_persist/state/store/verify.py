@@ -1,8 +1,8 @@
 """Checking a whole file: does its log hold, and do its current-state tables say what the log adds up to?
 
-Four walks: the log commit by commit (chain, sequences, versions), what was pruned, the large contents, the sessions one
-by one. Each reads in short snapshots, so that a file that a server writes to can be checked without its WAL growing
-meanwhile. Memory holds the variables of one session, never the log.
+Five walks: the log commit by commit (chain, sequences, versions), what was pruned, the large contents, the index of
+metadata, the sessions one by one. Each reads in short snapshots, so that a file that a server writes to can be checked
+without its WAL growing meanwhile. Memory holds the variables of one session, never the log.
 
 Of a commit that was pruned nobody can work out the hash any more. That it is the one that it was, that it follows its
 predecessor, and what is left of the commit: all of that is in its residue, the residues are in the digest of a marker,
@@ -24,7 +24,7 @@ from sqlalchemy.exc import DBAPIError
 
 from dspex_persist.state.errors import quote
 from dspex_persist.state.model import ChangeKind, EventKind
-from dspex_persist.state.store import audit, prune
+from dspex_persist.state.store import audit, migrate, prune
 from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.blobs import digest
 from dspex_persist.state.store.chain import GENESIS, commit_text, link, residue, residue_entry
@@ -33,17 +33,8 @@ from dspex_persist.state.store.executions import spec_text
 from dspex_persist.state.store.log import began_sequence, metadata_text, started_lock
 from dspex_persist.state.store.variables import KIND_CODES, lock_text
 
-APPEND_ONLY: Final = ("commits", "versions", "events", "blobs", "pruned")
-"""The tables that triggers hold append-only."""
-_UNLESS_PRUNED: Final = "WHEN NOT EXISTS (SELECT 1 FROM pruned WHERE pruned.sequence = OLD.sequence) "
-_UNLESS_UNUSED: Final = (
-    "WHEN EXISTS (SELECT 1 FROM versions WHERE value_blob = OLD.blob_key) "
-    "OR EXISTS (SELECT 1 FROM versions WHERE binary_blob = OLD.blob_key) "
-)
-_MAY_GO: Final = {"versions": _UNLESS_PRUNED, "events": _UNLESS_PRUNED, "blobs": _UNLESS_UNUSED}
-"""Under which condition rows may be deleted all the same."""
-
 _PAGE_COMMITS: Final = 10_000
+_PAGE_ENTRIES: Final = 10_000
 _SNAPSHOT_S: Final = 1.0
 _MOST_REMEMBERED: Final = 200_000
 _MOST_NAMED: Final = 3
@@ -85,24 +76,32 @@ def iter_problems(readers: Engine, anchor: Head | None = None, progress: Progres
     are gone from the end are not noticed. What cannot be read is a problem, too, and ends its walk, not the others.
     The answers kept under idempotency keys are not looked at: they are forgotten after a while, and so not in the log.
     """
-    for walk in (_LogWalk(anchor, progress), _PrunedWalk(), _BlobWalk(), _SessionWalk()):
+    strays = _StrayWalk()
+    walks = (_LogWalk(anchor, progress), _PrunedWalk(), _BlobWalk(), strays, _IndexedWalk(strays), _SessionWalk())
+    for walk in walks:
         try:
             yield from _walked(readers, walk)
         except _UNREADABLE as error:
             yield Problem(str(walk), f"it cannot be read any further: {getattr(error, 'orig', error)}")
 
 
-def trigger_problems(connection: Connection) -> Iterator[Problem]:
-    """The triggers that hold the log append-only and are gone or changed."""
-    rows = _rows(connection, "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'")
-    found = dict(rows)
-    for table in APPEND_ONLY:
-        for action in ("UPDATE", "DELETE"):
-            name = f"{table}_no_{action.lower()}"
-            condition = _MAY_GO.get(table, "") if action == "DELETE" else ""
-            start = f"CREATE TRIGGER {name} BEFORE {action} ON {table} {condition}BEGIN SELECT RAISE(ABORT,"
-            if not found.get(name, "").startswith(start):
-                yield Problem(f"table {table}", f"the trigger {name} is missing or changed: {action} is not refused")
+def schema_problems(connection: Connection) -> Iterator[Problem]:
+    """The triggers, views and indexes that are gone or changed, and triggers that are not ours.
+
+    Somebody's own views and indexes change no answer, and may be there.
+    """
+    found = migrate.parts_of(connection)
+    for part, sql in migrate.made_parts().items():
+        if found.get(part) != sql:
+            state = "changed" if part in found else "missing"
+            yield Problem(_holder(part), f"the {part.kind} {part.name} is {state}")
+    for part in found.keys() - migrate.made_parts().keys():
+        if part.kind == "trigger":
+            yield Problem(_holder(part), f"the {part.kind} {part.name} is not of this schema")
+
+
+def _holder(part: migrate.Part) -> str:
+    return f"{'view' if part.kind == 'view' else 'table'} {part.table}"
 
 
 # Walks and their snapshots
@@ -436,6 +435,99 @@ class _BlobWalk(_Walk):
             return f"large content {key}"
         sequence, session_key, variable_key = user
         return f"large content {key}, first used by {_where(connection, sequence, session_key, [variable_key])}"
+
+
+# The index of metadata
+
+# What is no JSON was told of with its commit.
+_SAID: Final = "json_each(iif(json_valid(versions.metadata), versions.metadata, '{}')) AS entry"
+_PLACE: Final = "key, value, sequence, variable_key, version"
+_NEXT_ENTRIES: Final = f"FROM metadata_entries WHERE ({_PLACE}) > (?, ?, ?, ?, ?) ORDER BY {_PLACE} LIMIT"
+_LAST_OF_PAGE: Final = f"SELECT {_PLACE} {_NEXT_ENTRIES} 1 OFFSET {_PAGE_ENTRIES - 1}"
+_STRAYS: Final = f"""
+    SELECT key, sequence, variable_key, version FROM (SELECT {_PLACE} {_NEXT_ENTRIES} {_PAGE_ENTRIES}) AS listed
+    WHERE NOT EXISTS (
+        SELECT 1 FROM versions CROSS JOIN {_SAID}
+        WHERE versions.variable_key = listed.variable_key AND versions.version = listed.version
+            AND versions.sequence = listed.sequence AND entry.key = listed.key AND entry.value = listed.value
+    )
+"""
+_COUNTS: Final = f"""
+    SELECT (SELECT count(*) FROM metadata_entries),
+        (SELECT count(*) FROM versions CROSS JOIN {_SAID} WHERE versions.metadata IS NOT NULL)
+"""
+_INDEXED: Final = f"""
+    SELECT variable_key, version, sequence, NOT EXISTS (
+        SELECT 1 FROM {_SAID} WHERE NOT EXISTS (
+            SELECT 1 FROM metadata_entries AS found
+            WHERE found.key = entry.key AND found.value = entry.value AND found.sequence = versions.sequence
+                AND found.variable_key = versions.variable_key AND found.version = versions.version
+        )
+    )
+    FROM versions WHERE metadata IS NOT NULL AND (variable_key, version) > (?, ?) ORDER BY variable_key, version
+"""
+_SESSION_OF: Final = "SELECT session_key FROM variables WHERE variable_key = ?"
+
+
+class _StrayWalk(_Walk):
+    """Whatever the index of metadata says, a version's metadata says. `found`: not so."""
+
+    found = False
+
+    def __init__(self) -> None:
+        self._last: tuple[str, str, float, float, float] = ("", "", _BEFORE_ALL, _BEFORE_ALL, _BEFORE_ALL)
+
+    def __str__(self) -> str:
+        return f"metadata_entries after key {quote(self._last[0])}"
+
+    def page(self, connection: Connection) -> Iterator[Problem]:
+        end = time.monotonic() + _SNAPSHOT_S
+        while self.more:
+            for key, sequence, variable_key, version in _rows(connection, _STRAYS, *self._last):
+                self.found = True
+                what = f"metadata_entries has {quote(key)} for version {version}, whose metadata does not say so"
+                yield Problem(_where_of_entry(connection, sequence, variable_key), what)
+            last = _find(connection, _LAST_OF_PAGE, *self._last)
+            self.more = last is not None
+            self._last = last or self._last
+            if time.monotonic() > end:
+                return
+
+
+class _IndexedWalk(_Walk):
+    """Whatever a version's metadata says is in the index.
+
+    Where the index has no stray entry, and as many as there should be, none is missing: that is counted, as to look up
+    each takes longer than all the rest of the check.
+    """
+
+    def __init__(self, strays: _StrayWalk) -> None:
+        self._strays = strays
+        self._last: tuple[float, float] = (_BEFORE_ALL, _BEFORE_ALL)
+
+    def __str__(self) -> str:
+        return f"the metadata of the versions after variable key {max(self._last[0], 0)}"
+
+    def page(self, connection: Connection) -> Iterator[Problem]:
+        end = time.monotonic() + _SNAPSHOT_S
+        if not self._strays.found and self._last[0] == _BEFORE_ALL:
+            entries, expected = _find(connection, _COUNTS)
+            if entries == expected:
+                self.more = False
+                return
+        for key, version, sequence, indexed in _rows(connection, _INDEXED, *self._last):
+            if not indexed:
+                where = _where_of_entry(connection, sequence, key)
+                yield Problem(where, f"version {version} has metadata that is missing in metadata_entries")
+            self._last = (key, version)
+            if time.monotonic() > end:
+                return
+        self.more = False
+
+
+def _where_of_entry(connection: Connection, sequence: int, variable_key: int) -> str:
+    found = _find(connection, _SESSION_OF, variable_key)
+    return _where(connection, sequence, found[0] if found else 0, [variable_key])
 
 
 # Sessions
