@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from dspex_persist.cognitive.context import Context
     from dspex_persist.state.embedded import EmbeddedState
-    from dspex_persist.testing.servers import RunningServer
+    from dspex_persist.testing.server import ServedDatabase
     from dspex_persist.testing.tapes import Tape
 
     Clock = FrozenDateTimeFactory | StepTickTimeFactory | TickingDateTimeFactory
@@ -59,15 +59,17 @@ def _references_of(request: pytest.FixtureRequest) -> tuple[str, ...]:
 
 
 @pytest.fixture
-def dspex_server(request: pytest.FixtureRequest, tmp_path: Path) -> "Iterator[RunningServer]":
+def dspex_server(request: pytest.FixtureRequest, tmp_path: Path) -> "Iterator[ServedDatabase]":
     """A real server, a process of its own on a free port, with the tools of the marker `dspex_tools`.
 
-    It has `url` (for `dspex_persist.connect`), `target` (for gRPC), `db`, and `kill`, `stop`, `start`, `restart`.
+    It has `url` (for `dspex_persist.connect`), `target` (for gRPC), `path` (of its file), `kill`, `stop`, `restart`.
     """
-    from dspex_persist.testing.servers import RunningServer
+    from dspex_persist.testing.server import ServedDatabase
 
+    references = _references_of(request)
+    settings = {"tools": ",".join(references)} if references else {}
     # A child inherits no sys.path: what the test can import, its server has to be able to.
-    with RunningServer(tmp_path / "served.db", _references_of(request), request.config.rootpath) as server:
+    with ServedDatabase(tmp_path / "served.db", settings, import_from=request.config.rootpath) as server:
         yield server
 
 

@@ -78,11 +78,11 @@ def test_server(dspex_server):
         state.register_variable("s", "order", "string", "")
         assert state.execute_tool("s", "sell").success
     dspex_server.kill()
-    with pytest.raises(RuntimeError, match="start"):
-        dspex_server.url
     dspex_server.restart()
     with dspex_persist.connect(dspex_server.url) as state:
         assert state.get_value("s", "stock") == 2
+    assert dspex_server.stop() == 0
+    assert dspex_server.path.exists()
 
 
 def test_session(dspex_session, dspex_provider):
