@@ -78,7 +78,7 @@ fix: .venv/.installed  ## format, and mend what the linter can mend
 codegen:  ## generate the protocols' code from proto/
 	.ci/codegen
 
-bench: .venv/.installed  ## measure: one table and JSON, under three minutes
+bench: .venv/.installed  ## measure: one table and JSON, some four minutes
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 # The peers' requirements do not fit ours, hence an environment of their own.
