@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dspex_persist import cli
+from tests.end_to_end.programs import programs_of
 
 TOOLS = '''
 from dspex_persist import ToolContext, tool
@@ -21,6 +22,7 @@ def sell(ctx: ToolContext, amount: int = 1) -> int:
     ctx["order"] = str(ctx.uuid())
     return ctx["stock"]
 '''
+SHOP = TOOLS.replace('    ctx["order"] = str(ctx.uuid())\n', "")
 TESTS = """
 from datetime import timedelta
 
@@ -264,3 +266,15 @@ def test_the_plugin_costs_nothing_where_it_is_not_used(project: Path) -> None:
     assert "dspex_replay(tape" in told
     assert "dspex_tools(*references)" in told
     assert "--dspex-record" in run_pytest(project, "--help").stdout
+
+
+def test_what_the_page_on_tests_shows(tmp_path: Path) -> None:
+    """Its programs are tests, of the tools of a shop."""
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "tools.py").write_text(SHOP, encoding="utf-8")
+    programs = programs_of("docs/testing.md")
+    for number, program in enumerate(programs):
+        (tmp_path / f"test_{number}.py").write_text(program.text, encoding="utf-8")
+    ran = run_pytest(tmp_path)
+    assert ran.returncode == 0, ran.stdout
+    assert f"{len(programs)} passed" in ran.stdout
