@@ -1,5 +1,6 @@
 """Pruning: what goes, what stays, and that whatever is left is sound, wherever it was broken off."""
 
+import io
 import json
 import random
 import shutil
@@ -43,10 +44,12 @@ from dspex_persist.state.model import (
     UpdateKind,
     Value,
 )
+from dspex_persist.state.recording import write_recording
 from dspex_persist.state.store import maintenance, prune
 from dspex_persist.state.store.engine import open_readers, snapshot
 from dspex_persist.state.store.session_store import Job, SessionStore, StoreOptions
 from dspex_persist.state.store.variables import find_key, metadata_as_of
+from dspex_persist.wiring import import_session
 from tests.store.test_verify import anchor_of, problems_of, random_job
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
@@ -347,6 +350,34 @@ def test_a_watch_that_resumes_before_what_was_pruned(provider: EmbeddedState) ->
         (UpdateKind.VALUE_CHANGE, "x", "3"),
         (UpdateKind.VALUE_CHANGE, "x", "4"),
     ]
+
+
+def test_an_import_does_not_mislead_what_is_old(path: Path, tmp_path: Path) -> None:
+    """Its commits have older times than those before them; each session is pruned by its own."""
+    recording = io.StringIO()
+    with freeze_time("2025-01-01"), EmbeddedState(tmp_path / "old.db") as old:
+        old.initialize_session("old")
+        old.register_variable("old", "y", "integer", 0)
+        write(old, 40, "old", "y")
+        write_recording(*old.record("old"), recording)
+    with freeze_time("2026-01-01") as frozen:
+        with EmbeddedState(path) as state:
+            state.initialize_session("new")
+            state.register_variable("new", "x", "integer", 0)
+            write(state, 3, "new")
+            then = state.head_sequence
+            frozen.move_to("2026-01-10")
+            write(state, 3, "new")
+        for copy in ("one", "two"):
+            recording.seek(0)
+            import_session(path, recording, session_id=copy)
+        with EmbeddedState(path) as state:
+            with state.audit() as audit:
+                assert audit.resolve("2026-01-05T00:00Z") == then
+            state.prune(PrunePolicy(before=datetime(2026, 1, 5, tzinfo=UTC)), confirm=True)
+            assert numbers(state, "new") == [4, 5, 6]
+            assert [numbers(state, copy, "y") for copy in ("one", "two")] == [[40], [40]]
+    assert problems_of(path) == []
 
 
 def test_what_one_commit_wrote_twice_may_go_by_half(provider: EmbeddedState, path: Path) -> None:

@@ -7,7 +7,7 @@ by its index; only what names none of these walks through the log, a window of c
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 from sqlalchemy import Connection, Engine
 
@@ -46,6 +46,7 @@ from dspex_persist.state.errors import (
     quote,
 )
 from dspex_persist.state.model import Conflict, ExecutionStatus, Failure, LogEntry, Value
+from dspex_persist.state.store import times
 from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.engine import snapshot
 from dspex_persist.state.store.executions import value_in
@@ -332,13 +333,11 @@ def _pattern(glob: str) -> str:
 # Points
 
 
-class _Bounds(tuple[int, int]):
+class _Bounds(NamedTuple):
     """The commits asked for: after the first, up to and with the second."""
 
-    __slots__ = ()
-
-    def __new__(cls, after: int, last: int) -> "_Bounds":
-        return super().__new__(cls, (after, last))
+    after: int
+    last: int
 
 
 def _head(connection: Connection) -> int:
@@ -354,59 +353,16 @@ def _resolve(connection: Connection, point: str, option: str, session: str) -> i
         sequence = row.began_sequence if row.ended_sequence is None else row.ended_sequence
     elif parsed.at is not None:
         micros = to_micros(parsed.at)
-        sequence = _session_time(connection, session, micros) if session else _global_time(connection, micros, head)
+        if session:
+            keys = _session_keys(connection, session)
+            sequence = max(times.last_of_session_until(connection, key, micros) for key in keys)
+        else:
+            sequence = times.last_until(connection, micros)
     elif parsed.sequence is not None:
         sequence = parsed.sequence
         if sequence > head:
             raise InvalidArgumentError(option, f"there is no commit {sequence} yet; the newest is {head}")
     return max(sequence - 1, 0) if parsed.before else sequence
-
-
-def _global_time(connection: Connection, micros: int, head: int) -> int:
-    """The last commit that is not younger: found by halving, as commits are in the order of their times.
-
-    Those of an import are not: all of them count as the commit before them.
-    """
-    imports = _all(connection, "SELECT first_sequence, last_sequence FROM imports")
-    low, high = 0, head
-    while low < high:
-        first = last = (low + high + 1) // 2
-        for import_first, import_last in imports:
-            if import_first <= last <= import_last:
-                first, last = import_first - 1, import_last
-        if first == 0 or _created_at(connection, first) <= micros:
-            low = min(last, high)
-        else:
-            high = first - 1
-    return low
-
-
-def _created_at(connection: Connection, sequence: int) -> int:
-    row = _first(connection, "SELECT created_at FROM commits WHERE sequence = ?", sequence)
-    return int(row[0])
-
-
-def _session_time(connection: Connection, session: str, micros: int) -> int:
-    """The same among the commits of a session, or of all that had this id."""
-    return max(_time_in(connection, key, micros) for key in _session_keys(connection, session))
-
-
-def _time_in(connection: Connection, key: int, micros: int) -> int:
-    statement = """
-        SELECT sequence, created_at FROM commits INDEXED BY commits_by_session
-        WHERE session_key = ? AND sequence <= ? ORDER BY sequence DESC LIMIT 1
-    """
-    found, low, high = 0, 1, _head(connection)
-    while low <= high:
-        middle = (low + high) // 2
-        row = _first(connection, statement, key, middle)
-        if row is None:
-            low = middle + 1
-        elif row.created_at <= micros:
-            found, low = int(row.sequence), middle + 1
-        else:
-            high = row.sequence - 1
-    return found
 
 
 def _refuse_pruned(connection: Connection, session: str, key: int, sequence: int) -> None:

@@ -23,7 +23,7 @@ from dspex_persist.clock import to_micros
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.model import PINNED, EventKind, PrunePolicy, PruneReport, Session
-from dspex_persist.state.store import audit
+from dspex_persist.state.store import audit, times
 from dspex_persist.state.store.answers import StoredAudit
 from dspex_persist.state.store.chain import (
     GENESIS,
@@ -119,12 +119,11 @@ def _check(policy: PrunePolicy) -> None:
 
 # What may go
 
-_HEAD: Final = "SELECT ifnull(max(sequence), 0) FROM commits"
-_COMMITTED_AT: Final = "SELECT created_at FROM commits WHERE sequence = ?"
 _COUNT_VARIABLES: Final = "SELECT count(*) FROM variables"
 _SESSIONS: Final = """
-    SELECT session_key, session_id, started_sequence, ended_sequence FROM sessions
-    WHERE session_key > ?1 AND (?2 IS NULL OR session_id = ?2) ORDER BY session_key LIMIT ?3
+    SELECT sessions.session_key, session_id, started_sequence, ended.created_at
+    FROM sessions LEFT JOIN commits AS ended ON ended.sequence = sessions.ended_sequence
+    WHERE sessions.session_key > ?1 AND (?2 IS NULL OR session_id = ?2) ORDER BY sessions.session_key LIMIT ?3
 """
 _RUNNING: Final = "SELECT min(began_sequence) FROM executions WHERE session_key = ? AND ended_sequence IS NULL"
 _VARIABLES: Final = """
@@ -164,7 +163,8 @@ class _Session(NamedTuple):
     key: int
     id: str
     started_sequence: int
-    ended_sequence: int | None
+    ended_at: int | None
+    """In microseconds, as its commit says."""
 
 
 class _Item(NamedTuple):
@@ -197,8 +197,6 @@ class Planner:
         with snapshot(readers) as connection:
             self._connection = connection
             self.in_all: int = self._rows(_COUNT_VARIABLES)[0][0]
-            self._cut = self._first_commit_at(policy.before)
-            self._ended_cut = self._first_commit_at(policy.ended_before) or 0
         self._versions_go = policy.keep_versions is not None or policy.before is not None
 
     def batches(self) -> Iterator[list[PruneHistory]]:
@@ -233,27 +231,13 @@ class Planner:
         rows: list[Any] = self._connection.connection.cursor().execute(statement, parameters).fetchall()
         return rows
 
-    def _first_commit_at(self, moment: datetime | None) -> int | None:
-        """The first commit at or after a moment: those of a log are in the order of their times."""
-        if moment is None:
-            return None
-        micros = to_micros(moment)
-        low, high = 1, self._rows(_HEAD)[0][0] + 1
-        while low < high:
-            middle = (low + high) // 2
-            if self._rows(_COMMITTED_AT, middle)[0][0] < micros:
-                low = middle + 1
-            else:
-                high = middle
-        return low
-
     def _items(self) -> Iterator[tuple[_Session, _Item]]:
         last = 0
         while rows := self._rows(_SESSIONS, last, self._policy.session_id, _PAGE):
             for row in rows:
                 session = _Session(*row)
                 last = session.key
-                if session.ended_sequence is not None and session.ended_sequence < self._ended_cut:
+                if self._has_ended_before(session):
                     found = self._whole_session(session)
                 elif self._versions_go:
                     found = self._old_versions(session)
@@ -262,11 +246,16 @@ class Planner:
                 for item in found:
                     yield session, item
 
+    def _has_ended_before(self, session: _Session) -> bool:
+        moment = self._policy.ended_before
+        return moment is not None and session.ended_at is not None and session.ended_at < to_micros(moment)
+
     # A session whose current state stays
 
     def _old_versions(self, session: _Session) -> Iterator[_Item]:
+        cut = self._cut_of(session)
         for variables, running in self._variables(session):
-            first_kept = [(variable, self._first_kept(variable, running)) for variable in variables]
+            first_kept = [(variable, self._first_kept(variable, cut, running)) for variable in variables]
             # What one commit wrote goes together, as far as that can be: for each time, `pruned` has a row.
             going = [self._below(variable, first) for variable, first in first_kept if first > variable.oldest]
             for version in heapq.merge(*going, key=_newest_first):
@@ -282,13 +271,19 @@ class Planner:
             running: int | None = self._rows(_RUNNING, session.key)[0][0]
             yield [_Variable(*row) for row in rows if row[1] is not None], running
 
-    def _first_kept(self, variable: _Variable, running: int | None) -> int:
+    def _cut_of(self, session: _Session) -> int | None:
+        """Its commits from this one on stay, because they are not old enough."""
+        if self._policy.before is None:
+            return None
+        return times.last_of_session_until(self._connection, session.key, to_micros(self._policy.before) - 1) + 1
+
+    def _first_kept(self, variable: _Variable, cut: int | None, running: int | None) -> int:
         """The number from which on all versions stay. The newest does in any case, and what a deletion deleted."""
         first = variable.newest - variable.deleted
         if self._policy.keep_versions is not None:
             first = min(first, variable.newest - self._policy.keep_versions + 1)
-        if self._cut is not None and first > variable.oldest:
-            first = min(first, self._number_at(variable, self._cut))
+        if cut is not None and first > variable.oldest:
+            first = min(first, self._number_at(variable, cut))
         if running is not None and first > variable.oldest:
             # And the version that it had right before.
             first = min(first, self._number_at(variable, running) - 1)
