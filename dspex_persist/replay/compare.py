@@ -7,11 +7,12 @@ from hashlib import sha256
 from typing import Any, Final
 
 from dspex_persist.clock import from_micros
-from dspex_persist.replay.recorded import RecordedExecution, Written, value_of
+from dspex_persist.replay.recorded import RecordedExecution, Written
 from dspex_persist.replay.report import Aspect, Divergence, diff_of
 from dspex_persist.replay.take import Played
 from dspex_persist.state.model import Change, ChangeKind, Event, EventKind, Value
 from dspex_persist.state.recording import RecordedVersion
+from dspex_persist.state.unit_of_work import value_in
 
 Lines = list[str]
 
@@ -82,7 +83,7 @@ def _account_of(
         Aspect.DRAWS: [from_micros(each).isoformat() for each in body.get("recorded", {}).get("now", ())],
         Aspect.PUBLISHED: [line for version in published for line in _kept_lines(version.name, version, hidden)],
         Aspect.ERROR: _error_lines(body),
-        Aspect.RESULT: _value_lines("result", value_of(body.get("result"))),
+        Aspect.RESULT: _value_lines("result", value_in(body.get("result"))),
         Aspect.WRITES: [line for version in written for line in _write_lines(version, registered, hidden)],
         Aspect.DEPENDENCIES: [_dependency_line(e, named) for e in events if e.kind is EventKind.DEPENDENCY_ADDED],
         Aspect.LOCKS: [_lock_line(e, named) for e in events if e.kind in _LOCKS],

@@ -2,28 +2,24 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from datetime import datetime
 from typing import Any, Final
 
-from dspex_persist.clock import from_micros
+from dspex_persist.clock import to_micros
 from dspex_persist.state.model import (
     ChangeKind,
     Dependency,
     Event,
     EventKind,
-    Isolation,
     Optimization,
     RegisteredTool,
     RunningExecution,
     Session,
-    ToolParameter,
-    ToolSpec,
     Value,
     Variable,
     VariableVersion,
 )
 from dspex_persist.state.recording import RecordedCommit, RecordedVersion
-from dspex_persist.state.unit_of_work import SessionState
+from dspex_persist.state.unit_of_work import SessionState, spec_in, started_lock
 
 MASKED: Final = Value("null")
 """What stands for a value that was kept out of the recording."""
@@ -148,11 +144,13 @@ def _change(state: SessionState, commit: RecordedCommit, event: Event) -> None:
         case EventKind.DEPENDENCY_ADDED:
             _add_dependency(state, Dependency(body["from_id"], body["to_id"], body["type"], commit.number))
         case EventKind.OPTIMIZATION_STARTED:
-            _set_lock(state, body["variable_id"], _started(body, commit.at))
+            _set_lock(state, body["variable_id"], started_lock(body, to_micros(commit.at)))
         case EventKind.OPTIMIZATION_STOPPED:
             _set_lock(state, body["variable_id"], None)
         case EventKind.TOOLS_REGISTERED:
-            tools = (_registered(each) for each in body["tools"])
+            tools = (
+                RegisteredTool(spec_in(each["spec"]), each["worker_id"], each["address"]) for each in body["tools"]
+            )
             state.tools = {**state.tools, **{tool.spec.name: tool for tool in tools}}
         case EventKind.EXECUTION_BEGAN:
             running = RunningExecution(body["execution_id"], body["tool"], commit.number, body["parent_id"])
@@ -168,36 +166,10 @@ def _add_dependency(state: SessionState, edge: Dependency) -> None:
         state.dependencies = (*state.dependencies, edge)
 
 
-def _started(body: Mapping[str, Any], at: datetime) -> Optimization:
-    started_at = from_micros(body["started_at"])
-    return Optimization(
-        body["optimization_id"],
-        body["optimizer_id"],
-        started_at,
-        body["started_by"],
-        body["config"],
-        body["lease_s"],
-        at if at != started_at else None,
-    )
-
-
 def _set_lock(state: SessionState, variable_id: str, lock: Optimization | None) -> None:
     variable = state.find(variable_id)
     if variable is not None:
         state.put(variable._replace(optimization=lock))
-
-
-def _registered(body: Mapping[str, Any]) -> RegisteredTool:
-    spec = dict(body["spec"])
-    spec["parameters"] = tuple(_parameter(each) for each in spec["parameters"])
-    spec["isolation"] = Isolation(spec["isolation"])
-    spec["required_variables"] = tuple(spec["required_variables"])
-    return RegisteredTool(ToolSpec(**spec), body["worker_id"], body["address"])
-
-
-def _parameter(body: Mapping[str, Any]) -> ToolParameter:
-    default = body["default"]
-    return ToolParameter(**{**body, "default": Value(**default) if default is not None else None})
 
 
 class Past:

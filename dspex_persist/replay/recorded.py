@@ -1,7 +1,6 @@
 """What a recording says: its commits, and the tool executions in them, each with all that it did."""
 
 import os
-from base64 import b64decode
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -12,6 +11,7 @@ from dspex_persist.clock import from_micros
 from dspex_persist.state.errors import NotADatabaseError, RecordingError
 from dspex_persist.state.model import ChangeKind, Event, EventKind, ExecutionStatus, Failure, Value
 from dspex_persist.state.recording import Header, RecordedCommit, RecordedVersion, read_recording
+from dspex_persist.state.unit_of_work import value_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class RecordedExecution:
     @property
     def result(self) -> Value | None:
         """Its result."""
-        return value_of(self.body.get("result"))
+        return value_in(self.body.get("result"))
 
     @property
     def times(self) -> list[datetime]:
@@ -118,14 +118,6 @@ class RecordedExecution:
     def lm_calls(self) -> list[Any]:
         """The calls of language models that were recorded for it."""
         return list(self.body.get("recorded", {}).get("lm", ()))
-
-
-def value_of(body: Mapping[str, str] | None) -> Value | None:
-    """A value from the body of an event."""
-    if body is None:
-        return None
-    binary = body.get("binary")
-    return Value(body["json"], None if binary is None else b64decode(binary))
 
 
 def find_executions(commits: Iterable[RecordedCommit]) -> list[RecordedExecution]:
@@ -156,7 +148,7 @@ def _find_in(commit: RecordedCommit, found: dict[str, RecordedExecution]) -> Non
 
 
 def _begun(commit: RecordedCommit, body: Mapping[str, Any]) -> RecordedExecution:
-    parameters = {name: value for name, told in body["parameters"].items() if (value := value_of(told)) is not None}
+    parameters = {name: value for name, told in body["parameters"].items() if (value := value_in(told)) is not None}
     return RecordedExecution(
         id=body["execution_id"],
         number=commit.number,

@@ -6,14 +6,14 @@ units shares `Drafts`, so that each sees what the ones before it staged.
 """
 
 import secrets
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Protocol, TypeAlias
 
-from dspex_persist.clock import to_micros
+from dspex_persist.clock import from_micros, to_micros
 from dspex_persist.state.errors import SessionNotFoundError, VariableNotFoundError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
@@ -23,6 +23,7 @@ from dspex_persist.state.model import (
     Event,
     EventKind,
     ExecutionStatus,
+    Isolation,
     Optimization,
     Origin,
     RecordedExecution,
@@ -30,6 +31,8 @@ from dspex_persist.state.model import (
     RunningExecution,
     Session,
     Source,
+    ToolParameter,
+    ToolSpec,
     Value,
     Variable,
     VariableVersion,
@@ -604,6 +607,47 @@ def value_body(value: Value | None) -> Mapping[str, str] | None:
     if value is None:
         return None
     return {"json": value.json} | ({"binary": b64encode(value.binary).decode()} if value.binary is not None else {})
+
+
+def value_in(body: Mapping[str, str] | None) -> Value | None:
+    """A value in the body of an event."""
+    if body is None:
+        return None
+    binary = body.get("binary")
+    return Value(body["json"], None if binary is None else b64decode(binary))
+
+
+def spec_in(body: Mapping[str, Any]) -> ToolSpec:
+    """A tool's specification in the body of an event."""
+    parameters = tuple(
+        ToolParameter(**{**each, "default": None if each["default"] is None else Value(each["default"]["json"])})
+        for each in body["parameters"]
+    )
+    return ToolSpec(
+        **{
+            **body,
+            "parameters": parameters,
+            "required_variables": tuple(body["required_variables"]),
+            "isolation": Isolation(body["isolation"]),
+        }
+    )
+
+
+def started_lock(body: Mapping[str, Any], at: int) -> Optimization:
+    """The lock that an `optimization_started` event of a commit at `at` (microseconds) puts on its variable.
+
+    From the log alone, so that a check of the log arrives at the same row. A holder that asks again gets its lock as
+    it was, renewed.
+    """
+    return Optimization(
+        id=body["optimization_id"],
+        optimizer_id=body["optimizer_id"],
+        started_at=from_micros(body["started_at"]),
+        started_by=body["started_by"],
+        config=body["config"],
+        lease_s=body["lease_s"],
+        renewed_at=from_micros(at) if at != body["started_at"] else None,
+    )
 
 
 def _put_back(entries: dict[Any, Any], key: object, previous: object) -> None:

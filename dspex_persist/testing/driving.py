@@ -4,13 +4,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from dspex_persist.replay import Recording
-from dspex_persist.replay.recorded import value_of
 from dspex_persist.state import commands
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import RecordingError, StateError
 from dspex_persist.state.model import ChangeKind, Event, EventKind, Origin, Source, Value
 from dspex_persist.state.provider import TOOL_TIMEOUT_S, StateProvider
 from dspex_persist.state.recording import RecordedCommit, RecordedVersion
+from dspex_persist.state.unit_of_work import value_in
 
 _EXECUTION: Final = "exec_"
 _ROLLED_BACK: Final = "rolled_back_to"
@@ -89,7 +89,7 @@ def _request_of(
             name = names.get(body["variable_id"], body["variable_id"])
             yield commands.StopOptimization(session_id, name, body["reason"] != "stopped")
         case EventKind.EXECUTION_BEGAN if body["parent_id"] is None and body["attempt"] == 1:
-            parameters = {name: value_of(each) or Value("null") for name, each in body["parameters"].items()}
+            parameters = {name: value_in(each) or Value("null") for name, each in body["parameters"].items()}
             metadata = dict(body["metadata"])
             if body["idempotency_key"] is not None:
                 metadata["idempotency_key"] = body["idempotency_key"]

@@ -49,9 +49,9 @@ from dspex_persist.state.model import Conflict, ExecutionStatus, Failure, LogEnt
 from dspex_persist.state.store import times
 from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.engine import snapshot
-from dspex_persist.state.store.executions import value_in
 from dspex_persist.state.store.schema import is_unicode
 from dspex_persist.state.store.variables import KIND_CODES, KINDS, SOURCE_CODES, SOURCES
+from dspex_persist.state.unit_of_work import value_in
 
 _WINDOW: Final = 50_000
 """Commits that one snapshot walks through at most, where nothing narrows a question down."""

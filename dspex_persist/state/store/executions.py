@@ -1,7 +1,6 @@
 """Executions and registered tools, read from a given connection."""
 
 import json
-from base64 import b64decode
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,15 +8,12 @@ from sqlalchemy import Connection, bindparam, select
 
 from dspex_persist.state.model import (
     ExecutionStatus,
-    Isolation,
     RecordedExecution,
     RegisteredTool,
     RunningExecution,
-    ToolParameter,
-    ToolSpec,
-    Value,
 )
 from dspex_persist.state.store.schema import events, executions, sessions, tools
+from dspex_persist.state.unit_of_work import spec_in, value_in
 
 # Built once: to build a statement takes SQLAlchemy longer than SQLite needs to run it.
 _RUNNING = (
@@ -87,35 +83,12 @@ def _end_of(connection: Connection, row: Any) -> dict[str, Any]:
     return found
 
 
-def value_in(body: Mapping[str, str] | None) -> Value | None:
-    """A value in the body of an event."""
-    if body is None:
-        return None
-    binary = body.get("binary")
-    return Value(body["json"], None if binary is None else b64decode(binary))
-
-
 def registered(connection: Connection, session_key: int) -> dict[str, RegisteredTool]:
     """The tools that the session's workers have registered, by name."""
     rows = connection.execute(_TOOLS, {"session_key": session_key})
-    return {row.name: RegisteredTool(_spec_of(json.loads(row.spec)), row.worker_id, row.address) for row in rows}
+    return {row.name: RegisteredTool(spec_in(json.loads(row.spec)), row.worker_id, row.address) for row in rows}
 
 
 def spec_text(tool: Mapping[str, Any]) -> str:
     """The specification in an event's `tools_registered` entry, as the table keeps it."""
     return json.dumps(tool["spec"], sort_keys=True)
-
-
-def _spec_of(body: dict[str, Any]) -> ToolSpec:
-    parameters = tuple(
-        ToolParameter(**{**each, "default": None if each["default"] is None else Value(each["default"]["json"])})
-        for each in body["parameters"]
-    )
-    return ToolSpec(
-        **{
-            **body,
-            "parameters": parameters,
-            "required_variables": tuple(body["required_variables"]),
-            "isolation": Isolation(body["isolation"]),
-        }
-    )

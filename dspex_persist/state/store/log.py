@@ -8,14 +8,13 @@ from typing import Any, TypeAlias
 from sqlalchemy import Connection, Table, func, insert, select, update
 from sqlalchemy.dialects import sqlite
 
-from dspex_persist.clock import from_micros, to_micros
+from dspex_persist.clock import to_micros
 from dspex_persist.state.model import (
     Change,
     ChangeKind,
     Event,
     EventKind,
     ExecutionStatus,
-    Optimization,
     Value,
     VariableVersion,
 )
@@ -35,7 +34,7 @@ from dspex_persist.state.store.schema import (
     versions,
 )
 from dspex_persist.state.store.variables import KIND_CODES, SOURCE_CODES, lock_text
-from dspex_persist.state.unit_of_work import SessionState, UnitOfWork
+from dspex_persist.state.unit_of_work import SessionState, UnitOfWork, started_lock
 
 _encode = json.JSONEncoder(separators=(",", ":"), sort_keys=True).encode
 
@@ -303,23 +302,6 @@ class LogWriter:
 def _deleted_in(changes: Sequence[Change]) -> frozenset[str]:
     deleted = (change.version for change in changes if change.version.kind is ChangeKind.DELETED)
     return frozenset(version.variable_id for version in deleted)
-
-
-def started_lock(body: Mapping[str, Any], at: int) -> Optimization:
-    """The lock that an `optimization_started` event of a commit at `at` (microseconds) puts on its variable.
-
-    From the log alone, so that a check of the log arrives at the same row. A holder that asks again gets its lock as
-    it was, renewed.
-    """
-    return Optimization(
-        id=body["optimization_id"],
-        optimizer_id=body["optimizer_id"],
-        started_at=from_micros(body["started_at"]),
-        started_by=body["started_by"],
-        config=body["config"],
-        lease_s=body["lease_s"],
-        renewed_at=from_micros(at) if at != body["started_at"] else None,
-    )
 
 
 def began_sequence(execution_id: str) -> int:

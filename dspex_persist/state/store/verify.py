@@ -30,8 +30,9 @@ from dspex_persist.state.store.blobs import digest
 from dspex_persist.state.store.chain import GENESIS, commit_text, link, residue, residue_entry
 from dspex_persist.state.store.engine import snapshot
 from dspex_persist.state.store.executions import spec_text
-from dspex_persist.state.store.log import began_sequence, metadata_text, started_lock
+from dspex_persist.state.store.log import began_sequence, metadata_text
 from dspex_persist.state.store.variables import KIND_CODES, lock_text
+from dspex_persist.state.unit_of_work import started_lock
 
 _PAGE_COMMITS: Final = 10_000
 _PAGE_ENTRIES: Final = 10_000
