@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 
-from dspex_persist.cli.output import Progress, counted, new_table, one_line, progress_bar, say, say_json
+from dspex_persist.cli.groups import Json, carry_out, new_group
+from dspex_persist.cli.output import Progress, counted, new_table, one_line, say
 from dspex_persist.cli.places import Db, database_of, url_of
-from dspex_persist.errors import DspexError
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -44,16 +44,8 @@ EPILOG: Final = (
     "With --json, stdout has exactly one JSON object, also after an error; the exit codes are the same.\n\n"
 )
 
-app = typer.Typer(
-    help=HELP,
-    epilog=EPILOG,
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = new_group(HELP, EPILOG)
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 R = TypeVar("R", bound="DataclassInstance")
 
@@ -261,21 +253,13 @@ def _report(db: Path | None, as_json: bool, work: Callable[[Path, Progress], R],
 
 
 def _tell(as_json: bool, work: Callable[[Progress], R], show: Callable[[R], None]) -> None:
-    """Do the work and print what came of it. An error goes on to `main`, which says it on stderr."""
-    try:
-        with progress_bar() as progress:
-            report = work(progress)
-    except (DspexError, ValueError) as error:
-        if as_json:
-            say_json({"ok": False, "error": str(error)})
-        raise
-    is_sound = not getattr(report, "problems", ())
-    if as_json:
-        say_json({"ok": is_sound, **asdict(report)})
-    else:
-        show(report)
-    if not is_sound:
+    """Do the work and print what came of it; the exit code says whether it found problems."""
+    if not _is_sound(carry_out(as_json, work, show, _is_sound)):
         raise typer.Exit(EXIT_PROBLEMS)
+
+
+def _is_sound(report: object) -> bool:
+    return not getattr(report, "problems", ())
 
 
 # Shown to people

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from dspex_persist.cli.groups import Json
 from dspex_persist.cli.output import new_table, one_line, progress_bar, say, say_json
 from dspex_persist.errors import DspexError
 
@@ -98,7 +99,6 @@ OnlyTool = Annotated[
 ]
 LiveLm = Annotated[bool, typer.Option("--live-lm", help="Ask language models anew, and tell what they say otherwise.")]
 MaxShown = Annotated[int, typer.Option("--max-shown", metavar="NUMBER", min=0, help="How many divergences to show.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 
 def replay(

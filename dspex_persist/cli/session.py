@@ -4,15 +4,15 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar, cast
 
 import typer
 
-from dspex_persist.cli.output import Progress, counted, progress_bar, say, say_json
+from dspex_persist.cli.groups import Json, carry_out, new_group
+from dspex_persist.cli.output import Progress, counted, say
 from dspex_persist.cli.places import Db, database_of
 from dspex_persist.errors import DspexError
 
@@ -39,17 +39,9 @@ EPILOG: Final = (
     "With --json, stdout has exactly one JSON object, also after an error; the exit codes are the same.\n\n"
 )
 
-app = typer.Typer(
-    help=HELP,
-    epilog=EPILOG,
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = new_group(HELP, EPILOG)
 
 Session = Annotated[str, typer.Argument(metavar="SESSION", help="The session's id; it may have ended.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 
 @app.command(
@@ -134,7 +126,7 @@ def export(
         if as_test is not None:
             say(f"{as_test}: a test that replays it; run it with: pytest {as_test}")
 
-    _report(as_json, work, show)
+    carry_out(as_json, work, show)
 
 
 def _target_of(output: str | None, as_test: Path | None, tools: Sequence[str]) -> Path | None:
@@ -233,7 +225,7 @@ def import_(
         if report.interrupted:
             say(f"{counted(report.interrupted, 'execution')} that had not ended: interrupted")
 
-    _report(as_json, work, show)
+    carry_out(as_json, work, show)
 
 
 @contextmanager
@@ -294,19 +286,4 @@ def fork(
         what = f"{counted(report['variables'], 'variable')} of {session} as of commit {report['forked_at']}"
         say(f"{report['path']}: session {new} begun with {what}")
 
-    _report(as_json, work, show)
-
-
-def _report(as_json: bool, work: Callable[[Progress], R], show: Callable[[R], None]) -> None:
-    """Do the work and print what came of it. An error goes on to `main`, which says it on stderr."""
-    try:
-        with progress_bar() as progress:
-            report = work(progress)
-    except (DspexError, ValueError) as error:
-        if as_json:
-            say_json({"ok": False, "error": str(error)})
-        raise
-    if as_json:
-        say_json({"ok": True, **(report if isinstance(report, dict) else asdict(cast(Any, report)))})
-    else:
-        show(report)
+    carry_out(as_json, work, show)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from dspex_persist.cli.groups import Json, new_group
 from dspex_persist.cli.output import counted, new_table, one_line, say, say_json
 from dspex_persist.cli.places import url_of
 from dspex_persist.errors import DspexError
@@ -20,13 +21,7 @@ if TYPE_CHECKING:
 _TIMEOUT_S: Final = 10.0
 """How long a server may take to answer."""
 
-app = typer.Typer(
-    help="Tools: the functions that a server runs for its clients, each call as one transaction.",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = new_group("Tools: the functions that a server runs for its clients, each call as one transaction.")
 
 Modules = Annotated[
     list[str] | None,
@@ -56,7 +51,6 @@ Config = Annotated[
         help="TOML file of settings, for its tools. [dim](as serve: dspex-persist.toml if it exists)[/dim]",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 
 @dataclass(frozen=True, slots=True)

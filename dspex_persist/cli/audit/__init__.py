@@ -9,6 +9,7 @@ import typer
 
 from dspex_persist.cli.audit import options, pages
 from dspex_persist.cli.audit.asking import Asked, Form, answering, asking
+from dspex_persist.cli.groups import Json, new_group
 from dspex_persist.cli.maintenance import EXIT_PROBLEMS, show_check
 from dspex_persist.cli.output import say, say_json
 from dspex_persist.cli.places import Db, database_of
@@ -43,14 +44,7 @@ EPILOG = (
     "With --json an error is one JSON object on stdout as well; the exit codes are the same.\n\n"
 )
 
-app = typer.Typer(
-    help=HELP,
-    epilog=EPILOG,
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = new_group(HELP, EPILOG)
 
 _SESSION = typer.Argument(metavar="SESSION", help="Its id.", show_default=False)
 _SESSIONS = typer.Argument(metavar="SESSION", help="An id, or a glob of * and ?.", show_default=False)
@@ -375,7 +369,7 @@ def verify(
         Path | None, typer.Option("--anchor", metavar="FILE", help="Heads kept elsewhere.", show_default=False)
     ] = None,
     write: Annotated[bool, typer.Option("--write", help="Add the head to FILE, if nothing is wrong.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")] = False,
+    as_json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print the problems as CSV.")] = False,
     db: Db = None,
 ) -> None:

@@ -97,7 +97,7 @@ _EXECUTIONS: Final = """
         json_extract(ending.body, '$.failure.type') AS error_type,
         json_extract(ending.body, '$.failure.message') AS message, json_extract(ending.body, '$.reason') AS reason,
         json_extract(ending.body, '$.conflicts') AS conflicts, executions.session_key,
-        beginning.body AS beginning, ending.body AS ending
+        ending.sequence IS NOT NULL AS has_ending{bodies}
     FROM executions
     JOIN sessions ON sessions.session_key = executions.session_key
     JOIN commits AS began ON began.sequence = executions.began_sequence
@@ -107,6 +107,8 @@ _EXECUTIONS: Final = """
     LEFT JOIN events AS ending ON ending.sequence = executions.ended_sequence AND ending.kind = 'execution_ended'
         AND json_extract(ending.body, '$.execution_id') = executions.execution_id
 """
+_SUMMARIES: Final = _EXECUTIONS.format(bodies="")
+_IN_FULL: Final = _EXECUTIONS.format(bodies=", beginning.body AS beginning, ending.body AS ending")
 _COMMITS: Final = """
     SELECT commits.sequence, sessions.session_id, commits.actor, commits.cause, commits.created_at,
         lower(hex(commits.hash)) AS hash,
@@ -323,6 +325,14 @@ class _Conditions:
 
     def __str__(self) -> str:
         return f" WHERE {' AND '.join(self._texts)}" if self._texts else ""
+
+
+def _of_session(connection: Connection, conditions: _Conditions, session: str, column: str) -> None:
+    """Only what is of the session of this id, or of those that fit the glob; "" is all."""
+    if is_glob(session):
+        conditions.add("sessions.session_id GLOB ?", _pattern(session))
+    elif session:
+        conditions.add_among(column, _session_keys(connection, session))
 
 
 def _pattern(glob: str) -> str:
@@ -683,7 +693,7 @@ def _execution_row(connection: Connection, execution_id: str) -> Any:
     _, number, *token = execution_id.split("_") if execution_id.startswith("exec_") else ("", "")
     row = None
     if number.isascii() and number.isdecimal() and len(number) < 19:
-        row = _first(connection, f"{_EXECUTIONS} WHERE executions.began_sequence = ?", int(number))
+        row = _first(connection, f"{_IN_FULL} WHERE executions.began_sequence = ?", int(number))
     if row is None or (token and row.execution_id != execution_id):
         hint = f"did you mean {row.execution_id}?" if row is not None else "audit executions lists them"
         raise NotInHistoryError("execution", execution_id, hint)
@@ -729,7 +739,7 @@ def _error_text(row: Any) -> str:
         return f"{row.error_type}: {row.message}"
     conflicts = _conflicts_of(row.conflicts)
     # Where the end is pruned, its reason is gone: a session's end interrupts, too.
-    ending = _ENDINGS.get(row.status, "") if row.ending else ""
+    ending = _ENDINGS.get(row.status, "") if row.has_ending else ""
     return row.reason or ", ".join(map(str, conflicts)) or ending
 
 
@@ -741,10 +751,7 @@ def _execution_page(
     connection: Connection, query: ExecutionQuery, bounds: _Bounds, after: Cursor | None, most: int
 ) -> Page[ExecutionSummary]:
     conditions = _Conditions()
-    if is_glob(query.session):
-        conditions.add("sessions.session_id GLOB ?", _pattern(query.session))
-    elif query.session:
-        conditions.add_among("executions.session_key", _session_keys(connection, query.session))
+    _of_session(connection, conditions, query.session, "executions.session_key")
     if is_glob(query.tool):
         conditions.add("executions.tool GLOB ?", _pattern(query.tool))
     else:
@@ -755,7 +762,7 @@ def _execution_page(
     conditions.add_metadata("json_extract(beginning.body, '$.metadata')", query.metadata.items())
     if not query.children:
         conditions.add("executions.parent_id IS NULL")
-    rows = _rows_of_page(connection, _EXECUTIONS, "executions.began_sequence", conditions, query, bounds, after, most)
+    rows = _rows_of_page(connection, _SUMMARIES, "executions.began_sequence", conditions, query, bounds, after, most)
     return _page_of(rows, most, _summary_of, lambda row: (row.began_sequence,))
 
 
@@ -835,7 +842,7 @@ def _attempts(connection: Connection, row: Any, beginning: Mapping[str, Any]) ->
     while last is not None and last.status == ExecutionStatus.CONFLICT.value:
         last = _first(
             connection,
-            f"{_EXECUTIONS} WHERE executions.session_key = ? AND executions.began_sequence > ? "
+            f"{_IN_FULL} WHERE executions.session_key = ? AND executions.began_sequence > ? "
             "AND executions.tool = ? AND executions.attempt = ? AND json_extract(beginning.body, '$.retry_of') = ? "
             "ORDER BY executions.began_sequence LIMIT 1",
             last.session_key,
@@ -855,10 +862,7 @@ def _commit_page(
     connection: Connection, query: CommitQuery, bounds: _Bounds, after: Cursor | None, most: int
 ) -> Page[CommitEntry]:
     conditions = _Conditions()
-    if is_glob(query.session):
-        conditions.add("sessions.session_id GLOB ?", _pattern(query.session))
-    elif query.session:
-        conditions.add_among("commits.session_key", _session_keys(connection, query.session))
+    _of_session(connection, conditions, query.session, "commits.session_key")
     conditions.add_equal("commits.actor", query.actor)
     conditions.add_equal("commits.cause", query.cause)
     rows = _rows_of_page(connection, _COMMITS, "commits.sequence", conditions, query, bounds, after, most)
@@ -883,10 +887,7 @@ def _session_page(
     connection: Connection, query: SessionQuery, bounds: _Bounds, after: Cursor | None, most: int
 ) -> Page[SessionEntry]:
     conditions = _Conditions()
-    if is_glob(query.session):
-        conditions.add("sessions.session_id GLOB ?", _pattern(query.session))
-    elif query.session:
-        conditions.add_among("sessions.session_key", _session_keys(connection, query.session))
+    _of_session(connection, conditions, query.session, "sessions.session_key")
     if query.live is not None:
         conditions.add(f"sessions.ended_sequence IS {'' if query.live else 'NOT '}NULL")
     conditions.add_metadata("sessions.metadata", query.metadata.items())
