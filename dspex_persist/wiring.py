@@ -26,7 +26,7 @@ from dspex_persist.infra.logs import configure_logs, quiet_grpc
 from dspex_persist.settings import Settings, SettingsError
 from dspex_persist.state.errors import CheckpointError, InvalidArgumentError, quote
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.provider import StateProvider
+from dspex_persist.state.provider import Progress, StateProvider, silent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -128,7 +128,7 @@ def import_session(
     name: str = "the recording",
     session_id: str | None = None,
     limits: Limits | None = None,
-    progress: Callable[[str, int, int], None] = lambda _step, _done, _in_all: None,
+    progress: Progress = silent,
 ) -> "ImportReport":
     """Bring a recorded session with its whole history into a database file, under its own id or `session_id`.
 

@@ -44,7 +44,7 @@ from dspex_persist.state.model import (
     Variable,
     VariablesFound,
 )
-from dspex_persist.state.provider import Capability, StateProvider
+from dspex_persist.state.provider import Capability, Progress, StateProvider, silent
 from dspex_persist.state.rpc import audit_client, codec
 from dspex_persist.state.rpc.audit_client import BridgedAudit
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
@@ -87,7 +87,7 @@ _CONNECTION_LOST = frozenset(
 )
 
 
-def _nothing(*_: object) -> None:
+def _nothing() -> None:
     pass
 
 
@@ -191,9 +191,7 @@ class BridgedState(StateProvider):
             raise EngineClosedError()
         return BridgedAudit(self._channel, self._target, timeout_s=self._timeout_s, reveal=reveal, let_go=let_go)
 
-    def prune(
-        self, policy: PrunePolicy, *, confirm: bool, progress: Callable[[str, int, int], None] = _nothing
-    ) -> PruneReport:
+    def prune(self, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PruneReport:
         """Have the server prune; see `StateProvider.prune`. It takes as long as it takes."""
         if self._closed:
             raise EngineClosedError()

@@ -41,7 +41,7 @@ from dspex_persist.state.model import (
     ToolSpec,
     Update,
 )
-from dspex_persist.state.provider import Capability, StateProvider
+from dspex_persist.state.provider import Capability, Progress, StateProvider, silent
 from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.runner import ToolCode, ToolRunner, request_of
 from dspex_persist.state.store.retention import Retention
@@ -55,10 +55,6 @@ R = TypeVar("R")
 _logger = structlog.get_logger(__name__)
 _READ_THREADS = 4
 _WATCHING = Origin("", "WatchVariables")
-
-
-def _silent(_what: str, _done: int, _in_all: int) -> None:
-    pass
 
 
 class EmbeddedState(StateProvider):
@@ -196,9 +192,7 @@ class EmbeddedState(StateProvider):
         self.check_open()
         return self.run(self._store.fork(session_id, new_session_id, at))
 
-    def prune(
-        self, policy: PrunePolicy, *, confirm: bool, progress: Callable[[str, int, int], None] = _silent
-    ) -> PruneReport:
+    def prune(self, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PruneReport:
         """Delete the history that `policy` lets go, for good; without `confirm`, only say how much that is.
 
         Others go on reading and writing meanwhile. `progress` is told what has come of it, of how many variables, and

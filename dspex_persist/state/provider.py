@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from enum import StrEnum
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeAlias, TypeVar
 
 from dspex_persist.state import commands, values
 from dspex_persist.state.audit import AuditSource
@@ -46,8 +46,12 @@ TOOL_TIMEOUT_S = 300.0
 _LONGEST_TIMEOUT_S = 1e9
 
 
-def _silent(_what: str, _done: int, _in_all: int) -> None:
-    pass
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Told what is being done, or has come of it, how much of it is done, and how much there is (0: not known)."""
+
+
+def silent(_what: str, _done: int, _in_all: int) -> None:
+    """The progress of whoever does not ask for it."""
 
 
 class Capability(StrEnum):
@@ -102,9 +106,7 @@ class StateProvider(ABC):
         """The history, to be asked. `reveal`: show values of sensitive variables, which are masked otherwise."""
         raise UnsupportedError("audits")
 
-    def prune(
-        self, policy: PrunePolicy, *, confirm: bool, progress: Callable[[str, int, int], None] = _silent
-    ) -> PruneReport:
+    def prune(self, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PruneReport:
         """Delete the history that `policy` lets go, for good; without `confirm`, only say how much that is.
 
         Others go on reading and writing meanwhile. `progress` is told what has come of it, of how many variables, and

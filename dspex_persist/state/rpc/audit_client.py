@@ -24,6 +24,7 @@ from dspex_persist.state.errors import (
     UnsupportedError,
 )
 from dspex_persist.state.model import PrunePolicy, PruneReport
+from dspex_persist.state.provider import Progress
 from dspex_persist.state.rpc import audit_codec as codec
 from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as pb
 from dspex_persist.state.rpc.status import DETAILS_KEY, error_of_call
@@ -98,7 +99,7 @@ def prune(
     policy: PrunePolicy,
     *,
     confirm: bool,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> PruneReport:
     """Have a server prune. It takes as long as it takes; what `progress` raises ends it."""
     request = _made(lambda: codec.prune_request(policy, confirm=confirm))

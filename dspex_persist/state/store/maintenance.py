@@ -9,12 +9,12 @@ import os
 import sqlite3
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
@@ -28,6 +28,7 @@ from dspex_persist.state.errors import (
     StorageError,
 )
 from dspex_persist.state.model import PrunePolicy, PruneReport
+from dspex_persist.state.provider import Progress, silent
 from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.store import anchor as anchors
 from dspex_persist.state.store import audit, migrate, recordings, recovery, verify
@@ -49,14 +50,6 @@ _SOUND_SQLITE: Final = (3, 51, 3)
 _NOT_OURS: Final = frozenset(
     {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM}
 )
-
-Progress: TypeAlias = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is, and how much there is (0: not known)."""
-
-
-def _silent(_step: str, _done: int, _in_all: int) -> None:
-    pass
-
 
 # Opening
 
@@ -174,7 +167,7 @@ class CheckReport:
     complete: bool
 
 
-def check(path: Path, progress: Progress = _silent) -> CheckReport:
+def check(path: Path, progress: Progress = silent) -> CheckReport:
     """SQLite's own integrity check, foreign keys, triggers, views, indexes, and everything that `verify` looks at.
 
     A copy without its anchor file is checked without one: then commits that are gone from its end are not noticed.
@@ -298,7 +291,7 @@ class BackupReport:
     problems: tuple[Problem, ...]
 
 
-def backup(path: Path, target: Path, progress: Progress = _silent) -> BackupReport:
+def backup(path: Path, target: Path, progress: Progress = silent) -> BackupReport:
     """Copy the file as of one moment to `target`, which must not exist, and check the copy.
 
     The copy is one file of its own, readable from read-only media. `target` appears whole or not at all. Raises
@@ -602,7 +595,7 @@ class PruneInUseError(DatabaseInUseError):
         )
 
 
-def prune(path: Path, policy: PrunePolicy, *, confirm: bool, progress: Progress = _silent) -> PrunedReport:
+def prune(path: Path, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PrunedReport:
     """Delete the history that `policy` lets go, as the owner of the file; without `confirm` it is only read.
 
     Raises `InvalidArgumentError` for a policy that says nothing, `NotInHistoryError` for the id of a session that never
@@ -656,7 +649,7 @@ class VacuumReport:
     duration_s: float
 
 
-def vacuum(path: Path, progress: Progress = _silent) -> VacuumReport:
+def vacuum(path: Path, progress: Progress = silent) -> VacuumReport:
     """Write the file anew without its free pages. Needs as much free disk again as the file has, twice over."""
     with _reading(path) as readers:
         _refuse_older(readers, path)

@@ -23,6 +23,7 @@ from dspex_persist.clock import to_micros
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.model import PINNED, EventKind, PrunePolicy, PruneReport, Session
+from dspex_persist.state.provider import Progress
 from dspex_persist.state.store import audit, times
 from dspex_persist.state.store.answers import StoredAudit
 from dspex_persist.state.store.chain import (
@@ -42,9 +43,6 @@ GoingVersion: TypeAlias = tuple[int, int, int, int | None, int | None]
 """variable_key, version, sequence, value_blob, binary_blob"""
 GoingEvent: TypeAlias = tuple[int, int]
 """sequence, ordinal"""
-Progress: TypeAlias = Callable[[str, int, int], None]
-"""Told what has come of it, of how many variables, and how many there are."""
-
 _BATCH_ROWS: Final = 1000
 _BATCH_COMMANDS: Final = 64
 _SNAPSHOT_S: Final = 0.5

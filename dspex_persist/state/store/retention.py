@@ -11,7 +11,7 @@ import structlog
 from dspex_persist import clock
 from dspex_persist.state.errors import EngineClosedError, StateError
 from dspex_persist.state.model import PrunePolicy, PruneReport
-from dspex_persist.state.store.prune import Progress
+from dspex_persist.state.provider import Progress
 from dspex_persist.state.store.session_store import StoreOptions
 
 _logger = structlog.get_logger(__name__)

@@ -37,6 +37,7 @@ from dspex_persist.state.model import (
     RecordedExecution,
     VariableVersion,
 )
+from dspex_persist.state.provider import Progress
 from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.store import audit, log, migrate, outcomes, prune, recordings, recovery
 from dspex_persist.state.store import executions as stored_executions
@@ -396,7 +397,7 @@ class SessionStore:
         return StoredAudit(self._readers, reveal=reveal)
 
     def prune(
-        self, policy: PrunePolicy, write: Callable[[list[Job]], object] | None, progress: prune.Progress
+        self, policy: PrunePolicy, write: Callable[[list[Job]], object] | None, progress: Progress
     ) -> PruneReport:
         """Look for what may go and hand over the jobs for it, little by little; `write` returns when they are done."""
         carry_out = None if write is None else lambda commands: write([Job(each, _PRUNING) for each in commands])

@@ -11,18 +11,15 @@ from typing import Final, TextIO
 from dspex_persist.state.commands import ExpireSession, FinishImport, ImportCommit
 from dspex_persist.state.errors import DatabaseInUseError, InvalidArgumentError, OutcomeUnknownError, RecordingError
 from dspex_persist.state.model import Origin
+from dspex_persist.state.provider import Progress, silent
 from dspex_persist.state.recording import Header, RecordedCommit, read_recording, write_recording
 from dspex_persist.state.store import audit
 from dspex_persist.state.store.engine import OwnershipLock, open_readers, snapshot
-from dspex_persist.state.store.maintenance import Progress, open_recording
+from dspex_persist.state.store.maintenance import open_recording
 from dspex_persist.state.store.session_store import Job, SessionStore, StoreOptions
 
 _IMPORT: Final = Origin("dspex-persist", "import")
 _TELL_AFTER: Final = 100
-
-
-def _silent(_step: str, _done: int, _in_all: int) -> None:
-    pass
 
 
 def _told(step: str, commits: Iterable[RecordedCommit], in_all: int, progress: Progress) -> Iterator[RecordedCommit]:
@@ -54,7 +51,7 @@ def export_session(
     *,
     started: int | None = None,
     reveal: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> ExportReport:
     """Write a session's log to a file, which appears whole or not at all, readable by its owner; or to a stream.
 
@@ -124,7 +121,7 @@ def import_session(
     name: str = "the recording",
     session_id: str | None = None,
     options: StoreOptions | None = None,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> ImportReport:
     """Append a recorded session, with its whole history, to a file that nobody else has open: all of it or nothing.
 
