@@ -376,11 +376,12 @@ class _End:
             self._loop.add_signal_handler(number, self._on_signal, number)
 
     def _on_signal(self, number: signal.Signals) -> None:
-        _log.info("draining", signal=number.name)
         for each in (signal.SIGTERM, signal.SIGINT):
             self._loop.remove_signal_handler(each)
             # The next one ends the process whatever it is doing. Nothing that was acknowledged can be lost by that.
             signal.signal(each, signal.SIG_DFL)
+        # Said when it is so: whoever reads it may send the next one at once.
+        _log.info("draining", signal=number.name)
         self.stop.set()
 
     def on_storage_failed(self, error: BaseException) -> None:
