@@ -6,6 +6,7 @@ MAKEFLAGS += --no-builtin-rules
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 CYCLES ?= 200
+STATES ?= 10000
 # One more than the cores that CI has: tests wait for processes now and then.
 WORKERS ?= 3
 ARGS ?=
@@ -13,10 +14,10 @@ ARGS ?=
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help setup run serve test test-thorough check lint types imports check-codegen docs
-.PHONY: fix codegen bench peers crash-test clean
+.PHONY: fix codegen bench peers crash-test powercut-test clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.installed  ## set up .venv (every other target does this when it is needed)
 
@@ -93,6 +94,9 @@ peers: .venv/.installed .venv-peers/.installed  ## measure comparable libraries 
 
 crash-test: .venv/.installed  ## kill the server CYCLES times (default 200) while clients write
 	$(BIN)/python -m tests.faults.crash_test --cycles $(CYCLES) $(ARGS)
+
+powercut-test: .venv/.installed  ## rebuild STATES disks (default 10000) that a power cut may leave, and check them
+	$(BIN)/python -m tests.faults.powercut_test --states $(STATES) $(ARGS)
 
 # Never a database: those may be somebody's.
 clean:  ## remove environments, caches and built packages

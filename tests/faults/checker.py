@@ -82,7 +82,9 @@ class Checker:
         problems += self._check_writes(ledger)
         problems += self._check_rollbacks(ledger)
         problems += [f"deleted, but not gone: {gone}" for gone in sorted(ledger.deleted) if not self._is_deleted(gone)]
-        problems += [f"ended, but still there: {session_id}" for session_id in sorted(ledger.ended - self._ended)]
+        problems += [
+            f"ended, but still there: {session_id}" for session_id in sorted(ledger.ended.keys() - self._ended)
+        ]
         return problems
 
     def values(self, session_id: str) -> dict[str, tuple[int, str | None]]:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from tests.concurrency.linearizability import Operation
@@ -47,11 +47,12 @@ class Write:
 
 @dataclass(slots=True)
 class Rollback:
-    """An acknowledged rollback: which version it made, and of which it has the value."""
+    """An acknowledged rollback: which version it made, of which it has the value, when the answer came."""
 
     variable_id: str
     version: int
     target: int
+    returned_at: float
 
 
 @dataclass(slots=True)
@@ -62,16 +63,28 @@ class Ledger:
     reads: dict[str, list[Operation]] = field(default_factory=dict)
     """By variable id."""
     rollbacks: list[Rollback] = field(default_factory=list)
-    deleted: set[str] = field(default_factory=set)
-    """Ids of variables whose deletion was acknowledged."""
-    ended: set[str] = field(default_factory=set)
-    """Ids of sessions whose end was acknowledged."""
+    deleted: dict[str, float] = field(default_factory=dict)
+    """When the deletion of a variable was acknowledged, by its id."""
+    ended: dict[str, float] = field(default_factory=dict)
+    """When the end of a session was acknowledged, by its id."""
     complaints: list[str] = field(default_factory=list)
     """What a client has seen that cannot be: no answer in time, another answer to a repetition."""
     endings: Counter[str] = field(default_factory=Counter)
     """The status codes with which calls ended that nobody answered."""
     initial: dict[str, str] = field(default_factory=dict)
     """The first value of the variables whose histories are checked, by id."""
+
+    def as_of(self, instant: float) -> "Ledger":
+        """What was known then; the writes of which no answer had come are unknown."""
+        return Ledger(
+            writes={token: _as_of(write, instant) for token, write in self.writes.items()},
+            reads={
+                target: [read for read in reads if read.returned_at < instant] for target, reads in self.reads.items()
+            },
+            rollbacks=[rollback for rollback in self.rollbacks if rollback.returned_at < instant],
+            deleted={name: at for name, at in self.deleted.items() if at < instant},
+            ended={name: at for name, at in self.ended.items() if at < instant},
+        )
 
     def history(self, variable_id: str) -> list[Operation]:
         """The reads and writes of one variable, as its clients saw them; its registration is what they begin with."""
@@ -91,3 +104,11 @@ class Ledger:
                     )
                 )
         return history
+
+
+def _as_of(write: Write, instant: float) -> Write:
+    if write.returned_at < instant:
+        return write
+    # What was refused in the end is nowhere, whenever its client heard of it.
+    status: Status = "refused" if write.status == "refused" else "unknown"
+    return replace(write, status=status, versions={}, execution_id="", sequence=0, journal="", result=None)

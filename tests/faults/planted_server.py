@@ -14,6 +14,7 @@ from dspex_persist.cli import main
 from dspex_persist.state.commands import BeginExecution, FinishExecution, SetVariable, SetVariables
 from dspex_persist.state.errors import StorageError
 from dspex_persist.state.model import BatchOutcome
+from dspex_persist.state.store import engine
 from dspex_persist.state.store.anchor import Anchor
 from dspex_persist.state.store.session_store import Job, Outcome, SessionStore
 from dspex_persist.state.unit_of_work import SessionState
@@ -223,6 +224,24 @@ def watch_twice() -> None:
     _patch(Hub, "publish", publish)
 
 
+def no_sync() -> None:
+    """Ask for `full` durability and sync at checkpoints only, which no kill can tell."""
+    engine._SYNCHRONOUS["full"] = engine._SYNCHRONOUS["normal"]
+
+
+def early_anchor() -> None:
+    """Remember a head that is not durable yet."""
+    write = SessionStore._write
+
+    def write_too_early(self: SessionStore, units: Any, drafts: Any) -> Any:
+        head = write(self, units, drafts)
+        if head is not None:
+            self._anchor.write(head)
+        return head
+
+    _patch(SessionStore, "_write", write_too_early)
+
+
 def sequence_gap() -> None:
     """Leave a number out now and then."""
 
@@ -331,6 +350,8 @@ BUGS: dict[str, Callable[[], None]] = {
         duplicate_version,
         watch_skip,
         watch_twice,
+        no_sync,
+        early_anchor,
         sequence_gap,
         drop_steps,
         half_tool,

@@ -12,9 +12,11 @@ from tests.concurrency.clients import INITIAL, BridgeRegister, record
 from tests.concurrency.linearizability import Operation, check
 from tests.concurrency.serializability import check as check_executions
 from tests.concurrency.test_serializable import histories
+from tests.faults import shim
 from tests.faults.bridge import Bridge
 from tests.faults.crash_test import CrashTest, server_argv
 from tests.faults.planted_server import BUGS
+from tests.faults.powercut_test import PowerCuts
 
 FOUND_BY_KILLS = {
     "ack-before-commit": "lost",
@@ -28,6 +30,10 @@ FOUND_BY_KILLS = {
     "half-tool": "half batch",
     "forget-tool-keys": "written twice",
     "leave-running": "still running",
+}
+FOUND_BY_POWER_CUTS = {
+    "no-sync": "lost",
+    "early-anchor": "lost",
 }
 FOUND_BY_EXECUTIONS = {
     "no-read-check": "write skew",
@@ -49,7 +55,7 @@ def always(bugs: Iterable[str], *chosen: str) -> list[Any]:
 
 
 def test_every_bug_has_its_proof() -> None:
-    assert {*FOUND_BY_KILLS, *FOUND_BY_HISTORIES, *FOUND_BY_EXECUTIONS} == set(BUGS)
+    assert {*FOUND_BY_KILLS, *FOUND_BY_POWER_CUTS, *FOUND_BY_HISTORIES, *FOUND_BY_EXECUTIONS} == set(BUGS)
 
 
 @pytest.mark.slow
@@ -61,6 +67,18 @@ def test_the_crash_test_finds(bug: str, tmp_path: Path) -> None:
     found = {problem.partition(":")[0] for problem in report.problems}
     wanted = FOUND_BY_KILLS[bug]
     assert found & ({wanted} if isinstance(wanted, str) else {*wanted}), report
+
+
+@pytest.mark.slow
+@pytest.mark.crash
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("bug", always(FOUND_BY_POWER_CUTS, "no-sync"))
+def test_the_power_cuts_find(bug: str, tmp_path: Path) -> None:
+    if (reason := shim.why_not()) is not None:
+        pytest.skip(reason)
+    report = PowerCuts(tmp_path, seed=1, planted=bug).run(300)
+    found = {problem.split(": ")[1] for problem in report.problems}
+    assert FOUND_BY_POWER_CUTS[bug] in found, report
 
 
 @pytest.mark.slow

@@ -18,6 +18,8 @@ from tests.faults.ledger import Commit, Ledger, Rollback, Write
 
 SESSION = "shared"
 _TEXTS, _COUNTERS = 4, 2
+_PADDINGS = (*(0,) * 8, 900, 3_000, 12_000)
+"""Values of one page, of several, and outside the table."""
 _JOURNAL = {"CONFLICT": "conflict", "TOOL_FAILED": "failed", "CANCELLED": "cancelled", "INTERRUPTED": "interrupted"}
 """How the journal calls what the clients are told."""
 
@@ -41,7 +43,7 @@ async def set_up(bridge: Bridge, ledger: Ledger, clients: int) -> Names:
         token = f"register {name}"
         variable_id = await bridge.register(SESSION, name, type_name, value, {"token": token})
         text = json.dumps(value)
-        ledger.writes[token] = Write(token, SESSION, (variable_id,), text, status="ok", versions={variable_id: 0})
+        _acknowledged(ledger, Write(token, SESSION, (variable_id,), text, versions={variable_id: 0}))
         return variable_id
 
     for index in range(_TEXTS):
@@ -53,13 +55,18 @@ async def set_up(bridge: Bridge, ledger: Ledger, clients: int) -> Names:
         # Version 0 cannot be expected (0 means: whatever it is), so each counter begins at 1.
         token = f"first {index}"
         version = await bridge.set(SESSION, counter, wire("integer", 1), {"token": token})
-        ledger.writes[token] = Write(token, SESSION, (counter,), "1", status="ok", versions={counter: version})
+        _acknowledged(ledger, Write(token, SESSION, (counter,), "1", versions={counter: version}))
         names.counters.append(counter)
     await register("progress", "integer", 0)
     for index in range(clients):
         names.own.append(await register(f"own-{index}", "string", ""))
         names.rolled.append(await register(f"rolled-{index}", "string", ""))
     return names
+
+
+def _acknowledged(ledger: Ledger, write: Write) -> None:
+    write.status, write.returned_at = "ok", time.monotonic()
+    ledger.writes[write.token] = write
 
 
 class Client:
@@ -121,7 +128,8 @@ class Client:
         self._count += 1
         token = f"{self._number}-{self._count}"
         key = f"key {token}" if keyed else None
-        write = Write(token, SESSION, targets, value or json.dumps(token), key, expected, invoked_at=time.monotonic())
+        value = value or json.dumps(token + "." * self._random.choice(_PADDINGS))
+        write = Write(token, SESSION, targets, value, key, expected, invoked_at=time.monotonic())
         self._ledger.writes[token] = write
         return write
 
@@ -273,27 +281,30 @@ class Client:
         write = Write(token, SESSION, (), '"short"', invoked_at=time.monotonic(), settled=True)
         self._ledger.writes[token] = write
         variable_id = await self._bridge.register(SESSION, f"short-{token}", "string", "short", {"token": token})
-        write.targets, write.status, write.versions = (variable_id,), "ok", {variable_id: 0}
+        write.targets, write.versions = (variable_id,), {variable_id: 0}
+        _acknowledged(self._ledger, write)
         await self._try(self._new_write((variable_id,), keyed=False))
         request = pb.DeleteVariableRequest(session_id=SESSION, variable_identifier=variable_id)
         await self._bridge.call("DeleteVariable", request)
-        self._ledger.deleted.add(variable_id)
+        self._ledger.deleted[variable_id] = time.monotonic()
 
     async def _roll_back(self) -> None:
         target = self._names.rolled[self._number]
         write = self._new_write((target,), keyed=False)
         await self._try(write)
+        if write.status != "ok":
+            return
         wanted = self._random.randint(0, write.versions[target])
         request = pb.RollbackVariableRequest(session_id=SESSION, variable_identifier=target, target_version=wanted)
         variable = (await self._bridge.call("RollbackVariable", request)).variable
-        self._ledger.rollbacks.append(Rollback(target, variable.version, wanted))
+        self._ledger.rollbacks.append(Rollback(target, variable.version, wanted, time.monotonic()))
 
     async def _end_session(self) -> None:
         self._count += 1
         session_id = f"short {self._number}-{self._count}"
         await self._bridge.begin(session_id)
         await self._bridge.call("CleanupSession", pb.CleanupSessionRequest(session_id=session_id))
-        self._ledger.ended.add(session_id)
+        self._ledger.ended[session_id] = time.monotonic()
 
 
 def _versions_in(result: Any) -> dict[str, int]:
@@ -309,6 +320,7 @@ class Watcher:
         self._ledger = ledger
         self.first = position
         self.told: list[Commit] = []
+        self.told_at: list[float] = []
         self._news = asyncio.Event()
 
     @property
@@ -330,6 +342,7 @@ class Watcher:
                     self._ledger.complaints.append(f"a watcher was told part {index}/{total} as number {len(parts)}")
                 if index == total:
                     self.told.append((int(metadata["commit_sequence"]), tuple(sorted(parts))))
+                    self.told_at.append(time.monotonic())
                     parts = []
                     self._news.set()
         except grpc.aio.AioRpcError as error:

@@ -1,0 +1,270 @@
+"""What the power cuts are cut out of: servers and commands that write under the recorder, and what they promised."""
+
+import asyncio
+import json
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from random import Random
+from typing import ClassVar, NamedTuple
+
+import grpc.aio
+
+from dspex_persist import wiring
+from dspex_persist.infra.process import ServerProcess
+from dspex_persist.state.commands import Command, InitializeSession, RegisterVariable, SetVariable
+from dspex_persist.state.model import Origin, Value
+from dspex_persist.state.recording import write_recording
+from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as audit_pb
+from dspex_persist.state.store import maintenance
+from dspex_persist.state.store.session_store import Job, SessionStore
+from tests.faults.bridge import Bridge, wire
+from tests.faults.checker import Checker
+from tests.faults.crash_test import server_argv
+from tests.faults.ledger import Ledger
+from tests.faults.workload import SESSION, Client, Watcher, set_up
+
+DATABASE = "cut.db"
+_CLIENTS = 6
+_READY_S, _ENDING_S, _WORK_S = 60.0, 30.0, 60.0
+
+
+class Recording(ABC):
+    """Something that writes in `folder / "data"`, and what must be there once somebody was told so."""
+
+    files: Mapping[str, bytes] = {}
+    """What was there, durably, before."""
+
+    def __init__(self, folder: Path, env: Mapping[str, str], seed: int, planted: str | None) -> None:
+        self._folder = folder
+        self._database = folder / "data" / DATABASE
+        self._env = env
+        self._seed = seed
+        self._planted = planted
+
+    @abstractmethod
+    def record(self) -> None:
+        """Do what is to be recorded, in processes of its own."""
+
+    @abstractmethod
+    def problems(self, folder: Path, instant: float) -> list[str]:
+        """What is wrong with a disk of that instant, which was opened and closed again, and is sound."""
+
+    def _start(self, *flags: str) -> ServerProcess:
+        argv = [*server_argv(self._database, self._planted), *flags]
+        return ServerProcess.start(argv, env=self._env, ready_timeout_s=_READY_S)
+
+    def _run(self, *arguments: str) -> float:
+        """Run a command to its good end; when that was."""
+        argv = [sys.executable, "-m", "dspex_persist", *arguments, "--db", str(self._database)]
+        subprocess.run(argv, env=dict(self._env), check=True, capture_output=True)
+        return time.monotonic()
+
+
+class Served(Recording):
+    """The crash test's clients at three servers, of which two are killed."""
+
+    _ACKNOWLEDGED: ClassVar = (("kill", 90), ("terminate", 60), ("kill", 60))
+
+    def record(self) -> None:
+        self._ledger = Ledger()
+        self._watcher = Watcher(self._ledger, 0)
+        asyncio.run(self._serve())
+
+    async def _serve(self) -> None:
+        clients: list[Client] = []
+        for end, acknowledged in self._ACKNOWLEDGED:
+            with await asyncio.to_thread(self._start) as process:
+                async with Bridge(process.port) as bridge:
+                    if not clients:
+                        names = await set_up(bridge, self._ledger, _CLIENTS)
+                        clients += [Client(number, self._seed, self._ledger, names) for number in range(_CLIENTS)]
+                    users = [asyncio.create_task(user.run(bridge)) for user in (*clients, self._watcher)]
+                    await self._until(self._count() + acknowledged)
+                    if end == "kill":
+                        process.kill()
+                    else:
+                        await asyncio.to_thread(process.terminate, _ENDING_S)
+                    await asyncio.gather(*users)
+
+    def _count(self) -> int:
+        return sum(write.status == "ok" for write in self._ledger.writes.values())
+
+    async def _until(self, acknowledged: int) -> None:
+        async with asyncio.timeout(_WORK_S):
+            while self._count() < acknowledged:  # noqa: ASYNC110  (the ledger wakes nobody)
+                await asyncio.sleep(0.005)
+
+    def problems(self, folder: Path, instant: float) -> list[str]:
+        ledger, checker = self._ledger.as_of(instant), Checker()
+        told = [commit for commit, at in zip(self._watcher.told, self._watcher.told_at, strict=True) if at < instant]
+        problems = checker.check(folder / DATABASE, ledger)
+        problems += checker.check_watcher(SESSION, 0, told)
+        problems += [f"still running: {each}" for each in checker.journal.running]
+        values = checker.values(SESSION)
+        for target, reads in ledger.reads.items():
+            seen = max((read.version or 0 for read in reads), default=0)
+            if reads and (target not in values or values[target][0] < seen):
+                problems.append(f"lost: version {seen} of {target} was read, the file has {values.get(target)}")
+        return problems
+
+
+class Promise(NamedTuple):
+    """What was told, when, and whether a folder keeps it."""
+
+    at: float
+    what: str
+    is_kept: Callable[[Path], bool]
+
+
+class _Promising(Recording):
+    """A recording of which few promises are made, each written down."""
+
+    def __init__(self, folder: Path, env: Mapping[str, str], seed: int, planted: str | None) -> None:
+        super().__init__(folder, env, seed, planted)
+        self._promises: list[Promise] = []
+
+    def _promise(self, at: float, what: str, is_kept: Callable[[Path], bool]) -> None:
+        self._promises.append(Promise(at, what, is_kept))
+
+    def problems(self, folder: Path, instant: float) -> list[str]:
+        due = [promise for promise in self._promises if promise.at < instant]
+        return [f"lost: {promise.what}" for promise in due if not promise.is_kept(folder)]
+
+
+class Commands(_Promising):
+    """A server that prunes while it is written to, and then the commands that write."""
+
+    _IMPORTED = 40
+
+    def record(self) -> None:
+        recording = self._make_recording()
+        with self._start("--audit-prune") as process:
+            asyncio.run(self._write_and_prune(process.port))
+            process.kill()
+        at = self._run("session", "import", str(recording), "--as", "imported")
+        self._promise(at, "the imported session", lambda folder: _versions(folder, "imported") == self._IMPORTED)
+        at = self._run("db", "prune", "--keep-versions", "3", "--session", "plain", "--confirm")
+        self._promise(at, "the pruning", lambda folder: _versions(folder, "plain") == 3)
+        backup = self._database.with_name("backup.db")
+        at = self._run("db", "backup", str(backup))
+        self._promise(at, "the backup", lambda folder: (folder / backup.name).exists())
+        self._run("db", "vacuum")
+        at = self._run("session", "fork", "imported", "forked")
+        self._promise(at, "the forked session", lambda folder: _versions(folder, "forked") > 0)
+
+    def problems(self, folder: Path, instant: float) -> list[str]:
+        problems = super().problems(folder, instant)
+        # Whole or not at all, whenever the power goes.
+        if (found := _versions(folder, "imported")) not in (0, self._IMPORTED):
+            problems.append(f"half: {found} versions of the import are there")
+        backup = folder / "backup.db"
+        if backup.exists() and (unsound := maintenance.check(backup).problems):
+            problems.append(f"half: the backup has problems: {unsound[:2]}")
+        return problems
+
+    def _make_recording(self) -> Path:
+        """A recording of a session that another file has."""
+        other, recording = self._folder / "other.db", self._folder / "recording.jsonl"
+        store = SessionStore(other)
+        commands: list[Command[object]] = [
+            InitializeSession("s"),
+            RegisterVariable("s", "x", "string", Value('""')),
+            *(SetVariable("s", "x", Value(json.dumps("x" * 150 * count))) for count in range(1, self._IMPORTED)),
+        ]
+        for outcome in store.write_group([Job(command, Origin("test", "test")) for command in commands]):
+            assert outcome.error is None, outcome.error
+        store.close()
+        with wiring.open_recording(other, "s", reveal=True) as read, recording.open("w") as file:
+            write_recording(*read, file)
+        return recording
+
+    async def _write_and_prune(self, port: int) -> None:
+        random = Random(self._seed)
+        async with Bridge(port) as bridge:
+            for session_id in ("plain", "pruned"):
+                await bridge.begin(session_id)
+                await bridge.register(session_id, "x", "string", "", {})
+            for count in range(1, 61):
+                for session_id in ("plain", "pruned"):
+                    text = str(count) + "." * random.choice((0, 1_500, 9_000))
+                    version = await bridge.set(session_id, "x", wire("string", text), {})
+                    self._promise_version(session_id, version)
+                if count % 20 == 0:
+                    await _prune(port, "pruned", keep_versions=2)
+
+    def _promise_version(self, session_id: str, version: int) -> None:
+        what = f"version {version} of {session_id}"
+        self._promise(time.monotonic(), what, lambda folder: _newest(folder, session_id) >= version)
+
+
+class Upgraded(_Promising):
+    """A file of an older release, brought to this one's revision."""
+
+    _SOURCE = Path(__file__).parents[1] / "assets" / "0001.db"
+
+    def __init__(self, folder: Path, env: Mapping[str, str], seed: int, planted: str | None) -> None:
+        super().__init__(folder, env, seed, planted)
+        self.files = {DATABASE: self._SOURCE.read_bytes()}
+
+    def record(self) -> None:
+        shutil.copyfile(self._SOURCE, self._database)
+        self._run("db", "upgrade")
+
+    def problems(self, folder: Path, instant: float) -> list[str]:
+        """What was in the old file stays, and a backup of it is there however far the upgrade has got."""
+        before, after = _count_versions(self._SOURCE), _count_versions(folder / DATABASE)
+        problems = [] if after == before else [f"lost: of {before} versions {after} are there"]
+        backups = [path for path in folder.glob(f"{DATABASE}.backup-*") if not path.name.endswith("-journal")]
+        if not any(_is_sound(path) and _count_versions(path) == before for path in backups):
+            problems.append(f"lost: none of {len(backups)} backups from before the upgrade can be read")
+        return problems
+
+
+async def _prune(port: int, session_id: str, *, keep_versions: int) -> None:
+    request = audit_pb.PruneRequest(keep_versions=keep_versions, session_id=session_id, confirm=True)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        prune = channel.unary_stream(
+            "/dspex.persist.v1.AuditService/Prune",
+            request_serializer=audit_pb.PruneRequest.SerializeToString,
+            response_deserializer=audit_pb.PruneResponse.FromString,
+        )
+        async for _ in prune(request, timeout=_WORK_S):
+            pass
+
+
+def _scalar(database: Path, sql: str, *parameters: str) -> int:
+    with closing(sqlite3.connect(database)) as connection:
+        return int(connection.execute(sql, parameters).fetchone()[0])
+
+
+def _versions(folder: Path, session_id: str) -> int:
+    return _scalar(folder / DATABASE, f"SELECT count(*) {_OF_SESSION}", session_id)
+
+
+def _newest(folder: Path, session_id: str) -> int:
+    return _scalar(folder / DATABASE, f"SELECT coalesce(max(version), -1) {_OF_SESSION}", session_id)
+
+
+_OF_SESSION = """
+    FROM versions JOIN variables USING (variable_key) JOIN sessions USING (session_key)
+    WHERE session_id = ? AND ended_sequence IS NULL
+"""
+
+
+def _count_versions(database: Path) -> int:
+    return _scalar(database, "SELECT count(*) FROM versions")
+
+
+def _is_sound(database: Path) -> bool:
+    try:
+        with closing(sqlite3.connect(database)) as connection:
+            return bool(connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)])
+    except sqlite3.DatabaseError:
+        return False
