@@ -70,6 +70,20 @@ class SessionPrunedError(StateError):
 
 
 @dataclass(eq=False)
+class DamagedSessionError(StateError):
+    """What the file says of the session makes no sense: it was changed from outside, or the disk has damaged it."""
+
+    session_id: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"session {quote(self.session_id)} cannot be read, what the file says of it is damaged ({self.reason}); "
+            "other sessions are not affected. Look at it with: dspex-persist db check, or restore a backup"
+        )
+
+
+@dataclass(eq=False)
 class VariableNotFoundError(StateError):
     """The session has no variable of this name or id."""
 

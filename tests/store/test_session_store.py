@@ -5,7 +5,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -34,7 +34,7 @@ from dspex_persist.state.commands import (
     StartOptimization,
     TouchSession,
 )
-from dspex_persist.state.model import Origin, Value
+from dspex_persist.state.model import Origin, Session, Source, Value, Variable
 from dspex_persist.state.store import anchor, log
 from dspex_persist.state.store.session_store import Job, Outcome, SessionStore, StoreOptions
 from dspex_persist.state.unit_of_work import UnitOfWork
@@ -131,6 +131,29 @@ class Failing(Command[None]):
     def apply(self, uow: UnitOfWork) -> None:
         SetVariable(self.session_id, "x", Value("13")).apply(uow)
         raise self.error
+
+
+UNWRITABLE: dict[str, Callable[[UnitOfWork, Variable], object]] = {
+    "no text": lambda uow, x: uow.write("s", x, Value("\ud800"), {}, Source.PYTHON),
+    "no JSON": lambda uow, x: uow.write("s", x, Value("9"), {"a": object()}, Source.PYTHON),  # type: ignore[dict-item]
+    "no event": lambda uow, _: uow.start_session(Session("new", uow.now), {"a": object()}),
+    "too large a number": lambda uow, x: uow.write("s", x._replace(version=2**70), Value("9"), {}, Source.PYTHON),
+    "no type of SQLite": lambda uow, x: uow.write("s", x, Value(["9"]), {}, Source.PYTHON),  # type: ignore[arg-type]
+    "a version twice": lambda uow, x: uow.write("s", x._replace(version=-1), Value("9"), {}, Source.PYTHON),
+    "no kind": lambda uow, x: uow.write("s", x, Value("9"), {}, Source.PYTHON, "odd"),  # type: ignore[arg-type]
+}
+
+
+@dataclass(frozen=True)
+class Unwritable(Command[None]):
+    """Stages what no file can take."""
+
+    what: str
+
+    writes: ClassVar[bool] = True
+
+    def apply(self, uow: UnitOfWork) -> None:
+        UNWRITABLE[self.what](uow, uow.variable("s", "x"))
 
 
 class TestGroups:
@@ -236,6 +259,38 @@ class TestGroups:
             assert again.find_loaded("s") is not None
 
 
+class TestDamagedSessions:
+    """Somebody, or the disk, has changed what the file says of one session."""
+
+    DAMAGE = (
+        "UPDATE sessions SET metadata = '{' WHERE session_id = 'bad'",
+        "UPDATE variables SET metadata = '[' WHERE session_key = 1",
+        "UPDATE variables SET optimization = '{}' WHERE session_key = 1",
+        "UPDATE sessions SET ttl_s = 1, expires_at = 4611686018427387904 WHERE session_id = 'bad'",
+    )
+
+    @pytest.mark.parametrize("damage", DAMAGE, ids=["session", "variable", "lock", "expiry"])
+    def test_calls_on_it_alone_fail_and_name_it(
+        self, path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with closing(SessionStore(path)) as store:
+            begin(store, "bad")
+            begin(store)
+        alter(path, damage)
+        with closing(SessionStore(path)) as store:
+            asked = (write("x", 1, "bad"), GetVariable("bad", "x"), InitializeSession("bad"), CleanupSession("bad"))
+            outcomes = group(store, write("x", 1), *asked, write("x", 2), Heartbeat("bad"))
+            assert [outcome.result for outcome in (outcomes[0], outcomes[5])] == [1, 2]
+            for outcome in (*outcomes[1:5], outcomes[6]):
+                assert isinstance(outcome.error, errors.DamagedSessionError)
+                assert "'bad'" in str(outcome.error)
+            with pytest.raises(errors.DamagedSessionError):
+                store.read_file(ListVariables("bad"), ADA)
+            store.sweep()
+            assert run(store, write("x", 3)) == 3
+        assert "session_id=bad" in capsys.readouterr().out
+
+
 class TestFailedGroups:
     @pytest.fixture
     def planted(self, path: Path) -> Iterator[SessionStore]:
@@ -250,22 +305,30 @@ class TestFailedGroups:
         # Whatever a test had it go through, the file is whole.
         SessionStore(path).close()
 
-    def test_an_error_of_sqlite_fails_all_and_changes_nothing(self, planted: SessionStore) -> None:
+    def test_an_error_of_the_storage_fails_all_and_changes_nothing(
+        self, planted: SessionStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         before = Everything.of(planted)
         feed = planted.hub.join(1, "watcher")
         woken: list[bool] = []
         feed.watching["watcher"] = lambda: woken.append(True)
+
+        def fail(self: log.LogWriter) -> None:
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+
+        monkeypatch.setattr(log.LogWriter, "flush", fail)
         outcomes = group(
             planted,
             write("x", 2),
             InitializeSession("new", {"a": "b"}),
             RegisterVariable("new", "y", "string", Value(f'"{"large" * 1000}"')),
             write("x", "no value"),
-            write("x", 666),
             CleanupSession("s"),
         )
         assert {type(outcome.error) for outcome in outcomes} == {errors.StorageError}
-        assert all("planted" in str(outcome.error) for outcome in outcomes)
+        assert all("full" in str(outcome.error) for outcome in outcomes)
         assert Everything.of(planted) == before
         assert planted.find_loaded("s") is before.cached["s"]
         assert feed.after(before.head.sequence) == []
@@ -274,12 +337,32 @@ class TestFailedGroups:
     def test_the_next_group_goes_on_as_if_nothing_had_been(self, planted: SessionStore, path: Path) -> None:
         sequence = planted.head.sequence
         for _ in range(3):
-            group(planted, RegisterVariable("s", "y", "integer", Value("1")), write("x", 666), key=None)
+            (outcome,) = group(planted, write("x", 666))
+            assert isinstance(outcome.error, errors.StorageError)
         outcomes = group(planted, RegisterVariable("s", "y", "integer", Value("1")), write("x", 2), write("y", 2))
         assert [outcome.error for outcome in outcomes] == [None] * 3
         assert [outcome.result for outcome in outcomes[1:]] == [2, 1]
         assert planted.head.sequence == sequence + 3
         assert query(path, "SELECT count(*) FROM versions") == [(5,)]
+
+    def test_what_sqlite_refuses_of_one_fails_alone(self, planted: SessionStore, path: Path) -> None:
+        jobs = [write("x", number) for number in (2, 666, 3, 4, 666, 666, 5)]
+        outcomes = group(planted, *jobs, RegisterVariable("s", "y", "integer", Value("666")))
+        assert [outcome.result for outcome in outcomes] == [2, None, 3, 4, None, None, 5, None]
+        assert all("planted" in str(outcome.error) for outcome in outcomes if outcome.result is None)
+        assert [value for (value,) in query(path, "SELECT value FROM versions")] == ["0", "1", "2", "3", "4", "5"]
+        assert [variable.name for variable in run(planted, ListVariables("s"))] == ["x"]
+
+    @pytest.mark.parametrize("what", sorted(UNWRITABLE))
+    def test_what_cannot_be_written_of_one_fails_alone(self, store: SessionStore, path: Path, what: str) -> None:
+        begin(store, "t")
+        unwritable = Unwritable("s", what)
+        outcomes = group(store, write("x", 1), unwritable, write("x", 2, "t"), unwritable, write("x", 3))
+        assert [outcome.result for outcome in outcomes] == [1, None, 1, None, 2]
+        assert isinstance(outcomes[1].error, errors.InternalError | errors.StorageError)
+        assert run(store, GetVariable("s", "x")).value == Value("3")
+        assert query(path, "SELECT count(*) FROM versions") == [(5,)]
+        assert run(store, write("x", 4)) == 3
 
     def test_keys_are_not_remembered_of_it(self, planted: SessionStore) -> None:
         with pytest.raises(errors.StorageError):
@@ -297,9 +380,11 @@ class TestFailedGroups:
         with closing(SessionStore(path)) as store:
             run(store, Heartbeat("s"))
             before = Everything.of(store)
-            outcomes = store.write_group(jobs)
-            assert {type(outcome.error) for outcome in outcomes} == {errors.StorageError}
-            assert Everything.of(store) == before
+            # Each alone, as each that has no row for this table is written.
+            outcomes = [outcome for job in jobs for outcome in store.write_group([job]) if outcome.error is not None]
+            assert {type(outcome.error) for outcome in outcomes} >= {errors.StorageError}
+            if table == "commits":
+                assert Everything.of(store) == before
         alter(path, "DROP TRIGGER planted")
         with closing(SessionStore(path)) as store:
             outcomes = store.write_group(jobs)

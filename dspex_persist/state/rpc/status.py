@@ -25,6 +25,7 @@ CODES: dict[type[StateError], StatusCode] = {
     errors.SessionNotFoundError: StatusCode.NOT_FOUND,
     errors.SessionExistsError: StatusCode.ALREADY_EXISTS,
     errors.SessionPrunedError: StatusCode.FAILED_PRECONDITION,
+    errors.DamagedSessionError: StatusCode.DATA_LOSS,
     errors.VariableNotFoundError: StatusCode.NOT_FOUND,
     errors.VersionNotFoundError: StatusCode.NOT_FOUND,
     errors.VersionPrunedError: StatusCode.NOT_FOUND,

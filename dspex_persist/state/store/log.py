@@ -1,5 +1,6 @@
 """Writing staged units of work into the log and bringing the current-state tables along."""
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -315,6 +316,10 @@ class Keys:
     def __init__(self, connection: Connection) -> None:
         self.next_session = _next(connection, sessions.c.session_key)
         self.next_variable = _next(connection, variables.c.variable_key)
+
+    def copy(self) -> "Keys":
+        """The same, to be counted on for a group that may come to nothing."""
+        return copy.copy(self)
 
     def new_session(self) -> int:
         """A key for a new session."""

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import secrets
 import sqlite3
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from dspex_persist.state.commands import Command, ExpireSession, ForkSession, In
 from dspex_persist.state.commands.base import check_text
 from dspex_persist.state.errors import (
     CheckpointError,
+    DamagedSessionError,
     IdempotencyConflictError,
     InternalError,
     NotADatabaseError,
@@ -56,14 +58,14 @@ from dspex_persist.state.store.engine import (
     open_writer,
     snapshot,
 )
-from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, SessionState, UnitOfWork
+from dspex_persist.state.unit_of_work import START, Drafts, RecordedOutcome, SessionState, UnitOfWork
 from dspex_persist.state.watch import Hub
 
 _logger = structlog.get_logger(__name__)
 
-_CERTAIN_ABORTS = frozenset(
-    {sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_TOOBIG}
-)
+_CERTAIN_ABORTS = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY})
+# What the rows of one job bring about, whatever else is in its group: they never reach the disk.
+_OF_ONE_JOB = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
 
 
 _PAGE_BYTES = 4 * 1024 * 1024
@@ -153,22 +155,39 @@ class SessionStore:
     def write_group(self, jobs: Sequence[Job]) -> list[Outcome]:
         """Run the jobs in order and make what they staged durable in one SQLite transaction.
 
-        A job that fails its checks fails alone. An error of SQLite fails all of them and changes nothing; one that
-        leaves the outcome open is raised as `OutcomeUnknownError`: the store must then be thrown away.
+        A job that fails its checks, or whose rows cannot be written, fails alone. An error of the storage fails all of
+        them and changes nothing; one that leaves the outcome open is raised as `OutcomeUnknownError`: the store must
+        then be thrown away.
         """
         drafts = Drafts(self)
         now = clock.now()
+        keys = self._keys.copy()
         try:
             with self._connection.begin() as transaction:
                 results, units = self._apply(jobs, drafts, now)
-                head = self._write(units, drafts)
+                head = self._write(units, drafts, keys)
                 if head is None:
                     transaction.rollback()
         except (DBAPIError, sqlite3.Error) as error:
             failure = self._settle(error)
+            if isinstance(_original(error), _OF_ONE_JOB) and len(jobs) > 1:
+                return self._write_halves(jobs)
             return [Outcome(error=failure) for _ in jobs]
+        except Exception as error:  # noqa: BLE001 - what a job staged cannot be encoded
+            if len(jobs) > 1:
+                return self._write_halves(jobs)
+            return [Outcome(error=_internal(job.command, error)) for job in jobs]
+        self._keys = keys
         self._publish(drafts, units, head)
         return results
+
+    def _write_halves(self, jobs: Sequence[Job]) -> list[Outcome]:
+        """One of the jobs cannot be written: halving leaves it alone with its error, and the others are written.
+
+        That costs some more transactions, but only ever then; a savepoint for each job would cost every group.
+        """
+        middle = len(jobs) // 2
+        return self.write_group(jobs[:middle]) + self.write_group(jobs[middle:])
 
     def write_whole(self, jobs: Iterable[Job]) -> list[Any]:
         """Run the jobs in order, all of them in one transaction, however many there are; the results that are not None.
@@ -177,10 +196,11 @@ class SessionStore:
         they stage goes into the transaction page by page, so that memory never holds all of it.
         """
         drafts = Drafts(self)
+        keys = self._keys.copy()
         results: list[Any] = []
         try:
             with self._connection.begin():
-                head = self._write_pages(jobs, drafts, results)
+                head = self._write_pages(jobs, drafts, keys, results)
                 if head.sequence > self.head.sequence:
                     log.note_import(self._connection, self.head.sequence + 1, head.sequence)
                 for state in drafts.states.values():
@@ -189,18 +209,15 @@ class SessionStore:
                         state.lease.saved_expires_at = state.lease.expires_at
         except (DBAPIError, sqlite3.Error) as error:
             raise self._settle(error) from error
-        except BaseException:
-            with self._connection.begin():
-                self._keys = log.Keys(self._connection)
-            raise
+        self._keys = keys
         self._publish(drafts, (), head)
         self.hub.advance(head.sequence)
         return results
 
-    def _write_pages(self, jobs: Iterable[Job], drafts: Drafts, results: list[Any]) -> Head:
+    def _write_pages(self, jobs: Iterable[Job], drafts: Drafts, keys: log.Keys, results: list[Any]) -> Head:
         rest, head, more = iter(jobs), self.head, True
         while more:
-            writer = log.LogWriter(self._connection, head, self._keys)
+            writer = log.LogWriter(self._connection, head, keys)
             more = self._fill_page(rest, writer, drafts, results)
             writer.flush()
             head = writer.head
@@ -232,43 +249,42 @@ class SessionStore:
 
     def _apply(self, jobs: Sequence[Job], drafts: Drafts, now: datetime) -> tuple[list[Outcome], list[UnitOfWork]]:
         units: list[UnitOfWork] = []
-        results: list[Outcome] = []
-        for job in jobs:
-            command = job.command
-            # Edited even where it stays as it is: that is how the expiry of a session that was only touched is saved.
-            writes = command.writes and not isinstance(command, ExpireSession)
-            state = drafts.edit(command.session_id) if writes else None
-            if state is not None and state.is_over(now):
-                self._run(Job(ExpireSession(command.session_id), _EXPIRY), drafts, now, units)
-            results.append(self._run(job, drafts, now, units))
-            read = drafts.find(command.session_id) if not command.writes else None
-            if read is not None and read.lease is not None and read.lease.is_unsaved():
-                drafts.edit(command.session_id)
-        return results, units
+        return [self._run(job, drafts, now, units) for job in jobs], units
 
     def _run(self, job: Job, drafts: Drafts, now: datetime, units: list[UnitOfWork]) -> Outcome:
-        unit = self._unit(job.origin, drafts, now, self.head.sequence + len(units) + 1)
+        unit: UnitOfWork | None = None
         try:
+            self._prepare(job.command, drafts, now, units)
+            unit = self._unit(job.origin, drafts, now, self.head.sequence + len(units) + 1)
             result = _apply_once(job, unit)
-        except StateError as error:
-            unit.rollback_to((0, 0, 0))
-            return Outcome(error=error)
-        except DBAPIError:
+            self._keep_touch(job.command, drafts)
+        except (DBAPIError, sqlite3.Error):
             raise
-        except Exception:  # noqa: BLE001 - a command's boundary
-            # A fault of ours in one command: its neighbours in the group must not pay for it.
-            unit.rollback_to((0, 0, 0))
-            reference = unit.new_token()
-            # As text: a renderer of exceptions may show local variables, and those are users' values.
-            trace = traceback.format_exc()
-            _logger.error("command failed", command=job.command.cause, reference=reference, traceback=trace)
-            return Outcome(error=InternalError(f"internal error, reference {reference}"))
+        except Exception as error:  # noqa: BLE001 - a command's boundary: its neighbours in the group must not pay for it
+            if unit is not None:
+                unit.rollback_to(START)
+            return Outcome(error=error if isinstance(error, StateError) else _internal(job.command, error))
         if unit.has_changes():
             units.append(unit)
         return Outcome(result)
 
-    def _write(self, units: Sequence[UnitOfWork], drafts: Drafts) -> Head | None:
-        writer = log.LogWriter(self._connection, self.head, self._keys)
+    def _prepare(self, command: Command[Any], drafts: Drafts, now: datetime, units: list[UnitOfWork]) -> None:
+        """Before a session is written to, end it if its TTL is over."""
+        if not command.writes or isinstance(command, ExpireSession):
+            return
+        # Edited even where it stays as it is: that is how the expiry of a session that was only touched is saved.
+        state = drafts.edit(command.session_id)
+        if state is not None and state.is_over(now):
+            self._run(Job(ExpireSession(command.session_id), _EXPIRY), drafts, now, units)
+
+    def _keep_touch(self, command: Command[Any], drafts: Drafts) -> None:
+        """Have the expiry of a session that was only read saved when it is due."""
+        read = drafts.find(command.session_id) if not command.writes else None
+        if read is not None and read.lease is not None and read.lease.is_unsaved():
+            drafts.edit(command.session_id)
+
+    def _write(self, units: Sequence[UnitOfWork], drafts: Drafts, keys: log.Keys) -> Head | None:
+        writer = log.LogWriter(self._connection, self.head, keys)
         for unit in units:
             writer.add(unit)
         writer.flush()
@@ -279,16 +295,14 @@ class SessionStore:
 
     def _settle(self, error: DBAPIError | sqlite3.Error) -> StorageError:
         """After an error of SQLite: make sure that nothing of the group is left, or say that nobody can know."""
-        original = getattr(error, "orig", error)
+        original = _original(error)
         code = getattr(original, "sqlite_errorcode", None)
-        if code is None or (code & 0xFF) not in _CERTAIN_ABORTS:
+        if not isinstance(original, _OF_ONE_JOB) and (code is None or (code & 0xFF) not in _CERTAIN_ABORTS):
             self._raise_unknown(original)
         # SQLITE_FULL has rolled back by itself; for anything else the transaction's end has. Both must be true now.
         driver = self._connection.connection.dbapi_connection
         if driver is None or driver.in_transaction:
             self._raise_unknown(original)
-        with self._connection.begin():
-            self._keys = log.Keys(self._connection)
         _logger.warning("group failed", reason=str(original))
         return StorageError(str(original))
 
@@ -333,7 +347,7 @@ class SessionStore:
         """The live session's state; from the file if memory does not have it, and then kept."""
         state = self._cache.find(session_id)
         if state is None:
-            state = stored_sessions.load(self._connection, session_id)
+            state = _load(self._connection, session_id)
             if state is not None:
                 self._cache.put(session_id, state)
         return state
@@ -365,12 +379,22 @@ class SessionStore:
 
     def read_current(self, command: Command[Any], origin: Origin, state: SessionState) -> Any:
         """Apply a reading command to a published state."""
-        return command.apply(self._reading(_Published(state), origin))
+        try:
+            return command.apply(self._reading(_Published(state), origin))
+        except StateError:
+            raise
+        except Exception as error:
+            raise _internal(command, error) from error
 
     def read_file(self, command: Command[Any], origin: Origin, state: SessionState | None = None) -> Any:
         """Apply a reading command to the file, in a snapshot of its own; to `state` and the file if it is given."""
-        with snapshot(self._readers) as connection:
-            return command.apply(self._reading(_Snapshot(connection, self._cache, state), origin))
+        try:
+            with snapshot(self._readers) as connection:
+                return command.apply(self._reading(_Snapshot(connection, self._cache, state), origin))
+        except (StateError, DBAPIError, sqlite3.Error):
+            raise
+        except Exception as error:
+            raise _internal(command, error) from error
 
     def changes_after(self, state: SessionState, after: int, most_commits: int = 64) -> list[CommitChanges]:
         """The session's next commits, from the file."""
@@ -505,7 +529,7 @@ class _Snapshot:
         return self._state
 
     def _load(self, session_id: str) -> SessionState | None:
-        state = stored_sessions.load(self._connection, session_id)
+        state = _load(self._connection, session_id)
         loaded = self._cache.find(session_id)
         if state is not None and loaded is not None and loaded.session.sequence == state.session.sequence:
             # The true expiry is the one in memory, if the session is there.
@@ -528,6 +552,18 @@ class _Snapshot:
         return stored_executions.find_by_key(self._connection, state.key, key)
 
 
+def _load(connection: Connection, session_id: str) -> SessionState | None:
+    """The live session's state from the file. What cannot be made of its rows fails the calls on this session alone."""
+    try:
+        return stored_sessions.load(connection, session_id)
+    except (DBAPIError, sqlite3.Error):
+        raise
+    except Exception as error:
+        # As text: a renderer of exceptions may show local variables, and those are users' values.
+        _logger.error("session cannot be read", session_id=session_id, traceback=traceback.format_exc())
+        raise DamagedSessionError(session_id, type(error).__name__) from error
+
+
 def _history(
     connection: Connection, state: SessionState, identifier: str, limit: int, before: int | None
 ) -> list[VariableVersion] | None:
@@ -536,6 +572,20 @@ def _history(
     if key is None:
         key = stored_variables.find_key(connection, state.key, identifier)
     return stored_variables.history(connection, key, limit, before) if key is not None else None
+
+
+def _original(error: Exception) -> object:
+    """The driver's own error in one of SQLAlchemy's."""
+    return getattr(error, "orig", error)
+
+
+def _internal(command: Command[Any], error: Exception) -> InternalError:
+    """What a caller is told of a fault of ours; the log has the rest."""
+    reference = secrets.token_hex(6)
+    # As text: a renderer of exceptions may show local variables, and those are users' values.
+    trace = "".join(traceback.format_exception(error))
+    _logger.error("command failed", command=command.cause, reference=reference, traceback=trace)
+    return InternalError(f"internal error, reference {reference}")
 
 
 def _apply_once(job: Job, unit: UnitOfWork) -> Any:
