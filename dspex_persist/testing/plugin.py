@@ -3,6 +3,7 @@
 It comes with the package and is found by its entry point; what is heavy is imported by the fixture that needs it.
 """
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,10 @@ _MARKERS: Final = (
     "dspex_replay(tape, tools=..., drive=None): replay the recording before the test; it fails where anything comes "
     "out differently. `tape` is beside the test; `drive(context)` plays the client when it is recorded",
 )
+_REPLAY: Final = "dspex_replay"
+_USAGE: Final = "dspex_replay(tape, tools='package.module', drive=function)"
+_ALL_SHOWN: Final = 2
+"""From which verbosity on (-vv) all differences are shown."""
 _SESSION: Final = "session"
 _REAL_TIME: Final = ("_pytest", "xdist", "execnet", "grpc", "uvloop")
 
@@ -99,30 +104,75 @@ def dspex_clock() -> "Iterator[Clock]":
     try:
         from freezegun import freeze_time
     except ImportError:
-        pytest.fail("the fixture dspex_clock needs freezegun: pip install freezegun", pytrace=False)
+        pytest.fail("the fixture dspex_clock needs freezegun: pip install 'dspex-persist[test]'", pytrace=False)
     with freeze_time(real_asyncio=True, ignore=list(_REAL_TIME)) as frozen:
         yield frozen
 
 
 @pytest.fixture
-def dspex_replay(request: pytest.FixtureRequest, tmp_path: Path) -> "Tape | Callable[..., Tape]":
+def dspex_replay(request: pytest.FixtureRequest, tmp_path: Path) -> "Tape | _Failed | Callable[..., Tape]":
     """What the marker `dspex_replay` says, replayed: `report`, and `state`, the recorded variables at the end.
 
     In a test without the marker: a function that replays `(tape, tools=..., drive=None)` when it is called.
     """
     from dspex_persist.testing.tapes import check
 
+    config = request.config
+
     def replayed(tape: str | Path, tools: str | Sequence[str] = (), drive: Callable[..., Any] | None = None) -> "Tape":
         references = (tools,) if isinstance(tools, str) else tuple(tools)
         path = request.path.parent / tape
-        return check(path, references, drive, _mode_of(request.config), tmp_path, request.node.nodeid)
+        show_all = config.get_verbosity() >= _ALL_SHOWN
+        return check(path, references, drive, _mode_of(config), tmp_path, request.node.nodeid, show_all=show_all)
 
-    marker = request.node.get_closest_marker("dspex_replay")
-    return replayed if marker is None else replayed(*marker.args, **marker.kwargs)
+    marker = request.node.get_closest_marker(_REPLAY)
+    if marker is None:
+        return replayed
+    try:
+        _check_marker(request.node, marker, replayed)
+        return replayed(*marker.args, **marker.kwargs)
+    except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001 -- the test fails of it, when its turn comes
+        failed = request.node.stash[_FAILED] = _Failed(error)
+        return failed
+
+
+def _check_marker(node: pytest.Item, marker: pytest.Mark, replayed: Callable[..., object]) -> None:
+    if sum(each.name == _REPLAY for each in node.own_markers) > 1:
+        advice = "in a test without the marker, the fixture dspex_replay is a function that may be called often"
+        pytest.fail(f"the test has the marker {_REPLAY} more than once: {advice}", pytrace=False)
+    try:
+        inspect.signature(replayed).bind(*marker.args, **marker.kwargs)
+    except TypeError as error:
+        pytest.fail(f"the marker {_REPLAY} has wrong arguments ({error}); write {_USAGE}", pytrace=False)
+
+
+class _Failed:
+    """What a test has in place of its tape when that does not hold. It never gets to see it, only its fixtures may."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __getattr__(self, name: str) -> Any:
+        raise self._error
+
+    def fail(self) -> None:
+        """Let the test fail as it should."""
+        raise self._error
+
+
+_FAILED: Final = pytest.StashKey[_Failed]()
 
 
 @pytest.fixture(autouse=True)
 def _dspex_replay_where_marked(request: pytest.FixtureRequest) -> None:
     """A marked test replays whether or not it asks for the fixture."""
-    if request.node.get_closest_marker("dspex_replay") is not None:
-        request.getfixturevalue("dspex_replay")
+    if request.node.get_closest_marker(_REPLAY) is not None:
+        request.getfixturevalue(_REPLAY)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Fail a marked test whose recording does not hold: a failure of the test, no error of its set-up."""
+    failed = item.stash.get(_FAILED, None)
+    if failed is not None:
+        failed.fail()

@@ -7,13 +7,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from dspex_persist.infra.process import ServerProcess
+from dspex_persist.infra.process import ProcessFailedError, ServerProcess
 
 _END_S: Final = 20.0
+_TAKEN: Final = 75
+"""With what a server ends that cannot have its port."""
+_TRIES: Final = 5
 
 
 class ServedDatabase:
-    """`dspex-persist serve` in a process of its own, on a free port of 127.0.0.1.
+    """`dspex-persist serve` in a process of its own, on a free port of 127.0.0.1, which stays the same for its life.
 
     `settings`: settings by name (`optimization_lease_s`, `tools`, ...), each different from its default; those of the
     environment do not count. The folder of the file is the process's working directory. Where `import_from` is given,
@@ -37,12 +40,13 @@ class ServedDatabase:
             (f"DSPEX_PERSIST_{name.upper()}", str(setting)) for name, setting in (settings or {}).items()
         )
         self._ready_timeout_s = ready_timeout_s
-        self.process = self._start()
+        self.process = self._start(0)
+        self.port = self.process.port
 
-    def _start(self) -> ServerProcess:
+    def _start(self, port: int) -> ServerProcess:
         serve = (sys.executable, "-m", "dspex_persist", "serve")
         return ServerProcess.start(
-            (*serve, "--db", str(self.path), "--listen", "127.0.0.1:0"),
+            (*serve, "--db", str(self.path), "--listen", f"127.0.0.1:{port}"),
             env=self._environment,
             cwd=self.path.parent,
             ready_timeout_s=self._ready_timeout_s,
@@ -50,8 +54,8 @@ class ServedDatabase:
 
     @property
     def target(self) -> str:
-        """Where it listens, for a gRPC channel. A restart changes it."""
-        return f"127.0.0.1:{self.process.port}"
+        """Where it listens, for a gRPC channel."""
+        return f"127.0.0.1:{self.port}"
 
     @property
     def url(self) -> str:
@@ -67,9 +71,18 @@ class ServedDatabase:
         return self.process.terminate(_END_S)
 
     def restart(self) -> None:
-        """Kill it if it runs, and start it again on the same file."""
+        """Kill it if it runs, and start it again on the same file and port: clients connect again by themselves."""
         self.process.close()
-        self.process = self._start()
+        for _ in range(_TRIES - 1):
+            try:
+                self.process = self._start(self.port)
+            except ProcessFailedError as failure:
+                # Somebody's outgoing connection may have the port for a moment.
+                if failure.exit_code != _TAKEN:
+                    raise
+            else:
+                return
+        self.process = self._start(self.port)
 
     def close(self) -> None:
         """Kill it; closing twice does nothing."""

@@ -1,8 +1,12 @@
 """Recordings that tests replay: made where they are missing, checked where they are there, renewed where asked."""
 
+import asyncio
+import inspect
 import os
 import shlex
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,13 +19,16 @@ from dspex_persist.replay import Aspect, Recording, ReplayReport, load, replay
 from dspex_persist.replay.rebuild import Rebuilt
 from dspex_persist.state import values
 from dspex_persist.state.embedded import EmbeddedState
-from dspex_persist.state.recording import write_recording
+from dspex_persist.state.model import EventKind
+from dspex_persist.state.recording import RecordedCommit, write_recording
 from dspex_persist.testing.driving import drive_again
 
 Drive = Callable[[Context], object]
 
 _ADDED: Final = frozenset({Aspect.LM, Aspect.CALLS})
 """What differs where calls have been added."""
+_BEGINNINGS: Final = frozenset({EventKind.SESSION_STARTED, EventKind.SESSION_UPDATED})
+_MOST_SHOWN: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +49,12 @@ def open_engine(path: Path, references: Sequence[str]) -> EmbeddedState:
     return EmbeddedState(path, tools=toolbox)
 
 
-def check(path: Path, references: Sequence[str], drive: Drive | None, mode: str, folder: Path, test: str) -> Tape:
+def check(
+    path: Path, references: Sequence[str], drive: Drive | None, mode: str, folder: Path, test: str, *, show_all: bool
+) -> Tape:
     """Replay a recording, after it was made or renewed if `mode` says so; the test fails where it does not hold."""
-    if not references:
-        pytest.fail(f"{path.name}: say which tools it is replayed with: tools='package.module'", pytrace=False)
     again = f"pytest {shlex.quote(test)} --dspex-record=all"
-    if drive is None and not path.exists():
-        pytest.fail(
-            f"there is no recording {path}, and nobody to play its client: give the marker drive=function(context), or "
-            f"make the recording with: dspex-persist session export SESSION -o {path}",
-            pytrace=False,
-        )
+    _check_asked(path, references, drive)
     if mode == "all" or (mode != "none" and not path.exists()):
         _record(path, references, drive, folder)
     if not path.exists():
@@ -62,14 +64,39 @@ def check(path: Path, references: Sequence[str], drive: Drive | None, mode: str,
         _record(path, references, drive, folder)
         report = replay(path, list(references))
     if not report.ok:
-        pytest.fail(
-            f"{path.name} is stale: {report.describe()}\n\nIf that is how it should be, renew it with: {again}",
-            pytrace=False,
-        )
+        pytest.fail(_stale(path, report, again, show_all), pytrace=False)
     if report.executions and not report.checked:
         pytest.fail(f"{path.name}: nothing of it was checked: {'; '.join(report.reasons)}", pytrace=False)
     recording = load(path)
+    if drive is not None and _is_empty(recording.commits):
+        advice = f"see that drive uses the session that it is given, then: {again}"
+        pytest.fail(f"{path.name} has nothing but the session's beginning; {advice}", pytrace=False)
     return Tape(path, recording, report, final_state(recording))
+
+
+def _check_asked(path: Path, references: Sequence[str], drive: Drive | None) -> None:
+    if not references:
+        pytest.fail(f"{path.name}: say which tools it is replayed with: tools='package.module'", pytrace=False)
+    if drive is not None and not callable(drive):
+        pytest.fail(f"{path.name}: drive is a function that is given the session, not {drive!r}", pytrace=False)
+    if drive is None and not path.exists():
+        pytest.fail(
+            f"there is no recording {path}, and nobody to play its client: give the marker drive=function(context), or "
+            f"make the recording with: dspex-persist session export SESSION -o {path}",
+            pytrace=False,
+        )
+
+
+def _stale(path: Path, report: ReplayReport, again: str, show_all: bool) -> str:
+    shown = len(report.divergences) if show_all else _MOST_SHOWN
+    hint = " (pytest -vv shows them)" if len(report.divergences) > shown else ""
+    found = f"{path.name} is stale: {report.describe(shown)}{hint}"
+    return f"{found}\n\nIf that is how it should be, renew it with: {again}"
+
+
+def _is_empty(commits: Sequence[RecordedCommit]) -> bool:
+    """Whether nobody did anything with the session."""
+    return not any(commit.versions or any(e.kind not in _BEGINNINGS for e in commit.events) for commit in commits)
 
 
 def final_state(recording: Recording) -> dict[str, Any]:
@@ -85,14 +112,42 @@ def _record(path: Path, references: Sequence[str], drive: Drive | None, folder: 
     """Play the session in an engine of its own, and keep its log. Another worker's file is replaced whole."""
     old = load(path) if path.exists() else None
     session_id = old.header.session_id if old is not None else path.stem
-    with open_engine(folder / "recording.db", references) as provider:
+    # A file of its own: what another recording of the same test left behind is no part of this one.
+    with (
+        tempfile.TemporaryDirectory(dir=folder, prefix="recording-") as own,
+        open_engine(Path(own) / "recording.db", references) as provider,
+    ):
         if drive is not None:
-            drive(Context(provider, session_id))
+            _play(drive, Context(provider, session_id), path)
         elif old is not None:
             drive_again(provider, old)
-        header, commits = provider.record(session_id)
+        header, recorded = provider.record(session_id)
+        commits = tuple(recorded)
+        if drive is not None and _is_empty(commits):
+            reason = "drive did nothing with the session that it was given, so there is nothing to record"
+            pytest.fail(f"{path.name}: {reason}", pytrace=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_name(f".{path.name}.{os.getpid()}")
         with fresh.open("w", encoding="utf-8") as file:
             write_recording(header, commits, file)
     fresh.replace(path)
+
+
+def _play(drive: Drive, session: Context, path: Path) -> None:
+    """Have the client played to its end."""
+    played = drive(session)
+    if inspect.isgenerator(played) or inspect.isasyncgen(played):
+        reason = "drive has a yield, so calling it runs nothing of it; make it a plain function (or async def)"
+        pytest.fail(f"{path.name}: {reason}", pytrace=False)
+    if inspect.isawaitable(played):
+        _await(played)
+
+
+def _await(played: Awaitable[object]) -> None:
+    """On an event loop of its own, in a thread of its own: the test's thread may have one that runs."""
+
+    async def finish() -> None:
+        await played
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, finish()).result()
