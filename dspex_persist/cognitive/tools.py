@@ -4,10 +4,10 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from contextvars import ContextVar
 from math import inf
 from typing import Any, Generic, ParamSpec, TypeVar, overload
 
+from dspex_persist.cognitive import lm_guard
 from dspex_persist.cognitive.errors import DspyMissingError, ToolDefinitionError
 from dspex_persist.cognitive.signatures import Signature, read_signature
 from dspex_persist.cognitive.tool_context import ToolContext
@@ -18,8 +18,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _UNBOUND = object()
-# What a tool that is recorded calls is recorded as well, in an execution of its own.
-_caller_is_recorded: ContextVar[bool] = ContextVar("dspex_persist_record_lm", default=False)
 _NAME_LENGTH = 255
 
 
@@ -62,7 +60,7 @@ class Tool(Generic[P, R]):
 
         To be called in a context (of context variables) of its own.
         """
-        if self.record_lm or _caller_is_recorded.get():
+        if self.record_lm or lm_guard.caller_is_recorded.get():
             _record_lm_calls(session)
         context = [ToolContext(session)] if self._signature.takes_context else []
         started = self._function(*self._leading(), *context, **arguments)
@@ -254,7 +252,7 @@ def _checked_record_lm(where: str, record_lm: object) -> bool:
 def _record_lm_calls(session: ToolSession) -> None:
     from dspex_persist.cognitive.dspy import record_calls
 
-    _caller_is_recorded.set(True)
+    lm_guard.caller_is_recorded.set(True)
     record_calls(session)
 
 

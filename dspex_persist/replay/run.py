@@ -1,7 +1,7 @@
 """Running the tools of a recording again."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from typing import Final, TypeAlias
 
@@ -13,7 +13,7 @@ from dspex_persist.replay.rebuild import Past
 from dspex_persist.replay.recorded import RecordedExecution, Recording, Source, find_executions, load
 from dspex_persist.replay.report import Aspect, Divergence, Outcome, ReplayedExecution, ReplayReport
 from dspex_persist.replay.take import Stage, Take
-from dspex_persist.replay.tools import RunAgain, in_place_of, stand_ins_for
+from dspex_persist.replay.tools import RunAgain, in_place_of, no_lm_asked, stand_ins_for
 from dspex_persist.state.commands.variables import glob_matches
 from dspex_persist.state.errors import InvalidArgumentError, quote
 from dspex_persist.state.limits import Limits
@@ -64,7 +64,9 @@ def replay(
     chosen = _chosen(roots, numbers, since, until, frozenset(only_tools))
     rerun = _Rerun(recorded, _toolbox(tools), live_lm, limits or Limits(), chosen)
     told: list[ReplayedExecution] = []
-    with rerun.open(), _clock(freeze and not live_lm) as move_to:
+    # Between executions, too: a thread that one of them has left behind asks nobody.
+    guard = nullcontext() if live_lm else no_lm_asked()
+    with guard, rerun.open(), _clock(freeze and not live_lm) as move_to:
         for done, root in enumerate(chosen):
             if progress is not None:
                 progress(done, len(chosen))

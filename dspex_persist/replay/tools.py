@@ -3,10 +3,11 @@
 import builtins
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import aclosing, closing, contextmanager
+from contextlib import AbstractContextManager, aclosing, closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
+from dspex_persist.cognitive.lm_guard import Refusal, refusing
 from dspex_persist.replay.recorded import RecordedExecution
 from dspex_persist.replay.take import Played, Stage
 from dspex_persist.state import commands, errors, values
@@ -40,8 +41,6 @@ class RunAgain:
         played = take.played[session.execution_id]
         session.attempt = played.recorded.attempt if played.recorded is not None else 1
         session.read_clock = take.times_of(session.execution_id)
-        if not _may_ask_a_model(played):
-            return self._tool.start(session, arguments)
         match self.kind:
             case ToolKind.FUNCTION:
                 with self._playing(played):
@@ -71,6 +70,9 @@ class RunAgain:
     @contextmanager
     def _playing(self, played: Played) -> Iterator[None]:
         """Have calls of language models answered from the recording, and what differs kept."""
+        if not _may_ask_a_model(played):
+            yield from self._refusing(played)
+            return
         from dspex_persist.cognitive.dspy import playing
 
         calls = played.recorded.lm_calls if played.recorded is not None else ()
@@ -78,6 +80,26 @@ class RunAgain:
             # It is complete when the block has ended, and looked at later.
             played.lm = playback.divergences
             yield
+
+    def _refusing(self, played: Played) -> Iterator[None]:
+        """The code may still come to import DSPy."""
+        if self._live_lm:
+            yield
+            return
+        with no_lm_asked() as refusal:
+            played.lm = refusal.divergences
+            yield
+
+
+def no_lm_asked() -> AbstractContextManager[Refusal]:
+    """Have LM calls of which nobody can say whose they are refused, while it is open."""
+
+    def install() -> None:
+        from dspex_persist.cognitive import dspy
+
+        dspy.install()
+
+    return refusing(install)
 
 
 def _may_ask_a_model(played: Played) -> bool:

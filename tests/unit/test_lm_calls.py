@@ -3,9 +3,11 @@
 import asyncio
 import contextvars
 import json
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import dspy
@@ -14,7 +16,15 @@ from dspy.lm15 import Message, Request, Response, TextPart, ToolCallPart, Usage
 from dspy.utils import DummyLM
 from pydantic import BaseModel
 
-from dspex_persist.cognitive.dspy import RecordedLmError, UnexpectedLmCallError, playing, record_calls
+from dspex_persist.cognitive.dspy import (
+    RecordedLmError,
+    UnexpectedLmCallError,
+    UnseenLmCallError,
+    install,
+    playing,
+    record_calls,
+)
+from dspex_persist.cognitive.lm_guard import refusing
 
 SECRETS = ("sk-secret-1", "hunter22", "Bearer xyz", "acme-org")
 
@@ -139,7 +149,77 @@ def asked_through_asyncify(lm: Any) -> None:
         asyncio.run(dspy.asyncify(dspy.Predict("question -> answer"))(question="hello"))
 
 
+def asked_in_raw_thread(lm: Any) -> None:
+    thread = threading.Thread(target=lm, args=("hello",))
+    thread.start()
+    thread.join()
+
+
+class Asking(threading.Thread):
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def run(self) -> None:
+        # One that starts another one.
+        asked_in_raw_thread(self.lm)
+
+
+def asked_in_thread_of_a_thread(lm: Any) -> None:
+    asking = Asking(lm)
+    asking.start()
+    asking.join()
+
+
+def asked_in_pool(lm: Any) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lm, "hello").result()
+
+
+SHARED = ThreadPoolExecutor(1)
+
+
+def asked_in_shared_pool(lm: Any) -> None:
+    list(SHARED.map(lm, ["hello"]))
+
+
+def asked_in_thread_pool(lm: Any) -> None:
+    with ThreadPool(1) as pool:
+        pool.apply(lm, ("hello",))
+
+
+def asked_in_executor(lm: Any) -> None:
+    async def run() -> None:
+        await asyncio.get_running_loop().run_in_executor(None, lm, "hello")
+
+    asyncio.run(run())
+
+
+def asked_in_thread_of_dspy_in_raw_thread(lm: Any) -> None:
+    thread = threading.Thread(target=asked_in_threads, args=(lm,))
+    thread.start()
+    thread.join()
+
+
+def asked_on_loop_of_another_thread(lm: Any) -> None:
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    asyncio.run_coroutine_threadsafe(lm.acall("hello"), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
 WAYS = (
+    asked_in_raw_thread,
+    asked_in_thread_of_a_thread,
+    asked_in_pool,
+    asked_in_shared_pool,
+    asked_in_thread_pool,
+    asked_in_executor,
+    asked_in_thread_of_dspy_in_raw_thread,
+    asked_on_loop_of_another_thread,
     asked_with,
     asked_in_context,
     asked_by_module,
@@ -165,6 +245,16 @@ def test_a_call_is_seen_once_and_played_whichever_way_the_lm_is_reached(way: Cal
     with playing(calls) as playback:
         way(silent)
     assert playback.divergences == []
+
+
+def test_a_pool_that_programs_share_keeps_their_calls_apart() -> None:
+    """Its thread is made for the first of them, and works for all."""
+    with ThreadPoolExecutor(1) as pool:
+        _, first = recorded(lambda: pool.submit(dummy("a"), "one").result())
+        pool.submit(dummy("b"), "nobody's").result()
+        _, second = recorded(lambda: pool.submit(dummy("c"), "two").result())
+    asked = [[call["request"]["messages"][0]["content"] for call in calls] for calls in (first, second)]
+    assert asked == [["one"], ["two"]]
 
 
 def test_nothing_is_seen_outside() -> None:
@@ -411,6 +501,55 @@ def test_an_unexpected_request_is_refused_with_the_nearest_recorded_one(calls: l
     assert divergence.recorded == calls[1]
     changed = [line for line in divergence.diff() if line[0] in "+-" and line[:3] not in ("+++", "---")]
     assert changed == ["-two", "+too"]
+
+
+def nobodys(function: Callable[..., Any], *args: Any) -> Any:
+    """As where nobody knows who had a thread started."""
+    return contextvars.Context().run(function, *args)
+
+
+def test_no_model_is_asked_by_a_call_of_which_nobody_can_say_whose_it_is() -> None:
+    engine = Engine(TextPart("today"))
+    lm = lm_on(Engine(TextPart("then")))
+    _, calls = recorded(lambda: lm("hello"))
+    silent = lm_on(engine)
+    with playing(calls) as outer, playing([]) as inner:
+        assert nobodys(silent, "hello") == ["then"]
+        with pytest.raises(UnexpectedLmCallError):
+            nobodys(silent, "hello")
+        with pytest.raises(UnexpectedLmCallError):
+            nobodys(asyncio.run, silent.acall("bye"))
+    assert (len(outer.divergences), len(inner.divergences)) == (0, 2)
+    with refusing(install) as refusal, pytest.raises(UnexpectedLmCallError):
+        nobodys(silent, "hello")
+    assert len(refusal.divergences) == 1
+    assert engine.asked == 0
+    with playing(calls, live=True) as live:
+        assert nobodys(silent, "hello") == ["today"]
+    assert [each.kind for each in live.divergences] == ["answer"]
+    assert nobodys(silent, "hello") == ["today"]
+
+
+def test_forward_by_hand_is_refused_where_no_model_may_be_asked(calls: list[dict[str, Any]]) -> None:
+    engine = Engine()
+    lm = lm_on(engine)
+    with playing(calls):
+        with pytest.raises(UnseenLmCallError, match=r"calls of forward are not recorded: use lm\(\.\.\.\)"):
+            lm.forward("hello")
+        with pytest.raises(UnseenLmCallError, match="aforward"):
+            asyncio.run(lm.aforward("hello"))
+        with pytest.raises(UnseenLmCallError):
+            nobodys(lm.forward, "hello")
+    assert engine.asked == 0
+    with playing(calls, live=True):
+        lm.forward("hello")
+    recorded(lambda: lm.forward("hello"))
+    assert engine.asked == 2
+
+
+def test_the_lm_that_stands_in_does_so_in_threads_too(calls: list[dict[str, Any]]) -> None:
+    with dspy.context(lm=None), playing(calls), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(ask, "one").result() == "red"
 
 
 def test_another_model_and_another_option_are_unexpected(calls: list[dict[str, Any]]) -> None:

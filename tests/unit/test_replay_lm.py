@@ -1,6 +1,10 @@
 """Replays of tools that ask language models through DSPy."""
 
+import subprocess
+import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import dspy
@@ -90,7 +94,10 @@ def test_another_prompt_is_told_with_its_diff(recording: Recording) -> None:
     assert "LM call 0 asks for what was not recorded" in first.summary
     text = str(first)
     assert "What colour is the sky, please?" in text
-    assert "What hue is the sky, please?" in text
+    # Said once, though it is in the error of the execution as well.
+    assert report.describe().count("What hue is the sky, please?") == 1
+    (error,) = [each for each in report.divergences if each.what is Aspect.ERROR]
+    assert "UnexpectedLmCallError: LM call 0 asks for what was not recorded" in str(error)
 
 
 def test_another_start_value_shows_in_the_prompt(recording: Recording) -> None:
@@ -118,6 +125,92 @@ def test_a_tool_that_was_recorded_without_its_calls_asks_no_model(monkeypatch: p
     monkeypatch.setattr(DummyLM, "forward", silent_model)
     report = replay(recording, [unrecorded])
     assert [each.what for each in report.divergences] == [Aspect.LM, Aspect.ERROR]
+
+
+POOL = ThreadPoolExecutor(2)
+
+
+def in_thread(question: str) -> str:
+    said: list[str] = []
+    thread = threading.Thread(target=lambda: said.append(ask(question, question.upper())))
+    thread.start()
+    thread.join()
+    return "".join(said)
+
+
+@tool(record_lm=True)
+def spread(ctx: ToolContext, of: list[str]) -> list[str]:
+    """Ask in a pool, in a thread, and have another tool ask in one."""
+    pooled = list(POOL.map(lambda name: ask(name, name.upper()), of))
+    delegated = POOL.submit(ctx.call, "delegate", of=of[0]).result()
+    return [*pooled, in_thread(of[-1]), delegated]
+
+
+@tool
+def delegate(of: str) -> str:
+    """Recorded if its caller is, from whichever thread that calls."""
+    return in_thread(of)
+
+
+def test_calls_from_a_tools_own_threads_are_recorded_and_played(monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = [spread, delegate]
+    with session(*tools) as state:
+        done = state.execute_tool("s", "spread", {"of": ["a", "b"]})
+        assert done.success, done
+        recording = state.recording()
+    ends = [event.body for commit in recording.commits for event in commit.events if "recorded" in event.body]
+    assert sorted(len(body["recorded"]["lm"]) for body in ends) == [1, 3]
+    monkeypatch.setattr(DummyLM, "forward", silent_model)
+    report = replay(recording, tools)
+    assert report.ok, report.describe()
+    assert report.count(Outcome.SAME) == 2
+
+
+LATE = """
+import sys
+import threading
+
+from dspex_persist import tool
+from dspex_persist.replay import replay
+from tests.unit.replays import recorded
+
+is_recording = True
+
+
+@tool
+def late() -> str:
+    if is_recording:
+        return "yes"
+    from dspy.utils import DummyLM
+
+    said = []
+
+    def ask():
+        try:
+            said.append(DummyLM([{"answer": "yes"}])("hello")[0])
+        except Exception as error:
+            said.append(type(error).__name__)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    print(*said)
+    return "yes"
+
+
+recording = recorded(late)
+assert "dspy" not in sys.modules
+is_recording = False
+print([each.what.value for each in replay(recording, [late]).divergences])
+finders = [type(finder).__name__ for finder in sys.meta_path]
+assert not [name for name in finders if "Dspy" in name], finders
+"""
+
+
+def test_a_tool_that_imports_dspy_only_when_it_runs_asks_no_model_either() -> None:
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["UnexpectedLmCallError", "['lm']"]
 
 
 def test_a_live_model_is_asked_and_what_it_says_otherwise_is_told(recording: Recording) -> None:

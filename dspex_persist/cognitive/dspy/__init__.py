@@ -1,9 +1,9 @@
 """LM calls that tools make through DSPy: kept in the journal, and played back. The only package that imports DSPy.
 
 Every LM is seen (`dspy.LM`, `DummyLM`, any other `dspy.BaseLM`), however a program came by it: `dspy.configure`,
-`dspy.context`, `module.set_lm`, `lm=`. So are threads that DSPy starts, and answers from DSPy's cache. Of an LM that
-asks another one, the outer call counts. What is seen is a call of the LM (`lm(...)`, `await lm.acall(...)`), as all
-modules and adapters make it; `lm.forward(...)` by hand is not one.
+`dspy.context`, `module.set_lm`, `lm=`. So are the threads that a program or DSPy starts, what it has done in pools of
+threads, and answers from DSPy's cache. Of an LM that asks another one, the outer call counts. What is seen is a call of
+the LM (`lm(...)`, `await lm.acall(...)`), as all modules and adapters make it; `lm.forward(...)` by hand is not one.
 
 A recorded call is JSON, an entry of an execution's `recorded["lm"]`:
 
@@ -25,7 +25,9 @@ Playing it back:
 
 Each call is answered with the first recorded one of its hash that was not yet used, by ordinal: its outputs, its usage,
 its error. No LM is asked; where none is configured, one stands in. A request that was not recorded raises
-`UnexpectedLmCallError`. With `live=True` every call goes to its LM (`dspy.LM`: past DSPy's cache) and what it answers
+`UnexpectedLmCallError`, and `lm.forward(...)` by hand `UnseenLmCallError`. While a playback goes on this holds in the
+whole process: a call that comes from a thread of which nobody can say who started it is answered by the playback that
+has it, or refused. With `live=True` every call goes to its LM (`dspy.LM`: past DSPy's cache) and what it answers
 is compared with the recording. `LmDivergence.kind` says what differs, `str()` tells it with a diff:
 
 - "unexpected": asked, not recorded; `recorded` is the nearest recorded call;
@@ -43,7 +45,22 @@ except ModuleNotFoundError as error:
 
     raise DspyMissingError() from error
 
-from dspex_persist.cognitive.dspy.hook import playing, record_calls
-from dspex_persist.cognitive.dspy.playback import LmDivergence, Playback, RecordedLmError, UnexpectedLmCallError
+from dspex_persist.cognitive.dspy.hook import install, playing, record_calls
+from dspex_persist.cognitive.dspy.playback import (
+    LmDivergence,
+    Playback,
+    RecordedLmError,
+    UnexpectedLmCallError,
+    UnseenLmCallError,
+)
 
-__all__ = ["LmDivergence", "Playback", "RecordedLmError", "UnexpectedLmCallError", "playing", "record_calls"]
+__all__ = [
+    "LmDivergence",
+    "Playback",
+    "RecordedLmError",
+    "UnexpectedLmCallError",
+    "UnseenLmCallError",
+    "install",
+    "playing",
+    "record_calls",
+]

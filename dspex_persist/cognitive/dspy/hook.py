@@ -1,9 +1,15 @@
-"""Where LM calls are seen: around `__call__` and `acall` of every LM class, where somebody looks."""
+"""Where LM calls are seen: around `__call__` and `acall` of every LM class, where somebody looks.
+
+Who looks is in DSPy's own settings, as DSPy's threads inherit nothing else; threads and pools of Python's are given it
+by whoever starts them or hands work in. A call that comes from elsewhere all the same has nobody's recording, and while
+a replay runs no LM is asked by it.
+"""
 
 import asyncio
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from contextvars import Token
 from typing import Any, Final
@@ -13,7 +19,16 @@ from dspy.dsp.utils.settings import thread_local_overrides
 from dspy.dsp.utils.utils import dotdict
 from dspy.utils.usage_tracker import track_usage
 
-from dspex_persist.cognitive.dspy.playback import Playback, RecordedCall, error_of, keep_account, stand_in
+from dspex_persist.cognitive import lm_guard
+from dspex_persist.cognitive.dspy.playback import (
+    Playback,
+    RecordedCall,
+    StandIn,
+    UnseenLmCallError,
+    error_of,
+    keep_account,
+    stand_in,
+)
 from dspex_persist.cognitive.dspy.requests import Asked, answer_of, asked_of, failure_of, response_of, secrets_of
 from dspex_persist.state.runner import ToolSession
 
@@ -25,20 +40,21 @@ _CANCELLED: Final = "asyncio.exceptions.CancelledError"
 
 def record_calls(session: ToolSession) -> None:
     """Keep every LM call of the code that runs in this context from here on in the execution's journal entry."""
-    _install()
-    _look(_Recorder(session), _playback())
+    install()
+    _look(_Recorder(session), _own()[1])
 
 
 @contextmanager
 def playing(calls: Iterable[Mapping[str, Any]], *, live: bool = False) -> Iterator[Playback]:
     """Answer LM calls from recorded ones; the package says how."""
-    _install()
+    install()
     playback = Playback(calls, live=live)
     with ExitStack() as stack:
+        stack.enter_context(lm_guard.going_on(playback))
         if not live and settings.lm is None and playback.calls:
             stack.enter_context(context(lm=stand_in(playback.calls)))
         playback.line = _line()
-        token = _look(_recorder(), playback)
+        token = _look(_own()[0], playback)
         try:
             yield playback
         finally:
@@ -89,7 +105,7 @@ class _Call:
     def __init__(self, lm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.lm, self.args, self.kwargs = lm, args, kwargs
         self._asked = asked_of(lm, args, kwargs)
-        self._recorder, self._playback = _recorder(), _playback()
+        self._recorder, self._playback = _own() if _is_owned() else (None, _playback_of(lm, self._asked))
         self._ordinal = 0
         self._recorded: RecordedCall | None = None
         if self._playback is not None:
@@ -146,24 +162,44 @@ class _Call:
 
 
 def _look(recorder: _Recorder | None, playback: Playback | None) -> Token[Any]:
-    """Have LM calls seen in this context. DSPy's own settings carry that, as its threads inherit nothing else."""
+    """Have LM calls seen in this context."""
     own = {_RECORDER: recorder, _PLAYBACK: playback}
     token: Token[Any] = thread_local_overrides.set(dotdict({**thread_local_overrides.get(), **own}))
     return token
 
 
-def _recorder() -> _Recorder | None:
-    found: _Recorder | None = thread_local_overrides.get().get(_RECORDER)
-    return found
+def _is_owned() -> bool:
+    """Whether it is known who looks at the calls of this context, if only that it is nobody."""
+    return _PLAYBACK in thread_local_overrides.get()
 
 
-def _playback() -> Playback | None:
-    found: Playback | None = thread_local_overrides.get().get(_PLAYBACK)
-    return found
+def _own() -> tuple[_Recorder | None, Playback | None]:
+    overrides = thread_local_overrides.get()
+    return overrides.get(_RECORDER), overrides.get(_PLAYBACK)
+
+
+def _playback_of(lm: object, asked: Asked) -> Playback | None:
+    """What answers a call of which nobody can say whose it is: the playback that has it, or one that refuses it."""
+    going_on = lm_guard.running()
+    playbacks = [each for each in reversed(going_on) if isinstance(each, Playback)]
+    if playbacks:
+        return next((each for each in playbacks if each.has(lm, asked)), playbacks[0])
+    if not going_on:
+        return None
+    last = going_on[-1]
+    return Playback((), divergences=last.divergences if isinstance(last, lm_guard.Refusal) else None)
 
 
 def _nobody_looks() -> bool:
-    return _recorder() is None and _playback() is None
+    return _own() == (None, None) if _is_owned() else not lm_guard.running()
+
+
+def _is_played() -> bool:
+    """Whether no LM may be asked from here."""
+    if _is_owned():
+        playback = _own()[1]
+        return playback is not None and not playback.live
+    return any(not isinstance(each, Playback) or not each.live for each in lm_guard.running())
 
 
 def _seen(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -200,11 +236,70 @@ def _seen_async(call: Callable[..., Any]) -> Callable[..., Any]:
     return seen
 
 
+def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` or `aforward` of an LM class, which is behind every call, but no call: not where no LM may be asked."""
+
+    @functools.wraps(forward)
+    def guarded(lm: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_played():
+            raise UnseenLmCallError(forward.__name__)
+        return forward(lm, *args, **kwargs)
+
+    return guarded
+
+
+# Threads
+
+
+def _carried() -> dict[str, Any]:
+    """What a thread is given by whoever starts it: who looks, and the LM that stands in where there is none."""
+    overrides = thread_local_overrides.get()
+    return {
+        name: each for name, each in overrides.items() if name in (_RECORDER, _PLAYBACK) or isinstance(each, StandIn)
+    }
+
+
+def _run_carrying(
+    carried: Mapping[str, Any], is_recorded: bool, function: Callable[..., Any], /, *args: Any, **kwargs: Any
+) -> Any:
+    """Call a function with what was carried, and with nothing else of what a thread of a pool was first given."""
+    before = thread_local_overrides.get()
+    others = {name: each for name, each in before.items() if name not in _carried()}
+    token = thread_local_overrides.set(dotdict({**others, **carried}))
+    flag = lm_guard.caller_is_recorded.set(is_recorded)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        lm_guard.caller_is_recorded.reset(flag)
+        thread_local_overrides.reset(token)
+
+
+def _carry_into_threads() -> None:
+    """Have every thread and every piece of work in a pool belong to whoever it is done for."""
+    threads: Any = threading.Thread
+    pools: Any = ThreadPoolExecutor
+    start, submit = threads.start, pools.submit
+
+    @functools.wraps(start)
+    def started(thread: threading.Thread) -> None:
+        if carried := _carried():
+            is_recorded = lm_guard.caller_is_recorded.get()
+            setattr(thread, "run", functools.partial(_run_carrying, carried, is_recorded, thread.run))  # noqa: B010
+        start(thread)
+
+    @functools.wraps(submit)
+    def submitted(pool: ThreadPoolExecutor, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        is_recorded = lm_guard.caller_is_recorded.get()
+        return submit(pool, _run_carrying, _carried(), is_recorded, function, *args, **kwargs)
+
+    threads.start, pools.submit = started, submitted
+
+
 _installing = threading.Lock()
 _installed = False
 
 
-def _install() -> None:
+def install() -> None:
     """Put the hook on all LM classes there are, and on those to come. It stays: where nobody looks it costs little."""
     global _installed
     with _installing:
@@ -219,6 +314,7 @@ def _install() -> None:
             _hook(kind)
 
         BaseLM.__init_subclass__ = classmethod(on_subclass)
+        _carry_into_threads()
 
 
 def _with_subclasses(kind: type[Any]) -> Iterator[type[Any]]:
@@ -227,7 +323,10 @@ def _with_subclasses(kind: type[Any]) -> Iterator[type[Any]]:
         yield from _with_subclasses(each)
 
 
+_WRAPPERS: Final = {"__call__": _seen, "acall": _seen_async, "forward": _guarded, "aforward": _guarded}
+
+
 def _hook(kind: Any) -> None:
-    for name, seen in (("__call__", _seen), ("acall", _seen_async)):
+    for name, wrapper in _WRAPPERS.items():
         if name in vars(kind):
-            setattr(kind, name, seen(vars(kind)[name]))
+            setattr(kind, name, wrapper(vars(kind)[name]))

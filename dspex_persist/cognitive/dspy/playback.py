@@ -73,6 +73,17 @@ class UnexpectedLmCallError(DspexError):
         return str(self.divergence)
 
 
+@dataclass(eq=False)
+class UnseenLmCallError(DspexError):
+    """An LM was to be asked in a way that is not recorded, while recordings answer for it."""
+
+    method: str
+
+    def __str__(self) -> str:
+        call = "lm(...)" if self.method == "forward" else "await lm.acall(...)"
+        return f"no LM is asked in a replay, and calls of {self.method} are not recorded: use {call}"
+
+
 class RecordedLmError(DspexError):
     """An error that an LM raised when the recording was made. It is an error of that class, too, if there is one."""
 
@@ -80,10 +91,12 @@ class RecordedLmError(DspexError):
 class Playback:
     """Recorded calls, each of which is used once, and the divergences found so far. Usable from any thread."""
 
-    def __init__(self, calls: Iterable[RecordedCall], *, live: bool = False) -> None:
+    def __init__(
+        self, calls: Iterable[RecordedCall], *, live: bool = False, divergences: list[Any] | None = None
+    ) -> None:
         self.calls: Sequence[RecordedCall] = sorted(calls, key=lambda call: int(call["ordinal"]))
         self.live = live
-        self.divergences: list[LmDivergence] = []
+        self.divergences: list[LmDivergence] = [] if divergences is None else divergences
         self.line: object = None
         self._lock = threading.Lock()
         self._left: dict[str, deque[RecordedCall]] = defaultdict(deque)
@@ -110,9 +123,14 @@ class Playback:
             raise UnexpectedLmCallError(divergence)
         return ordinal, asked, None
 
+    def has(self, lm: object, asked: Asked) -> bool:
+        """Whether there is a recorded call for it that was not yet used."""
+        with self._lock:
+            return any(self._left.get(variant.hash) for variant in self._variants(lm, asked))
+
     def _variants(self, lm: object, asked: Asked) -> Iterator[Asked]:
         """What is asked; of an LM that stands in, as each of the recorded ones would have been asked."""
-        if not isinstance(lm, _StandIn):
+        if not isinstance(lm, StandIn):
             yield asked
             return
         for call in self.calls:
@@ -215,15 +233,15 @@ def _take_message(error: Any, message: str) -> None:
     error.args = (message,)
 
 
-class _StandIn:
+class StandIn:
     """What marks an LM that is there only to be asked, as none is configured."""
 
 
-class _PlainStandIn(_StandIn, BaseLM):  # type: ignore[misc]
+class _PlainStandIn(StandIn, BaseLM):  # type: ignore[misc]
     """For calls of an LM that promised nothing."""
 
 
-class _CapableStandIn(_StandIn, LM):  # type: ignore[misc]
+class _CapableStandIn(StandIn, LM):  # type: ignore[misc]
     """For calls of a `dspy.LM`: DSPy knows from its name what the model can do, and adapters ask for it."""
 
 
