@@ -22,9 +22,10 @@ from pydantic_core import ErrorDetails, PydanticCustomError, PydanticSerializati
 from dspex_persist.cognitive.errors import ToolDefinitionError
 from dspex_persist.state import values
 from dspex_persist.state.errors import InvalidValueError
+from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import ToolParameter, Value
 from dspex_persist.state.values.coercion import to_boolean, to_float, to_integer
-from dspex_persist.state.values.json_text import RefusedError, shorten, shown
+from dspex_persist.state.values.json_text import RefusedError, container_in, shorten, shown
 
 _COERCIONS: Mapping[str, Callable[[object], object]] = {
     "boolean": to_boolean,
@@ -49,6 +50,7 @@ _BOUNDS = {
 _BEYOND_64_BITS = 2.0**63
 _MISTAKES_READ = 20
 _SENTENCE_LENGTH = 500
+_LIMITS = Limits()
 _COLLECTIONS = ("builtins", "collections", "collections.abc")
 
 
@@ -67,7 +69,7 @@ class Parameter:
         except InvalidValueError as error:
             raise RefusedError(error.reason) from error
         try:
-            return self.adapter.validate_python(self._coerce(document))
+            return self._validated(document)
         except ValidationError as error:
             raise RefusedError(_sentence(error, document)) from error
         except RefusedError:
@@ -85,6 +87,18 @@ class Parameter:
         stated = description.get("type") if isinstance(description, dict) else None
         is_embedding = stated == "embedding" and self.described.type == "any"
         return values.decode("embedding" if is_embedding else "tensor", value)
+
+    def _validated(self, document: object) -> object:
+        """What pydantic makes of it; of a string that is the JSON of a map or list, where one is wanted, of that."""
+        try:
+            return self.adapter.validate_python(self._coerce(document))
+        except ValidationError:
+            if not isinstance(document, str) or self.described.type not in ("list", "map"):
+                raise
+            contained = container_in(document, name=self.described.name, limits=_LIMITS)
+            if contained is document:
+                raise
+            return self.adapter.validate_python(contained)
 
     def _coerce(self, document: object) -> object:
         """For choices, which pydantic compares with `==`: to it, `True` is the choice 1."""

@@ -256,6 +256,58 @@ def test_other_type_urls(stub: Any) -> None:
     assert json.loads(get(stub, "s").value.value) == "plain"
 
 
+@pytest.mark.parametrize("text", ["12345678", "123456789", "5551234567", "4006381333931", "[1, 2, 3]", "", "true"])
+def test_a_packed_string_stays_a_string(stub: Any, text: str) -> None:
+    wire = AnyMessage()
+    wire.Pack(StringValue(value=text))
+    stub.RegisterVariable(pb.RegisterVariableRequest(session_id=SESSION, name="s", type="string", initial_value=wire))
+    assert json.loads(get(stub, "s").value.value) == text
+    set_value(stub, "s", "string", "else")
+    stub.SetVariables(pb.BatchSetVariablesRequest(session_id=SESSION, updates={"s": wire}, atomic=True))
+    assert json.loads(get(stub, "s").value.value) == text
+
+
+def test_a_list_in_a_string_is_taken_where_a_list_is_wanted(stub: Any) -> None:
+    wire = AnyMessage()
+    wire.Pack(StringValue(value="[1, 2, 3]"))
+    for name, type_name in (("l", "list"), ("e", "embedding")):
+        stub.RegisterVariable(
+            pb.RegisterVariableRequest(session_id=SESSION, name=name, type=type_name, initial_value=wire)
+        )
+        assert json.loads(get(stub, name).value.value) == [1, 2, 3]
+    register(stub, "m", "map", '{"a": 1}')
+    assert json.loads(get(stub, "m").value.value) == {"a": 1}
+    request = pb.RegisterVariableRequest(
+        session_id=SESSION, name="n", type="list", initial_value=packed("string", "one, two")
+    )
+    error: Any = refusal(stub.RegisterVariable, request)
+    assert 'a list is a JSON array, not "one, two"' in error.details()
+
+
+@pytest.mark.parametrize("shape", [[1500], None])
+def test_binary_values_without_their_bytes_are_refused(stub: Any, shape: list[int] | None) -> None:
+    description = json.dumps(
+        {"dtype": "float64", "binary_format": "erlang_binary"} | ({"shape": shape} if shape else {})
+    )
+    wire = AnyMessage(type_url="type.googleapis.com/snakepit.tensor.binary", value=description.encode())
+    register(stub, "t", "tensor", {"shape": [1], "data": [1.0]})
+    requests = [
+        (
+            stub.RegisterVariable,
+            pb.RegisterVariableRequest(session_id=SESSION, name="u", type="tensor", initial_value=wire),
+        ),
+        (stub.SetVariable, pb.SetVariableRequest(session_id=SESSION, variable_identifier="t", value=wire)),
+    ]
+    for call, request in requests:
+        error: Any = refusal(call, request)
+        assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert "its bytes did not come" in error.details()
+    batch = stub.SetVariables(pb.BatchSetVariablesRequest(session_id=SESSION, updates={"t": wire}, atomic=True))
+    assert not batch.success
+    assert "its bytes did not come" in batch.errors["t"]
+    assert get(stub, "t").version == 0
+
+
 @pytest.mark.parametrize("binary_format", ["pickle", "erlang_binary", "float64"])
 def test_binary_values_come_back_as_they_came(stub: Any, binary_format: str) -> None:
     content = struct.pack("<1500d", *range(1500))

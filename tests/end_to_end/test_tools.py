@@ -173,7 +173,16 @@ def test_string_value_style(client: OldClient, value: object) -> None:
 def test_a_really_packed_string_value(client: OldClient) -> None:
     wire = AnyMessage()
     wire.Pack(StringValue(value="plain text"))
-    assert client.execute("echo", value=wire).result == "plain text"
+    answer = client.execute("echo", value=wire)
+    assert answer.result == "plain text"
+    # Who packs does not read JSON that calls itself a StringValue.
+    assert answer.message.result.type_url == "type.googleapis.com/snakepit.string"
+
+
+def test_no_result_is_null_under_a_type_that_takes_it(client: OldClient) -> None:
+    answer = client.execute("echo", value=None)
+    assert answer.result is None
+    assert answer.message.result.type_url == "type.googleapis.com/snakepit.map"
 
 
 def test_binary_parameters(client: OldClient) -> None:

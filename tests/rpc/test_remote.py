@@ -284,6 +284,15 @@ def test_a_last_chunk_with_content_counts_and_an_empty_one_before_it_is_null() -
     run(test())
 
 
+def test_chunks_that_are_text_or_bytes_are_passed_on_as_json() -> None:
+    async def test() -> None:
+        async with serving(Worker()) as address, remote_tools() as tools:
+            chunks = await streamed(tools, call_of("no json", address))
+            assert list(map(json.loads, chunks)) == ["plain text", {"raw_data_base64": "/wA="}, '{"a": NaN}']
+
+    run(test())
+
+
 def test_a_worker_waits_for_a_taker_that_takes_nothing() -> None:
     async def test() -> None:
         worker, release = Worker(), asyncio.Event()
@@ -328,7 +337,8 @@ def test_a_taker_that_fails_ends_the_workers_call() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tool", "reason"), [("no json", "it sent what is no value: .*not JSON"), ("break", "INTERNAL: it broke")]
+    ("tool", "reason"),
+    [("too large", "it sent what is no value: .*value_size_bytes"), ("break", "INTERNAL: it broke")],
 )
 def test_a_stream_that_fails(tool: str, reason: str) -> None:
     async def test() -> None:
@@ -624,7 +634,7 @@ def test_the_pause_doubles_up_to_the_longest_and_starts_anew_after_a_success(mon
         (1, "integer"),
         (1.0, "float"),
         ("NaN", "string"),
-        (None, "string"),
+        (None, "map"),
         ([1], "list"),
         ({}, "map"),
         ({"shape": [1], "data": [1]}, "tensor"),
@@ -661,6 +671,7 @@ def test_a_binary_value_says_its_type_in_either_style(description: str, type_nam
 def test_the_style_is_that_of_the_parameters() -> None:
     packed = AnyMessage()
     packed.Pack(StringValue(value="x"))
+    said = AnyMessage(type_url=STRING_VALUE_URL, value=b'"x"')
     plain = AnyMessage(type_url=JSON_URL + "float", value=b"1")
-    assert codec.style_of([]) == codec.style_of([plain]) == codec.JSON_STYLE
-    assert codec.style_of([plain, packed]) == codec.STRING_VALUE_STYLE
+    assert codec.style_of([]) == codec.style_of([plain]) == codec.style_of([plain, packed]) == codec.JSON_STYLE
+    assert codec.style_of([plain, packed, said]) == codec.STRING_VALUE_STYLE

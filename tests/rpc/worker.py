@@ -77,7 +77,11 @@ class Worker:
                 yield pb.ToolChunk()
                 yield pb.ToolChunk(data=b'"last"', is_final=True)
             case "no json":
-                yield pb.ToolChunk(data=b"oops")
+                yield pb.ToolChunk(data=b"plain text")
+                yield pb.ToolChunk(data=b"\xff\x00")
+                yield pb.ToolChunk(data=b'{"a": NaN}')
+            case "too large":
+                yield pb.ToolChunk(data=b'"' + b"x" * 17 * _MIB + b'"')
                 await self._hang()
             case "break":
                 yield pb.ToolChunk(data=b"1")

@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+from collections.abc import Mapping, Sized
 from concurrent.futures import Future
 from typing import Any, TypeAlias, TypeVar
 
@@ -9,7 +10,7 @@ import grpc
 import structlog
 
 from dspex_persist.state.commands import Command
-from dspex_persist.state.errors import InvalidArgumentError, StateError, quote
+from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError, StateError, quote
 from dspex_persist.state.execution import Execution, is_transactional, may_block
 from dspex_persist.state.mailbox import LoopMailbox
 from dspex_persist.state.model import Origin, Source
@@ -42,6 +43,7 @@ class Calls:
     def __init__(self, provider: StateProvider, runner: ToolRunner) -> None:
         self._provider = provider
         self._runner = runner
+        self._limits = runner.limits
         self._mailbox = LoopMailbox(asyncio.get_running_loop())
 
     def belongs(self, context: Context) -> bool:
@@ -76,9 +78,19 @@ class Calls:
             return None
         return self._runner.find(execution_id)
 
+    def _metadata(self, metadata: Mapping[str, str]) -> dict[str, str]:
+        check_count("metadata entries", metadata, self._limits.metadata_entries, "metadata_entries")
+        return dict(metadata)
+
     def _log(self, rpc: str, session_id: str, context: Context) -> Any:
         """A log that names the call: its rpc, its session, and the id that the client gave it, or one of ours."""
         return _logger.bind(rpc=rpc, session_id=session_id, rpc_id=header(context, RPC_ID) or secrets.token_hex(4))
+
+
+def check_count(what: str, entries: Sized, most: int, setting: str) -> None:
+    """Refuse a request with too many of something before anything is made of them: a message holds millions."""
+    if len(entries) > most:
+        raise LimitExceededError(f"number of {what}", len(entries), most, setting)
 
 
 async def _run_within(execution: Execution, command: Command[R], origin: Origin) -> R:

@@ -1,18 +1,15 @@
 """Between the protocol's messages and the records of the state layer. Pure: no calls, no state."""
 
-import contextlib
-import json
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 
 from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
-from google.protobuf.wrappers_pb2 import StringValue
 
 from dspex_persist.clock import from_micros, to_micros
 from dspex_persist.infra.listen import ListenError, parse_listen
-from dspex_persist.state.errors import InvalidArgumentError, InvalidValueError, quote
+from dspex_persist.state.errors import InvalidArgumentError, InvalidValueError, LimitExceededError, quote
+from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     ChangeKind,
     Isolation,
@@ -27,21 +24,24 @@ from dspex_persist.state.model import (
     Variable,
     VariableVersion,
 )
+from dspex_persist.state.rpc import wrapped
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
-from dspex_persist.state.values import BinaryValue, infer_type
+from dspex_persist.state.values import BinaryValue, check_content, infer_type, parse_json
+from dspex_persist.state.values.json_text import RefusedError, check_size, read
 
 BRIDGE_SERVICE = pb.DESCRIPTOR.services_by_name["BridgeService"]
 
 STRING_VALUE_STYLE, JSON_STYLE = "string_value", "json"
-"""How a client writes the parameters of tools: as what calls itself a StringValue, or under the types of variables."""
+"""How a client writes the parameters of tools: as JSON that calls itself a StringValue, or in any other way."""
 
 _PREFIX = "type.googleapis.com/snakepit."
 _BINARY = ".binary"
-_STRING_VALUE = "google.protobuf.StringValue"
-_STRING_VALUE_URL = f"type.googleapis.com/{_STRING_VALUE}"
-# The type of a value that has none, such as null: it says no more than that it is JSON.
-_UNTYPED = "string"
-_MARKS = ("snakepit.", "dspex.variables/", _STRING_VALUE)
+_STRING_VALUE_URL = f"type.googleapis.com/{wrapped.STRING_VALUE}"
+# The type of null, which has none of its own: clients that check types take no null for a string.
+_NULL_TYPE = "map"
+_MARKS = ("snakepit.", "dspex.variables/")
+
+_LIMITS = Limits()
 
 COMMIT_SEQUENCE = "commit_sequence"
 _ACTOR, _CAUSE, _CHANGE = "dspex.actor", "dspex.cause", "dspex.change"
@@ -55,18 +55,24 @@ _ADDRESS = "address"
 # Values
 
 
-def value_of(name: str, wire: AnyMessage, binary: bytes = b"") -> Value:
+def value_of(name: str, wire: AnyMessage, binary: bytes = b"", limits: Limits = _LIMITS) -> Value:
     """The value in a message, not yet checked against any type. `name` is for the error."""
     type_url, content = wire.type_url, wire.value
-    if type_url and not any(mark in type_url for mark in _MARKS):
+    check_size(name, len(content) + len(binary), limits)
+    wrapper = wrapped.name_of(type_url)
+    if type_url and not wrapper and not any(mark in type_url for mark in _MARKS):
         reason = f"its type_url is {quote(type_url)}; use {_PREFIX}<type> with the value as JSON"
         raise InvalidValueError(name, reason)
     if binary or type_url.endswith(_BINARY):
-        return Value(_text(name, content) or "{}", binary)
+        value = Value(_text(name, content) or "{}", binary)
+        check_content(name, value, limits)
+        return value
+    if wrapper:
+        message = wrapped.find_packed(wrapper, content)
+        if message is not None:
+            return _unwrapped(name, message)
     if not content:
         raise InvalidValueError(name, "there is no value: send JSON in the value field")
-    if type_url.endswith(_STRING_VALUE):
-        return _string_value(name, content)
     return Value(_text(name, content))
 
 
@@ -77,14 +83,11 @@ def _text(name: str, content: bytes) -> str:
         raise InvalidValueError(name, "it is no UTF-8; send JSON, and binary content in the companion field") from None
 
 
-def _string_value(name: str, content: bytes) -> Value:
-    """What calls itself a StringValue: JSON bytes with some clients, a packed message (a plain string) with others."""
+def _unwrapped(name: str, message: object) -> Value:
     try:
-        json.loads(content)
-    except ValueError:
-        with contextlib.suppress(DecodeError):
-            return Value(json.dumps(StringValue.FromString(content).value))
-    return Value(_text(name, content))
+        return Value(wrapped.json_of(message))
+    except RefusedError as error:
+        raise InvalidValueError(name, error.reason) from error
 
 
 def type_url_of(type_name: str, value: Value) -> str:
@@ -101,8 +104,12 @@ def any_of(type_name: str, value: Value) -> AnyMessage:
 
 def style_of(parameters: Iterable[AnyMessage]) -> str:
     """In which style the parameters of a tool came, and so its result goes out."""
-    string_values = any(wire.type_url.endswith(_STRING_VALUE) for wire in parameters)
-    return STRING_VALUE_STYLE if string_values else JSON_STYLE
+    return STRING_VALUE_STYLE if any(map(_is_json_string_value, parameters)) else JSON_STYLE
+
+
+def _is_json_string_value(wire: AnyMessage) -> bool:
+    name = wrapped.name_of(wire.type_url)
+    return name == wrapped.STRING_VALUE and wrapped.find_packed(name, wire.value) is None
 
 
 def loose_any_of(value: Value, style: str = JSON_STYLE) -> AnyMessage:
@@ -114,13 +121,13 @@ def loose_any_of(value: Value, style: str = JSON_STYLE) -> AnyMessage:
 
 def _inferred_type(value: Value) -> str:
     try:
-        document = json.loads(value.json)
-    except (ValueError, RecursionError):
-        # Whoever takes the value says what is wrong with it.
-        document = None
+        document = read(value.json)
+    except RefusedError:
+        # It goes out as a string: whoever takes it says what is wrong with it.
+        document = ""
     if value.binary is not None:
         return infer_type(BinaryValue(document if isinstance(document, dict) else {}, value.binary))
-    return _UNTYPED if document is None else infer_type(document)
+    return _NULL_TYPE if document is None else infer_type(document)
 
 
 # Messages are filled in place: to make a part and have it copied into the whole takes twice as long.
@@ -375,7 +382,7 @@ def registration_message(tool: RegisteredTool) -> pb.ToolRegistration:
     )
 
 
-def registered_tool(registration: pb.ToolRegistration, worker_id: str) -> RegisteredTool:
+def registered_tool(registration: pb.ToolRegistration, worker_id: str, limits: Limits = _LIMITS) -> RegisteredTool:
     """The tool in a registration; `InvalidArgumentError` for an address or a default that is none."""
     metadata = dict(registration.metadata)
     address = metadata.get(_ADDRESS, "")
@@ -385,7 +392,7 @@ def registered_tool(registration: pb.ToolRegistration, worker_id: str) -> Regist
         except ListenError as error:
             reason = f"{_ADDRESS} of tool {quote(registration.name)}: {error}; it is HOST:PORT or unix:PATH"
             raise InvalidArgumentError("metadata", reason) from error
-    parameters = _parameters_of(registration.name, registration.parameters)
+    parameters = _parameters_of(registration.name, registration.parameters, limits)
     spec = ToolSpec(
         registration.name, registration.description, parameters, registration.supports_streaming, metadata=metadata
     )
@@ -405,27 +412,29 @@ def _parameter_message(parameter: ToolParameter) -> pb.ParameterSpec:
     return message
 
 
-def _parameters_of(tool: str, messages: Iterable[pb.ParameterSpec]) -> tuple[ToolParameter, ...]:
+def _parameters_of(
+    tool: str, messages: Iterable[pb.ParameterSpec], limits: Limits = _LIMITS
+) -> tuple[ToolParameter, ...]:
     return tuple(
         ToolParameter(
             message.name,
             message.type,
             message.description,
             message.required,
-            _default_of(tool, message),
+            _default_of(tool, message, limits),
             message.validation_json,
         )
         for message in messages
     )
 
 
-def _default_of(tool: str, message: pb.ParameterSpec) -> Value | None:
+def _default_of(tool: str, message: pb.ParameterSpec, limits: Limits) -> Value | None:
     if not message.HasField("default_value"):
         return None
     try:
-        value = value_of(message.name, message.default_value)
-        json.loads(value.json)
-    except (InvalidValueError, ValueError) as error:
+        value = value_of(message.name, message.default_value, limits=limits)
+        parse_json(value.json, name=message.name, limits=limits)
+    except (InvalidValueError, LimitExceededError) as error:
         reason = f"of parameter {quote(message.name)} of tool {quote(tool)}: {error}"
         raise InvalidArgumentError("default_value", reason) from error
     return Value(value.json)

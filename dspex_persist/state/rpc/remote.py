@@ -5,6 +5,7 @@ row is left alone for a while; then one ping decides whether it is called again.
 """
 
 import asyncio
+import base64
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,7 +16,13 @@ import structlog
 
 from dspex_persist.infra.listen import ListenError, TcpAddress, parse_listen
 from dspex_persist.state import values
-from dspex_persist.state.errors import InvalidArgumentError, RemoteToolError, StateError, ToolFailedError
+from dspex_persist.state.errors import (
+    InvalidArgumentError,
+    InvalidValueError,
+    RemoteToolError,
+    StateError,
+    ToolFailedError,
+)
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Value
 from dspex_persist.state.rpc import codec
@@ -167,7 +174,7 @@ class RemoteTools:
 
     def _result(self, call: RemoteCall, wire: Any) -> Value:
         try:
-            value = codec.value_of("result", wire)
+            value = codec.value_of("result", wire, limits=self._limits)
             values.parse_json(value.json, name="result", limits=self._limits)
         except StateError as error:
             raise _failed(call, f"it answered what is no value: {error}") from error
@@ -177,9 +184,20 @@ class RemoteTools:
         content = chunk.data or b"null"
         try:
             values.parse_json(content, name="chunk", limits=self._limits)
+        except InvalidValueError:
+            # Workers also send plain text, and bytes. Clients take JSON only.
+            return values.encode(_plain(content), name="chunk")
         except StateError as error:
             raise _failed(call, f"it sent what is no value: {error}") from error
         return Value(content.decode())
+
+
+def _plain(content: bytes) -> object:
+    """What is no JSON, as JSON has it: text as a string, bytes under the name that newer clients have for them."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return {"raw_data_base64": base64.b64encode(content).decode()}
 
 
 def _failed(call: RemoteCall, reason: str) -> ToolFailedError:

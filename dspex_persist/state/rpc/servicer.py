@@ -9,7 +9,7 @@ from dspex_persist.state.errors import InvalidArgumentError, StateError, Unavail
 from dspex_persist.state.model import Update, UpdateKind, Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.rpc import codec
-from dspex_persist.state.rpc.calls import Context, whole_number
+from dspex_persist.state.rpc.calls import Context, check_count, whole_number
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.rpc.headers import AFTER_SEQUENCE, BEFORE_VERSION, INITIAL_VALUES, POSITION, RESUMED
 from dspex_persist.state.rpc.tools import ToolRpcs
@@ -57,7 +57,7 @@ class BridgeServicer(ToolRpcs):
                 "cache_ttl_seconds": request.config.cache_ttl_seconds,
                 "enable_telemetry": request.config.enable_telemetry,
             }
-        command = commands.InitializeSession(request.session_id, dict(request.metadata), config)
+        command = commands.InitializeSession(request.session_id, self._metadata(request.metadata), config)
         view = await self._write(command, context)
         self._log(command.cause, command.session_id, context).info(
             "session resumed" if view.resumed else "session begun"
@@ -95,9 +95,9 @@ class BridgeServicer(ToolRpcs):
             request.session_id,
             request.name,
             request.type,
-            codec.value_of(request.name, request.initial_value, request.initial_binary_value),
+            self._value(request.name, request.initial_value, request.initial_binary_value),
             request.constraints_json,
-            dict(request.metadata),
+            self._metadata(request.metadata),
         )
         return pb.RegisterVariableResponse(success=True, variable_id=await self._write(command, context))
 
@@ -112,7 +112,7 @@ class BridgeServicer(ToolRpcs):
         return pb.GetVariableResponse(variable=codec.variable_message(variable), from_cache=cached)
 
     async def GetVariables(self, request: pb.BatchGetVariablesRequest, context: Context) -> Any:
-        identifiers = tuple(request.variable_identifiers)
+        identifiers = self._identifiers(request)
         found = await self._read(commands.GetVariables(request.session_id, identifiers, request.bypass_cache), context)
         variables = {identifier: codec.variable_message(variable) for identifier, variable in found.variables.items()}
         return pb.BatchGetVariablesResponse(variables=variables, missing_variables=found.missing)
@@ -122,15 +122,15 @@ class BridgeServicer(ToolRpcs):
         command = commands.SetVariable(
             request.session_id,
             identifier,
-            codec.value_of(identifier, request.value, request.binary_value),
-            dict(request.metadata),
+            self._value(identifier, request.value, request.binary_value),
+            self._metadata(request.metadata),
             request.expected_version,
         )
         return pb.SetVariableResponse(success=True, new_version=await self._write(command, context))
 
     async def SetVariables(self, request: pb.BatchSetVariablesRequest, context: Context) -> Any:
-        updates, refused = _updates_of(request)
-        metadata = dict(request.metadata)
+        updates, refused = self._updates_of(request)
+        metadata = self._metadata(request.metadata)
         command = commands.SetVariables(request.session_id, updates, metadata, request.atomic, refused)
         outcome = await self._write(command, context)
         return pb.BatchSetVariablesResponse(
@@ -167,7 +167,10 @@ class BridgeServicer(ToolRpcs):
 
     async def StartOptimization(self, request: pb.StartOptimizationRequest, context: Context) -> Any:
         command = commands.StartOptimization(
-            request.session_id, request.variable_identifier, request.optimizer_id, dict(request.optimizer_config)
+            request.session_id,
+            request.variable_identifier,
+            request.optimizer_id,
+            self._metadata(request.optimizer_config),
         )
         return pb.StartOptimizationResponse(success=True, optimization_id=await self._write(command, context))
 
@@ -181,11 +184,39 @@ class BridgeServicer(ToolRpcs):
 
     async def WatchVariables(self, request: pb.WatchVariablesRequest, context: Context) -> None:
         after = whole_number(context, AFTER_SEQUENCE)
-        identifiers = tuple(request.variable_identifiers)
+        identifiers = self._identifiers(request)
         watch = await asyncio.to_thread(self._provider.watch, request.session_id, identifiers, after_sequence=after)
         stream = _WatchStream(self, watch, context, request.session_id)
         with watch:
             await stream.run(initial=request.include_initial_values)
+
+    # What requests hold
+
+    def _value(self, name: str, wire: Any, binary: bytes) -> Value:
+        return codec.value_of(name, wire, binary, self._limits)
+
+    def _identifiers(self, request: Any) -> tuple[str, ...]:
+        identifiers = request.variable_identifiers
+        check_count("variables in the batch", identifiers, self._limits.batch_entries, "batch_entries")
+        return tuple(identifiers)
+
+    def _updates_of(self, request: pb.BatchSetVariablesRequest) -> tuple[dict[str, Value], dict[str, str]]:
+        """The values by identifier, and what is wrong with those that are none."""
+        binary = request.binary_updates
+        for entries in (request.updates, binary):
+            check_count("updates in the batch", entries, self._limits.batch_entries, "batch_entries")
+        for identifier in binary:
+            if identifier not in request.updates:
+                reason = f"{quote(identifier)} has binary content but no entry in updates that describes it"
+                raise InvalidArgumentError("binary_updates", reason)
+        updates: dict[str, Value] = {}
+        refused: dict[str, str] = {}
+        for identifier, wire in request.updates.items():
+            try:
+                updates[identifier] = self._value(identifier, wire, binary.get(identifier, b""))
+            except StateError as error:
+                refused[identifier] = str(error)
+        return updates, refused
 
 
 class _WatchStream:
@@ -252,20 +283,3 @@ class _WatchStream:
         except TimeoutError:
             self._log.info("watcher stalled", after_sequence=self._told)
             raise WatchStalledError(self._told, timeout_s) from None
-
-
-def _updates_of(request: pb.BatchSetVariablesRequest) -> tuple[dict[str, Value], dict[str, str]]:
-    """The values by identifier, and what is wrong with those that are none."""
-    binary = request.binary_updates
-    for identifier in binary:
-        if identifier not in request.updates:
-            reason = f"{quote(identifier)} has binary content but no entry in updates that describes it"
-            raise InvalidArgumentError("binary_updates", reason)
-    updates: dict[str, Value] = {}
-    refused: dict[str, str] = {}
-    for identifier, wire in request.updates.items():
-        try:
-            updates[identifier] = codec.value_of(identifier, wire, binary.get(identifier, b""))
-        except StateError as error:
-            refused[identifier] = str(error)
-    return updates, refused

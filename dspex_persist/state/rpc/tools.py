@@ -16,7 +16,7 @@ from dspex_persist.state.errors import (
 from dspex_persist.state.model import ToolOutcome, Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.rpc import codec
-from dspex_persist.state.rpc.calls import Calls, Context, header, origin_of
+from dspex_persist.state.rpc.calls import Calls, Context, check_count, header, origin_of
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.rpc.headers import ALL_TOOLS, EXECUTION_ID, TOOLS
 from dspex_persist.state.runner import IDEMPOTENCY_KEY, Emit, ToolCode, ToolRequest, ToolRunner
@@ -66,7 +66,12 @@ class ToolRpcs(Calls):
         return pb.GetExposedElixirToolsResponse(tools=tools)
 
     async def RegisterTools(self, request: pb.RegisterToolsRequest, context: Context) -> pb.RegisterToolsResponse:
-        tools = tuple(codec.registered_tool(registration, request.worker_id) for registration in request.tools)
+        limits = self._limits
+        check_count("tools", request.tools, limits.tools_per_session, "tools_per_session")
+        for each in request.tools:
+            check_count("parameters of a tool", each.parameters, limits.batch_entries, "batch_entries")
+            check_count("metadata entries", each.metadata, limits.metadata_entries, "metadata_entries")
+        tools = tuple(codec.registered_tool(each, request.worker_id, limits) for each in request.tools)
         names = [tool.spec.name for tool in tools]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
@@ -97,17 +102,33 @@ class ToolRpcs(Calls):
 
     def _request(self, rpc: str, request: Any, binaries: Mapping[str, bytes], context: Context) -> ToolRequest:
         origin = origin_of(rpc, context)
-        metadata = dict(request.metadata)
+        metadata = self._metadata(request.metadata)
         return ToolRequest(
             request.session_id,
             request.tool_name,
-            _parameters(request.tool_name, request.parameters, binaries),
+            self._parameters(request.tool_name, request.parameters, binaries),
             origin,
             metadata,
             metadata.get(IDEMPOTENCY_KEY) or origin.idempotency_key,
             _time_left(context),
             codec.style_of(request.parameters.values()),
         )
+
+    def _parameters(self, tool: str, wires: Mapping[str, Any], binaries: Mapping[str, bytes]) -> dict[str, Value]:
+        limits = self._limits
+        for entries in (wires, binaries):
+            check_count("parameters", entries, limits.batch_entries, "batch_entries")
+        for name in binaries:
+            if name not in wires:
+                reason = "there is binary content, but no entry in parameters that describes it"
+                raise ToolArgumentError(tool, name, reason)
+        parameters: dict[str, Value] = {}
+        for name, wire in wires.items():
+            try:
+                parameters[name] = codec.value_of(name, wire, binaries.get(name, b""), limits)
+            except InvalidValueError as error:
+                raise ToolArgumentError(tool, name, error.reason) from error
+        return parameters
 
     def _log_outcome(self, call: ToolRequest, outcome: ToolOutcome, context: Context) -> None:
         log = self._log(call.origin.cause, call.session_id, context)
@@ -157,19 +178,6 @@ class _ChunkStream:
         except TimeoutError:
             reason = f"the client took no chunk for {self._stall_timeout_s:g} s"
             raise ToolFailedError("", f"{reason}; what the tool did is not kept") from None
-
-
-def _parameters(tool: str, wires: Mapping[str, Any], binaries: Mapping[str, bytes]) -> dict[str, Value]:
-    for name in binaries:
-        if name not in wires:
-            raise ToolArgumentError(tool, name, "there is binary content, but no entry in parameters that describes it")
-    parameters: dict[str, Value] = {}
-    for name, wire in wires.items():
-        try:
-            parameters[name] = codec.value_of(name, wire, binaries.get(name, b""))
-        except InvalidValueError as error:
-            raise ToolArgumentError(tool, name, error.reason) from error
-    return parameters
 
 
 def _time_left(context: Context) -> float | None:

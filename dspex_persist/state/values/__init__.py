@@ -5,6 +5,7 @@ description of them. `normalise` is the only way in; `encode` and `decode` trans
 objects.
 """
 
+from dspex_persist.state.values.binary import check_content
 from dspex_persist.state.values.coercion import TYPE_NAMES
 from dspex_persist.state.values.constraints import Constraints, compile_constraints
 from dspex_persist.state.values.json_text import parse_json
@@ -23,6 +24,7 @@ __all__ = [
     "TYPE_NAMES",
     "BinaryValue",
     "Constraints",
+    "check_content",
     "compile_constraints",
     "decode",
     "decode_loosely",

@@ -62,6 +62,24 @@ class Layout:
     fortran: bool = False
 
 
+def check_content(name: str, value: Value, limits: Limits) -> None:
+    """Refuse a binary value off the wire whose bytes did not come, which would leave their description alone. Of an
+    empty shape there are none."""
+    if value.binary:
+        return
+    description = parse_json(value.json, name=name, limits=limits)
+    try:
+        shape = _described_shape(description) if isinstance(description, dict) else None
+    except RefusedError as error:
+        raise InvalidValueError(name, error.reason) from error
+    if shape is None or 0 not in shape:
+        reason = (
+            "it is described as binary, but its bytes did not come: send them in the companion field "
+            "(initial_binary_value, binary_value, binary_updates, binary_parameters)"
+        )
+        raise InvalidValueError(name, reason)
+
+
 def normalise_binary(name: str, type_name: str, constraints: Constraints, value: Value, limits: Limits) -> Value:
     """The value as it came, once its description has been checked against its bytes and the constraints."""
     content = value.binary or b""

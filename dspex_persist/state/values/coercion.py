@@ -131,4 +131,6 @@ COERCIONS: Mapping[str, Coercion] = {
     "list": to_list,
 }
 TYPE_NAMES = tuple(COERCIONS)
+CONTAINER_TYPE_NAMES = ("embedding", "tensor", "map", "list")
+"""Types of JSON objects and arrays; a string that is the JSON of one is taken for it."""
 BINARY_TYPE_NAMES = ("tensor", "embedding")

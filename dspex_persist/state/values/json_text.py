@@ -59,6 +59,19 @@ def parse_json(text: str | bytes, *, name: str, limits: Limits) -> object:
         raise InvalidValueError(name, error.reason) from error
 
 
+def container_in(text: str, *, name: str, limits: Limits) -> object:
+    """The object or array that `text` is the JSON of, else `text` itself.
+
+    For where one is wanted: some clients have no other way to send it than in a string.
+    """
+    if not text.lstrip(_WHITESPACE).startswith(("[", "{")):
+        return text
+    try:
+        return parse_json(text, name=name, limits=limits)
+    except InvalidValueError:
+        return text
+
+
 def _check_limits(name: str, text: str, limits: Limits) -> None:
     check_size(name, utf8_size_bytes(text), limits)
     depth = depth_if_above(text, limits.json_depth)

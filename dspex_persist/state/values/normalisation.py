@@ -4,12 +4,13 @@ from dspex_persist.state.errors import InvalidValueError, UnknownTypeError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Value
 from dspex_persist.state.values.binary import normalise_binary
-from dspex_persist.state.values.coercion import COERCIONS, TYPE_NAMES
+from dspex_persist.state.values.coercion import COERCIONS, CONTAINER_TYPE_NAMES, TYPE_NAMES
 from dspex_persist.state.values.constraints import Constraints
 from dspex_persist.state.values.json_text import (
     RefusedError,
     canonical,
     check_size,
+    container_in,
     parse_json,
     utf8_size_bytes,
 )
@@ -28,6 +29,8 @@ def normalise(name: str, type_name: str, constraints: Constraints, value: Value,
     if value.binary is not None:
         return normalise_binary(name, type_name, constraints, value, limits)
     document = parse_json(value.json, name=name, limits=limits)
+    if isinstance(document, str) and type_name in CONTAINER_TYPE_NAMES:
+        document = container_in(document, name=name, limits=limits)
     try:
         coerced = coerce(document)
         constraints.check(name, coerced)
