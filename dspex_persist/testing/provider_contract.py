@@ -563,12 +563,10 @@ class ValueContract(_Contract):
             ("float", "[]"),
             ("float", '{"min": "0"}'),
             ("float", '{"min": 2, "max": 1}'),
-            ("float", '{"minimum": 0}'),
             ("string", '{"pattern": "("}'),
             ("string", '{"pattern": "(?=a)"}'),
             ("string", '{"max_length": -1}'),
-            ("choice", '{"choices": []}'),
-            ("boolean", '{"min": 0}'),
+            ("choice", '{"choices": "a"}'),
             ("tensor", '{"dtype": "float99"}'),
         ],
     )
@@ -579,6 +577,23 @@ class ValueContract(_Contract):
         with pytest.raises(errors.InvalidConstraintsError, match="Invalid constraints"):
             provider.register_variable(session, "x", type_name, good, constraints=constraints)
         assert provider.list_variables(session) == ()
+
+    @pytest.mark.parametrize(
+        ("type_name", "constraints", "kept"),
+        [
+            ("float", '{"min": null, "max": null}', ""),
+            ("float", '{"step": 0.5, "min": null}', '{"step":0.5}'),
+            ("choice", '{"choices": []}', ""),
+            ("boolean", '{"min": 0}', '{"min":0}'),
+        ],
+    )
+    def test_constraints_that_state_nothing_count_for_nothing_and_unknown_ones_are_kept(
+        self, provider: StateProvider, session: str, type_name: str, constraints: str, kept: str
+    ) -> None:
+        good = next(value for name, value in EXACT_VALUES if name == type_name)
+        identifier = provider.register_variable(session, "x", type_name, good, constraints=constraints)
+        assert provider.get_variable(session, "x").constraints == kept
+        assert provider.register_variable(session, "x", type_name, good, constraints=kept) == identifier
 
     @pytest.mark.parametrize("type_name", ["number", "", "Float", "float ", "__class__"])
     def test_an_unknown_type_is_refused_and_the_known_ones_are_named(

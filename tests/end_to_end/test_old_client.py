@@ -238,6 +238,19 @@ def test_values_come_back_as_they_went_in(stub: Any, type_name: str, value: Any)
     assert json.loads(variable.value.value) == value
 
 
+def test_constraints_as_programs_have_them(stub: Any) -> None:
+    stated = {"min": 0, "max": None, "step": 0.1, "required": True}
+    identifier = register(stub, "t", "float", 0.5, constraints_json=json.dumps(stated))
+    assert json.loads(get(stub, "t").constraints_json) == {"min": 0, "step": 0.1, "required": True}
+    del stated["max"]
+    assert register(stub, "t", "float", 0.7, constraints_json=json.dumps(stated)) == identifier
+    assert set_value(stub, "t", "float", 99.0) == 1
+    request = pb.SetVariableRequest(session_id=SESSION, variable_identifier="t", value=packed("float", -1.0))
+    assert refusal(stub.SetVariable, request).code() == grpc.StatusCode.INVALID_ARGUMENT
+    identifier = register(stub, "m", "module", "A", constraints_json='{"choices": [], "allowed_modules": null}')
+    assert register(stub, "m", "module", "A") == identifier
+
+
 def test_other_type_urls(stub: Any) -> None:
     register(stub, "f", "float", 0.5)
     for type_url, content, expected in (

@@ -251,7 +251,7 @@ class TestRegisterVariable:
             (errors.InvalidValueError, {"value": '"one"'}),
             (errors.InvalidValueError, {"value": "9", "constraints": '{"max":8}'}),
             (errors.InvalidConstraintsError, {"constraints": "{"}),
-            (errors.InvalidConstraintsError, {"constraints": '{"maximum":8}'}),
+            (errors.InvalidConstraintsError, {"constraints": '{"max":"8"}'}),
             (errors.InvalidArgumentError, {"metadata": {"dspex.own": "x"}}),
             (errors.InvalidArgumentError, {"metadata": {"commit_sequence": "1"}}),
             (errors.LimitExceededError, {"constraints": '{"max":1}' + " " * 65_536}),

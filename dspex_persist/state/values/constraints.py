@@ -11,6 +11,9 @@
 
 A `pattern` is searched for anywhere in the value, as in JSON Schema; anchor it with `^` and `$` to match the
 whole. Its syntax is RE2's: linear in time, so without backreferences and look-around.
+
+Null, an empty list of strings and an empty text state no constraint. Keys that a type does not know are kept and shown,
+and nothing is checked by them: clients keep things of their own there.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -75,8 +78,7 @@ class Constraints:
 def compile_constraints(name: str, type_name: str, constraints_json: str) -> Constraints:
     """The constraints that `constraints_json` states for values of a type; "", "{}" and "null" state none.
 
-    `UnknownTypeError` for the type; `InvalidConstraintsError`, naming the key and what is possible, for the
-    text.
+    `UnknownTypeError` for the type; `InvalidConstraintsError`, naming the key, for the text.
     """
     if type_name not in _BUILDERS:
         raise UnknownTypeError(name, type_name, ", ".join(TYPE_NAMES))
@@ -90,22 +92,24 @@ def compile_constraints(name: str, type_name: str, constraints_json: str) -> Con
 
 def _compile(type_name: str, text: str) -> Constraints:
     builders = _BUILDERS[type_name]
-    stated = _read_object(text)
+    stated = {key: entry for key, entry in _read_object(text).items() if not _is_none(key, entry)}
     if not stated:
         return Constraints(type_name)
-    for key in stated.keys() - builders.keys():
-        possible = f"possible: {', '.join(builders)}" if builders else "this type takes none"
-        raise RefusedError(f"unknown key {shown(key)} for type {type_name}; {possible}")
-    checks = tuple(builders[key](stated[key]) for key in sorted(stated))
-    _check_order(stated, "min", "max")
-    _check_order(stated, "min_length", "max_length")
+    checked = {key: stated[key] for key in sorted(stated.keys() & builders.keys())}
+    checks = tuple(builders[key](entry) for key, entry in checked.items())
+    _check_order(checked, "min", "max")
+    _check_order(checked, "min_length", "max_length")
     return Constraints(
         type_name,
         canonical(stated),
         checks,
-        tuple(_SHAPE_BUILDERS[key](stated[key]) for key in _SHAPE_BUILDERS if key in stated),
-        get_dtype(stated["dtype"]) if "dtype" in stated else None,
+        tuple(_SHAPE_BUILDERS[key](checked[key]) for key in _SHAPE_BUILDERS if key in checked),
+        get_dtype(checked["dtype"]) if "dtype" in checked else None,
     )
+
+
+def _is_none(key: str, entry: object) -> bool:
+    return entry is None or (key in _EMPTY and entry == _EMPTY[key])
 
 
 _compile_cached = lru_cache(maxsize=1024)(_compile)
@@ -147,14 +151,14 @@ def _integer(key: str, stated: object, at_least: int) -> int:
 
 
 def _text(key: str, stated: object) -> str:
-    if isinstance(stated, str) and stated:
+    if isinstance(stated, str):
         return stated
-    raise RefusedError(f"{key} must be a non-empty string, not {shown(stated)}")
+    raise RefusedError(f"{key} must be a string, not {shown(stated)}")
 
 
 def _texts(key: str, stated: object) -> list[str]:
-    if not isinstance(stated, list) or not stated:
-        raise RefusedError(f"{key} must be a non-empty list of strings, not {shown(stated)}")
+    if not isinstance(stated, list):
+        raise RefusedError(f"{key} must be a list of strings, not {shown(stated)}")
     for entry in stated:
         if not isinstance(entry, str):
             raise RefusedError(f"{key} must be a list of strings, it holds {shown(entry)}")
@@ -359,4 +363,9 @@ _BUILDERS: Mapping[str, Builders] = {
     "map": {},
     "list": {},
 }
+_EMPTY: Mapping[str, object] = {
+    **{key: [] for key in ("choices", "allowed_modules", "enum")},
+    **{key: "" for key in ("pattern", "namespace", "dtype")},
+}
+"""What states no constraint although it is not null. The empty shape is that of a scalar."""
 _SHAPE_BUILDERS: Builders = {"dimensions": _dimensions_of_shape, "shape": _shape_of_shape}
