@@ -135,6 +135,16 @@ def test_registered_tools_are_counted_and_listed(
     assert found == ["worker", WORKER_ID, addresses["tcp"], "closed"]
 
 
+def test_a_worker_that_registers_again_without_its_address_is_still_reached(client: OldClient) -> None:
+    """As old workers do before every call, and under another id each time."""
+    for number in range(2):
+        tools = [pb.ToolRegistration(name=name) for name in ("increase", "echo")]
+        request = pb.RegisterToolsRequest(session_id=client.session, tools=tools, worker_id=f"w{number}")
+        # The server itself has an echo.
+        assert dict(client.stub.RegisterTools(request).tool_ids) == {"increase": f"{client.session}:increase"}
+        assert client.execute("increase", amount=1).success
+
+
 # --- Each call is a transaction ---
 
 
@@ -296,12 +306,15 @@ def test_an_execution_is_of_no_use_in_another_session(
 # --- Workers that cannot be called ---
 
 
-def test_a_tool_without_an_address_says_what_to_do(client: OldClient) -> None:
+def test_a_tool_without_an_address_says_what_to_do(server: ServerProcess) -> None:
+    # In a session of its own: in the others it is known by now.
+    client = OldClient(target_of(server), "without-addresses")
     register_tools(client, None)
     failed = client.execute("increase", amount=1)
     assert failed.code == "UNAVAILABLE"
     assert f"worker '{WORKER_ID}' registered it without metadata[\"address\"]" in failed.error
     assert refused(lambda: next(client.stream("stream"))).code() == grpc.StatusCode.UNAVAILABLE
+    client.close()
 
 
 def test_other_machines_are_called_only_if_that_is_allowed(

@@ -562,7 +562,6 @@ def test_a_tool_registered_again_is_replaced(memory: MemoryBacking) -> None:
         ([registered(f"t{number}") for number in range(4)], errors.LimitExceededError),
         ([registered(description="x" * 1000)], errors.LimitExceededError),
         ([registered(metadata={"dspex.x": "1"})], errors.InvalidArgumentError),
-        ([registered("fine"), registered("ours")], errors.ToolExistsError),
     ],
 )
 def test_registrations_are_refused_whole(tools: list[RegisteredTool], error: type[errors.StateError]) -> None:
@@ -572,6 +571,34 @@ def test_registrations_are_refused_whole(tools: list[RegisteredTool], error: typ
         memory.run(c.RegisterTools("s", "w1", tuple(tools), frozenset({"ours"})), BOB)
     assert memory.run(c.ListTools("s")) == {}
     assert memory.sequence == 1
+
+
+def test_a_name_that_the_server_has_is_left_out_alone(memory: MemoryBacking) -> None:
+    tools = (registered("fine"), registered("ours"), registered("good"))
+    ids = memory.run(c.RegisterTools("s", "w1", tools, frozenset({"ours"})), BOB)
+    assert ids == {"fine": "s:fine", "good": "s:good"}
+    assert set(memory.run(c.ListTools("s"))) == {"fine", "good"}
+
+
+def test_an_address_stays_until_another_is_given(memory: MemoryBacking) -> None:
+    def known() -> tuple[str, str | None]:
+        tool = memory.run(c.ListTools("s"))["far"]
+        return tool.address, tool.spec.metadata.get("address")
+
+    def register(worker: str, address: str, **metadata: str) -> None:
+        spec = ToolSpec("far", metadata={**({"address": address} if address else {}), **metadata})
+        memory.run(c.RegisterTools("s", worker, (RegisteredTool(spec, worker, address),)), BOB)
+
+    register("w1", "")
+    assert known() == ("", None)
+    register("w1", "unix:/tmp/1")
+    before = memory.sequence
+    register("w1", "")
+    assert memory.sequence == before, "nothing has changed"
+    register("w2", "", team="red")
+    assert known() == ("unix:/tmp/1", "unix:/tmp/1")
+    register("w2", "unix:/tmp/2")
+    assert known() == ("unix:/tmp/2", "unix:/tmp/2")
 
 
 def test_tools_beyond_the_limit_are_refused_and_replacements_are_not() -> None:

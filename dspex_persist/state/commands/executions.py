@@ -336,9 +336,11 @@ class ExecuteTool(Command[ToolOutcome]):
 
 @dataclass(frozen=True, slots=True)
 class RegisterTools(Command[dict[str, str]]):
-    """Keep what tools a worker runs; their ids by name. A tool of the same name is replaced.
+    """Keep what tools a worker runs; their ids by name. A tool of the same name is replaced, but its address stays if
+    no other is given: not every worker says where it is each time.
 
-    `reserved` are the names that no registration may take, because the server's own tools have them.
+    `reserved` are the names that the server's own tools have: what comes under one is left out, and has no id. If
+    nothing else comes, that is refused.
     """
 
     worker_id: str
@@ -357,20 +359,29 @@ class RegisterTools(Command[dict[str, str]]):
         limits = uow.limits
         for tool in self.tools:
             name = check_text("tool name", tool.spec.name, limits.name_length, "name_length")
-            if name in self.reserved:
-                raise ToolExistsError(name)
             check_metadata(tool.spec.metadata, limits)
             size = len(json.dumps(asdict(tool)))
             if size > limits.constraints_size_bytes:
                 what = f"size of the description of tool {name!r} in bytes"
                 raise LimitExceededError(what, size, limits.constraints_size_bytes, "constraints_size_bytes")
-        names = {tool.spec.name for tool in self.tools}
+        tools = tuple(_where_it_was(tool, state) for tool in self.tools if tool.spec.name not in self.reserved)
+        if self.tools and not tools:
+            raise ToolExistsError(self.tools[0].spec.name)
+        names = {tool.spec.name for tool in tools}
         count = len(state.tools.keys() | names)
         if count > limits.tools_per_session:
             raise LimitExceededError("number of tools", count, limits.tools_per_session, "tools_per_session")
-        if any(state.tools.get(tool.spec.name) != tool for tool in self.tools):
-            uow.register_tools(self.session_id, self.worker_id, self.tools)
+        if any(state.tools.get(tool.spec.name) != tool for tool in tools):
+            uow.register_tools(self.session_id, self.worker_id, tools)
         return {name: f"{self.session_id}:{name}" for name in names}
+
+
+def _where_it_was(tool: RegisteredTool, state: SessionState) -> RegisteredTool:
+    known = state.tools.get(tool.spec.name)
+    if tool.address or known is None or not known.address:
+        return tool
+    said = {**tool.spec.metadata, "address": known.address}
+    return replace(tool, address=known.address, spec=replace(tool.spec, metadata=said))
 
 
 @dataclass(frozen=True, slots=True)

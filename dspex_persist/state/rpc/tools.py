@@ -78,7 +78,11 @@ class ToolRpcs(Calls):
             raise InvalidArgumentError("tools", f"{twice!r} is there twice")
         command = commands.RegisterTools(request.session_id, request.worker_id, tools, frozenset(self._runner.tools))
         tool_ids = await self._write(command, context)
-        self._log("RegisterTools", request.session_id, context).info("tools registered", tools=len(tool_ids))
+        log = self._log("RegisterTools", request.session_id, context)
+        log.info("tools registered", tools=len(tool_ids))
+        left_out = sorted(set(names) - set(tool_ids))
+        if left_out:
+            log.warning("tools left out: the server itself has some of their names", names=left_out)
         return pb.RegisterToolsResponse(success=True, tool_ids=tool_ids)
 
     # How they go

@@ -365,7 +365,7 @@ _BUILDERS: Mapping[str, Builders] = {
 }
 _EMPTY: Mapping[str, object] = {
     **{key: [] for key in ("choices", "allowed_modules", "enum")},
-    **{key: "" for key in ("pattern", "namespace", "dtype")},
+    **dict.fromkeys(("pattern", "namespace", "dtype"), ""),
 }
 """What states no constraint although it is not null. The empty shape is that of a scalar."""
 _SHAPE_BUILDERS: Builders = {"dimensions": _dimensions_of_shape, "shape": _shape_of_shape}
