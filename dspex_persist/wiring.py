@@ -45,6 +45,7 @@ SWITCH_INTERVAL_S: Final = 0.005
 _COLLECT_AFTER: Final = 20_000
 # How long calls that were waiting for the writer may take to hear that it has failed.
 _LAST_WORDS_S: Final = 1.0
+_OTHER_STREAMS: Final = 1_000
 
 _SCHEME: Final = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):(?P<rest>.*)", re.DOTALL)
 _HOST_AND_PORT: Final = re.compile(r"//(\[[^\[\]/]+\]|[^\[\]/:]+):[0-9]{1,5}")
@@ -336,6 +337,8 @@ async def _serve_bridge(
                 max_message_bytes=int(settings.max_message_bytes),
                 grace_s=settings.grace_s,
                 reflection=settings.reflection,
+                # Every watch may come over one connection, with other calls beside them.
+                streams_per_connection=int(settings.watchers) + _OTHER_STREAMS,
             ),
             [server.Service(BRIDGE_SERVICE, servicer), server.Service(AUDIT_SERVICE, auditor)],
             status_of=status_of,

@@ -70,7 +70,8 @@ class ServerOptions:
 
     `listen` is HOST:PORT (port 0: a free one) or unix:PATH. `grace_s` bounds a drain: calls that still run
     then are cancelled. A connection that is silent for `keepalive_time_s` is pinged, and cut if it does not
-    answer within `keepalive_timeout_s`. Clients may ping every `client_ping_interval_s`.
+    answer within `keepalive_timeout_s`. Clients may ping every `client_ping_interval_s`. One connection has at most
+    `streams_per_connection` calls open; a client that wants more waits, or opens another connection.
     """
 
     listen: str
@@ -80,6 +81,7 @@ class ServerOptions:
     keepalive_time_s: float = 30.0
     keepalive_timeout_s: float = 10.0
     client_ping_interval_s: float = 5.0
+    streams_per_connection: int = 11_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +202,9 @@ def _channel_options(options: ServerOptions) -> list[tuple[str, int]]:
         ("grpc.http2.ping_timeout_ms", timeout_ms),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", round(options.client_ping_interval_s * 1000)),
+        ("grpc.http2.min_ping_interval_without_data_ms", round(options.client_ping_interval_s * 1000)),
+        # Without a bound, one connection that opens and resets calls has the server busy for longer than it took.
+        ("grpc.max_concurrent_streams", options.streams_per_connection),
         # By default gRPC cancels some of the calls that arrive while 1,000 wait to be taken up, without a word:
         # thousands of watchers that come back after a restart are just that.
         ("grpc.server.max_pending_requests", _PENDING_CALLS),

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import Message
 
+from dspex_persist.infra.channels import channel_options
 from dspex_persist.state import commands, values
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import (
@@ -70,14 +71,11 @@ from dspex_persist.state.watch import Watch
 R = TypeVar("R")
 _Headers = tuple[tuple[str, str | bytes], ...]
 
-_MESSAGE_BYTES = 100 * 1024 * 1024
 _BUFFERED_UPDATES = 256
 _HEADER_LENGTH = 255
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 # A channel that lost its server tries again this often at first, so that a restart is noticed at once.
-_OPTIONS = (
-    ("grpc.max_send_message_length", _MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+_RECONNECTING = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2000),
@@ -110,7 +108,7 @@ class BridgedState(StateProvider):
         self._timeout_s = timeout_s
         self._execution_id = execution_id
         self._actor = actor or f"user:{getpass.getuser()}"
-        self._channel = grpc.insecure_channel(target, options=_OPTIONS)
+        self._channel = grpc.insecure_channel(target, options=(*channel_options(target), *_RECONNECTING))
         self._calls = {method.name: self._stub(method) for method in codec.BRIDGE_SERVICE.methods}
         self._closed = False
 

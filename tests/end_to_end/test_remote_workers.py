@@ -15,6 +15,9 @@ import snakepit_bridge_pb2 as pb
 import snakepit_bridge_pb2_grpc as bridge
 
 from dspex_persist.infra.process import ServerProcess
+from dspex_persist.state.bridged import BridgedState
+from dspex_persist.state.commands import RegisterTools
+from dspex_persist.state.model import RegisteredTool, ToolSpec
 from tests.end_to_end.gates import DEADLINE_S
 from tests.end_to_end.old_style import (
     ROOT,
@@ -143,6 +146,30 @@ def test_a_worker_that_registers_again_without_its_address_is_still_reached(clie
         # The server itself has an echo.
         assert dict(client.stub.RegisterTools(request).tool_ids) == {"increase": f"{client.session}:increase"}
         assert client.execute("increase", amount=1).success
+
+
+def test_proxies_of_the_environment_stand_before_other_machines_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither before our own client, nor before a worker that the server calls; in the way of a plain stub."""
+    for name in ("grpc_proxy", "https_proxy", "http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    path = tmp_path / "s.db"
+    with serve(path, "--tools", "tests.end_to_end.served_tools") as server:
+        with BridgedState(target_of(server), timeout_s=DEADLINE_S) as state:
+            state.initialize_session("s")
+            for name in ("a", "b", "c"):
+                state.register_variable("s", name, "integer", 0)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        connected = BridgedState(target_of(server), timeout_s=DEADLINE_S)
+        with start_worker(target_of(server)) as worker, connected as state:
+            increase = RegisteredTool(ToolSpec("increase"), "w", target_of(worker))
+            state.run(RegisterTools("s", "w", (increase,)))
+            assert state.execute_tool("s", "increase", {"amount": 2}).success
+        monkeypatch.delenv("no_proxy")
+        with grpc.insecure_channel(target_of(server)) as channel:
+            stub = bridge.BridgeServiceStub(channel)
+            assert refused(lambda: stub.Ping(pb.PingRequest())).code() == grpc.StatusCode.UNAVAILABLE
 
 
 # --- Each call is a transaction ---

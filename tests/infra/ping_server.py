@@ -150,6 +150,8 @@ def main() -> int:
     parser.add_argument("--grace-s", type=float, default=10.0)
     parser.add_argument("--keepalive-s", type=float, default=30.0)
     parser.add_argument("--max-message-bytes", type=int, default=100 * ping.MIB)
+    parser.add_argument("--client-ping-interval-s", type=float, default=5.0)
+    parser.add_argument("--streams-per-connection", type=int, default=1000)
     arguments = parser.parse_args()
     configure_logs("info", "json")
     options = ServerOptions(
@@ -158,6 +160,8 @@ def main() -> int:
         grace_s=arguments.grace_s,
         keepalive_time_s=arguments.keepalive_s,
         keepalive_timeout_s=arguments.keepalive_s,
+        client_ping_interval_s=arguments.client_ping_interval_s,
+        streams_per_connection=arguments.streams_per_connection,
     )
     try:
         asyncio.run(run(options))

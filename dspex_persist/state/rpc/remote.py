@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar
 import grpc
 import structlog
 
+from dspex_persist.infra.channels import Options, channel_options
 from dspex_persist.infra.listen import ListenError, TcpAddress, parse_listen
 from dspex_persist.state import values
 from dspex_persist.state.errors import (
@@ -32,7 +33,6 @@ from dspex_persist.state.runner import RemoteCall
 
 A = TypeVar("A")
 
-_MESSAGE_BYTES: Final = 100 * 1024 * 1024
 _MOST_ADDRESSES: Final = 256
 # The worker's deadline is a moment behind ours: who is late is cut here, and DEADLINE_EXCEEDED is its own word.
 _LATER_S: Final = 1.0
@@ -299,7 +299,7 @@ class _Line:
 
     def __init__(self, target: str, connect_timeout_s: float) -> None:
         self._connect_timeout_s = connect_timeout_s
-        self._channel = grpc.aio.insecure_channel(target, options=_options(connect_timeout_s))
+        self._channel = grpc.aio.insecure_channel(target, options=_options(target, connect_timeout_s))
         self.execute = self._stub(self._channel.unary_unary, "ExecuteTool")
         self.stream = self._stub(self._channel.unary_stream, "ExecuteStreamingTool")
         self.ping = self._stub(self._channel.unary_unary, "Ping")
@@ -336,16 +336,14 @@ class _Line:
         await self._channel.close()
 
 
-def _options(connect_timeout_s: float) -> list[tuple[str, int]]:
+def _options(target: str, connect_timeout_s: float) -> Options:
     return [
-        ("grpc.max_send_message_length", _MESSAGE_BYTES),
-        ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+        # A proxy of the environment is not meant for workers.
+        *channel_options(target, proxies=False),
         # A connection of its own for each line: the back-off of one that failed must not hold up the next.
         ("grpc.use_local_subchannel_pool", 1),
         # This is how long one attempt may take, too.
         ("grpc.min_reconnect_backoff_ms", max(100, round(connect_timeout_s * 1000))),
-        # A proxy of the environment is not meant for workers.
-        ("grpc.enable_http_proxy", 0),
     ]
 
 

@@ -1,0 +1,29 @@
+"""The options of every gRPC channel that this package opens. Knows no gRPC."""
+
+from typing import Final
+
+from dspex_persist.infra.listen import ListenError, is_loopback
+
+MESSAGE_BYTES: Final = 100 * 1024 * 1024
+_SCHEMES: Final = ("dns:///", "ipv4:", "ipv6:")
+
+Options = list[tuple[str, int]]
+
+
+def channel_options(target: str, *, proxies: bool = True) -> Options:
+    """For a channel to `target`. The proxy variables of the environment count for other machines only, and for none
+    at all without `proxies`: no proxy could reach what listens on this machine's own addresses."""
+    return [
+        ("grpc.max_send_message_length", MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MESSAGE_BYTES),
+        ("grpc.enable_http_proxy", int(proxies and not _is_here(target))),
+    ]
+
+
+def _is_here(target: str) -> bool:
+    for scheme in _SCHEMES:
+        target = target.removeprefix(scheme)
+    try:
+        return target.startswith("unix") or is_loopback(target)
+    except ListenError:
+        return False

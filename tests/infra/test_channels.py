@@ -1,0 +1,96 @@
+"""Each option of our servers and channels does what it is there for."""
+
+import time
+from pathlib import Path
+
+import pytest
+from grpc._cython import cygrpc
+
+from dspex_persist.infra.channels import channel_options
+from dspex_persist.infra.process import ServerProcess
+from dspex_persist.infra.server import ServerOptions, _channel_options
+from dspex_persist.state import bridged
+from dspex_persist.state.rpc import remote
+from tests.infra.frames import GOAWAY, MAX_CONCURRENT_STREAMS, RawConnection, begun_and_reset
+from tests.infra.ping import OpenChannel, PingClient, StartServer
+
+
+def test_grpc_knows_every_option() -> None:
+    known = Path(cygrpc.__file__).read_bytes()
+    options = [
+        *_channel_options(ServerOptions("127.0.0.1:0")),
+        *channel_options("127.0.0.1:1"),
+        *bridged._RECONNECTING,
+        *remote._options("127.0.0.1:1", 1.0),
+    ]
+    # Its own names are in its library, each with a NUL behind it.
+    assert [name for name, _ in options if name.encode() + b"\0" not in known] == []
+    assert b"grpc.http2.min_recv_ping_interval_without_data_ms\0" not in known
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "127.0.0.1:50051",
+        "127.9.9.9:1",
+        "localhost:1",
+        "[::1]:1",
+        "unix:/tmp/x.sock",
+        "unix:///tmp/x.sock",
+        "unix:x.sock",
+        "unix-abstract:x",
+        "dns:///127.0.0.1:1",
+        "ipv4:127.0.0.1:1",
+    ],
+)
+def test_no_proxy_stands_before_this_machine(target: str) -> None:
+    assert dict(channel_options(target))["grpc.enable_http_proxy"] == 0
+
+
+@pytest.mark.parametrize("target", ["10.0.0.1:1", "db.example.org:50051", "dns:///db:1", "[2001:db8::1]:1", "nonsense"])
+def test_a_proxy_may_stand_before_another_machine(target: str) -> None:
+    assert dict(channel_options(target))["grpc.enable_http_proxy"] == 1
+    assert dict(channel_options(target, proxies=False))["grpc.enable_http_proxy"] == 0
+
+
+def test_an_idle_client_may_ping_as_often_as_the_server_says(start_server: StartServer) -> None:
+    server = start_server("--client-ping-interval-s", "0.1")
+    with RawConnection(server.port) as connection:
+        for _ in range(10):
+            assert connection.ping().kind != GOAWAY
+            # That much time between two of them is what this is about.
+            time.sleep(0.15)
+
+
+def test_an_idle_client_that_pings_more_often_is_sent_away(start_server: StartServer) -> None:
+    server = start_server("--client-ping-interval-s", "60")
+    with RawConnection(server.port) as connection:
+        answers = (connection.ping() for _ in range(10))
+        refused = next(answer for answer in answers if answer.kind == GOAWAY)
+    assert b"too_many_pings" in refused.payload
+
+
+def test_a_connection_has_a_bounded_number_of_calls(start_server: StartServer) -> None:
+    server = start_server("--streams-per-connection", "123")
+    with RawConnection(server.port) as connection:
+        assert connection.settings()[MAX_CONCURRENT_STREAMS] == 123
+
+
+def test_calls_that_are_begun_and_reset_cost_the_server_little(
+    start_server: StartServer, open_channel: OpenChannel
+) -> None:
+    server = start_server()
+    client = PingClient(open_channel(f"127.0.0.1:{server.port}"))
+    assert client("Ping", "before") == "before"
+    before = _rss_mib(server)
+    with RawConnection(server.port) as connection:
+        for first in range(1, 80_000, 400):
+            connection.send(b"".join(begun_and_reset(first + 2 * each) for each in range(200)))
+        assert client("Ping", "meanwhile") == "meanwhile"
+    # Without a bound it is some 15 KiB for each of the forty thousand.
+    assert _rss_mib(server) - before < 150
+
+
+def _rss_mib(server: ServerProcess) -> int:
+    status = Path(f"/proc/{server.pid}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) // 1024
