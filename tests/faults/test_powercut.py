@@ -7,7 +7,8 @@ import pytest
 
 from tests.faults import shim
 from tests.faults.disk import MODES, Disk, Operation
-from tests.faults.powercut_test import PowerCuts, scratch
+from tests.faults.powercut_test import PowerCuts
+from tests.faults.scratch import scratch
 
 _FILE = (1, 1)
 _OTHER = (1, 2)
@@ -24,7 +25,7 @@ def test_nothing_acknowledged_is_lost() -> None:
     if (reason := shim.why_not()) is not None:
         pytest.skip(reason)
     seed = secrets.randbelow(1_000_000)
-    with scratch() as folder:
+    with scratch("powercut-test") as folder:
         report = PowerCuts(folder, seed).run(150)
         print(report)
         assert report.problems == [], f"seed {seed}"
