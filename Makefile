@@ -7,6 +7,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 CYCLES ?= 200
 STATES ?= 10000
+MESSAGES ?= 20000
 # One more than the cores that CI has: tests wait for processes now and then.
 WORKERS ?= 3
 ARGS ?=
@@ -14,7 +15,7 @@ ARGS ?=
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help setup run serve test test-thorough check lint types imports check-codegen docs
-.PHONY: fix codegen bench peers crash-test powercut-test clean
+.PHONY: fix codegen bench peers crash-test powercut-test fuzz clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,6 +98,9 @@ crash-test: .venv/.installed  ## kill the server CYCLES times (default 200) whil
 
 powercut-test: .venv/.installed  ## rebuild STATES disks (default 10000) that a power cut may leave, and check them
 	$(BIN)/python -m tests.faults.powercut_test --states $(STATES) $(ARGS)
+
+fuzz: .venv/.installed  ## send MESSAGES hostile requests (default 20000) to a server
+	$(BIN)/python -m tests.fuzz.fuzz_test --messages $(MESSAGES) $(ARGS)
 
 # Never a database: those may be somebody's.
 clean:  ## remove environments, caches and built packages

@@ -134,6 +134,23 @@ def lost_update() -> None:
     _patch(SessionStore, "write_group", write_group)
 
 
+def write_then_refuse() -> None:
+    """Write something of whatever is then refused."""
+
+    def write_group(self: SessionStore, jobs: Sequence[Job]) -> list[Outcome]:
+        outcomes = _write_group(self, jobs)
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            state = self.find_loaded(job.command.session_id)
+            if outcome.error is None or state is None:
+                continue
+            for variable in list(state.variables.values())[:1]:
+                again = SetVariable(job.command.session_id, variable.id, variable.value)
+                _write_group(self, [Job(again, job.origin)])
+        return outcomes
+
+    _patch(SessionStore, "write_group", write_group)
+
+
 def _unconditional(command: Any) -> Any:
     return replace(command, expected_version=0) if isinstance(command, SetVariable) else command
 
@@ -345,6 +362,7 @@ BUGS: dict[str, Callable[[], None]] = {
         half_batch,
         forget_keys,
         lost_update,
+        write_then_refuse,
         stale_read,
         dirty_read,
         duplicate_version,

@@ -17,6 +17,7 @@ from tests.faults.bridge import Bridge
 from tests.faults.crash_test import CrashTest, server_argv
 from tests.faults.planted_server import BUGS
 from tests.faults.powercut_test import PowerCuts
+from tests.fuzz.fuzz_test import Fuzz
 
 FOUND_BY_KILLS = {
     "ack-before-commit": "lost",
@@ -34,6 +35,9 @@ FOUND_BY_KILLS = {
 FOUND_BY_POWER_CUTS = {
     "no-sync": "lost",
     "early-anchor": "lost",
+}
+FOUND_BY_FUZZ = {
+    "write-then-refuse": "were written",
 }
 FOUND_BY_EXECUTIONS = {
     "no-read-check": "write skew",
@@ -55,7 +59,8 @@ def always(bugs: Iterable[str], *chosen: str) -> list[Any]:
 
 
 def test_every_bug_has_its_proof() -> None:
-    assert {*FOUND_BY_KILLS, *FOUND_BY_POWER_CUTS, *FOUND_BY_HISTORIES, *FOUND_BY_EXECUTIONS} == set(BUGS)
+    found = (FOUND_BY_KILLS, FOUND_BY_POWER_CUTS, FOUND_BY_FUZZ, FOUND_BY_HISTORIES, FOUND_BY_EXECUTIONS)
+    assert {bug for bugs in found for bug in bugs} == set(BUGS)
 
 
 @pytest.mark.slow
@@ -79,6 +84,13 @@ def test_the_power_cuts_find(bug: str, tmp_path: Path) -> None:
     report = PowerCuts(tmp_path, seed=1, planted=bug).run(300)
     found = {problem.split(": ")[1] for problem in report.problems}
     assert FOUND_BY_POWER_CUTS[bug] in found, report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", FOUND_BY_FUZZ)
+def test_the_fuzz_finds(bug: str, tmp_path: Path) -> None:
+    report = Fuzz(tmp_path, seed=1, planted=bug).run(600)
+    assert any(FOUND_BY_FUZZ[bug] in problem for problem in report.problems), report
 
 
 @pytest.mark.slow
