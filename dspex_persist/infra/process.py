@@ -19,9 +19,9 @@ _READY: Final = re.compile(rb"GRPC_READY:([0-9]{1,5})\s*")
 _TAIL_MAX_BYTES: Final = 16 * 1024
 _LINE_MAX_BYTES: Final = 4 * 1024
 _READ_BYTES: Final = 64 * 1024
-_END_S: Final = 5.0
+_END_S: Final = 30.0
 # An ended child's pipes are read to their end, unless a grandchild holds them open.
-_LAST_WORDS_S: Final = 1.0
+_LAST_WORDS_S: Final = 5.0
 _POLL_S: Final = 0.05
 
 
@@ -70,7 +70,7 @@ class ServerProcess:
         *,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
-        ready_timeout_s: float = 30.0,
+        ready_timeout_s: float = 120.0,
     ) -> Self:
         """Start `argv` and wait until it is ready; on ProcessFailedError nothing is left running."""
         process = cls(argv, env=env, cwd=cwd)

@@ -29,7 +29,7 @@ class ServedDatabase:
         settings: Mapping[str, object] | None = None,
         *,
         import_from: Path | None = None,
-        ready_timeout_s: float = 30.0,
+        ready_timeout_s: float = 120.0,
     ) -> None:
         """Start it and wait until it answers; ProcessFailedError if it does not."""
         self.path = path

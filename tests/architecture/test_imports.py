@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.deadline import within
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "dspex_persist"
 
@@ -51,7 +53,9 @@ def lint_imports(root: Path, *contract_ids: str) -> subprocess.CompletedProcess[
     for contract_id in contract_ids:
         command += ["--contract", contract_id]
     environment = {**os.environ, "PYTHONPATH": str(root), "COLUMNS": "200"}
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, timeout=within(100), check=False
+    )
 
 
 @pytest.fixture

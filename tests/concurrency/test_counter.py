@@ -8,6 +8,7 @@ from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import VersionConflictError
 from tests.concurrency.clients import NAME, SESSION, BridgeRegister, increment
+from tests.deadline import within
 from tests.faults.bridge import Bridge
 from tests.faults.crash_test import server_argv
 
@@ -23,7 +24,7 @@ def test_clients_of_a_server(tmp_path: Path) -> None:
             attempts = await asyncio.gather(*(increment(register, TIMES) for _ in range(CLIENTS)))
             return sum(attempts), await register.get()
 
-    with ServerProcess.start(server_argv(tmp_path / "served.db"), ready_timeout_s=60) as process:
+    with ServerProcess.start(server_argv(tmp_path / "served.db"), ready_timeout_s=within(30)) as process:
         attempts, (version, value) = asyncio.run(run(process.port))
     assert attempts > CLIENTS * TIMES, "nobody was ever in anybody's way"
     assert (version, value) == (CLIENTS * TIMES + 1, str(CLIENTS * TIMES))
@@ -55,7 +56,7 @@ def test_threads_in_one_process(tmp_path: Path) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(within(60))
         assert len(conflicts) == CLIENTS
         assert sum(conflicts) > 0
         assert provider.get_value(SESSION, NAME) == CLIENTS * TIMES

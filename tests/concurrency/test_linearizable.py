@@ -9,6 +9,7 @@ from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state.embedded import EmbeddedState
 from tests.concurrency.clients import INITIAL, BridgeRegister, EmbeddedRegister, record
 from tests.concurrency.linearizability import Operation, check
+from tests.deadline import within
 from tests.faults.bridge import Bridge
 from tests.faults.crash_test import server_argv
 
@@ -28,7 +29,7 @@ def test_server(tmp_path: Path) -> None:
         async with Bridge(port) as bridge:
             return await record(await BridgeRegister.open(bridge), clients=16, operations=60, seed=1)
 
-    with ServerProcess.start(server_argv(tmp_path / "served.db"), ready_timeout_s=60) as process:
+    with ServerProcess.start(server_argv(tmp_path / "served.db"), ready_timeout_s=within(30)) as process:
         history = asyncio.run(run(process.port))
     assert is_telling(history)
     assert judge(history) == []

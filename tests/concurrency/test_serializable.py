@@ -7,6 +7,7 @@ from pathlib import Path
 from dspex_persist.infra.process import ServerProcess
 from tests.concurrency.executions import record, set_up
 from tests.concurrency.serializability import Transaction, check
+from tests.deadline import within
 from tests.faults.bridge import Bridge, ToolAnswer
 from tests.faults.crash_test import server_argv
 
@@ -21,7 +22,7 @@ def histories(tmp_path: Path, tool: str, bug: str | None = None, executions: int
             await set_up(bridge)
             return await record(bridge, clients=24, executions=executions, seed=1, tool=tool)
 
-    with ServerProcess.start(server_argv(tmp_path / "served.db", bug), ready_timeout_s=60) as process:
+    with ServerProcess.start(server_argv(tmp_path / "served.db", bug), ready_timeout_s=within(30)) as process:
         return asyncio.run(run(process.port))
 
 
@@ -52,7 +53,7 @@ def test_many_clients_increment_one_number(tmp_path: Path) -> None:
             answers = await asyncio.gather(*(client() for _ in range(CLIENTS)))
             return [answer for each in answers for answer in each], await bridge.get("one", "count")
 
-    with ServerProcess.start(server_argv(tmp_path / "served.db"), ready_timeout_s=60) as process:
+    with ServerProcess.start(server_argv(tmp_path / "served.db"), ready_timeout_s=within(30)) as process:
         answers, counted = asyncio.run(run(process.port))
     total = CLIENTS * TIMES
     assert [answer.message for answer in answers if answer.code] == []
@@ -75,7 +76,7 @@ def test_sessions_are_never_in_each_others_way(tmp_path: Path) -> None:
 
             return [each for part in await asyncio.gather(*(client(f"{n}") for n in range(CLIENTS))) for each in part]
 
-    with ServerProcess.start(server_argv(tmp_path / "served.db"), ready_timeout_s=60) as process:
+    with ServerProcess.start(server_argv(tmp_path / "served.db"), ready_timeout_s=within(30)) as process:
         answers = asyncio.run(run(process.port))
     assert {(answer.code, answer.metadata["attempts"]) for answer in answers} == {("", "1")}
     assert Counter(answer.result["count"] for answer in answers) == dict.fromkeys(range(1, TIMES + 1), CLIENTS)

@@ -5,7 +5,9 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-DEADLINE_S = 30.0
+from tests.deadline import within
+
+DEADLINE_S = within(30)
 PAUSE_S = 0.005
 
 

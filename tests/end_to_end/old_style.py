@@ -20,6 +20,7 @@ import snakepit_bridge_pb2_grpc as bridge
 from google.protobuf.any_pb2 import Any as AnyMessage
 
 from dspex_persist.infra.process import ServerProcess
+from tests.deadline import within
 from tests.end_to_end.gates import DEADLINE_S
 
 T = TypeVar("T")
@@ -42,7 +43,7 @@ def serve(path: Path, *arguments: str) -> ServerProcess:
     """A server on the file `path`, ready."""
     listen = () if "--listen" in arguments else ("--listen", "127.0.0.1:0")
     argv = (sys.executable, "-m", "dspex_persist", "serve", "--db", str(path), *listen, *arguments)
-    return ServerProcess.start(argv, env=environment(), cwd=path.parent)
+    return ServerProcess.start(argv, env=environment(), cwd=path.parent, ready_timeout_s=DEADLINE_S)
 
 
 def target_of(server: ServerProcess) -> str:
@@ -255,7 +256,7 @@ def tools_list(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=within(60),
         check=False,
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.deadline import within
 from tests.end_to_end.old_style import ROOT, environment
 
 
@@ -53,7 +54,7 @@ def run_python(arguments: Sequence[str], folder: Path, **more: str) -> str:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=within(60),
         check=False,
     )
     assert done.returncode == 0, done.stderr

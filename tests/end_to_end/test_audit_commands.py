@@ -40,6 +40,7 @@ from dspex_persist.cli.audit.sparkline import sparkline
 from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state.commands import SetVariable
 from dspex_persist.state.model import Value
+from tests.deadline import within
 from tests.end_to_end.gates import DEADLINE_S
 from tests.end_to_end.old_style import Gate, OldClient, environment, serve, target_of
 from tests.end_to_end.programs import Program, programs_of, run
@@ -839,7 +840,7 @@ for form in ("--json", "--csv", "--utc"):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
+        timeout=within(60),
         check=True,
     )
     peaks = [int(line) for line in done.stderr.splitlines()]

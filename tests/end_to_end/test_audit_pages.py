@@ -25,6 +25,7 @@ from dspex_persist.audit import ExecutionQuery
 from dspex_persist.audit.report import Bounds, gather, render
 from dspex_persist.state.model import PrunePolicy
 from dspex_persist.testing.server import ServedDatabase
+from tests.deadline import within
 from tests.end_to_end import story
 from tests.end_to_end.old_style import environment
 
@@ -43,7 +44,7 @@ def command(*arguments: str | Path) -> list[str]:
 def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """`dspex-persist audit ...` in a process of its own."""
     return subprocess.run(
-        command(*arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=60, check=False
+        command(*arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=within(60), check=False
     )
 
 
@@ -305,7 +306,7 @@ def website(path: Path, *arguments: str, end: signal.Signals = signal.SIGTERM) -
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address), popen.communicate()
         yield address
         popen.send_signal(end)
-        rest, errors = popen.communicate(timeout=30)
+        rest, errors = popen.communicate(timeout=within(30))
         assert (popen.returncode, rest, errors) == (0, "", "")
     finally:
         popen.kill()
@@ -316,7 +317,7 @@ def get(address: str, path: str, host: str | None = None, **parts: str) -> tuple
     """A page's status and text."""
     asked = urllib.request.Request(f"{address}{path}?{urlencode(parts)}", headers={"Host": host} if host else {})
     try:
-        with urllib.request.urlopen(asked, timeout=30) as answer:
+        with urllib.request.urlopen(asked, timeout=within(30)) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         with error:

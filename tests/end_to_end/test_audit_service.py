@@ -40,6 +40,7 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.model import PrunePolicy, Value
 from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as ours
+from tests.deadline import within
 from tests.end_to_end.gates import DEADLINE_S
 from tests.end_to_end.old_style import OldClient, environment, serve, target_of, wait_until
 
@@ -166,40 +167,42 @@ def test_who_does_not_read_holds_nothing_but_one_message(server: ServerProcess, 
 
 def test_reads_go_on_beside_a_fleet_of_streams(server: ServerProcess) -> None:
     over = threading.Event()
+    streams_s: list[float] = []
 
     def ask_again_and_again() -> int:
         asked = 0
         with grpc.insecure_channel(target_of(server)) as channel:
             stub = audit_stubs.AuditServiceStub(channel)
             while not over.is_set():
+                began = time.perf_counter()
                 asked += sum(1 for _ in stub.ListHistory(text_history(range=pb.Range(limit=500))))
+                streams_s.append(time.perf_counter() - began)
         return asked
 
     with futures.ThreadPoolExecutor(8) as pool, BridgedState(target_of(server)) as state:
         state.get_variable("large", "text")
         fleet = [pool.submit(ask_again_and_again) for _ in range(8)]
-        took_s = []
+        took_s: list[float] = []
         for _ in range(100):
             began = time.perf_counter()
             state.get_variable("large", "text")
             took_s.append(time.perf_counter() - began)
         over.set()
         assert all(asking.result() for asking in fleet)
-    # This process, which reads all the streams, takes most of it.
-    assert statistics.median(took_s) < 0.1
+    # A read that waited its turn among the streams would take as long as they do, on whatever machine.
+    assert statistics.median(took_s) < statistics.median(streams_s)
 
 
 def test_streams_that_were_abandoned_do_not_hold_up_the_end(filled: Path, tmp_path: Path) -> None:
     copy = tmp_path / "sessions.db"
     copy.write_bytes(filled.read_bytes())
-    with serve(copy, "--grace", "60", "--stall-timeout", "60") as server:
+    never = f"{100 * DEADLINE_S:g}"
+    with serve(copy, "--grace", never, "--stall-timeout", never) as server:
         with grpc.insecure_channel(target_of(server)) as channel:
             stub = audit_stubs.AuditServiceStub(channel)
             for _ in range(8):
                 next(stub.ListHistory(text_history()))
-        began = time.monotonic()
         assert server.terminate(DEADLINE_S) == 0
-        assert time.monotonic() - began < 5
 
 
 def test_a_stream_in_flight_when_the_server_ends_can_go_on(filled: Path, tmp_path: Path) -> None:
@@ -387,7 +390,9 @@ def test_a_running_server_prunes_when_it_is_asked_to(prunable: ServerProcess) ->
 def test_the_command_has_a_server_prune(prunable: ServerProcess) -> None:
     def run(*arguments: str) -> str:
         argv = [sys.executable, "-m", "dspex_persist", "db", "prune", "--keep-versions", "10", *arguments]
-        return subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=60, check=True).stdout
+        return subprocess.run(
+            argv, env=environment(), capture_output=True, text=True, timeout=within(60), check=True
+        ).stdout
 
     target = ("--target", target_of(prunable))
     assert f"{target[1]}: 4,990 versions and 0 events of 1 session deleted" in run(*target, "--confirm")

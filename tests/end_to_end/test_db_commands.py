@@ -24,6 +24,7 @@ from dspex_persist.state.store.schema import REVISION
 from dspex_persist.testing.server import ServedDatabase
 from dspex_persist.wiring import connect
 from tests.assets.make_database import fill
+from tests.deadline import within
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("check", "current", "upgrade", "backup", "stats", "prune", "vacuum")
@@ -59,7 +60,7 @@ def run(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.Com
         env=clean_environment(**environment),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=within(60),
         check=False,
     )
 
@@ -233,7 +234,7 @@ def test_a_server_prunes_by_its_settings_and_answers_meanwhile(filled: Path, tmp
     settings = {"retention_keep_versions": 5, "sweep_interval_s": 0.05}
     with ServedDatabase(path, settings) as server, connect(f"grpc://{server.target}") as client:
         wrote = 0
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + within(30)
         while versions_in(path, "binaries", "pickled") > 5 or wrote < 20:
             assert time.monotonic() < deadline
             described = {"shape": [1], "data": [wrote]}
@@ -417,7 +418,7 @@ def test_progress_is_drawn_on_a_terminal_and_only_on_stderr(path: Path, tmp_path
     )
     os.close(slave)
     drawn = read_to_end(master)
-    stdout, _ = process.communicate(timeout=60)
+    stdout, _ = process.communicate(timeout=within(60))
     os.close(master)
     assert process.returncode == FINE
     assert json.loads(stdout)["ok"] is True

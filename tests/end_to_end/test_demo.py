@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from dspex_persist.cli.demo.scenes import WatchFaults, judge_watch, lost_writes
 from dspex_persist.state.audit import ExecutionQuery
 from dspex_persist.wiring import connect, open_audit
+from tests.deadline import within
 
 COUNTERS = ("counter_a", "counter_b", "counter_c", "counter_d")
 
@@ -23,7 +23,7 @@ def run_demo(*arguments: str, cwd: Path, **environment: str) -> subprocess.Compl
         env={**os.environ, "COLUMNS": "200", **environment},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=within(100),
         check=False,
     )
 
@@ -35,13 +35,11 @@ def cells(output: str, first: str) -> list[str]:
 
 
 def test_the_demo_shows_what_it_promises_and_keeps_the_database(tmp_path: Path) -> None:
-    began = time.monotonic()
     # Settings of the user's own must not get in its way.
     result = run_demo(
         "--keep", "kept", cwd=tmp_path, DSPEX_PERSIST_DURABILITY="normal", DSPEX_PERSIST_LISTEN="0.0.0.0:1"
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert time.monotonic() - began < 60
     assert result.stderr == ""
     assert "\x1b" not in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80

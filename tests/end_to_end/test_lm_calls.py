@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dspex_persist.infra.process import ServerProcess
+from tests.deadline import within
 from tests.end_to_end.lm_tools import SECRET
 from tests.end_to_end.old_style import Entry, Journal, OldClient, environment, serve, target_of
 
@@ -132,7 +133,13 @@ def no_dspy(tmp_path: Path) -> dict[str, str]:
 
 def run(no_dspy: dict[str, str], cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments], env=no_dspy, cwd=cwd, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, *arguments],
+        env=no_dspy,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=within(60),
+        check=False,
     )
 
 

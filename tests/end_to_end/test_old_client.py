@@ -19,6 +19,7 @@ from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from dspex_persist.infra.process import ServerProcess
+from tests.deadline import within
 
 SESSION = "session_1"
 
@@ -423,7 +424,9 @@ def test_watch(stub: Any) -> None:
     stub.AddDependency(
         pb.AddDependencyRequest(session_id=SESSION, from_variable="b", to_variable="a", dependency_type="data")
     )
-    updates = stub.WatchVariables(pb.WatchVariablesRequest(session_id=SESSION, include_initial_values=True), timeout=20)
+    updates = stub.WatchVariables(
+        pb.WatchVariablesRequest(session_id=SESSION, include_initial_values=True), timeout=within(20)
+    )
     first, second = next(updates), next(updates)
     assert [u.update_type for u in (first, second)] == ["initial_value", "initial_value"]
     assert {u.variable.name for u in (first, second)} == {"a", "b"}
@@ -443,7 +446,7 @@ def test_watch(stub: Any) -> None:
     resumed = stub.WatchVariables(
         pb.WatchVariablesRequest(session_id=SESSION),
         metadata=(("x-dspex-after-sequence", str(sequence)),),
-        timeout=20,
+        timeout=within(20),
     )
     assert next(resumed).update_type == "deleted"
     resumed.cancel()
@@ -453,7 +456,7 @@ def test_watch_of_one_variable(stub: Any) -> None:
     register(stub, "a", "float", 0.0)
     wanted = register(stub, "b", "float", 0.0)
     updates = stub.WatchVariables(
-        pb.WatchVariablesRequest(session_id=SESSION, variable_identifiers=[wanted]), timeout=20
+        pb.WatchVariablesRequest(session_id=SESSION, variable_identifiers=[wanted]), timeout=within(20)
     )
     updates.initial_metadata()
     writer = threading.Thread(target=lambda: [set_value(stub, name, "float", 1.0) for name in ("a", "b")])

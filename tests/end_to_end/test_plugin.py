@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dspex_persist import cli
+from tests.deadline import within
 from tests.end_to_end.programs import programs_of
 
 TOOLS = '''
@@ -284,7 +285,7 @@ def run_pytest(project: Path, *options: str, ci: bool = False) -> subprocess.Com
         env=environment | ({"CI": "true"} if ci else {}),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=within(100),
         check=False,
     )
 
@@ -380,15 +381,15 @@ def test_a_session_that_ran_elsewhere_becomes_a_test(project: Path) -> None:
     """Its recording is renewed without anybody who plays its client."""
     (project / "test_checkout.py").unlink()
     (project / "run.py").write_text(RUN, encoding="utf-8")
-    subprocess.run([sys.executable, "run.py"], cwd=project, check=True, timeout=60)
+    subprocess.run([sys.executable, "run.py"], cwd=project, check=True, timeout=within(60))
     export = [sys.executable, "-m", "dspex_persist", "session", "export", "s1", "--db", "shop.db"]
     command = [*export, "--as-test", "test_s1.py", "--tools", "shop_tools"]
-    said = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True, timeout=60).stdout
+    said = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True, timeout=within(60)).stdout
     assert "pytest test_s1.py" in said
     ran = run_pytest(project, ci=True)
     assert (ran.returncode, "1 passed" in ran.stdout) == (0, True), ran.stdout
     # Written once: it may have been changed since.
-    again = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False, timeout=60)
+    again = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False, timeout=within(60))
     assert (again.returncode, "test_s1.py exists already" in again.stderr) == (2, True)
 
     tape = project / "test_s1.jsonl"
@@ -410,13 +411,13 @@ def test_a_recording_of_which_nothing_can_be_replayed_is_no_green_test(project: 
     secret = RUN.replace('"integer", 3)', '"integer", 3, metadata={"sensitive": "true"})')
     # One that has no executions is fine: its state is all there is.
     (project / "run.py").write_text(secret + '    state.initialize_session("s2")\n', encoding="utf-8")
-    subprocess.run([sys.executable, "run.py"], cwd=project, check=True, timeout=60)
+    subprocess.run([sys.executable, "run.py"], cwd=project, check=True, timeout=within(60))
     said = {}
     for session, options in (("s1", ()), ("s2", ()), ("s1", ("--reveal",))):
         test = f"test_{session}{'_revealed' if options else ''}.py"
         export = ["session", "export", session, "--db", "shop.db", "--as-test", test, "--tools", "shop_tools"]
         command = [sys.executable, "-m", "dspex_persist", *export, *options]
-        ran = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True, timeout=60)
+        ran = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True, timeout=within(60))
         said[test] = ran.stderr
     warned = said.pop("test_s1.py")
     assert warned.startswith("warning: values of sensitive variables are left out; executions that read them cannot be")

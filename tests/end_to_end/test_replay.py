@@ -16,6 +16,7 @@ from dspex_persist.cli import main
 from dspex_persist.infra.process import ServerProcess
 from dspex_persist.replay import replay
 from dspex_persist.state.audit import ExecutionQuery
+from tests.deadline import within
 from tests.end_to_end.old_style import OldClient, environment, serve, target_of
 from tests.end_to_end.programs import programs_of, run
 from tests.end_to_end.test_remote_workers import start_worker
@@ -106,7 +107,7 @@ def dspex(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=within(60),
         check=False,
     )
 

@@ -30,9 +30,10 @@ from dspex_persist.state.errors import InvalidArgumentError, NotADatabaseError, 
 from dspex_persist.state.model import Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.wiring import connect, serve
+from tests.deadline import within
 
 PROGRAM = (sys.executable, "-m", "dspex_persist")
-DEADLINE_S = 30.0
+DEADLINE_S = within(30)
 
 
 class Start(Protocol):
@@ -79,7 +80,13 @@ def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedP
     """Run a command that is to end by itself."""
     environment = clean_environment(**environment)
     return subprocess.run(
-        [*PROGRAM, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False
+        [*PROGRAM, *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=within(60),
+        check=False,
     )
 
 
@@ -290,14 +297,14 @@ def test_a_second_signal_ends_it_at_once(
     start: Start, client_of: Callable[..., StateProvider], stack: ExitStack, tmp_path: Path
 ) -> None:
     server = start()
-    client = client_of(server, timeout_s=5)
+    client = client_of(server, timeout_s=within(5))
     fill(client)
     hold_writes(stack, tmp_path / "sessions.db")
     future = write_in_flight(server, client)
     server.send_signal(signal.SIGINT)
     wait_until(lambda: "draining" in server.stderr_tail, "the log says that it drains")
     server.send_signal(signal.SIGTERM)
-    assert server.wait(3) == -signal.SIGTERM
+    assert server.wait(within(3)) == -signal.SIGTERM
     with pytest.raises(OutcomeUnknownError):
         future.result(DEADLINE_S)
 
@@ -322,7 +329,7 @@ def test_storage_that_fails_ends_the_server_and_callers_hear_that_the_outcome_is
     resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (size_bytes, size_bytes))
     with pytest.raises(OutcomeUnknownError, match="I/O error"):
         client.set_variable("s", "n", 2)
-    assert server.wait(5) == 70
+    assert server.wait(within(5)) == 70
     assert re.search(
         r"^error: the storage of sessions\.db failed, so the server ended: .*I/O", server.stderr_tail, re.M
     )
@@ -351,7 +358,9 @@ def test_storage_that_fails_ends_the_process_even_if_the_event_loop_is_stuck() -
         "end = wiring._End(asyncio.new_event_loop(), 'a.db');"
         "end.on_storage_failed(OSError('the disk is gone')); threading.Event().wait()"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=within(60), check=False
+    )
     assert result.returncode == 70
     assert "the disk is gone" in result.stdout + result.stderr
 
@@ -446,7 +455,9 @@ def test_help_imports_nothing_heavy() -> None:
     script = (
         "import sys, dspex_persist.cli; print(sorted({'grpc', 'sqlalchemy', 'pydantic', 'alembic'} & set(sys.modules)))"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=within(60), check=True
+    )
     assert result.stdout == "[]\n"
 
 
@@ -455,7 +466,9 @@ def test_the_package_imports_nothing_heavy_and_has_its_names() -> None:
         "import sys, dspex_persist; print(sorted({'grpc', 'sqlalchemy', 'pydantic'} & set(sys.modules)));"
         "print([name for name in dspex_persist.__all__ if getattr(dspex_persist, name, None) is None])"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=within(60), check=True
+    )
     assert result.stdout == "[]\n[]\n"
 
 

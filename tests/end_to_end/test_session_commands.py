@@ -18,6 +18,7 @@ from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.store import maintenance
 from dspex_persist.wiring import connect
+from tests.deadline import within
 from tests.end_to_end import programs
 from tests.end_to_end.old_style import environment, serve, target_of
 from tests.end_to_end.test_db_commands import FAILED, FINE, IN_USE, UNUSABLE, USAGE, assert_one_sentence, document_of
@@ -39,7 +40,7 @@ def run_process(*arguments: str | Path, cwd: Path, text: str | None = None) -> s
         capture_output=True,
         text=True,
         encoding="utf-8",
-        timeout=60,
+        timeout=within(60),
         check=False,
     )
 

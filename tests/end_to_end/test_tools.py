@@ -22,6 +22,7 @@ from dspex_persist.state.commands import ExecuteTool
 from dspex_persist.state.errors import OutcomeUnknownError
 from dspex_persist.state.model import Origin
 from dspex_persist.state.values import encode
+from tests.deadline import within
 from tests.end_to_end.gates import DEADLINE_S
 from tests.end_to_end.old_style import (
     Entry,
@@ -479,7 +480,7 @@ def test_what_the_servers_end_interrupts_never_shows_and_runs_anew(tmp_path: Pat
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=within(60),
         check=False,
     )
     assert check.returncode == 0, check.stdout + check.stderr
@@ -807,7 +808,7 @@ def test_tools_that_cannot_be_imported_stop_the_start(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import dspex_persist\n1 / 0\n")
     argv = [sys.executable, "-m", "dspex_persist", "serve", "--tools", "broken", "--listen", "127.0.0.1:0"]
     failed = subprocess.run(
-        argv, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        argv, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=within(60), check=False
     )
     assert (failed.returncode, failed.stdout) == (2, "")
     expected = "error: cannot load tools from 'broken': the import failed with ZeroDivisionError: division by zero\n"

@@ -19,10 +19,11 @@ from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.errors import StateError
 from dspex_persist.state.watch import Watch
+from tests.deadline import within
 
 SESSION = "watched"
 WATCH = "/snakepit.bridge.BridgeService/WatchVariables"
-DEADLINE_S = 60.0
+DEADLINE_S = within(60)
 FROZEN_CLIENT = f"""
 import sys, grpc
 import snakepit_bridge_pb2 as pb

@@ -12,8 +12,9 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message_factory import GetMessageClass
 
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
+from tests.deadline import within
 
-CALL_TIMEOUT_S = 20.0
+CALL_TIMEOUT_S = within(20)
 _SERVICE = pb.DESCRIPTOR.services_by_name["BridgeService"]
 _REFUSALS = frozenset(
     {

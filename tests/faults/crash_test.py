@@ -20,15 +20,16 @@ from pathlib import Path
 from random import Random
 
 from dspex_persist.infra.process import ProcessFailedError, ServerProcess
+from tests.deadline import within
 from tests.faults.bridge import Bridge
 from tests.faults.checker import Checker, check_histories, copy_files, verify
 from tests.faults.ledger import Ledger
 from tests.faults.tools import TOOLS
 from tests.faults.workload import SESSION, Client, Names, Watcher, set_up
 
-_READY_S = 60.0
-_ENDING_S = 30.0
-_CATCH_UP_S = 60.0
+_READY_S = within(60)
+_ENDING_S = within(30)
+_CATCH_UP_S = within(60)
 
 
 def server_argv(database: Path, planted: str | None = None) -> list[str]:

@@ -28,12 +28,13 @@ from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import OutcomeUnknownError, StateError
 from dspex_persist.state.model import Value
 from dspex_persist.state.store import session_store
+from tests.deadline import within
 
 SESSION = "session"
 VARIABLES = 3
 THREADS = 3
 TIMES = 6
-ANSWER_S = 20.0
+ANSWER_S = within(20)
 EXIT_STORAGE_FAILED, EXIT_NOT_OPENED, EXIT_NOT_CLOSED, EXIT_CRASHED, EXIT_HUNG = 70, 71, 72, 98, 99
 
 

@@ -11,7 +11,7 @@ from tests.faults.crash_test import CrashTest
 
 @pytest.mark.slow
 @pytest.mark.crash
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(3600)
 def test_nothing_acknowledged_is_lost(tmp_path: Path) -> None:
     seed = secrets.randbelow(1_000_000)
     report = asyncio.run(CrashTest(tmp_path, seed).run(cycles=12))

@@ -15,6 +15,7 @@ from dspex_persist.state.commands import InitializeSession, RegisterVariable, Se
 from dspex_persist.state.errors import StorageError
 from dspex_persist.state.model import Origin, Value
 from dspex_persist.state.store.session_store import Job, SessionStore
+from tests.deadline import within
 from tests.faults import shim
 from tests.faults.bridge import Bridge, is_refusal, wire
 from tests.faults.checker import Checker, copy_files, verify
@@ -22,7 +23,7 @@ from tests.faults.crash_test import server_argv
 from tests.faults.ledger import Ledger
 
 SESSION = "session"
-ENDING_S = 20.0
+ENDING_S = within(20)
 _ORIGIN = Origin("test", "test")
 # Sets a limit and becomes the server; going over it fails with EFBIG, as Python ignores the signal.
 _LIMITED = (
@@ -84,7 +85,7 @@ def test_server_goes_on_when_there_is_room_again(tmp_path: Path) -> None:
         pytest.skip(reason)
     database, full = tmp_path / "full.db", tmp_path / "there is no room"
     env = shim.environment(shim.build(tmp_path), DSPEX_FAULT_FULL_WHILE=str(full))
-    with ServerProcess.start(server_argv(database), env=env, ready_timeout_s=60) as process:
+    with ServerProcess.start(server_argv(database), env=env, ready_timeout_s=within(30)) as process:
         asyncio.run(_fill_up(process.port, full))
         assert process.exit_code is None
         process.kill()
@@ -130,7 +131,7 @@ def test_server_at_its_file_size_limit(tmp_path: Path) -> None:
     """EFBIG is no ENOSPC: SQLite calls it an I/O error, so the outcome is unknown and the server ends."""
     database = tmp_path / "limited.db"
     argv = [sys.executable, "-c", _LIMITED, str(1 << 20), *server_argv(database)]
-    with ServerProcess.start(argv, ready_timeout_s=60) as process:
+    with ServerProcess.start(argv, ready_timeout_s=within(30)) as process:
         acknowledged = asyncio.run(_write_until_refused(process.port))
         assert process.wait(ENDING_S) == 70
         assert f"the storage of {database} failed, so the server ended" in process.stderr_tail
@@ -139,7 +140,7 @@ def test_server_at_its_file_size_limit(tmp_path: Path) -> None:
     assert [*checker.check(copy, Ledger()), *verify(copy)] == []
     [(version, _)] = checker.values(SESSION).values()
     assert version in (acknowledged, acknowledged + 1)
-    with ServerProcess.start(server_argv(database), ready_timeout_s=60) as process:
+    with ServerProcess.start(server_argv(database), ready_timeout_s=within(30)) as process:
         assert asyncio.run(_version(process.port)) == version
         assert process.terminate(ENDING_S) == 0
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dspex_persist.infra.process import ServerProcess
+from tests.deadline import within
 from tests.faults import io_child, shim
 from tests.faults.bridge import Bridge
 from tests.faults.checker import Checker, copy_files, verify
@@ -14,11 +15,11 @@ from tests.faults.io_faults import Fault, Faults, cases
 from tests.faults.ledger import Ledger
 from tests.faults.workload import Client, Names, set_up
 
-pytestmark = [pytest.mark.slow, pytest.mark.crash, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.crash, pytest.mark.timeout(3600)]
 
 EVERY = 41
 CLIENTS = 4
-ENDING_S = 20.0
+ENDING_S = within(20)
 
 
 @pytest.fixture(autouse=True)
@@ -53,13 +54,13 @@ def test_a_server_whose_disk_dies(tmp_path: Path) -> None:
     database = tmp_path / "dying.db"
     ledger, checker = Ledger(), Checker()
     library = shim.build(tmp_path)
-    with ServerProcess.start(server_argv(database), ready_timeout_s=60) as process:
+    with ServerProcess.start(server_argv(database), ready_timeout_s=within(30)) as process:
         names = asyncio.run(_set_up(process.port, ledger))
         assert process.terminate(ENDING_S) == 0
     clients = [Client(number, 1, ledger, names) for number in range(CLIENTS)]
     for number in (40, 80, 160):
         env = shim.environment(library, DSPEX_FAULT_AT=str(number), DSPEX_FAULT_GOES_ON="1")
-        with ServerProcess.start(server_argv(database), env=env, ready_timeout_s=60) as process:
+        with ServerProcess.start(server_argv(database), env=env, ready_timeout_s=within(30)) as process:
             asyncio.run(_work(process.port, clients))
             assert process.wait(ENDING_S) == 70
             assert f"the storage of {database} failed, so the server ended" in process.stderr_tail
@@ -67,7 +68,7 @@ def test_a_server_whose_disk_dies(tmp_path: Path) -> None:
         assert ledger.complaints == []
     assert set(ledger.endings) <= {"UNKNOWN", "UNAVAILABLE"}
     assert ledger.endings.total() == 3 * CLIENTS
-    with ServerProcess.start(server_argv(database), ready_timeout_s=60) as process:
+    with ServerProcess.start(server_argv(database), ready_timeout_s=within(30)) as process:
         asyncio.run(_settle(process.port, clients))
         assert process.terminate(ENDING_S) == 0
     copy = copy_files(database, tmp_path / "copy")

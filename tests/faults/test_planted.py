@@ -12,6 +12,7 @@ from tests.concurrency.clients import INITIAL, BridgeRegister, record
 from tests.concurrency.linearizability import Operation, check
 from tests.concurrency.serializability import check as check_executions
 from tests.concurrency.test_serializable import histories
+from tests.deadline import within
 from tests.faults import shim
 from tests.faults.bridge import Bridge
 from tests.faults.crash_test import CrashTest, server_argv
@@ -65,7 +66,7 @@ def test_every_bug_has_its_proof() -> None:
 
 @pytest.mark.slow
 @pytest.mark.crash
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("bug", always(FOUND_BY_KILLS, "half-tool", "forget-keys", "watch-skip"))
 def test_the_crash_test_finds(bug: str, tmp_path: Path) -> None:
     report = asyncio.run(CrashTest(tmp_path, seed=1, planted=bug).run(cycles=20))
@@ -76,7 +77,7 @@ def test_the_crash_test_finds(bug: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.crash
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("bug", always(FOUND_BY_POWER_CUTS, "no-sync"))
 def test_the_power_cuts_find(bug: str, tmp_path: Path) -> None:
     if (reason := shim.why_not()) is not None:
@@ -100,7 +101,7 @@ def test_the_history_checker_finds(bug: str, tmp_path: Path) -> None:
         async with Bridge(port) as bridge:
             return await record(await BridgeRegister.open(bridge), clients=16, operations=60, seed=1)
 
-    with ServerProcess.start(server_argv(tmp_path / "served.db", bug), ready_timeout_s=60) as process:
+    with ServerProcess.start(server_argv(tmp_path / "served.db", bug), ready_timeout_s=within(30)) as process:
         history = asyncio.run(run(process.port))
     assert FOUND_BY_HISTORIES[bug] in {violation.rule for violation in check(history, INITIAL)}
 

@@ -20,7 +20,7 @@ def _operation(kind: str, file: tuple[int, int] = _FILE, offset: int = 0, conten
 
 @pytest.mark.slow
 @pytest.mark.crash
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(3600)
 def test_nothing_acknowledged_is_lost() -> None:
     if (reason := shim.why_not()) is not None:
         pytest.skip(reason)

@@ -12,6 +12,9 @@ from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 
 from dspex_persist.infra.process import ServerProcess
+from tests.deadline import within
+
+DEADLINE_S = within(20)
 
 ROOT = Path(__file__).parents[2]
 MIB = 1024 * 1024
@@ -68,12 +71,12 @@ class PingClient:
     def __init__(self, channel: grpc.Channel) -> None:
         self._methods = {method.name: _callable(channel, method) for method in _METHODS}
 
-    def __call__(self, name: str, argument: str | int | bytes = "", *, timeout_s: float = 20.0) -> Any:
+    def __call__(self, name: str, argument: str | int | bytes = "", *, timeout_s: float = DEADLINE_S) -> Any:
         """The value of the answer, or for a method that streams the call, which yields the messages."""
         answer = self._methods[name](argument, timeout=timeout_s)
         return answer if isinstance(answer, Iterator) else answer.value
 
-    def later(self, name: str, argument: str | int | bytes = "", *, timeout_s: float = 20.0) -> Any:
+    def later(self, name: str, argument: str | int | bytes = "", *, timeout_s: float = DEADLINE_S) -> Any:
         """The future of a call that is answered once."""
         return self._methods[name].future(argument, timeout=timeout_s)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dspex_persist.infra.process import ProcessFailedError, ServerProcess
+from tests.deadline import within
 from tests.infra.ping import ROOT
 
 _READY = "print('GRPC_READY:1234', flush=True)\n"
@@ -70,7 +71,7 @@ def test_a_child_that_talks_a_lot_never_waits_for_its_reader() -> None:
         sys.stderr.write("last words")
     """
     with ServerProcess.start(_argv(script)) as process:
-        assert process.wait(20) == 0
+        assert process.wait(within(20)) == 0
         assert process.stderr_tail.endswith("xxlast words")
         assert len(process.stderr_tail) == 16 * 1024
 
@@ -110,8 +111,8 @@ def test_a_child_can_be_killed_before_it_is_ready() -> None:
 def test_terminate_returns_the_exit_code() -> None:
     script = "import signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n" + _READY + _FOREVER
     with ServerProcess.start(_argv(script)) as process:
-        assert process.terminate(10) == 7
-        assert process.terminate(10) == 7
+        assert process.terminate(within(10)) == 7
+        assert process.terminate(within(10)) == 7
 
 
 def test_a_child_that_does_not_terminate_is_killed() -> None:
@@ -138,7 +139,7 @@ def test_a_grandchild_that_holds_the_pipes_holds_nothing_up() -> None:
         {_READY.strip()}
     """
     process = ServerProcess.start(_argv(script))
-    assert process.wait(10) == 0
+    assert process.wait(within(10)) == 0
     grandchild = int(process.stderr_tail)
     try:
         process.close()
@@ -167,6 +168,6 @@ def test_a_parent_that_exits_takes_its_child_along() -> None:
         print(ServerProcess.start({_argv(_READY + _FOREVER)!r}).pid)
         raise SystemExit(5)
     """
-    done = subprocess.run(_argv(parent), cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run(_argv(parent), cwd=ROOT, capture_output=True, text=True, timeout=within(20), check=False)
     assert (done.returncode, done.stderr) == (5, "")
     assert not _exists(int(done.stdout))

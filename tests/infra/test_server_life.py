@@ -23,6 +23,7 @@ from structlog.testing import capture_logs
 from dspex_persist.infra.listen import TcpAddress, prepare
 from dspex_persist.infra.process import ProcessFailedError
 from dspex_persist.infra.server import Context, ListenError, ServerOptions, Service, serve
+from tests.deadline import within
 from tests.infra import ping
 from tests.infra.ping import OpenChannel, PingClient, StartServer
 from tests.infra.ping_server import REFUSED
@@ -93,7 +94,7 @@ def test_a_drain_lets_calls_finish_and_ends_what_would_not(
     channel = open_channel(f"127.0.0.1:{server.port}")
     client = PingClient(channel)
     health: Any = health_pb2_grpc.HealthStub(channel)
-    watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=20)
+    watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=within(20))
     assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
     in_flight, endless = client.later("FinishInDrain", "done"), client("Idle", "open")
     assert client("StreamsOpen", 2) == 2
@@ -103,7 +104,7 @@ def test_a_drain_lets_calls_finish_and_ends_what_would_not(
         assert [message.value for message in endless] == ["open"]
         assert [answer.status for answer in watch] == [health_pb2.HealthCheckResponse.NOT_SERVING]
         assert list(reflection) == []
-    assert server.wait(5) == 0
+    assert server.wait(within(5)) == 0
     assert client.error("Ping").code() is StatusCode.UNAVAILABLE
 
 
@@ -118,7 +119,7 @@ def test_calls_that_come_late_are_told_why_they_are_refused(
     def call_until_refused(number: int) -> Any:
         client = PingClient(channels[number % 4])
         client("Ping")
-        begun.wait(20)
+        begun.wait(within(20))
         while True:
             try:
                 client("Ping")
@@ -127,12 +128,12 @@ def test_calls_that_come_late_are_told_why_they_are_refused(
 
     with ThreadPoolExecutor(32) as pool:
         refused = [pool.submit(call_until_refused, number) for number in range(32)]
-        begun.wait(20)
+        begun.wait(within(20))
         server.send_signal(signal.SIGTERM)
-        errors = [future.result(20) for future in refused]
+        errors = [future.result(within(20)) for future in refused]
     assert {error.code() for error in errors} == {StatusCode.UNAVAILABLE}
     assert {error.details() for error in errors} == {"the server is shutting down; repeat the call later"}
-    assert server.wait(5) == 0
+    assert server.wait(within(5)) == 0
 
 
 def test_a_late_call_that_belongs_to_one_in_flight_is_let_in() -> None:
@@ -281,7 +282,7 @@ def test_health_says_not_serving_while_the_caller_ends_its_streams() -> None:
     async def drain(port: int) -> None:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             health: Any = health_pb2_grpc.HealthStub(channel)
-            seen.append((await health.Check(health_pb2.HealthCheckRequest(), timeout=10)).status)
+            seen.append((await health.Check(health_pb2.HealthCheckRequest(), timeout=within(10))).status)
 
     asyncio.run(_serve_and_drain(drain))
     assert seen == [health_pb2.HealthCheckResponse.NOT_SERVING]
@@ -329,7 +330,7 @@ def _open_reflection(channel: grpc.Channel) -> Iterator[Iterator[object]]:
     requests: queue.SimpleQueue[reflection_pb2.ServerReflectionRequest | None] = queue.SimpleQueue()
     requests.put(reflection_pb2.ServerReflectionRequest(list_services=""))
     stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
-    answers = stub.ServerReflectionInfo(iter(requests.get, None), timeout=20)
+    answers = stub.ServerReflectionInfo(iter(requests.get, None), timeout=within(20))
     next(answers)
     try:
         yield answers

@@ -25,11 +25,12 @@ from dspex_persist.state.rpc import codec, remote
 from dspex_persist.state.rpc.headers import EXECUTION_ID
 from dspex_persist.state.rpc.remote import Circuit, RemoteTools
 from dspex_persist.state.runner import RemoteCall
+from tests.deadline import within
 from tests.rpc.worker import Worker, serving
 
 ROOT = Path(__file__).parents[2]
 JSON_URL, STRING_VALUE_URL = "type.googleapis.com/snakepit.", "type.googleapis.com/google.protobuf.StringValue"
-DEADLINE_S = 20.0
+DEADLINE_S = within(20)
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
@@ -47,7 +48,7 @@ def call_of(tool: str, address: str, **more: Any) -> RemoteCall:
 
 @asynccontextmanager
 async def remote_tools(**options: Any) -> AsyncIterator[RemoteTools]:
-    defaults: dict[str, Any] = {"call_timeout_s": DEADLINE_S, "connect_timeout_s": 5.0, "allow": lambda _: True}
+    defaults: dict[str, Any] = {"call_timeout_s": DEADLINE_S, "connect_timeout_s": DEADLINE_S, "allow": lambda _: True}
     tools = RemoteTools(**(defaults | options))
     try:
         yield tools
@@ -411,7 +412,7 @@ def test_whoever_accepts_connections_and_says_nothing_is_given_up() -> None:
 def test_a_frozen_worker_is_found_out_and_used_again_when_it_wakes(process: ServerProcess) -> None:
     async def test() -> None:
         address = f"127.0.0.1:{process.port}"
-        async with remote_tools(connect_timeout_s=0.5, pause_s=0.8, longest_pause_s=0.8, failures=2) as tools:
+        async with remote_tools(connect_timeout_s=3, pause_s=0.8, longest_pause_s=0.8, failures=2) as tools:
             assert await tools.execute(call_of("greet", address))
             process.send_signal(signal.SIGSTOP)
             try:
@@ -420,7 +421,7 @@ def test_a_frozen_worker_is_found_out_and_used_again_when_it_wakes(process: Serv
                 # Of its ping, and of the next connection.
                 await until(lambda: tools._peers[address].circuit._failures == 1)
                 error = await failure(tools, call_of("greet", address))
-                assert error.reason == "no connection within 0.5 s"
+                assert error.reason == "no connection within 3 s"
                 assert tools.state_of(address) == "open"
             finally:
                 process.send_signal(signal.SIGCONT)

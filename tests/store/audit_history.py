@@ -8,6 +8,7 @@ from dspex_persist import Toolbox, ToolContext, tool
 from dspex_persist.state.commands import SetVariable
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.model import Origin, Source, Value
+from tests.deadline import within
 
 SECRET = "tell-nobody-0451"
 
@@ -47,7 +48,7 @@ def collide(ctx: ToolContext) -> int:
     found = int(ctx["shared"])
     if ctx.attempt == 1:
         MEET.set()
-        MET.wait(10)
+        MET.wait(within(10))
     ctx["shared"] = found + 1
     return found
 
@@ -95,7 +96,7 @@ def make(path: Path) -> None:
         state.execute_tool("main", "chunks")
         colliding = threading.Thread(target=state.execute_tool, args=("main", "collide"))
         colliding.start()
-        MEET.wait(10)
+        MEET.wait(within(10))
         state.set_variable("main", "shared", 10)
         MET.set()
         colliding.join()

@@ -44,6 +44,7 @@ from dspex_persist.state.recording import write_recording
 from dspex_persist.state.store import answers
 from dspex_persist.state.store.variables import KINDS, SOURCES
 from dspex_persist.wiring import import_session
+from tests.deadline import within
 from tests.store.audit_history import SECRET, make
 
 
@@ -516,16 +517,16 @@ def test_an_execution_that_nobody_waited_for_says_why_it_ended(tmp_path: Path) -
         state.initialize_session("ends")
         calls = [state.submit(ExecuteTool(session, "hold"), None) for session in ("s", "s", "ends")]
         for _ in calls:
-            assert begun.acquire(timeout=10)
+            assert begun.acquire(timeout=within(10))
         assert calls[0].cancel()
         state.cleanup_session("ends")
         with state.audit() as audit:
             cancelled = ExecutionQuery(status=ExecutionStatus.CANCELLED)
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + within(10)
             while not list(audit.iterate(cancelled)):
                 assert time.monotonic() < deadline, "the execution is not cancelled"
     with pytest.raises(EngineClosedError):
-        calls[1].result(timeout=10)
+        calls[1].result(timeout=within(10))
     with open_audit(path) as audit:
         told = {(each.session_id, each.status.value, each.error) for each in audit.iterate(ExecutionQuery())}
     assert told == {

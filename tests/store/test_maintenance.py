@@ -31,6 +31,7 @@ from dspex_persist.state.store.engine import OwnershipLock
 from dspex_persist.state.store.schema import REVISION
 from dspex_persist.state.store.verify import Problem
 from tests.assets.make_database import LARGE_BYTES, LARGE_TEXT, describe, fill
+from tests.deadline import within
 
 Act = Callable[[Path], object]
 
@@ -575,7 +576,7 @@ except StorageError as error:
     print(error)
 """
     command = [sys.executable, "-c", script, str(path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=within(60), check=True)
     assert ended.stdout.startswith("nothing was written: "), ended
     assert dump(path) == before
     assert maintenance.check(path).problems == ()

@@ -17,6 +17,7 @@ from dspex_persist.state.errors import NewerSchemaError, NotADatabaseError, Upgr
 from dspex_persist.state.store import maintenance, migrate, schema
 from dspex_persist.state.store.session_store import SessionStore
 from tests.assets.make_database import describe
+from tests.deadline import within
 
 ROOT = Path(__file__).parents[2]
 ASSETS = sorted((ROOT / "tests" / "assets").glob("*.db"))
@@ -105,7 +106,7 @@ def test_alembic_upgrades_from_the_checkout(tmp_path: Path, named_by: str) -> No
     arguments = ["-x", f"db={path}"] if named_by == "argument" else []
     environment = {**os.environ, "DSPEX_PERSIST_DB": str(path if named_by == "environment" else tmp_path / "wrong.db")}
     command = [sys.executable, "-m", "alembic", *arguments, "upgrade", "head"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=60)
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=within(60))
     assert not (tmp_path / "wrong.db").exists()
     open_store(fresh)
     assert schema_of(path) == schema_of(fresh)

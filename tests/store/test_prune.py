@@ -50,11 +50,12 @@ from dspex_persist.state.store.engine import open_readers, snapshot
 from dspex_persist.state.store.session_store import Job, SessionStore, StoreOptions
 from dspex_persist.state.store.variables import find_key, metadata_as_of
 from dspex_persist.wiring import import_session
+from tests.deadline import within
 from tests.store.test_verify import anchor_of, problems_of, random_job
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
 LARGE = "large: é漢😀 " * 200
-DEADLINE_S = 30.0
+DEADLINE_S = within(30)
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ from dspex_persist.state.model import Origin, Session, Source, Value, Variable
 from dspex_persist.state.store import anchor, log
 from dspex_persist.state.store.session_store import Job, Outcome, SessionStore, StoreOptions
 from dspex_persist.state.unit_of_work import UnitOfWork
+from tests.deadline import within
 
 ADA = Origin("ada", "test")
 PLANTED = "SELECT RAISE(ABORT, 'planted')"
@@ -684,7 +685,7 @@ class TestOpening:
             "except Exception as error: print(type(error).__name__, error)\n"
         )
         said = subprocess.run(
-            [sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=60, check=True
+            [sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=within(60), check=True
         ).stdout
         assert said.startswith("DatabaseInUseError")
         assert f"process {os.getpid()}" in said

@@ -21,8 +21,9 @@ from dspex_persist.state.errors import (
 from dspex_persist.state.model import Origin
 from dspex_persist.state.store.session_store import Job, Outcome
 from dspex_persist.state.store.writer import Writer
+from tests.deadline import within
 
-DEADLINE_S = 20
+DEADLINE_S = within(20)
 
 
 def job(name: str) -> Job:

@@ -31,6 +31,7 @@ from dspex_persist.state.model import (
     Value,
 )
 from dspex_persist.testing.memory import MemoryBacking
+from tests.deadline import within
 
 ANN, BOB = Origin("ann", "ExecuteTool"), Origin("bob", "SetVariable")
 COMMITTED, CONFLICT = ExecutionStatus.COMMITTED, ExecutionStatus.CONFLICT
@@ -1360,7 +1361,7 @@ def test_threads_of_one_execution_do_not_mix(memory: MemoryBacking) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(within(60))
     assert sorted(versions) == sorted([*range(1, 151), *range(2, 152)])
     seen = {variable.name: variable for variable in running.run(c.ListVariables("s"))}
     assert running.finish().status is COMMITTED

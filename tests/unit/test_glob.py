@@ -69,7 +69,7 @@ def test_agrees_with_a_regular_expression_on_every_short_pattern_and_name() -> N
             assert matched == [name for name in names if oracle.fullmatch(name)], pattern
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 def test_a_hostile_pattern_stops_nothing() -> None:
     """Exponential matchers need longer than the age of the universe for this one."""
     assert not glob_matches("*a" * 120 + "b", "a" * 2_000)

@@ -13,6 +13,7 @@ from dspy.utils import DummyLM
 
 from dspex_persist import ToolContext, tool
 from dspex_persist.replay import Aspect, Outcome, Recording, replay
+from tests.deadline import within
 from tests.unit.replays import recorded, session, with_start_value
 
 qa = dspy.Predict("question -> answer")
@@ -208,7 +209,7 @@ assert not [name for name in finders if "Dspy" in name], finders
 
 
 def test_a_tool_that_imports_dspy_only_when_it_runs_asks_no_model_either() -> None:
-    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, check=False, timeout=within(60))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["UnexpectedLmCallError", "['lm']"]
 

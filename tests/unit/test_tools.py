@@ -39,6 +39,7 @@ from dspex_persist.state.model import ChangeKind, Isolation, ToolParameter, Tool
 from dspex_persist.state.runner import ToolCode, ToolKind
 from dspex_persist.state.values import BinaryValue
 from dspex_persist.testing.memory import MemoryBacking
+from tests.deadline import within
 
 
 class FakeSession:
@@ -1178,7 +1179,9 @@ def test_importing_the_package_or_variables_reads_no_signatures() -> None:
         "import sys, dspex_persist, dspex_persist.cognitive.variables;"
         "sys.exit(' '.join({'pydantic', 'docstring_parser', 'sqlalchemy', 'grpc'} & sys.modules.keys()) or 0)"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=within(60), check=False
+    )
     assert result.returncode == 0, result.stderr
 
 

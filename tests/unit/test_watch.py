@@ -19,8 +19,9 @@ from dspex_persist.state.model import (
     VariableVersion,
 )
 from dspex_persist.state.watch import Feed, Hub, Watch, is_watched, updates_of
+from tests.deadline import within
 
-DEADLINE_S = 10
+DEADLINE_S = within(10)
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 
 

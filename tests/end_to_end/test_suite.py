@@ -1,0 +1,149 @@
+"""What the tests themselves keep to, so that a loaded machine fails none of them, and one that is lost does not end the
+run."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.deadline import PATIENCE, cpu_s_below, within
+
+ROOT = Path(__file__).resolve().parents[2]
+CLOCKS = ("time", "monotonic", "perf_counter")
+HANGING = """
+import os
+import threading
+
+import pytest
+from hypothesis import given, strategies
+
+
+@pytest.fixture
+def stuck():
+    import signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    threading.Event().wait()
+
+
+def test_hangs():
+    threading.Event().wait()
+
+
+@given(strategies.integers())
+def test_hangs_in_hypothesis(number):
+    threading.Event().wait()
+
+
+def test_hangs_before_it_begins(stuck):
+    pass
+
+
+def test_dies():
+    os._exit(1)
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_is_well(number):
+    pass
+"""
+REPORTING = """
+import time
+import pytest
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if item.name == "test_slow_report" and call.when == "call":
+        time.sleep({beyond})
+    return report
+"""
+
+
+def pytest_on(folder: Path, *options: str) -> str:
+    """What pytest says, with this project's own configuration, of the tests in a folder."""
+    argv = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), f"--rootdir={folder}", str(folder)]
+    quiet = ["-q", "-p", "no:cacheprovider", "-o", "pythonpath=", *options]
+    environment = {name: text for name, text in os.environ.items() if not name.startswith(("PYTEST", "COV"))}
+    ended = subprocess.run(
+        [*argv, *quiet], cwd=folder, env=environment, capture_output=True, text=True, timeout=within(100), check=False
+    )
+    return ended.stdout + ended.stderr
+
+
+def test_a_test_that_hangs_or_dies_ends_alone(tmp_path: Path) -> None:
+    (tmp_path / "test_hanging.py").write_text(HANGING)
+    limits = ("-o", "timeout=3", "-o", "faulthandler_timeout=8")
+    said = pytest_on(tmp_path, "-n", "2", "--dist", "worksteal", *limits)
+    assert "INTERNALERROR" not in said, said
+    assert "4 failed, 20 passed" in said, said
+    assert "Failed: Timeout (>3.0s) from pytest-timeout" in said
+    # Hypothesis takes a timeout for a failure, and looks whether it happens again.
+    for name in ("test_dies", "test_hangs_before_it_begins", "test_hangs_in_hypothesis"):
+        assert f"crashed while running 'test_hanging.py::{name}'" in said, said
+
+
+def test_a_timeout_does_not_reach_what_plugins_do_after_a_test(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(REPORTING.format(beyond=1.5))
+    (tmp_path / "test_report.py").write_text("def test_slow_report():\n    pass\n")
+    said = pytest_on(tmp_path, "-o", "timeout=1")
+    assert "1 passed" in said, said
+
+
+def files_of_tests() -> list[Path]:
+    return [path for path in (ROOT / "tests").rglob("*.py") if "assets" not in path.parts]
+
+
+def wall_clock_assertions(text: str) -> list[int]:
+    """The lines of assertions on how long something took. A deadline (`now < deadline`) gives up, and is none."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Assert) and not _is_deadline(node.test):
+            found += [node.lineno for each in ast.walk(node.test) if _reads_clock(each)]
+    return found
+
+
+def _is_deadline(test: ast.expr) -> bool:
+    return isinstance(test, ast.Compare) and _reads_clock(test.left) and isinstance(test.comparators[0], ast.Name)
+
+
+def _reads_clock(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node.func) in {f"time.{clock}" for clock in CLOCKS}
+
+
+def test_no_test_asserts_how_long_something_took() -> None:
+    found = {str(path): lines for path in files_of_tests() if (lines := wall_clock_assertions(path.read_text()))}
+    assert found == {}, "use a count, an event, or tests.deadline.cpu_s_below"
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("assert time.monotonic() - began < 5", [1]),
+        ("assert 5 > time.perf_counter() - began", [1]),
+        ("assert time.monotonic() < deadline, 'in vain'", []),
+        ("assert time.process_time() - began < 5", []),
+    ],
+)
+def test_such_assertions_are_found(text: str, lines: list[int]) -> None:
+    assert wall_clock_assertions(text) == lines
+
+
+def test_deadlines_grow_with_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(PATIENCE, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    for load, seconds in ((0, 40), (4, 40), (16, 160), (1_000, 400)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0, 0))
+        assert within(10) == seconds
+    monkeypatch.setenv(PATIENCE, "1.5")
+    assert within(10) == 15
+
+
+def test_cpu_time_is_what_is_bounded() -> None:
+    with cpu_s_below(60):
+        pass
+    with pytest.raises(AssertionError, match="CPU time"), cpu_s_below(0):
+        sum(range(10_000))
