@@ -8,6 +8,7 @@ BIN := .venv/bin
 CYCLES ?= 200
 STATES ?= 10000
 MESSAGES ?= 20000
+MINUTES ?= 15
 # One more than the cores that CI has: tests wait for processes now and then.
 WORKERS ?= 3
 ARGS ?=
@@ -15,7 +16,7 @@ ARGS ?=
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help setup run serve test test-thorough check lint types imports check-codegen docs
-.PHONY: fix codegen bench peers crash-test powercut-test fuzz clean
+.PHONY: fix codegen bench peers crash-test powercut-test fuzz soak clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -101,6 +102,9 @@ powercut-test: .venv/.installed  ## rebuild STATES disks (default 10000) that a 
 
 fuzz: .venv/.installed  ## send MESSAGES hostile requests (default 20000) to a server
 	$(BIN)/python -m tests.fuzz.fuzz_test --messages $(MESSAGES) $(ARGS)
+
+soak: .venv/.installed  ## use a server in every way at once for MINUTES (default 15)
+	$(BIN)/python -m tests.faults.soak_test --minutes $(MINUTES) $(ARGS)
 
 # Never a database: those may be somebody's.
 clean:  ## remove environments, caches and built packages

@@ -4,6 +4,7 @@ Everything but the bug is the product's own. Each bug breaks one promise, and br
 """
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -270,6 +271,28 @@ def sequence_gap() -> None:
     _patch(SessionStore, "write_group", write_group)
 
 
+def leak_memory() -> None:
+    """Keep something of every write."""
+    kept: list[bytearray] = []
+
+    def write_group(self: SessionStore, jobs: Sequence[Job]) -> list[Outcome]:
+        kept.append(bytearray(200_000))
+        return _write_group(self, jobs)
+
+    _patch(SessionStore, "write_group", write_group)
+
+
+def leak_files() -> None:
+    """Open a file now and then, and forget it."""
+
+    def write_group(self: SessionStore, jobs: Sequence[Job]) -> list[Outcome]:
+        if self.head.sequence % 20 == 0:
+            os.open(self.path, os.O_RDONLY)
+        return _write_group(self, jobs)
+
+    _patch(SessionStore, "write_group", write_group)
+
+
 # Bugs of tools: each changes the commands that begin and end executions
 
 
@@ -371,6 +394,8 @@ BUGS: dict[str, Callable[[], None]] = {
         no_sync,
         early_anchor,
         sequence_gap,
+        leak_memory,
+        leak_files,
         drop_steps,
         half_tool,
         forget_tool_keys,

@@ -14,16 +14,14 @@ from pathlib import Path
 from random import Random
 from typing import ClassVar, NamedTuple
 
-import grpc.aio
-
 from dspex_persist import wiring
 from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state.commands import Command, InitializeSession, RegisterVariable, SetVariable
 from dspex_persist.state.model import Origin, Value
 from dspex_persist.state.recording import write_recording
-from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as audit_pb
 from dspex_persist.state.store import maintenance
 from dspex_persist.state.store.session_store import Job, SessionStore
+from tests.faults.auditor import Auditor
 from tests.faults.bridge import Bridge, wire
 from tests.faults.checker import Checker
 from tests.faults.crash_test import server_argv
@@ -187,7 +185,7 @@ class Commands(_Promising):
 
     async def _write_and_prune(self, port: int) -> None:
         random = Random(self._seed)
-        async with Bridge(port) as bridge:
+        async with Bridge(port) as bridge, Auditor(port) as auditor:
             for session_id in ("plain", "pruned"):
                 await bridge.begin(session_id)
                 await bridge.register(session_id, "x", "string", "", {})
@@ -197,7 +195,7 @@ class Commands(_Promising):
                     version = await bridge.set(session_id, "x", wire("string", text), {})
                     self._promise_version(session_id, version)
                 if count % 20 == 0:
-                    await _prune(port, "pruned", keep_versions=2)
+                    await auditor.prune("pruned", keep_versions=2)
 
     def _promise_version(self, session_id: str, version: int) -> None:
         what = f"version {version} of {session_id}"
@@ -225,18 +223,6 @@ class Upgraded(_Promising):
         if not any(_is_sound(path) and _count_versions(path) == before for path in backups):
             problems.append(f"lost: none of {len(backups)} backups from before the upgrade can be read")
         return problems
-
-
-async def _prune(port: int, session_id: str, *, keep_versions: int) -> None:
-    request = audit_pb.PruneRequest(keep_versions=keep_versions, session_id=session_id, confirm=True)
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        prune = channel.unary_stream(
-            "/dspex.persist.v1.AuditService/Prune",
-            request_serializer=audit_pb.PruneRequest.SerializeToString,
-            response_deserializer=audit_pb.PruneResponse.FromString,
-        )
-        async for _ in prune(request, timeout=_WORK_S):
-            pass
 
 
 def _scalar(database: Path, sql: str, *parameters: str) -> int:

@@ -1,6 +1,7 @@
 """A checker that finds nothing proves nothing: each is shown a server with the very bug that it is there for."""
 
 import asyncio
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.faults.bridge import Bridge
 from tests.faults.crash_test import CrashTest, server_argv
 from tests.faults.planted_server import BUGS
 from tests.faults.powercut_test import PowerCuts
+from tests.faults.soak_test import Soak
 from tests.fuzz.fuzz_test import Fuzz
 
 FOUND_BY_KILLS = {
@@ -40,6 +42,10 @@ FOUND_BY_POWER_CUTS = {
 FOUND_BY_FUZZ = {
     "write-then-refuse": "were written",
 }
+FOUND_BY_SOAK = {
+    "leak-memory": "memory",
+    "leak-files": "files",
+}
 FOUND_BY_EXECUTIONS = {
     "no-read-check": "write skew",
     "no-conflict-check": "lost update",
@@ -60,7 +66,7 @@ def always(bugs: Iterable[str], *chosen: str) -> list[Any]:
 
 
 def test_every_bug_has_its_proof() -> None:
-    found = (FOUND_BY_KILLS, FOUND_BY_POWER_CUTS, FOUND_BY_FUZZ, FOUND_BY_HISTORIES, FOUND_BY_EXECUTIONS)
+    found = (FOUND_BY_KILLS, FOUND_BY_POWER_CUTS, FOUND_BY_FUZZ, FOUND_BY_SOAK, FOUND_BY_HISTORIES, FOUND_BY_EXECUTIONS)
     assert {bug for bugs in found for bug in bugs} == set(BUGS)
 
 
@@ -92,6 +98,16 @@ def test_the_power_cuts_find(bug: str, tmp_path: Path) -> None:
 def test_the_fuzz_finds(bug: str, tmp_path: Path) -> None:
     report = Fuzz(tmp_path, seed=1, planted=bug).run(600)
     assert any(FOUND_BY_FUZZ[bug] in problem for problem in report.problems), report
+
+
+@pytest.mark.slow
+@pytest.mark.crash
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process uses is read in /proc, which only Linux has")
+@pytest.mark.parametrize("bug", always(FOUND_BY_SOAK))
+def test_the_soak_finds(bug: str, tmp_path: Path) -> None:
+    report = asyncio.run(Soak(tmp_path, seed=1, planted=bug).soak(20))
+    assert FOUND_BY_SOAK[bug] in {problem.partition(":")[0] for problem in report.problems}, report
 
 
 @pytest.mark.slow

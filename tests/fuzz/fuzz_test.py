@@ -53,15 +53,15 @@ class Report:
     answers: Counter[str] = field(default_factory=Counter)
     methods: Counter[str] = field(default_factory=Counter)
     """The accepted calls, by rpc."""
-    rss_mib: list[int] = field(default_factory=list)
+    rss_mib: list[int] = field(default_factory=lambda: [0])
     took_s: float = 0.0
 
     def __str__(self) -> str:
         answers = ", ".join(f"{count:,} {code}" for code, count in self.answers.most_common())
         verdict = "nothing was found" if not self.problems else f"{len(self.problems)} PROBLEMS"
         return (
-            f"seed {self.seed}: {self.answers.total():,} requests ({answers}), memory {self.rss_mib} MiB,"
-            f" in {self.took_s:.0f} s: {verdict}"
+            f"seed {self.seed}: {self.answers.total():,} requests ({answers}),"
+            f" memory {self.rss_mib[0]} to {max(self.rss_mib)} MiB, in {self.took_s:.0f} s: {verdict}"
         )
 
 

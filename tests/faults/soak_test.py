@@ -1,0 +1,211 @@
+"""A server that is used in every way at once, for long, and started again now and then.
+
+    make soak MINUTES=15                # or: python -m tests.faults.soak_test --minutes 15 [--seed N] [--clients 8]
+
+The crash test's clients and watchers work all the time. Beside them others ask the history, prune, make backups, come
+with a connection of their own and leave again, and watch for a moment. Servers are ended by SIGTERM and by SIGKILL in
+turns. Everything is checked as in the crash test; memory and file descriptors of a server must stay as they were when
+it was warm. Exit code 0: nothing was found. 1: something was, and it is told, and the files are kept.
+"""
+
+import argparse
+import asyncio
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc.aio
+
+from dspex_persist.infra.process import ServerProcess
+from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as audit_pb
+from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.store import maintenance
+from tests.faults.auditor import Auditor
+from tests.faults.bridge import Bridge, wire
+from tests.faults.crash_test import CrashTest, Report
+from tests.faults.workload import SESSION, Client, Watcher
+
+_PRUNED = "pruned"
+_LIFE_S = 150.0
+_ENDING_S = 30.0
+_BACKUP_EVERY_S, _PRUNE_EVERY, _PAUSE_S = 20.0, 10, 0.02
+_MOST_GROWTH_MIB, _MOST_MORE_FILES = 40, 20
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a process has of the machine."""
+
+    rss_mib: int
+    files: int
+
+    @classmethod
+    def of(cls, pid: int) -> "Usage":
+        status = Path(f"/proc/{pid}/status").read_text()
+        [line] = [line for line in status.splitlines() if line.startswith("VmRSS")]
+        return cls(int(line.split()[1]) // 1024, len(list(Path(f"/proc/{pid}/fd").iterdir())))
+
+
+class Soak(CrashTest):
+    """The crash test with long lives, and with everybody else who uses a server."""
+
+    def __init__(self, folder: Path, seed: int, clients: int = 8, planted: str | None = None) -> None:
+        super().__init__(folder, seed, clients, planted)
+        self._argv.append("--audit-prune")
+        self._folder = folder
+        self.usages: list[Usage] = []
+
+    async def soak(self, seconds: float, *, tell: bool = False) -> Report:
+        """Use servers for so long, check, end in order. Stops at the first one that shows a problem."""
+        began = time.monotonic()
+        names = await self._set_up()
+        self._clients = [Client(number, self.report.seed, self._ledger, names) for number in range(self._count)]
+        self._watchers = [Watcher(self._ledger, 0) for _ in range(2)]
+        lives = max(2, round(seconds / _LIFE_S))
+        while self.report.cycles < lives and not self.report.problems:
+            self.report.cycles += 1
+            await self._live(seconds / lives, kill=self.report.cycles % 2 == 0)
+            self._check_files()
+            if tell:
+                head = self._checker.head.sequence
+                print(f"  {time.monotonic() - began:.0f} s, {head:,} commits, {self.usages[-2:]}", flush=True)
+        if not self.report.problems:
+            await self._finish()
+        self._sum_up()
+        self.report.took_s = time.monotonic() - began
+        return self.report
+
+    async def _live(self, seconds: float, *, kill: bool) -> None:
+        with await self._start() as process:
+            async with Bridge(process.port) as bridge:
+                await self._compare_memory(bridge)
+                users = [asyncio.create_task(user.run(bridge)) for user in (*self._clients, *self._watchers)]
+                others = [asyncio.create_task(self._repeat(other, process.port)) for other in self._others()]
+                await asyncio.sleep(seconds / 3)
+                warm = Usage.of(process.pid)
+                await asyncio.sleep(seconds * 2 / 3)
+                self._compare(warm, Usage.of(process.pid))
+                for other in others:
+                    other.cancel()
+                await asyncio.wait(others)
+                await self._end(process, kill)
+                await self._gather(users)
+        for other in others:
+            if not other.cancelled() and (error := other.exception()) is not None:
+                self.report.problems.append(f"somebody failed: {error!r}")
+
+    async def _end(self, process: ServerProcess, kill: bool) -> None:
+        if process.exit_code is not None:
+            self.report.problems.append(f"the server ended by itself: {process.stderr_tail}")
+        elif kill:
+            process.kill()
+        elif (code := await asyncio.to_thread(process.terminate, _ENDING_S)) != 0:
+            self.report.problems.append(f"the server ended with {code} after SIGTERM: {process.stderr_tail}")
+
+    def _compare(self, warm: Usage, last: Usage) -> None:
+        self.usages += [warm, last]
+        if last.rss_mib > warm.rss_mib + _MOST_GROWTH_MIB:
+            self.report.problems.append(f"memory: {warm.rss_mib} MiB when it was warm, {last.rss_mib} at the end")
+        if last.files > warm.files + _MOST_MORE_FILES:
+            self.report.problems.append(f"files: {warm.files} open when it was warm, {last.files} at the end")
+
+    # Everybody else
+
+    def _others(self) -> list[Callable[[int], Awaitable[None]]]:
+        return [self._ask_history, self._prune, self._visit, self._glance, self._back_up]
+
+    async def _repeat(self, other: Callable[[int], Awaitable[None]], port: int) -> None:
+        while True:
+            await other(port)
+            self.report.counts[f"rounds of {other.__name__.strip('_')}"] += 1
+            await asyncio.sleep(_PAUSE_S)
+
+    async def _ask_history(self, port: int) -> None:
+        """Every question that can be asked of a session."""
+        newest = audit_pb.Range(limit=50)
+        async with Auditor(port) as auditor:
+            await auditor.ask("ListHistory", audit_pb.ListHistoryRequest(session=SESSION, range=newest))
+            await auditor.ask("ListCommits", audit_pb.ListCommitsRequest(session=SESSION, range=newest))
+            await auditor.ask("ListSessions", audit_pb.ListSessionsRequest(range=newest))
+            await auditor.ask("GetState", audit_pb.GetStateRequest(session=SESSION))
+            for part in await auditor.ask("ListExecutions", audit_pb.ListExecutionsRequest(range=newest)):
+                for execution in part.executions[:3]:
+                    request = audit_pb.GetExecutionRequest(execution_id=execution.execution_id)
+                    await auditor.ask("GetExecution", request)
+
+    async def _prune(self, port: int) -> None:
+        """Write versions that nobody needs, and have them deleted."""
+        async with Bridge(port) as bridge, Auditor(port) as auditor:
+            await bridge.begin(_PRUNED)
+            await bridge.register(_PRUNED, "x", "string", "", {})
+            for count in range(_PRUNE_EVERY):
+                await bridge.set(_PRUNED, "x", wire("string", f"{count}" + "x" * 1_500), {})
+            self.report.counts["versions pruned"] += await auditor.prune(_PRUNED, keep_versions=3)
+
+    async def _visit(self, port: int) -> None:
+        """Come, say something, be refused, leave."""
+        async with Bridge(port) as bridge:
+            await bridge.call("Ping", pb.PingRequest(message="here"))
+            try:
+                await bridge.get(SESSION, "nobody")
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.NOT_FOUND:
+                    raise
+
+    async def _glance(self, port: int) -> None:
+        """Watch until something happens, and leave without a word."""
+        async with Bridge(port) as bridge:
+            async for _ in bridge.watch(SESSION, 0):
+                break
+
+    async def _back_up(self, port: int) -> None:
+        """Make a backup beside the working server, which has to be sound."""
+        target = self._folder / "backup.db"
+        argv = (sys.executable, "-m", "dspex_persist", "db", "backup", str(target), "--db", str(self.database))
+        command = await asyncio.create_subprocess_exec(*argv, stdout=asyncio.subprocess.DEVNULL)
+        try:
+            if (code := await command.wait()) != 0:
+                self.report.problems.append(f"a backup ended with {code}")
+            elif problems := (await asyncio.to_thread(maintenance.check, target)).problems:
+                self.report.problems.append(f"a backup has problems: {problems[:2]}")
+            self.report.counts["backups"] += 1
+        finally:
+            if command.returncode is None:
+                command.kill()
+                await command.wait()
+            target.unlink(missing_ok=True)
+        await asyncio.sleep(_BACKUP_EVERY_S)
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="use a server in every way at once, for long")
+    parser.add_argument("--minutes", type=float, default=15.0)
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000))
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--plant", help="a bug that the server shall have (see planted_server.py)")
+    arguments = parser.parse_args()
+    if sys.platform != "linux":
+        print("what a process uses is read in /proc, which only Linux has")
+        return 2
+    folder = Path(tempfile.mkdtemp(prefix="soak-test-"))
+    print(f"seed {arguments.seed}, {arguments.minutes:g} minutes, {arguments.clients} clients, in {folder}", flush=True)
+    test = Soak(folder, arguments.seed, arguments.clients, arguments.plant)
+    report = asyncio.run(test.soak(arguments.minutes * 60, tell=True))
+    print(report)
+    for problem in report.problems[:20]:
+        print(f"  {problem}")
+    if report.problems:
+        print(f"the files are kept in {folder}")
+        return 1
+    shutil.rmtree(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
