@@ -94,6 +94,7 @@ class EmbeddedState(StateProvider):
         self._writer = Writer(
             self._store.write_group,
             queue_length=self._store.options.limits.queue_length,
+            check=self._store.check_file,
             on_idle=self._on_idle,
             idle_s=sweep_interval_s,
             on_fatal=self._on_fatal,
@@ -118,8 +119,10 @@ class EmbeddedState(StateProvider):
                 command = cast(Command[R], replace(command, reserved=frozenset(self._runner.tools)))
         if command.writes:
             return self._writer.submit(Job(command, asked_by))
-        if self._closed:
-            return _failed(EngineClosedError())
+        try:
+            self.check_open()
+        except StateError as error:
+            return _failed(error)
         reads = command.reads
         state = self._store.find_loaded(command.session_id) if reads is not Reads.FILE else None
         if reads is not Reads.CURRENT:

@@ -4,6 +4,7 @@ Each leaf is a dataclass: its fields are its arguments, `str()` says what is tru
 something to do, what to do next. `rpc/status.py` maps each leaf to a gRPC status code.
 """
 
+import os
 from dataclasses import dataclass
 
 from dspex_persist.errors import DspexError
@@ -440,6 +441,29 @@ class StorageError(StateError):
 
 
 @dataclass(eq=False)
+class ReadFailedError(StateError):
+    """The database could not be read. Nothing has changed by that."""
+
+    retryable = True
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path} could not be read: {self.reason}"
+
+
+@dataclass(eq=False)
+class FileChangedError(StateError):
+    """What is on the disk is not any more what this process opened and alone may change."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path} cannot be used any longer: {self.reason}"
+
+
+@dataclass(eq=False)
 class OutcomeUnknownError(StateError):
     """The disk or the connection broke between sending and acknowledging: written or not, nobody can say yet."""
 
@@ -511,14 +535,21 @@ class OpenError(StateError):
 
 @dataclass(eq=False)
 class DatabaseInUseError(OpenError):
-    """Another process owns the database."""
+    """This or another process owns the database."""
 
     path: str
     pid: int | None
 
     def __str__(self) -> str:
+        if self.pid == os.getpid():
+            return (
+                f"{self.path} is open in this process already (process {self.pid}): use that one, or close() it first"
+            )
         holder = f"process {self.pid}" if self.pid else "another process"
-        return f"{self.path} is in use by {holder}: one server owns a database; stop it, or use another --db"
+        return (
+            f"{self.path} is in use by {holder}: one server owns a database; stop it, or use another --db. "
+            "Several programs share one through a server: `dspex-persist serve`, and connect('grpc://HOST:PORT')"
+        )
 
 
 @dataclass(eq=False)

@@ -702,8 +702,7 @@ class TestOpening:
         path.unlink()
         SessionStore(path).close()
 
-    def test_files_are_their_owner_s_alone(self, tmp_path: Path) -> None:
-        path = tmp_path / "new folder" / "sessions.db"
+    def test_files_are_their_owner_s_alone(self, path: Path) -> None:
         previous = os.umask(0)
         try:
             with closing(SessionStore(path)) as store:
@@ -713,7 +712,11 @@ class TestOpening:
             os.umask(previous)
         suffixes = ("", "-wal", "-shm", ".lock", ".anchor")
         assert modes == {f"sessions.db{suffix}": 0o600 for suffix in suffixes}
-        assert path.parent.stat().st_mode & 0o777 == 0o700
+
+    def test_a_missing_folder_is_not_made(self, tmp_path: Path) -> None:
+        with pytest.raises(errors.NotADatabaseError, match="mkdir -p"):
+            SessionStore(tmp_path / "no such folder" / "sessions.db")
+        assert list(tmp_path.iterdir()) == []
 
     def test_another_program_s_database_is_refused_and_left_alone(self, path: Path) -> None:
         alter(path, "CREATE TABLE theirs (x)")

@@ -86,11 +86,16 @@ def start(sink: Sink) -> Iterator[Start]:
     with ExitStack() as writers:
 
         def start(
-            queue_length: int = 10_000, idle_s: float = 60, write_group: Any = None, on_fatal: Any = None
+            queue_length: int = 10_000,
+            idle_s: float = 60,
+            write_group: Any = None,
+            on_fatal: Any = None,
+            check: Any = None,
         ) -> Writer:
             writer = Writer(
                 write_group or sink.write_group,
                 queue_length=queue_length,
+                check=check or (lambda: None),
                 on_idle=sink.on_idle,
                 idle_s=idle_s,
                 on_fatal=on_fatal or sink.on_fatal,

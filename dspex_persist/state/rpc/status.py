@@ -56,6 +56,8 @@ CODES: dict[type[StateError], StatusCode] = {
     errors.TooManyWatchersError: StatusCode.RESOURCE_EXHAUSTED,
     errors.WatchStalledError: StatusCode.ABORTED,
     errors.StorageError: StatusCode.UNAVAILABLE,
+    errors.ReadFailedError: StatusCode.UNAVAILABLE,
+    errors.FileChangedError: StatusCode.DATA_LOSS,
     errors.OutcomeUnknownError: StatusCode.UNKNOWN,
     errors.UnavailableError: StatusCode.UNAVAILABLE,
     errors.EngineClosedError: StatusCode.UNAVAILABLE,

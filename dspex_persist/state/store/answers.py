@@ -5,8 +5,7 @@ by its index; only what names none of these walks through the log, a window of c
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, cast
 
 from sqlalchemy import Connection, Engine
@@ -159,7 +158,7 @@ _ENDINGS: Final[Mapping[str, str]] = {
 
 
 class StoredAudit(AuditSource):
-    """The history in a file. `let_go` is called when it is closed; within `explained`, errors of SQLite become ours."""
+    """The history in a file. `let_go` is called when it is closed."""
 
     def __init__(
         self,
@@ -167,17 +166,10 @@ class StoredAudit(AuditSource):
         *,
         reveal: bool = False,
         let_go: Callable[[], None] = lambda: None,
-        explained: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.reveal = reveal
         self._readers = readers
         self._let_go = let_go
-        self._explained = explained
-
-    @contextmanager
-    def _snapshot(self) -> Iterator[Connection]:
-        with self._explained(), snapshot(self._readers) as connection:
-            yield connection
 
     def close(self) -> None:
         """Let the file go if it was opened for this."""
@@ -187,12 +179,12 @@ class StoredAudit(AuditSource):
 
     def head(self) -> int:
         """See `AuditSource.head`."""
-        with self._snapshot() as connection:
+        with snapshot(self._readers) as connection:
             return _head(connection)
 
     def resolve(self, point: str, option: str = "at", session: str = "") -> int:
         """See `AuditSource.resolve`."""
-        with self._snapshot() as connection:
+        with snapshot(self._readers) as connection:
             return _resolve(connection, point, option, session)
 
     # Pages
@@ -200,7 +192,7 @@ class StoredAudit(AuditSource):
     def page(self, query: Query[T], after: Cursor | None = None, most: int = 500) -> Page[T]:
         """See `AuditSource.page`."""
         asked: Any = query
-        with self._snapshot() as connection:
+        with snapshot(self._readers) as connection:
             session = "" if is_glob(query.session) else query.session
             bounds = _Bounds(
                 _resolve(connection, query.since, "since", session) if query.since else 0,
@@ -224,12 +216,12 @@ class StoredAudit(AuditSource):
     def execution(self, execution_id: str) -> ExecutionDetail:
         """See `AuditSource.execution`."""
         history = tuple(self.iterate(HistoryQuery(execution_id=execution_id, newest_first=False)))
-        with self._snapshot() as connection:
+        with snapshot(self._readers) as connection:
             return _detail(connection, execution_id, history)
 
     def state(self, session: str, at: str = "") -> tuple[VariableState, ...]:
         """See `AuditSource.state`."""
-        with self._snapshot() as connection:
+        with snapshot(self._readers) as connection:
             sequence = _resolve(connection, at, "at", session)
             key = _session_at(connection, session, sequence)
             rows = _all(
@@ -274,7 +266,7 @@ class StoredAudit(AuditSource):
 
     def version(self, session: str, variable_id: str, version: int) -> HistoryEntry:
         """See `AuditSource.version`."""
-        with self._snapshot() as connection:
+        with snapshot(self._readers) as connection:
             key = _variable_keys(connection, _session_keys(connection, session), variable_id)[-1]
             row = _one_version(connection, key, version)
             if row is None:

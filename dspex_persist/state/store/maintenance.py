@@ -10,7 +10,7 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from dspex_persist.state.errors import (
     NewerSchemaError,
     NotADatabaseError,
     OutcomeUnknownError,
+    ReadFailedError,
     StorageError,
 )
 from dspex_persist.state.model import PrunePolicy, PruneReport
@@ -56,7 +57,7 @@ _NOT_OURS: Final = frozenset(
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Say what the driver and the operating system report in the terms of this package."""
+    """Say what the driver and the operating system report of writing in the terms of this package."""
     try:
         yield
     except (DBAPIError, sqlite3.Error) as error:
@@ -72,7 +73,8 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _refuse_missing(path: Path) -> None:
-    if not path.exists():
+    # Where the folder may not be looked into, too: whoever opens the file says so.
+    if not os.path.lexists(path) and os.access(path.parent, os.X_OK):
         raise NotADatabaseError(str(path), f"there is no such file; `dspex-persist serve --db {path}` makes one")
     if not path.is_file():
         raise NotADatabaseError(str(path), "it is a folder" if path.is_dir() else "it is no regular file")
@@ -209,8 +211,10 @@ def _iter_problems(readers: Engine, anchor: Head | None, progress: Progress) -> 
         try:
             with snapshot(readers) as connection:
                 yield from look(connection)
-        except (DBAPIError, sqlite3.Error, UnicodeDecodeError) as error:
-            yield Problem("file", str(getattr(error, "orig", error)))
+        except (NotADatabaseError, ReadFailedError) as error:
+            yield Problem("file", error.reason)
+        except UnicodeDecodeError as error:
+            yield Problem("file", str(error))
     yield from verify.iter_problems(readers, anchor, lambda done, in_all: progress("checking commits", done, in_all))
 
 
@@ -339,13 +343,10 @@ def _copy(connection: Connection, partial: Path, progress: Progress) -> None:
     # Reading begins the transaction. Without one, each write of a server would begin the copy anew.
     audit.head(connection)
     source: Any = connection.connection.driver_connection
-    copy = sqlite3.connect(partial, isolation_level=None)
-    try:
+    with _explained(partial), closing(sqlite3.connect(partial, isolation_level=None)) as copy:
         source.backup(copy, pages=_BACKUP_PAGES, progress=on_pages)
         # One file, without a WAL beside it, and so one that can be read where nothing can be written.
         copy.execute("PRAGMA journal_mode = DELETE")
-    finally:
-        copy.close()
 
 
 def _publish(partial: Path, target: Path) -> None:
@@ -552,7 +553,7 @@ def open_audit(path: Path, *, reveal: bool = False) -> StoredAudit:
         undo.callback(readers.dispose)
         _refuse_older(readers, path)
         undo.pop_all()
-    return StoredAudit(readers, reveal=reveal, let_go=readers.dispose, explained=lambda: _explained(path))
+    return StoredAudit(readers, reveal=reveal, let_go=readers.dispose)
 
 
 @contextmanager

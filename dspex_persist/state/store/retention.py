@@ -45,7 +45,12 @@ class Retention:
         if policy is None or now < self._next_round or (self._thread is not None and self._thread.is_alive()):
             return
         self._thread = threading.Thread(target=self._round, args=(policy,), name="dspex-persist-retention", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            # No room for a thread just now, which must not end the writer. The next round comes.
+            self._thread = None
+            _logger.warning("history not pruned", reason=str(error))
 
     def close(self) -> None:
         """End the round that is under way."""

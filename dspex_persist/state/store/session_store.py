@@ -23,10 +23,12 @@ from dspex_persist.state.commands.base import check_text
 from dspex_persist.state.errors import (
     CheckpointError,
     DamagedSessionError,
+    FileChangedError,
     IdempotencyConflictError,
     InternalError,
     NotADatabaseError,
     OutcomeUnknownError,
+    ReadFailedError,
     StateError,
     StorageError,
 )
@@ -52,13 +54,17 @@ from dspex_persist.state.store.engine import (
     Durability,
     OwnershipLock,
     checkpoint,
-    create_private,
     open_beside,
     open_readers,
     open_writer,
+    read_error,
+    resolved,
     snapshot,
+    warn_of_others,
 )
 from dspex_persist.state.unit_of_work import START, Drafts, RecordedOutcome, SessionState, UnitOfWork
+from dspex_persist.state.store.guard import RESTORE, FileGuard
+from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, SessionState, UnitOfWork
 from dspex_persist.state.watch import Hub
 
 _logger = structlog.get_logger(__name__)
@@ -66,6 +72,9 @@ _logger = structlog.get_logger(__name__)
 _CERTAIN_ABORTS = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY})
 # What the rows of one job bring about, whatever else is in its group: they never reach the disk.
 _OF_ONE_JOB = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
+
+_LOCKED = "another program holds the lock for writing to the database; have it finish, and repeat the call"
+_BROUGHT_HOME = "all that was acknowledged has been brought into the file: open it again"
 
 
 _PAGE_BYTES = 4 * 1024 * 1024
@@ -106,40 +115,45 @@ class SessionStore:
     """The store on an open file. One thread at a time may call `write_group`, `sweep` and `close`."""
 
     def __init__(self, path: Path, options: StoreOptions | None = None) -> None:
-        self.path = path
         self.options = options or StoreOptions()
         with contextlib.ExitStack() as undo:
-            create_private(path)
-            self._lock = OwnershipLock(path)
+            self._lock = OwnershipLock(path, create=True)
             undo.callback(self._lock.release)
-            self._anchor = Anchor(open_beside(path, ".anchor"))
+            self.path = resolved(path)
+            self._anchor = Anchor(open_beside(self.path, ".anchor"))
             undo.callback(self._anchor.close)
-            self._open_file()
+            self._open_file(undo)
+            warn_of_others(self.path)
             self._interrupt_executions()
             undo.pop_all()
 
-    def _open_file(self) -> None:
+    def _open_file(self, undo: contextlib.ExitStack) -> None:
+        self._readers = open_readers(self.path)
+        undo.callback(self._readers.dispose)
+        self._writer = open_writer(self.path, self.options.durability)
+        undo.callback(self._writer.dispose)
         try:
-            self._readers = open_readers(self.path)
             migrate.refuse_foreign(self._readers)
-            self._writer = open_writer(self.path, self.options.durability)
             migrate.upgrade(self._writer, self.path)
             self._connection = self._writer.connect()
             with self._connection.begin():
                 self.head = recovery.recover(self._connection, self._anchor, self.path)
                 self._keys = log.Keys(self._connection)
+                self._guard = FileGuard(self.path, self._connection)
         except (DBAPIError, sqlite3.Error) as error:
-            raise NotADatabaseError(str(self.path), str(getattr(error, "orig", error))) from error
+            raise NotADatabaseError(str(self.path), read_error(self.path, error).reason) from error
+        except OSError as error:
+            raise NotADatabaseError(str(self.path), error.strerror or str(error)) from error
         self._cache = SessionCache(self.options.cache_size_bytes)
         self.hub = Hub(self.head.sequence)
 
     def _interrupt_executions(self) -> None:
         """Say in the journal that nothing runs any more of what ran when the file was closed or its process died."""
-        with snapshot(self._readers) as connection:
-            self._stale = stored_executions.unfinished(connection)
         try:
+            with snapshot(self._readers) as connection:
+                self._stale = stored_executions.unfinished(connection)
             self._interrupt_stale()
-        except OutcomeUnknownError as error:
+        except (OutcomeUnknownError, ReadFailedError, FileChangedError) as error:
             raise NotADatabaseError(str(self.path), str(error)) from error
 
     def _interrupt_stale(self) -> None:
@@ -157,13 +171,15 @@ class SessionStore:
 
         A job that fails its checks, or whose rows cannot be written, fails alone. An error of the storage fails all of
         them and changes nothing; one that leaves the outcome open is raised as `OutcomeUnknownError`: the store must
-        then be thrown away.
+        then be thrown away. `FileChangedError`: the file is not what it was any more.
         """
         drafts = Drafts(self)
         now = clock.now()
         keys = self._keys.copy()
+        self._look()
         try:
             with self._connection.begin() as transaction:
+                self._guard.look_inside(self._connection, self.head)
                 results, units = self._apply(jobs, drafts, now)
                 head = self._write(units, drafts, keys)
                 if head is None:
@@ -173,11 +189,14 @@ class SessionStore:
             if isinstance(_original(error), _OF_ONE_JOB) and len(jobs) > 1:
                 return self._write_halves(jobs)
             return [Outcome(error=failure) for _ in jobs]
+        except FileChangedError:
+            raise
         except Exception as error:  # noqa: BLE001 - what a job staged cannot be encoded
             if len(jobs) > 1:
                 return self._write_halves(jobs)
             return [Outcome(error=_internal(job.command, error)) for job in jobs]
         self._keys = keys
+        self._note_written()
         self._publish(drafts, units, head)
         return results
 
@@ -189,6 +208,36 @@ class SessionStore:
         middle = len(jobs) // 2
         return self.write_group(jobs[:middle]) + self.write_group(jobs[middle:])
 
+    def check_file(self) -> None:
+        """Raise `FileChangedError` where the file is not what it was any more, or others have written to it."""
+        self._look()
+        try:
+            if self._guard.has_news(self._connection):
+                with self._connection.begin() as transaction:
+                    self._guard.look_inside(self._connection, self.head)
+                    transaction.rollback()
+        except (DBAPIError, sqlite3.Error) as error:
+            # Nothing was to be written. Who writes next, hears of it.
+            _logger.warning("file not checked", reason=str(read_error(self.path, error)))
+
+    def _look(self) -> None:
+        wrong = self._guard.look()
+        if wrong is not None:
+            advice = RESTORE if self._guard.has_moved() or not self._bring_home() else _BROUGHT_HOME
+            raise FileChangedError(str(self.path), f"{wrong}; {advice}")
+
+    def _bring_home(self) -> bool:
+        """Only what is beside the file is gone, and SQLite has it open still: have all of it in the file."""
+        try:
+            return checkpoint(self._writer, "FULL")
+        except (DBAPIError, sqlite3.Error):
+            return False
+
+    def _note_written(self) -> None:
+        """Before anything that was written is acknowledged: it must be in the file of that name."""
+        self._guard.note_written()
+        self._look()
+
     def write_whole(self, jobs: Iterable[Job]) -> list[Any]:
         """Run the jobs in order, all of them in one transaction, however many there are; the results that are not None.
 
@@ -198,8 +247,10 @@ class SessionStore:
         drafts = Drafts(self)
         keys = self._keys.copy()
         results: list[Any] = []
+        self._look()
         try:
             with self._connection.begin():
+                self._guard.look_inside(self._connection, self.head)
                 head = self._write_pages(jobs, drafts, keys, results)
                 if head.sequence > self.head.sequence:
                     log.note_import(self._connection, self.head.sequence + 1, head.sequence)
@@ -210,6 +261,7 @@ class SessionStore:
         except (DBAPIError, sqlite3.Error) as error:
             raise self._settle(error) from error
         self._keys = keys
+        self._note_written()
         self._publish(drafts, (), head)
         self.hub.advance(head.sequence)
         return results
@@ -303,8 +355,9 @@ class SessionStore:
         driver = self._connection.connection.dbapi_connection
         if driver is None or driver.in_transaction:
             self._raise_unknown(original)
-        _logger.warning("group failed", reason=str(original))
-        return StorageError(str(original))
+        reason = _LOCKED if isinstance(code, int) and code & 0xFF == sqlite3.SQLITE_BUSY else str(original)
+        _logger.warning("group failed", reason=reason)
+        return StorageError(reason)
 
     def _raise_unknown(self, original: object) -> NoReturn:
         raise OutcomeUnknownError(f"SQLite reported {original!s} while writing {self.path}")
@@ -314,7 +367,7 @@ class SessionStore:
         if head is not None:
             self.head = head
             if self.options.durability == "full":
-                self._anchor.write(head)
+                self._write_anchor(head)
         for session_id, state in drafts.states.items():
             if state is None:
                 self._cache.drop(session_id)
@@ -326,6 +379,12 @@ class SessionStore:
         if units:
             self.hub.advance(self.head.sequence)
             self._tell_watchers(units)
+
+    def _write_anchor(self, head: Head) -> None:
+        try:
+            self._anchor.write(head)
+        except OSError as error:
+            raise OutcomeUnknownError(f"{self.path}.anchor: {error.strerror or error}") from error
 
     def _tell_watchers(self, units: Sequence[UnitOfWork]) -> None:
         commits: dict[int, list[CommitChanges]] = {}
@@ -451,17 +510,28 @@ class SessionStore:
         """Reclaim: end expired sessions, forget old answers; how many sessions ended. Readers need not wait for it."""
         self._interrupt_stale()
         swept = 0
-        while jobs := self.expired():
+        while jobs := self._find_expired():
             ended = sum(1 for outcome in self.write_group(jobs) if outcome.result)
             swept += ended
             if ended == 0:
                 break
+        self._look()
         try:
             with self._connection.begin():
+                self._guard.look_inside(self._connection, self.head)
                 outcomes.forget(self._connection, clock.now(), self.options.outcome_retention_s)
         except (DBAPIError, sqlite3.Error) as error:
             self._settle(error)
+        self._note_written()
         return swept
+
+    def _find_expired(self) -> list[Job]:
+        try:
+            return self.expired()
+        except (ReadFailedError, NotADatabaseError) as error:
+            # A later sweep ends them. Who reads one of them until then is told that it is over.
+            _logger.warning("expired sessions not found", reason=str(error))
+            return []
 
     def close(self) -> None:
         """Bring the WAL into the file, remember the head, let the file go."""

@@ -20,9 +20,8 @@ from hashlib import sha256
 from typing import Any, Final, TypeAlias, cast
 
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DBAPIError
 
-from dspex_persist.state.errors import quote
+from dspex_persist.state.errors import NotADatabaseError, ReadFailedError, quote
 from dspex_persist.state.model import ChangeKind, EventKind
 from dspex_persist.state.store import audit, migrate, prune
 from dspex_persist.state.store.anchor import Head
@@ -49,7 +48,7 @@ _AFTER_DELETION: Final = -2
 _BEFORE_ALL: Final = float("-inf")
 _AFTER_ALL: Final = float("inf")
 # What rows of a damaged file can make of the code that reads them.
-_UNREADABLE: Final = (sqlite3.Error, DBAPIError, TypeError, ValueError, LookupError, OverflowError)
+_UNREADABLE: Final = (NotADatabaseError, ReadFailedError, TypeError, ValueError, LookupError, OverflowError)
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Told how many commits are checked, of how many."""
@@ -83,7 +82,7 @@ def iter_problems(readers: Engine, anchor: Head | None = None, progress: Progres
         try:
             yield from _walked(readers, walk)
         except _UNREADABLE as error:
-            yield Problem(str(walk), f"it cannot be read any further: {getattr(error, 'orig', error)}")
+            yield Problem(str(walk), f"it cannot be read any further: {getattr(error, 'reason', error)}")
 
 
 def schema_problems(connection: Connection) -> Iterator[Problem]:

@@ -18,6 +18,8 @@ _logger = structlog.get_logger(__name__)
 _MOST_IN_GROUP = 1024
 _GAP_S = 0.003
 """How long the writer waits, after a group of several, for its callers to come back."""
+_CHECK_S = 1.0
+"""How often the writer looks whether it still has what it writes to, while nobody writes."""
 
 WriteGroup: TypeAlias = Callable[[Sequence[Job]], list[Outcome]]
 _Queued: TypeAlias = tuple[Job, Future[Any]]
@@ -26,7 +28,8 @@ _Queued: TypeAlias = tuple[Job, Future[Any]]
 class Writer:
     """Runs `write_group` on everything that is queued, again and again, and resolves the futures after it returns.
 
-    `on_idle` runs about every `idle_s` seconds on the same thread. `on_fatal` is called, once, with what ended the
+    `on_idle` runs about every `idle_s` seconds on the same thread, `check` about every second: what it raises ends the
+    writer. `on_fatal` is called, once, with what ended the
     writer before its time; by then every waiting future has failed, and every later submit does.
     """
 
@@ -35,6 +38,7 @@ class Writer:
         write_group: WriteGroup,
         *,
         queue_length: int,
+        check: Callable[[], object],
         on_idle: Callable[[], object],
         idle_s: float,
         on_fatal: Callable[[BaseException], None],
@@ -42,6 +46,7 @@ class Writer:
         self._write_group = write_group
         self._queue: SimpleQueue[_Queued | None] = SimpleQueue()
         self._queue_length = queue_length
+        self._check = check
         self._on_idle = on_idle
         self._idle_s = idle_s
         self._on_fatal = on_fatal
@@ -89,7 +94,7 @@ class Writer:
 
     def _loop(self, waiting: list[_Queued]) -> None:
         company = 0
-        last_idle = last_end = time.monotonic()
+        last_idle = last_check = last_end = time.monotonic()
         while True:
             more = self._gather(waiting, company, last_end)
             if waiting:
@@ -98,6 +103,9 @@ class Writer:
                 last_end = time.monotonic()
             if not more:
                 return
+            if time.monotonic() - last_check >= _CHECK_S:
+                self._check()
+                last_check = time.monotonic()
             if time.monotonic() - last_idle >= self._idle_s:
                 self._on_idle()
                 last_idle = time.monotonic()
@@ -108,7 +116,7 @@ class Writer:
         `company`: how many were in the last group.
         """
         try:
-            first = self._queue.get(timeout=self._idle_s)
+            first = self._queue.get(timeout=min(self._idle_s, _CHECK_S))
         except Empty:
             return True
         if first is None:

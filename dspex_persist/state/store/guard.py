@@ -1,0 +1,97 @@
+"""Whether the open database still is what has its name, and whether anybody else has written to it.
+
+SQLite does not notice that its file was removed, renamed or replaced, or its WAL: it goes on with what it has open, and
+what is acknowledged goes nowhere. So the names are looked at around every group and about once a second, and SQLite is
+asked whether another connection has written, which none may.
+"""
+
+from pathlib import Path
+from typing import Final
+
+from sqlalchemy import Connection
+
+from dspex_persist.state.errors import FileChangedError
+from dspex_persist.state.store import audit
+from dspex_persist.state.store.anchor import Head
+from dspex_persist.state.store.engine import WAL_LIMIT_BYTES, Identity, identity_of
+
+RESTORE: Final = (
+    "put back the file that it was, with its -wal, or restore a backup, and open it again; "
+    "what was written since the last check may be lost"
+)
+_FOREIGN: Final = (
+    "another program has written to it while it was open, which must not be: look at it with `dspex-persist db check`, "
+    "then open it again. To let several programs write, have them all use `dspex-persist serve`"
+)
+
+
+class FileGuard:
+    """What the files of an open database were when it was last sure that they were its own."""
+
+    def __init__(self, path: Path, connection: Connection) -> None:
+        """In a transaction of the connection that writes, once SQLite has made the files beside it."""
+        self._path = path
+        self._names = [path, *(path.with_name(path.name + suffix) for suffix in ("-wal", "-shm"))]
+        found = [name.stat() for name in self._names]
+        self._files: list[Identity] = [identity_of(each) for each in found]
+        self._size, self._wal_size = found[0].st_size, found[1].st_size
+        self._data_version = data_version(connection)
+
+    def look(self) -> str | None:
+        """What has become of a file whose name is another one's by now, or nobody's; None if all are as they were."""
+        for name, known in zip(self._names, self._files, strict=True):
+            try:
+                found = name.stat()
+            except FileNotFoundError:
+                return f"{name.name} was removed or renamed while it was open"
+            except OSError:
+                # Nobody can look just now; that says nothing about the file.
+                continue
+            if identity_of(found) != known:
+                return f"{name.name} was replaced by another file while it was open"
+        return None
+
+    def has_moved(self) -> bool:
+        """Whether it is the database itself that `look` misses, and not only what is beside it."""
+        try:
+            return identity_of(self._path.stat()) != self._files[0]
+        except OSError:
+            return True
+
+    def look_inside(self, connection: Connection, head: Head) -> None:
+        """In a transaction, before it writes: raise `FileChangedError` where others have written, or cut a file."""
+        size, wal_size = self._measured()
+        version = data_version(connection)
+        if version != self._data_version:
+            # Another program may have had SQLite empty the WAL into the file, which changes nothing.
+            if wal_size or audit.head(connection) != head:
+                raise FileChangedError(str(self._path), _FOREIGN)
+            self._data_version = version
+        elif wal_size < min(self._wal_size, WAL_LIMIT_BYTES):
+            self._refuse_cut(self._names[1])
+        if size < self._size:
+            self._refuse_cut(self._names[0])
+        self._size, self._wal_size = size, wal_size
+
+    def _refuse_cut(self, name: Path) -> None:
+        raise FileChangedError(str(self._path), f"{name.name} was cut short while it was open; {RESTORE}")
+
+    def has_news(self, connection: Connection) -> bool:
+        """Outside of a transaction: whether it is worth while to `look_inside`."""
+        return self._measured() != (self._size, self._wal_size) or data_version(connection) != self._data_version
+
+    def note_written(self) -> None:
+        """After a transaction of this process."""
+        self._size, self._wal_size = self._measured()
+
+    def _measured(self) -> tuple[int, int]:
+        try:
+            return self._names[0].stat().st_size, self._names[1].stat().st_size
+        except OSError:
+            # `look` says what has become of a file that is gone.
+            return self._size, self._wal_size
+
+
+def data_version(connection: Connection) -> int:
+    """A number that changes when another connection has written."""
+    return int(connection.connection.cursor().execute("PRAGMA data_version").fetchone()[0])
