@@ -6,7 +6,9 @@ What is heavy is imported where it is used: a client needs no SQL, a database fi
 import asyncio
 import contextlib
 import dataclasses
+import difflib
 import gc
+import inspect
 import logging
 import os
 import re
@@ -21,10 +23,10 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from dspex_persist.errors import DspexError
-from dspex_persist.infra.listen import ListenError, is_loopback
+from dspex_persist.infra.listen import ListenError, is_loopback, parse_listen, prepare
 from dspex_persist.infra.logs import configure_logs, quiet_grpc
 from dspex_persist.settings import Settings, SettingsError
-from dspex_persist.state.errors import CheckpointError, InvalidArgumentError, quote
+from dspex_persist.state.errors import CheckpointError, FileChangedError, InvalidArgumentError, quote
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.provider import Progress, StateProvider, silent
 
@@ -60,12 +62,10 @@ class StorageFailedError(DspexError):
 
     path: str
     reason: str
+    advice: str = "Look at the disk, then start again; what was acknowledged is safe"
 
     def __str__(self) -> str:
-        return (
-            f"the storage of {self.path} failed, so the server ended: {self.reason}. "
-            "Look at the disk, then start again; what was acknowledged is safe"
-        )
+        return f"the storage of {self.path} failed, so the server ended: {self.reason}. {self.advice}".rstrip()
 
 
 # Providers
@@ -76,12 +76,14 @@ def connect(url: str | os.PathLike[str], **options: Any) -> StateProvider:
 
     A path, or `sqlite:///relative.db` or `sqlite:////absolute.db`: a database file, made where it is missing, that
     this process then owns. Options: the fields of `StoreOptions` (durability, limits, session_ttl_s, ...),
-    `sweep_interval_s`, `on_fatal`. Raises `OpenError`: in use, missing folder, no database of ours, ...
+    `sweep_interval_s`, `on_fatal`. Raises `OpenError`: in use, missing folder, no database of ours, ... A relative path
+    is fixed here: changing the working directory later changes nothing.
 
     `grpc://HOST:PORT` or `grpc+unix:/PATH`: a server. Options: `timeout_s`, `actor`. It is reached with the first
     call, not before.
 
-    Raises `InvalidArgumentError` for any other address.
+    Raises `InvalidArgumentError` for any other address, and for an option that cannot be; `TypeError` for one that
+    does not exist.
     """
     place = _place_of(url)
     return _embedded(place, **options) if isinstance(place, Path) else _bridged(place, **options)
@@ -167,22 +169,40 @@ def _place_of(url: str | os.PathLike[str]) -> Path | str:
         return rest[2:]
     if scheme == "grpc+unix" and rest.strip("/"):
         return f"unix:{re.sub('^//(?=/)', '', rest)}"
-    raise InvalidArgumentError("url", f"{quote(url)} is not {_FORMS}")
+    hint = "; for a database that goes again, name a file in a temporary folder" if url == ":memory:" else ""
+    raise InvalidArgumentError("url", f"{quote(url)} is not {_FORMS}{hint}")
 
 
 def _embedded(path: Path, **options: Any) -> "EmbeddedState":
     from dspex_persist.state.embedded import EmbeddedState
     from dspex_persist.state.store.session_store import StoreOptions
 
-    names = [field.name for field in dataclasses.fields(StoreOptions) if field.name in options]
-    store_options = StoreOptions(**{name: options.pop(name) for name in names})
+    of_store = [field.name for field in dataclasses.fields(StoreOptions)]
+    _check_options(options, [*of_store, *_options_of(EmbeddedState)], "a file")
+    store_options = StoreOptions(**{name: options.pop(name) for name in of_store if name in options})
     return EmbeddedState(path, store_options, **options)
+
+
+def _options_of(kind: type) -> list[str]:
+    """The arguments of a provider that are given by name."""
+    parameters = inspect.signature(kind).parameters.values()
+    return [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
+
+
+def _check_options(given: "Iterable[str]", known: list[str], what: str) -> None:
+    for name in given:
+        if name not in known:
+            meant = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {meant[0]}?" if meant else f"there are {', '.join(sorted(known))}"
+            # What Python itself raises for an argument that a function does not have.
+            raise TypeError(f"{what} has no option {name}; {hint}")
 
 
 def _bridged(target: str, **options: Any) -> "BridgedState":
     quiet_grpc()
     from dspex_persist.state.bridged import BridgedState
 
+    _check_options(options, _options_of(BridgedState), "a server")
     return BridgedState(target, **options)
 
 
@@ -234,10 +254,11 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 
 async def _serve(settings: Settings) -> None:
     end = _End(asyncio.get_running_loop(), str(settings.db))
+    path = _check_places(settings)
     # Before the file is opened: importing them takes its time, and may fail.
     tools = _load_tools(settings)
     # Opened, and so locked, before anything is bound: a second server on the file ends here.
-    provider = _open(settings, end.on_storage_failed)
+    provider = _open(settings, _settled(settings.db, path), end.on_storage_failed)
     try:
         await _serve_bridge(settings, provider, tools, end)
     finally:
@@ -245,6 +266,20 @@ async def _serve(settings: Settings) -> None:
     if end.failure is not None:
         raise end.failure
     _log.info("stopped", db=str(settings.db))
+
+
+def _check_places(settings: Settings) -> Path:
+    """Where the database is. A server that cannot have it, or its address, ends here, before it makes a file."""
+    from dspex_persist.state.store import maintenance
+
+    path = maintenance.refuse_owned(settings.db)
+    prepare(parse_listen(settings.listen))
+    return path
+
+
+def _settled(path: Path, meant: Path) -> Path:
+    """`path` while it is the one that was meant; tools that are imported may change the working directory."""
+    return path if path.resolve() == meant else meant
 
 
 def _load_tools(settings: Settings) -> "Mapping[str, ToolCode]":
@@ -262,10 +297,10 @@ def _load_tools(settings: Settings) -> "Mapping[str, ToolCode]":
     return toolbox
 
 
-def _open(settings: Settings, on_fatal: Callable[[BaseException], None]) -> "EmbeddedState":
+def _open(settings: Settings, path: Path, on_fatal: Callable[[BaseException], None]) -> "EmbeddedState":
     """The engine on the database of `settings`."""
     return _embedded(
-        settings.db,
+        path,
         durability=settings.durability,
         limits=limits_of(settings),
         session_ttl_s=settings.session_ttl_s,
@@ -389,7 +424,9 @@ class _End:
 
     def on_storage_failed(self, error: BaseException) -> None:
         """On the writer's thread, when its callers have been told: let their answers out, and end in any case."""
-        self.failure = StorageFailedError(self._path, str(error))
+        # It says by itself what to do, and the disk is not to blame.
+        advice = ("",) if isinstance(error, FileChangedError) else ()
+        self.failure = StorageFailedError(self._path, str(error), *advice)
         _log.critical("storage failed", db=self._path, reason=str(error))
         deadline = threading.Timer(_LAST_WORDS_S, os._exit, (EXIT_STORAGE_FAILED,))
         deadline.daemon = True

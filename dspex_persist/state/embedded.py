@@ -44,6 +44,7 @@ from dspex_persist.state.model import (
 from dspex_persist.state.provider import Capability, Progress, StateProvider, silent
 from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.runner import ToolCode, ToolRunner, request_of
+from dspex_persist.state.store.options import check_count, check_seconds
 from dspex_persist.state.store.retention import Retention
 from dspex_persist.state.store.session_store import Job, SessionStore, StoreOptions
 from dspex_persist.state.store.writer import Writer
@@ -77,6 +78,8 @@ class EmbeddedState(StateProvider):
         tools: Mapping[str, ToolCode] | None = None,
         tool_threads: int = 64,
     ) -> None:
+        check_seconds("sweep_interval_s", sweep_interval_s)
+        check_count("tool_threads", tool_threads)
         self._store = SessionStore(Path(path), options)
         self._failed: StateError | None = None
         self._told_fatal = on_fatal

@@ -302,7 +302,7 @@ def test_the_example_on_the_page_is_a_recording(other: Path) -> None:
 
 
 def test_the_file_is_made_where_it_is_missing(state: EmbeddedState, path: Path) -> None:
-    target = path.with_name("new") / "new.db"
+    target = path.with_name("new.db")
     assert wiring.import_session(target, io.StringIO(exported(path))).commits == 2
     assert maintenance.check(target).problems == ()
 
@@ -368,11 +368,13 @@ def test_a_refused_recording_makes_no_file(state: EmbeddedState, path: Path, tmp
     write(state, range(300))
     (tmp_path / "there").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    for target in (tmp_path / "there" / "new.db", tmp_path / "not" / "there" / "new.db"):
-        for damage, _ in damaged(exported(path)):
-            with pytest.raises(RecordingError):
-                imported(target, damage)
-            assert sorted(tmp_path.rglob("*")) == before
+    for damage, _ in damaged(exported(path)):
+        with pytest.raises(RecordingError):
+            imported(tmp_path / "there" / "new.db", damage)
+        assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(NotADatabaseError, match="mkdir -p"):
+        imported(tmp_path / "not" / "there" / "new.db", exported(path))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_store_goes_on_after_an_import_that_failed(state: EmbeddedState, path: Path, other: Path) -> None:
@@ -454,7 +456,7 @@ def test_a_key_that_was_used_is_answered_as_before(state: EmbeddedState, path: P
 
 
 def test_a_file_that_is_open_is_refused(state: EmbeddedState, path: Path) -> None:
-    with pytest.raises(DatabaseInUseError, match="stop it"):
+    with pytest.raises(DatabaseInUseError, match="in this process already"):
         imported(path, exported(path), session_id="copy")
 
 

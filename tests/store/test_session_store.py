@@ -930,6 +930,6 @@ class TestHousekeeping:
             begin(store)
             run(store, write("x", 1), key="key")
         alter(path, f"CREATE TRIGGER planted BEFORE DELETE ON outcomes BEGIN {PLANTED}; END")
-        with closing(SessionStore(path, StoreOptions(outcome_retention_s=-1))) as store:
+        with closing(SessionStore(path, StoreOptions(outcome_retention_s=1e-6))) as store:
             store.sweep()
             assert run(store, write("x", 2)) == 2

@@ -168,10 +168,10 @@ def _take(path: Path, create: bool) -> tuple[Identity, int | None]:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise NotADatabaseError(str(path), "it is a folder" if path.is_dir() else "it is no regular file")
+            raise NotADatabaseError(str(path), os.strerror(errno.EISDIR) if path.is_dir() else "it is no regular file")
         identity = identity_of(found)
-        _refuse_second_name(path, found)
         if sys.platform != "linux":
+            _refuse_second_name(path, found)
             return identity, None
         file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         # Not ours yet, and not to be closed just so either.
@@ -180,6 +180,7 @@ def _take(path: Path, create: bool) -> tuple[Identity, int | None]:
             identity = identity_of(os.fstat(file))
             if identity in _owned or _is_taken(file):
                 raise DatabaseInUseError(str(path), _owned.get(identity))
+            _refuse_second_name(path, found)
             _parked.remove(file)
         finally:
             _close_parked()

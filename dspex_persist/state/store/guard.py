@@ -28,9 +28,13 @@ _FOREIGN: Final = (
 class FileGuard:
     """What the files of an open database were when it was last sure that they were its own."""
 
-    def __init__(self, path: Path, connection: Connection) -> None:
-        """In a transaction of the connection that writes, once SQLite has made the files beside it."""
+    def __init__(self, path: Path, name: Path, connection: Connection) -> None:
+        """In a transaction of the connection that writes, once SQLite has made the files beside it.
+
+        `name`: what errors call it.
+        """
         self._path = path
+        self._name = name
         self._names = [path, *(path.with_name(path.name + suffix) for suffix in ("-wal", "-shm"))]
         found = [name.stat() for name in self._names]
         self._files: list[Identity] = [identity_of(each) for each in found]
@@ -65,7 +69,7 @@ class FileGuard:
         if version != self._data_version:
             # Another program may have had SQLite empty the WAL into the file, which changes nothing.
             if wal_size or audit.head(connection) != head:
-                raise FileChangedError(str(self._path), _FOREIGN)
+                raise FileChangedError(str(self._name), _FOREIGN)
             self._data_version = version
         elif wal_size < min(self._wal_size, WAL_LIMIT_BYTES):
             self._refuse_cut(self._names[1])
@@ -74,7 +78,7 @@ class FileGuard:
         self._size, self._wal_size = size, wal_size
 
     def _refuse_cut(self, name: Path) -> None:
-        raise FileChangedError(str(self._path), f"{name.name} was cut short while it was open; {RESTORE}")
+        raise FileChangedError(str(self._name), f"{name.name} was cut short while it was open; {RESTORE}")
 
     def has_news(self, connection: Connection) -> bool:
         """Outside of a transaction: whether it is worth while to `look_inside`."""

@@ -36,7 +36,15 @@ from dspex_persist.state.store import audit, migrate, recordings, recovery, veri
 from dspex_persist.state.store import prune as pruning
 from dspex_persist.state.store.anchor import Anchor, Head
 from dspex_persist.state.store.answers import StoredAudit
-from dspex_persist.state.store.engine import OwnershipLock, checkpoint, open_beside, open_readers, open_writer, snapshot
+from dspex_persist.state.store.engine import (
+    OwnershipLock,
+    checkpoint,
+    open_beside,
+    open_readers,
+    open_writer,
+    resolved,
+    snapshot,
+)
 from dspex_persist.state.store.schema import REVISION
 from dspex_persist.state.store.session_store import Job, SessionStore
 from dspex_persist.state.store.verify import Problem
@@ -78,6 +86,14 @@ def _refuse_missing(path: Path) -> None:
         raise NotADatabaseError(str(path), f"there is no such file; `dspex-persist serve --db {path}` makes one")
     if not path.is_file():
         raise NotADatabaseError(str(path), "it is a folder" if path.is_dir() else "it is no regular file")
+
+
+def refuse_owned(path: Path) -> Path:
+    """The file's one name, where it is; `DatabaseInUseError` if somebody owns it. Makes nothing where it is missing."""
+    with _explained(path):
+        if path.is_file():
+            OwnershipLock(path).release()
+    return resolved(path)
 
 
 @contextmanager

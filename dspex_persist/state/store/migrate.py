@@ -14,6 +14,10 @@ from dspex_persist.clock import now
 from dspex_persist.state.errors import NewerSchemaError, NotADatabaseError, UpgradeError
 from dspex_persist.state.store.schema import REVISION
 
+_OURS = frozenset({"sessions", "variables", "versions", "commits"})
+"""What every revision of the schema has."""
+_MOST_NAMED = 5
+
 
 @dataclass(frozen=True, slots=True)
 class Upgrade:
@@ -33,11 +37,14 @@ def migrations_path() -> Path:
 def current_revision(connection: Connection) -> str | None:
     """The file's revision; None in an empty one."""
     tables = inspect(connection).get_table_names()
-    if "alembic_version" in tables:
+    # Others keep their revision in a table of that name, too.
+    if "alembic_version" in tables and _OURS.issubset(tables):
         row = connection.execute(text("SELECT version_num FROM alembic_version")).first()
         return row[0] if row else None
     if tables:
-        raise NotADatabaseError(_path_of(connection), f"it is another program's database (tables: {tables[:3]})")
+        more = ", ..." if len(tables) > _MOST_NAMED else ""
+        named = ", ".join(sorted(tables)[:_MOST_NAMED])
+        raise NotADatabaseError(_path_of(connection), f"it is another program's database (tables: {named}{more})")
     return None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, get_args
 
 import structlog
 from sqlalchemy import Connection
@@ -26,11 +26,13 @@ from dspex_persist.state.errors import (
     FileChangedError,
     IdempotencyConflictError,
     InternalError,
+    InvalidArgumentError,
     NotADatabaseError,
     OutcomeUnknownError,
     ReadFailedError,
     StateError,
     StorageError,
+    quote,
 )
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
@@ -62,9 +64,9 @@ from dspex_persist.state.store.engine import (
     snapshot,
     warn_of_others,
 )
-from dspex_persist.state.unit_of_work import START, Drafts, RecordedOutcome, SessionState, UnitOfWork
 from dspex_persist.state.store.guard import RESTORE, FileGuard
-from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, SessionState, UnitOfWork
+from dspex_persist.state.store.options import check_count, check_seconds
+from dspex_persist.state.unit_of_work import START, Drafts, RecordedOutcome, SessionState, UnitOfWork
 from dspex_persist.state.watch import Hub
 
 _logger = structlog.get_logger(__name__)
@@ -96,6 +98,21 @@ class StoreOptions:
     retention_ended_sessions_s: float | None = None
     warn_size_bytes: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.durability not in get_args(Durability):
+            raise InvalidArgumentError("durability", f"{quote(self.durability)} is neither 'full' nor 'normal'")
+        if not isinstance(self.limits, Limits):
+            raise InvalidArgumentError("limits", f"{quote(self.limits)} is no dspex_persist.state.limits.Limits")
+        check_seconds("outcome_retention_s", self.outcome_retention_s)
+        check_seconds("optimization_lease_s", self.optimization_lease_s)
+        check_count("cache_size_bytes", self.cache_size_bytes)
+        for name in ("session_ttl_s", "retention_age_s", "retention_ended_sessions_s"):
+            if getattr(self, name) is not None:
+                check_seconds(name, getattr(self, name))
+        for name in ("retention_keep_versions", "warn_size_bytes"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+
 
 class Job(NamedTuple):
     """A command and who asks."""
@@ -119,7 +136,8 @@ class SessionStore:
         with contextlib.ExitStack() as undo:
             self._lock = OwnershipLock(path, create=True)
             undo.callback(self._lock.release)
-            self.path = resolved(path)
+            # Errors name the file as its user does.
+            self.path, self._name = resolved(path), path
             self._anchor = Anchor(open_beside(self.path, ".anchor"))
             undo.callback(self._anchor.close)
             self._open_file(undo)
@@ -134,16 +152,16 @@ class SessionStore:
         undo.callback(self._writer.dispose)
         try:
             migrate.refuse_foreign(self._readers)
-            migrate.upgrade(self._writer, self.path)
+            migrate.upgrade(self._writer, self._name)
             self._connection = self._writer.connect()
             with self._connection.begin():
-                self.head = recovery.recover(self._connection, self._anchor, self.path)
+                self.head = recovery.recover(self._connection, self._anchor, self._name)
                 self._keys = log.Keys(self._connection)
-                self._guard = FileGuard(self.path, self._connection)
+                self._guard = FileGuard(self.path, self._name, self._connection)
         except (DBAPIError, sqlite3.Error) as error:
-            raise NotADatabaseError(str(self.path), read_error(self.path, error).reason) from error
+            raise NotADatabaseError(str(self._name), read_error(self.path, error).reason) from error
         except OSError as error:
-            raise NotADatabaseError(str(self.path), error.strerror or str(error)) from error
+            raise NotADatabaseError(str(self._name), error.strerror or str(error)) from error
         self._cache = SessionCache(self.options.cache_size_bytes)
         self.hub = Hub(self.head.sequence)
 
@@ -154,7 +172,7 @@ class SessionStore:
                 self._stale = stored_executions.unfinished(connection)
             self._interrupt_stale()
         except (OutcomeUnknownError, ReadFailedError, FileChangedError) as error:
-            raise NotADatabaseError(str(self.path), str(error)) from error
+            raise NotADatabaseError(str(self._name), str(error)) from error
 
     def _interrupt_stale(self) -> None:
         """A disk without room keeps nobody from reading: what cannot be said now is said by a later sweep."""
@@ -224,7 +242,7 @@ class SessionStore:
         wrong = self._guard.look()
         if wrong is not None:
             advice = RESTORE if self._guard.has_moved() or not self._bring_home() else _BROUGHT_HOME
-            raise FileChangedError(str(self.path), f"{wrong}; {advice}")
+            raise FileChangedError(str(self._name), f"{wrong}; {advice}")
 
     def _bring_home(self) -> bool:
         """Only what is beside the file is gone, and SQLite has it open still: have all of it in the file."""
@@ -360,7 +378,7 @@ class SessionStore:
         return StorageError(reason)
 
     def _raise_unknown(self, original: object) -> NoReturn:
-        raise OutcomeUnknownError(f"SQLite reported {original!s} while writing {self.path}")
+        raise OutcomeUnknownError(f"SQLite reported {original!s} while writing {self._name}")
 
     def _publish(self, drafts: Drafts, units: Sequence[UnitOfWork], head: Head | None) -> None:
         """Let readers and watchers see what is durable now."""
@@ -384,7 +402,7 @@ class SessionStore:
         try:
             self._anchor.write(head)
         except OSError as error:
-            raise OutcomeUnknownError(f"{self.path}.anchor: {error.strerror or error}") from error
+            raise OutcomeUnknownError(f"{self._name}.anchor: {error.strerror or error}") from error
 
     def _tell_watchers(self, units: Sequence[UnitOfWork]) -> None:
         commits: dict[int, list[CommitChanges]] = {}
@@ -541,7 +559,7 @@ class SessionStore:
             checkpoint(self._writer)
             self._anchor.write(self.head)
         except (DBAPIError, sqlite3.Error, OSError) as error:
-            raise CheckpointError(str(self.path), str(error)) from error
+            raise CheckpointError(str(self._name), str(error)) from error
         finally:
             self._writer.dispose()
             self._anchor.close()

@@ -161,12 +161,11 @@ def _opened(path: Path, options: StoreOptions | None) -> Iterator[SessionStore]:
 
 
 def _missing(path: Path) -> list[Path]:
-    """What opening a database would make: nothing where it is there, else the file, its side files, its folders."""
+    """What opening a database would make: nothing where it is there, else the file and its side files."""
     if os.path.lexists(path):
         return []
     files = [path.with_name(path.name + suffix) for suffix in ("", "-wal", "-shm", ".anchor", ".lock")]
-    folders = [folder for folder in path.absolute().parents if not folder.exists()]
-    return [file for file in files if not file.exists()] + folders
+    return [file for file in files if not file.exists()]
 
 
 def _remove_empty(path: Path, made: Sequence[Path]) -> None:
@@ -178,9 +177,7 @@ def _remove_empty(path: Path, made: Sequence[Path]) -> None:
         try:
             if _is_empty(path):
                 for each in made:
-                    # A folder stays if somebody has put something else into it.
-                    with suppress(OSError):
-                        (each.rmdir if each.is_dir() else each.unlink)()
+                    each.unlink(missing_ok=True)
         finally:
             lock.release()
 
