@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from dspex_persist.cognitive.tools import Tool as Tool
     from dspex_persist.cognitive.tools import tool as tool
     from dspex_persist.cognitive.variables import Variables as Variables
+    from dspex_persist.cognitive.variables import decode as decode
     from dspex_persist.errors import DspexError as DspexError
     from dspex_persist.settings import Settings as Settings
     from dspex_persist.settings import load_settings as load_settings
@@ -39,6 +40,7 @@ _HOMES = {
     "Toolbox": "dspex_persist.cognitive.toolbox",
     "Variables": "dspex_persist.cognitive.variables",
     "connect": "dspex_persist.wiring",
+    "decode": "dspex_persist.cognitive.variables",
     "load_settings": "dspex_persist.settings",
     "open_audit": "dspex_persist.wiring",
     "serve": "dspex_persist.wiring",

@@ -1,17 +1,17 @@
 """ToolContext: what a tool's function reaches of its execution."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from random import Random
 from typing import Any
 from uuid import UUID
 
-from dspex_persist.cognitive.variables import VariableMapping
+from dspex_persist.cognitive.variables import Mapped, VariableMapping
 from dspex_persist.state.errors import VariableNotFoundError
 from dspex_persist.state.runner import ToolCode, ToolSession
 
 
-class ToolContext:
+class ToolContext(Mapped):
     """The transaction that a tool runs in: `ctx["temperature"]` reads from its snapshot, with its own writes over it.
 
     What is written shows outside when the tool has ended well, all at once, and never otherwise. Usable from any
@@ -71,8 +71,8 @@ class ToolContext:
         """
         try:
             return self._session.publish(name, value, metadata)
-        except VariableNotFoundError as error:
-            raise KeyError(name) from error
+        except VariableNotFoundError:
+            raise KeyError(name) from None
 
     def call(self, tool: ToolCode | str, /, **arguments: object) -> Any:
         """Run another tool, given itself or by name, in the same transaction; an asynchronous tool awaits the result.
@@ -80,20 +80,3 @@ class ToolContext:
         If it fails and the error is caught, only what it wrote itself is undone.
         """
         return self._session.call(tool if isinstance(tool, str) else tool.spec.name, arguments)
-
-    # The variables themselves. Their types are known at run time only, hence Any.
-
-    def __getitem__(self, name: str) -> Any:
-        return self.variables[name]
-
-    def __setitem__(self, name: str, value: object) -> None:
-        self.variables[name] = value
-
-    def __delitem__(self, name: str) -> None:
-        del self.variables[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.variables
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.variables)

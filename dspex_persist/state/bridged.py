@@ -15,7 +15,7 @@ import grpc
 from google.protobuf.message import Message
 
 from dspex_persist.infra.channels import channel_options
-from dspex_persist.state import commands, values
+from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import (
     EngineClosedError,
@@ -45,7 +45,7 @@ from dspex_persist.state.model import (
     Variable,
     VariablesFound,
 )
-from dspex_persist.state.provider import Capability, Progress, StateProvider, silent
+from dspex_persist.state.provider import Capability, Progress, StateProvider, check_watch, fault_of, silent
 from dspex_persist.state.rpc import audit_client, codec
 from dspex_persist.state.rpc.audit_client import BridgedAudit
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
@@ -56,6 +56,7 @@ from dspex_persist.state.rpc.headers import (
     BEFORE_VERSION,
     BINARY,
     EXECUTION_ID,
+    EXPECTED_VERSION,
     IDEMPOTENCY_KEY,
     INITIAL_VALUES,
     OPTIMIZER_ID,
@@ -107,7 +108,7 @@ class BridgedState(StateProvider):
         self._target = target
         self._timeout_s = timeout_s
         self._execution_id = execution_id
-        self._actor = actor or f"user:{getpass.getuser()}"
+        self._actor = arguments.text("actor", actor) if actor else f"user:{getpass.getuser()}"
         self._channel = grpc.insecure_channel(target, options=(*channel_options(target), *_RECONNECTING))
         self._calls = {method.name: self._stub(method) for method in codec.BRIDGE_SERVICE.methods}
         self._closed = False
@@ -120,8 +121,9 @@ class BridgedState(StateProvider):
 
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
         """Send the command; the future resolves with the answer."""
-        if self._closed:
-            return _failed(EngineClosedError())
+        fault = EngineClosedError() if self._closed else fault_of(command, origin)
+        if fault is not None:
+            return _failed(fault)
         wire = _WIRES.get(type(command))
         if wire is None:
             return _failed(UnsupportedError(f"{command.cause} over the bridge"))
@@ -143,6 +145,7 @@ class BridgedState(StateProvider):
         """Watch variables; see `StateProvider.watch`."""
         if self._closed:
             raise EngineClosedError()
+        identifiers = check_watch(session_id, identifiers, after_sequence)
         try:
             request = pb.WatchVariablesRequest(
                 session_id=session_id, variable_identifiers=identifiers, include_initial_values=after_sequence is None
@@ -169,6 +172,7 @@ class BridgedState(StateProvider):
         Whoever stops taking chunks holds the tool back, and who closes the iterator ends it: nothing is written then.
         """
         command = commands.ExecuteTool(session_id, tool, values.encode_arguments(parameters or {}), metadata or {})
+        command.check()
         origin = self.default_origin("ExecuteStreamingTool")
         call = self._calls["ExecuteStreamingTool"](_execute_tool(command), metadata=self._headers_of(origin, command))
         try:
@@ -187,6 +191,7 @@ class BridgedState(StateProvider):
         """
         if self._closed:
             raise EngineClosedError()
+        reveal = arguments.flag("reveal", reveal)
         return BridgedAudit(self._channel, self._target, timeout_s=self._timeout_s, reveal=reveal, let_go=let_go)
 
     def prune(self, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PruneReport:
@@ -204,6 +209,8 @@ class BridgedState(StateProvider):
 
     def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
         """The user of this process."""
+        if idempotency_key is not None:
+            arguments.text("idempotency_key", idempotency_key)
         return Origin(self._actor, cause, Source.PYTHON, idempotency_key)
 
     def close(self) -> None:
@@ -336,12 +343,14 @@ def _session_view(response: pb.InitializeSessionResponse, call: Any) -> SessionV
 
 def _headers_of(origin: Origin, command: Command[Any], execution_id: str | None) -> _Headers:
     before = command.before if isinstance(command, commands.GetVariableHistory) else None
+    expected = command.expected_version if isinstance(command, commands.SetVariable) else None
     headers = {
         ACTOR: origin.actor,
         SOURCE: origin.source.value if origin.source is Source.PYTHON else None,
         IDEMPOTENCY_KEY: origin.idempotency_key,
         OPTIMIZER_ID: origin.optimizer_id,
         BEFORE_VERSION: None if before is None else str(before),
+        EXPECTED_VERSION: None if expected is None else str(expected),
         EXECUTION_ID: execution_id,
         TOOLS: ALL_TOOLS if isinstance(command, _ListAllTools) else None,
     }
@@ -385,7 +394,7 @@ def _set_variable(command: commands.SetVariable) -> Message:
         variable_identifier=command.identifier,
         value=_untyped(command.value),
         metadata=command.metadata,
-        expected_version=command.expected_version,
+        expected_version=command.expected_version or 0,
         binary_value=command.value.binary or b"",
     )
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 import structlog
 
+from dspex_persist.state import arguments
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.commands import (
     Command,
@@ -41,7 +42,7 @@ from dspex_persist.state.model import (
     ToolSpec,
     Update,
 )
-from dspex_persist.state.provider import Capability, Progress, StateProvider, silent
+from dspex_persist.state.provider import Capability, Progress, StateProvider, check_watch, fault_of, silent
 from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.runner import ToolCode, ToolRunner, request_of
 from dspex_persist.state.store.options import check_count, check_seconds
@@ -113,6 +114,9 @@ class EmbeddedState(StateProvider):
 
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
         """Have the command carried out: a read of a session that is in memory is done when this returns."""
+        fault = fault_of(command, origin)
+        if fault is not None:
+            return _failed(fault)
         asked_by = origin or self.default_origin(command.cause)
         if self._runner is not None and not self._closed:
             # The runner's own submits pass here, too, and are no such commands.
@@ -153,6 +157,7 @@ class EmbeddedState(StateProvider):
         self, session_id: str, identifiers: Sequence[str] = (), *, after_sequence: int | None = None
     ) -> "EmbeddedWatch":
         """Watch variables; see `StateProvider.watch`."""
+        identifiers = check_watch(session_id, identifiers, after_sequence)
         if self._store.hub.count >= self._store.options.limits.watchers:
             raise TooManyWatchersError(self._store.options.limits.watchers)
         return EmbeddedWatch(
@@ -178,24 +183,30 @@ class EmbeddedState(StateProvider):
     def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
         """The tools that it was opened with, and those that the session's workers have registered."""
         own = [tool.spec for tool in self._runner.tools.values()] if self._runner is not None else []
+        arguments.text("session_id", session_id)
         registered = self.run(ListTools(session_id)).values() if session_id else ()
         return (*own, *(tool.spec for tool in registered))
 
     def audit(self, *, reveal: bool = False) -> AuditSource:
         """See `StateProvider.audit`."""
         self.check_open()
-        return self._store.audit(reveal=reveal)
+        return self._store.audit(reveal=arguments.flag("reveal", reveal))
 
     def record(
         self, session_id: str, *, started: int | None = None, reveal: bool = False
     ) -> tuple[Header, Iterator[RecordedCommit]]:
         """See `StateProvider.record`."""
         self.check_open()
+        arguments.text("session_id", session_id)
+        if started is not None:
+            arguments.number("started", started)
         return self._store.record(session_id, started=started, reveal=reveal)
 
     def fork_session(self, session_id: str, new_session_id: str, at: str = "") -> SessionView:
         """See `StateProvider.fork_session`."""
         self.check_open()
+        for field, given in (("session_id", session_id), ("new_session_id", new_session_id), ("at", at)):
+            arguments.text(field, given)
         return self.run(self._store.fork(session_id, new_session_id, at))
 
     def prune(self, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PruneReport:
@@ -222,6 +233,7 @@ class EmbeddedState(StateProvider):
     def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
         """The user of this process."""
         if idempotency_key is not None:
+            arguments.text("idempotency_key", idempotency_key)
             return Origin(self._actor, cause, Source.PYTHON, idempotency_key)
         origin = self._origins.get(cause)
         if origin is None:

@@ -40,7 +40,7 @@ class SessionNotFoundError(StateError):
     session_id: str
 
     def __str__(self) -> str:
-        return f"session not found: {quote(self.session_id)}; begin it with InitializeSession"
+        return f"session not found: {quote(self.session_id)}; it was never begun, or has ended: begin it first"
 
 
 @dataclass(eq=False)
@@ -90,9 +90,11 @@ class VariableNotFoundError(StateError):
 
     session_id: str
     identifier: str
+    hint: str = ""
 
     def __str__(self) -> str:
-        return f"variable not found: {quote(self.identifier)} in session {quote(self.session_id)}"
+        hint = f"; {self.hint}" if self.hint else ""
+        return f"variable not found: {quote(self.identifier)} in session {quote(self.session_id)}{hint}"
 
 
 @dataclass(eq=False)

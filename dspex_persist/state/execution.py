@@ -283,6 +283,7 @@ class Execution:
 
     def run(self, command: Command[R], origin: Origin) -> R:
         """Carry out a command on the session as the execution sees it."""
+        command.check()
         with self.overlay.lock:
             self.check_running()
             self.check_is_of(command.session_id)

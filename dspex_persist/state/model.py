@@ -1,4 +1,4 @@
-"""What the state layer speaks of: frozen records without behaviour of their own.
+"""What the state layer speaks of: frozen records without behaviour of their own, their mappings included.
 
 Times are aware UTC. A *sequence* is the global number of a commit; a *version* counts the changes of one variable.
 The records that every write makes are named tuples: a frozen dataclass of that size takes six times as long to make.
@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any, ClassVar, NamedTuple
+
+from dspex_persist.state.frozen import freeze
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,9 @@ class Session:
     ttl_s: float | None = None
     sequence: int = 0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metadata", freeze(self.metadata))
+
 
 @dataclass(frozen=True, slots=True)
 class Optimization:
@@ -83,6 +88,9 @@ class Optimization:
     config: Mapping[str, str] = field(default_factory=dict)
     lease_s: float = 300.0
     renewed_at: datetime | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", freeze(self.config))
 
     def expires_at(self) -> datetime:
         """When the lease ends unless the holder writes again."""
@@ -216,6 +224,9 @@ class SessionSummary:
     variable_count: int
     tool_count: int
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metadata", freeze(self.metadata))
+
 
 @dataclass(frozen=True, slots=True)
 class SessionView:
@@ -294,6 +305,9 @@ class ToolSpec:
     retries: int = 0
     timeout_s: float | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metadata", freeze(self.metadata))
 
 
 @dataclass(frozen=True, slots=True)

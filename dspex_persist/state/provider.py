@@ -17,10 +17,10 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Any, Self, TypeAlias, TypeVar
 
-from dspex_persist.state import commands, values
+from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.commands import Command
-from dspex_persist.state.errors import InvalidArgumentError, UnsupportedError
+from dspex_persist.state.errors import InvalidArgumentError, StateError, UnsupportedError, VariableNotFoundError
 from dspex_persist.state.model import (
     BatchOutcome,
     Origin,
@@ -39,6 +39,7 @@ from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.watch import Watch
 
 R = TypeVar("R")
+V = TypeVar("V")
 
 
 TOOL_TIMEOUT_S = 300.0
@@ -52,6 +53,26 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 def silent(_what: str, _done: int, _in_all: int) -> None:
     """The progress of whoever does not ask for it."""
+
+
+def fault_of(command: object, origin: object) -> StateError | None:
+    """What is wrong with what a caller submits, before anything is done about it; alike for every backend."""
+    if not isinstance(command, Command):
+        return InvalidArgumentError("command", f"it must be a Command, not {type(command).__name__}")
+    if command.fault is None and origin is not None:
+        try:
+            arguments.origin(origin)
+        except InvalidArgumentError as error:
+            return error
+    return command.fault
+
+
+def check_watch(session_id: object, identifiers: object, after_sequence: object) -> tuple[str, ...]:
+    """Raise for what is wrong with the arguments of `watch`; its identifiers."""
+    arguments.text("session_id", session_id)
+    if after_sequence is not None:
+        arguments.number("after_sequence", after_sequence)
+    return arguments.texts("identifiers", identifiers)
 
 
 class Capability(StrEnum):
@@ -141,7 +162,7 @@ class StateProvider(ABC):
         idempotency_key: str | None = None,
     ) -> SessionView:
         """Begin a session, or resume the one of this id."""
-        return self.run(commands.InitializeSession(session_id, metadata or {}), idempotency_key)
+        return self.run(commands.InitializeSession(session_id, _given(metadata)), idempotency_key)
 
     def get_session(self, session_id: str) -> SessionSummary:
         """The session's own facts."""
@@ -162,28 +183,28 @@ class StateProvider(ABC):
         type_name: str,
         initial_value: object,
         *,
-        constraints: str | Mapping[str, Any] = "",
+        constraints: str | Mapping[str, Any] | None = None,
         metadata: Mapping[str, str] | None = None,
         idempotency_key: str | None = None,
     ) -> str:
         """Register a variable; its id. `constraints`: a mapping, or its JSON."""
-        text = constraints if isinstance(constraints, str) else values.encode(dict(constraints)).json
-        value = values.encode(initial_value, type_name)
-        command = commands.RegisterVariable(session_id, name, type_name, value, text, metadata or {})
+        text = values.constraints_json(name, constraints)
+        value = values.encode(initial_value, type_name, name=name)
+        command = commands.RegisterVariable(session_id, name, type_name, value, text, _given(metadata))
         return self.run(command, idempotency_key)
 
     def get_variable(self, session_id: str, identifier: str) -> Variable:
         """A variable by name or id."""
         return self.run(commands.GetVariable(session_id, identifier))
 
-    def get_value(self, session_id: str, identifier: str) -> object:
-        """A variable's value as a Python object."""
+    def get_value(self, session_id: str, identifier: str) -> Any:
+        """A variable's value as a Python object; its type is known at run time only, hence Any."""
         variable = self.get_variable(session_id, identifier)
         return values.decode(variable.type, variable.value)
 
     def get_variables(self, session_id: str, identifiers: Sequence[str]) -> VariablesFound:
         """Several variables as of one moment."""
-        return self.run(commands.GetVariables(session_id, tuple(identifiers)))
+        return self.run(commands.GetVariables(session_id, identifiers))
 
     def list_variables(self, session_id: str, pattern: str = "") -> tuple[Variable, ...]:
         """The variables whose name fits a glob of `*` and `?`; "" means all. Oldest first."""
@@ -196,12 +217,12 @@ class StateProvider(ABC):
         value: object,
         *,
         metadata: Mapping[str, str] | None = None,
-        expected_version: int = 0,
+        expected_version: int | None = None,
         idempotency_key: str | None = None,
     ) -> int:
-        """Write a value; the new version. `expected_version` 0 writes whatever the version is."""
-        encoded = values.encode(value)
-        command = commands.SetVariable(session_id, identifier, encoded, metadata or {}, expected_version)
+        """Write a value; the new version. With `expected_version` only if that is the version now."""
+        encoded = self._encode(session_id, identifier, value)
+        command = commands.SetVariable(session_id, identifier, encoded, _given(metadata), expected_version)
         return self.run(command, idempotency_key)
 
     def set_variables(
@@ -214,8 +235,20 @@ class StateProvider(ABC):
         idempotency_key: str | None = None,
     ) -> BatchOutcome:
         """Write several values in one commit: all or none if `atomic`, else those that are valid."""
-        encoded = {identifier: values.encode(value) for identifier, value in updates.items()}
-        return self.run(commands.SetVariables(session_id, encoded, metadata or {}, atomic), idempotency_key)
+        given = arguments.mapping("updates", updates)
+        encoded = {identifier: self._encode(session_id, identifier, value) for identifier, value in given.items()}
+        return self.run(commands.SetVariables(session_id, encoded, _given(metadata), atomic), idempotency_key)
+
+    def _encode(self, session_id: str, identifier: str, value: object) -> Value:
+        """The value as the variable's type has it, which is asked for only where it makes a difference."""
+
+        def find_type() -> str | None:
+            try:
+                return self.get_variable(session_id, identifier).type
+            except VariableNotFoundError:
+                return None  # Writing it says so.
+
+        return values.encode_for(value, find_type, name=identifier)
 
     def delete_variable(self, session_id: str, identifier: str, *, idempotency_key: str | None = None) -> None:
         """Delete a variable; its history stays."""
@@ -254,7 +287,7 @@ class StateProvider(ABC):
         idempotency_key: str | None = None,
     ) -> str:
         """Lock a variable for an optimizer; the optimization's id."""
-        command = commands.StartOptimization(session_id, identifier, optimizer_id, config or {})
+        command = commands.StartOptimization(session_id, identifier, optimizer_id, _given(config))
         return self.run(command, idempotency_key)
 
     def stop_optimization(
@@ -274,11 +307,13 @@ class StateProvider(ABC):
         timeout_s: float = TOOL_TIMEOUT_S,
     ) -> ToolOutcome:
         """Execute a tool as one transaction, within `timeout_s`; how it ended. Under an idempotency key: once."""
+        timeout_s = arguments.seconds("timeout_s", timeout_s)
         if not 0 < timeout_s <= _LONGEST_TIMEOUT_S:
             reason = f"it must be above 0 and at most {_LONGEST_TIMEOUT_S:.0f} seconds, not {timeout_s:g}"
             raise InvalidArgumentError("timeout_s", reason)
-        encoded = values.encode_arguments(parameters or {})
-        return self.run(commands.ExecuteTool(session_id, tool, encoded, metadata or {}, timeout_s), idempotency_key)
+        encoded = values.encode_arguments(arguments.mapping("parameters", _given(parameters)))
+        command = commands.ExecuteTool(session_id, tool, encoded, _given(metadata), timeout_s)
+        return self.run(command, idempotency_key)
 
     def __enter__(self) -> Self:
         return self
@@ -287,3 +322,7 @@ class StateProvider(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _given(mapping: Mapping[str, V] | None) -> Mapping[str, V]:
+    return {} if mapping is None else mapping

@@ -10,11 +10,14 @@ from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
+from difflib import get_close_matches
 from graphlib import CycleError, TopologicalSorter
+from itertools import islice
 from typing import Any, Protocol, TypeAlias
 
 from dspex_persist.clock import from_micros, to_micros
-from dspex_persist.state.errors import SessionNotFoundError, VariableNotFoundError
+from dspex_persist.state.errors import SessionNotFoundError, VariableNotFoundError, quote
+from dspex_persist.state.frozen import FrozenDict, freeze
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     Change,
@@ -41,6 +44,7 @@ from dspex_persist.state.model import (
 Savepoint: TypeAlias = tuple[int, int, int]
 START: Savepoint = (0, 0, 0)
 _TOKENS: Iterator[str] = iter(lambda: secrets.token_hex(6), "")
+_COMPARED_LENGTH, _MOST_COMPARED, _MOST_ALIKE = 60, 1_000, 20
 VARIABLE_WEIGHT_BYTES = 1_500
 """Roughly what a variable takes in memory besides its value."""
 
@@ -299,9 +303,10 @@ class UnitOfWork:
 
     def variable(self, session_id: str, identifier: str) -> Variable:
         """The live variable of this name or id, or the not-found error that fits."""
-        found = self.session(session_id).find(identifier)
+        state = self.session(session_id)
+        found = state.find(identifier)
         if found is None:
-            raise VariableNotFoundError(session_id, identifier)
+            raise VariableNotFoundError(session_id, identifier, _near(identifier, state.variables))
         return self.current(found)
 
     def current(self, variable: Variable) -> Variable:
@@ -342,7 +347,7 @@ class UnitOfWork:
             lock = replace(lock, renewed_at=self.now)
         merged = variable.metadata
         if metadata and kind.merges_metadata and not metadata.items() <= merged.items():
-            merged = {**merged, **metadata}
+            merged = FrozenDict({**merged, **metadata})
         # By position: keywords take twice as long, and this is the hot path.
         written = Variable(
             variable.id,
@@ -438,7 +443,7 @@ class UnitOfWork:
         """Keep tools that a worker runs; one of the same name is replaced."""
         state = self._edit(session_id)
         self._undo.append((_restore, (state, {"tools": state.tools})))
-        state.tools = {**state.tools, **{tool.spec.name: tool for tool in tools}}
+        state.tools = FrozenDict({**state.tools, **{tool.spec.name: tool for tool in tools}})
         self._log(EventKind.TOOLS_REGISTERED, {"worker_id": worker_id, "tools": [asdict(tool) for tool in tools]})
 
     def begin_execution(self, session_id: str, execution: RunningExecution, facts: Mapping[str, Any]) -> SessionState:
@@ -590,7 +595,7 @@ class UnitOfWork:
             variable.version,
             kind,
             value,
-            metadata,
+            freeze(metadata),
             variable.source,
             self.now,
             self.origin.actor,
@@ -600,6 +605,24 @@ class UnitOfWork:
         change = Change(version, variable, merged)
         self._drafts.versions.append(change)
         self.versions.append(change)
+
+
+def _near(identifier: str, names: Iterable[str]) -> str:
+    """A hint at a name that was perhaps meant.
+
+    Only a few are compared, those of about this length that begin or end alike: a client must not be able to have a
+    server compare megabytes.
+    """
+    length = len(identifier)
+    if not 2 < length <= _COMPARED_LENGTH:
+        return ""
+    alike = (
+        name
+        for name in islice(names, _MOST_COMPARED)
+        if -3 < len(name) - length < 3 and (name[:2] == identifier[:2] or name[-2:] == identifier[-2:])
+    )
+    near = get_close_matches(identifier, islice(alike, _MOST_ALIKE), n=1)
+    return f"did you mean {quote(near[0])}?" if near else ""
 
 
 def value_body(value: Value | None) -> Mapping[str, str] | None:

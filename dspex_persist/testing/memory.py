@@ -66,6 +66,7 @@ class MemoryBacking:
 
     def run(self, command: Command[R], origin: Origin | None = None) -> R:
         """Carry a command out and keep what it staged; a `StateError` means that nothing was kept."""
+        command.check()
         if command.writes:
             self._expire(command.session_id)
         return self._run(command, origin or Origin("tester", command.cause, Source.PYTHON))

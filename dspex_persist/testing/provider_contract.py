@@ -17,6 +17,7 @@ Nothing here asks which backend it has; what not every backend can do is asked o
 
 import json
 import math
+import struct
 import threading
 import time
 import uuid
@@ -24,7 +25,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC
+from enum import StrEnum
 from itertools import groupby, pairwise
+from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import pytest
@@ -473,6 +476,41 @@ class ValueContract(_Contract):
         assert {exact(values.decode(type_name, one)) for one in stored} == {exact(value)}
         assert len(set(stored)) == 1
 
+    @pytest.mark.parametrize(("type_name", "value"), EXACT_VALUES, ids=shown)
+    def test_what_was_read_can_be_written_back(
+        self, provider: StateProvider, session: str, type_name: str, value: object
+    ) -> None:
+        provider.register_variable(session, "x", type_name, value)
+        stored = provider.get_variable(session, "x").value
+        assert provider.set_variable(session, "x", provider.get_value(session, "x")) == 1
+        assert provider.set_variables(session, {"x": provider.get_value(session, "x")}).versions == {"x": 2}
+        assert provider.get_variable(session, "x").value == stored
+
+    @pytest.mark.parametrize(("type_name", "value"), BINARY_VALUES, ids=shown)
+    def test_so_can_what_was_binary(self, provider: StateProvider, session: str, type_name: str, value: Value) -> None:
+        provider.submit(commands.RegisterVariable(session, "x", type_name, value)).result()
+        read = provider.get_value(session, "x")
+        assert provider.set_variable(session, "x", read) == 1
+        assert provider.get_value(session, "x") == read
+
+    def test_nan_is_a_number_where_the_type_has_it_and_refused_elsewhere(
+        self, provider: StateProvider, session: str
+    ) -> None:
+        holders = {"float": 1.0, "embedding": [1.0], "tensor": {"shape": [1], "data": [1.0]}}
+        others = {"string": "", "list": [], "map": {}, "integer": 1}
+        for type_name, initial in (holders | others).items():
+            provider.register_variable(session, type_name, type_name, initial)
+        for value in (math.nan, [math.nan], {"shape": [1], "data": [math.nan]}):
+            for name in others:
+                with pytest.raises(errors.InvalidValueError, match="NaN"):
+                    provider.set_variable(session, name, value)
+                with pytest.raises(errors.InvalidValueError, match="NaN"):
+                    provider.set_variables(session, {name: value})
+        assert provider.set_variable(session, "float", math.nan) == 1
+        assert provider.set_variable(session, "embedding", [math.nan]) == 1
+        assert provider.set_variable(session, "tensor", {"shape": [1], "data": [math.nan]}) == 1
+        assert [provider.get_value(session, name) for name in others] == list(others.values())
+
     def test_all_of_them_survive_a_restart(self, provider: StateProvider, session: str, reopened: Reopen) -> None:
         for number, (type_name, value) in enumerate(EXACT_VALUES):
             provider.register_variable(session, f"v{number}", type_name, value)
@@ -695,7 +733,18 @@ class VariableContract(_Contract):
         assert "expected version 1" in str(error.value)
         assert "current version is 2" in str(error.value)
         assert provider.get_value(session, "x") == 3
-        assert provider.set_variable(session, "x", 4, expected_version=0) == 3
+        with pytest.raises(errors.VersionConflictError):
+            provider.set_variable(session, "x", 4, expected_version=0)
+        assert provider.set_variable(session, "x", 4, expected_version=None) == 3
+
+    def test_version_0_may_be_expected(self, provider: StateProvider, session: str) -> None:
+        provider.register_variable(session, "x", "integer", 1)
+        mine = theirs = provider.get_variable(session, "x")
+        assert provider.set_variable(session, "x", 2, expected_version=mine.version) == 1
+        with pytest.raises(errors.VersionConflictError) as error:
+            provider.set_variable(session, "x", 3, expected_version=theirs.version)
+        assert (error.value.expected, error.value.actual) == (0, 1)
+        assert provider.get_value(session, "x") == 2
 
     def test_metadata_merges(self, provider: StateProvider, session: str) -> None:
         provider.register_variable(session, "x", "integer", 1, metadata={"a": "1", "b": "1"})
@@ -1855,6 +1904,295 @@ def _everything_about(session: str, variable: str) -> list[Command[Any]]:
     ]
 
 
+class Color(StrEnum):
+    """Texts that are more than texts."""
+
+    RED = "red"
+
+
+class Whole(int):
+    """A number that is more than a number."""
+
+
+WRONG_TEXTS: list[tuple[object, str]] = [
+    (uuid.UUID(int=5), "it must be a str, not UUID: use str(...)"),
+    (5, "it must be a str, not int: use str(...)"),
+    (True, "it must be a str, not bool: use str(...)"),
+    (Path("s"), f"it must be a str, not {type(Path()).__name__}: use str(...)"),
+    (b"s", "it must be a str, not bytes: decode it"),
+    (None, "it must be a str, not None"),
+    (["s"], "it must be a str, not list: use str(...)"),
+    ("a\0b", r"'a\x00b' contains NUL (U+0000): leave it out"),
+    ("\ud800", r"'\ud800' contains a lone surrogate (U+D800), which is no character"),
+]
+WRONG_METADATA: list[tuple[object, str]] = [
+    ({"sensitive": True}, "the entry 'sensitive' must be a str, not bool: write \"true\""),
+    ({"n": 1}, "the entry 'n' must be a str, not int: write \"1\""),
+    ({"n": None}, "the entry 'n' must be a str, not None: leave the entry out"),
+    ({"n": [1]}, "the entry 'n' must be a str, not list: write a str, such as JSON"),
+    ({1: "n"}, "its keys must be str, not int: use str(...)"),
+    ({"q\0": "w"}, r"'q\x00' contains NUL (U+0000): leave it out"),
+    ({"q": "w\0"}, r"'w\x00' contains NUL (U+0000): leave it out"),
+    ({"\udfff": "w"}, r"'\udfff' contains a lone surrogate (U+DFFF), which is no character"),
+    ([("a", "b")], "it must be a mapping, such as a dict, not list"),
+    ("ab", "it must be a mapping, such as a dict, not str"),
+    (5, "it must be a mapping, such as a dict, not int"),
+]
+WRONG_NUMBERS: list[tuple[object, str]] = [
+    ("1", "it must be an int, not str: use int(...)"),
+    (1.0, "it must be an int, not float: use int(...)"),
+    (True, "it must be an int, not bool"),
+    ([1], "it must be an int, not list"),
+    (2**31, "it must be at most 2147483647, not a number of 32 bits"),
+    (2**70, "it must be at most 2147483647, not a number of 71 bits"),
+]
+
+
+class ArgumentContract(_Contract):
+    """Arguments of a wrong type are refused before anything is done, in the same words by every backend."""
+
+    @pytest.fixture
+    def asked(self, provider: StateProvider, session: str) -> Iterator[str]:
+        """A session with `x` (1), which has to be as it was afterwards."""
+        provider.register_variable(session, "x", "integer", 1)
+        yield session
+        assert provider.get_value(session, "x") == 1
+        assert provider.get_session(session).metadata == {}
+        assert [variable.name for variable in provider.list_variables(session)] == ["x"]
+        assert len(provider.get_variable_history(session, "x")) == 1
+
+    def refused(self, ask: Callable[[], object], field: str, reason: str) -> None:
+        """It is refused with exactly these words."""
+        with pytest.raises(errors.InvalidArgumentError) as error:
+            ask()
+        assert str(error.value) == f"invalid {field}: {reason}"
+
+    @pytest.mark.parametrize(("wrong", "reason"), WRONG_TEXTS, ids=shown)
+    def test_ids_names_patterns_and_keys(self, provider: StateProvider, asked: str, wrong: Any, reason: str) -> None:
+        asks: list[tuple[str, Callable[[], object]]] = [
+            ("session_id", lambda: provider.initialize_session(wrong)),
+            ("session_id", lambda: provider.get_session(wrong)),
+            ("session_id", lambda: provider.heartbeat(wrong)),
+            ("session_id", lambda: provider.cleanup_session(wrong)),
+            ("session_id", lambda: provider.set_variable(wrong, "x", 2)),
+            ("session_id", lambda: provider.watch(wrong)),
+            ("session_id", lambda: provider.execute_tool(wrong, "tool")),
+            ("name", lambda: provider.register_variable(asked, wrong, "integer", 1)),
+            ("identifier", lambda: provider.get_variable(asked, wrong)),
+            ("identifier", lambda: provider.set_variable(asked, wrong, 2)),
+            ("identifier", lambda: provider.delete_variable(asked, wrong)),
+            ("identifier", lambda: provider.rollback_variable(asked, wrong, 0)),
+            ("identifier", lambda: provider.get_variable_history(asked, wrong)),
+            ("identifiers", lambda: provider.get_variables(asked, [wrong])),
+            ("identifiers", lambda: provider.watch(asked, [wrong])),
+            ("pattern", lambda: provider.list_variables(asked, wrong)),
+            ("from_variable", lambda: provider.add_dependency(asked, wrong, "x")),
+            ("to_variable", lambda: provider.add_dependency(asked, "x", wrong)),
+            ("dependency_type", lambda: provider.add_dependency(asked, "x", "x", wrong)),
+            ("optimizer_id", lambda: provider.start_optimization(asked, "x", wrong)),
+            ("tool", lambda: provider.execute_tool(asked, wrong)),
+            ("actor", lambda: _submit(provider, asked, Origin(wrong, "test"))),
+        ]
+        if wrong is not None:
+            asks.append(("idempotency_key", lambda: provider.set_variable(asked, "x", 2, idempotency_key=wrong)))
+            asks.append(("optimizer_id", lambda: _submit(provider, asked, Origin("ada", "test", optimizer_id=wrong))))
+        for field, ask in asks:
+            self.refused(ask, field, reason)
+        if not isinstance(wrong, list):
+            of_key = reason.replace("it must be a str", "its keys must be str")
+            self.refused(lambda: provider.set_variables(asked, {wrong: 2}), "updates", of_key)
+
+    @pytest.mark.parametrize(("wrong", "reason"), WRONG_METADATA, ids=shown)
+    def test_metadata(self, provider: StateProvider, asked: str, wrong: Any, reason: str) -> None:
+        asks: list[Callable[[], object]] = [
+            lambda: provider.initialize_session(asked, wrong),
+            lambda: provider.register_variable(asked, "y", "integer", 1, metadata=wrong),
+            lambda: provider.set_variable(asked, "x", 2, metadata=wrong),
+            lambda: provider.set_variables(asked, {"x": 2}, metadata=wrong),
+            lambda: provider.execute_tool(asked, "tool", metadata=wrong),
+        ]
+        for ask in asks:
+            self.refused(ask, "metadata", reason)
+        self.refused(lambda: provider.start_optimization(asked, "x", "me", wrong), "config", reason)
+
+    @pytest.mark.parametrize(("wrong", "reason"), WRONG_NUMBERS, ids=shown)
+    def test_numbers(self, provider: StateProvider, asked: str, wrong: Any, reason: str) -> None:
+        asks: list[tuple[str, Callable[[], object]]] = [
+            ("expected_version", lambda: provider.set_variable(asked, "x", 2, expected_version=wrong)),
+            ("limit", lambda: provider.get_variable_history(asked, "x", wrong)),
+            ("target_version", lambda: provider.rollback_variable(asked, "x", wrong)),
+            ("before", lambda: provider.run(commands.GetVariableHistory(asked, "x", before=wrong))),
+        ]
+        for field, ask in asks:
+            self.refused(ask, field, reason)
+        if not isinstance(wrong, int) or isinstance(wrong, bool):
+            self.refused(lambda: provider.watch(asked, after_sequence=wrong), "after_sequence", reason)
+
+    def test_a_version_below_0_is_none(self, provider: StateProvider, asked: str) -> None:
+        reason = "-1 is below 0: versions count from 0"
+        self.refused(lambda: provider.set_variable(asked, "x", 2, expected_version=-1), "expected_version", reason)
+        history = commands.GetVariableHistory(asked, "x", before=-1)
+        self.refused(lambda: provider.run(history), "before", reason)
+
+    @pytest.mark.parametrize("wrong", ["yes", 1, None], ids=shown)
+    def test_flags(self, provider: StateProvider, asked: str, wrong: Any) -> None:
+        reason = f"it must be True or False, not {'None' if wrong is None else type(wrong).__name__}"
+        self.refused(lambda: provider.set_variables(asked, {"x": 2}, atomic=wrong), "atomic", reason)
+        self.refused(lambda: provider.stop_optimization(asked, "x", wrong), "force", reason)
+
+    @pytest.mark.parametrize("wrong", ["5", True, None, [5]], ids=shown)
+    def test_timeouts(self, provider: StateProvider, asked: str, wrong: Any) -> None:
+        advice = ": use float(...)" if isinstance(wrong, str) else ""
+        kind = "None" if wrong is None else type(wrong).__name__
+        reason = f"it must be a number of seconds, not {kind}{advice}"
+        self.refused(lambda: provider.execute_tool(asked, "tool", timeout_s=wrong), "timeout_s", reason)
+
+    @pytest.mark.parametrize("wrong", ["x", b"x", 5, None], ids=shown)
+    def test_several_names_are_a_list(self, provider: StateProvider, asked: str, wrong: Any) -> None:
+        advice = ": write [...] around it" if isinstance(wrong, str) else ""
+        kind = "None" if wrong is None else type(wrong).__name__
+        reason = f"it must be a list of str, not {kind}{advice}"
+        self.refused(lambda: provider.get_variables(asked, wrong), "identifiers", reason)
+        self.refused(lambda: provider.watch(asked, wrong), "identifiers", reason)
+
+    @pytest.mark.parametrize("wrong", [[("x", 2)], "x", 5, None], ids=shown)
+    def test_several_values_are_a_mapping(self, provider: StateProvider, asked: str, wrong: Any) -> None:
+        kind = "None" if wrong is None else type(wrong).__name__
+        reason = f"it must be a mapping, such as a dict, not {kind}"
+        self.refused(lambda: provider.set_variables(asked, wrong), "updates", reason)
+
+    def test_what_is_no_command_no_origin_and_no_value(self, provider: StateProvider, asked: str) -> None:
+        asks: list[tuple[str, Any, Any]] = [
+            ("command", "SetVariable", None),
+            ("origin", commands.Heartbeat(asked), "ada"),
+            ("value", commands.SetVariable(asked, "x", 5), None),  # type: ignore[arg-type]
+            ("value", commands.SetVariable(asked, "x", Value(5)), None),  # type: ignore[arg-type]
+            ("value", commands.SetVariable(asked, "x", Value("\ud800")), None),
+            ("updates", commands.SetVariables(asked, {"x": 5}), None),  # type: ignore[dict-item]
+        ]
+        for field, command, origin in asks:
+            error = refused(provider.submit(command, origin))
+            assert isinstance(error, errors.InvalidArgumentError)
+            assert error.field == field
+
+    @pytest.mark.parametrize("wrong", [object(), {1}, 1 + 2j, b"bytes", None, {1: 2}, [{"a": object()}]], ids=range(7))
+    def test_values_that_have_no_form(self, provider: StateProvider, asked: str, wrong: object) -> None:
+        asks: list[Callable[[], object]] = [
+            lambda: provider.set_variable(asked, "x", wrong),
+            lambda: provider.set_variables(asked, {"x": wrong}),
+            lambda: provider.register_variable(asked, "y", "integer", wrong),
+        ]
+        for ask in asks:
+            with pytest.raises(errors.InvalidValueError):
+                ask()
+
+    @pytest.mark.parametrize("wrong", [5, [("min", 0)], {"min": object()}, {1: 2}, {"min"}], ids=range(5))
+    def test_constraints(self, provider: StateProvider, asked: str, wrong: Any) -> None:
+        with pytest.raises(errors.InvalidConstraintsError, match="'y'"):
+            provider.register_variable(asked, "y", "integer", 1, constraints=wrong)
+
+    def test_what_counts_as_a_text_or_a_number_is_one(self, provider: StateProvider, session: str) -> None:
+        provider.register_variable(session, Color.RED, "string", "a", metadata={Color.RED: Color.RED})
+        assert provider.set_variable(session, "red", Color.RED, expected_version=Whole(0)) == 1
+        assert provider.get_value(session, Color.RED) == "red"
+        assert type(provider.get_variable(session, "red").name) is str
+        assert provider.get_variable(session, "red").metadata == {"red": "red"}
+        assert len(provider.get_variable_history(session, "red", Whole(1))) == 1
+
+
+def _submit(provider: StateProvider, session: str, origin: Origin) -> None:
+    error = refused(provider.submit(commands.SetVariable(session, "x", Value("2")), origin))
+    assert error is not None
+    raise error
+
+
+class SharingContract(_Contract):
+    """Nothing that can change is shared: neither what callers hand in, nor what they are handed."""
+
+    def test_what_was_handed_in_may_be_changed_afterwards(self, provider: StateProvider, session: str) -> None:
+        note = {"step": "0"}
+        provider.register_variable(session, "x", "list", ["0"], metadata=note)
+        asked: list[Future[int]] = []
+        held: list[Command[int]] = []
+        for step in range(1, 4):
+            note["step"] = str(step)
+            held.append(commands.SetVariable(session, "x", values.encode([str(step)]), note))
+        note["step"] = "changed"
+        asked.extend(map(provider.submit, held))
+        assert [future.result(DEADLINE_S) for future in asked] == [1, 2, 3]
+        history = provider.get_variable_history(session, "x")
+        assert [version.metadata for version in history] == [{"step": str(step)} for step in (3, 2, 1, 0)]
+        assert provider.get_variable(session, "x").metadata == {"step": "3"}
+
+    def test_also_batches_lists_of_names_and_bytes(self, provider: StateProvider, session: str) -> None:
+        provider.register_variable(session, "x", "integer", 1)
+        content = bytearray(struct.pack("<2f", 1, 2))
+        description = '{"shape":[2],"dtype":"float32","binary_format":"raw","type":"tensor"}'
+        tensor = Value(description, content)  # type: ignore[arg-type]
+        updates = {"x": Value("2")}
+        names = ["x"]
+        batch, read = commands.SetVariables(session, updates), commands.GetVariables(session, names)
+        registered = commands.RegisterVariable(session, "t", "tensor", tensor)
+        updates["x"] = Value("3")
+        names.append("nobody")
+        content[:] = b"\0" * 8
+        assert provider.run(batch).versions == {"x": 1}
+        assert provider.run(read).missing == ()
+        assert provider.get_value(session, "x") == 2
+        provider.run(registered)
+        assert provider.get_variable(session, "t").value.binary == struct.pack("<2f", 1, 2)
+
+    def test_what_is_handed_out_cannot_be_changed(self, provider: StateProvider) -> None:
+        provider.initialize_session(session := uuid.uuid4().hex, {"a": "1"})
+        provider.register_variable(session, "x", "integer", 1, metadata={"a": "1"})
+        provider.set_variable(session, "x", 2, metadata={"a": "1"})
+        provider.start_optimization(session, "x", "me", {"a": "1"})
+        with provider.watch(session) as watch:
+            provider.set_variable(session, "x", 3, metadata={"a": "1", "optimizer_id": "me"})
+            (update,) = take(watch, 1)
+            told = [update.variable, *watch.initial]
+        variables = [
+            provider.get_variable(session, "x"),
+            *provider.get_variables(session, ["x"]).variables.values(),
+            *provider.list_variables(session),
+            *provider.initialize_session(session).variables,
+            *told,
+        ]
+        assert update.version is not None
+        mappings = [
+            provider.get_session(session).metadata,
+            update.version.metadata,
+            *(variable.metadata for variable in variables),
+            *(variable.optimization.config for variable in variables if variable.optimization is not None),
+            *(version.metadata for version in provider.get_variable_history(session, "x")),
+        ]
+        for mapping in mappings:
+            for change in _CHANGES:
+                with pytest.raises(TypeError, match="read-only"):
+                    change(mapping)
+        assert provider.get_variable(session, "x").metadata == {"a": "1", "optimizer_id": "me"}
+        assert provider.get_session(session).metadata == {"a": "1"}
+
+    def test_a_value_that_was_read_is_a_copy(self, provider: StateProvider, session: str) -> None:
+        provider.register_variable(session, "x", "map", {"a": [1]})
+        read: Any = provider.get_value(session, "x")
+        read["a"].append(2)
+        read["b"] = 1
+        assert provider.get_value(session, "x") == {"a": [1]}
+
+
+_CHANGES: list[Callable[[Any], object]] = [
+    lambda mapping: mapping.__setitem__("a", "2"),
+    lambda mapping: mapping.__delitem__("a"),
+    lambda mapping: mapping.update(a="2"),
+    lambda mapping: mapping.pop("a"),
+    lambda mapping: mapping.popitem(),
+    lambda mapping: mapping.clear(),
+    lambda mapping: mapping.setdefault("b", "2"),
+    lambda mapping: mapping.__ior__({"b": "2"}),
+]
+
+
 class ConcurrencyContract(_Contract):
     """Many at once, and the life of the provider itself."""
 
@@ -1988,6 +2326,8 @@ class ProviderContract(
     WatchContract,
     LimitContract,
     HostileInputContract,
+    ArgumentContract,
+    SharingContract,
     ConcurrencyContract,
 ):
     """The whole contract."""

@@ -1,11 +1,13 @@
 """The README's programs, run as a newcomer would."""
 
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from dspex_persist.infra.process import ServerProcess
+from tests.end_to_end.old_style import ROOT
 from tests.end_to_end.programs import programs_of, run
 
 PROGRAMS = [program.text for program in programs_of("README.md")]
@@ -39,3 +41,19 @@ def test_the_library_program(tmp_path: Path) -> None:
 def test_the_program_with_a_tool(tmp_path: Path) -> None:
     (program,) = [text for text in PROGRAMS if "shop.db" in text]
     assert run(program, tmp_path).splitlines() == ["1", "ValueError: only 1 left", "1 2"]
+
+
+def test_an_editor_finds_nothing_to_complain_of(tmp_path: Path) -> None:
+    for number, program in enumerate(PROGRAMS):
+        (tmp_path / f"program_{number}.py").write_text(program)
+    # As mypy is out of the box: what a variable holds is known at run time only, which --strict has one spell out.
+    argv = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file=",
+        "--check-untyped-defs",
+        *map(str, sorted(tmp_path.iterdir())),
+    ]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

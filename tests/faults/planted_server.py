@@ -153,7 +153,7 @@ def write_then_refuse() -> None:
 
 
 def _unconditional(command: Any) -> Any:
-    return replace(command, expected_version=0) if isinstance(command, SetVariable) else command
+    return replace(command, expected_version=None) if isinstance(command, SetVariable) else command
 
 
 def stale_read() -> None:

@@ -60,12 +60,12 @@ def check_value(variable: Var, value: str) -> None:
         raise RefusedError("InvalidValueError")
 
 
-def written(table: Table, identifier: str, value: str, expected: int = 0) -> Var:
+def written(table: Table, identifier: str, value: str, expected: int | None = None) -> Var:
     """The variable with its next value; the table has it."""
     variable = find(table, identifier)
     if variable is None:
         raise RefusedError("VariableNotFoundError")
-    if expected not in (0, variable.version):
+    if expected not in (None, variable.version):
         raise RefusedError("VersionConflictError")
     check_value(variable, value)
     table[variable.name] = after = Var(variable.id, variable.name, variable.type, value, variable.version + 1)

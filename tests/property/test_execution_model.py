@@ -87,7 +87,7 @@ def _register(name: str, type_name: str, value: Value) -> Command[Any]:
     return RegisterVariable("", name, type_name, value)
 
 
-_SET = st.builds(SetVariable, st.just(""), IDENTIFIERS, VALUES, st.just({}), st.sampled_from([0, 0, 0, 0, 0, 1]))
+_SET = st.builds(SetVariable, st.just(""), IDENTIFIERS, VALUES, st.just({}), st.sampled_from([None] * 4 + [0, 1]))
 _WRITES: list[st.SearchStrategy[Any]] = [
     _SET,
     _SET,

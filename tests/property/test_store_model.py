@@ -96,7 +96,12 @@ def _register(session_id: str, name: str, kind: tuple[str, str], value: Value, m
 
 
 _SET = st.builds(
-    SetVariable, SESSIONS, IDENTIFIERS, VALUES, METADATA, st.sampled_from([0, 0, 0, CURRENT, CURRENT, 1, 2, -1])
+    SetVariable,
+    SESSIONS,
+    IDENTIFIERS,
+    VALUES,
+    METADATA,
+    st.sampled_from([None, None, None, CURRENT, CURRENT, 0, 1, 2, -1]),
 )
 _BATCH = st.builds(SetVariables, SESSIONS, st.dictionaries(IDENTIFIERS, VALUES, max_size=4), METADATA, st.booleans())
 _FREQUENT: list[st.SearchStrategy[Any]] = [

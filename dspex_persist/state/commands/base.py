@@ -8,7 +8,8 @@ from enum import Enum
 from hashlib import sha256
 from typing import Any, ClassVar, Generic, TypeVar
 
-from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError, quote
+from dspex_persist.state.arguments import checks_of
+from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError, StateError, quote
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.unit_of_work import UnitOfWork
 
@@ -29,9 +30,28 @@ class Reads(Enum):
     """Current values, but from the file, because the caller wants it so."""
 
 
+class _Checked:
+    """What has been looked at when it was made. `fault`: what is wrong with its arguments; None if nothing is."""
+
+    __slots__ = ("fault",)
+    fault: StateError | None
+
+    def __post_init__(self) -> None:
+        keep, fault = object.__setattr__, None
+        try:
+            for name, check in checks_of(type(self)):
+                given = getattr(self, name)
+                kept = check(name, given)
+                if kept is not given:
+                    keep(self, name, kept)
+        except StateError as error:
+            fault = error
+        keep(self, "fault", fault)
+
+
 @dataclass(frozen=True, slots=True)
-class Command(ABC, Generic[R]):
-    """One operation on one session.
+class Command(_Checked, ABC, Generic[R]):
+    """One operation on one session. Wrong arguments are its `fault`, with which whoever is to carry it out fails it.
 
     `writes`: it may stage changes, and so goes through the writer.
     `returns`: the type of its result, with which a recorded result is read back.
@@ -46,6 +66,11 @@ class Command(ABC, Generic[R]):
     def apply(self, uow: UnitOfWork) -> R:
         """Do it; a `StateError` means that nothing was done."""
 
+    def check(self) -> None:
+        """Raise its `fault`, if it has one."""
+        if self.fault is not None:
+            raise self.fault
+
     @property
     def cause(self) -> str:
         """The command's name, which is that of its rpc."""
@@ -58,8 +83,11 @@ class Command(ABC, Generic[R]):
 
     def fingerprint(self) -> str:
         """SHA-256 (hexadecimal) of what was asked, the same for equal requests whatever the order of their maps."""
-        asked = json.dumps([self.cause, asdict(self)], sort_keys=True, default=_digest)
+        asked = json.dumps([self.cause, self._said()], sort_keys=True, default=_digest)
         return sha256(asked.encode()).hexdigest()
+
+    def _said(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def _digest(value: object) -> str:
@@ -72,9 +100,10 @@ def check_text(field: str, text: str, length: int, setting: str) -> str:
         raise InvalidArgumentError(field, "it must not be empty")
     if len(text) > length:
         raise LimitExceededError(f"the length of {field} {quote(text)}", len(text), length, setting)
-    for character in text:
-        if character < " " or character == "\x7f" or "\ud800" <= character <= "\udfff":
-            raise InvalidArgumentError(field, f"{quote(text)} contains the control character {character!r}")
+    if not text.isprintable():
+        for character in text:
+            if character < " " or character == "\x7f" or "\ud800" <= character <= "\udfff":
+                raise InvalidArgumentError(field, f"{quote(text)} contains the control character {character!r}")
     return text
 
 

@@ -16,6 +16,7 @@ from dspex_persist.state.errors import (
     ToolExistsError,
     UnsupportedError,
 )
+from dspex_persist.state.frozen import freeze
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     Conflict,
@@ -389,4 +390,4 @@ class ListTools(Command[Mapping[str, RegisteredTool]]):
     """The tools that workers have registered in the session, by name."""
 
     def apply(self, uow: UnitOfWork) -> Mapping[str, RegisteredTool]:
-        return uow.session(self.session_id).tools
+        return freeze(uow.session(self.session_id).tools)

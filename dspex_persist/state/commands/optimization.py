@@ -30,7 +30,7 @@ class StartOptimization(Command[str]):
             raise VariableLockedError(variable.name, held.optimizer_id)
         variable = uow.drop_ended_lock(self.session_id, variable)
         if held is not None:
-            renewed = replace(held, renewed_at=uow.now, config=dict(self.config) or held.config)
+            renewed = replace(held, renewed_at=uow.now, config=self.config or held.config)
             uow.start_optimization(self.session_id, variable, renewed)
             return held.id
         lock = Optimization(
@@ -38,7 +38,7 @@ class StartOptimization(Command[str]):
             optimizer_id=self.optimizer_id,
             started_at=uow.now,
             started_by=uow.origin.actor,
-            config=dict(self.config),
+            config=self.config,
             lease_s=uow.optimization_lease_s,
         )
         uow.start_optimization(self.session_id, variable, lock)

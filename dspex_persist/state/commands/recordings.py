@@ -20,6 +20,7 @@ from dspex_persist.state.errors import (
     StateError,
     quote,
 )
+from dspex_persist.state.frozen import freeze
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     ChangeKind,
@@ -189,7 +190,7 @@ class _Repetition:
         _check_registration(state, name, constraints, recorded, uow.limits)
         value = _value(recorded, kind, constraints, uow.limits)
         variable = Variable(
-            variable_id, name, kind, value, 0, constraints, dict(recorded.metadata), recorded.source, uow.now
+            variable_id, name, kind, value, 0, constraints, freeze(recorded.metadata), recorded.source, uow.now
         )
         uow.add_variable(self._session_id, variable)
 
@@ -209,7 +210,7 @@ class _Repetition:
         metadata, ttl_s = check_metadata(body["metadata"], self._uow.limits), body["ttl_s"]
         if ttl_s is not None and not 0 < ttl_s <= 100 * 365 * 86_400:
             raise ValueError(f"no session lives {ttl_s} seconds")
-        return dict(metadata), ttl_s
+        return metadata, ttl_s
 
     def _end_session(self, event: Event) -> None:
         self._write_rest()
@@ -237,7 +238,7 @@ class _Repetition:
             optimizer_id,
             started_at,
             started_by,
-            dict(check_metadata(body["config"], uow.limits)),
+            check_metadata(body["config"], uow.limits),
             float(body["lease_s"]),
             uow.now if uow.now != started_at else None,
         )

@@ -34,7 +34,7 @@ class InitializeSession(Command[SessionView]):
         if state is None:
             encode(dict(self.config), name="config")  # Refuses what is no JSON: later, it would end the writer.
             ttl_s = _ttl_of(self.metadata, uow.session_ttl_s)
-            session = Session(self.session_id, uow.now, dict(self.metadata), ttl_s, uow.sequence)
+            session = Session(self.session_id, uow.now, self.metadata, ttl_s, uow.sequence)
             uow.start_session(session, self.config)
             return SessionView(resumed=False, variables=())
         self._merge(uow, state)

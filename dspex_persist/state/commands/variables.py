@@ -1,10 +1,11 @@
 """Variables: register, read, write, delete, look back, roll back."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from dspex_persist.state import values
+from dspex_persist.state.arguments import Number, Version
 from dspex_persist.state.commands.base import Command, Reads, check_merged_metadata, check_metadata, check_text
 from dspex_persist.state.errors import (
     ExecutionNotFoundError,
@@ -69,7 +70,7 @@ class RegisterVariable(Command[str]):
             value=values.normalise(self.name, self.type, constraints, self.value, uow.limits),
             version=0,
             constraints=constraints.json,
-            metadata=dict(self.metadata),
+            metadata=self.metadata,
             source=source_of(self.metadata, uow.origin.source),
             updated_at=uow.now,
         )
@@ -167,25 +168,28 @@ def glob_matches(pattern: str, name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class SetVariable(Command[int]):
-    """Write a value; the new version. `expected_version` 0 writes whatever the version is."""
+    """Write a value; the new version. With `expected_version` only if that is the version now."""
 
     identifier: str
     value: Value
     metadata: Mapping[str, str] = field(default_factory=dict)
-    expected_version: int = 0
+    expected_version: Version | None = None
 
     writes: ClassVar[bool] = True
     returns: ClassVar[Any] = int
 
     def apply(self, uow: UnitOfWork) -> int:
         variable = uow.variable(self.session_id, self.identifier)
-        if self.expected_version:
-            if self.expected_version < 0:
-                raise InvalidArgumentError("expected_version", f"{self.expected_version} is below 0")
-            if self.expected_version != variable.version:
-                raise VersionConflictError(variable.name, self.expected_version, variable.version)
+        if self.expected_version not in (None, variable.version):
+            raise VersionConflictError(variable.name, self.expected_version, variable.version)
         metadata = check_metadata(self.metadata, uow.limits)
         return _write(uow, self.session_id, variable, self.value, metadata).version
+
+    def _said(self) -> dict[str, Any]:
+        # Once 0 was no version but stood for any: what files have recorded of such requests stays valid.
+        expected = self.expected_version
+        said = {None: 0, 0: "0"}.get(expected, expected)
+        return asdict(self) | {"expected_version": said}
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,8 +248,8 @@ class GetVariableHistory(Command[list[VariableVersion]]):
     """The newest versions, newest first; deleted variables still have theirs. `limit` 0 means 100."""
 
     identifier: str
-    limit: int = 0
-    before: int | None = None
+    limit: Number = 0
+    before: Version | None = None
 
     @property
     def reads(self) -> Reads:
@@ -257,8 +261,6 @@ class GetVariableHistory(Command[list[VariableVersion]]):
             raise InvalidArgumentError("limit", f"{self.limit} is below 0; 0 means {DEFAULT_HISTORY}")
         if self.limit > most:
             raise LimitExceededError("limit of the history", self.limit, most, "history_entries")
-        if self.before is not None and not 0 <= self.before < 2**63:
-            raise InvalidArgumentError("before", f"{self.before} is no version")
         return uow.history(self.session_id, self.identifier, self.limit or DEFAULT_HISTORY, self.before)
 
 
@@ -267,7 +269,7 @@ class RollbackVariable(Command[Variable]):
     """Write the value of an earlier version as a new version."""
 
     identifier: str
-    target_version: int
+    target_version: Number
 
     writes: ClassVar[bool] = True
     returns: ClassVar[Any] = Variable

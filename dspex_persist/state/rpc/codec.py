@@ -9,6 +9,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from dspex_persist.clock import from_micros, to_micros
 from dspex_persist.infra.listen import ListenError, parse_listen
 from dspex_persist.state.errors import InvalidArgumentError, InvalidValueError, LimitExceededError, quote
+from dspex_persist.state.frozen import FrozenDict
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     ChangeKind,
@@ -199,7 +200,7 @@ def variable_of(message: pb.Variable) -> Variable:
         value=_stored(message.value, message.binary_value),
         version=message.version,
         constraints=message.constraints_json,
-        metadata=dict(message.metadata),
+        metadata=FrozenDict(message.metadata),
         source=Source.PYTHON if message.source == pb.Variable.PYTHON else Source.ELIXIR,
         updated_at=moment_of(message.last_updated_at),
         optimization=lock,
@@ -263,7 +264,9 @@ def _version(
     metadata: Mapping[str, str],
     timestamp: Timestamp,
 ) -> VariableVersion:
-    own = {key: text for key, text in metadata.items() if key != COMMIT_SEQUENCE and not key.startswith("dspex.")}
+    own = FrozenDict(
+        {key: text for key, text in metadata.items() if key != COMMIT_SEQUENCE and not key.startswith("dspex.")}
+    )
     return VariableVersion(
         variable_id=variable_id,
         type=type_name,

@@ -11,7 +11,14 @@ from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.rpc import codec
 from dspex_persist.state.rpc.calls import Context, check_count, whole_number
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
-from dspex_persist.state.rpc.headers import AFTER_SEQUENCE, BEFORE_VERSION, INITIAL_VALUES, POSITION, RESUMED
+from dspex_persist.state.rpc.headers import (
+    AFTER_SEQUENCE,
+    BEFORE_VERSION,
+    EXPECTED_VERSION,
+    INITIAL_VALUES,
+    POSITION,
+    RESUMED,
+)
 from dspex_persist.state.rpc.tools import ToolRpcs
 from dspex_persist.state.runner import ToolRunner
 from dspex_persist.state.watch import Watch
@@ -124,7 +131,7 @@ class BridgeServicer(ToolRpcs):
             identifier,
             self._value(identifier, request.value, request.binary_value),
             self._metadata(request.metadata),
-            request.expected_version,
+            _expected_version(request, context),
         )
         return pb.SetVariableResponse(success=True, new_version=await self._write(command, context))
 
@@ -283,3 +290,11 @@ class _WatchStream:
         except TimeoutError:
             self._log.info("watcher stalled", after_sequence=self._told)
             raise WatchStalledError(self._told, timeout_s) from None
+
+
+def _expected_version(request: pb.SetVariableRequest, context: Context) -> int | None:
+    """As the header says it, else as the message does, where 0 stands for any."""
+    stated, in_message = whole_number(context, EXPECTED_VERSION), request.expected_version or None
+    if stated is not None and in_message not in (None, stated):
+        raise InvalidArgumentError(EXPECTED_VERSION, f"{stated} is not the request's expected_version, {in_message}")
+    return in_message if stated is None else stated

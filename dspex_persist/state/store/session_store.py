@@ -324,6 +324,7 @@ class SessionStore:
     def _run(self, job: Job, drafts: Drafts, now: datetime, units: list[UnitOfWork]) -> Outcome:
         unit: UnitOfWork | None = None
         try:
+            job.command.check()
             self._prepare(job.command, drafts, now, units)
             unit = self._unit(job.origin, drafts, now, self.head.sequence + len(units) + 1)
             result = _apply_once(job, unit)
@@ -679,7 +680,7 @@ def _internal(command: Command[Any], error: Exception) -> InternalError:
 def _apply_once(job: Job, unit: UnitOfWork) -> Any:
     """Apply the command; under an idempotency key, once: a repetition gets the recorded answer."""
     command, key = job.command, job.origin.idempotency_key
-    if not job.origin.actor.isascii():
+    if job.origin.actor:
         check_text("actor", job.origin.actor, unit.limits.name_length, "name_length")
     if key is None or not command.writes:
         return command.apply(unit)

@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, Select, bindparam, func, select, text
 
 from dspex_persist.clock import from_micros, to_micros
+from dspex_persist.state.frozen import freeze
 from dspex_persist.state.model import ChangeKind, Optimization, Source, Value, Variable, VariableVersion
 from dspex_persist.state.store.schema import blobs, commits, is_unicode, variables, versions
 
@@ -137,7 +138,7 @@ def history(connection: Connection, variable_key: int, limit: int, before: int |
                 number,
                 KINDS[kind],
                 value,
-                json.loads(metadata) if metadata else {},
+                freeze(json.loads(metadata) if metadata else {}),
                 SOURCES[source],
                 from_micros(at),
                 actor,
@@ -193,7 +194,7 @@ def version_of(row: Row[Any]) -> VariableVersion:
         version=row.version,
         kind=KINDS[row.kind],
         value=_value_of(row),
-        metadata=json.loads(row.change_metadata) if row.change_metadata else {},
+        metadata=freeze(json.loads(row.change_metadata) if row.change_metadata else {}),
         source=SOURCES[row.source],
         created_at=from_micros(row.created_at),
         actor=row.actor,
@@ -224,7 +225,7 @@ def _variable_of(row: Row[Any]) -> Variable:
         value=value,
         version=row.version,
         constraints=row.constraints,
-        metadata=json.loads(row.metadata),
+        metadata=freeze(json.loads(row.metadata)),
         source=SOURCES[row.source],
         updated_at=updated_at,
         optimization=lock,

@@ -7,7 +7,7 @@ objects.
 
 from dspex_persist.state.values.binary import check_content
 from dspex_persist.state.values.coercion import TYPE_NAMES
-from dspex_persist.state.values.constraints import Constraints, compile_constraints
+from dspex_persist.state.values.constraints import Constraints, compile_constraints, constraints_json
 from dspex_persist.state.values.json_text import parse_json
 from dspex_persist.state.values.normalisation import normalise
 from dspex_persist.state.values.python_objects import (
@@ -16,6 +16,7 @@ from dspex_persist.state.values.python_objects import (
     decode_loosely,
     encode,
     encode_arguments,
+    encode_for,
     encode_loosely,
     infer_type,
 )
@@ -26,10 +27,12 @@ __all__ = [
     "Constraints",
     "check_content",
     "compile_constraints",
+    "constraints_json",
     "decode",
     "decode_loosely",
     "encode",
     "encode_arguments",
+    "encode_for",
     "encode_loosely",
     "infer_type",
     "normalise",

@@ -90,6 +90,19 @@ def compile_constraints(name: str, type_name: str, constraints_json: str) -> Con
         raise InvalidConstraintsError(name, error.reason) from error
 
 
+def constraints_json(name: str, constraints: object) -> str:
+    """The text of constraints that are given as a mapping, as their text, or not at all."""
+    if constraints is None or isinstance(constraints, str):
+        return constraints or ""
+    if not isinstance(constraints, Mapping) or not all(isinstance(key, str) for key in constraints):
+        kind = type(constraints).__name__
+        raise InvalidConstraintsError(name, f'they must be a mapping by str, such as {{"min": 0}}, not this {kind}')
+    try:
+        return canonical(dict(constraints))
+    except RefusedError as error:
+        raise InvalidConstraintsError(name, error.reason) from error
+
+
 def _compile(type_name: str, text: str) -> Constraints:
     builders = _BUILDERS[type_name]
     stated = {key: entry for key, entry in _read_object(text).items() if not _is_none(key, entry)}

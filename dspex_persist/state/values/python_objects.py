@@ -23,7 +23,7 @@ from dspex_persist.state.values.json_text import (
     shown,
     utf8_size_bytes,
 )
-from dspex_persist.state.values.tensors import NON_FINITE
+from dspex_persist.state.values.tensors import NON_FINITE, check_elements, elements, read_shape
 
 _ANONYMOUS = "value"
 _PATH_LENGTH = 300
@@ -125,7 +125,7 @@ def infer_type(obj: object, *, name: str = _ANONYMOUS) -> str:
     if isinstance(obj, str):
         return "string"
     if isinstance(obj, dict):
-        return "tensor" if obj.keys() == {"shape", "data"} else "map"
+        return "tensor" if _is_tensor(obj) else "map"
     if isinstance(obj, list | tuple):
         return "list"
     if isinstance(obj, BinaryValue):
@@ -134,6 +134,24 @@ def infer_type(obj: object, *, name: str = _ANONYMOUS) -> str:
     if _is_array(obj):
         return "tensor" if len(obj.shape) else infer_type(obj.tolist(), name=name)
     raise InvalidValueError(name, _no_form(obj))
+
+
+def _is_tensor(obj: dict[Any, Any]) -> bool:
+    """Whether it is a shape and as many numbers; a dict of anybody's may have these two keys, and be no tensor."""
+    if obj.keys() != {"shape", "data"}:
+        return False
+    try:
+        check_elements(elements(_listed(obj["data"]), read_shape(_listed(obj["shape"]))))
+    except (RefusedError, RecursionError):
+        return False
+    return True
+
+
+def _listed(obj: object) -> object:
+    """Arrays and tuples as lists."""
+    if _is_array(obj):
+        return obj.tolist()
+    return [_listed(entry) for entry in obj] if isinstance(obj, list | tuple) else obj
 
 
 def encode(obj: object, type_name: str | None = None, *, name: str = _ANONYMOUS) -> Value:
@@ -156,6 +174,24 @@ def encode(obj: object, type_name: str | None = None, *, name: str = _ANONYMOUS)
         raise InvalidValueError(name, error.reason) from error
     except RecursionError:
         raise InvalidValueError(name, "nested too deep, or contains itself") from None
+    return Value(text)
+
+
+def encode_for(obj: object, find_type: Callable[[], str | None], *, name: str = _ANONYMOUS) -> Value:
+    """The value of an object for a variable whose type `find_type` tells.
+
+    It is asked only where the type makes a difference: for arrays, and for NaN and the infinities.
+    """
+    if _is_array(obj) and not len(obj.shape):
+        obj = obj.tolist()
+    if obj is None or isinstance(obj, BinaryValue):
+        return encode(obj, name=name)
+    try:
+        _check_plain(obj)
+        text = canonical(obj)
+        utf8_size_bytes(text)
+    except (RefusedError, RecursionError):
+        return encode(obj, find_type(), name=name)
     return Value(text)
 
 

@@ -1,0 +1,214 @@
+"""The door: what a caller passes is checked and copied here before anything else sees it.
+
+Every backend takes the same commands, so a wrong argument is the same error in each of them. Nothing of a caller's that
+can change is kept: its mappings and lists are copied.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from numbers import Real
+from operator import index
+from typing import Annotated, Any, TypeAlias, get_type_hints
+
+from dspex_persist.state.errors import InvalidArgumentError, quote
+from dspex_persist.state.frozen import FrozenDict
+from dspex_persist.state.model import Origin, Source, Value
+
+Check: TypeAlias = Callable[[str, Any], Any]
+"""Takes the name of an argument and what was given for it; returns what is kept of it."""
+
+_LARGEST = 2**31 - 1
+Number: TypeAlias = Annotated[int, "32 bits"]
+"""A number that the protocol has 32 bits for."""
+Version: TypeAlias = Annotated[int, "32 bits, from 0 up"]
+"""A version of a variable."""
+
+
+def text(field: str, given: object) -> str:
+    """A str that every backend can take: without NUL, which SQLite ends texts at, and without lone surrogates."""
+    if type(given) is str and given.isascii() and "\0" not in given:
+        return given
+    if not isinstance(given, str):
+        raise InvalidArgumentError(field, f"it must be a str, not {_kind(given)}{_advice(given)}")
+    # A subclass, such as an enumeration's member, may say of itself whatever it likes.
+    plain = str.__str__(given)
+    for character in plain:
+        if character == "\0":
+            raise InvalidArgumentError(field, f"{quote(plain)} contains NUL (U+0000): leave it out")
+        if "\ud800" <= character <= "\udfff":
+            reason = f"{quote(plain)} contains a lone surrogate (U+{ord(character):04X}), which is no character"
+            raise InvalidArgumentError(field, reason)
+    return plain
+
+
+def number(field: str, given: Any) -> int:
+    """An int, or what counts as one, such as NumPy's; no bool."""
+    if isinstance(given, bool) or not hasattr(type(given), "__index__"):
+        advice = ": use int(...)" if isinstance(given, str | float) else ""
+        raise InvalidArgumentError(field, f"it must be an int, not {_kind(given)}{advice}")
+    return index(given)
+
+
+def short_number(field: str, given: object) -> int:
+    """A number of 32 bits."""
+    found = given if type(given) is int else number(field, given)
+    if not -_LARGEST <= found <= _LARGEST:
+        raise InvalidArgumentError(field, f"it must be at most {_LARGEST}, not a number of {found.bit_length()} bits")
+    return found
+
+
+def version(field: str, given: object) -> int:
+    """A number of 32 bits, from 0 up."""
+    found = short_number(field, given)
+    if found < 0:
+        raise InvalidArgumentError(field, f"{found} is below 0: versions count from 0")
+    return found
+
+
+def flag(field: str, given: object) -> bool:
+    """True or False."""
+    if not isinstance(given, bool):
+        raise InvalidArgumentError(field, f"it must be True or False, not {_kind(given)}")
+    return given
+
+
+def seconds(field: str, given: object) -> float:
+    """A number of seconds."""
+    if not isinstance(given, Real) or isinstance(given, bool):
+        advice = ": use float(...)" if isinstance(given, str) else ""
+        raise InvalidArgumentError(field, f"it must be a number of seconds, not {_kind(given)}{advice}")
+    return float(given)
+
+
+def texts(field: str, given: object) -> tuple[str, ...]:
+    """Several names or ids."""
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        advice = ": write [...] around it" if isinstance(given, str) else ""
+        raise InvalidArgumentError(field, f"it must be a list of str, not {_kind(given)}{advice}")
+    return tuple(text(field, each) for each in given)
+
+
+def metadata(field: str, given: object) -> FrozenDict[str, str]:
+    """Texts by text."""
+    if type(given) is FrozenDict:
+        return given
+    return FrozenDict({_key(field, key): _entry(field, key, entry) for key, entry in mapping(field, given).items()})
+
+
+def _key(field: str, key: object) -> str:
+    if not isinstance(key, str):
+        raise InvalidArgumentError(field, f"its keys must be str, not {_kind(key)}{_advice(key)}")
+    return text(field, key)
+
+
+def _entry(field: str, key: object, entry: object) -> str:
+    if isinstance(entry, str):
+        return text(field, entry)
+    if isinstance(entry, bool | int | float):
+        advice = f'write "{str(entry).lower()}"'
+    else:
+        advice = "leave the entry out" if entry is None else "write a str, such as JSON"
+    raise InvalidArgumentError(field, f"the entry {quote(key)} must be a str, not {_kind(entry)}: {advice}")
+
+
+def value(field: str, given: object) -> Value:
+    """An encoded value; not yet whether it is one of any type."""
+    if not isinstance(given, Value):
+        raise InvalidArgumentError(field, f"it must be a Value, not {_kind(given)}: make it with values.encode(...)")
+    if given.binary is not None and type(given.binary) is not bytes:
+        if not isinstance(given.binary, bytes | bytearray | memoryview):
+            raise InvalidArgumentError(field, f"its binary must be bytes, not {_kind(given.binary)}")
+        given = Value(given.json, bytes(given.binary))
+    json = given.json
+    return given if type(json) is str and json.isascii() else Value(_json(field, json), given.binary)
+
+
+def _json(field: str, given: object) -> str:
+    if not isinstance(given, str):
+        raise InvalidArgumentError(field, f"its json must be a str, not {_kind(given)}")
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        reason = f"its json contains a lone surrogate (U+{ord(given[error.start]):04X}), which is no character"
+        raise InvalidArgumentError(field, reason) from None
+    return given
+
+
+def values_by_text(field: str, given: object) -> FrozenDict[str, Value]:
+    """Encoded values by name or id."""
+    entries = mapping(field, given)
+    return FrozenDict({_key(field, key): value(field, entry) for key, entry in entries.items()})
+
+
+def _objects(field: str, given: object) -> Any:
+    """What has to be JSON, which it is checked for when it is encoded."""
+    try:
+        return copy.deepcopy(mapping(field, given))
+    except (TypeError, RecursionError):
+        raise InvalidArgumentError(field, "it must hold what JSON has a form for") from None
+
+
+def mapping(field: str, given: object) -> dict[Any, Any]:
+    """A copy of a mapping."""
+    if not isinstance(given, Mapping):
+        raise InvalidArgumentError(field, f"it must be a mapping, such as a dict, not {_kind(given)}")
+    return dict(given)
+
+
+def origin(given: object) -> Origin:
+    """Who asks."""
+    if not isinstance(given, Origin):
+        raise InvalidArgumentError("origin", f"it must be an Origin, not {_kind(given)}")
+    text("actor", given.actor)
+    text("cause", given.cause)
+    if given.idempotency_key is not None:
+        text("idempotency_key", given.idempotency_key)
+    if given.optimizer_id is not None:
+        text("optimizer_id", given.optimizer_id)
+    if not isinstance(given.source, Source):
+        raise InvalidArgumentError("source", f"it must be a Source, not {_kind(given.source)}")
+    return given
+
+
+def _optional(check: Check) -> Check:
+    return lambda field, given: None if given is None else check(field, given)
+
+
+# What the annotation of a command's field asks for. What has none of these is only ever made by ourselves.
+_CHECKS: Mapping[Any, Check] = {
+    str: text,
+    str | None: _optional(text),
+    Number: short_number,
+    Version | None: _optional(version),
+    bool: flag,
+    float | None: _optional(seconds),
+    Value: value,
+    Sequence[str]: texts,
+    Mapping[str, str]: metadata,
+    Mapping[str, Value]: values_by_text,
+    Mapping[str, Any]: _objects,
+}
+
+
+_compiled: dict[Any, tuple[tuple[str, Check], ...]] = {}
+
+
+def checks_of(kind: type[Any]) -> tuple[tuple[str, Check], ...]:
+    """The checks of a dataclass's fields, by their annotations."""
+    checks = _compiled.get(kind)
+    if checks is None:
+        hints = get_type_hints(kind, include_extras=True)
+        names = [field.name for field in fields(kind) if hints[field.name] in _CHECKS]
+        checks = _compiled[kind] = tuple((name, _CHECKS[hints[name]]) for name in names)
+    return checks
+
+
+def _kind(given: object) -> str:
+    return "None" if given is None else type(given).__name__
+
+
+def _advice(given: object) -> str:
+    if given is None:
+        return ""
+    return ": decode it" if isinstance(given, bytes | bytearray) else ": use str(...)"
