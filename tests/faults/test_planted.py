@@ -11,7 +11,9 @@ import pytest
 from dspex_persist.infra.process import ServerProcess
 from tests.concurrency.clients import INITIAL, BridgeRegister, record
 from tests.concurrency.linearizability import Operation, check
+from tests.concurrency.observations import check as check_observations
 from tests.concurrency.serializability import check as check_executions
+from tests.concurrency.test_observations import SESSION, observations
 from tests.concurrency.test_serializable import histories
 from tests.deadline import within
 from tests.faults import shim
@@ -51,6 +53,12 @@ FOUND_BY_EXECUTIONS = {
     "no-conflict-check": "lost update",
     "stale-snapshot": "real-time order",
     "drop-steps": "lost update",
+}
+FOUND_BY_OBSERVATIONS = {
+    "no-read-check": "stale read",
+    "no-conflict-check": "stale read",
+    "stale-snapshot": "stale read",
+    "drop-steps": "lost",
 }
 FOUND_BY_HISTORIES = {
     "lost-update": "wrong version",
@@ -127,3 +135,12 @@ def test_the_history_checker_finds(bug: str, tmp_path: Path) -> None:
 def test_the_checker_of_executions_finds(bug: str, tmp_path: Path) -> None:
     history = histories(tmp_path, "append", bug)
     assert FOUND_BY_EXECUTIONS[bug] in {violation.rule for violation in check_executions(history)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", always(FOUND_BY_OBSERVATIONS, "no-read-check"))
+def test_the_observations_find(bug: str, tmp_path: Path) -> None:
+    database = tmp_path / "served.db"
+    observed = observations(database, seed=1, bug=bug)
+    found = {problem.partition(":")[0] for problem in check_observations(database, SESSION, observed)}
+    assert FOUND_BY_OBSERVATIONS[bug] in found

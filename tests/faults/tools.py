@@ -6,8 +6,10 @@ Each writes `token` into the metadata of every version that it makes, and answer
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 from dspex_persist import ToolContext, tool
+from dspex_persist.state.errors import VariableNotFoundError
 
 TOOLS = __name__
 RETRIES = 50
@@ -101,3 +103,69 @@ def append(ctx: ToolContext, operations: list[str], pause_s: float = 0.0) -> lis
 def append_on_snapshot(ctx: ToolContext, operations: list[str], pause_s: float = 0.0) -> list[str]:
     """The same, with nothing but its writes checked."""
     return _append(ctx, operations, pause_s)
+
+
+# What single observations are made of (tests/concurrency/observations.py)
+
+
+def _observe(ctx: ToolContext, asked: list[list[str]], pause_s: float) -> list[Any]:
+    found: list[Any] = []
+    for action, name, text in asked:
+        found.append(_ACTIONS[action](ctx, name, text))
+        time.sleep(pause_s)
+    return found
+
+
+def _get(ctx: ToolContext, name: str, text: str) -> Any:
+    try:
+        variable = ctx.variables.describe(name)
+    except VariableNotFoundError:
+        return None
+    return [variable.version, variable.value.json]
+
+
+def _list(ctx: ToolContext, name: str, text: str) -> Any:
+    return sorted([each.name, each.version, each.value.json] for each in ctx.variables.list())
+
+
+def _history(ctx: ToolContext, name: str, text: str) -> Any:
+    try:
+        versions = ctx.variables.history(name, 4)
+    except VariableNotFoundError:
+        return None
+    return [[each.version, each.value.json if each.value is not None else None] for each in versions]
+
+
+def _set(ctx: ToolContext, name: str, text: str) -> Any:
+    try:
+        return ctx.variables.set(name, text)
+    except KeyError:
+        return None
+
+
+def _define(ctx: ToolContext, name: str, text: str) -> Any:
+    ctx.variables.define(name, text)
+    return _get(ctx, name, text)
+
+
+def _delete(ctx: ToolContext, name: str, text: str) -> Any:
+    try:
+        ctx.variables.delete(name)
+    except KeyError:
+        return None
+    return True
+
+
+_ACTIONS = {"get": _get, "list": _list, "history": _history, "set": _set, "define": _define, "delete": _delete}
+
+
+@tool(retries=2)
+def observe(ctx: ToolContext, asked: list[list[str]], pause_s: float = 0.0) -> list[Any]:
+    """Carry out actions, each a word, a name and a text; what each saw."""
+    return _observe(ctx, asked, pause_s)
+
+
+@tool(retries=2, isolation="snapshot")
+def observe_on_snapshot(ctx: ToolContext, asked: list[list[str]], pause_s: float = 0.0) -> list[Any]:
+    """The same, with nothing but its writes checked."""
+    return _observe(ctx, asked, pause_s)
