@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from dspex_persist.errors import DspexError
+from dspex_persist.infra import forks
 from dspex_persist.infra.listen import ListenError, is_loopback, parse_listen, prepare
 from dspex_persist.infra.logs import configure_logs, quiet_grpc
 from dspex_persist.settings import Settings, SettingsError
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from dspex_persist.state.store.transfer import ImportReport
 
 EXIT_STORAGE_FAILED: Final = 70
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 # How often Python's threads take turns, in seconds (Python's own default is 0.005).
 SWITCH_INTERVAL_S: Final = 0.005
 # How many new objects make the garbage collector look for cycles.
@@ -219,6 +221,8 @@ def serve(settings: Settings) -> None:
     """
     _check_listen(settings)
     quiet_grpc()
+    # gRPC would start its threads anew in children of tools, on the sockets of the server, and crash there.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     style = settings.log_style
     if style == "auto":
         style = "console" if sys.stderr.isatty() else "json"
@@ -407,20 +411,26 @@ class _End:
         self.failure: StorageFailedError | None = None
         self._loop = loop
         self._path = path
+        forks.tell(self)
+        forks.guard_signals(*_SIGNALS)
 
     def on_signals(self) -> None:
         """Take SIGTERM and SIGINT from here on."""
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _SIGNALS:
             self._loop.add_signal_handler(number, self._on_signal, number)
 
     def _on_signal(self, number: signal.Signals) -> None:
-        for each in (signal.SIGTERM, signal.SIGINT):
+        for each in _SIGNALS:
             self._loop.remove_signal_handler(each)
             # The next one ends the process whatever it is doing. Nothing that was acknowledged can be lost by that.
             signal.signal(each, signal.SIG_DFL)
         # Said when it is so: whoever reads it may send the next one at once.
         _log.info("draining", signal=number.name)
         self.stop.set()
+
+    def forked(self, *, quiet: bool) -> None:
+        """A tool's child never goes on as a second server."""
+        forks.end_on(self._loop)
 
     def on_storage_failed(self, error: BaseException) -> None:
         """On the writer's thread, when its callers have been told: let their answers out, and end in any case."""

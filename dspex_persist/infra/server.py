@@ -24,6 +24,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from dspex_persist.errors import DspexError
+from dspex_persist.infra import forks
 from dspex_persist.infra.listen import (
     Address,
     ListenError,
@@ -161,6 +162,8 @@ async def serve(
     for service in _own_services(options, services, draining):
         server.add_registered_method_handlers(service.descriptor.full_name, _handlers(service, own_calls))
     port = _bind(server, address)
+    sockets = _Sockets(port if isinstance(address, TcpAddress) else address.path)
+    forks.tell(sockets)
     await server.start()
     loop = asyncio.get_running_loop()
     deadline: float | None = None
@@ -222,6 +225,18 @@ def _bind(server: grpc.aio.Server, address: Address) -> int:
     except RuntimeError as error:
         raise ListenError(str(address), "gRPC could not bind it") from error
     return 0
+
+
+class _Sockets:
+    """What the server listens on, and its connections. A child that outlives it must not keep the address from its
+    successor, nor its clients from noticing its end."""
+
+    def __init__(self, address: int | str) -> None:
+        self._address = address
+
+    def forked(self, *, quiet: bool) -> None:
+        """See `forks.Heir`."""
+        forks.blank_sockets(self._address)
 
 
 def _add_private_socket(server: grpc.aio.Server, address: UnixAddress) -> None:

@@ -5,11 +5,16 @@ server from ending.
 """
 
 import contextlib
+import os
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
+
+from dspex_persist.infra import forks
 
 R = TypeVar("R")
 
@@ -69,9 +74,21 @@ class DaemonThreads:
 def _carry_out(future: "Future[R]", function: Callable[[], R]) -> None:
     if not future.set_running_or_notify_cancel():
         return
+    process = os.getpid()
     try:
         result = function()
     except BaseException as error:  # noqa: BLE001 -- a thread's boundary: whoever waits is told
+        _end_child_of(process)
         future.set_exception(error)
     else:
+        _end_child_of(process)
         future.set_result(result)
+
+
+def _end_child_of(process: int) -> None:
+    """End a child that was forked by the work and has come back from it: it is none of its parent's threads."""
+    if os.getpid() == process:
+        return
+    if sys.exc_info()[0] is not None:
+        traceback.print_exc()
+    os._exit(forks.STRAY_CHILD)

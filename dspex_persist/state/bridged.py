@@ -65,6 +65,7 @@ from dspex_persist.state.rpc.headers import (
     SOURCE,
     TOOLS,
 )
+from dspex_persist.state.rpc.inherited import OneProcess, refuse_lost
 from dspex_persist.state.rpc.status import error_of_call
 from dspex_persist.state.unit_of_work import UnitOfWork
 from dspex_persist.state.watch import Watch
@@ -109,7 +110,9 @@ class BridgedState(StateProvider):
         self._timeout_s = timeout_s
         self._execution_id = execution_id
         self._actor = arguments.text("actor", actor) if actor else f"user:{getpass.getuser()}"
+        refuse_lost(target)
         self._channel = grpc.insecure_channel(target, options=(*channel_options(target), *_RECONNECTING))
+        self._here = OneProcess(target, self._channel)
         self._calls = {method.name: self._stub(method) for method in codec.BRIDGE_SERVICE.methods}
         self._closed = False
 
@@ -121,7 +124,7 @@ class BridgedState(StateProvider):
 
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
         """Send the command; the future resolves with the answer."""
-        fault = EngineClosedError() if self._closed else fault_of(command, origin)
+        fault = self._here.refusal or (EngineClosedError() if self._closed else fault_of(command, origin))
         if fault is not None:
             return _failed(fault)
         wire = _WIRES.get(type(command))
@@ -143,8 +146,7 @@ class BridgedState(StateProvider):
         self, session_id: str, identifiers: Sequence[str] = (), *, after_sequence: int | None = None
     ) -> "BridgedWatch":
         """Watch variables; see `StateProvider.watch`."""
-        if self._closed:
-            raise EngineClosedError()
+        self._check_open()
         identifiers = check_watch(session_id, identifiers, after_sequence)
         try:
             request = pb.WatchVariablesRequest(
@@ -153,7 +155,7 @@ class BridgedState(StateProvider):
         except ValueError as error:
             raise InvalidArgumentError("request", str(error)) from error
         headers = () if after_sequence is None else ((AFTER_SEQUENCE, str(after_sequence)),)
-        return BridgedWatch(self._calls["WatchVariables"](request, metadata=headers), self._timeout_s)
+        return BridgedWatch(self._calls["WatchVariables"](request, metadata=headers), self._timeout_s, self._target)
 
     def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
         """The server's tools, and those that the session's workers have registered there."""
@@ -171,6 +173,7 @@ class BridgedState(StateProvider):
 
         Whoever stops taking chunks holds the tool back, and who closes the iterator ends it: nothing is written then.
         """
+        self._check_open()
         command = commands.ExecuteTool(session_id, tool, values.encode_arguments(parameters or {}), metadata or {})
         command.check()
         origin = self.default_origin("ExecuteStreamingTool")
@@ -189,15 +192,13 @@ class BridgedState(StateProvider):
 
         The server shows values of sensitive variables only if it was started with `audit_reveal`.
         """
-        if self._closed:
-            raise EngineClosedError()
+        self._check_open()
         reveal = arguments.flag("reveal", reveal)
         return BridgedAudit(self._channel, self._target, timeout_s=self._timeout_s, reveal=reveal, let_go=let_go)
 
     def prune(self, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PruneReport:
         """Have the server prune; see `StateProvider.prune`. It takes as long as it takes."""
-        if self._closed:
-            raise EngineClosedError()
+        self._check_open()
         return audit_client.prune(self._channel, self._target, policy, confirm=confirm, progress=progress)
 
     def _patience_s(self, command: Command[Any]) -> float:
@@ -214,9 +215,16 @@ class BridgedState(StateProvider):
         return Origin(self._actor, cause, Source.PYTHON, idempotency_key)
 
     def close(self) -> None:
-        """Close the channel; the server goes on."""
+        """Close the channel; the server goes on. In a child of the process that has it, it is left alone."""
         self._closed = True
-        self._channel.close()
+        if self._here.refusal is None:
+            self._channel.close()
+            self._here.close()
+
+    def _check_open(self) -> None:
+        self._here.check()
+        if self._closed:
+            raise EngineClosedError()
 
 
 class _Wire:
@@ -565,8 +573,9 @@ class BridgedWatch(Watch):
     """A watch on another process's store. A thread takes the stream in; when the buffer is full it stops reading, and
     the server holds back."""
 
-    def __init__(self, call: Any, timeout_s: float) -> None:
+    def __init__(self, call: Any, timeout_s: float, target: str) -> None:
         self._call = call
+        self._here = OneProcess(target, call)
         self._lock = threading.Condition()
         self._buffer: deque[Update] = deque()
         self._whole = 0
@@ -631,6 +640,7 @@ class BridgedWatch(Watch):
 
     def pull(self) -> list[Update]:
         """See `Watch.pull`."""
+        self._here.check()
         with self._lock:
             updates = [self._buffer.popleft() for _ in range(self._whole)]
             self._whole = 0
@@ -647,6 +657,7 @@ class BridgedWatch(Watch):
 
     def notify(self, wake: Callable[[], None]) -> None:
         """See `Watch.notify`."""
+        self._here.check()
         with self._lock:
             self._wake = wake
             ended = self._error is not None
@@ -655,6 +666,8 @@ class BridgedWatch(Watch):
 
     def close(self) -> None:
         """Stop watching."""
+        if self._here.refusal is not None:
+            return
         with self._lock:
             self._closed = True
             self._lock.notify_all()

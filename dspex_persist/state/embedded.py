@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 import structlog
 
+from dspex_persist.infra import forks
 from dspex_persist.state import arguments
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.commands import (
@@ -25,6 +26,7 @@ from dspex_persist.state.commands import (
 from dspex_persist.state.commands.base import Reads
 from dspex_persist.state.errors import (
     EngineClosedError,
+    ForkedProcessError,
     InvalidArgumentError,
     OutcomeUnknownError,
     SessionNotFoundError,
@@ -106,6 +108,7 @@ class EmbeddedState(StateProvider):
         self._runner = (
             ToolRunner(self, tools, threads=tool_threads, limits=self._store.options.limits) if tools else None
         )
+        forks.tell(self)
 
     @property
     def head_sequence(self) -> int:
@@ -182,6 +185,7 @@ class EmbeddedState(StateProvider):
 
     def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
         """The tools that it was opened with, and those that the session's workers have registered."""
+        self.check_open()
         own = [tool.spec for tool in self._runner.tools.values()] if self._runner is not None else []
         arguments.text("session_id", session_id)
         registered = self.run(ListTools(session_id)).values() if session_id else ()
@@ -254,6 +258,14 @@ class EmbeddedState(StateProvider):
             self._store.hub.wake_all()
             if self._failed is None:
                 self._store.close()
+
+    def forked(self, *, quiet: bool) -> None:
+        """In a child every call fails at once, and closing does nothing. See `forks.Heir`."""
+        self._failed = ForkedProcessError(str(self._store.path))
+        self._closed = True
+        self._closing = threading.Lock()
+        self._writer.refuse(self._failed)
+        self._store.hub.let_go()
 
     def _on_fatal(self, error: BaseException) -> None:
         """On the writer's thread, after every waiting caller has been told."""

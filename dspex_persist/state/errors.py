@@ -498,6 +498,20 @@ class EngineClosedError(StateError):
 
 
 @dataclass(eq=False)
+class ForkedProcessError(StateError):
+    """This process was forked from the one that opened the database, that has the connection or runs the execution."""
+
+    what: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what} belongs to the process that this one was forked from, and works only there: "
+            "fork before you connect(), or start this process with multiprocessing's 'spawn', and connect() in it; "
+            "processes that share a database reach it through a server (grpc://)"
+        )
+
+
+@dataclass(eq=False)
 class ShuttingDownError(StateError):
     """The server takes no new calls, because it is about to end."""
 

@@ -12,11 +12,18 @@ from random import Random
 from typing import Any, NamedTuple, TypeVar
 
 from dspex_persist import clock
+from dspex_persist.infra import forks
 from dspex_persist.state import commands
 from dspex_persist.state.commands import Command
 from dspex_persist.state.commands.base import Reads
 from dspex_persist.state.commands.executions import Begun, FinishExecution, Step, Verdict, matches, see
-from dspex_persist.state.errors import ExecutionEndedError, InvalidArgumentError, StateError, UnsupportedError
+from dspex_persist.state.errors import (
+    ExecutionEndedError,
+    ForkedProcessError,
+    InvalidArgumentError,
+    StateError,
+    UnsupportedError,
+)
 from dspex_persist.state.model import (
     Dependency,
     ExecutionStatus,
@@ -101,6 +108,13 @@ class _Overlay:
             self._drafts, origin, clock.now(), 0, begun.limits, optimization_lease_s=begun.optimization_lease_s
         )
         self._tokens = _tokens_of(begun.seed)
+        self.is_forked = False
+        forks.tell(self)
+
+    def forked(self, *, quiet: bool) -> None:
+        """What a child stages would be lost: there it is refused. See `forks.Heir`."""
+        self.is_forked = True
+        self.lock = threading.RLock()
 
     def apply(self, command: Command[R], execution_id: str, origin: Origin) -> R:
         """Carry a command out; one that fails leaves nothing behind."""
@@ -297,7 +311,9 @@ class Execution:
             return result
 
     def check_running(self) -> None:
-        """Raise `ExecutionEndedError` once it has ended."""
+        """Raise `ExecutionEndedError` once it has ended, `ForkedProcessError` in a child of its process."""
+        if self.overlay.is_forked:
+            raise ForkedProcessError(f"execution {self.id}")
         if self.ended:
             raise ExecutionEndedError(self.id, self.ended)
 

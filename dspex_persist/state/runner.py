@@ -29,6 +29,7 @@ from typing import Any, Final, Protocol, TypeAlias, TypeVar
 from uuid import UUID
 
 from dspex_persist import clock
+from dspex_persist.infra import forks
 from dspex_persist.infra.threads import DaemonThreads
 from dspex_persist.state import commands, values
 from dspex_persist.state.commands import Command
@@ -941,6 +942,12 @@ class _LoopThread:
         self._name = name
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
+        forks.tell(self)
+
+    def forked(self, *, quiet: bool) -> None:
+        """See `forks.Heir`."""
+        if self._loop is not None:
+            forks.end_on(self._loop)
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:

@@ -153,6 +153,11 @@ class Hub:
         for wake in wakes:
             wake()
 
+    def let_go(self) -> None:
+        """Forget all who watch, in a forked child, where a thread that is no more may hold the lock."""
+        self._lock = threading.Lock()
+        self._feeds, self.count = {}, 0
+
     def wake_all(self) -> None:
         """Wake every watch, to see that its store has closed."""
         with self._lock:

@@ -27,6 +27,7 @@ from dspex_persist.state.model import PrunePolicy, PruneReport
 from dspex_persist.state.provider import Progress
 from dspex_persist.state.rpc import audit_codec as codec
 from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as pb
+from dspex_persist.state.rpc.inherited import OneProcess
 from dspex_persist.state.rpc.status import DETAILS_KEY, error_of_call
 
 
@@ -123,10 +124,12 @@ class _Calls:
 
     def __init__(self, channel: grpc.Channel, target: str) -> None:
         self._target = target
+        self._here = OneProcess(target, channel)
         self._stubs = {method.name: _stub(channel, method) for method in codec.AUDIT_SERVICE.methods}
 
     def unary(self, rpc: str, request: Any, timeout_s: float) -> Any:
         """The one answer."""
+        self._here.check()
         try:
             return self._stubs[rpc](request, timeout=timeout_s)
         except grpc.RpcError as error:
@@ -137,6 +140,7 @@ class _Calls:
 
     def stream(self, rpc: str, request: Any, timeout_s: float | None) -> Iterator[Any]:
         """The answers, as they come. Whoever stops taking them ends the call."""
+        self._here.check()
         try:
             call = self._stubs[rpc](request, timeout=timeout_s)
         except ValueError as error:

@@ -19,6 +19,7 @@ from dspex_persist.state.rpc.headers import (
     POSITION,
     RESUMED,
 )
+from dspex_persist.state.rpc.inherited import OneProcess
 from dspex_persist.state.rpc.tools import ToolRpcs
 from dspex_persist.state.runner import ToolRunner
 from dspex_persist.state.watch import Watch
@@ -43,6 +44,8 @@ class BridgeServicer(ToolRpcs):
         self._heartbeat_s = heartbeat_s
         self._draining = False
         self._watchers: set[asyncio.Event] = set()
+        # A tool's child cannot reach this server, nor any other: it would use what gRPC has open here.
+        self._here = OneProcess("the server's own clients")
 
     async def drain(self) -> None:
         """End every watch, with a status that says from where to resume; tools in flight may finish."""

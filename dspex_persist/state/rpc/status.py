@@ -61,6 +61,7 @@ CODES: dict[type[StateError], StatusCode] = {
     errors.OutcomeUnknownError: StatusCode.UNKNOWN,
     errors.UnavailableError: StatusCode.UNAVAILABLE,
     errors.EngineClosedError: StatusCode.UNAVAILABLE,
+    errors.ForkedProcessError: StatusCode.FAILED_PRECONDITION,
     errors.ShuttingDownError: StatusCode.UNAVAILABLE,
     errors.InternalError: StatusCode.INTERNAL,
     errors.CheckpointError: StatusCode.INTERNAL,

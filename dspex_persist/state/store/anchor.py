@@ -9,6 +9,8 @@ import struct
 from dataclasses import dataclass
 from hashlib import sha256
 
+from dspex_persist.infra import forks
+
 _FORMAT = struct.Struct(">Q32s8s")
 
 
@@ -37,7 +39,7 @@ class Anchor:
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._file)
+        forks.close(self._file)
 
 
 def parse(content: bytes) -> Head | None:

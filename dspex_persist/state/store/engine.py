@@ -12,13 +12,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 from urllib.parse import quote
+from weakref import WeakKeyDictionary
 
 import structlog
 from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.pool import QueuePool, StaticPool
 
+from dspex_persist.infra import forks
 from dspex_persist.state.errors import DatabaseInUseError, NotADatabaseError, ReadFailedError
+from dspex_persist.state.store import inherited
 
 Durability: TypeAlias = Literal["full", "normal"]
 _SYNCHRONOUS = {"full": 2, "normal": 1}
@@ -61,13 +64,35 @@ def resolved(path: Path) -> Path:
 # who then opens the file believes to be alone, and removes its WAL. SQLite knows that of its own descriptors. So a file
 # that this process owns is known by its identity before it is opened, and our one descriptor of it is closed only when
 # no other descriptor of it is left in the process.
-_gate: Final = threading.Lock()
-"""Held while files are looked at, opened or closed, so that none is opened between a look and what follows from it."""
+class _Gate:
+    """Held while files are looked at, opened or closed, so that none is opened between a look and what follows from it.
+
+    In a child that is forked nothing is left of what its parent has opened, unless it could not be let go of.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        forks.tell(self)
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with forks.busy(), self._lock:
+            yield
+
+    def forked(self, *, quiet: bool) -> None:
+        """See `forks.Heir`."""
+        self._lock = threading.Lock()
+        _parked.clear()
+        if quiet:
+            _owned.clear()
+
+
+_gate: Final = _Gate()
 _owned: Final[dict[Identity, int]] = {}
-"""The files that are owned, and the process that does: a child that was forked inherits the table."""
+"""The files that are owned, and the process that does."""
 _parked: Final[list[int]] = []
 """Descriptors of files that were given up, and that somebody in this process still has open."""
-os.register_at_fork(before=_gate.acquire, after_in_parent=_gate.release, after_in_child=_gate.release)
+_connections: Final[WeakKeyDictionary[Engine, inherited.Connections]] = WeakKeyDictionary()
 
 
 class OwnershipLock:
@@ -84,7 +109,7 @@ class OwnershipLock:
         """`create`: make the file, for its owner's eyes only, where there is none."""
         self._pid = os.getpid()
         name = resolved(path)
-        with _gate, _named(path):
+        with _gate(), _named(path):
             _refuse_own(name)
             if create:
                 _refuse_nowhere(path)
@@ -93,7 +118,7 @@ class OwnershipLock:
                 _lock_beside(name, self._beside)
                 self._identity, self._file = _take(name, create)
             except BaseException:
-                os.close(self._beside)
+                forks.close(self._beside)
                 raise
             _owned[self._identity] = self._pid
         # The pid is told to who comes second, no more: a disk without room must not keep the owner from starting.
@@ -106,7 +131,7 @@ class OwnershipLock:
         if os.getpid() != self._pid:
             # In a child that was forked: the locks are its parent's.
             return
-        with _gate:
+        with _gate():
             _owned.pop(self._identity, None)
             if self._file is not None:
                 fcntl.flock(self._file, fcntl.LOCK_UN)
@@ -114,7 +139,7 @@ class OwnershipLock:
             _close_parked()
         with suppress(OSError):
             os.ftruncate(self._beside, 0)
-        os.close(self._beside)
+        forks.close(self._beside)
 
 
 @contextmanager
@@ -173,7 +198,7 @@ def _take(path: Path, create: bool) -> tuple[Identity, int | None]:
         if sys.platform != "linux":
             _refuse_second_name(path, found)
             return identity, None
-        file = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        file = forks.own(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
         # Not ours yet, and not to be closed just so either.
         _parked.append(file)
         try:
@@ -200,7 +225,7 @@ def _close_parked() -> None:
     for file in _parked.copy():
         if not _has_another(file):
             _parked.remove(file)
-            os.close(file)
+            forks.close(file)
 
 
 def _has_another(file: int) -> bool:
@@ -264,7 +289,8 @@ def open_beside(database: Path, suffix: str) -> int:
         except BaseException:
             os.close(file)
             raise
-    return file
+    # A child that outlives this process must not keep what it has locked.
+    return forks.own(file)
 
 
 def _refuse_strange(database: Path, path: Path, found: os.stat_result) -> None:
@@ -282,11 +308,16 @@ def _refuse_strange(database: Path, path: Path, found: os.stat_result) -> None:
 def open_writer(path: Path, durability: Durability = "full") -> Engine:
     """An engine with the one connection that writes and checkpoints; every transaction is BEGIN IMMEDIATE."""
     name = resolved(path)
+    connections = inherited.Connections(name)
 
     def connect() -> sqlite3.Connection:
-        # The driver must not guess when a transaction starts: `_begin` says so.
-        with _gate:
-            connection = sqlite3.connect(name, isolation_level=None, check_same_thread=False, timeout=10)
+        connections.check()
+        with _gate():
+            # The driver must not guess when a transaction starts: `_begin` says so.
+            connection = sqlite3.connect(
+                name, isolation_level=None, check_same_thread=False, timeout=10, factory=inherited.Connection
+            )
+        connections.add(connection)
         _set_and_assert(connection, durability)
         return connection
 
@@ -319,7 +350,7 @@ def _set_and_assert(connection: sqlite3.Connection, durability: Durability) -> N
         )
 
 
-class _AtRest(sqlite3.Connection):
+class _AtRest(inherited.Connection):
     """A connection to a file that nobody has open, in a folder where this process can make no file.
 
     SQLite reads a file in WAL mode with the help of files beside it. Where it can make none it has to be told that
@@ -347,14 +378,28 @@ def open_readers(path: Path, size: int = 4) -> Engine:
     `size`: how many stay open for the next ones. Nobody waits for a connection: who finds none opens one more.
     """
     name = resolved(path)
+    connections = inherited.Connections(name)
 
     def connect() -> sqlite3.Connection:
+        connections.check()
+        connection = open_one()
+        connections.add(connection)
+        return connection
+
+    def open_one() -> inherited.Connection:
         uri = f"file:{quote(str(name))}?mode=ro"
         try:
-            with _gate:
+            with _gate():
                 state = _state_at_rest(name)
                 if state is None:
-                    return sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=10)
+                    return sqlite3.connect(
+                        uri,
+                        uri=True,
+                        isolation_level=None,
+                        check_same_thread=False,
+                        timeout=10,
+                        factory=inherited.Connection,
+                    )
                 connection = sqlite3.connect(
                     f"{uri}&immutable=1", uri=True, isolation_level=None, check_same_thread=False, factory=_AtRest
                 )
@@ -365,6 +410,7 @@ def open_readers(path: Path, size: int = 4) -> Engine:
 
     url = URL.create("sqlite", database=str(name))
     engine = create_engine(url, creator=connect, poolclass=QueuePool, pool_size=size, max_overflow=-1)
+    _connections[engine] = connections
 
     @event.listens_for(engine, "checkout")
     def _check_out(connection: Any, _record: Any, _proxy: Any) -> None:
@@ -389,8 +435,10 @@ def _rests(path: Path, connection: _AtRest) -> bool:
 def snapshot(readers: Engine) -> Iterator[Connection]:
     """A short read transaction. What SQLite reports in it is raised as `ReadFailedError` or `NotADatabaseError`."""
     path = Path(readers.url.database or "")
+    # Looked at before the pool is: a thread that a fork left behind may have held its lock.
+    _connections[readers].check()
     try:
-        with readers.begin() as connection:
+        with forks.busy(), readers.begin() as connection:
             yield connection
             driver = connection.connection.dbapi_connection
             if isinstance(driver, _AtRest) and not _rests(path, driver):

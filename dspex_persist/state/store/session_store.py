@@ -18,6 +18,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from dspex_persist import clock
+from dspex_persist.infra import forks
 from dspex_persist.state.commands import Command, ExpireSession, ForkSession, InterruptExecutions
 from dspex_persist.state.commands.base import check_text
 from dspex_persist.state.errors import (
@@ -140,9 +141,10 @@ class SessionStore:
             self.path, self._name = resolved(path), path
             self._anchor = Anchor(open_beside(self.path, ".anchor"))
             undo.callback(self._anchor.close)
-            self._open_file(undo)
-            warn_of_others(self.path)
-            self._interrupt_executions()
+            with forks.busy():
+                self._open_file(undo)
+                warn_of_others(self.path)
+                self._interrupt_executions()
             undo.pop_all()
 
     def _open_file(self, undo: contextlib.ExitStack) -> None:
@@ -554,11 +556,12 @@ class SessionStore:
 
     def close(self) -> None:
         """Bring the WAL into the file, remember the head, let the file go."""
-        self._readers.dispose()
-        self._connection.close()
         try:
-            checkpoint(self._writer)
-            self._anchor.write(self.head)
+            with forks.busy():
+                self._readers.dispose()
+                self._connection.close()
+                checkpoint(self._writer)
+                self._anchor.write(self.head)
         except (DBAPIError, sqlite3.Error, OSError) as error:
             raise CheckpointError(str(self._name), str(error)) from error
         finally:

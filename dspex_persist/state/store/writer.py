@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import structlog
 
+from dspex_persist.infra import forks
 from dspex_persist.state.errors import EngineClosedError, OutcomeUnknownError, QueueFullError, StateError
 from dspex_persist.state.store.session_store import Job, Outcome
 
@@ -84,6 +85,12 @@ class Writer:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
+    def refuse(self, reason: StateError) -> None:
+        """Take no more jobs, in a forked child, which has no writer's thread; a thread that is no more may hold the
+        gate."""
+        self._gate = threading.Lock()
+        self._closed = reason
+
     def _run(self) -> None:
         waiting: list[_Queued] = []
         try:
@@ -107,7 +114,8 @@ class Writer:
                 self._check()
                 last_check = time.monotonic()
             if time.monotonic() - last_idle >= self._idle_s:
-                self._on_idle()
+                with forks.busy():
+                    self._on_idle()
                 last_idle = time.monotonic()
 
     def _gather(self, waiting: list[_Queued], company: int, last_end: float) -> bool:
@@ -151,7 +159,8 @@ class Writer:
     def _write(self, waiting: list[_Queued]) -> None:
         # A caller that gave up before its turn is left out; from here on it cannot cancel any more.
         waiting[:] = [queued for queued in waiting if queued[1].set_running_or_notify_cancel()]
-        outcomes = self._write_group([job for job, _ in waiting])
+        with forks.busy():
+            outcomes = self._write_group([job for job, _ in waiting])
         for (_, future), outcome in zip(waiting, outcomes, strict=True):
             if outcome.error is None:
                 future.set_result(outcome.result)
