@@ -16,7 +16,23 @@ if TYPE_CHECKING:
     from dspex_persist.settings import load_settings as load_settings
     from dspex_persist.state.bridged import BridgedState as BridgedState
     from dspex_persist.state.embedded import EmbeddedState as EmbeddedState
+    from dspex_persist.state.errors import ExecutionConflictError as ExecutionConflictError
+    from dspex_persist.state.errors import IdempotencyConflictError as IdempotencyConflictError
+    from dspex_persist.state.errors import InvalidArgumentError as InvalidArgumentError
+    from dspex_persist.state.errors import InvalidValueError as InvalidValueError
+    from dspex_persist.state.errors import LimitExceededError as LimitExceededError
+    from dspex_persist.state.errors import OutcomeUnknownError as OutcomeUnknownError
+    from dspex_persist.state.errors import SessionNotFoundError as SessionNotFoundError
     from dspex_persist.state.errors import StateError as StateError
+    from dspex_persist.state.errors import ToolArgumentError as ToolArgumentError
+    from dspex_persist.state.errors import ToolFailedError as ToolFailedError
+    from dspex_persist.state.errors import ToolNotFoundError as ToolNotFoundError
+    from dspex_persist.state.errors import ToolTimedOutError as ToolTimedOutError
+    from dspex_persist.state.errors import UnavailableError as UnavailableError
+    from dspex_persist.state.errors import UnsupportedError as UnsupportedError
+    from dspex_persist.state.errors import VariableLockedError as VariableLockedError
+    from dspex_persist.state.errors import VariableNotFoundError as VariableNotFoundError
+    from dspex_persist.state.errors import VersionConflictError as VersionConflictError
     from dspex_persist.state.limits import Limits as Limits
     from dspex_persist.state.provider import StateProvider as StateProvider
     from dspex_persist.wiring import connect as connect
@@ -25,20 +41,37 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Imported when they are first asked for: importing the package must cost neither SQL nor gRPC.
+# Imported when they are first asked for: importing the package must cost neither SQL nor gRPC. `errors` has the errors
+# that are not among them.
 _HOMES = {
     "BridgedState": "dspex_persist.state.bridged",
     "Context": "dspex_persist.cognitive.context",
     "DspexError": "dspex_persist.errors",
     "EmbeddedState": "dspex_persist.state.embedded",
+    "ExecutionConflictError": "dspex_persist.state.errors",
+    "IdempotencyConflictError": "dspex_persist.state.errors",
+    "InvalidArgumentError": "dspex_persist.state.errors",
+    "InvalidValueError": "dspex_persist.state.errors",
+    "LimitExceededError": "dspex_persist.state.errors",
     "Limits": "dspex_persist.state.limits",
+    "OutcomeUnknownError": "dspex_persist.state.errors",
+    "SessionNotFoundError": "dspex_persist.state.errors",
     "Settings": "dspex_persist.settings",
     "StateError": "dspex_persist.state.errors",
     "StateProvider": "dspex_persist.state.provider",
     "Tool": "dspex_persist.cognitive.tools",
+    "ToolArgumentError": "dspex_persist.state.errors",
     "ToolContext": "dspex_persist.cognitive.tool_context",
+    "ToolFailedError": "dspex_persist.state.errors",
+    "ToolNotFoundError": "dspex_persist.state.errors",
+    "ToolTimedOutError": "dspex_persist.state.errors",
     "Toolbox": "dspex_persist.cognitive.toolbox",
+    "UnavailableError": "dspex_persist.state.errors",
+    "UnsupportedError": "dspex_persist.state.errors",
+    "VariableLockedError": "dspex_persist.state.errors",
+    "VariableNotFoundError": "dspex_persist.state.errors",
     "Variables": "dspex_persist.cognitive.variables",
+    "VersionConflictError": "dspex_persist.state.errors",
     "connect": "dspex_persist.wiring",
     "decode": "dspex_persist.cognitive.variables",
     "load_settings": "dspex_persist.settings",
@@ -51,6 +84,8 @@ __all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module("dspex_persist.errors")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -19,14 +19,12 @@ from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import (
     EngineClosedError,
-    InternalError,
     InvalidArgumentError,
     LimitExceededError,
     OutcomeUnknownError,
     ShuttingDownError,
     StateError,
     ToolFailedError,
-    UnavailableError,
     UnsupportedError,
 )
 from dspex_persist.state.model import (
@@ -63,10 +61,11 @@ from dspex_persist.state.rpc.headers import (
     POSITION,
     RESUMED,
     SOURCE,
+    TIMEOUT_S,
     TOOLS,
 )
 from dspex_persist.state.rpc.inherited import OneProcess, refuse_lost
-from dspex_persist.state.rpc.status import error_of_call
+from dspex_persist.state.rpc.status import error_in, error_of_call, is_told, never_sent
 from dspex_persist.state.unit_of_work import UnitOfWork
 from dspex_persist.state.watch import Watch
 
@@ -75,6 +74,7 @@ _Headers = tuple[tuple[str, str | bytes], ...]
 
 _BUFFERED_UPDATES = 256
 _HEADER_LENGTH = 255
+_VERDICT_S = 1.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 # A channel that lost its server tries again this often at first, so that a restart is noticed at once.
 _RECONNECTING = (
@@ -183,7 +183,7 @@ class BridgedState(StateProvider):
                 if not (chunk.is_final and chunk.data == b"null"):
                     yield json.loads(chunk.data)
         except grpc.RpcError:
-            raise error_of_call(call) from None
+            raise error_of_call(call, self._target) from None
         finally:
             call.cancel()
 
@@ -203,7 +203,8 @@ class BridgedState(StateProvider):
 
     def _patience_s(self, command: Command[Any]) -> float:
         asked_s = command.timeout_s if isinstance(command, commands.ExecuteTool) else None
-        return self._timeout_s if asked_s is None else asked_s
+        # The server ends the tool when its time is up, and has a moment more to say so.
+        return self._timeout_s if asked_s is None else asked_s + _VERDICT_S
 
     def _headers_of(self, origin: Origin, command: Command[Any]) -> _Headers:
         return _headers_of(origin, command, self._execution_id)
@@ -311,10 +312,10 @@ class _Attempt:
                 self._future.set_result(self._wire.result(self._command, response))
 
     def _failed(self, call: Any) -> None:
-        error = error_of_call(call)
-        lost = call.code() in _CONNECTION_LOST and isinstance(error, UnavailableError | InternalError)
+        error = error_of_call(call, self._target)
+        lost = call.code() in _CONNECTION_LOST and not is_told(call)
         if lost:
-            error = self._lost(call.details() or call.code().name)
+            error = self._lost(error, call.details() or call.code().name)
         open_still = lost or isinstance(error, OutcomeUnknownError | EngineClosedError | ShuttingDownError)
         if isinstance(error, OutcomeUnknownError):
             self._unknown = error
@@ -336,11 +337,10 @@ class _Attempt:
         timer.start()
         self._pause_s = min(self._pause_s * 2, _LONGEST_PAUSE_S)
 
-    def _lost(self, details: str) -> StateError:
-        never_sent = "failed to connect" in details.lower() or "connection refused" in details.lower()
-        if self._command.writes and not never_sent:
+    def _lost(self, error: StateError, details: str) -> StateError:
+        if self._command.writes and not never_sent(details):
             return OutcomeUnknownError(f"the connection to {self._target} broke: {details}")
-        return UnavailableError(f"{self._target}: {details}")
+        return error
 
 
 def _session_view(response: pb.InitializeSessionResponse, call: Any) -> SessionView:
@@ -352,6 +352,7 @@ def _session_view(response: pb.InitializeSessionResponse, call: Any) -> SessionV
 def _headers_of(origin: Origin, command: Command[Any], execution_id: str | None) -> _Headers:
     before = command.before if isinstance(command, commands.GetVariableHistory) else None
     expected = command.expected_version if isinstance(command, commands.SetVariable) else None
+    timeout_s = command.timeout_s if isinstance(command, commands.ExecuteTool) else None
     headers = {
         ACTOR: origin.actor,
         SOURCE: origin.source.value if origin.source is Source.PYTHON else None,
@@ -360,6 +361,7 @@ def _headers_of(origin: Origin, command: Command[Any], execution_id: str | None)
         BEFORE_VERSION: None if before is None else str(before),
         EXPECTED_VERSION: None if expected is None else str(expected),
         EXECUTION_ID: execution_id,
+        TIMEOUT_S: None if timeout_s is None else repr(timeout_s),
         TOOLS: ALL_TOOLS if isinstance(command, _ListAllTools) else None,
     }
     return tuple(_header(name, text) for name, text in headers.items() if text is not None)
@@ -474,7 +476,7 @@ def _tool_outcome(_: commands.ExecuteTool, response: pb.ExecuteToolResponse) -> 
     return ToolOutcome(
         ExecutionStatus.COMMITTED if response.success else _STATUSES.get(code),
         codec.value_in(response.result) if response.success else None,
-        None if response.success else ToolFailedError(execution_id, response.error_message),
+        None if response.success else _tool_error(response),
         code,
         execution_id,
         int(sequence) if sequence else None,
@@ -482,6 +484,12 @@ def _tool_outcome(_: commands.ExecuteTool, response: pb.ExecuteToolResponse) -> 
         repeated="repeated" in said,
         streamed="streamed" in said,
     )
+
+
+def _tool_error(response: pb.ExecuteToolResponse) -> StateError:
+    said = response.metadata
+    error = error_in(said["error_code"], said["error_fields"])
+    return error or ToolFailedError(said["execution_id"], response.error_message)
 
 
 _STATUSES = {
@@ -575,6 +583,7 @@ class BridgedWatch(Watch):
 
     def __init__(self, call: Any, timeout_s: float, target: str) -> None:
         self._call = call
+        self._target = target
         self._here = OneProcess(target, call)
         self._lock = threading.Condition()
         self._buffer: deque[Update] = deque()
@@ -598,7 +607,7 @@ class BridgedWatch(Watch):
             if POSITION not in headers:
                 next(self._call)
         except grpc.RpcError:
-            raise error_of_call(self._call) from None
+            raise error_of_call(self._call, self._target) from None
         finally:
             give_up.cancel()
         return headers
@@ -607,7 +616,7 @@ class BridgedWatch(Watch):
         try:
             return tuple(codec.update_of(next(self._call)).variable for _ in range(count))
         except grpc.RpcError:
-            raise error_of_call(self._call) from None
+            raise error_of_call(self._call, self._target) from None
 
     def _read(self) -> None:
         error: StateError = EngineClosedError()
@@ -616,7 +625,7 @@ class BridgedWatch(Watch):
                 self._take(message)
         except grpc.RpcError:
             if not self._closed:
-                error = error_of_call(self._call)
+                error = error_of_call(self._call, self._target)
         with self._lock:
             self._error = error
         self._wake()

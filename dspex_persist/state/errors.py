@@ -10,16 +10,23 @@ from dataclasses import dataclass
 from dspex_persist.errors import DspexError
 
 _QUOTED = 60
+_KEPT = 1000
 
 
 def quote(text: object) -> str:
     """`text` in quotes, on one line, short enough for a message."""
-    shown = repr(str(text))
+    shown = repr(str(text)[: _QUOTED + 1])
     return shown if len(shown) <= _QUOTED else f"{shown[:_QUOTED]}...'"
 
 
 class StateError(DspexError):
-    """The root of the state layer's errors."""
+    """The root of the state layer's errors. Its leaves are dataclasses."""
+
+    def __post_init__(self) -> None:
+        """Keep names short: what a caller sent as one may have megabytes, and an error may be kept for long."""
+        for name, field in vars(self).items():
+            if name != "reason" and isinstance(field, str) and len(field) > _KEPT:
+                setattr(self, name, f"{field[:_KEPT]}...")
 
 
 @dataclass(eq=False)
@@ -250,6 +257,7 @@ class IdempotencyConflictError(StateError):
 class ToolNotFoundError(StateError):
     """There is no such tool."""
 
+    error_code = "UNKNOWN_TOOL"
     name: str
     hint: str
 
@@ -271,6 +279,7 @@ class ToolExistsError(StateError):
 class ToolArgumentError(StateError):
     """An argument of a tool is wrong, missing or too much; nothing was begun."""
 
+    error_code = "INVALID_PARAMETERS"
     tool: str
     parameter: str
     reason: str
@@ -317,6 +326,7 @@ class ExecutionEndedError(StateError):
 class ExecutionConflictError(StateError):
     """Others changed what the execution stood on."""
 
+    error_code = "CONFLICT"
     retryable = True
     execution_id: str
     changes: str
@@ -337,9 +347,17 @@ class ToolFailedError(StateError):
 
 
 @dataclass(eq=False)
+class ToolInterruptedError(ToolFailedError):
+    """The session, or the server, ended while the tool ran; nothing was written."""
+
+    error_code = "INTERRUPTED"
+
+
+@dataclass(eq=False)
 class ToolTimedOutError(StateError):
     """The tool took longer than it, or its caller, allows; nothing was written."""
 
+    error_code = "TIMED_OUT"
     execution_id: str
     reason: str
 
@@ -351,6 +369,7 @@ class ToolTimedOutError(StateError):
 class RemoteToolError(StateError):
     """The process that runs the tool cannot be reached, or broke off."""
 
+    error_code = "UNAVAILABLE"
     retryable = True
     tool: str
     address: str
@@ -386,12 +405,13 @@ class RecordingError(StateError):
 
 @dataclass(eq=False)
 class UnsupportedError(StateError):
-    """This backend cannot do that."""
+    """This backend cannot do that. `hint`: what to do instead."""
 
     what: str
+    hint: str = ""
 
     def __str__(self) -> str:
-        return f"not supported here: {self.what}"
+        return f"not supported here: {self.what}" + (f"; {self.hint}" if self.hint else "")
 
 
 @dataclass(eq=False)

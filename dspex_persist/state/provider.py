@@ -143,14 +143,14 @@ class StateProvider(ABC):
         Of several that had this id it is the newest, or the one that began with commit `started`. `reveal`: with the
         values of sensitive variables, which are left out otherwise.
         """
-        raise UnsupportedError("recordings")
+        raise UnsupportedError("recordings", "record it from its file: dspex-persist session export --db PATH")
 
     def fork_session(self, session_id: str, new_session_id: str, at: str = "") -> SessionView:
         """Begin a session with the variables that `session_id` had at a point, each at version 0; "" is now.
 
         A point is what audits take: a commit, an execution's id, a time, an age; `^` behind it: right before it.
         """
-        raise UnsupportedError("forks of sessions")
+        raise UnsupportedError("forks of sessions", "fork it in its file: dspex-persist session fork --db PATH")
 
     # The commands by name, for callers that wait
 

@@ -51,6 +51,7 @@ from dspex_persist.state.errors import (
     StorageError,
     ToolArgumentError,
     ToolFailedError,
+    ToolInterruptedError,
     ToolNotFoundError,
     ToolTimedOutError,
     UnavailableError,
@@ -96,19 +97,8 @@ _BETWEEN: Final = (
 """The files of what stands between a tool's code and whoever asked for it."""
 _ANEW: Final = (ExecutionStatus.CANCELLED, ExecutionStatus.INTERRUPTED, ExecutionStatus.CONFLICT)
 """How an execution may have ended that whoever waited for it begins again."""
-_CODES: Final = {
-    ExecutionStatus.FAILED: "TOOL_FAILED",
-    ExecutionStatus.CONFLICT: "CONFLICT",
-    ExecutionStatus.TIMED_OUT: "TIMED_OUT",
-    ExecutionStatus.CANCELLED: "CANCELLED",
-    ExecutionStatus.INTERRUPTED: "INTERRUPTED",
-}
-_REFUSALS: Final[Mapping[type[StateError], str]] = {
-    ToolNotFoundError: "UNKNOWN_TOOL",
-    ToolArgumentError: "INVALID_PARAMETERS",
-    MissingVariablesError: "MISSING_VARIABLES",
-    IdempotencyConflictError: "IDEMPOTENCY_CONFLICT",
-}
+_REFUSALS: Final = (ToolNotFoundError, ToolArgumentError, MissingVariablesError, IdempotencyConflictError)
+"""What is wrong with a request before anything has begun."""
 
 
 # What tools are to this layer
@@ -472,10 +462,10 @@ class ToolRunner:
             job = await self._prepare(request, emit)
             outcome = await self._execute(job)
             return replace(outcome, streamed=True) if job.tool.spec.streaming else outcome
-        except tuple(_REFUSALS) as error:
+        except _REFUSALS as error:
             # On a session that is not there, that is what is wrong first.
             await self._submit(commands.ListTools(request.session_id), request.origin)
-            return ToolOutcome(None, None, error, _REFUSALS[type(error)])
+            return ToolOutcome(None, None, error, error.error_code)
         finally:
             self._count -= 1
 
@@ -485,12 +475,11 @@ class ToolRunner:
         parent.execution.check_is_of(request.session_id)
         try:
             result = await self.execute_child(parent, request)
-        except tuple(_REFUSALS) as error:
-            return ToolOutcome(None, None, error, _REFUSALS[type(error)], execution_id)
-        except Exception as error:  # noqa: BLE001 -- users' code: whatever it raises is told to its caller
-            return ToolOutcome(
-                ExecutionStatus.FAILED, None, _error_of(execution_id, _failure_of(error)), "TOOL_FAILED", execution_id
-            )
+        except _REFUSALS as error:
+            return ToolOutcome(None, None, error, error.error_code, execution_id)
+        except Exception as raised:  # noqa: BLE001 -- users' code: whatever it raises is told to its caller
+            failed = _told(execution_id, raised, _failure_of(raised))
+            return ToolOutcome(_status_of(raised), None, failed, failed.error_code, execution_id)
         return ToolOutcome(ExecutionStatus.COMMITTED, result, execution_id=execution_id, attempts=1)
 
     async def _prepare(self, request: ToolRequest, emit: Emit | None = None, within: Execution | None = None) -> _Job:
@@ -654,9 +643,10 @@ class ToolRunner:
                 self._end_without_waiting(session, replace(verdict, status=self._gone(), result=None))
             raise
         except (SessionNotFoundError, ExecutionEndedError):
-            error = ToolFailedError(session.execution_id, "the session ended while the tool ran; nothing was written")
+            reason = "the session ended while the tool ran; nothing was written"
+            error = ToolInterruptedError(session.execution_id, reason)
             return ToolOutcome(
-                ExecutionStatus.INTERRUPTED, None, error, "INTERRUPTED", session.execution_id, None, session.attempt
+                ExecutionStatus.INTERRUPTED, None, error, error.error_code, error.execution_id, None, session.attempt
             )
         except StateError as error:
             self._owe(session, verdict, error)
@@ -874,14 +864,20 @@ def _outcome(verdict: Verdict, finished: Finished, raised: Exception | None) -> 
     status, execution_id = finished.status, verdict.execution_id
     if status is ExecutionStatus.COMMITTED:
         return ToolOutcome(status, verdict.result, None, "", execution_id, finished.sequence, verdict.attempt)
-    code, error = _CODES[status], raised
     if status is ExecutionStatus.CONFLICT:
-        error = ExecutionConflictError(execution_id, ", ".join(map(str, finished.conflicts)))
-    elif isinstance(raised, RemoteToolError):
-        code = "UNAVAILABLE"
-    elif verdict.failure is not None and not isinstance(raised, ToolTimedOutError | ToolFailedError):
-        error = _error_of(execution_id, verdict.failure)
-    return ToolOutcome(status, None, error, code, execution_id, None, verdict.attempt)
+        error: StateError = ExecutionConflictError(execution_id, ", ".join(map(str, finished.conflicts)))
+    else:
+        error = _told(execution_id, raised, verdict.failure)
+    return ToolOutcome(status, None, error, error.error_code, execution_id, None, verdict.attempt)
+
+
+def _told(execution_id: str, raised: Exception | None, failure: Failure | None) -> StateError:
+    """What clients are told of an execution that failed: what the engine itself says, or what the tool's code raised,
+    without its traceback."""
+    if isinstance(raised, RemoteToolError | ToolTimedOutError | ToolFailedError):
+        return raised
+    assert failure is not None, "what has neither committed nor met a conflict has failed"
+    return ToolFailedError(execution_id, f"{failure.type}: {failure.message}")
 
 
 async def _bind(tool: ToolCode, parameters: Mapping[str, Value]) -> Mapping[str, object]:
@@ -928,11 +924,6 @@ def _failure_of(error: BaseException) -> Failure:
     told = (type(error).__name__, text, _trace_of(error))
     # A lone surrogate is no character: no message can carry it.
     return Failure(*(each.encode(errors="backslashreplace").decode() for each in told))
-
-
-def _error_of(execution_id: str, failure: Failure) -> ToolFailedError:
-    """What clients are told of what a tool's code raised: no traceback."""
-    return ToolFailedError(execution_id, f"{failure.type}: {failure.message}")
 
 
 class _LoopThread:

@@ -134,7 +134,7 @@ def result_of(outcome: ToolOutcome) -> Any:
 
 def check_not_begun(outcome: ToolOutcome, code: str) -> str:
     """Nothing was begun, for this reason; its text."""
-    assert outcome.error is not None
+    _check_error(outcome, code)
     assert outcome == ToolOutcome(None, None, outcome.error, code)
     return str(outcome.error)
 
@@ -145,8 +145,31 @@ def check_ended(outcome: ToolOutcome, status: ExecutionStatus, code: str, *, att
     assert (outcome.success, outcome.result, outcome.commit_sequence) == (False, None, None)
     assert not outcome.repeated
     assert outcome.execution_id
-    assert outcome.error is not None
-    return str(outcome.error)
+    error = _check_error(outcome, code)
+    assert getattr(error, "execution_id", outcome.execution_id) == outcome.execution_id
+    return str(error)
+
+
+def _check_error(outcome: ToolOutcome, code: str) -> errors.StateError:
+    """It is the same class wherever the tool ran, with what belongs to it."""
+    error = outcome.error
+    assert isinstance(error, errors.StateError)
+    assert (type(error), error.error_code) == (_KINDS[code], code)
+    assert error.retryable == (code in ("CONFLICT", "UNAVAILABLE"))
+    return error
+
+
+_KINDS: Final[Mapping[str, type[errors.StateError]]] = {
+    "CONFLICT": errors.ExecutionConflictError,
+    "IDEMPOTENCY_CONFLICT": errors.IdempotencyConflictError,
+    "INTERRUPTED": errors.ToolInterruptedError,
+    "INVALID_PARAMETERS": errors.ToolArgumentError,
+    "MISSING_VARIABLES": errors.MissingVariablesError,
+    "TIMED_OUT": errors.ToolTimedOutError,
+    "TOOL_FAILED": errors.ToolFailedError,
+    "UNAVAILABLE": errors.RemoteToolError,
+    "UNKNOWN_TOOL": errors.ToolNotFoundError,
+}
 
 
 def check_failed(outcome: ToolOutcome) -> str:
@@ -767,7 +790,8 @@ class EndingContract(_Contract):
         except errors.OutcomeUnknownError:
             pass  # So late that the answer did not arrive in time.
         else:
-            check_ended(outcome, ExecutionStatus.TIMED_OUT, "TIMED_OUT")
+            text = check_ended(outcome, ExecutionStatus.TIMED_OUT, "TIMED_OUT")
+            assert "longer than 0.6 s, which is how long its caller waits" in text
         gate.wait_for("cancelled")
         assert client.values() == UNTOUCHED
 

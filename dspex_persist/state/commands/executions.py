@@ -329,7 +329,7 @@ class ExecuteTool(Command[ToolOutcome]):
     writes: ClassVar[bool] = True
 
     def apply(self, uow: UnitOfWork) -> ToolOutcome:
-        raise UnsupportedError("tools: this provider was opened without any")
+        raise UnsupportedError("tools", "this state was opened without any: open it with connect(path, tools=...)")
 
 
 # Registrations

@@ -28,7 +28,7 @@ from dspex_persist.state.provider import Progress
 from dspex_persist.state.rpc import audit_codec as codec
 from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as pb
 from dspex_persist.state.rpc.inherited import OneProcess
-from dspex_persist.state.rpc.status import DETAILS_KEY, error_of_call
+from dspex_persist.state.rpc.status import error_of_call, is_told
 
 
 class BridgedAudit(AuditSource):
@@ -155,16 +155,14 @@ class _Calls:
 
     def _error(self, call: Any) -> StateError:
         code = call.code()
-        if any(key == DETAILS_KEY for key, _ in call.trailing_metadata() or ()):
+        if is_told(call):
             return error_of_call(call)
         if code is grpc.StatusCode.UNIMPLEMENTED:
             service = codec.AUDIT_SERVICE.full_name
-            return UnsupportedError(f"audits; the server at {self._target} is older than {service}, upgrade it")
+            return UnsupportedError("audits", f"the server at {self._target} is older than {service}: upgrade it")
         if code is grpc.StatusCode.CANCELLED:
             return EngineClosedError()
-        if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            return UnavailableError(f"{self._target}: {call.details() or code.name}")
-        return error_of_call(call)
+        return error_of_call(call, self._target)
 
 
 def _stub(channel: grpc.Channel, method: Any) -> Any:

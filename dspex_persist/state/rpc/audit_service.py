@@ -136,8 +136,9 @@ class AuditServicer:
     async def Prune(self, request: pb.PruneRequest, context: Context) -> None:
         if request.confirm and not self._may_prune:
             raise UnsupportedError(
-                "pruning for clients. Start the server with --audit-prune, or with a retention of its own "
-                "(--retention-keep-versions, ...), or stop it and prune the file with --db"
+                "pruning by clients",
+                "start the server with --audit-prune, or with a retention of its own (--retention-keep-versions, ...), "
+                "or stop it and prune the file with --db",
             )
         pruning = _Pruning(self._provider, codec.policy_of(request), request.confirm, self._mailbox)
         _logger.info("pruning asked for", confirm=request.confirm, peer=context.peer())

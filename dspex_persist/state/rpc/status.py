@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields
 from typing import Any
 
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -17,8 +17,11 @@ from dspex_persist.state.errors import StateError
 from dspex_persist.state.rpc.headers import AFTER_SEQUENCE
 
 DOMAIN = "dspex-persist"
-_FIELD_LENGTH = 300
 DETAILS_KEY = "grpc-status-details-bin"
+# There is room for some kilobytes of metadata (base64 adds a third), and what does not fit is left out whole.
+_DETAILS_BYTES = 2_900
+_FIELD_LENGTHS = (None, 300, 60)
+_TOO_LARGE = re.compile(r"message larger than max \((\d+) vs\. (\d+)\)")
 
 CODES: dict[type[StateError], StatusCode] = {
     errors.InvalidArgumentError: StatusCode.INVALID_ARGUMENT,
@@ -47,6 +50,7 @@ CODES: dict[type[StateError], StatusCode] = {
     errors.ExecutionEndedError: StatusCode.FAILED_PRECONDITION,
     errors.ExecutionConflictError: StatusCode.ABORTED,
     errors.ToolFailedError: StatusCode.ABORTED,
+    errors.ToolInterruptedError: StatusCode.ABORTED,
     errors.ToolTimedOutError: StatusCode.DEADLINE_EXCEEDED,
     errors.RemoteToolError: StatusCode.UNAVAILABLE,
     errors.NotInHistoryError: StatusCode.NOT_FOUND,
@@ -83,12 +87,8 @@ _FIELDS: dict[type[StateError], str] = {
 }
 
 
-def reason_of(kind: type[StateError]) -> str:
-    """The stable name of an error for programs: VERSION_CONFLICT for VersionConflictError."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__.removesuffix("Error")).upper()
-
-
-_BY_REASON = {reason_of(kind): kind for kind in CODES}
+# By code and the names of the fields: two kinds of error may have one code.
+_KINDS = {(kind.error_code, frozenset(field.name for field in fields(kind))): kind for kind in CODES}  # type: ignore[arg-type]
 
 
 def status_of(error: BaseException) -> RpcStatus | None:
@@ -97,57 +97,114 @@ def status_of(error: BaseException) -> RpcStatus | None:
         error = errors.ShuttingDownError()
     if not isinstance(error, StateError):
         return None
-    code = CODES.get(type(error))
-    if code is None:
+    kind = next((kind for kind in type(error).__mro__ if kind in CODES), None)
+    if kind is None:
         return None
+    code = CODES[kind]
     details = str(error)
-    trailers: list[tuple[str, str | bytes]] = [(DETAILS_KEY, _rich(error, code, details))]
+    trailers: list[tuple[str, str | bytes]] = [(DETAILS_KEY, _rich(error, kind, code, details))]
     if isinstance(error, errors.WatchStalledError):
         trailers.append((AFTER_SEQUENCE, str(error.after_sequence)))
     return RpcStatus(code, details, tuple(trailers))
 
 
-def _rich(error: StateError, code: StatusCode, details: str) -> bytes:
-    fields = {name: json.dumps(_shortened(field)) for name, field in asdict(error).items()}  # type: ignore[call-overload]
-    info = AnyMessage()
-    info.Pack(ErrorInfo(reason=reason_of(type(error)), domain=DOMAIN, metadata=fields))
-    status = Status(code=code.value[0], message=details, details=[info])
-    if code is StatusCode.INVALID_ARGUMENT:
-        field = error.field if isinstance(error, errors.InvalidArgumentError) else _FIELDS[type(error)]
-        violation = BadRequest.FieldViolation(field=field, description=details)
-        status.details.add().Pack(BadRequest(field_violations=[violation]))
+def _rich(error: StateError, kind: type[StateError], code: StatusCode, details: str) -> bytes:
+    """google.rpc.Status: the error's code and fields, whole if there is room for them."""
+    field = error.field if isinstance(error, errors.InvalidArgumentError) else _FIELDS.get(kind, "")
+    # A lone surrogate is no character: no message can carry it.
+    field, details = (text.encode(errors="backslashreplace").decode() for text in (field, details))
+    for length in _FIELD_LENGTHS:
+        info, violation = AnyMessage(), AnyMessage()
+        info.Pack(ErrorInfo(reason=kind.error_code, domain=DOMAIN, metadata=_fields_of(error, length)))
+        status = Status(code=code.value[0], message=_cut(details, length), details=[info])
+        if code is StatusCode.INVALID_ARGUMENT:
+            described = BadRequest.FieldViolation(field=_cut(field, length), description=_cut(details, length))
+            violation.Pack(BadRequest(field_violations=[described]))
+            status.details.append(violation)
+        if status.ByteSize() <= _DETAILS_BYTES:
+            break
     serialized: bytes = status.SerializeToString()
     return serialized
 
 
-def _shortened(field: object) -> object:
-    """A field as it travels. gRPC has room for some kilobytes of metadata: a megabyte of an id would leave no error."""
-    return f"{field[:_FIELD_LENGTH]}..." if isinstance(field, str) and len(field) > _FIELD_LENGTH else field
+def _fields_of(error: StateError, length: int | None = None) -> dict[str, str]:
+    found: dict[str, Any] = asdict(error)  # type: ignore[call-overload]
+    return {name: json.dumps(_cut(field, length)) for name, field in found.items()}
 
 
-def error_of(code: StatusCode, details: str, trailers: Iterable[tuple[str, str | bytes]]) -> StateError:
+def _cut(field: Any, length: int | None) -> Any:
+    return f"{field[:length]}..." if isinstance(field, str) and length is not None and len(field) > length else field
+
+
+def facts_of(error: BaseException | None) -> str:
+    """The fields of an error that travels in an answer, as JSON; "" if it has none of ours."""
+    return json.dumps(_fields_of(error)) if isinstance(error, StateError) and type(error) in CODES else ""
+
+
+def error_in(error_code: str, facts: str) -> StateError | None:
+    """The error of such a code and such fields; None if this release knows none."""
+    found = json.loads(facts) if facts else {}
+    return _made(error_code, found) if isinstance(found, dict) else None
+
+
+def _made(error_code: str, found: Mapping[str, str]) -> StateError | None:
+    kind = _KINDS.get((error_code, frozenset(found)))
+    return None if kind is None else kind(**{name: json.loads(text) for name, text in found.items()})
+
+
+def error_of(
+    code: StatusCode, details: str, trailers: Iterable[tuple[str, str | bytes]], target: str = ""
+) -> StateError:
     """The error that a server meant; where it does not say, the one that the status code comes closest to."""
     for key, content in trailers:
         if key == DETAILS_KEY and isinstance(content, bytes):
             known = _parse(content)
             if known is not None:
                 return known
-    if code in (StatusCode.UNAVAILABLE, StatusCode.RESOURCE_EXHAUSTED):
+    too_large = _TOO_LARGE.search(details)
+    if too_large is not None:
+        actual, most = map(int, too_large.groups())
+        return errors.LimitExceededError("size of the message in bytes", actual, most, "max_message_bytes")
+    if code is StatusCode.CANCELLED and "channel closed" in details.lower():
+        return errors.EngineClosedError()
+    if code in (StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED):
+        return unreachable(target, details or code.name)
+    if code is StatusCode.RESOURCE_EXHAUSTED:
         return errors.UnavailableError(details)
     if code is StatusCode.UNIMPLEMENTED:
         return errors.UnsupportedError(details)
     return errors.InternalError(f"{code.name}: {details}")
 
 
+def never_sent(details: str) -> bool:
+    """Whether gRPC says that there was no connection over which a call could have gone."""
+    return any(words in details.lower() for words in ("failed to connect", "connection refused", "resolution failed"))
+
+
+def unreachable(target: str, details: str) -> errors.UnavailableError:
+    """That a server does not answer, in fewer words than gRPC's, and what to do."""
+    if not target:
+        return errors.UnavailableError(details)
+    if not never_sent(details):
+        return errors.UnavailableError(f"{target}: {details}")
+    cause = details.rpartition(": ")[2].strip(" .") or "no connection"
+    reason = f"cannot connect to {target} ({cause}); is the server running? Start it with `dspex-persist serve`"
+    return errors.UnavailableError(reason)
+
+
 def _parse(content: bytes) -> StateError | None:
     info = ErrorInfo()
     for detail in Status.FromString(content).details:
-        if detail.Unpack(info) and info.domain == DOMAIN and info.reason in _BY_REASON:
-            kind = _BY_REASON[info.reason]
-            return kind(**{name: json.loads(text) for name, text in info.metadata.items()})
+        if detail.Unpack(info) and info.domain == DOMAIN:
+            return _made(info.reason, info.metadata)
     return None
 
 
-def error_of_call(call: Any) -> StateError:
+def is_told(call: Any) -> bool:
+    """Whether the server itself says what went wrong, and not gRPC."""
+    return any(key == DETAILS_KEY for key, _ in call.trailing_metadata() or ())
+
+
+def error_of_call(call: Any, target: str = "") -> StateError:
     """The error in a failed call of the synchronous client (grpc.RpcError, which also is a grpc.Call)."""
-    return error_of(call.code(), call.details() or "", tuple(call.trailing_metadata() or ()))
+    return error_of(call.code(), call.details() or "", tuple(call.trailing_metadata() or ()), target)

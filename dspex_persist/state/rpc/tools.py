@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Mapping
+from math import inf
 from typing import Any
 
 from dspex_persist.state import commands
@@ -12,13 +13,15 @@ from dspex_persist.state.errors import (
     ToolArgumentError,
     ToolFailedError,
     ToolNotFoundError,
+    quote,
 )
 from dspex_persist.state.model import ToolOutcome, Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.rpc import codec
 from dspex_persist.state.rpc.calls import Calls, Context, check_count, header, origin_of
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
-from dspex_persist.state.rpc.headers import ALL_TOOLS, EXECUTION_ID, TOOLS
+from dspex_persist.state.rpc.headers import ALL_TOOLS, EXECUTION_ID, TIMEOUT_S, TOOLS
+from dspex_persist.state.rpc.status import facts_of
 from dspex_persist.state.runner import IDEMPOTENCY_KEY, Emit, ToolCode, ToolRequest, ToolRunner
 
 # A tool that runs into its client's deadline is ended so much earlier that its verdict still reaches the client.
@@ -53,7 +56,7 @@ class ToolRpcs(Calls):
         if tool is None or not tool.spec.exposed:
             names = ", ".join(sorted(each.spec.name for each in self._exposed())) or "none"
             error = ToolNotFoundError(request.tool_name, f"exposed are: {names}")
-            outcome = ToolOutcome(None, None, error, "UNKNOWN_TOOL")
+            outcome = ToolOutcome(None, None, error, error.error_code)
         else:
             outcome = await self._execute("ExecuteElixirTool", request, {}, context)
         return pb.ExecuteElixirToolResponse(**_answer(outcome, request.parameters, began))
@@ -91,7 +94,7 @@ class ToolRpcs(Calls):
         try:
             call = self._request(rpc, request, binaries, context)
         except ToolArgumentError as error:
-            return ToolOutcome(None, None, error, "INVALID_PARAMETERS")
+            return ToolOutcome(None, None, error, error.error_code)
         return await self._run(call, context)
 
     async def _run(self, call: ToolRequest, context: Context, emit: Emit | None = None) -> ToolOutcome:
@@ -185,8 +188,23 @@ class _ChunkStream:
 
 
 def _time_left(context: Context) -> float | None:
+    """How long whoever asks is going to wait for the tool: as they say, and no longer than the call lasts."""
+    said = header(context, TIMEOUT_S)
     left_s: float | None = context.time_remaining()
-    return None if left_s is None else max(0.0, left_s - min(_LONGEST_MARGIN_S, left_s * _MARGIN))
+    bounds = [] if left_s is None else [max(0.0, left_s - min(_LONGEST_MARGIN_S, left_s * _MARGIN))]
+    if said is not None:
+        bounds.append(_seconds(said))
+    return min(bounds, default=None)
+
+
+def _seconds(said: str) -> float:
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < inf:
+        raise InvalidArgumentError(TIMEOUT_S, f"{quote(said)} is no number of seconds above 0")
+    return seconds
 
 
 def _answer(outcome: ToolOutcome, parameters: Mapping[str, Any], began: float) -> dict[str, Any]:
@@ -210,6 +228,7 @@ def _metadata(outcome: ToolOutcome) -> dict[str, str]:
     }
     if outcome.error_code:
         said["error_code"] = outcome.error_code
+        said["error_fields"] = facts_of(outcome.error)
     if outcome.repeated:
         said["repeated"] = "true"
     if outcome.streamed:

@@ -1,0 +1,124 @@
+"""The same program meets the same exceptions over a file and over gRPC."""
+
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dspex_persist
+from dspex_persist.state import errors
+from dspex_persist.state.bridged import BridgedState
+from dspex_persist.state.embedded import EmbeddedState
+from dspex_persist.state.provider import StateProvider
+from dspex_persist.testing.contract_tools import CONTRACT_TOOLS
+from dspex_persist.testing.server import ServedDatabase
+
+SESSION = "alike"
+
+
+@pytest.fixture(scope="module")
+def providers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StateProvider, BridgedState]]:
+    folder: Path = tmp_path_factory.mktemp("alike")
+    tools = {"tools": "dspex_persist.testing.contract_tools"}
+    with (
+        EmbeddedState(folder / "file.db", tools=CONTRACT_TOOLS) as file,
+        ServedDatabase(folder / "served.db", tools) as served,
+        BridgedState(served.target) as bridged,
+    ):
+        for provider in (file, bridged):
+            provider.initialize_session(SESSION)
+            for name in ("a", "b", "c"):
+                provider.register_variable(SESSION, name, "integer", 0, constraints={"max": 1000})
+            provider.execute_tool(SESSION, "add", {"amount": 1}, idempotency_key="used")
+            provider.start_optimization(SESSION, "c", "mipro")
+        yield file, bridged
+
+
+def raised(act: Callable[[], object]) -> errors.StateError:
+    with pytest.raises(errors.StateError) as caught:
+        act()
+    return caught.value
+
+
+def facts(error: errors.StateError) -> tuple[Any, ...]:
+    """All that a program can see of it, but for ids that are drawn."""
+    drawn = re.compile(r"exec_\d+_[0-9a-f]+|var_\w+_[0-9a-f]{12}")
+    fields = {name: drawn.sub("ID", str(field)) for name, field in vars(error).items()}
+    return type(error), fields, error.error_code, error.retryable, drawn.sub("ID", str(error))
+
+
+WRONG: dict[str, Callable[[StateProvider], object]] = {
+    "unknown session": lambda p: p.get_session("nobody"),
+    "unknown variable": lambda p: p.get_variable(SESSION, "nothing"),
+    "unknown version": lambda p: p.rollback_variable(SESSION, "a", 77),
+    "version conflict": lambda p: p.set_variable(SESSION, "a", 1, expected_version=77),
+    "bad value": lambda p: p.set_variable(SESSION, "a", "text"),
+    "broken constraint": lambda p: p.set_variable(SESSION, "a", 1001),
+    "bad constraints": lambda p: p.register_variable(SESSION, "d", "integer", 1, constraints={"max": "1"}),
+    "another type": lambda p: p.register_variable(SESSION, "a", "string", "x"),
+    "unknown type": lambda p: p.register_variable(SESSION, "d", "int", 1),
+    "locked": lambda p: p.set_variable(SESSION, "c", 1),
+    "not optimizing": lambda p: p.stop_optimization(SESSION, "a"),
+    "cycle": lambda p: p.add_dependency(SESSION, "a", "a"),
+    "too long a name": lambda p: p.register_variable(SESSION, "n" * 5000, "integer", 1),
+    "bad metadata": lambda p: p.set_variable(SESSION, "a", 1, metadata={"dspex.x": "1"}),
+    "bad limit": lambda p: p.get_variable_history(SESSION, "a", limit=-1),
+    "watch of nobody": lambda p: p.watch("nobody"),
+    "tools of nobody": lambda p: p.execute_tool("nobody", "add"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_a_call_raises(providers: tuple[StateProvider, BridgedState], name: str) -> None:
+    file, bridged = (facts(raised(lambda provider=each: WRONG[name](provider))) for each in providers)  # type: ignore[misc]
+    assert file == bridged
+
+
+TOOLS: dict[str, tuple[str, dict[str, object], dict[str, Any]]] = {
+    "UNKNOWN_TOOL": ("ad", {}, {}),
+    "INVALID_PARAMETERS": ("add", {"amunt": 1}, {}),
+    "TOOL_FAILED": ("fail", {"name": "ValueError"}, {}),
+    "TIMED_OUT": ("slow", {"gate": "/nowhere"}, {}),
+    "IDEMPOTENCY_CONFLICT": ("add", {"amount": 2}, {"idempotency_key": "used"}),
+}
+
+
+@pytest.mark.parametrize("code", TOOLS)
+def test_what_a_tool_raises(providers: tuple[StateProvider, BridgedState], code: str, tmp_path: Path) -> None:
+    tool, parameters, options = TOOLS[code]
+    if "gate" in parameters:
+        parameters = {"gate": str(tmp_path)}
+    seen = []
+    for provider in providers:
+        outcome = provider.execute_tool(SESSION, tool, parameters, **options)
+        assert isinstance(outcome.error, errors.StateError)
+        assert outcome.error_code == outcome.error.error_code == code
+        seen.append(facts(outcome.error))
+        if not options:
+            context = dspex_persist.Context(provider, SESSION)
+            seen.append(facts(raised(lambda context=context: context.call(tool, **parameters))))  # type: ignore[misc]
+    streaming = {"metadata": options} if options else {}
+    stream = providers[1].stream_tool(SESSION, tool, parameters, **streaming)
+    seen.append(facts(raised(lambda: list(stream))))
+    assert seen == [seen[0]] * len(seen)
+
+
+def test_a_conflict(providers: tuple[StateProvider, BridgedState], tmp_path: Path) -> None:
+    """A loop that tries again as long as the error says so ends well on both."""
+    for number, provider in enumerate(providers):
+        gate = tmp_path / str(number)
+        gate.mkdir()
+        with ThreadPoolExecutor(1) as pool:
+            first = pool.submit(provider.execute_tool, SESSION, "add_at_gate", {"gate": str(gate), "name": "b"})
+            while not (gate / "at 1").exists():
+                assert not first.done(), first.result()
+            provider.set_variable(SESSION, "b", 10)
+            (gate / "go 1").touch()
+            error = first.result().error
+        assert isinstance(error, dspex_persist.ExecutionConflictError)
+        assert (error.retryable, error.error_code) == (True, "CONFLICT")
+        assert error.changes == "b (was at version 0, is at version 1)"
+        assert provider.execute_tool(SESSION, "add_at_gate", {"gate": str(gate), "name": "b"}).success
