@@ -137,7 +137,8 @@ def described(description: str) -> AnyMessage:
 
 
 @pytest.mark.parametrize(
-    "description", ["", "{}", '{"shape": [2, 2]}', '{"shape": [1], "binary_format": "erlang_binary"}', "[]"]
+    "description",
+    ['{"shape": [2, 2]}', '{"shape": [1], "binary_format": "erlang_binary"}', '{"dtype": "float32"}', "[]"],
 )
 def test_a_description_without_its_bytes_is_refused(description: str) -> None:
     with pytest.raises(InvalidValueError, match="its bytes did not come: send them in the companion field"):
@@ -146,6 +147,7 @@ def test_a_description_without_its_bytes_is_refused(description: str) -> None:
 
 def test_an_empty_shape_has_no_bytes() -> None:
     assert codec.value_of("x", described('{"shape": [0, 3]}')) == Value('{"shape": [0, 3]}', b"")
+    assert codec.value_of("x", described("{}")) == Value("{}", b"")
 
 
 # --- Sizes ---

@@ -64,7 +64,7 @@ class Layout:
 
 def check_content(name: str, value: Value, limits: Limits) -> None:
     """Refuse a binary value off the wire whose bytes did not come, which would leave their description alone. Of an
-    empty shape there are none."""
+    empty shape there are none, and what describes nothing lacks nothing."""
     if value.binary:
         return
     description = parse_json(value.json, name=name, limits=limits)
@@ -72,7 +72,7 @@ def check_content(name: str, value: Value, limits: Limits) -> None:
         shape = _described_shape(description) if isinstance(description, dict) else None
     except RefusedError as error:
         raise InvalidValueError(name, error.reason) from error
-    if shape is None or 0 not in shape:
+    if description != {} and (shape is None or 0 not in shape):
         reason = (
             "it is described as binary, but its bytes did not come: send them in the companion field "
             "(initial_binary_value, binary_value, binary_updates, binary_parameters)"
