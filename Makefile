@@ -1,9 +1,13 @@
-# GNU make. From nothing but python3.11, make and git: `make test` sets up .venv by itself.
+# GNU make. From nothing but python3.11 (or newer), make and git: each target sets up what it needs in .venv by itself.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The first that is new enough and can make environments (Debian has venv in a package of its own). The system's comes
+# first: it is built with optimizations, which one that was compiled at home seldom is.
+PYTHON ?= $(shell for each in /usr/bin/python3.11 python3.11 /usr/bin/python3 python3 python3.12 python3.13; do \
+	$$each -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
+	{ command -v $$each; break; }; done)
 BIN := .venv/bin
 CYCLES ?= 200
 STATES ?= 10000
@@ -21,21 +25,25 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: .venv/.installed  ## set up .venv (every other target does this when it is needed)
+setup: .venv/.installed-dev  ## set up .venv (every other target does what it needs of this)
 
-# The build backend is installed first and used without isolation, so that it is pinned too.
+# What the package itself needs. The build backend is installed first and used without isolation, so that it is pinned too.
 .venv/.installed: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "error: no python3.11 or python3 on PATH" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "error: $(PYTHON) is older than Python 3.11" >&2; exit 1; }
-	@echo "[1/3] creating .venv with $$($(PYTHON) --version)"
+	@test -n "$(PYTHON)" || \
+		{ echo "error: found no Python 3.11 or newer with venv; install one (Debian: python3 python3-venv)," \
+		"or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "creating .venv with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv .venv
-	@echo "[2/3] installing the build backend"
+	@echo "installing dspex-persist and what it needs"
 	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt hatchling editables
-	@echo "[3/3] installing dspex-persist and its development tools (the first time takes about a minute)"
+	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e .
+	@touch $@
+
+# What its tests and checks need besides: four times as much.
+.venv/.installed-dev: .venv/.installed
+	@echo "installing the development tools (the first time takes about a minute)"
 	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
-	@echo "set-up is done"
 
 run: .venv/.installed  ## demo: serve, write, kill, start again, show that everything acknowledged is there
 	$(BIN)/dspex-persist demo $(ARGS)
@@ -43,31 +51,31 @@ run: .venv/.installed  ## demo: serve, write, kill, start again, show that every
 serve: .venv/.installed  ## serve on the default file (ARGS="--db PATH --listen HOST:PORT")
 	$(BIN)/dspex-persist serve $(ARGS)
 
-test: .venv/.installed  ## run the tests (ARGS="-k name", WORKERS=0 for one process)
+test: .venv/.installed-dev  ## run the tests (ARGS="-k name", WORKERS=0 for one process)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-thorough: .venv/.installed  ## ... and those that take long: do the proofs find planted bugs?
+test-thorough: .venv/.installed-dev  ## ... and those that take long: do the proofs find planted bugs?
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m thorough $(ARGS)
 
 check: lint types imports check-codegen docs  ## everything that is checked without running the product
 
-lint: .venv/.installed
+lint: .venv/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-types: .venv/.installed
+types: .venv/.installed-dev
 	$(BIN)/mypy --strict dspex_persist migrations examples
 
-imports: .venv/.installed
+imports: .venv/.installed-dev
 	$(BIN)/lint-imports
 
 check-codegen:
 	.ci/check-codegen
 
-docs: .venv/.installed
+docs: .venv/.installed-dev
 	@if [ -e .ci/check-docs ]; then echo .ci/check-docs; .ci/check-docs; fi
 
-fix: .venv/.installed  ## format, and mend what the linter can mend
+fix: .venv/.installed-dev  ## format, and mend what the linter can mend
 	$(BIN)/ruff check --fix --exit-zero
 	$(BIN)/ruff format
 
@@ -81,7 +89,7 @@ fix: .venv/.installed  ## format, and mend what the linter can mend
 codegen:  ## generate the protocols' code from proto/
 	.ci/codegen
 
-bench: .venv/.installed  ## measure: one table and JSON, some four minutes
+bench: .venv/.installed-dev  ## measure: one table and JSON, some four minutes
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 # The peers' requirements do not fit ours, hence an environment of their own.
@@ -91,16 +99,16 @@ bench: .venv/.installed  ## measure: one table and JSON, some four minutes
 	@.venv-peers/bin/python $(PIP_INSTALL) -r benchmarks/requirements-peers.txt
 	@touch $@
 
-peers: .venv/.installed .venv-peers/.installed  ## measure comparable libraries on the same work
+peers: .venv/.installed-dev .venv-peers/.installed  ## measure comparable libraries on the same work
 	.venv-peers/bin/python benchmarks/peers.py $(ARGS)
 
-crash-test: .venv/.installed  ## kill the server CYCLES times (default 200) while clients write
+crash-test: .venv/.installed-dev  ## kill the server CYCLES times (default 200) while clients write
 	$(BIN)/python -m tests.faults.crash_test --cycles $(CYCLES) $(ARGS)
 
-powercut-test: .venv/.installed  ## rebuild STATES disks (default 10000) that a power cut may leave, and check them
+powercut-test: .venv/.installed-dev  ## rebuild STATES disks (default 10000) that a power cut may leave, and check them
 	$(BIN)/python -m tests.faults.powercut_test --states $(STATES) $(ARGS)
 
-fuzz: .venv/.installed  ## send MESSAGES hostile requests (default 20000) to a server
+fuzz: .venv/.installed-dev  ## send MESSAGES hostile requests (default 20000) to a server
 	$(BIN)/python -m tests.fuzz.fuzz_test --messages $(MESSAGES) $(ARGS)
 
 soak: .venv/.installed  ## use a server in every way at once for MINUTES (default 15)
