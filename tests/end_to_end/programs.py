@@ -41,6 +41,33 @@ def _programs(page: str, text: str) -> Iterator[Program]:
             yield Program(page, text.count("\n", 0, block.start()) + 1, block[2], said)
 
 
+class Step(NamedTuple):
+    """Something that a page has its reader do: save a program (`saved_as`), or type commands, some with an answer."""
+
+    line: int
+    saved_as: str = ""
+    program: str = ""
+    commands: tuple[tuple[str, str | None], ...] = ()
+
+
+def steps_of(page: str) -> list[Step]:
+    """What a reader of a page does, in its order."""
+    text = (ROOT / page).read_text()
+    steps = []
+    for block in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        line = text.count("\n", 0, block.start()) + 1
+        before = text[: block.start()].rsplit("\n\n", 2)[-2]
+        if block[1] == "python":
+            (name,) = re.findall(r"Save this as `([^`]+)`", before.replace("\n", " "))
+            steps.append(Step(line, name, block[2]))
+        elif block[1] == "sh":
+            steps.append(Step(line, commands=tuple((command, None) for command in block[2].splitlines())))
+        elif block[1] == "console":
+            typed = re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block[2], re.MULTILINE)
+            steps.append(Step(line, commands=tuple(typed)))
+    return steps
+
+
 def run(program: str, folder: Path) -> str:
     """What a program prints that is run in a folder."""
     return run_python(["-c", program], folder)

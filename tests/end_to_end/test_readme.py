@@ -1,14 +1,19 @@
-"""The README's programs, run as a newcomer would."""
+"""The README's programs and commands, run as a newcomer would."""
 
+import os
+import re
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dspex_persist.infra.process import ServerProcess
-from tests.end_to_end.old_style import ROOT
-from tests.end_to_end.programs import programs_of, run
+from tests.deadline import within
+from tests.end_to_end.old_style import ROOT, wait_until
+from tests.end_to_end.programs import programs_of, run, steps_of
 
 PROGRAMS = [program.text for program in programs_of("README.md")]
 
@@ -55,5 +60,147 @@ def test_an_editor_finds_nothing_to_complain_of(tmp_path: Path) -> None:
         "--check-untyped-defs",
         *map(str, sorted(tmp_path.iterdir())),
     ]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=within(100), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# --- From the first line to the last ---
+
+PYTHON = f"""#!/bin/bash
+# The Python that the tests run on, whose new environments find what is installed there: nothing is fetched.
+{sys.executable} "$@" || exit
+if [ "$1 $2" = "-m venv" ]; then
+  echo '{sysconfig.get_path("purelib")}' > "$(echo "$3"/lib/python*/site-packages)/dependencies.pth"
+fi
+"""
+PIP = {
+    "PIP_NO_INDEX": "1",
+    "PIP_NO_DEPS": "1",
+    "PIP_NO_BUILD_ISOLATION": "0",  # "no" to "isolation", in pip's words
+    "PIP_QUIET": "1",
+    "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    "PIP_CONFIG_FILE": os.devnull,
+}
+
+
+class Reader:
+    """Somebody who types what the README says, in a clone, and sees what comes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.clone = folder / "dspex-persist"
+        self._said = folder / "said"
+        bin_ = folder / "bin"
+        bin_.mkdir()
+        for name in ("python3", "python3.11"):
+            (bin_ / name).write_text(PYTHON)
+            (bin_ / name).chmod(0o755)
+        kept = {name: text for name, text in os.environ.items() if not re.match("DSPEX_|PYTHON|PYTEST|CI$", name)}
+        path = f"{bin_}{os.pathsep}{os.environ['PATH']}"
+        environment = {**kept, **PIP, "PATH": path, "COLUMNS": "80", "NO_COLOR": "1", "HOME": str(folder)}
+        environment |= {"DSPEX_PERSIST_LISTEN": "127.0.0.1:0", "PYTHON": str(bin_ / "python3")}
+        subprocess.run(["git", "clone", "-q", "--shared", str(ROOT), str(self.clone)], check=True, timeout=within(60))
+        _bring_up_to_date(self.clone)
+        self._shell = subprocess.Popen(
+            ["bash"],
+            cwd=self.clone,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
+        self._folder = folder
+        self._server: Path | None = None
+        self._count = 0
+        # As `make run` would, without fetching anything.
+        self.type("python3 -m venv .venv")
+        self.type(".venv/bin/python -m pip install -e .")
+        self.type("touch .venv/.installed")
+
+    def type(self, command: str) -> str:
+        """Type a command, and wait until it has ended well; what it said. A server goes on in the background."""
+        self._count += 1
+        said, ended = (self._folder / f"{self._count}.{what}" for what in ("said", "ended"))
+        if re.match(r"dspex-persist serve\b", command):
+            self._server = said
+            self._send(f"{{ {command}\n}} >{said} 2>&1 &")
+            wait_until(lambda: "GRPC_READY:" in said.read_text() if said.exists() else False, command)
+            return ""
+        # Whole when it is there: it is renamed.
+        self._send(f"{{ {command}\n}} >{said} 2>&1 </dev/null; echo $? >{ended}.new; mv {ended}.new {ended}")
+        wait_until(lambda: ended.exists() or self._shell.poll() is not None, command)
+        assert ended.read_text() == "0\n", f"{command}\n{said.read_text()}"
+        return said.read_text()
+
+    def save(self, name: str, program: str) -> None:
+        """Save a program where the shell stands, with the port that its server really has."""
+        folder = Path(self.type("pwd").strip())
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(program.replace("50051", self._port()) if "50051" in program else program)
+
+    def _port(self) -> str:
+        assert self._server is not None, "a client needs a server"
+        (port,) = re.findall(r"GRPC_READY:(\d+)", self._server.read_text())
+        return str(port)
+
+    def _send(self, line: str) -> None:
+        assert self._shell.stdin is not None
+        self._shell.stdin.write(line + "\n")
+        self._shell.stdin.flush()
+
+    def close(self) -> None:
+        """End the shell, and its server with it."""
+        assert self._shell.stdin is not None
+        self._send("kill $(jobs -p)")
+        self._shell.stdin.close()
+        self._shell.wait(within(30))
+
+
+def _bring_up_to_date(clone: Path) -> None:
+    """What is not committed yet is to be tested, too."""
+    diff = subprocess.run(["git", "diff", "--binary", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
+    if diff:
+        subprocess.run(["git", "apply"], cwd=clone, input=diff, check=True)
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Iterator[Reader]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no clone")
+    reading = Reader(tmp_path)
+    yield reading
+    reading.close()
+
+
+def lasting(said: str) -> str:
+    """Words without what differs from run to run: times, durations, users, and where lines end for it."""
+    said = re.sub(r"[─│├└]+", " ", said)
+    said = re.sub(r"\d\d-\d\d\s+\d\d:\d\d:\d\d", "TIME", said)
+    said = re.sub(r"[\d.]+ m?s\b", "TOOK", said)
+    said = re.sub(r"user:[\w.-]+", "user:NAME", said)
+    return " ".join(said.split())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_everything_can_be_typed_as_it_stands(reader: Reader) -> None:
+    typed = 0
+    for step in steps_of("README.md"):
+        if step.saved_as:
+            reader.save(step.saved_as, step.program)
+        for command, answer in step.commands:
+            said = reader.type(command)
+            typed += 1
+            if answer is not None:
+                assert lasting(said) == lasting(answer), f"README.md:{step.line}: {command}\n{said}"
+    assert typed > 20
+
+
+def test_the_words_of_the_first_page_are_explained_where_it_says_so() -> None:
+    front = (ROOT / "README.md").read_text().split("## Try it")[0]
+    glossary = (ROOT / "docs/glossary.md").read_text()
+    assert "(docs/glossary.md)" in front
+    for word in ("bridge protocol", "DSPex", "snakepit", "session", "variable", "commit", "actor", "cause", "chain"):
+        assert word in front
+        assert re.search(rf"^\| [^|]*\b{word}\b[^|]* \|", glossary, re.MULTILINE), word
