@@ -1,22 +1,30 @@
-"""A bounded pool of daemon threads, for code of others that may never return.
+"""Daemon threads for code of others, which may never return, and may end what it runs on: a bounded pool of them, and
+event loops.
 
 `concurrent.futures.ThreadPoolExecutor` joins its threads when the interpreter ends; a thread that is stuck would keep a
 server from ending.
 """
 
+import asyncio
 import contextlib
 import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
+
+import structlog
 
 from dspex_persist.infra import forks
 
 R = TypeVar("R")
+
+_CLEAN_UP_S: Final = 2.0
+
+_logger: structlog.typing.FilteringBoundLogger = structlog.get_logger(source=__name__)
 
 
 class DaemonThreads:
@@ -92,3 +100,128 @@ def _end_child_of(process: int) -> None:
     if sys.exc_info()[0] is not None:
         traceback.print_exc()
     os._exit(forks.STRAY_CHILD)
+
+
+class LoopEndedError(Exception):
+    """The event loop that something ran on was ended by other code on it."""
+
+    def __str__(self) -> str:
+        return "other code on the same event loop closed it, so this could not go on; there is a new one now"
+
+
+class LoopThread:
+    """An event loop on a daemon thread of its own, which is started when it is first asked for.
+
+    Code that runs there may stop the loop, or raise what ends one (SystemExit, KeyboardInterrupt): it goes on all the
+    same. If it cannot, because it was closed, there is a new one, and whoever waits for something on the old one hears
+    `LoopEndedError`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        # What was started on this loop and has not ended.
+        self._started: set[Future[Any]] = set()
+        self._closed = False
+        self._over = False
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop, running."""
+        with self._lock:
+            return self._open()
+
+    def start(self, coroutine: Coroutine[Any, Any, R]) -> "Future[R]":
+        """Run a coroutine on the loop, in the context of whoever calls."""
+        with self._lock:
+            try:
+                future = asyncio.run_coroutine_threadsafe(coroutine, self._open())
+            except RuntimeError:
+                coroutine.close()
+                raise
+            started = self._started
+            started.add(future)
+        future.add_done_callback(started.discard)
+        return future
+
+    def close(self, wait_s: float = _CLEAN_UP_S) -> None:
+        """Cancel what runs on the loop, and stop the loop when it has cleaned up: after `wait_s` in any case, unless
+        that is 0."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            loop = self._loop
+        if loop is None:
+            return
+        cleaning = self._clean_up()
+        try:
+            ended = asyncio.run_coroutine_threadsafe(cleaning, loop)
+        except RuntimeError:  # it is closed already
+            cleaning.close()
+            self._over = True
+            return
+        if wait_s:
+            with contextlib.suppress(TimeoutError, CancelledError):
+                ended.result(wait_s)
+            self._over = True
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(loop.stop)
+
+    async def _clean_up(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._over = True
+        asyncio.get_running_loop().stop()
+
+    def _open(self) -> asyncio.AbstractEventLoop:
+        if self._closed:
+            raise RuntimeError("the event loop is closed")
+        if self._loop is None or self._loop.is_closed():
+            self._loop, self._started = asyncio.new_event_loop(), set()
+            run = (self._loop, self._started)
+            threading.Thread(target=self._run, args=run, name=self._name, daemon=True).start()
+        return self._loop
+
+    def _run(self, loop: asyncio.AbstractEventLoop, started: set[Future[Any]]) -> None:
+        """On the loop's own thread, which closes it, as nobody waits for code that does not let it stop."""
+        what = ""
+        while not self._over:
+            try:
+                loop.run_forever()
+                what = "stop()"
+            except (SystemExit, KeyboardInterrupt) as error:
+                what = type(error).__name__
+            except Exception as error:  # noqa: BLE001 -- the loop itself is broken, by whatever code did to it
+                what = type(error).__name__
+                break
+            if not self._over:
+                _logger.warning("event loop goes on, though code on it would have ended it", loop=self._name, by=what)
+        if not self._over:
+            _logger.warning("event loop was ended by code on it; there will be a new one", loop=self._name, by=what)
+        with self._lock:
+            if self._loop is loop:
+                self._loop = None
+        _cancel_rest(loop)
+        with contextlib.suppress(Exception):
+            loop.close()
+        for future in list(started):
+            with contextlib.suppress(InvalidStateError):
+                future.set_exception(LoopEndedError())
+
+
+def _cancel_rest(loop: asyncio.AbstractEventLoop) -> None:
+    """Of a loop that was stopped before all of it had been cancelled, because code on it was late, or never began."""
+    # What was handed over and has not begun becomes a task only now; and what is cancelled may stop the loop again.
+    for _ in range(3):
+        if loop.is_closed():
+            return
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
+            task.cancel()
+        rest = asyncio.wait(tasks, timeout=_CLEAN_UP_S) if tasks else asyncio.sleep(0)
+        with contextlib.suppress(BaseException):
+            loop.run_until_complete(rest)

@@ -1,20 +1,24 @@
 """A bounded pool of daemon threads: work gets done, in order, on no more threads than wanted; nobody waits at the end.
+And event loops on threads of their own, which go on whatever runs on them.
 
 Waiting is always for the thing itself, with a deadline.
 """
 
+import asyncio
+import contextlib
 import gc
 import subprocess
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from typing import Any
 
 import pytest
 
-from dspex_persist.infra.threads import DaemonThreads
+from dspex_persist.infra.threads import DaemonThreads, LoopEndedError, LoopThread
 from tests.deadline import within
 
 DEADLINE_S = within(20)
@@ -227,3 +231,126 @@ print("the end")
         [sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=within(60)
     )
     assert (ended.stdout, ended.stderr) == ("the end\n", "")
+
+
+# Event loops.
+
+
+@pytest.fixture
+def loop_thread(name: str) -> Iterator[LoopThread]:
+    loop_thread = LoopThread(f"{name}-loop")
+    yield loop_thread
+    loop_thread.close()
+
+
+async def answer() -> int:
+    await asyncio.sleep(0)
+    return 42
+
+
+async def stop() -> int:
+    asyncio.get_running_loop().stop()
+    return await answer()
+
+
+async def raise_in_a_callback(error: type[BaseException]) -> int:
+    def leave() -> None:
+        raise error
+
+    asyncio.get_running_loop().call_soon(leave)
+    return await answer()
+
+
+async def raise_in_a_task(error: type[BaseException]) -> int:
+    async def leave() -> None:
+        raise error
+
+    ended = asyncio.create_task(leave())
+    await asyncio.wait((ended,))
+    assert isinstance(ended.exception(), error)
+    return await answer()
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        stop,
+        lambda: raise_in_a_callback(SystemExit),
+        lambda: raise_in_a_callback(KeyboardInterrupt),
+        lambda: raise_in_a_task(SystemExit),
+        lambda: raise_in_a_task(KeyboardInterrupt),
+    ],
+)
+def test_a_loop_goes_on_with_all_that_runs_on_it(loop_thread: LoopThread, ending: Callable[[], Any]) -> None:
+    reached, release = threading.Event(), threading.Event()
+
+    async def other() -> int:
+        reached.set()
+        while not release.is_set():  # noqa: ASYNC110 -- another thread sets it
+            await asyncio.sleep(0.001)
+        return 7
+
+    running, loop = loop_thread.start(other()), loop_thread.loop
+    assert reached.wait(DEADLINE_S)
+    assert loop_thread.start(ending()).result(DEADLINE_S) == 42
+    release.set()
+    assert running.result(DEADLINE_S) == 7
+    assert loop_thread.loop is loop
+
+
+def test_there_is_a_new_loop_if_one_was_closed_and_who_waited_is_told(loop_thread: LoopThread) -> None:
+    async def wait_for_ever() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    loop = loop_thread.loop
+    running = loop_thread.start(wait_for_ever())
+
+    async def stop_and_close() -> None:
+        def close() -> None:
+            loop.close()
+            raise RuntimeError("Event loop is closed")
+
+        # It is what the loop asks when it is to go on: another thread could close it right then.
+        loop._check_running = close  # type: ignore[attr-defined]
+        loop.stop()
+
+    loop_thread.start(stop_and_close())
+    with pytest.raises(LoopEndedError, match="there is a new one now"):
+        running.result(DEADLINE_S)
+    assert loop_thread.start(answer()).result(DEADLINE_S) == 42
+    assert loop_thread.loop is not loop
+
+
+def test_a_loop_that_is_closed_cancels_what_runs_and_takes_no_more(loop_thread: LoopThread) -> None:
+    cancelled = threading.Event()
+
+    async def hold() -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            cancelled.set()
+
+    running, loop = loop_thread.start(hold()), loop_thread.loop
+    loop_thread.start(answer()).result(DEADLINE_S)
+    loop_thread.close()
+    assert cancelled.is_set()
+    assert running.done()
+    deadline = time.monotonic() + DEADLINE_S
+    while not loop.is_closed():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="closed"):
+            loop_thread.start(answer())
+        loop_thread.close()
+
+
+def test_nobody_waits_for_code_that_does_not_let_its_loop_end(loop_thread: LoopThread, gate: threading.Event) -> None:
+    async def hold() -> None:
+        while not gate.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.001)
+
+    loop_thread.start(hold())
+    loop_thread.start(answer()).result(DEADLINE_S)
+    loop_thread.close(wait_s=0.05)
