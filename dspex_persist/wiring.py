@@ -78,8 +78,10 @@ def connect(url: str | os.PathLike[str], **options: Any) -> StateProvider:
 
     A path, or `sqlite:///relative.db` or `sqlite:////absolute.db`: a database file, made where it is missing, that
     this process then owns. Options: the fields of `StoreOptions` (durability, limits, session_ttl_s, ...),
-    `sweep_interval_s`, `on_fatal`. Raises `OpenError`: in use, missing folder, no database of ours, ... A relative path
-    is fixed here: changing the working directory later changes nothing.
+    `sweep_interval_s`, `on_fatal`, `tool_threads`, and `tools`: a `Toolbox`, or whatever one is made of (a tool, a
+    function, a module or its name, a list or a dict of these; see `Toolbox.of`). Raises `OpenError`: in use, missing
+    folder, no database of ours, ...; `ToolLoadError`: what was given has no tools. A relative path is fixed here:
+    changing the working directory later changes nothing.
 
     `grpc://HOST:PORT` or `grpc+unix:/PATH`: a server. Options: `timeout_s`, `actor`. It is reached with the first
     call, not before.
@@ -182,6 +184,10 @@ def _embedded(path: Path, **options: Any) -> "EmbeddedState":
     of_store = [field.name for field in dataclasses.fields(StoreOptions)]
     _check_options(options, [*of_store, *_options_of(EmbeddedState)], "a file")
     store_options = StoreOptions(**{name: options.pop(name) for name in of_store if name in options})
+    if options.get("tools") is not None:
+        from dspex_persist.cognitive.toolbox import Toolbox
+
+        options["tools"] = Toolbox.of(options["tools"])
     return EmbeddedState(path, store_options, **options)
 
 
@@ -293,12 +299,9 @@ def _load_tools(settings: Settings) -> "Mapping[str, ToolCode]":
     from dspex_persist.cognitive.toolbox import Toolbox
 
     try:
-        toolbox = Toolbox(record_lm=settings.record_lm)
+        return Toolbox.of(settings.tools, record_lm=settings.record_lm)
     except DspyMissingError as error:
         raise SettingsError("record_lm", str(error)) from error
-    for reference in settings.tools:
-        toolbox.load(reference)
-    return toolbox
 
 
 def _open(settings: Settings, path: Path, on_fatal: Callable[[BaseException], None]) -> "EmbeddedState":

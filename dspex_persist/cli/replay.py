@@ -194,9 +194,7 @@ def _replay_tools(
     references = references or load_settings().tools
     if not references:
         raise SettingsError("tools", "say where the tools are: --tools package.module")
-    toolbox = Toolbox()
-    for reference in references:
-        toolbox.load(reference)
+    toolbox = Toolbox.of(list(references))
     try:
         with progress_bar() as progress:
             return replay(

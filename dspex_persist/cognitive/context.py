@@ -6,7 +6,7 @@ from typing import Any
 from dspex_persist.cognitive.variables import Mapped, Variables
 from dspex_persist.state import values
 from dspex_persist.state.provider import StateProvider
-from dspex_persist.state.runner import ToolCode
+from dspex_persist.state.runner import ToolCode, name_of
 
 
 class Context(Mapped):
@@ -29,11 +29,10 @@ class Context(Mapped):
 
         What went wrong is raised, and then nothing was written.
         """
-        name: Any = getattr(getattr(tool, "spec", None), "name", tool)
-        outcome = self._provider.execute_tool(self.session_id, name, arguments)
+        outcome = self._provider.execute_tool(self.session_id, name_of(tool), arguments)
         if outcome.error is not None:
             raise outcome.error
-        return values.decode_loosely(outcome.result) if outcome.result is not None else None
+        return values.decode_loosely(outcome.result, outcome.result_type) if outcome.result is not None else None
 
     def end(self) -> None:
         """End the session; its history stays."""

@@ -6,18 +6,21 @@ follows that model's own rules.
 """
 
 import collections.abc
+import copy
 import inspect
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import inf
 from typing import Annotated, Any, Literal, NotRequired, Optional, Required, Union, get_args, get_origin, get_type_hints
 
 import typing_extensions
-from pydantic import BeforeValidator, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
-from pydantic_core import ErrorDetails, PydanticCustomError, PydanticSerializationError, SchemaError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from dspex_persist.cognitive.errors import ToolDefinitionError
 from dspex_persist.state import values
@@ -26,6 +29,7 @@ from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import ToolParameter, Value
 from dspex_persist.state.values.coercion import to_boolean, to_float, to_integer
 from dspex_persist.state.values.json_text import RefusedError, container_in, shorten, shown
+from dspex_persist.state.values.json_text import read as read_json
 
 _COERCIONS: Mapping[str, Callable[[object], object]] = {
     "boolean": to_boolean,
@@ -56,11 +60,17 @@ _COLLECTIONS = ("builtins", "collections", "collections.abc")
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter: how it is described, and what reads its arguments."""
+    """One parameter: how it is described, and what reads its arguments.
+
+    `is_plain`: its type is made of Python's own alone, so that nothing of users' runs when one is read. `default`: one
+    that the function could change, or None.
+    """
 
     described: ToolParameter
     adapter: TypeAdapter[Any]
     has_choices: bool = False
+    is_plain: bool = False
+    default: object = None
 
     def read(self, value: Value) -> object:
         """The argument that `value` stands for; `RefusedError` if it is none."""
@@ -74,8 +84,8 @@ class Parameter:
             raise RefusedError(_sentence(error, document)) from error
         except RefusedError:
             raise
-        except Exception as error:  # validators of the tool's own types raise what they like
-            raise RefusedError(f"{type(error).__name__}: {shorten(str(error))}") from error
+        except BaseException as error:  # validators of the tool's own types raise what they like
+            raise RefusedError(f"{type(error).__name__}: {shorten(_text_of(error))}") from error
 
     def _decode(self, value: Value) -> object:
         """JSON as it is; bytes as what they say they are, unless the function wants a list of numbers."""
@@ -121,7 +131,7 @@ def read_parameter(named: str, parameter: inspect.Parameter, annotation: Any, de
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(_prepared(annotation, _RULES))
         schema = TypeAdapter(_prepared(annotation, {})).json_schema(schema_generator=_Schema)
-    except (NameError, PydanticUserError, SchemaError, RefusedError, TypeError) as error:
+    except Exception as error:  # types of the tool's own raise what they like
         reason = f"its parameter {name} cannot come as JSON: {_first_line(error)}"
         raise ToolDefinitionError(named, reason) from error
     type_name, validation = _describe(schema, annotation)
@@ -132,16 +142,46 @@ def read_parameter(named: str, parameter: inspect.Parameter, annotation: Any, de
         required=default is parameter.empty,
         validation=values.encode(validation, "map").json if validation else "",
     )
-    read = Parameter(described, adapter, "choices" in validation)
+    read = Parameter(described, adapter, "choices" in validation, _is_plain(annotation))
     if default is parameter.empty or default is None:
         return read
     try:
         value = _encode_default(default, adapter, type_name)
         read.read(value)
-    except (InvalidValueError, PydanticSerializationError, RefusedError) as error:
+    except Exception as error:  # a default can be anything
         reason = f"the default of its parameter {name} is not one of its values: {_first_line(error)}"
         raise ToolDefinitionError(named, reason) from error
-    return replace(read, described=replace(described, default=value))
+    try:
+        changes = copy.deepcopy(default) is not default
+    except Exception as error:
+        reason = (
+            f"the default of its parameter {name} cannot be copied, and each call gets one of its own: use None, and "
+            f"make it in the function ({_first_line(error)})"
+        )
+        raise ToolDefinitionError(named, reason) from error
+    return replace(read, described=replace(described, default=value), default=default if changes else None)
+
+
+_PLAIN_MODULES = ("builtins", "collections", "collections.abc", "datetime", "decimal", "typing", "types", "uuid")
+
+
+def _is_plain(annotation: Any) -> bool:
+    """Whether nothing in the annotation is users' code."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal or annotation is Any or annotation is Ellipsis:
+        return True
+    if origin is Annotated:
+        return _is_plain(arguments[0]) and all(isinstance(each, FieldInfo) for each in arguments[1:])
+    if arguments:
+        return all(map(_is_plain, arguments))
+    return annotation is None or (isinstance(annotation, type) and annotation.__module__ in _PLAIN_MODULES)
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except BaseException as fault:  # noqa: BLE001 -- users' code, too
+        return f"it has no text: its __str__ raised {type(fault).__name__}"
 
 
 def _encode_default(default: object, adapter: TypeAdapter[Any], type_name: str) -> Value:
@@ -153,7 +193,7 @@ def _encode_default(default: object, adapter: TypeAdapter[Any], type_name: str) 
 
 
 def _first_line(error: Exception) -> str:
-    text = error.reason if isinstance(error, RefusedError | InvalidValueError) else str(error)
+    text = error.reason if isinstance(error, RefusedError | InvalidValueError) else _text_of(error)
     return text.partition("\n")[0]
 
 
@@ -176,6 +216,36 @@ _RULES: Mapping[Any, Any] = {
 }
 
 
+def _key_rule(coerce: Callable[[object], object]) -> BeforeValidator:
+    """For a key of a map: JSON has strings only, and a number among them is written as JSON writes it."""
+
+    def check(key: object) -> object:
+        written = key
+        with suppress(RefusedError):
+            written = read_json(key) if isinstance(key, str) else key
+        try:
+            return coerce(written)
+        except RefusedError as error:
+            raise PydanticCustomError("refused", "as a key, {reason}", {"reason": error.reason}) from error
+
+    return BeforeValidator(check)
+
+
+_KEY_RULES: Mapping[Any, Any] = {
+    bool: Annotated[bool, _key_rule(to_boolean)],
+    float: Annotated[float, _key_rule(to_float)],
+    int: Annotated[int, _key_rule(to_integer)],
+}
+
+
+def _keep_all(document: object, read: ValidatorFunctionWrapHandler) -> object:
+    """A map as it was read, if no two of its keys are the same now: one of them would be lost."""
+    result = read(document)
+    if isinstance(document, dict) and len(result) != len(document):
+        raise PydanticCustomError("refused", "two of its keys mean the same: write each in one way only")
+    return result
+
+
 def _prepared(annotation: Any, rules: Mapping[Any, Any], within: tuple[Any, ...] = ()) -> Any:
     """The annotation as pydantic should take it: with `rules` for what is inside it, and without what has no JSON."""
     while hasattr(annotation, "__supertype__"):
@@ -187,9 +257,12 @@ def _prepared(annotation: Any, rules: Mapping[Any, Any], within: tuple[Any, ...]
         raise RefusedError("classes have no JSON form")
     if not arguments or origin is Literal:
         return _prepared_bare(annotation, rules)
+    is_map = bool(rules) and isinstance(origin, type) and issubclass(origin, Mapping) and len(arguments) == 2
+    # In a union it is a string that its text stands for.
+    key_rules = _KEY_RULES if is_map and get_origin(arguments[0]) not in (Union, types.UnionType) else rules
     inner = tuple(
-        argument if argument is Ellipsis else _prepared(argument, rules, within)
-        for argument in (arguments[:1] if origin is Annotated else arguments)
+        argument if argument is Ellipsis else _prepared(argument, rules if at else key_rules, within)
+        for at, argument in enumerate(arguments[:1] if origin is Annotated else arguments)
         if not isinstance(argument, list)
     )
     if origin is Annotated:
@@ -199,6 +272,8 @@ def _prepared(annotation: Any, rules: Mapping[Any, Any], within: tuple[Any, ...]
     # pydantic would read an Iterable lazily, while the tool runs, and knows no Collection.
     container: Any = list if origin in (Iterable, Collection) else origin
     is_collection = container.__module__ in _COLLECTIONS and container is not collections.abc.Callable
+    if is_collection and is_map:
+        return Annotated[container[inner], WrapValidator(_keep_all)]
     return container[inner] if is_collection else annotation
 
 

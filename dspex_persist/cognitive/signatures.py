@@ -1,11 +1,23 @@
 """Signatures: what a function's own text says about its parameters, and its arguments bound by it."""
 
+import copy
 import difflib
 import inspect
 import types
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
 
@@ -18,16 +30,34 @@ from dspex_persist.state.values.json_text import RefusedError, shorten
 
 _CONTEXT_NAMES = ("ctx", "context")
 _NAMES_SHOWN = 10
+_STREAMS = (AsyncGenerator, AsyncIterable, AsyncIterator, Generator, Iterable, Iterator)
 
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What a function takes besides a context and, for a method, `self`. `summary`: what its docstring begins with."""
+    """What a function takes besides a context and, for a method, `self`. `summary`: what its docstring begins with.
+
+    `result_type`: "float" if what it returns, or yields, is annotated so.
+    """
 
     parameters: Mapping[str, Parameter]
     takes_context: bool
     is_method: bool
     summary: str
+    result_type: str = ""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether reading its arguments runs no code of users'."""
+        return all(parameter.is_plain for parameter in self.parameters.values())
+
+    def make_defaults(self) -> dict[str, object]:
+        """The defaults that a function could change, for one call: what it does to them is not for the next."""
+        return {
+            name: copy.deepcopy(parameter.default)
+            for name, parameter in self.parameters.items()
+            if parameter.default is not None
+        }
 
     def bind(self, tool: str, parameters: Mapping[str, Value]) -> dict[str, object]:
         """The arguments by name; `ToolArgumentError` names the first that is wrong, and the others."""
@@ -79,7 +109,7 @@ def read_signature(function: Callable[..., Any], named: str) -> Signature:
         )
         for parameter in listed
     }
-    return Signature(parameters, takes_context, is_method, summary)
+    return Signature(parameters, takes_context, is_method, summary, _result_type(function))
 
 
 def _is_method(function: Callable[..., Any]) -> bool:
@@ -127,6 +157,19 @@ def _annotation_of(function: Callable[..., Any], parameter: inspect.Parameter, n
     except (AttributeError, NameError, SyntaxError, TypeError) as error:
         reason = f"the annotation of its parameter {parameter.name} cannot be looked up in its module: {error}"
         raise ToolDefinitionError(named, reason) from error
+
+
+def _result_type(function: Callable[..., Any]) -> str:
+    names = {"ToolContext": ToolContext, **getattr(inspect.unwrap(function), "__globals__", {})}
+    holder: Any = types.SimpleNamespace(__annotations__={"it": inspect.signature(function).return_annotation})
+    try:
+        annotation = get_type_hints(holder, names)["it"]
+    except Exception:  # noqa: BLE001 -- it need not be there at run time: nothing but this is taken from it
+        return ""
+    if get_origin(annotation) in _STREAMS:
+        annotation = get_args(annotation)[0]
+    alternatives = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return "float" if float in alternatives and set(alternatives) <= {float, int, types.NoneType} else ""
 
 
 def _mentions_context(annotation: Any) -> bool:

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from dspex_persist.cognitive.variables import Mapped, VariableMapping
 from dspex_persist.state.errors import VariableNotFoundError
-from dspex_persist.state.runner import ToolCode, ToolSession
+from dspex_persist.state.runner import ToolCode, ToolSession, name_of
 
 
 class ToolContext(Mapped):
@@ -79,4 +79,4 @@ class ToolContext(Mapped):
 
         If it fails and the error is caught, only what it wrote itself is undone.
         """
-        return self._session.call(tool if isinstance(tool, str) else tool.spec.name, arguments)
+        return self._session.call(name_of(tool), arguments)

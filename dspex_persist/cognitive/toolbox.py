@@ -6,6 +6,7 @@ import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from dspex_persist.cognitive.errors import ToolLoadError
@@ -27,6 +28,33 @@ class Toolbox(Mapping[str, AnyTool]):
         self._record_lm = record_lm
         self._tools: dict[str, AnyTool] = {}
 
+    @classmethod
+    def of(cls, given: object, *, record_lm: bool = False) -> "Toolbox":
+        """A toolbox of whatever has tools: what `add` takes, what `load` takes, a module, a mapping of tools by name,
+        or several of these in a list. A toolbox is itself, unless its LM calls are to be recorded.
+
+        `ToolLoadError` says what it is that has none.
+        """
+        if isinstance(given, Toolbox) and not record_lm:
+            return given
+        toolbox = cls(record_lm=record_lm)
+        toolbox._take(given)
+        return toolbox
+
+    def _take(self, given: object) -> None:
+        if isinstance(given, str):
+            self.load(given)
+        elif isinstance(given, ModuleType):
+            self._add_module(given.__name__, given)
+        elif isinstance(given, Mapping) and not isinstance(given, Toolbox):
+            for name, item in given.items():
+                self._add(_named(item), [_tool_of_name(name, item)])
+        elif isinstance(given, list | tuple | set | frozenset | Iterator):
+            for each in given:
+                self._take(each)
+        else:
+            self.add(given)
+
     def add(self, item: object) -> tuple[AnyTool, ...]:
         """Add a tool, a function (which becomes one), a toolbox, or all tools that an instance has as methods.
 
@@ -46,6 +74,9 @@ class Toolbox(Mapping[str, AnyTool]):
         module = _imported(reference, module_name)
         if colon:
             return self._add(reference, _tools_in(_find(reference, module, name), reference))
+        return self._add_module(reference, module)
+
+    def _add_module(self, reference: str, module: Any) -> tuple[AnyTool, ...]:
         found = [item for item in vars(module).values() if isinstance(item, Tool) and not item.needs_instance]
         if not found:
             raise ToolLoadError(reference, f"there are no tools in the module itself{_hint(module)}")
@@ -80,6 +111,19 @@ class Toolbox(Mapping[str, AnyTool]):
 
     def __repr__(self) -> str:
         return f"<Toolbox: {', '.join(self._tools) or 'empty'}>"
+
+
+def _tool_of_name(name: object, item: object) -> AnyTool:
+    """What a mapping has under a name: a tool that is called so, or a function, which becomes one."""
+    if inspect.isfunction(item) and isinstance(name, str):
+        return tool(name=name)(item)
+    if not isinstance(item, Tool):
+        reason = f"under {name!r} there is no tool, and no function, but {type(item).__name__}"
+        raise ToolLoadError(_named(item), reason)
+    if item.spec.name != name:
+        reason = f"under {name!r} there is the tool {item.spec.name!r}: use that name, or @tool(name={name!r})"
+        raise ToolLoadError(_named(item), reason)
+    return item
 
 
 def _imported(reference: str, module_name: str) -> Any:

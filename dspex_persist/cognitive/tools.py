@@ -51,8 +51,18 @@ class Tool(Generic[P, R]):
         """Where its function is: module and qualified name."""
         return _origin(self._function)
 
+    @property
+    def reads_plainly(self) -> bool:
+        """Whether `bind` runs nothing of the tool's own: no validator, no class of its module."""
+        return self._signature.is_plain
+
+    @property
+    def result_type(self) -> str:
+        """ "float" where the function says that it returns, or yields, floats: JSON has no NaN; else ""."""
+        return self._signature.result_type
+
     def bind(self, parameters: Mapping[str, Value]) -> Mapping[str, object]:
-        """The arguments for `start`; `ToolArgumentError` for a wrong one."""
+        """New arguments for `start`; `ToolArgumentError` for a wrong one."""
         return self._signature.bind(self.spec.name, parameters)
 
     def start(self, session: ToolSession, arguments: Mapping[str, object]) -> Any:
@@ -63,7 +73,7 @@ class Tool(Generic[P, R]):
         if self.record_lm or lm_guard.caller_is_recorded.get():
             _record_lm_calls(session)
         context = [ToolContext(session)] if self._signature.takes_context else []
-        started = self._function(*self._leading(), *context, **arguments)
+        started = self._function(*self._leading(), *context, **{**self._signature.make_defaults(), **arguments})
         if self.kind is ToolKind.FUNCTION:
             self._check_result(started)
         return started

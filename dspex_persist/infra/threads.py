@@ -125,6 +125,12 @@ class LoopThread:
         self._started: set[Future[Any]] = set()
         self._closed = False
         self._over = False
+        forks.tell(self)
+
+    def forked(self, *, quiet: bool) -> None:
+        """See `forks.Heir`."""
+        if self._loop is not None:
+            forks.end_on(self._loop)
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:

@@ -62,7 +62,7 @@ def replay(
     roots = find_executions(recorded.commits)
     numbers = Numbers(recorded)
     chosen = _chosen(roots, numbers, since, until, frozenset(only_tools))
-    rerun = _Rerun(recorded, _toolbox(tools), live_lm, limits or Limits(), chosen)
+    rerun = _Rerun(recorded, Toolbox.of(tools), live_lm, limits or Limits(), chosen)
     told: list[ReplayedExecution] = []
     # Between executions, too: a thread that one of them has left behind asks nobody.
     guard = nullcontext() if live_lm else no_lm_asked()
@@ -77,18 +77,6 @@ def replay(
     told.sort(key=lambda each: each.commit)
     divergences = tuple(divergence for each in told for divergence in each.divergences)
     return ReplayReport(recorded.header.session_id, "tools", len(recorded.commits), tuple(told), divergences)
-
-
-def _toolbox(tools: Tools) -> Mapping[str, ToolCode]:
-    if isinstance(tools, Mapping):
-        return tools
-    toolbox = Toolbox()
-    for each in [tools] if isinstance(tools, str) else tools:
-        if isinstance(each, str):
-            toolbox.load(each)
-        else:
-            toolbox.add(each)
-    return toolbox
 
 
 def _chosen(

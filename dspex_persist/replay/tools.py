@@ -27,6 +27,8 @@ class RunAgain:
         # What would have ended as a conflict is to be told, not tried again.
         self.spec = replace(tool.spec, retries=0)
         self.kind = tool.kind
+        self.reads_plainly = tool.reads_plainly
+        self.result_type = tool.result_type
         self._tool = tool
         self._stage = stage
         self._live_lm = live_lm
@@ -111,6 +113,8 @@ class StandIn:
     """In place of a tool that is not at hand, or that ran in another process: what it did then is done again."""
 
     kind = ToolKind.FUNCTION
+    reads_plainly = True
+    result_type = ""
 
     def __init__(self, name: str, stage: Stage) -> None:
         self.spec = ToolSpec(name)

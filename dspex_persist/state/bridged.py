@@ -1,7 +1,6 @@
 """BridgedState: session state that another process keeps, reached by the unified bridge protocol."""
 
 import getpass
-import json
 import threading
 import time
 from collections import deque
@@ -182,7 +181,7 @@ class BridgedState(StateProvider):
         try:
             for chunk in call:
                 if not (chunk.is_final and chunk.data == b"null"):
-                    yield json.loads(chunk.data)
+                    yield values.decode_loosely(Value(chunk.data.decode()), chunk.metadata["result_type"])
         except grpc.RpcError:
             raise error_of_call(call, self._target) from None
         finally:
@@ -484,6 +483,7 @@ def _tool_outcome(_: commands.ExecuteTool, response: pb.ExecuteToolResponse) -> 
         int(said["attempts"] or 0),
         repeated="repeated" in said,
         streamed="streamed" in said,
+        result_type=said["result_type"],
     )
 
 

@@ -46,7 +46,7 @@ from dspex_persist.state.model import (
 )
 from dspex_persist.state.provider import Capability, Progress, StateProvider, check_watch, fault_of, silent
 from dspex_persist.state.recording import Header, RecordedCommit
-from dspex_persist.state.runner import ToolCode, ToolRunner, request_of
+from dspex_persist.state.runner import ToolCode, ToolRunner, check_tools, request_of
 from dspex_persist.state.store.options import check_count, check_seconds
 from dspex_persist.state.store.retention import Retention
 from dspex_persist.state.store.session_store import Job, SessionStore, StoreOptions
@@ -83,6 +83,7 @@ class EmbeddedState(StateProvider):
     ) -> None:
         check_seconds("sweep_interval_s", sweep_interval_s)
         check_count("tool_threads", tool_threads)
+        check_tools(tools)
         self._store = SessionStore(Path(path), options)
         self._failed: StateError | None = None
         self._told_fatal = on_fatal

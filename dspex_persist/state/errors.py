@@ -337,10 +337,11 @@ class ExecutionConflictError(StateError):
 
 @dataclass(eq=False)
 class ToolFailedError(StateError):
-    """The tool did not end well; nothing was written."""
+    """The tool did not end well; nothing was written. `kind`: the type of what its code raised, where that is known."""
 
     execution_id: str
     reason: str
+    kind: str = ""
 
     def __str__(self) -> str:
         return self.reason

@@ -21,7 +21,7 @@ from dspex_persist.state.errors import (
     ExecutionEndedError,
     ForkedProcessError,
     InvalidArgumentError,
-    StateError,
+    LimitExceededError,
     UnsupportedError,
 )
 from dspex_persist.state.model import (
@@ -37,6 +37,9 @@ from dspex_persist.state.model import (
 from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, Savepoint, SessionState, UnitOfWork
 
 R = TypeVar("R")
+
+# What the journal says of a name that was asked for, beside the name.
+_SEEN_BYTES = 64
 
 
 class _Touched(NamedTuple):
@@ -101,6 +104,7 @@ class _Overlay:
         self.dependencies: tuple[Dependency, ...] | None = None
         # By name: others may have deleted one of them and registered another, which has been published since.
         self.published: dict[str, Variable] = {}
+        self.asked_bytes = 0
         self._base_sequence = begun.sequence
         self._read = read
         self._drafts = Drafts(self)
@@ -123,7 +127,8 @@ class _Overlay:
         unit.now, unit.origin, unit.tokens = clock.now(), origin, _recorded(self._tokens, issued)
         try:
             result = command.apply(unit)
-        except StateError:
+        except BaseException:
+            # Whatever it is: what is staged of it would be written with the rest.
             unit.rollback_to(start)
             raise
         if command.writes and unit.savepoint() != start:
@@ -302,6 +307,7 @@ class Execution:
             self.check_running()
             self.check_is_of(command.session_id)
             touched = _touched(command)
+            self._count_asked(touched)
             for asked, seen in self.overlay.look(touched).items():
                 self.reads.setdefault(asked, seen)
             if touched.pattern is not None and touched.pattern not in self.patterns:
@@ -309,6 +315,20 @@ class Execution:
             result = self.overlay.apply(command, self.id, origin)
             self.overlay.written.update(touched.writes)
             return result
+
+    def _count_asked(self, touched: _Touched) -> None:
+        """What it asks for is in its journal entry, whether it is there or not."""
+        overlay, limits = self.overlay, self.overlay.unit.limits
+        new = [asked for asked in (*touched.reads, *touched.writes) if asked not in self.reads]
+        if touched.pattern is not None and touched.pattern not in self.patterns:
+            new.append(touched.pattern)
+        if not new:
+            return
+        size_bytes = overlay.asked_bytes + sum(map(len, new)) + _SEEN_BYTES * len(new)
+        if size_bytes > limits.value_size_bytes:
+            what = "size of the names that the execution asked for, in bytes,"
+            raise LimitExceededError(what, size_bytes, limits.value_size_bytes, "value_size_bytes")
+        overlay.asked_bytes = size_bytes
 
     def check_running(self) -> None:
         """Raise `ExecutionEndedError` once it has ended, `ForkedProcessError` in a child of its process."""

@@ -398,7 +398,8 @@ class ToolOutcome:
 
     `status` is None where nothing was begun: an unknown tool, a wrong parameter. `error` says what went wrong,
     `error_code` the same for programs. `repeated`: an earlier request under the same idempotency key was answered so.
-    `streamed`: the result is the list of what the tool yielded.
+    `streamed`: the result is the list of what the tool yielded. `result_type`: "float" if the tool says that it
+    returns, or yields, floats: NaN and the infinities, for which JSON has their names only, are floats then.
     """
 
     status: ExecutionStatus | None
@@ -410,6 +411,7 @@ class ToolOutcome:
     attempts: int = 0
     repeated: bool = False
     streamed: bool = False
+    result_type: str = ""
 
     @property
     def success(self) -> bool:

@@ -1,8 +1,9 @@
 """Running tools: each execution is a transaction, from its journal entry to its verdict.
 
-A `ToolRunner` lives on one event loop, its home. Tools' own code runs elsewhere: plain functions and generators on a
-bounded number of threads, asynchronous ones on an event loop of their own, so that a tool that computes, or blocks,
-stops nobody else.
+A `ToolRunner` lives on one event loop, its home, which keeps the time of all executions. Tools' own code never runs
+there: plain functions and generators run on a bounded number of threads, asynchronous ones on an event loop of their
+own, and so does whatever reads their arguments or asks what they raised. A tool that computes, blocks, or ends what it
+runs on stops nobody else.
 """
 
 import asyncio
@@ -10,15 +11,16 @@ import concurrent.futures
 import contextlib
 import contextvars
 import functools
+import io
 import json
 import os
 import random
-import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from difflib import get_close_matches
@@ -28,9 +30,10 @@ from random import Random
 from typing import Any, Final, Protocol, TypeAlias, TypeVar
 from uuid import UUID
 
+import structlog
+
 from dspex_persist import clock
-from dspex_persist.infra import forks
-from dspex_persist.infra.threads import DaemonThreads
+from dspex_persist.infra.threads import DaemonThreads, LoopThread
 from dspex_persist.state import commands, values
 from dspex_persist.state.commands import Command
 from dspex_persist.state.commands.executions import Begun, Finished, Verdict
@@ -41,6 +44,7 @@ from dspex_persist.state.errors import (
     ExecutionNotFoundError,
     IdempotencyConflictError,
     InternalError,
+    InvalidArgumentError,
     InvalidValueError,
     LimitExceededError,
     MissingVariablesError,
@@ -75,6 +79,7 @@ from dspex_persist.state.model import (
 from dspex_persist.state.provider import StateProvider
 
 R = TypeVar("R")
+_logger: structlog.typing.FilteringBoundLogger = structlog.get_logger(source=__name__)
 Emit: TypeAlias = Callable[[Value], Awaitable[None]]
 """Hands one chunk to whoever asked; returns when it has been taken."""
 
@@ -87,7 +92,10 @@ _LARGE_BYTES: Final = 100_000
 _JOIN_PAUSE_S: Final = 0.02
 _MOST_JOINS: Final = 1_000
 _SAY_AGAIN_S: Final = 5.0
-_CLEAN_UP_S: Final = 2.0
+_LONG_WAIT_S: Final = 5.0
+# What a line of the journal's log takes beside its text.
+_LINE_BYTES: Final = 64
+_MESSAGE_LENGTH, _TRACE_LENGTH = 10_000, 100_000
 _PACKAGE: Final = Path(__file__).parents[1]
 _BETWEEN: Final = (
     *(f"{_PACKAGE / layer}{os.sep}" for layer in ("cognitive", "infra", "state")),
@@ -99,6 +107,8 @@ _ANEW: Final = (ExecutionStatus.CANCELLED, ExecutionStatus.INTERRUPTED, Executio
 """How an execution may have ended that whoever waited for it begins again."""
 _REFUSALS: Final = (ToolNotFoundError, ToolArgumentError, MissingVariablesError, IdempotencyConflictError)
 """What is wrong with a request before anything has begun."""
+_asking: ContextVar["ToolSession | None"] = ContextVar("dspex_persist_asking", default=None)
+"""The execution whose code runs in this context; whoever it asks for something sees that."""
 
 
 # What tools are to this layer
@@ -127,11 +137,37 @@ class ToolCode(Protocol):
     @property
     def kind(self) -> ToolKind: ...
 
+    @property
+    def reads_plainly(self) -> bool:
+        """Whether `bind` runs nothing of the tool's own: no validator, no class of its module."""
+
+    @property
+    def result_type(self) -> str:
+        """ "float" where the code gives floats, or yields them, whose NaN and infinities JSON has not; else ""."""
+
     def bind(self, parameters: Mapping[str, Value]) -> Mapping[str, object]:
-        """The arguments for `start`; `ToolArgumentError` for a wrong one."""
+        """New arguments for `start`; `ToolArgumentError` for a wrong one."""
 
     def start(self, session: "ToolSession", arguments: Mapping[str, object]) -> Any:
         """Call the code: a result, a coroutine, a generator or an async generator, by `kind`."""
+
+
+def name_of(tool: ToolCode | str) -> str:
+    """The name of a tool that is given itself, or by its name."""
+    name = tool if isinstance(tool, str) else getattr(getattr(tool, "spec", None), "name", None)
+    if not isinstance(name, str):
+        kind = type(tool).__name__
+        raise InvalidArgumentError("tool", f"a tool is called by its name, or itself if it has @tool, not {kind}")
+    return name
+
+
+def check_tools(tools: object) -> None:
+    """Raise unless a runner can be made of these."""
+    if tools is not None and not isinstance(tools, Mapping):
+        reason = (
+            f"it must be a Toolbox, or another mapping of tools by name, not {type(tools).__name__}: Toolbox.of(...)"
+        )
+        raise InvalidArgumentError("tools", reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,15 +222,28 @@ class ToolSession:
     """What a tool's code reaches of its execution. Usable from any thread, until the execution ends."""
 
     def __init__(
-        self, runner: "ToolRunner", execution: Execution, request: ToolRequest, attempt: int, seed: str
+        self,
+        runner: "ToolRunner",
+        execution: Execution,
+        request: ToolRequest,
+        attempt: int,
+        seed: str,
+        asker: "ToolSession | None" = None,
     ) -> None:
         self.session_id = execution.session_id
         self.execution_id = execution.id
-        self.metadata = request.metadata
+        # Its own: what the code does to it is not for the next attempt, nor for whoever asked.
+        self.metadata = dict(request.metadata)
         self.attempt = attempt
         self.execution = execution
         self.request = request
         self.origin = Origin(request.origin.actor, execution.id, Source.PYTHON)
+        # Whose code waits for this one, and how many more wait for that one.
+        self.asker = asker
+        self.depth: int = 0 if asker is None else asker.depth + 1
+        # Whether its code has begun to run, and whether somebody may be holding up the tools' loop until it has ended.
+        self.started = self.is_async = False
+        self.aside: bool = asker is not None and (asker.aside or (execution.parent is None and asker.is_async))
         # What `now` asks: a replay sets it.
         self.read_clock: Callable[[], datetime] = clock.now
         # The home loop's alone: the tool that it calls at the moment, and whose turn it is to call one.
@@ -256,16 +305,22 @@ class ToolSession:
     def log(self, message: str, **fields: object) -> None:
         """Keep a line in the journal."""
         self.execution.check_running()
+        size_bytes = _LINE_BYTES + _size_of_message(message)
         text = values.encode(fields, "map", name="log").json
-        self._count(len(message) + len(text))
+        depth = values.depth_if_above(text, self._runner.limits.json_depth)
+        if depth:
+            raise LimitExceededError(
+                "JSON nesting of what is logged", depth, self._runner.limits.json_depth, "json_depth"
+            )
+        self._count(size_bytes + len(text.encode()))
         # As they are now: the code may go on to change them, and the writer cannot refuse what they would be then.
-        self._log.append(LogEntry(clock.now(), message, json.loads(text)))
+        self._log.append(LogEntry(clock.now(), str(message), json.loads(text)))
 
     def record(self, kind: str, entry: Mapping[str, Any]) -> None:
         """Keep what the code got from outside, as JSON, in the journal's `recorded`, in a list for each kind."""
-        text = json.dumps(entry)
+        text = values.encode(entry, "map", name=kind).json
         with self.execution.overlay.lock:
-            self._count(len(text))
+            self._count(_LINE_BYTES + len(text))
             self._recorded.setdefault(kind, []).append(json.loads(text))
 
     def _count(self, size_bytes: int) -> None:
@@ -281,33 +336,51 @@ class ToolSession:
         parameters = values.encode_arguments(arguments)
         request = replace(self.request, tool=tool, parameters=parameters, metadata={}, timeout_s=None)
         future = self._runner.start(self._runner.execute_child(self, request))
-        return asyncio.wrap_future(_objects(future)) if _is_on_loop() else values.decode_loosely(future.result())
+        called = self._runner.tools.get(tool)
+        result_type = called.result_type if called is not None else ""
+        if _is_on_loop():
+            return asyncio.wrap_future(_objects(future, result_type))
+        return values.decode_loosely(future.result(), result_type)
 
     def verdict(self, status: ExecutionStatus, result: Value | None = None, failure: Failure | None = None) -> Verdict:
         """The rest of the journal entry."""
         execution = self.execution
-        return Verdict(
-            execution.id,
-            status,
-            result,
-            failure,
-            dict(execution.reads),
-            tuple(execution.patterns),
-            tuple(self._log),
-            self._all_recorded(),
-            tuple(execution.published),
-            self.attempt,
-            round((time.monotonic() - self._began) * 1e6),
-        )
+        # The code may still run.
+        with execution.overlay.lock:
+            return Verdict(
+                execution.id,
+                status,
+                result,
+                failure,
+                dict(execution.reads),
+                tuple(execution.patterns),
+                tuple(self._log),
+                self._all_recorded(),
+                tuple(execution.published),
+                self.attempt,
+                round((time.monotonic() - self._began) * 1e6),
+            )
 
     def _all_recorded(self) -> dict[str, list[Any]]:
-        with self.execution.overlay.lock:
-            recorded = {kind: list(entries) for kind, entries in self._recorded.items()}
+        recorded = {kind: list(entries) for kind, entries in self._recorded.items()}
         return {"now": [clock.to_micros(moment) for moment in self._times], **recorded}
 
     def below(self) -> "list[ToolSession]":
         """The tools that run on its behalf at the moment, the innermost last."""
         return [] if self.calling is None else [self.calling, *self.calling.below()]
+
+
+def _size_of_message(message: object) -> int:
+    """The bytes of a message for the log, if it is one."""
+    if not isinstance(message, str):
+        reason = (
+            f"it must be a str, not {type(message).__name__}: put what is no text into fields, log('...', what=...)"
+        )
+        raise InvalidArgumentError("message", reason)
+    try:
+        return len(message.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError("message", f"U+{ord(message[error.start]):04X} alone is no character") from None
 
 
 def _is_on_loop() -> bool:
@@ -326,7 +399,45 @@ def _result_value(obj: object, name: str) -> Value:
     return value
 
 
-def _objects(future: "Future[Value]") -> "Future[object]":
+def _checked(tool: str, result: Value, limits: Limits) -> Value:
+    """A tool's result, if it is within the bounds of values."""
+    what, most = f"the result of {quote(tool)}", limits.value_size_bytes
+    if result.size_bytes > most:
+        raise LimitExceededError(f"size of {what}", result.size_bytes, most, "value_size_bytes")
+    depth = values.depth_if_above(result.json, limits.json_depth)
+    if depth:
+        raise LimitExceededError(f"JSON nesting of {what}", depth, limits.json_depth, "json_depth")
+    return result
+
+
+class _Chunks:
+    """What a tool has yielded, whose list is its result. It is measured while it comes: a tool may never stop."""
+
+    def __init__(self, tool: str, limits: Limits) -> None:
+        self._tool = tool
+        self._limits = limits
+        # One text: of very small chunks the objects would take a hundred times as much.
+        self._text = io.StringIO()
+        self._size_bytes = len("[]")
+
+    def add(self, chunk: Value) -> Value:
+        """Keep a chunk; `LimitExceededError` if it makes the result too large or too deep."""
+        _checked(self._tool, Value(f"[{chunk.json}]"), self._limits)
+        self._size_bytes += chunk.size_bytes + len(",")
+        most = self._limits.value_size_bytes
+        if self._size_bytes > most:
+            raise LimitExceededError(
+                f"size of the result of {quote(self._tool)}", self._size_bytes, most, "value_size_bytes"
+            )
+        self._text.write(f",{chunk.json}")
+        return chunk
+
+    def result(self) -> Value:
+        """The list of them."""
+        return Value(f"[{self._text.getvalue()[1:]}]")
+
+
+def _objects(future: "Future[Value]", result_type: str) -> "Future[object]":
     """The future of a value's Python object. Cancelling it cancels `future`."""
     mapped: Future[object] = Future()
 
@@ -338,7 +449,7 @@ def _objects(future: "Future[Value]") -> "Future[object]":
             if error is not None:
                 mapped.set_exception(error)
             else:
-                mapped.set_result(values.decode_loosely(finished.result()))
+                mapped.set_result(values.decode_loosely(finished.result(), result_type))
 
     mapped.add_done_callback(lambda each: future.cancel() if each.cancelled() else None)
     future.add_done_callback(done)
@@ -347,11 +458,13 @@ def _objects(future: "Future[Value]") -> "Future[object]":
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """A request with its tool and arguments. `broken`: what kept its chunks from being handed out."""
+    """A request with its tool, and the arguments for its first attempt. `until`: when, on the home loop, whoever asked
+    stops waiting. `broken`: what kept its chunks from being handed out."""
 
     request: ToolRequest
     tool: ToolCode | RegisteredTool
     arguments: Mapping[str, object]
+    until: float | None = None
     emit: Emit | None = None
     emitted: bool = False
     broken: Exception | None = None
@@ -379,7 +492,8 @@ class ToolRunner:
     """Executes the `tools` of this process, and through `remote` those that sessions' workers have registered.
 
     `execute` is a coroutine of the runner's home loop: `home`, else a loop of its own on a thread of its own. From any
-    other thread use `submit`; whoever waits there must not be on the home loop, which would then wait for itself.
+    other thread use `submit`; whoever waits there must not be on the home loop, which would then wait for itself. A
+    tool's code may: what it asks for runs on a thread, or a loop, that it does not hold.
     """
 
     def __init__(
@@ -397,10 +511,14 @@ class ToolRunner:
         self.tools = dict(tools)
         self._remote = remote
         self._threads = DaemonThreads(threads, "dspex-persist-tool")
-        self._tools_loop = _LoopThread("dspex-persist-tools")
-        self._home = home or self._tools_loop.loop
+        self._tools_loop = LoopThread("dspex-persist-tools")
+        self._own_home = LoopThread("dspex-persist-executions")
+        self._home = home or self._own_home.loop
         self._mailbox = LoopMailbox(self._home)
         self._running: dict[str, _Running] = {}
+        # What runs code at the moment, on the bounded threads and on the tools' loop.
+        self._on_threads, self._on_loop = set[ToolSession](), set[ToolSession]()
+        self._said_at = -_LONG_WAIT_S
         self._count = 0
         self._draining = False
 
@@ -436,10 +554,11 @@ class ToolRunner:
         self._draining = True
 
     def close(self) -> None:
-        """Interrupt what runs, end idle threads and the tools' loop. Nobody waits for code that goes on all the same:
-        it can keep nothing any more."""
+        """Interrupt what runs, end idle threads and the loops. Nobody waits for code that goes on all the same: it can
+        keep nothing any more."""
         self._draining = True
         self._threads.close()
+        self._own_home.close()
         self._tools_loop.close()
 
     def _session_of(self, execution_id: str) -> ToolSession:
@@ -457,11 +576,15 @@ class ToolRunner:
         """
         if self._count >= self.limits.executions:
             raise LimitExceededError("number of executions", self._count + 1, self.limits.executions, "executions")
+        _check_depth(_asking.get())
         self._count += 1
         try:
-            job = await self._prepare(request, emit)
+            job = await self._prepare(request, _asking.get(), emit)
             outcome = await self._execute(job)
-            return replace(outcome, streamed=True) if job.tool.spec.streaming else outcome
+            return replace(outcome, streamed=job.tool.spec.streaming, result_type=_result_type(job.tool))
+        except ToolTimedOutError as error:
+            # Before there was an execution, or while another one ran under its key.
+            return ToolOutcome(ExecutionStatus.TIMED_OUT, None, error, error.error_code)
         except _REFUSALS as error:
             # On a session that is not there, that is what is wrong first.
             await self._submit(commands.ListTools(request.session_id), request.origin)
@@ -474,28 +597,92 @@ class ToolRunner:
         parent = self._session_of(execution_id)
         parent.execution.check_is_of(request.session_id)
         try:
-            result = await self.execute_child(parent, request)
+            result = await self._execute_joined(parent, request)
+        except ExecutionEndedError:
+            raise
         except _REFUSALS as error:
             return ToolOutcome(None, None, error, error.error_code, execution_id)
-        except Exception as raised:  # noqa: BLE001 -- users' code: whatever it raises is told to its caller
-            failed = _told(execution_id, raised, _failure_of(raised))
+        except Exception as error:  # noqa: BLE001 -- users' code: whatever it raises is told to its caller
+            raised, failure = _raised_of(error)
+            failed = _told(execution_id, raised, failure)
             return ToolOutcome(_status_of(raised), None, failed, failed.error_code, execution_id)
-        return ToolOutcome(ExecutionStatus.COMMITTED, result, execution_id=execution_id, attempts=1)
+        own = self.tools.get(request.tool)
+        return ToolOutcome(
+            ExecutionStatus.COMMITTED,
+            result,
+            execution_id=execution_id,
+            attempts=1,
+            result_type=_result_type(own) if own is not None else "",
+        )
 
-    async def _prepare(self, request: ToolRequest, emit: Emit | None = None, within: Execution | None = None) -> _Job:
+    async def _execute_joined(self, parent: ToolSession, request: ToolRequest) -> Value:
+        """As a task of its own: the end of the execution that it is part of cancels it, and its caller is to hear."""
+        task = self._home.create_task(self._conduct_joined(parent, request))
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        if task.cancelled():
+            raise ExecutionEndedError(parent.execution_id, parent.execution.ended or ExecutionStatus.CANCELLED.value)
+        return task.result()
+
+    async def _conduct_joined(self, parent: ToolSession, request: ToolRequest) -> Value:
+        try:
+            result = await self._child_result(parent, request)
+        finally:
+            # Its session may have ended meanwhile, of which only the store knows: then nothing is kept.
+            if not await self._is_running(parent):
+                raise ExecutionEndedError(parent.execution_id, parent.execution.ended or "its session ended")
+        return result
+
+    async def _is_running(self, session: ToolSession) -> bool:
+        try:
+            state = await self._submit(commands.ReadState(session.session_id), session.origin)
+        except SessionNotFoundError:
+            return False
+        return session.execution_id in state.executions
+
+    async def _prepare(
+        self,
+        request: ToolRequest,
+        asker: ToolSession | None,
+        emit: Emit | None = None,
+        within: Execution | None = None,
+    ) -> _Job:
         """Everything that can be refused before anything is begun."""
+        until = None if request.timeout_s is None else self._home.time() + request.timeout_s
         tool = await self._find_tool(request)
         for name, value in request.parameters.items():
             _check_parameter(request.tool, name, value, self.limits)
         # Whether they are the right ones a tool elsewhere says itself.
-        arguments = {} if isinstance(tool, RegisteredTool) else await _bind(tool, request.parameters)
+        arguments = {} if isinstance(tool, RegisteredTool) else await self._bind(tool, request, until, asker)
         required = tool.spec.required_variables
         if required:
             query = commands.GetVariables(request.session_id, required)
             found = within.run(query, request.origin) if within else await self._submit(query, request.origin)
             if found.missing:
                 raise MissingVariablesError(request.tool, ", ".join(found.missing))
-        return _Job(request, tool, arguments, emit)
+        return _Job(request, tool, arguments, until, emit)
+
+    async def _bind(
+        self, tool: ToolCode, request: ToolRequest, until: float | None, asker: ToolSession | None
+    ) -> Mapping[str, object]:
+        """New arguments, for one attempt."""
+        size_bytes = sum(value.size_bytes for value in request.parameters.values())
+        if tool.reads_plainly and size_bytes < _LARGE_BYTES:
+            return tool.bind(request.parameters)
+        # Reading a large one takes as long as a hundred calls, and users' code as long as it likes: the loop is
+        # everybody's. A thread for this alone, as those of the tools may be taken, and not by what is going to return.
+        thread = DaemonThreads(1, "dspex-persist-arguments")
+        try:
+            async with asyncio.timeout_at(until):
+                return await self._mailbox.result(thread.submit(functools.partial(_bound, tool, request.parameters)))
+        except TimeoutError as error:
+            reason = f"to read its arguments took longer than {request.timeout_s:.3g} s"
+            raise ToolTimedOutError("", reason) from error
+        finally:
+            thread.close()
 
     async def _find_tool(self, request: ToolRequest) -> ToolCode | RegisteredTool:
         own = self.tools.get(request.tool)
@@ -519,7 +706,7 @@ class ToolRunner:
             if begun.recorded is not None:
                 return await _repeat(job, begun.recorded)
             if begun.running is not None:
-                joined = await self._join(begun.running.id)
+                joined = await self._join(begun.running.id, job)
                 if joined is not None and joined.status not in _ANEW:
                     return joined
                 joins += 1
@@ -538,14 +725,20 @@ class ToolRunner:
             await asyncio.sleep(random.uniform(0, pause_s))
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
 
-    async def _join(self, execution_id: str) -> ToolOutcome | None:
+    async def _join(self, execution_id: str, job: _Job) -> ToolOutcome | None:
         """Wait for a running execution; its outcome. None if it has to be asked for again."""
         running = self._running.get(execution_id)
         if running is None:
             # It has just ended, or its client has just gone: a moment later the store knows which.
             await asyncio.sleep(_JOIN_PAUSE_S)
             return None
-        return await asyncio.shield(running.done)
+        try:
+            async with asyncio.timeout_at(job.until):
+                return await asyncio.shield(running.done)
+        except TimeoutError as error:
+            most_s = job.request.timeout_s
+            reason = f"it runs already under this key, and has not ended in the {most_s:.3g} s that its caller waits"
+            raise ToolTimedOutError(execution_id, reason) from error
 
     async def _begin(
         self, job: _Job, attempt: int, parent: Execution | None = None, retry_of: str | None = None
@@ -591,7 +784,7 @@ class ToolRunner:
             request.origin,
             lambda command: self.provider.submit(command, request.origin).result(),
         )
-        session = ToolSession(self, execution, request, attempt, begun.seed)
+        session = ToolSession(self, execution, request, attempt, begun.seed, _asking.get())
         outcome = None
         with self._listed(session) as running:
             try:
@@ -622,9 +815,10 @@ class ToolRunner:
             self._end_without_waiting(session, session.verdict(self._gone()))
             raise
         except Exception as error:  # noqa: BLE001 -- users' code: whatever it raises is its verdict
-            status = _status_of(error) if job.broken is None else ExecutionStatus.CANCELLED
-            verdict = session.verdict(status, failure=_failure_of(error))
-            return await self._end(session, verdict, error)
+            raised, failure = _raised_of(error)
+            status = _status_of(raised) if job.broken is None else ExecutionStatus.CANCELLED
+            verdict = session.verdict(status, failure=failure)
+            return await self._end(session, verdict, raised)
         return await self._end(session, verdict)
 
     def _gone(self) -> ExecutionStatus:
@@ -632,7 +826,7 @@ class ToolRunner:
 
     # Ending
 
-    async def _end(self, session: ToolSession, verdict: Verdict, raised: Exception | None = None) -> ToolOutcome:
+    async def _end(self, session: ToolSession, verdict: Verdict, raised: BaseException | None = None) -> ToolOutcome:
         command = self._closing(session, verdict)
         future = self.provider.submit(command, session.origin)
         try:
@@ -673,9 +867,12 @@ class ToolRunner:
         """Have the journal say how an execution ended that wrote nothing; later, if the store has no room now."""
 
         def settled(future: "Future[Finished]") -> None:
-            if not future.cancelled() and isinstance(future.exception(), StorageError | QueueFullError):
+            error = None if future.cancelled() else future.exception()
+            if isinstance(error, StorageError | QueueFullError):
                 again = functools.partial(self._say, command, origin)
                 self._mailbox.post(lambda: self._home.call_later(_SAY_AGAIN_S, again))
+            elif isinstance(error, InternalError) and command != _bare(command):
+                self._say(_bare(command), origin)
 
         self.provider.submit(command, origin).add_done_callback(settled)
 
@@ -683,7 +880,8 @@ class ToolRunner:
         """The store did not take the end: what the execution wrote is lost, but its journal entry is not."""
         if isinstance(error, StorageError | QueueFullError | InternalError):
             failed = replace(verdict, status=ExecutionStatus.FAILED, result=None, failure=_failure_of(error))
-            self._say(session.execution.finish(failed), session.origin)
+            command = session.execution.finish(failed)
+            self._say(_bare(command) if isinstance(error, InternalError) else command, session.origin)
 
     # Calls from tool to tool
 
@@ -692,14 +890,25 @@ class ToolRunner:
 
         One at a time for each caller: what one has staged could not be undone without that of another.
         """
+        try:
+            return await self._child_result(parent, request)
+        except _RaisedError as error:
+            raised = error.error
+        raise raised
+
+    async def _child_result(self, parent: ToolSession, request: ToolRequest) -> Value:
         async with parent.turn:
             execution = parent.execution
             execution.check_running()
-            if execution.depth + 1 >= _DEEPEST:
-                raise LimitExceededError("depth of calls from tool to tool", execution.depth + 2, _DEEPEST, "")
-            job = await self._prepare(request, within=execution)
+            _check_depth(parent)
+            job = await self._prepare(request, parent, within=execution)
             begun = await self._begin(job, 1, execution)
-            session = ToolSession(self, execution.begin_child(begun, request.tool), request, 1, begun.seed)
+            child = execution.begin_child(begun, request.tool)
+            session = ToolSession(self, child, request, 1, begun.seed, parent)
+            if execution.ended:
+                # It did not wait for what it called.
+                self._end_without_waiting(session, session.verdict(ExecutionStatus.ABORTED))
+                execution.check_running()
             session.task = asyncio.current_task()
             parent.calling = session
             try:
@@ -714,9 +923,10 @@ class ToolRunner:
             result = await self._invoke(job, session)
         except BaseException as error:
             if not parent.ended:
+                raised, failure = _raised_of(error)
                 child.undo()
-                status = ExecutionStatus.FAILED if isinstance(error, Exception) else ExecutionStatus.CANCELLED
-                self._end_without_waiting(session, session.verdict(status, failure=_failure_of(error)))
+                status = ExecutionStatus.FAILED if isinstance(raised, Exception) else ExecutionStatus.CANCELLED
+                self._end_without_waiting(session, session.verdict(status, failure=failure))
             raise
         child.close(ExecutionStatus.COMMITTED.value)
         parent.children.extend([session.verdict(ExecutionStatus.COMMITTED, result), *child.children])
@@ -726,8 +936,9 @@ class ToolRunner:
 
     async def _invoke(self, job: _Job, session: ToolSession) -> Value:
         """Run the tool's code, within its time; its result."""
-        own_s, request_s = job.tool.spec.timeout_s, job.request.timeout_s
-        timeout_s = min((each for each in (own_s, request_s) if each is not None), default=None)
+        own_s = job.tool.spec.timeout_s
+        left_s = None if job.until is None else max(0.0, job.until - self._home.time())
+        timeout_s = min((each for each in (own_s, left_s) if each is not None), default=None)
         try:
             async with asyncio.timeout(timeout_s) as limit:
                 if isinstance(job.tool, RegisteredTool):
@@ -736,63 +947,125 @@ class ToolRunner:
                     result = await self._call(job, job.tool, session)
         except TimeoutError as error:
             if limit.expired():
-                whose = "" if timeout_s == own_s else ", which is how long its caller waits"
-                raise ToolTimedOutError(
-                    session.execution_id, f"it took longer than {timeout_s:.3g} s{whose}"
-                ) from error
+                whose, most_s = "", own_s
+                if timeout_s != own_s:
+                    whose, most_s = ", which is how long its caller waits", job.request.timeout_s
+                raise ToolTimedOutError(session.execution_id, f"it took longer than {most_s:.3g} s{whose}") from error
             raise
-        size, most = result.size_bytes, self.limits.value_size_bytes
-        if size > most:
-            raise LimitExceededError(
-                f"size of the result of {quote(job.tool.spec.name)}", size, most, "value_size_bytes"
-            )
-        return result
+        return _checked(job.tool.spec.name, result, self.limits)
 
     async def _call(self, job: _Job, tool: ToolCode, session: ToolSession) -> Value:
+        arguments = job.arguments
+        if session.attempt > 1:
+            # What the code did to those of the attempt before is undone, too.
+            arguments = await self._bind(tool, job.request, None, session.asker)
+        session.is_async = tool.kind.is_async
         # What the caller has set (dspy.context, a log's bindings) holds in the tool's thread, too.
         context = contextvars.copy_context()
-        if tool.kind.is_async:
-            return await self._mailbox.result(context.run(self._tools_loop.start, self._run_async(job, tool, session)))
-        run = functools.partial(context.run, self._run_sync, job, tool, session)
-        if session.execution.parent is None:
+        context.run(_asking.set, session)
+        place = self._run_on_loop if session.is_async else self._run_on_thread
+        waiting = self._home.call_later(_LONG_WAIT_S, self._say_waits, session)
+        try:
+            return await place(job, tool, session, arguments, context)
+        finally:
+            waiting.cancel()
+
+    async def _run_on_loop(
+        self,
+        job: _Job,
+        tool: ToolCode,
+        session: ToolSession,
+        arguments: Mapping[str, object],
+        context: contextvars.Context,
+    ) -> Value:
+        run = self._run_async(job, tool, session, arguments)
+        if not session.aside:
+            return await self._mailbox.result(context.run(self._tools_loop.start, run))
+        # Whoever asked may be waiting on the tools' loop itself.
+        loop = LoopThread(f"dspex-persist-{session.execution_id}")
+        try:
+            return await self._mailbox.result(context.run(loop.start, run))
+        finally:
+            loop.close(wait_s=0)
+
+    async def _run_on_thread(
+        self,
+        job: _Job,
+        tool: ToolCode,
+        session: ToolSession,
+        arguments: Mapping[str, object],
+        context: contextvars.Context,
+    ) -> Value:
+        run = functools.partial(context.run, self._run_sync, job, tool, session, arguments)
+        if session.asker is None:
             return await self._mailbox.result(self._threads.submit(run))
-        # A caller may be waiting on one of the bounded threads: who is called must not wait for one.
+        # Who asked may be waiting on one of the bounded threads: who is asked must not wait for one.
         thread = DaemonThreads(1, f"dspex-persist-{session.execution_id}")
         try:
             return await self._mailbox.result(thread.submit(run))
         finally:
             thread.close()
 
-    def _run_sync(self, job: _Job, tool: ToolCode, session: ToolSession) -> Value:
+    def _say_waits(self, session: ToolSession) -> None:
+        """Say in the log that an execution has been waiting for its turn to run, and what for; not all of them do."""
+        now = self._home.time()
+        if session.started or session.cancelled or now < self._said_at + _LONG_WAIT_S:
+            return
+        self._said_at = now
+        at_work = list(self._on_loop if session.is_async else self._on_threads)
+        _logger.warning(
+            "tools wait for their turn",
+            execution_id=session.execution_id,
+            tool=session.request.tool,
+            waited_s=_LONG_WAIT_S,
+            waits_for="the event loop of asynchronous tools" if session.is_async else "one of tool_threads",
+            running=len(at_work),
+            running_though_ended=sum(each.cancelled for each in at_work),
+        )
+
+    @contextmanager
+    def _at_work(self, session: ToolSession) -> Iterator[None]:
+        """Have it known whose code runs where only so much of it can run at a time."""
+        session.started = True
+        place = self._on_loop if session.is_async else self._on_threads
+        if session.asker is None:
+            place.add(session)
+        try:
+            yield
+        finally:
+            place.discard(session)
+
+    def _run_sync(self, job: _Job, tool: ToolCode, session: ToolSession, arguments: Mapping[str, object]) -> Value:
         """On a thread of its own."""
-        with _contained(Exception):
-            started = tool.start(session, job.arguments)
+        with self._at_work(session), _contained():
+            started = tool.start(session, arguments)
             if tool.kind is ToolKind.FUNCTION:
-                return _result_value(started, "result")
+                return _checked(tool.spec.name, _result_value(started, "result"), self.limits)
+            chunks = _Chunks(tool.spec.name, self.limits)
             with contextlib.closing(started):
-                return _as_list([self._pass_on(job, session, chunk) for chunk in started])
+                for chunk in started:
+                    session.execution.check_running()
+                    value = chunks.add(_result_value(chunk, "chunk"))
+                    if job.emit is not None:
+                        self.start(job.hand_out(value)).result()
+            return chunks.result()
 
-    def _pass_on(self, job: _Job, session: ToolSession, chunk: object) -> Value:
-        session.execution.check_running()
-        value = _result_value(chunk, "chunk")
-        if job.emit is not None:
-            self.start(job.hand_out(value)).result()
-        return value
-
-    async def _run_async(self, job: _Job, tool: ToolCode, session: ToolSession) -> Value:
+    async def _run_async(
+        self, job: _Job, tool: ToolCode, session: ToolSession, arguments: Mapping[str, object]
+    ) -> Value:
         """On the tools' loop."""
-        with _contained(Exception, asyncio.CancelledError):
-            started = tool.start(session, job.arguments)
+        with self._at_work(session), _contained(asyncio.CancelledError):
+            started = tool.start(session, arguments)
             if tool.kind is ToolKind.COROUTINE:
-                return _result_value(await started, "result")
-            chunks: list[Value] = []
+                return _checked(tool.spec.name, _result_value(await started, "result"), self.limits)
+            chunks = _Chunks(tool.spec.name, self.limits)
             async with contextlib.aclosing(started):
                 async for chunk in started:
                     session.execution.check_running()
-                    chunks.append(_result_value(chunk, "chunk"))
+                    value = chunks.add(_result_value(chunk, "chunk"))
                     if job.emit is not None:
-                        await asyncio.wrap_future(self.start(job.hand_out(chunks[-1])))
-            return _as_list(chunks)
+                        await asyncio.wrap_future(self.start(job.hand_out(value)))
+            return chunks.result()
 
     async def _call_remote(
         self, job: _Job, tool: RegisteredTool, session: ToolSession, timeout_s: float | None
@@ -816,37 +1089,58 @@ class ToolRunner:
         )
         if not tool.spec.streaming:
             return await self._remote.execute(call) or _NULL
-        chunks: list[Value] = []
+        chunks = _Chunks(tool.spec.name, self.limits)
 
         async def take(chunk: Value) -> None:
             session.execution.check_running()
-            chunks.append(chunk)
+            chunks.add(chunk)
             if job.emit is not None:
                 await job.hand_out(chunk)
 
         await self._remote.stream(call, take)
-        return _as_list(chunks)
+        return chunks.result()
 
     async def _submit(self, command: Command[R], origin: Origin) -> R:
         return await self._mailbox.result(self.provider.submit(command, origin))
 
 
+class _RaisedError(Exception):
+    """What a tool's code raised, with what the journal says of it, which was asked for where the code ran: an
+    exception's text is users' code, too."""
+
+    def __init__(self, error: Exception, failure: Failure) -> None:
+        super().__init__()
+        self.error = error
+        self.failure = failure
+
+
 @contextmanager
 def _contained(*let_out: type[BaseException]) -> Iterator[None]:
-    """Users' code that raises anything else has failed, no more: neither the process nor its loops are to end."""
+    """Users' code that raises anything has failed, no more: neither the process nor its loops are to end."""
     try:
         yield
     except let_out:
         raise
-    except (SystemExit, KeyboardInterrupt) as error:
-        raise RuntimeError(f"the tool tried to end the process: {error!r}") from error
-    except BaseException as error:
-        raise RuntimeError(f"the tool raised {type(error).__name__}, which is no ordinary error") from error
+    except BaseException as error:  # noqa: BLE001 -- what this is about
+        raised = _ordinary(error)
+    else:
+        return
+    raise _RaisedError(raised, _failure_of(raised))
 
 
-def _as_list(chunks: Sequence[Value]) -> Value:
-    """The result of a tool that streams: its chunks."""
-    return Value(f"[{','.join(chunk.json for chunk in chunks)}]")
+def _ordinary(error: BaseException) -> Exception:
+    if isinstance(error, Exception):
+        return error
+    told = RuntimeError(f"the tool raised {type(error).__name__}, which is no ordinary error")
+    if isinstance(error, SystemExit | KeyboardInterrupt):
+        told = RuntimeError(f"the tool tried to end the process: {type(error).__name__}({_text_of(error)})")
+    told.__cause__ = error
+    return told
+
+
+def _raised_of(error: BaseException) -> tuple[BaseException, Failure]:
+    """What was raised, and what the journal says of it."""
+    return (error.error, error.failure) if isinstance(error, _RaisedError) else (error, _failure_of(error))
 
 
 async def _repeat(job: _Job, recorded: RecordedExecution) -> ToolOutcome:
@@ -860,7 +1154,16 @@ async def _repeat(job: _Job, recorded: RecordedExecution) -> ToolOutcome:
     )
 
 
-def _outcome(verdict: Verdict, finished: Finished, raised: Exception | None) -> ToolOutcome:
+def _bare(command: commands.FinishExecution) -> commands.FinishExecution:
+    """The same without what the code has put into it: something in it cannot be kept, and nobody knows what."""
+
+    def bare(verdict: Verdict) -> Verdict:
+        return Verdict(verdict.execution_id, verdict.status, failure=verdict.failure, attempt=verdict.attempt)
+
+    return replace(command, verdict=bare(command.verdict), children=tuple(map(bare, command.children)))
+
+
+def _outcome(verdict: Verdict, finished: Finished, raised: BaseException | None) -> ToolOutcome:
     status, execution_id = finished.status, verdict.execution_id
     if status is ExecutionStatus.COMMITTED:
         return ToolOutcome(status, verdict.result, None, "", execution_id, finished.sequence, verdict.attempt)
@@ -871,20 +1174,29 @@ def _outcome(verdict: Verdict, finished: Finished, raised: Exception | None) -> 
     return ToolOutcome(status, None, error, error.error_code, execution_id, None, verdict.attempt)
 
 
-def _told(execution_id: str, raised: Exception | None, failure: Failure | None) -> StateError:
+def _told(execution_id: str, raised: BaseException | None, failure: Failure | None) -> StateError:
     """What clients are told of an execution that failed: what the engine itself says, or what the tool's code raised,
     without its traceback."""
     if isinstance(raised, RemoteToolError | ToolTimedOutError | ToolFailedError):
         return raised
     assert failure is not None, "what has neither committed nor met a conflict has failed"
-    return ToolFailedError(execution_id, f"{failure.type}: {failure.message}")
+    return ToolFailedError(execution_id, f"{failure.type}: {failure.message}", failure.type)
 
 
-async def _bind(tool: ToolCode, parameters: Mapping[str, Value]) -> Mapping[str, object]:
-    if sum(value.size_bytes for value in parameters.values()) < _LARGE_BYTES:
+def _bound(tool: ToolCode, parameters: Mapping[str, Value]) -> Mapping[str, object]:
+    """On a thread of its own: whatever code of the tool's own raises, the arguments will not do."""
+    try:
         return tool.bind(parameters)
-    # Reading a large one takes as long as a hundred calls: the loop is everybody's.
-    return await asyncio.to_thread(tool.bind, parameters)
+    except StateError:
+        raise
+    except BaseException as error:  # noqa: BLE001 -- users' code
+        raise ToolArgumentError(tool.spec.name, ", ".join(parameters), _failure_of(error).type) from None
+
+
+def _check_depth(asker: ToolSession | None) -> None:
+    """Tools that ask for tools without end have an end."""
+    if asker is not None and asker.depth + 1 >= _DEEPEST:
+        raise LimitExceededError("depth of calls from tool to tool", asker.depth + 2, _DEEPEST, "")
 
 
 def _check_parameter(tool: str, name: str, value: Value, limits: Limits) -> None:
@@ -897,7 +1209,7 @@ def _check_parameter(tool: str, name: str, value: Value, limits: Limits) -> None
         raise LimitExceededError(what, value.size_bytes, limits.value_size_bytes, "value_size_bytes")
 
 
-def _status_of(error: Exception) -> ExecutionStatus:
+def _status_of(error: BaseException) -> ExecutionStatus:
     return ExecutionStatus.TIMED_OUT if isinstance(error, ToolTimedOutError) else ExecutionStatus.FAILED
 
 
@@ -918,62 +1230,25 @@ def _keep_users_frames(told: traceback.TracebackException) -> None:
 
 def _failure_of(error: BaseException) -> Failure:
     try:
-        text = str(error)
-    except Exception as fault:  # noqa: BLE001 -- users' code, too
-        text = f"it has no text: its __str__ raised {type(fault).__name__}"
-    told = (type(error).__name__, text, _trace_of(error))
+        trace = _trace_of(error)
+    except BaseException as fault:  # noqa: BLE001 -- it asks users' code
+        trace = f"it has no traceback: to write it raised {type(fault).__name__}"
+    text = _text_of(error)
+    told = (type(error).__name__, _shortened(text, _MESSAGE_LENGTH), _shortened(trace, _TRACE_LENGTH))
     # A lone surrogate is no character: no message can carry it.
     return Failure(*(each.encode(errors="backslashreplace").decode() for each in told))
 
 
-class _LoopThread:
-    """An event loop on a daemon thread of its own, which is started when it is first asked for."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        forks.tell(self)
-
-    def forked(self, *, quiet: bool) -> None:
-        """See `forks.Heir`."""
-        if self._loop is not None:
-            forks.end_on(self._loop)
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The loop, running."""
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=_run_loop, args=(self._loop,), name=self._name, daemon=True).start()
-            return self._loop
-
-    def start(self, coroutine: Coroutine[Any, Any, R]) -> "Future[R]":
-        """Run a coroutine on the loop, in the context of whoever calls."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
-
-    def close(self) -> None:
-        """Cancel what runs on the loop, give it a moment to clean up, and stop the loop."""
-        with self._lock:
-            loop, self._loop = self._loop, None
-        if loop is not None:
-            ended = asyncio.run_coroutine_threadsafe(_cancel_others(), loop)
-            with contextlib.suppress(TimeoutError):
-                ended.result(_CLEAN_UP_S)
-            loop.call_soon_threadsafe(loop.stop)
-
-
-def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
-    """Until it is stopped; by its own thread it is closed, as nobody waits for code that does not let it stop."""
+def _text_of(error: BaseException) -> str:
     try:
-        loop.run_forever()
-    finally:
-        loop.close()
+        return str(error)
+    except BaseException as fault:  # noqa: BLE001 -- users' code, too
+        return f"it has no text: its __str__ raised {type(fault).__name__}"
 
 
-async def _cancel_others() -> None:
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
+def _result_type(tool: ToolCode | RegisteredTool) -> str:
+    return "" if isinstance(tool, RegisteredTool) else tool.result_type

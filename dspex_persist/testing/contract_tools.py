@@ -4,7 +4,11 @@ Those that must be caught in the act take a folder, their gate: each attempt ann
 on when the test has put another one there. So they have to run where they see the test's files.
 """
 
+import _thread
 import asyncio
+import contextlib
+import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -13,7 +17,7 @@ from typing import Any, Final, Literal
 from dspex_persist.cognitive.tool_context import ToolContext
 from dspex_persist.cognitive.toolbox import Toolbox
 from dspex_persist.cognitive.tools import Tool, tool
-from dspex_persist.state.errors import ExecutionEndedError, InvalidValueError, StateError
+from dspex_persist.state.errors import ExecutionEndedError, InvalidArgumentError, InvalidValueError, StateError
 from dspex_persist.state.values import BinaryValue
 
 _DEADLINE_S: Final = 30.0
@@ -442,6 +446,229 @@ def publish_and_write(ctx: ToolContext) -> None:
     """Both to one variable, which cannot be."""
     ctx["a"] = 1
     ctx.publish("a", 2)
+
+
+# What no tool should do
+
+
+@tool
+def log_wrongly(ctx: ToolContext, what: str) -> None:
+    """Log what is no text, or what the journal has no form for."""
+    ctx["a"] = -1
+    deep: list[Any] = []
+    for _ in range(150):
+        deep = [deep]
+    lines: dict[str, Callable[[], None]] = {
+        "bytes": lambda: ctx.log(b"an answer"),  # type: ignore[arg-type]
+        "None": lambda: ctx.log(None),  # type: ignore[arg-type]
+        "half a character": lambda: ctx.log("\ud83e"),
+        "an object": lambda: ctx.log("fine", it=object()),
+        "not a number": lambda: ctx.log("fine", it=[float("nan")]),
+        "half a character in a field": lambda: ctx.log("fine", it="\ud83e"),
+        "itself": lambda: ctx.log("fine", it=_itself()),
+        "deep": lambda: ctx.log("fine", it=deep),
+    }
+    lines[what]()
+
+
+def _itself() -> list[Any]:
+    made: list[Any] = []
+    made.append(made)
+    return made
+
+
+@tool
+def look_up_wrongly(ctx: ToolContext) -> list[Any]:
+    """Ask for variables by what is no name: it is a mapping, and says what mappings say."""
+    names: list[Any] = [None, 3, 1.5, b"a", ("a",), object()]
+    found: list[Any] = [name in ctx for name in names] + [ctx.variables.get(name, "none") for name in names]
+    operations: list[Callable[[Any], Any]] = [ctx.__getitem__, ctx.__delitem__, lambda name: ctx.__setitem__(name, 1)]
+    for operation in operations:
+        for name in names:
+            try:
+                operation(name)
+            except InvalidArgumentError as error:
+                found.append("must be a str" in str(error))
+    return found
+
+
+@tool(timeout_s=20)
+async def end_the_loop(ctx: ToolContext, how: str) -> str:
+    """Do what ends an event loop, or would."""
+    ctx["a"] += 1
+    loop = asyncio.get_running_loop()
+
+    async def leave() -> None:
+        raise SystemExit(3)
+
+    async def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    if how == "gather":
+        await asyncio.gather(leave(), asyncio.sleep(0))
+    elif how == "group":
+        async with asyncio.TaskGroup() as group:
+            group.create_task(interrupt())
+    elif how == "task":
+        await asyncio.wait((asyncio.create_task(leave()),))
+    elif how == "callback":
+        loop.call_soon(sys.exit)
+    elif how == "stop":
+        loop.stop()
+    elif how == "close":
+        loop.close()
+    elif how == "stop and close":
+        loop.stop()
+        threading.Thread(target=_close, args=(loop,)).start()
+    await asyncio.sleep(0.01)
+    return how
+
+
+def _close(loop: asyncio.AbstractEventLoop) -> None:
+    """Try until it has been closed in between, or the loop goes on for good."""
+    for _ in range(200):
+        with contextlib.suppress(RuntimeError):
+            loop.close()
+        time.sleep(0.0001)
+
+
+@tool
+def end_the_thread(ctx: ToolContext, how: str) -> str:
+    """Do what ends a thread."""
+    ctx["a"] += 1
+    ways: dict[str, Callable[[], object]] = {"sys": sys.exit, "_thread": _thread.exit, "quit": lambda: sys.exit("bye")}
+    ways[how]()
+    return how
+
+
+@tool(timeout_s=0.5)
+async def ignore_the_end(ctx: ToolContext, gate: str) -> str:
+    """Go on whenever it is cancelled, until the test lets it go."""
+    ctx["a"] = -1
+    while not Path(gate, "go 1").exists():  # noqa: ASYNC240 -- it is short
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(_PAUSE_S)
+    return "held"
+
+
+@tool
+def stream_for_ever(ctx: ToolContext, text: str) -> Iterator[str]:
+    """Yield without an end."""
+    ctx["a"] = -1
+    while True:
+        yield text
+
+
+@tool
+async def stream_for_ever_later(ctx: ToolContext, text: str) -> AsyncIterator[str]:
+    """The same in an async generator, which lets nobody else run."""
+    ctx["a"] = -1
+    while True:
+        yield text
+
+
+@tool
+def log_for_ever(ctx: ToolContext, message: str) -> None:
+    """Log without an end."""
+    ctx["a"] = -1
+    while True:
+        ctx.log(message)
+
+
+@tool
+def ask_for_the_time_for_ever(ctx: ToolContext) -> None:
+    """Have the time recorded without an end."""
+    ctx["a"] = -1
+    while True:
+        ctx.now()
+
+
+@tool
+def nest(depth: int) -> Any:
+    """A result of this depth."""
+    made: Any = 1
+    for _ in range(depth):
+        made = [made]
+    return made
+
+
+@tool
+def nest_in_a_stream(depth: int) -> Iterator[Any]:
+    """The same as the only chunk."""
+    yield nest(depth - 1)
+
+
+# What is an execution's own
+
+
+@tool(retries=2)
+def use_up(ctx: ToolContext, gate: str, numbers: list[int], notes: dict[str, list[int]] = {}) -> int:  # noqa: B006
+    """Use its arguments, its defaults and its metadata up, while it adds to a."""
+    value = ctx["a"]
+    wait_at(gate, ctx)
+    assert not notes
+    assert ctx.metadata.pop("user") == "ada"  # type: ignore[attr-defined]
+    while numbers:
+        value += numbers.pop()
+        notes.setdefault("taken", []).append(value)
+    ctx["a"] = value
+    return int(value)
+
+
+@tool
+def remember(name: str, seen: list[str] = []) -> list[str]:  # noqa: B006
+    """Keep what it was told, where only this call sees it."""
+    seen.append(name)
+    return seen
+
+
+@tool
+def change_and_call(ctx: ToolContext) -> list[Any]:
+    """Hand a list to another tool, which changes its own."""
+    mine = ["mine"]
+    given = ctx.call("append_to", items=mine)
+    given.append("changed here")
+    return [mine, given, ctx.call("append_to", items=mine)]
+
+
+@tool
+def append_to(items: list[str]) -> list[str]:
+    """Change what it was given."""
+    items.append("changed there")
+    return items
+
+
+@tool
+def by_number(points: dict[int, float]) -> list[Any]:
+    """The entries of a map whose keys are numbers."""
+    return [[type(key).__name__, key, value] for key, value in points.items()]
+
+
+# Floats that JSON does not have
+
+
+@tool
+def infinity(sign: int = 1) -> float:
+    """An infinity."""
+    return sign * float("inf")
+
+
+@tool
+def infinities() -> Iterator[float]:
+    """One after the other."""
+    yield from (float("inf"), 1.0, float("-inf"))
+
+
+@tool
+def negate(ctx: ToolContext) -> float:
+    """Call for one, and reckon with it."""
+    return float(min(ctx.call("infinities")) - ctx.call(infinity))
+
+
+@tool
+async def negate_later(ctx: ToolContext) -> float:
+    """The same in a coroutine."""
+    return -float(await ctx.call(infinity))
 
 
 def _toolbox() -> Toolbox:

@@ -43,10 +43,7 @@ class Tape:
 
 def open_engine(path: Path, references: Sequence[str]) -> EmbeddedState:
     """The engine on a file, with the tools of these modules; what they ask language models is recorded."""
-    toolbox = Toolbox()
-    for reference in references:
-        toolbox.load(reference)
-    return EmbeddedState(path, tools=toolbox)
+    return EmbeddedState(path, tools=Toolbox.of(list(references)))
 
 
 def check(

@@ -25,6 +25,7 @@ from typing import Any, Final, cast
 
 import pytest
 
+from dspex_persist.cognitive.context import Context
 from dspex_persist.state import commands, errors, values
 from dspex_persist.state.model import (
     ChangeKind,
@@ -38,6 +39,7 @@ from dspex_persist.state.model import (
 )
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.values import BinaryValue
+from dspex_persist.testing import contract_tools
 from dspex_persist.testing.contract_tools import CONTRACT_TOOLS, RAISED
 from dspex_persist.testing.provider_contract import (
     DEADLINE_S,
@@ -129,7 +131,7 @@ def result_of(outcome: ToolOutcome) -> Any:
     """The result of an execution that has to have committed."""
     assert outcome.success, f"{outcome.error_code}: {outcome.error}"
     assert outcome.result is not None
-    return values.decode_loosely(outcome.result)
+    return values.decode_loosely(outcome.result, outcome.result_type)
 
 
 def check_not_begun(outcome: ToolOutcome, code: str) -> str:
@@ -267,9 +269,30 @@ class ResultContract(_Contract):
         assert exact(client.get("echo", value=value)) == exact(value)
         assert exact(client.get("echo", value=[value])) == exact([value])
 
-    def test_a_float_that_json_does_not_have_is_its_name(self, client: Client) -> None:
-        assert client.get("not_a_number") == "NaN"
+    def test_a_float_that_json_does_not_have_is_a_float_where_the_tool_says_so(self, client: Client) -> None:
+        assert math.isnan(client.get("not_a_number"))
+        assert client.get("infinity") == math.inf
+        assert client.get("infinities") == [math.inf, 1.0, -math.inf]
         assert client.get("echo", value=float("-inf")) == "-Infinity"
+
+    def test_it_is_one_in_a_repetition_and_for_a_tool_that_calls_it_too(self, client: Client) -> None:
+        for tool, result in (("infinity", math.inf), ("infinities", [math.inf, 1.0, -math.inf])):
+            for repeated in (False, True):
+                outcome = client.execute(tool, tool)
+                assert (outcome.repeated, result_of(outcome)) == (repeated, result)
+        assert client.get("negate") == -math.inf
+        assert client.get("negate_later") == -math.inf
+
+    def test_it_is_one_in_a_context(self, provider: StateProvider, client: Client) -> None:
+        context = Context(provider, client.session)
+        assert context.call("infinity", sign=-1) == -math.inf
+        assert context.call(contract_tools.infinity) == math.inf
+        assert context.call("infinities") == [math.inf, 1.0, -math.inf]
+
+    def test_the_keys_of_a_map_can_be_numbers(self, client: Client) -> None:
+        assert client.get("by_number", points={"1": 2.5, "-3": 4}) == [["int", -3, 4.0], ["int", 1, 2.5]]
+        for points in ({"one": 1}, {"1.5": 1}, {"01": 1}, {"": 1}, {"true": 1}):
+            assert "key" in check_not_begun(client.execute("by_number", points=points), "INVALID_PARAMETERS")
 
     def test_numbers_may_come_as_bytes(self, client: Client) -> None:
         described = {"shape": [3], "dtype": "float32", "binary_format": "raw"}
@@ -810,7 +833,114 @@ class EndingContract(_Contract):
         assert client.values() == {"a": 3}
 
 
+class OwnContract(_Contract):
+    """What each attempt, and each call, has for itself."""
+
+    def test_an_attempt_has_arguments_defaults_and_metadata_of_its_own(
+        self, provider: StateProvider, client: Client, gate: Gate
+    ) -> None:
+        encoded = values.encode_arguments({"gate": str(gate), "numbers": [1, 2, 3]})
+        command = commands.ExecuteTool(client.session, "use_up", encoded, {"user": "ada"}, 2 * DEADLINE_S)
+        call = provider.submit(command)
+        for attempt in (1, 2):
+            gate.wait(attempt)
+            client.set("a", 10 * attempt)
+            gate.open(attempt)
+        gate.open(3)
+        outcome = call.result(DEADLINE_S)
+        assert result_of(outcome) == 26
+        assert outcome.attempts == 3
+        assert client.values()["a"] == 26
+
+    def test_a_default_is_nothing_that_calls_share(self, provider: StateProvider, client: Client) -> None:
+        for mine in (client, client, Client(provider)):
+            assert mine.get("remember", name=f"secret of {mine.session}") == [f"secret of {mine.session}"]
+
+    def test_tools_that_call_each_other_share_nothing(self, client: Client) -> None:
+        there = ["mine", "changed there"]
+        assert client.get("change_and_call") == [["mine"], [*there, "changed here"], there]
+
+
+class DoorContract(_Contract):
+    """What a tool passes is looked at: it fails alone, and everybody else goes on."""
+
+    @pytest.fixture(autouse=True)
+    def others_go_on(self, provider: StateProvider) -> Iterator[None]:
+        """Whatever a tool did, another session is served as before."""
+        yield
+        other = Client(provider)
+        other.set("a", 1)
+        assert other.get("add") == 2
+        assert other.get("add_later") == 3
+
+    @pytest.mark.parametrize(
+        ("what", "words"),
+        [
+            ("bytes", "must be a str, not bytes"),
+            ("None", "must be a str, not NoneType"),
+            ("half a character", "U+D83E"),
+            ("an object", "object has no JSON form"),
+            ("not a number", "JSON has no NaN"),
+            ("half a character in a field", "surrogate"),
+            ("itself", "contains itself"),
+            ("deep", "nesting"),
+        ],
+    )
+    def test_what_cannot_be_logged(self, client: Client, what: str, words: str) -> None:
+        assert words in check_failed(client.execute("log_wrongly", what=what))
+        assert client.values() == UNTOUCHED
+
+    def test_what_is_no_name_names_nothing(self, client: Client) -> None:
+        assert client.get("look_up_wrongly") == [False] * 6 + ["none"] * 6 + [True] * 18
+        assert client.values() == UNTOUCHED
+
+    @pytest.mark.parametrize("how", ["gather", "group", "task", "callback", "stop", "close", "stop and close"])
+    def test_a_loop_goes_on_whatever_ends_it(self, client: Client, how: str) -> None:
+        """Or there is a new one; in any case the caller is told."""
+        outcome = client.execute("end_the_loop", how=how)
+        if how in ("callback", "stop"):
+            assert result_of(outcome) == how
+        elif not outcome.success:
+            assert check_failed(outcome)
+        assert client.values()["a"] == (1 if outcome.success else 0)
+
+    @pytest.mark.parametrize("how", ["sys", "_thread", "quit"])
+    def test_a_thread_goes_on_whatever_ends_it(self, client: Client, how: str) -> None:
+        assert "tried to end the process" in check_failed(client.execute("end_the_thread", how=how))
+        assert client.values() == UNTOUCHED
+
+    def test_nobody_waits_for_a_tool_that_ignores_its_end(self, client: Client, gate: Gate) -> None:
+        outcome = client.execute("ignore_the_end", gate=gate)
+        check_ended(outcome, ExecutionStatus.TIMED_OUT, "TIMED_OUT")
+        assert client.values() == UNTOUCHED
+
+    @pytest.mark.parametrize("tool", ["stream_for_ever", "stream_for_ever_later"])
+    def test_a_stream_without_an_end_is_ended_when_it_is_too_large(self, client: Client, tool: str) -> None:
+        for text in ("x" * 1_000_000, "x" * 5_000):
+            assert "value_size_bytes" in check_failed(client.execute(tool, text=text))
+        assert client.values() == UNTOUCHED
+
+    @pytest.mark.parametrize(
+        ("tool", "parameters"),
+        [
+            ("log_for_ever", {"message": ""}),
+            ("log_for_ever", {"message": "naïve " * 100}),
+            ("ask_for_the_time_for_ever", {}),
+        ],
+    )
+    def test_what_is_kept_of_a_tool_has_an_end(self, client: Client, tool: str, parameters: dict[str, str]) -> None:
+        assert "journal_size_bytes" in check_failed(client.execute(tool, **parameters))
+        assert client.values() == UNTOUCHED
+
+    @pytest.mark.parametrize("tool", ["nest", "nest_in_a_stream"])
+    def test_a_result_is_no_deeper_than_a_value(self, client: Client, tool: str) -> None:
+        assert client.execute(tool, depth=100).success
+        assert "json_depth" in check_failed(client.execute(tool, depth=101))
+
+
 class ToolContract(
+    OwnContract,
+    DoorContract,
     ListingContract,
     ResultContract,
     RefusalContract,

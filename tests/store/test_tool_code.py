@@ -3,18 +3,24 @@
 import asyncio
 import json
 import sqlite3
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from pydantic import BaseModel, model_validator
+from structlog.testing import capture_logs
 
 from dspex_persist import Toolbox, ToolContext, tool
-from dspex_persist.state.commands import ReadState
+from dspex_persist.state import runner
+from dspex_persist.state.commands import ExecuteTool, ReadState
 from dspex_persist.state.embedded import EmbeddedState
-from dspex_persist.state.errors import EngineClosedError
+from dspex_persist.state.errors import EngineClosedError, StateError
 from dspex_persist.state.model import ExecutionStatus
+from tests.deadline import within
 
 
 class Textless(Exception):
@@ -204,3 +210,271 @@ def _stumble(ctx: ToolContext) -> None:
 
 def _lead(ctx: ToolContext) -> None:
     ctx.call("stumble")
+
+
+# A tool that asks its own engine for something
+
+
+class Engine:
+    """Where the tools below find the engine that runs them."""
+
+    of_tools: ClassVar[EmbeddedState]
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EmbeddedState]:
+    """An engine with one thread for tools, which its tools find as `Engine.of_tools`."""
+    box = Toolbox.of([ask, ask_later, ask_without_waiting, ask_from_a_thread, answer, answer_later, ask_itself])
+    with EmbeddedState(tmp_path / "engine.db", tools=box, tool_threads=1) as engine:
+        engine.initialize_session("s")
+        monkeypatch.setattr(Engine, "of_tools", engine, raising=False)
+        yield engine
+
+
+def asked(name: str, /, **parameters: object) -> object:
+    outcome = Engine.of_tools.execute_tool("s", name, parameters, timeout_s=within(10))
+    if outcome.error is not None:
+        raise outcome.error
+    assert outcome.result is not None
+    return json.loads(outcome.result.json)
+
+
+@tool
+def answer() -> int:
+    return 42
+
+
+@tool
+async def answer_later() -> int:
+    await asyncio.sleep(0)
+    return 42
+
+
+@tool
+def ask(name: str, also: str = "") -> Any:
+    return asked(name, name=also) if also else asked(name)
+
+
+@tool
+async def ask_later(name: str, also: str = "") -> Any:
+    """It blocks the event loop that it runs on."""
+    return asked(name, name=also) if also else asked(name)
+
+
+@tool
+async def ask_without_waiting(name: str, also: str = "") -> Any:
+    """As it should be done."""
+    return await asyncio.to_thread(asked, name, **{"name": also} if also else {})
+
+
+@tool
+def ask_from_a_thread(name: str) -> Any:
+    """From a thread of its own, which knows nothing of the execution."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asked, name).result()
+
+
+@tool
+def ask_itself() -> Any:
+    return asked("ask_itself")
+
+
+@pytest.mark.parametrize("last", ["answer", "answer_later"])
+@pytest.mark.parametrize("asking", ["ask", "ask_later", "ask_without_waiting"])
+def test_a_tool_can_ask_its_own_engine_for_any_tool(engine: EmbeddedState, asking: str, last: str) -> None:
+    assert asked(asking, name=last) == 42
+
+
+@pytest.mark.parametrize("second", ["ask", "ask_later", "ask_without_waiting"])
+@pytest.mark.parametrize("first", ["ask", "ask_later", "ask_without_waiting"])
+def test_and_so_can_the_tool_that_it_asks_for(engine: EmbeddedState, first: str, second: str) -> None:
+    assert asked(first, name=second, also="answer_later") == 42
+
+
+def test_tools_that_ask_for_tools_without_end_are_ended(engine: EmbeddedState) -> None:
+    with pytest.raises(StateError, match="depth of calls from tool to tool"):
+        asked("ask_itself")
+
+
+def test_one_that_waits_for_the_thread_that_it_holds_is_ended(engine: EmbeddedState) -> None:
+    outcome = engine.execute_tool("s", "ask_from_a_thread", {"name": "answer"}, timeout_s=0.5)
+    assert outcome.status is ExecutionStatus.TIMED_OUT
+    assert asked("answer_later") == 42
+
+
+# Code that takes as long as it likes, where nobody expects any
+
+
+HELD, ENTERED = threading.Event(), threading.Semaphore(0)
+
+
+@pytest.fixture
+def held() -> Iterator[None]:
+    """Code of tools waits while a test lasts."""
+    HELD.clear()
+    while ENTERED.acquire(blocking=False):
+        pass
+    yield
+    HELD.set()
+
+
+class Slow(BaseModel):
+    @model_validator(mode="before")
+    @classmethod
+    def wait(cls, document: Any) -> Any:
+        HELD.wait()
+        return document
+
+
+class Leaving(BaseModel):
+    @model_validator(mode="before")
+    @classmethod
+    def leave(cls, document: Any) -> Any:
+        raise SystemExit(document)
+
+
+class SlowError(Exception):
+    def __str__(self) -> str:
+        HELD.wait()
+        return "slow"
+
+
+class LeavingError(Exception):
+    def __str__(self) -> str:
+        raise SystemExit(3)
+
+
+@tool
+def take_slow(slow: Slow) -> int:
+    return 1
+
+
+@tool
+async def take_slow_later(slow: Slow) -> int:
+    return 1
+
+
+@tool
+def take_leaving(leaving: Leaving) -> int:
+    return 1
+
+
+@tool
+def raise_slow() -> None:
+    raise SlowError
+
+
+@tool
+async def raise_leaving() -> None:
+    raise LeavingError
+
+
+@tool
+def raise_long() -> None:
+    raise ValueError("x" * 10_000_000)
+
+
+@tool
+async def block() -> None:
+    ENTERED.release()
+    HELD.wait()
+
+
+@tool
+def hold() -> None:
+    ENTERED.release()
+    HELD.wait()
+
+
+@tool(retries=1_000_000)
+def lose(ctx: ToolContext) -> None:
+    """Always to somebody else."""
+    ctx["x"] += 1
+    Engine.of_tools.set_variable("s", "x", 0)
+
+
+@pytest.fixture
+def patient(tmp_path: Path, held: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[EmbeddedState]:
+    """An engine with tools whose code holds up whatever it runs on."""
+    box = Toolbox.of([*(take_slow, take_slow_later, take_leaving, raise_slow, raise_leaving, raise_long), block])
+    box = Toolbox.of([box, hold, lose, answer, answer_later])
+    with EmbeddedState(tmp_path / "patient.db", tools=box, tool_threads=2) as engine:
+        engine.initialize_session("s")
+        engine.register_variable("s", "x", "integer", 0)
+        monkeypatch.setattr(Engine, "of_tools", engine, raising=False)
+        yield engine
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("take_slow", {"slow": {}}),
+        ("take_slow_later", {"slow": {}}),
+        ("raise_slow", {}),
+        ("block", {}),
+        ("hold", {}),
+        ("lose", {}),
+    ],
+)
+def test_no_caller_waits_longer_than_it_said(patient: EmbeddedState, name: str, parameters: dict[str, object]) -> None:
+    outcome = patient.execute_tool("s", name, parameters, timeout_s=0.4)
+    assert (outcome.status, outcome.error_code) == (ExecutionStatus.TIMED_OUT, "TIMED_OUT")
+    assert "longer than 0.4 s" in str(outcome.error)
+    assert asked("answer") == 42
+    assert_all_have_ended(patient)
+
+
+def test_nor_one_that_joined_another_ones_execution(patient: EmbeddedState) -> None:
+    first = patient.submit(ExecuteTool("s", "hold"), patient.default_origin("ExecuteTool", "key"))
+    assert ENTERED.acquire(timeout=within(20))
+    second = patient.execute_tool("s", "hold", idempotency_key="key", timeout_s=0.3)
+    assert second.status is ExecutionStatus.TIMED_OUT
+    assert "it runs already under this key" in str(second.error)
+    assert not first.done()
+    HELD.set()
+    assert first.result(within(20)).success
+
+
+def test_an_asynchronous_tool_that_blocks_holds_up_its_own_kind_only(patient: EmbeddedState) -> None:
+    blocking = patient.submit(ExecuteTool("s", "block"))
+    assert ENTERED.acquire(timeout=within(20))
+    assert asked("answer") == 42
+    assert patient.execute_tool("s", "answer_later", timeout_s=0.3).status is ExecutionStatus.TIMED_OUT
+    HELD.set()
+    assert blocking.result(within(20)).success
+    assert asked("answer_later") == 42
+
+
+def test_arguments_and_errors_whose_code_leaves_the_process(patient: EmbeddedState) -> None:
+    outcome = patient.execute_tool("s", "take_leaving", {"leaving": {}})
+    assert (outcome.error_code, "SystemExit" in str(outcome.error)) == ("INVALID_PARAMETERS", True)
+    outcome = patient.execute_tool("s", "raise_leaving")
+    assert str(outcome.error) == "LeavingError: it has no text: its __str__ raised SystemExit"
+    assert asked("answer") == asked("answer_later") == 42
+
+
+def test_what_an_error_says_is_kept_within_reason(patient: EmbeddedState) -> None:
+    outcome = patient.execute_tool("s", "raise_long")
+    assert "(10,000,000 characters)" in str(outcome.error)
+    assert len(str(outcome.error)) < 20_000
+
+
+@pytest.mark.parametrize(
+    ("holding", "held_by", "waiting", "what"),
+    [("hold", 2, "answer", "tool_threads"), ("block", 1, "answer_later", "event loop")],
+)
+def test_the_log_says_that_tools_wait_for_those_that_have_ended(
+    patient: EmbeddedState, monkeypatch: pytest.MonkeyPatch, holding: str, held_by: int, waiting: str, what: str
+) -> None:
+    monkeypatch.setattr(runner, "_LONG_WAIT_S", 0.2)
+    calls = [patient.submit(ExecuteTool("s", holding)) for _ in range(held_by)]
+    for call in calls:
+        assert ENTERED.acquire(timeout=within(20))
+        call.cancel()
+    with capture_logs() as logs:
+        outcome = patient.execute_tool("s", waiting, timeout_s=1)
+    assert outcome.status is ExecutionStatus.TIMED_OUT
+    told = [line for line in logs if line["event"] == "tools wait for their turn"]
+    assert told[-1]["tool"] == waiting
+    assert what in told[-1]["waits_for"]
+    assert told[-1]["running_though_ended"] == told[-1]["running"] == held_by

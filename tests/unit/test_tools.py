@@ -6,6 +6,7 @@ import importlib
 import inspect
 import json
 import random
+import re
 import subprocess
 import sys
 import typing
@@ -21,7 +22,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NewType, NotRequired, Ty
 from uuid import UUID
 
 import pytest
-from pydantic import BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 import dspex_persist
 from dspex_persist import Tool, Toolbox, ToolContext, tool
@@ -775,6 +776,10 @@ def test_a_float_may_be_no_number() -> None:
         (list[int], [1, "a", True], 'at 1: an integer is a whole number, not "a" (and 1 more)'),
         (dict[str, list[int]], {"a": [1, "b"]}, 'at a.1: an integer is a whole number, not "b"'),
         (dict, [1], "input should be a valid dictionary, not a list (1 entries)"),
+        (dict[int, str], {"a": "b"}, 'at a: as a key, an integer is a whole number, not "a"'),
+        (dict[int, str], {"1.5": "b"}, "at 1.5: as a key, an integer is a whole number, not 1.5"),
+        (dict[bool, str], {"no": "b"}, 'at no: as a key, a boolean is true, false, "true", "false", 1 or 0, not "no"'),
+        (dict[float, str], {"1": "a", "1.0": "b"}, "two of its keys mean the same: write each in one way only"),
         (Literal["a", "b"], "c", "input should be 'a' or 'b', not \"c\""),
         (Literal[1], True, "an integer is a whole number, not true"),
         (Colour, "green", "input should be 'red' or 'blue', not \"green\""),
@@ -981,6 +986,49 @@ def test_the_same_may_come_twice_but_two_of_one_name_may_not() -> None:
     with pytest.raises(ToolLoadError, match=r"test_tools.scale and .*Mixed.other"):
         box.add(Mixed())
     assert "before" not in box
+
+
+def test_a_toolbox_is_made_of_whatever_has_tools(modules: None) -> None:
+    box = Toolbox()
+    box.add(scale)
+    assert Toolbox.of(box) is box
+    weather = importlib.import_module("pack.weather")
+    for given, names in [
+        (scale, ["scale"]),
+        (lambda_free, ["lambda_free"]),
+        (Counter(3), ["increase", "look"]),
+        ([scale, lambda_free], ["scale", "lambda_free"]),
+        ((box, "pack.more"), ["scale", "measure", "extra"]),
+        (iter([scale]), ["scale"]),
+        ([], []),
+        ({"scale": scale, "free": lambda_free}, ["scale", "free"]),
+        ("pack.weather", ["look", "measure"]),
+        (["pack.weather:look"], ["look"]),
+        (weather, ["look", "measure"]),
+        ([[scale], {"math.add": add}], ["scale", "math.add"]),
+    ]:
+        assert list(Toolbox.of(given)) == names
+    assert Toolbox.of({"free": lambda_free})["free"].spec.name == "free"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (5, "it is no tool, and has none"),
+        (None, "it is no tool, and has none"),
+        (b"pack", "it is no tool, and has none"),
+        (Path("tools.py"), "it is no tool, and has none"),
+        ("no.such.module", "the import failed with ModuleNotFoundError"),
+        ([scale, 5], "it is no tool, and has none"),
+        ({"other": scale}, "under 'other' there is the tool 'scale'"),
+        ({"scale": "scale"}, "under 'scale' there is no tool, and no function, but str"),
+        ({3: lambda_free}, "under 3 there is no tool"),
+        ([tool(lambda_free, name="scale"), scale], "two tools are called 'scale'"),
+    ],
+)
+def test_a_toolbox_is_not_made_of_anything_else(modules: None, wrong: object, reason: str) -> None:
+    with pytest.raises(ToolLoadError, match=re.escape(reason)):
+        Toolbox.of(wrong)
 
 
 @pytest.mark.parametrize("wrong", [5, "scale", object(), FakeSession, None])
@@ -1193,3 +1241,79 @@ def test_a_tool_can_be_tested_with_anything_as_its_context() -> None:
         return ctx.cancelled
 
     assert check(fake)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "document", "expected"),
+    [
+        (dict[int, float], {"1": 2.5, "-3": 1}, {1: 2.5, -3: 1.0}),
+        (dict[float, int], {"1": 1, "2.5": 2, "-Infinity": 3}, {1.0: 1, 2.5: 2, -inf: 3}),
+        (dict[bool, int], {"true": 1, "false": 2}, {True: 1, False: 2}),
+        (Mapping[int, dict[int, str]], {"1": {"2": "a"}}, {1: {2: "a"}}),
+        (list[dict[int, str]] | None, [{"7": "a"}], [{7: "a"}]),
+        (dict[int | str, int], {"1": 1, "a": 2}, {"1": 1, "a": 2}),
+        (dict[Colour, int], {"red": 1}, {Colour.RED: 1}),
+        (dict[date, int], {"2030-01-02": 1}, {date(2030, 1, 2): 1}),
+    ],
+)
+def test_keys_are_read_by_their_type(annotation: Any, document: object, expected: object) -> None:
+    assert argument(annotation, document) == expected
+
+
+def test_a_default_that_can_change_is_copied_for_each_call(session: Any) -> None:
+    @tool
+    def gather(name: str, seen: list[str] = [], by: dict[str, list[int]] = {"a": [1]}) -> Any:  # noqa: B006
+        seen.append(name)
+        by["a"].append(2)
+        return seen, by
+
+    for name in "xy":
+        assert gather.start(session, bind(gather, name=name)) == ([name], {"a": [1, 2]})
+
+
+class _NoCopy(str):
+    def __deepcopy__(self, memo: object) -> "_NoCopy":
+        raise RuntimeError("one of a kind")
+
+
+@pytest.mark.parametrize(
+    ("default", "reason"),
+    [
+        (b"\xff", "the default of its parameter data is not one of its values"),
+        (float, "the default of its parameter data is not one of its values"),
+        ({1: object()}, "the default of its parameter data is not one of its values"),
+        (_NoCopy("a"), "the default of its parameter data cannot be copied"),
+    ],
+)
+def test_a_default_that_cannot_be_one(default: object, reason: str) -> None:
+    def function(data=default): ...  # type: ignore[no-untyped-def]
+
+    with pytest.raises(ToolDefinitionError, match=reason):
+        tool(function)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "is_plain"),
+    [
+        *((each, True) for each in (int, Any, list[dict[str, float]], Literal["a"], int | None, date, bytes)),
+        (Annotated[int, Field(ge=1)], True),
+        *((each, False) for each in (Box, Order, Colour, list[Box], dict[str, Point], Pair)),
+        (Annotated[int, AfterValidator(abs)], False),
+    ],
+)
+def test_it_is_known_where_reading_an_argument_runs_code_of_users(annotation: Any, is_plain: bool) -> None:
+    assert taking(annotation).reads_plainly is is_plain
+
+
+@pytest.mark.parametrize(
+    ("annotation", "result_type"),
+    [
+        *((each, "float") for each in (float, float | None, int | float, Iterator[float], AsyncIterator[float])),
+        *((each, "") for each in (int, str, Any, list[str], float | str, Iterator[int], Iterator, None)),
+    ],
+)
+def test_it_is_known_that_a_tool_gives_floats(annotation: Any, result_type: str) -> None:
+    def function() -> Any: ...
+
+    function.__annotations__["return"] = annotation
+    assert tool(function).result_type == result_type

@@ -113,11 +113,15 @@ def _is_json_string_value(wire: AnyMessage) -> bool:
     return name == wrapped.STRING_VALUE and wrapped.find_packed(name, wire.value) is None
 
 
-def loose_any_of(value: Value, style: str = JSON_STYLE) -> AnyMessage:
-    """A parameter or result of a tool, which no variable gives a type. Binary ones say theirs in either style."""
+def loose_any_of(value: Value, style: str = JSON_STYLE, type_name: str = "") -> AnyMessage:
+    """A parameter or result of a tool, which no variable gives a type. Binary ones say theirs in either style.
+
+    `type_name` "float": NaN and the infinities, which are names in JSON, are floats.
+    """
     if style == STRING_VALUE_STYLE and value.binary is None:
         return AnyMessage(type_url=_STRING_VALUE_URL, value=value.json.encode())
-    return any_of(_inferred_type(value), value)
+    is_named_float = type_name == "float" and value.json[:1] == '"'
+    return any_of("float" if is_named_float else _inferred_type(value), value)
 
 
 def _inferred_type(value: Value) -> str:

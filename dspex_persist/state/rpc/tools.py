@@ -41,7 +41,9 @@ class ToolRpcs(Calls):
         return pb.ExecuteToolResponse(**_answer(outcome, request.parameters, began))
 
     async def ExecuteStreamingTool(self, request: pb.ExecuteToolRequest, context: Context) -> None:
-        stream = _ChunkStream(context, request.tool_name, self._stall_timeout_s)
+        tool = self._runner.tools.get(request.tool_name)
+        said = {"result_type": tool.result_type} if tool is not None and tool.result_type else {}
+        stream = _ChunkStream(context, request.tool_name, self._stall_timeout_s, said)
         call = self._request("ExecuteStreamingTool", request, request.binary_parameters, context)
         outcome = await self._run(call, context, stream.emit)
         if not outcome.success:
@@ -143,8 +145,8 @@ class ToolRpcs(Calls):
         if outcome.success:
             log.debug("tool executed", **facts)
         else:
-            # The code only: the error's text may quote a value.
-            log.info("tool failed", code=outcome.error_code, **facts)
+            # The code and the kind of error only: its text may quote a value.
+            log.info("tool failed", code=outcome.error_code, error=_kind_of(outcome.error), **facts)
 
     def _exposed(self) -> list[ToolCode]:
         return [tool for tool in self._runner.tools.values() if tool.spec.exposed]
@@ -162,17 +164,19 @@ class ToolRpcs(Calls):
 
 
 class _ChunkStream:
-    """The chunks of one execution on their way to a client, which holds the tool back if it reads slowly."""
+    """The chunks of one execution on their way to a client, which holds the tool back if it reads slowly. `said`: the
+    metadata of what the tool yields."""
 
-    def __init__(self, context: Context, tool: str, stall_timeout_s: float) -> None:
+    def __init__(self, context: Context, tool: str, stall_timeout_s: float, said: Mapping[str, str]) -> None:
         self._context = context
         self._tool = tool
         self._stall_timeout_s = stall_timeout_s
+        self._said = said
         self._count = 0
 
     async def emit(self, chunk: Value) -> None:
         """Send what the tool has yielded."""
-        await self.send(chunk.json)
+        await self.send(chunk.json, is_final=False, **self._said)
 
     async def send(self, text: str, *, is_final: bool = False, **metadata: str) -> None:
         """Send a chunk; an error if the client takes it not in time."""
@@ -216,8 +220,14 @@ def _answer(outcome: ToolOutcome, parameters: Mapping[str, Any], began: float) -
         "execution_time_ms": round((time.monotonic() - began) * 1000),
     }
     if outcome.result is not None:
-        fields["result"] = codec.loose_any_of(outcome.result, codec.style_of(parameters.values()))
+        style, result_type = codec.style_of(parameters.values()), "" if outcome.streamed else outcome.result_type
+        fields["result"] = codec.loose_any_of(outcome.result, style, result_type)
     return fields
+
+
+def _kind_of(error: Exception | None) -> str:
+    """The type of an error; of one that a tool's code raised, that one's."""
+    return (error.kind if isinstance(error, ToolFailedError) else "") or type(error).__name__
 
 
 def _metadata(outcome: ToolOutcome) -> dict[str, str]:
@@ -233,4 +243,6 @@ def _metadata(outcome: ToolOutcome) -> dict[str, str]:
         said["repeated"] = "true"
     if outcome.streamed:
         said["streamed"] = "true"
+    if outcome.result_type and outcome.success:
+        said["result_type"] = outcome.result_type
     return said

@@ -8,7 +8,7 @@ objects.
 from dspex_persist.state.values.binary import check_content
 from dspex_persist.state.values.coercion import TYPE_NAMES
 from dspex_persist.state.values.constraints import Constraints, compile_constraints, constraints_json
-from dspex_persist.state.values.json_text import parse_json
+from dspex_persist.state.values.json_text import depth_if_above, parse_json
 from dspex_persist.state.values.normalisation import normalise
 from dspex_persist.state.values.python_objects import (
     BinaryValue,
@@ -30,6 +30,7 @@ __all__ = [
     "constraints_json",
     "decode",
     "decode_loosely",
+    "depth_if_above",
     "encode",
     "encode_arguments",
     "encode_for",

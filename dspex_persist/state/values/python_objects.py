@@ -205,11 +205,15 @@ def encode_arguments(arguments: Mapping[str, object]) -> dict[str, Value]:
     return {name: encode_loosely(argument, name=name) for name, argument in arguments.items()}
 
 
-def decode_loosely(value: Value) -> object:
-    """The Python object of such a value: what its JSON says, or the numbers in its bytes."""
+def decode_loosely(value: Value, type_name: str = "") -> object:
+    """The Python object of such a value: what its JSON says, or the numbers in its bytes.
+
+    `type_name` "float": the names of NaN and the infinities, by themselves or in lists, are the floats.
+    """
     if value.binary is not None:
         return decode("tensor", value)
-    return read(value.json)
+    document = read(value.json)
+    return _numbers(document) if type_name == "float" else document
 
 
 def _encode_binary(obj: BinaryValue, type_name: str) -> Value:
