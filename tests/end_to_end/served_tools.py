@@ -365,6 +365,13 @@ def progress(ctx: ToolContext, gate: str) -> int:
 
 
 @tool(exposed=True)
+def hold_for_worker(ctx: ToolContext, gate: str) -> str:
+    """Workers may call it; it says nothing of itself when it ends."""
+    wait_at(gate)
+    return "held"
+
+
+@tool(exposed=True)
 def helper(ctx: ToolContext, amount: int) -> int:
     """Workers may call it."""
     ctx["a"] += amount

@@ -1,10 +1,12 @@
 """Tools in other processes, registered over the unchanged protocol: a real server, real workers that call it back from
 inside the executions, and a client that knows nothing of all this."""
 
+import contextlib
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from tests.end_to_end.old_style import (
     OldClient,
     Outcome,
     environment,
+    packed,
     refusal_of,
     refused,
     serve,
@@ -328,6 +331,77 @@ def test_an_execution_is_of_no_use_in_another_session(
     assert Outcome(call.result()).success
     assert other.values() == UNTOUCHED
     other.close()
+
+
+def execute_elixir(caller: Inside, tool: str, **parameters: object) -> Any:
+    wires = {name: packed(value) for name, value in parameters.items()}
+    request = pb.ExecuteElixirToolRequest(session_id=caller.session, tool_name=tool, parameters=wires)
+    # Without a deadline, as some workers call.
+    return caller.stub.ExecuteElixirTool(request)
+
+
+JOINED: dict[str, Callable[[Inside, Gate], Any]] = {
+    "ExecuteTool": lambda caller, gate: caller.stub.ExecuteTool(
+        pb.ExecuteToolRequest(
+            session_id=caller.session, tool_name="hold_for_worker", parameters={"gate": packed(str(gate))}
+        )
+    ),
+    "ExecuteElixirTool": lambda caller, gate: execute_elixir(caller, "hold_for_worker", gate=str(gate)),
+    "ExecuteStreamingTool": lambda caller, gate: list(
+        caller.stub.ExecuteStreamingTool(
+            pb.ExecuteToolRequest(
+                session_id=caller.session, tool_name="hold_for_worker", parameters={"gate": packed(str(gate))}
+            )
+        )
+    ),
+}
+"""Calls from inside an execution, that take as long as a gate is closed."""
+
+
+@pytest.mark.parametrize("rpc", JOINED)
+@pytest.mark.parametrize("end", ["its client cancels", "its time is over", "its session ends"])
+def test_a_call_from_inside_is_answered_when_its_execution_ends(
+    server: ServerProcess, client: OldClient, gate: Gate, tmp_path: Path, journal: Journal, rpc: str, end: str
+) -> None:
+    """At once, though the tool that it asked for runs on, and though it has no deadline of its own."""
+    inner = Gate(tmp_path / "inner")
+    call = client.begin("hold", gate=gate, **({"_timeout_s": 2.0} if end == "its time is over" else {}))
+    gate.wait()
+    with inside(target_of(server), client.session, running(journal, client)) as caller, ThreadPoolExecutor(2) as pool:
+        answers = [pool.submit(refusal_of, lambda: JOINED[rpc](caller, inner))]
+        inner.wait()
+        # One that waits for its turn.
+        answers.append(pool.submit(refusal_of, lambda: JOINED[rpc](caller, inner)))
+        if end == "its client cancels":
+            call.cancel()
+        elif end == "its session ends":
+            client.stub.CleanupSession(pb.CleanupSessionRequest(session_id=client.session))
+            inner.open()
+        for answer in answers:
+            error = answer.result(DEADLINE_S)
+            assert error is not None, "it was answered with a success"
+            assert error.code() == grpc.StatusCode.FAILED_PRECONDITION, error
+            assert caller.execution_id in error.details()
+        inner.open()
+        gate.open()
+    with contextlib.suppress(grpc.RpcError, grpc.FutureCancelledError):
+        assert not Outcome(call.result()).success
+
+
+def test_a_call_from_inside_a_session_that_has_ended_fails(
+    server: ServerProcess, client: OldClient, gate: Gate, journal: Journal
+) -> None:
+    call = client.begin("hold", gate=gate)
+    gate.wait()
+    with inside(target_of(server), client.session, running(journal, client)) as caller:
+        client.stub.CleanupSession(pb.CleanupSessionRequest(session_id=client.session))
+        for again in (False, True):
+            if again:
+                client.stub.InitializeSession(pb.InitializeSessionRequest(session_id=client.session))
+            error = refused(lambda: execute_elixir(caller, "helper", amount=1))
+            assert error.code() == grpc.StatusCode.FAILED_PRECONDITION, error
+    gate.open()
+    assert Outcome(call.result()).code == "INTERRUPTED"
 
 
 # --- Workers that cannot be called ---

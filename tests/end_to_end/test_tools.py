@@ -338,6 +338,25 @@ def test_an_exception(client: OldClient, journal: Journal) -> None:
     assert entry.ended["writes"] == []
 
 
+def test_the_log_says_what_kind_of_error_it_was_and_no_more(tmp_path: Path) -> None:
+    with serve(tmp_path / "logged.db", "--tools", "tests.end_to_end.served_tools", "--log-level", "info") as process:
+        client = OldClient(target_of(process), "logged")
+        assert client.execute("fail").code == "TOOL_FAILED"
+        assert client.execute("slow", gate=tmp_path).code == "TIMED_OUT"
+        assert client.execute("describe", city=3).code == "INVALID_PARAMETERS"
+        client.close()
+        process.terminate(DEADLINE_S)
+        logs = process.stderr_tail
+    lines = [json.loads(line) for line in logs.splitlines() if line.startswith("{")]
+    failed = [(line["tool"], line["code"], line["error"]) for line in lines if line["event"] == "tool failed"]
+    assert failed == [
+        ("fail", "TOOL_FAILED", "ValueError"),
+        ("slow", "TIMED_OUT", "ToolTimedOutError"),
+        ("describe", "INVALID_PARAMETERS", "ToolArgumentError"),
+    ]
+    assert "it went wrong" not in logs
+
+
 @pytest.mark.parametrize(("tool", "words"), [("leave", "end the process"), ("no_json", "object")])
 def test_what_else_a_tool_can_do_wrong(client: OldClient, journal: Journal, tool: str, words: str) -> None:
     failed = client.execute(tool)
