@@ -50,6 +50,7 @@ from dspex_persist.state.rpc.headers import (
     ACTOR,
     AFTER_SEQUENCE,
     ALL_TOOLS,
+    ASKED_BY,
     BEFORE_VERSION,
     BINARY,
     EXECUTION_ID,
@@ -65,6 +66,7 @@ from dspex_persist.state.rpc.headers import (
 )
 from dspex_persist.state.rpc.inherited import OneProcess, refuse_lost
 from dspex_persist.state.rpc.status import error_in, error_of_call, is_told, never_sent
+from dspex_persist.state.runner import asking_execution
 from dspex_persist.state.unit_of_work import UnitOfWork
 from dspex_persist.state.watch import Watch
 
@@ -362,6 +364,7 @@ def _headers_of(origin: Origin, command: Command[Any], execution_id: str | None)
         EXPECTED_VERSION: None if expected is None else str(expected),
         EXECUTION_ID: execution_id,
         TIMEOUT_S: None if timeout_s is None else repr(timeout_s),
+        ASKED_BY: asking_execution() if isinstance(command, commands.ExecuteTool) else None,
         TOOLS: ALL_TOOLS if isinstance(command, _ListAllTools) else None,
     }
     return tuple(_header(name, text) for name, text in headers.items() if text is not None)

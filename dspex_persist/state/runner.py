@@ -111,6 +111,12 @@ _asking: ContextVar["ToolSession | None"] = ContextVar("dspex_persist_asking", d
 """The execution whose code runs in this context; whoever it asks for something sees that."""
 
 
+def asking_execution() -> str | None:
+    """The execution of a tool that this code is part of, or was started by."""
+    asker = _asking.get()
+    return asker.execution_id if asker is not None else None
+
+
 # What tools are to this layer
 
 
@@ -567,15 +573,29 @@ class ToolRunner:
             raise ExecutionNotFoundError(execution_id)
         return running.session
 
+    def _find_asker(self, execution_id: str) -> ToolSession | None:
+        """Whose code runs, though it may have ended."""
+        running = self._running.get(execution_id)
+        if running is not None:
+            return running.session
+        at_work = (*self._on_threads, *self._on_loop)
+        return next((each for each in at_work if each.execution_id == execution_id), None)
+
     # Executing
 
-    async def execute(self, request: ToolRequest, emit: Emit | None = None) -> ToolOutcome:
+    async def execute(
+        self, request: ToolRequest, emit: Emit | None = None, *, asked_by: str | None = None
+    ) -> ToolOutcome:
         """Execute a tool, again if it may after a conflict; how it ended. Chunks of one that streams go to `emit`.
+
+        `asked_by`: the execution whose code asks, where the context does not say so, because it came over a wire.
 
         Raises `SessionNotFoundError` and what a store raises; whatever the tool itself does wrong is in the outcome.
         """
         if self._count >= self.limits.executions:
             raise LimitExceededError("number of executions", self._count + 1, self.limits.executions, "executions")
+        if asked_by is not None:
+            _asking.set(self._find_asker(asked_by))
         _check_depth(_asking.get())
         self._count += 1
         try:

@@ -5,6 +5,7 @@ when the test has put another one there.
 """
 
 import asyncio
+import json
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextvars import ContextVar
@@ -364,9 +365,9 @@ def progress(ctx: ToolContext, gate: str) -> int:
 # For workers
 
 
-@tool(exposed=True)
-def hold_for_worker(ctx: ToolContext, gate: str) -> str:
-    """Workers may call it; it says nothing of itself when it ends."""
+@tool
+def hold_for_worker(gate: str) -> str:
+    """Take as long as it is let, whatever becomes of who called it."""
     wait_at(gate)
     return "held"
 
@@ -376,3 +377,34 @@ def helper(ctx: ToolContext, amount: int) -> int:
     """Workers may call it."""
     ctx["a"] += amount
     return int(ctx["a"])
+
+
+@tool
+def ask_server(target: str, session: str, tool: str, depth: int = 0) -> Any:
+    """Have another tool executed by the server that runs it, in an execution apart."""
+    with dspex_persist.connect(f"grpc://{target}") as state:
+        parameters = {"target": target, "session": session, "tool": tool, "depth": depth - 1} if depth else {}
+        outcome = state.execute_tool(session, "ask_server" if depth else tool, parameters, timeout_s=DEADLINE_S)
+    if outcome.error is not None:
+        raise outcome.error
+    assert outcome.result is not None
+    return json.loads(outcome.result.json)
+
+
+@tool
+async def ask_server_later(target: str, session: str, tool: str) -> Any:
+    """The same, and it blocks the event loop."""
+    return ask_server(target, session, tool)
+
+
+@tool
+async def tell_mood_later() -> int:
+    """Another asynchronous one."""
+    await asyncio.sleep(0)
+    return 1
+
+
+@tool
+def one() -> int:
+    """As short as can be."""
+    return 1

@@ -346,7 +346,6 @@ JOINED: dict[str, Callable[[Inside, Gate], Any]] = {
             session_id=caller.session, tool_name="hold_for_worker", parameters={"gate": packed(str(gate))}
         )
     ),
-    "ExecuteElixirTool": lambda caller, gate: execute_elixir(caller, "hold_for_worker", gate=str(gate)),
     "ExecuteStreamingTool": lambda caller, gate: list(
         caller.stub.ExecuteStreamingTool(
             pb.ExecuteToolRequest(
@@ -371,7 +370,7 @@ def test_a_call_from_inside_is_answered_when_its_execution_ends(
         answers = [pool.submit(refusal_of, lambda: JOINED[rpc](caller, inner))]
         inner.wait()
         # One that waits for its turn.
-        answers.append(pool.submit(refusal_of, lambda: JOINED[rpc](caller, inner)))
+        answers.append(pool.submit(refusal_of, lambda: execute_elixir(caller, "helper", amount=1)))
         if end == "its client cancels":
             call.cancel()
         elif end == "its session ends":

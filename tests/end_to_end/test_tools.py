@@ -338,6 +338,19 @@ def test_an_exception(client: OldClient, journal: Journal) -> None:
     assert entry.ended["writes"] == []
 
 
+@pytest.mark.parametrize("last", ["one", "tell_mood_later"])
+@pytest.mark.parametrize(
+    ("first", "more"), [("ask_server", {}), ("ask_server", {"depth": 3}), ("ask_server_later", {})]
+)
+def test_a_tool_can_ask_the_server_that_runs_it(tmp_path: Path, first: str, more: dict[str, object], last: str) -> None:
+    """Though it holds the only thread, or the event loop."""
+    with serve(tmp_path / "asked.db", "--tools", "tests.end_to_end.served_tools", "--tool-threads", "1") as process:
+        client = OldClient(target_of(process), "asked")
+        done = client.execute(first, target=target_of(process), session="asked", tool=last, **more)
+        assert done.result == 1
+        client.close()
+
+
 def test_the_log_says_what_kind_of_error_it_was_and_no_more(tmp_path: Path) -> None:
     with serve(tmp_path / "logged.db", "--tools", "tests.end_to_end.served_tools", "--log-level", "info") as process:
         client = OldClient(target_of(process), "logged")

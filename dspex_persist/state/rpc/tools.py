@@ -20,7 +20,7 @@ from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.rpc import codec
 from dspex_persist.state.rpc.calls import Calls, Context, check_count, header, origin_of
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
-from dspex_persist.state.rpc.headers import ALL_TOOLS, EXECUTION_ID, TIMEOUT_S, TOOLS
+from dspex_persist.state.rpc.headers import ALL_TOOLS, ASKED_BY, EXECUTION_ID, TIMEOUT_S, TOOLS
 from dspex_persist.state.rpc.status import facts_of
 from dspex_persist.state.runner import IDEMPOTENCY_KEY, Emit, ToolCode, ToolRequest, ToolRunner
 
@@ -105,7 +105,7 @@ class ToolRpcs(Calls):
         if within is not None:
             outcome = await self._runner.execute_within(within, call)
         else:
-            outcome = await self._runner.execute(call, emit)
+            outcome = await self._runner.execute(call, emit, asked_by=header(context, ASKED_BY))
         self._log_outcome(call, outcome, context)
         return outcome
 
