@@ -337,7 +337,10 @@ class ExecutionConflictError(StateError):
 
 @dataclass(eq=False)
 class ToolFailedError(StateError):
-    """The tool did not end well; nothing was written. `kind`: the type of what its code raised, where that is known."""
+    """The tool did not end well; nothing was written.
+
+    `kind`: the type of what its code raised, where that is known.
+    """
 
     execution_id: str
     reason: str
