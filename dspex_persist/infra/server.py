@@ -9,6 +9,7 @@ import asyncio
 import inspect
 import os
 import secrets
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -317,8 +318,15 @@ class _Calls:
             raise error
         else:
             status = self._status(rpc, error)
+        _let_go(error)
         trailers = _fitting_trailers(status.trailing_metadata)
-        await context.abort(status.code, _fitting_details(status.details), trailers)
+        try:
+            await context.abort(status.code, _fitting_details(status.details), trailers)
+        except grpc.aio.AbortError as aborted:
+            # gRPC's context and this know each other until the collector comes round: what failed need not wait for it.
+            aborted.__context__ = None
+            raise
+        raise AssertionError("abort always raises")
 
     def _status(self, rpc: str, error: Exception) -> RpcStatus:
         if isinstance(error, UnreadableRequestError):
@@ -330,6 +338,20 @@ class _Calls:
         if known is None and isinstance(error, DrainingError):
             return RpcStatus(grpc.StatusCode.UNAVAILABLE, str(error))
         return known or _internal_error(rpc, error)
+
+
+def _let_go(error: BaseException) -> None:
+    """Have an error that is told no longer hold what its call had: frames that have ended know the whole request."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        each = waiting.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        traceback.clear_frames(each.__traceback__)
+        waiting += (each.__cause__, each.__context__)
+        each.__traceback__ = each.__cause__ = each.__context__ = None
 
 
 def _is_being_cancelled() -> bool:
@@ -442,6 +464,8 @@ def _unary_unary(rpc: _Rpc) -> Handler:
             calls.enter(context)
             return serialize(await run(parse(request), context))
         except BaseException as error:  # noqa: BLE001 -- the guard: `fail` answers, or raises it again
+            # This frame outlives the call in what gRPC is told of it.
+            request = b""
             await calls.fail(name, context, error)
         finally:
             calls.leave()
@@ -451,20 +475,28 @@ def _unary_unary(rpc: _Rpc) -> Handler:
 
 def _unary_stream(rpc: _Rpc) -> Handler:
     async def handle(request: bytes, context: Context) -> None:
-        await _answer_with_stream(rpc, context, lambda: rpc.parse(request))
+        received = [request]
+        request = b""
+        await _answer_with_stream(rpc, context, received, lambda: rpc.parse(received.pop()))
 
     return grpc.unary_stream_rpc_method_handler(handle, response_serializer=rpc.serialize)
 
 
 def _stream_stream(rpc: _Rpc) -> Handler:
     async def handle(requests: AsyncIterator[bytes], context: Context) -> None:
-        await _answer_with_stream(rpc, context, lambda: (rpc.parse(request) async for request in requests))
+        await _answer_with_stream(rpc, context, [], lambda: (rpc.parse(request) async for request in requests))
 
     return grpc.stream_stream_rpc_method_handler(handle, response_serializer=rpc.serialize)
 
 
-async def _answer_with_stream(rpc: _Rpc, context: Context, request: Callable[[], object]) -> None:
-    """Send what the servicer's method yields, or let it write (`context.write` serializes) by itself."""
+async def _answer_with_stream(
+    rpc: _Rpc, context: Context, received: list[bytes], request: Callable[[], object]
+) -> None:
+    """Send what the servicer's method yields, or let it write (`context.write` serializes) by itself.
+
+    `received`: what has not been read yet. A stream may be open for days, and its frame outlives its end: neither is to
+    hold the bytes.
+    """
     try:
         rpc.calls.enter(context)
         answer = rpc.run(request(), context)
@@ -476,6 +508,7 @@ async def _answer_with_stream(rpc: _Rpc, context: Context, request: Callable[[],
         else:
             await answer
     except BaseException as error:  # noqa: BLE001 -- the guard: `fail` answers, or raises it again
+        received.clear()
         await rpc.calls.fail(rpc.name, context, error)
     finally:
         rpc.calls.leave()

@@ -27,6 +27,8 @@ class StateError(DspexError):
         for name, field in vars(self).items():
             if name != "reason" and isinstance(field, str) and len(field) > _KEPT:
                 setattr(self, name, f"{field[:_KEPT]}...")
+        # Exceptions keep what they were made with a second time.
+        self.args = tuple(vars(self).values())
 
 
 @dataclass(eq=False)

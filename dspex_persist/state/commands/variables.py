@@ -14,6 +14,7 @@ from dspex_persist.state.errors import (
     StateError,
     VariableExistsError,
     VariableLockedError,
+    VariableNotFoundError,
     VersionConflictError,
     VersionNotFoundError,
     VersionPrunedError,
@@ -31,6 +32,7 @@ from dspex_persist.state.model import (
 from dspex_persist.state.unit_of_work import UnitOfWork
 
 DEFAULT_HISTORY = 100
+_LONGEST_IDENTIFIER = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +263,10 @@ class GetVariableHistory(Command[list[VariableVersion]]):
             raise InvalidArgumentError("limit", f"{self.limit} is below 0; 0 means {DEFAULT_HISTORY}")
         if self.limit > most:
             raise LimitExceededError("limit of the history", self.limit, most, "history_entries")
+        if len(self.identifier) > max(_LONGEST_IDENTIFIER, 2 * uow.limits.name_length):
+            # Nothing is called so: a query with megabytes of it would keep them until the collector comes round.
+            uow.session(self.session_id)
+            raise VariableNotFoundError(self.session_id, self.identifier)
         return uow.history(self.session_id, self.identifier, self.limit or DEFAULT_HISTORY, self.before)
 
 
