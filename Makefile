@@ -11,6 +11,7 @@ PYTHON ?= $(shell for each in /usr/bin/python3.11 python3.11 /usr/bin/python3 py
 BIN := .venv/bin
 CYCLES ?= 200
 STATES ?= 10000
+EVERY ?= 1
 MESSAGES ?= 20000
 MINUTES ?= 15
 # One more than the cores that CI has: tests wait for processes now and then.
@@ -20,7 +21,7 @@ ARGS ?=
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help setup run serve test test-thorough check lint types imports check-codegen docs
-.PHONY: fix codegen bench peers crash-test powercut-test fuzz soak clean
+.PHONY: fix codegen bench peers crash-test powercut-test fault-test fuzz soak clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -108,10 +109,13 @@ crash-test: .venv/.installed-dev  ## kill the server CYCLES times (default 200) 
 powercut-test: .venv/.installed-dev  ## rebuild STATES disks (default 10000) that a power cut may leave, and check them
 	$(BIN)/python -m tests.faults.powercut_test --states $(STATES) $(ARGS)
 
+fault-test: .venv/.installed-dev  ## let each operation on a file fail (EVERY=10: every tenth), and check what is left
+	$(BIN)/python -m tests.faults.io_faults --every $(EVERY) $(ARGS)
+
 fuzz: .venv/.installed-dev  ## send MESSAGES hostile requests (default 20000) to a server
 	$(BIN)/python -m tests.fuzz.fuzz_test --messages $(MESSAGES) $(ARGS)
 
-soak: .venv/.installed  ## use a server in every way at once for MINUTES (default 15)
+soak: .venv/.installed-dev  ## use a server in every way at once for MINUTES (default 15)
 	$(BIN)/python -m tests.faults.soak_test --minutes $(MINUTES) $(ARGS)
 
 # Never a database: those may be somebody's.

@@ -219,8 +219,8 @@ def verify(copy: Path) -> list[str]:
     finally:
         engine.dispose()
     with closing(sqlite3.connect(copy)) as connection:
-        [(answer,)] = connection.execute("PRAGMA integrity_check")
-        problems += [] if answer == "ok" else [f"integrity: {answer}"]
+        answers = [answer for (answer,) in connection.execute("PRAGMA integrity_check")]
+        problems += [f"integrity: {answer}" for answer in answers if answer != "ok"]
         problems += [f"foreign keys: {row}" for row in connection.execute("PRAGMA foreign_key_check")]
     return problems
 

@@ -1,103 +1,137 @@
-/* Preloaded into a process, makes writes, syncs and truncations of database files fail.
+/* Preloaded into a process, makes operations on database files fail.
  *
- * Only files whose name contains ".db" are touched: the database, its WAL, its -shm, its anchor, its lock. They are
- * counted, and `fault_arm` says which one fails, how, and whether those after it do so too. Without it, and without
- * DSPEX_FAULT_AT in the environment, everything works.
+ * Only files whose name contains ".db" are touched: the database, its WAL, its -shm, its anchor, its lock, backups.
+ * Operations of the chosen kinds are counted, and `fault_arm` says which one fails, how, and whether those after it do
+ * so too. Without it, and without DSPEX_FAULT_AT in the environment, everything works.
  *
- * Modes: "eio" and "enospc" fail with that error; "short" writes half of the bytes, and the next write gets ENOSPC.
+ * Kinds: open, read, write, sync, truncate, lock, unlink, rename (links too); several with spaces between them.
+ * Modes: "eio", "enospc", "enolck" and "emfile" fail with that error; "short" does half of a read or a write. After half
+ * of a write the next one gets ENOSPC; a read gets on however often that happens (nothing at all is a file's end).
  * While the file named by DSPEX_FAULT_FULL_WHILE exists, no file can grow (ENOSPC), as on a disk without room.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <unistd.h>
 
+enum kind { OPEN, READ, WRITE, SYNC, TRUNCATE, LOCK, UNLINK, RENAME, KINDS };
 enum action { PASS, FAIL, HALF };
 
+static const char *const kind_names[KINDS] = {"open", "read", "write", "sync", "truncate", "lock", "unlink", "rename"};
+static const struct {
+    const char *name;
+    int error;
+} modes[] = {{"eio", EIO}, {"enospc", ENOSPC}, {"enolck", ENOLCK}, {"emfile", EMFILE}, {"short", ENOSPC}};
+
 static atomic_long seen;
+static atomic_long seen_of[KINDS];
 static atomic_int cut_short;
 static long fail_at;
+static int counted[KINDS];
 static int fail_with = EIO;
 static int halves;
 static int goes_on;
 static const char *full_while;
 
-static ssize_t (*real_write)(int, const void *, size_t);
-static ssize_t (*real_pwrite)(int, const void *, size_t, off_t);
-static int (*real_fsync)(int);
-static int (*real_fdatasync)(int);
-static int (*real_ftruncate)(int, off_t);
+#define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
-void fault_arm(long at, const char *mode, int on)
+void fault_arm(const char *kinds, long at, const char *mode, int on)
 {
+    size_t i;
+
+    for (i = 0; i < KINDS; i++) {
+        counted[i] = strstr(kinds, kind_names[i]) != NULL;
+        seen_of[i] = 0;
+    }
+    for (i = 0; i < sizeof modes / sizeof *modes; i++)
+        if (strcmp(mode, modes[i].name) == 0)
+            fail_with = modes[i].error;
     seen = 0;
     cut_short = 0;
     halves = strcmp(mode, "short") == 0;
-    fail_with = strcmp(mode, "eio") == 0 ? EIO : ENOSPC;
     goes_on = on;
     fail_at = at;
 }
 
-long fault_seen(void)
+/* How many operations of a kind there were since then. */
+long fault_seen(const char *kind)
 {
-    return seen;
+    size_t i;
+
+    for (i = 0; i < KINDS; i++)
+        if (strcmp(kind, kind_names[i]) == 0)
+            return seen_of[i];
+    return -1;
 }
 
 __attribute__((constructor)) static void load(void)
 {
     const char *at = getenv("DSPEX_FAULT_AT");
     const char *mode = getenv("DSPEX_FAULT_MODE");
-    const char *on = getenv("DSPEX_FAULT_GOES_ON");
+    const char *kinds = getenv("DSPEX_FAULT_KINDS");
 
-    real_write = dlsym(RTLD_NEXT, "write");
-    real_pwrite = dlsym(RTLD_NEXT, "pwrite64");
-    real_fsync = dlsym(RTLD_NEXT, "fsync");
-    real_fdatasync = dlsym(RTLD_NEXT, "fdatasync");
-    real_ftruncate = dlsym(RTLD_NEXT, "ftruncate64");
     full_while = getenv("DSPEX_FAULT_FULL_WHILE");
     if (at != NULL)
-        fault_arm(atol(at), mode != NULL ? mode : "eio", on != NULL);
+        fault_arm(kinds != NULL ? kinds : "write sync truncate", atol(at), mode != NULL ? mode : "eio",
+                  getenv("DSPEX_FAULT_GOES_ON") != NULL);
+}
+
+static int is_database_name(const char *path)
+{
+    const char *name = strrchr(path, '/');
+
+    return strstr(name != NULL ? name : path, ".db") != NULL;
 }
 
 static int is_database(int fd)
 {
     char link[64], path[4096];
     ssize_t length;
-    const char *name;
 
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     length = readlink(link, path, sizeof path - 1);
     if (length <= 0)
         return 0;
     path[length] = 0;
-    name = strrchr(path, '/');
-    return name != NULL && strstr(name, ".db") != NULL;
+    return path[0] == '/' && is_database_name(path);
 }
 
-static enum action next_action(int fd, int is_write)
+static enum action count(enum kind kind)
 {
-    long number;
+    long number = ++seen;
 
-    if (fail_at == 0 && full_while == NULL)
-        return PASS;
-    if (!is_database(fd))
-        return PASS;
-    number = ++seen;
-    if (is_write && atomic_exchange(&cut_short, 0))
+    seen_of[kind]++;
+    if (kind == WRITE && atomic_exchange(&cut_short, 0))
         return FAIL;
-    if (fail_at == 0 || number < fail_at || (number > fail_at && !goes_on))
+    if (number < fail_at || (number > fail_at && !goes_on))
         return PASS;
-    if (halves && is_write) {
-        cut_short = 1;
+    if (halves && (kind == WRITE || kind == READ)) {
+        cut_short = kind == WRITE;
         return HALF;
     }
     return FAIL;
+}
+
+static enum action next_action(enum kind kind, int fd)
+{
+    return fail_at != 0 && counted[kind] && is_database(fd) ? count(kind) : PASS;
+}
+
+static int fails(enum kind kind, const char *path)
+{
+    if (fail_at == 0 || !counted[kind] || !is_database_name(path) || count(kind) == PASS)
+        return 0;
+    errno = fail_with;
+    return 1;
 }
 
 /* Whether there is no room for bytes up to `end`. */
@@ -116,55 +150,129 @@ static int failed(int error)
     return -1;
 }
 
-ssize_t write(int fd, const void *buffer, size_t count)
-{
-    if (full_while != NULL && is_full(fd, lseek(fd, 0, SEEK_CUR) + (off_t)count))
-        return failed(ENOSPC);
-    switch (next_action(fd, 1)) {
-    case FAIL:
-        return failed(fail_with);
-    case HALF:
-        return real_write(fd, buffer, count / 2);
-    default:
-        return real_write(fd, buffer, count);
+#define OPEN_FUNCTION(name, parameters, arguments) \
+    int name parameters \
+    { \
+        va_list rest; \
+        va_start(rest, flags); \
+        mode_t mode = flags & (O_CREAT | __O_TMPFILE) ? va_arg(rest, mode_t) : 0; \
+        va_end(rest); \
+        return fails(OPEN, path) ? -1 : REAL(name) arguments; \
     }
+OPEN_FUNCTION(open, (const char *path, int flags, ...), (path, flags, mode))
+OPEN_FUNCTION(open64, (const char *path, int flags, ...), (path, flags, mode))
+OPEN_FUNCTION(openat, (int at, const char *path, int flags, ...), (at, path, flags, mode))
+OPEN_FUNCTION(openat64, (int at, const char *path, int flags, ...), (at, path, flags, mode))
+
+/* A read or a write: all of it, half of it, or none. */
+#define TRANSFER(kind, call, half) \
+    switch (next_action(kind, fd)) { \
+    case FAIL: \
+        return failed(fail_with); \
+    case HALF: \
+        return half; \
+    default: \
+        return call; \
+    }
+
+ssize_t read(int fd, void *buffer, size_t size)
+{
+    TRANSFER(READ, REAL(read)(fd, buffer, size), REAL(read)(fd, buffer, (size + 1) / 2))
 }
 
-ssize_t pwrite64(int fd, const void *buffer, size_t count, off_t offset)
+ssize_t pread(int fd, void *buffer, size_t size, off_t offset)
 {
-    if (is_full(fd, offset + (off_t)count))
-        return failed(ENOSPC);
-    switch (next_action(fd, 1)) {
-    case FAIL:
-        return failed(fail_with);
-    case HALF:
-        return real_pwrite(fd, buffer, count / 2, offset);
-    default:
-        return real_pwrite(fd, buffer, count, offset);
-    }
+    TRANSFER(READ, REAL(pread)(fd, buffer, size, offset), REAL(pread)(fd, buffer, (size + 1) / 2, offset))
 }
 
-ssize_t pwrite(int fd, const void *buffer, size_t count, off_t offset)
+ssize_t pread64(int fd, void *buffer, size_t size, off_t offset)
 {
-    return pwrite64(fd, buffer, count, offset);
+    TRANSFER(READ, REAL(pread64)(fd, buffer, size, offset), REAL(pread64)(fd, buffer, (size + 1) / 2, offset))
+}
+
+ssize_t write(int fd, const void *buffer, size_t size)
+{
+    if (full_while != NULL && is_full(fd, lseek(fd, 0, SEEK_CUR) + (off_t)size))
+        return failed(ENOSPC);
+    TRANSFER(WRITE, REAL(write)(fd, buffer, size), REAL(write)(fd, buffer, size / 2))
+}
+
+ssize_t pwrite64(int fd, const void *buffer, size_t size, off_t offset)
+{
+    if (is_full(fd, offset + (off_t)size))
+        return failed(ENOSPC);
+    TRANSFER(WRITE, REAL(pwrite64)(fd, buffer, size, offset), REAL(pwrite64)(fd, buffer, size / 2, offset))
+}
+
+ssize_t pwrite(int fd, const void *buffer, size_t size, off_t offset)
+{
+    return pwrite64(fd, buffer, size, offset);
 }
 
 int fsync(int fd)
 {
-    return next_action(fd, 0) == PASS ? real_fsync(fd) : failed(fail_with);
+    return next_action(SYNC, fd) == PASS ? REAL(fsync)(fd) : failed(fail_with);
 }
 
 int fdatasync(int fd)
 {
-    return next_action(fd, 0) == PASS ? real_fdatasync(fd) : failed(fail_with);
+    return next_action(SYNC, fd) == PASS ? REAL(fdatasync)(fd) : failed(fail_with);
 }
 
 int ftruncate64(int fd, off_t length)
 {
-    return next_action(fd, 0) == PASS ? real_ftruncate(fd, length) : failed(fail_with);
+    return next_action(TRUNCATE, fd) == PASS ? REAL(ftruncate64)(fd, length) : failed(fail_with);
 }
 
 int ftruncate(int fd, off_t length)
 {
     return ftruncate64(fd, length);
+}
+
+/* Taking a lock can fail; giving it back cannot. */
+#define FCNTL(name) \
+    int name(int fd, int command, ...) \
+    { \
+        va_list rest; \
+        va_start(rest, command); \
+        void *argument = va_arg(rest, void *); \
+        va_end(rest); \
+        int locks = command == F_SETLK || command == F_SETLKW; \
+        if (locks && ((struct flock *)argument)->l_type != F_UNLCK && next_action(LOCK, fd) != PASS) \
+            return failed(fail_with); \
+        return REAL(name)(fd, command, argument); \
+    }
+FCNTL(fcntl)
+FCNTL(fcntl64)
+
+int flock(int fd, int operation)
+{
+    if (!(operation & LOCK_UN) && next_action(LOCK, fd) != PASS)
+        return failed(fail_with);
+    return REAL(flock)(fd, operation);
+}
+
+int unlink(const char *path)
+{
+    return fails(UNLINK, path) ? -1 : REAL(unlink)(path);
+}
+
+int unlinkat(int at, const char *path, int flags)
+{
+    return fails(UNLINK, path) ? -1 : REAL(unlinkat)(at, path, flags);
+}
+
+int rename(const char *from, const char *to)
+{
+    return fails(RENAME, to) ? -1 : REAL(rename)(from, to);
+}
+
+int link(const char *from, const char *to)
+{
+    return fails(RENAME, to) ? -1 : REAL(link)(from, to);
+}
+
+int linkat(int from_at, const char *from, int to_at, const char *to, int flags)
+{
+    return fails(RENAME, to) ? -1 : REAL(linkat)(from_at, from, to_at, to, flags);
 }

@@ -1,11 +1,12 @@
 """Runs the engine again and again while its files fail: `python -m tests.faults.io_child FOLDER [BUG]` under the shim.
 
-Each line on stdin is a case: `NUMBER MODE on|once`, the operation that fails, how, and whether those after it do so
-too. Each case runs in a fork of its own on a fresh database in `FOLDER/NUMBER-MODE-on`, and writes what it asked for
-and what it was told, one line each, to `acks` there. This process answers with a line: the exit code, and how many
-operations there were (0: the case was not counted).
+Each line on stdin is a case: `KIND NUMBER MODE on|once`, which operation of which kind fails, how, and whether those
+after it do so too (NUMBER 0: none does). Each case runs in a fork of its own on a fresh database in a folder that is
+named after it, and writes what it asked for and what it was told, one line each, to `acks` there. This process answers
+with a line: the exit code, and how many operations of each of the shim's kinds there were (none: it did not get there).
 
-With the bug `error-is-abort` the engine takes every error for the certain end of a group, and goes on.
+With the bug `error-is-abort` the engine takes every error for the certain end of a group, and goes on; with
+`import-in-parts` an import is many transactions.
 
 It forks before there is any thread: importing takes ten times as long as a case.
 """
@@ -13,9 +14,11 @@ It forks before there is any thread: importing takes ten times as long as a case
 import ctypes
 import json
 import os
+import signal
 import sqlite3
 import sys
 import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -23,27 +26,44 @@ from typing import Any
 import alembic.command  # noqa: F401  (a case should not pay for it)
 import structlog
 
-from dspex_persist.state.commands import Command, InitializeSession, RegisterVariable, SetVariable, SetVariables
+from dspex_persist import wiring
+from dspex_persist.errors import DspexError
+from dspex_persist.state.commands import (
+    Command,
+    GetVariable,
+    GetVariableHistory,
+    InitializeSession,
+    RegisterVariable,
+    SetVariable,
+    SetVariables,
+)
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import OutcomeUnknownError, StateError
-from dspex_persist.state.model import Value
-from dspex_persist.state.store import session_store
+from dspex_persist.state.model import PrunePolicy, Value
+from dspex_persist.state.recording import write_recording
+from dspex_persist.state.store import maintenance, session_store
+from dspex_persist.state.store.session_store import Job, SessionStore
 from tests.deadline import within
 
-SESSION = "session"
+KINDS = ("open", "read", "write", "sync", "truncate", "lock", "unlink", "rename")
+DATABASE, BACKUP, ACKS = "case.db", "backup.db", "acks"
+SESSION, PRUNED, IMPORTED = "session", "pruned", "imported"
+IMPORTED_VERSIONS = 30
 VARIABLES = 3
 THREADS = 3
 TIMES = 6
-ANSWER_S = within(20)
+ANSWER_S, CASE_S = within(20), round(within(60))
 EXIT_STORAGE_FAILED, EXIT_NOT_OPENED, EXIT_NOT_CLOSED, EXIT_CRASHED, EXIT_HUNG = 70, 71, 72, 98, 99
 
 
 class Case:
     """One run of the engine."""
 
-    def __init__(self, folder: Path) -> None:
-        self._database = folder / "case.db"
-        self._acks = os.open(folder / "acks", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    def __init__(self, folder: Path, recording: list[str]) -> None:
+        self._folder = folder
+        self._database = folder / DATABASE
+        self._recording = recording
+        self._acks = os.open(folder / ACKS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self._fatal = threading.Event()
         self._hung = False
         self._ids: list[str] = []
@@ -61,6 +81,9 @@ class Case:
                 thread.start()
             for thread in threads:
                 thread.join()
+            policy = PrunePolicy(keep_versions=2, session_id=PRUNED)
+            self._attempt("prune", lambda: state.prune(policy, confirm=True))
+            self._attempt("backup", self._back_up)
         if self._hung:
             return EXIT_HUNG
         if self._fatal.is_set():
@@ -74,6 +97,7 @@ class Case:
         except StateError as error:
             self._note(event="not closed", error=type(error).__name__, text=str(error))
             return EXIT_NOT_CLOSED
+        self._attempt("import", lambda: wiring.import_session(self._database, self._recording, session_id=IMPORTED))
         return 0
 
     def _set_up(self, state: EmbeddedState) -> bool:
@@ -87,6 +111,8 @@ class Case:
             if found is None:
                 return False
             self._ids.append(str(found))
+        for command in _plain_session(PRUNED, 6):
+            self._ask(state, command, "", ())
         return True
 
     def _work(self, state: EmbeddedState, number: int) -> None:
@@ -102,24 +128,44 @@ class Case:
                 targets = [self._ids[count % VARIABLES]]
                 command = SetVariable(SESSION, targets[0], _value(token), metadata)
             self._ask(state, command, token, tuple(targets))
+            self._ask(state, GetVariableHistory(SESSION, targets[0]), "", ())
+            self._ask(state, GetVariable(SESSION, targets[0], bypass_cache=True), "", ())
 
     def _ask(self, state: EmbeddedState, command: Command[Any], token: str, targets: tuple[str, ...]) -> Any:
         """The result; None if there is none, for whatever reason."""
         self._note(event="ask", token=token, targets=targets)
-        future: Future[Any] = state.submit(command)
         try:
+            future: Future[Any] = state.submit(command)
             result = future.result(ANSWER_S)
-        except TimeoutError:
-            self._hung = True
-            self._note(event="hung", token=token)
+        except TimeoutError as error:
+            # The driver's pool has one of the same kind.
+            self._hung = self._hung or not future.done()
+            self._note(event="hung" if not future.done() else "raw", token=token, text=repr(error))
         except OutcomeUnknownError as error:
             self._note(event="unknown", token=token, error=type(error).__name__)
         except StateError as error:
             self._note(event="refused", token=token, error=type(error).__name__)
+        except Exception as error:  # noqa: BLE001  (whatever callers should never see)
+            self._note(event="raw", token=token, text=f"{type(command).__name__}: {error!r}")
         else:
             self._note(event="ok", token=token, versions=_versions(result, targets))
             return result
         return None
+
+    def _back_up(self) -> None:
+        report = maintenance.backup(self._database, self._folder / BACKUP)
+        if report.problems:
+            raise StateError(f"the copy has problems: {report.problems[0]}")
+
+    def _attempt(self, what: str, do: Callable[[], object]) -> None:
+        try:
+            do()
+        except DspexError as error:
+            self._note(event="failed", what=what, error=type(error).__name__)
+        except Exception as error:  # noqa: BLE001  (whatever callers should never see)
+            self._note(event="raw", text=f"{what}: {error!r}")
+        else:
+            self._note(event="done", what=what)
 
     def _note(self, **what: Any) -> None:
         os.write(self._acks, json.dumps(what).encode() + b"\n")
@@ -129,43 +175,90 @@ def _value(token: str) -> Value:
     return Value(json.dumps(token))
 
 
+def _plain_session(session_id: str, versions: int) -> list[Command[Any]]:
+    """The commands that make a session of one variable."""
+    return [
+        InitializeSession(session_id),
+        RegisterVariable(session_id, "plain", "string", _value("0")),
+        *(SetVariable(session_id, "plain", _value(f"{count}" + "x" * 900)) for count in range(1, versions)),
+    ]
+
+
 def _versions(result: Any, targets: tuple[str, ...]) -> dict[str, int]:
     if isinstance(result, str):
         return {result: 0}
     if isinstance(result, int):
-        return {targets[0]: result}
-    return dict(getattr(result, "versions", {}))
+        return {targets[0]: result} if targets else {}
+    versions = getattr(result, "versions", {})
+    return dict(versions) if isinstance(versions, dict) else {}
+
+
+def _record_session(folder: Path) -> list[str]:
+    """A recording of a session that another file has."""
+    with EmbeddedState(folder / "other.db") as state:
+        for command in _plain_session("other", IMPORTED_VERSIONS):
+            state.run(command)
+        header, commits = state.record("other", reveal=True)
+        path = folder / "other.jsonl"
+        with path.open("w") as file:
+            write_recording(header, commits, file)
+    return path.read_text().splitlines(keepends=True)
 
 
 def _load_shim() -> Any:
     """The preloaded library's own functions."""
     library = ctypes.CDLL(None)
     library.fault_seen.restype = ctypes.c_long
-    library.fault_arm.argtypes = (ctypes.c_long, ctypes.c_char_p, ctypes.c_int)
+    library.fault_seen.argtypes = (ctypes.c_char_p,)
+    library.fault_arm.argtypes = (ctypes.c_char_p, ctypes.c_long, ctypes.c_char_p, ctypes.c_int)
     return library
 
 
-def _run_forked(library: Any, folder: Path, number: int, mode: str, goes_on: str) -> tuple[int, int]:
-    """Exit code and number of operations of one case."""
-    place = folder / f"{number}-{mode}-{goes_on}"
+def _run_forked(library: Any, place: Path, recording: list[str], case: list[str]) -> tuple[int, str]:
+    """Exit code and numbers of operations of one case."""
+    kind, number, mode, goes_on = case
     place.mkdir(parents=True)
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         code = EXIT_CRASHED
+        # Whatever hangs anyhow.
+        signal.alarm(CASE_S)
         try:
             # 0 would not count; so far no case gets.
-            library.fault_arm(number or 1 << 40, mode.encode(), goes_on == "on")
-            code = Case(place).run()
-            os.write(writer, str(library.fault_seen()).encode())
+            kinds = kind if int(number) else " ".join(KINDS)
+            library.fault_arm(kinds.encode(), int(number) or 1 << 40, mode.encode(), goes_on == "on")
+            code = Case(place, recording).run()
+            counts = [library.fault_seen(each.encode()) for each in KINDS]
+            os.write(writer, " ".join(map(str, counts)).encode())
         except BaseException as error:  # noqa: BLE001  (the end of a process: it is told, whatever it was)
             (place / "crash").write_text(repr(error))
         finally:
             os._exit(code)
     os.close(writer)
-    seen = os.read(reader, 32)
+    seen = os.read(reader, 256)
     os.close(reader)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), int(seen or b"0")
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), seen.decode()
+
+
+def _take_error_for_abort() -> None:
+    session_store._CERTAIN_ABORTS |= {sqlite3.SQLITE_IOERR}
+
+
+def _import_in_parts() -> None:
+    def write_whole(self: SessionStore, jobs: Iterable[Job]) -> list[Any]:
+        results = []
+        for job in jobs:
+            [outcome] = self.write_group([job])
+            if outcome.error is not None:
+                raise outcome.error
+            results.append(outcome.result)
+        return [result for result in results if result is not None]
+
+    SessionStore.write_whole = write_whole  # type: ignore[method-assign]
+
+
+BUGS = {"error-is-abort": _take_error_for_abort, "import-in-parts": _import_in_parts}
 
 
 def main() -> None:
@@ -173,11 +266,12 @@ def main() -> None:
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     folder = Path(sys.argv[1])
     library = _load_shim()
-    if sys.argv[2:] == ["error-is-abort"]:
-        session_store._CERTAIN_ABORTS |= {sqlite3.SQLITE_IOERR}
+    recording = _record_session(folder)
+    for bug in sys.argv[2:]:
+        BUGS[bug]()
     for line in sys.stdin:
-        number, mode, goes_on = line.split()
-        code, seen = _run_forked(library, folder, int(number), mode, goes_on)
+        case = line.split()
+        code, seen = _run_forked(library, folder / "-".join(case), recording, case)
         print(code, seen, flush=True)
 
 

@@ -1,9 +1,10 @@
-"""The n-th write, sync or truncation fails, for n = 1, 2, 3, …; whatever happens then, nothing promised is broken.
+"""The n-th operation on a file fails, for n = 1, 2, 3, …; whatever happens then, nothing promised is broken.
 
-    python -m tests.faults.io_faults [--every 1] [--mode eio|enospc|short]
+    make fault-test                     # or: python -m tests.faults.io_faults [--every 10] [--kind sync]
 
-For each n and each way to fail the engine works on a fresh database until it ends; then the files are checked, opened
-again without faults, and checked again. `make test` does a sample of them.
+For each kind of operation, each n and each way to fail the engine works on a fresh database until it ends: it writes
+and reads, prunes, makes a backup, imports a session. Then the files are checked, opened again without faults, and
+checked again. `make test` does a sample of them.
 """
 
 import argparse
@@ -12,35 +13,50 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from dspex_persist.state.errors import StateError
+from dspex_persist.state.store import maintenance
 from dspex_persist.state.store.session_store import SessionStore
 from tests.faults import io_child, shim
 from tests.faults.checker import Checker, copy_files, verify
 from tests.faults.ledger import Ledger, Write
+from tests.faults.scratch import scratch
 
-MODES = ("eio", "enospc", "short")
+MODES = {
+    "open": ("emfile", "eio"),
+    "read": ("eio", "short"),
+    "write": ("eio", "enospc", "short"),
+    "sync": ("eio", "enospc"),
+    "truncate": ("eio", "enospc"),
+    "lock": ("enolck", "eio"),
+    "unlink": ("eio",),
+    "rename": ("eio", "enospc"),
+}
+"""How the operations of a kind can fail."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Which operation fails (from 1; 0: none), how, and whether all after it do so too."""
+    """Which operation of a kind fails (from 1; 0: none), how, and whether all after it do so too."""
 
+    kind: str
     number: int
     mode: str
     goes_on: bool
 
     def __str__(self) -> str:
-        return f"{self.number} {self.mode} {'on' if self.goes_on else 'once'}"
+        return f"{self.kind} {self.number} {self.mode} {'on' if self.goes_on else 'once'}"
+
+
+NO_FAULT = Fault("write", 0, "eio", False)
 
 
 @dataclass(slots=True)
@@ -49,7 +65,8 @@ class Result:
 
     fault: Fault
     exit_code: int
-    operations: int
+    operations: dict[str, int]
+    """How many there were, by kind; none if the engine did not get to its end."""
     problems: list[str] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     acknowledged: int = 0
@@ -77,10 +94,10 @@ class Faults:
         assert self._child.stdout is not None
         self._child.stdin.write(f"{fault}\n")
         self._child.stdin.flush()
-        answer = self._child.stdout.readline().split()
-        if len(answer) != 2:
+        answer = [int(number) for number in self._child.stdout.readline().split()]
+        if not answer:
             raise RuntimeError(f"the child ended: {_text(self._folder / 'log')}")
-        result = Result(fault, int(answer[0]), int(answer[1]))
+        result = Result(fault, answer[0], dict(zip(io_child.KINDS, answer[1:], strict=False)))
         place = self._folder / str(fault).replace(" ", "-")
         _judge(place, result)
         if not result.problems:
@@ -97,32 +114,59 @@ class Faults:
         self._log.close()
 
 
-def cases(operations: int, every: int, modes: Sequence[str] = MODES) -> Iterator[Fault]:
-    """Every `every`-th fault of all that there are with so many operations: each number, each mode, once and on."""
-    faults = [
-        Fault(number, mode, goes_on)
-        for number in range(1, operations + 1)
-        for mode in modes
-        for goes_on in (False, True)
-    ]
-    yield from faults[::every]
+def cases(operations: Mapping[str, int], every: int, kinds: Sequence[str] = io_child.KINDS) -> Iterator[Fault]:
+    """Every `every`-th fault of all that there are with so many operations, and at least one of each kind."""
+    for kind in kinds:
+        faults = [
+            Fault(kind, number, mode, goes_on)
+            for number in range(1, operations[kind] + 1)
+            for mode in MODES[kind]
+            for goes_on in (False, True)
+        ]
+        # From the middle of the first step: the first operations of all are no better than others.
+        yield from faults[min(every // 2, len(faults) - 1) :: every]
 
 
 def _judge(place: Path, result: Result) -> None:
-    ledger = _read_acks(place / "acks", result)
+    ledger, done = _read_acks(place / io_child.ACKS, result)
     problems = result.problems
     if result.exit_code in (io_child.EXIT_HUNG, io_child.EXIT_CRASHED) or result.exit_code < 0:
         problems.append(f"exit code {result.exit_code}: {_text(place / 'crash')}")
-    database = place / "case.db"
+    database = place / io_child.DATABASE
     if (database.exists() and database.stat().st_size) or ledger.writes:
         problems += _check(copy_files(database, place / "copy"), ledger)
+    problems += _check_backup(place, "backup" in done)
     # The start after it, with a disk that works again.
     try:
         SessionStore(database).close()
     except StateError as error:
         problems.append(f"cannot be opened again: {error}")
         return
-    problems += _check(copy_files(database, place / "copy"), ledger)
+    copy = copy_files(database, place / "copy")
+    problems += [*_check(copy, ledger), *_check_import(copy, "import" in done)]
+
+
+def _check_backup(place: Path, done: bool) -> Iterator[str]:
+    backup = place / io_child.BACKUP
+    if done and not backup.exists():
+        yield "lost: the backup was made, and is not there"
+    if backup.exists() and (problems := maintenance.check(backup).problems):
+        yield f"half: the backup has problems: {problems[:2]}"
+    if left := sorted(path.name for path in place.glob("*.partial*")):
+        yield f"left behind: {left}"
+
+
+def _check_import(copy: Path, done: bool) -> Iterator[str]:
+    with closing(sqlite3.connect(copy)) as connection:
+        [(found,)] = connection.execute(_IMPORTED, (io_child.IMPORTED,))
+    if found != io_child.IMPORTED_VERSIONS and (done or found != 0):
+        yield f"half: {found} of {io_child.IMPORTED_VERSIONS} imported versions are there"
+
+
+_IMPORTED = """
+    SELECT count(*) FROM versions JOIN variables USING (variable_key) JOIN sessions USING (session_key)
+    WHERE session_id = ?
+"""
 
 
 def _check(copy: Path, ledger: Ledger) -> list[str]:
@@ -138,13 +182,18 @@ def _has_tables(copy: Path) -> bool:
     return "commits" in names
 
 
-def _read_acks(path: Path, result: Result) -> Ledger:
-    ledger = Ledger()
+def _read_acks(path: Path, result: Result) -> tuple[Ledger, set[str]]:
+    """What was asked for and told, and which commands were done."""
+    ledger, done = Ledger(), set()
     for line in _text(path).splitlines():
         note = json.loads(line)
         token = note.get("token")
         if "error" in note:
             result.errors[note["error"]] += 1
+        if note["event"] == "raw":
+            result.problems.append(f"raw: {note['text']}")
+        elif note["event"] == "done":
+            done.add(note["what"])
         if not token:
             continue
         if note["event"] == "ask":
@@ -153,46 +202,43 @@ def _read_acks(path: Path, result: Result) -> Ledger:
             ledger.writes[token].status = note["event"]
             ledger.writes[token].versions = note.get("versions", {})
             result.acknowledged += note["event"] == "ok"
-    return ledger
+    return ledger, done
 
 
 def _text(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-@contextmanager
-def scratch() -> Iterator[Path]:
-    """A folder that is kept if something goes wrong."""
-    folder = Path(tempfile.mkdtemp(prefix="io-faults-"))
-    yield folder
-    shutil.rmtree(folder)
-
-
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description="let each write, sync and truncation fail, and check what is left")
+    parser = argparse.ArgumentParser(description="let each operation on a file fail, and check what is left")
     parser.add_argument("--every", type=int, default=1, help="only every so many-th case")
-    parser.add_argument("--mode", choices=MODES, action="append")
+    parser.add_argument("--kind", choices=io_child.KINDS, action="append")
     arguments = parser.parse_args()
     if (reason := shim.why_not()) is not None:
         print(reason)
         return 2
     began = time.monotonic()
     codes: Counter[int] = Counter()
-    broken: list[Result] = []
-    with scratch() as folder, Faults(folder) as faults:
-        operations = faults.run(Fault(0, "eio", False)).operations
-        print(f"{operations} operations without a fault, in {folder}", flush=True)
-        for fault in cases(operations, arguments.every, arguments.mode or MODES):
+    kinds: Counter[str] = Counter()
+    acknowledged = broken = 0
+    with scratch("io-faults") as folder, Faults(folder) as faults:
+        operations = faults.run(NO_FAULT).operations
+        print(f"{operations} without a fault, in {folder}", flush=True)
+        for fault in cases(operations, arguments.every, arguments.kind or io_child.KINDS):
             result = faults.run(fault)
             codes[result.exit_code] += 1
+            kinds[fault.kind] += 1
+            acknowledged += result.acknowledged
             if result.problems:
-                broken.append(result)
-                print(f"{fault}: exit code {result.exit_code}, {dict(result.errors)}")
+                broken += 1
+                print(f"{fault}: exit code {result.exit_code}, {dict(result.errors)}", flush=True)
                 for problem in result.problems[:5]:
-                    print(f"  {problem}")
+                    print(f"  {problem}", flush=True)
         told = ", ".join(f"{count} ended with {code}" for code, count in sorted(codes.items()))
-        print(f"{codes.total()} faults in {time.monotonic() - began:.0f} s: {told}; {len(broken)} with problems")
+        failed = ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
+        print(f"{codes.total()} faults ({failed}) in {time.monotonic() - began:.0f} s: {told};")
+        print(f"{acknowledged:,} acknowledged writes; {broken} runs with problems")
         if broken:
             sys.exit(1)
     return 0

@@ -11,13 +11,14 @@ from tests.faults import io_child, shim
 from tests.faults.bridge import Bridge
 from tests.faults.checker import Checker, copy_files, verify
 from tests.faults.crash_test import server_argv
-from tests.faults.io_faults import Fault, Faults, cases
+from tests.faults.io_faults import NO_FAULT, Fault, Faults, cases
 from tests.faults.ledger import Ledger
+from tests.faults.scratch import scratch
 from tests.faults.workload import Client, Names, set_up
 
 pytestmark = [pytest.mark.slow, pytest.mark.crash, pytest.mark.timeout(3600)]
 
-EVERY = 41
+EVERY = 151
 CLIENTS = 4
 ENDING_S = within(20)
 
@@ -28,25 +29,35 @@ def _can_inject() -> None:
         pytest.skip(reason)
 
 
-def test_whatever_fails_nothing_promised_is_broken(tmp_path: Path) -> None:
-    with Faults(tmp_path) as faults:
-        whole = faults.run(Fault(0, "eio", False))
+def test_whatever_fails_nothing_promised_is_broken() -> None:
+    with scratch("io-faults") as folder, Faults(folder) as faults:
+        whole = faults.run(NO_FAULT)
         assert (whole.exit_code, whole.problems, whole.errors.total()) == (0, [], 0)
         results = [faults.run(fault) for fault in cases(whole.operations, EVERY)]
     assert [(str(result.fault), result.problems) for result in results if result.problems] == []
     assert len(results) > 30
     # The sample has to have met all of it: a dead disk, a full one, and faults that nobody needed to notice.
+    assert {result.fault.kind for result in results} == set(io_child.KINDS)
     assert {result.exit_code for result in results} >= {0, io_child.EXIT_STORAGE_FAILED, io_child.EXIT_NOT_OPENED}
     assert {name for result in results for name in result.errors} >= {"OutcomeUnknownError", "StorageError"}
 
 
 def test_an_error_taken_for_an_abort_is_found(tmp_path: Path) -> None:
     with Faults(tmp_path, "error-is-abort") as faults:
-        operations = faults.run(Fault(0, "eio", False)).operations
-        late = (faults.run(Fault(number, "eio", True)) for number in range(operations // 2, operations))
+        operations = faults.run(NO_FAULT).operations["sync"]
+        late = (faults.run(Fault("sync", number, "eio", True)) for number in range(2, operations))
         # The first one that shows it will do: those in which the failed sync leaves the group in the WAL.
         problems = next(result.problems for result in late if result.problems)
     assert {problem.partition(":")[0] for problem in problems} == {"refused, but written"}
+
+
+def test_an_import_in_parts_is_found(tmp_path: Path) -> None:
+    with Faults(tmp_path, "import-in-parts") as faults:
+        operations = faults.run(NO_FAULT).operations["write"]
+        # Its writes are the last ones of all.
+        late = (faults.run(Fault("write", number, "enospc", True)) for number in range(operations - 20, 0, -20))
+        problems = next(result.problems for result in late if result.problems)
+    assert {problem.partition(":")[0] for problem in problems} == {"half"}
 
 
 def test_a_server_whose_disk_dies(tmp_path: Path) -> None:

@@ -154,12 +154,13 @@ def _size_bytes(path: Path) -> int:
 def _read_anchor(path: Path) -> Head | None:
     """What the anchor remembers. Read again where it is torn: a server may be writing it just now."""
     file = _beside(path, ".anchor")
-    for _ in range(_ANCHOR_READS):
-        if not file.exists():
-            return None
-        head = anchors.parse(file.read_bytes())
-        if head is not None:
-            return head
+    with _explained(path):
+        for _ in range(_ANCHOR_READS):
+            if not file.exists():
+                return None
+            head = anchors.parse(file.read_bytes())
+            if head is not None:
+                return head
     return None
 
 
@@ -344,7 +345,7 @@ def _partial(target: Path) -> Iterator[Path]:
     try:
         yield partial
     finally:
-        for suffix in ("", "-journal"):
+        for suffix in ("", "-journal", "-wal", "-shm"):
             _beside(partial, suffix).unlink(missing_ok=True)
 
 
