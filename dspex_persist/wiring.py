@@ -20,12 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import structlog
-
 from dspex_persist.errors import DspexError
 from dspex_persist.infra import forks
 from dspex_persist.infra.listen import ListenError, is_loopback, parse_listen, prepare
-from dspex_persist.infra.logs import configure_logs, quiet_grpc
+from dspex_persist.infra.logs import configure_logs, get_logger, quiet_grpc
 from dspex_persist.settings import Settings, SettingsError
 from dspex_persist.state.errors import CheckpointError, FileChangedError, InvalidArgumentError, quote
 from dspex_persist.state.limits import Limits
@@ -55,7 +53,7 @@ _SCHEME: Final = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):(?P<rest>.*)",
 _HOST_AND_PORT: Final = re.compile(r"//(\[[^\[\]/]+\]|[^\[\]/:]+):[0-9]{1,5}")
 _FORMS: Final = "a path, sqlite:///PATH, grpc://HOST:PORT or grpc+unix:/PATH"
 
-_log: structlog.typing.FilteringBoundLogger = structlog.get_logger(source=__name__)
+_log: Final = get_logger(__name__)
 
 
 @dataclass(eq=False)
@@ -233,8 +231,9 @@ def serve(settings: Settings) -> None:
     if style == "auto":
         style = "console" if sys.stderr.isatty() else "json"
     configure_logs(settings.log_level, style)
-    # It tells of each of its parts at INFO; that a file is upgraded, which another logger tells, is news.
+    # It tells of each of its parts at INFO. Only that a file is upgraded is news.
     logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)
+    logging.getLogger("alembic.runtime.migration").addFilter(lambda record: str(record.msg).startswith("Running"))
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(settings))

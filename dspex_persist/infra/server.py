@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, Final, NoReturn, TypeAlias
 
 import grpc
-import structlog
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
@@ -35,6 +34,7 @@ from dspex_persist.infra.listen import (
     parse_listen,
     prepare,
 )
+from dspex_persist.infra.logs import get_logger
 
 __all__ = [
     "DrainingError",
@@ -58,7 +58,7 @@ _LONGEST_QUIET_S: Final = 1.0
 _DETAILS_MAX_BYTES: Final = 3_500
 _TRAILERS_MAX_BYTES: Final = 4_000
 
-_log: structlog.typing.FilteringBoundLogger = structlog.get_logger(source=__name__)
+_log: Final = get_logger(__name__)
 
 # Quoted: generic in their stubs only.
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"

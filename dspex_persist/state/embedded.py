@@ -7,11 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
-
-import structlog
+from typing import Any, Final, TypeVar, cast
 
 from dspex_persist.infra import forks
+from dspex_persist.infra.logs import get_logger
 from dspex_persist.state import arguments
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.commands import (
@@ -56,7 +55,7 @@ from dspex_persist.state.watch import Watch, is_watched, updates_of
 
 R = TypeVar("R")
 
-_logger = structlog.get_logger(__name__)
+_logger: Final = get_logger(__name__)
 _READ_THREADS = 4
 _WATCHING = Origin("", "WatchVariables")
 

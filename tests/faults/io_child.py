@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import alembic.command  # noqa: F401  (a case should not pay for it)
-import structlog
 
 from dspex_persist import wiring
 from dspex_persist.errors import DspexError
@@ -262,8 +261,6 @@ BUGS = {"error-is-abort": _take_error_for_abort, "import-in-parts": _import_in_p
 
 
 def main() -> None:
-    # stdout is for the answers.
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     folder = Path(sys.argv[1])
     library = _load_shim()
     recording = _record_session(folder)

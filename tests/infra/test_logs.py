@@ -1,5 +1,6 @@
 """Log lines: one an event, the same for ours and for libraries', and never a local variable's value."""
 
+import errno
 import io
 import json
 import logging
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import structlog
 
-from dspex_persist.infra.logs import LogStyle, configure_logs, quiet_grpc
+from dspex_persist.infra.logs import LogStyle, configure_logs, get_logger, quiet_grpc
 
 _SECRET = "the-users-value"
 
@@ -156,3 +157,73 @@ def test_grpc_is_quiet_unless_the_environment_says_otherwise(monkeypatch: pytest
     monkeypatch.setenv("GRPC_VERBOSITY", "DEBUG")
     quiet_grpc()
     assert os.environ["GRPC_VERBOSITY"] == "DEBUG"
+
+
+# --- Our own loggers ---
+
+
+def test_our_event_is_one_json_line_with_what_is_bound() -> None:
+    stream = io.StringIO()
+    configure_logs("info", "json", stream=stream)
+    structlog.contextvars.bind_contextvars(rpc="Ping")
+    get_logger("dspex_persist.somewhere").bind(session_id="s").warning("it broke", size_bytes=3)
+    (event,) = _lines(stream)
+    assert event.pop("timestamp")
+    assert event == {
+        "event": "it broke",
+        "level": "warning",
+        "source": "dspex_persist.somewhere",
+        "rpc": "Ping",
+        "session_id": "s",
+        "size_bytes": 3,
+    }
+
+
+def test_without_configuration_an_event_is_an_ordinary_record(caplog: pytest.LogCaptureFixture) -> None:
+    logger = get_logger("dspex_persist.somewhere")
+    with caplog.at_level(logging.INFO, "dspex_persist"):
+        logger.bind(rpc="Ping").info("it broke", reason="a\nb", traceback="Traceback\n  line\n")
+        logger.debug("left out")
+    (record,) = caplog.records
+    assert (record.name, record.levelname, record.funcName) == (
+        "dspex_persist.somewhere",
+        "INFO",
+        "test_without_configuration_an_event_is_an_ordinary_record",
+    )
+    assert record.getMessage() == "it broke rpc='Ping' reason='a\\nb'\nTraceback\n  line"
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_control_characters_do_nothing_on_a_terminal(own: bool) -> None:
+    stream = io.StringIO()
+    configure_logs("info", "console", stream=stream)
+    logger: Any = get_logger("dspex_persist.somewhere") if own else structlog.get_logger()
+    try:
+        raise ValueError("\x1b[31m of an error")
+    except ValueError as error:
+        logger.error(
+            "\x1b]0;title\x07", session_id="\x9b2J\r\n\u202e", traceback="first\nsecond\x1b[2J", exc_info=error
+        )
+    text = stream.getvalue()
+    assert {each for each in text if not each.isprintable()} == {"\n"}
+    assert r"\x1b]0;title\x07" in text
+    assert r"\x1b[31m of an error" in text
+    assert r"second\x1b[2J" in text.replace("\\\\", "\\")
+
+
+class _Full(io.RawIOBase):
+    def writable(self) -> bool:
+        return True
+
+    def write(self, _text: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("style", ["json", "console"])
+def test_a_stream_that_is_gone_stops_nobody(style: LogStyle, capsys: pytest.CaptureFixture[str]) -> None:
+    full = io.TextIOWrapper(_Full(), write_through=True)
+    configure_logs("info", style, stream=full)
+    get_logger("dspex_persist.somewhere").error("nobody hears this", exc_info=ValueError())
+    logging.getLogger("some.library").error("nor this")
+    structlog.get_logger().error("nor that")
+    assert capsys.readouterr() == ("", "")

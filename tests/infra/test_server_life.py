@@ -18,7 +18,6 @@ from google.protobuf.wrappers_pb2 import Int32Value, StringValue
 from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from structlog.testing import capture_logs
 
 from dspex_persist.infra.listen import TcpAddress, prepare
 from dspex_persist.infra.process import ProcessFailedError
@@ -27,6 +26,7 @@ from tests.deadline import within
 from tests.infra import ping
 from tests.infra.ping import OpenChannel, PingClient, StartServer
 from tests.infra.ping_server import REFUSED
+from tests.logs import capture_logs
 
 # --- Listening ---
 

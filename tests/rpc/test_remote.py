@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.wrappers_pb2 import StringValue
-from structlog.testing import capture_logs
 
 from dspex_persist.infra.listen import is_loopback
 from dspex_persist.infra.process import ServerProcess
@@ -26,6 +25,7 @@ from dspex_persist.state.rpc.headers import EXECUTION_ID
 from dspex_persist.state.rpc.remote import Circuit, RemoteTools
 from dspex_persist.state.runner import RemoteCall
 from tests.deadline import within
+from tests.logs import capture_logs
 from tests.rpc.worker import Worker, serving
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from structlog.testing import capture_logs
 
 from dspex_persist import connect, open_audit
 from dspex_persist.state.embedded import EmbeddedState
@@ -27,6 +26,7 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.store import engine, maintenance, transfer
 from dspex_persist.state.store.session_store import SessionStore
+from tests.logs import capture_logs
 
 DEADLINE_S = 60
 ON_LINUX = pytest.mark.skipif(

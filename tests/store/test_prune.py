@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 from freezegun import freeze_time
-from structlog.testing import capture_logs
 
 from dspex_persist import clock
 from dspex_persist.state import commands as c
@@ -51,6 +50,7 @@ from dspex_persist.state.store.session_store import Job, SessionStore, StoreOpti
 from dspex_persist.state.store.variables import find_key, metadata_as_of
 from dspex_persist.wiring import import_session
 from tests.deadline import within
+from tests.logs import capture_logs
 from tests.store.test_verify import anchor_of, problems_of, random_job
 
 START = datetime(2030, 1, 1, tzinfo=UTC)

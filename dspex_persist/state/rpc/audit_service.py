@@ -9,9 +9,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
-import structlog
 from google.protobuf.message import Message
 
+from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.errors import EngineClosedError, LimitExceededError, UnavailableError, UnsupportedError
 from dspex_persist.state.mailbox import LoopMailbox
@@ -29,7 +29,7 @@ _FIRST_ROWS, _MOST_ROWS = 20, 100
 _BATCH_BYTES: Final = 256 * 1024
 """What a message of a stream should have; one row may be larger."""
 
-_logger = structlog.get_logger(source=__name__)
+_logger: Final = get_logger(__name__)
 
 
 class AuditServicer:

@@ -4,11 +4,11 @@ import asyncio
 import secrets
 from collections.abc import Mapping, Sized
 from concurrent.futures import Future
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import grpc
-import structlog
 
+from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError, StateError, quote
 from dspex_persist.state.execution import Execution, is_transactional, may_block
@@ -31,7 +31,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 _ACTOR_LENGTH = 255
 _READER = Origin(actor="", cause="read")
-_logger = structlog.get_logger(source=__name__)
+_logger: Final = get_logger(__name__)
 
 
 class Calls:

@@ -12,10 +12,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final, TypeVar
 
 import grpc
-import structlog
 
 from dspex_persist.infra.channels import Options, channel_options
 from dspex_persist.infra.listen import ListenError, TcpAddress, parse_listen
+from dspex_persist.infra.logs import get_logger
 from dspex_persist.state import values
 from dspex_persist.state.errors import (
     InvalidArgumentError,
@@ -40,7 +40,7 @@ _CLOSED: Final = "this process makes no more calls"
 _NOTHING: Final = (b"", b"null")
 _LOST: Final = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED})
 
-_logger: structlog.typing.FilteringBoundLogger = structlog.get_logger(source=__name__)
+_logger: Final = get_logger(__name__)
 
 
 class RemoteTools:

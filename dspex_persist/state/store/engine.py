@@ -14,12 +14,12 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 from urllib.parse import quote
 from weakref import WeakKeyDictionary
 
-import structlog
 from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.pool import QueuePool, StaticPool
 
 from dspex_persist.infra import forks
+from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.errors import DatabaseInUseError, NotADatabaseError, ReadFailedError
 from dspex_persist.state.store import inherited
 
@@ -33,7 +33,7 @@ _DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _FOLDER_HINT: Final = (
     "to read it all the same, use `dspex-persist audit`, `db check` or dspex_persist.open_audit, which only read"
 )
-_logger = structlog.get_logger(__name__)
+_logger: Final = get_logger(__name__)
 
 
 class Identity(NamedTuple):

@@ -6,15 +6,14 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Final, TypeAlias
 
-import structlog
-
 from dspex_persist import clock
+from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.errors import EngineClosedError, StateError
 from dspex_persist.state.model import PrunePolicy, PruneReport
 from dspex_persist.state.provider import Progress
 from dspex_persist.state.store.session_store import StoreOptions
 
-_logger = structlog.get_logger(__name__)
+_logger: Final = get_logger(__name__)
 
 _PAUSE: Final = 20
 """How many times as long as the last round it waits before the next: it takes a twentieth of a core at most."""

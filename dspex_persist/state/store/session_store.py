@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, get_args
+from typing import Any, Final, NamedTuple, NoReturn, get_args
 
-import structlog
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from dspex_persist import clock
 from dspex_persist.infra import forks
+from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.commands import Command, ExpireSession, ForkSession, InterruptExecutions
 from dspex_persist.state.commands.base import check_text
 from dspex_persist.state.errors import (
@@ -70,7 +70,7 @@ from dspex_persist.state.store.options import check_count, check_seconds
 from dspex_persist.state.unit_of_work import START, Drafts, RecordedOutcome, SessionState, UnitOfWork
 from dspex_persist.state.watch import Hub
 
-_logger = structlog.get_logger(__name__)
+_logger: Final = get_logger(__name__)
 
 _CERTAIN_ABORTS = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY})
 # What the rows of one job bring about, whatever else is in its group: they never reach the disk.

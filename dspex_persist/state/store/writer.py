@@ -6,15 +6,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
-from typing import Any, TypeAlias
-
-import structlog
+from typing import Any, Final, TypeAlias
 
 from dspex_persist.infra import forks
+from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.errors import EngineClosedError, OutcomeUnknownError, QueueFullError, StateError
 from dspex_persist.state.store.session_store import Job, Outcome
 
-_logger = structlog.get_logger(__name__)
+_logger: Final = get_logger(__name__)
 
 _MOST_IN_GROUP = 1024
 _GAP_S = 0.003

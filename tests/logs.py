@@ -1,0 +1,30 @@
+"""What was told to the log, as events with fields."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class _Events(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[dict[str, Any]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        fields = getattr(record, "dspex_fields", {"event": record.getMessage()})
+        self.told.append({**fields, "log_level": record.levelname.lower()})
+
+
+@contextmanager
+def capture_logs() -> Iterator[list[dict[str, Any]]]:
+    """The events of our own loggers, of every level, while this lasts."""
+    logger, events = logging.getLogger("dspex_persist"), _Events()
+    level = logger.level
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(events)
+    try:
+        yield events.told
+    finally:
+        logger.removeHandler(events)
+        logger.setLevel(level)

@@ -1,0 +1,57 @@
+"""As a library it says nothing on stdout, and what it says elsewhere is for `logging` to say."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dspex_persist import connect
+from dspex_persist.state import commands
+from dspex_persist.state.errors import InternalError
+
+PROGRAM = """
+import logging, sys
+import dspex_persist
+from dspex_persist.state import commands
+def fail(self, uow):
+    raise ZeroDivisionError("a fault of ours")
+commands.Heartbeat.apply = fail
+if sys.argv[2] == "silenced":
+    logging.getLogger("dspex_persist").setLevel(logging.CRITICAL)
+if sys.argv[2] == "redirected":
+    logging.basicConfig(filename=sys.argv[1] + ".log", level=logging.INFO)
+with dspex_persist.connect(sys.argv[1]) as state:
+    try:
+        state.run(commands.Heartbeat("s"))
+    except dspex_persist.DspexError:
+        print("failed, as it should")
+"""
+
+
+@pytest.mark.parametrize("logs", ["not configured", "silenced", "redirected"])
+def test_stdout_is_the_programs(tmp_path: Path, logs: str) -> None:
+    argv = [sys.executable, "-c", PROGRAM, str(tmp_path / "s.db"), logs]
+    ended = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout == "failed, as it should\n"
+    told = (tmp_path / "s.db.log").read_text() if logs == "redirected" else ended.stderr
+    if logs == "silenced":
+        assert told == ""
+    else:
+        assert "command failed" in told
+        assert "ZeroDivisionError: a fault of ours" in told
+    if logs == "redirected":
+        assert ended.stderr == ""
+        assert "dspex_persist.state.store.session_store" in told
+
+
+def test_logging_captures_it(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(commands.Heartbeat, "apply", fail)
+    with connect(tmp_path / "s.db") as state, pytest.raises(InternalError):
+        state.run(commands.Heartbeat("s"))
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == ("dspex_persist.state.store.session_store", logging.ERROR)
