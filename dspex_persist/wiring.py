@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dspex_persist.errors import DspexError
-from dspex_persist.infra import forks
+from dspex_persist.infra import forks, streams
 from dspex_persist.infra.listen import ListenError, is_loopback, parse_listen, prepare
 from dspex_persist.infra.logs import configure_logs, get_logger, quiet_grpc
 from dspex_persist.settings import Settings, SettingsError
@@ -343,7 +343,10 @@ async def _serve_bridge(
 
     def on_ready(port: int) -> None:
         _spare_the_collector()
-        print(f"GRPC_READY:{port}", flush=True)
+        unheard = streams.say(f"GRPC_READY:{port}")
+        if unheard is not None:
+            # Whoever started it may not wait for that: clients can be served all the same.
+            _log.warning("nobody was told that it is ready", reason=str(unheard))
         _log.info("serving", listen=settings.listen, port=port, db=str(settings.db), sequence=provider.head_sequence)
 
     limits = limits_of(settings)

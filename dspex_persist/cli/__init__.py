@@ -8,6 +8,7 @@ import typer
 from dspex_persist import __version__
 from dspex_persist.cli import audit, demo, maintenance, replay, serve, session, tools
 from dspex_persist.errors import DspexError
+from dspex_persist.infra import streams
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,14 +52,24 @@ def _root(
 
 def main() -> None:
     """Run the command line. An error that we know is one sentence on stderr and an exit code, never a traceback."""
+    streams.prepare()
+    sys.exit(streams.finish(_run(sys.argv[1:])))
+
+
+def _run(words: list[str]) -> int:
     try:
-        app(prog_name="dspex-persist")
-    except (DspexError, ValueError) as error:
+        app(args=streams.decoded(words), prog_name="dspex-persist")
+    except SystemExit as end:
+        ended = end.code if isinstance(end.code, int) else 0
+        return streams.READER_GONE if ended == 1 and streams.is_reader_gone(end) else ended
+    except (DspexError, ValueError, OSError) as error:
         code = exit_code_of(error)
         if code is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(code)
+        if code != streams.READER_GONE:
+            streams.tell(f"error: {streams.sentence_of(error) if isinstance(error, OSError) else error}")
+        return code
+    return 0
 
 
 def exit_code_of(error: Exception) -> int | None:
@@ -78,5 +89,9 @@ def exit_code_of(error: Exception) -> int | None:
         (wiring.StorageFailedError, wiring.EXIT_STORAGE_FAILED),
         (ListenError, 75),
         (DspexError, 1),
+        # What nobody can write in a file, a name or a message.
+        (UnicodeError, 2),
     )
+    if isinstance(error, OSError) or streams.is_reader_gone(error):
+        return streams.code_of(error)
     return next((code for kind, code in codes if isinstance(error, kind)), None)

@@ -18,11 +18,9 @@ Db = Annotated[
 
 def database_of(given: Path | None) -> Path:
     """The file that `--db` names, or else the one that `serve` would take."""
-    if given is not None:
-        return given.expanduser()
     from dspex_persist.settings import load_settings
 
-    return load_settings().db
+    return load_settings({"db": given}).db
 
 
 def url_of(target: str) -> str:

@@ -1,0 +1,267 @@
+"""Every command, whatever a shell does to it: no traceback, and an exit code that docs/exit-codes.md has."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from dspex_persist import Context, cli, connect
+from dspex_persist.infra.process import ServerProcess
+
+PROGRAM = (sys.executable, "-m", "dspex_persist")
+DEADLINE_S = 60
+ROOT = Path(__file__).parents[2]
+CODES = {int(code) for code in re.findall(r"^\| ([0-9]+) \|", (ROOT / "docs/exit-codes.md").read_text(), re.M)}
+
+# What each command is asked for; "DB" and "NEW" are a file that is there and one that is not.
+COMMANDS: dict[str, list[str]] = {
+    # A setting that cannot be: that it serves is another test's concern.
+    "serve": ["--db", "DB", "--listen", "nowhere"],
+    "demo": ["--help"],
+    "replay": ["DB.jsonl", "--tools", "nothing_here"],
+    "db check": ["--db", "DB"],
+    "db current": ["--db", "DB"],
+    "db upgrade": ["--db", "DB"],
+    "db backup": ["NEW", "--db", "DB"],
+    "db stats": ["--db", "DB"],
+    "db prune": ["--db", "DB", "--keep-versions", "1"],
+    "db vacuum": ["--db", "DB"],
+    "session export": ["é✓", "--db", "DB", "-o", "-"],
+    "session import": ["DB.jsonl", "--db", "NEW"],
+    "session fork": ["é✓", "NEW", "--db", "DB"],
+    "tools list": ["--tools", "nothing_here"],
+    "audit history": ["é✓", "--db", "DB"],
+    "audit executions": ["--db", "DB"],
+    "audit commits": ["--db", "DB"],
+    "audit sessions": ["--db", "DB"],
+    "audit show": ["exec_1", "--db", "DB"],
+    "audit state": ["é✓", "--db", "DB"],
+    "audit diff": ["é✓", "--from", "1", "--db", "DB"],
+    "audit blame": ["é✓", "--db", "DB"],
+    "audit verify": ["--db", "DB"],
+    "audit report": ["é✓", "--db", "DB", "-o", "-"],
+    "audit web": ["--db", "NEW"],
+}
+
+
+def names_of(command: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
+    if not hasattr(command, "commands"):
+        yield " ".join(path)
+        return
+    for name, each in command.commands.items():
+        yield from names_of(each, (*path, name))
+
+
+def test_every_command_is_here() -> None:
+    assert sorted(names_of(typer.main.get_command(cli.app))) == sorted(COMMANDS)
+
+
+@dataclass
+class Shell:
+    """How a command is started: its streams (None: closed), the terminal's encoding, words that come on top."""
+
+    stdin: str | None = os.devnull
+    stdout: str | None = "out"
+    stderr: str | None = "err"
+    encoding: str = "utf-8"
+    words: Sequence[bytes] = ()
+    db: str | None = None
+    codes: frozenset[int] = field(default_factory=frozenset)
+    """How every command must end; empty: each in its own way."""
+
+
+SHELLS = {
+    "as usual": Shell(),
+    "no UTF-8": Shell(encoding="ascii"),
+    "a word that is no UTF-8": Shell(words=[b"\xff"], codes=frozenset({2})),
+    "an option that is no UTF-8": Shell(words=[b"--db", b"\xff.db"], codes=frozenset({2})),
+    "a NUL device as file": Shell(db="/dev/null"),
+    "a folder as file": Shell(db="."),
+    ":memory: as file": Shell(db=":memory:"),
+    "no room for stdout": Shell(stdout="/dev/full"),
+    "no room for stderr": Shell(stderr="/dev/full"),
+    "no room for both": Shell(stdout="/dev/full", stderr="/dev/full"),
+    "nobody reads stdout": Shell(stdout="pipe"),
+    "nobody reads either": Shell(stdout="pipe", stderr="pipe"),
+    "stdin closed": Shell(stdin=None),
+    "stdout closed": Shell(stdout=None),
+    "stderr closed": Shell(stderr=None),
+    "all closed": Shell(stdin=None, stdout=None, stderr=None),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a database and a recording."""
+    folder = tmp_path_factory.mktemp("shell")
+    with connect(folder / "s.db") as state:
+        Context(state, "é✓").variables.define("größe", "é✓\x1b[31m")
+        state.set_variable("é✓", "größe", "zwei")
+    argv = [*PROGRAM, "session", "export", "é✓", "--db", "s.db", "-o", "s.db.jsonl"]
+    subprocess.run(argv, cwd=folder, check=True, capture_output=True, timeout=DEADLINE_S)
+    return folder
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_traceback_and_a_code_that_is_documented(command: str, shell: str, place: Path, tmp_path: Path) -> None:
+    how = SHELLS[shell]
+    replaced = {
+        "DB": how.db or str(place / "s.db"),
+        "NEW": str(tmp_path / "new.db"),
+        "DB.jsonl": str(place / "s.db.jsonl"),
+    }
+    words = [replaced.get(word, word) for word in COMMANDS[command]]
+    code, out, err = run_forked([*command.split(), *words], how, tmp_path)
+    assert "Traceback" not in out + err, err
+    assert "Exception ignored" not in err
+    assert code in CODES, (code, err)
+    if how.codes and COMMANDS[command] != ["--help"]:
+        assert code in how.codes, err
+    if code not in (0, 141) and how.stderr == "err":
+        assert err.strip(), "nothing was said"
+
+
+def run_forked(words: Sequence[str], how: Shell, folder: Path) -> tuple[int, str, str]:
+    """Run the command line in a child of this process, as a new interpreter would: importing it takes a second."""
+    argv = [b"dspex-persist", *(word.encode() for word in words), *how.words]
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(DEADLINE_S)
+        try:
+            os._exit(_become(argv, how, folder))
+        finally:
+            os._exit(99)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    told = [(folder / name).read_text(errors="replace") if (folder / name).exists() else "" for name in ("out", "err")]
+    return code, told[0], told[1]
+
+
+def _become(argv: Sequence[bytes], how: Shell, folder: Path) -> int:
+    for number, name in enumerate((how.stdin, how.stdout, how.stderr)):
+        _redirect(number, name, folder)
+    os.chdir(folder)
+    sys.argv = [os.fsdecode(word) for word in argv]
+    opened: Any = partial(open, encoding=how.encoding, closefd=False)
+    sys.stdin = None if how.stdin is None else opened(0)
+    sys.stdout = None if how.stdout is None else opened(1, "w")
+    sys.stderr = None if how.stderr is None else opened(2, "w", 1, errors="backslashreplace")
+    for name in [name for name in os.environ if name.startswith("DSPEX_PERSIST_")]:
+        del os.environ[name]
+    try:
+        cli.main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0
+    except BaseException:  # noqa: BLE001 -- as the interpreter does
+        traceback.print_exc()
+        return 1
+    # As at the end of the interpreter.
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            return 120
+    return code
+
+
+def _redirect(number: int, name: str | None, folder: Path) -> None:
+    if name is None:
+        os.close(number)
+        return
+    if name == "pipe":
+        reading, target = os.pipe()
+        os.close(reading)
+    else:
+        target = os.open(folder / name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(target, number)
+    os.close(target)
+
+
+# As processes of their own
+
+
+def run(words: Sequence[str | bytes], **more: Any) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([*PROGRAM, *words], stderr=subprocess.PIPE, timeout=DEADLINE_S, check=False, **more)
+
+
+def test_a_terminal_in_ascii_sees_escapes(place: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = run(["audit", "history", "é✓", "--db", str(place / "s.db")], stdout=subprocess.PIPE, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"gr\xf6\xdfe" in done.stdout
+
+
+def test_a_word_that_is_no_utf8_is_named(place: Path) -> None:
+    done = run(["audit", "history", "é✓", "--db", str(place / "s.db"), "--actor", b"a\xff"])
+    assert (done.returncode, done.stderr) == (2, b"error: the argument a\\xff is not UTF-8: write it in UTF-8\n")
+
+
+def test_output_that_cannot_be_written_is_a_failure(place: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = run(["audit", "history", "é✓", "--db", str(place / "s.db"), "--json"], stdout=full)
+    assert done.returncode == 1
+    assert done.stderr == b"error: the output cannot be written: No space left on device\n"
+
+
+def test_head_is_no_failure_that_anybody_hears_of(place: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = run(["audit", "history", "é✓", "--db", str(place / "s.db")], stdout=writing)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full"])
+def test_a_server_goes_on_without_its_streams(tmp_path: Path, closed: str) -> None:
+    command = f'exec "$@" {closed}'
+    address = f"unix:{tmp_path}/socket"
+    argv = ["sh", "-c", command, "sh", *PROGRAM, "serve", "--db", str(tmp_path / "s.db"), "--listen", address]
+    process = subprocess.Popen(argv, cwd=tmp_path)
+    try:
+        _await_server(process, address)
+        with connect(f"grpc+{address}") as state:
+            assert not state.initialize_session("s").resumed
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+    with connect(tmp_path / "s.db") as state:
+        assert state.initialize_session("s").resumed
+
+
+def _await_server(process: subprocess.Popen[bytes], address: str) -> None:
+    import grpc
+
+    with grpc.insecure_channel(address) as channel:
+        ready = grpc.channel_ready_future(channel)
+        for _ in range(DEADLINE_S):
+            try:
+                ready.result(1)
+            except grpc.FutureTimeoutError:
+                assert process.poll() is None
+            else:
+                return
+    raise AssertionError("it does not answer")
+
+
+def test_a_server_goes_on_when_nobody_reads_its_output_any_more(tmp_path: Path) -> None:
+    argv = [*PROGRAM, "serve", "--db", "s.db", "--listen", "127.0.0.1:0", "--log-level", "debug"]
+    with ServerProcess(argv, cwd=tmp_path) as server:
+        port = server.wait_ready(DEADLINE_S)
+        # Its reading ends go; the process itself stays.
+        server._output.close()
+        with connect(f"grpc://127.0.0.1:{port}") as state:
+            for number in range(5):
+                state.initialize_session(f"s{number}")
+        assert server.terminate(DEADLINE_S) == 0
