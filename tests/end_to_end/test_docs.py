@@ -1,18 +1,61 @@
 """The programs of the pages on tools, and the examples, run as a newcomer would."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from dspex_persist import BridgedState, Context
+from dspex_persist import BridgedState, Context, connect
 from dspex_persist.infra.process import ServerProcess
+from tests.deadline import within
 from tests.end_to_end.old_style import ROOT, environment, serve, target_of, tools_list
 from tests.end_to_end.programs import Program, programs_of, run, run_python
 
 PROGRAMS = [program for page in ("docs/tools.md", "docs/transactions.md") for program in programs_of(page)]
 WORKERS = [program for program in PROGRAMS if "BridgeServiceServicer" in program.text]
 EXAMPLES = ROOT / "examples"
+DSPY = """
+import dspy
+from dspy.lm15 import Message, Response, TextPart, Usage
+
+import dspex_persist
+import dspex_persist.cognitive.dspy
+
+
+class Engine:
+    def complete(self, request):
+        text = "[[ ## urgent ## ]]\\nTrue\\n\\n[[ ## completed ## ]]"
+        usage = Usage(input_tokens=1, output_tokens=1, total_tokens=2)
+        answer = Message.assistant([TextPart(text)])
+        return Response(id=None, model="m", message=answer, finish_reason="stop", usage=usage)
+
+
+ask_a_model = dspy.LM
+dspy.LM = lambda model, **options: ask_a_model(model, engine=Engine(), cache=False, **options)
+import triage
+
+tools = dspex_persist.Toolbox()
+tools.add(triage.triage)
+with dspex_persist.connect("dspy.db", tools=tools) as state:
+    session = dspex_persist.Context(state, "s")
+    session.variables.define("temperature", 0.3)
+    session.variables.define("urgent_count", 0)
+    print(session.call("triage", message="Fire!"), session["urgent_count"])
+    _, commits = state.record("s")
+    ends = [event.body["recorded"] for commit in commits for event in commit.events if "recorded" in event.body]
+calls = ends[0]["lm"]
+print(len(calls))
+
+
+def run_the_program():
+    with dspy.context(lm=dspy.LM("openai/gpt-4o-mini", temperature=0.3)):
+        triage.classify(message="Fire!")
+
+
+"""
 
 
 @pytest.mark.parametrize("program", [each for each in PROGRAMS if each.is_whole and each not in WORKERS], ids=str)
@@ -79,3 +122,30 @@ def test_the_examples_module_is_found_as_their_page_says(tmp_path: Path) -> None
     assert "7 tools" in here.stdout
     arguments = ["-m", "dspex_persist", "tools", "list", "--tools", "shop"]
     assert "7 tools" in run_python(arguments, tmp_path, PYTHONPATH=str(EXAMPLES))
+
+
+def test_the_program_that_makes_a_report(tmp_path: Path) -> None:
+    (program,) = programs_of("docs/audit-pages.md")
+    with connect(tmp_path / "sessions.db") as state:
+        Context(state, "tune-checkout").variables.define("temperature", 0.7)
+    run(program.text, tmp_path)
+    assert "temperature" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_programs_of_the_page_on_dspy(tmp_path: Path) -> None:
+    """The tool is recorded, and what was recorded is played, without a model in either."""
+    tool, playing = programs_of("docs/dspy.md")
+    (tmp_path / "triage.py").write_text(tool.text)
+    (tmp_path / "both.py").write_text(DSPY + playing.text + 'print("played", playback.divergences)\n')
+    said = run_python(["-W", "ignore", "both.py"], tmp_path, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
+    assert said.splitlines() == ["True 1", "1", "played []"]
+
+
+def test_what_the_package_says_of_itself() -> None:
+    """Its page in an index is the README; the extra for the pytest plugin has what its fixtures need."""
+    argv = [sys.executable, "-m", "hatchling", "metadata"]
+    said = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=within(60), check=True).stdout
+    told = json.loads(said)
+    assert told["readme"]["text"] == (ROOT / "README.md").read_text()
+    extra = {requirement.partition(">")[0] for requirement in told["optional-dependencies"]["test"]}
+    assert extra == {"pytest", "freezegun"}
