@@ -1,5 +1,6 @@
 """The one place that reads the wall clock, so that freezegun and replays can set it."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -7,13 +8,35 @@ from datetime import UTC, datetime, timedelta
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
+# With the time that the machine slept, where there is such a clock.
+_STEADY = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+_BEGAN, _BEGAN_S = datetime.now(UTC), time.clock_gettime(_STEADY)
 _source: ContextVar[Callable[[], datetime] | None] = ContextVar("dspex_persist_clock", default=None)
 
 
 def now() -> datetime:
     """The current wall-clock time, aware, UTC."""
     source = _source.get()
-    return datetime.now(UTC) if source is None else source()
+    return _wall() if source is None else source()
+
+
+def _wall() -> datetime:
+    return datetime.now(UTC)
+
+
+def steady() -> datetime:
+    """A time that nobody sets: the wall clock's when the process began, and since then only what has really passed.
+
+    What lives for a while is measured with it, so that nothing ends because the wall clock jumps. Where a test or a
+    replay has set the time, it is that time.
+    """
+    if _source.get() is not None or datetime is not _REAL[0] or now is not _REAL[1]:
+        return now()
+    return _BEGAN + timedelta(seconds=time.clock_gettime(_STEADY) - _BEGAN_S)
+
+
+# In a tuple, where freezegun does not look for what it replaces.
+_REAL = (datetime, now)
 
 
 @contextmanager

@@ -51,6 +51,7 @@ _OTHER_STREAMS: Final = 1_000
 
 _SCHEME: Final = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):(?P<rest>.*)", re.DOTALL)
 _HOST_AND_PORT: Final = re.compile(r"//(\[[^\[\]/]+\]|[^\[\]/:]+):[0-9]{1,5}")
+_BARE_HOST_AND_PORT: Final = re.compile(r"(\[[^\[\]/]+\]|[^\[\]/:\s]+):[0-9]{1,5}")
 _FORMS: Final = "a path, sqlite:///PATH, grpc://HOST:PORT or grpc+unix:/PATH"
 
 _log: Final = get_logger(__name__)
@@ -159,10 +160,12 @@ def limits_of(settings: Settings) -> Limits:
 
 def _place_of(url: str | os.PathLike[str]) -> Path | str:
     """The file that a URL means, or the target of the server."""
+    if isinstance(url, bytes) or not isinstance(url, str | os.PathLike):
+        raise InvalidArgumentError("url", f"it must be {_FORMS}, not {type(url).__name__}")
     if not isinstance(url, str):
         return Path(url)
-    match = _SCHEME.match(url)
-    if match is None and url not in ("", ":memory:"):
+    match, meant = _SCHEME.match(url), _meant(url)
+    if match is None and not meant and url not in ("", ":memory:"):
         return Path(url)
     scheme, rest = (match["scheme"], match["rest"]) if match is not None else ("", "")
     if scheme == "sqlite" and len(rest) > 3 and rest.startswith("///"):
@@ -171,8 +174,17 @@ def _place_of(url: str | os.PathLike[str]) -> Path | str:
         return rest[2:]
     if scheme == "grpc+unix" and rest.strip("/"):
         return f"unix:{re.sub('^//(?=/)', '', rest)}"
+    if meant:
+        raise InvalidArgumentError("url", f"{quote(url)} is not {_FORMS}; did you mean {meant}?")
     hint = "; for a database that goes again, name a file in a temporary folder" if url == ":memory:" else ""
     raise InvalidArgumentError("url", f"{quote(url)} is not {_FORMS}{hint}")
+
+
+def _meant(url: str) -> str:
+    """The URL of a server that is written as other options take it, or as one of the web; "" if it is not."""
+    if _BARE_HOST_AND_PORT.fullmatch(address := re.sub("^(https?|grpcs?|tcp):(//)?", "", url)):
+        return f"grpc://{address}"
+    return f"grpc+{url}" if re.match("unix:.*[^/]", url) else ""
 
 
 def _embedded(path: Path, **options: Any) -> "EmbeddedState":

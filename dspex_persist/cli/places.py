@@ -24,12 +24,12 @@ def database_of(given: Path | None) -> Path:
 
 
 def url_of(target: str) -> str:
-    """The URL of the server that `--target` names: HOST:PORT or unix:PATH."""
-    from dspex_persist.infra.listen import ListenError, UnixAddress, parse_listen
+    """The URL of the server that `--target` names: HOST:PORT or unix:PATH, or that URL."""
+    from dspex_persist.infra.listen import ListenError, UnixAddress, parse_listen, target_of
     from dspex_persist.settings import SettingsError
 
     try:
-        address = parse_listen(target)
+        address = parse_listen(target_of(target))
     except ListenError as error:
         raise SettingsError("target", f"{target!r} will not do: {error.reason}", "flag --target") from error
     return f"grpc+{address}" if isinstance(address, UnixAddress) else f"grpc://{address}"

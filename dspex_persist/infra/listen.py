@@ -65,6 +65,13 @@ def parse_listen(listen: str) -> Address:
     return TcpAddress(match["bracketed"] or match["plain"], port)
 
 
+def target_of(address: str) -> str:
+    """The gRPC target that an address means, which may be written as a URL: grpc://HOST:PORT, grpc+unix:/PATH."""
+    if address.startswith("grpc+unix:"):
+        return f"unix:{re.sub('^//(?=/)', '', address.removeprefix('grpc+unix:'))}"
+    return address.removeprefix("grpc://")
+
+
 def is_loopback(listen: str) -> bool:
     """Whether only this machine can reach `listen`: 127.0.0.0/8, ::1, localhost, or a Unix socket.
 

@@ -180,6 +180,7 @@ _CHECKS: Mapping[Any, Check] = {
     str: text,
     str | None: _optional(text),
     Number: short_number,
+    Number | None: _optional(short_number),
     Version | None: _optional(version),
     bool: flag,
     float | None: _optional(seconds),

@@ -14,6 +14,7 @@ import grpc
 from google.protobuf.message import Message
 
 from dspex_persist.infra.channels import channel_options
+from dspex_persist.infra.listen import target_of
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import (
@@ -94,7 +95,7 @@ def _nothing() -> None:
 
 
 class BridgedState(StateProvider):
-    """Session state behind a gRPC target such as "127.0.0.1:50051" or "unix:/run/dspex.sock".
+    """Session state behind a gRPC target such as "127.0.0.1:50051" or "unix:/run/dspex.sock", or a URL of `connect`.
 
     A call that is not answered within `timeout_s` fails. If it wrote, and had an idempotency key, it is repeated with
     it for as long after the connection was lost, and so happens once; without a key its outcome is unknown.
@@ -108,7 +109,7 @@ class BridgedState(StateProvider):
     def __init__(
         self, target: str, *, timeout_s: float = 30.0, actor: str | None = None, execution_id: str | None = None
     ) -> None:
-        self._target = target
+        target = self._target = target_of(arguments.text("target", target))
         self._timeout_s = timeout_s
         self._execution_id = execution_id
         self._actor = arguments.text("actor", actor) if actor else f"user:{getpass.getuser()}"
@@ -361,7 +362,7 @@ def _headers_of(origin: Origin, command: Command[Any], execution_id: str | None)
         IDEMPOTENCY_KEY: origin.idempotency_key,
         OPTIMIZER_ID: origin.optimizer_id,
         BEFORE_VERSION: None if before is None else str(before),
-        EXPECTED_VERSION: None if expected is None else str(expected),
+        EXPECTED_VERSION: None if expected is None or expected < 0 else str(expected),
         EXECUTION_ID: execution_id,
         TIMEOUT_S: None if timeout_s is None else repr(timeout_s),
         ASKED_BY: asking_execution() if isinstance(command, commands.ExecuteTool) else None,

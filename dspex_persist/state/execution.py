@@ -125,6 +125,7 @@ class _Overlay:
         unit, issued = self.unit, list[str]()
         start = unit.savepoint()
         unit.now, unit.origin, unit.tokens = clock.now(), origin, _recorded(self._tokens, issued)
+        unit.steady = clock.steady()
         try:
             result = command.apply(unit)
         except BaseException:

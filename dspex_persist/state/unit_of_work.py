@@ -212,6 +212,7 @@ class UnitOfWork:
         "sequence",
         "session_ttl_s",
         "state",
+        "steady",
         "tokens",
         "versions",
     )
@@ -225,10 +226,13 @@ class UnitOfWork:
         limits: Limits,
         session_ttl_s: float | None = None,
         optimization_lease_s: float = 300.0,
+        steady: datetime | None = None,
     ) -> None:
         self._drafts = drafts
         self.origin = origin
         self.now = now
+        # What TTLs are measured with: see `clock.steady`.
+        self.steady = now if steady is None else steady
         self.sequence = sequence
         self.limits = limits
         self.session_ttl_s = session_ttl_s
@@ -251,9 +255,9 @@ class UnitOfWork:
         if state is None:
             return None
         if state.lease is not None:
-            if state.is_over(self.now):
+            if state.is_over(self.steady):
                 return None
-            state.lease.touch(self.now)
+            state.lease.touch(self.steady)
         return state
 
     def session(self, session_id: str) -> SessionState:
@@ -266,13 +270,13 @@ class UnitOfWork:
     def find_expired(self, session_id: str) -> SessionState | None:
         """The session if it has expired but has not been ended yet."""
         state = self._drafts.find(session_id)
-        return state if state is not None and state.is_over(self.now) else None
+        return state if state is not None and state.is_over(self.steady) else None
 
     def start_session(self, session: Session, config: Mapping[str, Any]) -> SessionState:
         """Begin `session`; whoever calls has made sure that no live one has its id."""
         lease = None
         if session.ttl_s is not None:
-            lease = Lease(session.ttl_s, self.now + timedelta(seconds=session.ttl_s))
+            lease = Lease(session.ttl_s, self.steady + timedelta(seconds=session.ttl_s))
         state = SessionState(session=session, lease=lease, sequence=self.sequence)
         self._replace_state(session.id, state)
         body = {"session_id": session.id, "metadata": dict(session.metadata), "ttl_s": session.ttl_s}
@@ -287,7 +291,7 @@ class UnitOfWork:
         if session.ttl_s is None:
             state.lease = None
         elif state.lease is None or state.lease.ttl_s != session.ttl_s:
-            state.lease = Lease(session.ttl_s, self.now + timedelta(seconds=session.ttl_s))
+            state.lease = Lease(session.ttl_s, self.steady + timedelta(seconds=session.ttl_s))
         body = {"session_id": session.id, "metadata": dict(session.metadata), "ttl_s": session.ttl_s}
         self._log(EventKind.SESSION_UPDATED, body)
 

@@ -1210,6 +1210,25 @@ def _keyed_writes(session: str) -> Mapping[str, Command[Any]]:
 KEYED = sorted(_keyed_writes(""))
 
 
+SAME: list[tuple[str, Sequence[str]]] = [
+    ("float", ("1", "1.0", " 1e0 ", "10e-1")),
+    ("integer", ("5", "5.0", "\n5")),
+    ("boolean", ("true", '"true"', "1")),
+    ("string", ('"\u00e9"', '"\\u00e9"', ' "\\u00E9"')),
+    ("embedding", ("[1, 2]", "[1.0,2e0]")),
+    ("map", ('{"a": 1, "b": {"c": 2, "d": 3}}', '{"b":{"d":3,"c":2},"a":1}')),
+    ("list", ('[{"a": 1, "b": 2}]', '[ {"b":2,"a":1} ]')),
+    ("tensor", ('{"shape": [1], "data": [1]}', '{"data":[1],"shape":[1]}')),
+]
+DIFFERENT: list[tuple[str, str, str]] = [
+    ("list", "[1]", "[1.0]"),
+    ("map", '{"a": 1}', '{"a": 1.0}'),
+    ("string", '"1"', '"1.0"'),
+    ("float", "0.0", "-0.0"),
+]
+"""JSON of values: what a type takes for the same, and what it tells apart."""
+
+
 class IdempotencyContract(_Contract):
     """Idempotency keys: the same answer, one effect."""
 
@@ -1271,6 +1290,41 @@ class IdempotencyContract(_Contract):
             assert key in str(error)
         assert provider.get_variable(keyable, "x").version == 2
         assert provider.set_variable(keyable, "x", 5, idempotency_key=key) == 2
+
+    @pytest.mark.parametrize(("type_name", "spellings"), SAME, ids=shown)
+    def test_requests_that_mean_the_same_are_the_same(
+        self, provider: StateProvider, keyable: str, type_name: str, spellings: Sequence[str]
+    ) -> None:
+        """Told apart by what they mean, not by white space, the order of keys, or how a number is written."""
+        initial = Value(spellings[0])
+        provider.run(commands.RegisterVariable(keyable, "v", type_name, initial))
+        key = uuid.uuid4().hex
+        for number, text in enumerate(spellings):
+            register = commands.RegisterVariable(keyable, "new", type_name, Value(text), "{ }" if number else "")
+            assert (
+                self.keyed(provider, register, f"{key}-register").result() == provider.get_variable(keyable, "new").id
+            )
+            metadata = {"a": "1", "b": "2"} if number else {"b": "2", "a": "1"}
+            write = commands.SetVariable(keyable, "v", Value(text), metadata)
+            assert self.keyed(provider, write, key).result() == 1
+            batch = commands.SetVariables(keyable, {"v": Value(text)})
+            assert self.keyed(provider, batch, f"{key}-batch").result().versions == {"v": 2}
+        provider.delete_variable(keyable, "v")
+        for text in spellings:
+            assert self.keyed(provider, commands.SetVariable(keyable, "v", Value(text), metadata), key).result() == 1
+
+    @pytest.mark.parametrize(("type_name", "one", "other"), DIFFERENT, ids=shown)
+    def test_what_the_type_tells_apart_is_another_request(
+        self, provider: StateProvider, keyable: str, type_name: str, one: str, other: str
+    ) -> None:
+        provider.run(commands.RegisterVariable(keyable, "v", type_name, Value(one)))
+        key = uuid.uuid4().hex
+        assert self.keyed(provider, commands.SetVariable(keyable, "v", Value(one)), key).result() == 1
+        error = refused(self.keyed(provider, commands.SetVariable(keyable, "v", Value(other)), key))
+        assert isinstance(error, errors.IdempotencyConflictError)
+        for expected in (0, 1):
+            error = refused(self.keyed(provider, commands.SetVariable(keyable, "v", Value(one), {}, expected), key))
+            assert isinstance(error, errors.IdempotencyConflictError)
 
     def test_a_request_that_failed_may_be_repeated(self, provider: StateProvider, keyable: str) -> None:
         key = uuid.uuid4().hex

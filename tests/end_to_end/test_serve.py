@@ -23,12 +23,14 @@ from typer.testing import CliRunner
 
 import dspex_persist
 from dspex_persist import cli
+from dspex_persist.cli.places import url_of
 from dspex_persist.infra.process import ProcessFailedError, ServerProcess
 from dspex_persist.settings import SettingsError
 from dspex_persist.state.commands import SetVariable
 from dspex_persist.state.errors import InvalidArgumentError, NotADatabaseError, OutcomeUnknownError, UnavailableError
 from dspex_persist.state.model import Value
 from dspex_persist.state.provider import StateProvider
+from dspex_persist.testing.server import ServedDatabase
 from dspex_persist.wiring import connect, serve
 from tests.deadline import within
 
@@ -395,6 +397,44 @@ def test_connect_opens_a_file_by_path_and_by_url(tmp_path: Path, monkeypatch: py
 def test_connect_refuses_other_addresses(url: str) -> None:
     with pytest.raises(InvalidArgumentError, match=r"a path, sqlite:///PATH, grpc://HOST:PORT or grpc\+unix:/PATH"):
         connect(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "meant"),
+    [
+        ("127.0.0.1:50051", "grpc://127.0.0.1:50051"),
+        ("localhost:50051", "grpc://localhost:50051"),
+        ("[::1]:50051", "grpc://[::1]:50051"),
+        ("my-host.example:1", "grpc://my-host.example:1"),
+        ("http://localhost:50051", "grpc://localhost:50051"),
+        ("grpc:localhost:50051", "grpc://localhost:50051"),
+        ("unix:/run/dspex.sock", "grpc+unix:/run/dspex.sock"),
+    ],
+)
+def test_connect_makes_no_file_of_what_means_a_server(
+    url: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for ask in (connect, dspex_persist.open_audit):
+        with pytest.raises(InvalidArgumentError) as error:
+            ask(url)
+        assert str(error.value).endswith(f"did you mean {meant}?")
+    assert not list(tmp_path.iterdir())
+    with connect(Path(url.replace("/", "_"))) as state:  # A file may have any name.
+        state.initialize_session("s")
+
+
+@pytest.mark.parametrize("wrong", [b"a.db", 5, None])
+def test_connect_says_what_an_address_is(wrong: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"not {type(wrong).__name__}"):
+        connect(wrong)
+
+
+def test_wherever_a_server_is_named_its_url_will_do(tmp_path: Path) -> None:
+    assert url_of("grpc://127.0.0.1:5") == url_of("127.0.0.1:5") == "grpc://127.0.0.1:5"
+    assert url_of("grpc+unix:///run/a.sock") == url_of("unix:/run/a.sock") == "grpc+unix:/run/a.sock"
+    with ServedDatabase(tmp_path / "a.db") as served, dspex_persist.BridgedState(served.url) as state:
+        assert not state.initialize_session("s").resumed
 
 
 def test_connect_refuses_unknown_options_and_bad_files(tmp_path: Path) -> None:

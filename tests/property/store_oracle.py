@@ -271,9 +271,9 @@ class Oracle:
         return new_id
 
     def _SetVariable(self, command: Any) -> int:
+        sess, variable = self._variable(command.session_id, command.identifier)
         if command.expected_version is not None and command.expected_version < 0:
             raise RefusedError("InvalidArgumentError")
-        sess, variable = self._variable(command.session_id, command.identifier)
         if command.expected_version not in (None, variable.version):
             raise RefusedError("VersionConflictError")
         self._check_writable(variable, command.value.json, command.metadata)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ import pytest
 from freezegun import freeze_time
 from freezegun.api import FrozenDateTimeFactory
 
+from dspex_persist import clock
 from dspex_persist.state import errors
 from dspex_persist.state.commands import (
     AddDependency,
@@ -35,7 +37,8 @@ from dspex_persist.state.commands import (
     TouchSession,
 )
 from dspex_persist.state.model import Origin, Session, Source, Value, Variable
-from dspex_persist.state.store import anchor, log
+from dspex_persist.state.recording import write_recording
+from dspex_persist.state.store import anchor, log, transfer
 from dspex_persist.state.store.session_store import Job, Outcome, SessionStore, StoreOptions
 from dspex_persist.state.unit_of_work import UnitOfWork
 from tests.deadline import within
@@ -440,6 +443,17 @@ class TestIdempotency:
         assert query(path, "SELECT session_id, idempotency_key, cause, result FROM outcomes") == [
             ("s", "key", "SetVariable", "1")
         ]
+
+    def test_what_older_files_have_of_a_request_stays_valid(self, path: Path) -> None:
+        command = SetVariable("s", "x", Value(" 5.0 "))
+        with closing(SessionStore(path)) as store:
+            begin(store)
+            assert run(store, command, key="key") == 1
+        alter(path, f"UPDATE outcomes SET fingerprint = '{command.fingerprint()}'")
+        with closing(SessionStore(path)) as store:
+            assert run(store, command, key="key") == 1
+            with pytest.raises(errors.IdempotencyConflictError):
+                run(store, write("x", 6), key="key")
 
     def test_a_failure_is_not_kept(self, store: SessionStore, path: Path) -> None:
         group(store, write("nobody", 1), key="key")
@@ -933,3 +947,64 @@ class TestHousekeeping:
         with closing(SessionStore(path, StoreOptions(outcome_retention_s=1e-6))) as store:
             store.sweep()
             assert run(store, write("x", 2)) == 2
+
+
+class TestTimeThatIsSet:
+    """The wall clock jumps: an administrator, a machine without a battery, a virtual machine that was asleep."""
+
+    @pytest.fixture
+    def jump(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[timedelta], None]:
+        """Sets the wall clock, and nothing else, forward or back."""
+        wall = clock._wall
+
+        def by(distance: timedelta) -> None:
+            monkeypatch.setattr(clock, "_wall", lambda: wall() + distance)
+
+        return by
+
+    def times(self, path: Path) -> list[int]:
+        return [at for (at,) in query(path, "SELECT created_at FROM commits ORDER BY sequence")]
+
+    def test_commits_never_go_back(self, path: Path, jump: Callable[[timedelta], None]) -> None:
+        with closing(SessionStore(path)) as store:
+            begin(store)
+            jump(timedelta(days=-20_000))
+            run(store, write("x", 1))
+            last = run(store, GetVariable("s", "x")).updated_at
+        with closing(SessionStore(path)) as store:
+            run(store, write("x", 2))
+            assert run(store, GetVariable("s", "x")).updated_at == last
+            jump(timedelta(0))
+            run(store, write("x", 3))
+            assert run(store, GetVariable("s", "x")).updated_at > last
+        assert self.times(path) == sorted(self.times(path))
+
+    def test_an_imported_session_s_times_are_its_own(self, path: Path, tmp_path: Path) -> None:
+        with freeze_time("2090-01-01"), closing(SessionStore(tmp_path / "other.db")) as other:
+            begin(other, "old")
+            recorded = StringIO()
+            write_recording(*other.record("old"), recorded)
+        transfer.import_session(path, recorded.getvalue().splitlines(), options=StoreOptions())
+        with closing(SessionStore(path)) as store:
+            begin(store)
+            assert run(store, GetVariable("s", "x")).updated_at.year < 2090
+
+    @pytest.mark.parametrize("distance", [timedelta(days=400), timedelta(days=-400)], ids=["forward", "back"])
+    def test_it_ends_no_session(self, path: Path, jump: Callable[[timedelta], None], distance: timedelta) -> None:
+        with closing(SessionStore(path)) as store:
+            begin(store, ttl_seconds="3600")
+            assert run(store, write("x", 1), key="once") == 1
+            jump(distance)
+            assert store.sweep() == 0
+            assert store.read_current(Heartbeat("s"), ADA, store.load("s") or pytest.fail("it has ended"))
+            assert run(store, Heartbeat("s"))
+            assert run(store, write("x", 1), key="once") == 1, "the answer is kept as long as it was to be kept"
+            assert run(store, write("x", 2)) == 2
+
+    def test_what_really_passes_ends_it(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        began = clock.steady()
+        with closing(SessionStore(path)) as store:
+            begin(store, ttl_seconds="3600")
+            monkeypatch.setattr(clock, "steady", lambda: began + timedelta(seconds=3_700))
+            assert not run(store, Heartbeat("s"))
+            assert store.sweep() == 1

@@ -81,6 +81,10 @@ class Command(_Checked, ABC, Generic[R]):
         """What it has to be given to read."""
         return Reads.CURRENT
 
+    def meant(self, uow: UnitOfWork) -> "Command[R]":
+        """The same request in one spelling of the many that mean the same."""
+        return self
+
     def fingerprint(self) -> str:
         """SHA-256 (hexadecimal) of what was asked, the same for equal requests whatever the order of their maps."""
         asked = json.dumps([self.cause, self._said()], sort_keys=True, default=_digest)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 from dspex_persist.clock import to_micros
+from dspex_persist.state import values
 from dspex_persist.state.commands.base import Command, check_metadata, check_text
 from dspex_persist.state.commands.variables import glob_matches
 from dspex_persist.state.errors import (
@@ -84,15 +85,18 @@ class BeginExecution(Command[Begun]):
             raise ExecutionEndedError(self.parent_id, "not running")
         fingerprint = ""
         if self.idempotency_key is not None:
-            fingerprint = self._asked()
+            fingerprint = self._asked(uow.limits)
             known = self._known(uow, state, self.idempotency_key, fingerprint)
             if known is not None:
                 return known
         return self._begin(uow, fingerprint)
 
-    def _asked(self) -> str:
-        """The same for equal requests, whatever else differs in their calls."""
-        return type(self)(self.session_id, self.tool, self.parameters).fingerprint()
+    def _asked(self, limits: Limits | None) -> str:
+        """The same for requests that mean the same, whatever else differs; without `limits`, as they are spelled."""
+        asked = self.parameters
+        if limits is not None:
+            asked = {name: values.spell(None, value, limits) for name, value in asked.items()}
+        return type(self)(self.session_id, self.tool, asked).fingerprint()
 
     def _known(self, uow: UnitOfWork, state: SessionState, key: str, fingerprint: str) -> Begun | None:
         check_text("idempotency key", key, uow.limits.name_length, "name_length")
@@ -101,7 +105,8 @@ class BeginExecution(Command[Begun]):
         known = running or recorded
         if known is None:
             return None
-        if known.fingerprint != fingerprint:
+        # Older files have it as the request was spelled.
+        if known.fingerprint not in (fingerprint, self._asked(None)):
             raise IdempotencyConflictError(key, f"ExecuteTool ({known.tool})")
         if recorded is not None and recorded.status is not ExecutionStatus.COMMITTED:
             return None

@@ -1,7 +1,7 @@
 """Variables: register, read, write, delete, look back, roll back."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 from dspex_persist.state import values
@@ -78,6 +78,14 @@ class RegisterVariable(Command[str]):
         )
         uow.add_variable(self.session_id, variable)
         return variable.id
+
+    def meant(self, uow: UnitOfWork) -> "RegisterVariable":
+        """Value and constraints spelled in one way."""
+        try:
+            constraints = values.compile_constraints(self.name, self.type, self.constraints).json
+        except StateError:
+            constraints = self.constraints
+        return replace(self, value=values.spell(self.type, self.value, uow.limits), constraints=constraints)
 
     def _resume(self, existing: Variable, constraints: str) -> str:
         if existing.type != self.type:
@@ -175,7 +183,7 @@ class SetVariable(Command[int]):
     identifier: str
     value: Value
     metadata: Mapping[str, str] = field(default_factory=dict)
-    expected_version: Version | None = None
+    expected_version: Number | None = None
 
     writes: ClassVar[bool] = True
     returns: ClassVar[Any] = int
@@ -183,9 +191,17 @@ class SetVariable(Command[int]):
     def apply(self, uow: UnitOfWork) -> int:
         variable = uow.variable(self.session_id, self.identifier)
         if self.expected_version not in (None, variable.version):
+            if self.expected_version < 0:
+                raise InvalidArgumentError(
+                    "expected_version", f"{self.expected_version} is below 0: versions count from 0"
+                )
             raise VersionConflictError(variable.name, self.expected_version, variable.version)
         metadata = check_metadata(self.metadata, uow.limits)
         return _write(uow, self.session_id, variable, self.value, metadata).version
+
+    def meant(self, uow: UnitOfWork) -> "SetVariable":
+        """The value spelled in one way."""
+        return replace(self, value=_spelled(uow, self.session_id, self.identifier, self.value))
 
     def _said(self) -> dict[str, Any]:
         # Once 0 was no version but stood for any: what files have recorded of such requests stays valid.
@@ -228,6 +244,12 @@ class SetVariables(Command[BatchOutcome]):
             uow.rollback_to(start)
             return BatchOutcome(success=False, versions={}, errors=errors)
         return BatchOutcome(success=bool(versions) or not errors, versions=versions, errors=errors)
+
+    def meant(self, uow: UnitOfWork) -> "SetVariables":
+        """The values spelled in one way."""
+        return replace(
+            self, updates={name: _spelled(uow, self.session_id, name, value) for name, value in self.updates.items()}
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,6 +348,19 @@ def check_lock(variable: Variable, metadata: Mapping[str, str]) -> None:
     lock = variable.optimization
     if lock is not None and metadata.get("optimizer_id") != lock.optimizer_id:
         raise VariableLockedError(variable.name, lock.optimizer_id)
+
+
+def _spelled(uow: UnitOfWork, session_id: str, identifier: str, value: Value) -> Value:
+    """The value in the spelling of its variable's type: also of one that is gone, whose request is repeated."""
+    state = uow.find_session(session_id)
+    variable = state.find(identifier) if state is not None else None
+    if variable is not None:
+        return values.spell(variable.type, value, uow.limits)
+    try:
+        (newest,) = uow.history(session_id, identifier, 1)
+    except StateError:
+        return values.spell(None, value, uow.limits)
+    return values.spell(newest.type, value, uow.limits)
 
 
 def _write(

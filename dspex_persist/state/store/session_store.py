@@ -46,7 +46,7 @@ from dspex_persist.state.model import (
 )
 from dspex_persist.state.provider import Progress
 from dspex_persist.state.recording import Header, RecordedCommit
-from dspex_persist.state.store import audit, log, migrate, outcomes, prune, recordings, recovery
+from dspex_persist.state.store import audit, log, migrate, outcomes, prune, recordings, recovery, times
 from dspex_persist.state.store import executions as stored_executions
 from dspex_persist.state.store import sessions as stored_sessions
 from dspex_persist.state.store import variables as stored_variables
@@ -122,6 +122,13 @@ class Job(NamedTuple):
     origin: Origin
 
 
+class Moment(NamedTuple):
+    """When a group is written: by the wall clock, but never before the last commit; and by the steady clock."""
+
+    now: datetime
+    steady: datetime
+
+
 class Outcome(NamedTuple):
     """What became of a job: a result, or the error with which it failed."""
 
@@ -159,6 +166,7 @@ class SessionStore:
             with self._connection.begin():
                 self.head = recovery.recover(self._connection, self._anchor, self._name)
                 self._keys = log.Keys(self._connection)
+                self._last_at = clock.from_micros(times.last_own(self._connection))
                 self._guard = FileGuard(self.path, self._name, self._connection)
         except (DBAPIError, sqlite3.Error) as error:
             raise NotADatabaseError(str(self._name), read_error(self.path, error).reason) from error
@@ -194,13 +202,13 @@ class SessionStore:
         then be thrown away. `FileChangedError`: the file is not what it was any more.
         """
         drafts = Drafts(self)
-        now = clock.now()
+        at = self._moment()
         keys = self._keys.copy()
         self._look()
         try:
             with self._connection.begin() as transaction:
                 self._guard.look_inside(self._connection, self.head)
-                results, units = self._apply(jobs, drafts, now)
+                results, units = self._apply(jobs, drafts, at)
                 head = self._write(units, drafts, keys)
                 if head is None:
                     transaction.rollback()
@@ -216,6 +224,8 @@ class SessionStore:
                 return self._write_halves(jobs)
             return [Outcome(error=_internal(job.command, error)) for job in jobs]
         self._keys = keys
+        if units:
+            self._last_at = at.now
         self._note_written()
         self._publish(drafts, units, head)
         return results
@@ -300,9 +310,9 @@ class SessionStore:
 
     def _fill_page(self, rest: Iterator[Job], writer: log.LogWriter, drafts: Drafts, results: list[Any]) -> bool:
         """Have the writer take in about `_PAGE_BYTES`; whether there may be more jobs."""
-        now, size_bytes = clock.now(), 0
+        at, size_bytes = self._moment(), 0
         for job in rest:
-            unit = self._unit(job.origin, drafts, now, writer.head.sequence + 1)
+            unit = self._unit(job.origin, drafts, at, writer.head.sequence + 1)
             result = job.command.apply(unit)
             if unit.has_changes():
                 writer.add(unit)
@@ -313,22 +323,32 @@ class SessionStore:
                 return True
         return False
 
-    def _unit(self, origin: Origin, drafts: Drafts, now: datetime, sequence: int) -> UnitOfWork:
+    def _moment(self) -> Moment:
+        return Moment(max(clock.now(), self._last_at), clock.steady())
+
+    def _unit(self, origin: Origin, drafts: Drafts, at: Moment, sequence: int) -> UnitOfWork:
         options = self.options
         return UnitOfWork(
-            drafts, origin, now, sequence, options.limits, options.session_ttl_s, options.optimization_lease_s
+            drafts,
+            origin,
+            at.now,
+            sequence,
+            options.limits,
+            options.session_ttl_s,
+            options.optimization_lease_s,
+            at.steady,
         )
 
-    def _apply(self, jobs: Sequence[Job], drafts: Drafts, now: datetime) -> tuple[list[Outcome], list[UnitOfWork]]:
+    def _apply(self, jobs: Sequence[Job], drafts: Drafts, at: Moment) -> tuple[list[Outcome], list[UnitOfWork]]:
         units: list[UnitOfWork] = []
-        return [self._run(job, drafts, now, units) for job in jobs], units
+        return [self._run(job, drafts, at, units) for job in jobs], units
 
-    def _run(self, job: Job, drafts: Drafts, now: datetime, units: list[UnitOfWork]) -> Outcome:
+    def _run(self, job: Job, drafts: Drafts, at: Moment, units: list[UnitOfWork]) -> Outcome:
         unit: UnitOfWork | None = None
         try:
             job.command.check()
-            self._prepare(job.command, drafts, now, units)
-            unit = self._unit(job.origin, drafts, now, self.head.sequence + len(units) + 1)
+            self._prepare(job.command, drafts, at, units)
+            unit = self._unit(job.origin, drafts, at, self.head.sequence + len(units) + 1)
             result = _apply_once(job, unit)
             self._keep_touch(job.command, drafts)
         except (DBAPIError, sqlite3.Error):
@@ -341,14 +361,14 @@ class SessionStore:
             units.append(unit)
         return Outcome(result)
 
-    def _prepare(self, command: Command[Any], drafts: Drafts, now: datetime, units: list[UnitOfWork]) -> None:
+    def _prepare(self, command: Command[Any], drafts: Drafts, at: Moment, units: list[UnitOfWork]) -> None:
         """Before a session is written to, end it if its TTL is over."""
         if not command.writes or isinstance(command, ExpireSession):
             return
         # Edited even where it stays as it is: that is how the expiry of a session that was only touched is saved.
         state = drafts.edit(command.session_id)
-        if state is not None and state.is_over(now):
-            self._run(Job(ExpireSession(command.session_id), _EXPIRY), drafts, now, units)
+        if state is not None and state.is_over(at.steady):
+            self._run(Job(ExpireSession(command.session_id), _EXPIRY), drafts, at, units)
 
     def _keep_touch(self, command: Command[Any], drafts: Drafts) -> None:
         """Have the expiry of a session that was only read saved when it is due."""
@@ -517,14 +537,14 @@ class SessionStore:
         return total
 
     def _reading(self, backing: "_Published | _Snapshot", origin: Origin) -> UnitOfWork:
-        return UnitOfWork(Drafts(backing), origin, clock.now(), self.head.sequence, self.options.limits)
+        return self._unit(origin, Drafts(backing), self._moment(), self.head.sequence)
 
     # Housekeeping, by the writer
 
     def expired(self, limit: int = 100) -> list[Job]:
         """The jobs that end the sessions whose TTL is over."""
         with snapshot(self._readers) as connection:
-            ids = stored_sessions.expired(connection, clock.now(), limit)
+            ids = stored_sessions.expired(connection, clock.steady(), limit)
         return [Job(ExpireSession(session_id), _EXPIRY) for session_id in ids]
 
     def sweep(self) -> int:
@@ -540,7 +560,7 @@ class SessionStore:
         try:
             with self._connection.begin():
                 self._guard.look_inside(self._connection, self.head)
-                outcomes.forget(self._connection, clock.now(), self.options.outcome_retention_s)
+                outcomes.forget(self._connection, min(clock.now(), clock.steady()), self.options.outcome_retention_s)
         except (DBAPIError, sqlite3.Error) as error:
             self._settle(error)
         self._note_written()
@@ -688,10 +708,11 @@ def _apply_once(job: Job, unit: UnitOfWork) -> Any:
     if key is None or not command.writes:
         return command.apply(unit)
     check_text("idempotency key", key, unit.limits.name_length, "name_length")
-    fingerprint = command.fingerprint()
+    fingerprint = command.meant(unit).fingerprint()
     recorded = unit.find_outcome(command.session_id, key)
     if recorded is not None:
-        if recorded.fingerprint != fingerprint:
+        # Older files have it as the request was spelled.
+        if recorded.fingerprint not in (fingerprint, command.fingerprint()):
             raise IdempotencyConflictError(key, recorded.cause)
         return outcomes.decode(command.returns, recorded.result)
     result = command.apply(unit)

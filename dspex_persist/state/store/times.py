@@ -34,6 +34,17 @@ def last_until(connection: Connection, micros: int) -> int:
     return low
 
 
+def last_own(connection: Connection) -> int:
+    """The time of the last commit that was made here, not imported; 0 if there is none."""
+    cursor = connection.connection.cursor()
+    sequence = cursor.execute(_HEAD).fetchone()[0]
+    for first_imported, last_imported in cursor.execute(_IMPORTS).fetchall():
+        if first_imported <= sequence <= last_imported:
+            sequence = first_imported - 1
+    found = cursor.execute(_CREATED_AT, (sequence,)).fetchone()
+    return int(found[0]) if found is not None else 0
+
+
 def last_of_session_until(connection: Connection, session_key: int, micros: int) -> int:
     """The session's last commit that is not younger than a time, by the times that its commits have; 0: none."""
     cursor = connection.connection.cursor()

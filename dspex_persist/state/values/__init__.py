@@ -9,7 +9,7 @@ from dspex_persist.state.values.binary import check_content
 from dspex_persist.state.values.coercion import TYPE_NAMES
 from dspex_persist.state.values.constraints import Constraints, compile_constraints, constraints_json
 from dspex_persist.state.values.json_text import depth_if_above, parse_json
-from dspex_persist.state.values.normalisation import normalise
+from dspex_persist.state.values.normalisation import normalise, spell
 from dspex_persist.state.values.python_objects import (
     BinaryValue,
     decode,
@@ -38,4 +38,5 @@ __all__ = [
     "infer_type",
     "normalise",
     "parse_json",
+    "spell",
 ]

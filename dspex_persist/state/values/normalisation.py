@@ -1,6 +1,6 @@
 """The one way in: from what a caller sends to what is kept."""
 
-from dspex_persist.state.errors import InvalidValueError, UnknownTypeError
+from dspex_persist.state.errors import InvalidValueError, StateError, UnknownTypeError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Value
 from dspex_persist.state.values.binary import normalise_binary
@@ -15,6 +15,19 @@ from dspex_persist.state.values.json_text import (
     utf8_size_bytes,
 )
 from dspex_persist.state.values.tensors import NON_FINITE
+
+
+def spell(type_name: str | None, value: Value, limits: Limits) -> Value:
+    """`value` in one spelling of the many that mean the same: 1 is 1.0 to a float, and the order of keys is nothing.
+
+    For comparing requests. Without a type numbers stay as they are; what is no value of the type stays as a whole.
+    """
+    try:
+        if type_name is not None and type_name in COERCIONS:
+            return normalise("value", type_name, Constraints(type_name), value, limits)
+        return Value(canonical(parse_json(value.json, name="value", limits=limits)), value.binary)
+    except (StateError, RefusedError):
+        return value
 
 
 def normalise(name: str, type_name: str, constraints: Constraints, value: Value, limits: Limits) -> Value:
