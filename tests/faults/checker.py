@@ -18,6 +18,7 @@ from sqlalchemy.pool import StaticPool
 
 from dspex_persist.state.store import audit
 from dspex_persist.state.store.anchor import Head, parse
+from dspex_persist.state.store.engine import open_readers
 from dspex_persist.state.store.verify import iter_problems
 from tests.concurrency import linearizability
 from tests.faults.journal import Journal
@@ -213,11 +214,11 @@ def check_histories(ledger: Ledger) -> list[str]:
 def verify(copy: Path) -> list[str]:
     """What the product's own verification, and SQLite's, find in a copy."""
     anchor = parse(copy.with_name(copy.name + ".anchor").read_bytes())
-    engine = create_engine("sqlite://", creator=lambda: sqlite3.connect(copy, isolation_level=None))
+    readers = open_readers(copy, size=1)
     try:
-        problems = [str(problem) for problem in iter_problems(engine, anchor)]
+        problems = [str(problem) for problem in iter_problems(readers, anchor)]
     finally:
-        engine.dispose()
+        readers.dispose()
     with closing(sqlite3.connect(copy)) as connection:
         answers = [answer for (answer,) in connection.execute("PRAGMA integrity_check")]
         problems += [f"integrity: {answer}" for answer in answers if answer != "ok"]
