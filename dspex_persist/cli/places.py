@@ -11,6 +11,8 @@ Db = Annotated[
         "--db",
         metavar="PATH",
         show_default=False,
+        # Whoever opens it says why it cannot be read, and what to do.
+        readable=False,
         help="The database file. [dim](as serve: DSPEX_PERSIST_DB, the settings file, sessions.db)[/dim]",
     ),
 ]

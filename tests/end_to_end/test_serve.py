@@ -340,6 +340,20 @@ def test_storage_that_fails_ends_the_server_and_callers_hear_that_the_outcome_is
     assert client_of(start()).get_value("s", "n") == 1
 
 
+@pytest.mark.parametrize(("suffix", "what"), [("", "removed or renamed"), ("-wal", "removed or renamed")])
+def test_a_file_that_goes_while_it_is_served_ends_the_server(
+    start: Start, client_of: Callable[..., StateProvider], tmp_path: Path, suffix: str, what: str
+) -> None:
+    server = start()
+    fill(client_of(server))
+    (tmp_path / f"sessions.db{suffix}").unlink()
+    assert server.wait(within(10)) == 70
+    error = f"error: the storage of sessions.db failed, so the server ended: .*sessions.db{suffix} was {what}"
+    assert re.search(error, server.stderr_tail)
+    assert "what was acknowledged is safe" not in server.stderr_tail
+    assert "Traceback" not in server.stderr_tail
+
+
 def test_storage_that_fails_in_the_drain_is_one_sentence(start: Start, client_of: Callable[..., StateProvider]) -> None:
     server = start()
     fill(client_of(server))

@@ -402,7 +402,7 @@ def test_a_disk_without_room_leaves_nothing(state: EmbeddedState, path: Path, ot
     driver.execute(f"PRAGMA max_page_count = {pages + 4}")
     header, commits = read_recording(io.StringIO(text))
     with pytest.raises(StorageError, match="nothing was written"):
-        transfer._append(store, header.session_id, commits)
+        transfer._append(store.path, store, header.session_id, commits)
     store.close()
     assert content(other) == before
     imported(other, text)

@@ -109,7 +109,7 @@ class OwnershipLock:
         """`create`: make the file, for its owner's eyes only, where there is none."""
         self._pid = os.getpid()
         name = resolved(path)
-        with _gate(), _named(path):
+        with _gate(), _named(path), _reported(name):
             _refuse_own(name)
             if create:
                 _refuse_nowhere(path)

@@ -153,12 +153,13 @@ def _size_bytes(path: Path) -> int:
 
 def _read_anchor(path: Path) -> Head | None:
     """What the anchor remembers. Read again where it is torn: a server may be writing it just now."""
-    file = _beside(path, ".anchor")
     with _explained(path):
         for _ in range(_ANCHOR_READS):
-            if not file.exists():
+            try:
+                head = anchors.parse(_beside(path, ".anchor").read_bytes())
+            except (FileNotFoundError, PermissionError):
+                # Its owner's alone: who reads a file of others does without.
                 return None
-            head = anchors.parse(file.read_bytes())
             if head is not None:
                 return head
     return None

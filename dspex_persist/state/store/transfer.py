@@ -138,7 +138,7 @@ def import_session(
     told = _told("importing commits", commits, header.commits, progress)
     with _opened(path, options) as store:
         try:
-            return _append(store, header.session_id if session_id is None else session_id, told)
+            return _append(path, store, header.session_id if session_id is None else session_id, told)
         except RecordingError as error:
             raise RecordingError(name, error.line, error.reason) from error
 
@@ -191,13 +191,13 @@ def _is_empty(path: Path) -> bool:
         readers.dispose()
 
 
-def _append(store: SessionStore, session_id: str, commits: Iterable[RecordedCommit]) -> ImportReport:
+def _append(path: Path, store: SessionStore, session_id: str, commits: Iterable[RecordedCommit]) -> ImportReport:
     # One whose time is over is not live, but nobody has said so yet.
     store.write_group([Job(ExpireSession(session_id), _IMPORT)])
     first = store.head.sequence + 1
     interrupted = store.write_whole(_jobs(session_id, commits))
     last = store.head.sequence
-    return ImportReport(store.path, session_id, last - first + 1, first, last, sum(interrupted))
+    return ImportReport(path, session_id, last - first + 1, first, last, sum(interrupted))
 
 
 def _jobs(session_id: str, commits: Iterable[RecordedCommit]) -> Iterator[Job]:
