@@ -11,6 +11,9 @@ _MICROSECOND = timedelta(microseconds=1)
 # With the time that the machine slept, where there is such a clock.
 _STEADY = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 _BEGAN, _BEGAN_S = datetime.now(UTC), time.clock_gettime(_STEADY)
+EARLIEST = datetime(1, 1, 2, tzinfo=UTC)
+LATEST = datetime(9999, 12, 30, tzinfo=UTC)
+"""The times that can be told in every time zone."""
 _source: ContextVar[Callable[[], datetime] | None] = ContextVar("dspex_persist_clock", default=None)
 
 
@@ -54,6 +57,17 @@ def to_micros(moment: datetime) -> int:
     return (moment - _EPOCH) // _MICROSECOND
 
 
+_EARLIEST, _LATEST = to_micros(EARLIEST), to_micros(LATEST)
+
+
 def from_micros(micros: int) -> datetime:
     """The aware UTC time of `micros` microseconds since the epoch."""
     return _EPOCH + timedelta(microseconds=micros)
+
+
+def nearest_time(micros: int) -> datetime:
+    """The same of what a file has; where no calendar has such a time, the nearest that can be told in every time zone.
+
+    An import took such times once, and whoever reads them must not fail.
+    """
+    return from_micros(min(max(micros, _EARLIEST), _LATEST))

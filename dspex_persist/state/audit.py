@@ -10,8 +10,10 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from difflib import get_close_matches
 from enum import StrEnum
+from math import inf, isinf
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeAlias, TypeVar
 
@@ -44,7 +46,8 @@ Cursor: TypeAlias = tuple[int, ...]
 class HistoryEntry:
     """A version of a variable. `value` is None for a deletion, and where `masked` says that it is kept back.
 
-    `execution_id` and `tool`: the tool execution that wrote it, None where a client did.
+    `execution_id` and `tool`: the tool execution that wrote it, None where a client did; `caller_id` and `caller_tool`:
+    the one that called that, None where a client did. `actor`: who had it done.
     """
 
     session_id: str
@@ -63,6 +66,8 @@ class HistoryEntry:
     execution_id: str | None = None
     tool: str | None = None
     masked: bool = False
+    caller_id: str | None = None
+    caller_tool: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +181,8 @@ class VariableState:
     execution_id: str | None = None
     tool: str | None = None
     masked: bool = False
+    caller_id: str | None = None
+    caller_tool: str | None = None
 
 
 class DifferenceKind(StrEnum):
@@ -234,12 +241,32 @@ class Predicate:
     operand: str
 
     @property
-    def number(self) -> float | None:
-        """The operand as a number, if it is one."""
-        try:
-            return float(self.operand)
-        except ValueError:
-            return None
+    def number(self) -> int | float | None:
+        """The operand as a number, exactly, if it is one."""
+        return number_in(self.operand)
+
+
+_INTEGER = re.compile(r"[+-]?[0-9]{1,4300}")
+_DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,9})?")
+_INFINITIES: Final = {"Infinity": inf, "+Infinity": inf, "-Infinity": -inf}
+_MOST_DIGITS: Final = 4300
+
+
+def number_in(text: str) -> int | float | None:
+    """The number that a text is, as values have it: integers exactly, everything else as a double."""
+    text = text.strip()
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if text in _INFINITIES:
+        return _INFINITIES[text]
+    if _DECIMAL.fullmatch(text) is None:
+        return None
+    number = float(text)
+    if not isinf(number):
+        return number
+    # Past all doubles, and yet not past all integers.
+    exact = Decimal(text)
+    return int(exact) if exact.adjusted() < _MOST_DIGITS else number
 
 
 _PREDICATE = re.compile(r"\s*(<=|>=|!=|<|>|==?|contains\b)\s*(.*?)\s*", re.DOTALL)

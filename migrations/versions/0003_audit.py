@@ -85,10 +85,11 @@ _TRIGGERS = (
     """,
 )
 
+# Keys that differ only behind a NUL are one for SQLite, and a damaged file may have what is no JSON.
 _FILL = """
-    INSERT INTO metadata_entries
+    INSERT OR IGNORE INTO metadata_entries
     SELECT entry.key, entry.value, versions.sequence, versions.variable_key, versions.version
-    FROM versions, json_each(versions.metadata) AS entry WHERE versions.metadata IS NOT NULL
+    FROM versions, json_each(iif(json_valid(versions.metadata), versions.metadata, '{}')) AS entry
 """
 
 

@@ -74,11 +74,20 @@ def rows(path: Path) -> list[dict[str, Any]]:
             WHERE v.variable_key = x.variable_key AND x.session_key = s.session_key AND c.sequence = v.sequence
             """
         ).fetchall()
-        tools = dict(connection.execute("SELECT execution_id, tool FROM executions").fetchall())
+        executions = {row["execution_id"]: row for row in connection.execute("SELECT * FROM executions")}
+        ends = connection.execute("SELECT sequence, body FROM events WHERE kind = 'execution_ended'").fetchall()
+        makers = {
+            (sequence, *written): body["execution_id"]
+            for sequence, body in ((row["sequence"], json.loads(row["body"])) for row in ends)
+            for written in body.get("writes", ())
+        }
     told = [dict(row) for row in found]
     for row in told:
         row["text"] = row["content"].decode() if row["content"] is not None else row["value"]
-        row["tool"] = tools.get(row["cause"])
+        maker = executions.get(makers.get((row["sequence"], row["name"], row["version"]), row["cause"]))
+        caller = executions[maker["parent_id"]] if maker is not None and maker["parent_id"] is not None else None
+        row["execution_id"], row["tool"] = (maker["execution_id"], maker["tool"]) if maker is not None else (None, None)
+        row["caller"] = (caller["execution_id"], caller["tool"]) if caller is not None else (None, None)
         row["metadata"] = json.loads(row["metadata"] or "{}")
         row["sensitive"] = json.loads(row["merged"]).get("sensitive") == "true"
     return sorted(told, key=lambda row: (row["sequence"], row["variable_key"], row["version"]))
@@ -197,7 +206,8 @@ def test_an_entry_says_all_that_the_log_says(audit: AuditSource, rows: list[dict
             assert getattr(entry, name) == row[name], name
         assert (entry.kind, entry.source) == (KINDS[row["kind"]], SOURCES[row["source"]])
         assert entry.created_at == datetime.fromtimestamp(0, UTC) + timedelta(microseconds=row["created_at"])
-        assert (entry.tool, entry.execution_id) == (row["tool"], row["cause"] if row["tool"] else None)
+        assert (entry.tool, entry.execution_id) == (row["tool"], row["execution_id"])
+        assert (entry.caller_id, entry.caller_tool) == row["caller"]
 
 
 def test_large_and_binary_values_are_there(audit: AuditSource) -> None:
@@ -442,7 +452,7 @@ def test_blame_leads_back_to_what_a_value_stands_on(audit: AuditSource) -> None:
     told = [(node.depth, node.entry.name, node.entry.version, node.entry.tool) for node in nodes]
     # Its child counted; what it stood on, the parent's reads included, a client had written, or the count before.
     assert told == [
-        (0, "total", 2, "parent"),
+        (0, "total", 2, "count"),
         (1, "last", 1, "count"),
         (1, "temperature", 9, None),
         (1, "total", 1, "count"),

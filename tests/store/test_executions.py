@@ -542,7 +542,7 @@ def test_a_registration_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
         ("DELETE FROM executions", "its row in executions is missing"),
         ("UPDATE tools SET address = 'evil:1'", "tools.address is 'evil:1', the log says 'unix:/tmp/w1'"),
         ("DELETE FROM tools", "its row in tools is missing"),
-        ("INSERT INTO tools SELECT session_key, 'evil', '', '', '{}', 1 FROM tools", "no commit of this session"),
+        ("INSERT INTO tools SELECT session_key, 'evil', '', '', spec, 1 FROM tools", "no commit of this session"),
     ],
 )
 def test_a_check_tells_what_was_changed(stored: Stored, statement: str, told: str) -> None:

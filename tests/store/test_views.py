@@ -24,6 +24,7 @@ from dspex_persist.audit import (
     VariableState,
 )
 from dspex_persist.audit.web.questions import QUERIES, VIEWS
+from dspex_persist.state.store import maintenance
 from tests.end_to_end import story
 
 ROOT = Path(__file__).parents[2]
@@ -31,12 +32,13 @@ PAGE = (ROOT / "docs" / "schema.md").read_text(encoding="utf-8")
 ASSET = ROOT / "tests" / "assets" / "0003.db"
 
 _VERSION = "session_id name variable_id type version kind source value number binary_size_bytes sensitive"
-_COMMIT = "sequence created_at actor cause execution_id tool"
+_COMMIT = "sequence created_at actor cause execution_id tool caller_id caller_tool"
 COLUMNS = {
     "v_variable_history": f"{_VERSION} metadata {_COMMIT}",
     "v_current_variables": f"{_VERSION} constraints metadata {_COMMIT}",
     "v_executions": "session_id execution_id tool status attempt parent_id idempotency_key isolation worker_id actor "
-    "began_sequence began_at ended_sequence ended_at duration_us parameters metadata result error_type error",
+    "began_sequence began_at ended_sequence ended_at duration_us parameters metadata result error_type error "
+    "retried_by ended_as",
     "v_execution_reads": "session_id execution_id tool asked name variable_id version",
     "v_execution_writes": "session_id execution_id tool name version published",
     "v_commits": "sequence session_id actor cause created_at hash versions events pruned",
@@ -58,6 +60,7 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         return told
     copy = tmp_path_factory.mktemp("released") / "released.db"
     shutil.copy(ASSET, copy)
+    maintenance.upgrade(copy)
     return copy
 
 
@@ -130,6 +133,8 @@ def common(answer: HistoryEntry | VariableState) -> dict[str, Any]:
         "cause": answer.cause,
         "execution_id": answer.execution_id,
         "tool": answer.tool,
+        "caller_id": answer.caller_id,
+        "caller_tool": answer.caller_tool,
     }
 
 
@@ -195,7 +200,10 @@ def test_executions(path: Path, details: list[ExecutionDetail]) -> None:
             name: value.json for name, value in detail.parameters.items()
         }
         assert parsed(row["metadata"]) == detail.metadata
-        assert (row["error"] or "") == (detail.failure.message if detail.failure is not None else detail.reason)
+        assert (row["error"] or "") == (detail.failure.message if detail.failure is not None else summary.error)
+        last = next(each.summary for each in details if each.summary.execution_id == detail.attempts[-1])
+        following = detail.attempts[detail.attempts.index(summary.execution_id) + 1 :]
+        assert_says(row, {"retried_by": following[0] if following else None, "ended_as": last.status.value})
 
 
 def test_what_executions_read_and_wrote(path: Path, details: list[ExecutionDetail]) -> None:

@@ -37,9 +37,11 @@ _COMMIT: Final = {
     "sequence": "the number of the commit",
     "created_at": "the time of the commit, UTC, ISO 8601 with microseconds",
     "actor": "who wrote it",
-    "cause": "the rpc, or the id of the tool execution, that wrote it",
+    "cause": "the rpc, or the id of the tool execution, whose commit it is",
     "execution_id": "the tool execution that wrote it, NULL where a client did",
     "tool": "that execution's tool",
+    "caller_id": "the execution that called it, NULL where a client did",
+    "caller_tool": "that execution's tool",
 }
 _EXECUTION: Final = {
     "session_id": "the session's id",
@@ -89,6 +91,9 @@ VIEWS: Final[Mapping[str, View]] = {
             "result": "what it gave back, as JSON",
             "error_type": "the type of the error that its code raised",
             "error": "that error's message, or why it ended without one",
+            "retried_by": "after a conflict: the execution that repeated it, NULL if none did",
+            "ended_as": "the status of the last attempt of the same request: after a conflict that was retried "
+            "with success, committed",
         },
         ("session_id", "tool", "status", "actor"),
         "began_sequence",
@@ -150,10 +155,16 @@ QUERIES: Final[Mapping[str, Mapping[str, Any]]] = {
     },
     "went_wrong": {
         "title": "Which executions went wrong?",
-        "description": "Failed, in conflict, timed out, cancelled, interrupted. An empty session asks for all.",
+        "description": "Failed, in conflict, timed out, cancelled, interrupted, and whether that was the end of it. "
+        "An empty session asks for all.",
         "sql": """
-            select session_id, execution_id, tool, status, attempt, error_type, error, duration_us / 1000.0 as took_ms,
-                began_at, actor
+            select session_id, execution_id, tool, status, attempt, error_type, error,
+                case when ended_as = 'committed' then 'no: retried with success'
+                    when retried_by is not null then 'yes: retried, and then ' || ended_as
+                    when status = 'conflict' then 'yes: a conflict'
+                    else 'yes: ' || status
+                end as lost,
+                retried_by, duration_us / 1000.0 as took_ms, began_at, actor
             from v_executions
             where status not in ('committed', 'running') and (:session = '' or session_id = :session)
             order by began_sequence desc

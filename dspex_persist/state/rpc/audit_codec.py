@@ -139,6 +139,8 @@ def history_message(entry: HistoryEntry) -> pb.HistoryEntry:
         execution_id=entry.execution_id,
         tool=entry.tool,
         masked=entry.masked,
+        caller_id=entry.caller_id,
+        caller_tool=entry.caller_tool,
     )
 
 
@@ -161,6 +163,8 @@ def history_of(message: pb.HistoryEntry) -> HistoryEntry:
         _optional(message, "execution_id"),
         _optional(message, "tool"),
         message.masked,
+        _optional(message, "caller_id"),
+        _optional(message, "caller_tool"),
     )
 
 
@@ -184,6 +188,8 @@ def state_message(state: VariableState) -> pb.VariableState:
         execution_id=state.execution_id,
         tool=state.tool,
         masked=state.masked,
+        caller_id=state.caller_id,
+        caller_tool=state.caller_tool,
     )
 
 
@@ -207,6 +213,8 @@ def state_of(message: pb.VariableState) -> VariableState:
         _optional(message, "execution_id"),
         _optional(message, "tool"),
         message.masked,
+        _optional(message, "caller_id"),
+        _optional(message, "caller_tool"),
     )
 
 

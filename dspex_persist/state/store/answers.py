@@ -11,9 +11,8 @@ from typing import Any, Final, NamedTuple, cast
 from sqlalchemy import Connection, Engine
 
 from dspex_persist import clock
-from dspex_persist.clock import from_micros, to_micros
+from dspex_persist.clock import nearest_time, to_micros
 from dspex_persist.state.audit import (
-    SENSITIVE,
     AuditSource,
     CommitEntry,
     CommitQuery,
@@ -51,22 +50,48 @@ from dspex_persist.state.store.engine import snapshot
 from dspex_persist.state.store.schema import is_unicode
 from dspex_persist.state.store.variables import KIND_CODES, KINDS, SOURCE_CODES, SOURCES
 from dspex_persist.state.unit_of_work import value_in
+from dspex_persist.state.values.json_text import stored, stored_object
 
 _WINDOW: Final = 50_000
 """Commits that one snapshot walks through at most, where nothing narrows a question down."""
-_BEGAN: Final = "CASE WHEN commits.cause GLOB 'exec_[0-9]*' THEN CAST(substr(commits.cause, 6) AS INTEGER) END"
+
+
+def _sound(column: str) -> str:
+    """A document that SQLite can read: releases before this one wrote bare NaN, and a file may be damaged."""
+    return f"CASE WHEN json_valid({column}) OR {column} IS NULL THEN {column} ELSE mended_json({column}) END"
+
+
+_BEGINNING: Final = _sound("beginning.body")
+_ENDING: Final = _sound("ending.body")
+# As the views have it (migrations/): in a transaction's commit each of its executions says at its end what it wrote.
+_MAKER: Final = f"""
+    CASE WHEN commits.cause GLOB 'exec_[0-9]*' THEN coalesce(
+        CASE WHEN EXISTS (SELECT 1 FROM executions AS called WHERE called.parent_id = commits.cause) THEN (
+            SELECT CAST(substr({_ENDING} ->> '$.execution_id', 6) AS INTEGER)
+            FROM events AS ending CROSS JOIN json_each({_ENDING}, '$.writes') AS written
+            WHERE ending.sequence = versions.sequence AND ending.kind = 'execution_ended'
+                AND written.value ->> 0 = variables.name AND written.value ->> 1 = versions.version
+            LIMIT 1
+        ) END,
+        CAST(substr(commits.cause, 6) AS INTEGER)
+    ) END
+"""
 
 _VERSIONS: Final = f"""
     SELECT sessions.session_id, variables.name, variables.variable_id, variables.type, versions.version, versions.kind,
         coalesce(versions.value, CAST(of_value.content AS TEXT)) AS text,
         coalesce(versions.binary, of_binary.content) AS binary,
         versions.source, versions.metadata, versions.sequence, commits.created_at, commits.actor, commits.cause,
-        executions.tool, lower(json_extract(variables.metadata, '$.{SENSITIVE}')) IS 'true' AS sensitive,
+        executions.execution_id, executions.tool, callers.execution_id AS caller_id, callers.tool AS caller_tool,
+        {stored_variables.is_sensitive("variables.metadata")} AS sensitive,
         versions.variable_key, variables.constraints
     FROM {{driver}}
     CROSS JOIN variables ON variables.variable_key = versions.variable_key
     CROSS JOIN sessions ON sessions.session_key = variables.session_key
-    LEFT JOIN executions ON executions.began_sequence = {_BEGAN} AND executions.execution_id = commits.cause
+    LEFT JOIN executions ON executions.began_sequence = {_MAKER}
+        AND (executions.execution_id = commits.cause OR executions.parent_id IS NOT NULL)
+    LEFT JOIN executions AS callers ON callers.began_sequence = CAST(substr(executions.parent_id, 6) AS INTEGER)
+        AND callers.execution_id = executions.parent_id
     LEFT JOIN blobs AS of_value ON of_value.blob_key = versions.value_blob
     LEFT JOIN blobs AS of_binary ON of_binary.blob_key = versions.binary_blob
 """
@@ -85,18 +110,18 @@ _BY_METADATA: Final = """
     CROSS JOIN commits ON commits.sequence = versions.sequence
 """
 
-_EXECUTIONS: Final = """
+# `->` gives JSON, which is read here: as a text of SQLite's own, a message with a NUL would be cut there.
+_EXECUTIONS: Final = f"""
     SELECT sessions.session_id, executions.execution_id, executions.tool, executions.status, executions.attempt,
         began.actor, executions.began_sequence, began.created_at AS began_at, executions.ended_sequence,
-        ended.created_at AS ended_at, json_extract(ending.body, '$.duration_us') AS duration_us,
+        ended.created_at AS ended_at, {_ENDING} ->> '$.duration_us' AS duration_us,
         executions.parent_id, executions.idempotency_key,
-        json_extract(beginning.body, '$.worker_id') AS worker_id,
-        (SELECT count(*) FROM json_each(ending.body, '$.reads')) AS reads,
-        (SELECT count(*) FROM json_each(ending.body, '$.writes')) AS writes,
-        json_extract(ending.body, '$.failure.type') AS error_type,
-        json_extract(ending.body, '$.failure.message') AS message, json_extract(ending.body, '$.reason') AS reason,
-        json_extract(ending.body, '$.conflicts') AS conflicts, executions.session_key,
-        ending.sequence IS NOT NULL AS has_ending{bodies}
+        {_BEGINNING} -> '$.worker_id' AS worker_id,
+        (SELECT count(*) FROM json_each({_ENDING}, '$.reads')) AS reads,
+        (SELECT count(*) FROM json_each({_ENDING}, '$.writes')) AS writes,
+        {_ENDING} -> '$.failure' AS failure, {_ENDING} -> '$.reason' AS reason,
+        {_ENDING} -> '$.conflicts' AS conflicts, executions.session_key,
+        ending.sequence IS NOT NULL AS has_ending{{bodies}}
     FROM executions
     JOIN sessions ON sessions.session_key = executions.session_key
     JOIN commits AS began ON began.sequence = executions.began_sequence
@@ -104,7 +129,7 @@ _EXECUTIONS: Final = """
     LEFT JOIN events AS beginning ON beginning.sequence = executions.began_sequence
         AND beginning.kind = 'execution_began'
     LEFT JOIN events AS ending ON ending.sequence = executions.ended_sequence AND ending.kind = 'execution_ended'
-        AND json_extract(ending.body, '$.execution_id') = executions.execution_id
+        AND {_ENDING} ->> '$.execution_id' = executions.execution_id
 """
 _SUMMARIES: Final = _EXECUTIONS.format(bodies="")
 _IN_FULL: Final = _EXECUTIONS.format(bodies=", beginning.body AS beginning, ending.body AS ending")
@@ -262,6 +287,8 @@ class StoredAudit(AuditSource):
             entry.execution_id,
             entry.tool,
             entry.masked,
+            entry.caller_id,
+            entry.caller_tool,
         )
 
     def version(self, session: str, variable_id: str, version: int) -> HistoryEntry:
@@ -297,7 +324,7 @@ class _Conditions:
 
     def add(self, text: str, *parameters: object) -> None:
         self._texts.append(text)
-        self.parameters += parameters
+        self.parameters += (_asked(each) if isinstance(each, str) else each for each in parameters)
 
     def add_all(self, others: "_Conditions") -> None:
         self._texts += others._texts
@@ -449,7 +476,7 @@ def _session_at(connection: Connection, session: str, sequence: int) -> int:
             return key
     began, _, created_at = lives[0]
     if sequence < began:
-        when = f"{from_micros(created_at):%Y-%m-%d %H:%M:%S} UTC"
+        when = f"{nearest_time(created_at):%Y-%m-%d %H:%M:%S} UTC"
         reason = f"session {quote(session)} had not begun by then; it began at commit {began}, {when}"
         raise InvalidArgumentError("at", reason)
     told = ", ".join(f"from commit {started} to {'now' if ended is None else ended}" for started, ended, _ in lives)
@@ -491,14 +518,16 @@ def _entry_of(row: Any, reveal: bool) -> HistoryEntry:
         KINDS[row.kind],
         None if row.text is None or kept_back else Value(row.text, row.binary),
         SOURCES[row.source],
-        json.loads(row.metadata) if row.metadata else {},
+        stored_object(row.metadata),
         row.sequence,
-        from_micros(row.created_at),
+        nearest_time(row.created_at),
         row.actor,
         row.cause,
-        row.cause if row.tool is not None else None,
+        row.execution_id,
         row.tool,
         kept_back,
+        row.caller_id,
+        row.caller_tool,
     )
 
 
@@ -585,9 +614,10 @@ class _HistoryPage:
 
     def _of_metadata(self, keys: list[int] | None) -> Page[HistoryEntry]:
         (key, value), *others = self._query.metadata.items()
-        self._conditions.add("metadata_entries.key = ?", key)
-        self._conditions.add("metadata_entries.value = ?", value)
-        self._conditions.add_metadata("versions.metadata", others)
+        # SQLite has ended both at their first NUL; `_read` looks at the metadata itself.
+        self._conditions.add("metadata_entries.key IN (?, ?)", key, key.partition("\0")[0])
+        self._conditions.add("metadata_entries.value IN (?, ?)", value, value.partition("\0")[0])
+        self._conditions.add_metadata(_sound("versions.metadata"), others)
         if keys is not None:
             self._conditions.add_among("variables.session_key", keys)
         self._name()
@@ -651,6 +681,7 @@ class _HistoryPage:
         statement = _VERSIONS.format(driver=driver) + str(more) + order
         rows = _all(self._connection, statement, *more.parameters, most + 1)
         entries = [_entry_of(row, self._reveal) for row in rows[:most]]
+        entries = [entry for entry in entries if self._query.metadata.items() <= entry.metadata.items()]
         if self._mine is not None:
             entries = [entry for entry in entries if (entry.name, entry.version) in self._mine]
         last = rows[most - 1] if len(rows) > most else None
@@ -659,22 +690,13 @@ class _HistoryPage:
 
 def _predicate(predicate: Predicate, reveal: bool) -> tuple[Any, ...]:
     """As SQL. What is masked is not found by its value either."""
-    shown = "" if reveal else " AND sensitive = 0"
-    text, number = "text", predicate.number
+    shown = "text IS NOT NULL" if reveal else "text IS NOT NULL AND sensitive = 0"
     if predicate.operator is Operator.CONTAINS:
-        return f"instr({text}, ?) > 0{shown}", predicate.operand
-    if number is not None:
-        return f"versions.number {predicate.operator.value} ?{shown}", number
-    quoted = json.dumps(predicate.operand, ensure_ascii=False)
-    return f"{text} {'=' if predicate.operator is Operator.EQUAL else '<>'} ?{shown}", _json_operand(predicate, quoted)
-
-
-def _json_operand(predicate: Predicate, quoted: str) -> str:
-    """The operand as the JSON that it is, or as the string that it means."""
-    try:
-        return json.dumps(json.loads(predicate.operand), ensure_ascii=False, separators=(",", ":"))
-    except ValueError:
-        return quoted
+        # As it stands there, or as JSON writes it.
+        escaped = json.dumps(predicate.operand, ensure_ascii=False)[1:-1]
+        return f"(instr(text, ?) > 0 OR instr(text, ?) > 0) AND {shown}", predicate.operand, escaped
+    holds = "value_holds(text, variables.type, ?, ?)"
+    return f"{holds} AND {shown}", predicate.operator.value, predicate.operand
 
 
 # Executions
@@ -701,7 +723,7 @@ def _family(connection: Connection, row: Any) -> list[Any]:
 
 def _end_of(row: Any) -> Mapping[str, Any]:
     """The second half of its journal entry, as far as there is one."""
-    return {"writes": (), "published": (), **(json.loads(row.ending) if row.ending else {})}
+    return {"writes": (), "published": (), **stored_object(row.ending)}
 
 
 def _summary_of(row: Any) -> ExecutionSummary:
@@ -713,13 +735,13 @@ def _summary_of(row: Any) -> ExecutionSummary:
         row.attempt,
         row.actor,
         row.began_sequence,
-        from_micros(row.began_at),
+        nearest_time(row.began_at),
         row.ended_sequence,
-        None if row.ended_at is None else from_micros(row.ended_at),
+        None if row.ended_at is None else nearest_time(row.ended_at),
         row.duration_us,
         row.parent_id,
         row.idempotency_key,
-        row.worker_id or "",
+        _json(row.worker_id) or "",
         row.reads,
         row.writes,
         _error_text(row),
@@ -727,16 +749,21 @@ def _summary_of(row: Any) -> ExecutionSummary:
 
 
 def _error_text(row: Any) -> str:
-    if row.error_type:
-        return f"{row.error_type}: {row.message}"
-    conflicts = _conflicts_of(row.conflicts)
+    failure = _json(row.failure)
+    if failure:
+        return f"{failure['type']}: {failure['message']}"
+    conflicts = _conflicts_of(_json(row.conflicts))
     # Where the end is pruned, its reason is gone: a session's end interrupts, too.
     ending = _ENDINGS.get(row.status, "") if row.has_ending else ""
-    return row.reason or ", ".join(map(str, conflicts)) or ending
+    return _json(row.reason) or ", ".join(map(str, conflicts)) or ending
 
 
-def _conflicts_of(text: str | None) -> tuple[Conflict, ...]:
-    return tuple(Conflict(**each) for each in json.loads(text)) if text else ()
+def _json(text: str | None) -> Any:
+    return None if text is None else stored(text)
+
+
+def _conflicts_of(bodies: Iterable[Mapping[str, Any]] | None) -> tuple[Conflict, ...]:
+    return tuple(Conflict(**each) for each in bodies or ())
 
 
 def _execution_page(
@@ -751,7 +778,7 @@ def _execution_page(
     conditions.add_equal("executions.status", None if query.status is None else query.status.value)
     conditions.add_equal("began.actor", query.actor)
     conditions.add_equal("executions.idempotency_key", query.idempotency_key)
-    conditions.add_metadata("json_extract(beginning.body, '$.metadata')", query.metadata.items())
+    conditions.add_metadata(f"{_BEGINNING} -> '$.metadata'", query.metadata.items())
     if not query.children:
         conditions.add("executions.parent_id IS NULL")
     rows = _rows_of_page(connection, _SUMMARIES, "executions.began_sequence", conditions, query, bounds, after, most)
@@ -784,32 +811,48 @@ def _page_of(rows: Sequence[Any], most: int, made: Callable[[Any], T], key: Call
 
 def _detail(connection: Connection, execution_id: str, history: tuple[HistoryEntry, ...]) -> ExecutionDetail:
     row = _execution_row(connection, execution_id)
-    beginning = json.loads(row.beginning) if row.beginning else {}
-    ending = json.loads(row.ending) if row.ending else {}
+    beginning, ending = stored_object(row.beginning), stored_object(row.ending)
     children = _all(
         connection, "SELECT execution_id FROM executions WHERE parent_id = ? ORDER BY began_sequence", row.execution_id
     )
-    failure = ending.get("failure")
     return ExecutionDetail(
         _summary_of(row),
-        beginning.get("isolation", ""),
-        {name: _value(body) for name, body in beginning.get("parameters", {}).items()},
-        beginning.get("metadata", {}),
-        beginning.get("seed", ""),
-        value_in(ending.get("result")),
-        Failure(**failure) if failure else None,
-        ending.get("reason", ""),
-        tuple(Conflict(**each) for each in ending.get("conflicts", ())),
-        tuple(ReadEntry(asked, *(seen or (None, None, None))) for asked, seen in ending.get("reads", {}).items()),
-        tuple(ending.get("patterns", ())),
-        _pairs(ending.get("writes", ())),
-        _pairs(ending.get("published", ())),
-        tuple(LogEntry(from_micros(line["at"]), line["message"], line["fields"]) for line in ending.get("log", ())),
-        ending.get("recorded", {}),
-        _attempts(connection, row, beginning),
-        tuple(_detail(connection, each[0], ()) for each in children),
-        history,
+        **told_of_beginning(beginning),
+        **told_of_end(ending),
+        attempts=_attempts(connection, row, beginning),
+        children=tuple(_detail(connection, each[0], ()) for each in children),
+        history=history,
     )
+
+
+def told_of_beginning(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What an `ExecutionDetail` has from the event of its beginning."""
+    return {
+        "isolation": body.get("isolation", ""),
+        "parameters": {name: _value(value) for name, value in body.get("parameters", {}).items()},
+        "metadata": body.get("metadata", {}),
+        "seed": body.get("seed", ""),
+    }
+
+
+def told_of_end(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What an `ExecutionDetail` has from the event of its end."""
+    failure = body.get("failure")
+    reads = body.get("reads", {}).items()
+    return {
+        "result": value_in(body.get("result")),
+        "failure": Failure(**failure) if failure else None,
+        "reason": body.get("reason", ""),
+        "conflicts": _conflicts_of(body.get("conflicts")),
+        "reads": tuple(ReadEntry(asked, *(seen or (None, None, None))) for asked, seen in reads),
+        "patterns": tuple(body.get("patterns", ())),
+        "writes": _pairs(body.get("writes", ())),
+        "published": _pairs(body.get("published", ())),
+        "log": tuple(
+            LogEntry(nearest_time(each["at"]), each["message"], each["fields"]) for each in body.get("log", ())
+        ),
+        "recorded": body.get("recorded", {}),
+    }
 
 
 def _value(body: Mapping[str, str]) -> Value:
@@ -829,13 +872,13 @@ def _attempts(connection: Connection, row: Any, beginning: Mapping[str, Any]) ->
     while earlier is not None:
         found.insert(0, earlier)
         before = _execution_row(connection, earlier)
-        earlier = json.loads(before.beginning).get("retry_of") if before.beginning else None
+        earlier = stored_object(before.beginning).get("retry_of")
     last = row
     while last is not None and last.status == ExecutionStatus.CONFLICT.value:
         last = _first(
             connection,
             f"{_IN_FULL} WHERE executions.session_key = ? AND executions.began_sequence > ? "
-            "AND executions.tool = ? AND executions.attempt = ? AND json_extract(beginning.body, '$.retry_of') = ? "
+            f"AND executions.tool = ? AND executions.attempt = ? AND {_BEGINNING} ->> '$.retry_of' = ? "
             "ORDER BY executions.began_sequence LIMIT 1",
             last.session_key,
             last.began_sequence,
@@ -867,7 +910,7 @@ def _commit_of(row: Any) -> CommitEntry:
         row.session_id,
         row.actor,
         row.cause,
-        from_micros(row.created_at),
+        nearest_time(row.created_at),
         row.hash,
         _pairs(json.loads(row.versions)),
         tuple(json.loads(row.events)),
@@ -882,7 +925,7 @@ def _session_page(
     _of_session(connection, conditions, query.session, "sessions.session_key")
     if query.live is not None:
         conditions.add(f"sessions.ended_sequence IS {'' if query.live else 'NOT '}NULL")
-    conditions.add_metadata("sessions.metadata", query.metadata.items())
+    conditions.add_metadata(_sound("sessions.metadata"), query.metadata.items())
     rows = _rows_of_page(connection, _SESSIONS, "sessions.started_sequence", conditions, query, bounds, after, most)
     return _page_of(rows, most, _session_of, lambda row: (row.started_sequence,))
 
@@ -890,14 +933,14 @@ def _session_page(
 def _session_of(row: Any) -> SessionEntry:
     return SessionEntry(
         row.session_id,
-        from_micros(row.created_at),
+        nearest_time(row.created_at),
         row.started_sequence,
         row.ended_sequence,
-        None if row.ended_at is None else from_micros(row.ended_at),
-        from_micros(row.last_at),
+        None if row.ended_at is None else nearest_time(row.ended_at),
+        nearest_time(row.last_at),
         row.ttl_s,
         row.variables,
         row.commits,
         row.executions,
-        json.loads(row.metadata),
+        stored_object(row.metadata),
     )

@@ -6,7 +6,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from sqlalchemy import Connection, Row, select, text
 
-from dspex_persist.clock import from_micros
+from dspex_persist.clock import nearest_time
 from dspex_persist.state.model import Change, CommitChanges, EventKind, Optimization, Variable
 from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.anchor import Head
@@ -105,7 +105,7 @@ def _lock_as_of(connection: Connection, variable: Variable, sequence: int) -> Op
     return Optimization(
         id=body["optimization_id"],
         optimizer_id=body["optimizer_id"],
-        started_at=from_micros(body["started_at"]),
+        started_at=nearest_time(body["started_at"]),
         started_by=body["started_by"],
         config=body["config"],
         lease_s=body["lease_s"],

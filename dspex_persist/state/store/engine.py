@@ -22,6 +22,8 @@ from dspex_persist.infra import forks
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.errors import DatabaseInUseError, NotADatabaseError, ReadFailedError
 from dspex_persist.state.store import inherited
+from dspex_persist.state.store.conditions import value_holds
+from dspex_persist.state.values.json_text import mended
 
 Durability: TypeAlias = Literal["full", "normal"]
 _SYNCHRONOUS = {"full": 2, "normal": 1}
@@ -384,6 +386,8 @@ def open_readers(path: Path, size: int = 4) -> Engine:
         connections.check()
         connection = open_one()
         connections.add(connection)
+        connection.create_function("mended_json", 1, mended, deterministic=True)
+        connection.create_function("value_holds", 4, value_holds, deterministic=True)
         return connection
 
     def open_one() -> inherited.Connection:

@@ -14,6 +14,7 @@ from dspex_persist.state.model import (
 )
 from dspex_persist.state.store.schema import events, executions, sessions, tools
 from dspex_persist.state.unit_of_work import spec_in, value_in
+from dspex_persist.state.values.json_text import storable, stored
 
 # Built once: to build a statement takes SQLAlchemy longer than SQLite needs to run it.
 _RUNNING = (
@@ -78,7 +79,7 @@ def find_by_key(connection: Connection, session_key: int, key: str) -> RecordedE
 
 def _end_of(connection: Connection, row: Any) -> dict[str, Any]:
     """The second half of an entry, from the commit that ended it."""
-    bodies = map(json.loads, connection.execute(_ENDS, {"sequence": row.ended_sequence}).scalars())
+    bodies = map(stored, connection.execute(_ENDS, {"sequence": row.ended_sequence}).scalars())
     found: dict[str, Any] = next(body for body in bodies if body["execution_id"] == row.execution_id)
     return found
 
@@ -86,9 +87,10 @@ def _end_of(connection: Connection, row: Any) -> dict[str, Any]:
 def registered(connection: Connection, session_key: int) -> dict[str, RegisteredTool]:
     """The tools that the session's workers have registered, by name."""
     rows = connection.execute(_TOOLS, {"session_key": session_key})
-    return {row.name: RegisteredTool(spec_in(json.loads(row.spec)), row.worker_id, row.address) for row in rows}
+    return {row.name: RegisteredTool(spec_in(stored(row.spec)), row.worker_id, row.address) for row in rows}
 
 
 def spec_text(tool: Mapping[str, Any]) -> str:
     """The specification in an event's `tools_registered` entry, as the table keeps it."""
-    return json.dumps(tool["spec"], sort_keys=True)
+    # Through what the event keeps of it: the two are compared.
+    return json.dumps(stored(storable(tool["spec"])), sort_keys=True)

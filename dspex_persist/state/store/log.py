@@ -1,7 +1,6 @@
 """Writing staged units of work into the log and bringing the current-state tables along."""
 
 import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, TypeAlias
@@ -36,13 +35,12 @@ from dspex_persist.state.store.schema import (
 )
 from dspex_persist.state.store.variables import KIND_CODES, SOURCE_CODES, lock_text
 from dspex_persist.state.unit_of_work import SessionState, UnitOfWork, started_lock
-
-_encode = json.JSONEncoder(separators=(",", ":"), sort_keys=True).encode
+from dspex_persist.state.values.json_text import storable
 
 
 def metadata_text(metadata: Mapping[str, str]) -> str:
     """Metadata as the tables keep it."""
-    return _encode(dict(metadata))
+    return storable(dict(metadata))
 
 
 def _compiled_insert(table: Table) -> str:
@@ -201,7 +199,7 @@ class LogWriter:
     def _add_event(self, unit: UnitOfWork, state: SessionState, ordinal: int, event: Event) -> str:
         body = dict(event.body)
         body.update(_PROJECTIONS[event.kind](self, unit, state, body) or {})
-        text = _encode(body)
+        text = storable(body)
         self._events.append((unit.sequence, ordinal, event.kind.value, text))
         return event_text(ordinal, event.kind.value, text)
 

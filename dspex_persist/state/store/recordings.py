@@ -4,7 +4,6 @@ A recording is read page by page, each in a short snapshot, so that a server may
 commits after the beginning is not in the recording. Memory holds one page.
 """
 
-import json
 from array import array
 from bisect import bisect_left
 from collections.abc import Collection, Iterator
@@ -12,8 +11,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Engine
 
-from dspex_persist.clock import from_micros
-from dspex_persist.state.audit import SENSITIVE
+from dspex_persist.clock import nearest_time
 from dspex_persist.state.commands import ForkSession
 from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, SessionPrunedError, quote
 from dspex_persist.state.model import Dependency, Event, EventKind, Value, Variable
@@ -21,7 +19,8 @@ from dspex_persist.state.recording import Header, RecordedCommit, RecordedVersio
 from dspex_persist.state.store.answers import StoredAudit
 from dspex_persist.state.store.engine import snapshot
 from dspex_persist.state.store.schema import is_unicode
-from dspex_persist.state.store.variables import KINDS, SOURCES
+from dspex_persist.state.store.variables import KINDS, SOURCES, is_sensitive
+from dspex_persist.state.values.json_text import stored, stored_object
 
 _PAGE_COMMITS: Final = 500
 _PAGE_BYTES: Final = 4 * 1024 * 1024
@@ -35,7 +34,7 @@ _MARKER: Final = """
 """
 _SENSITIVE: Final = f"""
     SELECT variable_key FROM variables
-    WHERE session_key = ? AND lower(json_extract(metadata, '$.{SENSITIVE}')) = 'true'
+    WHERE session_key = ? AND {is_sensitive("metadata")}
 """
 _COMMITS: Final = f"""
     SELECT sequence, actor, cause, created_at,
@@ -136,7 +135,7 @@ class _Reading:
             versions = tuple(map(self._version_of, _rows(connection, _VERSIONS, sequence)))
             told = list(_rows(connection, _EVENTS, sequence))
             events = tuple(self._event_of(sequence, *row) for row in told)
-            commit = RecordedCommit(self._number, from_micros(created_at), actor, cause, versions, events, sequence)
+            commit = RecordedCommit(self._number, nearest_time(created_at), actor, cause, versions, events, sequence)
             page.append(renumbered(commit, self._number_of))
             size_bytes += sum(each.value.size_bytes for each in versions if each.value is not None)
             size_bytes += sum(len(body) for _, body in told)
@@ -156,12 +155,12 @@ class _Reading:
             KINDS[kind],
             SOURCES[source],
             None if masked else value,
-            json.loads(metadata) if metadata else {},
+            stored_object(metadata),
             masked,
         )
 
     def _event_of(self, sequence: int, kind: str, text: str) -> Event:
-        body = json.loads(text)
+        body = stored(text)
         for key in _INTERNAL_KEYS:
             body.pop(key, None)
         if kind == EventKind.EXECUTION_BEGAN:

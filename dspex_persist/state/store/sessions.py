@@ -5,7 +5,7 @@ from datetime import datetime
 
 from sqlalchemy import Connection, bindparam, exists, func, select
 
-from dspex_persist.clock import from_micros, to_micros
+from dspex_persist.clock import nearest_time, to_micros
 from dspex_persist.state.model import Dependency, Session
 from dspex_persist.state.store import executions as stored_executions
 from dspex_persist.state.store import variables as stored_variables
@@ -31,14 +31,14 @@ def load(connection: Connection, session_id: str) -> SessionState | None:
         return None
     session = Session(
         id=row.session_id,
-        created_at=from_micros(row.created_at),
+        created_at=nearest_time(row.created_at),
         metadata=json.loads(row.metadata),
         ttl_s=row.ttl_s,
         sequence=row.started_sequence,
     )
     lease = None
     if row.ttl_s is not None:
-        lease = Lease(row.ttl_s, from_micros(row.expires_at))
+        lease = Lease(row.ttl_s, nearest_time(row.expires_at))
         # Touches are saved only now and then: what the last unsaved one may have added is granted.
         lease.expires_at += lease.slack
     state = SessionState(

@@ -7,10 +7,12 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, bindparam, func, select, text
 
-from dspex_persist.clock import from_micros, to_micros
+from dspex_persist.clock import nearest_time, to_micros
+from dspex_persist.state.audit import SENSITIVE
 from dspex_persist.state.frozen import freeze
 from dspex_persist.state.model import ChangeKind, Optimization, Source, Value, Variable, VariableVersion
 from dspex_persist.state.store.schema import blobs, commits, is_unicode, variables, versions
+from dspex_persist.state.values.json_text import stored_object
 
 KINDS = tuple(ChangeKind)
 SOURCES = tuple(Source)
@@ -18,11 +20,11 @@ KIND_CODES = {kind: code for code, kind in enumerate(KINDS)}
 SOURCE_CODES = {source: code for code, source in enumerate(SOURCES)}
 _MERGING_KINDS = ", ".join(str(KIND_CODES[kind]) for kind in KINDS if kind.merges_metadata)
 
-# Added up by SQLite: beside max(version), a bare column is that of the newest version.
+# Each text once, in the order in which they were said last. Not added up by SQLite: it ends keys at their first NUL.
 _METADATA_AS_OF = text(f"""
-    SELECT entry.key, entry.value, max(versions.version) FROM versions, json_each(versions.metadata) AS entry
-    WHERE versions.variable_key = :key AND versions.version <= :version AND versions.kind IN ({_MERGING_KINDS})
-    GROUP BY entry.key
+    SELECT metadata FROM versions
+    WHERE variable_key = :key AND version <= :version AND kind IN ({_MERGING_KINDS}) AND metadata IS NOT NULL
+    GROUP BY metadata ORDER BY max(version)
 """)
 
 _value_blob = blobs.alias("value_content")
@@ -96,6 +98,12 @@ _LIVE_VARIABLES = (
 _NO_BOUND = 2**63 - 1
 
 
+def is_sensitive(metadata: str) -> str:
+    """Whether the metadata in this column says so, as SQL. What nobody can read is kept back."""
+    told = f"lower(json_extract({metadata}, '$.{SENSITIVE}')) IS 'true'"
+    return f"(CASE WHEN json_valid({metadata}) THEN {told} ELSE 1 END)"
+
+
 def live_variables(connection: Connection, session_key: int) -> list[tuple[int, Variable]]:
     """The session's variables as they stand, with their keys, oldest first."""
     rows = connection.execute(_LIVE_VARIABLES, {"session_key": session_key})
@@ -138,9 +146,9 @@ def history(connection: Connection, variable_key: int, limit: int, before: int |
                 number,
                 KINDS[kind],
                 value,
-                freeze(json.loads(metadata) if metadata else {}),
+                freeze(stored_object(metadata)),
                 SOURCES[source],
-                from_micros(at),
+                nearest_time(at),
                 actor,
                 cause,
                 sequence,
@@ -182,8 +190,10 @@ def variable_as_of(
 
 def metadata_as_of(connection: Connection, variable_key: int, version: int) -> dict[str, str]:
     """What the metadata of all versions up to `version` adds up to."""
-    rows = connection.execute(_METADATA_AS_OF, {"key": variable_key, "version": version})
-    return {name: entry for name, entry, _ in rows}
+    merged: dict[str, str] = {}
+    for each in connection.execute(_METADATA_AS_OF, {"key": variable_key, "version": version}).scalars():
+        merged |= stored_object(each)
+    return merged
 
 
 def version_of(row: Row[Any]) -> VariableVersion:
@@ -194,9 +204,9 @@ def version_of(row: Row[Any]) -> VariableVersion:
         version=row.version,
         kind=KINDS[row.kind],
         value=_value_of(row),
-        metadata=freeze(json.loads(row.change_metadata) if row.change_metadata else {}),
+        metadata=freeze(stored_object(row.change_metadata)),
         source=SOURCES[row.source],
-        created_at=from_micros(row.created_at),
+        created_at=nearest_time(row.created_at),
         actor=row.actor,
         cause=row.cause,
         sequence=row.sequence,
@@ -213,7 +223,7 @@ def _value_of(row: Row[Any]) -> Value | None:
 def _variable_of(row: Row[Any]) -> Variable:
     value = _value_of(row)
     assert value is not None, "a live variable has a value"
-    updated_at = from_micros(row.created_at)
+    updated_at = nearest_time(row.created_at)
     lock = lock_of(row.optimization)
     if lock is not None and updated_at > lock.started_at:
         # While a lock stands only its holder writes, so the newest version is the holder's last sign of life.
@@ -238,7 +248,7 @@ def lock_of(text: str | None) -> Optimization | None:
         return None
     body = json.loads(text)
     for name in ("started_at", "renewed_at"):
-        body[name] = from_micros(body[name]) if body[name] is not None else None
+        body[name] = nearest_time(body[name]) if body[name] is not None else None
     return Optimization(**body)
 
 

@@ -1,15 +1,15 @@
 """Checking a whole file: does its log hold, and do its current-state tables say what the log adds up to?
 
-Five walks: the log commit by commit (chain, sequences, versions), what was pruned, the large contents, the index of
-metadata, the sessions one by one. Each reads in short snapshots, so that a file that a server writes to can be checked
-without its WAL growing meanwhile. Memory holds the variables of one session, never the log.
+Its walks: the log commit by commit (chain, sequences, versions, documents), what was pruned, the large contents, the
+index of metadata, the sessions one by one, the documents in the other tables, the live sessions as the engine loads
+them. Each reads in short snapshots, so that a file that a server writes to can be checked without its WAL growing
+meanwhile. Memory holds the variables of one session, never the log.
 
 Of a commit that was pruned nobody can work out the hash any more. That it is the one that it was, that it follows its
 predecessor, and what is left of the commit: all of that is in its residue, the residues are in the digest of a marker,
 and the chain covers the marker.
 """
 
-import json
 import sqlite3
 import time
 from collections import Counter
@@ -21,10 +21,12 @@ from typing import Any, Final, TypeAlias, cast
 
 from sqlalchemy import Connection, Engine
 
+from dspex_persist.clock import EARLIEST, LATEST, to_micros
 from dspex_persist.state.errors import NotADatabaseError, ReadFailedError, quote
 from dspex_persist.state.model import ChangeKind, EventKind
-from dspex_persist.state.store import audit, migrate, prune
+from dspex_persist.state.store import audit, migrate, prune, sessions
 from dspex_persist.state.store.anchor import Head
+from dspex_persist.state.store.answers import told_of_beginning, told_of_end
 from dspex_persist.state.store.blobs import digest
 from dspex_persist.state.store.chain import GENESIS, commit_text, link, residue, residue_entry
 from dspex_persist.state.store.engine import snapshot
@@ -32,6 +34,7 @@ from dspex_persist.state.store.executions import spec_text
 from dspex_persist.state.store.log import began_sequence, metadata_text
 from dspex_persist.state.store.variables import KIND_CODES, lock_text
 from dspex_persist.state.unit_of_work import started_lock
+from dspex_persist.state.values.json_text import stored
 
 _PAGE_COMMITS: Final = 10_000
 _PAGE_ENTRIES: Final = 10_000
@@ -77,7 +80,16 @@ def iter_problems(readers: Engine, anchor: Head | None = None, progress: Progres
     The answers kept under idempotency keys are not looked at: they are forgotten after a while, and so not in the log.
     """
     strays = _StrayWalk()
-    walks = (_LogWalk(anchor, progress), _PrunedWalk(), _BlobWalk(), strays, _IndexedWalk(strays), _SessionWalk())
+    walks = (
+        _LogWalk(anchor, progress),
+        _PrunedWalk(),
+        _BlobWalk(),
+        strays,
+        _IndexedWalk(strays),
+        _SessionWalk(),
+        _DocumentWalk(),
+        _LiveWalk(),
+    )
     for walk in walks:
         try:
             yield from _walked(readers, walk)
@@ -149,6 +161,93 @@ def _find(connection: Connection, statement: str, *parameters: object) -> Any:
     return next(_rows(connection, statement, *parameters), None)
 
 
+# Documents and times
+
+_UNSOUND: Final = {
+    "its time is none that a calendar has": f"""
+        SELECT sequence, session_key, NULL FROM commits WHERE sequence > ? AND sequence <= ?
+            AND created_at NOT BETWEEN {to_micros(EARLIEST)} AND {to_micros(LATEST)}
+    """,
+    **{
+        f"the {column} of a version is no JSON": f"""
+            SELECT versions.sequence, variables.session_key, versions.variable_key FROM versions
+            LEFT JOIN variables ON variables.variable_key = versions.variable_key
+            WHERE versions.sequence > ? AND versions.sequence <= ? AND versions.{column} IS NOT NULL
+                AND NOT json_valid(versions.{column})
+        """
+        for column in ("value", "metadata")
+    },
+    "the body of an event is no JSON": """
+        SELECT sequence, (SELECT session_key FROM commits WHERE commits.sequence = events.sequence), NULL FROM events
+        WHERE sequence > ? AND sequence <= ? AND NOT json_valid(body)
+    """,
+}
+"""What is wrong, and which rows of some commits have that: commit, session, variable."""
+# Empty constraints are none.
+_DOCUMENTS: Final = {
+    ("sessions", "metadata"): "SELECT session_id FROM sessions WHERE NOT json_valid(metadata)",
+    ("tools", "spec"): "SELECT session_id FROM tools JOIN sessions USING (session_key) WHERE NOT json_valid(spec)",
+    ("outcomes", "result"): "SELECT session_id FROM outcomes WHERE NOT json_valid(result)",
+    **{
+        ("variables", column): f"""
+            SELECT session_id, name FROM variables JOIN sessions USING (session_key)
+            WHERE variables.{column} {none} AND NOT json_valid(variables.{column})
+        """
+        for column, none in (("constraints", "<> ''"), ("metadata", "IS NOT NULL"), ("optimization", "IS NOT NULL"))
+    },
+}
+
+
+def _unsound(connection: Connection, after: int, last: int) -> Iterator[Problem]:
+    for what, statement in _UNSOUND.items():
+        for sequence, session_key, variable_key in _rows(connection, statement, after, last):
+            keys = [variable_key] if variable_key is not None else []
+            yield Problem(_where(connection, sequence, session_key, keys), what)
+
+
+class _DocumentWalk(_Walk):
+    """What tables other than the log's keep as JSON is JSON."""
+
+    def __str__(self) -> str:
+        return "the documents in the tables of what is current"
+
+    def page(self, connection: Connection) -> Iterator[Problem]:
+        for (table, column), statement in _DOCUMENTS.items():
+            for session_id, *names in _rows(connection, statement):
+                where = ", ".join([f"session {quote(session_id)}", *(f"variable {quote(name)}" for name in names)])
+                yield Problem(where, f"{table}.{column} is no JSON")
+        self.more = False
+
+
+class _LiveWalk(_Walk):
+    """Every live session can be loaded, as the engine does it when it is first used."""
+
+    def __init__(self) -> None:
+        self._last = 0
+
+    def __str__(self) -> str:
+        return f"the live sessions after number {self._last}"
+
+    def page(self, connection: Connection) -> Iterator[Problem]:
+        end = time.monotonic() + _SNAPSHOT_S
+        statement = "SELECT session_key, session_id FROM sessions WHERE session_key > ? AND ended_sequence IS NULL"
+        for key, session_id in list(_rows(connection, f"{statement} ORDER BY session_key LIMIT 1000", self._last)):
+            try:
+                sessions.load(connection, session_id)
+            except (*_UNREADABLE, AttributeError, AssertionError) as error:
+                reason = f"{type(error).__name__} {getattr(error, 'orig', error)}"
+                yield Problem(f"session {quote(session_id)}", f"it cannot be loaded: {reason}")
+            self._last = key
+            if time.monotonic() > end:
+                return
+        self.more = self._last != _last_live(connection)
+
+
+def _last_live(connection: Connection) -> int:
+    (last,) = _find(connection, "SELECT ifnull(max(session_key), 0) FROM sessions WHERE ended_sequence IS NULL")
+    return int(last)
+
+
 # The log
 
 _FIND_VERSION_BEFORE: Final = """
@@ -191,7 +290,7 @@ class _LogWalk(_Walk):
         if self._last == 0:
             for (sequence,) in _rows(connection, _BEFORE_THE_FIRST):
                 yield Problem(f"commit {sequence}", "commits are numbered from 1")
-        newest, homes = self._newest, self._homes
+        first, newest, homes = self._last, self._newest, self._homes
         # Commits that are looked at whatever their hash is.
         special = {self._anchor.sequence}
         special.update(sequence for (sequence,) in _rows(connection, _PRUNED_COMMITS, self._last, _PAGE_COMMITS))
@@ -216,6 +315,7 @@ class _LogWalk(_Walk):
             read += 1
             self._last = sequence
             self._hash = stored
+        yield from _unsound(connection, first, self._last)
         self._progress(self._last, max(in_all, self._last))
         if read < _PAGE_COMMITS:
             self.more = False
@@ -388,7 +488,7 @@ def _residue_of_nothing(
 def _find_marker(connection: Connection, sequence: int) -> _Marker | None:
     row = _find(connection, _MARKER, sequence)
     try:
-        return _Marker(json.loads(row[0])) if row is not None else None
+        return _Marker(stored(row[0])) if row is not None else None
     except (LookupError, TypeError, ValueError):
         return None
 
@@ -703,8 +803,10 @@ class _Replay:
         """Take in the session's events."""
         for _, sequence, ordinal, kind, text, created_at in rows:
             try:
-                _READERS[kind](self, _Commit(sequence, created_at), json.loads(text))
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                body = stored(text)
+                _READERS[kind](self, _Commit(sequence, created_at), body)
+                _TOLD.get(kind, dict)(body)
+            except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
                 where = f"commit {sequence}, {self._name}"
                 yield Problem(where, f"event {ordinal} ({quote(kind)}) makes no sense: {type(error).__name__} {error}")
 
@@ -720,7 +822,7 @@ class _Replay:
                 variable.deleted_sequence = sequence
             elif metadata is not None:
                 try:
-                    variable.metadata.update(json.loads(metadata))
+                    variable.metadata.update(stored(metadata))
                 except (TypeError, ValueError) as error:
                     where = f"commit {sequence}, {self._variable_name(variable)}"
                     yield Problem(where, f"the metadata of version {number} makes no sense: {error}")
@@ -865,6 +967,13 @@ _READERS: Final[Mapping[str, Callable[[_Replay, _Commit, Mapping[str, Any]], Non
     EventKind.EXECUTION_BEGAN: _Replay._execution_began,
     EventKind.EXECUTION_ENDED: _Replay._execution_ended,
     EventKind.PRUNED: _Replay._pruned,
+}
+
+
+# What an audit makes of these events, so that one that it cannot read is found.
+_TOLD: Final[Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]]] = {
+    EventKind.EXECUTION_BEGAN: told_of_beginning,
+    EventKind.EXECUTION_ENDED: told_of_end,
 }
 
 

@@ -8,7 +8,8 @@ import json
 import re
 from collections import Counter
 from itertools import accumulate
-from math import inf
+from math import inf, isfinite
+from typing import Any, Final
 
 import re2
 
@@ -20,6 +21,8 @@ _WHITESPACE = " \t\n\r"
 # Python's default limit for turning digits into an int. Held here too, so that a host that lifts the
 # interpreter's limit does not open the door to quadratic conversions.
 INTEGER_DIGITS = 4300
+_INTEGER_BITS: Final = 14_000
+"""Of fewer bits no integer has more digits than that."""
 # A number of so few characters without an exponent is below 1e308 and so cannot overflow a double.
 _SURELY_FINITE_LENGTH = 308
 
@@ -199,6 +202,80 @@ def canonical(document: object) -> str:
         raise RefusedError("nested too deep, or contains itself") from None
     except (TypeError, ValueError) as error:
         raise RefusedError(f"has no JSON form: {shorten(str(error))}") from None
+
+
+# What a file keeps
+
+DAMAGED: Final = "damaged JSON"
+"""The key under which `stored_object` gives back what cannot be read."""
+_STORED_DEPTH: Final = 200
+"""How deep a document in a file may nest: more than any value, less than what SQLite and Python read."""
+_STORING = json.JSONEncoder(allow_nan=False, sort_keys=True, separators=(",", ":"))
+
+
+def storable(document: object) -> str:
+    """`document` for a column that SQLite's JSON functions read: strict JSON in ASCII, whatever the document holds.
+
+    This never refuses: by now what is written has happened. Floats that are not finite become the protocol's strings
+    ("NaN", "Infinity", "-Infinity"), lone surrogates are spelled out (\\ud800), integers of too many digits and what
+    nests too deep for SQLite become text.
+    """
+    try:
+        text = _STORING.encode(document)
+        if depth_if_above(text, _STORED_DEPTH):
+            raise RefusedError("nested too deep")
+        if _SURROGATE_ESCAPE.search(text):
+            utf8_size_bytes(json.dumps(document, ensure_ascii=False))
+    except (RefusedError, RecursionError, TypeError, ValueError):
+        return _STORING.encode(_plain(document, 0))
+    return text
+
+
+def _plain(document: object, depth: int) -> object:
+    """`document` as JSON can say it and SQLite can read it."""
+    if depth >= _STORED_DEPTH and isinstance(document, dict | list | tuple):
+        return f"(nested deeper than {_STORED_DEPTH} levels)"
+    if isinstance(document, str):
+        return document.encode(errors="backslashreplace").decode()
+    if isinstance(document, dict):
+        return {str(_plain(str(key), depth)): _plain(entry, depth + 1) for key, entry in document.items()}
+    if isinstance(document, list | tuple):
+        return [_plain(entry, depth + 1) for entry in document]
+    if isinstance(document, float) and not isfinite(document):
+        return "NaN" if document != document else "Infinity" if document > 0 else "-Infinity"
+    if document is None or isinstance(document, bool | float):
+        return document
+    if isinstance(document, int):
+        return document if document.bit_length() < _INTEGER_BITS else hex(document)
+    return repr(document)
+
+
+def stored(text: str) -> Any:
+    """The document in a column, also where it was written before all of them were strict (see `storable`)."""
+    document = json.loads(text, parse_constant=str)
+    if _SURROGATE_ESCAPE.search(text) is None:
+        return document
+    try:
+        utf8_size_bytes(json.dumps(document, ensure_ascii=False))
+    except RefusedError:
+        return _plain(document, 0)
+    return document
+
+
+def stored_object(text: str | None) -> dict[str, Any]:
+    """The object in a column; what is none, because the file was damaged, is shown as a text under `DAMAGED`."""
+    if text is None:
+        return {}
+    try:
+        document = stored(text)
+    except (ValueError, RecursionError):
+        return {DAMAGED: text}
+    return document if isinstance(document, dict) else {DAMAGED: text}
+
+
+def mended(text: str) -> str:
+    """The object in a column as SQLite can read it."""
+    return storable(stored_object(text))
 
 
 def shorten(text: str) -> str:

@@ -859,6 +859,8 @@ class HistoryEntry(_message.Message):
     EXECUTION_ID_FIELD_NUMBER: _builtins.int
     TOOL_FIELD_NUMBER: _builtins.int
     MASKED_FIELD_NUMBER: _builtins.int
+    CALLER_ID_FIELD_NUMBER: _builtins.int
+    CALLER_TOOL_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     name: _builtins.str
     variable_id: _builtins.str
@@ -875,6 +877,9 @@ class HistoryEntry(_message.Message):
     """the tool execution that wrote it; absent where a client did"""
     tool: _builtins.str
     masked: _builtins.bool
+    caller_id: _builtins.str
+    """the execution that called the one that wrote it; absent where a client did"""
+    caller_tool: _builtins.str
     @_builtins.property
     def value(self) -> Global___Value:
         """absent for a deletion, and where it is masked"""
@@ -902,15 +907,25 @@ class HistoryEntry(_message.Message):
         execution_id: _builtins.str | None = ...,
         tool: _builtins.str | None = ...,
         masked: _builtins.bool = ...,
+        caller_id: _builtins.str | None = ...,
+        caller_tool: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_execution_id", b"_execution_id", "_tool", b"_tool", "created_at", b"created_at", "execution_id", b"execution_id", "tool", b"tool", "value", b"value"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_caller_id", b"_caller_id", "_caller_tool", b"_caller_tool", "_execution_id", b"_execution_id", "_tool", b"_tool", "caller_id", b"caller_id", "caller_tool", b"caller_tool", "created_at", b"created_at", "execution_id", b"execution_id", "tool", b"tool", "value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_execution_id", b"_execution_id", "_tool", b"_tool", "actor", b"actor", "cause", b"cause", "created_at", b"created_at", "execution_id", b"execution_id", "kind", b"kind", "masked", b"masked", "metadata", b"metadata", "name", b"name", "sequence", b"sequence", "session_id", b"session_id", "source", b"source", "tool", b"tool", "type", b"type", "value", b"value", "variable_id", b"variable_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_caller_id", b"_caller_id", "_caller_tool", b"_caller_tool", "_execution_id", b"_execution_id", "_tool", b"_tool", "actor", b"actor", "caller_id", b"caller_id", "caller_tool", b"caller_tool", "cause", b"cause", "created_at", b"created_at", "execution_id", b"execution_id", "kind", b"kind", "masked", b"masked", "metadata", b"metadata", "name", b"name", "sequence", b"sequence", "session_id", b"session_id", "source", b"source", "tool", b"tool", "type", b"type", "value", b"value", "variable_id", b"variable_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__caller_id: _TypeAlias = _typing.Literal["caller_id"]  # noqa: Y015
+    _WhichOneofArgType__caller_id: _TypeAlias = _typing.Literal["_caller_id", b"_caller_id"]  # noqa: Y015
+    _WhichOneofReturnType__caller_tool: _TypeAlias = _typing.Literal["caller_tool"]  # noqa: Y015
+    _WhichOneofArgType__caller_tool: _TypeAlias = _typing.Literal["_caller_tool", b"_caller_tool"]  # noqa: Y015
     _WhichOneofReturnType__execution_id: _TypeAlias = _typing.Literal["execution_id"]  # noqa: Y015
     _WhichOneofArgType__execution_id: _TypeAlias = _typing.Literal["_execution_id", b"_execution_id"]  # noqa: Y015
     _WhichOneofReturnType__tool: _TypeAlias = _typing.Literal["tool"]  # noqa: Y015
     _WhichOneofArgType__tool: _TypeAlias = _typing.Literal["_tool", b"_tool"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__caller_id) -> _WhichOneofReturnType__caller_id | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__caller_tool) -> _WhichOneofReturnType__caller_tool | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__execution_id) -> _WhichOneofReturnType__execution_id | None: ...
     @_typing.overload
@@ -961,6 +976,8 @@ class VariableState(_message.Message):
     EXECUTION_ID_FIELD_NUMBER: _builtins.int
     TOOL_FIELD_NUMBER: _builtins.int
     MASKED_FIELD_NUMBER: _builtins.int
+    CALLER_ID_FIELD_NUMBER: _builtins.int
+    CALLER_TOOL_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     name: _builtins.str
     variable_id: _builtins.str
@@ -975,6 +992,9 @@ class VariableState(_message.Message):
     execution_id: _builtins.str
     tool: _builtins.str
     masked: _builtins.bool
+    caller_id: _builtins.str
+    """as in HistoryEntry"""
+    caller_tool: _builtins.str
     @_builtins.property
     def value(self) -> Global___Value: ...
     @_builtins.property
@@ -1003,15 +1023,25 @@ class VariableState(_message.Message):
         execution_id: _builtins.str | None = ...,
         tool: _builtins.str | None = ...,
         masked: _builtins.bool = ...,
+        caller_id: _builtins.str | None = ...,
+        caller_tool: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_execution_id", b"_execution_id", "_tool", b"_tool", "execution_id", b"execution_id", "tool", b"tool", "updated_at", b"updated_at", "value", b"value"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_caller_id", b"_caller_id", "_caller_tool", b"_caller_tool", "_execution_id", b"_execution_id", "_tool", b"_tool", "caller_id", b"caller_id", "caller_tool", b"caller_tool", "execution_id", b"execution_id", "tool", b"tool", "updated_at", b"updated_at", "value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_execution_id", b"_execution_id", "_tool", b"_tool", "actor", b"actor", "cause", b"cause", "constraints_json", b"constraints_json", "execution_id", b"execution_id", "kind", b"kind", "masked", b"masked", "metadata", b"metadata", "name", b"name", "sequence", b"sequence", "session_id", b"session_id", "source", b"source", "tool", b"tool", "type", b"type", "updated_at", b"updated_at", "value", b"value", "variable_id", b"variable_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_caller_id", b"_caller_id", "_caller_tool", b"_caller_tool", "_execution_id", b"_execution_id", "_tool", b"_tool", "actor", b"actor", "caller_id", b"caller_id", "caller_tool", b"caller_tool", "cause", b"cause", "constraints_json", b"constraints_json", "execution_id", b"execution_id", "kind", b"kind", "masked", b"masked", "metadata", b"metadata", "name", b"name", "sequence", b"sequence", "session_id", b"session_id", "source", b"source", "tool", b"tool", "type", b"type", "updated_at", b"updated_at", "value", b"value", "variable_id", b"variable_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__caller_id: _TypeAlias = _typing.Literal["caller_id"]  # noqa: Y015
+    _WhichOneofArgType__caller_id: _TypeAlias = _typing.Literal["_caller_id", b"_caller_id"]  # noqa: Y015
+    _WhichOneofReturnType__caller_tool: _TypeAlias = _typing.Literal["caller_tool"]  # noqa: Y015
+    _WhichOneofArgType__caller_tool: _TypeAlias = _typing.Literal["_caller_tool", b"_caller_tool"]  # noqa: Y015
     _WhichOneofReturnType__execution_id: _TypeAlias = _typing.Literal["execution_id"]  # noqa: Y015
     _WhichOneofArgType__execution_id: _TypeAlias = _typing.Literal["_execution_id", b"_execution_id"]  # noqa: Y015
     _WhichOneofReturnType__tool: _TypeAlias = _typing.Literal["tool"]  # noqa: Y015
     _WhichOneofArgType__tool: _TypeAlias = _typing.Literal["_tool", b"_tool"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__caller_id) -> _WhichOneofReturnType__caller_id | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__caller_tool) -> _WhichOneofReturnType__caller_tool | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__execution_id) -> _WhichOneofReturnType__execution_id | None: ...
     @_typing.overload
