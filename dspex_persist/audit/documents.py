@@ -1,6 +1,5 @@
 """The answers of an audit as JSON: the same names as the dataclasses', for `--json`, reports and other programs."""
 
-import json
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -9,6 +8,7 @@ from enum import Enum
 from typing import Any
 
 from dspex_persist.state.model import Value
+from dspex_persist.state.values.json_text import stored
 
 
 def document(answer: Any) -> Any:
@@ -29,6 +29,9 @@ def document(answer: Any) -> Any:
 
 
 def value_of(value: Value) -> Any:
-    """What a value's JSON says; with its bytes, in base64, where it has some."""
-    stated = json.loads(value.json)
+    """What a value's JSON says, its text where that is damaged; with its bytes, in base64, where it has some."""
+    try:
+        stated = stored(value.json)
+    except (ValueError, RecursionError):
+        stated = value.json
     return stated if value.binary is None else {"json": stated, "binary": b64encode(value.binary).decode()}

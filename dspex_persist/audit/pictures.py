@@ -2,14 +2,17 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal, localcontext
+from fractions import Fraction
 from itertools import pairwise
 from typing import Final
 
 from dspex_persist.state.audit import ExecutionSummary, HistoryEntry, LineageNode
 from dspex_persist.state.model import ChangeKind
+from dspex_persist.state.values.json_text import RefusedError, read
 
 # Times
 
@@ -141,8 +144,10 @@ def duration_text(seconds: float) -> str:
 # Executions over time
 
 _LEAST_PX: Final = 5
-_BETWEEN_PX: Final = 3
+_THIN_PX: Final = 0.75
+_BETWEEN_PX: Final = 0.5
 _BAR_PX: Final = 15
+_ROW_OF_BAR_PX: Final = _BAR_PX + 4
 _CHILD_PX: Final = 12
 _AXIS_PX: Final = 22
 _LETTER_PX: Final = 5.6
@@ -150,7 +155,10 @@ _LETTER_PX: Final = 5.6
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """An execution, as long as it took. `label` is "" where the tool's name has no room."""
+    """An execution, as long as it took. `label` is "" where the tool's name has no room.
+
+    `stem`: from where, above, a line leads down to it: from the one that called it. None: a client did.
+    """
 
     execution: ExecutionSummary
     x: float
@@ -158,16 +166,28 @@ class Bar:
     width: float
     height: float
     label: str
+    stem: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """Executions by time, in as many rows as it takes for none to cover another; called ones under their callers."""
+    """Executions by time, in as many rows as ran at the same time; called ones under their callers."""
 
     width: float
     height: float
     axis: TimeAxis
     bars: tuple[Bar, ...]
+
+
+@dataclass(slots=True)
+class _Placed:
+    """An execution, and the row that it has; that of the one that called it, if one did."""
+
+    execution: ExecutionSummary
+    begin: datetime
+    end: datetime
+    row: int
+    above: int | None = None
 
 
 def timeline(executions: Sequence[ExecutionSummary], width: float = 1_080) -> Timeline:
@@ -177,23 +197,12 @@ def timeline(executions: Sequence[ExecutionSummary], width: float = 1_080) -> Ti
     axis = TimeAxis(moments, 8, width - 12)
     known = {each.execution_id for each in executions}
     children: dict[str, list[ExecutionSummary]] = {}
-    for each in executions:
-        if each.parent_id in known:
-            children.setdefault(str(each.parent_id), []).append(each)
-    bars: list[Bar] = []
-    ends: list[float] = []
-    """For each row, where its last bar ends."""
     for each in sorted(executions, key=lambda each: each.began_sequence):
-        if each.parent_id in known:
-            continue
-        family = list(_family(each, children, 0))
-        depth = 1 + max(level for _, level in family)
-        x = axis.at(each.began_at)
-        right = max(max(axis.at(_end_of(one) or latest) for one, _ in family), x + _LEAST_PX)
-        row = _free_rows(ends, x, depth)
-        ends[row : row + depth] = [right + _BETWEEN_PX] * depth
-        bars += (_bar(one, axis, latest, row + level, level > 0) for one, level in family)
-    return Timeline(width, len(ends) * (_BAR_PX + 4) + _AXIS_PX, axis, tuple(bars))
+        children.setdefault(str(each.parent_id) if each.parent_id in known else "", []).append(each)
+    placed = _rows_of("", children, latest)
+    rows = 1 + max(each.row for each in placed)
+    bars = _bars(placed, axis)
+    return Timeline(width, rows * _ROW_OF_BAR_PX + _AXIS_PX, axis, tuple(bars))
 
 
 def _end_of(execution: ExecutionSummary) -> datetime | None:
@@ -204,37 +213,62 @@ def _end_of(execution: ExecutionSummary) -> datetime | None:
     return min(execution.began_at + timedelta(microseconds=execution.duration_us), execution.ended_at)
 
 
-def _family(
-    execution: ExecutionSummary, children: dict[str, list[ExecutionSummary]], level: int
-) -> Iterable[tuple[ExecutionSummary, int]]:
-    yield execution, level
-    for child in children.get(execution.execution_id, ()):
-        yield from _family(child, children, level + 1)
+def _rows_of(parent: str, children: dict[str, list[ExecutionSummary]], latest: datetime) -> list[_Placed]:
+    """Those that one called (or clients: "") with all below them, from row 0 on: whatever overlaps in time has a row of
+    its own, what came one after the other shares one."""
+    placed: list[_Placed] = []
+    ends: list[datetime] = []
+    """For each row, when its last one ended."""
+    for each in children.get(parent, ()):
+        below = _rows_of(each.execution_id, children, latest)
+        end = max([_end_of(each) or latest, each.began_at, *(one.end for one in below)])
+        depth = 2 + max((one.row for one in below), default=-1)
+        row = _free_rows(ends, each.began_at, depth)
+        ends[row : row + depth] = [end] * depth
+        placed.append(_Placed(each, each.began_at, max(_end_of(each) or latest, each.began_at), row))
+        for one in below:
+            one.above = row if one.above is None else one.above + row + 1
+            one.row += row + 1
+        placed += below
+    return placed
 
 
-def _free_rows(ends: list[float], x: float, depth: int) -> int:
-    """The first of `depth` rows, one under the other, that are free from x on; made where there are none."""
+def _free_rows(ends: list[datetime], begin: datetime, depth: int) -> int:
+    """The first of `depth` rows, one under the other, that are free from a time on; made where there are none."""
     row = 0
-    while any(end > x for end in ends[row : row + depth]):
+    while any(end > begin for end in ends[row : row + depth]):
         row += 1
-    ends += [0.0] * (row + depth - len(ends))
+    ends += [begin] * (row + depth - len(ends))
     return row
 
 
-def _bar(execution: ExecutionSummary, axis: TimeAxis, latest: datetime, row: int, is_child: bool) -> Bar:
-    x = axis.at(execution.began_at)
-    width = round(max(axis.at(_end_of(execution) or latest) - x, _LEAST_PX), 2)
-    height = _CHILD_PX if is_child else _BAR_PX
-    label = execution.tool if len(execution.tool) * _LETTER_PX + 6 <= width else ""
-    return Bar(execution, x, _AXIS_PX + row * (_BAR_PX + 4), width, height, label)
+def _bars(placed: Sequence[_Placed], axis: TimeAxis) -> Iterable[Bar]:
+    """Each as long as it took. What was too short to be seen is drawn longer, as far as there is room beside it."""
+    following: dict[int, float] = {}
+    drawn: list[Bar] = []
+    for each in sorted(placed, key=lambda each: (each.begin, each.execution.began_sequence), reverse=True):
+        x = axis.at(each.begin)
+        took = axis.at(each.end) - x
+        room = following.get(each.row, math.inf) - x - _BETWEEN_PX
+        following[each.row] = x
+        width = round(max(took, min(_LEAST_PX, room), _THIN_PX), 2)
+        height = _BAR_PX if each.above is None else _CHILD_PX
+        label = each.execution.tool if len(each.execution.tool) * _LETTER_PX + 6 <= width else ""
+        stem = None if each.above is None else _AXIS_PX + each.above * _ROW_OF_BAR_PX + _CHILD_PX
+        drawn.append(Bar(each.execution, x, _AXIS_PX + each.row * _ROW_OF_BAR_PX, width, height, label, stem))
+    return reversed(drawn)
 
 
-# Numbers over time
+# Numbers, version by version
 
-_CHART_LEFT: Final = 46
+_CHART_LEFT: Final = 62
 _CHART_TOP: Final = 10
 _CHART_BOTTOM: Final = 24
+_VERSION_TICK_PX: Final = 90
 MOST_MARKS: Final = 300
+"""So many versions a chart shows one by one. Of more, each stretch has its lowest and its highest one."""
+_STRETCHES: Final = 100
+_PLAIN_DIGITS: Final = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,74 +278,197 @@ class Mark:
     entry: HistoryEntry
     x: float
     y: float
-    number: float
+    number: int | float
+
+
+@dataclass(frozen=True, slots=True)
+class VersionAxis:
+    """Places of versions, one after the other: of times, thousands may be the same."""
+
+    ticks: tuple[Tick, ...]
+    breaks: tuple[Break, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """The numbers that a variable had, as steps. `hidden`: how many of the oldest versions are not on it."""
+    """The numbers that a variable had, as steps, by version.
+
+    `versions`: how many there are; `first` and `last`: when the first and the last of them were made. `marks`: all of
+    them, or the lowest and the highest of each stretch.
+    """
 
     width: float
     height: float
-    axis: TimeAxis
+    axis: VersionAxis
     levels: tuple[Tick, ...]
     steps: str
     marks: tuple[Mark, ...]
-    hidden: int
+    versions: int
+    first: datetime
+    last: datetime
 
 
-def chart(entries: Sequence[HistoryEntry], width: float = 520, height: float = 170) -> Chart | None:
-    """The picture of a variable's versions, oldest first; None where none of them is a number."""
-    numbered = [(entry, number_of(entry)) for entry in entries]
-    shown = numbered[-MOST_MARKS:]
-    numbers = [number for _, number in shown if number is not None]
+class _Stretch:
+    """Some versions in a row, of which few are kept: the first, the lowest, the highest, the last, and a gap."""
+
+    __slots__ = ("kept",)
+
+    def __init__(self, kept: Iterable[tuple[int, HistoryEntry, int | float | None]]) -> None:
+        self.kept = list(kept)
+
+    def joined(self, other: "_Stretch") -> "_Stretch":
+        """Both as one."""
+        both = self.kept + other.kept
+        numbers = [each for each in both if each[2] is not None]
+        gaps = [each for each in both if each[2] is None][-1:]
+        if not numbers:
+            return _Stretch(gaps)
+        lowest, highest = min(numbers, key=_number_kept), max(numbers, key=_number_kept)
+        few = {each[0]: each for each in (both[0], numbers[0], lowest, highest, numbers[-1], both[-1], *gaps)}
+        return _Stretch(few[place] for place in sorted(few))
+
+    def mirrored(self, count: int) -> "_Stretch":
+        """The same from the other end of `count` versions."""
+        return _Stretch((count - 1 - place, entry, number) for place, entry, number in reversed(self.kept))
+
+    def extremes(self) -> set[int]:
+        """Where its lowest and its highest version are."""
+        numbers = [each for each in self.kept if each[2] is not None]
+        return {min(numbers, key=_number_kept)[0], max(numbers, key=_number_kept)[0]} if numbers else set()
+
+
+def _number_kept(kept: tuple[int, HistoryEntry, int | float | None]) -> int | float:
+    assert kept[2] is not None
+    return kept[2]
+
+
+def chart(
+    entries: Iterable[HistoryEntry], width: float = 520, height: float = 170, *, newest_first: bool = False
+) -> Chart | None:
+    """The picture of a variable's versions, in their order or against it; None where none of them is a number.
+
+    The entries are read once; of any number of them, a few hundred are held.
+    """
+    stretches: list[_Stretch] = []
+    size, count = 1, 0
+    for entry in entries:
+        own = _Stretch([(count, entry, number_of(entry))])
+        if count % size:
+            stretches[-1] = stretches[-1].joined(own)
+        else:
+            stretches.append(own)
+        count += 1
+        if len(stretches) > (MOST_MARKS if size == 1 else 2 * _STRETCHES):
+            pairs = [*stretches, *([_Stretch(())] if len(stretches) % 2 else [])]
+            stretches = [one.joined(other) for one, other in zip(pairs[::2], pairs[1::2], strict=True)]
+            size *= 2
+    if newest_first:
+        stretches = [stretch.mirrored(count) for stretch in reversed(stretches)]
+    return _drawn(stretches, count, width, height)
+
+
+def _drawn(stretches: Sequence[_Stretch], count: int, width: float, height: float) -> Chart | None:
+    kept = [each for stretch in stretches for each in stretch.kept]
+    marked = {place for stretch in stretches for place in stretch.extremes()}
+    numbers = [number for _, _, number in kept if number is not None]
     if not numbers:
         return None
     right, bottom = width - 10, height - _CHART_BOTTOM
-    axis = TimeAxis([entry.created_at for entry, _ in shown], _CHART_LEFT, right)
-    low, high, levels = _levels(min(numbers), max(numbers))
-    up = (bottom - _CHART_TOP) / (high - low)
+    low, high, levels = _levels(Fraction(min(numbers)), Fraction(max(numbers)))
+
+    def across(place: int) -> float:
+        return round(_CHART_LEFT + (right - _CHART_LEFT) * place / max(count - 1, 1), 2)
+
+    def down(number: Fraction) -> float:
+        return round(bottom - float((number - low) / (high - low)) * (bottom - _CHART_TOP), 2)
+
     marks, steps, is_down = [], [], False
-    for entry, number in shown:
-        x = axis.at(entry.created_at)
+    for place, entry, number in kept:
+        x = across(place)
         if number is None:
             # Deleted, or no number for once: the line ends here.
             steps += [f"H{x:g}"] if is_down else []
             is_down = False
             continue
-        y = round(bottom - (number - low) * up, 2)
+        y = down(Fraction(number))
         steps.append(f"H{x:g}V{y:g}" if is_down else f"M{x:g} {y:g}")
-        marks.append(Mark(entry, x, y, number))
+        if place in marked:
+            marks.append(Mark(entry, x, y, number))
         is_down = True
     if is_down:
         steps.append(f"H{right:g}")
-    ticks = tuple(Tick(round(bottom - (level - low) * up, 2), f"{level:.6g}") for level in levels)
-    return Chart(width, height, axis, ticks, "".join(steps), tuple(marks), len(numbered) - len(shown))
+    texts = _level_texts(levels)
+    shown = tuple(Tick(down(level), text) for level, text in zip(levels, texts, strict=True))
+    axis = VersionAxis(tuple(_version_ticks(kept, across, right)))
+    first, last = kept[0][1].created_at, kept[-1][1].created_at
+    return Chart(width, height, axis, shown, "".join(steps), tuple(marks), count, first, last)
 
 
-def number_of(entry: HistoryEntry) -> float | None:
-    """The number that a version is, if it is one that can be drawn."""
+def _version_ticks(
+    kept: Sequence[tuple[int, HistoryEntry, int | float | None]], across: Callable[[int], float], right: float
+) -> Iterable[Tick]:
+    last = -math.inf
+    for place, entry, _ in kept:
+        x = across(place)
+        if x - last >= _VERSION_TICK_PX and x <= right - _VERSION_TICK_PX / 3:
+            yield Tick(x, f"v{entry.version:,}")
+            last = x
+
+
+def number_of(entry: HistoryEntry) -> int | float | None:
+    """The number that a version is, exactly, if it is one that can be drawn."""
     if entry.value is None or entry.value.binary is not None or entry.kind is ChangeKind.DELETED:
         return None
-    try:
-        number = float(entry.value.json)
-    except (ValueError, OverflowError):
+    text = entry.value.json
+    if text[:1] not in "-0123456789":
         return None
-    return number if math.isfinite(number) and abs(number) < 1e300 else None
+    try:
+        number = read(text)
+    except RefusedError:
+        return None
+    return number if isinstance(number, int | float) and not isinstance(number, bool) else None
 
 
-def _levels(low: float, high: float) -> tuple[float, float, list[float]]:
+def number_text(number: int | float | Fraction) -> str:
+    """A number as people read it: short, also where no double is as large."""
+    if isinstance(number, float):
+        return f"{number:.6g}"
+    exact = Fraction(number)
+    if exact.denominator == 1 and abs(exact.numerator) < 10**_PLAIN_DIGITS:
+        return str(exact.numerator)
+    with localcontext() as rounding:
+        rounding.prec = 6
+        return str((Decimal(exact.numerator) / Decimal(exact.denominator)).normalize()).replace("E", "e")
+
+
+def _level_texts(levels: Sequence[Fraction]) -> list[str]:
+    """What stands at the levels: where they are too close to be told apart, how far each is above the lowest."""
+    texts = [number_text(level) for level in levels]
+    if len(set(texts)) == len(texts):
+        return texts
+    return [texts[0], *(f"+{number_text(level - levels[0])}" for level in levels[1:])]
+
+
+def _levels(low: Fraction, high: Fraction) -> tuple[Fraction, Fraction, list[Fraction]]:
     """From and to where a scale goes, and its three to six round numbers."""
     if low == high:
-        around = abs(low) / 2 or 1.0
+        around = abs(low) / 2 or Fraction(1)
         low, high = low - around, high + around
     rough = (high - low) / 4
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next((digit * power for digit in (1, 2, 2.5, 5) if digit * power >= rough * 0.999), 10 * power)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    if not math.isfinite(first * step) or last - first > 10:
-        return low, high, [low, high]
-    return first * step, last * step, [round(index * step, 12) for index in range(first, last + 1)]
+    power = _power_of_ten(rough)
+    step = next((power * digit for digit in _ROUND if power * digit >= rough * Fraction(999, 1000)), power * 10)
+    first, last = low // step, -(-high // step)
+    return first * step, last * step, [index * step for index in range(first, last + 1)]
+
+
+_ROUND: Final = (Fraction(1), Fraction(2), Fraction(5, 2), Fraction(5))
+
+
+def _power_of_ten(number: Fraction) -> Fraction:
+    """The largest power of ten that is not above a positive number."""
+    power = len(str(number.numerator)) - len(str(number.denominator))
+    found = Fraction(10) ** power
+    return found if found <= number else found / 10
 
 
 # What stands on what

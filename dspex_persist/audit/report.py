@@ -20,7 +20,7 @@ from typing import Final, TypeVar
 
 from dspex_persist import clock
 from dspex_persist.audit.drawing import clip, render_template, value_text
-from dspex_persist.audit.pictures import Chart, Graph, Timeline, chart, lineage, number_of, timeline
+from dspex_persist.audit.pictures import MOST_MARKS, Chart, Graph, Timeline, chart, lineage, number_of, timeline
 from dspex_persist.state.audit import (
     AuditSource,
     CommitEntry,
@@ -43,11 +43,12 @@ R = TypeVar("R", SessionEntry, CommitEntry, ExecutionSummary, HistoryEntry)
 
 _DEPTH: Final = 2
 _LARGE_BYTES: Final = 10_000
+_NUMERIC: Final = frozenset({"float", "integer"})
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How much of each a report shows at most: the newest."""
+    """How much of each a report shows at most: the newest. `charted`: versions that are read for charts."""
 
     executions: int = 300
     versions: int = 5_000
@@ -55,6 +56,7 @@ class Bounds:
     variables: int = 150
     charts: int = 24
     in_lineage: int = 14
+    charted: int = 200_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,8 @@ class Piece:
 class VariableRow:
     """A variable with its versions, newest first; `state` is None if it was deleted before the end.
 
-    `first`: what it was at the beginning. `pieces`: how its value changed, nothing where that cannot be told in text.
+    `first`: what it was at the beginning; `changes`: how often it changed. `pieces`: how its value changed, nothing
+    where that cannot be told in text.
     """
 
     name: str
@@ -80,7 +83,9 @@ class VariableRow:
     hidden: int
     change: str
     pieces: tuple[Piece, ...]
-    chart: Chart | None
+    changes: int
+    has_numbers: bool
+    chart: Chart | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +124,12 @@ class _Gathering:
         self._source = source
         self._bounds = bounds
         self._left_out: list[str] = []
+        self._rows: dict[str, VariableRow] = {}
 
     def report(self, session_id: str, since: str, until: str) -> Report:
         session, first, last = self._period(session_id, since, until)
         executions = self._executions(session_id, first, last)
         variables = self._variables(session, first, last)
-        charts = [row for row in variables if row.chart is not None]
-        self._note(len(charts), self._bounds.charts, "charts", "of variables with numbers")
         shown = [execution.summary for execution in executions]
         return Report(
             session,
@@ -136,7 +140,7 @@ class _Gathering:
             executions,
             timeline(shown) if shown else None,
             variables,
-            tuple(charts[: self._bounds.charts]),
+            self._charts(session, first, last),
             self._lineage(session, last, variables),
             tuple(self._left_out),
             self._source.reveal,
@@ -209,10 +213,34 @@ class _Gathering:
         gone = [variable_id for variable_id in (*before, *versions) if variable_id not in after]
         order = [*sorted(after, key=lambda each: after[each].name), *dict.fromkeys(gone)]
         self._note(len(order), self._bounds.variables, "variables")
-        return tuple(
-            self._row(versions.get(each, []), before.get(each), after.get(each))
-            for each in order[: self._bounds.variables]
+        self._rows = {each: self._row(versions.get(each, []), before.get(each), after.get(each)) for each in order}
+        return tuple(self._rows[each] for each in order[: self._bounds.variables])
+
+    def _charts(self, session: SessionEntry, first: int, last: int) -> tuple[VariableRow, ...]:
+        """Those with numbers that changed most often, each with all of its versions."""
+        changes = {each: row.changes for each, row in self._rows.items() if row.has_numbers}
+        most_changed = sorted(changes, key=lambda each: (-changes[each], self._rows[each].name))
+        self._note(
+            len(most_changed), self._bounds.charts, "charts", "of variables with numbers, those that changed most"
         )
+        found: list[VariableRow] = []
+        left = self._bounds.charted
+        for variable_id in most_changed[: self._bounds.charts]:
+            row = self._rows[variable_id]
+            query = HistoryQuery(
+                session=session.session_id,
+                variable=variable_id,
+                since=str(first),
+                until=str(last),
+                limit=max(left, MOST_MARKS),
+            )
+            versions = (entry for entry in self._own(query, session.session_id) if entry.variable_id == variable_id)
+            picture = chart(versions, newest_first=True)
+            if picture is not None:
+                left -= picture.versions
+                self._note(row.changes, picture.versions, f"versions of {row.name} are on its chart, the newest")
+                found.append(replace(row, chart=picture))
+        return tuple(found)
 
     def _beginning(self, session: SessionEntry, at: int) -> tuple[VariableState, ...]:
         try:
@@ -235,7 +263,8 @@ class _Gathering:
         assert known is not None, "a variable was there, or has versions"
         first: HistoryEntry | VariableState | None = before or (versions[-1] if versions else None)
         most = self._bounds.versions_of_one
-        has_numbers = any(number_of(entry) is not None for entry in versions)
+        numbers = (number_of(entry) for entry in versions)
+        newest = known.version if after is not None else max((entry.version for entry in versions), default=0)
         return VariableRow(
             known.name,
             known.type,
@@ -245,7 +274,8 @@ class _Gathering:
             max(len(versions) - most, 0),
             _change(before, first, after),
             tuple(_compared(first, after)),
-            chart(list(reversed(versions))) if has_numbers else None,
+            newest - (before.version if before is not None else 0),
+            any(number is not None for number in numbers) or known.type in _NUMERIC,
         )
 
     # Lineage

@@ -7,6 +7,7 @@ import typer
 
 from dspex_persist import __version__
 from dspex_persist.cli import audit, demo, maintenance, replay, serve, session, tools
+from dspex_persist.cli.output import complain
 from dspex_persist.errors import DspexError
 from dspex_persist.infra import streams
 
@@ -67,7 +68,7 @@ def _run(words: list[str]) -> int:
         if code is None:
             raise
         if code != streams.READER_GONE:
-            streams.tell(f"error: {streams.sentence_of(error) if isinstance(error, OSError) else error}")
+            complain(streams.sentence_of(error) if isinstance(error, OSError) else error)
         return code
     return 0
 

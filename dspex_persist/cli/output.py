@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+from dspex_persist.infra import streams
+
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Told what is being done, how much of it is, and how much there is (0: not known)."""
 
@@ -17,12 +19,27 @@ def new_console(*, soft_wrap: bool) -> Any:
     return Console(markup=False, highlight=False, soft_wrap=soft_wrap)
 
 
+def plain(text: str) -> str:
+    """A text of somebody else's on one line, without escapes that a terminal would obey."""
+    return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
+def plain_lines(text: str) -> str:
+    """The same of a text that may have several lines."""
+    return "\n".join(map(plain, text.split("\n")))
+
+
 def say(*parts: Any) -> None:
-    """Print what a person reads."""
+    """Print what a person reads. A sentence may name what somebody else has named."""
     # Cut off only where a terminal is as narrow as that.
     console = new_console(soft_wrap=not sys.stdout.isatty())
     for part in parts:
-        console.print(part)
+        console.print(plain_lines(part) if isinstance(part, str) else part)
+
+
+def complain(error: object) -> None:
+    """Print what is wrong."""
+    streams.tell(f"error: {plain_lines(str(error))}")
 
 
 def say_json(document: Any) -> None:

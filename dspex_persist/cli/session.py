@@ -1,7 +1,6 @@
 """dspex-persist session: take a session with its whole history out of a database, bring one in, fork one."""
 
 import io
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,7 +32,7 @@ EPILOG: Final = (
     "[bold]Exit codes[/bold]\n\n"
     "0  fine\n\n"
     "1  failed; the sentence on stderr says why\n\n"
-    "2  wrong usage, or a setting that cannot be\n\n"
+    "2  wrong usage, a setting that cannot be, or tools that cannot be loaded\n\n"
     "4  another process, such as a server, has the database\n\n"
     "5  no such file, no database of ours, a newer schema, or acknowledged commits are gone\n\n"
     "With --json, stdout has exactly one JSON object, also after an error; the exit codes are the same.\n\n"
@@ -53,7 +52,7 @@ Session = Annotated[str, typer.Argument(metavar="SESSION", help="The session's i
         'Values of sensitive variables (those with the metadata "sensitive": "true") are left out unless --reveal. '
         "What tools were given, returned and logged is not masked.\n\n"
         "--as-test writes a test for pytest as well, which replays the recording with the tools of --tools. Executions "
-        "that read values which are left out cannot be replayed.\n\n"
+        "that read values which are left out cannot be replayed. It imports the tools, to see that they are there.\n\n"
     ),
     epilog=(
         "[bold]Examples[/bold]\n\n"
@@ -109,6 +108,7 @@ def export(
 
     def work(progress: Progress) -> transfer.ExportReport:
         path = database_of(db)
+        _refuse_unknown_tools(tools or [])
         if target is not None:
             report = transfer.export_session(path, session, target, started=started, reveal=reveal, progress=progress)
             if as_test is not None:
@@ -149,18 +149,30 @@ def _target_of(output: str | None, as_test: Path | None, tools: Sequence[str]) -
     return Path(output).expanduser() if output is not None else cast(Path, as_test).with_suffix(".jsonl")
 
 
+def _refuse_unknown_tools(references: Sequence[str]) -> None:
+    """A test whose tools cannot be loaded could not run."""
+    from dspex_persist.cognitive.toolbox import Toolbox
+
+    toolbox = Toolbox()
+    for reference in references:
+        toolbox.load(reference)
+
+
 def _test_of(session: str, test: Path, recording: Path, tools: Sequence[str]) -> str:
     """A module with one test."""
     name = test.stem if test.stem.startswith("test_") else f"test_{test.stem}"
     place = os.path.relpath(recording, test.parent)
-    return f'''"""Session {session!r} as it ran, replayed: its tools have to do today what they did then."""
+    # Clients choose ids: what they chose stands here as a literal of its own, and nowhere else.
+    return f'''"""A session as it ran, replayed: its tools have to do today what they did then."""
 
 import pytest
 
+SESSION = {session!a}
 
-@pytest.mark.dspex_replay({json.dumps(place)}, tools={json.dumps(list(tools))})
+
+@pytest.mark.dspex_replay({place!a}, tools={list(tools)!a})
 def {name}(dspex_replay):
-    assert dspex_replay.report.ok
+    assert dspex_replay.report.ok, SESSION
 '''
 
 

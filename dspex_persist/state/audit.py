@@ -278,87 +278,15 @@ def parse_predicate(text: str) -> Predicate:
     if match is None or not match[2]:
         raise InvalidArgumentError("where", f"{quote(text)} is no condition; write '< 0.5', '= 3' or 'contains text'")
     operator = Operator("=" if match[1] == "==" else match[1])
-    predicate = Predicate(operator, match[2])
-    if operator.value[0] in "<>" and predicate.number is None:
-        raise InvalidArgumentError("where", f"{quote(text)} compares with {quote(match[2])}, which is no number")
+    return checked(Predicate(operator, match[2]))
+
+
+def checked(predicate: Predicate) -> Predicate:
+    """The same, unless it asks for the order of what has none."""
+    if predicate.operator.value[0] in "<>" and predicate.number is None:
+        reason = f"{predicate.operator} compares with {quote(predicate.operand)}, which is no number"
+        raise InvalidArgumentError("where", reason)
     return predicate
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Query(Generic[T]):
-    """What every question has. "" asks for all; `session` is an id or a glob of `*` and `?`. `since` and `until` are
-    points: after the first, up to and with the second. `limit` 0 is no limit."""
-
-    session: str = ""
-    since: str = ""
-    until: str = ""
-    newest_first: bool = True
-    limit: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HistoryQuery(Query[HistoryEntry]):
-    """Versions. `variable` is a name, an id or a glob."""
-
-    variable: str = ""
-    type: str = ""
-    kind: ChangeKind | None = None
-    actor: str = ""
-    source: Source | None = None
-    tool: str = ""
-    execution_id: str = ""
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    where: tuple[Predicate, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExecutionQuery(Query[ExecutionSummary]):
-    """Tool executions, by when they began. `metadata`: of the request. `children`: those that others called, too."""
-
-    tool: str = ""
-    status: ExecutionStatus | None = None
-    actor: str = ""
-    idempotency_key: str = ""
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    children: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CommitQuery(Query[CommitEntry]):
-    """Commits."""
-
-    actor: str = ""
-    cause: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SessionQuery(Query[SessionEntry]):
-    """Sessions, by when they began. `live`: only those that have not ended, or only those that have."""
-
-    live: bool | None = None
-    metadata: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Page(Generic[T]):
-    """Rows, and where the next page goes on; None: there is no more."""
-
-    rows: Sequence[T]
-    after: Cursor | None = None
-
-
-def is_glob(text: str) -> bool:
-    """Whether it is a pattern rather than one name."""
-    return "*" in text or "?" in text
-
-
-def what_there_is(asked: str, names: Sequence[str]) -> str:
-    """The name that may have been meant, or some of those that there are."""
-    meant = get_close_matches(asked, names, 1)
-    if meant:
-        return f"did you mean {quote(meant[0])}?"
-    told = [*map(quote, names[:_NAMED]), *(["..."] if len(names) > _NAMED else [])]
-    return f"there are: {', '.join(told)}" if names else "there are none"
 
 
 # Points
@@ -374,12 +302,32 @@ class Point:
     before: bool = False
 
 
+PointLike: TypeAlias = str | int | datetime | timedelta
+"""What can be given as a point: a text, a commit's number, a time, an age."""
 _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|m|h|d|w)(?:\s+ago)?")
 _UNITS: Final = {"s": 1, "m": 60, "min": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
 
 
-def parse_point(text: str, now: datetime, option: str = "at") -> Point:
+def point_text(point: PointLike, option: str = "at") -> str:
+    """A point as text: what `parse_point` reads."""
+    if isinstance(point, str):
+        return point
+    if isinstance(point, int) and not isinstance(point, bool) and point >= 0:
+        return str(point)
+    if isinstance(point, datetime):
+        return point.isoformat()
+    if isinstance(point, timedelta) and point >= timedelta(0):
+        return f"{point.total_seconds():.6f}s"
+    raise InvalidArgumentError(
+        option,
+        f"{quote(point)} is no point in the history; possible are a text, a commit's number (int), a time "
+        "(datetime) and an age (timedelta)",
+    )
+
+
+def parse_point(point: PointLike, now: datetime, option: str = "at") -> Point:
     """A point as people write it; a time without a zone is local. `InvalidArgumentError` says what is possible."""
+    text = point_text(point, option)
     stated = text.strip()
     before = stated.endswith("^")
     stated = stated.removesuffix("^").rstrip()
@@ -402,6 +350,157 @@ def parse_point(text: str, now: datetime, option: str = "at") -> Point:
         ) from None
 
 
+# Lists
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Query(Generic[T]):
+    """What every question has. "" asks for all; `session` is an id or a glob of `*` and `?`. `since` and `until` are
+    points: after the first, up to and with the second. `limit` 0 is no limit."""
+
+    session: str = ""
+    since: PointLike = ""
+    until: PointLike = ""
+    newest_first: bool = True
+    limit: int = 0
+
+    def __post_init__(self) -> None:
+        _check_texts(self, "session")
+        for name in ("since", "until"):
+            object.__setattr__(self, name, point_text(getattr(self, name), name))
+        limit: object = self.limit
+        if not isinstance(limit, int) or limit < 0:
+            raise InvalidArgumentError("limit", f"{quote(limit)} is no number of answers; 0 is no limit")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HistoryQuery(Query[HistoryEntry]):
+    """Versions. `variable` is a name, an id or a glob."""
+
+    variable: str = ""
+    type: str = ""
+    kind: ChangeKind | str | None = None
+    actor: str = ""
+    source: Source | str | None = None
+    tool: str = ""
+    execution_id: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    where: Sequence[Predicate | str] = ()
+
+    def __post_init__(self) -> None:
+        Query.__post_init__(self)
+        _check_texts(self, "variable", "type", "actor", "tool", "execution_id")
+        _check_metadata(self.metadata)
+        _set_member(self, "kind", ChangeKind)
+        _set_member(self, "source", Source)
+        object.__setattr__(self, "where", predicates_of(self.where))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutionQuery(Query[ExecutionSummary]):
+    """Tool executions, by when they began. `metadata`: of the request. `children`: those that others called, too."""
+
+    tool: str = ""
+    status: ExecutionStatus | str | None = None
+    actor: str = ""
+    idempotency_key: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    children: bool = True
+
+    def __post_init__(self) -> None:
+        Query.__post_init__(self)
+        _check_texts(self, "tool", "actor", "idempotency_key")
+        _check_metadata(self.metadata)
+        _set_member(self, "status", ExecutionStatus)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitQuery(Query[CommitEntry]):
+    """Commits."""
+
+    actor: str = ""
+    cause: str = ""
+
+    def __post_init__(self) -> None:
+        Query.__post_init__(self)
+        _check_texts(self, "actor", "cause")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionQuery(Query[SessionEntry]):
+    """Sessions, by when they began. `live`: only those that have not ended, or only those that have."""
+
+    live: bool | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        Query.__post_init__(self)
+        _check_metadata(self.metadata)
+
+
+def _check_texts(query: object, *names: str) -> None:
+    for name in names:
+        if not isinstance(getattr(query, name), str):
+            raise InvalidArgumentError(name, f"{quote(getattr(query, name))} is no text")
+
+
+def _check_metadata(metadata: object) -> None:
+    if not isinstance(metadata, Mapping) or not all(
+        isinstance(each, str) for pair in metadata.items() for each in pair
+    ):
+        raise InvalidArgumentError("metadata", "it has to be a mapping of texts to texts, such as {'user': 'ann'}")
+
+
+def _set_member(query: object, name: str, kind: type[StrEnum]) -> None:
+    """Have the field be a member of `kind`, which may have been given by its value."""
+    given = getattr(query, name)
+    if given is None or isinstance(given, kind):
+        return
+    values = [member.value for member in kind]
+    if given not in values:
+        raise InvalidArgumentError(name, f"there is no {name} {quote(given)}; {what_there_is(str(given), values, 10)}")
+    object.__setattr__(query, name, kind(given))
+
+
+def predicates_of(conditions: Predicate | str | Sequence[Predicate | str]) -> tuple[Predicate, ...]:
+    """Conditions, of which each may be as people write it; one alone may stand for a sequence of one."""
+    if isinstance(conditions, str | Predicate):
+        conditions = (conditions,)
+    if not isinstance(conditions, Sequence):
+        raise InvalidArgumentError("where", f"{quote(conditions)} is no condition; write '< 0.5'")
+    return tuple(_predicate(each) for each in conditions)
+
+
+def _predicate(condition: Predicate | str) -> Predicate:
+    if isinstance(condition, Predicate):
+        return checked(condition)
+    if isinstance(condition, str):
+        return parse_predicate(condition)
+    raise InvalidArgumentError("where", f"{quote(condition)} is no condition; write '< 0.5'")
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """Rows, and where the next page goes on; None: there is no more."""
+
+    rows: Sequence[T]
+    after: Cursor | None = None
+
+
+def is_glob(text: str) -> bool:
+    """Whether it is a pattern rather than one name."""
+    return "*" in text or "?" in text
+
+
+def what_there_is(asked: str, names: Sequence[str], most: int = _NAMED) -> str:
+    """The name that may have been meant, or some of those that there are."""
+    meant = get_close_matches(asked, names, 1)
+    if meant:
+        return f"did you mean {quote(meant[0])}?"
+    told = [*map(quote, names[:most]), *(["..."] if len(names) > most else [])]
+    return f"there are: {', '.join(told)}" if names else "there are none"
+
+
 # Sources
 
 
@@ -419,7 +518,7 @@ class AuditSource(ABC):
         """The newest commit's number."""
 
     @abstractmethod
-    def resolve(self, point: str, option: str = "at", session: str = "") -> int:
+    def resolve(self, point: PointLike, option: str = "at", session: str = "") -> int:
         """The last commit that belongs to the time up to a point; 0 is before the first.
 
         A time is looked for among the commits of `session`, if one is given. Without, a session that was imported
@@ -435,7 +534,7 @@ class AuditSource(ABC):
         """One execution in full."""
 
     @abstractmethod
-    def state(self, session: str, at: str = "") -> tuple[VariableState, ...]:
+    def state(self, session: str, at: PointLike = "") -> tuple[VariableState, ...]:
         """The variables of a session as they stood at a point, oldest first."""
 
     @abstractmethod
@@ -462,24 +561,30 @@ class AuditSource(ABC):
                 return
             after = page.after
 
-    def _fixed(self, point: str, option: str, session: str) -> str:
-        return str(self.resolve(point, option, session)) if point else ""
+    def _fixed(self, point: PointLike, option: str, session: str) -> str:
+        return "" if point == "" else str(self.resolve(point, option, session))
 
-    def diff(self, session: str, start: str, end: str = "") -> tuple[Difference, ...]:
-        """What is not at `end` what it was at `start`, in the order of names."""
-        before = {variable.name: variable for variable in self._state("from", session, start)}
+    def diff(self, session: str, start: PointLike, end: PointLike = "") -> tuple[Difference, ...]:
+        """What is not at `end` what it was at `start`, in the order of names. Before it began a session had nothing."""
         after = {variable.name: variable for variable in self._state("to", session, end)}
+        had_begun = self.resolve(start, "from", session) >= self._began(session)
+        before = {variable.name: variable for variable in self._state("from", session, start)} if had_begun else {}
         found = (_difference(name, before.get(name), after.get(name)) for name in sorted(before.keys() | after.keys()))
         return tuple(each for each in found if each is not None)
 
-    def _state(self, option: str, session: str, point: str) -> tuple[VariableState, ...]:
+    def _began(self, session: str) -> int:
+        """The commit that began the first session of this id, which may look like a pattern; 0 if there is none."""
+        lives = self.iterate(SessionQuery(session=session, newest_first=False))
+        return next((each.started_sequence for each in lives if each.session_id == session), 0)
+
+    def _state(self, option: str, session: str, point: PointLike) -> tuple[VariableState, ...]:
         """The state at a point that was given as `option`."""
         try:
             return self.state(session, point)
         except InvalidArgumentError as error:
             raise InvalidArgumentError(option, error.reason) from error
 
-    def blame(self, session: str, variable: str = "", at: str = "", depth: int = 1) -> tuple[LineageNode, ...]:
+    def blame(self, session: str, variable: str = "", at: PointLike = "", depth: int = 1) -> tuple[LineageNode, ...]:
         """What set the values as they stood at a point, and on what that stood, `depth` steps back."""
         standing = self.state(session, at)
         if variable:

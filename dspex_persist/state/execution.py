@@ -309,8 +309,9 @@ class Execution:
             self.check_is_of(command.session_id)
             touched = _touched(command)
             self._count_asked(touched)
-            for asked, seen in self.overlay.look(touched).items():
-                self.reads.setdefault(asked, seen)
+            found = self.overlay.look(touched)
+            for asked in touched.reads:
+                self.reads.setdefault(asked, found[asked])
             if touched.pattern is not None and touched.pattern not in self.patterns:
                 self.patterns.append(touched.pattern)
             result = self.overlay.apply(command, self.id, origin)

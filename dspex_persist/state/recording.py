@@ -9,11 +9,13 @@ import re
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final, TextIO
 
+from dspex_persist.clock import EARLIEST, LATEST
 from dspex_persist.state.errors import RecordingError
 from dspex_persist.state.model import ChangeKind, Event, EventKind, Source, Value
+from dspex_persist.state.values.json_text import RefusedError, read_line
 
 FORMAT: Final = "dspex-persist session"
 VERSION: Final = 1
@@ -71,7 +73,7 @@ def write_recording(header: Header, commits: Iterable[RecordedCommit], file: Tex
 
 
 def _line(document: Mapping[str, Any]) -> str:
-    text = json.dumps(document, ensure_ascii=False)
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False)
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -129,7 +131,7 @@ def _numbered(lines: Iterable[str], name: str) -> Iterator[tuple[int, str]]:
 
 def _read_header(line: str, name: str) -> Header:
     try:
-        document = json.loads(line)
+        document: Any = read_line(line)
         if document["format"] != FORMAT:
             raise ValueError
         version = document["version"]
@@ -137,7 +139,7 @@ def _read_header(line: str, name: str) -> Header:
             reason = f"it is of version {version!r}, and this release reads version {VERSION}: export the session anew"
             raise RecordingError(name, 1, reason)
         return Header(str(document["session_id"]), int(document["commits"]), bool(document["masked"]))
-    except (LookupError, TypeError, ValueError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, OverflowError, RecursionError, RefusedError) as error:
         reason = f'it is no recording: the first line has to be {{"format": "{FORMAT}", ...}}'
         raise RecordingError(name, 1, reason) from error
 
@@ -146,8 +148,10 @@ def _read_commits(header: Header, numbered: Iterator[tuple[int, str]], name: str
     count = 0
     for number, line in numbered:
         try:
-            commit = _commit_of(json.loads(line))
-        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            commit = _commit_of(_document(line))
+        except RefusedError as error:
+            raise RecordingError(name, number, f"it is no commit: {error.reason}") from error
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise RecordingError(name, number, f"it is no commit: {type(error).__name__} {error}") from error
         count += 1
         if commit.number != count:
@@ -157,10 +161,19 @@ def _read_commits(header: Header, numbered: Iterator[tuple[int, str]], name: str
         raise RecordingError(name, count + 1, f"it ends after {count} commits of {header.commits}")
 
 
+def _document(line: str) -> Any:
+    try:
+        return read_line(line)
+    except json.JSONDecodeError as error:
+        if not line.endswith("\n"):
+            reason = f"the line is cut off (column {error.pos + 1}): the file ends too early; export the session again"
+        else:
+            reason = f"the line is no JSON (column {error.pos + 1}: {error.msg}); export the session again"
+        raise RefusedError(reason) from error
+
+
 def _commit_of(document: Mapping[str, Any]) -> RecordedCommit:
-    at = datetime.fromisoformat(document["at"])
-    if at.tzinfo is None:
-        raise ValueError(f"its time {document['at']} has no zone")
+    at = _time_of(document["at"])
     return RecordedCommit(
         int(document["commit"]),
         at,
@@ -169,6 +182,15 @@ def _commit_of(document: Mapping[str, Any]) -> RecordedCommit:
         tuple(_version_of(each) for each in document["versions"]),
         tuple(Event(EventKind(each["kind"]), dict(each["body"])) for each in document["events"]),
     )
+
+
+def _time_of(text: str) -> datetime:
+    at = datetime.fromisoformat(text)
+    if at.tzinfo is None:
+        raise ValueError(f"its time {text} has no zone")
+    if not EARLIEST <= at <= LATEST:
+        raise ValueError(f"its time {text} is none of the years 1 to 9999, UTC")
+    return at.astimezone(UTC)
 
 
 def _version_of(document: Mapping[str, Any]) -> RecordedVersion:

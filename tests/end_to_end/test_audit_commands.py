@@ -244,11 +244,11 @@ def plainly(stated: Any) -> str:
 
 
 def test_a_csv_without_rows_has_its_header(ask: Callable[..., Said]) -> None:
-    said = ask("history", SESSION, "--tool", "none", "--csv")
+    said = ask("history", SESSION, "--tool", "none*", "--csv")
     assert said.out.startswith("session_id,name,variable_id,type,version,kind,value,source,metadata,sequence,")
     assert said.cells == []
-    assert ask("history", SESSION, "--tool", "none", "--json").out == ""
-    assert ask("history", SESSION, "--tool", "none").out == "nothing found\n"
+    assert ask("history", SESSION, "--tool", "none*", "--json").out == ""
+    assert ask("history", SESSION, "--tool", "none*").out == "nothing found\n"
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -261,7 +261,7 @@ def test_tables_fit_the_terminal(ask: Callable[..., Said], executions: dict[str,
 
 def test_history_as_a_table(ask: Callable[..., Said], executions: dict[str, str]) -> None:
     said = ask("history", SESSION, "temperature", "--utc").out.splitlines()
-    assert said[0].split() == ["commit", "time", "v", "value", "kind", "by", "metadata"]
+    assert said[0].split() == ["commit", "time", "v", "value", "kind", "by", "for", "metadata"]
     assert re.fullmatch(r" +\d+  \d{4}-\d\d-\d\d \d\d:\d\d:\d\d +7  0\.1 +rolled_back  \S+ +\{.*\}", said[2])
     assert re.fullmatch(r"temperature  █▁[▁-▇]{5}▂  0 to 0.7", said[-1])
     whole = ask("history", SESSION, "a").out
@@ -414,7 +414,9 @@ def test_show_prints_one_execution_in_full(ask: Callable[..., Said], executions:
     ):
         assert told in said, told
     assert re.search(r"a: 2 → 1  \(version \d, set\)", said)
-    assert re.search(r"b: version 0", said)
+    assert re.search(r"b = 0 \(v0\)", said)
+    read = said.partition("├── read\n")[2].partition("├── wrote")[0]
+    assert "a" not in [line.strip("│├└─ ").split(" ")[0] for line in read.splitlines()], "it was only written"
     recorder = ask("show", executions["recorder"]).out
     assert re.search(r"first line  step=1", recorder)
     assert "now: 2" in recorder
@@ -441,7 +443,9 @@ def test_an_execution_is_named_by_the_commit_that_began_it(
 def test_diff_looks_like_a_diff(ask: Callable[..., Said], executions: dict[str, str]) -> None:
     said = ask("diff", SESSION, "--from", f"{executions['add']}^").out
     assert re.search(r"^b \(removed, was v\d\)\n- 0$", said, re.MULTILINE)
-    assert re.search(r"^a \(v0 → v\d by exec_\d+ add_with_retries, commit \d+\)\n- 0\n\+ 101$", said, re.MULTILINE)
+    assert re.search(
+        r"^a \(v0 → v\d by exec_\d+ add_with_retries, for \S+, commit \d+\)\n- 0\n\+ 101$", said, re.MULTILINE
+    )
     assert re.search(r"^prompt .*\n@@ -1,4 \+1,4 @@\n  one\n- two\n\+ TWO\n  three$", said, re.MULTILINE)
     assert re.search(rf"^pin .*\n- {MASK}\n\+ {MASK}$", said, re.MULTILINE)
     assert "no difference between" in ask("diff", SESSION, "--from", "now").out
@@ -469,7 +473,7 @@ def test_a_diff_that_goes_backwards_says_so(ask: Callable[..., Said], executions
 
 def test_blame_is_a_tree(ask: Callable[..., Said], executions: dict[str, str]) -> None:
     flat_tree = ask("blame", SESSION, "c", "--depth", "0").out
-    assert re.match(rf"c = 1  v1, set by {short(executions['parent'])} parent, commit", flat_tree)
+    assert re.match(rf"c = 1  v1, set by {short(executions['parent'])} parent, for \S+, commit", flat_tree)
     assert "stands on" in flat_tree
     assert "--depth 1 goes one step further back" in flat_tree
     deep = ask("blame", SESSION, "a", "--depth", "9").out
@@ -529,7 +533,8 @@ def test_what_is_masked_cannot_be_found_by_its_value(ask: Callable[..., Said]) -
         (["history", SESSION, "nosuch"], FAILED, "no variable 'nosuch' in the history; there are: 'weights', "),
         (["blame", SESSION, "nosuch"], FAILED, "did not have it then; there are: 'a', "),
         (["state", SESSION, "--at", "1"], USAGE, "invalid at: session 'shop [bold]42[/]' had not begun by then; it"),
-        (["diff", SESSION, "--from", "2h"], USAGE, "invalid from: session 'shop [bold]42[/]' had not begun by then"),
+        (["executions", "--tool", "paren"], 1, "no tool 'paren' in the history; did you mean 'parent'?"),
+        (["history", SESSION, "--tool", "nope"], 1, "no tool 'nope' in the history; there are: "),
         (["diff", SESSION, "--from", "now", "--to", "2h"], USAGE, "invalid to: session 'shop [bold]42[/]' had not"),
         (["state", "gone"], USAGE, "is right before it ended"),
         (["diff", SESSION, "--from", "x"], USAGE, "invalid from: 'x' is no point"),

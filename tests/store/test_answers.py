@@ -284,7 +284,7 @@ def test_one_execution_in_full(audit: AuditSource) -> None:
     assert detail.metadata == {"user": "ann", "trace": "t1"}
     assert detail.result is not None
     assert detail.result.json == "2"
-    assert [(read.name, read.version) for read in detail.reads] == [("last", 0), ("total", 0)]
+    assert [(read.name, read.version) for read in detail.reads] == [("total", 0)]
     assert detail.writes == (("total", 1), ("last", 1))
     assert [(line.message, line.fields) for line in detail.log] == [("counting", {"by": 2})]
     assert [(entry.name, entry.version) for entry in detail.history] == [("total", 1), ("last", 1)]
@@ -450,13 +450,12 @@ def test_differences_between_two_points(audit: AuditSource) -> None:
 def test_blame_leads_back_to_what_a_value_stands_on(audit: AuditSource) -> None:
     nodes = audit.blame("main", "total", depth=5)
     told = [(node.depth, node.entry.name, node.entry.version, node.entry.tool) for node in nodes]
-    # Its child counted; what it stood on, the parent's reads included, a client had written, or the count before.
+    # Its child counted; what it stood on, the parent's reads included, a client had written, or the count before. What
+    # both only wrote, `last`, it did not stand on.
     assert told == [
         (0, "total", 2, "count"),
-        (1, "last", 1, "count"),
         (1, "temperature", 9, None),
         (1, "total", 1, "count"),
-        (2, "last", 0, None),
         (2, "total", 0, None),
     ]
     assert [node.depth for node in audit.blame("main", "total", depth=0)] == [0]
@@ -502,12 +501,15 @@ def test_a_session_that_had_not_begun_by_then_says_when_it_did(audit: AuditSourc
     told = f"session 'main' had not begun by then; it began at commit {main.started_sequence}, {when}"
     for option, ask in [
         ("at", lambda: audit.state("main", point)),
-        ("from", lambda: audit.diff("main", point)),
         ("to", lambda: audit.diff("main", "now", point)),
     ]:
         with pytest.raises(InvalidArgumentError) as caught:
             ask()
         assert str(caught.value) == f"invalid {option}: {told}"
+    # And so everything is new since then.
+    new = audit.diff("main", point)
+    assert {each.kind for each in new} == {DifferenceKind.ADDED}
+    assert [each.after for each in new] == sorted(audit.state("main"), key=lambda each: each.name)
 
 
 def test_an_execution_that_nobody_waited_for_says_why_it_ended(tmp_path: Path) -> None:

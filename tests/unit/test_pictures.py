@@ -1,6 +1,9 @@
 """Where things are on an audit's pictures."""
 
+import math
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
@@ -131,11 +134,95 @@ def test_marks_are_on_the_chart_whatever_the_numbers(values: tuple[str, str]) ->
     assert 2 <= len(picture.levels) <= 11
 
 
-def test_a_chart_of_many_versions_has_the_newest() -> None:
-    picture = chart([version(number, str(number)) for number in range(1_000)])
+@pytest.mark.parametrize("newest_first", [False, True])
+@pytest.mark.parametrize("count", [2, 3, 299, 300, 301, 302, 1_000, 50_001])
+def test_a_chart_of_many_versions_has_all_of_them(count: int, newest_first: bool) -> None:
+    """All at one time, as one commit writes them; with a spike each way, in one version each."""
+    values = [math.sin(number / count * 20) for number in range(count)]
+    values[count // 2], values[count // 3] = -7.25, 9.5
+    same = [replace(version(number, repr(value)), created_at=BEGIN) for number, value in enumerate(values)]
+    picture = chart(reversed(same) if newest_first else same, newest_first=newest_first)
     assert picture is not None
-    assert picture.hidden == 1_000 - len(picture.marks) == 700
-    assert picture.marks[-1].number == 999
+    assert picture.versions == count
+    assert len(picture.marks) <= 400
+    assert {max(values), min(values)} <= {mark.number for mark in picture.marks}
+    assert all(mark.number == values[mark.entry.version] for mark in picture.marks)
+
+    # The geometry: from one end to the other, in order, each where it belongs.
+    def across(number: int) -> float:
+        return 62 + (picture.width - 72) * number / (count - 1)
+
+    line = steps_of(picture.steps)
+    assert (line[0][0], line[-1][0]) == (62, picture.width - 10)
+    assert [x for x, _ in line] == sorted(x for x, _ in line)
+    assert all(mark.x == pytest.approx(across(mark.entry.version), abs=0.01) for mark in picture.marks)
+    highest = min(y for _, y in line)
+    assert next(x for x, y in line if y == highest) == pytest.approx(across(count // 3), abs=0.01)
+    ticks = picture.axis.ticks
+    assert [tick.at for tick in ticks] == pytest.approx(
+        [across(int(tick.label[1:].replace(",", ""))) for tick in ticks], abs=0.01
+    )
+    assert all(later.at - earlier.at >= 60 for earlier, later in pairwise(ticks))
+
+
+def steps_of(path: str) -> list[tuple[float, float]]:
+    """Where an SVG path of steps goes."""
+    points: list[tuple[float, float]] = []
+    for command, first, second in re.findall(r"([MHV])(-?[\d.e+]+)(?: (-?[\d.e+]+))?", path):
+        x, y = points[-1] if points else (0.0, 0.0)
+        move = {"M": (float(first), float(second or 0)), "H": (float(first), y), "V": (x, float(first))}
+        points.append(move[command])
+    return points
+
+
+@pytest.mark.parametrize(
+    ("numbers", "labels"),
+    [
+        ((2**53, 2**53 + 1), ("9.0072e+15", "+1")),
+        ((10**400, 10**400 + 10), ("1e+400", "+10")),
+        ((0, 10**500), ("0", "1e+500")),
+    ],
+)
+def test_integers_beyond_doubles_are_drawn_where_they_belong(numbers: tuple[int, int], labels: tuple[str, str]) -> None:
+    picture = chart([version(number, str(value)) for number, value in enumerate(numbers)])
+    assert picture is not None
+    assert picture.marks[0].y - picture.marks[1].y > 50
+    assert tuple(mark.number for mark in picture.marks) == numbers
+    texts = [level.label for level in picture.levels]
+    assert len(set(texts)) == len(texts)
+    assert set(labels) <= set(texts)
+
+
+def test_calls_one_after_the_other_share_a_row_however_short_they_are() -> None:
+    executions = [execution(number, number * 0.001, 0.0009) for number in range(400)]
+    executions += [execution(1_000, 0.5, 1), execution(1_001, 0.6, 0.1, 1_000), execution(1_002, 0.8, 0.1, 1_000)]
+    executions += [execution(1_003, 0.7, 0.3)]
+    bars = {bar.execution.execution_id: bar for bar in timeline(executions).bars}
+    rows = {bars[f"e{number}"].y for number in range(400)}
+    assert len(rows) == 1
+    assert bars["e1000"].y == min(rows)
+    assert bars["e1001"].y == bars["e1002"].y > bars["e1000"].y
+    assert bars["e1003"].y > bars["e1001"].y, "what ran at the same time is below"
+    assert bars["e1001"].stem is not None
+    assert bars["e1000"].y < bars["e1001"].stem < bars["e1001"].y + bars["e1001"].height
+    assert bars["e1003"].stem is None
+    ordered = sorted((bars[f"e{number}"] for number in range(400)), key=lambda bar: bar.x)
+    # None hides the next one, as far as a line can be drawn.
+    assert all(one.x + one.width <= max(other.x, one.x + 0.75) for one, other in pairwise(ordered))
+
+
+def test_children_that_ran_at_the_same_time_have_rows_of_their_own() -> None:
+    executions = [execution(1, 0, 10), execution(2, 1, 5, 1), execution(3, 2, 5, 1), execution(4, 3, 1, 2)]
+    bars = {bar.execution.execution_id: bar for bar in timeline(executions).bars}
+    assert bars["e1"].y < bars["e2"].y < bars["e4"].y < bars["e3"].y
+
+
+def test_fifty_thousand_executions_make_a_picture() -> None:
+    executions = [execution(number, number * 0.01, 0.005) for number in range(50_000)]
+    picture = timeline(executions)
+    assert len(picture.bars) == 50_000
+    assert len({bar.y for bar in picture.bars}) == 1
+    assert all(0 <= bar.x <= bar.x + bar.width <= picture.width for bar in picture.bars)
 
 
 # Lineage

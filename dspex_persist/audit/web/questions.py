@@ -197,7 +197,9 @@ QUERIES: Final[Mapping[str, Mapping[str, Any]]] = {
                 created_at, sensitive
             from (
                 select *, row_number() over (partition by variable_id order by version desc) as place
-                from v_variable_history where session_id = :session and created_at <= :time
+                from v_variable_history where session_id = :session and sequence < ifnull(
+                    (select min(sequence) from v_commits where session_id = :session and created_at > :time), 1e18
+                )
             )
             where place = 1 and kind <> 'deleted' order by name
         """,

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from pluggy import HookimplMarker
 
 from dspex_persist.audit.drawing import MASKED, Links, render_template
-from dspex_persist.audit.pictures import chart, lineage
+from dspex_persist.audit.pictures import Chart, chart, lineage
 from dspex_persist.audit.report import gather
 from dspex_persist.audit.web.questions import DATABASE, QUERIES, REVEALED, VIEWS
 from dspex_persist.state.audit import AuditSource, HistoryEntry, HistoryQuery, LineageNode, SessionQuery
@@ -21,6 +21,7 @@ hookimpl = HookimplMarker("datasette")
 
 _SESSIONS: Final = 200
 _VERSIONS: Final = 300
+_CHARTED: Final = 200_000
 _DEPTH: Final = 2
 _LARGE: Final = (1_080, 260)
 _LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "[::1]"})
@@ -159,10 +160,15 @@ class Site:
             name=name,
             entries=shown,
             has_more=len(entries) > _VERSIONS,
-            chart=chart(shown[::-1], *_LARGE),
+            chart=self._chart(session, name),
             lineage=lineage(found) if (found := self._blame(session, shown)) else None,
             table=_filtered("v_variable_history", session_id=session, name=name),
         )
+
+    def _chart(self, session: str, name: str) -> Chart | None:
+        """All versions, or the newest of very many."""
+        query = HistoryQuery(session=session, variable=name, limit=_CHARTED)
+        return chart(self._source.iterate(query), *_LARGE, newest_first=True)
 
     def _blame(self, session: str, entries: Sequence[HistoryEntry]) -> tuple[LineageNode, ...]:
         """What the newest version stands on."""

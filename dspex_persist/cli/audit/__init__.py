@@ -103,7 +103,7 @@ def history(
             tool=tool,
             execution_id=execution,
             metadata=options.metadata_of(meta),
-            where=options.predicates_of(where),
+            where=where or (),
             since=since,
             until=until,
             newest_first=not oldest_first,
@@ -259,9 +259,14 @@ def _say_all(asked: Asked, kind: type[T], rows: Iterable[T]) -> None:
     asked.printer(kind, lambda _look: ()).print(rows)
 
 
-@app.command(help="The variables of a session as they stood at a point, and what had made them so.")
+@app.command(
+    help=(
+        "The variables of a session as they stood at a point, and what had made them so.\n\n"
+        "SESSION may be a glob of * and ?: of all sessions that fit and lived then.\n\n"
+    )
+)
 def state(
-    session: Session,
+    session: Annotated[str, typer.Argument(metavar="SESSION", help="Its id, or a glob.", show_default=False)],
     at: Annotated[str, typer.Option("--at", metavar="POINT", help="When.", show_default=False)] = "now",
     as_json: options.Json = False,
     as_csv: options.Csv = False,
@@ -271,13 +276,14 @@ def state(
     target: options.Target = None,
 ) -> None:
     """Show a session's state."""
+    from dspex_persist.cli.audit import lists
     from dspex_persist.cli.audit.tables import state_columns
     from dspex_persist.state.audit import VariableState
 
     asked = Asked(db, target, as_json, as_csv, utc, reveal)
     with asking(asked) as audit:
-        found = audit.state(session, at)
-        asked.printer(VariableState, state_columns).print(found)
+        found, of_many = lists.states(audit, session, at)
+        asked.printer(VariableState, lambda look: state_columns(look, of_many)).print(found)
         if asked.form is Form.TABLE and not found:
             say("no variables")
 

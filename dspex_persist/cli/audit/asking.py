@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import typer
 
-from dspex_persist.cli.output import say_json
+from dspex_persist.cli.output import complain, say_json
 from dspex_persist.cli.places import database_of, url_of
 from dspex_persist.errors import DspexError
 
@@ -92,7 +92,7 @@ def answering(asked: Asked) -> Iterator[None]:
             say_json({"ok": False, "error": str(error)})
         if not isinstance(error, InvalidArgumentError):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        complain(error)
         raise typer.Exit(EXIT_USAGE) from error
 
 

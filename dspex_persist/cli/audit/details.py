@@ -10,25 +10,26 @@ from dspex_persist.cli.audit.look import (
     Look,
     duration_text,
     json_text,
-    plain,
     shortened,
     value_text,
 )
 from dspex_persist.cli.audit.tables import entries_text
-from dspex_persist.state.errors import VersionNotFoundError
+from dspex_persist.cli.output import plain, plain_lines
+from dspex_persist.state.errors import NotInHistoryError, VersionNotFoundError
 from dspex_persist.state.model import LogEntry
 
 
 def show_execution(source: AuditSource, detail: ExecutionDetail, look: Look) -> None:
     """Print it, with all that it called."""
-    look.print(_tree(detail, _Changes(source, detail.history), look))
+    look.print(_tree(detail, _Changes(source, detail.summary.session_id, detail.history), look))
 
 
 class _Changes:
-    """What an execution and those that it called changed, each with what was there before."""
+    """What an execution and those that it called read and changed, each with the values."""
 
-    def __init__(self, source: AuditSource, history: Iterable[HistoryEntry]) -> None:
+    def __init__(self, source: AuditSource, session: str, history: Iterable[HistoryEntry]) -> None:
         self._source = source
+        self._session = session
         self._entries: dict[tuple[str, int], list[HistoryEntry]] = {}
         for entry in history:
             self._entries.setdefault((entry.name, entry.version), []).append(entry)
@@ -43,14 +44,22 @@ class _Changes:
                 told = f", {entries_text(entry.metadata)}" if entry.metadata else ""
                 yield f"{plain(entry.name)}: {what}  (version {entry.version}, {entry.kind.value}{told})"
 
+    def read(self, read: ReadEntry) -> str:
+        """What was found under a name or id."""
+        if read.version is None or read.variable_id is None:
+            return f"{plain(read.asked)}: not there"
+        by_id = f", asked for as {plain(read.asked)}" if read.asked != read.name else ""
+        return f"{plain(read.name or '')} = {self._value(read.variable_id, read.version)} (v{read.version}{by_id})"
+
     def _before(self, entry: HistoryEntry) -> str:
-        if entry.version == 0:
-            return "not there"
+        return "not there" if entry.version == 0 else self._value(entry.variable_id, entry.version - 1)
+
+    def _value(self, variable_id: str, version: int) -> str:
         try:
-            before = self._source.version(entry.session_id, entry.variable_id, entry.version - 1)
-        except VersionNotFoundError:
+            found = self._source.version(self._session, variable_id, version)
+        except (VersionNotFoundError, NotInHistoryError):
             return "pruned"
-        return value_text(before.value, before.masked)
+        return value_text(found.value, found.masked)
 
 
 def _tree(detail: ExecutionDetail, changes: _Changes, look: Look) -> Any:
@@ -60,7 +69,7 @@ def _tree(detail: ExecutionDetail, changes: _Changes, look: Look) -> Any:
     summary = detail.summary
     title = Text.assemble(
         (plain(summary.tool), "bold"),
-        f"  {summary.execution_id}  ",
+        f"  {plain(summary.execution_id)}  ",
         (summary.status.value, STYLES.get(summary.status, "")),
         f"  {duration_text(summary.duration_us)}" if summary.duration_us is not None else "",
     )
@@ -70,7 +79,7 @@ def _tree(detail: ExecutionDetail, changes: _Changes, look: Look) -> Any:
         if shown:
             branch = tree.add(Text(heading, "bold"))
             for line in shown:
-                branch.add(Text(line))
+                branch.add(Text(plain_lines(line)))
     if detail.children:
         branch = tree.add(Text("called", "bold"))
         for child in detail.children:
@@ -82,7 +91,7 @@ def _sections(detail: ExecutionDetail, changes: _Changes, look: Look) -> Iterato
     yield "when and who", _facts(detail, look)
     yield "parameters", (f"{plain(name)} = {value_text(value)}" for name, value in detail.parameters.items())
     yield "metadata", _entries(detail.metadata)
-    yield "read", (*map(_read, detail.reads), *(f"all of {plain(pattern)}" for pattern in detail.patterns))
+    yield "read", (*map(changes.read, detail.reads), *(f"all of {plain(pattern)}" for pattern in detail.patterns))
     yield "wrote", changes.lines(detail.writes)
     yield "published", changes.lines(detail.published)
     yield "logged", (_logged(entry, look) for entry in detail.log)
@@ -113,13 +122,6 @@ def _entries(entries: Mapping[str, str]) -> Iterator[str]:
     return (f"{plain(key)} = {plain(text)}" for key, text in entries.items())
 
 
-def _read(read: ReadEntry) -> str:
-    if read.version is None:
-        return f"{plain(read.asked)}: not there"
-    by_id = f" (asked for as {plain(read.asked)})" if read.asked != read.name else ""
-    return f"{plain(read.name or '')}: version {read.version}{by_id}"
-
-
 def _logged(entry: LogEntry, look: Look) -> str:
     fields = "".join(f"  {plain(name)}={json_text(stated)}" for name, stated in entry.fields.items())
     return f"{look.time(entry.at)}  {plain(shortened(entry.message))}{fields}"
@@ -132,6 +134,6 @@ def _drawn(name: str, drawn: Any) -> str:
 def _error(detail: ExecutionDetail) -> Iterator[str]:
     if detail.failure is not None:
         yield plain(f"{detail.failure.type}: {shortened(detail.failure.message)}")
-        yield "\n".join(map(plain, detail.failure.traceback.rstrip().split("\n")))
+        yield detail.failure.traceback.rstrip()
     elif told := detail.reason or ("" if detail.conflicts else detail.summary.error):
         yield plain(told)

@@ -5,9 +5,10 @@ from collections.abc import Iterator, Sequence
 from difflib import unified_diff
 from typing import Any, Final
 
-from dspex_persist.audit import Difference, DifferenceKind, VariableState
-from dspex_persist.cli.audit.look import Look, plain, value_text
-from dspex_persist.cli.audit.tables import author
+from dspex_persist.audit import Difference, DifferenceKind, VariableState, value_of
+from dspex_persist.cli.audit.look import Look, value_text
+from dspex_persist.cli.audit.tables import author_and_client
+from dspex_persist.cli.output import plain
 
 _LONG: Final = 60
 _MOST_LINES: Final = 2_000
@@ -44,7 +45,7 @@ def _version(state: VariableState | None) -> str:
 
 def _author(state: VariableState | None) -> str:
     assert state is not None, "its kind says that there is one"
-    return f"v{state.version} by {author(state)}, commit {state.sequence}"
+    return f"v{state.version} by {author_and_client(state)}, commit {state.sequence}"
 
 
 def _lines(difference: Difference) -> Iterator[str]:
@@ -65,7 +66,7 @@ def _text_lines(state: VariableState | None) -> list[str]:
         return []
     if state.value is None or state.value.binary is not None or len(state.value.json) <= _LONG:
         return [value_text(state.value, state.masked)]
-    stated: Any = json.loads(state.value.json)
+    stated: Any = value_of(state.value)
     if isinstance(stated, str) and "\n" not in stated:
         return [value_text(state.value)]
     lines = (

@@ -24,6 +24,9 @@ _NESTED: Final[Mapping[str, type]] = {
 """Fields whose own fields are columns of a CSV: `before` becomes before_session_id and so on."""
 
 
+_FORMULAS: Final = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+
 class Printer(Protocol[T_contra]):
     """Prints rows, each time below those before."""
 
@@ -86,4 +89,9 @@ def _cell(found: Any) -> str:
     stated = document(found)
     if stated is None:
         return ""
-    return stated if isinstance(stated, str) else json.dumps(stated)
+    return _harmless(stated) if isinstance(stated, str) else json.dumps(stated)
+
+
+def _harmless(text: str) -> str:
+    """A text that no spreadsheet takes for a formula: clients choose names, and whoever opens the file runs them."""
+    return f"'{text}" if text.startswith(_FORMULAS) else text

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from dspex_persist.audit import HistoryEntry, LineageNode, ReadEntry
-from dspex_persist.cli.audit.look import Look, plain, value_text
-from dspex_persist.cli.audit.tables import author, cause_text
-from dspex_persist.cli.output import counted
+from dspex_persist.cli.audit.look import Look, value_text
+from dspex_persist.cli.audit.tables import author_and_client, cause_text
+from dspex_persist.cli.output import counted, plain
 
 
 def show_lineage(nodes: Sequence[LineageNode], look: Look, depth: int) -> None:
@@ -63,7 +63,8 @@ class _Lineage:
             (plain(entry.name), "bold"),
             f" = {value if len(value) <= 60 else value[:60] + '…'}  ",
             (
-                f"v{entry.version}, {entry.kind.value} by {author(entry)}{through}, commit {entry.sequence}, {when}",
+                f"v{entry.version}, {entry.kind.value} by {author_and_client(entry)}{through}, "
+                f"commit {entry.sequence}, {when}",
                 "dim",
             ),
         )

@@ -1,6 +1,7 @@
 """Lists of answers: so many of them as are wanted, with what is told below a table; or all that come."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Final, Generic, TypeVar, cast
@@ -15,6 +16,8 @@ from dspex_persist.audit import (
     HistoryQuery,
     Query,
     SessionEntry,
+    SessionQuery,
+    VariableState,
 )
 from dspex_persist.cli.audit.asking import Asked, Form
 from dspex_persist.cli.audit.follow import follow_executions, follow_rows, refuse_end
@@ -22,6 +25,8 @@ from dspex_persist.cli.audit.look import Column, Look
 from dspex_persist.cli.audit.sparkline import Courses
 from dspex_persist.cli.audit.tables import commit_columns, execution_columns, history_columns, session_columns
 from dspex_persist.cli.output import counted, say
+from dspex_persist.state.audit import is_glob, what_there_is
+from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError
 
 if TYPE_CHECKING:
     from dspex_persist.cli.audit.forms import Printer
@@ -30,6 +35,7 @@ T = TypeVar("T")
 
 _TABLE_ROWS: Final = 50
 _FOLLOWED_ROWS: Final = 10
+_TOOLS_LOOKED_AT: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,7 @@ SESSION_ROWS: Final = Rows(SessionEntry, session_columns, lambda row: row.starte
 
 def say_list(audit: AuditSource, query: Query[T], rows: Rows[T], asked: Asked, limit: int | None) -> None:
     """Print at most `limit` answers (0: all; None: as many as suit the form)."""
+    refuse_unknown_tool(audit, getattr(query, "tool", ""))
     printer = asked.printer(rows.kind, rows.columns)
     if asked.form is not Form.TABLE:
         printer.print(audit.iterate(replace(query, limit=limit or 0)))
@@ -87,6 +94,30 @@ def _goes_on(audit: AuditSource, query: Query[T], last: int) -> bool:
     """Whether there is more beyond the rows of this commit."""
     beyond = replace(query, until=str(last - 1)) if query.newest_first else replace(query, since=str(last))
     return any(True for _ in audit.iterate(replace(beyond, limit=1)))
+
+
+def states(audit: AuditSource, sessions: str, at: str) -> tuple[list[VariableState], bool]:
+    """The variables of a session, or of all that fit a glob and lived then, and whether several were meant."""
+    ids = {entry.session_id: None for entry in audit.iterate(SessionQuery(session=sessions, newest_first=False))}
+    if not is_glob(sessions) or sessions in ids:
+        return list(audit.state(sessions, at)), False
+    if not ids:
+        raise NotInHistoryError("session", sessions, "no session's id fits that pattern")
+    found: list[VariableState] = []
+    for session in ids:
+        # It may have begun later, or have ended; a point that is none is told of before.
+        audit.resolve(at, "at", session)
+        with suppress(InvalidArgumentError):
+            found += audit.state(session, at)
+    return found, True
+
+
+def refuse_unknown_tool(audit: AuditSource, tool: str) -> None:
+    """Raise if no execution ever was one of this tool: it may have been misspelt."""
+    if not tool or is_glob(tool) or any(True for _ in audit.iterate(ExecutionQuery(tool=tool, limit=1))):
+        return
+    names = dict.fromkeys(each.tool for each in audit.iterate(ExecutionQuery(limit=_TOOLS_LOOKED_AT)))
+    raise NotInHistoryError("tool", tool, what_there_is(tool, list(names)))
 
 
 def follow_list(audit: AuditSource, query: Query[T], rows: Rows[T], asked: Asked, limit: int | None) -> None:

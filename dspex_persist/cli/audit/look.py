@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from itertools import islice
 from typing import Any, Final, Generic, TypeVar
 
-from dspex_persist.cli.output import new_console
+from dspex_persist.cli.output import new_console, plain
 from dspex_persist.state.model import ChangeKind, ExecutionStatus, Value
 
 T = TypeVar("T")
@@ -20,6 +20,7 @@ _SHOWN: Final = 2_000
 _GAP: Final = 2
 _BLOCK: Final = 200
 _NARROW: Final = 120
+_MOST_CUT: Final = 20
 
 STYLES: Final = {
     ChangeKind.REGISTERED: "green",
@@ -76,11 +77,6 @@ def shortened(text: str, most: int = _SHOWN) -> str:
     return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} more characters: --json)"
 
 
-def plain(text: str) -> str:
-    """A text of somebody else's on one line, without escapes that a terminal would obey."""
-    return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
-
-
 def value_text(value: Value | None, masked: bool = False) -> str:
     """A value as its JSON; what is kept back as dots, what is not there as a dash."""
     if masked:
@@ -98,7 +94,7 @@ def json_text(stated: Any) -> str:
 
 def short_id(execution_id: str) -> str:
     """As much of an execution's id as names it: the commit that began it."""
-    return "_".join(execution_id.split("_")[:2])
+    return plain("_".join(execution_id.split("_")[:2]))
 
 
 def duration_text(duration_us: int | None) -> str:
@@ -116,13 +112,17 @@ def duration_text(duration_us: int | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Column(Generic[T]):
-    """A column: its title, the text of a row in it, the style of that, and the width below which it is not squeezed."""
+    """A column: its title, the text of a row in it, the style of that, and the width below which it is not squeezed.
+
+    An `is_id` is to be copied: one that was cut is told in full below the table.
+    """
 
     title: str
     text: Callable[[T], str]
     least: int = 6
     most: int = 40
     right: bool = False
+    is_id: bool = False
     style: Callable[[T], str] = lambda _row: ""
 
 
@@ -137,6 +137,7 @@ class Table(Generic[T]):
         self._columns = columns
         self._wanted = [0] * len(columns)
         self._widths: list[int] = []
+        self._cut: dict[str, None] = {}
 
     def print(self, rows: Iterable[T]) -> None:
         """Print these rows below those before."""
@@ -145,6 +146,18 @@ class Table(Generic[T]):
             # Cut here too: to measure a long text costs more than all else.
             texts = [[column.text(row)[: column.most + 1] for column in self._columns] for row in block]
             self._print_block(texts, block)
+            self._note_cut(block)
+        if self._cut:
+            more = [f"and {len(self._cut) - _MOST_CUT} more: --json"] if len(self._cut) > _MOST_CUT else []
+            self._look.console.print("\n".join(["in full:", *list(self._cut)[:_MOST_CUT], *more]), soft_wrap=True)
+            self._cut.clear()
+
+    def _note_cut(self, rows: Sequence[T]) -> None:
+        from rich.cells import cell_len
+
+        for column, width in zip(self._columns, self._widths, strict=True):
+            if column.is_id:
+                self._cut |= {text: None for row in rows if cell_len(text := column.text(row)) > width}
 
     def _print_block(self, texts: list[list[str]], rows: Sequence[T]) -> None:
         from rich.text import Text

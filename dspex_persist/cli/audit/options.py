@@ -1,6 +1,6 @@
 """The options that questions have in common, as the command line takes them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +9,7 @@ import typer
 from dspex_persist.state.model import ChangeKind, ExecutionStatus, Source
 
 if TYPE_CHECKING:
-    from dspex_persist.state.audit import Predicate
+    pass
 
 _PLACE, _FORM, _FILTER = "Where", "How it is printed", "What is asked for"
 _POINT = "a commit's number, an execution's id, a time, an age such as 2h, or now"
@@ -156,13 +156,6 @@ def metadata_of(entries: Sequence[str] | None) -> Mapping[str, str]:
         if "=" not in entry or entry.startswith("="):
             raise InvalidArgumentError("meta", f"{quote(entry)} is not KEY=VALUE")
     return found
-
-
-def predicates_of(conditions: Iterable[str] | None) -> "tuple[Predicate, ...]":
-    """What `--where` asks for."""
-    from dspex_persist.state.audit import parse_predicate
-
-    return tuple(map(parse_predicate, conditions or ()))
 
 
 def type_of(name: str) -> str:

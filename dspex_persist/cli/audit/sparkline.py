@@ -1,12 +1,12 @@
 """Numbers as a line of blocks."""
 
-import json
 from collections import deque
 from collections.abc import Iterator, Sequence
-from math import isfinite
+from fractions import Fraction
 from typing import Final
 
-from dspex_persist.cli.audit.look import plain
+from dspex_persist.audit.pictures import number_of, number_text
+from dspex_persist.cli.output import plain
 from dspex_persist.state.audit import HistoryEntry
 
 _BLOCKS: Final = "▁▂▃▄▅▆▇█"
@@ -15,26 +15,26 @@ _MOST: Final = 6
 _NUMERIC: Final = frozenset({"float", "integer"})
 
 
-def sparkline(numbers: Sequence[float]) -> str:
+def sparkline(numbers: Sequence[int | float]) -> str:
     """One block a number, from the lowest to the highest."""
-    low, high = min(numbers), max(numbers)
+    low, high = Fraction(min(numbers)), Fraction(max(numbers))
     if low == high:
         return _BLOCKS[len(_BLOCKS) // 2] * len(numbers)
-    # Halved first: the distance of two finite numbers need not be finite.
-    step = (high / 2 - low / 2) / (len(_BLOCKS) - 1)
-    return "".join(_BLOCKS[round((number / 2 - low / 2) / step)] if step else _BLOCKS[0] for number in numbers)
+    # Exactly: integers may be larger than any double, and two large ones the same double.
+    step = (high - low) / (len(_BLOCKS) - 1)
+    return "".join(_BLOCKS[round((Fraction(number) - low) / step)] for number in numbers)
 
 
 class Courses:
     """How the numbers in a table went, variable by variable: the last few of the first few."""
 
     def __init__(self) -> None:
-        self._numbers: dict[tuple[str, str], deque[float]] = {}
+        self._numbers: dict[tuple[str, str], deque[int | float]] = {}
 
     def add(self, row: HistoryEntry) -> None:
         """The next row."""
         key = (row.session_id, row.name)
-        number = _number(row)
+        number = number_of(row) if row.type in _NUMERIC else None
         if number is not None and (key in self._numbers or len(self._numbers) < _MOST):
             self._numbers.setdefault(key, deque(maxlen=_LONGEST)).append(number)
 
@@ -46,13 +46,4 @@ class Courses:
         width = max(map(len, names), default=0)
         for name, numbers in zip(names, courses.values(), strict=True):
             course = list(reversed(numbers)) if newest_first else list(numbers)
-            yield f"{name:{width}}  {sparkline(course)}  {min(course):.6g} to {max(course):.6g}"
-
-
-def _number(row: HistoryEntry) -> float | None:
-    if row.type not in _NUMERIC or row.value is None:
-        return None
-    stated = json.loads(row.value.json)
-    # What is no finite number is a string in JSON.
-    is_number = isinstance(stated, int | float) and not isinstance(stated, bool) and isfinite(stated)
-    return float(stated) if is_number else None
+            yield f"{name:{width}}  {sparkline(course)}  {number_text(min(course))} to {number_text(max(course))}"

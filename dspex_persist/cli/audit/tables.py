@@ -1,8 +1,10 @@
 """Which columns the answers have on a terminal. A column that would say the same in each row is left out."""
 
 from collections.abc import Mapping
+from typing import Final
 
-from dspex_persist.cli.audit.look import STYLES, Column, Look, duration_text, json_text, plain, short_id, value_text
+from dspex_persist.cli.audit.look import STYLES, Column, Look, duration_text, json_text, short_id, value_text
+from dspex_persist.cli.output import plain
 from dspex_persist.state.audit import (
     CommitEntry,
     CommitQuery,
@@ -15,6 +17,9 @@ from dspex_persist.state.audit import (
     is_glob,
 )
 
+_WHOLE: Final = 24
+"""The least width of a column of numbers: none has more digits, and half a number is another one."""
+
 
 def _is_one(name: str) -> bool:
     return bool(name) and not is_glob(name)
@@ -23,14 +28,15 @@ def _is_one(name: str) -> bool:
 def history_columns(look: Look, query: HistoryQuery) -> list[Column[HistoryEntry]]:
     """Versions."""
     columns: list[Column[HistoryEntry]] = [
-        Column("commit", lambda row: str(row.sequence), right=True),
+        Column("commit", lambda row: str(row.sequence), least=_WHOLE, right=True),
         Column("time", lambda row: look.time(row.created_at), least=look.time_width),
-        Column("session", lambda row: plain(row.session_id), least=8),
+        Column("session", lambda row: plain(row.session_id), least=8, is_id=True),
         Column("variable", lambda row: plain(row.name), least=8),
-        Column("v", lambda row: str(row.version), least=1, right=True),
+        Column("v", lambda row: str(row.version), least=_WHOLE, right=True),
         Column("value", lambda row: value_text(row.value, row.masked), most=200),
-        Column("kind", lambda row: row.kind.value, least=9, style=lambda row: STYLES.get(row.kind, "")),
-        Column("by", author, least=10),
+        Column("kind", lambda row: row.kind.value, least=3, style=lambda row: STYLES.get(row.kind, "")),
+        Column("by", author, least=13 if look.is_narrow else 20, most=80),
+        Column("for", lambda row: plain(row.actor) if row.tool else "", least=6),
         Column("metadata", lambda row: entries_text(row.metadata)),
     ]
     left_out = {"session"} if _is_one(query.session) or query.execution_id else set()
@@ -40,8 +46,16 @@ def history_columns(look: Look, query: HistoryQuery) -> list[Column[HistoryEntry
 
 
 def author(row: HistoryEntry | VariableState) -> str:
-    """The tool execution that wrote it, or the client."""
-    return f"{short_id(row.execution_id)} {plain(row.tool)}" if row.tool and row.execution_id else plain(row.actor)
+    """The tool execution that wrote it, and the one that called that; or the client."""
+    if not row.tool or not row.execution_id:
+        return plain(row.actor)
+    called = f", called by {short_id(row.caller_id)} {plain(row.caller_tool or '')}" if row.caller_id else ""
+    return f"{short_id(row.execution_id)} {plain(row.tool)}{called}"
+
+
+def author_and_client(row: HistoryEntry | VariableState) -> str:
+    """The same, and who had a tool do it."""
+    return f"{author(row)}, for {plain(row.actor)}" if row.tool else author(row)
 
 
 def entries_text(entries: Mapping[str, str]) -> str:
@@ -52,9 +66,9 @@ def entries_text(entries: Mapping[str, str]) -> str:
 def execution_columns(look: Look, query: ExecutionQuery) -> list[Column[ExecutionSummary]]:
     """Executions."""
     columns: list[Column[ExecutionSummary]] = [
-        Column("execution", lambda row: short_id(row.execution_id), least=9),
+        Column("execution", lambda row: short_id(row.execution_id), least=_WHOLE),
         Column("began", lambda row: look.time(row.began_at), least=look.time_width),
-        Column("session", lambda row: plain(row.session_id), least=8),
+        Column("session", lambda row: plain(row.session_id), least=8, is_id=True),
         Column("tool", lambda row: ("└ " if row.parent_id else "") + plain(row.tool), least=8),
         Column("status", lambda row: row.status.value, least=9, style=lambda row: STYLES.get(row.status, "")),
         Column("took", lambda row: duration_text(row.duration_us), least=8, right=True),
@@ -72,9 +86,9 @@ def execution_columns(look: Look, query: ExecutionQuery) -> list[Column[Executio
 def commit_columns(look: Look, query: CommitQuery) -> list[Column[CommitEntry]]:
     """Commits."""
     columns: list[Column[CommitEntry]] = [
-        Column("commit", lambda row: str(row.sequence), right=True),
+        Column("commit", lambda row: str(row.sequence), least=_WHOLE, right=True),
         Column("time", lambda row: look.time(row.created_at), least=look.time_width),
-        Column("session", lambda row: plain(row.session_id), least=8),
+        Column("session", lambda row: plain(row.session_id), least=8, is_id=True),
         Column("actor", lambda row: plain(row.actor), least=8),
         Column("cause", lambda row: cause_text(row.cause), least=8),
         Column("what", _commit_text, least=12, most=200),
@@ -99,7 +113,7 @@ def _commit_text(row: CommitEntry) -> str:
 def session_columns(look: Look) -> list[Column[SessionEntry]]:
     """Sessions."""
     columns: list[Column[SessionEntry]] = [
-        Column("session", lambda row: plain(row.session_id), least=10),
+        Column("session", lambda row: plain(row.session_id), least=10, most=255, is_id=True),
         Column("began", lambda row: look.time(row.created_at), least=look.time_width),
         Column("last commit", lambda row: look.time(row.last_at), least=look.time_width),
         Column("ended", lambda row: "live" if row.ended_at is None else look.time(row.ended_at), least=look.time_width),
@@ -112,14 +126,19 @@ def session_columns(look: Look) -> list[Column[SessionEntry]]:
     return [column for column in columns if column.title not in left_out]
 
 
-def state_columns(look: Look) -> list[Column[VariableState]]:
-    """Variables as they stood."""
+def state_columns(look: Look, of_many: bool = False) -> list[Column[VariableState]]:
+    """Variables as they stood; `of_many`: of several sessions."""
     return [
+        *(
+            [Column[VariableState]("session", lambda row: plain(row.session_id), least=8, is_id=True)]
+            if of_many
+            else []
+        ),
         Column("variable", lambda row: plain(row.name), least=10),
         Column("type", lambda row: row.type, least=5),
         Column("value", lambda row: value_text(row.value, row.masked), least=12, most=200),
-        Column("v", lambda row: str(row.version), least=1, right=True),
-        Column("commit", lambda row: str(row.sequence), right=True),
+        Column("v", lambda row: str(row.version), least=_WHOLE, right=True),
+        Column("commit", lambda row: str(row.sequence), least=_WHOLE, right=True),
         Column("since", lambda row: look.time(row.updated_at), least=look.time_width),
         Column("by", author, least=10),
     ]

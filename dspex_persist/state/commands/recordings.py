@@ -3,10 +3,10 @@
 import json
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias, TypeVar
 
 from dspex_persist.clock import from_micros
 from dspex_persist.state import values
@@ -24,10 +24,13 @@ from dspex_persist.state.frozen import freeze
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     ChangeKind,
+    Conflict,
     Dependency,
     Event,
     EventKind,
     ExecutionStatus,
+    Failure,
+    Isolation,
     Optimization,
     Origin,
     RegisteredTool,
@@ -38,10 +41,13 @@ from dspex_persist.state.model import (
     Variable,
 )
 from dspex_persist.state.recording import RecordedCommit, RecordedVersion, renumbered
-from dspex_persist.state.unit_of_work import SessionState, UnitOfWork
+from dspex_persist.state.unit_of_work import SessionState, UnitOfWork, value_in
+from dspex_persist.state.values.json_text import RefusedError, read
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
+
+B = TypeVar("B")
 
 FORKED_FROM: Final = "forked_from"
 FORKED_AT: Final = "forked_at"
@@ -77,6 +83,8 @@ class ImportCommit(Command[None]):
             _Repetition(uow, self.session_id, commit).carry_out()
         except StateError as error:
             raise RecordingError("the recording", number + 1, str(error)) from error
+        except RefusedError as error:
+            raise RecordingError("the recording", number + 1, error.reason) from error
         except _UNREADABLE as error:
             reason = str(error) if type(error) is ValueError else f"it makes no sense: {type(error).__name__} {error}"
             raise RecordingError("the recording", number + 1, reason) from error
@@ -279,8 +287,10 @@ class _Repetition:
         if key is not None:
             check_text("idempotency key", key, uow.limits.name_length, "name_length")
         check_metadata(body["metadata"], uow.limits)
-        if not isinstance(body["attempt"], int):
-            raise TypeError(f"attempt {body['attempt']!r}")
+        begun = _read_body(_begin_codec(), body)
+        for each in begun.parameters.values():
+            read(each.json)
+            value_in({"json": each.json} | ({"binary": each.binary} if each.binary is not None else {}))
         running = RunningExecution(execution_id, tool, uow.sequence, parent_id, key, fingerprint)
         uow.begin_execution(self._session_id, running, body)
 
@@ -292,7 +302,10 @@ class _Repetition:
         ended = ExecutionStatus(status)
         if ended is ExecutionStatus.RUNNING:
             raise ValueError(f"execution {quote(execution_id)} ends as running")
-        value = None if result is None else _value_codec().validate_python(result)
+        value = None if result is None else value_in(result)
+        if value is not None:
+            read(value.json)
+        _read_body(_end_codec(), facts)
         self._uow.end_execution(self._session_id, execution_id, ended, facts, value)
 
     def _refuse(self, event: Event) -> None:
@@ -325,10 +338,72 @@ def _tools_codec() -> "TypeAdapter[tuple[RegisteredTool, ...]]":
 
 
 @lru_cache
-def _value_codec() -> "TypeAdapter[Value]":
+def _begin_codec() -> "TypeAdapter[_Beginning]":
     from pydantic import TypeAdapter
 
-    return TypeAdapter(Value)
+    return TypeAdapter(_Beginning)
+
+
+@lru_cache
+def _end_codec() -> "TypeAdapter[_End]":
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(_End)
+
+
+@dataclass(frozen=True, slots=True)
+class _Argument:
+    json: str
+    binary: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Beginning:
+    """The body of an execution's beginning, as audits and replays read it."""
+
+    parameters: dict[str, _Argument]
+    metadata: dict[str, str]
+    isolation: Isolation
+    attempt: int
+    seed: str
+    worker_id: str
+    retry_of: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    at: int
+    message: Any
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """The body of an execution's end, as audits and replays read it. One that was interrupted has a reason only."""
+
+    reason: str = ""
+    failure: Failure | None = None
+    conflicts: tuple[Conflict, ...] = ()
+    reads: dict[str, tuple[str, str, int] | None] = field(default_factory=dict)
+    patterns: tuple[str, ...] = ()
+    writes: tuple[tuple[str, int], ...] = ()
+    published: tuple[tuple[str, int], ...] = ()
+    log: tuple[_Line, ...] = ()
+    recorded: dict[str, Any] = field(default_factory=dict)
+    duration_us: int | None = None
+
+
+def _read_body(codec: "TypeAdapter[B]", body: Mapping[str, Any]) -> B:
+    """What a body says, if whoever reads it later can; `ValueError` says what is wrong with it."""
+    from pydantic import ValidationError
+
+    try:
+        # As JSON: that is strict, and a list is what a tuple is there.
+        return codec.validate_json(json.dumps(body), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{place} of an execution makes no sense: {first['msg'].lower()}") from error
 
 
 def _texts(event: Event, *names: str) -> list[str]:

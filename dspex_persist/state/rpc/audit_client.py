@@ -12,9 +12,11 @@ from dspex_persist.state.audit import (
     ExecutionDetail,
     HistoryEntry,
     Page,
+    PointLike,
     Query,
     T,
     VariableState,
+    point_text,
 )
 from dspex_persist.state.errors import (
     EngineClosedError,
@@ -60,9 +62,9 @@ class BridgedAudit(AuditSource):
         """See `AuditSource.head`."""
         return int(self._ask("GetHead", pb.GetHeadRequest).sequence)
 
-    def resolve(self, point: str, option: str = "at", session: str = "") -> int:
+    def resolve(self, point: PointLike, option: str = "at", session: str = "") -> int:
         """See `AuditSource.resolve`."""
-        fields = {"point": point, "option": option, "session": session}
+        fields = {"point": point_text(point, option), "option": option, "session": session}
         return int(self._ask("ResolvePoint", pb.ResolvePointRequest, **fields).sequence)
 
     def page(self, query: Query[T], after: Cursor | None = None, most: int = PAGE) -> Page[T]:
@@ -80,9 +82,9 @@ class BridgedAudit(AuditSource):
         answer = self._ask("GetExecution", pb.GetExecutionRequest, execution_id=execution_id, reveal=self.reveal)
         return codec.detail_of(answer.execution)
 
-    def state(self, session: str, at: str = "") -> tuple[VariableState, ...]:
+    def state(self, session: str, at: PointLike = "") -> tuple[VariableState, ...]:
         """See `AuditSource.state`."""
-        answer = self._ask("GetState", pb.GetStateRequest, session=session, at=at, reveal=self.reveal)
+        answer = self._ask("GetState", pb.GetStateRequest, session=session, at=point_text(at), reveal=self.reveal)
         return tuple(map(codec.state_of, answer.variables))
 
     def version(self, session: str, variable_id: str, version: int) -> HistoryEntry:

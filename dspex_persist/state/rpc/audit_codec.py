@@ -29,7 +29,9 @@ from dspex_persist.state.audit import (
     SessionQuery,
     T,
     VariableState,
+    checked,
     is_glob,
+    predicates_of,
 )
 from dspex_persist.state.errors import InvalidArgumentError, UnsupportedError
 from dspex_persist.state.model import (
@@ -413,13 +415,16 @@ def _history_request(query: HistoryQuery) -> pb.ListHistoryRequest:
         session=query.session,
         variable=query.variable,
         type=query.type,
-        kind=_KINDS.number(query.kind),
+        kind=_KINDS.number(None if query.kind is None else ChangeKind(query.kind)),
         actor=query.actor,
-        source=_SOURCES.number(query.source),
+        source=_SOURCES.number(None if query.source is None else Source(query.source)),
         tool=query.tool,
         execution_id=query.execution_id,
         metadata=query.metadata,
-        where=[pb.Predicate(operator=_OPERATORS.number(each.operator), operand=each.operand) for each in query.where],
+        where=[
+            pb.Predicate(operator=_OPERATORS.number(each.operator), operand=each.operand)
+            for each in predicates_of(query.where)
+        ],
     )
 
 
@@ -440,17 +445,14 @@ def _history_query(request: pb.ListHistoryRequest) -> HistoryQuery:
 
 
 def _predicate(message: pb.Predicate) -> Predicate:
-    predicate = Predicate(_OPERATORS.member(message.operator), message.operand)
-    if predicate.operator.value[0] in "<>" and predicate.number is None:
-        raise InvalidArgumentError("where", f"{predicate.operator} compares with a number")
-    return predicate
+    return checked(Predicate(_OPERATORS.member(message.operator), message.operand))
 
 
 def _execution_request(query: ExecutionQuery) -> pb.ListExecutionsRequest:
     return pb.ListExecutionsRequest(
         session=query.session,
         tool=query.tool,
-        status=_STATUSES.number(query.status),
+        status=_STATUSES.number(None if query.status is None else ExecutionStatus(query.status)),
         actor=query.actor,
         idempotency_key=query.idempotency_key,
         metadata=query.metadata,

@@ -24,6 +24,7 @@ from dspex_persist.state.audit import (
     HistoryQuery,
     Operator,
     Page,
+    PointLike,
     Predicate,
     Query,
     ReadEntry,
@@ -33,6 +34,7 @@ from dspex_persist.state.audit import (
     VariableState,
     is_glob,
     parse_point,
+    predicates_of,
     what_there_is,
 )
 from dspex_persist.state.errors import (
@@ -43,14 +45,14 @@ from dspex_persist.state.errors import (
     VersionPrunedError,
     quote,
 )
-from dspex_persist.state.model import Conflict, ExecutionStatus, Failure, LogEntry, Value
+from dspex_persist.state.model import ChangeKind, Conflict, ExecutionStatus, Failure, LogEntry, Source, Value
 from dspex_persist.state.store import times
 from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.engine import snapshot
 from dspex_persist.state.store.schema import is_unicode
 from dspex_persist.state.store.variables import KIND_CODES, KINDS, SOURCE_CODES, SOURCES
 from dspex_persist.state.unit_of_work import value_in
-from dspex_persist.state.values.json_text import stored, stored_object
+from dspex_persist.state.values.json_text import storable, stored, stored_object
 
 _WINDOW: Final = 50_000
 """Commits that one snapshot walks through at most, where nothing narrows a question down."""
@@ -207,7 +209,7 @@ class StoredAudit(AuditSource):
         with snapshot(self._readers) as connection:
             return _head(connection)
 
-    def resolve(self, point: str, option: str = "at", session: str = "") -> int:
+    def resolve(self, point: PointLike, option: str = "at", session: str = "") -> int:
         """See `AuditSource.resolve`."""
         with snapshot(self._readers) as connection:
             return _resolve(connection, point, option, session)
@@ -244,7 +246,7 @@ class StoredAudit(AuditSource):
         with snapshot(self._readers) as connection:
             return _detail(connection, execution_id, history)
 
-    def state(self, session: str, at: str = "") -> tuple[VariableState, ...]:
+    def state(self, session: str, at: PointLike = "") -> tuple[VariableState, ...]:
         """See `AuditSource.state`."""
         with snapshot(self._readers) as connection:
             sequence = _resolve(connection, at, "at", session)
@@ -354,6 +356,13 @@ def _of_session(connection: Connection, conditions: _Conditions, session: str, c
         conditions.add_among(column, _session_keys(connection, session))
 
 
+def _of_tool(conditions: _Conditions, tool: str) -> None:
+    if is_glob(tool):
+        conditions.add("executions.tool GLOB ?", _pattern(tool))
+    else:
+        conditions.add_equal("executions.tool", tool)
+
+
 def _pattern(glob: str) -> str:
     """SQLite's GLOB knows sets in brackets; ours does not."""
     return glob.replace("[", "[[]")
@@ -374,7 +383,7 @@ def _head(connection: Connection) -> int:
     return row[0] or 0
 
 
-def _resolve(connection: Connection, point: str, option: str, session: str) -> int:
+def _resolve(connection: Connection, point: PointLike, option: str, session: str) -> int:
     parsed, head = parse_point(point, clock.now(), option), _head(connection)
     sequence = head
     if parsed.execution_id:
@@ -457,8 +466,10 @@ def _similar(connection: Connection, session: str) -> str:
     return what_there_is(session, [row[0] for row in rows])
 
 
-def _asked(text: str) -> str | None:
+def _asked(text: object) -> str | None:
     """What SQLite can be asked for; no row has anything else."""
+    if not isinstance(text, str):
+        raise InvalidArgumentError("question", f"{quote(text)} is no text, as names and ids are")
     return text if is_unicode(text) else None
 
 
@@ -577,11 +588,11 @@ class _HistoryPage:
         if is_glob(query.session):
             add.add("sessions.session_id GLOB ?", _pattern(query.session))
         add.add_equal("variables.type", query.type)
-        add.add_equal("versions.kind", None if query.kind is None else KIND_CODES[query.kind])
+        add.add_equal("versions.kind", None if query.kind is None else KIND_CODES[ChangeKind(query.kind)])
         add.add_equal("commits.actor", query.actor)
-        add.add_equal("versions.source", None if query.source is None else SOURCE_CODES[query.source])
-        add.add_equal("executions.tool", query.tool)
-        for predicate in query.where:
+        add.add_equal("versions.source", None if query.source is None else SOURCE_CODES[Source(query.source)])
+        _of_tool(add, query.tool)
+        for predicate in predicates_of(query.where):
             add.add(*_predicate(predicate, self._reveal))
 
     def _name(self) -> None:
@@ -704,6 +715,7 @@ def _predicate(predicate: Predicate, reveal: bool) -> tuple[Any, ...]:
 
 def _execution_row(connection: Connection, execution_id: str) -> Any:
     """The execution of this id, which names the commit that began it: `exec_12` is as good as all of it."""
+    _asked(execution_id)
     _, number, *token = execution_id.split("_") if execution_id.startswith("exec_") else ("", "")
     row = None
     if number.isascii() and number.isdecimal() and len(number) < 19:
@@ -771,11 +783,8 @@ def _execution_page(
 ) -> Page[ExecutionSummary]:
     conditions = _Conditions()
     _of_session(connection, conditions, query.session, "executions.session_key")
-    if is_glob(query.tool):
-        conditions.add("executions.tool GLOB ?", _pattern(query.tool))
-    else:
-        conditions.add_equal("executions.tool", query.tool)
-    conditions.add_equal("executions.status", None if query.status is None else query.status.value)
+    _of_tool(conditions, query.tool)
+    conditions.add_equal("executions.status", query.status)
     conditions.add_equal("began.actor", query.actor)
     conditions.add_equal("executions.idempotency_key", query.idempotency_key)
     conditions.add_metadata(f"{_BEGINNING} -> '$.metadata'", query.metadata.items())
@@ -849,10 +858,16 @@ def told_of_end(body: Mapping[str, Any]) -> dict[str, Any]:
         "writes": _pairs(body.get("writes", ())),
         "published": _pairs(body.get("published", ())),
         "log": tuple(
-            LogEntry(nearest_time(each["at"]), each["message"], each["fields"]) for each in body.get("log", ())
+            LogEntry(nearest_time(each["at"]), _text_of(each["message"]), each["fields"])
+            for each in body.get("log", ())
         ),
         "recorded": body.get("recorded", {}),
     }
+
+
+def _text_of(message: object) -> str:
+    """What was logged: once it could be anything."""
+    return message if isinstance(message, str) else storable(message)
 
 
 def _value(body: Mapping[str, str]) -> Value:

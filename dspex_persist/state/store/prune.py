@@ -38,6 +38,7 @@ from dspex_persist.state.store.chain import (
 from dspex_persist.state.store.engine import snapshot
 from dspex_persist.state.store.variables import KIND_CODES
 from dspex_persist.state.unit_of_work import UnitOfWork
+from dspex_persist.state.values.json_text import stored_object
 
 GoingVersion: TypeAlias = tuple[int, int, int, int | None, int | None]
 """variable_key, version, sequence, value_blob, binary_blob"""
@@ -119,8 +120,7 @@ def _check(policy: PrunePolicy) -> None:
 
 _COUNT_VARIABLES: Final = "SELECT count(*) FROM variables"
 _SESSIONS: Final = """
-    SELECT sessions.session_key, session_id, started_sequence, ended.created_at
-    FROM sessions LEFT JOIN commits AS ended ON ended.sequence = sessions.ended_sequence
+    SELECT session_key, session_id, started_sequence, ended_sequence FROM sessions
     WHERE sessions.session_key > ?1 AND (?2 IS NULL OR session_id = ?2) ORDER BY sessions.session_key LIMIT ?3
 """
 _RUNNING: Final = "SELECT min(began_sequence) FROM executions WHERE session_key = ? AND ended_sequence IS NULL"
@@ -142,7 +142,8 @@ _BELOW: Final = """
 """
 _EVENTS: Final = """
     SELECT events.sequence, events.ordinal, events.kind,
-        CASE WHEN events.kind IN ('execution_began', 'execution_ended') THEN json_extract(body, '$.execution_id')
+        CASE WHEN events.kind IN ('execution_began', 'execution_ended') THEN
+                CASE WHEN json_valid(body) THEN body ELSE mended_json(body) END ->> '$.execution_id'
             WHEN events.kind = 'variable_registered' THEN json_extract(body, '$.variable_key') END
     FROM commits INDEXED BY commits_by_session CROSS JOIN events ON events.sequence = commits.sequence
     WHERE commits.session_key = ?1 AND commits.sequence >= ?2 AND (events.sequence, events.ordinal) > (?2, ?3)
@@ -161,8 +162,7 @@ class _Session(NamedTuple):
     key: int
     id: str
     started_sequence: int
-    ended_at: int | None
-    """In microseconds, as its commit says."""
+    ended_sequence: int | None
 
 
 class _Item(NamedTuple):
@@ -191,6 +191,8 @@ class Planner:
         self._readers = readers
         self._policy = policy
         self._more = True
+        # In the whole log, by time: it is looked for once.
+        self._younger: dict[int, int] = {}
         self.done = 0
         with snapshot(readers) as connection:
             self._connection = connection
@@ -246,7 +248,9 @@ class Planner:
 
     def _has_ended_before(self, session: _Session) -> bool:
         moment = self._policy.ended_before
-        return moment is not None and session.ended_at is not None and session.ended_at < to_micros(moment)
+        if moment is None or session.ended_sequence is None:
+            return False
+        return session.ended_sequence < self._first_younger(session, moment)
 
     # A session whose current state stays
 
@@ -273,7 +277,16 @@ class Planner:
         """Its commits from this one on stay, because they are not old enough."""
         if self._policy.before is None:
             return None
-        return times.last_of_session_until(self._connection, session.key, to_micros(self._policy.before) - 1) + 1
+        return self._first_younger(session, self._policy.before)
+
+    def _first_younger(self, session: _Session, moment: datetime) -> int:
+        """The session's first commit that is too young to go. What is as old as `moment` is."""
+        micros = to_micros(moment) - 1
+        if micros not in self._younger:
+            self._younger[micros] = times.first_younger(self._connection, micros)
+        return times.first_younger_of_session(
+            self._connection, session.key, session.started_sequence, micros, self._younger[micros]
+        )
 
     def _first_kept(self, variable: _Variable, cut: int | None, running: int | None) -> int:
         """The number from which on all versions stay. The newest does in any case, and what a deletion deleted."""
@@ -306,7 +319,7 @@ class Planner:
         """
         [(number, sequence, kind, metadata, *blobs)] = self._rows(_FROM, variable.key, first)
         variable.stay.append((variable.key, number, sequence, *blobs))
-        entries = json.loads(metadata) if metadata is not None else {}
+        entries = stored_object(metadata)
         variable.pinned = _is_pinned(entries)
         # The keys whose entries below are not in force any more at the version that stays.
         settled = set(entries) if kind in _MERGING else set()
@@ -316,7 +329,7 @@ class Planner:
             for number, sequence, kind, metadata, value_blob, binary_blob in rows:
                 version = (variable.key, number, sequence, value_blob, binary_blob)
                 if metadata is not None:
-                    entries = json.loads(metadata)
+                    entries = stored_object(metadata)
                     merged = set(entries) if kind in _MERGING else set()
                     if _is_pinned(entries):
                         variable.pinned = True
@@ -405,7 +418,8 @@ _DELETE_BLOB: Final = """
         AND NOT EXISTS (SELECT 1 FROM versions WHERE binary_blob = ?1)
 """
 _GOING: Final = """
-    SELECT events.sequence, events.kind, json_extract(events.body, '$.variable_key')
+    SELECT events.sequence, events.kind,
+        CASE WHEN events.kind = 'variable_registered' THEN json_extract(events.body, '$.variable_key') END
     FROM json_each(?) AS going
     CROSS JOIN events ON events.sequence = json_extract(going.value, '$[0]')
         AND events.ordinal = json_extract(going.value, '$[1]')

@@ -1,37 +1,44 @@
-"""From times to commits: found by halving, as no index over times is kept."""
+"""From times to commits. No index over times is kept, and none would do: commits need not be in their order.
+
+A clock may have been set back, and an import brings times of its own. So a time divides the log at the first commit
+that is younger: what comes after that came later, whatever time it has.
+"""
 
 from sqlalchemy import Connection
 
 _HEAD = "SELECT ifnull(max(sequence), 0) FROM commits"
-_CREATED_AT = "SELECT created_at FROM commits WHERE sequence = ?"
-_IMPORTS = "SELECT first_sequence, last_sequence FROM imports ORDER BY first_sequence DESC"
-_OF_SESSION = """
-    SELECT sequence, created_at FROM commits INDEXED BY commits_by_session
-    WHERE session_key = ? AND sequence <= ? ORDER BY sequence DESC LIMIT 1
+_YOUNGER = """
+    SELECT sequence FROM commits WHERE created_at > ? AND NOT EXISTS (
+        SELECT 1 FROM imports WHERE commits.sequence BETWEEN first_sequence AND last_sequence
+    ) ORDER BY sequence LIMIT 1
 """
+_YOUNGER_OF_SESSION = """
+    SELECT sequence FROM commits INDEXED BY commits_by_session
+    WHERE session_key = ? AND created_at > ? ORDER BY sequence LIMIT 1
+"""
+_OF_SESSION = """
+    SELECT ifnull(max(sequence), 0) FROM commits INDEXED BY commits_by_session WHERE session_key = ? AND sequence < ?
+"""
+_IS_IMPORTED = "SELECT 1 FROM imports WHERE ? BETWEEN first_sequence AND last_sequence"
+_AFTER_ALL = 2**62
+
+
+def _number(connection: Connection, statement: str, *parameters: object) -> int | None:
+    row = connection.connection.cursor().execute(statement, parameters).fetchone()
+    return None if row is None else int(row[0])
 
 
 def last_until(connection: Connection, micros: int) -> int:
-    """The last commit that is not younger than a time; 0 if there is none.
+    """The last commit before the first that is younger than a time; 0 if there is none.
 
-    Commits are in the order of their times, but for those of imports: each of these counts as what it came after.
+    Commits of imports have no say: each of them counts as what it came after.
     """
-    cursor = connection.connection.cursor()
-    imports = cursor.execute(_IMPORTS).fetchall()
-    low, high = 0, cursor.execute(_HEAD).fetchone()[0]
-    while low < high:
-        middle = before = (low + high + 1) // 2
-        last = middle
-        for first_imported, last_imported in imports:
-            # One may have come right after another.
-            if first_imported <= before <= last_imported:
-                before = first_imported - 1
-                last = max(last, last_imported)
-        if before == 0 or cursor.execute(_CREATED_AT, (before,)).fetchone()[0] <= micros:
-            low = min(last, high)
-        else:
-            high = before - 1
-    return low
+    return min(first_younger(connection, micros) - 1, _number(connection, _HEAD) or 0)
+
+
+def first_younger(connection: Connection, micros: int) -> int:
+    """The first commit, but for those of imports, that is younger than a time; past all where there is none."""
+    return _number(connection, _YOUNGER, micros) or _AFTER_ALL
 
 
 def last_own(connection: Connection) -> int:
@@ -46,16 +53,15 @@ def last_own(connection: Connection) -> int:
 
 
 def last_of_session_until(connection: Connection, session_key: int, micros: int) -> int:
-    """The session's last commit that is not younger than a time, by the times that its commits have; 0: none."""
-    cursor = connection.connection.cursor()
-    found, low, high = 0, 1, cursor.execute(_HEAD).fetchone()[0]
-    while low <= high:
-        middle = (low + high) // 2
-        row = cursor.execute(_OF_SESSION, (session_key, middle)).fetchone()
-        if row is None:
-            low = middle + 1
-        elif row[1] <= micros:
-            found, low = int(row[0]), middle + 1
-        else:
-            high = row[0] - 1
-    return found
+    """The session's last commit before its first that is younger than a time, by the times that they have; 0: none."""
+    younger = _number(connection, _YOUNGER_OF_SESSION, session_key, micros)
+    return _number(connection, _OF_SESSION, session_key, _AFTER_ALL if younger is None else younger) or 0
+
+
+def first_younger_of_session(connection: Connection, session_key: int, started: int, micros: int, in_log: int) -> int:
+    """The session's first commit that is younger than a time, or comes after the first such of the log, `in_log`.
+
+    That one may say that it is older: then its time is what is wrong. An imported session has times of its own.
+    """
+    own = _number(connection, _YOUNGER_OF_SESSION, session_key, micros) or _AFTER_ALL
+    return own if _number(connection, _IS_IMPORTED, started) is not None else min(own, in_log)
