@@ -20,6 +20,7 @@ from hashlib import sha256
 from typing import Any, Final, TypeAlias, cast
 
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
 
 from dspex_persist.clock import EARLIEST, LATEST, to_micros
 from dspex_persist.state.errors import NotADatabaseError, ReadFailedError, quote
@@ -234,7 +235,7 @@ class _LiveWalk(_Walk):
         for key, session_id in list(_rows(connection, f"{statement} ORDER BY session_key LIMIT 1000", self._last)):
             try:
                 sessions.load(connection, session_id)
-            except (*_UNREADABLE, AttributeError, AssertionError) as error:
+            except (*_UNREADABLE, DBAPIError, sqlite3.Error, AttributeError, AssertionError) as error:
                 reason = f"{type(error).__name__} {getattr(error, 'orig', error)}"
                 yield Problem(f"session {quote(session_id)}", f"it cannot be loaded: {reason}")
             self._last = key
