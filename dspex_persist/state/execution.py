@@ -321,7 +321,9 @@ class Execution:
     def _count_asked(self, touched: _Touched) -> None:
         """What it asks for is in its journal entry, whether it is there or not."""
         overlay, limits = self.overlay, self.overlay.unit.limits
-        new = [asked for asked in (*touched.reads, *touched.writes) if asked not in self.reads]
+        new = [asked for asked in touched.reads if asked not in self.reads]
+        # What it only writes is no read of its own, but is checked at the end.
+        new += [asked for asked in touched.writes if asked not in overlay.checked]
         if touched.pattern is not None and touched.pattern not in self.patterns:
             new.append(touched.pattern)
         if not new:
