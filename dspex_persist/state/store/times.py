@@ -7,6 +7,8 @@ that is younger: what comes after that came later, whatever time it has.
 from sqlalchemy import Connection
 
 _HEAD = "SELECT ifnull(max(sequence), 0) FROM commits"
+_CREATED_AT = "SELECT created_at FROM commits WHERE sequence = ?"
+_IMPORTS = "SELECT first_sequence, last_sequence FROM imports ORDER BY first_sequence DESC"
 _YOUNGER = """
     SELECT sequence FROM commits WHERE created_at > ? AND NOT EXISTS (
         SELECT 1 FROM imports WHERE commits.sequence BETWEEN first_sequence AND last_sequence
