@@ -104,6 +104,7 @@ class EmbeddedState(StateProvider):
             on_idle=self._on_idle,
             idle_s=sweep_interval_s,
             on_fatal=self._on_fatal,
+            on_answered=self._store.hub.wake,
         )
         self._runner = (
             ToolRunner(self, tools, threads=tool_threads, limits=self._store.options.limits) if tools else None

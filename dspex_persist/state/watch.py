@@ -108,6 +108,7 @@ class Hub:
         self._lock = threading.Lock()
         self._sequence = sequence
         self._feeds: dict[int, Feed] = {}
+        self._due: list[Feed] = []
         self.count = 0
 
     def is_watched(self, first_sequence: int) -> bool:
@@ -138,25 +139,30 @@ class Hub:
             self._sequence = sequence
 
     def publish(self, commits: dict[int, list[CommitChanges]], ended: Collection[int], sequence: int) -> None:
-        """Give the watched sessions their durable commits up to `sequence`, then wake who watches."""
-        wakes: list[Callable[[], None]] = []
+        """Give the watched sessions their durable commits up to `sequence`. Who watches them is woken by `wake`."""
         with self._lock:
             self._sequence = sequence
             for first_sequence, added in commits.items():
                 if (feed := self._feeds.get(first_sequence)) is not None:
                     feed.add(added)
-                    wakes.extend(feed.watching.values())
+                    self._due.append(feed)
             for first_sequence in ended:
                 if (feed := self._feeds.get(first_sequence)) is not None:
                     feed.ended = True
-                    wakes.extend(feed.watching.values())
-        for wake in wakes:
+                    self._due.append(feed)
+
+    def wake(self) -> None:
+        """Wake who watches what was published since. Whoever wrote it was answered before: thousands may watch."""
+        with self._lock:
+            due, self._due = self._due, []
+            wakes = {who: wake for feed in due for who, wake in feed.watching.items()}
+        for wake in wakes.values():
             wake()
 
     def let_go(self) -> None:
         """Forget all who watch, in a forked child, where a thread that is no more may hold the lock."""
         self._lock = threading.Lock()
-        self._feeds, self.count = {}, 0
+        self._feeds, self._due, self.count = {}, [], 0
 
     def wake_all(self) -> None:
         """Wake every watch, to see that its store has closed."""

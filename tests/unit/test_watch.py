@@ -163,10 +163,15 @@ class TestHub:
         for session, name in ((1, "one"), (1, "too"), (2, "two")):
             hub.join(session, name).watching[name] = lambda name=name: woken.append(name)  # type: ignore[misc]
         hub.publish({1: [commit(1, "x")]}, [], 1)
+        assert woken == [], "whoever wrote it is answered first"
+        hub.wake()
         assert sorted(woken) == ["one", "too"]
         woken.clear()
         hub.publish({}, [2], 2)
+        hub.wake()
         assert woken == ["two"]
+        hub.wake()
+        assert woken == ["two"], "there is nothing new"
         woken.clear()
         hub.wake_all()
         assert sorted(woken) == ["one", "too", "two"]

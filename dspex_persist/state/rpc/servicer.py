@@ -243,7 +243,7 @@ class _WatchStream:
     async def run(self, *, initial: bool) -> None:
         servicer = self._servicer
         mailbox, ready = servicer._mailbox, self._ready
-        self._watch.notify(lambda: mailbox.post(ready.set))
+        self._watch.notify(mailbox.waker(ready.set))
         servicer._watchers.add(ready)
         self._log.debug("watch begun", after_sequence=self._told)
         try:

@@ -29,8 +29,9 @@ class Writer:
     """Runs `write_group` on everything that is queued, again and again, and resolves the futures after it returns.
 
     `on_idle` runs about every `idle_s` seconds on the same thread, `check` about every second: what it raises ends the
-    writer. `on_fatal` is called, once, with what ended the
-    writer before its time; by then every waiting future has failed, and every later submit does.
+    writer. `on_answered` runs after `on_idle`, and after each group once its futures have been resolved. `on_fatal` is
+    called, once, with what ended the writer before its time; by then every waiting future has failed, and every later
+    submit does.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Writer:
         on_idle: Callable[[], object],
         idle_s: float,
         on_fatal: Callable[[BaseException], None],
+        on_answered: Callable[[], object] = lambda: None,
     ) -> None:
         self._write_group = write_group
         self._queue: SimpleQueue[_Queued | None] = SimpleQueue()
@@ -50,6 +52,7 @@ class Writer:
         self._on_idle = on_idle
         self._idle_s = idle_s
         self._on_fatal = on_fatal
+        self._on_answered = on_answered
         self._closed: StateError | None = None
         self._gate = threading.Lock()
         self._awaited = 0
@@ -110,11 +113,13 @@ class Writer:
             if not more:
                 return
             if time.monotonic() - last_check >= _CHECK_S:
-                self._check()
+                with forks.busy():
+                    self._check()
                 last_check = time.monotonic()
             if time.monotonic() - last_idle >= self._idle_s:
                 with forks.busy():
                     self._on_idle()
+                self._on_answered()
                 last_idle = time.monotonic()
 
     def _gather(self, waiting: list[_Queued], company: int, last_end: float) -> bool:
@@ -166,6 +171,7 @@ class Writer:
             else:
                 future.set_exception(outcome.error)
         waiting.clear()
+        self._on_answered()
 
     def _fail(self, waiting: list[_Queued], error: BaseException) -> None:
         reason = error if isinstance(error, StateError) else OutcomeUnknownError(f"the writer ended: {error!r}")
