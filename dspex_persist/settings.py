@@ -44,7 +44,12 @@ class SettingsError(ValueError):
 def _read_path(path: Path) -> Path:
     if str(path) in (".", ":memory:"):
         raise ValueError("it must be the path of a file: sessions are always kept on disk")
-    return path.expanduser()
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(
+            "~ stands for no folder: HOME is not set, and this user has none; write the path out"
+        ) from None
 
 
 def _read_none(value: object) -> object:
@@ -203,15 +208,22 @@ def variable_of(setting: str) -> str:
     return ENV_PREFIX + setting.upper()
 
 
-def load_settings(flags: Mapping[str, Any] | None = None, config: Path | None = None) -> Settings:
+def load_settings(
+    flags: Mapping[str, Any] | None = None, config: Path | None = None, *, runs_tools: bool = False
+) -> Settings:
     """The settings by precedence: `flags` (None: not given), environment, TOML file, defaults.
 
     The file is `config`, else what DSPEX_PERSIST_CONFIG names, else `dspex-persist.toml` in the working directory
-    where there is one. Raises `SettingsError` for a value that cannot be, for a key of the file that is no setting,
-    and for a file that is missing or cannot be read.
+    where there is one. That last one may be anybody's, and tools are code: it cannot name any, which is an error for
+    a command that `runs_tools` unless a flag or the environment names them.
+
+    Raises `SettingsError` for a value that cannot be, for a key of the file that is no setting, and for a file that is
+    missing or cannot be read.
     """
     given = {name: value for name, value in (flags or {}).items() if value is not None}
-    sources = (_Source(given, lambda setting: f"flag {flag_of(setting)}"), _environment(), _file(config))
+    named, environment = _Source(given, lambda setting: f"flag {flag_of(setting)}"), _environment()
+    says_tools = not runs_tools or "tools" in given or "tools" in environment.values
+    sources = (named, environment, _file(config, may_leave_out_tools=says_tools))
     merged: dict[str, Any] = {}
     for source in reversed(sources):
         merged.update(source.values)
@@ -237,9 +249,15 @@ def _check_variables(names: Iterable[str]) -> None:
             raise SettingsError(setting, reason, f"environment variable {name}")
 
 
-def _file(config: Path | None) -> _Source:
+def _file(config: Path | None, *, may_leave_out_tools: bool) -> _Source:
     path, named_by = _find_file(config)
     values = _read_toml(path, named_by) if path is not None else {}
+    if not named_by and values.pop("tools", None) and not may_leave_out_tools:
+        reason = (
+            "tools are code that runs, so they are not taken from a file just because it lies here: "
+            f"name it with --config {path} if it is yours, or name the tools with --tools"
+        )
+        raise SettingsError("tools", reason, f"file {path}")
     unknown = [key for key in values if key not in Settings.model_fields]
     if unknown:
         raise SettingsError(", ".join(unknown), _no_such_setting(unknown), f"file {path}")

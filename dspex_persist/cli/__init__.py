@@ -1,7 +1,7 @@
 """The command line: arguments in, exit codes out. Commands import what is heavy themselves, so that help is fast."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -59,7 +59,7 @@ def main() -> None:
 
 def _run(words: list[str]) -> int:
     try:
-        app(args=streams.decoded(words), prog_name="dspex-persist")
+        _command()(args=streams.decoded(words), prog_name="dspex-persist")
     except SystemExit as end:
         ended = end.code if isinstance(end.code, int) else 0
         return streams.READER_GONE if ended == 1 and streams.is_reader_gone(end) else ended
@@ -71,6 +71,23 @@ def _run(words: list[str]) -> int:
             complain(streams.sentence_of(error) if isinstance(error, OSError) else error)
         return code
     return 0
+
+
+def _command() -> Any:
+    """The whole command line, with help that says no more than it has to."""
+    command = typer.main.get_command(app)
+    _shorten(command)
+    return command
+
+
+def _shorten(command: Any) -> None:
+    context = typer.Context(command)
+    for option in (*command.params, command.get_help_option(context)):
+        if getattr(option, "is_flag", False):
+            # Typer would write <bool>.
+            option.metavar = ""
+    for each in getattr(command, "commands", {}).values():
+        _shorten(each)
 
 
 def exit_code_of(error: Exception) -> int | None:

@@ -25,6 +25,14 @@ def database_of(given: Path | None) -> Path:
     return load_settings({"db": given}).db
 
 
+def expanded(path: Path) -> Path:
+    """The path that is meant by one with ~."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise typer.BadParameter(f"{path}: HOME is not set, and this user has none; write the path out") from error
+
+
 def url_of(target: str) -> str:
     """The URL of the server that `--target` names: HOST:PORT or unix:PATH, or that URL."""
     from dspex_persist.infra.listen import ListenError, UnixAddress, parse_listen, target_of

@@ -9,6 +9,7 @@ import typer
 
 from dspex_persist.cli.groups import Json
 from dspex_persist.cli.output import new_table, one_line, progress_bar, say, say_json
+from dspex_persist.cli.places import expanded
 from dspex_persist.errors import DspexError
 
 if TYPE_CHECKING:
@@ -80,7 +81,9 @@ Tools = Annotated[
         help="Where the tools are, as for serve; may be repeated. [dim](DSPEX_PERSIST_TOOLS, the settings file)[/dim]",
     ),
 ]
-ModeOption = Annotated[Mode, typer.Option("--mode", help="Run the tools, or only build the state.")]
+ModeOption = Annotated[
+    Mode, typer.Option("--mode", metavar="MODE", help="tools: run the tools; state: only build the state.")
+]
 Since = Annotated[
     str,
     typer.Option(
@@ -149,10 +152,10 @@ def _recording(source: str, db: Path | None, reveal: bool) -> "Recording":
     from dspex_persist.replay import load
 
     if db is None:
-        return load(Path(source).expanduser())
+        return load(expanded(Path(source)))
     from dspex_persist import wiring
 
-    with wiring.open_recording(db.expanduser(), source, reveal=reveal) as read:
+    with wiring.open_recording(expanded(db), source, reveal=reveal) as read:
         return load(read)
 
 
@@ -164,14 +167,14 @@ def _replay_state(source: str, db: Path | None, reveal: bool) -> "ReplayReport":
     from dspex_persist import wiring
     from dspex_persist.state.errors import UnavailableError
 
-    with wiring.open_audit(db.expanduser(), reveal=reveal) as audit:
+    with wiring.open_audit(expanded(db), reveal=reveal) as audit:
         for _ in range(_MOST_LOOKS):
             recording = _recording(source, db, reveal)
             if recording.has_ended:
                 return replay_state(recording, limits=_limits())
             stored = audit.state(source)
             # A server may have written meanwhile, and then the two are of different moments.
-            with wiring.open_recording(db.expanduser(), source) as (header, _):
+            with wiring.open_recording(expanded(db), source) as (header, _):
                 grown = header.commits > len(recording.commits)
             if not grown:
                 return replay_state(recording, stored, limits=_limits())
@@ -191,7 +194,7 @@ def _replay_tools(
     from dspex_persist.settings import SettingsError, load_settings
     from dspex_persist.state.errors import InvalidArgumentError
 
-    references = references or load_settings().tools
+    references = references or load_settings(runs_tools=True).tools
     if not references:
         raise SettingsError("tools", "say where the tools are: --tools package.module")
     toolbox = Toolbox.of(list(references))

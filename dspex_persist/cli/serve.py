@@ -69,8 +69,8 @@ Reflection = _option(
     _NETWORK,
     "--reflection/--no-reflection",
     None,
-    "",
-    "Tell tools like grpcurl what services there are (they are told).",
+    "yes",
+    "Tell tools like grpcurl what services there are.",
 )
 Reveal = _option(
     _NETWORK,
@@ -117,7 +117,11 @@ Limit = typer.Option(
     rich_help_panel=_SESSIONS,
 )
 Config = _option(
-    _LOGS, "--config", "PATH", "dspex-persist.toml", "TOML file of settings; the default one is read if it exists."
+    _LOGS,
+    "--config",
+    "PATH",
+    "dspex-persist.toml",
+    "TOML file of settings; the default one is read if it exists, and cannot name tools.",
 )
 LogLevel = _option(_LOGS, "--log-level", "LEVEL", "info", "debug, info, warning, error or critical.")
 LogStyle = _option(_LOGS, "--log-style", "auto|json|console", "auto", "auto: console on a terminal, else json.")
@@ -160,7 +164,7 @@ def serve(
 
     flags = {name: value for name, value in given.items() if name in Settings.model_fields}
     flags["tools"] = tuple(tools) if tools else None
-    wiring.serve(load_settings({**flags, **_limits(limit or [])}, config))
+    wiring.serve(load_settings({**flags, **_limits(limit or [])}, config, runs_tools=True))
 
 
 def _limits(given: list[str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ import typer
 
 from dspex_persist.cli.groups import Json, carry_out, new_group
 from dspex_persist.cli.output import Progress, counted, say
-from dspex_persist.cli.places import Db, database_of
+from dspex_persist.cli.places import Db, database_of, expanded
 from dspex_persist.errors import DspexError
 
 R = TypeVar("R")
@@ -146,7 +146,7 @@ def _target_of(output: str | None, as_test: Path | None, tools: Sequence[str]) -
         raise typer.BadParameter("say where the recording goes: -o FILE, or -o - for stdout")
     if output == _STREAM:
         return None
-    return Path(output).expanduser() if output is not None else cast(Path, as_test).with_suffix(".jsonl")
+    return expanded(Path(output)) if output is not None else cast(Path, as_test).with_suffix(".jsonl")
 
 
 def _refuse_unknown_tools(references: Sequence[str]) -> None:
@@ -250,7 +250,7 @@ def _lines(file: str) -> Iterator[Iterable[str]]:
         yield stream
         return
     try:
-        opened = Path(file).expanduser().open(encoding="utf-8", newline="\n")
+        opened = expanded(Path(file)).open(encoding="utf-8", newline="\n")
     except OSError as error:
         raise RecordingError(file, 1, f"it cannot be read: {error.strerror or error}") from error
     with opened:

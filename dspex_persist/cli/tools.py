@@ -48,7 +48,7 @@ Config = Annotated[
         "--config",
         metavar="PATH",
         show_default=False,
-        help="TOML file of settings, for its tools. [dim](as serve: dspex-persist.toml if it exists)[/dim]",
+        help="TOML file of settings, for its tools.",
     ),
 ]
 
@@ -112,7 +112,7 @@ def list_tools(
     if as_json:
         say_json({"ok": True, "tools": [_document(each) for each in found]})
     else:
-        _show(found)
+        _show(found, target, session)
 
 
 def _find(references: Sequence[str], target: str | None, session: str | None, config: Path | None) -> list[Listed]:
@@ -121,7 +121,7 @@ def _find(references: Sequence[str], target: str | None, session: str | None, co
     if session is not None and target is None:
         raise SettingsError("session", "sessions are kept by servers: name one with --target", "flag --session")
     if not references and target is None:
-        references = load_settings(config=config).tools
+        references = load_settings(config=config, runs_tools=True).tools
     found = _of_modules(references)
     if target is not None:
         found += _of_server(target, session or "")
@@ -194,9 +194,9 @@ def _parameter_document(parameter: "ToolParameter") -> dict[str, Any]:
 # For people
 
 
-def _show(found: Sequence[Listed]) -> None:
+def _show(found: Sequence[Listed], target: str | None, session: str | None) -> None:
     if not found:
-        say("no tools: name a module with --tools, or a server with --target")
+        say(_nothing(target, session))
         return
     table = new_table(counted(len(found), "tool"), "tool", "parameters", "how it runs", "where")
     for listed in found:
@@ -207,6 +207,13 @@ def _show(found: Sequence[Listed]) -> None:
         parameters = "\n".join(map(_parameter_text, spec.parameters))
         table.add_row(name, _plain(parameters), _plain(", ".join(_how(spec))), _plain(_where(listed)))
     say(table)
+
+
+def _nothing(target: str | None, session: str | None) -> str:
+    if target is None:
+        return "no tools: name a module with --tools, or a server with --target"
+    workers = f", and session {session!r} has no workers" if session else ""
+    return f"the server at {target} has no tools of its own{workers}: start it with serve --tools MODULE"
 
 
 def _plain(text: str) -> Any:

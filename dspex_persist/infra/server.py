@@ -51,6 +51,7 @@ _MIB: Final = 1024 * 1024
 # After the grace period handlers are cancelled; this is how long their clean-up may take.
 _CLEAN_UP_S: Final = 5.0
 _PENDING_CALLS: Final = 100_000
+_UNREQUESTED_S: Final = 86_400
 # Calls that come late are refused until none has come for so long; who repeats them at once is not waited for longer.
 _QUIET_S: Final = 0.05
 _LONGEST_QUIET_S: Final = 1.0
@@ -209,6 +210,9 @@ def _channel_options(options: ServerOptions) -> list[tuple[str, int]]:
         ("grpc.http2.min_ping_interval_without_data_ms", round(options.client_ping_interval_s * 1000)),
         # Without a bound, one connection that opens and resets calls has the server busy for longer than it took.
         ("grpc.max_concurrent_streams", options.streams_per_connection),
+        # By default it cancels, without a word, what it could not take up within half a minute: whoever has asked
+        # says himself how long he waits.
+        ("grpc.server_max_unrequested_time_in_server", _UNREQUESTED_S),
         # By default gRPC cancels some of the calls that arrive while 1,000 wait to be taken up, without a word:
         # thousands of watchers that come back after a restart are just that.
         ("grpc.server.max_pending_requests", _PENDING_CALLS),

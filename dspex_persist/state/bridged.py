@@ -1,6 +1,5 @@
 """BridgedState: session state that another process keeps, reached by the unified bridge protocol."""
 
-import getpass
 import threading
 import time
 from collections import deque
@@ -15,6 +14,7 @@ from google.protobuf.message import Message
 
 from dspex_persist.infra.channels import channel_options
 from dspex_persist.infra.listen import target_of
+from dspex_persist.infra.user import user_name
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import (
@@ -112,7 +112,7 @@ class BridgedState(StateProvider):
         target = self._target = target_of(arguments.text("target", target))
         self._timeout_s = timeout_s
         self._execution_id = execution_id
-        self._actor = arguments.text("actor", actor) if actor else f"user:{getpass.getuser()}"
+        self._actor = arguments.text("actor", actor) if actor else f"user:{user_name()}"
         refuse_lost(target)
         self._channel = grpc.insecure_channel(target, options=(*channel_options(target), *_RECONNECTING))
         self._here = OneProcess(target, self._channel)
@@ -158,7 +158,8 @@ class BridgedState(StateProvider):
         except ValueError as error:
             raise InvalidArgumentError("request", str(error)) from error
         headers = () if after_sequence is None else ((AFTER_SEQUENCE, str(after_sequence)),)
-        return BridgedWatch(self._calls["WatchVariables"](request, metadata=headers), self._timeout_s, self._target)
+        call = self._calls["WatchVariables"](request, metadata=headers)
+        return BridgedWatch(call, self._timeout_s, self._target, self._error_of)
 
     def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
         """The server's tools, and those that the session's workers have registered there."""
@@ -186,7 +187,7 @@ class BridgedState(StateProvider):
                 if not (chunk.is_final and chunk.data == b"null"):
                     yield values.decode_loosely(Value(chunk.data.decode()), chunk.metadata["result_type"])
         except grpc.RpcError:
-            raise error_of_call(call, self._target) from None
+            raise self._error_of(call) from None
         finally:
             call.cancel()
 
@@ -224,6 +225,10 @@ class BridgedState(StateProvider):
         if self._here.refusal is None:
             self._channel.close()
             self._here.close()
+
+    def _error_of(self, call: Any) -> StateError:
+        """What ended a stream. One that ends because this was closed under it says so, as a file's does."""
+        return EngineClosedError() if self._closed else error_of_call(call, self._target)
 
     def _check_open(self) -> None:
         self._here.check()
@@ -586,9 +591,9 @@ class BridgedWatch(Watch):
     """A watch on another process's store. A thread takes the stream in; when the buffer is full it stops reading, and
     the server holds back."""
 
-    def __init__(self, call: Any, timeout_s: float, target: str) -> None:
+    def __init__(self, call: Any, timeout_s: float, target: str, error_of: Callable[[Any], StateError]) -> None:
         self._call = call
-        self._target = target
+        self._error_of = error_of
         self._here = OneProcess(target, call)
         self._lock = threading.Condition()
         self._buffer: deque[Update] = deque()
@@ -612,7 +617,7 @@ class BridgedWatch(Watch):
             if POSITION not in headers:
                 next(self._call)
         except grpc.RpcError:
-            raise error_of_call(self._call, self._target) from None
+            raise self._error_of(self._call) from None
         finally:
             give_up.cancel()
         return headers
@@ -621,7 +626,7 @@ class BridgedWatch(Watch):
         try:
             return tuple(codec.update_of(next(self._call)).variable for _ in range(count))
         except grpc.RpcError:
-            raise error_of_call(self._call, self._target) from None
+            raise self._error_of(self._call) from None
 
     def _read(self) -> None:
         error: StateError = EngineClosedError()
@@ -630,7 +635,7 @@ class BridgedWatch(Watch):
                 self._take(message)
         except grpc.RpcError:
             if not self._closed:
-                error = error_of_call(self._call, self._target)
+                error = self._error_of(self._call)
         with self._lock:
             self._error = error
         self._wake()

@@ -1,6 +1,5 @@
 """EmbeddedState: the engine in this process, on a SQLite file that this process owns."""
 
-import getpass
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +10,7 @@ from typing import Any, Final, TypeVar, cast
 
 from dspex_persist.infra import forks
 from dspex_persist.infra.logs import get_logger
+from dspex_persist.infra.user import user_name
 from dspex_persist.state import arguments
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.commands import (
@@ -88,7 +88,7 @@ class EmbeddedState(StateProvider):
         self._told_fatal = on_fatal
         self._closing = threading.Lock()
         self._closed = False
-        self._actor = f"user:{_user()}"
+        self._actor = f"user:{user_name()}"
         self._origins: dict[str, Origin] = {}
         self._readers = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="dspex-persist-reader")
         self._pruning = threading.Lock()
@@ -367,13 +367,6 @@ class EmbeddedWatch(Watch):
     def close(self) -> None:
         """Stop watching."""
         self._store.hub.leave(self._first_sequence, self)
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "unknown"
 
 
 def _failed(error: StateError) -> Future[Any]:

@@ -265,3 +265,17 @@ def test_a_server_goes_on_when_nobody_reads_its_output_any_more(tmp_path: Path) 
             for number in range(5):
                 state.initialize_session(f"s{number}")
         assert server.terminate(DEADLINE_S) == 0
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_says_no_more_than_it_has_to(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, help_text, err = run_forked([*command.split(), "--help"], Shell(), tmp_path)
+    assert (code, err) == (0, "")
+    assert "<bool>" not in help_text
+    assert "()" not in help_text
+    assert "(they are told)" not in help_text
+    assert not re.search(r"<[a-z_]+\|", help_text), "choices as a metavar are broken over lines"

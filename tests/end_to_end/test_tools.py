@@ -804,7 +804,7 @@ def test_tools_list_for_people(tmp_path: Path) -> None:
     for words in ("1 tool", "city: string", "days: integer = 3", "snapshot, retries: 2, within 20 s"):
         assert words in listed.stdout
     (tmp_path / "dspex-persist.toml").write_text('tools = ["tests.end_to_end.served_tools:shop"]\n')
-    listed = tools_list(cwd=tmp_path)
+    listed = tools_list("--config", "dspex-persist.toml", cwd=tmp_path)
     assert "3 tools" in listed.stdout
 
 

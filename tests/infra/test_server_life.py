@@ -19,6 +19,7 @@ from grpc import StatusCode
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from dspex_persist.infra import server
 from dspex_persist.infra.listen import TcpAddress, prepare
 from dspex_persist.infra.process import ProcessFailedError
 from dspex_persist.infra.server import Context, ListenError, ServerOptions, Service, serve
@@ -370,3 +371,9 @@ async def _serve(listen: str, servicer: object) -> None:
         on_ready=lambda _: pytest.fail("it became ready"),
         stop=asyncio.Event(),
     )
+
+
+def test_no_call_is_cancelled_because_the_server_was_slow_to_take_it_up() -> None:
+    """gRPC's own bound is half a minute, and it says nothing."""
+    options = dict(server._channel_options(server.ServerOptions("127.0.0.1:0")))
+    assert options["grpc.server_max_unrequested_time_in_server"] >= 3600

@@ -256,3 +256,39 @@ def _shown(default: object) -> str:
     if isinstance(default, int) and default % 1024 == 0:
         return f"{default // 1024}KiB"
     return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+class TestToolsOfAFileThatOnlyLiesThere:
+    """Tools are code: whoever can write a file into a folder must not have it run by who starts a server there."""
+
+    @pytest.fixture(autouse=True)
+    def _here(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "dspex-persist.toml").write_text('tools = ["theirs"]\nwatchers = 7\n')
+        monkeypatch.chdir(tmp_path)
+        for name in [name for name in os.environ if name.startswith("DSPEX_PERSIST_")]:
+            monkeypatch.delenv(name)
+
+    def test_are_refused_where_tools_would_run(self) -> None:
+        with pytest.raises(SettingsError, match="name it with --config dspex-persist") as refused:
+            load_settings(runs_tools=True)
+        assert refused.value.source == "file dspex-persist.toml"
+
+    def test_are_left_out_where_none_run(self) -> None:
+        settings = load_settings()
+        assert (settings.tools, settings.watchers) == ((), 7)
+
+    def test_are_taken_if_the_file_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert load_settings(config=Path("dspex-persist.toml"), runs_tools=True).tools == ("theirs",)
+        monkeypatch.setenv("DSPEX_PERSIST_CONFIG", "dspex-persist.toml")
+        assert load_settings(runs_tools=True).tools == ("theirs",)
+
+    def test_yield_to_those_that_are_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert load_settings({"tools": ("mine",)}, runs_tools=True).tools == ("mine",)
+        monkeypatch.setenv("DSPEX_PERSIST_TOOLS", "mine")
+        assert load_settings(runs_tools=True).tools == ("mine",)
+
+
+def test_a_path_with_a_tilde_that_stands_for_nothing_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "")
+    with pytest.raises(SettingsError, match="write the path out"):
+        load_settings({"db": "~no-such-user/s.db"})

@@ -78,14 +78,26 @@ Type = Annotated[
 ]
 Kind = Annotated[
     ChangeKind | None,
-    typer.Option("--kind", show_default=False, rich_help_panel=_FILTER, help="What made the version."),
+    typer.Option(
+        "--kind",
+        metavar="KIND",
+        show_default=False,
+        rich_help_panel=_FILTER,
+        help=f"What made the version: {', '.join(ChangeKind)}.",
+    ),
 ]
 Actor = Annotated[
     str, typer.Option("--actor", metavar="NAME", show_default=False, rich_help_panel=_FILTER, help="Who did it.")
 ]
 From = Annotated[
     Source | None,
-    typer.Option("--source", show_default=False, rich_help_panel=_FILTER, help="Which side wrote it."),
+    typer.Option(
+        "--source",
+        metavar="SIDE",
+        show_default=False,
+        rich_help_panel=_FILTER,
+        help=f"Which side wrote it: {', '.join(Source)}.",
+    ),
 ]
 Tool = Annotated[
     str,
@@ -93,7 +105,13 @@ Tool = Annotated[
 ]
 Status = Annotated[
     ExecutionStatus | None,
-    typer.Option("--status", show_default=False, rich_help_panel=_FILTER, help="How the execution stands."),
+    typer.Option(
+        "--status",
+        metavar="STATUS",
+        show_default=False,
+        rich_help_panel=_FILTER,
+        help=f"How the execution stands: {', '.join(ExecutionStatus)}.",
+    ),
 ]
 Execution = Annotated[
     str,

@@ -513,7 +513,8 @@ def sqlite_warning(version: str) -> str | None:
         return None
     return (
         f"SQLite {version} has the WAL-reset bug (mended in 3.51.3): two connections that write or checkpoint can lose "
-        "commits. dspex-persist writes and checkpoints through one; let no other program write to the file"
+        "commits. dspex-persist writes and checkpoints through one; let no other program write to the file, or run a "
+        "Python that is linked to a newer SQLite"
     )
 
 
