@@ -530,7 +530,12 @@ class ToolRunner:
 
     def start(self, coroutine: Coroutine[Any, Any, R]) -> "Future[R]":
         """Have a coroutine of the runner's run on its home loop; from any thread."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._home)
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, self._home)
+        except RuntimeError:
+            # The loop has ended, with the runner.
+            coroutine.close()
+            raise EngineClosedError() from None
 
     def submit(self, request: ToolRequest) -> "Future[ToolOutcome]":
         """Execute a tool; from any thread. Its future fails with `EngineClosedError` if the runner is closed first."""
@@ -972,7 +977,7 @@ class ToolRunner:
                     whose, most_s = ", which is how long its caller waits", job.request.timeout_s
                 raise ToolTimedOutError(session.execution_id, f"it took longer than {most_s:.3g} s{whose}") from error
             raise
-        return _checked(job.tool.spec.name, result, self.limits)
+        return result
 
     async def _call(self, job: _Job, tool: ToolCode, session: ToolSession) -> Value:
         arguments = job.arguments
@@ -1108,7 +1113,7 @@ class ToolRunner:
             request.style,
         )
         if not tool.spec.streaming:
-            return await self._remote.execute(call) or _NULL
+            return _checked(tool.spec.name, await self._remote.execute(call) or _NULL, self.limits)
         chunks = _Chunks(tool.spec.name, self.limits)
 
         async def take(chunk: Value) -> None:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 from dspex_persist.cognitive.tool_context import ToolContext
 from dspex_persist.cognitive.toolbox import Toolbox
@@ -490,6 +490,39 @@ def look_up_wrongly(ctx: ToolContext) -> list[Any]:
             except InvalidArgumentError as error:
                 found.append("must be a str" in str(error))
     return found
+
+
+@tool
+def pass_wrongly(ctx: ToolContext, what: str) -> None:
+    """Pass what cannot be to a method of the context, which is used as from a program without types."""
+    ctx["a"] = -1
+    half, untyped, variables = "half \ud83e", cast(Any, ctx), cast(Any, ctx.variables)
+    ways: dict[str, Callable[[], object]] = {
+        "a name": lambda: untyped[half],
+        "a name to look for": lambda: half in untyped,
+        "a name to write": lambda: variables.set(half, 1),
+        "a pattern": lambda: variables.list(half),
+        "no pattern": lambda: variables.list(3),
+        "a name among others": lambda: variables.get_all("a", half),
+        "no name among others": lambda: variables.get_all("a", 3),
+        "a version": lambda: variables.set("a", 1, expected_version="0"),
+        "a version to go back to": lambda: variables.rollback("a", "0"),
+        "no limit": lambda: variables.history("a", "all"),
+        "metadata": lambda: variables.set("a", 1, metadata={"n": 1}),
+        "metadata's key": lambda: variables.set("a", 1, metadata={1: "n"}),
+        "half metadata": lambda: variables.set("a", 1, metadata={"n": half}),
+        "metadata of what is defined": lambda: variables.define("d", 1, metadata={"n": b"1"}),
+        "a type": lambda: variables.define("d", 1, type_name=3),
+        "constraints": lambda: variables.define("d", 1, constraints={"min": object()}),
+        "what is published": lambda: untyped.publish(3, 1),
+        "published metadata": lambda: untyped.publish("b", 1, {"n": 1}),
+        "what is called": lambda: untyped.call(3),
+        "what is called by half a name": lambda: untyped.call(half),
+        "an argument": lambda: untyped.call("echo", value=object()),
+        "half an argument": lambda: untyped.call("echo", value=half),
+        "an argument's name": lambda: untyped.call("echo", **{half: 1}),
+    }
+    ways[what]()
 
 
 @tool(timeout_s=20)

@@ -890,6 +890,22 @@ class DoorContract(_Contract):
         assert words in check_failed(client.execute("log_wrongly", what=what))
         assert client.values() == UNTOUCHED
 
+    @pytest.mark.parametrize(
+        "what",
+        [
+            *("a name", "a name to look for", "a name to write", "a pattern", "no pattern", "a name among others"),
+            *("no name among others", "a version", "a version to go back to", "no limit", "metadata"),
+            *("metadata's key", "half metadata", "metadata of what is defined", "a type", "constraints"),
+            *("what is published", "published metadata", "what is called", "what is called by half a name"),
+            *("an argument", "half an argument", "an argument's name"),
+        ],
+    )
+    def test_what_cannot_be_passed(self, client: Client, what: str) -> None:
+        text = check_failed(client.execute("pass_wrongly", what=what))
+        assert "internal error" not in text
+        assert "has no attribute" not in text
+        assert client.values() == UNTOUCHED
+
     def test_what_is_no_name_names_nothing(self, client: Client) -> None:
         assert client.get("look_up_wrongly") == [False] * 6 + ["none"] * 6 + [True] * 18
         assert client.values() == UNTOUCHED

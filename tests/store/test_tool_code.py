@@ -4,6 +4,7 @@ import asyncio
 import json
 import sqlite3
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -14,12 +15,12 @@ import pytest
 from pydantic import BaseModel, model_validator
 from structlog.testing import capture_logs
 
-from dspex_persist import Toolbox, ToolContext, tool
+from dspex_persist import Toolbox, ToolContext, clock, tool
 from dspex_persist.state import runner
 from dspex_persist.state.commands import ExecuteTool, ReadState
 from dspex_persist.state.embedded import EmbeddedState
-from dspex_persist.state.errors import EngineClosedError, StateError
-from dspex_persist.state.model import ExecutionStatus
+from dspex_persist.state.errors import EngineClosedError, InternalError, StateError
+from dspex_persist.state.model import ExecutionStatus, LogEntry
 from tests.deadline import within
 
 
@@ -118,6 +119,17 @@ def last_end(path: Path) -> dict[str, Any]:
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
         query = "SELECT body FROM events WHERE kind = 'execution_ended' ORDER BY sequence DESC, ordinal DESC"
         body: dict[str, Any] = json.loads(connection.execute(query).fetchone()[0])
+        return body
+
+
+def last_end_of(path: Path, name: str) -> dict[str, Any]:
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        query = (
+            "SELECT ended.body FROM events ended, events began WHERE ended.kind = 'execution_ended' "
+            "AND began.kind = 'execution_began' AND began.body ->> 'tool' = ? "
+            "AND began.body ->> 'execution_id' = ended.body ->> 'execution_id' ORDER BY ended.sequence DESC"
+        )
+        body: dict[str, Any] = json.loads(connection.execute(query, (name,)).fetchone()[0])
         return body
 
 
@@ -478,3 +490,28 @@ def test_the_log_says_that_tools_wait_for_those_that_have_ended(
     assert told[-1]["tool"] == waiting
     assert what in told[-1]["waits_for"]
     assert told[-1]["running_though_ended"] == told[-1]["running"] == held_by
+
+
+@tool
+def keep_poison(ctx: ToolContext) -> int:
+    """What the journal cannot have, where no door is."""
+    ctx["x"] = 1
+    ctx.call("answer")
+    ctx._session._log.append(LogEntry(clock.now(), "poison", {"it": object()}))
+    return 1
+
+
+def test_an_end_that_cannot_be_written_fails_that_execution_alone(tmp_path: Path) -> None:
+    """Nothing of it is kept but how it ended, and its caller is told."""
+    with EmbeddedState(tmp_path / "poison.db", tools=Toolbox.of([keep_poison, answer])) as engine:
+        engine.initialize_session("s")
+        engine.register_variable("s", "x", "integer", 0)
+        with pytest.raises(InternalError):
+            engine.execute_tool("s", "keep_poison")
+        assert engine.get_value("s", "x") == 0
+        deadline = time.monotonic() + within(20)
+        while engine.run(ReadState("s")).executions:
+            assert time.monotonic() < deadline, "it has not ended"
+        assert engine.execute_tool("s", "answer").success
+    body = last_end_of(tmp_path / "poison.db", "keep_poison")
+    assert (body["status"], body["failure"]["type"], body["log"]) == ("failed", "InternalError", [])
