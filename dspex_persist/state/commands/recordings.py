@@ -288,6 +288,9 @@ class _Repetition:
             check_text("idempotency key", key, uow.limits.name_length, "name_length")
         check_metadata(body["metadata"], uow.limits)
         begun = _read_body(_begin_codec(), body)
+        if begun.retry_of is not None and not _began_before(begun.retry_of, uow.sequence):
+            repeated = quote(begun.retry_of)
+            raise ValueError(f"execution {quote(execution_id)} repeats {repeated}, which did not begin before it")
         for each in begun.parameters.values():
             read(each.json)
             value_in({"json": each.json} | ({"binary": each.binary} if each.binary is not None else {}))
@@ -408,6 +411,12 @@ def _read_body(codec: "TypeAdapter[B]", body: Mapping[str, Any]) -> B:
 
 def _texts(event: Event, *names: str) -> list[str]:
     return [_sound(event.body[name]) for name in names]
+
+
+def _began_before(execution_id: str, sequence: int) -> bool:
+    """Whether the id names a commit before this one: who follows repetitions comes to an end then."""
+    number = execution_id.removeprefix("exec_").partition("_")[0]
+    return number.isascii() and number.isdecimal() and len(number) < 19 and int(number) < sequence
 
 
 def _sound(text: object) -> str:

@@ -882,12 +882,17 @@ def _pairs(entries: Iterable[Sequence[Any]]) -> tuple[tuple[str, int], ...]:
 
 def _attempts(connection: Connection, row: Any, beginning: Mapping[str, Any]) -> tuple[str, ...]:
     """The executions for the same request: those that it repeats, and those that repeat it."""
-    found = [row.execution_id]
-    earlier = beginning.get("retry_of")
-    while earlier is not None:
-        found.insert(0, earlier)
-        before = _execution_row(connection, earlier)
-        earlier = stored_object(before.beginning).get("retry_of")
+    found, first = [row.execution_id], row
+    while (earlier := beginning.get("retry_of")) is not None:
+        try:
+            before = _execution_row(connection, earlier)
+        except NotInHistoryError:
+            break
+        if before.began_sequence >= first.began_sequence:
+            # Imports took such once. Following it would never end.
+            break
+        found.insert(0, before.execution_id)
+        first, beginning = before, stored_object(before.beginning)
     last = row
     while last is not None and last.status == ExecutionStatus.CONFLICT.value:
         last = _first(

@@ -1,0 +1,169 @@
+"""Recordings that were changed at random: what an import takes can be loaded, audited, reported and exported."""
+
+import contextlib
+import copy
+import io
+import json
+import secrets
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from dspex_persist import wiring
+from dspex_persist.audit import CommitQuery, ExecutionQuery, HistoryQuery, SessionQuery
+from dspex_persist.audit.report import gather, render
+from dspex_persist.errors import DspexError
+from dspex_persist.state.embedded import EmbeddedState
+from dspex_persist.state.errors import RecordingError, SessionPrunedError
+from dspex_persist.state.recording import read_recording, write_recording
+from dspex_persist.state.store import maintenance
+from dspex_persist.state.store.session_store import SessionStore
+
+ASSET = Path(__file__).parents[1] / "assets" / "0003.db"
+MUTANTS = 150
+_MOST_LINES = 60
+_WORDS: Sequence[Any] = (
+    None,
+    True,
+    0,
+    -1,
+    2**63,
+    10**400,
+    1e308,
+    float("inf"),
+    float("nan"),
+    "",
+    "\0",
+    "\ud800",
+    "x" * 300,
+    [],
+    {},
+    [[]],
+    {"a": 1},
+    "exec_1_ab",
+    "exec_999999999999999999_ab",
+    "2026-01-01T00:00:00+00:00",
+    "0001-01-01T00:00:00+23:59",
+    "9999-12-31T23:59:59.999999-23:59",
+    "set",
+    "deleted",
+    '{"a":1}',
+)
+
+
+def _recordings(folder: Path) -> list[list[str]]:
+    """Sound recordings of every session that the asset has."""
+    path = folder / "asset.db"
+    shutil.copyfile(ASSET, path)
+    SessionStore(path).close()
+    with wiring.open_audit(path) as audit:
+        sessions = sorted({each.session_id for each in audit.iterate(SessionQuery())})
+    recordings = []
+    for session_id in sessions:
+        with contextlib.suppress(SessionPrunedError):
+            recordings.append(_export(path, session_id)[: _MOST_LINES + 1])
+    assert len(recordings) > 1
+    return recordings
+
+
+def _export(path: Path, session_id: str) -> list[str]:
+    file = io.StringIO()
+    with wiring.open_recording(path, session_id, reveal=True) as recording:
+        write_recording(*recording, file)
+    return file.getvalue().splitlines(keepends=True)
+
+
+def _mutant(lines: list[str], random: Random) -> list[str]:
+    """One or a few places of one line are other than they were."""
+    lines = list(lines)
+    lines[0] = json.dumps(json.loads(lines[0]) | {"commits": len(lines) - 1}) + "\n"
+    for _ in range(random.choice((1, 1, 1, 2))):
+        at = random.randrange(len(lines))
+        document = json.loads(lines[at])
+        place = random.choice([place for place in _places(document) if place])
+        parent = document
+        for step in place[:-1]:
+            parent = parent[step]
+        change = random.randrange(3)
+        if change == 0:
+            del parent[place[-1]]
+        elif change == 1:
+            parent[place[-1]] = random.choice(_WORDS)
+        else:
+            parent[place[-1]] = copy.deepcopy(_at(document, random.choice(list(_places(document)))))
+        lines[at] = json.dumps(document) + "\n"
+    return lines
+
+
+def _places(document: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield place
+    steps = document if isinstance(document, dict) else range(len(document)) if isinstance(document, list) else ()
+    for step in steps:
+        yield from _places(document[step], (*place, step))
+
+
+def _at(document: Any, place: tuple[Any, ...]) -> Any:
+    for step in place:
+        document = document[step]
+    return document
+
+
+def _use(path: Path, session_id: str) -> None:
+    """Everything that can be asked of a session that was imported."""
+    with EmbeddedState(path) as state:
+        try:
+            state.get_session(session_id)
+        except DspexError:
+            pass  # it had ended
+        else:
+            for variable in state.list_variables(session_id):
+                state.get_variable_history(session_id, variable.name)
+    with wiring.open_audit(path) as audit:
+        list(audit.iterate(HistoryQuery(session=session_id)))
+        list(audit.iterate(CommitQuery(session=session_id)))
+        for execution in audit.iterate(ExecutionQuery(session=session_id)):
+            audit.execution(execution.execution_id)
+        render(gather(audit, session_id))
+    list(read_recording(iter(_export(path, session_id)), "the mutant")[1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_what_is_taken_can_be_used(tmp_path: Path) -> None:
+    seed = secrets.randbelow(1_000_000)
+    random, recordings = Random(seed), _recordings(tmp_path)
+    counts: Counter[str] = Counter()
+    path = tmp_path / "mutants.db"
+    for number in range(MUTANTS):
+        lines, session_id = _mutant(random.choice(recordings), random), f"mutant-{number}"
+        try:
+            wiring.import_session(path, iter(lines), session_id=session_id)
+        except DspexError as error:
+            counts[type(error).__name__] += 1
+            continue
+        counts["imported"] += 1
+        try:
+            _use(path, session_id)
+        except Exception as error:
+            raise AssertionError(f"seed {seed}: mutant {number} was imported, and cannot be used") from error
+    assert maintenance.check(path).problems == (), f"seed {seed}"
+    # Mutants of which none is taken, or all of them, prove nothing.
+    assert min(counts["imported"], counts["RecordingError"]) > MUTANTS / 20, counts
+
+
+def test_an_execution_that_repeats_itself_is_refused(tmp_path: Path) -> None:
+    """Whoever follows the attempts of a request back to the first would never come to an end."""
+    lines = max(_recordings(tmp_path), key=len)
+    documents = [json.loads(line) for line in lines]
+    documents[0]["commits"] = len(lines) - 1
+    bodies = [event["body"] for each in documents for event in each.get("events", [])]
+    for body in (each for each in bodies if "retry_of" in each):
+        body["retry_of"] = body["execution_id"]
+    circle = (json.dumps(each) + "\n" for each in documents)
+    with pytest.raises(RecordingError, match="which did not begin before it"):
+        wiring.import_session(tmp_path / "circle.db", circle, session_id="circle")
