@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 
 R = TypeVar("R")
 
-SLICE: Final = 32
+SLICE: Final = 8
 """How many of those that can wait run before the loop turns to whatever else there is."""
 
 

@@ -133,3 +133,9 @@ def test_the_page_of_the_documentation_has_the_marks(tmp_path: Path) -> None:
     page.write_text((ROOT / "docs" / "performance.md").read_text())
     rewrite_docs(page, "a table")
     assert f"{BEGIN}\n\na table\n\n{END}" in page.read_text()
+
+
+def test_the_cost_of_watchers_is_measured() -> None:
+    command = [sys.executable, "-m", "benchmarks.watchers", "--watchers", "12", "--writes", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["watchers", "1", "12"]

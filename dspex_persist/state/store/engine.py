@@ -18,7 +18,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.pool import QueuePool, StaticPool
 
-from dspex_persist.infra import forks
+from dspex_persist.infra import forks, holder
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.errors import DatabaseInUseError, NotADatabaseError, ReadFailedError
 from dspex_persist.state.store import inherited
@@ -123,10 +123,10 @@ class OwnershipLock:
                 forks.close(self._beside)
                 raise
             _owned[self._identity] = self._pid
-        # The pid is told to who comes second, no more: a disk without room must not keep the owner from starting.
+        # It is told to who comes second, no more: a disk without room must not keep the owner from starting.
         with suppress(OSError):
             os.ftruncate(self._beside, 0)
-            os.pwrite(self._beside, str(self._pid).encode(), 0)
+            os.pwrite(self._beside, holder.written(), 0)
 
     def release(self) -> None:
         """Let others own the database. By then SQLite has closed it, unless somebody is still reading."""
@@ -157,8 +157,7 @@ def _named(path: Path) -> Iterator[None]:
 def _lock_beside(path: Path, file: int) -> None:
     with _reported(path, ".lock"):
         if _is_taken(file):
-            pid = os.pread(file, 32, 0).strip()
-            raise DatabaseInUseError(str(path), int(pid) if pid.isdigit() else None)
+            raise DatabaseInUseError(str(path), holder.named(os.pread(file, holder.TEXT_MAX_BYTES, 0)))
 
 
 @contextmanager
