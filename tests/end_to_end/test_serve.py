@@ -265,7 +265,7 @@ def hold_writes(stack: ExitStack, path: Path) -> sqlite3.Connection:
 
 def write_in_flight(server: ServerProcess, client: StateProvider) -> Any:
     """The future of a write that the server has received."""
-    future = client.submit(SetVariable("s", "n", Value("42"), {}, 0))
+    future = client.submit(SetVariable("s", "n", Value("42")))
     # On the same connection, so behind it.
     client.heartbeat("s")
     assert not future.done()
