@@ -127,6 +127,12 @@ class ExecutionDetail:
     children: tuple["ExecutionDetail", ...] = ()
     history: tuple[HistoryEntry, ...] = ()
 
+    def all_reads(self) -> Iterator[ReadEntry]:
+        """What it and those that it called have read."""
+        yield from self.reads
+        for child in self.children:
+            yield from child.all_reads()
+
 
 @dataclass(frozen=True, slots=True)
 class CommitEntry:
@@ -627,7 +633,7 @@ class AuditSource(ABC):
                 executions[execution_id] = self.execution(execution_id)
             transaction = executions[execution_id]
             execution_id = transaction.summary.parent_id
-        reads = (read for read in _all_reads(transaction) if read.version is not None)
+        reads = (read for read in transaction.all_reads() if read.version is not None)
         return tuple({(read.variable_id, read.version): read for read in reads}.values())
 
     def __enter__(self) -> Self:
@@ -645,9 +651,3 @@ def _difference(name: str, before: VariableState | None, after: VariableState | 
     if before.variable_id != after.variable_id:
         return Difference(name, DifferenceKind.REPLACED, before, after)
     return Difference(name, DifferenceKind.CHANGED, before, after) if before.version != after.version else None
-
-
-def _all_reads(execution: ExecutionDetail) -> Iterator[ReadEntry]:
-    yield from execution.reads
-    for child in execution.children:
-        yield from _all_reads(child)

@@ -220,6 +220,11 @@ def renumbered(commit: RecordedCommit, number_of: Callable[[int], int | None]) -
     return replace(commit, cause=changed(commit.cause), events=tuple(map(changed_event, commit.events)))
 
 
+def is_execution_id(text: str) -> bool:
+    """Whether it is one as a store makes them."""
+    return _EXECUTION.fullmatch(text) is not None
+
+
 def renumbered_id(execution_id: str, number_of: Callable[[int], int | None]) -> str:
     """The id of an execution with another number; None leaves it as it is."""
     match = _EXECUTION.fullmatch(execution_id)

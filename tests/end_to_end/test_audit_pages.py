@@ -21,7 +21,7 @@ import pytest
 
 import dspex_persist
 from dspex_persist import cli
-from dspex_persist.audit import ExecutionQuery
+from dspex_persist.audit import ExecutionQuery, HistoryQuery
 from dspex_persist.audit.report import Bounds, gather, render
 from dspex_persist.state.model import PrunePolicy
 from dspex_persist.testing.server import ServedDatabase
@@ -167,11 +167,19 @@ def test_a_report_tells_the_story(elements: Elements, path: Path) -> None:
     assert story.OTHER_SESSION not in text
 
 
-def test_a_report_has_pictures_with_words(elements: Elements) -> None:
+def most_changed(path: Path) -> list[str]:
+    """The variables with numbers, those that changed most often first."""
+    with dspex_persist.open_audit(path) as audit:
+        names = ("progress", "score", "steps", "temperature")
+        changes = {name: len(list(audit.iterate(HistoryQuery(session=SESSION, variable=name)))) for name in names}
+    return sorted(changes, key=lambda name: (-changes[name], name))
+
+
+def test_a_report_has_pictures_with_words(elements: Elements, path: Path) -> None:
     labels = [str(each.get("aria-label")) for each in elements.named("svg")]
     assert labels == [
         "Executions by time",
-        *(f"{name} over time" for name in ("progress", "score", "steps", "temperature")),
+        *(f"{name}, version by version" for name in most_changed(path)),
         "What stands on what",
     ]
     assert len(elements.named("title")) > 60, "each bar, mark and box says what it is"
@@ -203,7 +211,8 @@ def test_a_large_session_is_cut_and_says_so(path: Path) -> None:
     elements = Elements(render(shown))
     assert (len(shown.variables), len(shown.charts)) == (4, 1)
     assert len([one for one in shown.executions if one.summary.parent_id is None]) == 3
-    assert len(shown.left_out) == 4
+    assert len(shown.left_out) == 5
+    assert [row.name for row in shown.charts] == most_changed(path)[:1]
     assert all(sentence in elements.text for sentence in shown.left_out)
 
 
@@ -313,9 +322,9 @@ def website(path: Path, *arguments: str, end: signal.Signals = signal.SIGTERM) -
         popen.communicate()
 
 
-def get(address: str, path: str, host: str | None = None, **parts: str) -> tuple[int, str]:
-    """A page's status and text."""
-    asked = urllib.request.Request(f"{address}{path}?{urlencode(parts)}", headers={"Host": host} if host else {})
+def get(address: str, path: str, host: str | None = None, data: bytes | None = None, **parts: str) -> tuple[int, str]:
+    """A page's status and text; with `data`, of what is posted to it."""
+    asked = urllib.request.Request(f"{address}{path}?{urlencode(parts)}", data, {"Host": host} if host else {})
     try:
         with urllib.request.urlopen(asked, timeout=within(30)) as answer:
             return answer.status, answer.read().decode()
@@ -424,6 +433,41 @@ def test_what_is_not_there_is_a_sentence(site: str) -> None:
         assert status == 404
         assert sentence in text
         assert "<i>" not in text
+
+
+@needs_datasette
+def test_what_is_asked_wrongly_is_no_failure_of_the_site(site: str, path: Path) -> None:
+    status, text = get(site, "history/v_variable_history", _sort="nonsense")
+    assert (status, "Cannot sort table by nonsense" in text) == (400, True)
+    assert get(site, "history/who_changed", data=b"session=s")[0] == 405
+    for page in ("databases.json", "versions.json", "plugins.json", "settings.json", "threads.json"):
+        status, text = get(site, f"-/{page}")
+        assert (status, str(path) in text) == (404, False)
+
+
+@needs_datasette
+def test_an_execution_page_has_the_values_that_it_read(site: str, path: Path) -> None:
+    with dspex_persist.open_audit(path) as audit:
+        one = next(each for each in map(audit.execution, _ids(audit)) if each.parameters and _read_number(audit, each))
+        name, value, version = _read_number(audit, one)
+    status, text = get(site, "execution", id=one.summary.execution_id)
+    assert status == 200
+    plain = " ".join(re.sub(r"<[^>]*>", " ", text).split())
+    assert f"{name} = {value} (v{version})" in plain
+    assert f"parameters {next(iter(one.parameters))} " in plain
+
+
+def _ids(audit: Any) -> list[str]:
+    return [each.execution_id for each in audit.iterate(ExecutionQuery())]
+
+
+def _read_number(audit: Any, one: Any) -> Any:
+    for read in one.reads:
+        if read.version is not None:
+            entry = audit.version(one.summary.session_id, read.variable_id, read.version)
+            if entry.value is not None and not entry.masked and entry.type in ("float", "integer"):
+                return read.name, entry.value.json, read.version
+    return None
 
 
 @needs_datasette
@@ -576,7 +620,7 @@ def test_the_site_in_a_browser(visit: Visit, site: str) -> None:
     visit.assert_in_order(site)
     page.locator(".charts").get_by_role("link", name="score", exact=True).click()
     visit.assert_in_order(site)
-    assert page.locator("svg[aria-label='score over time'] circle").count() == 8
+    assert page.locator("svg[aria-label='score, version by version'] circle").count() == 8
     page.get_by_role("link", name="improve").first.click()
     visit.assert_in_order(site)
     assert "/execution?id=exec_" in page.url

@@ -1,5 +1,6 @@
 """The pytest plugin, as a project uses it that has this package installed."""
 
+import ast
 import json
 import os
 import subprocess
@@ -447,6 +448,44 @@ def test_what_is_wrong_with_an_export_is_said(
         cli.main()
     assert ended.value.code == 2
     assert sentence in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        '"""; open("ran", "w"); """',
+        "\\\"\\\"\\\"; open('ran', 'w') #",
+        "'+str(open('ran','w'))+'",
+        "{open('ran', 'w')}",
+        "\u2028open('ran', 'w')\u202e",
+        "é\\",
+    ],
+)
+def test_what_a_client_has_named_is_a_literal_in_a_test(project: Path, name: str) -> None:
+    (project / "test_checkout.py").unlink()
+    (project / "run.py").write_text(RUN.replace('"s1"', ascii(name)), encoding="utf-8")
+    subprocess.run([sys.executable, "run.py"], cwd=project, check=True, timeout=within(60))
+    export = [sys.executable, "-m", "dspex_persist", "session", "export", name, "--db", "shop.db"]
+    command = [*export, "--as-test", "test_named.py", "--tools", "shop_tools"]
+    subprocess.run(command, cwd=project, check=True, timeout=within(60), capture_output=True)
+    source = (project / "test_named.py").read_text(encoding="utf-8")
+    assert source.isascii()
+    # Name by name and word by word it is the same test whatever the id is; the id is one string.
+    strings = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+    assert strings.count(name) == 1
+    ran = run_pytest(project, ci=True)
+    assert "1 passed" in ran.stdout, ran.stdout
+    assert not (project / "ran").exists()
+
+
+def test_a_test_without_its_tools_is_not_made(project: Path) -> None:
+    (project / "run.py").write_text(RUN, encoding="utf-8")
+    subprocess.run([sys.executable, "run.py"], cwd=project, check=True, timeout=within(60))
+    export = [sys.executable, "-m", "dspex_persist", "session", "export", "s1", "--db", "shop.db"]
+    command = [*export, "--as-test", "test_none.py", "--tools", "nope"]
+    ran = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False, timeout=within(60))
+    assert (ran.returncode, "nope" in ran.stderr) == (2, True), ran.stderr
+    assert not list(project.glob("test_none*"))
 
 
 def test_the_plugin_costs_nothing_where_it_is_not_used(project: Path) -> None:

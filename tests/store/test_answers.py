@@ -17,13 +17,15 @@ from typing import Any
 import pytest
 from freezegun import freeze_time
 
-from dspex_persist import Toolbox, ToolContext, open_audit, tool
+from dspex_persist import Toolbox, ToolContext, clock, open_audit, tool
 from dspex_persist.audit import (
     AuditSource,
     CommitQuery,
     DifferenceKind,
     ExecutionQuery,
     HistoryQuery,
+    Operator,
+    Predicate,
     SessionQuery,
     document,
     parse_predicate,
@@ -461,6 +463,55 @@ def test_blame_leads_back_to_what_a_value_stands_on(audit: AuditSource) -> None:
     assert [node.depth for node in audit.blame("main", "total", depth=0)] == [0]
     everything = audit.blame("main", at="now", depth=0)
     assert {node.entry.name for node in everything} == {each.name for each in audit.state("main")}
+
+
+# Python's own values
+
+
+def test_questions_take_pythons_own_values(audit: AuditSource) -> None:
+    failed = ExecutionStatus.FAILED
+    assert list(audit.iterate(ExecutionQuery(status="failed"))) == list(audit.iterate(ExecutionQuery(status=failed)))
+    where = (parse_predicate("> 0.4"),)
+    expected = keys_of(audit.iterate(HistoryQuery(variable="temperature", where=where)))
+    assert expected
+    for given in (("> 0.4",), "> 0.4", ["> 0.4"], where[0]):
+        assert keys_of(audit.iterate(HistoryQuery(variable="temperature", where=given))) == expected
+    rolled_back = keys_of(audit.iterate(HistoryQuery(kind="rolled_back", source="python")))
+    assert rolled_back == keys_of(audit.iterate(HistoryQuery(kind=ChangeKind.ROLLED_BACK, source=Source.PYTHON)))
+    commit = next(audit.iterate(CommitQuery(session="main", until="20")))
+    for point in (commit.created_at, commit.created_at.astimezone(), clock.now() - commit.created_at):
+        assert audit.resolve(point, session="main") >= commit.sequence
+    assert audit.state("main", 20) == audit.state("main", "20")
+    assert audit.state("main", timedelta(0)) == audit.state("main")
+    assert audit.diff("main", 20, clock.now()) == audit.diff("main", "20")
+    assert list(audit.iterate(HistoryQuery(until=0))) == []
+    assert keys_of(audit.iterate(HistoryQuery(since=20))) == keys_of(audit.iterate(HistoryQuery(since="20")))
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda _: ExecutionQuery(status="failled"), "there is no status 'failled'; did you mean 'failed'?"),
+        (lambda _: ExecutionQuery(tool=3), "invalid tool: '3' is no text"),
+        (lambda _: HistoryQuery(kind="sett"), "did you mean 'set'?"),
+        (lambda _: HistoryQuery(where=(0.9,)), "'0.9' is no condition; write '< 0.5'"),
+        (lambda _: HistoryQuery(where=5), "is no condition"),
+        (lambda _: HistoryQuery(where=(Predicate(Operator.LESS, "x"),)), "which is no number"),
+        (lambda _: HistoryQuery(metadata={"n": 1}), "a mapping of texts to texts"),
+        (lambda _: HistoryQuery(since=-1), "invalid since: '-1' is no point"),
+        (lambda _: HistoryQuery(since=1.5), "possible are a text, a commit's number (int)"),
+        (lambda _: SessionQuery(limit=-1), "invalid limit"),
+        (lambda _: CommitQuery(session=None), "invalid session: 'None' is no text"),
+        (lambda audit: audit.state("main", 1.5), "is no point in the history"),
+        (lambda audit: audit.state("main", timedelta(days=-1)), "is no point in the history"),
+        (lambda audit: audit.state(5), "'5' is no text"),
+        (lambda audit: audit.execution(5), "'5' is no text"),
+    ],
+)
+def test_values_that_cannot_be_are_named(audit: AuditSource, ask: Callable[[Any], Any], message: str) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        ask(audit)
+    assert message in str(caught.value)
 
 
 # What is not there

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,6 +20,7 @@ import pytest
 from freezegun import freeze_time
 
 from dspex_persist import clock
+from dspex_persist.audit import HistoryQuery
 from dspex_persist.state import commands as c
 from dspex_persist.state.commands.executions import Verdict
 from dspex_persist.state.embedded import EmbeddedState
@@ -45,6 +46,8 @@ from dspex_persist.state.model import (
 )
 from dspex_persist.state.recording import write_recording
 from dspex_persist.state.store import maintenance, prune
+from dspex_persist.state.store.audit import iter_commits
+from dspex_persist.state.store.chain import GENESIS
 from dspex_persist.state.store.engine import open_readers, snapshot
 from dspex_persist.state.store.session_store import Job, SessionStore, StoreOptions
 from dspex_persist.state.store.variables import find_key, metadata_as_of
@@ -351,6 +354,74 @@ def test_a_watch_that_resumes_before_what_was_pruned(provider: EmbeddedState) ->
         (UpdateKind.VALUE_CHANGE, "x", "3"),
         (UpdateKind.VALUE_CHANGE, "x", "4"),
     ]
+
+
+@pytest.mark.parametrize("how", ["by age", "ended before"])
+def test_a_clock_that_was_wrong_for_a_while_costs_nothing_young(path: Path, how: str) -> None:
+    """Twenty versions of today, ten of 1970, as of a machine that booted without a clock, then twenty of today."""
+    with EmbeddedState(path) as state:
+        for name in ("s", "wrong"):
+            state.initialize_session(name)
+            state.register_variable(name, "x", "integer", 0)
+        first = state.head_sequence
+        write(state, 20, "s")
+        write(state, 10, "wrong")
+        middle = state.head_sequence
+        write(state, 20, "s")
+        state.cleanup_session("wrong")
+    with tampering(path) as connection:
+        # The file is of an earlier release: now no commit is told an older time than the one before it.
+        moved = connection.execute(
+            "UPDATE commits SET created_at = created_at - 1700000000000000 WHERE sequence > ? AND sequence <= ?",
+            [first + 20, middle],
+        )
+        assert moved.rowcount == 10
+    young = clock.now() - timedelta(days=30)
+    with EmbeddedState(path) as state:
+        with state.audit() as audit:
+            assert audit.resolve("30d") == 0
+            assert audit.resolve(clock.now()) == audit.head()
+            assert len(list(audit.iterate(HistoryQuery(session="s", since="30d")))) == 41
+        policy = PrunePolicy(before=young) if how == "by age" else PrunePolicy(ended_before=young)
+        assert state.prune(policy, confirm=True).versions == 0
+        assert len(numbers(state, "s")) == 41
+
+
+def test_what_is_old_goes_although_a_clock_was_wrong_later(path: Path) -> None:
+    with EmbeddedState(path) as state:
+        state.initialize_session("s")
+        state.register_variable("s", "x", "integer", 0)
+        write(state, 40, "s")
+        head = state.head_sequence
+    year = 365 * 86_400 * 10**6
+    with tampering(path) as connection:
+        # Twenty of long ago, one of today, then some of 1970.
+        connection.execute("UPDATE commits SET created_at = created_at - ? WHERE sequence <= ?", [year, head - 20])
+        connection.execute("UPDATE commits SET created_at = 0 WHERE sequence > ?", [head - 19])
+    with EmbeddedState(path) as state:
+        state.prune(PrunePolicy(before=clock.now() - timedelta(days=30)), confirm=True)
+        assert numbers(state, "s") == list(range(21, 41))
+
+
+@contextmanager
+def tampering(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection that may change commits, which get the hashes that belong to what they say then."""
+    with closing(sqlite3.connect(path)) as connection:
+        (sql,) = connection.execute("SELECT sql FROM sqlite_schema WHERE name = 'commits_no_update'").fetchone()
+        connection.execute("DROP TRIGGER commits_no_update")
+        yield connection
+        connection.commit()
+        readers = open_readers(path)
+        with snapshot(readers) as snapped:
+            commits = list(iter_commits(snapped))
+        readers.dispose()
+        last = GENESIS
+        for commit in commits:
+            last = commit.link(last)
+            connection.execute("UPDATE commits SET hash = ? WHERE sequence = ?", [last, commit.sequence])
+        connection.execute(sql)
+        connection.commit()
+    Path(f"{path}.anchor").unlink()
 
 
 def test_an_import_does_not_mislead_what_is_old(path: Path, tmp_path: Path) -> None:

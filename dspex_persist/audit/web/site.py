@@ -1,11 +1,14 @@
 """What makes a site of Datasette: who may see what, links from cells to pages, and the pages themselves."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
 from typing import Any, Final
 from urllib.parse import urlencode
 
 from datasette.utils.asgi import Response
+from datasette.views.base import DatasetteError
 from markupsafe import Markup
 from pluggy import HookimplMarker
 
@@ -13,8 +16,15 @@ from dspex_persist.audit.drawing import MASKED, Links, render_template
 from dspex_persist.audit.pictures import Chart, chart, lineage
 from dspex_persist.audit.report import gather
 from dspex_persist.audit.web.questions import DATABASE, QUERIES, REVEALED, VIEWS
-from dspex_persist.state.audit import AuditSource, HistoryEntry, HistoryQuery, LineageNode, SessionQuery
-from dspex_persist.state.errors import StateError
+from dspex_persist.state.audit import (
+    AuditSource,
+    ExecutionDetail,
+    HistoryEntry,
+    HistoryQuery,
+    LineageNode,
+    SessionQuery,
+)
+from dspex_persist.state.errors import NotInHistoryError, StateError, VersionNotFoundError
 from dspex_persist.state.model import ChangeKind
 
 hookimpl = HookimplMarker("datasette")
@@ -23,6 +33,8 @@ _SESSIONS: Final = 200
 _VERSIONS: Final = 300
 _CHARTED: Final = 200_000
 _DEPTH: Final = 2
+_FAILED: Final = 500
+_MOST_READ: Final = 200
 _LARGE: Final = (1_080, 260)
 _LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "[::1]"})
 _STYLE: Final = "/-/dspex-persist.css"
@@ -66,13 +78,13 @@ class Site:
 
     @hookimpl
     def asgi_wrapper(self) -> Callable[[_App], _App]:
-        """Refuse what comes under another name: a page of somebody else's that has its name lead to this machine."""
+        """Refuse what is no question to this site."""
 
         def wrap(app: _App) -> _App:
             async def guarded(scope: Mapping[str, Any], receive: Any, send: Any) -> None:
-                if scope["type"] == "http" and not _is_local(scope["headers"]):
-                    answer = Response.text("this site answers to 127.0.0.1 and localhost only", status=403)
-                    await answer.asgi_send(send)
+                refusal = _refusal(scope) if scope["type"] == "http" else None
+                if refusal is not None:
+                    await refusal.asgi_send(send)
                 else:
                     await app(scope, receive, send)
 
@@ -87,6 +99,14 @@ class Site:
             for view in REVEALED:
                 columns = [row[1] for row in conn.execute(f"PRAGMA main.table_info({view})")]
                 conn.execute(_revealing(view, columns))
+
+    @hookimpl
+    def handle_exception(self, exception: Exception) -> Any:
+        """What was asked wrongly, such as to sort by a column that there is not, is no failure of the site."""
+        if isinstance(exception, DatasetteError) and exception.status == _FAILED:
+            sentence = exception.message or "this question cannot be answered"
+            return Response.html(render_template("web_sorry.html", sentence=sentence), status=400)
+        return None
 
     # Datasette's own pages
 
@@ -178,7 +198,17 @@ class Site:
         return self._source.blame(session, newest.variable_id, str(newest.sequence), _DEPTH)
 
     def _execution_text(self, execution_id: str) -> str:
-        return render_template("web_execution.html", LINKS, one=self._source.execution(execution_id))
+        one = self._source.execution(execution_id)
+        return render_template("web_execution.html", LINKS, one=one, found=dict(self._read_by(one)))
+
+    def _read_by(self, one: ExecutionDetail) -> Iterator[tuple[tuple[str, int], HistoryEntry]]:
+        """The versions that it, and what it called, read, as far as they are there; the first of very many."""
+        session = one.summary.session_id
+        for read in islice(one.all_reads(), _MOST_READ):
+            if read.variable_id is not None and read.version is not None:
+                with suppress(VersionNotFoundError, NotInHistoryError):
+                    found = self._source.version(session, read.variable_id, read.version)
+                    yield (read.variable_id, read.version), found
 
 
 _TABLES_OF_A_SESSION: Final = (
@@ -198,6 +228,22 @@ async def _page(text: Callable[..., str], *parts: str) -> Any:
         return Response.html(await asyncio.to_thread(text, *parts))
     except StateError as error:
         return Response.html(render_template("web_sorry.html", sentence=str(error)), status=404)
+
+
+def _refusal(scope: Mapping[str, Any]) -> Any:
+    """Why a request is refused; None where it is not.
+
+    Refused is what comes under another name (a page of somebody else's may have its name lead to this machine), what
+    would change something, and Datasette's pages about itself: they tell where the file is.
+    """
+    path = str(scope["path"])
+    if not _is_local(scope["headers"]):
+        return Response.text("this site answers to 127.0.0.1 and localhost only", status=403)
+    if scope["method"] not in ("GET", "HEAD"):
+        return Response.text("this site only answers questions: use GET", status=405, headers={"allow": "GET, HEAD"})
+    if path.startswith("/-/") and path != _STYLE and not path.startswith("/-/static"):
+        return Response.text("there is no such page", status=404)
+    return None
 
 
 def _is_local(headers: Sequence[tuple[bytes, bytes]]) -> bool:

@@ -40,7 +40,7 @@ from dspex_persist.state.model import (
     Value,
     Variable,
 )
-from dspex_persist.state.recording import RecordedCommit, RecordedVersion, renumbered
+from dspex_persist.state.recording import RecordedCommit, RecordedVersion, is_execution_id, renumbered
 from dspex_persist.state.unit_of_work import SessionState, UnitOfWork, value_in
 from dspex_persist.state.values.json_text import RefusedError, read
 
@@ -280,7 +280,7 @@ class _Repetition:
         uow, body = self._uow, dict(event.body)
         execution_id, tool, fingerprint = _texts(event, "execution_id", "tool", "fingerprint")
         parent_id, key = (None if body[name] is None else _texts(event, name)[0] for name in _OPTIONAL)
-        if execution_id.rpartition("_")[0] != f"exec_{uow.sequence}":
+        if not is_execution_id(execution_id) or execution_id.rpartition("_")[0] != f"exec_{uow.sequence}":
             raise ValueError(f"the id of execution {quote(execution_id)} does not name the commit of its beginning")
         if parent_id is not None and parent_id not in self._state().executions:
             raise ValueError(f"execution {quote(execution_id)} was called by {quote(parent_id)}, which does not run")
