@@ -14,6 +14,8 @@ from typing import Any, Final, Literal, TextIO, get_args
 import structlog
 from structlog.typing import EventDict, ExcInfo, Processor
 
+from dspex_persist.infra.traces import trace_of
+
 LogStyle = Literal["auto", "json", "console"]
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
@@ -26,7 +28,7 @@ _NOISY_LOGGERS: Final = ("asyncio", "grpc._cython.cygrpc")
 
 
 _FIELDS: Final = "dspex_fields"
-_LINES: Final = ("traceback",)
+_LINES: Final = ("traceback", "exception")
 """Fields that are text of several lines."""
 
 
@@ -57,18 +59,18 @@ class EventLogger:
 
     def error(self, event: str, *, exc_info: BaseException | None = None, **fields: Any) -> None:
         """Tell what has gone wrong."""
-        self._tell(logging.ERROR, event, fields, exc_info)
+        self._tell(logging.ERROR, event, fields if exc_info is None else {**fields, "exception": trace_of(exc_info)})
 
     def critical(self, event: str, **fields: Any) -> None:
         """Tell what the process ends of."""
         self._tell(logging.CRITICAL, event, fields)
 
-    def _tell(self, level: int, event: str, fields: dict[str, Any], exc_info: BaseException | None = None) -> None:
+    def _tell(self, level: int, event: str, fields: dict[str, Any]) -> None:
         if not self._logger.isEnabledFor(level):
             return
         told = {**self._bound, **fields}
         extra = {_FIELDS: {"event": event, **told}}
-        self._logger.log(level, "%s", _Text(event, told), exc_info=exc_info, extra=extra, stacklevel=3)
+        self._logger.log(level, "%s", _Text(event, told), extra=extra, stacklevel=3)
 
 
 class _Text:

@@ -10,7 +10,6 @@ import contextlib
 import os
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from queue import Empty, SimpleQueue
@@ -19,6 +18,7 @@ from typing import Any, Final, TypeVar
 import structlog
 
 from dspex_persist.infra import forks
+from dspex_persist.infra.traces import trace_of
 
 R = TypeVar("R")
 
@@ -97,8 +97,9 @@ def _end_child_of(process: int) -> None:
     """End a child that was forked by the work and has come back from it: it is none of its parent's threads."""
     if os.getpid() == process:
         return
-    if sys.exc_info()[0] is not None:
-        traceback.print_exc()
+    error = sys.exc_info()[1]
+    if error is not None:
+        sys.stderr.write(trace_of(error))
     os._exit(forks.STRAY_CHILD)
 
 

@@ -34,6 +34,7 @@ import structlog
 
 from dspex_persist import clock
 from dspex_persist.infra.threads import DaemonThreads, LoopThread
+from dspex_persist.infra.traces import leave_marks_out
 from dspex_persist.state import commands, values
 from dspex_persist.state.commands import Command
 from dspex_persist.state.commands.executions import Begun, Finished, Verdict
@@ -1242,6 +1243,7 @@ def _trace_of(error: BaseException) -> str:
     """The traceback, of users' code only: of the errors that led to it, too, as far as they were raised there."""
     told = traceback.TracebackException.from_exception(error)
     _keep_users_frames(told)
+    leave_marks_out(told)
     return "".join(told.format())
 
 

@@ -492,12 +492,19 @@ def test_the_log_says_that_tools_wait_for_those_that_have_ended(
     assert told[-1]["running_though_ended"] == told[-1]["running"] == held_by
 
 
+class Shy:
+    """Has no form in JSON, nor any text."""
+
+    def __repr__(self) -> str:
+        raise ValueError("not for you")
+
+
 @tool
 def keep_poison(ctx: ToolContext) -> int:
     """What the journal cannot have, where no door is."""
     ctx["x"] = 1
     ctx.call("answer")
-    ctx._session._log.append(LogEntry(clock.now(), "poison", {"it": object()}))
+    ctx._session._log.append(LogEntry(clock.now(), "poison", {"it": Shy()}))
     return 1
 
 

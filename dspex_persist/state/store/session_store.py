@@ -6,7 +6,6 @@
 import contextlib
 import secrets
 import sqlite3
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -19,6 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from dspex_persist import clock
 from dspex_persist.infra import forks
 from dspex_persist.infra.logs import get_logger
+from dspex_persist.infra.traces import trace_of
 from dspex_persist.state.commands import Command, ExpireSession, ForkSession, InterruptExecutions
 from dspex_persist.state.commands.base import check_text
 from dspex_persist.state.errors import (
@@ -672,7 +672,7 @@ def _load(connection: Connection, session_id: str) -> SessionState | None:
         raise
     except Exception as error:
         # As text: a renderer of exceptions may show local variables, and those are users' values.
-        _logger.error("session cannot be read", session_id=session_id, traceback=traceback.format_exc())
+        _logger.error("session cannot be read", session_id=session_id, traceback=trace_of(error))
         raise DamagedSessionError(session_id, type(error).__name__) from error
 
 
@@ -695,7 +695,7 @@ def _internal(command: Command[Any], error: Exception) -> InternalError:
     """What a caller is told of a fault of ours; the log has the rest."""
     reference = secrets.token_hex(6)
     # As text: a renderer of exceptions may show local variables, and those are users' values.
-    trace = "".join(traceback.format_exception(error))
+    trace = trace_of(error)
     _logger.error("command failed", command=command.cause, reference=reference, traceback=trace)
     return InternalError(f"internal error, reference {reference}")
 

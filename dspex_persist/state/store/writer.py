@@ -2,7 +2,6 @@
 
 import threading
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
@@ -10,6 +9,7 @@ from typing import Any, Final, TypeAlias
 
 from dspex_persist.infra import forks
 from dspex_persist.infra.logs import get_logger
+from dspex_persist.infra.traces import trace_of
 from dspex_persist.state.errors import EngineClosedError, OutcomeUnknownError, QueueFullError, StateError
 from dspex_persist.state.store.session_store import Job, Outcome
 
@@ -176,7 +176,7 @@ class Writer:
     def _fail(self, waiting: list[_Queued], error: BaseException) -> None:
         reason = error if isinstance(error, StateError) else OutcomeUnknownError(f"the writer ended: {error!r}")
         # As text: a renderer of exceptions may show local variables, and those are users' values.
-        trace = "" if isinstance(error, StateError) else "".join(traceback.format_exception(error))
+        trace = "" if isinstance(error, StateError) else trace_of(error)
         _logger.error("writer ended", reason=str(reason), traceback=trace)
         with self._gate:
             self._closed = reason
