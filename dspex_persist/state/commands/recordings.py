@@ -42,7 +42,7 @@ from dspex_persist.state.model import (
 )
 from dspex_persist.state.recording import RecordedCommit, RecordedVersion, is_execution_id, renumbered
 from dspex_persist.state.unit_of_work import SessionState, UnitOfWork, value_in
-from dspex_persist.state.values.json_text import RefusedError, read
+from dspex_persist.state.values.json_text import RefusedError, read_line
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -292,7 +292,7 @@ class _Repetition:
             repeated = quote(begun.retry_of)
             raise ValueError(f"execution {quote(execution_id)} repeats {repeated}, which did not begin before it")
         for each in begun.parameters.values():
-            read(each.json)
+            read_line(each.json)
             value_in({"json": each.json} | ({"binary": each.binary} if each.binary is not None else {}))
         running = RunningExecution(execution_id, tool, uow.sequence, parent_id, key, fingerprint)
         uow.begin_execution(self._session_id, running, body)
@@ -307,7 +307,7 @@ class _Repetition:
             raise ValueError(f"execution {quote(execution_id)} ends as running")
         value = None if result is None else value_in(result)
         if value is not None:
-            read(value.json)
+            read_line(value.json)
         _read_body(_end_codec(), facts)
         self._uow.end_execution(self._session_id, execution_id, ended, facts, value)
 
