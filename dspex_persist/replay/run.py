@@ -14,7 +14,7 @@ from dspex_persist.replay.recorded import RecordedExecution, Recording, Source, 
 from dspex_persist.replay.report import Aspect, Divergence, Outcome, ReplayedExecution, ReplayReport
 from dspex_persist.replay.take import Stage, Take
 from dspex_persist.replay.tools import RunAgain, in_place_of, no_lm_asked, stand_ins_for
-from dspex_persist.state.commands.variables import glob_matches
+from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.errors import InvalidArgumentError, quote
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import ExecutionStatus, Origin, ToolOutcome
@@ -197,7 +197,7 @@ def _reads_masked(root: RecordedExecution, take: Take) -> bool:
         if any(each is not None and each[1] in masked for each in seen):
             return True
         patterns = execution.body.get("patterns", ())
-        if any(not pattern or glob_matches(pattern, name) for pattern in patterns for name in masked.values()):
+        if any(not pattern or any(map(compile_glob(pattern), masked.values())) for pattern in patterns):
             return True
     return False
 

@@ -136,16 +136,21 @@ class EmbeddedState(StateProvider):
             return _failed(error)
         reads = command.reads
         state = self._store.find_loaded(command.session_id) if reads is not Reads.FILE else None
-        if reads is not Reads.CURRENT:
-            future = self._readers.submit(self._store.read_file, command, asked_by, state)
+        if reads is not Reads.CURRENT or (state is not None and command.takes_long(state)):
+            future = self._readers.submit(self._read_beside, command, asked_by, state)
             if state is None or state.lease is not None:
-                # A read of the file is a sign of life too; only the writer can keep it.
+                # That is a sign of life too; only the writer can keep it.
                 self._writer.submit(Job(TouchSession(command.session_id), asked_by))
             return future
         if state is None:
             # The writer alone loads sessions, so that none can be loaded while it changes.
             return self._writer.submit(Job(command, asked_by))
         return self._read(command, asked_by, state)
+
+    def _read_beside(self, command: Command[R], origin: Origin, state: SessionState | None) -> R:
+        if state is not None and command.reads is Reads.CURRENT:
+            return cast(R, self._store.read_current(command, origin, state))
+        return cast(R, self._store.read_file(command, origin, state))
 
     def _read(self, command: Command[Any], origin: Origin, state: SessionState) -> Future[Any]:
         future: Future[Any] = Future()

@@ -40,6 +40,7 @@ R = TypeVar("R")
 
 # What the journal says of a name that was asked for, beside the name.
 _SEEN_BYTES = 64
+_MOST_PATTERNS = 16
 
 
 class _Touched(NamedTuple):
@@ -82,8 +83,8 @@ def is_transactional(command: Command[Any]) -> bool:
 
 
 def may_block(command: Command[Any]) -> bool:
-    """Whether `Execution.run` may have to wait for the store's file."""
-    return command.reads is Reads.HISTORY or isinstance(command, commands.RollbackVariable)
+    """Whether `Execution.run` may hold up an event loop: to wait for the store's file, or to match many names."""
+    return command.reads is Reads.HISTORY or isinstance(command, commands.RollbackVariable | commands.ListVariables)
 
 
 class _Overlay:
@@ -143,8 +144,11 @@ class _Overlay:
         for asked, seen in found.items():
             self.checked.setdefault(asked, seen)
         if touched.pattern is not None and touched.pattern not in self.matched:
-            seen_all = map(see, matches(self.snapshot, touched.pattern))
-            self.matched[touched.pattern] = tuple(seen for seen in seen_all if seen is not None)
+            # At the end all of them are matched again, in the writer: whoever asks in so many ways has asked for all.
+            pattern = touched.pattern if len(self.matched) < _MOST_PATTERNS else ""
+            if pattern not in self.matched:
+                seen_all = map(see, matches(self.snapshot, pattern))
+                self.matched[pattern] = tuple(seen for seen in seen_all if seen is not None)
         if touched.dependencies and self.dependencies is None:
             self.dependencies = self.snapshot.dependencies
         return found

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from difflib import get_close_matches
-from graphlib import CycleError, TopologicalSorter
+from graphlib import TopologicalSorter
 from itertools import islice
 from typing import Any, Protocol, TypeAlias
 
@@ -305,12 +305,15 @@ class UnitOfWork:
 
     # Variables
 
-    def variable(self, session_id: str, identifier: str) -> Variable:
-        """The live variable of this name or id, or the not-found error that fits."""
+    def variable(self, session_id: str, identifier: str, *, hint: bool = True) -> Variable:
+        """The live variable of this name or id, or the not-found error that fits.
+
+        `hint`: say in it which one was perhaps meant, which takes a millisecond or more.
+        """
         state = self.session(session_id)
         found = state.find(identifier)
         if found is None:
-            raise VariableNotFoundError(session_id, identifier, _near(identifier, state.variables))
+            raise VariableNotFoundError(session_id, identifier, _near(identifier, state.variables) if hint else "")
         return self.current(found)
 
     def current(self, variable: Variable) -> Variable:
@@ -715,14 +718,22 @@ def dependants(edges: Iterable[Dependency], changed: Iterable[str], sequence: in
 
 def find_cycle(edges: Iterable[Dependency], added: Dependency) -> list[str] | None:
     """The ids around the circle that `added` would close, in the direction of dependence, first = last; or None."""
-    sorter: TopologicalSorter[str] = TopologicalSorter()
+    uses: dict[str, list[str]] = {}
     for edge in edges:
         if edge.until is None:
-            sorter.add(edge.to_id, edge.from_id)
-    sorter.add(added.to_id, added.from_id)
-    try:
-        sorter.prepare()
-    except CycleError as error:
-        cycle: list[str] = error.args[1]
-        return cycle
-    return None
+            uses.setdefault(edge.from_id, []).append(edge.to_id)
+    # The others close no circle among themselves: a new one leads through `added`, and back to where it begins.
+    came_from = {added.to_id: added.from_id}
+    frontier = [added.to_id]
+    while frontier and added.from_id not in came_from:
+        user = frontier.pop()
+        for used in uses.get(user, ()):
+            if used not in came_from:
+                came_from[used] = user
+                frontier.append(used)
+    if added.from_id not in came_from:
+        return None
+    cycle = [added.from_id, came_from[added.from_id]]
+    while cycle[-1] != added.from_id:
+        cycle.append(came_from[cycle[-1]])
+    return cycle[::-1]

@@ -31,6 +31,7 @@ from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import ChangeKind, EventKind, Origin, Source, Value, Variable
 from dspex_persist.state.unit_of_work import START, Drafts, RecordedOutcome
 from dspex_persist.testing.memory import MemoryBacking
+from tests.deadline import cpu_s_below
 
 
 class Clock:
@@ -392,6 +393,17 @@ class TestSetVariables:
         register(memory, "x")
         with pytest.raises(errors.LimitExceededError, match="batch_entries"):
             self.batch(memory, False, x="1", y="1")
+
+    def test_thousands_of_unknown_names_are_told_without_comparing_them_all(self, memory: MemoryBacking) -> None:
+        """In the writer, where all others wait: a name that was perhaps meant is looked for a few times only."""
+        for number in range(1_000):
+            memory.run(RegisterVariable("s", f"{number:03}{'ab' * 26}xx", "integer", Value("1")))
+        updates = {f"{number:05}{'ab' * 26}xx": Value("1") for number in range(5_000)}
+        with cpu_s_below(3):
+            outcome = memory.run(SetVariables("s", updates))
+        assert outcome.errors.keys() == updates.keys()
+        hints = [error for error in outcome.errors.values() if "did you mean" in error]
+        assert 0 < len(hints) < 20
 
 
 class TestReads:

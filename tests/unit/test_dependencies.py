@@ -17,6 +17,7 @@ from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Dependency, EventKind, Value
 from dspex_persist.state.unit_of_work import dependants, find_cycle
 from dspex_persist.testing.memory import MemoryBacking
+from tests.deadline import cpu_s_below
 
 
 def edges(*pairs: str, since: int = 1) -> list[Dependency]:
@@ -65,6 +66,20 @@ class TestFindCycle:
 
     def test_an_edge_that_has_ended_closes_nothing(self) -> None:
         assert find_cycle([Dependency("a", "b", "", 1, until=5)], *edges("ba")) is None
+
+    def test_is_quick_where_there_are_as_many_as_can_be(self) -> None:
+        """In the writer, where all others wait."""
+        ids = [f"variable {number}" for number in range(10_000)]
+        most = [
+            Dependency(ids[number], ids[number - step], "", 1)
+            for number in range(16, len(ids))
+            for step in range(1, 17)
+        ]
+        with cpu_s_below(1):
+            assert find_cycle(most, Dependency(ids[-1], ids[0], "", 1)) is None
+            cycle = find_cycle(most, Dependency(ids[0], ids[-1], "", 1))
+        assert cycle is not None
+        assert (cycle[0], cycle[-1]) == (ids[0], ids[0])
 
 
 class TestDependants:

@@ -692,10 +692,26 @@ def test_only_commands_on_variables_of_its_session_belong_inside(memory: MemoryB
         running.run(c.GetVariable("t", "a"))
 
 
+@pytest.mark.parametrize(("others", "conflicts"), [("b", ["b"]), (None, [])])
+def test_whoever_lists_in_many_ways_stands_on_everything(
+    memory: MemoryBacking, others: str | None, conflicts: list[str]
+) -> None:
+    """In the writer each pattern is matched against each name again, while everybody waits."""
+    running = begin(memory)
+    for number in range(500):
+        assert running.names(f"{number}*") == []
+    assert len(running.execution.finish(Verdict(running.id, COMMITTED)).matched) < 20
+    if others is not None:
+        memory.run(c.SetVariable("s", others, Value("7")))
+    running.set("a", 1)
+    finished = running.finish()
+    assert [each.name for each in finished.conflicts] == conflicts
+
+
 INSIDE: list[tuple[c.Command[Any], bool]] = [
     (c.GetVariable("s", "a"), False),
     (c.GetVariables("s", ("a",)), False),
-    (c.ListVariables("s"), False),
+    (c.ListVariables("s"), True),
     (c.GetVariableHistory("s", "a"), True),
     (c.SetVariable("s", "a", Value("1")), False),
     (c.SetVariables("s", {"a": Value("1")}), False),

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from dspex_persist.state.arguments import checks_of
 from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError, StateError, quote
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.unit_of_work import UnitOfWork
+from dspex_persist.state.unit_of_work import SessionState, UnitOfWork
 
 R = TypeVar("R")
 
@@ -80,6 +80,10 @@ class Command(_Checked, ABC, Generic[R]):
     def reads(self) -> Reads:
         """What it has to be given to read."""
         return Reads.CURRENT
+
+    def takes_long(self, state: SessionState) -> bool:
+        """Whether to read this of a session in memory would hold up an event loop."""
+        return False
 
     def meant(self, uow: UnitOfWork) -> "Command[R]":
         """The same request in one spelling of the many that mean the same."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from dspex_persist.clock import to_micros
 from dspex_persist.state import values
 from dspex_persist.state.commands.base import Command, check_metadata, check_text
-from dspex_persist.state.commands.variables import glob_matches
+from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.errors import (
     ExecutionEndedError,
     IdempotencyConflictError,
@@ -288,7 +288,10 @@ def _conflict(asked: str, seen: Seen | None, now: Variable | None) -> Conflict:
 
 def matches(state: SessionState, pattern: str) -> list[Variable]:
     """The variables that a pattern of ListVariables means."""
-    return [each for each in state.variables.values() if not pattern or glob_matches(pattern, each.name)]
+    if not pattern:
+        return list(state.variables.values())
+    fits = compile_glob(pattern)
+    return [each for each in state.variables.values() if fits(each.name)]
 
 
 def _changed_matches(

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from dspex_persist.state import values
 from dspex_persist.state.arguments import Number, Version
 from dspex_persist.state.commands.base import Command, Reads, check_merged_metadata, check_metadata, check_text
+from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.errors import (
     ExecutionNotFoundError,
     InvalidArgumentError,
@@ -29,10 +30,13 @@ from dspex_persist.state.model import (
     VariablesFound,
     VariableVersion,
 )
-from dspex_persist.state.unit_of_work import UnitOfWork
+from dspex_persist.state.unit_of_work import SessionState, UnitOfWork
 
 DEFAULT_HISTORY = 100
 _LONGEST_IDENTIFIER = 4096
+_FEW_NAMES = 500
+_MOST_HINTS = 10
+"""Of so many unknown names in a batch it is said which others were perhaps meant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +148,10 @@ class ListVariables(Command[tuple[Variable, ...]]):
 
     pattern: str = ""
 
+    def takes_long(self, state: SessionState) -> bool:
+        """Each letter of each name is looked at."""
+        return bool(self.pattern) and len(state.variables) > _FEW_NAMES
+
     def apply(self, uow: UnitOfWork) -> tuple[Variable, ...]:
         variables = uow.session(self.session_id).variables.values()
         if not self.pattern:
@@ -151,29 +159,8 @@ class ListVariables(Command[tuple[Variable, ...]]):
         if len(self.pattern) > uow.limits.name_length:
             limit = uow.limits.name_length
             raise LimitExceededError("length of the pattern", len(self.pattern), limit, "name_length")
-        return tuple(uow.current(variable) for variable in variables if glob_matches(self.pattern, variable.name))
-
-
-def glob_matches(pattern: str, name: str) -> bool:
-    """Whether the whole of `name` fits `pattern`: `*` any run, `?` any one character, everything else itself.
-
-    Linear in the length of both for each `*`: it goes back to the last `*` only, so no pattern can stop a server.
-    """
-    at, star, retry = 0, -1, 0
-    position = 0
-    while position < len(name):
-        if at < len(pattern) and pattern[at] == "*":
-            star, retry = at, position
-            at += 1
-        elif at < len(pattern) and pattern[at] in ("?", name[position]):
-            at += 1
-            position += 1
-        elif star >= 0:
-            retry += 1
-            at, position = star + 1, retry
-        else:
-            return False
-    return all(character == "*" for character in pattern[at:])
+        fits = compile_glob(self.pattern)
+        return tuple(uow.current(variable) for variable in variables if fits(variable.name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +223,7 @@ class SetVariables(Command[BatchOutcome]):
         errors = dict(self.refused)
         for identifier, value in self.updates.items():
             try:
-                variable = uow.variable(self.session_id, identifier)
+                variable = uow.variable(self.session_id, identifier, hint=len(errors) < _MOST_HINTS)
                 versions[identifier] = _write(uow, self.session_id, variable, value, metadata).version
             except StateError as error:
                 errors[identifier] = str(error)

@@ -1,0 +1,39 @@
+"""Globs over names: `*` any run, `?` any one character, everything else itself."""
+
+import re
+from collections.abc import Callable
+from typing import Final
+
+_TOKENS: Final = re.compile(r"\*+|[^*]", re.DOTALL)
+
+
+def compile_glob(pattern: str) -> Callable[[str], bool]:
+    """Whether the whole of a name fits `pattern`.
+
+    Bit n of a number says that the first n characters of the pattern fit what has been read: one step for each
+    character of a name, whatever the pattern. Regular expressions are quicker at most patterns, but even RE2 takes
+    hundreds of times as long over some with `?`, and clients send those, too.
+    """
+    any_one, stays, length = 0, 0, 0
+    places: dict[str, int] = {}
+    for token in _TOKENS.findall(pattern):
+        if token[0] == "*":
+            stays |= 1 << length
+            continue
+        if token == "?":
+            any_one |= 1 << length
+        else:
+            places[token] = places.get(token, 0) | 1 << length
+        length += 1
+    fitting = {character: places_of | any_one for character, places_of in places.items()}
+    whole = 1 << length
+
+    def fits(name: str) -> bool:
+        reached = 1
+        for character in name:
+            reached = (reached & fitting.get(character, any_one)) << 1 | reached & stays
+            if not reached:
+                return False
+        return bool(reached & whole)
+
+    return fits
