@@ -79,12 +79,21 @@ Size = Annotated[ByteSize, BeforeValidator(_refuse_bool), Field(ge=1, le=2**50)]
 class LimitSettings(BaseSettings):
     """How much of everything a store accepts: the fields and defaults of `state.limits.Limits`."""
 
-    # SQLite refuses a larger value, and with it everything that is written in the same transaction.
+    # SQLite refuses a larger value, and with it everything that is written in the same transaction. And Python reads
+    # some 10 MiB of JSON a second, while nothing else goes on.
     value_size_bytes: Annotated[Size, Field(le=1_000_000_000)] = Field(
-        ByteSize(16 * _MIB), description="Largest value of a variable."
+        ByteSize(2 * _MIB), description="Largest JSON of a value, and of what describes a binary one."
+    )
+    binary_size_bytes: Annotated[Size, Field(le=1_000_000_000)] = Field(
+        ByteSize(16 * _MIB), description="Largest binary content of a value."
     )
     # The JSON reader recurses, and Python ends that at about a thousand levels.
     json_depth: Annotated[Count, Field(le=500)] = Field(100, description="Deepest nesting of a JSON value.")
+    session_size_bytes: Size = Field(
+        ByteSize(64 * _MIB),
+        description="Contents of a session: values, constraints, metadata, tools, and 1,500 bytes for each variable; "
+        "at most two thirds of `max_message_bytes`.",
+    )
     variables_per_session: Count = Field(10_000, description="Variables in one session.")
     tools_per_session: Count = Field(1_000, description="Tools that workers register in one session.")
     name_length: Count = Field(255, description="Characters in the name of a variable, or in an idempotency key.")

@@ -155,7 +155,10 @@ def import_session(
 
 def limits_of(settings: Settings) -> Limits:
     """The limits that settings say."""
-    return Limits(**{field.name: int(getattr(settings, field.name)) for field in dataclasses.fields(Limits)})
+    said = Limits(**{field.name: int(getattr(settings, field.name)) for field in dataclasses.fields(Limits)})
+    # A session travels in one message, with its names, which count but a little.
+    most = min(said.session_size_bytes, settings.max_message_bytes * 2 // 3)
+    return dataclasses.replace(said, session_size_bytes=most)
 
 
 def _place_of(url: str | os.PathLike[str]) -> Path | str:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 class Limits:
     """Bounds on input. Each is a setting of the same name; crossing one is a `LimitExceededError` that names it.
 
-    Sizes are bytes of UTF-8 or of the companion binary; lengths are code points; counts are entries.
+    Sizes are bytes, those of text in UTF-8; lengths are code points; counts are entries.
     """
 
-    value_size_bytes: int = 16 * 1024 * 1024
+    value_size_bytes: int = 2 * 1024 * 1024
+    binary_size_bytes: int = 16 * 1024 * 1024
     json_depth: int = 100
+    session_size_bytes: int = 64 * 1024 * 1024
     variables_per_session: int = 10_000
     tools_per_session: int = 1_000
     name_length: int = 255

@@ -13,6 +13,11 @@ from typing import Any, ClassVar, NamedTuple
 from dspex_persist.state.frozen import freeze
 
 
+def size_of(text: str) -> int:
+    """Bytes of `text` as UTF-8. Of most texts Python knows that they are ASCII."""
+    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
+
+
 @dataclass(frozen=True, slots=True)
 class Value:
     """A value as the protocol writes it: JSON text and, for binary values, the bytes that `json` describes."""
@@ -24,8 +29,8 @@ class Value:
 
     @property
     def size_bytes(self) -> int:
-        """Roughly what the value weighs: characters of its JSON and bytes of its binary."""
-        return len(self.json) + (len(self.binary) if self.binary else 0)
+        """Bytes of its JSON, as UTF-8, and of its binary."""
+        return size_of(self.json) + (len(self.binary) if self.binary else 0)
 
 
 class Source(StrEnum):

@@ -1230,9 +1230,7 @@ def _check_parameter(tool: str, name: str, value: Value, limits: Limits) -> None
         values.parse_json(value.json, name=name, limits=limits)
     except InvalidValueError as error:
         raise ToolArgumentError(tool, name, error.reason) from error
-    if value.size_bytes > limits.value_size_bytes:
-        what = f"size of parameter {quote(name)}"
-        raise LimitExceededError(what, value.size_bytes, limits.value_size_bytes, "value_size_bytes")
+    values.check_binary_size(name, len(value.binary or b""), limits)
 
 
 def _status_of(error: BaseException) -> ExecutionStatus:

@@ -5,6 +5,7 @@ Whoever runs it (a store, a test) either keeps what it staged or calls `rollback
 units shares `Drafts`, so that each sees what the ones before it staged.
 """
 
+import json
 import secrets
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from itertools import islice
 from typing import Any, Protocol, TypeAlias
 
 from dspex_persist.clock import from_micros, to_micros
-from dspex_persist.state.errors import SessionNotFoundError, VariableNotFoundError, quote
+from dspex_persist.state.errors import LimitExceededError, SessionNotFoundError, VariableNotFoundError, quote
 from dspex_persist.state.frozen import FrozenDict, freeze
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
@@ -39,6 +40,7 @@ from dspex_persist.state.model import (
     Value,
     Variable,
     VariableVersion,
+    size_of,
 )
 
 Savepoint: TypeAlias = tuple[int, int, int]
@@ -46,7 +48,7 @@ START: Savepoint = (0, 0, 0)
 _TOKENS: Iterator[str] = iter(lambda: secrets.token_hex(6), "")
 _COMPARED_LENGTH, _MOST_COMPARED, _MOST_ALIKE = 60, 1_000, 20
 VARIABLE_WEIGHT_BYTES = 1_500
-"""Roughly what a variable takes in memory besides its value."""
+"""Roughly what a variable takes in memory besides its contents."""
 
 
 class Lease:
@@ -127,14 +129,32 @@ class SessionState:
         """Set the variable under its name and keep the weight; what was there before."""
         previous = self.variables.get(variable.name)
         self.variables[variable.name] = variable
-        self.weight_bytes += variable.value.size_bytes
-        self.weight_bytes -= previous.value.size_bytes if previous is not None else -VARIABLE_WEIGHT_BYTES
+        self.weight_bytes += growth_of(variable, previous)
         return previous
 
     def remove(self, name: str) -> None:
         """Take the newest variable back out."""
-        gone = self.variables.pop(name)
-        self.weight_bytes -= gone.value.size_bytes + VARIABLE_WEIGHT_BYTES
+        self.weight_bytes -= weight_of(self.variables.pop(name))
+
+
+def weight_of(variable: Variable) -> int:
+    """What a variable adds to the weight of its session."""
+    texts = (variable.constraints, *variable.metadata, *variable.metadata.values())
+    return VARIABLE_WEIGHT_BYTES + variable.value.size_bytes + sum(map(size_of, texts))
+
+
+def growth_of(variable: Variable, previous: Variable | None) -> int:
+    """What the weight of a session grows by where `variable` takes the place of another, or of none."""
+    if previous is None:
+        return weight_of(variable)
+    if previous.metadata is variable.metadata and previous.constraints is variable.constraints:
+        return variable.value.size_bytes - previous.value.size_bytes
+    return weight_of(variable) - weight_of(previous)
+
+
+def size_of_tool(tool: RegisteredTool) -> int:
+    """Bytes of a tool's description, as the log keeps it."""
+    return len(json.dumps(asdict(tool)))
 
 
 class Backing(Protocol):
@@ -326,6 +346,7 @@ class UnitOfWork:
     def add_variable(self, session_id: str, variable: Variable) -> None:
         """Register a new variable at version 0."""
         state = self._edit(session_id)
+        self._check_room(state, growth_of(variable, None))
         state.names[variable.id] = variable.name
         self._undo.append((state.names.pop, (variable.id, None)))
         body = {
@@ -368,16 +389,24 @@ class UnitOfWork:
             self.now,
             lock,
         )
+        self._check_room(state, growth_of(written, state.variables.get(written.name)))
         self._put(state, written)
         self._stage(written, kind, value, metadata, merged is not variable.metadata)
         return written
+
+    def _check_room(self, state: SessionState, growth: int) -> None:
+        """Refuse what makes a session larger than a client can be told in one message."""
+        size_bytes, most = state.weight_bytes + growth, self.limits.session_size_bytes
+        # One that is too large already, because the setting was changed, may still shrink.
+        if growth > 0 and size_bytes > most:
+            raise LimitExceededError("size of the session in bytes", size_bytes, most, "session_size_bytes")
 
     def delete_variable(self, session_id: str, variable: Variable) -> None:
         """Append a deletion and take the variable and its dependencies out of the live state."""
         state = self._edit(session_id)
         names = ("variables", "names", "dependencies", "weight_bytes")
         self._undo.append((_restore, (state, {name: getattr(state, name) for name in names})))
-        state.weight_bytes -= variable.value.size_bytes + VARIABLE_WEIGHT_BYTES
+        state.weight_bytes -= weight_of(state.variables[variable.name])
         state.variables = {name: kept for name, kept in state.variables.items() if name != variable.name}
         state.names = {key: name for key, name in state.names.items() if key != variable.id}
         state.dependencies = tuple(
@@ -449,8 +478,12 @@ class UnitOfWork:
     def register_tools(self, session_id: str, worker_id: str, tools: Sequence[RegisteredTool]) -> None:
         """Keep tools that a worker runs; one of the same name is replaced."""
         state = self._edit(session_id)
-        self._undo.append((_restore, (state, {"tools": state.tools})))
+        replaced = [state.tools[tool.spec.name] for tool in tools if tool.spec.name in state.tools]
+        growth = sum(map(size_of_tool, tools)) - sum(map(size_of_tool, replaced))
+        self._check_room(state, growth)
+        self._undo.append((_restore, (state, {"tools": state.tools, "weight_bytes": state.weight_bytes})))
         state.tools = FrozenDict({**state.tools, **{tool.spec.name: tool for tool in tools}})
+        state.weight_bytes += growth
         self._log(EventKind.TOOLS_REGISTERED, {"worker_id": worker_id, "tools": [asdict(tool) for tool in tools]})
 
     def begin_execution(self, session_id: str, execution: RunningExecution, facts: Mapping[str, Any]) -> SessionState:

@@ -49,6 +49,8 @@ DEADLINE_S = 30.0
 
 SMALL_LIMITS = Limits(
     value_size_bytes=1024 * 1024,
+    binary_size_bytes=1024 * 1024,
+    session_size_bytes=4 * 1024 * 1024,
     variables_per_session=100,
     metadata_entries=16,
     metadata_size_bytes=2 * 1024,
@@ -1666,8 +1668,53 @@ class LimitContract(_Contract):
         provider.submit(commands.RegisterVariable(session, "x", "string", fits)).result()
         above = Value(json.dumps("x" * (limit - 1)))
         self.check(provider, commands.SetVariable(session, "x", above), "value_size_bytes", limit + 1)
-        binary = Value("{}", b"x" * (limit - 1))
-        self.check(provider, commands.RegisterVariable(session, "t", "tensor", binary), "value_size_bytes", limit + 1)
+
+    def test_binary_size(self, provider: StateProvider, session: str) -> None:
+        limit = self.limits.binary_size_bytes
+        provider.submit(commands.RegisterVariable(session, "t", "tensor", Value("{}", b"x" * limit))).result()
+        above = Value("{}", b"x" * (limit + 1))
+        self.check(provider, commands.SetVariable(session, "t", above), "binary_size_bytes", limit + 1)
+
+    def test_session_size(self, provider: StateProvider, session: str) -> None:
+        """Whatever it holds, a session can be resumed and listed in one message."""
+        limit, text = self.limits.session_size_bytes, "é" * 200_000
+        names = [f"v{number}" for number in range(limit // 400_000 + 1)]
+        registering = [
+            refused(provider.submit(commands.RegisterVariable(session, name, "string", Value(f'"{text}"'))))
+            for name in names
+        ]
+        kept = [name for name, error in zip(names, registering, strict=True) if error is None]
+        assert len(kept) > 1
+        for error in registering[len(kept) :]:
+            assert isinstance(error, errors.LimitExceededError)
+            assert (error.setting, error.limit) == ("session_size_bytes", limit)
+            assert error.actual > limit
+        # What is not taken is not kept.
+        assert [variable.name for variable in provider.initialize_session(session).variables] == kept
+        batch = provider.set_variables(session, {kept[0]: text * 2, kept[1]: text})
+        assert "session_size_bytes" in batch.errors[kept[0]]
+        assert batch.versions == {kept[1]: 1}
+        # Room that is given back can be used again.
+        provider.delete_variable(session, kept[0])
+        provider.register_variable(session, kept[0], "string", text)
+
+    def test_session_size_counts_constraints_and_metadata(self, provider: StateProvider, session: str) -> None:
+        text = json.dumps("x" * (self.limits.session_size_bytes // 4 - 20_000))
+        for number in range(4):
+            provider.submit(commands.RegisterVariable(session, f"v{number}", "string", Value(text))).result()
+        constraints = json.dumps({"note": "x" * 4_000})
+        metadata = {"note": "x" * 1_900}
+        many = [
+            refused(
+                provider.submit(
+                    commands.RegisterVariable(session, f"c{number}", "string", Value('""'), constraints, metadata)
+                )
+            )
+            for number in range(20)
+        ]
+        assert many[0] is None
+        assert isinstance(many[-1], errors.LimitExceededError)
+        assert many[-1].setting == "session_size_bytes"
 
     def test_json_depth(self, provider: StateProvider, session: str) -> None:
         limit = self.limits.json_depth

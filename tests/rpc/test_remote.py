@@ -131,7 +131,8 @@ def test_results(tool: str, result: Value | None) -> None:
 
 def test_a_result_may_be_larger_than_grpc_takes_by_default() -> None:
     async def test() -> None:
-        async with serving(Worker()) as address, remote_tools() as tools:
+        limits = Limits(value_size_bytes=16 * 1024 * 1024)
+        async with serving(Worker()) as address, remote_tools(limits=limits) as tools:
             result = await tools.execute(call_of("large", address, parameters={"x": Value(f'"{"y" * 5_000_000}"')}))
             assert result is not None
             assert len(result.json) > 8_000_000

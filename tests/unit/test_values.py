@@ -55,10 +55,10 @@ def normalised(type_name: str, text: str, constraints: str = "", limits: Limits 
     return kept.json
 
 
-def refusal(type_name: str, text: str, constraints: str = "") -> str:
+def refusal(type_name: str, text: str, constraints: str = "", limits: Limits = LIMITS) -> str:
     """Why `text` is refused; always short enough to be read."""
     with pytest.raises(InvalidValueError) as caught:
-        normalised(type_name, text, constraints)
+        normalised(type_name, text, constraints, limits)
     assert caught.value.name == "x"
     assert len(str(caught.value)) < MESSAGE_LENGTH
     str(caught.value).encode()
@@ -359,10 +359,10 @@ def test_refusals_do_not_repeat_huge_values(type_name: str, text: str) -> None:
 
 
 def test_hostile_shapes_are_never_multiplied_out() -> None:
-    shape = [3] * 1_000_000
+    shape, limits = [3] * 1_000_000, Limits(value_size_bytes=16 * 1024 * 1024)
     with cpu_s_below(5):
-        refusal("tensor", json.dumps({"shape": shape, "data": [1]}))
-        assert normalised("tensor", json.dumps({"shape": [*shape, 0], "data": []}))
+        refusal("tensor", json.dumps({"shape": shape, "data": [1]}), limits=limits)
+        assert normalised("tensor", json.dumps({"shape": [*shape, 0], "data": []}), limits=limits)
 
 
 def test_what_grows_beyond_the_limit_when_it_is_written_out_is_refused() -> None:
@@ -826,12 +826,13 @@ def test_constraints_on_binaries(
     assert reason in caught.value.reason
 
 
-def test_size_of_a_binary_counts_description_and_bytes() -> None:
+@pytest.mark.parametrize(("setting", "size"), [("value_size_bytes", 7), ("binary_size_bytes", 10)])
+def test_description_and_bytes_of_a_binary_have_limits_of_their_own(setting: str, size: int) -> None:
     value = Value('{"a":1}', bytes(10))
-    assert kept_binary("tensor", value, limits=Limits(value_size_bytes=17)) is value
+    assert kept_binary("tensor", value, limits=Limits(**{setting: size})) is value
     with pytest.raises(LimitExceededError) as caught:
-        kept_binary("tensor", value, limits=Limits(value_size_bytes=16))
-    assert (caught.value.actual, caught.value.setting) == (17, "value_size_bytes")
+        kept_binary("tensor", value, limits=Limits(**{setting: size - 1}))
+    assert (caught.value.actual, caught.value.setting) == (size, setting)
 
 
 # ---- Python objects ----

@@ -1,6 +1,5 @@
 """Tool executions: their journal entries, and the one command that ends them with all that they wrote."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
@@ -35,7 +34,7 @@ from dspex_persist.state.model import (
     Value,
     Variable,
 )
-from dspex_persist.state.unit_of_work import SessionState, UnitOfWork, value_body
+from dspex_persist.state.unit_of_work import SessionState, UnitOfWork, size_of_tool, value_body
 
 _REFUSED_LATER = "it was possible when the tool asked, and is not any more"
 
@@ -369,7 +368,7 @@ class RegisterTools(Command[dict[str, str]]):
         for tool in self.tools:
             name = check_text("tool name", tool.spec.name, limits.name_length, "name_length")
             check_metadata(tool.spec.metadata, limits)
-            size = len(json.dumps(asdict(tool)))
+            size = size_of_tool(tool)
             if size > limits.constraints_size_bytes:
                 what = f"size of the description of tool {name!r} in bytes"
                 raise LimitExceededError(what, size, limits.constraints_size_bytes, "constraints_size_bytes")

@@ -222,10 +222,12 @@ class SetVariables(Command[BatchOutcome]):
         versions: dict[str, int] = {}
         errors = dict(self.refused)
         for identifier, value in self.updates.items():
+            before = uow.savepoint()
             try:
                 variable = uow.variable(self.session_id, identifier, hint=len(errors) < _MOST_HINTS)
                 versions[identifier] = _write(uow, self.session_id, variable, value, metadata).version
             except StateError as error:
+                uow.rollback_to(before)
                 errors[identifier] = str(error)
         if self.atomic and errors:
             uow.rollback_to(start)

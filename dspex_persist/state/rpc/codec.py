@@ -28,7 +28,7 @@ from dspex_persist.state.model import (
 from dspex_persist.state.rpc import wrapped
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.values import BinaryValue, check_content, infer_type, parse_json
-from dspex_persist.state.values.json_text import RefusedError, check_size, read
+from dspex_persist.state.values.json_text import RefusedError, check_binary_size, check_size, read
 
 BRIDGE_SERVICE = pb.DESCRIPTOR.services_by_name["BridgeService"]
 
@@ -59,7 +59,8 @@ _ADDRESS = "address"
 def value_of(name: str, wire: AnyMessage, binary: bytes = b"", limits: Limits = _LIMITS) -> Value:
     """The value in a message, not yet checked against any type. `name` is for the error."""
     type_url, content = wire.type_url, wire.value
-    check_size(name, len(content) + len(binary), limits)
+    check_size(name, len(content), limits)
+    check_binary_size(name, len(binary), limits)
     wrapper = wrapped.name_of(type_url)
     if type_url and not wrapper and not any(mark in type_url for mark in _MARKS):
         reason = f"its type_url is {quote(type_url)}; use {_PREFIX}<type> with the value as JSON"

@@ -10,7 +10,7 @@ from dspex_persist.state.model import Dependency, Session
 from dspex_persist.state.store import executions as stored_executions
 from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.schema import commits, dependencies, executions, is_unicode, sessions
-from dspex_persist.state.unit_of_work import Lease, SessionState
+from dspex_persist.state.unit_of_work import Lease, SessionState, size_of_tool
 
 # Built once: to build a statement takes SQLAlchemy longer than SQLite needs to run it.
 _FIND = select(sessions).where(sessions.c.ended_sequence.is_(None), sessions.c.session_id == bindparam("session_id"))
@@ -50,6 +50,7 @@ def load(connection: Connection, session_id: str) -> SessionState | None:
         tools=stored_executions.registered(connection, row.session_key),
         executions=stored_executions.running(connection, row.session_key),
     )
+    state.weight_bytes += sum(map(size_of_tool, state.tools.values()))
     for key, variable in stored_variables.live_variables(connection, row.session_key):
         state.put(variable)
         state.names[variable.id] = variable.name

@@ -8,7 +8,7 @@ objects.
 from dspex_persist.state.values.binary import check_content
 from dspex_persist.state.values.coercion import TYPE_NAMES
 from dspex_persist.state.values.constraints import Constraints, compile_constraints, constraints_json
-from dspex_persist.state.values.json_text import depth_if_above, parse_json
+from dspex_persist.state.values.json_text import check_binary_size, depth_if_above, parse_json
 from dspex_persist.state.values.normalisation import normalise, spell
 from dspex_persist.state.values.python_objects import (
     BinaryValue,
@@ -25,6 +25,7 @@ __all__ = [
     "TYPE_NAMES",
     "BinaryValue",
     "Constraints",
+    "check_binary_size",
     "check_content",
     "compile_constraints",
     "constraints_json",

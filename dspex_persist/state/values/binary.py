@@ -20,11 +20,10 @@ from dspex_persist.state.values.coercion import BINARY_TYPE_NAMES
 from dspex_persist.state.values.constraints import Constraints
 from dspex_persist.state.values.json_text import (
     RefusedError,
-    check_size,
+    check_binary_size,
     parse_json,
     shorten,
     shown,
-    utf8_size_bytes,
 )
 from dspex_persist.state.values.tensors import (
     DTYPES,
@@ -86,7 +85,7 @@ def normalise_binary(name: str, type_name: str, constraints: Constraints, value:
     try:
         if type_name not in BINARY_TYPE_NAMES:
             raise RefusedError(f"{type_name} values are JSON; only tensors and embeddings have companion bytes")
-        check_size(name, len(content) + utf8_size_bytes(value.json), limits)
+        check_binary_size(name, len(content), limits)
         description = parse_json(value.json, name=name, limits=limits)
         if not isinstance(description, dict):
             raise RefusedError(f"the description of a binary value is a JSON object, not {shown(description)}")

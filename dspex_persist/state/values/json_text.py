@@ -83,10 +83,17 @@ def _check_limits(name: str, text: str, limits: Limits) -> None:
 
 
 def check_size(name: str, size_bytes: int, limits: Limits) -> None:
-    """Raise `LimitExceededError` if a value of `size_bytes` is too large."""
+    """Raise `LimitExceededError` if JSON of `size_bytes` is too large."""
     if size_bytes > limits.value_size_bytes:
         what = f"size of {quote(name)} in bytes"
         raise LimitExceededError(what, size_bytes, limits.value_size_bytes, "value_size_bytes")
+
+
+def check_binary_size(name: str, size_bytes: int, limits: Limits) -> None:
+    """Raise `LimitExceededError` if the binary content of a value is too large."""
+    if size_bytes > limits.binary_size_bytes:
+        what = f"size of the binary content of {quote(name)} in bytes"
+        raise LimitExceededError(what, size_bytes, limits.binary_size_bytes, "binary_size_bytes")
 
 
 def _decoded(content: bytes) -> str:
