@@ -103,6 +103,11 @@ class LimitSettings(BaseSettings):
     constraints_size_bytes: Size = Field(ByteSize(64 * _KIB), description="Size of a variable's constraints.")
     batch_entries: Count = Field(10_000, description="Variables in one batch, read or written.")
     history_entries: Count = Field(10_000, description="Versions in one answer of GetVariableHistory.")
+    history_size_bytes: Size = Field(
+        ByteSize(16 * _MIB),
+        description="Once an answer of GetVariableHistory has so much, the rest is for the next; at most a third of "
+        "`max_message_bytes`.",
+    )
     queue_length: Count = Field(10_000, description="Writes that wait; those beyond are refused at once.")
     watchers: Count = Field(10_000, description="Watches that are open at the same time.")
     executions: Count = Field(10_000, description="Tool executions that run or wait at the same time.")

@@ -157,8 +157,9 @@ def limits_of(settings: Settings) -> Limits:
     """The limits that settings say."""
     said = Limits(**{field.name: int(getattr(settings, field.name)) for field in dataclasses.fields(Limits)})
     # A session travels in one message, with its names, which count but a little.
-    most = min(said.session_size_bytes, settings.max_message_bytes * 2 // 3)
-    return dataclasses.replace(said, session_size_bytes=most)
+    message = settings.max_message_bytes
+    session, history = min(said.session_size_bytes, message * 2 // 3), min(said.history_size_bytes, message // 3)
+    return dataclasses.replace(said, session_size_bytes=session, history_size_bytes=history)
 
 
 def _place_of(url: str | os.PathLike[str]) -> Path | str:
@@ -374,7 +375,11 @@ async def _serve_bridge(
     home = asyncio.get_running_loop()
     runner = ToolRunner(provider, tools, threads=settings.tool_threads, limits=limits, remote=remote, home=home)
     servicer = BridgeServicer(
-        provider, runner, heartbeat_s=settings.heartbeat_s, stall_timeout_s=settings.stall_timeout_s
+        provider,
+        runner,
+        heartbeat_s=settings.heartbeat_s,
+        stall_timeout_s=settings.stall_timeout_s,
+        max_message_bytes=int(settings.max_message_bytes),
     )
     auditor = AuditServicer(
         provider,

@@ -27,7 +27,7 @@ from dspex_persist.state.model import (
 )
 from dspex_persist.state.model import RecordedExecution as KnownExecution
 from dspex_persist.state.provider import StateProvider
-from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, SessionState, UnitOfWork
+from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, SessionState, UnitOfWork, up_to
 from dspex_persist.state.watch import Watch
 
 R = TypeVar("R")
@@ -204,12 +204,13 @@ class _Backing:
         return next((entry for entry in known if entry.version == version), None)
 
     def history(
-        self, state: SessionState, identifier: str, limit: int, before: int | None
+        self, state: SessionState, identifier: str, limit: int, before: int | None, most_bytes: int | None = None
     ) -> list[VariableVersion] | None:
         known = self.take.history(state, identifier)
         if known is None:
             return None
-        return [entry for entry in reversed(known) if before is None or entry.version < before][:limit]
+        below = [entry for entry in reversed(known) if before is None or entry.version < before]
+        return up_to(below[:limit], most_bytes)
 
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
         return None

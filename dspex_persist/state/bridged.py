@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from dspex_persist.infra.listen import target_of
 from dspex_persist.infra.user import user_name
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.commands import Command
+from dspex_persist.state.commands.variables import DEFAULT_HISTORY
 from dspex_persist.state.errors import (
     EngineClosedError,
     InvalidArgumentError,
@@ -42,6 +43,7 @@ from dspex_persist.state.model import (
     Value,
     Variable,
     VariablesFound,
+    VariableVersion,
 )
 from dspex_persist.state.provider import Capability, Progress, StateProvider, check_watch, fault_of, silent
 from dspex_persist.state.rpc import audit_client, codec
@@ -271,7 +273,9 @@ class _Attempt:
         self._command = command
         self._repeatable = repeatable
         self._make_headers = headers
+        self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
+        self._taken: list[VariableVersion] = []
         # A tool may take its time; a server that is gone is not waited for as long as that.
         self._lost_s = lost_s
         self._give_up_at: float | None = None
@@ -316,8 +320,24 @@ class _Attempt:
         else:
             if isinstance(response, pb.InitializeSessionResponse):
                 self._future.set_result(_session_view(response, call))
+            elif isinstance(response, pb.GetVariableHistoryResponse):
+                self._take_history(response, call)
             else:
                 self._future.set_result(self._wire.result(self._command, response))
+
+    def _take_history(self, response: pb.GetVariableHistoryResponse, call: Any) -> None:
+        """Go on where the server has left off because versions are large, until there are as many as were asked for."""
+        command: Any = self._command
+        self._taken += self._wire.result(command, response)
+        left = (command.limit or DEFAULT_HISTORY) - len(self._taken)
+        below = next((text for key, text in call.trailing_metadata() or () if key == BEFORE_VERSION), None)
+        if below is None or left <= 0:
+            self._future.set_result(self._taken)
+            return
+        self._deadline = time.monotonic() + self._timeout_s
+        self._request = self._wire.request(replace(command, limit=left))
+        self._headers = (*(each for each in self._headers if each[0] != BEFORE_VERSION), (BEFORE_VERSION, below))
+        self._send_again()
 
     def _failed(self, call: Any) -> None:
         error = error_of_call(call, self._target)

@@ -34,7 +34,7 @@ from dspex_persist.state.model import (
     Variable,
     VariableVersion,
 )
-from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, Savepoint, SessionState, UnitOfWork
+from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, Savepoint, SessionState, UnitOfWork, up_to
 
 R = TypeVar("R")
 
@@ -201,7 +201,7 @@ class _Overlay:
         return found[0] if found and found[0].version == version else None
 
     def history(
-        self, state: SessionState, identifier: str, limit: int, before: int | None
+        self, state: SessionState, identifier: str, limit: int, before: int | None, most_bytes: int | None = None
     ) -> list[VariableVersion] | None:
         meant = self._meant(state, identifier)
         staged = [
@@ -209,13 +209,19 @@ class _Overlay:
             for change in reversed(self.unit.versions)
             if change.version.variable_id == meant and (before is None or change.version.version < before)
         ]
-        if len(staged) >= limit or (staged and staged[-1].version == 0):
-            return staged[:limit]
+        told = up_to(staged[:limit], most_bytes)
+        if most_bytes is not None:
+            most_bytes -= sum(entry.size_bytes for entry in told)
+        enough = len(told) >= limit or (most_bytes is not None and most_bytes <= 0)
+        if enough or (staged and staged[-1].version == 0):
+            return told
         base = self.snapshot.find(meant) if meant is not None else None
         if base is not None:
             before = base.version + 1 if before is None else min(before, base.version + 1)
         # By id: of its name there may be another one by now.
-        query = commands.GetVariableHistory(self.session_id, meant or identifier, limit - len(staged), before)
+        query = commands.GetVariableHistory(
+            self.session_id, meant or identifier, limit - len(staged), before, most_bytes
+        )
         committed: list[VariableVersion] = self._read(query)
         if base is None:
             # It was deleted before the execution began: another one of its name, begun since, is not for it to see.

@@ -23,6 +23,7 @@ class Limits:
     constraints_size_bytes: int = 64 * 1024
     batch_entries: int = 10_000
     history_entries: int = 10_000
+    history_size_bytes: int = 16 * 1024 * 1024
     queue_length: int = 10_000
     watchers: int = 10_000
     executions: int = 10_000

@@ -132,6 +132,12 @@ class VariableVersion(NamedTuple):
     cause: str
     sequence: int
 
+    @property
+    def size_bytes(self) -> int:
+        """Roughly what it takes in an answer."""
+        texts = (*self.metadata, *self.metadata.values())
+        return 500 + (self.value.size_bytes if self.value is not None else 0) + sum(map(size_of, texts))
+
 
 @dataclass(frozen=True, slots=True)
 class Dependency:

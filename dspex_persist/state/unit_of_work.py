@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from difflib import get_close_matches
 from graphlib import TopologicalSorter
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any, Protocol, TypeAlias
 
 from dspex_persist.clock import from_micros, to_micros
@@ -167,9 +167,12 @@ class Backing(Protocol):
         """One committed version."""
 
     def history(
-        self, state: SessionState, identifier: str, limit: int, before: int | None
+        self, state: SessionState, identifier: str, limit: int, before: int | None, most_bytes: int | None = None
     ) -> list[VariableVersion] | None:
-        """The newest `limit` versions below `before`, newest first; None if the session never had the variable."""
+        """The newest `limit` versions below `before`, newest first; None if the session never had the variable.
+
+        None that follows once they have `most_bytes`.
+        """
 
     def find_outcome(self, session_id: str, key: str) -> "RecordedOutcome | None":
         """What was answered under an idempotency key."""
@@ -425,9 +428,14 @@ class UnitOfWork:
                 return change.version
         return self._drafts.backing.find_version(self.session(session_id), variable.id, version)
 
-    def history(self, session_id: str, identifier: str, limit: int, before: int | None = None) -> list[VariableVersion]:
-        """The newest `limit` committed versions below version `before`, newest first; deleted variables included."""
-        found = self._drafts.backing.history(self.session(session_id), identifier, limit, before)
+    def history(
+        self, session_id: str, identifier: str, limit: int, before: int | None = None, most_bytes: int | None = None
+    ) -> list[VariableVersion]:
+        """The newest `limit` committed versions below version `before`, newest first; deleted variables included.
+
+        None that follows once they have `most_bytes`.
+        """
+        found = self._drafts.backing.history(self.session(session_id), identifier, limit, before, most_bytes)
         if found is None:
             raise VariableNotFoundError(session_id, identifier)
         return found
@@ -645,6 +653,14 @@ class UnitOfWork:
         change = Change(version, variable, merged)
         self._drafts.versions.append(change)
         self.versions.append(change)
+
+
+def up_to(versions: Sequence[VariableVersion], most_bytes: int | None) -> list[VariableVersion]:
+    """The first of `versions`, until they have `most_bytes`; at least one."""
+    if most_bytes is None:
+        return list(versions)
+    before = accumulate((version.size_bytes for version in versions), initial=0)
+    return [version for version, size_bytes in zip(versions, before, strict=False) if size_bytes < most_bytes]
 
 
 def _near(identifier: str, names: Iterable[str]) -> str:

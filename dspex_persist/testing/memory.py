@@ -11,7 +11,7 @@ from dspex_persist.state.commands import Command, ExpireSession
 from dspex_persist.state.errors import StateError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Change, Event, Origin, RecordedExecution, Source, VariableVersion
-from dspex_persist.state.unit_of_work import START, Drafts, RecordedOutcome, SessionState, UnitOfWork
+from dspex_persist.state.unit_of_work import START, Drafts, RecordedOutcome, SessionState, UnitOfWork, up_to
 
 R = TypeVar("R")
 
@@ -143,7 +143,7 @@ class MemoryBacking:
         return versions[version] if 0 <= version < len(versions) else None
 
     def history(
-        self, state: SessionState, identifier: str, limit: int, before: int | None
+        self, state: SessionState, identifier: str, limit: int, before: int | None, most_bytes: int | None = None
     ) -> list[VariableVersion] | None:
         """The newest `limit` versions below `before`, newest first; None if the session never had the variable."""
         history = self._history_of(state)
@@ -151,7 +151,7 @@ class MemoryBacking:
         variable_id = live.id if live is not None else history.find_id(identifier)
         if variable_id is None:
             return None
-        return history.versions[variable_id][:before][::-1][:limit]
+        return up_to(history.versions[variable_id][:before][::-1][:limit], most_bytes)
 
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
         """What was answered under an idempotency key."""

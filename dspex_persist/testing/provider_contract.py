@@ -57,6 +57,7 @@ SMALL_LIMITS = Limits(
     constraints_size_bytes=4 * 1024,
     batch_entries=120,
     history_entries=200,
+    history_size_bytes=1024 * 1024,
     watchers=30,
 )
 """Limits that a test can reach quickly."""
@@ -907,6 +908,21 @@ class HistoryContract(_Contract):
             assert newer.sequence > older.sequence
             assert newer.created_at >= older.created_at
         assert provider.get_variable_history(session, variable_id) == history
+
+    def test_large_versions_all_come(self, provider: StateProvider, session: str) -> None:
+        """However many answers that takes."""
+        size = self.limits.value_size_bytes // 3
+        texts = [f"{number}{'x' * size}" for number in range(12)]
+        provider.register_variable(session, "x", "string", texts[0])
+        for text in texts[1:]:
+            provider.set_variable(session, "x", text)
+        assert size * len(texts) > 2 * self.limits.history_size_bytes
+        assert [entry.value for entry in provider.get_variable_history(session, "x")] == [
+            Value(json.dumps(text)) for text in reversed(texts)
+        ]
+        assert [entry.version for entry in provider.get_variable_history(session, "x", 7)] == list(range(11, 4, -1))
+        before = commands.GetVariableHistory(session, "x", 9, 10)
+        assert [entry.version for entry in provider.submit(before).result()] == list(range(9, 0, -1))
 
     def test_a_limit_of_0_means_100(self, provider: StateProvider, session: str) -> None:
         provider.register_variable(session, "x", "integer", 0)

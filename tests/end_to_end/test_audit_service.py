@@ -18,6 +18,8 @@ import dspex_persist_audit_pb2 as pb
 import dspex_persist_audit_pb2_grpc as audit_stubs
 import grpc
 import pytest
+import snakepit_bridge_pb2 as bridge_pb
+import snakepit_bridge_pb2_grpc as bridge_stubs
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -227,9 +229,13 @@ def test_a_stream_in_flight_when_the_server_ends_can_go_on(filled: Path, tmp_pat
 
 @pytest.fixture(scope="module")
 def narrow(filled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server of little patience, with small messages."""
+    """A server of little patience, with small messages; one session is from a time when they were larger."""
     copy = tmp_path_factory.mktemp("narrow") / "sessions.db"
     copy.write_bytes(filled.read_bytes())
+    with EmbeddedState(copy) as state:
+        state.initialize_session("wide")
+        for number in range(20):
+            state.register_variable("wide", f"v{number}", "string", "y" * VALUE_BYTES)
     with serve(copy, "--stall-timeout", "0.2", "--max-message-bytes", "64KiB") as server:
         yield server
 
@@ -248,13 +254,49 @@ def test_who_does_not_read_is_cut_off(narrow: ServerProcess) -> None:
 def test_answers_that_no_message_can_hold_are_errors_and_lists_are_cut_to_fit(narrow: ServerProcess) -> None:
     with open_audit(f"grpc://{target_of(narrow)}") as audit, BridgedState(target_of(narrow)) as state:
         assert len(audit.page(HistoryQuery(variable="text"), most=100).rows) == 100
-        state.initialize_session("wide")
-        for number in range(20):
-            state.register_variable("wide", f"v{number}", "string", "y" * VALUE_BYTES)
-        with pytest.raises(LimitExceededError) as caught:
-            audit.state("wide")
+        for ask in (lambda: audit.state("wide"), lambda: state.list_variables("wide")):
+            with pytest.raises(LimitExceededError) as caught:
+                ask()
+            assert caught.value.setting == "max_message_bytes"
         assert len(list(audit.iterate(HistoryQuery(session="wide")))) == 20
-    assert caught.value.setting == "max_message_bytes"
+
+
+def test_a_session_that_no_message_can_hold_is_resumed_nevertheless(narrow: ServerProcess) -> None:
+    with grpc.insecure_channel(target_of(narrow)) as channel:
+        bridge = bridge_stubs.BridgeServiceStub(channel)
+        response, call = bridge.InitializeSession.with_call(bridge_pb.InitializeSessionRequest(session_id="wide"))
+        told = list(response.initial_variables)
+        trailers = dict(call.trailing_metadata())
+        assert trailers["x-dspex-resumed"] == "true"
+        assert int(trailers["x-dspex-left-out"]) == 20 - len(told)
+        assert 0 < len(told) < 20
+        # All of it can be read, it can shrink, and it does not grow.
+        for number in range(20):
+            one = bridge_pb.GetVariableRequest(session_id="wide", variable_identifier=f"v{number}")
+            assert len(bridge.GetVariable(one).variable.value.value) == VALUE_BYTES + 2
+        with BridgedState(target_of(narrow)) as state:
+            state.set_variable("wide", "v0", "short")
+            with pytest.raises(LimitExceededError, match="session_size_bytes"):
+                state.set_variable("wide", "v1", "y" * (VALUE_BYTES + 1))
+
+
+def test_a_history_stops_where_a_message_is_full_and_says_how_to_go_on(narrow: ServerProcess) -> None:
+    with grpc.insecure_channel(target_of(narrow)) as channel:
+        history = bridge_stubs.BridgeServiceStub(channel).GetVariableHistory
+        request = bridge_pb.GetVariableHistoryRequest(session_id="large", variable_identifier="text", limit=30)
+        found: list[int] = []
+        headers: tuple[tuple[str, str], ...] = ()
+        while len(found) < 30:
+            request.limit = 30 - len(found)
+            response, call = history.with_call(request, metadata=headers)
+            assert response.ByteSize() < 32 * 1024
+            assert response.entries
+            found += [entry.version for entry in response.entries]
+            headers = tuple(each for each in call.trailing_metadata() if each[0] == "x-dspex-before-version")
+            assert headers or len(found) == 30
+    assert found == list(range(VERSIONS - 1, VERSIONS - 31, -1))
+    with BridgedState(target_of(narrow)) as state:
+        assert [entry.version for entry in state.get_variable_history("large", "text", 30)] == found
 
 
 # What may be seen, and errors

@@ -636,3 +636,28 @@ def test_what_is_no_database_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotADatabaseError):
         open_audit(tmp_path / "text.db")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["text.db"]
+
+
+@pytest.mark.parametrize("newest_first", [True, False])
+@pytest.mark.parametrize("query", [{"session": "s", "variable": "x"}, {"session": "s"}, {}, {"metadata": {"k": "v"}}])
+def test_a_page_ends_where_it_is_large(tmp_path: Path, query: dict[str, Any], newest_first: bool) -> None:
+    """However many rows were asked for: a page is held in memory."""
+    size = 700_000
+    with EmbeddedState(tmp_path / "s.db") as state:
+        state.initialize_session("s")
+        for number in range(12):
+            # Each deletion and each new one of the name is a variable of its own.
+            state.register_variable("s", "x", "string", f"{number}{'y' * size}", metadata={"k": "v"})
+            state.set_variable("s", "x", f"again {number}{'z' * size}", metadata={"k": "v"})
+            state.delete_variable("s", "x")
+        audit, question = state.audit(), HistoryQuery(newest_first=newest_first, **query)
+        found, after, pages = [], None, 0
+        while pages == 0 or after is not None:
+            page = audit.page(question, after, 500)
+            assert sum(row.value.size_bytes for row in page.rows if row.value) < 2 * answers._PAGE_BYTES
+            found += page.rows
+            after, pages = page.after, pages + 1
+        values = [row.value.json[1:9] for row in found if row.value]
+        told = [text for number in range(12) for text in (f"{number}{'y' * 9}"[:8], f"again {number}zzz"[:8])]
+        assert values == (told[::-1] if newest_first else told)
+        assert pages > 3

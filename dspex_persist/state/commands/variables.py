@@ -258,11 +258,15 @@ class DeleteVariable(Command[None]):
 
 @dataclass(frozen=True, slots=True)
 class GetVariableHistory(Command[list[VariableVersion]]):
-    """The newest versions, newest first; deleted variables still have theirs. `limit` 0 means 100."""
+    """The newest versions, newest first; deleted variables still have theirs. `limit` 0 means 100.
+
+    `most_bytes`: once there is so much, what is left of them stays to be asked for, `before` the last.
+    """
 
     identifier: str
     limit: Number = 0
     before: Version | None = None
+    most_bytes: int | None = None
 
     @property
     def reads(self) -> Reads:
@@ -278,7 +282,8 @@ class GetVariableHistory(Command[list[VariableVersion]]):
             # Nothing is called so: a query with megabytes of it would keep them until the collector comes round.
             uow.session(self.session_id)
             raise VariableNotFoundError(self.session_id, self.identifier)
-        return uow.history(self.session_id, self.identifier, self.limit or DEFAULT_HISTORY, self.before)
+        limit = self.limit or DEFAULT_HISTORY
+        return uow.history(self.session_id, self.identifier, limit, self.before, self.most_bytes)
 
 
 @dataclass(frozen=True, slots=True)

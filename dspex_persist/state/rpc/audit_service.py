@@ -13,13 +13,13 @@ from google.protobuf.message import Message
 
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.audit import AuditSource
-from dspex_persist.state.errors import EngineClosedError, LimitExceededError, UnavailableError, UnsupportedError
+from dspex_persist.state.errors import EngineClosedError, UnavailableError, UnsupportedError
 from dspex_persist.state.mailbox import LoopMailbox
 from dspex_persist.state.model import PrunePolicy, PruneReport
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.rpc import audit_codec as codec
 from dspex_persist.state.rpc.audit_codec import ListRpc, Question
-from dspex_persist.state.rpc.calls import Context
+from dspex_persist.state.rpc.calls import Context, fitting
 from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as pb
 
 R = TypeVar("R")
@@ -172,10 +172,7 @@ class AuditServicer:
         return await self._mailbox.result(future)
 
     def _fitting(self, message: M) -> M:
-        size_bytes = message.ByteSize()
-        if size_bytes > self._max_message_bytes:
-            raise LimitExceededError("the size of the answer", size_bytes, self._max_message_bytes, "max_message_bytes")
-        return message
+        return fitting(message, self._max_message_bytes)
 
     async def _send(self, message: Any, context: Context) -> None:
         try:

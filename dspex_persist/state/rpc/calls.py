@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from typing import Any, Final, TypeAlias, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.commands import Command
@@ -27,6 +28,7 @@ from dspex_persist.state.rpc.headers import (
 from dspex_persist.state.runner import ToolRunner
 
 R = TypeVar("R")
+M = TypeVar("M", bound=Message)
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 _ACTOR_LENGTH = 255
@@ -91,6 +93,14 @@ def check_count(what: str, entries: Sized, most: int, setting: str) -> None:
     """Refuse a request with too many of something before anything is made of them: a message holds millions."""
     if len(entries) > most:
         raise LimitExceededError(f"number of {what}", len(entries), most, setting)
+
+
+def fitting(message: M, max_message_bytes: int) -> M:
+    """The answer, if it is no larger than a message may be: gRPC would not say what to do."""
+    size_bytes = message.ByteSize()
+    if size_bytes > max_message_bytes:
+        raise LimitExceededError("the size of the answer", size_bytes, max_message_bytes, "max_message_bytes")
+    return message
 
 
 async def _run_within(execution: Execution, command: Command[R], origin: Origin) -> R:

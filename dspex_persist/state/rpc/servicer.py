@@ -1,33 +1,37 @@
 """BridgeServicer: the rpcs of the unified bridge over any StateProvider. Messages in, commands out, no rules."""
 
 import asyncio
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from dspex_persist import clock
 from dspex_persist.state import commands
 from dspex_persist.state.errors import InvalidArgumentError, StateError, UnavailableError, WatchStalledError, quote
-from dspex_persist.state.model import Update, UpdateKind, Value
+from dspex_persist.state.model import Update, UpdateKind, Value, Variable
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.rpc import codec
-from dspex_persist.state.rpc.calls import Context, check_count, whole_number
+from dspex_persist.state.rpc.calls import Context, check_count, fitting, whole_number
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.rpc.headers import (
     AFTER_SEQUENCE,
     BEFORE_VERSION,
     EXPECTED_VERSION,
     INITIAL_VALUES,
+    LEFT_OUT,
     POSITION,
     RESUMED,
 )
 from dspex_persist.state.rpc.inherited import OneProcess
 from dspex_persist.state.rpc.tools import ToolRpcs
 from dspex_persist.state.runner import ToolRunner
+from dspex_persist.state.unit_of_work import weight_of
 from dspex_persist.state.watch import Watch
 
 
 class BridgeServicer(ToolRpcs):
     """The rpcs. `heartbeat_s`: how often an idle watcher hears something. `stall_timeout_s`: how long one update may
-    wait for a watcher that does not read before its stream is ended.
+    wait for a watcher that does not read before its stream is ended. `max_message_bytes`: how large an answer may be.
 
     Made and used on one event loop.
     """
@@ -39,8 +43,10 @@ class BridgeServicer(ToolRpcs):
         *,
         heartbeat_s: float = 15.0,
         stall_timeout_s: float = 30.0,
+        max_message_bytes: int = 100 * 1024 * 1024,
     ) -> None:
         super().__init__(provider, runner, stall_timeout_s)
+        self._max_message_bytes = max_message_bytes
         self._heartbeat_s = heartbeat_s
         self._draining = False
         self._watchers: set[asyncio.Event] = set()
@@ -72,11 +78,21 @@ class BridgeServicer(ToolRpcs):
         self._log(command.cause, command.session_id, context).info(
             "session resumed" if view.resumed else "session begun"
         )
-        if view.resumed:
-            context.set_trailing_metadata(((RESUMED, "true"),))
-        variables = {variable.name: codec.variable_message(variable) for variable in view.variables}
+        told = self._fitting_variables(view.variables)
+        trailers = [(RESUMED, "true")] if view.resumed else []
+        if len(told) < len(view.variables):
+            trailers.append((LEFT_OUT, str(len(view.variables) - len(told))))
+        context.set_trailing_metadata(tuple(trailers))
+        variables = {variable.name: codec.variable_message(variable) for variable in told}
         tools = await self._available_tools(request.session_id, context)
-        return pb.InitializeSessionResponse(success=True, initial_variables=variables, available_tools=tools)
+        response = pb.InitializeSessionResponse(success=True, initial_variables=variables, available_tools=tools)
+        return fitting(response, self._max_message_bytes)
+
+    def _fitting_variables(self, variables: Sequence[Variable]) -> list[Variable]:
+        """Those that fit into a message: of a session that was written under higher limits perhaps not all."""
+        most = max(self._limits.session_size_bytes, self._max_message_bytes * 2 // 3)
+        weights = accumulate(map(weight_of, variables))
+        return [variable for variable, weight in zip(variables, weights, strict=True) if weight <= most]
 
     async def GetSession(self, request: pb.GetSessionRequest, context: Context) -> pb.GetSessionResponse:
         summary = await self._read(commands.GetSession(request.session_id), context)
@@ -125,7 +141,8 @@ class BridgeServicer(ToolRpcs):
         identifiers = self._identifiers(request)
         found = await self._read(commands.GetVariables(request.session_id, identifiers, request.bypass_cache), context)
         variables = {identifier: codec.variable_message(variable) for identifier, variable in found.variables.items()}
-        return pb.BatchGetVariablesResponse(variables=variables, missing_variables=found.missing)
+        response = pb.BatchGetVariablesResponse(variables=variables, missing_variables=found.missing)
+        return fitting(response, self._max_message_bytes)
 
     async def SetVariable(self, request: pb.SetVariableRequest, context: Context) -> pb.SetVariableResponse:
         identifier = request.variable_identifier
@@ -149,7 +166,8 @@ class BridgeServicer(ToolRpcs):
 
     async def ListVariables(self, request: pb.ListVariablesRequest, context: Context) -> pb.ListVariablesResponse:
         variables = await self._read(commands.ListVariables(request.session_id, request.pattern), context)
-        return pb.ListVariablesResponse(variables=[codec.variable_message(variable) for variable in variables])
+        response = pb.ListVariablesResponse(variables=[codec.variable_message(variable) for variable in variables])
+        return fitting(response, self._max_message_bytes)
 
     async def DeleteVariable(self, request: pb.DeleteVariableRequest, context: Context) -> pb.DeleteVariableResponse:
         await self._write(commands.DeleteVariable(request.session_id, request.variable_identifier), context)
@@ -157,8 +175,13 @@ class BridgeServicer(ToolRpcs):
 
     async def GetVariableHistory(self, request: pb.GetVariableHistoryRequest, context: Context) -> Any:
         before = whole_number(context, BEFORE_VERSION)
-        command = commands.GetVariableHistory(request.session_id, request.variable_identifier, request.limit, before)
+        most_bytes = self._limits.history_size_bytes
+        command = commands.GetVariableHistory(
+            request.session_id, request.variable_identifier, request.limit, before, most_bytes
+        )
         history = await self._read(command, context)
+        if history and history[-1].version > 0 and sum(version.size_bytes for version in history) >= most_bytes:
+            context.set_trailing_metadata(((BEFORE_VERSION, str(history[-1].version)),))
         return pb.GetVariableHistoryResponse(entries=[codec.history_entry(version) for version in history])
 
     async def RollbackVariable(self, request: pb.RollbackVariableRequest, context: Context) -> Any:

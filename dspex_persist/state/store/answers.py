@@ -54,6 +54,8 @@ from dspex_persist.state.store.variables import KIND_CODES, KINDS, SOURCE_CODES,
 from dspex_persist.state.unit_of_work import value_in
 from dspex_persist.state.values.json_text import storable, stored, stored_object
 
+_PAGE_BYTES: Final = 4 * 1024 * 1024
+"""How much of a history is read at once, but for one version that is larger."""
 _WINDOW: Final = 50_000
 """Commits that one snapshot walks through at most, where nothing narrows a question down."""
 
@@ -311,6 +313,23 @@ class StoredAudit(AuditSource):
 
 def _all(connection: Connection, statement: str, *parameters: object) -> Sequence[Any]:
     return connection.exec_driver_sql(statement, parameters).fetchall()
+
+
+def _some(connection: Connection, statement: str, most: int, *parameters: object) -> tuple[list[Any], Any]:
+    """Up to `most` rows, and fewer once they are a page full; with the last of them if there are more.
+
+    `statement` ends in its limit.
+    """
+    found: list[Any] = []
+    size_bytes = 0
+    rows = connection.exec_driver_sql(statement, (*parameters, most + 1))
+    for row in rows:
+        if len(found) == most or size_bytes >= _PAGE_BYTES:
+            rows.close()
+            return found, found[-1]
+        found.append(row)
+        size_bytes += len(row.text or "") + len(row.binary or b"") + len(row.metadata or "")
+    return found, None
 
 
 def _first(connection: Connection, statement: str, *parameters: object) -> Any:
@@ -639,7 +658,8 @@ class _HistoryPage:
         newest_first = self._query.newest_first
         rows: list[HistoryEntry] = []
         for key in sorted(keys, reverse=newest_first):
-            page = self._of_variable(key, self._most - len(rows))
+            full = sum(row.value.size_bytes for row in rows if row.value is not None) >= _PAGE_BYTES
+            page = self._of_variable(key, 0 if full else self._most - len(rows))
             rows += page.rows
             if page.after is not None:
                 return Page(rows, page.after)
@@ -690,12 +710,11 @@ class _HistoryPage:
     def _read(self, driver: str, more: _Conditions, order: str, most: int) -> Page[HistoryEntry]:
         more.add_all(self._conditions)
         statement = _VERSIONS.format(driver=driver) + str(more) + order
-        rows = _all(self._connection, statement, *more.parameters, most + 1)
-        entries = [_entry_of(row, self._reveal) for row in rows[:most]]
+        rows, last = _some(self._connection, statement, most, *more.parameters)
+        entries = [_entry_of(row, self._reveal) for row in rows]
         entries = [entry for entry in entries if self._query.metadata.items() <= entry.metadata.items()]
         if self._mine is not None:
             entries = [entry for entry in entries if (entry.name, entry.version) in self._mine]
-        last = rows[most - 1] if len(rows) > most else None
         return Page(entries, (last.sequence, last.variable_key, last.version) if last is not None else None)
 
 

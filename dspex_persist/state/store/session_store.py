@@ -458,10 +458,10 @@ class SessionStore:
         return stored_variables.find_version(self._connection, key, version) if key is not None else None
 
     def history(
-        self, state: SessionState, identifier: str, limit: int, before: int | None
+        self, state: SessionState, identifier: str, limit: int, before: int | None, most_bytes: int | None = None
     ) -> list[VariableVersion] | None:
         """The newest committed versions."""
-        return _history(self._connection, state, identifier, limit, before)
+        return _history(self._connection, state, identifier, limit, before, most_bytes)
 
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
         """What was answered under an idempotency key."""
@@ -616,7 +616,7 @@ class _Published:
         raise NotImplementedError("memory holds no history")
 
     def history(
-        self, state: SessionState, identifier: str, limit: int, before: int | None
+        self, state: SessionState, identifier: str, limit: int, before: int | None, most_bytes: int | None = None
     ) -> list[VariableVersion] | None:
         raise NotImplementedError("memory holds no history")
 
@@ -653,9 +653,9 @@ class _Snapshot:
         return stored_variables.find_version(self._connection, key, version) if key is not None else None
 
     def history(
-        self, state: SessionState, identifier: str, limit: int, before: int | None
+        self, state: SessionState, identifier: str, limit: int, before: int | None, most_bytes: int | None = None
     ) -> list[VariableVersion] | None:
-        return _history(self._connection, state, identifier, limit, before)
+        return _history(self._connection, state, identifier, limit, before, most_bytes)
 
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
         return outcomes.find(self._connection, session_id, key)
@@ -677,13 +677,18 @@ def _load(connection: Connection, session_id: str) -> SessionState | None:
 
 
 def _history(
-    connection: Connection, state: SessionState, identifier: str, limit: int, before: int | None
+    connection: Connection,
+    state: SessionState,
+    identifier: str,
+    limit: int,
+    before: int | None,
+    most_bytes: int | None,
 ) -> list[VariableVersion] | None:
     variable = state.find(identifier)
     key = state.keys.get(variable.id) if variable is not None else None
     if key is None:
         key = stored_variables.find_key(connection, state.key, identifier)
-    return stored_variables.history(connection, key, limit, before) if key is not None else None
+    return stored_variables.history(connection, key, limit, before, most_bytes) if key is not None else None
 
 
 def _original(error: Exception) -> object:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from math import inf
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, bindparam, func, select, text
@@ -130,12 +131,15 @@ def find_key(connection: Connection, session_key: int, identifier: str) -> int |
     return connection.execute(query).scalar()
 
 
-def history(connection: Connection, variable_key: int, limit: int, before: int | None) -> list[VariableVersion]:
-    """The newest `limit` versions below `before`, newest first."""
+def history(
+    connection: Connection, variable_key: int, limit: int, before: int | None, most_bytes: int | None = None
+) -> list[VariableVersion]:
+    """The newest `limit` versions below `before`, newest first; no more once they have `most_bytes`."""
     below = _NO_BOUND if before is None else before
     rows = connection.connection.cursor().execute(_HISTORY, (variable_key, below, limit))
     variable_id, type_name = connection.execute(_FACTS, {"variable_key": variable_key}).one()
-    found = []
+    found: list[VariableVersion] = []
+    left_bytes = inf if most_bytes is None else most_bytes
     for number, sequence, kind, source, inline, binary, metadata, large, large_binary, actor, cause, at in rows:
         text = inline if large is None else large.decode()
         value = None if text is None else Value(text, binary if large_binary is None else large_binary)
@@ -154,6 +158,10 @@ def history(connection: Connection, variable_key: int, limit: int, before: int |
                 sequence,
             )
         )
+        left_bytes -= found[-1].size_bytes
+        if left_bytes <= 0:
+            break
+    rows.close()
     return found
 
 
