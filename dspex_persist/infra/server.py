@@ -73,8 +73,10 @@ class ServerOptions:
 
     `listen` is HOST:PORT (port 0: a free one) or unix:PATH. `grace_s` bounds a drain: calls that still run
     then are cancelled. A connection that is silent for `keepalive_time_s` is pinged, and cut if it does not
-    answer within `keepalive_timeout_s`. Clients may ping every `client_ping_interval_s`. One connection has at most
-    `streams_per_connection` calls open; a client that wants more waits, or opens another connection.
+    answer within `keepalive_timeout_s`; one that has not begun to speak HTTP/2 within `handshake_timeout_s` is
+    cut, too. One that answers may be idle for as long as it likes. Compressed requests are refused. Clients may
+    ping every `client_ping_interval_s`. One connection has at most `streams_per_connection` calls open; a client
+    that wants more waits, or opens another connection.
     """
 
     listen: str
@@ -83,6 +85,7 @@ class ServerOptions:
     reflection: bool = True
     keepalive_time_s: float = 30.0
     keepalive_timeout_s: float = 10.0
+    handshake_timeout_s: float = 20.0
     client_ping_interval_s: float = 5.0
     streams_per_connection: int = 11_000
 
@@ -208,6 +211,10 @@ def _channel_options(options: ServerOptions) -> list[tuple[str, int]]:
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", round(options.client_ping_interval_s * 1000)),
+        ("grpc.server_handshake_timeout_ms", round(options.handshake_timeout_s * 1000)),
+        # Identity alone: 90 KB of gzip are 90 MB of request before anybody can look at it. Clients are told that it is
+        # not supported, and by default do not compress.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
         # Without a bound, one connection that opens and resets calls has the server busy for longer than it took.
         ("grpc.max_concurrent_streams", options.streams_per_connection),
         # By default it cancels, without a word, what it could not take up within half a minute: whoever has asked

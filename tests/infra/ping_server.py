@@ -152,6 +152,7 @@ def main() -> int:
     parser.add_argument("--max-message-bytes", type=int, default=100 * ping.MIB)
     parser.add_argument("--client-ping-interval-s", type=float, default=5.0)
     parser.add_argument("--streams-per-connection", type=int, default=1000)
+    parser.add_argument("--handshake-timeout-s", type=float, default=20.0)
     arguments = parser.parse_args()
     configure_logs("info", "json")
     options = ServerOptions(
@@ -162,6 +163,7 @@ def main() -> int:
         keepalive_timeout_s=arguments.keepalive_s,
         client_ping_interval_s=arguments.client_ping_interval_s,
         streams_per_connection=arguments.streams_per_connection,
+        handshake_timeout_s=arguments.handshake_timeout_s,
     )
     try:
         asyncio.run(run(options))

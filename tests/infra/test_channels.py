@@ -1,9 +1,12 @@
 """Each option of our servers and channels does what it is there for."""
 
+import socket
 import time
 from pathlib import Path
 
+import grpc
 import pytest
+from google.protobuf.wrappers_pb2 import StringValue
 from grpc._cython import cygrpc
 
 from dspex_persist.infra.channels import channel_options
@@ -11,6 +14,8 @@ from dspex_persist.infra.process import ServerProcess
 from dspex_persist.infra.server import ServerOptions, _channel_options
 from dspex_persist.state import bridged
 from dspex_persist.state.rpc import remote
+from tests.deadline import within
+from tests.infra import ping
 from tests.infra.frames import GOAWAY, MAX_CONCURRENT_STREAMS, RawConnection, begun_and_reset
 from tests.infra.ping import OpenChannel, PingClient, StartServer
 
@@ -89,6 +94,33 @@ def test_calls_that_are_begun_and_reset_cost_the_server_little(
         assert client("Ping", "meanwhile") == "meanwhile"
     # Without a bound it is some 15 KiB for each of the forty thousand.
     assert _rss_mib(server) - before < 150
+
+
+def test_compressed_requests_are_refused_before_they_are_inflated(
+    start_server: StartServer, open_channel: OpenChannel
+) -> None:
+    server = start_server()
+    channel = open_channel(f"127.0.0.1:{server.port}")
+    client = PingClient(channel)
+    assert client("Ping", "before") == "before"
+    before = _rss_mib(server)
+    bomb = StringValue(value="a" * 30 * ping.MIB).SerializeToString()
+    compressed = channel.unary_unary(f"/{ping.SERVICE}/Ping")
+    calls = [compressed.future(bomb, compression=grpc.Compression.Gzip) for _ in range(10)]
+    for call in calls:
+        assert call.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert _rss_mib(server) - before < 50
+    assert client("Ping", "after") == "after"
+
+
+def test_a_connection_that_does_not_begin_is_ended_and_one_that_is_idle_is_not(start_server: StartServer) -> None:
+    server = start_server("--handshake-timeout-s", "1")
+    with RawConnection(server.port) as idle, socket.create_connection(("127.0.0.1", server.port)) as half_open:
+        half_open.sendall(b"PRI * HTTP")
+        half_open.settimeout(within(30))
+        while half_open.recv(65536):
+            pass
+        assert idle.ping().kind != GOAWAY
 
 
 def _rss_mib(server: ServerProcess) -> int:

@@ -26,12 +26,13 @@ from dspex_persist.state.errors import (
     OpenError,
 )
 from dspex_persist.state.model import PrunePolicy
-from dspex_persist.state.store import maintenance
+from dspex_persist.state.store import engine, guard, maintenance
 from dspex_persist.state.store.engine import OwnershipLock
 from dspex_persist.state.store.schema import REVISION
 from dspex_persist.state.store.verify import Problem
 from tests.assets.make_database import LARGE_BYTES, LARGE_TEXT, describe, fill
 from tests.deadline import within
+from tests.logs import capture_logs
 
 Act = Callable[[Path], object]
 
@@ -535,6 +536,34 @@ def test_stats_of_a_live_file_show_its_wal(path: Path) -> None:
     assert maintenance.stats(path).wal_bytes == 0
 
 
+def test_a_wal_that_a_reader_holds_is_told_once_and_again_when_it_is_held_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "LARGE_WAL_BYTES", 6 * 1024 * 1024)
+    # What SQLite leaves of a WAL when it begins it anew, and the guard lets it.
+    for module in (engine, guard):
+        monkeypatch.setattr(module, "WAL_LIMIT_BYTES", 1024 * 1024)
+    with EmbeddedState(path) as provider, closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        for _ in range(2):
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM commits").fetchall()
+            with capture_logs() as told:
+                for number in range(20):
+                    provider.set_variable("again", "y", {"n": f"{number}{os.urandom(500_000).hex()}"})
+            warnings = [each for each in told if each["event"] == "WAL is large"]
+            assert [each["log_level"] for each in warnings] == ["warning"]
+            assert warnings[0]["size_bytes"] > guard.LARGE_WAL_BYTES
+            assert guard.WAL_IS_HELD in (maintenance.stats(path).warning or "")
+            reader.execute("COMMIT")
+            # Nobody holds it: what is written next begins it anew.
+            for number in range(200):
+                provider.set_variable("again", "y", {"n": number})
+                if maintenance.stats(path).wal_bytes <= guard.LARGE_WAL_BYTES:
+                    break
+            else:
+                pytest.fail("the WAL has not become small again")
+
+
 def test_the_warning_about_sqlite() -> None:
     assert "3.51.3" in (maintenance.sqlite_warning("3.40.1") or "")
     assert maintenance.sqlite_warning("3.51.2")
@@ -569,7 +598,7 @@ def test_vacuum_without_room_changes_nothing(path: Path) -> None:
 import resource, signal, sys
 from pathlib import Path
 from dspex_persist.state.errors import StorageError
-from dspex_persist.state.store import maintenance
+from dspex_persist.state.store import engine, guard, maintenance
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 try:

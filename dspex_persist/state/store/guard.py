@@ -11,10 +11,20 @@ from typing import Final
 
 from sqlalchemy import Connection
 
+from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.errors import FileChangedError
 from dspex_persist.state.store import audit
 from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.engine import WAL_LIMIT_BYTES, Identity, identity_of
+
+_logger: Final = get_logger(__name__)
+
+LARGE_WAL_BYTES: Final = 256 * 1024 * 1024
+WAL_IS_HELD: Final = (
+    "another program goes on reading an old state of the file, and until it ends its transaction SQLite cannot bring "
+    "what is written into the file: look for one that keeps it open, such as a shell of sqlite3 or a long query"
+)
+"""What keeps a WAL from becoming small again."""
 
 RESTORE: Final = (
     "put back the file that it was, with its -wal, or restore a backup, and open it again; "
@@ -41,6 +51,7 @@ class FileGuard:
         found = [os.stat(name) for name in self._names]  # noqa: PTH116
         self._files: list[Identity] = [identity_of(each) for each in found]
         self._size, self._wal_size = found[0].st_size, found[1].st_size
+        self._wal_is_large = False
         self._data_version = data_version(connection)
 
     def look(self) -> str | None:
@@ -89,6 +100,10 @@ class FileGuard:
     def note_written(self) -> None:
         """After a transaction of this process."""
         self._size, self._wal_size = self._measured()
+        is_large = self._wal_size > LARGE_WAL_BYTES
+        if is_large and not self._wal_is_large:
+            _logger.warning("WAL is large", size_bytes=self._wal_size, hint=WAL_IS_HELD)
+        self._wal_is_large = is_large
 
     def _measured(self) -> tuple[int, int]:
         try:

@@ -32,7 +32,7 @@ from dspex_persist.state.model import PrunePolicy, PruneReport
 from dspex_persist.state.provider import Progress, silent
 from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.store import anchor as anchors
-from dspex_persist.state.store import audit, migrate, recordings, recovery, verify
+from dspex_persist.state.store import audit, guard, migrate, recordings, recovery, verify
 from dspex_persist.state.store import prune as pruning
 from dspex_persist.state.store.anchor import Anchor, Head
 from dspex_persist.state.store.answers import StoredAudit
@@ -503,8 +503,13 @@ def _stats(connection: Connection, path: Path) -> StatsReport:
         largest_sessions=_shares(connection, _LARGEST_SESSIONS),
         largest_variables=_shares(connection, _LARGEST_VARIABLES),
         sqlite_version=version,
-        warning=sqlite_warning(version),
+        warning="; ".join(filter(None, (_wal_warning(path), sqlite_warning(version)))) or None,
     )
+
+
+def _wal_warning(path: Path) -> str | None:
+    size_bytes = _size_bytes(_beside(path, "-wal"))
+    return f"the WAL has {size_bytes:,} bytes: {guard.WAL_IS_HELD}" if size_bytes > guard.LARGE_WAL_BYTES else None
 
 
 def sqlite_warning(version: str) -> str | None:
