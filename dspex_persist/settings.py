@@ -111,6 +111,11 @@ class LimitSettings(BaseSettings):
     queue_length: Count = Field(10_000, description="Writes that wait; those beyond are refused at once.")
     watchers: Count = Field(10_000, description="Watches that are open at the same time.")
     executions: Count = Field(10_000, description="Tool executions that run or wait at the same time.")
+    execution_writes: Count = Field(10_000, description="Writes of one execution, with those that it calls.")
+    execution_size_bytes: Size = Field(
+        ByteSize(64 * _MIB),
+        description="What one execution is given and writes, with what those that it calls leave in the journal.",
+    )
     journal_size_bytes: Size = Field(
         ByteSize(_MIB), description="What one execution may log and record in the journal."
     )

@@ -41,6 +41,7 @@ R = TypeVar("R")
 # What the journal says of a name that was asked for, beside the name.
 _SEEN_BYTES = 64
 _MOST_PATTERNS = 16
+_STEP_BYTES = 200
 
 
 class _Touched(NamedTuple):
@@ -106,6 +107,8 @@ class _Overlay:
         # By name: others may have deleted one of them and registered another, which has been published since.
         self.published: dict[str, Variable] = {}
         self.asked_bytes = 0
+        self._ended_bytes = 0
+        self._staged_bytes = [0]
         self._base_sequence = begun.sequence
         self._read = read
         self._drafts = Drafts(self)
@@ -129,6 +132,7 @@ class _Overlay:
         unit.steady = clock.steady()
         try:
             result = command.apply(unit)
+            size_bytes = self._measure(start) if command.writes else 0
         except BaseException:
             # Whatever it is: what is staged of it would be written with the rest.
             unit.rollback_to(start)
@@ -136,7 +140,30 @@ class _Overlay:
         if command.writes and unit.savepoint() != start:
             step = Step(execution_id, command, origin.source, origin.optimizer_id, tuple(issued))
             self.steps.append(step)
+            self._staged_bytes.append(size_bytes)
         return result
+
+    def _measure(self, start: Savepoint) -> int:
+        """What has been staged up to here, if it is not too much: all of it will be one commit, in the writer."""
+        _, versions, _ = start
+        written, most = max(len(self.unit.versions), len(self.steps) + 1), self.unit.limits.execution_writes
+        if written > most:
+            raise LimitExceededError("number of writes of the execution", written, most, "execution_writes")
+        added = sum(change.version.size_bytes for change in self.unit.versions[versions:])
+        size_bytes = self._staged_bytes[-1] + added + _STEP_BYTES
+        self._check_size(size_bytes + self._ended_bytes)
+        return size_bytes
+
+    def _check_size(self, size_bytes: int) -> None:
+        most = self.unit.limits.execution_size_bytes
+        if size_bytes > most:
+            what = "size of what the execution writes and calls, in bytes,"
+            raise LimitExceededError(what, size_bytes, most, "execution_size_bytes")
+
+    def note_ended(self, size_bytes: int) -> None:
+        """Count what a call that went well leaves in the journal, which is written at the end of the whole."""
+        self._check_size(self._staged_bytes[-1] + self._ended_bytes + size_bytes)
+        self._ended_bytes += size_bytes
 
     def look(self, touched: _Touched) -> dict[str, Seen | None]:
         """Remember what the execution stands on from here on; what it is, by identifier."""
@@ -175,7 +202,7 @@ class _Overlay:
     def rollback_to(self, savepoint: Savepoint, steps: int) -> None:
         """Take back everything staged since."""
         self.unit.rollback_to(savepoint)
-        del self.steps[steps:]
+        del self.steps[steps:], self._staged_bytes[steps + 1 :]
         self._show_published()
 
     def _show_published(self) -> None:

@@ -96,6 +96,7 @@ _SAY_AGAIN_S: Final = 5.0
 _LONG_WAIT_S: Final = 5.0
 # What a line of the journal's log takes beside its text.
 _LINE_BYTES: Final = 64
+_ENTRY_BYTES: Final = 500
 _MESSAGE_LENGTH, _TRACE_LENGTH = 10_000, 100_000
 _PACKAGE: Final = Path(__file__).parents[1]
 _BETWEEN: Final = (
@@ -266,7 +267,7 @@ class ToolSession:
         self._log: list[LogEntry] = []
         self._times: list[datetime] = []
         self._recorded: dict[str, list[Any]] = {}
-        self._journal_bytes = 0
+        self.journal_bytes = 0
 
     @property
     def cancelled(self) -> bool:
@@ -332,10 +333,10 @@ class ToolSession:
 
     def _count(self, size_bytes: int) -> None:
         limit = self._runner.limits.journal_size_bytes
-        self._journal_bytes += size_bytes
-        if self._journal_bytes > limit:
+        self.journal_bytes += size_bytes
+        if self.journal_bytes > limit:
             what = "size of what the execution logged and recorded, in bytes,"
-            raise LimitExceededError(what, self._journal_bytes, limit, "journal_size_bytes")
+            raise LimitExceededError(what, self.journal_bytes, limit, "journal_size_bytes")
 
     def call(self, tool: str, arguments: Mapping[str, object]) -> Any:
         """Run another tool in the same transaction: its result, in an asynchronous tool an awaitable of it."""
@@ -679,6 +680,10 @@ class ToolRunner:
         """Everything that can be refused before anything is begun."""
         until = None if request.timeout_s is None else self._home.time() + request.timeout_s
         tool = await self._find_tool(request)
+        size_bytes = sum(each.size_bytes for each in request.parameters.values())
+        most = self.limits.execution_size_bytes
+        if size_bytes > most:
+            raise LimitExceededError("size of the parameters in bytes", size_bytes, most, "execution_size_bytes")
         for name, value in request.parameters.items():
             _check_parameter(request.tool, name, value, self.limits)
         # Whether they are the right ones a tool elsewhere says itself.
@@ -947,6 +952,8 @@ class ToolRunner:
         child = session.execution
         try:
             result = await self._invoke(job, session)
+            with parent.overlay.lock:
+                parent.overlay.note_ended(_ENTRY_BYTES + session.journal_bytes + result.size_bytes)
         except BaseException as error:
             if not parent.ended:
                 raised, failure = _raised_of(error)

@@ -601,6 +601,30 @@ async def stream_for_ever_later(ctx: ToolContext, text: str) -> AsyncIterator[st
 
 
 @tool
+def write_for_ever(ctx: ToolContext, text: str) -> None:
+    """Writes without an end."""
+    ctx["a"] = -1
+    ctx.variables.define("words", "")
+    while True:
+        ctx["words"] = text
+
+
+@tool
+def call_for_ever(ctx: ToolContext, text: str) -> None:
+    """Calls another tool without an end."""
+    ctx["a"] = -1
+    while True:
+        ctx.call("log_it", text=text)
+
+
+@tool
+def log_it(ctx: ToolContext, text: str) -> str:
+    """Leaves something in the journal."""
+    ctx.log(text)
+    return text
+
+
+@tool
 def log_for_ever(ctx: ToolContext, message: str) -> None:
     """Log without an end."""
     ctx["a"] = -1

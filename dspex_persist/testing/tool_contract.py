@@ -948,6 +948,26 @@ class DoorContract(_Contract):
         assert "journal_size_bytes" in check_failed(client.execute(tool, **parameters))
         assert client.values() == UNTOUCHED
 
+    @pytest.mark.parametrize(
+        ("tool", "text", "setting"),
+        [
+            ("write_for_ever", "", "execution_writes"),
+            ("write_for_ever", "x" * 1_000_000, "execution_size_bytes"),
+            ("call_for_ever", "x" * 1_000_000, "execution_size_bytes"),
+        ],
+    )
+    def test_what_waits_for_the_end_of_an_execution_has_an_end(
+        self, client: Client, tool: str, text: str, setting: str
+    ) -> None:
+        """All of it is one commit, for which everybody waits."""
+        assert setting in check_failed(client.execute(tool, text=text))
+        assert client.values() == UNTOUCHED
+
+    def test_parameters_have_a_limit_together(self, client: Client) -> None:
+        parameters = {f"p{number}": "x" * 2_000_000 for number in range(34)}
+        with pytest.raises(errors.LimitExceededError, match="execution_size_bytes"):
+            client.execute("log_it", **parameters)
+
     @pytest.mark.parametrize("tool", ["nest", "nest_in_a_stream"])
     def test_a_result_is_no_deeper_than_a_value(self, client: Client, tool: str) -> None:
         assert client.execute(tool, depth=100).success

@@ -708,6 +708,50 @@ def test_whoever_lists_in_many_ways_stands_on_everything(
     assert [each.name for each in finished.conflicts] == conflicts
 
 
+class TestHowMuch:
+    """What an execution stages is one commit at its end, for which everybody waits."""
+
+    def running(self, **limits: int) -> Running:
+        memory = MemoryBacking(Limits(**limits))
+        memory.run(c.InitializeSession("s"))
+        for name in "ab":
+            memory.run(c.RegisterVariable("s", name, "string", Value('""')))
+        return begin(memory)
+
+    def test_so_many_writes(self) -> None:
+        running = self.running(execution_writes=4)
+        two = {name: Value('"1"') for name in "ab"}
+        running.run(c.SetVariables("s", two))
+        running.run(c.SetVariable("s", "a", Value('"2"')))
+        with pytest.raises(errors.LimitExceededError, match=r"is 5, above the limit of 4 \(setting execution_writes\)"):
+            running.run(c.SetVariables("s", two))
+        # What was refused is not there; there is room for one more, and none after it.
+        assert running.get("b") == '"1"'
+        running.run(c.SetVariable("s", "b", Value('"3"')))
+        with pytest.raises(errors.LimitExceededError):
+            running.run(c.DeleteVariable("s", "a"))
+        assert running.finish().status is COMMITTED
+        assert [running.memory.states["s"].variables[name].value.json for name in "ab"] == ['"2"', '"3"']
+
+    def test_calls_that_write_no_version_count_too(self) -> None:
+        running = self.running(execution_writes=3)
+        for number in range(3):
+            running.run(c.AddDependency("s", "a", "b", f"type {number}"))
+        with pytest.raises(errors.LimitExceededError, match="execution_writes"):
+            running.run(c.AddDependency("s", "a", "b", "more"))
+
+    def test_so_many_bytes_and_what_is_undone_does_not_count(self) -> None:
+        running = self.running(execution_size_bytes=100_000)
+        for _ in range(10):
+            called = running.call()
+            called.run(c.SetVariable("s", "a", Value(f'"{"x" * 60_000}"')))
+            with pytest.raises(errors.LimitExceededError, match="execution_size_bytes"):
+                called.run(c.SetVariable("s", "b", Value(f'"{"x" * 60_000}"')))
+            called.give_up()
+        running.run(c.SetVariable("s", "b", Value(f'"{"x" * 60_000}"')))
+        assert running.finish().status is COMMITTED
+
+
 INSIDE: list[tuple[c.Command[Any], bool]] = [
     (c.GetVariable("s", "a"), False),
     (c.GetVariables("s", ("a",)), False),
