@@ -53,7 +53,9 @@ class VariableMapping(MutableMapping[str, Any]):
 
         Without `type_name` the type is inferred from `value`.
         """
-        type_name = type_name or values.infer_type(value, name=name)
+        if type_name is None:
+            type_name = values.infer_type(value, name=name)
+        type_name = arguments.text("type_name", type_name)
         encoded = values.encode(value, type_name, name=name)
         text = values.constraints_json(name, constraints)
         command = commands.RegisterVariable(self._session_id, name, type_name, encoded, text, metadata or {})

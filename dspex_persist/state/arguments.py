@@ -4,6 +4,7 @@ Every backend takes the same commands, so a wrong argument is the same error in 
 can change is kept: its mappings and lists are copied.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -19,6 +20,7 @@ Check: TypeAlias = Callable[[str, Any], Any]
 """Takes the name of an argument and what was given for it; returns what is kept of it."""
 
 _LARGEST = 2**31 - 1
+_LAST_COMMIT = 2**63 - 1
 Number: TypeAlias = Annotated[int, "32 bits"]
 """A number that the protocol has 32 bits for."""
 Version: TypeAlias = Annotated[int, "32 bits, from 0 up"]
@@ -44,10 +46,12 @@ def text(field: str, given: object) -> str:
 
 def number(field: str, given: Any) -> int:
     """An int, or what counts as one, such as NumPy's; no bool."""
-    if isinstance(given, bool) or not hasattr(type(given), "__index__"):
-        advice = ": use int(...)" if isinstance(given, str | float) else ""
-        raise InvalidArgumentError(field, f"it must be an int, not {_kind(given)}{advice}")
-    return index(given)
+    if not isinstance(given, bool) and hasattr(type(given), "__index__"):
+        # Arrays have it, too, and refuse to say anything unless they are a single number.
+        with contextlib.suppress(TypeError):
+            return index(given)
+    advice = ": use int(...)" if isinstance(given, str | float) else ""
+    raise InvalidArgumentError(field, f"it must be an int, not {_kind(given)}{advice}")
 
 
 def short_number(field: str, given: object) -> int:
@@ -66,6 +70,14 @@ def version(field: str, given: object) -> int:
     return found
 
 
+def sequence(field: str, given: object) -> int:
+    """The number of a commit, or 0 for before the first."""
+    found = number(field, given)
+    if not 0 <= found <= _LAST_COMMIT:
+        raise InvalidArgumentError(field, f"it must be from 0 to {_LAST_COMMIT}: the number of a commit, or 0")
+    return found
+
+
 def flag(field: str, given: object) -> bool:
     """True or False."""
     if not isinstance(given, bool):
@@ -78,15 +90,20 @@ def seconds(field: str, given: object) -> float:
     if not isinstance(given, Real) or isinstance(given, bool):
         advice = ": use float(...)" if isinstance(given, str) else ""
         raise InvalidArgumentError(field, f"it must be a number of seconds, not {_kind(given)}{advice}")
-    return float(given)
+    try:
+        return float(given)
+    except OverflowError:
+        raise InvalidArgumentError(field, "it is too large for a number of seconds") from None
 
 
 def texts(field: str, given: object) -> tuple[str, ...]:
     """Several names or ids."""
-    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
-        advice = ": write [...] around it" if isinstance(given, str) else ""
-        raise InvalidArgumentError(field, f"it must be a list of str, not {_kind(given)}{advice}")
-    return tuple(text(field, each) for each in given)
+    if not isinstance(given, str | bytes) and isinstance(given, Iterable):
+        # An array of no dimensions says only now that there is nothing to go through.
+        with contextlib.suppress(TypeError):
+            return tuple(text(field, each) for each in given)
+    advice = ": write [...] around it" if isinstance(given, str) else ""
+    raise InvalidArgumentError(field, f"it must be a list of str, not {_kind(given)}{advice}")
 
 
 def metadata(field: str, given: object) -> FrozenDict[str, str]:

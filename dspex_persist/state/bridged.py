@@ -218,7 +218,7 @@ class BridgedState(StateProvider):
     def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
         """The user of this process."""
         if idempotency_key is not None:
-            arguments.text("idempotency_key", idempotency_key)
+            idempotency_key = arguments.text("idempotency_key", idempotency_key)
         return Origin(self._actor, cause, Source.PYTHON, idempotency_key)
 
     def close(self) -> None:

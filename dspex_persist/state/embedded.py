@@ -207,17 +207,16 @@ class EmbeddedState(StateProvider):
     ) -> tuple[Header, Iterator[RecordedCommit]]:
         """See `StateProvider.record`."""
         self.check_open()
-        arguments.text("session_id", session_id)
+        session_id = arguments.text("session_id", session_id)
         if started is not None:
-            arguments.number("started", started)
+            started = arguments.sequence("started", started)
         return self._store.record(session_id, started=started, reveal=reveal)
 
     def fork_session(self, session_id: str, new_session_id: str, at: str = "") -> SessionView:
         """See `StateProvider.fork_session`."""
         self.check_open()
-        for field, given in (("session_id", session_id), ("new_session_id", new_session_id), ("at", at)):
-            arguments.text(field, given)
-        return self.run(self._store.fork(session_id, new_session_id, at))
+        source, name = arguments.text("session_id", session_id), arguments.text("new_session_id", new_session_id)
+        return self.run(self._store.fork(source, name, arguments.text("at", at)))
 
     def prune(self, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PruneReport:
         """Delete the history that `policy` lets go, for good; without `confirm`, only say how much that is.
@@ -243,8 +242,8 @@ class EmbeddedState(StateProvider):
     def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
         """The user of this process."""
         if idempotency_key is not None:
-            arguments.text("idempotency_key", idempotency_key)
-            return Origin(self._actor, cause, Source.PYTHON, idempotency_key)
+            key = arguments.text("idempotency_key", idempotency_key)
+            return Origin(self._actor, cause, Source.PYTHON, key)
         origin = self._origins.get(cause)
         if origin is None:
             origin = self._origins[cause] = Origin(self._actor, cause, Source.PYTHON)

@@ -15,7 +15,9 @@ _KEPT = 1000
 
 def quote(text: object) -> str:
     """`text` in quotes, on one line, short enough for a message."""
-    shown = repr(str(text)[: _QUOTED + 1])
+    # A subclass, such as an enumeration's member, may say of itself whatever it likes, or raise.
+    plain = str.__str__(text) if isinstance(text, str) else str(text)
+    shown = repr(plain[: _QUOTED + 1])
     return shown if len(shown) <= _QUOTED else f"{shown[:_QUOTED]}...'"
 
 

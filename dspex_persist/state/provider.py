@@ -71,7 +71,7 @@ def check_watch(session_id: object, identifiers: object, after_sequence: object)
     """Raise for what is wrong with the arguments of `watch`; its identifiers."""
     arguments.text("session_id", session_id)
     if after_sequence is not None:
-        arguments.number("after_sequence", after_sequence)
+        arguments.sequence("after_sequence", after_sequence)
     return arguments.texts("identifiers", identifiers)
 
 
@@ -188,6 +188,7 @@ class StateProvider(ABC):
         idempotency_key: str | None = None,
     ) -> str:
         """Register a variable; its id. `constraints`: a mapping, or its JSON."""
+        type_name = arguments.text("type_name", type_name)
         text = values.constraints_json(name, constraints)
         value = values.encode(initial_value, type_name, name=name)
         command = commands.RegisterVariable(session_id, name, type_name, value, text, _given(metadata))

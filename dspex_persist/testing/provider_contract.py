@@ -2031,6 +2031,30 @@ class Whole(int):
     """A number that is more than a number."""
 
 
+class Secretive(str):
+    """A text that says nothing of itself."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+    __repr__ = __str__
+
+
+class Cells:
+    """What NumPy's arrays do where a number or a list is wanted: they have the methods, which refuse."""
+
+    def __index__(self) -> int:
+        raise TypeError("only integer scalar arrays can be converted to a scalar index")
+
+    def __iter__(self) -> Iterator[str]:
+        raise TypeError("iteration over a 0-d array")
+
+    def __bool__(self) -> bool:
+        raise ValueError("the truth value of an array with more than one element is ambiguous")
+
+
 WRONG_TEXTS: list[tuple[object, str]] = [
     (uuid.UUID(int=5), "it must be a str, not UUID: use str(...)"),
     (5, "it must be a str, not int: use str(...)"),
@@ -2039,6 +2063,7 @@ WRONG_TEXTS: list[tuple[object, str]] = [
     (b"s", "it must be a str, not bytes: decode it"),
     (None, "it must be a str, not None"),
     (["s"], "it must be a str, not list: use str(...)"),
+    (Cells(), "it must be a str, not Cells: use str(...)"),
     ("a\0b", r"'a\x00b' contains NUL (U+0000): leave it out"),
     ("\ud800", r"'\ud800' contains a lone surrogate (U+D800), which is no character"),
 ]
@@ -2060,6 +2085,7 @@ WRONG_NUMBERS: list[tuple[object, str]] = [
     (1.0, "it must be an int, not float: use int(...)"),
     (True, "it must be an int, not bool"),
     ([1], "it must be an int, not list"),
+    (Cells(), "it must be an int, not Cells"),
     (2**31, "it must be at most 2147483647, not a number of 32 bits"),
     (2**70, "it must be at most 2147483647, not a number of 71 bits"),
 ]
@@ -2095,6 +2121,7 @@ class ArgumentContract(_Contract):
             ("session_id", lambda: provider.watch(wrong)),
             ("session_id", lambda: provider.execute_tool(wrong, "tool")),
             ("name", lambda: provider.register_variable(asked, wrong, "integer", 1)),
+            ("type_name", lambda: provider.register_variable(asked, "y", wrong, 1)),
             ("identifier", lambda: provider.get_variable(asked, wrong)),
             ("identifier", lambda: provider.set_variable(asked, wrong, 2)),
             ("identifier", lambda: provider.delete_variable(asked, wrong)),
@@ -2145,6 +2172,11 @@ class ArgumentContract(_Contract):
         if not isinstance(wrong, int) or isinstance(wrong, bool):
             self.refused(lambda: provider.watch(asked, after_sequence=wrong), "after_sequence", reason)
 
+    @pytest.mark.parametrize("wrong", [-1, 2**63, 10**5000], ids=["below 0", "64 bits", "5,001 digits"])
+    def test_a_commit_that_cannot_be(self, provider: StateProvider, asked: str, wrong: int) -> None:
+        reason = f"it must be from 0 to {2**63 - 1}: the number of a commit, or 0"
+        self.refused(lambda: provider.watch(asked, after_sequence=wrong), "after_sequence", reason)
+
     def test_a_version_below_0_is_none(self, provider: StateProvider, asked: str) -> None:
         reason = "-1 is below 0: versions count from 0"
         self.refused(lambda: provider.set_variable(asked, "x", 2, expected_version=-1), "expected_version", reason)
@@ -2164,7 +2196,11 @@ class ArgumentContract(_Contract):
         reason = f"it must be a number of seconds, not {kind}{advice}"
         self.refused(lambda: provider.execute_tool(asked, "tool", timeout_s=wrong), "timeout_s", reason)
 
-    @pytest.mark.parametrize("wrong", ["x", b"x", 5, None], ids=shown)
+    def test_a_timeout_that_no_float_can_hold(self, provider: StateProvider, asked: str) -> None:
+        reason = "it is too large for a number of seconds"
+        self.refused(lambda: provider.execute_tool(asked, "tool", timeout_s=10**400), "timeout_s", reason)
+
+    @pytest.mark.parametrize("wrong", ["x", b"x", 5, None, Cells()], ids=shown)
     def test_several_names_are_a_list(self, provider: StateProvider, asked: str, wrong: Any) -> None:
         advice = ": write [...] around it" if isinstance(wrong, str) else ""
         kind = "None" if wrong is None else type(wrong).__name__
@@ -2215,6 +2251,16 @@ class ArgumentContract(_Contract):
         assert type(provider.get_variable(session, "red").name) is str
         assert provider.get_variable(session, "red").metadata == {"red": "red"}
         assert len(provider.get_variable_history(session, "red", Whole(1))) == 1
+
+    def test_a_text_may_say_of_itself_what_it_likes(self, provider: StateProvider, session: str) -> None:
+        for key in (Color.RED, Secretive("red")):
+            assert provider.register_variable(session, Secretive("x"), Secretive("integer"), 1, idempotency_key=key)
+            with pytest.raises(errors.IdempotencyConflictError, match="key 'red' was used for another"):
+                provider.set_variable(session, Secretive("x"), 2, idempotency_key=key)
+        with pytest.raises(errors.VariableNotFoundError, match="variable not found: 'y'"):
+            provider.get_variable(session, Secretive("y"))
+        with pytest.raises(errors.UnknownTypeError, match="unknown type 'int'"):
+            provider.register_variable(session, "y", Secretive("int"), 1)
 
 
 def _submit(provider: StateProvider, session: str, origin: Origin) -> None:
