@@ -110,6 +110,26 @@ class LoopEndedError(Exception):
         return "other code on the same event loop closed it, so this could not go on; there is a new one now"
 
 
+class _SharedLoop(asyncio.SelectorEventLoop):
+    """A loop on which nobody can change what everybody has there."""
+
+    def set_task_factory(self, factory: Any) -> None:
+        """How tasks are made is nobody's."""
+        raise _shared("its task factory")
+
+    def set_default_executor(self, executor: Any) -> None:
+        """Nor is where `asyncio.to_thread` goes."""
+        raise _shared("its default executor")
+
+    async def shutdown_default_executor(self, *_: Any, **__: Any) -> None:
+        """After which there would be no other."""
+        raise _shared("its default executor")
+
+
+def _shared(what: str) -> RuntimeError:
+    return RuntimeError(f"{what} cannot be changed: the event loop is shared; run a loop of your own, in a thread")
+
+
 class LoopThread:
     """An event loop on a daemon thread of its own, which is started when it is first asked for.
 
@@ -188,7 +208,7 @@ class LoopThread:
         if self._closed:
             raise RuntimeError("the event loop is closed")
         if self._loop is None or self._loop.is_closed():
-            self._loop, self._started = asyncio.new_event_loop(), set()
+            self._loop, self._started = _SharedLoop(), set()
             run = (self._loop, self._started)
             threading.Thread(target=self._run, args=run, name=self._name, daemon=True).start()
         return self._loop

@@ -289,12 +289,15 @@ class ToolSession:
     def publish(self, identifier: str, value: object, metadata: Mapping[str, str] | None = None) -> int:
         """Write a value at once, in a commit of its own; the new version."""
         self.execution.check_can_publish(identifier)
-        command = commands.PublishVariable(
-            self.session_id, self.execution_id, identifier, values.encode(value, name=identifier), metadata or {}
-        )
+        encoded = values.encode_for(value, lambda: self._type_of(identifier), name=identifier)
+        command = commands.PublishVariable(self.session_id, self.execution_id, identifier, encoded, metadata or {})
         variable = self._runner.provider.submit(command, self.origin).result()
         self.execution.take_published(variable)
         return variable.version
+
+    def _type_of(self, identifier: str) -> str:
+        query = commands.GetVariable(self.session_id, identifier)
+        return self._runner.provider.submit(query, self.origin).result().type
 
     def now(self) -> datetime:
         """The time, recorded."""
@@ -1163,12 +1166,20 @@ def _contained(*let_out: type[BaseException]) -> Iterator[None]:
 
 def _ordinary(error: BaseException) -> Exception:
     if isinstance(error, Exception):
-        return error
+        return error if _can_be_looked_at(error) else RuntimeError("the tool raised an error that hides what it is")
     told = RuntimeError(f"the tool raised {type(error).__name__}, which is no ordinary error")
     if isinstance(error, SystemExit | KeyboardInterrupt):
         told = RuntimeError(f"the tool tried to end the process: {type(error).__name__}({_text_of(error)})")
     told.__cause__ = error
     return told
+
+
+def _can_be_looked_at(error: Exception) -> bool:
+    """Whether `isinstance` says of it what it is, which everybody asks whom it is handed to, asyncio included."""
+    try:
+        return error.__class__ is type(error)
+    except BaseException:  # noqa: BLE001 -- users' code
+        return False
 
 
 def _raised_of(error: BaseException) -> tuple[BaseException, Failure]:

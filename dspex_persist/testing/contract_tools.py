@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
@@ -159,6 +160,13 @@ class Textless(Exception):
         raise RuntimeError("no text")
 
 
+class Nameless(Exception):
+    """An error that does not say what it is."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(f"no {name}")
+
+
 class Extraordinary(BaseException):
     """Nothing that `except Exception` sees."""
 
@@ -168,6 +176,7 @@ RAISED: Final[dict[str, Callable[[], BaseException]]] = {
     "UnicodeError": lambda: UnicodeError("half a character: \ud83e"),
     "TimeoutError": TimeoutError,
     "Textless": Textless,
+    "Nameless": Nameless,
     "StopIteration": StopIteration,
     "StopAsyncIteration": StopAsyncIteration,
     "CancelledError": asyncio.CancelledError,
@@ -442,6 +451,26 @@ def progress(ctx: ToolContext, gate: str, fails: bool = False) -> list[Any]:
 
 
 @tool
+def publish_numbers(ctx: ToolContext) -> None:
+    """What only the variables' types say how to write: numbers that JSON does not have, and an array."""
+    ctx.publish("loss", float("nan"))
+    ctx.publish("point", [0.5, float("inf")])
+    ctx.publish("point", Array([1.5, 2.5]))
+
+
+class Array:
+    """Numbers in the way of NumPy."""
+
+    def __init__(self, numbers: list[float]) -> None:
+        self._numbers = numbers
+        self.shape = (len(numbers),)
+
+    def tolist(self) -> list[float]:
+        """Its numbers."""
+        return self._numbers
+
+
+@tool
 def publish_and_write(ctx: ToolContext) -> None:
     """Both to one variable, which cannot be."""
     ctx["a"] = 1
@@ -555,6 +584,21 @@ async def end_the_loop(ctx: ToolContext, how: str) -> str:
         threading.Thread(target=_close, args=(loop,)).start()
     await asyncio.sleep(0.01)
     return how
+
+
+@tool
+async def change_the_loop(ctx: ToolContext, how: str) -> str:
+    """Change what all have that run on the event loop."""
+    ctx["a"] += 1
+    loop = asyncio.get_running_loop()
+    if how == "tasks":
+        loop.set_task_factory(lambda *_, **__: 1 / 0)  # type: ignore[arg-type]
+    elif how == "executor":
+        with ThreadPoolExecutor() as executor:
+            loop.set_default_executor(executor)
+    elif how == "no executor":
+        await loop.shutdown_default_executor()
+    return await asyncio.to_thread(str, how)
 
 
 def _close(loop: asyncio.AbstractEventLoop) -> None:

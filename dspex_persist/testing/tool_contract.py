@@ -481,7 +481,10 @@ class TransactionContract(_Contract):
     @pytest.mark.parametrize("name", RAISED)
     def test_whatever_a_tool_raises_it_alone_has_failed(self, client: Client, tool: str, name: str) -> None:
         text = check_failed(client.execute(tool, name=name))
-        assert name in text or name.startswith("Stop"), "Python itself makes a RuntimeError of those two"
+        if name == "Nameless":
+            assert "hides what it is" in text
+        else:
+            assert name in text or name.startswith("Stop"), "Python itself makes a RuntimeError of those two"
         assert "Traceback" not in text
         assert client.values() == UNTOUCHED
         assert client.get("add") == 1
@@ -699,6 +702,18 @@ class PublishContract(_Contract):
         text = check_conflict(_meanwhile(client, gate, lambda: client.set("a", 60), "progress"))
         assert "a (was at version 1, is at version 2)" in text
         assert client.values() == {"a": 60, "b": 0, "c": 0}
+
+    def test_it_is_written_as_the_variable_s_type_has_it(self, provider: StateProvider, client: Client) -> None:
+        provider.register_variable(client.session, "loss", "float", 0.0)
+        provider.register_variable(client.session, "point", "embedding", [0.0, 0.0])
+        assert client.execute("publish_numbers").success
+        told = [
+            values.decode(each.type, each.value)
+            for name in ("loss", "point")
+            for each in provider.get_variable_history(client.session, name)
+            if each.value is not None
+        ]
+        assert repr(told) == "[nan, 0.0, [1.5, 2.5], [0.5, inf], [0.0, 0.0]]"
 
     def test_what_it_has_written_it_cannot_publish(self, client: Client) -> None:
         assert "do one or the other" in check_failed(client.execute("publish_and_write"))
@@ -919,6 +934,12 @@ class DoorContract(_Contract):
         elif not outcome.success:
             assert check_failed(outcome)
         assert client.values()["a"] == (1 if outcome.success else 0)
+
+    @pytest.mark.parametrize("how", ["tasks", "executor", "no executor"])
+    def test_a_loop_stays_as_it_is_for_the_others(self, client: Client, how: str) -> None:
+        assert "the event loop is shared" in check_failed(client.execute("change_the_loop", how=how))
+        assert client.values() == UNTOUCHED
+        assert client.get("change_the_loop", how="not at all") == "not at all"
 
     @pytest.mark.parametrize("how", ["sys", "_thread", "quit"])
     def test_a_thread_goes_on_whatever_ends_it(self, client: Client, how: str) -> None:
