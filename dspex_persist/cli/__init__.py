@@ -1,7 +1,9 @@
 """The command line: arguments in, exit codes out. Commands import what is heavy themselves, so that help is fast."""
 
+import os
 import sys
-from typing import Annotated, Any
+import threading
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -10,6 +12,9 @@ from dspex_persist.cli import audit, demo, maintenance, replay, serve, session, 
 from dspex_persist.cli.output import complain
 from dspex_persist.errors import DspexError
 from dspex_persist.infra import streams
+
+_PATIENCE_S: Final = 2.0
+"""How long a command that is done waits for the interpreter to end."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -54,7 +59,12 @@ def _root(
 def main() -> None:
     """Run the command line. An error that we know is one sentence on stderr and an exit code, never a traceback."""
     streams.prepare()
-    sys.exit(streams.finish(_run(sys.argv[1:])))
+    code = streams.finish(_run(sys.argv[1:]))
+    # Everything is closed. The interpreter waits for threads of pools that tools have used, for as long as they take.
+    deadline = threading.Timer(_PATIENCE_S, os._exit, (code,))
+    deadline.daemon = True
+    deadline.start()
+    sys.exit(code)
 
 
 def _run(words: list[str]) -> int:

@@ -21,6 +21,7 @@ Check: TypeAlias = Callable[[str, Any], Any]
 
 _LARGEST = 2**31 - 1
 _LAST_COMMIT = 2**63 - 1
+_LONGEST_TIMEOUT_S = 1e9
 Number: TypeAlias = Annotated[int, "32 bits"]
 """A number that the protocol has 32 bits for."""
 Version: TypeAlias = Annotated[int, "32 bits, from 0 up"]
@@ -94,6 +95,16 @@ def seconds(field: str, given: object) -> float:
         return float(given)
     except OverflowError:
         raise InvalidArgumentError(field, "it is too large for a number of seconds") from None
+
+
+def timeout(field: str, given: object) -> float:
+    """How long somebody waits: a number of seconds above 0."""
+    found = seconds(field, given)
+    # Written so that NaN, which compares with nothing, is refused.
+    if not 0 < found <= _LONGEST_TIMEOUT_S:
+        reason = f"it must be above 0 and at most {_LONGEST_TIMEOUT_S:.0f} seconds, not {found:g}"
+        raise InvalidArgumentError(field, reason)
+    return found
 
 
 def texts(field: str, given: object) -> tuple[str, ...]:

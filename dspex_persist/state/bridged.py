@@ -112,7 +112,7 @@ class BridgedState(StateProvider):
         self, target: str, *, timeout_s: float = 30.0, actor: str | None = None, execution_id: str | None = None
     ) -> None:
         target = self._target = target_of(arguments.text("target", target))
-        self._timeout_s = timeout_s
+        self._timeout_s = arguments.timeout("timeout_s", timeout_s)
         self._execution_id = execution_id
         self._actor = arguments.text("actor", actor) if actor else f"user:{user_name()}"
         refuse_lost(target)

@@ -44,7 +44,6 @@ V = TypeVar("V")
 
 TOOL_TIMEOUT_S = 300.0
 """How long a tool may take whose caller does not say."""
-_LONGEST_TIMEOUT_S = 1e9
 
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -308,10 +307,7 @@ class StateProvider(ABC):
         timeout_s: float = TOOL_TIMEOUT_S,
     ) -> ToolOutcome:
         """Execute a tool as one transaction, within `timeout_s`; how it ended. Under an idempotency key: once."""
-        timeout_s = arguments.seconds("timeout_s", timeout_s)
-        if not 0 < timeout_s <= _LONGEST_TIMEOUT_S:
-            reason = f"it must be above 0 and at most {_LONGEST_TIMEOUT_S:.0f} seconds, not {timeout_s:g}"
-            raise InvalidArgumentError("timeout_s", reason)
+        timeout_s = arguments.timeout("timeout_s", timeout_s)
         encoded = values.encode_arguments(arguments.mapping("parameters", _given(parameters)))
         command = commands.ExecuteTool(session_id, tool, encoded, _given(metadata), timeout_s)
         return self.run(command, idempotency_key)

@@ -7,8 +7,11 @@ when the test has put another one there.
 import asyncio
 import json
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextvars import ContextVar
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +32,30 @@ async def wait_at_async(gate: str) -> None:
     except asyncio.CancelledError:
         announce(gate, "cancelled")
         raise
+
+
+@tool
+async def leave_running(gate: str, where: str) -> str:
+    """End, and leave something behind that does not."""
+    if where == "thread":
+        _left.append(asyncio.create_task(asyncio.to_thread(_linger, gate)))
+    elif where == "pool":
+        _left.append(ThreadPoolExecutor(1).submit(_linger, gate))
+    else:
+        _left.append(ProcessPoolExecutor(1, mp_context=get_context("fork")).submit(_linger, gate))
+    return where
+
+
+_left: list[object] = []
+
+
+def _linger(gate: str) -> None:
+    """For much longer than any test waits, unless it lets go."""
+    announce(gate, "at")
+    for _ in range(int(20 * DEADLINE_S / PAUSE_S)):
+        if Path(gate, "go").exists():
+            return
+        time.sleep(PAUSE_S)
 
 
 # Parameters

@@ -460,6 +460,22 @@ def test_sigterm_lets_a_tool_finish(tmp_path: Path, gate: Gate) -> None:
     assert (entry.status, len(entry.ended["writes"])) == ("committed", 3)
 
 
+@pytest.mark.parametrize("where", ["thread", "pool", "process pool"])
+def test_what_a_tool_has_left_running_holds_no_server_up(tmp_path: Path, gate: Gate, where: str) -> None:
+    """The interpreter itself would wait for it."""
+    with serve(tmp_path / "sessions.db", *TOOLS) as server:
+        client = OldClient(target_of(server), "s")
+        call = client.begin("leave_running", gate=gate, where=where)
+        gate.wait()
+        assert Outcome(call.result()).result == where
+        server.send_signal(signal.SIGTERM)
+        try:
+            assert server.wait(DEADLINE_S) == 0
+        finally:
+            gate.open()
+        client.close()
+
+
 def test_a_python_client_does_not_wait_for_a_server_that_is_gone_as_long_as_for_a_tool(
     tmp_path: Path, gate: Gate
 ) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dspex_persist.state.errors import (
     NotADatabaseError,
     StorageError,
 )
+from dspex_persist.state.limits import Limits
 from dspex_persist.state.store import engine, maintenance, transfer
 from dspex_persist.state.store.session_store import SessionStore
 from tests.logs import capture_logs
@@ -457,6 +459,23 @@ class TestOptions:
         with pytest.raises(InvalidArgumentError, match=f"invalid {option}: .*{says}"):
             connect(path, **{option: value})
         assert list(path.parent.iterdir()) == []
+
+    @pytest.mark.parametrize("limit", [each.name for each in fields(Limits)])
+    def test_nor_are_limits_that_are_none(self, path: Path, limit: str) -> None:
+        for value, says in (("5", "not a whole number"), (-1, "at least 1"), (None, "not a whole number")):
+            limits = Limits(**{limit: value})  # type: ignore[arg-type]
+            with pytest.raises(InvalidArgumentError, match=rf"invalid limits\.{limit}: .*{says}"):
+                connect(path, limits=limits)
+        assert list(path.parent.iterdir()) == []
+
+    @pytest.mark.parametrize("value", ["5", 0, -1, float("nan"), float("inf"), True, None, 10**400])
+    def test_a_server_s_patience_is_a_time(self, value: Any) -> None:
+        with pytest.raises(InvalidArgumentError, match=r"invalid timeout_s: it (must be|is too large)"):
+            connect("grpc://127.0.0.1:1", timeout_s=value)
+
+    def test_nobody_s_home_is_made_in_the_folder_that_one_is_in(self) -> None:
+        with pytest.raises(NotADatabaseError, match=r"no folder ~; ~ is a home only to a shell.*expanduser\(\)"):
+            connect("~/x.db")
 
     def test_that_do_not_exist_are_refused_with_those_that_do(self, path: Path) -> None:
         with pytest.raises(TypeError, match="a file has no option durabilty; did you mean durability"):

@@ -180,7 +180,10 @@ def _refuse_own(path: Path) -> None:
 def _refuse_nowhere(path: Path) -> None:
     """Make no tree of folders for a slip in a path, and no file where a link of unknown origin points to."""
     if not path.parent.is_dir():
-        raise NotADatabaseError(str(path), f"there is no folder {path.parent}; make it first: mkdir -p {path.parent}")
+        advice = f"make it first: mkdir -p {path.parent}"
+        if path.parts[0].startswith("~"):
+            advice = "~ is a home only to a shell: use Path(...).expanduser()"
+        raise NotADatabaseError(str(path), f"there is no folder {path.parent}; {advice}")
     if path.is_symlink() and not path.exists():
         reason = f"it is a link to {path.readlink()}, which does not exist; remove the link, or name that file itself"
         raise NotADatabaseError(str(path), reason)

@@ -7,7 +7,7 @@ import contextlib
 import secrets
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn, get_args
@@ -104,6 +104,8 @@ class StoreOptions:
             raise InvalidArgumentError("durability", f"{quote(self.durability)} is neither 'full' nor 'normal'")
         if not isinstance(self.limits, Limits):
             raise InvalidArgumentError("limits", f"{quote(self.limits)} is no dspex_persist.state.limits.Limits")
+        for limit in fields(Limits):
+            check_count(f"limits.{limit.name}", getattr(self.limits, limit.name))
         check_seconds("outcome_retention_s", self.outcome_retention_s)
         check_seconds("optimization_lease_s", self.optimization_lease_s)
         check_count("cache_size_bytes", self.cache_size_bytes)
