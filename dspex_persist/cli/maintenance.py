@@ -28,17 +28,17 @@ _KIB: Final = 1024
 _NUMBERS: Final = ("rows", "size", "share", "versions", "contents")
 
 HELP: Final = (
-    "Look after a database file: check it, back it up, see where its bytes are, delete old history.\n\n"
-    "check, current, backup and stats only read, and work while a server has the file open. upgrade, prune and vacuum "
-    "change it: stop the server first, or have the server prune it (prune --target). None of them ever makes a file "
-    "that is not there."
+    "Look after a database file: check it, back it up, restore it, see where its bytes are, delete old history.\n\n"
+    "check, current, backup and stats only read, and work while a server has the file open. upgrade, restore, prune "
+    "and vacuum change it: stop the server first, or have the server prune it (prune --target). Only restore makes a "
+    "file that is not there."
 )
 EPILOG: Final = (
     "[bold]Exit codes[/bold]\n\n"
     "0  fine\n\n"
     "1  failed; the sentence on stderr says why\n\n"
     "2  wrong usage, or a setting that cannot be\n\n"
-    "3  check, or the check of a backup, found problems\n\n"
+    "3  check, or the check of a backup (made or to be restored), found problems\n\n"
     "4  another process, such as a server, has the database\n\n"
     "5  no such file, no database of ours, a newer schema, or acknowledged commits are gone\n\n"
     "With --json, stdout has exactly one JSON object, also after an error; the exit codes are the same.\n\n"
@@ -95,8 +95,8 @@ def upgrade(db: Db = None, as_json: Json = False) -> None:
         "A server may go on writing: what it acknowledges after the beginning is not in the copy. TARGET appears when "
         "the copy is whole and its check has found nothing (the whole history is hashed again), or not at all. It is "
         "one file, readable by its owner only.\n\n"
-        "To go back to it: stop the server, remove the database and the files beside it whose names end in -wal, -shm "
-        "and .anchor, and put the copy in its place.\n\n"
+        "The way back to it is dspex-persist db restore TARGET. Copying it over the database is not: what is in the "
+        "-wal beside that would be read into it.\n\n"
     )
 )
 def backup(
@@ -108,6 +108,33 @@ def backup(
     from dspex_persist.state.store import maintenance
 
     _report(db, as_json, lambda path, progress: maintenance.backup(path, target, progress), _show_backup)
+
+
+@app.command(
+    help=(
+        "Put a copy of BACKUP in the place of the database, once it was checked. Stop the server first.\n\n"
+        "What is there now is not deleted: the file, and those beside it, get names with .replaced- and the time in "
+        "them. Whatever comes in between, a kill or a power cut, what was there can still be opened, or the restored "
+        "one can. A backup of an older schema is upgraded on the way. The database is made where it is missing.\n\n"
+        "Exit code 3: the backup has problems, and nothing was changed.\n\n"
+    ),
+    epilog=(
+        "[bold]Examples[/bold]\n\n"
+        "dspex-persist db restore sessions.backup.db\n\n"
+        "dspex-persist db restore sessions.backup.db --db shop.db\n\n"
+    ),
+)
+def restore(
+    backup: Annotated[
+        Path, typer.Argument(metavar="BACKUP", help="What db backup has made, or another copy. It stays as it is.")
+    ],
+    db: Db = None,
+    as_json: Json = False,
+) -> None:
+    """Put a backup in place."""
+    from dspex_persist.state.store import maintenance
+
+    _report(db, as_json, lambda path, progress: maintenance.restore(backup, path, progress), _show_restore)
 
 
 @app.command(help="Show where the bytes are: tables, indexes, the largest sessions and variables.")
@@ -309,6 +336,17 @@ def _show_backup(report: "maintenance.BackupReport") -> None:
     else:
         size = _size(report.size_bytes)
         say(f"{report.target}: {counted(report.commits, 'commit')}, {size}, checked and sound")
+
+
+def _show_restore(report: "maintenance.RestoreReport") -> None:
+    if report.problems:
+        _show_problems(report.problems)
+        say(f"{report.backup} has {counted(len(report.problems), 'problem')}: nothing was changed")
+        return
+    size = _size(report.size_bytes)
+    say(f"{report.path}: {counted(report.commits, 'commit')}, {size}, from {report.backup}, checked and sound")
+    if report.aside is not None:
+        say(f"what was there before: {report.aside}")
 
 
 def _show_prune_of_server(report: ServerPrunedReport) -> None:

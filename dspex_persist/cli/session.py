@@ -100,7 +100,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a session."""
-    from dspex_persist.state.store import transfer
+    from dspex_persist.state.store import maintenance, transfer
 
     if output == _STREAM and as_json:
         raise typer.BadParameter("with -o - stdout has the recording: give a file, or leave --json out")
@@ -108,6 +108,8 @@ def export(
 
     def work(progress: Progress) -> transfer.ExportReport:
         path = database_of(db)
+        if as_test is not None:
+            maintenance.refuse_files_of(path, as_test, "as_test")
         _refuse_unknown_tools(tools or [])
         if target is not None:
             report = transfer.export_session(path, session, target, started=started, reveal=reveal, progress=progress)

@@ -91,7 +91,8 @@ class DamagedSessionError(StateError):
     def __str__(self) -> str:
         return (
             f"session {quote(self.session_id)} cannot be read, what the file says of it is damaged ({self.reason}); "
-            "other sessions are not affected. Look at it with: dspex-persist db check, or restore a backup"
+            "other sessions are not affected. Look at it with dspex-persist db check, or restore a backup with "
+            "dspex-persist db restore"
         )
 
 
@@ -643,6 +644,7 @@ class LostCommitsError(OpenError):
 
     def __str__(self) -> str:
         return (
-            f"{self.path} has lost acknowledged commits: {self.reason}. Restore a backup; or, to accept the loss, "
-            f"delete {self.path}.anchor and start again"
+            f"{self.path} has lost acknowledged commits: {self.reason}. Restore a backup: "
+            f"dspex-persist db restore BACKUP --db {self.path}; or, to accept the loss, delete {self.path}.anchor and "
+            "start again"
         )

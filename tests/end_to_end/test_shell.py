@@ -33,6 +33,7 @@ COMMANDS: dict[str, list[str]] = {
     "db current": ["--db", "DB"],
     "db upgrade": ["--db", "DB"],
     "db backup": ["NEW", "--db", "DB"],
+    "db restore": ["DB", "--db", "NEW"],
     "db stats": ["--db", "DB"],
     "db prune": ["--db", "DB", "--keep-versions", "1"],
     "db vacuum": ["--db", "DB"],

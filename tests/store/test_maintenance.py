@@ -24,8 +24,10 @@ from dspex_persist.state.errors import (
     NewerSchemaError,
     NotADatabaseError,
     OpenError,
+    StorageError,
 )
 from dspex_persist.state.model import PrunePolicy
+from dspex_persist.state.provider import Progress
 from dspex_persist.state.store import engine, guard, maintenance
 from dspex_persist.state.store.engine import OwnershipLock
 from dspex_persist.state.store.schema import REVISION
@@ -452,6 +454,25 @@ def test_a_backup_that_is_interrupted_leaves_nothing(path: Path, tmp_path: Path,
 
 
 # stats
+
+
+def test_a_backup_whose_target_takes_no_locks_gives_up(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite reports a file system without locks as busy, for ever."""
+    real = maintenance._copy
+
+    def copy(connection: Connection, partial: Path, progress: Progress) -> None:
+        with closing(sqlite3.connect(partial, isolation_level=None)) as lock:
+            lock.execute("BEGIN EXCLUSIVE")
+            real(connection, partial, progress)
+
+    monkeypatch.setattr(maintenance, "_copy", copy)
+    monkeypatch.setattr(maintenance, "_MOST_BUSY", 2)
+    before = names_in(tmp_path)
+    with pytest.raises(StorageError, match="takes no locks"):
+        maintenance.backup(path, tmp_path / "target.db")
+    assert names_in(tmp_path) - {"copy.db-wal", "copy.db-shm"} == before
 
 
 def test_stats_are_true(path: Path) -> None:

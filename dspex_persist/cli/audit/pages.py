@@ -41,8 +41,13 @@ def report(
 ) -> None:
     """Write a session's report."""
     from dspex_persist.audit.report import gather, render
+    from dspex_persist.state.store.maintenance import refuse_files_of
 
-    with asking(Asked(db, target, reveal=reveal)) as source:
+    asked = Asked(db, target, reveal=reveal)
+    if target is None and str(output) != "-":
+        with answering(asked):
+            refuse_files_of(database_of(db), output, "output")
+    with asking(asked) as source:
         page = render(gather(source, session, since, until))
         if str(output) == "-":
             sys.stdout.write(page)

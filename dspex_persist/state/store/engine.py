@@ -107,8 +107,11 @@ class OwnershipLock:
     to one that this process owns already: that is what the table of those is for.
     """
 
-    def __init__(self, path: Path, *, create: bool = False) -> None:
-        """`create`: make the file, for its owner's eyes only, where there is none."""
+    def __init__(self, path: Path, *, create: bool = False, replace: bool = False) -> None:
+        """`create`: make the file, for its owner's eyes only, where there is none.
+
+        `replace`: another file takes its place, so that it does not matter which of its names its WAL is beside.
+        """
         self._pid = os.getpid()
         name = resolved(path)
         with _gate(), _named(path), _reported(name):
@@ -118,7 +121,7 @@ class OwnershipLock:
             self._beside = open_beside(name, ".lock")
             try:
                 _lock_beside(name, self._beside)
-                self._identity, self._file = _take(name, create)
+                self._identity, self._file = _take(name, create, replace)
             except BaseException:
                 forks.close(self._beside)
                 raise
@@ -189,7 +192,7 @@ def _refuse_nowhere(path: Path) -> None:
         raise NotADatabaseError(str(path), reason)
 
 
-def _take(path: Path, create: bool) -> tuple[Identity, int | None]:
+def _take(path: Path, create: bool, replace: bool) -> tuple[Identity, int | None]:
     """Lock the file itself; its identity, and the descriptor that holds the lock (None where none is needed)."""
     with _reported(path):
         if create and not os.path.lexists(path):
@@ -200,7 +203,8 @@ def _take(path: Path, create: bool) -> tuple[Identity, int | None]:
             raise NotADatabaseError(str(path), os.strerror(errno.EISDIR) if path.is_dir() else "it is no regular file")
         identity = identity_of(found)
         if sys.platform != "linux":
-            _refuse_second_name(path, found)
+            if not replace:
+                _refuse_second_name(path, found)
             return identity, None
         file = forks.own(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
         # Not ours yet, and not to be closed just so either.
@@ -209,7 +213,8 @@ def _take(path: Path, create: bool) -> tuple[Identity, int | None]:
             identity = identity_of(os.fstat(file))
             if identity in _owned or _is_taken(file):
                 raise DatabaseInUseError(str(path), _owned.get(identity))
-            _refuse_second_name(path, found)
+            if not replace:
+                _refuse_second_name(path, found)
             _parked.remove(file)
         finally:
             _close_parked()
@@ -458,12 +463,25 @@ def read_error(path: Path, error: DBAPIError | sqlite3.Error) -> NotADatabaseErr
     original = getattr(error, "orig", error)
     code = getattr(original, "sqlite_errorcode", 0) & 0xFF
     if code in _DAMAGED:
-        return NotADatabaseError(str(path), str(original))
+        return NotADatabaseError(str(path), f"{original}{_mixture(path)}")
     if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
         obstacle = _obstacle(path)
         if obstacle is not None:
             return NotADatabaseError(str(path), obstacle)
     return ReadFailedError(str(path), _shortage() or str(original))
+
+
+def _mixture(path: Path) -> str:
+    """What to know where the WAL beside the file may be another one's: SQLite reads it all the same."""
+    try:
+        if not Path(f"{path}-wal").stat().st_size:
+            return ""
+    except OSError:
+        return ""
+    return (
+        f"; if {path.name} was put there by hand, {path.name}-wal still belongs to the file before it: put a backup in "
+        f"place with dspex-persist db restore BACKUP --db {path}"
+    )
 
 
 def _obstacle(path: Path) -> str | None:

@@ -27,8 +27,8 @@ WAL_IS_HELD: Final = (
 """What keeps a WAL from becoming small again."""
 
 RESTORE: Final = (
-    "put back the file that it was, with its -wal, or restore a backup, and open it again; "
-    "what was written since the last check may be lost"
+    "put back the file that it was, with its -wal, or restore a backup with `dspex-persist db restore`, and open it "
+    "again; what was written since the last check may be lost"
 )
 _FOREIGN: Final = (
     "another program has written to it while it was open, which must not be: look at it with `dspex-persist db check`, "

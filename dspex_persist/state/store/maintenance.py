@@ -1,4 +1,4 @@
-"""Looking after a file: check it, upgrade it, back it up, see where its bytes are, shrink it.
+"""Looking after a file: check it, upgrade it, back it up, restore it, see where its bytes are, shrink it.
 
 What only reads uses read-only connections and short transactions, and so works while a server writes. What changes
 the file takes the ownership lock first. Every error is an `OpenError`, or a `StorageError` for what SQLite refuses.
@@ -10,7 +10,7 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from sqlalchemy.exc import DBAPIError
 from dspex_persist.state.errors import (
     DatabaseInUseError,
     InvalidArgumentError,
+    LostCommitsError,
     NewerSchemaError,
     NotADatabaseError,
     OutcomeUnknownError,
@@ -32,7 +33,7 @@ from dspex_persist.state.model import PrunePolicy, PruneReport
 from dspex_persist.state.provider import Progress, silent
 from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.store import anchor as anchors
-from dspex_persist.state.store import audit, guard, migrate, recordings, recovery, verify
+from dspex_persist.state.store import audit, guard, migrate, recordings, recovery, swap, verify
 from dspex_persist.state.store import prune as pruning
 from dspex_persist.state.store.anchor import Anchor, Head
 from dspex_persist.state.store.answers import StoredAudit
@@ -55,6 +56,9 @@ MOST_PROBLEMS: Final = 1000
 _LARGEST: Final = 10
 _BACKUP_PAGES: Final = 1024
 _ANCHOR_READS: Final = 10
+_MOST_BUSY: Final = 40
+"""How often in a row a copy tries to lock its target, a quarter of a second apart."""
+
 _SOUND_SQLITE: Final = (3, 51, 3)
 _NOT_OURS: Final = frozenset(
     {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM}
@@ -294,7 +298,7 @@ def _recover(writer: Engine, path: Path) -> None:
     anchor = Anchor(open_beside(path, ".anchor"))
     try:
         with writer.begin() as connection:
-            recovery.recover(connection, anchor, path)
+            recovery.recover(connection, anchor.read(), path)
     finally:
         anchor.close()
 
@@ -319,9 +323,12 @@ def backup(path: Path, target: Path, progress: Progress = silent) -> BackupRepor
     The copy is one file of its own, readable from read-only media. `target` appears whole or not at all. Raises
     `InvalidArgumentError` where it exists or cannot be written.
     """
+    refuse_files_of(path, target, "target")
     anchor = _read_anchor(path)
     with _reading(path) as readers:
         _refuse_older(readers, path)
+        if os.path.lexists(target):
+            raise _refused(target, "it exists already, and a backup overwrites nothing")
         with _partial(target) as partial:
             with snapshot(readers) as connection:
                 _copy(connection, partial, progress)
@@ -335,8 +342,6 @@ def backup(path: Path, target: Path, progress: Progress = silent) -> BackupRepor
 @contextmanager
 def _partial(target: Path) -> Iterator[Path]:
     """A private file beside `target` to write to, gone at the end."""
-    if os.path.lexists(target):
-        raise _refused(target, "it exists already, and a backup overwrites nothing")
     try:
         file, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
     except OSError as error:
@@ -355,29 +360,163 @@ def _refused(target: Path, reason: str) -> InvalidArgumentError:
 
 
 def _copy(connection: Connection, partial: Path, progress: Progress) -> None:
-    def on_pages(_status: int, remaining: int, in_all: int) -> None:
+    busy = 0
+
+    def on_pages(status: int, remaining: int, in_all: int) -> None:
+        nonlocal busy
+        busy = 0 if status in (sqlite3.SQLITE_OK, sqlite3.SQLITE_DONE) else busy + 1
+        if busy == _MOST_BUSY:
+            # The driver would go on for ever, and hold its snapshot meanwhile.
+            raise StorageError(f"{partial.parent} takes no locks (on a network file system?): use another folder")
         progress("copying pages", in_all - remaining, in_all)
 
     # Reading begins the transaction. Without one, each write of a server would begin the copy anew.
     audit.head(connection)
     source: Any = connection.connection.driver_connection
-    with _explained(partial), closing(sqlite3.connect(partial, isolation_level=None)) as copy:
+    with _explained(partial), closing(sqlite3.connect(partial, isolation_level=None, timeout=0)) as copy:
         source.backup(copy, pages=_BACKUP_PAGES, progress=on_pages)
         # One file, without a WAL beside it, and so one that can be read where nothing can be written.
-        copy.execute("PRAGMA journal_mode = DELETE")
+        (mode,) = copy.execute("PRAGMA journal_mode = DELETE").fetchone()
+        if mode != "delete":
+            raise StorageError(f"the end of the copy could not be written to {partial.parent}: look at that disk")
 
 
 def _publish(partial: Path, target: Path) -> None:
     """Give the copy its name, durably, unless something has that name by now."""
+    swap.sync(partial)
     try:
         os.link(partial, target)
     except FileExistsError as error:
         raise _refused(target, "it exists already, and a backup overwrites nothing") from error
-    folder = os.open(target.parent, os.O_RDONLY | os.O_CLOEXEC)
+    swap.sync(target.parent)
+
+
+def refuse_files_of(path: Path, output: Path, field: str) -> None:
+    """Raise `InvalidArgumentError` where `output` is the database, by whatever name, or belongs to one beside it."""
+    database = resolved(path)
+    meant = resolved(output)
+    for own in (database, *(_beside(database, suffix) for suffix in swap.BESIDE)):
+        with suppress(OSError):
+            if meant == own or meant.samefile(own):
+                reason = f"{output} is {'the database itself' if own == database else 'a file of the database'}"
+                raise InvalidArgumentError(field, f"{reason}, {path}: give another name")
+
+
+# restore
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreReport:
+    """A backup that was put in the place of `path`. Where the backup has problems nothing was changed.
+
+    `revision`: the backup's; an older one was brought to this release's on the way. `aside`: the name that the file
+    which was there before has now, with the files beside it; None where there was none.
+    """
+
+    path: Path
+    backup: Path
+    revision: str
+    size_bytes: int
+    commits: int
+    aside: Path | None
+    problems: tuple[Problem, ...]
+
+
+def restore(backup: Path, path: Path, progress: Progress = silent) -> RestoreReport:
+    """Put a copy of `backup`, once it was checked, in the place of the database at `path`, which nobody may have open.
+
+    What is at `path` gets another name and is never deleted. Whatever happens, and whenever, either what was there can
+    be opened as before or what was restored can be. Raises `InvalidArgumentError` where the two are the same file.
+    """
+    refuse_files_of(path, backup, "backup")
+    with _explained(backup):
+        anchor = _read_anchor(backup)
+    with _reading(backup) as readers, _taking_over(path) as made:
+        revision = _find_revision(readers, backup)
+        if revision is None:
+            raise NotADatabaseError(str(backup), "it is empty, and so no backup")
+        with _partial(resolved(path)) as partial:
+            with snapshot(readers) as connection:
+                _copy(connection, partial, progress)
+            if revision != REVISION:
+                _upgrade_copy(partial)
+            with _reading(partial) as copies:
+                report = _check(partial, copies, anchor, progress)
+                with snapshot(copies) as connection:
+                    head = audit.head(connection)
+            size = _size_bytes(partial)
+            aside = None if report.problems else _replace(path, partial, head, made)
+    return RestoreReport(path, backup, revision, size, report.commits, aside, report.problems)
+
+
+@contextmanager
+def _taking_over(path: Path) -> Iterator[bool]:
+    """Own the file, whatever state it is in; whether it was made for that, which it is no more where that fails."""
+    made = not os.path.lexists(path)
+    with _explained(path):
+        lock = OwnershipLock(path, create=True, replace=True)
     try:
-        os.fsync(folder)
+        yield made
     finally:
-        os.close(folder)
+        if made and _size_bytes(path) == 0:
+            path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _upgrade_copy(copy: Path) -> None:
+    with _explained(copy):
+        writer = open_writer(copy)
+        try:
+            migrate.upgrade(writer, copy, is_copy=True)
+            checkpoint(writer)
+        finally:
+            writer.dispose()
+
+
+def _replace(path: Path, partial: Path, head: Head, made: bool) -> Path | None:
+    """Have `partial` take the place of the file; the name that the old one has now."""
+    name = resolved(path)
+    can_open = _can_open(path)
+    if can_open:
+        _empty_wal(name)
+    try:
+        aside = swap.take_place(partial, name, head, can_open=can_open)
+    except OSError as error:
+        raise StorageError(f"{error.filename or path}: {error.strerror or error}") from error
+    if made:
+        aside.unlink()
+        return None
+    return path.with_name(aside.name)
+
+
+def _can_open(path: Path) -> bool:
+    """Whether a server would start on the file as it is. It is only read for that: what is damaged stays as it is."""
+    if not _size_bytes(path):
+        # SQLite removes the WAL of an empty file as soon as it reads it.
+        return False
+    readers = open_readers(path, size=1)
+    try:
+        with snapshot(readers) as connection:
+            is_foreign = migrate.is_foreign(connection)
+            if not is_foreign:
+                recovery.recover(connection, _read_anchor(path), path)
+    except (NotADatabaseError, ReadFailedError, LostCommitsError, ValueError):
+        return False
+    finally:
+        readers.dispose()
+    if is_foreign:
+        raise NotADatabaseError(str(path), "it is another program's database and stays as it is; give another --db")
+    return True
+
+
+def _empty_wal(path: Path) -> None:
+    with _explained(path):
+        writer = open_writer(path)
+        try:
+            if not checkpoint(writer):
+                raise StorageError(f"another program has been reading {path} for long: end it, then repeat this")
+        finally:
+            writer.dispose()
 
 
 # stats

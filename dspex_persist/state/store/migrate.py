@@ -1,7 +1,7 @@
 """Bringing a file to this release's revision, after a backup beside it; refusing newer files."""
 
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -37,8 +37,7 @@ def migrations_path() -> Path:
 def current_revision(connection: Connection) -> str | None:
     """The file's revision; None in an empty one."""
     tables = inspect(connection).get_table_names()
-    # Others keep their revision in a table of that name, too.
-    if "alembic_version" in tables and _OURS.issubset(tables):
+    if _are_ours(tables):
         row = connection.execute(text("SELECT version_num FROM alembic_version")).first()
         return row[0] if row else None
     if tables:
@@ -48,8 +47,22 @@ def current_revision(connection: Connection) -> str | None:
     return None
 
 
-def upgrade(writer: Engine, path: Path) -> Upgrade:
-    """Bring the file to `REVISION`. A failing upgrade leaves the file as it was, and the backup beside it."""
+def is_foreign(connection: Connection) -> bool:
+    """Whether it is another program's database."""
+    tables = inspect(connection).get_table_names()
+    return bool(tables) and not _are_ours(tables)
+
+
+def _are_ours(tables: Collection[str]) -> bool:
+    # Others keep their revision in a table of that name, too.
+    return "alembic_version" in tables and _OURS.issubset(tables)
+
+
+def upgrade(writer: Engine, path: Path, *, is_copy: bool = False) -> Upgrade:
+    """Bring the file to `REVISION`. A failing upgrade leaves the file as it was, and the backup beside it.
+
+    `is_copy`: it is one of a backup, so that none is made.
+    """
     backup = None
     with writer.connect() as connection:
         with connection.begin():
@@ -58,7 +71,7 @@ def upgrade(writer: Engine, path: Path) -> Upgrade:
             return Upgrade(found)
         if found is not None:
             _refuse_newer(path, found)
-            backup = backup_before_upgrade(connection, path, found)
+            backup = None if is_copy else backup_before_upgrade(connection, path, found)
         _run_migrations(connection)
     return Upgrade(found, backup)
 

@@ -6,15 +6,14 @@ from sqlalchemy import Connection
 
 from dspex_persist.state.errors import LostCommitsError
 from dspex_persist.state.store import audit, prune
-from dspex_persist.state.store.anchor import Anchor, Head
+from dspex_persist.state.store.anchor import Head
 
 _TAIL_COMMITS = 100
 
 
-def recover(connection: Connection, anchor: Anchor, path: Path) -> Head:
-    """The head of the database, once it has been held against its anchor and the end of its log has been checked."""
+def recover(connection: Connection, remembered: Head | None, path: Path) -> Head:
+    """The head of the database, once it was held against what its anchor remembers, and the end of its log checked."""
     found = audit.head(connection)
-    remembered = anchor.read()
     if remembered is not None:
         _compare(connection, found, remembered, path)
     _check_tail(connection, found, path)

@@ -166,7 +166,7 @@ class SessionStore:
             migrate.upgrade(self._writer, self._name)
             self._connection = self._writer.connect()
             with self._connection.begin():
-                self.head = recovery.recover(self._connection, self._anchor, self._name)
+                self.head = recovery.recover(self._connection, self._anchor.read(), self._name)
                 self._keys = log.Keys(self._connection)
                 self._last_at = clock.from_micros(times.last_own(self._connection))
                 self._guard = FileGuard(self.path, self._name, self._connection)

@@ -15,7 +15,7 @@ from dspex_persist.state.provider import Progress, silent
 from dspex_persist.state.recording import Header, RecordedCommit, read_recording, write_recording
 from dspex_persist.state.store import audit
 from dspex_persist.state.store.engine import OwnershipLock, open_readers, snapshot
-from dspex_persist.state.store.maintenance import open_recording
+from dspex_persist.state.store.maintenance import open_recording, refuse_files_of
 from dspex_persist.state.store.session_store import Job, SessionStore, StoreOptions
 
 _IMPORT: Final = Origin("dspex-persist", "import")
@@ -56,8 +56,10 @@ def export_session(
     """Write a session's log to a file, which appears whole or not at all, readable by its owner; or to a stream.
 
     A server may go on writing meanwhile. A file of that name is replaced. Raises `InvalidArgumentError` where it cannot
-    be written.
+    be written, or is a file of the database.
     """
+    if isinstance(target, Path):
+        refuse_files_of(path, target, "output")
     with open_recording(path, session_id, started=started, reveal=reveal) as (header, commits):
         told = _told("writing commits", commits, header.commits, progress)
         if isinstance(target, Path):

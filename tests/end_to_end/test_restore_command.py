@@ -1,0 +1,148 @@
+"""`db restore` as it is typed; and that no command writes its output over the database."""
+
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from dspex_persist import connect
+from dspex_persist.testing.server import ServedDatabase
+from tests.deadline import within
+from tests.end_to_end.test_db_commands import (
+    FAILED,
+    FINE,
+    IN_USE,
+    PROBLEMS,
+    UNUSABLE,
+    USAGE,
+    assert_one_sentence,
+    clean_environment,
+    document_of,
+    run,
+)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a database whose server was killed, and a backup of before that."""
+    path = tmp_path / "sessions.db"
+    with connect(path) as state:
+        state.initialize_session("s")
+        state.register_variable("s", "x", "integer", 1)
+    assert run("backup", "b.db", cwd=tmp_path).returncode == FINE
+    with ServedDatabase(path) as server, connect(f"grpc://{server.target}") as client:
+        for number in range(2, 30):
+            client.set_variable("s", "x", number)
+        refused = run("restore", "b.db", cwd=tmp_path)
+        assert "in use by process" in assert_one_sentence(refused, IN_USE)
+        assert client.get_variable("s", "x").value.json == "29"
+    assert Path(f"{path}-wal").stat().st_size > 0
+    return tmp_path
+
+
+def value_in(path: Path) -> str:
+    with connect(path) as state:
+        return state.get_variable("s", "x").value.json
+
+
+def test_a_backup_is_put_in_place_and_the_old_file_kept(place: Path) -> None:
+    result = run("restore", "b.db", cwd=place)
+    assert (result.returncode, result.stderr) == (FINE, "")
+    told = re.search(r"what was there before: (\S+)", result.stdout)
+    assert told is not None, result.stdout
+    assert run("check", cwd=place).returncode == FINE
+    assert value_in(place / "sessions.db") == "1"
+    assert value_in(place / told[1]) == "29"
+
+
+def test_json(place: Path) -> None:
+    result = run("restore", "b.db", "--db", "new.db", "--json", cwd=place)
+    document = document_of(result)
+    assert (document["ok"], document["path"], document["backup"], document["aside"]) == (True, "new.db", "b.db", None)
+    assert value_in(place / "new.db") == "1"
+    assert value_in(place / "sessions.db") == "29"
+
+
+def test_lost_commits_name_the_way_back_and_it_works(place: Path) -> None:
+    (place / "sessions.db-wal").unlink()
+    sentence = assert_one_sentence(run("vacuum", cwd=place), UNUSABLE)
+    named = re.search(r"dspex-persist db restore BACKUP --db (\S+);", sentence)
+    assert named is not None
+    assert run("restore", "b.db", "--db", named[1], cwd=place).returncode == FINE
+    assert value_in(place / "sessions.db") == "1"
+
+
+def test_a_damaged_backup_changes_nothing(place: Path) -> None:
+    with closing(sqlite3.connect(place / "b.db", isolation_level=None)) as connection:
+        connection.execute("DROP TRIGGER commits_no_update")
+        connection.execute("UPDATE commits SET actor = 'mallory' WHERE sequence = 2")
+    result = run("restore", "b.db", cwd=place)
+    assert result.returncode == PROBLEMS, result
+    assert "nothing was changed" in result.stdout
+    assert value_in(place / "sessions.db") == "29"
+
+
+def test_refusals_are_one_sentence(place: Path) -> None:
+    assert "is the database itself" in assert_one_sentence(run("restore", "sessions.db", cwd=place), FAILED)
+    assert "no such file" in assert_one_sentence(run("restore", "nowhere.db", cwd=place), UNUSABLE)
+
+
+# Outputs
+
+
+def itself(path: Path) -> Path:
+    return path
+
+
+def by_link(path: Path) -> Path:
+    (path.parent / "link").symlink_to(path)
+    return path.parent / "link"
+
+
+def by_hard_link(path: Path) -> Path:
+    os.link(path, path.parent / "hard")
+    return path.parent / "hard"
+
+
+def beside(suffix: str) -> Callable[[Path], Path]:
+    return lambda path: path.with_name(path.name + suffix)
+
+
+OUTPUTS = [itself, by_link, by_hard_link, *map(beside, ("-wal", "-shm", "-journal", ".anchor", ".lock"))]
+WRITING: list[list[str]] = [
+    ["session", "export", "s", "-o", "OUTPUT"],
+    ["audit", "report", "s", "-o", "OUTPUT"],
+    ["db", "backup", "OUTPUT"],
+]
+
+
+@pytest.mark.parametrize("command", WRITING, ids=lambda words: words[1])
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_no_output_is_a_file_of_the_database(
+    tmp_path: Path, command: list[str], output: Callable[[Path], Path]
+) -> None:
+    path = tmp_path / "sessions.db"
+    with connect(path) as state:
+        state.initialize_session("s")
+    target = output(path)
+    before = {each.name: each.read_bytes() for each in tmp_path.iterdir()}
+    words = [str(target) if word == "OUTPUT" else word for word in command]
+    result = subprocess.run(
+        [sys.executable, "-m", "dspex_persist", *words, "--db", path],
+        cwd=tmp_path,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=within(60),
+        check=False,
+    )
+    assert "give another name" in result.stderr, result
+    assert result.returncode in (FAILED, USAGE)
+    assert "Traceback" not in result.stderr
+    assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == before
