@@ -358,6 +358,31 @@ def test_expected_version(stub: Any) -> None:
     assert "2" in error.details()
 
 
+def test_an_expected_version_is_never_passed_over(stub: Any) -> None:
+    """By a call that has no use for it: whoever sends it counts on it."""
+    register(stub, "guarded", "integer", 1)
+    names = {"session_id": SESSION, "variable_identifier": "guarded"}
+    batch = pb.BatchSetVariablesRequest(session_id=SESSION, updates={"guarded": packed("integer", 2)})
+    calls = [
+        (stub.SetVariables, batch),
+        (stub.DeleteVariable, pb.DeleteVariableRequest(**names)),
+        (stub.RollbackVariable, pb.RollbackVariableRequest(**names)),
+    ]
+    for call, request in calls:
+        with pytest.raises(grpc.RpcError) as error:
+            call(request, metadata=(("x-dspex-expected-version", "0"),))
+        assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert "only SetVariable does" in error.value.details()
+    request = pb.SetVariableRequest(value=packed("integer", 2), **names)
+    with pytest.raises(grpc.RpcError) as error:
+        stub.SetVariable(request, metadata=(("x-dspex-expected-version-bin", b"7"),))
+    assert error.value.code() == grpc.StatusCode.ABORTED
+    with pytest.raises(grpc.RpcError) as error:
+        stub.SetVariable(request, metadata=(("x-dspex-execution-id-bin", b"exec_1"),))
+    assert error.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert get(stub, "guarded").version == 0
+
+
 def test_batches(stub: Any) -> None:
     register(stub, "a", "float", 0.0, constraints_json='{"max": 1.0}')
     b_id = register(stub, "b", "float", 0.0)
@@ -523,6 +548,29 @@ def test_tools(stub: Any) -> None:
     assert (far.success, far.metadata["error_code"]) == (False, "UNAVAILABLE")
     assert 'without metadata["address"]' in far.error_message
     assert "far" in stub.InitializeSession(pb.InitializeSessionRequest(session_id=SESSION)).available_tools
+
+
+NUL = "a\0b"
+"""What no text may have that is kept."""
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        pb.ToolRegistration(name="t", description=NUL),
+        pb.ToolRegistration(name="t", metadata={NUL: "x"}),
+        pb.ToolRegistration(name="t", metadata={"x": NUL}),
+        pb.ToolRegistration(name="t", parameters=[pb.ParameterSpec(name=NUL, type="any")]),
+        pb.ToolRegistration(name="t", parameters=[pb.ParameterSpec(name="x", type=NUL)]),
+        pb.ToolRegistration(name="t", parameters=[pb.ParameterSpec(name="x", type="any", description=NUL)]),
+        pb.ToolRegistration(name="t", parameters=[pb.ParameterSpec(name="x", type="any", validation_json=NUL)]),
+    ],
+    ids=str,
+)
+def test_tools_are_described_in_texts(stub: Any, tool: pb.ToolRegistration) -> None:
+    error = refusal(stub.RegisterTools, pb.RegisterToolsRequest(session_id=SESSION, tools=[tool], worker_id="w"))
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "tool 't': 'a\\x00b' contains NUL" in error.details()
 
 
 def test_bytes_that_are_no_message(target: str) -> None:

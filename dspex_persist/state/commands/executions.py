@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 from dspex_persist.clock import to_micros
-from dspex_persist.state import values
+from dspex_persist.state import arguments, values
 from dspex_persist.state.commands.base import Command, check_metadata, check_text
 from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.errors import (
@@ -15,6 +15,7 @@ from dspex_persist.state.errors import (
     StateError,
     ToolExistsError,
     UnsupportedError,
+    quote,
 )
 from dspex_persist.state.frozen import freeze
 from dspex_persist.state.limits import Limits
@@ -368,6 +369,7 @@ class RegisterTools(Command[dict[str, str]]):
         for tool in self.tools:
             name = check_text("tool name", tool.spec.name, limits.name_length, "name_length")
             check_metadata(tool.spec.metadata, limits)
+            _check_texts(tool)
             size = size_of_tool(tool)
             if size > limits.constraints_size_bytes:
                 what = f"size of the description of tool {name!r} in bytes"
@@ -382,6 +384,17 @@ class RegisterTools(Command[dict[str, str]]):
         if any(state.tools.get(tool.spec.name) != tool for tool in tools):
             uow.register_tools(self.session_id, self.worker_id, tools)
         return {name: f"{self.session_id}:{name}" for name in names}
+
+
+def _check_texts(tool: RegisteredTool) -> None:
+    """What the door sees to in the arguments of a command; these are further in."""
+    field, spec = f"tool {quote(tool.spec.name)}", tool.spec
+    arguments.metadata(f"metadata of {field}", dict(spec.metadata))
+    texts = [spec.description, *spec.required_variables]
+    for parameter in spec.parameters:
+        texts += [parameter.name, parameter.type, parameter.description, parameter.validation]
+    for text in texts:
+        arguments.text(field, text)
 
 
 def _where_it_was(tool: RegisteredTool, state: SessionState) -> RegisteredTool:

@@ -10,7 +10,7 @@ import grpc
 from google.protobuf.message import Message
 
 from dspex_persist.infra.logs import get_logger
-from dspex_persist.state.commands import Command
+from dspex_persist.state.commands import Command, SetVariable
 from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError, StateError, quote
 from dspex_persist.state.execution import Execution, is_transactional, may_block
 from dspex_persist.state.mailbox import LoopMailbox
@@ -20,6 +20,7 @@ from dspex_persist.state.rpc.headers import (
     ACTOR,
     BINARY,
     EXECUTION_ID,
+    EXPECTED_VERSION,
     IDEMPOTENCY_KEY,
     OPTIMIZER_ID,
     RPC_ID,
@@ -64,6 +65,9 @@ class Calls:
 
     async def _write(self, command: Command[R], context: Context) -> R:
         try:
+            if header(context, EXPECTED_VERSION) is not None and not isinstance(command, SetVariable):
+                # Whoever sends it counts on it.
+                raise InvalidArgumentError(EXPECTED_VERSION, f"{command.cause} has none: only SetVariable does")
             execution = self._execution_of(command, context)
             origin = origin_of(command.cause, context)
             if execution is not None:
@@ -121,10 +125,13 @@ def headers(context: Context) -> dict[str, str]:
 
 
 def header(context: Context, name: str) -> str | None:
-    """One of ours that is always plain ASCII."""
+    """One of ours, under its plain key or its binary one."""
+    binary = name + BINARY
     for key, content in context.invocation_metadata() or ():
         if key == name and isinstance(content, str):
             return content
+        if key == binary and isinstance(content, bytes):
+            return _utf8(key, content)
     return None
 
 
