@@ -22,6 +22,8 @@ Check: TypeAlias = Callable[[str, Any], Any]
 _LARGEST = 2**31 - 1
 _LAST_COMMIT = 2**63 - 1
 _LONGEST_TIMEOUT_S = 1e9
+_SHORT_BITS = 128
+"""Of numbers that a message may quote: Python writes none of more than 4300 digits."""
 Number: TypeAlias = Annotated[int, "32 bits"]
 """A number that the protocol has 32 bits for."""
 Version: TypeAlias = Annotated[int, "32 bits, from 0 up"]
@@ -133,7 +135,7 @@ def _key(field: str, key: object) -> str:
 def _entry(field: str, key: object, entry: object) -> str:
     if isinstance(entry, str):
         return text(field, entry)
-    if isinstance(entry, bool | int | float):
+    if isinstance(entry, float) or (isinstance(entry, int) and entry.bit_length() <= _SHORT_BITS):
         advice = f'write "{str(entry).lower()}"'
     else:
         advice = "leave the entry out" if entry is None else "write a str, such as JSON"

@@ -2159,6 +2159,11 @@ class ArgumentContract(_Contract):
             self.refused(ask, "metadata", reason)
         self.refused(lambda: provider.start_optimization(asked, "x", "me", wrong), "config", reason)
 
+    def test_metadata_of_a_number_that_python_does_not_write(self, provider: StateProvider, asked: str) -> None:
+        wrong: Any = {"n": 10**5000}
+        reason = "the entry 'n' must be a str, not int: write a str, such as JSON"
+        self.refused(lambda: provider.set_variable(asked, "x", 2, metadata=wrong), "metadata", reason)
+
     @pytest.mark.parametrize(("wrong", "reason"), WRONG_NUMBERS, ids=shown)
     def test_numbers(self, provider: StateProvider, asked: str, wrong: Any, reason: str) -> None:
         asks: list[tuple[str, Callable[[], object]]] = [
