@@ -270,9 +270,9 @@ def number_in(text: str) -> int | float | None:
     number = float(text)
     if not isinf(number):
         return number
-    # Past all doubles, and yet not past all integers.
+    # Past all doubles, and yet not past all integers; or past those, too, and yet not infinite.
     exact = Decimal(text)
-    return int(exact) if exact.adjusted() < _MOST_DIGITS else number
+    return int(exact) if exact.adjusted() < _MOST_DIGITS else (1 if number > 0 else -1) * 10**_MOST_DIGITS
 
 
 _PREDICATE = re.compile(r"\s*(<=|>=|!=|<|>|==?|contains\b)\s*(.*?)\s*", re.DOTALL)
