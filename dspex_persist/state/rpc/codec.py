@@ -66,7 +66,7 @@ def value_of(name: str, wire: AnyMessage, binary: bytes = b"", limits: Limits = 
         reason = f"its type_url is {quote(type_url)}; use {_PREFIX}<type> with the value as JSON"
         raise InvalidValueError(name, reason)
     if binary or type_url.endswith(_BINARY):
-        value = Value(_text(name, content) or "{}", binary)
+        value = Value(_text(name, content) or ("{}" if binary else "null"), binary)
         check_content(name, value, limits)
         return value
     if wrapper:
