@@ -79,7 +79,7 @@ class VariableMapping(MutableMapping[str, Any]):
             command = commands.SetVariable(self._session_id, name, encoded, metadata or {}, expected_version)
             return self._runs.run(command)
         except VariableNotFoundError as error:
-            raise KeyError(f"{_missing(error)}; define it first: define({name!r}, ...)") from None
+            raise KeyError(_missing(error, f"define it first: define({name!r}, ...)")) from None
 
     def delete(self, name: str) -> None:
         """Delete the variable; its history stays."""
@@ -243,5 +243,6 @@ class Variables(VariableMapping):
         return self._provider.watch(self._session_id, names, after_sequence=after_sequence)
 
 
-def _missing(error: VariableNotFoundError) -> str:
-    return f"{error.identifier}; {error.hint}" if error.hint else error.identifier
+def _missing(error: VariableNotFoundError, advice: str = "") -> str:
+    todo = " Or ".join(filter(None, (error.hint, advice)))
+    return f"{error.identifier}; {todo}" if todo else error.identifier

@@ -203,6 +203,7 @@ class TestMapping:
             with pytest.raises(KeyError, match="did you mean 'temperature'") as error:
                 use()
             assert error.value.__suppress_context__
+            assert "?;" not in str(error.value)
 
     def test_a_history_is_decoded(self, context: Context) -> None:
         context.variables.define("x", {"a": [1]})
