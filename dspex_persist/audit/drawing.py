@@ -18,6 +18,10 @@ MASKED: Final = "••••••"
 _MOST_LETTERS: Final = 4_000
 _MOST_READ: Final = 100_000
 _LINE_LETTERS: Final = 80
+_CONTROLS: Final = {*range(0x20), *range(0x7F, 0xA0)} - {ord("\t"), ord("\n")}
+_DIRECTIONS: Final = {0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+_INVISIBLE: Final = {code: chr(code).encode("unicode_escape").decode() for code in _CONTROLS | _DIRECTIONS}
+"""What no page may have, what a terminal would obey, and what would turn around the text that stands beside it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,7 @@ def render_template(name: str, /, links: Links = NOWHERE, **material: Any) -> st
     """A page of this package's templates."""
     page = _environment().get_template(name).render(links=links, **material)
     # JSON can have halves of characters, UTF-8 cannot.
-    return page.encode("utf-8", "replace").decode("utf-8")
+    return page.translate(_INVISIBLE).encode("utf-8", "replace").decode("utf-8")
 
 
 @cache

@@ -243,6 +243,20 @@ def test_a_report_of_an_ended_session_with_a_strange_name(tmp_path: Path) -> Non
     assert not elements.named("b")
 
 
+def test_a_report_shows_controls_as_text(tmp_path: Path) -> None:
+    """They are no characters of a page; a terminal obeys some of them, and others turn around what stands beside."""
+    name, value = "\u202edetrever", "a\x1b[31mred\x00\x9b\r\n\tb"
+    with dspex_persist.connect(tmp_path / "controls.db") as state:
+        context = dspex_persist.Context(state, name)
+        context.variables.define("x", value, metadata={"why": "\x1b]0;title\x07"})
+    with dspex_persist.open_audit(tmp_path / "controls.db") as audit:
+        page = render(gather(audit, name))
+    assert not {each for each in page if not each.isprintable()} - {"\n", "\t", "\N{NO-BREAK SPACE}"}
+    text = Elements(page).text
+    assert r"\u202edetrever" in text
+    assert r"a\x1b[31mred\x00\x9b\r" in text
+
+
 def test_a_report_of_an_empty_session(tmp_path: Path) -> None:
     with dspex_persist.connect(tmp_path / "empty.db") as state:
         state.initialize_session("empty")
