@@ -120,6 +120,8 @@ def dspex_replay(request: pytest.FixtureRequest, tmp_path: Path) -> "Tape | _Fai
     config = request.config
 
     def replayed(tape: str | Path, tools: str | Sequence[str] = (), drive: Callable[..., Any] | None = None) -> "Tape":
+        if not isinstance(tape, str | Path):
+            pytest.fail(f"the tape is the path of a file, not {tape!r}; write {_USAGE}", pytrace=False)
         references = (tools,) if isinstance(tools, str) else tuple(tools)
         path = request.path.parent / tape
         show_all = config.get_verbosity() >= _ALL_SHOWN

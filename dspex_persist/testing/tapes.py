@@ -72,6 +72,8 @@ def check(
 
 
 def _check_asked(path: Path, references: Sequence[str], drive: Drive | None) -> None:
+    if path.is_dir():
+        pytest.fail(f"{path} is a folder: the tape is a file, such as 'tapes/checkout.jsonl'", pytrace=False)
     if not references:
         pytest.fail(f"{path.name}: say which tools it is replayed with: tools='package.module'", pytrace=False)
     if drive is not None and not callable(drive):
@@ -132,12 +134,16 @@ def _record(path: Path, references: Sequence[str], drive: Drive | None, folder: 
 
 def _play(drive: Drive, session: Context, path: Path) -> None:
     """Have the client played to its end."""
-    played = drive(session)
-    if inspect.isgenerator(played) or inspect.isasyncgen(played):
-        reason = "drive has a yield, so calling it runs nothing of it; make it a plain function (or async def)"
-        pytest.fail(f"{path.name}: {reason}", pytrace=False)
-    if inspect.isawaitable(played):
-        _await(played)
+    try:
+        played = drive(session)
+        if inspect.isgenerator(played) or inspect.isasyncgen(played):
+            reason = "drive has a yield, so calling it runs nothing of it; make it a plain function (or async def)"
+            pytest.fail(f"{path.name}: {reason}", pytrace=False)
+        if inspect.isawaitable(played):
+            _await(played)
+    except SystemExit as error:
+        # pytest takes it for its own end: every test after this one would be an error.
+        pytest.fail(f"{path.name}: drive tried to end the process: SystemExit({error})", pytrace=False)
 
 
 def _await(played: Awaitable[object]) -> None:

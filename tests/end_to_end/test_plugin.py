@@ -169,6 +169,15 @@ def broken(session):
     raise ZeroDivisionError("the client's own")
 
 
+def ends(session):
+    drive(session)
+    raise SystemExit(2)
+
+
+async def ends_later(session):
+    ends(session)
+
+
 class Client:
     async def __call__(self, session, amount):
         drive(session)
@@ -205,6 +214,26 @@ def test_idle():
 
 @replayed("broken.jsonl", broken)
 def test_broken():
+    pass
+
+
+@replayed("ends.jsonl", ends)
+def test_ends():
+    pass
+
+
+@replayed("ends_later.jsonl", ends_later)
+def test_ends_later():
+    pass
+
+
+@replayed(5, drive)
+def test_no_path():
+    pass
+
+
+@replayed("", drive)
+def test_no_file():
     pass
 
 
@@ -343,8 +372,12 @@ def test_whatever_drives_a_session_is_played_or_refused(project: Path) -> None:
     (project / "shop_tools.py").write_text(SHOP, encoding="utf-8")
     (project / "test_drives.py").write_text(DRIVES, encoding="utf-8")
     ran = run_pytest(project)
-    assert "7 failed, 4 passed" in ran.stdout, ran.stdout
+    assert "11 failed, 4 passed" in ran.stdout, ran.stdout
     for said in (
+        "ends.jsonl: drive tried to end the process: SystemExit(2)",
+        "ends_later.jsonl: drive tried to end the process: SystemExit(2)",
+        "the tape is the path of a file, not 5; write dspex_replay(tape,",
+        f"{project} is a folder: the tape is a file, such as",
         "steps.jsonl: drive has a yield, so calling it runs nothing of it; make it a plain function",
         "steps_later.jsonl: drive has a yield",
         "idle.jsonl: drive did nothing with the session that it was given",
