@@ -186,8 +186,11 @@ def _place_of(url: str | os.PathLike[str]) -> Path | str:
 
 def _meant(url: str) -> str:
     """The URL of a server that is written as other options take it, or as one of the web; "" if it is not."""
-    if _BARE_HOST_AND_PORT.fullmatch(address := re.sub("^(https?|grpcs?|tcp):(//)?", "", url)):
+    address = re.sub("^(https?|grpcs?|tcp):(//)?", "", url, flags=re.IGNORECASE).removesuffix("/")
+    if _BARE_HOST_AND_PORT.fullmatch(address):
         return f"grpc://{address}"
+    if re.fullmatch(":[0-9]{1,5}", address):
+        return f"grpc://127.0.0.1{address}"
     return f"grpc+{url}" if re.match("unix:.*[^/]", url) else ""
 
 

@@ -577,6 +577,13 @@ class CheckpointError(StateError):
 class OpenError(StateError):
     """The database cannot be opened."""
 
+    def __post_init__(self) -> None:
+        """Make of paths what can be printed: files may have names that no terminal and no log can write."""
+        for name, field in vars(self).items():
+            if isinstance(field, str) and not field.isprintable():
+                setattr(self, name, "".join(each if each.isprintable() else repr(each)[1:-1] for each in field))
+        super().__post_init__()
+
 
 @dataclass(eq=False)
 class DatabaseInUseError(OpenError):

@@ -496,6 +496,41 @@ class TestOptions:
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        (b"\xff.db", r"folder/\udcff.db: SQLite has names in UTF-8 only: rename what is not"),
+        (b"\xff/x.db", r"folder/\udcff/x.db: SQLite has names in UTF-8 only: rename what is not"),
+        (b"a\x1b\0.db", r"a\x1b\x00.db: embedded null byte"),
+        (b"..", "Is a directory"),
+    ],
+)
+def test_a_name_that_no_database_can_have_is_refused_in_words(tmp_path: Path, name: bytes, reason: str) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path = folder / os.fsdecode(name)
+    if path.parent != folder:
+        path.parent.mkdir()
+    with pytest.raises(NotADatabaseError) as error:
+        connect(path)
+    assert reason in str(error.value)
+    assert str(error.value).isprintable()
+    assert [each for each in tmp_path.rglob("*") if each.is_file()] == []
+
+
+def test_the_root_is_no_database() -> None:
+    with pytest.raises(NotADatabaseError, match="it is a folder: name a file in it"):
+        connect("/")
+
+
+@pytest.mark.parametrize("act", [open_audit, maintenance.check])
+def test_a_missing_file_is_named_in_words_that_can_be_printed(tmp_path: Path, act: Callable[[Path], object]) -> None:
+    with pytest.raises(NotADatabaseError) as error:
+        act(tmp_path / os.fsdecode(b"\xff\x1b.db"))
+    assert r"\udcff\x1b.db" in str(error.value)
+    assert str(error.value).isprintable()
+
+
 def test_another_users_of_alembic_are_not_ours(path: Path) -> None:
     with closing(sqlite3.connect(path)) as theirs, theirs:
         theirs.execute("CREATE TABLE alembic_version (version_num TEXT)")

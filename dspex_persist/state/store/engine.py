@@ -56,10 +56,15 @@ def resolved(path: Path) -> Path:
     SQLite follows links as well, and keeps its WAL beside the file itself.
     """
     try:
-        return path.resolve()
+        found = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:
         # RuntimeError: links in a circle.
         raise NotADatabaseError(str(path), str(error)) from error
+    if any("\ud800" <= each <= "\udfff" for each in str(found)):
+        raise NotADatabaseError(str(found), "SQLite has names in UTF-8 only: rename what is not, or use another folder")
+    if not found.name:
+        raise NotADatabaseError(str(path), "it is a folder: name a file in it")
+    return found
 
 
 # Closing any descriptor of a file drops all POSIX locks that the process has on it, those of SQLite included: somebody
