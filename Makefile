@@ -14,6 +14,8 @@ STATES ?= 10000
 EVERY ?= 1
 MESSAGES ?= 20000
 MINUTES ?= 15
+MUTANTS ?= 5000
+EXECUTIONS ?= 1000
 # One more than the cores that CI has: tests wait for processes now and then.
 WORKERS ?= 3
 ARGS ?=
@@ -21,7 +23,7 @@ ARGS ?=
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help setup run serve test test-thorough check lint types imports check-codegen docs
-.PHONY: fix codegen bench peers crash-test powercut-test fault-test fuzz soak clean
+.PHONY: fix codegen bench peers crash-test powercut-test fault-test fuzz soak mutants observations clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -117,6 +119,12 @@ fuzz: .venv/.installed-dev  ## send MESSAGES hostile requests (default 20000) to
 
 soak: .venv/.installed-dev  ## use a server in every way at once for MINUTES (default 15)
 	$(BIN)/python -m tests.faults.soak_test --minutes $(MINUTES) $(ARGS)
+
+mutants: .venv/.installed-dev  ## import MUTANTS recordings that were changed at random (default 5000)
+	MUTANTS=$(MUTANTS) $(BIN)/python -m pytest -s tests/property/test_mutants.py $(ARGS)
+
+observations: .venv/.installed-dev  ## hold what EXECUTIONS of each of 12 clients (default 1000) saw against the file
+	EXECUTIONS_EACH=$(EXECUTIONS) $(BIN)/python -m pytest -s tests/concurrency/test_observations.py $(ARGS)
 
 # Never a database: those may be somebody's.
 clean:  ## remove environments, caches and built packages

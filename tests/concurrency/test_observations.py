@@ -1,6 +1,7 @@
 """Everything that executions on one session see is explained by the order of commits that the file has."""
 
 import asyncio
+import os
 import secrets
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,7 @@ from tests.faults.bridge import Bridge
 from tests.faults.crash_test import server_argv
 
 SESSION = "observed"
-CLIENTS, EXECUTIONS = 12, 40
+CLIENTS, EXECUTIONS = 12, int(os.environ.get("EXECUTIONS_EACH", "40"))
 _STEADY, _COMING = ("a", "b", "c"), ("x", "y")
 _WORDS = ("get", "get", "set", "set", "list", "history", "define", "delete")
 _PAUSES_S = (0.0, 0.001, 0.004)
@@ -63,6 +64,7 @@ def _draw(random: Random, text: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300 + EXECUTIONS)
 def test_everything_seen_is_explained(tmp_path: Path) -> None:
     seed, database = secrets.randbelow(1_000_000), tmp_path / "served.db"
     observed = observations(database, seed)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import json
+import os
 import secrets
 import shutil
 from collections import Counter
@@ -18,14 +19,16 @@ from dspex_persist import wiring
 from dspex_persist.audit import CommitQuery, ExecutionQuery, HistoryQuery, SessionQuery
 from dspex_persist.audit.report import gather, render
 from dspex_persist.errors import DspexError
+from dspex_persist.state.commands import recordings as commands
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import RecordingError, SessionPrunedError
-from dspex_persist.state.recording import read_recording, write_recording
+from dspex_persist.state.model import Value
+from dspex_persist.state.recording import RecordedVersion, read_recording, write_recording
 from dspex_persist.state.store import maintenance
 from dspex_persist.state.store.session_store import SessionStore
 
 ASSET = Path(__file__).parents[1] / "assets" / "0003.db"
-MUTANTS = 150
+MUTANTS = int(os.environ.get("MUTANTS", "150"))
 _MOST_LINES = 60
 _WORDS: Sequence[Any] = (
     None,
@@ -132,15 +135,13 @@ def _use(path: Path, session_id: str) -> None:
     list(read_recording(iter(_export(path, session_id)), "the mutant")[1])
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_what_is_taken_can_be_used(tmp_path: Path) -> None:
-    seed = secrets.randbelow(1_000_000)
-    random, recordings = Random(seed), _recordings(tmp_path)
+def _try_mutants(folder: Path, number: int, seed: int) -> None:
+    """Import `number` mutants, and use those that are taken."""
+    random, recordings = Random(seed), _recordings(folder)
     counts: Counter[str] = Counter()
-    path = tmp_path / "mutants.db"
-    for number in range(MUTANTS):
-        lines, session_id = _mutant(random.choice(recordings), random), f"mutant-{number}"
+    path = folder / "mutants.db"
+    for each in range(number):
+        lines, session_id = _mutant(random.choice(recordings), random), f"mutant-{each}"
         try:
             wiring.import_session(path, iter(lines), session_id=session_id)
         except DspexError as error:
@@ -150,10 +151,28 @@ def test_what_is_taken_can_be_used(tmp_path: Path) -> None:
         try:
             _use(path, session_id)
         except Exception as error:
-            raise AssertionError(f"seed {seed}: mutant {number} was imported, and cannot be used") from error
+            raise AssertionError(f"seed {seed}: mutant {each} was imported, and cannot be used") from error
+    print(f"seed {seed}: {counts}")
     assert maintenance.check(path).problems == (), f"seed {seed}"
     # Mutants of which none is taken, or all of them, prove nothing.
-    assert min(counts["imported"], counts["RecordingError"]) > MUTANTS / 20, counts
+    assert min(counts["imported"], counts["RecordingError"]) > number / 20, counts
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300 + MUTANTS)
+def test_what_is_taken_can_be_used(tmp_path: Path) -> None:
+    _try_mutants(tmp_path, MUTANTS, secrets.randbelow(1_000_000))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_an_import_that_does_not_look_at_values_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unchecked(recorded: RecordedVersion, *_: object) -> Value:
+        return recorded.value or Value("null")
+
+    monkeypatch.setattr(commands, "_value", unchecked)
+    with pytest.raises(AssertionError, match=r"seed 1: mutant|Problem"):
+        _try_mutants(tmp_path, 150, seed=1)
 
 
 def test_an_execution_that_repeats_itself_is_refused(tmp_path: Path) -> None:
