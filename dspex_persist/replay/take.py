@@ -204,7 +204,13 @@ class _Backing:
         return next((entry for entry in known if entry.version == version), None)
 
     def history(
-        self, state: SessionState, identifier: str, limit: int, before: int | None, most_bytes: int | None = None
+        self,
+        state: SessionState,
+        identifier: str,
+        limit: int,
+        before: int | None,
+        most_bytes: int | None = None,
+        as_of: int | None = None,
     ) -> list[VariableVersion] | None:
         known = self.take.history(state, identifier)
         if known is None:

@@ -23,6 +23,7 @@ from dspex_persist.state.errors import (
     InvalidArgumentError,
     LimitExceededError,
     UnsupportedError,
+    VariableNotFoundError,
 )
 from dspex_persist.state.model import (
     Dependency,
@@ -104,6 +105,7 @@ class _Overlay:
         self.written: set[str] = set()
         self.matched: dict[str, tuple[Seen, ...]] = {}
         self.dependencies: tuple[Dependency, ...] | None = None
+        self.gone: dict[str, str | None] = {}
         # By name: others may have deleted one of them and registered another, which has been published since.
         self.published: dict[str, Variable] = {}
         self.asked_bytes = 0
@@ -228,7 +230,13 @@ class _Overlay:
         return found[0] if found and found[0].version == version else None
 
     def history(
-        self, state: SessionState, identifier: str, limit: int, before: int | None, most_bytes: int | None = None
+        self,
+        state: SessionState,
+        identifier: str,
+        limit: int,
+        before: int | None,
+        most_bytes: int | None = None,
+        as_of: int | None = None,
     ) -> list[VariableVersion] | None:
         meant = self._meant(state, identifier)
         staged = [
@@ -245,15 +253,26 @@ class _Overlay:
         base = self.snapshot.find(meant) if meant is not None else None
         if base is not None:
             before = base.version + 1 if before is None else min(before, base.version + 1)
+        if meant is None:
+            return self._history_of_gone(identifier, limit, before, most_bytes)
         # By id: of its name there may be another one by now.
-        query = commands.GetVariableHistory(
-            self.session_id, meant or identifier, limit - len(staged), before, most_bytes
-        )
+        query = commands.GetVariableHistory(self.session_id, meant, limit - len(staged), before, most_bytes)
         committed: list[VariableVersion] = self._read(query)
-        if base is None:
-            # It was deleted before the execution began: another one of its name, begun since, is not for it to see.
-            committed = [entry for entry in committed if entry.sequence <= self._base_sequence]
         return staged + committed
+
+    def _history_of_gone(
+        self, identifier: str, limit: int, before: int | None, most_bytes: int | None
+    ) -> list[VariableVersion] | None:
+        """Of who was deleted before the execution began: another one of its name, begun since, is not for it to see."""
+        query = commands.GetVariableHistory(self.session_id, identifier, limit, before, most_bytes, self._base_sequence)
+        try:
+            found: list[VariableVersion] = self._read(query)
+        except VariableNotFoundError:
+            self.gone.setdefault(identifier, None)
+            return None
+        if found:
+            self.gone.setdefault(identifier, found[0].variable_id)
+        return found
 
     def _meant(self, state: SessionState, identifier: str) -> str | None:
         """The id of the variable that is there, or that the execution has deleted; None if it was gone before."""
@@ -424,4 +443,5 @@ class Execution:
                 {asked: seen for asked, seen in overlay.checked.items() if everything or asked in overlay.written},
                 dict(overlay.matched) if everything else {},
                 overlay.dependencies,
+                dict(overlay.gone) if everything else {},
             )

@@ -167,11 +167,17 @@ class Backing(Protocol):
         """One committed version."""
 
     def history(
-        self, state: SessionState, identifier: str, limit: int, before: int | None, most_bytes: int | None = None
+        self,
+        state: SessionState,
+        identifier: str,
+        limit: int,
+        before: int | None,
+        most_bytes: int | None = None,
+        as_of: int | None = None,
     ) -> list[VariableVersion] | None:
         """The newest `limit` versions below `before`, newest first; None if the session never had the variable.
 
-        None that follows once they have `most_bytes`.
+        None that follows once they have `most_bytes`. `as_of`: of whoever had the name then, or had had it last.
         """
 
     def find_outcome(self, session_id: str, key: str) -> "RecordedOutcome | None":
@@ -195,7 +201,7 @@ class RecordedOutcome:
 class Drafts:
     """What a group of units has changed so far, in memory only, over a backing."""
 
-    __slots__ = ("backing", "executions", "forgotten", "outcomes", "states", "versions")
+    __slots__ = ("backing", "executions", "forgotten", "gone", "outcomes", "states", "versions")
 
     def __init__(self, backing: Backing) -> None:
         self.backing = backing
@@ -204,6 +210,8 @@ class Drafts:
         self.outcomes: dict[tuple[str, str], RecordedOutcome] = {}
         self.executions: dict[tuple[int, str], RecordedExecution] = {}
         self.forgotten: set[str] = set()
+        # The variables that were deleted last, by their sessions and names.
+        self.gone: Mapping[tuple[str, str], str] = {}
 
     def find(self, session_id: str) -> SessionState | None:
         """The session as the group sees it."""
@@ -409,6 +417,8 @@ class UnitOfWork:
         state = self._edit(session_id)
         names = ("variables", "names", "dependencies", "weight_bytes")
         self._undo.append((_restore, (state, {name: getattr(state, name) for name in names})))
+        self._undo.append((_restore, (self._drafts, {"gone": self._drafts.gone})))
+        self._drafts.gone = {**self._drafts.gone, (session_id, variable.name): variable.id}
         state.weight_bytes -= weight_of(state.variables[variable.name])
         state.variables = {name: kept for name, kept in state.variables.items() if name != variable.name}
         state.names = {key: name for key, name in state.names.items() if key != variable.id}
@@ -429,16 +439,33 @@ class UnitOfWork:
         return self._drafts.backing.find_version(self.session(session_id), variable.id, version)
 
     def history(
-        self, session_id: str, identifier: str, limit: int, before: int | None = None, most_bytes: int | None = None
+        self,
+        session_id: str,
+        identifier: str,
+        limit: int,
+        before: int | None = None,
+        most_bytes: int | None = None,
+        as_of: int | None = None,
     ) -> list[VariableVersion]:
         """The newest `limit` committed versions below version `before`, newest first; deleted variables included.
 
-        None that follows once they have `most_bytes`.
+        None that follows once they have `most_bytes`. `as_of`: of whoever had the name then, or had had it last.
         """
-        found = self._drafts.backing.history(self.session(session_id), identifier, limit, before, most_bytes)
+        backing = self._drafts.backing
+        found = backing.history(self.session(session_id), identifier, limit, before, most_bytes, as_of)
         if found is None:
             raise VariableNotFoundError(session_id, identifier)
         return found
+
+    def find_last_id(self, session_id: str, name: str) -> str | None:
+        """The id of the variable that has the name, or had it last; None if none ever had."""
+        state = self.session(session_id)
+        if (live := state.find(name)) is not None:
+            return live.id
+        if (session_id, name) in self._drafts.gone:
+            return self._drafts.gone[session_id, name]
+        newest = self._drafts.backing.history(state, name, 1, None)
+        return newest[0].variable_id if newest else None
 
     # Dependencies and optimization
 
@@ -736,7 +763,7 @@ def _put_back(entries: dict[Any, Any], key: object, previous: object) -> None:
         entries[key] = previous
 
 
-def _restore(state: SessionState, fields: Mapping[str, Any]) -> None:
+def _restore(state: SessionState | Drafts, fields: Mapping[str, Any]) -> None:
     for name, previous in fields.items():
         setattr(state, name, previous)
 

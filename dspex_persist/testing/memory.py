@@ -143,12 +143,18 @@ class MemoryBacking:
         return versions[version] if 0 <= version < len(versions) else None
 
     def history(
-        self, state: SessionState, identifier: str, limit: int, before: int | None, most_bytes: int | None = None
+        self,
+        state: SessionState,
+        identifier: str,
+        limit: int,
+        before: int | None,
+        most_bytes: int | None = None,
+        as_of: int | None = None,
     ) -> list[VariableVersion] | None:
         """The newest `limit` versions below `before`, newest first; None if the session never had the variable."""
         history = self._history_of(state)
         live = state.find(identifier)
-        variable_id = live.id if live is not None else history.find_id(identifier)
+        variable_id = live.id if live is not None and as_of is None else history.find_id(identifier, as_of)
         if variable_id is None:
             return None
         return up_to(history.versions[variable_id][:before][::-1][:limit], most_bytes)
@@ -170,14 +176,18 @@ class _History:
 
     def __init__(self) -> None:
         self.versions: dict[str, list[VariableVersion]] = {}
-        self._ids: dict[str, str] = {}
+        self._ids: dict[str, list[str]] = {}
 
     def append(self, change: Change) -> None:
         versions = self.versions.setdefault(change.variable.id, [])
         assert change.version.version == len(versions), "versions have no gaps"
         versions.append(change.version)
-        self._ids[change.variable.name] = change.variable.id
+        if not change.version.version:
+            self._ids.setdefault(change.variable.name, []).append(change.variable.id)
 
-    def find_id(self, identifier: str) -> str | None:
-        """The id of the newest variable of this name, or of the one of this id."""
-        return self._ids.get(identifier, identifier if identifier in self.versions else None)
+    def find_id(self, identifier: str, as_of: int | None = None) -> str | None:
+        """The id of the newest variable of this name, or of the one of this id, that had begun by commit `as_of`."""
+        for each in (*reversed(self._ids.get(identifier, [])), identifier):
+            if each in self.versions and (as_of is None or self.versions[each][0].sequence <= as_of):
+                return each
+        return None

@@ -59,7 +59,7 @@ def _draw(random: Random, text: str) -> list[str]:
     if word == "list":
         return [word, "", ""]
     # Those that are there for good are looked at by all; the others come and go.
-    coming = word in ("define", "delete") or (word != "history" and random.random() < 0.2)
+    coming = word in ("define", "delete") or random.random() < (0.5 if word == "history" else 0.2)
     return [word, random.choice(_COMING if coming else _STEADY), text]
 
 

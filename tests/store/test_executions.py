@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -571,3 +572,60 @@ def test_a_check_tells_what_was_changed_in_the_journal(stored: Stored, kind: str
     assert any("its rows are not those that its hash was made from" in problem.what for problem in problems)
     with pytest.raises(errors.LostCommitsError):
         SessionStore(stored.path)
+
+
+# The history of a name that nobody has
+
+
+def history_of(execution: Execution, name: str) -> list[tuple[int, str | None]] | None:
+    try:
+        found = execution.run(c.GetVariableHistory("s", name), ANN)
+    except errors.VariableNotFoundError:
+        return None
+    return [(each.version, each.value.json if each.value is not None else None) for each in found]
+
+
+def make_and_delete(name: str, value: str) -> list[c.Command[Any]]:
+    return [c.RegisterVariable("s", name, "integer", Value(value)), c.DeleteVariable("s", name)]
+
+
+@pytest.mark.parametrize("had_one", [True, False])
+@pytest.mark.parametrize("is_live", [True, False])
+@pytest.mark.parametrize("isolation", list(Isolation))
+def test_what_was_asked_of_a_name_that_is_gone_stays_so_or_conflicts(
+    stored: Stored, isolation: Isolation, is_live: bool, had_one: bool
+) -> None:
+    """Others give the name to another variable meanwhile, and may delete that as well."""
+    begin_session(stored)
+    if had_one:
+        stored.group(*make_and_delete("x", "1"))
+    seen = [(1, None), (0, "1")] if had_one else None
+    execution = Execution.begin("s", "tool", isolation, stored.begin(), ANN, stored.run)
+    asks_first = history_of(execution, "x")
+    stored.group(*make_and_delete("x", "2")[: 1 if is_live else 2])
+    assert asks_first == history_of(execution, "x") == seen
+    finished: Finished = stored.run(execution.finish(Verdict(execution.id, COMMITTED)))
+    expected = ExecutionStatus.CONFLICT if isolation is Isolation.SERIALIZABLE else COMMITTED
+    assert finished.status is expected
+    assert [conflict.name for conflict in finished.conflicts] == (["x"] if expected is not COMMITTED else [])
+
+
+def test_the_name_is_first_asked_for_when_another_one_had_it(stored: Stored) -> None:
+    begin_session(stored)
+    stored.group(*make_and_delete("x", "1"))
+    execution = Execution.begin("s", "tool", Isolation.SNAPSHOT, stored.begin(), ANN, stored.run)
+    stored.group(*make_and_delete("x", "2"))
+    assert history_of(execution, "x") == [(1, None), (0, "1")]
+
+
+def test_who_had_the_name_in_the_same_group_counts(stored: Stored) -> None:
+    begin_session(stored)
+    begin_session(stored, "other")
+    stored.group(*make_and_delete("x", "1"))
+    first, second = stored.execution(), stored.execution()
+    assert history_of(first, "x") == history_of(second, "x") == [(1, None), (0, "1")]
+    others = [replace(command, session_id="other") for command in make_and_delete("x", "2")]
+    finishes = [each.finish(Verdict(each.id, COMMITTED)) for each in (first, second)]
+    outcomes = stored.group(*others, finishes[0], *make_and_delete("x", "2"), finishes[1])
+    assert outcomes[2].result.status is COMMITTED
+    assert outcomes[-1].result.status is ExecutionStatus.CONFLICT

@@ -193,7 +193,8 @@ class FinishExecution(Command[Finished]):
     """End an execution, and the `children` that ended well before it, in one commit with everything that it wrote.
 
     `checked` and `matched` (by pattern) must still be as they were seen, `dependencies` too if it is given; otherwise
-    the execution ends as a conflict, and nothing but that is written.
+    the execution ends as a conflict, and nothing but that is written. `gone`: the variables whose histories were seen
+    under names that nobody had, by those names; they must still be the last ones that had them.
     """
 
     verdict: Verdict
@@ -202,6 +203,7 @@ class FinishExecution(Command[Finished]):
     checked: Mapping[str, Seen | None] = field(default_factory=dict)
     matched: Mapping[str, tuple[Seen, ...]] = field(default_factory=dict)
     dependencies: tuple[Dependency, ...] | None = None
+    gone: Mapping[str, str | None] = field(default_factory=dict)
 
     writes: ClassVar[bool] = True
 
@@ -214,7 +216,7 @@ class FinishExecution(Command[Finished]):
         writes: dict[str, list[Any]] = {}
         if verdict.status is ExecutionStatus.COMMITTED:
             start = uow.savepoint()
-            conflicts = tuple(self._changed(state)) or self._carry_out(uow, writes)
+            conflicts = tuple(self._changed(uow, state)) or self._carry_out(uow, writes)
             if conflicts:
                 uow.rollback_to(start)
                 writes.clear()
@@ -233,7 +235,7 @@ class FinishExecution(Command[Finished]):
         facts = verdict.body() | {"writes": writes, "conflicts": [asdict(conflict) for conflict in conflicts]}
         uow.end_execution(self.session_id, verdict.execution_id, verdict.status, facts, verdict.result, verdict.attempt)
 
-    def _changed(self, state: SessionState) -> Iterator[Conflict]:
+    def _changed(self, uow: UnitOfWork, state: SessionState) -> Iterator[Conflict]:
         """What is not as it was seen."""
         told: set[str] = set()
         for asked, seen in self.checked.items():
@@ -244,6 +246,10 @@ class FinishExecution(Command[Finished]):
                 if conflict.name not in told:
                     told.add(conflict.name)
                     yield conflict
+        for asked, last in self.gone.items():
+            if asked not in told and uow.find_last_id(self.session_id, asked) != last:
+                told.add(asked)
+                yield Conflict(asked, reason="another variable has had the name since")
         for pattern, matched in self.matched.items():
             yield from _changed_matches(state, pattern, matched, told)
         if self.dependencies is not None and state.dependencies != self.dependencies:

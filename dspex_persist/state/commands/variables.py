@@ -261,12 +261,14 @@ class GetVariableHistory(Command[list[VariableVersion]]):
     """The newest versions, newest first; deleted variables still have theirs. `limit` 0 means 100.
 
     `most_bytes`: once there is so much, what is left of them stays to be asked for, `before` the last.
+    `as_of`: of whoever had the name at that commit, or had had it last.
     """
 
     identifier: str
     limit: Number = 0
     before: Version | None = None
     most_bytes: int | None = None
+    as_of: int | None = None
 
     @property
     def reads(self) -> Reads:
@@ -283,7 +285,7 @@ class GetVariableHistory(Command[list[VariableVersion]]):
             uow.session(self.session_id)
             raise VariableNotFoundError(self.session_id, self.identifier)
         limit = self.limit or DEFAULT_HISTORY
-        return uow.history(self.session_id, self.identifier, limit, self.before, self.most_bytes)
+        return uow.history(self.session_id, self.identifier, limit, self.before, self.most_bytes, self.as_of)
 
 
 @dataclass(frozen=True, slots=True)

@@ -460,10 +460,16 @@ class SessionStore:
         return stored_variables.find_version(self._connection, key, version) if key is not None else None
 
     def history(
-        self, state: SessionState, identifier: str, limit: int, before: int | None, most_bytes: int | None = None
+        self,
+        state: SessionState,
+        identifier: str,
+        limit: int,
+        before: int | None,
+        most_bytes: int | None = None,
+        as_of: int | None = None,
     ) -> list[VariableVersion] | None:
         """The newest committed versions."""
-        return _history(self._connection, state, identifier, limit, before, most_bytes)
+        return _history(self._connection, state, identifier, limit, before, most_bytes, as_of)
 
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
         """What was answered under an idempotency key."""
@@ -618,7 +624,13 @@ class _Published:
         raise NotImplementedError("memory holds no history")
 
     def history(
-        self, state: SessionState, identifier: str, limit: int, before: int | None, most_bytes: int | None = None
+        self,
+        state: SessionState,
+        identifier: str,
+        limit: int,
+        before: int | None,
+        most_bytes: int | None = None,
+        as_of: int | None = None,
     ) -> list[VariableVersion] | None:
         raise NotImplementedError("memory holds no history")
 
@@ -655,9 +667,15 @@ class _Snapshot:
         return stored_variables.find_version(self._connection, key, version) if key is not None else None
 
     def history(
-        self, state: SessionState, identifier: str, limit: int, before: int | None, most_bytes: int | None = None
+        self,
+        state: SessionState,
+        identifier: str,
+        limit: int,
+        before: int | None,
+        most_bytes: int | None = None,
+        as_of: int | None = None,
     ) -> list[VariableVersion] | None:
-        return _history(self._connection, state, identifier, limit, before, most_bytes)
+        return _history(self._connection, state, identifier, limit, before, most_bytes, as_of)
 
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
         return outcomes.find(self._connection, session_id, key)
@@ -685,11 +703,12 @@ def _history(
     limit: int,
     before: int | None,
     most_bytes: int | None,
+    as_of: int | None,
 ) -> list[VariableVersion] | None:
-    variable = state.find(identifier)
+    variable = state.find(identifier) if as_of is None else None
     key = state.keys.get(variable.id) if variable is not None else None
     if key is None:
-        key = stored_variables.find_key(connection, state.key, identifier)
+        key = stored_variables.find_key(connection, state.key, identifier, as_of)
     return stored_variables.history(connection, key, limit, before, most_bytes) if key is not None else None
 
 

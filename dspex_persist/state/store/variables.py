@@ -117,8 +117,11 @@ def find_version(connection: Connection, variable_key: int, version: int) -> Var
     return version_of(row) if row is not None else None
 
 
-def find_key(connection: Connection, session_key: int, identifier: str) -> int | None:
-    """The key of the variable of this name or id: the live one, else the one that was deleted last."""
+def find_key(connection: Connection, session_key: int, identifier: str, as_of: int | None = None) -> int | None:
+    """The key of the variable of this name or id: the live one, else the one that was deleted last.
+
+    `as_of`: of those that had begun by that commit.
+    """
     if not is_unicode(identifier):
         return None
     query = (
@@ -128,6 +131,10 @@ def find_key(connection: Connection, session_key: int, identifier: str) -> int |
         .order_by(variables.c.deleted_sequence.is_not(None), variables.c.variable_key.desc())
         .limit(1)
     )
+    if as_of is not None:
+        # There is one of a name at a time, so the newest that had begun is the one that had it then, or had it last.
+        first = select(func.min(versions.c.sequence)).where(versions.c.variable_key == variables.c.variable_key)
+        query = query.order_by(None).order_by(variables.c.variable_key.desc()).where(first.scalar_subquery() <= as_of)
     return connection.execute(query).scalar()
 
 
