@@ -1331,6 +1331,19 @@ class IdempotencyContract(_Contract):
         for text in spellings:
             assert self.keyed(provider, commands.SetVariable(keyable, "v", Value(text), metadata), key).result() == 1
 
+    def test_so_are_those_with_the_same_constraints(self, provider: StateProvider, keyable: str) -> None:
+        """Registered anew, too: they are shown as they came first."""
+        for text in ('{"min": 0, "max": 2, "step": 1}', ' {"step":1,"max":2.0,"min":-0.0, "other": null}'):
+            for keyed in (True, False):
+                command = commands.RegisterVariable(keyable, "bound", "float", Value("1"), text)
+                answer = self.keyed(provider, command, "k").result() if keyed else provider.run(command)
+                assert answer == provider.get_variable(keyable, "bound").id
+        assert provider.get_variable(keyable, "bound").constraints == '{"max":2,"min":0,"step":1}'
+        for other in ('{"min": 0, "max": 2, "step": 1.0}', '{"min": 0, "max": 2.5, "step": 1}', "{}"):
+            command = commands.RegisterVariable(keyable, "bound", "float", Value("1"), other)
+            assert isinstance(refused(self.keyed(provider, command, "k")), errors.IdempotencyConflictError)
+            assert isinstance(refused(provider.submit(command)), errors.VariableExistsError)
+
     @pytest.mark.parametrize(("type_name", "one", "other"), DIFFERENT, ids=shown)
     def test_what_the_type_tells_apart_is_another_request(
         self, provider: StateProvider, keyable: str, type_name: str, one: str, other: str

@@ -63,7 +63,7 @@ class RegisterVariable(Command[str]):
         constraints = values.compile_constraints(self.name, self.type, self.constraints)
         existing = state.variables.get(self.name)
         if existing is not None:
-            return self._resume(existing, constraints.json)
+            return self._resume(existing, constraints)
         if self.name in state.names:
             raise InvalidArgumentError("name", f"{quote(self.name)} is the id of another variable in this session")
         if len(state.variables) >= uow.limits.variables_per_session:
@@ -86,16 +86,17 @@ class RegisterVariable(Command[str]):
     def meant(self, uow: UnitOfWork) -> "RegisterVariable":
         """Value and constraints spelled in one way."""
         try:
-            constraints = values.compile_constraints(self.name, self.type, self.constraints).json
+            constraints = values.compile_constraints(self.name, self.type, self.constraints).meaning
         except StateError:
             constraints = self.constraints
         return replace(self, value=values.spell(self.type, self.value, uow.limits), constraints=constraints)
 
-    def _resume(self, existing: Variable, constraints: str) -> str:
+    def _resume(self, existing: Variable, constraints: values.Constraints) -> str:
         if existing.type != self.type:
             raise VariableExistsError(self.name, f"its type is {existing.type}, not {self.type}")
-        if existing.constraints != constraints:
-            difference = f"its constraints are {existing.constraints or 'none'}, not {constraints or 'none'}"
+        known = values.compile_constraints(self.name, self.type, existing.constraints)
+        if known.meaning != constraints.meaning:
+            difference = f"its constraints are {known.json or 'none'}, not {constraints.json or 'none'}"
             raise VariableExistsError(self.name, difference)
         return existing.id
 

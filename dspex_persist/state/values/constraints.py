@@ -50,10 +50,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Constraints:
-    """What values must fulfil beyond their type. `json` is canonical, and empty where there is nothing."""
+    """What values must fulfil beyond their type. `json` is canonical, and empty where there is nothing. `meaning` is
+    the same, too, for bounds that are the same number: languages write 2 and 2.0."""
 
     type_name: str
     json: str = ""
+    meaning: str = ""
     checks: tuple[Check, ...] = field(default=(), compare=False)
     shape_checks: tuple[Check, ...] = field(default=(), compare=False)
     dtype: Dtype | None = None
@@ -112,13 +114,19 @@ def _compile(type_name: str, text: str) -> Constraints:
     checks = tuple(builders[key](entry) for key, entry in checked.items())
     _check_order(checked, "min", "max")
     _check_order(checked, "min_length", "max_length")
+    meant = {key: _whole(entry) if key in checked else entry for key, entry in stated.items()}
     return Constraints(
         type_name,
         canonical(stated),
+        canonical(meant),
         checks,
         tuple(_SHAPE_BUILDERS[key](checked[key]) for key in _SHAPE_BUILDERS if key in checked),
         get_dtype(checked["dtype"]) if "dtype" in checked else None,
     )
+
+
+def _whole(entry: Any) -> Any:
+    return int(entry) if isinstance(entry, float) and entry.is_integer() else entry
 
 
 def _is_none(key: str, entry: object) -> bool:
