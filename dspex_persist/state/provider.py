@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from enum import StrEnum
 from types import TracebackType
-from typing import Any, Self, TypeAlias, TypeVar
+from typing import Any, NoReturn, Self, TypeAlias, TypeVar
 
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.audit import AuditSource
@@ -150,6 +150,13 @@ class StateProvider(ABC):
         A point is what audits take: a commit, an execution's id, a time, an age; `^` behind it: right before it.
         """
         raise UnsupportedError("forks of sessions", "fork it in its file: dspex-persist session fork --db PATH")
+
+    def __reduce__(self) -> NoReturn:
+        """Other processes, such as those of a pool, are sent pickles; there is no state in one."""
+        raise TypeError(
+            "a state cannot be copied, pickled, or sent to another process: connect() there; "
+            "processes share a file through `dspex-persist serve`, and connect('grpc://HOST:PORT')"
+        )
 
     # The commands by name, for callers that wait
 

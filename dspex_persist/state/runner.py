@@ -27,7 +27,7 @@ from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
 from random import Random
-from typing import Any, Final, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, NoReturn, Protocol, TypeAlias, TypeVar
 from uuid import UUID
 
 import structlog
@@ -268,6 +268,10 @@ class ToolSession:
         self._times: list[datetime] = []
         self._recorded: dict[str, list[Any]] = {}
         self.journal_bytes = 0
+
+    def __reduce__(self) -> NoReturn:
+        """Other processes, such as those of a pool, are sent pickles."""
+        raise TypeError("a tool's context works in its own process: send others values, and write what they answer")
 
     @property
     def cancelled(self) -> bool:

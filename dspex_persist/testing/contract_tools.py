@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
@@ -547,6 +548,7 @@ def pass_wrongly(ctx: ToolContext, what: str) -> None:
         "published metadata": lambda: untyped.publish("b", 1, {"n": 1}),
         "what is called": lambda: untyped.call(3),
         "what is called by half a name": lambda: untyped.call(half),
+        "itself to another process": lambda: ForkingPickler.dumps(ctx),
         "an argument": lambda: untyped.call("echo", value=object()),
         "half an argument": lambda: untyped.call("echo", value=half),
         "an argument's name": lambda: untyped.call("echo", **{half: 1}),

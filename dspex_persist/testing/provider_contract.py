@@ -15,6 +15,7 @@ test begins a session of its own. `LeaseContract` is for a provider whose optimi
 Nothing here asks which backend it has; what not every backend can do is asked of `provider.capabilities`.
 """
 
+import copy
 import json
 import math
 import struct
@@ -27,6 +28,7 @@ from dataclasses import replace
 from datetime import UTC
 from enum import StrEnum
 from itertools import groupby, pairwise
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
@@ -2469,6 +2471,11 @@ class ConcurrencyContract(_Contract):
         for session, number in lives:
             assert provider.get_value(session, "x") == -number
             assert provider.get_session(session).variable_count == 1
+
+    def test_cannot_be_sent_to_another_process(self, provider: StateProvider) -> None:
+        for send in (ForkingPickler.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(TypeError, match=r"a state cannot be copied, pickled, or sent .*connect\(\) there"):
+                send(provider)
 
     def test_after_closing_everything_is_refused(self, provider: StateProvider, session: str, reopened: Reopen) -> None:
         again = reopened()

@@ -912,7 +912,7 @@ class DoorContract(_Contract):
             *("no name among others", "a version", "a version to go back to", "no limit", "metadata"),
             *("metadata's key", "half metadata", "metadata of what is defined", "a type", "constraints"),
             *("what is published", "published metadata", "what is called", "what is called by half a name"),
-            *("an argument", "half an argument", "an argument's name"),
+            *("an argument", "half an argument", "an argument's name", "itself to another process"),
         ],
     )
     def test_what_cannot_be_passed(self, client: Client, what: str) -> None:
