@@ -2,10 +2,12 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -152,9 +154,19 @@ class Reader:
     def close(self) -> None:
         """End the shell, and its server with it."""
         assert self._shell.stdin is not None
-        self._send("kill $(jobs -p)")
         self._shell.stdin.close()
+        # All of its group: what it started in the background may have a shell of its own in between.
+        with suppress(ProcessLookupError):
+            os.killpg(self._shell.pid, signal.SIGTERM)
         self._shell.wait(within(30))
+        wait_until(self._is_gone, "the end of the server")
+
+    def _is_gone(self) -> bool:
+        try:
+            os.killpg(self._shell.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
 
 
 def _bring_up_to_date(clone: Path) -> None:
