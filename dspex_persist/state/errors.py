@@ -21,6 +21,11 @@ def quote(text: object) -> str:
     return shown if len(shown) <= _QUOTED else f"{shown[:_QUOTED]}...'"
 
 
+def printable(text: str) -> str:
+    """`text` on one line, with escapes for what cannot be printed."""
+    return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
 class StateError(DspexError):
     """The root of the state layer's errors. Its leaves are dataclasses."""
 
@@ -580,8 +585,8 @@ class OpenError(StateError):
     def __post_init__(self) -> None:
         """Make of paths what can be printed: files may have names that no terminal and no log can write."""
         for name, field in vars(self).items():
-            if isinstance(field, str) and not field.isprintable():
-                setattr(self, name, "".join(each if each.isprintable() else repr(each)[1:-1] for each in field))
+            if isinstance(field, str):
+                setattr(self, name, printable(field))
         super().__post_init__()
 
 

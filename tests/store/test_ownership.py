@@ -518,6 +518,13 @@ def test_a_name_that_no_database_can_have_is_refused_in_words(tmp_path: Path, na
     assert [each for each in tmp_path.rglob("*") if each.is_file()] == []
 
 
+def test_a_folder_of_a_strange_name_is_refused_in_words(tmp_path: Path) -> None:
+    (tmp_path / "a\x1bb").mkdir()
+    with pytest.raises(NotADatabaseError) as error:
+        connect(tmp_path / "a\x1bb")
+    assert str(error.value) == rf"cannot open {tmp_path}/a\x1bb: Is a directory"
+
+
 def test_the_root_is_no_database() -> None:
     with pytest.raises(NotADatabaseError, match="it is a folder: name a file in it"):
         connect("/")
@@ -539,6 +546,7 @@ def test_another_users_of_alembic_are_not_ours(path: Path) -> None:
     for act in (connect, open_audit, maintenance.check):
         with pytest.raises(NotADatabaseError, match=r"another program's database \(tables: alembic_version, trials\)"):
             act(path)
+    assert not path.with_name(f"{path.name}.anchor").exists()
 
 
 def test_a_closed_engine_refuses_reads_of_the_file(path: Path) -> None:

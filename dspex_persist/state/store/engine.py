@@ -20,7 +20,7 @@ from sqlalchemy.pool import QueuePool, StaticPool
 
 from dspex_persist.infra import forks, holder
 from dspex_persist.infra.logs import get_logger
-from dspex_persist.state.errors import DatabaseInUseError, NotADatabaseError, ReadFailedError
+from dspex_persist.state.errors import DatabaseInUseError, NotADatabaseError, ReadFailedError, printable
 from dspex_persist.state.store import inherited
 from dspex_persist.state.store.conditions import value_holds
 from dspex_persist.state.values.json_text import mended
@@ -158,7 +158,7 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except (DatabaseInUseError, NotADatabaseError) as error:
-        error.path = str(path)
+        error.path = printable(str(path))
         raise
 
 

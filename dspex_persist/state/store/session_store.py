@@ -148,8 +148,6 @@ class SessionStore:
             undo.callback(self._lock.release)
             # Errors name the file as its user does.
             self.path, self._name = resolved(path), path
-            self._anchor = Anchor(open_beside(self.path, ".anchor"))
-            undo.callback(self._anchor.close)
             with forks.busy():
                 self._open_file(undo)
                 warn_of_others(self.path)
@@ -163,6 +161,9 @@ class SessionStore:
         undo.callback(self._writer.dispose)
         try:
             migrate.refuse_foreign(self._readers)
+            # Another program's file gets none beside it.
+            self._anchor = Anchor(open_beside(self.path, ".anchor"))
+            undo.callback(self._anchor.close)
             migrate.upgrade(self._writer, self._name)
             self._connection = self._writer.connect()
             with self._connection.begin():
