@@ -7,11 +7,10 @@ as it began), an ISO time, an age ("2h" ago), or "now". With `^` behind it: righ
 import re
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from difflib import get_close_matches
 from enum import StrEnum
 from math import inf, isinf
 from types import TracebackType
@@ -22,6 +21,7 @@ from dspex_persist.state.errors import (
     NotInHistoryError,
     VersionNotFoundError,
     VersionPrunedError,
+    closest,
     quote,
 )
 from dspex_persist.state.model import ChangeKind, Conflict, ExecutionStatus, Failure, LogEntry, Source, Value
@@ -275,12 +275,16 @@ def number_in(text: str) -> int | float | None:
     return int(exact) if exact.adjusted() < _MOST_DIGITS else (1 if number > 0 else -1) * 10**_MOST_DIGITS
 
 
-_PREDICATE = re.compile(r"\s*(<=|>=|!=|<|>|==?|contains\b)\s*(.*?)\s*", re.DOTALL)
+MOST_CONDITIONS: Final = 100
+"""In one question."""
+_LONGEST_TEXT: Final = 10_000
+_LONGEST_SOUGHT, _LONGEST_OPERAND = 1_000, 65_536
+_PREDICATE = re.compile(r"(<=|>=|!=|<|>|==?|contains\b)\s*(.*)", re.DOTALL)
 
 
 def parse_predicate(text: str) -> Predicate:
     """A predicate as people write it: `< 0.5`, `= "on"`, `contains error`."""
-    match = _PREDICATE.fullmatch(text)
+    match = _PREDICATE.fullmatch(text.strip())
     if match is None or not match[2]:
         raise InvalidArgumentError("where", f"{quote(text)} is no condition; write '< 0.5', '= 3' or 'contains text'")
     operator = Operator("=" if match[1] == "==" else match[1])
@@ -288,7 +292,10 @@ def parse_predicate(text: str) -> Predicate:
 
 
 def checked(predicate: Predicate) -> Predicate:
-    """The same, unless it asks for the order of what has none."""
+    """The same, unless it asks for the order of what has none, or for too much."""
+    # To look for a text takes SQLite as long as that is, at each place where it might be.
+    most = _LONGEST_SOUGHT if predicate.operator is Operator.CONTAINS else _LONGEST_OPERAND
+    check_length("where", predicate.operand, most)
     if predicate.operator.value[0] in "<>" and predicate.number is None:
         reason = f"{predicate.operator} compares with {quote(predicate.operand)}, which is no number"
         raise InvalidArgumentError("where", reason)
@@ -448,6 +455,7 @@ def _check_texts(query: object, *names: str) -> None:
     for name in names:
         if not isinstance(getattr(query, name), str):
             raise InvalidArgumentError(name, f"{quote(getattr(query, name))} is no text")
+        check_length(name, getattr(query, name), _LONGEST_TEXT)
 
 
 def _check_metadata(metadata: object) -> None:
@@ -455,6 +463,21 @@ def _check_metadata(metadata: object) -> None:
         isinstance(each, str) for pair in metadata.items() for each in pair
     ):
         raise InvalidArgumentError("metadata", "it has to be a mapping of texts to texts, such as {'user': 'ann'}")
+    check_conditions("metadata", metadata)
+
+
+def check_conditions(field: str, conditions: Sized) -> None:
+    """Refuse more of them than anybody means: each is looked at for each row."""
+    if len(conditions) > MOST_CONDITIONS:
+        reason = f"{len(conditions):,} conditions are too many: ask for at most {MOST_CONDITIONS}"
+        raise InvalidArgumentError(field, reason)
+
+
+def check_length(field: str, text: str, most: int) -> None:
+    """Refuse a text that is longer than anything that it could be compared with."""
+    if len(text) > most:
+        reason = f"{quote(text)} is too long: it has {len(text):,} characters, and may have {most:,}"
+        raise InvalidArgumentError(field, reason)
 
 
 def _set_member(query: object, name: str, kind: type[StrEnum]) -> None:
@@ -474,6 +497,7 @@ def predicates_of(conditions: Predicate | str | Sequence[Predicate | str]) -> tu
         conditions = (conditions,)
     if not isinstance(conditions, Sequence):
         raise InvalidArgumentError("where", f"{quote(conditions)} is no condition; write '< 0.5'")
+    check_conditions("where", conditions)
     return tuple(_predicate(each) for each in conditions)
 
 
@@ -500,9 +524,9 @@ def is_glob(text: str) -> bool:
 
 def what_there_is(asked: str, names: Sequence[str], most: int = _NAMED) -> str:
     """The name that may have been meant, or some of those that there are."""
-    meant = get_close_matches(asked, names, 1)
+    meant = closest(asked, names)
     if meant:
-        return f"did you mean {quote(meant[0])}?"
+        return f"did you mean {quote(meant)}?"
     told = [*map(quote, names[:most]), *(["..."] if len(names) > most else [])]
     return f"there are: {', '.join(told)}" if names else "there are none"
 

@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
 from random import Random
@@ -60,6 +59,7 @@ from dspex_persist.state.errors import (
     ToolNotFoundError,
     ToolTimedOutError,
     UnavailableError,
+    closest,
     quote,
 )
 from dspex_persist.state.execution import Execution
@@ -731,8 +731,8 @@ class ToolRunner:
         found = registered.get(request.tool)
         if found is None:
             names = sorted({*self.tools, *registered})
-            meant = get_close_matches(request.tool, names, 1)
-            hint = f"did you mean {meant[0]}?" if meant else f"there are: {', '.join(names[:20]) or 'none'}"
+            meant = closest(request.tool, names)
+            hint = f"did you mean {meant}?" if meant else f"there are: {', '.join(names[:20]) or 'none'}"
             raise ToolNotFoundError(request.tool, hint)
         return found
 

@@ -11,13 +11,19 @@ from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
-from difflib import get_close_matches
 from graphlib import TopologicalSorter
-from itertools import accumulate, islice
+from itertools import accumulate
 from typing import Any, Protocol, TypeAlias
 
 from dspex_persist.clock import from_micros, to_micros
-from dspex_persist.state.errors import LimitExceededError, SessionNotFoundError, VariableNotFoundError, quote
+from dspex_persist.state.errors import (
+    InvalidValueError,
+    LimitExceededError,
+    SessionNotFoundError,
+    VariableNotFoundError,
+    closest,
+    quote,
+)
 from dspex_persist.state.frozen import FrozenDict, freeze
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
@@ -45,8 +51,9 @@ from dspex_persist.state.model import (
 
 Savepoint: TypeAlias = tuple[int, int, int]
 START: Savepoint = (0, 0, 0)
+# Of patterns' instructions times bytes; RE2 takes up to some nanoseconds for each.
+_MOST_MATCHING = 1_000_000_000
 _TOKENS: Iterator[str] = iter(lambda: secrets.token_hex(6), "")
-_COMPARED_LENGTH, _MOST_COMPARED, _MOST_ALIKE = 60, 1_000, 20
 VARIABLE_WEIGHT_BYTES = 1_500
 """Roughly what a variable takes in memory besides its contents."""
 
@@ -232,6 +239,7 @@ class UnitOfWork:
 
     __slots__ = (
         "_drafts",
+        "_matching",
         "_previous_sequence",
         "_undo",
         "events",
@@ -277,6 +285,7 @@ class UnitOfWork:
         # and every unit would wait for the garbage collector, which then costs more than the unit did.
         self._undo: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
         self._previous_sequence = 0
+        self._matching = 0
 
     # Sessions
 
@@ -603,6 +612,15 @@ class UnitOfWork:
 
     # Bookkeeping
 
+    def count_matching(self, name: str, work: int) -> None:
+        """Refuse a value if all that this unit matches with patterns becomes too much. `work`: instructions of the
+        pattern times bytes."""
+        self._matching += work
+        if self._matching > _MOST_MATCHING:
+            self._matching -= work
+            reason = "together with those before it is too much to match in one call with patterns of this complexity"
+            raise InvalidValueError(name, reason)
+
     def new_token(self) -> str:
         """A unique, unguessable part of an id: 12 hexadecimal digits, or what `tokens` has been set to give."""
         return next(self.tokens)
@@ -691,21 +709,8 @@ def up_to(versions: Sequence[VariableVersion], most_bytes: int | None) -> list[V
 
 
 def _near(identifier: str, names: Iterable[str]) -> str:
-    """A hint at a name that was perhaps meant.
-
-    Only a few are compared, those of about this length that begin or end alike: a client must not be able to have a
-    server compare megabytes.
-    """
-    length = len(identifier)
-    if not 2 < length <= _COMPARED_LENGTH:
-        return ""
-    alike = (
-        name
-        for name in islice(names, _MOST_COMPARED)
-        if -3 < len(name) - length < 3 and (name[:2] == identifier[:2] or name[-2:] == identifier[-2:])
-    )
-    near = get_close_matches(identifier, islice(alike, _MOST_ALIKE), n=1)
-    return f"did you mean {quote(near[0])}?" if near else ""
+    near = closest(identifier, names)
+    return f"did you mean {quote(near)}?" if near else ""
 
 
 def value_body(value: Value | None) -> Mapping[str, str] | None:

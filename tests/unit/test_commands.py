@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from random import Random
 from typing import Any
 
 import pytest
@@ -404,6 +405,40 @@ class TestSetVariables:
         assert outcome.errors.keys() == updates.keys()
         hints = [error for error in outcome.errors.values() if "did you mean" in error]
         assert 0 < len(hints) < 20
+
+
+class TestNamesThatWerePerhapsMeant:
+    @pytest.mark.parametrize("count", [3, 20, 1_000])
+    def test_is_found(self, count: int) -> None:
+        names = ["temperature", *(f"other {number}" for number in range(count))]
+        assert errors.closest("temprature", names) == "temperature"
+        assert errors.closest("nothing like it", names) is None
+
+    def test_megabytes_are_nobody_s_slip(self) -> None:
+        names = [f"{'x' * 250}{number}" for number in range(2_000)]
+        with cpu_s_below(1):
+            for asked in ("x" * 10_000_000, "x" * 61, "x" * 60, "x" * 250):
+                assert errors.closest(asked, names) is None
+
+
+class TestPatternsOfABatch:
+    def test_one_batch_matches_so_much_and_no_more(self, memory: MemoryBacking) -> None:
+        """RE2 takes its time for some patterns, in the writer, where all others wait."""
+        drawn = Random(1)
+        for number in range(40):
+            hostile = '{"pattern":"[ab]*a[ab]{300}x"}'
+            memory.run(RegisterVariable("s", f"v{number}", "string", Value(f'"{"a" * 301}x"'), hostile))
+        updates = {f"v{number}": Value(f'"{"".join(drawn.choices("ab", k=100_000))}"') for number in range(40)}
+        with cpu_s_below(6):
+            outcome = memory.run(SetVariables("s", updates))
+        assert "does not match" in outcome.errors["v0"]
+        assert "too much to match in one call" in outcome.errors["v39"]
+
+    def test_a_batch_of_ordinary_ones_is_taken(self, memory: MemoryBacking) -> None:
+        for number in range(1_000):
+            memory.run(RegisterVariable("s", f"v{number}", "string", Value('"a@b.c"'), '{"pattern":"^[^@]+@[^@]+$"}'))
+        outcome = memory.run(SetVariables("s", {f"v{number}": Value('"d@e.f"') for number in range(1_000)}))
+        assert outcome.errors == {}
 
 
 class TestReads:

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dspex_persist.state.audit import Operator, Predicate, number_in, parse_predicate
+from dspex_persist.state.audit import HistoryQuery, Operator, Predicate, number_in, parse_predicate
 from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.store.conditions import value_holds
+from tests.deadline import cpu_s_below
 
 NUMBERS = (
     st.integers()
@@ -87,6 +88,23 @@ def test_a_deleted_variable_fulfils_nothing() -> None:
 def test_an_order_needs_a_number(text: str) -> None:
     with pytest.raises(InvalidArgumentError):
         parse_predicate(text)
+
+
+def test_questions_have_an_end() -> None:
+    for field, conditions in (("where", ["= 1"] * 101), ("metadata", {str(number): "v" for number in range(101)})):
+        with pytest.raises(InvalidArgumentError, match=f"{field}: 101 conditions are too many"):
+            HistoryQuery(**{field: conditions})
+    assert len(HistoryQuery(where=["= 1"] * 100).where) == 100
+    for condition in (f"contains {'x' * 1_001}", f"= {'x' * 70_000}"):
+        with pytest.raises(InvalidArgumentError, match="too long"):
+            parse_predicate(condition)
+    with pytest.raises(InvalidArgumentError, match=r"variable: .* is too long"):
+        HistoryQuery(variable="*a" * 10_000)
+
+
+def test_white_space_takes_no_time() -> None:
+    with cpu_s_below(1), pytest.raises(InvalidArgumentError, match="too long"):
+        parse_predicate(f"= x{' ' * 200_000}y")
 
 
 def test_a_number_is_as_exact_as_what_was_typed() -> None:

@@ -370,6 +370,7 @@ def _write(
 ) -> Variable:
     check_lock(variable, metadata)
     constraints = values.compile_constraints(variable.name, variable.type, variable.constraints)
+    uow.count_matching(variable.name, constraints.program_size * len(value.json))
     normalised = values.normalise(variable.name, variable.type, constraints, value, uow.limits)
     if metadata:
         check_merged_metadata({**variable.metadata, **metadata}, metadata, uow.limits)

@@ -1,7 +1,7 @@
 """Between the messages of the audit service and the questions and answers of audits. Pure: no calls, no state."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
@@ -29,6 +29,7 @@ from dspex_persist.state.audit import (
     SessionQuery,
     T,
     VariableState,
+    check_conditions,
     checked,
     is_glob,
     predicates_of,
@@ -438,10 +439,20 @@ def _history_query(request: pb.ListHistoryRequest) -> HistoryQuery:
         source=_SOURCES.find(request.source),
         tool=request.tool,
         execution_id=request.execution_id,
-        metadata=dict(request.metadata),
-        where=tuple(map(_predicate, request.where)),
+        metadata=_metadata(request.metadata),
+        where=_predicates(request.where),
         **_range(request.range),
     )
+
+
+def _metadata(conditions: Mapping[str, str]) -> dict[str, str]:
+    check_conditions("metadata", conditions)
+    return dict(conditions)
+
+
+def _predicates(messages: Sequence[pb.Predicate]) -> tuple[Predicate, ...]:
+    check_conditions("where", messages)
+    return tuple(map(_predicate, messages))
 
 
 def _predicate(message: pb.Predicate) -> Predicate:
@@ -467,7 +478,7 @@ def _execution_query(request: pb.ListExecutionsRequest) -> ExecutionQuery:
         status=_STATUSES.find(request.status),
         actor=request.actor,
         idempotency_key=request.idempotency_key,
-        metadata=dict(request.metadata),
+        metadata=_metadata(request.metadata),
         children=not request.only_roots,
         **_range(request.range),
     )
@@ -489,7 +500,7 @@ def _session_query(request: pb.ListSessionsRequest) -> SessionQuery:
     return SessionQuery(
         session=request.session,
         live=_optional(request, "live"),
-        metadata=dict(request.metadata),
+        metadata=_metadata(request.metadata),
         **_range(request.range),
     )
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Mapping, Sized
+from collections.abc import Callable, Mapping, Sized
 from concurrent.futures import Future
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -33,6 +33,7 @@ M = TypeVar("M", bound=Message)
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 _ACTOR_LENGTH = 255
+_MUCH_BYTES: Final = 100_000
 _READER = Origin(actor="", cause="read")
 _logger: Final = get_logger(__name__)
 
@@ -84,6 +85,10 @@ class Calls:
             return None
         return self._runner.find(execution_id)
 
+    async def _reading(self, size_bytes: int, read: Callable[[], R]) -> R:
+        """What a request holds, read on a thread where it is much: the loop is everybody's."""
+        return await asyncio.to_thread(read) if size_bytes > _MUCH_BYTES else read()
+
     def _metadata(self, metadata: Mapping[str, str]) -> dict[str, str]:
         check_count("metadata entries", metadata, self._limits.metadata_entries, "metadata_entries")
         return dict(metadata)
@@ -105,6 +110,12 @@ def fitting(message: M, max_message_bytes: int) -> M:
     if size_bytes > max_message_bytes:
         raise LimitExceededError("the size of the answer", size_bytes, max_message_bytes, "max_message_bytes")
     return message
+
+
+def check_together(what: str, size_bytes: int, most: int, setting: str) -> None:
+    """Refuse a request whose values are too much together before any of them is read."""
+    if size_bytes > most:
+        raise LimitExceededError(f"size of the {what} in bytes", size_bytes, most, setting)
 
 
 async def _run_within(execution: Execution, command: Command[R], origin: Origin) -> R:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -11,7 +12,7 @@ from dspex_persist.state.errors import InvalidArgumentError, StateError, Unavail
 from dspex_persist.state.model import Update, UpdateKind, Value, Variable
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.rpc import codec
-from dspex_persist.state.rpc.calls import Context, check_count, fitting, whole_number
+from dspex_persist.state.rpc.calls import Context, check_count, check_together, fitting, whole_number
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.rpc.headers import (
     AFTER_SEQUENCE,
@@ -121,7 +122,7 @@ class BridgeServicer(ToolRpcs):
             request.session_id,
             request.name,
             request.type,
-            self._value(request.name, request.initial_value, request.initial_binary_value),
+            await self._value(request.name, request.initial_value, request.initial_binary_value),
             request.constraints_json,
             self._metadata(request.metadata),
         )
@@ -149,14 +150,19 @@ class BridgeServicer(ToolRpcs):
         command = commands.SetVariable(
             request.session_id,
             identifier,
-            self._value(identifier, request.value, request.binary_value),
+            await self._value(identifier, request.value, request.binary_value),
             self._metadata(request.metadata),
             _expected_version(request, context),
         )
         return pb.SetVariableResponse(success=True, new_version=await self._write(command, context))
 
     async def SetVariables(self, request: pb.BatchSetVariablesRequest, context: Context) -> Any:
-        updates, refused = self._updates_of(request)
+        binary = request.binary_updates
+        for entries in (request.updates, binary):
+            check_count("updates in the batch", entries, self._limits.batch_entries, "batch_entries")
+        size_bytes = sum(len(wire.value) for wire in request.updates.values()) + sum(map(len, binary.values()))
+        check_together("updates", size_bytes, self._limits.session_size_bytes, "session_size_bytes")
+        updates, refused = await self._reading(size_bytes, partial(self._updates_of, request))
         metadata = self._metadata(request.metadata)
         command = commands.SetVariables(request.session_id, updates, metadata, request.atomic, refused)
         outcome = await self._write(command, context)
@@ -225,8 +231,8 @@ class BridgeServicer(ToolRpcs):
 
     # What requests hold
 
-    def _value(self, name: str, wire: Any, binary: bytes) -> Value:
-        return codec.value_of(name, wire, binary, self._limits)
+    async def _value(self, name: str, wire: Any, binary: bytes) -> Value:
+        return await self._reading(len(wire.value), partial(codec.value_of, name, wire, binary, self._limits))
 
     def _identifiers(self, request: Any) -> tuple[str, ...]:
         identifiers = request.variable_identifiers
@@ -236,8 +242,6 @@ class BridgeServicer(ToolRpcs):
     def _updates_of(self, request: pb.BatchSetVariablesRequest) -> tuple[dict[str, Value], dict[str, str]]:
         """The values by identifier, and what is wrong with those that are none."""
         binary = request.binary_updates
-        for entries in (request.updates, binary):
-            check_count("updates in the batch", entries, self._limits.batch_entries, "batch_entries")
         for identifier in binary:
             if identifier not in request.updates:
                 reason = f"{quote(identifier)} has binary content but no entry in updates that describes it"
@@ -246,7 +250,7 @@ class BridgeServicer(ToolRpcs):
         refused: dict[str, str] = {}
         for identifier, wire in request.updates.items():
             try:
-                updates[identifier] = self._value(identifier, wire, binary.get(identifier, b""))
+                updates[identifier] = codec.value_of(identifier, wire, binary.get(identifier, b""), self._limits)
             except StateError as error:
                 refused[identifier] = str(error)
         return updates, refused

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Mapping
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -18,7 +19,7 @@ from dspex_persist.state.errors import (
 from dspex_persist.state.model import ToolOutcome, Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.rpc import codec
-from dspex_persist.state.rpc.calls import Calls, Context, check_count, header, origin_of
+from dspex_persist.state.rpc.calls import Calls, Context, check_count, check_together, header, origin_of
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.rpc.headers import ALL_TOOLS, ASKED_BY, EXECUTION_ID, TIMEOUT_S, TOOLS
 from dspex_persist.state.rpc.status import facts_of
@@ -44,7 +45,7 @@ class ToolRpcs(Calls):
         tool = self._runner.tools.get(request.tool_name)
         said = {"result_type": tool.result_type} if tool is not None and tool.result_type else {}
         stream = _ChunkStream(context, request.tool_name, self._stall_timeout_s, said)
-        call = self._request("ExecuteStreamingTool", request, request.binary_parameters, context)
+        call = await self._request("ExecuteStreamingTool", request, request.binary_parameters, context)
         outcome = await self._run(call, context, stream.emit)
         if not outcome.success:
             raise outcome.error or ToolFailedError(outcome.execution_id, outcome.error_code)
@@ -76,11 +77,16 @@ class ToolRpcs(Calls):
         for each in request.tools:
             check_count("parameters of a tool", each.parameters, limits.batch_entries, "batch_entries")
             check_count("metadata entries", each.metadata, limits.metadata_entries, "metadata_entries")
-        tools = tuple(codec.registered_tool(each, request.worker_id, limits) for each in request.tools)
-        names = [tool.spec.name for tool in tools]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise InvalidArgumentError("tools", f"{twice!r} is there twice")
+            what, most = f"description of tool {quote(each.name)}", limits.constraints_size_bytes
+            check_together(what, each.ByteSize(), most, "constraints_size_bytes")
+        tools = await self._reading(
+            request.ByteSize(),
+            lambda: tuple(codec.registered_tool(each, request.worker_id, limits) for each in request.tools),
+        )
+        names = {tool.spec.name: tool for tool in tools}
+        if len(names) < len(tools):
+            twice = next(tool.spec.name for tool in tools if names[tool.spec.name] is not tool)
+            raise InvalidArgumentError("tools", f"{quote(twice)} is there twice")
         command = commands.RegisterTools(request.session_id, request.worker_id, tools, frozenset(self._runner.tools))
         tool_ids = await self._write(command, context)
         log = self._log("RegisterTools", request.session_id, context)
@@ -94,7 +100,7 @@ class ToolRpcs(Calls):
 
     async def _execute(self, rpc: str, request: Any, binaries: Mapping[str, bytes], context: Context) -> ToolOutcome:
         try:
-            call = self._request(rpc, request, binaries, context)
+            call = await self._request(rpc, request, binaries, context)
         except ToolArgumentError as error:
             return ToolOutcome(None, None, error, error.error_code)
         return await self._run(call, context)
@@ -109,24 +115,26 @@ class ToolRpcs(Calls):
         self._log_outcome(call, outcome, context)
         return outcome
 
-    def _request(self, rpc: str, request: Any, binaries: Mapping[str, bytes], context: Context) -> ToolRequest:
+    async def _request(self, rpc: str, request: Any, binaries: Mapping[str, bytes], context: Context) -> ToolRequest:
         origin = origin_of(rpc, context)
-        metadata = self._metadata(request.metadata)
+        metadata, limits, wires = self._metadata(request.metadata), self._limits, request.parameters
+        for entries in (wires, binaries):
+            check_count("parameters", entries, limits.batch_entries, "batch_entries")
+        size_bytes = sum(len(wire.value) for wire in wires.values()) + sum(map(len, binaries.values()))
+        check_together("parameters", size_bytes, limits.execution_size_bytes, "execution_size_bytes")
+        read = partial(self._parameters, request.tool_name, wires, binaries)
         return ToolRequest(
             request.session_id,
             request.tool_name,
-            self._parameters(request.tool_name, request.parameters, binaries),
+            await self._reading(size_bytes, read),
             origin,
             metadata,
             metadata.get(IDEMPOTENCY_KEY) or origin.idempotency_key,
             _time_left(context),
-            codec.style_of(request.parameters.values()),
+            codec.style_of(wires.values()),
         )
 
     def _parameters(self, tool: str, wires: Mapping[str, Any], binaries: Mapping[str, bytes]) -> dict[str, Value]:
-        limits = self._limits
-        for entries in (wires, binaries):
-            check_count("parameters", entries, limits.batch_entries, "batch_entries")
         for name in binaries:
             if name not in wires:
                 reason = "there is binary content, but no entry in parameters that describes it"
@@ -134,7 +142,7 @@ class ToolRpcs(Calls):
         parameters: dict[str, Value] = {}
         for name, wire in wires.items():
             try:
-                parameters[name] = codec.value_of(name, wire, binaries.get(name, b""), limits)
+                parameters[name] = codec.value_of(name, wire, binaries.get(name, b""), self._limits)
             except InvalidValueError as error:
                 raise ToolArgumentError(tool, name, error.reason) from error
         return parameters

@@ -96,6 +96,19 @@ _LIVE_VARIABLES = (
     )
     .order_by(variables.c.variable_key)
 )
+# A statement of its own for each call would keep what is looked for, which clients choose, until it is collected.
+_CALLED_SO = (
+    select(variables.c.variable_key)
+    .where(variables.c.session_key == bindparam("session_key"))
+    .where((variables.c.name == bindparam("identifier")) | (variables.c.variable_id == bindparam("identifier")))
+    .limit(1)
+)
+_FIND_KEY = _CALLED_SO.order_by(variables.c.deleted_sequence.is_not(None), variables.c.variable_key.desc())
+# There is one of a name at a time, so the newest that had begun is the one that had it then, or had it last.
+_FIND_KEY_AS_OF = _CALLED_SO.where(
+    select(func.min(versions.c.sequence)).where(versions.c.variable_key == variables.c.variable_key).scalar_subquery()
+    <= bindparam("as_of")
+).order_by(variables.c.variable_key.desc())
 _NO_BOUND = 2**63 - 1
 
 
@@ -124,18 +137,10 @@ def find_key(connection: Connection, session_key: int, identifier: str, as_of: i
     """
     if not is_unicode(identifier):
         return None
-    query = (
-        select(variables.c.variable_key)
-        .where(variables.c.session_key == session_key)
-        .where((variables.c.name == identifier) | (variables.c.variable_id == identifier))
-        .order_by(variables.c.deleted_sequence.is_not(None), variables.c.variable_key.desc())
-        .limit(1)
-    )
-    if as_of is not None:
-        # There is one of a name at a time, so the newest that had begun is the one that had it then, or had it last.
-        first = select(func.min(versions.c.sequence)).where(versions.c.variable_key == variables.c.variable_key)
-        query = query.order_by(None).order_by(variables.c.variable_key.desc()).where(first.scalar_subquery() <= as_of)
-    return connection.execute(query).scalar()
+    asked = {"session_key": session_key, "identifier": identifier}
+    if as_of is None:
+        return connection.execute(_FIND_KEY, asked).scalar()
+    return connection.execute(_FIND_KEY_AS_OF, asked | {"as_of": as_of}).scalar()
 
 
 def history(

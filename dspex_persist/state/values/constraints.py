@@ -59,6 +59,8 @@ class Constraints:
     checks: tuple[Check, ...] = field(default=(), compare=False)
     shape_checks: tuple[Check, ...] = field(default=(), compare=False)
     dtype: Dtype | None = None
+    program_size: int = 0
+    """Instructions of the pattern: what it takes to look for it, for each byte."""
 
     def check(self, name: str, data: object) -> None:
         """`InvalidValueError` if `data`, a value of the type as coercion left it, breaks a constraint."""
@@ -122,6 +124,7 @@ def _compile(type_name: str, text: str) -> Constraints:
         checks,
         tuple(_SHAPE_BUILDERS[key](checked[key]) for key in _SHAPE_BUILDERS if key in checked),
         get_dtype(checked["dtype"]) if "dtype" in checked else None,
+        _compile_pattern(checked["pattern"]).programsize if "pattern" in checked else 0,
     )
 
 
