@@ -15,16 +15,15 @@ from concurrent.futures import CancelledError, Future, InvalidStateError
 from queue import Empty, SimpleQueue
 from typing import Any, Final, TypeVar
 
-import structlog
-
 from dspex_persist.infra import forks
+from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.traces import trace_of
 
 R = TypeVar("R")
 
 _CLEAN_UP_S: Final = 2.0
 
-_logger: structlog.typing.FilteringBoundLogger = structlog.get_logger(source=__name__)
+_logger: Final = get_logger(__name__)
 
 
 class DaemonThreads:

@@ -29,9 +29,8 @@ from random import Random
 from typing import Any, Final, NoReturn, Protocol, TypeAlias, TypeVar
 from uuid import UUID
 
-import structlog
-
 from dspex_persist import clock
+from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.threads import DaemonThreads, LoopThread
 from dspex_persist.infra.traces import leave_marks_out
 from dspex_persist.state import commands, values
@@ -80,7 +79,7 @@ from dspex_persist.state.model import (
 from dspex_persist.state.provider import StateProvider
 
 R = TypeVar("R")
-_logger: structlog.typing.FilteringBoundLogger = structlog.get_logger(source=__name__)
+_logger: Final = get_logger(__name__)
 Emit: TypeAlias = Callable[[Value], Awaitable[None]]
 """Hands one chunk to whoever asked; returns when it has been taken."""
 

@@ -12,7 +12,7 @@ from dspex_persist.state import commands
 from dspex_persist.state.errors import InternalError
 
 PROGRAM = """
-import logging, sys
+import asyncio, logging, sys
 import dspex_persist
 from dspex_persist.state import commands
 def fail(self, uow):
@@ -22,7 +22,13 @@ if sys.argv[2] == "silenced":
     logging.getLogger("dspex_persist").setLevel(logging.CRITICAL)
 if sys.argv[2] == "redirected":
     logging.basicConfig(filename=sys.argv[1] + ".log", level=logging.INFO)
-with dspex_persist.connect(sys.argv[1]) as state:
+@dspex_persist.tool
+async def stop_the_loop() -> None:
+    asyncio.get_running_loop().stop()
+    await asyncio.sleep(0.01)
+with dspex_persist.connect(sys.argv[1], tools=stop_the_loop) as state:
+    state.initialize_session("s")
+    state.execute_tool("s", "stop_the_loop")
     try:
         state.run(commands.Heartbeat("s"))
     except dspex_persist.DspexError:
@@ -41,6 +47,7 @@ def test_stdout_is_the_programs(tmp_path: Path, logs: str) -> None:
     else:
         assert "command failed" in told
         assert "ZeroDivisionError: a fault of ours" in told
+        assert "event loop goes on" in told
     if logs == "redirected":
         assert ended.stderr == ""
         assert "dspex_persist.state.store.session_store" in told

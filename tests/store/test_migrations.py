@@ -135,12 +135,18 @@ def test_a_newer_file_is_refused_by_name_with_nothing_changed(
 
 
 @pytest.mark.parametrize("opening", OPENINGS)
-def test_another_programs_database_is_refused(tmp_path: Path, opening: Callable[[Path], object]) -> None:
+@pytest.mark.parametrize(
+    "script",
+    [
+        "CREATE TABLE sessions (theirs TEXT); INSERT INTO sessions VALUES ('precious')",
+        "CREATE VIEW precious AS SELECT 1",
+    ],
+    ids=["a table", "a view"],
+)
+def test_another_programs_database_is_refused(tmp_path: Path, opening: Callable[[Path], object], script: str) -> None:
     path = tmp_path / "theirs.db"
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute("CREATE TABLE sessions (theirs TEXT)")
-        connection.execute("INSERT INTO sessions VALUES ('precious')")
-        connection.commit()
+        connection.executescript(script)
     before = dump(path)
     with pytest.raises(NotADatabaseError, match="another program's database"):
         opening(path)

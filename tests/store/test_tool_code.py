@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import pytest
 from pydantic import BaseModel, model_validator
-from structlog.testing import capture_logs
 
 from dspex_persist import Toolbox, ToolContext, clock, tool
 from dspex_persist.state import runner
@@ -22,6 +21,7 @@ from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import EngineClosedError, InternalError, StateError
 from dspex_persist.state.model import ExecutionStatus, LogEntry
 from tests.deadline import within
+from tests.logs import capture_logs
 
 
 class Textless(Exception):

@@ -36,7 +36,7 @@ def migrations_path() -> Path:
 
 def current_revision(connection: Connection) -> str | None:
     """The file's revision; None in an empty one."""
-    tables = inspect(connection).get_table_names()
+    tables = _tables_of(connection)
     if _are_ours(tables):
         row = connection.execute(text("SELECT version_num FROM alembic_version")).first()
         return row[0] if row else None
@@ -49,8 +49,14 @@ def current_revision(connection: Connection) -> str | None:
 
 def is_foreign(connection: Connection) -> bool:
     """Whether it is another program's database."""
-    tables = inspect(connection).get_table_names()
+    tables = _tables_of(connection)
     return bool(tables) and not _are_ours(tables)
+
+
+def _tables_of(connection: Connection) -> list[str]:
+    """The names of its tables, views included: nobody makes one in a file that is for us."""
+    inspector = inspect(connection)
+    return [*inspector.get_table_names(), *inspector.get_view_names()]
 
 
 def _are_ours(tables: Collection[str]) -> bool:
