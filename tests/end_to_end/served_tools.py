@@ -6,6 +6,7 @@ when the test has put another one there.
 
 import asyncio
 import json
+import os
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -13,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextvars import ContextVar
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import dspex_persist
 from dspex_persist import ToolContext, tool
@@ -42,11 +43,17 @@ async def leave_running(gate: str, where: str) -> str:
     elif where == "pool":
         _left.append(ThreadPoolExecutor(1).submit(_linger, gate))
     else:
-        _left.append(ProcessPoolExecutor(1, mp_context=get_context("fork")).submit(_linger, gate))
+        _left.append(ProcessPoolExecutor(1, mp_context=get_context("fork")).submit(_linger_alone, gate))
     return where
 
 
 _left: list[object] = []
+
+
+def _linger_alone(gate: str) -> NoReturn:
+    """In a process whose pool may be gone by then: nobody else would end it."""
+    _linger(gate)
+    os._exit(0)
 
 
 def _linger(gate: str) -> None:
