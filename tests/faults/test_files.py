@@ -1,0 +1,160 @@
+"""What others do to the files of a server while it serves: what it acknowledges, what it says, how it ends."""
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from dspex_persist import connect
+from dspex_persist.errors import DspexError
+from dspex_persist.infra.process import ServerProcess
+from dspex_persist.state.errors import StorageError
+from dspex_persist.state.provider import StateProvider
+from dspex_persist.state.store import maintenance
+from tests.deadline import within
+from tests.faults.crash_test import server_argv
+
+WRITES = 5
+IN_USE, STORAGE_FAILED = 4, 70
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(within(120))]
+
+
+def serve(database: Path, bug: str | None = None) -> ServerProcess:
+    return ServerProcess.start(server_argv(database, bug), ready_timeout_s=within(60))
+
+
+def begin(client: StateProvider) -> None:
+    client.initialize_session("s")
+    client.register_variable("s", "x", "integer", 0)
+    for number in range(WRITES):
+        client.set_variable("s", "x", number)
+
+
+def version_in(database: Path) -> int:
+    with connect(database) as state:
+        version = state.get_variable("s", "x").version
+    assert maintenance.check(database).problems == ()
+    return version
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+def rename(file: Path) -> None:
+    file.rename(file.with_name("elsewhere"))
+
+
+def replace(file: Path) -> None:
+    """As `mv` of another file does."""
+    new = file.with_name("new")
+    new.write_bytes(file.read_bytes())
+    new.replace(file)
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+def write_to(file: Path) -> None:
+    with closing(sqlite3.connect(file.with_name(file.name.removesuffix("-wal")))) as other, other:
+        other.execute('UPDATE sessions SET metadata = \'{"by": "hand"}\'')
+
+
+Spoil = Callable[[Path], None]
+
+
+def acknowledged_after(database: Path, spoil: Spoil, suffix: str, bug: str | None = None) -> list[int]:
+    """Have the file spoiled under a server; the versions of the calls begun after that which were acknowledged.
+
+    A server without a bug then ends with the documented code, and says what has happened to which file.
+    """
+    with serve(database, bug) as process, connect(f"grpc://127.0.0.1:{process.port}") as client:
+        begin(client)
+        spoil(Path(f"{database}{suffix}"))
+        told: list[int] = []
+        for number in range(WRITES):
+            with contextlib.suppress(DspexError):
+                told.append(client.set_variable("s", "x", number))
+        if bug is None:
+            assert process.wait(within(30)) == STORAGE_FAILED
+            assert "while it was open" in process.stderr_tail
+            assert f"{database.name}{suffix}" in process.stderr_tail
+            assert "Traceback" not in process.stderr_tail
+    return told
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+@pytest.mark.parametrize("spoil", [remove, rename, replace, truncate])
+def test_nothing_is_acknowledged_that_would_go_nowhere(tmp_path: Path, spoil: Spoil, suffix: str) -> None:
+    database = tmp_path / "served.db"
+    if spoil is truncate and not suffix:
+        # A new file is empty until its WAL is brought into it.
+        connect(database).close()
+    assert acknowledged_after(database, spoil, suffix) == []
+    if suffix and spoil is not truncate:
+        # All of it was brought into the file before the end.
+        assert version_in(database) >= WRITES
+    elif spoil is rename:
+        (tmp_path / "elsewhere").rename(database)
+        assert version_in(database) >= WRITES
+
+
+def test_nothing_is_acknowledged_on_top_of_what_others_write(tmp_path: Path) -> None:
+    assert acknowledged_after(tmp_path / "served.db", write_to, "") == []
+
+
+@pytest.mark.parametrize("spoil", [remove, replace])
+def test_a_server_that_does_not_look_is_found(tmp_path: Path, spoil: Spoil) -> None:
+    assert acknowledged_after(tmp_path / "served.db", spoil, "", bug="file-not-looked-at") != []
+
+
+def test_a_lock_for_writing_refuses_writes_and_no_more(tmp_path: Path) -> None:
+    database = tmp_path / "served.db"
+    with serve(database) as process, connect(f"grpc://127.0.0.1:{process.port}") as client:
+        begin(client)
+        with closing(sqlite3.connect(database, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            # The server waits for ten seconds each time.
+            for _ in range(2):
+                with pytest.raises(StorageError, match="nothing was written: another program holds the lock"):
+                    client.set_variable("s", "x", 100)
+                assert client.get_variable("s", "x").version == WRITES
+            other.execute("ROLLBACK")
+        assert client.set_variable("s", "x", 101) == WRITES + 1
+        assert process.terminate(within(30)) == 0
+    assert version_in(database) == WRITES + 1
+
+
+def by_symlink(database: Path) -> Path:
+    database.with_name("link.db").symlink_to(database)
+    return database.with_name("link.db")
+
+
+def by_hard_link(database: Path) -> Path:
+    os.link(database, database.with_name("hard.db"))
+    return database.with_name("hard.db")
+
+
+def without_lock(database: Path) -> Path:
+    Path(f"{database}.lock").unlink()
+    return database
+
+
+@pytest.mark.parametrize("way", [by_symlink, by_hard_link, without_lock])
+def test_a_second_server_is_refused(tmp_path: Path, way: Callable[[Path], Path]) -> None:
+    database = tmp_path / "served.db"
+    with serve(database) as process, connect(f"grpc://127.0.0.1:{process.port}") as client:
+        begin(client)
+        with ServerProcess(server_argv(way(database))) as second:
+            assert second.wait(within(60)) == IN_USE
+            assert "is in use by" in second.stderr_tail
+        for number in range(WRITES):
+            assert client.set_variable("s", "x", number) == WRITES + number + 1
+        assert process.terminate(within(30)) == 0
+    assert version_in(database) == 2 * WRITES
