@@ -399,3 +399,8 @@ def after_a_kill(path: Path, damage: Damage, before: Mapping[str, str]) -> int |
     maintenance.restore(backup_of(path), path)
     assert newest_in(path) == BACKED_UP
     return found
+
+
+def test_the_folder_that_one_is_in_is_no_backup(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parent)
+    assert_refused(NotADatabaseError, "it is a folder", Path(), path)

@@ -395,7 +395,7 @@ def refuse_files_of(path: Path, output: Path, field: str) -> None:
     """Raise `InvalidArgumentError` where `output` is the database, by whatever name, or belongs to one beside it."""
     database = resolved(path)
     meant = resolved(output)
-    for own in (database, *(_beside(database, suffix) for suffix in swap.BESIDE)):
+    for own in (database, *(Path(f"{database}{suffix}") for suffix in swap.BESIDE)):
         with suppress(OSError):
             if meant == own or meant.samefile(own):
                 reason = f"{output} is {'the database itself' if own == database else 'a file of the database'}"
@@ -429,8 +429,8 @@ def restore(backup: Path, path: Path, progress: Progress = silent) -> RestoreRep
     be opened as before or what was restored can be. Raises `InvalidArgumentError` where the two are the same file.
     """
     refuse_files_of(path, backup, "backup")
-    with _explained(backup):
-        anchor = _read_anchor(backup)
+    _refuse_missing(backup)
+    anchor = _read_anchor(backup)
     with _reading(backup) as readers, _taking_over(path) as made:
         revision = _find_revision(readers, backup)
         if revision is None:
