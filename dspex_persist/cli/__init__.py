@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+import time
 from typing import Annotated, Any, Final
 
 import typer
@@ -60,11 +61,16 @@ def main() -> None:
     """Run the command line. An error that we know is one sentence on stderr and an exit code, never a traceback."""
     streams.prepare()
     code = streams.finish(_run(sys.argv[1:]))
-    # Everything is closed. The interpreter waits for threads of pools that tools have used, for as long as they take.
-    deadline = threading.Timer(_PATIENCE_S, os._exit, (code,))
-    deadline.daemon = True
-    deadline.start()
+    threading.Thread(target=_end_in_time, args=(code,), daemon=True).start()
     sys.exit(code)
+
+
+def _end_in_time(code: int) -> None:
+    """Everything is closed. The interpreter waits for threads of pools that tools have used, however long they take."""
+    # Not before it ends: whoever has called `main` from a program of their own may go on.
+    threading.main_thread().join()
+    time.sleep(_PATIENCE_S)
+    os._exit(code)
 
 
 def _run(words: list[str]) -> int:

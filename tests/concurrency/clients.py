@@ -85,7 +85,8 @@ class EmbeddedRegister(Register):
         return variable.version, variable.value.json
 
     async def set(self, value: str, expected: int) -> int:
-        command = SetVariable(SESSION, NAME, Value(value), {}, expected)
+        # Over the bridge 0 means any.
+        command = SetVariable(SESSION, NAME, Value(value), {}, expected or None)
         try:
             return await asyncio.wrap_future(self._provider.submit(command))
         except OutcomeUnknownError as error:

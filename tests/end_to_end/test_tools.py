@@ -41,7 +41,7 @@ from tests.end_to_end.old_style import (
 )
 
 TOOLS = ("--tools", "tests.end_to_end.served_tools")
-STALL_S = "1.5"
+STALL_S = str(within(1.5))
 
 
 @pytest.fixture(scope="module")

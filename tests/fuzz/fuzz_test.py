@@ -53,7 +53,7 @@ class Report:
     answers: Counter[str] = field(default_factory=Counter)
     methods: Counter[str] = field(default_factory=Counter)
     """The accepted calls, by rpc."""
-    rss_mib: list[int] = field(default_factory=lambda: [0])
+    rss_mib: list[int] = field(default_factory=list)
     took_s: float = 0.0
 
     def __str__(self) -> str:
@@ -61,7 +61,8 @@ class Report:
         verdict = "nothing was found" if not self.problems else f"{len(self.problems)} PROBLEMS"
         return (
             f"seed {self.seed}: {self.answers.total():,} requests ({answers}),"
-            f" memory {self.rss_mib[0]} to {max(self.rss_mib)} MiB, in {self.took_s:.0f} s: {verdict}"
+            f" memory {min(self.rss_mib, default=0)} to {max(self.rss_mib, default=0)} MiB,"
+            f" in {self.took_s:.0f} s: {verdict}"
         )
 
 
@@ -111,7 +112,7 @@ class Fuzz:
             if len(self.report.problems) >= 10:
                 return
             if tell and number % 5_000 == 4_999:
-                print(f"  {number + 1:,} requests, {self.report.rss_mib[-1]} MiB", flush=True)
+                print(f"  {number + 1:,} requests, {max(self.report.rss_mib, default=0)} MiB", flush=True)
         self._measure()
 
     def _send(self, number: int, sent: Request) -> None:
