@@ -7,6 +7,7 @@ server from ending.
 
 import asyncio
 import contextlib
+import inspect
 import os
 import sys
 import threading
@@ -142,7 +143,7 @@ class LoopThread:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         # What was started on this loop and has not ended.
-        self._started: set[Future[Any]] = set()
+        self._started: dict[Future[Any], Coroutine[Any, Any, Any]] = {}
         self._closed = False
         self._over = False
         forks.tell(self)
@@ -167,8 +168,8 @@ class LoopThread:
                 coroutine.close()
                 raise
             started = self._started
-            started.add(future)
-        future.add_done_callback(started.discard)
+            started[future] = coroutine
+        future.add_done_callback(lambda each: started.pop(each, None))
         return future
 
     def close(self, wait_s: float = _CLEAN_UP_S) -> None:
@@ -207,12 +208,12 @@ class LoopThread:
         if self._closed:
             raise RuntimeError("the event loop is closed")
         if self._loop is None or self._loop.is_closed():
-            self._loop, self._started = _SharedLoop(), set()
+            self._loop, self._started = _SharedLoop(), {}
             run = (self._loop, self._started)
             threading.Thread(target=self._run, args=run, name=self._name, daemon=True).start()
         return self._loop
 
-    def _run(self, loop: asyncio.AbstractEventLoop, started: set[Future[Any]]) -> None:
+    def _run(self, loop: asyncio.AbstractEventLoop, started: dict[Future[Any], Coroutine[Any, Any, Any]]) -> None:
         """On the loop's own thread, which closes it, as nobody waits for code that does not let it stop."""
         what = ""
         while not self._over:
@@ -234,7 +235,10 @@ class LoopThread:
         _cancel_rest(loop)
         with contextlib.suppress(Exception):
             loop.close()
-        for future in list(started):
+        for future, coroutine in list(started.items()):
+            if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
+                # It was handed over to a loop that was closed before it got there.
+                coroutine.close()
             with contextlib.suppress(InvalidStateError):
                 future.set_exception(LoopEndedError())
 

@@ -140,7 +140,7 @@ def test_recordings_go_through_pipes(filled: Path, tmp_path: Path, run: Run) -> 
 
 def test_a_reader_that_has_seen_enough_is_no_fault(filled: Path, tmp_path: Path) -> None:
     with EmbeddedState(filled) as state:
-        state.set_variable("s", "key", "x" * 5_000_000)
+        state.set_variable("s", "key", "x" * 2_000_000)
     with subprocess.Popen(
         command("export", "s", "-o", "-", "--reveal"),
         cwd=tmp_path,
