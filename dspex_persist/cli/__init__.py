@@ -3,7 +3,6 @@
 import os
 import sys
 import threading
-import time
 from typing import Annotated, Any, Final
 
 import typer
@@ -61,16 +60,17 @@ def main() -> None:
     """Run the command line. An error that we know is one sentence on stderr and an exit code, never a traceback."""
     streams.prepare()
     code = streams.finish(_run(sys.argv[1:]))
-    threading.Thread(target=_end_in_time, args=(code,), daemon=True).start()
+    # Only when the interpreter ends: whoever has called `main` from a program of their own may go on. Pools of threads
+    # register there as well, and what is registered last is called first.
+    threading._register_atexit(_end_in_time, code)  # type: ignore[attr-defined]
     sys.exit(code)
 
 
 def _end_in_time(code: int) -> None:
     """Everything is closed. The interpreter waits for threads of pools that tools have used, however long they take."""
-    # Not before it ends: whoever has called `main` from a program of their own may go on.
-    threading.main_thread().join()
-    time.sleep(_PATIENCE_S)
-    os._exit(code)
+    deadline = threading.Timer(_PATIENCE_S, os._exit, (code,))
+    deadline.daemon = True
+    deadline.start()
 
 
 def _run(words: list[str]) -> int:

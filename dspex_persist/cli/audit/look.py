@@ -18,7 +18,7 @@ ABSENT: Final = "—"
 _SHOWN: Final = 2_000
 """Characters of a text that a person is shown; --json has all of it."""
 _GAP: Final = 2
-_BLOCK: Final = 120
+_BLOCK: Final = 150
 _NARROW: Final = 120
 _MOST_CUT: Final = 20
 
