@@ -3,6 +3,7 @@
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from typing import Annotated, Any, Final
 
 import typer
@@ -75,7 +76,8 @@ def _end_in_time(code: int) -> None:
 
 def _run(words: list[str]) -> int:
     try:
-        _command()(args=streams.decoded(words), prog_name="dspex-persist")
+        decoded = streams.decoded(words)
+        _command(decoded)(args=decoded, prog_name="dspex-persist")
     except SystemExit as end:
         ended = end.code if isinstance(end.code, int) else 0
         return streams.READER_GONE if ended == 1 and streams.is_reader_gone(end) else ended
@@ -89,10 +91,16 @@ def _run(words: list[str]) -> int:
     return 0
 
 
-def _command() -> Any:
-    """The whole command line, with help that says no more than it has to."""
-    command = typer.main.get_command(app)
+def _command(words: Sequence[str]) -> Any:
+    """The whole command line; what `words` may show the help of says no more than it has to."""
+    command: Any = typer.main.get_command(app)
+    asked = command
     _shorten(command)
+    for word in words:
+        asked = getattr(asked, "commands", {}).get(word)
+        if asked is None:
+            break
+        _shorten(asked)
     return command
 
 
@@ -102,8 +110,6 @@ def _shorten(command: Any) -> None:
         if getattr(option, "is_flag", False):
             # Typer would write <bool>.
             option.metavar = ""
-    for each in getattr(command, "commands", {}).values():
-        _shorten(each)
 
 
 def exit_code_of(error: Exception) -> int | None:
