@@ -1093,7 +1093,7 @@ class ToolRunner:
         self, job: _Job, tool: ToolCode, session: ToolSession, arguments: Mapping[str, object]
     ) -> Value:
         """On the tools' loop."""
-        with self._at_work(session), _contained(asyncio.CancelledError):
+        with _let_go_with(asyncio.get_running_loop()), self._at_work(session), _contained(asyncio.CancelledError):
             started = tool.start(session, arguments)
             if tool.kind is ToolKind.COROUTINE:
                 return _checked(tool.spec.name, _result_value(await started, "result"), self.limits)
@@ -1151,6 +1151,17 @@ class _RaisedError(Exception):
         super().__init__()
         self.error = error
         self.failure = failure
+
+
+@contextmanager
+def _let_go_with(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """A coroutine whose loop was closed under it is thrown away, by GeneratorExit; nobody is left to be told more."""
+    try:
+        yield
+    except _RaisedError:
+        if loop.is_closed():
+            raise GeneratorExit from None
+        raise
 
 
 @contextmanager
