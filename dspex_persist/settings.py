@@ -87,6 +87,9 @@ class LimitSettings(BaseSettings):
     binary_size_bytes: Annotated[Size, Field(le=1_000_000_000)] = Field(
         ByteSize(16 * _MIB), description="Largest binary content of a value."
     )
+    stream_size_bytes: Annotated[Size, Field(le=1_000_000_000)] = Field(
+        ByteSize(16 * _MIB), description="All chunks of a streaming tool together, whose list is its result."
+    )
     # The JSON reader recurses, and Python ends that at about a thousand levels.
     json_depth: Annotated[Count, Field(le=500)] = Field(100, description="Deepest nesting of a JSON value.")
     session_size_bytes: Size = Field(

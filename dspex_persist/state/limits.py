@@ -12,6 +12,7 @@ class Limits:
 
     value_size_bytes: int = 2 * 1024 * 1024
     binary_size_bytes: int = 16 * 1024 * 1024
+    stream_size_bytes: int = 16 * 1024 * 1024
     json_depth: int = 100
     session_size_bytes: int = 64 * 1024 * 1024
     variables_per_session: int = 10_000

@@ -438,10 +438,10 @@ class _Chunks:
         """Keep a chunk; `LimitExceededError` if it makes the result too large or too deep."""
         _checked(self._tool, Value(f"[{chunk.json}]"), self._limits)
         self._size_bytes += chunk.size_bytes + len(",")
-        most = self._limits.value_size_bytes
+        most = self._limits.stream_size_bytes
         if self._size_bytes > most:
             raise LimitExceededError(
-                f"size of the result of {quote(self._tool)}", self._size_bytes, most, "value_size_bytes"
+                f"size of the result of {quote(self._tool)}", self._size_bytes, most, "stream_size_bytes"
             )
         self._text.write(f",{chunk.json}")
         return chunk

@@ -954,7 +954,7 @@ class DoorContract(_Contract):
     @pytest.mark.parametrize("tool", ["stream_for_ever", "stream_for_ever_later"])
     def test_a_stream_without_an_end_is_ended_when_it_is_too_large(self, client: Client, tool: str) -> None:
         for text in ("x" * 1_000_000, "x" * 5_000):
-            assert "value_size_bytes" in check_failed(client.execute(tool, text=text))
+            assert "stream_size_bytes" in check_failed(client.execute(tool, text=text))
         assert client.values() == UNTOUCHED
 
     @pytest.mark.parametrize(
