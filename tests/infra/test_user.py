@@ -4,6 +4,8 @@ import os
 import pwd
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,12 +55,19 @@ def test_a_long_name_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     assert user_name() == "a" * 100
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """One that every user may write to; above pytest's own folders there is one that only their owner may enter."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("environment", [{}, {b"LOGNAME": b"\xff"}, {b"LOGNAME": b"\xc3\xa9"}])
-def test_both_backends_say_the_same_without_a_home(tmp_path: Path, environment: dict[bytes, bytes]) -> None:
-    argv = [sys.executable, "-c", PROGRAM, str(tmp_path / "s.db")]
+def test_both_backends_say_the_same_without_a_home(folder: Path, environment: dict[bytes, bytes]) -> None:
+    argv = [sys.executable, "-c", PROGRAM, str(folder / "s.db")]
     python_path = os.environb.get(b"PYTHONPATH", b"")
     more = {} if os.getuid() else {"user": 54321, "group": 54321}
-    tmp_path.chmod(0o777)
     if more and not _can_import(more):
         more = {}
     done = subprocess.run(
