@@ -96,7 +96,11 @@ class Reader:
         for name in ("python3", "python3.11"):
             (bin_ / name).write_text(PYTHON)
             (bin_ / name).chmod(0o755)
-        kept = {name: text for name, text in os.environ.items() if not re.match("DSPEX_|PYTHON|PYTEST|MAKE|MFLAGS|ARGS$|CI$", name)}
+        kept = {
+            name: text
+            for name, text in os.environ.items()
+            if not re.match("DSPEX_|PYTHON|PYTEST|MAKE|MFLAGS|ARGS$|CI$", name)
+        }
         path = f"{bin_}{os.pathsep}{os.environ['PATH']}"
         environment = {**kept, **PIP, "PATH": path, "COLUMNS": "80", "NO_COLOR": "1", "HOME": str(folder)}
         environment |= {"DSPEX_PERSIST_LISTEN": "127.0.0.1:0", "PYTHON": str(bin_ / "python3")}

@@ -146,3 +146,9 @@ def test_no_output_is_a_file_of_the_database(
     assert result.returncode in (FAILED, USAGE)
     assert "Traceback" not in result.stderr
     assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == before
+
+
+def test_a_backup_that_is_not_there_is_asked_for(tmp_path: Path) -> None:
+    refused = assert_one_sentence(run("restore", "nope.db", cwd=tmp_path), UNUSABLE)
+    assert "there is no such file; name a copy that `dspex-persist db backup` has made" in refused
+    assert list(tmp_path.glob("*.db*")) == []

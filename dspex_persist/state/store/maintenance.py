@@ -84,10 +84,12 @@ def _explained(path: Path) -> Iterator[None]:
         raise NotADatabaseError(str(path), error.strerror or str(error)) from error
 
 
-def _refuse_missing(path: Path) -> None:
+def _refuse_missing(path: Path, advice: str = "") -> None:
     # Where the folder may not be looked into, too: whoever opens the file says so.
     if not os.path.lexists(path) and os.access(path.parent, os.X_OK):
-        raise NotADatabaseError(str(path), f"there is no such file; `dspex-persist serve --db {path}` makes one")
+        raise NotADatabaseError(
+            str(path), f"there is no such file; {advice or f'`dspex-persist serve --db {path}` makes one'}"
+        )
     if not path.is_file():
         raise NotADatabaseError(str(path), "it is a folder" if path.is_dir() else "it is no regular file")
 
@@ -429,7 +431,7 @@ def restore(backup: Path, path: Path, progress: Progress = silent) -> RestoreRep
     be opened as before or what was restored can be. Raises `InvalidArgumentError` where the two are the same file.
     """
     refuse_files_of(path, backup, "backup")
-    _refuse_missing(backup)
+    _refuse_missing(backup, "name a copy that `dspex-persist db backup` has made")
     anchor = _read_anchor(backup)
     with _reading(backup) as readers, _taking_over(path) as made:
         revision = _find_revision(readers, backup)
