@@ -53,6 +53,7 @@ from dspex_persist.state.rpc.headers import (
     ACTOR,
     AFTER_SEQUENCE,
     ALL_TOOLS,
+    ARGUMENTS,
     ASKED_BY,
     BEFORE_VERSION,
     BINARY,
@@ -399,7 +400,7 @@ def _headers_of(origin: Origin, command: Command[Any], execution_id: str | None)
 def _header(name: str, text: str) -> tuple[str, str | bytes]:
     """`text` as gRPC metadata: what is not plain ASCII travels as UTF-8 under a binary key."""
     if len(text) > _HEADER_LENGTH:
-        raise LimitExceededError(f"the length of {name}", len(text), _HEADER_LENGTH, "name_length")
+        raise LimitExceededError(f"the length of {ARGUMENTS.get(name, name)}", len(text), _HEADER_LENGTH, "name_length")
     if text and text.isascii() and text.isprintable() and text == text.strip():
         return name, text
     return name + BINARY, text.encode()

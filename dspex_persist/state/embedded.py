@@ -317,7 +317,7 @@ class EmbeddedWatch(Watch):
             head = self._store.head.sequence
             if not 0 <= after_sequence <= head:
                 reason = f"{after_sequence} is not between 0 and the store's last commit, {head}"
-                raise InvalidArgumentError("x-dspex-after-sequence", reason)
+                raise InvalidArgumentError("after_sequence", reason)
             self.initial = ()
             self.position = after_sequence
         for identifier in identifiers:

@@ -486,7 +486,7 @@ class WatchStalledError(StateError):
     def __str__(self) -> str:
         return (
             f"the watcher took no update for {self.stall_timeout_s:g} s; "
-            f"resume with x-dspex-after-sequence: {self.after_sequence}"
+            f"resume with after_sequence={self.after_sequence}"
         )
 
 

@@ -1624,7 +1624,7 @@ class WatchContract(_Contract):
 
     def test_a_sequence_ahead_of_the_store_is_refused(self, provider: StateProvider, watched: str) -> None:
         for sequence in (10**9, 2**62):
-            with pytest.raises(errors.InvalidArgumentError, match="after-sequence"):
+            with pytest.raises(errors.InvalidArgumentError, match="invalid after_sequence"):
                 provider.watch(watched, after_sequence=sequence)
 
     def test_a_sequence_before_the_session_tells_all_of_it(self, provider: StateProvider, watched: str) -> None:

@@ -477,6 +477,17 @@ def test_watch(stub: Any) -> None:
     resumed.cancel()
 
 
+def test_watch_from_ahead_of_the_store_names_the_header(stub: Any) -> None:
+    ahead = stub.WatchVariables(
+        pb.WatchVariablesRequest(session_id=SESSION),
+        metadata=(("x-dspex-after-sequence", "999999"),),
+        timeout=within(20),
+    )
+    with pytest.raises(grpc.RpcError, match=r"invalid x-dspex-after-sequence: 999999 is not between 0 and") as caught:
+        next(ahead)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_watch_of_one_variable(stub: Any) -> None:
     register(stub, "a", "float", 0.0)
     wanted = register(stub, "b", "float", 0.0)

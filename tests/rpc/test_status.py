@@ -135,6 +135,23 @@ def test_what_grpc_says_by_itself(code: StatusCode, details: str, error: StateEr
     assert same(error, status.error_of(code, details, (), "127.0.0.1:1"))
 
 
+def test_a_header_in_python_is_the_argument_that_it_stands_for() -> None:
+    told = status.status_of(errors.InvalidArgumentError("x-dspex-after-sequence", "it is ahead"))
+    assert told is not None
+    assert told.details == "invalid x-dspex-after-sequence: it is ahead"
+    received = status.error_of(told.code, told.details, told.trailing_metadata)
+    assert same(errors.InvalidArgumentError("after_sequence", "it is ahead"), received)
+
+
+def test_a_watcher_that_stalled_is_told_from_where_to_resume() -> None:
+    error = errors.WatchStalledError(7, 30.0)
+    told = status.status_of(error)
+    assert told is not None
+    assert told.details.endswith("resume with x-dspex-after-sequence: 7")
+    assert str(error).endswith("resume with after_sequence=7")
+    assert dict(told.trailing_metadata)["x-dspex-after-sequence"] == "7"
+
+
 # --- The classes ---
 
 

@@ -1,5 +1,8 @@
 """What travels beside the messages, in gRPC metadata, because the protocol has no field for it."""
 
+from collections.abc import Mapping
+from typing import Final
+
 BINARY = "-bin"
 """What a key ends in whose value is UTF-8 beyond plain ASCII; any of the keys of a request may have it."""
 ACTOR = "x-dspex-actor"
@@ -35,3 +38,15 @@ TOOLS, ALL_TOOLS = "x-dspex-tools", "all"
 """Request of GetExposedElixirTools: every tool that the session can execute, not the exposed ones alone."""
 TIMEOUT_S = "x-dspex-timeout-s"
 """Request of ExecuteTool: how long the tool may take. Without it, a little less than the call's deadline leaves."""
+
+ARGUMENTS: Final[Mapping[str, str]] = {
+    ACTOR: "actor",
+    IDEMPOTENCY_KEY: "idempotency_key",
+    OPTIMIZER_ID: "optimizer_id",
+    AFTER_SEQUENCE: "after_sequence",
+    BEFORE_VERSION: "before",
+    EXPECTED_VERSION: "expected_version",
+    EXECUTION_ID: "execution_id",
+    TIMEOUT_S: "timeout_s",
+}
+"""What programs in Python call what such a header says: errors name the one here, and the other over the wire."""

@@ -16,6 +16,7 @@ from dspex_persist.state.rpc.calls import Context, check_count, check_together, 
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.rpc.headers import (
     AFTER_SEQUENCE,
+    ARGUMENTS,
     BEFORE_VERSION,
     EXPECTED_VERSION,
     INITIAL_VALUES,
@@ -224,7 +225,12 @@ class BridgeServicer(ToolRpcs):
     async def WatchVariables(self, request: pb.WatchVariablesRequest, context: Context) -> None:
         after = whole_number(context, AFTER_SEQUENCE)
         identifiers = self._identifiers(request)
-        watch = await asyncio.to_thread(self._provider.watch, request.session_id, identifiers, after_sequence=after)
+        try:
+            watch = await asyncio.to_thread(self._provider.watch, request.session_id, identifiers, after_sequence=after)
+        except InvalidArgumentError as error:
+            if error.field == ARGUMENTS[AFTER_SEQUENCE]:
+                raise InvalidArgumentError(AFTER_SEQUENCE, error.reason) from error
+            raise
         stream = _WatchStream(self, watch, context, request.session_id)
         with watch:
             await stream.run(initial=request.include_initial_values)

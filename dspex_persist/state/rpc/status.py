@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -14,7 +14,7 @@ from grpc import StatusCode
 from dspex_persist.infra.server import DrainingError, RpcStatus
 from dspex_persist.state import errors
 from dspex_persist.state.errors import StateError
-from dspex_persist.state.rpc.headers import AFTER_SEQUENCE
+from dspex_persist.state.rpc.headers import AFTER_SEQUENCE, ARGUMENTS
 
 DOMAIN = "dspex-persist"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -101,11 +101,19 @@ def status_of(error: BaseException) -> RpcStatus | None:
     if kind is None:
         return None
     code = CODES[kind]
-    details = str(error)
+    details = _text_of(error)
     trailers: list[tuple[str, str | bytes]] = [(DETAILS_KEY, _rich(error, kind, code, details))]
     if isinstance(error, errors.WatchStalledError):
         trailers.append((AFTER_SEQUENCE, str(error.after_sequence)))
     return RpcStatus(code, details, tuple(trailers))
+
+
+def _text_of(error: StateError) -> str:
+    """What an error says over the wire, where headers are what arguments are in Python."""
+    text = str(error)
+    if isinstance(error, errors.WatchStalledError):
+        text = text.replace(f"after_sequence={error.after_sequence}", f"{AFTER_SEQUENCE}: {error.after_sequence}")
+    return text
 
 
 def _rich(error: StateError, kind: type[StateError], code: StatusCode, details: str) -> bytes:
@@ -160,7 +168,7 @@ def error_of(
         if key == DETAILS_KEY and isinstance(content, bytes):
             known = _parse(content)
             if known is not None:
-                return known
+                return _in_python(known)
     too_large = _TOO_LARGE.search(details)
     if too_large is not None:
         actual, most = map(int, too_large.groups())
@@ -174,6 +182,13 @@ def error_of(
     if code is StatusCode.UNIMPLEMENTED:
         return errors.UnsupportedError(details)
     return errors.InternalError(f"{code.name}: {details}")
+
+
+def _in_python(error: StateError) -> StateError:
+    """The error, with the argument's name where the server knows a header."""
+    if isinstance(error, errors.InvalidArgumentError) and error.field in ARGUMENTS:
+        return replace(error, field=ARGUMENTS[error.field])
+    return error
 
 
 def never_sent(details: str) -> bool:
