@@ -370,7 +370,7 @@ class _Beginning:
     attempt: int
     seed: str
     worker_id: str
-    retry_of: str | None
+    retry_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
