@@ -19,7 +19,8 @@ from dspex_persist.state.model import (
     VariableVersion,
 )
 from dspex_persist.state.recording import RecordedCommit, RecordedVersion
-from dspex_persist.state.unit_of_work import SessionState, spec_in, started_lock
+from dspex_persist.state.session_state import SessionState
+from dspex_persist.state.unit_of_work import spec_in, started_lock
 
 MASKED: Final = Value("null")
 """What stands for a value that was kept out of the recording."""

@@ -27,7 +27,8 @@ from dspex_persist.state.model import (
 )
 from dspex_persist.state.model import RecordedExecution as KnownExecution
 from dspex_persist.state.provider import StateProvider
-from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, SessionState, UnitOfWork, up_to
+from dspex_persist.state.session_state import SessionState
+from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, UnitOfWork, up_to
 from dspex_persist.state.watch import Watch
 
 R = TypeVar("R")

@@ -46,11 +46,11 @@ from dspex_persist.state.model import (
 from dspex_persist.state.provider import Capability, Progress, StateProvider, check_watch, fault_of, silent
 from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.runner import ToolCode, ToolRunner, check_tools, request_of
+from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.store.options import check_count, check_seconds
 from dspex_persist.state.store.retention import Retention
 from dspex_persist.state.store.session_store import Job, SessionStore, StoreOptions
 from dspex_persist.state.store.writer import Writer
-from dspex_persist.state.unit_of_work import SessionState
 from dspex_persist.state.watch import Watch, is_watched, updates_of
 
 R = TypeVar("R")

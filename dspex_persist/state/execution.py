@@ -35,7 +35,8 @@ from dspex_persist.state.model import (
     Variable,
     VariableVersion,
 )
-from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, Savepoint, SessionState, UnitOfWork, up_to
+from dspex_persist.state.session_state import SessionState
+from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, Savepoint, UnitOfWork, up_to
 
 R = TypeVar("R")
 

@@ -5,13 +5,11 @@ Whoever runs it (a store, a test) either keeps what it staged or calls `rollback
 units shares `Drafts`, so that each sees what the ones before it staged.
 """
 
-import json
 import secrets
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
-from graphlib import TopologicalSorter
 from itertools import accumulate
 from typing import Any, Protocol, TypeAlias
 
@@ -46,122 +44,14 @@ from dspex_persist.state.model import (
     Value,
     Variable,
     VariableVersion,
-    size_of,
 )
+from dspex_persist.state.session_state import Lease, SessionState, growth_of, size_of_tool, weight_of
 
 Savepoint: TypeAlias = tuple[int, int, int]
 START: Savepoint = (0, 0, 0)
 # Of patterns' instructions times bytes; RE2 takes up to some nanoseconds for each.
 _MOST_MATCHING = 1_000_000_000
 _TOKENS: Iterator[str] = iter(lambda: secrets.token_hex(6), "")
-VARIABLE_WEIGHT_BYTES = 1_500
-"""Roughly what a variable takes in memory besides its contents."""
-
-
-class Lease:
-    """How long a session with a TTL lives. Shared by every copy of its state: a touch is seen at once everywhere."""
-
-    __slots__ = ("expires_at", "saved_expires_at", "ttl_s")
-
-    def __init__(self, ttl_s: float, expires_at: datetime) -> None:
-        self.ttl_s = ttl_s
-        self.expires_at = expires_at
-        self.saved_expires_at = expires_at
-
-    def touch(self, now: datetime) -> None:
-        """Begin the TTL anew."""
-        self.expires_at = now + timedelta(seconds=self.ttl_s)
-
-    @property
-    def slack(self) -> timedelta:
-        """How far the saved expiry may lag: a start adds it, so that no session ends early."""
-        return timedelta(seconds=self.ttl_s / 20)
-
-    def is_unsaved(self) -> bool:
-        """Whether the expiry in the file lags so far that it has to be written."""
-        return self.expires_at - self.saved_expires_at > self.slack / 2
-
-
-@dataclass(slots=True)
-class SessionState:
-    """A session in memory. Once published it is never changed: a group edits a copy.
-
-    `variables` holds the live ones by name, oldest first; `names` leads from id to name; `sequence` is the
-    session's last commit; `weight_bytes` is roughly what it takes in memory; `key` and `keys` (by variable id)
-    belong to the store that keeps it. `tools` are those that workers registered, by name, `executions` those that
-    run, by id; both are replaced, never changed.
-    """
-
-    session: Session
-    variables: dict[str, Variable] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
-    dependencies: tuple[Dependency, ...] = ()
-    lease: Lease | None = None
-    sequence: int = 0
-    weight_bytes: int = 2_000
-    key: int = 0
-    keys: dict[str, int] = field(default_factory=dict)
-    tools: Mapping[str, RegisteredTool] = field(default_factory=dict)
-    executions: Mapping[str, RunningExecution] = field(default_factory=dict)
-
-    def copy(self) -> "SessionState":
-        """An editable copy; frozen records are shared."""
-        # Spelled out: `replace` takes three times as long, and each session of each group is copied.
-        return SessionState(
-            self.session,
-            self.variables.copy(),
-            self.names.copy(),
-            self.dependencies,
-            self.lease,
-            self.sequence,
-            self.weight_bytes,
-            self.key,
-            self.keys,
-            self.tools,
-            self.executions,
-        )
-
-    def is_over(self, now: datetime) -> bool:
-        """Whether its TTL is. A session in which a tool runs is in use."""
-        return self.lease is not None and self.lease.expires_at <= now and not self.executions
-
-    def find(self, identifier: str) -> Variable | None:
-        """The live variable of this name or id."""
-        found = self.variables.get(identifier)
-        if found is None and (name := self.names.get(identifier)) is not None:
-            found = self.variables.get(name)
-        return found
-
-    def put(self, variable: Variable) -> Variable | None:
-        """Set the variable under its name and keep the weight; what was there before."""
-        previous = self.variables.get(variable.name)
-        self.variables[variable.name] = variable
-        self.weight_bytes += growth_of(variable, previous)
-        return previous
-
-    def remove(self, name: str) -> None:
-        """Take the newest variable back out."""
-        self.weight_bytes -= weight_of(self.variables.pop(name))
-
-
-def weight_of(variable: Variable) -> int:
-    """What a variable adds to the weight of its session."""
-    texts = (variable.constraints, *variable.metadata, *variable.metadata.values())
-    return VARIABLE_WEIGHT_BYTES + variable.value.size_bytes + sum(map(size_of, texts))
-
-
-def growth_of(variable: Variable, previous: Variable | None) -> int:
-    """What the weight of a session grows by where `variable` takes the place of another, or of none."""
-    if previous is None:
-        return weight_of(variable)
-    if previous.metadata is variable.metadata and previous.constraints is variable.constraints:
-        return variable.value.size_bytes - previous.value.size_bytes
-    return weight_of(variable) - weight_of(previous)
-
-
-def size_of_tool(tool: RegisteredTool) -> int:
-    """Bytes of a tool's description, as the log keeps it."""
-    return len(json.dumps(asdict(tool)))
 
 
 class Backing(Protocol):
@@ -771,50 +661,3 @@ def _put_back(entries: dict[Any, Any], key: object, previous: object) -> None:
 def _restore(state: SessionState | Drafts, fields: Mapping[str, Any]) -> None:
     for name, previous in fields.items():
         setattr(state, name, previous)
-
-
-def dependants(edges: Iterable[Dependency], changed: Iterable[str], sequence: int) -> list[str]:
-    """The ids of the variables that depend on any of `changed`, directly or not, at commit `sequence`, used ones first.
-
-    An edge that this very commit took away still counts: the deletion is told to those who depended on it.
-    """
-    uses: dict[str, set[str]] = {}
-    for edge in edges:
-        if edge.since < sequence and (edge.until is None or edge.until >= sequence):
-            uses.setdefault(edge.to_id, set()).add(edge.from_id)
-    reached: set[str] = set()
-    frontier = list(changed)
-    while frontier:
-        for user in uses.get(frontier.pop(), ()):
-            if user not in reached:
-                reached.add(user)
-                frontier.append(user)
-    sorter: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(sorted(reached), ()))
-    for used, users in uses.items():
-        for user in sorted(users & reached):
-            if used in reached:
-                sorter.add(user, used)
-    return list(sorter.static_order())
-
-
-def find_cycle(edges: Iterable[Dependency], added: Dependency) -> list[str] | None:
-    """The ids around the circle that `added` would close, in the direction of dependence, first = last; or None."""
-    uses: dict[str, list[str]] = {}
-    for edge in edges:
-        if edge.until is None:
-            uses.setdefault(edge.from_id, []).append(edge.to_id)
-    # The others close no circle among themselves: a new one leads through `added`, and back to where it begins.
-    came_from = {added.to_id: added.from_id}
-    frontier = [added.to_id]
-    while frontier and added.from_id not in came_from:
-        user = frontier.pop()
-        for used in uses.get(user, ()):
-            if used not in came_from:
-                came_from[used] = user
-                frontier.append(used)
-    if added.from_id not in came_from:
-        return None
-    cycle = [added.from_id, came_from[added.from_id]]
-    while cycle[-1] != added.from_id:
-        cycle.append(came_from[cycle[-1]])
-    return cycle[::-1]

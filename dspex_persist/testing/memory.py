@@ -11,7 +11,8 @@ from dspex_persist.state.commands import Command, ExpireSession
 from dspex_persist.state.errors import StateError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Change, Event, Origin, RecordedExecution, Source, VariableVersion
-from dspex_persist.state.unit_of_work import START, Drafts, RecordedOutcome, SessionState, UnitOfWork, up_to
+from dspex_persist.state.session_state import SessionState
+from dspex_persist.state.unit_of_work import START, Drafts, RecordedOutcome, UnitOfWork, up_to
 
 R = TypeVar("R")
 

@@ -15,11 +15,11 @@ from dspex_persist.cli import main
 from dspex_persist.state.commands import BeginExecution, FinishExecution, SetVariable, SetVariables
 from dspex_persist.state.errors import StorageError
 from dspex_persist.state.model import BatchOutcome
+from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.store import engine
 from dspex_persist.state.store.anchor import Anchor
 from dspex_persist.state.store.guard import FileGuard
 from dspex_persist.state.store.session_store import Job, Outcome, SessionStore
-from dspex_persist.state.unit_of_work import SessionState
 from dspex_persist.state.watch import Hub
 
 _write_group = SessionStore.write_group

@@ -26,7 +26,7 @@ from dspex_persist.state.commands.executions import Step, Verdict
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, StateError
 from dspex_persist.state.model import ExecutionStatus, Source, Value
-from dspex_persist.state.unit_of_work import SessionState
+from dspex_persist.state.session_state import SessionState
 from dspex_persist.testing.memory import MemoryBacking
 
 SESSIONS = st.sampled_from(["s", "t"])

@@ -34,10 +34,10 @@ from dspex_persist.state.model import (
     VariableVersion,
 )
 from dspex_persist.state.recording import read_recording
+from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.store import maintenance, transfer
 from dspex_persist.state.store.blobs import INLINE_BYTES
 from dspex_persist.state.store.session_store import Job, SessionStore
-from dspex_persist.state.unit_of_work import SessionState
 from dspex_persist.testing.memory import MemoryBacking
 
 S = "s"

@@ -49,13 +49,13 @@ from dspex_persist.state.commands import (
 )
 from dspex_persist.state.errors import OutcomeUnknownError, SessionNotFoundError, StorageError
 from dspex_persist.state.model import Origin, PrunePolicy, Source, Value
+from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.store import sessions as stored_sessions
 from dspex_persist.state.store.anchor import Head, parse
 from dspex_persist.state.store.engine import open_readers, snapshot
 from dspex_persist.state.store.log import LogWriter
 from dspex_persist.state.store.session_store import Job, Outcome, SessionStore, StoreOptions
 from dspex_persist.state.store.verify import iter_problems, schema_problems
-from dspex_persist.state.unit_of_work import SessionState
 from dspex_persist.state.watch import Feed
 from tests.property.store_oracle import LEASE_S, Entry, Oracle, Var
 

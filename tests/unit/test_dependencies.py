@@ -13,9 +13,9 @@ from dspex_persist.state.commands import (
     RegisterVariable,
 )
 from dspex_persist.state.errors import DependencyCycleError, LimitExceededError, VariableNotFoundError
+from dspex_persist.state.graph import dependants, find_cycle
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Dependency, EventKind, Value
-from dspex_persist.state.unit_of_work import dependants, find_cycle
 from dspex_persist.testing.memory import MemoryBacking
 from tests.deadline import cpu_s_below
 

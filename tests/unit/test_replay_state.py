@@ -13,7 +13,7 @@ from dspex_persist.state.audit import VariableState
 from dspex_persist.state.commands import ImportCommit, RegisterTools
 from dspex_persist.state.model import ChangeKind, Event, EventKind, RegisteredTool, ToolSpec, Value
 from dspex_persist.state.recording import RecordedCommit
-from dspex_persist.state.unit_of_work import SessionState
+from dspex_persist.state.session_state import SessionState
 from dspex_persist.testing.memory import MemoryBacking
 from tests.unit.replays import session
 

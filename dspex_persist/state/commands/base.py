@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 from dspex_persist.state.arguments import checks_of
 from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError, StateError, quote
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.unit_of_work import SessionState, UnitOfWork
+from dspex_persist.state.session_state import SessionState
+from dspex_persist.state.unit_of_work import UnitOfWork
 
 R = TypeVar("R")
 

@@ -5,9 +5,11 @@ from typing import Any, ClassVar
 
 from dspex_persist.state.commands.base import Command, check_text
 from dspex_persist.state.errors import DependencyCycleError, LimitExceededError
+from dspex_persist.state.graph import find_cycle
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Dependency
-from dspex_persist.state.unit_of_work import SessionState, UnitOfWork, find_cycle
+from dspex_persist.state.session_state import SessionState
+from dspex_persist.state.unit_of_work import UnitOfWork
 
 _MOST_PER_VARIABLE = 16
 

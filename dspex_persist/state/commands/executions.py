@@ -35,7 +35,8 @@ from dspex_persist.state.model import (
     Value,
     Variable,
 )
-from dspex_persist.state.unit_of_work import SessionState, UnitOfWork, size_of_tool, value_body
+from dspex_persist.state.session_state import SessionState, size_of_tool
+from dspex_persist.state.unit_of_work import UnitOfWork, value_body
 
 _REFUSED_LATER = "it was possible when the tool asked, and is not any more"
 

@@ -41,7 +41,8 @@ from dspex_persist.state.model import (
     Variable,
 )
 from dspex_persist.state.recording import RecordedCommit, RecordedVersion, is_execution_id, renumbered
-from dspex_persist.state.unit_of_work import SessionState, UnitOfWork, value_in
+from dspex_persist.state.session_state import SessionState
+from dspex_persist.state.unit_of_work import UnitOfWork, value_in
 from dspex_persist.state.values.json_text import RefusedError, read_line
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from dspex_persist.state.commands.base import Command, check_merged_metadata, check_metadata, check_text
 from dspex_persist.state.errors import InvalidArgumentError, quote
 from dspex_persist.state.model import Session, SessionSummary, SessionView
-from dspex_persist.state.unit_of_work import SessionState, UnitOfWork
+from dspex_persist.state.session_state import SessionState
+from dspex_persist.state.unit_of_work import UnitOfWork
 from dspex_persist.state.values import encode
 
 _MOST_TTL_S = 100 * 365 * 86_400

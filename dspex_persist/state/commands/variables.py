@@ -30,7 +30,8 @@ from dspex_persist.state.model import (
     VariablesFound,
     VariableVersion,
 )
-from dspex_persist.state.unit_of_work import SessionState, UnitOfWork
+from dspex_persist.state.session_state import SessionState
+from dspex_persist.state.unit_of_work import UnitOfWork
 
 DEFAULT_HISTORY = 100
 _LONGEST_IDENTIFIER = 4096

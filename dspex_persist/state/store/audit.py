@@ -7,13 +7,14 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from sqlalchemy import Connection, Row, select, text
 
 from dspex_persist.clock import nearest_time
+from dspex_persist.state.graph import dependants
 from dspex_persist.state.model import Change, CommitChanges, EventKind, Optimization, Variable
+from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.blobs import digest
 from dspex_persist.state.store.chain import GENESIS, commit_text, event_text, link, version_text
 from dspex_persist.state.store.schema import commits
-from dspex_persist.state.unit_of_work import SessionState, dependants
 
 _PAGE_BYTES = 4 * 1024 * 1024
 

@@ -1,6 +1,6 @@
 """The sessions in memory, bounded: those untouched longest go first."""
 
-from dspex_persist.state.unit_of_work import SessionState
+from dspex_persist.state.session_state import SessionState
 
 
 class _Entry:

@@ -18,6 +18,7 @@ from dspex_persist.state.model import (
     Value,
     VariableVersion,
 )
+from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.store import blobs, outcomes, prune
 from dspex_persist.state.store import executions as stored_executions
 from dspex_persist.state.store.anchor import Head
@@ -34,7 +35,7 @@ from dspex_persist.state.store.schema import (
     versions,
 )
 from dspex_persist.state.store.variables import KIND_CODES, SOURCE_CODES, lock_text
-from dspex_persist.state.unit_of_work import SessionState, UnitOfWork, started_lock
+from dspex_persist.state.unit_of_work import UnitOfWork, started_lock
 from dspex_persist.state.values.json_text import storable
 
 

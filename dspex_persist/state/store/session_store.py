@@ -46,6 +46,7 @@ from dspex_persist.state.model import (
 )
 from dspex_persist.state.provider import Progress
 from dspex_persist.state.recording import Header, RecordedCommit
+from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.store import audit, log, migrate, outcomes, prune, recordings, recovery, times
 from dspex_persist.state.store import executions as stored_executions
 from dspex_persist.state.store import sessions as stored_sessions
@@ -67,7 +68,7 @@ from dspex_persist.state.store.engine import (
 )
 from dspex_persist.state.store.guard import RESTORE, FileGuard
 from dspex_persist.state.store.options import check_count, check_seconds
-from dspex_persist.state.unit_of_work import START, Drafts, RecordedOutcome, SessionState, UnitOfWork
+from dspex_persist.state.unit_of_work import START, Drafts, RecordedOutcome, UnitOfWork
 from dspex_persist.state.watch import Hub
 
 _logger: Final = get_logger(__name__)

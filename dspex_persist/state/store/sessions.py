@@ -7,10 +7,10 @@ from sqlalchemy import Connection, bindparam, exists, func, select
 
 from dspex_persist.clock import nearest_time, to_micros
 from dspex_persist.state.model import Dependency, Session
+from dspex_persist.state.session_state import Lease, SessionState, size_of_tool
 from dspex_persist.state.store import executions as stored_executions
 from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.schema import commits, dependencies, executions, is_unicode, sessions
-from dspex_persist.state.unit_of_work import Lease, SessionState, size_of_tool
 
 # Built once: to build a statement takes SQLAlchemy longer than SQLite needs to run it.
 _FIND = select(sessions).where(sessions.c.ended_sequence.is_(None), sessions.c.session_id == bindparam("session_id"))
