@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from dspex_persist.state.bridged import BridgedState
     from dspex_persist.state.embedded import EmbeddedState
     from dspex_persist.state.recording import Header, RecordedCommit
-    from dspex_persist.state.runner import ToolCode
     from dspex_persist.state.store.transfer import ImportReport
+    from dspex_persist.state.tools.ports import ToolCode
 
 EXIT_STORAGE_FAILED: Final = 70
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
@@ -358,7 +358,7 @@ async def _serve_bridge(
     from dspex_persist.state.rpc.remote import RemoteTools
     from dspex_persist.state.rpc.servicer import BridgeServicer
     from dspex_persist.state.rpc.status import status_of
-    from dspex_persist.state.runner import ToolRunner
+    from dspex_persist.state.tools.runner import ToolRunner
 
     def on_ready(port: int) -> None:
         _spare_the_collector()
@@ -376,7 +376,7 @@ async def _serve_bridge(
         limits=limits,
     )
     home = asyncio.get_running_loop()
-    runner = ToolRunner(provider, tools, threads=settings.tool_threads, limits=limits, remote=remote, home=home)
+    runner = ToolRunner(provider.submit, tools, threads=settings.tool_threads, limits=limits, remote=remote, home=home)
     servicer = BridgeServicer(
         provider,
         runner,

@@ -6,7 +6,7 @@ from typing import Any
 from dspex_persist.cognitive.variables import Mapped, Variables
 from dspex_persist.state import values
 from dspex_persist.state.provider import StateProvider
-from dspex_persist.state.runner import ToolCode, name_of
+from dspex_persist.state.tools.ports import ToolCode, name_of
 
 
 class Context(Mapped):

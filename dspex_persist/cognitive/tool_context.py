@@ -8,7 +8,8 @@ from uuid import UUID
 
 from dspex_persist.cognitive.variables import Mapped, VariableMapping
 from dspex_persist.state.errors import VariableNotFoundError
-from dspex_persist.state.runner import ToolCode, ToolSession, name_of
+from dspex_persist.state.tools.ports import ToolCode, name_of
+from dspex_persist.state.tools.session import ToolSession
 
 
 class ToolContext(Mapped):

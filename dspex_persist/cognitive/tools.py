@@ -12,7 +12,8 @@ from dspex_persist.cognitive.errors import DspyMissingError, ToolDefinitionError
 from dspex_persist.cognitive.signatures import Signature, read_signature
 from dspex_persist.cognitive.tool_context import ToolContext
 from dspex_persist.state.model import Isolation, ToolSpec, Value
-from dspex_persist.state.runner import ToolKind, ToolSession
+from dspex_persist.state.tools.ports import ToolKind
+from dspex_persist.state.tools.session import ToolSession
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -19,7 +19,9 @@ from dspex_persist.state.errors import InvalidArgumentError, quote
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import ExecutionStatus, Origin, ToolOutcome
 from dspex_persist.state.provider import TOOL_TIMEOUT_S
-from dspex_persist.state.runner import ToolCode, ToolRequest, ToolRunner
+from dspex_persist.state.tools.ports import ToolCode
+from dspex_persist.state.tools.requests import ToolRequest
+from dspex_persist.state.tools.runner import ToolRunner
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Told how many executions are done, of how many."""
@@ -134,7 +136,7 @@ class _Rerun:
     @contextmanager
     def open(self) -> Iterator[None]:
         """While it is open, `run` can be called."""
-        runner = self._runner = ToolRunner(self._stage, self._tools, limits=self._limits)
+        runner = self._runner = ToolRunner(self._stage.submit, self._tools, limits=self._limits)
         try:
             yield
         finally:

@@ -20,16 +20,13 @@ from dspex_persist.state.model import (
     EventKind,
     Origin,
     RunningExecution,
-    Source,
     Value,
     Variable,
     VariableVersion,
 )
 from dspex_persist.state.model import RecordedExecution as KnownExecution
-from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, UnitOfWork, up_to
-from dspex_persist.state.watch import Watch
 
 R = TypeVar("R")
 
@@ -226,8 +223,8 @@ class _Backing:
         return None
 
 
-class Stage(StateProvider):
-    """Where takes are run, one at a time: the runner's provider."""
+class Stage:
+    """Where takes are run, one at a time."""
 
     def __init__(self) -> None:
         self.take: Take | None = None
@@ -238,26 +235,15 @@ class Stage(StateProvider):
         assert self.take is not None, "tools run in takes"
         return self.take
 
-    def submit(self, command: Command[R], origin: Origin | None = None) -> "Future[R]":
-        """Have the take answer."""
+    def submit(self, command: Command[R], origin: Origin) -> "Future[R]":
+        """Have the take answer: what a runner submits to."""
         future: Future[R] = Future()
         take = self.take
         if take is None:
             future.set_exception(UnsupportedError(f"{command.cause} after the replay"))
             return future
         try:
-            future.set_result(take.carry_out(command, origin or self.default_origin(command.cause)))
+            future.set_result(take.carry_out(command, origin))
         except StateError as error:
             future.set_exception(error)
         return future
-
-    def watch(self, session_id: str, identifiers: Sequence[str] = (), *, after_sequence: int | None = None) -> Watch:
-        """Nothing changes in a replay but what the tool changes."""
-        raise UnsupportedError("watching, in a replay,")
-
-    def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
-        """The replay."""
-        return Origin("replay", cause, Source.PYTHON, idempotency_key)
-
-    def close(self) -> None:
-        """There is nothing to close."""

@@ -14,7 +14,8 @@ from dspex_persist.state import commands, errors, values
 from dspex_persist.state.commands import Command
 from dspex_persist.state.model import ChangeKind, EventKind, Failure, ToolSpec, Value
 from dspex_persist.state.recording import RecordedVersion
-from dspex_persist.state.runner import ToolCode, ToolKind, ToolSession
+from dspex_persist.state.tools.ports import ToolCode, ToolKind
+from dspex_persist.state.tools.session import ToolSession
 
 
 class RunAgain:

@@ -70,7 +70,7 @@ from dspex_persist.state.rpc.headers import (
 )
 from dspex_persist.state.rpc.inherited import OneProcess, refuse_lost
 from dspex_persist.state.rpc.status import error_in, error_of_call, is_told, never_sent
-from dspex_persist.state.runner import asking_execution
+from dspex_persist.state.tools.session import asking_execution
 from dspex_persist.state.unit_of_work import UnitOfWork
 from dspex_persist.state.watch import Watch
 

@@ -45,12 +45,14 @@ from dspex_persist.state.model import (
 )
 from dspex_persist.state.provider import Capability, Progress, StateProvider, check_watch, fault_of, silent
 from dspex_persist.state.recording import Header, RecordedCommit
-from dspex_persist.state.runner import ToolCode, ToolRunner, check_tools, request_of
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.store.options import check_count, check_seconds
 from dspex_persist.state.store.retention import Retention
 from dspex_persist.state.store.session_store import Job, SessionStore, StoreOptions
 from dspex_persist.state.store.writer import Writer
+from dspex_persist.state.tools.ports import ToolCode, check_tools
+from dspex_persist.state.tools.requests import request_of
+from dspex_persist.state.tools.runner import ToolRunner
 from dspex_persist.state.watch import Watch, is_watched, updates_of
 
 R = TypeVar("R")
@@ -107,7 +109,7 @@ class EmbeddedState(StateProvider):
             on_answered=self._store.hub.wake,
         )
         self._runner = (
-            ToolRunner(self, tools, threads=tool_threads, limits=self._store.options.limits) if tools else None
+            ToolRunner(self.submit, tools, threads=tool_threads, limits=self._store.options.limits) if tools else None
         )
         forks.tell(self)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from enum import StrEnum
 from types import TracebackType
-from typing import Any, NoReturn, Self, TypeAlias, TypeVar
+from typing import Any, NoReturn, Protocol, Self, TypeAlias, TypeVar
 
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.audit import AuditSource
@@ -83,6 +83,12 @@ class Capability(StrEnum):
     """State is in another process; calls can end with an unknown outcome."""
     AUDIT = "audit"
     """Its whole history can be asked: `audit`."""
+
+
+class Submit(Protocol):
+    """Has a command carried out, as `StateProvider.submit` does, for those who need no more of a provider."""
+
+    def __call__(self, command: Command[R], origin: Origin) -> "Future[R]": ...
 
 
 class StateProvider(ABC):

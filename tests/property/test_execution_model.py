@@ -38,13 +38,13 @@ from dspex_persist.state.commands import (
 )
 from dspex_persist.state.commands.executions import Verdict
 from dspex_persist.state.errors import OutcomeUnknownError, StateError, StorageError
-from dspex_persist.state.execution import Execution, _Overlay
 from dspex_persist.state.model import ExecutionStatus, Isolation, Origin, Value
 from dspex_persist.state.store import sessions as stored_sessions
 from dspex_persist.state.store.anchor import Head, parse
 from dspex_persist.state.store.engine import open_readers, snapshot
 from dspex_persist.state.store.session_store import Job, Outcome, SessionStore
 from dspex_persist.state.store.verify import iter_problems
+from dspex_persist.state.tools.execution import Execution, _Overlay
 from tests.property.execution_oracle import (
     Entry,
     Exec,

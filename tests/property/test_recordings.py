@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from dspex_persist.state import commands as c
 from dspex_persist.state.commands.executions import Verdict
 from dspex_persist.state.errors import StateError
-from dspex_persist.state.execution import Execution
 from dspex_persist.state.model import (
     ExecutionStatus,
     Failure,
@@ -38,6 +37,7 @@ from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.store import maintenance, transfer
 from dspex_persist.state.store.blobs import INLINE_BYTES
 from dspex_persist.state.store.session_store import Job, SessionStore
+from dspex_persist.state.tools.execution import Execution
 from dspex_persist.testing.memory import MemoryBacking
 
 S = "s"

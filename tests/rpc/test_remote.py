@@ -23,7 +23,7 @@ from dspex_persist.state.model import RegisteredTool, ToolSpec, Value
 from dspex_persist.state.rpc import codec, remote
 from dspex_persist.state.rpc.headers import EXECUTION_ID
 from dspex_persist.state.rpc.remote import Circuit, RemoteTools
-from dspex_persist.state.runner import RemoteCall
+from dspex_persist.state.tools.ports import RemoteCall
 from tests.deadline import within
 from tests.logs import capture_logs
 from tests.rpc.worker import Worker, serving

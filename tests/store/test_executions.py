@@ -16,7 +16,6 @@ from freezegun import freeze_time
 from dspex_persist.state import commands as c
 from dspex_persist.state import errors
 from dspex_persist.state.commands.executions import Begun, Finished, Verdict
-from dspex_persist.state.execution import Execution
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     ExecutionStatus,
@@ -33,6 +32,7 @@ from dspex_persist.state.store import maintenance, session_store
 from dspex_persist.state.store.blobs import INLINE_BYTES
 from dspex_persist.state.store.engine import Durability, open_writer
 from dspex_persist.state.store.session_store import Job, Outcome, SessionStore, StoreOptions
+from dspex_persist.state.tools.execution import Execution
 
 ANN = Origin("ann", "ExecuteTool", Source.PYTHON)
 COMMITTED = ExecutionStatus.COMMITTED

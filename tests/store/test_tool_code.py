@@ -15,11 +15,11 @@ import pytest
 from pydantic import BaseModel, model_validator
 
 from dspex_persist import Toolbox, ToolContext, clock, tool
-from dspex_persist.state import runner
 from dspex_persist.state.commands import ExecuteTool, ReadState
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import EngineClosedError, InternalError, StateError
 from dspex_persist.state.model import ExecutionStatus, LogEntry
+from dspex_persist.state.tools import runner
 from tests.deadline import within
 from tests.logs import capture_logs
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from dspex_persist import connect
+from dspex_persist.infra.mailbox import SLICE, LoopMailbox
 from dspex_persist.state import commands
 from dspex_persist.state.embedded import EmbeddedState
-from dspex_persist.state.mailbox import SLICE, LoopMailbox
 from dspex_persist.state.model import Value
 
 DEADLINE_S = 20

@@ -17,7 +17,8 @@ from dspex_persist.state.errors import StateError, UnsupportedError
 from dspex_persist.state.model import Change, Origin, Source, Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.recording import Header, RecordedCommit, RecordedVersion, read_recording, write_recording
-from dspex_persist.state.runner import ToolRunner, request_of
+from dspex_persist.state.tools.requests import request_of
+from dspex_persist.state.tools.runner import ToolRunner
 from dspex_persist.state.watch import Watch
 from dspex_persist.testing.memory import MemoryBacking, MemoryCommit
 
@@ -32,7 +33,7 @@ class MemoryState(StateProvider):
         self._moment = clock.now()
         self._times: list[datetime] = []
         self.backing = MemoryBacking(now=self._read_clock)
-        self.runner = ToolRunner(self, toolbox(*tools))
+        self.runner = ToolRunner(self.submit, toolbox(*tools))
 
     def _read_clock(self) -> datetime:
         self._moment = clock.now()

@@ -12,7 +12,6 @@ from freezegun import freeze_time
 from dspex_persist.state import commands as c
 from dspex_persist.state import errors
 from dspex_persist.state.commands.executions import Begun, Finished, Step, Verdict, see
-from dspex_persist.state.execution import Execution, is_transactional, may_block
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     ChangeKind,
@@ -30,6 +29,7 @@ from dspex_persist.state.model import (
     ToolSpec,
     Value,
 )
+from dspex_persist.state.tools.execution import Execution, is_transactional, may_block
 from dspex_persist.testing.memory import MemoryBacking
 from tests.deadline import within
 

@@ -37,7 +37,7 @@ from dspex_persist.state.errors import (
     VersionConflictError,
 )
 from dspex_persist.state.model import ChangeKind, Isolation, ToolParameter, ToolSpec, Value
-from dspex_persist.state.runner import ToolCode, ToolKind
+from dspex_persist.state.tools.ports import ToolCode, ToolKind
 from dspex_persist.state.values import BinaryValue
 from dspex_persist.testing.memory import MemoryBacking
 from tests.deadline import within

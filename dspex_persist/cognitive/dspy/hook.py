@@ -30,7 +30,7 @@ from dspex_persist.cognitive.dspy.playback import (
     stand_in,
 )
 from dspex_persist.cognitive.dspy.requests import Asked, answer_of, asked_of, failure_of, response_of, secrets_of
-from dspex_persist.state.runner import ToolSession
+from dspex_persist.state.tools.session import ToolSession
 
 LM_CALLS: Final = "lm"
 """Under which name an execution's `recorded` has them."""

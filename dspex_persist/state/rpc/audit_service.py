@@ -12,9 +12,9 @@ from typing import Any, Final, TypeVar
 from google.protobuf.message import Message
 
 from dspex_persist.infra.logs import get_logger
+from dspex_persist.infra.mailbox import LoopMailbox
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.errors import EngineClosedError, UnavailableError, UnsupportedError
-from dspex_persist.state.mailbox import LoopMailbox
 from dspex_persist.state.model import PrunePolicy, PruneReport
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.rpc import audit_codec as codec

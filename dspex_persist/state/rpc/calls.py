@@ -10,10 +10,9 @@ import grpc
 from google.protobuf.message import Message
 
 from dspex_persist.infra.logs import get_logger
+from dspex_persist.infra.mailbox import LoopMailbox
 from dspex_persist.state.commands import Command, SetVariable
 from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError, StateError, quote
-from dspex_persist.state.execution import Execution, is_transactional, may_block
-from dspex_persist.state.mailbox import LoopMailbox
 from dspex_persist.state.model import Origin, Source
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.rpc.headers import (
@@ -26,7 +25,8 @@ from dspex_persist.state.rpc.headers import (
     RPC_ID,
     SOURCE,
 )
-from dspex_persist.state.runner import ToolRunner
+from dspex_persist.state.tools.execution import Execution, is_transactional, may_block
+from dspex_persist.state.tools.runner import ToolRunner
 
 R = TypeVar("R")
 M = TypeVar("M", bound=Message)

@@ -29,7 +29,7 @@ from dspex_persist.state.model import Value
 from dspex_persist.state.rpc import codec
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.rpc.headers import EXECUTION_ID
-from dspex_persist.state.runner import RemoteCall
+from dspex_persist.state.tools.ports import RemoteCall
 
 A = TypeVar("A")
 

@@ -26,8 +26,8 @@ from dspex_persist.state.rpc.headers import (
 )
 from dspex_persist.state.rpc.inherited import OneProcess
 from dspex_persist.state.rpc.tools import ToolRpcs
-from dspex_persist.state.runner import ToolRunner
 from dspex_persist.state.session_state import weight_of
+from dspex_persist.state.tools.runner import ToolRunner
 from dspex_persist.state.watch import Watch
 
 

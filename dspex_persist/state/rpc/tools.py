@@ -23,7 +23,9 @@ from dspex_persist.state.rpc.calls import Calls, Context, check_count, check_tog
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.rpc.headers import ALL_TOOLS, ASKED_BY, EXECUTION_ID, TIMEOUT_S, TOOLS
 from dspex_persist.state.rpc.status import facts_of
-from dspex_persist.state.runner import IDEMPOTENCY_KEY, Emit, ToolCode, ToolRequest, ToolRunner
+from dspex_persist.state.tools.ports import Emit, ToolCode
+from dspex_persist.state.tools.requests import IDEMPOTENCY_KEY, ToolRequest
+from dspex_persist.state.tools.runner import ToolRunner
 
 # A tool that runs into its client's deadline is ended so much earlier that its verdict still reaches the client.
 _MARGIN, _LONGEST_MARGIN_S = 0.1, 0.25

@@ -7,32 +7,20 @@ runs on stops nobody else.
 """
 
 import asyncio
-import concurrent.futures
 import contextlib
 import contextvars
 import functools
-import io
 import json
-import os
 import random
-import time
-import traceback
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from datetime import datetime
-from enum import StrEnum
-from pathlib import Path
-from random import Random
-from typing import Any, Final, NoReturn, Protocol, TypeAlias, TypeVar
-from uuid import UUID
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeVar
 
-from dspex_persist import clock
 from dspex_persist.infra.logs import get_logger
+from dspex_persist.infra.mailbox import LoopMailbox
 from dspex_persist.infra.threads import DaemonThreads, LoopThread
-from dspex_persist.infra.traces import leave_marks_out
 from dspex_persist.state import commands, values
 from dspex_persist.state.commands import Command
 from dspex_persist.state.commands.executions import Begun, Finished, Verdict
@@ -43,7 +31,6 @@ from dspex_persist.state.errors import (
     ExecutionNotFoundError,
     IdempotencyConflictError,
     InternalError,
-    InvalidArgumentError,
     InvalidValueError,
     LimitExceededError,
     MissingVariablesError,
@@ -53,7 +40,6 @@ from dspex_persist.state.errors import (
     StateError,
     StorageError,
     ToolArgumentError,
-    ToolFailedError,
     ToolInterruptedError,
     ToolNotFoundError,
     ToolTimedOutError,
@@ -61,31 +47,33 @@ from dspex_persist.state.errors import (
     closest,
     quote,
 )
-from dspex_persist.state.execution import Execution
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.mailbox import LoopMailbox
 from dspex_persist.state.model import (
     ExecutionStatus,
-    Failure,
-    LogEntry,
     Origin,
     RecordedExecution,
     RegisteredTool,
-    Source,
     ToolOutcome,
-    ToolSpec,
     Value,
 )
-from dspex_persist.state.provider import StateProvider
+from dspex_persist.state.provider import Submit
+from dspex_persist.state.tools.execution import Execution
+from dspex_persist.state.tools.failures import (
+    RaisedError,
+    contained,
+    failure_of,
+    let_go_with,
+    raised_of,
+    status_of,
+    told,
+)
+from dspex_persist.state.tools.ports import Emit, RemoteCall, RemotePort, ToolCode, ToolKind
+from dspex_persist.state.tools.requests import IDEMPOTENCY_KEY, ToolRequest
+from dspex_persist.state.tools.results import NOTHING, Chunks, checked, result_value
+from dspex_persist.state.tools.session import ToolSession, asking
 
 R = TypeVar("R")
 _logger: Final = get_logger(__name__)
-Emit: TypeAlias = Callable[[Value], Awaitable[None]]
-"""Hands one chunk to whoever asked; returns when it has been taken."""
-
-IDEMPOTENCY_KEY: Final = "idempotency_key"
-"""The entry of a request's metadata under which its execution is found again."""
-_NULL: Final = Value("null")
 _DEEPEST: Final = 16
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.25
 _LARGE_BYTES: Final = 100_000
@@ -93,381 +81,11 @@ _JOIN_PAUSE_S: Final = 0.02
 _MOST_JOINS: Final = 1_000
 _SAY_AGAIN_S: Final = 5.0
 _LONG_WAIT_S: Final = 5.0
-# What a line of the journal's log takes beside its text.
-_LINE_BYTES: Final = 64
 _ENTRY_BYTES: Final = 500
-_MESSAGE_LENGTH, _TRACE_LENGTH = 10_000, 100_000
-_PACKAGE: Final = Path(__file__).parents[1]
-_BETWEEN: Final = (
-    *(f"{_PACKAGE / layer}{os.sep}" for layer in ("cognitive", "infra", "state")),
-    *(f"{folder}{os.sep}" for folder in (*asyncio.__path__, *concurrent.futures.__path__)),
-    contextlib.__file__,
-)
-"""The files of what stands between a tool's code and whoever asked for it."""
 _ANEW: Final = (ExecutionStatus.CANCELLED, ExecutionStatus.INTERRUPTED, ExecutionStatus.CONFLICT)
 """How an execution may have ended that whoever waited for it begins again."""
 _REFUSALS: Final = (ToolNotFoundError, ToolArgumentError, MissingVariablesError, IdempotencyConflictError)
 """What is wrong with a request before anything has begun."""
-_asking: ContextVar["ToolSession | None"] = ContextVar("dspex_persist_asking", default=None)
-"""The execution whose code runs in this context; whoever it asks for something sees that."""
-
-
-def asking_execution() -> str | None:
-    """The execution of a tool that this code is part of, or was started by."""
-    asker = _asking.get()
-    return asker.execution_id if asker is not None else None
-
-
-# What tools are to this layer
-
-
-class ToolKind(StrEnum):
-    """What calling a tool's code gives."""
-
-    FUNCTION = "function"
-    COROUTINE = "coroutine"
-    GENERATOR = "generator"
-    ASYNC_GENERATOR = "async_generator"
-
-    @property
-    def is_async(self) -> bool:
-        """Whether the code needs an event loop."""
-        return self in (ToolKind.COROUTINE, ToolKind.ASYNC_GENERATOR)
-
-
-class ToolCode(Protocol):
-    """A tool of this process, as whoever programs tools provides it."""
-
-    @property
-    def spec(self) -> ToolSpec: ...
-
-    @property
-    def kind(self) -> ToolKind: ...
-
-    @property
-    def reads_plainly(self) -> bool:
-        """Whether `bind` runs nothing of the tool's own: no validator, no class of its module."""
-
-    @property
-    def result_type(self) -> str:
-        """ "float" where the code gives floats, or yields them, whose NaN and infinities JSON has not; else ""."""
-
-    def bind(self, parameters: Mapping[str, Value]) -> Mapping[str, object]:
-        """New arguments for `start`; `ToolArgumentError` for a wrong one."""
-
-    def start(self, session: "ToolSession", arguments: Mapping[str, object]) -> Any:
-        """Call the code: a result, a coroutine, a generator or an async generator, by `kind`."""
-
-
-def name_of(tool: ToolCode | str) -> str:
-    """The name of a tool that is given itself, or by its name."""
-    name = tool if isinstance(tool, str) else getattr(getattr(tool, "spec", None), "name", None)
-    if not isinstance(name, str):
-        kind = type(tool).__name__
-        raise InvalidArgumentError("tool", f"a tool is called by its name, or itself if it has @tool, not {kind}")
-    return name
-
-
-def check_tools(tools: object) -> None:
-    """Raise unless a runner can be made of these."""
-    if tools is not None and not isinstance(tools, Mapping):
-        reason = (
-            f"it must be a Toolbox, or another mapping of tools by name, not {type(tools).__name__}: Toolbox.of(...)"
-        )
-        raise InvalidArgumentError("tools", reason)
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteCall:
-    """One call of a tool in another process. `style`: how the parameters came, "string_value" or "json"."""
-
-    tool: RegisteredTool
-    session_id: str
-    execution_id: str
-    parameters: Mapping[str, Value]
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    timeout_s: float | None = None
-    style: str = "json"
-
-
-class RemotePort(Protocol):
-    """Whatever reaches tools in other processes."""
-
-    async def execute(self, call: RemoteCall) -> Value | None:
-        """The result; `RemoteToolError` or `ToolFailedError`."""
-
-    async def stream(self, call: RemoteCall, emit: Emit) -> Value | None:
-        """The same, with chunks on the way."""
-
-    def state_of(self, address: str) -> str:
-        """The circuit of an address: closed, open, half_open."""
-
-
-@dataclass(frozen=True, slots=True)
-class ToolRequest:
-    """A wish to have a tool executed. `timeout_s`: how long whoever asks is going to wait."""
-
-    session_id: str
-    tool: str
-    parameters: Mapping[str, Value]
-    origin: Origin
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    idempotency_key: str | None = None
-    timeout_s: float | None = None
-    style: str = "json"
-
-
-def request_of(command: commands.ExecuteTool, origin: Origin) -> ToolRequest:
-    """The request that a command makes."""
-    key = command.metadata.get(IDEMPOTENCY_KEY) or origin.idempotency_key
-    return ToolRequest(
-        command.session_id, command.tool, command.parameters, origin, command.metadata, key, command.timeout_s
-    )
-
-
-class ToolSession:
-    """What a tool's code reaches of its execution. Usable from any thread, until the execution ends."""
-
-    def __init__(
-        self,
-        runner: "ToolRunner",
-        execution: Execution,
-        request: ToolRequest,
-        attempt: int,
-        seed: str,
-        asker: "ToolSession | None" = None,
-    ) -> None:
-        self.session_id = execution.session_id
-        self.execution_id = execution.id
-        # Its own: what the code does to it is not for the next attempt, nor for whoever asked.
-        self.metadata = dict(request.metadata)
-        self.attempt = attempt
-        self.execution = execution
-        self.request = request
-        self.origin = Origin(request.origin.actor, execution.id, Source.PYTHON)
-        # Whose code waits for this one, and how many more wait for that one.
-        self.asker = asker
-        self.depth: int = 0 if asker is None else asker.depth + 1
-        # Whether its code has begun to run, and whether somebody may be holding up the tools' loop until it has ended.
-        self.started = self.is_async = False
-        self.aside: bool = asker is not None and (asker.aside or (execution.parent is None and asker.is_async))
-        # What `now` asks: a replay sets it.
-        self.read_clock: Callable[[], datetime] = clock.now
-        # The home loop's alone: the tool that it calls at the moment, and whose turn it is to call one.
-        self.calling: ToolSession | None = None
-        self.task: asyncio.Task[Any] | None = None
-        self.turn = asyncio.Lock()
-        self._runner = runner
-        # To seed a generator takes longer than a short tool: only for those that draw.
-        self._seed = seed
-        self._random: Random | None = None
-        self._uuids: Random | None = None
-        self._began = time.monotonic()
-        self._log: list[LogEntry] = []
-        self._times: list[datetime] = []
-        self._recorded: dict[str, list[Any]] = {}
-        self.journal_bytes = 0
-
-    def __reduce__(self) -> NoReturn:
-        """Other processes, such as those of a pool, are sent pickles."""
-        raise TypeError("a tool's context works in its own process: send others values, and write what they answer")
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether nothing that the code still does can be kept."""
-        return bool(self.execution.ended)
-
-    @property
-    def random(self) -> Random:
-        """Random numbers from the execution's recorded seed."""
-        with self.execution.overlay.lock:
-            if self._random is None:
-                self._random = Random(f"{self._seed}:random")
-            return self._random
-
-    def run(self, command: Command[R]) -> R:
-        """Carry a command out inside the transaction."""
-        return self.execution.run(command, self.origin)
-
-    def publish(self, identifier: str, value: object, metadata: Mapping[str, str] | None = None) -> int:
-        """Write a value at once, in a commit of its own; the new version."""
-        self.execution.check_can_publish(identifier)
-        encoded = values.encode_for(value, lambda: self._type_of(identifier), name=identifier)
-        command = commands.PublishVariable(self.session_id, self.execution_id, identifier, encoded, metadata or {})
-        variable = self._runner.provider.submit(command, self.origin).result()
-        self.execution.take_published(variable)
-        return variable.version
-
-    def _type_of(self, identifier: str) -> str:
-        query = commands.GetVariable(self.session_id, identifier)
-        return self._runner.provider.submit(query, self.origin).result().type
-
-    def now(self) -> datetime:
-        """The time, recorded."""
-        moment = self.read_clock()
-        self._count(8)
-        self._times.append(moment)
-        return moment
-
-    def uuid(self) -> UUID:
-        """A new UUID, from the execution's recorded seed."""
-        with self.execution.overlay.lock:
-            if self._uuids is None:
-                self._uuids = Random(f"{self._seed}:uuid")
-            return UUID(int=self._uuids.getrandbits(128), version=4)
-
-    def log(self, message: str, **fields: object) -> None:
-        """Keep a line in the journal."""
-        self.execution.check_running()
-        size_bytes = _LINE_BYTES + _size_of_message(message)
-        text = values.encode(fields, "map", name="log").json
-        depth = values.depth_if_above(text, self._runner.limits.json_depth)
-        if depth:
-            raise LimitExceededError(
-                "JSON nesting of what is logged", depth, self._runner.limits.json_depth, "json_depth"
-            )
-        self._count(size_bytes + len(text.encode()))
-        # As they are now: the code may go on to change them, and the writer cannot refuse what they would be then.
-        self._log.append(LogEntry(clock.now(), str(message), json.loads(text)))
-
-    def record(self, kind: str, entry: Mapping[str, Any]) -> None:
-        """Keep what the code got from outside, as JSON, in the journal's `recorded`, in a list for each kind."""
-        text = values.encode(entry, "map", name=kind).json
-        with self.execution.overlay.lock:
-            self._count(_LINE_BYTES + len(text))
-            self._recorded.setdefault(kind, []).append(json.loads(text))
-
-    def _count(self, size_bytes: int) -> None:
-        limit = self._runner.limits.journal_size_bytes
-        self.journal_bytes += size_bytes
-        if self.journal_bytes > limit:
-            what = "size of what the execution logged and recorded, in bytes,"
-            raise LimitExceededError(what, self.journal_bytes, limit, "journal_size_bytes")
-
-    def call(self, tool: str, arguments: Mapping[str, object]) -> Any:
-        """Run another tool in the same transaction: its result, in an asynchronous tool an awaitable of it."""
-        self.execution.check_running()
-        parameters = values.encode_arguments(arguments)
-        request = replace(self.request, tool=tool, parameters=parameters, metadata={}, timeout_s=None)
-        future = self._runner.start(self._runner.execute_child(self, request))
-        called = self._runner.tools.get(tool)
-        result_type = called.result_type if called is not None else ""
-        if _is_on_loop():
-            return asyncio.wrap_future(_objects(future, result_type))
-        return values.decode_loosely(future.result(), result_type)
-
-    def verdict(self, status: ExecutionStatus, result: Value | None = None, failure: Failure | None = None) -> Verdict:
-        """The rest of the journal entry."""
-        execution = self.execution
-        # The code may still run.
-        with execution.overlay.lock:
-            return Verdict(
-                execution.id,
-                status,
-                result,
-                failure,
-                dict(execution.reads),
-                tuple(execution.patterns),
-                tuple(self._log),
-                self._all_recorded(),
-                tuple(execution.published),
-                self.attempt,
-                round((time.monotonic() - self._began) * 1e6),
-            )
-
-    def _all_recorded(self) -> dict[str, list[Any]]:
-        recorded = {kind: list(entries) for kind, entries in self._recorded.items()}
-        return {"now": [clock.to_micros(moment) for moment in self._times], **recorded}
-
-    def below(self) -> "list[ToolSession]":
-        """The tools that run on its behalf at the moment, the innermost last."""
-        return [] if self.calling is None else [self.calling, *self.calling.below()]
-
-
-def _size_of_message(message: object) -> int:
-    """The bytes of a message for the log, if it is one."""
-    if not isinstance(message, str):
-        reason = (
-            f"it must be a str, not {type(message).__name__}: put what is no text into fields, log('...', what=...)"
-        )
-        raise InvalidArgumentError("message", reason)
-    try:
-        return len(message.encode())
-    except UnicodeEncodeError as error:
-        raise InvalidArgumentError("message", f"U+{ord(message[error.start]):04X} alone is no character") from None
-
-
-def _is_on_loop() -> bool:
-    """Whether this thread runs an event loop."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
-
-
-def _result_value(obj: object, name: str) -> Value:
-    value = values.encode_loosely(obj, name=name)
-    if value.binary is not None:
-        raise InvalidValueError(name, "the protocol has no field for its bytes here: write it to a variable instead")
-    return value
-
-
-def _checked(tool: str, result: Value, limits: Limits) -> Value:
-    """A tool's result, if it is within the bounds of values."""
-    what, most = f"the result of {quote(tool)}", limits.value_size_bytes
-    if result.size_bytes > most:
-        raise LimitExceededError(f"size of {what}", result.size_bytes, most, "value_size_bytes")
-    depth = values.depth_if_above(result.json, limits.json_depth)
-    if depth:
-        raise LimitExceededError(f"JSON nesting of {what}", depth, limits.json_depth, "json_depth")
-    return result
-
-
-class _Chunks:
-    """What a tool has yielded, whose list is its result. It is measured while it comes: a tool may never stop."""
-
-    def __init__(self, tool: str, limits: Limits) -> None:
-        self._tool = tool
-        self._limits = limits
-        # One text: of very small chunks the objects would take a hundred times as much.
-        self._text = io.StringIO()
-        self._size_bytes = len("[]")
-
-    def add(self, chunk: Value) -> Value:
-        """Keep a chunk; `LimitExceededError` if it makes the result too large or too deep."""
-        _checked(self._tool, Value(f"[{chunk.json}]"), self._limits)
-        self._size_bytes += chunk.size_bytes + len(",")
-        most = self._limits.stream_size_bytes
-        if self._size_bytes > most:
-            raise LimitExceededError(
-                f"size of the result of {quote(self._tool)}", self._size_bytes, most, "stream_size_bytes"
-            )
-        self._text.write(f",{chunk.json}")
-        return chunk
-
-    def result(self) -> Value:
-        """The list of them."""
-        return Value(f"[{self._text.getvalue()[1:]}]")
-
-
-def _objects(future: "Future[Value]", result_type: str) -> "Future[object]":
-    """The future of a value's Python object. Cancelling it cancels `future`."""
-    mapped: Future[object] = Future()
-
-    def done(finished: "Future[Value]") -> None:
-        if finished.cancelled():
-            mapped.cancel()
-        elif mapped.set_running_or_notify_cancel():
-            error = finished.exception()
-            if error is not None:
-                mapped.set_exception(error)
-            else:
-                mapped.set_result(values.decode_loosely(finished.result(), result_type))
-
-    mapped.add_done_callback(lambda each: future.cancel() if each.cancelled() else None)
-    future.add_done_callback(done)
-    return mapped
 
 
 @dataclass(eq=False, slots=True)
@@ -512,7 +130,7 @@ class ToolRunner:
 
     def __init__(
         self,
-        provider: StateProvider,
+        submit: Submit,
         tools: Mapping[str, ToolCode],
         *,
         threads: int = 64,
@@ -520,7 +138,7 @@ class ToolRunner:
         remote: RemotePort | None = None,
         home: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        self.provider = provider
+        self.submit_command = submit
         self.limits = limits or Limits()
         self.tools = dict(tools)
         self._remote = remote
@@ -608,11 +226,11 @@ class ToolRunner:
         if self._count >= self.limits.executions:
             raise LimitExceededError("number of executions", self._count + 1, self.limits.executions, "executions")
         if asked_by is not None:
-            _asking.set(self._find_asker(asked_by))
-        _check_depth(_asking.get())
+            asking.set(self._find_asker(asked_by))
+        _check_depth(asking.get())
         self._count += 1
         try:
-            job = await self._prepare(request, _asking.get(), emit)
+            job = await self._prepare(request, asking.get(), emit)
             outcome = await self._execute(job)
             return replace(outcome, streamed=job.tool.spec.streaming, result_type=_result_type(job.tool))
         except ToolTimedOutError as error:
@@ -636,9 +254,9 @@ class ToolRunner:
         except _REFUSALS as error:
             return ToolOutcome(None, None, error, error.error_code, execution_id)
         except Exception as error:  # noqa: BLE001 -- users' code: whatever it raises is told to its caller
-            raised, failure = _raised_of(error)
-            failed = _told(execution_id, raised, failure)
-            return ToolOutcome(_status_of(raised), None, failed, failed.error_code, execution_id)
+            raised, failure = raised_of(error)
+            failed = told(execution_id, raised, failure)
+            return ToolOutcome(status_of(raised), None, failed, failed.error_code, execution_id)
         own = self.tools.get(request.tool)
         return ToolOutcome(
             ExecutionStatus.COMMITTED,
@@ -797,7 +415,7 @@ class ToolRunner:
         if origin.idempotency_key is not None:
             # The execution's own key is in the command: that of its outcome is none of the store's.
             origin = replace(origin, idempotency_key=None)
-        future = self.provider.submit(command, origin)
+        future = self.submit_command(command, origin)
         try:
             return await self._mailbox.result(future)
         except asyncio.CancelledError:
@@ -819,9 +437,9 @@ class ToolRunner:
             job.tool.spec.isolation,
             begun,
             request.origin,
-            lambda command: self.provider.submit(command, request.origin).result(),
+            lambda command: self.submit_command(command, request.origin).result(),
         )
-        session = ToolSession(self, execution, request, attempt, begun.seed, _asking.get())
+        session = ToolSession(self, execution, request, attempt, begun.seed, asking.get())
         outcome = None
         with self._listed(session) as running:
             try:
@@ -852,8 +470,8 @@ class ToolRunner:
             self._end_without_waiting(session, session.verdict(self._gone()))
             raise
         except Exception as error:  # noqa: BLE001 -- users' code: whatever it raises is its verdict
-            raised, failure = _raised_of(error)
-            status = _status_of(raised) if job.broken is None else ExecutionStatus.CANCELLED
+            raised, failure = raised_of(error)
+            status = status_of(raised) if job.broken is None else ExecutionStatus.CANCELLED
             verdict = session.verdict(status, failure=failure)
             return await self._end(session, verdict, raised)
         return await self._end(session, verdict)
@@ -865,7 +483,7 @@ class ToolRunner:
 
     async def _end(self, session: ToolSession, verdict: Verdict, raised: BaseException | None = None) -> ToolOutcome:
         command = self._closing(session, verdict)
-        future = self.provider.submit(command, session.origin)
+        future = self.submit_command(command, session.origin)
         try:
             finished = await self._mailbox.result(future)
         except asyncio.CancelledError:
@@ -911,25 +529,34 @@ class ToolRunner:
             elif isinstance(error, InternalError) and command != _bare(command):
                 self._say(_bare(command), origin)
 
-        self.provider.submit(command, origin).add_done_callback(settled)
+        self.submit_command(command, origin).add_done_callback(settled)
 
     def _owe(self, session: ToolSession, verdict: Verdict, error: StateError) -> None:
         """The store did not take the end: what the execution wrote is lost, but its journal entry is not."""
         if isinstance(error, StorageError | QueueFullError | InternalError):
-            failed = replace(verdict, status=ExecutionStatus.FAILED, result=None, failure=_failure_of(error))
+            failed = replace(verdict, status=ExecutionStatus.FAILED, result=None, failure=failure_of(error))
             command = session.execution.finish(failed)
             self._say(_bare(command) if isinstance(error, InternalError) else command, session.origin)
 
     # Calls from tool to tool
 
-    async def execute_child(self, parent: ToolSession, request: ToolRequest) -> Value:
+    def call(self, caller: ToolSession, request: ToolRequest) -> "Future[Value]":
+        """Execute a tool as part of its caller's execution; from any thread."""
+        return self.start(self._execute_child(caller, request))
+
+    def result_type_of(self, tool: str) -> str:
+        """The `result_type` of a tool of this process; "" of others."""
+        own = self.tools.get(tool)
+        return own.result_type if own is not None else ""
+
+    async def _execute_child(self, parent: ToolSession, request: ToolRequest) -> Value:
         """Execute a tool as part of its caller's execution; its result, or what its code raised.
 
         One at a time for each caller: what one has staged could not be undone without that of another.
         """
         try:
             return await self._child_result(parent, request)
-        except _RaisedError as error:
+        except RaisedError as error:
             raised = error.error
         raise raised
 
@@ -962,7 +589,7 @@ class ToolRunner:
                 parent.overlay.note_ended(_ENTRY_BYTES + session.journal_bytes + result.size_bytes)
         except BaseException as error:
             if not parent.ended:
-                raised, failure = _raised_of(error)
+                raised, failure = raised_of(error)
                 child.undo()
                 status = ExecutionStatus.FAILED if isinstance(raised, Exception) else ExecutionStatus.CANCELLED
                 self._end_without_waiting(session, session.verdict(status, failure=failure))
@@ -1001,7 +628,7 @@ class ToolRunner:
         session.is_async = tool.kind.is_async
         # What the caller has set (dspy.context, a log's bindings) holds in the tool's thread, too.
         context = contextvars.copy_context()
-        context.run(_asking.set, session)
+        context.run(asking.set, session)
         place = self._run_on_loop if session.is_async else self._run_on_thread
         waiting = self._home.call_later(_LONG_WAIT_S, self._say_waits, session)
         try:
@@ -1076,15 +703,15 @@ class ToolRunner:
 
     def _run_sync(self, job: _Job, tool: ToolCode, session: ToolSession, arguments: Mapping[str, object]) -> Value:
         """On a thread of its own."""
-        with self._at_work(session), _contained():
+        with self._at_work(session), contained():
             started = tool.start(session, arguments)
             if tool.kind is ToolKind.FUNCTION:
-                return _checked(tool.spec.name, _result_value(started, "result"), self.limits)
-            chunks = _Chunks(tool.spec.name, self.limits)
+                return checked(tool.spec.name, result_value(started, "result"), self.limits)
+            chunks = Chunks(tool.spec.name, self.limits)
             with contextlib.closing(started):
                 for chunk in started:
                     session.execution.check_running()
-                    value = chunks.add(_result_value(chunk, "chunk"))
+                    value = chunks.add(result_value(chunk, "chunk"))
                     if job.emit is not None:
                         self.start(job.hand_out(value)).result()
             return chunks.result()
@@ -1093,15 +720,15 @@ class ToolRunner:
         self, job: _Job, tool: ToolCode, session: ToolSession, arguments: Mapping[str, object]
     ) -> Value:
         """On the tools' loop."""
-        with _let_go_with(asyncio.get_running_loop()), self._at_work(session), _contained(asyncio.CancelledError):
+        with let_go_with(asyncio.get_running_loop()), self._at_work(session), contained(asyncio.CancelledError):
             started = tool.start(session, arguments)
             if tool.kind is ToolKind.COROUTINE:
-                return _checked(tool.spec.name, _result_value(await started, "result"), self.limits)
-            chunks = _Chunks(tool.spec.name, self.limits)
+                return checked(tool.spec.name, result_value(await started, "result"), self.limits)
+            chunks = Chunks(tool.spec.name, self.limits)
             async with contextlib.aclosing(started):
                 async for chunk in started:
                     session.execution.check_running()
-                    value = chunks.add(_result_value(chunk, "chunk"))
+                    value = chunks.add(result_value(chunk, "chunk"))
                     if job.emit is not None:
                         await asyncio.wrap_future(self.start(job.hand_out(value)))
             return chunks.result()
@@ -1127,8 +754,8 @@ class ToolRunner:
             request.style,
         )
         if not tool.spec.streaming:
-            return _checked(tool.spec.name, await self._remote.execute(call) or _NULL, self.limits)
-        chunks = _Chunks(tool.spec.name, self.limits)
+            return checked(tool.spec.name, await self._remote.execute(call) or NOTHING, self.limits)
+        chunks = Chunks(tool.spec.name, self.limits)
 
         async def take(chunk: Value) -> None:
             session.execution.check_running()
@@ -1140,73 +767,15 @@ class ToolRunner:
         return chunks.result()
 
     async def _submit(self, command: Command[R], origin: Origin) -> R:
-        return await self._mailbox.result(self.provider.submit(command, origin))
-
-
-class _RaisedError(Exception):
-    """What a tool's code raised, with what the journal says of it, which was asked for where the code ran: an
-    exception's text is users' code, too."""
-
-    def __init__(self, error: Exception, failure: Failure) -> None:
-        super().__init__()
-        self.error = error
-        self.failure = failure
-
-
-@contextmanager
-def _let_go_with(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
-    """A coroutine whose loop was closed under it is thrown away, by GeneratorExit; nobody is left to be told more."""
-    try:
-        yield
-    except _RaisedError:
-        if loop.is_closed():
-            raise GeneratorExit from None
-        raise
-
-
-@contextmanager
-def _contained(*let_out: type[BaseException]) -> Iterator[None]:
-    """Users' code that raises anything has failed, no more: neither the process nor its loops are to end."""
-    try:
-        yield
-    except let_out:
-        raise
-    except BaseException as error:  # noqa: BLE001 -- what this is about
-        raised = _ordinary(error)
-    else:
-        return
-    raise _RaisedError(raised, _failure_of(raised))
-
-
-def _ordinary(error: BaseException) -> Exception:
-    if isinstance(error, Exception):
-        return error if _can_be_looked_at(error) else RuntimeError("the tool raised an error that hides what it is")
-    told = RuntimeError(f"the tool raised {type(error).__name__}, which is no ordinary error")
-    if isinstance(error, SystemExit | KeyboardInterrupt):
-        told = RuntimeError(f"the tool tried to end the process: {type(error).__name__}({_text_of(error)})")
-    told.__cause__ = error
-    return told
-
-
-def _can_be_looked_at(error: Exception) -> bool:
-    """Whether `isinstance` says of it what it is, which everybody asks whom it is handed to, asyncio included."""
-    try:
-        return error.__class__ is type(error)
-    except BaseException:  # noqa: BLE001 -- users' code
-        return False
-
-
-def _raised_of(error: BaseException) -> tuple[BaseException, Failure]:
-    """What was raised, and what the journal says of it."""
-    return (error.error, error.failure) if isinstance(error, _RaisedError) else (error, _failure_of(error))
+        return await self._mailbox.result(self.submit_command(command, origin))
 
 
 async def _repeat(job: _Job, recorded: RecordedExecution) -> ToolOutcome:
     """The recorded outcome again, its chunks included."""
-    result = recorded.result or _NULL
+    result = recorded.result or NOTHING
     if job.emit is not None and job.tool.spec.streaming:
         for chunk in json.loads(result.json):
-            await job.hand_out(_result_value(chunk, "chunk"))
+            await job.hand_out(result_value(chunk, "chunk"))
     return ToolOutcome(
         ExecutionStatus.COMMITTED, result, None, "", recorded.id, recorded.sequence, recorded.attempt, repeated=True
     )
@@ -1228,17 +797,8 @@ def _outcome(verdict: Verdict, finished: Finished, raised: BaseException | None)
     if status is ExecutionStatus.CONFLICT:
         error: StateError = ExecutionConflictError(execution_id, ", ".join(map(str, finished.conflicts)))
     else:
-        error = _told(execution_id, raised, verdict.failure)
+        error = told(execution_id, raised, verdict.failure)
     return ToolOutcome(status, None, error, error.error_code, execution_id, None, verdict.attempt)
-
-
-def _told(execution_id: str, raised: BaseException | None, failure: Failure | None) -> StateError:
-    """What clients are told of an execution that failed: what the engine itself says, or what the tool's code raised,
-    without its traceback."""
-    if isinstance(raised, RemoteToolError | ToolTimedOutError | ToolFailedError):
-        return raised
-    assert failure is not None, "what has neither committed nor met a conflict has failed"
-    return ToolFailedError(execution_id, f"{failure.type}: {failure.message}", failure.type)
 
 
 def _bound(tool: ToolCode, parameters: Mapping[str, Value]) -> Mapping[str, object]:
@@ -1248,7 +808,7 @@ def _bound(tool: ToolCode, parameters: Mapping[str, Value]) -> Mapping[str, obje
     except StateError:
         raise
     except BaseException as error:  # noqa: BLE001 -- users' code
-        raise ToolArgumentError(tool.spec.name, ", ".join(parameters), _failure_of(error).type) from None
+        raise ToolArgumentError(tool.spec.name, ", ".join(parameters), failure_of(error).type) from None
 
 
 def _check_depth(asker: ToolSession | None) -> None:
@@ -1263,48 +823,6 @@ def _check_parameter(tool: str, name: str, value: Value, limits: Limits) -> None
     except InvalidValueError as error:
         raise ToolArgumentError(tool, name, error.reason) from error
     values.check_binary_size(name, len(value.binary or b""), limits)
-
-
-def _status_of(error: BaseException) -> ExecutionStatus:
-    return ExecutionStatus.TIMED_OUT if isinstance(error, ToolTimedOutError) else ExecutionStatus.FAILED
-
-
-def _trace_of(error: BaseException) -> str:
-    """The traceback, of users' code only: of the errors that led to it, too, as far as they were raised there."""
-    told = traceback.TracebackException.from_exception(error)
-    _keep_users_frames(told)
-    leave_marks_out(told)
-    return "".join(told.format())
-
-
-def _keep_users_frames(told: traceback.TracebackException) -> None:
-    users = [frame for frame in told.stack if not frame.filename.startswith(_BETWEEN)]
-    told.stack = traceback.StackSummary.from_list(users or told.stack[-1:])
-    for other in (told.__cause__, told.__context__, *(told.exceptions or ())):
-        if other is not None:
-            _keep_users_frames(other)
-
-
-def _failure_of(error: BaseException) -> Failure:
-    try:
-        trace = _trace_of(error)
-    except BaseException as fault:  # noqa: BLE001 -- it asks users' code
-        trace = f"it has no traceback: to write it raised {type(fault).__name__}"
-    text = _text_of(error)
-    told = (type(error).__name__, _shortened(text, _MESSAGE_LENGTH), _shortened(trace, _TRACE_LENGTH))
-    # A lone surrogate is no character: no message can carry it.
-    return Failure(*(each.encode(errors="backslashreplace").decode() for each in told))
-
-
-def _text_of(error: BaseException) -> str:
-    try:
-        return str(error)
-    except BaseException as fault:  # noqa: BLE001 -- users' code, too
-        return f"it has no text: its __str__ raised {type(fault).__name__}"
-
-
-def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
 def _result_type(tool: ToolCode | RegisteredTool) -> str:
