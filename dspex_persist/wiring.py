@@ -352,7 +352,7 @@ async def _serve_bridge(
     settings: Settings, provider: "EmbeddedState", tools: "Mapping[str, ToolCode]", end: "_End"
 ) -> None:
     from dspex_persist.infra import server
-    from dspex_persist.state.rpc.audit_codec import AUDIT_SERVICE
+    from dspex_persist.state.rpc.audit_rpcs import AUDIT_SERVICE
     from dspex_persist.state.rpc.audit_service import AuditServicer
     from dspex_persist.state.rpc.codec import BRIDGE_SERVICE
     from dspex_persist.state.rpc.remote import RemoteTools

@@ -8,7 +8,7 @@ import pytest
 from dspex_persist.state.commands import SetVariable
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.model import Value
-from dspex_persist.state.rpc import audit_codec
+from dspex_persist.state.rpc import audit_rpcs
 from dspex_persist.state.rpc.audit_service import _Pages
 from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as pb
 
@@ -31,7 +31,7 @@ def state(tmp_path: Path) -> Iterator[EmbeddedState]:
 @pytest.mark.parametrize("limit", [0, 1, 130, SMALL + LARGE])
 def test_large_values_come_alone_and_small_ones_together(oldest_first: bool, limit: int, state: EmbeddedState) -> None:
     request = pb.ListHistoryRequest(session="s", range=pb.Range(oldest_first=oldest_first, limit=limit))
-    pages = _Pages(audit_codec.HISTORY.question(request), state.audit())
+    pages = _Pages(audit_rpcs.LIST_HISTORY.question(request), state.audit())
     responses = []
     while not pages.ended:
         responses.append(pages.read())
@@ -45,7 +45,7 @@ def test_large_values_come_alone_and_small_ones_together(oldest_first: bool, lim
 
 def test_pages_are_as_of_the_first_one(state: EmbeddedState) -> None:
     request = pb.ListHistoryRequest(session="s", range=pb.Range(oldest_first=True))
-    pages = _Pages(audit_codec.HISTORY.question(request), state.audit())
+    pages = _Pages(audit_rpcs.LIST_HISTORY.question(request), state.audit())
     first = pages.read()
     assert (first.next.since, first.next.until) == (0, state.head_sequence)
     state.set_variable("s", "x", "newer")

@@ -1,7 +1,7 @@
 """BridgedAudit: the history of a server, asked over gRPC."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import grpc
 
@@ -27,10 +27,13 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.model import PrunePolicy, PruneReport
 from dspex_persist.state.provider import Progress
-from dspex_persist.state.rpc import audit_codec as codec
+from dspex_persist.state.rpc import audit_rpcs as rpcs
+from dspex_persist.state.rpc.audit_rpcs import Single
 from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as pb
 from dspex_persist.state.rpc.inherited import OneProcess
 from dspex_persist.state.rpc.status import error_of_call, is_told
+
+A = TypeVar("A")
 
 
 class BridgedAudit(AuditSource):
@@ -60,16 +63,15 @@ class BridgedAudit(AuditSource):
 
     def head(self) -> int:
         """See `AuditSource.head`."""
-        return int(self._ask("GetHead", pb.GetHeadRequest).sequence)
+        return self._ask(rpcs.GET_HEAD)
 
     def resolve(self, point: PointLike, option: str = "at", session: str = "") -> int:
         """See `AuditSource.resolve`."""
-        fields = {"point": point_text(point, option), "option": option, "session": session}
-        return int(self._ask("ResolvePoint", pb.ResolvePointRequest, **fields).sequence)
+        return self._ask(rpcs.RESOLVE_POINT, point=point_text(point, option), option=option, session=session)
 
     def page(self, query: Query[T], after: Cursor | None = None, most: int = PAGE) -> Page[T]:
         """See `AuditSource.page`."""
-        rpc = codec.LISTS.get(type(query))
+        rpc = rpcs.LISTS.get(type(query))
         if rpc is None:
             raise UnsupportedError(f"questions of type {type(query).__name__}")
         request = _made(lambda: rpc.request(query, after, most, reveal=self.reveal))
@@ -79,21 +81,20 @@ class BridgedAudit(AuditSource):
 
     def execution(self, execution_id: str) -> ExecutionDetail:
         """See `AuditSource.execution`."""
-        answer = self._ask("GetExecution", pb.GetExecutionRequest, execution_id=execution_id, reveal=self.reveal)
-        return codec.detail_of(answer.execution)
+        return self._ask(rpcs.GET_EXECUTION, execution_id=execution_id, reveal=self.reveal)
 
     def state(self, session: str, at: PointLike = "") -> tuple[VariableState, ...]:
         """See `AuditSource.state`."""
-        answer = self._ask("GetState", pb.GetStateRequest, session=session, at=point_text(at), reveal=self.reveal)
-        return tuple(map(codec.state_of, answer.variables))
+        return self._ask(rpcs.GET_STATE, session=session, at=point_text(at), reveal=self.reveal)
 
     def version(self, session: str, variable_id: str, version: int) -> HistoryEntry:
         """See `AuditSource.version`."""
-        fields = {"session": session, "variable_id": variable_id, "version": version}
-        return codec.history_of(self._ask("GetVersion", pb.GetVersionRequest, **fields, reveal=self.reveal).entry)
+        asked = {"session": session, "variable_id": variable_id, "version": version}
+        return self._ask(rpcs.GET_VERSION, **asked, reveal=self.reveal)
 
-    def _ask(self, rpc: str, request: Callable[..., Any], **fields: Any) -> Any:
-        return self._calls.unary(rpc, _made(lambda: request(**fields)), self._timeout_s)
+    def _ask(self, rpc: Single[A], **asked: Any) -> A:
+        request = _made(lambda: rpc.request(**asked))
+        return rpc.answer_of(self._calls.unary(rpc.name, request, self._timeout_s))
 
 
 def prune(
@@ -105,10 +106,10 @@ def prune(
     progress: Progress,
 ) -> PruneReport:
     """Have a server prune. It takes as long as it takes; what `progress` raises ends it."""
-    request = _made(lambda: codec.prune_request(policy, confirm=confirm))
-    for answer in _Calls(channel, target).stream("Prune", request, None):
+    request = _made(lambda: rpcs.prune_request(policy, confirm=confirm))
+    for answer in _Calls(channel, target).stream(rpcs.PRUNE, request, None):
         if answer.HasField("report"):
-            return codec.report_of(answer.report)
+            return rpcs.REPORT.record_of(answer.report)
         progress(answer.progress.what, answer.progress.done, answer.progress.in_all)
     raise UnavailableError(f"{target} ended the pruning without a report")
 
@@ -127,7 +128,7 @@ class _Calls:
     def __init__(self, channel: grpc.Channel, target: str) -> None:
         self._target = target
         self._here = OneProcess(target, channel)
-        self._stubs = {method.name: _stub(channel, method) for method in codec.AUDIT_SERVICE.methods}
+        self._stubs = {method.name: _stub(channel, method) for method in rpcs.AUDIT_SERVICE.methods}
 
     def unary(self, rpc: str, request: Any, timeout_s: float) -> Any:
         """The one answer."""
@@ -160,7 +161,7 @@ class _Calls:
         if is_told(call):
             return error_of_call(call)
         if code is grpc.StatusCode.UNIMPLEMENTED:
-            service = codec.AUDIT_SERVICE.full_name
+            service = rpcs.AUDIT_SERVICE.full_name
             return UnsupportedError("audits", f"the server at {self._target} is older than {service}: upgrade it")
         if code is grpc.StatusCode.CANCELLED:
             return EngineClosedError()
@@ -168,7 +169,7 @@ class _Calls:
 
 
 def _stub(channel: grpc.Channel, method: Any) -> Any:
-    path = f"/{codec.AUDIT_SERVICE.full_name}/{method.name}"
+    path = f"/{rpcs.AUDIT_SERVICE.full_name}/{method.name}"
     request, response = (getattr(pb, kind.name) for kind in (method.input_type, method.output_type))
     make: Any = channel.unary_stream if method.server_streaming else channel.unary_unary
     return make(path, request_serializer=request.SerializeToString, response_deserializer=response.FromString)

@@ -17,9 +17,9 @@ from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.errors import EngineClosedError, UnavailableError, UnsupportedError
 from dspex_persist.state.model import PrunePolicy, PruneReport
 from dspex_persist.state.provider import StateProvider
-from dspex_persist.state.rpc import audit_codec as codec
-from dspex_persist.state.rpc.audit_codec import ListRpc, Question
-from dspex_persist.state.rpc.calls import Context, fitting
+from dspex_persist.state.rpc import audit_rpcs as rpcs
+from dspex_persist.state.rpc.audit_rpcs import ListRpc, Question, Single
+from dspex_persist.state.rpc.calls import Context, fitting, methods
 from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as pb
 
 R = TypeVar("R")
@@ -32,6 +32,8 @@ _BATCH_BYTES: Final = 256 * 1024
 _logger: Final = get_logger(__name__)
 
 
+@methods(rpcs.SINGLES, "_answer")
+@methods(rpcs.LISTS.values(), "_list")
 class AuditServicer:
     """The rpcs. `reveal`: whether those who ask for it see the values of sensitive variables. `stall_timeout_s`: how
     long a message may wait for a client that does not read before its stream is ended.
@@ -70,67 +72,6 @@ class AuditServicer:
         for threads in (self._lists, self._answers, self._pruner):
             threads.shutdown(cancel_futures=True)
 
-    # Single answers
-
-    async def GetHead(self, _request: pb.GetHeadRequest, _context: Context) -> pb.GetHeadResponse:
-        return pb.GetHeadResponse(sequence=await self._ask(self._source().head))
-
-    async def ResolvePoint(self, request: pb.ResolvePointRequest, _context: Context) -> pb.ResolvePointResponse:
-        source = self._source()
-        sequence = await self._ask(lambda: source.resolve(request.point, request.option or "at", request.session))
-        return pb.ResolvePointResponse(sequence=sequence)
-
-    async def GetExecution(self, request: pb.GetExecutionRequest, _context: Context) -> pb.GetExecutionResponse:
-        source = self._source(request)
-
-        def answer() -> pb.GetExecutionResponse:
-            detail = source.execution(request.execution_id)
-            return pb.GetExecutionResponse(execution=codec.detail_message(detail))
-
-        return self._fitting(await self._ask(answer))
-
-    async def GetState(self, request: pb.GetStateRequest, _context: Context) -> pb.GetStateResponse:
-        source = self._source(request)
-
-        def answer() -> pb.GetStateResponse:
-            variables = source.state(request.session, request.at)
-            return pb.GetStateResponse(variables=map(codec.state_message, variables))
-
-        return self._fitting(await self._ask(answer))
-
-    async def GetVersion(self, request: pb.GetVersionRequest, _context: Context) -> pb.GetVersionResponse:
-        source = self._source(request)
-
-        def answer() -> pb.GetVersionResponse:
-            entry = source.version(request.session, request.variable_id, request.version)
-            return pb.GetVersionResponse(entry=codec.history_message(entry))
-
-        return self._fitting(await self._ask(answer))
-
-    # Lists
-
-    async def ListHistory(self, request: pb.ListHistoryRequest, context: Context) -> None:
-        await self._list(codec.HISTORY, request, self._source(request), context)
-
-    async def ListExecutions(self, request: pb.ListExecutionsRequest, context: Context) -> None:
-        await self._list(codec.EXECUTIONS, request, self._source(), context)
-
-    async def ListCommits(self, request: pb.ListCommitsRequest, context: Context) -> None:
-        await self._list(codec.COMMITS, request, self._source(), context)
-
-    async def ListSessions(self, request: pb.ListSessionsRequest, context: Context) -> None:
-        await self._list(codec.SESSIONS, request, self._source(), context)
-
-    async def _list(self, rpc: ListRpc[Any], request: Any, source: AuditSource, context: Context) -> None:
-        """Read a page, send it, and only then read the next."""
-        pages = _Pages(rpc.question(request), source, min(_BATCH_BYTES, self._max_message_bytes // 2))
-        while True:
-            await self._send(self._fitting(await self._on(self._lists, pages.read)), context)
-            if pages.ended:
-                return
-            if self._draining:
-                raise UnavailableError("the server is shutting down; go on after the cursor of the last message")
-
     # Pruning
 
     async def Prune(self, request: pb.PruneRequest, context: Context) -> None:
@@ -140,7 +81,7 @@ class AuditServicer:
                 "start the server with --audit-prune, or with a retention of its own (--retention-keep-versions, ...), "
                 "or stop it and prune the file with --db",
             )
-        pruning = _Pruning(self._provider, codec.policy_of(request), request.confirm, self._mailbox)
+        pruning = _Pruning(self._provider, rpcs.policy_of(request), request.confirm, self._mailbox)
         _logger.info("pruning asked for", confirm=request.confirm, peer=context.peer())
         work = asyncio.get_running_loop().run_in_executor(self._pruner, pruning.run)
         try:
@@ -150,18 +91,30 @@ class AuditServicer:
                     await self._send(message, context)
                 if self._draining:
                     raise UnavailableError("the server is shutting down; what has gone by now is gone, prune again")
-            await self._send(codec.report_message(await work), context)
+            await self._send(rpcs.report_message(await work), context)
         finally:
             pruning.end()
             work.cancel()
 
     # How they go
 
-    def _source(self, request: Any = None) -> AuditSource:
-        return self._provider.audit(reveal=self._reveal and request is not None and request.reveal)
+    async def _answer(self, rpc: Single[Any], request: Any, _context: Context) -> Message:
+        source = self._source(request)
+        return self._fitting(await self._on(self._answers, lambda: rpc.response_of(rpc.ask(source, request))))
 
-    async def _ask(self, question: Callable[[], R]) -> R:
-        return await self._on(self._answers, question)
+    async def _list(self, rpc: ListRpc[Any], request: Any, context: Context) -> None:
+        """Read a page, send it, and only then read the next."""
+        source = self._source(request)
+        pages = _Pages(rpc.question(request), source, min(_BATCH_BYTES, self._max_message_bytes // 2))
+        while True:
+            await self._send(self._fitting(await self._on(self._lists, pages.read)), context)
+            if pages.ended:
+                return
+            if self._draining:
+                raise UnavailableError("the server is shutting down; go on after the cursor of the last message")
+
+    def _source(self, request: Any) -> AuditSource:
+        return self._provider.audit(reveal=self._reveal and getattr(request, "reveal", False))
 
     async def _on(self, threads: ThreadPoolExecutor, question: Callable[[], R]) -> R:
         try:
@@ -252,7 +205,7 @@ class _Pruning:
             telling.cancel()
         self._told.clear()
         last, self._last = self._last, None
-        return codec.progress_message(*last) if last is not None else None
+        return rpcs.progress_message(*last) if last is not None else None
 
     def end(self) -> None:
         """Have it end after its next step."""

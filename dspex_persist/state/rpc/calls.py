@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sized
 from concurrent.futures import Future
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -29,6 +29,7 @@ from dspex_persist.state.tools.execution import Execution, is_transactional, may
 from dspex_persist.state.tools.runner import ToolRunner
 
 R = TypeVar("R")
+S = TypeVar("S")
 M = TypeVar("M", bound=Message)
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -36,6 +37,28 @@ _ACTOR_LENGTH = 255
 _MUCH_BYTES: Final = 100_000
 _READER = Origin(actor="", cause="read")
 _logger: Final = get_logger(__name__)
+
+
+def methods(rpcs: Iterable[Any], name: str) -> Callable[[type[S]], type[S]]:
+    """Give a class a method for each of the rpcs, which calls its method `name` with it, the request and the context.
+
+    A method that the class has for an rpc itself stays.
+    """
+
+    def give(servicer: type[S]) -> type[S]:
+        for rpc in rpcs:
+            if not hasattr(servicer, rpc.name):
+                setattr(servicer, rpc.name, _method(rpc, getattr(servicer, name)))
+        return servicer
+
+    return give
+
+
+def _method(rpc: Any, run: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    async def method(servicer: object, request: Message, context: Context) -> Any:
+        return await run(servicer, rpc, request, context)
+
+    return method
 
 
 class Calls:

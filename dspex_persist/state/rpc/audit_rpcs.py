@@ -1,0 +1,260 @@
+"""The rpcs of the audit service, each once: its question and its answer, as messages and back. Pure: no calls.
+
+Records and messages have the same fields, so their codecs are derived (`records.py`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final, Generic, TypeVar
+
+from google.protobuf.message import Message
+
+from dspex_persist.state.audit import (
+    AuditSource,
+    CommitEntry,
+    CommitQuery,
+    Cursor,
+    ExecutionDetail,
+    ExecutionQuery,
+    ExecutionSummary,
+    HistoryEntry,
+    HistoryQuery,
+    Page,
+    Query,
+    SessionEntry,
+    SessionQuery,
+    T,
+    VariableState,
+    check_conditions,
+    is_glob,
+)
+from dspex_persist.state.errors import InvalidArgumentError
+from dspex_persist.state.model import PrunePolicy, PruneReport
+from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as pb
+from dspex_persist.state.rpc.records import Codec
+
+AUDIT_SERVICE: Final = pb.DESCRIPTOR.services_by_name["AuditService"]
+
+A = TypeVar("A")
+
+VERSION: Final[Codec[HistoryEntry]] = Codec.between(HistoryEntry, pb.HistoryEntry)
+VARIABLE: Final[Codec[VariableState]] = Codec.between(VariableState, pb.VariableState)
+EXECUTION: Final[Codec[ExecutionDetail]] = Codec.between(ExecutionDetail, pb.ExecutionDetail)
+
+
+# Single answers
+
+
+@dataclass(frozen=True, slots=True)
+class Single(Generic[A]):
+    """An rpc with one answer. `ask`: how a source is asked what a request says."""
+
+    name: str
+    request: Callable[..., Any]
+    ask: Callable[[AuditSource, Any], A]
+    response_of: Callable[[A], Message]
+    answer_of: Callable[[Any], A]
+
+
+GET_HEAD: Final[Single[int]] = Single(
+    "GetHead",
+    pb.GetHeadRequest,
+    lambda source, _: source.head(),
+    lambda sequence: pb.GetHeadResponse(sequence=sequence),
+    lambda response: response.sequence,
+)
+RESOLVE_POINT: Final[Single[int]] = Single(
+    "ResolvePoint",
+    pb.ResolvePointRequest,
+    lambda source, request: source.resolve(request.point, request.option or "at", request.session),
+    lambda sequence: pb.ResolvePointResponse(sequence=sequence),
+    lambda response: response.sequence,
+)
+GET_EXECUTION: Final[Single[ExecutionDetail]] = Single(
+    "GetExecution",
+    pb.GetExecutionRequest,
+    lambda source, request: source.execution(request.execution_id),
+    lambda detail: pb.GetExecutionResponse(execution=EXECUTION.message_of(detail)),
+    lambda response: EXECUTION.record_of(response.execution),
+)
+GET_STATE: Final[Single[tuple[VariableState, ...]]] = Single(
+    "GetState",
+    pb.GetStateRequest,
+    lambda source, request: source.state(request.session, request.at),
+    lambda variables: pb.GetStateResponse(variables=map(VARIABLE.message_of, variables)),
+    lambda response: tuple(map(VARIABLE.record_of, response.variables)),
+)
+GET_VERSION: Final[Single[HistoryEntry]] = Single(
+    "GetVersion",
+    pb.GetVersionRequest,
+    lambda source, request: source.version(request.session, request.variable_id, request.version),
+    lambda entry: pb.GetVersionResponse(entry=VERSION.message_of(entry)),
+    lambda response: VERSION.record_of(response.entry),
+)
+SINGLES: Final[tuple[Single[Any], ...]] = (GET_HEAD, RESOLVE_POINT, GET_EXECUTION, GET_STATE, GET_VERSION)
+
+
+# Lists
+
+
+_IN_RANGE: Final = ("since", "until", "newest_first", "limit")
+_CONDITIONS: Final = ("metadata", "where")
+
+
+@dataclass(frozen=True, slots=True)
+class ListRpc(Generic[T]):
+    """An rpc that lists. `rows`: the answer's field that has them; `key_length`: a cursor's."""
+
+    name: str
+    query: Codec[Query[T]]
+    response: Callable[..., Any]
+    rows: str
+    row: Codec[T]
+    key_length: int = 1
+
+    def request(self, query: Query[T], after: Cursor | None, most: int, *, reveal: bool) -> Any:
+        """The question as a message: for at most `most` answers, from `after` on."""
+        request = self.query.message_of(query)
+        asked = request.range
+        asked.since, asked.until, asked.oldest_first = query.since, query.until, not query.newest_first
+        asked.limit = most
+        if after is not None:
+            asked.after.key.extend(after)
+        if "reveal" in request.DESCRIPTOR.fields_by_name:
+            request.reveal = reveal
+        return request
+
+    def question(self, request: Any) -> "Question[T]":
+        """The question in a message."""
+        after = request.range.after if request.range.HasField("after") else None
+        if after is not None and len(after.key) != self.key_length:
+            reason = f"it has {len(after.key)} numbers where this list has {self.key_length}; hand it back as it came"
+            raise InvalidArgumentError("after", reason)
+        for name in _CONDITIONS:
+            # Before anything is made of them: a message holds millions.
+            check_conditions(name, getattr(request, name, ()))
+        return Question(self, self.query.record_of(request, **_range(request.range)), after)
+
+    def page_of(self, response: Any) -> Page[T]:
+        """The answers in a message, and where to go on."""
+        rows = [*map(self.row.record_of, getattr(response, self.rows))]
+        return Page(rows, tuple(response.next.key) if response.HasField("next") else None)
+
+
+def _range(message: pb.Range) -> dict[str, Any]:
+    if message.limit < 0:
+        raise InvalidArgumentError("limit", f"{message.limit} is below 0")
+    return {
+        "since": message.since,
+        "until": message.until,
+        "newest_first": not message.oldest_first,
+        "limit": message.limit,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Question(Generic[T]):
+    """A question as it came: what is asked, and from where on."""
+
+    rpc: ListRpc[T]
+    query: Query[T]
+    after: pb.Cursor | None
+
+    def bounds(self, source: AuditSource) -> tuple[int, int]:
+        """After which commit, and up to which: as the first stream of this question found it."""
+        since, until, after = self.query.since, self.query.until, self.after
+        if after is not None and after.HasField("since") and after.HasField("until"):
+            since, until = str(after.since), str(after.until)
+        session = "" if is_glob(self.query.session) else self.query.session
+        first = source.resolve(since, "since", session) if since else 0
+        return first, source.resolve(until, "until", session) if until else source.head()
+
+    def within(self, bounds: tuple[int, int]) -> Query[T]:
+        """The question, with its points as commits: an age must not move while pages are read."""
+        return replace(self.query, since=str(bounds[0]), until=str(bounds[1]))
+
+    @property
+    def key(self) -> Cursor | None:
+        """After which row."""
+        return None if self.after is None else tuple(self.after.key)
+
+    def response(self, page: Page[T], bounds: tuple[int, int]) -> Any:
+        """The answers as a message."""
+        response = self.rpc.response(**{self.rpc.rows: map(self.rpc.row.message_of, page.rows)})
+        if page.after is not None:
+            response.next.CopyFrom(pb.Cursor(key=page.after, since=bounds[0], until=bounds[1]))
+        return response
+
+
+def _query(query: Callable[..., Query[T]], request: type[Message]) -> Codec[Query[T]]:
+    return Codec(query, request, handed=_IN_RANGE)
+
+
+LIST_HISTORY: Final = ListRpc(
+    "ListHistory",
+    _query(HistoryQuery, pb.ListHistoryRequest),
+    pb.ListHistoryResponse,
+    "entries",
+    VERSION,
+    key_length=3,
+)
+LIST_EXECUTIONS: Final = ListRpc(
+    "ListExecutions",
+    _query(ExecutionQuery, pb.ListExecutionsRequest),
+    pb.ListExecutionsResponse,
+    "executions",
+    Codec[ExecutionSummary].between(ExecutionSummary, pb.ExecutionSummary),
+)
+LIST_COMMITS: Final = ListRpc(
+    "ListCommits",
+    _query(CommitQuery, pb.ListCommitsRequest),
+    pb.ListCommitsResponse,
+    "commits",
+    Codec[CommitEntry].between(CommitEntry, pb.CommitEntry),
+)
+LIST_SESSIONS: Final = ListRpc(
+    "ListSessions",
+    _query(SessionQuery, pb.ListSessionsRequest),
+    pb.ListSessionsResponse,
+    "sessions",
+    Codec[SessionEntry].between(SessionEntry, pb.SessionEntry),
+)
+LISTS: Final[Mapping[type[Query[Any]], ListRpc[Any]]] = {
+    HistoryQuery: LIST_HISTORY,
+    ExecutionQuery: LIST_EXECUTIONS,
+    CommitQuery: LIST_COMMITS,
+    SessionQuery: LIST_SESSIONS,
+}
+
+
+# Pruning
+
+
+PRUNE: Final = "Prune"
+_POLICY: Final[Codec[PrunePolicy]] = Codec.between(PrunePolicy, pb.PruneRequest)
+REPORT: Final[Codec[PruneReport]] = Codec.between(PruneReport, pb.PruneReport)
+
+
+def prune_request(policy: PrunePolicy, *, confirm: bool) -> Any:
+    """The request to prune, or to say how much that would be."""
+    request = _POLICY.message_of(policy)
+    request.confirm = confirm
+    return request
+
+
+def policy_of(request: pb.PruneRequest) -> PrunePolicy:
+    """The policy in a request."""
+    try:
+        return _POLICY.record_of(request)
+    except OverflowError as error:
+        raise InvalidArgumentError("policy", "it has a time beyond the years 1 to 9999") from error
+
+
+def progress_message(what: str, done: int, in_all: int) -> pb.PruneResponse:
+    """How far it has come."""
+    return pb.PruneResponse(progress=pb.PruneProgress(what=what, done=done, in_all=in_all))
+
+
+def report_message(report: PruneReport) -> pb.PruneResponse:
+    """What came of it."""
+    return pb.PruneResponse(report=REPORT.message_of(report))

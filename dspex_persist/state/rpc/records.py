@@ -1,0 +1,194 @@
+"""Between records and messages that have the same fields, compiled once for each kind of record.
+
+What a field becomes follows from its annotation and from the message's descriptor. The functions that do it are written
+out as source and compiled, as `dataclasses` does: to look at annotations each time would take five times as long.
+"""
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import fields
+from datetime import datetime
+from enum import StrEnum
+from functools import cached_property
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Final, Generic, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from dspex_persist.state.errors import UnsupportedError
+from dspex_persist.state.rpc.codec import moment_of, timestamp_of
+
+R = TypeVar("R")
+_Part: TypeAlias = tuple[str, str]
+"""Two pieces of source: what of a record goes into a message, and what of a message into a record."""
+
+NAMES: Final = {"constraints": "constraints_json", "fields": "fields_json", "recorded": "recorded_json"}
+"""The fields that have another name in messages."""
+OPPOSITES: Final = {"children": "only_roots"}
+"""The flags that say the opposite in messages."""
+_PLAIN: Final = (str, bytes, int, float, bool)
+
+
+class Codec(Generic[R]):
+    """How one kind of record travels: a dataclass, or a tuple, whose items are the message's fields in their order.
+
+    `handed`: the fields that the message does not have, which `record_of` is given by name. Compiled at its first use.
+    """
+
+    _known: ClassVar[dict[tuple[Any, type[Message]], "Codec[Any]"]] = {}
+
+    def __init__(self, record: Callable[..., R], message: type[Message], handed: Collection[str] = ()) -> None:
+        self.record = record
+        self.message = message
+        self.handed = handed
+
+    @classmethod
+    def between(cls, record: Any, message: type[Message]) -> "Codec[Any]":
+        """The one between these, made once."""
+        return cls._known.setdefault((record, message), Codec(record, message))
+
+    @cached_property
+    def message_of(self) -> Callable[[R], Any]:
+        """The message that says what a record does."""
+        return self._functions[0]
+
+    @cached_property
+    def record_of(self) -> Callable[..., R]:
+        """The record that says what a message does; `UnsupportedError` for a member that this release does not know."""
+        return self._functions[1]
+
+    @cached_property
+    def _functions(self) -> tuple[Callable[[R], Any], Callable[..., R]]:
+        return _Source(self).compiled()
+
+
+class _Members(dict[int, StrEnum]):
+    """The members of an enumeration by their numbers."""
+
+    def __init__(self, wire: EnumDescriptor, members: Mapping[int, StrEnum]) -> None:
+        super().__init__(members)
+        self._name = wire.name
+
+    def __missing__(self, number: int) -> StrEnum:
+        raise UnsupportedError(f"{self._name} {number}: whoever sent it is newer than this release")
+
+
+class _Source:
+    """The source of a codec's two functions, and what the names in it mean."""
+
+    def __init__(self, codec: Codec[Any]) -> None:
+        self._codec = codec
+        self._names: dict[str, Any] = {
+            "Record": codec.record,
+            "Message": codec.message,
+            "timestamp_of": timestamp_of,
+            "moment_of": moment_of,
+            "dumps": json.dumps,
+            "loads": json.loads,
+        }
+
+    def compiled(self) -> tuple[Any, Any]:
+        """From record to message, and back."""
+        is_tuple = get_origin(self._codec.record) is tuple
+        sent, taken = zip(*(self._items() if is_tuple else self._fields()), strict=True)
+        handed = ("**handed",) if self._codec.handed else ()
+        source = (
+            f"def message_of(record):\n    return Message({', '.join(sent)})\n"
+            f"def record_of({', '.join(('message', *handed))}):\n"
+            f"    return {'' if is_tuple else 'Record'}({', '.join((*taken, *handed))})\n"
+        )
+        exec(source, self._names)
+        return self._names["message_of"], self._names["record_of"]
+
+    def _fields(self) -> Iterator[_Part]:
+        hints = get_type_hints(self._codec.record)
+        wires: Any = self._codec.message.DESCRIPTOR.fields_by_name
+        for field in fields(self._codec.record):  # type: ignore[arg-type]
+            name = field.name
+            if name in self._codec.handed:
+                continue
+            opposite = OPPOSITES.get(name) if hints[name] is bool else None
+            wire = wires[opposite or NAMES.get(name, name)]
+            encode, decode = self._field(hints[name], wire, f"record.{name}")
+            negated = "not " if opposite else ""
+            keyword = f"{name}=" if field.kw_only else ""
+            yield f"{wire.name}={negated}{encode}", f"{keyword}{negated}{decode}"
+
+    def _items(self) -> Iterator[_Part]:
+        wires: Any = self._codec.message.DESCRIPTOR.fields
+        for index, (hint, wire) in enumerate(zip(get_args(self._codec.record), wires, strict=True)):
+            encode, decode = self._field(hint, wire, f"record[{index}]")
+            yield f"{wire.name}={encode}", decode
+
+    def _field(self, hint: Any, wire: FieldDescriptor, given: str) -> _Part:
+        found = f"message.{wire.name}"
+        hint, optional = _kind_of(hint)
+        if wire.enum_type is not None:
+            numbers, members = self._enumeration(hint, wire.enum_type)
+            return f"{numbers}[{given}]", f"{members}[{found}]" + (f" if {found} else None" if optional else "")
+        if _is_several(hint):
+            return self._several(hint, wire, given, found)
+        if get_origin(hint) is Mapping and wire.message_type is not None:
+            return self._mapping(hint, wire, given, found)
+        encode, decode = self._single(hint, wire)
+        if not optional:
+            return _call(encode, given), _call(decode, found)
+        absent = f"None if {given} is None else " if encode else ""
+        return f"{absent}{_call(encode, given)}", f'{_call(decode, found)} if message.HasField("{wire.name}") else None'
+
+    def _several(self, hint: Any, wire: FieldDescriptor, given: str, found: str) -> _Part:
+        encode, decode = self._single(_kind_of(get_args(hint)[0])[0], wire)
+        if not encode:
+            return given, f"(*{found},)"
+        return f"[*map({encode}, {given})]", f"(*map({decode}, {found}),)"
+
+    def _mapping(self, hint: Any, wire: Any, given: str, found: str) -> _Part:
+        encode, decode = self._single(get_args(hint)[1], wire.message_type.fields_by_name["value"])
+        if not encode:
+            return given, f"dict({found})"
+        entries = "{{key: {}(each) for key, each in {}.items()}}".format
+        return entries(encode, given), entries(decode, found)
+
+    def _single(self, hint: Any, wire: FieldDescriptor) -> _Part:
+        """The names of the functions for one value; "" where it stays what it is."""
+        if hint in _PLAIN:
+            return "", ""
+        if hint is datetime:
+            return "timestamp_of", "moment_of"
+        if wire.message_type is None:
+            return "dumps", "loads"
+        message = GetMessageClass(wire.message_type)
+        if (hint, message) == (self._codec.record, self._codec.message):
+            return "message_of", "record_of"
+        codec = Codec.between(hint, message)
+        return self._name(wire, codec.message_of), self._name(wire, codec.record_of)
+
+    def _enumeration(self, members: type[StrEnum], wire: EnumDescriptor) -> _Part:
+        prefix = wire.values_by_number[0].name.removesuffix("UNSPECIFIED")
+        numbers = {each: wire.values_by_name[prefix + each.name].number for each in members}
+        by_number = _Members(wire, {number: each for each, number in numbers.items()})
+        return self._name(wire, {None: 0, **numbers}), self._name(wire, by_number)
+
+    def _name(self, wire: FieldDescriptor | EnumDescriptor, meaning: Any) -> str:
+        name = f"{wire.name}_{len(self._names)}"
+        self._names[name] = meaning
+        return name
+
+
+def _call(function: str, argument: str) -> str:
+    return f"{function}({argument})" if function else argument
+
+
+def _is_several(hint: Any) -> bool:
+    """Whether it is a list of any length, and not a tuple that is one value."""
+    return get_args(hint)[1:] in ((), (...,)) and get_origin(hint) is not None
+
+
+def _kind_of(hint: Any) -> tuple[Any, bool]:
+    """What an annotation allows, but for None and for the text that may stand for it; and whether it allows None."""
+    if get_origin(hint) not in (Union, UnionType):
+        return hint, False
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+    return next((kind for kind in kinds if kind is not str), str), NoneType in get_args(hint)
