@@ -26,7 +26,7 @@ from dspex_persist.state.model import (
 )
 from dspex_persist.state.model import RecordedExecution as KnownExecution
 from dspex_persist.state.session_state import SessionState
-from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, UnitOfWork, up_to
+from dspex_persist.state.unit_of_work import Drafts, HistoryQuery, RecordedOutcome, UnitOfWork, up_to
 
 R = TypeVar("R")
 
@@ -201,20 +201,12 @@ class _Backing:
         known = self.take.history(state, variable_id) or ()
         return next((entry for entry in known if entry.version == version), None)
 
-    def history(
-        self,
-        state: SessionState,
-        identifier: str,
-        limit: int,
-        before: int | None,
-        most_bytes: int | None = None,
-        as_of: int | None = None,
-    ) -> list[VariableVersion] | None:
-        known = self.take.history(state, identifier)
+    def history(self, state: SessionState, query: HistoryQuery) -> list[VariableVersion] | None:
+        known = self.take.history(state, query.identifier)
         if known is None:
             return None
-        below = [entry for entry in reversed(known) if before is None or entry.version < before]
-        return up_to(below[:limit], most_bytes)
+        below = [entry for entry in reversed(known) if query.before is None or entry.version < query.before]
+        return up_to(below[: query.limit], query.most_bytes)
 
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
         return None

@@ -54,6 +54,21 @@ _MOST_MATCHING = 1_000_000_000
 _TOKENS: Iterator[str] = iter(lambda: secrets.token_hex(6), "")
 
 
+@dataclass(frozen=True, slots=True)
+class HistoryQuery:
+    """Which versions of a variable are wanted: the newest `limit` below version `before`, deletions included.
+
+    `identifier` is a name or an id. No version follows once those before it have `most_bytes`. With `as_of` a name
+    means the variable that had it at that commit, or had it last by then.
+    """
+
+    identifier: str
+    limit: int
+    before: int | None = None
+    most_bytes: int | None = None
+    as_of: int | None = None
+
+
 class Backing(Protocol):
     """What a unit of work asks its store for when memory does not have it."""
 
@@ -63,19 +78,8 @@ class Backing(Protocol):
     def find_version(self, state: SessionState, variable_id: str, version: int) -> VariableVersion | None:
         """One committed version."""
 
-    def history(
-        self,
-        state: SessionState,
-        identifier: str,
-        limit: int,
-        before: int | None,
-        most_bytes: int | None = None,
-        as_of: int | None = None,
-    ) -> list[VariableVersion] | None:
-        """The newest `limit` versions below `before`, newest first; None if the session never had the variable.
-
-        None that follows once they have `most_bytes`. `as_of`: of whoever had the name then, or had had it last.
-        """
+    def history(self, state: SessionState, query: HistoryQuery) -> list[VariableVersion] | None:
+        """The committed versions, newest first; None if the session never had the variable."""
 
     def find_outcome(self, session_id: str, key: str) -> "RecordedOutcome | None":
         """What was answered under an idempotency key."""
@@ -337,23 +341,11 @@ class UnitOfWork:
                 return change.version
         return self._drafts.backing.find_version(self.session(session_id), variable.id, version)
 
-    def history(
-        self,
-        session_id: str,
-        identifier: str,
-        limit: int,
-        before: int | None = None,
-        most_bytes: int | None = None,
-        as_of: int | None = None,
-    ) -> list[VariableVersion]:
-        """The newest `limit` committed versions below version `before`, newest first; deleted variables included.
-
-        None that follows once they have `most_bytes`. `as_of`: of whoever had the name then, or had had it last.
-        """
-        backing = self._drafts.backing
-        found = backing.history(self.session(session_id), identifier, limit, before, most_bytes, as_of)
+    def history(self, session_id: str, query: HistoryQuery) -> list[VariableVersion]:
+        """The committed versions, newest first; deleted variables included."""
+        found = self._drafts.backing.history(self.session(session_id), query)
         if found is None:
-            raise VariableNotFoundError(session_id, identifier)
+            raise VariableNotFoundError(session_id, query.identifier)
         return found
 
     def find_last_id(self, session_id: str, name: str) -> str | None:
@@ -363,7 +355,7 @@ class UnitOfWork:
             return live.id
         if (session_id, name) in self._drafts.gone:
             return self._drafts.gone[session_id, name]
-        newest = self._drafts.backing.history(state, name, 1, None)
+        newest = self._drafts.backing.history(state, HistoryQuery(name, 1))
         return newest[0].variable_id if newest else None
 
     # Dependencies and optimization

@@ -12,7 +12,7 @@ from dspex_persist.state.errors import StateError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Change, Event, Origin, RecordedExecution, Source, VariableVersion
 from dspex_persist.state.session_state import SessionState
-from dspex_persist.state.unit_of_work import START, Drafts, RecordedOutcome, UnitOfWork, up_to
+from dspex_persist.state.unit_of_work import START, Drafts, HistoryQuery, RecordedOutcome, UnitOfWork, up_to
 
 R = TypeVar("R")
 
@@ -143,22 +143,14 @@ class MemoryBacking:
         versions = self._history_of(state).versions.get(variable_id, [])
         return versions[version] if 0 <= version < len(versions) else None
 
-    def history(
-        self,
-        state: SessionState,
-        identifier: str,
-        limit: int,
-        before: int | None,
-        most_bytes: int | None = None,
-        as_of: int | None = None,
-    ) -> list[VariableVersion] | None:
-        """The newest `limit` versions below `before`, newest first; None if the session never had the variable."""
-        history = self._history_of(state)
-        live = state.find(identifier)
-        variable_id = live.id if live is not None and as_of is None else history.find_id(identifier, as_of)
+    def history(self, state: SessionState, query: HistoryQuery) -> list[VariableVersion] | None:
+        """The versions that the query wants, newest first; None if the session never had the variable."""
+        history, as_of = self._history_of(state), query.as_of
+        live = state.find(query.identifier)
+        variable_id = live.id if live is not None and as_of is None else history.find_id(query.identifier, as_of)
         if variable_id is None:
             return None
-        return up_to(history.versions[variable_id][:before][::-1][:limit], most_bytes)
+        return up_to(history.versions[variable_id][: query.before][::-1][: query.limit], query.most_bytes)
 
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
         """What was answered under an idempotency key."""

@@ -38,6 +38,7 @@ from dspex_persist.state.store import maintenance, transfer
 from dspex_persist.state.store.blobs import INLINE_BYTES
 from dspex_persist.state.store.session_store import Job, SessionStore
 from dspex_persist.state.tools.execution import Execution
+from dspex_persist.state.unit_of_work import HistoryQuery
 from dspex_persist.testing.memory import MemoryBacking
 
 S = "s"
@@ -205,7 +206,7 @@ def assert_built_again(text: str, original: Original) -> None:
         stored = original.store.find_loaded(S)
         assert stored is not None
         for identifier, versions in histories(original.store, stored).items():
-            assert memory.history(state, identifier, 1000, None) == versions
+            assert memory.history(state, HistoryQuery(identifier, 1000)) == versions
 
 
 def facts(state: SessionState | None) -> Any:

@@ -68,7 +68,7 @@ from dspex_persist.state.store.engine import (
 )
 from dspex_persist.state.store.guard import RESTORE, FileGuard
 from dspex_persist.state.store.options import check_count, check_seconds
-from dspex_persist.state.unit_of_work import START, Drafts, RecordedOutcome, UnitOfWork
+from dspex_persist.state.unit_of_work import START, Drafts, HistoryQuery, RecordedOutcome, UnitOfWork
 from dspex_persist.state.watch import Hub
 
 _logger: Final = get_logger(__name__)
@@ -461,17 +461,9 @@ class SessionStore:
         key = state.keys.get(variable_id)
         return stored_variables.find_version(self._connection, key, version) if key is not None else None
 
-    def history(
-        self,
-        state: SessionState,
-        identifier: str,
-        limit: int,
-        before: int | None,
-        most_bytes: int | None = None,
-        as_of: int | None = None,
-    ) -> list[VariableVersion] | None:
+    def history(self, state: SessionState, query: HistoryQuery) -> list[VariableVersion] | None:
         """The newest committed versions."""
-        return _history(self._connection, state, identifier, limit, before, most_bytes, as_of)
+        return _history(self._connection, state, query)
 
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
         """What was answered under an idempotency key."""
@@ -625,15 +617,7 @@ class _Published:
     def find_version(self, state: SessionState, variable_id: str, version: int) -> VariableVersion | None:
         raise NotImplementedError("memory holds no history")
 
-    def history(
-        self,
-        state: SessionState,
-        identifier: str,
-        limit: int,
-        before: int | None,
-        most_bytes: int | None = None,
-        as_of: int | None = None,
-    ) -> list[VariableVersion] | None:
+    def history(self, state: SessionState, query: HistoryQuery) -> list[VariableVersion] | None:
         raise NotImplementedError("memory holds no history")
 
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
@@ -668,16 +652,8 @@ class _Snapshot:
         key = state.keys.get(variable_id)
         return stored_variables.find_version(self._connection, key, version) if key is not None else None
 
-    def history(
-        self,
-        state: SessionState,
-        identifier: str,
-        limit: int,
-        before: int | None,
-        most_bytes: int | None = None,
-        as_of: int | None = None,
-    ) -> list[VariableVersion] | None:
-        return _history(self._connection, state, identifier, limit, before, most_bytes, as_of)
+    def history(self, state: SessionState, query: HistoryQuery) -> list[VariableVersion] | None:
+        return _history(self._connection, state, query)
 
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
         return outcomes.find(self._connection, session_id, key)
@@ -698,20 +674,12 @@ def _load(connection: Connection, session_id: str) -> SessionState | None:
         raise DamagedSessionError(session_id, type(error).__name__) from error
 
 
-def _history(
-    connection: Connection,
-    state: SessionState,
-    identifier: str,
-    limit: int,
-    before: int | None,
-    most_bytes: int | None,
-    as_of: int | None,
-) -> list[VariableVersion] | None:
-    variable = state.find(identifier) if as_of is None else None
+def _history(connection: Connection, state: SessionState, query: HistoryQuery) -> list[VariableVersion] | None:
+    variable = state.find(query.identifier) if query.as_of is None else None
     key = state.keys.get(variable.id) if variable is not None else None
     if key is None:
-        key = stored_variables.find_key(connection, state.key, identifier, as_of)
-    return stored_variables.history(connection, key, limit, before, most_bytes) if key is not None else None
+        key = stored_variables.find_key(connection, state.key, query.identifier, query.as_of)
+    return stored_variables.history(connection, key, query) if key is not None else None
 
 
 def _original(error: Exception) -> object:

@@ -13,6 +13,7 @@ from dspex_persist.state.audit import SENSITIVE
 from dspex_persist.state.frozen import freeze
 from dspex_persist.state.model import ChangeKind, Optimization, Source, Value, Variable, VariableVersion
 from dspex_persist.state.store.schema import blobs, commits, is_unicode, variables, versions
+from dspex_persist.state.unit_of_work import HistoryQuery
 from dspex_persist.state.values.json_text import stored_object
 
 KINDS = tuple(ChangeKind)
@@ -143,15 +144,13 @@ def find_key(connection: Connection, session_key: int, identifier: str, as_of: i
     return connection.execute(_FIND_KEY_AS_OF, asked | {"as_of": as_of}).scalar()
 
 
-def history(
-    connection: Connection, variable_key: int, limit: int, before: int | None, most_bytes: int | None = None
-) -> list[VariableVersion]:
-    """The newest `limit` versions below `before`, newest first; no more once they have `most_bytes`."""
-    below = _NO_BOUND if before is None else before
-    rows = connection.connection.cursor().execute(_HISTORY, (variable_key, below, limit))
+def history(connection: Connection, variable_key: int, query: HistoryQuery) -> list[VariableVersion]:
+    """The versions of the variable that the query wants, newest first; whom it means is settled."""
+    below = _NO_BOUND if query.before is None else query.before
+    rows = connection.connection.cursor().execute(_HISTORY, (variable_key, below, query.limit))
     variable_id, type_name = connection.execute(_FACTS, {"variable_key": variable_key}).one()
     found: list[VariableVersion] = []
-    left_bytes = inf if most_bytes is None else most_bytes
+    left_bytes = inf if query.most_bytes is None else query.most_bytes
     for number, sequence, kind, source, inline, binary, metadata, large, large_binary, actor, cause, at in rows:
         text = inline if large is None else large.decode()
         value = None if text is None else Value(text, binary if large_binary is None else large_binary)

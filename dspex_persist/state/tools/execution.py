@@ -36,7 +36,7 @@ from dspex_persist.state.model import (
     VariableVersion,
 )
 from dspex_persist.state.session_state import SessionState
-from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, Savepoint, UnitOfWork, up_to
+from dspex_persist.state.unit_of_work import Drafts, HistoryQuery, RecordedOutcome, Savepoint, UnitOfWork, up_to
 
 R = TypeVar("R")
 
@@ -230,16 +230,9 @@ class _Overlay:
         found: list[VariableVersion] = self._read(query)
         return found[0] if found and found[0].version == version else None
 
-    def history(
-        self,
-        state: SessionState,
-        identifier: str,
-        limit: int,
-        before: int | None,
-        most_bytes: int | None = None,
-        as_of: int | None = None,
-    ) -> list[VariableVersion] | None:
-        meant = self._meant(state, identifier)
+    def history(self, state: SessionState, query: HistoryQuery) -> list[VariableVersion] | None:
+        limit, before, most_bytes = query.limit, query.before, query.most_bytes
+        meant = self._meant(state, query.identifier)
         staged = [
             change.version
             for change in reversed(self.unit.versions)
@@ -255,10 +248,10 @@ class _Overlay:
         if base is not None:
             before = base.version + 1 if before is None else min(before, base.version + 1)
         if meant is None:
-            return self._history_of_gone(identifier, limit, before, most_bytes)
+            return self._history_of_gone(query.identifier, limit, before, most_bytes)
         # By id: of its name there may be another one by now.
-        query = commands.GetVariableHistory(self.session_id, meant, limit - len(staged), before, most_bytes)
-        committed: list[VariableVersion] = self._read(query)
+        rest = commands.GetVariableHistory(self.session_id, meant, limit - len(staged), before, most_bytes)
+        committed: list[VariableVersion] = self._read(rest)
         return staged + committed
 
     def _history_of_gone(
