@@ -1,12 +1,16 @@
 """A session in memory, and what the events and versions of its commits do to it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
+from typing import Any, TypeAlias
 
 from dspex_persist.state.model import Dependency, RegisteredTool, RunningExecution, Session, Variable, size_of
 
+Undo: TypeAlias = list[tuple[Callable[..., object], tuple[Any, ...]]]
+"""What takes each step back: a function and its arguments, no closure over a unit of work. That would be a cycle, and
+every unit would wait for the garbage collector, which then costs more than the unit did."""
 VARIABLE_WEIGHT_BYTES = 1_500
 """Roughly what a variable takes in memory besides its contents."""
 
@@ -85,16 +89,28 @@ class SessionState:
             found = self.variables.get(name)
         return found
 
-    def put(self, variable: Variable) -> Variable | None:
+    def put(self, variable: Variable, undo: Undo | None = None) -> Variable | None:
         """Set the variable under its name and keep the weight; what was there before."""
         previous = self.variables.get(variable.name)
         self.variables[variable.name] = variable
         self.weight_bytes += growth_of(variable, previous)
+        if undo is not None:
+            undo.append((self.remove, (variable.name,)) if previous is None else (self.put, (previous,)))
         return previous
 
     def remove(self, name: str) -> None:
         """Take the newest variable back out."""
         self.weight_bytes -= weight_of(self.variables.pop(name))
+
+    def remember(self, undo: Undo, *names: str) -> None:
+        """Note in `undo` what these fields are, before they get other values."""
+        undo.append((restore, (self, {name: getattr(self, name) for name in names})))
+
+
+def restore(record: object, fields: Mapping[str, Any]) -> None:
+    """Give fields of a record the values that they had."""
+    for name, previous in fields.items():
+        setattr(record, name, previous)
 
 
 def weight_of(variable: Variable) -> int:
@@ -114,4 +130,4 @@ def growth_of(variable: Variable, previous: Variable | None) -> int:
 
 def size_of_tool(tool: RegisteredTool) -> int:
     """Bytes of a tool's description, as the log keeps it."""
-    return len(json.dumps(asdict(tool)))
+    return len(json.dumps(asdict(tool), default=repr))
