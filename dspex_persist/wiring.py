@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from dspex_persist.state.audit import AuditSource
     from dspex_persist.state.bridged import BridgedState
-    from dspex_persist.state.embedded import EmbeddedState
+    from dspex_persist.state.embedded import EmbeddedState, SqliteState
     from dspex_persist.state.recording import Header, RecordedCommit
     from dspex_persist.state.store.transfer import ImportReport
     from dspex_persist.state.tools.ports import ToolCode
@@ -286,11 +286,11 @@ async def _serve(settings: Settings) -> None:
     # Before the file is opened: importing them takes its time, and may fail.
     tools = _load_tools(settings)
     # Opened, and so locked, before anything is bound: a second server on the file ends here.
-    provider = _open(settings, _settled(settings.db, path), end.on_storage_failed)
+    engine = _open(settings, _settled(settings.db, path), end.on_storage_failed)
     try:
-        await _serve_bridge(settings, provider, tools, end)
+        await _serve_bridge(settings, engine, tools, end)
     finally:
-        _close(provider, settings.db)
+        _close(engine, settings.db)
     if end.failure is not None:
         raise end.failure
     _log.info("stopped", db=str(settings.db))
@@ -322,10 +322,12 @@ def _load_tools(settings: Settings) -> "Mapping[str, ToolCode]":
         raise SettingsError("record_lm", str(error)) from error
 
 
-def _open(settings: Settings, path: Path, on_fatal: Callable[[BaseException], None]) -> "EmbeddedState":
+def _open(settings: Settings, path: Path, on_fatal: Callable[[BaseException], None]) -> "SqliteState":
     """The engine on the database of `settings`."""
-    return _embedded(
-        path,
+    from dspex_persist.state.embedded import SqliteState
+    from dspex_persist.state.store.session_store import StoreOptions
+
+    options = StoreOptions(
         durability=settings.durability,
         limits=limits_of(settings),
         session_ttl_s=settings.session_ttl_s,
@@ -336,9 +338,8 @@ def _open(settings: Settings, path: Path, on_fatal: Callable[[BaseException], No
         retention_age_s=settings.retention_age_s,
         retention_ended_sessions_s=settings.retention_ended_sessions_s,
         warn_size_bytes=settings.warn_size_bytes,
-        sweep_interval_s=settings.sweep_interval_s,
-        on_fatal=on_fatal,
     )
+    return SqliteState(path, options, sweep_interval_s=settings.sweep_interval_s, on_fatal=on_fatal)
 
 
 def _close(provider: StateProvider, path: Path) -> None:
@@ -349,7 +350,7 @@ def _close(provider: StateProvider, path: Path) -> None:
 
 
 async def _serve_bridge(
-    settings: Settings, provider: "EmbeddedState", tools: "Mapping[str, ToolCode]", end: "_End"
+    settings: Settings, engine: "SqliteState", tools: "Mapping[str, ToolCode]", end: "_End"
 ) -> None:
     from dspex_persist.infra import server
     from dspex_persist.state.rpc.audit_rpcs import AUDIT_SERVICE
@@ -358,7 +359,7 @@ async def _serve_bridge(
     from dspex_persist.state.rpc.remote import RemoteTools
     from dspex_persist.state.rpc.servicer import BridgeServicer
     from dspex_persist.state.rpc.status import status_of
-    from dspex_persist.state.tools.runner import ToolRunner
+    from dspex_persist.state.tools.with_tools import WithTools
 
     def on_ready(port: int) -> None:
         _spare_the_collector()
@@ -366,7 +367,7 @@ async def _serve_bridge(
         if unheard is not None:
             # Whoever started it may not wait for that: clients can be served all the same.
             _log.warning("nobody was told that it is ready", reason=str(unheard))
-        _log.info("serving", listen=settings.listen, port=port, db=str(settings.db), sequence=provider.head_sequence)
+        _log.info("serving", listen=settings.listen, port=port, db=str(settings.db), sequence=engine.head_sequence)
 
     limits = limits_of(settings)
     remote = RemoteTools(
@@ -376,10 +377,9 @@ async def _serve_bridge(
         limits=limits,
     )
     home = asyncio.get_running_loop()
-    runner = ToolRunner(provider.submit, tools, threads=settings.tool_threads, limits=limits, remote=remote, home=home)
+    provider = WithTools(engine, tools, threads=settings.tool_threads, limits=limits, remote=remote, home=home)
     servicer = BridgeServicer(
         provider,
-        runner,
         heartbeat_s=settings.heartbeat_s,
         stall_timeout_s=settings.stall_timeout_s,
         max_message_bytes=int(settings.max_message_bytes),
@@ -416,7 +416,7 @@ async def _serve_bridge(
         )
     finally:
         await remote.close()
-        runner.close()
+        provider.runner.close()
         auditor.close()
 
 

@@ -45,7 +45,15 @@ from dspex_persist.state.model import (
     VariablesFound,
     VariableVersion,
 )
-from dspex_persist.state.provider import Capability, Progress, StateProvider, check_watch, fault_of, silent
+from dspex_persist.state.provider import (
+    Capability,
+    Progress,
+    StateProvider,
+    StreamsTools,
+    check_watch,
+    fault_of,
+    silent,
+)
 from dspex_persist.state.rpc import audit_client, codec
 from dspex_persist.state.rpc.audit_client import BridgedAudit
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
@@ -97,7 +105,7 @@ def _nothing() -> None:
     pass
 
 
-class BridgedState(StateProvider):
+class BridgedState(StateProvider, StreamsTools):
     """Session state behind a gRPC target such as "127.0.0.1:50051" or "unix:/run/dspex.sock", or a URL of `connect`.
 
     A call that is not answered within `timeout_s` fails. If it wrote, and had an idempotency key, it is repeated with
@@ -176,10 +184,7 @@ class BridgedState(StateProvider):
         *,
         metadata: Mapping[str, str] | None = None,
     ) -> Iterator[object]:
-        """Execute a tool that streams, and yield what it yields, as it comes; it has committed when this ends.
-
-        Whoever stops taking chunks holds the tool back, and who closes the iterator ends it: nothing is written then.
-        """
+        """See `StreamsTools`."""
         self._check_open()
         command = commands.ExecuteTool(session_id, tool, values.encode_arguments(parameters or {}), metadata or {})
         command.check()

@@ -1,25 +1,23 @@
-"""EmbeddedState: the engine in this process, on a SQLite file that this process owns."""
+"""EmbeddedState: session state in a SQLite file that this process owns, and the execution of tools over it."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
 from dspex_persist.infra import forks
+from dspex_persist.infra.futures import failed
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.user import user_name
 from dspex_persist.state import arguments
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.commands import (
     Command,
-    ExecuteTool,
     ListTools,
     ListVariables,
     ReadState,
-    RegisterTools,
     TouchSession,
 )
 from dspex_persist.state.commands.base import Reads
@@ -33,26 +31,25 @@ from dspex_persist.state.errors import (
     TooManyWatchersError,
     VariableNotFoundError,
 )
+from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     Origin,
     PrunePolicy,
     PruneReport,
-    SessionSummary,
     SessionView,
     Source,
     ToolSpec,
     Update,
 )
+from dspex_persist.state.options import check_count, check_seconds
 from dspex_persist.state.provider import Capability, Progress, StateProvider, check_watch, fault_of, silent
 from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.session_state import SessionState
-from dspex_persist.state.store.options import check_count, check_seconds
 from dspex_persist.state.store.retention import Retention
 from dspex_persist.state.store.session_store import Job, SessionStore, StoreOptions
 from dspex_persist.state.store.writer import Writer
 from dspex_persist.state.tools.ports import ToolCode, check_tools
-from dspex_persist.state.tools.requests import request_of
-from dspex_persist.state.tools.runner import ToolRunner
+from dspex_persist.state.tools.with_tools import TOOL_THREADS, WithTools
 from dspex_persist.state.watch import Watch, is_watched, updates_of
 
 R = TypeVar("R")
@@ -62,10 +59,9 @@ _READ_THREADS = 4
 _WATCHING = Origin("", "WatchVariables")
 
 
-class EmbeddedState(StateProvider):
-    """Session state in a SQLite file: writes through one writer thread, reads from memory, history from the file.
+class SqliteState(StateProvider):
+    """The engine: writes through one writer thread, reads from memory, history from the file. It executes no tools.
 
-    `tools` are what `execute_tool` can execute, on up to `tool_threads` threads (see `dspex_persist.Toolbox`).
     `on_fatal` is called when the writer ends before its time (an I/O error, or a fault of ours): nothing can be
     written any more, and a server should end. As a library the default is that every later call raises.
     """
@@ -79,12 +75,8 @@ class EmbeddedState(StateProvider):
         *,
         sweep_interval_s: float = 30.0,
         on_fatal: Callable[[BaseException], None] | None = None,
-        tools: Mapping[str, ToolCode] | None = None,
-        tool_threads: int = 64,
     ) -> None:
         check_seconds("sweep_interval_s", sweep_interval_s)
-        check_count("tool_threads", tool_threads)
-        check_tools(tools)
         self._store = SessionStore(Path(path), options)
         self._failed: StateError | None = None
         self._told_fatal = on_fatal
@@ -108,10 +100,12 @@ class EmbeddedState(StateProvider):
             on_fatal=self._on_fatal,
             on_answered=self._store.hub.wake,
         )
-        self._runner = (
-            ToolRunner(self.submit, tools, threads=tool_threads, limits=self._store.options.limits) if tools else None
-        )
         forks.tell(self)
+
+    @property
+    def limits(self) -> Limits:
+        """Those of its options."""
+        return self._store.options.limits
 
     @property
     def head_sequence(self) -> int:
@@ -122,20 +116,14 @@ class EmbeddedState(StateProvider):
         """Have the command carried out: a read of a session that is in memory is done when this returns."""
         fault = fault_of(command, origin)
         if fault is not None:
-            return _failed(fault)
+            return failed(fault)
         asked_by = origin or self.default_origin(command.cause)
-        if self._runner is not None and not self._closed:
-            # The runner's own submits pass here, too, and are no such commands.
-            if isinstance(command, ExecuteTool):
-                return cast(Future[R], self._runner.submit(request_of(command, asked_by)))
-            if isinstance(command, RegisterTools):
-                command = cast(Command[R], replace(command, reserved=frozenset(self._runner.tools)))
         if command.writes:
             return self._writer.submit(Job(command, asked_by))
         try:
             self.check_open()
         except StateError as error:
-            return _failed(error)
+            return failed(error)
         reads = command.reads
         state = self._store.find_loaded(command.session_id) if reads is not Reads.FILE else None
         if reads is not Reads.CURRENT or (state is not None and command.takes_long(state)):
@@ -185,19 +173,12 @@ class EmbeddedState(StateProvider):
         if self._closed:
             raise EngineClosedError()
 
-    def get_session(self, session_id: str) -> SessionSummary:
-        """The session's own facts; its tools are those of `list_tools`."""
-        summary = super().get_session(session_id)
-        own = len(self._runner.tools) if self._runner is not None else 0
-        return replace(summary, tool_count=summary.tool_count + own)
-
     def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
-        """The tools that it was opened with, and those that the session's workers have registered."""
+        """The tools that the session's workers have registered."""
         self.check_open()
-        own = [tool.spec for tool in self._runner.tools.values()] if self._runner is not None else []
         arguments.text("session_id", session_id)
         registered = self.run(ListTools(session_id)).values() if session_id else ()
-        return (*own, *(tool.spec for tool in registered))
+        return tuple(tool.spec for tool in registered)
 
     def audit(self, *, reveal: bool = False) -> AuditSource:
         """See `StateProvider.audit`."""
@@ -257,8 +238,6 @@ class EmbeddedState(StateProvider):
             if self._closed:
                 return
             self._closed = True
-            if self._runner is not None:
-                self._runner.close()
             self._writer.close()
             self._retention.close()
             self._readers.shutdown()
@@ -281,6 +260,42 @@ class EmbeddedState(StateProvider):
         self._store.abandon()
         if self._told_fatal is not None:
             self._told_fatal(error)
+
+
+class EmbeddedState(WithTools):
+    """Session state in a SQLite file: writes through one writer thread, reads from memory, history from the file.
+
+    `tools` are what `execute_tool` can execute, on up to `tool_threads` threads (see `dspex_persist.Toolbox`).
+    `on_fatal` is called when the writer ends before its time (an I/O error, or a fault of ours): nothing can be
+    written any more, and a server should end. As a library the default is that every later call raises.
+    """
+
+    capabilities = SqliteState.capabilities
+
+    def __init__(
+        self,
+        path: str | Path,
+        options: StoreOptions | None = None,
+        *,
+        sweep_interval_s: float = 30.0,
+        on_fatal: Callable[[BaseException], None] | None = None,
+        tools: Mapping[str, ToolCode] | None = None,
+        tool_threads: int = TOOL_THREADS,
+    ) -> None:
+        # Before a file is made.
+        check_count("tool_threads", tool_threads)
+        check_tools(tools)
+        self.engine = SqliteState(path, options, sweep_interval_s=sweep_interval_s, on_fatal=on_fatal)
+        super().__init__(self.engine, tools, threads=tool_threads, limits=self.engine.limits)
+
+    @property
+    def head_sequence(self) -> int:
+        """The last durable commit."""
+        return self.engine.head_sequence
+
+    def check_open(self) -> None:
+        """Raise what ended the engine, if it has ended."""
+        self.engine.check_open()
 
 
 class EmbeddedWatch(Watch):
@@ -373,9 +388,3 @@ class EmbeddedWatch(Watch):
     def close(self) -> None:
         """Stop watching."""
         self._store.hub.leave(self._first_sequence, self)
-
-
-def _failed(error: StateError) -> Future[Any]:
-    future: Future[Any] = Future()
-    future.set_exception(error)
-    return future

@@ -334,5 +334,26 @@ class StateProvider(ABC):
         self.close()
 
 
+class StreamsTools(ABC):
+    """What a provider is, too, that hands out what a tool yields while it runs."""
+
+    @abstractmethod
+    def stream_tool(
+        self,
+        session_id: str,
+        tool: str,
+        parameters: Mapping[str, object] | None = None,
+        *,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Iterator[object]:
+        """Execute a tool that streams, and yield what it yields, as it comes; it has committed when this ends.
+
+        Of one that does not stream its result comes, unless that is None. Whoever stops taking chunks holds the tool
+        back, and who closes the iterator ends it: nothing is written then. It begins with the first chunk asked for.
+
+        Raises what `execute_tool` has as the `error` of its outcome.
+        """
+
+
 def _given(mapping: Mapping[str, V] | None) -> Mapping[str, V]:
     return {} if mapping is None else mapping

@@ -184,7 +184,7 @@ def check_conflict(outcome: ToolOutcome, *, attempts: int = 1) -> str:
     return check_ended(outcome, ExecutionStatus.CONFLICT, "CONFLICT", attempts=attempts)
 
 
-class _Contract:
+class ToolsContract:
     """What all parts of the contract have."""
 
     @pytest.fixture
@@ -205,7 +205,7 @@ class _Contract:
         gate.open(1, 2, 3)
 
 
-class ListingContract(_Contract):
+class ListingContract(ToolsContract):
     """What tools there are."""
 
     def test_tools_are_described_as_they_were_written(self, provider: StateProvider, client: Client) -> None:
@@ -261,7 +261,7 @@ RESULTS: Final[list[object]] = [
 ]
 
 
-class ResultContract(_Contract):
+class ResultContract(ToolsContract):
     """Parameters in, results out."""
 
     @pytest.mark.parametrize("value", RESULTS, ids=shown)
@@ -371,7 +371,7 @@ class ResultContract(_Contract):
         assert moments[0].utcoffset() is not None
 
 
-class RefusalContract(_Contract):
+class RefusalContract(ToolsContract):
     """What is refused before anything is begun."""
 
     @pytest.mark.parametrize(
@@ -448,7 +448,7 @@ class RefusalContract(_Contract):
         assert client.values() == UNTOUCHED
 
 
-class TransactionContract(_Contract):
+class TransactionContract(ToolsContract):
     """All at once, or not at all."""
 
     def test_writes_appear_all_at_once_and_are_seen_by_the_tool_before(
@@ -502,7 +502,7 @@ class TransactionContract(_Contract):
         assert (client.values()["a"], other.values()["a"]) == (1, 3)
 
 
-class ConflictContract(_Contract):
+class ConflictContract(ToolsContract):
     """What others change while a tool runs."""
 
     def test_a_read_that_has_changed_is_a_conflict_with_name_and_versions(self, client: Client, gate: Gate) -> None:
@@ -616,7 +616,7 @@ def _meanwhile(client: Client, gate: Gate, change: Callable[[], None], tool: str
     return call.result(DEADLINE_S)
 
 
-class CallContract(_Contract):
+class CallContract(ToolsContract):
     """Tools that call tools: one transaction."""
 
     def test_a_called_tool_is_part_of_the_transaction(self, provider: StateProvider, client: Client) -> None:
@@ -671,7 +671,7 @@ class CallContract(_Contract):
         assert client.values() == UNTOUCHED
 
 
-class PublishContract(_Contract):
+class PublishContract(ToolsContract):
     """What a tool shows ahead of its end."""
 
     def test_what_is_published_is_seen_at_once_and_is_no_conflict(
@@ -720,7 +720,7 @@ class PublishContract(_Contract):
         assert client.values() == UNTOUCHED
 
 
-class KeyContract(_Contract):
+class KeyContract(ToolsContract):
     """Once for an idempotency key."""
 
     def test_the_same_request_runs_once_and_is_answered_again(self, client: Client) -> None:
@@ -805,7 +805,7 @@ class KeyContract(_Contract):
         assert client.get("add", "k") == 1
 
 
-class EndingContract(_Contract):
+class EndingContract(ToolsContract):
     """Tools that are ended."""
 
     @pytest.mark.parametrize("tool", ["slow", "slow_later"])
@@ -848,7 +848,7 @@ class EndingContract(_Contract):
         assert client.values() == {"a": 3}
 
 
-class OwnContract(_Contract):
+class OwnContract(ToolsContract):
     """What each attempt, and each call, has for itself."""
 
     def test_an_attempt_has_arguments_defaults_and_metadata_of_its_own(
@@ -876,7 +876,7 @@ class OwnContract(_Contract):
         assert client.get("change_and_call") == [["mine"], [*there, "changed here"], there]
 
 
-class DoorContract(_Contract):
+class DoorContract(ToolsContract):
     """What a tool passes is looked at: it fails alone, and everybody else goes on."""
 
     @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ SESSION = "alike"
 
 
 @pytest.fixture(scope="module")
-def providers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StateProvider, BridgedState]]:
+def providers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EmbeddedState, BridgedState]]:
     folder: Path = tmp_path_factory.mktemp("alike")
     tools = {"tools": "dspex_persist.testing.contract_tools"}
     with (
@@ -87,7 +87,7 @@ TOOLS: dict[str, tuple[str, dict[str, object], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("code", TOOLS)
-def test_what_a_tool_raises(providers: tuple[StateProvider, BridgedState], code: str, tmp_path: Path) -> None:
+def test_what_a_tool_raises(providers: tuple[EmbeddedState, BridgedState], code: str, tmp_path: Path) -> None:
     tool, parameters, options = TOOLS[code]
     if "gate" in parameters:
         parameters = {"gate": str(tmp_path)}
@@ -101,8 +101,9 @@ def test_what_a_tool_raises(providers: tuple[StateProvider, BridgedState], code:
             context = dspex_persist.Context(provider, SESSION)
             seen.append(facts(raised(lambda context=context: context.call(tool, **parameters))))  # type: ignore[misc]
     streaming = {"metadata": options} if options else {}
-    stream = providers[1].stream_tool(SESSION, tool, parameters, **streaming)
-    seen.append(facts(raised(lambda: list(stream))))
+    for each in providers:
+        stream = each.stream_tool(SESSION, tool, parameters, **streaming)
+        seen.append(facts(raised(lambda stream=stream: list(stream))))  # type: ignore[misc]
     assert seen == [seen[0]] * len(seen)
 
 

@@ -11,6 +11,7 @@ from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.testing.provider_contract import DEADLINE_S, SMALL_LIMITS, LeaseContract, ProviderContract, Reopen
 from dspex_persist.testing.server import ServedDatabase
+from dspex_persist.testing.stream_contract import StreamContract
 from dspex_persist.testing.tool_contract import ToolContract
 
 
@@ -63,6 +64,12 @@ class TestBridgedTools(Bridged, ToolContract):
     """Tools that run in the server."""
 
     settings: ClassVar[dict[str, Any]] = {"tools": "dspex_persist.testing.contract_tools"}
+
+
+class TestBridgedStreams(Bridged, StreamContract):
+    """What they yield."""
+
+    settings: ClassVar[dict[str, Any]] = TestBridgedTools.settings
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path_factory: pytest.TempPathFactory) -> None:

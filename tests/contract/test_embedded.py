@@ -19,6 +19,7 @@ from dspex_persist.state.store.session_store import StoreOptions
 from dspex_persist.state.watch import Watch
 from dspex_persist.testing.contract_tools import CONTRACT_TOOLS
 from dspex_persist.testing.provider_contract import SMALL_LIMITS, LeaseContract, ProviderContract, Reopen
+from dspex_persist.testing.stream_contract import StreamContract
 from dspex_persist.testing.tool_contract import ToolContract
 
 
@@ -88,6 +89,14 @@ def with_tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedSta
 
 class TestEmbeddedTools(ToolContract):
     """Tools that run in this process."""
+
+    @pytest.fixture
+    def provider(self, with_tools: EmbeddedState) -> StateProvider:
+        return with_tools
+
+
+class TestEmbeddedStreams(StreamContract):
+    """What they yield."""
 
     @pytest.fixture
     def provider(self, with_tools: EmbeddedState) -> StateProvider:
@@ -221,7 +230,7 @@ class TestWhileWatchersAndTheWriterMeet:
         self, provider: EmbeddedState, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It joins right after the writer has looked who watches."""
-        hub, head = provider._store.hub, provider.head_sequence
+        hub, head = provider.engine._store.hub, provider.head_sequence
         watches: list[Watch] = []
         is_watched = hub.is_watched
 
@@ -242,7 +251,7 @@ class TestWhileWatchersAndTheWriterMeet:
         self, provider: EmbeddedState, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It has read all that there was; what memory keeps has moved on when it looks there again."""
-        changes_after = provider._store.changes_after
+        changes_after = provider.engine._store.changes_after
         written: list[int] = []
 
         def overtaken(*arguments: Any) -> list[CommitChanges]:
@@ -252,7 +261,7 @@ class TestWhileWatchersAndTheWriterMeet:
                 written.extend(future.result() for future in pending)
             return found
 
-        monkeypatch.setattr(provider._store, "changes_after", overtaken)
+        monkeypatch.setattr(provider.engine._store, "changes_after", overtaken)
         provider.initialize_session("other")
         position = provider.get_variable_history("s", "x")[0].sequence
         with provider.watch("s", after_sequence=position) as watch:

@@ -260,7 +260,7 @@ def truncate(file: Path) -> None:
 
 def writer_has_ended(state: EmbeddedState) -> bool:
     ended = threading.Event()
-    thread = state._writer._thread
+    thread = state.engine._writer._thread
     thread.join(DEADLINE_S)
     if not thread.is_alive():
         ended.set()
@@ -276,9 +276,9 @@ class TestAFileThatChangesWhileItIsOpen:
         state.set_variable("s", "x", 1)
         if suffix == "" and spoil is truncate:
             # The file itself is empty until then: all is in the WAL.
-            state._store.sweep()
-            engine.checkpoint(state._store._writer, "FULL")
-            state._store._guard.note_written()
+            state.engine._store.sweep()
+            engine.checkpoint(state.engine._store._writer, "FULL")
+            state.engine._store._guard.note_written()
         spoil(Path(f"{path}{suffix}"))
         with pytest.raises(FileChangedError, match=f"x.db{suffix} was .* while it was open"):
             state.set_variable("s", "x", 2)
@@ -329,21 +329,21 @@ class TestAFileThatChangesWhileItIsOpen:
         state.set_variable("s", "x", 1)
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
-        state._store.check_file()
+        state.engine._store.check_file()
         assert state.set_variable("s", "x", 2) == 2
         assert maintenance.check(path).problems == ()
 
     def test_a_lock_of_others_refuses_the_write_and_no_more(
         self, state: EmbeddedState, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        state._store._connection.exec_driver_sql("PRAGMA busy_timeout = 10")
-        state._store._connection.commit()
+        state.engine._store._connection.exec_driver_sql("PRAGMA busy_timeout = 10")
+        state.engine._store._connection.commit()
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             for _ in range(2):
                 with pytest.raises(StorageError, match=r"nothing was written: another program holds the lock"):
                     state.set_variable("s", "x", 1)
-            state._store.check_file()
+            state.engine._store.check_file()
             assert state.get_value("s", "x") == 0
             other.execute("ROLLBACK")
         assert state.set_variable("s", "x", 1) == 1
@@ -364,10 +364,10 @@ class TestAFileThatChangesWhileItIsOpen:
         def fail(*_: Any, **__: Any) -> Any:
             raise sqlite3.OperationalError("unable to open database file")
 
-        state._store._readers.dispose()
+        state.engine._store._readers.dispose()
         with monkeypatch.context() as broken:
             broken.setattr(sqlite3, "connect", fail)
-            assert state._store.sweep() == 0
+            assert state.engine._store.sweep() == 0
         assert state.set_variable("s", "x", 1) == 1
 
 

@@ -7,33 +7,31 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from dspex_persist import clock
 from dspex_persist.cognitive.toolbox import Toolbox
 from dspex_persist.replay import Recording, load
-from dspex_persist.state.commands import Command, ExecuteTool
+from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import StateError, UnsupportedError
 from dspex_persist.state.model import Change, Origin, Source, Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.recording import Header, RecordedCommit, RecordedVersion, read_recording, write_recording
-from dspex_persist.state.tools.requests import request_of
-from dspex_persist.state.tools.runner import ToolRunner
+from dspex_persist.state.tools.with_tools import WithTools
 from dspex_persist.state.watch import Watch
 from dspex_persist.testing.memory import MemoryBacking, MemoryCommit
 
 R = TypeVar("R")
 
 
-class MemoryState(StateProvider):
-    """Session state in memory that can execute tools, and remembers when each commit was made."""
+class Memory(StateProvider):
+    """Session state in memory that remembers when each commit was made."""
 
-    def __init__(self, *tools: object) -> None:
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._moment = clock.now()
         self._times: list[datetime] = []
         self.backing = MemoryBacking(now=self._read_clock)
-        self.runner = ToolRunner(self.submit, toolbox(*tools))
 
     def _read_clock(self) -> datetime:
         self._moment = clock.now()
@@ -41,8 +39,6 @@ class MemoryState(StateProvider):
 
     def submit(self, command: Command[R], origin: Origin | None = None) -> "Future[R]":
         asked_by = origin or self.default_origin(command.cause)
-        if isinstance(command, ExecuteTool):
-            return cast("Future[R]", self.runner.submit(request_of(command, asked_by)))
         future: Future[R] = Future()
         with self._lock:
             try:
@@ -60,7 +56,7 @@ class MemoryState(StateProvider):
         return Origin("tester", cause, Source.PYTHON, idempotency_key)
 
     def close(self) -> None:
-        self.runner.close()
+        """There is nothing to close."""
 
     def recording(self) -> Recording:
         """All that happened, through the file's own form; the one session there is began with the first commit."""
@@ -69,6 +65,18 @@ class MemoryState(StateProvider):
         text = io.StringIO()
         write_recording(Header("s", len(commits)), commits, text)
         return load(read_recording(text.getvalue().splitlines(keepends=True)))
+
+
+class MemoryState(WithTools):
+    """Session state in memory that can execute tools."""
+
+    def __init__(self, *tools: object) -> None:
+        self._memory = Memory()
+        super().__init__(self._memory, toolbox(*tools))
+
+    def recording(self) -> Recording:
+        """All that happened; the one session there is began with the first commit."""
+        return self._memory.recording()
 
 
 def _recorded(commit: MemoryCommit, at: datetime) -> RecordedCommit:

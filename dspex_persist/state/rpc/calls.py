@@ -14,7 +14,6 @@ from dspex_persist.infra.mailbox import LoopMailbox
 from dspex_persist.state.commands import Command, SetVariable
 from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError, StateError, quote
 from dspex_persist.state.model import Origin, Source
-from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.rpc.headers import (
     ACTOR,
     BINARY,
@@ -26,7 +25,7 @@ from dspex_persist.state.rpc.headers import (
     SOURCE,
 )
 from dspex_persist.state.tools.execution import Execution, is_transactional, may_block
-from dspex_persist.state.tools.runner import ToolRunner
+from dspex_persist.state.tools.with_tools import WithTools
 
 R = TypeVar("R")
 S = TypeVar("S")
@@ -67,10 +66,10 @@ class Calls:
     Made and used on one event loop.
     """
 
-    def __init__(self, provider: StateProvider, runner: ToolRunner) -> None:
+    def __init__(self, provider: WithTools) -> None:
         self._provider = provider
-        self._runner = runner
-        self._limits = runner.limits
+        self._runner = provider.runner
+        self._limits = provider.runner.limits
         self._mailbox = LoopMailbox(asyncio.get_running_loop())
 
     def belongs(self, context: Context) -> bool:

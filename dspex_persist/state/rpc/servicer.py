@@ -1,4 +1,4 @@
-"""BridgeServicer: the rpcs of the unified bridge over any StateProvider. Messages in, commands out, no rules."""
+"""BridgeServicer: the rpcs of the unified bridge over any provider with tools. Messages in, commands out, no rules."""
 
 import asyncio
 from collections.abc import Sequence
@@ -10,7 +10,6 @@ from dspex_persist import clock
 from dspex_persist.state import commands
 from dspex_persist.state.errors import InvalidArgumentError, StateError, UnavailableError, WatchStalledError, quote
 from dspex_persist.state.model import Update, UpdateKind, Value, Variable
-from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.rpc import codec
 from dspex_persist.state.rpc.calls import Context, check_count, check_together, fitting, whole_number
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
@@ -27,7 +26,7 @@ from dspex_persist.state.rpc.headers import (
 from dspex_persist.state.rpc.inherited import OneProcess
 from dspex_persist.state.rpc.tools import ToolRpcs
 from dspex_persist.state.session_state import weight_of
-from dspex_persist.state.tools.runner import ToolRunner
+from dspex_persist.state.tools.with_tools import WithTools
 from dspex_persist.state.watch import Watch
 
 
@@ -40,14 +39,13 @@ class BridgeServicer(ToolRpcs):
 
     def __init__(
         self,
-        provider: StateProvider,
-        runner: ToolRunner,
+        provider: WithTools,
         *,
         heartbeat_s: float = 15.0,
         stall_timeout_s: float = 30.0,
         max_message_bytes: int = 100 * 1024 * 1024,
     ) -> None:
-        super().__init__(provider, runner, stall_timeout_s)
+        super().__init__(provider, stall_timeout_s)
         self._max_message_bytes = max_message_bytes
         self._heartbeat_s = heartbeat_s
         self._draining = False
@@ -103,7 +101,7 @@ class BridgeServicer(ToolRpcs):
             metadata=summary.metadata,
             created_at=codec.timestamp_of(summary.created_at),
             variable_count=summary.variable_count,
-            tool_count=summary.tool_count + len(self._runner.tools),
+            tool_count=summary.tool_count,
         )
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatResponse:

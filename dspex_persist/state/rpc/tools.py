@@ -17,7 +17,6 @@ from dspex_persist.state.errors import (
     quote,
 )
 from dspex_persist.state.model import ToolOutcome, Value
-from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.rpc import codec
 from dspex_persist.state.rpc.calls import Calls, Context, check_count, check_together, header, origin_of
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
@@ -25,7 +24,7 @@ from dspex_persist.state.rpc.headers import ALL_TOOLS, ASKED_BY, EXECUTION_ID, T
 from dspex_persist.state.rpc.status import facts_of
 from dspex_persist.state.tools.ports import Emit, ToolCode
 from dspex_persist.state.tools.requests import IDEMPOTENCY_KEY, ToolRequest
-from dspex_persist.state.tools.runner import ToolRunner
+from dspex_persist.state.tools.with_tools import WithTools
 
 # A tool that runs into its client's deadline is ended so much earlier that its verdict still reaches the client.
 _MARGIN, _LONGEST_MARGIN_S = 0.1, 0.25
@@ -34,8 +33,8 @@ _MARGIN, _LONGEST_MARGIN_S = 0.1, 0.25
 class ToolRpcs(Calls):
     """Executes tools for clients. `stall_timeout_s`: how long a chunk may wait for a client that does not read."""
 
-    def __init__(self, provider: StateProvider, runner: ToolRunner, stall_timeout_s: float) -> None:
-        super().__init__(provider, runner)
+    def __init__(self, provider: WithTools, stall_timeout_s: float) -> None:
+        super().__init__(provider)
         self._stall_timeout_s = stall_timeout_s
 
     async def ExecuteTool(self, request: pb.ExecuteToolRequest, context: Context) -> pb.ExecuteToolResponse:
@@ -89,7 +88,7 @@ class ToolRpcs(Calls):
         if len(names) < len(tools):
             twice = next(tool.spec.name for tool in tools if names[tool.spec.name] is not tool)
             raise InvalidArgumentError("tools", f"{quote(twice)} is there twice")
-        command = commands.RegisterTools(request.session_id, request.worker_id, tools, frozenset(self._runner.tools))
+        command = commands.RegisterTools(request.session_id, request.worker_id, tools)
         tool_ids = await self._write(command, context)
         log = self._log("RegisterTools", request.session_id, context)
         log.info("tools registered", tools=len(tool_ids))

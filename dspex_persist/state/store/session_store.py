@@ -44,6 +44,7 @@ from dspex_persist.state.model import (
     RecordedExecution,
     VariableVersion,
 )
+from dspex_persist.state.options import check_count, check_seconds
 from dspex_persist.state.provider import Progress
 from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.session_state import SessionState
@@ -67,7 +68,6 @@ from dspex_persist.state.store.engine import (
     warn_of_others,
 )
 from dspex_persist.state.store.guard import RESTORE, FileGuard
-from dspex_persist.state.store.options import check_count, check_seconds
 from dspex_persist.state.unit_of_work import START, Drafts, HistoryQuery, RecordedOutcome, UnitOfWork
 from dspex_persist.state.watch import Hub
 

@@ -1,7 +1,6 @@
 """Results of tools: values within their bounds, and chunks, whose list is a result."""
 
 import io
-from concurrent.futures import Future
 from typing import Final
 
 from dspex_persist.state import values
@@ -55,22 +54,3 @@ class Chunks:
     def result(self) -> Value:
         """The list of them."""
         return Value(f"[{self._text.getvalue()[1:]}]")
-
-
-def objects_of(future: "Future[Value]", result_type: str) -> "Future[object]":
-    """The future of a value's Python object. Cancelling it cancels `future`."""
-    mapped: Future[object] = Future()
-
-    def done(finished: "Future[Value]") -> None:
-        if finished.cancelled():
-            mapped.cancel()
-        elif mapped.set_running_or_notify_cancel():
-            error = finished.exception()
-            if error is not None:
-                mapped.set_exception(error)
-            else:
-                mapped.set_result(values.decode_loosely(finished.result(), result_type))
-
-    mapped.add_done_callback(lambda each: future.cancel() if each.cancelled() else None)
-    future.add_done_callback(done)
-    return mapped

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 from dspex_persist.infra.logs import get_logger
-from dspex_persist.infra.mailbox import LoopMailbox
 from dspex_persist.infra.threads import DaemonThreads, LoopThread
 from dspex_persist.state import commands, values
 from dspex_persist.state.commands import Command
@@ -67,6 +66,7 @@ from dspex_persist.state.tools.failures import (
     status_of,
     told,
 )
+from dspex_persist.state.tools.home import Home
 from dspex_persist.state.tools.ports import Emit, RemoteCall, RemotePort, ToolCode, ToolKind
 from dspex_persist.state.tools.requests import IDEMPOTENCY_KEY, ToolRequest
 from dspex_persist.state.tools.results import NOTHING, Chunks, checked, result_value
@@ -144,9 +144,7 @@ class ToolRunner:
         self._remote = remote
         self._threads = DaemonThreads(threads, "dspex-persist-tool")
         self._tools_loop = LoopThread("dspex-persist-tools")
-        self._own_home = LoopThread("dspex-persist-executions")
-        self._home = home or self._own_home.loop
-        self._mailbox = LoopMailbox(self._home)
+        self._home = Home(home)
         self._running: dict[str, _Running] = {}
         # What runs code at the moment, on the bounded threads and on the tools' loop.
         self._on_threads, self._on_loop = set[ToolSession](), set[ToolSession]()
@@ -156,20 +154,18 @@ class ToolRunner:
 
     def start(self, coroutine: Coroutine[Any, Any, R]) -> "Future[R]":
         """Have a coroutine of the runner's run on its home loop; from any thread."""
-        try:
-            return asyncio.run_coroutine_threadsafe(coroutine, self._home)
-        except RuntimeError:
-            # The loop has ended, with the runner.
-            coroutine.close()
-            raise EngineClosedError() from None
+        return self._home.start(coroutine)
 
-    def submit(self, request: ToolRequest) -> "Future[ToolOutcome]":
-        """Execute a tool; from any thread. Its future fails with `EngineClosedError` if the runner is closed first."""
-        return self.start(self._execute_until_closed(request))
+    def submit(self, request: ToolRequest, emit: Emit | None = None) -> "Future[ToolOutcome]":
+        """Execute a tool; from any thread. Chunks of one that streams go to `emit`, on the home loop.
 
-    async def _execute_until_closed(self, request: ToolRequest) -> ToolOutcome:
+        Its future fails with `EngineClosedError` if the runner is closed first.
+        """
+        return self.start(self._execute_until_closed(request, emit))
+
+    async def _execute_until_closed(self, request: ToolRequest, emit: Emit | None) -> ToolOutcome:
         try:
-            return await self.execute(request)
+            return await self.execute(request, emit)
         except asyncio.CancelledError:
             # By whoever cancelled the future, who does not look any more, or by `close`.
             raise EngineClosedError() from None
@@ -195,7 +191,7 @@ class ToolRunner:
         keep nothing any more."""
         self._draining = True
         self._threads.close()
-        self._own_home.close()
+        self._home.close()
         self._tools_loop.close()
 
     def _session_of(self, execution_id: str) -> ToolSession:
@@ -268,7 +264,7 @@ class ToolRunner:
 
     async def _execute_joined(self, parent: ToolSession, request: ToolRequest) -> Value:
         """As a task of its own: the end of the execution that it is part of cancels it, and its caller is to hear."""
-        task = self._home.create_task(self._conduct_joined(parent, request))
+        task = self._home.loop.create_task(self._conduct_joined(parent, request))
         try:
             await asyncio.wait((task,))
         except asyncio.CancelledError:
@@ -302,7 +298,7 @@ class ToolRunner:
         within: Execution | None = None,
     ) -> _Job:
         """Everything that can be refused before anything is begun."""
-        until = None if request.timeout_s is None else self._home.time() + request.timeout_s
+        until = None if request.timeout_s is None else self._home.loop.time() + request.timeout_s
         tool = await self._find_tool(request)
         size_bytes = sum(each.size_bytes for each in request.parameters.values())
         most = self.limits.execution_size_bytes
@@ -332,7 +328,9 @@ class ToolRunner:
         thread = DaemonThreads(1, "dspex-persist-arguments")
         try:
             async with asyncio.timeout_at(until):
-                return await self._mailbox.result(thread.submit(functools.partial(_bound, tool, request.parameters)))
+                return await self._home.mailbox.result(
+                    thread.submit(functools.partial(_bound, tool, request.parameters))
+                )
         except TimeoutError as error:
             reason = f"to read its arguments took longer than {request.timeout_s:.3g} s"
             raise ToolTimedOutError("", reason) from error
@@ -417,7 +415,7 @@ class ToolRunner:
             origin = replace(origin, idempotency_key=None)
         future = self.submit_command(command, origin)
         try:
-            return await self._mailbox.result(future)
+            return await self._home.mailbox.result(future)
         except asyncio.CancelledError:
             # Who asked has gone. What has begun all the same has to end.
             future.add_done_callback(functools.partial(self._abandon, command, origin))
@@ -453,7 +451,7 @@ class ToolRunner:
     @contextmanager
     def _listed(self, session: ToolSession) -> Iterator[_Running]:
         """Have the execution found while it runs."""
-        running = self._running[session.execution_id] = _Running(session, self._home.create_future())
+        running = self._running[session.execution_id] = _Running(session, self._home.loop.create_future())
         try:
             yield running
         finally:
@@ -485,7 +483,7 @@ class ToolRunner:
         command = self._closing(session, verdict)
         future = self.submit_command(command, session.origin)
         try:
-            finished = await self._mailbox.result(future)
+            finished = await self._home.mailbox.result(future)
         except asyncio.CancelledError:
             # If its turn had come it is committed, or not, as it would have been anyway.
             if future.cancelled():
@@ -525,7 +523,7 @@ class ToolRunner:
             error = None if future.cancelled() else future.exception()
             if isinstance(error, StorageError | QueueFullError):
                 again = functools.partial(self._say, command, origin)
-                self._mailbox.post(lambda: self._home.call_later(_SAY_AGAIN_S, again))
+                self._home.mailbox.post(lambda: self._home.loop.call_later(_SAY_AGAIN_S, again))
             elif isinstance(error, InternalError) and command != _bare(command):
                 self._say(_bare(command), origin)
 
@@ -603,7 +601,7 @@ class ToolRunner:
     async def _invoke(self, job: _Job, session: ToolSession) -> Value:
         """Run the tool's code, within its time; its result."""
         own_s = job.tool.spec.timeout_s
-        left_s = None if job.until is None else max(0.0, job.until - self._home.time())
+        left_s = None if job.until is None else max(0.0, job.until - self._home.loop.time())
         timeout_s = min((each for each in (own_s, left_s) if each is not None), default=None)
         try:
             async with asyncio.timeout(timeout_s) as limit:
@@ -630,7 +628,7 @@ class ToolRunner:
         context = contextvars.copy_context()
         context.run(asking.set, session)
         place = self._run_on_loop if session.is_async else self._run_on_thread
-        waiting = self._home.call_later(_LONG_WAIT_S, self._say_waits, session)
+        waiting = self._home.loop.call_later(_LONG_WAIT_S, self._say_waits, session)
         try:
             return await place(job, tool, session, arguments, context)
         finally:
@@ -646,11 +644,11 @@ class ToolRunner:
     ) -> Value:
         run = self._run_async(job, tool, session, arguments)
         if not session.aside:
-            return await self._mailbox.result(context.run(self._tools_loop.start, run))
+            return await self._home.mailbox.result(context.run(self._tools_loop.start, run))
         # Whoever asked may be waiting on the tools' loop itself.
         loop = LoopThread(f"dspex-persist-{session.execution_id}")
         try:
-            return await self._mailbox.result(context.run(loop.start, run))
+            return await self._home.mailbox.result(context.run(loop.start, run))
         finally:
             loop.close(wait_s=0)
 
@@ -664,17 +662,17 @@ class ToolRunner:
     ) -> Value:
         run = functools.partial(context.run, self._run_sync, job, tool, session, arguments)
         if session.asker is None:
-            return await self._mailbox.result(self._threads.submit(run))
+            return await self._home.mailbox.result(self._threads.submit(run))
         # Who asked may be waiting on one of the bounded threads: who is asked must not wait for one.
         thread = DaemonThreads(1, f"dspex-persist-{session.execution_id}")
         try:
-            return await self._mailbox.result(thread.submit(run))
+            return await self._home.mailbox.result(thread.submit(run))
         finally:
             thread.close()
 
     def _say_waits(self, session: ToolSession) -> None:
         """Say in the log that an execution has been waiting for its turn to run, and what for; not all of them do."""
-        now = self._home.time()
+        now = self._home.loop.time()
         if session.started or session.cancelled or now < self._said_at + _LONG_WAIT_S:
             return
         self._said_at = now
@@ -767,7 +765,7 @@ class ToolRunner:
         return chunks.result()
 
     async def _submit(self, command: Command[R], origin: Origin) -> R:
-        return await self._mailbox.result(self.submit_command(command, origin))
+        return await self._home.mailbox.result(self.submit_command(command, origin))
 
 
 async def _repeat(job: _Job, recorded: RecordedExecution) -> ToolOutcome:

@@ -13,6 +13,7 @@ from typing import Any, Final, NoReturn, Protocol, TypeVar
 from uuid import UUID
 
 from dspex_persist import clock
+from dspex_persist.infra.futures import mapped
 from dspex_persist.state import commands, values
 from dspex_persist.state.commands import Command
 from dspex_persist.state.commands.executions import Verdict
@@ -22,7 +23,6 @@ from dspex_persist.state.model import ExecutionStatus, Failure, LogEntry, Origin
 from dspex_persist.state.provider import Submit
 from dspex_persist.state.tools.execution import Execution
 from dspex_persist.state.tools.requests import ToolRequest
-from dspex_persist.state.tools.results import objects_of
 
 R = TypeVar("R")
 
@@ -182,7 +182,7 @@ class ToolSession:
         future = self._host.call(self, request)
         result_type = self._host.result_type_of(tool)
         if _is_on_loop():
-            return asyncio.wrap_future(objects_of(future, result_type))
+            return asyncio.wrap_future(mapped(future, lambda result: values.decode_loosely(result, result_type)))
         return values.decode_loosely(future.result(), result_type)
 
     def verdict(self, status: ExecutionStatus, result: Value | None = None, failure: Failure | None = None) -> Verdict:

@@ -1,0 +1,177 @@
+"""WithTools: a provider that executes tools, made of one that does not."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any, Final, TypeVar
+
+from dspex_persist.infra import forks
+from dspex_persist.infra.futures import failed, mapped
+from dspex_persist.state import commands, values
+from dspex_persist.state.audit import AuditSource
+from dspex_persist.state.commands import Command
+from dspex_persist.state.errors import EngineClosedError, ToolFailedError, UnsupportedError
+from dspex_persist.state.limits import Limits
+from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, SessionView, ToolSpec
+from dspex_persist.state.options import check_count
+from dspex_persist.state.provider import Progress, StateProvider, StreamsTools, fault_of, silent
+from dspex_persist.state.recording import Header, RecordedCommit
+from dspex_persist.state.tools.chunks import ChunkQueue
+from dspex_persist.state.tools.ports import RemotePort, ToolCode, check_tools
+from dspex_persist.state.tools.requests import request_of
+from dspex_persist.state.tools.runner import ToolRunner
+from dspex_persist.state.watch import Watch
+
+R = TypeVar("R")
+
+TOOL_THREADS: Final = 64
+"""How many plain tools run at a time where nobody says otherwise."""
+
+
+class WithTools(StateProvider, StreamsTools):
+    """`provider`, and the execution of `tools` over it, on up to `threads` threads; it closes the provider, too.
+
+    `remote` reaches the tools that sessions' workers have registered; without it these cannot be executed. `home`: the
+    event loop that keeps the executions' time, by default one of their own. With neither tools nor `remote` nothing can
+    be executed, and the provider says so.
+
+    Raises `InvalidArgumentError` for what are no tools, and for no number of threads.
+    """
+
+    def __init__(
+        self,
+        provider: StateProvider,
+        tools: Mapping[str, ToolCode] | None = None,
+        *,
+        threads: int = TOOL_THREADS,
+        limits: Limits | None = None,
+        remote: RemotePort | None = None,
+        home: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        check_count("tool_threads", threads)
+        check_tools(tools)
+        self.provider = provider
+        self.capabilities = provider.capabilities
+        self.runner = ToolRunner(provider.submit, tools or {}, threads=threads, limits=limits, remote=remote, home=home)
+        self._can_execute = bool(tools) or remote is not None
+        # What this does instead of the provider, or on top of it.
+        self._own: dict[type[Command[Any]], Callable[[Any, Origin], Future[Any]]] = {}
+        if self._can_execute:
+            self._own = {
+                commands.ExecuteTool: self._execute,
+                commands.RegisterTools: self._register,
+                commands.GetSession: self._get_session,
+            }
+        self._closing = threading.Lock()
+        self._closed = self._is_forked = False
+        forks.tell(self)
+
+    def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
+        """Execute a tool; have the provider carry out every other command."""
+        own = self._own.get(type(command))
+        if own is None:
+            return self.provider.submit(command, origin)
+        fault = fault_of(command, origin)
+        if fault is not None:
+            return failed(fault)
+        return own(command, origin or self.default_origin(command.cause))
+
+    def _execute(self, command: commands.ExecuteTool, origin: Origin) -> Future[Any]:
+        if self._closed:
+            return failed(EngineClosedError())
+        return self.runner.submit(request_of(command, origin))
+
+    def _register(self, command: commands.RegisterTools, origin: Origin) -> Future[Any]:
+        """Nobody else's tool gets a name of its own ones."""
+        return self.provider.submit(replace(command, reserved=frozenset(self.runner.tools)), origin)
+
+    def _get_session(self, command: commands.GetSession, origin: Origin) -> Future[Any]:
+        count = len(self.runner.tools)
+        found = self.provider.submit(command, origin)
+        return mapped(found, lambda summary: replace(summary, tool_count=summary.tool_count + count))
+
+    def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
+        """Its own tools, and those that the session's workers have registered."""
+        registered = self.provider.list_tools(session_id)
+        own = tuple(tool.spec for tool in self.runner.tools.values())
+        names = {spec.name for spec in own}
+        return (*own, *(spec for spec in registered if spec.name not in names))
+
+    def stream_tool(
+        self,
+        session_id: str,
+        tool: str,
+        parameters: Mapping[str, object] | None = None,
+        *,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Iterator[object]:
+        """See `StreamsTools`."""
+        command = commands.ExecuteTool(session_id, tool, values.encode_arguments(parameters or {}), metadata or {})
+        command.check()
+        if not self._can_execute or self._is_forked:
+            # Which says why not.
+            self.provider.run(command)
+            raise UnsupportedError("tools")
+        if self._closed:
+            raise EngineClosedError()
+        chunks = ChunkQueue()
+        request = request_of(command, self.default_origin("ExecuteStreamingTool"))
+        done = self.runner.submit(request, chunks.emit)
+        own = self.runner.tools.get(tool)
+        result_type = own.result_type if own is not None else ""
+        try:
+            for chunk in chunks.take_until(done):
+                yield values.decode_loosely(chunk, result_type)
+        finally:
+            done.cancel()
+        outcome = done.result()
+        if not outcome.success:
+            raise outcome.error or ToolFailedError(outcome.execution_id, outcome.error_code)
+        if not outcome.streamed and outcome.result is not None and outcome.result.json != "null":
+            yield values.decode_loosely(outcome.result, outcome.result_type)
+
+    def close(self) -> None:
+        """Interrupt what runs, then close the provider."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            if not self._is_forked:
+                self.runner.close()
+            self.provider.close()
+
+    def forked(self, *, quiet: bool) -> None:
+        """In a child the provider refuses everything, tools included. See `forks.Heir`."""
+        self._is_forked = True
+        self._own = {}
+        self._closing = threading.Lock()
+
+    # What the provider does alone
+
+    def watch(self, session_id: str, identifiers: Sequence[str] = (), *, after_sequence: int | None = None) -> Watch:
+        """See `StateProvider.watch`."""
+        return self.provider.watch(session_id, identifiers, after_sequence=after_sequence)
+
+    def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
+        """That of the provider."""
+        return self.provider.default_origin(cause, idempotency_key)
+
+    def audit(self, *, reveal: bool = False) -> AuditSource:
+        """See `StateProvider.audit`."""
+        return self.provider.audit(reveal=reveal)
+
+    def prune(self, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PruneReport:
+        """See `StateProvider.prune`."""
+        return self.provider.prune(policy, confirm=confirm, progress=progress)
+
+    def record(
+        self, session_id: str, *, started: int | None = None, reveal: bool = False
+    ) -> tuple[Header, Iterator[RecordedCommit]]:
+        """See `StateProvider.record`."""
+        return self.provider.record(session_id, started=started, reveal=reveal)
+
+    def fork_session(self, session_id: str, new_session_id: str, at: str = "") -> SessionView:
+        """See `StateProvider.fork_session`."""
+        return self.provider.fork_session(session_id, new_session_id, at)
