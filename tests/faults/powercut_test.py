@@ -162,6 +162,8 @@ def _write_files(folder: Path, files: dict[str, bytes]) -> None:
     folder.mkdir()
     for name, content in files.items():
         (folder / name).write_bytes(content)
+        # As the store makes them; otherwise each start warns that others can read the database.
+        (folder / name).chmod(0o600)
 
 
 def main() -> int:
