@@ -28,6 +28,7 @@ from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Value
 from dspex_persist.state.rpc import codec
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.rpc.generated.snakepit_bridge_pb2_grpc import BridgeServiceStub
 from dspex_persist.state.rpc.headers import EXECUTION_ID
 from dspex_persist.state.tools.ports import RemoteCall
 
@@ -80,7 +81,7 @@ class RemoteTools:
         """The tool's result. `ToolFailedError`: it failed. `RemoteToolError`: it could not be asked, or did not say."""
         request = _request(call, stream=False)
         async with self._talk(call) as (talk, options):
-            response = await talk.heard(talk.line.execute(request, **options))
+            response = await talk.heard(talk.line.stub.ExecuteTool(request, **options))
         if not response.success:
             raise _failed(call, response.error_message or "the tool failed, and did not say why")
         wire = response.result
@@ -94,7 +95,7 @@ class RemoteTools:
         """
         request = _request(call, stream=True)
         async with self._talk(call) as (talk, options):
-            chunks = talk.line.stream(request, **options)
+            chunks = talk.line.stub.ExecuteStreamingTool(request, **options)
             try:
                 while (chunk := await talk.heard(chunks.read())) is not grpc.aio.EOF:
                     if not (chunk.is_final and chunk.data in _NOTHING):
@@ -300,19 +301,10 @@ class _Line:
     def __init__(self, target: str, connect_timeout_s: float) -> None:
         self._connect_timeout_s = connect_timeout_s
         self._channel = grpc.aio.insecure_channel(target, options=_options(target, connect_timeout_s))
-        self.execute = self._stub(self._channel.unary_unary, "ExecuteTool")
-        self.stream = self._stub(self._channel.unary_stream, "ExecuteStreamingTool")
-        self.ping = self._stub(self._channel.unary_unary, "Ping")
+        self.stub: Any = BridgeServiceStub(self._channel)
         self.users = 0
         self.retired = False
         self.failed = False
-
-    @staticmethod
-    def _stub(make: Callable[..., Any], rpc: str) -> Any:
-        method = codec.BRIDGE_SERVICE.methods_by_name[rpc]
-        request, response = (getattr(pb, kind.name) for kind in (method.input_type, method.output_type))
-        path = f"/{codec.BRIDGE_SERVICE.full_name}/{rpc}"
-        return make(path, request_serializer=request.SerializeToString, response_deserializer=response.FromString)
 
     @property
     def usable(self) -> bool:
@@ -449,7 +441,7 @@ class _Peer:
         async with self._connected() as talk:
             try:
                 async with asyncio.timeout(self._connect_timeout_s):
-                    await talk.heard(talk.line.ping(pb.PingRequest(message="alive?")))
+                    await talk.heard(talk.line.stub.Ping(pb.PingRequest(message="alive?")))
             except TimeoutError:
                 raise talk.lost(f"no answer to a ping within {self._connect_timeout_s:g} s") from None
             except (_StatusError, _UnreachableError):
