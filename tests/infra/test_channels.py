@@ -12,8 +12,7 @@ from grpc._cython import cygrpc
 from dspex_persist.infra.channels import channel_options
 from dspex_persist.infra.process import ServerProcess
 from dspex_persist.infra.server import ServerOptions, _channel_options
-from dspex_persist.state import bridged
-from dspex_persist.state.rpc import remote
+from dspex_persist.state.rpc import client, remote
 from tests.deadline import within
 from tests.infra import ping
 from tests.infra.frames import GOAWAY, MAX_CONCURRENT_STREAMS, RawConnection, begun_and_reset
@@ -25,7 +24,7 @@ def test_grpc_knows_every_option() -> None:
     options = [
         *_channel_options(ServerOptions("127.0.0.1:0")),
         *channel_options("127.0.0.1:1"),
-        *bridged._RECONNECTING,
+        *client._RECONNECTING,
         *remote._options("127.0.0.1:1", 1.0),
     ]
     # Its own names are in its library, each with a NUL behind it.

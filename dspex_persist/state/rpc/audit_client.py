@@ -27,10 +27,10 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.model import PrunePolicy, PruneReport
 from dspex_persist.state.provider import Progress
-from dspex_persist.state.rpc import audit_rpcs as rpcs
-from dspex_persist.state.rpc.audit_rpcs import Single
-from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as pb
+from dspex_persist.state.rpc.generated.dspex_persist_audit_pb2_grpc import AuditServiceStub
 from dspex_persist.state.rpc.inherited import OneProcess
+from dspex_persist.state.rpc.rpcs import audit as rpcs
+from dspex_persist.state.rpc.rpcs.audit import Single
 from dspex_persist.state.rpc.status import error_of_call, is_told
 
 A = TypeVar("A")
@@ -128,13 +128,13 @@ class _Calls:
     def __init__(self, channel: grpc.Channel, target: str) -> None:
         self._target = target
         self._here = OneProcess(target, channel)
-        self._stubs = {method.name: _stub(channel, method) for method in rpcs.AUDIT_SERVICE.methods}
+        self._stub = AuditServiceStub(channel)
 
     def unary(self, rpc: str, request: Any, timeout_s: float) -> Any:
         """The one answer."""
         self._here.check()
         try:
-            return self._stubs[rpc](request, timeout=timeout_s)
+            return getattr(self._stub, rpc)(request, timeout=timeout_s)
         except grpc.RpcError as error:
             raise self._error(error) from None
         except ValueError as error:
@@ -145,7 +145,7 @@ class _Calls:
         """The answers, as they come. Whoever stops taking them ends the call."""
         self._here.check()
         try:
-            call = self._stubs[rpc](request, timeout=timeout_s)
+            call = getattr(self._stub, rpc)(request, timeout=timeout_s)
         except ValueError as error:
             # The channel is closed.
             raise EngineClosedError() from error
@@ -166,10 +166,3 @@ class _Calls:
         if code is grpc.StatusCode.CANCELLED:
             return EngineClosedError()
         return error_of_call(call, self._target)
-
-
-def _stub(channel: grpc.Channel, method: Any) -> Any:
-    path = f"/{rpcs.AUDIT_SERVICE.full_name}/{method.name}"
-    request, response = (getattr(pb, kind.name) for kind in (method.input_type, method.output_type))
-    make: Any = channel.unary_stream if method.server_streaming else channel.unary_unary
-    return make(path, request_serializer=request.SerializeToString, response_deserializer=response.FromString)

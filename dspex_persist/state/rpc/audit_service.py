@@ -17,10 +17,11 @@ from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.errors import EngineClosedError, UnavailableError, UnsupportedError
 from dspex_persist.state.model import PrunePolicy, PruneReport
 from dspex_persist.state.provider import StateProvider
-from dspex_persist.state.rpc import audit_rpcs as rpcs
-from dspex_persist.state.rpc.audit_rpcs import ListRpc, Question, Single
-from dspex_persist.state.rpc.calls import Context, fitting, methods
+from dspex_persist.state.rpc.calls import methods
 from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as pb
+from dspex_persist.state.rpc.incoming import Context, fitting
+from dspex_persist.state.rpc.rpcs import audit as rpcs
+from dspex_persist.state.rpc.rpcs.audit import ListRpc, Question, Single
 
 R = TypeVar("R")
 M = TypeVar("M", bound=Message)

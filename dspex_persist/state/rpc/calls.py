@@ -1,38 +1,27 @@
-"""How every rpc goes: who asks, what it says beside its message, where its command is carried out."""
+"""How every rpc goes: its command is carried out on the provider, or inside the tool execution that the call names."""
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sized
-from concurrent.futures import Future
-from typing import Any, Final, TypeAlias, TypeVar
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Final, TypeVar
 
-import grpc
 from google.protobuf.message import Message
 
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.mailbox import LoopMailbox
 from dspex_persist.state.commands import Command, SetVariable
-from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError, StateError, quote
-from dspex_persist.state.model import Origin, Source
-from dspex_persist.state.rpc.headers import (
-    ACTOR,
-    BINARY,
-    EXECUTION_ID,
-    EXPECTED_VERSION,
-    IDEMPOTENCY_KEY,
-    OPTIMIZER_ID,
-    RPC_ID,
-    SOURCE,
-)
+from dspex_persist.state.errors import InvalidArgumentError, StateError
+from dspex_persist.state.model import Origin
+from dspex_persist.state.rpc.headers import EXECUTION_ID, EXPECTED_VERSION, RPC_ID
+from dspex_persist.state.rpc.incoming import Call, Context, fitting, header, origin_of
+from dspex_persist.state.rpc.rpcs.base import Rpc
 from dspex_persist.state.tools.execution import Execution, is_transactional, may_block
 from dspex_persist.state.tools.with_tools import WithTools
 
 R = TypeVar("R")
 S = TypeVar("S")
-M = TypeVar("M", bound=Message)
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+C = TypeVar("C", bound=Command[Any])
 
-_ACTOR_LENGTH = 255
 _MUCH_BYTES: Final = 100_000
 _READER = Origin(actor="", cause="read")
 _logger: Final = get_logger(__name__)
@@ -66,10 +55,11 @@ class Calls:
     Made and used on one event loop.
     """
 
-    def __init__(self, provider: WithTools) -> None:
+    def __init__(self, provider: WithTools, max_message_bytes: int) -> None:
         self._provider = provider
         self._runner = provider.runner
         self._limits = provider.runner.limits
+        self._max_message_bytes = max_message_bytes
         self._mailbox = LoopMailbox(asyncio.get_running_loop())
 
     def belongs(self, context: Context) -> bool:
@@ -77,14 +67,37 @@ class Calls:
         execution_id = header(context, EXECUTION_ID)
         return execution_id is not None and self._runner.is_running(execution_id)
 
-    async def _read(self, command: Command[R], context: Context) -> R:
+    def _call(self, context: Context) -> Call:
+        return Call(context, self._limits, self._max_message_bytes)
+
+    async def _answer(self, rpc: Rpc[Any, Any], request: Any, context: Context) -> Any:
+        """Have an rpc's command carried out, and answer with its result."""
+        call = self._call(context)
+        command = await self._command(rpc, request, call)
+        if rpc.first is not None:
+            call.first = await self._read(rpc.first(command), context)
+        result = await (self._write(command, context) if command.writes else self._read(command, context, call))
+        if rpc.log is not None:
+            rpc.log(self._log(rpc.name, command.session_id, context), command, result)
+        response = rpc.response_of(result, call)
+        if call.trailers:
+            context.set_trailing_metadata(tuple(call.trailers))
+        return fitting(response, self._max_message_bytes) if rpc.is_list else response
+
+    async def _command(self, rpc: Rpc[C, Any], request: Any, call: Call) -> C:
+        """The command in a request, read on a thread where it is much: the loop is everybody's."""
+        if rpc.size_of is not None and rpc.size_of(request, self._limits) > _MUCH_BYTES:
+            return await asyncio.to_thread(rpc.command_of, request, call)
+        return rpc.command_of(request, call)
+
+    async def _read(self, command: Command[R], context: Context, call: Call | None = None) -> R:
         execution = self._execution_of(command, context)
         if execution is not None:
             return await _run_within(execution, command, _READER)
-        return await self._mailbox.result(self._submit_read(command))
-
-    def _submit_read(self, command: Command[R]) -> Future[R]:
-        return self._provider.submit(command, _READER)
+        future = self._provider.submit(command, _READER)
+        if call is not None:
+            call.from_memory = future.done()
+        return await self._mailbox.result(future)
 
     async def _write(self, command: Command[R], context: Context) -> R:
         try:
@@ -107,92 +120,12 @@ class Calls:
             return None
         return self._runner.find(execution_id)
 
-    async def _reading(self, size_bytes: int, read: Callable[[], R]) -> R:
-        """What a request holds, read on a thread where it is much: the loop is everybody's."""
-        return await asyncio.to_thread(read) if size_bytes > _MUCH_BYTES else read()
-
-    def _metadata(self, metadata: Mapping[str, str]) -> dict[str, str]:
-        check_count("metadata entries", metadata, self._limits.metadata_entries, "metadata_entries")
-        return dict(metadata)
-
     def _log(self, rpc: str, session_id: str, context: Context) -> Any:
         """A log that names the call: its rpc, its session, and the id that the client gave it, or one of ours."""
         return _logger.bind(rpc=rpc, session_id=session_id, rpc_id=header(context, RPC_ID) or secrets.token_hex(4))
-
-
-def check_count(what: str, entries: Sized, most: int, setting: str) -> None:
-    """Refuse a request with too many of something before anything is made of them: a message holds millions."""
-    if len(entries) > most:
-        raise LimitExceededError(f"number of {what}", len(entries), most, setting)
-
-
-def fitting(message: M, max_message_bytes: int) -> M:
-    """The answer, if it is no larger than a message may be: gRPC would not say what to do."""
-    size_bytes = message.ByteSize()
-    if size_bytes > max_message_bytes:
-        raise LimitExceededError("the size of the answer", size_bytes, max_message_bytes, "max_message_bytes")
-    return message
-
-
-def check_together(what: str, size_bytes: int, most: int, setting: str) -> None:
-    """Refuse a request whose values are too much together before any of them is read."""
-    if size_bytes > most:
-        raise LimitExceededError(f"size of the {what} in bytes", size_bytes, most, setting)
 
 
 async def _run_within(execution: Execution, command: Command[R], origin: Origin) -> R:
     if may_block(command):
         return await asyncio.to_thread(execution.run, command, origin)
     return execution.run(command, origin)
-
-
-def headers(context: Context) -> dict[str, str]:
-    """What the call says beside its message; ours may be UTF-8 under a binary key."""
-    found: dict[str, str] = {}
-    for key, content in context.invocation_metadata() or ():
-        if isinstance(content, str):
-            found[key] = content
-        elif key.startswith("x-dspex-"):
-            found[key.removesuffix(BINARY)] = _utf8(key, content)
-    return found
-
-
-def header(context: Context, name: str) -> str | None:
-    """One of ours, under its plain key or its binary one."""
-    binary = name + BINARY
-    for key, content in context.invocation_metadata() or ():
-        if key == name and isinstance(content, str):
-            return content
-        if key == binary and isinstance(content, bytes):
-            return _utf8(key, content)
-    return None
-
-
-def _utf8(key: str, content: bytes) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        raise InvalidArgumentError(key, "it is no UTF-8") from None
-
-
-def whole_number(context: Context, name: str) -> int | None:
-    """A header that is a number."""
-    text = header(context, name)
-    if text is None:
-        return None
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise InvalidArgumentError(name, f"{quote(text)} is not a whole number")
-    return int(text)
-
-
-def origin_of(cause: str, context: Context) -> Origin:
-    """Who asks: as the caller says in `x-dspex-actor`, else the host that it calls from."""
-    said = headers(context)
-    actor = said.get(ACTOR)
-    if actor is None:
-        # "ipv4:127.0.0.1:40312": the port says nothing about who it is. A Unix socket has no host.
-        actor = f"peer:{context.peer().partition(':')[2].rpartition(':')[0] or 'unix'}"
-    elif len(actor) > _ACTOR_LENGTH:
-        raise InvalidArgumentError(ACTOR, f"it is longer than {_ACTOR_LENGTH} characters")
-    source = Source.PYTHON if said.get(SOURCE) == Source.PYTHON else Source.ELIXIR
-    return Origin(actor, cause, source, said.get(IDEMPOTENCY_KEY), said.get(OPTIMIZER_ID))

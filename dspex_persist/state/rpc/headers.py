@@ -1,7 +1,10 @@
 """What travels beside the messages, in gRPC metadata, because the protocol has no field for it."""
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, TypeAlias
+
+Headers: TypeAlias = tuple[tuple[str, str | bytes], ...]
+"""As gRPC takes them."""
 
 BINARY = "-bin"
 """What a key ends in whose value is UTF-8 beyond plain ASCII; any of the keys of a request may have it."""

@@ -1,0 +1,147 @@
+"""One command on its way to a server: sent, and sent again while its outcome is open and a key makes that safe."""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Final
+
+import grpc
+
+from dspex_persist.state.commands import Command
+from dspex_persist.state.errors import (
+    EngineClosedError,
+    InvalidArgumentError,
+    LimitExceededError,
+    OutcomeUnknownError,
+    ShuttingDownError,
+    StateError,
+)
+from dspex_persist.state.rpc.headers import Headers
+from dspex_persist.state.rpc.rpcs.base import Rpc
+from dspex_persist.state.rpc.status import error_of_call, is_told, never_sent
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
+_CONNECTION_LOST: Final = frozenset(
+    {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
+)
+
+
+class Attempt:
+    """One command under way: sent, and sent again while its outcome is open and a key makes that safe."""
+
+    def __init__(
+        self,
+        stub: Any,
+        rpc: Rpc[Any, Any],
+        command: Command[Any],
+        headers: Callable[[Command[Any]], Headers],
+        timeout_s: float,
+        lost_s: float,
+        target: str,
+        *,
+        repeatable: bool,
+    ) -> None:
+        self._stub = stub
+        self._rpc = rpc
+        self._command = command
+        self._repeatable = repeatable
+        self._headers_of = headers
+        self._timeout_s = timeout_s
+        self._deadline = time.monotonic() + timeout_s
+        self._taken: list[Any] = []
+        # A tool may take its time; a server that is gone is not waited for as long as that.
+        self._lost_s = lost_s
+        self._give_up_at: float | None = None
+        self._unknown: OutcomeUnknownError | None = None
+        self._target = target
+        self._pause_s = _FIRST_PAUSE_S
+        self._future: Future[Any] = Future()
+
+    def start(self) -> Future[Any]:
+        """Send it; the future of its result."""
+        self._future.set_running_or_notify_cancel()
+        try:
+            self._write()
+            self._send()
+        except (InvalidArgumentError, LimitExceededError) as error:
+            self._future.set_exception(error)
+        except (ValueError, TypeError) as error:
+            # What no message can carry: a lone surrogate, a number beyond its field.
+            self._future.set_exception(InvalidArgumentError("request", str(error)))
+        return self._future
+
+    def _write(self) -> None:
+        self._headers = self._headers_of(self._command)
+        self._request = self._rpc.request_of(self._command)
+
+    def _send_again(self) -> None:
+        try:
+            self._send()
+        except ValueError:
+            # The channel was closed meanwhile.
+            self._future.set_exception(EngineClosedError())
+
+    def _send(self) -> None:
+        left_s = max(0.001, self._deadline - time.monotonic())
+        call = self._stub.future(self._request, timeout=left_s, metadata=self._headers)
+        call.add_done_callback(self._done)
+
+    def _done(self, call: Any) -> None:
+        try:
+            response = call.result()
+        except grpc.RpcError:
+            self._failed(call)
+        except grpc.FutureCancelledError:
+            self._future.set_exception(EngineClosedError())
+        else:
+            self._answered(response, call)
+
+    def _answered(self, response: Any, call: Any) -> None:
+        def trailer(name: str) -> str | None:
+            return next((text for key, text in call.trailing_metadata() or () if key == name), None)
+
+        result = self._rpc.result_of(self._command, response, trailer)
+        if self._rpc.rest_of is None:
+            self._future.set_result(result)
+            return
+        self._taken += result
+        rest = self._rpc.rest_of(self._command, result, trailer)
+        if rest is None:
+            self._future.set_result(self._taken)
+            return
+        self._command = rest
+        self._deadline = time.monotonic() + self._timeout_s
+        self._write()
+        self._send_again()
+
+    def _failed(self, call: Any) -> None:
+        error = error_of_call(call, self._target)
+        lost = call.code() in _CONNECTION_LOST and not is_told(call)
+        if lost:
+            error = self._lost(error, call.details() or call.code().name)
+        open_still = lost or isinstance(error, OutcomeUnknownError | EngineClosedError | ShuttingDownError)
+        if isinstance(error, OutcomeUnknownError):
+            self._unknown = error
+        if open_still and self._repeatable and time.monotonic() + self._pause_s < self._until():
+            self._send_later()
+        else:
+            # That it cannot be reached any more says nothing of what it did before.
+            self._future.set_exception(self._unknown if self._unknown is not None and lost else error)
+
+    def _until(self) -> float:
+        """Until when it is repeated, counted from the first failure."""
+        if self._give_up_at is None:
+            self._give_up_at = min(self._deadline, time.monotonic() + self._lost_s)
+        return self._give_up_at
+
+    def _send_later(self) -> None:
+        timer = threading.Timer(self._pause_s, self._send_again)
+        timer.daemon = True
+        timer.start()
+        self._pause_s = min(self._pause_s * 2, _LONGEST_PAUSE_S)
+
+    def _lost(self, error: StateError, details: str) -> StateError:
+        if self._command.writes and not never_sent(details):
+            return OutcomeUnknownError(f"the connection to {self._target} broke: {details}")
+        return error

@@ -1,0 +1,221 @@
+"""BridgedState: session state that another process keeps, reached by the unified bridge protocol."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, Final, TypeVar
+
+import grpc
+
+from dspex_persist.infra.channels import channel_options
+from dspex_persist.infra.futures import failed
+from dspex_persist.infra.listen import target_of
+from dspex_persist.infra.user import user_name
+from dspex_persist.state import arguments, commands, values
+from dspex_persist.state.commands import Command
+from dspex_persist.state.errors import (
+    EngineClosedError,
+    InvalidArgumentError,
+    LimitExceededError,
+    StateError,
+    UnsupportedError,
+)
+from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, Source, ToolSpec, Value
+from dspex_persist.state.provider import (
+    Capability,
+    Progress,
+    StateProvider,
+    StreamsTools,
+    check_watch,
+    fault_of,
+    silent,
+)
+from dspex_persist.state.rpc import audit_client
+from dspex_persist.state.rpc.attempt import Attempt
+from dspex_persist.state.rpc.audit_client import BridgedAudit
+from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.rpc.generated.snakepit_bridge_pb2_grpc import BridgeServiceStub
+from dspex_persist.state.rpc.headers import (
+    ACTOR,
+    AFTER_SEQUENCE,
+    ARGUMENTS,
+    BINARY,
+    EXECUTION_ID,
+    IDEMPOTENCY_KEY,
+    OPTIMIZER_ID,
+    SOURCE,
+    Headers,
+)
+from dspex_persist.state.rpc.inherited import OneProcess, refuse_lost
+from dspex_persist.state.rpc.rpcs import BY_COMMAND
+from dspex_persist.state.rpc.rpcs.base import Rpc
+from dspex_persist.state.rpc.rpcs.tools import EXECUTE_TOOL, GetExposedElixirTools
+from dspex_persist.state.rpc.status import error_of_call
+from dspex_persist.state.rpc.watch import BridgedWatch
+
+R = TypeVar("R")
+
+_HEADER_LENGTH: Final = 255
+_VERDICT_S: Final = 1.0
+# A channel that lost its server tries again this often at first, so that a restart is noticed at once. The second one
+# says how long an attempt may take, whatever its name: on a loaded machine a tenth of a second is too short.
+_RECONNECTING: Final = (
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 5_000),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+)
+
+
+def _nothing() -> None:
+    pass
+
+
+class BridgedState(StateProvider, StreamsTools):
+    """Session state behind a gRPC target such as "127.0.0.1:50051" or "unix:/run/dspex.sock", or a URL of `connect`.
+
+    A call that is not answered within `timeout_s` fails. If it wrote, and had an idempotency key, it is repeated with
+    it for as long after the connection was lost, and so happens once; without a key its outcome is unknown.
+
+    With `execution_id` every call on variables and tools is part of that running execution's transaction: this is how
+    the process that runs a registered tool reaches it (it is told the id in `x-dspex-execution-id`).
+    """
+
+    capabilities = frozenset({Capability.DURABLE, Capability.REMOTE, Capability.AUDIT})
+
+    def __init__(
+        self, target: str, *, timeout_s: float = 30.0, actor: str | None = None, execution_id: str | None = None
+    ) -> None:
+        target = self._target = target_of(arguments.text("target", target))
+        self._timeout_s = arguments.timeout("timeout_s", timeout_s)
+        self._execution_id = execution_id
+        self._actor = arguments.text("actor", actor) if actor else f"user:{user_name()}"
+        refuse_lost(target)
+        self._channel = grpc.insecure_channel(target, options=(*channel_options(target), *_RECONNECTING))
+        self._here = OneProcess(target, self._channel)
+        self._stub = BridgeServiceStub(self._channel)
+        self._closed = False
+
+    def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
+        """Send the command; the future resolves with the answer."""
+        fault = self._here.refusal or (EngineClosedError() if self._closed else fault_of(command, origin))
+        if fault is not None:
+            return failed(fault)
+        rpc = BY_COMMAND.get(type(command))
+        if rpc is None:
+            return failed(UnsupportedError(f"{command.cause} over the bridge"))
+        asked_by = origin or self.default_origin(command.cause)
+        return Attempt(
+            getattr(self._stub, rpc.name),
+            rpc,
+            command,
+            partial(self._headers_of, rpc, asked_by),
+            self._patience_s(command),
+            self._timeout_s,
+            self._target,
+            repeatable=asked_by.idempotency_key is not None,
+        ).start()
+
+    def watch(
+        self, session_id: str, identifiers: Sequence[str] = (), *, after_sequence: int | None = None
+    ) -> "BridgedWatch":
+        """Watch variables; see `StateProvider.watch`."""
+        self._check_open()
+        identifiers = check_watch(session_id, identifiers, after_sequence)
+        try:
+            request = pb.WatchVariablesRequest(
+                session_id=session_id, variable_identifiers=identifiers, include_initial_values=after_sequence is None
+            )
+        except ValueError as error:
+            raise InvalidArgumentError("request", str(error)) from error
+        headers = () if after_sequence is None else ((AFTER_SEQUENCE, str(after_sequence)),)
+        call = self._stub.WatchVariables(request, metadata=headers)
+        return BridgedWatch(call, self._timeout_s, self._target, self._error_of)
+
+    def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
+        """The server's tools, and those that the session's workers have registered there."""
+        return self.run(GetExposedElixirTools(session_id))
+
+    def stream_tool(
+        self,
+        session_id: str,
+        tool: str,
+        parameters: Mapping[str, object] | None = None,
+        *,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Iterator[object]:
+        """See `StreamsTools`."""
+        self._check_open()
+        command = commands.ExecuteTool(session_id, tool, values.encode_arguments(parameters or {}), metadata or {})
+        command.check()
+        origin = self.default_origin("ExecuteStreamingTool")
+        headers = self._headers_of(EXECUTE_TOOL, origin, command)
+        call = self._stub.ExecuteStreamingTool(EXECUTE_TOOL.request_of(command), metadata=headers)
+        try:
+            for chunk in call:
+                if not (chunk.is_final and chunk.data == b"null"):
+                    yield values.decode_loosely(Value(chunk.data.decode()), chunk.metadata["result_type"])
+        except grpc.RpcError:
+            raise self._error_of(call) from None
+        finally:
+            call.cancel()
+
+    def audit(self, *, reveal: bool = False, let_go: Callable[[], None] = _nothing) -> BridgedAudit:
+        """The server's history, to be asked; `let_go` is called when it is closed.
+
+        The server shows values of sensitive variables only if it was started with `audit_reveal`.
+        """
+        self._check_open()
+        reveal = arguments.flag("reveal", reveal)
+        return BridgedAudit(self._channel, self._target, timeout_s=self._timeout_s, reveal=reveal, let_go=let_go)
+
+    def prune(self, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PruneReport:
+        """Have the server prune; see `StateProvider.prune`. It takes as long as it takes."""
+        self._check_open()
+        return audit_client.prune(self._channel, self._target, policy, confirm=confirm, progress=progress)
+
+    def _patience_s(self, command: Command[Any]) -> float:
+        asked_s = command.timeout_s if isinstance(command, commands.ExecuteTool) else None
+        # The server ends the tool when its time is up, and has a moment more to say so.
+        return self._timeout_s if asked_s is None else asked_s + _VERDICT_S
+
+    def _headers_of(self, rpc: Rpc[Any, Any], origin: Origin, command: Command[Any]) -> Headers:
+        said = {
+            ACTOR: origin.actor,
+            SOURCE: origin.source.value if origin.source is Source.PYTHON else None,
+            IDEMPOTENCY_KEY: origin.idempotency_key,
+            OPTIMIZER_ID: origin.optimizer_id,
+            EXECUTION_ID: self._execution_id,
+            **rpc.headers_of(command),
+        }
+        return tuple(_header(name, text) for name, text in said.items() if text is not None)
+
+    def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
+        """The user of this process."""
+        if idempotency_key is not None:
+            idempotency_key = arguments.text("idempotency_key", idempotency_key)
+        return Origin(self._actor, cause, Source.PYTHON, idempotency_key)
+
+    def close(self) -> None:
+        """Close the channel; the server goes on. In a child of the process that has it, it is left alone."""
+        self._closed = True
+        if self._here.refusal is None:
+            self._channel.close()
+            self._here.close()
+
+    def _error_of(self, call: Any) -> StateError:
+        """What ended a stream. One that ends because this was closed under it says so, as a file's does."""
+        return EngineClosedError() if self._closed else error_of_call(call, self._target)
+
+    def _check_open(self) -> None:
+        self._here.check()
+        if self._closed:
+            raise EngineClosedError()
+
+
+def _header(name: str, text: str) -> tuple[str, str | bytes]:
+    """`text` as gRPC metadata: what is not plain ASCII travels as UTF-8 under a binary key."""
+    if len(text) > _HEADER_LENGTH:
+        raise LimitExceededError(f"the length of {ARGUMENTS.get(name, name)}", len(text), _HEADER_LENGTH, "name_length")
+    if text and text.isascii() and text.isprintable() and text == text.strip():
+        return name, text
+    return name + BINARY, text.encode()

@@ -1,0 +1,105 @@
+"""The streams of watchers: what they are told, and how long they may take to read it."""
+
+import asyncio
+from typing import Any
+
+from dspex_persist import clock
+from dspex_persist.infra.mailbox import LoopMailbox
+from dspex_persist.state.errors import UnavailableError, WatchStalledError
+from dspex_persist.state.model import Update, UpdateKind
+from dspex_persist.state.rpc import codec
+from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.rpc.headers import AFTER_SEQUENCE, INITIAL_VALUES, POSITION
+from dspex_persist.state.rpc.incoming import Context
+from dspex_persist.state.watch import Watch
+
+
+class WatchStreams:
+    """All of them. `heartbeat_s`: how often an idle watcher hears something. `stall_timeout_s`: how long one update may
+    wait for a watcher that does not read before its stream is ended.
+
+    Made and used on one event loop.
+    """
+
+    def __init__(self, mailbox: LoopMailbox, heartbeat_s: float, stall_timeout_s: float) -> None:
+        self.mailbox = mailbox
+        self.heartbeat_s = heartbeat_s
+        self.stall_timeout_s = stall_timeout_s
+        self.draining = False
+        self.waiting: set[asyncio.Event] = set()
+
+    def drain(self) -> None:
+        """End them, each with a status that says from where to resume."""
+        self.draining = True
+        for ready in self.waiting:
+            ready.set()
+
+    async def send(self, watch: Watch, context: Context, log: Any, *, initial: bool) -> None:
+        """Send what a watch tells until it ends, or the client goes. `initial`: begin with the values as they are."""
+        with watch:
+            await _WatchStream(self, watch, context, log).run(initial=initial)
+
+
+class _WatchStream:
+    """One watcher's stream: pulls, sends, waits; holds no more than one page of updates."""
+
+    def __init__(self, streams: WatchStreams, watch: Watch, context: Context, log: Any) -> None:
+        self._streams = streams
+        self._watch = watch
+        self._context = context
+        self._ready = asyncio.Event()
+        self._told = watch.position
+        self._log = log
+
+    async def run(self, *, initial: bool) -> None:
+        streams, ready = self._streams, self._ready
+        self._watch.notify(streams.mailbox.waker(ready.set))
+        streams.waiting.add(ready)
+        self._log.debug("watch begun", after_sequence=self._told)
+        try:
+            count = len(self._watch.initial) if initial else 0
+            await self._context.send_initial_metadata(((POSITION, str(self._told)), (INITIAL_VALUES, str(count))))
+            if initial:
+                await self._send_initial()
+            while not streams.draining:
+                ready.clear()
+                if not await self._send_new():
+                    await self._wait()
+        finally:
+            streams.waiting.discard(ready)
+        raise UnavailableError(f"the server is shutting down; resume with {AFTER_SEQUENCE}: {self._told}")
+
+    async def _send_initial(self) -> None:
+        for variable in self._watch.initial:
+            update = Update(UpdateKind.INITIAL_VALUE, variable, self._told, variable.updated_at)
+            await self._send(codec.update_message(update))
+
+    async def _send_new(self) -> bool:
+        """Send what there is; whether there was anything."""
+        updates = self._watch.pull_ready()
+        if updates is None:
+            updates = await asyncio.to_thread(self._watch.pull)
+        for update in updates:
+            if update.part[0] == update.part[1]:
+                # Told from here on, even if it stalls: what gRPC has taken arrives before the status does.
+                self._told = update.sequence
+            await self._send(codec.update_message(update))
+        return bool(updates)
+
+    async def _wait(self) -> None:
+        # Everything up to here has been told, or was not for this watcher.
+        self._told = max(self._told, self._watch.position)
+        try:
+            async with asyncio.timeout(self._streams.heartbeat_s):
+                await self._ready.wait()
+        except TimeoutError:
+            await self._send(codec.heartbeat_message(self._told, clock.now()))
+
+    async def _send(self, message: pb.VariableUpdate) -> None:
+        timeout_s = self._streams.stall_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._context.write(message)
+        except TimeoutError:
+            self._log.info("watcher stalled", after_sequence=self._told)
+            raise WatchStalledError(self._told, timeout_s) from None
