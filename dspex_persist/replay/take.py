@@ -26,7 +26,7 @@ from dspex_persist.state.model import (
 )
 from dspex_persist.state.model import RecordedExecution as KnownExecution
 from dspex_persist.state.session_state import SessionState
-from dspex_persist.state.unit_of_work import Drafts, HistoryQuery, RecordedOutcome, UnitOfWork, up_to
+from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, UnitOfWork, VersionQuery, up_to
 
 R = TypeVar("R")
 
@@ -201,7 +201,7 @@ class _Backing:
         known = self.take.history(state, variable_id) or ()
         return next((entry for entry in known if entry.version == version), None)
 
-    def history(self, state: SessionState, query: HistoryQuery) -> list[VariableVersion] | None:
+    def history(self, state: SessionState, query: VersionQuery) -> list[VariableVersion] | None:
         known = self.take.history(state, query.identifier)
         if known is None:
             return None

@@ -31,6 +31,7 @@ from dspex_persist.state.errors import (
     TooManyWatchersError,
     VariableNotFoundError,
 )
+from dspex_persist.state.groups import Groups, Job
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     Origin,
@@ -45,12 +46,14 @@ from dspex_persist.state.options import check_count, check_seconds
 from dspex_persist.state.provider import Capability, Progress, StateProvider, check_watch, fault_of, silent
 from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.session_state import SessionState
+from dspex_persist.state.store import prune, recordings
+from dspex_persist.state.store.answers import StoredAudit
 from dspex_persist.state.store.retention import Retention
-from dspex_persist.state.store.session_store import Job, SessionStore, StoreOptions
-from dspex_persist.state.store.writer import Writer
+from dspex_persist.state.store.session_store import StoreOptions, open_groups
 from dspex_persist.state.tools.ports import ToolCode, check_tools
 from dspex_persist.state.tools.with_tools import TOOL_THREADS, WithTools
 from dspex_persist.state.watch import Watch, is_watched, updates_of
+from dspex_persist.state.writer import Writer
 
 R = TypeVar("R")
 
@@ -77,7 +80,8 @@ class SqliteState(StateProvider):
         on_fatal: Callable[[BaseException], None] | None = None,
     ) -> None:
         check_seconds("sweep_interval_s", sweep_interval_s)
-        self._store = SessionStore(Path(path), options)
+        self._groups = open_groups(Path(path), options)
+        self._store = self._groups.log
         self._failed: StateError | None = None
         self._told_fatal = on_fatal
         self._closing = threading.Lock()
@@ -92,13 +96,13 @@ class SqliteState(StateProvider):
             self._store.size_bytes,
         )
         self._writer = Writer(
-            self._store.write_group,
+            self._groups.write_group,
             queue_length=self._store.options.limits.queue_length,
-            check=self._store.check_file,
+            check=self._groups.check,
             on_idle=self._on_idle,
             idle_s=sweep_interval_s,
             on_fatal=self._on_fatal,
-            on_answered=self._store.hub.wake,
+            on_answered=self._groups.hub.wake,
         )
         forks.tell(self)
 
@@ -110,7 +114,7 @@ class SqliteState(StateProvider):
     @property
     def head_sequence(self) -> int:
         """The last durable commit."""
-        return self._store.head.sequence
+        return self._store.sequence
 
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
         """Have the command carried out: a read of a session that is in memory is done when this returns."""
@@ -125,7 +129,7 @@ class SqliteState(StateProvider):
         except StateError as error:
             return failed(error)
         reads = command.reads
-        state = self._store.find_loaded(command.session_id) if reads is not Reads.FILE else None
+        state = self._groups.find_loaded(command.session_id) if reads is not Reads.FILE else None
         if reads is not Reads.CURRENT or (state is not None and command.takes_long(state)):
             future = self._readers.submit(self._read_beside, command, asked_by, state)
             if state is None or state.lease is not None:
@@ -139,13 +143,13 @@ class SqliteState(StateProvider):
 
     def _read_beside(self, command: Command[R], origin: Origin, state: SessionState | None) -> R:
         if state is not None and command.reads is Reads.CURRENT:
-            return cast(R, self._store.read_current(command, origin, state))
-        return cast(R, self._store.read_file(command, origin, state))
+            return cast(R, self._groups.read_current(command, origin, state))
+        return cast(R, self._groups.read_stored(command, origin, state))
 
     def _read(self, command: Command[Any], origin: Origin, state: SessionState) -> Future[Any]:
         future: Future[Any] = Future()
         try:
-            future.set_result(self._store.read_current(command, origin, state))
+            future.set_result(self._groups.read_current(command, origin, state))
         except StateError as error:
             future.set_exception(error)
         if state.lease is not None and state.lease.is_unsaved():
@@ -157,10 +161,10 @@ class SqliteState(StateProvider):
     ) -> "EmbeddedWatch":
         """Watch variables; see `StateProvider.watch`."""
         identifiers = check_watch(session_id, identifiers, after_sequence)
-        if self._store.hub.count >= self._store.options.limits.watchers:
+        if self._groups.hub.count >= self._store.options.limits.watchers:
             raise TooManyWatchersError(self._store.options.limits.watchers)
         return EmbeddedWatch(
-            self._store, self.check_open, partial(self._state_of, session_id), identifiers, after_sequence
+            self._groups, self.check_open, partial(self._state_of, session_id), identifiers, after_sequence
         )
 
     def _state_of(self, session_id: str) -> SessionState:
@@ -183,7 +187,7 @@ class SqliteState(StateProvider):
     def audit(self, *, reveal: bool = False) -> AuditSource:
         """See `StateProvider.audit`."""
         self.check_open()
-        return self._store.audit(reveal=arguments.flag("reveal", reveal))
+        return StoredAudit(self._store.readers, reveal=arguments.flag("reveal", reveal))
 
     def record(
         self, session_id: str, *, started: int | None = None, reveal: bool = False
@@ -193,13 +197,13 @@ class SqliteState(StateProvider):
         session_id = arguments.text("session_id", session_id)
         if started is not None:
             started = arguments.sequence("started", started)
-        return self._store.record(session_id, started=started, reveal=reveal)
+        return recordings.read_session(self._store.readers, session_id, started=started, reveal=reveal)
 
     def fork_session(self, session_id: str, new_session_id: str, at: str = "") -> SessionView:
         """See `StateProvider.fork_session`."""
         self.check_open()
         source, name = arguments.text("session_id", session_id), arguments.text("new_session_id", new_session_id)
-        return self.run(self._store.fork(source, name, arguments.text("at", at)))
+        return self.run(recordings.fork_of(self._store.readers, source, name, arguments.text("at", at)))
 
     def prune(self, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PruneReport:
         """Delete the history that `policy` lets go, for good; without `confirm`, only say how much that is.
@@ -209,9 +213,9 @@ class SqliteState(StateProvider):
         """
         self.check_open()
         if not confirm:
-            return self._store.prune(policy, None, progress)
+            return prune.run(self._store.readers, policy, None, progress)
         with self._pruning:
-            return self._store.prune(policy, self._write_all, progress)
+            return prune.run(self._store.readers, policy, self._write_all, progress)
 
     def _write_all(self, jobs: list[Job]) -> None:
         futures = [self._writer.submit(job) for job in jobs]
@@ -219,7 +223,7 @@ class SqliteState(StateProvider):
             future.result()
 
     def _on_idle(self) -> None:
-        self._store.sweep()
+        self._groups.sweep()
         self._retention.on_idle()
 
     def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
@@ -241,9 +245,9 @@ class SqliteState(StateProvider):
             self._writer.close()
             self._retention.close()
             self._readers.shutdown()
-            self._store.hub.wake_all()
+            self._groups.hub.wake_all()
             if self._failed is None:
-                self._store.close()
+                self._groups.close()
 
     def forked(self, *, quiet: bool) -> None:
         """In a child every call fails at once, and closing does nothing. See `forks.Heir`."""
@@ -251,13 +255,13 @@ class SqliteState(StateProvider):
         self._closed = True
         self._closing = threading.Lock()
         self._writer.refuse(self._failed)
-        self._store.hub.let_go()
+        self._groups.hub.let_go()
 
     def _on_fatal(self, error: BaseException) -> None:
         """On the writer's thread, after every waiting caller has been told."""
         self._failed = error if isinstance(error, StateError) else OutcomeUnknownError(repr(error))
-        self._store.hub.wake_all()
-        self._store.abandon()
+        self._groups.hub.wake_all()
+        self._groups.abandon()
         if self._told_fatal is not None:
             self._told_fatal(error)
 
@@ -303,18 +307,18 @@ class EmbeddedWatch(Watch):
 
     def __init__(
         self,
-        store: SessionStore,
+        groups: Groups[Any],
         check_open: Callable[[], None],
         read_state: Callable[[], SessionState],
         identifiers: Sequence[str],
         after_sequence: int | None,
     ) -> None:
-        self._store = store
+        self._groups = groups
         self._check_open = check_open
         self._identifiers = frozenset(identifiers)
         self._first_sequence = read_state().session.sequence
         # Joined before anything is read, so that nothing can fall in between.
-        self._feed = store.hub.join(self._first_sequence, self)
+        self._feed = groups.hub.join(self._first_sequence, self)
         try:
             self._state = read_state()
             self._start(identifiers, after_sequence)
@@ -327,18 +331,18 @@ class EmbeddedWatch(Watch):
         if state.session.sequence != self._first_sequence:
             raise SessionNotFoundError(session_id)
         if after_sequence is None:
-            everything = self._store.read_current(ListVariables(session_id), _WATCHING, state)
+            everything = self._groups.read_current(ListVariables(session_id), _WATCHING, state)
             self.initial = tuple(variable for variable in everything if is_watched(variable, self._identifiers))
             self.position = state.sequence
         else:
-            head = self._store.head.sequence
+            head = self._groups.log.sequence
             if not 0 <= after_sequence <= head:
                 reason = f"{after_sequence} is not between 0 and the store's last commit, {head}"
                 raise InvalidArgumentError("after_sequence", reason)
             self.initial = ()
             self.position = after_sequence
         for identifier in identifiers:
-            if state.find(identifier) is None and not self._store.was_there(state, identifier):
+            if state.find(identifier) is None and not self._groups.had(state, identifier):
                 raise VariableNotFoundError(session_id, identifier)
 
     def pull_ready(self) -> list[Update] | None:
@@ -361,7 +365,7 @@ class EmbeddedWatch(Watch):
         """See `Watch.pull`."""
         while (updates := self.pull_ready()) is None:
             floor = self._feed.floor
-            commits = self._store.changes_after(self._current_state(), self.position)
+            commits = self._groups.log.changes_after(self._current_state(), self.position)
             if not commits:
                 # Nothing of this session up to the floor as it was is left to read: what follows may be in the feed.
                 self.position = max(self.position, floor)
@@ -375,7 +379,7 @@ class EmbeddedWatch(Watch):
         return updates
 
     def _current_state(self) -> SessionState:
-        state = self._store.find_loaded(self._state.session.id)
+        state = self._groups.find_loaded(self._state.session.id)
         if state is not None and state.session.sequence == self._first_sequence:
             self._state = state
         return self._state
@@ -387,4 +391,4 @@ class EmbeddedWatch(Watch):
 
     def close(self) -> None:
         """Stop watching."""
-        self._store.hub.leave(self._first_sequence, self)
+        self._groups.hub.leave(self._first_sequence, self)

@@ -55,7 +55,7 @@ _TOKENS: Iterator[str] = iter(lambda: secrets.token_hex(6), "")
 
 
 @dataclass(frozen=True, slots=True)
-class HistoryQuery:
+class VersionQuery:
     """Which versions of a variable are wanted: the newest `limit` below version `before`, deletions included.
 
     `identifier` is a name or an id. No version follows once those before it have `most_bytes`. With `as_of` a name
@@ -78,7 +78,7 @@ class Backing(Protocol):
     def find_version(self, state: SessionState, variable_id: str, version: int) -> VariableVersion | None:
         """One committed version."""
 
-    def history(self, state: SessionState, query: HistoryQuery) -> list[VariableVersion] | None:
+    def history(self, state: SessionState, query: VersionQuery) -> list[VariableVersion] | None:
         """The committed versions, newest first; None if the session never had the variable."""
 
     def find_outcome(self, session_id: str, key: str) -> "RecordedOutcome | None":
@@ -100,12 +100,16 @@ class RecordedOutcome:
 
 
 class Drafts:
-    """What a group of units has changed so far, in memory only, over a backing."""
+    """What a group of units has changed so far, in memory only, over a backing.
 
-    __slots__ = ("backing", "executions", "forgotten", "gone", "outcomes", "states", "versions")
+    `load` finds sessions where the backing's own is not to be asked.
+    """
 
-    def __init__(self, backing: Backing) -> None:
+    __slots__ = ("backing", "executions", "forgotten", "gone", "load", "outcomes", "states", "versions")
+
+    def __init__(self, backing: Backing, load: Callable[[str], SessionState | None] | None = None) -> None:
         self.backing = backing
+        self.load = backing.load if load is None else load
         self.states: dict[str, SessionState | None] = {}
         self.versions: list[Change] = []
         self.outcomes: dict[tuple[str, str], RecordedOutcome] = {}
@@ -118,12 +122,12 @@ class Drafts:
         """The session as the group sees it."""
         if session_id in self.states:
             return self.states[session_id]
-        return self.backing.load(session_id)
+        return self.load(session_id)
 
     def edit(self, session_id: str) -> SessionState | None:
         """The session as this group may change it."""
         if session_id not in self.states:
-            loaded = self.backing.load(session_id)
+            loaded = self.load(session_id)
             self.states[session_id] = loaded.copy() if loaded is not None else None
         return self.states[session_id]
 
@@ -341,7 +345,7 @@ class UnitOfWork:
                 return change.version
         return self._drafts.backing.find_version(self.session(session_id), variable.id, version)
 
-    def history(self, session_id: str, query: HistoryQuery) -> list[VariableVersion]:
+    def history(self, session_id: str, query: VersionQuery) -> list[VariableVersion]:
         """The committed versions, newest first; deleted variables included."""
         found = self._drafts.backing.history(self.session(session_id), query)
         if found is None:
@@ -355,7 +359,7 @@ class UnitOfWork:
             return live.id
         if (session_id, name) in self._drafts.gone:
             return self._drafts.gone[session_id, name]
-        newest = self._drafts.backing.history(state, HistoryQuery(name, 1))
+        newest = self._drafts.backing.history(state, VersionQuery(name, 1))
         return newest[0].variable_id if newest else None
 
     # Dependencies and optimization

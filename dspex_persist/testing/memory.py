@@ -12,7 +12,7 @@ from dspex_persist.state.errors import StateError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Change, Event, Origin, RecordedExecution, Source, VariableVersion
 from dspex_persist.state.session_state import SessionState
-from dspex_persist.state.unit_of_work import START, Drafts, HistoryQuery, RecordedOutcome, UnitOfWork, up_to
+from dspex_persist.state.unit_of_work import START, Drafts, RecordedOutcome, UnitOfWork, VersionQuery, up_to
 
 R = TypeVar("R")
 
@@ -143,7 +143,7 @@ class MemoryBacking:
         versions = self._history_of(state).versions.get(variable_id, [])
         return versions[version] if 0 <= version < len(versions) else None
 
-    def history(self, state: SessionState, query: HistoryQuery) -> list[VariableVersion] | None:
+    def history(self, state: SessionState, query: VersionQuery) -> list[VariableVersion] | None:
         """The versions that the query wants, newest first; None if the session never had the variable."""
         history, as_of = self._history_of(state), query.as_of
         live = state.find(query.identifier)

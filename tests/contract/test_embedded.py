@@ -230,7 +230,7 @@ class TestWhileWatchersAndTheWriterMeet:
         self, provider: EmbeddedState, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It joins right after the writer has looked who watches."""
-        hub, head = provider.engine._store.hub, provider.head_sequence
+        hub, head = provider.engine._groups.hub, provider.head_sequence
         watches: list[Watch] = []
         is_watched = hub.is_watched
 

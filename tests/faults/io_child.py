@@ -38,10 +38,11 @@ from dspex_persist.state.commands import (
 )
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import OutcomeUnknownError, StateError
+from dspex_persist.state.groups import Job
 from dspex_persist.state.model import PrunePolicy, Value
 from dspex_persist.state.recording import write_recording
 from dspex_persist.state.store import maintenance, session_store
-from dspex_persist.state.store.session_store import Job, SessionStore
+from dspex_persist.state.store.session_store import SessionStore
 from tests.deadline import within
 
 KINDS = ("open", "read", "write", "sync", "truncate", "lock", "unlink", "rename")
@@ -245,14 +246,10 @@ def _take_error_for_abort() -> None:
 
 
 def _import_in_parts() -> None:
+    whole = SessionStore.write_whole
+
     def write_whole(self: SessionStore, jobs: Iterable[Job]) -> list[Any]:
-        results = []
-        for job in jobs:
-            [outcome] = self.write_group([job])
-            if outcome.error is not None:
-                raise outcome.error
-            results.append(outcome.result)
-        return [result for result in results if result is not None]
+        return [result for job in jobs for result in whole(self, [job])]
 
     SessionStore.write_whole = write_whole  # type: ignore[method-assign]
 

@@ -24,7 +24,7 @@ from typing import Self
 
 from dspex_persist.state.errors import StateError
 from dspex_persist.state.store import maintenance
-from dspex_persist.state.store.session_store import SessionStore
+from dspex_persist.state.store.session_store import open_groups
 from tests.faults import io_child, shim
 from tests.faults.checker import Checker, copy_files, verify
 from tests.faults.ledger import Ledger, Write
@@ -138,7 +138,7 @@ def _judge(place: Path, result: Result) -> None:
     problems += _check_backup(place, "backup" in done)
     # The start after it, with a disk that works again.
     try:
-        SessionStore(database).close()
+        open_groups(database).close()
     except StateError as error:
         problems.append(f"cannot be opened again: {error}")
         return

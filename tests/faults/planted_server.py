@@ -14,16 +14,17 @@ from typing import Any
 from dspex_persist.cli import main
 from dspex_persist.state.commands import BeginExecution, FinishExecution, SetVariable, SetVariables
 from dspex_persist.state.errors import StorageError
+from dspex_persist.state.groups import Groups, Job, Outcome
 from dspex_persist.state.model import BatchOutcome
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.store import engine
 from dspex_persist.state.store.anchor import Anchor
 from dspex_persist.state.store.guard import FileGuard
-from dspex_persist.state.store.session_store import Job, Outcome, SessionStore
+from dspex_persist.state.store.session_store import FileGroups, SessionStore
 from dspex_persist.state.watch import Hub
 
-_write_group = SessionStore.write_group
-_find_loaded = SessionStore.find_loaded
+_write_group = Groups.write_group
+_find_loaded = Groups.find_loaded
 _publish = Hub.publish
 
 _LATE_GROUPS = 20
@@ -84,13 +85,13 @@ class _InTransaction(contextlib.AbstractContextManager[Any]):
 def ack_before_commit() -> None:
     """Acknowledge what is in no file yet. The anchor stays silent, or the next start would tell."""
 
-    def write_group(self: SessionStore, jobs: Sequence[Job]) -> list[Outcome]:
-        connection: Any = self._connection
+    def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
+        connection: Any = self.log._connection
         if _is_batch(jobs) and not isinstance(connection, _LateCommit):
-            _patch(self, "_connection", _LateCommit(connection))
+            _patch(self.log, "_connection", _LateCommit(connection))
         return _write_group(self, jobs)
 
-    _patch(SessionStore, "write_group", write_group)
+    _patch(Groups, "write_group", write_group)
     _patch(Anchor, "write", lambda *_: None)
 
 
@@ -102,7 +103,7 @@ def _is_batch(jobs: Sequence[Job]) -> bool:
 def half_batch() -> None:
     """Write the entries of a batch one after the other, each in a transaction of its own."""
 
-    def one_by_one(self: SessionStore, job: Job) -> Outcome:
+    def one_by_one(self: FileGroups, job: Job) -> Outcome:
         command = job.command
         if not isinstance(command, SetVariables) or len(command.updates) < 2:
             return _write_group(self, [job])[0]
@@ -115,31 +116,31 @@ def half_batch() -> None:
             versions |= outcome.result.versions
         return Outcome(BatchOutcome(success=True, versions=versions, errors={}))
 
-    _patch(SessionStore, "write_group", lambda self, jobs: [one_by_one(self, job) for job in jobs])
+    _patch(Groups, "write_group", lambda self, jobs: [one_by_one(self, job) for job in jobs])
 
 
 def forget_keys() -> None:
     """Carry a repeated request out again."""
 
-    def write_group(self: SessionStore, jobs: Sequence[Job]) -> list[Outcome]:
+    def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
         return _write_group(self, [Job(job.command, replace(job.origin, idempotency_key=None)) for job in jobs])
 
-    _patch(SessionStore, "write_group", write_group)
+    _patch(Groups, "write_group", write_group)
 
 
 def lost_update() -> None:
     """Pay no attention to the expected version."""
 
-    def write_group(self: SessionStore, jobs: Sequence[Job]) -> list[Outcome]:
+    def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
         return _write_group(self, [Job(_unconditional(job.command), job.origin) for job in jobs])
 
-    _patch(SessionStore, "write_group", write_group)
+    _patch(Groups, "write_group", write_group)
 
 
 def write_then_refuse() -> None:
     """Write something of whatever is then refused."""
 
-    def write_group(self: SessionStore, jobs: Sequence[Job]) -> list[Outcome]:
+    def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
         outcomes = _write_group(self, jobs)
         for job, outcome in zip(jobs, outcomes, strict=True):
             state = self.find_loaded(job.command.session_id)
@@ -150,7 +151,7 @@ def write_then_refuse() -> None:
                 _write_group(self, [Job(again, job.origin)])
         return outcomes
 
-    _patch(SessionStore, "write_group", write_group)
+    _patch(Groups, "write_group", write_group)
 
 
 def _unconditional(command: Any) -> Any:
@@ -161,7 +162,7 @@ def stale_read() -> None:
     """Answer reads from a state that is a moment old."""
     kept: dict[str, tuple[float, SessionState]] = {}
 
-    def find_loaded(self: SessionStore, session_id: str) -> SessionState | None:
+    def find_loaded(self: FileGroups, session_id: str) -> SessionState | None:
         state = _find_loaded(self, session_id)
         if state is None:
             return None
@@ -173,37 +174,37 @@ def stale_read() -> None:
             return state
         return old
 
-    _patch(SessionStore, "find_loaded", find_loaded)
+    _patch(Groups, "find_loaded", find_loaded)
 
 
 def dirty_read() -> None:
     """Let readers see a group that then fails."""
     count = 0
 
-    def write_group(self: SessionStore, jobs: Sequence[Job]) -> list[Outcome]:
+    def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
         nonlocal count
         count += any(isinstance(job.command, SetVariable) for job in jobs)
         if count < _SPARED or count % 3:
             return _write_group(self, jobs)
         before = {job.command.session_id: self._cache.find(job.command.session_id) for job in jobs}
-        head, keys = self.head, self._keys
-        connection = self._connection
+        head, keys = self.log.head, self.log._keys
+        connection = self.log._connection
         with connection.begin() as transaction:
-            _patch(self, "_connection", _InTransaction(connection))
+            _patch(self.log, "_connection", _InTransaction(connection))
             try:
                 _write_group(self, jobs)
             finally:
-                _patch(self, "_connection", connection)
+                _patch(self.log, "_connection", connection)
             time.sleep(0.02)
             transaction.rollback()
-        self.head, self._keys = head, keys
+        self.log.head, self.log._keys = head, keys
         for session_id, state in before.items():
             self._cache.drop(session_id)
             if state is not None:
                 self._cache.put(session_id, state)
         return [Outcome(error=StorageError("planted")) for _ in jobs]
 
-    _patch(SessionStore, "write_group", write_group)
+    _patch(Groups, "write_group", write_group)
     _patch(Anchor, "write", lambda *_: None)
 
 
@@ -211,7 +212,7 @@ def duplicate_version() -> None:
     """Answer every third write with the version before its own."""
     count = 0
 
-    def write_group(self: SessionStore, jobs: Sequence[Job]) -> list[Outcome]:
+    def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
         nonlocal count
         outcomes = _write_group(self, jobs)
         for index, (job, outcome) in enumerate(zip(jobs, outcomes, strict=True)):
@@ -220,7 +221,7 @@ def duplicate_version() -> None:
                 outcomes[index] = Outcome(outcome.result - 1)
         return outcomes
 
-    _patch(SessionStore, "write_group", write_group)
+    _patch(Groups, "write_group", write_group)
 
 
 def watch_skip() -> None:
@@ -250,48 +251,47 @@ def no_sync() -> None:
 
 def early_anchor() -> None:
     """Remember a head that is not durable yet."""
-    write = SessionStore._write
+    append = SessionStore.append
 
-    def write_too_early(self: SessionStore, units: Any, drafts: Any) -> Any:
-        head = write(self, units, drafts)
-        if head is not None:
-            self._anchor.write(head)
-        return head
+    def append_too_early(self: SessionStore, units: Any, touched: Any) -> None:
+        append(self, units, touched)
+        assert self._appended is not None
+        self._anchor.write(self._appended[0])
 
-    _patch(SessionStore, "_write", write_too_early)
+    _patch(SessionStore, "append", append_too_early)
 
 
 def sequence_gap() -> None:
     """Leave a number out now and then."""
 
-    def write_group(self: SessionStore, jobs: Sequence[Job]) -> list[Outcome]:
-        if self.head.sequence % 10 == 9:
-            self.head = replace(self.head, sequence=self.head.sequence + 1)
+    def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
+        if self.log.head.sequence % 10 == 9:
+            self.log.head = replace(self.log.head, sequence=self.log.head.sequence + 1)
         return _write_group(self, jobs)
 
-    _patch(SessionStore, "write_group", write_group)
+    _patch(Groups, "write_group", write_group)
 
 
 def leak_memory() -> None:
     """Keep something of every write."""
     kept: list[bytearray] = []
 
-    def write_group(self: SessionStore, jobs: Sequence[Job]) -> list[Outcome]:
+    def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
         kept.append(bytearray(200_000))
         return _write_group(self, jobs)
 
-    _patch(SessionStore, "write_group", write_group)
+    _patch(Groups, "write_group", write_group)
 
 
 def leak_files() -> None:
     """Open a file now and then, and forget it."""
 
-    def write_group(self: SessionStore, jobs: Sequence[Job]) -> list[Outcome]:
-        if self.head.sequence % 20 == 0:
-            os.open(self.path, os.O_RDONLY)
+    def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
+        if self.log.head.sequence % 20 == 0:
+            os.open(self.log.path, os.O_RDONLY)
         return _write_group(self, jobs)
 
-    _patch(SessionStore, "write_group", write_group)
+    _patch(Groups, "write_group", write_group)
 
 
 # Bugs of tools: each changes the commands that begin and end executions
@@ -305,7 +305,7 @@ def drop_steps() -> None:
 def half_tool() -> None:
     """Commit what an execution has written in two parts."""
 
-    def one_by_one(self: SessionStore, job: Job) -> Outcome:
+    def one_by_one(self: FileGroups, job: Job) -> Outcome:
         command = job.command
         if not isinstance(command, FinishExecution) or len(command.steps) < 2:
             return _write_group(self, [job])[0]
@@ -313,7 +313,7 @@ def half_tool() -> None:
         _write_group(self, [Job(step.command, job.origin) for step in first])
         return _write_group(self, [Job(_unchecked(replace(command, steps=rest)), job.origin)])[0]
 
-    _patch(SessionStore, "write_group", lambda self, jobs: [one_by_one(self, job) for job in jobs])
+    _patch(Groups, "write_group", lambda self, jobs: [one_by_one(self, job) for job in jobs])
 
 
 def forget_tool_keys() -> None:
@@ -323,7 +323,7 @@ def forget_tool_keys() -> None:
 
 def leave_running() -> None:
     """Let the journal say that what a kill has ended still runs."""
-    _patch(SessionStore, "_interrupt_executions", lambda self: _patch(self, "_stale", {}))
+    _patch(SessionStore, "unfinished", lambda _: {})
 
 
 def no_read_check() -> None:
@@ -368,11 +368,11 @@ def _change_ends(change: Callable[[Any], Any]) -> None:
 
 
 def _change(kind: type, change: Callable[[Any], Any]) -> None:
-    def write_group(self: SessionStore, jobs: Sequence[Job]) -> list[Outcome]:
+    def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
         changed = [Job(change(job.command), job.origin) if isinstance(job.command, kind) else job for job in jobs]
         return _write_group(self, changed)
 
-    _patch(SessionStore, "write_group", write_group)
+    _patch(Groups, "write_group", write_group)
 
 
 def file_not_looked_at() -> None:

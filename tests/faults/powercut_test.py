@@ -20,7 +20,7 @@ from random import Random
 
 from dspex_persist.errors import DspexError
 from dspex_persist.state.store import maintenance
-from dspex_persist.state.store.session_store import SessionStore
+from dspex_persist.state.store.session_store import open_groups
 from tests.faults import shim
 from tests.faults.disk import MODES, Disk, Operation, read_log
 from tests.faults.recordings import DATABASE, Commands, Recording, Served, Upgraded
@@ -150,7 +150,7 @@ def _judge(recording: Recording, folder: Path, instant: float) -> list[str]:
     database = folder / DATABASE
     try:
         # As a start does: anchor, WAL, migration, what was running.
-        SessionStore(database).close()
+        open_groups(database).close()
     except DspexError as error:
         return [f"lost: it cannot be opened: {error}"]
     problems = [f"unsound: {problem}" for problem in maintenance.check(database).problems]

@@ -17,10 +17,11 @@ from typing import ClassVar, NamedTuple
 from dspex_persist import wiring
 from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state.commands import Command, InitializeSession, RegisterVariable, SetVariable
+from dspex_persist.state.groups import Job
 from dspex_persist.state.model import Origin, Value
 from dspex_persist.state.recording import write_recording
 from dspex_persist.state.store import maintenance
-from dspex_persist.state.store.session_store import Job, SessionStore
+from dspex_persist.state.store.session_store import open_groups
 from tests.faults.auditor import Auditor
 from tests.faults.bridge import Bridge, wire
 from tests.faults.checker import Checker
@@ -170,7 +171,7 @@ class Commands(_Promising):
     def _make_recording(self) -> Path:
         """A recording of a session that another file has."""
         other, recording = self._folder / "other.db", self._folder / "recording.jsonl"
-        store = SessionStore(other)
+        store = open_groups(other)
         commands: list[Command[object]] = [
             InitializeSession("s"),
             RegisterVariable("s", "x", "string", Value('""')),

@@ -13,8 +13,9 @@ import pytest
 from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state.commands import InitializeSession, RegisterVariable, SetVariable, SetVariables
 from dspex_persist.state.errors import StorageError
+from dspex_persist.state.groups import Job
 from dspex_persist.state.model import Origin, Value
-from dspex_persist.state.store.session_store import Job, SessionStore
+from dspex_persist.state.store.session_store import FileGroups, open_groups
 from tests.deadline import within
 from tests.faults import shim
 from tests.faults.bridge import Bridge, is_refusal, wire
@@ -41,14 +42,14 @@ def _text(size: int) -> Value:
 
 
 def test_group_is_refused_whole_and_the_engine_goes_on(tmp_path: Path) -> None:
-    store = SessionStore(tmp_path / "full.db")
+    store = open_groups(tmp_path / "full.db")
     store.write_group(
         [
             _job(InitializeSession(SESSION)),
             *(_job(RegisterVariable(SESSION, name, "string", Value('""'))) for name in "abc"),
         ]
     )
-    before = store.head
+    before = store.log.head
     pages = _driver(store).execute("PRAGMA page_count").fetchone()[0]
     _driver(store).execute(f"PRAGMA max_page_count = {pages + 2}")
     group = [
@@ -59,7 +60,7 @@ def test_group_is_refused_whole_and_the_engine_goes_on(tmp_path: Path) -> None:
     outcomes = store.write_group(group)
     assert [type(outcome.error) for outcome in outcomes] == [StorageError] * 3
     assert "full" in str(outcomes[0].error)
-    assert store.head == before
+    assert store.log.head == before
     state = store.find_loaded(SESSION)
     assert state is not None
     assert [(variable.version, variable.value.json) for variable in state.variables.values()] == [(0, '""')] * 3
@@ -67,14 +68,14 @@ def test_group_is_refused_whole_and_the_engine_goes_on(tmp_path: Path) -> None:
     assert store.write_group([group[0]])[0].result == 1
     _driver(store).execute("PRAGMA max_page_count = 1000000")
     assert [outcome.error for outcome in store.write_group(group)] == [None] * 3
-    assert store.head.sequence == before.sequence + 4
+    assert store.log.head.sequence == before.sequence + 4
     store.close()
-    copy = copy_files(store.path, tmp_path / "copy")
+    copy = copy_files(store.log.path, tmp_path / "copy")
     assert [*Checker().check(copy, Ledger()), *verify(copy)] == []
 
 
-def _driver(store: SessionStore) -> sqlite3.Connection:
-    connection = store._connection.connection.driver_connection
+def _driver(store: FileGroups) -> sqlite3.Connection:
+    connection = store.log._connection.connection.driver_connection
     assert isinstance(connection, sqlite3.Connection)
     return connection
 

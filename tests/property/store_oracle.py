@@ -9,8 +9,8 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from dspex_persist.state.commands import Command
+from dspex_persist.state.groups import Outcome
 from dspex_persist.state.model import BatchOutcome, Origin, SessionView, Value, Variable
-from dspex_persist.state.store.session_store import Outcome
 
 TTL_S = 100.0
 LEASE_S = 100.0

@@ -38,11 +38,12 @@ from dspex_persist.state.commands import (
 )
 from dspex_persist.state.commands.executions import Verdict
 from dspex_persist.state.errors import OutcomeUnknownError, StateError, StorageError
+from dspex_persist.state.groups import Groups, Job, Outcome
 from dspex_persist.state.model import ExecutionStatus, Isolation, Origin, Value
 from dspex_persist.state.store import sessions as stored_sessions
 from dspex_persist.state.store.anchor import Head, parse
 from dspex_persist.state.store.engine import open_readers, snapshot
-from dspex_persist.state.store.session_store import Job, Outcome, SessionStore
+from dspex_persist.state.store.session_store import FileGroups, open_groups
 from dspex_persist.state.store.verify import iter_problems
 from dspex_persist.state.tools.execution import Execution, _Overlay
 from tests.property.execution_oracle import (
@@ -146,13 +147,13 @@ class ExecutionModel(RuleBasedStateMachine):
         self.oracle = Oracle()
         self.running: list[Running] = []
         self.generation = 0
-        self.store: SessionStore | None = None
+        self.store: FileGroups | None = None
 
     @initialize()
     def open_first(self) -> None:
         path = self.folder / "store.db"
         shutil.copyfile(_empty_database(), path)
-        self.store = SessionStore(path)
+        self.store = open_groups(path)
         for session_id in SESSIONS:
             self._begin_session(session_id)
 
@@ -160,7 +161,7 @@ class ExecutionModel(RuleBasedStateMachine):
         try:
             if self.store is not None:
                 self.store.close()
-                check_file(self.store.path, self.oracle)
+                check_file(self.store.log.path, self.oracle)
         finally:
             shutil.rmtree(self.folder)
 
@@ -272,7 +273,7 @@ class ExecutionModel(RuleBasedStateMachine):
     def start_again(self, pick: int, kill: bool) -> None:
         """Rarely: the store is closed, or its process killed, and opened again."""
         if pick == 7:
-            path = self._copy() if kill else self._live().path
+            path = self._copy() if kill else self._live().log.path
             self._reopen(path)
 
     # What has to hold after every step
@@ -287,12 +288,12 @@ class ExecutionModel(RuleBasedStateMachine):
         for running in self.running:
             overlay = running.real.overlay
             assert _seen_in(overlay._drafts.find(overlay.session_id)) == _plain(running.model.table)
-        assert self.store.head.sequence == self.oracle.sequence
-        check_journal(self.store.path, self.oracle)
+        assert self.store.log.head.sequence == self.oracle.sequence
+        check_journal(self.store.log.path, self.oracle)
 
     # How the rules do it
 
-    def _live(self) -> SessionStore:
+    def _live(self) -> FileGroups:
         assert self.store is not None
         return self.store
 
@@ -329,7 +330,7 @@ class ExecutionModel(RuleBasedStateMachine):
             self.running.append(Running(real, model, []))
 
     def _read(self, command: Command[Any]) -> Any:
-        return self._live().read_file(command, TEST)
+        return self._live().read_stored(command, TEST)
 
     def _check(self, expected: Callable[[], Any], outcome: Outcome, plain: Callable[[Any], Any] = lambda r: r) -> bool:
         """Whether it went well, as the oracle says it has to."""
@@ -391,13 +392,13 @@ class ExecutionModel(RuleBasedStateMachine):
     def _die_after(self, running: Running, status: str, command: FinishExecution) -> None:
         """The process dies after COMMIT: the end stands, though nobody was told."""
         live = self._live()
-        remember, copies = live._anchor.write, []
+        remember, copies = live.log._anchor.write, []
 
         def copy_first(head: Head) -> None:
             copies.append(self._copy())
             remember(head)
 
-        with patch.object(live._anchor, "write", copy_first):
+        with patch.object(live.log._anchor, "write", copy_first):
             outcome = self._one(command, _origin_of(running))
         self._accept_end(running, status, outcome)
         if copies:
@@ -428,12 +429,12 @@ class ExecutionModel(RuleBasedStateMachine):
         self.generation += 1
         folder = self.folder / str(self.generation)
         folder.mkdir()
-        return copy_files(self._live().path, folder)
+        return copy_files(self._live().log.path, folder)
 
     def _reopen(self, path: Path) -> None:
         """Go on with the file; what the old process had in memory is gone, and what ran in it is interrupted."""
         self._live().close()
-        self.store = SessionStore(path)
+        self.store = open_groups(path)
         self._take_in_interruptions(path)
         for running in self.running:
             # One that has outlived its process, so to speak, is refused its end.
@@ -670,8 +671,8 @@ def _seen_in(state: Any) -> Any:
     return {each.name: _real(each) for each in state.variables.values()}
 
 
-def _loaded(store: SessionStore, session_id: str) -> Any:
-    with snapshot(store._readers) as connection:
+def _loaded(store: FileGroups, session_id: str) -> Any:
+    with snapshot(store.log.readers) as connection:
         return stored_sessions.load(connection, session_id)
 
 
@@ -781,7 +782,7 @@ def planted(owner: type, name: str, bug: Callable[..., Any]) -> Iterator[None]:
         (Execution, "finish", forget_patterns),
         (Execution, "finish", drop_steps),
         pytest.param(Execution, "undo", do_nothing, marks=pytest.mark.thorough),
-        (SessionStore, "_interrupt_stale", do_nothing),
+        (Groups, "_interrupt_stale", do_nothing),
         pytest.param(_Overlay, "rebase", keep_seen, marks=pytest.mark.thorough),
         (BeginExecution, "apply", read_committed),
     ],

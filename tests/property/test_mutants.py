@@ -25,7 +25,7 @@ from dspex_persist.state.errors import RecordingError, SessionPrunedError
 from dspex_persist.state.model import Value
 from dspex_persist.state.recording import RecordedVersion, read_recording, write_recording
 from dspex_persist.state.store import maintenance
-from dspex_persist.state.store.session_store import SessionStore
+from dspex_persist.state.store.session_store import open_groups
 
 ASSET = Path(__file__).parents[1] / "assets" / "0003.db"
 MUTANTS = int(os.environ.get("MUTANTS", "150"))
@@ -63,7 +63,7 @@ def _recordings(folder: Path) -> list[list[str]]:
     """Sound recordings of every session that the asset has."""
     path = folder / "asset.db"
     shutil.copyfile(ASSET, path)
-    SessionStore(path).close()
+    open_groups(path).close()
     with wiring.open_audit(path) as audit:
         sessions = sorted({each.session_id for each in audit.iterate(SessionQuery())})
     recordings = []

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from dspex_persist.state import commands as c
 from dspex_persist.state.commands.executions import Verdict
 from dspex_persist.state.errors import StateError
+from dspex_persist.state.groups import Job
 from dspex_persist.state.model import (
     ExecutionStatus,
     Failure,
@@ -36,9 +37,9 @@ from dspex_persist.state.recording import read_recording
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.store import maintenance, transfer
 from dspex_persist.state.store.blobs import INLINE_BYTES
-from dspex_persist.state.store.session_store import Job, SessionStore
+from dspex_persist.state.store.session_store import FileGroups, open_groups
 from dspex_persist.state.tools.execution import Execution
-from dspex_persist.state.unit_of_work import HistoryQuery
+from dspex_persist.state.unit_of_work import VersionQuery
 from dspex_persist.testing.memory import MemoryBacking
 
 S = "s"
@@ -96,7 +97,7 @@ STEPS = st.lists(COMMANDS | COMMANDS | EXECUTIONS, min_size=6, max_size=20)
 def empty_database() -> Path:
     """A database without sessions, to copy: migrating takes longer than a whole example."""
     folder = Path(tempfile.mkdtemp(prefix="recordings-"))
-    SessionStore(folder / "empty.db").close()
+    open_groups(folder / "empty.db").close()
     return folder / "empty.db"
 
 
@@ -104,7 +105,7 @@ class Original:
     """A session as it happens, with what its state was after each commit."""
 
     def __init__(self, path: Path) -> None:
-        self.store = SessionStore(path)
+        self.store = open_groups(path)
         self.states: dict[int, SessionState | None] = {}
         self._key = 0
         self.run(c.InitializeSession(S, {"of": "bob"}, {"seed": [1, None]}))
@@ -115,7 +116,7 @@ class Original:
         origin = Origin("ann", cause or command.cause, Source.PYTHON, optimizer_id=optimizer)
         (outcome,) = self.store.write_group([Job(command, origin)])
         state = self.store.find_loaded(S)
-        self.states[self.store.head.sequence] = state.copy() if state is not None else None
+        self.states[self.store.log.head.sequence] = state.copy() if state is not None else None
         if outcome.error is not None:
             raise outcome.error
         return outcome.result
@@ -166,10 +167,10 @@ def recorded(path: Path) -> str:
     return written.getvalue()
 
 
-def histories(store: SessionStore, state: SessionState) -> dict[str, list[VariableVersion]]:
+def histories(store: FileGroups, state: SessionState) -> dict[str, list[VariableVersion]]:
     with_file = Origin("ann", "GetVariableHistory")
     return {
-        each: store.read_file(c.GetVariableHistory(S, each, 1000), with_file, state) for each in sorted(state.names)
+        each: store.read_stored(c.GetVariableHistory(S, each, 1000), with_file, state) for each in sorted(state.names)
     }
 
 
@@ -206,7 +207,7 @@ def assert_built_again(text: str, original: Original) -> None:
         stored = original.store.find_loaded(S)
         assert stored is not None
         for identifier, versions in histories(original.store, stored).items():
-            assert memory.history(state, HistoryQuery(identifier, 1000)) == versions
+            assert memory.history(state, VersionQuery(identifier, 1000)) == versions
 
 
 def facts(state: SessionState | None) -> Any:
@@ -227,7 +228,7 @@ def shown(variable: Variable) -> Variable:
 
 
 def assert_imported(text: str, path: Path, before: int, *, runs: bool) -> None:
-    store = SessionStore(path)
+    store = open_groups(path)
     for number in range(before):
         store.write_group([Job(c.InitializeSession(f"before {number}"), Origin("ann", "InitializeSession"))])
     store.close()

@@ -48,13 +48,15 @@ from dspex_persist.state.commands import (
     TouchSession,
 )
 from dspex_persist.state.errors import OutcomeUnknownError, SessionNotFoundError, StorageError
+from dspex_persist.state.groups import Groups, Job, Outcome
 from dspex_persist.state.model import Origin, PrunePolicy, Source, Value
 from dspex_persist.state.session_state import SessionState
+from dspex_persist.state.store import prune
 from dspex_persist.state.store import sessions as stored_sessions
 from dspex_persist.state.store.anchor import Head, parse
 from dspex_persist.state.store.engine import open_readers, snapshot
 from dspex_persist.state.store.log import LogWriter
-from dspex_persist.state.store.session_store import Job, Outcome, SessionStore, StoreOptions
+from dspex_persist.state.store.session_store import FileGroups, StoreOptions, open_groups
 from dspex_persist.state.store.verify import iter_problems, schema_problems
 from dspex_persist.state.watch import Feed
 from tests.property.store_oracle import LEASE_S, Entry, Oracle, Var
@@ -134,7 +136,7 @@ class StatementFaults:
     COMMIT counts as a statement, unless `commits` is false.
     """
 
-    def __init__(self, store: SessionStore, nth: int, act: Callable[[Any], None], *, commits: bool = True) -> None:
+    def __init__(self, store: FileGroups, nth: int, act: Callable[[Any], None], *, commits: bool = True) -> None:
         self._store = store
         self._left = nth
         self._act = act
@@ -153,7 +155,7 @@ class StatementFaults:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        engine = self._store._writer
+        engine = self._store.log._writer
         listeners: list[tuple[str, Callable[..., None]]] = [
             ("do_execute", self._statement),
             ("do_executemany", self._statement),
@@ -197,7 +199,7 @@ def io_error(_cursor: Any) -> None:
 def _empty_database() -> Path:
     """A database without sessions, to copy: migrating takes longer than a whole example."""
     folder = Path(tempfile.mkdtemp(prefix="store-model-"))
-    SessionStore(folder / "empty.db").close()
+    open_groups(folder / "empty.db").close()
     return folder / "empty.db"
 
 
@@ -240,7 +242,7 @@ class StoreModel(RuleBasedStateMachine):
         self.watchers: list[Watcher] = []
         self.generation = 0
         self.options = StoreOptions(optimization_lease_s=LEASE_S)
-        self.store: SessionStore | None = None
+        self.store: FileGroups | None = None
 
     @initialize(cache_size_bytes=st.sampled_from([1, 1 << 20]))
     def open_first(self, cache_size_bytes: int) -> None:
@@ -311,13 +313,13 @@ class StoreModel(RuleBasedStateMachine):
         jobs = self._jobs(group, revive)
         copies: list[Path] = []
         live = self._live()
-        remember = live._anchor.write
+        remember = live.log._anchor.write
 
         def copy_first(head: Head) -> None:
             copies.append(self._copy())
             remember(head)
 
-        with patch.object(live._anchor, "write", copy_first):
+        with patch.object(live.log._anchor, "write", copy_first):
             outcomes = live.write_group(jobs)
         self._accept(jobs, outcomes)
         if copies:
@@ -369,10 +371,10 @@ class StoreModel(RuleBasedStateMachine):
         if self.store is None:
             return
         store = self.store
-        assert (store.head.sequence, self.oracle.sequence) == (self.oracle.sequence, store.head.sequence)
+        assert (store.log.head.sequence, self.oracle.sequence) == (self.oracle.sequence, store.log.head.sequence)
         with reading(self.path) as connection:
             file = FileView(connection)
-            assert file.head() == (store.head.sequence, store.head.hash)
+            assert file.head() == (store.log.head.sequence, store.log.head.hash)
             for session_id in ("alpha", "beta"):
                 expected = self._expected_session(session_id)
                 assert file.session(session_id) == expected
@@ -420,7 +422,7 @@ class StoreModel(RuleBasedStateMachine):
         if remembered is not None:
             assert [_commit_of(commit) for commit in remembered] == expected
         if remembered is None or self.oracle.sequence % 4 == 0:
-            filed = self._live().changes_after(self._state(watcher.session_id), after, 1000)
+            filed = self._live().log.changes_after(self._state(watcher.session_id), after, 1000)
             assert [_commit_of(commit) for commit in filed] == expected
         watcher.position = self.oracle.sequence
 
@@ -428,14 +430,14 @@ class StoreModel(RuleBasedStateMachine):
 
     @property
     def path(self) -> Path:
-        return self._live().path
+        return self._live().log.path
 
-    def _live(self) -> SessionStore:
+    def _live(self) -> FileGroups:
         assert self.store is not None
         return self.store
 
     def _open(self, path: Path) -> None:
-        self.store = SessionStore(path, self.options)
+        self.store = open_groups(path, self.options)
         followed, self.watchers = self.watchers, []
         for watcher in followed:
             found = self.oracle.sessions.get(watcher.session_id)
@@ -449,7 +451,7 @@ class StoreModel(RuleBasedStateMachine):
     def _state(self, session_id: str) -> SessionState:
         loaded = self._live().find_loaded(session_id)
         if loaded is None:
-            with snapshot(self._live()._readers) as connection:
+            with snapshot(self._live().log.readers) as connection:
                 loaded = stored_sessions.load(connection, session_id)
         assert loaded is not None
         return loaded
@@ -666,15 +668,15 @@ class PruningModel(StoreModel):
         if policy == PrunePolicy():
             return
         self.has_pruned = True
-        store = SessionStore(self._copy(), self.options)
+        store = open_groups(self._copy(), self.options)
 
         def carry_out(jobs: list[Job]) -> None:
             assert [outcome.error for outcome in store.write_group(jobs)] == [None] * len(jobs)
 
-        store.prune(policy, carry_out, lambda *_: None)
+        prune.run(store.log.readers, policy, carry_out, lambda *_: None)
         store.close()
-        assert_sound(store.path)
-        with reading(store.path) as connection:
+        assert_sound(store.log.path)
+        with reading(store.log.path) as connection:
             file = FileView(connection)
             for session_id, found in self.oracle.sessions.items():
                 # One that is over ends with the first job that is about it.
@@ -707,16 +709,17 @@ def test_store_agrees_with_the_oracle() -> None:
 # A model that finds nothing proves nothing
 
 
-_write = SessionStore._write
+_apply = Groups._apply
 _flush = LogWriter.flush
 
 
-def publish_before_commit(self: SessionStore, units: Any, drafts: Any) -> Head | None:
+def publish_before_commit(self: FileGroups, jobs: Any, drafts: Any, at: Any) -> Any:
     """What memory then has of a group that fails, no file has."""
+    applied = _apply(self, jobs, drafts, at)
     for session_id, state in drafts.states.items():
         if state is not None:
             self._cache.put(session_id, state)
-    return _write(self, units, drafts)
+    return applied
 
 
 def commit_in_two(self: LogWriter) -> None:
@@ -731,7 +734,7 @@ def commit_in_two(self: LogWriter) -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "planted"),
     [
-        pytest.param(SessionStore, "_write", publish_before_commit, marks=pytest.mark.thorough),
+        pytest.param(Groups, "_apply", publish_before_commit, marks=pytest.mark.thorough),
         (LogWriter, "flush", commit_in_two),
     ],
 )

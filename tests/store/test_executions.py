@@ -16,6 +16,7 @@ from freezegun import freeze_time
 from dspex_persist.state import commands as c
 from dspex_persist.state import errors
 from dspex_persist.state.commands.executions import Begun, Finished, Verdict
+from dspex_persist.state.groups import Job, Outcome
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     ExecutionStatus,
@@ -31,7 +32,7 @@ from dspex_persist.state.model import (
 from dspex_persist.state.store import maintenance, session_store
 from dspex_persist.state.store.blobs import INLINE_BYTES
 from dspex_persist.state.store.engine import Durability, open_writer
-from dspex_persist.state.store.session_store import Job, Outcome, SessionStore, StoreOptions
+from dspex_persist.state.store.session_store import StoreOptions, open_groups
 from dspex_persist.state.tools.execution import Execution
 
 ANN = Origin("ann", "ExecuteTool", Source.PYTHON)
@@ -44,7 +45,7 @@ class Stored:
 
     def __init__(self, path: Path, options: StoreOptions | None = None) -> None:
         self.path = path
-        self.store = SessionStore(path, options)
+        self.store = open_groups(path, options)
         self.is_open = True
 
     def group(self, *wanted: c.Command[Any]) -> list[Outcome]:
@@ -208,7 +209,7 @@ def test_names_change_hands_within_one_execution(stored: Stored) -> None:
 
 def test_an_execution_may_begin_and_end_in_one_group(stored: Stored) -> None:
     """As when a call is cancelled at once: begun by one command, ended by the next."""
-    sequence = stored.store.head.sequence + 1
+    sequence = stored.store.log.head.sequence + 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dspex_persist.state.unit_of_work._TOKENS", iter(["0" * 12] * 9))
         outcomes = stored.group(
@@ -226,7 +227,7 @@ def test_an_execution_may_begin_and_end_in_one_group(stored: Stored) -> None:
 
 def test_a_group_that_fails_leaves_executions_as_they_were(stored: Stored) -> None:
     begun = stored.begin("key")
-    driver = stored.store._connection.connection.driver_connection
+    driver = stored.store.log._connection.connection.driver_connection
     assert isinstance(driver, sqlite3.Connection)
     (pages,) = driver.execute("PRAGMA page_count").fetchone()
     driver.execute(f"PRAGMA max_page_count = {pages + 1}")
@@ -253,10 +254,10 @@ def test_what_ran_is_interrupted_by_the_next_to_open_the_file(stored: Stored, ki
     elsewhere = stored.begin(session_id="t")
     done = stored.begin()
     stored.end(done)
-    last = stored.store.head.sequence
+    last = stored.store.log.head.sequence
     opened = stored.killed() if kill else stored.reopen()
     assert [opened.running(each) for each in "st"] == [[], []]
-    assert opened.store.head.sequence == last + 2, "one commit for each session"
+    assert opened.store.log.head.sequence == last + 2, "one commit for each session"
     for each in (parent, child, elsewhere):
         assert status_of(opened.path, each) == "interrupted"
     assert status_of(opened.path, done) == "committed"
@@ -270,7 +271,7 @@ def test_what_ran_is_interrupted_by_the_next_to_open_the_file(stored: Stored, ki
     ended = bodies(opened.path, "execution_ended")[-3:]
     assert {(body["status"], body["reason"]) for body in ended} == {("interrupted", "the server ended while it ran")}
     again = opened.reopen()
-    assert again.store.head.sequence == last + 2, "once is enough"
+    assert again.store.log.head.sequence == last + 2, "once is enough"
     again.close_sound()
 
 
@@ -307,16 +308,16 @@ def test_a_full_disk_keeps_nobody_from_opening_and_is_made_up_for(
     assert status_of(opened.path, stale[0]) == "running"
     opened.store.sweep()
     assert status_of(opened.path, stale[0]) == "running"
-    driver = opened.store._connection.connection.driver_connection
+    driver = opened.store.log._connection.connection.driver_connection
     assert isinstance(driver, sqlite3.Connection)
     driver.execute("PRAGMA max_page_count = 1000000")
     new = opened.begin()
     opened.store.sweep()
     assert opened.running() == [new.execution_id]
     assert {status_of(opened.path, each) for each in (stale[0], stale[-1])} == {"interrupted"}
-    head = opened.store.head
+    head = opened.store.log.head
     opened.store.sweep()
-    assert opened.store.head == head
+    assert opened.store.log.head == head
     assert opened.end(new).status is COMMITTED
     opened.close_sound()
 
@@ -327,9 +328,9 @@ def test_a_session_that_ended_has_nothing_left_to_interrupt(stored: Stored) -> N
     assert status_of(stored.path, begun) == "interrupted"
     assert bodies(stored.path, "execution_ended")[-1]["reason"] == "session cleaned up"
     stored.run(c.InitializeSession("s"))
-    head = stored.store.head
+    head = stored.store.log.head
     stored = stored.reopen()
-    assert stored.store.head == head
+    assert stored.store.log.head == head
     assert stored.running() == []
     stored.close_sound()
 
@@ -361,14 +362,14 @@ def test_a_key_finds_its_result_after_a_restart(stored: Stored, result: Value | 
     verdict = Verdict(begun.execution_id, COMMITTED, result, attempt=3)
     finished = stored.run(c.FinishExecution("s", verdict, (Verdict(child.execution_id, COMMITTED, Value("0")),)))
     stored = stored.reopen()
-    head = stored.store.head
+    head = stored.store.log.head
     again = stored.begin("key", parameters={"x": Value("1")})
     assert again.recorded is not None
     assert (again.recorded.id, again.recorded.status, again.recorded.result) == (begun.execution_id, COMMITTED, result)
     assert (again.recorded.sequence, again.recorded.attempt) == (finished.sequence, 3)
     with pytest.raises(errors.IdempotencyConflictError, match="key"):
         stored.begin("key", parameters={"x": Value("2")})
-    assert stored.store.head == head
+    assert stored.store.log.head == head
     stored.close_sound()
 
 
@@ -489,12 +490,12 @@ def test_tools_are_there_after_a_restart(stored: Stored) -> None:
         "near": RegisteredTool(ToolSpec("near"), "w1", ""),
     }
     stored.run(c.RegisterTools("s", "w1", tuple(tools.values())))
-    head = stored.store.head
+    head = stored.store.log.head
     for opened in (stored.killed(), stored.reopen()):
         assert opened.run(c.ListTools("s")) == tools
         assert opened.run(c.GetSession("s")).tool_count == 2
         opened.run(c.RegisterTools("s", "w1", (tools["far"],)))
-        assert opened.store.head == head, "it is the same as it was"
+        assert opened.store.log.head == head, "it is the same as it was"
         opened.close_sound()
 
 
@@ -556,7 +557,7 @@ def test_a_check_tells_what_was_changed(stored: Stored, statement: str, told: st
     (problem,) = maintenance.check(stored.path).problems
     assert told in problem.what
     assert problem.where.startswith("session 's', ")
-    SessionStore(stored.path).close()
+    open_groups(stored.path).close()
 
 
 @pytest.mark.parametrize("kind", ["tools_registered", "execution_began", "execution_ended"])
@@ -571,7 +572,7 @@ def test_a_check_tells_what_was_changed_in_the_journal(stored: Stored, kind: str
     problems = maintenance.check(stored.path).problems
     assert any("its rows are not those that its hash was made from" in problem.what for problem in problems)
     with pytest.raises(errors.LostCommitsError):
-        SessionStore(stored.path)
+        open_groups(stored.path)
 
 
 # The history of a name that nobody has

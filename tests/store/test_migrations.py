@@ -15,7 +15,7 @@ import pytest
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import NewerSchemaError, NotADatabaseError, UpgradeError
 from dspex_persist.state.store import maintenance, migrate, schema
-from dspex_persist.state.store.session_store import SessionStore
+from dspex_persist.state.store.session_store import open_groups
 from tests.assets.make_database import describe
 from tests.deadline import within
 
@@ -24,7 +24,7 @@ ASSETS = sorted((ROOT / "tests" / "assets").glob("*.db"))
 
 
 def open_store(path: Path) -> object:
-    store = SessionStore(path)
+    store = open_groups(path)
     store.close()
     return store
 

@@ -27,7 +27,7 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.store import engine, maintenance, transfer
-from dspex_persist.state.store.session_store import SessionStore
+from dspex_persist.state.store.session_store import open_groups
 from tests.logs import capture_logs
 
 DEADLINE_S = 60
@@ -276,7 +276,7 @@ class TestAFileThatChangesWhileItIsOpen:
         state.set_variable("s", "x", 1)
         if suffix == "" and spoil is truncate:
             # The file itself is empty until then: all is in the WAL.
-            state.engine._store.sweep()
+            state.engine._groups.sweep()
             engine.checkpoint(state.engine._store._writer, "FULL")
             state.engine._store._guard.note_written()
         spoil(Path(f"{path}{suffix}"))
@@ -329,7 +329,7 @@ class TestAFileThatChangesWhileItIsOpen:
         state.set_variable("s", "x", 1)
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
-        state.engine._store.check_file()
+        state.engine._store.check()
         assert state.set_variable("s", "x", 2) == 2
         assert maintenance.check(path).problems == ()
 
@@ -343,20 +343,20 @@ class TestAFileThatChangesWhileItIsOpen:
             for _ in range(2):
                 with pytest.raises(StorageError, match=r"nothing was written: another program holds the lock"):
                     state.set_variable("s", "x", 1)
-            state.engine._store.check_file()
+            state.engine._store.check()
             assert state.get_value("s", "x") == 0
             other.execute("ROLLBACK")
         assert state.set_variable("s", "x", 1) == 1
 
     def test_a_lock_of_others_refuses_an_import_and_no_more(self, path: Path) -> None:
-        with closing(SessionStore(path)) as store, closing(sqlite3.connect(path, isolation_level=None)) as other:
-            store._connection.exec_driver_sql("PRAGMA busy_timeout = 10")
-            store._connection.commit()
+        with closing(open_groups(path)) as store, closing(sqlite3.connect(path, isolation_level=None)) as other:
+            store.log._connection.exec_driver_sql("PRAGMA busy_timeout = 10")
+            store.log._connection.commit()
             other.execute("BEGIN IMMEDIATE")
             with pytest.raises(StorageError):
-                store.write_whole([])
+                store.log.write_whole([])
             other.execute("ROLLBACK")
-            assert store.write_whole([]) == []
+            assert store.log.write_whole([]) == []
 
     def test_a_sweep_that_cannot_read_is_tried_again(
         self, state: EmbeddedState, monkeypatch: pytest.MonkeyPatch
@@ -364,10 +364,10 @@ class TestAFileThatChangesWhileItIsOpen:
         def fail(*_: Any, **__: Any) -> Any:
             raise sqlite3.OperationalError("unable to open database file")
 
-        state.engine._store._readers.dispose()
+        state.engine._store.readers.dispose()
         with monkeypatch.context() as broken:
             broken.setattr(sqlite3, "connect", fail)
-            assert state.engine._store.sweep() == 0
+            assert state.engine._groups.sweep() == 0
         assert state.set_variable("s", "x", 1) == 1
 
 

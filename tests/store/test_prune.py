@@ -33,6 +33,7 @@ from dspex_persist.state.errors import (
     VersionNotFoundError,
     VersionPrunedError,
 )
+from dspex_persist.state.groups import Job
 from dspex_persist.state.model import (
     ChangeKind,
     ExecutionStatus,
@@ -49,7 +50,7 @@ from dspex_persist.state.store import maintenance, prune
 from dspex_persist.state.store.audit import iter_commits
 from dspex_persist.state.store.chain import GENESIS
 from dspex_persist.state.store.engine import open_readers, snapshot
-from dspex_persist.state.store.session_store import Job, SessionStore, StoreOptions
+from dspex_persist.state.store.session_store import FileGroups, StoreOptions, open_groups
 from dspex_persist.state.store.variables import find_key, metadata_as_of
 from dspex_persist.wiring import import_session
 from tests.deadline import within
@@ -303,7 +304,7 @@ def test_it_can_be_broken_off_anywhere(tmp_path: Path, monkeypatch: pytest.Monke
     """After each of its commits the file is sound, opens again, and the rest can be pruned."""
     monkeypatch.setattr(prune, "_BATCH_ROWS", rows)
     path = tmp_path / "sessions.db"
-    store = SessionStore(path)
+    store = open_groups(path)
     store.close()
     with EmbeddedState(path) as provider:
         end_one(provider, "ended")
@@ -311,8 +312,8 @@ def test_it_can_be_broken_off_anywhere(tmp_path: Path, monkeypatch: pytest.Monke
     policy = PrunePolicy(keep_versions=1, ended_before=datetime.max.replace(tzinfo=UTC))
     written = 0
     while True:
-        store = SessionStore(path)
-        batches = prune.Planner(store._readers, policy).batches()
+        store = open_groups(path)
+        batches = prune.Planner(store.log.readers, policy).batches()
         batch = next((each for each in batches if each), None)
         if batch is None:
             break
@@ -525,7 +526,7 @@ def test_large_contents_go_with_their_last_version(provider: EmbeddedState, path
 
 
 def test_a_content_that_is_written_again_while_it_goes(path: Path) -> None:
-    store = SessionStore(path)
+    store = open_groups(path)
     text = Value(json.dumps(LARGE, ensure_ascii=False))
     run(
         store,
@@ -533,7 +534,7 @@ def test_a_content_that_is_written_again_while_it_goes(path: Path) -> None:
         c.RegisterVariable("s", "x", "string", text),
         c.SetVariable("s", "x", Value('"a"')),
     )
-    [[pruning]] = prune.Planner(store._readers, keep(1)).batches()
+    [[pruning]] = prune.Planner(store.log.readers, keep(1)).batches()
     run(store, pruning, c.SetVariable("s", "x", text))
     store.close()
     assert problems_of(path) == []
@@ -541,17 +542,17 @@ def test_a_content_that_is_written_again_while_it_goes(path: Path) -> None:
         assert provider.get_variable("s", "x").value == text
 
 
-def run(store: SessionStore, *commands: Any) -> None:
+def run(store: FileGroups, *commands: Any) -> None:
     outcomes = store.write_group([Job(command, Origin("ann", command.cause)) for command in commands])
     assert [outcome.error for outcome in outcomes] == [None] * len(commands)
 
 
 def test_sessions_that_begin_end_or_expire_beside_it(path: Path) -> None:
     """All in one transaction: what is planned goes, and its marker is the session's, whatever becomes of it."""
-    store = SessionStore(path)
+    store = open_groups(path)
     run(store, c.InitializeSession("s"), c.RegisterVariable("s", "x", "integer", Value("0")))
     run(store, *(c.SetVariable("s", "x", Value(str(number))) for number in range(5)))
-    [[pruning]] = prune.Planner(store._readers, keep(2)).batches()
+    [[pruning]] = prune.Planner(store.log.readers, keep(2)).batches()
     first, second = (replace(pruning, versions=half) for half in (pruning.versions[:2], pruning.versions[2:]))
     run(store, c.SetVariable("s", "x", Value("6")), first, c.CleanupSession("s"), c.InitializeSession("s"), second)
     store.close()
@@ -583,7 +584,7 @@ def test_whatever_was_written_is_sound_after_pruning(
     path = tmp_path / "random.db"
     now = START
     with freeze_time(now) as clock:
-        store = SessionStore(path)
+        store = open_groups(path)
         for _ in range(12):
             for _ in range(15):
                 clock.tick(timedelta(seconds=1))
@@ -595,13 +596,13 @@ def test_whatever_was_written_is_sound_after_pruning(
             if randomly.random() < 0.4:
                 store.close()
                 assert problems_of(path, anchor_of(path)) == []
-                store = SessionStore(path)
+                store = open_groups(path)
                 assert states_of(store) == before
         store.close()
     assert problems_of(path, anchor_of(path)) == []
 
 
-def states_of(store: SessionStore) -> dict[str, Any]:
+def states_of(store: FileGroups) -> dict[str, Any]:
     commands = [c.ListVariables(session_id) for session_id in "st"]
     found = store.write_group([Job(command, Origin("ann", "")) for command in commands])
     return {
@@ -619,7 +620,7 @@ def history_of(path: Path) -> dict[Any, Any]:
     return {row[:2]: row[2:] for row in rows}
 
 
-def prune_randomly(store: SessionStore, randomly: random.Random) -> None:
+def prune_randomly(store: FileGroups, randomly: random.Random) -> None:
     def ago() -> datetime:
         return datetime.now(UTC) - timedelta(seconds=randomly.randint(0, 60))  # noqa: TID251
 
@@ -635,8 +636,8 @@ def prune_randomly(store: SessionStore, randomly: random.Random) -> None:
     def carry_out(jobs: list[Job]) -> None:
         assert [outcome.error for outcome in store.write_group(jobs)] == [None] * len(jobs)
 
-    counted = store.prune(policy, None, lambda *_: None)
-    done = store.prune(policy, carry_out, lambda *_: None)
+    counted = prune.run(store.log.readers, policy, None, lambda *_: None)
+    done = prune.run(store.log.readers, policy, carry_out, lambda *_: None)
     assert (done.sessions, done.versions, done.events) == (counted.sessions, counted.versions, counted.events)
 
 

@@ -295,7 +295,7 @@ def test_no_error_of_the_driver_leaves_the_engine(
 
         def ask() -> object:
             # With new connections, so that opening them fails as well.
-            state.engine._store._readers.dispose()
+            state.engine._store.readers.dispose()
             return STATE[name](state)
 
         assert walk(ask, kind) > 1

@@ -38,7 +38,7 @@ from dspex_persist.state.model import ExecutionStatus, PrunePolicy, Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.recording import read_recording
 from dspex_persist.state.store import maintenance, transfer
-from dspex_persist.state.store.session_store import SessionStore, StoreOptions
+from dspex_persist.state.store.session_store import StoreOptions, open_groups
 from dspex_persist.state.values import encode
 from dspex_persist.testing.memory import MemoryBacking
 from tests.assets.make_database import fill
@@ -58,7 +58,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def _empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("empty") / "empty.db"
-    SessionStore(path).close()
+    open_groups(path).close()
     return path
 
 
@@ -379,15 +379,15 @@ def test_a_refused_recording_makes_no_file(state: EmbeddedState, path: Path, tmp
 
 def test_a_store_goes_on_after_an_import_that_failed(state: EmbeddedState, path: Path, other: Path) -> None:
     """What it knows of keys and numbers is what the file says again."""
-    store = SessionStore(other)
+    store = open_groups(other)
     good = [transfer.Job(c.ImportCommit("s", each), transfer._IMPORT) for each in state.record("s")[1]]
     with pytest.raises(SessionExistsError):
-        store.write_whole([*good, good[0]])
+        store.log.write_whole([*good, good[0]])
     with pytest.raises(ZeroDivisionError):
-        store.write_whole(job for job in good if 1 / (1 - job.command.commit.number % 2))  # type: ignore[attr-defined]
-    store.write_whole(good)
-    assert store.head.sequence == 4
-    assert store.find_loaded("s") is not None
+        store.log.write_whole(job for job in good if 1 / (1 - job.command.commit.number % 2))  # type: ignore[attr-defined]
+    store.log.write_whole(good)
+    assert store.log.head.sequence == 4
+    assert store.load("s") is not None
     store.close()
     assert maintenance.check(other).problems == ()
 
@@ -395,14 +395,14 @@ def test_a_store_goes_on_after_an_import_that_failed(state: EmbeddedState, path:
 def test_a_disk_without_room_leaves_nothing(state: EmbeddedState, path: Path, other: Path) -> None:
     state.register_variable("s", "text", "string", "x" * 500_000)
     text, before = exported(path), content(other)
-    store = SessionStore(other)
-    driver = store._connection.connection.driver_connection
+    store = open_groups(other)
+    driver = store.log._connection.connection.driver_connection
     assert isinstance(driver, sqlite3.Connection)
     (pages,) = driver.execute("PRAGMA page_count").fetchone()
     driver.execute(f"PRAGMA max_page_count = {pages + 4}")
     header, commits = read_recording(io.StringIO(text))
     with pytest.raises(StorageError, match="nothing was written"):
-        transfer._append(store.path, store, header.session_id, commits)
+        transfer._append(store.log.path, store, header.session_id, commits)
     store.close()
     assert content(other) == before
     imported(other, text)

@@ -10,7 +10,7 @@ from alembic.script import ScriptDirectory
 
 from dspex_persist.state.store import migrate, schema
 from dspex_persist.state.store.schema import APPEND_ONLY
-from dspex_persist.state.store.session_store import SessionStore
+from dspex_persist.state.store.session_store import open_groups
 from tests.assets.make_database import fill
 
 _GENERATED = 2
@@ -20,7 +20,7 @@ _GENERATED = 2
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("fresh") / "fresh.db"
-    SessionStore(path).close()
+    open_groups(path).close()
     return path
 
 

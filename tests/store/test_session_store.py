@@ -36,10 +36,11 @@ from dspex_persist.state.commands import (
     StartOptimization,
     TouchSession,
 )
+from dspex_persist.state.groups import Job, Outcome
 from dspex_persist.state.model import Origin, Source, Value, Variable
 from dspex_persist.state.recording import write_recording
-from dspex_persist.state.store import anchor, log, transfer
-from dspex_persist.state.store.session_store import Job, Outcome, SessionStore, StoreOptions
+from dspex_persist.state.store import anchor, log, recordings, transfer
+from dspex_persist.state.store.session_store import FileGroups, StoreOptions, open_groups
 from dspex_persist.state.unit_of_work import UnitOfWork
 from tests.deadline import within
 
@@ -53,24 +54,24 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(path: Path) -> Iterator[SessionStore]:
+def store(path: Path) -> Iterator[FileGroups]:
     """A store in which session `s` has a variable `x` (0)."""
-    store = SessionStore(path)
+    store = open_groups(path)
     begin(store)
     yield store
     store.close()
 
 
-def begin(store: SessionStore, session_id: str = "s", **metadata: str) -> None:
+def begin(store: FileGroups, session_id: str = "s", **metadata: str) -> None:
     run(store, InitializeSession(session_id, metadata))
     run(store, RegisterVariable(session_id, "x", "integer", Value("0")))
 
 
-def group(store: SessionStore, *commands: Command[Any], key: str | None = None) -> list[Outcome]:
+def group(store: FileGroups, *commands: Command[Any], key: str | None = None) -> list[Outcome]:
     return store.write_group([Job(command, replace(ADA, idempotency_key=key)) for command in commands])
 
 
-def run(store: SessionStore, command: Command[Any], key: str | None = None) -> Any:
+def run(store: FileGroups, command: Command[Any], key: str | None = None) -> Any:
     """Carry one command out, as the only one of its group."""
     (outcome,) = group(store, command, key=key)
     if outcome.error is not None:
@@ -94,9 +95,9 @@ def alter(path: Path, *statements: str) -> None:
             connection.execute(statement)
 
 
-def driver(store: SessionStore) -> sqlite3.Connection:
+def driver(store: FileGroups) -> sqlite3.Connection:
     """The store's own connection."""
-    connection = store._connection.connection.dbapi_connection
+    connection = store.log._connection.connection.dbapi_connection
     assert isinstance(connection, sqlite3.Connection)
     return connection
 
@@ -111,16 +112,16 @@ class Everything:
     rows: list[Any]
 
     @classmethod
-    def of(cls, store: SessionStore) -> "Everything":
+    def of(cls, store: FileGroups) -> "Everything":
         counts = ", ".join(
             f"(SELECT count(*) FROM {table})"
             for table in ("sessions", "variables", "commits", "versions", "events", "dependencies", "outcomes", "blobs")
         )
         return cls(
-            store.head,
-            store.path.with_name(store.path.name + ".anchor").read_bytes(),
+            store.log.head,
+            store.log.path.with_name(store.log.path.name + ".anchor").read_bytes(),
             {session_id: store.find_loaded(session_id) for session_id in ("s", "new")},
-            query(store.path, f"SELECT {counts}"),
+            query(store.log.path, f"SELECT {counts}"),
         )
 
 
@@ -159,7 +160,7 @@ class Unwritable(Command[None]):
 
 
 class TestGroups:
-    def test_commands_take_effect_in_order_each_seeing_those_before(self, store: SessionStore) -> None:
+    def test_commands_take_effect_in_order_each_seeing_those_before(self, store: FileGroups) -> None:
         outcomes = group(
             store,
             write("x", 1),
@@ -177,7 +178,7 @@ class TestGroups:
         assert isinstance(outcomes[6].error, errors.VariableNotFoundError)
         assert outcomes[7].result == 1
 
-    def test_is_one_transaction(self, store: SessionStore) -> None:
+    def test_is_one_transaction(self, store: FileGroups) -> None:
         statements: list[str] = []
         driver(store).set_trace_callback(statements.append)
         group(store, *(write("x", number) for number in range(50)))
@@ -185,13 +186,13 @@ class TestGroups:
         assert statements.count("BEGIN IMMEDIATE") == 1
         assert statements.count("COMMIT") == 1
 
-    def test_each_command_is_a_commit_with_the_next_number(self, store: SessionStore, path: Path) -> None:
-        head = store.head.sequence
+    def test_each_command_is_a_commit_with_the_next_number(self, store: FileGroups, path: Path) -> None:
+        head = store.log.head.sequence
         group(store, write("x", 1), Heartbeat("s"), write("nobody", 1), write("x", 2), GetVariable("s", "x"))
-        assert store.head.sequence == head + 2
+        assert store.log.head.sequence == head + 2
         assert query(path, "SELECT sequence FROM commits ORDER BY sequence") == [(n,) for n in range(1, head + 3)]
 
-    def test_one_that_fails_its_checks_fails_alone(self, store: SessionStore) -> None:
+    def test_one_that_fails_its_checks_fails_alone(self, store: FileGroups) -> None:
         outcomes = group(
             store,
             write("x", 1),
@@ -212,7 +213,7 @@ class TestGroups:
         assert run(store, GetVariable("s", "x")).value == Value("2")
         assert len(run(store, GetVariableHistory("s", "x"))) == 3
 
-    def test_one_that_fails_after_it_has_staged_changes_takes_them_back(self, store: SessionStore, path: Path) -> None:
+    def test_one_that_fails_after_it_has_staged_changes_takes_them_back(self, store: FileGroups, path: Path) -> None:
         error = errors.NotOptimizingError("x")
         outcomes = group(store, write("x", 1), Failing("s", error), GetVariable("s", "x"), write("x", 2))
         assert outcomes[1].error is error
@@ -220,14 +221,14 @@ class TestGroups:
         assert outcomes[3].result == 2
         assert query(path, "SELECT value FROM versions ORDER BY version") == [("0",), ("1",), ("2",)]
 
-    def test_a_fault_of_ours_fails_alone_and_does_not_say_what_it_was(self, store: SessionStore) -> None:
+    def test_a_fault_of_ours_fails_alone_and_does_not_say_what_it_was(self, store: FileGroups) -> None:
         first, faulty, last = group(store, write("x", 1), Failing("s", RuntimeError("secret")), write("x", 2))
         assert (first.result, last.result) == (1, 2)
         assert isinstance(faulty.error, errors.InternalError)
         assert "secret" not in str(faulty.error)
         assert "reference" in str(faulty.error)
 
-    def test_a_session_begun_ended_and_begun_again_in_one_group(self, store: SessionStore, path: Path) -> None:
+    def test_a_session_begun_ended_and_begun_again_in_one_group(self, store: FileGroups, path: Path) -> None:
         outcomes = group(
             store,
             InitializeSession("t"),
@@ -244,18 +245,18 @@ class TestGroups:
         rows = query(path, "SELECT ended_sequence IS NULL FROM sessions WHERE session_id = 't' ORDER BY session_key")
         assert rows == [(0,), (1,)]
 
-    def test_of_no_jobs_and_of_reads_only_write_nothing(self, store: SessionStore) -> None:
+    def test_of_no_jobs_and_of_reads_only_write_nothing(self, store: FileGroups) -> None:
         before = Everything.of(store)
         assert group(store) == []
         group(store, GetVariable("s", "x"), Heartbeat("s"), Heartbeat("nobody"))
         assert Everything.of(store) == before
 
     def test_survives_being_closed_and_opened(self, path: Path) -> None:
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             begin(store)
             group(store, write("x", 1), RegisterVariable("s", "y", "string", Value('"text"')))
-        with closing(SessionStore(path)) as again:
-            assert again.head == store.head
+        with closing(open_groups(path)) as again:
+            assert again.log.head == store.log.head
             assert again.find_loaded("s") is None, "sessions are loaded on their first touch"
             assert run(again, GetVariable("s", "x")).version == 1
             assert again.find_loaded("s") is not None
@@ -274,11 +275,11 @@ class TestDamagedSessions:
     def test_calls_on_it_alone_fail_and_name_it(
         self, path: Path, damage: str, caplog: pytest.LogCaptureFixture
     ) -> None:
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             begin(store, "bad")
             begin(store)
         alter(path, damage)
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             asked = (write("x", 1, "bad"), GetVariable("bad", "x"), InitializeSession("bad"), CleanupSession("bad"))
             outcomes = group(store, write("x", 1), *asked, write("x", 2), Heartbeat("bad"))
             assert [outcome.result for outcome in (outcomes[0], outcomes[5])] == [1, 2]
@@ -286,7 +287,7 @@ class TestDamagedSessions:
                 assert isinstance(outcome.error, errors.DamagedSessionError)
                 assert "'bad'" in str(outcome.error)
             with pytest.raises(errors.DamagedSessionError):
-                store.read_file(ListVariables("bad"), ADA)
+                store.read_stored(ListVariables("bad"), ADA)
             store.sweep()
             assert run(store, write("x", 3)) == 3
         assert "session_id='bad'" in caplog.text
@@ -294,20 +295,20 @@ class TestDamagedSessions:
 
 class TestFailedGroups:
     @pytest.fixture
-    def planted(self, path: Path) -> Iterator[SessionStore]:
+    def planted(self, path: Path) -> Iterator[FileGroups]:
         """A store whose file refuses the value 666."""
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             begin(store)
             run(store, write("x", 1))
         alter(path, f"CREATE TRIGGER planted BEFORE INSERT ON versions WHEN NEW.value = '666' BEGIN {PLANTED}; END")
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             run(store, Heartbeat("s"))
             yield store
         # Whatever a test had it go through, the file is whole.
-        SessionStore(path).close()
+        open_groups(path).close()
 
     def test_an_error_of_the_storage_fails_all_and_changes_nothing(
-        self, planted: SessionStore, monkeypatch: pytest.MonkeyPatch
+        self, planted: FileGroups, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         before = Everything.of(planted)
         feed = planted.hub.join(1, "watcher")
@@ -335,18 +336,18 @@ class TestFailedGroups:
         assert feed.after(before.head.sequence) == []
         assert not woken
 
-    def test_the_next_group_goes_on_as_if_nothing_had_been(self, planted: SessionStore, path: Path) -> None:
-        sequence = planted.head.sequence
+    def test_the_next_group_goes_on_as_if_nothing_had_been(self, planted: FileGroups, path: Path) -> None:
+        sequence = planted.log.head.sequence
         for _ in range(3):
             (outcome,) = group(planted, write("x", 666))
             assert isinstance(outcome.error, errors.StorageError)
         outcomes = group(planted, RegisterVariable("s", "y", "integer", Value("1")), write("x", 2), write("y", 2))
         assert [outcome.error for outcome in outcomes] == [None] * 3
         assert [outcome.result for outcome in outcomes[1:]] == [2, 1]
-        assert planted.head.sequence == sequence + 3
+        assert planted.log.head.sequence == sequence + 3
         assert query(path, "SELECT count(*) FROM versions") == [(5,)]
 
-    def test_what_sqlite_refuses_of_one_fails_alone(self, planted: SessionStore, path: Path) -> None:
+    def test_what_sqlite_refuses_of_one_fails_alone(self, planted: FileGroups, path: Path) -> None:
         jobs = [write("x", number) for number in (2, 666, 3, 4, 666, 666, 5)]
         outcomes = group(planted, *jobs, RegisterVariable("s", "y", "integer", Value("666")))
         assert [outcome.result for outcome in outcomes] == [2, None, 3, 4, None, None, 5, None]
@@ -355,7 +356,7 @@ class TestFailedGroups:
         assert [variable.name for variable in run(planted, ListVariables("s"))] == ["x"]
 
     @pytest.mark.parametrize("what", sorted(UNWRITABLE))
-    def test_what_cannot_be_written_of_one_fails_alone(self, store: SessionStore, path: Path, what: str) -> None:
+    def test_what_cannot_be_written_of_one_fails_alone(self, store: FileGroups, path: Path, what: str) -> None:
         begin(store, "t")
         unwritable = Unwritable("s", what)
         outcomes = group(store, write("x", 1), unwritable, write("x", 2, "t"), unwritable, write("x", 3))
@@ -365,20 +366,20 @@ class TestFailedGroups:
         assert query(path, "SELECT count(*) FROM versions") == [(5,)]
         assert run(store, write("x", 4)) == 3
 
-    def test_keys_are_not_remembered_of_it(self, planted: SessionStore) -> None:
+    def test_keys_are_not_remembered_of_it(self, planted: FileGroups) -> None:
         with pytest.raises(errors.StorageError):
             run(planted, write("x", 666), key="key")
         assert run(planted, write("x", 2), key="key") == 2
 
     @pytest.mark.parametrize("table", ["sessions", "variables", "commits", "versions", "events", "outcomes", "blobs"])
     def test_wherever_it_happens(self, path: Path, table: str) -> None:
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             begin(store)
         alter(path, f"CREATE TRIGGER planted BEFORE INSERT ON {table} BEGIN {PLANTED}; END")
         large = Value(f'"{"large" * 1000}"')
         commands = (InitializeSession("new"), RegisterVariable("new", "y", "string", large), write("x", 1))
         jobs = [Job(command, replace(ADA, idempotency_key=command.cause)) for command in commands]
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             run(store, Heartbeat("s"))
             before = Everything.of(store)
             # Each alone, as each that has no row for this table is written.
@@ -387,11 +388,11 @@ class TestFailedGroups:
             if table == "commits":
                 assert Everything.of(store) == before
         alter(path, "DROP TRIGGER planted")
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             outcomes = store.write_group(jobs)
             assert [outcome.error for outcome in outcomes] == [None] * 3
 
-    def test_a_full_disk_is_a_certain_failure_and_passes(self, store: SessionStore, path: Path) -> None:
+    def test_a_full_disk_is_a_certain_failure_and_passes(self, store: FileGroups, path: Path) -> None:
         (pages,) = driver(store).execute("PRAGMA page_count").fetchone()
         driver(store).execute(f"PRAGMA max_page_count = {pages + 4}")
         run(store, RegisterVariable("s", "text", "string", Value('""')))
@@ -407,7 +408,7 @@ class TestFailedGroups:
         assert [outcome.result for outcome in outcomes] == [2, *range(1, 9)]
 
     def test_what_nobody_can_know_is_raised_and_published_to_nobody(
-        self, store: SessionStore, monkeypatch: pytest.MonkeyPatch
+        self, store: FileGroups, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         before = Everything.of(store)
 
@@ -419,23 +420,23 @@ class TestFailedGroups:
         monkeypatch.setattr(log.LogWriter, "flush", fail)
         with pytest.raises(errors.OutcomeUnknownError, match="disk I/O error"):
             group(store, write("x", 1))
-        assert store.head == before.head
+        assert store.log.head == before.head
         assert store.find_loaded("s") is before.cached["s"]
 
 
 class TestIdempotency:
-    def test_twice_in_one_group_is_once(self, store: SessionStore) -> None:
-        head = store.head.sequence
+    def test_twice_in_one_group_is_once(self, store: FileGroups) -> None:
+        head = store.log.head.sequence
         outcomes = group(store, write("x", 1), write("x", 1), key="key")
         assert [outcome.result for outcome in outcomes] == [1, 1]
-        assert store.head.sequence == head + 1
+        assert store.log.head.sequence == head + 1
 
-    def test_another_request_in_the_same_group_is_refused(self, store: SessionStore) -> None:
+    def test_another_request_in_the_same_group_is_refused(self, store: FileGroups) -> None:
         outcomes = group(store, write("x", 1), write("x", 2), key="key")
         assert outcomes[0].result == 1
         assert isinstance(outcomes[1].error, errors.IdempotencyConflictError)
 
-    def test_the_answer_is_kept_in_the_commit_that_it_answers_for(self, store: SessionStore, path: Path) -> None:
+    def test_the_answer_is_kept_in_the_commit_that_it_answers_for(self, store: FileGroups, path: Path) -> None:
         run(store, write("x", 1), key="key")
         assert query(path, "SELECT session_id, idempotency_key, cause, result FROM outcomes") == [
             ("s", "key", "SetVariable", "1")
@@ -443,32 +444,32 @@ class TestIdempotency:
 
     def test_what_older_files_have_of_a_request_stays_valid(self, path: Path) -> None:
         command = SetVariable("s", "x", Value(" 5.0 "))
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             begin(store)
             assert run(store, command, key="key") == 1
         alter(path, f"UPDATE outcomes SET fingerprint = '{command.fingerprint()}'")
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             assert run(store, command, key="key") == 1
             with pytest.raises(errors.IdempotencyConflictError):
                 run(store, write("x", 6), key="key")
 
-    def test_a_failure_is_not_kept(self, store: SessionStore, path: Path) -> None:
+    def test_a_failure_is_not_kept(self, store: FileGroups, path: Path) -> None:
         group(store, write("nobody", 1), key="key")
         assert query(path, "SELECT count(*) FROM outcomes") == [(0,)]
 
-    def test_a_read_needs_no_key(self, store: SessionStore, path: Path) -> None:
+    def test_a_read_needs_no_key(self, store: FileGroups, path: Path) -> None:
         assert run(store, GetVariable("s", "x"), key="key").version == 0
         assert run(store, write("x", 1), key="key") == 1
 
     @pytest.mark.parametrize("key", ["", "x" * 256, "a\0b", "\ud800"])
-    def test_a_key_that_is_none(self, store: SessionStore, key: str) -> None:
+    def test_a_key_that_is_none(self, store: FileGroups, key: str) -> None:
         with pytest.raises((errors.InvalidArgumentError, errors.LimitExceededError), match="idempotency key"):
             run(store, write("x", 1), key=key)
 
 
 class TestCache:
     def test_a_tiny_one_changes_nothing_but_speed(self, path: Path) -> None:
-        with closing(SessionStore(path, StoreOptions(cache_size_bytes=1))) as store:
+        with closing(open_groups(path, StoreOptions(cache_size_bytes=1))) as store:
             ids = [f"s{number}" for number in range(12)]
             for session_id in ids:
                 begin(store, session_id, name=session_id)
@@ -490,7 +491,7 @@ class TestCache:
                 assert run(store, RollbackVariable(session_id, "x", 1)).value == Value("1")
 
     def test_what_is_used_mostly_stays_what_is_not_goes(self, path: Path) -> None:
-        with closing(SessionStore(path, StoreOptions(cache_size_bytes=20_000))) as store:
+        with closing(open_groups(path, StoreOptions(cache_size_bytes=20_000))) as store:
             begin(store, "used")
             there = 0
             for number in range(40):
@@ -504,7 +505,7 @@ class TestCache:
             assert store._cache.size_bytes <= 20_000
 
     def test_weighs_what_it_holds(self, path: Path) -> None:
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             begin(store)
             run(store, RegisterVariable("s", "text", "string", Value('""')))
             light = store._cache.size_bytes
@@ -517,7 +518,7 @@ class TestCache:
             assert len(store._cache) == 0
 
     def test_loading_finds_everything_as_it_was(self, path: Path) -> None:
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             begin(store)
             run(
                 store,
@@ -528,13 +529,13 @@ class TestCache:
             run(store, StartOptimization("s", "x", "optimizer", {"trials": "5"}))
             run(store, SetVariable("s", "x", Value("2"), {"optimizer_id": "optimizer"}))
             state = store.find_loaded("s")
-        with closing(SessionStore(path)) as again:
+        with closing(open_groups(path)) as again:
             run(again, Heartbeat("s"))
             assert again.find_loaded("s") == state
 
 
 class TestLargeValues:
-    def test_are_stored_once_however_many_versions_share_them(self, store: SessionStore, path: Path) -> None:
+    def test_are_stored_once_however_many_versions_share_them(self, store: FileGroups, path: Path) -> None:
         text, other = (Value(f'"{letter * 5_000}"') for letter in "ab")
         run(store, RegisterVariable("s", "y", "string", text))
         for value in (other, text, other, text):
@@ -547,7 +548,7 @@ class TestLargeValues:
 class TestAppendOnly:
     @pytest.mark.parametrize("table", ["commits", "versions", "events", "blobs"])
     def test_the_file_itself_refuses_to_rewrite_history(self, path: Path, table: str) -> None:
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             begin(store)
             run(store, RegisterVariable("s", "y", "string", Value(f'"{"large" * 1000}"')))
         column = {"commits": "actor", "versions": "value", "events": "body", "blobs": "content"}[table]
@@ -560,7 +561,7 @@ class TestAnchor:
     @pytest.fixture
     def closed(self, path: Path) -> Path:
         """A closed database with ten commits or more."""
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             begin(store)
             group(store, *(write("x", number) for number in range(10)))
         return path
@@ -568,55 +569,55 @@ class TestAnchor:
     def anchor_of(self, path: Path) -> Path:
         return path.with_name(path.name + ".anchor")
 
-    def test_remembers_the_head_after_each_group_and_at_the_end(self, store: SessionStore, path: Path) -> None:
+    def test_remembers_the_head_after_each_group_and_at_the_end(self, store: FileGroups, path: Path) -> None:
         for number in range(3):
             run(store, write("x", number))
-            assert anchor.parse(self.anchor_of(path).read_bytes()) == store.head
+            assert anchor.parse(self.anchor_of(path).read_bytes()) == store.log.head
 
     def test_is_never_ahead_of_durable_data(self, path: Path) -> None:
-        with closing(SessionStore(path, StoreOptions(durability="normal"))) as store:
+        with closing(open_groups(path, StoreOptions(durability="normal"))) as store:
             before = self.anchor_of(path).read_bytes()
             begin(store)
             assert self.anchor_of(path).read_bytes() == before, "a power cut may still take what was written"
-            head = store.head
+            head = store.log.head
         assert anchor.parse(self.anchor_of(path).read_bytes()) == head
 
     def test_a_database_behind_it_is_refused_and_says_what_is_gone(self, closed: Path, tmp_path: Path) -> None:
         old = tmp_path / "old.db"
         shutil.copy(closed, old)
-        with closing(SessionStore(closed)) as store:
+        with closing(open_groups(closed)) as store:
             group(store, *(write("x", number) for number in range(5)))
-            head = store.head.sequence
+            head = store.log.head.sequence
         shutil.copy(old, closed)
         with pytest.raises(errors.LostCommitsError, match=f"commits {head - 4} to {head} are gone"):
-            SessionStore(closed)
+            open_groups(closed)
         self.anchor_of(closed).unlink()
-        with closing(SessionStore(closed)) as store:
-            assert store.head.sequence == head - 5, "as the message says: without the anchor the loss is accepted"
+        with closing(open_groups(closed)) as store:
+            assert store.log.head.sequence == head - 5, "as the message says: without the anchor the loss is accepted"
 
-    def test_a_lost_wal_is_noticed(self, store: SessionStore, path: Path, tmp_path: Path) -> None:
+    def test_a_lost_wal_is_noticed(self, store: FileGroups, path: Path, tmp_path: Path) -> None:
         run(store, write("x", 1))
         copy = tmp_path / "copy" / path.name
         copy.parent.mkdir()
         for suffix in ("", ".anchor"):
             shutil.copy(f"{path}{suffix}", f"{copy}{suffix}")
         with pytest.raises((errors.LostCommitsError, errors.NotADatabaseError)):
-            SessionStore(copy)
+            open_groups(copy)
 
     def test_another_history_of_the_same_length_is_refused(self, closed: Path, tmp_path: Path) -> None:
-        with closing(SessionStore(tmp_path / "other.db")) as store:
+        with closing(open_groups(tmp_path / "other.db")) as store:
             begin(store)
             group(store, *(write("x", number) for number in range(10, 20)))
         shutil.copy(tmp_path / "other.db", closed)
         with pytest.raises(errors.LostCommitsError, match="not the one that was acknowledged"):
-            SessionStore(closed)
+            open_groups(closed)
 
     @pytest.mark.parametrize("damage", [b"", b"torn", b"\0" * 48, b"\xff" * 48])
     def test_a_torn_one_is_ignored(self, closed: Path, damage: bytes) -> None:
         self.anchor_of(closed).write_bytes(damage)
-        with closing(SessionStore(closed)) as store:
+        with closing(open_groups(closed)) as store:
             run(store, write("x", 1))
-            assert anchor.parse(self.anchor_of(closed).read_bytes()) == store.head
+            assert anchor.parse(self.anchor_of(closed).read_bytes()) == store.log.head
 
     def test_a_flipped_bit_makes_it_a_torn_one(self, closed: Path) -> None:
         content = bytearray(self.anchor_of(closed).read_bytes())
@@ -628,23 +629,23 @@ class TestAnchor:
 
     def test_a_missing_one_is_accepted(self, closed: Path) -> None:
         self.anchor_of(closed).unlink()
-        with closing(SessionStore(closed)) as store:
+        with closing(open_groups(closed)) as store:
             assert run(store, GetVariable("s", "x")).version == 10
 
     def test_one_that_is_behind_is_no_loss(self, closed: Path) -> None:
         """A power cut may take the anchor's last write: it is not synced."""
         behind = self.anchor_of(closed).read_bytes()
-        with closing(SessionStore(closed)) as store:
+        with closing(open_groups(closed)) as store:
             run(store, write("x", 1))
         self.anchor_of(closed).write_bytes(behind)
-        with closing(SessionStore(closed)) as store:
+        with closing(open_groups(closed)) as store:
             assert run(store, GetVariable("s", "x")).version == 11
 
 
 class TestTheTailOfTheLog:
     @pytest.mark.parametrize("needle", [b"needle in a value", b"needle in metadata", b"needle of an actor"])
     def test_a_flipped_byte_is_refused(self, path: Path, needle: bytes) -> None:
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             run(store, InitializeSession("s"))
             run(store, RegisterVariable("s", "x", "string", Value('"needle in a value"')))
             actor = Origin("needle of an actor", "test")
@@ -657,7 +658,7 @@ class TestTheTailOfTheLog:
         path.write_bytes(content)
         assert query(path, "PRAGMA integrity_check") == [("ok",)], "SQLite itself does not see it"
         with pytest.raises(errors.LostCommitsError, match="does not fit its hash"):
-            SessionStore(path)
+            open_groups(path)
 
     @pytest.mark.parametrize(
         "statement",
@@ -672,27 +673,27 @@ class TestTheTailOfTheLog:
         ],
     )
     def test_so_is_a_history_that_somebody_rewrote(self, path: Path, statement: str) -> None:
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             begin(store)
             group(store, *(write("x", number) for number in range(5)))
         triggers = [name for (name,) in query(path, "SELECT name FROM sqlite_master WHERE type = 'trigger'")]
         alter(path, *(f"DROP TRIGGER {name}" for name in triggers), statement)
         with pytest.raises(errors.LostCommitsError):
-            SessionStore(path)
+            open_groups(path)
 
 
 class TestOpening:
-    def test_a_second_owner_is_refused_naming_the_first(self, store: SessionStore, path: Path) -> None:
+    def test_a_second_owner_is_refused_naming_the_first(self, store: FileGroups, path: Path) -> None:
         with pytest.raises(errors.DatabaseInUseError) as error:
-            SessionStore(path)
+            open_groups(path)
         assert error.value.pid == os.getpid()
         assert str(os.getpid()) in str(error.value)
         assert run(store, write("x", 1)) == 1, "the first one is not disturbed"
 
-    def test_also_in_another_process(self, store: SessionStore, path: Path) -> None:
+    def test_also_in_another_process(self, store: FileGroups, path: Path) -> None:
         program = (
-            "import sys; from pathlib import Path; from dspex_persist.state.store.session_store import SessionStore\n"
-            "try: SessionStore(Path(sys.argv[1]))\n"
+            "import sys; from pathlib import Path; from dspex_persist.state.store.session_store import open_groups\n"
+            "try: open_groups(Path(sys.argv[1]))\n"
             "except Exception as error: print(type(error).__name__, error)\n"
         )
         said = subprocess.run(
@@ -703,20 +704,20 @@ class TestOpening:
 
     def test_once_closed_another_may_own_it(self, path: Path) -> None:
         for _ in range(3):
-            SessionStore(path).close()
+            open_groups(path).close()
 
     def test_a_failed_opening_lets_go(self, path: Path) -> None:
         path.write_bytes(b"no database at all" * 1000)
         for _ in range(2):
             with pytest.raises(errors.NotADatabaseError):
-                SessionStore(path)
+                open_groups(path)
         path.unlink()
-        SessionStore(path).close()
+        open_groups(path).close()
 
     def test_files_are_their_owner_s_alone(self, path: Path) -> None:
         previous = os.umask(0)
         try:
-            with closing(SessionStore(path)) as store:
+            with closing(open_groups(path)) as store:
                 begin(store)
                 modes = {file.name: file.stat().st_mode & 0o777 for file in path.parent.iterdir()}
         finally:
@@ -726,36 +727,36 @@ class TestOpening:
 
     def test_a_missing_folder_is_not_made(self, tmp_path: Path) -> None:
         with pytest.raises(errors.NotADatabaseError, match="mkdir -p"):
-            SessionStore(tmp_path / "no such folder" / "sessions.db")
+            open_groups(tmp_path / "no such folder" / "sessions.db")
         assert list(tmp_path.iterdir()) == []
 
     def test_another_program_s_database_is_refused_and_left_alone(self, path: Path) -> None:
         alter(path, "CREATE TABLE theirs (x)")
         with pytest.raises(errors.NotADatabaseError, match="theirs"):
-            SessionStore(path)
+            open_groups(path)
         assert query(path, "SELECT name FROM sqlite_master") == [("theirs",)]
 
     def test_a_newer_file_is_refused_and_left_alone(self, path: Path) -> None:
-        SessionStore(path).close()
+        open_groups(path).close()
         alter(path, "UPDATE alembic_version SET version_num = '9999'")
         with pytest.raises(errors.NewerSchemaError, match="9999"):
-            SessionStore(path)
+            open_groups(path)
         assert query(path, "SELECT version_num FROM alembic_version") == [("9999",)]
 
     def test_a_folder_is_no_database(self, tmp_path: Path) -> None:
         with pytest.raises(errors.NotADatabaseError):
-            SessionStore(tmp_path)
+            open_groups(tmp_path)
 
     @pytest.mark.parametrize(
         "name", ["with space.db", "per%20cent.db", "question?mode=memory.db", "#hash.db", "\u00fc.db"]
     )
     def test_odd_file_names_are_just_names(self, tmp_path: Path, name: str) -> None:
-        with closing(SessionStore(tmp_path / name)) as store:
+        with closing(open_groups(tmp_path / name)) as store:
             begin(store)
-            assert store.read_file(GetVariable("s", "x"), ADA, None).version == 0
+            assert store.read_stored(GetVariable("s", "x"), ADA, None).version == 0
         assert (tmp_path / name).stat().st_size > 0
 
-    def test_readers_of_the_file_are_welcome_while_it_is_owned(self, store: SessionStore, path: Path) -> None:
+    def test_readers_of_the_file_are_welcome_while_it_is_owned(self, store: FileGroups, path: Path) -> None:
         run(store, write("x", 1))
         assert query(path, "SELECT value FROM versions ORDER BY version") == [("0",), ("1",)]
 
@@ -782,23 +783,23 @@ def pass_s(frozen: FrozenDateTimeFactory, seconds: float) -> None:
 
 class TestTime:
     def test_a_ttl_goes_on_over_a_restart(self, frozen: FrozenDateTimeFactory, path: Path) -> None:
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             begin(store, ttl_seconds="100")
         pass_s(frozen, 99)
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             assert run(store, GetVariable("s", "x")).version == 0
         pass_s(frozen, 99)
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             assert run(store, Heartbeat("s")) is True, "the read of 99 s ago was a touch"
 
     def test_it_ends_at_most_a_twentieth_late_and_never_early(self, frozen: FrozenDateTimeFactory, path: Path) -> None:
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             begin(store, ttl_seconds="100")
         pass_s(frozen, 100)
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             assert run(store, GetVariable("s", "x")).version == 0
         pass_s(frozen, 300)
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             assert run(store, Heartbeat("s")) is False
             with pytest.raises(errors.SessionNotFoundError):
                 run(store, write("x", 1))
@@ -808,7 +809,7 @@ class TestTime:
         self, frozen: FrozenDateTimeFactory, path: Path, step_s: float
     ) -> None:
         """Touches are written only now and then: whatever is lost of them must be granted."""
-        store = SessionStore(path, StoreOptions(cache_size_bytes=1))
+        store = open_groups(path, StoreOptions(cache_size_bytes=1))
         begin(store, ttl_seconds="100")
         for number in range(60):
             pass_s(frozen, step_s)
@@ -826,23 +827,23 @@ class TestTime:
             begin(store, f"other {number}")
             if number % 7 == 0:
                 store.close()
-                store = SessionStore(path, StoreOptions(cache_size_bytes=1))
+                store = open_groups(path, StoreOptions(cache_size_bytes=1))
         pass_s(frozen, 99.9)
         assert run(store, Heartbeat("s"))
         store.close()
 
     def test_a_touch_is_no_commit(self, frozen: FrozenDateTimeFactory, path: Path) -> None:
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             begin(store, ttl_seconds="100")
-            head = store.head
+            head = store.log.head
             pass_s(frozen, 50)
             run(store, TouchSession("s"))
-            assert store.head == head
+            assert store.log.head == head
             ((expires_at,),) = query(path, "SELECT expires_at FROM sessions")
             assert expires_at == 1_893_456_000_000_000 + 150_000_000
 
     def test_sweeping_ends_what_has_expired_and_nothing_else(self, frozen: FrozenDateTimeFactory, path: Path) -> None:
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             group(store, *(InitializeSession(f"short {number}", {"ttl_seconds": "10"}) for number in range(250)))
             begin(store, "long", ttl_seconds="1000")
             begin(store, "ever")
@@ -858,7 +859,7 @@ class TestTime:
             assert store.find_loaded("short 1") is None
 
     def test_a_session_that_was_touched_in_memory_is_not_swept(self, frozen: FrozenDateTimeFactory, path: Path) -> None:
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             begin(store, ttl_seconds="100")
             pass_s(frozen, 2)
             state = store.find_loaded("s")
@@ -871,7 +872,7 @@ class TestTime:
     def test_an_expired_session_is_ended_before_the_same_id_begins_anew(
         self, frozen: FrozenDateTimeFactory, path: Path
     ) -> None:
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             begin(store, ttl_seconds="10")
             pass_s(frozen, 10)
             assert not run(store, InitializeSession("s")).resumed
@@ -879,32 +880,32 @@ class TestTime:
             assert rows == [(1, 3), (4, None)]
 
     def test_a_lease_goes_on_over_a_restart(self, frozen: FrozenDateTimeFactory, path: Path) -> None:
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             begin(store)
             run(store, StartOptimization("s", "x", "optimizer", {"trials": "5"}))
             pass_s(frozen, 200)
             run(store, SetVariable("s", "x", Value("1"), {"optimizer_id": "optimizer"}))
             lock = run(store, GetVariable("s", "x")).optimization
         pass_s(frozen, 299)
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             assert run(store, GetVariable("s", "x")).optimization == lock
             with pytest.raises(errors.VariableLockedError, match="'optimizer'"):
                 run(store, write("x", 2))
         pass_s(frozen, 1)
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             assert run(store, GetVariable("s", "x")).optimization is None
             assert run(store, write("x", 2)) == 2
 
     def test_a_holder_that_only_asks_again_keeps_its_lease_over_a_restart(
         self, frozen: FrozenDateTimeFactory, path: Path
     ) -> None:
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             begin(store)
             first = run(store, StartOptimization("s", "x", "optimizer"))
             pass_s(frozen, 200)
             assert run(store, StartOptimization("s", "x", "optimizer")) == first
         pass_s(frozen, 299)
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             with pytest.raises(errors.VariableLockedError):
                 run(store, write("x", 2))
             pass_s(frozen, 1)
@@ -912,15 +913,15 @@ class TestTime:
 
     def test_times_come_back_exactly(self, frozen: FrozenDateTimeFactory, path: Path) -> None:
         pass_s(frozen, 0.123456)
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             begin(store)
             before = run(store, GetVariable("s", "x"))
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             assert run(store, GetVariable("s", "x")) == before
             assert before.updated_at.microsecond == 123_456
 
     def test_answers_are_forgotten_after_the_retention(self, frozen: FrozenDateTimeFactory, path: Path) -> None:
-        with closing(SessionStore(path, StoreOptions(outcome_retention_s=100))) as store:
+        with closing(open_groups(path, StoreOptions(outcome_retention_s=100))) as store:
             begin(store)
             run(store, write("x", 1), key="old")
             pass_s(frozen, 60)
@@ -937,11 +938,11 @@ class TestTime:
 class TestHousekeeping:
     def test_a_sweep_that_sqlite_refuses_for_certain_is_tried_again(self, path: Path) -> None:
         """A full disk must not end the engine because it was full while there was nothing to do but tidy up."""
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             begin(store)
             run(store, write("x", 1), key="key")
         alter(path, f"CREATE TRIGGER planted BEFORE DELETE ON outcomes BEGIN {PLANTED}; END")
-        with closing(SessionStore(path, StoreOptions(outcome_retention_s=1e-6))) as store:
+        with closing(open_groups(path, StoreOptions(outcome_retention_s=1e-6))) as store:
             store.sweep()
             assert run(store, write("x", 2)) == 2
 
@@ -963,12 +964,12 @@ class TestTimeThatIsSet:
         return [at for (at,) in query(path, "SELECT created_at FROM commits ORDER BY sequence")]
 
     def test_commits_never_go_back(self, path: Path, jump: Callable[[timedelta], None]) -> None:
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             begin(store)
             jump(timedelta(days=-20_000))
             run(store, write("x", 1))
             last = run(store, GetVariable("s", "x")).updated_at
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             run(store, write("x", 2))
             assert run(store, GetVariable("s", "x")).updated_at == last
             jump(timedelta(0))
@@ -977,18 +978,18 @@ class TestTimeThatIsSet:
         assert self.times(path) == sorted(self.times(path))
 
     def test_an_imported_session_s_times_are_its_own(self, path: Path, tmp_path: Path) -> None:
-        with freeze_time("2090-01-01"), closing(SessionStore(tmp_path / "other.db")) as other:
+        with freeze_time("2090-01-01"), closing(open_groups(tmp_path / "other.db")) as other:
             begin(other, "old")
             recorded = StringIO()
-            write_recording(*other.record("old"), recorded)
+            write_recording(*recordings.read_session(other.log.readers, "old"), recorded)
         transfer.import_session(path, recorded.getvalue().splitlines(), options=StoreOptions())
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             begin(store)
             assert run(store, GetVariable("s", "x")).updated_at.year < 2090
 
     @pytest.mark.parametrize("distance", [timedelta(days=400), timedelta(days=-400)], ids=["forward", "back"])
     def test_it_ends_no_session(self, path: Path, jump: Callable[[timedelta], None], distance: timedelta) -> None:
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             begin(store, ttl_seconds="3600")
             assert run(store, write("x", 1), key="once") == 1
             jump(distance)
@@ -1000,7 +1001,7 @@ class TestTimeThatIsSet:
 
     def test_what_really_passes_ends_it(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         began = clock.steady()
-        with closing(SessionStore(path)) as store:
+        with closing(open_groups(path)) as store:
             begin(store, ttl_seconds="3600")
             monkeypatch.setattr(clock, "steady", lambda: began + timedelta(seconds=3_700))
             assert not run(store, Heartbeat("s"))

@@ -19,6 +19,7 @@ from sqlalchemy import Engine
 
 from dspex_persist.state import commands as c
 from dspex_persist.state.embedded import EmbeddedState
+from dspex_persist.state.groups import Job
 from dspex_persist.state.model import ChangeKind, EventKind, ExecutionStatus, Origin, Value
 from dspex_persist.state.store import audit, maintenance, verify
 from dspex_persist.state.store.anchor import Head, parse
@@ -35,7 +36,7 @@ from dspex_persist.state.store.chain import (
 from dspex_persist.state.store.engine import open_readers, snapshot
 from dspex_persist.state.store.schema import APPEND_ONLY
 from dspex_persist.state.store.schema import metadata as tables
-from dspex_persist.state.store.session_store import Job, SessionStore
+from dspex_persist.state.store.session_store import open_groups
 from dspex_persist.state.store.variables import KINDS
 from dspex_persist.state.store.verify import Problem
 from tests.assets.make_database import fill
@@ -311,7 +312,7 @@ def test_what_the_engine_writes_is_sound(tmp_path: Path, seed: int) -> None:
     print(f"seed {seed}")
     randomly = random.Random(seed)
     path = tmp_path / "random.db"
-    store = SessionStore(path)
+    store = open_groups(path)
     for _ in range(3):
         for _ in range(25):
             outcomes = store.write_group([random_job(randomly) for _ in range(randomly.randint(1, 12))])
@@ -319,8 +320,8 @@ def test_what_the_engine_writes_is_sound(tmp_path: Path, seed: int) -> None:
             assert broken == []
         store.close()
         assert problems_of(path, anchor_of(path)) == []
-        store = SessionStore(path)
-    assert store.head.sequence > 100
+        store = open_groups(path)
+    assert store.log.head.sequence > 100
     store.close()
 
 

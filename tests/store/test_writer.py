@@ -18,9 +18,9 @@ from dspex_persist.state.errors import (
     StorageError,
     VersionConflictError,
 )
+from dspex_persist.state.groups import Job, Outcome
 from dspex_persist.state.model import Origin
-from dspex_persist.state.store.session_store import Job, Outcome
-from dspex_persist.state.store.writer import Writer
+from dspex_persist.state.writer import Writer
 from tests.deadline import within
 
 DEADLINE_S = within(20)

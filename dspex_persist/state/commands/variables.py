@@ -31,7 +31,7 @@ from dspex_persist.state.model import (
     VariableVersion,
 )
 from dspex_persist.state.session_state import SessionState
-from dspex_persist.state.unit_of_work import HistoryQuery, UnitOfWork
+from dspex_persist.state.unit_of_work import UnitOfWork, VersionQuery
 
 DEFAULT_HISTORY = 100
 _LONGEST_IDENTIFIER = 4096
@@ -287,7 +287,7 @@ class GetVariableHistory(Command[list[VariableVersion]]):
             uow.session(self.session_id)
             raise VariableNotFoundError(self.session_id, self.identifier)
         limit = self.limit or DEFAULT_HISTORY
-        query = HistoryQuery(self.identifier, limit, self.before, self.most_bytes, self.as_of)
+        query = VersionQuery(self.identifier, limit, self.before, self.most_bytes, self.as_of)
         return uow.history(self.session_id, query)
 
 
@@ -356,7 +356,7 @@ def _spelled(uow: UnitOfWork, session_id: str, identifier: str, value: Value) ->
     if variable is not None:
         return values.spell(variable.type, value, uow.limits)
     try:
-        (newest,) = uow.history(session_id, HistoryQuery(identifier, 1))
+        (newest,) = uow.history(session_id, VersionQuery(identifier, 1))
     except StateError:
         return values.spell(None, value, uow.limits)
     return values.spell(newest.type, value, uow.limits)

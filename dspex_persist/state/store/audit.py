@@ -1,13 +1,13 @@
 """The log of commits, read: its head, its commits with all that their hashes cover, a session's changes after one."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from sqlalchemy import Connection, Row, select, text
 
 from dspex_persist.clock import nearest_time
-from dspex_persist.state.graph import dependants
+from dspex_persist.state.log_store import affected
 from dspex_persist.state.model import Change, CommitChanges, EventKind, Optimization, Variable
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.store import variables as stored_variables
@@ -87,14 +87,6 @@ def _change_of(connection: Connection, row: Row[Any], metadata: dict[int, Mappin
     metadata[key] = merged
     variable = stored_variables.variable_as_of(connection, row, version, merged)
     return Change(version, variable._replace(optimization=_lock_as_of(connection, variable, version.sequence)))
-
-
-def affected(state: SessionState, sequence: int, changes: Sequence[Change]) -> tuple[Variable, ...]:
-    """Who depends on what a commit changed, as they stand in `state`, used ones first."""
-    if not state.dependencies or not changes:
-        return ()
-    ids = dependants(state.dependencies, [change.variable.id for change in changes], sequence)
-    return tuple(found for variable_id in ids if (found := state.find(variable_id)) is not None)
 
 
 def _lock_as_of(connection: Connection, variable: Variable, sequence: int) -> Optimization | None:

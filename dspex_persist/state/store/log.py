@@ -348,11 +348,6 @@ def note_import(connection: Connection, first: int, last: int) -> None:
     connection.execute(insert(imports), {"first_sequence": first, "last_sequence": last})
 
 
-def sort_changes(state: SessionState, changes: Sequence[Change]) -> list[Change]:
-    """Changes in the order of the log."""
-    return sorted(changes, key=lambda change: (state.keys[change.variable.id], change.version.version))
-
-
 _Projection: TypeAlias = Callable[[LogWriter, UnitOfWork, SessionState, Mapping[str, Any]], Mapping[str, Any] | None]
 _PROJECTIONS: dict[EventKind, _Projection] = {
     EventKind.SESSION_STARTED: LogWriter._start_session,

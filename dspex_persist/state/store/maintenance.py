@@ -29,6 +29,7 @@ from dspex_persist.state.errors import (
     ReadFailedError,
     StorageError,
 )
+from dspex_persist.state.groups import Job
 from dspex_persist.state.model import PrunePolicy, PruneReport
 from dspex_persist.state.provider import Progress, silent
 from dspex_persist.state.recording import Header, RecordedCommit
@@ -47,7 +48,7 @@ from dspex_persist.state.store.engine import (
     snapshot,
 )
 from dspex_persist.state.store.schema import REVISION
-from dspex_persist.state.store.session_store import Job, SessionStore
+from dspex_persist.state.store.session_store import open_groups
 from dspex_persist.state.store.verify import Problem
 
 MOST_PROBLEMS: Final = 1000
@@ -781,24 +782,24 @@ def prune(path: Path, policy: PrunePolicy, *, confirm: bool, progress: Progress 
 
 def _prune(path: Path, policy: PrunePolicy, progress: Progress) -> PruneReport:
     try:
-        store = SessionStore(path)
+        groups = open_groups(path)
     except DatabaseInUseError as error:
         raise PruneInUseError(error.path, error.pid) from None
     try:
 
         def write(jobs: list[Job]) -> None:
-            for outcome in store.write_group(jobs):
+            for outcome in groups.write_group(jobs):
                 if outcome.error is not None:
                     raise outcome.error
 
-        report = store.prune(policy, write, progress)
+        report = pruning.run(groups.log.readers, policy, write, progress)
     except OutcomeUnknownError:
-        store.abandon()
+        groups.abandon()
         raise
     except BaseException:
-        store.close()
+        groups.close()
         raise
-    store.close()
+    groups.close()
     return report
 
 

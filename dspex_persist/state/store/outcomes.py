@@ -1,10 +1,7 @@
-"""The answers kept under idempotency keys, and how a result becomes JSON and back."""
+"""The answers kept under idempotency keys."""
 
-from datetime import datetime, timedelta
-from functools import lru_cache
-from typing import Any
+from datetime import datetime
 
-from pydantic import TypeAdapter
 from sqlalchemy import Connection, bindparam, delete, insert, select
 
 from dspex_persist.clock import to_micros
@@ -13,21 +10,6 @@ from dspex_persist.state.unit_of_work import RecordedOutcome
 
 # Built once: to build a statement takes SQLAlchemy longer than SQLite needs to run it.
 _FORGET_SESSION = delete(outcomes).where(outcomes.c.session_id == bindparam("session_id"))
-
-
-@lru_cache
-def _codec(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
-
-
-def encode(kind: Any, result: object) -> str:
-    """A result of type `kind` as JSON."""
-    return _codec(kind).dump_json(result).decode()
-
-
-def decode(kind: Any, text: str) -> Any:
-    """The result again."""
-    return _codec(kind).validate_json(text)
 
 
 def find(connection: Connection, session_id: str, key: str) -> RecordedOutcome | None:
@@ -61,7 +43,6 @@ def forget_session(connection: Connection, session_id: str) -> None:
     connection.execute(_FORGET_SESSION, {"session_id": session_id})
 
 
-def forget(connection: Connection, now: datetime, retention_s: float) -> int:
-    """Remove the answers that are older than `retention_s`; how many."""
-    oldest = to_micros(now - timedelta(seconds=retention_s))
-    return connection.execute(delete(outcomes).where(outcomes.c.created_at < oldest)).rowcount
+def forget(connection: Connection, before: datetime) -> int:
+    """Remove the answers that were given before that time; how many."""
+    return connection.execute(delete(outcomes).where(outcomes.c.created_at < to_micros(before))).rowcount

@@ -22,7 +22,8 @@ from sqlalchemy import Connection, Engine
 from dspex_persist.clock import to_micros
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import InvalidArgumentError
-from dspex_persist.state.model import PINNED, EventKind, PrunePolicy, PruneReport, Session
+from dspex_persist.state.groups import Job
+from dspex_persist.state.model import PINNED, EventKind, Origin, PrunePolicy, PruneReport, Session
 from dspex_persist.state.provider import Progress
 from dspex_persist.state.store import audit, times
 from dspex_persist.state.store.answers import StoredAudit
@@ -44,6 +45,7 @@ GoingVersion: TypeAlias = tuple[int, int, int, int | None, int | None]
 """variable_key, version, sequence, value_blob, binary_blob"""
 GoingEvent: TypeAlias = tuple[int, int]
 """sequence, ordinal"""
+_PRUNING: Final = Origin(actor="dspex-persist", cause="pruning")
 _BATCH_ROWS: Final = 1000
 _BATCH_COMMANDS: Final = 64
 _SNAPSHOT_S: Final = 0.5
@@ -78,9 +80,9 @@ def _policy_body(policy: PrunePolicy) -> dict[str, Any]:
 
 
 def run(
-    readers: Engine, policy: PrunePolicy, write: Callable[[list[PruneHistory]], object] | None, progress: Progress
+    readers: Engine, policy: PrunePolicy, write: Callable[[list[Job]], object] | None, progress: Progress
 ) -> PruneReport:
-    """Prune. `write` has commands carried out, and returns, or raises, when they are; without it nothing changes.
+    """Prune. `write` has jobs carried out, and returns, or raises, when they are; without it nothing changes.
 
     Raises `NotInHistoryError` for the id of a session that never was.
     """
@@ -93,7 +95,7 @@ def run(
     versions = events = markers = 0
     for batch in planner.batches():
         if write is not None and batch:
-            write(batch)
+            write([Job(command, _PRUNING) for command in batch])
         for command in batch:
             sessions.add(command.session_key)
             versions += len(command.versions)

@@ -10,13 +10,14 @@ from typing import Final, TextIO
 
 from dspex_persist.state.commands import ExpireSession, FinishImport, ImportCommit
 from dspex_persist.state.errors import DatabaseInUseError, InvalidArgumentError, OutcomeUnknownError, RecordingError
+from dspex_persist.state.groups import Job
 from dspex_persist.state.model import Origin
 from dspex_persist.state.provider import Progress, silent
 from dspex_persist.state.recording import Header, RecordedCommit, read_recording, write_recording
 from dspex_persist.state.store import audit
 from dspex_persist.state.store.engine import OwnershipLock, open_readers, snapshot
 from dspex_persist.state.store.maintenance import open_recording, refuse_files_of
-from dspex_persist.state.store.session_store import Job, SessionStore, StoreOptions
+from dspex_persist.state.store.session_store import FileGroups, StoreOptions, open_groups
 
 _IMPORT: Final = Origin("dspex-persist", "import")
 _TELL_AFTER: Final = 100
@@ -138,28 +139,28 @@ def import_session(
         )
         raise RecordingError(name, 1, reason)
     told = _told("importing commits", commits, header.commits, progress)
-    with _opened(path, options) as store:
+    with _opened(path, options) as groups:
         try:
-            return _append(path, store, header.session_id if session_id is None else session_id, told)
+            return _append(path, groups, header.session_id if session_id is None else session_id, told)
         except RecordingError as error:
             raise RecordingError(name, error.line, error.reason) from error
 
 
 @contextmanager
-def _opened(path: Path, options: StoreOptions | None) -> Iterator[SessionStore]:
+def _opened(path: Path, options: StoreOptions | None) -> Iterator[FileGroups]:
     """The store on a file. What this makes is gone again if the block fails."""
     made = _missing(path)
-    store = SessionStore(path, options)
+    groups = open_groups(path, options)
     try:
-        yield store
+        yield groups
     except OutcomeUnknownError:
-        store.abandon()
+        groups.abandon()
         raise
     except BaseException:
-        store.close()
+        groups.close()
         _remove_empty(path, made)
         raise
-    store.close()
+    groups.close()
 
 
 def _missing(path: Path) -> list[Path]:
@@ -193,9 +194,10 @@ def _is_empty(path: Path) -> bool:
         readers.dispose()
 
 
-def _append(path: Path, store: SessionStore, session_id: str, commits: Iterable[RecordedCommit]) -> ImportReport:
+def _append(path: Path, groups: FileGroups, session_id: str, commits: Iterable[RecordedCommit]) -> ImportReport:
+    store = groups.log
     # One whose time is over is not live, but nobody has said so yet.
-    store.write_group([Job(ExpireSession(session_id), _IMPORT)])
+    groups.write_group([Job(ExpireSession(session_id), _IMPORT)])
     first = store.head.sequence + 1
     interrupted = store.write_whole(_jobs(session_id, commits))
     last = store.head.sequence

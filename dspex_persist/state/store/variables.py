@@ -13,7 +13,7 @@ from dspex_persist.state.audit import SENSITIVE
 from dspex_persist.state.frozen import freeze
 from dspex_persist.state.model import ChangeKind, Optimization, Source, Value, Variable, VariableVersion
 from dspex_persist.state.store.schema import blobs, commits, is_unicode, variables, versions
-from dspex_persist.state.unit_of_work import HistoryQuery
+from dspex_persist.state.unit_of_work import VersionQuery
 from dspex_persist.state.values.json_text import stored_object
 
 KINDS = tuple(ChangeKind)
@@ -144,7 +144,7 @@ def find_key(connection: Connection, session_key: int, identifier: str, as_of: i
     return connection.execute(_FIND_KEY_AS_OF, asked | {"as_of": as_of}).scalar()
 
 
-def history(connection: Connection, variable_key: int, query: HistoryQuery) -> list[VariableVersion]:
+def history(connection: Connection, variable_key: int, query: VersionQuery) -> list[VariableVersion]:
     """The versions of the variable that the query wants, newest first; whom it means is settled."""
     below = _NO_BOUND if query.before is None else query.before
     rows = connection.connection.cursor().execute(_HISTORY, (variable_key, below, query.limit))

@@ -36,7 +36,7 @@ from dspex_persist.state.model import (
     VariableVersion,
 )
 from dspex_persist.state.session_state import SessionState
-from dspex_persist.state.unit_of_work import Drafts, HistoryQuery, RecordedOutcome, Savepoint, UnitOfWork, up_to
+from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, Savepoint, UnitOfWork, VersionQuery, up_to
 
 R = TypeVar("R")
 
@@ -230,7 +230,7 @@ class _Overlay:
         found: list[VariableVersion] = self._read(query)
         return found[0] if found and found[0].version == version else None
 
-    def history(self, state: SessionState, query: HistoryQuery) -> list[VariableVersion] | None:
+    def history(self, state: SessionState, query: VersionQuery) -> list[VariableVersion] | None:
         limit, before, most_bytes = query.limit, query.before, query.most_bytes
         meant = self._meant(state, query.identifier)
         staged = [

@@ -11,7 +11,7 @@ from dspex_persist.infra import forks
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.traces import trace_of
 from dspex_persist.state.errors import EngineClosedError, OutcomeUnknownError, QueueFullError, StateError
-from dspex_persist.state.store.session_store import Job, Outcome
+from dspex_persist.state.groups import Job, Outcome
 
 _logger: Final = get_logger(__name__)
 
