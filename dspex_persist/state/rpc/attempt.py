@@ -19,7 +19,7 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.rpc.headers import Headers
 from dspex_persist.state.rpc.rpcs.base import Rpc
-from dspex_persist.state.rpc.status import error_of_call, is_told, never_sent
+from dspex_persist.state.rpc.status import error_of_call, is_told, never_sent, unreadable
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 _CONNECTION_LOST: Final = frozenset(
@@ -95,7 +95,10 @@ class Attempt:
         except grpc.FutureCancelledError:
             self._future.set_exception(EngineClosedError())
         else:
-            self._answered(response, call)
+            try:
+                self._answered(response, call)
+            except Exception as error:  # noqa: BLE001 -- gRPC's thread would keep it, and the caller wait for ever
+                self._future.set_exception(unreadable(self._target, error))
 
     def _answered(self, response: Any, call: Any) -> None:
         def trailer(name: str) -> str | None:

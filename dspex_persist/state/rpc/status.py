@@ -2,9 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields, replace
-from typing import Any
+from typing import Any, Final
 
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo
@@ -175,13 +175,8 @@ def error_of(
         return errors.LimitExceededError("size of the message in bytes", actual, most, "max_message_bytes")
     if code is StatusCode.CANCELLED and "channel closed" in details.lower():
         return errors.EngineClosedError()
-    if code in (StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED):
-        return unreachable(target, details or code.name)
-    if code is StatusCode.RESOURCE_EXHAUSTED:
-        return errors.UnavailableError(details)
-    if code is StatusCode.UNIMPLEMENTED:
-        return errors.UnsupportedError(details)
-    return errors.InternalError(f"{code.name}: {details}")
+    meant = _MEANT.get(code)
+    return errors.InternalError(f"{code.name}: {details}") if meant is None else meant(target, details or code.name)
 
 
 def _in_python(error: StateError) -> StateError:
@@ -207,12 +202,27 @@ def unreachable(target: str, details: str) -> errors.UnavailableError:
     return errors.UnavailableError(reason)
 
 
+def unreadable(target: str, fault: Exception) -> errors.InternalError:
+    """That an answer says what this release does not know; `fault`: what came of reading it."""
+    reason = f"{target} answered what this release cannot read ({type(fault).__name__}: {fault}); is it newer?"
+    return errors.InternalError(reason)
+
+
 def _parse(content: bytes) -> StateError | None:
     info = ErrorInfo()
     for detail in Status.FromString(content).details:
         if detail.Unpack(info) and info.domain == DOMAIN:
             return _made(info.reason, info.metadata)
     return None
+
+
+_MEANT: Final[Mapping[StatusCode, Callable[[str, str], StateError]]] = {
+    StatusCode.UNAVAILABLE: unreachable,
+    StatusCode.DEADLINE_EXCEEDED: unreachable,
+    StatusCode.RESOURCE_EXHAUSTED: lambda _, details: errors.UnavailableError(details),
+    StatusCode.UNIMPLEMENTED: lambda _, details: errors.UnsupportedError(details),
+}
+"""What a status means that gRPC gives by itself, or a server that is not ours. Any other is a fault."""
 
 
 def is_told(call: Any) -> bool:

@@ -13,6 +13,7 @@ from dspex_persist.state.rpc import codec
 from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.rpc.headers import INITIAL_VALUES, POSITION
 from dspex_persist.state.rpc.inherited import OneProcess
+from dspex_persist.state.rpc.status import unreadable
 from dspex_persist.state.watch import Watch
 
 _BUFFERED_UPDATES: Final = 256
@@ -24,6 +25,7 @@ class BridgedWatch(Watch):
 
     def __init__(self, call: Any, timeout_s: float, target: str, error_of: Callable[[Any], StateError]) -> None:
         self._call = call
+        self._target = target
         self._error_of = error_of
         self._here = OneProcess(target, call)
         self._lock = threading.Condition()
@@ -67,6 +69,9 @@ class BridgedWatch(Watch):
         except grpc.RpcError:
             if not self._closed:
                 error = self._error_of(self._call)
+        except Exception as fault:  # noqa: BLE001 -- the thread would end, and the watcher wait for ever
+            self._call.cancel()
+            error = unreadable(self._target, fault)
         with self._lock:
             self._error = error
         self._wake()
