@@ -416,7 +416,7 @@ async def _serve_bridge(
         )
     finally:
         await remote.close()
-        provider.runner.close()
+        provider.interrupt()
         auditor.close()
 
 

@@ -72,10 +72,10 @@ class Parameter:
     is_plain: bool = False
     default: object = None
 
-    def read(self, value: Value) -> object:
-        """The argument that `value` stands for; `RefusedError` if it is none."""
+    def read(self, value: Value, limits: Limits | None = None) -> object:
+        """The argument that `value` stands for; `RefusedError` if it is none, `LimitExceededError` beyond `limits`."""
         try:
-            document = self._decode(value)
+            document = self._decode(value, limits)
         except InvalidValueError as error:
             raise RefusedError(error.reason) from error
         try:
@@ -87,13 +87,16 @@ class Parameter:
         except BaseException as error:  # validators of the tool's own types raise what they like
             raise RefusedError(f"{type(error).__name__}: {shorten(_text_of(error))}") from error
 
-    def _decode(self, value: Value) -> object:
+    def _decode(self, value: Value, limits: Limits | None) -> object:
         """JSON as it is; bytes as what they say they are, unless the function wants a list of numbers."""
+        if limits is None:
+            description = values.decode("map", Value(value.json))
+        else:
+            description = values.parse_json(value.json, name=self.described.name, limits=limits)
         if value.binary is None:
-            return values.decode("map", value)
+            return description
         if self.described.type == "list":
             return values.decode("embedding", value)
-        description = values.decode("map", Value(value.json))
         stated = description.get("type") if isinstance(description, dict) else None
         is_embedding = stated == "embedding" and self.described.type == "any"
         return values.decode("embedding" if is_embedding else "tensor", value)

@@ -25,6 +25,7 @@ from dspex_persist.cognitive.errors import ToolDefinitionError
 from dspex_persist.cognitive.parameters import Parameter, one_line, read_parameter
 from dspex_persist.cognitive.tool_context import ToolContext
 from dspex_persist.state.errors import ToolArgumentError, quote
+from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Value
 from dspex_persist.state.values.json_text import RefusedError, shorten
 
@@ -59,7 +60,7 @@ class Signature:
             if parameter.default is not None
         }
 
-    def bind(self, tool: str, parameters: Mapping[str, Value]) -> dict[str, object]:
+    def bind(self, tool: str, parameters: Mapping[str, Value], limits: Limits | None = None) -> dict[str, object]:
         """The arguments by name; `ToolArgumentError` names the first that is wrong, and the others."""
         arguments: dict[str, object] = {}
         wrong = {name: self._unknown(name) for name in parameters if name not in self.parameters}
@@ -69,7 +70,7 @@ class Signature:
                     wrong[name] = f"it is required ({parameter.described.type})"
                 continue
             try:
-                arguments[name] = parameter.read(parameters[name])
+                arguments[name] = parameter.read(parameters[name], limits)
             except RefusedError as error:
                 wrong[name] = error.reason
         if wrong:

@@ -11,6 +11,7 @@ from dspex_persist.cognitive import lm_guard
 from dspex_persist.cognitive.errors import DspyMissingError, ToolDefinitionError
 from dspex_persist.cognitive.signatures import Signature, read_signature
 from dspex_persist.cognitive.tool_context import ToolContext
+from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Isolation, ToolSpec, Value
 from dspex_persist.state.tools.ports import ToolKind
 from dspex_persist.state.tools.session import ToolSession
@@ -62,9 +63,9 @@ class Tool(Generic[P, R]):
         """ "float" where the function says that it returns, or yields, floats: JSON has no NaN; else ""."""
         return self._signature.result_type
 
-    def bind(self, parameters: Mapping[str, Value]) -> Mapping[str, object]:
-        """New arguments for `start`; `ToolArgumentError` for a wrong one."""
-        return self._signature.bind(self.spec.name, parameters)
+    def bind(self, parameters: Mapping[str, Value], limits: Limits | None = None) -> Mapping[str, object]:
+        """New arguments for `start`; `ToolArgumentError` for a wrong one, `LimitExceededError` beyond `limits`."""
+        return self._signature.bind(self.spec.name, parameters, limits)
 
     def start(self, session: ToolSession, arguments: Mapping[str, object]) -> Any:
         """Call the function: a result, a coroutine, a generator or an async generator, by `kind`.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
+from functools import partial
 from typing import Final, TypeAlias
 
 from dspex_persist import clock
@@ -19,9 +20,14 @@ from dspex_persist.state.errors import InvalidArgumentError, quote
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import ExecutionStatus, Origin, ToolOutcome
 from dspex_persist.state.provider import TOOL_TIMEOUT_S
+from dspex_persist.state.tools.home import Home
+from dspex_persist.state.tools.invoke import Invoker
+from dspex_persist.state.tools.local import local_tools
 from dspex_persist.state.tools.ports import ToolCode
+from dspex_persist.state.tools.remote import RemoteTool
 from dspex_persist.state.tools.requests import ToolRequest
 from dspex_persist.state.tools.runner import ToolRunner
+from dspex_persist.state.tools.with_tools import TOOL_THREADS
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Told how many executions are done, of how many."""
@@ -131,17 +137,23 @@ class _Rerun:
         self._tools: dict[str, ToolCode] = {
             name: RunAgain(tool, self._stage, live_lm) for name, tool in toolbox.items()
         }
-        self._runner: ToolRunner | None = None
+        self._running: tuple[ToolRunner, Invoker] | None = None
 
     @contextmanager
     def open(self) -> Iterator[None]:
         """While it is open, `run` can be called."""
-        runner = self._runner = ToolRunner(self._stage.submit, self._tools, limits=self._limits)
+        registered = partial(RemoteTool, port=None, limits=self._limits)
+        home = Home()
+        invoker = Invoker(home, TOOL_THREADS, self._limits)
+        runner = ToolRunner(self._stage.submit, home, {}, registered=registered, limits=self._limits)
+        self._running = runner, invoker
         try:
             yield
         finally:
-            self._stage.take = self._runner = None
-            runner.close()
+            self._stage.take = self._running = None
+            runner.drain()
+            home.close()
+            invoker.close()
 
     def run(self, root: RecordedExecution) -> Iterator[ReplayedExecution]:
         """Run an execution again with all that it called; what became of each."""
@@ -163,10 +175,11 @@ class _Rerun:
             yield from _compared(root, take)
 
     def _play(self, root: RecordedExecution, take: Take) -> ToolOutcome:
-        runner = self._runner
-        assert runner is not None, "it is open"
+        assert self._running is not None, "it is open"
+        runner, invoker = self._running
         self._stage.take = take
-        runner.tools = self._tools | stand_ins_for(root, self._tools, self._stage)
+        tools = self._tools | stand_ins_for(root, self._tools, self._stage)
+        runner.tools = local_tools(tools, invoker)
         request = ToolRequest(
             take.state.session.id,
             root.tool,

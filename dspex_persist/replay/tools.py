@@ -12,6 +12,7 @@ from dspex_persist.replay.recorded import RecordedExecution
 from dspex_persist.replay.take import Played, Stage
 from dspex_persist.state import commands, errors, values
 from dspex_persist.state.commands import Command
+from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import ChangeKind, EventKind, Failure, ToolSpec, Value
 from dspex_persist.state.recording import RecordedVersion
 from dspex_persist.state.tools.ports import ToolCode, ToolKind
@@ -34,9 +35,9 @@ class RunAgain:
         self._stage = stage
         self._live_lm = live_lm
 
-    def bind(self, parameters: Mapping[str, Value]) -> Mapping[str, object]:
+    def bind(self, parameters: Mapping[str, Value], limits: Limits) -> Mapping[str, object]:
         """As the tool itself does."""
-        return self._tool.bind(parameters)
+        return self._tool.bind(parameters, limits)
 
     def start(self, session: ToolSession, arguments: Mapping[str, object]) -> Any:
         """Call the tool's code."""
@@ -121,7 +122,7 @@ class StandIn:
         self.spec = ToolSpec(name)
         self._stage = stage
 
-    def bind(self, parameters: Mapping[str, Value]) -> Mapping[str, object]:
+    def bind(self, parameters: Mapping[str, Value], limits: Limits) -> Mapping[str, object]:
         """Whatever it is called with."""
         return {}
 

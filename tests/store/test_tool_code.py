@@ -19,7 +19,7 @@ from dspex_persist.state.commands import ExecuteTool, ReadState
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import EngineClosedError, InternalError, StateError
 from dspex_persist.state.model import ExecutionStatus, LogEntry
-from dspex_persist.state.tools import runner
+from dspex_persist.state.tools import invoke
 from tests.deadline import within
 from tests.logs import capture_logs
 
@@ -478,7 +478,7 @@ def test_what_an_error_says_is_kept_within_reason(patient: EmbeddedState) -> Non
 def test_the_log_says_that_tools_wait_for_those_that_have_ended(
     patient: EmbeddedState, monkeypatch: pytest.MonkeyPatch, holding: str, held_by: int, waiting: str, what: str
 ) -> None:
-    monkeypatch.setattr(runner, "_LONG_WAIT_S", 0.2)
+    monkeypatch.setattr(invoke, "_LONG_WAIT_S", 0.2)
     calls = [patient.submit(ExecuteTool("s", holding)) for _ in range(held_by)]
     for call in calls:
         assert ENTERED.acquire(timeout=within(20))

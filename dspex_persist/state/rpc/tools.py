@@ -17,7 +17,8 @@ from dspex_persist.state.rpc.headers import ASKED_BY, EXECUTION_ID
 from dspex_persist.state.rpc.incoming import Call, Context, header
 from dspex_persist.state.rpc.rpcs import tools as rpcs
 from dspex_persist.state.rpc.rpcs.base import Rpc
-from dspex_persist.state.tools.ports import Emit, ToolCode
+from dspex_persist.state.tools.chunks import Emit
+from dspex_persist.state.tools.ports import RunnableTool
 from dspex_persist.state.tools.requests import ToolRequest, request_of
 from dspex_persist.state.tools.with_tools import WithTools
 
@@ -60,7 +61,7 @@ class ToolRpcs(Calls):
         if question.every:
             tools = list((await self._available_tools(question.session_id, context)).values())
         else:
-            tools = [codec.tool_message(tool.spec, {"dspex.where": "server"}) for tool in self._exposed()]
+            tools = [codec.tool_message(tool.spec, tool.where) for tool in self._exposed()]
         return rpcs.LIST_TOOLS.response_of(tools, call)
 
     # How they go
@@ -99,19 +100,14 @@ class ToolRpcs(Calls):
             # The code and the kind of error only: its text may quote a value.
             log.info("tool failed", code=outcome.error_code, error=_kind_of(outcome.error), **facts)
 
-    def _exposed(self) -> list[ToolCode]:
+    def _exposed(self) -> list[RunnableTool]:
         return [tool for tool in self._runner.tools.values() if tool.spec.exposed]
 
     async def _available_tools(self, session_id: str, context: Context) -> dict[str, pb.ToolSpec]:
         """Everything that the session can execute, by name; without a session what the server itself has."""
         registered = await self._read(commands.ListTools(session_id), context) if session_id else {}
-        tools = {
-            name: codec.tool_message(tool.spec, {"dspex.where": "server"}) for name, tool in self._runner.tools.items()
-        }
-        for name, tool in registered.items():
-            where = {"dspex.where": f"worker {tool.worker_id}", "dspex.address": tool.address}
-            tools[name] = codec.tool_message(tool.spec, where | {"dspex.circuit": self._runner.circuit_of(tool)})
-        return tools
+        available = self._runner.available(registered)
+        return {name: codec.tool_message(tool.spec, tool.where) for name, tool in available.items()}
 
 
 class _ChunkStream:

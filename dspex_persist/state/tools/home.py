@@ -1,13 +1,13 @@
 """Home: the event loop that keeps the time of all executions."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from functools import cached_property
 from typing import Any, TypeVar
 
 from dspex_persist.infra.mailbox import LoopMailbox
-from dspex_persist.infra.threads import LoopThread
+from dspex_persist.infra.threads import DaemonThreads, LoopThread
 from dspex_persist.state.errors import EngineClosedError
 
 R = TypeVar("R")
@@ -37,6 +37,14 @@ class Home:
         except RuntimeError:
             coroutine.close()
             raise EngineClosedError() from None
+
+    async def on_thread(self, function: Callable[[], R], name: str) -> R:
+        """Call a function on a thread of its own: it may take its time, and none of a bounded number is taken by it."""
+        thread = DaemonThreads(1, name)
+        try:
+            return await self.mailbox.result(thread.submit(function))
+        finally:
+            thread.close()
 
     def close(self) -> None:
         """Cancel what runs on its own loop, and end that; a given one goes on."""

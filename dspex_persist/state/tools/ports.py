@@ -1,16 +1,16 @@
-"""What a runner is given: the code of this process's tools, and whatever reaches those of others."""
+"""What a runner runs, and what that is made of: the code of this process's tools, and whatever reaches others'."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from dspex_persist.state.errors import InvalidArgumentError
+from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import RegisteredTool, ToolSpec, Value
+from dspex_persist.state.tools.chunks import Emit
 from dspex_persist.state.tools.session import ToolSession
-
-Emit: TypeAlias = Callable[[Value], Awaitable[None]]
-"""Hands one chunk to whoever asked; returns when it has been taken."""
 
 
 class ToolKind(StrEnum):
@@ -25,6 +25,32 @@ class ToolKind(StrEnum):
     def is_async(self) -> bool:
         """Whether the code needs an event loop."""
         return self in (ToolKind.COROUTINE, ToolKind.ASYNC_GENERATOR)
+
+
+class RunnableTool(ABC):
+    """A tool as a runner has it, whatever it is and wherever its code runs. Used on the runner's home loop."""
+
+    def __init__(self, spec: ToolSpec, *, result_type: str = "", worker_id: str = "") -> None:
+        self.spec = spec
+        self.result_type = result_type
+        self.worker_id = worker_id
+
+    @property
+    @abstractmethod
+    def where(self) -> Mapping[str, str]:
+        """What a server's lists say of where it runs, as metadata."""
+
+    @abstractmethod
+    async def bind(self, parameters: Mapping[str, Value]) -> Mapping[str, object]:
+        """New arguments for one `run`; `ToolArgumentError` for a wrong one, `LimitExceededError` beyond the limits."""
+
+    @abstractmethod
+    async def run(self, session: ToolSession, arguments: Mapping[str, object]) -> Value:
+        """Run the code in the transaction of `session`; its result, or the list of what it yields.
+
+        Chunks go to the session's `outlet`, too, if it has one. It need not keep to the session's `timeout_s`: it is
+        cancelled then. Whatever the code itself raises comes as a `RaisedError`, or as a `StateError`.
+        """
 
 
 class ToolCode(Protocol):
@@ -44,8 +70,8 @@ class ToolCode(Protocol):
     def result_type(self) -> str:
         """ "float" where the code gives floats, or yields them, whose NaN and infinities JSON has not; else ""."""
 
-    def bind(self, parameters: Mapping[str, Value]) -> Mapping[str, object]:
-        """New arguments for `start`; `ToolArgumentError` for a wrong one."""
+    def bind(self, parameters: Mapping[str, Value], limits: Limits) -> Mapping[str, object]:
+        """New arguments for `start`; `ToolArgumentError` for a wrong one, `LimitExceededError` beyond `limits`."""
 
     def start(self, session: ToolSession, arguments: Mapping[str, object]) -> Any:
         """Call the code: a result, a coroutine, a generator or an async generator, by `kind`."""

@@ -1,6 +1,5 @@
-"""Results of tools: values within their bounds, and chunks, whose list is a result."""
+"""Results of tools: values within their bounds."""
 
-import io
 from typing import Final
 
 from dspex_persist.state import values
@@ -27,30 +26,3 @@ def checked(tool: str, result: Value, limits: Limits) -> Value:
     if depth:
         raise LimitExceededError(f"JSON nesting of {what}", depth, limits.json_depth, "json_depth")
     return result
-
-
-class Chunks:
-    """What a tool has yielded, whose list is its result. It is measured while it comes: a tool may never stop."""
-
-    def __init__(self, tool: str, limits: Limits) -> None:
-        self._tool = tool
-        self._limits = limits
-        # One text: of very small chunks the objects would take a hundred times as much.
-        self._text = io.StringIO()
-        self._size_bytes = len("[]")
-
-    def add(self, chunk: Value) -> Value:
-        """Keep a chunk; `LimitExceededError` if it makes the result too large or too deep."""
-        checked(self._tool, Value(f"[{chunk.json}]"), self._limits)
-        self._size_bytes += chunk.size_bytes + len(",")
-        most = self._limits.stream_size_bytes
-        if self._size_bytes > most:
-            raise LimitExceededError(
-                f"size of the result of {quote(self._tool)}", self._size_bytes, most, "stream_size_bytes"
-            )
-        self._text.write(f",{chunk.json}")
-        return chunk
-
-    def result(self) -> Value:
-        """The list of them."""
-        return Value(f"[{self._text.getvalue()[1:]}]")

@@ -1,26 +1,22 @@
-"""Running tools: each execution is a transaction, from its journal entry to its verdict.
+"""ToolRunner: each execution is a transaction, from its journal entry to its verdict.
 
-A `ToolRunner` lives on one event loop, its home, which keeps the time of all executions. Tools' own code never runs
-there: plain functions and generators run on a bounded number of threads, asynchronous ones on an event loop of their
-own, and so does whatever reads their arguments or asks what they raised. A tool that computes, blocks, or ends what it
-runs on stops nobody else.
+It lives on one event loop, its home, which keeps the time of all executions. Tools' own code never runs there, nor does
+whatever reads their arguments or asks what they raised.
 """
 
 import asyncio
-import contextlib
-import contextvars
 import functools
 import json
 import random
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
+from weakref import WeakValueDictionary
 
 from dspex_persist.infra.logs import get_logger
-from dspex_persist.infra.threads import DaemonThreads, LoopThread
-from dspex_persist.state import commands, values
+from dspex_persist.state import commands
 from dspex_persist.state.commands import Command
 from dspex_persist.state.commands.executions import Begun, Finished, Verdict
 from dspex_persist.state.errors import (
@@ -30,11 +26,9 @@ from dspex_persist.state.errors import (
     ExecutionNotFoundError,
     IdempotencyConflictError,
     InternalError,
-    InvalidValueError,
     LimitExceededError,
     MissingVariablesError,
     QueueFullError,
-    RemoteToolError,
     SessionNotFoundError,
     StateError,
     StorageError,
@@ -44,7 +38,6 @@ from dspex_persist.state.errors import (
     ToolTimedOutError,
     UnavailableError,
     closest,
-    quote,
 )
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
@@ -56,20 +49,19 @@ from dspex_persist.state.model import (
     Value,
 )
 from dspex_persist.state.provider import Submit
+from dspex_persist.state.tools.chunks import Emit, Outlet
 from dspex_persist.state.tools.execution import Execution
 from dspex_persist.state.tools.failures import (
     RaisedError,
-    contained,
     failure_of,
-    let_go_with,
     raised_of,
     status_of,
     told,
 )
 from dspex_persist.state.tools.home import Home
-from dspex_persist.state.tools.ports import Emit, RemoteCall, RemotePort, ToolCode, ToolKind
-from dspex_persist.state.tools.requests import IDEMPOTENCY_KEY, ToolRequest
-from dspex_persist.state.tools.results import NOTHING, Chunks, checked, result_value
+from dspex_persist.state.tools.ports import RunnableTool
+from dspex_persist.state.tools.requests import ToolRequest
+from dspex_persist.state.tools.results import NOTHING, result_value
 from dspex_persist.state.tools.session import ToolSession, asking
 
 R = TypeVar("R")
@@ -91,64 +83,41 @@ _REFUSALS: Final = (ToolNotFoundError, ToolArgumentError, MissingVariablesError,
 @dataclass(eq=False, slots=True)
 class _Job:
     """A request with its tool, and the arguments for its first attempt. `until`: when, on the home loop, whoever asked
-    stops waiting. `broken`: what kept its chunks from being handed out."""
+    stops waiting."""
 
     request: ToolRequest
-    tool: ToolCode | RegisteredTool
+    tool: RunnableTool
     arguments: Mapping[str, object]
     until: float | None = None
-    emit: Emit | None = None
-    emitted: bool = False
-    broken: Exception | None = None
-
-    async def hand_out(self, chunk: Value) -> None:
-        """Give a chunk to whoever asked; returns when it has been taken."""
-        assert self.emit is not None, "only called where there is somebody to take it"
-        self.emitted = True
-        try:
-            await self.emit(chunk)
-        except Exception as error:
-            self.broken = error
-            raise
-
-
-@dataclass(eq=False, slots=True)
-class _Running:
-    """An execution under way; `done` is set when it has ended, to its outcome, or None if nobody learnt it."""
-
-    session: ToolSession
-    done: "asyncio.Future[ToolOutcome | None]"
+    outlet: Outlet | None = None
 
 
 class ToolRunner:
-    """Executes the `tools` of this process, and through `remote` those that sessions' workers have registered.
+    """Executes `tools`, and what `registered` makes of those that sessions' workers have registered, over the store
+    that `submit` leads to.
 
-    `execute` is a coroutine of the runner's home loop: `home`, else a loop of its own on a thread of its own. From any
-    other thread use `submit`; whoever waits there must not be on the home loop, which would then wait for itself. A
-    tool's code may: what it asks for runs on a thread, or a loop, that it does not hold.
+    `execute` is a coroutine of its `home` loop. From any other thread use `submit`; whoever waits there must not be on
+    the home loop, which would then wait for itself. A tool's code may: what it asks for runs on a thread, or a loop,
+    that it does not hold.
     """
 
     def __init__(
         self,
         submit: Submit,
-        tools: Mapping[str, ToolCode],
+        home: Home,
+        tools: Mapping[str, RunnableTool],
         *,
-        threads: int = 64,
-        limits: Limits | None = None,
-        remote: RemotePort | None = None,
-        home: asyncio.AbstractEventLoop | None = None,
+        registered: Callable[[RegisteredTool], RunnableTool],
+        limits: Limits,
     ) -> None:
         self.submit_command = submit
-        self.limits = limits or Limits()
         self.tools = dict(tools)
-        self._remote = remote
-        self._threads = DaemonThreads(threads, "dspex-persist-tool")
-        self._tools_loop = LoopThread("dspex-persist-tools")
-        self._home = Home(home)
-        self._running: dict[str, _Running] = {}
-        # What runs code at the moment, on the bounded threads and on the tools' loop.
-        self._on_threads, self._on_loop = set[ToolSession](), set[ToolSession]()
-        self._said_at = -_LONG_WAIT_S
+        self.limits = limits
+        self._home = home
+        self._registered = registered
+        self._running: dict[str, ToolSession] = {}
+        # Those, too, that have ended while their code goes on.
+        self._sessions: WeakValueDictionary[str, ToolSession] = WeakValueDictionary()
         self._count = 0
         self._draining = False
 
@@ -178,35 +147,20 @@ class ToolRunner:
         """Whether `find` would find it."""
         return execution_id in self._running
 
-    def circuit_of(self, tool: RegisteredTool) -> str:
-        """Whether calls to a tool elsewhere are let through: closed, open, half_open."""
-        return self._remote.state_of(tool.address) if self._remote is not None else "closed"
+    def available(self, registered: Mapping[str, RegisteredTool]) -> dict[str, RunnableTool]:
+        """All that can be executed where these are registered, by name: its own, which come first, and those."""
+        others = {name: self._registered(tool) for name, tool in registered.items() if name not in self.tools}
+        return self.tools | others
 
     def drain(self) -> None:
         """What is cancelled from here on was interrupted by the server's end, not given up by its client."""
         self._draining = True
 
-    def close(self) -> None:
-        """Interrupt what runs, end idle threads and the loops. Nobody waits for code that goes on all the same: it can
-        keep nothing any more."""
-        self._draining = True
-        self._threads.close()
-        self._home.close()
-        self._tools_loop.close()
-
     def _session_of(self, execution_id: str) -> ToolSession:
-        running = self._running.get(execution_id)
-        if running is None:
+        session = self._running.get(execution_id)
+        if session is None:
             raise ExecutionNotFoundError(execution_id)
-        return running.session
-
-    def _find_asker(self, execution_id: str) -> ToolSession | None:
-        """Whose code runs, though it may have ended."""
-        running = self._running.get(execution_id)
-        if running is not None:
-            return running.session
-        at_work = (*self._on_threads, *self._on_loop)
-        return next((each for each in at_work if each.execution_id == execution_id), None)
+        return session
 
     # Executing
 
@@ -222,13 +176,13 @@ class ToolRunner:
         if self._count >= self.limits.executions:
             raise LimitExceededError("number of executions", self._count + 1, self.limits.executions, "executions")
         if asked_by is not None:
-            asking.set(self._find_asker(asked_by))
+            asking.set(self._sessions.get(asked_by))
         _check_depth(asking.get())
         self._count += 1
         try:
-            job = await self._prepare(request, asking.get(), emit)
+            job = await self._prepare(request, emit)
             outcome = await self._execute(job)
-            return replace(outcome, streamed=job.tool.spec.streaming, result_type=_result_type(job.tool))
+            return replace(outcome, streamed=job.tool.spec.streaming, result_type=job.tool.result_type)
         except ToolTimedOutError as error:
             # Before there was an execution, or while another one ran under its key.
             return ToolOutcome(ExecutionStatus.TIMED_OUT, None, error, error.error_code)
@@ -253,13 +207,12 @@ class ToolRunner:
             raised, failure = raised_of(error)
             failed = told(execution_id, raised, failure)
             return ToolOutcome(status_of(raised), None, failed, failed.error_code, execution_id)
-        own = self.tools.get(request.tool)
         return ToolOutcome(
             ExecutionStatus.COMMITTED,
             result,
             execution_id=execution_id,
             attempts=1,
-            result_type=_result_type(own) if own is not None else "",
+            result_type=self.result_type_of(request.tool),
         )
 
     async def _execute_joined(self, parent: ToolSession, request: ToolRequest) -> Value:
@@ -290,13 +243,7 @@ class ToolRunner:
             return False
         return session.execution_id in state.executions
 
-    async def _prepare(
-        self,
-        request: ToolRequest,
-        asker: ToolSession | None,
-        emit: Emit | None = None,
-        within: Execution | None = None,
-    ) -> _Job:
+    async def _prepare(self, request: ToolRequest, emit: Emit | None = None, within: Execution | None = None) -> _Job:
         """Everything that can be refused before anything is begun."""
         until = None if request.timeout_s is None else self._home.loop.time() + request.timeout_s
         tool = await self._find_tool(request)
@@ -304,40 +251,21 @@ class ToolRunner:
         most = self.limits.execution_size_bytes
         if size_bytes > most:
             raise LimitExceededError("size of the parameters in bytes", size_bytes, most, "execution_size_bytes")
-        for name, value in request.parameters.items():
-            _check_parameter(request.tool, name, value, self.limits)
-        # Whether they are the right ones a tool elsewhere says itself.
-        arguments = {} if isinstance(tool, RegisteredTool) else await self._bind(tool, request, until, asker)
+        try:
+            async with asyncio.timeout_at(until):
+                arguments = await tool.bind(request.parameters)
+        except TimeoutError as error:
+            reason = f"to read its arguments took longer than {request.timeout_s:.3g} s"
+            raise ToolTimedOutError("", reason) from error
         required = tool.spec.required_variables
         if required:
             query = commands.GetVariables(request.session_id, required)
             found = within.run(query, request.origin) if within else await self._submit(query, request.origin)
             if found.missing:
                 raise MissingVariablesError(request.tool, ", ".join(found.missing))
-        return _Job(request, tool, arguments, until, emit)
+        return _Job(request, tool, arguments, until, Outlet(emit) if emit is not None else None)
 
-    async def _bind(
-        self, tool: ToolCode, request: ToolRequest, until: float | None, asker: ToolSession | None
-    ) -> Mapping[str, object]:
-        """New arguments, for one attempt."""
-        size_bytes = sum(value.size_bytes for value in request.parameters.values())
-        if tool.reads_plainly and size_bytes < _LARGE_BYTES:
-            return tool.bind(request.parameters)
-        # Reading a large one takes as long as a hundred calls, and users' code as long as it likes: the loop is
-        # everybody's. A thread for this alone, as those of the tools may be taken, and not by what is going to return.
-        thread = DaemonThreads(1, "dspex-persist-arguments")
-        try:
-            async with asyncio.timeout_at(until):
-                return await self._home.mailbox.result(
-                    thread.submit(functools.partial(_bound, tool, request.parameters))
-                )
-        except TimeoutError as error:
-            reason = f"to read its arguments took longer than {request.timeout_s:.3g} s"
-            raise ToolTimedOutError("", reason) from error
-        finally:
-            thread.close()
-
-    async def _find_tool(self, request: ToolRequest) -> ToolCode | RegisteredTool:
+    async def _find_tool(self, request: ToolRequest) -> RunnableTool:
         own = self.tools.get(request.tool)
         if own is not None:
             # Whether there is such a session, whoever begins the execution is told.
@@ -349,7 +277,7 @@ class ToolRunner:
             meant = closest(request.tool, names)
             hint = f"did you mean {meant}?" if meant else f"there are: {', '.join(names[:20]) or 'none'}"
             raise ToolNotFoundError(request.tool, hint)
-        return found
+        return self._registered(found)
 
     async def _execute(self, job: _Job) -> ToolOutcome:
         attempt, joins, pause_s = 1, 0, _FIRST_PAUSE_S
@@ -371,7 +299,7 @@ class ToolRunner:
             outcome = await self._attempt(job, begun, attempt)
             again = outcome.status is ExecutionStatus.CONFLICT and attempt <= job.tool.spec.retries
             # What has been handed out cannot be taken back.
-            if not again or job.emitted:
+            if not again or (job.outlet is not None and job.outlet.used):
                 return outcome
             attempt, retry_of = attempt + 1, outcome.execution_id
             # Drawn, so that those who met do not meet again.
@@ -381,7 +309,7 @@ class ToolRunner:
     async def _join(self, execution_id: str, job: _Job) -> ToolOutcome | None:
         """Wait for a running execution; its outcome. None if it has to be asked for again."""
         running = self._running.get(execution_id)
-        if running is None:
+        if running is None or running.done is None:
             # It has just ended, or its client has just gone: a moment later the store knows which.
             await asyncio.sleep(_JOIN_PAUSE_S)
             return None
@@ -406,7 +334,7 @@ class ToolRunner:
             attempt,
             parent.id if parent is not None else None,
             request.idempotency_key if parent is None else None,
-            tool.worker_id if isinstance(tool, RegisteredTool) else "",
+            tool.worker_id,
             retry_of,
         )
         origin = request.origin
@@ -438,22 +366,23 @@ class ToolRunner:
             lambda command: self.submit_command(command, request.origin).result(),
         )
         session = ToolSession(self, execution, request, attempt, begun.seed, asking.get())
+        session.outlet, session.done = job.outlet, self._home.loop.create_future()
         outcome = None
-        with self._listed(session) as running:
+        with self._listed(session):
             try:
                 outcome = await self._conduct(job, session)
             finally:
-                running.done.set_result(outcome)
-        if job.broken is not None:
-            raise job.broken
+                session.done.set_result(outcome)
+        if job.outlet is not None and job.outlet.broken is not None:
+            raise job.outlet.broken
         return outcome
 
     @contextmanager
-    def _listed(self, session: ToolSession) -> Iterator[_Running]:
+    def _listed(self, session: ToolSession) -> Iterator[None]:
         """Have the execution found while it runs."""
-        running = self._running[session.execution_id] = _Running(session, self._home.loop.create_future())
+        self._running[session.execution_id] = self._sessions[session.execution_id] = session
         try:
-            yield running
+            yield
         finally:
             del self._running[session.execution_id]
 
@@ -469,7 +398,8 @@ class ToolRunner:
             raise
         except Exception as error:  # noqa: BLE001 -- users' code: whatever it raises is its verdict
             raised, failure = raised_of(error)
-            status = status_of(raised) if job.broken is None else ExecutionStatus.CANCELLED
+            broken = job.outlet is not None and job.outlet.broken is not None
+            status = ExecutionStatus.CANCELLED if broken else status_of(raised)
             verdict = session.verdict(status, failure=failure)
             return await self._end(session, verdict, raised)
         return await self._end(session, verdict)
@@ -563,7 +493,7 @@ class ToolRunner:
             execution = parent.execution
             execution.check_running()
             _check_depth(parent)
-            job = await self._prepare(request, parent, within=execution)
+            job = await self._prepare(request, within=execution)
             begun = await self._begin(job, 1, execution)
             child = execution.begin_child(begun, request.tool)
             session = ToolSession(self, child, request, 1, begun.seed, parent)
@@ -596,8 +526,6 @@ class ToolRunner:
         parent.children.extend([session.verdict(ExecutionStatus.COMMITTED, result), *child.children])
         return result
 
-    # Running code
-
     async def _invoke(self, job: _Job, session: ToolSession) -> Value:
         """Run the tool's code, within its time; its result."""
         own_s = job.tool.spec.timeout_s
@@ -605,10 +533,11 @@ class ToolRunner:
         timeout_s = min((each for each in (own_s, left_s) if each is not None), default=None)
         try:
             async with asyncio.timeout(timeout_s) as limit:
-                if isinstance(job.tool, RegisteredTool):
-                    result = await self._call_remote(job, job.tool, session, timeout_s)
-                else:
-                    result = await self._call(job, job.tool, session)
+                session.timeout_s, arguments = timeout_s, job.arguments
+                if session.attempt > 1:
+                    # What the code did to those of the attempt before is undone, too.
+                    arguments = await job.tool.bind(job.request.parameters)
+                result = await job.tool.run(session, arguments)
         except TimeoutError as error:
             if limit.expired():
                 whose, most_s = "", own_s
@@ -618,152 +547,6 @@ class ToolRunner:
             raise
         return result
 
-    async def _call(self, job: _Job, tool: ToolCode, session: ToolSession) -> Value:
-        arguments = job.arguments
-        if session.attempt > 1:
-            # What the code did to those of the attempt before is undone, too.
-            arguments = await self._bind(tool, job.request, None, session.asker)
-        session.is_async = tool.kind.is_async
-        # What the caller has set (dspy.context, a log's bindings) holds in the tool's thread, too.
-        context = contextvars.copy_context()
-        context.run(asking.set, session)
-        place = self._run_on_loop if session.is_async else self._run_on_thread
-        waiting = self._home.loop.call_later(_LONG_WAIT_S, self._say_waits, session)
-        try:
-            return await place(job, tool, session, arguments, context)
-        finally:
-            waiting.cancel()
-
-    async def _run_on_loop(
-        self,
-        job: _Job,
-        tool: ToolCode,
-        session: ToolSession,
-        arguments: Mapping[str, object],
-        context: contextvars.Context,
-    ) -> Value:
-        run = self._run_async(job, tool, session, arguments)
-        if not session.aside:
-            return await self._home.mailbox.result(context.run(self._tools_loop.start, run))
-        # Whoever asked may be waiting on the tools' loop itself.
-        loop = LoopThread(f"dspex-persist-{session.execution_id}")
-        try:
-            return await self._home.mailbox.result(context.run(loop.start, run))
-        finally:
-            loop.close(wait_s=0)
-
-    async def _run_on_thread(
-        self,
-        job: _Job,
-        tool: ToolCode,
-        session: ToolSession,
-        arguments: Mapping[str, object],
-        context: contextvars.Context,
-    ) -> Value:
-        run = functools.partial(context.run, self._run_sync, job, tool, session, arguments)
-        if session.asker is None:
-            return await self._home.mailbox.result(self._threads.submit(run))
-        # Who asked may be waiting on one of the bounded threads: who is asked must not wait for one.
-        thread = DaemonThreads(1, f"dspex-persist-{session.execution_id}")
-        try:
-            return await self._home.mailbox.result(thread.submit(run))
-        finally:
-            thread.close()
-
-    def _say_waits(self, session: ToolSession) -> None:
-        """Say in the log that an execution has been waiting for its turn to run, and what for; not all of them do."""
-        now = self._home.loop.time()
-        if session.started or session.cancelled or now < self._said_at + _LONG_WAIT_S:
-            return
-        self._said_at = now
-        at_work = list(self._on_loop if session.is_async else self._on_threads)
-        _logger.warning(
-            "tools wait for their turn",
-            execution_id=session.execution_id,
-            tool=session.request.tool,
-            waited_s=_LONG_WAIT_S,
-            waits_for="the event loop of asynchronous tools" if session.is_async else "one of tool_threads",
-            running=len(at_work),
-            running_though_ended=sum(each.cancelled for each in at_work),
-        )
-
-    @contextmanager
-    def _at_work(self, session: ToolSession) -> Iterator[None]:
-        """Have it known whose code runs where only so much of it can run at a time."""
-        session.started = True
-        place = self._on_loop if session.is_async else self._on_threads
-        if session.asker is None:
-            place.add(session)
-        try:
-            yield
-        finally:
-            place.discard(session)
-
-    def _run_sync(self, job: _Job, tool: ToolCode, session: ToolSession, arguments: Mapping[str, object]) -> Value:
-        """On a thread of its own."""
-        with self._at_work(session), contained():
-            started = tool.start(session, arguments)
-            if tool.kind is ToolKind.FUNCTION:
-                return checked(tool.spec.name, result_value(started, "result"), self.limits)
-            chunks = Chunks(tool.spec.name, self.limits)
-            with contextlib.closing(started):
-                for chunk in started:
-                    session.execution.check_running()
-                    value = chunks.add(result_value(chunk, "chunk"))
-                    if job.emit is not None:
-                        self.start(job.hand_out(value)).result()
-            return chunks.result()
-
-    async def _run_async(
-        self, job: _Job, tool: ToolCode, session: ToolSession, arguments: Mapping[str, object]
-    ) -> Value:
-        """On the tools' loop."""
-        with let_go_with(asyncio.get_running_loop()), self._at_work(session), contained(asyncio.CancelledError):
-            started = tool.start(session, arguments)
-            if tool.kind is ToolKind.COROUTINE:
-                return checked(tool.spec.name, result_value(await started, "result"), self.limits)
-            chunks = Chunks(tool.spec.name, self.limits)
-            async with contextlib.aclosing(started):
-                async for chunk in started:
-                    session.execution.check_running()
-                    value = chunks.add(result_value(chunk, "chunk"))
-                    if job.emit is not None:
-                        await asyncio.wrap_future(self.start(job.hand_out(value)))
-            return chunks.result()
-
-    async def _call_remote(
-        self, job: _Job, tool: RegisteredTool, session: ToolSession, timeout_s: float | None
-    ) -> Value:
-        request = job.request
-        if not tool.address or self._remote is None:
-            reason = (
-                f'worker {quote(tool.worker_id)} registered it without metadata["address"], so nobody can reach it'
-                if not tool.address
-                else "tools in other processes are for servers"
-            )
-            raise RemoteToolError(tool.spec.name, tool.address or "nowhere", reason)
-        call = RemoteCall(
-            tool,
-            session.session_id,
-            session.execution_id,
-            request.parameters,
-            {name: text for name, text in request.metadata.items() if name != IDEMPOTENCY_KEY},
-            timeout_s,
-            request.style,
-        )
-        if not tool.spec.streaming:
-            return checked(tool.spec.name, await self._remote.execute(call) or NOTHING, self.limits)
-        chunks = Chunks(tool.spec.name, self.limits)
-
-        async def take(chunk: Value) -> None:
-            session.execution.check_running()
-            chunks.add(chunk)
-            if job.emit is not None:
-                await job.hand_out(chunk)
-
-        await self._remote.stream(call, take)
-        return chunks.result()
-
     async def _submit(self, command: Command[R], origin: Origin) -> R:
         return await self._home.mailbox.result(self.submit_command(command, origin))
 
@@ -771,9 +554,9 @@ class ToolRunner:
 async def _repeat(job: _Job, recorded: RecordedExecution) -> ToolOutcome:
     """The recorded outcome again, its chunks included."""
     result = recorded.result or NOTHING
-    if job.emit is not None and job.tool.spec.streaming:
+    if job.outlet is not None and job.tool.spec.streaming:
         for chunk in json.loads(result.json):
-            await job.hand_out(result_value(chunk, "chunk"))
+            await job.outlet.hand_out(result_value(chunk, "chunk"))
     return ToolOutcome(
         ExecutionStatus.COMMITTED, result, None, "", recorded.id, recorded.sequence, recorded.attempt, repeated=True
     )
@@ -799,29 +582,7 @@ def _outcome(verdict: Verdict, finished: Finished, raised: BaseException | None)
     return ToolOutcome(status, None, error, error.error_code, execution_id, None, verdict.attempt)
 
 
-def _bound(tool: ToolCode, parameters: Mapping[str, Value]) -> Mapping[str, object]:
-    """On a thread of its own: whatever code of the tool's own raises, the arguments will not do."""
-    try:
-        return tool.bind(parameters)
-    except StateError:
-        raise
-    except BaseException as error:  # noqa: BLE001 -- users' code
-        raise ToolArgumentError(tool.spec.name, ", ".join(parameters), failure_of(error).type) from None
-
-
 def _check_depth(asker: ToolSession | None) -> None:
     """Tools that ask for tools without end have an end."""
     if asker is not None and asker.depth + 1 >= _DEEPEST:
         raise LimitExceededError("depth of calls from tool to tool", asker.depth + 2, _DEEPEST, "")
-
-
-def _check_parameter(tool: str, name: str, value: Value, limits: Limits) -> None:
-    try:
-        values.parse_json(value.json, name=name, limits=limits)
-    except InvalidValueError as error:
-        raise ToolArgumentError(tool, name, error.reason) from error
-    values.check_binary_size(name, len(value.binary or b""), limits)
-
-
-def _result_type(tool: ToolCode | RegisteredTool) -> str:
-    return "" if isinstance(tool, RegisteredTool) else tool.result_type

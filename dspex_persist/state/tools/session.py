@@ -19,8 +19,9 @@ from dspex_persist.state.commands import Command
 from dspex_persist.state.commands.executions import Verdict
 from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.model import ExecutionStatus, Failure, LogEntry, Origin, Source, Value
+from dspex_persist.state.model import ExecutionStatus, Failure, LogEntry, Origin, Source, ToolOutcome, Value
 from dspex_persist.state.provider import Submit
+from dspex_persist.state.tools.chunks import Outlet
 from dspex_persist.state.tools.execution import Execution
 from dspex_persist.state.tools.requests import ToolRequest
 
@@ -87,6 +88,10 @@ class ToolSession:
         self.calling: ToolSession | None = None
         self.task: asyncio.Task[Any] | None = None
         self.turn = asyncio.Lock()
+        # Set by the runner: where chunks go, how long the code may take, and how it has ended, if anybody learnt.
+        self.outlet: Outlet | None = None
+        self.timeout_s: float | None = None
+        self.done: asyncio.Future[ToolOutcome | None] | None = None
         self._host = host
         # To seed a generator takes longer than a short tool: only for those that draw.
         self._seed = seed

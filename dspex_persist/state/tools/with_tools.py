@@ -19,7 +19,11 @@ from dspex_persist.state.options import check_count
 from dspex_persist.state.provider import Progress, StateProvider, StreamsTools, fault_of, silent
 from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.tools.chunks import ChunkQueue
+from dspex_persist.state.tools.home import Home
+from dspex_persist.state.tools.invoke import Invoker
+from dspex_persist.state.tools.local import local_tools
 from dspex_persist.state.tools.ports import RemotePort, ToolCode, check_tools
+from dspex_persist.state.tools.remote import RemoteTool
 from dspex_persist.state.tools.requests import request_of
 from dspex_persist.state.tools.runner import ToolRunner
 from dspex_persist.state.watch import Watch
@@ -54,7 +58,16 @@ class WithTools(StateProvider, StreamsTools):
         check_tools(tools)
         self.provider = provider
         self.capabilities = provider.capabilities
-        self.runner = ToolRunner(provider.submit, tools or {}, threads=threads, limits=limits, remote=remote, home=home)
+        limits = limits or Limits()
+        self._home = Home(home)
+        self._invoker = Invoker(self._home, threads, limits)
+        self.runner = ToolRunner(
+            provider.submit,
+            self._home,
+            local_tools(tools or {}, self._invoker),
+            registered=lambda tool: RemoteTool(tool, remote, limits),
+            limits=limits,
+        )
         self._can_execute = bool(tools) or remote is not None
         # What this does instead of the provider, or on top of it.
         self._own: dict[type[Command[Any]], Callable[[Any, Origin], Future[Any]]] = {}
@@ -94,10 +107,9 @@ class WithTools(StateProvider, StreamsTools):
 
     def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
         """Its own tools, and those that the session's workers have registered."""
-        registered = self.provider.list_tools(session_id)
         own = tuple(tool.spec for tool in self.runner.tools.values())
-        names = {spec.name for spec in own}
-        return (*own, *(spec for spec in registered if spec.name not in names))
+        registered = self.provider.list_tools(session_id)
+        return (*own, *(spec for spec in registered if spec.name not in self.runner.tools))
 
     def stream_tool(
         self,
@@ -139,8 +151,16 @@ class WithTools(StateProvider, StreamsTools):
                 return
             self._closed = True
             if not self._is_forked:
-                self.runner.close()
+                self.interrupt()
             self.provider.close()
+
+    def interrupt(self) -> None:
+        """End what runs, and begin no more; the provider goes on. Nobody waits for code that goes on all the same: it
+        can keep nothing any more."""
+        self._closed = True
+        self.runner.drain()
+        self._home.close()
+        self._invoker.close()
 
     def forked(self, *, quiet: bool) -> None:
         """In a child the provider refuses everything, tools included. See `forks.Heir`."""

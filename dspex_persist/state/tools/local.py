@@ -1,0 +1,62 @@
+"""LocalTool: a tool whose code is in this process."""
+
+import functools
+from collections.abc import Mapping
+from typing import Final
+
+from dspex_persist.state import values
+from dspex_persist.state.errors import StateError, ToolArgumentError
+from dspex_persist.state.limits import Limits
+from dspex_persist.state.model import Value
+from dspex_persist.state.tools.failures import failure_of
+from dspex_persist.state.tools.invoke import Invoker
+from dspex_persist.state.tools.ports import RunnableTool, ToolCode
+from dspex_persist.state.tools.session import ToolSession
+
+_LARGE_BYTES: Final = 100_000
+_WHERE: Final = {"dspex.where": "server"}
+
+
+class LocalTool(RunnableTool):
+    """Its code is called by `invoker`."""
+
+    def __init__(self, code: ToolCode, invoker: Invoker) -> None:
+        super().__init__(code.spec, result_type=code.result_type)
+        self._code = code
+        self._invoker = invoker
+
+    @property
+    def where(self) -> Mapping[str, str]:
+        """Here."""
+        return _WHERE
+
+    async def bind(self, parameters: Mapping[str, Value]) -> Mapping[str, object]:
+        """What the code's own types make of them."""
+        limits = self._invoker.limits
+        for name, value in parameters.items():
+            values.check_binary_size(name, len(value.binary or b""), limits)
+        if self._code.reads_plainly and sum(value.size_bytes for value in parameters.values()) < _LARGE_BYTES:
+            return self._code.bind(parameters, limits)
+        # Reading a large one takes as long as a hundred calls, and users' code as long as it likes: the loop is
+        # everybody's. A thread for this alone, as those of the tools may be taken, and not by what is going to return.
+        read = functools.partial(_bound, self._code, parameters, limits)
+        return await self._invoker.home.on_thread(read, "dspex-persist-arguments")
+
+    async def run(self, session: ToolSession, arguments: Mapping[str, object]) -> Value:
+        """Have the invoker call the code."""
+        return await self._invoker.invoke(self._code, session, arguments)
+
+
+def local_tools(tools: Mapping[str, ToolCode], invoker: Invoker) -> dict[str, RunnableTool]:
+    """The tools of this process, by name."""
+    return {name: LocalTool(code, invoker) for name, code in tools.items()}
+
+
+def _bound(code: ToolCode, parameters: Mapping[str, Value], limits: Limits) -> Mapping[str, object]:
+    """On a thread of its own: whatever code of the tool's own raises, the arguments will not do."""
+    try:
+        return code.bind(parameters, limits)
+    except StateError:
+        raise
+    except BaseException as error:  # noqa: BLE001 -- users' code
+        raise ToolArgumentError(code.spec.name, ", ".join(parameters), failure_of(error).type) from None
