@@ -15,6 +15,7 @@ import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.wrappers_pb2 import StringValue
 
+from dspex_persist.infra.calls import Circuit
 from dspex_persist.infra.listen import is_loopback
 from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state.errors import InvalidArgumentError, RemoteToolError, ToolFailedError
@@ -22,7 +23,7 @@ from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import RegisteredTool, ToolSpec, Value
 from dspex_persist.state.rpc import codec, remote
 from dspex_persist.state.rpc.headers import EXECUTION_ID
-from dspex_persist.state.rpc.remote import Circuit, RemoteTools
+from dspex_persist.state.rpc.remote import RemoteTools
 from dspex_persist.state.tools.ports import RemoteCall
 from tests.deadline import within
 from tests.logs import capture_logs
