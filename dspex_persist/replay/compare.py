@@ -4,15 +4,21 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
-from typing import Any, Final
+from typing import Final
 
-from dspex_persist.clock import from_micros
 from dspex_persist.replay.recorded import RecordedExecution, Written
 from dspex_persist.replay.report import Aspect, Divergence, diff_of
 from dspex_persist.replay.take import Played
-from dspex_persist.state.model import Change, ChangeKind, Event, EventKind, Value
+from dspex_persist.state.events import (
+    DependencyAdded,
+    Event,
+    ExecutionEnded,
+    OptimizationStarted,
+    OptimizationStopped,
+    VariableRegistered,
+)
+from dspex_persist.state.model import Change, ChangeKind, Value
 from dspex_persist.state.recording import RecordedVersion
-from dspex_persist.state.unit_of_work import value_in
 
 Lines = list[str]
 
@@ -75,26 +81,26 @@ def _account_of(
     execution: RecordedExecution | Played, names: Mapping[str, str], hidden: frozenset[tuple[str, int]]
 ) -> dict[Aspect, Lines]:
     """What an execution did, as lines. `hidden`: versions whose values are not known."""
-    body = execution.body or {}
+    end = execution.end
     if isinstance(execution, Played):
         events, calls = execution.events, [_call_line(each.tool, each.parameters) for each in execution.calls]
         versions = [_version_of(change) for change in execution.changes]
-        written: Iterable[RecordedVersion] = Written(versions).take(body.get("writes", ()))
+        written: Iterable[RecordedVersion] = Written(versions).take(end.writes if end else ())
         published = [_version_of(change) for change in execution.published]
     else:
         events, calls = execution.events, [_call_line(each.tool, each.parameters) for each in execution.children]
         written, published = execution.written, [version for version, _ in execution.published]
-    registered = {e.body["variable_id"]: e.body for e in events if e.kind is EventKind.VARIABLE_REGISTERED}
-    named = {**names, **{variable_id: facts["name"] for variable_id, facts in registered.items()}}
+    registered = {event.variable_id: event for event in events if isinstance(event, VariableRegistered)}
+    named = {**names, **{variable_id: event.name for variable_id, event in registered.items()}}
     account = {
         Aspect.CALLS: calls,
-        Aspect.DRAWS: [from_micros(each).isoformat() for each in body.get("recorded", {}).get("now", ())],
+        Aspect.DRAWS: [each.isoformat() for each in end.times] if end else [],
         Aspect.PUBLISHED: [line for version in published for line in _kept_lines(version.name, version, hidden)],
-        Aspect.ERROR: _error_lines(body),
-        Aspect.RESULT: _value_lines("result", value_in(body.get("result"))),
+        Aspect.ERROR: _error_lines(end) if end else [],
+        Aspect.RESULT: _value_lines("result", end.result) if end else [],
         Aspect.WRITES: [line for version in written for line in _write_lines(version, registered, hidden)],
-        Aspect.DEPENDENCIES: [_dependency_line(e, named) for e in events if e.kind is EventKind.DEPENDENCY_ADDED],
-        Aspect.LOCKS: [_lock_line(e, named) for e in events if e.kind in _LOCKS],
+        Aspect.DEPENDENCIES: [_dependency_line(each, named) for each in events if isinstance(each, DependencyAdded)],
+        Aspect.LOCKS: [line for each in events for line in _lock_lines(each, named)],
     }
     return {what: [_lasting(line) for line in lines] for what, lines in account.items()}
 
@@ -125,16 +131,14 @@ def _call_line(tool: str, parameters: Mapping[str, Value]) -> str:
     return f"{tool}({', '.join(f'{name}={value.json}' for name, value in sorted(parameters.items()))})"
 
 
-def _error_lines(body: Mapping[str, Any]) -> Lines:
-    failure = body.get("failure")
-    if failure:
-        return f"{failure['type']}: {failure['message']}".splitlines()
-    conflicts = body.get("conflicts") or ()
-    return [f"conflict: {conflict['name']} {conflict['reason']}".rstrip() for conflict in conflicts]
+def _error_lines(end: ExecutionEnded) -> Lines:
+    if end.failure is not None:
+        return f"{end.failure.type}: {end.failure.message}".splitlines()
+    return [f"conflict: {conflict.name} {conflict.reason}".rstrip() for conflict in end.conflicts]
 
 
 def _write_lines(
-    version: RecordedVersion, registered: Mapping[str, Mapping[str, Any]], hidden: frozenset[tuple[str, int]]
+    version: RecordedVersion, registered: Mapping[str, VariableRegistered], hidden: frozenset[tuple[str, int]]
 ) -> Lines:
     head = f"{version.name} v{version.version}"
     if version.kind is ChangeKind.DELETED:
@@ -143,7 +147,7 @@ def _write_lines(
         head += f" {version.kind.value.replace('_', ' ')}"
     facts = registered.get(version.variable_id) if version.kind is ChangeKind.REGISTERED else None
     if facts is not None:
-        head += f" as {facts['type']}" + (f" with {facts['constraints']}" if facts["constraints"] else "")
+        head += f" as {facts.type}" + (f" with {facts.constraints}" if facts.constraints else "")
     if version.metadata:
         head += f" {json.dumps(dict(sorted(version.metadata.items())), ensure_ascii=False)}"
     return _kept_lines(head, version, hidden)
@@ -167,21 +171,19 @@ def _value_lines(head: str, value: Value | None) -> Lines:
     return f"{head} = {text}".splitlines()
 
 
-def _dependency_line(event: Event, names: Mapping[str, str]) -> str:
-    body = event.body
-    kind = f" ({body['type']})" if body["type"] else ""
-    return f"{_name(body['from_id'], names)} depends on {_name(body['to_id'], names)}{kind}"
+def _dependency_line(event: DependencyAdded, names: Mapping[str, str]) -> str:
+    kind = f" ({event.type})" if event.type else ""
+    return f"{_name(event.from_id, names)} depends on {_name(event.to_id, names)}{kind}"
 
 
-_LOCKS: Final = (EventKind.OPTIMIZATION_STARTED, EventKind.OPTIMIZATION_STOPPED)
-
-
-def _lock_line(event: Event, names: Mapping[str, str]) -> str:
-    body = event.body
-    name = _name(body["variable_id"], names)
-    if event.kind is EventKind.OPTIMIZATION_STOPPED:
-        return f"{name} {body['reason']}"
-    return f"{name} started by {body['optimizer_id']} with {json.dumps(body['config'], sort_keys=True)}"
+def _lock_lines(event: Event, names: Mapping[str, str]) -> Lines:
+    match event:
+        case OptimizationStarted():
+            config = json.dumps(dict(event.config), sort_keys=True)
+            return [f"{_name(event.variable_id, names)} started by {event.optimizer_id} with {config}"]
+        case OptimizationStopped():
+            return [f"{_name(event.variable_id, names)} {event.reason}"]
+    return []
 
 
 def _name(variable_id: str, names: Mapping[str, str]) -> str:

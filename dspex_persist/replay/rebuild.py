@@ -1,26 +1,13 @@
 """The state of a session, built again from its commits."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import Any, Final
+from collections.abc import Iterable
+from typing import Final
 
-from dspex_persist.clock import to_micros
-from dspex_persist.state.model import (
-    ChangeKind,
-    Dependency,
-    Event,
-    EventKind,
-    Optimization,
-    RegisteredTool,
-    RunningExecution,
-    Session,
-    Value,
-    Variable,
-    VariableVersion,
-)
-from dspex_persist.state.recording import RecordedCommit, RecordedVersion
+from dspex_persist.state.events import Event, Moment, VariableRegistered
+from dspex_persist.state.fold import fold, fold_version
+from dspex_persist.state.model import ChangeKind, Value, VariableVersion
+from dspex_persist.state.recording import RecordedCommit, RecordedVersion, in_order
 from dspex_persist.state.session_state import SessionState
-from dspex_persist.state.unit_of_work import spec_in, started_lock
 
 MASKED: Final = Value("null")
 """What stands for a value that was kept out of the recording."""
@@ -36,57 +23,36 @@ class Rebuilt:
         """The variables whose value is not known, by id."""
         self._versions: dict[str, list[VariableVersion]] = {}
         self._ids: dict[str, str] = {}
-        self._facts: dict[str, Mapping[str, Any]] = {}
+        self._registered: dict[str, VariableRegistered] = {}
 
     def apply(self, commit: RecordedCommit) -> None:
         """Take a commit in; it has to be the next one."""
         self.number = commit.number
-        for event in commit.events:
-            if event.kind is EventKind.VARIABLE_REGISTERED:
-                self._facts[event.body["variable_id"]] = event.body
-            elif event.kind is EventKind.SESSION_STARTED:
-                self.state = SessionState(_session_of(event, commit), sequence=commit.number)
-        if self.state is None:
-            return
-        self.state.sequence = commit.number
-        for version in commit.versions:
-            self._write(self.state, commit, version)
-        for event in commit.events:
-            _change(self.state, commit, event)
-        if any(event.kind is EventKind.SESSION_ENDED for event in commit.events):
-            self.state = None
+        if self.state is not None:
+            self.state.sequence = commit.number
+        for event, version in in_order(commit):
+            if event is not None:
+                self._take_event(commit, event)
+            if version is not None:
+                self._take_version(commit, version)
 
-    def _write(self, state: SessionState, commit: RecordedCommit, version: RecordedVersion) -> None:
-        facts = self._facts.get(version.variable_id)
-        if facts is None:
+    def _take_event(self, commit: RecordedCommit, event: Event) -> None:
+        if isinstance(event, VariableRegistered):
+            self._registered[event.variable_id] = event
+        # Nothing is taken back here, and its TTL is over since long.
+        self.state = fold(self.state, event, Moment(commit.number, commit.at), [])
+
+    def _take_version(self, commit: RecordedCommit, recorded: RecordedVersion) -> None:
+        registered = self._registered.get(recorded.variable_id)
+        if registered is None or self.state is None:
             # The log contradicts itself: a replay of the state tells where.
             return
-        self._remember(commit, version, facts["type"])
-        before = state.find(version.variable_id)
-        if version.kind is ChangeKind.DELETED:
-            if before is not None:
-                _delete(state, before, commit.number)
-            return
-        merged = dict(before.metadata) if before is not None else {}
-        if version.kind.merges_metadata:
-            merged |= version.metadata
-        state.put(
-            Variable(
-                version.variable_id,
-                version.name,
-                facts["type"],
-                version.value if version.value is not None else MASKED,
-                version.version,
-                facts["constraints"],
-                merged,
-                version.source,
-                commit.at,
-                _renewed(before, commit, version),
-            )
-        )
-        state.names[version.variable_id] = version.name
+        version = self._remember(commit, recorded, registered.type)
+        if version.value is None and version.kind is not ChangeKind.DELETED:
+            version = version._replace(value=MASKED)
+        fold_version(self.state, version, [], registered)
 
-    def _remember(self, commit: RecordedCommit, version: RecordedVersion, type_name: str) -> None:
+    def _remember(self, commit: RecordedCommit, version: RecordedVersion, type_name: str) -> VariableVersion:
         self._ids[version.name] = version.variable_id
         (self.masked.add if version.masked else self.masked.discard)(version.variable_id)
         entry = VariableVersion(
@@ -103,6 +69,7 @@ class Rebuilt:
             commit.number,
         )
         self._versions.setdefault(version.variable_id, []).append(entry)
+        return entry
 
     def history(self, identifier: str, until: int) -> list[VariableVersion] | None:
         """The versions up to commit `until` of a variable, or of the newest one that had its name; oldest first."""
@@ -110,67 +77,6 @@ class Rebuilt:
         if variable_id is None:
             return None
         return [entry for entry in self._versions[variable_id] if entry.sequence <= until] or None
-
-
-def _session_of(event: Event, commit: RecordedCommit) -> Session:
-    # Its TTL is left out: it is over since long.
-    return Session(event.body["session_id"], commit.at, event.body["metadata"], None, commit.number)
-
-
-def _delete(state: SessionState, variable: Variable, number: int) -> None:
-    state.remove(variable.name)
-    state.names.pop(variable.id, None)
-    state.dependencies = tuple(
-        replace(edge, until=number) if edge.until is None and variable.id in (edge.from_id, edge.to_id) else edge
-        for edge in state.dependencies
-    )
-
-
-def _renewed(before: Variable | None, commit: RecordedCommit, version: RecordedVersion) -> Optimization | None:
-    """The lock on a variable after a write: its holder's write renews it."""
-    lock = before.optimization if before is not None else None
-    if lock is not None and lock.optimizer_id == version.metadata.get("optimizer_id"):
-        return replace(lock, renewed_at=commit.at)
-    return lock
-
-
-# What events change besides versions
-
-
-def _change(state: SessionState, commit: RecordedCommit, event: Event) -> None:
-    body = event.body
-    match event.kind:
-        case EventKind.SESSION_UPDATED:
-            state.session = replace(state.session, metadata=body["metadata"])
-        case EventKind.DEPENDENCY_ADDED:
-            _add_dependency(state, Dependency(body["from_id"], body["to_id"], body["type"], commit.number))
-        case EventKind.OPTIMIZATION_STARTED:
-            _set_lock(state, body["variable_id"], started_lock(body, to_micros(commit.at)))
-        case EventKind.OPTIMIZATION_STOPPED:
-            _set_lock(state, body["variable_id"], None)
-        case EventKind.TOOLS_REGISTERED:
-            tools = (
-                RegisteredTool(spec_in(each["spec"]), each["worker_id"], each["address"]) for each in body["tools"]
-            )
-            state.tools = {**state.tools, **{tool.spec.name: tool for tool in tools}}
-        case EventKind.EXECUTION_BEGAN:
-            running = RunningExecution(body["execution_id"], body["tool"], commit.number, body["parent_id"])
-            state.executions = {**state.executions, running.id: running}
-        case EventKind.EXECUTION_ENDED:
-            gone = body["execution_id"]
-            state.executions = {name: kept for name, kept in state.executions.items() if name != gone}
-
-
-def _add_dependency(state: SessionState, edge: Dependency) -> None:
-    # One of the two may have been deleted in the same commit.
-    if edge.from_id in state.names and edge.to_id in state.names:
-        state.dependencies = (*state.dependencies, edge)
-
-
-def _set_lock(state: SessionState, variable_id: str, lock: Optimization | None) -> None:
-    variable = state.find(variable_id)
-    if variable is not None:
-        state.put(variable._replace(optimization=lock))
 
 
 class Past:

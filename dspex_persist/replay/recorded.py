@@ -1,17 +1,17 @@
 """What a recording says: its commits, and the tool executions in them, each with all that it did."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
-from dspex_persist.clock import from_micros
+from dspex_persist.state.bodies import MalformedEventError
 from dspex_persist.state.errors import NotADatabaseError, RecordingError
-from dspex_persist.state.model import ChangeKind, Event, EventKind, ExecutionStatus, Failure, Value
+from dspex_persist.state.events import Event, ExecutionBegan, ExecutionEnded
+from dspex_persist.state.model import ChangeKind, EventKind, ExecutionStatus, Failure, Value
 from dspex_persist.state.recording import Header, RecordedCommit, RecordedVersion, read_recording
-from dspex_persist.state.unit_of_work import value_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,10 @@ def _checked(recording: Recording, name: str) -> Recording:
         if any(event.kind is EventKind.PRUNED for event in commit.events):
             reason = "old versions of the session had been pruned when it was made, so its state cannot be built again"
             raise RecordingError(name, commit.number + 1, reason)
+        try:
+            commit.read_events()
+        except MalformedEventError as error:
+            raise RecordingError(name, commit.number + 1, str(error)) from error
     return recording
 
 
@@ -61,7 +65,7 @@ def _checked(recording: Recording, name: str) -> Recording:
 class RecordedExecution:
     """An execution in a recording. `number`: the commit of its beginning; `ended`: that of its end, 0 if there is none.
 
-    `body` is what the journal says of its end, `written` the versions that it wrote, in their order, `published` those
+    `end` is what the journal says of its end, `written` the versions that it wrote, in their order, `published` those
     that it published, with their commits; neither has what its children did.
     """
 
@@ -81,7 +85,7 @@ class RecordedExecution:
     ended: int = 0
     ended_at: datetime | None = None
     status: ExecutionStatus = ExecutionStatus.RUNNING
-    body: Mapping[str, Any] = field(default_factory=dict)
+    end: ExecutionEnded | None = None
     events: tuple[Event, ...] = ()
     written: tuple[RecordedVersion, ...] = ()
     published: list[tuple[RecordedVersion, int]] = field(default_factory=list)
@@ -101,34 +105,29 @@ class RecordedExecution:
     @property
     def failure(self) -> Failure | None:
         """The error with which its code ended."""
-        told = self.body.get("failure")
-        return Failure(**told) if told else None
+        return self.end.failure if self.end is not None else None
 
     @property
     def result(self) -> Value | None:
         """Its result."""
-        return value_in(self.body.get("result"))
+        return self.end.result if self.end is not None else None
 
     @property
     def times(self) -> list[datetime]:
         """What `now` gave it."""
-        return [from_micros(each) for each in self.body.get("recorded", {}).get("now", ())]
+        return self.end.times if self.end is not None else []
 
     @property
     def lm_calls(self) -> list[Any]:
         """The calls of language models that were recorded for it."""
-        return list(self.body.get("recorded", {}).get("lm", ()))
+        return self.end.lm_calls if self.end is not None else []
 
 
 def find_executions(commits: Iterable[RecordedCommit]) -> list[RecordedExecution]:
     """The executions that no other one called, in the order of their beginnings; each has its children."""
     found: dict[str, RecordedExecution] = {}
     for commit in commits:
-        try:
-            _find_in(commit, found)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            reason = f"its executions are told in another way: {type(error).__name__} {error}"
-            raise RecordingError("the recording", commit.number + 1, reason) from error
+        _find_in(commit, found)
     for execution in found.values():
         if execution.parent_id in found:
             found[execution.parent_id].children.append(execution)
@@ -136,54 +135,47 @@ def find_executions(commits: Iterable[RecordedCommit]) -> list[RecordedExecution
 
 
 def _find_in(commit: RecordedCommit, found: dict[str, RecordedExecution]) -> None:
-    for event in commit.events:
-        if event.kind is EventKind.EXECUTION_BEGAN:
-            begun = _begun(commit, event.body)
-            found[begun.id] = begun
+    events = commit.read_events()
+    for event in events:
+        if isinstance(event, ExecutionBegan):
+            found[event.execution_id] = _begun(commit, event)
     publishing = found.get(commit.cause)
     if publishing is not None:
         shown = (version for version in commit.versions if version.kind is ChangeKind.PUBLISHED)
         publishing.published.extend((version, commit.number) for version in shown)
-    _end(commit, found)
+    _end(commit, events, found)
 
 
-def _begun(commit: RecordedCommit, body: Mapping[str, Any]) -> RecordedExecution:
-    parameters = {name: value for name, told in body["parameters"].items() if (value := value_in(told)) is not None}
+def _begun(commit: RecordedCommit, event: ExecutionBegan) -> RecordedExecution:
     return RecordedExecution(
-        id=body["execution_id"],
+        id=event.execution_id,
         number=commit.number,
         at=commit.at,
         actor=commit.actor,
         cause=commit.cause,
-        tool=body["tool"],
-        parameters=parameters,
-        metadata=body["metadata"],
-        attempt=body["attempt"],
-        seed=body["seed"],
-        worker_id=body.get("worker_id", ""),
-        parent_id=body.get("parent_id"),
-        idempotency_key=body.get("idempotency_key"),
+        tool=event.tool,
+        parameters=event.parameters,
+        metadata=event.metadata,
+        attempt=event.attempt,
+        seed=event.seed,
+        worker_id=event.worker_id,
+        parent_id=event.parent_id,
+        idempotency_key=event.idempotency_key,
     )
 
 
-def _end(commit: RecordedCommit, found: Mapping[str, RecordedExecution]) -> None:
-    ends = [event.body for event in commit.events if event.kind is EventKind.EXECUTION_ENDED]
-    if not ends:
-        return
-    others = tuple(event for event in commit.events if event.kind not in _OF_EXECUTIONS)
+def _end(commit: RecordedCommit, events: Sequence[Event], found: Mapping[str, RecordedExecution]) -> None:
+    others = tuple(event for event in events if not isinstance(event, ExecutionBegan | ExecutionEnded))
     written = Written(commit.versions)
-    for body in ends:
-        execution = found.get(body["execution_id"])
-        if execution is None:
+    for event in events:
+        if not isinstance(event, ExecutionEnded) or event.execution_id not in found:
             continue
+        execution = found[event.execution_id]
         execution.ended, execution.ended_at = commit.number, commit.at
-        execution.status = ExecutionStatus(body["status"])
-        execution.body = body
+        execution.status = event.status
+        execution.end = event
         execution.events = others
-        execution.written = tuple(written.take(body.get("writes", ())))
-
-
-_OF_EXECUTIONS: Final = (EventKind.EXECUTION_BEGAN, EventKind.EXECUTION_ENDED)
+        execution.written = tuple(written.take(event.writes))
 
 
 class Written:

@@ -208,11 +208,12 @@ def _reads_masked(root: RecordedExecution, take: Take) -> bool:
         return False
     masked = {variable.id: variable.name for variable in take.state.variables.values() if variable.id in take.masked}
     for execution in root.tree():
-        seen = execution.body.get("reads", {}).values()
-        if any(each is not None and each[1] in masked for each in seen):
+        end = execution.end
+        if end is None:
+            continue
+        if any(seen is not None and seen.variable_id in masked for seen in end.reads.values()):
             return True
-        patterns = execution.body.get("patterns", ())
-        if any(not pattern or any(map(compile_glob(pattern), masked.values())) for pattern in patterns):
+        if any(not pattern or any(map(compile_glob(pattern), masked.values())) for pattern in end.patterns):
             return True
     return False
 

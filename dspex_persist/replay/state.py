@@ -1,7 +1,6 @@
 """Building a session's state again from its log alone, and whether the log agrees with itself and with what is kept."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from dspex_persist.replay.numbers import Numbers
 from dspex_persist.replay.rebuild import Rebuilt
@@ -10,8 +9,9 @@ from dspex_persist.replay.report import Aspect, Divergence, ReplayReport, diff_o
 from dspex_persist.state import values
 from dspex_persist.state.audit import VariableState
 from dspex_persist.state.errors import StateError
+from dspex_persist.state.events import Event, ExecutionBegan, ExecutionEnded, VariableRegistered
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.model import ChangeKind, EventKind, Value, Variable
+from dspex_persist.state.model import ChangeKind, Value, Variable
 from dspex_persist.state.recording import RecordedCommit, RecordedVersion
 
 
@@ -37,27 +37,28 @@ class _Check:
     def __init__(self, limits: Limits) -> None:
         self._rebuilt = Rebuilt()
         self._limits = limits
-        self._facts: dict[str, Mapping[str, Any]] = {}
+        self._registered: dict[str, VariableRegistered] = {}
         self._versions: dict[str, RecordedVersion] = {}
         self._running: set[str] = set()
 
     def take(self, commit: RecordedCommit) -> Iterator[Divergence]:
         """Take a commit in; what is wrong with it."""
-        for event in commit.events:
-            if event.kind is EventKind.VARIABLE_REGISTERED:
-                self._facts[event.body["variable_id"]] = event.body
+        events = commit.read_events()
+        for event in events:
+            if isinstance(event, VariableRegistered):
+                self._registered[event.variable_id] = event
         for version in commit.versions:
             wrong = self._wrong_with(version)
             if wrong:
                 yield Divergence(Aspect.VERSIONS, f"{version.name} version {version.version}: {wrong}", commit.number)
             self._versions[version.variable_id] = version
-        yield from self._check_journal(commit)
+        yield from self._check_journal(commit, events)
         self._rebuilt.apply(commit)
 
     def _wrong_with(self, version: RecordedVersion) -> str:
         """In what a version contradicts what came before it; "" if in nothing."""
-        facts = self._facts.get(version.variable_id)
-        if facts is None:
+        registered = self._registered.get(version.variable_id)
+        if registered is None:
             return "its variable was never registered"
         before = self._versions.get(version.variable_id)
         due = before.version + 1 if before is not None else 0
@@ -67,11 +68,11 @@ class _Check:
             return "a variable is registered with its first version, and with no other"
         if before is not None and before.kind is ChangeKind.DELETED:
             return "it had been deleted"
-        if version.name != facts["name"]:
-            return f"its variable was registered as {facts['name']}"
-        return self._unfit(version, facts)
+        if version.name != registered.name:
+            return f"its variable was registered as {registered.name}"
+        return self._unfit(version, registered)
 
-    def _unfit(self, version: RecordedVersion, facts: Mapping[str, Any]) -> str:
+    def _unfit(self, version: RecordedVersion, registered: VariableRegistered) -> str:
         """In what the value is not one of its variable."""
         if version.masked:
             return ""
@@ -80,31 +81,31 @@ class _Check:
                 "" if version.value is None and version.kind is ChangeKind.DELETED else "only a deletion has no value"
             )
         try:
-            constraints = values.compile_constraints(version.name, facts["type"], facts["constraints"])
-            kept = values.normalise(version.name, facts["type"], constraints, version.value, self._limits)
+            constraints = values.compile_constraints(version.name, registered.type, registered.constraints)
+            kept = values.normalise(version.name, registered.type, constraints, version.value, self._limits)
         except StateError as error:
             return f"its value is none of its variable's: {error}"
         return "" if kept == version.value else f"its value would have been kept as {kept.json}"
 
-    def _check_journal(self, commit: RecordedCommit) -> Iterator[Divergence]:
+    def _check_journal(self, commit: RecordedCommit, events: Iterable[Event]) -> Iterator[Divergence]:
         written = Written(commit.versions)
         ended = False
-        for event in commit.events:
-            if event.kind is EventKind.EXECUTION_BEGAN:
-                self._running.add(event.body["execution_id"])
-            elif event.kind is EventKind.EXECUTION_ENDED:
+        for event in events:
+            if isinstance(event, ExecutionBegan):
+                self._running.add(event.execution_id)
+            elif isinstance(event, ExecutionEnded):
                 ended = True
-                yield from self._check_end(commit, event.body, written)
+                yield from self._check_end(commit, event, written)
         for version in written.left() if ended else ():
             told = f"{version.name} version {version.version}: no execution says that it wrote it"
             yield Divergence(Aspect.JOURNAL, told, commit.number)
 
-    def _check_end(self, commit: RecordedCommit, body: Mapping[str, Any], written: Written) -> Iterator[Divergence]:
-        execution_id = body["execution_id"]
+    def _check_end(self, commit: RecordedCommit, event: ExecutionEnded, written: Written) -> Iterator[Divergence]:
+        execution_id = event.execution_id
         if execution_id not in self._running:
             yield Divergence(Aspect.JOURNAL, "it ended, and was not running", commit.number, execution_id)
         self._running.discard(execution_id)
-        claimed = [(name, version) for name, version in body.get("writes", ())]
+        claimed = list(event.writes)
         there = [(version.name, version.version) for version in written.take(claimed)]
         if claimed != there:
             told = [[f"{name} v{version}" for name, version in each] for each in (claimed, there)]

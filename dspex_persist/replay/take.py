@@ -13,11 +13,10 @@ from dspex_persist.state import commands
 from dspex_persist.state.commands import Command
 from dspex_persist.state.commands.executions import Begun
 from dspex_persist.state.errors import StateError, UnsupportedError
+from dspex_persist.state.events import Event, ExecutionEnded
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     Change,
-    Event,
-    EventKind,
     Origin,
     RunningExecution,
     Value,
@@ -37,7 +36,7 @@ LEASE_S: Final = 300.0
 class Played:
     """An execution of a take: what it was to repeat, if anything, and what it did.
 
-    `body` is what the journal would say of its end, None until then; `changes` and `events` are all of its commit.
+    `end` is what the journal would say of its end, None until then; `changes` and `events` are all of its commit.
     """
 
     id: str
@@ -46,7 +45,7 @@ class Played:
     recorded: RecordedExecution | None
     calls: "list[Played]" = field(default_factory=list)
     published: list[Change] = field(default_factory=list)
-    body: Mapping[str, Any] | None = None
+    end: ExecutionEnded | None = None
     changes: tuple[Change, ...] = ()
     events: tuple[Event, ...] = ()
     lm: Sequence[object] = ()
@@ -126,10 +125,10 @@ class Take:
         ended_at = repeated.ended_at if repeated is not None else None
         unit = self._unit(self.state, origin, ended_at or self.now())
         finished = command.apply(unit)
-        ends = {event.body["execution_id"]: event for event in unit.events if event.kind is EventKind.EXECUTION_ENDED}
+        ends = {event.execution_id: event for event in unit.events if isinstance(event, ExecutionEnded)}
         for execution_id, event in ends.items():
             played = self.played[execution_id]
-            played.body, played.changes, played.events = event.body, tuple(unit.versions), tuple(unit.events)
+            played.end, played.changes, played.events = event, tuple(unit.versions), tuple(unit.events)
         kept = {name: running for name, running in self.state.executions.items() if name not in ends}
         self.state.executions = kept
         return finished

@@ -12,8 +12,9 @@ from dspex_persist.replay.recorded import RecordedExecution
 from dspex_persist.replay.take import Played, Stage
 from dspex_persist.state import commands, errors, values
 from dspex_persist.state.commands import Command
+from dspex_persist.state.events import VariableRegistered
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.model import ChangeKind, EventKind, Failure, ToolSpec, Value
+from dspex_persist.state.model import ChangeKind, Failure, ToolSpec, Value
 from dspex_persist.state.recording import RecordedVersion
 from dspex_persist.state.tools.ports import ToolCode, ToolKind
 from dspex_persist.state.tools.session import ToolSession
@@ -166,17 +167,14 @@ def _repeating(session_id: str, version: RecordedVersion, execution: RecordedExe
             return commands.StopOptimization(session_id, name, force=True)
     assert value is not None, "only a deletion has no value"
     if version.kind is ChangeKind.REGISTERED:
-        facts = _facts(version.variable_id, execution)
-        return commands.RegisterVariable(session_id, name, facts["type"], value, facts["constraints"], version.metadata)
+        facts = _registered(version.variable_id, execution)
+        return commands.RegisterVariable(session_id, name, facts.type, value, facts.constraints, version.metadata)
     return commands.SetVariable(session_id, name, value, version.metadata)
 
 
-def _facts(variable_id: str, execution: RecordedExecution) -> Mapping[str, Any]:
-    return next(
-        event.body
-        for event in execution.events
-        if event.kind is EventKind.VARIABLE_REGISTERED and event.body["variable_id"] == variable_id
-    )
+def _registered(variable_id: str, execution: RecordedExecution) -> VariableRegistered:
+    events = (event for event in execution.events if isinstance(event, VariableRegistered))
+    return next(event for event in events if event.variable_id == variable_id)
 
 
 def exception_like(failure: Failure) -> Exception:

@@ -65,7 +65,7 @@ def written(record: object) -> Any:
     return codec_of(kind).write(record)
 
 
-def read(kind: type, body: object) -> Any:
+def read(kind: Any, body: object) -> Any:
     """The `kind` with this body."""
     try:
         return codec_of(kind).read(body)
@@ -187,6 +187,11 @@ def _scalar(name: str, *kinds: type) -> Codec:
     return Codec(_same, read)
 
 
+def _number(entry: Any) -> Any:
+    # What is not finite is stored as text.
+    return float(entry) if entry in ("NaN", "Infinity", "-Infinity") else _NUMBER.read(entry)
+
+
 def _member(kind: type[Enum]) -> Codec:
     def read(entry: Any) -> Any:
         try:
@@ -255,11 +260,12 @@ class _ValueBody:
 
 
 _INTEGER: Final = _scalar("integer", int)
+_NUMBER: Final = _scalar("number", int, float)
 _CODECS: Final[dict[Any, Codec]] = {
     Any: Codec(_same, _same),
     str: _scalar("text", str),
     int: _INTEGER,
-    float: _scalar("number", int, float),
+    float: Codec(_same, _number),
     bool: _scalar("truth value", bool),
     datetime: Codec(to_micros, _time),
     Value: Codec(_write_value, _read_value),

@@ -75,7 +75,7 @@ class SessionStarted(Event):
     session_id: str
     metadata: Mapping[str, str]
     ttl_s: float | None
-    config: Mapping[str, Any]
+    config: Mapping[str, Any] = field(default_factory=dict)
     session_key: int | None = bodies.sparse()
 
     kind: ClassVar = EventKind.SESSION_STARTED
@@ -362,6 +362,11 @@ class Pruned(Event):
 
     kind: ClassVar = EventKind.PRUNED
 
+    @classmethod
+    def planned(cls, policy: PrunePolicy, versions: Sequence[GoingVersion], events: Sequence[GoingEvent]) -> Self:
+        """That these are to go."""
+        return cls(len(versions), len(events), policy, (0, 0), "", (versions, events))
+
 
 # By kind
 
@@ -414,3 +419,8 @@ def spec_body(spec: ToolSpec) -> dict[str, Any]:
 def spec_in(body: object) -> ToolSpec:
     """The specification with this body; `MalformedEventError` if it cannot be read."""
     return cast(ToolSpec, bodies.read(ToolSpec, body))
+
+
+def conflicts_in(entries: object) -> tuple[Conflict, ...]:
+    """The conflicts in the body of an execution's end; `MalformedEventError` if they cannot be read."""
+    return cast(tuple[Conflict, ...], bodies.read(tuple[Conflict, ...], entries))

@@ -166,14 +166,6 @@ class EventKind(StrEnum):
     PRUNED = "pruned"
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """A fact in the log that is no new version of a value; `body` is JSON."""
-
-    kind: EventKind
-    body: Mapping[str, Any]
-
-
 class Change(NamedTuple):
     """A new version together with the variable as it stands after it (for a deletion: its last value, next version).
 

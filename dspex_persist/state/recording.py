@@ -7,14 +7,16 @@ numbers in the ids of executions count the same way, so that a session that was 
 import json
 import re
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final, TextIO
 
 from dspex_persist.clock import EARLIEST, LATEST
 from dspex_persist.state.errors import RecordingError
-from dspex_persist.state.model import ChangeKind, Event, EventKind, Source, Value
+from dspex_persist.state.events import Event, VariableRegistered, event_in, renamed_executions
+from dspex_persist.state.model import ChangeKind, EventKind, Source, Value
 from dspex_persist.state.values.json_text import RefusedError, read_line
 
 FORMAT: Final = "dspex-persist session"
@@ -22,7 +24,6 @@ VERSION: Final = 1
 """What this release writes, and the only version that it reads."""
 
 _EXECUTION: Final = re.compile(r"exec_([0-9]{1,18})_([0-9a-f]+)")
-_EXECUTION_FIELDS: Final = ("execution_id", "parent_id", "retry_of")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,18 @@ class RecordedVersion:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordedEvent:
+    """An event as it is recorded: its body stays as it is, so that an export has what the log has."""
+
+    kind: EventKind
+    body: Mapping[str, Any]
+
+    def read(self) -> Event:
+        """What it says; `MalformedEventError` if its body cannot be read."""
+        return event_in(self.kind, self.body)
+
+
+@dataclass(frozen=True, slots=True)
 class RecordedCommit:
     """A commit of the session: its number within the session, and everything that it changed.
 
@@ -51,8 +64,12 @@ class RecordedCommit:
     actor: str
     cause: str
     versions: tuple[RecordedVersion, ...] = ()
-    events: tuple[Event, ...] = ()
+    events: tuple[RecordedEvent, ...] = ()
     sequence: int = field(default=0, compare=False)
+
+    def read_events(self) -> tuple[Event, ...]:
+        """What its events say; `MalformedEventError` if one cannot be read."""
+        return tuple(event.read() for event in self.events)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +197,7 @@ def _commit_of(document: Mapping[str, Any]) -> RecordedCommit:
         str(document["actor"]),
         str(document["cause"]),
         tuple(_version_of(each) for each in document["versions"]),
-        tuple(Event(EventKind(each["kind"]), dict(each["body"])) for each in document["events"]),
+        tuple(RecordedEvent(EventKind(each["kind"]), dict(each["body"])) for each in document["events"]),
     )
 
 
@@ -207,15 +224,50 @@ def _version_of(document: Mapping[str, Any]) -> RecordedVersion:
     )
 
 
+def in_order(commit: RecordedCommit) -> Iterator[tuple[Event | None, RecordedVersion | None]]:
+    """What a commit says, in an order in which it can have happened; an event that registers comes with its version 0.
+
+    A recording has events and versions apart. Events are taken in order, and a variable's versions after all of them,
+    or earlier where they have to be: before another variable gets its name, and before the session ends.
+    """
+    waiting: dict[str, deque[RecordedVersion]] = {}
+    for version in commit.versions:
+        waiting.setdefault(version.variable_id, deque()).append(version)
+
+    def taken(ids: Iterable[str]) -> Iterator[tuple[None, RecordedVersion]]:
+        for variable_id in tuple(ids):
+            for version in waiting.pop(variable_id):
+                yield None, version
+
+    for recorded in commit.events:
+        event, first = recorded.read(), None
+        if isinstance(event, VariableRegistered):
+            yield from taken(_holding(event.name, waiting))
+            own = waiting.get(event.variable_id)
+            first = own.popleft() if own else None
+        elif recorded.kind is EventKind.SESSION_ENDED:
+            yield from taken(waiting)
+        yield event, first
+    yield from taken(waiting)
+
+
+def _holding(name: str, waiting: Mapping[str, Sequence[RecordedVersion]]) -> list[str]:
+    """The variables that have had a name before this commit, or got it in what was taken of it."""
+    return [
+        variable_id
+        for variable_id, versions in waiting.items()
+        if versions and versions[0].name == name and versions[0].kind is not ChangeKind.REGISTERED
+    ]
+
+
 def renumbered(commit: RecordedCommit, number_of: Callable[[int], int | None]) -> RecordedCommit:
     """The commit with other numbers in the ids of its executions; None leaves an id as it is."""
 
     def changed(execution_id: str) -> str:
         return renumbered_id(execution_id, number_of)
 
-    def changed_event(event: Event) -> Event:
-        ids = {name: changed(told) for name in _EXECUTION_FIELDS if isinstance(told := event.body.get(name), str)}
-        return Event(event.kind, {**event.body, **ids}) if ids else event
+    def changed_event(event: RecordedEvent) -> RecordedEvent:
+        return RecordedEvent(event.kind, renamed_executions(event.body, changed))
 
     return replace(commit, cause=changed(commit.cause), events=tuple(map(changed_event, commit.events)))
 

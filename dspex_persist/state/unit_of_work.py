@@ -6,14 +6,12 @@ units shares `Drafts`, so that each sees what the ones before it staged.
 """
 
 import secrets
-from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timedelta
+from dataclasses import dataclass
+from datetime import datetime
 from itertools import accumulate
 from typing import Any, Protocol, TypeAlias
 
-from dspex_persist.clock import from_micros, to_micros
 from dspex_persist.state.errors import (
     InvalidValueError,
     LimitExceededError,
@@ -22,30 +20,38 @@ from dspex_persist.state.errors import (
     closest,
     quote,
 )
-from dspex_persist.state.frozen import FrozenDict, freeze
+from dspex_persist.state.events import (
+    DependencyAdded,
+    Event,
+    ExecutionBegan,
+    ExecutionEnded,
+    Moment,
+    OptimizationStarted,
+    OptimizationStopped,
+    Pruned,
+    SessionEnded,
+    SessionStarted,
+    SessionUpdated,
+    ToolsRegistered,
+    VariableRegistered,
+)
+from dspex_persist.state.fold import advanced, fold, fold_version
+from dspex_persist.state.frozen import freeze
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     Change,
     ChangeKind,
-    Dependency,
-    Event,
-    EventKind,
     ExecutionStatus,
-    Isolation,
     Optimization,
     Origin,
     RecordedExecution,
-    RegisteredTool,
-    RunningExecution,
     Session,
     Source,
-    ToolParameter,
-    ToolSpec,
     Value,
     Variable,
     VariableVersion,
 )
-from dspex_persist.state.session_state import Lease, SessionState, growth_of, size_of_tool, weight_of
+from dspex_persist.state.session_state import SessionState, Undo, growth_of, restore, size_of_tool
 
 Savepoint: TypeAlias = tuple[int, int, int]
 START: Savepoint = (0, 0, 0)
@@ -179,9 +185,7 @@ class UnitOfWork:
         self.events: list[Event] = []
         self.outcome: RecordedOutcome | None = None
         self.tokens: Iterator[str] = _TOKENS
-        # What takes each step back: a function and its arguments, no closure over this unit. That would be a cycle,
-        # and every unit would wait for the garbage collector, which then costs more than the unit did.
-        self._undo: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+        self._undo: Undo = []
         self._previous_sequence = 0
         self._matching = 0
 
@@ -210,36 +214,23 @@ class UnitOfWork:
         state = self._drafts.find(session_id)
         return state if state is not None and state.is_over(self.steady) else None
 
-    def start_session(self, session: Session, config: Mapping[str, Any]) -> SessionState:
-        """Begin `session`; whoever calls has made sure that no live one has its id."""
-        lease = None
-        if session.ttl_s is not None:
-            lease = Lease(session.ttl_s, self.steady + timedelta(seconds=session.ttl_s))
-        state = SessionState(session=session, lease=lease, sequence=self.sequence)
-        self._replace_state(session.id, state)
-        body = {"session_id": session.id, "metadata": dict(session.metadata), "ttl_s": session.ttl_s}
-        self._log(EventKind.SESSION_STARTED, body | {"config": dict(config)})
+    def start_session(self, event: SessionStarted) -> SessionState:
+        """Begin a session; whoever calls has made sure that no live one has its id."""
+        state = fold(None, event, self._moment, self._undo)
+        assert state is not None, "a session that begins has a state"
+        self._replace_state(event.session_id, state)
+        self.events.append(event)
         return state
 
-    def update_session(self, session: Session) -> None:
+    def update_session(self, event: SessionUpdated) -> None:
         """Replace the session's metadata and TTL."""
-        state = self._edit(session.id)
-        self._undo.append((_restore, (state, {"session": state.session, "lease": state.lease})))
-        state.session = session
-        if session.ttl_s is None:
-            state.lease = None
-        elif state.lease is None or state.lease.ttl_s != session.ttl_s:
-            state.lease = Lease(session.ttl_s, self.steady + timedelta(seconds=session.ttl_s))
-        body = {"session_id": session.id, "metadata": dict(session.metadata), "ttl_s": session.ttl_s}
-        self._log(EventKind.SESSION_UPDATED, body)
+        self._record(event.session_id, event)
 
     def end_session(self, session_id: str, reason: str) -> None:
         """End the session, and with it what runs in it; its history stays."""
-        for execution_id in self._edit(session_id).executions:
-            self.end_execution(session_id, execution_id, ExecutionStatus.INTERRUPTED, {"reason": f"session {reason}"})
+        self.interrupt(session_id, self._edit(session_id).executions, f"session {reason}")
         self._forget_outcomes(session_id)
-        self._log(EventKind.SESSION_ENDED, {"session_id": session_id, "reason": reason})
-        self._replace_state(session_id, None)
+        self._record(session_id, SessionEnded(session_id, reason))
 
     # Variables
 
@@ -265,17 +256,11 @@ class UnitOfWork:
         """Register a new variable at version 0."""
         state = self._edit(session_id)
         self._check_room(state, growth_of(variable, None))
-        state.names[variable.id] = variable.name
-        self._undo.append((state.names.pop, (variable.id, None)))
-        body = {
-            "variable_id": variable.id,
-            "name": variable.name,
-            "type": variable.type,
-            "constraints": variable.constraints,
-        }
-        self._log(EventKind.VARIABLE_REGISTERED, body)
-        self._put(state, variable)
-        self._stage(variable, ChangeKind.REGISTERED, variable.value, variable.metadata, bool(variable.metadata))
+        event = VariableRegistered(variable.id, variable.name, variable.type, variable.constraints)
+        self._record(session_id, event)
+        version = self._version(variable, 0, ChangeKind.REGISTERED, variable.value, variable.metadata, variable.source)
+        fold_version(state, version, self._undo, event)
+        self._stage(version, state.variables[variable.name], bool(variable.metadata))
 
     def write(
         self,
@@ -288,28 +273,11 @@ class UnitOfWork:
     ) -> Variable:
         """Append a version with `value` (already normalised); the variable as it stands afterwards."""
         state = self._edit(session_id)
-        lock = variable.optimization
-        if lock is not None and lock.optimizer_id == metadata.get("optimizer_id"):
-            lock = replace(lock, renewed_at=self.now)
-        merged = variable.metadata
-        if metadata and kind.merges_metadata and not metadata.items() <= merged.items():
-            merged = FrozenDict({**merged, **metadata})
-        # By position: keywords take twice as long, and this is the hot path.
-        written = Variable(
-            variable.id,
-            variable.name,
-            variable.type,
-            value,
-            variable.version + 1,
-            variable.constraints,
-            merged,
-            source,
-            self.now,
-            lock,
-        )
+        version = self._version(variable, variable.version + 1, kind, value, metadata, source)
+        written = advanced(variable, version)
         self._check_room(state, growth_of(written, state.variables.get(written.name)))
-        self._put(state, written)
-        self._stage(written, kind, value, metadata, merged is not variable.metadata)
+        state.put(written, self._undo)
+        self._stage(version, written, written.metadata is not variable.metadata)
         return written
 
     def _check_room(self, state: SessionState, growth: int) -> None:
@@ -322,21 +290,11 @@ class UnitOfWork:
     def delete_variable(self, session_id: str, variable: Variable) -> None:
         """Append a deletion and take the variable and its dependencies out of the live state."""
         state = self._edit(session_id)
-        names = ("variables", "names", "dependencies", "weight_bytes")
-        self._undo.append((_restore, (state, {name: getattr(state, name) for name in names})))
-        self._undo.append((_restore, (self._drafts, {"gone": self._drafts.gone})))
+        self._undo.append((restore, (self._drafts, {"gone": self._drafts.gone})))
         self._drafts.gone = {**self._drafts.gone, (session_id, variable.name): variable.id}
-        state.weight_bytes -= weight_of(state.variables[variable.name])
-        state.variables = {name: kept for name, kept in state.variables.items() if name != variable.name}
-        state.names = {key: name for key, name in state.names.items() if key != variable.id}
-        state.dependencies = tuple(
-            replace(edge, until=self.sequence)
-            if edge.until is None and variable.id in (edge.from_id, edge.to_id)
-            else edge
-            for edge in state.dependencies
-        )
-        gone = variable._replace(version=variable.version + 1, updated_at=self.now, optimization=None)
-        self._stage(gone, ChangeKind.DELETED, None, {})
+        version = self._version(variable, variable.version + 1, ChangeKind.DELETED, None, {}, variable.source)
+        fold_version(state, version, self._undo)
+        self._stage(version, advanced(variable, version))
 
     def find_version(self, session_id: str, variable: Variable, version: int) -> VariableVersion | None:
         """One version of a live variable, those that this group has staged included."""
@@ -364,35 +322,18 @@ class UnitOfWork:
 
     # Dependencies and optimization
 
-    def add_dependency(self, session_id: str, edge: Dependency) -> None:
+    def add_dependency(self, session_id: str, event: DependencyAdded) -> None:
         """Keep a dependency; whoever calls has made sure that it closes no cycle."""
-        state = self._edit(session_id)
-        self._undo.append((_restore, (state, {"dependencies": state.dependencies})))
-        state.dependencies = (*state.dependencies, edge)
-        body = {"from_id": edge.from_id, "to_id": edge.to_id, "type": edge.type}
-        self._log(EventKind.DEPENDENCY_ADDED, body)
+        self._record(session_id, event)
 
-    def start_optimization(self, session_id: str, variable: Variable, lock: Optimization) -> None:
+    def start_optimization(self, session_id: str, event: OptimizationStarted) -> None:
         """Put the lock on the variable."""
-        self._put(self._edit(session_id), variable._replace(optimization=lock))
-        body = {
-            "variable_id": variable.id,
-            "optimization_id": lock.id,
-            "optimizer_id": lock.optimizer_id,
-            "started_at": to_micros(lock.started_at),
-            "started_by": lock.started_by,
-            "config": dict(lock.config),
-            "lease_s": lock.lease_s,
-        }
-        self._log(EventKind.OPTIMIZATION_STARTED, body)
+        self._record(session_id, event)
 
     def stop_optimization(self, session_id: str, variable: Variable, lock: Optimization, reason: str) -> Variable:
         """Take the lock off the variable."""
-        freed = variable._replace(optimization=None)
-        self._put(self._edit(session_id), freed)
-        body = {"variable_id": variable.id, "optimization_id": lock.id, "reason": reason}
-        self._log(EventKind.OPTIMIZATION_STOPPED, body)
-        return freed
+        self._record(session_id, OptimizationStopped(variable.id, lock.id, reason))
+        return variable._replace(optimization=None)
 
     def drop_ended_lock(self, session_id: str, variable: Variable) -> Variable:
         """Log the end of a lock whose lease ran out, once somebody changes the variable after it."""
@@ -405,54 +346,34 @@ class UnitOfWork:
 
     # Tools and their executions
 
-    def register_tools(self, session_id: str, worker_id: str, tools: Sequence[RegisteredTool]) -> None:
+    def register_tools(self, session_id: str, event: ToolsRegistered) -> None:
         """Keep tools that a worker runs; one of the same name is replaced."""
-        state = self._edit(session_id)
-        replaced = [state.tools[tool.spec.name] for tool in tools if tool.spec.name in state.tools]
-        growth = sum(map(size_of_tool, tools)) - sum(map(size_of_tool, replaced))
-        self._check_room(state, growth)
-        self._undo.append((_restore, (state, {"tools": state.tools, "weight_bytes": state.weight_bytes})))
-        state.tools = FrozenDict({**state.tools, **{tool.spec.name: tool for tool in tools}})
-        state.weight_bytes += growth
-        self._log(EventKind.TOOLS_REGISTERED, {"worker_id": worker_id, "tools": [asdict(tool) for tool in tools]})
+        tools = self._edit(session_id).tools
+        replaced = [tools[tool.spec.name] for tool in event.tools if tool.spec.name in tools]
+        growth = sum(map(size_of_tool, event.tools)) - sum(map(size_of_tool, replaced))
+        self._check_room(self._edit(session_id), growth)
+        self._record(session_id, event)
 
-    def begin_execution(self, session_id: str, execution: RunningExecution, facts: Mapping[str, Any]) -> SessionState:
+    def begin_execution(self, session_id: str, event: ExecutionBegan) -> SessionState:
         """Begin the journal entry of an execution; the session as it stands from then on."""
-        state = self._edit(session_id)
-        self._undo.append((_restore, (state, {"executions": state.executions})))
-        state.executions = {**state.executions, execution.id: execution}
-        body = {
-            "execution_id": execution.id,
-            "tool": execution.tool,
-            "parent_id": execution.parent_id,
-            "idempotency_key": execution.idempotency_key,
-            "fingerprint": execution.fingerprint,
-        }
-        self._log(EventKind.EXECUTION_BEGAN, body | dict(facts))
-        return state
+        return self._record(session_id, event)
 
-    def end_execution(
-        self,
-        session_id: str,
-        execution_id: str,
-        status: ExecutionStatus,
-        facts: Mapping[str, Any],
-        result: Value | None = None,
-        attempt: int = 1,
-    ) -> None:
+    def end_execution(self, session_id: str, event: ExecutionEnded, attempt: int = 1) -> None:
         """End the journal entry of a running execution."""
         state = self._edit(session_id)
-        running = state.executions[execution_id]
-        self._undo.append((_restore, (state, {"executions": state.executions})))
-        state.executions = {key: kept for key, kept in state.executions.items() if key != execution_id}
-        body = {"execution_id": execution_id, "status": status.value, "result": value_body(result), **facts}
-        self._log(EventKind.EXECUTION_ENDED, body)
+        running = state.executions[event.execution_id]
+        self._record(session_id, event)
         if running.idempotency_key is not None:
             place = (state.session.sequence, running.idempotency_key)
             self._undo.append((_put_back, (self._drafts.executions, place, self._drafts.executions.get(place))))
             self._drafts.executions[place] = RecordedExecution(
-                execution_id, running.tool, status, running.fingerprint, self.sequence, attempt, result
+                running.id, running.tool, event.status, running.fingerprint, self.sequence, attempt, event.result
             )
+
+    def interrupt(self, session_id: str, execution_ids: Iterable[str], reason: str) -> None:
+        """End executions that run, because something else ended."""
+        for execution_id in execution_ids:
+            self.end_execution(session_id, ExecutionEnded(execution_id, ExecutionStatus.INTERRUPTED, reason=reason))
 
     def find_execution(self, session_id: str, key: str) -> RecordedExecution | None:
         """The last execution under this idempotency key that has ended."""
@@ -462,14 +383,14 @@ class UnitOfWork:
 
     # Pruning
 
-    def prune(self, session: Session, key: int, body: Mapping[str, Any]) -> None:
+    def prune(self, session: Session, key: int, event: Pruned) -> None:
         """Account for history that goes. The session, of which the store knows by `key`, may have ended."""
         live = self._drafts.find(session.id)
         if live is not None and live.key == key:
             self._edit(session.id)
         else:
             self.state = SessionState(session, key=key)
-        self._log(EventKind.PRUNED, body)
+        self.events.append(event)
 
     # Outcomes of keyed requests
 
@@ -550,37 +471,44 @@ class UnitOfWork:
         if state is not None:
             self.state = state
 
-    def _put(self, state: SessionState, variable: Variable) -> None:
-        previous = state.put(variable)
-        if previous is None:
-            self._undo.append((state.remove, (variable.name,)))
-        else:
-            self._undo.append((state.put, (previous,)))
+    def _record(self, session_id: str, event: Event) -> SessionState:
+        """Stage an event and what it does to its session."""
+        before = self._edit(session_id)
+        after = fold(before, event, self._moment, self._undo)
+        if after is not before:
+            self._replace_state(session_id, after)
+        self.events.append(event)
+        return before
 
-    def _log(self, kind: EventKind, body: Mapping[str, Any]) -> None:
-        self.events.append(Event(kind, body))
+    @property
+    def _moment(self) -> Moment:
+        # Not kept: an import sets the time.
+        return Moment(self.sequence, self.now, self.steady)
 
-    def _stage(
+    def _version(
         self,
         variable: Variable,
+        number: int,
         kind: ChangeKind,
         value: Value | None,
         metadata: Mapping[str, str],
-        merged: bool = False,
-    ) -> None:
-        version = VariableVersion(
+        source: Source,
+    ) -> VariableVersion:
+        return VariableVersion(
             variable.id,
             variable.type,
-            variable.version,
+            number,
             kind,
             value,
             freeze(metadata),
-            variable.source,
+            source,
             self.now,
             self.origin.actor,
             self.origin.cause,
             self.sequence,
         )
+
+    def _stage(self, version: VariableVersion, variable: Variable, merged: bool = False) -> None:
         change = Change(version, variable, merged)
         self._drafts.versions.append(change)
         self.versions.append(change)
@@ -599,61 +527,8 @@ def _near(identifier: str, names: Iterable[str]) -> str:
     return f"did you mean {quote(near)}?" if near else ""
 
 
-def value_body(value: Value | None) -> Mapping[str, str] | None:
-    """A value in the body of an event."""
-    if value is None:
-        return None
-    return {"json": value.json} | ({"binary": b64encode(value.binary).decode()} if value.binary is not None else {})
-
-
-def value_in(body: Mapping[str, str] | None) -> Value | None:
-    """A value in the body of an event."""
-    if body is None:
-        return None
-    binary = body.get("binary")
-    return Value(body["json"], None if binary is None else b64decode(binary))
-
-
-def spec_in(body: Mapping[str, Any]) -> ToolSpec:
-    """A tool's specification in the body of an event."""
-    parameters = tuple(
-        ToolParameter(**{**each, "default": None if each["default"] is None else Value(each["default"]["json"])})
-        for each in body["parameters"]
-    )
-    return ToolSpec(
-        **{
-            **body,
-            "parameters": parameters,
-            "required_variables": tuple(body["required_variables"]),
-            "isolation": Isolation(body["isolation"]),
-        }
-    )
-
-
-def started_lock(body: Mapping[str, Any], at: int) -> Optimization:
-    """The lock that an `optimization_started` event of a commit at `at` (microseconds) puts on its variable.
-
-    From the log alone, so that a check of the log arrives at the same row. A holder that asks again gets its lock as
-    it was, renewed.
-    """
-    return Optimization(
-        id=body["optimization_id"],
-        optimizer_id=body["optimizer_id"],
-        started_at=from_micros(body["started_at"]),
-        started_by=body["started_by"],
-        config=body["config"],
-        lease_s=body["lease_s"],
-        renewed_at=from_micros(at) if at != body["started_at"] else None,
-    )
-
-
 def _put_back(entries: dict[Any, Any], key: object, previous: object) -> None:
     if previous is None:
         entries.pop(key, None)
     else:
         entries[key] = previous
-
-
-def _restore(state: SessionState | Drafts, fields: Mapping[str, Any]) -> None:
-    for name, previous in fields.items():
-        setattr(state, name, previous)

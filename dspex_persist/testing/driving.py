@@ -7,10 +7,20 @@ from dspex_persist.replay import Recording
 from dspex_persist.state import commands
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import RecordingError, StateError
-from dspex_persist.state.model import ChangeKind, Event, EventKind, Origin, Source, Value
+from dspex_persist.state.events import (
+    DependencyAdded,
+    Event,
+    ExecutionBegan,
+    OptimizationStarted,
+    OptimizationStopped,
+    SessionEnded,
+    SessionStarted,
+    SessionUpdated,
+    VariableRegistered,
+)
+from dspex_persist.state.model import ChangeKind, Origin, Source, Value
 from dspex_persist.state.provider import TOOL_TIMEOUT_S, StateProvider
 from dspex_persist.state.recording import RecordedCommit, RecordedVersion
-from dspex_persist.state.unit_of_work import value_in
 
 _EXECUTION: Final = "exec_"
 _ROLLED_BACK: Final = "rolled_back_to"
@@ -45,7 +55,7 @@ def _source_of(commit: RecordedCommit) -> Source:
 
 
 def _requests(session_id: str, commit: RecordedCommit, names: Mapping[str, str]) -> Iterator[Command[Any]]:
-    for event in commit.events:
+    for event in commit.read_events():
         yield from _request_of(session_id, event, commit, names)
     written = [version for version in commit.versions if version.kind is ChangeKind.SET]
     if written:
@@ -68,29 +78,29 @@ def _writing(session_id: str, written: list[RecordedVersion]) -> Command[Any]:
 def _request_of(
     session_id: str, event: Event, commit: RecordedCommit, names: Mapping[str, str]
 ) -> Iterator[Command[Any]]:
-    body = event.body
-    match event.kind:
-        case EventKind.SESSION_STARTED | EventKind.SESSION_UPDATED:
-            yield commands.InitializeSession(session_id, body["metadata"], body.get("config", {}))
-        case EventKind.SESSION_ENDED:
+    match event:
+        case SessionStarted():
+            yield commands.InitializeSession(session_id, event.metadata, event.config)
+        case SessionUpdated():
+            yield commands.InitializeSession(session_id, event.metadata)
+        case SessionEnded():
             yield commands.CleanupSession(session_id)
-        case EventKind.VARIABLE_REGISTERED:
-            first = next(each for each in commit.versions if each.variable_id == body["variable_id"])
+        case VariableRegistered():
+            first = next(each for each in commit.versions if each.variable_id == event.variable_id)
             value = first.value or Value("null")
-            facts = (body["name"], body["type"], value, body["constraints"], first.metadata)
+            facts = (event.name, event.type, value, event.constraints, first.metadata)
             yield commands.RegisterVariable(session_id, *facts)
-        case EventKind.DEPENDENCY_ADDED:
-            user, used = (names.get(body[end], body[end]) for end in ("from_id", "to_id"))
-            yield commands.AddDependency(session_id, user, used, body["type"])
-        case EventKind.OPTIMIZATION_STARTED:
-            name = names.get(body["variable_id"], body["variable_id"])
-            yield commands.StartOptimization(session_id, name, body["optimizer_id"], body["config"])
-        case EventKind.OPTIMIZATION_STOPPED if commit.cause == commands.StopOptimization.__name__:
-            name = names.get(body["variable_id"], body["variable_id"])
-            yield commands.StopOptimization(session_id, name, body["reason"] != "stopped")
-        case EventKind.EXECUTION_BEGAN if body["parent_id"] is None and body["attempt"] == 1:
-            parameters = {name: value_in(each) or Value("null") for name, each in body["parameters"].items()}
-            metadata = dict(body["metadata"])
-            if body["idempotency_key"] is not None:
-                metadata["idempotency_key"] = body["idempotency_key"]
-            yield commands.ExecuteTool(session_id, body["tool"], parameters, metadata, TOOL_TIMEOUT_S)
+        case DependencyAdded():
+            user, used = (names.get(end, end) for end in (event.from_id, event.to_id))
+            yield commands.AddDependency(session_id, user, used, event.type)
+        case OptimizationStarted():
+            name = names.get(event.variable_id, event.variable_id)
+            yield commands.StartOptimization(session_id, name, event.optimizer_id, event.config)
+        case OptimizationStopped() if commit.cause == commands.StopOptimization.__name__:
+            name = names.get(event.variable_id, event.variable_id)
+            yield commands.StopOptimization(session_id, name, event.reason != "stopped")
+        case ExecutionBegan() if event.parent_id is None and event.attempt == 1:
+            metadata = dict(event.metadata)
+            if event.idempotency_key is not None:
+                metadata["idempotency_key"] = event.idempotency_key
+            yield commands.ExecuteTool(session_id, event.tool, event.parameters, metadata, TOOL_TIMEOUT_S)

@@ -9,8 +9,9 @@ from typing import TypeVar
 from dspex_persist import clock
 from dspex_persist.state.commands import Command, ExpireSession
 from dspex_persist.state.errors import StateError
+from dspex_persist.state.events import Event
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.model import Change, Event, Origin, RecordedExecution, Source, VariableVersion
+from dspex_persist.state.model import Change, Origin, RecordedExecution, Source, VariableVersion
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.unit_of_work import START, Drafts, RecordedOutcome, UnitOfWork, VersionQuery, up_to
 

@@ -16,7 +16,14 @@ from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import StateError, UnsupportedError
 from dspex_persist.state.model import Change, Origin, Source, Value
 from dspex_persist.state.provider import StateProvider
-from dspex_persist.state.recording import Header, RecordedCommit, RecordedVersion, read_recording, write_recording
+from dspex_persist.state.recording import (
+    Header,
+    RecordedCommit,
+    RecordedEvent,
+    RecordedVersion,
+    read_recording,
+    write_recording,
+)
 from dspex_persist.state.tools.with_tools import WithTools
 from dspex_persist.state.watch import Watch
 from dspex_persist.testing.memory import MemoryBacking, MemoryCommit
@@ -83,7 +90,8 @@ def _recorded(commit: MemoryCommit, at: datetime) -> RecordedCommit:
     order = list(dict.fromkeys(change.variable.id for change in commit.changes))
     changes = sorted(commit.changes, key=lambda change: (order.index(change.variable.id), change.version.version))
     versions = tuple(_version(change) for change in changes)
-    return RecordedCommit(commit.sequence, at, commit.origin.actor, commit.origin.cause, versions, commit.events)
+    events = tuple(RecordedEvent(event.kind, event.to_body()) for event in commit.events)
+    return RecordedCommit(commit.sequence, at, commit.origin.actor, commit.origin.cause, versions, events)
 
 
 def _version(change: Change) -> RecordedVersion:

@@ -579,7 +579,7 @@ class TestOptimization:
         with pytest.raises(errors.NotOptimizingError):
             memory.run(StopOptimization("s", "x"))
         assert write(memory, "x", "3") == 2
-        assert memory.commits[-1].events[0].body["reason"] == "lease ended"
+        assert memory.commits[-1].events[0].to_body()["reason"] == "lease ended"
 
     def test_an_ended_lock_gives_way_to_another(self, memory: MemoryBacking, clock: Clock, locked: str) -> None:
         clock.forward(300)

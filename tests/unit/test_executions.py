@@ -129,7 +129,7 @@ def values_of(memory: MemoryBacking) -> dict[str, str]:
 
 
 def last_event(memory: MemoryBacking) -> dict[str, Any]:
-    return dict(memory.commits[-1].events[-1].body)
+    return dict(memory.commits[-1].events[-1].to_body())
 
 
 def running_in(memory: MemoryBacking) -> list[str]:
@@ -159,12 +159,12 @@ def test_an_execution_begins_with_its_journal_entry(memory: MemoryBacking) -> No
     assert (prefix, sequence, len(bytes.fromhex(token))) == ("exec", str(memory.sequence), 12)
     (event,) = memory.commits[-1].events
     assert event.kind is EventKind.EXECUTION_BEGAN
-    assert event.body == {
+    assert event.to_body() == {
         "execution_id": begun.execution_id,
         "tool": "tool",
         "parent_id": parent.execution_id,
         "idempotency_key": "key",
-        "fingerprint": event.body["fingerprint"],
+        "fingerprint": event.to_body()["fingerprint"],
         "parameters": {"x": {"json": "1"}, "y": {"json": "{}", "binary": "AA=="}},
         "metadata": {"user": "ann"},
         "isolation": "snapshot",
@@ -173,7 +173,7 @@ def test_an_execution_begins_with_its_journal_entry(memory: MemoryBacking) -> No
         "worker_id": "w1",
         "retry_of": "exec_1_ab",
     }
-    assert len(event.body["fingerprint"]) == 64
+    assert len(event.to_body()["fingerprint"]) == 64
     running = memory.states["s"].executions[begun.execution_id]
     assert (running.tool, running.began_sequence, running.parent_id) == ("tool", begun.sequence, parent.execution_id)
 
@@ -331,7 +331,7 @@ def test_the_end_completes_the_journal_entry(memory: MemoryBacking) -> None:
     memory.run(c.FinishExecution("s", verdict), ANN)
     (event,) = memory.commits[-1].events
     assert event.kind is EventKind.EXECUTION_ENDED
-    assert event.body == {
+    assert event.to_body() == {
         "execution_id": begun.execution_id,
         "status": "committed",
         "result": {"json": "1", "binary": "AQ=="},
@@ -486,14 +486,14 @@ def test_the_end_of_a_session_ends_what_runs_in_it(memory: MemoryBacking) -> Non
     parent = begin(memory)
     child = parent.call()
     memory.run(c.CleanupSession("s"), BOB)
-    ended = [(event.kind, event.body.get("execution_id")) for event in memory.commits[-1].events]
+    ended = [(event.kind, event.to_body().get("execution_id")) for event in memory.commits[-1].events]
     assert ended == [
         (EventKind.EXECUTION_ENDED, parent.id),
         (EventKind.EXECUTION_ENDED, child.id),
         (EventKind.SESSION_ENDED, None),
     ]
-    assert memory.commits[-1].events[0].body["status"] == "interrupted"
-    assert memory.commits[-1].events[0].body["reason"] == "session cleaned up"
+    assert memory.commits[-1].events[0].to_body()["status"] == "interrupted"
+    assert memory.commits[-1].events[0].to_body()["reason"] == "session cleaned up"
     with pytest.raises(errors.SessionNotFoundError):
         parent.finish()
     memory.run(c.InitializeSession("s"))
@@ -539,7 +539,11 @@ def test_tools_are_kept_and_listed(memory: MemoryBacking) -> None:
     assert memory.run(c.ListTools("s")) == {"far": tools[0], "near": tools[1]}
     assert memory.run(c.GetSession("s")).tool_count == 2
     (event,) = memory.commits[-1].events
-    assert (event.kind, event.body["worker_id"], len(event.body["tools"])) == (EventKind.TOOLS_REGISTERED, "w1", 2)
+    assert (event.kind, event.to_body()["worker_id"], len(event.to_body()["tools"])) == (
+        EventKind.TOOLS_REGISTERED,
+        "w1",
+        2,
+    )
 
 
 def test_a_tool_registered_again_is_replaced(memory: MemoryBacking) -> None:
@@ -1205,7 +1209,7 @@ def test_what_is_called_sees_and_writes_in_its_callers_transaction(memory: Memor
     before = memory.sequence
     assert parent.finish().status is COMMITTED
     assert memory.sequence == before + 1
-    ended = {event.body["execution_id"]: event.body for event in memory.commits[-1].events}
+    ended = {event.to_body()["execution_id"]: event.to_body() for event in memory.commits[-1].events}
     assert ended[child.id]["writes"] == [["b", 2]]
     assert ended[parent.id]["writes"] == [["a", 1]]
     assert (ended[child.id]["status"], ended[parent.id]["status"]) == ("committed", "committed")
@@ -1221,7 +1225,7 @@ def test_what_ended_well_is_aborted_with_its_caller(memory: MemoryBacking, statu
     grandchild.return_to(child)
     child.return_to(parent)
     parent.finish(status)
-    ended = {event.body["execution_id"]: event.body["status"] for event in memory.commits[-1].events}
+    ended = {event.to_body()["execution_id"]: event.to_body()["status"] for event in memory.commits[-1].events}
     assert ended == {parent.id: status.value, child.id: "aborted", grandchild.id: "aborted"}
     assert values_of(memory) == {"a": "0", "b": "1"}
 
@@ -1233,7 +1237,7 @@ def test_what_ended_well_is_aborted_by_a_conflict_too(memory: MemoryBacking) -> 
     child.return_to(parent)
     write(memory, "a", 5)
     assert parent.conflicts() == ["a (was at version 0, is at version 1)"]
-    assert [event.body["status"] for event in memory.commits[-1].events] == ["aborted", "conflict"]
+    assert [event.to_body()["status"] for event in memory.commits[-1].events] == ["aborted", "conflict"]
 
 
 def test_what_ends_badly_is_undone_and_its_caller_goes_on(memory: MemoryBacking) -> None:

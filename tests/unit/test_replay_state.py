@@ -11,8 +11,8 @@ from dspex_persist.replay import Aspect, Recording, replay_state
 from dspex_persist.replay.rebuild import Rebuilt
 from dspex_persist.state.audit import VariableState
 from dspex_persist.state.commands import ImportCommit, RegisterTools
-from dspex_persist.state.model import ChangeKind, Event, EventKind, RegisteredTool, ToolSpec, Value
-from dspex_persist.state.recording import RecordedCommit
+from dspex_persist.state.model import ChangeKind, EventKind, RegisteredTool, ToolSpec, Value
+from dspex_persist.state.recording import RecordedCommit, RecordedEvent
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.testing.memory import MemoryBacking
 from tests.unit.replays import session
@@ -127,7 +127,7 @@ def is_end(commit: RecordedCommit) -> bool:
 
 
 def with_end(**changes: Any) -> Callable[[RecordedCommit], RecordedCommit]:
-    def change(event: Event) -> Event:
+    def change(event: RecordedEvent) -> RecordedEvent:
         return replace(event, body={**event.body, **changes}) if event.kind is EventKind.EXECUTION_ENDED else event
 
     return lambda commit: replace(commit, events=tuple(map(change, commit.events)))

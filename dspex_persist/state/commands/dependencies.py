@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from dspex_persist.state.commands.base import Command, check_text
 from dspex_persist.state.errors import DependencyCycleError, LimitExceededError
+from dspex_persist.state.events import DependencyAdded
 from dspex_persist.state.graph import find_cycle
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Dependency
@@ -35,7 +36,7 @@ class AddDependency(Command[None]):
         if any(_same(edge, kept) for kept in state.dependencies):
             return
         check_dependency(state, edge, uow.limits)
-        uow.add_dependency(self.session_id, edge)
+        uow.add_dependency(self.session_id, DependencyAdded(from_id, to_id, self.dependency_type))
 
 
 def check_dependency(state: SessionState, edge: Dependency, limits: Limits) -> None:

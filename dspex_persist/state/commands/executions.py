@@ -1,10 +1,9 @@
 """Tool executions: their journal entries, and the one command that ends them with all that they wrote."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from dspex_persist.clock import to_micros
 from dspex_persist.state import arguments, values
 from dspex_persist.state.commands.base import Command, check_metadata, check_text
 from dspex_persist.state.commands.globs import compile_glob
@@ -17,6 +16,7 @@ from dspex_persist.state.errors import (
     UnsupportedError,
     quote,
 )
+from dspex_persist.state.events import ExecutionBegan, ExecutionEnded, ToolsRegistered
 from dspex_persist.state.frozen import freeze
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
@@ -32,11 +32,12 @@ from dspex_persist.state.model import (
     Seen,
     Source,
     ToolOutcome,
+    ToolSpec,
     Value,
     Variable,
 )
 from dspex_persist.state.session_state import SessionState, size_of_tool
-from dspex_persist.state.unit_of_work import UnitOfWork, value_body
+from dspex_persist.state.unit_of_work import UnitOfWork
 
 _REFUSED_LATER = "it was possible when the tool asked, and is not any more"
 
@@ -117,19 +118,21 @@ class BeginExecution(Command[Begun]):
         # The commit's number is in the id, so that the journal finds an execution without an index.
         execution_id = f"exec_{uow.sequence}_{uow.new_token()}{uow.new_token()}"
         seed = uow.new_token()
-        running = RunningExecution(
-            execution_id, self.tool, uow.sequence, self.parent_id, self.idempotency_key, fingerprint
+        event = ExecutionBegan(
+            execution_id,
+            self.tool,
+            self.parent_id,
+            self.idempotency_key,
+            fingerprint,
+            self.parameters,
+            self.metadata,
+            self.isolation,
+            self.attempt,
+            seed,
+            self.worker_id,
+            self.retry_of,
         )
-        facts = {
-            "parameters": {name: value_body(value) for name, value in self.parameters.items()},
-            "metadata": dict(self.metadata),
-            "isolation": self.isolation.value,
-            "attempt": self.attempt,
-            "seed": seed,
-            "worker_id": self.worker_id,
-            "retry_of": self.retry_of,
-        }
-        state = uow.begin_execution(self.session_id, running, facts)
+        state = uow.begin_execution(self.session_id, event)
         return Begun(execution_id, uow.sequence, uow.limits, uow.optimization_lease_s, seed, state.copy())
 
 
@@ -163,21 +166,22 @@ class Verdict:
     attempt: int = 1
     duration_us: int = 0
 
-    def body(self) -> dict[str, Any]:
-        """What the journal keeps of it, beside status and result."""
-        return {
-            "failure": asdict(self.failure) if self.failure is not None else None,
-            "reads": {asked: _seen_body(seen) for asked, seen in self.reads.items()},
-            "patterns": list(self.patterns),
-            "log": [{"at": to_micros(line.at), "message": line.message, "fields": line.fields} for line in self.log],
-            "recorded": self.recorded,
-            "published": [list(each) for each in self.published],
-            "duration_us": self.duration_us,
-        }
-
-
-def _seen_body(seen: Seen | None) -> list[Any] | None:
-    return None if seen is None else [seen.name, seen.variable_id, seen.version]
+    def ended(self, writes: Sequence[tuple[str, int]], conflicts: tuple[Conflict, ...]) -> ExecutionEnded:
+        """The event of its end. `writes`: names and versions."""
+        return ExecutionEnded(
+            self.execution_id,
+            self.status,
+            self.result,
+            failure=self.failure,
+            reads=self.reads,
+            patterns=self.patterns,
+            log=self.log,
+            recorded=self.recorded,
+            published=self.published,
+            duration_us=self.duration_us,
+            writes=tuple(writes),
+            conflicts=conflicts,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +218,7 @@ class FinishExecution(Command[Finished]):
         if verdict.execution_id not in state.executions:
             raise ExecutionEndedError(verdict.execution_id, "its journal entry says how")
         conflicts: tuple[Conflict, ...] = ()
-        writes: dict[str, list[Any]] = {}
+        writes: dict[str, list[tuple[str, int]]] = {}
         if verdict.status is ExecutionStatus.COMMITTED:
             start = uow.savepoint()
             conflicts = tuple(self._changed(uow, state)) or self._carry_out(uow, writes)
@@ -232,9 +236,10 @@ class FinishExecution(Command[Finished]):
             return replace(child, status=ExecutionStatus.ABORTED)
         return child
 
-    def _end(self, uow: UnitOfWork, verdict: Verdict, writes: list[Any], conflicts: tuple[Conflict, ...]) -> None:
-        facts = verdict.body() | {"writes": writes, "conflicts": [asdict(conflict) for conflict in conflicts]}
-        uow.end_execution(self.session_id, verdict.execution_id, verdict.status, facts, verdict.result, verdict.attempt)
+    def _end(
+        self, uow: UnitOfWork, verdict: Verdict, writes: Sequence[tuple[str, int]], conflicts: tuple[Conflict, ...]
+    ) -> None:
+        uow.end_execution(self.session_id, verdict.ended(writes, conflicts), verdict.attempt)
 
     def _changed(self, uow: UnitOfWork, state: SessionState) -> Iterator[Conflict]:
         """What is not as it was seen."""
@@ -256,7 +261,7 @@ class FinishExecution(Command[Finished]):
         if self.dependencies is not None and state.dependencies != self.dependencies:
             yield Conflict("dependencies", reason="others changed the session's dependencies")
 
-    def _carry_out(self, uow: UnitOfWork, writes: dict[str, list[Any]]) -> tuple[Conflict, ...]:
+    def _carry_out(self, uow: UnitOfWork, writes: dict[str, list[tuple[str, int]]]) -> tuple[Conflict, ...]:
         origin, tokens = uow.origin, uow.tokens
         try:
             for step in self.steps:
@@ -266,7 +271,7 @@ class FinishExecution(Command[Finished]):
                 uow.tokens = iter(step.tokens)
                 before = len(uow.versions)
                 step.command.apply(uow)
-                written = [[change.variable.name, change.version.version] for change in uow.versions[before:]]
+                written = [(change.variable.name, change.version.version) for change in uow.versions[before:]]
                 writes.setdefault(step.execution_id, []).extend(written)
         except StateError as error:
             # It went well in the tool's own memory, so what it needed has gone.
@@ -326,9 +331,7 @@ class InterruptExecutions(Command[int]):
     def apply(self, uow: UnitOfWork) -> int:
         state = uow.find_session(self.session_id)
         running = [each for each in self.executions if each in state.executions] if state is not None else []
-        for execution_id in running:
-            facts = {"reason": "the server ended while it ran"}
-            uow.end_execution(self.session_id, execution_id, ExecutionStatus.INTERRUPTED, facts)
+        uow.interrupt(self.session_id, running, "the server ended while it ran")
         return len(running)
 
 
@@ -374,23 +377,33 @@ class RegisterTools(Command[dict[str, str]]):
         state = uow.session(self.session_id)
         limits = uow.limits
         for tool in self.tools:
-            name = check_text("tool name", tool.spec.name, limits.name_length, "name_length")
-            check_metadata(tool.spec.metadata, limits)
+            check_spec(tool.spec, limits)
             _check_texts(tool)
             size = size_of_tool(tool)
             if size > limits.constraints_size_bytes:
-                what = f"size of the description of tool {name!r} in bytes"
+                what = f"size of the description of tool {tool.spec.name!r} in bytes"
                 raise LimitExceededError(what, size, limits.constraints_size_bytes, "constraints_size_bytes")
         tools = tuple(_where_it_was(tool, state) for tool in self.tools if tool.spec.name not in self.reserved)
         if self.tools and not tools:
             raise ToolExistsError(self.tools[0].spec.name)
         names = {tool.spec.name for tool in tools}
-        count = len(state.tools.keys() | names)
-        if count > limits.tools_per_session:
-            raise LimitExceededError("number of tools", count, limits.tools_per_session, "tools_per_session")
+        check_tool_count(state, names, limits)
         if any(state.tools.get(tool.spec.name) != tool for tool in tools):
-            uow.register_tools(self.session_id, self.worker_id, tools)
+            uow.register_tools(self.session_id, ToolsRegistered(self.worker_id, tools))
         return {name: f"{self.session_id}:{name}" for name in names}
+
+
+def check_spec(spec: ToolSpec, limits: Limits) -> None:
+    """Refuse a tool whose name or metadata are not within the limits."""
+    check_text("tool name", spec.name, limits.name_length, "name_length")
+    check_metadata(spec.metadata, limits)
+
+
+def check_tool_count(state: SessionState, names: Set[str], limits: Limits) -> None:
+    """Refuse tools of these names where the session has too many with them."""
+    count = len(state.tools.keys() | names)
+    if count > limits.tools_per_session:
+        raise LimitExceededError("number of tools", count, limits.tools_per_session, "tools_per_session")
 
 
 def _check_texts(tool: RegisteredTool) -> None:

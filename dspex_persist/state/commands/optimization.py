@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from dspex_persist.state.commands.base import Command, check_metadata, check_text
 from dspex_persist.state.errors import NotOptimizingError, VariableLockedError
+from dspex_persist.state.events import OptimizationStarted
 from dspex_persist.state.model import ChangeKind, Optimization, Origin, Value
 from dspex_persist.state.unit_of_work import UnitOfWork
 
@@ -30,8 +31,8 @@ class StartOptimization(Command[str]):
             raise VariableLockedError(variable.name, held.optimizer_id)
         variable = uow.drop_ended_lock(self.session_id, variable)
         if held is not None:
-            renewed = replace(held, renewed_at=uow.now, config=self.config or held.config)
-            uow.start_optimization(self.session_id, variable, renewed)
+            renewed = replace(held, config=self.config or held.config)
+            uow.start_optimization(self.session_id, OptimizationStarted.of(variable.id, renewed))
             return held.id
         lock = Optimization(
             id=f"opt_{variable.name}_{uow.new_token()}",
@@ -41,7 +42,7 @@ class StartOptimization(Command[str]):
             config=self.config,
             lease_s=uow.optimization_lease_s,
         )
-        uow.start_optimization(self.session_id, variable, lock)
+        uow.start_optimization(self.session_id, OptimizationStarted.of(variable.id, lock))
         return lock.id
 
 

@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from dspex_persist.state.commands.base import Command, check_merged_metadata, check_metadata, check_text
 from dspex_persist.state.errors import InvalidArgumentError, quote
-from dspex_persist.state.model import Session, SessionSummary, SessionView
+from dspex_persist.state.events import SessionStarted, SessionUpdated
+from dspex_persist.state.model import SessionSummary, SessionView
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.unit_of_work import UnitOfWork
 from dspex_persist.state.values import encode
 
-_MOST_TTL_S = 100 * 365 * 86_400
+MOST_TTL_S = 100 * 365 * 86_400
+"""The longest TTL of a session."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +37,7 @@ class InitializeSession(Command[SessionView]):
         if state is None:
             encode(dict(self.config), name="config")  # Refuses what is no JSON: later, it would end the writer.
             ttl_s = _ttl_of(self.metadata, uow.session_ttl_s)
-            session = Session(self.session_id, uow.now, self.metadata, ttl_s, uow.sequence)
-            uow.start_session(session, self.config)
+            uow.start_session(SessionStarted(self.session_id, self.metadata, ttl_s, self.config))
             return SessionView(resumed=False, variables=())
         self._merge(uow, state)
         return SessionView(resumed=True, variables=tuple(uow.current(v) for v in state.variables.values()))
@@ -46,7 +47,7 @@ class InitializeSession(Command[SessionView]):
         ttl_s = _ttl_of(self.metadata, state.session.ttl_s)
         if merged != state.session.metadata or ttl_s != state.session.ttl_s:
             check_merged_metadata(merged, self.metadata, uow.limits)
-            uow.update_session(replace(state.session, metadata=merged, ttl_s=ttl_s))
+            uow.update_session(SessionUpdated(self.session_id, merged, ttl_s))
 
 
 def _ttl_of(metadata: Mapping[str, str], default_s: float | None) -> float | None:
@@ -57,8 +58,8 @@ def _ttl_of(metadata: Mapping[str, str], default_s: float | None) -> float | Non
         ttl_s = float(text)
     except ValueError:
         ttl_s = math.nan
-    if not 0 <= ttl_s <= _MOST_TTL_S:
-        reason = f"ttl_seconds is {quote(text)}, it must be a number of seconds from 0 (for ever) to {_MOST_TTL_S}"
+    if not 0 <= ttl_s <= MOST_TTL_S:
+        reason = f"ttl_seconds is {quote(text)}, it must be a number of seconds from 0 (for ever) to {MOST_TTL_S}"
         raise InvalidArgumentError("metadata", reason)
     return ttl_s or None
 

@@ -21,6 +21,7 @@ from dspex_persist.state.errors import (
     VersionPrunedError,
     quote,
 )
+from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     BatchOutcome,
     ChangeKind,
@@ -55,21 +56,14 @@ class RegisterVariable(Command[str]):
 
     def apply(self, uow: UnitOfWork) -> str:
         state = uow.session(self.session_id)
-        check_text("name", self.name, uow.limits.name_length, "name_length")
-        check_metadata(self.metadata, uow.limits)
-        size = len(self.constraints.encode(errors="replace"))
-        if size > uow.limits.constraints_size_bytes:
-            what = f"size of the constraints of {quote(self.name)} in bytes"
-            raise LimitExceededError(what, size, uow.limits.constraints_size_bytes, "constraints_size_bytes")
+        check_facts(self.name, self.constraints, self.metadata, uow.limits)
         constraints = values.compile_constraints(self.name, self.type, self.constraints)
         existing = state.variables.get(self.name)
         if existing is not None:
             return self._resume(existing, constraints)
         if self.name in state.names:
             raise InvalidArgumentError("name", f"{quote(self.name)} is the id of another variable in this session")
-        if len(state.variables) >= uow.limits.variables_per_session:
-            limit = uow.limits.variables_per_session
-            raise LimitExceededError("number of variables", len(state.variables) + 1, limit, "variables_per_session")
+        check_room(state, uow.limits)
         variable = Variable(
             id=f"var_{self.name}_{uow.new_token()}",
             name=self.name,
@@ -334,6 +328,23 @@ class PublishVariable(Command[Variable]):
         variable = uow.variable(self.session_id, self.identifier)
         metadata = check_metadata(self.metadata, uow.limits)
         return _write(uow, self.session_id, variable, self.value, metadata, ChangeKind.PUBLISHED)
+
+
+def check_facts(name: str, constraints: str, metadata: Mapping[str, str], limits: Limits) -> None:
+    """Refuse to register a variable whose name, constraints or metadata are not within the limits."""
+    check_text("name", name, limits.name_length, "name_length")
+    check_metadata(metadata, limits)
+    size = len(constraints.encode(errors="replace"))
+    if size > limits.constraints_size_bytes:
+        what = f"size of the constraints of {quote(name)} in bytes"
+        raise LimitExceededError(what, size, limits.constraints_size_bytes, "constraints_size_bytes")
+
+
+def check_room(state: SessionState, limits: Limits) -> None:
+    """Refuse another variable where the session has as many as it may have."""
+    count, most = len(state.variables) + 1, limits.variables_per_session
+    if count > most:
+        raise LimitExceededError("number of variables", count, most, "variables_per_session")
 
 
 def source_of(metadata: Mapping[str, str], default: Source) -> Source:

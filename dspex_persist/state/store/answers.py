@@ -6,7 +6,8 @@ by its index; only what names none of these walks through the log, a window of c
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, NamedTuple, cast
+from dataclasses import replace
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 from sqlalchemy import Connection, Engine
 
@@ -45,14 +46,16 @@ from dspex_persist.state.errors import (
     VersionPrunedError,
     quote,
 )
-from dspex_persist.state.model import ChangeKind, Conflict, ExecutionStatus, Failure, LogEntry, Source, Value
+from dspex_persist.state.events import Event, ExecutionBegan, ExecutionEnded, conflicts_in
+from dspex_persist.state.model import ChangeKind, ExecutionStatus, Seen, Source, Value
 from dspex_persist.state.store import times
 from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.engine import snapshot
 from dspex_persist.state.store.schema import is_unicode
 from dspex_persist.state.store.variables import KIND_CODES, KINDS, SOURCE_CODES, SOURCES
-from dspex_persist.state.unit_of_work import value_in
-from dspex_persist.state.values.json_text import storable, stored, stored_object
+from dspex_persist.state.values.json_text import DAMAGED, storable, stored, stored_object
+
+E = TypeVar("E", bound=Event)
 
 _PAGE_BYTES: Final = 4 * 1024 * 1024
 """How much of a history is read at once, but for one version that is larger."""
@@ -783,7 +786,7 @@ def _error_text(row: Any) -> str:
     failure = _json(row.failure)
     if failure:
         return f"{failure['type']}: {failure['message']}"
-    conflicts = _conflicts_of(_json(row.conflicts))
+    conflicts = conflicts_in(_json(row.conflicts) or ())
     # Where the end is pruned, its reason is gone: a session's end interrupts, too.
     ending = _ENDINGS.get(row.status, "") if row.has_ending else ""
     return _json(row.reason) or ", ".join(map(str, conflicts)) or ending
@@ -791,10 +794,6 @@ def _error_text(row: Any) -> str:
 
 def _json(text: str | None) -> Any:
     return None if text is None else stored(text)
-
-
-def _conflicts_of(bodies: Iterable[Mapping[str, Any]] | None) -> tuple[Conflict, ...]:
-    return tuple(Conflict(**each) for each in bodies or ())
 
 
 def _execution_page(
@@ -839,49 +838,55 @@ def _page_of(rows: Sequence[Any], most: int, made: Callable[[Any], T], key: Call
 
 def _detail(connection: Connection, execution_id: str, history: tuple[HistoryEntry, ...]) -> ExecutionDetail:
     row = _execution_row(connection, execution_id)
-    beginning, ending = stored_object(row.beginning), stored_object(row.ending)
+    began, ended = _event_in(ExecutionBegan, row.beginning), _event_in(ExecutionEnded, row.ending)
     children = _all(
         connection, "SELECT execution_id FROM executions WHERE parent_id = ? ORDER BY began_sequence", row.execution_id
     )
     return ExecutionDetail(
         _summary_of(row),
-        **told_of_beginning(beginning),
-        **told_of_end(ending),
-        attempts=_attempts(connection, row, beginning),
+        **(_told_of_beginning(began) if began is not None else _NO_BEGINNING),
+        **(_told_of_end(ended) if ended is not None else {}),
+        attempts=_attempts(connection, row, began),
         children=tuple(_detail(connection, each[0], ()) for each in children),
         history=history,
     )
 
 
-def told_of_beginning(body: Mapping[str, Any]) -> dict[str, Any]:
-    """What an `ExecutionDetail` has from the event of its beginning."""
+_NO_BEGINNING: Final[Mapping[str, Any]] = {"isolation": "", "parameters": {}, "metadata": {}, "seed": ""}
+
+
+def _event_in(kind: type[E], text: str | None) -> E | None:
+    """The event with this body; None where there is none, or what there is is no JSON."""
+    body = stored_object(text)
+    return None if not body or DAMAGED in body else kind.from_body(body)
+
+
+def _told_of_beginning(event: ExecutionBegan) -> dict[str, Any]:
     return {
-        "isolation": body.get("isolation", ""),
-        "parameters": {name: _value(value) for name, value in body.get("parameters", {}).items()},
-        "metadata": body.get("metadata", {}),
-        "seed": body.get("seed", ""),
+        "isolation": event.isolation.value,
+        "parameters": event.parameters,
+        "metadata": event.metadata,
+        "seed": event.seed,
     }
 
 
-def told_of_end(body: Mapping[str, Any]) -> dict[str, Any]:
-    """What an `ExecutionDetail` has from the event of its end."""
-    failure = body.get("failure")
-    reads = body.get("reads", {}).items()
+def _told_of_end(event: ExecutionEnded) -> dict[str, Any]:
     return {
-        "result": value_in(body.get("result")),
-        "failure": Failure(**failure) if failure else None,
-        "reason": body.get("reason", ""),
-        "conflicts": _conflicts_of(body.get("conflicts")),
-        "reads": tuple(ReadEntry(asked, *(seen or (None, None, None))) for asked, seen in reads),
-        "patterns": tuple(body.get("patterns", ())),
-        "writes": _pairs(body.get("writes", ())),
-        "published": _pairs(body.get("published", ())),
-        "log": tuple(
-            LogEntry(nearest_time(each["at"]), _text_of(each["message"]), each["fields"])
-            for each in body.get("log", ())
-        ),
-        "recorded": body.get("recorded", {}),
+        "result": event.result,
+        "failure": event.failure,
+        "reason": event.reason or "",
+        "conflicts": event.conflicts,
+        "reads": tuple(_read_entry(asked, seen) for asked, seen in event.reads.items()),
+        "patterns": event.patterns,
+        "writes": event.writes,
+        "published": event.published,
+        "log": tuple(replace(line, message=_text_of(line.message)) for line in event.log),
+        "recorded": event.recorded,
     }
+
+
+def _read_entry(asked: str, seen: Seen | None) -> ReadEntry:
+    return ReadEntry(asked, seen.name, seen.variable_id, seen.version) if seen else ReadEntry(asked, None, None, None)
 
 
 def _text_of(message: object) -> str:
@@ -889,29 +894,23 @@ def _text_of(message: object) -> str:
     return message if isinstance(message, str) else storable(message)
 
 
-def _value(body: Mapping[str, str]) -> Value:
-    value = value_in(body)
-    assert value is not None, "a parameter has a value"
-    return value
-
-
 def _pairs(entries: Iterable[Sequence[Any]]) -> tuple[tuple[str, int], ...]:
     return tuple((name, version) for name, version in entries)
 
 
-def _attempts(connection: Connection, row: Any, beginning: Mapping[str, Any]) -> tuple[str, ...]:
+def _attempts(connection: Connection, row: Any, began: ExecutionBegan | None) -> tuple[str, ...]:
     """The executions for the same request: those that it repeats, and those that repeat it."""
     found, first = [row.execution_id], row
-    while (earlier := beginning.get("retry_of")) is not None:
+    while began is not None and began.retry_of is not None:
         try:
-            before = _execution_row(connection, earlier)
+            before = _execution_row(connection, began.retry_of)
         except NotInHistoryError:
             break
         if before.began_sequence >= first.began_sequence:
             # Imports took such once. Following it would never end.
             break
         found.insert(0, before.execution_id)
-        first, beginning = before, stored_object(before.beginning)
+        first, began = before, _event_in(ExecutionBegan, before.beginning)
     last = row
     while last is not None and last.status == ExecutionStatus.CONFLICT.value:
         last = _first(

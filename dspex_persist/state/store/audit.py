@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from sqlalchemy import Connection, Row, select, text
 
-from dspex_persist.clock import nearest_time
+from dspex_persist.clock import nearest_time, to_micros
+from dspex_persist.state.events import OptimizationStarted
 from dspex_persist.state.log_store import affected
 from dspex_persist.state.model import Change, CommitChanges, EventKind, Optimization, Variable
 from dspex_persist.state.session_state import SessionState
@@ -94,16 +96,10 @@ def _lock_as_of(connection: Connection, variable: Variable, sequence: int) -> Op
     row = connection.execute(_LOCK_AS_OF, {"variable_id": variable.id, "sequence": sequence}).first()
     if row is None or row.kind == EventKind.OPTIMIZATION_STOPPED:
         return None
-    body = json.loads(row.body)
-    return Optimization(
-        id=body["optimization_id"],
-        optimizer_id=body["optimizer_id"],
-        started_at=nearest_time(body["started_at"]),
-        started_by=body["started_by"],
-        config=body["config"],
-        lease_s=body["lease_s"],
-        renewed_at=variable.updated_at,
-    )
+    started = OptimizationStarted.from_body(json.loads(row.body))
+    # Whoever reads the time must not fail: an import took such that not every time zone has.
+    started_at = nearest_time(to_micros(started.started_at))
+    return replace(started.lock(variable.updated_at), started_at=started_at, renewed_at=variable.updated_at)
 
 
 # The whole log

@@ -1,19 +1,19 @@
 """Executions and registered tools, read from a given connection."""
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import Connection, bindparam, select
 
+from dspex_persist.state.events import ExecutionEnded, spec_body, spec_in
 from dspex_persist.state.model import (
     ExecutionStatus,
     RecordedExecution,
     RegisteredTool,
     RunningExecution,
+    ToolSpec,
 )
 from dspex_persist.state.store.schema import events, executions, sessions, tools
-from dspex_persist.state.unit_of_work import spec_in, value_in
 from dspex_persist.state.values.json_text import storable, stored
 
 # Built once: to build a statement takes SQLAlchemy longer than SQLite needs to run it.
@@ -73,15 +73,15 @@ def find_by_key(connection: Connection, session_key: int, key: str) -> RecordedE
         row.fingerprint,
         row.ended_sequence,
         row.attempt,
-        value_in(end["result"]),
+        end.result,
     )
 
 
-def _end_of(connection: Connection, row: Any) -> dict[str, Any]:
+def _end_of(connection: Connection, row: Any) -> ExecutionEnded:
     """The second half of an entry, from the commit that ended it."""
-    bodies = map(stored, connection.execute(_ENDS, {"sequence": row.ended_sequence}).scalars())
-    found: dict[str, Any] = next(body for body in bodies if body["execution_id"] == row.execution_id)
-    return found
+    bodies = connection.execute(_ENDS, {"sequence": row.ended_sequence}).scalars()
+    ends = (ExecutionEnded.from_body(stored(body)) for body in bodies)
+    return next(end for end in ends if end.execution_id == row.execution_id)
 
 
 def registered(connection: Connection, session_key: int) -> dict[str, RegisteredTool]:
@@ -90,7 +90,7 @@ def registered(connection: Connection, session_key: int) -> dict[str, Registered
     return {row.name: RegisteredTool(spec_in(stored(row.spec)), row.worker_id, row.address) for row in rows}
 
 
-def spec_text(tool: Mapping[str, Any]) -> str:
-    """The specification in an event's `tools_registered` entry, as the table keeps it."""
-    # Through what the event keeps of it: the two are compared.
-    return json.dumps(stored(storable(tool["spec"])), sort_keys=True)
+def spec_text(spec: ToolSpec) -> str:
+    """A tool's specification as the table keeps it."""
+    # Through what the log keeps of it: the two are compared.
+    return json.dumps(stored(storable(spec_body(spec))), sort_keys=True)

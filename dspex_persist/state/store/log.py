@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import Any, TypeAlias
 
@@ -9,11 +10,23 @@ from sqlalchemy import Connection, Table, func, insert, select, update
 from sqlalchemy.dialects import sqlite
 
 from dspex_persist.clock import to_micros
+from dspex_persist.state.events import (
+    DependencyAdded,
+    Event,
+    ExecutionBegan,
+    ExecutionEnded,
+    OptimizationStarted,
+    OptimizationStopped,
+    Pruned,
+    SessionEnded,
+    SessionStarted,
+    SessionUpdated,
+    ToolsRegistered,
+    VariableRegistered,
+)
 from dspex_persist.state.model import (
     Change,
     ChangeKind,
-    Event,
-    EventKind,
     ExecutionStatus,
     Value,
     VariableVersion,
@@ -35,7 +48,7 @@ from dspex_persist.state.store.schema import (
     versions,
 )
 from dspex_persist.state.store.variables import KIND_CODES, SOURCE_CODES, lock_text
-from dspex_persist.state.unit_of_work import UnitOfWork, started_lock
+from dspex_persist.state.unit_of_work import UnitOfWork
 from dspex_persist.state.values.json_text import storable
 
 
@@ -176,7 +189,7 @@ class LogWriter:
 
     def _free_names(self, unit: UnitOfWork, state: SessionState) -> None:
         """A unit that deletes a variable may register another one of its name, which only one live row can have."""
-        new = {event.body["variable_id"] for event in unit.events if event.kind is EventKind.VARIABLE_REGISTERED}
+        new = {event.variable_id for event in unit.events if isinstance(event, VariableRegistered)}
         keys = [(unit.sequence, state.keys[variable_id]) for variable_id in self._gone - new]
         if keys:
             self._connection.exec_driver_sql(_FREE_NAME, keys)
@@ -198,104 +211,101 @@ class LogWriter:
             )
 
     def _add_event(self, unit: UnitOfWork, state: SessionState, ordinal: int, event: Event) -> str:
-        body = dict(event.body)
-        body.update(_PROJECTIONS[event.kind](self, unit, state, body) or {})
-        text = storable(body)
+        logged = _PROJECTIONS[type(event)](self, unit, state, event) or event
+        text = storable(logged.to_body())
         self._events.append((unit.sequence, ordinal, event.kind.value, text))
         return event_text(ordinal, event.kind.value, text)
 
-    # What each kind of event does to the current-state tables; what it returns joins the event's body in the log
+    # What each kind of event does to the current-state tables. What is returned is logged in the event's place
 
-    def _start_session(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _start_session(self, unit: UnitOfWork, state: SessionState, event: SessionStarted) -> Event:
         state.key = self._keys.new_session()
         lease = state.lease
         expires_at = to_micros(lease.expires_at) if lease is not None else None
-        metadata = metadata_text(body["metadata"])
-        created_at, ttl_s = to_micros(unit.now), body["ttl_s"]
-        row = (state.key, body["session_id"], created_at, unit.sequence, None, ttl_s, expires_at, metadata)
-        self._connection.exec_driver_sql(_INSERT_SESSION, row)
-        return {"session_key": state.key}
+        facts = (event.session_id, to_micros(unit.now), unit.sequence, None, event.ttl_s, expires_at)
+        self._connection.exec_driver_sql(_INSERT_SESSION, (state.key, *facts, metadata_text(event.metadata)))
+        return replace(event, session_key=state.key)
 
-    def _update_session(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> None:
+    def _update_session(self, unit: UnitOfWork, state: SessionState, event: SessionUpdated) -> None:
         lease = state.lease
         self._connection.execute(
             update(sessions)
             .where(sessions.c.session_key == state.key)
             .values(
-                ttl_s=body["ttl_s"],
-                metadata=metadata_text(body["metadata"]),
+                ttl_s=event.ttl_s,
+                metadata=metadata_text(event.metadata),
                 expires_at=to_micros(lease.expires_at) if lease is not None else None,
             )
         )
 
-    def _end_session(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> None:
-        outcomes.forget_session(self._connection, body["session_id"])
+    def _end_session(self, unit: UnitOfWork, state: SessionState, event: SessionEnded) -> None:
+        outcomes.forget_session(self._connection, event.session_id)
         self._connection.exec_driver_sql(_END_SESSION, (unit.sequence, state.key))
 
-    def _register_variable(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _register_variable(self, unit: UnitOfWork, state: SessionState, event: VariableRegistered) -> Event:
         key = self._keys.new_variable()
-        state.keys[body["variable_id"]] = key
+        state.keys[event.variable_id] = key
         # One that the same unit deletes again never has its name to itself.
-        deleted = unit.sequence if body["variable_id"] in self._gone else None
-        facts = (body["variable_id"], body["name"], body["type"], body["constraints"])
+        deleted = unit.sequence if event.variable_id in self._gone else None
+        facts = (event.variable_id, event.name, event.type, event.constraints)
         self._connection.exec_driver_sql(_INSERT_VARIABLE, (key, state.key, *facts, "{}", None, deleted))
-        return {"variable_key": key}
+        return replace(event, variable_key=key)
 
-    def _add_dependency(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> None:
+    def _add_dependency(self, unit: UnitOfWork, state: SessionState, event: DependencyAdded) -> None:
         row = {
             "session_key": state.key,
-            "from_id": body["from_id"],
-            "to_id": body["to_id"],
-            "type": body["type"],
+            "from_id": event.from_id,
+            "to_id": event.to_id,
+            "type": event.type,
             "since_sequence": unit.sequence,
         }
         self._connection.execute(insert(dependencies), row)
 
-    def _start_optimization(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> None:
-        self._set_lock(state, body, lock_text(started_lock(body, to_micros(unit.now))))
+    def _start_optimization(self, unit: UnitOfWork, state: SessionState, event: OptimizationStarted) -> None:
+        self._set_lock(state, event.variable_id, lock_text(event.lock(unit.now)))
 
-    def _stop_optimization(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> None:
-        self._set_lock(state, body, None)
+    def _stop_optimization(self, unit: UnitOfWork, state: SessionState, event: OptimizationStopped) -> None:
+        self._set_lock(state, event.variable_id, None)
 
-    def _register_tools(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> None:
+    def _register_tools(self, unit: UnitOfWork, state: SessionState, event: ToolsRegistered) -> None:
         rows = [
             (
                 state.key,
-                tool["spec"]["name"],
-                tool["worker_id"],
-                tool["address"],
-                stored_executions.spec_text(tool),
+                tool.spec.name,
+                tool.worker_id,
+                tool.address,
+                stored_executions.spec_text(tool.spec),
                 unit.sequence,
             )
-            for tool in body["tools"]
+            for tool in event.tools
         ]
         self._connection.exec_driver_sql(_REPLACE_TOOL, rows)
 
-    def _begin_execution(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> None:
+    def _begin_execution(self, unit: UnitOfWork, state: SessionState, event: ExecutionBegan) -> None:
         row = (
             unit.sequence,
             state.key,
-            body["execution_id"],
-            body["tool"],
+            event.execution_id,
+            event.tool,
             ExecutionStatus.RUNNING.value,
-            body["parent_id"],
-            body["attempt"],
-            body["idempotency_key"],
-            body["fingerprint"],
+            event.parent_id,
+            event.attempt,
+            event.idempotency_key,
+            event.fingerprint,
             None,
         )
         self._begun.append(row)
 
-    def _end_execution(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> None:
-        self._ended.append((body["status"], unit.sequence, began_sequence(body["execution_id"])))
+    def _end_execution(self, unit: UnitOfWork, state: SessionState, event: ExecutionEnded) -> None:
+        self._ended.append((event.status.value, unit.sequence, began_sequence(event.execution_id)))
 
-    def _prune(self, unit: UnitOfWork, state: SessionState, body: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _prune(self, unit: UnitOfWork, state: SessionState, event: Pruned) -> Event:
         """What goes is named by keys of this file; the log says how much it was."""
-        self._freed |= prune.blobs_of(body["versions"])
-        return prune.carry_out(self._connection, state.key, unit.sequence, body["versions"], body["events"])
+        self._freed |= prune.blobs_of(event.going[0])
+        return prune.carry_out(self._connection, state.key, unit.sequence, event)
 
-    def _set_lock(self, state: SessionState, body: Mapping[str, Any], text: str | None) -> None:
-        key = state.keys[body["variable_id"]]
+    def _set_lock(self, state: SessionState, variable_id: str, text: str | None) -> None:
+        key = state.keys[variable_id]
         self._connection.execute(update(variables).where(variables.c.variable_key == key).values(optimization=text))
 
 
@@ -348,17 +358,17 @@ def note_import(connection: Connection, first: int, last: int) -> None:
     connection.execute(insert(imports), {"first_sequence": first, "last_sequence": last})
 
 
-_Projection: TypeAlias = Callable[[LogWriter, UnitOfWork, SessionState, Mapping[str, Any]], Mapping[str, Any] | None]
-_PROJECTIONS: dict[EventKind, _Projection] = {
-    EventKind.SESSION_STARTED: LogWriter._start_session,
-    EventKind.SESSION_UPDATED: LogWriter._update_session,
-    EventKind.SESSION_ENDED: LogWriter._end_session,
-    EventKind.VARIABLE_REGISTERED: LogWriter._register_variable,
-    EventKind.DEPENDENCY_ADDED: LogWriter._add_dependency,
-    EventKind.OPTIMIZATION_STARTED: LogWriter._start_optimization,
-    EventKind.OPTIMIZATION_STOPPED: LogWriter._stop_optimization,
-    EventKind.TOOLS_REGISTERED: LogWriter._register_tools,
-    EventKind.EXECUTION_BEGAN: LogWriter._begin_execution,
-    EventKind.EXECUTION_ENDED: LogWriter._end_execution,
-    EventKind.PRUNED: LogWriter._prune,
+_Projection: TypeAlias = Callable[[LogWriter, UnitOfWork, SessionState, Any], Event | None]
+_PROJECTIONS: dict[type[Event], _Projection] = {
+    SessionStarted: LogWriter._start_session,
+    SessionUpdated: LogWriter._update_session,
+    SessionEnded: LogWriter._end_session,
+    VariableRegistered: LogWriter._register_variable,
+    DependencyAdded: LogWriter._add_dependency,
+    OptimizationStarted: LogWriter._start_optimization,
+    OptimizationStopped: LogWriter._stop_optimization,
+    ToolsRegistered: LogWriter._register_tools,
+    ExecutionBegan: LogWriter._begin_execution,
+    ExecutionEnded: LogWriter._end_execution,
+    Pruned: LogWriter._prune,
 }

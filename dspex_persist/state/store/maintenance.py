@@ -29,6 +29,7 @@ from dspex_persist.state.errors import (
     ReadFailedError,
     StorageError,
 )
+from dspex_persist.state.events import Pruned
 from dspex_persist.state.groups import Job
 from dspex_persist.state.model import PrunePolicy, PruneReport
 from dspex_persist.state.provider import Progress, silent
@@ -223,8 +224,8 @@ _MARKERS: Final = """
 def _count_pruned(connection: Connection) -> tuple[int, int, int]:
     """Commits that lost rows, versions and events that they lost. Of a file whose markers make no sense: none."""
     try:
-        bodies = [json.loads(body) for (body,) in connection.exec_driver_sql(_MARKERS)]
-        versions, events = (sum(int(body[name]) for body in bodies) for name in ("versions", "events"))
+        markers = [Pruned.from_body(json.loads(body)) for (body,) in connection.exec_driver_sql(_MARKERS)]
+        versions, events = sum(each.versions for each in markers), sum(each.events for each in markers)
         return _scalar(connection, _PRUNED_COMMITS), versions, events
     except (DBAPIError, sqlite3.Error, LookupError, TypeError, ValueError):
         return 0, 0, 0

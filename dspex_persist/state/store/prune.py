@@ -12,16 +12,17 @@ import heapq
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from hashlib import sha256
-from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Final, NamedTuple
 
 from sqlalchemy import Connection, Engine
 
 from dspex_persist.clock import to_micros
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import InvalidArgumentError
+from dspex_persist.state.events import GoingEvent, GoingVersion, Pruned
 from dspex_persist.state.groups import Job
 from dspex_persist.state.model import PINNED, EventKind, Origin, PrunePolicy, PruneReport, Session
 from dspex_persist.state.provider import Progress
@@ -41,10 +42,6 @@ from dspex_persist.state.store.variables import KIND_CODES
 from dspex_persist.state.unit_of_work import UnitOfWork
 from dspex_persist.state.values.json_text import stored_object
 
-GoingVersion: TypeAlias = tuple[int, int, int, int | None, int | None]
-"""variable_key, version, sequence, value_blob, binary_blob"""
-GoingEvent: TypeAlias = tuple[int, int]
-"""sequence, ordinal"""
 _PRUNING: Final = Origin(actor="dspex-persist", cause="pruning")
 _BATCH_ROWS: Final = 1000
 _BATCH_COMMANDS: Final = 64
@@ -68,15 +65,7 @@ class PruneHistory(Command[None]):
 
     def apply(self, uow: UnitOfWork) -> None:
         session = Session(self.session_id, uow.now, sequence=self.started_sequence)
-        body = {"versions": self.versions, "events": self.events, "policy": _policy_body(self.policy)}
-        uow.prune(session, self.session_key, body)
-
-
-def _policy_body(policy: PrunePolicy) -> dict[str, Any]:
-    moments = {"before": policy.before, "ended_before": policy.ended_before}
-    return {"keep_versions": policy.keep_versions} | {
-        name: None if moment is None else to_micros(moment) for name, moment in moments.items()
-    }
+        uow.prune(session, self.session_key, Pruned.planned(self.policy, self.versions, self.events))
 
 
 def run(
@@ -442,15 +431,10 @@ _DELETE_LOCKS: Final = """
 """
 
 
-def carry_out(
-    connection: Connection,
-    session_key: int,
-    marker: int,
-    versions: Sequence[GoingVersion],
-    events: Sequence[GoingEvent],
-) -> dict[str, Any]:
-    """Delete rows of a session, and say so in `pruned`; what the marker, which is commit `marker`, says of it."""
+def carry_out(connection: Connection, session_key: int, marker: int, planned: Pruned) -> Pruned:
+    """Delete rows of a session, and say so in `pruned`; the event with which commit `marker` says so."""
     execute = connection.exec_driver_sql
+    versions, events = planned.going
     # The row of the marker's commit comes later, in the same transaction.
     execute("PRAGMA defer_foreign_keys = ON")
     left = _residues(connection, versions, events)
@@ -460,12 +444,7 @@ def carry_out(
     if events:
         _delete_events(connection, session_key, events)
     digest = sha256(b"".join(residue_entry(sequence, full) for sequence, full, _ in left)).hexdigest()
-    return {
-        "versions": len(versions),
-        "events": len(events),
-        "range": [left[0][0], left[-1][0]],
-        "digest": digest,
-    }
+    return replace(planned, range=(left[0][0], left[-1][0]), digest=digest)
 
 
 def _runs(versions: Sequence[GoingVersion]) -> list[tuple[int, int, int]]:

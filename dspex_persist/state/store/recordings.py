@@ -14,8 +14,9 @@ from sqlalchemy import Connection, Engine
 from dspex_persist.clock import nearest_time
 from dspex_persist.state.commands import ForkSession
 from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, SessionPrunedError, quote
-from dspex_persist.state.model import Dependency, Event, EventKind, Value, Variable
-from dspex_persist.state.recording import Header, RecordedCommit, RecordedVersion, renumbered
+from dspex_persist.state.events import portable
+from dspex_persist.state.model import Dependency, EventKind, Value, Variable
+from dspex_persist.state.recording import Header, RecordedCommit, RecordedEvent, RecordedVersion, renumbered
 from dspex_persist.state.store.answers import StoredAudit
 from dspex_persist.state.store.engine import snapshot
 from dspex_persist.state.store.schema import is_unicode
@@ -24,7 +25,6 @@ from dspex_persist.state.values.json_text import stored, stored_object
 
 _PAGE_COMMITS: Final = 500
 _PAGE_BYTES: Final = 4 * 1024 * 1024
-_INTERNAL_KEYS: Final = ("session_key", "variable_key")
 
 _SESSIONS: Final = "SELECT session_key, started_sequence FROM sessions WHERE session_id = ? ORDER BY session_key"
 _EXTENT: Final = "SELECT count(*), max(sequence) FROM commits WHERE session_key = ?"
@@ -159,14 +159,11 @@ class _Reading:
             masked,
         )
 
-    def _event_of(self, sequence: int, kind: str, text: str) -> Event:
-        body = stored(text)
-        for key in _INTERNAL_KEYS:
-            body.pop(key, None)
+    def _event_of(self, sequence: int, kind: str, text: str) -> RecordedEvent:
         if kind == EventKind.EXECUTION_BEGAN:
             self._began.append(sequence)
             self._numbers.append(self._number)
-        return Event(EventKind(kind), body)
+        return RecordedEvent(EventKind(kind), portable(stored(text)))
 
     def _number_of(self, sequence: int) -> int | None:
         place = bisect_left(self._began, sequence)

@@ -22,19 +22,33 @@ from typing import Any, Final, TypeAlias, cast
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from dspex_persist.clock import EARLIEST, LATEST, to_micros
+from dspex_persist.clock import EARLIEST, LATEST, from_micros, to_micros
+from dspex_persist.state.bodies import MalformedEventError
 from dspex_persist.state.errors import NotADatabaseError, ReadFailedError, quote
-from dspex_persist.state.model import ChangeKind, EventKind
+from dspex_persist.state.events import (
+    DependencyAdded,
+    Event,
+    ExecutionBegan,
+    ExecutionEnded,
+    OptimizationStarted,
+    OptimizationStopped,
+    Pruned,
+    SessionEnded,
+    SessionStarted,
+    SessionUpdated,
+    ToolsRegistered,
+    VariableRegistered,
+    event_in,
+)
+from dspex_persist.state.model import ChangeKind
 from dspex_persist.state.store import audit, migrate, prune, sessions
 from dspex_persist.state.store.anchor import Head
-from dspex_persist.state.store.answers import told_of_beginning, told_of_end
 from dspex_persist.state.store.blobs import digest
 from dspex_persist.state.store.chain import GENESIS, commit_text, link, residue, residue_entry
 from dspex_persist.state.store.engine import snapshot
 from dspex_persist.state.store.executions import spec_text
 from dspex_persist.state.store.log import began_sequence, metadata_text
 from dspex_persist.state.store.variables import KIND_CODES, lock_text
-from dspex_persist.state.unit_of_work import started_lock
 from dspex_persist.state.values.json_text import stored
 
 _PAGE_COMMITS: Final = 10_000
@@ -423,9 +437,9 @@ _HAS_ROW: Final = "SELECT 1 FROM pruned WHERE sequence = ? AND marker_sequence =
 class _Marker:
     """A marker's rows as they go by; `last`: the commit of its last one."""
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        self.last = int(body["range"][1])
-        self.digest = str(body["digest"])
+    def __init__(self, event: Pruned) -> None:
+        self.last = event.range[1]
+        self.digest = event.digest
         self.read = sha256()
 
 
@@ -489,7 +503,7 @@ def _residue_of_nothing(
 def _find_marker(connection: Connection, sequence: int) -> _Marker | None:
     row = _find(connection, _MARKER, sequence)
     try:
-        return _Marker(stored(row[0])) if row is not None else None
+        return _Marker(Pruned.from_body(stored(row[0]))) if row is not None else None
     except (LookupError, TypeError, ValueError):
         return None
 
@@ -804,12 +818,12 @@ class _Replay:
         """Take in the session's events."""
         for _, sequence, ordinal, kind, text, created_at in rows:
             try:
-                body = stored(text)
-                _READERS[kind](self, _Commit(sequence, created_at), body)
-                _TOLD.get(kind, dict)(body)
+                event = event_in(kind, stored(text))
+                _READERS[type(event)](self, _Commit(sequence, created_at), event)
             except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
                 where = f"commit {sequence}, {self._name}"
-                yield Problem(where, f"event {ordinal} ({quote(kind)}) makes no sense: {type(error).__name__} {error}")
+                what = str(error) if isinstance(error, MalformedEventError) else f"{type(error).__name__} {error}"
+                yield Problem(where, f"event {ordinal} ({quote(kind)}) makes no sense: {what}")
 
     def read_versions(self, rows: Iterator[Any]) -> Iterator[Problem]:
         """Take in those versions that say something of their variable: first, last, with metadata."""
@@ -828,16 +842,16 @@ class _Replay:
                     where = f"commit {sequence}, {self._variable_name(variable)}"
                     yield Problem(where, f"the metadata of version {number} makes no sense: {error}")
 
-    def _session_started(self, commit: _Commit, body: Mapping[str, Any]) -> None:
-        if self._session is not None or body["session_key"] != self._key:
-            raise ValueError(f"it begins session {body['session_key']}, in a commit of session {self._key}")
-        metadata = metadata_text(body["metadata"])
-        self._session = (body["session_id"], commit.created_at, commit.sequence, None, body["ttl_s"], metadata)
+    def _session_started(self, commit: _Commit, event: SessionStarted) -> None:
+        if self._session is not None or event.session_key != self._key:
+            raise ValueError(f"it begins session {event.session_key}, in a commit of session {self._key}")
+        facts = (event.session_id, commit.created_at, commit.sequence, None, event.ttl_s)
+        self._session = (*facts, metadata_text(event.metadata))
 
-    def _session_updated(self, _commit: _Commit, body: Mapping[str, Any]) -> None:
-        self._session = (*self._begun()[:4], body["ttl_s"], metadata_text(body["metadata"]))
+    def _session_updated(self, _commit: _Commit, event: SessionUpdated) -> None:
+        self._session = (*self._begun()[:4], event.ttl_s, metadata_text(event.metadata))
 
-    def _session_ended(self, commit: _Commit, _body: Mapping[str, Any]) -> None:
+    def _session_ended(self, commit: _Commit, _event: SessionEnded) -> None:
         begun = self._begun()
         self._session = (*begun[:3], commit.sequence, *begun[4:])
 
@@ -846,40 +860,40 @@ class _Replay:
             raise ValueError("the session has not begun")
         return self._session
 
-    def _variable_registered(self, commit: _Commit, body: Mapping[str, Any]) -> None:
-        texts = (body["variable_id"], body["name"], body["type"], body["constraints"])
-        variable = _Variable(*texts, registered_sequence=commit.sequence)
-        if body["variable_key"] in self._variables:
+    def _variable_registered(self, commit: _Commit, event: VariableRegistered) -> None:
+        variable = _Variable(event.variable_id, event.name, event.type, event.constraints, commit.sequence)
+        if event.variable_key is None:
+            raise ValueError("the variable has no key")
+        if event.variable_key in self._variables:
             raise ValueError("the variable is registered already")
-        self._variables[body["variable_key"]] = self._ids[variable.id] = variable
+        self._variables[event.variable_key] = self._ids[variable.id] = variable
 
-    def _dependency_added(self, commit: _Commit, body: Mapping[str, Any]) -> None:
-        self._dependencies.append((body["from_id"], body["to_id"], body["type"], commit.sequence))
+    def _dependency_added(self, commit: _Commit, event: DependencyAdded) -> None:
+        self._dependencies.append((event.from_id, event.to_id, event.type, commit.sequence))
 
-    def _optimization_started(self, commit: _Commit, body: Mapping[str, Any]) -> None:
-        self._ids[body["variable_id"]].optimization = lock_text(started_lock(body, commit.created_at))
+    def _optimization_started(self, commit: _Commit, event: OptimizationStarted) -> None:
+        self._ids[event.variable_id].optimization = lock_text(event.lock(from_micros(commit.created_at)))
 
-    def _optimization_stopped(self, _commit: _Commit, body: Mapping[str, Any]) -> None:
-        self._ids[body["variable_id"]].optimization = None
+    def _optimization_stopped(self, _commit: _Commit, event: OptimizationStopped) -> None:
+        self._ids[event.variable_id].optimization = None
 
-    def _tools_registered(self, commit: _Commit, body: Mapping[str, Any]) -> None:
-        for tool in body["tools"]:
-            row = [tool["worker_id"], tool["address"], spec_text(tool), commit.sequence]
-            self._keyed["tools"][tool["spec"]["name"]] = row
+    def _tools_registered(self, commit: _Commit, event: ToolsRegistered) -> None:
+        for tool in event.tools:
+            row = [tool.worker_id, tool.address, spec_text(tool.spec), commit.sequence]
+            self._keyed["tools"][tool.spec.name] = row
 
-    def _execution_began(self, commit: _Commit, body: Mapping[str, Any]) -> None:
-        names = ("parent_id", "attempt", "idempotency_key", "fingerprint")
-        row = [body["execution_id"], body["tool"], "running", *(body[name] for name in names), None]
-        self._keyed["executions"][commit.sequence] = row
+    def _execution_began(self, commit: _Commit, event: ExecutionBegan) -> None:
+        facts = (event.parent_id, event.attempt, event.idempotency_key, event.fingerprint)
+        self._keyed["executions"][commit.sequence] = [event.execution_id, event.tool, "running", *facts, None]
 
-    def _execution_ended(self, commit: _Commit, body: Mapping[str, Any]) -> None:
-        row = self._keyed["executions"][began_sequence(body["execution_id"])]
-        if row[0] != body["execution_id"] or row[-1] is not None:
+    def _execution_ended(self, commit: _Commit, event: ExecutionEnded) -> None:
+        row = self._keyed["executions"][began_sequence(event.execution_id)]
+        if row[0] != event.execution_id or row[-1] is not None:
             raise ValueError("no such execution was running")
-        row[2], row[-1] = body["status"], commit.sequence
+        row[2], row[-1] = event.status.value, commit.sequence
 
-    def _pruned(self, commit: _Commit, body: Mapping[str, Any]) -> None:
-        self._markers.append((commit.sequence, int(body["range"][1])))
+    def _pruned(self, commit: _Commit, event: Pruned) -> None:
+        self._markers.append((commit.sequence, event.range[1]))
 
     # Against the tables
 
@@ -956,25 +970,18 @@ class _Replay:
         return min(deletions, default=None)
 
 
-_READERS: Final[Mapping[str, Callable[[_Replay, _Commit, Mapping[str, Any]], None]]] = {
-    EventKind.SESSION_STARTED: _Replay._session_started,
-    EventKind.SESSION_UPDATED: _Replay._session_updated,
-    EventKind.SESSION_ENDED: _Replay._session_ended,
-    EventKind.VARIABLE_REGISTERED: _Replay._variable_registered,
-    EventKind.DEPENDENCY_ADDED: _Replay._dependency_added,
-    EventKind.OPTIMIZATION_STARTED: _Replay._optimization_started,
-    EventKind.OPTIMIZATION_STOPPED: _Replay._optimization_stopped,
-    EventKind.TOOLS_REGISTERED: _Replay._tools_registered,
-    EventKind.EXECUTION_BEGAN: _Replay._execution_began,
-    EventKind.EXECUTION_ENDED: _Replay._execution_ended,
-    EventKind.PRUNED: _Replay._pruned,
-}
-
-
-# What an audit makes of these events, so that one that it cannot read is found.
-_TOLD: Final[Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any]]]] = {
-    EventKind.EXECUTION_BEGAN: told_of_beginning,
-    EventKind.EXECUTION_ENDED: told_of_end,
+_READERS: Final[Mapping[type[Event], Callable[[_Replay, _Commit, Any], None]]] = {
+    SessionStarted: _Replay._session_started,
+    SessionUpdated: _Replay._session_updated,
+    SessionEnded: _Replay._session_ended,
+    VariableRegistered: _Replay._variable_registered,
+    DependencyAdded: _Replay._dependency_added,
+    OptimizationStarted: _Replay._optimization_started,
+    OptimizationStopped: _Replay._optimization_stopped,
+    ToolsRegistered: _Replay._tools_registered,
+    ExecutionBegan: _Replay._execution_began,
+    ExecutionEnded: _Replay._execution_ended,
+    Pruned: _Replay._pruned,
 }
 
 
