@@ -1,69 +1,27 @@
 """EmbeddedState: session state in a SQLite file that this process owns, and the execution of tools over it."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
 
-from dspex_persist.infra import forks
-from dspex_persist.infra.futures import failed
-from dspex_persist.infra.logs import get_logger
-from dspex_persist.infra.user import user_name
 from dspex_persist.state import arguments
 from dspex_persist.state.audit import AuditSource
-from dspex_persist.state.commands import (
-    Command,
-    ListTools,
-    ListVariables,
-    ReadState,
-    TouchSession,
-)
-from dspex_persist.state.commands.base import Reads
-from dspex_persist.state.errors import (
-    EngineClosedError,
-    ForkedProcessError,
-    InvalidArgumentError,
-    OutcomeUnknownError,
-    SessionNotFoundError,
-    StateError,
-    TooManyWatchersError,
-    VariableNotFoundError,
-)
-from dspex_persist.state.groups import Groups, Job
-from dspex_persist.state.limits import Limits
-from dspex_persist.state.model import (
-    Origin,
-    PrunePolicy,
-    PruneReport,
-    SessionView,
-    Source,
-    ToolSpec,
-    Update,
-)
+from dspex_persist.state.groups import Job
+from dspex_persist.state.log_state import LogState
+from dspex_persist.state.model import PrunePolicy, PruneReport, SessionView
 from dspex_persist.state.options import check_count, check_seconds
-from dspex_persist.state.provider import Capability, Progress, StateProvider, check_watch, fault_of, silent
+from dspex_persist.state.provider import Capability, Progress, silent
 from dspex_persist.state.recording import Header, RecordedCommit
-from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.store import prune, recordings
 from dspex_persist.state.store.answers import StoredAudit
 from dspex_persist.state.store.retention import Retention
 from dspex_persist.state.store.session_store import StoreOptions, open_groups
 from dspex_persist.state.tools.ports import ToolCode, check_tools
 from dspex_persist.state.tools.with_tools import TOOL_THREADS, WithTools
-from dspex_persist.state.watch import Watch, is_watched, updates_of
-from dspex_persist.state.writer import Writer
-
-R = TypeVar("R")
-
-_logger: Final = get_logger(__name__)
-_READ_THREADS = 4
-_WATCHING = Origin("", "WatchVariables")
 
 
-class SqliteState(StateProvider):
-    """The engine: writes through one writer thread, reads from memory, history from the file. It executes no tools.
+class SqliteState(LogState):
+    """The engine on a SQLite file, and what only a file has: audits, recordings, forks, pruning. It executes no tools.
 
     `on_fatal` is called when the writer ends before its time (an I/O error, or a fault of ours): nothing can be
     written any more, and a server should end. As a library the default is that every later call raises.
@@ -79,110 +37,17 @@ class SqliteState(StateProvider):
         sweep_interval_s: float = 30.0,
         on_fatal: Callable[[BaseException], None] | None = None,
     ) -> None:
+        # Before a file is made.
         check_seconds("sweep_interval_s", sweep_interval_s)
-        self._groups = open_groups(Path(path), options)
-        self._store = self._groups.log
-        self._failed: StateError | None = None
-        self._told_fatal = on_fatal
-        self._closing = threading.Lock()
-        self._closed = False
-        self._actor = f"user:{user_name()}"
-        self._origins: dict[str, Origin] = {}
-        self._readers = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="dspex-persist-reader")
+        groups = open_groups(Path(path), options)
+        self._store = groups.log
         self._pruning = threading.Lock()
         self._retention = Retention(
             self._store.options,
             lambda policy, progress: self.prune(policy, confirm=True, progress=progress),
             self._store.size_bytes,
         )
-        self._writer = Writer(
-            self._groups.write_group,
-            queue_length=self._store.options.limits.queue_length,
-            check=self._groups.check,
-            on_idle=self._on_idle,
-            idle_s=sweep_interval_s,
-            on_fatal=self._on_fatal,
-            on_answered=self._groups.hub.wake,
-        )
-        forks.tell(self)
-
-    @property
-    def limits(self) -> Limits:
-        """Those of its options."""
-        return self._store.options.limits
-
-    @property
-    def head_sequence(self) -> int:
-        """The last durable commit."""
-        return self._store.sequence
-
-    def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
-        """Have the command carried out: a read of a session that is in memory is done when this returns."""
-        fault = fault_of(command, origin)
-        if fault is not None:
-            return failed(fault)
-        asked_by = origin or self.default_origin(command.cause)
-        if command.writes:
-            return self._writer.submit(Job(command, asked_by))
-        try:
-            self.check_open()
-        except StateError as error:
-            return failed(error)
-        reads = command.reads
-        state = self._groups.find_loaded(command.session_id) if reads is not Reads.FILE else None
-        if reads is not Reads.CURRENT or (state is not None and command.takes_long(state)):
-            future = self._readers.submit(self._read_beside, command, asked_by, state)
-            if state is None or state.lease is not None:
-                # That is a sign of life too; only the writer can keep it.
-                self._writer.submit(Job(TouchSession(command.session_id), asked_by))
-            return future
-        if state is None:
-            # The writer alone loads sessions, so that none can be loaded while it changes.
-            return self._writer.submit(Job(command, asked_by))
-        return self._read(command, asked_by, state)
-
-    def _read_beside(self, command: Command[R], origin: Origin, state: SessionState | None) -> R:
-        if state is not None and command.reads is Reads.CURRENT:
-            return cast(R, self._groups.read_current(command, origin, state))
-        return cast(R, self._groups.read_stored(command, origin, state))
-
-    def _read(self, command: Command[Any], origin: Origin, state: SessionState) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(self._groups.read_current(command, origin, state))
-        except StateError as error:
-            future.set_exception(error)
-        if state.lease is not None and state.lease.is_unsaved():
-            self._writer.submit(Job(TouchSession(state.session.id), origin))
-        return future
-
-    def watch(
-        self, session_id: str, identifiers: Sequence[str] = (), *, after_sequence: int | None = None
-    ) -> "EmbeddedWatch":
-        """Watch variables; see `StateProvider.watch`."""
-        identifiers = check_watch(session_id, identifiers, after_sequence)
-        if self._groups.hub.count >= self._store.options.limits.watchers:
-            raise TooManyWatchersError(self._store.options.limits.watchers)
-        return EmbeddedWatch(
-            self._groups, self.check_open, partial(self._state_of, session_id), identifiers, after_sequence
-        )
-
-    def _state_of(self, session_id: str) -> SessionState:
-        return self.run(ReadState(session_id))
-
-    def check_open(self) -> None:
-        """Raise what ended the engine, if it has ended."""
-        if self._failed is not None:
-            raise self._failed
-        if self._closed:
-            raise EngineClosedError()
-
-    def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
-        """The tools that the session's workers have registered."""
-        self.check_open()
-        arguments.text("session_id", session_id)
-        registered = self.run(ListTools(session_id)).values() if session_id else ()
-        return tuple(tool.spec for tool in registered)
+        super().__init__(groups, name=str(self._store.path), sweep_interval_s=sweep_interval_s, on_fatal=on_fatal)
 
     def audit(self, *, reveal: bool = False) -> AuditSource:
         """See `StateProvider.audit`."""
@@ -223,47 +88,11 @@ class SqliteState(StateProvider):
             future.result()
 
     def _on_idle(self) -> None:
-        self._groups.sweep()
+        super()._on_idle()
         self._retention.on_idle()
 
-    def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
-        """The user of this process."""
-        if idempotency_key is not None:
-            key = arguments.text("idempotency_key", idempotency_key)
-            return Origin(self._actor, cause, Source.PYTHON, key)
-        origin = self._origins.get(cause)
-        if origin is None:
-            origin = self._origins[cause] = Origin(self._actor, cause, Source.PYTHON)
-        return origin
-
-    def close(self) -> None:
-        """Write what is queued, bring the WAL into the file, let it go."""
-        with self._closing:
-            if self._closed:
-                return
-            self._closed = True
-            self._writer.close()
-            self._retention.close()
-            self._readers.shutdown()
-            self._groups.hub.wake_all()
-            if self._failed is None:
-                self._groups.close()
-
-    def forked(self, *, quiet: bool) -> None:
-        """In a child every call fails at once, and closing does nothing. See `forks.Heir`."""
-        self._failed = ForkedProcessError(str(self._store.path))
-        self._closed = True
-        self._closing = threading.Lock()
-        self._writer.refuse(self._failed)
-        self._groups.hub.let_go()
-
-    def _on_fatal(self, error: BaseException) -> None:
-        """On the writer's thread, after every waiting caller has been told."""
-        self._failed = error if isinstance(error, StateError) else OutcomeUnknownError(repr(error))
-        self._groups.hub.wake_all()
-        self._groups.abandon()
-        if self._told_fatal is not None:
-            self._told_fatal(error)
+    def _let_go(self) -> None:
+        self._retention.close()
 
 
 class EmbeddedState(WithTools):
@@ -300,95 +129,3 @@ class EmbeddedState(WithTools):
     def check_open(self) -> None:
         """Raise what ended the engine, if it has ended."""
         self.engine.check_open()
-
-
-class EmbeddedWatch(Watch):
-    """A watch on the engine in this process."""
-
-    def __init__(
-        self,
-        groups: Groups[Any],
-        check_open: Callable[[], None],
-        read_state: Callable[[], SessionState],
-        identifiers: Sequence[str],
-        after_sequence: int | None,
-    ) -> None:
-        self._groups = groups
-        self._check_open = check_open
-        self._identifiers = frozenset(identifiers)
-        self._first_sequence = read_state().session.sequence
-        # Joined before anything is read, so that nothing can fall in between.
-        self._feed = groups.hub.join(self._first_sequence, self)
-        try:
-            self._state = read_state()
-            self._start(identifiers, after_sequence)
-        except BaseException:
-            self.close()
-            raise
-
-    def _start(self, identifiers: Sequence[str], after_sequence: int | None) -> None:
-        state, session_id = self._state, self._state.session.id
-        if state.session.sequence != self._first_sequence:
-            raise SessionNotFoundError(session_id)
-        if after_sequence is None:
-            everything = self._groups.read_current(ListVariables(session_id), _WATCHING, state)
-            self.initial = tuple(variable for variable in everything if is_watched(variable, self._identifiers))
-            self.position = state.sequence
-        else:
-            head = self._groups.log.sequence
-            if not 0 <= after_sequence <= head:
-                reason = f"{after_sequence} is not between 0 and the store's last commit, {head}"
-                raise InvalidArgumentError("after_sequence", reason)
-            self.initial = ()
-            self.position = after_sequence
-        for identifier in identifiers:
-            if state.find(identifier) is None and not self._groups.had(state, identifier):
-                raise VariableNotFoundError(session_id, identifier)
-
-    def pull_ready(self) -> list[Update] | None:
-        """See `Watch.pull_ready`."""
-        self._check_open()
-        # Read before the commits: a session that has ended by now has published all of them.
-        ended = self._feed.ended
-        commits = self._feed.after(self.position)
-        if commits is None:
-            return None
-        updates: list[Update] = []
-        for commit in commits:
-            updates.extend(updates_of(commit, self._identifiers))
-            self.position = commit.sequence
-        if ended and not updates:
-            raise SessionNotFoundError(self._state.session.id)
-        return updates
-
-    def pull(self) -> list[Update]:
-        """See `Watch.pull`."""
-        while (updates := self.pull_ready()) is None:
-            floor = self._feed.floor
-            commits = self._groups.log.changes_after(self._current_state(), self.position)
-            if not commits:
-                # Nothing of this session up to the floor as it was is left to read: what follows may be in the feed.
-                self.position = max(self.position, floor)
-                continue
-            told: list[Update] = []
-            for commit in commits:
-                told.extend(updates_of(commit, self._identifiers))
-                self.position = commit.sequence
-            if told:
-                return told
-        return updates
-
-    def _current_state(self) -> SessionState:
-        state = self._groups.find_loaded(self._state.session.id)
-        if state is not None and state.session.sequence == self._first_sequence:
-            self._state = state
-        return self._state
-
-    def notify(self, wake: Callable[[], None]) -> None:
-        """See `Watch.notify`."""
-        if self in self._feed.watching:
-            self._feed.watching[self] = wake
-
-    def close(self) -> None:
-        """Stop watching."""
-        self._groups.hub.leave(self._first_sequence, self)

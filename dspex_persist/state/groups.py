@@ -34,7 +34,7 @@ from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.unit_of_work import START, Backing, Drafts, RecordedOutcome, UnitOfWork, VersionQuery
 from dspex_persist.state.watch import Hub
 
-S = TypeVar("S", bound=LogStore)
+S_co = TypeVar("S_co", bound=LogStore, covariant=True)
 
 _logger: Final = get_logger(__name__)
 
@@ -56,19 +56,19 @@ class Outcome(NamedTuple):
     error: StateError | None = None
 
 
-class Moment(NamedTuple):
+class GroupMoment(NamedTuple):
     """When a group is written: by the wall clock, but never before the last commit; and by the steady clock."""
 
     now: datetime
     steady: datetime
 
     @classmethod
-    def after(cls, last_at: datetime) -> "Moment":
+    def after(cls, last_at: datetime) -> "GroupMoment":
         """This moment, in a log whose last commit has that time."""
         return cls(max(clock.now(), last_at), clock.steady())
 
 
-def unit_of(options: SessionOptions, drafts: Drafts, origin: Origin, at: Moment, sequence: int) -> UnitOfWork:
+def unit_of(options: SessionOptions, drafts: Drafts, origin: Origin, at: GroupMoment, sequence: int) -> UnitOfWork:
     """A unit of work under these options; `sequence` is the number that its commit would have."""
     return UnitOfWork(
         drafts,
@@ -82,14 +82,14 @@ def unit_of(options: SessionOptions, drafts: Drafts, origin: Origin, at: Moment,
     )
 
 
-class Groups(Generic[S]):
+class Groups(Generic[S_co]):
     """The sessions of one log, which it owns. `hub` is where they are watched.
 
     One thread at a time may call `write_group`, `sweep`, `check` and `close`; any thread may read. Whatever these raise
     instead of returning it as an outcome ends the use of the store: see `LogStore`.
     """
 
-    def __init__(self, log: S, options: SessionOptions | None = None) -> None:
+    def __init__(self, log: S_co, options: SessionOptions | None = None) -> None:
         self.log = log
         self.options = options or SessionOptions()
         self.hub = Hub(log.sequence)
@@ -118,7 +118,7 @@ class Groups(Generic[S]):
         them and changes nothing; one that leaves the outcome open is raised as `OutcomeUnknownError`: the store must
         then be thrown away. `FileChangedError`: the log is not what it was any more.
         """
-        drafts, at = Drafts(self), Moment.after(self._last_at)
+        drafts, at = Drafts(self), GroupMoment.after(self._last_at)
         try:
             with self.log.group():
                 results, units = self._apply(jobs, drafts, at)
@@ -147,11 +147,11 @@ class Groups(Generic[S]):
         middle = len(jobs) // 2
         return self.write_group(jobs[:middle]) + self.write_group(jobs[middle:])
 
-    def _apply(self, jobs: Sequence[Job], drafts: Drafts, at: Moment) -> tuple[list[Outcome], list[UnitOfWork]]:
+    def _apply(self, jobs: Sequence[Job], drafts: Drafts, at: GroupMoment) -> tuple[list[Outcome], list[UnitOfWork]]:
         units: list[UnitOfWork] = []
         return [self._run(job, drafts, at, units) for job in jobs], units
 
-    def _run(self, job: Job, drafts: Drafts, at: Moment, units: list[UnitOfWork]) -> Outcome:
+    def _run(self, job: Job, drafts: Drafts, at: GroupMoment, units: list[UnitOfWork]) -> Outcome:
         unit: UnitOfWork | None = None
         try:
             job.command.check()
@@ -169,7 +169,7 @@ class Groups(Generic[S]):
             units.append(unit)
         return Outcome(result)
 
-    def _prepare(self, command: Command[Any], drafts: Drafts, at: Moment, units: list[UnitOfWork]) -> None:
+    def _prepare(self, command: Command[Any], drafts: Drafts, at: GroupMoment, units: list[UnitOfWork]) -> None:
         """Before a session is written to, end it if its TTL is over."""
         if not command.writes or isinstance(command, ExpireSession):
             return
@@ -277,7 +277,7 @@ class Groups(Generic[S]):
         return state
 
     def _reading(self, drafts: Drafts, origin: Origin) -> UnitOfWork:
-        return unit_of(self.options, drafts, origin, Moment.after(self._last_at), self.log.sequence)
+        return unit_of(self.options, drafts, origin, GroupMoment.after(self._last_at), self.log.sequence)
 
     def had(self, state: SessionState, identifier: str) -> bool:
         """Whether the session has or had a variable of this name or id."""
@@ -302,7 +302,7 @@ class Groups(Generic[S]):
         retention = timedelta(seconds=self.options.outcome_retention_s)
         # What cannot be reclaimed now is reclaimed by a later sweep.
         with suppress(StorageError):
-            self.log.forget_outcomes(min(clock.now(), clock.steady()) - retention)
+            self.log.reclaim(min(clock.now(), clock.steady()) - retention, self.hub.is_watched)
         return swept
 
     def _find_expired(self) -> list[Job]:

@@ -1,6 +1,6 @@
 """LogStore: the port to whatever keeps the log of the sessions' commits. `groups` runs the commands over it.
 
-A store has one owner. Its writing half (`group`, `append`, what a `Backing` reads, `forget_outcomes`, `check`, `close`)
+A store has one owner. Its writing half (`group`, `append`, what a `Backing` reads, `reclaim`, `check`, `close`)
 is called by one thread at a time; its reading half (`snapshot`, `changes_after`, `expired`) by any thread, also while
 another one writes.
 
@@ -32,7 +32,7 @@ A store tells nobody of news: whoever appends also tells the watchers, after `ap
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
 from typing import ClassVar
@@ -55,6 +55,8 @@ class UnwritableError(Exception):
 class LogStore(ABC):
     """Where the log is kept. See the module for what an implementation owes, and which errors mean what."""
 
+    is_durable: ClassVar[bool] = False
+    """Whether what `append` has kept survives the end of the process."""
     driver_errors: ClassVar[tuple[type[Exception], ...]] = ()
     """What reads raise of the driver's own when the storage fails; `group` and `snapshot` make `StateError`s of it."""
 
@@ -78,8 +80,9 @@ class LogStore(ABC):
     def append(self, units: Sequence[UnitOfWork], touched: Sequence[SessionState]) -> None:
         """Keep the units, one commit each, and the expiries of the leases of `touched`, as one atomic group.
 
-        It may set `key` and `keys` of a unit's state, and put a unit's `versions` in another order: it is the one in
-        which watchers are told of them.
+        It puts the `versions` of each unit in the order in which their variables were registered, then by number: so
+        watchers are told of them, and so does `changes_after`. `number_variables` does that; a store that has keys of
+        its own may keep them in the `key` and `keys` of a unit's state.
         """
 
     @abstractmethod
@@ -129,8 +132,12 @@ class LogStore(ABC):
         """The ids of at most `limit` live sessions whose expiry, as saved, is past, and in which no tool runs."""
 
     @abstractmethod
-    def forget_outcomes(self, before: datetime) -> None:
-        """Forget the answers that were given before that time."""
+    def reclaim(self, before: datetime, is_watched: Callable[[int], bool]) -> None:
+        """Forget the answers that were given before that time.
+
+        A store that keeps nothing of sessions that have ended may forget them, too, but for those that somebody
+        watches, which `is_watched` knows by the number of their first commit.
+        """
 
     def check(self) -> None:  # noqa: B027 - for those who have something to look at
         """Called about every second while nobody writes: raise `FileChangedError` where the log is not what it was."""
@@ -142,6 +149,15 @@ class LogStore(ABC):
     def abandon(self) -> None:
         """Let everything go without another write, after what has ended the use of the store."""
         self.close()
+
+
+def number_variables(unit: UnitOfWork) -> None:
+    """Number the variables that the unit registers, in the `keys` of its state, and sort its versions by them."""
+    state = unit.state
+    assert state is not None, "a unit with changes has a session"
+    for change in unit.versions:
+        state.keys.setdefault(change.variable.id, len(state.keys))
+    unit.versions.sort(key=lambda change: (state.keys[change.variable.id], change.version.version))
 
 
 def affected(state: SessionState, sequence: int, changes: Sequence[Change]) -> tuple[Variable, ...]:

@@ -16,8 +16,8 @@ from dspex_persist.state.groups import Job, Outcome
 _logger: Final = get_logger(__name__)
 
 _MOST_IN_GROUP = 1024
-_GAP_S = 0.003
-"""How long the writer waits, after a group of several, for its callers to come back."""
+GAP_S = 0.003
+"""How long the writer waits, after a group of several, for its callers to come back: a COMMIT takes about as long."""
 _CHECK_S = 1.0
 """How often the writer looks whether it still has what it writes to, while nobody writes."""
 
@@ -44,6 +44,7 @@ class Writer:
         idle_s: float,
         on_fatal: Callable[[BaseException], None],
         on_answered: Callable[[], object] = lambda: None,
+        gap_s: float = GAP_S,
     ) -> None:
         self._write_group = write_group
         self._queue: SimpleQueue[_Queued | None] = SimpleQueue()
@@ -51,6 +52,7 @@ class Writer:
         self._check = check
         self._on_idle = on_idle
         self._idle_s = idle_s
+        self._gap_s = gap_s
         self._on_fatal = on_fatal
         self._on_answered = on_answered
         self._closed: StateError | None = None
@@ -135,7 +137,7 @@ class Writer:
             return False
         waiting.append(first)
         if company > 1 or not self._queue.empty():
-            self._await_company(company - 1, last_end + _GAP_S - time.monotonic())
+            self._await_company(company - 1, last_end + self._gap_s - time.monotonic())
         while len(waiting) < _MOST_IN_GROUP:
             try:
                 queued = self._queue.get_nowait()

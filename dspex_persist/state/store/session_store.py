@@ -2,7 +2,7 @@
 
 import contextlib
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +26,7 @@ from dspex_persist.state.errors import (
     StorageError,
     quote,
 )
-from dspex_persist.state.groups import Groups, Job, Moment, unit_of
+from dspex_persist.state.groups import GroupMoment, Groups, Job, unit_of
 from dspex_persist.state.log_store import LogStore, UnwritableError
 from dspex_persist.state.model import CommitChanges, RecordedExecution, VariableVersion
 from dspex_persist.state.options import SessionOptions, check_count, check_seconds
@@ -130,6 +130,7 @@ class StoredSessions:
 class SessionStore(StoredSessions, LogStore):
     """The log in an open file. `readers` are connections to read it with; `head` is its last commit."""
 
+    is_durable = True
     driver_errors = (DBAPIError, sqlite3.Error)
 
     def __init__(self, path: Path, options: StoreOptions | None = None) -> None:
@@ -279,7 +280,7 @@ class SessionStore(StoredSessions, LogStore):
 
     def _fill_page(self, rest: Iterator[Job], writer: log.LogWriter, drafts: Drafts, results: list[Any]) -> bool:
         """Have the writer take in about `_PAGE_BYTES`; whether there may be more jobs."""
-        at, size_bytes = Moment.after(self._last_at), 0
+        at, size_bytes = GroupMoment.after(self._last_at), 0
         for job in rest:
             unit = unit_of(self.options, drafts, job.origin, at, writer.head.sequence + 1)
             result = job.command.apply(unit)
@@ -349,8 +350,8 @@ class SessionStore(StoredSessions, LogStore):
         with snapshot(self.readers) as connection:
             return stored_sessions.expired(connection, now, limit)
 
-    def forget_outcomes(self, before: datetime) -> None:
-        """Forget the answers that were given before that time."""
+    def reclaim(self, before: datetime, is_watched: Callable[[int], bool]) -> None:
+        """Forget the answers that were given before that time; the rest is history."""
         self._look()
         try:
             with self._connection.begin():
