@@ -241,6 +241,20 @@ class VersionConflictError(StateError):
 
 
 @dataclass(eq=False)
+class VariableReplacedError(StateError):
+    """The variable was registered, or replaced by another one of its name, while a value for it was being read."""
+
+    retryable = True
+    name: str
+
+    def __str__(self) -> str:
+        return (
+            f"variable {quote(self.name)} was registered or replaced while a large value for it was being read; "
+            "nothing was written, repeat the call"
+        )
+
+
+@dataclass(eq=False)
 class VariableLockedError(StateError):
     """An optimizer holds the variable."""
 

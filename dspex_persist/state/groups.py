@@ -370,11 +370,11 @@ def _apply_once(job: Job, unit: UnitOfWork) -> Any:
     if key is None or not command.writes:
         return command.apply(unit)
     check_text("idempotency key", key, unit.limits.name_length, "name_length")
-    fingerprint = command.meant(unit).fingerprint()
+    fingerprint = command.meaning(unit)
     recorded = unit.find_outcome(command.session_id, key)
     if recorded is not None:
         # Older files have it as the request was spelled.
-        if recorded.fingerprint not in (fingerprint, command.fingerprint()):
+        if recorded.fingerprint != fingerprint and recorded.fingerprint != command.fingerprint():
             raise IdempotencyConflictError(key, recorded.cause)
         return outcomes.decode(command.returns, recorded.result)
     result = command.apply(unit)

@@ -1,5 +1,6 @@
 """LogState: session state over a log store, in this process. What keeps the log is behind the port `LogStore`."""
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,8 +10,8 @@ from typing import Any, Final, TypeVar, cast
 from dspex_persist.infra import forks
 from dspex_persist.infra.futures import failed
 from dspex_persist.infra.user import user_name
-from dspex_persist.state import arguments
-from dspex_persist.state.commands import Command, ListTools, ListVariables, ReadState, TouchSession
+from dspex_persist.state import arguments, values
+from dspex_persist.state.commands import Command, GetVariableHistory, ListTools, ListVariables, ReadState, TouchSession
 from dspex_persist.state.commands.base import Reads
 from dspex_persist.state.errors import (
     EngineClosedError,
@@ -25,7 +26,7 @@ from dspex_persist.state.errors import (
 from dspex_persist.state.groups import Groups, Job
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.log_store import LogStore
-from dspex_persist.state.model import Origin, Source, ToolSpec, Update
+from dspex_persist.state.model import Origin, Source, ToolSpec, Update, Variable
 from dspex_persist.state.options import check_seconds
 from dspex_persist.state.provider import Capability, StateProvider, check_watch, fault_of
 from dspex_persist.state.session_state import SessionState
@@ -99,7 +100,7 @@ class LogState(StateProvider):
             return failed(fault)
         asked_by = origin or self.default_origin(command.cause)
         if command.writes:
-            return self._writer.submit(Job(command, asked_by))
+            return self._submit_write(command, asked_by)
         try:
             self.check_open()
         except StateError as error:
@@ -116,6 +117,27 @@ class LogState(StateProvider):
             # The writer alone loads sessions, so that none can be loaded while it changes.
             return self._writer.submit(Job(command, asked_by))
         return self._read(command, asked_by, state)
+
+    def _submit_write(self, command: Command[R], origin: Origin) -> Future[R]:
+        known = command.ahead is not None and command.ahead.limits is self.limits
+        if not known and command.brings > values.LITTLE:
+            self._read_values(command, origin)
+        return self._writer.submit(Job(command, origin))
+
+    def read_ahead(self, command: Command[Any], origin: Origin | None = None) -> bool:
+        """See `StateProvider.read_ahead`."""
+        if fault_of(command, origin) is not None or command.brings <= values.LITTLE:
+            return False
+        self._read_values(command, origin or self.default_origin(command.cause), strict=True)
+        return True
+
+    def _read_values(self, command: Command[Any], origin: Origin, *, strict: bool = False) -> None:
+        """Have the values read here, for the variables as they are now: in the writer everybody would wait for that."""
+        if self._failed is not None or self._closed:
+            return
+        facts = _Facts(self._groups, command, origin)
+        find_type = facts.find_type if origin.idempotency_key is not None else None
+        command.read_ahead(values.ReadAhead(self.limits, strict=strict), facts.find, find_type)
 
     def _read_beside(self, command: Command[R], origin: Origin, state: SessionState | None) -> R:
         if state is not None and command.reads is Reads.CURRENT:
@@ -202,6 +224,33 @@ class LogState(StateProvider):
         self._groups.abandon()
         if self._told_fatal is not None:
             self._told_fatal(error)
+
+
+class _Facts:
+    """What is known of the variables for which a command brings values. Only for much of it the log is asked."""
+
+    def __init__(self, groups: Groups[LogStore], command: Command[Any], origin: Origin) -> None:
+        self._ask = partial(groups.read_stored, origin=origin) if command.brings > values.MUCH else None
+        self._session_id = command.session_id
+        self._state = groups.find_loaded(command.session_id)
+        if self._state is None and self._ask is not None:
+            with contextlib.suppress(StateError):
+                self._state = self._ask(ReadState(command.session_id))
+
+    def find(self, identifier: str) -> Variable | None:
+        """The variable of this name or id."""
+        return self._state.find(identifier) if self._state is not None else None
+
+    def find_type(self, identifier: str) -> str | None:
+        """The type of the variable that has this name or id, or had it last."""
+        variable = self.find(identifier)
+        if variable is not None or self._ask is None:
+            return variable.type if variable is not None else None
+        try:
+            newest = self._ask(GetVariableHistory(self._session_id, identifier, 1), state=self._state)
+        except StateError:
+            return None
+        return newest[0].type if newest else None
 
 
 class LogWatch(Watch):

@@ -100,6 +100,15 @@ class StateProvider(ABC):
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
         """Have the command carried out. `origin` says who asks; the default is the provider's own."""
 
+    def read_ahead(self, command: Command[Any], origin: Origin | None = None) -> bool:
+        """Read the values that a command brings, on this thread, so that nobody else waits for that when it is
+        submitted; whether there was anything to read.
+
+        `submit` may then fail with `VariableReplacedError`: by its turn a value was for another variable than the one
+        that it was read for. Read it again, and submit it again. Whoever does not call this never gets that error.
+        """
+        return False
+
     @abstractmethod
     def watch(self, session_id: str, identifiers: Sequence[str] = (), *, after_sequence: int | None = None) -> Watch:
         """Watch variables by name or id (none named: all of the session's).

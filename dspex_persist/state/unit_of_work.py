@@ -13,7 +13,6 @@ from itertools import accumulate
 from typing import Any, Protocol, TypeAlias
 
 from dspex_persist.state.errors import (
-    InvalidValueError,
     LimitExceededError,
     SessionNotFoundError,
     VariableNotFoundError,
@@ -52,11 +51,10 @@ from dspex_persist.state.model import (
     VariableVersion,
 )
 from dspex_persist.state.session_state import SessionState, Undo, growth_of, restore, size_of_tool
+from dspex_persist.state.values.constraints import count_matching
 
 Savepoint: TypeAlias = tuple[int, int, int]
 START: Savepoint = (0, 0, 0)
-# Of patterns' instructions times bytes; RE2 takes up to some nanoseconds for each.
-_MOST_MATCHING = 1_000_000_000
 _TOKENS: Iterator[str] = iter(lambda: secrets.token_hex(6), "")
 
 
@@ -320,6 +318,16 @@ class UnitOfWork:
         newest = self._drafts.backing.history(state, VersionQuery(name, 1))
         return newest[0].variable_id if newest else None
 
+    def find_last_type(self, session_id: str, identifier: str) -> str | None:
+        """The type of the variable that has the name or id, or had it last; None if none ever had."""
+        state = self.find_session(session_id)
+        if state is None:
+            return None
+        if (live := state.find(identifier)) is not None:
+            return live.type
+        newest = self._drafts.backing.history(state, VersionQuery(identifier, 1))
+        return newest[0].type if newest else None
+
     # Dependencies and optimization
 
     def add_dependency(self, session_id: str, event: DependencyAdded) -> None:
@@ -420,13 +428,8 @@ class UnitOfWork:
     # Bookkeeping
 
     def count_matching(self, name: str, work: int) -> None:
-        """Refuse a value if all that this unit matches with patterns becomes too much. `work`: instructions of the
-        pattern times bytes."""
-        self._matching += work
-        if self._matching > _MOST_MATCHING:
-            self._matching -= work
-            reason = "together with those before it is too much to match in one call with patterns of this complexity"
-            raise InvalidValueError(name, reason)
+        """Refuse a value if all that this unit matches with patterns becomes too much; see `values.constraints`."""
+        self._matching = count_matching(self._matching, name, work)
 
     def new_token(self) -> str:
         """A unique, unguessable part of an id: 12 hexadecimal digits, or what `tokens` has been set to give."""

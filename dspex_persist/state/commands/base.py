@@ -11,8 +11,10 @@ from typing import Any, ClassVar, Generic, TypeVar
 from dspex_persist.state.arguments import checks_of
 from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError, StateError, quote
 from dspex_persist.state.limits import Limits
+from dspex_persist.state.model import Value
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.unit_of_work import UnitOfWork
+from dspex_persist.state.values import Find, FindType, ReadAhead, Spell, spell
 
 R = TypeVar("R")
 
@@ -32,10 +34,14 @@ class Reads(Enum):
 
 
 class _Checked:
-    """What has been looked at when it was made. `fault`: what is wrong with its arguments; None if nothing is."""
+    """What has been looked at when it was made. `fault`: what is wrong with its arguments; None if nothing is.
 
-    __slots__ = ("fault",)
+    `ahead`: what has been read of its values since; None while nothing has been.
+    """
+
+    __slots__ = ("ahead", "fault")
     fault: StateError | None
+    ahead: ReadAhead | None
 
     def __post_init__(self) -> None:
         keep, fault = object.__setattr__, None
@@ -48,6 +54,7 @@ class _Checked:
         except StateError as error:
             fault = error
         keep(self, "fault", fault)
+        keep(self, "ahead", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +93,40 @@ class Command(_Checked, ABC, Generic[R]):
         """Whether to read this of a session in memory would hold up an event loop."""
         return False
 
-    def meant(self, uow: UnitOfWork) -> "Command[R]":
+    @property
+    def brings(self) -> int:
+        """Characters of JSON, all together, that have to be read before it can be carried out."""
+        return 0
+
+    def read_ahead(self, ahead: ReadAhead, find: Find, find_type: FindType | None = None) -> None:
+        """Have `ahead` read the values that it brings, for the variables that `find` finds now, and keep it.
+
+        `find_type`, where it has to be known what is asked for (under an idempotency key): see `meant`.
+        """
+        self._read_values(ahead, find)
+        if find_type is not None:
+            meant = self.meant(find_type, ahead.spell)
+            ahead.meant, ahead.fingerprint = meant, meant.fingerprint()
+        object.__setattr__(self, "ahead", ahead)
+
+    def _read_values(self, ahead: ReadAhead, find: Find) -> None:
+        """Have each value read."""
+
+    def meant(self, find_type: FindType, spell: Spell) -> "Command[R]":
         """The same request in one spelling of the many that mean the same."""
         return self
+
+    def meaning(self, uow: UnitOfWork) -> str:
+        """The fingerprint of `meant`."""
+
+        def spelled(identifier: str, type_name: str | None, value: Value) -> Value:
+            known = ahead.find_spelling(identifier, type_name, value, uow.limits) if ahead is not None else None
+            return spell(type_name, value, uow.limits) if known is None else known
+
+        ahead = self.ahead
+        meant = self.meant(lambda identifier: uow.find_last_type(self.session_id, identifier), spelled)
+        # Quickly compared: the large texts in them are the very same.
+        return ahead.fingerprint if ahead is not None and ahead.meant == meant else meant.fingerprint()
 
     def fingerprint(self) -> str:
         """SHA-256 (hexadecimal) of what was asked, the same for equal requests whatever the order of their maps."""

@@ -87,17 +87,24 @@ class BeginExecution(Command[Begun]):
             raise ExecutionEndedError(self.parent_id, "not running")
         fingerprint = ""
         if self.idempotency_key is not None:
-            fingerprint = self._asked(uow.limits)
+            ahead = self.ahead
+            fingerprint = ahead.fingerprint if ahead is not None else self._asked(_speller(uow.limits))
             known = self._known(uow, state, self.idempotency_key, fingerprint)
             if known is not None:
                 return known
         return self._begin(uow, fingerprint)
 
-    def _asked(self, limits: Limits | None) -> str:
-        """The same for requests that mean the same, whatever else differs; without `limits`, as they are spelled."""
-        asked = self.parameters
-        if limits is not None:
-            asked = {name: values.spell(None, value, limits) for name, value in asked.items()}
+    @property
+    def brings(self) -> int:
+        """See `Command`. Its parameters have been read; under a key, how they are spelled has to be known."""
+        return sum(len(value.json) for value in self.parameters.values()) if self.idempotency_key is not None else 0
+
+    def _read_values(self, ahead: values.ReadAhead, find: values.Find) -> None:
+        ahead.fingerprint = self._asked(ahead.spell)
+
+    def _asked(self, spell: values.Spell) -> str:
+        """The same for requests that mean the same, whatever else differs."""
+        asked = {name: spell(name, None, value) for name, value in self.parameters.items()}
         return type(self)(self.session_id, self.tool, asked).fingerprint()
 
     def _known(self, uow: UnitOfWork, state: SessionState, key: str, fingerprint: str) -> Begun | None:
@@ -108,7 +115,7 @@ class BeginExecution(Command[Begun]):
         if known is None:
             return None
         # Older files have it as the request was spelled.
-        if known.fingerprint not in (fingerprint, self._asked(None)):
+        if known.fingerprint != fingerprint and known.fingerprint != self._asked(_as_it_is):
             raise IdempotencyConflictError(key, f"ExecuteTool ({known.tool})")
         if recorded is not None and recorded.status is not ExecutionStatus.COMMITTED:
             return None
@@ -134,6 +141,14 @@ class BeginExecution(Command[Begun]):
         )
         state = uow.begin_execution(self.session_id, event)
         return Begun(execution_id, uow.sequence, uow.limits, uow.optimization_lease_s, seed, state.copy())
+
+
+def _speller(limits: Limits) -> values.Spell:
+    return lambda _name, type_name, value: values.spell(type_name, value, limits)
+
+
+def _as_it_is(_name: str, _type_name: str | None, value: Value) -> Value:
+    return value
 
 
 @dataclass(frozen=True, slots=True)

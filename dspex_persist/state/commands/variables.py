@@ -16,6 +16,7 @@ from dspex_persist.state.errors import (
     VariableExistsError,
     VariableLockedError,
     VariableNotFoundError,
+    VariableReplacedError,
     VersionConflictError,
     VersionNotFoundError,
     VersionPrunedError,
@@ -68,7 +69,7 @@ class RegisterVariable(Command[str]):
             id=f"var_{self.name}_{uow.new_token()}",
             name=self.name,
             type=self.type,
-            value=values.normalise(self.name, self.type, constraints, self.value, uow.limits),
+            value=_normalised(uow, self.ahead, self, constraints, self.value),
             version=0,
             constraints=constraints.json,
             metadata=self.metadata,
@@ -78,13 +79,23 @@ class RegisterVariable(Command[str]):
         uow.add_variable(self.session_id, variable)
         return variable.id
 
-    def meant(self, uow: UnitOfWork) -> "RegisterVariable":
+    @property
+    def brings(self) -> int:
+        """See `Command`."""
+        return len(self.value.json)
+
+    def _read_values(self, ahead: values.ReadAhead, find: values.Find) -> None:
+        # Of one that is there already the value stays as it is.
+        if find(self.name) is None:
+            ahead.read(self, self.value)
+
+    def meant(self, find_type: values.FindType, spell: values.Spell) -> "RegisterVariable":
         """Value and constraints spelled in one way."""
         try:
             constraints = values.compile_constraints(self.name, self.type, self.constraints).meaning
         except StateError:
             constraints = self.constraints
-        return replace(self, value=values.spell(self.type, self.value, uow.limits), constraints=constraints)
+        return replace(self, value=spell(self.name, self.type, self.value), constraints=constraints)
 
     def _resume(self, existing: Variable, constraints: values.Constraints) -> str:
         if existing.type != self.type:
@@ -180,11 +191,19 @@ class SetVariable(Command[int]):
                 )
             raise VersionConflictError(variable.name, self.expected_version, variable.version)
         metadata = check_metadata(self.metadata, uow.limits)
-        return _write(uow, self.session_id, variable, self.value, metadata).version
+        return _write(uow, self, variable, self.value, metadata).version
 
-    def meant(self, uow: UnitOfWork) -> "SetVariable":
+    @property
+    def brings(self) -> int:
+        """See `Command`."""
+        return len(self.value.json)
+
+    def _read_values(self, ahead: values.ReadAhead, find: values.Find) -> None:
+        _read_updates(ahead, find, {self.identifier: self.value})
+
+    def meant(self, find_type: values.FindType, spell: values.Spell) -> "SetVariable":
         """The value spelled in one way."""
-        return replace(self, value=_spelled(uow, self.session_id, self.identifier, self.value))
+        return replace(self, value=spell(self.identifier, find_type(self.identifier), self.value))
 
     def _said(self) -> dict[str, Any]:
         # Once 0 was no version but stood for any: what files have recorded of such requests stays valid.
@@ -221,7 +240,10 @@ class SetVariables(Command[BatchOutcome]):
             before = uow.savepoint()
             try:
                 variable = uow.variable(self.session_id, identifier, hint=len(errors) < _MOST_HINTS)
-                versions[identifier] = _write(uow, self.session_id, variable, value, metadata).version
+                versions[identifier] = _write(uow, self, variable, value, metadata).version
+            except VariableReplacedError:
+                uow.rollback_to(start)
+                raise
             except StateError as error:
                 uow.rollback_to(before)
                 errors[identifier] = str(error)
@@ -230,11 +252,18 @@ class SetVariables(Command[BatchOutcome]):
             return BatchOutcome(success=False, versions={}, errors=errors)
         return BatchOutcome(success=bool(versions) or not errors, versions=versions, errors=errors)
 
-    def meant(self, uow: UnitOfWork) -> "SetVariables":
+    @property
+    def brings(self) -> int:
+        """See `Command`."""
+        return sum(len(value.json) for value in self.updates.values())
+
+    def _read_values(self, ahead: values.ReadAhead, find: values.Find) -> None:
+        _read_updates(ahead, find, self.updates)
+
+    def meant(self, find_type: values.FindType, spell: values.Spell) -> "SetVariables":
         """The values spelled in one way."""
-        return replace(
-            self, updates={name: _spelled(uow, self.session_id, name, value) for name, value in self.updates.items()}
-        )
+        spelled = {name: spell(name, find_type(name), value) for name, value in self.updates.items()}
+        return replace(self, updates=spelled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +356,15 @@ class PublishVariable(Command[Variable]):
             raise ExecutionNotFoundError(self.execution_id)
         variable = uow.variable(self.session_id, self.identifier)
         metadata = check_metadata(self.metadata, uow.limits)
-        return _write(uow, self.session_id, variable, self.value, metadata, ChangeKind.PUBLISHED)
+        return _write(uow, self, variable, self.value, metadata, ChangeKind.PUBLISHED)
+
+    @property
+    def brings(self) -> int:
+        """See `Command`."""
+        return len(self.value.json)
+
+    def _read_values(self, ahead: values.ReadAhead, find: values.Find) -> None:
+        _read_updates(ahead, find, {self.identifier: self.value})
 
 
 def check_facts(name: str, constraints: str, metadata: Mapping[str, str], limits: Limits) -> None:
@@ -360,22 +397,28 @@ def check_lock(variable: Variable, metadata: Mapping[str, str]) -> None:
         raise VariableLockedError(variable.name, lock.optimizer_id)
 
 
-def _spelled(uow: UnitOfWork, session_id: str, identifier: str, value: Value) -> Value:
-    """The value in the spelling of its variable's type: also of one that is gone, whose request is repeated."""
-    state = uow.find_session(session_id)
-    variable = state.find(identifier) if state is not None else None
-    if variable is not None:
-        return values.spell(variable.type, value, uow.limits)
-    try:
-        (newest,) = uow.history(session_id, VersionQuery(identifier, 1))
-    except StateError:
-        return values.spell(None, value, uow.limits)
-    return values.spell(newest.type, value, uow.limits)
+def _read_updates(ahead: values.ReadAhead, find: values.Find, updates: Mapping[str, Value]) -> None:
+    for identifier, value in updates.items():
+        variable = find(identifier)
+        if variable is not None:
+            ahead.read(variable, value)
+
+
+def _normalised(
+    uow: UnitOfWork,
+    ahead: values.ReadAhead | None,
+    variable: values.Described,
+    constraints: values.Constraints,
+    value: Value,
+) -> Value:
+    if ahead is not None and (read := ahead.find(variable, value, uow.limits)) is not None:
+        return read
+    return values.normalise(variable.name, variable.type, constraints, value, uow.limits)
 
 
 def _write(
     uow: UnitOfWork,
-    session_id: str,
+    command: Command[Any],
     variable: Variable,
     value: Value,
     metadata: Mapping[str, str],
@@ -384,8 +427,8 @@ def _write(
     check_lock(variable, metadata)
     constraints = values.compile_constraints(variable.name, variable.type, variable.constraints)
     uow.count_matching(variable.name, constraints.program_size * len(value.json))
-    normalised = values.normalise(variable.name, variable.type, constraints, value, uow.limits)
+    normalised = _normalised(uow, command.ahead, variable, constraints, value)
     if metadata:
         check_merged_metadata({**variable.metadata, **metadata}, metadata, uow.limits)
-    variable = uow.drop_ended_lock(session_id, variable)
-    return uow.write(session_id, variable, normalised, metadata, source_of(metadata, uow.origin.source), kind)
+    variable = uow.drop_ended_lock(command.session_id, variable)
+    return uow.write(command.session_id, variable, normalised, metadata, source_of(metadata, uow.origin.source), kind)

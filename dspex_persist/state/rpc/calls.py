@@ -1,16 +1,19 @@
 """How every rpc goes: its command is carried out on the provider, or inside the tool execution that the call names."""
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from google.protobuf.message import Message
 
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.mailbox import LoopMailbox
+from dspex_persist.state import values
 from dspex_persist.state.commands import Command, SetVariable
-from dspex_persist.state.errors import InvalidArgumentError, StateError
+from dspex_persist.state.errors import InvalidArgumentError, StateError, VariableReplacedError
 from dspex_persist.state.model import Origin
 from dspex_persist.state.rpc.headers import EXECUTION_ID, EXPECTED_VERSION, RPC_ID
 from dspex_persist.state.rpc.incoming import Call, Context, fitting, header, origin_of
@@ -23,6 +26,7 @@ S = TypeVar("S")
 C = TypeVar("C", bound=Command[Any])
 
 _MUCH_BYTES: Final = 100_000
+_MOST_READINGS: Final = 3
 _READER = Origin(actor="", cause="read")
 _logger: Final = get_logger(__name__)
 
@@ -107,8 +111,16 @@ class Calls:
             execution = self._execution_of(command, context)
             origin = origin_of(command.cause, context)
             if execution is not None:
-                return await _run_within(execution, command, origin)
-            return await self._mailbox.result(self._provider.submit(command, origin))
+                return await _after_reading(
+                    command,
+                    partial(execution.read_ahead, command, strict=True),
+                    partial(_run_within, execution, command, origin),
+                )
+            return await _after_reading(
+                command,
+                partial(self._provider.read_ahead, command, origin),
+                lambda: self._mailbox.result(self._provider.submit(command, origin)),
+            )
         except StateError as error:
             # The kind of error only: its text may quote a value.
             self._log(command.cause, command.session_id, context).debug("refused", error=type(error).__name__)
@@ -123,6 +135,19 @@ class Calls:
     def _log(self, rpc: str, session_id: str, context: Context) -> Any:
         """A log that names the call: its rpc, its session, and the id that the client gave it, or one of ours."""
         return _logger.bind(rpc=rpc, session_id=session_id, rpc_id=header(context, RPC_ID) or secrets.token_hex(4))
+
+
+async def _after_reading(command: Command[R], read: Callable[[], object], carry_out: Callable[[], Awaitable[R]]) -> R:
+    """Have what the command brings read on a thread where it is much, so that neither the loop nor the writer, which
+    are everybody's, does it; again if the variables have been replaced meanwhile."""
+    if command.brings <= values.MUCH:
+        return await carry_out()
+    for _ in range(_MOST_READINGS - 1):
+        await asyncio.to_thread(read)
+        with contextlib.suppress(VariableReplacedError):
+            return await carry_out()
+    await asyncio.to_thread(read)
+    return await carry_out()
 
 
 async def _run_within(execution: Execution, command: Command[R], origin: Origin) -> R:

@@ -38,6 +38,7 @@ CODES: dict[type[StateError], StatusCode] = {
     errors.InvalidConstraintsError: StatusCode.INVALID_ARGUMENT,
     errors.LimitExceededError: StatusCode.RESOURCE_EXHAUSTED,
     errors.VersionConflictError: StatusCode.ABORTED,
+    errors.VariableReplacedError: StatusCode.ABORTED,
     errors.VariableLockedError: StatusCode.FAILED_PRECONDITION,
     errors.NotOptimizingError: StatusCode.FAILED_PRECONDITION,
     errors.DependencyCycleError: StatusCode.FAILED_PRECONDITION,

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from google.protobuf.message import Message
 
-from dspex_persist.state import commands
+from dspex_persist.state import commands, values
 from dspex_persist.state.errors import StateError, ToolArgumentError, ToolFailedError, ToolNotFoundError
 from dspex_persist.state.model import ToolOutcome, Value
 from dspex_persist.state.rpc import codec
@@ -74,6 +74,9 @@ class ToolRpcs(Calls):
             outcome = _refusal(error)
         else:
             outcome = await self._run(wish, context)
+        if outcome.result is not None and outcome.result.size_bytes > values.MUCH:
+            # What type it is shows when it is read.
+            return await asyncio.to_thread(rpc.response_of, outcome, call)
         return rpc.response_of(outcome, call)
 
     async def _request(self, cause: str, rpc: _ExecuteRpc, request: Any, call: Call) -> ToolRequest:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from dspex_persist import clock
 from dspex_persist.infra import forks
-from dspex_persist.state import commands
+from dspex_persist.state import commands, values
 from dspex_persist.state.commands import Command
 from dspex_persist.state.commands.base import Reads
 from dspex_persist.state.commands.executions import Begun, FinishExecution, Step, Verdict, matches, see
@@ -182,6 +182,12 @@ class _Overlay:
         if touched.dependencies and self.dependencies is None:
             self.dependencies = self.snapshot.dependencies
         return found
+
+    def find(self, identifier: str) -> Variable | None:
+        """The variable as the execution sees it."""
+        with self.lock:
+            state = self._drafts.find(self.session_id)
+            return state.find(identifier) if state is not None else None
 
     def has_staged(self, identifier: str) -> bool:
         """Whether the execution itself has written the variable."""
@@ -352,8 +358,13 @@ class Execution:
         return self.status or (self.parent.ended if self.parent is not None else "")
 
     def run(self, command: Command[R], origin: Origin) -> R:
-        """Carry out a command on the session as the execution sees it."""
+        """Carry out a command on the session as the execution sees it.
+
+        What its values were read as is remembered: it is carried out again when the execution commits.
+        """
         command.check()
+        if command.ahead is None:
+            self.read_ahead(command)
         with self.overlay.lock:
             self.check_running()
             self.check_is_of(command.session_id)
@@ -367,6 +378,12 @@ class Execution:
             result = self.overlay.apply(command, self.id, origin)
             self.overlay.written.update(touched.writes)
             return result
+
+    def read_ahead(self, command: Command[Any], *, strict: bool = False) -> None:
+        """Read the values that a command brings, while others may use the execution. With `strict`, `run` may fail with
+        `VariableReplacedError`, as `StateProvider.read_ahead` has it."""
+        if command.fault is None and command.brings > values.LITTLE:
+            command.read_ahead(values.ReadAhead(self.overlay.unit.limits, strict=strict), self.overlay.find)
 
     def _count_asked(self, touched: _Touched) -> None:
         """What it asks for is in its journal entry, whether it is there or not."""

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 from weakref import WeakValueDictionary
 
 from dspex_persist.infra.logs import get_logger
-from dspex_persist.state import commands
+from dspex_persist.state import commands, values
 from dspex_persist.state.commands import Command
 from dspex_persist.state.commands.executions import Begun, Finished, Verdict
 from dspex_persist.state.errors import (
@@ -341,6 +341,10 @@ class ToolRunner:
         if origin.idempotency_key is not None:
             # The execution's own key is in the command: that of its outcome is none of the store's.
             origin = replace(origin, idempotency_key=None)
+        if command.brings > values.MUCH:
+            ahead = values.ReadAhead(self.limits)
+            read = functools.partial(command.read_ahead, ahead, lambda _: None)
+            await self._home.on_thread(read, "dspex-persist-arguments")
         future = self.submit_command(command, origin)
         try:
             return await self._home.mailbox.result(future)

@@ -170,6 +170,10 @@ class WithTools(StateProvider, StreamsTools):
 
     # What the provider does alone
 
+    def read_ahead(self, command: Command[Any], origin: Origin | None = None) -> bool:
+        """See `StateProvider.read_ahead`."""
+        return self.provider.read_ahead(command, origin)
+
     def watch(self, session_id: str, identifiers: Sequence[str] = (), *, after_sequence: int | None = None) -> Watch:
         """See `StateProvider.watch`."""
         return self.provider.watch(session_id, identifiers, after_sequence=after_sequence)

@@ -5,6 +5,7 @@ description of them. `normalise` is the only way in; `encode` and `decode` trans
 objects.
 """
 
+from dspex_persist.state.values.ahead import LITTLE, MUCH, Described, Find, FindType, ReadAhead, Spell
 from dspex_persist.state.values.binary import check_content
 from dspex_persist.state.values.coercion import TYPE_NAMES
 from dspex_persist.state.values.constraints import Constraints, compile_constraints, constraints_json
@@ -22,9 +23,16 @@ from dspex_persist.state.values.python_objects import (
 )
 
 __all__ = [
+    "LITTLE",
+    "MUCH",
     "TYPE_NAMES",
     "BinaryValue",
     "Constraints",
+    "Described",
+    "Find",
+    "FindType",
+    "ReadAhead",
+    "Spell",
     "check_binary_size",
     "check_content",
     "compile_constraints",

@@ -43,6 +43,7 @@ _LISTED_LENGTH = 120
 _PATTERN_MEMORY_BYTES = 2 * 1024 * 1024
 # Instructions of the compiled pattern times bytes of the string; RE2 needs up to 10 ns for each of them.
 _PATTERN_WORK = 100_000_000
+_MOST_MATCHING = 1_000_000_000
 
 Check = Callable[[Any], str | None]  # what is wrong with a value of the type, or None
 Shape = tuple[int, ...]
@@ -92,6 +93,15 @@ def compile_constraints(name: str, type_name: str, constraints_json: str) -> Con
         return _compile(type_name, constraints_json)
     except RefusedError as error:
         raise InvalidConstraintsError(name, error.reason) from error
+
+
+def count_matching(spent: int, name: str, work: int) -> int:
+    """What one call has spent on matching with patterns, `work` (instructions of the pattern times bytes) included;
+    `InvalidValueError` if that is too much."""
+    if spent + work > _MOST_MATCHING:
+        reason = "together with those before it is too much to match in one call with patterns of this complexity"
+        raise InvalidValueError(name, reason)
+    return spent + work
 
 
 def constraints_json(name: str, constraints: object) -> str:
