@@ -17,13 +17,12 @@ from dspex_persist.state.events import Event, ExecutionEnded
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     Change,
+    JournalEntry,
     Origin,
-    RunningExecution,
     Value,
     Variable,
     VariableVersion,
 )
-from dspex_persist.state.model import RecordedExecution as KnownExecution
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, UnitOfWork, VersionQuery, up_to
 
@@ -114,7 +113,7 @@ class Take:
         played = self.played[execution_id] = Played(execution_id, command.tool, command.parameters, recorded)
         if parent is not None:
             parent.calls.append(played)
-        running = RunningExecution(execution_id, command.tool, self.recorded.number, command.parent_id)
+        running = JournalEntry(execution_id, command.tool, self.recorded.number, command.parent_id)
         self.state.executions = {**self.state.executions, execution_id: running}
         return Begun(execution_id, self.recorded.number, self._limits, LEASE_S, seed, self.state)
 
@@ -210,7 +209,7 @@ class _Backing:
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
         return None
 
-    def find_execution(self, state: SessionState, key: str) -> KnownExecution | None:
+    def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
         return None
 
 

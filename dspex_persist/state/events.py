@@ -21,11 +21,11 @@ from dspex_persist.state.model import (
     ExecutionStatus,
     Failure,
     Isolation,
+    JournalEntry,
     LogEntry,
     Optimization,
     PrunePolicy,
     RegisteredTool,
-    RunningExecution,
     Seen,
     Session,
     ToolSpec,
@@ -283,7 +283,7 @@ class ExecutionBegan(Event):
     def fold(self, state: SessionState, moment: Moment, undo: Undo) -> SessionState:
         """See `Event.fold`."""
         state.remember(undo, "executions")
-        running = RunningExecution(
+        running = JournalEntry(
             self.execution_id, self.tool, moment.sequence, self.parent_id, self.idempotency_key, self.fingerprint
         )
         state.executions = {**state.executions, running.id: running}

@@ -28,7 +28,7 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.log_store import LogStore, UnwritableError, affected
-from dspex_persist.state.model import CommitChanges, EventKind, Origin, RecordedExecution, VariableVersion
+from dspex_persist.state.model import CommitChanges, EventKind, JournalEntry, Origin, VariableVersion
 from dspex_persist.state.options import SessionOptions
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.unit_of_work import START, Backing, Drafts, RecordedOutcome, UnitOfWork, VersionQuery
@@ -235,7 +235,7 @@ class Groups(Generic[S_co]):
         """What was answered under an idempotency key."""
         return self.log.find_outcome(session_id, key)
 
-    def find_execution(self, state: SessionState, key: str) -> RecordedExecution | None:
+    def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
         """The last execution under an idempotency key that has ended."""
         return self.log.find_execution(state, key)
 

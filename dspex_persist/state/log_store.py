@@ -39,7 +39,7 @@ from typing import ClassVar
 
 from dspex_persist.state.errors import StateError
 from dspex_persist.state.graph import dependants
-from dspex_persist.state.model import Change, CommitChanges, RecordedExecution, Variable, VariableVersion
+from dspex_persist.state.model import Change, CommitChanges, JournalEntry, Variable, VariableVersion
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.unit_of_work import Backing, RecordedOutcome, UnitOfWork, VersionQuery
 
@@ -102,7 +102,7 @@ class LogStore(ABC):
         """What was answered under an idempotency key of the live session."""
 
     @abstractmethod
-    def find_execution(self, state: SessionState, key: str) -> RecordedExecution | None:
+    def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
         """The last execution under an idempotency key, if it has ended."""
 
     # Reading, on any thread

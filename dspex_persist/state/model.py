@@ -323,8 +323,9 @@ class RegisteredTool:
 
 
 @dataclass(frozen=True, slots=True)
-class RunningExecution:
-    """An execution under way, as its session's state has it."""
+class JournalEntry:
+    """What is known of an execution without its events: while it runs in its session's state, and when it has ended
+    where it is found again by its idempotency key. `sequence`: the commit of its end."""
 
     id: str
     tool: str
@@ -332,18 +333,9 @@ class RunningExecution:
     parent_id: str | None = None
     idempotency_key: str | None = None
     fingerprint: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedExecution:
-    """An execution that has ended, as it is found again by its idempotency key. `sequence`: the commit of its end."""
-
-    id: str
-    tool: str
-    status: ExecutionStatus
-    fingerprint: str
-    sequence: int
-    attempt: int
+    status: ExecutionStatus = ExecutionStatus.RUNNING
+    sequence: int | None = None
+    attempt: int = 1
     result: Value | None = None
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, TypeAlias
 
-from dspex_persist.state.model import Dependency, RegisteredTool, RunningExecution, Session, Variable, size_of
+from dspex_persist.state.model import Dependency, JournalEntry, RegisteredTool, Session, Variable, size_of
 
 Undo: TypeAlias = list[tuple[Callable[..., object], tuple[Any, ...]]]
 """What takes each step back: a function and its arguments, no closure over a unit of work. That would be a cycle, and
@@ -59,7 +59,7 @@ class SessionState:
     key: int = 0
     keys: dict[str, int] = field(default_factory=dict)
     tools: Mapping[str, RegisteredTool] = field(default_factory=dict)
-    executions: Mapping[str, RunningExecution] = field(default_factory=dict)
+    executions: Mapping[str, JournalEntry] = field(default_factory=dict)
 
     def copy(self) -> "SessionState":
         """An editable copy; frozen records are shared."""

@@ -7,7 +7,7 @@ units shares `Drafts`, so that each sees what the ones before it staged.
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import accumulate
 from typing import Any, Protocol, TypeAlias
@@ -41,9 +41,9 @@ from dspex_persist.state.model import (
     Change,
     ChangeKind,
     ExecutionStatus,
+    JournalEntry,
     Optimization,
     Origin,
-    RecordedExecution,
     Session,
     Source,
     Value,
@@ -88,7 +88,7 @@ class Backing(Protocol):
     def find_outcome(self, session_id: str, key: str) -> "RecordedOutcome | None":
         """What was answered under an idempotency key."""
 
-    def find_execution(self, state: SessionState, key: str) -> RecordedExecution | None:
+    def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
         """The last execution under an idempotency key that has ended."""
 
 
@@ -117,7 +117,7 @@ class Drafts:
         self.states: dict[str, SessionState | None] = {}
         self.versions: list[Change] = []
         self.outcomes: dict[tuple[str, str], RecordedOutcome] = {}
-        self.executions: dict[tuple[int, str], RecordedExecution] = {}
+        self.executions: dict[tuple[int, str], JournalEntry] = {}
         self.forgotten: set[str] = set()
         # The variables that were deleted last, by their sessions and names.
         self.gone: Mapping[tuple[str, str], str] = {}
@@ -374,8 +374,8 @@ class UnitOfWork:
         if running.idempotency_key is not None:
             place = (state.session.sequence, running.idempotency_key)
             self._undo.append((_put_back, (self._drafts.executions, place, self._drafts.executions.get(place))))
-            self._drafts.executions[place] = RecordedExecution(
-                running.id, running.tool, event.status, running.fingerprint, self.sequence, attempt, event.result
+            self._drafts.executions[place] = replace(
+                running, status=event.status, sequence=self.sequence, attempt=attempt, result=event.result
             )
 
     def interrupt(self, session_id: str, execution_ids: Iterable[str], reason: str) -> None:
@@ -383,7 +383,7 @@ class UnitOfWork:
         for execution_id in execution_ids:
             self.end_execution(session_id, ExecutionEnded(execution_id, ExecutionStatus.INTERRUPTED, reason=reason))
 
-    def find_execution(self, session_id: str, key: str) -> RecordedExecution | None:
+    def find_execution(self, session_id: str, key: str) -> JournalEntry | None:
         """The last execution under this idempotency key that has ended."""
         state = self.session(session_id)
         staged = self._drafts.executions.get((state.session.sequence, key))

@@ -11,7 +11,7 @@ from dspex_persist.state.commands import Command, ExpireSession
 from dspex_persist.state.errors import StateError
 from dspex_persist.state.events import Event
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.model import Change, Origin, RecordedExecution, Source, VariableVersion
+from dspex_persist.state.model import Change, JournalEntry, Origin, Source, VariableVersion
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.unit_of_work import START, Drafts, RecordedOutcome, UnitOfWork, VersionQuery, up_to
 
@@ -52,7 +52,7 @@ class MemoryBacking:
         self._states: dict[str, SessionState] = {}
         self._histories: dict[int, _History] = {}
         self._outcomes: dict[tuple[str, str], RecordedOutcome] = {}
-        self._executions: dict[tuple[int, str], RecordedExecution] = {}
+        self._executions: dict[tuple[int, str], JournalEntry] = {}
 
     @property
     def sequence(self) -> int:
@@ -157,7 +157,7 @@ class MemoryBacking:
         """What was answered under an idempotency key."""
         return self._outcomes.get((session_id, key))
 
-    def find_execution(self, state: SessionState, key: str) -> RecordedExecution | None:
+    def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
         """The last execution under an idempotency key that has ended."""
         return self._executions.get((state.session.sequence, key))
 

@@ -15,7 +15,7 @@ from freezegun import freeze_time
 
 from dspex_persist.state import commands as c
 from dspex_persist.state import errors
-from dspex_persist.state.commands.executions import Begun, Finished, Verdict
+from dspex_persist.state.commands.executions import Begun, Verdict
 from dspex_persist.state.groups import Job, Outcome
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
@@ -64,9 +64,9 @@ class Stored:
     def execution(self) -> Execution:
         return Execution.begin("s", "tool", Isolation.SERIALIZABLE, self.begin(), ANN, self.run)
 
-    def end(self, begun: Begun, status: ExecutionStatus = COMMITTED, session_id: str = "s", **more: Any) -> Finished:
+    def end(self, begun: Begun, status: ExecutionStatus = COMMITTED, session_id: str = "s", **more: Any) -> Verdict:
         verdict = Verdict(begun.execution_id, status, **more)
-        finished: Finished = self.run(c.FinishExecution(session_id, verdict))
+        finished: Verdict = self.run(c.FinishExecution(session_id, verdict))
         return finished
 
     def running(self, session_id: str = "s") -> list[str]:
@@ -605,7 +605,7 @@ def test_what_was_asked_of_a_name_that_is_gone_stays_so_or_conflicts(
     asks_first = history_of(execution, "x")
     stored.group(*make_and_delete("x", "2")[: 1 if is_live else 2])
     assert asks_first == history_of(execution, "x") == seen
-    finished: Finished = stored.run(execution.finish(Verdict(execution.id, COMMITTED)))
+    finished: Verdict = stored.run(execution.finish(Verdict(execution.id, COMMITTED)))
     expected = ExecutionStatus.CONFLICT if isolation is Isolation.SERIALIZABLE else COMMITTED
     assert finished.status is expected
     assert [conflict.name for conflict in finished.conflicts] == (["x"] if expected is not COMMITTED else [])

@@ -18,11 +18,11 @@ from dspex_persist.state.model import (
     ExecutionStatus,
     Failure,
     Isolation,
+    JournalEntry,
     LogEntry,
     Optimization,
     PrunePolicy,
     RegisteredTool,
-    RunningExecution,
     Seen,
     Session,
     Source,
@@ -253,7 +253,7 @@ def filled() -> SessionState:
     state = SessionState(Session("s", AT, {"of": "ann"}), sequence=8)
     fold_version(state, version(0, ChangeKind.REGISTERED, 8), [], X)
     state.dependencies = (Dependency("v", "w", "", 5),)
-    state.executions = {"exec_4_0a": RunningExecution("exec_4_0a", "t", 4)}
+    state.executions = {"exec_4_0a": JournalEntry("exec_4_0a", "t", 4)}
     return state
 
 
@@ -336,5 +336,5 @@ def test_dependencies_tools_and_executions() -> None:
     assert state.weight_bytes == changed(e.ToolsRegistered("w", (other,))).weight_bytes > filled().weight_bytes
     began = e.ExecutionBegan.from_body(BEGAN | {"execution_id": "exec_9_0b"})
     running = changed(began).executions
-    assert running["exec_9_0b"] == RunningExecution("exec_9_0b", "t", 9, None, "key", "f")
+    assert running["exec_9_0b"] == JournalEntry("exec_9_0b", "t", 9, None, "key", "f")
     assert changed(e.ExecutionEnded.from_body(INTERRUPTED)).executions == {}

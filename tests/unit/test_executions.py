@@ -11,7 +11,7 @@ from freezegun import freeze_time
 
 from dspex_persist.state import commands as c
 from dspex_persist.state import errors
-from dspex_persist.state.commands.executions import Begun, Finished, Step, Verdict, see
+from dspex_persist.state.commands.executions import Begun, Step, Verdict, see
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     ChangeKind,
@@ -103,9 +103,9 @@ class Running:
         self.execution.close(COMMITTED.value)
         caller.execution.children.extend([Verdict(self.id, COMMITTED), *self.execution.children])
 
-    def finish(self, status: ExecutionStatus = COMMITTED, result: Value | None = None) -> Finished:
+    def finish(self, status: ExecutionStatus = COMMITTED, result: Value | None = None) -> Verdict:
         self.execution.close(status.value)
-        finished: Finished = self.memory.run(self.execution.finish(Verdict(self.id, status, result)), self.origin)
+        finished: Verdict = self.memory.run(self.execution.finish(Verdict(self.id, status, result)), self.origin)
         return finished
 
     def conflicts(self) -> list[str]:
@@ -235,8 +235,8 @@ def keyed(
     return begun
 
 
-def end(memory: MemoryBacking, begun: Begun, status: ExecutionStatus = COMMITTED, **more: Any) -> Finished:
-    finished: Finished = memory.run(c.FinishExecution("s", Verdict(begun.execution_id, status, **more)), ANN)
+def end(memory: MemoryBacking, begun: Begun, status: ExecutionStatus = COMMITTED, **more: Any) -> Verdict:
+    finished: Verdict = memory.run(c.FinishExecution("s", Verdict(begun.execution_id, status, **more)), ANN)
     return finished
 
 

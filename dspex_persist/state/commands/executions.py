@@ -25,10 +25,9 @@ from dspex_persist.state.model import (
     ExecutionStatus,
     Failure,
     Isolation,
+    JournalEntry,
     LogEntry,
-    RecordedExecution,
     RegisteredTool,
-    RunningExecution,
     Seen,
     Source,
     ToolOutcome,
@@ -56,8 +55,8 @@ class Begun:
     optimization_lease_s: float
     seed: str = ""
     snapshot: SessionState | None = None
-    recorded: RecordedExecution | None = None
-    running: RunningExecution | None = None
+    recorded: JournalEntry | None = None
+    running: JournalEntry | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +166,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How one execution ended: the rest of its journal entry. `reads`: what it asked for, and as what it found it."""
+    """How one execution ended: the rest of its journal entry. `reads`: what it asked for, and as what it found it.
+
+    `conflicts`, and `sequence`, the commit that says so, are added by the store, whose verdict is the one that holds.
+    """
 
     execution_id: str
     status: ExecutionStatus
@@ -180,8 +182,10 @@ class Verdict:
     published: tuple[tuple[str, int], ...] = ()
     attempt: int = 1
     duration_us: int = 0
+    conflicts: tuple[Conflict, ...] = ()
+    sequence: int | None = None
 
-    def ended(self, writes: Sequence[tuple[str, int]], conflicts: tuple[Conflict, ...]) -> ExecutionEnded:
+    def ended(self, writes: Sequence[tuple[str, int]]) -> ExecutionEnded:
         """The event of its end. `writes`: names and versions."""
         return ExecutionEnded(
             self.execution_id,
@@ -195,21 +199,12 @@ class Verdict:
             published=self.published,
             duration_us=self.duration_us,
             writes=tuple(writes),
-            conflicts=conflicts,
+            conflicts=self.conflicts,
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
-    """What came of the end of an execution; `sequence` is the commit that says so."""
-
-    status: ExecutionStatus
-    sequence: int
-    conflicts: tuple[Conflict, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class FinishExecution(Command[Finished]):
+class FinishExecution(Command[Verdict]):
     """End an execution, and the `children` that ended well before it, in one commit with everything that it wrote.
 
     `checked` and `matched` (by pattern) must still be as they were seen, `dependencies` too if it is given; otherwise
@@ -227,12 +222,11 @@ class FinishExecution(Command[Finished]):
 
     writes: ClassVar[bool] = True
 
-    def apply(self, uow: UnitOfWork) -> Finished:
+    def apply(self, uow: UnitOfWork) -> Verdict:
         state = uow.session(self.session_id)
         verdict = self.verdict
         if verdict.execution_id not in state.executions:
             raise ExecutionEndedError(verdict.execution_id, "its journal entry says how")
-        conflicts: tuple[Conflict, ...] = ()
         writes: dict[str, list[tuple[str, int]]] = {}
         if verdict.status is ExecutionStatus.COMMITTED:
             start = uow.savepoint()
@@ -240,21 +234,19 @@ class FinishExecution(Command[Finished]):
             if conflicts:
                 uow.rollback_to(start)
                 writes.clear()
-                verdict = replace(verdict, status=ExecutionStatus.CONFLICT, result=None)
+                verdict = replace(verdict, status=ExecutionStatus.CONFLICT, result=None, conflicts=conflicts)
         for child in self.children:
-            self._end(uow, self._child(child, verdict), writes.get(child.execution_id, []), ())
-        self._end(uow, verdict, writes.get(verdict.execution_id, []), conflicts)
-        return Finished(verdict.status, uow.sequence, conflicts)
+            self._end(uow, self._child(child, verdict), writes.get(child.execution_id, []))
+        self._end(uow, verdict, writes.get(verdict.execution_id, []))
+        return replace(verdict, sequence=uow.sequence)
 
     def _child(self, child: Verdict, parent: Verdict) -> Verdict:
         if child.status is ExecutionStatus.COMMITTED and parent.status is not ExecutionStatus.COMMITTED:
             return replace(child, status=ExecutionStatus.ABORTED)
         return child
 
-    def _end(
-        self, uow: UnitOfWork, verdict: Verdict, writes: Sequence[tuple[str, int]], conflicts: tuple[Conflict, ...]
-    ) -> None:
-        uow.end_execution(self.session_id, verdict.ended(writes, conflicts), verdict.attempt)
+    def _end(self, uow: UnitOfWork, verdict: Verdict, writes: Sequence[tuple[str, int]]) -> None:
+        uow.end_execution(self.session_id, verdict.ended(writes), verdict.attempt)
 
     def _changed(self, uow: UnitOfWork, state: SessionState) -> Iterator[Conflict]:
         """What is not as it was seen."""

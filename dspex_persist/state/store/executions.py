@@ -8,9 +8,8 @@ from sqlalchemy import Connection, bindparam, select
 from dspex_persist.state.events import ExecutionEnded, spec_body, spec_in
 from dspex_persist.state.model import (
     ExecutionStatus,
-    RecordedExecution,
+    JournalEntry,
     RegisteredTool,
-    RunningExecution,
     ToolSpec,
 )
 from dspex_persist.state.store.schema import events, executions, sessions, tools
@@ -41,11 +40,11 @@ _UNFINISHED = (
 )
 
 
-def running(connection: Connection, session_key: int) -> dict[str, RunningExecution]:
+def running(connection: Connection, session_key: int) -> dict[str, JournalEntry]:
     """The session's executions that have not ended, oldest first."""
     rows = connection.execute(_RUNNING, {"session_key": session_key})
     return {
-        row.execution_id: RunningExecution(
+        row.execution_id: JournalEntry(
             row.execution_id, row.tool, row.began_sequence, row.parent_id, row.idempotency_key, row.fingerprint
         )
         for row in rows
@@ -60,17 +59,20 @@ def unfinished(connection: Connection) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def find_by_key(connection: Connection, session_key: int, key: str) -> RecordedExecution | None:
+def find_by_key(connection: Connection, session_key: int, key: str) -> JournalEntry | None:
     """The last execution under an idempotency key, if it has ended."""
     row = connection.execute(_LAST_OF_KEY, {"session_key": session_key, "idempotency_key": key}).first()
     if row is None or row.ended_sequence is None:
         return None
     end = _end_of(connection, row)
-    return RecordedExecution(
+    return JournalEntry(
         row.execution_id,
         row.tool,
-        ExecutionStatus(row.status),
+        row.began_sequence,
+        row.parent_id,
+        row.idempotency_key,
         row.fingerprint,
+        ExecutionStatus(row.status),
         row.ended_sequence,
         row.attempt,
         end.result,

@@ -28,7 +28,7 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.groups import GroupMoment, Groups, Job, unit_of
 from dspex_persist.state.log_store import LogStore, UnwritableError
-from dspex_persist.state.model import CommitChanges, RecordedExecution, VariableVersion
+from dspex_persist.state.model import CommitChanges, JournalEntry, VariableVersion
 from dspex_persist.state.options import SessionOptions, check_count, check_seconds
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.store import audit, log, migrate, outcomes, recovery, times
@@ -122,7 +122,7 @@ class StoredSessions:
         """What was answered under an idempotency key."""
         return outcomes.find(self._connection, session_id, key)
 
-    def find_execution(self, state: SessionState, key: str) -> RecordedExecution | None:
+    def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
         """The last execution under an idempotency key that has ended."""
         return stored_executions.find_by_key(self._connection, state.key, key)
 

@@ -29,8 +29,8 @@ from dspex_persist.state.model import (
     Dependency,
     ExecutionStatus,
     Isolation,
+    JournalEntry,
     Origin,
-    RecordedExecution,
     Seen,
     Variable,
     VariableVersion,
@@ -285,7 +285,7 @@ class _Overlay:
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
         return None
 
-    def find_execution(self, state: SessionState, key: str) -> RecordedExecution | None:
+    def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
         return None
 
 

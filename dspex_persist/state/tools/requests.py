@@ -6,6 +6,7 @@ from typing import Final
 
 from dspex_persist.state import commands
 from dspex_persist.state.model import Origin, Value
+from dspex_persist.state.tools.chunks import Outlet
 
 IDEMPOTENCY_KEY: Final = "idempotency_key"
 """The entry of a request's metadata under which its execution is found again."""
@@ -13,7 +14,8 @@ IDEMPOTENCY_KEY: Final = "idempotency_key"
 
 @dataclass(frozen=True, slots=True)
 class ToolRequest:
-    """A wish to have a tool executed. `timeout_s`: how long whoever asks is going to wait."""
+    """A wish to have a tool executed. `timeout_s`: how long whoever asks is going to wait, `until`: until when, on the
+    runner's home loop. `outlet`: where chunks go."""
 
     session_id: str
     tool: str
@@ -23,6 +25,8 @@ class ToolRequest:
     idempotency_key: str | None = None
     timeout_s: float | None = None
     style: str = "json"
+    until: float | None = None
+    outlet: Outlet | None = None
 
 
 def request_of(command: commands.ExecuteTool, origin: Origin) -> ToolRequest:

@@ -11,14 +11,14 @@ import random
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 from weakref import WeakValueDictionary
 
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.state import commands, values
 from dspex_persist.state.commands import Command
-from dspex_persist.state.commands.executions import Begun, Finished, Verdict
+from dspex_persist.state.commands.executions import Begun, Verdict
 from dspex_persist.state.errors import (
     EngineClosedError,
     ExecutionConflictError,
@@ -42,8 +42,8 @@ from dspex_persist.state.errors import (
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     ExecutionStatus,
+    JournalEntry,
     Origin,
-    RecordedExecution,
     RegisteredTool,
     ToolOutcome,
     Value,
@@ -78,18 +78,6 @@ _ANEW: Final = (ExecutionStatus.CANCELLED, ExecutionStatus.INTERRUPTED, Executio
 """How an execution may have ended that whoever waited for it begins again."""
 _REFUSALS: Final = (ToolNotFoundError, ToolArgumentError, MissingVariablesError, IdempotencyConflictError)
 """What is wrong with a request before anything has begun."""
-
-
-@dataclass(eq=False, slots=True)
-class _Job:
-    """A request with its tool, and the arguments for its first attempt. `until`: when, on the home loop, whoever asked
-    stops waiting."""
-
-    request: ToolRequest
-    tool: RunnableTool
-    arguments: Mapping[str, object]
-    until: float | None = None
-    outlet: Outlet | None = None
 
 
 class ToolRunner:
@@ -180,9 +168,12 @@ class ToolRunner:
         _check_depth(asking.get())
         self._count += 1
         try:
-            job = await self._prepare(request, emit)
-            outcome = await self._execute(job)
-            return replace(outcome, streamed=job.tool.spec.streaming, result_type=job.tool.result_type)
+            request = self._timed(request)
+            if emit is not None:
+                request = replace(request, outlet=Outlet(emit))
+            tool, arguments = await self._prepare(request)
+            outcome = await self._execute(request, tool, arguments)
+            return replace(outcome, streamed=tool.spec.streaming, result_type=tool.result_type)
         except ToolTimedOutError as error:
             # Before there was an execution, or while another one ran under its key.
             return ToolOutcome(ExecutionStatus.TIMED_OUT, None, error, error.error_code)
@@ -243,16 +234,23 @@ class ToolRunner:
             return False
         return session.execution_id in state.executions
 
-    async def _prepare(self, request: ToolRequest, emit: Emit | None = None, within: Execution | None = None) -> _Job:
-        """Everything that can be refused before anything is begun."""
-        until = None if request.timeout_s is None else self._home.loop.time() + request.timeout_s
+    def _timed(self, request: ToolRequest) -> ToolRequest:
+        """The request with the end of its time, which begins now."""
+        if request.timeout_s is None:
+            return request
+        return replace(request, until=self._home.loop.time() + request.timeout_s)
+
+    async def _prepare(
+        self, request: ToolRequest, within: Execution | None = None
+    ) -> tuple[RunnableTool, Mapping[str, object]]:
+        """The tool, and the arguments for its first attempt: whatever can be refused is, before anything is begun."""
         tool = await self._find_tool(request)
         size_bytes = sum(each.size_bytes for each in request.parameters.values())
         most = self.limits.execution_size_bytes
         if size_bytes > most:
             raise LimitExceededError("size of the parameters in bytes", size_bytes, most, "execution_size_bytes")
         try:
-            async with asyncio.timeout_at(until):
+            async with asyncio.timeout_at(request.until):
                 arguments = await tool.bind(request.parameters)
         except TimeoutError as error:
             reason = f"to read its arguments took longer than {request.timeout_s:.3g} s"
@@ -263,7 +261,7 @@ class ToolRunner:
             found = within.run(query, request.origin) if within else await self._submit(query, request.origin)
             if found.missing:
                 raise MissingVariablesError(request.tool, ", ".join(found.missing))
-        return _Job(request, tool, arguments, until, Outlet(emit) if emit is not None else None)
+        return tool, arguments
 
     async def _find_tool(self, request: ToolRequest) -> RunnableTool:
         own = self.tools.get(request.tool)
@@ -279,15 +277,15 @@ class ToolRunner:
             raise ToolNotFoundError(request.tool, hint)
         return self._registered(found)
 
-    async def _execute(self, job: _Job) -> ToolOutcome:
+    async def _execute(self, request: ToolRequest, tool: RunnableTool, arguments: Mapping[str, object]) -> ToolOutcome:
         attempt, joins, pause_s = 1, 0, _FIRST_PAUSE_S
         retry_of = None
         while True:
-            begun = await self._begin(job, attempt, retry_of=retry_of)
+            begun = await self._begin(request, tool, attempt, retry_of=retry_of)
             if begun.recorded is not None:
-                return await _repeat(job, begun.recorded)
+                return await _repeat(request, tool, begun.recorded)
             if begun.running is not None:
-                joined = await self._join(begun.running.id, job)
+                joined = await self._join(begun.running.id, request)
                 if joined is not None and joined.status not in _ANEW:
                     return joined
                 joins += 1
@@ -296,17 +294,17 @@ class ToolRunner:
                         f"execution {begun.running.id} has this key and has not been cleared away yet"
                     )
                 continue
-            outcome = await self._attempt(job, begun, attempt)
-            again = outcome.status is ExecutionStatus.CONFLICT and attempt <= job.tool.spec.retries
+            outcome = await self._attempt(request, tool, arguments, begun, attempt)
+            again = outcome.status is ExecutionStatus.CONFLICT and attempt <= tool.spec.retries
             # What has been handed out cannot be taken back.
-            if not again or (job.outlet is not None and job.outlet.used):
+            if not again or (request.outlet is not None and request.outlet.used):
                 return outcome
             attempt, retry_of = attempt + 1, outcome.execution_id
             # Drawn, so that those who met do not meet again.
             await asyncio.sleep(random.uniform(0, pause_s))
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
 
-    async def _join(self, execution_id: str, job: _Job) -> ToolOutcome | None:
+    async def _join(self, execution_id: str, request: ToolRequest) -> ToolOutcome | None:
         """Wait for a running execution; its outcome. None if it has to be asked for again."""
         running = self._running.get(execution_id)
         if running is None or running.done is None:
@@ -314,17 +312,21 @@ class ToolRunner:
             await asyncio.sleep(_JOIN_PAUSE_S)
             return None
         try:
-            async with asyncio.timeout_at(job.until):
+            async with asyncio.timeout_at(request.until):
                 return await asyncio.shield(running.done)
         except TimeoutError as error:
-            most_s = job.request.timeout_s
+            most_s = request.timeout_s
             reason = f"it runs already under this key, and has not ended in the {most_s:.3g} s that its caller waits"
             raise ToolTimedOutError(execution_id, reason) from error
 
     async def _begin(
-        self, job: _Job, attempt: int, parent: Execution | None = None, retry_of: str | None = None
+        self,
+        request: ToolRequest,
+        tool: RunnableTool,
+        attempt: int,
+        parent: Execution | None = None,
+        retry_of: str | None = None,
     ) -> Begun:
-        request, tool = job.request, job.tool
         command = commands.BeginExecution(
             request.session_id,
             request.tool,
@@ -359,26 +361,32 @@ class ToolRunner:
         verdict = Verdict(future.result().execution_id, self._gone(), attempt=command.attempt)
         self._say(commands.FinishExecution(command.session_id, verdict), origin)
 
-    async def _attempt(self, job: _Job, begun: Begun, attempt: int) -> ToolOutcome:
-        request = job.request
+    async def _attempt(
+        self,
+        request: ToolRequest,
+        tool: RunnableTool,
+        arguments: Mapping[str, object],
+        begun: Begun,
+        attempt: int,
+    ) -> ToolOutcome:
         execution = Execution.begin(
             request.session_id,
             request.tool,
-            job.tool.spec.isolation,
+            tool.spec.isolation,
             begun,
             request.origin,
             lambda command: self.submit_command(command, request.origin).result(),
         )
         session = ToolSession(self, execution, request, attempt, begun.seed, asking.get())
-        session.outlet, session.done = job.outlet, self._home.loop.create_future()
+        session.done = self._home.loop.create_future()
         outcome = None
         with self._listed(session):
             try:
-                outcome = await self._conduct(job, session)
+                outcome = await self._conduct(tool, arguments, session)
             finally:
                 session.done.set_result(outcome)
-        if job.outlet is not None and job.outlet.broken is not None:
-            raise job.outlet.broken
+        if request.outlet is not None and request.outlet.broken is not None:
+            raise request.outlet.broken
         return outcome
 
     @contextmanager
@@ -390,10 +398,10 @@ class ToolRunner:
         finally:
             del self._running[session.execution_id]
 
-    async def _conduct(self, job: _Job, session: ToolSession) -> ToolOutcome:
+    async def _conduct(self, tool: RunnableTool, arguments: Mapping[str, object], session: ToolSession) -> ToolOutcome:
         """Run the code of an execution, then end it."""
         try:
-            result = await self._invoke(job, session)
+            result = await self._invoke(tool, arguments, session)
             if session.calling is not None:
                 raise RuntimeError(f"it ended while {session.calling.execution.tool!r}, which it called, was running")
             verdict = session.verdict(ExecutionStatus.COMMITTED, result)
@@ -402,7 +410,7 @@ class ToolRunner:
             raise
         except Exception as error:  # noqa: BLE001 -- users' code: whatever it raises is its verdict
             raised, failure = raised_of(error)
-            broken = job.outlet is not None and job.outlet.broken is not None
+            broken = session.outlet is not None and session.outlet.broken is not None
             status = ExecutionStatus.CANCELLED if broken else status_of(raised)
             verdict = session.verdict(status, failure=failure)
             return await self._end(session, verdict, raised)
@@ -417,7 +425,7 @@ class ToolRunner:
         command = self._closing(session, verdict)
         future = self.submit_command(command, session.origin)
         try:
-            finished = await self._home.mailbox.result(future)
+            final = await self._home.mailbox.result(future)
         except asyncio.CancelledError:
             # If its turn had come it is committed, or not, as it would have been anyway.
             if future.cancelled():
@@ -432,7 +440,7 @@ class ToolRunner:
         except StateError as error:
             self._owe(session, verdict, error)
             raise
-        return _outcome(verdict, finished, raised)
+        return _outcome(final, raised)
 
     def _end_without_waiting(self, session: ToolSession, verdict: Verdict) -> None:
         self._say(self._closing(session, verdict), session.origin)
@@ -453,7 +461,7 @@ class ToolRunner:
     def _say(self, command: commands.FinishExecution, origin: Origin) -> None:
         """Have the journal say how an execution ended that wrote nothing; later, if the store has no room now."""
 
-        def settled(future: "Future[Finished]") -> None:
+        def settled(future: "Future[Verdict]") -> None:
             error = None if future.cancelled() else future.exception()
             if isinstance(error, StorageError | QueueFullError):
                 again = functools.partial(self._say, command, origin)
@@ -494,11 +502,12 @@ class ToolRunner:
 
     async def _child_result(self, parent: ToolSession, request: ToolRequest) -> Value:
         async with parent.turn:
+            request = self._timed(request)
             execution = parent.execution
             execution.check_running()
             _check_depth(parent)
-            job = await self._prepare(request, within=execution)
-            begun = await self._begin(job, 1, execution)
+            tool, arguments = await self._prepare(request, execution)
+            begun = await self._begin(request, tool, 1, execution)
             child = execution.begin_child(begun, request.tool)
             session = ToolSession(self, child, request, 1, begun.seed, parent)
             if execution.ended:
@@ -509,14 +518,16 @@ class ToolRunner:
             parent.calling = session
             try:
                 with self._listed(session):
-                    return await self._conduct_child(job, session, execution)
+                    return await self._conduct_child(tool, arguments, session, execution)
             finally:
                 parent.calling = None
 
-    async def _conduct_child(self, job: _Job, session: ToolSession, parent: Execution) -> Value:
+    async def _conduct_child(
+        self, tool: RunnableTool, arguments: Mapping[str, object], session: ToolSession, parent: Execution
+    ) -> Value:
         child = session.execution
         try:
-            result = await self._invoke(job, session)
+            result = await self._invoke(tool, arguments, session)
             with parent.overlay.lock:
                 parent.overlay.note_ended(_ENTRY_BYTES + session.journal_bytes + result.size_bytes)
         except BaseException as error:
@@ -530,23 +541,23 @@ class ToolRunner:
         parent.children.extend([session.verdict(ExecutionStatus.COMMITTED, result), *child.children])
         return result
 
-    async def _invoke(self, job: _Job, session: ToolSession) -> Value:
+    async def _invoke(self, tool: RunnableTool, arguments: Mapping[str, object], session: ToolSession) -> Value:
         """Run the tool's code, within its time; its result."""
-        own_s = job.tool.spec.timeout_s
-        left_s = None if job.until is None else max(0.0, job.until - self._home.loop.time())
+        request, own_s = session.request, tool.spec.timeout_s
+        left_s = None if request.until is None else max(0.0, request.until - self._home.loop.time())
         timeout_s = min((each for each in (own_s, left_s) if each is not None), default=None)
         try:
             async with asyncio.timeout(timeout_s) as limit:
-                session.timeout_s, arguments = timeout_s, job.arguments
+                session.timeout_s = timeout_s
                 if session.attempt > 1:
                     # What the code did to those of the attempt before is undone, too.
-                    arguments = await job.tool.bind(job.request.parameters)
-                result = await job.tool.run(session, arguments)
+                    arguments = await tool.bind(request.parameters)
+                result = await tool.run(session, arguments)
         except TimeoutError as error:
             if limit.expired():
                 whose, most_s = "", own_s
                 if timeout_s != own_s:
-                    whose, most_s = ", which is how long its caller waits", job.request.timeout_s
+                    whose, most_s = ", which is how long its caller waits", request.timeout_s
                 raise ToolTimedOutError(session.execution_id, f"it took longer than {most_s:.3g} s{whose}") from error
             raise
         return result
@@ -555,12 +566,12 @@ class ToolRunner:
         return await self._home.mailbox.result(self.submit_command(command, origin))
 
 
-async def _repeat(job: _Job, recorded: RecordedExecution) -> ToolOutcome:
+async def _repeat(request: ToolRequest, tool: RunnableTool, recorded: JournalEntry) -> ToolOutcome:
     """The recorded outcome again, its chunks included."""
     result = recorded.result or NOTHING
-    if job.outlet is not None and job.tool.spec.streaming:
+    if request.outlet is not None and tool.spec.streaming:
         for chunk in json.loads(result.json):
-            await job.outlet.hand_out(result_value(chunk, "chunk"))
+            await request.outlet.hand_out(result_value(chunk, "chunk"))
     return ToolOutcome(
         ExecutionStatus.COMMITTED, result, None, "", recorded.id, recorded.sequence, recorded.attempt, repeated=True
     )
@@ -575,12 +586,12 @@ def _bare(command: commands.FinishExecution) -> commands.FinishExecution:
     return replace(command, verdict=bare(command.verdict), children=tuple(map(bare, command.children)))
 
 
-def _outcome(verdict: Verdict, finished: Finished, raised: BaseException | None) -> ToolOutcome:
-    status, execution_id = finished.status, verdict.execution_id
+def _outcome(verdict: Verdict, raised: BaseException | None) -> ToolOutcome:
+    status, execution_id = verdict.status, verdict.execution_id
     if status is ExecutionStatus.COMMITTED:
-        return ToolOutcome(status, verdict.result, None, "", execution_id, finished.sequence, verdict.attempt)
+        return ToolOutcome(status, verdict.result, None, "", execution_id, verdict.sequence, verdict.attempt)
     if status is ExecutionStatus.CONFLICT:
-        error: StateError = ExecutionConflictError(execution_id, ", ".join(map(str, finished.conflicts)))
+        error: StateError = ExecutionConflictError(execution_id, ", ".join(map(str, verdict.conflicts)))
     else:
         error = told(execution_id, raised, verdict.failure)
     return ToolOutcome(status, None, error, error.error_code, execution_id, None, verdict.attempt)

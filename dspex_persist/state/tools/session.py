@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextvars import ContextVar
-from dataclasses import replace
 from datetime import datetime
 from random import Random
 from typing import Any, Final, NoReturn, Protocol, TypeVar
@@ -21,7 +20,6 @@ from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import ExecutionStatus, Failure, LogEntry, Origin, Source, ToolOutcome, Value
 from dspex_persist.state.provider import Submit
-from dspex_persist.state.tools.chunks import Outlet
 from dspex_persist.state.tools.execution import Execution
 from dspex_persist.state.tools.requests import ToolRequest
 
@@ -88,8 +86,8 @@ class ToolSession:
         self.calling: ToolSession | None = None
         self.task: asyncio.Task[Any] | None = None
         self.turn = asyncio.Lock()
-        # Set by the runner: where chunks go, how long the code may take, and how it has ended, if anybody learnt.
-        self.outlet: Outlet | None = None
+        self.outlet = request.outlet
+        # Set by the runner: how long the code may take, and how it has ended, if anybody learnt.
         self.timeout_s: float | None = None
         self.done: asyncio.Future[ToolOutcome | None] | None = None
         self._host = host
@@ -183,7 +181,7 @@ class ToolSession:
         """Run another tool in the same transaction: its result, in an asynchronous tool an awaitable of it."""
         self.execution.check_running()
         parameters = values.encode_arguments(arguments)
-        request = replace(self.request, tool=tool, parameters=parameters, metadata={}, timeout_s=None)
+        request = ToolRequest(self.session_id, tool, parameters, self.request.origin, style=self.request.style)
         future = self._host.call(self, request)
         result_type = self._host.result_type_of(tool)
         if _is_on_loop():
