@@ -7,9 +7,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from dspex_persist.state.bodies import MalformedEventError
 from dspex_persist.state.errors import NotADatabaseError, RecordingError
-from dspex_persist.state.events import Event, ExecutionBegan, ExecutionEnded
+from dspex_persist.state.events import Event, ExecutionBegan, ExecutionEnded, MalformedEventError
 from dspex_persist.state.model import ChangeKind, EventKind, ExecutionStatus, Failure, Value
 from dspex_persist.state.recording import Header, RecordedCommit, RecordedVersion, read_recording
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final, NamedTuple, Self, TypeAlias, cast
 
 from dspex_persist.clock import from_micros
 from dspex_persist.state import bodies
-from dspex_persist.state.bodies import MalformedEventError
+from dspex_persist.state.bodies import MalformedEventError as MalformedEventError
 from dspex_persist.state.frozen import FrozenDict
 from dspex_persist.state.model import (
     Conflict,

@@ -20,17 +20,13 @@ from dspex_persist.state.errors import (
     quote,
 )
 from dspex_persist.state.events import (
-    DependencyAdded,
     Event,
-    ExecutionBegan,
     ExecutionEnded,
     Moment,
-    OptimizationStarted,
     OptimizationStopped,
     Pruned,
     SessionEnded,
     SessionStarted,
-    SessionUpdated,
     ToolsRegistered,
     VariableRegistered,
 )
@@ -220,15 +216,26 @@ class UnitOfWork:
         self.events.append(event)
         return state
 
-    def update_session(self, event: SessionUpdated) -> None:
-        """Replace the session's metadata and TTL."""
-        self._record(event.session_id, event)
-
     def end_session(self, session_id: str, reason: str) -> None:
         """End the session, and with it what runs in it; its history stays."""
         self.interrupt(session_id, self._edit(session_id).executions, f"session {reason}")
         self._forget_outcomes(session_id)
-        self._record(session_id, SessionEnded(session_id, reason))
+        self.record(session_id, SessionEnded(session_id, reason))
+
+    # Events
+
+    def record(self, session_id: str, event: Event) -> SessionState:
+        """Stage an event and what it does to its session; the session as it stands from then on.
+
+        Whoever calls has made sure that the event makes sense there. Events with more to them than that, an execution's
+        end for one, have methods of their own.
+        """
+        state = self._edit(session_id)
+        after = fold(state, event, self._moment, self._undo)
+        if after is not state:
+            self._replace_state(session_id, after)
+        self.events.append(event)
+        return state
 
     # Variables
 
@@ -255,7 +262,7 @@ class UnitOfWork:
         state = self._edit(session_id)
         self._check_room(state, growth_of(variable, None))
         event = VariableRegistered(variable.id, variable.name, variable.type, variable.constraints)
-        self._record(session_id, event)
+        self.record(session_id, event)
         version = self._version(variable, 0, ChangeKind.REGISTERED, variable.value, variable.metadata, variable.source)
         fold_version(state, version, self._undo, event)
         self._stage(version, state.variables[variable.name], bool(variable.metadata))
@@ -328,19 +335,11 @@ class UnitOfWork:
         newest = self._drafts.backing.history(state, VersionQuery(identifier, 1))
         return newest[0].type if newest else None
 
-    # Dependencies and optimization
-
-    def add_dependency(self, session_id: str, event: DependencyAdded) -> None:
-        """Keep a dependency; whoever calls has made sure that it closes no cycle."""
-        self._record(session_id, event)
-
-    def start_optimization(self, session_id: str, event: OptimizationStarted) -> None:
-        """Put the lock on the variable."""
-        self._record(session_id, event)
+    # Optimization
 
     def stop_optimization(self, session_id: str, variable: Variable, lock: Optimization, reason: str) -> Variable:
         """Take the lock off the variable."""
-        self._record(session_id, OptimizationStopped(variable.id, lock.id, reason))
+        self.record(session_id, OptimizationStopped(variable.id, lock.id, reason))
         return variable._replace(optimization=None)
 
     def drop_ended_lock(self, session_id: str, variable: Variable) -> Variable:
@@ -360,17 +359,13 @@ class UnitOfWork:
         replaced = [tools[tool.spec.name] for tool in event.tools if tool.spec.name in tools]
         growth = sum(map(size_of_tool, event.tools)) - sum(map(size_of_tool, replaced))
         self._check_room(self._edit(session_id), growth)
-        self._record(session_id, event)
-
-    def begin_execution(self, session_id: str, event: ExecutionBegan) -> SessionState:
-        """Begin the journal entry of an execution; the session as it stands from then on."""
-        return self._record(session_id, event)
+        self.record(session_id, event)
 
     def end_execution(self, session_id: str, event: ExecutionEnded, attempt: int = 1) -> None:
         """End the journal entry of a running execution."""
         state = self._edit(session_id)
         running = state.executions[event.execution_id]
-        self._record(session_id, event)
+        self.record(session_id, event)
         if running.idempotency_key is not None:
             place = (state.session.sequence, running.idempotency_key)
             self._undo.append((_put_back, (self._drafts.executions, place, self._drafts.executions.get(place))))
@@ -473,15 +468,6 @@ class UnitOfWork:
         states[session_id] = state
         if state is not None:
             self.state = state
-
-    def _record(self, session_id: str, event: Event) -> SessionState:
-        """Stage an event and what it does to its session."""
-        before = self._edit(session_id)
-        after = fold(before, event, self._moment, self._undo)
-        if after is not before:
-            self._replace_state(session_id, after)
-        self.events.append(event)
-        return before
 
     @property
     def _moment(self) -> Moment:

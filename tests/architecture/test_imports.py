@@ -32,6 +32,7 @@ PLANTED = [
     ("state/commands/planted.py", "from google.protobuf import any_pb2", "wire"),
     ("infra/planted.py", "from grpc_health.v1 import health", "wire"),
     ("state/store/planted.py", "import re2", "patterns"),
+    ("state/store/planted.py", "import dspex_persist.state.bodies", "bodies"),
     ("infra/planted.py", "from dspex_persist.state.rpc.generated import snakepit_bridge_pb2", "generated"),
 ]
 

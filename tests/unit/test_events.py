@@ -7,8 +7,7 @@ import pytest
 
 from dspex_persist.clock import to_micros
 from dspex_persist.state import events as e
-from dspex_persist.state.bodies import MalformedEventError
-from dspex_persist.state.events import EVENTS, Event, Moment, event_in
+from dspex_persist.state.events import EVENTS, Event, MalformedEventError, Moment, event_in
 from dspex_persist.state.fold import fold, fold_version
 from dspex_persist.state.model import (
     ChangeKind,

@@ -36,7 +36,7 @@ class AddDependency(Command[None]):
         if any(_same(edge, kept) for kept in state.dependencies):
             return
         check_dependency(state, edge, uow.limits)
-        uow.add_dependency(self.session_id, DependencyAdded(from_id, to_id, self.dependency_type))
+        uow.record(self.session_id, DependencyAdded(from_id, to_id, self.dependency_type))
 
 
 def check_dependency(state: SessionState, edge: Dependency, limits: Limits) -> None:

@@ -138,7 +138,7 @@ class BeginExecution(Command[Begun]):
             self.worker_id,
             self.retry_of,
         )
-        state = uow.begin_execution(self.session_id, event)
+        state = uow.record(self.session_id, event)
         return Begun(execution_id, uow.sequence, uow.limits, uow.optimization_lease_s, seed, state.copy())
 
 

@@ -32,7 +32,7 @@ class StartOptimization(Command[str]):
         variable = uow.drop_ended_lock(self.session_id, variable)
         if held is not None:
             renewed = replace(held, config=self.config or held.config)
-            uow.start_optimization(self.session_id, OptimizationStarted.of(variable.id, renewed))
+            uow.record(self.session_id, OptimizationStarted.of(variable.id, renewed))
             return held.id
         lock = Optimization(
             id=f"opt_{variable.name}_{uow.new_token()}",
@@ -42,7 +42,7 @@ class StartOptimization(Command[str]):
             config=self.config,
             lease_s=uow.optimization_lease_s,
         )
-        uow.start_optimization(self.session_id, OptimizationStarted.of(variable.id, lock))
+        uow.record(self.session_id, OptimizationStarted.of(variable.id, lock))
         return lock.id
 
 

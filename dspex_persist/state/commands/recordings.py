@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from typing import Any, ClassVar, Final
 
 from dspex_persist.state import values
-from dspex_persist.state.bodies import MalformedEventError
 from dspex_persist.state.commands.base import Command, check_merged_metadata, check_metadata, check_text
 from dspex_persist.state.commands.dependencies import check_dependency
 from dspex_persist.state.commands.executions import check_spec, check_tool_count
@@ -19,6 +18,7 @@ from dspex_persist.state.events import (
     Event,
     ExecutionBegan,
     ExecutionEnded,
+    MalformedEventError,
     OptimizationStarted,
     OptimizationStopped,
     SessionEnded,
@@ -146,8 +146,10 @@ class _Repetition:
                 _sound(text)
         if isinstance(event, VariableRegistered):
             self._register_variable(event, version)
+        elif type(event) in _CHECKED:
+            _CHECKED[type(event)](self, event)
         else:
-            _READERS[type(event)](self, event)
+            self._uow.record(self._session_id, event)
 
     def _state(self) -> SessionState:
         return self._uow.session(self._session_id)
@@ -198,7 +200,7 @@ class _Repetition:
 
     def _update_session(self, event: SessionUpdated) -> None:
         self._check_session(event)
-        self._uow.update_session(replace(event, session_id=self._session_id))
+        self._uow.record(self._session_id, replace(event, session_id=self._session_id))
 
     def _check_session(self, event: SessionStarted | SessionUpdated) -> None:
         check_metadata(event.metadata, self._uow.limits)
@@ -215,14 +217,14 @@ class _Repetition:
     def _add_dependency(self, event: DependencyAdded) -> None:
         from_id, to_id = self._variable(event.from_id).id, self._variable(event.to_id).id
         check_dependency(self._state(), Dependency(from_id, to_id, event.type, self._uow.sequence), self._uow.limits)
-        self._uow.add_dependency(self._session_id, event)
+        self._uow.record(self._session_id, event)
 
     def _start_optimization(self, event: OptimizationStarted) -> None:
         uow = self._uow
         check_metadata(event.config, uow.limits)
         event.lock(uow.now).expires_at()  # Raises for a lease that no calendar has.
         self._variable(event.variable_id)
-        uow.start_optimization(self._session_id, event)
+        uow.record(self._session_id, event)
 
     def _stop_optimization(self, event: OptimizationStopped) -> None:
         variable = self._variable(event.variable_id)
@@ -256,7 +258,7 @@ class _Repetition:
             raise ValueError(f"execution {quote(execution_id)} repeats {repeated}, which did not begin before it")
         for value in event.parameters.values():
             read_line(value.json)
-        uow.begin_execution(self._session_id, event)
+        uow.record(self._session_id, event)
 
     def _end_execution(self, event: ExecutionEnded) -> None:
         if event.execution_id not in self._state().executions:
@@ -268,7 +270,7 @@ class _Repetition:
         self._uow.end_execution(self._session_id, event)
 
 
-_READERS: Final[Mapping[type[Event], Callable[[_Repetition, Any], None]]] = {
+_CHECKED: Final[Mapping[type[Event], Callable[[_Repetition, Any], None]]] = {
     SessionStarted: _Repetition._start_session,
     SessionUpdated: _Repetition._update_session,
     SessionEnded: _Repetition._end_session,
@@ -279,6 +281,7 @@ _READERS: Final[Mapping[type[Event], Callable[[_Repetition, Any], None]]] = {
     ExecutionBegan: _Repetition._begin_execution,
     ExecutionEnded: _Repetition._end_execution,
 }
+"""The events that a recording may have wrong, or that take more than to be recorded."""
 
 
 def _began_before(execution_id: str, sequence: int) -> bool:
@@ -329,7 +332,7 @@ class ForkSession(Command[SessionView]):
         state = uow.start_session(SessionStarted(self.session_id, metadata, uow.session_ttl_s, config))
         ids = {variable.id: self._register(uow, variable) for variable in self.variables}
         for edge in self.dependencies:
-            uow.add_dependency(self.session_id, DependencyAdded(ids[edge.from_id], ids[edge.to_id], edge.type))
+            uow.record(self.session_id, DependencyAdded(ids[edge.from_id], ids[edge.to_id], edge.type))
         return SessionView(resumed=False, variables=tuple(state.variables.values()))
 
     def _register(self, uow: UnitOfWork, variable: Variable) -> str:

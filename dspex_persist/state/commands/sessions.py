@@ -47,7 +47,7 @@ class InitializeSession(Command[SessionView]):
         ttl_s = _ttl_of(self.metadata, state.session.ttl_s)
         if merged != state.session.metadata or ttl_s != state.session.ttl_s:
             check_merged_metadata(merged, self.metadata, uow.limits)
-            uow.update_session(SessionUpdated(self.session_id, merged, ttl_s))
+            uow.record(self.session_id, SessionUpdated(self.session_id, merged, ttl_s))
 
 
 def _ttl_of(metadata: Mapping[str, str], default_s: float | None) -> float | None:

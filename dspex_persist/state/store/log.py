@@ -211,8 +211,9 @@ class LogWriter:
             )
 
     def _add_event(self, unit: UnitOfWork, state: SessionState, ordinal: int, event: Event) -> str:
-        logged = _PROJECTIONS[type(event)](self, unit, state, event) or event
-        text = storable(logged.to_body())
+        project = _PROJECTIONS.get(type(event))
+        logged = None if project is None else project(self, unit, state, event)
+        text = storable((logged or event).to_body())
         self._events.append((unit.sequence, ordinal, event.kind.value, text))
         return event_text(ordinal, event.kind.value, text)
 

@@ -265,15 +265,15 @@ def lock_of(text: str | None) -> Optimization | None:
     """The lock kept as JSON on its variable's row."""
     if text is None:
         return None
-    body = json.loads(text)
+    kept = json.loads(text)
     for name in ("started_at", "renewed_at"):
-        body[name] = nearest_time(body[name]) if body[name] is not None else None
-    return Optimization(**body)
+        kept[name] = nearest_time(kept[name]) if kept[name] is not None else None
+    return Optimization(**kept)
 
 
 def lock_text(lock: Optimization) -> str:
     """The lock as JSON for its variable's row."""
-    body = asdict(lock)
+    kept = asdict(lock)
     for name in ("started_at", "renewed_at"):
-        body[name] = to_micros(body[name]) if body[name] is not None else None
-    return json.dumps(body, sort_keys=True)
+        kept[name] = to_micros(kept[name]) if kept[name] is not None else None
+    return json.dumps(kept, sort_keys=True)

@@ -23,13 +23,13 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from dspex_persist.clock import EARLIEST, LATEST, from_micros, to_micros
-from dspex_persist.state.bodies import MalformedEventError
 from dspex_persist.state.errors import NotADatabaseError, ReadFailedError, quote
 from dspex_persist.state.events import (
     DependencyAdded,
     Event,
     ExecutionBegan,
     ExecutionEnded,
+    MalformedEventError,
     OptimizationStarted,
     OptimizationStopped,
     Pruned,
@@ -819,7 +819,8 @@ class _Replay:
         for _, sequence, ordinal, kind, text, created_at in rows:
             try:
                 event = event_in(kind, stored(text))
-                _READERS[type(event)](self, _Commit(sequence, created_at), event)
+                if (read := _READERS.get(type(event))) is not None:
+                    read(self, _Commit(sequence, created_at), event)
             except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
                 where = f"commit {sequence}, {self._name}"
                 what = str(error) if isinstance(error, MalformedEventError) else f"{type(error).__name__} {error}"
