@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dspex_persist.state.errors import VariableNotFoundError as VariableNotFoundError
     from dspex_persist.state.errors import VersionConflictError as VersionConflictError
     from dspex_persist.state.limits import Limits as Limits
+    from dspex_persist.state.local import LocalState as LocalState
     from dspex_persist.state.provider import StateProvider as StateProvider
     from dspex_persist.wiring import connect as connect
     from dspex_persist.wiring import open_audit as open_audit
@@ -54,6 +55,7 @@ _HOMES = {
     "InvalidValueError": "dspex_persist.state.errors",
     "LimitExceededError": "dspex_persist.state.errors",
     "Limits": "dspex_persist.state.limits",
+    "LocalState": "dspex_persist.state.local",
     "OutcomeUnknownError": "dspex_persist.state.errors",
     "SessionNotFoundError": "dspex_persist.state.errors",
     "Settings": "dspex_persist.settings",

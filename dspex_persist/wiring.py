@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from dspex_persist.errors import DspexError
 from dspex_persist.infra import forks, streams
@@ -27,6 +27,7 @@ from dspex_persist.infra.logs import configure_logs, get_logger, quiet_grpc
 from dspex_persist.settings import Settings, SettingsError
 from dspex_persist.state.errors import CheckpointError, FileChangedError, InvalidArgumentError, quote
 from dspex_persist.state.limits import Limits
+from dspex_persist.state.options import SessionOptions
 from dspex_persist.state.provider import Progress, StateProvider, silent
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from dspex_persist.state.audit import AuditSource
     from dspex_persist.state.bridged import BridgedState
     from dspex_persist.state.embedded import EmbeddedState, SqliteState
+    from dspex_persist.state.local import LocalState
     from dspex_persist.state.recording import Header, RecordedCommit
     from dspex_persist.state.store.transfer import ImportReport
     from dspex_persist.state.tools.ports import ToolCode
@@ -53,6 +55,9 @@ _SCHEME: Final = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):(?P<rest>.*)",
 _HOST_AND_PORT: Final = re.compile(r"//(\[[^\[\]/]+\]|[^\[\]/:]+):[0-9]{1,5}")
 _BARE_HOST_AND_PORT: Final = re.compile(r"(\[[^\[\]/]+\]|[^\[\]/:\s]+):[0-9]{1,5}")
 _FORMS: Final = "a path, sqlite:///PATH, grpc://HOST:PORT or grpc+unix:/PATH"
+_IN_MEMORY: Final = ("memory:", ":memory:")
+
+_Options = TypeVar("_Options", bound=SessionOptions)
 
 _log: Final = get_logger(__name__)
 
@@ -82,22 +87,27 @@ def connect(url: str | os.PathLike[str], **options: Any) -> StateProvider:
     folder, no database of ours, ...; `ToolLoadError`: what was given has no tools. A relative path is fixed here:
     changing the working directory later changes nothing.
 
+    `memory:`: nothing but this process has it, and it ends with it; each call begins with an empty one. Options: the
+    fields of `SessionOptions` (limits, session_ttl_s, ...), `sweep_interval_s`, `tools`, `tool_threads`.
+
     `grpc://HOST:PORT` or `grpc+unix:/PATH`: a server. Options: `timeout_s`, `actor`. It is reached with the first
     call, not before.
 
     Raises `InvalidArgumentError` for any other address, and for an option that cannot be; `TypeError` for one that
     does not exist.
     """
-    place = _place_of(url)
+    if url in _IN_MEMORY:
+        return _local(**options)
+    place = _place_of(url, forms=f"memory:, {_FORMS}")
     return _embedded(place, **options) if isinstance(place, Path) else _bridged(place, **options)
 
 
 def open_audit(url: str | os.PathLike[str], *, reveal: bool = False, **options: Any) -> "AuditSource":
     """The history at `url`, to be asked; close it when you are done (it is a context manager).
 
-    `url` is what `connect` takes. A file is only read: a server may have it open, and a backup will do. `reveal` shows
-    the values of sensitive variables; a server shows them only if it was started with `audit_reveal`. Options are for
-    servers: `timeout_s`, `actor`.
+    `url` is what `connect` takes, but for `memory:`. A file is only read: a server may have it open, and a backup will
+    do. `reveal` shows the values of sensitive variables; a server shows them only if it was started with
+    `audit_reveal`. Options are for servers: `timeout_s`, `actor`.
 
     Raises `OpenError` for what is no database, `InvalidArgumentError` for any other address.
     """
@@ -162,14 +172,14 @@ def limits_of(settings: Settings) -> Limits:
     return dataclasses.replace(said, session_size_bytes=session, history_size_bytes=history)
 
 
-def _place_of(url: str | os.PathLike[str]) -> Path | str:
+def _place_of(url: str | os.PathLike[str], forms: str = _FORMS) -> Path | str:
     """The file that a URL means, or the target of the server."""
     if isinstance(url, bytes) or not isinstance(url, str | os.PathLike):
-        raise InvalidArgumentError("url", f"it must be {_FORMS}, not {type(url).__name__}")
+        raise InvalidArgumentError("url", f"it must be {forms}, not {type(url).__name__}")
     if not isinstance(url, str):
         return Path(url)
     match, meant = _SCHEME.match(url), _meant(url)
-    if match is None and not meant and url not in ("", ":memory:"):
+    if match is None and not meant and url not in ("", *_IN_MEMORY):
         return Path(url)
     scheme, rest = (match["scheme"], match["rest"]) if match is not None else ("", "")
     if scheme == "sqlite" and len(rest) > 3 and rest.startswith("///"):
@@ -179,9 +189,9 @@ def _place_of(url: str | os.PathLike[str]) -> Path | str:
     if scheme == "grpc+unix" and rest.strip("/"):
         return f"unix:{re.sub('^//(?=/)', '', rest)}"
     if meant:
-        raise InvalidArgumentError("url", f"{quote(url)} is not {_FORMS}; did you mean {meant}?")
-    hint = "; for a database that goes again, name a file in a temporary folder" if url == ":memory:" else ""
-    raise InvalidArgumentError("url", f"{quote(url)} is not {_FORMS}{hint}")
+        raise InvalidArgumentError("url", f"{quote(url)} is not {forms}; did you mean {meant}?")
+    hint = "; of a state in memory no history can be asked" if url in _IN_MEMORY else ""
+    raise InvalidArgumentError("url", f"{quote(url)} is not {forms}{hint}")
 
 
 def _meant(url: str) -> str:
@@ -198,14 +208,29 @@ def _embedded(path: Path, **options: Any) -> "EmbeddedState":
     from dspex_persist.state.embedded import EmbeddedState
     from dspex_persist.state.store.session_store import StoreOptions
 
-    of_store = [field.name for field in dataclasses.fields(StoreOptions)]
-    _check_options(options, [*of_store, *_options_of(EmbeddedState)], "a file")
-    store_options = StoreOptions(**{name: options.pop(name) for name in of_store if name in options})
-    if options.get("tools") is not None:
+    store_options, options = _sorted_options(options, StoreOptions, EmbeddedState, "a file")
+    return EmbeddedState(path, store_options, **options)
+
+
+def _local(**options: Any) -> "LocalState":
+    from dspex_persist.state.local import LocalState
+
+    session_options, options = _sorted_options(options, SessionOptions, LocalState, "a state in memory")
+    return LocalState(session_options, **options)
+
+
+def _sorted_options(
+    given: "Mapping[str, Any]", kind: type[_Options], provider: type, what: str
+) -> tuple[_Options, dict[str, Any]]:
+    """Those of a kind, and the others, which are the provider's own, with a toolbox of what has the tools."""
+    names = [field.name for field in dataclasses.fields(kind)]
+    _check_options(given, [*names, *_options_of(provider)], what)
+    others = {name: option for name, option in given.items() if name not in names}
+    if others.get("tools") is not None:
         from dspex_persist.cognitive.toolbox import Toolbox
 
-        options["tools"] = Toolbox.of(options["tools"])
-    return EmbeddedState(path, store_options, **options)
+        others["tools"] = Toolbox.of(others["tools"])
+    return kind(**{name: option for name, option in given.items() if name in names}), others
 
 
 def _options_of(kind: type) -> list[str]:

@@ -38,6 +38,7 @@ S_co = TypeVar("S_co", bound=LogStore, covariant=True)
 
 _logger: Final = get_logger(__name__)
 
+CACHE_SIZE_BYTES: Final = 256 * 1024 * 1024
 _EXPIRY: Final = Origin(actor="dspex-persist", cause="expiry")
 _RECOVERY: Final = Origin(actor="dspex-persist", cause="recovery")
 
@@ -83,17 +84,19 @@ def unit_of(options: SessionOptions, drafts: Drafts, origin: Origin, at: GroupMo
 
 
 class Groups(Generic[S_co]):
-    """The sessions of one log, which it owns. `hub` is where they are watched.
+    """The sessions of one log, which it owns. `hub`: where they are watched; `cache_size_bytes` bounds those in memory.
 
     One thread at a time may call `write_group`, `sweep`, `check` and `close`; any thread may read. Whatever these raise
     instead of returning it as an outcome ends the use of the store: see `LogStore`.
     """
 
-    def __init__(self, log: S_co, options: SessionOptions | None = None) -> None:
+    def __init__(
+        self, log: S_co, options: SessionOptions | None = None, *, cache_size_bytes: int = CACHE_SIZE_BYTES
+    ) -> None:
         self.log = log
         self.options = options or SessionOptions()
         self.hub = Hub(log.sequence)
-        self._cache = SessionCache(self.options.cache_size_bytes)
+        self._cache = SessionCache(cache_size_bytes)
         self._last_at = log.last_at
         # Nothing runs any more of what ran when the store was closed or its process died.
         self._stale = dict(log.unfinished())

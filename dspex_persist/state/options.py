@@ -31,7 +31,7 @@ def check_count(name: str, value: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SessionOptions:
-    """How sessions are kept. `cache_size_bytes` bounds those in memory; times are seconds.
+    """How sessions are kept; times are seconds.
 
     `session_ttl_s`: the TTL of a session that names none; None: it never ends by itself. `optimization_lease_s`: how
     long an optimizer holds its lock without a sign of life. `outcome_retention_s`: how long answers are kept under
@@ -41,7 +41,6 @@ class SessionOptions:
     limits: Limits = field(default_factory=Limits)
     session_ttl_s: float | None = None
     optimization_lease_s: float = 300.0
-    cache_size_bytes: int = 256 * 1024 * 1024
     outcome_retention_s: float = 7 * 86_400.0
 
     def __post_init__(self) -> None:
@@ -51,6 +50,5 @@ class SessionOptions:
             check_count(f"limits.{limit.name}", getattr(self.limits, limit.name))
         check_seconds("outcome_retention_s", self.outcome_retention_s)
         check_seconds("optimization_lease_s", self.optimization_lease_s)
-        check_count("cache_size_bytes", self.cache_size_bytes)
         if self.session_ttl_s is not None:
             check_seconds("session_ttl_s", self.session_ttl_s)

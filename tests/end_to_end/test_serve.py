@@ -398,7 +398,6 @@ def test_connect_opens_a_file_by_path_and_by_url(tmp_path: Path, monkeypatch: py
     "url",
     [
         "",
-        ":memory:",
         "sqlite:///",
         "sqlite://a.db",
         "grpc://localhost",

@@ -26,7 +26,7 @@ from dspex_persist.state.errors import (
     StorageError,
     quote,
 )
-from dspex_persist.state.groups import GroupMoment, Groups, Job, unit_of
+from dspex_persist.state.groups import CACHE_SIZE_BYTES, GroupMoment, Groups, Job, unit_of
 from dspex_persist.state.log_store import LogStore, UnwritableError
 from dspex_persist.state.model import CommitChanges, JournalEntry, VariableVersion
 from dspex_persist.state.options import SessionOptions, check_count, check_seconds
@@ -67,9 +67,10 @@ _PAGE_BYTES = 4 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class StoreOptions(SessionOptions):
-    """How a store behaves. Times are seconds."""
+    """How a store behaves. `cache_size_bytes` bounds the sessions in memory; times are seconds."""
 
     durability: Durability = "full"
+    cache_size_bytes: int = CACHE_SIZE_BYTES
     retention_keep_versions: int | None = None
     retention_age_s: float | None = None
     retention_ended_sessions_s: float | None = None
@@ -80,6 +81,7 @@ class StoreOptions(SessionOptions):
         SessionOptions.__post_init__(self)
         if self.durability not in get_args(Durability):
             raise InvalidArgumentError("durability", f"{quote(self.durability)} is neither 'full' nor 'normal'")
+        check_count("cache_size_bytes", self.cache_size_bytes)
         for name in ("retention_age_s", "retention_ended_sessions_s"):
             if getattr(self, name) is not None:
                 check_seconds(name, getattr(self, name))
@@ -397,7 +399,7 @@ def open_groups(path: Path, options: StoreOptions | None = None) -> FileGroups:
     store = SessionStore(path, options)
     try:
         with forks.busy():
-            return Groups(store, store.options)
+            return Groups(store, store.options, cache_size_bytes=store.options.cache_size_bytes)
     except (OutcomeUnknownError, ReadFailedError, FileChangedError) as error:
         store.abandon()
         raise NotADatabaseError(str(path), str(error)) from error

@@ -1,0 +1,203 @@
+"""LocalState: session state in the memory of this process. It ends with the process, or when it is closed."""
+
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from datetime import datetime
+from typing import ClassVar
+
+from dspex_persist.clock import EARLIEST
+from dspex_persist.state.events import ExecutionBegan, ExecutionEnded, SessionEnded
+from dspex_persist.state.groups import Groups
+from dspex_persist.state.log_state import LogState
+from dspex_persist.state.log_store import LogStore, affected, number_variables
+from dspex_persist.state.model import Change, CommitChanges, JournalEntry, VariableVersion
+from dspex_persist.state.options import SessionOptions, check_count
+from dspex_persist.state.session_state import SessionState
+from dspex_persist.state.tools.ports import ToolCode, check_tools
+from dspex_persist.state.tools.with_tools import TOOL_THREADS, WithTools
+from dspex_persist.state.unit_of_work import Backing, RecordedOutcome, UnitOfWork, VersionQuery, up_to
+
+
+class LocalState(WithTools):
+    """Session state in memory, for tests, notebooks, and whatever need not outlive its process.
+
+    `tools` are what `execute_tool` can execute, on up to `tool_threads` threads (see `dspex_persist.Toolbox`). The
+    history of a session is kept until the session ends. Every `sweep_interval_s` seconds those whose TTL is over end.
+
+    Raises `InvalidArgumentError` for an option that cannot be, and for what are no tools.
+    """
+
+    def __init__(
+        self,
+        options: SessionOptions | None = None,
+        *,
+        sweep_interval_s: float = 30.0,
+        tools: Mapping[str, ToolCode] | None = None,
+        tool_threads: int = TOOL_THREADS,
+    ) -> None:
+        # Before a thread is begun.
+        check_count("tool_threads", tool_threads)
+        check_tools(tools)
+        # The log has what memory has: nothing is gained by forgetting it, nor by larger groups.
+        groups = Groups(MemoryLog(), options, cache_size_bytes=sys.maxsize)
+        self.engine = LogState(groups, name="session state in memory", sweep_interval_s=sweep_interval_s, gap_s=0)
+        super().__init__(self.engine, tools, threads=tool_threads, limits=self.engine.limits)
+
+
+class MemoryLog(LogStore):
+    """The log in dictionaries: what is current of the sessions that live, and what was, until they end."""
+
+    is_durable: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._sequence = 0
+        self._live: dict[str, SessionState] = {}
+        # By the number of a session's first commit: an id may be given again.
+        self._pasts: dict[int, _Past] = {}
+        self._ended: list[int] = []
+        self._outcomes: dict[str, dict[str, tuple[datetime, RecordedOutcome]]] = {}
+
+    @property
+    def sequence(self) -> int:
+        """The number of the last commit."""
+        return self._sequence
+
+    @property
+    def last_at(self) -> datetime:
+        """A log begins empty, whatever the time is."""
+        return EARLIEST
+
+    # Writing. Readers are on other threads: each step below leaves them something whole.
+
+    def append(self, units: Sequence[UnitOfWork], touched: Sequence[SessionState]) -> None:
+        """Keep what the units staged; leases are shared, so there is nothing to do for `touched`."""
+        for unit in units:
+            state = unit.state
+            assert state is not None, "a unit with changes has a session"
+            number_variables(unit)
+            self._pasts.setdefault(state.session.sequence, _Past()).add(unit)
+            if any(isinstance(event, SessionEnded) for event in unit.events):
+                self._live.pop(state.session.id, None)
+                self._outcomes.pop(state.session.id, None)
+                self._ended.append(state.session.sequence)
+            else:
+                self._live[state.session.id] = state
+            if unit.outcome is not None:
+                kept = self._outcomes.setdefault(unit.outcome.session_id, {})
+                kept[unit.outcome.key] = unit.now, unit.outcome
+            self._sequence = unit.sequence
+
+    def load(self, session_id: str) -> SessionState | None:
+        """The live session's state."""
+        state = self._live.get(session_id)
+        return state.copy() if state is not None else None
+
+    def find_version(self, state: SessionState, variable_id: str, version: int) -> VariableVersion | None:
+        """One version."""
+        versions = self._past_of(state).versions.get(variable_id, ())
+        return versions[version] if 0 <= version < len(versions) else None
+
+    def history(self, state: SessionState, query: VersionQuery) -> list[VariableVersion] | None:
+        """The versions that the query wants, newest first; None if the session never had the variable."""
+        past = self._past_of(state)
+        live = state.find(query.identifier) if query.as_of is None else None
+        variable_id = live.id if live is not None else past.find_id(query.identifier, query.as_of)
+        if variable_id is None:
+            return None
+        return up_to(past.versions[variable_id][: query.before][::-1][: query.limit], query.most_bytes)
+
+    def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
+        """What was answered under an idempotency key."""
+        _, outcome = self._outcomes.get(session_id, {}).get(key, (None, None))
+        return outcome
+
+    def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
+        """The last execution under an idempotency key, if it has ended."""
+        return self._past_of(state).executions.get(key)
+
+    # Reading
+
+    def snapshot(self) -> AbstractContextManager[Backing]:
+        """What it reads is never changed, only added to."""
+        return nullcontext(self)
+
+    def changes_after(self, state: SessionState, after: int, most_commits: int = 64) -> list[CommitChanges]:
+        """The session's next commits."""
+        commits = self._past_of(state).commits
+        first = bisect_right(commits, after, key=lambda commit: commit[0])
+        return [
+            CommitChanges(sequence, changes, affected(state, sequence, changes))
+            for sequence, changes in commits[first : first + most_commits]
+        ]
+
+    def _past_of(self, state: SessionState) -> "_Past":
+        # Of one that has ended somebody may still have the state.
+        return self._pasts.get(state.session.sequence) or _Past()
+
+    # Housekeeping
+
+    def unfinished(self) -> Mapping[str, Sequence[str]]:
+        """Nothing is left of an earlier process."""
+        return {}
+
+    def expired(self, now: datetime, limit: int) -> list[str]:
+        """The ids of sessions whose TTL is over."""
+        return [session_id for session_id, state in list(self._live.items()) if state.is_over(now)][:limit]
+
+    def reclaim(self, before: datetime, is_watched: Callable[[int], bool]) -> None:
+        """Forget old answers, and the sessions that have ended and that nobody watches any more."""
+        for kept in self._outcomes.values():
+            for key in [key for key, (given_at, _) in kept.items() if given_at < before]:
+                del kept[key]
+        gone = [first_sequence for first_sequence in self._ended if not is_watched(first_sequence)]
+        for first_sequence in gone:
+            self._pasts.pop(first_sequence, None)
+        self._ended = [each for each in self._ended if each in self._pasts]
+
+    def close(self) -> None:
+        """There is nothing to let go but memory."""
+        self._live, self._pasts, self._outcomes = {}, {}, {}
+
+
+class _Past:
+    """What was of one session: every version of every variable, and every commit."""
+
+    def __init__(self) -> None:
+        self.versions: dict[str, list[VariableVersion]] = {}
+        self.commits: list[tuple[int, tuple[Change, ...]]] = []
+        self.executions: dict[str, JournalEntry] = {}
+        self._running: dict[str, tuple[str, JournalEntry]] = {}
+        self._ids: dict[str, tuple[str, ...]] = {}
+
+    def add(self, unit: UnitOfWork) -> None:
+        """Take in the next commit."""
+        for change in unit.versions:
+            versions = self.versions.setdefault(change.variable.id, [])
+            versions.append(change.version)
+            if len(versions) == 1:
+                name = change.variable.name
+                self._ids[name] = (*self._ids.get(name, ()), change.variable.id)
+        for event in unit.events:
+            if isinstance(event, ExecutionBegan) and event.idempotency_key is not None:
+                self._begin(event, event.idempotency_key, unit.sequence)
+            elif isinstance(event, ExecutionEnded) and event.execution_id in self._running:
+                key, entry = self._running.pop(event.execution_id)
+                ended = replace(entry, status=event.status, sequence=unit.sequence, result=event.result)
+                self.executions[key] = ended
+        self.commits.append((unit.sequence, tuple(unit.versions)))
+
+    def _begin(self, began: ExecutionBegan, key: str, sequence: int) -> None:
+        facts = (began.execution_id, began.tool, sequence, began.parent_id, key, began.fingerprint)
+        self._running[began.execution_id] = key, JournalEntry(*facts, attempt=began.attempt)
+        # The last one counts, and it has not ended.
+        self.executions.pop(key, None)
+
+    def find_id(self, identifier: str, as_of: int | None) -> str | None:
+        """The id of the newest variable of this name, or of the one of this id, that had begun by commit `as_of`."""
+        for each in (*reversed(self._ids.get(identifier, ())), identifier):
+            if each in self.versions and (as_of is None or self.versions[each][0].sequence <= as_of):
+                return each
+        return None

@@ -1,0 +1,178 @@
+"""The contract on session state in memory."""
+
+import os
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import ClassVar
+
+import pytest
+from freezegun import freeze_time
+
+from dspex_persist import LocalState, clock, connect, errors, open_audit
+from dspex_persist.clock import EARLIEST
+from dspex_persist.state.commands import ReadState, SetVariable
+from dspex_persist.state.model import Value
+from dspex_persist.state.options import SessionOptions
+from dspex_persist.state.provider import StateProvider
+from dspex_persist.testing.contract_tools import CONTRACT_TOOLS
+from dspex_persist.testing.provider_contract import SMALL_LIMITS, LeaseContract, ProviderContract
+from dspex_persist.testing.stream_contract import StreamContract
+from dspex_persist.testing.tool_contract import ToolContract
+
+
+@pytest.fixture(scope="class")
+def shared(request: pytest.FixtureRequest) -> Iterator[LocalState]:
+    """One for a class: its tests have sessions of their own."""
+    with LocalState(request.cls.options) as provider:
+        yield provider
+
+
+class Local:
+    """What the contract asks for."""
+
+    options: ClassVar[SessionOptions] = SessionOptions(limits=SMALL_LIMITS)
+
+    @pytest.fixture
+    def provider(self, shared: LocalState) -> StateProvider:
+        return shared
+
+
+class TestLocal(Local, ProviderContract):
+    """Everything that needs no durability."""
+
+
+class TestLocalLeases(Local, LeaseContract):
+    """Leases that end while one waits."""
+
+    options = SessionOptions(optimization_lease_s=LeaseContract.lease_s)
+
+
+@pytest.fixture(scope="class")
+def with_tools() -> Iterator[LocalState]:
+    """One for a class, with the tools of the contract."""
+    with LocalState(tools=CONTRACT_TOOLS) as provider:
+        yield provider
+
+
+class TestLocalTools(ToolContract):
+    """Tools that run in this process."""
+
+    @pytest.fixture
+    def provider(self, with_tools: LocalState) -> StateProvider:
+        return with_tools
+
+
+class TestLocalStreams(StreamContract):
+    """What they yield."""
+
+    @pytest.fixture
+    def provider(self, with_tools: LocalState) -> StateProvider:
+        return with_tools
+
+
+@pytest.mark.parametrize("url", ["memory:", ":memory:"])
+def test_connect_opens_an_empty_one_each_time(url: str) -> None:
+    with connect(url, session_ttl_s=60, tools=CONTRACT_TOOLS) as first, connect(url) as second:
+        assert isinstance(first, LocalState)
+        assert first.capabilities == frozenset()
+        first.initialize_session("s")
+        first.register_variable("s", "a", "integer", 1)
+        assert first.execute_tool("s", "add", {"amount": 2}).success
+        assert first.get_value("s", "a") == 3
+        assert not second.heartbeat("s")
+    with pytest.raises(errors.EngineClosedError):
+        first.get_session("s")
+    first.close()
+
+
+def test_what_it_cannot_do_it_says() -> None:
+    with pytest.raises(TypeError, match="a state in memory has no option durability; there are limits"):
+        connect("memory:", durability="full")
+    with pytest.raises(errors.InvalidArgumentError, match="sweep_interval_s"):
+        connect("memory:", sweep_interval_s=0)
+    with pytest.raises(errors.InvalidArgumentError, match="of a state in memory no history can be asked"):
+        open_audit("memory:")
+    with connect("memory:") as state, pytest.raises(errors.UnsupportedError):
+        state.audit()
+
+
+def test_a_session_lives_for_its_ttl() -> None:
+    with freeze_time("2030-01-01") as frozen, LocalState(SessionOptions(session_ttl_s=100)) as state:
+        state.initialize_session("s")
+        state.register_variable("s", "x", "integer", 1)
+        for _ in range(3):
+            frozen.tick(timedelta(seconds=99))
+            assert state.get_value("s", "x") == 1
+        watch = state.watch("s")
+        frozen.tick(timedelta(seconds=100))
+        assert state.heartbeat("s") is False
+        state.initialize_session("s")
+        with pytest.raises(errors.SessionNotFoundError):
+            watch.pull()
+
+
+def test_of_a_session_that_has_ended_nothing_is_kept_but_for_its_watchers() -> None:
+    with LocalState() as state:
+        log = state.engine._groups.log
+        state.initialize_session("s")
+        state.register_variable("s", "x", "integer", 0)
+        session = state.run(ReadState("s"))
+        watch = state.watch("s")
+        written = [state.submit(SetVariable("s", "x", Value(str(number)))) for number in range(1000)]
+        assert [future.result() for future in written] == list(range(1, 1001))
+        state.cleanup_session("s")
+        log.reclaim(EARLIEST, state.engine._groups.hub.is_watched)
+        assert [update.variable.version for update in watch] == list(range(1, 1001))
+        watch.close()
+        assert log.changes_after(session, 0)
+        log.reclaim(EARLIEST, state.engine._groups.hub.is_watched)
+        assert not log.changes_after(session, 0)
+
+
+def test_answers_are_kept_for_a_while() -> None:
+    with freeze_time("2030-01-01") as frozen, LocalState() as state:
+        state.initialize_session("s")
+        state.register_variable("s", "x", "integer", 0)
+        assert [state.set_variable("s", "x", 1, idempotency_key="k") for _ in range(2)] == [1, 1]
+        frozen.tick(timedelta(days=8))
+        state.engine._groups.log.reclaim(clock.now() - timedelta(days=7), lambda _: False)
+        assert state.set_variable("s", "x", 1, idempotency_key="k") == 2
+
+
+def test_many_threads_write_one_after_the_other() -> None:
+    with LocalState() as state:
+        state.initialize_session("s")
+        state.register_variable("s", "x", "integer", 0)
+        versions: list[int] = []
+
+        def write() -> None:
+            versions.extend(state.set_variable("s", "x", number) for number in range(50))
+
+        threads = [threading.Thread(target=write) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(versions) == list(range(1, 401))
+        assert [entry.version for entry in state.get_variable_history("s", "x", 500)] == list(range(400, -1, -1))
+
+
+def test_a_forked_child_is_refused() -> None:
+    with LocalState() as state:
+        state.initialize_session("s")
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                state.initialize_session("s")
+                os.write(writer, b"answered")
+            except errors.ForkedProcessError as error:
+                os.write(writer, str(error).encode())
+            finally:
+                os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as said:
+            assert said.read().startswith(b"session state in memory belongs to the process")
+        os.waitpid(child, 0)
+        assert state.heartbeat("s")
