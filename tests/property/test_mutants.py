@@ -186,3 +186,32 @@ def test_an_execution_that_repeats_itself_is_refused(tmp_path: Path) -> None:
     circle = (json.dumps(each) + "\n" for each in documents)
     with pytest.raises(RecordingError, match="which did not begin before it"):
         wiring.import_session(tmp_path / "circle.db", circle, session_id="circle")
+
+
+@pytest.mark.parametrize(
+    ("key", "number", "told"),
+    [
+        ("attempt", 2**63, "is no attempt"),
+        ("attempt", 10**9, "is no attempt"),
+        ("attempt", 0, "is no attempt"),
+        ("duration_us", 2**63, "more than 64 bits"),
+        ("writes", [["x", 2**63]], "more than 64 bits"),
+        ("published", [["x", -(2**63) - 1]], "more than 64 bits"),
+        ("reads", {"x": ["x", "var_x", 2**63]}, "more than 64 bits"),
+        ("conflicts", [{"name": "x", "expected": None, "actual": 2**63}], "more than 64 bits"),
+    ],
+)
+def test_numbers_that_no_journal_has_are_refused(tmp_path: Path, key: str, number: object, told: str) -> None:
+    """No column and no message could hold them."""
+    lines = max(_recordings(tmp_path), key=len)
+    documents = [json.loads(line) for line in lines]
+    documents[0]["commits"] = len(lines) - 1
+    bodies = [event["body"] for each in documents for event in each.get("events", [])]
+    # An end that has a reason has nothing else.
+    [*_, body] = (each for each in bodies if key in each and "reason" not in each)
+    body[key] = number
+    changed = (json.dumps(each) + "\n" for each in documents)
+    path = tmp_path / "changed.db"
+    with pytest.raises(RecordingError, match=told):
+        wiring.import_session(path, changed, session_id="changed")
+    assert not path.exists()

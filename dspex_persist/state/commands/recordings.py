@@ -1,7 +1,7 @@
 """Recordings: repeat a recorded commit, end an import, begin a session as another one was at a point."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Final
@@ -48,6 +48,8 @@ FORKED_FROM: Final = "forked_from"
 FORKED_AT: Final = "forked_at"
 """The session's metadata says of which session it is a fork, and as of which commit."""
 
+_INTEGERS: Final = range(-(2**63), 2**63)
+"""Those that columns and messages take."""
 _NEVER: Final = datetime(9000, 1, 1, tzinfo=UTC)
 _UNREADABLE: Final = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
 
@@ -253,6 +255,9 @@ class _Repetition:
         if event.idempotency_key is not None:
             check_text("idempotency key", event.idempotency_key, uow.limits.name_length, "name_length")
         check_metadata(event.metadata, uow.limits)
+        if not 1 <= event.attempt <= self._commit.number:
+            # Each attempt began in a commit of its own.
+            raise ValueError(f"execution {quote(execution_id)} is no attempt {event.attempt}, so early in its session")
         if event.retry_of is not None and not _began_before(event.retry_of, uow.sequence):
             repeated = quote(event.retry_of)
             raise ValueError(f"execution {quote(execution_id)} repeats {repeated}, which did not begin before it")
@@ -265,6 +270,8 @@ class _Repetition:
             raise ValueError(f"execution {quote(event.execution_id)} does not run")
         if event.status is ExecutionStatus.RUNNING:
             raise ValueError(f"execution {quote(event.execution_id)} ends as running")
+        if not all(number in _INTEGERS for number in _numbers(event)):
+            raise ValueError(f"execution {quote(event.execution_id)} has a version or a duration of more than 64 bits")
         if event.result is not None:
             read_line(event.result.json)
         self._uow.end_execution(self._session_id, event)
@@ -288,6 +295,15 @@ def _began_before(execution_id: str, sequence: int) -> bool:
     """Whether the id names a commit before this one: who follows repetitions comes to an end then."""
     number = execution_id.removeprefix("exec_").partition("_")[0]
     return number.isascii() and number.isdecimal() and len(number) < 19 and int(number) < sequence
+
+
+def _numbers(event: ExecutionEnded) -> Iterator[int]:
+    """The versions that an execution names, and its duration."""
+    told = [event.duration_us]
+    told += [version for _, version in (*event.writes, *event.published)]
+    told += [version for conflict in event.conflicts for version in (conflict.expected, conflict.actual)]
+    told += [seen.version for seen in event.reads.values() if seen is not None]
+    return (number for number in told if number is not None)
 
 
 def _sound(text: str) -> str:
