@@ -1,6 +1,7 @@
 """What a tool yields: kept, as its list is the result, and handed out."""
 
 import asyncio
+import contextlib
 import io
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future
@@ -79,7 +80,9 @@ class ChunkQueue:
         done.add_done_callback(lambda _: self._queue.put(None))
         while (handed := self._queue.get()) is not None:
             chunk, taken = handed
-            taken.get_loop().call_soon_threadsafe(_let_go_on, taken)
+            # The loop may have ended by now, with whoever waits on it; `done` says so.
+            with contextlib.suppress(RuntimeError):
+                taken.get_loop().call_soon_threadsafe(_let_go_on, taken)
             yield chunk
 
 
