@@ -45,7 +45,8 @@ from dspex_persist.state.store.anchor import Head, parse
 from dspex_persist.state.store.engine import open_readers, snapshot
 from dspex_persist.state.store.session_store import FileGroups, open_groups
 from dspex_persist.state.store.verify import iter_problems
-from dspex_persist.state.tools.execution import Execution, _Overlay
+from dspex_persist.state.tools.execution import Execution
+from dspex_persist.state.tools.overlay import Overlay
 from tests.property.execution_oracle import (
     Entry,
     Exec,
@@ -754,7 +755,7 @@ def do_nothing(*_: Any) -> None:
     """Undo nothing; interrupt nothing."""
 
 
-def keep_seen(self: _Overlay, variable: Any) -> None:
+def keep_seen(self: Overlay, variable: Any) -> None:
     """What it has published itself is a conflict to it."""
     self.published[variable.name] = variable
     self._show_published()
@@ -783,7 +784,7 @@ def planted(owner: type, name: str, bug: Callable[..., Any]) -> Iterator[None]:
         (Execution, "finish", drop_steps),
         pytest.param(Execution, "undo", do_nothing, marks=pytest.mark.thorough),
         (Groups, "_interrupt_stale", do_nothing),
-        pytest.param(_Overlay, "rebase", keep_seen, marks=pytest.mark.thorough),
+        pytest.param(Overlay, "rebase", keep_seen, marks=pytest.mark.thorough),
         (BeginExecution, "apply", read_committed),
     ],
 )

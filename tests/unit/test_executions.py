@@ -29,7 +29,8 @@ from dspex_persist.state.model import (
     ToolSpec,
     Value,
 )
-from dspex_persist.state.tools.execution import Execution, is_transactional, may_block
+from dspex_persist.state.tools.execution import Execution
+from dspex_persist.state.tools.touched import is_transactional, may_block
 from dspex_persist.testing.memory import MemoryBacking
 from tests.deadline import within
 

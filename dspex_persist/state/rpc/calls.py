@@ -18,7 +18,8 @@ from dspex_persist.state.model import Origin
 from dspex_persist.state.rpc.headers import EXECUTION_ID, EXPECTED_VERSION, RPC_ID
 from dspex_persist.state.rpc.incoming import Call, Context, fitting, header, origin_of
 from dspex_persist.state.rpc.rpcs.base import Rpc
-from dspex_persist.state.tools.execution import Execution, is_transactional, may_block
+from dspex_persist.state.tools.execution import Execution
+from dspex_persist.state.tools.touched import is_transactional, may_block
 from dspex_persist.state.tools.with_tools import WithTools
 
 R = TypeVar("R")

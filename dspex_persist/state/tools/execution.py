@@ -1,313 +1,37 @@
 """Execution: the session as one tool execution sees it, and what it has staged. In memory only, until it commits.
 
-Commands run here exactly as they run in a store: over a unit of work whose backing is the snapshot that the execution
-began with. At the end the commands that changed anything are sent to the store as one command (`FinishExecution`),
+At the end the commands that changed anything are sent to the store as one command (`FinishExecution`),
 which carries them out again if nothing that the execution stood on has changed.
 """
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from random import Random
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from dspex_persist import clock
-from dspex_persist.infra import forks
-from dspex_persist.state import commands, values
+from dspex_persist.state import values
 from dspex_persist.state.commands import Command
-from dspex_persist.state.commands.base import Reads
-from dspex_persist.state.commands.executions import Begun, FinishExecution, Step, Verdict, matches, see
+from dspex_persist.state.commands.executions import Begun, FinishExecution, Verdict
 from dspex_persist.state.errors import (
     ExecutionEndedError,
     ForkedProcessError,
     InvalidArgumentError,
     LimitExceededError,
-    UnsupportedError,
-    VariableNotFoundError,
 )
 from dspex_persist.state.model import (
-    Dependency,
     ExecutionStatus,
     Isolation,
-    JournalEntry,
     Origin,
     Seen,
     Variable,
-    VariableVersion,
 )
-from dspex_persist.state.session_state import SessionState
-from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, Savepoint, UnitOfWork, VersionQuery, up_to
+from dspex_persist.state.tools.overlay import Overlay
+from dspex_persist.state.tools.touched import Touched, touched_by
+from dspex_persist.state.unit_of_work import Savepoint
 
 R = TypeVar("R")
 
 # What the journal says of a name that was asked for, beside the name.
 _SEEN_BYTES = 64
-_MOST_PATTERNS = 16
-_STEP_BYTES = 200
-
-
-class _Touched(NamedTuple):
-    """What a command reads and writes, by the identifiers that it names."""
-
-    reads: Sequence[str] = ()
-    writes: Sequence[str] = ()
-    pattern: str | None = None
-    dependencies: bool = False
-
-
-def _touched(command: Command[Any]) -> _Touched:
-    match command:
-        case commands.GetVariable() | commands.GetVariableHistory():
-            return _Touched((command.identifier,))
-        case commands.GetVariables():
-            return _Touched(command.identifiers)
-        case commands.ListVariables():
-            return _Touched(pattern=command.pattern)
-        case commands.SetVariable() | commands.DeleteVariable() | commands.RollbackVariable():
-            return _Touched(writes=(command.identifier,))
-        case commands.StartOptimization() | commands.StopOptimization():
-            return _Touched(writes=(command.identifier,))
-        case commands.SetVariables():
-            return _Touched(writes=tuple(command.updates))
-        case commands.RegisterVariable():
-            return _Touched(writes=(command.name,))
-        case commands.AddDependency():
-            return _Touched((command.from_variable, command.to_variable), dependencies=True)
-    raise UnsupportedError(f"{command.cause} inside an execution")
-
-
-def is_transactional(command: Command[Any]) -> bool:
-    """Whether the command belongs inside the execution that a call names: every one on variables does."""
-    try:
-        _touched(command)
-    except UnsupportedError:
-        return False
-    return True
-
-
-def may_block(command: Command[Any]) -> bool:
-    """Whether `Execution.run` may hold up an event loop: to wait for the store's file, or to match many names."""
-    return command.reads is Reads.HISTORY or isinstance(command, commands.RollbackVariable | commands.ListVariables)
-
-
-class _Overlay:
-    """What an execution and those that it called share: the snapshot, and what they have staged over it.
-
-    `read` carries out a reading command on the store, for history; it may block.
-    """
-
-    def __init__(self, session_id: str, begun: Begun, origin: Origin, read: Callable[[Command[Any]], Any]) -> None:
-        assert begun.snapshot is not None, "an execution that began has a snapshot"
-        self.lock = threading.RLock()
-        self.session_id = session_id
-        self.snapshot = begun.snapshot
-        self.steps: list[Step] = []
-        self.checked: dict[str, Seen | None] = {}
-        self.written: set[str] = set()
-        self.matched: dict[str, tuple[Seen, ...]] = {}
-        self.dependencies: tuple[Dependency, ...] | None = None
-        self.gone: dict[str, str | None] = {}
-        # By name: others may have deleted one of them and registered another, which has been published since.
-        self.published: dict[str, Variable] = {}
-        self.asked_bytes = 0
-        self._ended_bytes = 0
-        self._staged_bytes = [0]
-        self._base_sequence = begun.sequence
-        self._read = read
-        self._drafts = Drafts(self)
-        self.unit = UnitOfWork(
-            self._drafts, origin, clock.now(), 0, begun.limits, optimization_lease_s=begun.optimization_lease_s
-        )
-        self._tokens = _tokens_of(begun.seed)
-        self.is_forked = False
-        forks.tell(self)
-
-    def forked(self, *, quiet: bool) -> None:
-        """What a child stages would be lost: there it is refused. See `forks.Heir`."""
-        self.is_forked = True
-        self.lock = threading.RLock()
-
-    def apply(self, command: Command[R], execution_id: str, origin: Origin) -> R:
-        """Carry a command out; one that fails leaves nothing behind."""
-        unit, issued = self.unit, list[str]()
-        start = unit.savepoint()
-        unit.now, unit.origin, unit.tokens = clock.now(), origin, _recorded(self._tokens, issued)
-        unit.steady = clock.steady()
-        try:
-            result = command.apply(unit)
-            size_bytes = self._measure(start) if command.writes else 0
-        except BaseException:
-            # Whatever it is: what is staged of it would be written with the rest.
-            unit.rollback_to(start)
-            raise
-        if command.writes and unit.savepoint() != start:
-            step = Step(execution_id, command, origin.source, origin.optimizer_id, tuple(issued))
-            self.steps.append(step)
-            self._staged_bytes.append(size_bytes)
-        return result
-
-    def _measure(self, start: Savepoint) -> int:
-        """What has been staged up to here, if it is not too much: all of it will be one commit, in the writer."""
-        _, versions, _ = start
-        written, most = max(len(self.unit.versions), len(self.steps) + 1), self.unit.limits.execution_writes
-        if written > most:
-            raise LimitExceededError("number of writes of the execution", written, most, "execution_writes")
-        added = sum(change.version.size_bytes for change in self.unit.versions[versions:])
-        size_bytes = self._staged_bytes[-1] + added + _STEP_BYTES
-        self._check_size(size_bytes + self._ended_bytes)
-        return size_bytes
-
-    def _check_size(self, size_bytes: int) -> None:
-        most = self.unit.limits.execution_size_bytes
-        if size_bytes > most:
-            what = "size of what the execution writes and calls, in bytes,"
-            raise LimitExceededError(what, size_bytes, most, "execution_size_bytes")
-
-    def note_ended(self, size_bytes: int) -> None:
-        """Count what a call that went well leaves in the journal, which is written at the end of the whole."""
-        self._check_size(self._staged_bytes[-1] + self._ended_bytes + size_bytes)
-        self._ended_bytes += size_bytes
-
-    def look(self, touched: _Touched) -> dict[str, Seen | None]:
-        """Remember what the execution stands on from here on; what it is, by identifier."""
-        found = {asked: see(self.snapshot.find(asked)) for asked in (*touched.reads, *touched.writes)}
-        for asked, seen in found.items():
-            self.checked.setdefault(asked, seen)
-        if touched.pattern is not None and touched.pattern not in self.matched:
-            # At the end all of them are matched again, in the writer: whoever asks in so many ways has asked for all.
-            pattern = touched.pattern if len(self.matched) < _MOST_PATTERNS else ""
-            if pattern not in self.matched:
-                seen_all = map(see, matches(self.snapshot, pattern))
-                self.matched[pattern] = tuple(seen for seen in seen_all if seen is not None)
-        if touched.dependencies and self.dependencies is None:
-            self.dependencies = self.snapshot.dependencies
-        return found
-
-    def find(self, identifier: str) -> Variable | None:
-        """The variable as the execution sees it."""
-        with self.lock:
-            state = self._drafts.find(self.session_id)
-            return state.find(identifier) if state is not None else None
-
-    def has_staged(self, identifier: str) -> bool:
-        """Whether the execution itself has written the variable."""
-        staged = (change.variable for change in self.unit.versions)
-        return any(identifier in (variable.name, variable.id) for variable in staged)
-
-    def rebase(self, variable: Variable) -> None:
-        """Take in a version that the execution itself has published: it is no conflict, and it is seen."""
-        before, now = variable.version - 1, see(variable)
-        for asked, seen in self.checked.items():
-            if seen is not None and (seen.variable_id, seen.version) == (variable.id, before):
-                self.checked[asked] = now
-        for pattern, matched in self.matched.items():
-            self.matched[pattern] = tuple(
-                now if now is not None and (seen.variable_id, seen.version) == (variable.id, before) else seen
-                for seen in matched
-            )
-        self.published[variable.name] = variable
-        self._show_published()
-
-    def rollback_to(self, savepoint: Savepoint, steps: int) -> None:
-        """Take back everything staged since."""
-        self.unit.rollback_to(savepoint)
-        del self.steps[steps:], self._staged_bytes[steps + 1 :]
-        self._show_published()
-
-    def _show_published(self) -> None:
-        for variable in self.published.values():
-            _show(self.snapshot, variable)
-            draft = self._drafts.states.get(self.session_id)
-            if draft is not None and not self._is_own(draft, variable):
-                _show(draft, variable)
-
-    def _is_own(self, draft: SessionState, variable: Variable) -> bool:
-        """Whether the execution has written the variable, or made another one that has its name now."""
-        named = draft.variables.get(variable.name)
-        return self.has_staged(variable.id) or (named is not None and self.has_staged(named.id))
-
-    # What the unit of work asks for
-
-    def load(self, session_id: str) -> SessionState | None:
-        return self.snapshot if session_id == self.session_id else None
-
-    def find_version(self, state: SessionState, variable_id: str, version: int) -> VariableVersion | None:
-        query = commands.GetVariableHistory(self.session_id, variable_id, 1, version + 1)
-        found: list[VariableVersion] = self._read(query)
-        return found[0] if found and found[0].version == version else None
-
-    def history(self, state: SessionState, query: VersionQuery) -> list[VariableVersion] | None:
-        limit, before, most_bytes = query.limit, query.before, query.most_bytes
-        meant = self._meant(state, query.identifier)
-        staged = [
-            change.version
-            for change in reversed(self.unit.versions)
-            if change.version.variable_id == meant and (before is None or change.version.version < before)
-        ]
-        told = up_to(staged[:limit], most_bytes)
-        if most_bytes is not None:
-            most_bytes -= sum(entry.size_bytes for entry in told)
-        enough = len(told) >= limit or (most_bytes is not None and most_bytes <= 0)
-        if enough or (staged and staged[-1].version == 0):
-            return told
-        base = self.snapshot.find(meant) if meant is not None else None
-        if base is not None:
-            before = base.version + 1 if before is None else min(before, base.version + 1)
-        if meant is None:
-            return self._history_of_gone(query.identifier, limit, before, most_bytes)
-        # By id: of its name there may be another one by now.
-        rest = commands.GetVariableHistory(self.session_id, meant, limit - len(staged), before, most_bytes)
-        committed: list[VariableVersion] = self._read(rest)
-        return staged + committed
-
-    def _history_of_gone(
-        self, identifier: str, limit: int, before: int | None, most_bytes: int | None
-    ) -> list[VariableVersion] | None:
-        """Of who was deleted before the execution began: another one of its name, begun since, is not for it to see."""
-        query = commands.GetVariableHistory(self.session_id, identifier, limit, before, most_bytes, self._base_sequence)
-        try:
-            found: list[VariableVersion] = self._read(query)
-        except VariableNotFoundError:
-            self.gone.setdefault(identifier, None)
-            return None
-        if found:
-            self.gone.setdefault(identifier, found[0].variable_id)
-        return found
-
-    def _meant(self, state: SessionState, identifier: str) -> str | None:
-        """The id of the variable that is there, or that the execution has deleted; None if it was gone before."""
-        found = state.find(identifier)
-        if found is not None:
-            return found.id
-        staged = (change.variable for change in reversed(self.unit.versions))
-        return next((each.id for each in staged if identifier in (each.name, each.id)), None)
-
-    def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
-        return None
-
-    def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
-        return None
-
-
-def _show(state: SessionState, variable: Variable) -> None:
-    """Set the variable in a state that may have another one of its name, or none."""
-    previous = state.put(variable)
-    if previous is not None and previous.id != variable.id:
-        state.names.pop(previous.id, None)
-    state.names[variable.id] = variable.name
-
-
-def _tokens_of(seed: str) -> Iterator[str]:
-    """The random parts of ids, from the execution's recorded seed, so that a replay makes the same."""
-    drawn = Random(f"{seed}:ids")
-    while True:
-        yield f"{drawn.getrandbits(48):012x}"
-
-
-def _recorded(tokens: Iterator[str], issued: list[str]) -> Iterator[str]:
-    for token in tokens:
-        issued.append(token)
-        yield token
 
 
 @dataclass(eq=False)
@@ -318,7 +42,7 @@ class Execution:
     session_id: str
     tool: str
     isolation: Isolation
-    overlay: _Overlay
+    overlay: Overlay
     parent: "Execution | None" = None
     reads: dict[str, Seen | None] = field(default_factory=dict)
     patterns: list[str] = field(default_factory=list)
@@ -339,7 +63,7 @@ class Execution:
         read: Callable[[Command[Any]], Any],
     ) -> "Execution":
         """The execution that a store has begun."""
-        return cls(begun.execution_id, session_id, tool, isolation, _Overlay(session_id, begun, origin, read))
+        return cls(begun.execution_id, session_id, tool, isolation, Overlay(session_id, begun, origin, read))
 
     def begin_child(self, begun: Begun, tool: str) -> "Execution":
         """An execution that this one called: part of the same transaction."""
@@ -368,7 +92,7 @@ class Execution:
         with self.overlay.lock:
             self.check_running()
             self.check_is_of(command.session_id)
-            touched = _touched(command)
+            touched = touched_by(command)
             self._count_asked(touched)
             found = self.overlay.look(touched)
             for asked in touched.reads:
@@ -385,7 +109,7 @@ class Execution:
         if command.fault is None and command.brings > values.LITTLE:
             command.read_ahead(values.ReadAhead(self.overlay.unit.limits, strict=strict), self.overlay.find)
 
-    def _count_asked(self, touched: _Touched) -> None:
+    def _count_asked(self, touched: Touched) -> None:
         """What it asks for is in its journal entry, whether it is there or not."""
         overlay, limits = self.overlay, self.overlay.unit.limits
         new = [asked for asked in touched.reads if asked not in self.reads]

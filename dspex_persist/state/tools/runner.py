@@ -21,19 +21,13 @@ from dspex_persist.state.commands import Command
 from dspex_persist.state.commands.executions import Begun, Verdict
 from dspex_persist.state.errors import (
     EngineClosedError,
-    ExecutionConflictError,
     ExecutionEndedError,
     ExecutionNotFoundError,
     IdempotencyConflictError,
-    InternalError,
     LimitExceededError,
     MissingVariablesError,
-    QueueFullError,
     SessionNotFoundError,
-    StateError,
-    StorageError,
     ToolArgumentError,
-    ToolInterruptedError,
     ToolNotFoundError,
     ToolTimedOutError,
     UnavailableError,
@@ -50,10 +44,10 @@ from dspex_persist.state.model import (
 )
 from dspex_persist.state.provider import Submit
 from dspex_persist.state.tools.chunks import Emit, Outlet
+from dspex_persist.state.tools.endings import Endings
 from dspex_persist.state.tools.execution import Execution
 from dspex_persist.state.tools.failures import (
     RaisedError,
-    failure_of,
     raised_of,
     status_of,
     told,
@@ -71,7 +65,6 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.25
 _LARGE_BYTES: Final = 100_000
 _JOIN_PAUSE_S: Final = 0.02
 _MOST_JOINS: Final = 1_000
-_SAY_AGAIN_S: Final = 5.0
 _LONG_WAIT_S: Final = 5.0
 _ENTRY_BYTES: Final = 500
 _ANEW: Final = (ExecutionStatus.CANCELLED, ExecutionStatus.INTERRUPTED, ExecutionStatus.CONFLICT)
@@ -102,12 +95,12 @@ class ToolRunner:
         self.tools = dict(tools)
         self.limits = limits
         self._home = home
+        self._endings = Endings(submit, home)
         self._registered = registered
         self._running: dict[str, ToolSession] = {}
         # Those, too, that have ended while their code goes on.
         self._sessions: WeakValueDictionary[str, ToolSession] = WeakValueDictionary()
         self._count = 0
-        self._draining = False
 
     def start(self, coroutine: Coroutine[Any, Any, R]) -> "Future[R]":
         """Have a coroutine of the runner's run on its home loop; from any thread."""
@@ -142,7 +135,7 @@ class ToolRunner:
 
     def drain(self) -> None:
         """What is cancelled from here on was interrupted by the server's end, not given up by its client."""
-        self._draining = True
+        self._endings.draining = True
 
     def _session_of(self, execution_id: str) -> ToolSession:
         session = self._running.get(execution_id)
@@ -358,8 +351,8 @@ class ToolRunner:
     def _abandon(self, command: commands.BeginExecution, origin: Origin, future: "Future[Begun]") -> None:
         if future.cancelled() or future.exception() is not None or future.result().snapshot is None:
             return
-        verdict = Verdict(future.result().execution_id, self._gone(), attempt=command.attempt)
-        self._say(commands.FinishExecution(command.session_id, verdict), origin)
+        verdict = Verdict(future.result().execution_id, self._endings.gone, attempt=command.attempt)
+        self._endings.say(commands.FinishExecution(command.session_id, verdict), origin)
 
     async def _attempt(
         self,
@@ -406,77 +399,15 @@ class ToolRunner:
                 raise RuntimeError(f"it ended while {session.calling.execution.tool!r}, which it called, was running")
             verdict = session.verdict(ExecutionStatus.COMMITTED, result)
         except asyncio.CancelledError:
-            self._end_without_waiting(session, session.verdict(self._gone()))
+            self._endings.end_without_waiting(session, session.verdict(self._endings.gone))
             raise
         except Exception as error:  # noqa: BLE001 -- users' code: whatever it raises is its verdict
             raised, failure = raised_of(error)
             broken = session.outlet is not None and session.outlet.broken is not None
             status = ExecutionStatus.CANCELLED if broken else status_of(raised)
             verdict = session.verdict(status, failure=failure)
-            return await self._end(session, verdict, raised)
-        return await self._end(session, verdict)
-
-    def _gone(self) -> ExecutionStatus:
-        return ExecutionStatus.INTERRUPTED if self._draining else ExecutionStatus.CANCELLED
-
-    # Ending
-
-    async def _end(self, session: ToolSession, verdict: Verdict, raised: BaseException | None = None) -> ToolOutcome:
-        command = self._closing(session, verdict)
-        future = self.submit_command(command, session.origin)
-        try:
-            final = await self._home.mailbox.result(future)
-        except asyncio.CancelledError:
-            # If its turn had come it is committed, or not, as it would have been anyway.
-            if future.cancelled():
-                self._end_without_waiting(session, replace(verdict, status=self._gone(), result=None))
-            raise
-        except (SessionNotFoundError, ExecutionEndedError):
-            reason = "the session ended while the tool ran; nothing was written"
-            error = ToolInterruptedError(session.execution_id, reason)
-            return ToolOutcome(
-                ExecutionStatus.INTERRUPTED, None, error, error.error_code, error.execution_id, None, session.attempt
-            )
-        except StateError as error:
-            self._owe(session, verdict, error)
-            raise
-        return _outcome(final, raised)
-
-    def _end_without_waiting(self, session: ToolSession, verdict: Verdict) -> None:
-        self._say(self._closing(session, verdict), session.origin)
-
-    def _closing(self, session: ToolSession, verdict: Verdict) -> commands.FinishExecution:
-        """The command that ends an execution, after which its code is refused everything, and what it called is ended
-        with it."""
-        execution = session.execution
-        execution.close(verdict.status.value)
-        for called in session.below():
-            called.execution.close(verdict.status.value)
-            execution.children.append(called.verdict(verdict.status))
-            execution.children.extend(called.execution.children)
-            if called.task is not None:
-                called.task.cancel()
-        return execution.finish(verdict)
-
-    def _say(self, command: commands.FinishExecution, origin: Origin) -> None:
-        """Have the journal say how an execution ended that wrote nothing; later, if the store has no room now."""
-
-        def settled(future: "Future[Verdict]") -> None:
-            error = None if future.cancelled() else future.exception()
-            if isinstance(error, StorageError | QueueFullError):
-                again = functools.partial(self._say, command, origin)
-                self._home.mailbox.post(lambda: self._home.loop.call_later(_SAY_AGAIN_S, again))
-            elif isinstance(error, InternalError) and command != _bare(command):
-                self._say(_bare(command), origin)
-
-        self.submit_command(command, origin).add_done_callback(settled)
-
-    def _owe(self, session: ToolSession, verdict: Verdict, error: StateError) -> None:
-        """The store did not take the end: what the execution wrote is lost, but its journal entry is not."""
-        if isinstance(error, StorageError | QueueFullError | InternalError):
-            failed = replace(verdict, status=ExecutionStatus.FAILED, result=None, failure=failure_of(error))
-            command = session.execution.finish(failed)
-            self._say(_bare(command) if isinstance(error, InternalError) else command, session.origin)
+            return await self._endings.end(session, verdict, raised)
+        return await self._endings.end(session, verdict)
 
     # Calls from tool to tool
 
@@ -512,7 +443,7 @@ class ToolRunner:
             session = ToolSession(self, child, request, 1, begun.seed, parent)
             if execution.ended:
                 # It did not wait for what it called.
-                self._end_without_waiting(session, session.verdict(ExecutionStatus.ABORTED))
+                self._endings.end_without_waiting(session, session.verdict(ExecutionStatus.ABORTED))
                 execution.check_running()
             session.task = asyncio.current_task()
             parent.calling = session
@@ -535,7 +466,7 @@ class ToolRunner:
                 raised, failure = raised_of(error)
                 child.undo()
                 status = ExecutionStatus.FAILED if isinstance(raised, Exception) else ExecutionStatus.CANCELLED
-                self._end_without_waiting(session, session.verdict(status, failure=failure))
+                self._endings.end_without_waiting(session, session.verdict(status, failure=failure))
             raise
         child.close(ExecutionStatus.COMMITTED.value)
         parent.children.extend([session.verdict(ExecutionStatus.COMMITTED, result), *child.children])
@@ -575,26 +506,6 @@ async def _repeat(request: ToolRequest, tool: RunnableTool, recorded: JournalEnt
     return ToolOutcome(
         ExecutionStatus.COMMITTED, result, None, "", recorded.id, recorded.sequence, recorded.attempt, repeated=True
     )
-
-
-def _bare(command: commands.FinishExecution) -> commands.FinishExecution:
-    """The same without what the code has put into it: something in it cannot be kept, and nobody knows what."""
-
-    def bare(verdict: Verdict) -> Verdict:
-        return Verdict(verdict.execution_id, verdict.status, failure=verdict.failure, attempt=verdict.attempt)
-
-    return replace(command, verdict=bare(command.verdict), children=tuple(map(bare, command.children)))
-
-
-def _outcome(verdict: Verdict, raised: BaseException | None) -> ToolOutcome:
-    status, execution_id = verdict.status, verdict.execution_id
-    if status is ExecutionStatus.COMMITTED:
-        return ToolOutcome(status, verdict.result, None, "", execution_id, verdict.sequence, verdict.attempt)
-    if status is ExecutionStatus.CONFLICT:
-        error: StateError = ExecutionConflictError(execution_id, ", ".join(map(str, verdict.conflicts)))
-    else:
-        error = told(execution_id, raised, verdict.failure)
-    return ToolOutcome(status, None, error, error.error_code, execution_id, None, verdict.attempt)
 
 
 def _check_depth(asker: ToolSession | None) -> None:
