@@ -9,10 +9,11 @@ import pytest
 from google.protobuf.wrappers_pb2 import StringValue
 from grpc._cython import cygrpc
 
+from dspex_persist.infra import calls
 from dspex_persist.infra.channels import channel_options
 from dspex_persist.infra.process import ServerProcess
 from dspex_persist.infra.server import ServerOptions, _channel_options
-from dspex_persist.state.rpc import client, remote
+from dspex_persist.state.rpc import client
 from tests.deadline import within
 from tests.infra import ping
 from tests.infra.frames import GOAWAY, MAX_CONCURRENT_STREAMS, RawConnection, begun_and_reset
@@ -25,7 +26,7 @@ def test_grpc_knows_every_option() -> None:
         *_channel_options(ServerOptions("127.0.0.1:0")),
         *channel_options("127.0.0.1:1"),
         *client._RECONNECTING,
-        *remote._options("127.0.0.1:1", 1.0),
+        *calls._options("127.0.0.1:1", 1.0),
     ]
     # Its own names are in its library, each with a NUL behind it.
     assert [name for name, _ in options if name.encode() + b"\0" not in known] == []
