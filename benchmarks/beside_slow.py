@@ -23,8 +23,8 @@ from benchmarks.load import Series, Slice
 from benchmarks.plan import Plan
 from benchmarks.rpc import packed, start_server
 from benchmarks.table import Row, Target
-from dspex_persist.state.rpc.codec import BRIDGE_SERVICE
-from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 
 _PATIENCE_S = 60
 _RPCS = ("SetVariable", "GetVariable")

@@ -21,10 +21,10 @@ from benchmarks.files import NAMES, begin_session, make_file, session_id
 from benchmarks.plan import Plan
 from benchmarks.rpc import PING, Calls, Rpc, row_of, run_rounds, start_server
 from benchmarks.table import Row
+from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.commands import SetVariable
 from dspex_persist.state.model import Value
-from dspex_persist.state.rpc.codec import BRIDGE_SERVICE
-from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
 
 SERVED = ("--tools", "benchmarks.tools")
 """How a server gets the tools of the benchmarks."""

@@ -25,8 +25,8 @@ from benchmarks.load import Series, Slice, run_tasks
 from benchmarks.plan import BATCH, Plan
 from benchmarks.table import Row, Target
 from dspex_persist.infra.process import ServerProcess
-from dspex_persist.state.rpc.codec import BRIDGE_SERVICE
-from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 
 _ROOT = Path(__file__).resolve().parents[1]
 _HISTORIES = 16

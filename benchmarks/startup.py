@@ -16,8 +16,8 @@ from benchmarks.load import median_ratio
 from benchmarks.plan import Plan
 from benchmarks.rpc import start_server
 from benchmarks.table import Row, Target
-from dspex_persist.state.rpc.codec import BRIDGE_SERVICE
-from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 
 _TOUCHED = 10
 """Sessions that are touched after each start, all over the file."""

@@ -18,7 +18,7 @@ from pathlib import Path
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 
-from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.testing.server import ServedDatabase
 
 _PACKAGE = "/snakepit.bridge.BridgeService/"

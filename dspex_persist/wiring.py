@@ -378,12 +378,12 @@ async def _serve_bridge(
     settings: Settings, engine: "SqliteState", tools: "Mapping[str, ToolCode]", end: "_End"
 ) -> None:
     from dspex_persist.infra import server
-    from dspex_persist.state.rpc.audit_service import AuditServicer
-    from dspex_persist.state.rpc.codec import BRIDGE_SERVICE
-    from dspex_persist.state.rpc.remote import RemoteTools
-    from dspex_persist.state.rpc.rpcs.audit import AUDIT_SERVICE
-    from dspex_persist.state.rpc.servicer import BridgeServicer
-    from dspex_persist.state.rpc.status import status_of
+    from dspex_persist.state.bridge.audit_service import AuditServicer
+    from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
+    from dspex_persist.state.bridge.remote import RemoteTools
+    from dspex_persist.state.bridge.rpcs.audit import AUDIT_SERVICE
+    from dspex_persist.state.bridge.servicer import BridgeServicer
+    from dspex_persist.state.bridge.status import status_of
     from dspex_persist.state.tools.with_tools import WithTools
 
     def on_ready(port: int) -> None:

@@ -1,5 +1,5 @@
-"""BridgedState, beside the other backends; the bridge that it is a part of is in `rpc`."""
+"""BridgedState, beside the other backends; the bridge that it is a part of is in `bridge`."""
 
-from dspex_persist.state.rpc.client import BridgedState
+from dspex_persist.state.bridge.client import BridgedState
 
 __all__ = ["BridgedState"]

@@ -1,7 +1,7 @@
 """Everything that can go wrong in the state layer: errors with fields, one leaf for each cause.
 
 Each leaf is a dataclass: its fields are its arguments, `str()` says what is true and, where there is
-something to do, what to do next. `rpc/status.py` maps each leaf to a gRPC status code.
+something to do, what to do next. `bridge/status.py` maps each leaf to a gRPC status code.
 """
 
 import os

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2
+from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2
 from tests.architecture.test_protocol_descriptor import describe
 
 PUBLISHED = Path(__file__).parents[1] / "assets" / "audit_protocol.json"

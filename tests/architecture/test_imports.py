@@ -33,7 +33,7 @@ PLANTED = [
     ("infra/planted.py", "from grpc_health.v1 import health", "wire"),
     ("state/store/planted.py", "import re2", "patterns"),
     ("state/store/planted.py", "import dspex_persist.state.bodies", "bodies"),
-    ("infra/planted.py", "from dspex_persist.state.rpc.generated import snakepit_bridge_pb2", "generated"),
+    ("infra/planted.py", "from dspex_persist.state.bridge.generated import snakepit_bridge_pb2", "generated"),
 ]
 
 
@@ -97,7 +97,7 @@ def test_seam_names_every_backend() -> None:
     backends = [name.strip(" ()") for name in by_id["state"]["layers"][0].split("|")]
     there = {name for name in backends if list((PACKAGE / "state").glob(f"{name}*"))}
     forbidden = {name.removeprefix("dspex_persist.state.") for name in by_id["seam"]["forbidden_modules"]}
-    assert {"store", "rpc"} | there <= forbidden
+    assert {"store", "bridge"} | there <= forbidden
 
 
 def test_migrations_stand_alone() -> None:

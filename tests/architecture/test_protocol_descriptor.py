@@ -11,7 +11,7 @@ import snakepit_bridge_pb2 as client_pb2
 from google.protobuf import descriptor_pb2
 from google.protobuf.descriptor import FileDescriptor
 
-from dspex_persist.state.rpc.generated import snakepit_bridge_pb2
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2
 
 ROOT = Path(__file__).parents[2]
 CONTRACT_FILE = ROOT / "tests" / "assets" / "bridge_protocol.json"

@@ -29,6 +29,7 @@ from grpc_status import rpc_status
 from dspex_persist import connect, open_audit
 from dspex_persist.audit import HistoryQuery
 from dspex_persist.infra.process import ServerProcess
+from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as ours
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.commands import SetVariable
 from dspex_persist.state.embedded import EmbeddedState
@@ -41,7 +42,6 @@ from dspex_persist.state.errors import (
     UnsupportedError,
 )
 from dspex_persist.state.model import PrunePolicy, Value
-from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as ours
 from tests.deadline import within
 from tests.end_to_end.gates import DEADLINE_S
 from tests.end_to_end.old_style import OldClient, environment, serve, target_of, wait_until

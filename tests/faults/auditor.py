@@ -6,7 +6,7 @@ from typing import Any, Self
 import grpc.aio
 from google.protobuf.message_factory import GetMessageClass
 
-from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as pb
+from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["AuditService"]
 _TIMEOUT_S = 60.0

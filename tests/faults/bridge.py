@@ -11,7 +11,7 @@ import grpc.aio
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message_factory import GetMessageClass
 
-from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from tests.deadline import within
 
 CALL_TIMEOUT_S = within(20)

@@ -22,8 +22,8 @@ from pathlib import Path
 import grpc.aio
 
 from dspex_persist.infra.process import ServerProcess
-from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as audit_pb
-from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as audit_pb
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.store import maintenance
 from tests.faults.auditor import Auditor
 from tests.faults.bridge import Bridge, wire

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from tests.concurrency.linearizability import Operation
 from tests.faults.bridge import Bridge, ToolAnswer, is_refusal, wire
 from tests.faults.ledger import Commit, Ledger, Rollback, Write

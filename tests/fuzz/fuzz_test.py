@@ -21,8 +21,8 @@ from typing import Any, Final
 import grpc
 
 from dspex_persist.infra.process import ServerProcess
-from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as audit_pb
-from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as audit_pb
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.store import maintenance
 from tests.faults.bridge import wire
 from tests.faults.crash_test import server_argv

@@ -11,8 +11,8 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescri
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as audit_pb
-from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as audit_pb
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 
 METHODS: Final[Sequence[MethodDescriptor]] = (
     *pb.DESCRIPTOR.services_by_name["BridgeService"].methods,

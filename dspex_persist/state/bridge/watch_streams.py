@@ -5,12 +5,12 @@ from typing import Any
 
 from dspex_persist import clock
 from dspex_persist.infra.mailbox import LoopMailbox
+from dspex_persist.state.bridge import codec
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.bridge.headers import AFTER_SEQUENCE, INITIAL_VALUES, POSITION
+from dspex_persist.state.bridge.incoming import Context
 from dspex_persist.state.errors import UnavailableError, WatchStalledError
 from dspex_persist.state.model import Update, UpdateKind
-from dspex_persist.state.rpc import codec
-from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
-from dspex_persist.state.rpc.headers import AFTER_SEQUENCE, INITIAL_VALUES, POSITION
-from dspex_persist.state.rpc.incoming import Context
 from dspex_persist.state.watch import Watch
 
 

@@ -15,12 +15,12 @@ from dspex_persist.state.audit import (
     SessionEntry,
     VariableState,
 )
+from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
+from dspex_persist.state.bridge.records import Codec
+from dspex_persist.state.bridge.rpcs import audit as rpcs
 from dspex_persist.state.errors import InvalidArgumentError, UnsupportedError
 from dspex_persist.state.model import ChangeKind
-from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as pb
-from dspex_persist.state.rpc.records import Codec
-from dspex_persist.state.rpc.rpcs import audit as rpcs
-from tests.rpc.audit_samples import POLICIES, QUERIES, REPORT, SAMPLES
+from tests.bridge.audit_samples import POLICIES, QUERIES, REPORT, SAMPLES
 
 FIRST_SENT: Any = json.loads((Path(__file__).parents[1] / "assets" / "audit_messages.json").read_text(encoding="utf-8"))
 CODECS: dict[type, Codec[Any]] = {

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from dspex_persist.state.bridge.audit_service import _Pages
+from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
+from dspex_persist.state.bridge.rpcs import audit as audit_rpcs
 from dspex_persist.state.commands import SetVariable
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.model import Value
-from dspex_persist.state.rpc.audit_service import _Pages
-from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as pb
-from dspex_persist.state.rpc.rpcs import audit as audit_rpcs
 
 SMALL, LARGE = 150, 12
 LARGE_BYTES = 1_000_000

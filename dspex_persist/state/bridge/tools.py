@@ -8,15 +8,15 @@ from typing import Any, TypeAlias
 from google.protobuf.message import Message
 
 from dspex_persist.state import commands, values
+from dspex_persist.state.bridge import codec
+from dspex_persist.state.bridge.calls import Calls
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.bridge.headers import ASKED_BY, EXECUTION_ID
+from dspex_persist.state.bridge.incoming import Call, Context, header
+from dspex_persist.state.bridge.rpcs import tools as rpcs
+from dspex_persist.state.bridge.rpcs.base import Rpc
 from dspex_persist.state.errors import StateError, ToolArgumentError, ToolFailedError, ToolNotFoundError
 from dspex_persist.state.model import ToolOutcome, Value
-from dspex_persist.state.rpc import codec
-from dspex_persist.state.rpc.calls import Calls
-from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
-from dspex_persist.state.rpc.headers import ASKED_BY, EXECUTION_ID
-from dspex_persist.state.rpc.incoming import Call, Context, header
-from dspex_persist.state.rpc.rpcs import tools as rpcs
-from dspex_persist.state.rpc.rpcs.base import Rpc
 from dspex_persist.state.tools.chunks import Emit
 from dspex_persist.state.tools.ports import RunnableTool
 from dspex_persist.state.tools.requests import ToolRequest, request_of

@@ -8,10 +8,10 @@ from typing import Any, TypeAlias, TypeVar
 import grpc
 from google.protobuf.message import Message
 
+from dspex_persist.state.bridge.headers import ACTOR, BINARY, IDEMPOTENCY_KEY, OPTIMIZER_ID, SOURCE, TIMEOUT_S
 from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError, quote
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Origin, Source
-from dspex_persist.state.rpc.headers import ACTOR, BINARY, IDEMPOTENCY_KEY, OPTIMIZER_ID, SOURCE, TIMEOUT_S
 
 M = TypeVar("M", bound=Message)
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"

@@ -4,17 +4,17 @@ import asyncio
 from typing import Any
 
 from dspex_persist import clock
+from dspex_persist.state.bridge import codec
+from dspex_persist.state.bridge.calls import methods
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.bridge.headers import AFTER_SEQUENCE, ARGUMENTS
+from dspex_persist.state.bridge.incoming import Context, check_count, fitting
+from dspex_persist.state.bridge.inherited import OneProcess
+from dspex_persist.state.bridge.rpcs import RPCS
+from dspex_persist.state.bridge.rpcs.sessions import INITIALIZE_SESSION
+from dspex_persist.state.bridge.tools import ToolRpcs
+from dspex_persist.state.bridge.watch_streams import WatchStreams
 from dspex_persist.state.errors import InvalidArgumentError
-from dspex_persist.state.rpc import codec
-from dspex_persist.state.rpc.calls import methods
-from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
-from dspex_persist.state.rpc.headers import AFTER_SEQUENCE, ARGUMENTS
-from dspex_persist.state.rpc.incoming import Context, check_count, fitting
-from dspex_persist.state.rpc.inherited import OneProcess
-from dspex_persist.state.rpc.rpcs import RPCS
-from dspex_persist.state.rpc.rpcs.sessions import INITIALIZE_SESSION
-from dspex_persist.state.rpc.tools import ToolRpcs
-from dspex_persist.state.rpc.watch_streams import WatchStreams
 from dspex_persist.state.tools.with_tools import WithTools
 
 

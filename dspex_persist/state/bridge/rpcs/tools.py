@@ -8,6 +8,12 @@ from typing import Any, Final
 from google.protobuf.message import Message
 
 from dspex_persist.state import commands
+from dspex_persist.state.bridge import codec
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.bridge.headers import ALL_TOOLS, ASKED_BY, TIMEOUT_S, TOOLS
+from dspex_persist.state.bridge.incoming import Call, check_count, check_together
+from dspex_persist.state.bridge.rpcs.base import Rpc, Trailer
+from dspex_persist.state.bridge.status import error_in, facts_of
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import (
     ExecutionConflictError,
@@ -23,12 +29,6 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import ExecutionStatus, ToolOutcome, ToolSpec, Value
-from dspex_persist.state.rpc import codec
-from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
-from dspex_persist.state.rpc.headers import ALL_TOOLS, ASKED_BY, TIMEOUT_S, TOOLS
-from dspex_persist.state.rpc.incoming import Call, check_count, check_together
-from dspex_persist.state.rpc.rpcs.base import Rpc, Trailer
-from dspex_persist.state.rpc.status import error_in, facts_of
 from dspex_persist.state.tools.session import asking_execution
 from dspex_persist.state.unit_of_work import UnitOfWork
 

@@ -7,13 +7,13 @@ from typing import Any, Final
 
 import grpc
 
+from dspex_persist.state.bridge import codec
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.bridge.headers import INITIAL_VALUES, POSITION
+from dspex_persist.state.bridge.inherited import OneProcess
+from dspex_persist.state.bridge.status import unreadable
 from dspex_persist.state.errors import EngineClosedError, StateError
 from dspex_persist.state.model import Update, Variable
-from dspex_persist.state.rpc import codec
-from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
-from dspex_persist.state.rpc.headers import INITIAL_VALUES, POSITION
-from dspex_persist.state.rpc.inherited import OneProcess
-from dspex_persist.state.rpc.status import unreadable
 from dspex_persist.state.watch import Watch
 
 _BUFFERED_UPDATES: Final = 256

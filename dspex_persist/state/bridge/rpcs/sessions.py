@@ -7,12 +7,12 @@ from google.protobuf.message import Message
 
 from dspex_persist import clock
 from dspex_persist.state import commands
+from dspex_persist.state.bridge import codec
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.bridge.headers import LEFT_OUT, RESUMED
+from dspex_persist.state.bridge.incoming import Call
+from dspex_persist.state.bridge.rpcs.base import Rpc, Trailer
 from dspex_persist.state.model import SessionSummary, SessionView, Variable
-from dspex_persist.state.rpc import codec
-from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
-from dspex_persist.state.rpc.headers import LEFT_OUT, RESUMED
-from dspex_persist.state.rpc.incoming import Call
-from dspex_persist.state.rpc.rpcs.base import Rpc, Trailer
 from dspex_persist.state.session_state import weight_of
 
 

@@ -8,9 +8,9 @@ has its own table, in `audit`.
 from collections.abc import Mapping
 from typing import Any, Final
 
+from dspex_persist.state.bridge.rpcs import optimization, sessions, tools, variables
+from dspex_persist.state.bridge.rpcs.base import Rpc
 from dspex_persist.state.commands import Command
-from dspex_persist.state.rpc.rpcs import optimization, sessions, tools, variables
-from dspex_persist.state.rpc.rpcs.base import Rpc
 
 RPCS: Final[tuple[Rpc[Any, Any], ...]] = (*sessions.RPCS, *variables.RPCS, *optimization.RPCS, *tools.RPCS)
 BY_COMMAND: Final[Mapping[type[Command[Any]], Rpc[Any, Any]]] = {

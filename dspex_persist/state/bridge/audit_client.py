@@ -18,6 +18,11 @@ from dspex_persist.state.audit import (
     VariableState,
     point_text,
 )
+from dspex_persist.state.bridge.generated.dspex_persist_audit_pb2_grpc import AuditServiceStub
+from dspex_persist.state.bridge.inherited import OneProcess
+from dspex_persist.state.bridge.rpcs import audit as rpcs
+from dspex_persist.state.bridge.rpcs.audit import Single
+from dspex_persist.state.bridge.status import error_of_call, is_told
 from dspex_persist.state.errors import (
     EngineClosedError,
     InvalidArgumentError,
@@ -27,11 +32,6 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.model import PrunePolicy, PruneReport
 from dspex_persist.state.provider import Progress
-from dspex_persist.state.rpc.generated.dspex_persist_audit_pb2_grpc import AuditServiceStub
-from dspex_persist.state.rpc.inherited import OneProcess
-from dspex_persist.state.rpc.rpcs import audit as rpcs
-from dspex_persist.state.rpc.rpcs.audit import Single
-from dspex_persist.state.rpc.status import error_of_call, is_told
 
 A = TypeVar("A")
 

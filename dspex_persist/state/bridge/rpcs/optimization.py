@@ -3,9 +3,9 @@
 from typing import Any, Final
 
 from dspex_persist.state import commands
-from dspex_persist.state.rpc import codec
-from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
-from dspex_persist.state.rpc.rpcs.base import Rpc, identified
+from dspex_persist.state.bridge import codec
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.bridge.rpcs.base import Rpc, identified
 
 RPCS: Final[tuple[Rpc[Any, Any], ...]] = (
     Rpc(

@@ -13,11 +13,11 @@ from google.protobuf.struct_pb2 import Value as ValueMessage
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dspex_persist.state.bridge import codec
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.errors import InvalidArgumentError, InvalidValueError, LimitExceededError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Value
-from dspex_persist.state.rpc import codec
-from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
 
 URL = "type.googleapis.com/"
 DOCUMENTS = st.recursive(

@@ -18,16 +18,16 @@ from google.protobuf.wrappers_pb2 import StringValue
 from dspex_persist.infra.calls import Circuit
 from dspex_persist.infra.listen import is_loopback
 from dspex_persist.infra.process import ServerProcess
+from dspex_persist.state.bridge import codec, remote
+from dspex_persist.state.bridge.headers import EXECUTION_ID
+from dspex_persist.state.bridge.remote import RemoteTools
 from dspex_persist.state.errors import InvalidArgumentError, RemoteToolError, ToolFailedError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import RegisteredTool, ToolSpec, Value
-from dspex_persist.state.rpc import codec, remote
-from dspex_persist.state.rpc.headers import EXECUTION_ID
-from dspex_persist.state.rpc.remote import RemoteTools
 from dspex_persist.state.tools.ports import RemoteCall
+from tests.bridge.worker import Worker, serving
 from tests.deadline import within
 from tests.logs import capture_logs
-from tests.rpc.worker import Worker, serving
 
 ROOT = Path(__file__).parents[2]
 JSON_URL, STRING_VALUE_URL = "type.googleapis.com/snakepit.", "type.googleapis.com/google.protobuf.StringValue"
@@ -75,7 +75,7 @@ def process() -> Iterator[ServerProcess]:
 
 
 def worker_process(listen: str = "127.0.0.1:0") -> ServerProcess:
-    return ServerProcess.start([sys.executable, "-m", "tests.rpc.worker", listen], cwd=ROOT)
+    return ServerProcess.start([sys.executable, "-m", "tests.bridge.worker", listen], cwd=ROOT)
 
 
 async def failure(tools: RemoteTools, call: RemoteCall) -> RemoteToolError:

@@ -7,6 +7,12 @@ from typing import Any
 import pytest
 
 from dspex_persist.state import commands
+from dspex_persist.state.bridge import codec
+from dspex_persist.state.bridge.headers import BINARY
+from dspex_persist.state.bridge.incoming import Call
+from dspex_persist.state.bridge.rpcs import BY_COMMAND, RPCS
+from dspex_persist.state.bridge.rpcs.base import Rpc
+from dspex_persist.state.bridge.rpcs.tools import EXECUTE_ELIXIR_TOOL, GetExposedElixirTools
 from dspex_persist.state.errors import ExecutionConflictError, ToolInterruptedError, ToolNotFoundError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
@@ -25,12 +31,6 @@ from dspex_persist.state.model import (
     VariablesFound,
     VariableVersion,
 )
-from dspex_persist.state.rpc import codec
-from dspex_persist.state.rpc.headers import BINARY
-from dspex_persist.state.rpc.incoming import Call
-from dspex_persist.state.rpc.rpcs import BY_COMMAND, RPCS
-from dspex_persist.state.rpc.rpcs.base import Rpc
-from dspex_persist.state.rpc.rpcs.tools import EXECUTE_ELIXIR_TOOL, GetExposedElixirTools
 
 AT = datetime(2026, 3, 1, 12, 0, 0, 5, tzinfo=UTC)
 VARIABLE = Variable("var_x", "x", "integer", Value("1"), 3, '{"min":0}', {"a": "1"}, Source.PYTHON, AT)

@@ -6,9 +6,9 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 from google.protobuf.message import Message
 
+from dspex_persist.state.bridge.incoming import Call
 from dspex_persist.state.commands import Command
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.rpc.incoming import Call
 
 C = TypeVar("C", bound=Command[Any])
 R = TypeVar("R")

@@ -28,10 +28,10 @@ from dspex_persist.state.audit import (
     check_conditions,
     is_glob,
 )
+from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
+from dspex_persist.state.bridge.records import Codec
 from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.model import PrunePolicy, PruneReport
-from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as pb
-from dspex_persist.state.rpc.records import Codec
 
 AUDIT_SERVICE: Final = pb.DESCRIPTOR.services_by_name["AuditService"]
 

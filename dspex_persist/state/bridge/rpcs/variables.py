@@ -6,15 +6,15 @@ from typing import Any, Final
 from google.protobuf.message import Message
 
 from dspex_persist.state import commands
+from dspex_persist.state.bridge import codec
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.bridge.headers import BEFORE_VERSION, EXPECTED_VERSION
+from dspex_persist.state.bridge.incoming import Call, check_count, check_together
+from dspex_persist.state.bridge.rpcs.base import Rpc, Trailer, identified
 from dspex_persist.state.commands.variables import DEFAULT_HISTORY
 from dspex_persist.state.errors import InvalidArgumentError, StateError, quote
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import BatchOutcome, Value, VariablesFound, VariableVersion
-from dspex_persist.state.rpc import codec
-from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
-from dspex_persist.state.rpc.headers import BEFORE_VERSION, EXPECTED_VERSION
-from dspex_persist.state.rpc.incoming import Call, check_count, check_together
-from dspex_persist.state.rpc.rpcs.base import Rpc, Trailer, identified
 
 
 def _untyped(value: Value) -> Any:

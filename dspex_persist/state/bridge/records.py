@@ -17,8 +17,8 @@ from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
+from dspex_persist.state.bridge.codec import moment_of, timestamp_of
 from dspex_persist.state.errors import UnsupportedError
-from dspex_persist.state.rpc.codec import moment_of, timestamp_of
 
 R = TypeVar("R")
 _Part: TypeAlias = tuple[str, str]

@@ -12,6 +12,28 @@ from dspex_persist.infra.futures import failed
 from dspex_persist.infra.listen import target_of
 from dspex_persist.infra.user import user_name
 from dspex_persist.state import arguments, commands, values
+from dspex_persist.state.bridge import audit_client
+from dspex_persist.state.bridge.attempt import Attempt
+from dspex_persist.state.bridge.audit_client import BridgedAudit
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.bridge.generated.snakepit_bridge_pb2_grpc import BridgeServiceStub
+from dspex_persist.state.bridge.headers import (
+    ACTOR,
+    AFTER_SEQUENCE,
+    ARGUMENTS,
+    BINARY,
+    EXECUTION_ID,
+    IDEMPOTENCY_KEY,
+    OPTIMIZER_ID,
+    SOURCE,
+    Headers,
+)
+from dspex_persist.state.bridge.inherited import OneProcess, refuse_lost
+from dspex_persist.state.bridge.rpcs import BY_COMMAND
+from dspex_persist.state.bridge.rpcs.base import Rpc
+from dspex_persist.state.bridge.rpcs.tools import EXECUTE_TOOL, GetExposedElixirTools
+from dspex_persist.state.bridge.status import error_of_call
+from dspex_persist.state.bridge.watch import BridgedWatch
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import (
     EngineClosedError,
@@ -30,28 +52,6 @@ from dspex_persist.state.provider import (
     fault_of,
     silent,
 )
-from dspex_persist.state.rpc import audit_client
-from dspex_persist.state.rpc.attempt import Attempt
-from dspex_persist.state.rpc.audit_client import BridgedAudit
-from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
-from dspex_persist.state.rpc.generated.snakepit_bridge_pb2_grpc import BridgeServiceStub
-from dspex_persist.state.rpc.headers import (
-    ACTOR,
-    AFTER_SEQUENCE,
-    ARGUMENTS,
-    BINARY,
-    EXECUTION_ID,
-    IDEMPOTENCY_KEY,
-    OPTIMIZER_ID,
-    SOURCE,
-    Headers,
-)
-from dspex_persist.state.rpc.inherited import OneProcess, refuse_lost
-from dspex_persist.state.rpc.rpcs import BY_COMMAND
-from dspex_persist.state.rpc.rpcs.base import Rpc
-from dspex_persist.state.rpc.rpcs.tools import EXECUTE_TOOL, GetExposedElixirTools
-from dspex_persist.state.rpc.status import error_of_call
-from dspex_persist.state.rpc.watch import BridgedWatch
 
 R = TypeVar("R")
 

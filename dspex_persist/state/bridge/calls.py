@@ -12,12 +12,12 @@ from google.protobuf.message import Message
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.mailbox import LoopMailbox
 from dspex_persist.state import values
+from dspex_persist.state.bridge.headers import EXECUTION_ID, EXPECTED_VERSION, RPC_ID
+from dspex_persist.state.bridge.incoming import Call, Context, fitting, header, origin_of
+from dspex_persist.state.bridge.rpcs.base import Rpc
 from dspex_persist.state.commands import Command, SetVariable
 from dspex_persist.state.errors import InvalidArgumentError, StateError, VariableReplacedError
 from dspex_persist.state.model import Origin
-from dspex_persist.state.rpc.headers import EXECUTION_ID, EXPECTED_VERSION, RPC_ID
-from dspex_persist.state.rpc.incoming import Call, Context, fitting, header, origin_of
-from dspex_persist.state.rpc.rpcs.base import Rpc
 from dspex_persist.state.tools.execution import Execution
 from dspex_persist.state.tools.touched import is_transactional, may_block
 from dspex_persist.state.tools.with_tools import WithTools

@@ -8,6 +8,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from dspex_persist.clock import from_micros, to_micros
 from dspex_persist.infra.listen import ListenError, parse_listen
+from dspex_persist.state.bridge import wrapped
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.errors import InvalidArgumentError, InvalidValueError, LimitExceededError, quote
 from dspex_persist.state.frozen import FrozenDict
 from dspex_persist.state.limits import Limits
@@ -25,8 +27,6 @@ from dspex_persist.state.model import (
     Variable,
     VariableVersion,
 )
-from dspex_persist.state.rpc import wrapped
-from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.values import BinaryValue, check_content, infer_type, parse_json
 from dspex_persist.state.values.json_text import RefusedError, check_binary_size, check_size, read
 

@@ -14,14 +14,14 @@ from google.protobuf.message import Message
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.mailbox import LoopMailbox
 from dspex_persist.state.audit import AuditSource
+from dspex_persist.state.bridge.calls import methods
+from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
+from dspex_persist.state.bridge.incoming import Context, fitting
+from dspex_persist.state.bridge.rpcs import audit as rpcs
+from dspex_persist.state.bridge.rpcs.audit import ListRpc, Question, Single
 from dspex_persist.state.errors import EngineClosedError, UnavailableError, UnsupportedError
 from dspex_persist.state.model import PrunePolicy, PruneReport
 from dspex_persist.state.provider import StateProvider
-from dspex_persist.state.rpc.calls import methods
-from dspex_persist.state.rpc.generated import dspex_persist_audit_pb2 as pb
-from dspex_persist.state.rpc.incoming import Context, fitting
-from dspex_persist.state.rpc.rpcs import audit as rpcs
-from dspex_persist.state.rpc.rpcs.audit import ListRpc, Question, Single
 
 R = TypeVar("R")
 M = TypeVar("M", bound=Message)

@@ -8,6 +8,9 @@ from typing import Any, Final
 
 import grpc
 
+from dspex_persist.state.bridge.headers import Headers
+from dspex_persist.state.bridge.rpcs.base import Rpc
+from dspex_persist.state.bridge.status import error_of_call, is_told, never_sent, unreadable
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import (
     EngineClosedError,
@@ -17,9 +20,6 @@ from dspex_persist.state.errors import (
     ShuttingDownError,
     StateError,
 )
-from dspex_persist.state.rpc.headers import Headers
-from dspex_persist.state.rpc.rpcs.base import Rpc
-from dspex_persist.state.rpc.status import error_of_call, is_told, never_sent, unreadable
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 _CONNECTION_LOST: Final = frozenset(

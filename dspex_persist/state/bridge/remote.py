@@ -12,6 +12,10 @@ from dspex_persist.infra.calls import CLOSED, Circuit, Peer, Service, StatusErro
 from dspex_persist.infra.listen import ListenError, TcpAddress, parse_listen
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.state import values
+from dspex_persist.state.bridge import codec
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.bridge.generated.snakepit_bridge_pb2_grpc import BridgeServiceStub
+from dspex_persist.state.bridge.headers import EXECUTION_ID
 from dspex_persist.state.errors import (
     InvalidArgumentError,
     InvalidValueError,
@@ -21,10 +25,6 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Value
-from dspex_persist.state.rpc import codec
-from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
-from dspex_persist.state.rpc.generated.snakepit_bridge_pb2_grpc import BridgeServiceStub
-from dspex_persist.state.rpc.headers import EXECUTION_ID
 from dspex_persist.state.tools.ports import RemoteCall
 
 A = TypeVar("A")

@@ -13,8 +13,8 @@ from grpc import StatusCode
 
 from dspex_persist.infra.server import DrainingError, RpcStatus
 from dspex_persist.state import errors
+from dspex_persist.state.bridge.headers import AFTER_SEQUENCE, ARGUMENTS
 from dspex_persist.state.errors import StateError
-from dspex_persist.state.rpc.headers import AFTER_SEQUENCE, ARGUMENTS
 
 DOMAIN = "dspex-persist"
 DETAILS_KEY = "grpc-status-details-bin"

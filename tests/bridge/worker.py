@@ -1,4 +1,4 @@
-"""A tiny worker that serves BridgeService: in the test's own loop, or in a process (`python -m tests.rpc.worker`)."""
+"""A tiny worker that serves BridgeService: in a test's own loop, or in a process (`python -m tests.bridge.worker`)."""
 
 import asyncio
 import json
@@ -10,8 +10,8 @@ from typing import Any
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 
-from dspex_persist.state.rpc.codec import BRIDGE_SERVICE
-from dspex_persist.state.rpc.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
+from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 
 _MIB = 1024 * 1024
 

@@ -15,8 +15,8 @@ import dspex_persist
 from dspex_persist.errors import DspexError
 from dspex_persist.infra.server import DrainingError, _fitting_trailers
 from dspex_persist.state import errors
+from dspex_persist.state.bridge import status
 from dspex_persist.state.errors import StateError
-from dspex_persist.state.rpc import status
 
 KINDS = sorted(status.CODES, key=lambda kind: kind.__name__)
 TEXTS = st.text(max_size=40)
