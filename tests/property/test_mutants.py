@@ -24,6 +24,7 @@ from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import RecordingError, SessionPrunedError
 from dspex_persist.state.model import Value
 from dspex_persist.state.recording import RecordedVersion, read_recording, write_recording
+from dspex_persist.state.rpc.rpcs.audit import GET_EXECUTION, GET_STATE, LISTS
 from dspex_persist.state.store import maintenance
 from dspex_persist.state.store.session_store import open_groups
 
@@ -127,10 +128,15 @@ def _use(path: Path, session_id: str) -> None:
             for variable in state.list_variables(session_id):
                 state.get_variable_history(session_id, variable.name)
     with wiring.open_audit(path) as audit:
-        list(audit.iterate(HistoryQuery(session=session_id)))
-        list(audit.iterate(CommitQuery(session=session_id)))
+        # What is found has to fit into a server's answers, too.
+        for query in (HistoryQuery, CommitQuery, ExecutionQuery, SessionQuery):
+            for row in audit.iterate(query(session=session_id)):
+                LISTS[query].row.message_of(row)
         for execution in audit.iterate(ExecutionQuery(session=session_id)):
-            audit.execution(execution.execution_id)
+            GET_EXECUTION.response_of(audit.execution(execution.execution_id))
+        [session] = audit.iterate(SessionQuery(session=session_id))
+        at = f"{session.ended_sequence}^" if session.ended_sequence else ""
+        GET_STATE.response_of(audit.state(session_id, at))
         render(gather(audit, session_id))
     list(read_recording(iter(_export(path, session_id)), "the mutant")[1])
 
