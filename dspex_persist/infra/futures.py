@@ -1,5 +1,6 @@
 """Futures made of others."""
 
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -29,6 +30,14 @@ def mapped(future: "Future[A]", change: Callable[[A], B]) -> "Future[B]":
             else:
                 made.set_result(change(finished.result()))
 
-    made.add_done_callback(lambda each: future.cancel() if each.cancelled() else None)
+    # Futures keep their callbacks when they are done: two that know each other would be kept with what they end in.
+    source = weakref.ref(future)
+
+    def cancel(each: "Future[B]") -> None:
+        waited_for = source() if each.cancelled() else None
+        if waited_for is not None:
+            waited_for.cancel()
+
+    made.add_done_callback(cancel)
     future.add_done_callback(settle)
     return made

@@ -67,21 +67,25 @@ class LoopMailbox:
 
     async def result(self, future: Future[R]) -> R:
         """Wait for `future`. If the waiting call is cancelled, so is the future, unless its turn has come already."""
-        if future.done():
-            return future.result()
-        waiter: asyncio.Future[None] = self._loop.create_future()
-
-        def wake() -> None:
-            if not waiter.done():
-                waiter.set_result(None)
-
-        future.add_done_callback(lambda _: self.post(wake))
         try:
-            await waiter
-        except asyncio.CancelledError:
-            future.cancel()
-            raise
-        return future.result()
+            if future.done():
+                return future.result()
+            waiter: asyncio.Future[None] = self._loop.create_future()
+
+            def wake() -> None:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+            future.add_done_callback(lambda _: self.post(wake))
+            try:
+                await waiter
+            except asyncio.CancelledError:
+                future.cancel()
+                raise
+            return future.result()
+        finally:
+            # The traceback of an error knows this frame, and the future the error.
+            del future
 
 
 class _Waker:

@@ -320,15 +320,17 @@ class _Calls:
 
     async def fail(self, rpc: str, context: Context, error: BaseException) -> NoReturn:
         """Answer a call that raised `error`; raises what gRPC expects then."""
-        if isinstance(error, asyncio.CancelledError):
-            if _is_being_cancelled():
-                raise error
+        is_cancelled = isinstance(error, asyncio.CancelledError)
+        if isinstance(error, grpc.aio.AbortError) or (is_cancelled and _is_being_cancelled()):
+            _let_go(error)
+            raise error
+        if is_cancelled:
             # Not the call but something that it waited for was cancelled. gRPC would never answer its client.
             status = _internal_error(rpc, error)
-        elif isinstance(error, grpc.aio.AbortError) or not isinstance(error, Exception):
-            raise error
-        else:
+        elif isinstance(error, Exception):
             status = self._status(rpc, error)
+        else:
+            raise error
         _let_go(error)
         trailers = _fitting_trailers(status.trailing_metadata)
         try:

@@ -91,6 +91,8 @@ def _carry_out(future: "Future[R]", function: Callable[[], R]) -> None:
     else:
         _end_child_of(process)
         future.set_result(result)
+    # The traceback of an error knows this frame, and the future the error.
+    del future, function
 
 
 def _end_child_of(process: int) -> None:

@@ -16,6 +16,7 @@ import snakepit_bridge_pb2_grpc as bridge
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health_pb2
 
 from dspex_persist.infra.process import ServerProcess
 from tests.deadline import within
@@ -27,6 +28,7 @@ LARGE = "n" * (10 * MIB)
 MANY = {f"k{number}": "v" for number in range(100_000)}
 PREDICATE = audit_pb.Predicate(operator=7, operand="a")
 METHODS = [
+    health_pb2.DESCRIPTOR.services_by_name["Health"].methods_by_name["Check"],
     *pb.DESCRIPTOR.services_by_name["BridgeService"].methods,
     *audit_pb.DESCRIPTOR.services_by_name["AuditService"].methods,
 ]

@@ -56,7 +56,11 @@ def contained(*let_out: type[BaseException]) -> Iterator[None]:
         raised = _ordinary(error)
     else:
         return
-    raise RaisedError(raised, failure_of(raised))
+    try:
+        raise RaisedError(raised, failure_of(raised))
+    finally:
+        # Its traceback knows this frame.
+        del raised
 
 
 def _ordinary(error: BaseException) -> Exception:

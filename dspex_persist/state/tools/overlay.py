@@ -5,6 +5,7 @@ began with.
 """
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any, TypeVar
@@ -60,7 +61,10 @@ class Overlay:
         self._staged_bytes = [0]
         self._base_sequence = begun.sequence
         self._read = read
-        self._drafts = Drafts(self)
+        # Weakly: in a circle the request and the session would be kept until garbage is collected. A bound method would
+        # know the overlay itself.
+        backing = weakref.proxy(self)
+        self._drafts = Drafts(backing, lambda wanted: backing.load(wanted))
         self.unit = UnitOfWork(
             self._drafts, origin, clock.now(), 0, begun.limits, optimization_lease_s=begun.optimization_lease_s
         )

@@ -5,6 +5,7 @@ whatever reads their arguments or asks what they raised.
 """
 
 import asyncio
+import contextlib
 import functools
 import json
 import random
@@ -117,7 +118,9 @@ class ToolRunner:
         try:
             return await self.execute(request, emit)
         except asyncio.CancelledError:
-            # By whoever cancelled the future, who does not look any more, or by `close`.
+            if not self._endings.draining:
+                # By whoever cancelled the future.
+                raise
             raise EngineClosedError() from None
 
     def find(self, execution_id: str) -> Execution:
@@ -242,12 +245,13 @@ class ToolRunner:
         most = self.limits.execution_size_bytes
         if size_bytes > most:
             raise LimitExceededError("size of the parameters in bytes", size_bytes, most, "execution_size_bytes")
-        try:
+        arguments = None
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(request.until):
                 arguments = await tool.bind(request.parameters)
-        except TimeoutError as error:
-            reason = f"to read its arguments took longer than {request.timeout_s:.3g} s"
-            raise ToolTimedOutError("", reason) from error
+        if arguments is None:
+            # Here, where that error is gone: it knows the task, whose result may be this one.
+            raise ToolTimedOutError("", f"to read its arguments took longer than {request.timeout_s:.3g} s")
         required = tool.spec.required_variables
         if required:
             query = commands.GetVariables(request.session_id, required)
@@ -304,13 +308,12 @@ class ToolRunner:
             # It has just ended, or its client has just gone: a moment later the store knows which.
             await asyncio.sleep(_JOIN_PAUSE_S)
             return None
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(request.until):
                 return await asyncio.shield(running.done)
-        except TimeoutError as error:
-            most_s = request.timeout_s
-            reason = f"it runs already under this key, and has not ended in the {most_s:.3g} s that its caller waits"
-            raise ToolTimedOutError(execution_id, reason) from error
+        most_s = request.timeout_s
+        reason = f"it runs already under this key, and has not ended in the {most_s:.3g} s that its caller waits"
+        raise ToolTimedOutError(execution_id, reason)
 
     async def _begin(
         self,
@@ -378,6 +381,8 @@ class ToolRunner:
                 outcome = await self._conduct(tool, arguments, session)
             finally:
                 session.done.set_result(outcome)
+                # An outcome knows its error, and that frames which know the session.
+                session.done = None
         if request.outlet is not None and request.outlet.broken is not None:
             raise request.outlet.broken
         return outcome
@@ -406,7 +411,11 @@ class ToolRunner:
             broken = session.outlet is not None and session.outlet.broken is not None
             status = ExecutionStatus.CANCELLED if broken else status_of(raised)
             verdict = session.verdict(status, failure=failure)
-            return await self._endings.end(session, verdict, raised)
+            try:
+                return await self._endings.end(session, verdict, raised)
+            finally:
+                # Its traceback knows this frame.
+                del raised
         return await self._endings.end(session, verdict)
 
     # Calls from tool to tool
@@ -429,7 +438,11 @@ class ToolRunner:
             return await self._child_result(parent, request)
         except RaisedError as error:
             raised = error.error
-        raise raised
+        try:
+            raise raised
+        finally:
+            # Its traceback knows this frame.
+            del raised
 
     async def _child_result(self, parent: ToolSession, request: ToolRequest) -> Value:
         async with parent.turn:
@@ -451,7 +464,8 @@ class ToolRunner:
                 with self._listed(session):
                     return await self._conduct_child(tool, arguments, session, execution)
             finally:
-                parent.calling = None
+                # The task keeps how it ended, and what it raised the frames that know the session.
+                parent.calling = session.task = None
 
     async def _conduct_child(
         self, tool: RunnableTool, arguments: Mapping[str, object], session: ToolSession, parent: Execution
@@ -467,6 +481,8 @@ class ToolRunner:
                 child.undo()
                 status = ExecutionStatus.FAILED if isinstance(raised, Exception) else ExecutionStatus.CANCELLED
                 self._endings.end_without_waiting(session, session.verdict(status, failure=failure))
+                # Its traceback knows this frame.
+                del raised
             raise
         child.close(ExecutionStatus.COMMITTED.value)
         parent.children.extend([session.verdict(ExecutionStatus.COMMITTED, result), *child.children])
@@ -483,15 +499,18 @@ class ToolRunner:
                 if session.attempt > 1:
                     # What the code did to those of the attempt before is undone, too.
                     arguments = await tool.bind(request.parameters)
-                result = await tool.run(session, arguments)
-        except TimeoutError as error:
-            if limit.expired():
-                whose, most_s = "", own_s
-                if timeout_s != own_s:
-                    whose, most_s = ", which is how long its caller waits", request.timeout_s
-                raise ToolTimedOutError(session.execution_id, f"it took longer than {most_s:.3g} s{whose}") from error
-            raise
-        return result
+                return await tool.run(session, arguments)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+        finally:
+            # It knows the task, which keeps how it has ended; and the traceback of an error knows this frame.
+            del limit
+        # Here, where the other error is gone, which knows the task as well.
+        whose, most_s = "", own_s
+        if timeout_s != own_s:
+            whose, most_s = ", which is how long its caller waits", request.timeout_s
+        raise ToolTimedOutError(session.execution_id, f"it took longer than {most_s:.3g} s{whose}")
 
     async def _submit(self, command: Command[R], origin: Origin) -> R:
         return await self._home.mailbox.result(self.submit_command(command, origin))

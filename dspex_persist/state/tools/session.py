@@ -186,7 +186,11 @@ class ToolSession:
         result_type = self._host.result_type_of(tool)
         if _is_on_loop():
             return asyncio.wrap_future(mapped(future, lambda result: values.decode_loosely(result, result_type)))
-        return values.decode_loosely(future.result(), result_type)
+        try:
+            return values.decode_loosely(future.result(), result_type)
+        finally:
+            # The traceback of an error knows this frame, and the future the error.
+            del future
 
     def verdict(self, status: ExecutionStatus, result: Value | None = None, failure: Failure | None = None) -> Verdict:
         """The rest of the journal entry."""
