@@ -156,7 +156,7 @@ class DependencyAdded(Event):
         """See `Event.fold`."""
         state.remember(undo, "dependencies")
         edge = Dependency(self.from_id, self.to_id, self.type, moment.sequence)
-        state.dependencies = (*state.dependencies, edge)
+        state.dependencies = state.dependencies.added(edge)
         return state
 
 
@@ -282,11 +282,11 @@ class ExecutionBegan(Event):
 
     def fold(self, state: SessionState, moment: Moment, undo: Undo) -> SessionState:
         """See `Event.fold`."""
-        state.remember(undo, "executions")
         running = JournalEntry(
             self.execution_id, self.tool, moment.sequence, self.parent_id, self.idempotency_key, self.fingerprint
         )
-        state.executions = {**state.executions, running.id: running}
+        undo.append((state.executions.pop, (running.id, None)))
+        state.executions[running.id] = running
         return state
 
 
@@ -333,8 +333,9 @@ class ExecutionEnded(Event):
 
     def fold(self, state: SessionState, moment: Moment, undo: Undo) -> SessionState:
         """See `Event.fold`."""
-        state.remember(undo, "executions")
-        state.executions = {key: kept for key, kept in state.executions.items() if key != self.execution_id}
+        running = state.executions.pop(self.execution_id, None)
+        if running is not None:
+            undo.append((state.executions.__setitem__, (running.id, running)))
         return state
 
 

@@ -89,7 +89,4 @@ def _delete(state: SessionState, variable: Variable, sequence: int, undo: Undo) 
     state.weight_bytes -= weight_of(variable)
     state.variables = {name: kept for name, kept in state.variables.items() if name != variable.name}
     state.names = {key: name for key, name in state.names.items() if key != variable.id}
-    state.dependencies = tuple(
-        replace(edge, until=sequence) if edge.until is None and variable.id in (edge.from_id, edge.to_id) else edge
-        for edge in state.dependencies
-    )
+    state.dependencies = state.dependencies.without(variable.id, sequence)

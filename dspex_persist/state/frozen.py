@@ -1,7 +1,7 @@
 """Mappings that nobody can change: what callers hand in is copied into them, and what they are handed is one."""
 
-from collections.abc import Mapping
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, Generic, NoReturn, Self, TypeVar
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -31,3 +31,45 @@ class FrozenDict(dict[K, V]):
 def freeze(mapping: Mapping[K, V]) -> FrozenDict[K, V]:
     """The mapping as it is now."""
     return mapping if isinstance(mapping, FrozenDict) else FrozenDict(mapping)
+
+
+_SHARDS: Final = 256
+
+
+class SharedMap(Generic[K, V]):
+    """A large mapping that is never changed: a change makes another one, which shares nearly all of it."""
+
+    __slots__ = ("_shards",)
+
+    def __init__(self, entries: Mapping[K, V] | None = None) -> None:
+        self._shards: tuple[dict[K, V], ...] = _EMPTY
+        if entries:
+            shards: list[dict[K, V]] = [{} for _ in range(_SHARDS)]
+            for key, entry in entries.items():
+                shards[hash(key) % _SHARDS][key] = entry
+            self._shards = tuple(shards)
+
+    def get(self, key: K) -> V | None:
+        """The entry of a key; None if there is none."""
+        return self._shards[hash(key) % _SHARDS].get(key)
+
+    def values(self) -> Iterator[V]:
+        """All entries, in no order."""
+        for shard in self._shards:
+            yield from shard.values()
+
+    def updated(self, entries: Mapping[K, V]) -> Self:
+        """The mapping with these entries besides, or instead of those under their keys."""
+        shards, own = list(self._shards), set[int]()
+        for key, entry in entries.items():
+            place = hash(key) % _SHARDS
+            if place not in own:
+                own.add(place)
+                shards[place] = shards[place].copy()
+            shards[place][key] = entry
+        changed = type(self)()
+        changed._shards = tuple(shards)
+        return changed
+
+
+_EMPTY: Final[tuple[dict[Any, Any], ...]] = ({},) * _SHARDS

@@ -1,47 +1,203 @@
 """The graph of a session's dependencies: who is affected by a change, and which dependency would close a circle."""
 
-from collections.abc import Iterable
-from graphlib import TopologicalSorter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from graphlib import CycleError, TopologicalSorter
+from operator import attrgetter
+from typing import Any, Final, NamedTuple, TypeAlias, overload
 
+from dspex_persist.state.frozen import SharedMap
 from dspex_persist.state.model import Dependency
 
+_Links: TypeAlias = Mapping[str, Dependency]
+"""All dependencies of one variable on one other, by type, oldest first. They end together, with either variable."""
 
-def dependants(edges: Iterable[Dependency], changed: Iterable[str], sequence: int) -> list[str]:
+
+class _Node(NamedTuple):
+    """The dependencies that a variable has part in: those that it has and those on it, by the other variable, and those
+    on it that have ended, in the order of their ends."""
+
+    uses: Mapping[str, _Links] = {}
+    users: Mapping[str, _Links] = {}
+    past: tuple[_Links, ...] = ()
+
+
+_NOTHING: Final = _Node()
+
+
+class Dependencies(Sequence[Dependency]):
+    """Every dependency that a session ever had, oldest first. Never changed: a change makes another one.
+
+    What it takes to look something up, or to change it, is in proportion to the variables that have part in it.
+    `changed_at`: the commit of the last change.
+    """
+
+    __slots__ = ("_count", "_nodes", "changed_at")
+
+    def __init__(self, edges: Iterable[Dependency] = ()) -> None:
+        uses: dict[str, dict[str, dict[str, Dependency]]] = {}
+        users: dict[str, dict[str, _Links]] = {}
+        past: dict[tuple[str, str], dict[str, Dependency]] = {}
+        self._count = self.changed_at = 0
+        for edge in edges:
+            self._count += 1
+            self.changed_at = max(self.changed_at, edge.since, edge.until or 0)
+            if edge.until is None:
+                links = uses.setdefault(edge.from_id, {}).setdefault(edge.to_id, {})
+                users.setdefault(edge.to_id, {})[edge.from_id] = links
+            else:
+                links = past.setdefault((edge.from_id, edge.to_id), {})
+            links[edge.type] = edge
+        ended: dict[str, list[_Links]] = {}
+        for links in sorted(past.values(), key=_end_of):
+            ended.setdefault(_first(links).to_id, []).append(links)
+        self._nodes = SharedMap(
+            {
+                each: _Node(uses.get(each, {}), users.get(each, {}), tuple(ended.get(each, ())))
+                for each in (uses.keys() | users.keys() | ended.keys())
+            }
+        )
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Dependency]:
+        return iter(self._all())
+
+    @overload
+    def __getitem__(self, index: int) -> Dependency: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Dependency]: ...
+    def __getitem__(self, index: Any) -> Any:
+        return self._all()[index]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return self is other or (len(self) == len(other) and self._all() == list(other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Dependencies({self._all()})"
+
+    def _all(self) -> list[Dependency]:
+        found = [
+            edge
+            for node in self._nodes.values()
+            for links in (*node.uses.values(), *node.past)
+            for edge in links.values()
+        ]
+        return sorted(found, key=attrgetter("since", "from_id", "to_id", "type"))
+
+    def _node(self, variable_id: str) -> _Node:
+        return self._nodes.get(variable_id) or _NOTHING
+
+    def has(self, edge: Dependency) -> bool:
+        """Whether one variable depends on the other, in this way, now."""
+        return edge.type in self._node(edge.from_id).uses.get(edge.to_id, {})
+
+    def used_by(self, variable_id: str) -> Iterable[str]:
+        """The variables on which one depends now."""
+        return self._node(variable_id).uses
+
+    def users_of(self, variable_id: str, sequence: int) -> Iterator[str]:
+        """The variables that depend on one at commit `sequence`; with what that very commit took away."""
+        node = self._node(variable_id)
+        for user, links in node.users.items():
+            if _first(links).since < sequence:
+                yield user
+        for links in reversed(node.past):
+            if _end_of(links) < sequence:
+                return
+            if _first(links).since < sequence:
+                yield _first(links).from_id
+
+    def added(self, edge: Dependency) -> "Dependencies":
+        """With one more, which the last commit added."""
+        user = self._node(edge.from_id)
+        links = {**user.uses.get(edge.to_id, {}), edge.type: edge}
+        changed = {edge.from_id: user._replace(uses={**user.uses, edge.to_id: links})}
+        used = changed.get(edge.to_id) or self._node(edge.to_id)
+        changed[edge.to_id] = used._replace(users={**used.users, edge.from_id: links})
+        return self._with(changed, self._count + 1, edge.since)
+
+    def without(self, variable_id: str, sequence: int) -> "Dependencies":
+        """With those ended that a variable has part in, which commit `sequence` deleted."""
+        gone = self._node(variable_id)
+        if not gone.uses and not gone.users:
+            return self
+        changed: dict[str, _Node] = {}
+        for used_id, links in gone.uses.items():
+            used = self._node(used_id)
+            changed[used_id] = used._replace(
+                users=_left(used.users, variable_id), past=(*used.past, _ended(links, sequence))
+            )
+        for user_id in gone.users:
+            user = self._node(user_id)
+            changed[user_id] = user._replace(uses=_left(user.uses, variable_id))
+        past = (*gone.past, *(_ended(links, sequence) for links in gone.users.values()))
+        changed[variable_id] = _Node(past=past)
+        return self._with(changed, self._count, sequence)
+
+    def _with(self, nodes: Mapping[str, _Node], count: int, sequence: int) -> "Dependencies":
+        made = Dependencies()
+        made._nodes, made._count, made.changed_at = self._nodes.updated(nodes), count, sequence
+        return made
+
+
+def _first(links: _Links) -> Dependency:
+    return next(iter(links.values()))
+
+
+def _end_of(links: _Links) -> int:
+    return _first(links).until or 0
+
+
+def _ended(links: _Links, sequence: int) -> _Links:
+    return {name: replace(edge, until=sequence) for name, edge in links.items()}
+
+
+def _left(links: Mapping[str, _Links], variable_id: str) -> Mapping[str, _Links]:
+    return {other: kept for other, kept in links.items() if other != variable_id}
+
+
+def dependants(edges: Dependencies, changed: Iterable[str], sequence: int) -> list[str]:
     """The ids of the variables that depend on any of `changed`, directly or not, at commit `sequence`, used ones first.
 
     An edge that this very commit took away still counts: the deletion is told to those who depended on it.
     """
-    uses: dict[str, set[str]] = {}
-    for edge in edges:
-        if edge.since < sequence and (edge.until is None or edge.until >= sequence):
-            uses.setdefault(edge.to_id, set()).add(edge.from_id)
-    reached: set[str] = set()
+    users: dict[str, list[str]] = {}
     frontier = list(changed)
+    reached: set[str] = set()
     while frontier:
-        for user in uses.get(frontier.pop(), ()):
-            if user not in reached:
-                reached.add(user)
-                frontier.append(user)
-    sorter: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(sorted(reached), ()))
-    for used, users in uses.items():
-        for user in sorted(users & reached):
-            if used in reached:
-                sorter.add(user, used)
-    return list(sorter.static_order())
+        used = frontier.pop()
+        if used in users:
+            continue
+        users[used] = list(edges.users_of(used, sequence))
+        new = [user for user in users[used] if user not in reached]
+        reached.update(new)
+        frontier += new
+    in_order = sorted(reached)
+    sorter: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(in_order, ()))
+    for used in in_order:
+        for user in sorted(users[used]):
+            sorter.add(user, used)
+    try:
+        return list(sorter.static_order())
+    except CycleError:
+        # Nobody can add one: somebody has changed the file. Watchers are told all the same.
+        return in_order
 
 
-def find_cycle(edges: Iterable[Dependency], added: Dependency) -> list[str] | None:
+def find_cycle(edges: Dependencies, added: Dependency) -> list[str] | None:
     """The ids around the circle that `added` would close, in the direction of dependence, first = last; or None."""
-    uses: dict[str, list[str]] = {}
-    for edge in edges:
-        if edge.until is None:
-            uses.setdefault(edge.from_id, []).append(edge.to_id)
     # The others close no circle among themselves: a new one leads through `added`, and back to where it begins.
     came_from = {added.to_id: added.from_id}
     frontier = [added.to_id]
     while frontier and added.from_id not in came_from:
         user = frontier.pop()
-        for used in uses.get(user, ()):
+        for used in edges.used_by(user):
             if used not in came_from:
                 came_from[used] = user
                 frontier.append(used)

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, TypeAlias
 
-from dspex_persist.state.model import Dependency, JournalEntry, RegisteredTool, Session, Variable, size_of
+from dspex_persist.state.graph import Dependencies
+from dspex_persist.state.model import JournalEntry, RegisteredTool, Session, Variable, size_of
 
 Undo: TypeAlias = list[tuple[Callable[..., object], tuple[Any, ...]]]
 """What takes each step back: a function and its arguments, no closure over a unit of work. That would be a cycle, and
@@ -46,20 +47,20 @@ class SessionState:
     `variables` holds the live ones by name, oldest first; `names` leads from id to name; `sequence` is the
     session's last commit; `weight_bytes` is roughly what it takes in memory; `key` and `keys` (by variable id)
     belong to the store that keeps it. `tools` are those that workers registered, by name, `executions` those that
-    run, by id; both are replaced, never changed.
+    run, by id. `dependencies` and `tools` are replaced, never changed.
     """
 
     session: Session
     variables: dict[str, Variable] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
-    dependencies: tuple[Dependency, ...] = ()
+    dependencies: Dependencies = field(default_factory=Dependencies)
     lease: Lease | None = None
     sequence: int = 0
     weight_bytes: int = 2_000
     key: int = 0
     keys: dict[str, int] = field(default_factory=dict)
     tools: Mapping[str, RegisteredTool] = field(default_factory=dict)
-    executions: Mapping[str, JournalEntry] = field(default_factory=dict)
+    executions: dict[str, JournalEntry] = field(default_factory=dict)
 
     def copy(self) -> "SessionState":
         """An editable copy; frozen records are shared."""
@@ -75,7 +76,7 @@ class SessionState:
             self.key,
             self.keys,
             self.tools,
-            self.executions,
+            self.executions.copy(),
         )
 
     def is_over(self, now: datetime) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import accumulate
+from operator import attrgetter
 from typing import Any, Protocol, TypeAlias
 
 from dspex_persist.state.errors import (
@@ -218,7 +219,9 @@ class UnitOfWork:
 
     def end_session(self, session_id: str, reason: str) -> None:
         """End the session, and with it what runs in it; its history stays."""
-        self.interrupt(session_id, self._edit(session_id).executions, f"session {reason}")
+        # What was taken back has changed their order.
+        running = sorted(self._edit(session_id).executions.values(), key=attrgetter("began_sequence"))
+        self.interrupt(session_id, [each.id for each in running], f"session {reason}")
         self._forget_outcomes(session_id)
         self.record(session_id, SessionEnded(session_id, reason))
 

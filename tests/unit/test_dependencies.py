@@ -1,7 +1,9 @@
 """Dependencies: no circles, the circle spelled out, who is affected by a change and in which order."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
+from random import Random
 
 import pytest
 
@@ -13,16 +15,16 @@ from dspex_persist.state.commands import (
     RegisterVariable,
 )
 from dspex_persist.state.errors import DependencyCycleError, LimitExceededError, VariableNotFoundError
-from dspex_persist.state.graph import dependants, find_cycle
+from dspex_persist.state.graph import Dependencies, dependants, find_cycle
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Dependency, EventKind, Value
 from dspex_persist.testing.memory import MemoryBacking
 from tests.deadline import cpu_s_below
 
 
-def edges(*pairs: str, since: int = 1) -> list[Dependency]:
+def edges(*pairs: str, since: int = 1) -> Dependencies:
     """Each pair is two letters: the first depends on the second."""
-    return [Dependency(pair[0], pair[1], "", since) for pair in pairs]
+    return Dependencies(Dependency(pair[0], pair[1], "", since) for pair in pairs)
 
 
 def backing(*names: str, limits: Limits | None = None) -> MemoryBacking:
@@ -41,12 +43,12 @@ def depend(memory: MemoryBacking, *pairs: str) -> None:
 
 class TestFindCycle:
     def test_none_in_a_chain_a_diamond_or_nothing(self) -> None:
-        assert find_cycle([], *edges("ab")) is None
+        assert find_cycle(edges(), *edges("ab")) is None
         assert find_cycle(edges("ab", "bc"), *edges("ac")) is None
         assert find_cycle(edges("ab", "ac", "bd"), *edges("cd")) is None
 
     def test_itself(self) -> None:
-        assert find_cycle([], *edges("aa")) == ["a", "a"]
+        assert find_cycle(edges(), *edges("aa")) == ["a", "a"]
 
     @pytest.mark.parametrize("length", [2, 3, 7, 26])
     def test_runs_along_the_dependencies_and_returns_to_its_start(self, length: int) -> None:
@@ -65,16 +67,16 @@ class TestFindCycle:
         assert set(cycle) == {"a", "b", "c"}
 
     def test_an_edge_that_has_ended_closes_nothing(self) -> None:
-        assert find_cycle([Dependency("a", "b", "", 1, until=5)], *edges("ba")) is None
+        assert find_cycle(Dependencies([Dependency("a", "b", "", 1, until=5)]), *edges("ba")) is None
 
     def test_is_quick_where_there_are_as_many_as_can_be(self) -> None:
         """In the writer, where all others wait."""
         ids = [f"variable {number}" for number in range(10_000)]
-        most = [
+        most = Dependencies(
             Dependency(ids[number], ids[number - step], "", 1)
             for number in range(16, len(ids))
             for step in range(1, 17)
-        ]
+        )
         with cpu_s_below(1):
             assert find_cycle(most, Dependency(ids[-1], ids[0], "", 1)) is None
             cycle = find_cycle(most, Dependency(ids[0], ids[-1], "", 1))
@@ -110,9 +112,96 @@ class TestDependants:
         assert self.affected(["ba", "yx"], "a") == ["b"]
 
     def test_counts_as_of_the_commit(self) -> None:
-        kept = [Dependency("b", "a", "", since=5, until=8)]
+        kept = Dependencies([Dependency("b", "a", "", since=5, until=8)])
         told = {sequence: dependants(kept, ["a"], sequence) for sequence in (4, 5, 6, 8, 9)}
         assert told == {4: [], 5: [], 6: ["b"], 8: ["b"], 9: []}
+
+
+class Counting(Dependencies):
+    """Counts what is looked at of who uses what."""
+
+    looked = 0
+
+    def users_of(self, variable_id: str, sequence: int) -> Iterator[str]:
+        for user in super().users_of(variable_id, sequence):
+            self.looked += 1
+            yield user
+
+
+class TestCost:
+    def test_of_who_is_affected_is_that_of_the_answer(self) -> None:
+        ids = [f"variable {number:05}" for number in range(2_000)]
+        web = Counting(
+            Dependency(ids[number], ids[number - step], "", 1)
+            for number in range(16, len(ids))
+            for step in range(1, 17)
+        )
+        assert len(web) > 30_000
+        assert dependants(web, [ids[-4]], sequence=2) == ids[-3:]
+        assert web.looked == 3 + 2 + 1
+
+    def test_of_those_who_are_gone_is_nothing(self) -> None:
+        """However many have used it before: only who stopped in that very commit is told."""
+        kept = Dependencies(edges("xa"))
+        for number in range(2, 500):
+            kept = kept.added(Dependency(f"gone {number}", "a", "", number)).without(f"gone {number}", number)
+        counting = Counting(kept)
+        assert dependants(counting, ["a"], sequence=500) == ["x"]
+        assert counting.looked == 1
+        assert dependants(counting, ["a"], sequence=499) == ["x"]
+        assert dependants(counting, ["a"], sequence=2) == ["x"]
+        kept = kept.added(Dependency("late", "a", "", 500)).without("late", 501)
+        assert dependants(kept, ["a"], sequence=501) == ["late", "x"]
+
+    def test_of_a_change_is_that_of_the_variables_in_it(self) -> None:
+        kept = Dependencies(Dependency(f"user {number}", f"used {number}", "", 1) for number in range(2_000))
+        added = kept.added(Dependency("a", "b", "", 2))
+        same = [each is other for each, other in zip(kept._nodes._shards, added._nodes._shards, strict=True)]
+        assert same.count(False) <= 2
+        assert (len(kept), len(added)) == (2_000, 2_001)
+        gone = added.without("b", 3)
+        same = [each is other for each, other in zip(added._nodes._shards, gone._nodes._shards, strict=True)]
+        assert same.count(False) <= 2
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_changes_add_up_to_the_same_as_a_list_of_all(seed: int) -> None:
+    random, names = Random(seed), "abcdefgh"
+    kept, known, gone = Dependencies(), list[Dependency](), set[str]()
+    for sequence in range(1, 60):
+        live = [name for name in names if name not in gone]
+        if random.random() < 0.1 and len(live) > 2:
+            name = random.choice(live)
+            gone.add(name)
+            kept = kept.without(name, sequence)
+            known = [
+                replace(edge, until=sequence) if edge.until is None and name in (edge.from_id, edge.to_id) else edge
+                for edge in known
+            ]
+        else:
+            used, user = sorted(random.sample(live, 2))
+            edge = Dependency(user, used, random.choice(["", "type"]), sequence)
+            assert kept.has(edge) == any(replace(each, since=sequence) == edge for each in known)
+            if kept.has(edge):
+                continue
+            kept, known = kept.added(edge), [*known, edge]
+        assert kept == known == Dependencies(known)
+        assert kept.changed_at == Dependencies(known).changed_at
+        for asked in {1, sequence // 2, sequence, sequence + 1}:
+            for name in names:
+                counted = [edge for edge in known if edge.since < asked and (edge.until or asked) >= asked]
+                reached, frontier = set[str](), [name]
+                while frontier:
+                    used = frontier.pop()
+                    users = {edge.from_id for edge in counted if edge.to_id == used} - reached
+                    reached |= users
+                    frontier += users
+                told = dependants(kept, [name], asked)
+                assert set(told) == reached
+                assert len(told) == len(reached)
+                assert all(
+                    told.index(edge.to_id) < told.index(edge.from_id) for edge in counted if edge.to_id in reached
+                )
 
 
 class TestAddDependency:

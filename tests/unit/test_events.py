@@ -9,6 +9,7 @@ from dspex_persist.clock import to_micros
 from dspex_persist.state import events as e
 from dspex_persist.state.events import EVENTS, Event, MalformedEventError, Moment, event_in
 from dspex_persist.state.fold import fold, fold_version
+from dspex_persist.state.graph import Dependencies
 from dspex_persist.state.model import (
     ChangeKind,
     Conflict,
@@ -251,7 +252,7 @@ def version(number: int, kind: ChangeKind = ChangeKind.SET, sequence: int = 9, *
 def filled() -> SessionState:
     state = SessionState(Session("s", AT, {"of": "ann"}), sequence=8)
     fold_version(state, version(0, ChangeKind.REGISTERED, 8), [], X)
-    state.dependencies = (Dependency("v", "w", "", 5),)
+    state.dependencies = Dependencies([Dependency("v", "w", "", 5)])
     state.executions = {"exec_4_0a": JournalEntry("exec_4_0a", "t", 4)}
     return state
 

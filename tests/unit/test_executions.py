@@ -1,5 +1,6 @@
 """Executions of tools: their journal, and the session as each sees it, over an in-memory backing."""
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,6 +32,7 @@ from dspex_persist.state.model import (
 )
 from dspex_persist.state.tools.execution import Execution
 from dspex_persist.state.tools.touched import is_transactional, may_block
+from dspex_persist.state.unit_of_work import START, Drafts
 from dspex_persist.testing.memory import MemoryBacking
 from tests.deadline import within
 
@@ -462,6 +464,53 @@ def test_a_locked_variable_is_written_with_the_optimizer_of_the_call(memory: Mem
 
 
 # --- Others' part in the life of an execution ---
+
+
+def lines_run(call: Callable[[], object]) -> int:
+    """How many lines of Python a call takes, each time round a loop counted."""
+    count, before = 0, sys.gettrace()
+
+    def trace(_frame: object, event: str, _argument: object) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_ending_a_session_takes_steps_in_proportion_to_what_runs_in_it() -> None:
+    steps: list[int] = []
+    for many in (50, 400):
+        memory = MemoryBacking()
+        memory.run(c.InitializeSession("s"))
+        ids = [memory.run(c.BeginExecution("s", "tool")).execution_id for _ in range(many)]
+        steps.append(lines_run(lambda memory=memory: memory.run(c.CleanupSession("s"))))
+        ended = [event.to_body()["execution_id"] for event in memory.commits[-1].events[:-1]]
+        assert ended == ids
+    few, eight_times_as_many = steps
+    assert eight_times_as_many < 10 * few
+
+
+def test_a_session_that_is_not_ended_after_all_has_everything_running_again(memory: MemoryBacking) -> None:
+    ids = [memory.run(c.BeginExecution("s", "tool", idempotency_key=key)).execution_id for key in "xyz"]
+    before = memory.states["s"]
+    drafts = Drafts(memory)
+    unit = memory.unit(drafts, BOB)
+    unit.interrupt("s", ids[1:2], "because")
+    start = unit.savepoint()
+    unit.end_session("s", "ended")
+    unit.rollback_to(start)
+    assert drafts.states["s"] is not None
+    assert drafts.states["s"].executions.keys() == {ids[0], ids[2]}
+    unit.rollback_to(START)
+    assert drafts.states["s"] == before
+    unit.end_session("s", "ended")
+    assert [event.to_body()["execution_id"] for event in unit.events[:-1]] == ids
 
 
 def test_interruption_ends_those_that_it_names(memory: MemoryBacking) -> None:

@@ -33,7 +33,7 @@ class AddDependency(Command[None]):
         if self.dependency_type:
             check_text("dependency_type", self.dependency_type, uow.limits.name_length, "name_length")
         edge = Dependency(from_id, to_id, self.dependency_type, uow.sequence)
-        if any(_same(edge, kept) for kept in state.dependencies):
+        if state.dependencies.has(edge):
             return
         check_dependency(state, edge, uow.limits)
         uow.record(self.session_id, DependencyAdded(from_id, to_id, self.dependency_type))
@@ -48,14 +48,6 @@ def check_dependency(state: SessionState, edge: Dependency, limits: Limits) -> N
     cycle = find_cycle(state.dependencies, edge)
     if cycle is not None:
         raise DependencyCycleError(_spell(state, cycle))
-
-
-def _same(edge: Dependency, kept: Dependency) -> bool:
-    return kept.until is None and (edge.from_id, edge.to_id, edge.type) == (
-        kept.from_id,
-        kept.to_id,
-        kept.type,
-    )
 
 
 def _spell(state: SessionState, cycle: list[str]) -> str:

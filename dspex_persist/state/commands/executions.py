@@ -21,7 +21,6 @@ from dspex_persist.state.frozen import freeze
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     Conflict,
-    Dependency,
     ExecutionStatus,
     Failure,
     Isolation,
@@ -207,9 +206,10 @@ class Verdict:
 class FinishExecution(Command[Verdict]):
     """End an execution, and the `children` that ended well before it, in one commit with everything that it wrote.
 
-    `checked` and `matched` (by pattern) must still be as they were seen, `dependencies` too if it is given; otherwise
-    the execution ends as a conflict, and nothing but that is written. `gone`: the variables whose histories were seen
-    under names that nobody had, by those names; they must still be the last ones that had them.
+    `checked` and `matched` (by pattern) must still be as they were seen, and nobody may have changed the session's
+    dependencies since commit `dependencies` if it is given; otherwise the execution ends as a conflict, and nothing but
+    that is written. `gone`: the variables whose histories were seen under names that nobody had, by those names; they
+    must still be the last ones that had them.
     """
 
     verdict: Verdict
@@ -217,7 +217,7 @@ class FinishExecution(Command[Verdict]):
     steps: tuple[Step, ...] = ()
     checked: Mapping[str, Seen | None] = field(default_factory=dict)
     matched: Mapping[str, tuple[Seen, ...]] = field(default_factory=dict)
-    dependencies: tuple[Dependency, ...] | None = None
+    dependencies: int | None = None
     gone: Mapping[str, str | None] = field(default_factory=dict)
 
     writes: ClassVar[bool] = True
@@ -265,7 +265,7 @@ class FinishExecution(Command[Verdict]):
                 yield Conflict(asked, reason="another variable has had the name since")
         for pattern, matched in self.matched.items():
             yield from _changed_matches(state, pattern, matched, told)
-        if self.dependencies is not None and state.dependencies != self.dependencies:
+        if self.dependencies not in (None, state.dependencies.changed_at):
             yield Conflict("dependencies", reason="others changed the session's dependencies")
 
     def _carry_out(self, uow: UnitOfWork, writes: dict[str, list[tuple[str, int]]]) -> tuple[Conflict, ...]:

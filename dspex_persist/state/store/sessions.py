@@ -6,6 +6,7 @@ from datetime import datetime
 from sqlalchemy import Connection, bindparam, exists, func, select
 
 from dspex_persist.clock import nearest_time, to_micros
+from dspex_persist.state.graph import Dependencies
 from dspex_persist.state.model import Dependency, Session
 from dspex_persist.state.session_state import Lease, SessionState, size_of_tool
 from dspex_persist.state.store import executions as stored_executions
@@ -58,9 +59,9 @@ def load(connection: Connection, session_id: str) -> SessionState | None:
     return state
 
 
-def load_dependencies(connection: Connection, session_key: int) -> tuple[Dependency, ...]:
+def load_dependencies(connection: Connection, session_key: int) -> Dependencies:
     """Every dependency that the session ever had, oldest first."""
-    return tuple(
+    return Dependencies(
         Dependency(row.from_id, row.to_id, row.type, row.since_sequence, row.until_sequence)
         for row in connection.execute(_DEPENDENCIES, {"session_key": session_key})
     )

@@ -20,7 +20,6 @@ from dspex_persist.state.errors import (
     VariableNotFoundError,
 )
 from dspex_persist.state.model import (
-    Dependency,
     JournalEntry,
     Origin,
     Seen,
@@ -52,7 +51,7 @@ class Overlay:
         self.checked: dict[str, Seen | None] = {}
         self.written: set[str] = set()
         self.matched: dict[str, tuple[Seen, ...]] = {}
-        self.dependencies: tuple[Dependency, ...] | None = None
+        self.dependencies: int | None = None
         self.gone: dict[str, str | None] = {}
         # By name: others may have deleted one of them and registered another, which has been published since.
         self.published: dict[str, Variable] = {}
@@ -130,7 +129,7 @@ class Overlay:
                 seen_all = map(see, matches(self.snapshot, pattern))
                 self.matched[pattern] = tuple(seen for seen in seen_all if seen is not None)
         if touched.dependencies and self.dependencies is None:
-            self.dependencies = self.snapshot.dependencies
+            self.dependencies = self.snapshot.dependencies.changed_at
         return found
 
     def find(self, identifier: str) -> Variable | None:
