@@ -1,0 +1,65 @@
+"""The backend of docs/write-a-backend.md, under the contract, with the page's own tests."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.deadline import within
+from tests.end_to_end.old_style import ROOT, environment
+from tests.end_to_end.programs import programs_of
+
+STORE, TESTS = programs_of("docs/write-a-backend.md")
+
+
+def _module_of(name: str, text: str) -> ModuleType:
+    """A program of the page, as the module that its reader has saved."""
+    spec = importlib.util.spec_from_loader(name, loader=None)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    exec(compile(text, f"docs/write-a-backend.md:{name}", "exec"), vars(module))
+    return module
+
+
+_module_of("json_lines", STORE.text)
+_tests = _module_of("test_json_lines", TESTS.text)
+owner, with_tools = _tests.owner, _tests.with_tools
+TestJsonLines, TestJsonLinesTools = _tests.TestJsonLines, _tests.TestJsonLinesTools
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    path = tmp_path / "json_lines.py"
+    path.write_text(STORE.text)
+    return path
+
+
+def _counted(program: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, program.name],
+        cwd=program.parent,
+        env=environment() | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=within(60),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_it_goes_on_where_it_was(program: Path) -> None:
+    assert _counted(program) == "1"
+    assert _counted(program) == "2"
+
+
+def test_half_a_line_was_never_acknowledged(program: Path) -> None:
+    assert _counted(program) == "1"
+    lines = program.with_name("sessions.jsonl")
+    whole = lines.read_bytes()
+    lines.write_bytes(whole + whole[:-1].splitlines()[-1][:-3])
+    assert _counted(program) == "2"
