@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any, Final, TypeVar
 from weakref import WeakValueDictionary
 
-from dspex_persist.infra.logs import get_logger
 from dspex_persist.state import commands, values
 from dspex_persist.state.commands import Command
 from dspex_persist.state.commands.executions import Begun, Verdict
@@ -60,13 +59,10 @@ from dspex_persist.state.tools.results import NOTHING, result_value
 from dspex_persist.state.tools.session import ToolSession, asking
 
 R = TypeVar("R")
-_logger: Final = get_logger(__name__)
 _DEEPEST: Final = 16
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.25
-_LARGE_BYTES: Final = 100_000
 _JOIN_PAUSE_S: Final = 0.02
 _MOST_JOINS: Final = 1_000
-_LONG_WAIT_S: Final = 5.0
 _ENTRY_BYTES: Final = 500
 _ANEW: Final = (ExecutionStatus.CANCELLED, ExecutionStatus.INTERRUPTED, ExecutionStatus.CONFLICT)
 """How an execution may have ended that whoever waited for it begins again."""
