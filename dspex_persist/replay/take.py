@@ -13,7 +13,8 @@ from dspex_persist.state import commands
 from dspex_persist.state.commands import Command
 from dspex_persist.state.commands.executions import Begun
 from dspex_persist.state.errors import StateError, UnsupportedError
-from dspex_persist.state.events import Event, ExecutionEnded
+from dspex_persist.state.events import Event, ExecutionEnded, Moment
+from dspex_persist.state.fold import fold
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     Change,
@@ -128,8 +129,7 @@ class Take:
         for execution_id, event in ends.items():
             played = self.played[execution_id]
             played.end, played.changes, played.events = event, tuple(unit.versions), tuple(unit.events)
-        kept = {name: running for name, running in self.state.executions.items() if name not in ends}
-        self.state.executions = kept
+            fold(self.state, event, Moment(unit.sequence, unit.now), [])
         return finished
 
     # Publishing
