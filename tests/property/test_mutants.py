@@ -19,12 +19,12 @@ from dspex_persist import wiring
 from dspex_persist.audit import CommitQuery, ExecutionQuery, HistoryQuery, SessionQuery
 from dspex_persist.audit.report import gather, render
 from dspex_persist.errors import DspexError
+from dspex_persist.state.bridge.rpcs.audit import GET_EXECUTION, GET_STATE, LISTS
 from dspex_persist.state.commands import recordings as commands
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import RecordingError, SessionPrunedError
 from dspex_persist.state.model import Value
 from dspex_persist.state.recording import RecordedVersion, read_recording, write_recording
-from dspex_persist.state.rpc.rpcs.audit import GET_EXECUTION, GET_STATE, LISTS
 from dspex_persist.state.store import maintenance
 from dspex_persist.state.store.session_store import open_groups
 
