@@ -27,7 +27,7 @@ from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, StateError
 from dspex_persist.state.model import ExecutionStatus, Source, Value
 from dspex_persist.state.session_state import SessionState
-from dspex_persist.testing.memory import MemoryBacking
+from tests.memory import MemoryGroups
 
 SESSIONS = st.sampled_from(["s", "t"])
 NAMES = st.sampled_from(["a", "b", "c"])
@@ -74,7 +74,7 @@ class Twins:
 
     def __init__(self, path: Path) -> None:
         self.store = EmbeddedState(path)
-        self.oracle = MemoryBacking()
+        self.oracle = MemoryGroups()
         self.states: list[dict[str, dict[str, tuple[Any, ...]]]] = [{"s": {}, "t": {}}]
 
     def run(self, command: Command[Any], ours: Command[Any] | None = None) -> tuple[Any, Any]:

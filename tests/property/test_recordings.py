@@ -40,7 +40,7 @@ from dspex_persist.state.store.blobs import INLINE_BYTES
 from dspex_persist.state.store.session_store import FileGroups, open_groups
 from dspex_persist.state.tools.execution import Execution
 from dspex_persist.state.unit_of_work import VersionQuery
-from dspex_persist.testing.memory import MemoryBacking
+from tests.memory import MemoryGroups
 
 S = "s"
 NAMES = st.sampled_from(["a", "b", "t"])
@@ -198,7 +198,7 @@ def test_a_recorded_session_is_the_same_everywhere(steps: list[Any], end: str, b
 
 def assert_built_again(text: str, original: Original) -> None:
     _, commits = read_recording(io.StringIO(text))
-    memory = MemoryBacking()
+    memory = MemoryGroups()
     for commit in commits:
         memory.run(c.ImportCommit(S, commit))
         assert facts(memory.load(S)) == facts(original.states[commit.number])

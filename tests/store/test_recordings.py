@@ -40,8 +40,8 @@ from dspex_persist.state.recording import read_recording
 from dspex_persist.state.store import maintenance, transfer
 from dspex_persist.state.store.session_store import StoreOptions, open_groups
 from dspex_persist.state.values import encode
-from dspex_persist.testing.memory import MemoryBacking
 from tests.assets.make_database import fill
+from tests.memory import MemoryGroups
 
 START = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 SENSITIVE = {"sensitive": "true"}
@@ -464,7 +464,7 @@ def test_a_recording_in_memory_is_the_session_as_of_any_commit(state: EmbeddedSt
     state.set_variable("s", "x", 1)
     state.delete_variable("s", "x")
     header, commits = state.record("s")
-    memory, seen = MemoryBacking(), []
+    memory, seen = MemoryGroups(), []
     for commit in commits:
         memory.run(c.ImportCommit(header.session_id, commit))
         seen.append([each.value.json for each in memory.states["s"].variables.values()])

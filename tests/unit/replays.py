@@ -26,7 +26,7 @@ from dspex_persist.state.recording import (
 )
 from dspex_persist.state.tools.with_tools import WithTools
 from dspex_persist.state.watch import Watch
-from dspex_persist.testing.memory import MemoryBacking, MemoryCommit
+from tests.memory import MemoryCommit, MemoryGroups
 
 R = TypeVar("R")
 
@@ -38,7 +38,7 @@ class Memory(StateProvider):
         self._lock = threading.Lock()
         self._moment = clock.now()
         self._times: list[datetime] = []
-        self.backing = MemoryBacking(now=self._read_clock)
+        self.backing = MemoryGroups(now=self._read_clock)
 
     def _read_clock(self) -> datetime:
         self._moment = clock.now()

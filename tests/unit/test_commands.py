@@ -31,8 +31,8 @@ from dspex_persist.state.commands import (
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import ChangeKind, EventKind, Origin, Source, Value, Variable
 from dspex_persist.state.unit_of_work import START, Drafts, RecordedOutcome
-from dspex_persist.testing.memory import MemoryBacking
 from tests.deadline import cpu_s_below
+from tests.memory import MemoryGroups
 
 
 class Clock:
@@ -54,22 +54,22 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def memory(clock: Clock) -> MemoryBacking:
+def memory(clock: Clock) -> MemoryGroups:
     """A backing in which session `s` has begun."""
-    backing = MemoryBacking(now=clock)
+    backing = MemoryGroups(now=clock)
     backing.run(InitializeSession("s"))
     return backing
 
 
-def register(memory: MemoryBacking, name: str = "x", value: str = "1", **options: Any) -> str:
+def register(memory: MemoryGroups, name: str = "x", value: str = "1", **options: Any) -> str:
     return memory.run(RegisterVariable("s", name, options.pop("type", "integer"), Value(value), **options))
 
 
-def get(memory: MemoryBacking, identifier: str = "x") -> Variable:
+def get(memory: MemoryGroups, identifier: str = "x") -> Variable:
     return memory.run(GetVariable("s", identifier))
 
 
-def write(memory: MemoryBacking, name: str, value: str, **metadata: str) -> int:
+def write(memory: MemoryGroups, name: str, value: str, **metadata: str) -> int:
     return memory.run(SetVariable("s", name, Value(value), metadata))
 
 
@@ -78,14 +78,14 @@ def asked_by(actor: str, optimizer_id: str | None = None) -> Origin:
 
 
 class TestSessions:
-    def test_begins_with_its_metadata_and_time(self, memory: MemoryBacking, clock: Clock) -> None:
+    def test_begins_with_its_metadata_and_time(self, memory: MemoryGroups, clock: Clock) -> None:
         view = memory.run(InitializeSession("new", {"user": "ada"}))
         assert not view.resumed
         assert view.variables == ()
         summary = memory.run(GetSession("new"))
         assert (summary.id, summary.metadata, summary.created_at) == ("new", {"user": "ada"}, clock.time)
 
-    def test_resuming_tells_the_variables_and_makes_no_commit(self, memory: MemoryBacking) -> None:
+    def test_resuming_tells_the_variables_and_makes_no_commit(self, memory: MemoryGroups) -> None:
         register(memory, "b")
         register(memory, "a")
         commits = memory.sequence
@@ -94,25 +94,25 @@ class TestSessions:
         assert [variable.name for variable in view.variables] == ["b", "a"]
         assert memory.sequence == commits
 
-    def test_resuming_merges_metadata(self, memory: MemoryBacking) -> None:
+    def test_resuming_merges_metadata(self, memory: MemoryGroups) -> None:
         memory.run(InitializeSession("s", {"a": "1", "b": "1"}))
         memory.run(InitializeSession("s", {"b": "2"}))
         assert memory.run(GetSession("s")).metadata == {"a": "1", "b": "2"}
         assert memory.commits[-1].events[0].kind is EventKind.SESSION_UPDATED
 
     def test_metadata_may_not_grow_past_the_limit_by_merging(self) -> None:
-        memory = MemoryBacking(Limits(metadata_entries=3))
+        memory = MemoryGroups(Limits(metadata_entries=3))
         memory.run(InitializeSession("s", {"a": "", "b": ""}))
         with pytest.raises(errors.LimitExceededError, match="metadata_entries"):
             memory.run(InitializeSession("s", {"c": "", "d": ""}))
         assert memory.run(GetSession("s")).metadata == {"a": "", "b": ""}
 
     @pytest.mark.parametrize("session_id", ["", "a\0b", "a\nb", "\x7f", "\ud800"])
-    def test_an_id_that_is_none(self, memory: MemoryBacking, session_id: str) -> None:
+    def test_an_id_that_is_none(self, memory: MemoryGroups, session_id: str) -> None:
         with pytest.raises(errors.InvalidArgumentError, match="session_id"):
             memory.run(InitializeSession(session_id))
 
-    def test_unknown_everywhere(self, memory: MemoryBacking) -> None:
+    def test_unknown_everywhere(self, memory: MemoryGroups) -> None:
         commands: list[Command[Any]] = [
             GetSession("nobody"),
             GetVariable("nobody", "x"),
@@ -127,7 +127,7 @@ class TestSessions:
         assert memory.run(CleanupSession("nobody")) == 0
         assert memory.sequence == 1
 
-    def test_cleaning_up_counts_the_variables_and_the_id_begins_anew(self, memory: MemoryBacking) -> None:
+    def test_cleaning_up_counts_the_variables_and_the_id_begins_anew(self, memory: MemoryGroups) -> None:
         register(memory, "x")
         register(memory, "y")
         assert memory.run(CleanupSession("s")) == 2
@@ -136,7 +136,7 @@ class TestSessions:
         with pytest.raises(errors.VariableNotFoundError):
             memory.run(GetVariableHistory("s", "x"))
 
-    def test_expires_when_its_ttl_is_over_and_not_before(self, memory: MemoryBacking, clock: Clock) -> None:
+    def test_expires_when_its_ttl_is_over_and_not_before(self, memory: MemoryGroups, clock: Clock) -> None:
         memory.run(InitializeSession("t", {"ttl_seconds": "10"}))
         clock.forward(9.999)
         assert memory.run(Heartbeat("t"))
@@ -148,7 +148,7 @@ class TestSessions:
         with pytest.raises(errors.SessionNotFoundError):
             memory.run(GetSession("t"))
 
-    def test_what_expired_is_ended_before_the_id_begins_anew(self, memory: MemoryBacking, clock: Clock) -> None:
+    def test_what_expired_is_ended_before_the_id_begins_anew(self, memory: MemoryGroups, clock: Clock) -> None:
         memory.run(InitializeSession("t", {"ttl_seconds": "10"}))
         clock.forward(11)
         assert not memory.run(InitializeSession("t")).resumed
@@ -157,7 +157,7 @@ class TestSessions:
         assert [event.kind for event in ended.events] == [EventKind.SESSION_ENDED]
         assert memory.commits[-1].events[0].kind is EventKind.SESSION_STARTED
 
-    def test_a_ttl_can_be_changed_and_taken_off(self, memory: MemoryBacking, clock: Clock) -> None:
+    def test_a_ttl_can_be_changed_and_taken_off(self, memory: MemoryGroups, clock: Clock) -> None:
         memory.run(InitializeSession("t", {"ttl_seconds": "10"}))
         memory.run(InitializeSession("t", {"ttl_seconds": "100"}))
         clock.forward(50)
@@ -167,7 +167,7 @@ class TestSessions:
         assert memory.run(Heartbeat("t"))
 
     def test_the_default_ttl(self, clock: Clock) -> None:
-        memory = MemoryBacking(session_ttl_s=5, now=clock)
+        memory = MemoryGroups(session_ttl_s=5, now=clock)
         memory.run(InitializeSession("default"))
         memory.run(InitializeSession("own", {"ttl_seconds": "50"}))
         memory.run(InitializeSession("ever", {"ttl_seconds": "0"}))
@@ -175,14 +175,14 @@ class TestSessions:
         assert [memory.run(Heartbeat(name)) for name in ("default", "own", "ever")] == [False, True, True]
 
     @pytest.mark.parametrize("text", ["", "soon", "nan", "-1", "inf", "1e11", "0x10", "\u0661\u0660\u0660 s"])
-    def test_a_ttl_that_is_none(self, memory: MemoryBacking, text: str) -> None:
+    def test_a_ttl_that_is_none(self, memory: MemoryGroups, text: str) -> None:
         with pytest.raises(errors.InvalidArgumentError, match="ttl_seconds"):
             memory.run(InitializeSession("t", {"ttl_seconds": text}))
         assert memory.run(Heartbeat("t")) is False
 
 
 class TestRegisterVariable:
-    def test_the_id_the_version_and_the_log(self, memory: MemoryBacking, clock: Clock) -> None:
+    def test_the_id_the_version_and_the_log(self, memory: MemoryGroups, clock: Clock) -> None:
         variable_id = register(memory, "temperature", "0.5", type="float", metadata={"unit": "none"})
         assert variable_id.startswith("var_temperature_")
         variable = get(memory, variable_id)
@@ -192,7 +192,7 @@ class TestRegisterVariable:
         assert [event.kind for event in memory.commits[-1].events] == [EventKind.VARIABLE_REGISTERED]
         assert memory.commits[-1].changes[0].version.kind is ChangeKind.REGISTERED
 
-    def test_again_the_same_keeps_the_current_value(self, memory: MemoryBacking) -> None:
+    def test_again_the_same_keeps_the_current_value(self, memory: MemoryGroups) -> None:
         first = register(memory, constraints='{"min": 0, "max": 9}')
         write(memory, "x", "7")
         commits = memory.sequence
@@ -209,14 +209,14 @@ class TestRegisterVariable:
         ],
     )
     def test_again_as_something_else_says_what_differs(
-        self, memory: MemoryBacking, again: Mapping[str, str], difference: str
+        self, memory: MemoryGroups, again: Mapping[str, str], difference: str
     ) -> None:
         register(memory, constraints='{"max":9}')
         with pytest.raises(errors.VariableExistsError) as refused:
             register(memory, **{"constraints": '{"max":9}', **again})
         assert difference in str(refused.value)
 
-    def test_after_a_deletion_it_is_a_new_variable(self, memory: MemoryBacking) -> None:
+    def test_after_a_deletion_it_is_a_new_variable(self, memory: MemoryGroups) -> None:
         first = register(memory, value="1")
         write(memory, "x", "2")
         memory.run(DeleteVariable("s", "x"))
@@ -226,13 +226,13 @@ class TestRegisterVariable:
         with pytest.raises(errors.VariableNotFoundError):
             get(memory, first)
 
-    def test_a_name_that_is_the_id_of_another_is_refused(self, memory: MemoryBacking) -> None:
+    def test_a_name_that_is_the_id_of_another_is_refused(self, memory: MemoryGroups) -> None:
         other = register(memory, "x")
         with pytest.raises(errors.InvalidArgumentError, match="id of another variable"):
             register(memory, other)
 
     def test_one_more_than_the_limit_allows(self) -> None:
-        memory = MemoryBacking(Limits(variables_per_session=2))
+        memory = MemoryGroups(Limits(variables_per_session=2))
         memory.run(InitializeSession("s"))
         register(memory, "a")
         register(memory, "b")
@@ -243,11 +243,11 @@ class TestRegisterVariable:
         register(memory, "c")
 
     @pytest.mark.parametrize("name", ["", "a\0", "tab\t", "\udfff"])
-    def test_a_name_that_is_none(self, memory: MemoryBacking, name: str) -> None:
+    def test_a_name_that_is_none(self, memory: MemoryGroups, name: str) -> None:
         with pytest.raises(errors.InvalidArgumentError, match="name"):
             register(memory, name)
 
-    def test_what_is_wrong_with_it_leaves_nothing_behind(self, memory: MemoryBacking) -> None:
+    def test_what_is_wrong_with_it_leaves_nothing_behind(self, memory: MemoryGroups) -> None:
         wrong: list[tuple[type[errors.StateError], dict[str, Any]]] = [
             (errors.UnknownTypeError, {"type": "number"}),
             (errors.InvalidValueError, {"value": '"one"'}),
@@ -267,11 +267,11 @@ class TestRegisterVariable:
 
 
 class TestSetVariable:
-    def test_counts_the_version_on_also_for_an_equal_value(self, memory: MemoryBacking) -> None:
+    def test_counts_the_version_on_also_for_an_equal_value(self, memory: MemoryGroups) -> None:
         register(memory)
         assert [write(memory, "x", "1") for _ in range(3)] == [1, 2, 3]
 
-    def test_the_current_version_may_be_expected(self, memory: MemoryBacking) -> None:
+    def test_the_current_version_may_be_expected(self, memory: MemoryGroups) -> None:
         register(memory)
         write(memory, "x", "2")
         assert memory.run(SetVariable("s", "x", Value("3"), expected_version=1)) == 2
@@ -284,14 +284,14 @@ class TestSetVariable:
         with pytest.raises(errors.InvalidArgumentError, match="expected_version"):
             memory.run(SetVariable("s", "x", Value("4"), expected_version=-1))
 
-    def test_metadata_merges_and_history_keeps_what_came(self, memory: MemoryBacking) -> None:
+    def test_metadata_merges_and_history_keeps_what_came(self, memory: MemoryGroups) -> None:
         register(memory, metadata={"a": "1", "b": "1"})
         write(memory, "x", "2", b="2", c="2")
         assert get(memory).metadata == {"a": "1", "b": "2", "c": "2"}
         assert memory.run(GetVariableHistory("s", "x"))[0].metadata == {"b": "2", "c": "2"}
 
     def test_metadata_may_not_grow_past_the_limit_by_merging(self) -> None:
-        memory = MemoryBacking(Limits(metadata_entries=2))
+        memory = MemoryGroups(Limits(metadata_entries=2))
         memory.run(InitializeSession("s"))
         register(memory, metadata={"a": "1"})
         write(memory, "x", "2", b="1")
@@ -310,14 +310,14 @@ class TestSetVariable:
         ],
     )
     def test_metadata_says_the_source_else_the_origin_does(
-        self, memory: MemoryBacking, said: dict[str, str], recorded: Source
+        self, memory: MemoryGroups, said: dict[str, str], recorded: Source
     ) -> None:
         register(memory, metadata={"source": "elixir"})
         assert get(memory).source is Source.ELIXIR
         write(memory, "x", "2", **said)
         assert get(memory).source is recorded
 
-    def test_the_version_says_who_when_and_through_what(self, memory: MemoryBacking, clock: Clock) -> None:
+    def test_the_version_says_who_when_and_through_what(self, memory: MemoryGroups, clock: Clock) -> None:
         register(memory)
         clock.forward(5)
         memory.run(SetVariable("s", "x", Value("2")), Origin("ada", "SetVariable", Source.ELIXIR))
@@ -325,7 +325,7 @@ class TestSetVariable:
         assert (version.actor, version.cause, version.source) == ("ada", "SetVariable", Source.ELIXIR)
         assert (version.created_at, version.sequence) == (clock.time, memory.sequence)
 
-    def test_a_value_is_brought_into_its_type(self, memory: MemoryBacking) -> None:
+    def test_a_value_is_brought_into_its_type(self, memory: MemoryGroups) -> None:
         register(memory)
         write(memory, "x", "5.0")
         assert get(memory).value == Value("5")
@@ -336,23 +336,23 @@ class TestSetVariable:
 
 class TestSetVariables:
     @pytest.fixture(autouse=True)
-    def two_variables(self, memory: MemoryBacking) -> None:
+    def two_variables(self, memory: MemoryGroups) -> None:
         register(memory, "x", constraints='{"max":9}')
         register(memory, "y")
 
-    def batch(self, memory: MemoryBacking, atomic: bool, **updates: str) -> Any:
+    def batch(self, memory: MemoryGroups, atomic: bool, **updates: str) -> Any:
         values = {name: Value(text) for name, text in updates.items()}
         return memory.run(SetVariables("s", values, {"by": "batch"}, atomic))
 
     @pytest.mark.parametrize("atomic", [True, False])
-    def test_is_one_commit(self, memory: MemoryBacking, atomic: bool) -> None:
+    def test_is_one_commit(self, memory: MemoryGroups, atomic: bool) -> None:
         commits = memory.sequence
         outcome = self.batch(memory, atomic, x="2", y="3")
         assert (outcome.success, outcome.versions, outcome.errors) == (True, {"x": 1, "y": 1}, {})
         assert memory.sequence == commits + 1
         assert len(memory.commits[-1].changes) == 2
 
-    def test_atomic_is_all_or_nothing(self, memory: MemoryBacking) -> None:
+    def test_atomic_is_all_or_nothing(self, memory: MemoryGroups) -> None:
         before, commits = memory.states["s"], memory.sequence
         outcome = self.batch(memory, True, y="3", x="10", nobody="1")
         assert (outcome.success, outcome.versions) == (False, {})
@@ -362,7 +362,7 @@ class TestSetVariables:
         assert memory.states["s"] == before
         assert memory.sequence == commits
 
-    def test_otherwise_what_is_valid_is_applied(self, memory: MemoryBacking) -> None:
+    def test_otherwise_what_is_valid_is_applied(self, memory: MemoryGroups) -> None:
         outcome = self.batch(memory, False, x="10", y="3", nobody="1")
         assert (outcome.success, outcome.versions) == (True, {"y": 1})
         assert set(outcome.errors) == {"x", "nobody"}
@@ -371,31 +371,31 @@ class TestSetVariables:
         assert (outcome.success, outcome.versions) == (False, {})
 
     @pytest.mark.parametrize("atomic", [True, False])
-    def test_entries_that_could_not_be_read_are_failures(self, memory: MemoryBacking, atomic: bool) -> None:
+    def test_entries_that_could_not_be_read_are_failures(self, memory: MemoryGroups, atomic: bool) -> None:
         command = SetVariables("s", {"y": Value("3")}, atomic=atomic, refused={"x": "it is no UTF-8"})
         outcome = memory.run(command)
         assert outcome.errors == {"x": "it is no UTF-8"}
         assert outcome.success is not atomic
         assert get(memory, "y").version == int(not atomic)
 
-    def test_by_name_and_by_id_in_one_batch_are_two_versions(self, memory: MemoryBacking) -> None:
+    def test_by_name_and_by_id_in_one_batch_are_two_versions(self, memory: MemoryGroups) -> None:
         outcome = memory.run(SetVariables("s", {"x": Value("2"), get(memory).id: Value("3")}))
         assert sorted(outcome.versions.values()) == [1, 2]
         assert get(memory).value == Value("3")
 
-    def test_nothing_to_do_is_done(self, memory: MemoryBacking) -> None:
+    def test_nothing_to_do_is_done(self, memory: MemoryGroups) -> None:
         commits = memory.sequence
         assert memory.run(SetVariables("s", {})).success
         assert memory.sequence == commits
 
     def test_too_many_entries_name_the_setting(self) -> None:
-        memory = MemoryBacking(Limits(batch_entries=1))
+        memory = MemoryGroups(Limits(batch_entries=1))
         memory.run(InitializeSession("s"))
         register(memory, "x")
         with pytest.raises(errors.LimitExceededError, match="batch_entries"):
             self.batch(memory, False, x="1", y="1")
 
-    def test_thousands_of_unknown_names_are_told_without_comparing_them_all(self, memory: MemoryBacking) -> None:
+    def test_thousands_of_unknown_names_are_told_without_comparing_them_all(self, memory: MemoryGroups) -> None:
         """In the writer, where all others wait: a name that was perhaps meant is looked for a few times only."""
         for number in range(1_000):
             memory.run(RegisterVariable("s", f"{number:03}{'ab' * 26}xx", "integer", Value("1")))
@@ -422,7 +422,7 @@ class TestNamesThatWerePerhapsMeant:
 
 
 class TestPatternsOfABatch:
-    def test_one_batch_matches_so_much_and_no_more(self, memory: MemoryBacking) -> None:
+    def test_one_batch_matches_so_much_and_no_more(self, memory: MemoryGroups) -> None:
         """RE2 takes its time for some patterns, in the writer, where all others wait."""
         drawn = Random(1)
         for number in range(40):
@@ -434,7 +434,7 @@ class TestPatternsOfABatch:
         assert "does not match" in outcome.errors["v0"]
         assert "too much to match in one call" in outcome.errors["v39"]
 
-    def test_a_batch_of_ordinary_ones_is_taken(self, memory: MemoryBacking) -> None:
+    def test_a_batch_of_ordinary_ones_is_taken(self, memory: MemoryGroups) -> None:
         for number in range(1_000):
             memory.run(RegisterVariable("s", f"v{number}", "string", Value('"a@b.c"'), '{"pattern":"^[^@]+@[^@]+$"}'))
         outcome = memory.run(SetVariables("s", {f"v{number}": Value('"d@e.f"') for number in range(1_000)}))
@@ -442,7 +442,7 @@ class TestPatternsOfABatch:
 
 
 class TestReads:
-    def test_a_batch_is_keyed_by_what_was_asked_and_says_what_is_missing(self, memory: MemoryBacking) -> None:
+    def test_a_batch_is_keyed_by_what_was_asked_and_says_what_is_missing(self, memory: MemoryGroups) -> None:
         register(memory, "x")
         register(memory, "y")
         variable_id = get(memory, "y").id
@@ -451,7 +451,7 @@ class TestReads:
         assert found.variables[variable_id].name == "y"
         assert found.missing == ("none", "nil")
 
-    def test_listed_oldest_first_whatever_was_written_last(self, memory: MemoryBacking) -> None:
+    def test_listed_oldest_first_whatever_was_written_last(self, memory: MemoryGroups) -> None:
         for name in ("b", "a", "c"):
             register(memory, name)
         write(memory, "b", "2")
@@ -462,13 +462,13 @@ class TestReads:
         assert [variable.name for variable in memory.run(ListVariables("s", "?"))] == ["a", "c", "b"]
         assert memory.run(ListVariables("s", "B")) == ()
 
-    def test_a_pattern_longer_than_a_name_names_the_setting(self, memory: MemoryBacking) -> None:
+    def test_a_pattern_longer_than_a_name_names_the_setting(self, memory: MemoryGroups) -> None:
         with pytest.raises(errors.LimitExceededError, match="name_length"):
             memory.run(ListVariables("s", "*" * 256))
 
 
 class TestHistory:
-    def test_newest_first_with_a_limit_and_a_start(self, memory: MemoryBacking) -> None:
+    def test_newest_first_with_a_limit_and_a_start(self, memory: MemoryGroups) -> None:
         register(memory)
         for value in range(1, 121):
             write(memory, "x", str(value))
@@ -478,7 +478,7 @@ class TestHistory:
         older = memory.run(GetVariableHistory("s", "x", 3, before=2))
         assert [version.version for version in older] == [1, 0]
 
-    def test_of_a_deleted_variable_ends_with_the_deletion(self, memory: MemoryBacking) -> None:
+    def test_of_a_deleted_variable_ends_with_the_deletion(self, memory: MemoryGroups) -> None:
         variable_id = register(memory)
         write(memory, "x", "2")
         memory.run(DeleteVariable("s", "x"))
@@ -491,14 +491,14 @@ class TestHistory:
     @pytest.mark.parametrize(
         ("limit", "kind"), [(-1, errors.InvalidArgumentError), (10_001, errors.LimitExceededError)]
     )
-    def test_a_limit_that_is_none(self, memory: MemoryBacking, limit: int, kind: type[errors.StateError]) -> None:
+    def test_a_limit_that_is_none(self, memory: MemoryGroups, limit: int, kind: type[errors.StateError]) -> None:
         register(memory)
         with pytest.raises(kind, match="limit"):
             memory.run(GetVariableHistory("s", "x", limit))
 
 
 class TestRollback:
-    def test_is_a_new_version_with_the_old_value(self, memory: MemoryBacking) -> None:
+    def test_is_a_new_version_with_the_old_value(self, memory: MemoryGroups) -> None:
         register(memory, value="1", metadata={"a": "1"})
         write(memory, "x", "2", a="2")
         rolled = memory.run(RollbackVariable("s", "x", 0))
@@ -508,13 +508,13 @@ class TestRollback:
         assert newest.metadata == {"rolled_back_to": "0"}
 
     @pytest.mark.parametrize("target", [-1, 2, 2**31 - 1])
-    def test_to_a_version_that_never_was(self, memory: MemoryBacking, target: int) -> None:
+    def test_to_a_version_that_never_was(self, memory: MemoryGroups, target: int) -> None:
         register(memory)
         write(memory, "x", "2")
         with pytest.raises(errors.VersionNotFoundError, match=f"{target} of variable 'x'; it has versions 0 to 1"):
             memory.run(RollbackVariable("s", "x", target))
 
-    def test_past_a_broken_lock(self, memory: MemoryBacking) -> None:
+    def test_past_a_broken_lock(self, memory: MemoryGroups) -> None:
         register(memory)
         memory.run(StartOptimization("s", "x", "opt"), asked_by("ada"))
         memory.run(StopOptimization("s", "x", force=True), asked_by("bob"))
@@ -522,7 +522,7 @@ class TestRollback:
 
 
 class TestDelete:
-    def test_takes_the_variable_and_its_weight_out(self, memory: MemoryBacking) -> None:
+    def test_takes_the_variable_and_its_weight_out(self, memory: MemoryGroups) -> None:
         before = memory.states["s"].weight_bytes
         variable_id = register(memory, value='"' + "x" * 1000 + '"', type="string")
         memory.run(DeleteVariable("s", variable_id))
@@ -535,16 +535,16 @@ class TestDelete:
 
 class TestOptimization:
     @pytest.fixture(autouse=True)
-    def locked(self, memory: MemoryBacking) -> str:
+    def locked(self, memory: MemoryGroups) -> str:
         """`x` is optimized by `opt`, which `ada` has started; the optimization's id."""
         register(memory)
         return memory.run(StartOptimization("s", "x", "opt", {"trials": "5"}), asked_by("ada"))
 
-    def lock_of(self, memory: MemoryBacking) -> str | None:
+    def lock_of(self, memory: MemoryGroups) -> str | None:
         lock = get(memory).optimization
         return lock.optimizer_id if lock is not None else None
 
-    def test_only_its_holder_writes(self, memory: MemoryBacking) -> None:
+    def test_only_its_holder_writes(self, memory: MemoryGroups) -> None:
         refused: list[Command[Any]] = [
             SetVariable("s", "x", Value("2")),
             SetVariable("s", "x", Value("2"), {"optimizer_id": "other"}),
@@ -561,7 +561,7 @@ class TestOptimization:
         assert write(memory, "x", "2", optimizer_id="opt") == 1
         assert memory.run(RollbackVariable("s", "x", 0), asked_by("ada", "opt")).version == 2
 
-    def test_its_holder_asking_again_renews_it(self, memory: MemoryBacking, clock: Clock, locked: str) -> None:
+    def test_its_holder_asking_again_renews_it(self, memory: MemoryGroups, clock: Clock, locked: str) -> None:
         clock.forward(200)
         assert memory.run(StartOptimization("s", "x", "opt")) == locked
         clock.forward(200)
@@ -569,7 +569,7 @@ class TestOptimization:
         assert lock is not None
         assert (lock.optimizer_id, lock.config) == ("opt", {"trials": "5"})
 
-    def test_ends_with_its_lease_unless_the_holder_writes(self, memory: MemoryBacking, clock: Clock) -> None:
+    def test_ends_with_its_lease_unless_the_holder_writes(self, memory: MemoryGroups, clock: Clock) -> None:
         clock.forward(299)
         write(memory, "x", "2", optimizer_id="opt")
         clock.forward(299)
@@ -581,24 +581,24 @@ class TestOptimization:
         assert write(memory, "x", "3") == 2
         assert memory.commits[-1].events[0].to_body()["reason"] == "lease ended"
 
-    def test_an_ended_lock_gives_way_to_another(self, memory: MemoryBacking, clock: Clock, locked: str) -> None:
+    def test_an_ended_lock_gives_way_to_another(self, memory: MemoryGroups, clock: Clock, locked: str) -> None:
         clock.forward(300)
         assert memory.run(StartOptimization("s", "x", "other")) != locked
         kinds = [event.kind for event in memory.commits[-1].events]
         assert kinds == [EventKind.OPTIMIZATION_STOPPED, EventKind.OPTIMIZATION_STARTED]
         assert self.lock_of(memory) == "other"
 
-    def test_whoever_started_it_stops_it_and_gets_the_value(self, memory: MemoryBacking) -> None:
+    def test_whoever_started_it_stops_it_and_gets_the_value(self, memory: MemoryGroups) -> None:
         write(memory, "x", "7", optimizer_id="opt")
         assert memory.run(StopOptimization("s", "x"), asked_by("ada")) == Value("7")
         assert get(memory).version == 1, "stopping is no change of the value"
         assert write(memory, "x", "8") == 2
 
-    def test_its_optimizer_stops_it(self, memory: MemoryBacking) -> None:
+    def test_its_optimizer_stops_it(self, memory: MemoryGroups) -> None:
         assert memory.run(StopOptimization("s", "x"), asked_by("machine", "opt")) == Value("1")
 
     @pytest.mark.parametrize("origin", [asked_by("bob"), asked_by("ada", "other")])
-    def test_others_need_force_and_the_history_says_so(self, memory: MemoryBacking, origin: Origin) -> None:
+    def test_others_need_force_and_the_history_says_so(self, memory: MemoryGroups, origin: Origin) -> None:
         with pytest.raises(errors.VariableLockedError, match="'opt'"):
             memory.run(StopOptimization("s", "x"), origin)
         assert memory.run(StopOptimization("s", "x", force=True), origin) == Value("1")
@@ -607,17 +607,17 @@ class TestOptimization:
         assert broken.metadata["broken_optimizer_id"] == "opt"
         assert get(memory).metadata == {}, "what explains a change does not become the variable's"
 
-    def test_a_broken_optimizer_notices_by_the_version(self, memory: MemoryBacking) -> None:
+    def test_a_broken_optimizer_notices_by_the_version(self, memory: MemoryGroups) -> None:
         write(memory, "x", "2", optimizer_id="opt")
         memory.run(StopOptimization("s", "x", force=True), asked_by("bob"))
         with pytest.raises(errors.VersionConflictError):
             memory.run(SetVariable("s", "x", Value("3"), {"optimizer_id": "opt"}, expected_version=1))
 
-    def test_force_on_what_is_one_s_own_leaves_no_version(self, memory: MemoryBacking) -> None:
+    def test_force_on_what_is_one_s_own_leaves_no_version(self, memory: MemoryGroups) -> None:
         memory.run(StopOptimization("s", "x", force=True), asked_by("ada"))
         assert get(memory).version == 0
 
-    def test_deleting_waits_for_it(self, memory: MemoryBacking) -> None:
+    def test_deleting_waits_for_it(self, memory: MemoryGroups) -> None:
         with pytest.raises(errors.VariableLockedError):
             memory.run(DeleteVariable("s", "x"))
         memory.run(StopOptimization("s", "x"), asked_by("ada"))
@@ -627,7 +627,7 @@ class TestOptimization:
 class TestGroups:
     """Units that share their drafts, as those of one group of the writer do."""
 
-    def test_each_sees_what_the_ones_before_it_staged(self, memory: MemoryBacking) -> None:
+    def test_each_sees_what_the_ones_before_it_staged(self, memory: MemoryGroups) -> None:
         register(memory)
         drafts = Drafts(memory)
         units = [memory.unit(drafts, asked_by("ada"), staged) for staged in range(3)]
@@ -644,7 +644,7 @@ class TestGroups:
             Value("1"),
         ]
 
-    def test_one_that_fails_takes_nothing_from_its_neighbours(self, memory: MemoryBacking) -> None:
+    def test_one_that_fails_takes_nothing_from_its_neighbours(self, memory: MemoryGroups) -> None:
         register(memory, "x")
         drafts = Drafts(memory)
         first, failing = (memory.unit(drafts, asked_by("ada"), staged) for staged in range(2))
@@ -661,7 +661,7 @@ class TestGroups:
         memory.keep(drafts, first)
         assert get(memory, "x").value == Value("2")
 
-    def test_a_session_ended_and_begun_again_in_one_group(self, memory: MemoryBacking) -> None:
+    def test_a_session_ended_and_begun_again_in_one_group(self, memory: MemoryGroups) -> None:
         register(memory)
         drafts = Drafts(memory)
         units = [memory.unit(drafts, asked_by("ada"), staged) for staged in range(2)]
@@ -673,7 +673,7 @@ class TestGroups:
         memory.keep(drafts, *units)
         assert memory.run(ListVariables("s")) == ()
 
-    def test_a_savepoint_in_the_middle(self, memory: MemoryBacking) -> None:
+    def test_a_savepoint_in_the_middle(self, memory: MemoryGroups) -> None:
         register(memory)
         drafts = Drafts(memory)
         unit = memory.unit(drafts, asked_by("ada"))
@@ -684,7 +684,7 @@ class TestGroups:
         memory.keep(drafts, unit)
         assert (get(memory).version, get(memory).value) == (1, Value("2"))
 
-    def test_recorded_outcomes_come_and_go_with_their_unit(self, memory: MemoryBacking) -> None:
+    def test_recorded_outcomes_come_and_go_with_their_unit(self, memory: MemoryGroups) -> None:
         register(memory)
         drafts = Drafts(memory)
         outcome = RecordedOutcome("s", "key", "SetVariable", "fingerprint", "1")

@@ -13,7 +13,7 @@ from dspex_persist.state.errors import InvalidArgumentError, StateError, Variabl
 from dspex_persist.state.model import Origin, SessionView, Value, VariableVersion
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.watch import Watch
-from dspex_persist.testing.memory import MemoryBacking
+from tests.memory import MemoryGroups
 
 
 class ScriptedProvider(StateProvider):
@@ -47,7 +47,7 @@ class MemoryProvider(ScriptedProvider):
     """Session state in memory."""
 
     def __init__(self) -> None:
-        self.memory = MemoryBacking()
+        self.memory = MemoryGroups()
 
     def submit(self, command: commands.Command[Any], origin: Origin | None = None) -> Future[Any]:
         future: Future[Any] = Future()

@@ -18,8 +18,8 @@ from dspex_persist.state.errors import DependencyCycleError, LimitExceededError,
 from dspex_persist.state.graph import Dependencies, dependants, find_cycle
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Dependency, EventKind, Value
-from dspex_persist.testing.memory import MemoryBacking
 from tests.deadline import cpu_s_below
+from tests.memory import MemoryGroups
 
 
 def edges(*pairs: str, since: int = 1) -> Dependencies:
@@ -27,16 +27,16 @@ def edges(*pairs: str, since: int = 1) -> Dependencies:
     return Dependencies(Dependency(pair[0], pair[1], "", since) for pair in pairs)
 
 
-def backing(*names: str, limits: Limits | None = None) -> MemoryBacking:
+def backing(*names: str, limits: Limits | None = None) -> MemoryGroups:
     """A session `s` with these variables."""
-    memory = MemoryBacking(limits)
+    memory = MemoryGroups(limits)
     memory.run(InitializeSession("s"))
     for name in names:
         memory.run(RegisterVariable("s", name, "integer", Value("0")))
     return memory
 
 
-def depend(memory: MemoryBacking, *pairs: str) -> None:
+def depend(memory: MemoryGroups, *pairs: str) -> None:
     for pair in pairs:
         memory.run(AddDependency("s", pair[0], pair[1]))
 

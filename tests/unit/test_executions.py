@@ -33,8 +33,8 @@ from dspex_persist.state.model import (
 from dspex_persist.state.tools.execution import Execution
 from dspex_persist.state.tools.touched import is_transactional, may_block
 from dspex_persist.state.unit_of_work import START, Drafts
-from dspex_persist.testing.memory import MemoryBacking
 from tests.deadline import within
+from tests.memory import MemoryGroups
 
 ANN, BOB = Origin("ann", "ExecuteTool"), Origin("bob", "SetVariable")
 COMMITTED, CONFLICT = ExecutionStatus.COMMITTED, ExecutionStatus.CONFLICT
@@ -48,9 +48,9 @@ BOTH = [Isolation.SERIALIZABLE, Isolation.SNAPSHOT]
 
 
 @pytest.fixture
-def memory() -> MemoryBacking:
+def memory() -> MemoryGroups:
     """A session `s` with the integers a, b (0), and one version more of b."""
-    backing = MemoryBacking()
+    backing = MemoryGroups()
     backing.run(c.InitializeSession("s"))
     for name in "ab":
         backing.run(c.RegisterVariable("s", name, "integer", Value("0")))
@@ -61,7 +61,7 @@ def memory() -> MemoryBacking:
 class Running:
     """An execution under way, as a tool's code and a runner use it."""
 
-    def __init__(self, memory: MemoryBacking, execution: Execution) -> None:
+    def __init__(self, memory: MemoryGroups, execution: Execution) -> None:
         self.memory = memory
         self.execution = execution
         self.id = execution.id
@@ -118,31 +118,31 @@ class Running:
         return [str(conflict) for conflict in finished.conflicts]
 
 
-def begin(memory: MemoryBacking, isolation: Isolation = Isolation.SERIALIZABLE) -> Running:
+def begin(memory: MemoryGroups, isolation: Isolation = Isolation.SERIALIZABLE) -> Running:
     begun = memory.run(c.BeginExecution("s", "tool", isolation=isolation), ANN)
     return Running(memory, Execution.begin("s", "tool", isolation, begun, ANN, memory.run))
 
 
-def write(memory: MemoryBacking, name: str, number: int) -> int:
+def write(memory: MemoryGroups, name: str, number: int) -> int:
     return memory.run(c.SetVariable("s", name, Value(str(number))), BOB)
 
 
-def values_of(memory: MemoryBacking) -> dict[str, str]:
+def values_of(memory: MemoryGroups) -> dict[str, str]:
     return {variable.name: variable.value.json for variable in memory.run(c.ListVariables("s"))}
 
 
-def last_event(memory: MemoryBacking) -> dict[str, Any]:
+def last_event(memory: MemoryGroups) -> dict[str, Any]:
     return dict(memory.commits[-1].events[-1].to_body())
 
 
-def running_in(memory: MemoryBacking) -> list[str]:
+def running_in(memory: MemoryGroups) -> list[str]:
     return list(memory.states["s"].executions)
 
 
 # --- Beginning ---
 
 
-def test_an_execution_begins_with_its_journal_entry(memory: MemoryBacking) -> None:
+def test_an_execution_begins_with_its_journal_entry(memory: MemoryGroups) -> None:
     parent = memory.run(c.BeginExecution("s", "caller"), ANN)
     command = c.BeginExecution(
         "s",
@@ -181,7 +181,7 @@ def test_an_execution_begins_with_its_journal_entry(memory: MemoryBacking) -> No
     assert (running.tool, running.began_sequence, running.parent_id) == ("tool", begun.sequence, parent.execution_id)
 
 
-def test_ids_and_seeds_are_never_the_same(memory: MemoryBacking) -> None:
+def test_ids_and_seeds_are_never_the_same(memory: MemoryGroups) -> None:
     begun = [memory.run(c.BeginExecution("s", "tool"), ANN) for _ in range(20)]
     assert len({each.execution_id for each in begun}) == len({each.seed for each in begun}) == 20
     assert running_in(memory) == [each.execution_id for each in begun], "oldest first"
@@ -200,7 +200,7 @@ def test_ids_and_seeds_are_never_the_same(memory: MemoryBacking) -> None:
     ],
 )
 def test_what_cannot_begin_leaves_nothing(
-    memory: MemoryBacking, command: c.BeginExecution, error: type[errors.StateError]
+    memory: MemoryGroups, command: c.BeginExecution, error: type[errors.StateError]
 ) -> None:
     before = memory.sequence
     with pytest.raises(error):
@@ -208,14 +208,14 @@ def test_what_cannot_begin_leaves_nothing(
     assert (memory.sequence, running_in(memory)) == (before, [])
 
 
-def test_a_parent_that_has_ended_calls_nobody(memory: MemoryBacking) -> None:
+def test_a_parent_that_has_ended_calls_nobody(memory: MemoryGroups) -> None:
     parent = begin(memory)
     parent.finish()
     with pytest.raises(errors.ExecutionEndedError):
         memory.run(c.BeginExecution("s", "callee", parent_id=parent.id), ANN)
 
 
-def test_the_snapshot_is_for_the_execution_alone(memory: MemoryBacking) -> None:
+def test_the_snapshot_is_for_the_execution_alone(memory: MemoryGroups) -> None:
     begun: Begun = memory.run(c.BeginExecution("s", "tool"), ANN)
     assert begun.snapshot is not None
     write(memory, "a", 5)
@@ -228,7 +228,7 @@ def test_the_snapshot_is_for_the_execution_alone(memory: MemoryBacking) -> None:
 
 
 def keyed(
-    memory: MemoryBacking,
+    memory: MemoryGroups,
     key: str = "key",
     parameters: dict[str, Value] | None = None,
     session_id: str = "s",
@@ -238,12 +238,12 @@ def keyed(
     return begun
 
 
-def end(memory: MemoryBacking, begun: Begun, status: ExecutionStatus = COMMITTED, **more: Any) -> Verdict:
+def end(memory: MemoryGroups, begun: Begun, status: ExecutionStatus = COMMITTED, **more: Any) -> Verdict:
     finished: Verdict = memory.run(c.FinishExecution("s", Verdict(begun.execution_id, status, **more)), ANN)
     return finished
 
 
-def test_a_key_of_a_running_execution_begins_no_other(memory: MemoryBacking) -> None:
+def test_a_key_of_a_running_execution_begins_no_other(memory: MemoryGroups) -> None:
     first, before = keyed(memory), memory.sequence
     second = keyed(memory)
     assert (second.execution_id, second.snapshot, second.recorded) == (first.execution_id, None, None)
@@ -251,8 +251,8 @@ def test_a_key_of_a_running_execution_begins_no_other(memory: MemoryBacking) -> 
     assert memory.sequence == before
 
 
-def test_a_key_of_a_committed_execution_finds_its_result(memory: MemoryBacking) -> None:
-    first = keyed(memory)
+def test_a_key_of_a_committed_execution_finds_its_result(memory: MemoryGroups) -> None:
+    first = keyed(memory, attempt=3)
     finished = end(memory, first, result=Value('"done"'), attempt=3)
     before = memory.sequence
     for _ in range(2):
@@ -266,7 +266,7 @@ def test_a_key_of_a_committed_execution_finds_its_result(memory: MemoryBacking) 
 
 
 @pytest.mark.parametrize("status", [*UNSUCCESSFUL, CONFLICT])
-def test_a_key_of_an_execution_that_did_not_commit_begins_anew(memory: MemoryBacking, status: ExecutionStatus) -> None:
+def test_a_key_of_an_execution_that_did_not_commit_begins_anew(memory: MemoryGroups, status: ExecutionStatus) -> None:
     first = keyed(memory)
     end(memory, first, status)
     second = keyed(memory)
@@ -281,7 +281,7 @@ def test_a_key_of_an_execution_that_did_not_commit_begins_anew(memory: MemoryBac
 @pytest.mark.parametrize("ended", [False, True])
 @pytest.mark.parametrize("parameters", [{"x": Value("2")}, {}, {"x": Value("1"), "y": Value("1")}])
 def test_a_key_with_other_parameters_is_refused(
-    memory: MemoryBacking, ended: bool, parameters: dict[str, Value]
+    memory: MemoryGroups, ended: bool, parameters: dict[str, Value]
 ) -> None:
     begun = keyed(memory, parameters={"x": Value("1")})
     if ended:
@@ -292,7 +292,7 @@ def test_a_key_with_other_parameters_is_refused(
         memory.run(c.BeginExecution("s", "another", {"x": Value("1")}, idempotency_key="key"), ANN)
 
 
-def test_a_request_is_the_same_whoever_asks_and_however_often(memory: MemoryBacking) -> None:
+def test_a_request_is_the_same_whoever_asks_and_however_often(memory: MemoryGroups) -> None:
     """Metadata, attempt and worker belong to the call, and so does the order of the parameters."""
     first = keyed(memory, parameters={"x": Value("1"), "y": Value("2", b"3")}, metadata={"trace": "1"})
     again = keyed(
@@ -304,7 +304,7 @@ def test_a_request_is_the_same_whoever_asks_and_however_often(memory: MemoryBack
         keyed(memory, parameters={"x": Value("1"), "y": Value("2", b"4")})
 
 
-def test_keys_belong_to_their_session(memory: MemoryBacking) -> None:
+def test_keys_belong_to_their_session(memory: MemoryGroups) -> None:
     end(memory, keyed(memory))
     memory.run(c.InitializeSession("t"))
     assert keyed(memory, session_id="t").snapshot is not None
@@ -316,7 +316,7 @@ def test_keys_belong_to_their_session(memory: MemoryBacking) -> None:
 # --- Ending ---
 
 
-def test_the_end_completes_the_journal_entry(memory: MemoryBacking) -> None:
+def test_the_end_completes_the_journal_entry(memory: MemoryGroups) -> None:
     begun = keyed(memory)
     verdict = Verdict(
         begun.execution_id,
@@ -351,7 +351,7 @@ def test_the_end_completes_the_journal_entry(memory: MemoryBacking) -> None:
     assert running_in(memory) == []
 
 
-def test_an_execution_ends_once(memory: MemoryBacking) -> None:
+def test_an_execution_ends_once(memory: MemoryGroups) -> None:
     begun = keyed(memory)
     end(memory, begun)
     before = memory.sequence
@@ -361,7 +361,7 @@ def test_an_execution_ends_once(memory: MemoryBacking) -> None:
     assert memory.sequence == before
 
 
-def test_everything_that_it_wrote_is_in_the_commit_of_its_end(memory: MemoryBacking) -> None:
+def test_everything_that_it_wrote_is_in_the_commit_of_its_end(memory: MemoryGroups) -> None:
     running = begin(memory)
     running.set("a", 1)
     running.run(c.SetVariables("s", {"a": Value("2"), "b": Value("2")}), Origin("w", "x", Source.ELIXIR))
@@ -387,7 +387,7 @@ def test_everything_that_it_wrote_is_in_the_commit_of_its_end(memory: MemoryBack
 
 
 @pytest.mark.parametrize("status", UNSUCCESSFUL)
-def test_what_does_not_commit_has_written_nothing(memory: MemoryBacking, status: ExecutionStatus) -> None:
+def test_what_does_not_commit_has_written_nothing(memory: MemoryGroups, status: ExecutionStatus) -> None:
     running = begin(memory)
     running.set("a", 1)
     command = running.execution.finish(Verdict(running.id, status, failure=Failure("ValueError", "no", "at line 1")))
@@ -399,7 +399,7 @@ def test_what_does_not_commit_has_written_nothing(memory: MemoryBacking, status:
     assert running_in(memory) == []
 
 
-def test_a_conflict_is_told_and_nothing_written(memory: MemoryBacking) -> None:
+def test_a_conflict_is_told_and_nothing_written(memory: MemoryGroups) -> None:
     running = begin(memory)
     running.set("a", int(running.get("b")) + 1)
     write(memory, "b", 9)
@@ -413,7 +413,7 @@ def test_a_conflict_is_told_and_nothing_written(memory: MemoryBacking) -> None:
     assert values_of(memory) == {"a": "0", "b": "9"}
 
 
-def test_every_variable_that_conflicts_is_told_once(memory: MemoryBacking) -> None:
+def test_every_variable_that_conflicts_is_told_once(memory: MemoryGroups) -> None:
     running = begin(memory)
     variable = running.run(c.GetVariable("s", "a"))
     running.get(variable.id)
@@ -428,9 +428,9 @@ def test_every_variable_that_conflicts_is_told_once(memory: MemoryBacking) -> No
     ]
 
 
-def test_a_step_that_is_refused_at_the_commit_is_a_conflict(memory: MemoryBacking) -> None:
+def test_a_step_that_is_refused_at_the_commit_is_a_conflict(memory: MemoryGroups) -> None:
     """Nothing that was looked at has changed, and still it does not go: here, because of a limit on the session."""
-    memory = MemoryBacking(Limits(variables_per_session=2))
+    memory = MemoryGroups(Limits(variables_per_session=2))
     memory.run(c.InitializeSession("s"))
     memory.run(c.RegisterVariable("s", "a", "integer", Value("0")))
     running = begin(memory)
@@ -444,7 +444,7 @@ def test_a_step_that_is_refused_at_the_commit_is_a_conflict(memory: MemoryBackin
     assert last_event(memory)["writes"] == []
 
 
-def test_a_refused_step_leaves_origin_and_tokens_as_they_were(memory: MemoryBacking) -> None:
+def test_a_refused_step_leaves_origin_and_tokens_as_they_were(memory: MemoryGroups) -> None:
     begun = keyed(memory)
     step = Step(begun.execution_id, c.SetVariable("s", "ghost", Value("1")), Source.PYTHON, "mipro", ("abc",))
     finished = memory.run(c.FinishExecution("s", Verdict(begun.execution_id, COMMITTED), (), (step,)), BOB)
@@ -452,7 +452,7 @@ def test_a_refused_step_leaves_origin_and_tokens_as_they_were(memory: MemoryBack
     assert memory.commits[-1].origin == BOB
 
 
-def test_a_locked_variable_is_written_with_the_optimizer_of_the_call(memory: MemoryBacking) -> None:
+def test_a_locked_variable_is_written_with_the_optimizer_of_the_call(memory: MemoryGroups) -> None:
     holder = replace(BOB, optimizer_id="mipro")
     memory.run(c.StartOptimization("s", "a", "mipro"), holder)
     running = begin(memory)
@@ -486,7 +486,7 @@ def lines_run(call: Callable[[], object]) -> int:
 def test_ending_a_session_takes_steps_in_proportion_to_what_runs_in_it() -> None:
     steps: list[int] = []
     for many in (50, 400):
-        memory = MemoryBacking()
+        memory = MemoryGroups()
         memory.run(c.InitializeSession("s"))
         ids = [memory.run(c.BeginExecution("s", "tool")).execution_id for _ in range(many)]
         steps.append(lines_run(lambda memory=memory: memory.run(c.CleanupSession("s"))))
@@ -496,7 +496,7 @@ def test_ending_a_session_takes_steps_in_proportion_to_what_runs_in_it() -> None
     assert eight_times_as_many < 10 * few
 
 
-def test_a_session_that_is_not_ended_after_all_has_everything_running_again(memory: MemoryBacking) -> None:
+def test_a_session_that_is_not_ended_after_all_has_everything_running_again(memory: MemoryGroups) -> None:
     ids = [memory.run(c.BeginExecution("s", "tool", idempotency_key=key)).execution_id for key in "xyz"]
     before = memory.states["s"]
     drafts = Drafts(memory)
@@ -513,7 +513,7 @@ def test_a_session_that_is_not_ended_after_all_has_everything_running_again(memo
     assert [event.to_body()["execution_id"] for event in unit.events[:-1]] == ids
 
 
-def test_interruption_ends_those_that_it_names(memory: MemoryBacking) -> None:
+def test_interruption_ends_those_that_it_names(memory: MemoryGroups) -> None:
     gone, goes_on = begin(memory), begin(memory)
     assert memory.run(c.InterruptExecutions("s", (gone.id, "exec_1_00")), ANN) == 1
     assert running_in(memory) == [goes_on.id]
@@ -532,7 +532,7 @@ def test_interruption_ends_those_that_it_names(memory: MemoryBacking) -> None:
     assert goes_on.finish().status is COMMITTED
 
 
-def test_the_end_of_a_session_ends_what_runs_in_it(memory: MemoryBacking) -> None:
+def test_the_end_of_a_session_ends_what_runs_in_it(memory: MemoryGroups) -> None:
     parent = begin(memory)
     child = parent.call()
     memory.run(c.CleanupSession("s"), BOB)
@@ -553,7 +553,7 @@ def test_the_end_of_a_session_ends_what_runs_in_it(memory: MemoryBacking) -> Non
 
 def test_a_session_in_which_a_tool_runs_does_not_expire() -> None:
     time = datetime(2030, 1, 1, tzinfo=UTC)
-    memory = MemoryBacking(now=lambda: time)
+    memory = MemoryGroups(now=lambda: time)
     memory.run(c.InitializeSession("s", {"ttl_seconds": "10"}))
     begun = memory.run(c.BeginExecution("s", "tool"), ANN)
     time += timedelta(hours=5)
@@ -569,7 +569,7 @@ def test_a_session_in_which_a_tool_runs_does_not_expire() -> None:
     assert memory.states == {}
 
 
-def test_a_provider_without_tools_executes_none(memory: MemoryBacking) -> None:
+def test_a_provider_without_tools_executes_none(memory: MemoryGroups) -> None:
     with pytest.raises(errors.UnsupportedError, match="without any"):
         memory.run(c.ExecuteTool("s", "tool"))
 
@@ -581,7 +581,7 @@ def registered(name: str = "far", worker: str = "w1", **spec: Any) -> Registered
     return RegisteredTool(ToolSpec(name, **spec), worker, f"unix:/tmp/{worker}")
 
 
-def test_tools_are_kept_and_listed(memory: MemoryBacking) -> None:
+def test_tools_are_kept_and_listed(memory: MemoryGroups) -> None:
     parameters = (ToolParameter("n", "integer", "how many", False, Value("3"), '{"min":0}'),)
     tools = (registered("far", parameters=parameters, isolation=Isolation.SNAPSHOT, retries=2), registered("near"))
     ids = memory.run(c.RegisterTools("s", "w1", tools), BOB)
@@ -596,7 +596,7 @@ def test_tools_are_kept_and_listed(memory: MemoryBacking) -> None:
     )
 
 
-def test_a_tool_registered_again_is_replaced(memory: MemoryBacking) -> None:
+def test_a_tool_registered_again_is_replaced(memory: MemoryGroups) -> None:
     memory.run(c.RegisterTools("s", "w1", (registered("far"), registered("near"))), BOB)
     before = memory.sequence
     memory.run(c.RegisterTools("s", "w1", (registered("far"),)), BOB)
@@ -620,7 +620,7 @@ def test_a_tool_registered_again_is_replaced(memory: MemoryBacking) -> None:
     ],
 )
 def test_registrations_are_refused_whole(tools: list[RegisteredTool], error: type[errors.StateError]) -> None:
-    memory = MemoryBacking(Limits(tools_per_session=3, constraints_size_bytes=1000))
+    memory = MemoryGroups(Limits(tools_per_session=3, constraints_size_bytes=1000))
     memory.run(c.InitializeSession("s"))
     with pytest.raises(error):
         memory.run(c.RegisterTools("s", "w1", tuple(tools), frozenset({"ours"})), BOB)
@@ -628,14 +628,14 @@ def test_registrations_are_refused_whole(tools: list[RegisteredTool], error: typ
     assert memory.sequence == 1
 
 
-def test_a_name_that_the_server_has_is_left_out_alone(memory: MemoryBacking) -> None:
+def test_a_name_that_the_server_has_is_left_out_alone(memory: MemoryGroups) -> None:
     tools = (registered("fine"), registered("ours"), registered("good"))
     ids = memory.run(c.RegisterTools("s", "w1", tools, frozenset({"ours"})), BOB)
     assert ids == {"fine": "s:fine", "good": "s:good"}
     assert set(memory.run(c.ListTools("s"))) == {"fine", "good"}
 
 
-def test_an_address_stays_until_another_is_given(memory: MemoryBacking) -> None:
+def test_an_address_stays_until_another_is_given(memory: MemoryGroups) -> None:
     def known() -> tuple[str, str | None]:
         tool = memory.run(c.ListTools("s"))["far"]
         return tool.address, tool.spec.metadata.get("address")
@@ -657,7 +657,7 @@ def test_an_address_stays_until_another_is_given(memory: MemoryBacking) -> None:
 
 
 def test_tools_beyond_the_limit_are_refused_and_replacements_are_not() -> None:
-    memory = MemoryBacking(Limits(tools_per_session=2))
+    memory = MemoryGroups(Limits(tools_per_session=2))
     memory.run(c.InitializeSession("s"))
     memory.run(c.RegisterTools("s", "w1", (registered("x"), registered("y"))), BOB)
     memory.run(c.RegisterTools("s", "w2", (registered("x", "w2"), registered("y", "w2"))), BOB)
@@ -674,7 +674,7 @@ def test_what_a_server_reserves_makes_no_other_registration() -> None:
 # --- What an execution sees ---
 
 
-def test_it_sees_the_session_as_it_was_when_it_began(memory: MemoryBacking) -> None:
+def test_it_sees_the_session_as_it_was_when_it_began(memory: MemoryGroups) -> None:
     running = begin(memory)
     write(memory, "a", 5)
     memory.run(c.DeleteVariable("s", "b"))
@@ -688,7 +688,7 @@ def test_it_sees_the_session_as_it_was_when_it_began(memory: MemoryBacking) -> N
         running.get("c")
 
 
-def test_it_sees_what_it_wrote_and_nobody_else_does(memory: MemoryBacking) -> None:
+def test_it_sees_what_it_wrote_and_nobody_else_does(memory: MemoryGroups) -> None:
     running, other = begin(memory), begin(memory)
     assert [running.set("a", 5), running.set("a", 6)] == [1, 2]
     variable_id = running.run(c.RegisterVariable("s", "new", "integer", Value("3")))
@@ -698,7 +698,7 @@ def test_it_sees_what_it_wrote_and_nobody_else_does(memory: MemoryBacking) -> No
     assert (other.get("a"), other.names()) == ("0", ["a", "b"])
 
 
-def test_a_batch_is_seen_as_a_whole(memory: MemoryBacking) -> None:
+def test_a_batch_is_seen_as_a_whole(memory: MemoryGroups) -> None:
     running = begin(memory)
     outcome = running.run(c.SetVariables("s", {"a": Value("7"), "ghost": Value("1")}, atomic=True))
     assert (outcome.success, running.get("a")) == (False, "0")
@@ -708,7 +708,7 @@ def test_a_batch_is_seen_as_a_whole(memory: MemoryBacking) -> None:
     assert values_of(memory) == {"a": "7", "b": "1"}
 
 
-def test_a_command_that_fails_leaves_nothing_behind(memory: MemoryBacking) -> None:
+def test_a_command_that_fails_leaves_nothing_behind(memory: MemoryGroups) -> None:
     running = begin(memory)
     running.set("a", 5)
     refused: Sequence[c.Command[Any]] = (
@@ -728,14 +728,14 @@ def test_a_command_that_fails_leaves_nothing_behind(memory: MemoryBacking) -> No
     assert [each.version.version for each in memory.commits[-1].changes] == [1]
 
 
-def test_commands_that_change_nothing_are_not_carried_out_again(memory: MemoryBacking) -> None:
+def test_commands_that_change_nothing_are_not_carried_out_again(memory: MemoryGroups) -> None:
     running = begin(memory)
     running.run(c.RegisterVariable("s", "a", "integer", Value("9")))
     running.get("b")
     assert running.execution.finish(Verdict(running.id, COMMITTED)).steps == ()
 
 
-def test_only_commands_on_variables_of_its_session_belong_inside(memory: MemoryBacking) -> None:
+def test_only_commands_on_variables_of_its_session_belong_inside(memory: MemoryGroups) -> None:
     running = begin(memory)
     for command in (c.InitializeSession("s"), c.CleanupSession("s"), c.GetSession("s"), c.BeginExecution("s", "x")):
         assert not is_transactional(command)
@@ -748,7 +748,7 @@ def test_only_commands_on_variables_of_its_session_belong_inside(memory: MemoryB
 
 @pytest.mark.parametrize(("others", "conflicts"), [("b", ["b"]), (None, [])])
 def test_whoever_lists_in_many_ways_stands_on_everything(
-    memory: MemoryBacking, others: str | None, conflicts: list[str]
+    memory: MemoryGroups, others: str | None, conflicts: list[str]
 ) -> None:
     """In the writer each pattern is matched against each name again, while everybody waits."""
     running = begin(memory)
@@ -766,7 +766,7 @@ class TestHowMuch:
     """What an execution stages is one commit at its end, for which everybody waits."""
 
     def running(self, **limits: int) -> Running:
-        memory = MemoryBacking(Limits(**limits))
+        memory = MemoryGroups(Limits(**limits))
         memory.run(c.InitializeSession("s"))
         for name in "ab":
             memory.run(c.RegisterVariable("s", name, "string", Value('""')))
@@ -823,9 +823,7 @@ INSIDE: list[tuple[c.Command[Any], bool]] = [
 
 
 @pytest.mark.parametrize(("command", "blocks"), INSIDE, ids=[type(command).__name__ for command, _ in INSIDE])
-def test_every_command_on_variables_belongs_inside(
-    memory: MemoryBacking, command: c.Command[Any], blocks: bool
-) -> None:
+def test_every_command_on_variables_belongs_inside(memory: MemoryGroups, command: c.Command[Any], blocks: bool) -> None:
     memory.run(c.RegisterVariable("s", "locked", "integer", Value("0")))
     memory.run(c.StartOptimization("s", "locked", "mipro"))
     assert is_transactional(command)
@@ -838,7 +836,7 @@ def test_every_command_on_variables_belongs_inside(
     assert (len(memory.commits[-1].changes) + len(memory.commits[-1].events) > 1) == command.writes
 
 
-def test_all_is_refused_once_it_has_ended(memory: MemoryBacking) -> None:
+def test_all_is_refused_once_it_has_ended(memory: MemoryGroups) -> None:
     parent = begin(memory)
     child = parent.call()
     grandchild = child.call()
@@ -856,7 +854,7 @@ def test_all_is_refused_once_it_has_ended(memory: MemoryBacking) -> None:
 # --- Serializability ---
 
 
-def test_two_that_touch_different_variables_both_commit(memory: MemoryBacking) -> None:
+def test_two_that_touch_different_variables_both_commit(memory: MemoryGroups) -> None:
     first, second = begin(memory), begin(memory)
     first.set("a", int(first.get("a")) + 10)
     second.set("b", int(second.get("b")) + 10)
@@ -865,7 +863,7 @@ def test_two_that_touch_different_variables_both_commit(memory: MemoryBacking) -
 
 
 @pytest.mark.parametrize("isolation", BOTH)
-def test_of_two_that_count_the_same_the_second_conflicts(memory: MemoryBacking, isolation: Isolation) -> None:
+def test_of_two_that_count_the_same_the_second_conflicts(memory: MemoryGroups, isolation: Isolation) -> None:
     first, second = begin(memory, isolation), begin(memory, isolation)
     for running in (first, second):
         running.set("a", int(running.get("a")) + 1)
@@ -875,7 +873,7 @@ def test_of_two_that_count_the_same_the_second_conflicts(memory: MemoryBacking, 
 
 
 @pytest.mark.parametrize("isolation", BOTH)
-def test_write_skew_is_for_snapshots_only(memory: MemoryBacking, isolation: Isolation) -> None:
+def test_write_skew_is_for_snapshots_only(memory: MemoryGroups, isolation: Isolation) -> None:
     first, second = begin(memory, isolation), begin(memory, isolation)
     first.set("a", int(first.get("b")) + 1)
     second.set("b", int(second.get("a")) + 1)
@@ -884,7 +882,7 @@ def test_write_skew_is_for_snapshots_only(memory: MemoryBacking, isolation: Isol
 
 
 @pytest.mark.parametrize("isolation", BOTH)
-def test_a_blind_write_is_a_conflict_as_well(memory: MemoryBacking, isolation: Isolation) -> None:
+def test_a_blind_write_is_a_conflict_as_well(memory: MemoryGroups, isolation: Isolation) -> None:
     running = begin(memory, isolation)
     running.set("a", 5)
     write(memory, "a", 6)
@@ -940,7 +938,7 @@ READINGS = [get, get_by_id, get_some, look_back, list_all, list_some, depend_on,
     ids=["written", "rolled back", "deleted", "locked"],
 )
 def test_whatever_was_read_must_be_as_it_was(
-    memory: MemoryBacking, reading: Callable[[Running], None], change: Callable[[MemoryBacking], object]
+    memory: MemoryGroups, reading: Callable[[Running], None], change: Callable[[MemoryGroups], object]
 ) -> None:
     running, unharmed = begin(memory), begin(memory)
     reading(running)
@@ -953,7 +951,7 @@ def test_whatever_was_read_must_be_as_it_was(
 @pytest.mark.parametrize(
     "reading", [get, get_by_id, get_some, look_back, list_all, list_some], ids=lambda r: r.__name__
 )
-def test_a_snapshot_minds_only_what_it_wrote(memory: MemoryBacking, reading: Callable[[Running], None]) -> None:
+def test_a_snapshot_minds_only_what_it_wrote(memory: MemoryGroups, reading: Callable[[Running], None]) -> None:
     running = begin(memory, Isolation.SNAPSHOT)
     reading(running)
     running.set("b", 5)
@@ -962,7 +960,7 @@ def test_a_snapshot_minds_only_what_it_wrote(memory: MemoryBacking, reading: Cal
     assert running.finish().status is COMMITTED
 
 
-def test_what_was_not_there_must_still_not_be(memory: MemoryBacking) -> None:
+def test_what_was_not_there_must_still_not_be(memory: MemoryGroups) -> None:
     running, unharmed = begin(memory), begin(memory)
     running.run(c.GetVariables("s", ("ghost",)))
     unharmed.run(c.GetVariables("s", ("another ghost",)))
@@ -971,7 +969,7 @@ def test_what_was_not_there_must_still_not_be(memory: MemoryBacking) -> None:
     assert unharmed.finish().status is COMMITTED
 
 
-def test_what_was_deleted_and_made_anew_is_another_variable(memory: MemoryBacking) -> None:
+def test_what_was_deleted_and_made_anew_is_another_variable(memory: MemoryGroups) -> None:
     running = begin(memory)
     running.get("a")
     memory.run(c.DeleteVariable("s", "a"))
@@ -979,14 +977,14 @@ def test_what_was_deleted_and_made_anew_is_another_variable(memory: MemoryBackin
     assert running.conflicts() == ["a: it is another variable of the same name"]
 
 
-def test_what_changed_before_it_began_is_no_conflict(memory: MemoryBacking) -> None:
+def test_what_changed_before_it_began_is_no_conflict(memory: MemoryGroups) -> None:
     write(memory, "a", 5)
     running = begin(memory)
     running.set("a", int(running.get("a")) + 1)
     assert running.finish().status is COMMITTED
 
 
-def test_what_others_staged_and_did_not_commit_is_no_conflict(memory: MemoryBacking) -> None:
+def test_what_others_staged_and_did_not_commit_is_no_conflict(memory: MemoryGroups) -> None:
     first, second = begin(memory), begin(memory)
     first.set("a", 5)
     second.set("a", 6)
@@ -999,7 +997,7 @@ def test_what_others_staged_and_did_not_commit_is_no_conflict(memory: MemoryBack
     [("", "x", True), ("x*", "x1", True), ("x*", "y", False), ("?", "xy", False), ("?", "x", True)],
 )
 def test_a_phantom_is_a_conflict_where_its_name_fits(
-    memory: MemoryBacking, pattern: str, name: str, conflict: bool
+    memory: MemoryGroups, pattern: str, name: str, conflict: bool
 ) -> None:
     running, snapshot = begin(memory), begin(memory, Isolation.SNAPSHOT)
     for each in (running, snapshot):
@@ -1009,7 +1007,7 @@ def test_a_phantom_is_a_conflict_where_its_name_fits(
     assert snapshot.finish().status is COMMITTED
 
 
-def test_its_own_registrations_are_no_phantoms(memory: MemoryBacking) -> None:
+def test_its_own_registrations_are_no_phantoms(memory: MemoryGroups) -> None:
     running = begin(memory)
     running.names("n*")
     running.run(c.RegisterVariable("s", "n1", "integer", Value("0")))
@@ -1019,7 +1017,7 @@ def test_its_own_registrations_are_no_phantoms(memory: MemoryBacking) -> None:
 
 
 @pytest.mark.parametrize("isolation", BOTH)
-def test_dependencies_are_one_thing(memory: MemoryBacking, isolation: Isolation) -> None:
+def test_dependencies_are_one_thing(memory: MemoryGroups, isolation: Isolation) -> None:
     """Each alone closes no circle."""
     first, second = begin(memory, isolation), begin(memory, isolation)
     first.run(c.AddDependency("s", "a", "b"))
@@ -1028,7 +1026,7 @@ def test_dependencies_are_one_thing(memory: MemoryBacking, isolation: Isolation)
     assert second.conflicts() == ["dependencies: others changed the session's dependencies"]
 
 
-def test_a_dependency_of_its_own_registrations(memory: MemoryBacking) -> None:
+def test_a_dependency_of_its_own_registrations(memory: MemoryGroups) -> None:
     running = begin(memory)
     variable_id = running.run(c.RegisterVariable("s", "n", "integer", Value("0")))
     running.run(c.AddDependency("s", "n", "a"))
@@ -1042,7 +1040,7 @@ def test_a_dependency_of_its_own_registrations(memory: MemoryBacking) -> None:
 # --- Optimization ---
 
 
-def test_of_two_that_lock_the_same_the_second_conflicts(memory: MemoryBacking) -> None:
+def test_of_two_that_lock_the_same_the_second_conflicts(memory: MemoryGroups) -> None:
     first, second = begin(memory), begin(memory)
     lock_id = first.run(c.StartOptimization("s", "a", "mipro"))
     second.run(c.StartOptimization("s", "a", "bootstrap"))
@@ -1053,7 +1051,7 @@ def test_of_two_that_lock_the_same_the_second_conflicts(memory: MemoryBacking) -
     assert second.conflicts() == ["a: its optimization changed"]
 
 
-def test_a_lock_that_its_holder_renews_is_the_same_lock(memory: MemoryBacking) -> None:
+def test_a_lock_that_its_holder_renews_is_the_same_lock(memory: MemoryGroups) -> None:
     memory.run(c.StartOptimization("s", "a", "mipro"))
     running = begin(memory)
     running.get("a")
@@ -1061,7 +1059,7 @@ def test_a_lock_that_its_holder_renews_is_the_same_lock(memory: MemoryBacking) -
     assert running.finish().status is COMMITTED
 
 
-def test_a_lock_that_was_taken_off_is_a_conflict(memory: MemoryBacking) -> None:
+def test_a_lock_that_was_taken_off_is_a_conflict(memory: MemoryGroups) -> None:
     memory.run(c.StartOptimization("s", "a", "mipro"))
     running = begin(memory)
     with pytest.raises(errors.VariableLockedError):
@@ -1070,7 +1068,7 @@ def test_a_lock_that_was_taken_off_is_a_conflict(memory: MemoryBacking) -> None:
     assert running.conflicts() == ["a: its optimization changed"]
 
 
-def test_locks_inside_follow_the_rules_of_locks(memory: MemoryBacking) -> None:
+def test_locks_inside_follow_the_rules_of_locks(memory: MemoryGroups) -> None:
     running = begin(memory)
     running.run(c.StartOptimization("s", "a", "mipro"))
     with pytest.raises(errors.VariableLockedError):
@@ -1087,7 +1085,7 @@ def test_locks_inside_follow_the_rules_of_locks(memory: MemoryBacking) -> None:
 
 def test_a_lease_that_ends_while_it_runs_lets_it_write() -> None:
     with freeze_time("2030-01-01") as frozen:
-        memory = MemoryBacking(optimization_lease_s=60)
+        memory = MemoryGroups(optimization_lease_s=60)
         memory.run(c.InitializeSession("s"))
         memory.run(c.RegisterVariable("s", "a", "integer", Value("0")))
         memory.run(c.StartOptimization("s", "a", "mipro"))
@@ -1105,7 +1103,7 @@ def test_a_lease_that_ends_while_it_runs_lets_it_write() -> None:
 # --- Deletion and registration ---
 
 
-def test_a_variable_is_replaced_by_another_of_its_name(memory: MemoryBacking) -> None:
+def test_a_variable_is_replaced_by_another_of_its_name(memory: MemoryGroups) -> None:
     old_id = memory.run(c.GetVariable("s", "a")).id
     running = begin(memory)
     running.set("a", 5)
@@ -1123,7 +1121,7 @@ def test_a_variable_is_replaced_by_another_of_its_name(memory: MemoryBacking) ->
     assert kinds == [ChangeKind.SET, ChangeKind.DELETED, ChangeKind.REGISTERED]
 
 
-def test_what_is_registered_and_deleted_again_was_there_for_a_moment(memory: MemoryBacking) -> None:
+def test_what_is_registered_and_deleted_again_was_there_for_a_moment(memory: MemoryGroups) -> None:
     running = begin(memory)
     for number in range(3):
         running.run(c.RegisterVariable("s", "n", "integer", Value(str(number))))
@@ -1133,7 +1131,7 @@ def test_what_is_registered_and_deleted_again_was_there_for_a_moment(memory: Mem
     assert len(memory.commits[-1].changes) == 6
 
 
-def test_deleting_takes_the_dependencies_along(memory: MemoryBacking) -> None:
+def test_deleting_takes_the_dependencies_along(memory: MemoryGroups) -> None:
     memory.run(c.AddDependency("s", "a", "b"))
     running = begin(memory)
     running.run(c.DeleteVariable("s", "b"))
@@ -1145,7 +1143,7 @@ def test_deleting_takes_the_dependencies_along(memory: MemoryBacking) -> None:
 
 
 @pytest.mark.parametrize("isolation", BOTH)
-def test_a_variable_that_others_have_deleted_cannot_be_written(memory: MemoryBacking, isolation: Isolation) -> None:
+def test_a_variable_that_others_have_deleted_cannot_be_written(memory: MemoryGroups, isolation: Isolation) -> None:
     running = begin(memory, isolation)
     running.set("a", 5)
     memory.run(c.DeleteVariable("s", "a"))
@@ -1153,7 +1151,7 @@ def test_a_variable_that_others_have_deleted_cannot_be_written(memory: MemoryBac
 
 
 @pytest.mark.parametrize("isolation", BOTH)
-def test_a_name_is_taken_by_the_first_to_commit(memory: MemoryBacking, isolation: Isolation) -> None:
+def test_a_name_is_taken_by_the_first_to_commit(memory: MemoryGroups, isolation: Isolation) -> None:
     first, second = begin(memory, isolation), begin(memory, isolation)
     first_id = first.run(c.RegisterVariable("s", "n", "integer", Value("1")))
     second.run(c.RegisterVariable("s", "n", "integer", Value("2")))
@@ -1162,7 +1160,7 @@ def test_a_name_is_taken_by_the_first_to_commit(memory: MemoryBacking, isolation
     assert memory.run(c.GetVariable("s", "n")).id == first_id
 
 
-def test_ids_stay_what_the_tool_was_told(memory: MemoryBacking) -> None:
+def test_ids_stay_what_the_tool_was_told(memory: MemoryGroups) -> None:
     running = begin(memory)
     first = running.run(c.RegisterVariable("s", "n1", "integer", Value("1")))
     child = running.call()
@@ -1185,7 +1183,7 @@ def test_ids_stay_what_the_tool_was_told(memory: MemoryBacking) -> None:
 # --- History ---
 
 
-def test_history_begins_with_its_own_versions(memory: MemoryBacking) -> None:
+def test_history_begins_with_its_own_versions(memory: MemoryGroups) -> None:
     running = begin(memory)
     running.set("b", 5)
     running.set("b", 6)
@@ -1200,7 +1198,7 @@ def test_history_begins_with_its_own_versions(memory: MemoryBacking) -> None:
     assert running.history(variable_id, 2) == [(3, "6"), (2, "5")]
 
 
-def test_history_leaves_out_what_others_wrote_since(memory: MemoryBacking) -> None:
+def test_history_leaves_out_what_others_wrote_since(memory: MemoryGroups) -> None:
     running = begin(memory)
     write(memory, "b", 99)
     assert running.history("b") == [(1, "1"), (0, "0")]
@@ -1210,7 +1208,7 @@ def test_history_leaves_out_what_others_wrote_since(memory: MemoryBacking) -> No
     assert running.history("b") == [(1, "1"), (0, "0")]
 
 
-def test_history_of_its_own_registration(memory: MemoryBacking) -> None:
+def test_history_of_its_own_registration(memory: MemoryGroups) -> None:
     running = begin(memory)
     variable_id = running.run(c.RegisterVariable("s", "n", "integer", Value("1")))
     running.set("n", 2)
@@ -1221,7 +1219,7 @@ def test_history_of_its_own_registration(memory: MemoryBacking) -> None:
     assert running.history("n") == [(2, None), (1, "2"), (0, "1")]
 
 
-def test_history_of_what_was_deleted(memory: MemoryBacking) -> None:
+def test_history_of_what_was_deleted(memory: MemoryGroups) -> None:
     memory.run(c.DeleteVariable("s", "a"))
     running = begin(memory)
     assert running.history("a") == [(1, None), (0, "0")]
@@ -1231,7 +1229,7 @@ def test_history_of_what_was_deleted(memory: MemoryBacking) -> None:
         running.history("ghost")
 
 
-def test_rollback_to_versions_of_others_and_of_its_own(memory: MemoryBacking) -> None:
+def test_rollback_to_versions_of_others_and_of_its_own(memory: MemoryGroups) -> None:
     running = begin(memory)
     running.set("b", 5)
     assert running.run(c.RollbackVariable("s", "b", 0)).value == Value("0")
@@ -1248,7 +1246,7 @@ def test_rollback_to_versions_of_others_and_of_its_own(memory: MemoryBacking) ->
 # --- Calls from tool to tool ---
 
 
-def test_what_is_called_sees_and_writes_in_its_callers_transaction(memory: MemoryBacking) -> None:
+def test_what_is_called_sees_and_writes_in_its_callers_transaction(memory: MemoryGroups) -> None:
     parent = begin(memory)
     parent.set("a", 5)
     child = parent.call()
@@ -1267,7 +1265,7 @@ def test_what_is_called_sees_and_writes_in_its_callers_transaction(memory: Memor
 
 
 @pytest.mark.parametrize("status", UNSUCCESSFUL)
-def test_what_ended_well_is_aborted_with_its_caller(memory: MemoryBacking, status: ExecutionStatus) -> None:
+def test_what_ended_well_is_aborted_with_its_caller(memory: MemoryGroups, status: ExecutionStatus) -> None:
     parent = begin(memory)
     child = parent.call()
     child.set("a", 5)
@@ -1280,7 +1278,7 @@ def test_what_ended_well_is_aborted_with_its_caller(memory: MemoryBacking, statu
     assert values_of(memory) == {"a": "0", "b": "1"}
 
 
-def test_what_ended_well_is_aborted_by_a_conflict_too(memory: MemoryBacking) -> None:
+def test_what_ended_well_is_aborted_by_a_conflict_too(memory: MemoryGroups) -> None:
     parent = begin(memory)
     child = parent.call()
     child.get("a")
@@ -1290,7 +1288,7 @@ def test_what_ended_well_is_aborted_by_a_conflict_too(memory: MemoryBacking) -> 
     assert [event.to_body()["status"] for event in memory.commits[-1].events] == ["aborted", "conflict"]
 
 
-def test_what_ends_badly_is_undone_and_its_caller_goes_on(memory: MemoryBacking) -> None:
+def test_what_ends_badly_is_undone_and_its_caller_goes_on(memory: MemoryGroups) -> None:
     memory.run(c.AddDependency("s", "a", "b"))
     parent = begin(memory)
     parent.set("a", 5)
@@ -1314,7 +1312,7 @@ def test_what_ends_badly_is_undone_and_its_caller_goes_on(memory: MemoryBacking)
     assert memory.states["s"].variables["a"].optimization is None
 
 
-def test_undoing_an_inner_one_keeps_the_outer_one(memory: MemoryBacking) -> None:
+def test_undoing_an_inner_one_keeps_the_outer_one(memory: MemoryGroups) -> None:
     parent = begin(memory)
     child = parent.call()
     child.set("a", 5)
@@ -1329,7 +1327,7 @@ def test_undoing_an_inner_one_keeps_the_outer_one(memory: MemoryBacking) -> None
     assert [each.version.version for each in memory.commits[-1].changes] == [1, 2]
 
 
-def test_undoing_when_nothing_was_written(memory: MemoryBacking) -> None:
+def test_undoing_when_nothing_was_written(memory: MemoryGroups) -> None:
     parent = begin(memory)
     parent.call().give_up()
     parent.set("a", 5)
@@ -1338,7 +1336,7 @@ def test_undoing_when_nothing_was_written(memory: MemoryBacking) -> None:
     assert parent.finish().status is COMMITTED
 
 
-def test_what_was_read_counts_even_where_it_was_undone(memory: MemoryBacking) -> None:
+def test_what_was_read_counts_even_where_it_was_undone(memory: MemoryGroups) -> None:
     """The caller knows that it failed, and perhaps it failed for what it read."""
     parent = begin(memory)
     child = parent.call()
@@ -1348,7 +1346,7 @@ def test_what_was_read_counts_even_where_it_was_undone(memory: MemoryBacking) ->
     assert parent.conflicts() == ["a (was at version 0, is at version 1)"]
 
 
-def test_each_has_its_own_reads_in_the_journal(memory: MemoryBacking) -> None:
+def test_each_has_its_own_reads_in_the_journal(memory: MemoryGroups) -> None:
     parent = begin(memory)
     parent.get("a")
     child = parent.call()
@@ -1363,7 +1361,7 @@ def test_each_has_its_own_reads_in_the_journal(memory: MemoryBacking) -> None:
 # --- Published values ---
 
 
-def test_what_is_published_is_seen_by_all_at_once(memory: MemoryBacking) -> None:
+def test_what_is_published_is_seen_by_all_at_once(memory: MemoryGroups) -> None:
     running = begin(memory)
     assert [running.publish("a", 1), running.publish("a", 2)] == [1, 2]
     assert (running.get("a"), values_of(memory)["a"]) == ("2", "2")
@@ -1377,7 +1375,7 @@ def test_what_is_published_is_seen_by_all_at_once(memory: MemoryBacking) -> None
 @pytest.mark.parametrize("isolation", BOTH)
 @pytest.mark.parametrize("reading", [get, get_by_id, look_back, list_all, list_some], ids=lambda each: each.__name__)
 def test_what_it_published_itself_is_no_conflict(
-    memory: MemoryBacking, isolation: Isolation, reading: Callable[[Running], None]
+    memory: MemoryGroups, isolation: Isolation, reading: Callable[[Running], None]
 ) -> None:
     running = begin(memory, isolation)
     reading(running)
@@ -1390,7 +1388,7 @@ def test_what_it_published_itself_is_no_conflict(
     assert memory.run(c.GetVariable("s", "a")).version == 3
 
 
-def test_what_others_wrote_before_it_was_published_is_a_conflict(memory: MemoryBacking) -> None:
+def test_what_others_wrote_before_it_was_published_is_a_conflict(memory: MemoryGroups) -> None:
     running = begin(memory)
     running.get("a")
     write(memory, "a", 5)
@@ -1398,7 +1396,7 @@ def test_what_others_wrote_before_it_was_published_is_a_conflict(memory: MemoryB
     assert running.conflicts() == ["a (was at version 0, is at version 2)"]
 
 
-def test_what_others_wrote_after_it_was_published_is_a_conflict(memory: MemoryBacking) -> None:
+def test_what_others_wrote_after_it_was_published_is_a_conflict(memory: MemoryGroups) -> None:
     running = begin(memory)
     running.names("a*")
     running.publish("a", 6)
@@ -1406,7 +1404,7 @@ def test_what_others_wrote_after_it_was_published_is_a_conflict(memory: MemoryBa
     assert running.conflicts() == ["a (was at version 1, is at version 2)"]
 
 
-def test_what_it_has_written_cannot_be_published(memory: MemoryBacking) -> None:
+def test_what_it_has_written_cannot_be_published(memory: MemoryGroups) -> None:
     running = begin(memory)
     variable_id = running.run(c.GetVariable("s", "a")).id
     running.set("a", 5)
@@ -1418,7 +1416,7 @@ def test_what_it_has_written_cannot_be_published(memory: MemoryBacking) -> None:
     assert values_of(memory) == {"a": "5", "b": "7"}
 
 
-def test_what_was_undone_can_be_published(memory: MemoryBacking) -> None:
+def test_what_was_undone_can_be_published(memory: MemoryGroups) -> None:
     parent = begin(memory)
     child = parent.call()
     child.set("a", 5)
@@ -1428,7 +1426,7 @@ def test_what_was_undone_can_be_published(memory: MemoryBacking) -> None:
     assert parent.finish().status is COMMITTED
 
 
-def test_undoing_takes_back_nothing_that_was_published(memory: MemoryBacking) -> None:
+def test_undoing_takes_back_nothing_that_was_published(memory: MemoryGroups) -> None:
     parent = begin(memory)
     child = parent.call()
     child.run(c.DeleteVariable("s", "b"))
@@ -1439,7 +1437,7 @@ def test_undoing_takes_back_nothing_that_was_published(memory: MemoryBacking) ->
     assert parent.finish().status is COMMITTED
 
 
-def test_publishing_needs_a_running_execution_and_keeps_the_rules(memory: MemoryBacking) -> None:
+def test_publishing_needs_a_running_execution_and_keeps_the_rules(memory: MemoryGroups) -> None:
     running = begin(memory)
     memory.run(c.StartOptimization("s", "b", "mipro"))
     refused: list[tuple[c.Command[Any], type[errors.StateError]]] = [
@@ -1462,7 +1460,7 @@ def test_publishing_needs_a_running_execution_and_keeps_the_rules(memory: Memory
 # --- From several threads ---
 
 
-def test_threads_of_one_execution_do_not_mix(memory: MemoryBacking) -> None:
+def test_threads_of_one_execution_do_not_mix(memory: MemoryGroups) -> None:
     running = begin(memory)
     versions: list[int] = []
 

@@ -32,7 +32,7 @@ from dspex_persist.state.recording import (
     renumbered,
     write_recording,
 )
-from dspex_persist.testing.memory import MemoryBacking
+from tests.memory import MemoryGroups
 
 START = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 BEGAN = {
@@ -94,8 +94,8 @@ def read(text: str) -> tuple[Header, tuple[RecordedCommit, ...]]:
     return header, tuple(commits)
 
 
-def built(commits: tuple[RecordedCommit, ...] = COMMITS, limits: Limits | None = None, id_: str = "s") -> MemoryBacking:
-    memory = MemoryBacking(limits)
+def built(commits: tuple[RecordedCommit, ...] = COMMITS, limits: Limits | None = None, id_: str = "s") -> MemoryGroups:
+    memory = MemoryGroups(limits)
     for each in commits:
         memory.run(c.ImportCommit(id_, each))
     return memory
@@ -212,7 +212,7 @@ def test_commits_are_repeated_one_by_one() -> None:
 
 
 def test_a_recording_may_follow_what_others_did_under_another_id() -> None:
-    memory = MemoryBacking()
+    memory = MemoryGroups()
     memory.run(c.InitializeSession("other"))
     for each in COMMITS[:4]:
         memory.run(c.ImportCommit("copy", each))
@@ -378,7 +378,7 @@ def test_a_fork_has_the_variables_and_where_they_are_from() -> None:
     lock = Optimization("o", "mipro", at)
     x = Variable("vx", "x", "integer", Value("7"), 5, '{"min":0}', {"why": "so"}, Source.ELIXIR, at, lock)
     y = Variable("vy", "y", "string", Value('"é"'), 0, "", {}, Source.PYTHON, at)
-    memory = MemoryBacking()
+    memory = MemoryGroups()
     memory.run(c.InitializeSession("other"))
     fork = c.ForkSession("new", "old", 17, (x, y), (Dependency("vx", "vy", "uses", 3),))
     view = memory.run(fork, Origin("ann", "ForkSession", Source.PYTHON))

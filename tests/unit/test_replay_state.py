@@ -14,7 +14,7 @@ from dspex_persist.state.commands import ImportCommit, RegisterTools
 from dspex_persist.state.model import ChangeKind, EventKind, RegisteredTool, ToolSpec, Value
 from dspex_persist.state.recording import RecordedCommit, RecordedEvent
 from dspex_persist.state.session_state import SessionState
-from dspex_persist.testing.memory import MemoryBacking
+from tests.memory import MemoryGroups
 from tests.unit.replays import session
 
 
@@ -57,7 +57,7 @@ def facts(state: SessionState | None) -> Any:
 
 
 def test_the_state_is_at_each_commit_what_an_import_makes_of_it(recording: Recording) -> None:
-    rebuilt, imported = Rebuilt(), MemoryBacking()
+    rebuilt, imported = Rebuilt(), MemoryGroups()
     for commit in recording.commits:
         rebuilt.apply(commit)
         imported.run(ImportCommit("s", commit))

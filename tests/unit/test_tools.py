@@ -39,8 +39,8 @@ from dspex_persist.state.errors import (
 from dspex_persist.state.model import ChangeKind, Isolation, ToolParameter, ToolSpec, Value
 from dspex_persist.state.tools.ports import ToolCode, ToolKind
 from dspex_persist.state.values import BinaryValue
-from dspex_persist.testing.memory import MemoryBacking
 from tests.deadline import within
+from tests.memory import MemoryGroups
 
 
 class FakeSession:
@@ -52,7 +52,7 @@ class FakeSession:
         self.random = random.Random(7)
         self.cancelled = False
         self.asked: list[tuple[Any, ...]] = []
-        self._memory = MemoryBacking()
+        self._memory = MemoryGroups()
         self._memory.run(InitializeSession("s"))
         self._memory.run(RegisterVariable("s", "temperature", "float", Value("0.5"), '{"max":1}'))
         self._memory.run(RegisterVariable("s", "n", "integer", Value("1")))
