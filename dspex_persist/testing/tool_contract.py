@@ -40,8 +40,7 @@ from dspex_persist.state.model import (
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.values import BinaryValue
 from dspex_persist.testing import contract_tools
-from dspex_persist.testing.contract_tools import CONTRACT_TOOLS, RAISED
-from dspex_persist.testing.provider_contract import (
+from dspex_persist.testing.checks import (
     DEADLINE_S,
     check_whole_commits,
     exact,
@@ -51,6 +50,7 @@ from dspex_persist.testing.provider_contract import (
     shown,
     take,
 )
+from dspex_persist.testing.contract_tools import CONTRACT_TOOLS, RAISED
 
 UNTOUCHED: Final[dict[str, object]] = {"a": 0, "b": 0, "c": 0}
 """The values of a session of these tests, as it begins."""

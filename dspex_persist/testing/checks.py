@@ -1,0 +1,80 @@
+"""How the contract suites wait, compare and ask."""
+
+import json
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from itertools import groupby
+from typing import Any
+
+from dspex_persist.state import errors
+from dspex_persist.state.errors import StateError
+from dspex_persist.state.model import Update, Variable
+from dspex_persist.state.watch import Watch
+
+DEADLINE_S = 30.0
+"""How long anything may take that has to happen."""
+LONG_TEXT = "x" * 100_000
+REFUSALS = (errors.InvalidArgumentError, errors.LimitExceededError)
+NOT_THERE = (*REFUSALS, errors.SessionNotFoundError, errors.VariableNotFoundError)
+
+
+def exact(value: object) -> str:
+    """A text that is the same only for the same value: 1 is not 1.0 nor True, 0.0 is not -0.0, NaN is NaN."""
+    return json.dumps(value, sort_keys=True)
+
+
+def shown(value: object) -> str:
+    """A parameter in the id of a test."""
+    return ascii(value)[:40]
+
+
+def let_pass(seconds: float) -> None:
+    """Wait for time itself to pass: for what a look would keep alive."""
+    threading.Event().wait(seconds)
+
+
+def take(watch: Watch, count: int) -> list[Update]:
+    """Exactly the next `count` updates."""
+    updates: list[Update] = []
+    deadline = time.monotonic() + DEADLINE_S
+    while len(updates) < count:
+        left_s = deadline - time.monotonic()
+        assert left_s > 0, f"only {len(updates)} of {count} updates came within {DEADLINE_S} s"
+        updates.extend(watch.next(left_s))
+    assert len(updates) == count, f"more than {count} updates: {updates}"
+    return updates
+
+
+def take_until(watch: Watch, name: str) -> list[Update]:
+    """The next updates up to the first one of the variable `name`, which is left out."""
+    updates: list[Update] = []
+    deadline = time.monotonic() + DEADLINE_S
+    while not any(update.variable.name == name for update in updates):
+        left_s = deadline - time.monotonic()
+        assert left_s > 0, f"no update of {name!r} came within {DEADLINE_S} s, only: {updates}"
+        updates.extend(watch.next(left_s))
+    assert updates[-1].variable.name == name
+    return updates[:-1]
+
+
+def names_of(told: Iterable[Update | Variable]) -> list[str]:
+    return [one.variable.name if isinstance(one, Update) else one.name for one in told]
+
+
+def check_whole_commits(updates: Sequence[Update]) -> None:
+    """Commits in order, none twice, each with all of its parts."""
+    sequences = [sequence for sequence, _ in groupby(updates, key=lambda update: update.sequence)]
+    assert sequences == sorted(set(sequences))
+    for _, group in groupby(updates, key=lambda update: update.sequence):
+        parts = [update.part for update in group]
+        assert parts == [(number, len(parts)) for number in range(1, len(parts) + 1)]
+
+
+def refused(future: Future[Any]) -> StateError | None:
+    """The error with which a command failed; None if it did not. Anything but a StateError is a fault."""
+    error = future.exception(DEADLINE_S)
+    if error is not None and not isinstance(error, StateError):
+        raise error
+    return error

@@ -1,0 +1,76 @@
+"""What every StateProvider promises, as tests. A backend subclasses `ProviderContract` and gives a `provider`:
+
+    class TestMine(ProviderContract):
+        @pytest.fixture
+        def provider(self) -> Iterator[StateProvider]:
+            with MyState(limits=self.limits) as provider:
+                yield provider
+
+        @pytest.fixture
+        def reopened(self, provider: StateProvider) -> Reopen: ...
+
+A durable backend also gives `reopened`. The provider may be used by other tests at the same time and before: each
+test begins a session of its own. `LeaseContract` is for a provider whose optimization leases are short.
+
+Nothing here asks which backend it has; what not every backend can do is asked of `provider.capabilities`.
+"""
+
+from dspex_persist.testing.checks import DEADLINE_S
+from dspex_persist.testing.provider_contract.arguments import ArgumentContract
+from dspex_persist.testing.provider_contract.base import SMALL_LIMITS, Contract, Reopen
+from dspex_persist.testing.provider_contract.batches import BatchContract
+from dspex_persist.testing.provider_contract.concurrency import ConcurrencyContract
+from dspex_persist.testing.provider_contract.dependencies import DependencyContract
+from dspex_persist.testing.provider_contract.history import HistoryContract
+from dspex_persist.testing.provider_contract.hostile import HostileInputContract
+from dspex_persist.testing.provider_contract.idempotency import IdempotencyContract
+from dspex_persist.testing.provider_contract.leases import LeaseContract
+from dspex_persist.testing.provider_contract.limits import LimitContract
+from dspex_persist.testing.provider_contract.optimization import OptimizationContract
+from dspex_persist.testing.provider_contract.sessions import SessionContract
+from dspex_persist.testing.provider_contract.sharing import SharingContract
+from dspex_persist.testing.provider_contract.values import ValueContract
+from dspex_persist.testing.provider_contract.variables import VariableContract
+from dspex_persist.testing.provider_contract.watches import WatchContract
+
+__all__ = [
+    "DEADLINE_S",
+    "SMALL_LIMITS",
+    "ArgumentContract",
+    "BatchContract",
+    "ConcurrencyContract",
+    "Contract",
+    "DependencyContract",
+    "HistoryContract",
+    "HostileInputContract",
+    "IdempotencyContract",
+    "LeaseContract",
+    "LimitContract",
+    "OptimizationContract",
+    "ProviderContract",
+    "Reopen",
+    "SessionContract",
+    "SharingContract",
+    "ValueContract",
+    "VariableContract",
+    "WatchContract",
+]
+
+
+class ProviderContract(
+    SessionContract,
+    ValueContract,
+    VariableContract,
+    BatchContract,
+    HistoryContract,
+    DependencyContract,
+    OptimizationContract,
+    IdempotencyContract,
+    WatchContract,
+    LimitContract,
+    HostileInputContract,
+    ArgumentContract,
+    SharingContract,
+    ConcurrencyContract,
+):
+    """The whole contract."""

@@ -1,0 +1,53 @@
+"""What all parts of the contract have: the fixtures, and the limits of the provider under test."""
+
+import uuid
+from collections.abc import Callable, Iterator
+from typing import ClassVar, TypeAlias
+
+import pytest
+
+from dspex_persist.state.limits import Limits
+from dspex_persist.state.provider import Capability, StateProvider
+
+Reopen: TypeAlias = Callable[[], StateProvider]
+"""Ends whatever keeps the provider's state (the harder the better), starts it again, gives a provider to go on with."""
+SMALL_LIMITS = Limits(
+    value_size_bytes=1024 * 1024,
+    binary_size_bytes=1024 * 1024,
+    session_size_bytes=4 * 1024 * 1024,
+    variables_per_session=100,
+    metadata_entries=16,
+    metadata_size_bytes=2 * 1024,
+    constraints_size_bytes=4 * 1024,
+    batch_entries=120,
+    history_entries=200,
+    history_size_bytes=1024 * 1024,
+    watchers=30,
+)
+"""Limits that a test can reach quickly."""
+
+
+class Contract:
+    """What all parts of the contract have."""
+
+    limits: ClassVar[Limits] = SMALL_LIMITS
+    """The limits of the provider under test. Give it these, or say which it has."""
+
+    @pytest.fixture
+    def provider(self) -> Iterator[StateProvider]:
+        """The provider under test."""
+        raise NotImplementedError(f"{type(self).__name__} gives no fixture `provider`")
+
+    @pytest.fixture
+    def reopened(self, provider: StateProvider) -> Reopen:
+        """See `Reopen`. Only durable providers need it."""
+        if Capability.DURABLE in provider.capabilities:
+            raise NotImplementedError(f"{type(self).__name__} is durable and gives no fixture `reopened`")
+        pytest.skip("this provider's state ends with it")
+
+    @pytest.fixture
+    def session(self, provider: StateProvider) -> str:
+        """The id of a new session."""
+        session_id = f"contract-{uuid.uuid4().hex}"
+        provider.initialize_session(session_id)
+        return session_id

@@ -1,0 +1,144 @@
+"""Many at once, and the life of the provider itself."""
+
+import copy
+import threading
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import pytest
+
+from dspex_persist.state import commands, errors
+from dspex_persist.state.commands import Command
+from dspex_persist.state.model import Value
+from dspex_persist.state.provider import Capability, StateProvider
+from dspex_persist.testing.checks import DEADLINE_S, refused
+from dspex_persist.testing.provider_contract.base import Contract, Reopen
+
+
+class ConcurrencyContract(Contract):
+    """Many at once, and the life of the provider itself."""
+
+    def test_commands_take_effect_in_the_order_in_which_they_were_submitted(
+        self, provider: StateProvider, session: str
+    ) -> None:
+        if Capability.REMOTE in provider.capabilities:
+            return  # Calls to another process can overtake each other; only one that was answered comes first.
+        provider.register_variable(session, "x", "integer", 0)
+        pending = [provider.submit(commands.SetVariable(session, "x", Value(str(n)))) for n in range(1, 201)]
+        assert [future.result(DEADLINE_S) for future in pending] == list(range(1, 201))
+        history = provider.get_variable_history(session, "x", 200)
+        assert [version.value for version in history] == [Value(str(number)) for number in range(200, 0, -1)]
+
+    def test_a_read_sees_every_write_that_was_acknowledged_before_it(
+        self, provider: StateProvider, session: str
+    ) -> None:
+        provider.register_variable(session, "x", "integer", 0)
+        reads: list[Command[Any]] = [
+            commands.GetVariable(session, "x"),
+            commands.GetVariable(session, "x", bypass_cache=True),
+            commands.GetVariableHistory(session, "x", 1),
+        ]
+        for number in range(1, 31):
+            version = provider.set_variable(session, "x", number)
+            found = provider.submit(reads[number % 3]).result()
+            newest = found[0] if isinstance(found, list) else found
+            assert (newest.version, newest.value) == (version, Value(str(number)))
+
+    def test_increments_with_an_expected_version_add_up(self, provider: StateProvider, session: str) -> None:
+        provider.register_variable(session, "counter", "integer", 0)
+        provider.set_variable(session, "counter", 0)
+        increments, workers = 15, 6
+
+        def increment() -> None:
+            for _ in range(increments):
+                while True:
+                    variable = provider.get_variable(session, "counter")
+                    following = int(variable.value.json) + 1
+                    command = commands.SetVariable(session, "counter", Value(str(following)), {}, variable.version)
+                    error = refused(provider.submit(command))
+                    if error is None:
+                        break
+                    assert isinstance(error, errors.VersionConflictError)
+                    assert error.actual > error.expected
+
+        with ThreadPoolExecutor(workers) as threads:
+            for future in [threads.submit(increment) for _ in range(workers)]:
+                future.result(DEADLINE_S)
+        assert provider.get_value(session, "counter") == increments * workers
+        assert provider.get_variable(session, "counter").version == increments * workers + 1
+
+    def test_a_reader_never_sees_half_a_batch(self, provider: StateProvider, session: str) -> None:
+        names = ("a", "b", "c")
+        for name in names:
+            provider.register_variable(session, name, "integer", 0)
+        done = threading.Event()
+
+        def write() -> None:
+            for number in range(1, 61):
+                provider.set_variables(session, dict.fromkeys(names, number), atomic=True)
+            done.set()
+
+        with ThreadPoolExecutor(1) as thread:
+            writing = thread.submit(write)
+            for bypass_cache in _alternately(done):
+                command = commands.GetVariables(session, names, bypass_cache)
+                found = provider.submit(command).result().variables
+                assert len({found[name].value for name in names}) == 1
+            writing.result(DEADLINE_S)
+
+    def test_a_future_that_was_cancelled_harms_nobody(self, provider: StateProvider, session: str) -> None:
+        provider.register_variable(session, "x", "integer", 0)
+        pending = [provider.submit(commands.SetVariable(session, "x", Value(str(n)))) for n in range(50)]
+        given_up = [future for future in pending if future.cancel()]
+        versions = [future.result(DEADLINE_S) for future in pending if future not in given_up]
+        assert len(set(versions)) == len(versions)
+        version = provider.set_variable(session, "x", 1)
+        assert len(versions) + 1 <= version <= len(pending) + 1
+
+    def test_many_sessions_at_once(self, provider: StateProvider) -> None:
+        run = uuid.uuid4().hex
+
+        def live(number: int) -> tuple[str, int]:
+            session = f"{run}-{number}"
+            provider.initialize_session(session)
+            provider.register_variable(session, "x", "integer", number)
+            provider.set_variable(session, "x", -number)
+            return session, number
+
+        with ThreadPoolExecutor(8) as threads:
+            lives = list(threads.map(live, range(40)))
+        for session, number in lives:
+            assert provider.get_value(session, "x") == -number
+            assert provider.get_session(session).variable_count == 1
+
+    def test_cannot_be_sent_to_another_process(self, provider: StateProvider) -> None:
+        for send in (ForkingPickler.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(TypeError, match=r"a state cannot be copied, pickled, or sent .*connect\(\) there"):
+                send(provider)
+
+    def test_after_closing_everything_is_refused(self, provider: StateProvider, session: str, reopened: Reopen) -> None:
+        again = reopened()
+        provider.close()
+        provider.close()
+        asked: list[Command[Any]] = [
+            commands.GetSession(session),
+            commands.GetVariableHistory(session, "x"),
+            commands.InitializeSession(session),
+        ]
+        for command in asked:
+            assert isinstance(refused(provider.submit(command)), errors.EngineClosedError)
+        with pytest.raises(errors.EngineClosedError):
+            provider.watch(session)
+        assert again.heartbeat(session)
+
+
+def _alternately(done: threading.Event) -> Iterator[bool]:
+    """False and True in turns, until `done`, and then once each."""
+    while not done.is_set():
+        yield False
+        yield True
+    yield False
+    yield True

@@ -1,0 +1,69 @@
+"""Dependencies: no circles."""
+
+import uuid
+from itertools import pairwise
+
+import pytest
+
+from dspex_persist.state import errors
+from dspex_persist.state.provider import StateProvider
+from dspex_persist.testing.checks import names_of, take
+from dspex_persist.testing.provider_contract.base import Contract, Reopen
+
+
+class DependencyContract(Contract):
+    """Dependencies: no circles."""
+
+    @pytest.fixture
+    def lettered(self, provider: StateProvider) -> str:
+        session_id = f"contract-{uuid.uuid4().hex}"
+        provider.initialize_session(session_id)
+        for name in "abcd":
+            provider.register_variable(session_id, name, "integer", 0)
+        return session_id
+
+    def depend(self, provider: StateProvider, lettered: str, *pairs: str) -> None:
+        """Each pair is two letters: the first depends on the second."""
+        for pair in pairs:
+            provider.add_dependency(lettered, pair[0], pair[1])
+
+    @pytest.mark.parametrize(("pairs", "closing"), [("", "aa"), ("ab", "ba"), ("ab bc cd", "da"), ("ab bc ad", "ca")])
+    def test_a_cycle_is_refused_and_spelled_out(
+        self, provider: StateProvider, lettered: str, pairs: str, closing: str
+    ) -> None:
+        self.depend(provider, lettered, *pairs.split())
+        with pytest.raises(errors.DependencyCycleError) as error:
+            self.depend(provider, lettered, closing)
+        cycle = error.value.cycle.split(" -> ")
+        assert error.value.cycle in str(error.value)
+        assert cycle[0] == cycle[-1]
+        steps = {first + second for first, second in pairwise(cycle)}
+        assert closing in steps
+        assert steps <= {*pairs.split(), closing}
+
+    def test_a_diamond_is_no_cycle(self, provider: StateProvider, lettered: str) -> None:
+        self.depend(provider, lettered, "ab", "ac", "bd", "cd", "ad")
+
+    def test_saying_it_again_changes_nothing_and_ids_are_as_good_as_names(
+        self, provider: StateProvider, lettered: str
+    ) -> None:
+        self.depend(provider, lettered, "ab", "ab")
+        ids = [provider.get_variable(lettered, name).id for name in "ab"]
+        provider.add_dependency(lettered, ids[0], ids[1])
+        with pytest.raises(errors.DependencyCycleError):
+            provider.add_dependency(lettered, ids[1], ids[0])
+
+    def test_deleting_a_variable_opens_the_circle(self, provider: StateProvider, lettered: str) -> None:
+        self.depend(provider, lettered, "ab", "bc")
+        provider.delete_variable(lettered, "b")
+        self.depend(provider, lettered, "ca")
+
+    def test_survive_a_restart(self, provider: StateProvider, lettered: str, reopened: Reopen) -> None:
+        self.depend(provider, lettered, "ab", "bc")
+        again = reopened()
+        with pytest.raises(errors.DependencyCycleError, match="->"):
+            self.depend(again, lettered, "ca")
+        with again.watch(lettered) as watch:
+            again.set_variable(lettered, "c", 1)
+            updates = take(watch, 3)
+        assert names_of(updates) == ["c", "b", "a"]
