@@ -8,10 +8,13 @@ import os
 import struct
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
+from typing import Final
 
 from dspex_persist.infra import forks
 
 _FORMAT = struct.Struct(">Q32s8s")
+_READS: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,23 @@ class Anchor:
     def close(self) -> None:
         """Close the file."""
         forks.close(self._file)
+
+
+def remembered(database: Path) -> Head | None:
+    """What the anchor beside a database remembers, which a server may be writing just now; None where there is none.
+
+    Raises `OSError` where it cannot be read, unless it is another user's.
+    """
+    path = database.with_name(f"{database.name}.anchor")
+    for _ in range(_READS):
+        try:
+            head = parse(path.read_bytes())
+        except (FileNotFoundError, PermissionError):
+            # Its owner's alone: who reads a file of others does without.
+            return None
+        if head is not None:
+            return head
+    return None
 
 
 def parse(content: bytes) -> Head | None:

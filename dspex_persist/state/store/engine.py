@@ -8,7 +8,7 @@ import stat
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 from urllib.parse import quote
@@ -94,7 +94,8 @@ class _Gate:
             _owned.clear()
 
 
-_gate: Final = _Gate()
+gate: Final = _Gate()
+"""The one of this process."""
 _owned: Final[dict[Identity, int]] = {}
 """The files that are owned, and the process that does."""
 _parked: Final[list[int]] = []
@@ -110,6 +111,8 @@ class OwnershipLock:
     (flock, which SQLite does not look at) holds wherever the file goes; but only on Linux: elsewhere it is of one kind
     with SQLite's own locks, and would shut SQLite out. Both have to be asked by opening a file, which must not be done
     to one that this process owns already: that is what the table of those is for.
+
+    Until `announce` is called nothing beside the database has changed: what is refused stays as it was.
     """
 
     def __init__(self, path: Path, *, create: bool = False, replace: bool = False) -> None:
@@ -118,38 +121,77 @@ class OwnershipLock:
         `replace`: another file takes its place, so that it does not matter which of its names its WAL is beside.
         """
         self._pid = os.getpid()
+        self._is_announced = False
         name = resolved(path)
-        with _gate(), _named(path), _reported(name):
+        with gate(), _named(path), _reported(name):
             _refuse_own(name)
             if create:
                 _refuse_nowhere(path)
-            self._beside = open_beside(name, ".lock")
+            self._beside = _LockFile(name)
             try:
-                _lock_beside(name, self._beside)
                 self._identity, self._file = _take(name, create, replace)
             except BaseException:
-                forks.close(self._beside)
+                self._beside.close_untouched()
                 raise
             _owned[self._identity] = self._pid
-        # It is told to who comes second, no more: a disk without room must not keep the owner from starting.
-        with suppress(OSError):
-            os.ftruncate(self._beside, 0)
-            os.pwrite(self._beside, holder.written(), 0)
+
+    def announce(self) -> None:
+        """Write down who the owner is, for whoever comes second."""
+        self._is_announced = True
+        self._beside.write(holder.written())
 
     def release(self) -> None:
         """Let others own the database. By then SQLite has closed it, unless somebody is still reading."""
         if os.getpid() != self._pid:
             # In a child that was forked: the locks are its parent's.
             return
-        with _gate():
+        with gate():
             _owned.pop(self._identity, None)
             if self._file is not None:
                 fcntl.flock(self._file, fcntl.LOCK_UN)
                 _parked.append(self._file)
             _close_parked()
+        if self._is_announced:
+            self._beside.write(b"")
+            self._beside.close()
+        else:
+            self._beside.close_untouched()
+
+
+class _LockFile:
+    """The locked file beside a database. Its text is for others to read: without it the lock is as good."""
+
+    def __init__(self, database: Path) -> None:
+        self._path = database.with_name(f"{database.name}.lock")
+        while not self._take(database):
+            # Whoever made it was refused, and has removed it again: it keeps nobody out any more.
+            forks.close(self._file)
+
+    def _take(self, database: Path) -> bool:
+        self._made = not os.path.lexists(self._path)
+        self._file = open_beside(database, ".lock")
+        try:
+            _lock_beside(database, self._file)
+            return os.fstat(self._file).st_nlink > 0
+        except BaseException:
+            forks.close(self._file)
+            raise
+
+    def write(self, text: bytes) -> None:
+        # A disk without room must not keep the owner from starting.
         with suppress(OSError):
-            os.ftruncate(self._beside, 0)
-        forks.close(self._beside)
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, text, 0)
+
+    def close(self) -> None:
+        forks.close(self._file)
+
+    def close_untouched(self) -> None:
+        """Leave it as it was found; where it was not there, remove it."""
+        if self._made:
+            with suppress(OSError):
+                self._path.unlink()
+        self.close()
 
 
 @contextmanager
@@ -326,13 +368,14 @@ def open_writer(path: Path, durability: Durability = "full") -> Engine:
 
     def connect() -> sqlite3.Connection:
         connections.check()
-        with _gate():
+        with gate():
             # The driver must not guess when a transaction starts: `_begin` says so.
             connection = sqlite3.connect(
                 name, isolation_level=None, check_same_thread=False, timeout=10, factory=inherited.Connection
             )
-        connections.add(connection)
-        _set_and_assert(connection, durability)
+            connections.add(connection)
+            # This has SQLite open what is beside the file, see untouched.py.
+            _set_and_assert(connection, durability)
         return connection
 
     # One connection for the life of the engine: a second one that writes is what the WAL-reset bug needs.
@@ -403,19 +446,12 @@ def open_readers(path: Path, size: int = 4) -> Engine:
         return connection
 
     def open_one() -> inherited.Connection:
-        uri = f"file:{quote(str(name))}?mode=ro"
+        uri = uri_of(name)
         try:
-            with _gate():
+            with gate():
                 state = _state_at_rest(name)
                 if state is None:
-                    return sqlite3.connect(
-                        uri,
-                        uri=True,
-                        isolation_level=None,
-                        check_same_thread=False,
-                        timeout=10,
-                        factory=inherited.Connection,
-                    )
+                    return _touched(connect_to(uri))
                 connection = sqlite3.connect(
                     f"{uri}&immutable=1", uri=True, isolation_level=None, check_same_thread=False, factory=_AtRest
                 )
@@ -438,6 +474,29 @@ def open_readers(path: Path, size: int = 4) -> Engine:
         connection.connection.cursor().execute("BEGIN")
 
     return engine
+
+
+def uri_of(path: Path) -> str:
+    """How SQLite is told to open the file for reading only."""
+    return f"file:{quote(str(path))}?mode=ro"
+
+
+def connect_to(uri: str) -> inherited.Connection:
+    """A connection that begins no transaction by itself. To be called inside the gate."""
+    return sqlite3.connect(
+        uri, uri=True, isolation_level=None, check_same_thread=False, timeout=10, factory=inherited.Connection
+    )
+
+
+def _touched(connection: inherited.Connection) -> inherited.Connection:
+    """Have SQLite open what is beside the file now, inside the gate, and not when it is first read."""
+    try:
+        with closing(connection.cursor()) as cursor:
+            cursor.execute("SELECT 1 FROM sqlite_schema").fetchone()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def _rests(path: Path, connection: _AtRest) -> bool:
@@ -463,10 +522,14 @@ def snapshot(readers: Engine) -> Iterator[Connection]:
         raise read_error(path, error) from error
 
 
+def code_of(error: BaseException | None) -> int:
+    """SQLite's own, without what it adds to some."""
+    return int(getattr(getattr(error, "orig", error), "sqlite_errorcode", 0)) & 0xFF
+
+
 def read_error(path: Path, error: DBAPIError | sqlite3.Error) -> NotADatabaseError | ReadFailedError:
     """What an error of SQLite means that came while the file was read."""
-    original = getattr(error, "orig", error)
-    code = getattr(original, "sqlite_errorcode", 0) & 0xFF
+    original, code = getattr(error, "orig", error), code_of(error)
     if code in _DAMAGED:
         return NotADatabaseError(str(path), f"{original}{_mixture(path)}")
     if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
@@ -474,6 +537,14 @@ def read_error(path: Path, error: DBAPIError | sqlite3.Error) -> NotADatabaseErr
         if obstacle is not None:
             return NotADatabaseError(str(path), obstacle)
     return ReadFailedError(str(path), _shortage() or str(original))
+
+
+def looking_error(path: Path, error: OSError) -> NotADatabaseError | ReadFailedError:
+    """What an error of the operating system means that came while the files were looked at."""
+    obstacle = _obstacle(path)
+    if obstacle is not None:
+        return NotADatabaseError(str(path), obstacle)
+    return ReadFailedError(str(path), _shortage() or error.strerror or str(error))
 
 
 def _mixture(path: Path) -> str:

@@ -23,7 +23,6 @@ from dspex_persist.state.errors import (
     DatabaseInUseError,
     InvalidArgumentError,
     LostCommitsError,
-    NewerSchemaError,
     NotADatabaseError,
     OutcomeUnknownError,
     ReadFailedError,
@@ -37,12 +36,11 @@ from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.store import anchor as anchors
 from dspex_persist.state.store import audit, guard, migrate, recordings, recovery, swap, verify
 from dspex_persist.state.store import prune as pruning
-from dspex_persist.state.store.anchor import Anchor, Head
+from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.answers import StoredAudit
 from dspex_persist.state.store.engine import (
     OwnershipLock,
     checkpoint,
-    open_beside,
     open_readers,
     open_writer,
     resolved,
@@ -50,6 +48,7 @@ from dspex_persist.state.store.engine import (
 )
 from dspex_persist.state.store.schema import REVISION
 from dspex_persist.state.store.session_store import open_groups
+from dspex_persist.state.store.untouched import is_half_written, read_untouched
 from dspex_persist.state.store.verify import Problem
 
 MOST_PROBLEMS: Final = 1000
@@ -57,7 +56,6 @@ MOST_PROBLEMS: Final = 1000
 
 _LARGEST: Final = 10
 _BACKUP_PAGES: Final = 1024
-_ANCHOR_READS: Final = 10
 _MOST_BUSY: Final = 40
 """How often in a row a copy tries to lock its target, a quarter of a second apart."""
 
@@ -118,10 +116,16 @@ def _reading(path: Path) -> Iterator[Engine]:
 
 @contextmanager
 def _owning(path: Path) -> Iterator[Engine]:
-    """The one connection that writes, under the ownership lock; the WAL is brought into the file at the end."""
+    """The one connection that writes, under the ownership lock; the WAL is brought into the file at the end.
+
+    What a server would refuse, is refused before anything is touched.
+    """
     with _explained(path):
+        _refuse_missing(path)
         lock = OwnershipLock(path)
         try:
+            recovery.inspect(resolved(path), path)
+            lock.announce()
             writer = open_writer(path)
             try:
                 yield writer
@@ -132,18 +136,24 @@ def _owning(path: Path) -> Iterator[Engine]:
             lock.release()
 
 
-def _find_revision(readers: Engine, path: Path) -> str | None:
-    """The file's revision, at most this release's; None in an empty file."""
-    with snapshot(readers) as connection:
-        found = migrate.current_revision(connection)
-    if found not in (None, REVISION) and found not in migrate.known_revisions():
-        raise NewerSchemaError(str(path), str(found), REVISION)
+def _find_revision(path: Path) -> str | None:
+    """The file's revision, at most this release's; None in an empty file. Before it is opened: see `read_untouched`."""
+    try:
+        found = read_untouched(path, migrate.current_revision)
+    except ReadFailedError as error:
+        if not is_half_written(error):
+            raise
+        recovery.refuse_half_written(path, path)
+        reason = f"a crash has left it half made; `dspex-persist db upgrade --db {path}` makes it whole"
+        raise NotADatabaseError(str(path), reason) from error
+    if found is not None:
+        migrate.refuse_newer(path, found)
     return found
 
 
-def _refuse_older(readers: Engine, path: Path) -> None:
+def _refuse_older(path: Path) -> None:
     """Let only files of this release's revision pass."""
-    found = _find_revision(readers, path)
+    found = _find_revision(path)
     if found is None:
         raise NotADatabaseError(str(path), f"it is empty; `dspex-persist db upgrade --db {path}` makes its tables")
     if found != REVISION:
@@ -160,17 +170,8 @@ def _size_bytes(path: Path) -> int:
 
 
 def _read_anchor(path: Path) -> Head | None:
-    """What the anchor remembers. Read again where it is torn: a server may be writing it just now."""
     with _explained(path):
-        for _ in range(_ANCHOR_READS):
-            try:
-                head = anchors.parse(_beside(path, ".anchor").read_bytes())
-            except (FileNotFoundError, PermissionError):
-                # Its owner's alone: who reads a file of others does without.
-                return None
-            if head is not None:
-                return head
-    return None
+        return anchors.remembered(path)
 
 
 # check
@@ -203,7 +204,7 @@ def check(path: Path, progress: Progress = silent) -> CheckReport:
     # Before anything of the file: a server that writes meanwhile is then ahead of it, never behind.
     anchor = _read_anchor(path)
     with _reading(path) as readers:
-        _refuse_older(readers, path)
+        _refuse_older(path)
         return _check(path, readers, anchor, progress)
 
 
@@ -271,8 +272,9 @@ class RevisionReport:
 
 def current(path: Path) -> RevisionReport:
     """The revision of the file's schema. A newer one than this release's is a `NewerSchemaError`."""
-    with _reading(path) as readers:
-        found = _find_revision(readers, path)
+    with _explained(path):
+        _refuse_missing(path)
+        found = _find_revision(path)
     return RevisionReport(path, found, REVISION, found == REVISION)
 
 
@@ -288,23 +290,11 @@ class UpgradeReport:
 
 def upgrade(path: Path) -> UpgradeReport:
     """Bring the schema of the file to this release's revision, after a backup beside it; whole or not at all."""
-    with _reading(path) as readers:
-        # Before the file is opened for writing, which changes the journal mode of whatever it is.
-        _find_revision(readers, path)
     with _owning(path) as writer:
         upgraded = migrate.upgrade(writer, path)
-        _recover(writer, path)
-    return UpgradeReport(path, upgraded.found, REVISION, upgraded.backup)
-
-
-def _recover(writer: Engine, path: Path) -> None:
-    """Refuse a file that has lost commits, as a server would."""
-    anchor = Anchor(open_beside(path, ".anchor"))
-    try:
         with writer.begin() as connection:
-            recovery.recover(connection, anchor.read(), path)
-    finally:
-        anchor.close()
+            recovery.recover(connection, _read_anchor(path), path)
+    return UpgradeReport(path, upgraded.found, REVISION, upgraded.backup)
 
 
 # backup
@@ -330,7 +320,7 @@ def backup(path: Path, target: Path, progress: Progress = silent) -> BackupRepor
     refuse_files_of(path, target, "target")
     anchor = _read_anchor(path)
     with _reading(path) as readers:
-        _refuse_older(readers, path)
+        _refuse_older(path)
         if os.path.lexists(target):
             raise _refused(target, "it exists already, and a backup overwrites nothing")
         with _partial(target) as partial:
@@ -435,8 +425,8 @@ def restore(backup: Path, path: Path, progress: Progress = silent) -> RestoreRep
     refuse_files_of(path, backup, "backup")
     _refuse_missing(backup, "name a copy that `dspex-persist db backup` has made")
     anchor = _read_anchor(backup)
-    with _reading(backup) as readers, _taking_over(path) as made:
-        revision = _find_revision(readers, backup)
+    with _reading(backup) as readers, _taking_over(path) as (lock, made):
+        revision = _find_revision(backup)
         if revision is None:
             raise NotADatabaseError(str(backup), "it is empty, and so no backup")
         with _partial(resolved(path)) as partial:
@@ -449,18 +439,18 @@ def restore(backup: Path, path: Path, progress: Progress = silent) -> RestoreRep
                 with snapshot(copies) as connection:
                     head = audit.head(connection)
             size = _size_bytes(partial)
-            aside = None if report.problems else _replace(path, partial, head, made)
+            aside = None if report.problems else _replace(path, partial, head, lock, made)
     return RestoreReport(path, backup, revision, size, report.commits, aside, report.problems)
 
 
 @contextmanager
-def _taking_over(path: Path) -> Iterator[bool]:
+def _taking_over(path: Path) -> Iterator[tuple[OwnershipLock, bool]]:
     """Own the file, whatever state it is in; whether it was made for that, which it is no more where that fails."""
     made = not os.path.lexists(path)
     with _explained(path):
         lock = OwnershipLock(path, create=True, replace=True)
     try:
-        yield made
+        yield lock, made
     finally:
         if made and _size_bytes(path) == 0:
             path.unlink(missing_ok=True)
@@ -477,10 +467,11 @@ def _upgrade_copy(copy: Path) -> None:
             writer.dispose()
 
 
-def _replace(path: Path, partial: Path, head: Head, made: bool) -> Path | None:
+def _replace(path: Path, partial: Path, head: Head, lock: OwnershipLock, made: bool) -> Path | None:
     """Have `partial` take the place of the file; the name that the old one has now."""
     name = resolved(path)
     can_open = _can_open(path)
+    lock.announce()
     if can_open:
         _empty_wal(name)
     try:
@@ -496,19 +487,20 @@ def _replace(path: Path, partial: Path, head: Head, made: bool) -> Path | None:
 def _can_open(path: Path) -> bool:
     """Whether a server would start on the file as it is. It is only read for that: what is damaged stays as it is."""
     if not _size_bytes(path):
-        # SQLite removes the WAL of an empty file as soon as it reads it.
         return False
-    readers = open_readers(path, size=1)
+    anchor = _read_anchor(path)
+
+    def is_foreign(connection: Connection) -> bool:
+        if migrate.is_foreign(connection):
+            return True
+        recovery.recover(connection, anchor, path)
+        return False
+
     try:
-        with snapshot(readers) as connection:
-            is_foreign = migrate.is_foreign(connection)
-            if not is_foreign:
-                recovery.recover(connection, _read_anchor(path), path)
+        refused = read_untouched(path, is_foreign)
     except (NotADatabaseError, ReadFailedError, LostCommitsError, ValueError):
         return False
-    finally:
-        readers.dispose()
-    if is_foreign:
+    if refused:
         raise NotADatabaseError(str(path), "it is another program's database and stays as it is; give another --db")
     return True
 
@@ -625,7 +617,7 @@ _LARGEST_SESSIONS: Final = f"""
 def stats(path: Path) -> StatsReport:
     """Where the bytes are. Reads the whole file; sizes of histories are those of their contents, shared or not."""
     with _reading(path) as readers:
-        _refuse_older(readers, path)
+        _refuse_older(path)
         with snapshot(readers) as connection:
             return _stats(connection, path)
 
@@ -718,7 +710,7 @@ def open_audit(path: Path, *, reveal: bool = False) -> StoredAudit:
         _refuse_missing(path)
         readers = open_readers(path, size=1)
         undo.callback(readers.dispose)
-        _refuse_older(readers, path)
+        _refuse_older(path)
         undo.pop_all()
     return StoredAudit(readers, reveal=reveal, let_go=readers.dispose)
 
@@ -729,7 +721,7 @@ def open_recording(
 ) -> Iterator[tuple[Header, Iterator[RecordedCommit]]]:
     """A session's log in a file, read as it is taken: read only, beside a server that writes to it."""
     with _reading(path) as readers:
-        _refuse_older(readers, path)
+        _refuse_older(path)
         yield recordings.read_session(readers, session_id, started=started, reveal=reveal)
 
 
@@ -771,7 +763,7 @@ def prune(path: Path, policy: PrunePolicy, *, confirm: bool, progress: Progress 
     """
     started = time.monotonic()
     with _reading(path) as readers:
-        _refuse_older(readers, path)
+        _refuse_older(path)
         report = None if confirm else pruning.run(readers, policy, None, progress)
     if report is None:
         report = _prune(path, policy, progress)
@@ -819,13 +811,12 @@ class VacuumReport:
 
 def vacuum(path: Path, progress: Progress = silent) -> VacuumReport:
     """Write the file anew without its free pages. Needs as much free disk again as the file has, twice over."""
-    with _reading(path) as readers:
-        _refuse_older(readers, path)
+    with _explained(path):
+        _refuse_missing(path)
+        _refuse_older(path)
         before = _size_bytes(path) + _size_bytes(_beside(path, "-wal"))
     started = time.monotonic()
     with _owning(path) as writer:
-        # What may have lost commits is evidence, and stays as it is.
-        _recover(writer, path)
         progress("rewriting the file", 0, 0)
         # Through the raw connection: VACUUM cannot run inside a transaction, and SQLAlchemy always begins one.
         raw = writer.raw_connection()

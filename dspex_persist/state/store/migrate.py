@@ -1,6 +1,5 @@
 """Bringing a file to this release's revision, after a backup beside it; refusing newer files."""
 
-import sqlite3
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sqlalchemy import Connection, Engine, StaticPool, create_engine, inspect, text
-from sqlalchemy.exc import DBAPIError
 
 from dspex_persist.clock import now
 from dspex_persist.state.errors import NewerSchemaError, NotADatabaseError, UpgradeError
@@ -76,21 +74,10 @@ def upgrade(writer: Engine, path: Path, *, is_copy: bool = False) -> Upgrade:
         if found == REVISION:
             return Upgrade(found)
         if found is not None:
-            _refuse_newer(path, found)
+            refuse_newer(path, found)
             backup = None if is_copy else backup_before_upgrade(connection, path, found)
         _run_migrations(connection)
     return Upgrade(found, backup)
-
-
-def refuse_foreign(readers: Engine) -> None:
-    """Refuse a file that is another program's, before it is opened for writing: that would change its journal mode."""
-    try:
-        with readers.connect() as connection:
-            current_revision(connection)
-    except DBAPIError as error:
-        # A crash in the very first transaction leaves a journal that only a writer can roll back: it looks next.
-        if getattr(error.orig, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_READONLY:
-            raise
 
 
 def backup_before_upgrade(connection: Connection, path: Path, revision: str) -> Path:
@@ -109,6 +96,12 @@ def known_revisions() -> list[str]:
 
     scripts = ScriptDirectory(str(migrations_path()))
     return [script.revision for script in scripts.walk_revisions()]
+
+
+def refuse_newer(path: Path, found: str) -> None:
+    """Raise `NewerSchemaError` unless this release knows the revision."""
+    if found != REVISION and found not in known_revisions():
+        raise NewerSchemaError(str(path), found, REVISION)
 
 
 class Part(NamedTuple):
@@ -137,11 +130,6 @@ def made_parts() -> Mapping[Part, str]:
             return parts_of(connection)
     finally:
         memory.dispose()
-
-
-def _refuse_newer(path: Path, found: str) -> None:
-    if found not in known_revisions():
-        raise NewerSchemaError(str(path), found, REVISION)
 
 
 def _run_migrations(connection: Connection) -> None:

@@ -150,19 +150,23 @@ class SessionStore(StoredSessions, LogStore):
             undo.pop_all()
 
     def _open_file(self, undo: contextlib.ExitStack) -> None:
+        try:
+            # Before anything is made beside the file, or changed.
+            inspected = recovery.inspect(self.path, self._name)
+        except ReadFailedError as error:
+            raise NotADatabaseError(str(self._name), error.reason) from error
+        self._lock.announce()
         self.readers = open_readers(self.path)
         undo.callback(self.readers.dispose)
         self._writer = open_writer(self.path, self.options.durability)
         undo.callback(self._writer.dispose)
         try:
-            migrate.refuse_foreign(self.readers)
-            # Another program's file gets none beside it.
             self._anchor = Anchor(open_beside(self.path, ".anchor"))
             undo.callback(self._anchor.close)
             migrate.upgrade(self._writer, self._name)
             self._connection = self._writer.connect()
             with self._connection.begin():
-                self.head = recovery.recover(self._connection, self._anchor.read(), self._name)
+                self.head = recovery.recover(self._connection, self._anchor.read(), self._name, inspected)
                 self._keys = log.Keys(self._connection)
                 self._last_at = clock.from_micros(times.last_own(self._connection))
                 self._guard = FileGuard(self.path, self._name, self._connection)
