@@ -173,12 +173,13 @@ def test_the_file_keeps_its_mode_and_its_link(path: Path) -> None:
 
 
 def test_an_older_backup_is_upgraded_on_the_way(path: Path) -> None:
-    older = digest(OLD_ASSET)
-    report = maintenance.restore(OLD_ASSET, path)
+    backup = shutil.copy(OLD_ASSET, path.with_name("older.db"))
+    older = digest(backup)
+    report = maintenance.restore(backup, path)
     assert report.revision == "0001"
     assert maintenance.current(path).is_head
     assert not maintenance.check(path).problems
-    assert digest(OLD_ASSET) == older
+    assert digest(backup) == older
     assert not [name for name in contents(path.parent) if name.startswith(".")]
 
 

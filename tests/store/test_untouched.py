@@ -167,12 +167,12 @@ def test_beside_a_writer_it_finds_each_time_what_is_there(path: Path) -> None:
             for number in range(60):
                 reader.stdin.write("\n")
                 reader.stdin.flush()
-                before = state._store.head.sequence
+                before = state.engine._store.head.sequence
                 state.set_variable("s", "x", number)
                 if number % 5 == 0:
-                    checkpoint(state._store._writer, "FULL")
+                    checkpoint(state.engine._store._writer, "FULL")
                 found = int(reader.stdout.readline())
-                assert before <= found <= state._store.head.sequence
+                assert before <= found <= state.engine._store.head.sequence
             reader.communicate()
 
 
