@@ -34,9 +34,13 @@ _CATCH_UP_S = within(60)
 
 def server_argv(database: Path, planted: str | None = None) -> list[str]:
     """How a server is started; `planted` names a bug that it shall have."""
-    module = ["dspex_persist"] if planted is None else ["tests.faults.planted_server", planted]
     where = ["--db", str(database), "--listen", "127.0.0.1:0"]
-    return [sys.executable, "-m", *module, "serve", *where, "--tools", TOOLS]
+    return [*program_argv(planted), "serve", *where, "--tools", TOOLS]
+
+
+def program_argv(planted: str | None = None) -> list[str]:
+    """How a command is started, but for its words."""
+    return [sys.executable, "-m", *(["dspex_persist"] if planted is None else ["tests.faults.planted_server", planted])]
 
 
 @dataclass(slots=True)

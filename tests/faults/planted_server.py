@@ -17,7 +17,7 @@ from dspex_persist.state.errors import StorageError
 from dspex_persist.state.groups import Groups, Job, Outcome
 from dspex_persist.state.model import BatchOutcome
 from dspex_persist.state.session_state import SessionState
-from dspex_persist.state.store import engine
+from dspex_persist.state.store import engine, swap
 from dspex_persist.state.store.anchor import Anchor
 from dspex_persist.state.store.guard import FileGuard
 from dspex_persist.state.store.session_store import FileGroups, SessionStore
@@ -261,6 +261,11 @@ def early_anchor() -> None:
     _patch(SessionStore, "append", append_too_early)
 
 
+def restore_unsynced() -> None:
+    """Say that a backup is in place before its new name is durable."""
+    _patch(swap, "sync", lambda *_: None)
+
+
 def sequence_gap() -> None:
     """Leave a number out now and then."""
 
@@ -400,6 +405,7 @@ BUGS: dict[str, Callable[[], None]] = {
         watch_twice,
         no_sync,
         early_anchor,
+        restore_unsynced,
         sequence_gap,
         leak_memory,
         leak_files,

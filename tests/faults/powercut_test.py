@@ -13,22 +13,25 @@ import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from random import Random
+from typing import Final, TypeAlias
 
-from dspex_persist.errors import DspexError
-from dspex_persist.state.store import maintenance
-from dspex_persist.state.store.session_store import open_groups
 from tests.faults import shim
 from tests.faults.disk import MODES, Disk, Operation, read_log
-from tests.faults.recordings import DATABASE, Commands, Recording, Served, Upgraded
+from tests.faults.recordings import Commands, Recording, Rescued, Restored, Served, Upgraded
 from tests.faults.scratch import scratch
 
 _MOST_PROBLEMS = 10
 _STATES_OF_ONE = 1_500
 """More states than that are of several recordings: what happens in one is always the same."""
+
+
+Shares: TypeAlias = Mapping[type[Recording], int]
+SHARES: Final[Shares] = {Served: 60, Commands: 15, Upgraded: 10, Restored: 10, Rescued: 5}
 
 
 @dataclass(slots=True)
@@ -69,13 +72,13 @@ class PowerCuts:
         self._seen: set[bytes] = set()
         self._count = 0
 
-    def run(self, states: int, *, tell: bool = False) -> Report:
-        """Look at so many states: of every ten seven of a served file, two of commands, one of an upgrade."""
+    def run(self, states: int, shares: Shares = SHARES, *, tell: bool = False) -> Report:
+        """Look at so many states, so many of a hundred of each recording."""
         began, cpu = time.monotonic(), time.process_time()
         rounds = max(1, round(states / _STATES_OF_ONE))
         for part in range(rounds):
-            for kind, share in ((Served, 0.7), (Commands, 0.2), (Upgraded, 0.1)):
-                self._record_and_cut(kind, round(states / rounds * share))
+            for kind, share in shares.items():
+                self._record_and_cut(kind, round(states / rounds * share / 100))
                 if self.report.problems:
                     break
             if tell:
@@ -122,7 +125,7 @@ class PowerCuts:
         self._seen.add(digest.digest())
         self.report.modes[mode] += 1
         _write_files(folder, files)
-        problems = _judge(recording, folder, instant)
+        problems = recording.judge(folder, instant)
         if problems:
             self.report.problems += [f"{folder.name}: {problem}" for problem in problems]
             _write_files(folder, files)
@@ -131,7 +134,10 @@ class PowerCuts:
 
 
 def _instants(operations: list[Operation], states: int, random: Random) -> list[int]:
-    """After which operations the power goes: half anywhere, half next to syncs and whatever changes names or sizes."""
+    """After which operations the power goes: half anywhere, half next to syncs and whatever changes names or sizes.
+
+    After the last one in any case: by then everything has been told that is told.
+    """
     # Some of the disks of an instant are the same: where nothing was pending, all of them.
     wanted = max(1, states // (len(MODES) - 2))
     near = {
@@ -143,18 +149,7 @@ def _instants(operations: list[Operation], states: int, random: Random) -> list[
     }
     chosen = set(random.sample(sorted(near), min(len(near), wanted // 2)))
     chosen |= set(random.sample(range(len(operations)), min(len(operations), wanted - len(chosen))))
-    return sorted(chosen)
-
-
-def _judge(recording: Recording, folder: Path, instant: float) -> list[str]:
-    database = folder / DATABASE
-    try:
-        # As a start does: anchor, WAL, migration, what was running.
-        open_groups(database).close()
-    except DspexError as error:
-        return [f"lost: it cannot be opened: {error}"]
-    problems = [f"unsound: {problem}" for problem in maintenance.check(database).problems]
-    return problems or recording.problems(folder, instant)
+    return sorted(chosen | {len(operations) - 1})
 
 
 def _write_files(folder: Path, files: dict[str, bytes]) -> None:

@@ -2,21 +2,23 @@
 
 import asyncio
 import json
+import re
 import shutil
 import sqlite3
 import subprocess
-import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from random import Random
 from typing import ClassVar, NamedTuple
 
 from dspex_persist import wiring
+from dspex_persist.errors import DspexError
 from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state.commands import Command, InitializeSession, RegisterVariable, SetVariable
+from dspex_persist.state.errors import LostCommitsError
 from dspex_persist.state.groups import Job
 from dspex_persist.state.model import Origin, Value
 from dspex_persist.state.recording import write_recording
@@ -25,12 +27,14 @@ from dspex_persist.state.store.session_store import open_groups
 from tests.faults.auditor import Auditor
 from tests.faults.bridge import Bridge, wire
 from tests.faults.checker import Checker
-from tests.faults.crash_test import server_argv
+from tests.faults.crash_test import program_argv, server_argv
 from tests.faults.ledger import Ledger
 from tests.faults.workload import SESSION, Client, Watcher, set_up
 
 DATABASE = "cut.db"
 _CLIENTS = 6
+_TIME = re.compile(r"\.replaced-[^-.]+\.\d+")
+"""What comes after the name of a database that was replaced; in the names of files beside it there is more."""
 _READY_S, _ENDING_S, _WORK_S = 60.0, 30.0, 60.0
 
 
@@ -51,6 +55,17 @@ class Recording(ABC):
     def record(self) -> None:
         """Do what is to be recorded, in processes of its own."""
 
+    def judge(self, folder: Path, instant: float) -> list[str]:
+        """What is wrong with a disk of that instant."""
+        database = folder / DATABASE
+        try:
+            # As a start does: anchor, WAL, migration, what was running.
+            open_groups(database).close()
+        except DspexError as error:
+            return [f"lost: it cannot be opened: {error}"]
+        problems = [f"unsound: {problem}" for problem in maintenance.check(database).problems]
+        return problems or self.problems(folder, instant)
+
     @abstractmethod
     def problems(self, folder: Path, instant: float) -> list[str]:
         """What is wrong with a disk of that instant, which was opened and closed again, and is sound."""
@@ -61,7 +76,7 @@ class Recording(ABC):
 
     def _run(self, *arguments: str) -> float:
         """Run a command to its good end; when that was."""
-        argv = [sys.executable, "-m", "dspex_persist", *arguments, "--db", str(self._database)]
+        argv = [*program_argv(self._planted), *arguments, "--db", str(self._database)]
         subprocess.run(argv, env=dict(self._env), check=True, capture_output=True)
         return time.monotonic()
 
@@ -224,6 +239,91 @@ class Upgraded(_Promising):
         if not any(_is_sound(path) and _count_versions(path) == before for path in backups):
             problems.append(f"lost: none of {len(backups)} backups from before the upgrade can be read")
         return problems
+
+
+class Restored(_Promising):
+    """A backup that takes the place of a database whose server was killed, and which would start again."""
+
+    _OLD, _BACKED_UP = 60, 20
+
+    def __init__(self, folder: Path, env: Mapping[str, str], seed: int, planted: str | None) -> None:
+        super().__init__(folder, env, seed, planted)
+        self._backup = folder / "backup.db"
+        self.files = self._damaged(self._make(folder / "old.db"))
+
+    def _make(self, path: Path) -> dict[str, bytes]:
+        """The files of a database as a kill leaves them, some of it brought into the file; and the backup."""
+        kept: dict[str, bytes] = {}
+        for first, last in ((0, self._BACKED_UP), (self._BACKED_UP, self._OLD)):
+            groups = open_groups(path)
+            commands: list[Command[object]] = []
+            if first == 0:
+                commands = [InitializeSession("s"), RegisterVariable("s", "x", "string", Value('""'))]
+            # The first one is the registered one.
+            values = [Value(json.dumps(f"{count}" + "." * 1_500)) for count in range(max(1, first), last)]
+            commands += [SetVariable("s", "x", value) for value in values]
+            for outcome in groups.write_group([Job(command, Origin("test", "test")) for command in commands]):
+                assert outcome.error is None, outcome.error
+            kept = {f"{DATABASE}{suffix}": Path(f"{path}{suffix}").read_bytes() for suffix in ("", "-wal", ".anchor")}
+            groups.close()
+            if first == 0:
+                assert maintenance.backup(path, self._backup).problems == ()
+        return kept
+
+    def _damaged(self, files: dict[str, bytes]) -> dict[str, bytes]:
+        return files
+
+    def record(self) -> None:
+        for name, content in self.files.items():
+            self._database.with_name(name).write_bytes(content)
+        at = self._run("db", "restore", str(self._backup))
+        self._promise(at, "the restored database", lambda folder: _versions(folder, "s") == self._BACKED_UP)
+
+    def problems(self, folder: Path, instant: float) -> list[str]:
+        """One of the two is there, whole; where it is the restored one, the old one is there by another name."""
+        problems = super().problems(folder, instant)
+        found = _versions(folder, "s")
+        if found == self._BACKED_UP:
+            problems += self._problems_of_replaced(folder)
+        elif found != self._OLD:
+            problems.append(f"half: {found} versions are there, neither {self._OLD} nor {self._BACKED_UP}")
+        return problems
+
+    def _problems_of_replaced(self, folder: Path) -> Iterator[str]:
+        replaced = [path for path in folder.iterdir() if _TIME.fullmatch(path.name.removeprefix(DATABASE))]
+        if len(replaced) != 1:
+            yield f"lost: of what was replaced there is {replaced}"
+            return
+        try:
+            open_groups(replaced[0]).close()
+        except DspexError as error:
+            yield f"lost: what was replaced cannot be opened: {error}"
+            return
+        if (count := _count_versions(replaced[0])) != self._OLD:
+            yield f"lost: of {self._OLD} versions that were replaced {count} are there"
+
+
+class Rescued(Restored):
+    """The same, of a database that has lost commits, and does not start: what is left of it is evidence."""
+
+    def _damaged(self, files: dict[str, bytes]) -> dict[str, bytes]:
+        wal = files[f"{DATABASE}-wal"]
+        return {**files, f"{DATABASE}-wal": wal[: len(wal) // 2]}
+
+    def judge(self, folder: Path, instant: float) -> list[str]:
+        there = {path.read_bytes() for path in folder.iterdir()}
+        problems = [f"lost: {name} as it was" for name, content in self.files.items() if content not in there]
+        try:
+            open_groups(folder / DATABASE).close()
+        except LostCommitsError:
+            problems += [f"lost: {promise.what}" for promise in self._promises if promise.at < instant]
+            # The way out is the same command again.
+            maintenance.restore(self._backup, folder / DATABASE)
+        return problems + super().judge(folder, instant)
+
+    def _problems_of_replaced(self, folder: Path) -> Iterator[str]:
+        """It could not be opened before."""
+        yield from ()
 
 
 def _scalar(database: Path, sql: str, *parameters: str) -> int:

@@ -21,6 +21,7 @@ from tests.faults.bridge import Bridge
 from tests.faults.crash_test import CrashTest, server_argv
 from tests.faults.planted_server import BUGS
 from tests.faults.powercut_test import PowerCuts
+from tests.faults.recordings import Restored, Served
 from tests.faults.soak_test import Soak
 from tests.fuzz.fuzz_test import Fuzz
 
@@ -38,9 +39,11 @@ FOUND_BY_KILLS = {
     "leave-running": "still running",
 }
 FOUND_BY_POWER_CUTS = {
-    "no-sync": "lost",
-    "early-anchor": "lost",
+    "no-sync": Served,
+    "early-anchor": Served,
+    "restore-unsynced": Restored,
 }
+"""As lost, and in what."""
 FOUND_BY_FUZZ = {
     "write-then-refuse": "were written",
 }
@@ -101,13 +104,12 @@ def test_the_crash_test_finds(bug: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.crash
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("bug", always(FOUND_BY_POWER_CUTS, "no-sync"))
+@pytest.mark.parametrize("bug", always(FOUND_BY_POWER_CUTS, "no-sync", "restore-unsynced"))
 def test_the_power_cuts_find(bug: str, tmp_path: Path) -> None:
     if (reason := shim.why_not()) is not None:
         pytest.skip(reason)
-    report = PowerCuts(tmp_path, seed=1, planted=bug).run(300)
-    found = {problem.split(": ")[1] for problem in report.problems}
-    assert FOUND_BY_POWER_CUTS[bug] in found, report
+    report = PowerCuts(tmp_path, seed=1, planted=bug).run(210, {FOUND_BY_POWER_CUTS[bug]: 100})
+    assert "lost" in {problem.split(": ")[1] for problem in report.problems}, report
 
 
 @pytest.mark.slow
