@@ -4,7 +4,6 @@ import os
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -16,6 +15,8 @@ from pydantic_settings import (
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
+
+from dspex_persist.spelling import closest, did_you_mean
 
 ENV_PREFIX: Final = "DSPEX_PERSIST_"
 CONFIG_VARIABLE: Final = f"{ENV_PREFIX}CONFIG"
@@ -265,9 +266,9 @@ def _check_variables(names: Iterable[str]) -> None:
     known = ("config", *Settings.model_fields)
     for name in names:
         setting = name.removeprefix(ENV_PREFIX).lower()
-        meant = get_close_matches(setting, known, 1, _SLIP)
+        meant = closest(setting, known, _SLIP, most=len(known))
         if meant and setting not in known:
-            reason = f"there is no such setting; did you mean {ENV_PREFIX}{meant[0].upper()}?"
+            reason = f"there is no such setting; {did_you_mean(variable_of(meant), spell=str)}"
             raise SettingsError(setting, reason, f"environment variable {name}")
 
 
@@ -308,9 +309,10 @@ def _read_toml(path: Path, named_by: str) -> dict[str, Any]:
 
 
 def _no_such_setting(names: Sequence[str]) -> str:
-    meant = [match for name in names for match in get_close_matches(name, Settings.model_fields, 1)]
-    hint = f"did you mean {', '.join(meant)}? " if meant else ""
-    return f"there is no such setting; {hint}possible are {', '.join(sorted(Settings.model_fields))}"
+    known = Settings.model_fields
+    hint = did_you_mean(*(closest(name, known, most=len(known)) for name in names), spell=str)
+    possible = f"possible are {', '.join(sorted(known))}"
+    return " ".join(filter(None, ("there is no such setting;", hint, possible)))
 
 
 def _explain(error: ValidationError, sources: Iterable[_Source]) -> SettingsError:

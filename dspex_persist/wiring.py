@@ -6,7 +6,6 @@ What is heavy is imported where it is used: a client needs no SQL, a database fi
 import asyncio
 import contextlib
 import dataclasses
-import difflib
 import gc
 import inspect
 import logging
@@ -25,7 +24,8 @@ from dspex_persist.infra import forks, streams
 from dspex_persist.infra.listen import ListenError, is_loopback, parse_listen, prepare
 from dspex_persist.infra.logs import configure_logs, get_logger, quiet_grpc
 from dspex_persist.settings import Settings, SettingsError
-from dspex_persist.state.errors import CheckpointError, FileChangedError, InvalidArgumentError, quote
+from dspex_persist.spelling import closest, did_you_mean, quote
+from dspex_persist.state.errors import CheckpointError, FileChangedError, InvalidArgumentError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.options import SessionOptions
 from dspex_persist.state.provider import Progress, StateProvider, silent
@@ -189,7 +189,7 @@ def _place_of(url: str | os.PathLike[str], forms: str = _FORMS) -> Path | str:
     if scheme == "grpc+unix" and rest.strip("/"):
         return f"unix:{re.sub('^//(?=/)', '', rest)}"
     if meant:
-        raise InvalidArgumentError("url", f"{quote(url)} is not {forms}; did you mean {meant}?")
+        raise InvalidArgumentError("url", f"{quote(url)} is not {forms}; {did_you_mean(meant, spell=str)}")
     hint = "; of a state in memory no history can be asked" if url in _IN_MEMORY else ""
     raise InvalidArgumentError("url", f"{quote(url)} is not {forms}{hint}")
 
@@ -242,8 +242,10 @@ def _options_of(kind: type) -> list[str]:
 def _check_options(given: "Iterable[str]", known: list[str], what: str) -> None:
     for name in given:
         if name not in known:
-            meant = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {meant[0]}?" if meant else f"there are {', '.join(sorted(known))}"
+            hint = (
+                did_you_mean(closest(name, known, most=len(known)), spell=str)
+                or f"there are {', '.join(sorted(known))}"
+            )
             # What Python itself raises for an argument that a function does not have.
             raise TypeError(f"{what} has no option {name}; {hint}")
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from dspex_persist.infra import streams
+from dspex_persist.spelling import printable
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Told what is being done, how much of it is, and how much there is (0: not known)."""
@@ -21,7 +22,7 @@ def new_console(*, soft_wrap: bool) -> Any:
 
 def plain(text: str) -> str:
     """A text of somebody else's on one line, without escapes that a terminal would obey."""
-    return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+    return printable(text)
 
 
 def plain_lines(text: str) -> str:

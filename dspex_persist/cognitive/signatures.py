@@ -1,7 +1,6 @@
 """Signatures: what a function's own text says about its parameters, and its arguments bound by it."""
 
 import copy
-import difflib
 import inspect
 import types
 from collections.abc import (
@@ -24,7 +23,8 @@ import docstring_parser
 from dspex_persist.cognitive.errors import ToolDefinitionError
 from dspex_persist.cognitive.parameters import Parameter, one_line, read_parameter
 from dspex_persist.cognitive.tool_context import ToolContext
-from dspex_persist.state.errors import ToolArgumentError, quote
+from dspex_persist.spelling import closest, did_you_mean
+from dspex_persist.state.errors import ToolArgumentError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Value
 from dspex_persist.state.values.json_text import RefusedError, shorten
@@ -82,10 +82,8 @@ class Signature:
     def _unknown(self, name: str) -> str:
         if not self.parameters:
             return "the tool takes no parameters"
-        near = difflib.get_close_matches(name, self.parameters, n=1)
-        if near:
-            return f"there is no such parameter; did you mean {quote(near[0])}?"
-        return f"there is no such parameter; the tool takes {_listed(self.parameters)}"
+        hint = did_you_mean(closest(name, self.parameters)) or f"the tool takes {_listed(self.parameters)}"
+        return f"there is no such parameter; {hint}"
 
 
 def read_signature(function: Callable[..., Any], named: str) -> Signature:

@@ -1,6 +1,5 @@
 """Toolbox: tools by name, from code at hand or from modules to be imported."""
 
-import difflib
 import importlib
 import inspect
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 
 from dspex_persist.cognitive.errors import ToolLoadError
 from dspex_persist.cognitive.tools import Tool, tool
+from dspex_persist.spelling import closest, did_you_mean
 from dspex_persist.state.model import ToolSpec
 
 AnyTool = Tool[..., Any]
@@ -144,9 +144,9 @@ def _find(reference: str, module: Any, name: str) -> object:
     found = module
     for part in name.split("."):
         if not hasattr(found, part):
-            near = difflib.get_close_matches(part, [entry for entry in dir(found) if not entry.startswith("__")], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ToolLoadError(reference, f"there is nothing named {part!r}{hint}")
+            near = closest(part, (entry for entry in dir(found) if not entry.startswith("__")), most=1_000)
+            reason = "; ".join(filter(None, (f"there is nothing named {part!r}", did_you_mean(near))))
+            raise ToolLoadError(reference, reason)
         found = getattr(found, part)
     return found
 
@@ -185,12 +185,13 @@ def _made(kind: type, reference: str) -> object:
 
 def _hint(module: Any) -> str:
     """What could have been named instead."""
-    names = [
-        name
+    names = (
+        f"{module.__name__}:{name}"
         for name, item in vars(module).items()
         if isinstance(item, Toolbox) or (not name.startswith("_") and _method_names(item))
-    ]
-    return f"; did you mean {', '.join(f'{module.__name__}:{name}' for name in names)}?" if names else ""
+    )
+    hint = did_you_mean(*names, spell=str)
+    return f"; {hint}" if hint else ""
 
 
 def _named(item: object) -> str:

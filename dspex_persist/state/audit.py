@@ -16,13 +16,12 @@ from math import inf, isinf
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeAlias, TypeVar
 
+from dspex_persist.spelling import closest, did_you_mean, quote
 from dspex_persist.state.errors import (
     InvalidArgumentError,
     NotInHistoryError,
     VersionNotFoundError,
     VersionPrunedError,
-    closest,
-    quote,
 )
 from dspex_persist.state.model import ChangeKind, Conflict, ExecutionStatus, Failure, LogEntry, Source, Value
 
@@ -524,9 +523,9 @@ def is_glob(text: str) -> bool:
 
 def what_there_is(asked: str, names: Sequence[str], most: int = _NAMED) -> str:
     """The name that may have been meant, or some of those that there are."""
-    meant = closest(asked, names)
+    meant = did_you_mean(closest(asked, names))
     if meant:
-        return f"did you mean {quote(meant)}?"
+        return meant
     told = [*map(quote, names[:most]), *(["..."] if len(names) > most else [])]
     return f"there are: {', '.join(told)}" if names else "there are none"
 

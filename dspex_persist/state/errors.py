@@ -5,50 +5,14 @@ something to do, what to do next. `bridge/status.py` maps each leaf to a gRPC st
 """
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
-from itertools import islice
+from typing import Final
 
 from dspex_persist.errors import DspexError
+from dspex_persist.spelling import printable as printable
+from dspex_persist.spelling import quote as quote
 
-_QUOTED = 60
-_KEPT = 1000
-_COMPARED_LENGTH, _MOST_COMPARED, _MOST_ALIKE = 60, 1_000, 20
-
-
-def closest(asked: str, names: Iterable[str]) -> str | None:
-    """The name that was perhaps meant.
-
-    Where there are many, only a few are compared, those of about this length that begin or end alike, and what is long
-    is nobody's slip: a client must not be able to have a server compare megabytes.
-    """
-    length = len(asked)
-    if not 2 < length <= _COMPARED_LENGTH:
-        return None
-    compared = list(islice(names, _MOST_COMPARED))
-    if len(compared) > _MOST_ALIKE:
-        alike = (
-            name
-            for name in compared
-            if -3 < len(name) - length < 3 and (name[:2] == asked[:2] or name[-2:] == asked[-2:])
-        )
-        compared = list(islice(alike, _MOST_ALIKE))
-    near = get_close_matches(asked, (name for name in compared if len(name) <= 2 * _COMPARED_LENGTH), n=1)
-    return near[0] if near else None
-
-
-def quote(text: object) -> str:
-    """`text` in quotes, on one line, short enough for a message."""
-    # A subclass, such as an enumeration's member, may say of itself whatever it likes, or raise.
-    plain = str.__str__(text) if isinstance(text, str) else str(text)
-    shown = repr(plain[: _QUOTED + 1])
-    return shown if len(shown) <= _QUOTED else f"{shown[:_QUOTED]}...'"
-
-
-def printable(text: str) -> str:
-    """`text` on one line, with escapes for what cannot be printed."""
-    return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+_KEPT: Final = 1000
 
 
 class StateError(DspexError):

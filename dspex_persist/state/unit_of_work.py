@@ -13,12 +13,11 @@ from itertools import accumulate
 from operator import attrgetter
 from typing import Any, Protocol, TypeAlias
 
+from dspex_persist.spelling import closest, did_you_mean
 from dspex_persist.state.errors import (
     LimitExceededError,
     SessionNotFoundError,
     VariableNotFoundError,
-    closest,
-    quote,
 )
 from dspex_persist.state.events import (
     Event,
@@ -515,8 +514,7 @@ def up_to(versions: Sequence[VariableVersion], most_bytes: int | None) -> list[V
 
 
 def _near(identifier: str, names: Iterable[str]) -> str:
-    near = closest(identifier, names)
-    return f"did you mean {quote(near)}?" if near else ""
+    return did_you_mean(closest(identifier, names))
 
 
 def _put_back(entries: dict[Any, Any], key: object, previous: object) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from dspex_persist.spelling import closest
 from dspex_persist.state import errors
 from dspex_persist.state.commands import (
     CleanupSession,
@@ -411,14 +412,14 @@ class TestNamesThatWerePerhapsMeant:
     @pytest.mark.parametrize("count", [3, 20, 1_000])
     def test_is_found(self, count: int) -> None:
         names = ["temperature", *(f"other {number}" for number in range(count))]
-        assert errors.closest("temprature", names) == "temperature"
-        assert errors.closest("nothing like it", names) is None
+        assert closest("temprature", names) == "temperature"
+        assert closest("nothing like it", names) is None
 
     def test_megabytes_are_nobody_s_slip(self) -> None:
         names = [f"{'x' * 250}{number}" for number in range(2_000)]
         with cpu_s_below(1):
             for asked in ("x" * 10_000_000, "x" * 61, "x" * 60, "x" * 250):
-                assert errors.closest(asked, names) is None
+                assert closest(asked, names) is None
 
 
 class TestPatternsOfABatch:

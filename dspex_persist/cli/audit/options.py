@@ -1,7 +1,6 @@
 """The options that questions have in common, as the command line takes them."""
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -180,11 +179,13 @@ def type_of(name: str) -> str:
     """A type's name, if there is such a type; "" is any."""
     if not name:
         return ""
-    from dspex_persist.state.errors import InvalidArgumentError, quote
+    from dspex_persist.spelling import closest, did_you_mean, quote
+    from dspex_persist.state.errors import InvalidArgumentError
     from dspex_persist.state.values import TYPE_NAMES
 
     if name not in TYPE_NAMES:
-        meant = get_close_matches(name, TYPE_NAMES, 1)
-        hint = f"did you mean {meant[0]}? " if meant else ""
-        raise InvalidArgumentError("type", f"there is no type {quote(name)}; {hint}possible: {', '.join(TYPE_NAMES)}")
+        hint = did_you_mean(closest(name, TYPE_NAMES), spell=str)
+        possible = f"possible: {', '.join(TYPE_NAMES)}"
+        reason = " ".join(filter(None, (f"there is no type {quote(name)};", hint, possible)))
+        raise InvalidArgumentError("type", reason)
     return name

@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Engine
 
 from dspex_persist import clock
 from dspex_persist.clock import nearest_time, to_micros
+from dspex_persist.spelling import did_you_mean
 from dspex_persist.state.audit import (
     AuditSource,
     CommitEntry,
@@ -743,7 +744,7 @@ def _execution_row(connection: Connection, execution_id: str) -> Any:
     if number.isascii() and number.isdecimal() and len(number) < 19:
         row = _first(connection, f"{_IN_FULL} WHERE executions.began_sequence = ?", int(number))
     if row is None or (token and row.execution_id != execution_id):
-        hint = f"did you mean {row.execution_id}?" if row is not None else "audit executions lists them"
+        hint = did_you_mean(row.execution_id, spell=str) if row is not None else "audit executions lists them"
         raise NotInHistoryError("execution", execution_id, hint)
     return row
 

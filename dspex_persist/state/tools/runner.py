@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any, Final, TypeVar
 from weakref import WeakValueDictionary
 
+from dspex_persist.spelling import closest, did_you_mean
 from dspex_persist.state import commands, values
 from dspex_persist.state.commands import Command
 from dspex_persist.state.commands.executions import Begun, Verdict
@@ -31,7 +32,6 @@ from dspex_persist.state.errors import (
     ToolNotFoundError,
     ToolTimedOutError,
     UnavailableError,
-    closest,
 )
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
@@ -265,8 +265,8 @@ class ToolRunner:
         found = registered.get(request.tool)
         if found is None:
             names = sorted({*self.tools, *registered})
-            meant = closest(request.tool, names)
-            hint = f"did you mean {meant}?" if meant else f"there are: {', '.join(names[:20]) or 'none'}"
+            hint = did_you_mean(closest(request.tool, names), spell=str)
+            hint = hint or f"there are: {', '.join(names[:20]) or 'none'}"
             raise ToolNotFoundError(request.tool, hint)
         return self._registered(found)
 

@@ -1,0 +1,51 @@
+"""Names in messages: what was perhaps meant, and how a name is shown on one line."""
+
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from itertools import islice
+from typing import Final
+
+_QUOTED = 60
+_COMPARED_LENGTH, _MOST_COMPARED = 60, 1_000
+_LIKENESS: Final = 0.6
+
+
+def closest(asked: str, names: Iterable[str], likeness: float = _LIKENESS, *, most: int = 20) -> str | None:
+    """The name that was perhaps meant; None if none of them is alike.
+
+    `likeness`: the least ratio of difflib, from 0 to 1. `most`: of more names than this only so many are compared,
+    those of about this length that begin or end alike. A long text is no slip: no client may make a server compare
+    megabytes.
+    """
+    length = len(asked)
+    if not 2 < length <= _COMPARED_LENGTH:
+        return None
+    compared = list(islice(names, _MOST_COMPARED))
+    if len(compared) > most:
+        alike = (
+            name
+            for name in compared
+            if -3 < len(name) - length < 3 and (name[:2] == asked[:2] or name[-2:] == asked[-2:])
+        )
+        compared = list(islice(alike, most))
+    near = get_close_matches(asked, (name for name in compared if len(name) <= 2 * _COMPARED_LENGTH), 1, likeness)
+    return near[0] if near else None
+
+
+def quote(text: object) -> str:
+    """`text` in quotes, on one line, short enough for a message."""
+    # A subclass, such as an enumeration's member, may say of itself whatever it likes, or raise.
+    plain = str.__str__(text) if isinstance(text, str) else str(text)
+    shown = repr(plain[: _QUOTED + 1])
+    return shown if len(shown) <= _QUOTED else f"{shown[:_QUOTED]}...'"
+
+
+def did_you_mean(*meant: str | None, spell: Callable[[str], str] = quote) -> str:
+    """The question whether one of these names was meant; "" if there is none. `spell`: how a name is shown."""
+    names = [spell(name) for name in meant if name]
+    return f"did you mean {', '.join(names)}?" if names else ""
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with escapes for what cannot be printed."""
+    return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
