@@ -27,30 +27,20 @@ from dspex_persist.state import values
 from dspex_persist.state.errors import InvalidValueError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import ToolParameter, Value
-from dspex_persist.state.values.coercion import to_boolean, to_float, to_integer
 from dspex_persist.state.values.json_text import RefusedError, container_in, shorten, shown
 from dspex_persist.state.values.json_text import read as read_json
 
-_COERCIONS: Mapping[str, Callable[[object], object]] = {
-    "boolean": to_boolean,
-    "float": to_float,
-    "integer": to_integer,
-}
-_TYPES = {
-    "array": "list",
-    "boolean": "boolean",
-    "integer": "integer",
-    "number": "float",
-    "object": "map",
-    "string": "string",
-}
-_BOUNDS = {
-    "minimum": "min",
-    "maximum": "max",
-    "minLength": "min_length",
-    "maxLength": "max_length",
-    "pattern": "pattern",
-}
+_ANY = "any"
+"""The protocol's word for a parameter that no value type describes."""
+
+
+def _read_as_variables() -> Mapping[type, values.ValueType]:
+    """Python's numbers and booleans, which are read as variables of their types are: pydantic takes True for 1."""
+    return {kind: values.get_type(kind.__name__, values.infer_type(kind())) for kind in (bool, float, int)}
+
+
+_NUMBERS = _read_as_variables()
+_COERCIONS = {value_type.name: value_type.coerce for value_type in _NUMBERS.values()}
 _BEYOND_64_BITS = 2.0**63
 _MISTAKES_READ = 20
 _SENTENCE_LENGTH = 500
@@ -90,28 +80,27 @@ class Parameter:
     def _decode(self, value: Value, limits: Limits | None) -> object:
         """JSON as it is; bytes as what they say they are, unless the function wants a list of numbers."""
         if limits is None:
-            description = values.decode("map", Value(value.json))
+            document = read_json(value.json)
         else:
-            description = values.parse_json(value.json, name=self.described.name, limits=limits)
-        if value.binary is None:
-            return description
-        if self.described.type == "list":
-            return values.decode("embedding", value)
-        stated = description.get("type") if isinstance(description, dict) else None
-        is_embedding = stated == "embedding" and self.described.type == "any"
-        return values.decode("embedding" if is_embedding else "tensor", value)
+            document = values.parse_json(value.json, name=self.described.name, limits=limits)
+        return document if value.binary is None else values.decode_argument(self.described.type, value)
 
     def _validated(self, document: object) -> object:
         """What pydantic makes of it; of a string that is the JSON of a map or list, where one is wanted, of that."""
         try:
             return self.adapter.validate_python(self._coerce(document))
         except ValidationError:
-            if not isinstance(document, str) or self.described.type not in ("list", "map"):
+            if not isinstance(document, str) or not self._takes_containers():
                 raise
             contained = container_in(document, name=self.described.name, limits=_LIMITS)
             if contained is document:
                 raise
             return self.adapter.validate_python(contained)
+
+    def _takes_containers(self) -> bool:
+        wanted = values.find_type(self.described.type)
+        # A type that no annotation's schema means is that of a BinaryValue, which JSON never is.
+        return wanted is not None and wanted.is_container and bool(wanted.schema)
 
     def _coerce(self, document: object) -> object:
         """For choices, which pydantic compares with `==`: to it, `True` is the choice 1."""
@@ -192,7 +181,7 @@ def _encode_default(default: object, adapter: TypeAdapter[Any], type_name: str) 
     if isinstance(default, set | frozenset):
         # Their order differs from process to process; a description should not.
         document = sorted(document, key=repr)
-    return values.encode(document, type_name if type_name in values.TYPE_NAMES else None)
+    return values.encode(document, type_name if values.find_type(type_name) else None)
 
 
 def _first_line(error: Exception) -> str:
@@ -212,11 +201,7 @@ def _rule(coerce: Callable[[object], object]) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-_RULES: Mapping[Any, Any] = {
-    bool: Annotated[bool, _rule(to_boolean)],
-    float: Annotated[float, _rule(to_float)],
-    int: Annotated[int, _rule(to_integer)],
-}
+_RULES: Mapping[Any, Any] = {kind: Annotated[kind, _rule(value_type.coerce)] for kind, value_type in _NUMBERS.items()}
 
 
 def _key_rule(coerce: Callable[[object], object]) -> BeforeValidator:
@@ -235,9 +220,7 @@ def _key_rule(coerce: Callable[[object], object]) -> BeforeValidator:
 
 
 _KEY_RULES: Mapping[Any, Any] = {
-    bool: Annotated[bool, _key_rule(to_boolean)],
-    float: Annotated[float, _key_rule(to_float)],
-    int: Annotated[int, _key_rule(to_integer)],
+    kind: Annotated[kind, _key_rule(value_type.coerce)] for kind, value_type in _NUMBERS.items()
 }
 
 
@@ -306,11 +289,12 @@ def _prepared_typed_dict(annotation: Any, rules: Mapping[Any, Any], within: tupl
 def _describe(schema: Mapping[str, Any], annotation: Any) -> tuple[str, dict[str, Any]]:
     """The protocol's type, and the rules on top of it, of a JSON schema."""
     if annotation is values.BinaryValue:
-        return "tensor", {}
+        return values.infer_type(values.BinaryValue({}, b"")), {}
     kinds = [_kind_of(branch) for branch in _branches(schema, schema.get("$defs", {}))]
     names = {name for name, _ in kinds}
     if not kinds or len(names) > 1:
-        return ("float" if names == {"integer", "float"} else "any"), {}
+        are_numbers = bool(names) and all(map(values.is_number, names))
+        return (_named({"type": "number"}) if are_numbers else _ANY), {}
     (name,) = names
     rules = [rules for _, rules in kinds]
     if len(kinds) == 1:
@@ -332,15 +316,25 @@ def _branches(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Iter
 
 
 def _kind_of(schema: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    name = _TYPES.get(schema.get("type", ""), "any")
-    rules = {ours: schema[theirs] for theirs, ours in _BOUNDS.items() if schema.get(theirs) not in (None, inf, -inf)}
+    rules = {
+        ours: schema[theirs]
+        for theirs, ours in values.schema_keywords().items()
+        if schema.get(theirs) not in (None, inf, -inf)
+    }
+    said = {key: entry for key, entry in schema.items() if key not in ("enum", "const")}
     choices = schema.get("enum", [schema["const"]] if "const" in schema else None)
     if choices is not None:
         choices = [choice for choice in choices if choice is not None]
         rules["choices"] = choices
         if choices and all(isinstance(choice, str) for choice in choices):
-            name = "choice"
-    return name, rules
+            said |= {"type": "string", "enum": choices}
+    return _named(said), rules
+
+
+def _named(schema: Mapping[str, Any]) -> str:
+    """The protocol's word for what a JSON Schema describes."""
+    meant = values.type_of_schema(schema)
+    return _ANY if meant is None else meant.name
 
 
 # What was wrong, in a sentence.

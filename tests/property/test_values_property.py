@@ -15,7 +15,6 @@ from dspex_persist.state.errors import InvalidConstraintsError, InvalidValueErro
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Value
 from dspex_persist.state.values import (
-    TYPE_NAMES,
     BinaryValue,
     compile_constraints,
     decode,
@@ -23,6 +22,7 @@ from dspex_persist.state.values import (
     infer_type,
     normalise,
     parse_json,
+    type_names,
 )
 
 settings.register_profile("values", deadline=None, max_examples=100)
@@ -74,7 +74,7 @@ OBJECTS: dict[str, st.SearchStrategy[Any]] = {
     "map": st.dictionaries(TEXTS, DOCUMENTS, max_size=4),
     "list": st.lists(DOCUMENTS, max_size=4),
 }
-TYPED = st.sampled_from(TYPE_NAMES).flatmap(lambda name: st.tuples(st.just(name), OBJECTS[name]))
+TYPED = st.sampled_from(type_names()).flatmap(lambda name: st.tuples(st.just(name), OBJECTS[name]))
 
 
 def same(left: Any, right: Any) -> bool:
@@ -199,7 +199,9 @@ def test_depth_is_measured_exactly(document: Any, limit: int) -> None:
 
 
 @thorough
-@given(st.sampled_from(TYPE_NAMES), st.one_of(DOCUMENTS, tensors().map(lambda tensor: json.loads(json.dumps(tensor)))))
+@given(
+    st.sampled_from(type_names()), st.one_of(DOCUMENTS, tensors().map(lambda tensor: json.loads(json.dumps(tensor))))
+)
 def test_any_document_is_kept_for_good_or_refused(type_name: str, document: Any) -> None:
     text = json.dumps(document).replace("NaN", '"NaN"').replace("Infinity", "1")
     value = outcome(lambda: kept(type_name, Value(text)))
@@ -251,7 +253,7 @@ def test_integers_become_floats_exactly_or_not_at_all(number: int) -> None:
 
 @thorough
 @given(
-    st.sampled_from(TYPE_NAMES),
+    st.sampled_from(type_names()),
     st.dictionaries(
         st.sampled_from(CONSTRAINT_KEYS),
         st.one_of(DOCUMENTS, st.integers(0, 3), st.lists(TEXTS, min_size=1, max_size=2), TEXTS),

@@ -181,11 +181,12 @@ def type_of(name: str) -> str:
         return ""
     from dspex_persist.spelling import closest, did_you_mean, quote
     from dspex_persist.state.errors import InvalidArgumentError
-    from dspex_persist.state.values import TYPE_NAMES
+    from dspex_persist.state.values import type_names
 
-    if name not in TYPE_NAMES:
-        hint = did_you_mean(closest(name, TYPE_NAMES), spell=str)
-        possible = f"possible: {', '.join(TYPE_NAMES)}"
+    known = type_names()
+    if name not in known:
+        hint = did_you_mean(closest(name, known), spell=str)
+        possible = f"possible: {', '.join(known)}"
         reason = " ".join(filter(None, (f"there is no type {quote(name)};", hint, possible)))
         raise InvalidArgumentError("type", reason)
     return name

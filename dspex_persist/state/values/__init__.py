@@ -7,13 +7,13 @@ objects.
 
 from dspex_persist.state.values.ahead import LITTLE, MUCH, Described, Find, FindType, ReadAhead, Spell
 from dspex_persist.state.values.binary import check_content
-from dspex_persist.state.values.coercion import TYPE_NAMES
 from dspex_persist.state.values.constraints import Constraints, compile_constraints, constraints_json
+from dspex_persist.state.values.documents import BinaryValue
 from dspex_persist.state.values.json_text import check_binary_size, depth_if_above, parse_json
 from dspex_persist.state.values.normalisation import normalise, spell
 from dspex_persist.state.values.python_objects import (
-    BinaryValue,
     decode,
+    decode_argument,
     decode_loosely,
     encode,
     encode_arguments,
@@ -21,11 +21,21 @@ from dspex_persist.state.values.python_objects import (
     encode_loosely,
     infer_type,
 )
+from dspex_persist.state.values.registry import (
+    ValueType,
+    find_type,
+    get_type,
+    is_number,
+    schema_keywords,
+    type_names,
+    type_of_schema,
+)
+from dspex_persist.state.values.types import PROTOCOL_TYPES
 
 __all__ = [
     "LITTLE",
     "MUCH",
-    "TYPE_NAMES",
+    "PROTOCOL_TYPES",
     "BinaryValue",
     "Constraints",
     "Described",
@@ -33,19 +43,27 @@ __all__ = [
     "FindType",
     "ReadAhead",
     "Spell",
+    "ValueType",
     "check_binary_size",
     "check_content",
     "compile_constraints",
     "constraints_json",
     "decode",
+    "decode_argument",
     "decode_loosely",
     "depth_if_above",
     "encode",
     "encode_arguments",
     "encode_for",
     "encode_loosely",
+    "find_type",
+    "get_type",
     "infer_type",
+    "is_number",
     "normalise",
     "parse_json",
+    "schema_keywords",
     "spell",
+    "type_names",
+    "type_of_schema",
 ]

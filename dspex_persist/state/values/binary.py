@@ -16,7 +16,6 @@ from typing import Any
 from dspex_persist.state.errors import InvalidValueError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Value
-from dspex_persist.state.values.coercion import BINARY_TYPE_NAMES
 from dspex_persist.state.values.constraints import Constraints
 from dspex_persist.state.values.json_text import (
     RefusedError,
@@ -25,9 +24,11 @@ from dspex_persist.state.values.json_text import (
     shorten,
     shown,
 )
+from dspex_persist.state.values.registry import Companion, ValueType
 from dspex_persist.state.values.tensors import (
     DTYPES,
     Dtype,
+    Shape,
     element_count,
     find_dtype,
     get_dtype,
@@ -54,7 +55,7 @@ _NPY_ENTRY = re.compile(
 class Layout:
     """How numbers lie in bytes: from `offset`, in `byte_order` (`<` or `>`), column-major if `fortran`."""
 
-    shape: tuple[int, ...]
+    shape: Shape
     dtype: Dtype
     offset: int = 0
     byte_order: str = "<"
@@ -79,37 +80,35 @@ def check_content(name: str, value: Value, limits: Limits) -> None:
         raise InvalidValueError(name, reason)
 
 
-def normalise_binary(name: str, type_name: str, constraints: Constraints, value: Value, limits: Limits) -> Value:
+def normalise_binary(name: str, value_type: ValueType, constraints: Constraints, value: Value, limits: Limits) -> Value:
     """The value as it came, once its description has been checked against its bytes and the constraints."""
     content = value.binary or b""
     try:
-        if type_name not in BINARY_TYPE_NAMES:
-            raise RefusedError(f"{type_name} values are JSON; only tensors and embeddings have companion bytes")
+        companion = companion_of(value_type)
         check_binary_size(name, len(content), limits)
         description = parse_json(value.json, name=name, limits=limits)
         if not isinstance(description, dict):
             raise RefusedError(f"the description of a binary value is a JSON object, not {shown(description)}")
         layout = find_layout(description, content)
         shape = layout.shape if layout else _described_shape(description)
-        if type_name == "embedding" and shape is not None:
-            shape = _as_vector(shape)
+        if shape is not None:
+            shape = companion.as_shape(shape)
     except RefusedError as error:
         raise InvalidValueError(name, error.reason) from error
     constraints.check_description(name, shape, layout.dtype if layout else None)
     return value
 
 
-def _described_shape(description: Mapping[str, Any]) -> tuple[int, ...] | None:
+def companion_of(value_type: ValueType) -> Companion:
+    """How values of the type are bytes; `RefusedError` if they never are."""
+    if value_type.companion is None:
+        raise RefusedError(f"{value_type.name} values are JSON; only tensors and embeddings have companion bytes")
+    return value_type.companion
+
+
+def _described_shape(description: Mapping[str, Any]) -> Shape | None:
     stated = description.get("shape")
     return None if stated is None else read_shape(stated)
-
-
-def _as_vector(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """`[n]`, also from `[1, n]` and the like."""
-    lengths = [length for length in shape if length != 1]
-    if len(lengths) > 1:
-        raise RefusedError(f"an embedding has one dimension, not the shape {shown_shape(shape)}")
-    return (lengths[0] if lengths else 1,)
 
 
 def find_layout(description: Mapping[str, Any], content: bytes) -> Layout | None:
@@ -201,7 +200,7 @@ def _npy_header(content: bytes) -> tuple[str, int]:
         raise RefusedError("npy: the header is not UTF-8") from None
 
 
-def _npy_shape(text: str) -> tuple[int, ...]:
+def _npy_shape(text: str) -> Shape:
     entries = text.split(",")
     if not entries[-1].strip():
         entries.pop()
@@ -220,7 +219,7 @@ def unpack(layout: Layout, content: bytes) -> list[Any]:
     return list(numbers)
 
 
-def _row_major(shape: tuple[int, ...]) -> list[int]:
+def _row_major(shape: Shape) -> list[int]:
     """Where a column-major layout of `shape` keeps each element, in row-major order of the elements."""
     indices = [0]
     strides = accumulate(shape, mul, initial=1)

@@ -1,10 +1,9 @@
 """The one way in: from what a caller sends to what is kept."""
 
-from dspex_persist.state.errors import InvalidValueError, StateError, UnknownTypeError
+from dspex_persist.state.errors import InvalidValueError, StateError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Value
 from dspex_persist.state.values.binary import normalise_binary
-from dspex_persist.state.values.coercion import COERCIONS, CONTAINER_TYPE_NAMES, TYPE_NAMES
 from dspex_persist.state.values.constraints import Constraints
 from dspex_persist.state.values.json_text import (
     RefusedError,
@@ -14,6 +13,7 @@ from dspex_persist.state.values.json_text import (
     parse_json,
     utf8_size_bytes,
 )
+from dspex_persist.state.values.registry import find_type, get_type
 from dspex_persist.state.values.tensors import NON_FINITE
 
 
@@ -23,7 +23,7 @@ def spell(type_name: str | None, value: Value, limits: Limits) -> Value:
     For comparing requests. Without a type numbers stay as they are; what is no value of the type stays as a whole.
     """
     try:
-        if type_name is not None and type_name in COERCIONS:
+        if type_name is not None and find_type(type_name) is not None:
             return normalise("value", type_name, Constraints(type_name), value, limits)
         return Value(canonical(parse_json(value.json, name="value", limits=limits)), value.binary)
     except (StateError, RefusedError):
@@ -36,16 +36,14 @@ def normalise(name: str, type_name: str, constraints: Constraints, value: Value,
     Binary values stay exactly as they came. `constraints` are those compiled for this very type. Raises
     `InvalidValueError`, `LimitExceededError` or `UnknownTypeError`.
     """
-    coerce = COERCIONS.get(type_name)
-    if coerce is None:
-        raise UnknownTypeError(name, type_name, ", ".join(TYPE_NAMES))
+    value_type = get_type(name, type_name)
     if value.binary is not None:
-        return normalise_binary(name, type_name, constraints, value, limits)
+        return normalise_binary(name, value_type, constraints, value, limits)
     document = parse_json(value.json, name=name, limits=limits)
-    if isinstance(document, str) and type_name in CONTAINER_TYPE_NAMES:
+    if value_type.is_container and isinstance(document, str):
         document = container_in(document, name=name, limits=limits)
     try:
-        coerced = coerce(document)
+        coerced = value_type.coerce(document)
         constraints.check(name, coerced)
         # A double that JSON has no number for arrived as a string, and leaves as one.
         text = canonical(document if isinstance(document, str) and document in NON_FINITE else coerced)

@@ -1,61 +1,25 @@
 """Between protocol values and the Python objects that people work with."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from math import inf, isfinite
-from typing import Any, Protocol, TypeGuard
+from typing import Any
 
-from dspex_persist.state.errors import InvalidValueError, UnknownTypeError
+from dspex_persist.state.errors import InvalidValueError
 from dspex_persist.state.model import Value
-from dspex_persist.state.values.binary import Layout, find_layout, unpack
-from dspex_persist.state.values.coercion import (
-    BINARY_TYPE_NAMES,
-    TYPE_NAMES,
-    to_boolean,
-    to_float,
-    to_integer,
+from dspex_persist.state.values.binary import companion_of, find_layout, unpack
+from dspex_persist.state.values.documents import BinaryValue, check_plain, is_array, no_form, numbers
+from dspex_persist.state.values.json_text import RefusedError, canonical, read, shown, utf8_size_bytes
+from dspex_persist.state.values.registry import (
+    Unpack,
+    ValueType,
+    find_type,
+    get_type,
+    is_number,
+    type_of_object,
 )
-from dspex_persist.state.values.json_text import (
-    RefusedError,
-    canonical,
-    read,
-    shorten,
-    shown,
-    utf8_size_bytes,
-)
-from dspex_persist.state.values.tensors import NON_FINITE, check_elements, elements, read_shape
+from dspex_persist.state.values.tensors import Dtype, Shape
 
 _ANONYMOUS = "value"
-_PATH_LENGTH = 300
-_ADVICE: tuple[tuple[type | tuple[type, ...], str], ...] = (
-    (
-        (bytes, bytearray, memoryview),
-        "decode them to a str, or wrap them as BinaryValue for a tensor or embedding",
-    ),
-    ((set, frozenset), "make it a list, sorted if its order should be stable"),
-    (complex, "make it a list of its real and imaginary parts"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class BinaryValue:
-    """Bytes that only their owner understands (`pickle`, `erlang_binary`, ...), with their description."""
-
-    description: dict[str, Any]
-    content: bytes
-
-
-class _Array(Protocol):
-    """What NumPy's arrays and scalars, torch's tensors and their like have in common."""
-
-    @property
-    def shape(self) -> Any: ...
-
-    def tolist(self) -> Any: ...
-
-
-def _is_array(obj: object) -> TypeGuard[_Array]:
-    return hasattr(obj, "tolist") and hasattr(obj, "shape") and not isinstance(obj, memoryview | type)
+_NO_TYPE = ""
 
 
 # From values to objects.
@@ -68,90 +32,66 @@ def decode(type_name: str, value: Value) -> object:
     came); one that came as `npy` or raw numbers is a dict of `shape`, `dtype` and `data`, flat in row-major
     order. An embedding is a list of numbers however it came. Other binary values are a `BinaryValue`.
     """
+    value_type = find_type(type_name)
     try:
         document = read(value.json)
         if value.binary is not None:
-            return _decode_binary(type_name, document, value.binary)
-        return _DECODERS[type_name](document) if type_name in _DECODERS else document
+            return _decode_binary(_unpack_for(value_type), document, value.binary)
+        return document if value_type is None else value_type.decode(document)
     except RefusedError as error:
         raise InvalidValueError(_ANONYMOUS, error.reason) from error
 
 
-def _decode_binary(type_name: str, description: object, content: bytes) -> object:
+def decode_argument(type_name: str, value: Value) -> object:
+    """The Python object of an argument that came as bytes, for a tool's parameter.
+
+    A list of numbers where the parameter's type is that of lists; what the description says where the type is none of
+    ours ("any"); else a tensor.
+    """
+    wanted = find_type(type_name)
+    try:
+        document = read(value.json)
+        if wanted is not None and list in wanted.infer:
+            unpack_numbers: Unpack = _numbers_alone
+        else:
+            unpack_numbers = _unpack_for(None, document if wanted is None else None)
+        return _decode_binary(unpack_numbers, document, value.binary or b"")
+    except RefusedError as error:
+        raise InvalidValueError(_ANONYMOUS, error.reason) from error
+
+
+def _decode_binary(unpack_numbers: Unpack, description: object, content: bytes) -> object:
     if not isinstance(description, dict):
         raise RefusedError(f"the description of a binary value is a JSON object, not {shown(description)}")
-    layout: Layout | None = find_layout(description, content)
+    layout = find_layout(description, content)
     if layout is None:
         return BinaryValue(description, content)
-    numbers = unpack(layout, content)
-    if type_name == "embedding":
-        return numbers
-    return {"shape": list(layout.shape), "dtype": layout.dtype.name, "data": numbers}
+    return unpack_numbers(layout.shape, layout.dtype, unpack(layout, content))
 
 
-def _numbers(data: object) -> object:
-    """`data` with the names of NaN and the infinities replaced by the floats."""
-    if isinstance(data, list):
-        return [_numbers(entry) for entry in data]
-    return NON_FINITE.get(data, data) if isinstance(data, str) else data
+def _unpack_for(value_type: ValueType | None, description: object = None) -> Unpack:
+    """How the type unpacks numbers; if it does not, the one that the description says."""
+    if value_type is not None and value_type.companion is not None:
+        return value_type.companion.unpack
+    described = BinaryValue(description if isinstance(description, dict) else {}, b"")
+    return companion_of(get_type(_ANONYMOUS, infer_type(described))).unpack
 
 
-def _decode_tensor(document: object) -> object:
-    if not isinstance(document, dict) or "data" not in document:
-        raise RefusedError(f'a tensor is an object of "shape" and "data", not {shown(document)}')
-    return {**document, "data": _numbers(document["data"])}
-
-
-_DECODERS: dict[str, Callable[[object], object]] = {
-    "float": to_float,
-    "integer": to_integer,
-    "boolean": to_boolean,
-    "embedding": _numbers,
-    "tensor": _decode_tensor,
-}
+def _numbers_alone(_shape: Shape, _dtype: Dtype, found: list[Any]) -> object:
+    return found
 
 
 # From objects to values.
 
 
 def infer_type(obj: object, *, name: str = _ANONYMOUS) -> str:
-    """The value type of a Python object; `InvalidValueError` where there is none."""
-    if isinstance(obj, bool):
-        return "boolean"
-    if isinstance(obj, int):
-        return "integer"
-    if isinstance(obj, float):
-        return "float"
-    if isinstance(obj, str):
-        return "string"
-    if isinstance(obj, dict):
-        return "tensor" if _is_tensor(obj) else "map"
-    if isinstance(obj, list | tuple):
-        return "list"
-    if isinstance(obj, BinaryValue):
-        stated = obj.description.get("type")
-        return stated if stated in BINARY_TYPE_NAMES else "tensor"
-    if _is_array(obj):
-        return "tensor" if len(obj.shape) else infer_type(obj.tolist(), name=name)
-    raise InvalidValueError(name, _no_form(obj))
-
-
-def _is_tensor(obj: dict[Any, Any]) -> bool:
-    """Whether it is a shape and as many numbers; a dict of anybody's may have these two keys, and be no tensor."""
-    if obj.keys() != {"shape", "data"}:
-        return False
-    try:
-        check_elements(elements(_listed(obj["data"]), read_shape(_listed(obj["shape"]))))
-    except (RefusedError, RecursionError):
-        return False
-    return True
-
-
-def _listed(obj: object) -> object:
-    """Arrays and tuples as lists."""
-    if _is_array(obj):
-        return obj.tolist()
-    return [_listed(entry) for entry in obj] if isinstance(obj, list | tuple) else obj
+    """The name of the value type of a Python object; `InvalidValueError` where there is none."""
+    value_type = type_of_object(obj)
+    if value_type is not None:
+        return value_type.name
+    if is_array(obj) and not len(obj.shape):
+        return infer_type(obj.tolist(), name=name)
+    raise InvalidValueError(name, no_form(obj))
 
 
 def encode(obj: object, type_name: str | None = None, *, name: str = _ANONYMOUS) -> Value:
@@ -160,15 +100,11 @@ def encode(obj: object, type_name: str | None = None, *, name: str = _ANONYMOUS)
     The type is inferred unless it is given; `normalise` then applies the type's rules. For objects without a
     JSON form `InvalidValueError` says what to do instead.
     """
-    type_name = type_name or infer_type(obj, name=name)
-    if type_name not in TYPE_NAMES:
-        raise UnknownTypeError(name, type_name, ", ".join(TYPE_NAMES))
+    value_type = get_type(name, type_name or infer_type(obj, name=name))
     try:
         if isinstance(obj, BinaryValue):
-            return _encode_binary(obj, type_name)
-        if _is_array(obj):
-            obj = _plain_array(obj, type_name)
-        text = canonical(_document(obj, type_name))
+            return _encode_binary(obj, value_type)
+        text = canonical(value_type.encode(obj))
         utf8_size_bytes(text)
     except RefusedError as error:
         raise InvalidValueError(name, error.reason) from error
@@ -182,12 +118,12 @@ def encode_for(obj: object, find_type: Callable[[], str | None], *, name: str = 
 
     It is asked only where the type makes a difference: for arrays, and for NaN and the infinities.
     """
-    if _is_array(obj) and not len(obj.shape):
+    if is_array(obj) and not len(obj.shape):
         obj = obj.tolist()
     if obj is None or isinstance(obj, BinaryValue):
         return encode(obj, name=name)
     try:
-        _check_plain(obj)
+        check_plain(obj)
         text = canonical(obj)
         utf8_size_bytes(text)
     except (RefusedError, RecursionError):
@@ -205,105 +141,21 @@ def encode_arguments(arguments: Mapping[str, object]) -> dict[str, Value]:
     return {name: encode_loosely(argument, name=name) for name, argument in arguments.items()}
 
 
-def decode_loosely(value: Value, type_name: str = "") -> object:
+def decode_loosely(value: Value, type_name: str = _NO_TYPE) -> object:
     """The Python object of such a value: what its JSON says, or the numbers in its bytes.
 
-    `type_name` "float": the names of NaN and the infinities, by themselves or in lists, are the floats.
+    `type_name` that of a number, "float": the names of NaN and the infinities, by themselves or in lists, are the
+    floats.
     """
     if value.binary is not None:
-        return decode("tensor", value)
+        return decode(_NO_TYPE, value)
     document = read(value.json)
-    return _numbers(document) if type_name == "float" else document
+    return numbers(document) if is_number(type_name) else document
 
 
-def _encode_binary(obj: BinaryValue, type_name: str) -> Value:
-    if type_name not in BINARY_TYPE_NAMES:
-        raise RefusedError(f"{type_name} values are JSON; only tensors and embeddings have companion bytes")
-    _check_plain(obj.description)
+def _encode_binary(obj: BinaryValue, value_type: ValueType) -> Value:
+    companion_of(value_type)
+    check_plain(obj.description)
     text = canonical(obj.description)
     utf8_size_bytes(text)
     return Value(text, bytes(obj.content))
-
-
-def _plain_array(array: _Array, type_name: str) -> object:
-    if type_name == "tensor":
-        return {"shape": [int(length) for length in array.shape], "data": array.tolist()}
-    return array.tolist()
-
-
-def _document(obj: object, type_name: str) -> object:
-    """What JSON is written of `obj`; non-finite floats become strings only where the protocol has them so."""
-    if type_name in ("float", "embedding"):
-        return _spelled(obj)
-    if type_name == "tensor" and isinstance(obj, dict):
-        data = obj.get("data")
-        obj = {**obj, "data": _spelled(data.tolist() if _is_array(data) else data)}
-    _check_plain(obj)
-    return obj
-
-
-def _spelled(data: object) -> object:
-    """`data`, a number or lists of numbers, with NaN and the infinities as strings."""
-    if isinstance(data, list | tuple):
-        return [_spelled(entry) for entry in data]
-    if isinstance(data, float):
-        return data if isfinite(data) else _spelling(data)
-    _check_plain(data)
-    return data
-
-
-def _spelling(number: float) -> str:
-    if number == inf:
-        return "Infinity"
-    return "-Infinity" if number == -inf else "NaN"
-
-
-def _check_plain(obj: object) -> None:
-    """`RefusedError`, saying where and what to do instead, unless JSON can say all of `obj`."""
-    if isinstance(obj, str | int) or obj is None:
-        return
-    if isinstance(obj, float):
-        if not isfinite(obj):
-            spelling = _spelling(obj)
-            raise RefusedError(
-                f"JSON has no {spelling}: use null or the string {shown(spelling)}, "
-                "or a variable of type float, embedding or tensor"
-            )
-    elif isinstance(obj, dict):
-        _check_entries(obj)
-    elif isinstance(obj, list | tuple):
-        for index, entry in enumerate(obj):
-            _check_entry(index, entry)
-    else:
-        raise RefusedError(_no_form(obj))
-
-
-def _check_entries(obj: dict[Any, Any]) -> None:
-    for key, entry in obj.items():
-        if not isinstance(key, str):
-            kind = shorten(type(key).__name__)
-            raise RefusedError(f"the keys of a JSON object are strings, not {kind}: use str(key)")
-        _check_entry(key, entry)
-
-
-def _check_entry(key: str | int, entry: object) -> None:
-    try:
-        _check_plain(entry)
-    except RefusedError as error:
-        # The path grows from the innermost entry outwards, as far as a message can be read.
-        if len(error.reason) > _PATH_LENGTH:
-            raise
-        raise RefusedError(f"at {shown(key)}: {error.reason}") from None
-
-
-def _no_form(obj: object) -> str:
-    """Why `obj` is no value, and what to do instead."""
-    if obj is None:
-        return "None has no type: delete the variable, or use a value of its type"
-    kind = shorten(type(obj).__name__)
-    for types, advice in _ADVICE:
-        if isinstance(obj, types):
-            return f"{kind} has no JSON form: {advice}"
-    if hasattr(obj, "isoformat"):
-        return f"{kind} has no JSON form: use its isoformat()"
-    return f"{kind} has no JSON form: convert it to str, int, float, bool, list or dict"

@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import inf, nan
+from typing import TypeAlias
 
 from dspex_persist.state.values.json_text import RefusedError, shown
 
 _SHAPE_ENTRIES_SHOWN = 8
+
+Shape: TypeAlias = tuple[int, ...]
 
 # How floats that JSON has no number for travel.
 NON_FINITE = {"NaN": nan, "Infinity": inf, "-Infinity": -inf}
@@ -78,7 +81,7 @@ def get_dtype(spelling: object) -> Dtype:
     return dtype
 
 
-def read_shape(document: object) -> tuple[int, ...]:
+def read_shape(document: object) -> Shape:
     """`document` as a shape; `RefusedError` unless it is a list of non-negative integers."""
     if not isinstance(document, list):
         raise RefusedError(f"shape must be a list of non-negative integers, not {shown(document)}")
@@ -96,7 +99,7 @@ def shown_shape(shape: Sequence[int | None]) -> str:
     return f"[{', '.join(entries)}]"
 
 
-def element_count(shape: tuple[int, ...], at_most: int) -> int | None:
+def element_count(shape: Shape, at_most: int) -> int | None:
     """The product of `shape`, or None above `at_most`: a hostile shape is never multiplied out."""
     if 0 in shape:
         return 0
@@ -108,7 +111,7 @@ def element_count(shape: tuple[int, ...], at_most: int) -> int | None:
     return count
 
 
-def elements(data: object, shape: tuple[int, ...]) -> list[object]:
+def elements(data: object, shape: Shape) -> list[object]:
     """The elements of a tensor's `data` in row-major order.
 
     `data` is a scalar (for the shape `[]`), a flat list of as many elements as the product of `shape`, or
@@ -125,7 +128,7 @@ def elements(data: object, shape: tuple[int, ...]) -> list[object]:
     return data
 
 
-def _nested_elements(data: list[object], shape: tuple[int, ...]) -> list[object]:
+def _nested_elements(data: list[object], shape: Shape) -> list[object]:
     level: list[object] = [data]
     for depth, length in enumerate(shape):
         lists = [entry for entry in level if isinstance(entry, list) and len(entry) == length]
