@@ -38,12 +38,12 @@ from dspex_persist.state.audit import (
 )
 from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, VersionPrunedError, quote
 from dspex_persist.state.model import Value
+from dspex_persist.state.values import is_number
 
 R = TypeVar("R", SessionEntry, CommitEntry, ExecutionSummary, HistoryEntry)
 
 _DEPTH: Final = 2
 _LARGE_BYTES: Final = 10_000
-_NUMERIC: Final = frozenset({"float", "integer"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +275,7 @@ class _Gathering:
             _change(before, first, after),
             tuple(_compared(first, after)),
             newest - (before.version if before is not None else 0),
-            any(number is not None for number in numbers) or known.type in _NUMERIC,
+            any(number is not None for number in numbers) or is_number(known.type),
         )
 
     # Lineage

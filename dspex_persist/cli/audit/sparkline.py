@@ -8,11 +8,11 @@ from typing import Final
 from dspex_persist.audit.pictures import number_of, number_text
 from dspex_persist.cli.output import plain
 from dspex_persist.state.audit import HistoryEntry
+from dspex_persist.state.values import is_number
 
 _BLOCKS: Final = "▁▂▃▄▅▆▇█"
 _LONGEST: Final = 40
 _MOST: Final = 6
-_NUMERIC: Final = frozenset({"float", "integer"})
 
 
 def sparkline(numbers: Sequence[int | float]) -> str:
@@ -34,7 +34,7 @@ class Courses:
     def add(self, row: HistoryEntry) -> None:
         """The next row."""
         key = (row.session_id, row.name)
-        number = number_of(row) if row.type in _NUMERIC else None
+        number = number_of(row) if is_number(row.type) else None
         if number is not None and (key in self._numbers or len(self._numbers) < _MOST):
             self._numbers.setdefault(key, deque(maxlen=_LONGEST)).append(number)
 

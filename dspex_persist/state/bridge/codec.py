@@ -27,7 +27,7 @@ from dspex_persist.state.model import (
     Variable,
     VariableVersion,
 )
-from dspex_persist.state.values import BinaryValue, check_content, infer_type, parse_json
+from dspex_persist.state.values import BinaryValue, check_content, infer_type, is_number, parse_json
 from dspex_persist.state.values.json_text import RefusedError, check_binary_size, check_size, read
 
 BRIDGE_SERVICE = pb.DESCRIPTOR.services_by_name["BridgeService"]
@@ -117,12 +117,12 @@ def _is_json_string_value(wire: AnyMessage) -> bool:
 def loose_any_of(value: Value, style: str = JSON_STYLE, type_name: str = "") -> AnyMessage:
     """A parameter or result of a tool, which no variable gives a type. Binary ones say theirs in either style.
 
-    `type_name` "float": NaN and the infinities, which are names in JSON, are floats.
+    `type_name` that of a number, "float": NaN and the infinities, which are names in JSON, are floats.
     """
     if style == STRING_VALUE_STYLE and value.binary is None:
         return AnyMessage(type_url=_STRING_VALUE_URL, value=value.json.encode())
-    is_named_float = type_name == "float" and value.json[:1] == '"'
-    return any_of("float" if is_named_float else _inferred_type(value), value)
+    is_named = value.json[:1] == '"' and is_number(type_name)
+    return any_of(type_name if is_named else _inferred_type(value), value)
 
 
 def _inferred_type(value: Value) -> str:

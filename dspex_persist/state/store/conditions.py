@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from dspex_persist.state.audit import Operator, number_in
+from dspex_persist.state.values import is_number
 from dspex_persist.state.values.json_text import RefusedError, canonical, read, stored
 
 _COMPARES: Final[dict[str, Callable[[Any, Any], bool]]] = {
@@ -41,7 +42,7 @@ def _holds(text: str, type_name: str, compared: str, operand: str) -> bool:
 def _number(text: str, type_name: str) -> int | float | None:
     if text[:1] in "-0123456789":
         return number_in(text)
-    return number_in(_NON_FINITE[text]) if type_name == "float" and text in _NON_FINITE else None
+    return number_in(_NON_FINITE[text]) if text in _NON_FINITE and is_number(type_name) else None
 
 
 @lru_cache(maxsize=64)
