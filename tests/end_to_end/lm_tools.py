@@ -7,8 +7,7 @@ import dspy
 from dspy.utils import DummyLM
 
 from dspex_persist import ToolContext, tool
-
-SECRET = "sk-secret-0123456789"
+from tests.end_to_end.keys import SECRET
 
 
 def lm_of(*answers: str) -> Any:

@@ -10,7 +10,7 @@ import pytest
 
 from dspex_persist.infra.process import ServerProcess
 from tests.deadline import within
-from tests.end_to_end.lm_tools import SECRET
+from tests.end_to_end.keys import SECRET
 from tests.end_to_end.old_style import Entry, Journal, OldClient, environment, serve, target_of
 
 TOOLS = ("--tools", "tests.end_to_end.lm_tools")

@@ -10,21 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
-import dspy
 import pytest
-from dspy.lm15 import Message, Request, Response, TextPart, ToolCallPart, Usage
-from dspy.utils import DummyLM
 from pydantic import BaseModel
 
-from dspex_persist.cognitive.dspy import (
-    RecordedLmError,
-    UnexpectedLmCallError,
-    UnseenLmCallError,
-    install,
-    playing,
-    record_calls,
-)
 from dspex_persist.cognitive.lm_guard import refusing
+from tests.late import Late
+
+dspy, lm15 = Late("dspy"), Late("dspy.lm15")
+lm_calls = Late("dspex_persist.cognitive.dspy")
 
 SECRETS = ("sk-secret-1", "hunter22", "Bearer xyz", "acme-org")
 
@@ -47,27 +40,29 @@ class Engine:
     def __init__(self, *parts: Any, error: Exception | None = None) -> None:
         self.parts, self.error, self.asked = parts, error, 0
 
-    def complete(self, request: Request) -> Response:
+    def complete(self, request: Any) -> Any:
         self.asked += 1
         if self.error is not None:
             raise self.error
-        parts = self.parts or (TextPart((request.messages[-1].text or "").upper()),)
-        usage = Usage(input_tokens=3, output_tokens=2, total_tokens=5)
-        return Response(id=None, model="m", message=Message.assistant(list(parts)), finish_reason="stop", usage=usage)
+        parts = self.parts or (lm15.TextPart((request.messages[-1].text or "").upper()),)
+        usage = lm15.Usage(input_tokens=3, output_tokens=2, total_tokens=5)
+        return lm15.Response(
+            id=None, model="m", message=lm15.Message.assistant(list(parts)), finish_reason="stop", usage=usage
+        )
 
 
 class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
-    async def complete(self, request: Request) -> Response:
+    async def complete(self, request: Any) -> Any:
         return self.engine.complete(request)
 
 
 class Stuck:
     """An engine that never answers."""
 
-    async def complete(self, request: Request) -> Response:
+    async def complete(self, request: Any) -> Any:
         await asyncio.get_running_loop().create_future()
         raise AssertionError("nobody sets it")
 
@@ -79,7 +74,7 @@ def lm_on(engine: Engine, **options: Any) -> Any:
 
 
 def dummy(*answers: str) -> Any:
-    return DummyLM([{"answer": answer} for answer in answers])
+    return dspy.utils.DummyLM([{"answer": answer} for answer in answers])
 
 
 def recorded(program: Callable[[], Any]) -> tuple[Any, list[dict[str, Any]]]:
@@ -87,7 +82,7 @@ def recorded(program: Callable[[], Any]) -> tuple[Any, list[dict[str, Any]]]:
     ledger = Ledger()
 
     def run() -> Any:
-        record_calls(ledger)  # type: ignore[arg-type]
+        lm_calls.record_calls(ledger)  # type: ignore[arg-type]
         return program()
 
     result = contextvars.copy_context().run(run)
@@ -242,7 +237,7 @@ def test_a_call_is_seen_once_and_played_whichever_way_the_lm_is_reached(way: Cal
     assert calls[0]["model"] == "dummy"
     silent = lm_on(Engine(error=AssertionError("it was asked")))
     silent.model, silent.kwargs = "dummy", calls[0]["lm"]["defaults"]
-    with playing(calls) as playback:
+    with lm_calls.playing(calls) as playback:
         way(silent)
     assert playback.divergences == []
 
@@ -374,7 +369,7 @@ def test_an_ended_execution_keeps_nothing() -> None:
     ledger = Ledger()
 
     def program() -> None:
-        record_calls(ledger)  # type: ignore[arg-type]
+        lm_calls.record_calls(ledger)  # type: ignore[arg-type]
         ledger.cancelled = True
         assert dummy("a")("hello")
 
@@ -397,15 +392,15 @@ def calls() -> Iterator[list[dict[str, Any]]]:
 
 
 def test_the_same_program_gets_the_same_answers_where_no_lm_is_configured(calls: list[dict[str, Any]]) -> None:
-    with dspy.context(lm=None), playing(calls) as playback:
+    with dspy.context(lm=None), lm_calls.playing(calls) as playback:
         assert conversation() == ["red", "green", "blue"]
     assert playback.divergences == []
 
 
 def test_an_lm_that_stands_in_asks_as_the_recorded_one_did() -> None:
-    with dspy.context(lm=lm_on(Engine(TextPart("[[ ## answer ## ]]\nyes")), temperature=0.4)):
+    with dspy.context(lm=lm_on(Engine(lm15.TextPart("[[ ## answer ## ]]\nyes")), temperature=0.4)):
         _, calls = recorded(lambda: [ask("one"), ask("one", max_tokens=9)])
-    with dspy.context(lm=None), playing(calls) as playback:
+    with dspy.context(lm=None), lm_calls.playing(calls) as playback:
         assert isinstance(dspy.settings.lm, dspy.LM)
         assert [ask("one"), ask("one", max_tokens=9)] == ["yes", "yes"]
     assert playback.divergences == []
@@ -415,7 +410,7 @@ def test_usage_and_history_are_as_they_were() -> None:
     lm = lm_on(Engine())
     _, calls = recorded(lambda: lm("hello"))
     silent = lm_on(Engine(error=AssertionError("it was asked")))
-    with playing(calls), dspy.track_usage() as tracker:
+    with lm_calls.playing(calls), dspy.track_usage() as tracker:
         assert silent("hello", temperature=None) == ["HELLO"]
     assert tracker.get_total_tokens()["test/m"]["total_tokens"] == 5
     entry = silent.history[-1]
@@ -424,7 +419,7 @@ def test_usage_and_history_are_as_they_were() -> None:
 
 def test_a_playback_can_be_recorded(calls: list[dict[str, Any]]) -> None:
     def program() -> None:
-        with dspy.context(lm=None), playing(calls):
+        with dspy.context(lm=None), lm_calls.playing(calls):
             conversation()
 
     _, again = recorded(program)
@@ -432,9 +427,9 @@ def test_a_playback_can_be_recorded(calls: list[dict[str, Any]]) -> None:
 
 
 def test_tool_calls_are_played_as_objects() -> None:
-    lm = lm_on(Engine(TextPart("see"), ToolCallPart(id="c1", name="find", input={"q": "x"})))
+    lm = lm_on(Engine(lm15.TextPart("see"), lm15.ToolCallPart(id="c1", name="find", input={"q": "x"})))
     answer, calls = recorded(lambda: lm("hello"))
-    with playing(calls):
+    with lm_calls.playing(calls):
         played = lm("hello")
     assert played == answer
     call = played[0]["tool_calls"][0]
@@ -444,9 +439,9 @@ def test_tool_calls_are_played_as_objects() -> None:
 def test_typed_requests_are_played_as_typed_responses() -> None:
     engine = Engine()
     lm = lm_on(engine)
-    request = Request(model="test/m", messages=(Message.user("hello"),))
+    request = lm15.Request(model="test/m", messages=(lm15.Message.user("hello"),))
     answer, calls = recorded(lambda: lm(request))
-    with playing(calls):
+    with lm_calls.playing(calls):
         assert lm(request) == answer
     assert answer.text == "HELLO"
     assert engine.asked == 1
@@ -461,11 +456,11 @@ def test_recorded_errors_are_raised_again_as_what_they_were() -> None:
 
     lm = lm_on(Engine(error=ValueError("no")))
     failed, calls = recorded(lambda: program(lm))
-    with playing(calls) as playback:
+    with lm_calls.playing(calls) as playback:
         assert program(lm_on(Engine())) == failed
         assert playback.divergences == []
-    with playing([{**calls[0], "error": {"type": "gone.module.Odd", "message": "m"}}]):
-        with pytest.raises(RecordedLmError, match="m") as caught:
+    with lm_calls.playing([{**calls[0], "error": {"type": "gone.module.Odd", "message": "m"}}]):
+        with pytest.raises(lm_calls.RecordedLmError, match="m") as caught:
             lm_on(Engine())("hello")
         assert type(caught.value).__name__ == "Odd"
 
@@ -484,16 +479,16 @@ def test_a_call_that_was_given_up_is_given_up_again() -> None:
     assert (result, len(calls)) == ("gave up", 1)
 
     async def play() -> tuple[str, Any]:
-        with playing(calls) as playback:
+        with lm_calls.playing(calls) as playback:
             return await program(), playback.divergences
 
     assert asyncio.run(play()) == ("gave up", [])
 
 
 def test_an_unexpected_request_is_refused_with_the_nearest_recorded_one(calls: list[dict[str, Any]]) -> None:
-    with dspy.context(lm=None), playing(calls) as playback:
+    with dspy.context(lm=None), lm_calls.playing(calls) as playback:
         ask("one")
-        with pytest.raises(UnexpectedLmCallError, match="asks for what was not recorded; nearest is"):
+        with pytest.raises(lm_calls.UnexpectedLmCallError, match="asks for what was not recorded; nearest is"):
             ask("too")
         assert ask("one") == "blue"
     (divergence,) = playback.divergences
@@ -509,22 +504,22 @@ def nobodys(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def test_no_model_is_asked_by_a_call_of_which_nobody_can_say_whose_it_is() -> None:
-    engine = Engine(TextPart("today"))
-    lm = lm_on(Engine(TextPart("then")))
+    engine = Engine(lm15.TextPart("today"))
+    lm = lm_on(Engine(lm15.TextPart("then")))
     _, calls = recorded(lambda: lm("hello"))
     silent = lm_on(engine)
-    with playing(calls) as outer, playing([]) as inner:
+    with lm_calls.playing(calls) as outer, lm_calls.playing([]) as inner:
         assert nobodys(silent, "hello") == ["then"]
-        with pytest.raises(UnexpectedLmCallError):
+        with pytest.raises(lm_calls.UnexpectedLmCallError):
             nobodys(silent, "hello")
-        with pytest.raises(UnexpectedLmCallError):
+        with pytest.raises(lm_calls.UnexpectedLmCallError):
             nobodys(asyncio.run, silent.acall("bye"))
     assert (len(outer.divergences), len(inner.divergences)) == (0, 2)
-    with refusing(install) as refusal, pytest.raises(UnexpectedLmCallError):
+    with refusing(lm_calls.install) as refusal, pytest.raises(lm_calls.UnexpectedLmCallError):
         nobodys(silent, "hello")
     assert len(refusal.divergences) == 1
     assert engine.asked == 0
-    with playing(calls, live=True) as live:
+    with lm_calls.playing(calls, live=True) as live:
         assert nobodys(silent, "hello") == ["today"]
     assert [each.kind for each in live.divergences] == ["answer"]
     assert nobodys(silent, "hello") == ["today"]
@@ -533,51 +528,51 @@ def test_no_model_is_asked_by_a_call_of_which_nobody_can_say_whose_it_is() -> No
 def test_forward_by_hand_is_refused_where_no_model_may_be_asked(calls: list[dict[str, Any]]) -> None:
     engine = Engine()
     lm = lm_on(engine)
-    with playing(calls):
-        with pytest.raises(UnseenLmCallError, match=r"calls of forward are not recorded: use lm\(\.\.\.\)"):
+    with lm_calls.playing(calls):
+        with pytest.raises(lm_calls.UnseenLmCallError, match=r"calls of forward are not recorded: use lm\(\.\.\.\)"):
             lm.forward("hello")
-        with pytest.raises(UnseenLmCallError, match="aforward"):
+        with pytest.raises(lm_calls.UnseenLmCallError, match="aforward"):
             asyncio.run(lm.aforward("hello"))
-        with pytest.raises(UnseenLmCallError):
+        with pytest.raises(lm_calls.UnseenLmCallError):
             nobodys(lm.forward, "hello")
     assert engine.asked == 0
-    with playing(calls, live=True):
+    with lm_calls.playing(calls, live=True):
         lm.forward("hello")
     recorded(lambda: lm.forward("hello"))
     assert engine.asked == 2
 
 
 def test_the_lm_that_stands_in_does_so_in_threads_too(calls: list[dict[str, Any]]) -> None:
-    with dspy.context(lm=None), playing(calls), ThreadPoolExecutor(1) as pool:
+    with dspy.context(lm=None), lm_calls.playing(calls), ThreadPoolExecutor(1) as pool:
         assert pool.submit(ask, "one").result() == "red"
 
 
 def test_another_model_and_another_option_are_unexpected(calls: list[dict[str, Any]]) -> None:
-    with dspy.context(lm=lm_on(Engine(), temperature=0.0, max_tokens=1000)), playing(calls):
-        with pytest.raises(UnexpectedLmCallError) as caught:
+    with dspy.context(lm=lm_on(Engine(), temperature=0.0, max_tokens=1000)), lm_calls.playing(calls):
+        with pytest.raises(lm_calls.UnexpectedLmCallError) as caught:
             ask("one")
         assert {'-  "model": "dummy",', '+  "model": "test/m",'} <= set(caught.value.divergence.diff())
-    with dspy.context(lm=dummy()), playing(calls) as playback:
-        with pytest.raises(UnexpectedLmCallError) as caught:
+    with dspy.context(lm=dummy()), lm_calls.playing(calls) as playback:
+        with pytest.raises(lm_calls.UnexpectedLmCallError) as caught:
             ask("one", temperature=0.4)
         assert '+    "temperature": 0.4' in caught.value.divergence.diff()
     assert [each.kind for each in playback.divergences] == ["unexpected", "unused", "unused"]
 
 
 def test_a_request_that_is_repeated_too_often(calls: list[dict[str, Any]]) -> None:
-    with dspy.context(lm=None), playing(calls) as playback:
+    with dspy.context(lm=None), lm_calls.playing(calls) as playback:
         conversation()
         with pytest.raises(
-            UnexpectedLmCallError, match="LM call 3 repeats recorded call 2 once more than was recorded"
+            lm_calls.UnexpectedLmCallError, match="LM call 3 repeats recorded call 2 once more than was recorded"
         ):
             ask("one")
     assert len(playback.divergences) == 1
-    with playing([]), pytest.raises(UnexpectedLmCallError, match="nothing is left"):
+    with lm_calls.playing([]), pytest.raises(lm_calls.UnexpectedLmCallError, match="nothing is left"):
         dummy("a")("hello")
 
 
 def test_calls_that_are_not_made_any_more(calls: list[dict[str, Any]]) -> None:
-    with dspy.context(lm=None), playing(calls) as playback:
+    with dspy.context(lm=None), lm_calls.playing(calls) as playback:
         ask("one")
     assert [(each.kind, each.recorded["ordinal"]) for each in playback.divergences if each.recorded] == [
         ("unused", 1),
@@ -587,19 +582,19 @@ def test_calls_that_are_not_made_any_more(calls: list[dict[str, Any]]) -> None:
 
 
 def test_the_order_counts_in_the_tools_own_thread_only(calls: list[dict[str, Any]]) -> None:
-    with dspy.context(lm=None), playing(calls) as playback:
+    with dspy.context(lm=None), lm_calls.playing(calls) as playback:
         assert [ask("two"), ask("one"), ask("one")] == ["green", "red", "blue"]
     assert [str(each) for each in playback.divergences] == [
         "LM call 1 is recorded call 0, which came before the one that was made before it"
     ]
-    with dspy.context(lm=None), playing(calls) as playback, ThreadPoolExecutor(1) as pool:
+    with dspy.context(lm=None), lm_calls.playing(calls) as playback, ThreadPoolExecutor(1) as pool:
         for question in ("two", "one", "one"):
             pool.submit(contextvars.copy_context().run, ask, question).result()
     assert playback.divergences == []
 
 
 def test_live_calls_go_to_the_lm_and_tell_what_changed(calls: list[dict[str, Any]]) -> None:
-    with dspy.context(lm=dummy("red", "white", "blue", "new")), playing(calls, live=True) as playback:
+    with dspy.context(lm=dummy("red", "white", "blue", "new")), lm_calls.playing(calls, live=True) as playback:
         assert conversation() == ["red", "white", "blue"]
         assert ask("three") == "new"
     changed, unexpected = playback.divergences
@@ -612,7 +607,7 @@ def test_live_calls_go_past_the_cache() -> None:
     lm = lm_on(engine, cache=True)
     dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=True)
     _, calls = recorded(lambda: lm("live hello"))
-    with playing(calls, live=True) as playback:
+    with lm_calls.playing(calls, live=True) as playback:
         lm("live hello")
     assert (engine.asked, playback.divergences) == (2, [])
 
@@ -620,8 +615,8 @@ def test_live_calls_go_past_the_cache() -> None:
 def test_the_innermost_playback_holds() -> None:
     _, outer = recorded(lambda: dummy("outer")("hello"))
     _, inner = recorded(lambda: dummy("inner")("hello"))
-    with playing(outer):
-        with playing(inner) as playback:
+    with lm_calls.playing(outer):
+        with lm_calls.playing(inner) as playback:
             assert "inner" in dummy()("hello")[0]
         assert playback.divergences == []
         assert "outer" in dummy()("hello")[0]

@@ -7,33 +7,40 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import dspy
 import pytest
-from dspy.utils import DummyLM
 
 from dspex_persist import ToolContext, tool
 from dspex_persist.replay import Aspect, Outcome, Recording, replay
 from tests.deadline import within
+from tests.late import Late
 from tests.unit.replays import recorded, session, with_start_value
 
-qa = dspy.Predict("question -> answer")
+dspy = Late("dspy")
+
+
+def qa() -> Any:
+    return dspy.Predict("question -> answer")
 
 
 def ask(question: str, *answers: str) -> str:
     """An answer of a model that knows these."""
-    with dspy.context(lm=DummyLM([{"answer": answer} for answer in answers])):
-        return str(qa(question=question).answer)
-
-
-@tool(record_lm=True)
-def colour(ctx: ToolContext, of: str) -> str:
-    """Ask, twice."""
-    ctx["answer"] = ask(f"What colour is {of}, {ctx['tone']}?", "blue")
-    return ask(f"Is {ctx['answer']} a colour?", "yes")
+    with dspy.context(lm=dspy.utils.DummyLM([{"answer": answer} for answer in answers])):
+        return str(qa()(question=question).answer)
 
 
 @pytest.fixture(scope="module")
-def recording() -> Recording:
+def colour() -> Any:
+    @tool(record_lm=True)
+    def colour(ctx: ToolContext, of: str) -> str:
+        """Ask, twice."""
+        ctx["answer"] = ask(f"What colour is {of}, {ctx['tone']}?", "blue")
+        return ask(f"Is {ctx['answer']} a colour?", "yes")
+
+    return colour
+
+
+@pytest.fixture(scope="module")
+def recording(colour: Any) -> Recording:
     return recorded(colour, {"of": "the sky"}, tone="please", answer="")
 
 
@@ -41,8 +48,10 @@ def silent_model(*_args: Any, **_kwargs: Any) -> Any:
     raise AssertionError("no model is to be asked")
 
 
-def test_a_program_is_given_the_recorded_answers(recording: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DummyLM, "forward", silent_model)
+def test_a_program_is_given_the_recorded_answers(
+    colour: Any, recording: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dspy.utils.DummyLM, "forward", silent_model)
     report = replay(recording, [colour])
     assert report.ok, report.describe()
     assert report.count(Outcome.SAME) == 1
@@ -54,14 +63,14 @@ def test_streaming_and_asynchronous_tools_are_given_them_too(is_async: bool) -> 
 
         @tool(record_lm=True)
         async def each(of: list[str]) -> AsyncIterator[str]:
-            with dspy.context(lm=DummyLM([{"answer": name.upper()} for name in of])):
+            with dspy.context(lm=dspy.utils.DummyLM([{"answer": name.upper()} for name in of])):
                 for name in of:
-                    yield str((await qa.acall(question=name)).answer)
+                    yield str((await qa().acall(question=name)).answer)
 
         @tool(record_lm=True)
         async def one(of: list[str]) -> str:
-            with dspy.context(lm=DummyLM([{"answer": "one"}])):
-                return str((await qa.acall(question=of[0])).answer)
+            with dspy.context(lm=dspy.utils.DummyLM([{"answer": "one"}])):
+                return str((await qa().acall(question=of[0])).answer)
 
     else:
 
@@ -101,7 +110,7 @@ def test_another_prompt_is_told_with_its_diff(recording: Recording) -> None:
     assert "UnexpectedLmCallError: LM call 0 asks for what was not recorded" in str(error)
 
 
-def test_another_start_value_shows_in_the_prompt(recording: Recording) -> None:
+def test_another_start_value_shows_in_the_prompt(colour: Any, recording: Recording) -> None:
     report = replay(with_start_value(recording, "tone", '"now"'), [colour])
     assert report.divergences[0].what is Aspect.LM
     assert "What colour is the sky, now?" in report.describe()
@@ -123,7 +132,7 @@ def test_a_tool_that_was_recorded_without_its_calls_asks_no_model(monkeypatch: p
         return ask("Is it?", "yes")
 
     recording = recorded(unrecorded)
-    monkeypatch.setattr(DummyLM, "forward", silent_model)
+    monkeypatch.setattr(dspy.utils.DummyLM, "forward", silent_model)
     report = replay(recording, [unrecorded])
     assert [each.what for each in report.divergences] == [Aspect.LM, Aspect.ERROR]
 
@@ -139,14 +148,6 @@ def in_thread(question: str) -> str:
     return "".join(said)
 
 
-@tool(record_lm=True)
-def spread(ctx: ToolContext, of: list[str]) -> list[str]:
-    """Ask in a pool, in a thread, and have another tool ask in one."""
-    pooled = list(POOL.map(lambda name: ask(name, name.upper()), of))
-    delegated = POOL.submit(ctx.call, "delegate", of=of[0]).result()
-    return [*pooled, in_thread(of[-1]), delegated]
-
-
 @tool
 def delegate(of: str) -> str:
     """Recorded if its caller is, from whichever thread that calls."""
@@ -154,6 +155,13 @@ def delegate(of: str) -> str:
 
 
 def test_calls_from_a_tools_own_threads_are_recorded_and_played(monkeypatch: pytest.MonkeyPatch) -> None:
+    @tool(record_lm=True)
+    def spread(ctx: ToolContext, of: list[str]) -> list[str]:
+        """Ask in a pool, in a thread, and have another tool ask in one."""
+        pooled = list(POOL.map(lambda name: ask(name, name.upper()), of))
+        delegated = POOL.submit(ctx.call, "delegate", of=of[0]).result()
+        return [*pooled, in_thread(of[-1]), delegated]
+
     tools = [spread, delegate]
     with session(*tools) as state:
         done = state.execute_tool("s", "spread", {"of": ["a", "b"]})
@@ -161,7 +169,7 @@ def test_calls_from_a_tools_own_threads_are_recorded_and_played(monkeypatch: pyt
         recording = state.recording()
     ends = [event.body for commit in recording.commits for event in commit.events if "recorded" in event.body]
     assert sorted(len(body["recorded"]["lm"]) for body in ends) == [1, 3]
-    monkeypatch.setattr(DummyLM, "forward", silent_model)
+    monkeypatch.setattr(dspy.utils.DummyLM, "forward", silent_model)
     report = replay(recording, tools)
     assert report.ok, report.describe()
     assert report.count(Outcome.SAME) == 2
@@ -214,7 +222,7 @@ def test_a_tool_that_imports_dspy_only_when_it_runs_asks_no_model_either() -> No
     assert done.stdout.splitlines() == ["UnexpectedLmCallError", "['lm']"]
 
 
-def test_a_live_model_is_asked_and_what_it_says_otherwise_is_told(recording: Recording) -> None:
+def test_a_live_model_is_asked_and_what_it_says_otherwise_is_told(colour: Any, recording: Recording) -> None:
     assert replay(recording, [colour], live_lm=True).ok
 
     @tool(name="colour", record_lm=True)
