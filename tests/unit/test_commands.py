@@ -422,6 +422,19 @@ class TestNamesThatWerePerhapsMeant:
                 assert closest(asked, names) is None
 
 
+class TestTexts:
+    def test_megabytes_are_checked_at_once(self, memory: MemoryGroups) -> None:
+        """On the loop of a server, where all others wait."""
+        text = "\u20ac" * 40_000_000
+        with cpu_s_below(1), pytest.raises(errors.SessionNotFoundError):
+            memory.run(GetSession(text))
+
+    @pytest.mark.parametrize("wrong", ["a\0b", "\u20ac\0", "\ud800", "\u20ac\udfff", "a\ud83d\ude00"])
+    def test_what_no_backend_can_take_is_refused(self, memory: MemoryGroups, wrong: str) -> None:
+        with pytest.raises(errors.InvalidArgumentError, match=r"NUL|lone surrogate \(U\+D"):
+            memory.run(GetSession(wrong))
+
+
 class TestPatternsOfABatch:
     def test_one_batch_matches_so_much_and_no_more(self, memory: MemoryGroups) -> None:
         """RE2 takes its time for some patterns, in the writer, where all others wait."""
