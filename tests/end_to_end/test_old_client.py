@@ -383,6 +383,36 @@ def test_an_expected_version_is_never_passed_over(stub: Any) -> None:
     assert get(stub, "guarded").version == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("x-dspex-actor", "ann", "bob"),
+        ("x-dspex-idempotency-key", "one", "two"),
+        ("x-dspex-expected-version", "0", "1"),
+        ("x-dspex-execution-id", "exec_1", "exec_2"),
+        ("x-dspex-rpc-id", "one", "two"),
+    ],
+)
+def test_a_header_that_says_two_things_is_refused(stub: Any, name: str, first: str, second: str) -> None:
+    register(stub, "twice", "integer", 1)
+    request = pb.SetVariableRequest(session_id=SESSION, variable_identifier="twice", value=packed("integer", 2))
+    for metadata in (((name, first), (name, second)), ((f"{name}-bin", first.encode()), (name, second))):
+        with pytest.raises(grpc.RpcError) as error:
+            stub.SetVariable(request, metadata=metadata)
+        assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert f"it is there as '{first}' and as '{second}'" in error.value.details()
+    assert get(stub, "twice").version == 0
+
+
+def test_a_header_that_says_the_same_twice_is_taken(stub: Any) -> None:
+    register(stub, "same", "integer", 1)
+    request = pb.SetVariableRequest(session_id=SESSION, variable_identifier="same", value=packed("integer", 2))
+    metadata = (("x-dspex-actor", "ann"), ("x-dspex-actor", "ann"), ("x-other", "1"), ("x-other", "2"))
+    stub.SetVariable(request, metadata=metadata)
+    history = stub.GetVariableHistory(pb.GetVariableHistoryRequest(session_id=SESSION, variable_identifier="same"))
+    assert history.entries[0].changed_by == "ann"
+
+
 def test_batches(stub: Any) -> None:
     register(stub, "a", "float", 0.0, constraints_json='{"max": 1.0}')
     b_id = register(stub, "b", "float", 0.0)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sized
 from math import inf
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -17,6 +17,7 @@ M = TypeVar("M", bound=Message)
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 _ACTOR_LENGTH = 255
+_OURS: Final = "x-dspex-"
 # A tool that runs into its client's deadline is ended so much earlier that its verdict still reaches the client.
 _MARGIN, _LONGEST_MARGIN_S = 0.1, 0.25
 
@@ -110,25 +111,30 @@ def fitting(message: M, max_message_bytes: int) -> M:
 
 
 def headers(context: Context) -> dict[str, str]:
-    """What the call says beside its message; ours may be UTF-8 under a binary key."""
+    """All of ours that the call has; each may be UTF-8 under a binary key. One that says two things is refused."""
     found: dict[str, str] = {}
     for key, content in context.invocation_metadata() or ():
-        if isinstance(content, str):
-            found[key] = content
-        elif key.startswith("x-dspex-"):
-            found[key.removesuffix(BINARY)] = _utf8(key, content)
+        if key.startswith(_OURS):
+            name, text = (key, content) if isinstance(content, str) else (key.removesuffix(BINARY), _utf8(key, content))
+            if found.setdefault(name, text) != text:
+                raise _contradiction(name, found[name], text)
     return found
 
 
 def header(context: Context, name: str) -> str | None:
-    """One of ours, under its plain key or its binary one."""
-    binary = name + BINARY
+    """One of them."""
+    binary, found = name + BINARY, None
     for key, content in context.invocation_metadata() or ():
-        if key == name and isinstance(content, str):
-            return content
-        if key == binary and isinstance(content, bytes):
-            return _utf8(key, content)
-    return None
+        if key in (name, binary):
+            text = content if isinstance(content, str) else _utf8(key, content)
+            if found is not None and found != text:
+                raise _contradiction(name, found, text)
+            found = text
+    return found
+
+
+def _contradiction(name: str, first: str, second: str) -> InvalidArgumentError:
+    return InvalidArgumentError(name, f"it is there as {quote(first)} and as {quote(second)}: send it once")
 
 
 def _utf8(key: str, content: bytes) -> str:
