@@ -17,9 +17,10 @@ from dspex_persist.state.errors import StorageError
 from dspex_persist.state.groups import Groups, Job, Outcome
 from dspex_persist.state.model import BatchOutcome
 from dspex_persist.state.session_state import SessionState
-from dspex_persist.state.store import engine, swap
+from dspex_persist.state.store import engine
 from dspex_persist.state.store.anchor import Anchor
 from dspex_persist.state.store.guard import FileGuard
+from dspex_persist.state.store.maintenance import swap
 from dspex_persist.state.store.session_store import FileGroups, SessionStore
 from dspex_persist.state.watch import Hub
 

@@ -19,7 +19,8 @@ from dspex_persist.state.audit import SessionQuery
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import ForkedProcessError
 from dspex_persist.state.model import PrunePolicy
-from dspex_persist.state.store import maintenance
+from dspex_persist.state.store import engine, maintenance
+from dspex_persist.state.store.maintenance import opening
 from dspex_persist.wiring import open_audit
 from tests.infra.test_forks import in_child
 
@@ -197,7 +198,7 @@ def test_a_file_that_was_being_read_during_the_fork_is_not_opened_again(state: E
     begun, ended = threading.Event(), threading.Event()
 
     def read_long() -> None:
-        with maintenance._reading(path) as readers, maintenance.snapshot(readers):
+        with opening.reading(path) as readers, engine.snapshot(readers):
             begun.set()
             ended.wait(DEADLINE_S)
 

@@ -30,6 +30,7 @@ from dspex_persist.state.model import PrunePolicy
 from dspex_persist.state.provider import Progress
 from dspex_persist.state.store import engine, guard, maintenance
 from dspex_persist.state.store.engine import OwnershipLock
+from dspex_persist.state.store.maintenance import backups, checks, copies, opening, sizes
 from dspex_persist.state.store.schema import REVISION
 from dspex_persist.state.store.verify import Problem
 from tests.assets.make_database import LARGE_BYTES, LARGE_TEXT, describe, fill
@@ -159,7 +160,7 @@ def test_an_empty_or_older_file_says_how_to_go_on(
         path = tmp_path / "empty.db"
         path.touch()
     else:
-        monkeypatch.setattr(maintenance, "REVISION", "9999")
+        monkeypatch.setattr(opening, "REVISION", "9999")
     with pytest.raises(NotADatabaseError, match=f"dspex-persist db upgrade --db {path}"):
         act(path)
 
@@ -255,7 +256,7 @@ def words_of_check(path: Path) -> list[str]:
 
 
 def test_check_stops_after_many_problems(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(maintenance, "MOST_PROBLEMS", 5)
+    monkeypatch.setattr(checks, "MOST_PROBLEMS", 5)
     with tampering(path) as connection:
         connection.execute("UPDATE commits SET cause = 'x'")
     report = maintenance.check(path)
@@ -460,15 +461,15 @@ def test_a_backup_whose_target_takes_no_locks_gives_up(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SQLite reports a file system without locks as busy, for ever."""
-    real = maintenance._copy
+    real = copies.copy_pages
 
     def copy(connection: Connection, partial: Path, progress: Progress) -> None:
         with closing(sqlite3.connect(partial, isolation_level=None)) as lock:
             lock.execute("BEGIN EXCLUSIVE")
             real(connection, partial, progress)
 
-    monkeypatch.setattr(maintenance, "_copy", copy)
-    monkeypatch.setattr(maintenance, "_MOST_BUSY", 2)
+    monkeypatch.setattr(backups, "copy_pages", copy)
+    monkeypatch.setattr(copies, "_MOST_BUSY", 2)
     before = names_in(tmp_path)
     with pytest.raises(StorageError, match="takes no locks"):
         maintenance.backup(path, tmp_path / "target.db")
@@ -524,7 +525,7 @@ def test_stats_name_the_largest(path: Path) -> None:
 
 def test_stats_without_dbstat_go_by_lengths(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = maintenance.stats(path)
-    monkeypatch.setattr(maintenance, "measure_pages", lambda _: None)
+    monkeypatch.setattr(sizes, "measure_pages", lambda _: None)
     report = maintenance.stats(path)
     assert not report.exact
     assert {table.kind for table in report.tables} == {"table"}
@@ -545,9 +546,9 @@ def test_a_sqlite_without_dbstat_is_noticed(path: Path) -> None:
         def exec_driver_sql(self, statement: str) -> NoReturn:
             raise OperationalError(statement, None, sqlite3.OperationalError("disk I/O error"))
 
-    assert maintenance.measure_pages(cast(Connection, WithoutDbstat())) is None
+    assert sizes.measure_pages(cast(Connection, WithoutDbstat())) is None
     with pytest.raises(OperationalError):
-        maintenance.measure_pages(cast(Connection, Damaged()))
+        sizes.measure_pages(cast(Connection, Damaged()))
 
 
 def test_stats_of_a_live_file_show_its_wal(path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import NewerSchemaError, NotADatabaseError, UpgradeError
 from dspex_persist.state.store import maintenance, migrate, schema
+from dspex_persist.state.store.maintenance import checks, opening, revisions
 from dspex_persist.state.store.session_store import open_groups
 from tests.assets.make_database import describe
 from tests.deadline import within
@@ -184,7 +185,8 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> str:
     (folder / "versions" / "9001_planted.py").write_text(script, encoding="utf-8")
     monkeypatch.setattr(migrate, "migrations_path", lambda: folder)
     monkeypatch.setattr(migrate, "REVISION", "9001")
-    monkeypatch.setattr(maintenance, "REVISION", "9001")
+    for each in (checks, opening, revisions):
+        monkeypatch.setattr(each, "REVISION", "9001")
     return "9001"
 
 

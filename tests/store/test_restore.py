@@ -28,8 +28,9 @@ from dspex_persist.state.errors import (
     SessionNotFoundError,
     StorageError,
 )
-from dspex_persist.state.store import engine, maintenance, swap
+from dspex_persist.state.store import engine, maintenance
 from dspex_persist.state.store.engine import OwnershipLock
+from dspex_persist.state.store.maintenance import restores, swap
 from tests.deadline import within
 
 OLD_ASSET = Path(__file__).parents[1] / "assets" / "0001.db"
@@ -259,7 +260,7 @@ def test_a_database_that_somebody_goes_on_reading(path: Path, monkeypatch: pytes
             raw.cursor().execute("PRAGMA busy_timeout = 0")
         return engine.checkpoint(writer)
 
-    monkeypatch.setattr(maintenance, "checkpoint", checkpoint_at_once)
+    monkeypatch.setattr(restores, "checkpoint", checkpoint_at_once)
     with closing(sqlite3.connect(path, isolation_level=None)) as reader:
         reader.execute("BEGIN")
         reader.execute("SELECT count(*) FROM commits").fetchone()

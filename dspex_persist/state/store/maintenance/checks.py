@@ -1,0 +1,108 @@
+"""Check a file: its pages, references, schema, chain and current state."""
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
+
+from dspex_persist.state.errors import NotADatabaseError, ReadFailedError
+from dspex_persist.state.events import Pruned
+from dspex_persist.state.provider import Progress, silent
+from dspex_persist.state.store import audit, verify
+from dspex_persist.state.store.anchor import Head
+from dspex_persist.state.store.engine import snapshot
+from dspex_persist.state.store.maintenance.opening import read_anchor, reading, refuse_older
+from dspex_persist.state.store.maintenance.sizes import find_scalar
+from dspex_persist.state.store.schema import REVISION
+from dspex_persist.state.store.verify import Problem
+
+MOST_PROBLEMS: Final = 1000
+"""A check stops after so many."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What a check found. `complete` is false where it stopped after `MOST_PROBLEMS`.
+
+    Of the `commits`, `pruned_commits` have lost rows, `pruned_versions` and `pruned_events` in all: markers in the log
+    say so.
+    """
+
+    path: Path
+    revision: str
+    commits: int
+    pruned_commits: int
+    pruned_versions: int
+    pruned_events: int
+    anchored: bool
+    problems: tuple[Problem, ...]
+    complete: bool
+
+
+def check(path: Path, progress: Progress = silent) -> CheckReport:
+    """SQLite's own integrity check, foreign keys, triggers, views, indexes, and everything that `verify` looks at.
+
+    A copy without its anchor file is checked without one: then commits that are gone from its end are not noticed.
+    """
+    # Before anything of the file: a server that writes meanwhile is then ahead of it, never behind.
+    anchor = read_anchor(path)
+    with reading(path) as readers:
+        refuse_older(path)
+        return check_opened(path, readers, anchor, progress)
+
+
+def check_opened(path: Path, readers: Engine, anchor: Head | None, progress: Progress) -> CheckReport:
+    problems = tuple(islice(_iter_problems(readers, anchor, progress), MOST_PROBLEMS))
+    with snapshot(readers) as connection:
+        commits = audit.head(connection).sequence
+        pruned = _count_pruned(connection)
+    return CheckReport(path, REVISION, commits, *pruned, anchor is not None, problems, len(problems) < MOST_PROBLEMS)
+
+
+_PRUNED_COMMITS: Final = "SELECT count(DISTINCT sequence) FROM pruned"
+
+
+_MARKERS: Final = """
+    SELECT body FROM events WHERE kind = 'pruned' AND sequence IN (SELECT DISTINCT marker_sequence FROM pruned)
+"""
+
+
+def _count_pruned(connection: Connection) -> tuple[int, int, int]:
+    """Commits that lost rows, versions and events that they lost. Of a file whose markers make no sense: none."""
+    try:
+        markers = [Pruned.from_body(json.loads(body)) for (body,) in connection.exec_driver_sql(_MARKERS)]
+        versions, events = sum(each.versions for each in markers), sum(each.events for each in markers)
+        return find_scalar(connection, _PRUNED_COMMITS), versions, events
+    except (DBAPIError, sqlite3.Error, LookupError, TypeError, ValueError):
+        return 0, 0, 0
+
+
+def _iter_problems(readers: Engine, anchor: Head | None, progress: Progress) -> Iterator[Problem]:
+    progress("checking the pages of the file", 0, 0)
+    for look in (_integrity_problems, _reference_problems, verify.schema_problems):
+        try:
+            with snapshot(readers) as connection:
+                yield from look(connection)
+        except (NotADatabaseError, ReadFailedError) as error:
+            yield Problem("file", error.reason)
+        except UnicodeDecodeError as error:
+            yield Problem("file", str(error))
+    yield from verify.iter_problems(readers, anchor, lambda done, in_all: progress("checking commits", done, in_all))
+
+
+def _integrity_problems(connection: Connection) -> Iterator[Problem]:
+    for (message,) in connection.exec_driver_sql("PRAGMA integrity_check"):
+        if message != "ok":
+            yield Problem("file", message)
+
+
+def _reference_problems(connection: Connection) -> Iterator[Problem]:
+    for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
+        where = f"table {table}" + (f", row {row}" if row is not None else "")
+        yield Problem(where, f"it refers to a row of {parent} that is not there")

@@ -1,0 +1,75 @@
+"""Copying a file as of one moment."""
+
+import os
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from sqlalchemy import Connection
+
+from dspex_persist.state.errors import InvalidArgumentError, StorageError
+from dspex_persist.state.provider import Progress
+from dspex_persist.state.store import audit
+from dspex_persist.state.store.maintenance import swap
+from dspex_persist.state.store.maintenance.opening import beside, explained
+
+_BACKUP_PAGES: Final = 1024
+
+
+_MOST_BUSY: Final = 40
+"""How often in a row a copy tries to lock its target, a quarter of a second apart."""
+
+
+@contextmanager
+def partial_file(target: Path) -> Iterator[Path]:
+    """A private file beside `target` to write to, gone at the end."""
+    try:
+        file, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+    except OSError as error:
+        raise not_written(target, error.strerror or str(error)) from error
+    os.close(file)
+    partial = Path(name)
+    try:
+        yield partial
+    finally:
+        for suffix in ("", "-journal", "-wal", "-shm"):
+            beside(partial, suffix).unlink(missing_ok=True)
+
+
+def not_written(target: Path, reason: str) -> InvalidArgumentError:
+    return InvalidArgumentError("target", f"cannot write {target}: {reason}")
+
+
+def copy_pages(connection: Connection, partial: Path, progress: Progress) -> None:
+    busy = 0
+
+    def on_pages(status: int, remaining: int, in_all: int) -> None:
+        nonlocal busy
+        busy = 0 if status in (sqlite3.SQLITE_OK, sqlite3.SQLITE_DONE) else busy + 1
+        if busy == _MOST_BUSY:
+            # The driver would go on for ever, and hold its snapshot meanwhile.
+            raise StorageError(f"{partial.parent} takes no locks (on a network file system?): use another folder")
+        progress("copying pages", in_all - remaining, in_all)
+
+    # Reading begins the transaction. Without one, each write of a server would begin the copy anew.
+    audit.head(connection)
+    source: Any = connection.connection.driver_connection
+    with explained(partial), closing(sqlite3.connect(partial, isolation_level=None, timeout=0)) as copy:
+        source.backup(copy, pages=_BACKUP_PAGES, progress=on_pages)
+        # One file, without a WAL beside it, and so one that can be read where nothing can be written.
+        (mode,) = copy.execute("PRAGMA journal_mode = DELETE").fetchone()
+        if mode != "delete":
+            raise StorageError(f"the end of the copy could not be written to {partial.parent}: look at that disk")
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Give the copy its name, durably, unless something has that name by now."""
+    swap.sync(partial)
+    try:
+        os.link(partial, target)
+    except FileExistsError as error:
+        raise not_written(target, "it exists already, and a backup overwrites nothing") from error
+    swap.sync(target.parent)

@@ -1,0 +1,83 @@
+"""Delete old history from a file that nobody serves."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from dspex_persist.state.errors import DatabaseInUseError, OutcomeUnknownError
+from dspex_persist.state.groups import Job
+from dspex_persist.state.model import PrunePolicy, PruneReport
+from dspex_persist.state.provider import Progress, silent
+from dspex_persist.state.store import prune as pruning
+from dspex_persist.state.store.engine import snapshot
+from dspex_persist.state.store.maintenance.opening import reading, refuse_older
+from dspex_persist.state.store.maintenance.sizes import find_scalar
+from dspex_persist.state.store.session_store import open_groups
+
+
+@dataclass(frozen=True, slots=True)
+class PrunedReport:
+    """What was pruned, or, where it was not `confirmed`, would be. `free_bytes`: what a vacuum would give back."""
+
+    path: Path
+    confirmed: bool
+    sessions: int
+    versions: int
+    events: int
+    markers: int
+    free_bytes: int
+    duration_s: float
+
+
+@dataclass(eq=False)
+class PruneInUseError(DatabaseInUseError):
+    """Another process owns the database that is to be pruned."""
+
+    def __str__(self) -> str:
+        holder = f"process {self.pid}" if self.pid else "another process"
+        return (
+            f"{self.path} is in use by {holder}: stop that server to prune it now, or have the server do it: "
+            "with --target ADDRESS, or by itself with the settings retention_keep_versions, retention_age_s, "
+            "retention_ended_sessions_s"
+        )
+
+
+def prune(path: Path, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PrunedReport:
+    """Delete the history that `policy` lets go, as the owner of the file; without `confirm` it is only read.
+
+    Raises `InvalidArgumentError` for a policy that says nothing, `NotInHistoryError` for the id of a session that never
+    was.
+    """
+    started = time.monotonic()
+    with reading(path) as readers:
+        refuse_older(path)
+        report = None if confirm else pruning.run(readers, policy, None, progress)
+    if report is None:
+        report = _prune(path, policy, progress)
+    with reading(path) as readers, snapshot(readers) as connection:
+        free = find_scalar(connection, "PRAGMA freelist_count") * find_scalar(connection, "PRAGMA page_size")
+    counts = (report.sessions, report.versions, report.events, report.markers)
+    return PrunedReport(path, confirm, *counts, free, time.monotonic() - started)
+
+
+def _prune(path: Path, policy: PrunePolicy, progress: Progress) -> PruneReport:
+    try:
+        groups = open_groups(path)
+    except DatabaseInUseError as error:
+        raise PruneInUseError(error.path, error.pid) from None
+    try:
+
+        def write(jobs: list[Job]) -> None:
+            for outcome in groups.write_group(jobs):
+                if outcome.error is not None:
+                    raise outcome.error
+
+        report = pruning.run(groups.log.readers, policy, write, progress)
+    except OutcomeUnknownError:
+        groups.abandon()
+        raise
+    except BaseException:
+        groups.close()
+        raise
+    groups.close()
+    return report

@@ -1,0 +1,151 @@
+"""Put a backup in place of a file."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import Connection
+
+from dspex_persist.state.errors import (
+    LostCommitsError,
+    NotADatabaseError,
+    ReadFailedError,
+    StorageError,
+)
+from dspex_persist.state.provider import Progress, silent
+from dspex_persist.state.store import audit, migrate, recovery
+from dspex_persist.state.store.anchor import Head
+from dspex_persist.state.store.engine import OwnershipLock, checkpoint, open_writer, resolved, snapshot
+from dspex_persist.state.store.maintenance import swap
+from dspex_persist.state.store.maintenance.checks import check_opened
+from dspex_persist.state.store.maintenance.copies import copy_pages, partial_file
+from dspex_persist.state.store.maintenance.opening import (
+    explained,
+    find_revision,
+    read_anchor,
+    reading,
+    refuse_files_of,
+    refuse_missing,
+    size_of,
+)
+from dspex_persist.state.store.schema import REVISION
+from dspex_persist.state.store.untouched import read_untouched
+from dspex_persist.state.store.verify import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreReport:
+    """A backup that was put in the place of `path`. Where the backup has problems nothing was changed.
+
+    `revision`: the backup's; an older one was brought to this release's on the way. `aside`: the name that the file
+    which was there before has now, with the files beside it; None where there was none.
+    """
+
+    path: Path
+    backup: Path
+    revision: str
+    size_bytes: int
+    commits: int
+    aside: Path | None
+    problems: tuple[Problem, ...]
+
+
+def restore(backup: Path, path: Path, progress: Progress = silent) -> RestoreReport:
+    """Put a copy of `backup`, once it was checked, in the place of the database at `path`, which nobody may have open.
+
+    What is at `path` gets another name and is never deleted. Whatever happens, and whenever, either what was there can
+    be opened as before or what was restored can be. Raises `InvalidArgumentError` where the two are the same file.
+    """
+    refuse_files_of(path, backup, "backup")
+    refuse_missing(backup, "name a copy that `dspex-persist db backup` has made")
+    anchor = read_anchor(backup)
+    with reading(backup) as readers, _taking_over(path) as (lock, made):
+        revision = find_revision(backup)
+        if revision is None:
+            raise NotADatabaseError(str(backup), "it is empty, and so no backup")
+        with partial_file(resolved(path)) as partial:
+            with snapshot(readers) as connection:
+                copy_pages(connection, partial, progress)
+            if revision != REVISION:
+                _upgrade_copy(partial)
+            with reading(partial) as copies:
+                report = check_opened(partial, copies, anchor, progress)
+                with snapshot(copies) as connection:
+                    head = audit.head(connection)
+            size = size_of(partial)
+            aside = None if report.problems else _replace(path, partial, head, lock, made)
+    return RestoreReport(path, backup, revision, size, report.commits, aside, report.problems)
+
+
+@contextmanager
+def _taking_over(path: Path) -> Iterator[tuple[OwnershipLock, bool]]:
+    """Own the file, whatever state it is in; whether it was made for that, which it is no more where that fails."""
+    made = not os.path.lexists(path)
+    with explained(path):
+        lock = OwnershipLock(path, create=True, replace=True)
+    try:
+        yield lock, made
+    finally:
+        if made and size_of(path) == 0:
+            path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _upgrade_copy(copy: Path) -> None:
+    with explained(copy):
+        writer = open_writer(copy)
+        try:
+            migrate.upgrade(writer, copy, is_copy=True)
+            checkpoint(writer)
+        finally:
+            writer.dispose()
+
+
+def _replace(path: Path, partial: Path, head: Head, lock: OwnershipLock, made: bool) -> Path | None:
+    """Have `partial` take the place of the file; the name that the old one has now."""
+    name = resolved(path)
+    can_open = _can_open(path)
+    lock.announce()
+    if can_open:
+        _empty_wal(name)
+    try:
+        aside = swap.take_place(partial, name, head, can_open=can_open)
+    except OSError as error:
+        raise StorageError(f"{error.filename or path}: {error.strerror or error}") from error
+    if made:
+        aside.unlink()
+        return None
+    return path.with_name(aside.name)
+
+
+def _can_open(path: Path) -> bool:
+    """Whether a server would start on the file as it is. It is only read for that: what is damaged stays as it is."""
+    if not size_of(path):
+        return False
+    anchor = read_anchor(path)
+
+    def is_foreign(connection: Connection) -> bool:
+        if migrate.is_foreign(connection):
+            return True
+        recovery.recover(connection, anchor, path)
+        return False
+
+    try:
+        refused = read_untouched(path, is_foreign)
+    except (NotADatabaseError, ReadFailedError, LostCommitsError, ValueError):
+        return False
+    if refused:
+        raise NotADatabaseError(str(path), "it is another program's database and stays as it is; give another --db")
+    return True
+
+
+def _empty_wal(path: Path) -> None:
+    with explained(path):
+        writer = open_writer(path)
+        try:
+            if not checkpoint(writer):
+                raise StorageError(f"another program has been reading {path} for long: end it, then repeat this")
+        finally:
+            writer.dispose()
