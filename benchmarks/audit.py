@@ -23,7 +23,8 @@ from dspex_persist.replay import load, replay
 from dspex_persist.state.commands import Command, InitializeSession, RegisterVariable, SetVariable, SetVariables
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.model import PrunePolicy
-from dspex_persist.state.store import maintenance, transfer
+from dspex_persist.state.store import maintenance
+from dspex_persist.state.store.maintenance import transfer
 
 _NAMES = tuple(f"v{index}" for index in range(5))
 _VERSIONS = 20

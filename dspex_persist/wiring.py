@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from dspex_persist.state.embedded import EmbeddedState, SqliteState
     from dspex_persist.state.local import LocalState
     from dspex_persist.state.recording import Header, RecordedCommit
-    from dspex_persist.state.store.transfer import ImportReport
+    from dspex_persist.state.store.maintenance.transfer import ImportReport
     from dspex_persist.state.tools.ports import ToolCode
 
 EXIT_STORAGE_FAILED: Final = 70
@@ -154,7 +154,7 @@ def import_session(
     Raises `RecordingError` for what is no whole, sound recording within the limits, `SessionExistsError` where a live
     session has the id, `OpenError`.
     """
-    from dspex_persist.state.store import transfer
+    from dspex_persist.state.store.maintenance import transfer
     from dspex_persist.state.store.session_store import StoreOptions
 
     options = StoreOptions(limits=limits or Limits())

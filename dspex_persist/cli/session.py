@@ -100,7 +100,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export a session."""
-    from dspex_persist.state.store import maintenance, transfer
+    from dspex_persist.state.store import maintenance
+    from dspex_persist.state.store.maintenance import transfer
 
     if output == _STREAM and as_json:
         raise typer.BadParameter("with -o - stdout has the recording: give a file, or leave --json out")
@@ -219,7 +220,7 @@ def import_(
     """Import a session."""
     from dspex_persist import wiring
     from dspex_persist.settings import load_settings
-    from dspex_persist.state.store.transfer import ImportReport
+    from dspex_persist.state.store.maintenance.transfer import ImportReport
 
     def work(progress: Progress) -> ImportReport:
         limits = wiring.limits_of(load_settings())

@@ -12,9 +12,9 @@ from dspex_persist.state.model import PrunePolicy, PruneReport, SessionView
 from dspex_persist.state.options import check_count, check_seconds
 from dspex_persist.state.provider import Capability, Progress, silent
 from dspex_persist.state.recording import Header, RecordedCommit
-from dspex_persist.state.store import prune, recordings
-from dspex_persist.state.store.answers import StoredAudit
-from dspex_persist.state.store.retention import Retention
+from dspex_persist.state.store.history import prune_plan, recordings
+from dspex_persist.state.store.history.answers import StoredAudit
+from dspex_persist.state.store.history.retention import Retention
 from dspex_persist.state.store.session_store import StoreOptions, open_groups
 from dspex_persist.state.tools.ports import ToolCode, check_tools
 from dspex_persist.state.tools.with_tools import TOOL_THREADS, WithTools
@@ -78,9 +78,9 @@ class SqliteState(LogState):
         """
         self.check_open()
         if not confirm:
-            return prune.run(self._store.readers, policy, None, progress)
+            return prune_plan.run(self._store.readers, policy, None, progress)
         with self._pruning:
-            return prune.run(self._store.readers, policy, self._write_all, progress)
+            return prune_plan.run(self._store.readers, policy, self._write_all, progress)
 
     def _write_all(self, jobs: list[Job]) -> None:
         futures = [self._writer.submit(job) for job in jobs]

@@ -28,7 +28,8 @@ WRITE_AND_DIE = textwrap.dedent("""
     import os, signal
     from pathlib import Path
     from dspex_persist.state.embedded import EmbeddedState
-    from dspex_persist.state.store import maintenance, transfer
+    from dspex_persist.state.store import maintenance
+    from dspex_persist.state.store.maintenance import transfer
     path = Path("s.db")
     state = EmbeddedState(path)
     state.initialize_session("s")
@@ -44,7 +45,7 @@ WRITE_AND_DIE = textwrap.dedent("""
 # What takes long is imported once; each command then has a fork to itself.
 RUN_EACH = textwrap.dedent("""
     import json, os, signal, sys, traceback
-    import alembic.command, sqlalchemy, dspex_persist.wiring, dspex_persist.state.store.transfer
+    import alembic.command, sqlalchemy, dspex_persist.wiring, dspex_persist.state.store.maintenance.transfer
     from dspex_persist.cli import main
     for line in sys.stdin:
         folder, words, seconds = json.loads(line)

@@ -16,7 +16,7 @@ from pathlib import Path
 from sqlalchemy import create_engine
 from sqlalchemy.pool import StaticPool
 
-from dspex_persist.state.store import audit
+from dspex_persist.state.store import log_reader
 from dspex_persist.state.store.anchor import Head, parse
 from dspex_persist.state.store.engine import open_readers
 from dspex_persist.state.store.verify import iter_problems
@@ -138,11 +138,11 @@ class Checker:
         pruned = {row[0] for row in connection.execute(_PRUNED)}
         engine = create_engine("sqlite://", creator=lambda: connection, poolclass=StaticPool)
         with engine.connect() as wrapped:
-            if audit.find_hash(wrapped, known.sequence) != known.hash:
+            if log_reader.find_hash(wrapped, known.sequence) != known.hash:
                 yield f"lost: commit {known.sequence} is not the one that was there before"
                 return
             sequence, previous = known.sequence, known.hash
-            for commit in audit.iter_commits(wrapped, known.sequence):
+            for commit in log_reader.iter_commits(wrapped, known.sequence):
                 sequence += 1
                 if commit.sequence != sequence:
                     yield f"gap: commit {commit.sequence} where {sequence} should be"

@@ -35,8 +35,9 @@ from dspex_persist.state.model import (
 )
 from dspex_persist.state.recording import read_recording
 from dspex_persist.state.session_state import SessionState
-from dspex_persist.state.store import maintenance, transfer
+from dspex_persist.state.store import maintenance
 from dspex_persist.state.store.blobs import INLINE_BYTES
+from dspex_persist.state.store.maintenance import transfer
 from dspex_persist.state.store.session_store import FileGroups, open_groups
 from dspex_persist.state.tools.execution import Execution
 from dspex_persist.state.unit_of_work import VersionQuery

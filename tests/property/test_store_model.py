@@ -51,10 +51,10 @@ from dspex_persist.state.errors import OutcomeUnknownError, SessionNotFoundError
 from dspex_persist.state.groups import Groups, Job, Outcome
 from dspex_persist.state.model import Origin, PrunePolicy, Source, Value
 from dspex_persist.state.session_state import SessionState
-from dspex_persist.state.store import prune
 from dspex_persist.state.store import sessions as stored_sessions
 from dspex_persist.state.store.anchor import Head, parse
 from dspex_persist.state.store.engine import open_readers, snapshot
+from dspex_persist.state.store.history import prune_plan
 from dspex_persist.state.store.log import LogWriter
 from dspex_persist.state.store.session_store import FileGroups, StoreOptions, open_groups
 from dspex_persist.state.store.verify import iter_problems, schema_problems
@@ -673,7 +673,7 @@ class PruningModel(StoreModel):
         def carry_out(jobs: list[Job]) -> None:
             assert [outcome.error for outcome in store.write_group(jobs)] == [None] * len(jobs)
 
-        prune.run(store.log.readers, policy, carry_out, lambda *_: None)
+        prune_plan.run(store.log.readers, policy, carry_out, lambda *_: None)
         store.close()
         assert_sound(store.log.path)
         with reading(store.log.path) as connection:

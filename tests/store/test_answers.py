@@ -43,7 +43,8 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.model import ChangeKind, ExecutionStatus, Source
 from dspex_persist.state.recording import write_recording
-from dspex_persist.state.store import answers
+from dspex_persist.state.store.history import rows as stored_rows
+from dspex_persist.state.store.history import versions
 from dspex_persist.state.store.variables import KINDS, SOURCES
 from dspex_persist.wiring import import_session
 from tests.deadline import within
@@ -170,7 +171,7 @@ def test_history_is_what_a_reading_of_the_log_finds(
     """Every combination of what is asked for, both ways, in pages of any size."""
     monkeypatch.setattr("dspex_persist.state.audit.PAGE", page)
     # As if the log were long: no page walks through more commits than this.
-    monkeypatch.setattr(answers, "_WINDOW", 7)
+    monkeypatch.setattr(versions, "WINDOW", 7)
     answered = 0
     for what, where, how in product(WHAT, WHERE, HOW):
         query = HistoryQuery(**what.query, **where.query, **how.query)
@@ -654,7 +655,7 @@ def test_a_page_ends_where_it_is_large(tmp_path: Path, query: dict[str, Any], ne
         found, after, pages = [], None, 0
         while pages == 0 or after is not None:
             page = audit.page(question, after, 500)
-            assert sum(row.value.size_bytes for row in page.rows if row.value) < 2 * answers._PAGE_BYTES
+            assert sum(row.value.size_bytes for row in page.rows if row.value) < 2 * stored_rows.PAGE_BYTES
             found += page.rows
             after, pages = page.after, pages + 1
         values = [row.value.json[1:9] for row in found if row.value]

@@ -50,7 +50,7 @@ def test_stdout_is_the_programs(tmp_path: Path, logs: str) -> None:
         assert "event loop goes on" in told
     if logs == "redirected":
         assert ended.stderr == ""
-        assert "dspex_persist.state.store.session_store" in told
+        assert "dspex_persist.state.groups" in told
 
 
 def test_logging_captures_it(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,4 +61,4 @@ def test_logging_captures_it(tmp_path: Path, caplog: pytest.LogCaptureFixture, m
     with connect(tmp_path / "s.db") as state, pytest.raises(InternalError):
         state.run(commands.Heartbeat("s"))
     (record,) = caplog.records
-    assert (record.name, record.levelno) == ("dspex_persist.state.store.session_store", logging.ERROR)
+    assert (record.name, record.levelno) == ("dspex_persist.state.groups", logging.ERROR)

@@ -26,7 +26,8 @@ from dspex_persist.state.errors import (
     StorageError,
 )
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.store import engine, maintenance, transfer
+from dspex_persist.state.store import engine, maintenance
+from dspex_persist.state.store.maintenance import transfer
 from dspex_persist.state.store.session_store import open_groups
 from tests.logs import capture_logs
 

@@ -46,10 +46,11 @@ from dspex_persist.state.model import (
     Value,
 )
 from dspex_persist.state.recording import write_recording
-from dspex_persist.state.store import maintenance, prune
-from dspex_persist.state.store.audit import iter_commits
+from dspex_persist.state.store import maintenance
 from dspex_persist.state.store.chain import GENESIS
 from dspex_persist.state.store.engine import open_readers, snapshot
+from dspex_persist.state.store.history import prune_plan
+from dspex_persist.state.store.log_reader import iter_commits
 from dspex_persist.state.store.session_store import FileGroups, StoreOptions, open_groups
 from dspex_persist.state.store.variables import find_key, metadata_as_of
 from dspex_persist.wiring import import_session
@@ -302,7 +303,7 @@ def test_a_pinned_version_outlives_its_session(provider: EmbeddedState, path: Pa
 @pytest.mark.parametrize("rows", [1, 2, 3, 7])
 def test_it_can_be_broken_off_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """After each of its commits the file is sound, opens again, and the rest can be pruned."""
-    monkeypatch.setattr(prune, "_BATCH_ROWS", rows)
+    monkeypatch.setattr(prune_plan, "_BATCH_ROWS", rows)
     path = tmp_path / "sessions.db"
     store = open_groups(path)
     store.close()
@@ -313,7 +314,7 @@ def test_it_can_be_broken_off_anywhere(tmp_path: Path, monkeypatch: pytest.Monke
     written = 0
     while True:
         store = open_groups(path)
-        batches = prune.Planner(store.log.readers, policy).batches()
+        batches = prune_plan.Planner(store.log.readers, policy).batches()
         batch = next((each for each in batches if each), None)
         if batch is None:
             break
@@ -534,7 +535,7 @@ def test_a_content_that_is_written_again_while_it_goes(path: Path) -> None:
         c.RegisterVariable("s", "x", "string", text),
         c.SetVariable("s", "x", Value('"a"')),
     )
-    [[pruning]] = prune.Planner(store.log.readers, keep(1)).batches()
+    [[pruning]] = prune_plan.Planner(store.log.readers, keep(1)).batches()
     run(store, pruning, c.SetVariable("s", "x", text))
     store.close()
     assert problems_of(path) == []
@@ -552,7 +553,7 @@ def test_sessions_that_begin_end_or_expire_beside_it(path: Path) -> None:
     store = open_groups(path)
     run(store, c.InitializeSession("s"), c.RegisterVariable("s", "x", "integer", Value("0")))
     run(store, *(c.SetVariable("s", "x", Value(str(number))) for number in range(5)))
-    [[pruning]] = prune.Planner(store.log.readers, keep(2)).batches()
+    [[pruning]] = prune_plan.Planner(store.log.readers, keep(2)).batches()
     first, second = (replace(pruning, versions=half) for half in (pruning.versions[:2], pruning.versions[2:]))
     run(store, c.SetVariable("s", "x", Value("6")), first, c.CleanupSession("s"), c.InitializeSession("s"), second)
     store.close()
@@ -580,7 +581,7 @@ def test_whatever_was_written_is_sound_after_pruning(
 ) -> None:
     print(f"seed {seed}")
     randomly = random.Random(seed)
-    monkeypatch.setattr(prune, "_BATCH_ROWS", randomly.choice((3, 1000)))
+    monkeypatch.setattr(prune_plan, "_BATCH_ROWS", randomly.choice((3, 1000)))
     path = tmp_path / "random.db"
     now = START
     with freeze_time(now) as clock:
@@ -636,8 +637,8 @@ def prune_randomly(store: FileGroups, randomly: random.Random) -> None:
     def carry_out(jobs: list[Job]) -> None:
         assert [outcome.error for outcome in store.write_group(jobs)] == [None] * len(jobs)
 
-    counted = prune.run(store.log.readers, policy, None, lambda *_: None)
-    done = prune.run(store.log.readers, policy, carry_out, lambda *_: None)
+    counted = prune_plan.run(store.log.readers, policy, None, lambda *_: None)
+    done = prune_plan.run(store.log.readers, policy, carry_out, lambda *_: None)
     assert (done.sessions, done.versions, done.events) == (counted.sessions, counted.versions, counted.events)
 
 
@@ -652,7 +653,7 @@ def wait_for(what: str, condition: Callable[[], object]) -> None:
 
 
 def test_others_write_and_read_meanwhile(provider: EmbeddedState, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prune, "_BATCH_ROWS", 50)
+    monkeypatch.setattr(prune_plan, "_BATCH_ROWS", 50)
     names = [f"v{number}" for number in range(20)]
     begin(provider, "t", *names)
     for number in range(50):
@@ -704,7 +705,7 @@ def test_settings_for_sessions_that_have_ended(path: Path) -> None:
 
 
 def test_retention_does_not_keep_an_engine_from_closing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prune, "_BATCH_ROWS", 1)
+    monkeypatch.setattr(prune_plan, "_BATCH_ROWS", 1)
     with EmbeddedState(path) as provider:
         begin(provider, "s")
         write(provider, 200)
@@ -722,9 +723,10 @@ PRUNE = """
 import sys
 from pathlib import Path
 from dspex_persist.state.model import PrunePolicy
-from dspex_persist.state.store import maintenance, prune
+from dspex_persist.state.store import maintenance
+from dspex_persist.state.store.history import prune_plan
 
-prune._BATCH_ROWS = 20
+prune_plan._BATCH_ROWS = 20
 print("begun", flush=True)
 maintenance.prune(Path(sys.argv[1]), PrunePolicy(keep_versions=2), confirm=True)
 """

@@ -20,7 +20,8 @@ from dspex_persist.state import audit as questions
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import NotADatabaseError, ReadFailedError
 from dspex_persist.state.model import PrunePolicy
-from dspex_persist.state.store import engine, maintenance, transfer
+from dspex_persist.state.store import engine, maintenance
+from dspex_persist.state.store.maintenance import transfer
 
 STRANGER = 23456
 DEADLINE_S = 60

@@ -37,7 +37,8 @@ from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import ExecutionStatus, PrunePolicy, Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.recording import read_recording
-from dspex_persist.state.store import maintenance, transfer
+from dspex_persist.state.store import maintenance
+from dspex_persist.state.store.maintenance import transfer
 from dspex_persist.state.store.session_store import StoreOptions, open_groups
 from dspex_persist.state.values import encode
 from tests.assets.make_database import fill

@@ -39,7 +39,9 @@ from dspex_persist.state.commands import (
 from dspex_persist.state.groups import Job, Outcome
 from dspex_persist.state.model import Origin, Source, Value, Variable
 from dspex_persist.state.recording import write_recording
-from dspex_persist.state.store import anchor, log, recordings, transfer
+from dspex_persist.state.store import anchor, log
+from dspex_persist.state.store.history import recordings
+from dspex_persist.state.store.maintenance import transfer
 from dspex_persist.state.store.session_store import FileGroups, StoreOptions, open_groups
 from dspex_persist.state.unit_of_work import UnitOfWork
 from tests.deadline import within

@@ -22,10 +22,11 @@ from dspex_persist.state.commands import BeginExecution, FinishExecution
 from dspex_persist.state.commands.executions import Verdict
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.model import ExecutionStatus, Failure, LogEntry, Origin
-from dspex_persist.state.store import log, maintenance, transfer
-from dspex_persist.state.store.audit import iter_commits
+from dspex_persist.state.store import log, maintenance
 from dspex_persist.state.store.chain import GENESIS
 from dspex_persist.state.store.engine import open_readers, snapshot
+from dspex_persist.state.store.log_reader import iter_commits
+from dspex_persist.state.store.maintenance import transfer
 from dspex_persist.state.values.json_text import DAMAGED, storable, stored, stored_object
 
 ASSETS = Path(__file__).parents[1] / "assets"

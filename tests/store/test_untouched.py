@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 from dspex_persist import connect, open_audit
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import NotADatabaseError
-from dspex_persist.state.store import audit, maintenance, untouched
+from dspex_persist.state.store import log_reader, maintenance, untouched
 from dspex_persist.state.store.engine import checkpoint, open_readers, snapshot
 from dspex_persist.state.store.untouched import read_untouched
 from tests.deadline import within
@@ -36,7 +36,7 @@ WRITTEN = 22
 
 
 def head(connection: Connection) -> int:
-    return audit.head(connection).sequence
+    return log_reader.head(connection).sequence
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -155,10 +155,10 @@ def test_beside_a_writer_it_finds_each_time_what_is_there(path: Path) -> None:
         program = """if True:
             import sys
             from pathlib import Path
-            from dspex_persist.state.store import audit
+            from dspex_persist.state.store import log_reader
             from dspex_persist.state.store.untouched import read_untouched
             for line in sys.stdin:
-                print(read_untouched(Path(sys.argv[1]), lambda each: audit.head(each).sequence), flush=True)
+                print(read_untouched(Path(sys.argv[1]), lambda each: log_reader.head(each).sequence), flush=True)
             """
         argv = [sys.executable, "-c", program, path]
         with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:

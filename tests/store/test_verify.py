@@ -21,7 +21,7 @@ from dspex_persist.state import commands as c
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.groups import Job
 from dspex_persist.state.model import ChangeKind, EventKind, ExecutionStatus, Origin, Value
-from dspex_persist.state.store import audit, maintenance, verify
+from dspex_persist.state.store import log_reader, maintenance, verify
 from dspex_persist.state.store.anchor import Head, parse
 from dspex_persist.state.store.chain import (
     GENESIS,
@@ -266,7 +266,7 @@ def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
 
 
 WALKED = [
-    *((audit, name) for name in ("_COMMITS", "_VERSIONS", "_EVENTS")),
+    *((log_reader, name) for name in ("_COMMITS", "_VERSIONS", "_EVENTS")),
     *((verify, name) for name in ("_PRUNED_COMMITS", "_PRUNED")),
     *(
         (verify, name)
@@ -578,9 +578,9 @@ def forge(tamperer: Tamperer, path: Path, *, markers: bool = True) -> None:
     readers.dispose()
 
 
-def read_commits(readers: Engine, after: int, most: int) -> list[audit.LoggedCommit]:
+def read_commits(readers: Engine, after: int, most: int) -> list[log_reader.LoggedCommit]:
     with snapshot(readers) as connection:
-        return list(audit.iter_commits(connection, after, most))
+        return list(log_reader.iter_commits(connection, after, most))
 
 
 def forge_marker(tamperer: Tamperer, sequence: int, full: dict[int, bytes]) -> bool:

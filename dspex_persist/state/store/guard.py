@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.errors import FileChangedError
-from dspex_persist.state.store import audit
+from dspex_persist.state.store import log_reader
 from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.engine import WAL_LIMIT_BYTES, Identity, identity_of
 
@@ -81,7 +81,7 @@ class FileGuard:
         version = data_version(connection)
         if version != self._data_version:
             # Another program may have had SQLite empty the WAL into the file, which changes nothing.
-            if wal_size or audit.head(connection) != head:
+            if wal_size or log_reader.head(connection) != head:
                 raise FileChangedError(str(self._name), _FOREIGN)
             self._data_version = version
         elif wal_size < min(self._wal_size, WAL_LIMIT_BYTES):

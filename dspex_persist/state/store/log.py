@@ -32,7 +32,7 @@ from dspex_persist.state.model import (
     VariableVersion,
 )
 from dspex_persist.state.session_state import SessionState
-from dspex_persist.state.store import blobs, outcomes, prune
+from dspex_persist.state.store import blobs, outcomes, pruned
 from dspex_persist.state.store import executions as stored_executions
 from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.chain import commit_text, event_text, link, version_text
@@ -142,7 +142,7 @@ class LogWriter:
             )
         if self._freed:
             # Now that the new versions are there: one of them may have the same content.
-            prune.delete_unused(self._connection, self._freed)
+            pruned.delete_unused(self._connection, self._freed)
 
     def _add_version(self, state: SessionState, change: Change) -> str:
         version = change.version
@@ -302,8 +302,8 @@ class LogWriter:
 
     def _prune(self, unit: UnitOfWork, state: SessionState, event: Pruned) -> Event:
         """What goes is named by keys of this file; the log says how much it was."""
-        self._freed |= prune.blobs_of(event.going[0])
-        return prune.carry_out(self._connection, state.key, unit.sequence, event)
+        self._freed |= pruned.blobs_of(event.going[0])
+        return pruned.carry_out(self._connection, state.key, unit.sequence, event)
 
     def _set_lock(self, state: SessionState, variable_id: str, text: str | None) -> None:
         key = state.keys[variable_id]

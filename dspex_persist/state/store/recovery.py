@@ -7,7 +7,7 @@ from sqlalchemy import Connection
 
 from dspex_persist.state.errors import LostCommitsError, NotADatabaseError, ReadFailedError
 from dspex_persist.state.store import anchor as anchors
-from dspex_persist.state.store import audit, migrate, prune
+from dspex_persist.state.store import log_reader, migrate, pruned
 from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.chain import GENESIS
 from dspex_persist.state.store.schema import REVISION
@@ -45,7 +45,7 @@ def _inspect(connection: Connection, remembered: Head | None, path: Path) -> Hea
     if revision is not None:
         migrate.refuse_newer(path, revision)
     if remembered is not None:
-        _compare(connection, audit.head(connection) if revision else Head(0, GENESIS), remembered, path)
+        _compare(connection, log_reader.head(connection) if revision else Head(0, GENESIS), remembered, path)
     return None
 
 
@@ -63,7 +63,7 @@ def recover(connection: Connection, remembered: Head | None, path: Path, inspect
 
     `inspected`: the head that `inspect` has found; where it still is the head, all of that has been done.
     """
-    found = audit.head(connection)
+    found = log_reader.head(connection)
     if found == inspected:
         return found
     if remembered is not None:
@@ -76,16 +76,16 @@ def _compare(connection: Connection, found: Head, remembered: Head, path: Path) 
     if found.sequence < remembered.sequence:
         gone = f"{found.sequence + 1} to {remembered.sequence}"
         raise LostCommitsError(str(path), f"it ends at commit {found.sequence}; commits {gone} are gone")
-    if audit.find_hash(connection, remembered.sequence) != remembered.hash:
+    if log_reader.find_hash(connection, remembered.sequence) != remembered.hash:
         raise LostCommitsError(str(path), f"commit {remembered.sequence} is not the one that was acknowledged")
 
 
 def _check_tail(connection: Connection, found: Head, path: Path) -> None:
     """Check the last commits only: `db check` does the whole log, which takes time with its length."""
     after = max(0, found.sequence - _TAIL_COMMITS)
-    previous = audit.find_hash(connection, after)
-    for commit in audit.iter_commits(connection, after):
-        if previous is None or not (commit.link(previous) == commit.hash or prune.fits(connection, commit, previous)):
+    previous = log_reader.find_hash(connection, after)
+    for commit in log_reader.iter_commits(connection, after):
+        if previous is None or not (commit.link(previous) == commit.hash or pruned.fits(connection, commit, previous)):
             reason = f"the content of commit {commit.sequence} does not fit its hash"
             raise LostCommitsError(str(path), reason)
         previous = commit.hash

@@ -31,8 +31,8 @@ from dspex_persist.state.log_store import LogStore, UnwritableError
 from dspex_persist.state.model import CommitChanges, JournalEntry, VariableVersion
 from dspex_persist.state.options import SessionOptions, check_count, check_seconds
 from dspex_persist.state.session_state import SessionState
-from dspex_persist.state.store import audit, log, migrate, outcomes, recovery, times
 from dspex_persist.state.store import executions as stored_executions
+from dspex_persist.state.store import log, log_reader, migrate, outcomes, recovery
 from dspex_persist.state.store import sessions as stored_sessions
 from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.anchor import Anchor, Head
@@ -168,7 +168,7 @@ class SessionStore(StoredSessions, LogStore):
             with self._connection.begin():
                 self.head = recovery.recover(self._connection, self._anchor.read(), self._name, inspected)
                 self._keys = log.Keys(self._connection)
-                self._last_at = clock.from_micros(times.last_own(self._connection))
+                self._last_at = clock.from_micros(log_reader.last_own_time(self._connection))
                 self._guard = FileGuard(self.path, self._name, self._connection)
         except (DBAPIError, sqlite3.Error) as error:
             raise NotADatabaseError(str(self._name), read_error(self.path, error).reason) from error
@@ -333,7 +333,7 @@ class SessionStore(StoredSessions, LogStore):
     def changes_after(self, state: SessionState, after: int, most_commits: int = 64) -> list[CommitChanges]:
         """The session's next commits."""
         with snapshot(self.readers) as connection:
-            return audit.changes_after(connection, state, after, most_commits)
+            return log_reader.changes_after(connection, state, after, most_commits)
 
     def size_bytes(self) -> int:
         """What the file and its WAL take on the disk."""

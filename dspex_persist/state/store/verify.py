@@ -41,7 +41,7 @@ from dspex_persist.state.events import (
     event_in,
 )
 from dspex_persist.state.model import ChangeKind
-from dspex_persist.state.store import audit, migrate, prune, sessions
+from dspex_persist.state.store import log_reader, migrate, pruned, sessions
 from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.blobs import digest
 from dspex_persist.state.store.chain import GENESIS, commit_text, link, residue, residue_entry
@@ -314,7 +314,7 @@ class _LogWalk(_Walk):
             homes.clear()
         (in_all,) = _find(connection, "SELECT ifnull(max(sequence), 0) FROM commits")
         read = 0
-        for commit in audit.iter_commits(connection, self._last, _PAGE_COMMITS):
+        for commit in log_reader.iter_commits(connection, self._last, _PAGE_COMMITS):
             sequence, session_key, stored, content, rows = commit
             # The hot loop: one hash a commit, two look-ups a version, and no call that can be spared.
             if sequence != self._last + 1 or sequence in special or link(self._hash, content) != stored:
@@ -336,7 +336,7 @@ class _LogWalk(_Walk):
             self.more = False
             yield from self._look_at_end()
 
-    def _look_at_commit(self, connection: Connection, commit: audit.LoggedCommit) -> Iterator[Problem]:
+    def _look_at_commit(self, connection: Connection, commit: log_reader.LoggedCommit) -> Iterator[Problem]:
         """What is wrong with a commit that is not simply the next one."""
         sequence, session_key, stored, _, rows = commit
         if not stored:
@@ -348,7 +348,7 @@ class _LogWalk(_Walk):
             missing = _range(self._last + 1, sequence - 1)
             yield Problem(missing, f"missing: commit {self._last} is followed by commit {sequence}")
             self._suspect = None
-        elif (fits := prune.fits(connection, commit, self._hash, self._suspect or self._hash)) is not None:
+        elif (fits := pruned.fits(connection, commit, self._hash, self._suspect or self._hash)) is not None:
             self._suspect = None
             if not fits:
                 problems.append("it was pruned, and what is left of it is not what its last marker says")
@@ -362,7 +362,9 @@ class _LogWalk(_Walk):
         for what in problems:
             yield Problem(_where(connection, sequence, session_key, [row[1] for row in rows]), what)
 
-    def _look_at_version(self, connection: Connection, row: audit.VersionRow, session_key: int) -> Iterator[Problem]:
+    def _look_at_version(
+        self, connection: Connection, row: log_reader.VersionRow, session_key: int
+    ) -> Iterator[Problem]:
         """What is wrong with a version that is the first, the last, or not simply the next one."""
         sequence, key, number, kind = row[:4]
         self._newest[key] = number if kind != _DELETED else _AFTER_DELETION
@@ -375,7 +377,7 @@ class _LogWalk(_Walk):
             if what:
                 yield Problem(_where(connection, sequence, session_key, [key]), f"version {number} {what}")
 
-    def _misplacement(self, connection: Connection, row: audit.VersionRow, session_key: int) -> str | None:
+    def _misplacement(self, connection: Connection, row: log_reader.VersionRow, session_key: int) -> str | None:
         found = _find(connection, _FIND_VERSION_BEFORE, row[1], row[2])
         # Before the first one that is there: nothing, of no commit.
         number, sequence, kind, home = found if found is not None else (-1, 0, None, None)

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from dspex_persist.state.errors import NotADatabaseError, ReadFailedError
 from dspex_persist.state.events import Pruned
 from dspex_persist.state.provider import Progress, silent
-from dspex_persist.state.store import audit, verify
+from dspex_persist.state.store import log_reader, verify
 from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.engine import snapshot
 from dspex_persist.state.store.maintenance.opening import read_anchor, reading, refuse_older
@@ -60,14 +60,12 @@ def check(path: Path, progress: Progress = silent) -> CheckReport:
 def check_opened(path: Path, readers: Engine, anchor: Head | None, progress: Progress) -> CheckReport:
     problems = tuple(islice(_iter_problems(readers, anchor, progress), MOST_PROBLEMS))
     with snapshot(readers) as connection:
-        commits = audit.head(connection).sequence
+        commits = log_reader.head(connection).sequence
         pruned = _count_pruned(connection)
     return CheckReport(path, REVISION, commits, *pruned, anchor is not None, problems, len(problems) < MOST_PROBLEMS)
 
 
 _PRUNED_COMMITS: Final = "SELECT count(DISTINCT sequence) FROM pruned"
-
-
 _MARKERS: Final = """
     SELECT body FROM events WHERE kind = 'pruned' AND sequence IN (SELECT DISTINCT marker_sequence FROM pruned)
 """

@@ -12,13 +12,11 @@ from sqlalchemy import Connection
 
 from dspex_persist.state.errors import InvalidArgumentError, StorageError
 from dspex_persist.state.provider import Progress
-from dspex_persist.state.store import audit
+from dspex_persist.state.store import log_reader
 from dspex_persist.state.store.maintenance import swap
 from dspex_persist.state.store.maintenance.opening import beside, explained
 
 _BACKUP_PAGES: Final = 1024
-
-
 _MOST_BUSY: Final = 40
 """How often in a row a copy tries to lock its target, a quarter of a second apart."""
 
@@ -55,7 +53,7 @@ def copy_pages(connection: Connection, partial: Path, progress: Progress) -> Non
         progress("copying pages", in_all - remaining, in_all)
 
     # Reading begins the transaction. Without one, each write of a server would begin the copy anew.
-    audit.head(connection)
+    log_reader.head(connection)
     source: Any = connection.connection.driver_connection
     with explained(partial), closing(sqlite3.connect(partial, isolation_level=None, timeout=0)) as copy:
         source.backup(copy, pages=_BACKUP_PAGES, progress=on_pages)

@@ -8,8 +8,8 @@ from dspex_persist.state.errors import DatabaseInUseError, OutcomeUnknownError
 from dspex_persist.state.groups import Job
 from dspex_persist.state.model import PrunePolicy, PruneReport
 from dspex_persist.state.provider import Progress, silent
-from dspex_persist.state.store import prune as pruning
 from dspex_persist.state.store.engine import snapshot
+from dspex_persist.state.store.history import prune_plan
 from dspex_persist.state.store.maintenance.opening import reading, refuse_older
 from dspex_persist.state.store.maintenance.sizes import find_scalar
 from dspex_persist.state.store.session_store import open_groups
@@ -51,7 +51,7 @@ def prune(path: Path, policy: PrunePolicy, *, confirm: bool, progress: Progress 
     started = time.monotonic()
     with reading(path) as readers:
         refuse_older(path)
-        report = None if confirm else pruning.run(readers, policy, None, progress)
+        report = None if confirm else prune_plan.run(readers, policy, None, progress)
     if report is None:
         report = _prune(path, policy, progress)
     with reading(path) as readers, snapshot(readers) as connection:
@@ -72,7 +72,7 @@ def _prune(path: Path, policy: PrunePolicy, progress: Progress) -> PruneReport:
                 if outcome.error is not None:
                     raise outcome.error
 
-        report = pruning.run(groups.log.readers, policy, write, progress)
+        report = prune_plan.run(groups.log.readers, policy, write, progress)
     except OutcomeUnknownError:
         groups.abandon()
         raise

@@ -5,9 +5,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from dspex_persist.state.recording import Header, RecordedCommit
-from dspex_persist.state.store import recordings
-from dspex_persist.state.store.answers import StoredAudit
 from dspex_persist.state.store.engine import open_readers
+from dspex_persist.state.store.history import recordings
+from dspex_persist.state.store.history.answers import StoredAudit
 from dspex_persist.state.store.maintenance.opening import explained, reading, refuse_missing, refuse_older
 
 

@@ -15,7 +15,7 @@ from dspex_persist.state.errors import (
     StorageError,
 )
 from dspex_persist.state.provider import Progress, silent
-from dspex_persist.state.store import audit, migrate, recovery
+from dspex_persist.state.store import log_reader, migrate, recovery
 from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.engine import OwnershipLock, checkpoint, open_writer, resolved, snapshot
 from dspex_persist.state.store.maintenance import swap
@@ -73,7 +73,7 @@ def restore(backup: Path, path: Path, progress: Progress = silent) -> RestoreRep
             with reading(partial) as copies:
                 report = check_opened(partial, copies, anchor, progress)
                 with snapshot(copies) as connection:
-                    head = audit.head(connection)
+                    head = log_reader.head(connection)
             size = size_of(partial)
             aside = None if report.problems else _replace(path, partial, head, lock, made)
     return RestoreReport(path, backup, revision, size, report.commits, aside, report.problems)

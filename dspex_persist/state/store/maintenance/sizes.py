@@ -13,8 +13,6 @@ from dspex_persist.state.store.maintenance.opening import beside, reading, refus
 from dspex_persist.state.store.schema import REVISION
 
 _LARGEST: Final = 10
-
-
 _SOUND_SQLITE: Final = (3, 51, 3)
 
 
@@ -89,8 +87,6 @@ _COUNTS: Final = {
         ) JOIN blobs USING (blob_key)
     """,
 }
-
-
 _SIZES: Final = """
     WITH sizes AS (
         SELECT variable_key, count(*) AS versions, sum(
@@ -102,16 +98,12 @@ _SIZES: Final = """
         FROM versions GROUP BY variable_key
     )
 """
-
-
 _LARGEST_VARIABLES: Final = f"""
     {_SIZES}
     SELECT session_id, name, versions, size_bytes
     FROM sizes JOIN variables USING (variable_key) JOIN sessions USING (session_key)
     ORDER BY size_bytes DESC, versions DESC, variable_key LIMIT {_LARGEST}
 """
-
-
 _LARGEST_SESSIONS: Final = f"""
     {_SIZES}
     SELECT session_id, NULL, sum(versions), sum(size_bytes)

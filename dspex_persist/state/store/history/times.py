@@ -7,8 +7,6 @@ that is younger: what comes after that came later, whatever time it has.
 from sqlalchemy import Connection
 
 _HEAD = "SELECT ifnull(max(sequence), 0) FROM commits"
-_CREATED_AT = "SELECT created_at FROM commits WHERE sequence = ?"
-_IMPORTS = "SELECT first_sequence, last_sequence FROM imports ORDER BY first_sequence DESC"
 _YOUNGER = """
     SELECT sequence FROM commits WHERE created_at > ? AND NOT EXISTS (
         SELECT 1 FROM imports WHERE commits.sequence BETWEEN first_sequence AND last_sequence
@@ -41,17 +39,6 @@ def last_until(connection: Connection, micros: int) -> int:
 def first_younger(connection: Connection, micros: int) -> int:
     """The first commit, but for those of imports, that is younger than a time; past all where there is none."""
     return _number(connection, _YOUNGER, micros) or _AFTER_ALL
-
-
-def last_own(connection: Connection) -> int:
-    """The time of the last commit that was made here, not imported; 0 if there is none."""
-    cursor = connection.connection.cursor()
-    sequence = cursor.execute(_HEAD).fetchone()[0]
-    for first_imported, last_imported in cursor.execute(_IMPORTS).fetchall():
-        if first_imported <= sequence <= last_imported:
-            sequence = first_imported - 1
-    found = cursor.execute(_CREATED_AT, (sequence,)).fetchone()
-    return int(found[0]) if found is not None else 0
 
 
 def last_of_session_until(connection: Connection, session_key: int, micros: int) -> int:

@@ -43,6 +43,22 @@ def find_hash(connection: Connection, sequence: int) -> bytes | None:
     return connection.execute(select(commits.c.hash).where(commits.c.sequence == sequence)).scalar()
 
 
+_LAST_SEQUENCE = "SELECT ifnull(max(sequence), 0) FROM commits"
+_CREATED_AT = "SELECT created_at FROM commits WHERE sequence = ?"
+_IMPORTS = "SELECT first_sequence, last_sequence FROM imports ORDER BY first_sequence DESC"
+
+
+def last_own_time(connection: Connection) -> int:
+    """The time of the last commit that was made here, not imported; 0 if there is none."""
+    cursor = connection.connection.cursor()
+    sequence = cursor.execute(_LAST_SEQUENCE).fetchone()[0]
+    for first_imported, last_imported in cursor.execute(_IMPORTS).fetchall():
+        if first_imported <= sequence <= last_imported:
+            sequence = first_imported - 1
+    found = cursor.execute(_CREATED_AT, (sequence,)).fetchone()
+    return int(found[0]) if found is not None else 0
+
+
 # A session's changes
 
 

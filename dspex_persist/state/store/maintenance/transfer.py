@@ -14,7 +14,7 @@ from dspex_persist.state.groups import Job
 from dspex_persist.state.model import Origin
 from dspex_persist.state.provider import Progress, silent
 from dspex_persist.state.recording import Header, RecordedCommit, read_recording, write_recording
-from dspex_persist.state.store import audit
+from dspex_persist.state.store import log_reader
 from dspex_persist.state.store.engine import OwnershipLock, open_readers, snapshot
 from dspex_persist.state.store.maintenance import open_recording, refuse_files_of
 from dspex_persist.state.store.session_store import FileGroups, StoreOptions, open_groups
@@ -189,7 +189,7 @@ def _is_empty(path: Path) -> bool:
     readers = open_readers(path, size=1)
     try:
         with snapshot(readers) as connection:
-            return audit.head(connection).sequence == 0
+            return log_reader.head(connection).sequence == 0
     finally:
         readers.dispose()
 

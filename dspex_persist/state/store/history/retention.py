@@ -14,11 +14,9 @@ from dspex_persist.state.provider import Progress
 from dspex_persist.state.store.session_store import StoreOptions
 
 _logger: Final = get_logger(__name__)
-
 _PAUSE: Final = 20
 """How many times as long as the last round it waits before the next: it takes a twentieth of a core at most."""
 _DAY_S: Final = 86_400.0
-
 Prune: TypeAlias = Callable[[PrunePolicy, Progress], PruneReport]
 
 

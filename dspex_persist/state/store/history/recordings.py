@@ -17,15 +17,14 @@ from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, 
 from dspex_persist.state.events import portable
 from dspex_persist.state.model import Dependency, EventKind, Value, Variable
 from dspex_persist.state.recording import Header, RecordedCommit, RecordedEvent, RecordedVersion, renumbered
-from dspex_persist.state.store.answers import StoredAudit
 from dspex_persist.state.store.engine import snapshot
+from dspex_persist.state.store.history.answers import StoredAudit
 from dspex_persist.state.store.schema import is_unicode
 from dspex_persist.state.store.variables import KINDS, SOURCES, is_sensitive
 from dspex_persist.state.values.json_text import stored, stored_object
 
 _PAGE_COMMITS: Final = 500
 _PAGE_BYTES: Final = 4 * 1024 * 1024
-
 _SESSIONS: Final = "SELECT session_key, started_sequence FROM sessions WHERE session_id = ? ORDER BY session_key"
 _EXTENT: Final = "SELECT count(*), max(sequence) FROM commits WHERE session_key = ?"
 _MARKER: Final = """

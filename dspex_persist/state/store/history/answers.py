@@ -1,0 +1,167 @@
+"""The questions of an audit, answered from the file: each page in a short snapshot of its own.
+
+Which rows drive a question decides what it costs. One variable is read by its key, a session by its commits, metadata
+by its index; only what names none of these walks through the log, a window of commits at a time.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from sqlalchemy import Connection, Engine
+
+from dspex_persist.state.audit import (
+    AuditSource,
+    CommitQuery,
+    Cursor,
+    ExecutionDetail,
+    ExecutionQuery,
+    HistoryEntry,
+    HistoryQuery,
+    Page,
+    PointLike,
+    Query,
+    SessionQuery,
+    T,
+    VariableState,
+    is_glob,
+)
+from dspex_persist.state.errors import UnsupportedError, VersionNotFoundError, VersionPrunedError
+from dspex_persist.state.store import variables as stored_variables
+from dspex_persist.state.store.engine import snapshot
+from dspex_persist.state.store.history.executions import detail_of, execution_page
+from dspex_persist.state.store.history.lists import commit_page, session_page
+from dspex_persist.state.store.history.points import (
+    LAST_VERSION,
+    head_of,
+    refuse_gap,
+    refuse_pruned,
+    resolve,
+    session_at,
+    session_keys,
+    variable_keys,
+    version_at,
+)
+from dspex_persist.state.store.history.rows import Bounds, all_rows
+from dspex_persist.state.store.history.versions import HistoryPage, entry_of, one_version
+
+
+class StoredAudit(AuditSource):
+    """The history in a file. `let_go` is called when it is closed."""
+
+    def __init__(
+        self,
+        readers: Engine,
+        *,
+        reveal: bool = False,
+        let_go: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.reveal = reveal
+        self._readers = readers
+        self._let_go = let_go
+
+    def close(self) -> None:
+        """Let the file go if it was opened for this."""
+        self._let_go()
+
+    # Points
+
+    def head(self) -> int:
+        """See `AuditSource.head`."""
+        with snapshot(self._readers) as connection:
+            return head_of(connection)
+
+    def resolve(self, point: PointLike, option: str = "at", session: str = "") -> int:
+        """See `AuditSource.resolve`."""
+        with snapshot(self._readers) as connection:
+            return resolve(connection, point, option, session)
+
+    # Pages
+
+    def page(self, query: Query[T], after: Cursor | None = None, most: int = 500) -> Page[T]:
+        """See `AuditSource.page`."""
+        asked: Any = query
+        with snapshot(self._readers) as connection:
+            session = "" if is_glob(query.session) else query.session
+            bounds = Bounds(
+                resolve(connection, query.since, "since", session) if query.since else 0,
+                resolve(connection, query.until, "until", session) if query.until else head_of(connection),
+            )
+            match asked:
+                case HistoryQuery():
+                    page: Page[Any] = HistoryPage(connection, asked, bounds, after, most, self.reveal).read()
+                case ExecutionQuery():
+                    page = execution_page(connection, asked, bounds, after, most)
+                case CommitQuery():
+                    page = commit_page(connection, asked, bounds, after, most)
+                case SessionQuery():
+                    page = session_page(connection, asked, bounds, after, most)
+                case _:
+                    raise UnsupportedError(f"questions of type {type(query).__name__}")
+        return cast(Page[T], page)
+
+    # Single answers
+
+    def execution(self, execution_id: str) -> ExecutionDetail:
+        """See `AuditSource.execution`."""
+        history = tuple(self.iterate(HistoryQuery(execution_id=execution_id, newest_first=False)))
+        with snapshot(self._readers) as connection:
+            return detail_of(connection, execution_id, history)
+
+    def state(self, session: str, at: PointLike = "") -> tuple[VariableState, ...]:
+        """See `AuditSource.state`."""
+        with snapshot(self._readers) as connection:
+            sequence = resolve(connection, at, "at", session)
+            key = session_at(connection, session, sequence)
+            rows = all_rows(
+                connection,
+                "SELECT variable_key, name, deleted_sequence FROM variables WHERE session_key = ? "
+                "ORDER BY variable_key",
+                key,
+            )
+            if not rows:
+                refuse_pruned(connection, session, key, sequence)
+            found = []
+            for variable_key, name, deleted in rows:
+                if deleted is None or deleted > sequence:
+                    version = version_at(connection, variable_key, sequence)
+                    refuse_gap(connection, variable_key, name, version, sequence)
+                    if version is not None:
+                        found.append(self._state_of(connection, variable_key, version))
+            return tuple(found)
+
+    def _state_of(self, connection: Connection, key: int, version: int) -> VariableState:
+        row = one_version(connection, key, version)
+        entry = entry_of(row, self.reveal)
+        return VariableState(
+            entry.session_id,
+            entry.name,
+            entry.variable_id,
+            entry.type,
+            entry.value,
+            entry.version,
+            entry.kind,
+            entry.source,
+            row.constraints,
+            stored_variables.metadata_as_of(connection, key, version),
+            entry.sequence,
+            entry.created_at,
+            entry.actor,
+            entry.cause,
+            entry.execution_id,
+            entry.tool,
+            entry.masked,
+            entry.caller_id,
+            entry.caller_tool,
+        )
+
+    def version(self, session: str, variable_id: str, version: int) -> HistoryEntry:
+        """See `AuditSource.version`."""
+        with snapshot(self._readers) as connection:
+            key = variable_keys(connection, session_keys(connection, session), variable_id)[-1]
+            row = one_version(connection, key, version)
+            if row is None:
+                latest = version_at(connection, key, LAST_VERSION) or 0
+                if 0 <= version < latest:
+                    raise VersionPrunedError(variable_id, version)
+                raise VersionNotFoundError(variable_id, version, latest)
+            return entry_of(row, self.reveal)

@@ -1,0 +1,64 @@
+"""Executions as the journal has them, and who called whom."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from sqlalchemy import Connection
+
+from dspex_persist.spelling import did_you_mean
+from dspex_persist.state.errors import NotInHistoryError
+from dspex_persist.state.store.history.rows import BEGINNING, ENDING, all_rows, askable, first_row
+from dspex_persist.state.values.json_text import stored_object
+
+# `->` gives JSON, which is read here: as a text of SQLite's own, a message with a NUL would be cut there.
+_EXECUTIONS: Final = f"""
+    SELECT sessions.session_id, executions.execution_id, executions.tool, executions.status, executions.attempt,
+        began.actor, executions.began_sequence, began.created_at AS began_at, executions.ended_sequence,
+        ended.created_at AS ended_at, {ENDING} ->> '$.duration_us' AS duration_us,
+        executions.parent_id, executions.idempotency_key,
+        {BEGINNING} -> '$.worker_id' AS worker_id,
+        (SELECT count(*) FROM json_each({ENDING}, '$.reads')) AS reads,
+        (SELECT count(*) FROM json_each({ENDING}, '$.writes')) AS writes,
+        {ENDING} -> '$.failure' AS failure, {ENDING} -> '$.reason' AS reason,
+        {ENDING} -> '$.conflicts' AS conflicts, executions.session_key,
+        ending.sequence IS NOT NULL AS has_ending{{bodies}}
+    FROM executions
+    JOIN sessions ON sessions.session_key = executions.session_key
+    JOIN commits AS began ON began.sequence = executions.began_sequence
+    LEFT JOIN commits AS ended ON ended.sequence = executions.ended_sequence
+    LEFT JOIN events AS beginning ON beginning.sequence = executions.began_sequence
+        AND beginning.kind = 'execution_began'
+    LEFT JOIN events AS ending ON ending.sequence = executions.ended_sequence AND ending.kind = 'execution_ended'
+        AND {ENDING} ->> '$.execution_id' = executions.execution_id
+"""
+SUMMARIES: Final = _EXECUTIONS.format(bodies="")
+IN_FULL: Final = _EXECUTIONS.format(bodies=", beginning.body AS beginning, ending.body AS ending")
+
+
+def execution_row(connection: Connection, execution_id: str) -> Any:
+    """The execution of this id, which names the commit that began it: `exec_12` is as good as all of it."""
+    askable(execution_id)
+    _, number, *token = execution_id.split("_") if execution_id.startswith("exec_") else ("", "")
+    row = None
+    if number.isascii() and number.isdecimal() and len(number) < 19:
+        row = first_row(connection, f"{IN_FULL} WHERE executions.began_sequence = ?", int(number))
+    if row is None or (token and row.execution_id != execution_id):
+        hint = did_you_mean(row.execution_id, spell=str) if row is not None else "audit executions lists them"
+        raise NotInHistoryError("execution", execution_id, hint)
+    return row
+
+
+def family_of(connection: Connection, row: Any) -> list[Any]:
+    """The execution and all that it called, directly or not."""
+    statement = "SELECT execution_id FROM executions WHERE parent_id = ? ORDER BY began_sequence"
+    called = [execution_row(connection, each[0]) for each in all_rows(connection, statement, row.execution_id)]
+    return [row, *(member for each in called for member in family_of(connection, each))]
+
+
+def end_of(row: Any) -> Mapping[str, Any]:
+    """The second half of its journal entry, as far as there is one."""
+    return {"writes": (), "published": (), **stored_object(row.ending)}
+
+
+def pairs_in(entries: Iterable[Sequence[Any]]) -> tuple[tuple[str, int], ...]:
+    return tuple((name, version) for name, version in entries)

@@ -1,0 +1,89 @@
+"""Questions about commits and sessions."""
+
+import json
+from typing import Any, Final
+
+from sqlalchemy import Connection
+
+from dspex_persist.clock import nearest_time
+from dspex_persist.state.audit import CommitEntry, CommitQuery, Cursor, Page, SessionEntry, SessionQuery
+from dspex_persist.state.store.history.execution_rows import pairs_in
+from dspex_persist.state.store.history.points import of_session
+from dspex_persist.state.store.history.rows import Bounds, Conditions, page_of, rows_of_page, sound_document
+from dspex_persist.state.values.json_text import stored_object
+
+_COMMITS: Final = """
+    SELECT commits.sequence, sessions.session_id, commits.actor, commits.cause, commits.created_at,
+        lower(hex(commits.hash)) AS hash,
+        (SELECT json_group_array(json_array(variables.name, versions.version)) FROM versions
+            JOIN variables ON variables.variable_key = versions.variable_key
+            WHERE versions.sequence = commits.sequence) AS versions,
+        (SELECT json_group_array(events.kind) FROM events WHERE events.sequence = commits.sequence) AS events,
+        EXISTS (SELECT 1 FROM pruned WHERE pruned.sequence = commits.sequence) AS pruned
+    FROM commits JOIN sessions ON sessions.session_key = commits.session_key
+"""
+_SESSIONS: Final = """
+    SELECT sessions.session_id, sessions.created_at, sessions.started_sequence, sessions.ended_sequence,
+        ended.created_at AS ended_at,
+        (SELECT created_at FROM commits WHERE commits.session_key = sessions.session_key
+            ORDER BY commits.sequence DESC LIMIT 1) AS last_at,
+        sessions.ttl_s, sessions.metadata, sessions.session_key,
+        (SELECT count(*) FROM variables WHERE variables.session_key = sessions.session_key
+            AND (sessions.ended_sequence IS NOT NULL OR deleted_sequence IS NULL)) AS variables,
+        (SELECT count(*) FROM commits WHERE commits.session_key = sessions.session_key) AS commits,
+        (SELECT count(*) FROM executions WHERE executions.session_key = sessions.session_key) AS executions
+    FROM sessions LEFT JOIN commits AS ended ON ended.sequence = sessions.ended_sequence
+"""
+
+
+def commit_page(
+    connection: Connection, query: CommitQuery, bounds: Bounds, after: Cursor | None, most: int
+) -> Page[CommitEntry]:
+    conditions = Conditions()
+    of_session(connection, conditions, query.session, "commits.session_key")
+    conditions.add_equal("commits.actor", query.actor)
+    conditions.add_equal("commits.cause", query.cause)
+    rows = rows_of_page(connection, _COMMITS, "commits.sequence", conditions, query, bounds, after, most)
+    return page_of(rows, most, _commit_of, lambda row: (row.sequence,))
+
+
+def _commit_of(row: Any) -> CommitEntry:
+    return CommitEntry(
+        row.sequence,
+        row.session_id,
+        row.actor,
+        row.cause,
+        nearest_time(row.created_at),
+        row.hash,
+        pairs_in(json.loads(row.versions)),
+        tuple(json.loads(row.events)),
+        bool(row.pruned),
+    )
+
+
+def session_page(
+    connection: Connection, query: SessionQuery, bounds: Bounds, after: Cursor | None, most: int
+) -> Page[SessionEntry]:
+    conditions = Conditions()
+    of_session(connection, conditions, query.session, "sessions.session_key")
+    if query.live is not None:
+        conditions.add(f"sessions.ended_sequence IS {'' if query.live else 'NOT '}NULL")
+    conditions.add_metadata(sound_document("sessions.metadata"), query.metadata.items())
+    rows = rows_of_page(connection, _SESSIONS, "sessions.started_sequence", conditions, query, bounds, after, most)
+    return page_of(rows, most, _session_of, lambda row: (row.started_sequence,))
+
+
+def _session_of(row: Any) -> SessionEntry:
+    return SessionEntry(
+        row.session_id,
+        nearest_time(row.created_at),
+        row.started_sequence,
+        row.ended_sequence,
+        None if row.ended_at is None else nearest_time(row.ended_at),
+        nearest_time(row.last_at),
+        row.ttl_s,
+        row.variables,
+        row.commits,
+        row.executions,
+        stored_object(row.metadata),
+    )

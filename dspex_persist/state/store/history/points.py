@@ -1,0 +1,168 @@
+"""Points of the history: commits, times, executions, and what had a name at one of them."""
+
+from collections.abc import Sequence
+from typing import Final
+
+from sqlalchemy import Connection
+
+from dspex_persist import clock
+from dspex_persist.clock import nearest_time, to_micros
+from dspex_persist.state.audit import PointLike, is_glob, parse_point, what_there_is
+from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, VersionPrunedError, quote
+from dspex_persist.state.store.history import times
+from dspex_persist.state.store.history.execution_rows import execution_row
+from dspex_persist.state.store.history.rows import Conditions, all_rows, askable, first_row, glob_pattern
+
+_AT_OR_BELOW: Final = """
+    SELECT version, sequence FROM versions WHERE variable_key = ? AND version <= ? ORDER BY version DESC LIMIT 1
+"""
+# Whether a variable (whose versions after the second parameter have a gap) lost one by the commit of the third.
+_REGISTERED: Final = """
+    SELECT 1 FROM variables
+    CROSS JOIN commits INDEXED BY commits_by_session ON commits.session_key = variables.session_key
+    CROSS JOIN events ON events.sequence = commits.sequence AND events.kind = 'variable_registered'
+        AND json_extract(events.body, '$.variable_key') = variables.variable_key
+    WHERE variables.variable_key = ?1 AND ?2 = -1 AND commits.sequence <= ?3
+"""
+_LOST: Final = """
+    SELECT 1 FROM variables
+    CROSS JOIN commits INDEXED BY commits_by_session ON commits.session_key = variables.session_key
+    CROSS JOIN pruned ON pruned.sequence = commits.sequence
+    WHERE variables.variable_key = ?1 AND commits.sequence <= ?3 AND commits.sequence >= (
+        SELECT sequence FROM versions WHERE versions.variable_key = ?1 AND versions.version = ?2
+    ) LIMIT 1
+"""
+LAST_VERSION: Final = 2**62
+
+
+def of_session(connection: Connection, conditions: Conditions, session: str, column: str) -> None:
+    """Only what is of the session of this id, or of those that fit the glob; "" is all."""
+    if is_glob(session):
+        conditions.add("sessions.session_id GLOB ?", glob_pattern(session))
+    elif session:
+        conditions.add_among(column, session_keys(connection, session))
+
+
+def head_of(connection: Connection) -> int:
+    row = first_row(connection, "SELECT max(sequence) FROM commits")
+    return row[0] or 0
+
+
+def resolve(connection: Connection, point: PointLike, option: str, session: str) -> int:
+    parsed, head = parse_point(point, clock.now(), option), head_of(connection)
+    sequence = head
+    if parsed.execution_id:
+        row = execution_row(connection, parsed.execution_id)
+        sequence = row.began_sequence if row.ended_sequence is None else row.ended_sequence
+    elif parsed.at is not None:
+        micros = to_micros(parsed.at)
+        if session:
+            keys = session_keys(connection, session)
+            sequence = max(times.last_of_session_until(connection, key, micros) for key in keys)
+        else:
+            sequence = times.last_until(connection, micros)
+    elif parsed.sequence is not None:
+        sequence = parsed.sequence
+        if sequence > head:
+            raise InvalidArgumentError(option, f"there is no commit {sequence} yet; the newest is {head}")
+    return max(sequence - 1, 0) if parsed.before else sequence
+
+
+def refuse_pruned(connection: Connection, session: str, key: int, sequence: int) -> None:
+    """Of a session that was pruned as a whole nobody can say any more what it had."""
+    statement = """
+        SELECT 1 FROM commits INDEXED BY commits_by_session CROSS JOIN pruned ON pruned.sequence = commits.sequence
+        WHERE commits.session_key = ? AND commits.sequence <= ? LIMIT 1
+    """
+    if first_row(connection, statement, key, sequence) is not None:
+        raise InvalidArgumentError("at", f"what session {quote(session)} had at commit {sequence} was pruned")
+
+
+def refuse_gap(connection: Connection, key: int, name: str, version: int | None, sequence: int) -> None:
+    """What stands at a commit is not `version` if the one that followed it was pruned."""
+    after = -1 if version is None else version
+    following = first_row(
+        connection,
+        "SELECT version FROM versions WHERE variable_key = ? AND version > ? ORDER BY version LIMIT 1",
+        key,
+        after,
+    )
+    if following is None or following[0] == after + 1:
+        return
+    lost = _REGISTERED if version is None else _LOST
+    if first_row(connection, lost, key, after, sequence) is not None:
+        raise VersionPrunedError(name, after + 1)
+
+
+def version_at(connection: Connection, key: int, sequence: int) -> int | None:
+    """The variable's newest version as of a commit, found by halving; None before its first."""
+    cursor = connection.connection.cursor()
+    newest = cursor.execute(_AT_OR_BELOW, (key, LAST_VERSION)).fetchone()
+    if newest is None:
+        return None
+    if newest[1] <= sequence:
+        return int(newest[0])
+    found, low, high = None, 0, newest[0] - 1
+    while low <= high:
+        middle = (low + high) // 2
+        row = cursor.execute(_AT_OR_BELOW, (key, middle)).fetchone()
+        if row is None:
+            low = middle + 1
+        elif row[1] <= sequence:
+            found, low = int(row[0]), middle + 1
+        else:
+            high = row[0] - 1
+    return found
+
+
+def session_keys(connection: Connection, session: str) -> list[int]:
+    """All sessions that had this id, oldest first."""
+    rows = all_rows(connection, "SELECT session_key FROM sessions WHERE session_id = ?", askable(session))
+    if not rows:
+        raise NotInHistoryError("session", session, _similar(connection, session))
+    return sorted(row[0] for row in rows)
+
+
+def _similar(connection: Connection, session: str) -> str:
+    rows = all_rows(connection, "SELECT DISTINCT session_id FROM sessions ORDER BY session_key DESC LIMIT 1000")
+    return what_there_is(session, [row[0] for row in rows])
+
+
+def session_at(connection: Connection, session: str, sequence: int) -> int:
+    """The session of this id that lived at a commit."""
+    keys = session_keys(connection, session)
+    lives = [
+        first_row(
+            connection, "SELECT started_sequence, ended_sequence, created_at FROM sessions WHERE session_key = ?", key
+        )
+        for key in keys
+    ]
+    for key, (started, ended, _) in zip(reversed(keys), reversed(lives), strict=True):
+        if started <= sequence and (ended is None or ended > sequence):
+            return key
+    began, _, created_at = lives[0]
+    if sequence < began:
+        when = f"{nearest_time(created_at):%Y-%m-%d %H:%M:%S} UTC"
+        reason = f"session {quote(session)} had not begun by then; it began at commit {began}, {when}"
+        raise InvalidArgumentError("at", reason)
+    told = ", ".join(f"from commit {started} to {'now' if ended is None else ended}" for started, ended, _ in lives)
+    ends = [ended for _, ended, _ in lives if ended is not None]
+    hint = f"; {ends[-1]}^ is right before it ended" if ends else ""
+    raise InvalidArgumentError("at", f"session {quote(session)} did not live at commit {sequence}, but {told}{hint}")
+
+
+def variable_keys(connection: Connection, sessions: Sequence[int], variable: str) -> list[int]:
+    """All variables of the sessions that had this name, or have this id, oldest first."""
+    conditions = Conditions()
+    conditions.add_among("session_key", sessions)
+    conditions.add("(name = ? OR variable_id = ?)", askable(variable), askable(variable))
+    rows = all_rows(connection, f"SELECT variable_key FROM variables{conditions}", *conditions.parameters)
+    if not rows:
+        names = all_rows(
+            connection,
+            f"SELECT DISTINCT name FROM variables WHERE session_key IN ({', '.join('?' * len(sessions))}) "
+            "ORDER BY variable_key DESC LIMIT 1000",
+            *sessions,
+        )
+        raise NotInHistoryError("variable", variable, what_there_is(variable, [row[0] for row in names]))
+    return sorted(row[0] for row in rows)
