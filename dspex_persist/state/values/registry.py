@@ -66,7 +66,7 @@ _INFERRED: Final[dict[type, list[tuple[Condition | None, ValueType]]]] = {}
 
 
 def register(value_type: ValueType) -> None:
-    """Add a type. Raises `ValueError` if its name is taken."""
+    """Add a type, before any values are read. Raises `ValueError` if its name is taken."""
     if value_type.name in _TYPES:
         raise ValueError(f"the value type {value_type.name} is registered already")
     _TYPES[value_type.name] = value_type
