@@ -1,9 +1,10 @@
-"""What the site tells of the views, and the questions that it answers with one click. SQL on promised views only."""
+"""What the site says about the views, and the questions that it answers with one click."""
 
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
+
+from dspex_persist.state.store.history import views
 
 DATABASE: Final = "history"
 """The name of the file in the site's addresses, whatever the file is called."""
@@ -140,98 +141,35 @@ VIEWS: Final[Mapping[str, View]] = {
     ),
 }
 
-REVEALED: Final = ("v_variable_history", "v_current_variables")
-"""The views with values, which are shown unmasked where that is wished."""
-
 QUERIES: Final[Mapping[str, Mapping[str, Any]]] = {
     "who_changed": {
         "title": "Who changed this variable?",
         "description": "Its versions, newest first, each with its writer.",
-        "sql": """
-            select session_id, name, version, value, kind, coalesce(tool, actor) as writer, execution_id, created_at,
-                sequence, sensitive
-            from v_variable_history where session_id = :session and name = :variable order by sequence desc
-        """,
     },
     "went_wrong": {
         "title": "Which executions went wrong?",
         "description": "Failed, in conflict, timed out, cancelled, interrupted, and whether that was the end of it. "
         "An empty session asks for all.",
-        "sql": """
-            select session_id, execution_id, tool, status, attempt, error_type, error,
-                case when ended_as = 'committed' then 'no: retried with success'
-                    when retried_by is not null then 'yes: retried, and then ' || ended_as
-                    when status = 'conflict' then 'yes: a conflict'
-                    else 'yes: ' || status
-                end as lost,
-                retried_by, duration_us / 1000.0 as took_ms, began_at, actor
-            from v_executions
-            where status not in ('committed', 'running') and (:session = '' or session_id = :session)
-            order by began_sequence desc
-        """,
     },
     "read_and_wrote": {
         "title": "What did this execution read and write?",
         "description": "The versions on which it stood, and those that it made.",
-        "sql": """
-            select 'read' as did, session_id, name, version,
-                (select value from v_variable_history as seen
-                    where seen.variable_id = reads.variable_id and seen.version = reads.version) as value
-            from v_execution_reads as reads where execution_id = :execution
-            union all
-            select case when published then 'published' else 'wrote' end, writes.session_id, writes.name,
-                writes.version, made.value
-            from v_execution_writes as writes
-            join v_executions as executions on executions.execution_id = writes.execution_id
-            left join v_variable_history as made on made.session_id = writes.session_id and made.name = writes.name
-                and made.version = writes.version
-                and made.sequence between executions.began_sequence and executions.ended_sequence
-            where writes.execution_id = :execution
-        """,
     },
     "state_as_of": {
         "title": "What was the state as of a time?",
         "description": "The variables as they stood at a time such as 2026-03-01T12:00:00Z.",
-        "sql": """
-            select session_id, name, type, value, version, kind, coalesce(tool, actor) as writer, execution_id,
-                created_at, sensitive
-            from (
-                select *, row_number() over (partition by variable_id order by version desc) as place
-                from v_variable_history where session_id = :session and sequence < ifnull(
-                    (select min(sequence) from v_commits where session_id = :session and created_at > :time), 1e18
-                )
-            )
-            where place = 1 and kind <> 'deleted' order by name
-        """,
     },
     "stood_on": {
         "title": "What stood on this variable?",
         "description": "The executions that read it, newest first, and how they ended.",
-        "sql": """
-            select reads.session_id, reads.name, reads.version, reads.execution_id, reads.tool, executions.status,
-                executions.began_at
-            from v_execution_reads as reads
-            join v_executions as executions on executions.execution_id = reads.execution_id
-            where reads.session_id = :session and reads.name = :variable order by executions.began_sequence desc
-        """,
     },
     "slowest_tools": {
         "title": "Which tools are the slowest?",
         "description": "How long the executions of each tool took, in milliseconds.",
-        "sql": """
-            select tool, count(*) as executions, round(avg(duration_us) / 1000.0, 1) as mean_ms,
-                round(max(duration_us) / 1000.0, 1) as longest_ms, round(sum(duration_us) / 1000.0, 1) as all_ms
-            from v_executions where duration_us is not null group by tool order by mean_ms desc
-        """,
     },
     "most_conflicts": {
         "title": "Where are the most conflicts?",
         "description": "Executions that others got in the way of, by session and tool.",
-        "sql": """
-            select session_id, tool, sum(status = 'conflict') as conflicts, count(*) as executions,
-                round(100.0 * sum(status = 'conflict') / count(*), 1) as percent, max(attempt) as most_attempts
-            from v_executions group by session_id, tool having conflicts > 0 order by conflicts desc
-        """,
     },
 }
 
@@ -246,8 +184,8 @@ def _described(view: View) -> dict[str, Any]:
     return described | ({"sort_desc": view.newest_by} if view.newest_by else {})
 
 
-def _asked(query: Mapping[str, Any]) -> dict[str, Any]:
-    return {**query, "sql": textwrap.dedent(query["sql"]).strip(), "hide_sql": True}
+def _asked(name: str, query: Mapping[str, Any]) -> dict[str, Any]:
+    return {**query, "sql": views.QUESTIONS[name], "hide_sql": True}
 
 
 METADATA: Final = {
@@ -257,7 +195,7 @@ METADATA: Final = {
             "title": "The history as tables",
             "description": "Views that stay as they are, whatever becomes of the tables behind them.",
             "tables": {name: _described(view) for name, view in VIEWS.items()},
-            "queries": {name: _asked(query) for name, query in QUERIES.items()},
+            "queries": {name: _asked(name, query) for name, query in QUERIES.items()},
         }
     },
 }

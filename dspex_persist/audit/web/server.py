@@ -12,12 +12,12 @@ import uvicorn
 from datasette.app import Datasette
 from datasette.database import Database
 from datasette.plugins import pm
-from datasette.utils.sqlite import sqlite3
 
 from dspex_persist.audit.web.questions import DATABASE, METADATA
 from dspex_persist.audit.web.site import Site
 from dspex_persist.infra.listen import ListenError
 from dspex_persist.state.audit import AuditSource
+from dspex_persist.state.store.history import views
 
 _HOST: Final = "127.0.0.1"
 _LAST_ANSWERS_S: Final = 2
@@ -37,8 +37,7 @@ class _ReadOnlyFile(Database):  # type: ignore[misc]  # Datasette has no types
     """The file, read beside a server that writes to it. Datasette's own address of it fails on a ? in the path."""
 
     def connect(self, write: bool = False) -> Any:
-        address = f"{Path(self.path).resolve().as_uri()}?mode=ro"
-        connection = sqlite3.connect(address, uri=True, check_same_thread=False)
+        connection = views.connect_read_only(Path(self.path))
         self._all_file_connections.append(connection)
         return connection
 

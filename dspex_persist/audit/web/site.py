@@ -15,7 +15,7 @@ from pluggy import HookimplMarker
 from dspex_persist.audit.drawing import MASKED, Links, render_template
 from dspex_persist.audit.pictures import Chart, chart, lineage
 from dspex_persist.audit.report import gather
-from dspex_persist.audit.web.questions import DATABASE, QUERIES, REVEALED, VIEWS
+from dspex_persist.audit.web.questions import DATABASE, QUERIES, VIEWS
 from dspex_persist.state.audit import (
     AuditSource,
     ExecutionDetail,
@@ -26,6 +26,7 @@ from dspex_persist.state.audit import (
 )
 from dspex_persist.state.errors import NotInHistoryError, StateError, VersionNotFoundError
 from dspex_persist.state.model import ChangeKind
+from dspex_persist.state.store.history import views
 
 hookimpl = HookimplMarker("datasette")
 
@@ -96,9 +97,7 @@ class Site:
     def prepare_connection(self, conn: Any, database: str) -> None:
         """Where sensitive values are to be shown, put views that show them before those that mask them."""
         if self._source.reveal and database == DATABASE:
-            for view in REVEALED:
-                columns = [row[1] for row in conn.execute(f"PRAGMA main.table_info({view})")]
-                conn.execute(_revealing(view, columns))
+            views.reveal_values(conn)
 
     @hookimpl
     def handle_exception(self, exception: Exception) -> Any:
@@ -262,20 +261,3 @@ def _page_of(column: str, value: Any, row: Mapping[str, Any]) -> str:
     if column == "name" and isinstance(session := row.get("session_id"), str):
         return LINKS.variable(session, value)
     return ""
-
-
-def _revealing(view: str, columns: Sequence[str]) -> str:
-    """The statement for a view of the same name and columns that masks nothing. It goes before the file's."""
-    shown = {
-        "value": "coalesce(stored.value, CAST(contents.content AS TEXT)) AS value",
-        "number": "stored.number AS number",
-    }
-    return f"""
-        CREATE TEMP VIEW {view} AS
-        SELECT {", ".join(shown.get(column, f"masking.{column}") for column in columns)}
-        FROM main.{view} AS masking
-        JOIN main.variables AS owner ON owner.variable_id = masking.variable_id
-        JOIN main.versions AS stored ON stored.variable_key = owner.variable_key
-            AND stored.version = masking.version AND stored.sequence = masking.sequence
-        LEFT JOIN main.blobs AS contents ON contents.blob_key = stored.value_blob
-    """

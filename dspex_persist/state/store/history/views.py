@@ -1,0 +1,107 @@
+"""SQL on the promised views of a file (`v_*`), for programs that show them, such as the website of `audit web`."""
+
+import sqlite3
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from textwrap import dedent
+from typing import Final
+
+_WITH_VALUES: Final = ("v_variable_history", "v_current_variables")
+
+
+def connect_read_only(path: Path) -> sqlite3.Connection:
+    """A connection that can only read, usable from any thread, next to a server that writes to the file."""
+    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False)
+
+
+def reveal_values(connection: sqlite3.Connection) -> None:
+    """On this connection, have the views with values show those of sensitive variables, which the file's views mask."""
+    for view in _WITH_VALUES:
+        columns = [row[1] for row in connection.execute(f"PRAGMA main.table_info({view})")]
+        connection.execute(_revealing(view, columns))
+
+
+def _revealing(view: str, columns: Sequence[str]) -> str:
+    """A temporary view of the same name and columns that masks nothing: SQLite finds it before the file's."""
+    shown = {
+        "value": "coalesce(stored.value, CAST(contents.content AS TEXT)) AS value",
+        "number": "stored.number AS number",
+    }
+    return f"""
+        CREATE TEMP VIEW {view} AS
+        SELECT {", ".join(shown.get(column, f"masking.{column}") for column in columns)}
+        FROM main.{view} AS masking
+        JOIN main.variables AS owner ON owner.variable_id = masking.variable_id
+        JOIN main.versions AS stored ON stored.variable_key = owner.variable_key
+            AND stored.version = masking.version AND stored.sequence = masking.sequence
+        LEFT JOIN main.blobs AS contents ON contents.blob_key = stored.value_blob
+    """
+
+
+def _statement(text: str) -> str:
+    return dedent(text).strip()
+
+
+QUESTIONS: Final[Mapping[str, str]] = {
+    "who_changed": _statement("""
+        select session_id, name, version, value, kind, coalesce(tool, actor) as writer, execution_id, created_at,
+            sequence, sensitive
+        from v_variable_history where session_id = :session and name = :variable order by sequence desc
+    """),
+    "went_wrong": _statement("""
+        select session_id, execution_id, tool, status, attempt, error_type, error,
+            case when ended_as = 'committed' then 'no: retried with success'
+                when retried_by is not null then 'yes: retried, and then ' || ended_as
+                when status = 'conflict' then 'yes: a conflict'
+                else 'yes: ' || status
+            end as lost,
+            retried_by, duration_us / 1000.0 as took_ms, began_at, actor
+        from v_executions
+        where status not in ('committed', 'running') and (:session = '' or session_id = :session)
+        order by began_sequence desc
+    """),
+    "read_and_wrote": _statement("""
+        select 'read' as did, session_id, name, version,
+            (select value from v_variable_history as seen
+                where seen.variable_id = reads.variable_id and seen.version = reads.version) as value
+        from v_execution_reads as reads where execution_id = :execution
+        union all
+        select case when published then 'published' else 'wrote' end, writes.session_id, writes.name,
+            writes.version, made.value
+        from v_execution_writes as writes
+        join v_executions as executions on executions.execution_id = writes.execution_id
+        left join v_variable_history as made on made.session_id = writes.session_id and made.name = writes.name
+            and made.version = writes.version
+            and made.sequence between executions.began_sequence and executions.ended_sequence
+        where writes.execution_id = :execution
+    """),
+    "state_as_of": _statement("""
+        select session_id, name, type, value, version, kind, coalesce(tool, actor) as writer, execution_id,
+            created_at, sensitive
+        from (
+            select *, row_number() over (partition by variable_id order by version desc) as place
+            from v_variable_history where session_id = :session and sequence < ifnull(
+                (select min(sequence) from v_commits where session_id = :session and created_at > :time), 1e18
+            )
+        )
+        where place = 1 and kind <> 'deleted' order by name
+    """),
+    "stood_on": _statement("""
+        select reads.session_id, reads.name, reads.version, reads.execution_id, reads.tool, executions.status,
+            executions.began_at
+        from v_execution_reads as reads
+        join v_executions as executions on executions.execution_id = reads.execution_id
+        where reads.session_id = :session and reads.name = :variable order by executions.began_sequence desc
+    """),
+    "slowest_tools": _statement("""
+        select tool, count(*) as executions, round(avg(duration_us) / 1000.0, 1) as mean_ms,
+            round(max(duration_us) / 1000.0, 1) as longest_ms, round(sum(duration_us) / 1000.0, 1) as all_ms
+        from v_executions where duration_us is not null group by tool order by mean_ms desc
+    """),
+    "most_conflicts": _statement("""
+        select session_id, tool, sum(status = 'conflict') as conflicts, count(*) as executions,
+            round(100.0 * sum(status = 'conflict') / count(*), 1) as percent, max(attempt) as most_attempts
+        from v_executions group by session_id, tool having conflicts > 0 order by conflicts desc
+    """),
+}
+"""Statements on the views, by question; their parameters: `:session`, `:variable`, `:execution`, `:time`."""

@@ -1,0 +1,44 @@
+"""Only the store, the migrations and what people write in their own shells speak SQL."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import dspex_persist
+
+PACKAGE = Path(dspex_persist.__file__).parent
+STORE = PACKAGE / "state" / "store"
+STATEMENT = re.compile(
+    r"\b(select\b.+\bfrom|insert\s+(or\s+\w+\s+)?into|update\s+\w+\s+set|delete\s+from|pragma\s+\w+|"
+    r"create\s+(temp\s+)?(table|view|index|trigger))\b",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def texts(path: Path) -> Iterator[tuple[int, str]]:
+    """Every text in a module that is no docstring, with its line."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    said = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in said:
+            yield node.lineno, node.value
+
+
+def statements() -> list[str]:
+    return [
+        f"{path.relative_to(PACKAGE)}:{line}: {text.strip()[:60]}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if STORE not in path.parents
+        for line, text in texts(path)
+        if STATEMENT.search(text)
+    ]
+
+
+def test_only_the_store_speaks_sql() -> None:
+    assert statements() == []
+
+
+def test_the_check_finds_sql() -> None:
+    found = [text for path in STORE.rglob("*.py") for _, text in texts(path) if STATEMENT.search(text)]
+    assert len(found) > 50
