@@ -21,6 +21,7 @@ from dspex_persist.state.errors import ForkedProcessError
 from dspex_persist.state.model import PrunePolicy
 from dspex_persist.state.store import engine, maintenance
 from dspex_persist.state.store.maintenance import opening
+from dspex_persist.testing.contract_tools import CONTRACT_TOOLS
 from dspex_persist.wiring import open_audit
 from tests.infra.test_forks import in_child
 
@@ -77,6 +78,20 @@ def test_what_was_made_before_the_fork_is_refused_too(state: EmbeddedState, path
         ]
         for call in calls:
             assert in_child(call).startswith("ForkedProcessError")
+
+
+def test_a_stream_that_was_open_before_the_fork_is_refused(path: Path) -> None:
+    """Its chunks are yielded in the parent, by threads that the child does not have; there it goes on."""
+    with connect(path, tools=CONTRACT_TOOLS) as state:
+        state.initialize_session("s")
+        state.register_variable("s", "a", "integer", 0)
+        begun, not_begun = (state.stream_tool("s", "count", {"to": 4}) for _ in range(2))
+        assert next(begun) == 1
+        for call in (lambda: next(begun), lambda: list(begun), lambda: next(not_begun)):
+            assert in_child(call).startswith(f"ForkedProcessError: {path} belongs to the process")
+        assert in_child(begun.close) == "None"
+        assert list(begun) == [2, 3, 4]
+        assert list(not_begun) == [1, 2, 3, 4]
 
 
 def let_go(state: EmbeddedState) -> None:

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import TypeAlias
 
+from dspex_persist.infra import forks
 from dspex_persist.state.errors import LimitExceededError, quote
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import ToolOutcome, Value
@@ -68,6 +69,12 @@ class ChunkQueue:
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[tuple[Value, _Taken] | None] = SimpleQueue()
+        forks.tell(self)
+
+    def forked(self, *, quiet: bool) -> None:
+        """In a child there are no more chunks: what yields them runs in the parent. See `forks.Heir`."""
+        self._queue = SimpleQueue()
+        self._queue.put(None)
 
     async def emit(self, chunk: Value) -> None:
         """Hand a chunk over; returns when it has been taken."""
@@ -76,7 +83,7 @@ class ChunkQueue:
         await taken
 
     def take_until(self, done: "Future[ToolOutcome]") -> Iterator[Value]:
-        """The chunks, as they come, until `done` is."""
+        """The chunks, as they come, until `done` is; in a child of the process that made this, none."""
         done.add_done_callback(lambda _: self._queue.put(None))
         while (handed := self._queue.get()) is not None:
             chunk, taken = handed
