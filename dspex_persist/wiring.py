@@ -33,6 +33,7 @@ from dspex_persist.state.provider import Progress, StateProvider, silent
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from dspex_persist.state.abilities import StreamsTools
     from dspex_persist.state.audit import AuditSource
     from dspex_persist.state.bridged import BridgedState
     from dspex_persist.state.embedded import EmbeddedState, SqliteState
@@ -77,7 +78,7 @@ class StorageFailedError(DspexError):
 # Providers
 
 
-def connect(url: str | os.PathLike[str], **options: Any) -> StateProvider:
+def connect(url: str | os.PathLike[str], **options: Any) -> "StreamsTools":
     """The session state at `url`; close it when you are done (it is a context manager).
 
     A path, or `sqlite:///relative.db` or `sqlite:////absolute.db`: a database file, made where it is missing, that
@@ -92,6 +93,9 @@ def connect(url: str | os.PathLike[str], **options: Any) -> StateProvider:
 
     `grpc://HOST:PORT` or `grpc+unix:/PATH`: a server. Options: `timeout_s`, `actor`. It is reached with the first
     call, not before.
+
+    Each executes and streams tools. What else one can do, `isinstance` says: a file and a server are `Durable`,
+    `Auditable` and more (`dspex_persist.state.abilities`).
 
     Raises `InvalidArgumentError` for any other address, and for an option that cannot be; `TypeError` for one that
     does not exist.

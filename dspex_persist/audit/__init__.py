@@ -8,7 +8,7 @@
             print(entry.version, entry.value, entry.tool or entry.actor)
 
 `open_audit` takes what `connect` takes, and opens a file to read it only: beside a running server, or a backup. A
-provider that is open already has `provider.audit()`, if `Capability.AUDIT in provider.capabilities`.
+provider that is open already has `provider.audit()`, if it is `Auditable` (`dspex_persist.state.abilities`).
 """
 
 from dspex_persist.audit.documents import document, value_of

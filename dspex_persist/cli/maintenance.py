@@ -226,11 +226,12 @@ class ServerPrunedReport:
 
 
 def _prune_server(target: str, policy: "PrunePolicy", confirm: bool, progress: Progress) -> ServerPrunedReport:
+    from dspex_persist.state.abilities import Prunable
     from dspex_persist.wiring import connect
 
     started = time.monotonic()
     with connect(url_of(target)) as server:
-        report = server.prune(policy, confirm=confirm, progress=progress)
+        report = Prunable.of(server).prune(policy, confirm=confirm, progress=progress)
     return ServerPrunedReport(target, **asdict(report), duration_s=time.monotonic() - started)
 
 

@@ -286,6 +286,7 @@ def fork(
     """Fork a session."""
     from dspex_persist import wiring
     from dspex_persist.settings import load_settings
+    from dspex_persist.state.abilities import Forkable
     from dspex_persist.state.store import maintenance
 
     def work(_: Progress) -> dict[str, Any]:
@@ -293,7 +294,7 @@ def fork(
         maintenance.current(path)  # Refuses a missing file, which the engine would make.
         options: dict[str, Any] = {"limits": wiring.limits_of(settings), "session_ttl_s": settings.session_ttl_s}
         with wiring.connect(path, **options) as state:
-            variables = len(state.fork_session(session, new, at).variables)
+            variables = len(Forkable.of(state).fork_session(session, new, at).variables)
             forked_at = int(state.get_session(new).metadata["forked_at"])
         return {"path": path, "session_id": new, "forked_from": session, "forked_at": forked_at, "variables": variables}
 

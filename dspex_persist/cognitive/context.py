@@ -5,6 +5,7 @@ from typing import Any
 
 from dspex_persist.cognitive.variables import Mapped, Variables
 from dspex_persist.state import values
+from dspex_persist.state.abilities import ExecutesTools
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.tools.ports import ToolCode, name_of
 
@@ -27,9 +28,10 @@ class Context(Mapped):
     def call(self, tool: ToolCode | str, /, **arguments: object) -> Any:
         """Execute a tool, given itself or by name, as one transaction; its result.
 
-        What went wrong is raised, and then nothing was written.
+        What went wrong is raised, and then nothing was written; `UnsupportedError` says that the provider executes no
+        tools.
         """
-        outcome = self._provider.execute_tool(self.session_id, name_of(tool), arguments)
+        outcome = ExecutesTools.of(self._provider).execute_tool(self.session_id, name_of(tool), arguments)
         if outcome.error is not None:
             raise outcome.error
         return values.decode_loosely(outcome.result, outcome.result_type) if outcome.result is not None else None

@@ -5,12 +5,21 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from dspex_persist.state import arguments
+from dspex_persist.state.abilities import Auditable, Durable, Forkable, Prunable, Recordable
+from dspex_persist.state.around import (
+    AuditsAround,
+    DurableAround,
+    ForksAround,
+    OrderAround,
+    PrunesAround,
+    RecordsAround,
+)
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.groups import Job
 from dspex_persist.state.log_state import LogState
 from dspex_persist.state.model import PrunePolicy, PruneReport, SessionView
 from dspex_persist.state.options import check_count, check_seconds
-from dspex_persist.state.provider import Capability, Progress, silent
+from dspex_persist.state.provider import Progress, silent
 from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.store.history import prune_plan, recordings
 from dspex_persist.state.store.history.answers import StoredAudit
@@ -20,14 +29,12 @@ from dspex_persist.state.tools.ports import ToolCode, check_tools
 from dspex_persist.state.tools.with_tools import TOOL_THREADS, WithTools
 
 
-class SqliteState(LogState):
+class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable):
     """The engine on a SQLite file, and what only a file has: audits, recordings, forks, pruning. It executes no tools.
 
     `on_fatal` is called when the writer ends before its time (an I/O error, or a fault of ours): nothing can be
     written any more, and a server should end. As a library the default is that every later call raises.
     """
-
-    capabilities = frozenset({Capability.DURABLE, Capability.AUDIT})
 
     def __init__(
         self,
@@ -50,14 +57,14 @@ class SqliteState(LogState):
         super().__init__(groups, name=str(self._store.path), sweep_interval_s=sweep_interval_s, on_fatal=on_fatal)
 
     def audit(self, *, reveal: bool = False) -> AuditSource:
-        """See `StateProvider.audit`."""
+        """See `Auditable.audit`."""
         self.check_open()
         return StoredAudit(self._store.readers, reveal=arguments.flag("reveal", reveal))
 
     def record(
         self, session_id: str, *, started: int | None = None, reveal: bool = False
     ) -> tuple[Header, Iterator[RecordedCommit]]:
-        """See `StateProvider.record`."""
+        """See `Recordable.record`."""
         self.check_open()
         session_id = arguments.text("session_id", session_id)
         if started is not None:
@@ -65,17 +72,13 @@ class SqliteState(LogState):
         return recordings.read_session(self._store.readers, session_id, started=started, reveal=reveal)
 
     def fork_session(self, session_id: str, new_session_id: str, at: str = "") -> SessionView:
-        """See `StateProvider.fork_session`."""
+        """See `Forkable.fork_session`."""
         self.check_open()
         source, name = arguments.text("session_id", session_id), arguments.text("new_session_id", new_session_id)
         return self.run(recordings.fork_of(self._store.readers, source, name, arguments.text("at", at)))
 
     def prune(self, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PruneReport:
-        """Delete the history that `policy` lets go, for good; without `confirm`, only say how much that is.
-
-        Others go on reading and writing meanwhile. `progress` is told what has come of it, of how many variables, and
-        how many there are; what it raises ends the pruning, and what has gone by then is gone.
-        """
+        """See `Prunable.prune`."""
         self.check_open()
         if not confirm:
             return prune_plan.run(self._store.readers, policy, None, progress)
@@ -95,15 +98,13 @@ class SqliteState(LogState):
         self._retention.close()
 
 
-class EmbeddedState(WithTools):
+class EmbeddedState(WithTools, DurableAround, OrderAround, AuditsAround, RecordsAround, ForksAround, PrunesAround):
     """Session state in a SQLite file: writes through one writer thread, reads from memory, history from the file.
 
     `tools` are what `execute_tool` can execute, on up to `tool_threads` threads (see `dspex_persist.Toolbox`).
     `on_fatal` is called when the writer ends before its time (an I/O error, or a fault of ours): nothing can be
     written any more, and a server should end. As a library the default is that every later call raises.
     """
-
-    capabilities = SqliteState.capabilities
 
     def __init__(
         self,
@@ -125,7 +126,3 @@ class EmbeddedState(WithTools):
     def head_sequence(self) -> int:
         """The last durable commit."""
         return self.engine.head_sequence
-
-    def check_open(self) -> None:
-        """Raise what ended the engine, if it has ended."""
-        self.engine.check_open()

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import datetime
-from typing import ClassVar
 
 from dspex_persist.clock import EARLIEST
+from dspex_persist.state.around import OrderAround
 from dspex_persist.state.events import ExecutionBegan, ExecutionEnded, SessionEnded
 from dspex_persist.state.groups import Groups
 from dspex_persist.state.log_state import LogState
@@ -21,7 +21,7 @@ from dspex_persist.state.tools.with_tools import TOOL_THREADS, WithTools
 from dspex_persist.state.unit_of_work import Backing, RecordedOutcome, UnitOfWork, VersionQuery, up_to
 
 
-class LocalState(WithTools):
+class LocalState(WithTools, OrderAround):
     """Session state in memory, for tests, notebooks, and whatever need not outlive its process.
 
     `tools` are what `execute_tool` can execute, on up to `tool_threads` threads (see `dspex_persist.Toolbox`). The
@@ -49,8 +49,6 @@ class LocalState(WithTools):
 
 class MemoryLog(LogStore):
     """The log in dictionaries: what is current of the sessions that live, and what was, until they end."""
-
-    is_durable: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._sequence = 0

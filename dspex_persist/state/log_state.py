@@ -11,7 +11,8 @@ from dspex_persist.infra import forks
 from dspex_persist.infra.futures import failed
 from dspex_persist.infra.user import user_name
 from dspex_persist.state import arguments, values
-from dspex_persist.state.commands import Command, GetVariableHistory, ListTools, ListVariables, ReadState, TouchSession
+from dspex_persist.state.abilities import KeepsOrder
+from dspex_persist.state.commands import Command, GetVariableHistory, ListVariables, ReadState, TouchSession
 from dspex_persist.state.commands.base import Reads
 from dspex_persist.state.errors import (
     EngineClosedError,
@@ -26,9 +27,9 @@ from dspex_persist.state.errors import (
 from dspex_persist.state.groups import Groups, Job
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.log_store import LogStore
-from dspex_persist.state.model import Origin, Source, ToolSpec, Update, Variable
+from dspex_persist.state.model import Origin, Source, Update, Variable
 from dspex_persist.state.options import check_seconds
-from dspex_persist.state.provider import Capability, StateProvider, check_watch, fault_of
+from dspex_persist.state.provider import StateProvider, check_watch, fault_of
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.watch import Watch, is_watched, updates_of
 from dspex_persist.state.writer import GAP_S, Writer
@@ -39,7 +40,7 @@ _READ_THREADS: Final = 4
 _WATCHING: Final = Origin("", "WatchVariables")
 
 
-class LogState(StateProvider):
+class LogState(StateProvider, KeepsOrder):
     """Writes go through one writer thread, reads of current values come from memory, those of the past from the log.
 
     It owns `groups` and closes them. `name` is what errors call it. `sweep_interval_s`: how often what is over is
@@ -47,7 +48,9 @@ class LogState(StateProvider):
     `on_fatal` is called when the writer ends before its time (an outcome that is unknown, or a fault of ours): nothing
     can be written any more. By default that is all, and every later call raises.
 
-    It executes no tools: see `WithTools`. Raises `InvalidArgumentError` for a `sweep_interval_s` that is none.
+    It executes no tools: see `WithTools`. A subclass adds the abilities that its log gives it, such as `Durable`.
+
+    Raises `InvalidArgumentError` for a `sweep_interval_s` that is none.
     """
 
     def __init__(
@@ -60,8 +63,6 @@ class LogState(StateProvider):
         on_fatal: Callable[[BaseException], None] | None = None,
     ) -> None:
         check_seconds("sweep_interval_s", sweep_interval_s)
-        if groups.log.is_durable:
-            self.capabilities = self.capabilities | {Capability.DURABLE}
         self._groups = groups
         self._name = name
         self._failed: StateError | None = None
@@ -172,13 +173,6 @@ class LogState(StateProvider):
             raise self._failed
         if self._closed:
             raise EngineClosedError()
-
-    def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
-        """The tools that the session's workers have registered."""
-        self.check_open()
-        arguments.text("session_id", session_id)
-        registered = self.run(ListTools(session_id)).values() if session_id else ()
-        return tuple(tool.spec for tool in registered)
 
     def _on_idle(self) -> None:
         self._groups.sweep()

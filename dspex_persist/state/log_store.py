@@ -6,7 +6,8 @@ another one writes.
 
 Obligations, held by `dspex_persist.testing.provider_contract` over a `LogState`:
 
-- `append` keeps a group whole or not at all, and what it has kept is as durable as the store claims when it returns.
+- `append` keeps a group whole or not at all. Where the engine over it is `abilities.Durable`, what it has kept is
+  durable when it returns.
 - Commits are numbered from 1 without a gap, whatever session they are of. A group is appended only where the log is
   still what it was: its first unit is number `sequence` + 1.
 - Reads find exactly what was appended: each version, answer and execution as the unit had staged it. Those inside a
@@ -55,8 +56,6 @@ class UnwritableError(Exception):
 class LogStore(ABC):
     """Where the log is kept. See the module for what an implementation owes, and which errors mean what."""
 
-    is_durable: ClassVar[bool] = False
-    """Whether what `append` has kept survives the end of the process."""
     driver_errors: ClassVar[tuple[type[Exception], ...]] = ()
     """What reads raise of the driver's own when the storage fails; `group` and `snapshot` make `StateError`s of it."""
 

@@ -5,37 +5,31 @@ Obligations of every backend, held by the contract suites in `dspex_persist.test
 - `submit` returns at once. Its future resolves with the command's result only after what was written is durable, or
   with a `StateError`, and then nothing was written; only `OutcomeUnknownError` leaves that open.
 - Commands take effect whole or not at all, and one that is submitted after another resolved comes after it: a read
-  then sees that write. A backend in this process keeps the order of submitting too.
+  then sees that write.
 - A watch tells whole commits, in order, none twice and none missing.
-- A backend that can execute tools executes each as one transaction, and once for an idempotency key.
+
+This is what every backend can do. What only some can do, such as audits or tools, is in `abilities`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from enum import StrEnum
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, Self, TypeAlias, TypeVar
 
 from dspex_persist.state import arguments, commands, values
-from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.commands import Command
-from dspex_persist.state.errors import InvalidArgumentError, StateError, UnsupportedError, VariableNotFoundError
+from dspex_persist.state.errors import InvalidArgumentError, StateError, VariableNotFoundError
 from dspex_persist.state.model import (
     BatchOutcome,
     Origin,
-    PrunePolicy,
-    PruneReport,
     SessionSummary,
     SessionView,
-    ToolOutcome,
-    ToolSpec,
     Value,
     Variable,
     VariablesFound,
     VariableVersion,
 )
-from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.watch import Watch
 
 R = TypeVar("R")
@@ -74,17 +68,6 @@ def check_watch(session_id: object, identifiers: object, after_sequence: object)
     return arguments.texts("identifiers", identifiers)
 
 
-class Capability(StrEnum):
-    """What a backend can do beyond the common contract."""
-
-    DURABLE = "durable"
-    """What was acknowledged survives the end of the process."""
-    REMOTE = "remote"
-    """State is in another process; calls can end with an unknown outcome."""
-    AUDIT = "audit"
-    """Its whole history can be asked: `audit`."""
-
-
 class Submit(Protocol):
     """Has a command carried out, as `StateProvider.submit` does, for those who need no more of a provider."""
 
@@ -93,8 +76,6 @@ class Submit(Protocol):
 
 class StateProvider(ABC):
     """Session state, wherever it is kept. Usable from any thread."""
-
-    capabilities: frozenset[Capability] = frozenset()
 
     @abstractmethod
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
@@ -123,48 +104,16 @@ class StateProvider(ABC):
         """Let everything go; what was acknowledged stays. Closing twice does nothing."""
 
     @abstractmethod
+    def check_open(self) -> None:
+        """Raise the `StateError` with which calls fail once the provider was closed, or has ended by itself."""
+
+    @abstractmethod
     def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
         """Who asks where the caller does not say."""
 
     def run(self, command: Command[R], idempotency_key: str | None = None) -> R:
         """Have the command carried out, and wait for its result."""
         return self.submit(command, self.default_origin(command.cause, idempotency_key)).result()
-
-    def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
-        """The tools that the session can execute; without one those that every session can.
-
-        What a backend says of them itself, such as where they run, is in their metadata under `dspex.`.
-        """
-        raise UnsupportedError("tools")
-
-    def audit(self, *, reveal: bool = False) -> AuditSource:
-        """The history, to be asked. `reveal`: show values of sensitive variables, which are masked otherwise."""
-        raise UnsupportedError("audits")
-
-    def prune(self, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PruneReport:
-        """Delete the history that `policy` lets go, for good; without `confirm`, only say how much that is.
-
-        Others go on reading and writing meanwhile. `progress` is told what has come of it, of how many variables, and
-        how many there are; what it raises ends the pruning, and what has gone by then is gone.
-        """
-        raise UnsupportedError("pruning")
-
-    def record(
-        self, session_id: str, *, started: int | None = None, reveal: bool = False
-    ) -> tuple[Header, Iterator[RecordedCommit]]:
-        """A session's whole log up to now, oldest first, read as it is taken; the session may have ended.
-
-        Of several that had this id it is the newest, or the one that began with commit `started`. `reveal`: with the
-        values of sensitive variables, which are left out otherwise.
-        """
-        raise UnsupportedError("recordings", "record it from its file: dspex-persist session export --db PATH")
-
-    def fork_session(self, session_id: str, new_session_id: str, at: str = "") -> SessionView:
-        """Begin a session with the variables that `session_id` had at a point, each at version 0; "" is now.
-
-        A point is what audits take: a commit, an execution's id, a time, an age; `^` behind it: right before it.
-        """
-        raise UnsupportedError("forks of sessions", "fork it in its file: dspex-persist session fork --db PATH")
 
     def __reduce__(self) -> NoReturn:
         """Other processes, such as those of a pool, are sent pickles; there is no state in one."""
@@ -183,7 +132,7 @@ class StateProvider(ABC):
         idempotency_key: str | None = None,
     ) -> SessionView:
         """Begin a session, or resume the one of this id."""
-        return self.run(commands.InitializeSession(session_id, _given(metadata)), idempotency_key)
+        return self.run(commands.InitializeSession(session_id, or_empty(metadata)), idempotency_key)
 
     def get_session(self, session_id: str) -> SessionSummary:
         """The session's own facts."""
@@ -212,7 +161,7 @@ class StateProvider(ABC):
         type_name = arguments.text("type_name", type_name)
         text = values.constraints_json(name, constraints)
         value = values.encode(initial_value, type_name, name=name)
-        command = commands.RegisterVariable(session_id, name, type_name, value, text, _given(metadata))
+        command = commands.RegisterVariable(session_id, name, type_name, value, text, or_empty(metadata))
         return self.run(command, idempotency_key)
 
     def get_variable(self, session_id: str, identifier: str) -> Variable:
@@ -244,7 +193,7 @@ class StateProvider(ABC):
     ) -> int:
         """Write a value; the new version. With `expected_version` only if that is the version now."""
         encoded = self._encode(session_id, identifier, value)
-        command = commands.SetVariable(session_id, identifier, encoded, _given(metadata), expected_version)
+        command = commands.SetVariable(session_id, identifier, encoded, or_empty(metadata), expected_version)
         return self.run(command, idempotency_key)
 
     def set_variables(
@@ -259,7 +208,7 @@ class StateProvider(ABC):
         """Write several values in one commit: all or none if `atomic`, else those that are valid."""
         given = arguments.mapping("updates", updates)
         encoded = {identifier: self._encode(session_id, identifier, value) for identifier, value in given.items()}
-        return self.run(commands.SetVariables(session_id, encoded, _given(metadata), atomic), idempotency_key)
+        return self.run(commands.SetVariables(session_id, encoded, or_empty(metadata), atomic), idempotency_key)
 
     def _encode(self, session_id: str, identifier: str, value: object) -> Value:
         """The value as the variable's type has it, which is asked for only where it makes a difference."""
@@ -309,7 +258,7 @@ class StateProvider(ABC):
         idempotency_key: str | None = None,
     ) -> str:
         """Lock a variable for an optimizer; the optimization's id."""
-        command = commands.StartOptimization(session_id, identifier, optimizer_id, _given(config))
+        command = commands.StartOptimization(session_id, identifier, optimizer_id, or_empty(config))
         return self.run(command, idempotency_key)
 
     def stop_optimization(
@@ -317,22 +266,6 @@ class StateProvider(ABC):
     ) -> Value:
         """Take the lock off; the variable's value."""
         return self.run(commands.StopOptimization(session_id, identifier, force), idempotency_key)
-
-    def execute_tool(
-        self,
-        session_id: str,
-        tool: str,
-        parameters: Mapping[str, object] | None = None,
-        *,
-        metadata: Mapping[str, str] | None = None,
-        idempotency_key: str | None = None,
-        timeout_s: float = TOOL_TIMEOUT_S,
-    ) -> ToolOutcome:
-        """Execute a tool as one transaction, within `timeout_s`; how it ended. Under an idempotency key: once."""
-        timeout_s = arguments.timeout("timeout_s", timeout_s)
-        encoded = values.encode_arguments(arguments.mapping("parameters", _given(parameters)))
-        command = commands.ExecuteTool(session_id, tool, encoded, _given(metadata), timeout_s)
-        return self.run(command, idempotency_key)
 
     def __enter__(self) -> Self:
         return self
@@ -343,26 +276,6 @@ class StateProvider(ABC):
         self.close()
 
 
-class StreamsTools(ABC):
-    """What a provider is, too, that hands out what a tool yields while it runs."""
-
-    @abstractmethod
-    def stream_tool(
-        self,
-        session_id: str,
-        tool: str,
-        parameters: Mapping[str, object] | None = None,
-        *,
-        metadata: Mapping[str, str] | None = None,
-    ) -> Iterator[object]:
-        """Execute a tool that streams, and yield what it yields, as it comes; it has committed when this ends.
-
-        Of one that does not stream its result comes, unless that is None. Whoever stops taking chunks holds the tool
-        back, and who closes the iterator ends it: nothing is written then. It begins with the first chunk asked for.
-
-        Raises what `execute_tool` has as the `error` of its outcome.
-        """
-
-
-def _given(mapping: Mapping[str, V] | None) -> Mapping[str, V]:
+def or_empty(mapping: Mapping[str, V] | None) -> Mapping[str, V]:
+    """The mapping that a caller gives, or an empty one."""
     return {} if mapping is None else mapping

@@ -31,11 +31,9 @@ from dspex_persist.state.errors import (
     SessionExistsError,
     SessionPrunedError,
     StorageError,
-    UnsupportedError,
 )
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import ExecutionStatus, PrunePolicy, Value
-from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.recording import read_recording
 from dspex_persist.state.store import maintenance
 from dspex_persist.state.store.maintenance import transfer
@@ -536,14 +534,6 @@ def test_a_fork_of_a_copy_in_the_same_file_is_of_the_copy(state: EmbeddedState, 
         assert len(opened.run(c.ReadState("fork")).dependencies) == 1
 
 
-def test_providers_that_cannot_say_so(path: Path, tmp_path: Path) -> None:
-    class Bare(EmbeddedState):
-        record = StateProvider.record
-        fork_session = StateProvider.fork_session
-
-    with Bare(path) as bare:
-        for ask in (lambda: bare.record("s"), lambda: bare.fork_session("s", "t")):
-            with pytest.raises(UnsupportedError):
-                ask()
+def test_a_missing_file_has_no_recording(tmp_path: Path) -> None:
     with pytest.raises(NotADatabaseError), wiring.open_recording(tmp_path / "missing.db", "s"):
         pass

@@ -62,6 +62,9 @@ class Memory(StateProvider):
     def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
         return Origin("tester", cause, Source.PYTHON, idempotency_key)
 
+    def check_open(self) -> None:
+        """It does not end."""
+
     def close(self) -> None:
         """There is nothing to close."""
 

@@ -36,6 +36,9 @@ class ScriptedProvider(StateProvider):
     def watch(self, session_id: str, identifiers: Sequence[str] = (), *, after_sequence: int | None = None) -> Watch:
         raise NotImplementedError
 
+    def check_open(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

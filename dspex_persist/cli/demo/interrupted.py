@@ -11,6 +11,7 @@ from dspex_persist.state.errors import StateError
 from dspex_persist.state.model import ExecutionStatus, ToolOutcome
 
 if TYPE_CHECKING:
+    from dspex_persist.state.abilities import ExecutesTools
     from dspex_persist.state.provider import StateProvider
 
 _OLD: Final = {"street": "Old Lane 1", "postcode": "1000", "town": "Oldham"}
@@ -22,7 +23,7 @@ _STEP_S: Final = 0.2
 class Mover:
     """A client that has the tool executed, in a thread. `error`: what it was told instead of an outcome."""
 
-    def __init__(self, client: "StateProvider") -> None:
+    def __init__(self, client: "ExecutesTools") -> None:
         self.error: StateError | None = None
         self._client = client
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -41,12 +42,12 @@ class Mover:
             raise DemoFailedError("the tool's client was not told that its server had died")
 
 
-def move(client: "StateProvider") -> ToolOutcome:
+def move(client: "ExecutesTools") -> ToolOutcome:
     """Have the tool executed: the same request each time, under the same key."""
     return client.execute_tool(SESSION, "move", _NEW, idempotency_key=_KEY, timeout_s=PATIENCE_S)
 
 
-def begin(stage: Stage, client: "StateProvider", observer: Observer) -> Mover:
+def begin(stage: Stage, client: "ExecutesTools", observer: Observer) -> Mover:
     """Have the tool write all that it has to write, and not end."""
     stage.say("A tool begins to move to another address. It writes three variables, slowly, as one transaction:")
     for name, text in _OLD.items():
@@ -62,7 +63,7 @@ def begin(stage: Stage, client: "StateProvider", observer: Observer) -> Mover:
     return mover
 
 
-def show(stage: Stage, client: "StateProvider") -> None:
+def show(stage: Stage, client: "ExecutesTools") -> None:
     """After the kill: nothing of it shows, the journal says so, and the same request again succeeds once."""
     stage.say("And the tool that was running? Nothing that it had written shows:")
     stage.show("The address", ("variable", "value"), list(_address(client).items()))

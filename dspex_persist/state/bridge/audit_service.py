@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.mailbox import LoopMailbox
+from dspex_persist.state.abilities import Auditable, Prunable
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.bridge.calls import methods
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
@@ -115,7 +116,7 @@ class AuditServicer:
                 raise UnavailableError("the server is shutting down; go on after the cursor of the last message")
 
     def _source(self, request: Any) -> AuditSource:
-        return self._provider.audit(reveal=self._reveal and getattr(request, "reveal", False))
+        return Auditable.of(self._provider).audit(reveal=self._reveal and getattr(request, "reveal", False))
 
     async def _on(self, threads: ThreadPoolExecutor, question: Callable[[], R]) -> R:
         try:
@@ -189,7 +190,7 @@ class _Pruning:
 
     def run(self) -> PruneReport:
         """Prune, on the thread that calls."""
-        return self._provider.prune(self._policy, confirm=self._confirm, progress=self._progress)
+        return Prunable.of(self._provider).prune(self._policy, confirm=self._confirm, progress=self._progress)
 
     def _progress(self, what: str, done: int, in_all: int) -> None:
         if self._ended:

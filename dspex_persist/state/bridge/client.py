@@ -12,6 +12,7 @@ from dspex_persist.infra.futures import failed
 from dspex_persist.infra.listen import target_of
 from dspex_persist.infra.user import user_name
 from dspex_persist.state import arguments, commands, values
+from dspex_persist.state.abilities import Auditable, Durable, Prunable, StreamsTools
 from dspex_persist.state.bridge import audit_client
 from dspex_persist.state.bridge.attempt import Attempt
 from dspex_persist.state.bridge.audit_client import BridgedAudit
@@ -43,15 +44,7 @@ from dspex_persist.state.errors import (
     UnsupportedError,
 )
 from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, Source, ToolSpec, Value
-from dspex_persist.state.provider import (
-    Capability,
-    Progress,
-    StateProvider,
-    StreamsTools,
-    check_watch,
-    fault_of,
-    silent,
-)
+from dspex_persist.state.provider import Progress, check_watch, fault_of, or_empty, silent
 
 R = TypeVar("R")
 
@@ -70,7 +63,7 @@ def _nothing() -> None:
     pass
 
 
-class BridgedState(StateProvider, StreamsTools):
+class BridgedState(StreamsTools, Durable, Auditable, Prunable):
     """Session state behind a gRPC target such as "127.0.0.1:50051" or "unix:/run/dspex.sock", or a URL of `connect`.
 
     A call that is not answered within `timeout_s` fails. If it wrote, and had an idempotency key, it is repeated with
@@ -79,8 +72,6 @@ class BridgedState(StateProvider, StreamsTools):
     With `execution_id` every call on variables and tools is part of that running execution's transaction: this is how
     the process that runs a registered tool reaches it (it is told the id in `x-dspex-execution-id`).
     """
-
-    capabilities = frozenset({Capability.DURABLE, Capability.REMOTE, Capability.AUDIT})
 
     def __init__(
         self, target: str, *, timeout_s: float = 30.0, actor: str | None = None, execution_id: str | None = None
@@ -119,7 +110,7 @@ class BridgedState(StateProvider, StreamsTools):
         self, session_id: str, identifiers: Sequence[str] = (), *, after_sequence: int | None = None
     ) -> "BridgedWatch":
         """Watch variables; see `StateProvider.watch`."""
-        self._check_open()
+        self.check_open()
         identifiers = check_watch(session_id, identifiers, after_sequence)
         try:
             request = pb.WatchVariablesRequest(
@@ -144,33 +135,37 @@ class BridgedState(StateProvider, StreamsTools):
         metadata: Mapping[str, str] | None = None,
     ) -> Iterator[object]:
         """See `StreamsTools`."""
-        self._check_open()
-        command = commands.ExecuteTool(session_id, tool, values.encode_arguments(parameters or {}), metadata or {})
+        self.check_open()
+        encoded = values.encode_arguments(or_empty(parameters))
+        command = commands.ExecuteTool(session_id, tool, encoded, or_empty(metadata))
         command.check()
         origin = self.default_origin("ExecuteStreamingTool")
         headers = self._headers_of(EXECUTE_TOOL, origin, command)
         call = self._stub.ExecuteStreamingTool(EXECUTE_TOOL.request_of(command), metadata=headers)
+        here = OneProcess(self._target, call)
         try:
-            for chunk in call:
+            while (chunk := _next_of(call, here)) is not None:
                 if not (chunk.is_final and chunk.data == b"null"):
                     yield values.decode_loosely(Value(chunk.data.decode()), chunk.metadata["result_type"])
         except grpc.RpcError:
             raise self._error_of(call) from None
         finally:
-            call.cancel()
+            if here.refusal is None:
+                call.cancel()
+                here.close()
 
     def audit(self, *, reveal: bool = False, let_go: Callable[[], None] = _nothing) -> BridgedAudit:
         """The server's history, to be asked; `let_go` is called when it is closed.
 
         The server shows values of sensitive variables only if it was started with `audit_reveal`.
         """
-        self._check_open()
+        self.check_open()
         reveal = arguments.flag("reveal", reveal)
         return BridgedAudit(self._channel, self._target, timeout_s=self._timeout_s, reveal=reveal, let_go=let_go)
 
     def prune(self, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PruneReport:
-        """Have the server prune; see `StateProvider.prune`. It takes as long as it takes."""
-        self._check_open()
+        """Have the server prune; see `Prunable.prune`. It takes as long as it takes."""
+        self.check_open()
         return audit_client.prune(self._channel, self._target, policy, confirm=confirm, progress=progress)
 
     def _patience_s(self, command: Command[Any]) -> float:
@@ -206,10 +201,17 @@ class BridgedState(StateProvider, StreamsTools):
         """What ended a stream. One that ends because this was closed under it says so, as a file's does."""
         return EngineClosedError() if self._closed else error_of_call(call, self._target)
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """See `StateProvider.check_open`. Whether the server answers, only a call shows."""
         self._here.check()
         if self._closed:
             raise EngineClosedError()
+
+
+def _next_of(call: Any, here: OneProcess) -> Any:
+    """The next message of a stream; None at its end. `ForkedProcessError` in a child of the process that has it."""
+    here.check()
+    return next(call, None)
 
 
 def _header(name: str, text: str) -> tuple[str, str | bytes]:

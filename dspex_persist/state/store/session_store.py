@@ -132,7 +132,6 @@ class StoredSessions:
 class SessionStore(StoredSessions, LogStore):
     """The log in an open file. `readers` are connections to read it with; `head` is its last commit."""
 
-    is_durable = True
     driver_errors = (DBAPIError, sqlite3.Error)
 
     def __init__(self, path: Path, options: StoreOptions | None = None) -> None:

@@ -2,22 +2,22 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 from dspex_persist.infra import forks
 from dspex_persist.infra.futures import failed, mapped
-from dspex_persist.state import commands, values
-from dspex_persist.state.audit import AuditSource
+from dspex_persist.state import arguments, commands, values
+from dspex_persist.state.abilities import StreamsTools
+from dspex_persist.state.around import Around
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import EngineClosedError, ToolFailedError, UnsupportedError
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, SessionView, ToolSpec
+from dspex_persist.state.model import Origin, ToolSpec
 from dspex_persist.state.options import check_count
-from dspex_persist.state.provider import Progress, StateProvider, StreamsTools, fault_of, silent
-from dspex_persist.state.recording import Header, RecordedCommit
+from dspex_persist.state.provider import StateProvider, fault_of, or_empty
 from dspex_persist.state.tools.chunks import ChunkQueue
 from dspex_persist.state.tools.home import Home
 from dspex_persist.state.tools.invoke import Invoker
@@ -26,7 +26,6 @@ from dspex_persist.state.tools.ports import RemotePort, ToolCode, check_tools
 from dspex_persist.state.tools.remote import RemoteTool
 from dspex_persist.state.tools.requests import request_of
 from dspex_persist.state.tools.runner import ToolRunner
-from dspex_persist.state.watch import Watch
 
 R = TypeVar("R")
 
@@ -34,7 +33,7 @@ TOOL_THREADS: Final = 64
 """How many plain tools run at a time where nobody says otherwise."""
 
 
-class WithTools(StateProvider, StreamsTools):
+class WithTools(Around, StreamsTools):
     """`provider`, and the execution of `tools` over it, on up to `threads` threads; it closes the provider, too.
 
     `remote` reaches the tools that sessions' workers have registered; without it these cannot be executed. `home`: the
@@ -56,8 +55,7 @@ class WithTools(StateProvider, StreamsTools):
     ) -> None:
         check_count("tool_threads", threads)
         check_tools(tools)
-        self.provider = provider
-        self.capabilities = provider.capabilities
+        super().__init__(provider)
         limits = limits or Limits()
         self._home = Home(home)
         self._invoker = Invoker(self._home, threads, limits)
@@ -107,9 +105,12 @@ class WithTools(StateProvider, StreamsTools):
 
     def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
         """Its own tools, and those that the session's workers have registered."""
-        own = tuple(tool.spec for tool in self.runner.tools.values())
-        registered = self.provider.list_tools(session_id)
-        return (*own, *(spec for spec in registered if spec.name not in self.runner.tools))
+        self.provider.check_open()
+        arguments.text("session_id", session_id)
+        own = self.runner.tools
+        registered = self.provider.run(commands.ListTools(session_id)) if session_id else {}
+        theirs = (tool.spec for name, tool in registered.items() if name not in own)
+        return (*(tool.spec for tool in own.values()), *theirs)
 
     def stream_tool(
         self,
@@ -120,14 +121,10 @@ class WithTools(StateProvider, StreamsTools):
         metadata: Mapping[str, str] | None = None,
     ) -> Iterator[object]:
         """See `StreamsTools`."""
-        command = commands.ExecuteTool(session_id, tool, values.encode_arguments(parameters or {}), metadata or {})
+        encoded = values.encode_arguments(or_empty(parameters))
+        command = commands.ExecuteTool(session_id, tool, encoded, or_empty(metadata))
         command.check()
-        if not self._can_execute or self._is_forked:
-            # Which says why not.
-            self.provider.run(command)
-            raise UnsupportedError("tools")
-        if self._closed:
-            raise EngineClosedError()
+        self._check_runs(command)
         chunks = ChunkQueue()
         request = request_of(command, self.default_origin("ExecuteStreamingTool"))
         done = self.runner.submit(request, chunks.emit)
@@ -137,12 +134,25 @@ class WithTools(StateProvider, StreamsTools):
             for chunk in chunks.take_until(done):
                 yield values.decode_loosely(chunk, result_type)
         finally:
-            done.cancel()
+            if not self._is_forked:
+                done.cancel()
+        # In a child nothing comes any more.
+        self.provider.check_open()
         outcome = done.result()
         if not outcome.success:
             raise outcome.error or ToolFailedError(outcome.execution_id, outcome.error_code)
         if not outcome.streamed and outcome.result is not None and outcome.result.json != "null":
             yield values.decode_loosely(outcome.result, outcome.result_type)
+
+    def _check_runs(self, command: commands.ExecuteTool) -> None:
+        """Raise why nothing can be executed here, if nothing can."""
+        if not self._can_execute:
+            # Which says why not.
+            self.provider.run(command)
+            raise UnsupportedError(self.lacking, self.instead)
+        self.provider.check_open()
+        if self._closed:
+            raise EngineClosedError()
 
     def close(self) -> None:
         """Interrupt what runs, then close the provider."""
@@ -167,35 +177,3 @@ class WithTools(StateProvider, StreamsTools):
         self._is_forked = True
         self._own = {}
         self._closing = threading.Lock()
-
-    # What the provider does alone
-
-    def read_ahead(self, command: Command[Any], origin: Origin | None = None) -> bool:
-        """See `StateProvider.read_ahead`."""
-        return self.provider.read_ahead(command, origin)
-
-    def watch(self, session_id: str, identifiers: Sequence[str] = (), *, after_sequence: int | None = None) -> Watch:
-        """See `StateProvider.watch`."""
-        return self.provider.watch(session_id, identifiers, after_sequence=after_sequence)
-
-    def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
-        """That of the provider."""
-        return self.provider.default_origin(cause, idempotency_key)
-
-    def audit(self, *, reveal: bool = False) -> AuditSource:
-        """See `StateProvider.audit`."""
-        return self.provider.audit(reveal=reveal)
-
-    def prune(self, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PruneReport:
-        """See `StateProvider.prune`."""
-        return self.provider.prune(policy, confirm=confirm, progress=progress)
-
-    def record(
-        self, session_id: str, *, started: int | None = None, reveal: bool = False
-    ) -> tuple[Header, Iterator[RecordedCommit]]:
-        """See `StateProvider.record`."""
-        return self.provider.record(session_id, started=started, reveal=reveal)
-
-    def fork_session(self, session_id: str, new_session_id: str, at: str = "") -> SessionView:
-        """See `StateProvider.fork_session`."""
-        return self.provider.fork_session(session_id, new_session_id, at)

@@ -1,0 +1,166 @@
+"""Around: a provider made around another one, with the abilities of the one that it is around."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from functools import cache
+from types import new_class
+from typing import Any, Final, Self, TypeVar, cast
+
+from dspex_persist.state.abilities import (
+    Ability,
+    Auditable,
+    Durable,
+    ExecutesTools,
+    Forkable,
+    KeepsOrder,
+    Prunable,
+    Recordable,
+    StreamsTools,
+)
+from dspex_persist.state.audit import AuditSource
+from dspex_persist.state.commands import Command
+from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, SessionView, ToolSpec
+from dspex_persist.state.provider import Progress, StateProvider, silent
+from dspex_persist.state.recording import Header, RecordedCommit
+from dspex_persist.state.watch import Watch
+
+R = TypeVar("R")
+
+
+class Around(StateProvider):
+    """A wrapper. What a subclass does not do itself, `provider` does; commands come by `submit`.
+
+    A wrapper that is made with the provider as its first argument has the abilities of its own class and those of the
+    provider, no others: a class is put together for that. One that is made otherwise inherits from the classes below
+    what it is to hand on.
+    """
+
+    def __new__(cls, *given: Any, **options: Any) -> Self:
+        provider: object = given[0] if given else options.get("provider")
+        parts = _missing(cls, type(provider))
+        return cast(Self, super().__new__(_with(cls, parts) if parts else cls))
+
+    def __init__(self, provider: StateProvider) -> None:
+        self.provider = provider
+
+    def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
+        """See `StateProvider.submit`."""
+        return self.provider.submit(command, origin)
+
+    def read_ahead(self, command: Command[Any], origin: Origin | None = None) -> bool:
+        """See `StateProvider.read_ahead`."""
+        return self.provider.read_ahead(command, origin)
+
+    def watch(self, session_id: str, identifiers: Sequence[str] = (), *, after_sequence: int | None = None) -> Watch:
+        """See `StateProvider.watch`."""
+        return self.provider.watch(session_id, identifiers, after_sequence=after_sequence)
+
+    def close(self) -> None:
+        """Close the provider."""
+        self.provider.close()
+
+    def check_open(self) -> None:
+        """See `StateProvider.check_open`."""
+        self.provider.check_open()
+
+    def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
+        """That of the provider."""
+        return self.provider.default_origin(cause, idempotency_key)
+
+
+class HandedOn:
+    """Hands an ability of `provider` on: the one that the subclass names next to this."""
+
+    provider: StateProvider
+
+
+class DurableAround(HandedOn, Durable):
+    """Durable, as `provider` is."""
+
+
+class OrderAround(HandedOn, KeepsOrder):
+    """Keeps the order of commands, as `provider` does."""
+
+
+class AuditsAround(HandedOn, Auditable):
+    """Has `provider` audited."""
+
+    def audit(self, *, reveal: bool = False) -> AuditSource:
+        """See `Auditable.audit`."""
+        return Auditable.of(self.provider).audit(reveal=reveal)
+
+
+class RecordsAround(HandedOn, Recordable):
+    """Has `provider` record."""
+
+    def record(
+        self, session_id: str, *, started: int | None = None, reveal: bool = False
+    ) -> tuple[Header, Iterator[RecordedCommit]]:
+        """See `Recordable.record`."""
+        return Recordable.of(self.provider).record(session_id, started=started, reveal=reveal)
+
+
+class ForksAround(HandedOn, Forkable):
+    """Has `provider` fork."""
+
+    def fork_session(self, session_id: str, new_session_id: str, at: str = "") -> SessionView:
+        """See `Forkable.fork_session`."""
+        return Forkable.of(self.provider).fork_session(session_id, new_session_id, at)
+
+
+class PrunesAround(HandedOn, Prunable):
+    """Has `provider` prune."""
+
+    def prune(self, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PruneReport:
+        """See `Prunable.prune`."""
+        return Prunable.of(self.provider).prune(policy, confirm=confirm, progress=progress)
+
+
+class ToolsAround(HandedOn, ExecutesTools):
+    """Has `provider` execute tools."""
+
+    def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
+        """See `ExecutesTools.list_tools`."""
+        return ExecutesTools.of(self.provider).list_tools(session_id)
+
+
+class StreamsAround(ToolsAround, StreamsTools):
+    """Has `provider` stream tools."""
+
+    def stream_tool(
+        self,
+        session_id: str,
+        tool: str,
+        parameters: Mapping[str, object] | None = None,
+        *,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Iterator[object]:
+        """See `StreamsTools.stream_tool`."""
+        return StreamsTools.of(self.provider).stream_tool(session_id, tool, parameters, metadata=metadata)
+
+
+_PARTS: Final[Mapping[type[Ability], type[HandedOn]]] = {
+    Durable: DurableAround,
+    KeepsOrder: OrderAround,
+    Auditable: AuditsAround,
+    Recordable: RecordsAround,
+    Forkable: ForksAround,
+    Prunable: PrunesAround,
+    StreamsTools: StreamsAround,
+    ExecutesTools: ToolsAround,
+}
+
+
+def _missing(wrapper: type, provider: type) -> tuple[type[HandedOn], ...]:
+    """What hands on the abilities of `provider` that `wrapper` does not have."""
+    missing = [ability for ability in _PARTS if issubclass(provider, ability) and not issubclass(wrapper, ability)]
+    if StreamsTools in missing:
+        # Which is one that executes them.
+        missing = [ability for ability in missing if ability is not ExecutesTools]
+    return tuple(_PARTS[ability] for ability in missing)
+
+
+@cache
+def _with(wrapper: "type[Around]", parts: tuple[type[HandedOn], ...]) -> "type[Around]":
+    facts = {"__module__": wrapper.__module__, "__qualname__": wrapper.__qualname__, "__doc__": wrapper.__doc__}
+    return new_class(wrapper.__name__, (wrapper, *parts), exec_body=lambda body: body.update(facts))

@@ -1,0 +1,130 @@
+"""Wrappers have exactly the abilities of what they wrap, and no provider that lacks one has its method."""
+
+from collections.abc import Mapping
+from concurrent.futures import Future
+from itertools import combinations
+from types import new_class
+from typing import Any
+
+import pytest
+
+from dspex_persist import Context, EmbeddedState
+from dspex_persist.state.abilities import (
+    Ability,
+    Auditable,
+    Durable,
+    ExecutesTools,
+    Forkable,
+    KeepsOrder,
+    Prunable,
+    Recordable,
+    StreamsTools,
+)
+from dspex_persist.state.around import Around
+from dspex_persist.state.commands import Command
+from dspex_persist.state.errors import UnsupportedError
+from dspex_persist.state.model import Origin, PrunePolicy
+from dspex_persist.state.provider import StateProvider
+from dspex_persist.state.tools.with_tools import WithTools
+from tests.unit.replays import Memory
+
+TOOLS = (ExecutesTools, StreamsTools)
+OTHERS = (Durable, KeepsOrder, Auditable, Recordable, Forkable, Prunable)
+METHODS: Mapping[type[Ability], str] = {
+    Auditable: "audit",
+    Recordable: "record",
+    Forkable: "fork_session",
+    Prunable: "prune",
+    ExecutesTools: "list_tools",
+    StreamsTools: "stream_tool",
+}
+
+
+def able(*abilities: type[Ability]) -> StateProvider:
+    """A provider with these abilities, whose methods answer with what they are given."""
+
+    def answer(self: object, *given: Any, **options: Any) -> Any:
+        return given, options
+
+    methods = {METHODS[each]: answer for base in abilities for each in METHODS if issubclass(base, each)}
+    made: StateProvider = new_class("Able", (Memory, *abilities), exec_body=lambda body: body.update(methods))()
+    return made
+
+
+def abilities_of(provider: object) -> set[type[Ability]]:
+    return {each for each in (*OTHERS, *TOOLS) if isinstance(provider, each)}
+
+
+@pytest.mark.parametrize("wrapped", [(), *combinations(OTHERS, 1), *combinations(OTHERS, 2), OTHERS])
+def test_a_wrapper_has_what_the_wrapped_has(wrapped: tuple[type[Ability], ...]) -> None:
+    inner = able(*wrapped)
+    assert abilities_of(inner) == set(wrapped)
+    assert abilities_of(Around(inner)) == abilities_of(Around(Around(inner))) == set(wrapped)
+    for state in (WithTools(inner), WithTools(provider=inner)):
+        assert abilities_of(state) == {*wrapped, *TOOLS}
+        assert type(state).__name__ == "WithTools"
+        assert [hasattr(state, method) for method in METHODS.values()] == [isinstance(state, each) for each in METHODS]
+        state.close()
+
+
+@pytest.mark.parametrize("ability", TOOLS)
+def test_tools_are_handed_on_too(ability: type[Ability]) -> None:
+    wrapper: Any = Around(able(ability))
+    assert abilities_of(wrapper) == {each for each in TOOLS if issubclass(ability, each)}
+    assert wrapper.list_tools("s") == (("s",), {})
+    if ability is StreamsTools:
+        assert wrapper.stream_tool("s", "t", metadata={}) == (("s", "t", None), {"metadata": {}})
+
+
+def test_what_is_handed_on_is_asked_of_the_wrapped() -> None:
+    wrapper: Any = Around(able(*OTHERS))
+    policy = PrunePolicy(keep_versions=1)
+    assert wrapper.audit(reveal=True) == ((), {"reveal": True})
+    assert wrapper.record("s", started=3) == (("s",), {"started": 3, "reveal": False})
+    assert wrapper.fork_session("s", "t", "now") == (("s", "t", "now"), {})
+    given, options = wrapper.prune(policy, confirm=True)
+    assert (given, options["confirm"]) == ((policy,), True)
+
+
+def test_a_wrapper_of_ones_own_is_a_few_lines() -> None:
+    class Counting(Around):
+        asked = 0
+
+        def submit(self, command: Command[Any], origin: Origin | None = None) -> Future[Any]:
+            self.asked += 1
+            return self.provider.submit(command, origin)
+
+    with Counting(able(Recordable)) as state:
+        state.initialize_session("s")
+        assert (state.asked, abilities_of(state)) == (1, {Recordable})
+        assert isinstance(state, Counting)
+        assert type(state) is type(Counting(able(Recordable)))
+
+
+@pytest.mark.parametrize("ability", [*OTHERS, *TOOLS])
+def test_one_that_lacks_an_ability_says_what_to_do(ability: type[Ability]) -> None:
+    having = able(ability)
+    assert ability.of(having) is having
+    with pytest.raises(UnsupportedError) as caught:
+        ability.of(Memory())
+    assert str(caught.value) == f"not supported here: {ability.lacking}; {ability.instead}"
+
+
+def test_a_context_of_a_provider_without_tools_says_so() -> None:
+    context = Context(Memory(), "s")
+    with pytest.raises(UnsupportedError, match="WithTools"):
+        context.call("add")
+
+
+def test_the_engine_on_a_file_can_do_everything() -> None:
+    assert issubclass(EmbeddedState, WithTools)
+    assert {each for each in (*OTHERS, *TOOLS) if issubclass(EmbeddedState, each)} == {*OTHERS, *TOOLS}
+
+
+def test_a_wrapper_is_open_as_long_as_the_wrapped() -> None:
+    class Ended(Memory):
+        def check_open(self) -> None:
+            raise UnsupportedError("this")
+
+    with pytest.raises(UnsupportedError):
+        Around(Ended()).check_open()
