@@ -3,10 +3,12 @@
 import json
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from itertools import groupby
 from typing import Any
+
+import pytest
 
 from dspex_persist.state import errors
 from dspex_persist.state.errors import StateError
@@ -78,3 +80,10 @@ def refused(future: Future[Any]) -> StateError | None:
     if error is not None and not isinstance(error, StateError):
         raise error
     return error
+
+
+def check_invalid(ask: Callable[[], object], field: str, reason: str) -> None:
+    """An argument is refused with exactly these words."""
+    with pytest.raises(errors.InvalidArgumentError) as error:
+        ask()
+    assert str(error.value) == f"invalid {field}: {reason}"

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from dspex_persist.state import errors
-from dspex_persist.state.provider import StateProvider, StreamsTools
+from dspex_persist.state.abilities import ExecutesTools, StreamsTools
 from dspex_persist.testing.tool_contract import Client, ToolsContract
 
 
@@ -59,11 +59,11 @@ class StreamContract(ToolsContract):
         with pytest.raises(kind):
             list(stream(client, tool, **parameters))
 
-    def test_a_session_that_is_not_there(self, provider: StateProvider) -> None:
+    def test_a_session_that_is_not_there(self, provider: ExecutesTools) -> None:
         with pytest.raises(errors.SessionNotFoundError):
             list(_streams(provider).stream_tool("nobody", "count", {"to": 1}))
 
-    def test_wrong_arguments(self, provider: StateProvider) -> None:
+    def test_wrong_arguments(self, provider: ExecutesTools) -> None:
         with pytest.raises(errors.InvalidArgumentError):
             list(_streams(provider).stream_tool(cast("str", 1), "count", {"to": 1}))
 
@@ -84,9 +84,8 @@ class StreamContract(ToolsContract):
         assert client.versions() == [2, 1, 0]
 
 
-def _streams(provider: StateProvider) -> StreamsTools:
-    assert isinstance(provider, StreamsTools)
-    return provider
+def _streams(provider: ExecutesTools) -> StreamsTools:
+    return StreamsTools.of(provider)
 
 
 def stream(client: Client, tool: str, **parameters: Any) -> Any:

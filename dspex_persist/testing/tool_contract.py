@@ -1,8 +1,8 @@
-"""What every StateProvider promises that can execute tools, as tests. Its backend subclasses `ToolContract`:
+"""What every ExecutesTools promises that can execute tools, as tests. Its backend subclasses `ToolContract`:
 
     class TestMyTools(ToolContract):
         @pytest.fixture
-        def provider(self) -> Iterator[StateProvider]:
+        def provider(self) -> Iterator[ExecutesTools]:
             with MyState(tools=CONTRACT_TOOLS) as provider:
                 yield provider
 
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -27,6 +28,7 @@ import pytest
 
 from dspex_persist.cognitive.context import Context
 from dspex_persist.state import commands, errors, values
+from dspex_persist.state.abilities import ExecutesTools
 from dspex_persist.state.model import (
     ChangeKind,
     ExecutionStatus,
@@ -37,11 +39,11 @@ from dspex_persist.state.model import (
     ToolSpec,
     Value,
 )
-from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.values import BinaryValue
 from dspex_persist.testing import contract_tools
 from dspex_persist.testing.checks import (
     DEADLINE_S,
+    check_invalid,
     check_whole_commits,
     exact,
     let_pass,
@@ -51,6 +53,7 @@ from dspex_persist.testing.checks import (
     take,
 )
 from dspex_persist.testing.contract_tools import CONTRACT_TOOLS, RAISED
+from dspex_persist.testing.provider_contract.arguments import WRONG_METADATA, WRONG_TEXTS
 
 UNTOUCHED: Final[dict[str, object]] = {"a": 0, "b": 0, "c": 0}
 """The values of a session of these tests, as it begins."""
@@ -88,7 +91,7 @@ class Gate:
 class Client:
     """One session, as a test has tools executed in it. `_key` is an idempotency key."""
 
-    def __init__(self, provider: StateProvider, variables: Mapping[str, object] = UNTOUCHED) -> None:
+    def __init__(self, provider: ExecutesTools, variables: Mapping[str, object] = UNTOUCHED) -> None:
         self.provider = provider
         self.session = f"contract-{uuid.uuid4().hex}"
         provider.initialize_session(self.session)
@@ -188,12 +191,12 @@ class ToolsContract:
     """What all parts of the contract have."""
 
     @pytest.fixture
-    def provider(self) -> Iterator[StateProvider]:
+    def provider(self) -> Iterator[ExecutesTools]:
         """The provider under test."""
         raise NotImplementedError(f"{type(self).__name__} gives no fixture `provider`")
 
     @pytest.fixture
-    def client(self, provider: StateProvider) -> Client:
+    def client(self, provider: ExecutesTools) -> Client:
         """A new session with the integers a, b and c."""
         return Client(provider)
 
@@ -208,18 +211,18 @@ class ToolsContract:
 class ListingContract(ToolsContract):
     """What tools there are."""
 
-    def test_tools_are_described_as_they_were_written(self, provider: StateProvider, client: Client) -> None:
+    def test_tools_are_described_as_they_were_written(self, provider: ExecutesTools, client: Client) -> None:
         """What the provider itself says of them, such as where they run, is in metadata under `dspex.`."""
         for session in ("", client.session):
             assert tuple(map(_as_written, provider.list_tools(session))) == CONTRACT_TOOLS.specs()
         assert provider.get_session(client.session).tool_count == len(CONTRACT_TOOLS)
 
-    def test_an_unknown_session_has_none(self, provider: StateProvider) -> None:
+    def test_an_unknown_session_has_none(self, provider: ExecutesTools) -> None:
         with pytest.raises(errors.SessionNotFoundError):
             provider.list_tools(uuid.uuid4().hex)
 
     def test_what_workers_register_is_listed_in_their_session_alone(
-        self, provider: StateProvider, client: Client
+        self, provider: ExecutesTools, client: Client
     ) -> None:
         parameter = ToolParameter("rate", "float", "How fast.", required=False, default=Value("0.5"))
         far = RegisteredTool(ToolSpec("far", "Far away.", (parameter,), metadata={"team": "red"}), "worker-1")
@@ -231,7 +234,7 @@ class ListingContract(ToolsContract):
             assert "far" not in [spec.name for spec in provider.list_tools(session)]
 
     def test_nobody_can_register_under_a_name_that_the_provider_has(
-        self, provider: StateProvider, client: Client
+        self, provider: ExecutesTools, client: Client
     ) -> None:
         mine = RegisteredTool(ToolSpec("add"), "worker-1")
         with pytest.raises(errors.ToolExistsError) as caught:
@@ -239,7 +242,7 @@ class ListingContract(ToolsContract):
         assert caught.value.name == "add"
         assert client.get("add") == 1
 
-    def test_a_tool_that_nobody_can_reach_is_unavailable(self, provider: StateProvider, client: Client) -> None:
+    def test_a_tool_that_nobody_can_reach_is_unavailable(self, provider: ExecutesTools, client: Client) -> None:
         far = RegisteredTool(ToolSpec("far"), "worker-1")
         provider.run(commands.RegisterTools(client.session, far.worker_id, (far,)))
         text = check_ended(client.execute("far"), ExecutionStatus.FAILED, "UNAVAILABLE")
@@ -283,7 +286,7 @@ class ResultContract(ToolsContract):
         assert client.get("negate") == -math.inf
         assert client.get("negate_later") == -math.inf
 
-    def test_it_is_one_in_a_context(self, provider: StateProvider, client: Client) -> None:
+    def test_it_is_one_in_a_context(self, provider: ExecutesTools, client: Client) -> None:
         context = Context(provider, client.session)
         assert context.call("infinity", sign=-1) == -math.inf
         assert context.call(contract_tools.infinity) == math.inf
@@ -341,7 +344,7 @@ class ResultContract(ToolsContract):
         assert words in check_failed(client.execute(tool))
         assert client.values() == UNTOUCHED
 
-    def test_the_outcome_and_the_history_name_each_other(self, provider: StateProvider, client: Client) -> None:
+    def test_the_outcome_and_the_history_name_each_other(self, provider: ExecutesTools, client: Client) -> None:
         outcome = client.execute("add")
         (newest, first) = provider.get_variable_history(client.session, "a")
         assert (outcome.status, outcome.error, outcome.error_code) == (ExecutionStatus.COMMITTED, None, "")
@@ -355,7 +358,7 @@ class ResultContract(ToolsContract):
         assert second is not None
         assert first < second
 
-    def test_a_tool_is_told_who_it_is(self, provider: StateProvider, client: Client) -> None:
+    def test_a_tool_is_told_who_it_is(self, provider: ExecutesTools, client: Client) -> None:
         outcomes = [
             provider.execute_tool(client.session, "facts", metadata={"user": "ada", "mood": "naïve 🦜"})
             for _ in range(2)
@@ -421,7 +424,7 @@ class RefusalContract(ToolsContract):
             client.execute(tool, **parameters)
         assert caught.value.session_id == client.session
 
-    def test_a_session_that_has_ended_executes_nothing(self, provider: StateProvider, client: Client) -> None:
+    def test_a_session_that_has_ended_executes_nothing(self, provider: ExecutesTools, client: Client) -> None:
         assert client.get("add") == 1
         provider.cleanup_session(client.session)
         with pytest.raises(errors.SessionNotFoundError):
@@ -430,18 +433,18 @@ class RefusalContract(ToolsContract):
             provider.list_tools(client.session)
 
     @pytest.mark.parametrize("timeout_s", [0, -1, math.nan, math.inf, 1e10], ids=shown)
-    def test_a_time_that_is_none_is_refused(self, provider: StateProvider, client: Client, timeout_s: float) -> None:
+    def test_a_time_that_is_none_is_refused(self, provider: ExecutesTools, client: Client, timeout_s: float) -> None:
         with pytest.raises(errors.InvalidArgumentError, match="timeout_s"):
             provider.execute_tool(client.session, "add", timeout_s=timeout_s)
         assert client.values() == UNTOUCHED
 
-    def test_a_key_that_is_none_is_refused(self, provider: StateProvider, client: Client) -> None:
+    def test_a_key_that_is_none_is_refused(self, provider: ExecutesTools, client: Client) -> None:
         for key in ("", "k" * 1000, "a\nb", "\ud83e"):
             with pytest.raises((errors.InvalidArgumentError, errors.LimitExceededError)):
                 provider.execute_tool(client.session, "add", idempotency_key=key)
         assert client.values() == UNTOUCHED
 
-    def test_what_is_no_metadata_is_refused(self, provider: StateProvider, client: Client) -> None:
+    def test_what_is_no_metadata_is_refused(self, provider: ExecutesTools, client: Client) -> None:
         many = {str(number): "" for number in range(100_000)}
         command = commands.ExecuteTool(client.session, "add", metadata=many)
         assert isinstance(refused(provider.submit(command)), errors.LimitExceededError | errors.InvalidArgumentError)
@@ -452,7 +455,7 @@ class TransactionContract(ToolsContract):
     """All at once, or not at all."""
 
     def test_writes_appear_all_at_once_and_are_seen_by_the_tool_before(
-        self, provider: StateProvider, client: Client, gate: Gate
+        self, provider: ExecutesTools, client: Client, gate: Gate
     ) -> None:
         with provider.watch(client.session) as watch:
             call = client.begin("rebuild", gate=gate)
@@ -492,7 +495,7 @@ class TransactionContract(ToolsContract):
     def test_what_an_error_says_is_told(self, client: Client) -> None:
         assert check_failed(client.execute("fail", name="ValueError")) == "ValueError: it went wrong: 🦜"
 
-    def test_sessions_are_apart(self, provider: StateProvider, client: Client, gate: Gate) -> None:
+    def test_sessions_are_apart(self, provider: ExecutesTools, client: Client, gate: Gate) -> None:
         other = Client(provider)
         call = client.begin("add_at_gate", gate=gate)
         gate.wait()
@@ -556,7 +559,7 @@ class ConflictContract(ToolsContract):
 
     @pytest.mark.parametrize(("tool", "both"), [("take", False), ("take_loosely", True)])
     def test_two_that_read_what_the_other_writes(
-        self, provider: StateProvider, tmp_path: Path, tool: str, both: bool
+        self, provider: ExecutesTools, tmp_path: Path, tool: str, both: bool
     ) -> None:
         """Of serializable ones only one can have been the first; snapshots bear with that."""
         client = Client(provider, {"a": 1, "b": 0})
@@ -591,7 +594,7 @@ class ConflictContract(ToolsContract):
         assert "a (was at version 2, is at version 3)" in text
         assert client.values()["a"] == 30
 
-    def test_the_total_of_many_threads_is_exact(self, provider: StateProvider, client: Client) -> None:
+    def test_the_total_of_many_threads_is_exact(self, provider: ExecutesTools, client: Client) -> None:
         other, threads, each = Client(provider), 8, 6
 
         def work(number: int) -> list[int]:
@@ -619,7 +622,7 @@ def _meanwhile(client: Client, gate: Gate, change: Callable[[], None], tool: str
 class CallContract(ToolsContract):
     """Tools that call tools: one transaction."""
 
-    def test_a_called_tool_is_part_of_the_transaction(self, provider: StateProvider, client: Client) -> None:
+    def test_a_called_tool_is_part_of_the_transaction(self, provider: ExecutesTools, client: Client) -> None:
         outcome = client.execute("parent")
         assert result_of(outcome) == [2, 1]
         assert client.values() == {"a": 1, "b": 1, "c": 1}
@@ -675,7 +678,7 @@ class PublishContract(ToolsContract):
     """What a tool shows ahead of its end."""
 
     def test_what_is_published_is_seen_at_once_and_is_no_conflict(
-        self, provider: StateProvider, client: Client, gate: Gate
+        self, provider: ExecutesTools, client: Client, gate: Gate
     ) -> None:
         with provider.watch(client.session) as watch:
             call = client.begin("progress", gate=gate)
@@ -703,7 +706,7 @@ class PublishContract(ToolsContract):
         assert "a (was at version 1, is at version 2)" in text
         assert client.values() == {"a": 60, "b": 0, "c": 0}
 
-    def test_it_is_written_as_the_variable_s_type_has_it(self, provider: StateProvider, client: Client) -> None:
+    def test_it_is_written_as_the_variable_s_type_has_it(self, provider: ExecutesTools, client: Client) -> None:
         provider.register_variable(client.session, "loss", "float", 0.0)
         provider.register_variable(client.session, "point", "embedding", [0.0, 0.0])
         assert client.execute("publish_numbers").success
@@ -739,7 +742,7 @@ class KeyContract(ToolsContract):
         assert client.get("add", "k", name="a", amount=2) == 2
         assert client.execute("add", "k", amount=2, name="a").repeated
 
-    def test_a_key_may_come_in_the_metadata(self, provider: StateProvider, client: Client) -> None:
+    def test_a_key_may_come_in_the_metadata(self, provider: ExecutesTools, client: Client) -> None:
         """It is the same key there, and before another one."""
         first = provider.execute_tool(client.session, "add", metadata={"idempotency_key": "k"})
         second = provider.execute_tool(
@@ -755,7 +758,7 @@ class KeyContract(ToolsContract):
             assert "'k'" in check_not_begun(client.execute(tool, "k", **parameters), "IDEMPOTENCY_CONFLICT")
         assert client.values() == {"a": 1, "b": 0, "c": 0}
 
-    def test_keys_belong_to_their_session(self, provider: StateProvider, client: Client) -> None:
+    def test_keys_belong_to_their_session(self, provider: ExecutesTools, client: Client) -> None:
         client.get("add", "k", name="a")
         other = Client(provider)
         assert other.get("add", "k", name="b") == 1
@@ -820,7 +823,7 @@ class EndingContract(ToolsContract):
 
     @pytest.mark.parametrize("tool", ["hold", "hold_later"])
     def test_a_tool_that_takes_longer_than_its_caller_waits_leaves_nothing(
-        self, provider: StateProvider, client: Client, gate: Gate, tool: str
+        self, provider: ExecutesTools, client: Client, gate: Gate, tool: str
     ) -> None:
         parameters = {"gate": str(gate)}
         try:
@@ -835,7 +838,7 @@ class EndingContract(ToolsContract):
 
     @pytest.mark.parametrize("tool", ["hold", "hold_later"])
     def test_a_tool_whose_session_ends_leaves_nothing(
-        self, provider: StateProvider, client: Client, gate: Gate, tool: str
+        self, provider: ExecutesTools, client: Client, gate: Gate, tool: str
     ) -> None:
         call = client.begin(tool, gate=gate)
         gate.wait()
@@ -852,7 +855,7 @@ class OwnContract(ToolsContract):
     """What each attempt, and each call, has for itself."""
 
     def test_an_attempt_has_arguments_defaults_and_metadata_of_its_own(
-        self, provider: StateProvider, client: Client, gate: Gate
+        self, provider: ExecutesTools, client: Client, gate: Gate
     ) -> None:
         encoded = values.encode_arguments({"gate": str(gate), "numbers": [1, 2, 3]})
         command = commands.ExecuteTool(client.session, "use_up", encoded, {"user": "ada"}, 2 * DEADLINE_S)
@@ -867,7 +870,7 @@ class OwnContract(ToolsContract):
         assert outcome.attempts == 3
         assert client.values()["a"] == 26
 
-    def test_a_default_is_nothing_that_calls_share(self, provider: StateProvider, client: Client) -> None:
+    def test_a_default_is_nothing_that_calls_share(self, provider: ExecutesTools, client: Client) -> None:
         for mine in (client, client, Client(provider)):
             assert mine.get("remember", name=f"secret of {mine.session}") == [f"secret of {mine.session}"]
 
@@ -880,7 +883,7 @@ class DoorContract(ToolsContract):
     """What a tool passes is looked at: it fails alone, and everybody else goes on."""
 
     @pytest.fixture(autouse=True)
-    def others_go_on(self, provider: StateProvider) -> Iterator[None]:
+    def others_go_on(self, provider: ExecutesTools) -> Iterator[None]:
         """Whatever a tool did, another session is served as before."""
         yield
         other = Client(provider)
@@ -995,7 +998,37 @@ class DoorContract(ToolsContract):
         assert "json_depth" in check_failed(client.execute(tool, depth=101))
 
 
+class ToolArgumentContract(ToolsContract):
+    """Arguments of a wrong type are refused before anything is done, in the same words by every backend."""
+
+    @pytest.mark.parametrize(("wrong", "reason"), WRONG_TEXTS, ids=shown)
+    def test_ids_and_names(self, client: Client, wrong: Any, reason: str) -> None:
+        provider = client.provider
+        check_invalid(lambda: provider.execute_tool(wrong, "tool"), "session_id", reason)
+        check_invalid(lambda: provider.execute_tool(client.session, wrong), "tool", reason)
+        check_invalid(lambda: provider.list_tools(wrong), "session_id", reason)
+
+    @pytest.mark.parametrize(("wrong", "reason"), WRONG_METADATA, ids=shown)
+    def test_metadata(self, client: Client, wrong: Any, reason: str) -> None:
+        ask = partial(client.provider.execute_tool, client.session, "tool", metadata=wrong)
+        check_invalid(ask, "metadata", reason)
+
+    @pytest.mark.parametrize("wrong", ["5", True, None, [5]], ids=shown)
+    def test_timeouts(self, client: Client, wrong: Any) -> None:
+        advice = ": use float(...)" if isinstance(wrong, str) else ""
+        kind = "None" if wrong is None else type(wrong).__name__
+        reason = f"it must be a number of seconds, not {kind}{advice}"
+        check_invalid(
+            lambda: client.provider.execute_tool(client.session, "tool", timeout_s=wrong), "timeout_s", reason
+        )
+
+    def test_a_timeout_that_no_float_can_hold(self, client: Client) -> None:
+        ask = partial(client.provider.execute_tool, client.session, "tool", timeout_s=10**400)
+        check_invalid(ask, "timeout_s", "it is too large for a number of seconds")
+
+
 class ToolContract(
+    ToolArgumentContract,
     OwnContract,
     DoorContract,
     ListingContract,

@@ -19,11 +19,9 @@ from dspex_persist.audit import (
     SessionQuery,
     parse_predicate,
 )
-from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import StateError
 from dspex_persist.state.model import ChangeKind, ExecutionStatus, Source
-from dspex_persist.state.provider import Capability
 from dspex_persist.state.values import BinaryValue
 from dspex_persist.testing.server import ServedDatabase
 from tests.store.audit_history import SECRET, make
@@ -222,10 +220,6 @@ def test_binary_contents_travel(sources: Sources) -> None:
     (entry,) = sources.server.iterate(HistoryQuery(variable="picture"))
     assert entry.value is not None
     assert entry.value.binary == PICTURE
-
-
-def test_a_bridge_has_the_capability() -> None:
-    assert Capability.AUDIT in BridgedState.capabilities
 
 
 def test_the_sensitive_is_shown_to_those_who_may(sources: Sources) -> None:

@@ -9,7 +9,8 @@ import pytest
 from dspex_persist.infra.process import ProcessFailedError
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.provider import StateProvider
-from dspex_persist.testing.provider_contract import DEADLINE_S, SMALL_LIMITS, LeaseContract, ProviderContract, Reopen
+from dspex_persist.testing.durable_contract import DurableContract, DurableLeaseContract
+from dspex_persist.testing.provider_contract import DEADLINE_S, SMALL_LIMITS, ClosingContract, ProviderContract, Reopen
 from dspex_persist.testing.server import ServedDatabase
 from dspex_persist.testing.stream_contract import StreamContract
 from dspex_persist.testing.tool_contract import ToolContract
@@ -50,14 +51,18 @@ class Bridged:
             provider.close()
 
 
-class TestBridged(Bridged, ProviderContract):
+class TestBridged(Bridged, ProviderContract, DurableContract):
     """Everything."""
 
 
-class TestBridgedLeases(Bridged, LeaseContract):
+class TestBridgedClosing(Bridged, ClosingContract):
+    """Closing it."""
+
+
+class TestBridgedLeases(Bridged, DurableLeaseContract):
     """Leases that end while one waits."""
 
-    settings: ClassVar[dict[str, Any]] = {"optimization_lease_s": LeaseContract.lease_s}
+    settings: ClassVar[dict[str, Any]] = {"optimization_lease_s": DurableLeaseContract.lease_s}
 
 
 class TestBridgedTools(Bridged, ToolContract):

@@ -18,7 +18,9 @@ from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.store.session_store import StoreOptions
 from dspex_persist.state.watch import Watch
 from dspex_persist.testing.contract_tools import CONTRACT_TOOLS
-from dspex_persist.testing.provider_contract import SMALL_LIMITS, LeaseContract, ProviderContract, Reopen
+from dspex_persist.testing.durable_contract import DurableContract, DurableLeaseContract
+from dspex_persist.testing.order_contract import OrderContract
+from dspex_persist.testing.provider_contract import SMALL_LIMITS, ClosingContract, ProviderContract, Reopen
 from dspex_persist.testing.stream_contract import StreamContract
 from dspex_persist.testing.tool_contract import ToolContract
 
@@ -70,14 +72,23 @@ class Embedded:
         return owner.reopen
 
 
-class TestEmbedded(Embedded, ProviderContract):
+class TestEmbedded(Embedded, ProviderContract, DurableContract, OrderContract):
     """Everything."""
 
 
-class TestEmbeddedLeases(Embedded, LeaseContract):
+class TestEmbeddedLeases(Embedded, DurableLeaseContract):
     """Leases that end while one waits."""
 
-    options = StoreOptions(optimization_lease_s=LeaseContract.lease_s)
+    options = StoreOptions(optimization_lease_s=DurableLeaseContract.lease_s)
+
+
+class TestEmbeddedClosing(ClosingContract):
+    """Closing it."""
+
+    @pytest.fixture
+    def provider(self, tmp_path: Path) -> Iterator[StateProvider]:
+        with EmbeddedState(tmp_path / "sessions.db") as provider:
+            yield provider
 
 
 @pytest.fixture(scope="class")

@@ -11,12 +11,14 @@ from freezegun import freeze_time
 
 from dspex_persist import LocalState, clock, connect, errors, open_audit
 from dspex_persist.clock import EARLIEST
+from dspex_persist.state.abilities import Auditable, Durable, KeepsOrder, Prunable
 from dspex_persist.state.commands import ReadState, SetVariable
 from dspex_persist.state.model import Value
 from dspex_persist.state.options import SessionOptions
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.testing.contract_tools import CONTRACT_TOOLS
-from dspex_persist.testing.provider_contract import SMALL_LIMITS, LeaseContract, ProviderContract
+from dspex_persist.testing.order_contract import OrderContract
+from dspex_persist.testing.provider_contract import SMALL_LIMITS, ClosingContract, LeaseContract, ProviderContract
 from dspex_persist.testing.stream_contract import StreamContract
 from dspex_persist.testing.tool_contract import ToolContract
 
@@ -38,7 +40,7 @@ class Local:
         return shared
 
 
-class TestLocal(Local, ProviderContract):
+class TestLocal(Local, ProviderContract, OrderContract):
     """Everything that needs no durability."""
 
 
@@ -46,6 +48,15 @@ class TestLocalLeases(Local, LeaseContract):
     """Leases that end while one waits."""
 
     options = SessionOptions(optimization_lease_s=LeaseContract.lease_s)
+
+
+class TestLocalClosing(ClosingContract):
+    """Closing it."""
+
+    @pytest.fixture
+    def provider(self) -> Iterator[StateProvider]:
+        with LocalState() as provider:
+            yield provider
 
 
 @pytest.fixture(scope="class")
@@ -75,7 +86,8 @@ class TestLocalStreams(StreamContract):
 def test_connect_opens_an_empty_one_each_time(url: str) -> None:
     with connect(url, session_ttl_s=60, tools=CONTRACT_TOOLS) as first, connect(url) as second:
         assert isinstance(first, LocalState)
-        assert first.capabilities == frozenset()
+        assert isinstance(first, KeepsOrder)
+        assert not isinstance(first, Durable | Auditable | Prunable)
         first.initialize_session("s")
         first.register_variable("s", "a", "integer", 1)
         assert first.execute_tool("s", "add", {"amount": 2}).success
@@ -93,8 +105,11 @@ def test_what_it_cannot_do_it_says() -> None:
         connect("memory:", sweep_interval_s=0)
     with pytest.raises(errors.InvalidArgumentError, match="of a state in memory no history can be asked"):
         open_audit("memory:")
-    with connect("memory:") as state, pytest.raises(errors.UnsupportedError):
-        state.audit()
+    with (
+        connect("memory:") as state,
+        pytest.raises(errors.UnsupportedError, match="audits; keep the sessions in a dat"),
+    ):
+        Auditable.of(state)
 
 
 def test_a_session_lives_for_its_ttl() -> None:

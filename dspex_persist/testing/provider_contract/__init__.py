@@ -6,19 +6,18 @@
             with MyState(limits=self.limits) as provider:
                 yield provider
 
-        @pytest.fixture
-        def reopened(self, provider: StateProvider) -> Reopen: ...
+The provider may be used by other tests at the same time and before: each test begins a session of its own.
+`LeaseContract` is for a provider whose optimization leases are short, `ClosingContract` for one that each test has to
+itself. What only some backends can do is in the suites beside this package, one for each ability.
 
-A durable backend also gives `reopened`. The provider may be used by other tests at the same time and before: each
-test begins a session of its own. `LeaseContract` is for a provider whose optimization leases are short.
-
-Nothing here asks which backend it has; what not every backend can do is asked of `provider.capabilities`.
+Nothing here asks which backend it has.
 """
 
 from dspex_persist.testing.checks import DEADLINE_S
 from dspex_persist.testing.provider_contract.arguments import ArgumentContract
 from dspex_persist.testing.provider_contract.base import SMALL_LIMITS, Contract, Reopen
 from dspex_persist.testing.provider_contract.batches import BatchContract
+from dspex_persist.testing.provider_contract.closing import ClosingContract
 from dspex_persist.testing.provider_contract.concurrency import ConcurrencyContract
 from dspex_persist.testing.provider_contract.dependencies import DependencyContract
 from dspex_persist.testing.provider_contract.history import HistoryContract
@@ -38,6 +37,7 @@ __all__ = [
     "SMALL_LIMITS",
     "ArgumentContract",
     "BatchContract",
+    "ClosingContract",
     "ConcurrencyContract",
     "Contract",
     "DependencyContract",
@@ -73,4 +73,4 @@ class ProviderContract(
     SharingContract,
     ConcurrencyContract,
 ):
-    """The whole contract."""
+    """All that every provider promises."""

@@ -7,7 +7,7 @@ from typing import ClassVar, TypeAlias
 import pytest
 
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.provider import Capability, StateProvider
+from dspex_persist.state.provider import StateProvider
 
 Reopen: TypeAlias = Callable[[], StateProvider]
 """Ends whatever keeps the provider's state (the harder the better), starts it again, gives a provider to go on with."""
@@ -37,13 +37,6 @@ class Contract:
     def provider(self) -> Iterator[StateProvider]:
         """The provider under test."""
         raise NotImplementedError(f"{type(self).__name__} gives no fixture `provider`")
-
-    @pytest.fixture
-    def reopened(self, provider: StateProvider) -> Reopen:
-        """See `Reopen`. Only durable providers need it."""
-        if Capability.DURABLE in provider.capabilities:
-            raise NotImplementedError(f"{type(self).__name__} is durable and gives no fixture `reopened`")
-        pytest.skip("this provider's state ends with it")
 
     @pytest.fixture
     def session(self, provider: StateProvider) -> str:

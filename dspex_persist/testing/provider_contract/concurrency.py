@@ -13,24 +13,13 @@ import pytest
 from dspex_persist.state import commands, errors
 from dspex_persist.state.commands import Command
 from dspex_persist.state.model import Value
-from dspex_persist.state.provider import Capability, StateProvider
+from dspex_persist.state.provider import StateProvider
 from dspex_persist.testing.checks import DEADLINE_S, refused
-from dspex_persist.testing.provider_contract.base import Contract, Reopen
+from dspex_persist.testing.provider_contract.base import Contract
 
 
 class ConcurrencyContract(Contract):
     """Many at once, and the life of the provider itself."""
-
-    def test_commands_take_effect_in_the_order_in_which_they_were_submitted(
-        self, provider: StateProvider, session: str
-    ) -> None:
-        if Capability.REMOTE in provider.capabilities:
-            return  # Calls to another process can overtake each other; only one that was answered comes first.
-        provider.register_variable(session, "x", "integer", 0)
-        pending = [provider.submit(commands.SetVariable(session, "x", Value(str(n)))) for n in range(1, 201)]
-        assert [future.result(DEADLINE_S) for future in pending] == list(range(1, 201))
-        history = provider.get_variable_history(session, "x", 200)
-        assert [version.value for version in history] == [Value(str(number)) for number in range(200, 0, -1)]
 
     def test_a_read_sees_every_write_that_was_acknowledged_before_it(
         self, provider: StateProvider, session: str
@@ -118,21 +107,6 @@ class ConcurrencyContract(Contract):
         for send in (ForkingPickler.dumps, copy.copy, copy.deepcopy):
             with pytest.raises(TypeError, match=r"a state cannot be copied, pickled, or sent .*connect\(\) there"):
                 send(provider)
-
-    def test_after_closing_everything_is_refused(self, provider: StateProvider, session: str, reopened: Reopen) -> None:
-        again = reopened()
-        provider.close()
-        provider.close()
-        asked: list[Command[Any]] = [
-            commands.GetSession(session),
-            commands.GetVariableHistory(session, "x"),
-            commands.InitializeSession(session),
-        ]
-        for command in asked:
-            assert isinstance(refused(provider.submit(command)), errors.EngineClosedError)
-        with pytest.raises(errors.EngineClosedError):
-            provider.watch(session)
-        assert again.heartbeat(session)
 
 
 def _alternately(done: threading.Event) -> Iterator[bool]:

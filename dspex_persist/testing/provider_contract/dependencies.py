@@ -7,8 +7,7 @@ import pytest
 
 from dspex_persist.state import errors
 from dspex_persist.state.provider import StateProvider
-from dspex_persist.testing.checks import names_of, take
-from dspex_persist.testing.provider_contract.base import Contract, Reopen
+from dspex_persist.testing.provider_contract.base import Contract
 
 
 class DependencyContract(Contract):
@@ -57,13 +56,3 @@ class DependencyContract(Contract):
         self.depend(provider, lettered, "ab", "bc")
         provider.delete_variable(lettered, "b")
         self.depend(provider, lettered, "ca")
-
-    def test_survive_a_restart(self, provider: StateProvider, lettered: str, reopened: Reopen) -> None:
-        self.depend(provider, lettered, "ab", "bc")
-        again = reopened()
-        with pytest.raises(errors.DependencyCycleError, match="->"):
-            self.depend(again, lettered, "ca")
-        with again.watch(lettered) as watch:
-            again.set_variable(lettered, "c", 1)
-            updates = take(watch, 3)
-        assert names_of(updates) == ["c", "b", "a"]

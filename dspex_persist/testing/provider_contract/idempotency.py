@@ -12,11 +12,11 @@ from dspex_persist.state.commands import Command
 from dspex_persist.state.model import Value, VariableVersion
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.testing.checks import refused, shown
-from dspex_persist.testing.provider_contract.base import Contract, Reopen
+from dspex_persist.testing.provider_contract.base import Contract
 from dspex_persist.testing.provider_contract.values import TENSOR
 
 
-def _keyed_writes(session: str) -> Mapping[str, Command[Any]]:
+def keyed_writes(session: str) -> Mapping[str, Command[Any]]:
     """One of each command that writes, for a session as `IdempotencyContract` makes it."""
     return {
         "initialize": commands.InitializeSession(session, {"new": "metadata"}),
@@ -34,7 +34,7 @@ def _keyed_writes(session: str) -> Mapping[str, Command[Any]]:
     }
 
 
-KEYED = sorted(_keyed_writes(""))
+KEYED = sorted(keyed_writes(""))
 SAME: list[tuple[str, Sequence[str]]] = [
     ("float", ("1", "1.0", " 1e0 ", "10e-1")),
     ("integer", ("5", "5.0", "\n5")),
@@ -54,49 +54,45 @@ DIFFERENT: list[tuple[str, str, str]] = [
 """JSON of values: what a type takes for the same, and what it tells apart."""
 
 
+def keyable_session(provider: StateProvider) -> str:
+    """A new session in which each of `keyed_writes` can be carried out."""
+    session_id = f"contract-{uuid.uuid4().hex}"
+    provider.initialize_session(session_id)
+    for name in ("x", "y", "held"):
+        provider.register_variable(session_id, name, "integer", 1)
+    provider.register_variable(session_id, "t", "tensor", TENSOR)
+    provider.set_variable(session_id, "x", 2, metadata={"m": "1"})
+    provider.start_optimization(session_id, "held", "optimizer")
+    return session_id
+
+
+def submit_keyed(provider: StateProvider, command: Command[Any], key: str) -> Future[Any]:
+    """Submit a command under an idempotency key."""
+    return provider.submit(command, provider.default_origin(command.cause, key))
+
+
 class IdempotencyContract(Contract):
     """Idempotency keys: the same answer, one effect."""
 
     @pytest.fixture
     def keyable(self, provider: StateProvider) -> str:
-        return self.begin(provider)
-
-    def begin(self, provider: StateProvider) -> str:
-        """A session in which each of `_keyed_writes` can be carried out."""
-        session_id = f"contract-{uuid.uuid4().hex}"
-        provider.initialize_session(session_id)
-        for name in ("x", "y", "held"):
-            provider.register_variable(session_id, name, "integer", 1)
-        provider.register_variable(session_id, "t", "tensor", TENSOR)
-        provider.set_variable(session_id, "x", 2, metadata={"m": "1"})
-        provider.start_optimization(session_id, "held", "optimizer")
-        return session_id
-
-    def keyed(self, provider: StateProvider, command: Command[Any], key: str) -> Future[Any]:
-        return provider.submit(command, provider.default_origin(command.cause, key))
+        return keyable_session(provider)
 
     @pytest.mark.parametrize("which", KEYED)
     def test_a_repeated_request_gets_the_recorded_answer_and_does_nothing(
         self, provider: StateProvider, keyable: str, which: str
     ) -> None:
-        command, key = _keyed_writes(keyable)[which], uuid.uuid4().hex
-        answer = self.keyed(provider, command, key).result()
+        command, key = keyed_writes(keyable)[which], uuid.uuid4().hex
+        answer = submit_keyed(provider, command, key).result()
         if which == "cleanup":
             provider.initialize_session(keyable)
         before = provider.list_variables(keyable), self.histories(provider, keyable)
         for _ in range(2):
-            assert self.keyed(provider, command, key).result() == answer
+            assert submit_keyed(provider, command, key).result() == answer
         assert (provider.list_variables(keyable), self.histories(provider, keyable)) == before
 
     def histories(self, provider: StateProvider, keyable: str) -> list[list[VariableVersion]]:
         return [provider.get_variable_history(keyable, variable.id) for variable in provider.list_variables(keyable)]
-
-    def test_also_after_a_restart(self, provider: StateProvider, reopened: Reopen) -> None:
-        key = uuid.uuid4().hex
-        asked = [_keyed_writes(self.begin(provider))[which] for which in KEYED]
-        answers = [self.keyed(provider, command, key).result() for command in asked]
-        again = reopened()
-        assert [self.keyed(again, command, key).result() for command in asked] == answers
 
     def test_for_another_request_the_key_is_refused(self, provider: StateProvider, keyable: str) -> None:
         key = uuid.uuid4().hex
@@ -110,7 +106,7 @@ class IdempotencyContract(Contract):
             commands.CleanupSession(keyable),
         ]
         for command in others:
-            error = refused(self.keyed(provider, command, key))
+            error = refused(submit_keyed(provider, command, key))
             assert isinstance(error, errors.IdempotencyConflictError), command
             assert key in str(error)
         assert provider.get_variable(keyable, "x").version == 2
@@ -126,29 +122,28 @@ class IdempotencyContract(Contract):
         key = uuid.uuid4().hex
         for number, text in enumerate(spellings):
             register = commands.RegisterVariable(keyable, "new", type_name, Value(text), "{ }" if number else "")
-            assert (
-                self.keyed(provider, register, f"{key}-register").result() == provider.get_variable(keyable, "new").id
-            )
+            registered = submit_keyed(provider, register, f"{key}-register").result()
+            assert registered == provider.get_variable(keyable, "new").id
             metadata = {"a": "1", "b": "2"} if number else {"b": "2", "a": "1"}
             write = commands.SetVariable(keyable, "v", Value(text), metadata)
-            assert self.keyed(provider, write, key).result() == 1
+            assert submit_keyed(provider, write, key).result() == 1
             batch = commands.SetVariables(keyable, {"v": Value(text)})
-            assert self.keyed(provider, batch, f"{key}-batch").result().versions == {"v": 2}
+            assert submit_keyed(provider, batch, f"{key}-batch").result().versions == {"v": 2}
         provider.delete_variable(keyable, "v")
         for text in spellings:
-            assert self.keyed(provider, commands.SetVariable(keyable, "v", Value(text), metadata), key).result() == 1
+            assert submit_keyed(provider, commands.SetVariable(keyable, "v", Value(text), metadata), key).result() == 1
 
     def test_so_are_those_with_the_same_constraints(self, provider: StateProvider, keyable: str) -> None:
         """Registered anew, too: they are shown as they came first."""
         for text in ('{"min": 0, "max": 2, "step": 1}', ' {"step":1,"max":2.0,"min":-0.0, "other": null}'):
             for keyed in (True, False):
                 command = commands.RegisterVariable(keyable, "bound", "float", Value("1"), text)
-                answer = self.keyed(provider, command, "k").result() if keyed else provider.run(command)
+                answer = submit_keyed(provider, command, "k").result() if keyed else provider.run(command)
                 assert answer == provider.get_variable(keyable, "bound").id
         assert provider.get_variable(keyable, "bound").constraints == '{"max":2,"min":0,"step":1}'
         for other in ('{"min": 0, "max": 2, "step": 1.0}', '{"min": 0, "max": 2.5, "step": 1}', "{}"):
             command = commands.RegisterVariable(keyable, "bound", "float", Value("1"), other)
-            assert isinstance(refused(self.keyed(provider, command, "k")), errors.IdempotencyConflictError)
+            assert isinstance(refused(submit_keyed(provider, command, "k")), errors.IdempotencyConflictError)
             assert isinstance(refused(provider.submit(command)), errors.VariableExistsError)
 
     @pytest.mark.parametrize(("type_name", "one", "other"), DIFFERENT, ids=shown)
@@ -157,11 +152,11 @@ class IdempotencyContract(Contract):
     ) -> None:
         provider.run(commands.RegisterVariable(keyable, "v", type_name, Value(one)))
         key = uuid.uuid4().hex
-        assert self.keyed(provider, commands.SetVariable(keyable, "v", Value(one)), key).result() == 1
-        error = refused(self.keyed(provider, commands.SetVariable(keyable, "v", Value(other)), key))
+        assert submit_keyed(provider, commands.SetVariable(keyable, "v", Value(one)), key).result() == 1
+        error = refused(submit_keyed(provider, commands.SetVariable(keyable, "v", Value(other)), key))
         assert isinstance(error, errors.IdempotencyConflictError)
         for expected in (0, 1):
-            error = refused(self.keyed(provider, commands.SetVariable(keyable, "v", Value(one), {}, expected), key))
+            error = refused(submit_keyed(provider, commands.SetVariable(keyable, "v", Value(one), {}, expected), key))
             assert isinstance(error, errors.IdempotencyConflictError)
 
     def test_a_request_that_failed_may_be_repeated(self, provider: StateProvider, keyable: str) -> None:
@@ -183,7 +178,7 @@ class IdempotencyContract(Contract):
     def test_of_many_at_once_one_writes_and_all_get_its_answer(self, provider: StateProvider, keyable: str) -> None:
         command, key = commands.SetVariable(keyable, "x", Value("5")), uuid.uuid4().hex
         with ThreadPoolExecutor(8) as threads:
-            answers = list(threads.map(lambda _: self.keyed(provider, command, key).result(), range(24)))
+            answers = list(threads.map(lambda _: submit_keyed(provider, command, key).result(), range(24)))
         assert answers == [2] * 24
         assert provider.get_variable(keyable, "x").version == 2
 

@@ -10,7 +10,7 @@ from dspex_persist.state import commands, errors
 from dspex_persist.state.model import Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.testing.checks import DEADLINE_S, let_pass, refused
-from dspex_persist.testing.provider_contract.base import Contract, Reopen
+from dspex_persist.testing.provider_contract.base import Contract
 from dspex_persist.testing.provider_contract.optimization import STRANGER
 
 
@@ -59,12 +59,3 @@ class LeaseContract(Contract):
             renewed = time.monotonic()
             provider.set_variable(leased, "x", 2, metadata={"optimizer_id": "holder"})
             let_pass(self.lease_s / 4)
-
-    def test_an_ended_lease_stays_ended_after_a_restart(
-        self, provider: StateProvider, leased: str, reopened: Reopen
-    ) -> None:
-        provider.start_optimization(leased, "x", "gone")
-        let_pass(self.lease_s * 1.02)
-        again = reopened()
-        assert again.get_variable(leased, "x").optimization is None
-        assert again.set_variable(leased, "x", 1) == 1

@@ -11,7 +11,7 @@ from dspex_persist.state.commands import Command
 from dspex_persist.state.model import ChangeKind, Origin, Source, Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.testing.checks import refused
-from dspex_persist.testing.provider_contract.base import Contract, Reopen
+from dspex_persist.testing.provider_contract.base import Contract
 
 STRANGER = Origin("stranger", "contract", Source.ELIXIR)
 
@@ -95,17 +95,3 @@ class OptimizationContract(Contract):
             provider.delete_variable(tunable, "x")
         provider.stop_optimization(tunable, "x")
         provider.delete_variable(tunable, "x")
-
-    def test_survives_a_restart(self, provider: StateProvider, tunable: str, reopened: Reopen) -> None:
-        optimization = provider.start_optimization(tunable, "x", "holder", {"trials": "5"})
-        provider.set_variable(tunable, "x", 7, metadata={"optimizer_id": "holder"})
-        before = provider.get_variable(tunable, "x")
-        again = reopened()
-        after = again.get_variable(tunable, "x")
-        assert after.optimization is not None
-        assert before.optimization is not None
-        assert after.optimization.started_at == before.optimization.started_at
-        with pytest.raises(errors.VariableLockedError, match="'holder'"):
-            again.set_variable(tunable, "x", 8)
-        assert again.start_optimization(tunable, "x", "holder") == optimization
-        assert again.stop_optimization(tunable, "x") == Value("7")

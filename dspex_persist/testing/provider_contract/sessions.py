@@ -13,7 +13,7 @@ from dspex_persist.state.commands import Command
 from dspex_persist.state.model import Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.testing.checks import let_pass, refused
-from dspex_persist.testing.provider_contract.base import Contract, Reopen
+from dspex_persist.testing.provider_contract.base import Contract
 
 
 class SessionContract(Contract):
@@ -152,32 +152,3 @@ class SessionContract(Contract):
         with pytest.raises(errors.InvalidArgumentError, match="ttl_seconds"):
             provider.initialize_session(session, {"ttl_seconds": text})
         assert "ttl_seconds" not in provider.get_session(session).metadata
-
-    def test_survives_a_restart_with_everything_that_it_holds(
-        self, provider: StateProvider, session: str, reopened: Reopen
-    ) -> None:
-        provider.initialize_session(session, {"user": "ada"})
-        for number in range(10):
-            provider.register_variable(session, f"v{number}", "integer", 0, metadata={"number": str(number)})
-        for number in range(0, 10, 2):
-            provider.set_variable(session, f"v{number}", number, metadata={"written": "yes"})
-        provider.delete_variable(session, "v3")
-        summary, variables = provider.get_session(session), provider.list_variables(session)
-        histories = {name: provider.get_variable_history(session, name) for name in ("v2", "v3")}
-        again = reopened()
-        assert again.get_session(session) == summary
-        assert again.list_variables(session) == variables
-        assert {name: again.get_variable_history(session, name) for name in histories} == histories
-        assert again.initialize_session(session).resumed
-        assert again.set_variable(session, "v2", 5, expected_version=1) == 2
-
-    def test_what_was_ended_stays_ended_after_a_restart(
-        self, provider: StateProvider, session: str, reopened: Reopen
-    ) -> None:
-        provider.initialize_session(expiring := uuid.uuid4().hex, {"ttl_seconds": "0.2"})
-        provider.cleanup_session(session)
-        let_pass(0.25)
-        again = reopened()
-        assert again.heartbeat(session) is False
-        assert again.heartbeat(expiring) is False
-        assert not again.initialize_session(session).resumed

@@ -12,7 +12,7 @@ from dspex_persist.state.model import Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.values import BinaryValue
 from dspex_persist.testing.checks import LONG_TEXT, exact, names_of, refused, shown, take
-from dspex_persist.testing.provider_contract.base import Contract, Reopen
+from dspex_persist.testing.provider_contract.base import Contract
 
 TENSOR = {"shape": [2, 2], "data": [[1, 2], [3, 4]]}
 EXACT_VALUES: list[tuple[str, object]] = [
@@ -200,17 +200,6 @@ class ValueContract(Contract):
         assert provider.set_variable(session, "embedding", [math.nan]) == 1
         assert provider.set_variable(session, "tensor", {"shape": [1], "data": [math.nan]}) == 1
         assert [provider.get_value(session, name) for name in others] == list(others.values())
-
-    def test_all_of_them_survive_a_restart(self, provider: StateProvider, session: str, reopened: Reopen) -> None:
-        for number, (type_name, value) in enumerate(EXACT_VALUES):
-            provider.register_variable(session, f"v{number}", type_name, value)
-        for number, (type_name, binary) in enumerate(BINARY_VALUES):
-            provider.submit(commands.RegisterVariable(session, f"b{number}", type_name, binary)).result()
-        again = reopened()
-        for number, (_, value) in enumerate(EXACT_VALUES):
-            assert exact(again.get_value(session, f"v{number}")) == exact(value)
-        for number, (_, binary) in enumerate(BINARY_VALUES):
-            assert again.get_variable(session, f"b{number}").value == binary
 
     @pytest.mark.parametrize(("type_name", "value"), BINARY_VALUES, ids=shown)
     def test_binary_values_are_kept_as_they_came(

@@ -7,12 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from dspex_persist.state import commands, errors
-from dspex_persist.state.errors import StateError
 from dspex_persist.state.model import ChangeKind, UpdateKind, Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.watch import Watch
 from dspex_persist.testing.checks import DEADLINE_S, LONG_TEXT, check_whole_commits, names_of, refused, take, take_until
-from dspex_persist.testing.provider_contract.base import Contract, Reopen
+from dspex_persist.testing.provider_contract.base import Contract
 
 
 class WatchContract(Contract):
@@ -240,17 +239,6 @@ class WatchContract(Contract):
                 provider.set_variable(watched, "x", 0)
                 assert [take(watch, 1)[0].variable.version for watch in (slow, resumed)] == [601, 601]
 
-    def test_resumes_after_a_restart(self, provider: StateProvider, watched: str, reopened: Reopen) -> None:
-        with provider.watch(watched) as watch:
-            for number in range(1, 6):
-                provider.set_variables(watched, {"x": number, "y": number})
-            updates = take(watch, 10)
-        again = reopened()
-        with again.watch(watched, after_sequence=updates[3].sequence) as watch:
-            assert take(watch, 6) == updates[4:]
-            again.set_variable(watched, "x", 6)
-            assert take(watch, 1)[0].sequence > updates[-1].sequence
-
     def test_a_sequence_ahead_of_the_store_is_refused(self, provider: StateProvider, watched: str) -> None:
         for sequence in (10**9, 2**62):
             with pytest.raises(errors.InvalidArgumentError, match="invalid after_sequence"):
@@ -276,17 +264,6 @@ class WatchContract(Contract):
             waiting = thread.submit(list, watch)
             provider.cleanup_session(watched)
             assert waiting.result(DEADLINE_S) == []
-
-    def test_ends_with_an_error_when_its_provider_closes(
-        self, provider: StateProvider, watched: str, reopened: Reopen
-    ) -> None:
-        watch = provider.watch(watched)
-        with ThreadPoolExecutor(1) as thread:
-            waiting = thread.submit(list, watch)
-            reopened()
-            provider.close()
-            assert isinstance(waiting.exception(DEADLINE_S), StateError)
-        watch.close()
 
     def test_many_watch_the_same(self, provider: StateProvider, watched: str) -> None:
         watches = [provider.watch(watched) for _ in range(20)]

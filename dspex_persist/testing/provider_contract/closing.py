@@ -1,0 +1,40 @@
+"""Closing, for a provider that each test has to itself."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from dspex_persist.state import commands, errors
+from dspex_persist.state.commands import Command
+from dspex_persist.state.errors import StateError
+from dspex_persist.state.provider import StateProvider
+from dspex_persist.testing.checks import DEADLINE_S, refused
+from dspex_persist.testing.provider_contract.base import Contract
+
+
+class ClosingContract(Contract):
+    """Closing, for a provider that each test has to itself."""
+
+    def test_after_closing_everything_is_refused(self, provider: StateProvider, session: str) -> None:
+        provider.check_open()
+        provider.close()
+        provider.close()
+        asked: list[Command[Any]] = [
+            commands.GetSession(session),
+            commands.GetVariableHistory(session, "x"),
+            commands.InitializeSession(session),
+        ]
+        for command in asked:
+            assert isinstance(refused(provider.submit(command)), errors.EngineClosedError)
+        for ask in (lambda: provider.watch(session), provider.check_open):
+            with pytest.raises(errors.EngineClosedError):
+                ask()
+
+    def test_a_watch_ends_with_an_error_when_its_provider_closes(self, provider: StateProvider, session: str) -> None:
+        watch = provider.watch(session)
+        with ThreadPoolExecutor(1) as thread:
+            waiting = thread.submit(list, watch)
+            provider.close()
+            assert isinstance(waiting.exception(DEADLINE_S), StateError)
+        watch.close()
