@@ -17,7 +17,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.pool import StaticPool
 
 from dspex_persist.state.store import log_reader
-from dspex_persist.state.store.anchor import Head, parse
+from dspex_persist.state.store.anchor import Head, remembered
 from dspex_persist.state.store.engine import open_readers
 from dspex_persist.state.store.verify import iter_problems
 from tests.concurrency import linearizability
@@ -213,7 +213,7 @@ def check_histories(ledger: Ledger) -> list[str]:
 
 def verify(copy: Path) -> list[str]:
     """What the product's own verification, and SQLite's, find in a copy."""
-    anchor = parse(copy.with_name(copy.name + ".anchor").read_bytes())
+    anchor = remembered(copy)
     readers = open_readers(copy, size=1)
     try:
         problems = [str(problem) for problem in iter_problems(readers, anchor)]

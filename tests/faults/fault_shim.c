@@ -8,6 +8,9 @@
  * Modes: "eio", "enospc", "enolck" and "emfile" fail with that error; "short" does half of a read or a write. After half
  * of a write the next one gets ENOSPC; a read gets on however often that happens (nothing at all is a file's end).
  * While the file named by DSPEX_FAULT_FULL_WHILE exists, no file can grow (ENOSPC), as on a disk without room.
+ *
+ * SQLite tries again for ten seconds to get a lock, by the number of its naps. They are short here: a lock that cannot
+ * be had costs half a second each time.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -227,6 +230,11 @@ int ftruncate64(int fd, off_t length)
 int ftruncate(int fd, off_t length)
 {
     return ftruncate64(fd, length);
+}
+
+int usleep(useconds_t duration_us)
+{
+    return REAL(usleep)(duration_us / 20);
 }
 
 /* Taking a lock can fail; giving it back cannot. */

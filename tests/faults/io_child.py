@@ -98,6 +98,7 @@ class Case:
             self._note(event="not closed", error=type(error).__name__, text=str(error))
             return EXIT_NOT_CLOSED
         self._attempt("import", lambda: wiring.import_session(self._database, self._recording, session_id=IMPORTED))
+        self._attempt("restore", self._restore)
         return 0
 
     def _set_up(self, state: EmbeddedState) -> bool:
@@ -156,6 +157,11 @@ class Case:
         report = maintenance.backup(self._database, self._folder / BACKUP)
         if report.problems:
             raise StateError(f"the copy has problems: {report.problems[0]}")
+
+    def _restore(self) -> None:
+        report = maintenance.restore(self._folder / BACKUP, self._database)
+        if report.problems:
+            raise StateError(f"the backup has problems: {report.problems[0]}")
 
     def _attempt(self, what: str, do: Callable[[], object]) -> None:
         try:

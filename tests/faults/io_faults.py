@@ -56,6 +56,8 @@ class Fault:
         return f"{self.kind} {self.number} {self.mode} {'on' if self.goes_on else 'once'}"
 
 
+_BESIDE = ("-wal", "-shm", "-journal", ".anchor", ".lock")
+
 NO_FAULT = Fault("write", 0, "eio", False)
 
 
@@ -136,14 +138,33 @@ def _judge(place: Path, result: Result) -> None:
     if (database.exists() and database.stat().st_size) or ledger.writes:
         problems += _check(copy_files(database, place / "copy"), ledger)
     problems += _check_backup(place, "backup" in done)
-    # The start after it, with a disk that works again.
-    try:
-        open_groups(database).close()
-    except StateError as error:
-        problems.append(f"cannot be opened again: {error}")
-        return
-    copy = copy_files(database, place / "copy")
-    problems += [*_check(copy, ledger), *_check_import(copy, "import" in done)]
+    # Where nothing can be removed, something is left.
+    if result.fault.kind != "unlink" and (left := sorted(path.name for path in place.glob("*.partial*"))):
+        problems.append(f"left behind: {left}")
+    replaced = _replaced_in(place)
+    if "restore" in done and replaced is None:
+        problems.append("lost: the backup was restored, and what was there before is not there")
+    for path in (database,) if replaced is None else (database, replaced):
+        # The start after it, with a disk that works again.
+        try:
+            open_groups(path).close()
+        except StateError as error:
+            problems.append(f"{path.name} cannot be opened again: {error}")
+            continue
+        copy = copy_files(path, place / "copy")
+        problems += _check(copy, ledger)
+        # The backup was made before that.
+        is_restored = path is database and replaced is not None
+        problems += _check_import(copy, 0 if is_restored else io_child.IMPORTED_VERSIONS, "import" in done)
+
+
+def _replaced_in(place: Path) -> Path | None:
+    """What a restore has replaced, if it is not in place any more."""
+    database = place / io_child.DATABASE
+    for path in place.glob(f"{io_child.DATABASE}.replaced-*"):
+        if not path.name.endswith(_BESIDE) and not path.samefile(database):
+            return path
+    return None
 
 
 def _check_backup(place: Path, done: bool) -> Iterator[str]:
@@ -152,15 +173,13 @@ def _check_backup(place: Path, done: bool) -> Iterator[str]:
         yield "lost: the backup was made, and is not there"
     if backup.exists() and (problems := maintenance.check(backup).problems):
         yield f"half: the backup has problems: {problems[:2]}"
-    if left := sorted(path.name for path in place.glob("*.partial*")):
-        yield f"left behind: {left}"
 
 
-def _check_import(copy: Path, done: bool) -> Iterator[str]:
+def _check_import(copy: Path, wanted: int, done: bool) -> Iterator[str]:
     with closing(sqlite3.connect(copy)) as connection:
         [(found,)] = connection.execute(_IMPORTED, (io_child.IMPORTED,))
-    if found != io_child.IMPORTED_VERSIONS and (done or found != 0):
-        yield f"half: {found} of {io_child.IMPORTED_VERSIONS} imported versions are there"
+    if found != wanted and (done or found != 0):
+        yield f"half: {found} of {wanted} imported versions are there"
 
 
 _IMPORTED = """

@@ -54,7 +54,7 @@ def test_an_error_taken_for_an_abort_is_found(tmp_path: Path) -> None:
 def test_an_import_in_parts_is_found(tmp_path: Path) -> None:
     with Faults(tmp_path, "import-in-parts") as faults:
         operations = faults.run(NO_FAULT).operations["write"]
-        # Its writes are the last ones of all.
+        # Its writes are the last ones, but for those of the restore.
         late = (faults.run(Fault("write", number, "enospc", True)) for number in range(operations - 20, 0, -20))
         problems = next(result.problems for result in late if result.problems)
     assert {problem.partition(":")[0] for problem in problems} == {"half"}

@@ -96,10 +96,12 @@ def test_it_finds_what_a_reader_finds_and_leaves_everything_as_it_was(
     readers.dispose()
 
 
-def test_a_wal_that_does_not_begin_as_one_is_none(path: Path) -> None:
+@pytest.mark.parametrize("is_one", [True, False])
+def test_a_wal_with_nothing_in_it_is_none(path: Path, is_one: bool) -> None:
     """SQLite would look for ten seconds whether it becomes one."""
+    header = Path(f"{path}-wal").read_bytes()[:32]
     closed(path)
-    Path(f"{path}-wal").write_bytes(b"\xff" * 10_000)
+    Path(f"{path}-wal").write_bytes(header if is_one else b"\xff" * 10_000)
     Path(f"{path}-shm").write_bytes(bytes(32_768))
     before = contents(path.parent)
     assert read_untouched(path, head) == WRITTEN
@@ -109,11 +111,12 @@ def test_a_wal_that_does_not_begin_as_one_is_none(path: Path) -> None:
 
 
 def test_the_beginning_of_a_wal_is_known_by_its_sums(path: Path) -> None:
-    header = Path(f"{path}-wal").read_bytes()[:32]
-    assert untouched._begins_wal(header)
-    assert not untouched._begins_wal(header[:31])
+    content = Path(f"{path}-wal").read_bytes()[:33]
+    assert untouched._begins_wal(content)
+    for at in range(33):
+        assert not untouched._begins_wal(content[:at])
     for at in range(32):
-        assert not untouched._begins_wal(header[:at] + bytes([header[at] ^ 1]) + header[at + 1 :])
+        assert not untouched._begins_wal(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
 
 
 def test_what_sqlite_would_remove_of_an_empty_file_stays(path: Path) -> None:

@@ -137,14 +137,17 @@ _AT_REST, _READ_SHM, _MAKE_SHM = "&immutable=1", "&readonly_shm=1", ""
 def _state_of(path: Path) -> _State:
     wal = None
     with suppress(FileNotFoundError), Path(f"{path}-wal").open("rb") as file:
-        wal = _facts(os.fstat(file.fileno())) if _begins_wal(file.read(_WAL_HEADER.size)) else None
+        wal = _facts(os.fstat(file.fileno())) if _begins_wal(file.read(_WAL_HEADER.size + 1)) else None
     return _State(_facts(path.stat()), wal, os.path.lexists(f"{path}-journal"))
 
 
-def _begins_wal(header: bytes) -> bool:
-    """Whether a `-wal` that begins so has anything for SQLite. Without a `-shm` to write to, it tries one that has not
-    for ten seconds."""
-    if len(header) < _WAL_HEADER.size:
+def _begins_wal(content: bytes) -> bool:
+    """Whether a `-wal` that begins so has anything for SQLite: a header that holds, and something behind it.
+
+    Without a `-shm` to write to, it tries one that has not for ten seconds.
+    """
+    header, rest = content[: _WAL_HEADER.size], content[_WAL_HEADER.size :]
+    if not rest:
         return False
     magic, *_, first, second = _WAL_HEADER.unpack(header)
     if magic & ~1 != _WAL_MAGIC:
@@ -177,4 +180,4 @@ def is_half_written(error: ReadFailedError) -> bool:
 
 def _is_barred(error: BaseException) -> bool:
     """Whether SQLite cannot do without writing to the `-shm`."""
-    return code_of(error) in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+    return code_of(error) in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL)

@@ -4,7 +4,7 @@ import os
 import sqlite3
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,8 +33,21 @@ def partial_file(target: Path) -> Iterator[Path]:
     try:
         yield partial
     finally:
-        for suffix in ("", "-journal", "-wal", "-shm"):
-            beside(partial, suffix).unlink(missing_ok=True)
+        _clear_away(partial, target)
+
+
+def _clear_away(partial: Path, target: Path) -> None:
+    """Remove each that is there, whichever cannot be removed."""
+    try:
+        with ExitStack() as removing:
+            for suffix in ("", "-journal", "-wal", "-shm"):
+                file = beside(partial, suffix)
+                # One that has become the target is not there any more, and all is well.
+                if os.path.lexists(file):
+                    removing.callback(file.unlink, missing_ok=True)
+    except OSError as error:
+        reason = f"{partial.name} beside it could not be removed ({error.strerror or error}); remove what begins so"
+        raise not_written(target, reason) from error
 
 
 def not_written(target: Path, reason: str) -> InvalidArgumentError:
