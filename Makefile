@@ -22,7 +22,30 @@ ARGS ?=
 # Quiet pip: progress is told by the echoes below, warnings and errors still show.
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup run serve test test-thorough check lint types imports check-codegen docs
+# The tests by what they are about (CONTRIBUTING.md says which lane a change concerns). A file may be in several lanes;
+# the last one has those that need all of the product, and those that take long.
+LANES := fast store bridge replay cli long
+TESTS_fast := tests/unit tests/architecture
+TESTS_store := tests/store tests/contract/test_embedded.py tests/contract/test_local.py tests/contract/test_documented.py \
+	tests/contract/test_audit.py tests/contract/test_value_types.py tests/property/test_audit_model.py
+TESTS_bridge := tests/bridge tests/infra tests/contract/test_bridged.py tests/contract/test_alike.py \
+	tests/end_to_end/test_audit_service.py tests/end_to_end/test_old_client.py
+TESTS_replay := tests/unit/test_lm_calls.py tests/unit/test_recordings.py tests/unit/test_replay.py \
+	tests/unit/test_replay_lm.py tests/unit/test_replay_state.py tests/store/test_recordings.py \
+	tests/property/test_recordings.py tests/end_to_end/test_plugin.py tests/end_to_end/test_replay.py
+TESTS_cli := tests/unit/test_settings.py tests/unit/test_pictures.py tests/end_to_end/test_audit_commands.py \
+	tests/end_to_end/test_audit_pages.py tests/end_to_end/test_db_commands.py tests/end_to_end/test_demo.py \
+	tests/end_to_end/test_refused_files.py tests/end_to_end/test_restore_command.py tests/end_to_end/test_serve.py \
+	tests/end_to_end/test_session_commands.py tests/end_to_end/test_shell.py
+TESTS_long := tests/concurrency tests/faults tests/fuzz tests/property/test_execution_model.py \
+	tests/property/test_mutants.py tests/property/test_mutated_recordings.py tests/property/test_store_model.py \
+	tests/property/test_values_property.py tests/end_to_end/test_benchmarks.py tests/end_to_end/test_docs.py \
+	tests/end_to_end/test_forks.py tests/end_to_end/test_large_values.py tests/end_to_end/test_lm_calls.py \
+	tests/end_to_end/test_readme.py tests/end_to_end/test_refused_calls.py tests/end_to_end/test_remote_workers.py \
+	tests/end_to_end/test_suite.py tests/end_to_end/test_tools.py tests/end_to_end/test_watchers.py \
+	tests/end_to_end/test_without_tools.py
+
+.PHONY: help setup run serve test test-thorough $(LANES:%=test-%) check lint types imports check-codegen docs
 .PHONY: fix codegen bench peers crash-test powercut-test fault-test fuzz soak mutants observations clean
 
 help:  ## list the targets
@@ -56,6 +79,16 @@ serve: .venv/.installed  ## serve on the default file (ARGS="--db PATH --listen 
 
 test: .venv/.installed-dev  ## run the tests (ARGS="-k name", WORKERS=0 for one process)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-fast:  ## ... only units and architecture: less than half a minute
+test-store:  ## ... only the store, and what backends in this process promise
+test-bridge:  ## ... only the bridge, its servers and clients
+test-replay:  ## ... only recordings and replays
+test-cli:  ## ... only the command line
+test-long:  ## ... only those that need all of the product, or take long
+
+$(LANES:%=test-%): test-%: .venv/.installed-dev
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(TESTS_$*) $(ARGS)
 
 test-thorough: .venv/.installed-dev  ## ... and those that take long: do the proofs find planted bugs?
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m thorough $(ARGS)
