@@ -1,7 +1,6 @@
 """What the tests themselves keep to, so that a loaded machine fails none of them, and one that is lost does not end the
 run."""
 
-import ast
 import os
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import pytest
 from tests.deadline import PATIENCE, cpu_s_below, within
 
 ROOT = Path(__file__).resolve().parents[2]
-CLOCKS = ("time", "monotonic", "perf_counter")
 HANGING = """
 import os
 import threading
@@ -91,45 +89,6 @@ def test_a_timeout_does_not_reach_what_plugins_do_after_a_test(tmp_path: Path) -
     (tmp_path / "test_report.py").write_text("def test_slow_report():\n    pass\n")
     said = pytest_on(tmp_path, "-o", "timeout=1")
     assert "1 passed" in said, said
-
-
-def files_of_tests() -> list[Path]:
-    return [path for path in (ROOT / "tests").rglob("*.py") if "assets" not in path.parts]
-
-
-def wall_clock_assertions(text: str) -> list[int]:
-    """The lines of assertions on how long something took. A deadline (`now < deadline`) gives up, and is none."""
-    found = []
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Assert) and not _is_deadline(node.test):
-            found += [node.lineno for each in ast.walk(node.test) if _reads_clock(each)]
-    return found
-
-
-def _is_deadline(test: ast.expr) -> bool:
-    return isinstance(test, ast.Compare) and _reads_clock(test.left) and isinstance(test.comparators[0], ast.Name)
-
-
-def _reads_clock(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and ast.unparse(node.func) in {f"time.{clock}" for clock in CLOCKS}
-
-
-def test_no_test_asserts_how_long_something_took() -> None:
-    found = {str(path): lines for path in files_of_tests() if (lines := wall_clock_assertions(path.read_text()))}
-    assert found == {}, "use a count, an event, or tests.deadline.cpu_s_below"
-
-
-@pytest.mark.parametrize(
-    ("text", "lines"),
-    [
-        ("assert time.monotonic() - began < 5", [1]),
-        ("assert 5 > time.perf_counter() - began", [1]),
-        ("assert time.monotonic() < deadline, 'in vain'", []),
-        ("assert time.process_time() - began < 5", []),
-    ],
-)
-def test_such_assertions_are_found(text: str, lines: list[int]) -> None:
-    assert wall_clock_assertions(text) == lines
 
 
 def test_deadlines_grow_with_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
