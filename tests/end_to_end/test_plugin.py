@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -483,31 +484,33 @@ def test_what_is_wrong_with_an_export_is_said(
     assert sentence in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        '"""; open("ran", "w"); """',
-        "\\\"\\\"\\\"; open('ran', 'w') #",
-        "'+str(open('ran','w'))+'",
-        "{open('ran', 'w')}",
-        "\u2028open('ran', 'w')\u202e",
-        "é\\",
-    ],
-)
-def test_what_a_client_has_named_is_a_literal_in_a_test(project: Path, name: str) -> None:
+NAMES = [
+    '"""; open("ran", "w"); """',
+    "\\\"\\\"\\\"; open('ran', 'w') #",
+    "'+str(open('ran','w'))+'",
+    "{open('ran', 'w')}",
+    "\u2028open('ran', 'w')\u202e",
+    "é\\",
+]
+
+
+def test_what_a_client_has_named_is_a_literal_in_a_test(project: Path) -> None:
     (project / "test_checkout.py").unlink()
-    (project / "run.py").write_text(RUN.replace('"s1"', ascii(name)), encoding="utf-8")
+    begun, used = RUN.split("    state.initialize_session", 1)
+    each = textwrap.indent("    state.initialize_session" + used, "    ").replace('"s1"', "name")
+    (project / "run.py").write_text(f"{begun}    for name in {NAMES!a}:\n{each}", encoding="utf-8")
     subprocess.run([sys.executable, "run.py"], cwd=project, check=True, timeout=within(60))
-    export = [sys.executable, "-m", "dspex_persist", "session", "export", name, "--db", "shop.db"]
-    command = [*export, "--as-test", "test_named.py", "--tools", "shop_tools"]
-    subprocess.run(command, cwd=project, check=True, timeout=within(60), capture_output=True)
-    source = (project / "test_named.py").read_text(encoding="utf-8")
-    assert source.isascii()
-    # Name by name and word by word it is the same test whatever the id is; the id is one string.
-    strings = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
-    assert strings.count(name) == 1
+    for number, name in enumerate(NAMES):
+        export = [sys.executable, "-m", "dspex_persist", "session", "export", name, "--db", "shop.db"]
+        command = [*export, "--as-test", f"test_named_{number}.py", "--tools", "shop_tools"]
+        subprocess.run(command, cwd=project, check=True, timeout=within(60), capture_output=True)
+        source = (project / f"test_named_{number}.py").read_text(encoding="utf-8")
+        assert source.isascii(), name
+        # Name by name and word by word it is the same test whatever the id is; the id is one string.
+        strings = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+        assert strings.count(name) == 1, name
     ran = run_pytest(project, ci=True)
-    assert "1 passed" in ran.stdout, ran.stdout
+    assert f"{len(NAMES)} passed" in ran.stdout, ran.stdout
     assert not (project / "ran").exists()
 
 

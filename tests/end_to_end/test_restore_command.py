@@ -2,8 +2,8 @@
 
 import os
 import re
+import shutil
 import sqlite3
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dspex_persist import connect
+from dspex_persist import cli, connect
 from dspex_persist.testing.server import ServedDatabase
-from tests.deadline import within
 from tests.end_to_end.test_db_commands import (
     FAILED,
     FINE,
@@ -22,28 +21,35 @@ from tests.end_to_end.test_db_commands import (
     UNUSABLE,
     USAGE,
     assert_one_sentence,
-    clean_environment,
     document_of,
     run,
 )
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A folder with a database whose server was killed, and a backup of before that."""
-    path = tmp_path / "sessions.db"
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a database whose server was killed, and a backup of before that. Only to be copied."""
+    folder = tmp_path_factory.mktemp("killed")
+    path = folder / "sessions.db"
     with connect(path) as state:
         state.initialize_session("s")
         state.register_variable("s", "x", "integer", 1)
-    assert run("backup", "b.db", cwd=tmp_path).returncode == FINE
+    assert run("backup", "b.db", cwd=folder).returncode == FINE
     with ServedDatabase(path) as server, connect(f"grpc://{server.target}") as client:
         for number in range(2, 30):
             client.set_variable("s", "x", number)
-        refused = run("restore", "b.db", cwd=tmp_path)
+        refused = run("restore", "b.db", cwd=folder)
         assert "in use by process" in assert_one_sentence(refused, IN_USE)
         assert client.get_variable("s", "x").value.json == "29"
+        server.process.kill()
     assert Path(f"{path}-wal").stat().st_size > 0
-    return tmp_path
+    return folder
+
+
+@pytest.fixture
+def place(killed: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(killed, tmp_path / "place")
 
 
 def value_in(path: Path) -> str:
@@ -125,7 +131,11 @@ WRITING: list[list[str]] = [
 @pytest.mark.parametrize("command", WRITING, ids=lambda words: words[1])
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_no_output_is_a_file_of_the_database(
-    tmp_path: Path, command: list[str], output: Callable[[Path], Path]
+    tmp_path: Path,
+    command: list[str],
+    output: Callable[[Path], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "sessions.db"
     with connect(path) as state:
@@ -133,18 +143,14 @@ def test_no_output_is_a_file_of_the_database(
     target = output(path)
     before = {each.name: each.read_bytes() for each in tmp_path.iterdir()}
     words = [str(target) if word == "OUTPUT" else word for word in command]
-    result = subprocess.run(
-        [sys.executable, "-m", "dspex_persist", *words, "--db", path],
-        cwd=tmp_path,
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=within(60),
-        check=False,
-    )
-    assert "give another name" in result.stderr, result
-    assert result.returncode in (FAILED, USAGE)
-    assert "Traceback" not in result.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dspex-persist", *words, "--db", str(path)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert "give another name" in said
+    assert ended.value.code in (FAILED, USAGE)
+    assert "Traceback" not in said
     assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == before
 
 
