@@ -121,7 +121,7 @@ def open_audit(url: str | os.PathLike[str], *, reveal: bool = False, **options: 
 
         return maintenance.open_audit(place, reveal=reveal)
     state = _bridged(place, **options)
-    return state.audit(reveal=reveal, let_go=state.close)
+    return state.audit(reveal=reveal, on_close=state.close)
 
 
 @contextlib.contextmanager

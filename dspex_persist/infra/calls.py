@@ -110,7 +110,7 @@ class Circuit:
         return pause_s
 
 
-class Line:
+class Channel:
     """One connection. It is retired when it has failed, and closed when its last call has ended."""
 
     def __init__(self, target: str, connect_timeout_s: float, service: Service) -> None:
@@ -154,10 +154,10 @@ def _options(target: str, connect_timeout_s: float) -> Options:
     ]
 
 
-class Talk:
+class Call:
     """One use of a line, and what it says about the address: it answered, it was lost, or nobody knows."""
 
-    def __init__(self, line: Line, service: Service) -> None:
+    def __init__(self, line: Channel, service: Service) -> None:
         self.line = line
         self._service = service
         self.answered: bool | None = None
@@ -210,7 +210,7 @@ class Peer:
         self._service = service
         self._target = target
         self._connect_timeout_s = connect_timeout_s
-        self._lines: list[Line] = []
+        self._lines: list[Channel] = []
         self._probe: asyncio.Task[None] | None = None
         self._closed = False
         self._log = _logger.bind(address=address)
@@ -221,7 +221,7 @@ class Peer:
         return not any(line.users for line in self._lines)
 
     @contextlib.asynccontextmanager
-    async def talk(self) -> AsyncIterator[Talk]:
+    async def talk(self) -> AsyncIterator[Call]:
         """A connection for one call, if the circuit lets it pass."""
         if self.circuit.admit():
             await self._try_out()
@@ -266,10 +266,10 @@ class Peer:
                     raise
 
     @contextlib.asynccontextmanager
-    async def _connected(self) -> AsyncIterator[Talk]:
+    async def _connected(self) -> AsyncIterator[Call]:
         line = self._line()
         line.users += 1
-        talk = Talk(line, self._service)
+        talk = Call(line, self._service)
         try:
             await talk.connect()
             yield talk
@@ -278,14 +278,14 @@ class Peer:
             self._settle(talk)
             await self._tidy()
 
-    def _line(self) -> Line:
+    def _line(self) -> Channel:
         if not (self._lines and self._lines[-1].usable):
             for line in self._lines:
                 line.retired = True
-            self._lines.append(Line(self._target, self._connect_timeout_s, self._service))
+            self._lines.append(Channel(self._target, self._connect_timeout_s, self._service))
         return self._lines[-1]
 
-    def _settle(self, talk: Talk) -> None:
+    def _settle(self, talk: Call) -> None:
         if self._closed:
             return
         if talk.answered is None:

@@ -7,15 +7,15 @@ Nothing is written: a replay is neither a fork, which makes a new session, nor a
 """
 
 from dspex_persist.replay.recorded import Recording, load
-from dspex_persist.replay.report import Aspect, Divergence, Outcome, ReplayedExecution, ReplayReport
+from dspex_persist.replay.report import Aspect, Divergence, ReplayedExecution, ReplayOutcome, ReplayReport
 from dspex_persist.replay.run import replay
 from dspex_persist.replay.state import replay_state
 
 __all__ = [
     "Aspect",
     "Divergence",
-    "Outcome",
     "Recording",
+    "ReplayOutcome",
     "ReplayReport",
     "ReplayedExecution",
     "load",

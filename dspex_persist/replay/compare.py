@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 from typing import Final
 
+from dspex_persist.replay.execution import ReplayedCall
 from dspex_persist.replay.recorded import RecordedExecution, Written
 from dspex_persist.replay.report import Aspect, Divergence, diff_of
-from dspex_persist.replay.take import Played
 from dspex_persist.state.events import (
     DependencyAdded,
     Event,
@@ -43,7 +43,7 @@ _OF_SUCCESS: Final = (Aspect.RESULT, Aspect.WRITES, Aspect.DEPENDENCIES, Aspect.
 """What an execution that failed has nothing of, and what so is no news if one of the two failed."""
 
 
-def compare(played: Played, names: Mapping[str, str], whole: bool) -> Iterator[Divergence]:
+def compare(played: ReplayedCall, names: Mapping[str, str], whole: bool) -> Iterator[Divergence]:
     """What differs between an execution that has run again and its recording.
 
     `names`: of the variables that were there, by id. `whole`: whether what is known of a commit only as a whole,
@@ -78,11 +78,11 @@ def _without_diffs(error: Lines, asked: Iterable[Lines]) -> Lines:
 
 
 def _account_of(
-    execution: RecordedExecution | Played, names: Mapping[str, str], hidden: frozenset[tuple[str, int]]
+    execution: RecordedExecution | ReplayedCall, names: Mapping[str, str], hidden: frozenset[tuple[str, int]]
 ) -> dict[Aspect, Lines]:
     """What an execution did, as lines. `hidden`: versions whose values are not known."""
     end = execution.end
-    if isinstance(execution, Played):
+    if isinstance(execution, ReplayedCall):
         events, calls = execution.events, [_call_line(each.tool, each.parameters) for each in execution.calls]
         versions = [_version_of(change) for change in execution.changes]
         written: Iterable[RecordedVersion] = Written(versions).take(end.writes if end else ())

@@ -30,7 +30,7 @@ class Aspect(StrEnum):
     """In a replay of the state: that it ends as it is stored."""
 
 
-class Outcome(StrEnum):
+class ReplayOutcome(StrEnum):
     """What became of an execution."""
 
     SAME = "same"
@@ -68,7 +68,7 @@ class ReplayedExecution:
     attempt: int
     parent_id: str | None
     status: str
-    outcome: Outcome
+    outcome: ReplayOutcome
     reason: str = ""
     divergences: tuple[Divergence, ...] = ()
 
@@ -94,14 +94,14 @@ class ReplayReport:
     @property
     def checked(self) -> bool:
         """Whether anything was: executions that were skipped were not."""
-        return self.mode == "state" or any(each.outcome is not Outcome.SKIPPED for each in self.executions)
+        return self.mode == "state" or any(each.outcome is not ReplayOutcome.SKIPPED for each in self.executions)
 
     @property
     def reasons(self) -> tuple[str, ...]:
         """Why executions were skipped, each reason once."""
-        return tuple(dict.fromkeys(each.reason for each in self.executions if each.outcome is Outcome.SKIPPED))
+        return tuple(dict.fromkeys(each.reason for each in self.executions if each.outcome is ReplayOutcome.SKIPPED))
 
-    def count(self, outcome: Outcome) -> int:
+    def count(self, outcome: ReplayOutcome) -> int:
         """How many executions ended so."""
         return sum(each.outcome is outcome for each in self.executions)
 
@@ -115,9 +115,9 @@ class ReplayReport:
             "session_id": self.session_id,
             "mode": self.mode,
             "commits": self.commits,
-            "same": self.count(Outcome.SAME),
-            "diverged": self.count(Outcome.DIVERGED),
-            "skipped": self.count(Outcome.SKIPPED),
+            "same": self.count(ReplayOutcome.SAME),
+            "diverged": self.count(ReplayOutcome.DIVERGED),
+            "skipped": self.count(ReplayOutcome.SKIPPED),
             "executions": [_execution_document(each) for each in self.executions],
             "divergences": [_divergence_document(each) for each in self.divergences],
         }
@@ -135,7 +135,7 @@ class ReplayReport:
             return f"session {self.session_id}: {found} in {_counted(self.commits, 'commit')}"
         if not self.executions:
             return f"session {self.session_id}: nothing was checked: it has no executions"
-        counts = ", ".join(f"{self.count(each)} {each.value}" for each in Outcome if self.count(each))
+        counts = ", ".join(f"{self.count(each)} {each.value}" for each in ReplayOutcome if self.count(each))
         ran = f"{_counted(len(self.executions), 'execution')} ({counts})"
         if not self.checked:
             return f"session {self.session_id}: nothing was checked in {ran}: {'; '.join(self.reasons)}"

@@ -9,11 +9,11 @@ from typing import Final, TypeAlias
 from dspex_persist import clock
 from dspex_persist.cognitive.toolbox import Toolbox
 from dspex_persist.replay.compare import compare
+from dspex_persist.replay.execution import ReplayRun, ReplayStore
 from dspex_persist.replay.numbers import Numbers, range_of
 from dspex_persist.replay.rebuild import Past
 from dspex_persist.replay.recorded import RecordedExecution, Recording, Source, find_executions, load
-from dspex_persist.replay.report import Aspect, Divergence, Outcome, ReplayedExecution, ReplayReport
-from dspex_persist.replay.take import Stage, Take
+from dspex_persist.replay.report import Aspect, Divergence, ReplayedExecution, ReplayOutcome, ReplayReport
 from dspex_persist.replay.tools import RunAgain, in_place_of, no_lm_asked, stand_ins_for
 from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.errors import InvalidArgumentError, quote
@@ -133,7 +133,7 @@ class _Rerun:
         bases = (number - 1 for root in chosen for each in root.tree() for _, number in each.published)
         self._past = Past(recording.commits, {*bases, *(root.number for root in chosen)})
         self._limits = limits
-        self._stage = Stage()
+        self._stage = ReplayStore()
         self._tools: dict[str, ToolCode] = {
             name: RunAgain(tool, self._stage, live_lm) for name, tool in toolbox.items()
         }
@@ -159,22 +159,22 @@ class _Rerun:
         """Run an execution again with all that it called; what became of each."""
         reason = _why_not(root)
         if reason:
-            yield from (_told(each, Outcome.SKIPPED, reason) for each in root.tree())
+            yield from (_told(each, ReplayOutcome.SKIPPED, reason) for each in root.tree())
             return
         self._past.forget(root.number)
-        take = Take(root, self._past, self._limits)
+        take = ReplayRun(root, self._past, self._limits)
         if _reads_masked(root, take) or any(each.has_masked for each in in_place_of(root, self._tools)):
             reason = "it reads a variable whose values were kept out of the recording"
-            yield from (_told(each, Outcome.SKIPPED, reason) for each in root.tree())
+            yield from (_told(each, ReplayOutcome.SKIPPED, reason) for each in root.tree())
             return
         outcome = self._play(root, take)
         if take.root is None:
             yield _refused(root, outcome)
-            yield from (_told(each, Outcome.SKIPPED, _NOT_CALLED) for each in root.tree() if each is not root)
+            yield from (_told(each, ReplayOutcome.SKIPPED, _NOT_CALLED) for each in root.tree() if each is not root)
         else:
             yield from _compared(root, take)
 
-    def _play(self, root: RecordedExecution, take: Take) -> ToolOutcome:
+    def _play(self, root: RecordedExecution, take: ReplayRun) -> ToolOutcome:
         assert self._running is not None, "it is open"
         runner, invoker = self._running
         self._stage.take = take
@@ -203,7 +203,7 @@ def _why_not(root: RecordedExecution) -> str:
     return ""
 
 
-def _reads_masked(root: RecordedExecution, take: Take) -> bool:
+def _reads_masked(root: RecordedExecution, take: ReplayRun) -> bool:
     if not take.masked:
         return False
     masked = {variable.id: variable.name for variable in take.state.variables.values() if variable.id in take.masked}
@@ -219,7 +219,7 @@ def _reads_masked(root: RecordedExecution, take: Take) -> bool:
 
 
 def _told(
-    execution: RecordedExecution, outcome: Outcome, reason: str = "", divergences: tuple[Divergence, ...] = ()
+    execution: RecordedExecution, outcome: ReplayOutcome, reason: str = "", divergences: tuple[Divergence, ...] = ()
 ) -> ReplayedExecution:
     return ReplayedExecution(
         execution.id,
@@ -238,23 +238,23 @@ def _refused(root: RecordedExecution, outcome: ToolOutcome) -> ReplayedExecution
     """It could not even begin: there is no such tool any more, or it takes other parameters."""
     summary = "it is refused before it begins, and was not when it was recorded"
     diff = (f"+{type(outcome.error).__name__}: {outcome.error}",)
-    return _told(root, Outcome.DIVERGED, "", (Divergence(Aspect.ERROR, summary, root.number, root.id, diff),))
+    return _told(root, ReplayOutcome.DIVERGED, "", (Divergence(Aspect.ERROR, summary, root.number, root.id, diff),))
 
 
-def _compared(root: RecordedExecution, take: Take) -> Iterator[ReplayedExecution]:
+def _compared(root: RecordedExecution, take: ReplayRun) -> Iterator[ReplayedExecution]:
     whole = not any(played.from_recording for played in take.played.values())
     stood_in: set[str] = set()
     for execution in root.tree():
         played = take.played.get(execution.id)
         if execution.parent_id in stood_in:
             stood_in.add(execution.id)
-            yield _told(execution, Outcome.SKIPPED, "it was called by one that was not run again")
+            yield _told(execution, ReplayOutcome.SKIPPED, "it was called by one that was not run again")
         elif played is None:
-            yield _told(execution, Outcome.SKIPPED, _NOT_CALLED)
+            yield _told(execution, ReplayOutcome.SKIPPED, _NOT_CALLED)
         elif played.from_recording:
             stood_in.add(execution.id)
             where = f"it ran in worker {execution.worker_id}" if execution.worker_id else "its code is not here"
-            yield _told(execution, Outcome.SKIPPED, f"{where}: what it did was taken from the recording")
+            yield _told(execution, ReplayOutcome.SKIPPED, f"{where}: what it did was taken from the recording")
         else:
             found = tuple(compare(played, take.names, whole and execution is root))
-            yield _told(execution, Outcome.DIVERGED if found else Outcome.SAME, "", found)
+            yield _told(execution, ReplayOutcome.DIVERGED if found else ReplayOutcome.SAME, "", found)

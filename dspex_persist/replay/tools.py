@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from dspex_persist.cognitive.lm_guard import Refusal, refusing
+from dspex_persist.replay.execution import ReplayedCall, ReplayStore
 from dspex_persist.replay.recorded import RecordedExecution
-from dspex_persist.replay.take import Played, Stage
 from dspex_persist.state import commands, errors, values
 from dspex_persist.state.commands import Command
 from dspex_persist.state.events import VariableRegistered
@@ -26,7 +26,7 @@ class RunAgain:
     Where it asks a language model it is given the recorded answer or, with `live_lm`, what the model says today.
     """
 
-    def __init__(self, tool: ToolCode, stage: Stage, live_lm: bool) -> None:
+    def __init__(self, tool: ToolCode, stage: ReplayStore, live_lm: bool) -> None:
         # What would have ended as a conflict is to be told, not tried again.
         self.spec = replace(tool.spec, retries=0)
         self.kind = tool.kind
@@ -56,16 +56,16 @@ class RunAgain:
                 return self._generate(played, session, arguments)
         return self._generate_later(played, session, arguments)
 
-    async def _await(self, played: Played, session: ToolSession, arguments: Mapping[str, object]) -> Any:
+    async def _await(self, played: ReplayedCall, session: ToolSession, arguments: Mapping[str, object]) -> Any:
         with self._playing(played):
             return await self._tool.start(session, arguments)
 
-    def _generate(self, played: Played, session: ToolSession, arguments: Mapping[str, object]) -> Iterator[Any]:
+    def _generate(self, played: ReplayedCall, session: ToolSession, arguments: Mapping[str, object]) -> Iterator[Any]:
         with self._playing(played), closing(self._tool.start(session, arguments)) as started:
             yield from started
 
     async def _generate_later(
-        self, played: Played, session: ToolSession, arguments: Mapping[str, object]
+        self, played: ReplayedCall, session: ToolSession, arguments: Mapping[str, object]
     ) -> AsyncIterator[Any]:
         with self._playing(played):
             async with aclosing(self._tool.start(session, arguments)) as started:
@@ -73,7 +73,7 @@ class RunAgain:
                     yield chunk
 
     @contextmanager
-    def _playing(self, played: Played) -> Iterator[None]:
+    def _playing(self, played: ReplayedCall) -> Iterator[None]:
         """Have calls of language models answered from the recording, and what differs kept."""
         if not _may_ask_a_model(played):
             yield from self._refusing(played)
@@ -86,7 +86,7 @@ class RunAgain:
             played.lm = playback.divergences
             yield
 
-    def _refusing(self, played: Played) -> Iterator[None]:
+    def _refusing(self, played: ReplayedCall) -> Iterator[None]:
         """The code may still come to import DSPy."""
         if self._live_lm:
             yield
@@ -107,7 +107,7 @@ def no_lm_asked() -> AbstractContextManager[Refusal]:
     return refusing(install)
 
 
-def _may_ask_a_model(played: Played) -> bool:
+def _may_ask_a_model(played: ReplayedCall) -> bool:
     """Importing DSPy takes seconds: only where there is something to play back, or where the code may have it."""
     return "dspy" in sys.modules or bool(played.recorded is not None and played.recorded.lm_calls)
 
@@ -119,7 +119,7 @@ class StandIn:
     reads_plainly = True
     result_type = ""
 
-    def __init__(self, name: str, stage: Stage) -> None:
+    def __init__(self, name: str, stage: ReplayStore) -> None:
         self.spec = ToolSpec(name)
         self._stage = stage
 
@@ -196,7 +196,9 @@ def in_place_of(recorded: RecordedExecution, tools: Mapping[str, ToolCode]) -> I
     return (each for each in called if each.worker_id or each.tool not in tools)
 
 
-def stand_ins_for(recorded: RecordedExecution, tools: Mapping[str, ToolCode], stage: Stage) -> dict[str, ToolCode]:
+def stand_ins_for(
+    recorded: RecordedExecution, tools: Mapping[str, ToolCode], stage: ReplayStore
+) -> dict[str, ToolCode]:
     """Stand-ins for what an execution called that cannot run again."""
     names = {each.tool for each in in_place_of(recorded, tools)} - {recorded.tool}
     return {name: StandIn(name, stage) for name in names}

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from dspex_persist.cognitive.context import Context
     from dspex_persist.state.embedded import EmbeddedState
+    from dspex_persist.testing.cassettes import Cassette
     from dspex_persist.testing.server import ServedDatabase
-    from dspex_persist.testing.tapes import Tape
 
     Clock = FrozenDateTimeFactory | StepTickTimeFactory | TickingDateTimeFactory
 
@@ -81,7 +81,7 @@ def dspex_server(request: pytest.FixtureRequest, tmp_path: Path) -> "Iterator[Se
 @pytest.fixture
 def dspex_provider(request: pytest.FixtureRequest, tmp_path: Path) -> "Iterator[EmbeddedState]":
     """The engine in this process, on a fresh file, with the tools of the marker `dspex_tools`."""
-    from dspex_persist.testing.tapes import open_engine
+    from dspex_persist.testing.cassettes import open_engine
 
     with open_engine(tmp_path / "sessions.db", _references_of(request)) as provider:
         yield provider
@@ -110,16 +110,18 @@ def dspex_clock() -> "Iterator[Clock]":
 
 
 @pytest.fixture
-def dspex_replay(request: pytest.FixtureRequest, tmp_path: Path) -> "Tape | _Failed | Callable[..., Tape]":
+def dspex_replay(request: pytest.FixtureRequest, tmp_path: Path) -> "Cassette | _Failed | Callable[..., Cassette]":
     """What the marker `dspex_replay` says, replayed: `report`, and `state`, the recorded variables at the end.
 
     In a test without the marker: a function that replays `(tape, tools=..., drive=None)` when it is called.
     """
-    from dspex_persist.testing.tapes import check
+    from dspex_persist.testing.cassettes import check
 
     config = request.config
 
-    def replayed(tape: str | Path, tools: str | Sequence[str] = (), drive: Callable[..., Any] | None = None) -> "Tape":
+    def replayed(
+        tape: str | Path, tools: str | Sequence[str] = (), drive: Callable[..., Any] | None = None
+    ) -> "Cassette":
         if not isinstance(tape, str | Path):
             pytest.fail(f"the tape is the path of a file, not {tape!r}; write {_USAGE}", pytrace=False)
         references = (tools,) if isinstance(tools, str) else tuple(tools)

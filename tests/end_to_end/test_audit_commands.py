@@ -35,7 +35,7 @@ from dspex_persist.audit import (
     document,
     parse_predicate,
 )
-from dspex_persist.cli.audit.look import squeezed
+from dspex_persist.cli.audit.rendering import squeezed
 from dspex_persist.cli.audit.sparkline import sparkline
 from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state.commands import SetVariable

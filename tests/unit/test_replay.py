@@ -12,7 +12,7 @@ import pytest
 from freezegun import freeze_time
 
 from dspex_persist import ToolContext, clock, tool
-from dspex_persist.replay import Aspect, Outcome, Recording, ReplayReport, load, replay
+from dspex_persist.replay import Aspect, Recording, ReplayOutcome, ReplayReport, load, replay
 from dspex_persist.replay.recorded import find_executions
 from dspex_persist.replay.tools import exception_like
 from dspex_persist.state.errors import InvalidArgumentError, RecordingError
@@ -133,8 +133,8 @@ def everything() -> Recording:
 def test_a_session_with_everything_replays_clean(everything: Recording) -> None:
     report = replay(everything, EVERYTHING)
     assert report.ok, report.describe(50)
-    assert report.count(Outcome.SAME) == 12
-    assert [(each.tool, each.reason) for each in report.executions if each.outcome is Outcome.SKIPPED] == [
+    assert report.count(ReplayOutcome.SAME) == 12
+    assert [(each.tool, each.reason) for each in report.executions if each.outcome is ReplayOutcome.SKIPPED] == [
         ("contested", "it ended as conflict, which depends on others")
     ]
 
@@ -182,7 +182,7 @@ def test_other_code_writes_and_returns_something_else(discounted: Recording) -> 
     report = replay(discounted, [doubled])
     assert aspects(report) == [Aspect.RESULT, Aspect.WRITES]
     (execution,) = report.executions
-    assert execution.outcome is Outcome.DIVERGED
+    assert execution.outcome is ReplayOutcome.DIVERGED
     assert execution.divergences == report.divergences
     assert report.describe() == (
         "session s: 2 divergences in 1 execution (1 diverged)\n\n"
@@ -206,7 +206,7 @@ def test_each_execution_stands_on_what_was_recorded() -> None:
             state.execute_tool("s", "add")
         recording = state.recording()
     report = replay(with_start_value(recording, "n", "7"), [add])
-    assert [each.outcome for each in report.executions] == [Outcome.DIVERGED, *[Outcome.SAME] * 4]
+    assert [each.outcome for each in report.executions] == [ReplayOutcome.DIVERGED, *[ReplayOutcome.SAME] * 4]
 
 
 def test_calls_in_another_order_are_told() -> None:
@@ -387,7 +387,11 @@ def test_a_call_of_a_tool_that_is_not_here_is_answered_from_the_recording() -> N
     recording = recorded(outer, {}, inner, n=0, seen=0, old=0)
     report = replay(recording, [outer])
     assert report.ok, report.describe()
-    assert [each.outcome for each in report.executions] == [Outcome.SAME, Outcome.SKIPPED, Outcome.SKIPPED]
+    assert [each.outcome for each in report.executions] == [
+        ReplayOutcome.SAME,
+        ReplayOutcome.SKIPPED,
+        ReplayOutcome.SKIPPED,
+    ]
     assert report.executions[1].reason == "its code is not here: what it did was taken from the recording"
 
     @tool(name="outer")
@@ -553,17 +557,17 @@ def test_what_reads_a_masked_value_is_skipped() -> None:
     report = replay(recording, [read, read_all, announce, call])
     outcomes = [(each.tool, each.outcome) for each in report.executions]
     assert outcomes == [
-        ("read", Outcome.SKIPPED),
-        ("read", Outcome.SAME),
-        ("read_all", Outcome.SKIPPED),
-        ("announce", Outcome.SAME),
-        ("call", Outcome.SAME),
-        ("announce", Outcome.SAME),
+        ("read", ReplayOutcome.SKIPPED),
+        ("read", ReplayOutcome.SAME),
+        ("read_all", ReplayOutcome.SKIPPED),
+        ("announce", ReplayOutcome.SAME),
+        ("call", ReplayOutcome.SAME),
+        ("announce", ReplayOutcome.SAME),
     ]
     assert report.executions[0].reason == "it reads a variable whose values were kept out of the recording"
     # In place of a tool that is not here the value would be needed.
     report = replay(recording, [read, call], only_tools=["call"])
-    assert {each.outcome for each in report.executions} == {Outcome.SKIPPED}
+    assert {each.outcome for each in report.executions} == {ReplayOutcome.SKIPPED}
     assert (report.ok, report.checked) == (True, False)
     reason = "it reads a variable whose values were kept out of the recording"
     assert report.headline() == f"session s: nothing was checked in 2 executions (2 skipped): {reason}"
@@ -634,4 +638,4 @@ def test_a_thousand_executions_take_a_moment() -> None:
             state.execute_tool("s", "nothing")
         recording = state.recording()
     with cpu_s_below(5):
-        assert replay(recording, [nothing]).count(Outcome.SAME) == 1_000
+        assert replay(recording, [nothing]).count(ReplayOutcome.SAME) == 1_000

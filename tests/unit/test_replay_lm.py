@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dspex_persist import ToolContext, tool
-from dspex_persist.replay import Aspect, Outcome, Recording, replay
+from dspex_persist.replay import Aspect, Recording, ReplayOutcome, replay
 from tests.deadline import within
 from tests.late import Late
 from tests.unit.replays import recorded, session, with_start_value
@@ -54,7 +54,7 @@ def test_a_program_is_given_the_recorded_answers(
     monkeypatch.setattr(dspy.utils.DummyLM, "forward", silent_model)
     report = replay(recording, [colour])
     assert report.ok, report.describe()
-    assert report.count(Outcome.SAME) == 1
+    assert report.count(ReplayOutcome.SAME) == 1
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -89,7 +89,7 @@ def test_streaming_and_asynchronous_tools_are_given_them_too(is_async: bool) -> 
         recording = state.recording()
     report = replay(recording, [each, one])
     assert report.ok, report.describe()
-    assert report.count(Outcome.SAME) == 2
+    assert report.count(ReplayOutcome.SAME) == 2
 
 
 def test_another_prompt_is_told_with_its_diff(recording: Recording) -> None:
@@ -172,7 +172,7 @@ def test_calls_from_a_tools_own_threads_are_recorded_and_played(monkeypatch: pyt
     monkeypatch.setattr(dspy.utils.DummyLM, "forward", silent_model)
     report = replay(recording, tools)
     assert report.ok, report.describe()
-    assert report.count(Outcome.SAME) == 2
+    assert report.count(ReplayOutcome.SAME) == 2
 
 
 LATE = """

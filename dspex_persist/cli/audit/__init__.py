@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from dspex_persist.cli.audit import options, pages
-from dspex_persist.cli.audit.asking import Asked, Form, answering, asking
+from dspex_persist.cli.audit.asking import AuditOptions, Form, answering, asking
 from dspex_persist.cli.groups import Json, new_group
 from dspex_persist.cli.maintenance import EXIT_PROBLEMS, show_check
 from dspex_persist.cli.output import say, say_json
@@ -91,7 +91,7 @@ def history(
     from dspex_persist.cli.audit import lists
     from dspex_persist.state.audit import HistoryQuery
 
-    asked = Asked(db, target, as_json, as_csv, utc, reveal)
+    asked = AuditOptions(db, target, as_json, as_csv, utc, reveal)
     with asking(asked) as audit:
         query = HistoryQuery(
             session="" if session == "*" else session,
@@ -136,7 +136,7 @@ def executions(
     from dspex_persist.cli.audit import lists
     from dspex_persist.state.audit import ExecutionQuery
 
-    asked = Asked(db, target, as_json, as_csv, utc, reveal)
+    asked = AuditOptions(db, target, as_json, as_csv, utc, reveal)
     with asking(asked) as audit:
         query = ExecutionQuery(
             session="" if session == "*" else session,
@@ -174,7 +174,7 @@ def commits(
     from dspex_persist.cli.audit import lists
     from dspex_persist.state.audit import CommitQuery
 
-    asked = Asked(db, target, as_json, as_csv, utc, reveal)
+    asked = AuditOptions(db, target, as_json, as_csv, utc, reveal)
     with asking(asked) as audit:
         query = CommitQuery(
             session="" if session == "*" else session,
@@ -209,7 +209,7 @@ def sessions(
     from dspex_persist.cli.audit import lists
     from dspex_persist.state.audit import SessionQuery
 
-    asked = Asked(db, target, as_json, as_csv, utc, reveal)
+    asked = AuditOptions(db, target, as_json, as_csv, utc, reveal)
     with asking(asked) as audit:
         query = SessionQuery(
             session="" if glob == "*" else glob,
@@ -243,7 +243,7 @@ def show(
     """Show an execution."""
     from dspex_persist.state.audit import ExecutionDetail
 
-    asked = Asked(db, target, as_json, as_csv, utc, reveal)
+    asked = AuditOptions(db, target, as_json, as_csv, utc, reveal)
     with asking(asked) as audit:
         detail = audit.execution(f"exec_{execution}" if execution.isdecimal() else execution)
         if asked.form is not Form.TABLE:
@@ -254,7 +254,7 @@ def show(
         show_execution(audit, detail, asked.look())
 
 
-def _say_all(asked: Asked, kind: type[T], rows: Iterable[T]) -> None:
+def _say_all(asked: AuditOptions, kind: type[T], rows: Iterable[T]) -> None:
     """Print rows for programs."""
     asked.printer(kind, lambda _look: ()).print(rows)
 
@@ -280,7 +280,7 @@ def state(
     from dspex_persist.cli.audit.tables import state_columns
     from dspex_persist.state.audit import VariableState
 
-    asked = Asked(db, target, as_json, as_csv, utc, reveal)
+    asked = AuditOptions(db, target, as_json, as_csv, utc, reveal)
     with asking(asked) as audit:
         found, of_many = lists.states(audit, session, at)
         asked.printer(VariableState, lambda look: state_columns(look, of_many)).print(found)
@@ -307,7 +307,7 @@ def diff(
     """Compare two points."""
     from dspex_persist.state.audit import Difference
 
-    asked = Asked(db, target, as_json, as_csv, utc, reveal)
+    asked = AuditOptions(db, target, as_json, as_csv, utc, reveal)
     with asking(asked) as audit:
         first, last = audit.resolve(start, "from", session), audit.resolve(end, "to", session)
         found = audit.diff(session, str(first), str(last))
@@ -344,7 +344,7 @@ def blame(
     """Say where values come from."""
     from dspex_persist.state.audit import LineageNode
 
-    asked = Asked(db, target, as_json, as_csv, utc, reveal)
+    asked = AuditOptions(db, target, as_json, as_csv, utc, reveal)
     with asking(asked) as audit:
         nodes = audit.blame(session, variable, at, depth)
         if asked.form is not Form.TABLE:
@@ -382,7 +382,7 @@ def verify(
     """Check the history."""
     from dspex_persist.cli.audit import verifying
 
-    asked = Asked(db, None, as_json, as_csv)
+    asked = AuditOptions(db, None, as_json, as_csv)
     with answering(asked):
         found = verifying.verify(database_of(db), anchor, write)
         _say_verification(found, asked, anchor)
@@ -390,7 +390,7 @@ def verify(
             raise typer.Exit(EXIT_PROBLEMS)
 
 
-def _say_verification(found: "Verification", asked: Asked, anchor: Path | None) -> None:
+def _say_verification(found: "Verification", asked: AuditOptions, anchor: Path | None) -> None:
     from dspex_persist.cli.audit.verifying import told
     from dspex_persist.state.store.verify import Problem
 

@@ -17,7 +17,7 @@ from dspex_persist.errors import DspexError
 if TYPE_CHECKING:
     from dspex_persist.audit import AuditSource
     from dspex_persist.cli.audit.forms import Printer
-    from dspex_persist.cli.audit.look import Column, Look
+    from dspex_persist.cli.audit.rendering import Column, Renderer
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ class Form(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class AuditOptions:
     """What all questions are asked with."""
 
     db: Path | None = None
@@ -57,16 +57,16 @@ class Asked:
         if self.db is not None and self.target is not None:
             raise InvalidArgumentError("target", "--db and --target are two places: choose one")
 
-    def look(self) -> "Look":
+    def look(self) -> "Renderer":
         """The terminal."""
-        from dspex_persist.cli.audit.look import Look
+        from dspex_persist.cli.audit.rendering import Renderer
 
-        return Look(self.is_utc)
+        return Renderer(self.is_utc)
 
-    def printer(self, kind: type[T], columns: "Callable[[Look], Sequence[Column[T]]]") -> "Printer[T]":
+    def printer(self, kind: type[T], columns: "Callable[[Renderer], Sequence[Column[T]]]") -> "Printer[T]":
         """What prints answers of this kind."""
         from dspex_persist.cli.audit.forms import Csv, JsonLines
-        from dspex_persist.cli.audit.look import Table
+        from dspex_persist.cli.audit.rendering import Table
 
         match self.form:
             case Form.JSON:
@@ -78,7 +78,7 @@ class Asked:
 
 
 @contextmanager
-def answering(asked: Asked) -> Iterator[None]:
+def answering(asked: AuditOptions) -> Iterator[None]:
     """What is wrong is a sentence on stderr, with --json an object too; what was asked wrongly ends with 2."""
     from dspex_persist.state.errors import InvalidArgumentError
 
@@ -97,7 +97,7 @@ def answering(asked: Asked) -> Iterator[None]:
 
 
 @contextmanager
-def asking(asked: Asked) -> "Iterator[AuditSource]":
+def asking(asked: AuditOptions) -> "Iterator[AuditSource]":
     """The history that is asked."""
     from dspex_persist.wiring import open_audit
 

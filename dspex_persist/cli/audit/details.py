@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from dspex_persist.audit import AuditSource, ExecutionDetail, HistoryEntry, ReadEntry
-from dspex_persist.cli.audit.look import (
+from dspex_persist.cli.audit.rendering import (
     STYLES,
-    Look,
+    Renderer,
     duration_text,
     json_text,
     shortened,
@@ -19,7 +19,7 @@ from dspex_persist.state.errors import NotInHistoryError, VersionNotFoundError
 from dspex_persist.state.model import LogEntry
 
 
-def show_execution(source: AuditSource, detail: ExecutionDetail, look: Look) -> None:
+def show_execution(source: AuditSource, detail: ExecutionDetail, look: Renderer) -> None:
     """Print it, with all that it called."""
     look.print(_tree(detail, _Changes(source, detail.summary.session_id, detail.history), look))
 
@@ -62,7 +62,7 @@ class _Changes:
         return value_text(found.value, found.masked)
 
 
-def _tree(detail: ExecutionDetail, changes: _Changes, look: Look) -> Any:
+def _tree(detail: ExecutionDetail, changes: _Changes, look: Renderer) -> Any:
     from rich.text import Text
     from rich.tree import Tree
 
@@ -87,7 +87,7 @@ def _tree(detail: ExecutionDetail, changes: _Changes, look: Look) -> Any:
     return tree
 
 
-def _sections(detail: ExecutionDetail, changes: _Changes, look: Look) -> Iterator[tuple[str, Iterable[str]]]:
+def _sections(detail: ExecutionDetail, changes: _Changes, look: Renderer) -> Iterator[tuple[str, Iterable[str]]]:
     yield "when and who", _facts(detail, look)
     yield "parameters", (f"{plain(name)} = {value_text(value)}" for name, value in detail.parameters.items())
     yield "metadata", _entries(detail.metadata)
@@ -101,7 +101,7 @@ def _sections(detail: ExecutionDetail, changes: _Changes, look: Look) -> Iterato
     yield "error", _error(detail)
 
 
-def _facts(detail: ExecutionDetail, look: Look) -> Iterator[str]:
+def _facts(detail: ExecutionDetail, look: Renderer) -> Iterator[str]:
     summary = detail.summary
     yield f"session {plain(summary.session_id)}, by {plain(summary.actor)}, {detail.isolation or 'isolation unknown'}"
     yield f"began {look.full_time(summary.began_at)}, commit {summary.began_sequence}"
@@ -122,7 +122,7 @@ def _entries(entries: Mapping[str, str]) -> Iterator[str]:
     return (f"{plain(key)} = {plain(text)}" for key, text in entries.items())
 
 
-def _logged(entry: LogEntry, look: Look) -> str:
+def _logged(entry: LogEntry, look: Renderer) -> str:
     fields = "".join(f"  {plain(name)}={json_text(stated)}" for name, stated in entry.fields.items())
     return f"{look.time(entry.at)}  {plain(shortened(entry.message))}{fields}"
 

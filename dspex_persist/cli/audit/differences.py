@@ -6,7 +6,7 @@ from difflib import unified_diff
 from typing import Any, Final
 
 from dspex_persist.audit import Difference, DifferenceKind, VariableState, value_of
-from dspex_persist.cli.audit.look import Look, value_text
+from dspex_persist.cli.audit.rendering import Renderer, value_text
 from dspex_persist.cli.audit.tables import author_and_client
 from dspex_persist.cli.output import plain
 
@@ -15,7 +15,7 @@ _MOST_LINES: Final = 2_000
 _STYLES: Final = {"-": "red", "+": "green", "@": "cyan"}
 
 
-def show_differences(differences: Sequence[Difference], look: Look) -> None:
+def show_differences(differences: Sequence[Difference], look: Renderer) -> None:
     """Print one block a variable."""
     from rich.text import Text
 

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from dspex_persist.audit import document, value_of
-from dspex_persist.cli.audit.look import MASK
+from dspex_persist.cli.audit.rendering import MASK
 from dspex_persist.cli.output import say_json
 from dspex_persist.state.audit import ExecutionSummary, HistoryEntry, VariableState
 from dspex_persist.state.model import Value

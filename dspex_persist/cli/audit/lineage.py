@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from dspex_persist.audit import HistoryEntry, LineageNode, ReadEntry
-from dspex_persist.cli.audit.look import Look, value_text
+from dspex_persist.cli.audit.rendering import Renderer, value_text
 from dspex_persist.cli.audit.tables import author_and_client, cause_text
 from dspex_persist.cli.output import counted, plain
 
 
-def show_lineage(nodes: Sequence[LineageNode], look: Look, depth: int) -> None:
+def show_lineage(nodes: Sequence[LineageNode], look: Renderer, depth: int) -> None:
     """Print one tree a variable."""
     known = {(node.entry.variable_id, node.entry.version): node for node in nodes}
     roots = [node for node in nodes if node.depth == 0]
@@ -25,7 +25,7 @@ def show_lineage(nodes: Sequence[LineageNode], look: Look, depth: int) -> None:
 class _Lineage:
     """Puts the nodes together. What has been shown once is only named after that."""
 
-    def __init__(self, known: dict[tuple[str, int], LineageNode], shown: set[tuple[str, int]], look: Look) -> None:
+    def __init__(self, known: dict[tuple[str, int], LineageNode], shown: set[tuple[str, int]], look: Renderer) -> None:
         self._known = known
         self._shown = shown
         self._look = look

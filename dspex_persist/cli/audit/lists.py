@@ -19,10 +19,10 @@ from dspex_persist.audit import (
     SessionQuery,
     VariableState,
 )
-from dspex_persist.cli.audit.asking import Asked, Form
+from dspex_persist.cli.audit.asking import AuditOptions, Form
 from dspex_persist.cli.audit.follow import follow_executions, follow_rows, refuse_end
-from dspex_persist.cli.audit.look import Column, Look
-from dspex_persist.cli.audit.sparkline import Courses
+from dspex_persist.cli.audit.rendering import Column, Renderer
+from dspex_persist.cli.audit.sparkline import Sparklines
 from dspex_persist.cli.audit.tables import commit_columns, execution_columns, history_columns, session_columns
 from dspex_persist.cli.output import counted, say
 from dspex_persist.state.audit import is_glob, what_there_is
@@ -43,7 +43,7 @@ class Rows(Generic[T]):
     """Answers of one kind: their columns on a terminal, and the commit that says where each stands."""
 
     kind: type[T]
-    columns: Callable[[Look], Sequence[Column[T]]]
+    columns: Callable[[Renderer], Sequence[Column[T]]]
     commit: Callable[[T], int]
 
 
@@ -65,7 +65,7 @@ def commit_rows(query: CommitQuery) -> Rows[CommitEntry]:
 SESSION_ROWS: Final = Rows(SessionEntry, session_columns, lambda row: row.started_sequence)
 
 
-def say_list(audit: AuditSource, query: Query[T], rows: Rows[T], asked: Asked, limit: int | None) -> None:
+def say_list(audit: AuditSource, query: Query[T], rows: Rows[T], asked: AuditOptions, limit: int | None) -> None:
     """Print at most `limit` answers (0: all; None: as many as suit the form)."""
     refuse_unknown_tool(audit, getattr(query, "tool", ""))
     printer = asked.printer(rows.kind, rows.columns)
@@ -120,7 +120,7 @@ def refuse_unknown_tool(audit: AuditSource, tool: str) -> None:
     raise NotInHistoryError("tool", tool, what_there_is(tool, list(names)))
 
 
-def follow_list(audit: AuditSource, query: Query[T], rows: Rows[T], asked: Asked, limit: int | None) -> None:
+def follow_list(audit: AuditSource, query: Query[T], rows: Rows[T], asked: AuditOptions, limit: int | None) -> None:
     """Print the newest `limit` answers, oldest first, then those that come, until Ctrl-C."""
     refuse_end(query)
     most = (_FOLLOWED_ROWS if asked.form is Form.TABLE else 0) if limit is None else limit
@@ -137,7 +137,7 @@ class _Below(Generic[T]):
     def __init__(self, rows: Rows[T], newest_first: bool) -> None:
         self._rows = rows
         self._newest_first = newest_first
-        self._courses = Courses()
+        self._courses = Sparklines()
         self.printed = 0
         self.last = 0
 

@@ -7,7 +7,7 @@ from typing import Annotated, Final
 
 import typer
 
-from dspex_persist.cli.audit.asking import Asked, answering, asking
+from dspex_persist.cli.audit.asking import AuditOptions, answering, asking
 from dspex_persist.cli.audit.options import Reveal, Since, Target, Until
 from dspex_persist.cli.output import say
 from dspex_persist.cli.places import Db, database_of
@@ -43,7 +43,7 @@ def report(
     from dspex_persist.audit.report import gather, render
     from dspex_persist.state.store.maintenance import refuse_files_of
 
-    asked = Asked(db, target, reveal=reveal)
+    asked = AuditOptions(db, target, reveal=reveal)
     if target is None and str(output) != "-":
         with answering(asked):
             refuse_files_of(database_of(db), output, "output")
@@ -84,7 +84,7 @@ def web(
     """Serve the website."""
     from dspex_persist.audit.web import serve_website
 
-    asked = Asked(db=db, reveal=reveal)
+    asked = AuditOptions(db=db, reveal=reveal)
 
     def ready(url: str) -> None:
         print(url, flush=True)

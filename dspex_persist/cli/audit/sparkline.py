@@ -25,7 +25,7 @@ def sparkline(numbers: Sequence[int | float]) -> str:
     return "".join(_BLOCKS[round((Fraction(number) - low) / step)] for number in numbers)
 
 
-class Courses:
+class Sparklines:
     """How the numbers in a table went, variable by variable: the last few of the first few."""
 
     def __init__(self) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Final
 
-from dspex_persist.cli.audit.look import STYLES, Column, Look, duration_text, json_text, short_id, value_text
+from dspex_persist.cli.audit.rendering import STYLES, Column, Renderer, duration_text, json_text, short_id, value_text
 from dspex_persist.cli.output import plain
 from dspex_persist.state.audit import (
     CommitEntry,
@@ -25,7 +25,7 @@ def _is_one(name: str) -> bool:
     return bool(name) and not is_glob(name)
 
 
-def history_columns(look: Look, query: HistoryQuery) -> list[Column[HistoryEntry]]:
+def history_columns(look: Renderer, query: HistoryQuery) -> list[Column[HistoryEntry]]:
     """Versions."""
     columns: list[Column[HistoryEntry]] = [
         Column("commit", lambda row: str(row.sequence), least=_WHOLE, right=True),
@@ -63,7 +63,7 @@ def entries_text(entries: Mapping[str, str]) -> str:
     return json_text(dict(entries)) if entries else ""
 
 
-def execution_columns(look: Look, query: ExecutionQuery) -> list[Column[ExecutionSummary]]:
+def execution_columns(look: Renderer, query: ExecutionQuery) -> list[Column[ExecutionSummary]]:
     """Executions."""
     columns: list[Column[ExecutionSummary]] = [
         Column("execution", lambda row: short_id(row.execution_id), least=_WHOLE),
@@ -83,7 +83,7 @@ def execution_columns(look: Look, query: ExecutionQuery) -> list[Column[Executio
     return [column for column in columns if column.title not in left_out]
 
 
-def commit_columns(look: Look, query: CommitQuery) -> list[Column[CommitEntry]]:
+def commit_columns(look: Renderer, query: CommitQuery) -> list[Column[CommitEntry]]:
     """Commits."""
     columns: list[Column[CommitEntry]] = [
         Column("commit", lambda row: str(row.sequence), least=_WHOLE, right=True),
@@ -110,7 +110,7 @@ def _commit_text(row: CommitEntry) -> str:
     return ", ".join((*changes, *row.events, *told))
 
 
-def session_columns(look: Look) -> list[Column[SessionEntry]]:
+def session_columns(look: Renderer) -> list[Column[SessionEntry]]:
     """Sessions."""
     columns: list[Column[SessionEntry]] = [
         Column("session", lambda row: plain(row.session_id), least=10, most=255, is_id=True),
@@ -126,7 +126,7 @@ def session_columns(look: Look) -> list[Column[SessionEntry]]:
     return [column for column in columns if column.title not in left_out]
 
 
-def state_columns(look: Look, of_many: bool = False) -> list[Column[VariableState]]:
+def state_columns(look: Renderer, of_many: bool = False) -> list[Column[VariableState]]:
     """Variables as they stood; `of_many`: of several sessions."""
     return [
         *(

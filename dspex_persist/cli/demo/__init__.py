@@ -32,13 +32,13 @@ def demo(
     """Play it, and say what was not as promised."""
     # Imported here: every other command would wait for it.
     from dspex_persist.cli.demo.play import play
-    from dspex_persist.cli.demo.stage import Stage, fresh_database
+    from dspex_persist.cli.demo.stage import DemoContext, fresh_database
 
     console = Console(width=min(_WIDTH, Console().width), highlight=False)
     began = time.monotonic()
     with ExitStack() as stack:
         folder = keep or Path(stack.enter_context(TemporaryDirectory(prefix="dspex-persist-demo-")))
-        play(Stage(console, fresh_database(folder)))
+        play(DemoContext(console, fresh_database(folder)))
     console.print()
     console.print(f"[bold green]All as promised[/], in {time.monotonic() - began:.0f} s.", end=" ")
     kept = f"The database is {keep / 'sessions.db'}." if keep else "Run it with --keep DIR to keep the database."

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from dspex_persist.cli.demo.scenes import Observer
-from dspex_persist.cli.demo.stage import PATIENCE_S, SESSION, DemoFailedError, Stage
+from dspex_persist.cli.demo.stage import PATIENCE_S, SESSION, DemoContext, DemoFailedError
 from dspex_persist.state.audit import ExecutionQuery, ExecutionSummary
 from dspex_persist.state.errors import StateError
 from dspex_persist.state.model import ExecutionStatus, ToolOutcome
@@ -47,7 +47,7 @@ def move(client: "ExecutesTools") -> ToolOutcome:
     return client.execute_tool(SESSION, "move", _NEW, idempotency_key=_KEY, timeout_s=PATIENCE_S)
 
 
-def begin(stage: Stage, client: "ExecutesTools", observer: Observer) -> Mover:
+def begin(stage: DemoContext, client: "ExecutesTools", observer: Observer) -> Mover:
     """Have the tool write all that it has to write, and not end."""
     stage.say("A tool begins to move to another address. It writes three variables, slowly, as one transaction:")
     for name, text in _OLD.items():
@@ -63,7 +63,7 @@ def begin(stage: Stage, client: "ExecutesTools", observer: Observer) -> Mover:
     return mover
 
 
-def show(stage: Stage, client: "ExecutesTools") -> None:
+def show(stage: DemoContext, client: "ExecutesTools") -> None:
     """After the kill: nothing of it shows, the journal says so, and the same request again succeeds once."""
     stage.say("And the tool that was running? Nothing that it had written shows:")
     stage.show("The address", ("variable", "value"), list(_address(client).items()))
@@ -96,7 +96,7 @@ def _expect(found: Mapping[str, str], expected: Mapping[str, str], when: str) ->
         raise DemoFailedError(f"the address {when} should be {expected}, but is {found}")
 
 
-def _journal(stage: Stage) -> list[ExecutionSummary]:
+def _journal(stage: DemoContext) -> list[ExecutionSummary]:
     from dspex_persist import open_audit
 
     with open_audit(stage.database) as audit:

@@ -3,10 +3,10 @@
 from contextlib import ExitStack
 
 from dspex_persist.cli.demo import interrupted, scenes
-from dspex_persist.cli.demo.stage import SESSION, Stage
+from dspex_persist.cli.demo.stage import SESSION, DemoContext
 
 
-def play(stage: Stage) -> None:
+def play(stage: DemoContext) -> None:
     from dspex_persist import connect
 
     stage.say("Starting the server: a process of its own, on a fresh database file.")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
-from dspex_persist.cli.demo.stage import PATIENCE_S, PROGRAM, SESSION, DemoFailedError, Stage
+from dspex_persist.cli.demo.stage import PATIENCE_S, PROGRAM, SESSION, DemoContext, DemoFailedError
 from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state.errors import StateError
 from dspex_persist.state.model import Update, UpdateKind, VariableVersion
@@ -26,7 +26,7 @@ CALL_TIMEOUT_S: Final = 2.0
 # The tour
 
 
-def register(stage: Stage, client: "StateProvider") -> None:
+def register(stage: DemoContext, client: "StateProvider") -> None:
     stage.say("A client begins a session and registers variables, each with its rules:")
     client.initialize_session(SESSION, {"owner": "demo"})
     client.register_variable(SESSION, "temperature", "float", 0.7, constraints={"min": 0, "max": 2})
@@ -40,7 +40,7 @@ def register(stage: Stage, client: "StateProvider") -> None:
     stage.show("The session's variables", ("variable", "type", "rules", "value", "version#"), rows)
 
 
-def change(stage: Stage, client: "StateProvider") -> None:
+def change(stage: DemoContext, client: "StateProvider") -> None:
     stage.say("It sets one, then two in one batch, and tries a value that breaks a rule:")
     rows: list[tuple[str, str]] = []
     version = client.set_variable(SESSION, "temperature", 1.2)
@@ -57,7 +57,7 @@ def change(stage: Stage, client: "StateProvider") -> None:
     stage.show("What the client asked, and the answers", ("request", "answer"), rows)
 
 
-def show_updates(stage: Stage, observer: "Observer") -> None:
+def show_updates(stage: DemoContext, observer: "Observer") -> None:
     stage.say("Another client watched meanwhile. After each commit it was told:")
     observer.wait_for(lambda updates: len(updates) >= 3, "three updates")
     rows = [
@@ -67,7 +67,7 @@ def show_updates(stage: Stage, observer: "Observer") -> None:
     stage.show("What the watch received", ("commit#", "what", "variable", "value", "version#"), rows)
 
 
-def show_history(stage: Stage, client: "StateProvider") -> None:
+def show_history(stage: DemoContext, client: "StateProvider") -> None:
     stage.say("A rollback writes an old value as a new version. History is never rewritten:")
     client.rollback_variable(SESSION, "temperature", 0)
     rows = [
@@ -87,7 +87,7 @@ def _json(entry: VariableVersion) -> str:
 
 
 @dataclass
-class Writer:
+class CountingClient:
     """One client that counts a variable up, and what it was told. Version n holds the value n."""
 
     name: str
@@ -113,10 +113,10 @@ class Writer:
 
 
 def write_until_killed(
-    stage: Stage, client: "StateProvider", server: ServerProcess, observer: "Observer"
-) -> list[Writer]:
+    stage: DemoContext, client: "StateProvider", server: ServerProcess, observer: "Observer"
+) -> list[CountingClient]:
     stage.say(f"Now {len(_COUNTERS)} writers count up, each noting every acknowledgement ...")
-    writers = [Writer(name) for name in _COUNTERS]
+    writers = [CountingClient(name) for name in _COUNTERS]
     for writer in writers:
         client.register_variable(SESSION, writer.name, "integer", 0)
     killed = threading.Event()
@@ -139,7 +139,7 @@ def write_until_killed(
     return writers
 
 
-def show_writes(stage: Stage, client: "StateProvider", writers: Sequence[Writer]) -> None:
+def show_writes(stage: DemoContext, client: "StateProvider", writers: Sequence[CountingClient]) -> None:
     stage.say(
         "Is every acknowledged write there? And what of those that nobody acknowledged? Each writer repeats its own "
         "with the same idempotency key: whether it was written or not, it happens once."
@@ -167,7 +167,7 @@ def lost_writes(acknowledged: Iterable[tuple[int, int]], found: dict[int, int]) 
     return [version for version, value in acknowledged if found.get(version) != value]
 
 
-def _repeat(client: "StateProvider", writer: Writer, found: dict[int, int]) -> str:
+def _repeat(client: "StateProvider", writer: CountingClient, found: dict[int, int]) -> str:
     """Settle the write that was interrupted; say what was the case."""
     value = writer.interrupted
     if value is None:
@@ -240,7 +240,7 @@ def judge_watch(told: Sequence[tuple[int, str, int]], latest: dict[str, int]) ->
     )
 
 
-def show_resumed_watch(stage: Stage, client: "StateProvider", observer: Observer) -> None:
+def show_resumed_watch(stage: DemoContext, client: "StateProvider", observer: Observer) -> None:
     stage.say(f"The watch resumes after commit {observer.position}, the last that it was told before the kill:")
     latest = {name: client.get_variable(SESSION, name).version for name in _COUNTERS}
     before = _counted(observer.updates)
@@ -276,7 +276,7 @@ def _pull_until(watch: "Watch", due: set[tuple[str, int]]) -> list[tuple[int, st
 # The check, and the end
 
 
-def show_verification(stage: Stage) -> None:
+def show_verification(stage: DemoContext) -> None:
     stage.say(
         "Does the history verify? Each commit carries a hash of itself and of the one before it, so that no change "
         "goes unnoticed. This is [bold]dspex-persist db check[/], while the server runs:"
@@ -296,7 +296,7 @@ def show_verification(stage: Stage) -> None:
         raise DemoFailedError(f"the database does not verify: {checked.stdout}")
 
 
-def stop(stage: Stage, server: ServerProcess) -> None:
+def stop(stage: DemoContext, server: ServerProcess) -> None:
     stage.say("Stopping it with SIGTERM: calls finish, and all goes into the one file.")
     code = server.terminate(PATIENCE_S)
     stage.add(f"It ended with exit code {code}.")

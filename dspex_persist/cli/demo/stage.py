@@ -32,7 +32,7 @@ class DemoFailedError(DspexError):
         return f"the demo failed: {self.what}"
 
 
-class Stage:
+class DemoContext:
     """What the scenes share: where to print, the database, and how to reach it."""
 
     def __init__(self, console: Console, database: Path) -> None:

@@ -29,7 +29,7 @@ from dspex_persist.cognitive.dspy.playback import (
     keep_account,
     stand_in,
 )
-from dspex_persist.cognitive.dspy.requests import Asked, answer_of, asked_of, failure_of, response_of, secrets_of
+from dspex_persist.cognitive.dspy.requests import LmRequest, answer_of, asked_of, failure_of, response_of, secrets_of
 from dspex_persist.state.tools.session import ToolSession
 
 LM_CALLS: Final = "lm"
@@ -80,7 +80,7 @@ class _Recorder:
         self._count = 0
         self._lock = threading.Lock()
 
-    def begin(self, asked: Asked) -> dict[str, Any]:
+    def begin(self, asked: LmRequest) -> dict[str, Any]:
         """A call that begins, as far as it is known."""
         with self._lock:
             ordinal, self._count = self._count, self._count + 1
@@ -178,7 +178,7 @@ def _own() -> tuple[_Recorder | None, Playback | None]:
     return overrides.get(_RECORDER), overrides.get(_PLAYBACK)
 
 
-def _playback_of(lm: object, asked: Asked) -> Playback | None:
+def _playback_of(lm: object, asked: LmRequest) -> Playback | None:
     """What answers a call of which nobody can say whose it is: the playback that has it, or one that refuses it."""
     going_on = lm_guard.running()
     playbacks = [each for each in reversed(going_on) if isinstance(each, Playback)]

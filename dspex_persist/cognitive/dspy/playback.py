@@ -13,7 +13,7 @@ from uuid import uuid4
 from dspy import LM, BaseLM, settings
 
 from dspex_persist import clock
-from dspex_persist.cognitive.dspy.requests import Asked
+from dspex_persist.cognitive.dspy.requests import LmRequest
 from dspex_persist.errors import DspexError
 
 RecordedCall = Mapping[str, Any]
@@ -104,9 +104,9 @@ class Playback:
             self._left[call["hash"]].append(call)
         self._count = 0
         self._near: set[int] = set()
-        self._in_line: list[tuple[int, Asked, RecordedCall]] = []
+        self._in_line: list[tuple[int, LmRequest, RecordedCall]] = []
 
-    def take(self, lm: object, asked: Asked, *, concurrent: bool) -> tuple[int, Asked, RecordedCall | None]:
+    def take(self, lm: object, asked: LmRequest, *, concurrent: bool) -> tuple[int, LmRequest, RecordedCall | None]:
         """The number of a new call, what it asks, and its recorded call. `UnexpectedLmCallError` if there is none;
         None instead with `live`."""
         with self._lock:
@@ -123,12 +123,12 @@ class Playback:
             raise UnexpectedLmCallError(divergence)
         return ordinal, asked, None
 
-    def has(self, lm: object, asked: Asked) -> bool:
+    def has(self, lm: object, asked: LmRequest) -> bool:
         """Whether there is a recorded call for it that was not yet used."""
         with self._lock:
             return any(self._left.get(variant.hash) for variant in self._variants(lm, asked))
 
-    def _variants(self, lm: object, asked: Asked) -> Iterator[Asked]:
+    def _variants(self, lm: object, asked: LmRequest) -> Iterator[LmRequest]:
         """What is asked; of an LM that stands in, as each of the recorded ones would have been asked."""
         if not isinstance(lm, StandIn):
             yield asked
@@ -140,7 +140,7 @@ class Playback:
                 asked, model=call["model"], model_type=model_type, defaults=facts["defaults"], lm_class=facts["class"]
             )
 
-    def _unexpected(self, ordinal: int, asked: Asked) -> LmDivergence:
+    def _unexpected(self, ordinal: int, asked: LmRequest) -> LmDivergence:
         question = _question(asked.model, asked.request)
         same = next((call for call in reversed(self.calls) if call["hash"] == asked.hash), None)
         left = [call for calls in self._left.values() for call in calls if call["ordinal"] not in self._near]
@@ -149,7 +149,9 @@ class Playback:
             self._near.add(nearest["ordinal"])
         return LmDivergence("unexpected", ordinal, question, nearest)
 
-    def compare(self, ordinal: int, asked: Asked, recorded: RecordedCall | None, outcome: Mapping[str, Any]) -> None:
+    def compare(
+        self, ordinal: int, asked: LmRequest, recorded: RecordedCall | None, outcome: Mapping[str, Any]
+    ) -> None:
         """See whether an LM answers as it did. How much it counted is not compared."""
         if recorded is not None and _result_of(recorded) != _result_of(outcome):
             question = _question(asked.model, asked.request)

@@ -30,7 +30,7 @@ _SHORTEST_SECRET: Final = 6
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class LmRequest:
     """One request to an LM. `given` are the call's own options, `defaults` the LM's."""
 
     model: str
@@ -58,7 +58,7 @@ def hash_of(model: str, request: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def asked_of(lm: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Asked:
+def asked_of(lm: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LmRequest:
     """What a call `lm(*args, **kwargs)` asks."""
     options = dict(kwargs)
     prompt = args[0] if args else options.pop("prompt", None)
@@ -72,10 +72,10 @@ def asked_of(lm: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Asked
         body = request_to_dict(prompt if typed is None else typed)
         config = body.pop("config", {})
         options = {**options, **config.pop("extensions", {}), **config, **body}
-        return Asked(*facts, _request(body["messages"]), _options(options), {}, class_name)
+        return LmRequest(*facts, _request(body["messages"]), _options(options), {}, class_name)
     # As DSPy itself does: a prompt is one message.
     asked = messages or [{"role": "user", "content": prompt}]
-    return Asked(*facts, _request(asked), _options(options), _options(lm.kwargs), class_name)
+    return LmRequest(*facts, _request(asked), _options(options), _options(lm.kwargs), class_name)
 
 
 def _options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class BridgedAudit(AuditSource):
     """The history that a server keeps. An answer that does not come within `timeout_s` is an `UnavailableError`.
 
     `reveal` is a wish: the server masks sensitive values all the same if it was not started with `audit_reveal`.
-    `let_go` is called when it is closed.
+    `on_close` is called when it is closed.
     """
 
     def __init__(
@@ -50,16 +50,16 @@ class BridgedAudit(AuditSource):
         *,
         timeout_s: float,
         reveal: bool = False,
-        let_go: Callable[[], None] = lambda: None,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.reveal = reveal
         self._calls = _Calls(channel, target)
         self._timeout_s = timeout_s
-        self._let_go = let_go
+        self._on_close = on_close
 
     def close(self) -> None:
         """Let the connection go if it was made for this."""
-        self._let_go()
+        self._on_close()
 
     def head(self) -> int:
         """See `AuditSource.head`."""

@@ -154,14 +154,14 @@ class BridgedState(StreamsTools, Durable, Auditable, Prunable):
                 call.cancel()
                 here.close()
 
-    def audit(self, *, reveal: bool = False, let_go: Callable[[], None] = _nothing) -> BridgedAudit:
-        """The server's history, to be asked; `let_go` is called when it is closed.
+    def audit(self, *, reveal: bool = False, on_close: Callable[[], None] = _nothing) -> BridgedAudit:
+        """The server's history, to be asked; `on_close` is called when it is closed.
 
         The server shows values of sensitive variables only if it was started with `audit_reveal`.
         """
         self.check_open()
         reveal = arguments.flag("reveal", reveal)
-        return BridgedAudit(self._channel, self._target, timeout_s=self._timeout_s, reveal=reveal, let_go=let_go)
+        return BridgedAudit(self._channel, self._target, timeout_s=self._timeout_s, reveal=reveal, on_close=on_close)
 
     def prune(self, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PruneReport:
         """Have the server prune; see `Prunable.prune`. It takes as long as it takes."""

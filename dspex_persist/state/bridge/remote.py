@@ -8,7 +8,7 @@ from typing import Any, Final, TypeVar
 
 import grpc
 
-from dspex_persist.infra.calls import CLOSED, Circuit, Peer, Service, StatusError, Talk, UnreachableError
+from dspex_persist.infra.calls import CLOSED, Call, Circuit, Peer, Service, StatusError, UnreachableError
 from dspex_persist.infra.listen import ListenError, TcpAddress, parse_listen
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.state import values
@@ -118,7 +118,7 @@ class RemoteTools:
     # How every call goes
 
     @contextlib.asynccontextmanager
-    async def _talk(self, call: RemoteCall) -> AsyncIterator[tuple["Talk", dict[str, Any]]]:
+    async def _talk(self, call: RemoteCall) -> AsyncIterator[tuple["Call", dict[str, Any]]]:
         """Somebody to talk to, and the options of the rpc; what goes wrong becomes an error that names the tool."""
         address = call.tool.address
         limit_s = self._call_timeout_s if call.timeout_s is None else call.timeout_s

@@ -46,22 +46,22 @@ from dspex_persist.state.store.history.versions import HistoryPage, entry_of, on
 
 
 class StoredAudit(AuditSource):
-    """The history in a file. `let_go` is called when it is closed."""
+    """The history in a file. `on_close` is called when it is closed."""
 
     def __init__(
         self,
         readers: Engine,
         *,
         reveal: bool = False,
-        let_go: Callable[[], None] = lambda: None,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.reveal = reveal
         self._readers = readers
-        self._let_go = let_go
+        self._on_close = on_close
 
     def close(self) -> None:
         """Let the file go if it was opened for this."""
-        self._let_go()
+        self._on_close()
 
     # Points
 

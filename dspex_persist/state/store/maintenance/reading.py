@@ -19,7 +19,7 @@ def open_audit(path: Path, *, reveal: bool = False) -> StoredAudit:
         undo.callback(readers.dispose)
         refuse_older(path)
         undo.pop_all()
-    return StoredAudit(readers, reveal=reveal, let_go=readers.dispose)
+    return StoredAudit(readers, reveal=reveal, on_close=readers.dispose)
 
 
 @contextmanager

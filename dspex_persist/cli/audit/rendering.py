@@ -36,7 +36,7 @@ STYLES: Final = {
 }
 
 
-class Look:
+class Renderer:
     """The terminal, and how times are told on it."""
 
     def __init__(self, is_utc: bool) -> None:
@@ -132,7 +132,7 @@ class Table(Generic[T]):
     The first block says how wide the columns are; one that needs more room begins anew, with a header.
     """
 
-    def __init__(self, look: Look, columns: Sequence[Column[T]]) -> None:
+    def __init__(self, look: Renderer, columns: Sequence[Column[T]]) -> None:
         self._look = look
         self._columns = columns
         self._wanted = [0] * len(columns)

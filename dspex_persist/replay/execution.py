@@ -33,7 +33,7 @@ LEASE_S: Final = 300.0
 
 
 @dataclass(eq=False, slots=True)
-class Played:
+class ReplayedCall:
     """An execution of a take: what it was to repeat, if anything, and what it did.
 
     `end` is what the journal would say of its end, None until then; `changes` and `events` are all of its commit.
@@ -43,7 +43,7 @@ class Played:
     tool: str
     parameters: Mapping[str, Value]
     recorded: RecordedExecution | None
-    calls: "list[Played]" = field(default_factory=list)
+    calls: "list[ReplayedCall]" = field(default_factory=list)
     published: list[Change] = field(default_factory=list)
     end: ExecutionEnded | None = None
     changes: tuple[Change, ...] = ()
@@ -54,14 +54,14 @@ class Played:
     """Whether its code did not run, and it did what was recorded."""
 
 
-class Take:
+class ReplayRun:
     """What the runner takes for the store, for one execution and those that it calls. Usable from any thread."""
 
     def __init__(self, recorded: RecordedExecution, past: Past, limits: Limits) -> None:
         self.state, self.masked = past.take(recorded.number)
         self.state.executions = {}
         self.recorded = recorded
-        self.played: dict[str, Played] = {}
+        self.played: dict[str, ReplayedCall] = {}
         self.moment = recorded.at
         self._past = past
         self._limits = limits
@@ -75,7 +75,7 @@ class Take:
         return self.state.names
 
     @property
-    def root(self) -> Played | None:
+    def root(self) -> ReplayedCall | None:
         """The execution itself, if it has begun."""
         return self.played.get(self.recorded.id)
 
@@ -111,7 +111,7 @@ class Take:
         else:
             self._unexpected += 1
             execution_id, seed = f"{self.recorded.id}+{self._unexpected}", f"{self.recorded.seed}+{self._unexpected}"
-        played = self.played[execution_id] = Played(execution_id, command.tool, command.parameters, recorded)
+        played = self.played[execution_id] = ReplayedCall(execution_id, command.tool, command.parameters, recorded)
         if parent is not None:
             parent.calls.append(played)
         running = JournalEntry(execution_id, command.tool, self.recorded.number, command.parent_id)
@@ -144,7 +144,7 @@ class Take:
         played.published.extend(unit.versions)
         return variable
 
-    def _base_of(self, played: Played) -> SessionState:
+    def _base_of(self, played: ReplayedCall) -> SessionState:
         recorded, at = played.recorded, len(played.published)
         if recorded is None or at >= len(recorded.published):
             return self.state
@@ -176,7 +176,7 @@ class Take:
         return read
 
 
-def _match(parent: Played, command: commands.BeginExecution) -> RecordedExecution | None:
+def _match(parent: ReplayedCall, command: commands.BeginExecution) -> RecordedExecution | None:
     """The recorded call that a call repeats: the next of the same tool with the same parameters, else of the tool."""
     if parent.recorded is None:
         return None
@@ -189,7 +189,7 @@ def _match(parent: Played, command: commands.BeginExecution) -> RecordedExecutio
 class _Backing:
     """What a unit of work of a take reads from."""
 
-    take: Take
+    take: ReplayRun
     state: SessionState
 
     def load(self, session_id: str) -> SessionState | None:
@@ -213,14 +213,14 @@ class _Backing:
         return None
 
 
-class Stage:
+class ReplayStore:
     """Where takes are run, one at a time."""
 
     def __init__(self) -> None:
-        self.take: Take | None = None
+        self.take: ReplayRun | None = None
 
     @property
-    def current(self) -> Take:
+    def current(self) -> ReplayRun:
         """The take that runs."""
         assert self.take is not None, "tools run in takes"
         return self.take

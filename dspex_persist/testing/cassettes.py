@@ -32,7 +32,7 @@ _MOST_SHOWN: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Tape:
+class Cassette:
     """A recording that came out as it was recorded. `state`: the variables at its end, by name."""
 
     path: Path
@@ -48,7 +48,7 @@ def open_engine(path: Path, references: Sequence[str]) -> EmbeddedState:
 
 def check(
     path: Path, references: Sequence[str], drive: Drive | None, mode: str, folder: Path, test: str, *, show_all: bool
-) -> Tape:
+) -> Cassette:
     """Replay a recording, after it was made or renewed if `mode` says so; the test fails where it does not hold."""
     again = f"pytest {shlex.quote(test)} --dspex-record=all"
     _check_asked(path, references, drive)
@@ -68,7 +68,7 @@ def check(
     if drive is not None and _is_empty(recording.commits):
         advice = f"see that drive uses the session that it is given, then: {again}"
         pytest.fail(f"{path.name} has nothing but the session's beginning; {advice}", pytrace=False)
-    return Tape(path, recording, report, final_state(recording))
+    return Cassette(path, recording, report, final_state(recording))
 
 
 def _check_asked(path: Path, references: Sequence[str], drive: Drive | None) -> None:
