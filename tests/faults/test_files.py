@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -61,6 +62,13 @@ def truncate(file: Path) -> None:
     os.truncate(file, 0)
 
 
+def copy_over(file: Path) -> None:
+    """As `cp` of a backup does: the file stays the same one."""
+    backup = file.with_name("backup")
+    maintenance.backup(file, backup)
+    shutil.copyfile(backup, file)
+
+
 def write_to(file: Path) -> None:
     with closing(sqlite3.connect(file.with_name(file.name.removesuffix("-wal")))) as other, other:
         other.execute('UPDATE sessions SET metadata = \'{"by": "hand"}\'')
@@ -105,8 +113,9 @@ def test_nothing_is_acknowledged_that_would_go_nowhere(tmp_path: Path, spoil: Sp
         assert version_in(database) >= WRITES
 
 
-def test_nothing_is_acknowledged_on_top_of_what_others_write(tmp_path: Path) -> None:
-    assert acknowledged_after(tmp_path / "served.db", write_to, "") == []
+@pytest.mark.parametrize("spoil", [write_to, copy_over])
+def test_nothing_is_acknowledged_on_top_of_what_others_write(tmp_path: Path, spoil: Spoil) -> None:
+    assert acknowledged_after(tmp_path / "served.db", spoil, "") == []
 
 
 @pytest.mark.parametrize("spoil", [remove, replace])

@@ -135,6 +135,11 @@ class OwnershipLock:
                 raise
             _owned[self._identity] = self._pid
 
+    @property
+    def file(self) -> int | None:
+        """The descriptor of the database that holds the lock, as long as it does; None where none is needed."""
+        return self._file
+
     def announce(self) -> None:
         """Write down who the owner is, for whoever comes second."""
         self._is_announced = True

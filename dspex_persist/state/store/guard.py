@@ -19,6 +19,9 @@ from dspex_persist.state.store.engine import WAL_LIMIT_BYTES, Identity, identity
 
 _logger: Final = get_logger(__name__)
 
+# Where a database says how it is written, and what it says there as long as it has a WAL. A backup has none.
+_MODE_AT: Final = 18
+_WAL_MODE: Final = b"\2\2"
 LARGE_WAL_BYTES: Final = 256 * 1024 * 1024
 WAL_IS_HELD: Final = (
     "another program goes on reading an old state of the file, and until it ends its transaction SQLite cannot bring "
@@ -39,12 +42,15 @@ _FOREIGN: Final = (
 class FileGuard:
     """What the files of an open database were when it was last sure that they were its own."""
 
-    def __init__(self, path: Path, name: Path, connection: Connection) -> None:
+    def __init__(self, path: Path, name: Path, connection: Connection, file: int | None) -> None:
         """In a transaction of the connection that writes, once SQLite has made the files beside it.
 
-        `name`: what errors call it.
+        `name`: what errors call it. `file`: a descriptor of the database that stays open, where there is one.
         """
         self._path = path
+        self._file = file
+        # Of a file that was put beside the WAL of another one, it is told by the WAL alone at first.
+        self._mode = self._read_mode()
         self._name = name
         # Text, and `os.stat`: they are looked at around every group, and a `Path` takes several times as long.
         self._names = [f"{path}{suffix}" for suffix in ("", "-wal", "-shm")]
@@ -66,12 +72,26 @@ class FileGuard:
                 continue
             if identity_of(found) != known:
                 return f"{Path(name).name} was replaced by another file while it was open"
-        return None
+        return f"{self._path.name} was overwritten while it was open" if self._is_overwritten() else None
+
+    def _is_overwritten(self) -> bool:
+        """Whether somebody has copied another database over it: all that nobody has open are in another mode."""
+        # Of one that was cut short, `look_inside` says so.
+        mode = self._read_mode()
+        return len(mode) == len(_WAL_MODE) and mode not in (_WAL_MODE, self._mode)
+
+    def _read_mode(self) -> bytes:
+        if self._file is None:
+            return b""
+        try:
+            return os.pread(self._file, len(_WAL_MODE), _MODE_AT)
+        except OSError:
+            return b""
 
     def has_moved(self) -> bool:
         """Whether it is the database itself that `look` misses, and not only what is beside it."""
         try:
-            return identity_of(self._path.stat()) != self._files[0]
+            return identity_of(self._path.stat()) != self._files[0] or self._is_overwritten()
         except OSError:
             return True
 

@@ -168,7 +168,7 @@ class SessionStore(StoredSessions, LogStore):
                 self.head = recovery.recover(self._connection, self._anchor.read(), self._name, inspected)
                 self._keys = log.Keys(self._connection)
                 self._last_at = clock.from_micros(log_reader.last_own_time(self._connection))
-                self._guard = FileGuard(self.path, self._name, self._connection)
+                self._guard = FileGuard(self.path, self._name, self._connection, self._lock.file)
         except (DBAPIError, sqlite3.Error) as error:
             raise NotADatabaseError(str(self._name), read_error(self.path, error).reason) from error
         except OSError as error:
