@@ -487,9 +487,12 @@ class TestOptions:
             connect("grpc://127.0.0.1:1", durability="full")
         assert list(path.parent.iterdir()) == []
 
-    def test_memory_is_no_place(self) -> None:
-        with pytest.raises(InvalidArgumentError, match="name a file in a temporary folder"):
-            connect(":memory:")
+    @pytest.mark.parametrize("url", ["memory:", ":memory:"])
+    def test_memory_leaves_no_file(self, path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(path.parent)
+        with connect(url) as state:
+            state.initialize_session("s")
+        assert list(path.parent.iterdir()) == []
 
     def test_a_missing_folder_is_not_made(self, tmp_path: Path) -> None:
         with pytest.raises(NotADatabaseError, match="mkdir -p"):
