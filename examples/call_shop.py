@@ -1,6 +1,6 @@
-"""A client of the shop, in a process of its own: python examples/call_shop.py [HOST:PORT]
+"""A client of the shop, in another process than the server: python examples/call_shop.py [HOST:PORT]
 
-The server has to be there first, started in the folder above this one: dspex-persist serve --tools examples.shop
+Start the server first, in the folder above this one: dspex-persist serve --tools examples.shop
 """
 
 import sys
@@ -17,7 +17,7 @@ def main(target: str) -> None:
         shop.call("open_shop")
         print("bread for", shop.call("sell", article="bread"))
 
-        # Whoever does not know whether a sale happened asks again under the same key: it happens once.
+        # A client that does not know whether a sale happened repeats it with the same key: it happens once.
         key = str(uuid4())
         for _ in range(2):
             outcome = state.execute_tool("shop", "sell", {"article": "apples"}, idempotency_key=key)
@@ -28,7 +28,7 @@ def main(target: str) -> None:
         except dspex_persist.DspexError as error:
             print("refused:", error)
 
-        # Each chunk is here as soon as the tool has yielded it.
+        # Each chunk arrives as soon as the tool has yielded it.
         for line in state.stream_tool("shop", "report"):
             print("report:", line)
 

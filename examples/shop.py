@@ -1,7 +1,7 @@
-"""A shop whose counter is a session: tools that sell, order, restock and report, each call one transaction.
+"""A shop as a session: tools that sell, order, restock and report. Each call is one transaction.
 
-    python examples/shop.py             # on a file of its own that is gone afterwards
-    python examples/shop.py shop.db     # on a file that stays: run it twice
+    python examples/shop.py             # on a temporary file
+    python examples/shop.py shop.db     # on a permanent file: run it twice
 
 The same tools, served to every client (see call_shop.py):
 
@@ -23,12 +23,12 @@ Article = Literal["apples", "bread", "milk"]
 PRICES = {"apples": 3, "bread": 5, "milk": 2}
 
 visitors: list[Callable[[], object]] = []
-"""What others do while somebody counts the shelves: `main` fills it to show a conflict."""
+"""What other clients do while `count_shelves` runs: `main` fills it to cause a conflict."""
 
 
 @tool
 def open_shop(ctx: ToolContext) -> list[str]:
-    """Define the variables of the shop, those that are missing; their names."""
+    """Define the missing variables of the shop; return the names of all."""
     for article in PRICES:
         ctx.variables.define(article, 10, constraints={"min": 0})
     for name in ("cash", "counted"):
@@ -38,15 +38,15 @@ def open_shop(ctx: ToolContext) -> list[str]:
 
 @tool(retries=5)
 def sell(ctx: ToolContext, article: Article, amount: int = 1) -> int:
-    """Sell some of an article; what it cost.
+    """Sell some of an article; return the price.
 
     Args:
-        article: Which.
-        amount: How many.
+        article: The article to sell.
+        amount: How many of it.
     """
     if amount < 1:
         raise ValueError(f"nobody buys {amount}")
-    # Below the minimum of 0 it is refused, and nothing of this sale has happened.
+    # A stock below the minimum of 0 is refused, which undoes the whole sale.
     ctx[article] -= amount
     price = amount * PRICES[article]
     ctx["cash"] += price
@@ -55,20 +55,20 @@ def sell(ctx: ToolContext, article: Article, amount: int = 1) -> int:
 
 @tool(retries=5)
 def order(ctx: ToolContext, basket: dict[Article, int]) -> dict[str, str]:
-    """Sell what there is of a basket, all of it or nothing of each article; what became of each."""
+    """Sell the articles of a basket, each completely or not at all; return the result for each."""
     became: dict[str, str] = {}
     for article, amount in basket.items():
         try:
             became[article] = f"sold for {ctx.call(sell, article=article, amount=amount)}"
         except dspex_persist.DspexError as error:
-            # What the failed sale had written is undone, what the others have is not.
+            # Only the writes of the failed sale are undone.
             became[article] = str(error)
     return became
 
 
 @tool(retries=5)
 async def restock(ctx: ToolContext, article: Article, amount: int) -> int:
-    """Fill a shelf up; how much is on it. It waits for the delivery, and blocks nobody meanwhile."""
+    """Restock a shelf; return its stock. Waiting for the delivery blocks no other tool."""
     await asyncio.sleep(0.05)
     there = int(ctx[article]) + amount
     ctx[article] = there
@@ -77,13 +77,13 @@ async def restock(ctx: ToolContext, article: Article, amount: int) -> int:
 
 @tool(isolation="snapshot")
 def report(ctx: ToolContext) -> Iterator[dict[str, object]]:
-    """Tell one article after the other, as of one moment; sales meanwhile are no conflict, as it writes nothing."""
+    """Stream the stock of each article from one snapshot. It writes nothing, so sales in between cause no conflict."""
     for article, price in PRICES.items():
         yield {"article": article, "there": ctx[article], "worth": ctx[article] * price}
 
 
 def count_shelves(ctx: ToolContext) -> int:
-    """Count what is on the shelves, and write that down."""
+    """Count the stock on all shelves, and store the sum."""
     counted = sum(int(ctx[article]) for article in PRICES)
     while visitors:
         visitors.pop()()
@@ -96,7 +96,7 @@ count = tool(name="count", retries=3)(count_shelves)
 
 
 def main(path: Path) -> None:
-    """Open the shop, and show how executions end."""
+    """Open the shop, and show how executions can end."""
     tools = dspex_persist.Toolbox()
     for each in (open_shop, sell, order, restock, report, count_once, count):
         tools.add(each)
