@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.errors import UnsupportedError
-from dspex_persist.state.model import PrunePolicy, PruneReport, SessionView, ToolOutcome, ToolSpec
+from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, SessionView, ToolOutcome, ToolSpec
 from dspex_persist.state.provider import TOOL_TIMEOUT_S, Progress, StateProvider, or_empty, silent
 from dspex_persist.state.recording import Header, RecordedCommit
 
@@ -90,10 +90,14 @@ class Forkable(Ability):
     instead = "keep the sessions in a database file: connect(path), or a server on one"
 
     @abstractmethod
-    def fork_session(self, session_id: str, new_session_id: str, at: str = "") -> SessionView:
+    def fork_session(
+        self, session_id: str, new_session_id: str, at: str = "", *, origin: Origin | None = None
+    ) -> SessionView:
         """Begin a session with the variables that `session_id` had at a point, each at version 0; "" is now.
 
         A point is what audits take: a commit, an execution's id, a time, an age; `^` behind it: right before it.
+        `origin` says who asks, by default the provider's own. A server copies sensitive variables only if it was
+        started with `audit_reveal`.
 
         Raises `SessionExistsError` where a live session has the new id, `NotInHistoryError` for what is not in the
         history, `InvalidArgumentError` for what is no point.

@@ -103,9 +103,11 @@ class RecordsAround(HandedOn, Recordable):
 class ForksAround(HandedOn, Forkable):
     """Has `provider` fork."""
 
-    def fork_session(self, session_id: str, new_session_id: str, at: str = "") -> SessionView:
+    def fork_session(
+        self, session_id: str, new_session_id: str, at: str = "", *, origin: Origin | None = None
+    ) -> SessionView:
         """See `Forkable.fork_session`."""
-        return Forkable.of(self.provider).fork_session(session_id, new_session_id, at)
+        return Forkable.of(self.provider).fork_session(session_id, new_session_id, at, origin=origin)
 
 
 class PrunesAround(HandedOn, Prunable):

@@ -17,7 +17,7 @@ from dspex_persist.state.around import (
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.groups import Job
 from dspex_persist.state.log_state import LogState
-from dspex_persist.state.model import PrunePolicy, PruneReport, SessionView
+from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, SessionView
 from dspex_persist.state.options import check_count, check_seconds
 from dspex_persist.state.provider import Progress, silent
 from dspex_persist.state.recording import Header, RecordedCommit
@@ -66,16 +66,19 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable):
     ) -> tuple[Header, Iterator[RecordedCommit]]:
         """See `Recordable.record`."""
         self.check_open()
-        session_id = arguments.text("session_id", session_id)
+        session_id, reveal = arguments.text("session_id", session_id), arguments.flag("reveal", reveal)
         if started is not None:
             started = arguments.sequence("started", started)
         return recordings.read_session(self._store.readers, session_id, started=started, reveal=reveal)
 
-    def fork_session(self, session_id: str, new_session_id: str, at: str = "") -> SessionView:
+    def fork_session(
+        self, session_id: str, new_session_id: str, at: str = "", *, origin: Origin | None = None
+    ) -> SessionView:
         """See `Forkable.fork_session`."""
         self.check_open()
         source, name = arguments.text("session_id", session_id), arguments.text("new_session_id", new_session_id)
-        return self.run(recordings.fork_of(self._store.readers, source, name, arguments.text("at", at)))
+        command = recordings.fork_of(self._store.readers, source, name, arguments.text("at", at))
+        return self.submit(command, origin).result()
 
     def prune(self, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PruneReport:
         """See `Prunable.prune`."""

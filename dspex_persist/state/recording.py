@@ -83,10 +83,20 @@ class Header:
 
 def write_recording(header: Header, commits: Iterable[RecordedCommit], file: TextIO) -> None:
     """Write a recording, line by line."""
-    head = {"format": FORMAT, "version": VERSION, "session_id": header.session_id}
-    file.write(_line(head | {"commits": header.commits, "masked": header.masked}))
+    file.write(header_line(header) + "\n")
     for commit in commits:
-        file.write(_line(_commit_document(commit)))
+        file.write(commit_line(commit) + "\n")
+
+
+def header_line(header: Header) -> str:
+    """The first line of a recording, without its line break."""
+    head = {"format": FORMAT, "version": VERSION, "session_id": header.session_id}
+    return _line(head | {"commits": header.commits, "masked": header.masked})
+
+
+def commit_line(commit: RecordedCommit) -> str:
+    """A commit's line in a recording, without its line break."""
+    return _line(_commit_document(commit))
 
 
 def _line(document: Mapping[str, Any]) -> str:
@@ -96,7 +106,7 @@ def _line(document: Mapping[str, Any]) -> str:
     except UnicodeEncodeError:
         # What a tool logs may have lone surrogates, which no file in UTF-8 can have but as escapes.
         text = json.dumps(document)
-    return text + "\n"
+    return text
 
 
 def _commit_document(commit: RecordedCommit) -> dict[str, Any]:

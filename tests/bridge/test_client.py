@@ -1,12 +1,16 @@
 """What a client over gRPC does by itself."""
 
 import getpass
+import json
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import dspex_persist_audit_pb2 as audit_pb
+import dspex_persist_audit_pb2_grpc as audit_stubs
 import grpc
 import pytest
 import snakepit_bridge_pb2 as pb
@@ -14,9 +18,16 @@ import snakepit_bridge_pb2_grpc as stubs
 
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.commands import GetVariable, GetVariableHistory
-from dspex_persist.state.errors import InternalError, LimitExceededError
+from dspex_persist.state.errors import (
+    InternalError,
+    LimitExceededError,
+    OutcomeUnknownError,
+    UnavailableError,
+    UnsupportedError,
+)
 from dspex_persist.state.model import Origin
 from tests.deadline import within
+from tests.infra.test_forks import in_child
 
 NOBODY = "127.0.0.1:1"
 
@@ -75,3 +86,62 @@ def test_an_update_that_cannot_be_read_ends_the_watch(newer: str) -> None:
         pytest.raises(InternalError, match="'newer' is not a valid UpdateKind"),
     ):
         watch.next(within(20))
+
+
+class Silent(audit_stubs.AuditServiceServicer):  # type: ignore[misc, unused-ignore]
+    """A server that begins to answer, and goes silent until `ended`."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+
+    def RecordSession(self, request: Any, context: Any) -> Iterator[Any]:
+        line = {"format": "dspex-persist session", "version": 1, "session_id": "s", "commits": 2, "masked": False}
+        yield audit_pb.RecordSessionResponse(lines=[audit_pb.RecordedLine(json=json.dumps(line))])
+        self.ended.wait(within(20))
+
+    def ForkSession(self, request: Any, context: Any) -> Any:
+        self.ended.wait(within(20))
+        return audit_pb.ForkSessionResponse()
+
+
+@pytest.fixture
+def silent(tmp_path: Path) -> Iterator[str]:
+    """Where one is."""
+    address, servicer = f"unix:{tmp_path}/silent", Silent()
+    with ThreadPoolExecutor(2) as threads:
+        server = grpc.server(threads)
+        audit_stubs.add_AuditServiceServicer_to_server(servicer, server)
+        server.add_insecure_port(address)
+        server.start()
+        yield address
+        servicer.ended.set()
+        server.stop(None).wait()
+
+
+def test_a_recording_waits_for_its_next_part_and_no_longer(silent: str) -> None:
+    with BridgedState(silent, timeout_s=0.5) as state:
+        header, commits = state.record("s")
+        assert header.commits == 2
+        with pytest.raises(UnavailableError, match=r"did not answer within 0\.5 s"):
+            next(commits)
+
+
+def test_whether_a_session_was_forked_is_unknown_if_nothing_is_heard_of_it(silent: str) -> None:
+    with BridgedState(silent, timeout_s=0.2) as state, pytest.raises(OutcomeUnknownError):
+        state.fork_session("s", "t")
+    with BridgedState(NOBODY) as state, pytest.raises(UnavailableError, match="cannot connect"):
+        state.fork_session("s", "t")
+
+
+def test_a_stream_of_the_parent_is_refused_in_a_child(silent: str) -> None:
+    with BridgedState(silent, timeout_s=within(20)) as state:
+        _, commits = state.record("s")
+        assert in_child(lambda: next(commits)).startswith("ForkedProcessError: the connection to")
+        commits.close()  # type: ignore[attr-defined]
+
+
+def test_a_server_that_does_not_know_recordings_is_too_old(newer: str) -> None:
+    with BridgedState(newer) as state:
+        for ask in (lambda: state.record("s"), lambda: state.fork_session("s", "t")):
+            with pytest.raises(UnsupportedError, match="older"):
+                ask()

@@ -40,6 +40,7 @@ from dspex_persist.state.errors import (
     UnsupportedError,
 )
 from dspex_persist.state.model import PrunePolicy, Value
+from dspex_persist.state.recording import read_recording
 from tests.deadline import within
 from tests.end_to_end.gates import DEADLINE_S
 from tests.end_to_end.old_style import OldClient, environment, serve, target_of, wait_until
@@ -133,6 +134,37 @@ def test_a_large_history_streams_in_small_messages_and_little_memory(server: Ser
     assert versions == list(range(VERSIONS))[::-1]
     assert max(sizes) < 1_000_000
     assert of_process(server, "VmHWM") - before < 10_000  # KiB, of 20,000 that went out
+
+
+def test_a_recording_streams_in_small_messages_and_little_memory(server: ServerProcess, stub: Any) -> None:
+    """A client with nothing but the proto file writes the lines to a file, which is a recording."""
+    before, sizes, lines = of_process(server, "VmHWM"), [], list[Any]()
+    for response in stub.RecordSession(pb.RecordSessionRequest(session="large", reveal=True)):
+        sizes.append(response.ByteSize())
+        lines += response.lines
+    assert max(sizes) < 1_000_000
+    assert of_process(server, "VmHWM") - before < 20_000  # KiB, of 20,000 that went out
+    header, commits = read_recording(line.json + "\n" for line in lines)
+    assert (header.session_id, header.masked) == ("large", True)
+    read = list(commits)
+    assert [commit.number for commit in read] == list(range(1, VERSIONS + 3))
+    assert (read[-1].versions[0].value, read[-1].versions[0].masked) == (None, True)
+    assert lines[0].sequence == 0
+    assert [line.sequence for line in lines[1:]] == sorted(line.sequence for line in lines[1:])
+    assert read[1].versions[0].name == "text"
+
+
+def test_who_forks_is_in_the_history(stub: Any) -> None:
+    actor = (("x-dspex-actor", "ann"), ("x-dspex-idempotency-key", "k"))
+    request = pb.ForkSessionRequest(session="large", new_session="forked", at="3")
+    (variable,) = stub.ForkSession(request, metadata=actor).variables
+    assert (variable.name, variable.value.json[:5]) == ("text", '"1yyy')
+    (entry,) = [e for r in stub.ListHistory(pb.ListHistoryRequest(session="forked")) for e in r.entries]
+    assert (entry.actor, entry.cause, entry.source) == ("ann", "ForkSession", pb.SOURCE_PYTHON)  # of the value
+    for at, code in (("", "UNIMPLEMENTED"), ("3", "ALREADY_EXISTS"), ("soon", "INVALID_ARGUMENT")):
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.ForkSession(pb.ForkSessionRequest(session="large", new_session="forked", at=at))
+        assert caught.value.code().name == code
 
 
 def test_a_stream_goes_on_after_its_cursor(stub: Any, server: ServerProcess) -> None:

@@ -81,7 +81,7 @@ def test_what_is_handed_on_is_asked_of_the_wrapped() -> None:
     policy = PrunePolicy(keep_versions=1)
     assert wrapper.audit(reveal=True) == ((), {"reveal": True})
     assert wrapper.record("s", started=3) == (("s",), {"started": 3, "reveal": False})
-    assert wrapper.fork_session("s", "t", "now") == (("s", "t", "now"), {})
+    assert wrapper.fork_session("s", "t", "now") == (("s", "t", "now"), {"origin": None})
     given, options = wrapper.prune(policy, confirm=True)
     assert (given, options["confirm"]) == ((policy,), True)
 

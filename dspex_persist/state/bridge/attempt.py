@@ -4,13 +4,13 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Final
+from typing import Any
 
 import grpc
 
 from dspex_persist.state.bridge.headers import Headers
 from dspex_persist.state.bridge.rpcs.base import Rpc
-from dspex_persist.state.bridge.status import error_of_call, is_told, never_sent, unreadable
+from dspex_persist.state.bridge.status import error_of_call, error_of_write, is_lost, unreadable
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import (
     EngineClosedError,
@@ -18,13 +18,9 @@ from dspex_persist.state.errors import (
     LimitExceededError,
     OutcomeUnknownError,
     ShuttingDownError,
-    StateError,
 )
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
-_CONNECTION_LOST: Final = frozenset(
-    {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
-)
 
 
 class Attempt:
@@ -119,10 +115,8 @@ class Attempt:
         self._send_again()
 
     def _failed(self, call: Any) -> None:
-        error = error_of_call(call, self._target)
-        lost = call.code() in _CONNECTION_LOST and not is_told(call)
-        if lost:
-            error = self._lost(error, call.details() or call.code().name)
+        lost = is_lost(call)
+        error = (error_of_write if self._command.writes else error_of_call)(call, self._target)
         open_still = lost or isinstance(error, OutcomeUnknownError | EngineClosedError | ShuttingDownError)
         if isinstance(error, OutcomeUnknownError):
             self._unknown = error
@@ -143,8 +137,3 @@ class Attempt:
         timer.daemon = True
         timer.start()
         self._pause_s = min(self._pause_s * 2, _LONGEST_PAUSE_S)
-
-    def _lost(self, error: StateError, details: str) -> StateError:
-        if self._command.writes and not never_sent(details):
-            return OutcomeUnknownError(f"the connection to {self._target} broke: {details}")
-        return error

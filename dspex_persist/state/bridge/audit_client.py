@@ -1,5 +1,6 @@
 """BridgedAudit: the history of a server, asked over gRPC."""
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
@@ -18,11 +19,14 @@ from dspex_persist.state.audit import (
     VariableState,
     point_text,
 )
+from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
 from dspex_persist.state.bridge.generated.dspex_persist_audit_pb2_grpc import AuditServiceStub
+from dspex_persist.state.bridge.headers import Headers
 from dspex_persist.state.bridge.inherited import OneProcess
 from dspex_persist.state.bridge.rpcs import audit as rpcs
+from dspex_persist.state.bridge.rpcs import recordings
 from dspex_persist.state.bridge.rpcs.audit import Single
-from dspex_persist.state.bridge.status import error_of_call, is_told
+from dspex_persist.state.bridge.status import error_of_call, error_of_write, is_lost, is_told
 from dspex_persist.state.errors import (
     EngineClosedError,
     InvalidArgumentError,
@@ -30,8 +34,9 @@ from dspex_persist.state.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from dspex_persist.state.model import PrunePolicy, PruneReport
+from dspex_persist.state.model import PrunePolicy, PruneReport, SessionView
 from dspex_persist.state.provider import Progress
+from dspex_persist.state.recording import Header, RecordedCommit
 
 A = TypeVar("A")
 
@@ -114,6 +119,31 @@ def prune(
     raise UnavailableError(f"{target} ended the pruning without a report")
 
 
+def record(
+    channel: grpc.Channel, target: str, session_id: str, *, started: int | None, reveal: bool, timeout_s: float
+) -> tuple[Header, Iterator[RecordedCommit]]:
+    """Have a server record a session. The next commits have to come within `timeout_s`, however many there are."""
+    request = _made(lambda: pb.RecordSessionRequest(session=session_id, started=started, reveal=reveal))
+    messages = _Calls(channel, target).stream(recordings.RECORD, request, None, patience_s=timeout_s)
+    return recordings.recording_of(messages, f"the recording from {target}")
+
+
+def fork(
+    channel: grpc.Channel,
+    target: str,
+    session_id: str,
+    new_session_id: str,
+    at: str,
+    *,
+    headers: Headers,
+    timeout_s: float,
+) -> SessionView:
+    """Have a server fork a session; `OutcomeUnknownError` if the connection breaks meanwhile."""
+    request = _made(lambda: pb.ForkSessionRequest(session=session_id, new_session=new_session_id, at=at))
+    calls = _Calls(channel, target)
+    return recordings.fork_of(calls.unary(recordings.FORK, request, timeout_s, headers=headers, writes=True))
+
+
 def _made(request: Callable[[], Any]) -> Any:
     try:
         return request()
@@ -130,31 +160,40 @@ class _Calls:
         self._here = OneProcess(target, channel)
         self._stub = AuditServiceStub(channel)
 
-    def unary(self, rpc: str, request: Any, timeout_s: float) -> Any:
-        """The one answer."""
+    def unary(self, rpc: str, request: Any, timeout_s: float, *, headers: Headers = (), writes: bool = False) -> Any:
+        """The one answer. `writes`: the outcome is unknown if the connection breaks."""
         self._here.check()
         try:
-            return getattr(self._stub, rpc)(request, timeout=timeout_s)
+            return getattr(self._stub, rpc)(request, timeout=timeout_s, metadata=headers)
         except grpc.RpcError as error:
-            raise self._error(error) from None
+            raise (error_of_write(error, self._target) if writes and is_lost(error) else self._error(error)) from None
         except ValueError as error:
             # The channel is closed.
             raise EngineClosedError() from error
 
-    def stream(self, rpc: str, request: Any, timeout_s: float | None) -> Iterator[Any]:
-        """The answers, as they come. Whoever stops taking them ends the call."""
+    def stream(
+        self, rpc: str, request: Any, timeout_s: float | None, *, patience_s: float | None = None
+    ) -> Iterator[Any]:
+        """The answers, as they come: all of them within `timeout_s`, each within `patience_s`. To take no more ends
+        the call."""
         self._here.check()
         try:
             call = getattr(self._stub, rpc)(request, timeout=timeout_s)
         except ValueError as error:
             # The channel is closed.
             raise EngineClosedError() from error
+        here, answers = OneProcess(self._target, call), _Patient(call, patience_s)
         try:
-            yield from call
+            while (answer := here.next_of(answers)) is not None:
+                yield answer
         except grpc.RpcError:
+            if answers.given_up:
+                raise UnavailableError(f"{self._target} did not answer within {patience_s:g} s") from None
             raise self._error(call) from None
         finally:
-            call.cancel()
+            if here.refusal is None:
+                call.cancel()
+                here.close()
 
     def _error(self, call: Any) -> StateError:
         code = call.code()
@@ -162,7 +201,36 @@ class _Calls:
             return error_of_call(call)
         if code is grpc.StatusCode.UNIMPLEMENTED:
             service = rpcs.AUDIT_SERVICE.full_name
-            return UnsupportedError("audits", f"the server at {self._target} is older than {service}: upgrade it")
+            return UnsupportedError(
+                "this", f"the server at {self._target} is older than this release, or than {service}: upgrade it"
+            )
         if code is grpc.StatusCode.CANCELLED:
             return EngineClosedError()
         return error_of_call(call, self._target)
+
+
+class _Patient:
+    """The messages of a call, which is cancelled where the next one takes longer than `patience_s`; None: never."""
+
+    def __init__(self, call: Any, patience_s: float | None) -> None:
+        self._call = call
+        self._patience_s = patience_s
+        self.given_up = False
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if self._patience_s is None:
+            return next(self._call)
+        timer = threading.Timer(self._patience_s, self._give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            return next(self._call)
+        finally:
+            timer.cancel()
+
+    def _give_up(self) -> None:
+        self.given_up = True
+        self._call.cancel()

@@ -5,23 +5,26 @@ for single answers. However many ask, the rest of the server hardly notices, and
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 from google.protobuf.message import Message
 
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.mailbox import LoopMailbox
-from dspex_persist.state.abilities import Auditable, Prunable
+from dspex_persist.state.abilities import Auditable, Forkable, Prunable, Recordable
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.bridge.calls import methods
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
-from dspex_persist.state.bridge.incoming import Context, fitting
+from dspex_persist.state.bridge.incoming import Context, fitting, origin_of
 from dspex_persist.state.bridge.rpcs import audit as rpcs
 from dspex_persist.state.bridge.rpcs.audit import ListRpc, Question, Single
+from dspex_persist.state.bridge.rpcs.recordings import batch_of, fork_message, lines_of
+from dspex_persist.state.commands import ForkSession
 from dspex_persist.state.errors import EngineClosedError, UnavailableError, UnsupportedError
-from dspex_persist.state.model import PrunePolicy, PruneReport
+from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, SessionView
 from dspex_persist.state.provider import StateProvider
 
 R = TypeVar("R")
@@ -57,6 +60,7 @@ class AuditServicer:
         self._may_prune = prune
         self._stall_timeout_s = stall_timeout_s
         self._max_message_bytes = max_message_bytes
+        self._batch_bytes = min(_BATCH_BYTES, max_message_bytes // 2)
         self._draining = False
         self._mailbox = LoopMailbox(asyncio.get_running_loop())
         # One each: two that read at the same time make every other call wait for its turn twice as long.
@@ -98,6 +102,43 @@ class AuditServicer:
             pruning.end()
             work.cancel()
 
+    # Recordings and forks
+
+    async def RecordSession(self, request: pb.RecordSessionRequest, context: Context) -> None:
+        """Read some commits, send them, and only then read more."""
+        lines = await self._on(self._lists, lambda: self._begin_recording(request))
+        while True:
+            batch = await self._on(self._lists, lambda: batch_of(lines, self._batch_bytes))
+            if not batch.lines:
+                return
+            await self._send(self._fitting(batch), context)
+            if self._draining:
+                raise UnavailableError("the server is shutting down; record the session again")
+
+    def _begin_recording(self, request: pb.RecordSessionRequest) -> Iterator[Any]:
+        started = request.started if request.HasField("started") else None
+        reveal = self._reveal and request.reveal
+        return lines_of(*Recordable.of(self._provider).record(request.session, started=started, reveal=reveal))
+
+    async def ForkSession(self, request: pb.ForkSessionRequest, context: Context) -> Message:
+        origin = replace(origin_of(ForkSession.__name__, context), idempotency_key=None, optimizer_id=None)
+        view = await self._on(self._answers, lambda: self._fork(request, origin))
+        response: Message = self._fitting(fork_message(view))
+        return response
+
+    def _fork(self, request: pb.ForkSessionRequest, origin: Origin) -> SessionView:
+        source, at = request.session, request.at
+        if not self._reveal:
+            # As of one commit, whatever others write: what is looked at is what is copied.
+            audit = Auditable.of(self._provider).audit()
+            at = str(audit.resolve(at, session=source))
+            if any(each.masked for each in audit.state(source, at)):
+                raise UnsupportedError(
+                    "forks of sensitive variables by clients",
+                    "start the server with --audit-reveal, or stop it and fork the session in its file with --db",
+                )
+        return Forkable.of(self._provider).fork_session(source, request.new_session, at, origin=origin)
+
     # How they go
 
     async def _answer(self, rpc: Single[Any], request: Any, _context: Context) -> Message:
@@ -107,7 +148,7 @@ class AuditServicer:
     async def _list(self, rpc: ListRpc[Any], request: Any, context: Context) -> None:
         """Read a page, send it, and only then read the next."""
         source = self._source(request)
-        pages = _Pages(rpc.question(request), source, min(_BATCH_BYTES, self._max_message_bytes // 2))
+        pages = _Pages(rpc.question(request), source, self._batch_bytes)
         while True:
             await self._send(self._fitting(await self._on(self._lists, pages.read)), context)
             if pages.ended:

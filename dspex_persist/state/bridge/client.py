@@ -12,7 +12,7 @@ from dspex_persist.infra.futures import failed
 from dspex_persist.infra.listen import target_of
 from dspex_persist.infra.user import user_name
 from dspex_persist.state import arguments, commands, values
-from dspex_persist.state.abilities import Auditable, Durable, Prunable, StreamsTools
+from dspex_persist.state.abilities import Auditable, Durable, Forkable, Prunable, Recordable, StreamsTools
 from dspex_persist.state.bridge import audit_client
 from dspex_persist.state.bridge.attempt import Attempt
 from dspex_persist.state.bridge.audit_client import BridgedAudit
@@ -43,8 +43,9 @@ from dspex_persist.state.errors import (
     StateError,
     UnsupportedError,
 )
-from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, Source, ToolSpec, Value
+from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, SessionView, Source, ToolSpec, Value
 from dspex_persist.state.provider import Progress, check_watch, fault_of, or_empty, silent
+from dspex_persist.state.recording import Header, RecordedCommit
 
 R = TypeVar("R")
 
@@ -63,7 +64,7 @@ def _nothing() -> None:
     pass
 
 
-class BridgedState(StreamsTools, Durable, Auditable, Prunable):
+class BridgedState(StreamsTools, Durable, Auditable, Recordable, Forkable, Prunable):
     """Session state behind a gRPC target such as "127.0.0.1:50051" or "unix:/run/dspex.sock", or a URL of `connect`.
 
     A call that is not answered within `timeout_s` fails. If it wrote, and had an idempotency key, it is repeated with
@@ -144,7 +145,7 @@ class BridgedState(StreamsTools, Durable, Auditable, Prunable):
         call = self._stub.ExecuteStreamingTool(EXECUTE_TOOL.request_of(command), metadata=headers)
         here = OneProcess(self._target, call)
         try:
-            while (chunk := _next_of(call, here)) is not None:
+            while (chunk := here.next_of(call)) is not None:
                 if not (chunk.is_final and chunk.data == b"null"):
                     yield values.decode_loosely(Value(chunk.data.decode()), chunk.metadata["result_type"])
         except grpc.RpcError:
@@ -168,21 +169,52 @@ class BridgedState(StreamsTools, Durable, Auditable, Prunable):
         self.check_open()
         return audit_client.prune(self._channel, self._target, policy, confirm=confirm, progress=progress)
 
+    def record(
+        self, session_id: str, *, started: int | None = None, reveal: bool = False
+    ) -> tuple[Header, Iterator[RecordedCommit]]:
+        """Have the server record; see `Recordable.record`. What comes next has to come within `timeout_s`."""
+        self.check_open()
+        session_id, reveal = arguments.text("session_id", session_id), arguments.flag("reveal", reveal)
+        if started is not None:
+            started = arguments.sequence("started", started)
+        return audit_client.record(
+            self._channel, self._target, session_id, started=started, reveal=reveal, timeout_s=self._timeout_s
+        )
+
+    def fork_session(
+        self, session_id: str, new_session_id: str, at: str = "", *, origin: Origin | None = None
+    ) -> SessionView:
+        """Have the server fork; see `Forkable.fork_session`. Raises `OutcomeUnknownError` if the connection breaks."""
+        self.check_open()
+        asked = (arguments.text("session_id", session_id), arguments.text("new_session_id", new_session_id))
+        headers = self._headers_of_origin(origin or self.default_origin(commands.ForkSession.__name__))
+        return audit_client.fork(
+            self._channel,
+            self._target,
+            *asked,
+            arguments.text("at", at),
+            headers=headers,
+            timeout_s=self._timeout_s,
+        )
+
     def _patience_s(self, command: Command[Any]) -> float:
         asked_s = command.timeout_s if isinstance(command, commands.ExecuteTool) else None
         # The server ends the tool when its time is up, and has a moment more to say so.
         return self._timeout_s if asked_s is None else asked_s + _VERDICT_S
 
     def _headers_of(self, rpc: Rpc[Any, Any], origin: Origin, command: Command[Any]) -> Headers:
-        said = {
-            ACTOR: origin.actor,
-            SOURCE: origin.source.value if origin.source is Source.PYTHON else None,
-            IDEMPOTENCY_KEY: origin.idempotency_key,
-            OPTIMIZER_ID: origin.optimizer_id,
-            EXECUTION_ID: self._execution_id,
-            **rpc.headers_of(command),
-        }
-        return tuple(_header(name, text) for name, text in said.items() if text is not None)
+        own = {EXECUTION_ID: self._execution_id, **rpc.headers_of(command)}
+        return (*self._headers_of_origin(origin), *_headers(own))
+
+    def _headers_of_origin(self, origin: Origin) -> Headers:
+        return _headers(
+            {
+                ACTOR: origin.actor,
+                SOURCE: origin.source.value if origin.source is Source.PYTHON else None,
+                IDEMPOTENCY_KEY: origin.idempotency_key,
+                OPTIMIZER_ID: origin.optimizer_id,
+            }
+        )
 
     def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
         """The user of this process."""
@@ -208,10 +240,8 @@ class BridgedState(StreamsTools, Durable, Auditable, Prunable):
             raise EngineClosedError()
 
 
-def _next_of(call: Any, here: OneProcess) -> Any:
-    """The next message of a stream; None at its end. `ForkedProcessError` in a child of the process that has it."""
-    here.check()
-    return next(call, None)
+def _headers(said: Mapping[str, str | None]) -> Headers:
+    return tuple(_header(name, text) for name, text in said.items() if text is not None)
 
 
 def _header(name: str, text: str) -> tuple[str, str | bytes]:

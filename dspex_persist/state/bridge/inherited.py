@@ -4,6 +4,9 @@ A child has gRPC's locks and sockets, and none of the threads that serve them: i
 parent. So it makes none, and never frees what its parent has open.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 from dspex_persist.infra import forks
 from dspex_persist.state.errors import ForkedProcessError
 
@@ -30,6 +33,11 @@ class OneProcess:
         """Raise `ForkedProcessError` in a child."""
         if self.refusal is not None:
             raise self.refusal
+
+    def next_of(self, messages: Iterator[Any]) -> Any:
+        """The next message of a stream, None at its end; raises as `check` does."""
+        self.check()
+        return next(messages, None)
 
     def close(self) -> None:
         """They are closed: there is nothing left to be kept."""

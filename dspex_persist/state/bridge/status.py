@@ -226,11 +226,27 @@ _MEANT: Final[Mapping[StatusCode, Callable[[str, str], StateError]]] = {
 """What a status means that gRPC gives by itself, or a server that is not ours. Any other is a fault."""
 
 
+_CONNECTION_LOST: Final = frozenset({StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED, StatusCode.CANCELLED})
+
+
 def is_told(call: Any) -> bool:
     """Whether the server itself says what went wrong, and not gRPC."""
     return any(key == DETAILS_KEY for key, _ in call.trailing_metadata() or ())
 
 
+def is_lost(call: Any) -> bool:
+    """Whether a call ended with its connection, so that nobody knows what the server made of it."""
+    return call.code() in _CONNECTION_LOST and not is_told(call)
+
+
 def error_of_call(call: Any, target: str = "") -> StateError:
     """The error in a failed call of the synchronous client (grpc.RpcError, which also is a grpc.Call)."""
     return error_of(call.code(), call.details() or "", tuple(call.trailing_metadata() or ()), target)
+
+
+def error_of_write(call: Any, target: str) -> StateError:
+    """The error in a failed call that writes: an `OutcomeUnknownError` where the server may have written anyway."""
+    details = call.details() or call.code().name
+    if is_lost(call) and not never_sent(details):
+        return errors.OutcomeUnknownError(f"the connection to {target} broke: {details}")
+    return error_of_call(call, target)

@@ -94,6 +94,16 @@ class AuditServiceStub(object):
                 request_serializer=dspex__persist__audit__pb2.PruneRequest.SerializeToString,
                 response_deserializer=dspex__persist__audit__pb2.PruneResponse.FromString,
                 _registered_method=True)
+        self.RecordSession = channel.unary_stream(
+                '/dspex.persist.v1.AuditService/RecordSession',
+                request_serializer=dspex__persist__audit__pb2.RecordSessionRequest.SerializeToString,
+                response_deserializer=dspex__persist__audit__pb2.RecordSessionResponse.FromString,
+                _registered_method=True)
+        self.ForkSession = channel.unary_unary(
+                '/dspex.persist.v1.AuditService/ForkSession',
+                request_serializer=dspex__persist__audit__pb2.ForkSessionRequest.SerializeToString,
+                response_deserializer=dspex__persist__audit__pb2.ForkSessionResponse.FromString,
+                _registered_method=True)
 
 
 class AuditServiceServicer(object):
@@ -179,6 +189,24 @@ class AuditServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecordSession(self, request, context):
+        """A session's whole log up to now, as the lines of a recording (docs/recordings.md): the header first, then one line for
+        each commit, oldest first. The session may have ended. Values of sensitive variables are left out unless they may be
+        revealed. FAILED_PRECONDITION if history of the session was pruned. A stream that breaks is begun anew.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForkSession(self, request, context):
+        """Begin a session with the variables that another one had at a point, each at version 0. It says who asks in the
+        header x-dspex-actor, as calls on the bridge do. Where one of the variables is sensitive, the server has to be one that
+        reveals: UNIMPLEMENTED otherwise. ALREADY_EXISTS where a live session has the new id.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AuditServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -231,6 +259,16 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     servicer.Prune,
                     request_deserializer=dspex__persist__audit__pb2.PruneRequest.FromString,
                     response_serializer=dspex__persist__audit__pb2.PruneResponse.SerializeToString,
+            ),
+            'RecordSession': grpc.unary_stream_rpc_method_handler(
+                    servicer.RecordSession,
+                    request_deserializer=dspex__persist__audit__pb2.RecordSessionRequest.FromString,
+                    response_serializer=dspex__persist__audit__pb2.RecordSessionResponse.SerializeToString,
+            ),
+            'ForkSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForkSession,
+                    request_deserializer=dspex__persist__audit__pb2.ForkSessionRequest.FromString,
+                    response_serializer=dspex__persist__audit__pb2.ForkSessionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -513,6 +551,60 @@ class AuditService(object):
             '/dspex.persist.v1.AuditService/Prune',
             dspex__persist__audit__pb2.PruneRequest.SerializeToString,
             dspex__persist__audit__pb2.PruneResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/dspex.persist.v1.AuditService/RecordSession',
+            dspex__persist__audit__pb2.RecordSessionRequest.SerializeToString,
+            dspex__persist__audit__pb2.RecordSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForkSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dspex.persist.v1.AuditService/ForkSession',
+            dspex__persist__audit__pb2.ForkSessionRequest.SerializeToString,
+            dspex__persist__audit__pb2.ForkSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,87 @@
+"""The rpcs of the audit service that are no questions: recordings and forks, as messages and back. Pure: no calls."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any, Final
+
+from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
+from dspex_persist.state.bridge.records import Codec
+from dspex_persist.state.model import SessionView, Source, Value, Variable
+from dspex_persist.state.recording import Header, RecordedCommit, commit_line, header_line, read_recording
+
+RECORD: Final = "RecordSession"
+FORK: Final = "ForkSession"
+
+
+def lines_of(header: Header, commits: Iterable[RecordedCommit]) -> Iterator[Any]:
+    """The lines of a recording, as they travel."""
+    yield pb.RecordedLine(json=header_line(header))
+    for commit in commits:
+        yield pb.RecordedLine(json=commit_line(commit), sequence=commit.sequence)
+
+
+def batch_of(lines: Iterator[Any], size_bytes: int) -> Any:
+    """The next lines as a message of about this size: at least one, or none where there are no more."""
+    response = pb.RecordSessionResponse()
+    size = 0
+    for line in lines:
+        response.lines.append(line)
+        size += line.ByteSize()
+        if size >= size_bytes:
+            break
+    return response
+
+
+def recording_of(messages: Iterable[Any], name: str) -> tuple[Header, Iterator[RecordedCommit]]:
+    """The recording in the messages, which are taken as its commits are; `name` is what errors call it."""
+    sequences: deque[int] = deque()
+
+    def lines() -> Iterator[str]:
+        for message in messages:
+            for line in message.lines:
+                sequences.append(line.sequence)
+                yield f"{line.json}\n"
+
+    header, commits = read_recording(lines(), name)
+    sequences.popleft()
+    return header, (replace(commit, sequence=sequences.popleft()) for commit in commits)
+
+
+@dataclass(frozen=True, slots=True)
+class _Forked:
+    """A variable of a session that has just been forked."""
+
+    variable_id: str
+    name: str
+    type: str
+    value: Value
+    source: Source
+    constraints: str
+    metadata: Mapping[str, str]
+    updated_at: datetime
+
+
+_FORKED: Final[Codec[_Forked]] = Codec.between(_Forked, pb.ForkedVariable)
+
+
+def fork_message(view: SessionView) -> Any:
+    """The session that began, as a message."""
+    variables = (
+        _Forked(
+            each.id, each.name, each.type, each.value, each.source, each.constraints, each.metadata, each.updated_at
+        )
+        for each in view.variables
+    )
+    return pb.ForkSessionResponse(variables=map(_FORKED.message_of, variables))
+
+
+def fork_of(response: Any) -> SessionView:
+    """The session that began."""
+    return SessionView(False, tuple(map(_variable, map(_FORKED.record_of, response.variables))))
+
+
+def _variable(forked: _Forked) -> Variable:
+    facts = (forked.variable_id, forked.name, forked.type, forked.value, 0)
+    return Variable(*facts, forked.constraints, forked.metadata, forked.source, forked.updated_at)
