@@ -9,8 +9,12 @@ import pytest
 from dspex_persist.infra.process import ProcessFailedError
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.provider import StateProvider
+from dspex_persist.testing.audit_contract import AuditContract
 from dspex_persist.testing.durable_contract import DurableContract, DurableLeaseContract
+from dspex_persist.testing.fork_contract import ForkContract
 from dspex_persist.testing.provider_contract import DEADLINE_S, SMALL_LIMITS, ClosingContract, ProviderContract, Reopen
+from dspex_persist.testing.prune_contract import PruneContract
+from dspex_persist.testing.recording_contract import EndedRecordingContract, RecordingContract
 from dspex_persist.testing.server import ServedDatabase
 from dspex_persist.testing.stream_contract import StreamContract
 from dspex_persist.testing.tool_contract import ToolContract
@@ -53,6 +57,14 @@ class Bridged:
 
 class TestBridged(Bridged, ProviderContract, DurableContract):
     """Everything."""
+
+
+class TestBridgedHistory(
+    Bridged, AuditContract, RecordingContract, EndedRecordingContract, ForkContract, PruneContract
+):
+    """What can be done with the past."""
+
+    settings: ClassVar[dict[str, Any]] = {**Bridged.settings, "audit_reveal": True, "audit_prune": True}
 
 
 class TestBridgedClosing(Bridged, ClosingContract):

@@ -17,10 +17,14 @@ from dspex_persist.state.model import CommitChanges, Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.store.session_store import StoreOptions
 from dspex_persist.state.watch import Watch
+from dspex_persist.testing.audit_contract import AuditContract
 from dspex_persist.testing.contract_tools import CONTRACT_TOOLS
 from dspex_persist.testing.durable_contract import DurableContract, DurableLeaseContract
+from dspex_persist.testing.fork_contract import ForkContract
 from dspex_persist.testing.order_contract import OrderContract
 from dspex_persist.testing.provider_contract import SMALL_LIMITS, ClosingContract, ProviderContract, Reopen
+from dspex_persist.testing.prune_contract import PruneContract
+from dspex_persist.testing.recording_contract import EndedRecordingContract, RecordingContract
 from dspex_persist.testing.stream_contract import StreamContract
 from dspex_persist.testing.tool_contract import ToolContract
 
@@ -80,6 +84,12 @@ class TestEmbeddedLeases(Embedded, DurableLeaseContract):
     """Leases that end while one waits."""
 
     options = StoreOptions(optimization_lease_s=DurableLeaseContract.lease_s)
+
+
+class TestEmbeddedHistory(
+    Embedded, AuditContract, RecordingContract, EndedRecordingContract, ForkContract, PruneContract
+):
+    """What can be done with the past."""
 
 
 class TestEmbeddedClosing(ClosingContract):
