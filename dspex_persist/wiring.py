@@ -126,19 +126,27 @@ def open_audit(url: str | os.PathLike[str], *, reveal: bool = False, **options: 
 
 @contextlib.contextmanager
 def open_recording(
-    path: str | os.PathLike[str], session_id: str, *, started: int | None = None, reveal: bool = False
+    url: str | os.PathLike[str], session_id: str, *, started: int | None = None, reveal: bool = False, **options: Any
 ) -> "Iterator[tuple[Header, Iterator[RecordedCommit]]]":
-    """A session's whole log in a database file, as (header, commits); the commits are read as they are taken.
+    """A session's whole log, as (header, commits); the commits are read as they are taken.
 
-    The file is only read: a server may have it open, and a backup will do. Of several sessions that had this id it is
-    the newest, or the one that began with commit `started`. `reveal`: with the values of sensitive variables.
+    `url` is what `open_audit` takes. A file is only read: a server may have it open, and a backup will do. Of several
+    sessions that had this id it is the newest, or the one that began with commit `started`. `reveal`: with the values
+    of sensitive variables; a server has them only if it was started with `audit_reveal`. Options are for servers:
+    `timeout_s`, `actor`.
 
-    Raises `OpenError` for what is no database, `NotInHistoryError` for a session that it never had.
+    Raises `OpenError` for what is no database, `NotInHistoryError` for a session that was never there,
+    `InvalidArgumentError` for any other address.
     """
-    from dspex_persist.state.store import maintenance
+    place = _place_of(url)
+    if isinstance(place, Path):
+        from dspex_persist.state.store import maintenance
 
-    with maintenance.open_recording(Path(path), session_id, started=started, reveal=reveal) as recording:
-        yield recording
+        with maintenance.open_recording(place, session_id, started=started, reveal=reveal) as recording:
+            yield recording
+    else:
+        with _bridged(place, **options) as state:
+            yield state.record(session_id, started=started, reveal=reveal)
 
 
 def import_session(

@@ -10,7 +10,7 @@ import typer
 
 from dspex_persist.cli.groups import Json, carry_out, new_group
 from dspex_persist.cli.output import Progress, counted, new_table, one_line, say
-from dspex_persist.cli.places import Db, database_of, url_of
+from dspex_persist.cli.places import Db, Server, database_of, server_of
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -183,26 +183,17 @@ def prune(
     ] = None,
     confirm: Annotated[bool, typer.Option("--confirm/--dry-run", help="Do it, or only say what it would do.")] = False,
     db: Db = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--target",
-            metavar="ADDRESS",
-            show_default=False,
-            help="Have the server there do it, which goes on answering meanwhile: HOST:PORT or unix:PATH.",
-        ),
-    ] = None,
+    target: Server = None,
     as_json: Json = False,
 ) -> None:
     """Delete old history."""
     from dspex_persist.state.store import maintenance
 
     policy = _policy(keep_versions, older_than, ended_sessions, session)
-    if target is not None:
-        if db is not None:
-            raise typer.BadParameter("--db names a file and --target a server: give one of them")
-        server = target
-        _tell(as_json, lambda progress: _prune_server(server, policy, confirm, progress), _show_prune_of_server)
+    url = server_of(target, db)
+    if target is not None and url is not None:
+        name, server = target, url
+        _tell(as_json, lambda progress: _prune_server(name, server, policy, confirm, progress), _show_prune_of_server)
         return
     _report(
         db,
@@ -225,12 +216,14 @@ class ServerPrunedReport:
     duration_s: float
 
 
-def _prune_server(target: str, policy: "PrunePolicy", confirm: bool, progress: Progress) -> ServerPrunedReport:
+def _prune_server(
+    target: str, url: str, policy: "PrunePolicy", confirm: bool, progress: Progress
+) -> ServerPrunedReport:
     from dspex_persist.state.abilities import Prunable
     from dspex_persist.wiring import connect
 
     started = time.monotonic()
-    with connect(url_of(target)) as server:
+    with connect(url) as server:
         report = Prunable.of(server).prune(policy, confirm=confirm, progress=progress)
     return ServerPrunedReport(target, **asdict(report), duration_s=time.monotonic() - started)
 

@@ -22,6 +22,8 @@ def database_of(given: Path | None) -> Path:
     """The file that `--db` names, or else the one that `serve` would take."""
     from dspex_persist.settings import load_settings
 
+    if given is not None and given.parts and given.parts[0] in ("grpc:", "grpc+unix:"):
+        raise typer.BadParameter(f"--db names a file, not a server such as {given}; use --target where there is one")
     return load_settings({"db": given}).db
 
 
@@ -31,6 +33,26 @@ def expanded(path: Path) -> Path:
         return path.expanduser()
     except RuntimeError as error:
         raise typer.BadParameter(f"{path}: HOME is not set, and this user has none; write the path out") from error
+
+
+Server = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        metavar="ADDRESS",
+        show_default=False,
+        help="Have the server there do it, which goes on answering meanwhile: HOST:PORT or unix:PATH.",
+    ),
+]
+
+
+def server_of(target: str | None, db: Path | None) -> str | None:
+    """The URL of the server that `--target` names, None without it; refuses `--db` beside it."""
+    if target is None:
+        return None
+    if db is not None:
+        raise typer.BadParameter("--db names a file and --target a server: give one of them")
+    return url_of(target)
 
 
 def url_of(target: str) -> str:

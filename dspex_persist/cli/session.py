@@ -4,16 +4,20 @@ import io
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final, TextIO, TypeVar, cast
 
 import typer
 
 from dspex_persist.cli.groups import Json, carry_out, new_group
 from dspex_persist.cli.output import Progress, counted, say
-from dspex_persist.cli.places import Db, database_of, expanded
+from dspex_persist.cli.places import Db, Server, database_of, expanded, server_of
 from dspex_persist.errors import DspexError
+
+if TYPE_CHECKING:
+    from dspex_persist.state.provider import StateProvider
+    from dspex_persist.state.store.maintenance.transfer import ExportReport
 
 R = TypeVar("R")
 
@@ -26,7 +30,7 @@ _LEFT_OUT: Final = (
 HELP: Final = (
     "Take a session with its whole history out of a database, bring one into a database, fork one.\n\n"
     "export only reads, and works while a server has the file open. import and fork change the file: stop the server "
-    "first.\n\n"
+    "first. With --target, a running server exports or forks.\n\n"
 )
 EPILOG: Final = (
     "[bold]Exit codes[/bold]\n\n"
@@ -51,12 +55,15 @@ Session = Annotated[str, typer.Argument(metavar="SESSION", help="The session's i
         "time. It is as of one moment, appears whole or not at all, and can be read by its owner only.\n\n"
         'Values of sensitive variables (those with the metadata "sensitive": "true") are left out unless --reveal. '
         "What tools were given, returned and logged is not masked.\n\n"
+        "--target has a running server export. It gives the values of sensitive variables only if it was started with "
+        "--audit-reveal.\n\n"
         "--as-test writes a test for pytest as well, which replays the recording with the tools of --tools. Executions "
         "that read values which are left out cannot be replayed. It imports the tools, to see that they are there.\n\n"
     ),
     epilog=(
         "[bold]Examples[/bold]\n\n"
         "dspex-persist session export checkout-42 -o checkout-42.jsonl\n\n"
+        "dspex-persist session export checkout-42 -o checkout-42.jsonl --target 127.0.0.1:50051\n\n"
         "dspex-persist session export checkout-42 -o - --db backup.db | gzip > checkout-42.jsonl.gz\n\n"
         "dspex-persist session export checkout-42 --as-test tests/test_checkout.py --tools shop.tools\n\n"
     ),
@@ -97,39 +104,54 @@ def export(
         ),
     ] = None,
     db: Db = None,
+    server: Server = None,
     as_json: Json = False,
 ) -> None:
     """Export a session."""
+    from dspex_persist import wiring
     from dspex_persist.state.store import maintenance
     from dspex_persist.state.store.maintenance import transfer
 
     if output == _STREAM and as_json:
         raise typer.BadParameter("with -o - stdout has the recording: give a file, or leave --json out")
-    target = _target_of(output, as_test, tools or [])
+    target, url = _target_of(output, as_test, tools or []), server_of(server, db)
+
+    def write(to: Path | TextIO, progress: Progress) -> transfer.ExportReport:
+        if url is None:
+            path = database_of(db)
+            return transfer.export_session(path, session, to, started=started, reveal=reveal, progress=progress)
+        with wiring.open_recording(url, session, started=started, reveal=reveal) as (header, commits):
+            return transfer.export_recording(url, header, commits, to, progress=progress)
 
     def work(progress: Progress) -> transfer.ExportReport:
-        path = database_of(db)
-        if as_test is not None:
-            maintenance.refuse_files_of(path, as_test, "as_test")
+        if as_test is not None and url is None:
+            maintenance.refuse_files_of(database_of(db), as_test, "as_test")
         _refuse_unknown_tools(tools or [])
-        if target is not None:
-            report = transfer.export_session(path, session, target, started=started, reveal=reveal, progress=progress)
-            if as_test is not None:
-                as_test.write_text(_test_of(session, as_test, target, tools or []), encoding="utf-8")
-                if report.masked:
-                    print(_LEFT_OUT, file=sys.stderr)
-            return report
-        with _stdout() as stream:
-            return transfer.export_session(path, session, stream, started=started, reveal=reveal, progress=progress)
+        with _stdout() if target is None else nullcontext(target) as to:
+            report = write(to, progress)
+        if as_test is not None:
+            _write_test(as_test, report, tools or [])
+        return report
 
     def show(report: transfer.ExportReport) -> None:
         if report.target is not None:
-            left_out = "; values of sensitive variables are left out (--reveal)" if report.masked else ""
-            say(f"{report.target}: {counted(report.commits, 'commit')} of session {report.session_id}{left_out}")
+            say(_exported(report, reveal=reveal))
         if as_test is not None:
             say(f"{as_test}: a test that replays it; run it with: pytest {as_test}")
 
     carry_out(as_json, work, show)
+
+
+def _write_test(test: Path, report: "ExportReport", tools: Sequence[str]) -> None:
+    test.write_text(_test_of(report.session_id, test, cast(Path, report.target), tools), encoding="utf-8")
+    if report.masked:
+        print(_LEFT_OUT, file=sys.stderr)
+
+
+def _exported(report: "ExportReport", *, reveal: bool) -> str:
+    advice = "start the server with --audit-reveal" if reveal else "--reveal"
+    left_out = f"; values of sensitive variables are left out ({advice})" if report.masked else ""
+    return f"{report.target}: {counted(report.commits, 'commit')} of session {report.session_id}{left_out}"
 
 
 def _target_of(output: str | None, as_test: Path | None, tools: Sequence[str]) -> Path | None:
@@ -269,11 +291,13 @@ def _lines(file: str) -> Iterator[Iterable[str]]:
         "forked_at.\n\n"
         "A point is a commit's number, an execution's id (right after it ended), a time, an age (2h) or now; ^ behind "
         "it means right before it.\n\n"
+        "--target has a running server fork. It copies sensitive variables only if it was started with --audit-reveal."
+        "\n\n"
     ),
     epilog=(
         "[bold]Examples[/bold]\n\n"
         "dspex-persist session fork checkout-42 what-if --at 1234^\n\n"
-        "dspex-persist session fork checkout-42 what-if --at 2026-03-01T12:00Z\n\n"
+        "dspex-persist session fork checkout-42 what-if --at 2026-03-01T12:00Z --target 127.0.0.1:50051\n\n"
     ),
 )
 def fork(
@@ -281,6 +305,7 @@ def fork(
     new: Annotated[str, typer.Argument(metavar="NEW", help="The id of the new session.")],
     at: Annotated[str, typer.Option("--at", metavar="POINT", help="As of when.")] = "now",
     db: Db = None,
+    server: Server = None,
     as_json: Json = False,
 ) -> None:
     """Fork a session."""
@@ -289,11 +314,18 @@ def fork(
     from dspex_persist.state.abilities import Forkable
     from dspex_persist.state.store import maintenance
 
-    def work(_: Progress) -> dict[str, Any]:
+    url = server_of(server, db)
+
+    def opened() -> "StateProvider":
+        if url is not None:
+            return wiring.connect(url)
         path, settings = database_of(db), load_settings()
         maintenance.current(path)  # Refuses a missing file, which the engine would make.
-        options: dict[str, Any] = {"limits": wiring.limits_of(settings), "session_ttl_s": settings.session_ttl_s}
-        with wiring.connect(path, **options) as state:
+        return wiring.connect(path, limits=wiring.limits_of(settings), session_ttl_s=settings.session_ttl_s)
+
+    def work(_: Progress) -> dict[str, Any]:
+        path = url or database_of(db)
+        with opened() as state:
             variables = len(Forkable.of(state).fork_session(session, new, at).variables)
             forked_at = int(state.get_session(new).metadata["forked_at"])
         return {"path": path, "session_id": new, "forked_from": session, "forked_at": forked_at, "variables": variables}

@@ -271,3 +271,61 @@ def test_a_killed_import_leaves_nothing(filled: Path, tmp_path: Path, run: Run) 
     assert result.returncode == FINE, result
     report = maintenance.check(filled)
     assert (report.commits, report.problems) == (before + 300, ())
+
+
+# A running server, asked
+
+
+@pytest.mark.parametrize("revealing", [False, True])
+def test_a_server_exports_what_its_file_has(filled: Path, tmp_path: Path, revealing: bool) -> None:
+    """Line by line what an export of the file is; the sensitive only if the server was started so."""
+    with serve(filled, *(["--audit-reveal"] if revealing else [])) as server:
+        target = target_of(server)
+        asked = run_process("export", "s", "-o", "asked.jsonl", "--reveal", "--target", target, cwd=tmp_path)
+        read = run_process("export", "s", "-o", "read.jsonl", *(["--reveal"] if revealing else []), cwd=tmp_path)
+        streamed = run_process("export", "s", "-o", "-", "--target", f"grpc://{target}", cwd=tmp_path)
+    assert (asked.returncode, asked.stderr) == (read.returncode, read.stderr) == (FINE, "")
+    masked = "" if revealing else "; values of sensitive variables are left out (start the server with --audit-reveal)"
+    assert asked.stdout == f"asked.jsonl: 4 commits of session s{masked}\n"
+    text = (tmp_path / "asked.jsonl").read_text()
+    assert text == (tmp_path / "read.jsonl").read_text()
+    assert ("hush" in text) == revealing
+    assert (tmp_path / "asked.jsonl").stat().st_mode & 0o777 == 0o600
+    assert "hush" not in streamed.stdout
+    assert streamed.stdout.splitlines()[1] == text.splitlines()[1]
+
+
+def test_a_server_forks_while_it_serves(served: BridgedState, tmp_path: Path, run: Run) -> None:
+    served.initialize_session("s")
+    served.register_variable("s", "a", "integer", 1)
+    served.set_variable("s", "a", 2)
+    target = served._target
+    result = run("fork", "s", "what-if", "--at", "2", "--target", target, "--json")
+    assert document_of(result) == {
+        "ok": True,
+        "path": f"grpc://{target}",
+        "session_id": "what-if",
+        "forked_from": "s",
+        "forked_at": 2,
+        "variables": 1,
+    }
+    assert served.get_value("what-if", "a") == 1
+    (first,) = served.get_variable_history("what-if", "a")
+    assert first.actor.startswith("user:")
+    result = run("fork", "s", "what-if", "--target", target)
+    assert "what-if" in assert_one_sentence(result, FAILED)
+    served.register_variable("s", "key", "string", "hush", metadata={"sensitive": "true"})
+    result = run("fork", "s", "again", "--target", target)
+    assert "--audit-reveal" in assert_one_sentence(result, FAILED)
+    assert not served.heartbeat("again")
+
+
+@pytest.mark.parametrize("asked", [("export", "s", "-o", "s.jsonl"), ("fork", "s", "t")])
+def test_a_server_that_is_not_there_and_what_names_none(run: Run, asked: tuple[str, ...], filled: Path) -> None:
+    result = run(*asked, "--target", "127.0.0.1:1")
+    assert "127.0.0.1:1" in assert_one_sentence(result, FAILED)
+    for wrong in (("--db", "sessions.db", "--target", "127.0.0.1:1"), ("--db", "grpc://127.0.0.1:1")):
+        result = run(*asked, *wrong)
+        assert result.returncode == USAGE
+        assert "--target" in result.stderr
+    assert not (filled.parent / "s.jsonl").exists()

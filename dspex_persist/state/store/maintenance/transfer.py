@@ -36,9 +36,12 @@ def _told(step: str, commits: Iterable[RecordedCommit], in_all: int, progress: P
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """A recording that was made. `masked`: values of sensitive variables were left out. `target` None: a stream."""
+    """A recording that was made of a session in the file `path`, or on the server whose URL that is.
 
-    path: Path
+    `masked`: values of sensitive variables were left out. `target` None: a stream.
+    """
+
+    path: Path | str
     target: Path | None
     session_id: str
     commits: int
@@ -62,19 +65,28 @@ def export_session(
     if isinstance(target, Path):
         refuse_files_of(path, target, "output")
     with open_recording(path, session_id, started=started, reveal=reveal) as (header, commits):
-        told = _told("writing commits", commits, header.commits, progress)
-        if isinstance(target, Path):
-            with _replacing(target) as file:
-                write_recording(header, told, file)
-            return _exported(path, target, header)
+        return export_recording(path, header, commits, target, progress=progress)
+
+
+def export_recording(
+    source: Path | str,
+    header: Header,
+    commits: Iterable[RecordedCommit],
+    target: Path | TextIO,
+    *,
+    progress: Progress = silent,
+) -> ExportReport:
+    """Write a recording, which is from `source`, as `export_session` does."""
+    told = _told("writing commits", commits, header.commits, progress)
+    if isinstance(target, Path):
+        with _replacing(target) as file:
+            write_recording(header, told, file)
+    else:
         with _explained("the output"):
             write_recording(header, told, target)
             target.flush()
-        return _exported(path, None, header)
-
-
-def _exported(path: Path, target: Path | None, header: Header) -> ExportReport:
-    return ExportReport(path, target, header.session_id, header.commits, header.masked)
+    made = target if isinstance(target, Path) else None
+    return ExportReport(source, made, header.session_id, header.commits, header.masked)
 
 
 @contextmanager
