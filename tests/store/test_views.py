@@ -23,8 +23,9 @@ from dspex_persist.audit import (
     SessionQuery,
     VariableState,
 )
-from dspex_persist.audit.web.questions import QUERIES, VIEWS
+from dspex_persist.audit.web.questions import VIEWS
 from dspex_persist.state.store import maintenance
+from dspex_persist.state.store.history.views import QUESTIONS
 from tests.end_to_end import story
 
 ROOT = Path(__file__).parents[2]
@@ -268,12 +269,12 @@ def test_the_state_as_of_a_time_is_what_the_audit_says(told: Path) -> None:
             assert [(row[0], row[2]) for row in connection.execute(asked)] == expected
 
 
-@pytest.mark.parametrize("question", QUERIES)
+@pytest.mark.parametrize("question", QUESTIONS)
 def test_a_question_of_the_website(question: str, told: Path) -> None:
     with closing(sqlite3.connect(f"file:{told}?mode=ro", uri=True)) as connection:
         (execution,) = connection.execute("SELECT max(execution_id) FROM v_executions").fetchone()
         asked = {"session": story.SESSION, "variable": "score", "execution": execution, "time": "2100"}
-        assert connection.execute(QUERIES[question]["sql"], asked).fetchall()
+        assert connection.execute(QUESTIONS[question], asked).fetchall()
 
 
 def program_with(library: str) -> str:
