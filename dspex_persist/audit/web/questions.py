@@ -22,16 +22,16 @@ class View:
 
 
 _VERSION: Final = {
-    "session_id": "the session's id, as its client named it",
+    "session_id": "the session's id, which its client chose",
     "name": "the variable's name",
-    "variable_id": "the variable's id; a name that was deleted and registered again has another one",
+    "variable_id": "the variable's id; registering a deleted name again creates a new one",
     "type": "the variable's type, such as float or string",
     "version": "0 at registration, one more for each change",
     "kind": "registered, set, rolled_back, deleted, lock_broken or published",
-    "source": "the side that the writer said it was on: python or elixir",
+    "source": "the side that wrote it, as the writer declared: python or elixir",
     "value": "the value as JSON; NULL for a deletion and for a sensitive variable",
-    "number": "the value as a number, where it is one",
-    "binary_size_bytes": "how many bytes the value has beside its JSON, NULL without",
+    "number": "the value as a number, if it is one",
+    "binary_size_bytes": "the size of the value's binary content in bytes, or NULL",
     "sensitive": "1 if the variable's metadata says sensitive = true, else 0",
 }
 _COMMIT: Final = {
@@ -39,9 +39,9 @@ _COMMIT: Final = {
     "created_at": "the time of the commit, UTC, ISO 8601 with microseconds",
     "actor": "who wrote it",
     "cause": "the rpc, or the id of the tool execution, whose commit it is",
-    "execution_id": "the tool execution that wrote it, NULL where a client did",
+    "execution_id": "the tool execution that wrote it, NULL if a client did",
     "tool": "that execution's tool",
-    "caller_id": "the execution that called it, NULL where a client did",
+    "caller_id": "the execution that called it, NULL if a client did",
     "caller_tool": "that execution's tool",
 }
 _EXECUTION: Final = {
@@ -53,17 +53,17 @@ _EXECUTION: Final = {
 VIEWS: Final[Mapping[str, View]] = {
     "v_variable_history": View(
         "Versions of variables",
-        "Every version that every variable ever had, and who made it.",
-        _VERSION | {"metadata": "what the writer said of this version, a JSON object or NULL"} | _COMMIT,
+        "Every version of every variable, and who wrote it.",
+        _VERSION | {"metadata": "the metadata of this version, a JSON object or NULL"} | _COMMIT,
         ("session_id", "name", "tool", "kind", "actor"),
         "sequence",
     ),
     "v_current_variables": View(
         "Current variables",
-        "What the variables of live sessions are now.",
+        "The current values of the variables of live sessions.",
         _VERSION
         | {
-            "constraints": "what values it may have, a JSON object; empty without",
+            "constraints": "its constraints, a JSON object; empty if it has none",
             "metadata": "the variable's metadata, a JSON object",
         }
         | _COMMIT,
@@ -72,16 +72,16 @@ VIEWS: Final[Mapping[str, View]] = {
     ),
     "v_executions": View(
         "Executions of tools",
-        "The journal: what ran, on what, and how it ended.",
+        "The journal: which tools ran, with which arguments, and how they ended.",
         _EXECUTION
         | {
             "status": "running, committed, failed, conflict, timed_out, cancelled, interrupted or aborted",
-            "attempt": "1, or more for one that repeats another after a conflict",
-            "parent_id": "the execution that called it, NULL where a client did",
-            "idempotency_key": "the key under which the client asked, or NULL",
+            "attempt": "1, or more for a retry after a conflict",
+            "parent_id": "the execution that called it, NULL if a client did",
+            "idempotency_key": "the client's idempotency key, or NULL",
             "isolation": "serializable or snapshot",
             "worker_id": "the worker that ran it, empty for the server itself",
-            "actor": "who asked for it",
+            "actor": "who had it executed",
             "began_sequence": "the commit with which it began",
             "began_at": "when it began, UTC",
             "ended_sequence": "the commit with which it ended, NULL while it runs",
@@ -89,10 +89,10 @@ VIEWS: Final[Mapping[str, View]] = {
             "duration_us": "how long its code took, in microseconds",
             "parameters": "its arguments, a JSON object of values, each with its json and, for bytes, binary (base64)",
             "metadata": "the request's metadata, a JSON object",
-            "result": "what it gave back, as JSON",
+            "result": "its result, as JSON",
             "error_type": "the type of the error that its code raised",
-            "error": "that error's message, or why it ended without one",
-            "retried_by": "after a conflict: the execution that repeated it, NULL if none did",
+            "error": "that error's message, or the reason for its end if there was no error",
+            "retried_by": "after a conflict: the execution that retried it, or NULL",
             "ended_as": "the status of the last attempt of the same request: after a conflict that was retried "
             "with success, committed",
         },
@@ -101,30 +101,30 @@ VIEWS: Final[Mapping[str, View]] = {
     ),
     "v_execution_reads": View(
         "What executions read",
-        "On which versions each execution stood.",
+        "The versions that each execution read.",
         _EXECUTION
         | {
-            "asked": "the name or id that it asked for",
+            "asked": "the name or id that it looked up",
             "name": "the variable's name, NULL if there was none",
             "variable_id": "the variable's id",
-            "version": "the version that it found",
+            "version": "the version that it read",
         },
         ("session_id", "tool", "name"),
     ),
     "v_execution_writes": View(
         "What executions wrote",
-        "Which versions each execution made.",
+        "The versions that each execution wrote.",
         _EXECUTION
         | {
             "name": "the variable's name",
-            "version": "the version that it made",
+            "version": "the version that it wrote",
             "published": "1 if it was written ahead of the execution's end, else 0",
         },
         ("session_id", "tool", "name"),
     ),
     "v_commits": View(
         "Commits",
-        "Every acknowledged unit of change, in order, with its place in the chain of hashes.",
+        "Every acknowledged commit, in order, with its hash in the chain.",
         {
             "sequence": "the commit's number, without gaps",
             "session_id": "the session's id",
@@ -147,29 +147,29 @@ QUERIES: Final[Mapping[str, Mapping[str, Any]]] = {
         "description": "Its versions, newest first, each with its writer.",
     },
     "went_wrong": {
-        "title": "Which executions went wrong?",
-        "description": "Failed, in conflict, timed out, cancelled, interrupted, and whether that was the end of it. "
-        "An empty session asks for all.",
+        "title": "Which executions failed?",
+        "description": "Failed, in conflict, timed out, cancelled or interrupted, and whether a retry succeeded. "
+        "Leave the session empty for all.",
     },
     "read_and_wrote": {
         "title": "What did this execution read and write?",
-        "description": "The versions on which it stood, and those that it made.",
+        "description": "The versions that it read, and those that it wrote.",
     },
     "state_as_of": {
         "title": "What was the state as of a time?",
-        "description": "The variables as they stood at a time such as 2026-03-01T12:00:00Z.",
+        "description": "The variables as of a time such as 2026-03-01T12:00:00Z.",
     },
     "stood_on": {
-        "title": "What stood on this variable?",
-        "description": "The executions that read it, newest first, and how they ended.",
+        "title": "Which executions read this variable?",
+        "description": "Newest first, with how they ended.",
     },
     "slowest_tools": {
         "title": "Which tools are the slowest?",
-        "description": "How long the executions of each tool took, in milliseconds.",
+        "description": "The durations of the executions of each tool, in milliseconds.",
     },
     "most_conflicts": {
         "title": "Where are the most conflicts?",
-        "description": "Executions that others got in the way of, by session and tool.",
+        "description": "Executions that conflicted with others, by session and tool.",
     },
 }
 
@@ -193,7 +193,7 @@ METADATA: Final = {
     "databases": {
         DATABASE: {
             "title": "The history as tables",
-            "description": "Views that stay as they are, whatever becomes of the tables behind them.",
+            "description": "Stable views, independent of the tables behind them.",
             "tables": {name: _described(view) for name, view in VIEWS.items()},
             "queries": {name: _asked(name, query) for name, query in QUERIES.items()},
         }
