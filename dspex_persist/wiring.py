@@ -25,7 +25,7 @@ from dspex_persist.infra.listen import ListenError, is_loopback, parse_listen, p
 from dspex_persist.infra.logs import configure_logs, get_logger, quiet_grpc
 from dspex_persist.settings import Settings, SettingsError
 from dspex_persist.spelling import closest, did_you_mean, quote
-from dspex_persist.state.errors import CheckpointError, FileChangedError, InvalidArgumentError
+from dspex_persist.state.errors import CheckpointError, FileChangedError, InvalidArgumentError, OutcomeUnknownError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.options import SessionOptions
 from dspex_persist.state.provider import Progress, StateProvider, silent
@@ -68,11 +68,19 @@ class StorageFailedError(DspexError):
     """The storage failed while it served: what was on its way may or may not have been written."""
 
     path: str
-    reason: str
-    advice: str = "Look at the disk, then start again; what was acknowledged is safe"
+    failure: BaseException
 
     def __str__(self) -> str:
-        return f"the storage of {self.path} failed, so the server ended: {self.reason}. {self.advice}".rstrip()
+        return self.in_words(str)
+
+    def in_words(self, text_of: Callable[[BaseException], str]) -> str:
+        """The sentence; `text_of` makes that of the failure."""
+        # What to do about an unknown outcome is for clients.
+        reason = self.failure.sentence if isinstance(self.failure, OutcomeUnknownError) else text_of(self.failure)
+        # A file that was changed from outside says by itself what to do, and the disk is not to blame.
+        is_disk = not isinstance(self.failure, FileChangedError)
+        advice = ". Look at the disk, then start again; what was acknowledged is safe" if is_disk else ""
+        return f"the storage of {self.path} failed, so the server ended: {reason}{advice}"
 
 
 # Providers
@@ -389,7 +397,7 @@ def _close(provider: StateProvider, path: Path) -> None:
     try:
         provider.close()
     except CheckpointError as error:
-        raise StorageFailedError(str(path), str(error)) from error
+        raise StorageFailedError(str(path), error) from error
 
 
 async def _serve_bridge(
@@ -505,9 +513,7 @@ class _End:
 
     def on_storage_failed(self, error: BaseException) -> None:
         """On the writer's thread, when its callers have been told: let their answers out, and end in any case."""
-        # It says by itself what to do, and the disk is not to blame.
-        advice = ("",) if isinstance(error, FileChangedError) else ()
-        self.failure = StorageFailedError(self._path, str(error), *advice)
+        self.failure = StorageFailedError(self._path, error)
         _log.critical("storage failed", db=self._path, reason=str(error))
         deadline = threading.Timer(_LAST_WORDS_S, os._exit, (EXIT_STORAGE_FAILED,))
         deadline.daemon = True

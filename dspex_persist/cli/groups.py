@@ -6,6 +6,7 @@ from typing import Annotated, Any, TypeVar, cast
 
 import typer
 
+from dspex_persist.cli.hints import text_of
 from dspex_persist.cli.output import Progress, progress_bar, say_json
 from dspex_persist.errors import DspexError
 
@@ -39,7 +40,7 @@ def carry_out(
             report = work(progress)
     except (DspexError, ValueError) as error:
         if as_json:
-            say_json({"ok": False, "error": str(error)})
+            say_json({"ok": False, "error": text_of(error)})
         raise
     if as_json:
         facts = report if isinstance(report, dict) else asdict(cast(Any, report))

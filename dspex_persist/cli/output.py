@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+from dspex_persist.cli.hints import text_of
 from dspex_persist.infra import streams
 from dspex_persist.spelling import printable
 
@@ -38,9 +39,9 @@ def say(*parts: Any) -> None:
         console.print(plain_lines(part) if isinstance(part, str) else part)
 
 
-def complain(error: object) -> None:
+def complain(error: BaseException | str) -> None:
     """Print what is wrong."""
-    streams.tell(f"error: {plain_lines(str(error))}")
+    streams.tell(f"error: {plain_lines(text_of(error))}")
 
 
 def say_json(document: Any) -> None:

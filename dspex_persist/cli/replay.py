@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from dspex_persist.cli.groups import Json
+from dspex_persist.cli.hints import text_of
 from dspex_persist.cli.output import new_table, one_line, progress_bar, say, say_json
 from dspex_persist.cli.places import expanded
 from dspex_persist.errors import DspexError
@@ -128,7 +129,7 @@ def replay(
             report = _replay_tools(recording, tools or (), since, until, only_tool or (), live_lm)
     except (DspexError, ValueError) as error:
         if as_json:
-            say_json({"ok": False, "error": str(error)})
+            say_json({"ok": False, "error": text_of(error)})
         raise
     if as_json:
         say_json(report.document())

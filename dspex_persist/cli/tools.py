@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from dspex_persist.cli.groups import Json, new_group
+from dspex_persist.cli.hints import text_of
 from dspex_persist.cli.output import counted, new_table, one_line, say, say_json
 from dspex_persist.cli.places import url_of
 from dspex_persist.errors import DspexError
@@ -107,7 +108,7 @@ def list_tools(
         found = _find(tools or [], target, session, config)
     except (DspexError, ValueError) as error:
         if as_json:
-            say_json({"ok": False, "error": str(error)})
+            say_json({"ok": False, "error": text_of(error)})
         raise
     if as_json:
         say_json({"ok": True, "tools": [_document(each) for each in found]})

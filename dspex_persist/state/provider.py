@@ -119,7 +119,7 @@ class StateProvider(ABC):
         """Other processes, such as those of a pool, are sent pickles; there is no state in one."""
         raise TypeError(
             "a state cannot be copied, pickled, or sent to another process: connect() there; "
-            "processes share a file through `dspex-persist serve`, and connect('grpc://HOST:PORT')"
+            "processes share a file through a server: connect('grpc://HOST:PORT')"
         )
 
     # The commands by name, for callers that wait

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dspex_persist
+from dspex_persist.cli.hints import text_of as in_commands
 from dspex_persist.errors import DspexError
 from dspex_persist.infra.server import DrainingError, _fitting_trailers
 from dspex_persist.state import errors
@@ -187,3 +188,36 @@ def test_the_page_on_errors_has_every_class() -> None:
         for kind, code in status.CODES.items()
     }
     assert all(row[5] for row in rows), "what to do"
+
+
+# --- What to do next ---
+
+
+def test_each_edge_says_in_its_own_words_what_to_do() -> None:
+    error = errors.OutcomeUnknownError("the connection broke")
+    assert str(error).endswith("repeat the call with the same idempotency_key, or read before you repeat it")
+    assert status.text_of(error).endswith(
+        "the same idempotency key (x-dspex-idempotency-key), or read before you repeat it"
+    )
+    assert in_commands(error).endswith("look at what is there before you repeat it")
+    assert {error.sentence} == {text.partition(";")[0] for text in (str(error), status.text_of(error))}
+
+
+def test_advice_that_is_not_its_kind_s_arrives_too() -> None:
+    error = errors.FileChangedError("s.db", "another program has written to it").advising(errors.Hint.CHECK_FILE)
+    told = status.status_of(error)
+    assert told is not None
+    assert dict(told.trailing_metadata)["x-dspex-hint"] == "check_file"
+    assert same(error, status.error_of(told.code, told.details, told.trailing_metadata))
+    # A server that is newer may advise what this release does not know.
+    newer = [(key, "?" if key == "x-dspex-hint" else value) for key, value in told.trailing_metadata]
+    assert status.error_of(told.code, told.details, newer).advice is errors.Hint.PUT_BACK_FILE
+
+
+def test_a_watch_that_a_server_ends_is_resumed_by_an_argument() -> None:
+    told = status.status_of(
+        errors.UnavailableError("the server is shutting down; resume with x-dspex-after-sequence: 3")
+    )
+    assert told is not None
+    received = status.error_of(told.code, told.details, told.trailing_metadata)
+    assert str(received).endswith("resume with after_sequence=3")

@@ -286,7 +286,7 @@ def test_sigterm_lets_calls_finish_ends_watches_and_leaves_no_wal(
     future = write_in_flight(server, client)
     server.send_signal(signal.SIGTERM)
     assert [state.status for state in states] == [health_pb2.HealthCheckResponse.NOT_SERVING]
-    with pytest.raises(UnavailableError, match="resume with x-dspex-after-sequence: 3"):
+    with pytest.raises(UnavailableError, match="resume with after_sequence=3"):
         watch.next(DEADLINE_S)
     blocker.rollback()
     assert future.result(DEADLINE_S) == 2

@@ -16,6 +16,7 @@ import pytest
 from sqlalchemy import Connection
 from sqlalchemy.exc import OperationalError
 
+from dspex_persist.cli.hints import text_of
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import (
     DatabaseInUseError,
@@ -161,8 +162,9 @@ def test_an_empty_or_older_file_says_how_to_go_on(
         path.touch()
     else:
         monkeypatch.setattr(opening, "REVISION", "9999")
-    with pytest.raises(NotADatabaseError, match=f"dspex-persist db upgrade --db {path}"):
+    with pytest.raises(NotADatabaseError, match=r"maintenance\.upgrade\(path\)") as refused:
         act(path)
+    assert f"dspex-persist db upgrade --db {path}" in text_of(refused.value)
 
 
 # check

@@ -120,7 +120,7 @@ class TestASecondOwner:
     def test_is_refused_in_another(self, state: EmbeddedState, path: Path, name: Callable[[Path], Path]) -> None:
         said = in_child(_OPEN, name(path))
         assert said.startswith("'DatabaseInUseError'")
-        assert "dspex-persist serve" in said
+        assert "dspex_persist.serve" in said
         assert "grpc://" in said
         assert state.set_variable("s", "x", 1) == 1
 

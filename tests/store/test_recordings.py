@@ -310,7 +310,7 @@ def test_an_id_that_lives_is_refused_and_another_one_is_taken(state: EmbeddedSta
     text = exported(path)
     imported(other, text)
     before = content(other)
-    with pytest.raises(SessionExistsError, match="session 's' is live here already: use another id"):
+    with pytest.raises(SessionExistsError, match="session 's' is live here already; use another session_id"):
         imported(other, text)
     assert content(other) == before
     imported(other, text, session_id="s2")
@@ -410,7 +410,7 @@ def test_a_disk_without_room_leaves_nothing(state: EmbeddedState, path: Path, ot
 
 def test_a_masked_recording_is_refused(state: EmbeddedState, path: Path, other: Path) -> None:
     state.register_variable("s", "key", "string", "secret", metadata=SENSITIVE)
-    with pytest.raises(RecordingError, match="export the session with --reveal"):
+    with pytest.raises(RecordingError, match="export the session with reveal=True"):
         imported(other, exported(path))
     # Whatever its header says.
     with pytest.raises(RecordingError, match="kept out of the recording") as caught:

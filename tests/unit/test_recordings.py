@@ -236,7 +236,7 @@ def test_commits_come_in_order_with_nothing_in_between() -> None:
 
 def test_a_live_session_is_not_overwritten() -> None:
     memory = built()
-    with pytest.raises(SessionExistsError, match="--as"):
+    with pytest.raises(SessionExistsError, match="another session_id"):
         memory.run(c.ImportCommit("s", COMMITS[0]))
 
 

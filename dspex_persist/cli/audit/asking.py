@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import typer
 
+from dspex_persist.cli.hints import text_of
 from dspex_persist.cli.output import complain, say_json
 from dspex_persist.cli.places import database_of, url_of
 from dspex_persist.errors import DspexError
@@ -89,7 +90,7 @@ def answering(asked: AuditOptions) -> Iterator[None]:
         sys.stdout.flush()
     except (DspexError, ValueError) as error:
         if asked.as_json:
-            say_json({"ok": False, "error": str(error)})
+            say_json({"ok": False, "error": text_of(error)})
         if not isinstance(error, InvalidArgumentError):
             raise
         complain(error)

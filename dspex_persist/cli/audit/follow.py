@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from dspex_persist.audit import AuditSource, ExecutionQuery, ExecutionSummary, Query
+from dspex_persist.cli.hints import text_of
 from dspex_persist.errors import DspexError
 from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.model import ExecutionStatus
@@ -103,7 +104,7 @@ def _patient(question: Callable[[], int]) -> Callable[[], int]:
                 if not error.retryable:
                     raise
                 if not is_told:
-                    print(f"waiting: {error}", file=sys.stderr)
+                    print(f"waiting: {text_of(error)}", file=sys.stderr)
                 is_told = True
                 time.sleep(_POLL_S)
 

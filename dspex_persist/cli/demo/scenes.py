@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from dspex_persist.cli.demo.stage import PATIENCE_S, PROGRAM, SESSION, DemoContext, DemoFailedError
+from dspex_persist.cli.hints import text_of
 from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state.errors import StateError
 from dspex_persist.state.model import Update, UpdateKind, VariableVersion
@@ -51,7 +52,7 @@ def change(stage: DemoContext, client: "StateProvider") -> None:
     try:
         client.set_variable(SESSION, "temperature", 99)
     except StateError as error:
-        rows.append(("set temperature = 99", f"refused: {error}"))
+        rows.append(("set temperature = 99", f"refused: {text_of(error)}"))
     else:
         raise DemoFailedError("temperature = 99 was accepted, though its maximum is 2")
     stage.show("What the client asked, and the answers", ("request", "answer"), rows)

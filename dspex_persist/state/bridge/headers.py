@@ -41,6 +41,8 @@ TOOLS, ALL_TOOLS = "x-dspex-tools", "all"
 """Request of GetExposedElixirTools: every tool that the session can execute, not the exposed ones alone."""
 TIMEOUT_S = "x-dspex-timeout-s"
 """Request of ExecuteTool: how long the tool may take. Without it, a little less than the call's deadline leaves."""
+HINT = "x-dspex-hint"
+"""Trailer of an error: the id of the advice in its details, where not all errors of its kind have that one."""
 
 ARGUMENTS: Final[Mapping[str, str]] = {
     ACTOR: "actor",

@@ -13,8 +13,9 @@ from grpc import StatusCode
 
 from dspex_persist.infra.server import DrainingError, RpcStatus
 from dspex_persist.state import errors
-from dspex_persist.state.bridge.headers import AFTER_SEQUENCE, ARGUMENTS
-from dspex_persist.state.errors import StateError
+from dspex_persist.state.bridge.headers import AFTER_SEQUENCE, ARGUMENTS, HINT
+from dspex_persist.state.bridge.hints import IN_RPCS
+from dspex_persist.state.errors import Hint, StateError
 
 DOMAIN = "dspex-persist"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -88,6 +89,9 @@ _FIELDS: dict[type[StateError], str] = {
 }
 
 
+# What a server that is newer than this release advises may be none of them.
+_HINTS: Final[Mapping[object, Hint]] = {hint.value: hint for hint in Hint}
+
 # By code and the names of the fields: two kinds of error may have one code.
 _KINDS = {(kind.error_code, frozenset(field.name for field in fields(kind))): kind for kind in CODES}  # type: ignore[arg-type]
 
@@ -102,19 +106,18 @@ def status_of(error: BaseException) -> RpcStatus | None:
     if kind is None:
         return None
     code = CODES[kind]
-    details = _text_of(error)
+    details = text_of(error)
     trailers: list[tuple[str, str | bytes]] = [(DETAILS_KEY, _rich(error, kind, code, details))]
     if isinstance(error, errors.WatchStalledError):
         trailers.append((AFTER_SEQUENCE, str(error.after_sequence)))
+    if error.advice is not None and error.advice is not kind.advice:
+        trailers.append((HINT, error.advice.value))
     return RpcStatus(code, details, tuple(trailers))
 
 
-def _text_of(error: StateError) -> str:
-    """What an error says over the wire, where headers are what arguments are in Python."""
-    text = str(error)
-    if isinstance(error, errors.WatchStalledError):
-        text = text.replace(f"after_sequence={error.after_sequence}", f"{AFTER_SEQUENCE}: {error.after_sequence}")
-    return text
+def text_of(error: BaseException) -> str:
+    """What clients over gRPC read of an error: where Python has methods and arguments, they have rpcs and headers."""
+    return error.in_words(IN_RPCS) if isinstance(error, StateError) else str(error)
 
 
 def _rich(error: StateError, kind: type[StateError], code: StatusCode, details: str) -> bytes:
@@ -165,11 +168,12 @@ def error_of(
     code: StatusCode, details: str, trailers: Iterable[tuple[str, str | bytes]], target: str = ""
 ) -> StateError:
     """The error that a server meant; where it does not say, the one that the status code comes closest to."""
-    for key, content in trailers:
-        if key == DETAILS_KEY and isinstance(content, bytes):
-            known = _parse(content)
-            if known is not None:
-                return _in_python(known)
+    found = dict(trailers)
+    content = found.get(DETAILS_KEY)
+    known = _parse(content) if isinstance(content, bytes) else None
+    if known is not None:
+        hint = _HINTS.get(found.get(HINT))
+        return _in_python(known if hint is None else known.advising(hint))
     too_large = _TOO_LARGE.search(details)
     if too_large is not None:
         actual, most = map(int, too_large.groups())
@@ -184,6 +188,8 @@ def _in_python(error: StateError) -> StateError:
     """The error, with the argument's name where the server knows a header."""
     if isinstance(error, errors.InvalidArgumentError) and error.field in ARGUMENTS:
         return replace(error, field=ARGUMENTS[error.field])
+    if isinstance(error, errors.UnavailableError) and AFTER_SEQUENCE in error.reason:
+        return replace(error, reason=error.reason.replace(f"{AFTER_SEQUENCE}: ", f"{ARGUMENTS[AFTER_SEQUENCE]}="))
     return error
 
 

@@ -282,7 +282,7 @@ class FinishExecution(Command[Verdict]):
                 writes.setdefault(step.execution_id, []).extend(written)
         except StateError as error:
             # It went well in the tool's own memory, so what it needed has gone.
-            return (Conflict(step.command.cause, reason=f"{_REFUSED_LATER}: {error}"),)
+            return (Conflict(step.command.cause, reason=f"{_REFUSED_LATER}: {error.sentence}"),)
         finally:
             uow.origin, uow.tokens = origin, tokens
         return ()

@@ -79,7 +79,7 @@ class ImportCommit(Command[None]):
             commit = renumbered(self.commit, lambda recorded: first + recorded - 1)
             _Repetition(uow, self.session_id, commit).carry_out()
         except StateError as error:
-            raise RecordingError("the recording", number + 1, str(error)) from error
+            raise RecordingError("the recording", number + 1, error.sentence) from error
         except RefusedError as error:
             raise RecordingError("the recording", number + 1, error.reason) from error
         except _UNREADABLE as error:

@@ -246,7 +246,8 @@ class SetVariables(Command[BatchOutcome]):
                 raise
             except StateError as error:
                 uow.rollback_to(before)
-                errors[identifier] = str(error)
+                # No advice: each edge has its own words for it, and this is kept as the outcome.
+                errors[identifier] = error.sentence
         if self.atomic and errors:
             uow.rollback_to(start)
             return BatchOutcome(success=False, versions={}, errors=errors)

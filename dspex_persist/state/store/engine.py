@@ -20,7 +20,7 @@ from sqlalchemy.pool import QueuePool, StaticPool
 
 from dspex_persist.infra import forks, holder
 from dspex_persist.infra.logs import get_logger
-from dspex_persist.state.errors import DatabaseInUseError, NotADatabaseError, ReadFailedError, printable
+from dspex_persist.state.errors import DatabaseInUseError, Hint, NotADatabaseError, ReadFailedError, printable
 from dspex_persist.state.store import inherited
 from dspex_persist.state.store.conditions import value_holds
 from dspex_persist.state.values.json_text import mended
@@ -32,9 +32,6 @@ WAL_LIMIT_BYTES: Final = 64 * 1024 * 1024
 
 _SIDE_FILES: Final = ("-wal", "-shm", "-journal")
 _DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-_FOLDER_HINT: Final = (
-    "to read it all the same, use `dspex-persist audit`, `db check` or dspex_persist.open_audit, which only read"
-)
 _logger: Final = get_logger(__name__)
 
 
@@ -220,9 +217,9 @@ def _reported(path: Path, suffix: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hint = f"; {_FOLDER_HINT}" if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else ""
+        advice = Hint.READ_ONLY if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else None
         name = f"{path.name}{suffix}: " if suffix else ""
-        raise NotADatabaseError(str(path), f"{name}{error.strerror or error}{hint}") from error
+        raise NotADatabaseError(str(path), f"{name}{error.strerror or error}").advising(advice) from error
 
 
 def _refuse_own(path: Path) -> None:
@@ -536,7 +533,9 @@ def read_error(path: Path, error: DBAPIError | sqlite3.Error) -> NotADatabaseErr
     """What an error of SQLite means that came while the file was read."""
     original, code = getattr(error, "orig", error), code_of(error)
     if code in _DAMAGED:
-        return NotADatabaseError(str(path), f"{original}{_mixture(path)}")
+        mixture = _mixture(path)
+        advice = Hint.RESTORE_OVER if mixture else None
+        return NotADatabaseError(str(path), f"{original}{mixture}").advising(advice)
     if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
         obstacle = _obstacle(path)
         if obstacle is not None:
@@ -559,24 +558,21 @@ def _mixture(path: Path) -> str:
             return ""
     except OSError:
         return ""
-    return (
-        f"; if {path.name} was put there by hand, {path.name}-wal still belongs to the file before it: put a backup in "
-        f"place with dspex-persist db restore BACKUP --db {path}"
-    )
+    return f"; if {path.name} was put there by hand, {path.name}-wal still belongs to the file before it"
 
 
 def _obstacle(path: Path) -> str | None:
     """Why this process cannot read the file; None where nothing speaks against it."""
     for file in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
         if os.path.lexists(file) and not os.access(file, os.R_OK):
-            return f"this user may not read {file.name}; ask its owner for the right to, or for a `db backup`"
+            return f"this user may not read {file.name}; ask its owner for the right to, or for a backup"
     if not os.path.lexists(path):
         return "there is no such file"
     if os.path.lexists(f"{path}-wal") and not _can_write(path.parent):
         return (
             f"there are commits in {path.name}-wal, and reading those takes a file beside it, which cannot be made in "
             f"this folder: copy {path.name} and {path.name}-wal into a folder of yours and read the copy, or have its "
-            "owner close it or make a `db backup`"
+            "owner close it or make a backup"
         )
     return None
 

@@ -12,7 +12,7 @@ from typing import Final
 from sqlalchemy import Connection
 
 from dspex_persist.infra.logs import get_logger
-from dspex_persist.state.errors import FileChangedError
+from dspex_persist.state.errors import FileChangedError, Hint
 from dspex_persist.state.store import log_reader
 from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.engine import WAL_LIMIT_BYTES, Identity, identity_of
@@ -29,14 +29,7 @@ WAL_IS_HELD: Final = (
 )
 """What keeps a WAL from becoming small again."""
 
-RESTORE: Final = (
-    "put back the file that it was, with its -wal, or restore a backup with `dspex-persist db restore`, and open it "
-    "again; what was written since the last check may be lost"
-)
-_FOREIGN: Final = (
-    "another program has written to it while it was open, which must not be: look at it with `dspex-persist db check`, "
-    "then open it again. To let several programs write, have them all use `dspex-persist serve`"
-)
+_FOREIGN: Final = "another program has written to it while it was open, which must not be"
 
 
 class FileGuard:
@@ -102,7 +95,7 @@ class FileGuard:
         if version != self._data_version:
             # Another program may have had SQLite empty the WAL into the file, which changes nothing.
             if wal_size or log_reader.head(connection) != head:
-                raise FileChangedError(str(self._name), _FOREIGN)
+                raise FileChangedError(str(self._name), _FOREIGN).advising(Hint.CHECK_FILE)
             self._data_version = version
         elif wal_size < min(self._wal_size, WAL_LIMIT_BYTES):
             self._refuse_cut(self._names[1])
@@ -111,7 +104,7 @@ class FileGuard:
         self._size, self._wal_size = size, wal_size
 
     def _refuse_cut(self, name: str) -> None:
-        raise FileChangedError(str(self._name), f"{Path(name).name} was cut short while it was open; {RESTORE}")
+        raise FileChangedError(str(self._name), f"{Path(name).name} was cut short while it was open")
 
     def has_news(self, connection: Connection) -> bool:
         """Outside of a transaction: whether it is worth while to `look_inside`."""

@@ -19,6 +19,7 @@ from dspex_persist.state.errors import (
     CheckpointError,
     DamagedSessionError,
     FileChangedError,
+    Hint,
     InvalidArgumentError,
     NotADatabaseError,
     OutcomeUnknownError,
@@ -48,7 +49,7 @@ from dspex_persist.state.store.engine import (
     snapshot,
     warn_of_others,
 )
-from dspex_persist.state.store.guard import RESTORE, FileGuard
+from dspex_persist.state.store.guard import FileGuard
 from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, UnitOfWork, VersionQuery
 
 _logger: Final = get_logger(__name__)
@@ -58,7 +59,6 @@ _CERTAIN_ABORTS = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY})
 _OF_ONE_JOB = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
 
 _LOCKED = "another program holds the lock for writing to the database; have it finish, and repeat the call"
-_BROUGHT_HOME = "all that was acknowledged has been brought into the file: open it again"
 
 
 _PAGE_BYTES = 4 * 1024 * 1024
@@ -170,7 +170,8 @@ class SessionStore(StoredSessions, LogStore):
                 self._last_at = clock.from_micros(log_reader.last_own_time(self._connection))
                 self._guard = FileGuard(self.path, self._name, self._connection, self._lock.file)
         except (DBAPIError, sqlite3.Error) as error:
-            raise NotADatabaseError(str(self._name), read_error(self.path, error).reason) from error
+            found = read_error(self.path, error)
+            raise NotADatabaseError(str(self._name), found.reason).advising(found.advice) from error
         except OSError as error:
             raise NotADatabaseError(str(self._name), error.strerror or str(error)) from error
 
@@ -234,8 +235,8 @@ class SessionStore(StoredSessions, LogStore):
     def _look(self) -> None:
         wrong = self._guard.look()
         if wrong is not None:
-            advice = RESTORE if self._guard.has_moved() or not self._bring_home() else _BROUGHT_HOME
-            raise FileChangedError(str(self._name), f"{wrong}; {advice}")
+            is_home = not self._guard.has_moved() and self._bring_home()
+            raise FileChangedError(str(self._name), wrong).advising(Hint.OPEN_AGAIN if is_home else Hint.PUT_BACK_FILE)
 
     def _bring_home(self) -> bool:
         """Only what is beside the file is gone, and SQLite has it open still: have all of it in the file."""
@@ -405,7 +406,9 @@ def open_groups(path: Path, options: StoreOptions | None = None) -> FileGroups:
             return Groups(store, store.options, cache_size_bytes=store.options.cache_size_bytes)
     except (OutcomeUnknownError, ReadFailedError, FileChangedError) as error:
         store.abandon()
-        raise NotADatabaseError(str(path), str(error)) from error
+        # To repeat a write is no advice here.
+        advice = error.advice if isinstance(error, FileChangedError) else None
+        raise NotADatabaseError(str(path), error.sentence).advising(advice) from error
     except BaseException:
         store.abandon()
         raise

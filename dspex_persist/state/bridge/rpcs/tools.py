@@ -13,7 +13,7 @@ from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.headers import ALL_TOOLS, ASKED_BY, TIMEOUT_S, TOOLS
 from dspex_persist.state.bridge.incoming import Call, check_count, check_together
 from dspex_persist.state.bridge.rpcs.base import Rpc, Trailer
-from dspex_persist.state.bridge.status import error_in, facts_of
+from dspex_persist.state.bridge.status import error_in, facts_of, text_of
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import (
     ExecutionConflictError,
@@ -104,7 +104,7 @@ def _parameters(request: Any, limits: Limits) -> dict[str, Value]:
 
 def _execute_response(response: Any, outcome: ToolOutcome, call: Call) -> Message:
     response.success = outcome.success
-    response.error_message = "" if outcome.error is None else str(outcome.error)
+    response.error_message = "" if outcome.error is None else text_of(outcome.error)
     response.metadata.update(facts(outcome))
     response.execution_time_ms = round((time.monotonic() - call.began) * 1000)
     if outcome.result is not None:

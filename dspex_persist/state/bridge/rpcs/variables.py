@@ -120,7 +120,7 @@ def _batch_command(request: pb.BatchSetVariablesRequest, call: Call) -> commands
         try:
             updates[identifier] = codec.value_of(identifier, wire, binary.get(identifier, b""), call.limits)
         except StateError as error:
-            refused[identifier] = str(error)
+            refused[identifier] = error.sentence
     return commands.SetVariables(request.session_id, updates, call.metadata(request.metadata), request.atomic, refused)
 
 

@@ -6,7 +6,7 @@ from typing import Any, Final
 from sqlalchemy import Connection
 
 from dspex_persist.spelling import did_you_mean
-from dspex_persist.state.errors import NotInHistoryError
+from dspex_persist.state.errors import Hint, NotInHistoryError
 from dspex_persist.state.store.history.rows import BEGINNING, ENDING, all_rows, askable, first_row
 from dspex_persist.state.values.json_text import stored_object
 
@@ -43,8 +43,9 @@ def execution_row(connection: Connection, execution_id: str) -> Any:
     if number.isascii() and number.isdecimal() and len(number) < 19:
         row = first_row(connection, f"{IN_FULL} WHERE executions.began_sequence = ?", int(number))
     if row is None or (token and row.execution_id != execution_id):
-        hint = did_you_mean(row.execution_id, spell=str) if row is not None else "audit executions lists them"
-        raise NotInHistoryError("execution", execution_id, hint)
+        if row is None:
+            raise NotInHistoryError("execution", execution_id, "").advising(Hint.LIST_EXECUTIONS)
+        raise NotInHistoryError("execution", execution_id, did_you_mean(row.execution_id, spell=str))
     return row
 
 

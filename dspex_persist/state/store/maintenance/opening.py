@@ -11,6 +11,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 from dspex_persist.state.errors import (
+    Hint,
     InvalidArgumentError,
     NotADatabaseError,
     ReadFailedError,
@@ -46,12 +47,10 @@ def explained(path: Path) -> Iterator[None]:
         raise NotADatabaseError(str(path), error.strerror or str(error)) from error
 
 
-def refuse_missing(path: Path, advice: str = "") -> None:
+def refuse_missing(path: Path, advice: Hint = Hint.MAKE_FILE) -> None:
     # Where the folder may not be looked into, too: whoever opens the file says so.
     if not os.path.lexists(path) and os.access(path.parent, os.X_OK):
-        raise NotADatabaseError(
-            str(path), f"there is no such file; {advice or f'`dspex-persist serve --db {path}` makes one'}"
-        )
+        raise NotADatabaseError(str(path), "there is no such file").advising(advice)
     if not path.is_file():
         raise NotADatabaseError(str(path), "it is a folder" if path.is_dir() else "it is no regular file")
 
@@ -106,8 +105,7 @@ def find_revision(path: Path) -> str | None:
         if not is_half_written(error):
             raise
         recovery.refuse_half_written(path, path)
-        reason = f"a crash has left it half made; `dspex-persist db upgrade --db {path}` makes it whole"
-        raise NotADatabaseError(str(path), reason) from error
+        raise NotADatabaseError(str(path), "a crash has left it half made").advising(Hint.MEND_FILE) from error
     if found is not None:
         migrate.refuse_newer(path, found)
     return found
@@ -117,10 +115,10 @@ def refuse_older(path: Path) -> None:
     """Let only files of this release's revision pass."""
     found = find_revision(path)
     if found is None:
-        raise NotADatabaseError(str(path), f"it is empty; `dspex-persist db upgrade --db {path}` makes its tables")
+        raise NotADatabaseError(str(path), "it is empty").advising(Hint.MAKE_TABLES)
     if found != REVISION:
-        reason = f"its schema is {found}, this release reads {REVISION}; `dspex-persist db upgrade --db {path}` helps"
-        raise NotADatabaseError(str(path), reason)
+        reason = f"its schema is {found}, this release reads {REVISION}"
+        raise NotADatabaseError(str(path), reason).advising(Hint.UPGRADE_FILE)
 
 
 def beside(path: Path, suffix: str) -> Path:

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from dspex_persist.state.errors import DatabaseInUseError, OutcomeUnknownError
+from dspex_persist.state.errors import DatabaseInUseError, Hint, OutcomeUnknownError
 from dspex_persist.state.groups import Job
 from dspex_persist.state.model import PrunePolicy, PruneReport
 from dspex_persist.state.provider import Progress, silent
@@ -33,13 +33,11 @@ class PrunedReport:
 class PruneInUseError(DatabaseInUseError):
     """Another process owns the database that is to be pruned."""
 
-    def __str__(self) -> str:
-        holder = f"process {self.pid}" if self.pid else "another process"
-        return (
-            f"{self.path} is in use by {holder}: stop that server to prune it now, or have the server do it: "
-            "with --target ADDRESS, or by itself with the settings retention_keep_versions, retention_age_s, "
-            "retention_ended_sessions_s"
-        )
+    advice = Hint.PRUNE_ON_SERVER
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.advice = Hint.PRUNE_ON_SERVER
 
 
 def prune(path: Path, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PrunedReport:

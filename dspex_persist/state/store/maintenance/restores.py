@@ -9,6 +9,7 @@ from pathlib import Path
 from sqlalchemy import Connection
 
 from dspex_persist.state.errors import (
+    Hint,
     LostCommitsError,
     NotADatabaseError,
     ReadFailedError,
@@ -59,7 +60,7 @@ def restore(backup: Path, path: Path, progress: Progress = silent) -> RestoreRep
     be opened as before or what was restored can be. Raises `InvalidArgumentError` where the two are the same file.
     """
     refuse_files_of(path, backup, "backup")
-    refuse_missing(backup, "name a copy that `dspex-persist db backup` has made")
+    refuse_missing(backup, Hint.NAME_BACKUP)
     anchor = read_anchor(backup)
     with reading(backup) as readers, _taking_over(path) as (lock, made):
         revision = find_revision(backup)
@@ -137,7 +138,8 @@ def _can_open(path: Path) -> bool:
     except (NotADatabaseError, ReadFailedError, LostCommitsError, ValueError):
         return False
     if refused:
-        raise NotADatabaseError(str(path), "it is another program's database and stays as it is; give another --db")
+        reason = "it is another program's database and stays as it is"
+        raise NotADatabaseError(str(path), reason).advising(Hint.ANOTHER_FILE)
     return True
 
 

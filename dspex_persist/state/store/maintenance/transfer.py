@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Final, TextIO
 
 from dspex_persist.state.commands import ExpireSession, FinishImport, ImportCommit
-from dspex_persist.state.errors import DatabaseInUseError, InvalidArgumentError, OutcomeUnknownError, RecordingError
+from dspex_persist.state.errors import (
+    DatabaseInUseError,
+    Hint,
+    InvalidArgumentError,
+    OutcomeUnknownError,
+    RecordingError,
+)
 from dspex_persist.state.groups import Job
 from dspex_persist.state.model import Origin
 from dspex_persist.state.provider import Progress, silent
@@ -145,11 +151,8 @@ def import_session(
     """
     header, commits = read_recording(lines, name)
     if header.masked:
-        reason = (
-            "values of sensitive variables were left out of it, and an import would have to invent them; "
-            "export the session with --reveal"
-        )
-        raise RecordingError(name, 1, reason)
+        reason = "values of sensitive variables were left out of it, and an import would have to invent them"
+        raise RecordingError(name, 1, reason).advising(Hint.EXPORT_REVEALED)
     told = _told("importing commits", commits, header.commits, progress)
     with _opened(path, options) as groups:
         try:

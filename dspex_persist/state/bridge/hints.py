@@ -1,0 +1,66 @@
+"""What to do next, in the words of clients over gRPC: rpcs and headers. What a server does itself has its commands."""
+
+from collections.abc import Mapping
+from typing import Final
+
+from dspex_persist.state.bridge.headers import AFTER_SEQUENCE, EXECUTION_ID, IDEMPOTENCY_KEY
+from dspex_persist.state.errors import Hint
+
+IN_RPCS: Final[Mapping[str, str]] = {
+    Hint.ANOTHER_FILE: "give the server another --db",
+    Hint.ANOTHER_SESSION_ID: "use another id for the new one, or end that session first with CleanupSession",
+    Hint.ANOTHER_TOOL_NAME: "use another name",
+    Hint.BEGIN_SESSION: "it was never begun, or has ended: begin it first, with InitializeSession",
+    Hint.CHECK_FILE: (
+        "look at it with `dspex-persist db check`, then start the server again; to let several programs write, have "
+        "them all call the server"
+    ),
+    Hint.CHECK_OR_RESTORE: (
+        "look at the file with `dspex-persist db check`, or restore a backup with `dspex-persist db restore`"
+    ),
+    Hint.CLOSE_FIRST: "use that one, or close it first",
+    Hint.CLOSE_WATCHES: "close some and repeat",
+    Hint.CONNECT_AFTER_FORK: (
+        "start processes with multiprocessing's 'spawn'; those that share a database reach it through the server"
+    ),
+    Hint.EXPORT_REVEALED: "export the session with the values of sensitive variables",
+    Hint.KEEP_WAL: "everything acknowledged is safe in {path}-wal: keep the two files together",
+    Hint.LIST_EXECUTIONS: "ListExecutions lists them",
+    Hint.LIST_VERSIONS: "GetVariableHistory lists the versions that are left",
+    Hint.MAKE_FILE: "`dspex-persist serve` makes one",
+    Hint.MAKE_TABLES: "`dspex-persist db upgrade` makes its tables",
+    Hint.MEND_FILE: "`dspex-persist db upgrade` makes it whole",
+    Hint.NAME_BACKUP: "name a copy that `dspex-persist db backup` has made",
+    Hint.NEW_KEY: "a key belongs to one request: use a new one",
+    Hint.OPEN_AGAIN: "all that was acknowledged has been brought into the file: start the server again",
+    Hint.PRUNE_ON_SERVER: "have its server prune it: Prune, or a retention of its own",
+    Hint.PUT_BACK_FILE: (
+        "put back the file that it was, with its -wal, or restore a backup with `dspex-persist db restore`, and start "
+        "the server again; what was written since the last check may be lost"
+    ),
+    Hint.READ_AGAIN: "read it again and repeat",
+    Hint.READ_ONLY: "to read it all the same, use `dspex-persist audit` or `db check`, which only read",
+    Hint.RECORD_FROM_BACKUP: "record it from a backup that was made before",
+    Hint.REGISTER_VARIABLES: "register them with RegisterVariable",
+    Hint.REPEAT_CALL: "repeat the call",
+    Hint.REPEAT_LATER: "repeat later",
+    Hint.REPEAT_WHEN_BACK: "repeat the call when it is back",
+    Hint.REPEAT_WITH_KEY: (
+        f"repeat the call with the same idempotency key ({IDEMPOTENCY_KEY}), or read before you repeat it"
+    ),
+    Hint.RESTORE_BACKUP: (
+        "restore a backup: dspex-persist db restore BACKUP --db {path}; or, to accept the loss, delete {path}.anchor "
+        "and start the server again"
+    ),
+    Hint.RESTORE_OVER: "put a backup in place with dspex-persist db restore BACKUP --db {path}",
+    Hint.RESUME_WATCH: f"resume with {AFTER_SEQUENCE}: {{after_sequence}}",
+    Hint.RUN_AGAIN: "run it again",
+    Hint.RUNNING_EXECUTION: f"leave {EXECUTION_ID} out, or name one that runs",
+    Hint.SHARE_BY_SERVER: "stop it, or use another file; several programs share one through a server",
+    Hint.UPGRADE_FILE: "`dspex-persist db upgrade` upgrades it",
+    Hint.UPGRADE_PACKAGE: "upgrade dspex-persist",
+    Hint.WAIT_FOR_OPTIMIZER: (
+        'its holder writes with metadata["optimizer_id"], others wait or stop it with StopOptimization and force'
+    ),
+}
+"""What the details of a status say."""

@@ -1,0 +1,118 @@
+"""What all errors of the state layer have: fields, a sentence made of them, and advice as an id."""
+
+import string
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar, Final, Self, TypeAlias
+
+from dspex_persist.errors import DspexError
+from dspex_persist.spelling import printable, quote
+from dspex_persist.state.errors.hints import IN_PYTHON, Hint
+
+_KEPT: Final = 1000
+
+_Part: TypeAlias = Callable[[object], str]
+
+
+@cache
+def _parts_of(template: str) -> tuple[_Part, ...]:
+    parts: list[_Part] = []
+    for literal, name, spec, conversion in string.Formatter().parse(template):
+        parts.append(lambda _, literal=literal: literal)  # type: ignore[misc]
+        if name is not None:
+            parts.append(_part_of(name, spec or "", conversion))
+    return tuple(parts)
+
+
+def _part_of(name: str, spec: str, conversion: str | None) -> _Part:
+    if conversion == "q":
+        return lambda error: quote(getattr(error, name))
+    if conversion == "o":
+        return lambda error: spec.replace("%", field) if (field := getattr(error, name)) else ""
+    return lambda error: format(getattr(error, name), spec)
+
+
+def filled(template: str, error: object) -> str:
+    """A template with an error's fields: `{name!q}` in quotes, `{hint!o:; %}` as "; " and the hint, if there is one."""
+    return "".join([part(error) for part in _parts_of(template)])
+
+
+def names_in(template: str) -> set[str]:
+    """The fields that a template needs."""
+    return {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+
+
+class StateError(DspexError):
+    """The root of the state layer's errors. Its leaves are dataclasses: `template` makes their sentence."""
+
+    template: ClassVar[str] = ""
+    advice: Hint | None = None
+    """What to do next, where there is something; an error may have other advice than its class."""
+
+    def __post_init__(self) -> None:
+        """Keep names short: what a caller sent as one may have megabytes, and an error may be kept for long."""
+        for name, field in vars(self).items():
+            if name != "reason" and isinstance(field, str) and len(field) > _KEPT:
+                setattr(self, name, f"{field[:_KEPT]}...")
+        # Exceptions keep what they were made with a second time.
+        self.args = tuple(vars(self).values())
+
+    def advising(self, hint: Hint | None) -> Self:
+        """The same error, with this advice."""
+        self.advice = hint
+        return self
+
+    @property
+    def sentence(self) -> str:
+        """What is true, without what to do about it."""
+        return filled(self.template, self)
+
+    def in_words(self, words: Mapping[str, str]) -> str:
+        """What is true and what to do, in the words of one edge."""
+        if self.advice is None:
+            return self.sentence
+        return f"{self.sentence}; {filled(words[self.advice], self)}"
+
+    def __str__(self) -> str:
+        return self.in_words(IN_PYTHON)
+
+
+@dataclass(eq=False)
+class InvalidArgumentError(StateError):
+    """An argument that no state of the store could accept."""
+
+    template = "invalid {field}: {reason}"
+    field: str
+    reason: str
+
+
+@dataclass(eq=False)
+class LimitExceededError(StateError):
+    """Something is larger than is allowed, by a setting if `setting` names one."""
+
+    template = "{what} is {actual}, above the limit of {limit}{setting!o: (setting %)}"
+    what: str
+    actual: int
+    limit: int
+    setting: str
+
+
+@dataclass(eq=False)
+class UnsupportedError(StateError):
+    """This backend cannot do that. `hint`: what to do instead."""
+
+    template = "not supported here: {what}{hint!o:; %}"
+    what: str
+    hint: str = ""
+
+
+class OpenError(StateError):
+    """The database cannot be opened."""
+
+    def __post_init__(self) -> None:
+        """Make of paths what can be printed: files may have names that no terminal and no log can write."""
+        for name, field in vars(self).items():
+            if isinstance(field, str):
+                setattr(self, name, printable(field))
+        super().__post_init__()

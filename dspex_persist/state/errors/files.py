@@ -1,0 +1,115 @@
+"""What can be wrong with the database file, and with opening it."""
+
+import os
+from dataclasses import dataclass
+
+from dspex_persist.state.errors.base import OpenError, StateError
+from dspex_persist.state.errors.hints import Hint
+
+
+@dataclass(eq=False)
+class StorageError(StateError):
+    """SQLite refused the whole group of writes; nothing of it was kept."""
+
+    template = "nothing was written: {reason}"
+    retryable = True
+    reason: str
+
+
+@dataclass(eq=False)
+class ReadFailedError(StateError):
+    """The database could not be read. Nothing has changed by that."""
+
+    template = "{path} could not be read: {reason}"
+    retryable = True
+    path: str
+    reason: str
+
+
+@dataclass(eq=False)
+class FileChangedError(StateError):
+    """What is on the disk is not any more what this process opened and alone may change."""
+
+    template = "{path} cannot be used any longer: {reason}"
+    advice = Hint.PUT_BACK_FILE
+    path: str
+    reason: str
+
+
+@dataclass(eq=False)
+class CheckpointError(StateError):
+    """Closing could not bring the write-ahead log into the database file."""
+
+    template = "{path} could not be tidied up: {reason}"
+    advice = Hint.KEEP_WAL
+    path: str
+    reason: str
+
+
+@dataclass(eq=False)
+class DatabaseInUseError(OpenError):
+    """This or another process owns the database."""
+
+    template = "{path} is in use by {holder}: one server owns a database"
+    advice = Hint.SHARE_BY_SERVER
+    path: str
+    pid: int | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pid == os.getpid():
+            self.advice = Hint.CLOSE_FIRST
+
+    @property
+    def holder(self) -> str:
+        """Who owns it, as far as that is known."""
+        return f"process {self.pid}" if self.pid else "another process"
+
+    @property
+    def sentence(self) -> str:
+        """As for all errors; this process itself is no stranger."""
+        if self.advice is Hint.CLOSE_FIRST:
+            return f"{self.path} is open in this process already (process {self.pid})"
+        return super().sentence
+
+
+@dataclass(eq=False)
+class NotADatabaseError(OpenError):
+    """The file cannot be opened or is no database of ours."""
+
+    template = "cannot open {path}: {reason}"
+    path: str
+    reason: str
+
+
+@dataclass(eq=False)
+class NewerSchemaError(OpenError):
+    """The file was written by a newer release."""
+
+    template = (
+        "{path} has schema revision {revision}, this release knows up to {known}: it was written by a newer release"
+    )
+    advice = Hint.UPGRADE_PACKAGE
+    path: str
+    revision: str
+    known: str
+
+
+@dataclass(eq=False)
+class UpgradeError(OpenError):
+    """A migration failed; the file is as it was."""
+
+    template = "the upgrade of {path} to {revision} failed, the file is as it was: {reason}"
+    path: str
+    revision: str
+    reason: str
+
+
+@dataclass(eq=False)
+class LostCommitsError(OpenError):
+    """The database is behind its anchor, or not the one that the anchor saw: acknowledged commits are gone."""
+
+    template = "{path} has lost acknowledged commits: {reason}"
+    advice = Hint.RESTORE_BACKUP
+    path: str
+    reason: str

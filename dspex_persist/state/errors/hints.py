@@ -1,0 +1,130 @@
+"""What to do next about an error, as an id. Python, gRPC and the command line each have their own words for it."""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Final
+
+
+class Hint(StrEnum):
+    """The advice that an error may carry. Its facts are the error's fields."""
+
+    ANOTHER_FILE = "another_file"
+    """The file belongs to another program."""
+    ANOTHER_SESSION_ID = "another_session_id"
+    ANOTHER_TOOL_NAME = "another_tool_name"
+    BEGIN_SESSION = "begin_session"
+    CHECK_FILE = "check_file"
+    """Another program has written to the file while it was open."""
+    CHECK_OR_RESTORE = "check_or_restore"
+    CLOSE_FIRST = "close_first"
+    """This process has the database open already."""
+    CLOSE_WATCHES = "close_watches"
+    CONNECT_AFTER_FORK = "connect_after_fork"
+    EXPORT_REVEALED = "export_revealed"
+    """The recording lacks the values of sensitive variables."""
+    KEEP_WAL = "keep_wal"
+    LIST_EXECUTIONS = "list_executions"
+    LIST_VERSIONS = "list_versions"
+    MAKE_FILE = "make_file"
+    MAKE_TABLES = "make_tables"
+    """The file is an empty database."""
+    MEND_FILE = "mend_file"
+    """A crash has left the file half made."""
+    NAME_BACKUP = "name_backup"
+    """There is no such backup."""
+    NEW_KEY = "new_key"
+    OPEN_AGAIN = "open_again"
+    """Everything acknowledged is in the file."""
+    PRUNE_ON_SERVER = "prune_on_server"
+    PUT_BACK_FILE = "put_back_file"
+    READ_AGAIN = "read_again"
+    READ_ONLY = "read_only"
+    """This user may not write to the file or its folder."""
+    RECORD_FROM_BACKUP = "record_from_backup"
+    REGISTER_VARIABLES = "register_variables"
+    REPEAT_CALL = "repeat_call"
+    REPEAT_LATER = "repeat_later"
+    REPEAT_WHEN_BACK = "repeat_when_back"
+    """The server is shutting down."""
+    REPEAT_WITH_KEY = "repeat_with_key"
+    """Nobody knows whether the write was kept."""
+    RESTORE_BACKUP = "restore_backup"
+    """Acknowledged commits are gone."""
+    RESTORE_OVER = "restore_over"
+    """A file was put in the database's place by hand."""
+    RESUME_WATCH = "resume_watch"
+    RUN_AGAIN = "run_again"
+    RUNNING_EXECUTION = "running_execution"
+    SHARE_BY_SERVER = "share_by_server"
+    """Another process owns the database."""
+    UPGRADE_FILE = "upgrade_file"
+    UPGRADE_PACKAGE = "upgrade_package"
+    WAIT_FOR_OPTIMIZER = "wait_for_optimizer"
+
+
+_MAINTENANCE: Final = "dspex_persist.state.store.maintenance"
+
+IN_PYTHON: Final[Mapping[str, str]] = {
+    Hint.ANOTHER_FILE: "give another path",
+    Hint.ANOTHER_SESSION_ID: "use another session_id for the new one, or end that session first (cleanup_session)",
+    Hint.ANOTHER_TOOL_NAME: "register it under another name",
+    Hint.BEGIN_SESSION: "it was never begun, or has ended: begin it first, with Context(...) or initialize_session",
+    Hint.CHECK_FILE: (
+        f"look at it with {_MAINTENANCE}.check(path), then open it again; several programs write to one database "
+        "through a server: connect('grpc://HOST:PORT')"
+    ),
+    Hint.CHECK_OR_RESTORE: (
+        f"look at the file with {_MAINTENANCE}.check(path), or restore a backup with its restore(backup, path)"
+    ),
+    Hint.CLOSE_FIRST: "use that one, or close() it first",
+    Hint.CLOSE_WATCHES: "close some and repeat",
+    Hint.CONNECT_AFTER_FORK: (
+        "fork before you connect(), or start this process with multiprocessing's 'spawn', and connect() in it; "
+        "processes that share a database reach it through a server: connect('grpc://HOST:PORT')"
+    ),
+    Hint.EXPORT_REVEALED: "export the session with reveal=True",
+    Hint.KEEP_WAL: "everything acknowledged is safe in {path}-wal: keep the two files together",
+    Hint.LIST_EXECUTIONS: "an ExecutionQuery lists them",
+    Hint.LIST_VERSIONS: "its history lists the versions that are left",
+    Hint.MAKE_FILE: "connect(path) makes one",
+    Hint.MAKE_TABLES: f"{_MAINTENANCE}.upgrade(path) makes its tables",
+    Hint.MEND_FILE: f"{_MAINTENANCE}.upgrade(path) makes it whole",
+    Hint.NAME_BACKUP: f"name a copy that {_MAINTENANCE}.backup(path, copy) has made",
+    Hint.NEW_KEY: "a key belongs to one request: use a new idempotency_key",
+    Hint.OPEN_AGAIN: "all that was acknowledged has been brought into the file: open it again",
+    Hint.PRUNE_ON_SERVER: (
+        "stop that server to prune it now, or have the server do it: connect('grpc://HOST:PORT').prune(...), or by "
+        "itself with the settings retention_keep_versions, retention_age_s, retention_ended_sessions_s"
+    ),
+    Hint.PUT_BACK_FILE: (
+        f"put back the file that it was, with its -wal, or restore a backup with {_MAINTENANCE}.restore(backup, path), "
+        "and open it again; what was written since the last check may be lost"
+    ),
+    Hint.READ_AGAIN: "read it again and repeat",
+    Hint.READ_ONLY: "dspex_persist.open_audit(path), which only reads, may open it all the same",
+    Hint.RECORD_FROM_BACKUP: "record it from a backup that was made before: open_recording(backup, ...)",
+    Hint.REGISTER_VARIABLES: "register them",
+    Hint.REPEAT_CALL: "repeat the call",
+    Hint.REPEAT_LATER: "repeat later",
+    Hint.REPEAT_WHEN_BACK: "repeat the call when it is back",
+    Hint.REPEAT_WITH_KEY: "repeat the call with the same idempotency_key, or read before you repeat it",
+    Hint.RESTORE_BACKUP: (
+        f"restore a backup with {_MAINTENANCE}.restore(backup, path); or, to accept the loss, delete {{path}}.anchor "
+        "and open it again"
+    ),
+    Hint.RESTORE_OVER: f"put a backup in place with {_MAINTENANCE}.restore(backup, path)",
+    Hint.RESUME_WATCH: "resume with after_sequence={after_sequence}",
+    Hint.RUN_AGAIN: "run it again",
+    Hint.RUNNING_EXECUTION: "call outside it, or in one that runs",
+    Hint.SHARE_BY_SERVER: (
+        "end that process, or open another file; several programs share one through a server: "
+        "dspex_persist.serve(settings), and connect('grpc://HOST:PORT')"
+    ),
+    Hint.UPGRADE_FILE: f"{_MAINTENANCE}.upgrade(path) upgrades it",
+    Hint.UPGRADE_PACKAGE: "upgrade dspex-persist",
+    Hint.WAIT_FOR_OPTIMIZER: (
+        'its holder writes with metadata["optimizer_id"], others wait or stop it with '
+        "stop_optimization(..., force=True)"
+    ),
+}
+"""What `str(error)` says."""

@@ -1,0 +1,67 @@
+"""What keeps an engine, or a server, from answering."""
+
+from dataclasses import dataclass
+
+from dspex_persist.state.errors.base import StateError
+from dspex_persist.state.errors.hints import Hint
+
+
+@dataclass(eq=False)
+class QueueFullError(StateError):
+    """More writes wait than the queue may hold."""
+
+    template = "the write queue is full ({limit} waiting; setting queue_length)"
+    advice = Hint.REPEAT_LATER
+    retryable = True
+    limit: int
+
+
+@dataclass(eq=False)
+class OutcomeUnknownError(StateError):
+    """The disk or the connection broke between sending and acknowledging: written or not, nobody can say yet."""
+
+    template = "outcome unknown: {reason}"
+    advice = Hint.REPEAT_WITH_KEY
+    reason: str
+
+
+@dataclass(eq=False)
+class UnavailableError(StateError):
+    """The server cannot be reached."""
+
+    template = "unavailable: {reason}"
+    retryable = True
+    reason: str
+
+
+@dataclass(eq=False)
+class EngineClosedError(StateError):
+    """The engine was closed, or is about to be."""
+
+    template = "the engine is closed"
+
+
+@dataclass(eq=False)
+class ForkedProcessError(StateError):
+    """This process was forked from the one that opened the database, that has the connection or runs the execution."""
+
+    template = "{what} belongs to the process that this one was forked from, and works only there"
+    advice = Hint.CONNECT_AFTER_FORK
+    what: str
+
+
+@dataclass(eq=False)
+class ShuttingDownError(StateError):
+    """The server takes no new calls, because it is about to end."""
+
+    template = "nothing was written: the server is shutting down"
+    advice = Hint.REPEAT_WHEN_BACK
+    retryable = True
+
+
+@dataclass(eq=False)
+class InternalError(StateError):
+    """A fault of ours; the reference finds it in the server's log."""
+
+    template = "{reason}"
+    reason: str

@@ -1,0 +1,118 @@
+"""What can be wrong with tools and their executions."""
+
+from dataclasses import dataclass
+
+from dspex_persist.state.errors.base import StateError
+from dspex_persist.state.errors.hints import Hint
+
+
+@dataclass(eq=False)
+class ToolNotFoundError(StateError):
+    """There is no such tool."""
+
+    error_code = "UNKNOWN_TOOL"
+    template = "unknown tool {name!q}; {hint}"
+    name: str
+    hint: str
+
+
+@dataclass(eq=False)
+class ToolExistsError(StateError):
+    """The name belongs to a tool of the server, which a registration must not hide."""
+
+    template = "tool {name!q} already exists: the server itself has one of this name"
+    advice = Hint.ANOTHER_TOOL_NAME
+    name: str
+
+
+@dataclass(eq=False)
+class ToolArgumentError(StateError):
+    """An argument of a tool is wrong, missing or too much; nothing was begun."""
+
+    error_code = "INVALID_PARAMETERS"
+    template = "invalid parameter {parameter!q} of tool {tool!q}: {reason}"
+    tool: str
+    parameter: str
+    reason: str
+
+
+@dataclass(eq=False)
+class MissingVariablesError(StateError):
+    """The session lacks variables that the tool requires; nothing was begun."""
+
+    template = "tool {tool!q} needs variables that the session does not have: {names}"
+    advice = Hint.REGISTER_VARIABLES
+    tool: str
+    names: str
+
+
+@dataclass(eq=False)
+class ExecutionNotFoundError(StateError):
+    """No execution of this id is running: it never began, or has ended."""
+
+    template = "no execution {execution_id!q} is running: it never began, or has ended"
+    advice = Hint.RUNNING_EXECUTION
+    execution_id: str
+
+
+@dataclass(eq=False)
+class ExecutionEndedError(StateError):
+    """The execution has ended: what its code still does cannot be kept."""
+
+    template = "execution {execution_id} has ended ({status}): nothing that its code still does is kept"
+    execution_id: str
+    status: str
+
+
+@dataclass(eq=False)
+class ExecutionConflictError(StateError):
+    """Others changed what the execution stood on."""
+
+    error_code = "CONFLICT"
+    template = "conflict: while the tool ran, others changed {changes}; nothing was written"
+    advice = Hint.RUN_AGAIN
+    retryable = True
+    execution_id: str
+    changes: str
+
+
+@dataclass(eq=False)
+class ToolFailedError(StateError):
+    """The tool did not end well; nothing was written.
+
+    `kind`: the type of what its code raised, where that is known.
+    """
+
+    template = "{reason}"
+    execution_id: str
+    reason: str
+    kind: str = ""
+
+
+@dataclass(eq=False)
+class ToolInterruptedError(ToolFailedError):
+    """The session, or the server, ended while the tool ran; nothing was written."""
+
+    error_code = "INTERRUPTED"
+
+
+@dataclass(eq=False)
+class ToolTimedOutError(StateError):
+    """The tool took longer than it, or its caller, allows; nothing was written."""
+
+    error_code = "TIMED_OUT"
+    template = "timed out: {reason}; nothing was written"
+    execution_id: str
+    reason: str
+
+
+@dataclass(eq=False)
+class RemoteToolError(StateError):
+    """The process that runs the tool cannot be reached, or broke off."""
+
+    error_code = "UNAVAILABLE"
+    template = "unavailable: tool {tool!q} at {address}: {reason}"
+    retryable = True
+    tool: str
+    address: str
+    reason: str
