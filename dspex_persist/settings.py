@@ -186,7 +186,8 @@ class Settings(LimitSettings):
     audit_prune: bool = Field(
         False, description="Let clients of the audit service have history pruned; a dry run they may ask for anyway."
     )
-    max_message_bytes: Annotated[Size, Field(le=2**31 - 1)] = Field(
+    # Other limits are thirds of it.
+    max_message_bytes: Annotated[Size, Field(ge=3, le=2**31 - 1)] = Field(
         ByteSize(100 * _MIB), description="Largest gRPC message, received or sent."
     )
     reflection: bool = Field(True, description="Tell tools such as grpcurl what services there are.")
@@ -329,6 +330,8 @@ def _explain(error: ValidationError, sources: Iterable[_Source]) -> SettingsErro
 def _sentence(kind: str, message: str) -> str:
     if kind.startswith("byte_size"):
         return "it must be a size in bytes, such as 1048576, or 1MiB"
+    if kind == "path_type":
+        return "it must be the path of a file"
     if kind == "extra_forbidden":
         return _no_such_setting([])
     text = message.removeprefix("Value error, ").partition(", unable")[0]

@@ -150,6 +150,7 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
         ("cache_size_bytes", "much", "it must be a size in bytes, such as 1048576, or 1MiB"),
         ("cache_size_bytes", "1 furlong", "it must be a size in bytes"),
         ("max_message_bytes", "2GiB", "it must be less than or equal to 2147483647"),
+        ("max_message_bytes", "1", "it must be greater than or equal to 3"),
         ("value_size_bytes", "2GiB", "it must be less than or equal to 1000000000"),
         ("db", ":memory:", "it must be the path of a file"),
         ("db", "", "it must be the path of a file"),
