@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from dspex_persist.errors import DspexError
 from dspex_persist.infra import forks, streams
-from dspex_persist.infra.listen import ListenError, is_loopback, parse_listen, prepare
+from dspex_persist.infra.listen import ListenError, is_loopback, parse_listen, prepare, settled
 from dspex_persist.infra.logs import configure_logs, get_logger, quiet_grpc
 from dspex_persist.settings import Settings, SettingsError
 from dspex_persist.spelling import closest, did_you_mean, quote
@@ -333,13 +333,13 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 
 async def _serve(settings: Settings) -> None:
     end = _End(asyncio.get_running_loop(), str(settings.db))
-    path = _check_places(settings)
+    path, listen = _check_places(settings)
     # Before the file is opened: importing them takes its time, and may fail.
     tools = _load_tools(settings)
     # Opened, and so locked, before anything is bound: a second server on the file ends here.
     engine = _open(settings, _settled(settings.db, path), end.on_storage_failed)
     try:
-        await _serve_bridge(settings, engine, tools, end)
+        await _serve_bridge(settings, listen, engine, tools, end)
     finally:
         _close(engine, settings.db)
     if end.failure is not None:
@@ -347,13 +347,14 @@ async def _serve(settings: Settings) -> None:
     _log.info("stopped", db=str(settings.db))
 
 
-def _check_places(settings: Settings) -> Path:
-    """Where the database is. A server that cannot have it, or its address, ends here, before it makes a file."""
+def _check_places(settings: Settings) -> tuple[Path, str]:
+    """Where the database is, and where to listen, wherever tools change the working directory to. A server that cannot
+    have one of them ends here, before it makes a file."""
     from dspex_persist.state.store import maintenance
 
-    path = maintenance.refuse_owned(settings.db)
-    prepare(parse_listen(settings.listen))
-    return path
+    path, address = maintenance.refuse_owned(settings.db), parse_listen(settings.listen)
+    prepare(address)
+    return path, str(settled(address))
 
 
 def _settled(path: Path, meant: Path) -> Path:
@@ -401,7 +402,7 @@ def _close(provider: StateProvider, path: Path) -> None:
 
 
 async def _serve_bridge(
-    settings: Settings, engine: "SqliteState", tools: "Mapping[str, ToolCode]", end: "_End"
+    settings: Settings, listen: str, engine: "SqliteState", tools: "Mapping[str, ToolCode]", end: "_End"
 ) -> None:
     from dspex_persist.infra import server
     from dspex_persist.state.bridge.audit_service import AuditServicer
@@ -451,7 +452,7 @@ async def _serve_bridge(
     try:
         await server.serve(
             server.ServerOptions(
-                settings.listen,
+                listen,
                 max_message_bytes=int(settings.max_message_bytes),
                 grace_s=settings.grace_s,
                 reflection=settings.reflection,

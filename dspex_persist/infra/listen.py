@@ -86,6 +86,14 @@ def is_loopback(listen: str) -> bool:
         return False
 
 
+def settled(address: Address) -> Address:
+    """The same address wherever the working directory goes; a socket whose whole path is too long stays as it is."""
+    if isinstance(address, TcpAddress):
+        return address
+    path = os.path.abspath(address.path)  # noqa: PTH100 -- `resolve` would follow a link that has the socket's name
+    return UnixAddress(path) if len(os.fsencode(path)) <= UNIX_PATH_MAX_BYTES else address
+
+
 def prepare(address: Address) -> None:
     """Make sure that `address` can be had, and remove the socket file that a dead server left there.
 
@@ -124,6 +132,8 @@ def _prepare_path(address: UnixAddress) -> None:
         raise ListenError(str(address), reason)
     if not path.parent.is_dir():
         raise ListenError(str(address), f"the directory {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise ListenError(str(address), f"this user may make no file in {path.parent}")
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:

@@ -142,6 +142,29 @@ def test_it_serves_on_a_unix_socket(start: Start, client_of: Callable[..., State
     assert server.terminate(DEADLINE_S) == 0
 
 
+def test_tools_may_change_the_working_directory(
+    start: Start, client_of: Callable[..., StateProvider], tmp_path: Path
+) -> None:
+    """While they are imported, and while they run: what was named is where it was named."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "wandering.py").write_text(
+        "import os\n"
+        "from dspex_persist import tool\n"
+        "os.chdir('elsewhere')\n"
+        "@tool\n"
+        "def wander() -> None:\n"
+        "    os.chdir('/')\n"
+    )
+    server = start("--listen", "unix:a.sock", "--db", "a.db", "--tools", "wandering")
+    client = client_of(f"grpc+unix:{tmp_path / 'a.sock'}")
+    fill(client)
+    assert client.execute_tool("s", "wander").success
+    assert client.get_value("s", "n") == 1
+    assert server.terminate(DEADLINE_S) == 0
+    assert sorted(each.name for each in tmp_path.iterdir() if "a." in each.name) == ["a.db", "a.db.anchor", "a.db.lock"]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
 def test_settings_reach_the_engine(start: Start, client_of: Callable[..., StateProvider], tmp_path: Path) -> None:
     (tmp_path / "dspex-persist.toml").write_text(
         'db = "from_file.db"\nsession_id_length = 4\nvariables_per_session = 2\n'

@@ -1,6 +1,9 @@
 """Addresses: what is read, what is loopback, and why one cannot be had."""
 
 import socket
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from dspex_persist.infra.listen import (
     is_loopback,
     parse_listen,
     prepare,
+    settled,
 )
 
 
@@ -108,6 +112,37 @@ def test_a_path_may_have_107_bytes_and_no_more(tmp_path: Path, monkeypatch: pyte
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(ListenError, match=f"the directory {tmp_path}/missing does not exist"):
         prepare(UnixAddress(f"{tmp_path}/missing/a.sock"))
+
+
+def test_a_folder_in_which_nothing_may_be_made_is_named() -> None:
+    """gRPC itself would only say that it could not bind."""
+    # Not pytest's own, which only root may enter.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o555)
+        program = f"""if True:
+            import os
+            from dspex_persist.infra.listen import ListenError, UnixAddress, prepare
+            if os.geteuid() == 0:
+                os.setuid(65534)
+            try:
+                prepare(UnixAddress("{folder}/a.sock"))
+            except ListenError as error:
+                print(error.reason)
+        """
+        ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        Path(folder).chmod(0o755)
+    assert ran.stdout == f"this user may make no file in {folder}\n"
+
+
+def test_an_address_is_the_same_wherever_the_working_directory_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert settled(UnixAddress("a.sock")) == UnixAddress(f"{tmp_path}/a.sock")
+    assert settled(TcpAddress("::1", 0)) == TcpAddress("::1", 0)
+    # Better than none.
+    long = UnixAddress("a" * 100)
+    assert settled(long) == long
 
 
 def test_a_file_that_is_no_socket_is_never_removed(tmp_path: Path) -> None:
