@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sqlalchemy import Connection
 
-from dspex_persist.state.errors import LostCommitsError, NotADatabaseError, ReadFailedError
+from dspex_persist.state.errors import LostCommitsError, NotADatabaseError, ReadFailedError, printable
 from dspex_persist.state.store import anchor as anchors
 from dspex_persist.state.store import log_reader, migrate, pruned
 from dspex_persist.state.store.anchor import Head
@@ -32,6 +32,9 @@ def inspect(path: Path, name: Path) -> Head | None:
             raise
         refuse_half_written(path, name)
         return None
+    except NotADatabaseError as error:
+        error.path = printable(str(name))
+        raise
     except OSError as error:
         raise NotADatabaseError(str(name), error.strerror or str(error)) from error
     except ValueError as error:
