@@ -3,7 +3,12 @@
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
+from freezegun import freeze_time
+from freezegun.api import FrozenDateTimeFactory
 
 # Containers like to forbid bytecode beside the sources. Without any, every run would write all assertions of the tests
 # anew before the first of them, and every process that a test starts would compile the whole package.
@@ -20,3 +25,29 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 for _name in ("grpc_proxy", "https_proxy", "http_proxy", "all_proxy"):
     os.environ.pop(_name, None)
     os.environ.pop(_name.upper(), None)
+
+
+@pytest.fixture(scope="session")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with every kind of event and version, large contents and bytes. Only to be read, or copied."""
+    # Not at the beginning: tests that need no database do not pay for the store.
+    from tests.assets.make_database import fill
+
+    path = tmp_path_factory.mktemp("filled") / "filled.db"
+    fill(path)
+    return path
+
+
+@pytest.fixture(scope="class")
+def standing_clock() -> Iterator[FrozenDateTimeFactory]:
+    """A clock that goes only when it is told to; pytest's own goes on. Stopping it takes a while: once for a class."""
+    with freeze_time("2030-01-01", ignore=["_pytest"]) as frozen:
+        assert isinstance(frozen, FrozenDateTimeFactory)
+        yield frozen
+
+
+@pytest.fixture
+def frozen(standing_clock: FrozenDateTimeFactory) -> FrozenDateTimeFactory:
+    """The clock, put back to the beginning of 2030."""
+    standing_clock.move_to("2030-01-01")
+    return standing_clock

@@ -2,12 +2,10 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from freezegun import freeze_time
 from freezegun.api import FrozenDateTimeFactory
 
 from dspex_persist.state import commands
@@ -27,6 +25,7 @@ from dspex_persist.testing.prune_contract import PruneContract
 from dspex_persist.testing.recording_contract import EndedRecordingContract, RecordingContract
 from dspex_persist.testing.stream_contract import StreamContract
 from dspex_persist.testing.tool_contract import ToolContract
+from tests.clocks import pass_s
 
 
 class Owner:
@@ -122,26 +121,6 @@ class TestEmbeddedStreams(StreamContract):
     @pytest.fixture
     def provider(self, with_tools: EmbeddedState) -> StateProvider:
         return with_tools
-
-
-@pytest.fixture(scope="class")
-def standing_clock() -> Iterator[FrozenDateTimeFactory]:
-    """A clock that goes only when it is told to; pytest's own goes on. Stopping it takes a while: once for a class."""
-    with freeze_time("2030-01-01", ignore=["_pytest"]) as frozen:
-        assert isinstance(frozen, FrozenDateTimeFactory)
-        yield frozen
-
-
-@pytest.fixture
-def frozen(standing_clock: FrozenDateTimeFactory) -> FrozenDateTimeFactory:
-    """The clock, put back to the beginning of 2030."""
-    standing_clock.move_to("2030-01-01")
-    return standing_clock
-
-
-def pass_s(frozen: FrozenDateTimeFactory, seconds: float) -> None:
-    """Let time pass."""
-    frozen.tick(timedelta(seconds=seconds))
 
 
 class TestEmbeddedTime:

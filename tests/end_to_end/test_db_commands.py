@@ -23,7 +23,7 @@ from dspex_persist.cli import maintenance
 from dspex_persist.state.store.schema import REVISION
 from dspex_persist.testing.server import ServedDatabase
 from dspex_persist.wiring import connect
-from tests.assets.make_database import fill
+from tests.databases import copy_database
 from tests.deadline import within
 
 ROOT = Path(__file__).parents[2]
@@ -31,20 +31,10 @@ COMMANDS = ("check", "current", "upgrade", "backup", "stats", "prune", "vacuum")
 FINE, FAILED, USAGE, PROBLEMS, IN_USE, UNUSABLE = range(6)
 
 
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("filled") / "filled.db"
-    fill(path)
-    return path
-
-
 @pytest.fixture
 def path(filled: Path, tmp_path: Path) -> Path:
     """A database with a bit of everything, and its anchor."""
-    target = tmp_path / "sessions.db"
-    shutil.copy(filled, target)
-    shutil.copy(f"{filled}.anchor", f"{target}.anchor")
-    return target
+    return copy_database(filled, tmp_path / "sessions.db")
 
 
 def clean_environment(**more: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state.errors import StorageError
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.store import maintenance
+from tests.databases import remove, rename, replace, truncate
 from tests.deadline import within
 from tests.faults.crash_test import server_argv
 
@@ -41,25 +42,6 @@ def version_in(database: Path) -> int:
         version = state.get_variable("s", "x").version
     assert maintenance.check(database).problems == ()
     return version
-
-
-def remove(file: Path) -> None:
-    file.unlink()
-
-
-def rename(file: Path) -> None:
-    file.rename(file.with_name("elsewhere"))
-
-
-def replace(file: Path) -> None:
-    """As `mv` of another file does."""
-    new = file.with_name("new")
-    new.write_bytes(file.read_bytes())
-    new.replace(file)
-
-
-def truncate(file: Path) -> None:
-    os.truncate(file, 0)
 
 
 def copy_over(file: Path) -> None:

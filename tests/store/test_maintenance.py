@@ -34,7 +34,8 @@ from dspex_persist.state.store.engine import OwnershipLock
 from dspex_persist.state.store.maintenance import backups, checks, copies, opening, sizes
 from dspex_persist.state.store.schema import REVISION
 from dspex_persist.state.store.verify import Problem
-from tests.assets.make_database import LARGE_BYTES, LARGE_TEXT, describe, fill
+from tests.assets.make_database import LARGE_BYTES, LARGE_TEXT, describe
+from tests.databases import copy_database
 from tests.deadline import within
 from tests.logs import capture_logs
 
@@ -61,21 +62,10 @@ EVERYTHING: tuple[Act, ...] = (
 CHANGING: tuple[Act, ...] = (maintenance.upgrade, prune, maintenance.vacuum)
 
 
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with a bit of everything. Only to be read."""
-    path = tmp_path_factory.mktemp("filled") / "filled.db"
-    fill(path)
-    return path
-
-
 @pytest.fixture
 def path(filled: Path, tmp_path: Path) -> Path:
     """A copy of it, with its anchor."""
-    target = tmp_path / "copy.db"
-    shutil.copy(filled, target)
-    shutil.copy(f"{filled}.anchor", f"{target}.anchor")
-    return target
+    return copy_database(filled, tmp_path / "copy.db")
 
 
 @contextmanager

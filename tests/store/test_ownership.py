@@ -29,6 +29,7 @@ from dspex_persist.state.limits import Limits
 from dspex_persist.state.store import engine, maintenance
 from dspex_persist.state.store.maintenance import transfer
 from dspex_persist.state.store.session_store import open_groups
+from tests.databases import remove, rename, replace, truncate
 from tests.logs import capture_logs
 
 DEADLINE_S = 60
@@ -239,24 +240,6 @@ def test_visitors_never_remove_the_wal_whatever_the_owner_did(path: Path, act: s
 
 
 # The disk, while the file is open
-
-
-def remove(file: Path) -> None:
-    file.unlink()
-
-
-def rename(file: Path) -> None:
-    file.rename(file.with_name("elsewhere"))
-
-
-def replace(file: Path) -> None:
-    new = file.with_name("new")
-    new.write_bytes(file.read_bytes())
-    new.replace(file)
-
-
-def truncate(file: Path) -> None:
-    os.truncate(file, 0)
 
 
 def writer_has_ended(state: EmbeddedState) -> bool:

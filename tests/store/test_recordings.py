@@ -39,19 +39,10 @@ from dspex_persist.state.store import maintenance
 from dspex_persist.state.store.maintenance import transfer
 from dspex_persist.state.store.session_store import StoreOptions, open_groups
 from dspex_persist.state.values import encode
-from tests.assets.make_database import fill
 from tests.memory import MemoryGroups
 
 START = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 SENSITIVE = {"sensitive": "true"}
-
-
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with a bit of everything. Only to be read."""
-    path = tmp_path_factory.mktemp("filled") / "filled.db"
-    fill(path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from alembic.script import ScriptDirectory
 from dspex_persist.state.store import migrate, schema
 from dspex_persist.state.store.schema import APPEND_ONLY
 from dspex_persist.state.store.session_store import open_groups
-from tests.assets.make_database import fill
 
 _GENERATED = 2
 """What table_xinfo calls a virtual generated column."""
@@ -73,13 +72,6 @@ def test_tables_are_strict(connection: sqlite3.Connection, name: str) -> None:
 def test_the_revision_is_the_head_of_the_migrations(connection: sqlite3.Connection) -> None:
     assert ScriptDirectory(str(migrate.migrations_path())).get_heads() == [schema.REVISION]
     assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [(schema.REVISION,)]
-
-
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("filled") / "filled.db"
-    fill(path)
-    return path
 
 
 CHANGES = [

@@ -44,6 +44,7 @@ from dspex_persist.state.store.history import recordings
 from dspex_persist.state.store.maintenance import transfer
 from dspex_persist.state.store.session_store import FileGroups, StoreOptions, open_groups
 from dspex_persist.state.unit_of_work import UnitOfWork
+from tests.clocks import pass_s
 from tests.deadline import within
 
 ADA = Origin("ada", "test")
@@ -761,26 +762,6 @@ class TestOpening:
     def test_readers_of_the_file_are_welcome_while_it_is_owned(self, store: FileGroups, path: Path) -> None:
         run(store, write("x", 1))
         assert query(path, "SELECT value FROM versions ORDER BY version") == [("0",), ("1",)]
-
-
-@pytest.fixture(scope="class")
-def standing_clock() -> Iterator[FrozenDateTimeFactory]:
-    """A clock that goes only when it is told to; pytest's own goes on. Stopping it takes a while: once for a class."""
-    with freeze_time("2030-01-01", ignore=["_pytest"]) as frozen:
-        assert isinstance(frozen, FrozenDateTimeFactory)
-        yield frozen
-
-
-@pytest.fixture
-def frozen(standing_clock: FrozenDateTimeFactory) -> FrozenDateTimeFactory:
-    """The clock, put back to the beginning of 2030."""
-    standing_clock.move_to("2030-01-01")
-    return standing_clock
-
-
-def pass_s(frozen: FrozenDateTimeFactory, seconds: float) -> None:
-    """Let time pass."""
-    frozen.tick(timedelta(seconds=seconds))
 
 
 class TestTime:

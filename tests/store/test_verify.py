@@ -39,7 +39,7 @@ from dspex_persist.state.store.schema import metadata as tables
 from dspex_persist.state.store.session_store import open_groups
 from dspex_persist.state.store.variables import KINDS
 from dspex_persist.state.store.verify import Problem
-from tests.assets.make_database import fill
+from tests.databases import copy_database
 
 # What the log says nothing of: a key that nothing refers to, an expiry that every touch moves on.
 _UNTOLD = {("dependencies", "dependency_key"), ("sessions", "expires_at")}
@@ -52,21 +52,10 @@ STATE_COLUMNS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with every kind of event and version, large contents and bytes. Only to be read."""
-    path = tmp_path_factory.mktemp("sound") / "sound.db"
-    fill(path)
-    return path
-
-
 @pytest.fixture
-def path(sound: Path, tmp_path: Path) -> Path:
+def path(filled: Path, tmp_path: Path) -> Path:
     """A copy of it, with its anchor, to be tampered with."""
-    target = tmp_path / "copy.db"
-    shutil.copy(sound, target)
-    shutil.copy(f"{sound}.anchor", f"{target}.anchor")
-    return target
+    return copy_database(filled, tmp_path / "copy.db")
 
 
 def problems_of(path: Path, anchor: Head | None = None) -> list[Problem]:
@@ -159,9 +148,9 @@ def names_commit(problems: list[Problem], sequence: int | None) -> bool:
 # Sound files
 
 
-def test_sound_database_has_every_kind_of_everything(sound: Path) -> None:
+def test_sound_database_has_every_kind_of_everything(filled: Path) -> None:
     """What the tests below rest on."""
-    with closing(sqlite3.connect(f"file:{sound}?mode=ro", uri=True)) as connection:
+    with closing(sqlite3.connect(f"file:{filled}?mode=ro", uri=True)) as connection:
         kinds = {KINDS[code] for (code,) in connection.execute("SELECT DISTINCT kind FROM versions")}
         events = {kind for (kind,) in connection.execute("SELECT DISTINCT kind FROM events")}
         filled = {
@@ -182,18 +171,18 @@ def test_sound_database_has_every_kind_of_everything(sound: Path) -> None:
     assert tools == (2, 2)
 
 
-def test_sound_database_has_no_problems(sound: Path) -> None:
-    assert problems_of(sound, anchor_of(sound)) == []
-    assert schema_problems_of(sound) == []
+def test_sound_database_has_no_problems(filled: Path) -> None:
+    assert problems_of(filled, anchor_of(filled)) == []
+    assert schema_problems_of(filled) == []
 
 
-def test_progress_reaches_the_last_commit(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_reaches_the_last_commit(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "_PAGE_COMMITS", 7)
     told: list[tuple[int, int]] = []
-    readers = open_readers(sound, size=1)
+    readers = open_readers(filled, size=1)
     assert list(verify.iter_problems(readers, None, lambda done, in_all: told.append((done, in_all)))) == []
     readers.dispose()
-    last = anchor_of(sound).sequence
+    last = anchor_of(filled).sequence
     assert told[0] == (7, last)
     assert told[-1] == (last, last)
     assert told == sorted(told)
@@ -201,13 +190,13 @@ def test_progress_reaches_the_last_commit(sound: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("snapshot_s", [0.0, 1000.0])
 def test_every_walk_goes_on_in_the_next_snapshot(
-    sound: Path, path: Path, monkeypatch: pytest.MonkeyPatch, snapshot_s: float
+    filled: Path, path: Path, monkeypatch: pytest.MonkeyPatch, snapshot_s: float
 ) -> None:
     """A snapshot for each commit, content and session finds what one for all of them finds."""
     monkeypatch.setattr(verify, "_SNAPSHOT_S", snapshot_s)
     monkeypatch.setattr(verify, "_PAGE_COMMITS", 1 if snapshot_s == 0 else 10_000)
     monkeypatch.setattr(verify, "_MOST_REMEMBERED", 0 if snapshot_s == 0 else 1000)
-    assert problems_of(sound, anchor_of(sound)) == []
+    assert problems_of(filled, anchor_of(filled)) == []
     with Tamperer(path) as tamperer:
         tamperer.run("UPDATE commits SET cause = 'x' WHERE sequence = 30")
         tamperer.run("UPDATE blobs SET content = x'00' WHERE blob_key = 2")
@@ -288,10 +277,10 @@ WALKED = [
 
 
 @pytest.mark.parametrize(("module", "name"), WALKED)
-def test_no_walk_sorts_the_log(sound: Path, module: Any, name: str) -> None:
+def test_no_walk_sorts_the_log(filled: Path, module: Any, name: str) -> None:
     """SQLite would do that in memory, or in a file as large as the log, before the first row came."""
     sql = getattr(module, name)
-    with closing(sqlite3.connect(f"file:{sound}?mode=ro", uri=True)) as connection:
+    with closing(sqlite3.connect(f"file:{filled}?mode=ro", uri=True)) as connection:
         plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", [0] * sql.count("?"))]
     assert plan
     assert not [step for step in plan if "TEMP B-TREE" in step], plan
@@ -592,8 +581,8 @@ def forge_marker(tamperer: Tamperer, sequence: int, full: dict[int, bytes]) -> b
     return tamperer.connection.execute(statement, (digest, sequence)).rowcount == 1
 
 
-def test_an_anchor_of_an_empty_log_fits_any(sound: Path) -> None:
-    assert problems_of(sound, Head(0, GENESIS)) == []
+def test_an_anchor_of_an_empty_log_fits_any(filled: Path) -> None:
+    assert problems_of(filled, Head(0, GENESIS)) == []
 
 
 # What is said of it
@@ -693,9 +682,9 @@ def test_a_missing_or_toothless_trigger_is_found(path: Path, table: str, action:
     assert problem == Problem(f"table {table}", f"the trigger {name} is {'changed' if instead else 'missing'}")
 
 
-def test_whatever_is_missing_in_the_schema_is_named(sound: Path, path: Path) -> None:
+def test_whatever_is_missing_in_the_schema_is_named(filled: Path, path: Path) -> None:
     """Each trigger, view and index that a file has, dropped in turn."""
-    with closing(sqlite3.connect(f"file:{sound}?mode=ro", uri=True)) as connection:
+    with closing(sqlite3.connect(f"file:{filled}?mode=ro", uri=True)) as connection:
         parts = connection.execute(
             "SELECT type, name FROM sqlite_schema WHERE type != 'table' AND sql IS NOT NULL"
         ).fetchall()
@@ -792,7 +781,7 @@ def test_an_index_of_metadata_that_was_emptied_is_found(path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_flipped_bits_in_the_file_are_found_and_end_nothing(sound: Path, path: Path, seed: int) -> None:
+def test_flipped_bits_in_the_file_are_found_and_end_nothing(filled: Path, path: Path, seed: int) -> None:
     """Whatever a damaged file makes SQLite answer: where the log reads differently, there is a problem."""
     print(f"seed {seed}")
     randomly = random.Random(seed)
@@ -802,7 +791,7 @@ def test_flipped_bits_in_the_file_are_found_and_end_nothing(sound: Path, path: P
         content[randomly.randrange(4096, len(content))] ^= 1 << randomly.randrange(8)
     path.write_bytes(content)
     problems = problems_of(path)
-    if contents_of(path) != contents_of(sound):
+    if contents_of(path) != contents_of(filled):
         assert problems
 
 
