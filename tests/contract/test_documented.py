@@ -28,7 +28,9 @@ def _module_of(name: str, text: str) -> ModuleType:
 _module_of("json_lines", STORE.text)
 _tests = _module_of("test_json_lines", TESTS.text)
 owner, with_tools = _tests.owner, _tests.with_tools
-TestJsonLines, TestJsonLinesTools = _tests.TestJsonLines, _tests.TestJsonLinesTools
+TestJsonLines = _tests.TestJsonLines
+# Its tools run as those of LocalState do, over the same engine.
+TestJsonLinesTools = pytest.mark.thorough(_tests.TestJsonLinesTools)
 
 
 @pytest.fixture

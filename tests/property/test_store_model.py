@@ -61,7 +61,7 @@ from dspex_persist.state.store.verify import iter_problems, schema_problems
 from dspex_persist.state.watch import Feed
 from tests.property.store_oracle import LEASE_S, Entry, Oracle, Var
 
-EXAMPLES = int(os.environ.get("STORE_MODEL_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("STORE_MODEL_EXAMPLES", "50"))
 STEPS = int(os.environ.get("STORE_MODEL_STEPS", "30"))
 # Shrinking takes minutes: for whoever mends what was found, not for every run.
 PHASES = [
@@ -702,8 +702,9 @@ def run_model(examples: int, model: type[StoreModel] = StoreModel, **more: Any) 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_store_agrees_with_the_oracle() -> None:
-    run_model(EXAMPLES, PruningModel)
+@pytest.mark.parametrize("times", [1, pytest.param(4, marks=pytest.mark.thorough)])
+def test_store_agrees_with_the_oracle(times: int) -> None:
+    run_model(times * EXAMPLES, PruningModel)
 
 
 # A model that finds nothing proves nothing
