@@ -26,16 +26,16 @@ if _version_not_supported:
 
 
 class AuditServiceStub(object):
-    """The questions.
+    """The queries.
 
-    A *point* is a place in the history, as text: a commit's number (1234), an execution's id (exec_1234_..., right after it
-    ended), an ISO time (2026-03-01T12:00:00Z), an age (30s, 15m, 2h, 7d), or now. With ^ behind it: right before it.
+    A *point* is a place in the history, as text: a commit's number (1234), an execution's id (exec_1234_..., right after
+    it ended), an ISO time (2026-03-01T12:00:00Z), an age (30s, 15m, 2h, 7d), or now. A ^ after it means right before it.
 
     Values of sensitive variables (those whose metadata says "sensitive": "true") are masked, unless the request says
     `reveal` and the server was started with the setting audit_reveal.
 
-    Errors are those of the bridge: NOT_FOUND for a session, a variable or an execution that there never was,
-    INVALID_ARGUMENT for what is no point in the history; google.rpc.ErrorInfo says which, for programs.
+    Errors are those of the bridge: NOT_FOUND for an unknown session, variable or execution, INVALID_ARGUMENT for an
+    invalid point; google.rpc.ErrorInfo has the details for programs.
     """
 
     def __init__(self, channel):
@@ -107,16 +107,16 @@ class AuditServiceStub(object):
 
 
 class AuditServiceServicer(object):
-    """The questions.
+    """The queries.
 
-    A *point* is a place in the history, as text: a commit's number (1234), an execution's id (exec_1234_..., right after it
-    ended), an ISO time (2026-03-01T12:00:00Z), an age (30s, 15m, 2h, 7d), or now. With ^ behind it: right before it.
+    A *point* is a place in the history, as text: a commit's number (1234), an execution's id (exec_1234_..., right after
+    it ended), an ISO time (2026-03-01T12:00:00Z), an age (30s, 15m, 2h, 7d), or now. A ^ after it means right before it.
 
     Values of sensitive variables (those whose metadata says "sensitive": "true") are masked, unless the request says
     `reveal` and the server was started with the setting audit_reveal.
 
-    Errors are those of the bridge: NOT_FOUND for a session, a variable or an execution that there never was,
-    INVALID_ARGUMENT for what is no point in the history; google.rpc.ErrorInfo says which, for programs.
+    Errors are those of the bridge: NOT_FOUND for an unknown session, variable or execution, INVALID_ARGUMENT for an
+    invalid point; google.rpc.ErrorInfo has the details for programs.
     """
 
     def GetHead(self, request, context):
@@ -127,15 +127,15 @@ class AuditServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ResolvePoint(self, request, context):
-        """Which commit a point means.
+        """The commit that a point refers to.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListHistory(self, request, context):
-        """The large answers come as streams of small batches. Whoever does not read holds the server back, and is cut off after
-        some time (the setting stall_timeout_s). A stream that broke goes on where `next` of its last message says.
+        """Large answers are streams of small batches. The server waits for a slow reader, and ends the stream of one that
+        stalls (the setting stall_timeout_s). To resume a broken stream, send `next` of its last message.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -167,7 +167,7 @@ class AuditServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetState(self, request, context):
-        """The variables of a session as they stood at a point.
+        """The variables of a session as of a point.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -181,27 +181,28 @@ class AuditServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Prune(self, request, context):
-        """Delete old history for good, or say how much that would be. Others go on reading and writing meanwhile. It tells of
-        its progress, and last comes the report. A client that leaves ends it; what has gone by then is gone. To confirm it
-        needs a server that was started with the setting audit_prune.
+        """Delete old history for good, or only count it. Other calls continue meanwhile. The stream reports progress, and
+        ends with the report. If the client disconnects, pruning stops, and history that was deleted by then stays deleted.
+        Confirming requires a server that was started with the setting audit_prune.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RecordSession(self, request, context):
-        """A session's whole log up to now, as the lines of a recording (docs/recordings.md): the header first, then one line for
-        each commit, oldest first. The session may have ended. Values of sensitive variables are left out unless they may be
-        revealed. FAILED_PRECONDITION if history of the session was pruned. A stream that breaks is begun anew.
+        """A session's whole log up to now, as the lines of a recording (docs/recordings.md): the header first, then one line
+        for each commit, oldest first. The session may have ended. Values of sensitive variables are left out unless they
+        may be revealed. FAILED_PRECONDITION if history of the session was pruned. A broken stream cannot be resumed: start
+        again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ForkSession(self, request, context):
-        """Begin a session with the variables that another one had at a point, each at version 0. It says who asks in the
-        header x-dspex-actor, as calls on the bridge do. Where one of the variables is sensitive, the server has to be one that
-        reveals: UNIMPLEMENTED otherwise. ALREADY_EXISTS where a live session has the new id.
+        """Begin a session with the variables that another one had at a point, each at version 0. The header x-dspex-actor
+        names the caller, as on the bridge. If one of the variables is sensitive, the server must be allowed to reveal it,
+        or answers UNIMPLEMENTED. ALREADY_EXISTS if a live session has the new id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -279,16 +280,16 @@ def add_AuditServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AuditService(object):
-    """The questions.
+    """The queries.
 
-    A *point* is a place in the history, as text: a commit's number (1234), an execution's id (exec_1234_..., right after it
-    ended), an ISO time (2026-03-01T12:00:00Z), an age (30s, 15m, 2h, 7d), or now. With ^ behind it: right before it.
+    A *point* is a place in the history, as text: a commit's number (1234), an execution's id (exec_1234_..., right after
+    it ended), an ISO time (2026-03-01T12:00:00Z), an age (30s, 15m, 2h, 7d), or now. A ^ after it means right before it.
 
     Values of sensitive variables (those whose metadata says "sensitive": "true") are masked, unless the request says
     `reveal` and the server was started with the setting audit_reveal.
 
-    Errors are those of the bridge: NOT_FOUND for a session, a variable or an execution that there never was,
-    INVALID_ARGUMENT for what is no point in the history; google.rpc.ErrorInfo says which, for programs.
+    Errors are those of the bridge: NOT_FOUND for an unknown session, variable or execution, INVALID_ARGUMENT for an
+    invalid point; google.rpc.ErrorInfo has the details for programs.
     """
 
     @staticmethod
