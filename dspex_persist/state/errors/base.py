@@ -80,7 +80,7 @@ class StateError(DspexError):
 
 @dataclass(eq=False)
 class InvalidArgumentError(StateError):
-    """An argument that no state of the store could accept."""
+    """An argument that is invalid in every state of the store."""
 
     template = "invalid {field}: {reason}"
     field: str
@@ -89,7 +89,7 @@ class InvalidArgumentError(StateError):
 
 @dataclass(eq=False)
 class LimitExceededError(StateError):
-    """Something is larger than is allowed, by a setting if `setting` names one."""
+    """Something exceeds a limit; `setting` names the setting, if there is one."""
 
     template = "{what} is {actual}, above the limit of {limit}{setting!o: (setting %)}"
     what: str
@@ -100,7 +100,7 @@ class LimitExceededError(StateError):
 
 @dataclass(eq=False)
 class UnsupportedError(StateError):
-    """This backend cannot do that. `hint`: what to do instead."""
+    """This backend does not support the operation. `hint`: what to do instead."""
 
     template = "not supported here: {what}{hint!o:; %}"
     what: str

@@ -18,7 +18,7 @@ class StorageError(StateError):
 
 @dataclass(eq=False)
 class ReadFailedError(StateError):
-    """The database could not be read. Nothing has changed by that."""
+    """The database could not be read; nothing has changed."""
 
     template = "{path} could not be read: {reason}"
     retryable = True
@@ -28,7 +28,7 @@ class ReadFailedError(StateError):
 
 @dataclass(eq=False)
 class FileChangedError(StateError):
-    """What is on the disk is not any more what this process opened and alone may change."""
+    """The files on disk are no longer those that this process opened, or another program has changed them."""
 
     template = "{path} cannot be used any longer: {reason}"
     advice = Hint.PUT_BACK_FILE
@@ -38,7 +38,7 @@ class FileChangedError(StateError):
 
 @dataclass(eq=False)
 class CheckpointError(StateError):
-    """Closing could not bring the write-ahead log into the database file."""
+    """Closing could not move the write-ahead log into the database file."""
 
     template = "{path} could not be tidied up: {reason}"
     advice = Hint.KEEP_WAL
@@ -75,7 +75,7 @@ class DatabaseInUseError(OpenError):
 
 @dataclass(eq=False)
 class NotADatabaseError(OpenError):
-    """The file cannot be opened or is no database of ours."""
+    """The file cannot be opened or is not a dspex-persist database."""
 
     template = "cannot open {path}: {reason}"
     path: str
@@ -97,7 +97,7 @@ class NewerSchemaError(OpenError):
 
 @dataclass(eq=False)
 class UpgradeError(OpenError):
-    """A migration failed; the file is as it was."""
+    """A migration failed; the file is unchanged."""
 
     template = "the upgrade of {path} to {revision} failed, the file is as it was: {reason}"
     path: str
@@ -107,7 +107,7 @@ class UpgradeError(OpenError):
 
 @dataclass(eq=False)
 class LostCommitsError(OpenError):
-    """The database is behind its anchor, or not the one that the anchor saw: acknowledged commits are gone."""
+    """The database is behind its anchor, or does not match it: acknowledged commits are missing."""
 
     template = "{path} has lost acknowledged commits: {reason}"
     advice = Hint.RESTORE_BACKUP

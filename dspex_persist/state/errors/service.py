@@ -8,7 +8,7 @@ from dspex_persist.state.errors.hints import Hint
 
 @dataclass(eq=False)
 class QueueFullError(StateError):
-    """More writes wait than the queue may hold."""
+    """The queue of waiting writes is full."""
 
     template = "the write queue is full ({limit} waiting; setting queue_length)"
     advice = Hint.REPEAT_LATER
@@ -18,7 +18,7 @@ class QueueFullError(StateError):
 
 @dataclass(eq=False)
 class OutcomeUnknownError(StateError):
-    """The disk or the connection broke between sending and acknowledging: written or not, nobody can say yet."""
+    """The disk or the connection failed before the acknowledgement: the outcome is unknown."""
 
     template = "outcome unknown: {reason}"
     advice = Hint.REPEAT_WITH_KEY
@@ -36,14 +36,14 @@ class UnavailableError(StateError):
 
 @dataclass(eq=False)
 class EngineClosedError(StateError):
-    """The engine was closed, or is about to be."""
+    """The engine was closed, or is closing."""
 
     template = "the engine is closed"
 
 
 @dataclass(eq=False)
 class ForkedProcessError(StateError):
-    """This process was forked from the one that opened the database, that has the connection or runs the execution."""
+    """This process was forked from the one that owns the database, the connection or the execution."""
 
     template = "{what} belongs to the process that this one was forked from, and works only there"
     advice = Hint.CONNECT_AFTER_FORK
@@ -52,7 +52,7 @@ class ForkedProcessError(StateError):
 
 @dataclass(eq=False)
 class ShuttingDownError(StateError):
-    """The server takes no new calls, because it is about to end."""
+    """The server is shutting down and accepts no new calls."""
 
     template = "nothing was written: the server is shutting down"
     advice = Hint.REPEAT_WHEN_BACK
@@ -61,7 +61,7 @@ class ShuttingDownError(StateError):
 
 @dataclass(eq=False)
 class InternalError(StateError):
-    """A fault of ours; the reference finds it in the server's log."""
+    """A bug in dspex-persist; the server's log has the reference."""
 
     template = "{reason}"
     reason: str

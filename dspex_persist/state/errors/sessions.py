@@ -17,7 +17,7 @@ class SessionNotFoundError(StateError):
 
 @dataclass(eq=False)
 class SessionExistsError(StateError):
-    """A live session has this id, and another one is to begin under it."""
+    """A live session already has this id."""
 
     template = "session {session_id!q} is live here already"
     advice = Hint.ANOTHER_SESSION_ID
@@ -26,7 +26,7 @@ class SessionExistsError(StateError):
 
 @dataclass(eq=False)
 class SessionPrunedError(StateError):
-    """Old history of the session is gone, so it cannot be recorded whole. `marker`: the commit that says so."""
+    """Old history of the session was pruned, so it cannot be exported. `marker`: the commit that pruned it."""
 
     template = "session {session_id!q} cannot be recorded: old history of it was pruned, as commit {marker} says"
     advice = Hint.RECORD_FROM_BACKUP
@@ -36,7 +36,7 @@ class SessionPrunedError(StateError):
 
 @dataclass(eq=False)
 class DamagedSessionError(StateError):
-    """What the file says of the session makes no sense: it was changed from outside, or the disk has damaged it."""
+    """The session's data in the file is inconsistent: another program has changed it, or the disk has damaged it."""
 
     template = (
         "session {session_id!q} cannot be read, what the file says of it is damaged ({reason}); other sessions are not "
@@ -59,7 +59,7 @@ class IdempotencyConflictError(StateError):
 
 @dataclass(eq=False)
 class NotInHistoryError(StateError):
-    """An audit asked for something that the history never had: a session, a variable, an execution."""
+    """An audit query for something that is not in the history: a session, a variable, an execution."""
 
     template = "no {what} {name!q} in the history{hint!o:; %}"
     what: str
@@ -69,7 +69,7 @@ class NotInHistoryError(StateError):
 
 @dataclass(eq=False)
 class RecordingError(StateError):
-    """A file that is no recording, or not a whole one. `line` counts from 1."""
+    """The file is not a recording, or not a complete one. `line` counts from 1."""
 
     template = "{name}, line {line}: {reason}"
     name: str

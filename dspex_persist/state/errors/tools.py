@@ -18,7 +18,7 @@ class ToolNotFoundError(StateError):
 
 @dataclass(eq=False)
 class ToolExistsError(StateError):
-    """The name belongs to a tool of the server, which a registration must not hide."""
+    """The name belongs to a tool of the server, which a registration cannot replace."""
 
     template = "tool {name!q} already exists: the server itself has one of this name"
     advice = Hint.ANOTHER_TOOL_NAME
@@ -27,7 +27,7 @@ class ToolExistsError(StateError):
 
 @dataclass(eq=False)
 class ToolArgumentError(StateError):
-    """An argument of a tool is wrong, missing or too much; nothing was begun."""
+    """An argument of a tool is wrong, missing or unknown; the execution did not begin."""
 
     error_code = "INVALID_PARAMETERS"
     template = "invalid parameter {parameter!q} of tool {tool!q}: {reason}"
@@ -38,7 +38,7 @@ class ToolArgumentError(StateError):
 
 @dataclass(eq=False)
 class MissingVariablesError(StateError):
-    """The session lacks variables that the tool requires; nothing was begun."""
+    """The session lacks variables that the tool requires; the execution did not begin."""
 
     template = "tool {tool!q} needs variables that the session does not have: {names}"
     advice = Hint.REGISTER_VARIABLES
@@ -57,7 +57,7 @@ class ExecutionNotFoundError(StateError):
 
 @dataclass(eq=False)
 class ExecutionEndedError(StateError):
-    """The execution has ended: what its code still does cannot be kept."""
+    """The execution has ended: its code can no longer read or write."""
 
     template = "execution {execution_id} has ended ({status}): nothing that its code still does is kept"
     execution_id: str
@@ -66,7 +66,7 @@ class ExecutionEndedError(StateError):
 
 @dataclass(eq=False)
 class ExecutionConflictError(StateError):
-    """Others changed what the execution stood on."""
+    """Others changed variables that the execution read or wrote."""
 
     error_code = "CONFLICT"
     template = "conflict: while the tool ran, others changed {changes}; nothing was written"
@@ -78,7 +78,7 @@ class ExecutionConflictError(StateError):
 
 @dataclass(eq=False)
 class ToolFailedError(StateError):
-    """The tool did not end well; nothing was written.
+    """The tool failed; nothing was written.
 
     `kind`: the type of what its code raised, where that is known.
     """
@@ -98,7 +98,7 @@ class ToolInterruptedError(ToolFailedError):
 
 @dataclass(eq=False)
 class ToolTimedOutError(StateError):
-    """The tool took longer than it, or its caller, allows; nothing was written."""
+    """The tool exceeded its time limit or its caller's; nothing was written."""
 
     error_code = "TIMED_OUT"
     template = "timed out: {reason}; nothing was written"
@@ -108,7 +108,7 @@ class ToolTimedOutError(StateError):
 
 @dataclass(eq=False)
 class RemoteToolError(StateError):
-    """The process that runs the tool cannot be reached, or broke off."""
+    """The process that runs the tool cannot be reached, or disconnected."""
 
     error_code = "UNAVAILABLE"
     template = "unavailable: tool {tool!q} at {address}: {reason}"

@@ -38,7 +38,7 @@ class VersionPrunedError(StateError):
 
 @dataclass(eq=False)
 class VariableExistsError(StateError):
-    """The name is registered already, as something else."""
+    """The name is already registered with another type or other constraints."""
 
     template = "variable {name!q} already exists: {difference}"
     name: str
@@ -57,7 +57,7 @@ class UnknownTypeError(StateError):
 
 @dataclass(eq=False)
 class InvalidValueError(StateError):
-    """The value breaks its variable's type or constraints."""
+    """The value violates its variable's type or constraints."""
 
     template = "invalid value for {name!q}: {reason}"
     name: str
@@ -75,7 +75,7 @@ class InvalidConstraintsError(StateError):
 
 @dataclass(eq=False)
 class VersionConflictError(StateError):
-    """Somebody else has written meanwhile."""
+    """Another client has written the variable meanwhile."""
 
     template = "version conflict on {name!q}: expected version {expected}, current version is {actual}"
     advice = Hint.READ_AGAIN
@@ -87,7 +87,7 @@ class VersionConflictError(StateError):
 
 @dataclass(eq=False)
 class VariableReplacedError(StateError):
-    """The variable was registered, or replaced by another one of its name, while a value for it was being read."""
+    """The variable was registered or replaced while a value for it was being parsed."""
 
     template = (
         "variable {name!q} was registered or replaced while a large value for it was being read; nothing was written"
@@ -117,7 +117,7 @@ class NotOptimizingError(StateError):
 
 @dataclass(eq=False)
 class DependencyCycleError(StateError):
-    """The dependency would close a circle."""
+    """The dependency would close a cycle."""
 
     template = "dependency cycle refused: {cycle}"
     cycle: str
@@ -125,7 +125,7 @@ class DependencyCycleError(StateError):
 
 @dataclass(eq=False)
 class TooManyWatchersError(StateError):
-    """More watchers than the setting allows."""
+    """There are more watchers than the setting allows."""
 
     template = "too many watchers: the limit is {limit} (setting watchers)"
     advice = Hint.CLOSE_WATCHES
