@@ -16,6 +16,9 @@ MESSAGES ?= 20000
 MINUTES ?= 15
 MUTANTS ?= 5000
 EXECUTIONS ?= 1000
+CALLS ?= 100
+MIB ?= 30
+LOCK ?= 10
 # One more than the cores that CI has: tests wait for processes now and then.
 WORKERS ?= 3
 ARGS ?=
@@ -46,7 +49,8 @@ TESTS_long := tests/concurrency tests/faults tests/fuzz tests/property/test_exec
 	tests/end_to_end/test_without_tools.py
 
 .PHONY: help setup run serve test test-thorough $(LANES:%=test-%) check lint types imports check-codegen docs
-.PHONY: fix codegen bench peers crash-test powercut-test fault-test fuzz soak mutants observations clean
+.PHONY: fix codegen bench peers crash-test powercut-test fault-test files-test refused-test
+.PHONY: fuzz soak mutants observations clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -146,6 +150,12 @@ powercut-test: .venv/.installed-dev  ## rebuild STATES disks (default 10000) tha
 
 fault-test: .venv/.installed-dev  ## let each operation on a file fail (EVERY=10: every tenth), and check what is left
 	$(BIN)/python -m tests.faults.io_faults --every $(EVERY) $(ARGS)
+
+files-test: .venv/.installed-dev  ## change a server's files in every way, hold its lock while it tries for LOCK s (default 10)
+	LOCK_WAIT_S=$(LOCK) $(BIN)/python -m pytest -s -m "thorough or not thorough" tests/faults/test_files.py $(ARGS)
+
+refused-test: .venv/.installed-dev  ## have CALLS calls of each kind, of MIB each, refused (default 100 of 30): nothing is kept
+	REFUSED_CALLS=$(CALLS) REFUSED_MIB=$(MIB) $(BIN)/python -m pytest -s tests/end_to_end/test_refused_calls.py $(ARGS)
 
 fuzz: .venv/.installed-dev  ## send MESSAGES hostile requests (default 20000) to a server
 	$(BIN)/python -m tests.fuzz.fuzz_test --messages $(MESSAGES) $(ARGS)

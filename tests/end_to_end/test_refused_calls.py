@@ -22,10 +22,13 @@ from grpc_health.v1 import health_pb2
 from dspex_persist.infra.process import ServerProcess
 from tests.deadline import within
 from tests.end_to_end.old_style import environment, target_of
+from tests.faults.crash_test import server_argv
 
-CALLS, ROUNDS = 15, 5
+CALLS, ROUNDS = int(os.environ.get("REFUSED_CALLS", "15")), 5
+LARGE_MIB = int(os.environ.get("REFUSED_MIB", "10"))
+"""`make refused-test` says more calls, and larger ones."""
 MIB = 1024 * 1024
-LARGE = "n" * (10 * MIB)
+LARGE = "n" * (LARGE_MIB * MIB)
 MANY = {f"k{number}": "v" for number in range(100_000)}
 PREDICATE = audit_pb.Predicate(operator=7, operand="a")
 METHODS = [
@@ -118,7 +121,23 @@ def test_refused_calls_leave_nothing_behind(server: ServerProcess, stub: Any, na
             _taken(getattr(stub, rpc)(request))
         assert caught.value.code() not in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 
-    assert_nothing_is_kept(server, call, 10)
+    assert_nothing_is_kept(server, call, LARGE_MIB)
+
+
+@pytest.mark.parametrize("name", ["write to an unknown one", "stream"])
+def test_a_server_that_keeps_what_it_has_refused_is_found(tmp_path: Path, name: str) -> None:
+    rpc, request = REFUSED[name]()
+    argv = server_argv(tmp_path / "s.db", "keep-refused")
+    with ServerProcess.start(argv, env=environment()) as server, grpc.insecure_channel(target_of(server)) as channel:
+        stub = bridge.BridgeServiceStub(channel)
+        stub.InitializeSession(pb.InitializeSessionRequest(session_id="s"))
+
+        def call() -> None:
+            with pytest.raises(grpc.RpcError):
+                _taken(getattr(stub, rpc)(request))
+
+        with pytest.raises(AssertionError, match="it grew by"):
+            assert_nothing_is_kept(server, call, LARGE_MIB, rounds=2)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=[method.name for method in METHODS])
@@ -218,10 +237,12 @@ def test_bytes_that_are_no_message_leave_nothing_behind(server: ServerProcess) -
     with grpc.insecure_channel(target_of(server)) as channel:
         for name in ("SetVariable", "WatchVariables"):
             rpc = channel.unary_unary(f"/snakepit.bridge.BridgeService/{name}")
-            assert_nothing_is_kept(server, partial(call, rpc), 10)
+            assert_nothing_is_kept(server, partial(call, rpc), LARGE_MIB)
 
 
-def assert_nothing_is_kept(server: ServerProcess, call: Callable[[], None], text_mib: int) -> None:
+def assert_nothing_is_kept(
+    server: ServerProcess, call: Callable[[], None], text_mib: int, rounds: int = ROUNDS
+) -> None:
     """Of a text this large in each call: in one round of some, the server grows by less than half of them.
 
     Texts that are kept show in every round. What the allocator has not given back yet does not, however much it is in
@@ -232,7 +253,7 @@ def assert_nothing_is_kept(server: ServerProcess, call: Callable[[], None], text
     call()
     grown: list[int] = []
     while not grown or grown[-1] >= CALLS * text_mib / 2:
-        assert len(grown) < ROUNDS, f"it grew by {grown} MiB in rounds of {CALLS} calls with {text_mib} MiB each"
+        assert len(grown) < rounds, f"it grew by {grown} MiB in rounds of {CALLS} calls with {text_mib} MiB each"
         before = rss_mib(server)
         for _ in range(CALLS):
             call()

@@ -1,7 +1,6 @@
 """A command or a server that refuses a file leaves everything beside it as it was, byte for byte, name by name."""
 
 import hashlib
-import json
 import os
 import shutil
 import signal
@@ -20,6 +19,7 @@ from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.store.anchor import Anchor, Head
 from tests.deadline import within
 from tests.end_to_end.test_db_commands import FINE, IN_USE, PROBLEMS, UNUSABLE, clean_environment
+from tests.prepared import Ended, Prepared
 
 OLDEST = Path(__file__).parents[1] / "assets" / "0001.db"
 DATABASE = "s.db"
@@ -42,37 +42,6 @@ WRITE_AND_DIE = textwrap.dedent("""
         state.set_variable("s", "x", str(number) + "." * 2000)
     os.kill(os.getpid(), signal.SIGKILL)
 """)
-# What takes long is imported once; each command then has a fork to itself.
-RUN_EACH = textwrap.dedent("""
-    import json, os, signal, sys, traceback
-    import alembic.command, sqlalchemy, dspex_persist.wiring, dspex_persist.state.store.maintenance.transfer
-    from dspex_persist.cli import main
-    for line in sys.stdin:
-        folder, words, seconds = json.loads(line)
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            # Whatever does not end, as a server that has not refused.
-            signal.alarm(seconds)
-            os.chdir(folder)
-            sys.argv[1:] = words
-            os.dup2(writer, 1)
-            os.dup2(writer, 2)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-            try:
-                main()
-            except SystemExit as ended:
-                sys.stdout.flush()
-                os._exit(ended.code or 0)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(99)
-        os.close(writer)
-        with open(reader) as output:
-            said = output.read()
-        print(json.dumps((os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said)), flush=True)
-""")
-
 READING = (
     ("audit", "blame", "s"),
     ("audit", "commits"),
@@ -115,27 +84,14 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-Run = Callable[[Path, Sequence[str]], tuple[int, str]]
+Run = Callable[[Path, Sequence[str]], Ended]
 
 
 @pytest.fixture(scope="module")
 def run() -> Iterator[Run]:
-    """Run a command in a folder; its exit code and what it has said."""
-    argv = [sys.executable, "-c", RUN_EACH]
-    with subprocess.Popen(
-        argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=clean_environment()
-    ) as runner:
-
-        def ask(folder: Path, words: Sequence[str]) -> tuple[int, str]:
-            assert runner.stdin is not None
-            assert runner.stdout is not None
-            runner.stdin.write(json.dumps((str(folder), words, round(within(30)))) + "\n")
-            runner.stdin.flush()
-            code, said = json.loads(runner.stdout.readline())
-            return code, said
-
-        yield ask
-        runner.communicate()
+    """Run a command in a folder."""
+    with Prepared(clean_environment()) as prepared:
+        yield lambda folder, words: prepared.run(words, cwd=folder, timeout_s=within(30))
 
 
 def contents(folder: Path, but: str = "nothing") -> dict[str, str]:

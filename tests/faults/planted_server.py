@@ -4,6 +4,7 @@ Everything but the bug is the product's own. Each bug breaks one promise, and br
 """
 
 import contextlib
+import gc
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from dspex_persist.cli import main
+from dspex_persist.infra import server
 from dspex_persist.state.commands import BeginExecution, FinishExecution, SetVariable, SetVariables
 from dspex_persist.state.errors import StorageError
 from dspex_persist.state.groups import Groups, Job, Outcome
@@ -289,6 +291,12 @@ def leak_memory() -> None:
     _patch(Groups, "write_group", write_group)
 
 
+def keep_refused() -> None:
+    """Have errors hold on to what they were raised over: only a collection of garbage frees what was refused."""
+    _patch(server, "_let_go", lambda _: None)
+    gc.disable()
+
+
 def leak_files() -> None:
     """Open a file now and then, and forget it."""
 
@@ -410,6 +418,7 @@ BUGS: dict[str, Callable[[], None]] = {
         sequence_gap,
         leak_memory,
         leak_files,
+        keep_refused,
         drop_steps,
         half_tool,
         forget_tool_keys,

@@ -9,7 +9,7 @@ import subprocess
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from random import Random
 from typing import ClassVar, NamedTuple
@@ -30,6 +30,7 @@ from tests.faults.checker import Checker
 from tests.faults.crash_test import program_argv, server_argv
 from tests.faults.ledger import Ledger
 from tests.faults.workload import SESSION, Client, Watcher, set_up
+from tests.prepared import Prepared
 
 DATABASE = "cut.db"
 _CLIENTS = 6
@@ -79,6 +80,18 @@ class Recording(ABC):
         argv = [*program_argv(self._planted), *arguments, "--db", str(self._database)]
         subprocess.run(argv, env=dict(self._env), check=True, capture_output=True)
         return time.monotonic()
+
+    @contextmanager
+    def _prepared(self) -> Iterator[Callable[..., float]]:
+        """The same, for several commands."""
+        with Prepared(dict(self._env)) as prepared:
+
+            def run(*arguments: str) -> float:
+                ended = prepared.run([*arguments, "--db", str(self._database)], cwd=self._folder, timeout_s=_WORK_S)
+                assert ended.code == 0, ended.said
+                return time.monotonic()
+
+            yield run
 
 
 class Served(Recording):
@@ -162,16 +175,17 @@ class Commands(_Promising):
         with self._start("--audit-prune") as process:
             asyncio.run(self._write_and_prune(process.port))
             process.kill()
-        at = self._run("session", "import", str(recording), "--as", "imported")
-        self._promise(at, "the imported session", lambda folder: _versions(folder, "imported") == self._IMPORTED)
-        at = self._run("db", "prune", "--keep-versions", "3", "--session", "plain", "--confirm")
-        self._promise(at, "the pruning", lambda folder: _versions(folder, "plain") == 3)
         backup = self._database.with_name("backup.db")
-        at = self._run("db", "backup", str(backup))
-        self._promise(at, "the backup", lambda folder: (folder / backup.name).exists())
-        self._run("db", "vacuum")
-        at = self._run("session", "fork", "imported", "forked")
-        self._promise(at, "the forked session", lambda folder: _versions(folder, "forked") > 0)
+        with self._prepared() as run:
+            at = run("session", "import", str(recording), "--as", "imported")
+            self._promise(at, "the imported session", lambda folder: _versions(folder, "imported") == self._IMPORTED)
+            at = run("db", "prune", "--keep-versions", "3", "--session", "plain", "--confirm")
+            self._promise(at, "the pruning", lambda folder: _versions(folder, "plain") == 3)
+            at = run("db", "backup", str(backup))
+            self._promise(at, "the backup", lambda folder: (folder / backup.name).exists())
+            run("db", "vacuum")
+            at = run("session", "fork", "imported", "forked")
+            self._promise(at, "the forked session", lambda folder: _versions(folder, "forked") > 0)
 
     def problems(self, folder: Path, instant: float) -> list[str]:
         problems = super().problems(folder, instant)

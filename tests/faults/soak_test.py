@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as audit_pb
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.store import maintenance
+from tests.deadline import within
 from tests.faults.auditor import Auditor
 from tests.faults.bridge import Bridge, wire
 from tests.faults.crash_test import CrashTest, Report
@@ -33,6 +34,7 @@ from tests.faults.workload import SESSION, Client, Watcher
 _PRUNED = "pruned"
 _LIFE_S = 150.0
 _ENDING_S = 30.0
+_ROUND_S = 30.0
 _BACKUP_EVERY_S, _PRUNE_EVERY, _PAUSE_S = 20.0, 10, 0.02
 _MOST_GROWTH_MIB, _MOST_MORE_FILES = 40, 20
 
@@ -85,11 +87,16 @@ class Soak(CrashTest):
             async with Bridge(process.port) as bridge:
                 await self._compare_memory(bridge)
                 users = [asyncio.create_task(user.run(bridge)) for user in (*self._clients, *self._watchers)]
-                others = [asyncio.create_task(self._repeat(other, process.port)) for other in self._others()]
+                rounds = [asyncio.Event() for _ in self._others()]
+                others = [
+                    asyncio.create_task(self._repeat(other, process.port, ended))
+                    for other, ended in zip(self._others(), rounds, strict=True)
+                ]
                 await asyncio.sleep(seconds / 3)
                 warm = Usage.of(process.pid)
                 await asyncio.sleep(seconds * 2 / 3)
                 self._compare(warm, Usage.of(process.pid))
+                await self._end_rounds(rounds, others)
                 for other in others:
                     other.cancel()
                 await asyncio.wait(others)
@@ -98,6 +105,15 @@ class Soak(CrashTest):
         for other in others:
             if not other.cancelled() and (error := other.exception()) is not None:
                 self.report.problems.append(f"somebody failed: {error!r}")
+
+    async def _end_rounds(self, rounds: Sequence[asyncio.Event], others: Sequence[asyncio.Task[None]]) -> None:
+        """However short the life, everybody gets to the end of a round, unless somebody fails."""
+        all_ended = asyncio.ensure_future(asyncio.gather(*(ended.wait() for ended in rounds)))
+        await asyncio.wait((all_ended, *others), timeout=within(_ROUND_S), return_when=asyncio.FIRST_COMPLETED)
+        if not all_ended.done() and not any(other.done() for other in others):
+            self.report.problems.append(f"somebody's round does not end: {[ended.is_set() for ended in rounds]}")
+        all_ended.cancel()
+        await asyncio.wait((all_ended,))
 
     async def _end(self, process: ServerProcess, kill: bool) -> None:
         if process.exit_code is not None:
@@ -119,11 +135,12 @@ class Soak(CrashTest):
     def _others(self) -> list[Callable[[int], Awaitable[None]]]:
         return [self._ask_history, self._prune, self._visit, self._glance, self._back_up]
 
-    async def _repeat(self, other: Callable[[int], Awaitable[None]], port: int) -> None:
+    async def _repeat(self, other: Callable[[int], Awaitable[None]], port: int, ended: asyncio.Event) -> None:
         while True:
             await other(port)
             self.report.counts[f"rounds of {other.__name__.strip('_')}"] += 1
-            await asyncio.sleep(_PAUSE_S)
+            ended.set()
+            await asyncio.sleep(_BACKUP_EVERY_S if other == self._back_up else _PAUSE_S)
 
     async def _ask_history(self, port: int) -> None:
         """Every question that can be asked of a session."""
@@ -179,7 +196,6 @@ class Soak(CrashTest):
                 command.kill()
                 await command.wait()
             target.unlink(missing_ok=True)
-        await asyncio.sleep(_BACKUP_EVERY_S)
 
 
 def main() -> int:

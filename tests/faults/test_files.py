@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import sqlite3
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -24,6 +25,16 @@ WRITES = 5
 IN_USE, STORAGE_FAILED = 4, 70
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(within(120))]
+
+
+LOCK_WAIT_S = float(os.environ.get("LOCK_WAIT_S", "1"))
+"""How long the server tries to get a lock: ten times as long outside of `make test`."""
+PATIENT = f"""if True:
+    from dspex_persist.cli import main
+    from dspex_persist.state.store import engine
+    engine.LOCK_WAIT_S = {LOCK_WAIT_S}
+    main()
+"""
 
 
 def serve(database: Path, bug: str | None = None) -> ServerProcess:
@@ -79,8 +90,16 @@ def acknowledged_after(database: Path, spoil: Spoil, suffix: str, bug: str | Non
     return told
 
 
-@pytest.mark.parametrize("suffix", ["", "-wal"])
-@pytest.mark.parametrize("spoil", [remove, rename, replace, truncate])
+ALWAYS = {(remove, ""), (rename, "-wal"), (replace, ""), (truncate, "-wal")}
+"""What is spoiled in every run of the tests. The engine in process has all of it in tests/store/test_ownership.py."""
+CASES = [
+    pytest.param(spoil, suffix, marks=[] if (spoil, suffix) in ALWAYS else pytest.mark.thorough)
+    for spoil in (remove, rename, replace, truncate)
+    for suffix in ("", "-wal")
+]
+
+
+@pytest.mark.parametrize(("spoil", "suffix"), CASES)
 def test_nothing_is_acknowledged_that_would_go_nowhere(tmp_path: Path, spoil: Spoil, suffix: str) -> None:
     database = tmp_path / "served.db"
     if spoil is truncate and not suffix:
@@ -100,18 +119,22 @@ def test_nothing_is_acknowledged_on_top_of_what_others_write(tmp_path: Path, spo
     assert acknowledged_after(tmp_path / "served.db", spoil, "") == []
 
 
-@pytest.mark.parametrize("spoil", [remove, replace])
+@pytest.mark.parametrize("spoil", [pytest.param(remove, marks=pytest.mark.thorough), replace])
 def test_a_server_that_does_not_look_is_found(tmp_path: Path, spoil: Spoil) -> None:
     assert acknowledged_after(tmp_path / "served.db", spoil, "", bug="file-not-looked-at") != []
 
 
 def test_a_lock_for_writing_refuses_writes_and_no_more(tmp_path: Path) -> None:
     database = tmp_path / "served.db"
-    with serve(database) as process, connect(f"grpc://127.0.0.1:{process.port}") as client:
+    _, _, _, *arguments = server_argv(database)
+    argv = [sys.executable, "-c", PATIENT, *arguments]
+    with (
+        ServerProcess.start(argv, ready_timeout_s=within(60)) as process,
+        connect(f"grpc://127.0.0.1:{process.port}") as client,
+    ):
         begin(client)
         with closing(sqlite3.connect(database, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
-            # The server waits for ten seconds each time.
             for _ in range(2):
                 with pytest.raises(StorageError, match="nothing was written: another program holds the lock"):
                     client.set_variable("s", "x", 100)
@@ -137,15 +160,16 @@ def without_lock(database: Path) -> Path:
     return database
 
 
-@pytest.mark.parametrize("way", [by_symlink, by_hard_link, without_lock])
-def test_a_second_server_is_refused(tmp_path: Path, way: Callable[[Path], Path]) -> None:
+def test_a_second_server_is_refused(tmp_path: Path) -> None:
     database = tmp_path / "served.db"
+    written = WRITES
     with serve(database) as process, connect(f"grpc://127.0.0.1:{process.port}") as client:
         begin(client)
-        with ServerProcess(server_argv(way(database))) as second:
-            assert second.wait(within(60)) == IN_USE
-            assert "is in use by" in second.stderr_tail
-        for number in range(WRITES):
-            assert client.set_variable("s", "x", number) == WRITES + number + 1
+        for way in (by_symlink, by_hard_link, without_lock):
+            with ServerProcess(server_argv(way(database))) as second:
+                assert second.wait(within(60)) == IN_USE, way
+                assert "is in use by" in second.stderr_tail
+            written += 1
+            assert client.set_variable("s", "x", written) == written
         assert process.terminate(within(30)) == 0
-    assert version_in(database) == 2 * WRITES
+    assert version_in(database) == written

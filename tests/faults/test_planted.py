@@ -52,6 +52,7 @@ FOUND_BY_SOAK = {
     "leak-files": "files",
 }
 FOUND_BY_FILES = {"file-not-looked-at"}  # in test_files.py
+FOUND_BY_REFUSED = {"keep-refused"}  # in tests/end_to_end/test_refused_calls.py
 FOUND_BY_EXECUTIONS = {
     "no-read-check": "write skew",
     "no-conflict-check": "lost update",
@@ -84,6 +85,7 @@ def test_every_bug_has_its_proof() -> None:
         FOUND_BY_FUZZ,
         FOUND_BY_SOAK,
         FOUND_BY_FILES,
+        FOUND_BY_REFUSED,
         FOUND_BY_HISTORIES,
         FOUND_BY_EXECUTIONS,
     )

@@ -27,6 +27,8 @@ from dspex_persist.state.values.json_text import mended
 
 Durability: TypeAlias = Literal["full", "normal"]
 _SYNCHRONOUS = {"full": 2, "normal": 1}
+LOCK_WAIT_S: Final = 10.0
+"""How long SQLite tries to get a lock that another program has."""
 WAL_LIMIT_BYTES: Final = 64 * 1024 * 1024
 """A WAL that grew larger is cut back to this once all of it is in the file."""
 
@@ -373,7 +375,7 @@ def open_writer(path: Path, durability: Durability = "full") -> Engine:
         with gate():
             # The driver must not guess when a transaction starts: `_begin` says so.
             connection = sqlite3.connect(
-                name, isolation_level=None, check_same_thread=False, timeout=10, factory=inherited.Connection
+                name, isolation_level=None, check_same_thread=False, timeout=LOCK_WAIT_S, factory=inherited.Connection
             )
             connections.add(connection)
             # This has SQLite open what is beside the file, see untouched.py.
@@ -486,7 +488,7 @@ def uri_of(path: Path) -> str:
 def connect_to(uri: str) -> inherited.Connection:
     """A connection that begins no transaction by itself. To be called inside the gate."""
     return sqlite3.connect(
-        uri, uri=True, isolation_level=None, check_same_thread=False, timeout=10, factory=inherited.Connection
+        uri, uri=True, isolation_level=None, check_same_thread=False, timeout=LOCK_WAIT_S, factory=inherited.Connection
     )
 
 
