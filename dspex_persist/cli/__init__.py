@@ -54,7 +54,7 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Session variables and their whole history in SQLite, durable and auditable, behind gRPC."""
+    """Durable, versioned session state for AI tools in one SQLite file."""
 
 
 def main() -> None:
