@@ -17,6 +17,7 @@ from dspex_persist.state.cache import SessionCache
 from dspex_persist.state.commands import Command, ExpireSession, InterruptExecutions
 from dspex_persist.state.commands.base import check_text
 from dspex_persist.state.errors import (
+    DamagedSessionError,
     FileChangedError,
     IdempotencyConflictError,
     InternalError,
@@ -379,7 +380,10 @@ def _apply_once(job: Job, unit: UnitOfWork) -> Any:
         # Older files have it as the request was spelled.
         if recorded.fingerprint != fingerprint and recorded.fingerprint != command.fingerprint():
             raise IdempotencyConflictError(key, recorded.cause)
-        return outcomes.decode(command.returns, recorded.result)
+        try:
+            return outcomes.decode(command.returns, recorded.result)
+        except ValueError as error:
+            raise DamagedSessionError(command.session_id, type(error).__name__) from error
     result = command.apply(unit)
     if unit.has_changes():
         text = outcomes.encode(command.returns, result)

@@ -42,7 +42,7 @@ _UNFINISHED = (
 
 def running(connection: Connection, session_key: int) -> dict[str, JournalEntry]:
     """The session's executions that have not ended, oldest first."""
-    rows = connection.execute(_RUNNING, {"session_key": session_key})
+    rows = connection.execute(_RUNNING, {"session_key": session_key}).all()
     return {
         row.execution_id: JournalEntry(
             row.execution_id, row.tool, row.began_sequence, row.parent_id, row.idempotency_key, row.fingerprint
@@ -81,14 +81,14 @@ def find_by_key(connection: Connection, session_key: int, key: str) -> JournalEn
 
 def _end_of(connection: Connection, row: Any) -> ExecutionEnded:
     """The second half of an entry, from the commit that ended it."""
-    bodies = connection.execute(_ENDS, {"sequence": row.ended_sequence}).scalars()
+    bodies = connection.execute(_ENDS, {"sequence": row.ended_sequence}).scalars().all()
     ends = (ExecutionEnded.from_body(stored(body)) for body in bodies)
     return next(end for end in ends if end.execution_id == row.execution_id)
 
 
 def registered(connection: Connection, session_key: int) -> dict[str, RegisteredTool]:
     """The tools that the session's workers have registered, by name."""
-    rows = connection.execute(_TOOLS, {"session_key": session_key})
+    rows = connection.execute(_TOOLS, {"session_key": session_key}).all()
     return {row.name: RegisteredTool(spec_in(stored(row.spec)), row.worker_id, row.address) for row in rows}
 
 

@@ -14,10 +14,8 @@ from sqlalchemy.exc import DBAPIError
 from dspex_persist import clock
 from dspex_persist.infra import forks
 from dspex_persist.infra.logs import get_logger
-from dspex_persist.infra.traces import trace_of
 from dspex_persist.state.errors import (
     CheckpointError,
-    DamagedSessionError,
     FileChangedError,
     Hint,
     InvalidArgumentError,
@@ -32,8 +30,8 @@ from dspex_persist.state.log_store import LogStore, UnwritableError
 from dspex_persist.state.model import CommitChanges, JournalEntry, VariableVersion
 from dspex_persist.state.options import SessionOptions, check_count, check_seconds
 from dspex_persist.state.session_state import SessionState
+from dspex_persist.state.store import damage, log, log_reader, migrate, outcomes, recovery
 from dspex_persist.state.store import executions as stored_executions
-from dspex_persist.state.store import log, log_reader, migrate, outcomes, recovery
 from dspex_persist.state.store import sessions as stored_sessions
 from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.anchor import Anchor, Head
@@ -98,19 +96,14 @@ class StoredSessions:
 
     def load(self, session_id: str) -> SessionState | None:
         """The live session's state. What cannot be made of its rows fails the calls on this session alone."""
-        try:
+        with damage.reading(session_id):
             return stored_sessions.load(self._connection, session_id)
-        except (DBAPIError, sqlite3.Error):
-            raise
-        except Exception as error:
-            # As text: a renderer of exceptions may show local variables, and those are users' values.
-            _logger.error("session cannot be read", session_id=session_id, traceback=trace_of(error))
-            raise DamagedSessionError(session_id, type(error).__name__) from error
 
     def find_version(self, state: SessionState, variable_id: str, version: int) -> VariableVersion | None:
         """One committed version."""
         key = state.keys.get(variable_id)
-        return stored_variables.find_version(self._connection, key, version) if key is not None else None
+        with damage.reading(state.session.id):
+            return stored_variables.find_version(self._connection, key, version) if key is not None else None
 
     def history(self, state: SessionState, query: VersionQuery) -> list[VariableVersion] | None:
         """Committed versions, newest first; None if the session never had the variable."""
@@ -118,7 +111,8 @@ class StoredSessions:
         key = state.keys.get(variable.id) if variable is not None else None
         if key is None:
             key = stored_variables.find_key(self._connection, state.key, query.identifier, query.as_of)
-        return stored_variables.history(self._connection, key, query) if key is not None else None
+        with damage.reading(state.session.id):
+            return stored_variables.history(self._connection, key, query) if key is not None else None
 
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
         """What was answered under an idempotency key."""
@@ -126,7 +120,8 @@ class StoredSessions:
 
     def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
         """The last execution under an idempotency key that has ended."""
-        return stored_executions.find_by_key(self._connection, state.key, key)
+        with damage.reading(state.session.id):
+            return stored_executions.find_by_key(self._connection, state.key, key)
 
 
 class SessionStore(StoredSessions, LogStore):
@@ -332,7 +327,7 @@ class SessionStore(StoredSessions, LogStore):
 
     def changes_after(self, state: SessionState, after: int, most_commits: int = 64) -> list[CommitChanges]:
         """The session's next commits."""
-        with snapshot(self.readers) as connection:
+        with snapshot(self.readers) as connection, damage.reading(state.session.id):
             return log_reader.changes_after(connection, state, after, most_commits)
 
     def size_bytes(self) -> int:

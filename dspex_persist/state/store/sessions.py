@@ -1,6 +1,5 @@
 """Sessions, read from a given connection."""
 
-import json
 from datetime import datetime
 
 from sqlalchemy import Connection, bindparam, exists, func, select
@@ -33,7 +32,7 @@ def load(connection: Connection, session_id: str) -> SessionState | None:
     session = Session(
         id=row.session_id,
         created_at=nearest_time(row.created_at),
-        metadata=json.loads(row.metadata),
+        metadata=stored_variables.texts_in(row.metadata),
         ttl_s=row.ttl_s,
         sequence=row.started_sequence,
     )
@@ -63,7 +62,7 @@ def load_dependencies(connection: Connection, session_key: int) -> Dependencies:
     """Every dependency that the session ever had, oldest first."""
     return Dependencies(
         Dependency(row.from_id, row.to_id, row.type, row.since_sequence, row.until_sequence)
-        for row in connection.execute(_DEPENDENCIES, {"session_key": session_key})
+        for row in connection.execute(_DEPENDENCIES, {"session_key": session_key}).all()
     )
 
 

@@ -10,14 +10,16 @@ from sqlalchemy import Connection, Row, Select, bindparam, func, select, text
 
 from dspex_persist.clock import nearest_time, to_micros
 from dspex_persist.state.audit import SENSITIVE
-from dspex_persist.state.frozen import freeze
+from dspex_persist.state.frozen import FrozenDict, freeze
 from dspex_persist.state.model import ChangeKind, Optimization, Source, Value, Variable, VariableVersion
 from dspex_persist.state.store.schema import blobs, commits, is_unicode, variables, versions
 from dspex_persist.state.unit_of_work import VersionQuery
-from dspex_persist.state.values.json_text import stored_object
+from dspex_persist.state.values.json_text import stored_texts
 
 KINDS = tuple(ChangeKind)
 SOURCES = tuple(Source)
+KIND_OF: Mapping[int, ChangeKind] = dict(enumerate(KINDS))
+SOURCE_OF: Mapping[int, Source] = dict(enumerate(SOURCES))
 KIND_CODES = {kind: code for code, kind in enumerate(KINDS)}
 SOURCE_CODES = {source: code for code, source in enumerate(SOURCES)}
 _MERGING_KINDS = ", ".join(str(KIND_CODES[kind]) for kind in KINDS if kind.merges_metadata)
@@ -121,7 +123,8 @@ def is_sensitive(metadata: str) -> str:
 
 def live_variables(connection: Connection, session_key: int) -> list[tuple[int, Variable]]:
     """The session's variables as they stand, with their keys, oldest first."""
-    rows = connection.execute(_LIVE_VARIABLES, {"session_key": session_key})
+    # All of them before any is looked at: one that makes no sense would leave a statement open.
+    rows = connection.execute(_LIVE_VARIABLES, {"session_key": session_key}).all()
     return [(row.variable_key, _variable_of(row)) for row in rows]
 
 
@@ -159,10 +162,10 @@ def history(connection: Connection, variable_key: int, query: VersionQuery) -> l
                 variable_id,
                 type_name,
                 number,
-                KINDS[kind],
+                KIND_OF[kind],
                 value,
-                freeze(stored_object(metadata)),
-                SOURCES[source],
+                freeze(stored_texts(metadata)),
+                SOURCE_OF[source],
                 nearest_time(at),
                 actor,
                 cause,
@@ -211,7 +214,7 @@ def metadata_as_of(connection: Connection, variable_key: int, version: int) -> d
     """What the metadata of all versions up to `version` adds up to."""
     merged: dict[str, str] = {}
     for each in connection.execute(_METADATA_AS_OF, {"key": variable_key, "version": version}).scalars():
-        merged |= stored_object(each)
+        merged |= stored_texts(each)
     return merged
 
 
@@ -221,10 +224,10 @@ def version_of(row: Row[Any]) -> VariableVersion:
         variable_id=row.variable_id,
         type=row.type,
         version=row.version,
-        kind=KINDS[row.kind],
+        kind=KIND_OF[row.kind],
         value=_value_of(row),
-        metadata=freeze(stored_object(row.change_metadata)),
-        source=SOURCES[row.source],
+        metadata=freeze(stored_texts(row.change_metadata)),
+        source=SOURCE_OF[row.source],
         created_at=nearest_time(row.created_at),
         actor=row.actor,
         cause=row.cause,
@@ -254,11 +257,19 @@ def _variable_of(row: Row[Any]) -> Variable:
         value=value,
         version=row.version,
         constraints=row.constraints,
-        metadata=freeze(json.loads(row.metadata)),
-        source=SOURCES[row.source],
+        metadata=texts_in(row.metadata),
+        source=SOURCE_OF[row.source],
         updated_at=updated_at,
         optimization=lock,
     )
+
+
+def texts_in(text: str) -> FrozenDict[str, str]:
+    """The metadata of a session, or of a variable, in its column."""
+    found = json.loads(text)
+    if not isinstance(found, dict) or not all(isinstance(each, str) for each in found.values()):
+        raise ValueError("metadata is texts by text")
+    return FrozenDict(found)
 
 
 def lock_of(text: str | None) -> Optimization | None:

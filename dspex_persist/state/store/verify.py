@@ -1,15 +1,16 @@
 """Checking a whole file: does its log hold, and do its current-state tables say what the log adds up to?
 
 Its walks: the log commit by commit (chain, sequences, versions, documents), what was pruned, the large contents, the
-index of metadata, the sessions one by one, the documents in the other tables, the live sessions as the engine loads
-them. Each reads in short snapshots, so that a file that a server writes to can be checked without its WAL growing
-meanwhile. Memory holds the variables of one session, never the log.
+index of metadata, the sessions one by one, the documents in the other tables, the answers that are kept, the live
+sessions as the engine loads them. Each reads in short snapshots, so that a file that a server writes to can be checked
+without its WAL growing meanwhile. Memory holds the variables of one session, never the log.
 
 Of a commit that was pruned nobody can work out the hash any more. That it is the one that it was, that it follows its
 predecessor, and what is left of the commit: all of that is in its residue, the residues are in the digest of a marker,
 and the chain covers the marker.
 """
 
+import re
 import sqlite3
 import time
 from collections import Counter
@@ -23,6 +24,8 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from dspex_persist.clock import EARLIEST, LATEST, from_micros, to_micros
+from dspex_persist.state import commands, outcomes
+from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import NotADatabaseError, ReadFailedError, quote
 from dspex_persist.state.events import (
     DependencyAdded,
@@ -92,7 +95,8 @@ def iter_problems(readers: Engine, anchor: Head | None = None, progress: Progres
 
     `anchor`: the head that the file must have reached, read before this is called. Where there is none, commits that
     are gone from the end are not noticed. What cannot be read is a problem, too, and ends its walk, not the others.
-    The answers kept under idempotency keys are not looked at: they are forgotten after a while, and so not in the log.
+    The answers kept under idempotency keys are forgotten after a while, and so not in the log: each has to be one that
+    its command can give, to a session that there was.
     """
     strays = _StrayWalk()
     walks = (
@@ -103,6 +107,7 @@ def iter_problems(readers: Engine, anchor: Head | None = None, progress: Progres
         _IndexedWalk(strays),
         _SessionWalk(),
         _DocumentWalk(),
+        _OutcomeWalk(),
         _LiveWalk(),
     )
     for walk in walks:
@@ -231,7 +236,74 @@ class _DocumentWalk(_Walk):
             for session_id, *names in _rows(connection, statement):
                 where = ", ".join([f"session {quote(session_id)}", *(f"variable {quote(name)}" for name in names)])
                 yield Problem(where, f"{table}.{column} is no JSON")
+        for first, last in _rows(connection, _ODD_IMPORTS):
+            yield Problem(_range(first, last), "imports says that they came with an import, but there are none such")
         self.more = False
+
+
+_ODD_IMPORTS: Final = """
+    SELECT first_sequence, last_sequence FROM imports
+    WHERE first_sequence < 1 OR last_sequence < first_sequence OR last_sequence > (SELECT max(sequence) FROM commits)
+"""
+_OUTCOMES: Final = """
+    SELECT session_id, idempotency_key, cause, fingerprint, iif(json_valid(result), result, NULL), created_at,
+        EXISTS (SELECT 1 FROM sessions WHERE sessions.session_id = outcomes.session_id)
+    FROM outcomes WHERE (session_id, idempotency_key) > (?, ?) ORDER BY session_id, idempotency_key
+"""
+_FINGERPRINT: Final = re.compile("[0-9a-f]{64}")
+
+
+class _OutcomeWalk(_Walk):
+    """Each answer kept under an idempotency key is one of its command's, and of a session: the end of one has answers,
+    too."""
+
+    def __init__(self) -> None:
+        self._last = ("", "")
+
+    def __str__(self) -> str:
+        return f"the answers kept after those of session {quote(self._last[0])}"
+
+    def page(self, connection: Connection) -> Iterator[Problem]:
+        end = time.monotonic() + _SNAPSHOT_S
+        for session_id, key, cause, fingerprint, result, created_at, is_known in _rows(
+            connection, _OUTCOMES, *self._last
+        ):
+            where = f"session {quote(session_id)}, answer under idempotency key {quote(key)}"
+            if not key:
+                yield Problem(where, "the key is empty")
+            if not is_known:
+                yield Problem(where, "no session has this id")
+            if not _FINGERPRINT.fullmatch(fingerprint):
+                yield Problem(where, "outcomes.fingerprint is no hash")
+            if not to_micros(EARLIEST) <= created_at <= to_micros(LATEST):
+                yield Problem(where, "its time is none that a calendar has")
+            yield from self._look_at_result(where, cause, result)
+            self._last = (session_id, key)
+            if time.monotonic() > end:
+                return
+        self.more = False
+
+    def _look_at_result(self, where: str, cause: str, result: str | None) -> Iterator[Problem]:
+        command = _COMMANDS.get(cause)
+        if command is None:
+            yield Problem(where, f"outcomes.cause is {quote(cause)}, which is no command that writes")
+        elif result is not None:
+            try:
+                outcomes.decode(command.returns, result)
+            except ValueError:
+                yield Problem(where, f"outcomes.result is not what {cause} answers")
+
+
+def _writing_commands() -> dict[str, type[Command[Any]]]:
+    named = {name: getattr(commands, name) for name in commands.__all__}
+    return {
+        name: each
+        for name, each in named.items()
+        if isinstance(each, type) and issubclass(each, Command) and each.writes
+    }
+
+
+_COMMANDS: Final = _writing_commands()
 
 
 class _LiveWalk(_Walk):
@@ -921,6 +993,8 @@ class _Replay:
         if (expires_at is None) != (ttl_s is None or ended_sequence is not None):
             wanted = "its time to live is over or unlimited" if expires_at is not None else "it has a time to live"
             yield Problem(where, f"sessions.expires_at is {_shown(expires_at)}, but {wanted}")
+        elif expires_at is not None and not to_micros(EARLIEST) <= expires_at <= to_micros(LATEST):
+            yield Problem(where, f"sessions.expires_at is {_shown(expires_at)}, which is no time that a calendar has")
 
     def compare_variables(self, rows: Iterator[Any], connection: Connection) -> Iterator[Problem]:
         """Hold the rows of the session's variables against the log."""

@@ -288,6 +288,12 @@ def stored_object(text: str | None) -> dict[str, Any]:
     return document if isinstance(document, dict) else {DAMAGED: text}
 
 
+def stored_texts(text: str | None) -> dict[str, str]:
+    """The texts by text in a column; what is none, because the file was damaged, is shown as its JSON."""
+    found = stored_object(text)
+    return {key: each if isinstance(each, str) else storable(each) for key, each in found.items()}
+
+
 def mended(text: str) -> str:
     """The object in a column as SQLite can read it."""
     return storable(stored_object(text))

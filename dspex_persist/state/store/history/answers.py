@@ -4,7 +4,9 @@ Which rows drive a question decides what it costs. One variable is read by its k
 by its index; only what names none of these walks through the log, a window of commits at a time.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 from sqlalchemy import Connection, Engine
@@ -26,8 +28,10 @@ from dspex_persist.state.audit import (
     is_glob,
 )
 from dspex_persist.state.errors import UnsupportedError, VersionNotFoundError, VersionPrunedError
+from dspex_persist.state.store import damage
 from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.engine import snapshot
+from dspex_persist.state.store.history.execution_rows import execution_row
 from dspex_persist.state.store.history.executions import detail_of, execution_page
 from dspex_persist.state.store.history.lists import commit_page, session_page
 from dspex_persist.state.store.history.points import (
@@ -41,7 +45,7 @@ from dspex_persist.state.store.history.points import (
     variable_keys,
     version_at,
 )
-from dspex_persist.state.store.history.rows import Bounds, all_rows
+from dspex_persist.state.store.history.rows import Bounds, all_rows, made_of
 from dspex_persist.state.store.history.versions import HistoryPage, entry_of, one_version
 
 
@@ -63,16 +67,27 @@ class StoredAudit(AuditSource):
         """Let the file go if it was opened for this."""
         self._on_close()
 
+    @contextlib.contextmanager
+    def _snapshot(self) -> Iterator[Connection]:
+        """A snapshot for one answer; rows that make no sense fail that answer."""
+        with snapshot(self._readers) as connection:
+            try:
+                yield connection
+            except damage.OWN_ERRORS:
+                raise
+            except Exception as error:
+                raise damage.unreadable(str(self._readers.url.database), error) from error
+
     # Points
 
     def head(self) -> int:
         """See `AuditSource.head`."""
-        with snapshot(self._readers) as connection:
+        with self._snapshot() as connection:
             return head_of(connection)
 
     def resolve(self, point: PointLike, option: str = "at", session: str = "") -> int:
         """See `AuditSource.resolve`."""
-        with snapshot(self._readers) as connection:
+        with self._snapshot() as connection:
             return resolve(connection, point, option, session)
 
     # Pages
@@ -80,7 +95,7 @@ class StoredAudit(AuditSource):
     def page(self, query: Query[T], after: Cursor | None = None, most: int = 500) -> Page[T]:
         """See `AuditSource.page`."""
         asked: Any = query
-        with snapshot(self._readers) as connection:
+        with self._snapshot() as connection:
             session = "" if is_glob(query.session) else query.session
             bounds = Bounds(
                 resolve(connection, query.since, "since", session) if query.since else 0,
@@ -104,12 +119,12 @@ class StoredAudit(AuditSource):
     def execution(self, execution_id: str) -> ExecutionDetail:
         """See `AuditSource.execution`."""
         history = tuple(self.iterate(HistoryQuery(execution_id=execution_id, newest_first=False)))
-        with snapshot(self._readers) as connection:
+        with self._snapshot() as connection, damage.reading(execution_row(connection, execution_id).session_id):
             return detail_of(connection, execution_id, history)
 
     def state(self, session: str, at: PointLike = "") -> tuple[VariableState, ...]:
         """See `AuditSource.state`."""
-        with snapshot(self._readers) as connection:
+        with self._snapshot() as connection:
             sequence = resolve(connection, at, "at", session)
             key = session_at(connection, session, sequence)
             rows = all_rows(
@@ -131,7 +146,7 @@ class StoredAudit(AuditSource):
 
     def _state_of(self, connection: Connection, key: int, version: int) -> VariableState:
         row = one_version(connection, key, version)
-        entry = entry_of(row, self.reveal)
+        (entry,) = made_of((row,), partial(entry_of, reveal=self.reveal))
         return VariableState(
             entry.session_id,
             entry.name,
@@ -156,7 +171,7 @@ class StoredAudit(AuditSource):
 
     def version(self, session: str, variable_id: str, version: int) -> HistoryEntry:
         """See `AuditSource.version`."""
-        with snapshot(self._readers) as connection:
+        with self._snapshot() as connection:
             key = variable_keys(connection, session_keys(connection, session), variable_id)[-1]
             row = one_version(connection, key, version)
             if row is None:
@@ -164,4 +179,4 @@ class StoredAudit(AuditSource):
                 if 0 <= version < latest:
                     raise VersionPrunedError(variable_id, version)
                 raise VersionNotFoundError(variable_id, version, latest)
-            return entry_of(row, self.reveal)
+            return made_of((row,), partial(entry_of, reveal=self.reveal))[0]

@@ -10,7 +10,7 @@ from dspex_persist.state.audit import CommitEntry, CommitQuery, Cursor, Page, Se
 from dspex_persist.state.store.history.execution_rows import pairs_in
 from dspex_persist.state.store.history.points import of_session
 from dspex_persist.state.store.history.rows import Bounds, Conditions, page_of, rows_of_page, sound_document
-from dspex_persist.state.values.json_text import stored_object
+from dspex_persist.state.values.json_text import stored_texts
 
 _COMMITS: Final = """
     SELECT commits.sequence, sessions.session_id, commits.actor, commits.cause, commits.created_at,
@@ -85,5 +85,5 @@ def _session_of(row: Any) -> SessionEntry:
         row.variables,
         row.commits,
         row.executions,
-        stored_object(row.metadata),
+        stored_texts(row.metadata),
     )

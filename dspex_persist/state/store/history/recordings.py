@@ -17,10 +17,11 @@ from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, 
 from dspex_persist.state.events import portable
 from dspex_persist.state.model import Dependency, EventKind, Value, Variable
 from dspex_persist.state.recording import Header, RecordedCommit, RecordedEvent, RecordedVersion, renumbered
+from dspex_persist.state.store import damage
 from dspex_persist.state.store.engine import snapshot
 from dspex_persist.state.store.history.answers import StoredAudit
 from dspex_persist.state.store.schema import is_unicode
-from dspex_persist.state.store.variables import KINDS, SOURCES, is_sensitive
+from dspex_persist.state.store.variables import KIND_OF, SOURCE_OF, is_sensitive
 from dspex_persist.state.values.json_text import stored, stored_object
 
 _PAGE_COMMITS: Final = 500
@@ -118,7 +119,7 @@ class _Reading:
     def commits(self) -> Iterator[RecordedCommit]:
         after = 0
         while after < self._last:
-            with snapshot(self._readers) as connection:
+            with snapshot(self._readers) as connection, damage.reading(self._session_id):
                 after, page = self._read_page(connection, after)
             yield from page
 
@@ -151,8 +152,8 @@ class _Reading:
             variable_id,
             name,
             version,
-            KINDS[kind],
-            SOURCES[source],
+            KIND_OF[kind],
+            SOURCE_OF[source],
             None if masked else value,
             stored_object(metadata),
             masked,

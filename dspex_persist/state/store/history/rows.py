@@ -7,6 +7,7 @@ from sqlalchemy import Connection
 
 from dspex_persist.state.audit import Cursor, Page, Query, T, is_glob
 from dspex_persist.state.errors import InvalidArgumentError, quote
+from dspex_persist.state.store import damage
 from dspex_persist.state.store.schema import is_unicode
 from dspex_persist.state.values.json_text import stored
 
@@ -93,6 +94,19 @@ def glob_pattern(glob: str) -> str:
     return glob.replace("[", "[[]")
 
 
+def made_of(rows: Sequence[Any], made: Callable[[Any], T]) -> list[T]:
+    """What each row says. One that makes no sense fails the question, which then leaves its session out."""
+    found: list[T] = []
+    for row in rows:
+        try:
+            found.append(made(row))
+        except damage.OWN_ERRORS:
+            raise
+        except Exception as error:
+            raise damage.damaged(row.session_id, error) from error
+    return found
+
+
 class Bounds(NamedTuple):
     """The commits asked for: after the first, up to and with the second."""
 
@@ -132,4 +146,4 @@ def rows_of_page(
 
 
 def page_of(rows: Sequence[Any], most: int, made: Callable[[Any], T], key: Callable[[Any], Cursor]) -> Page[T]:
-    return Page([made(row) for row in rows[:most]], key(rows[most - 1]) if len(rows) > most else None)
+    return Page(made_of(rows[:most], made), key(rows[most - 1]) if len(rows) > most else None)

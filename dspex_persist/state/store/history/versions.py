@@ -1,6 +1,7 @@
 """Questions about versions: pages of a history."""
 
 import json
+from functools import partial
 from typing import Any, Final
 
 from sqlalchemy import Connection
@@ -17,6 +18,7 @@ from dspex_persist.state.audit import (
     predicates_of,
 )
 from dspex_persist.state.model import ChangeKind, Source, Value
+from dspex_persist.state.store import damage
 from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.history.execution_rows import end_of, execution_row, family_of, pairs_in
 from dspex_persist.state.store.history.points import LAST_VERSION, session_keys, variable_keys, version_at
@@ -29,12 +31,13 @@ from dspex_persist.state.store.history.rows import (
     askable,
     first_row,
     glob_pattern,
+    made_of,
     of_tool,
     some_rows,
     sound_document,
 )
-from dspex_persist.state.store.variables import KIND_CODES, KINDS, SOURCE_CODES, SOURCES
-from dspex_persist.state.values.json_text import stored_object
+from dspex_persist.state.store.variables import KIND_CODES, KIND_OF, SOURCE_CODES, SOURCE_OF
+from dspex_persist.state.values.json_text import stored_texts
 
 # As the views have it (migrations/): in a transaction's commit each of its executions says at its end what it wrote.
 _MAKER: Final = f"""
@@ -96,10 +99,10 @@ def entry_of(row: Any, reveal: bool) -> HistoryEntry:
         row.variable_id,
         row.type,
         row.version,
-        KINDS[row.kind],
+        KIND_OF[row.kind],
         None if row.text is None or kept_back else Value(row.text, row.binary),
-        SOURCES[row.source],
-        stored_object(row.metadata),
+        SOURCE_OF[row.source],
+        stored_texts(row.metadata),
         row.sequence,
         nearest_time(row.created_at),
         row.actor,
@@ -173,7 +176,8 @@ class HistoryPage:
     def _of_execution(self) -> Page[HistoryEntry]:
         """What it, and those that it called, wrote at the end of the whole, and published before."""
         row = top = execution_row(self._connection, self._query.execution_id)
-        family = family_of(self._connection, row)
+        with damage.reading(row.session_id):
+            family = family_of(self._connection, row)
         while top.parent_id is not None:
             top = execution_row(self._connection, top.parent_id)
         if row is not top:
@@ -240,6 +244,8 @@ class HistoryPage:
             else:
                 first = max(first, self._after[0] - 1)
         end = None
+        if window is not None:
+            first, last = self._with_versions(first, last)
         if window is not None and last - first > window:
             end = last - window if newest_first else first + window
             first, last = (end, last) if newest_first else (first, end)
@@ -255,11 +261,17 @@ class HistoryPage:
             return Page(page.rows, (end, LAST_VERSION, 0))
         return page
 
+    def _with_versions(self, first: int, last: int) -> tuple[int, int]:
+        """The same commits, but for those without versions at both ends: a damaged file may have one of any number."""
+        statement = "SELECT {}(sequence) FROM versions WHERE sequence > ? AND sequence <= ?"
+        lowest, highest = (first_row(self._connection, statement.format(end), first, last)[0] for end in ("min", "max"))
+        return (first, first) if lowest is None else (lowest - 1, highest)
+
     def _read(self, driver: str, more: Conditions, order: str, most: int) -> Page[HistoryEntry]:
         more.add_all(self._conditions)
         statement = _VERSIONS.format(driver=driver) + str(more) + order
         rows, last = some_rows(self._connection, statement, most, *more.parameters)
-        entries = [entry_of(row, self._reveal) for row in rows]
+        entries = made_of(rows, partial(entry_of, reveal=self._reveal))
         entries = [entry for entry in entries if self._query.metadata.items() <= entry.metadata.items()]
         if self._mine is not None:
             entries = [entry for entry in entries if (entry.name, entry.version) in self._mine]
