@@ -72,7 +72,8 @@ class Recordable(Ability):
     def record(
         self, session_id: str, *, started: int | None = None, reveal: bool = False
     ) -> tuple[Header, Iterator[RecordedCommit]]:
-        """A session's whole log up to now, oldest commit first, read as it is taken; the session may have ended.
+        """A session's whole log up to now, oldest commit first, read as it is taken; the session may have ended, where
+        those are kept (in memory they are not).
 
         Of several sessions that had this id it is the newest, or the one that began with commit `started`. `reveal`:
         include the values of sensitive variables, which are left out otherwise; a server does so only if it was started

@@ -2,30 +2,38 @@
 
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import datetime
 
 from dspex_persist.clock import EARLIEST
-from dspex_persist.state.around import OrderAround
+from dspex_persist.state import arguments, past
+from dspex_persist.state.abilities import Forkable, Recordable
+from dspex_persist.state.around import ForksAround, OrderAround, RecordsAround
+from dspex_persist.state.audit import what_there_is
+from dspex_persist.state.errors import NotInHistoryError
 from dspex_persist.state.events import ExecutionBegan, ExecutionEnded, SessionEnded
 from dspex_persist.state.groups import Groups
 from dspex_persist.state.log_state import LogState
 from dspex_persist.state.log_store import LogStore, affected, number_variables
-from dspex_persist.state.model import Change, CommitChanges, JournalEntry, VariableVersion
+from dspex_persist.state.model import CommitChanges, JournalEntry, Origin, SessionView, VariableVersion
 from dspex_persist.state.options import SessionOptions, check_count
+from dspex_persist.state.past import PastCommit
+from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.tools.ports import ToolCode, check_tools
 from dspex_persist.state.tools.with_tools import TOOL_THREADS, WithTools
 from dspex_persist.state.unit_of_work import Backing, RecordedOutcome, UnitOfWork, VersionQuery, up_to
+from dspex_persist.state.writer import GAP_S
 
 
-class LocalState(WithTools, OrderAround):
+class LocalState(WithTools, OrderAround, RecordsAround, ForksAround):
     """Session state in memory, for tests, notebooks, and whatever need not outlive its process.
 
     `tools` are what `execute_tool` can execute, on up to `tool_threads` threads (see `dspex_persist.Toolbox`). The
-    history of a session is kept until the session ends. Every `sweep_interval_s` seconds those whose TTL is over end.
+    history of a session is kept until the session ends; till then it can be recorded and forked. Every
+    `sweep_interval_s` seconds those whose TTL is over end.
 
     Raises `InvalidArgumentError` for an option that cannot be, and for what are no tools.
     """
@@ -43,8 +51,43 @@ class LocalState(WithTools, OrderAround):
         check_tools(tools)
         # The log has what memory has: nothing is gained by forgetting it, nor by larger groups.
         groups = Groups(MemoryLog(), options, cache_size_bytes=sys.maxsize)
-        self.engine = LogState(groups, name="session state in memory", sweep_interval_s=sweep_interval_s, gap_s=0)
+        self.engine = MemoryState(groups, name="session state in memory", sweep_interval_s=sweep_interval_s, gap_s=0)
         super().__init__(self.engine, tools, threads=tool_threads, limits=self.engine.limits)
+
+
+class MemoryState(LogState, Recordable, Forkable):
+    """The engine over a log in memory, and what that log knows of the past: recordings, and forks."""
+
+    def __init__(
+        self,
+        groups: Groups["MemoryLog"],
+        *,
+        name: str = "the session state",
+        sweep_interval_s: float = 30.0,
+        gap_s: float = GAP_S,
+    ) -> None:
+        super().__init__(groups, name=name, sweep_interval_s=sweep_interval_s, gap_s=gap_s)
+        self._log = groups.log
+
+    def record(
+        self, session_id: str, *, started: int | None = None, reveal: bool = False
+    ) -> tuple[Header, Iterator[RecordedCommit]]:
+        """See `Recordable.record`; of a session that has ended nothing is left to be recorded."""
+        self.check_open()
+        session_id, reveal = arguments.text("session_id", session_id), arguments.flag("reveal", reveal)
+        if started is not None:
+            started = arguments.sequence("started", started)
+        return past.record(session_id, self._log.commits_of(session_id), started=started, reveal=reveal)
+
+    def fork_session(
+        self, session_id: str, new_session_id: str, at: str = "", *, origin: Origin | None = None
+    ) -> SessionView:
+        """See `Forkable.fork_session`; of a session that has ended nothing is left to be forked."""
+        self.check_open()
+        source, new = arguments.text("session_id", session_id), arguments.text("new_session_id", new_session_id)
+        at = arguments.text("at", at)
+        head, commits = self._log.sequence, self._log.commits_of(source)
+        return self.submit(past.fork(source, commits, new, at, head), origin).result()
 
 
 class MemoryLog(LogStore):
@@ -125,11 +168,18 @@ class MemoryLog(LogStore):
     def changes_after(self, state: SessionState, after: int, most_commits: int = 64) -> list[CommitChanges]:
         """The session's next commits."""
         commits = self._past_of(state).commits
-        first = bisect_right(commits, after, key=lambda commit: commit[0])
+        first = bisect_right(commits, after, key=lambda commit: commit.sequence)
         return [
-            CommitChanges(sequence, changes, affected(state, sequence, changes))
-            for sequence, changes in commits[first : first + most_commits]
+            CommitChanges(commit.sequence, commit.changes, affected(state, commit.sequence, commit.changes))
+            for commit in commits[first : first + most_commits]
         ]
+
+    def commits_of(self, session_id: str) -> Sequence[PastCommit]:
+        """All commits up to now of the live session of this id, oldest first; `NotInHistoryError` if there is none."""
+        state = self._live.get(session_id)
+        if state is None:
+            raise NotInHistoryError("session", session_id, what_there_is(session_id, list(self._live)))
+        return tuple(self._past_of(state).commits)
 
     def _past_of(self, state: SessionState) -> "_Past":
         # Of one that has ended somebody may still have the state.
@@ -165,7 +215,7 @@ class _Past:
 
     def __init__(self) -> None:
         self.versions: dict[str, list[VariableVersion]] = {}
-        self.commits: list[tuple[int, tuple[Change, ...]]] = []
+        self.commits: list[PastCommit] = []
         self.executions: dict[str, JournalEntry] = {}
         self._running: dict[str, tuple[str, JournalEntry]] = {}
         self._ids: dict[str, tuple[str, ...]] = {}
@@ -185,7 +235,8 @@ class _Past:
                 key, entry = self._running.pop(event.execution_id)
                 ended = replace(entry, status=event.status, sequence=unit.sequence, result=event.result)
                 self.executions[key] = ended
-        self.commits.append((unit.sequence, tuple(unit.versions)))
+        facts = (unit.sequence, unit.now, unit.origin.actor, unit.origin.cause)
+        self.commits.append(PastCommit(*facts, tuple(unit.versions), tuple(unit.events)))
 
     def _begin(self, began: ExecutionBegan, key: str, sequence: int) -> None:
         facts = (began.execution_id, began.tool, sequence, began.parent_id, key, began.fingerprint)

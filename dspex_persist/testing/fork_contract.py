@@ -104,7 +104,7 @@ class ForkContract(Contract):
         fork(session, f"{new}-after")
         assert names_of(provider.list_variables(f"{new}-after")) == ["y", "z"]
 
-    def test_values_of_all_types_are_exact(self, provider: StateProvider, session: str, new: str) -> None:
+    def test_forked_values_of_all_types_are_exact(self, provider: StateProvider, session: str, new: str) -> None:
         for number, (type_name, value) in enumerate(EXACT_VALUES):
             provider.register_variable(session, f"v{number}", type_name, value)
         for number, (type_name, binary) in enumerate(BINARY_VALUES):
@@ -139,7 +139,7 @@ class ForkContract(Contract):
             with pytest.raises(errors.SessionExistsError):
                 Forkable.of(provider).fork_session(session, taken)
 
-    def test_a_session_that_never_was(self, provider: StateProvider, new: str) -> None:
+    def test_a_session_that_never_was_cannot_be_forked(self, provider: StateProvider, new: str) -> None:
         with pytest.raises(errors.NotInHistoryError):
             Forkable.of(provider).fork_session("nobody", new)
         assert not provider.heartbeat(new)

@@ -90,7 +90,7 @@ class PruneContract(Contract):
             assert told
         assert provider.get_value(grown, "x") == 9
 
-    def test_a_session_that_never_was(self, provider: StateProvider) -> None:
+    def test_a_session_that_never_was_cannot_be_pruned(self, provider: StateProvider) -> None:
         with pytest.raises(errors.StateError):
             Prunable.of(provider).prune(PrunePolicy(keep_versions=1, session_id="nobody"), confirm=False)
 

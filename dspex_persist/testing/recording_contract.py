@@ -95,7 +95,7 @@ class RecordingContract(Contract):
         assert [commit.at for commit in commits[1:]] == [version.created_at for version in history]
         assert [each.value for each in versions_in(commits)] == [version.value for version in history]
 
-    def test_values_of_all_types_are_exact(self, provider: StateProvider, session: str) -> None:
+    def test_recorded_values_of_all_types_are_exact(self, provider: StateProvider, session: str) -> None:
         for number, (type_name, value) in enumerate(EXACT_VALUES):
             provider.register_variable(session, f"v{number}", type_name, value)
         for number, (type_name, binary) in enumerate(BINARY_VALUES):
@@ -155,7 +155,7 @@ class RecordingContract(Contract):
             del commits
         assert provider.set_variable(session, "x", 1) == 1
 
-    def test_a_session_that_never_was(self, provider: StateProvider) -> None:
+    def test_a_session_that_never_was_has_no_recording(self, provider: StateProvider) -> None:
         with pytest.raises(errors.NotInHistoryError):
             recorded(provider, "nobody")
 

@@ -17,8 +17,10 @@ from dspex_persist.state.model import Value
 from dspex_persist.state.options import SessionOptions
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.testing.contract_tools import CONTRACT_TOOLS
+from dspex_persist.testing.fork_contract import ForkContract
 from dspex_persist.testing.order_contract import OrderContract
 from dspex_persist.testing.provider_contract import SMALL_LIMITS, ClosingContract, LeaseContract, ProviderContract
+from dspex_persist.testing.recording_contract import RecordingContract
 from dspex_persist.testing.stream_contract import StreamContract
 from dspex_persist.testing.tool_contract import ToolContract
 
@@ -48,6 +50,10 @@ class TestLocalLeases(Local, LeaseContract):
     """Leases that end while one waits."""
 
     options = SessionOptions(optimization_lease_s=LeaseContract.lease_s)
+
+
+class TestLocalHistory(Local, RecordingContract, ForkContract):
+    """What can be done with the past."""
 
 
 class TestLocalClosing(ClosingContract):

@@ -1,0 +1,117 @@
+"""What a session was, kept in memory: its commits, as a recording, or as of a point of theirs to be forked."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import NamedTuple
+
+from dspex_persist import clock
+from dspex_persist.state.audit import SENSITIVE, parse_point
+from dspex_persist.state.commands import ForkSession
+from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, quote
+from dspex_persist.state.events import DependencyAdded, Event, ExecutionBegan, ExecutionEnded, portable
+from dspex_persist.state.graph import Dependencies
+from dspex_persist.state.model import Change, ChangeKind, Dependency, Variable
+from dspex_persist.state.recording import Header, RecordedCommit, RecordedEvent, RecordedVersion, renumbered
+from dspex_persist.state.values.json_text import storable, stored
+
+
+class PastCommit(NamedTuple):
+    """A commit of a session, as memory keeps it."""
+
+    sequence: int
+    at: datetime
+    actor: str
+    cause: str
+    changes: tuple[Change, ...]
+    events: tuple[Event, ...]
+
+
+def record(
+    session_id: str, commits: Sequence[PastCommit], *, started: int | None, reveal: bool
+) -> tuple[Header, Iterator[RecordedCommit]]:
+    """The commits of a session as a recording; `InvalidArgumentError` if it did not begin with commit `started`."""
+    began = commits[0].sequence
+    if started is not None and started != began:
+        raise InvalidArgumentError("started", f"session {quote(session_id)} began with commit {began}, not {started}")
+    newest = {change.variable.id: change.variable for commit in commits for change in commit.changes}
+    hidden = frozenset() if reveal else frozenset(each.id for each in newest.values() if _is_sensitive(each))
+    ages = {variable_id: age for age, variable_id in enumerate(newest)}
+    return Header(session_id, len(commits), masked=bool(hidden)), _recorded(commits, hidden, ages)
+
+
+def _is_sensitive(variable: Variable) -> bool:
+    return variable.metadata.get(SENSITIVE, "").lower() == "true"
+
+
+def _recorded(
+    commits: Sequence[PastCommit], hidden: Collection[str], ages: Mapping[str, int]
+) -> Iterator[RecordedCommit]:
+    began: dict[int, int] = {}
+    for number, commit in enumerate(commits, 1):
+        if any(isinstance(event, ExecutionBegan) for event in commit.events):
+            began[commit.sequence] = number
+        changes = sorted(commit.changes, key=lambda change: (ages[change.variable.id], change.version.version))
+        versions = tuple(_version(change, hidden) for change in changes)
+        events = tuple(map(_event, commit.events))
+        recorded = RecordedCommit(number, commit.at, commit.actor, commit.cause, versions, events, commit.sequence)
+        yield renumbered(recorded, began.get)
+
+
+def _event(event: Event) -> RecordedEvent:
+    # As a file keeps it, so that both record the same.
+    return RecordedEvent(event.kind, portable(stored(storable(event.to_body()))))
+
+
+def _version(change: Change, hidden: Collection[str]) -> RecordedVersion:
+    version, variable = change.version, change.variable
+    masked = version.value is not None and variable.id in hidden
+    value = None if masked else version.value
+    facts = (variable.id, variable.name, version.version, version.kind, version.source, value, dict(version.metadata))
+    return RecordedVersion(*facts, masked)
+
+
+def fork(session_id: str, commits: Sequence[PastCommit], new_session_id: str, at: str, head: int) -> ForkSession:
+    """The command that begins a session as `session_id` was at a point; `head` is the last commit of all."""
+    sequence, began = _resolve(at, commits, head), commits[0]
+    if sequence < began.sequence:
+        when = f"{began.at:%Y-%m-%d %H:%M:%S} UTC"
+        told = f"session {quote(session_id)} had not begun by then; it began at commit {began.sequence}, {when}"
+        raise InvalidArgumentError("at", told)
+    variables: dict[str, Variable] = {}
+    edges = Dependencies()
+    for commit in commits:
+        if commit.sequence > sequence:
+            break
+        for event in commit.events:
+            if isinstance(event, DependencyAdded):
+                edges = edges.added(Dependency(event.from_id, event.to_id, event.type, commit.sequence))
+        for change in commit.changes:
+            if change.version.kind is ChangeKind.DELETED:
+                del variables[change.variable.id]
+            else:
+                variables[change.variable.id] = change.variable
+    lasting = tuple(edge for edge in edges if edge.from_id in variables and edge.to_id in variables)
+    return ForkSession(new_session_id, session_id, sequence, tuple(variables.values()), lasting)
+
+
+def _resolve(at: str, commits: Sequence[PastCommit], head: int) -> int:
+    """The last commit that belongs to the time up to a point."""
+    point, sequence = parse_point(at, clock.now()), head
+    if point.execution_id:
+        sequence = _end_of(point.execution_id, commits)
+    elif point.at is not None:
+        sequence = max((commit.sequence for commit in commits if commit.at <= point.at), default=0)
+    elif point.sequence is not None:
+        sequence = point.sequence
+        if sequence > head:
+            raise InvalidArgumentError("at", f"there is no commit {sequence} yet; the newest is {head}")
+    return max(sequence - 1, 0) if point.before else sequence
+
+
+def _end_of(execution_id: str, commits: Sequence[PastCommit]) -> int:
+    """The commit that ended an execution; that of its beginning while it runs."""
+    for commit in reversed(commits):
+        for event in commit.events:
+            if isinstance(event, ExecutionBegan | ExecutionEnded) and event.execution_id == execution_id:
+                return commit.sequence
+    raise NotInHistoryError("execution", execution_id, "")
