@@ -25,7 +25,7 @@ def _module_of(name: str, text: str) -> ModuleType:
     return module
 
 
-_module_of("json_lines", STORE.text)
+engine = _module_of("json_lines", STORE.text).JsonLinesState
 _tests = _module_of("test_json_lines", TESTS.text)
 owner, with_tools = _tests.owner, _tests.with_tools
 TestJsonLines = _tests.TestJsonLines

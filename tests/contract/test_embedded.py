@@ -202,7 +202,20 @@ class TestEmbeddedTime:
 
 def test_no_part_of_the_contract_hides_another_s() -> None:
     """Parts are put together by inheritance: of two tests or fixtures of one name only one would be there."""
-    for contract in (ProviderContract, ToolContract):
+
+    class Everything(
+        ProviderContract,
+        DurableContract,
+        OrderContract,
+        AuditContract,
+        RecordingContract,
+        EndedRecordingContract,
+        ForkContract,
+        PruneContract,
+    ):
+        """What one backend may have."""
+
+    for contract in (Everything, ToolContract):
         names = [name for part in contract.__mro__[:-1] for name in vars(part) if not name.startswith("__")]
         assert len(names) > 50
         assert sorted(names) == sorted(set(names))
