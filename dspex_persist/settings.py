@@ -130,7 +130,7 @@ class Settings(LimitSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=ENV_PREFIX, env_ignore_empty=True)
 
-    db: DatabasePath = Field(Path("sessions.db"), description="The database file; made where it is missing.")
+    db: DatabasePath = Field(Path("sessions.db"), description="The database file; created if missing.")
     listen: str = Field(
         "127.0.0.1:50051",
         description="Where to listen: `HOST:PORT` (port 0: a free one), `[IPv6]:PORT` or `unix:PATH`.",

@@ -28,7 +28,7 @@ _KIB: Final = 1024
 _NUMBERS: Final = ("rows", "size", "share", "versions", "contents")
 
 HELP: Final = (
-    "Look after a database file: check it, back it up, restore it, see where its bytes are, delete old history.\n\n"
+    "Maintain a database file: check, back up, restore, measure, prune.\n\n"
     "check, current, backup and stats only read, and work while a server has the file open. upgrade, restore, prune "
     "and vacuum change it: stop the server first, or have the server prune it (prune --target). Only restore makes a "
     "file that is not there."
@@ -77,7 +77,7 @@ def current(db: Db = None, as_json: Json = False) -> None:
 
 @app.command(
     help=(
-        "Bring the schema to this release's revision. A server does that by itself when it starts.\n\n"
+        "Upgrade the schema to this release's revision. A server does so when it starts.\n\n"
         "Before anything is changed a backup is made beside the file, and the upgrade itself happens whole or not at "
         "all. The way back to an older revision is that backup.\n\n"
     )
@@ -95,8 +95,8 @@ def upgrade(db: Db = None, as_json: Json = False) -> None:
         "A server may go on writing: what it acknowledges after the beginning is not in the copy. TARGET appears when "
         "the copy is whole and its check has found nothing (the whole history is hashed again), or not at all. It is "
         "one file, readable by its owner only.\n\n"
-        "The way back to it is dspex-persist db restore TARGET. Copying it over the database is not: what is in the "
-        "-wal beside that would be read into it.\n\n"
+        "To go back to it, run dspex-persist db restore TARGET. Never copy it over the database: SQLite would read the "
+        "old file's -wal into it.\n\n"
     )
 )
 def backup(
@@ -112,7 +112,7 @@ def backup(
 
 @app.command(
     help=(
-        "Put a copy of BACKUP in the place of the database, once it was checked. Stop the server first.\n\n"
+        "Check a copy of BACKUP and replace the database with it. Stop the server first.\n\n"
         "What is there now is not deleted: the file, and those beside it, get names with .replaced- and the time in "
         "them. Whatever comes in between, a kill or a power cut, what was there can still be opened, or the restored "
         "one can. A backup of an older schema is upgraded on the way. The database is made where it is missing.\n\n"
@@ -137,7 +137,7 @@ def restore(
     _report(db, as_json, lambda path, progress: maintenance.restore(backup, path, progress), _show_restore)
 
 
-@app.command(help="Show where the bytes are: tables, indexes, the largest sessions and variables.")
+@app.command(help="Show what takes up space: tables, indexes, the largest sessions and variables.")
 def stats(db: Db = None, as_json: Json = False) -> None:
     """Measure the file."""
     from dspex_persist.state.store import maintenance
@@ -147,7 +147,7 @@ def stats(db: Db = None, as_json: Json = False) -> None:
 
 @app.command(
     help=(
-        "Delete old history for good. Without --confirm it only says how much that would be, also beside a server.\n\n"
+        "Delete old history permanently. Without --confirm, only say how much, even while a server runs.\n\n"
         "Commits of their own in the log account for what goes, so that check still finds whatever else is missing or "
         "changed. These stay in any case: the newest version of each variable, what its metadata came from, what "
         'running tools may need, optimization locks, and each version that was written with metadata "pinned": "true". '
@@ -158,7 +158,7 @@ def stats(db: Db = None, as_json: Json = False) -> None:
     epilog=(
         "[bold]Examples[/bold]\n\n"
         "dspex-persist db prune --keep-versions 100    what that would delete\n\n"
-        "dspex-persist db prune --keep-versions 100 --older-than 30d --confirm    both have to say so\n\n"
+        "dspex-persist db prune --keep-versions 100 --older-than 30d --confirm    both conditions must hold\n\n"
         "dspex-persist db prune --ended-sessions --older-than 12h --confirm    sessions that ended 12 hours ago\n\n"
         "dspex-persist db prune --session demo --older-than 2026-03-01T12:00Z --confirm\n\n"
         "dspex-persist db prune --keep-versions 100 --target 127.0.0.1:50051 --confirm    by a server\n\n"
@@ -181,7 +181,9 @@ def prune(
     session: Annotated[
         str | None, typer.Option(metavar="ID", show_default=False, help="Only in sessions of this id.")
     ] = None,
-    confirm: Annotated[bool, typer.Option("--confirm/--dry-run", help="Do it, or only say what it would do.")] = False,
+    confirm: Annotated[
+        bool, typer.Option("--confirm/--dry-run", help="Delete, or only report what would be deleted.")
+    ] = False,
     db: Db = None,
     target: Server = None,
     as_json: Json = False,
@@ -257,7 +259,7 @@ def _moment(text: str) -> "datetime":
 
 @app.command(
     help=(
-        "Write the file anew without its free pages. Needs up to twice its size of free disk meanwhile.\n\n"
+        "Rewrite the file without its free pages. Needs free disk space of up to twice its size.\n\n"
         "Worth it where stats shows much that is free, as after prune: a file that only grew hardly shrinks.\n\n"
     )
 )

@@ -41,7 +41,7 @@ Server = Annotated[
         "--target",
         metavar="ADDRESS",
         show_default=False,
-        help="Have the server there do it, which goes on answering meanwhile: HOST:PORT or unix:PATH.",
+        help="Have this server do it while it keeps serving: HOST:PORT or unix:PATH.",
     ),
 ]
 

@@ -20,7 +20,7 @@ EXIT_DIVERGED: Final = 6
 """The replay came out differently."""
 
 HELP: Final = (
-    "Run a recorded session again, and see what comes out differently.\n\n"
+    "Re-run a recorded session and show what comes out differently.\n\n"
     "SOURCE is a recording, as session export makes them; with --db it is a session of that database. Each recorded "
     "execution's tool runs again, in order, on the recorded state, with the recorded parameters, times, random "
     "numbers, answers of language models and results of tools that are not here. What it writes, publishes, returns, "

@@ -36,7 +36,7 @@ _DATABASE, _NETWORK, _SESSIONS, _TOOLS, _LOGS = (
     "Settings and logs",
 )
 
-Db = _option(_DATABASE, "--db", "PATH", "sessions.db", "The database file; made where it is missing.")
+Db = _option(_DATABASE, "--db", "PATH", "sessions.db", "The database file; created if missing.")
 Durability = _option(
     _DATABASE, "--durability", "full|normal", "full", "full: survives a power cut. normal: faster, survives a crash."
 )
@@ -49,20 +49,30 @@ KeepVersions = _option(
     "--retention-keep-versions",
     "NUMBER",
     "none",
-    "Delete all but the newest so many versions of a variable.",
+    "Keep this many of the newest versions of each variable and delete the rest.",
 )
 Age = _option(
-    _DATABASE, "--retention-age", "SECONDS", "none", "Delete old versions older than this; with the above: both say so."
+    _DATABASE,
+    "--retention-age",
+    "SECONDS",
+    "none",
+    "Delete versions older than this (and beyond --retention-keep-versions, if given).",
 )
 EndedSessions = _option(
-    _DATABASE, "--retention-ended-sessions", "SECONDS", "none", "Delete the history of sessions that ended so long ago."
+    _DATABASE,
+    "--retention-ended-sessions",
+    "SECONDS",
+    "none",
+    "Delete the history of sessions this long after they ended.",
 )
-WarnSize = _option(_DATABASE, "--warn-size-bytes", "SIZE", "none", "Warn once a day of a database larger than this.")
+WarnSize = _option(
+    _DATABASE, "--warn-size-bytes", "SIZE", "none", "Warn once a day when the database is larger than this."
+)
 Listen = _option(
     _NETWORK, "--listen", "ADDRESS", "127.0.0.1:50051", "HOST:PORT (port 0: a free one), \\[IPv6]:PORT or unix:PATH."
 )
 Insecure = _option(
-    _NETWORK, "--insecure/--no-insecure", None, "no", "Let other machines in, without encryption or login."
+    _NETWORK, "--insecure/--no-insecure", None, "no", "Accept other machines, without encryption or login."
 )
 MessageSize = _option(_NETWORK, "--max-message-bytes", "SIZE", "100MiB", "Largest gRPC message.")
 Reflection = _option(
@@ -70,7 +80,7 @@ Reflection = _option(
     "--reflection/--no-reflection",
     None,
     "yes",
-    "Tell tools like grpcurl what services there are.",
+    "Enable server reflection, for tools such as grpcurl.",
 )
 Reveal = _option(
     _NETWORK,
@@ -84,15 +94,15 @@ Prune = _option(
     "--audit-prune/--no-audit-prune",
     None,
     "no",
-    "Let clients have history pruned for good (db prune --target).",
+    "Let clients prune history permanently (db prune --target).",
 )
-Grace = _option(_NETWORK, "--grace", "SECONDS", "10", "How long calls in flight may take to finish at the end.")
+Grace = _option(_NETWORK, "--grace", "SECONDS", "10", "How long calls in flight may take to finish at shutdown.")
 Ttl = _option(_SESSIONS, "--session-ttl", "SECONDS", "none", "A session ends this long after its last use.")
 Lease = _option(
     _SESSIONS, "--optimization-lease", "SECONDS", "300", "A silent optimizer loses its lock after this long."
 )
 Sweep = _option(_SESSIONS, "--sweep-interval", "SECONDS", "30", "How often expired sessions are reclaimed.")
-Heartbeat = _option(_SESSIONS, "--heartbeat", "SECONDS", "15", "How often an idle watch hears something.")
+Heartbeat = _option(_SESSIONS, "--heartbeat", "SECONDS", "15", "How often an idle watch gets a heartbeat.")
 Stall = _option(
     _SESSIONS, "--stall-timeout", "SECONDS", "30", "A watch whose client stops reading is ended after this long."
 )
@@ -104,9 +114,7 @@ Tools = typer.Option(
     rich_help_panel=_TOOLS,
 )
 ToolThreads = _option(_TOOLS, "--tool-threads", "NUMBER", "64", "Threads for tools that are not asynchronous.")
-RemoteTimeout = _option(
-    _TOOLS, "--remote-timeout", "SECONDS", "300", "How long a tool in another process may take if nobody says."
-)
+RemoteTimeout = _option(_TOOLS, "--remote-timeout", "SECONDS", "300", "Default timeout of a tool in another process.")
 RecordLm = _option(
     _TOOLS, "--record-lm/--no-record-lm", None, "no", "Keep the LM calls of all tools in the journal; needs DSPy."
 )
@@ -121,7 +129,7 @@ Config = _option(
     "--config",
     "PATH",
     "dspex-persist.toml",
-    "TOML file of settings; the default one is read if it exists, and cannot name tools.",
+    "TOML settings file. The default one is read if it exists, but cannot name tools.",
 )
 LogLevel = _option(_LOGS, "--log-level", "LEVEL", "info", "debug, info, warning, error or critical.")
 LogStyle = _option(_LOGS, "--log-style", "auto|json|console", "auto", "auto: console on a terminal, else json.")

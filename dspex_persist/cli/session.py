@@ -28,7 +28,7 @@ _LEFT_OUT: Final = (
 )
 
 HELP: Final = (
-    "Take a session with its whole history out of a database, bring one into a database, fork one.\n\n"
+    "Export, import or fork a session with its whole history.\n\n"
     "export only reads, and works while a server has the file open. import and fork change the file: stop the server "
     "first. With --target, a running server exports or forks.\n\n"
 )
@@ -50,7 +50,7 @@ Session = Annotated[str, typer.Argument(metavar="SESSION", help="The session's i
 @app.command(
     "export",
     help=(
-        "Write a session's whole log to a file, for import elsewhere, for replay, or to keep.\n\n"
+        "Export a session's whole log to a file, to import elsewhere, replay or archive.\n\n"
         "The file has one line of JSON a commit, oldest first: every version and event, with its actor, cause and "
         "time. It is as of one moment, appears whole or not at all, and can be read by its owner only.\n\n"
         'Values of sensitive variables (those with the metadata "sensitive": "true") are left out unless --reveal. '
@@ -218,7 +218,7 @@ def _stdout() -> Iterator[io.TextIOWrapper]:
 @app.command(
     "import",
     help=(
-        "Bring a recorded session, with its whole history, into a database: all of it or nothing.\n\n"
+        "Import a recorded session with its whole history: all of it or nothing.\n\n"
         "Its commits get new numbers at the end of the log and keep their times, actors and causes; so do versions, "
         "executions and tools. What ran when it was recorded is interrupted. A session that had not ended lives on, "
         "and its time to live begins anew. The database is made where it is missing.\n\n"
@@ -285,7 +285,7 @@ def _lines(file: str) -> Iterator[Iterable[str]]:
 @app.command(
     "fork",
     help=(
-        "Begin a new session with the variables that a session had at a point.\n\n"
+        "Start a new session with the variables that a session had at a point.\n\n"
         "Type, constraints, metadata and value of each are taken over, at version 0, and the dependencies among them; "
         "not the locks, nor what was running. The new session's metadata says where it is from: forked_from, "
         "forked_at.\n\n"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _TIMEOUT_S: Final = 10.0
 """How long a server may take to answer."""
 
-app = new_group("Tools: the functions that a server runs for its clients, each call as one transaction.")
+app = new_group("List tools: functions that a server runs for its clients, each call one transaction.")
 
 Modules = Annotated[
     list[str] | None,

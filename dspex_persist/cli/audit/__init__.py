@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 HELP = (
-    "Ask the history: who changed a variable, when, in which tool call, standing on what.\n\n"
+    "Ask the history: who changed a variable, when, in which tool call, and from which inputs.\n\n"
     "Reads a file, also while a server writes to it, or a backup; or asks a server (--target). A POINT is a commit's "
     "number, an execution's id, a time (2026-03-01T12:00), an age (30s, 15m, 2h, 7d) or now; ^ behind it means right "
     "before it, of an execution right before the commit that ended it. Values of variables whose metadata says "
@@ -31,10 +31,10 @@ EPILOG = (
     "dspex-persist audit history s1 temperature    how it came to its value\n\n"
     "dspex-persist audit history '*' --where '> 0.9' --since 2h --json\n\n"
     "dspex-persist audit executions s1 --status failed\n\n"
-    "dspex-persist audit show exec_1234    all about one execution; the whole id is not needed\n\n"
+    "dspex-persist audit show exec_1234    everything about one execution; a prefix of the id is enough\n\n"
     "dspex-persist audit diff s1 --from exec_1234^ --to exec_1234    what its commit changed\n\n"
     "dspex-persist audit diff s1 --from 1234 --to exec_1234    all that changed while it ran\n\n"
-    "dspex-persist audit blame s1 temperature --depth 3    on what its value stands\n\n"
+    "dspex-persist audit blame s1 temperature --depth 3    which values it was derived from\n\n"
     "[bold]Exit codes[/bold]\n\n"
     "0  answered, also if nothing was found\n\n"
     "1  no such session, variable or execution, or the server cannot be reached\n\n"
@@ -57,7 +57,7 @@ Sessions = Annotated[str, _SESSIONS]
 
 @app.command(
     help=(
-        "Versions: what a variable, a session, or all that fulfils a condition, was set to, by whom, when.\n\n"
+        "List versions: what a variable, a session or everything that matches was set to, by whom, and when.\n\n"
         "SESSION and VARIABLE may be globs of * and ?, VARIABLE also an id. A numeric variable gets a line of blocks "
         "below the table.\n\n"
     )
@@ -111,7 +111,7 @@ def history(
         (lists.follow_list if follow else lists.say_list)(audit, query, lists.history_rows(query), asked, limit)
 
 
-@app.command(help="Tool executions: which tool, how it ended, how long it took, what went wrong.")
+@app.command(help="List tool executions: which tool, how it ended, how long it took, what went wrong.")
 def executions(
     session: Sessions = "",
     tool: options.Tool = "",
@@ -153,7 +153,7 @@ def executions(
         (lists.follow_list if follow else lists.say_list)(audit, query, lists.execution_rows(query), asked, limit)
 
 
-@app.command(help="Commits: each acknowledged change, with who made it, through what, its hash, and what it changed.")
+@app.command(help="List commits: each acknowledged change with its actor, cause, hash and changes.")
 def commits(
     session: Sessions = "",
     actor: options.Actor = "",
@@ -187,7 +187,7 @@ def commits(
         (lists.follow_list if follow else lists.say_list)(audit, query, lists.commit_rows(query), asked, limit)
 
 
-@app.command(help="Sessions, live and ended, with how much there is of each.")
+@app.command(help="List sessions, live and ended, with their sizes.")
 def sessions(
     glob: Annotated[str, typer.Argument(metavar="GLOB", help="Their ids; * and ?.", show_default=False)] = "",
     live: Annotated[
@@ -227,7 +227,7 @@ def sessions(
 
 @app.command(
     help=(
-        "One execution in full: what it was given, what it read, wrote, published, called and logged, how it ended.\n\n"
+        "Show one execution in full: parameters, reads, writes, published values, calls, log and outcome.\n\n"
         "The number of the commit that began it is enough of its id: exec_1234, or 1234.\n\n"
     )
 )
@@ -261,7 +261,7 @@ def _say_all(asked: AuditOptions, kind: type[T], rows: Iterable[T]) -> None:
 
 @app.command(
     help=(
-        "The variables of a session as they stood at a point, and what had made them so.\n\n"
+        "Show the variables of a session as of a point, and who set them.\n\n"
         "SESSION may be a glob of * and ?: of all sessions that fit and lived then.\n\n"
     )
 )
@@ -288,7 +288,7 @@ def state(
             say("no variables")
 
 
-@app.command(help="What is different between two points: - what was, + what is.")
+@app.command(help="Show what changed between two points: - before, + after.")
 def diff(
     session: Session,
     start: Annotated[
@@ -325,7 +325,7 @@ def diff(
 
 @app.command(
     help=(
-        "Which execution or client set each value, and, below it, on which reads that stood.\n\n"
+        "Show which execution or client set each value, and which values it was derived from.\n\n"
         "A tool's writes stand on all that its transaction read. Each version is shown once.\n\n"
     )
 )
@@ -359,7 +359,7 @@ def blame(
 
 @app.command(
     help=(
-        "Check the whole history, as db check does: each commit is hashed again, all else looked at.\n\n"
+        "Verify the whole history, as db check does: re-hash each commit and check everything else.\n\n"
         "The file beside the database whose name ends in .anchor lies where whoever changes the one can change the "
         "other. --anchor FILE compares with heads that are kept elsewhere, such as on another machine or on paper, and "
         "so shows a history that was rewritten as a whole; --write adds the head of today to them, if all is well.\n\n"

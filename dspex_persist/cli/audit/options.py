@@ -20,16 +20,16 @@ Target = Annotated[
         metavar="ADDRESS",
         show_default=False,
         rich_help_panel=_PLACE,
-        help="Ask the server there instead of a file: HOST:PORT or unix:PATH.",
+        help="Ask this server instead of a file: HOST:PORT or unix:PATH.",
     ),
 ]
 
 Json = Annotated[
-    bool, typer.Option("--json", rich_help_panel=_FORM, help="JSON Lines: one object a row, nothing shortened.")
+    bool, typer.Option("--json", rich_help_panel=_FORM, help="JSON Lines: one object per row, nothing shortened.")
 ]
-Csv = Annotated[bool, typer.Option("--csv", rich_help_panel=_FORM, help="CSV with a header; what is nested is JSON.")]
+Csv = Annotated[bool, typer.Option("--csv", rich_help_panel=_FORM, help="CSV with a header; nested values as JSON.")]
 Utc = Annotated[
-    bool, typer.Option("--utc", rich_help_panel=_FORM, help="Times in tables in UTC, not in the local zone.")
+    bool, typer.Option("--utc", rich_help_panel=_FORM, help="Show times in tables in UTC instead of the local zone.")
 ]
 Reveal = Annotated[
     bool,
@@ -37,7 +37,7 @@ Reveal = Annotated[
 ]
 Follow = Annotated[
     bool,
-    typer.Option("--follow", rich_help_panel=_FORM, help="Go on with what comes, oldest first, until Ctrl-C."),
+    typer.Option("--follow", rich_help_panel=_FORM, help="Keep following new rows, oldest first, until Ctrl-C."),
 ]
 Limit = Annotated[
     int | None,
@@ -47,12 +47,12 @@ Limit = Annotated[
         metavar="ROWS",
         show_default=False,
         rich_help_panel=_FORM,
-        help="At most so many, in a table up to the end of a commit; 0: all. "
+        help="At most this many rows (a table completes the last commit); 0: all. "
         "[dim](50 in a table, 10 before --follow goes on, else all)[/dim]",
     ),
 ]
 OldestFirst = Annotated[
-    bool, typer.Option("--oldest-first", rich_help_panel=_FORM, help="The other way round than newest first.")
+    bool, typer.Option("--oldest-first", rich_help_panel=_FORM, help="Oldest first, instead of newest first.")
 ]
 
 Since = Annotated[
@@ -82,11 +82,12 @@ Kind = Annotated[
         metavar="KIND",
         show_default=False,
         rich_help_panel=_FILTER,
-        help=f"What made the version: {', '.join(ChangeKind)}.",
+        help=f"How the version came about: {', '.join(ChangeKind)}.",
     ),
 ]
 Actor = Annotated[
-    str, typer.Option("--actor", metavar="NAME", show_default=False, rich_help_panel=_FILTER, help="Who did it.")
+    str,
+    typer.Option("--actor", metavar="NAME", show_default=False, rich_help_panel=_FILTER, help="Only by this actor."),
 ]
 From = Annotated[
     Source | None,
@@ -100,7 +101,7 @@ From = Annotated[
 ]
 Tool = Annotated[
     str,
-    typer.Option("--tool", metavar="NAME", show_default=False, rich_help_panel=_FILTER, help="In which tool."),
+    typer.Option("--tool", metavar="NAME", show_default=False, rich_help_panel=_FILTER, help="Only in this tool."),
 ]
 Status = Annotated[
     ExecutionStatus | None,
@@ -109,7 +110,7 @@ Status = Annotated[
         metavar="STATUS",
         show_default=False,
         rich_help_panel=_FILTER,
-        help=f"How the execution stands: {', '.join(ExecutionStatus)}.",
+        help=f"Only with this status: {', '.join(ExecutionStatus)}.",
     ),
 ]
 Execution = Annotated[
@@ -119,7 +120,7 @@ Execution = Annotated[
         metavar="ID",
         show_default=False,
         rich_help_panel=_FILTER,
-        help="What this execution, and those that it called, wrote and published; exec_12 is enough of an id.",
+        help="Only what this execution, and those it called, wrote or published; exec_12 is enough of an id.",
     ),
 ]
 Cause = Annotated[
@@ -129,7 +130,7 @@ Cause = Annotated[
         metavar="NAME",
         show_default=False,
         rich_help_panel=_FILTER,
-        help="Through what: SetVariable, an execution's id, ...",
+        help="Only with this cause: SetVariable, an execution's id, ...",
     ),
 ]
 Meta = Annotated[
@@ -139,7 +140,7 @@ Meta = Annotated[
         metavar="KEY=VALUE",
         show_default=False,
         rich_help_panel=_FILTER,
-        help="Whose metadata says so; may be repeated.",
+        help="Only with this metadata; may be repeated.",
     ),
 ]
 Where = Annotated[
@@ -149,18 +150,18 @@ Where = Annotated[
         metavar="CONDITION",
         show_default=False,
         rich_help_panel=_FILTER,
-        help="Whose value fulfils it: '< 0.5', '= on', '!= 3', 'contains text'; may be repeated.",
+        help="Only values that match: '< 0.5', '= on', '!= 3', 'contains text'; may be repeated.",
     ),
 ]
 Key = Annotated[
     str,
     typer.Option(
-        "--key", metavar="KEY", show_default=False, rich_help_panel=_FILTER, help="With this idempotency key."
+        "--key", metavar="KEY", show_default=False, rich_help_panel=_FILTER, help="Only with this idempotency key."
     ),
 ]
 TopOnly = Annotated[
     bool,
-    typer.Option("--top", rich_help_panel=_FILTER, help="Without executions that others called."),
+    typer.Option("--top", rich_help_panel=_FILTER, help="Leave out executions called by other executions."),
 ]
 
 

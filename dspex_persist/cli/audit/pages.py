@@ -15,7 +15,7 @@ from dspex_persist.cli.places import Db, database_of
 _PORT_MAX: Final = 65_535
 
 REPORT_HELP: Final = (
-    "Write a session's report: one page of HTML that needs nothing else, to be read, printed and mailed.\n\n"
+    "Write a report about a session: one self-contained HTML page to read, print or mail.\n\n"
     "It shows the executions by time, charts of what is a number, what changed, every variable with its history, what "
     "the values stand on, and the journal with its errors. Of large sessions it has the newest, and says what it left "
     "out. It has no script and fetches nothing."

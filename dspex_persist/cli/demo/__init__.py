@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 HELP = (
-    "See it work: serve, write, kill the server, start it again, and find every write.\n\n"
+    "See it work: serve, write, kill the server, restart it, and find every write.\n\n"
     "Takes less than half a minute. Ends with exit code 0 if everything was as promised, else with 1 and what was not."
 )
 EPILOG = (
