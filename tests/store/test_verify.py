@@ -38,7 +38,8 @@ from dspex_persist.state.store.schema import APPEND_ONLY
 from dspex_persist.state.store.schema import metadata as tables
 from dspex_persist.state.store.session_store import open_groups
 from dspex_persist.state.store.variables import KINDS
-from dspex_persist.state.store.verify import Problem
+from dspex_persist.state.store.verify import Problem, contents, documents, live, metadata, outcomes, pruned, sessions
+from dspex_persist.state.store.verify import log as commits
 from tests.databases import copy_database
 
 # What the log says nothing of: a key that nothing refers to, an expiry that every touch moves on.
@@ -177,7 +178,7 @@ def test_sound_database_has_no_problems(filled: Path) -> None:
 
 
 def test_progress_reaches_the_last_commit(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "_PAGE_COMMITS", 7)
+    change(monkeypatch, "_PAGE_COMMITS", 7)
     told: list[tuple[int, int]] = []
     readers = open_readers(filled, size=1)
     assert list(verify.iter_problems(readers, None, lambda done, in_all: told.append((done, in_all)))) == []
@@ -193,9 +194,9 @@ def test_every_walk_goes_on_in_the_next_snapshot(
     filled: Path, path: Path, monkeypatch: pytest.MonkeyPatch, snapshot_s: float
 ) -> None:
     """A snapshot for each commit, content and session finds what one for all of them finds."""
-    monkeypatch.setattr(verify, "_SNAPSHOT_S", snapshot_s)
-    monkeypatch.setattr(verify, "_PAGE_COMMITS", 1 if snapshot_s == 0 else 10_000)
-    monkeypatch.setattr(verify, "_MOST_REMEMBERED", 0 if snapshot_s == 0 else 1000)
+    change(monkeypatch, "SNAPSHOT_S", snapshot_s)
+    change(monkeypatch, "_PAGE_COMMITS", 1 if snapshot_s == 0 else 10_000)
+    change(monkeypatch, "_MOST_REMEMBERED", 0 if snapshot_s == 0 else 1000)
     assert problems_of(filled, anchor_of(filled)) == []
     with Tamperer(path) as tamperer:
         tamperer.run("UPDATE commits SET cause = 'x' WHERE sequence = 30")
@@ -254,16 +255,22 @@ def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
     assert long < short + 300_000, f"{short} bytes for 2,100 versions, {long} for 14,100"
 
 
+def change(monkeypatch: pytest.MonkeyPatch, name: str, value: object) -> None:
+    """Have a constant another value wherever it is used."""
+    for module in (commits, contents, documents, live, metadata, outcomes, pruned, sessions):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, value)
+
+
 WALKED = [
     *((log_reader, name) for name in ("_COMMITS", "_VERSIONS", "_EVENTS")),
-    *((verify, name) for name in ("_PRUNED_COMMITS", "_PRUNED")),
+    (commits, "_PRUNED_COMMITS"),
+    (pruned, "_PRUNED"),
+    (contents, "_BLOBS"),
+    *((metadata, name) for name in ("_STRAYS", "_LAST_OF_PAGE", "_INDEXED")),
     *(
-        (verify, name)
+        (sessions, name)
         for name in (
-            "_BLOBS",
-            "_STRAYS",
-            "_LAST_OF_PAGE",
-            "_INDEXED",
             "_SESSIONS",
             "_EVENTS",
             "_VARIABLES",
@@ -750,10 +757,10 @@ def test_a_changed_index_of_metadata_is_found(
     path: Path, monkeypatch: pytest.MonkeyPatch, page: int, statement: str, told: list[str]
 ) -> None:
     if page == 1:
-        monkeypatch.setattr(verify, "_SNAPSHOT_S", 0.0)
+        change(monkeypatch, "SNAPSHOT_S", 0.0)
         for name in ("_STRAYS", "_LAST_OF_PAGE"):
-            smaller = getattr(verify, name).replace("LIMIT 10000", "LIMIT 1").replace("OFFSET 9999", "OFFSET 0")
-            monkeypatch.setattr(verify, name, smaller)
+            smaller = getattr(metadata, name).replace("LIMIT 10000", "LIMIT 1").replace("OFFSET 9999", "OFFSET 0")
+            monkeypatch.setattr(metadata, name, smaller)
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         names = ("key", "value", "sequence", "variable_key", "version")
         entries = f"SELECT {', '.join(names)} FROM metadata_entries ORDER BY sequence"

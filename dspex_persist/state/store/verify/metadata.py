@@ -1,0 +1,109 @@
+"""The index of metadata."""
+
+import time
+from collections.abc import Iterator
+from typing import Final
+
+from sqlalchemy import Connection
+
+from dspex_persist.state.errors import quote
+from dspex_persist.state.store.verify.walk import (
+    BEFORE_ALL,
+    PAGE_ENTRIES,
+    SNAPSHOT_S,
+    Problem,
+    Walk,
+    find_row,
+    iter_rows,
+    place_of,
+)
+
+# What is no JSON was told of with its commit.
+_SAID: Final = "json_each(iif(json_valid(versions.metadata), versions.metadata, '{}')) AS entry"
+_PLACE: Final = "key, value, sequence, variable_key, version"
+_NEXT_ENTRIES: Final = f"FROM metadata_entries WHERE ({_PLACE}) > (?, ?, ?, ?, ?) ORDER BY {_PLACE} LIMIT"
+_LAST_OF_PAGE: Final = f"SELECT {_PLACE} {_NEXT_ENTRIES} 1 OFFSET {PAGE_ENTRIES - 1}"
+_STRAYS: Final = f"""
+    SELECT key, sequence, variable_key, version FROM (SELECT {_PLACE} {_NEXT_ENTRIES} {PAGE_ENTRIES}) AS listed
+    WHERE NOT EXISTS (
+        SELECT 1 FROM versions CROSS JOIN {_SAID}
+        WHERE versions.variable_key = listed.variable_key AND versions.version = listed.version
+            AND versions.sequence = listed.sequence AND entry.key = listed.key AND entry.value = listed.value
+    )
+"""
+_COUNTS: Final = f"""
+    SELECT (SELECT count(*) FROM metadata_entries),
+        (SELECT count(*) FROM versions CROSS JOIN {_SAID} WHERE versions.metadata IS NOT NULL)
+"""
+_INDEXED: Final = f"""
+    SELECT variable_key, version, sequence, NOT EXISTS (
+        SELECT 1 FROM {_SAID} WHERE NOT EXISTS (
+            SELECT 1 FROM metadata_entries AS found
+            WHERE found.key = entry.key AND found.value = entry.value AND found.sequence = versions.sequence
+                AND found.variable_key = versions.variable_key AND found.version = versions.version
+        )
+    )
+    FROM versions WHERE metadata IS NOT NULL AND (variable_key, version) > (?, ?) ORDER BY variable_key, version
+"""
+_SESSION_OF: Final = "SELECT session_key FROM variables WHERE variable_key = ?"
+
+
+class StrayWalk(Walk):
+    """Whatever the index of metadata says, a version's metadata says. `found`: not so."""
+
+    found = False
+
+    def __init__(self) -> None:
+        self._last: tuple[str, str, float, float, float] = ("", "", BEFORE_ALL, BEFORE_ALL, BEFORE_ALL)
+
+    def __str__(self) -> str:
+        return f"metadata_entries after key {quote(self._last[0])}"
+
+    def page(self, connection: Connection) -> Iterator[Problem]:
+        end = time.monotonic() + SNAPSHOT_S
+        while self.more:
+            for key, sequence, variable_key, version in iter_rows(connection, _STRAYS, *self._last):
+                self.found = True
+                what = f"metadata_entries has {quote(key)} for version {version}, whose metadata does not say so"
+                yield Problem(_where_of_entry(connection, sequence, variable_key), what)
+            last = find_row(connection, _LAST_OF_PAGE, *self._last)
+            self.more = last is not None
+            self._last = last or self._last
+            if time.monotonic() > end:
+                return
+
+
+class IndexedWalk(Walk):
+    """Whatever a version's metadata says is in the index.
+
+    Where the index has no stray entry, and as many as there should be, none is missing: that is counted, as to look up
+    each takes longer than all the rest of the check.
+    """
+
+    def __init__(self, strays: StrayWalk) -> None:
+        self._strays = strays
+        self._last: tuple[float, float] = (BEFORE_ALL, BEFORE_ALL)
+
+    def __str__(self) -> str:
+        return f"the metadata of the versions after variable key {max(self._last[0], 0)}"
+
+    def page(self, connection: Connection) -> Iterator[Problem]:
+        end = time.monotonic() + SNAPSHOT_S
+        if not self._strays.found and self._last[0] == BEFORE_ALL:
+            entries, expected = find_row(connection, _COUNTS)
+            if entries == expected:
+                self.more = False
+                return
+        for key, version, sequence, indexed in iter_rows(connection, _INDEXED, *self._last):
+            if not indexed:
+                where = _where_of_entry(connection, sequence, key)
+                yield Problem(where, f"version {version} has metadata that is missing in metadata_entries")
+            self._last = (key, version)
+            if time.monotonic() > end:
+                return
+        self.more = False
+
+
+def _where_of_entry(connection: Connection, sequence: int, variable_key: int) -> str:
+    found = find_row(connection, _SESSION_OF, variable_key)
+    return place_of(connection, sequence, found[0] if found else 0, [variable_key])

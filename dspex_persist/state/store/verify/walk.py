@@ -1,0 +1,117 @@
+"""Walks and their snapshots, and what each of them needs."""
+
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, TypeAlias, cast
+
+from sqlalchemy import Connection, Engine
+
+from dspex_persist.state.errors import NotADatabaseError, ReadFailedError, quote
+from dspex_persist.state.model import ChangeKind
+from dspex_persist.state.store.engine import snapshot
+from dspex_persist.state.store.variables import KIND_CODES
+
+PAGE_ENTRIES: Final = 10_000
+MOST_NAMED: Final = 3
+SNAPSHOT_S: Final = 1.0
+REGISTERED: Final = KIND_CODES[ChangeKind.REGISTERED]
+DELETED: Final = KIND_CODES[ChangeKind.DELETED]
+MERGING: Final = ", ".join(str(code) for kind, code in KIND_CODES.items() if kind.merges_metadata)
+FIRST_OR_LAST: Final = frozenset({REGISTERED, DELETED})
+AFTER_DELETION: Final = -2
+"""In place of a deleted variable's newest version: none follows it."""
+# Before and after every key that SQLite can hold, the negative ones that nobody should have included.
+BEFORE_ALL: Final = float("-inf")
+AFTER_ALL: Final = float("inf")
+# What rows of a damaged file can make of the code that reads them.
+UNREADABLE: Final = (NotADatabaseError, ReadFailedError, TypeError, ValueError, LookupError, OverflowError)
+Progress: TypeAlias = Callable[[int, int], None]
+"""Told how many commits are checked, of how many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is not as it should be: where (commit, session, variable), and what."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+class Walk:
+    """A part of the check, which can go on in another snapshot. `more`: whether it has not reached its end."""
+
+    more = True
+
+    def page(self, connection: Connection) -> Iterator[Problem]:
+        """Go on from where it is, for a while."""
+        raise NotImplementedError
+
+
+def walk_through(readers: Engine, walk: Walk) -> Iterator[Problem]:
+    lenient = False
+    while walk.more:
+        with snapshot(readers) as connection:
+            # Reading text that is no UTF-8 makes every row take half as long again, so only where there is some.
+            _driver(connection).text_factory = _decode_any if lenient else str
+            try:
+                yield from walk.page(connection)
+            except sqlite3.OperationalError as error:
+                if lenient or "decode" not in str(error):
+                    raise
+                lenient = True
+            finally:
+                _driver(connection).text_factory = str
+
+
+_decode_any = partial(str, encoding="utf-8", errors="surrogateescape")
+
+
+def _driver(connection: Connection) -> sqlite3.Connection:
+    return cast(sqlite3.Connection, connection.connection.driver_connection)
+
+
+def iter_rows(connection: Connection, statement: str, *parameters: object) -> Iterator[Any]:
+    """Rows as the driver has them: SQLAlchemy's own take several times as long."""
+    return _driver(connection).execute(statement, parameters)
+
+
+def find_row(connection: Connection, statement: str, *parameters: object) -> Any:
+    return next(iter_rows(connection, statement, *parameters), None)
+
+
+def range_text(first: int, last: int) -> str:
+    return f"commit {first}" if first == last else f"commits {first} to {last}"
+
+
+def place_of(connection: Connection, sequence: int, session_key: int, variable_keys: Sequence[int]) -> str:
+    """A commit in words: its number, its session, its variables (not all of many)."""
+    keys = list(dict.fromkeys(variable_keys))
+    parts = [f"commit {sequence}", _session_name(connection, session_key)]
+    parts += [variable_name(connection, key) for key in keys[:MOST_NAMED]]
+    more = len(keys) - MOST_NAMED
+    return ", ".join(parts) + (f" and {more} more" if more > 0 else "")
+
+
+def _session_name(connection: Connection, key: int) -> str:
+    found = find_row(connection, "SELECT session_id FROM sessions WHERE session_key = ?", key)
+    return f"session {quote(found[0])}" if found else f"session key {key}"
+
+
+def variable_name(connection: Connection, key: int) -> str:
+    found = find_row(connection, "SELECT name FROM variables WHERE variable_key = ?", key)
+    return f"variable {quote(found[0])}" if found else f"variable key {key}"
+
+
+def is_pruned(connection: Connection, sequence: int) -> bool:
+    return find_row(connection, "SELECT 1 FROM pruned WHERE sequence = ?", sequence) is not None
+
+
+def shown(value: object) -> str:
+    if value is None:
+        return "empty"
+    return quote(value) if isinstance(value, str) else str(value)
