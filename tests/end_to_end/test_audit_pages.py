@@ -450,6 +450,23 @@ def test_what_is_not_there_is_a_sentence(site: str) -> None:
 
 
 @needs_datasette
+@pytest.mark.parametrize(
+    ("page", "parts"),
+    [
+        ("history/v_variable_history", {"_next": "xx"}),
+        ("history/v_variable_history", {"_timelimit": "x"}),
+        ("history/v_variable_history", {"_through": "{"}),
+        ("history/v_variable_history", {"_size": "many"}),
+        ("history/v_variable_history.json", {"_next": "xx"}),
+    ],
+)
+def test_a_wrong_address_of_a_table_is_the_askers_mistake(site: str, page: str, parts: dict[str, str]) -> None:
+    status, text = get(site, page, **parts)
+    assert status == 400
+    assert "Traceback" not in text
+
+
+@needs_datasette
 def test_what_is_asked_wrongly_is_no_failure_of_the_site(site: str, path: Path) -> None:
     status, text = get(site, "history/v_variable_history", _sort="nonsense")
     assert (status, "Cannot sort table by nonsense" in text) == (400, True)

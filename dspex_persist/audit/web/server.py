@@ -41,6 +41,10 @@ class _ReadOnlyFile(Database):  # type: ignore[misc]  # Datasette has no types
         self._all_file_connections.append(connection)
         return connection
 
+    async def execute(self, *arguments: Any, **options: Any) -> Any:
+        """Errors in what was asked are answered, and not logged: they quote users' values."""
+        return await super().execute(*arguments, **{**options, "log_sql_errors": False})
+
     async def foreign_keys_for_table(self, table: str) -> list[dict[str, str]]:
         """None: Datasette fails on those that leave out the column that they mean, as ours do."""
         return []

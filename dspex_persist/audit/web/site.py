@@ -1,7 +1,8 @@
 """What makes a site of Datasette: who may see what, links from cells to pages, and the pages themselves."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any, Final
@@ -35,6 +36,8 @@ _VERSIONS: Final = 300
 _CHARTED: Final = 200_000
 _DEPTH: Final = 2
 _FAILED: Final = 500
+_UNANSWERABLE: Final = "this question cannot be answered: something in its address is wrong"
+_OF_A_QUESTION: Final = (ValueError, KeyError, views.SqlError)
 _MOST_READ: Final = 200
 _LARGE: Final = (1_080, 260)
 _LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "[::1]"})
@@ -99,13 +102,16 @@ class Site:
         if self._source.reveal and database == DATABASE:
             views.reveal_values(conn)
 
-    @hookimpl
-    def handle_exception(self, exception: Exception) -> Any:
-        """What was asked wrongly, such as to sort by a column that there is not, is no failure of the site."""
-        if isinstance(exception, DatasetteError) and exception.status == _FAILED:
-            sentence = exception.message or "this question cannot be answered"
-            return Response.html(render_template("web_sorry.html", sentence=sentence), status=400)
-        return None
+    @hookimpl(hookwrapper=True)
+    def handle_exception(self, request: Any, exception: Exception) -> Generator[None, Any, None]:
+        """A mistake in a question, such as to sort by a column that does not exist, is no failure of the site.
+
+        It wraps Datasette's own answer, which would print a traceback.
+        """
+        answers = yield
+        sentence = _mistake(request.path, exception)
+        if sentence is not None:
+            answers.force_result([Response.html(render_template("web_sorry.html", sentence=sentence), status=400)])
 
     # Datasette's own pages
 
@@ -220,6 +226,17 @@ _TABLES_OF_A_SESSION: Final = (
 def _filtered(view: str, **conditions: str) -> str:
     exact = {f"{column}__exact": wanted for column, wanted in conditions.items()}
     return f"/{DATABASE}/{view}?{urlencode(exact, errors='replace')}"
+
+
+def _mistake(path: str, exception: Exception) -> str | None:
+    """What is wrong with a question to Datasette; None where the site has failed.
+
+    What is wrong in an address, such as letters for a number, comes out of its pages as Python's or SQLite's error.
+    """
+    if isinstance(exception, DatasetteError):
+        return exception.message or _UNANSWERABLE if exception.status == _FAILED else None
+    is_datasettes = re.match(rf"/{DATABASE}(?![^/.])", path) is not None
+    return _UNANSWERABLE if is_datasettes and isinstance(exception, _OF_A_QUESTION) else None
 
 
 async def _page(text: Callable[..., str], *parts: str) -> Any:

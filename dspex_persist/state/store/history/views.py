@@ -6,6 +6,8 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Final
 
+SqlError: Final = sqlite3.Error
+"""What SQLite raises when a query is wrong, for programs that take queries from their users."""
 _WITH_VALUES: Final = ("v_variable_history", "v_current_variables")
 
 
