@@ -127,6 +127,14 @@ class _SharedLoop(asyncio.SelectorEventLoop):
         """After which there would be no other."""
         raise _shared("its default executor")
 
+    def close(self) -> None:
+        """Closing is its thread's alone: in between two runs, another thread would take the pipe that wakes it away."""
+        raise RuntimeError("the event loop is shared and cannot be closed; run a loop of your own, in a thread")
+
+    def close_for_good(self) -> None:
+        """Close it, on the thread that ran it."""
+        super().close()
+
 
 def _shared(what: str) -> RuntimeError:
     return RuntimeError(f"{what} cannot be changed: the event loop is shared; run a loop of your own, in a thread")
@@ -143,7 +151,7 @@ class LoopThread:
     def __init__(self, name: str) -> None:
         self._name = name
         self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop: _SharedLoop | None = None
         # What was started on this loop and has not ended.
         self._started: dict[Future[Any], Coroutine[Any, Any, Any]] = {}
         self._closed = False
@@ -215,7 +223,7 @@ class LoopThread:
             threading.Thread(target=self._run, args=run, name=self._name, daemon=True).start()
         return self._loop
 
-    def _run(self, loop: asyncio.AbstractEventLoop, started: dict[Future[Any], Coroutine[Any, Any, Any]]) -> None:
+    def _run(self, loop: _SharedLoop, started: dict[Future[Any], Coroutine[Any, Any, Any]]) -> None:
         """On the loop's own thread, which closes it, as nobody waits for code that does not let it stop."""
         what = ""
         while not self._over:
@@ -236,7 +244,7 @@ class LoopThread:
                 self._loop = None
         _cancel_rest(loop)
         with contextlib.suppress(Exception):
-            loop.close()
+            loop.close_for_good()
         for future, coroutine in list(started.items()):
             if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
                 # It was handed over to a loop that was closed before it got there.
@@ -257,3 +265,7 @@ def _cancel_rest(loop: asyncio.AbstractEventLoop) -> None:
         rest = asyncio.wait(tasks, timeout=_CLEAN_UP_S) if tasks else asyncio.sleep(0)
         with contextlib.suppress(BaseException):
             loop.run_until_complete(rest)
+        if inspect.getcoroutinestate(rest) == inspect.CORO_CREATED:
+            # The loop is broken, and did not begin.
+            rest.close()
+            return

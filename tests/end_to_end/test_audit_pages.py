@@ -418,7 +418,7 @@ def test_views_have_words_facets_and_links(site: str) -> None:
     for facet in ("session_id", "tool", "status", "actor"):
         assert f'data-column="{facet}"' in text or f"_facet={facet}" in text or f">{facet}<" in text
     assert "/execution?id=exec_" in text
-    assert "The journal: what ran, on what, and how it ended." in text
+    assert "The journal: which tools ran, with which arguments, and how they ended." in text
 
 
 @needs_datasette

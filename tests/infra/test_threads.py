@@ -321,6 +321,29 @@ def test_there_is_a_new_loop_if_one_was_closed_and_who_waited_is_told(loop_threa
     assert loop_thread.loop is not loop
 
 
+def test_no_other_thread_closes_a_loop_between_two_runs(loop_thread: LoopThread) -> None:
+    """It would take away the pipe that wakes the loop, and then find that it runs again: asleep for ever."""
+    loop = loop_thread.loop
+    refused = []
+
+    async def stop_and_close() -> None:
+        def close() -> None:
+            try:
+                loop.close()
+            except RuntimeError as error:
+                refused.append(str(error))
+
+        # It is what the loop asks when it is to go on, before anybody can tell that it runs.
+        loop._check_running = close  # type: ignore[attr-defined]
+        loop.stop()
+
+    loop_thread.start(stop_and_close())
+    assert loop_thread.start(answer()).result(DEADLINE_S) == 42
+    assert loop_thread.loop is loop
+    assert all("is shared and cannot be closed" in each for each in refused)
+    assert refused
+
+
 def test_a_loop_that_is_closed_cancels_what_runs_and_takes_no_more(loop_thread: LoopThread) -> None:
     cancelled = threading.Event()
 
