@@ -285,7 +285,7 @@ def test_health_says_not_serving_while_the_caller_ends_its_streams() -> None:
             health: Any = health_pb2_grpc.HealthStub(channel)
             seen.append((await health.Check(health_pb2.HealthCheckRequest(), timeout=within(10))).status)
 
-    asyncio.run(_serve_and_drain(drain))
+    asyncio.run(_serve_and_drain(drain, grace_s=within(10)))
     assert seen == [health_pb2.HealthCheckResponse.NOT_SERVING]
 
 
@@ -310,13 +310,13 @@ def test_a_callers_failing_drain_still_stops_the_server() -> None:
     prepare(TcpAddress("127.0.0.1", ports[0]))
 
 
-async def _serve_and_drain(drain: Callable[[int], Awaitable[None]]) -> None:
+async def _serve_and_drain(drain: Callable[[int], Awaitable[None]], grace_s: float = 0.5) -> None:
     """Serve and stop at once, as soon as the server is ready; `drain` is told its port."""
     ports: list[int] = []
     stop = asyncio.Event()
     stop.set()
     await serve(
-        ServerOptions("127.0.0.1:0", grace_s=0.5),
+        ServerOptions("127.0.0.1:0", grace_s=grace_s),
         [Service(ping.DESCRIPTOR, object())],
         status_of=lambda _: None,
         on_ready=ports.append,
