@@ -18,7 +18,7 @@ from dspex_persist.state.events import portable
 from dspex_persist.state.model import Dependency, EventKind, Value, Variable
 from dspex_persist.state.recording import Header, RecordedCommit, RecordedEvent, RecordedVersion, renumbered
 from dspex_persist.state.store import damage
-from dspex_persist.state.store.engine import snapshot
+from dspex_persist.state.store.engine import raw_rows, snapshot
 from dspex_persist.state.store.history.answers import StoredAudit
 from dspex_persist.state.store.schema import is_unicode
 from dspex_persist.state.store.variables import KIND_OF, SOURCE_OF, is_sensitive
@@ -74,23 +74,17 @@ def read_session(
         if marker is not None:
             raise SessionPrunedError(session_id, marker)
         count, last = _first(connection, _EXTENT, key)
-        hidden = frozenset() if reveal else frozenset(row[0] for row in _rows(connection, _SENSITIVE, key))
+        hidden = frozenset() if reveal else frozenset(row[0] for row in raw_rows(connection, _SENSITIVE, key))
     header = Header(session_id, count, masked=bool(hidden))
     return header, _Reading(readers, session_id, key, last, hidden).commits()
 
 
-def _rows(connection: Connection, statement: str, *parameters: object) -> Iterator[Any]:
-    """Rows as the driver has them: SQLAlchemy's own take several times as long."""
-    rows: Iterator[Any] = connection.connection.cursor().execute(statement, parameters)
-    return rows
-
-
 def _first(connection: Connection, statement: str, *parameters: object) -> Any:
-    return next(_rows(connection, statement, *parameters))
+    return next(raw_rows(connection, statement, *parameters))
 
 
 def _find_session(connection: Connection, session_id: str, started: int | None) -> int:
-    found = list(_rows(connection, _SESSIONS, session_id)) if is_unicode(session_id) else []
+    found = list(raw_rows(connection, _SESSIONS, session_id)) if is_unicode(session_id) else []
     if not found:
         raise NotInHistoryError("session", session_id, "")
     if started is None:
@@ -127,13 +121,13 @@ class _Reading:
         """The next commits, and the last one of them in the file."""
         page: list[RecordedCommit] = []
         size_bytes = 0
-        for sequence, actor, cause, created_at, marker in _rows(connection, _COMMITS, self._key, after, self._last):
+        for sequence, actor, cause, created_at, marker in raw_rows(connection, _COMMITS, self._key, after, self._last):
             if marker is not None:
                 raise SessionPrunedError(self._session_id, marker)
             self._number += 1
             after = sequence
-            versions = tuple(map(self._version_of, _rows(connection, _VERSIONS, sequence)))
-            told = list(_rows(connection, _EVENTS, sequence))
+            versions = tuple(map(self._version_of, raw_rows(connection, _VERSIONS, sequence)))
+            told = list(raw_rows(connection, _EVENTS, sequence))
             events = tuple(self._event_of(sequence, *row) for row in told)
             commit = RecordedCommit(self._number, nearest_time(created_at), actor, cause, versions, events, sequence)
             page.append(renumbered(commit, self._number_of))
@@ -190,5 +184,5 @@ def fork_of(readers: Engine, session_id: str, new_session_id: str, at: str) -> F
         if each.value is not None
     )
     with snapshot(readers) as connection:
-        edges = tuple(Dependency(*row) for row in _rows(connection, _DEPENDENCIES, session_id, sequence))
+        edges = tuple(Dependency(*row) for row in raw_rows(connection, _DEPENDENCIES, session_id, sequence))
     return ForkSession(new_session_id, session_id, sequence, variables, edges)

@@ -7,7 +7,8 @@ from typing import Final
 from sqlalchemy import Connection
 
 from dspex_persist.state.store.blobs import digest
-from dspex_persist.state.store.verify.walk import BEFORE_ALL, SNAPSHOT_S, Problem, Walk, find_row, iter_rows, place_of
+from dspex_persist.state.store.engine import raw_rows
+from dspex_persist.state.store.verify.walk import BEFORE_ALL, SNAPSHOT_S, Problem, Walk, find_row, place_of
 
 _BLOBS: Final = "SELECT blob_key, digest, content FROM blobs WHERE blob_key > ? ORDER BY blob_key"
 _UNUSED_BLOBS: Final = """
@@ -33,14 +34,14 @@ class BlobWalk(Walk):
 
     def page(self, connection: Connection) -> Iterator[Problem]:
         end = time.monotonic() + SNAPSHOT_S
-        for key, name, content in iter_rows(connection, _BLOBS, self._last):
+        for key, name, content in raw_rows(connection, _BLOBS, self._last):
             if digest(content) != name:
                 yield Problem(self._where(connection, key), "the content is not the one that its digest was made from")
             self._last = key
             if time.monotonic() > end:
                 return
         self.more = False
-        for (key,) in iter_rows(connection, _UNUSED_BLOBS):
+        for (key,) in raw_rows(connection, _UNUSED_BLOBS):
             yield Problem(f"large content {key}", "it belongs to no version")
 
     def _where(self, connection: Connection, key: int) -> str:

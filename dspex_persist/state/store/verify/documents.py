@@ -7,8 +7,9 @@ from sqlalchemy import Connection
 
 from dspex_persist.clock import EARLIEST, LATEST, to_micros
 from dspex_persist.state.errors import quote
+from dspex_persist.state.store.engine import raw_rows
 from dspex_persist.state.store.verify.outcomes import ODD_IMPORTS
-from dspex_persist.state.store.verify.walk import Problem, Walk, iter_rows, place_of, range_text
+from dspex_persist.state.store.verify.walk import Problem, Walk, place_of, range_text
 
 _UNSOUND: Final = {
     "its time is none that a calendar has": f"""
@@ -47,7 +48,7 @@ _DOCUMENTS: Final = {
 
 def unsound_in(connection: Connection, after: int, last: int) -> Iterator[Problem]:
     for what, statement in _UNSOUND.items():
-        for sequence, session_key, variable_key in iter_rows(connection, statement, after, last):
+        for sequence, session_key, variable_key in raw_rows(connection, statement, after, last):
             keys = [variable_key] if variable_key is not None else []
             yield Problem(place_of(connection, sequence, session_key, keys), what)
 
@@ -60,10 +61,10 @@ class DocumentWalk(Walk):
 
     def page(self, connection: Connection) -> Iterator[Problem]:
         for (table, column), statement in _DOCUMENTS.items():
-            for session_id, *names in iter_rows(connection, statement):
+            for session_id, *names in raw_rows(connection, statement):
                 where = ", ".join([f"session {quote(session_id)}", *(f"variable {quote(name)}" for name in names)])
                 yield Problem(where, f"{table}.{column} is no JSON")
-        for first, last in iter_rows(connection, ODD_IMPORTS):
+        for first, last in raw_rows(connection, ODD_IMPORTS):
             yield Problem(
                 range_text(first, last), "imports says that they came with an import, but there are none such"
             )

@@ -9,7 +9,8 @@ from sqlalchemy.exc import DBAPIError
 
 from dspex_persist.state.errors import quote
 from dspex_persist.state.store import sessions
-from dspex_persist.state.store.verify.walk import SNAPSHOT_S, UNREADABLE, Problem, Walk, find_row, iter_rows
+from dspex_persist.state.store.engine import raw_rows
+from dspex_persist.state.store.verify.walk import SNAPSHOT_S, UNREADABLE, Problem, Walk, find_row
 
 
 class LiveWalk(Walk):
@@ -24,7 +25,7 @@ class LiveWalk(Walk):
     def page(self, connection: Connection) -> Iterator[Problem]:
         end = time.monotonic() + SNAPSHOT_S
         statement = "SELECT session_key, session_id FROM sessions WHERE session_key > ? AND ended_sequence IS NULL"
-        for key, session_id in list(iter_rows(connection, f"{statement} ORDER BY session_key LIMIT 1000", self._last)):
+        for key, session_id in list(raw_rows(connection, f"{statement} ORDER BY session_key LIMIT 1000", self._last)):
             try:
                 sessions.load(connection, session_id)
             except (*UNREADABLE, DBAPIError, sqlite3.Error, AttributeError, AssertionError) as error:

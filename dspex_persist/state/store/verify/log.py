@@ -8,6 +8,7 @@ from sqlalchemy import Connection
 from dspex_persist.state.store import log_reader, pruned
 from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.chain import GENESIS, link
+from dspex_persist.state.store.engine import raw_rows
 from dspex_persist.state.store.verify.documents import unsound_in
 from dspex_persist.state.store.verify.walk import (
     AFTER_DELETION,
@@ -18,7 +19,6 @@ from dspex_persist.state.store.verify.walk import (
     Progress,
     Walk,
     find_row,
-    iter_rows,
     place_of,
     range_text,
 )
@@ -63,12 +63,12 @@ class LogWalk(Walk):
 
     def page(self, connection: Connection) -> Iterator[Problem]:
         if self._last == 0:
-            for (sequence,) in iter_rows(connection, _BEFORE_THE_FIRST):
+            for (sequence,) in raw_rows(connection, _BEFORE_THE_FIRST):
                 yield Problem(f"commit {sequence}", "commits are numbered from 1")
         first, newest, homes = self._last, self._newest, self._homes
         # Commits that are looked at whatever their hash is.
         special = {self._anchor.sequence}
-        special.update(sequence for (sequence,) in iter_rows(connection, _PRUNED_COMMITS, self._last, _PAGE_COMMITS))
+        special.update(sequence for (sequence,) in raw_rows(connection, _PRUNED_COMMITS, self._last, _PAGE_COMMITS))
         if len(newest) > _MOST_REMEMBERED:
             newest.clear()
             homes.clear()

@@ -7,6 +7,7 @@ from typing import Final
 from sqlalchemy import Connection
 
 from dspex_persist.state.errors import quote
+from dspex_persist.state.store.engine import raw_rows
 from dspex_persist.state.store.verify.walk import (
     BEFORE_ALL,
     PAGE_ENTRIES,
@@ -14,7 +15,6 @@ from dspex_persist.state.store.verify.walk import (
     Problem,
     Walk,
     find_row,
-    iter_rows,
     place_of,
 )
 
@@ -62,7 +62,7 @@ class StrayWalk(Walk):
     def page(self, connection: Connection) -> Iterator[Problem]:
         end = time.monotonic() + SNAPSHOT_S
         while self.more:
-            for key, sequence, variable_key, version in iter_rows(connection, _STRAYS, *self._last):
+            for key, sequence, variable_key, version in raw_rows(connection, _STRAYS, *self._last):
                 self.found = True
                 what = f"metadata_entries has {quote(key)} for version {version}, whose metadata does not say so"
                 yield Problem(_where_of_entry(connection, sequence, variable_key), what)
@@ -94,7 +94,7 @@ class IndexedWalk(Walk):
             if entries == expected:
                 self.more = False
                 return
-        for key, version, sequence, indexed in iter_rows(connection, _INDEXED, *self._last):
+        for key, version, sequence, indexed in raw_rows(connection, _INDEXED, *self._last):
             if not indexed:
                 where = _where_of_entry(connection, sequence, key)
                 yield Problem(where, f"version {version} has metadata that is missing in metadata_entries")

@@ -11,7 +11,8 @@ from dspex_persist.clock import EARLIEST, LATEST, to_micros
 from dspex_persist.state import commands, outcomes
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import quote
-from dspex_persist.state.store.verify.walk import SNAPSHOT_S, Problem, Walk, iter_rows
+from dspex_persist.state.store.engine import raw_rows
+from dspex_persist.state.store.verify.walk import SNAPSHOT_S, Problem, Walk
 
 ODD_IMPORTS: Final = """
     SELECT first_sequence, last_sequence FROM imports
@@ -37,7 +38,7 @@ class OutcomeWalk(Walk):
 
     def page(self, connection: Connection) -> Iterator[Problem]:
         end = time.monotonic() + SNAPSHOT_S
-        for session_id, key, cause, fingerprint, result, created_at, is_known in iter_rows(
+        for session_id, key, cause, fingerprint, result, created_at, is_known in raw_rows(
             connection, _OUTCOMES, *self._last
         ):
             where = f"session {quote(session_id)}, answer under idempotency key {quote(key)}"

@@ -26,6 +26,7 @@ from dspex_persist.state.events import (
     VariableRegistered,
     event_in,
 )
+from dspex_persist.state.store.engine import raw_rows
 from dspex_persist.state.store.executions import spec_text
 from dspex_persist.state.store.log import began_sequence, metadata_text
 from dspex_persist.state.store.variables import lock_text
@@ -40,7 +41,6 @@ from dspex_persist.state.store.verify.walk import (
     Walk,
     find_row,
     is_pruned,
-    iter_rows,
     shown,
 )
 from dspex_persist.state.values.json_text import stored
@@ -118,7 +118,7 @@ class SessionWalk(Walk):
     def page(self, connection: Connection) -> Iterator[Problem]:
         end = time.monotonic() + SNAPSHOT_S
         statements = (_SESSIONS, _EVENTS, _TELLING_VERSIONS, _VARIABLES, _DEPENDENCIES, _EXECUTIONS, _TOOLS)
-        streams = [_Stream(iter_rows(connection, statement, self._last)) for statement in statements]
+        streams = [_Stream(raw_rows(connection, statement, self._last)) for statement in statements]
         while (key := min(stream.key for stream in streams)) != AFTER_ALL:
             rows, events, telling, variables, dependencies, executions, tools = (stream.take(key) for stream in streams)
             replay = _Replay(key)

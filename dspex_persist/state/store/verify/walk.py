@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Engine
 
 from dspex_persist.state.errors import NotADatabaseError, ReadFailedError, quote
 from dspex_persist.state.model import ChangeKind
-from dspex_persist.state.store.engine import snapshot
+from dspex_persist.state.store.engine import raw_rows, snapshot
 from dspex_persist.state.store.variables import KIND_CODES
 
 PAGE_ENTRIES: Final = 10_000
@@ -75,13 +75,8 @@ def _driver(connection: Connection) -> sqlite3.Connection:
     return cast(sqlite3.Connection, connection.connection.driver_connection)
 
 
-def iter_rows(connection: Connection, statement: str, *parameters: object) -> Iterator[Any]:
-    """Rows as the driver has them: SQLAlchemy's own take several times as long."""
-    return _driver(connection).execute(statement, parameters)
-
-
 def find_row(connection: Connection, statement: str, *parameters: object) -> Any:
-    return next(iter_rows(connection, statement, *parameters), None)
+    return next(raw_rows(connection, statement, *parameters), None)
 
 
 def range_text(first: int, last: int) -> str:
