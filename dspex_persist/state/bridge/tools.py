@@ -90,7 +90,7 @@ class ToolRpcs(Calls):
         if within is not None:
             outcome = await self._runner.execute_within(within, call)
         else:
-            outcome = await self._runner.execute(call, emit, asked_by=header(context, ASKED_BY))
+            outcome = await self._runner.execute(call, emit, asker_id=header(context, ASKED_BY))
         self._log_outcome(call, outcome, context)
         return outcome
 

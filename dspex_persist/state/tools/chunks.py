@@ -1,4 +1,4 @@
-"""What a tool yields: kept, as its list is the result, and handed out."""
+"""The chunks that a streaming tool yields: collected into its result, and delivered to the client as they come."""
 
 import asyncio
 import contextlib
@@ -15,22 +15,29 @@ from dspex_persist.state.model import ToolOutcome, Value
 from dspex_persist.state.tools.results import checked
 
 Emit: TypeAlias = Callable[[Value], Awaitable[None]]
-"""Hands one chunk to whoever asked; returns when it has been taken."""
-_Taken: TypeAlias = "asyncio.Future[None]"
+"""Delivers one chunk to the client; returns once the client has accepted it."""
+_Receipt: TypeAlias = "asyncio.Future[None]"
 
 
 class Chunks:
-    """What a tool has yielded, whose list is its result. It is measured while it comes: a tool may never stop."""
+    """Collects the chunks of a tool; their list is its result.
+
+    The limits apply to each chunk as it comes, because a tool may never stop yielding.
+    """
 
     def __init__(self, tool: str, limits: Limits) -> None:
         self._tool = tool
         self._limits = limits
-        # One text: of very small chunks the objects would take a hundred times as much.
+        # One text instead of a list: as objects, very small chunks would take a hundred times the memory.
         self._text = io.StringIO()
         self._size_bytes = len("[]")
 
     def add(self, chunk: Value) -> Value:
-        """Keep a chunk; `LimitExceededError` if it makes the result too large or too deep."""
+        """Append a chunk and return it.
+
+        Raises:
+            LimitExceededError: The chunk makes the result too large or nests too deeply.
+        """
         checked(self._tool, Value(f"[{chunk.json}]"), self._limits)
         self._size_bytes += chunk.size_bytes + len(",")
         most = self._limits.stream_size_bytes
@@ -42,12 +49,17 @@ class Chunks:
         return chunk
 
     def result(self) -> Value:
-        """The list of them."""
+        """Return the list of all chunks, as JSON."""
         return Value(f"[{self._text.getvalue()[1:]}]")
 
 
 class Outlet:
-    """Where the chunks of a request go, whichever of its attempts yields them. `broken`: what kept one from that."""
+    """Delivers the chunks of one request, from all of its attempts.
+
+    Attributes:
+        used: Whether any chunk has been passed on, after which the request cannot be retried.
+        broken: The error of a failed delivery.
+    """
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
@@ -55,7 +67,7 @@ class Outlet:
         self.broken: Exception | None = None
 
     async def hand_out(self, chunk: Value) -> None:
-        """Give a chunk to whoever asked; returns when it has been taken."""
+        """Deliver a chunk; returns once the client has accepted it."""
         self.used = True
         try:
             await self._emit(chunk)
@@ -65,34 +77,34 @@ class Outlet:
 
 
 class ChunkQueue:
-    """From the loop of an execution to the thread that takes its chunks, one at a time: whoever stops holds it back."""
+    """Passes chunks one at a time from the loop of an execution to a thread, so a slow reader slows the tool down."""
 
     def __init__(self) -> None:
-        self._queue: SimpleQueue[tuple[Value, _Taken] | None] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[Value, _Receipt] | None] = SimpleQueue()
         forks.tell(self)
 
     def forked(self, *, quiet: bool) -> None:
-        """In a child there are no more chunks: what yields them runs in the parent. See `forks.Heir`."""
+        """End the queue in a child process: the tool runs in the parent. See `forks.Heir`."""
         self._queue = SimpleQueue()
         self._queue.put(None)
 
     async def emit(self, chunk: Value) -> None:
-        """Hand a chunk over; returns when it has been taken."""
-        taken = asyncio.get_running_loop().create_future()
-        self._queue.put((chunk, taken))
-        await taken
+        """Pass a chunk on; returns once the reader has accepted it."""
+        receipt = asyncio.get_running_loop().create_future()
+        self._queue.put((chunk, receipt))
+        await receipt
 
     def take_until(self, done: "Future[ToolOutcome]") -> Iterator[Value]:
-        """The chunks, as they come, until `done` is; in a child of the process that made this, none."""
+        """Yield the chunks as they come, until `done` is resolved. In a forked child there are none."""
         done.add_done_callback(lambda _: self._queue.put(None))
-        while (handed := self._queue.get()) is not None:
-            chunk, taken = handed
-            # The loop may have ended by now, with whoever waits on it; `done` says so.
+        while (entry := self._queue.get()) is not None:
+            chunk, receipt = entry
+            # The loop may have ended by now, together with the tool that waits there; `done` reports that.
             with contextlib.suppress(RuntimeError):
-                taken.get_loop().call_soon_threadsafe(_let_go_on, taken)
+                receipt.get_loop().call_soon_threadsafe(_acknowledge, receipt)
             yield chunk
 
 
-def _let_go_on(taken: _Taken) -> None:
-    if not taken.done():
-        taken.set_result(None)
+def _acknowledge(receipt: _Receipt) -> None:
+    if not receipt.done():
+        receipt.set_result(None)

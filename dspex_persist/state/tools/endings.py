@@ -1,4 +1,4 @@
-"""Endings: how executions end, in the journal and for whoever asked."""
+"""Endings: ends executions in the store, and reports the outcome to their callers."""
 
 import asyncio
 import functools
@@ -24,19 +24,20 @@ from dspex_persist.state.model import (
     ToolOutcome,
 )
 from dspex_persist.state.provider import Submit
-from dspex_persist.state.tools.failures import (
-    failure_of,
-    told,
-)
+from dspex_persist.state.tools.failures import failure_of, reported_error
 from dspex_persist.state.tools.home import Home
 from dspex_persist.state.tools.session import ToolSession
 
-_SAY_AGAIN_S: Final = 5.0
+_RETRY_S: Final = 5.0
 
 
 class Endings:
-    """Has the store end executions. `draining`: whether what is cancelled from here on was interrupted by the server's
-    end, not given up by its client."""
+    """Has the store end executions.
+
+    Attributes:
+        draining: Whether the server is shutting down. A cancelled execution then counts as interrupted by the server,
+            not as given up by its client.
+    """
 
     def __init__(self, submit: Submit, home: Home) -> None:
         self._submit = submit
@@ -44,20 +45,32 @@ class Endings:
         self.draining = False
 
     @property
-    def gone(self) -> ExecutionStatus:
-        """How an execution has ended that was cancelled."""
+    def cancelled_status(self) -> ExecutionStatus:
+        """The status of an execution that is cancelled now."""
         return ExecutionStatus.INTERRUPTED if self.draining else ExecutionStatus.CANCELLED
 
     async def end(self, session: ToolSession, verdict: Verdict, raised: BaseException | None = None) -> ToolOutcome:
-        """End an execution whose code has returned, or `raised`; how it has ended. Raises what a store raises."""
+        """End an execution whose code has returned or raised.
+
+        Args:
+            session: The session of the execution.
+            verdict: How the code ended. The store may turn a commit into a conflict.
+            raised: The exception of the code, if it raised one.
+
+        Returns:
+            The outcome to report to the caller.
+
+        Raises:
+            StateError: The store could not record the end.
+        """
         command = self._closing(session, verdict)
         future = self._submit(command, session.origin)
         try:
             final = await self._home.mailbox.result(future)
         except asyncio.CancelledError:
-            # If its turn had come it is committed, or not, as it would have been anyway.
+            # If the writer had already started on the command, the cancellation does not affect it.
             if future.cancelled():
-                self.end_without_waiting(session, replace(verdict, status=self.gone, result=None))
+                self.end_without_waiting(session, replace(verdict, status=self.cancelled_status, result=None))
             raise
         except (SessionNotFoundError, ExecutionEndedError):
             reason = "the session ended while the tool ran; nothing was written"
@@ -66,17 +79,16 @@ class Endings:
                 ExecutionStatus.INTERRUPTED, None, error, error.error_code, error.execution_id, None, session.attempt
             )
         except StateError as error:
-            self._owe(session, verdict, error)
+            self._record_failure(session, verdict, error)
             raise
         return _outcome(final, raised)
 
     def end_without_waiting(self, session: ToolSession, verdict: Verdict) -> None:
-        """End an execution that has nothing to write, and whose caller is not there, or is told by others."""
-        self.say(self._closing(session, verdict), session.origin)
+        """End an execution that writes nothing and whose caller has gone, or hears of the end in another way."""
+        self.record(self._closing(session, verdict), session.origin)
 
     def _closing(self, session: ToolSession, verdict: Verdict) -> commands.FinishExecution:
-        """The command that ends an execution, after which its code is refused everything, and what it called is ended
-        with it."""
+        """Close an execution and the ones it called, so that their code can do no more; the command that ends them."""
         execution = session.execution
         execution.close(verdict.status.value)
         for called in session.below():
@@ -87,29 +99,29 @@ class Endings:
                 called.task.cancel()
         return execution.finish(verdict)
 
-    def say(self, command: commands.FinishExecution, origin: Origin) -> None:
-        """Have the journal say how an execution ended that wrote nothing; later, if the store has no room now."""
+    def record(self, command: commands.FinishExecution, origin: Origin) -> None:
+        """Record in the journal how an execution ended that wrote nothing. Retries while the store has no room."""
 
         def settled(future: "Future[Verdict]") -> None:
             error = None if future.cancelled() else future.exception()
             if isinstance(error, StorageError | QueueFullError):
-                again = functools.partial(self.say, command, origin)
-                self._home.mailbox.post(lambda: self._home.loop.call_later(_SAY_AGAIN_S, again))
+                again = functools.partial(self.record, command, origin)
+                self._home.mailbox.post(lambda: self._home.loop.call_later(_RETRY_S, again))
             elif isinstance(error, InternalError) and command != _bare(command):
-                self.say(_bare(command), origin)
+                self.record(_bare(command), origin)
 
         self._submit(command, origin).add_done_callback(settled)
 
-    def _owe(self, session: ToolSession, verdict: Verdict, error: StateError) -> None:
-        """The store did not take the end: what the execution wrote is lost, but its journal entry is not."""
+    def _record_failure(self, session: ToolSession, verdict: Verdict, error: StateError) -> None:
+        """Keep the journal entry of an execution whose end the store refused; its writes are lost."""
         if isinstance(error, StorageError | QueueFullError | InternalError):
             failed = replace(verdict, status=ExecutionStatus.FAILED, result=None, failure=failure_of(error))
             command = session.execution.finish(failed)
-            self.say(_bare(command) if isinstance(error, InternalError) else command, session.origin)
+            self.record(_bare(command) if isinstance(error, InternalError) else command, session.origin)
 
 
 def _bare(command: commands.FinishExecution) -> commands.FinishExecution:
-    """The same without what the code has put into it: something in it cannot be kept, and nobody knows what."""
+    """The command without what the tool's code contributed: the store cannot keep some part of that, unknown which."""
 
     def bare(verdict: Verdict) -> Verdict:
         return Verdict(verdict.execution_id, verdict.status, failure=verdict.failure, attempt=verdict.attempt)
@@ -124,5 +136,5 @@ def _outcome(verdict: Verdict, raised: BaseException | None) -> ToolOutcome:
     if status is ExecutionStatus.CONFLICT:
         error: StateError = ExecutionConflictError(execution_id, ", ".join(map(str, verdict.conflicts)))
     else:
-        error = told(execution_id, raised, verdict.failure)
+        error = reported_error(execution_id, raised, verdict.failure)
     return ToolOutcome(status, None, error, error.error_code, execution_id, None, verdict.attempt)

@@ -1,7 +1,7 @@
-"""Execution: the session as one tool execution sees it, and what it has staged. In memory only, until it commits.
+"""Execution: the session as one tool execution sees it, with its staged writes. In memory only, until it commits.
 
-At the end the commands that changed anything are sent to the store as one command (`FinishExecution`),
-which carries them out again if nothing that the execution stood on has changed.
+At the end, one command (`FinishExecution`) sends the staged commands to the store, which runs them again if nothing
+that the execution depended on has changed.
 """
 
 from collections.abc import Callable
@@ -30,13 +30,13 @@ from dspex_persist.state.unit_of_work import Savepoint
 
 R = TypeVar("R")
 
-# What the journal says of a name that was asked for, beside the name.
-_SEEN_BYTES = 64
+# The size of a name's entry in the journal, without the name.
+_ENTRY_BYTES = 64
 
 
 @dataclass(eq=False)
 class Execution:
-    """One execution under way. Usable from any thread, until it is closed."""
+    """A running execution. Usable from any thread, until it is closed."""
 
     id: str
     session_id: str
@@ -49,7 +49,7 @@ class Execution:
     published: list[tuple[str, int]] = field(default_factory=list)
     children: list[Verdict] = field(default_factory=list)
     status: str = ""
-    """How it has ended; "" while it runs."""
+    """How the execution ended; "" while it runs."""
     _start: tuple[Savepoint, int] = ((0, 0, 0), 0)
 
     @classmethod
@@ -62,29 +62,38 @@ class Execution:
         origin: Origin,
         read: Callable[[Command[Any]], Any],
     ) -> "Execution":
-        """The execution that a store has begun."""
+        """Return the execution that a store has begun.
+
+        Args:
+            session_id: The session.
+            tool: The name of the tool.
+            isolation: Which reads have to be unchanged for the execution to commit.
+            begun: The store's answer to `BeginExecution`.
+            origin: Who asked for the execution.
+            read: Runs a reading command on the store, for history; it may block.
+        """
         return cls(begun.execution_id, session_id, tool, isolation, Overlay(session_id, begun, origin, read))
 
     def begin_child(self, begun: Begun, tool: str) -> "Execution":
-        """An execution that this one called: part of the same transaction."""
+        """Return an execution that this one called; it is part of the same transaction."""
         overlay = self.overlay
         start = (overlay.unit.savepoint(), len(overlay.steps))
         return Execution(begun.execution_id, self.session_id, tool, self.isolation, overlay, self, _start=start)
 
     @property
     def depth(self) -> int:
-        """How many executions it is part of."""
+        """How many executions enclose this one."""
         return 0 if self.parent is None else self.parent.depth + 1
 
     @property
     def ended(self) -> str:
-        """How it has ended, by itself or with one that it is part of; "" while it runs."""
+        """How it ended, alone or together with an enclosing execution; "" while it runs."""
         return self.status or (self.parent.ended if self.parent is not None else "")
 
     def run(self, command: Command[R], origin: Origin) -> R:
-        """Carry out a command on the session as the execution sees it.
+        """Run a command on the session as the execution sees it.
 
-        What its values were read as is remembered: it is carried out again when the execution commits.
+        The store runs a writing command again when the execution commits, with the values as parsed here.
         """
         command.check()
         if command.ahead is None:
@@ -93,10 +102,10 @@ class Execution:
             self.check_running()
             self.check_is_of(command.session_id)
             touched = touched_by(command)
-            self._count_asked(touched)
-            found = self.overlay.look(touched)
-            for asked in touched.reads:
-                self.reads.setdefault(asked, found[asked])
+            self._count_names(touched)
+            seen = self.overlay.observe(touched)
+            for name in touched.reads:
+                self.reads.setdefault(name, seen[name])
             if touched.pattern is not None and touched.pattern not in self.patterns:
                 self.patterns.append(touched.pattern)
             result = self.overlay.apply(command, self.id, origin)
@@ -104,41 +113,50 @@ class Execution:
             return result
 
     def read_ahead(self, command: Command[Any], *, strict: bool = False) -> None:
-        """Read the values that a command brings, while others may use the execution. With `strict`, `run` may fail with
-        `VariableReplacedError`, as `StateProvider.read_ahead` has it."""
+        """Parse and check the values of a command before it takes the execution's lock.
+
+        Args:
+            command: The command.
+            strict: Let `run` fail with `VariableReplacedError`, as in `StateProvider.read_ahead`.
+        """
         if command.fault is None and command.brings > values.LITTLE:
             command.read_ahead(values.ReadAhead(self.overlay.unit.limits, strict=strict), self.overlay.find)
 
-    def _count_asked(self, touched: Touched) -> None:
-        """What it asks for is in its journal entry, whether it is there or not."""
+    def _count_names(self, touched: Touched) -> None:
+        """Limit the size of the names: the journal keeps each one that the code used, existing or not."""
         overlay, limits = self.overlay, self.overlay.unit.limits
-        new = [asked for asked in touched.reads if asked not in self.reads]
-        # What it only writes is no read of its own, but is checked at the end.
-        new += [asked for asked in touched.writes if asked not in overlay.checked]
+        new = [name for name in touched.reads if name not in self.reads]
+        # A name that it only writes is not a read, but is checked at the end as well.
+        new += [name for name in touched.writes if name not in overlay.checked]
         if touched.pattern is not None and touched.pattern not in self.patterns:
             new.append(touched.pattern)
         if not new:
             return
-        size_bytes = overlay.asked_bytes + sum(map(len, new)) + _SEEN_BYTES * len(new)
+        size_bytes = overlay.names_bytes + sum(map(len, new)) + _ENTRY_BYTES * len(new)
         if size_bytes > limits.value_size_bytes:
             what = "size of the names that the execution asked for, in bytes,"
             raise LimitExceededError(what, size_bytes, limits.value_size_bytes, "value_size_bytes")
-        overlay.asked_bytes = size_bytes
+        overlay.names_bytes = size_bytes
 
     def check_running(self) -> None:
-        """Raise `ExecutionEndedError` once it has ended, `ForkedProcessError` in a child of its process."""
+        """Raise unless the execution can still do something.
+
+        Raises:
+            ExecutionEndedError: It has ended.
+            ForkedProcessError: This is a forked child of the process that runs it.
+        """
         if self.overlay.is_forked:
             raise ForkedProcessError(f"execution {self.id}")
         if self.ended:
             raise ExecutionEndedError(self.id, self.ended)
 
     def check_is_of(self, session_id: str) -> None:
-        """Raise unless it is an execution of this session."""
+        """Raise `InvalidArgumentError` unless it is an execution of this session."""
         if session_id != self.session_id:
             raise InvalidArgumentError("session_id", f"execution {self.id} belongs to another session")
 
     def check_can_publish(self, identifier: str) -> None:
-        """Raise unless a value of the variable can be shown ahead of the commit."""
+        """Raise `InvalidArgumentError` if the execution has staged a write of the variable."""
         with self.overlay.lock:
             self.check_running()
             if self.overlay.has_staged(identifier):
@@ -148,23 +166,23 @@ class Execution:
                 raise InvalidArgumentError("publish", reason)
 
     def take_published(self, variable: Variable) -> None:
-        """Take in what has been published for it."""
+        """Show the execution a version that it has published."""
         with self.overlay.lock:
             self.overlay.rebase(variable)
             self.published.append((variable.name, variable.version))
 
     def undo(self) -> None:
-        """Take back what it, and those that it called, have staged."""
+        """Discard everything that it, and the executions it called, have staged."""
         with self.overlay.lock:
             self.overlay.rollback_to(*self._start)
 
     def close(self, status: str) -> None:
-        """End it: whatever its code still does is refused."""
+        """End the execution: from now on, everything its code does is refused."""
         with self.overlay.lock:
             self.status = self.status or status
 
     def finish(self, verdict: Verdict) -> FinishExecution:
-        """The command that ends it, with everything that has to hold and to be written if it is to commit."""
+        """Return the command that ends it: the staged writes, and what must be unchanged for them to commit."""
         overlay = self.overlay
         with overlay.lock:
             if verdict.status is not ExecutionStatus.COMMITTED:
@@ -175,7 +193,7 @@ class Execution:
                 verdict,
                 tuple(self.children),
                 tuple(overlay.steps),
-                {asked: seen for asked, seen in overlay.checked.items() if everything or asked in overlay.written},
+                {name: seen for name, seen in overlay.checked.items() if everything or name in overlay.written},
                 dict(overlay.matched) if everything else {},
                 overlay.dependencies,
                 dict(overlay.gone) if everything else {},

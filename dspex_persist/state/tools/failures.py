@@ -1,4 +1,4 @@
-"""What users' code raises: contained where it runs, and told in the journal's words."""
+"""Exceptions of users' code: contained where they are raised, and described for the journal and the caller."""
 
 import asyncio
 import concurrent.futures
@@ -21,12 +21,14 @@ _BETWEEN: Final = (
     *(f"{folder}{os.sep}" for folder in (*asyncio.__path__, *concurrent.futures.__path__)),
     contextlib.__file__,
 )
-"""The files of what stands between a tool's code and whoever asked for it."""
+"""Files whose frames lie between a tool's code and its caller; tracebacks leave them out."""
 
 
 class RaisedError(Exception):
-    """What a tool's code raised, with what the journal says of it, which was asked for where the code ran: an
-    exception's text is users' code, too."""
+    """An exception of a tool's code, with its description for the journal.
+
+    The description is made on the thread that ran the code, because an exception's `__str__` is users' code, too.
+    """
 
     def __init__(self, error: Exception, failure: Failure) -> None:
         super().__init__()
@@ -35,8 +37,8 @@ class RaisedError(Exception):
 
 
 @contextmanager
-def let_go_with(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
-    """A coroutine whose loop was closed under it is thrown away, by GeneratorExit; nobody is left to be told more."""
+def discarded_with(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """End a coroutine quietly, by `GeneratorExit`, if its loop has been closed: there is no caller left."""
     try:
         yield
     except RaisedError:
@@ -47,34 +49,38 @@ def let_go_with(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
 
 @contextmanager
 def contained(*let_out: type[BaseException]) -> Iterator[None]:
-    """Users' code that raises anything has failed, no more: neither the process nor its loops are to end."""
+    """Turn whatever users' code raises into a `RaisedError`, so that it ends neither the process nor an event loop.
+
+    Args:
+        let_out: The exceptions that pass through unchanged.
+    """
     try:
         yield
     except let_out:
         raise
-    except BaseException as error:  # noqa: BLE001 -- what this is about
+    except BaseException as error:  # noqa: BLE001 -- users' code
         raised = _ordinary(error)
     else:
         return
     try:
         raise RaisedError(raised, failure_of(raised))
     finally:
-        # Its traceback knows this frame.
+        # Its traceback refers to this frame: without this, the two would keep each other alive.
         del raised
 
 
 def _ordinary(error: BaseException) -> Exception:
     if isinstance(error, Exception):
-        return error if _can_be_looked_at(error) else RuntimeError("the tool raised an error that hides what it is")
-    told = RuntimeError(f"the tool raised {type(error).__name__}, which is no ordinary error")
+        return error if _has_true_class(error) else RuntimeError("the tool raised an error that hides what it is")
+    ordinary = RuntimeError(f"the tool raised {type(error).__name__}, which is no ordinary error")
     if isinstance(error, SystemExit | KeyboardInterrupt):
-        told = RuntimeError(f"the tool tried to end the process: {type(error).__name__}({_text_of(error)})")
-    told.__cause__ = error
-    return told
+        ordinary = RuntimeError(f"the tool tried to end the process: {type(error).__name__}({_text_of(error)})")
+    ordinary.__cause__ = error
+    return ordinary
 
 
-def _can_be_looked_at(error: Exception) -> bool:
-    """Whether `isinstance` says of it what it is, which everybody asks whom it is handed to, asyncio included."""
+def _has_true_class(error: Exception) -> bool:
+    """Whether `isinstance` answers truthfully: all code that handles the error relies on that, asyncio included."""
     try:
         return error.__class__ is type(error)
     except BaseException:  # noqa: BLE001 -- users' code
@@ -82,54 +88,59 @@ def _can_be_looked_at(error: Exception) -> bool:
 
 
 def raised_of(error: BaseException) -> tuple[BaseException, Failure]:
-    """What was raised, and what the journal says of it."""
+    """Return the exception that was raised, and its description for the journal."""
     return (error.error, error.failure) if isinstance(error, RaisedError) else (error, failure_of(error))
 
 
-def told(execution_id: str, raised: BaseException | None, failure: Failure | None) -> StateError:
-    """What clients are told of an execution that failed: what the engine itself says, or what the tool's code raised,
-    without its traceback."""
+def reported_error(execution_id: str, raised: BaseException | None, failure: Failure | None) -> StateError:
+    """Return the error that the caller of a failed execution gets.
+
+    It is the engine's own error, or a `ToolFailedError` with the type and text of what the tool's code raised. The
+    traceback stays in the journal.
+    """
     if isinstance(raised, RemoteToolError | ToolTimedOutError | ToolFailedError):
         return raised
-    assert failure is not None, "what has neither committed nor met a conflict has failed"
+    assert failure is not None, "an execution without commit and without conflict has failed"
     return ToolFailedError(execution_id, f"{failure.type}: {failure.message}", failure.type)
 
 
 def status_of(error: BaseException) -> ExecutionStatus:
+    """Return the status of an execution that ended with this error: timed out, or failed."""
     return ExecutionStatus.TIMED_OUT if isinstance(error, ToolTimedOutError) else ExecutionStatus.FAILED
 
 
 def _trace_of(error: BaseException) -> str:
-    """The traceback, of users' code only: of the errors that led to it, too, as far as they were raised there."""
-    told = traceback.TracebackException.from_exception(error)
-    _keep_users_frames(told)
-    leave_marks_out(told)
-    return "".join(told.format())
+    """The traceback of the error and of its causes, with the frames of users' code only."""
+    trace = traceback.TracebackException.from_exception(error)
+    _keep_users_frames(trace)
+    leave_marks_out(trace)
+    return "".join(trace.format())
 
 
-def _keep_users_frames(told: traceback.TracebackException) -> None:
-    users = [frame for frame in told.stack if not frame.filename.startswith(_BETWEEN)]
-    told.stack = traceback.StackSummary.from_list(users or told.stack[-1:])
-    for other in (told.__cause__, told.__context__, *(told.exceptions or ())):
+def _keep_users_frames(trace: traceback.TracebackException) -> None:
+    users = [frame for frame in trace.stack if not frame.filename.startswith(_BETWEEN)]
+    trace.stack = traceback.StackSummary.from_list(users or trace.stack[-1:])
+    for other in (trace.__cause__, trace.__context__, *(trace.exceptions or ())):
         if other is not None:
             _keep_users_frames(other)
 
 
 def failure_of(error: BaseException) -> Failure:
+    """Return the type, the text and the traceback of an error, shortened, as the journal keeps them."""
     try:
         trace = _trace_of(error)
-    except BaseException as fault:  # noqa: BLE001 -- it asks users' code
+    except BaseException as fault:  # noqa: BLE001 -- it calls users' code
         trace = f"it has no traceback: to write it raised {type(fault).__name__}"
     text = _text_of(error)
-    told = (type(error).__name__, _shortened(text, _MESSAGE_LENGTH), _shortened(trace, _TRACE_LENGTH))
-    # A lone surrogate is no character: no message can carry it.
-    return Failure(*(each.encode(errors="backslashreplace").decode() for each in told))
+    fields = (type(error).__name__, _shortened(text, _MESSAGE_LENGTH), _shortened(trace, _TRACE_LENGTH))
+    # A lone surrogate is not a character: no message can carry it.
+    return Failure(*(each.encode(errors="backslashreplace").decode() for each in fields))
 
 
 def _text_of(error: BaseException) -> str:
     try:
         return str(error)
-    except BaseException as fault:  # noqa: BLE001 -- users' code, too
+    except BaseException as fault:  # noqa: BLE001 -- users' code
         return f"it has no text: its __str__ raised {type(fault).__name__}"
 
 

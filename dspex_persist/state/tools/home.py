@@ -1,4 +1,4 @@
-"""Home: the event loop that keeps the time of all executions."""
+"""Home: the event loop that runs all executions and their timeouts."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 
 class Home:
-    """The given loop, else one of its own, on a thread of its own that is started when it is first needed."""
+    """The caller's event loop or, without one, a separate loop on a thread that starts on first use."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self._given = loop
@@ -27,11 +27,15 @@ class Home:
 
     @cached_property
     def mailbox(self) -> LoopMailbox:
-        """From other threads into the loop."""
+        """Delivers callbacks from other threads to the loop."""
         return LoopMailbox(self.loop)
 
     def start(self, coroutine: Coroutine[Any, Any, R]) -> "Future[R]":
-        """Have a coroutine run on the loop; from any thread. `EngineClosedError` once the loop has ended."""
+        """Run a coroutine on the loop; callable from any thread.
+
+        Raises:
+            EngineClosedError: The loop has ended.
+        """
         try:
             return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         except RuntimeError:
@@ -39,7 +43,7 @@ class Home:
             raise EngineClosedError() from None
 
     async def on_thread(self, function: Callable[[], R], name: str) -> R:
-        """Call a function on a thread of its own: it may take its time, and none of a bounded number is taken by it."""
+        """Call a function on a new thread, so that a slow one occupies neither the loop nor a thread of a pool."""
         thread = DaemonThreads(1, name)
         try:
             return await self.mailbox.result(thread.submit(function))
@@ -47,5 +51,5 @@ class Home:
             thread.close()
 
     def close(self) -> None:
-        """Cancel what runs on its own loop, and end that; a given one goes on."""
+        """End the separate loop and cancel what runs there; the caller's loop goes on."""
         self._own.close()

@@ -1,7 +1,7 @@
-"""Invoker: where the code of this process's tools runs.
+"""Invoker: runs the code of the tools of this process.
 
-Plain functions and generators run on a bounded number of threads, asynchronous ones on an event loop of their own. A
-tool that computes, blocks, or ends what it runs on stops nobody else.
+Plain functions and generators run on a bounded number of threads, asynchronous ones on a separate event loop. So a tool
+that computes, blocks, or ends its thread or loop does not stop the executions of others.
 """
 
 import asyncio
@@ -17,11 +17,11 @@ from dspex_persist.infra.threads import DaemonThreads, LoopThread
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Value
 from dspex_persist.state.tools.chunks import Chunks
-from dspex_persist.state.tools.failures import contained, let_go_with
+from dspex_persist.state.tools.failures import contained, discarded_with
 from dspex_persist.state.tools.home import Home
 from dspex_persist.state.tools.ports import ToolCode, ToolKind
 from dspex_persist.state.tools.results import checked, result_value
-from dspex_persist.state.tools.session import ToolSession, asking
+from dspex_persist.state.tools.session import ToolSession, current_session
 
 _LONG_WAIT_S: Final = 5.0
 
@@ -29,24 +29,24 @@ _logger: Final = get_logger(__name__)
 
 
 class Invoker:
-    """Calls tools' code on up to `threads` threads, and on a loop. Used on the home loop."""
+    """Calls tools' code on up to `threads` threads, and on an event loop. Used on the home loop."""
 
     def __init__(self, home: Home, threads: int, limits: Limits) -> None:
         self.home = home
         self.limits = limits
         self._threads = DaemonThreads(threads, "dspex-persist-tool")
         self._loop = LoopThread("dspex-persist-tools")
-        # What runs code at the moment, on the bounded threads and on the loop.
+        # The sessions whose code is running, on the bounded threads and on the loop.
         self._on_threads, self._on_loop = set[ToolSession](), set[ToolSession]()
-        self._said_at = -_LONG_WAIT_S
+        self._warned_at = -_LONG_WAIT_S
 
     async def invoke(self, code: ToolCode, session: ToolSession, arguments: Mapping[str, object]) -> Value:
-        """Run a tool's code; its result, or the list of what it yields."""
+        """Run a tool's code; returns its result, or the list of its chunks."""
         session.is_async = code.kind.is_async
-        # What the caller has set (dspy.context, a log's bindings) holds in the tool's thread, too.
+        # The caller's context variables (dspy.context, bound log fields) hold in the tool's thread, too.
         context = contextvars.copy_context()
-        context.run(asking.set, session)
-        waiting = self.home.loop.call_later(_LONG_WAIT_S, self._say_waits, session)
+        context.run(current_session.set, session)
+        waiting = self.home.loop.call_later(_LONG_WAIT_S, self._warn_of_wait, session)
         try:
             if session.is_async:
                 return await self._run_on_loop(session, self._run_async(code, session, arguments), context)
@@ -56,7 +56,7 @@ class Invoker:
             waiting.cancel()
 
     def close(self) -> None:
-        """End idle threads and the loop. Nobody waits for code that goes on all the same."""
+        """End idle threads and the loop, without waiting for code that is still running."""
         self._threads.close()
         self._loop.close()
 
@@ -66,7 +66,7 @@ class Invoker:
         result = self.home.mailbox.result
         if not session.aside:
             return await result(context.run(self._loop.start, run))
-        # Whoever asked may be waiting on the tools' loop itself.
+        # The asker may be blocking the tools' loop while it waits.
         loop = LoopThread(f"dspex-persist-{session.execution_id}")
         try:
             return await result(context.run(loop.start, run))
@@ -76,11 +76,11 @@ class Invoker:
     async def _run_on_thread(self, session: ToolSession, run: Callable[[], Value]) -> Value:
         if session.asker is None:
             return await self.home.mailbox.result(self._threads.submit(run))
-        # Who asked may be waiting on one of the bounded threads: who is asked must not wait for one.
+        # The asker may be waiting on one of the bounded threads: if this call waited for one, too, all could hang.
         return await self.home.on_thread(run, f"dspex-persist-{session.execution_id}")
 
     def _run_sync(self, code: ToolCode, session: ToolSession, arguments: Mapping[str, object]) -> Value:
-        """On a thread of its own."""
+        """Run plain code; called on a tool's thread."""
         with self._at_work(session), contained():
             started = code.start(session, arguments)
             if code.kind is ToolKind.FUNCTION:
@@ -95,8 +95,8 @@ class Invoker:
             return chunks.result()
 
     async def _run_async(self, code: ToolCode, session: ToolSession, arguments: Mapping[str, object]) -> Value:
-        """On the tools' loop."""
-        with let_go_with(asyncio.get_running_loop()), self._at_work(session), contained(asyncio.CancelledError):
+        """Run asynchronous code; called on the tools' loop."""
+        with discarded_with(asyncio.get_running_loop()), self._at_work(session), contained(asyncio.CancelledError):
             started = code.start(session, arguments)
             if code.kind is ToolKind.COROUTINE:
                 return checked(code.spec.name, result_value(await started, "result"), self.limits)
@@ -111,7 +111,7 @@ class Invoker:
 
     @contextmanager
     def _at_work(self, session: ToolSession) -> Iterator[None]:
-        """Have it known whose code runs where only so much of it can run at a time."""
+        """Count the session as running, for the warning of those that wait."""
         session.started = True
         place = self._on_loop if session.is_async else self._on_threads
         if session.asker is None:
@@ -121,12 +121,12 @@ class Invoker:
         finally:
             place.discard(session)
 
-    def _say_waits(self, session: ToolSession) -> None:
-        """Say in the log that an execution has been waiting for its turn to run, and what for; not all of them do."""
+    def _warn_of_wait(self, session: ToolSession) -> None:
+        """Log that an execution has been waiting to run, at most once in `_LONG_WAIT_S` seconds."""
         now = self.home.loop.time()
-        if session.started or session.cancelled or now < self._said_at + _LONG_WAIT_S:
+        if session.started or session.cancelled or now < self._warned_at + _LONG_WAIT_S:
             return
-        self._said_at = now
+        self._warned_at = now
         at_work = list(self._on_loop if session.is_async else self._on_threads)
         _logger.warning(
             "tools wait for their turn",

@@ -18,7 +18,7 @@ _WHERE: Final = {"dspex.where": "server"}
 
 
 class LocalTool(RunnableTool):
-    """Its code is called by `invoker`."""
+    """A tool whose code `invoker` calls."""
 
     def __init__(self, code: ToolCode, invoker: Invoker) -> None:
         super().__init__(code.spec, result_type=code.result_type)
@@ -27,33 +27,33 @@ class LocalTool(RunnableTool):
 
     @property
     def where(self) -> Mapping[str, str]:
-        """Here."""
+        """The server itself."""
         return _WHERE
 
     async def bind(self, parameters: Mapping[str, Value]) -> Mapping[str, object]:
-        """What the code's own types make of them."""
+        """Convert the parameters to the types that the tool declares."""
         limits = self._invoker.limits
         for name, value in parameters.items():
             values.check_binary_size(name, len(value.binary or b""), limits)
         if self._code.reads_plainly and sum(value.size_bytes for value in parameters.values()) < _LARGE_BYTES:
             return self._code.bind(parameters, limits)
-        # Reading a large one takes as long as a hundred calls, and users' code as long as it likes: the loop is
-        # everybody's. A thread for this alone, as those of the tools may be taken, and not by what is going to return.
+        # Parsing a large value takes as long as a hundred calls, and users' code (validators) any time, so neither may
+        # hold up the loop. A new thread, because all threads of the tools may be taken by code that never returns.
         read = functools.partial(_bound, self._code, parameters, limits)
         return await self._invoker.home.on_thread(read, "dspex-persist-arguments")
 
     async def run(self, session: ToolSession, arguments: Mapping[str, object]) -> Value:
-        """Have the invoker call the code."""
+        """Call the code through the invoker."""
         return await self._invoker.invoke(self._code, session, arguments)
 
 
 def local_tools(tools: Mapping[str, ToolCode], invoker: Invoker) -> dict[str, RunnableTool]:
-    """The tools of this process, by name."""
+    """Return the tools of this process as the runner uses them, by name."""
     return {name: LocalTool(code, invoker) for name, code in tools.items()}
 
 
 def _bound(code: ToolCode, parameters: Mapping[str, Value], limits: Limits) -> Mapping[str, object]:
-    """On a thread of its own: whatever code of the tool's own raises, the arguments will not do."""
+    """Bind the parameters on a thread. Whatever the tool's own code raises means that the arguments are wrong."""
     try:
         return code.bind(parameters, limits)
     except StateError:

@@ -1,7 +1,7 @@
-"""Overlay: what an execution and those that it called share.
+"""Overlay: the snapshot and the staged writes of an execution and of those that it called.
 
-Commands run here exactly as they run in a store: over a unit of work whose backing is the snapshot that the execution
-began with.
+Commands run here exactly as in a store: over a unit of work, whose backing is the snapshot from when the execution
+began.
 """
 
 import threading
@@ -37,13 +37,17 @@ _STEP_BYTES = 200
 
 
 class Overlay:
-    """What an execution and those that it called share: the snapshot, and what they have staged over it.
+    """The snapshot that an execution and those that it called share, and what they have staged over it.
 
-    `read` carries out a reading command on the store, for history; it may block.
+    Args:
+        session_id: The session.
+        begun: The store's answer to `BeginExecution`, with the snapshot.
+        origin: Who asked for the execution.
+        read: Runs a reading command on the store, for history; it may block.
     """
 
     def __init__(self, session_id: str, begun: Begun, origin: Origin, read: Callable[[Command[Any]], Any]) -> None:
-        assert begun.snapshot is not None, "an execution that began has a snapshot"
+        assert begun.snapshot is not None, "a new execution has a snapshot"
         self.lock = threading.RLock()
         self.session_id = session_id
         self.snapshot = begun.snapshot
@@ -53,15 +57,15 @@ class Overlay:
         self.matched: dict[str, tuple[Seen, ...]] = {}
         self.dependencies: int | None = None
         self.gone: dict[str, str | None] = {}
-        # By name: others may have deleted one of them and registered another, which has been published since.
+        # By name: another caller may have deleted a published variable and registered a new one of its name.
         self.published: dict[str, Variable] = {}
-        self.asked_bytes = 0
+        self.names_bytes = 0
         self._ended_bytes = 0
         self._staged_bytes = [0]
         self._base_sequence = begun.sequence
         self._read = read
-        # Weakly: in a circle the request and the session would be kept until garbage is collected. A bound method would
-        # know the overlay itself.
+        # A weak reference, and no bound method: a reference cycle would keep the request and the session in memory
+        # until the next garbage collection.
         backing = weakref.proxy(self)
         self._drafts = Drafts(backing, lambda wanted: backing.load(wanted))
         self.unit = UnitOfWork(
@@ -72,12 +76,12 @@ class Overlay:
         forks.tell(self)
 
     def forked(self, *, quiet: bool) -> None:
-        """What a child stages would be lost: there it is refused. See `forks.Heir`."""
+        """Refuse further writes in a child process, where they would be lost. See `forks.Heir`."""
         self.is_forked = True
         self.lock = threading.RLock()
 
     def apply(self, command: Command[R], execution_id: str, origin: Origin) -> R:
-        """Carry a command out; one that fails leaves nothing behind."""
+        """Run a command and return its result. If it fails, nothing of it stays staged."""
         unit, issued = self.unit, list[str]()
         start = unit.savepoint()
         unit.now, unit.origin, unit.tokens = clock.now(), origin, _recorded(self._tokens, issued)
@@ -86,7 +90,6 @@ class Overlay:
             result = command.apply(unit)
             size_bytes = self._measure(start) if command.writes else 0
         except BaseException:
-            # Whatever it is: what is staged of it would be written with the rest.
             unit.rollback_to(start)
             raise
         if command.writes and unit.savepoint() != start:
@@ -96,7 +99,11 @@ class Overlay:
         return result
 
     def _measure(self, start: Savepoint) -> int:
-        """What has been staged up to here, if it is not too much: all of it will be one commit, in the writer."""
+        """Return the size in bytes of everything staged, all of which the writer commits at once.
+
+        Raises:
+            LimitExceededError: It is too large, or has too many writes.
+        """
         _, versions, _ = start
         written, most = max(len(self.unit.versions), len(self.steps) + 1), self.unit.limits.execution_writes
         if written > most:
@@ -113,27 +120,27 @@ class Overlay:
             raise LimitExceededError(what, size_bytes, most, "execution_size_bytes")
 
     def note_ended(self, size_bytes: int) -> None:
-        """Count what a call that went well leaves in the journal, which is written at the end of the whole."""
+        """Count the journal entry of a call that succeeded: it is written when the whole execution ends."""
         self._check_size(self._staged_bytes[-1] + self._ended_bytes + size_bytes)
         self._ended_bytes += size_bytes
 
-    def look(self, touched: Touched) -> dict[str, Seen | None]:
-        """Remember what the execution stands on from here on; what it is, by identifier."""
-        found = {asked: see(self.snapshot.find(asked)) for asked in (*touched.reads, *touched.writes)}
-        for asked, seen in found.items():
-            self.checked.setdefault(asked, seen)
+    def observe(self, touched: Touched) -> dict[str, Seen | None]:
+        """Note what the execution depends on from now on; returns the version of each variable, by identifier."""
+        observed = {name: see(self.snapshot.find(name)) for name in (*touched.reads, *touched.writes)}
+        for name, seen in observed.items():
+            self.checked.setdefault(name, seen)
         if touched.pattern is not None and touched.pattern not in self.matched:
-            # At the end all of them are matched again, in the writer: whoever asks in so many ways has asked for all.
+            # The writer matches every pattern again at the end: beyond this many, one that matches all is cheaper.
             pattern = touched.pattern if len(self.matched) < _MOST_PATTERNS else ""
             if pattern not in self.matched:
                 seen_all = map(see, matches(self.snapshot, pattern))
                 self.matched[pattern] = tuple(seen for seen in seen_all if seen is not None)
         if touched.dependencies and self.dependencies is None:
             self.dependencies = self.snapshot.dependencies.changed_at
-        return found
+        return observed
 
     def find(self, identifier: str) -> Variable | None:
-        """The variable as the execution sees it."""
+        """Return the variable as the execution sees it, or None."""
         with self.lock:
             state = self._drafts.find(self.session_id)
             return state.find(identifier) if state is not None else None
@@ -144,11 +151,11 @@ class Overlay:
         return any(identifier in (variable.name, variable.id) for variable in staged)
 
     def rebase(self, variable: Variable) -> None:
-        """Take in a version that the execution itself has published: it is no conflict, and it is seen."""
+        """Base the execution on a version that it has published itself: it sees that version, without a conflict."""
         before, now = variable.version - 1, see(variable)
-        for asked, seen in self.checked.items():
+        for name, seen in self.checked.items():
             if seen is not None and (seen.variable_id, seen.version) == (variable.id, before):
-                self.checked[asked] = now
+                self.checked[name] = now
         for pattern, matched in self.matched.items():
             self.matched[pattern] = tuple(
                 now if now is not None and (seen.variable_id, seen.version) == (variable.id, before) else seen
@@ -158,7 +165,7 @@ class Overlay:
         self._show_published()
 
     def rollback_to(self, savepoint: Savepoint, steps: int) -> None:
-        """Take back everything staged since."""
+        """Discard everything staged since a savepoint, and all but the first `steps` steps."""
         self.unit.rollback_to(savepoint)
         del self.steps[steps:], self._staged_bytes[steps + 1 :]
         self._show_published()
@@ -171,63 +178,63 @@ class Overlay:
                 _show(draft, variable)
 
     def _is_own(self, draft: SessionState, variable: Variable) -> bool:
-        """Whether the execution has written the variable, or made another one that has its name now."""
+        """Whether the execution has written the variable, or registered another one under its name."""
         named = draft.variables.get(variable.name)
         return self.has_staged(variable.id) or (named is not None and self.has_staged(named.id))
 
-    # What the unit of work asks for
+    # The backing of the unit of work
 
     def load(self, session_id: str) -> SessionState | None:
         return self.snapshot if session_id == self.session_id else None
 
     def find_version(self, state: SessionState, variable_id: str, version: int) -> VariableVersion | None:
         query = commands.GetVariableHistory(self.session_id, variable_id, 1, version + 1)
-        found: list[VariableVersion] = self._read(query)
-        return found[0] if found and found[0].version == version else None
+        entries: list[VariableVersion] = self._read(query)
+        return entries[0] if entries and entries[0].version == version else None
 
     def history(self, state: SessionState, query: VersionQuery) -> list[VariableVersion] | None:
         limit, before, most_bytes = query.limit, query.before, query.most_bytes
-        meant = self._meant(state, query.identifier)
+        variable_id = self._id_of(state, query.identifier)
         staged = [
             change.version
             for change in reversed(self.unit.versions)
-            if change.version.variable_id == meant and (before is None or change.version.version < before)
+            if change.version.variable_id == variable_id and (before is None or change.version.version < before)
         ]
-        told = up_to(staged[:limit], most_bytes)
+        entries = up_to(staged[:limit], most_bytes)
         if most_bytes is not None:
-            most_bytes -= sum(entry.size_bytes for entry in told)
-        enough = len(told) >= limit or (most_bytes is not None and most_bytes <= 0)
+            most_bytes -= sum(entry.size_bytes for entry in entries)
+        enough = len(entries) >= limit or (most_bytes is not None and most_bytes <= 0)
         if enough or (staged and staged[-1].version == 0):
-            return told
-        base = self.snapshot.find(meant) if meant is not None else None
+            return entries
+        base = self.snapshot.find(variable_id) if variable_id is not None else None
         if base is not None:
             before = base.version + 1 if before is None else min(before, base.version + 1)
-        if meant is None:
+        if variable_id is None:
             return self._history_of_gone(query.identifier, limit, before, most_bytes)
-        # By id: of its name there may be another one by now.
-        rest = commands.GetVariableHistory(self.session_id, meant, limit - len(staged), before, most_bytes)
+        # By id, because another variable may have its name by now.
+        rest = commands.GetVariableHistory(self.session_id, variable_id, limit - len(staged), before, most_bytes)
         committed: list[VariableVersion] = self._read(rest)
         return staged + committed
 
     def _history_of_gone(
         self, identifier: str, limit: int, before: int | None, most_bytes: int | None
     ) -> list[VariableVersion] | None:
-        """Of who was deleted before the execution began: another one of its name, begun since, is not for it to see."""
+        """The history, as of the execution's begin, of a variable deleted before: a later one of its name is hidden."""
         query = commands.GetVariableHistory(self.session_id, identifier, limit, before, most_bytes, self._base_sequence)
         try:
-            found: list[VariableVersion] = self._read(query)
+            entries: list[VariableVersion] = self._read(query)
         except VariableNotFoundError:
             self.gone.setdefault(identifier, None)
             return None
-        if found:
-            self.gone.setdefault(identifier, found[0].variable_id)
-        return found
+        if entries:
+            self.gone.setdefault(identifier, entries[0].variable_id)
+        return entries
 
-    def _meant(self, state: SessionState, identifier: str) -> str | None:
-        """The id of the variable that is there, or that the execution has deleted; None if it was gone before."""
-        found = state.find(identifier)
-        if found is not None:
-            return found.id
+    def _id_of(self, state: SessionState, identifier: str) -> str | None:
+        """The id of a variable that exists, or that the execution has deleted; None if it was deleted before."""
+        variable = state.find(identifier)
+        if variable is not None:
+            return variable.id
         staged = (change.variable for change in reversed(self.unit.versions))
         return next((each.id for each in staged if identifier in (each.name, each.id)), None)
 
@@ -239,7 +246,7 @@ class Overlay:
 
 
 def _show(state: SessionState, variable: Variable) -> None:
-    """Set the variable in a state that may have another one of its name, or none."""
+    """Put the variable into a state, in place of any other one of its name."""
     previous = state.put(variable)
     if previous is not None and previous.id != variable.id:
         state.names.pop(previous.id, None)
@@ -247,7 +254,7 @@ def _show(state: SessionState, variable: Variable) -> None:
 
 
 def _tokens_of(seed: str) -> Iterator[str]:
-    """The random parts of ids, from the execution's recorded seed, so that a replay makes the same."""
+    """Yield the random parts of ids, from the execution's recorded seed, so that a replay draws the same ones."""
     drawn = Random(f"{seed}:ids")
     while True:
         yield f"{drawn.getrandbits(48):012x}"

@@ -1,4 +1,4 @@
-"""What a runner runs, and what that is made of: the code of this process's tools, and whatever reaches others'."""
+"""The ports of the runner: tools that it can run, the code of tools in this process, and calls to other processes."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from dspex_persist.state.tools.session import ToolSession
 
 
 class ToolKind(StrEnum):
-    """What calling a tool's code gives."""
+    """What a call of a tool's code returns."""
 
     FUNCTION = "function"
     COROUTINE = "coroutine"
@@ -28,7 +28,13 @@ class ToolKind(StrEnum):
 
 
 class RunnableTool(ABC):
-    """A tool as a runner has it, whatever it is and wherever its code runs. Used on the runner's home loop."""
+    """A tool as the runner sees it, wherever its code runs. Used on the runner's home loop.
+
+    Args:
+        spec: The name, the parameters and the options of the tool.
+        result_type: See `ToolCode.result_type`.
+        worker_id: The worker that registered it; "" for a tool of this process.
+    """
 
     def __init__(self, spec: ToolSpec, *, result_type: str = "", worker_id: str = "") -> None:
         self.spec = spec
@@ -38,23 +44,34 @@ class RunnableTool(ABC):
     @property
     @abstractmethod
     def where(self) -> Mapping[str, str]:
-        """What a server's lists say of where it runs, as metadata."""
+        """Where it runs, as the metadata that a server lists with the tool."""
 
     @abstractmethod
     async def bind(self, parameters: Mapping[str, Value]) -> Mapping[str, object]:
-        """New arguments for one `run`; `ToolArgumentError` for a wrong one, `LimitExceededError` beyond the limits."""
+        """Convert the parameters to new arguments for one `run`.
+
+        Raises:
+            ToolArgumentError: A parameter is wrong or missing.
+            LimitExceededError: A value exceeds a limit.
+        """
 
     @abstractmethod
     async def run(self, session: ToolSession, arguments: Mapping[str, object]) -> Value:
-        """Run the code in the transaction of `session`; its result, or the list of what it yields.
+        """Run the code in the transaction of `session`.
 
-        Chunks go to the session's `outlet`, too, if it has one. It need not keep to the session's `timeout_s`: it is
-        cancelled then. Whatever the code itself raises comes as a `RaisedError`, or as a `StateError`.
+        It need not watch the session's `timeout_s`: the runner cancels it in time.
+
+        Returns:
+            The result, or the list of the chunks. Chunks also go to the session's `outlet`, if it has one.
+
+        Raises:
+            RaisedError: The tool's code raised.
+            StateError: The engine, or the way to the tool, failed.
         """
 
 
 class ToolCode(Protocol):
-    """A tool of this process, as whoever programs tools provides it."""
+    """The code of a tool in this process, as the layer above provides it."""
 
     @property
     def spec(self) -> ToolSpec: ...
@@ -64,30 +81,30 @@ class ToolCode(Protocol):
 
     @property
     def reads_plainly(self) -> bool:
-        """Whether `bind` runs nothing of the tool's own: no validator, no class of its module."""
+        """Whether `bind` runs no code of the tool: no validator, no class from its module."""
 
     @property
     def result_type(self) -> str:
-        """ "float" where the code gives floats, or yields them, whose NaN and infinities JSON has not; else ""."""
+        """ "float" if the code returns or yields floats, whose NaN and infinities need decoding from JSON; else ""."""
 
     def bind(self, parameters: Mapping[str, Value], limits: Limits) -> Mapping[str, object]:
-        """New arguments for `start`; `ToolArgumentError` for a wrong one, `LimitExceededError` beyond `limits`."""
+        """Convert the parameters to new arguments for `start`; raises as `RunnableTool.bind` does."""
 
     def start(self, session: ToolSession, arguments: Mapping[str, object]) -> Any:
-        """Call the code: a result, a coroutine, a generator or an async generator, by `kind`."""
+        """Call the code; returns a result, a coroutine, a generator or an async generator, depending on `kind`."""
 
 
 def name_of(tool: ToolCode | str) -> str:
-    """The name of a tool that is given itself, or by its name."""
+    """Return the name of a tool; `InvalidArgumentError` for anything but a name or a function with `@tool`."""
     name = tool if isinstance(tool, str) else getattr(getattr(tool, "spec", None), "name", None)
     if not isinstance(name, str):
         kind = type(tool).__name__
-        raise InvalidArgumentError("tool", f"a tool is called by its name, or itself if it has @tool, not {kind}")
+        raise InvalidArgumentError("tool", f"it must be the name of a tool, or a function with @tool, not {kind}")
     return name
 
 
 def check_tools(tools: object) -> None:
-    """Raise unless a runner can be made of these."""
+    """Raise `InvalidArgumentError` unless `tools` is None or a mapping."""
     if tools is not None and not isinstance(tools, Mapping):
         reason = (
             f"it must be a Toolbox, or another mapping of tools by name, not {type(tools).__name__}: Toolbox.of(...)"
@@ -97,7 +114,11 @@ def check_tools(tools: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class RemoteCall:
-    """One call of a tool in another process. `style`: how the parameters came, "string_value" or "json"."""
+    """One call of a tool in another process.
+
+    Attributes:
+        style: The encoding in which the client sent the parameters, "string_value" or "json"; the worker gets the same.
+    """
 
     tool: RegisteredTool
     session_id: str
@@ -109,13 +130,18 @@ class RemoteCall:
 
 
 class RemotePort(Protocol):
-    """Whatever reaches tools in other processes."""
+    """Calls tools in other processes."""
 
     async def execute(self, call: RemoteCall) -> Value | None:
-        """The result; `RemoteToolError` or `ToolFailedError`."""
+        """Run the tool and return its result.
+
+        Raises:
+            RemoteToolError: The worker cannot be reached, or its answer makes no sense.
+            ToolFailedError: The tool failed.
+        """
 
     async def stream(self, call: RemoteCall, emit: Emit) -> Value | None:
-        """The same, with chunks on the way."""
+        """Run a streaming tool, passing each chunk to `emit`; otherwise like `execute`."""
 
     def state_of(self, address: str) -> str:
-        """The circuit of an address: closed, open, half_open."""
+        """Return the state of the circuit breaker of an address: closed, open or half_open."""

@@ -1,4 +1,4 @@
-"""RemoteTool: a tool that a session's worker has registered, and runs in a process of its own."""
+"""RemoteTool: a tool that a worker has registered for a session, and runs in its process."""
 
 import asyncio
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ _LARGE_BYTES: Final = 100_000
 
 
 class RemoteTool(RunnableTool):
-    """It is called through `port`; without one it can be listed only."""
+    """A tool called through `port`; without a port it can only be listed."""
 
     def __init__(self, tool: RegisteredTool, port: RemotePort | None, limits: Limits) -> None:
         super().__init__(tool.spec, worker_id=tool.worker_id)
@@ -28,13 +28,13 @@ class RemoteTool(RunnableTool):
 
     @property
     def where(self) -> Mapping[str, str]:
-        """Its worker, its address, and whether calls are let through to that."""
+        """Its worker, its address, and the state of the circuit breaker of that address."""
         address = self._tool.address
         circuit = self._port.state_of(address) if self._port is not None else "closed"
         return {"dspex.where": f"worker {self.worker_id}", "dspex.address": address, "dspex.circuit": circuit}
 
     async def bind(self, parameters: Mapping[str, Value]) -> Mapping[str, object]:
-        """Whether they are the right ones the tool says itself; here they are any values within the limits."""
+        """Check that the parameters are within the limits; the tool itself checks everything else."""
         if sum(value.size_bytes for value in parameters.values()) < _LARGE_BYTES:
             self._check(parameters)
         else:
@@ -50,7 +50,7 @@ class RemoteTool(RunnableTool):
             values.check_binary_size(name, len(value.binary or b""), self._limits)
 
     async def run(self, session: ToolSession, arguments: Mapping[str, object]) -> Value:
-        """Have its worker run it."""
+        """Have the worker run it."""
         name, port = self.spec.name, self._reached()
         call = self._call(session)
         if not self.spec.streaming:
@@ -72,7 +72,7 @@ class RemoteTool(RunnableTool):
         reason = "tools in other processes are for servers"
         if not self._tool.address:
             worker = quote(self.worker_id)
-            reason = f'worker {worker} registered it without metadata["address"], so nobody can reach it'
+            reason = f'worker {worker} registered it without metadata["address"], so it cannot be reached'
         raise RemoteToolError(self.spec.name, self._tool.address or "nowhere", reason)
 
     def _call(self, session: ToolSession) -> RemoteCall:

@@ -1,4 +1,4 @@
-"""ToolRequest: a wish to have a tool executed, as a runner takes it."""
+"""ToolRequest: a request to execute a tool."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,13 +9,19 @@ from dspex_persist.state.model import Origin, Value
 from dspex_persist.state.tools.chunks import Outlet
 
 IDEMPOTENCY_KEY: Final = "idempotency_key"
-"""The entry of a request's metadata under which its execution is found again."""
+"""The key of a request's metadata whose value identifies repetitions of the same request."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolRequest:
-    """A wish to have a tool executed. `timeout_s`: how long whoever asks is going to wait, `until`: until when, on the
-    runner's home loop. `outlet`: where chunks go."""
+    """A request to execute a tool.
+
+    Attributes:
+        timeout_s: How long the caller waits; None if it sets no limit.
+        style: See `RemoteCall`.
+        until: The end of that time, in the time of the runner's home loop. The runner sets it.
+        outlet: Where the chunks of a streaming tool go. The runner sets it.
+    """
 
     session_id: str
     tool: str
@@ -30,7 +36,7 @@ class ToolRequest:
 
 
 def request_of(command: commands.ExecuteTool, origin: Origin) -> ToolRequest:
-    """The request that a command makes."""
+    """Return the request for a command; a key in its metadata has precedence over that of its origin."""
     key = command.metadata.get(IDEMPOTENCY_KEY) or origin.idempotency_key
     return ToolRequest(
         command.session_id, command.tool, command.parameters, origin, command.metadata, key, command.timeout_s

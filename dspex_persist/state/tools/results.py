@@ -1,4 +1,4 @@
-"""Results of tools: values within their bounds."""
+"""Results of tools: their conversion to values, and their limits."""
 
 from typing import Final
 
@@ -11,6 +11,7 @@ NOTHING: Final = Value("null")
 
 
 def result_value(obj: object, name: str) -> Value:
+    """Encode what a tool's code returned or yielded; `InvalidValueError`, in which it is called `name`."""
     value = values.encode_loosely(obj, name=name)
     if value.binary is not None:
         raise InvalidValueError(name, "the protocol has no field for its bytes here: write it to a variable instead")
@@ -18,7 +19,7 @@ def result_value(obj: object, name: str) -> Value:
 
 
 def checked(tool: str, result: Value, limits: Limits) -> Value:
-    """A tool's result, if it is within the bounds of values."""
+    """Return a tool's result; `LimitExceededError` if it is too large or nests too deeply."""
     what, most = f"the result of {quote(tool)}", limits.value_size_bytes
     if result.size_bytes > most:
         raise LimitExceededError(f"size of {what}", result.size_bytes, most, "value_size_bytes")

@@ -1,7 +1,7 @@
-"""ToolRunner: each execution is a transaction, from its journal entry to its verdict.
+"""ToolRunner: runs each execution as a transaction, from its journal entry to its verdict.
 
-It lives on one event loop, its home, which keeps the time of all executions. Tools' own code never runs there, nor does
-whatever reads their arguments or asks what they raised.
+It lives on one event loop, its home, which also times the executions. Users' code never runs there: not the tools, not
+the validators of their arguments, not the `__str__` of what they raise.
 """
 
 import asyncio
@@ -49,34 +49,40 @@ from dspex_persist.state.tools.execution import Execution
 from dspex_persist.state.tools.failures import (
     RaisedError,
     raised_of,
+    reported_error,
     status_of,
-    told,
 )
 from dspex_persist.state.tools.home import Home
 from dspex_persist.state.tools.ports import RunnableTool
 from dspex_persist.state.tools.requests import ToolRequest
 from dspex_persist.state.tools.results import NOTHING, result_value
-from dspex_persist.state.tools.session import ToolSession, asking
+from dspex_persist.state.tools.session import ToolSession, current_session
 
 R = TypeVar("R")
-_DEEPEST: Final = 16
+_MOST_DEPTH: Final = 16
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.25
 _JOIN_PAUSE_S: Final = 0.02
 _MOST_JOINS: Final = 1_000
 _ENTRY_BYTES: Final = 500
-_ANEW: Final = (ExecutionStatus.CANCELLED, ExecutionStatus.INTERRUPTED, ExecutionStatus.CONFLICT)
-"""How an execution may have ended that whoever waited for it begins again."""
+_REPEATABLE: Final = (ExecutionStatus.CANCELLED, ExecutionStatus.INTERRUPTED, ExecutionStatus.CONFLICT)
+"""Ends of an execution after which a waiting request with the same key begins it again."""
 _REFUSALS: Final = (ToolNotFoundError, ToolArgumentError, MissingVariablesError, IdempotencyConflictError)
-"""What is wrong with a request before anything has begun."""
+"""Errors of a request that is refused before an execution begins."""
 
 
 class ToolRunner:
-    """Executes `tools`, and what `registered` makes of those that sessions' workers have registered, over the store
-    that `submit` leads to.
+    """Executes tools over a store.
 
-    `execute` is a coroutine of its `home` loop. From any other thread use `submit`; whoever waits there must not be on
-    the home loop, which would then wait for itself. A tool's code may: what it asks for runs on a thread, or a loop,
-    that it does not hold.
+    `execute` is a coroutine for the home loop. All other threads use `submit`, and must not wait for its future on the
+    home loop, which would block it. A tool's code may wait for another tool: that one runs on a thread or a loop that
+    the first does not occupy.
+
+    Args:
+        submit: Has the store run a command.
+        home: The event loop of the executions.
+        tools: The tools of this process, by name.
+        registered: Returns the runnable form of a tool that a worker has registered.
+        limits: The limits of parameters, results, journals and the number of executions.
     """
 
     def __init__(
@@ -95,18 +101,24 @@ class ToolRunner:
         self._endings = Endings(submit, home)
         self._registered = registered
         self._running: dict[str, ToolSession] = {}
-        # Those, too, that have ended while their code goes on.
+        # Includes executions that have ended while their code goes on.
         self._sessions: WeakValueDictionary[str, ToolSession] = WeakValueDictionary()
         self._count = 0
 
     def start(self, coroutine: Coroutine[Any, Any, R]) -> "Future[R]":
-        """Have a coroutine of the runner's run on its home loop; from any thread."""
+        """Run a coroutine of the runner on its home loop; callable from any thread."""
         return self._home.start(coroutine)
 
     def submit(self, request: ToolRequest, emit: Emit | None = None) -> "Future[ToolOutcome]":
-        """Execute a tool; from any thread. Chunks of one that streams go to `emit`, on the home loop.
+        """Execute a tool; callable from any thread.
 
-        Its future fails with `EngineClosedError` if the runner is closed first.
+        Args:
+            request: What to execute.
+            emit: Receives the chunks of a streaming tool, on the home loop.
+
+        Returns:
+            A future of the outcome. It fails with the errors of `execute`, and with `EngineClosedError` if the runner
+            is closed first.
         """
         return self.start(self._execute_until_closed(request, emit))
 
@@ -115,12 +127,12 @@ class ToolRunner:
             return await self.execute(request, emit)
         except asyncio.CancelledError:
             if not self._endings.draining:
-                # By whoever cancelled the future.
+                # The caller cancelled the future.
                 raise
             raise EngineClosedError() from None
 
     def find(self, execution_id: str) -> Execution:
-        """A running execution; `ExecutionNotFoundError` otherwise."""
+        """Return a running execution; `ExecutionNotFoundError` if no such one is running."""
         return self._session_of(execution_id).execution
 
     def is_running(self, execution_id: str) -> bool:
@@ -128,12 +140,15 @@ class ToolRunner:
         return execution_id in self._running
 
     def available(self, registered: Mapping[str, RegisteredTool]) -> dict[str, RunnableTool]:
-        """All that can be executed where these are registered, by name: its own, which come first, and those."""
+        """Return all tools that can be executed, by name: those of this process, and the registered ones.
+
+        A tool of this process has precedence over a registered one with the same name.
+        """
         others = {name: self._registered(tool) for name, tool in registered.items() if name not in self.tools}
         return self.tools | others
 
     def drain(self) -> None:
-        """What is cancelled from here on was interrupted by the server's end, not given up by its client."""
+        """Count executions cancelled from now on as interrupted by the server, not as given up by the client."""
         self._endings.draining = True
 
     def _session_of(self, execution_id: str) -> ToolSession:
@@ -145,19 +160,28 @@ class ToolRunner:
     # Executing
 
     async def execute(
-        self, request: ToolRequest, emit: Emit | None = None, *, asked_by: str | None = None
+        self, request: ToolRequest, emit: Emit | None = None, *, asker_id: str | None = None
     ) -> ToolOutcome:
-        """Execute a tool, again if it may after a conflict; how it ended. Chunks of one that streams go to `emit`.
+        """Execute a tool, with retries after conflicts as far as its options allow.
 
-        `asked_by`: the execution whose code asks, where the context does not say so, because it came over a wire.
+        Args:
+            request: What to execute.
+            emit: Receives the chunks of a streaming tool.
+            asker_id: The execution whose code sent the request, if it came over a wire; within the process the
+                context has it.
 
-        Raises `SessionNotFoundError` and what a store raises; whatever the tool itself does wrong is in the outcome.
+        Returns:
+            The outcome, including every failure of the tool and every fault of the request.
+
+        Raises:
+            SessionNotFoundError: There is no such session.
+            StateError: The store failed, or a limit is exceeded.
         """
         if self._count >= self.limits.executions:
             raise LimitExceededError("number of executions", self._count + 1, self.limits.executions, "executions")
-        if asked_by is not None:
-            asking.set(self._sessions.get(asked_by))
-        _check_depth(asking.get())
+        if asker_id is not None:
+            current_session.set(self._sessions.get(asker_id))
+        _check_depth(current_session.get())
         self._count += 1
         try:
             request = self._timed(request)
@@ -167,17 +191,26 @@ class ToolRunner:
             outcome = await self._execute(request, tool, arguments)
             return replace(outcome, streamed=tool.spec.streaming, result_type=tool.result_type)
         except ToolTimedOutError as error:
-            # Before there was an execution, or while another one ran under its key.
+            # No execution of this request has begun: binding was too slow, or another one ran under its key.
             return ToolOutcome(ExecutionStatus.TIMED_OUT, None, error, error.error_code)
         except _REFUSALS as error:
-            # On a session that is not there, that is what is wrong first.
+            # A missing session is the more important error; this raises it.
             await self._submit(commands.ListTools(request.session_id), request.origin)
             return ToolOutcome(None, None, error, error.error_code)
         finally:
             self._count -= 1
 
     async def execute_within(self, execution_id: str, request: ToolRequest) -> ToolOutcome:
-        """Execute a tool as part of a running execution, for the process that runs that one."""
+        """Execute a tool as part of a running execution, on behalf of the process that runs that one.
+
+        Args:
+            execution_id: The running execution.
+            request: What to execute.
+
+        Raises:
+            ExecutionNotFoundError: No such execution is running.
+            ExecutionEndedError: It ended before the tool did.
+        """
         parent = self._session_of(execution_id)
         parent.execution.check_is_of(request.session_id)
         try:
@@ -186,10 +219,10 @@ class ToolRunner:
             raise
         except _REFUSALS as error:
             return ToolOutcome(None, None, error, error.error_code, execution_id)
-        except Exception as error:  # noqa: BLE001 -- users' code: whatever it raises is told to its caller
+        except Exception as error:  # noqa: BLE001 -- users' code: the caller gets whatever it raises
             raised, failure = raised_of(error)
-            failed = told(execution_id, raised, failure)
-            return ToolOutcome(status_of(raised), None, failed, failed.error_code, execution_id)
+            reported = reported_error(execution_id, raised, failure)
+            return ToolOutcome(status_of(raised), None, reported, reported.error_code, execution_id)
         return ToolOutcome(
             ExecutionStatus.COMMITTED,
             result,
@@ -199,7 +232,7 @@ class ToolRunner:
         )
 
     async def _execute_joined(self, parent: ToolSession, request: ToolRequest) -> Value:
-        """As a task of its own: the end of the execution that it is part of cancels it, and its caller is to hear."""
+        """Run the call as a separate task, so that its caller gets an error when the end of the parent cancels it."""
         task = self._home.loop.create_task(self._conduct_joined(parent, request))
         try:
             await asyncio.wait((task,))
@@ -214,7 +247,7 @@ class ToolRunner:
         try:
             result = await self._child_result(parent, request)
         finally:
-            # Its session may have ended meanwhile, of which only the store knows: then nothing is kept.
+            # The session may have ended meanwhile, which only the store knows; nothing is kept then.
             if not await self._is_running(parent):
                 raise ExecutionEndedError(parent.execution_id, parent.execution.ended or "its session ended")
         return result
@@ -227,7 +260,7 @@ class ToolRunner:
         return session.execution_id in state.executions
 
     def _timed(self, request: ToolRequest) -> ToolRequest:
-        """The request with the end of its time, which begins now."""
+        """Return the request with its deadline; its time starts now."""
         if request.timeout_s is None:
             return request
         return replace(request, until=self._home.loop.time() + request.timeout_s)
@@ -235,7 +268,7 @@ class ToolRunner:
     async def _prepare(
         self, request: ToolRequest, within: Execution | None = None
     ) -> tuple[RunnableTool, Mapping[str, object]]:
-        """The tool, and the arguments for its first attempt: whatever can be refused is, before anything is begun."""
+        """Find the tool, and bind the arguments for its first attempt. All checks come before the execution begins."""
         tool = await self._find_tool(request)
         size_bytes = sum(each.size_bytes for each in request.parameters.values())
         most = self.limits.execution_size_bytes
@@ -246,29 +279,29 @@ class ToolRunner:
             async with asyncio.timeout_at(request.until):
                 arguments = await tool.bind(request.parameters)
         if arguments is None:
-            # Here, where that error is gone: it knows the task, whose result may be this one.
+            # Raised outside the `with`: the TimeoutError as its context would keep the task alive, in a cycle.
             raise ToolTimedOutError("", f"to read its arguments took longer than {request.timeout_s:.3g} s")
         required = tool.spec.required_variables
         if required:
             query = commands.GetVariables(request.session_id, required)
-            found = within.run(query, request.origin) if within else await self._submit(query, request.origin)
-            if found.missing:
-                raise MissingVariablesError(request.tool, ", ".join(found.missing))
+            present = within.run(query, request.origin) if within else await self._submit(query, request.origin)
+            if present.missing:
+                raise MissingVariablesError(request.tool, ", ".join(present.missing))
         return tool, arguments
 
     async def _find_tool(self, request: ToolRequest) -> RunnableTool:
         own = self.tools.get(request.tool)
         if own is not None:
-            # Whether there is such a session, whoever begins the execution is told.
+            # Without a round trip to the store: BeginExecution checks that the session exists.
             return own
         registered = await self._submit(commands.ListTools(request.session_id), request.origin)
-        found = registered.get(request.tool)
-        if found is None:
+        tool = registered.get(request.tool)
+        if tool is None:
             names = sorted({*self.tools, *registered})
             hint = did_you_mean(closest(request.tool, names), spell=str)
             hint = hint or f"there are: {', '.join(names[:20]) or 'none'}"
             raise ToolNotFoundError(request.tool, hint)
-        return self._registered(found)
+        return self._registered(tool)
 
     async def _execute(self, request: ToolRequest, tool: RunnableTool, arguments: Mapping[str, object]) -> ToolOutcome:
         attempt, joins, pause_s = 1, 0, _FIRST_PAUSE_S
@@ -279,7 +312,7 @@ class ToolRunner:
                 return await _repeat(request, tool, begun.recorded)
             if begun.running is not None:
                 joined = await self._join(begun.running.id, request)
-                if joined is not None and joined.status not in _ANEW:
+                if joined is not None and joined.status not in _REPEATABLE:
                     return joined
                 joins += 1
                 if joins > _MOST_JOINS:
@@ -289,19 +322,19 @@ class ToolRunner:
                 continue
             outcome = await self._attempt(request, tool, arguments, begun, attempt)
             again = outcome.status is ExecutionStatus.CONFLICT and attempt <= tool.spec.retries
-            # What has been handed out cannot be taken back.
+            # Chunks that the client has received cannot be withdrawn.
             if not again or (request.outlet is not None and request.outlet.used):
                 return outcome
             attempt, retry_of = attempt + 1, outcome.execution_id
-            # Drawn, so that those who met do not meet again.
+            # Random, so that executions that conflicted do not do so again.
             await asyncio.sleep(random.uniform(0, pause_s))
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
 
     async def _join(self, execution_id: str, request: ToolRequest) -> ToolOutcome | None:
-        """Wait for a running execution; its outcome. None if it has to be asked for again."""
+        """Wait for a running execution and return its outcome, or None if the request has to begin again."""
         running = self._running.get(execution_id)
         if running is None or running.done is None:
-            # It has just ended, or its client has just gone: a moment later the store knows which.
+            # It is just ending, or its client is just leaving; the store knows which in a moment.
             await asyncio.sleep(_JOIN_PAUSE_S)
             return None
         with contextlib.suppress(TimeoutError):
@@ -333,7 +366,8 @@ class ToolRunner:
         )
         origin = request.origin
         if origin.idempotency_key is not None:
-            # The execution's own key is in the command: that of its outcome is none of the store's.
+            # The command carries the execution's key. With a key in the origin, too, the store would record `Begun` as
+            # the outcome of the request.
             origin = replace(origin, idempotency_key=None)
         if command.brings > values.MUCH:
             ahead = values.ReadAhead(self.limits)
@@ -343,15 +377,15 @@ class ToolRunner:
         try:
             return await self._home.mailbox.result(future)
         except asyncio.CancelledError:
-            # Who asked has gone. What has begun all the same has to end.
+            # The caller has gone. If the execution begins all the same, it has to end.
             future.add_done_callback(functools.partial(self._abandon, command, origin))
             raise
 
     def _abandon(self, command: commands.BeginExecution, origin: Origin, future: "Future[Begun]") -> None:
         if future.cancelled() or future.exception() is not None or future.result().snapshot is None:
             return
-        verdict = Verdict(future.result().execution_id, self._endings.gone, attempt=command.attempt)
-        self._endings.say(commands.FinishExecution(command.session_id, verdict), origin)
+        verdict = Verdict(future.result().execution_id, self._endings.cancelled_status, attempt=command.attempt)
+        self._endings.record(commands.FinishExecution(command.session_id, verdict), origin)
 
     async def _attempt(
         self,
@@ -369,7 +403,7 @@ class ToolRunner:
             request.origin,
             lambda command: self.submit_command(command, request.origin).result(),
         )
-        session = ToolSession(self, execution, request, attempt, begun.seed, asking.get())
+        session = ToolSession(self, execution, request, attempt, begun.seed, current_session.get())
         session.done = self._home.loop.create_future()
         outcome = None
         with self._listed(session):
@@ -377,7 +411,7 @@ class ToolRunner:
                 outcome = await self._conduct(tool, arguments, session)
             finally:
                 session.done.set_result(outcome)
-                # An outcome knows its error, and that frames which know the session.
+                # The outcome refers to its error, whose frames refer to the session: this breaks the cycle.
                 session.done = None
         if request.outlet is not None and request.outlet.broken is not None:
             raise request.outlet.broken
@@ -385,7 +419,7 @@ class ToolRunner:
 
     @contextmanager
     def _listed(self, session: ToolSession) -> Iterator[None]:
-        """Have the execution found while it runs."""
+        """List the execution as running, so that `find` returns it."""
         self._running[session.execution_id] = self._sessions[session.execution_id] = session
         try:
             yield
@@ -400,9 +434,9 @@ class ToolRunner:
                 raise RuntimeError(f"it ended while {session.calling.execution.tool!r}, which it called, was running")
             verdict = session.verdict(ExecutionStatus.COMMITTED, result)
         except asyncio.CancelledError:
-            self._endings.end_without_waiting(session, session.verdict(self._endings.gone))
+            self._endings.end_without_waiting(session, session.verdict(self._endings.cancelled_status))
             raise
-        except Exception as error:  # noqa: BLE001 -- users' code: whatever it raises is its verdict
+        except Exception as error:  # noqa: BLE001 -- users' code: whatever it raises ends the execution
             raised, failure = raised_of(error)
             broken = session.outlet is not None and session.outlet.broken is not None
             status = ExecutionStatus.CANCELLED if broken else status_of(raised)
@@ -410,26 +444,23 @@ class ToolRunner:
             try:
                 return await self._endings.end(session, verdict, raised)
             finally:
-                # Its traceback knows this frame.
+                # Its traceback refers to this frame: without this, the two would keep each other alive.
                 del raised
         return await self._endings.end(session, verdict)
 
     # Calls from tool to tool
 
     def call(self, caller: ToolSession, request: ToolRequest) -> "Future[Value]":
-        """Execute a tool as part of its caller's execution; from any thread."""
+        """Execute a tool as part of its caller's execution; callable from any thread."""
         return self.start(self._execute_child(caller, request))
 
     def result_type_of(self, tool: str) -> str:
-        """The `result_type` of a tool of this process; "" of others."""
+        """Return the `result_type` of a tool of this process; "" for other tools."""
         own = self.tools.get(tool)
         return own.result_type if own is not None else ""
 
     async def _execute_child(self, parent: ToolSession, request: ToolRequest) -> Value:
-        """Execute a tool as part of its caller's execution; its result, or what its code raised.
-
-        One at a time for each caller: what one has staged could not be undone without that of another.
-        """
+        """Execute a tool as part of its caller's execution; returns its result, or raises what its code raised."""
         try:
             return await self._child_result(parent, request)
         except RaisedError as error:
@@ -437,10 +468,11 @@ class ToolRunner:
         try:
             raise raised
         finally:
-            # Its traceback knows this frame.
+            # As in `_conduct`.
             del raised
 
     async def _child_result(self, parent: ToolSession, request: ToolRequest) -> Value:
+        # One at a time for each caller: savepoints nest, so interleaved calls could not be undone separately.
         async with parent.turn:
             request = self._timed(request)
             execution = parent.execution
@@ -451,7 +483,7 @@ class ToolRunner:
             child = execution.begin_child(begun, request.tool)
             session = ToolSession(self, child, request, 1, begun.seed, parent)
             if execution.ended:
-                # It did not wait for what it called.
+                # The caller returned without waiting for this call.
                 self._endings.end_without_waiting(session, session.verdict(ExecutionStatus.ABORTED))
                 execution.check_running()
             session.task = asyncio.current_task()
@@ -460,7 +492,7 @@ class ToolRunner:
                 with self._listed(session):
                     return await self._conduct_child(tool, arguments, session, execution)
             finally:
-                # The task keeps how it ended, and what it raised the frames that know the session.
+                # The task keeps its exception, whose frames refer to the session: this breaks the cycle.
                 parent.calling = session.task = None
 
     async def _conduct_child(
@@ -477,7 +509,7 @@ class ToolRunner:
                 child.undo()
                 status = ExecutionStatus.FAILED if isinstance(raised, Exception) else ExecutionStatus.CANCELLED
                 self._endings.end_without_waiting(session, session.verdict(status, failure=failure))
-                # Its traceback knows this frame.
+                # As in `_conduct`.
                 del raised
             raise
         child.close(ExecutionStatus.COMMITTED.value)
@@ -485,7 +517,7 @@ class ToolRunner:
         return result
 
     async def _invoke(self, tool: RunnableTool, arguments: Mapping[str, object], session: ToolSession) -> Value:
-        """Run the tool's code, within its time; its result."""
+        """Run the tool's code within its timeout and the caller's deadline; returns its result."""
         request, own_s = session.request, tool.spec.timeout_s
         left_s = None if request.until is None else max(0.0, request.until - self._home.loop.time())
         timeout_s = min((each for each in (own_s, left_s) if each is not None), default=None)
@@ -493,16 +525,16 @@ class ToolRunner:
             async with asyncio.timeout(timeout_s) as limit:
                 session.timeout_s = timeout_s
                 if session.attempt > 1:
-                    # What the code did to those of the attempt before is undone, too.
+                    # The code of the attempt before may have changed its arguments.
                     arguments = await tool.bind(request.parameters)
                 return await tool.run(session, arguments)
         except TimeoutError:
             if not limit.expired():
                 raise
         finally:
-            # It knows the task, which keeps how it has ended; and the traceback of an error knows this frame.
+            # It refers to the task, and the traceback of the task's exception to this frame: this breaks the cycle.
             del limit
-        # Here, where the other error is gone, which knows the task as well.
+        # Raised outside the `except`, for the same reason as in `_prepare`.
         whose, most_s = "", own_s
         if timeout_s != own_s:
             whose, most_s = ", which is how long its caller waits", request.timeout_s
@@ -513,7 +545,7 @@ class ToolRunner:
 
 
 async def _repeat(request: ToolRequest, tool: RunnableTool, recorded: JournalEntry) -> ToolOutcome:
-    """The recorded outcome again, its chunks included."""
+    """Return the recorded outcome again, and deliver its chunks again."""
     result = recorded.result or NOTHING
     if request.outlet is not None and tool.spec.streaming:
         for chunk in json.loads(result.json):
@@ -524,6 +556,6 @@ async def _repeat(request: ToolRequest, tool: RunnableTool, recorded: JournalEnt
 
 
 def _check_depth(asker: ToolSession | None) -> None:
-    """Tools that ask for tools without end have an end."""
-    if asker is not None and asker.depth + 1 >= _DEEPEST:
-        raise LimitExceededError("depth of calls from tool to tool", asker.depth + 2, _DEEPEST, "")
+    """Stop tools that call each other without end."""
+    if asker is not None and asker.depth + 1 >= _MOST_DEPTH:
+        raise LimitExceededError("depth of calls from tool to tool", asker.depth + 2, _MOST_DEPTH, "")

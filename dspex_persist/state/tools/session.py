@@ -1,4 +1,4 @@
-"""ToolSession: what a tool's code reaches of its execution."""
+"""ToolSession: the interface of a running execution to the tool's code."""
 
 import asyncio
 import json
@@ -25,37 +25,46 @@ from dspex_persist.state.tools.requests import ToolRequest
 
 R = TypeVar("R")
 
-# What a line of the journal's log takes beside its text.
+# The size of a line in the journal's log, without its text.
 _LINE_BYTES: Final = 64
-asking: ContextVar["ToolSession | None"] = ContextVar("dspex_persist_asking", default=None)
-"""The execution whose code runs in this context; whoever it asks for something sees that."""
+current_session: ContextVar["ToolSession | None"] = ContextVar("dspex_persist_current_session", default=None)
+"""The session of the execution whose code runs in this context. A tool that this code asks for reads it here."""
 
 
-def asking_execution() -> str | None:
-    """The execution of a tool that this code is part of, or was started by."""
-    asker = asking.get()
-    return asker.execution_id if asker is not None else None
+def current_execution_id() -> str | None:
+    """Return the id of the execution whose code runs in this context, or None outside of tools."""
+    session = current_session.get()
+    return session.execution_id if session is not None else None
 
 
 class Host(Protocol):
-    """What a session is run by."""
+    """What a session needs from the runner."""
 
     @property
     def limits(self) -> Limits: ...
 
     @property
     def submit_command(self) -> Submit:
-        """Has the store carry a command out, outside the transaction."""
+        """Has the store run a command outside the transaction."""
 
     def call(self, caller: "ToolSession", request: ToolRequest) -> "Future[Value]":
         """Execute a tool as part of its caller's execution."""
 
     def result_type_of(self, tool: str) -> str:
-        """The `result_type` of a tool, where it is known."""
+        """Return the `result_type` of a tool; "" if it is unknown."""
 
 
 class ToolSession:
-    """What a tool's code reaches of its execution. Usable from any thread, until the execution ends."""
+    """What a tool's code can do in its execution. Usable from any thread, until the execution ends.
+
+    Args:
+        host: The runner.
+        execution: The execution, with the session's snapshot and the staged writes.
+        request: The request to execute the tool.
+        attempt: The number of the attempt, from 1.
+        seed: The recorded seed of random numbers and ids.
+        asker: The session whose code asked for this execution, if a tool's code did.
+    """
 
     def __init__(
         self,
@@ -68,30 +77,30 @@ class ToolSession:
     ) -> None:
         self.session_id = execution.session_id
         self.execution_id = execution.id
-        # Its own: what the code does to it is not for the next attempt, nor for whoever asked.
+        # A copy: the code may change it, which must affect neither the next attempt nor the caller.
         self.metadata = dict(request.metadata)
         self.attempt = attempt
         self.execution = execution
         self.request = request
         self.origin = Origin(request.origin.actor, execution.id, Source.PYTHON)
-        # Whose code waits for this one, and how many more wait for that one.
+        # The session whose code waits for this one, and how many sessions wait in that chain.
         self.asker = asker
         self.depth: int = 0 if asker is None else asker.depth + 1
-        # Whether its code has begun to run, and whether somebody may be holding up the tools' loop until it has ended.
+        # `started`: whether the code has begun to run. `aside`: whether an asker may block the tools' loop until then.
         self.started = self.is_async = False
         self.aside: bool = asker is not None and (asker.aside or (execution.parent is None and asker.is_async))
-        # What `now` asks: a replay sets it.
+        # The clock behind `now`; a replay sets it.
         self.read_clock: Callable[[], datetime] = clock.now
-        # The home loop's alone: the tool that it calls at the moment, and whose turn it is to call one.
+        # Only used on the home loop: the call in progress, its task, and the lock that admits one call at a time.
         self.calling: ToolSession | None = None
         self.task: asyncio.Task[Any] | None = None
         self.turn = asyncio.Lock()
         self.outlet = request.outlet
-        # Set by the runner: how long the code may take, and how it has ended, if anybody learnt.
+        # Set by the runner: how long the code may take, and the outcome for those that wait for it.
         self.timeout_s: float | None = None
         self.done: asyncio.Future[ToolOutcome | None] | None = None
         self._host = host
-        # To seed a generator takes longer than a short tool: only for those that draw.
+        # Generators are made on first use, because seeding one takes longer than a short tool.
         self._seed = seed
         self._random: Random | None = None
         self._uuids: Random | None = None
@@ -102,28 +111,34 @@ class ToolSession:
         self.journal_bytes = 0
 
     def __reduce__(self) -> NoReturn:
-        """Other processes, such as those of a pool, are sent pickles."""
-        raise TypeError("a tool's context works in its own process: send others values, and write what they answer")
+        """Refuse to be pickled, as happens when code passes it to a process pool."""
+        raise TypeError(
+            "a tool's context works only in its process: pass values to other processes, and write their results here"
+        )
 
     @property
     def cancelled(self) -> bool:
-        """Whether nothing that the code still does can be kept."""
+        """Whether the execution has ended, so that nothing the code still does is kept."""
         return bool(self.execution.ended)
 
     @property
     def random(self) -> Random:
-        """Random numbers from the execution's recorded seed."""
+        """A generator of random numbers with the execution's recorded seed."""
         with self.execution.overlay.lock:
             if self._random is None:
                 self._random = Random(f"{self._seed}:random")
             return self._random
 
     def run(self, command: Command[R]) -> R:
-        """Carry a command out inside the transaction."""
+        """Run a command inside the transaction."""
         return self.execution.run(command, self.origin)
 
     def publish(self, identifier: str, value: object, metadata: Mapping[str, str] | None = None) -> int:
-        """Write a value at once, in a commit of its own; the new version."""
+        """Write a value at once, in a separate commit; returns the new version.
+
+        Raises:
+            InvalidArgumentError: The execution has staged a write of the variable.
+        """
         self.execution.check_can_publish(identifier)
         encoded = values.encode_for(value, lambda: self._type_of(identifier), name=identifier)
         command = commands.PublishVariable(self.session_id, self.execution_id, identifier, encoded, metadata or {})
@@ -136,21 +151,26 @@ class ToolSession:
         return self._host.submit_command(query, self.origin).result().type
 
     def now(self) -> datetime:
-        """The time, recorded."""
+        """Return the time, and record it for replays."""
         moment = self.read_clock()
         self._count(8)
         self._times.append(moment)
         return moment
 
     def uuid(self) -> UUID:
-        """A new UUID, from the execution's recorded seed."""
+        """Return a new UUID, drawn with the execution's recorded seed."""
         with self.execution.overlay.lock:
             if self._uuids is None:
                 self._uuids = Random(f"{self._seed}:uuid")
             return UUID(int=self._uuids.getrandbits(128), version=4)
 
     def log(self, message: str, **fields: object) -> None:
-        """Keep a line in the journal."""
+        """Add a line to the log in the journal.
+
+        Raises:
+            InvalidArgumentError: The message is not a str.
+            LimitExceededError: The journal becomes too large, or `fields` nest too deeply.
+        """
         self.execution.check_running()
         size_bytes = _LINE_BYTES + _size_of_message(message)
         text = values.encode(fields, "map", name="log").json
@@ -160,11 +180,16 @@ class ToolSession:
                 "JSON nesting of what is logged", depth, self._host.limits.json_depth, "json_depth"
             )
         self._count(size_bytes + len(text.encode()))
-        # As they are now: the code may go on to change them, and the writer cannot refuse what they would be then.
+        # A copy of the fields: the code may change them later, and the writer checks nothing.
         self._log.append(LogEntry(clock.now(), str(message), json.loads(text)))
 
     def record(self, kind: str, entry: Mapping[str, Any]) -> None:
-        """Keep what the code got from outside, as JSON, in the journal's `recorded`, in a list for each kind."""
+        """Record an input from outside, such as a model's response, for replays.
+
+        Args:
+            kind: The list in the journal's `recorded` to append to.
+            entry: The input, as JSON objects.
+        """
         text = values.encode(entry, "map", name=kind).json
         with self.execution.overlay.lock:
             self._count(_LINE_BYTES + len(text))
@@ -178,7 +203,7 @@ class ToolSession:
             raise LimitExceededError(what, self.journal_bytes, limit, "journal_size_bytes")
 
     def call(self, tool: str, arguments: Mapping[str, object]) -> Any:
-        """Run another tool in the same transaction: its result, in an asynchronous tool an awaitable of it."""
+        """Run another tool in the same transaction; returns its result or, on an event loop, an awaitable of it."""
         self.execution.check_running()
         parameters = values.encode_arguments(arguments)
         request = ToolRequest(self.session_id, tool, parameters, self.request.origin, style=self.request.style)
@@ -189,13 +214,13 @@ class ToolSession:
         try:
             return values.decode_loosely(future.result(), result_type)
         finally:
-            # The traceback of an error knows this frame, and the future the error.
+            # An error in the future has a traceback that refers to this frame: this breaks the cycle.
             del future
 
     def verdict(self, status: ExecutionStatus, result: Value | None = None, failure: Failure | None = None) -> Verdict:
-        """The rest of the journal entry."""
+        """Return the verdict, with everything that the journal keeps of the execution."""
         execution = self.execution
-        # The code may still run.
+        # With the lock, because the code may still be running.
         with execution.overlay.lock:
             return Verdict(
                 execution.id,
@@ -216,21 +241,19 @@ class ToolSession:
         return {"now": [clock.to_micros(moment) for moment in self._times], **recorded}
 
     def below(self) -> "list[ToolSession]":
-        """The tools that run on its behalf at the moment, the innermost last."""
+        """Return the sessions of the calls in progress, the innermost last."""
         return [] if self.calling is None else [self.calling, *self.calling.below()]
 
 
 def _size_of_message(message: object) -> int:
-    """The bytes of a message for the log, if it is one."""
+    """The size of a log message in bytes; `InvalidArgumentError` unless it is text."""
     if not isinstance(message, str):
-        reason = (
-            f"it must be a str, not {type(message).__name__}: put what is no text into fields, log('...', what=...)"
-        )
+        reason = f"it must be a str, not {type(message).__name__}: pass other objects as fields, log('...', key=...)"
         raise InvalidArgumentError("message", reason)
     try:
         return len(message.encode())
     except UnicodeEncodeError as error:
-        raise InvalidArgumentError("message", f"U+{ord(message[error.start]):04X} alone is no character") from None
+        raise InvalidArgumentError("message", f"U+{ord(message[error.start]):04X} alone is not a character") from None
 
 
 def _is_on_loop() -> bool:

@@ -1,4 +1,4 @@
-"""What commands touch, and so which of them can be part of an execution."""
+"""Which variables a command reads and writes, and which commands can be part of an execution."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 
 class Touched(NamedTuple):
-    """What a command reads and writes, by the identifiers that it names."""
+    """What a command reads and writes: identifiers, a pattern of names, or the dependencies."""
 
     reads: Sequence[str] = ()
     writes: Sequence[str] = ()
@@ -23,7 +23,7 @@ class Touched(NamedTuple):
 
 
 def touched_by(command: Command[Any]) -> Touched:
-    """What a command touches; `UnsupportedError` for one that cannot be part of an execution."""
+    """Return what a command reads and writes; `UnsupportedError` for one that cannot be part of an execution."""
     match command:
         case commands.GetVariable() | commands.GetVariableHistory():
             return Touched((command.identifier,))
@@ -45,7 +45,7 @@ def touched_by(command: Command[Any]) -> Touched:
 
 
 def is_transactional(command: Command[Any]) -> bool:
-    """Whether the command belongs inside the execution that a call names: every one on variables does."""
+    """Whether the command runs inside the execution that the request names: all commands on variables do."""
     try:
         touched_by(command)
     except UnsupportedError:
@@ -54,5 +54,5 @@ def is_transactional(command: Command[Any]) -> bool:
 
 
 def may_block(command: Command[Any]) -> bool:
-    """Whether `Execution.run` may hold up an event loop: to wait for the store's file, or to match many names."""
+    """Whether `Execution.run` may block an event loop: it reads the store's file, or matches many names."""
     return command.reads is Reads.HISTORY or isinstance(command, commands.RollbackVariable | commands.ListVariables)

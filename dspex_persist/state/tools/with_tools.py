@@ -1,4 +1,4 @@
-"""WithTools: a provider that executes tools, made of one that does not."""
+"""WithTools: adds the execution of tools to a provider."""
 
 import asyncio
 import threading
@@ -30,17 +30,22 @@ from dspex_persist.state.tools.runner import ToolRunner
 R = TypeVar("R")
 
 TOOL_THREADS: Final = 64
-"""How many plain tools run at a time where nobody says otherwise."""
+"""The default for how many tools without `async` run at a time."""
 
 
 class WithTools(Around, StreamsTools):
-    """`provider`, and the execution of `tools` over it, on up to `threads` threads; it closes the provider, too.
+    """A provider that executes tools over another provider. Closing it closes that one, too.
 
-    `remote` reaches the tools that sessions' workers have registered; without it these cannot be executed. `home`: the
-    event loop that keeps the executions' time, by default one of their own. With neither tools nor `remote` nothing can
-    be executed, and the provider says so.
+    Args:
+        provider: Has the sessions. Every command that is not about executing tools goes to it unchanged.
+        tools: The tools of this process, by name. Without tools and without `remote` no tool can be executed.
+        threads: How many tools without `async` run at a time.
+        limits: The limits of results and journals; use those of the provider.
+        remote: Calls the tools that workers have registered for their sessions; without it these cannot be executed.
+        home: The event loop that runs the executions and their timeouts; by default a separate loop on a thread.
 
-    Raises `InvalidArgumentError` for what are no tools, and for no number of threads.
+    Raises:
+        InvalidArgumentError: `tools` is not a mapping, or `threads` is not a positive number.
     """
 
     def __init__(
@@ -67,7 +72,7 @@ class WithTools(Around, StreamsTools):
             limits=limits,
         )
         self._can_execute = bool(tools) or remote is not None
-        # What this does instead of the provider, or on top of it.
+        # The commands that do not simply go to the provider.
         self._own: dict[type[Command[Any]], Callable[[Any, Origin], Future[Any]]] = {}
         if self._can_execute:
             self._own = {
@@ -80,7 +85,7 @@ class WithTools(Around, StreamsTools):
         forks.tell(self)
 
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
-        """Execute a tool; have the provider carry out every other command."""
+        """See `StateProvider.submit`. Executes tools itself, and passes all other commands to the provider."""
         own = self._own.get(type(command))
         if own is None:
             return self.provider.submit(command, origin)
@@ -95,16 +100,16 @@ class WithTools(Around, StreamsTools):
         return self.runner.submit(request_of(command, origin))
 
     def _register(self, command: commands.RegisterTools, origin: Origin) -> Future[Any]:
-        """Nobody else's tool gets a name of its own ones."""
+        """Reserve the names of this process's tools, so that no worker can register a tool under one of them."""
         return self.provider.submit(replace(command, reserved=frozenset(self.runner.tools)), origin)
 
     def _get_session(self, command: commands.GetSession, origin: Origin) -> Future[Any]:
         count = len(self.runner.tools)
-        found = self.provider.submit(command, origin)
-        return mapped(found, lambda summary: replace(summary, tool_count=summary.tool_count + count))
+        future = self.provider.submit(command, origin)
+        return mapped(future, lambda summary: replace(summary, tool_count=summary.tool_count + count))
 
     def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
-        """Its own tools, and those that the session's workers have registered."""
+        """List the tools of this process and, for a session, those that its workers have registered."""
         self.provider.check_open()
         arguments.text("session_id", session_id)
         own = self.runner.tools
@@ -136,7 +141,7 @@ class WithTools(Around, StreamsTools):
         finally:
             if not self._is_forked:
                 done.cancel()
-        # In a child nothing comes any more.
+        # In a forked child the chunks end early; this raises there.
         self.provider.check_open()
         outcome = done.result()
         if not outcome.success:
@@ -145,9 +150,9 @@ class WithTools(Around, StreamsTools):
             yield values.decode_loosely(outcome.result, outcome.result_type)
 
     def _check_runs(self, command: commands.ExecuteTool) -> None:
-        """Raise why nothing can be executed here, if nothing can."""
+        """Raise if no tool can be executed."""
         if not self._can_execute:
-            # Which says why not.
+            # The provider's own error says why.
             self.provider.run(command)
             raise UnsupportedError(self.lacking, self.instead)
         self.provider.check_open()
@@ -155,7 +160,7 @@ class WithTools(Around, StreamsTools):
             raise EngineClosedError()
 
     def close(self) -> None:
-        """Interrupt what runs, then close the provider."""
+        """Interrupt running executions, then close the provider."""
         with self._closing:
             if self._closed:
                 return
@@ -165,15 +170,17 @@ class WithTools(Around, StreamsTools):
             self.provider.close()
 
     def interrupt(self) -> None:
-        """End what runs, and begin no more; the provider goes on. Nobody waits for code that goes on all the same: it
-        can keep nothing any more."""
+        """Interrupt running executions and refuse new ones; the provider stays open.
+
+        It does not wait for code that keeps running, whose writes are refused from now on.
+        """
         self._closed = True
         self.runner.drain()
         self._home.close()
         self._invoker.close()
 
     def forked(self, *, quiet: bool) -> None:
-        """In a child the provider refuses everything, tools included. See `forks.Heir`."""
+        """Leave every command to the provider, which refuses it in a child process. See `forks.Heir`."""
         self._is_forked = True
         self._own = {}
         self._closing = threading.Lock()

@@ -29,7 +29,7 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import ExecutionStatus, ToolOutcome, ToolSpec, Value
-from dspex_persist.state.tools.session import asking_execution
+from dspex_persist.state.tools.session import current_execution_id
 from dspex_persist.state.unit_of_work import UnitOfWork
 
 _STATUSES: Final[Mapping[str, ExecutionStatus]] = {
@@ -58,7 +58,8 @@ def _execute_request(command: commands.ExecuteTool) -> Message:
 
 
 def _execute_headers(command: commands.ExecuteTool) -> dict[str, str]:
-    headers = {TIMEOUT_S: None if command.timeout_s is None else repr(command.timeout_s), ASKED_BY: asking_execution()}
+    timeout_s = None if command.timeout_s is None else repr(command.timeout_s)
+    headers = {TIMEOUT_S: timeout_s, ASKED_BY: current_execution_id()}
     return {name: text for name, text in headers.items() if text is not None}
 
 
