@@ -415,7 +415,7 @@ async def _serve_bridge(
 
     def on_ready(port: int) -> None:
         _spare_the_collector()
-        unheard = streams.say(f"GRPC_READY:{port}")
+        unheard = streams.print_line(f"GRPC_READY:{port}")
         if unheard is not None:
             # Whoever started it may not wait for that: clients can be served all the same.
             _log.warning("nobody was told that it is ready", reason=str(unheard))
@@ -491,7 +491,7 @@ class _End:
         self.failure: StorageFailedError | None = None
         self._loop = loop
         self._path = path
-        forks.tell(self)
+        forks.register(self)
         forks.guard_signals(*_SIGNALS)
 
     def on_signals(self) -> None:

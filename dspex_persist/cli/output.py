@@ -41,7 +41,7 @@ def say(*parts: Any) -> None:
 
 def complain(error: BaseException | str) -> None:
     """Print what is wrong."""
-    streams.tell(f"error: {plain_lines(text_of(error))}")
+    streams.print_error(f"error: {plain_lines(text_of(error))}")
 
 
 def say_json(document: Any) -> None:

@@ -1,7 +1,7 @@
-"""Calling others over gRPC: one kept connection for each address, and a circuit that leaves alone who does not answer.
+"""gRPC calls to other processes: one connection kept for each address, and a circuit breaker for those that fail.
 
-An address that cannot be reached several times in a row is left alone for a while; then one ping decides whether it is
-called again. One event loop; knows no messages.
+An address that cannot be reached several times in a row is not called for a while; then one ping decides whether calls
+resume. Used on one event loop; knows no messages.
 """
 
 import asyncio
@@ -26,9 +26,13 @@ _logger: Final = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What answers at an address. `what` and `whose`: what logs and errors call it, as in "tools", "the worker's".
+    """The service that is called at an address.
 
-    `stub` makes of a channel what its rpcs are called on; `ping` calls, on such, the one that says that it is there.
+    Attributes:
+        what: Its name in logs, such as "tools".
+        whose: Its owner in errors, such as "the worker's".
+        stub: Returns the stub for a channel.
+        ping: Calls, on a stub, an rpc that shows that the process is alive.
     """
 
     what: str
@@ -38,7 +42,7 @@ class Service:
 
 
 class UnreachableError(Exception):
-    """Why an address is not called, or was lost."""
+    """An address could not be called, or the connection was lost during the call."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -46,7 +50,7 @@ class UnreachableError(Exception):
 
 
 class StatusError(Exception):
-    """The worker answered with a status of its own: it is alive, but that is no result."""
+    """The process answered with an error status: it is alive, but there is no result."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -54,8 +58,11 @@ class StatusError(Exception):
 
 
 class Circuit:
-    """Whether an address is called: after `failures` in a row not for `pause_s`, then it is tried once. Each trial that
-    fails doubles the pause, up to `longest_pause_s`; a success closes the circuit."""
+    """A circuit breaker for one address.
+
+    After `failures` failures in a row it opens, and refuses calls for `pause_s` seconds. Then it admits one trial. Each
+    failed trial doubles the pause, up to `longest_pause_s`; a success closes the circuit.
+    """
 
     def __init__(self, failures: int, pause_s: float, longest_pause_s: float) -> None:
         self._limit = failures
@@ -69,13 +76,17 @@ class Circuit:
 
     @property
     def state(self) -> str:
-        """closed, open or half_open."""
+        """The state: closed, open or half_open."""
         if self._retry_at is None:
             return "closed"
         return "half_open" if self._trying or time.monotonic() >= self._retry_at else "open"
 
     def admit(self) -> bool:
-        """Whether the caller must try the address out first; refuses it where it has no business calling."""
+        """Return whether the caller has to test the address first.
+
+        Raises:
+            UnreachableError: The circuit is open, or another caller is testing the address.
+        """
         if self._retry_at is None:
             return False
         left_s = self._retry_at - time.monotonic()
@@ -86,20 +97,20 @@ class Circuit:
         return True
 
     def give_up(self) -> None:
-        """The trial ended without a verdict; the next call is one."""
+        """Note that the trial ended without a result; the next call is a trial again."""
         self._trying = False
 
     def succeeded(self) -> bool:
-        """Note that the address answered; whether that closed the circuit."""
+        """Note that the address answered; returns whether that closed the circuit."""
         closed = self._retry_at is not None
         self._failures, self._retry_at, self._trying = 0, None, False
         self._pause_s = self._first_pause_s
         return closed
 
     def failed(self, reason: str) -> float | None:
-        """Note that the address could not be reached; the pause in seconds, where that opened the circuit."""
+        """Note that the address could not be reached; returns the pause in seconds if that opened the circuit."""
         if self._retry_at is not None and not self._trying:
-            return None  # of a call that began before; what it has to say is known
+            return None  # a call from before the circuit opened: it adds nothing
         self._failures += 1
         self._reason = reason
         if self._retry_at is None and self._failures < self._limit:
@@ -111,7 +122,7 @@ class Circuit:
 
 
 class Channel:
-    """One connection. It is retired when it has failed, and closed when its last call has ended."""
+    """One connection. It is retired when it fails, and closed when its last call has ended."""
 
     def __init__(self, target: str, connect_timeout_s: float, service: Service) -> None:
         self._connect_timeout_s = connect_timeout_s
@@ -123,12 +134,16 @@ class Channel:
 
     @property
     def usable(self) -> bool:
-        """Whether a call may go over it. One that failed meanwhile would try again when its back-off says, not now."""
+        """Whether a call may use it. A failed one would reconnect only after its back-off, not at once."""
         failing = (grpc.ChannelConnectivity.TRANSIENT_FAILURE, grpc.ChannelConnectivity.SHUTDOWN)
         return not self.retired and self._channel.get_state() not in failing
 
     async def connect(self) -> None:
-        """Wait for the connection, or for its failure: why it failed is what a call says then."""
+        """Wait until the connection is ready or has failed; the next call over it then reports why.
+
+        Raises:
+            UnreachableError: It took too long, or this process is closing.
+        """
         settled = (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.TRANSIENT_FAILURE)
         try:
             async with asyncio.timeout(self._connect_timeout_s):
@@ -145,32 +160,42 @@ class Channel:
 
 def _options(target: str, connect_timeout_s: float) -> Options:
     return [
-        # A proxy of the environment is not meant for workers.
+        # The proxies of the environment are not meant for workers.
         *channel_options(target, proxies=False),
-        # A connection of its own for each line: the back-off of one that failed must not hold up the next.
+        # A separate connection for each channel: the back-off of a failed one must not delay the next.
         ("grpc.use_local_subchannel_pool", 1),
-        # This is how long one attempt may take, too.
+        # This option also bounds the time of one attempt.
         ("grpc.min_reconnect_backoff_ms", max(100, round(connect_timeout_s * 1000))),
     ]
 
 
 class Call:
-    """One use of a line, and what it says about the address: it answered, it was lost, or nobody knows."""
+    """One call over a channel.
 
-    def __init__(self, line: Channel, service: Service) -> None:
-        self.line = line
+    Attributes:
+        answered: Whether the address answered: True, False if the connection was lost, None while that is unknown.
+        reason: Why the connection was lost.
+    """
+
+    def __init__(self, channel: Channel, service: Service) -> None:
+        self.channel = channel
         self._service = service
         self.answered: bool | None = None
         self.reason = ""
 
     async def connect(self) -> None:
         try:
-            await self.line.connect()
+            await self.channel.connect()
         except UnreachableError as error:
             raise self.lost(error.reason) from None
 
-    async def heard(self, answer: Awaitable[A | None]) -> A:
-        """The answer; while it is waited for, whether there is anybody is not known."""
+    async def response(self, answer: Awaitable[A | None]) -> A:
+        """Wait for an answer and return it.
+
+        Raises:
+            UnreachableError: The connection was lost, or the server there does not have the rpc.
+            StatusError: The answer is an error status, or not a message of the protocol.
+        """
         self.answered = None
         try:
             received = await answer
@@ -180,15 +205,16 @@ class Call:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            # Not this call was cancelled but its connection, by `close`.
+            # `close` cancelled the connection, not this call.
             raise self.lost(CLOSED) from None
         self.answered = True
         if received is None:
-            # What gRPC makes of bytes that do not parse.
-            raise StatusError(f"{self._service.whose} answer is no message of the protocol")
+            # gRPC returns None for bytes that do not parse.
+            raise StatusError(f"{self._service.whose} answer is not a message of the protocol")
         return received
 
     def lost(self, reason: str) -> UnreachableError:
+        """Note that the connection was lost; returns the error to raise."""
         self.answered, self.reason = False, reason
         return UnreachableError(reason)
 
@@ -197,55 +223,59 @@ class Call:
             return self.lost(f"the call was not answered: {details}")
         self.answered = True
         if code is grpc.StatusCode.UNIMPLEMENTED:
-            # Not in gRPC's own words, "Method not found!", which clients that search for "not found" misread.
-            return UnreachableError("what answers there does not serve this rpc")
+            # Not gRPC's own text, "Method not found!", which clients that search for "not found" misread.
+            return UnreachableError("the server at this address does not serve this rpc")
         return StatusError(f"{code.name}: {details}")
 
 
 class Peer:
-    """An address: its circuit, the line in use, and those that end with their last call."""
+    """An address, with its circuit breaker, the channel in use, and retired channels whose calls have not ended."""
 
     def __init__(self, service: Service, address: str, target: str, circuit: Circuit, connect_timeout_s: float) -> None:
         self.circuit = circuit
         self._service = service
         self._target = target
         self._connect_timeout_s = connect_timeout_s
-        self._lines: list[Channel] = []
+        self._channels: list[Channel] = []
         self._probe: asyncio.Task[None] | None = None
         self._closed = False
         self._log = _logger.bind(address=address)
 
     @property
     def idle(self) -> bool:
-        """Whether no call of it is under way."""
-        return not any(line.users for line in self._lines)
+        """Whether no call to the address is in progress."""
+        return not any(channel.users for channel in self._channels)
 
     @contextlib.asynccontextmanager
-    async def talk(self) -> AsyncIterator[Call]:
-        """A connection for one call, if the circuit lets it pass."""
+    async def call(self) -> AsyncIterator[Call]:
+        """Connect for one call.
+
+        Raises:
+            UnreachableError: The circuit is open, or there is no connection.
+        """
         if self.circuit.admit():
-            await self._try_out()
-        async with self._connected() as talk:
-            yield talk
+            await self._test()
+        async with self._connected() as call:
+            yield call
 
     async def close(self) -> None:
-        """Close its connections, under whatever call."""
+        """Close the connections, which ends all calls in progress."""
         self._closed = True
         if self._probe is not None:
             self._probe.cancel()
             await asyncio.wait((self._probe,))
-        for line in self._lines:
-            await line.close()
+        for channel in self._channels:
+            await channel.close()
 
-    async def _try_out(self) -> None:
-        # A ping, not the call itself: others need not wait for a tool that takes minutes to know the verdict.
+    async def _test(self) -> None:
+        # By a ping, not by the call itself: a tool may take minutes, and other calls wait for the result of the test.
         try:
             await self._ping()
         finally:
             self.circuit.give_up()
 
     def _probe_soon(self) -> None:
-        """Find out whether a call got no answer because it takes long, or because nobody is there any more."""
+        """Find out whether a call that was given up was only slow, or the process has gone."""
         if self._probe is None or self._probe.done():
             self._probe = asyncio.create_task(self._probing())
 
@@ -254,58 +284,58 @@ class Peer:
             await self._ping()
 
     async def _ping(self) -> None:
-        """Return if there is an answer, whatever it says."""
-        async with self._connected() as talk:
+        """Return once there is any answer."""
+        async with self._connected() as call:
             try:
                 async with asyncio.timeout(self._connect_timeout_s):
-                    await talk.heard(self._service.ping(talk.line.stub))
+                    await call.response(self._service.ping(call.channel.stub))
             except TimeoutError:
-                raise talk.lost(f"no answer to a ping within {self._connect_timeout_s:g} s") from None
+                raise call.lost(f"no answer to a ping within {self._connect_timeout_s:g} s") from None
             except (StatusError, UnreachableError):
-                if not talk.answered:
+                if not call.answered:
                     raise
 
     @contextlib.asynccontextmanager
     async def _connected(self) -> AsyncIterator[Call]:
-        line = self._line()
-        line.users += 1
-        talk = Call(line, self._service)
+        channel = self._usable_channel()
+        channel.users += 1
+        call = Call(channel, self._service)
         try:
-            await talk.connect()
-            yield talk
+            await call.connect()
+            yield call
         finally:
-            line.users -= 1
-            self._settle(talk)
-            await self._tidy()
+            channel.users -= 1
+            self._settle(call)
+            await self._close_retired()
 
-    def _line(self) -> Channel:
-        if not (self._lines and self._lines[-1].usable):
-            for line in self._lines:
-                line.retired = True
-            self._lines.append(Channel(self._target, self._connect_timeout_s, self._service))
-        return self._lines[-1]
+    def _usable_channel(self) -> Channel:
+        if not (self._channels and self._channels[-1].usable):
+            for channel in self._channels:
+                channel.retired = True
+            self._channels.append(Channel(self._target, self._connect_timeout_s, self._service))
+        return self._channels[-1]
 
-    def _settle(self, talk: Call) -> None:
+    def _settle(self, call: Call) -> None:
         if self._closed:
             return
-        if talk.answered is None:
+        if call.answered is None:
             if self.circuit.state == "closed":
                 self._probe_soon()
-        elif talk.answered:
+        elif call.answered:
             if self.circuit.succeeded():
                 self._log.info(f"{self._service.what} can be reached again")
-        elif not talk.line.failed:
-            # Once for each connection that broke, however many calls it had.
-            talk.line.failed = talk.line.retired = True
-            self._failed(talk.reason)
+        elif not call.channel.failed:
+            # A broken connection counts as one failure, however many calls it carried.
+            call.channel.failed = call.channel.retired = True
+            self._failed(call.reason)
 
     def _failed(self, reason: str) -> None:
         pause_s = self.circuit.failed(reason)
         if pause_s is not None:
             self._log.warning(f"{self._service.what} cannot be reached", reason=reason, retry_in_s=pause_s)
 
-    async def _tidy(self) -> None:
-        over = [line for line in self._lines if line.retired and not line.users]
-        self._lines = [line for line in self._lines if line not in over]
-        for line in over:
-            await line.close()
+    async def _close_retired(self) -> None:
+        unused = [channel for channel in self._channels if channel.retired and not channel.users]
+        self._channels = [channel for channel in self._channels if channel not in unused]
+        for channel in unused:
+            await channel.close()

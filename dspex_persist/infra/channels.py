@@ -11,8 +11,13 @@ Options = list[tuple[str, int]]
 
 
 def channel_options(target: str, *, proxies: bool = True) -> Options:
-    """For a channel to `target`. The proxy variables of the environment count for other machines only, and for none
-    at all without `proxies`: no proxy could reach what listens on this machine's own addresses."""
+    """Return the options for a channel to `target`.
+
+    Args:
+        target: A gRPC target.
+        proxies: Use the proxy variables of the environment, if the target is on another machine. No proxy could reach
+            the loopback addresses of this one.
+    """
     return [
         ("grpc.max_send_message_length", MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MESSAGE_BYTES),

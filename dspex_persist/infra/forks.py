@@ -1,8 +1,8 @@
-"""What a forked child must not share with its parent: descriptors, locks, and whatever threads have in hand.
+"""Keeps forked children from sharing descriptors, locks and half-finished work with their parent.
 
-A child has a copy of everything, and none of the threads. Descriptors that are owned here become /dev/null in it, and
-objects that have asked for it are told that they live in a child now. A fork waits, for a moment, until nobody is in
-the middle of something (`busy`) that a child could not be given half done.
+A child gets a copy of everything except the other threads. Descriptors that are owned here become /dev/null in it, and
+registered objects are notified that they are in a child now. A fork waits a moment for critical sections (`busy`) to
+finish, so that the child does not inherit them half done.
 """
 
 import asyncio
@@ -19,23 +19,26 @@ from typing import Final, Protocol
 from weakref import WeakSet
 
 STRAY_CHILD: Final = 70
-"""How a child ends that would go on as one of its parent's threads."""
+"""The exit code of a child whose code returns into its parent's thread pool or event loop."""
 _PATIENCE_S: Final = 0.5
-"""How long a fork waits for what is under way. Reading a whole file takes longer than a fork can be held up."""
+"""How long a fork waits for critical sections. Some read a whole file, which takes longer than a fork may wait."""
 
 
-class Heir(Protocol):
-    """What has to change in a child."""
+class ForkListener(Protocol):
+    """An object that has to change in a child process."""
 
     def forked(self, *, quiet: bool) -> None:
-        """This process is a child, and the calling thread its only one.
+        """Adapt to being in a child process, whose only thread is the calling one.
 
-        Not `quiet`: some thread was in the middle of something when the process was forked, so what it had in hand is
-        in no state to be touched. Locks may be held by threads that are no more: make new ones.
+        Locks may be held by threads that no longer exist, so make new ones.
+
+        Args:
+            quiet: No thread was in a critical section during the fork. Otherwise the objects that such a section uses
+                are in an undefined state and must not be touched.
         """
 
 
-_heirs: WeakSet[Heir] = WeakSet()
+_listeners: WeakSet[ForkListener] = WeakSet()
 _descriptors: set[int] = set()
 _turn = threading.Condition()
 _inside: dict[int, int] = {}
@@ -44,24 +47,24 @@ _guarded: tuple[signal.Signals, ...] = ()
 _mask: set[int] = set()
 
 
-def tell(heir: Heir) -> None:
-    """Have `heir` told in each child; it is not kept alive for that."""
-    _heirs.add(heir)
+def register(listener: ForkListener) -> None:
+    """Have `listener.forked` called in each child. Keeps only a weak reference."""
+    _listeners.add(listener)
 
 
-def forget(heir: Heir) -> None:
-    """Have `heir` told no more."""
-    _heirs.discard(heir)
+def unregister(listener: ForkListener) -> None:
+    """Undo `register`."""
+    _listeners.discard(listener)
 
 
-def keep_for_ever(thing: object) -> None:
-    """In a child: have nothing free `thing`, not even the end of the interpreter, which would close what it holds."""
-    # A reference that nobody has, so that nobody drops it.
+def keep_forever(thing: object) -> None:
+    """Never free `thing`, not even at the end of the interpreter; for objects whose end would affect the parent."""
+    # A reference without an owner, which nothing can drop.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def own(descriptor: int) -> int:
-    """Keep an open descriptor for this process alone. To close it, `close` must be called."""
+    """Hide an open descriptor from children, and return it. Close it with `close`."""
     _descriptors.add(descriptor)
     return descriptor
 
@@ -73,8 +76,11 @@ def close(descriptor: int) -> None:
 
 
 def blank(descriptor: int) -> None:
-    """Let go of a descriptor that came from the parent. Its number stays taken: whoever closes it, or writes to it,
-    because he does not know of the fork must not hit what was opened since."""
+    """Replace a descriptor inherited from the parent by /dev/null.
+
+    The number stays in use: code that does not know of the fork may still close it or write to it, which must not hit
+    a file opened since.
+    """
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     try:
         os.dup2(null, descriptor, inheritable=False)
@@ -84,7 +90,7 @@ def blank(descriptor: int) -> None:
 
 @contextlib.contextmanager
 def busy() -> Iterator[None]:
-    """While this lasts, forks wait; and it waits for a fork that has begun to wait before it."""
+    """Mark a critical section: forks wait until it ends, and it waits for a fork that is already waiting."""
     me = threading.get_ident()
     with _turn:
         while _forkers and me not in _inside:
@@ -93,7 +99,7 @@ def busy() -> Iterator[None]:
     try:
         yield
     finally:
-        # Not there any more in a child of a fork in the middle of this.
+        # In a child that was forked during the section there is no entry any more.
         with _turn:
             left = _inside.get(me, 1) - 1
             if left:
@@ -104,10 +110,10 @@ def busy() -> Iterator[None]:
 
 
 def guard_signals(*numbers: signal.Signals) -> None:
-    """Have children end of these signals, whatever this process does with them.
+    """Reset these signals to their default action in children.
 
-    The descriptor that wakes an event loop is shared with its child: what the child writes there, of a signal that it
-    got, is a signal for the parent. So they are held back until the child has let go of it.
+    An event loop's wake-up descriptor is shared with the child: a signal that the child writes there would reach the
+    parent. So the signals are blocked during the fork, until the child has closed the descriptor.
     """
     global _guarded
     _guarded = numbers
@@ -121,15 +127,18 @@ def _reset_signals() -> None:
 
 
 def end_on(loop: asyncio.AbstractEventLoop) -> None:
-    """In a child: end it when it comes back to its parent's event loop, before it takes away what is for the parent."""
-    # Nobody else is left who could.
+    """In a child: exit when the code returns to the parent's event loop, before that consumes events of the parent."""
     loop.call_soon(os._exit, STRAY_CHILD)
 
 
 def blank_sockets(address: object) -> None:
-    """In a child: let go of the sockets with this address, those that listen and those that were accepted there."""
+    """In a child: blank the sockets with this address, listening and accepted ones.
+
+    Args:
+        address: A port, or the path of a Unix socket.
+    """
     for descriptor in [int(each.name) for each in Path("/dev/fd").iterdir()]:
-        # The folder's own descriptor is closed by now.
+        # The list includes the descriptor of /dev/fd itself, which is closed by now.
         with contextlib.suppress(OSError):
             if stat.S_ISSOCK(os.fstat(descriptor).st_mode) and _address_of(descriptor) == address:
                 blank(descriptor)
@@ -166,23 +175,23 @@ def _after_in_parent() -> None:
 
 def _after_in_child() -> None:
     try:
-        _tell_all(quiet=not _inside)
+        _notify_all(quiet=not _inside)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, _mask)
 
 
-def _tell_all(*, quiet: bool) -> None:
+def _notify_all(*, quiet: bool) -> None:
     global _turn, _forkers
     _turn, _forkers = threading.Condition(), 0
     _inside.clear()
     for descriptor in _descriptors:
-        # It may have been closed by somebody who did not say so.
+        # It may have been closed without `close`.
         with contextlib.suppress(OSError):
             blank(descriptor)
     _descriptors.clear()
     _reset_signals()
-    for heir in list(_heirs):
-        heir.forked(quiet=quiet)
+    for listener in list(_listeners):
+        listener.forked(quiet=quiet)
 
 
 os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)

@@ -1,4 +1,4 @@
-"""Futures made of others."""
+"""Helpers for futures."""
 
 import weakref
 from collections.abc import Callable
@@ -10,34 +10,34 @@ B = TypeVar("B")
 
 
 def failed(error: BaseException) -> "Future[Any]":
-    """A future that has failed already."""
+    """Return a future that has already failed with `error`."""
     future: Future[Any] = Future()
     future.set_exception(error)
     return future
 
 
 def mapped(future: "Future[A]", change: Callable[[A], B]) -> "Future[B]":
-    """The future of what `change` makes of the result. Cancelling it cancels `future`."""
-    made: Future[B] = Future()
+    """Return a future of `change(result)`. Cancelling it cancels `future`."""
+    derived: Future[B] = Future()
 
     def settle(finished: "Future[A]") -> None:
         if finished.cancelled():
-            made.cancel()
-        elif made.set_running_or_notify_cancel():
+            derived.cancel()
+        elif derived.set_running_or_notify_cancel():
             error = finished.exception()
             if error is not None:
-                made.set_exception(error)
+                derived.set_exception(error)
             else:
-                made.set_result(change(finished.result()))
+                derived.set_result(change(finished.result()))
 
-    # Futures keep their callbacks when they are done: two that know each other would be kept with what they end in.
+    # Done futures keep their callbacks: with a strong reference the two, and their results, would form a cycle.
     source = weakref.ref(future)
 
     def cancel(each: "Future[B]") -> None:
-        waited_for = source() if each.cancelled() else None
-        if waited_for is not None:
-            waited_for.cancel()
+        awaited = source() if each.cancelled() else None
+        if awaited is not None:
+            awaited.cancel()
 
-    made.add_done_callback(cancel)
+    derived.add_done_callback(cancel)
     future.add_done_callback(settle)
-    return made
+    return derived

@@ -1,6 +1,6 @@
-"""Who holds a lock, as the holder writes it beside the lock and as others may take it.
+"""Identifies the process that holds a lock, by a text that the holder writes next to the lock.
 
-A number alone names nobody: it may be of another container, or have been given to another process since.
+A process number alone is not enough: it may come from another container, or belong to a newer process by now.
 """
 
 import os
@@ -12,26 +12,26 @@ TEXT_MAX_BYTES = 256
 _FORM = re.compile(rb"([0-9]{1,10}) ([0-9]*) (\S*) ([^\0\n]*)\n?")
 
 
-def written() -> bytes:
-    """What this process writes: its number, when it began, its namespace of numbers and its host."""
-    return _written(os.getpid())
+def own_text() -> bytes:
+    """Return the text for this process: its number, its start time, its PID namespace and its host."""
+    return _text_of(os.getpid())
 
 
-def named(text: bytes) -> int | None:
-    """The number of the process that wrote `text`; None unless it is certain whom that number means here and now."""
+def pid_of(text: bytes) -> int | None:
+    """Return the number of the process that wrote `text`, or None unless that process certainly still runs here."""
     match = _FORM.fullmatch(text)
     if match is None:
         return None
     pid = int(match[1])
-    return pid if _is_there(pid) and _written(pid).strip() == text.strip() else None
+    return pid if _is_running(pid) and _text_of(pid).strip() == text.strip() else None
 
 
-def _written(pid: int) -> bytes:
+def _text_of(pid: int) -> bytes:
     host = socket.gethostname().encode(errors="replace")[:128]
-    return f"{pid} {_began(pid)} {_namespace()} ".encode() + host + b"\n"
+    return f"{pid} {_start_time(pid)} {_namespace()} ".encode() + host + b"\n"
 
 
-def _is_there(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except PermissionError:
@@ -41,8 +41,8 @@ def _is_there(pid: int) -> bool:
     return True
 
 
-def _began(pid: int) -> str:
-    """When a process began, in ticks since the machine did; "" where the system does not tell."""
+def _start_time(pid: int) -> str:
+    """The start time of a process, in clock ticks since boot; "" if the system does not report it."""
     try:
         content = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:

@@ -1,4 +1,4 @@
-"""Addresses to listen on: reading them, judging them, and saying why one cannot be had. Knows no gRPC."""
+"""Addresses to listen on: parses and checks them, and says why one is not available. Knows no gRPC."""
 
 import errno
 import ipaddress
@@ -19,7 +19,7 @@ _HOST_PORT: Final = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^\[\]
 
 @dataclass(eq=False)
 class ListenError(DspexError):
-    """A server cannot listen on the address `listen`; `reason` says why."""
+    """A server cannot listen on the address `listen`, for the given `reason`."""
 
     listen: str
     reason: str
@@ -53,7 +53,7 @@ Address = TcpAddress | UnixAddress
 
 
 def parse_listen(listen: str) -> Address:
-    """Read `HOST:PORT`, `[IPv6]:PORT`, `unix:PATH` or `unix:///PATH`; ListenError for anything else."""
+    """Parse `HOST:PORT`, `[IPv6]:PORT`, `unix:PATH` or `unix:///PATH`; `ListenError` for anything else."""
     if listen.startswith("unix:"):
         return UnixAddress(_unix_path(listen))
     match = _HOST_PORT.fullmatch(listen)
@@ -66,16 +66,16 @@ def parse_listen(listen: str) -> Address:
 
 
 def target_of(address: str) -> str:
-    """The gRPC target that an address means, which may be written as a URL: grpc://HOST:PORT, grpc+unix:/PATH."""
+    """Return the gRPC target of an address, which may be a URL: grpc://HOST:PORT, grpc+unix:/PATH."""
     if address.startswith("grpc+unix:"):
         return f"unix:{re.sub('^//(?=/)', '', address.removeprefix('grpc+unix:'))}"
     return address.removeprefix("grpc://")
 
 
 def is_loopback(listen: str) -> bool:
-    """Whether only this machine can reach `listen`: 127.0.0.0/8, ::1, localhost, or a Unix socket.
+    """Return whether only this machine can reach `listen`: 127.0.0.0/8, ::1, localhost, or a Unix socket.
 
-    Host names are not looked up. Raises ListenError for what `parse_listen` cannot read.
+    Host names are not looked up. Raises `ListenError` for an address that `parse_listen` refuses.
     """
     address = parse_listen(listen)
     if isinstance(address, UnixAddress) or address.host.lower() == "localhost":
@@ -87,7 +87,7 @@ def is_loopback(listen: str) -> bool:
 
 
 def settled(address: Address) -> Address:
-    """The same address wherever the working directory goes; a socket whose whole path is too long stays as it is."""
+    """Return the address with an absolute path, unless that is too long for a socket."""
     if isinstance(address, TcpAddress):
         return address
     path = os.path.abspath(address.path)  # noqa: PTH100 -- `resolve` would follow a link that has the socket's name
@@ -95,10 +95,13 @@ def settled(address: Address) -> Address:
 
 
 def prepare(address: Address) -> None:
-    """Make sure that `address` can be had, and remove the socket file that a dead server left there.
+    """Check that `address` is available, and remove the socket file that a dead server left there.
 
-    Raises ListenError when it is taken or cannot exist. What is free now can be taken before it is bound:
-    two servers that must exclude each other do so by another lock.
+    Another process may still take the address before it is bound: two servers that must exclude each other need
+    another lock.
+
+    Raises:
+        ListenError: The address is in use or cannot exist.
     """
     try:
         if isinstance(address, UnixAddress):
@@ -108,7 +111,7 @@ def prepare(address: Address) -> None:
     except OSError as error:
         raise ListenError(str(address), _reason(error)) from error
     except UnicodeError as error:
-        raise ListenError(str(address), "no such host name can exist") from error
+        raise ListenError(str(address), "the host name is not valid") from error
 
 
 def _unix_path(listen: str) -> str:
@@ -133,7 +136,7 @@ def _prepare_path(address: UnixAddress) -> None:
     if not path.parent.is_dir():
         raise ListenError(str(address), f"the directory {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        raise ListenError(str(address), f"this user may make no file in {path.parent}")
+        raise ListenError(str(address), f"this user may not create files in {path.parent}")
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -152,17 +155,17 @@ def _remove_if_dead(address: UnixAddress) -> None:
             Path(address.path).unlink()
             return
         except (TimeoutError, BlockingIOError):
-            pass  # Somebody holds the socket and is too busy to answer: alive.
+            pass  # A server holds the socket and is too busy to answer, so it is alive.
     raise ListenError(str(address), "another server is listening there")
 
 
 def _check_port(address: TcpAddress) -> None:
-    # All addresses that the host stands for: gRPC takes one of several, and two servers would share a port.
-    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-    errors = [error for family, _, _, _, name in found if (error := _bind_error(family, name))]
+    # All addresses of the host: gRPC is content with one of several, so two servers would share a port.
+    addresses = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    errors = [error for family, _, _, _, name in addresses if (error := _bind_error(family, name))]
     for error in errors:
-        # A host name may also stand for an address that this machine lacks (::1 without IPv6): one is enough.
-        if error.errno in (errno.EADDRINUSE, errno.EACCES) or len(errors) == len(found):
+        # A host name may include an address that this machine lacks (::1 without IPv6): one that works is enough.
+        if error.errno in (errno.EADDRINUSE, errno.EACCES) or len(errors) == len(addresses):
             raise error
 
 

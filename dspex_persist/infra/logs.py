@@ -1,7 +1,7 @@
-"""Structured logs: events with fields, which go where the program has the standard library's logging send them.
+"""Structured logs: events with fields, sent through the standard library's `logging`.
 
-A library says nothing by itself: its loggers are `logging`'s, called `dspex_persist.*`, and have no handlers. A server
-configures them (`configure_logs`): one line an event on stderr, of ours and of other libraries alike.
+As a library, the package writes nothing by itself: its loggers, called `dspex_persist.*`, have no handlers. A server
+calls `configure_logs`: then each event is one line on stderr, including the events of other libraries.
 """
 
 import io
@@ -23,7 +23,7 @@ _JSON: Final[list[Processor]] = [
     structlog.processors.format_exc_info,
     structlog.processors.JSONRenderer(default=repr),
 ]
-# These say nothing of use below a warning, and at DEBUG they write a line for each call.
+# Below WARNING these log nothing useful, and at DEBUG a line for each call.
 _NOISY_LOGGERS: Final = ("asyncio", "grpc._cython.cygrpc")
 
 
@@ -33,7 +33,7 @@ _LINES: Final = ("traceback", "exception")
 
 
 class EventLogger:
-    """Tells events to a logger of the standard library, each with its fields and those that are bound."""
+    """Logs events to a logger of the standard library, each with its fields and the bound ones."""
 
     __slots__ = ("_bound", "_logger")
 
@@ -42,39 +42,39 @@ class EventLogger:
         self._bound = bound
 
     def bind(self, **fields: Any) -> "EventLogger":
-        """The same with more fields."""
+        """Return a logger that adds these fields to every event."""
         return EventLogger(self._logger, {**self._bound, **fields})
 
     def debug(self, event: str, **fields: Any) -> None:
-        """Tell what only matters to who looks closely."""
-        self._tell(logging.DEBUG, event, fields)
+        """Log a detail for debugging."""
+        self._log(logging.DEBUG, event, fields)
 
     def info(self, event: str, **fields: Any) -> None:
-        """Tell what happens."""
-        self._tell(logging.INFO, event, fields)
+        """Log a normal event."""
+        self._log(logging.INFO, event, fields)
 
     def warning(self, event: str, **fields: Any) -> None:
-        """Tell what somebody should look at."""
-        self._tell(logging.WARNING, event, fields)
+        """Log an event that an operator should look at."""
+        self._log(logging.WARNING, event, fields)
 
     def error(self, event: str, *, exc_info: BaseException | None = None, **fields: Any) -> None:
-        """Tell what has gone wrong."""
-        self._tell(logging.ERROR, event, fields if exc_info is None else {**fields, "exception": trace_of(exc_info)})
+        """Log a failure, with the traceback of `exc_info`."""
+        self._log(logging.ERROR, event, fields if exc_info is None else {**fields, "exception": trace_of(exc_info)})
 
     def critical(self, event: str, **fields: Any) -> None:
-        """Tell what the process ends of."""
-        self._tell(logging.CRITICAL, event, fields)
+        """Log a failure that ends the process."""
+        self._log(logging.CRITICAL, event, fields)
 
-    def _tell(self, level: int, event: str, fields: dict[str, Any]) -> None:
+    def _log(self, level: int, event: str, fields: dict[str, Any]) -> None:
         if not self._logger.isEnabledFor(level):
             return
-        told = {**self._bound, **fields}
-        extra = {_FIELDS: {"event": event, **told}}
-        self._logger.log(level, "%s", _Text(event, told), extra=extra, stacklevel=3)
+        fields = {**self._bound, **fields}
+        extra = {_FIELDS: {"event": event, **fields}}
+        self._logger.log(level, "%s", _Text(event, fields), extra=extra, stacklevel=3)
 
 
 class _Text:
-    """An event as text, made only if somebody reads it."""
+    """An event as text, formatted only if a handler writes it."""
 
     def __init__(self, event: str, fields: Mapping[str, Any]) -> None:
         self._event = event
@@ -87,17 +87,24 @@ class _Text:
 
 
 def get_logger(name: str) -> EventLogger:
-    """The logger of a module: `get_logger(__name__)`."""
+    """Return the logger of a module: `get_logger(__name__)`."""
     return EventLogger(logging.getLogger(name), {})
 
 
 def configure_logs(level: LogLevel, style: LogStyle, *, stream: TextIO | None = None) -> None:
-    """Send every log event of `level` and above to `stream` (stderr), as JSON or as lines for people.
+    """Send every log event of `level` and above to a stream.
 
-    `auto` is `console` on a terminal and `json` elsewhere. Each event carries an ISO time in UTC, its level and what
-    is bound in `structlog.contextvars`; `source` names the module or library that speaks. Tracebacks never show the
-    values of local variables: those are users'.
-    Raises ValueError for an unknown level or style. May be called again; the last call counts.
+    Each event has an ISO time in UTC, its level, the fields bound in `structlog.contextvars`, and `source`, the module
+    or library that logged it. Tracebacks never show the values of local variables, which are users' data. A later call
+    replaces the configuration.
+
+    Args:
+        level: The lowest level to write.
+        style: `json`, `console` for people, or `auto`: `console` on a terminal, else `json`.
+        stream: The stream; stderr by default.
+
+    Raises:
+        ValueError: The level or the style is unknown.
     """
     if level not in get_args(LogLevel) or style not in get_args(LogStyle):
         raise ValueError(f"unknown log level or style: {level!r}, {style!r}")
@@ -108,20 +115,20 @@ def configure_logs(level: LogLevel, style: LogStyle, *, stream: TextIO | None = 
     for_people = terminal if style == "auto" else style == "console"
     render = _line(colors=terminal) if for_people else _JSON
     structlog.configure(
-        # Those of tools that use it; they are written by the one handler, too.
+        # For code of tools that logs with structlog; the same handler writes its events.
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.stdlib.LoggerFactory(),
-        # A logger that is cached would keep writing to the stream of an earlier call.
+        # A cached logger would keep writing to the stream of an earlier call.
         cache_logger_on_first_use=False,
     )
     _configure_stdlib(number, shared, render, target)
 
 
 def quiet_grpc() -> None:
-    """Keep gRPC's C core from writing its own notes (forks, name look-ups) to stderr; its errors still show.
+    """Keep gRPC's C core from writing notes (forks, name look-ups) to stderr; it still writes errors.
 
-    Only works before the first `import grpc` of the process. What the environment says already is respected.
+    Only works before the first `import grpc` of the process. A `GRPC_VERBOSITY` in the environment has precedence.
     """
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
@@ -142,7 +149,7 @@ def _line(*, colors: bool) -> list[Processor]:
 
 
 def _without_controls(_logger: object, _method: str, event: EventDict) -> EventDict:
-    """What clients sent is written as text: on a terminal, an escape sequence would do something."""
+    """Escape control characters: texts from clients may contain sequences that control a terminal."""
     for key, field in event.items():
         if isinstance(field, str):
             event[key] = _printable(field, keep="\n\t" if key in _LINES else "")
@@ -166,10 +173,10 @@ def _write_traceback(stream: TextIO, exc_info: ExcInfo) -> None:
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """Writes to a stream that may be gone: nobody reads it, or its disk is full. The program goes on."""
+    """Writes to a stream that may fail, as with a closed pipe or a full disk, without affecting the program."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Leave the event out, if it was the stream that failed."""
+        """Drop the event if the stream has failed."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 

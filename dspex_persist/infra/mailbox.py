@@ -1,4 +1,4 @@
-"""From the writer's thread into an event loop, with one wake-up for a whole group."""
+"""Callbacks from the writer's thread into an event loop, with one wake-up for a whole group."""
 
 import asyncio
 import contextlib
@@ -10,14 +10,14 @@ from typing import Final, TypeVar
 R = TypeVar("R")
 
 SLICE: Final = 8
-"""How many of those that can wait run before the loop turns to whatever else there is."""
+"""How many low-priority callbacks run before the loop gets to do other work."""
 
 
 class LoopMailbox:
-    """Runs posted callbacks on one event loop. However many are posted before it gets to them, it is woken once.
+    """Runs posted callbacks on one event loop, which it wakes once for all callbacks posted in the meantime.
 
-    Those that answer somebody (`post`) go before those of `waker`, which come in slices: thousands may watch what one
-    call has changed, and nobody else is to wait for all of them.
+    Callbacks of `post`, which answer calls, run before those of `waker`, which run in slices: a change may have
+    thousands of watchers, and other calls must not wait for all of them.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -28,12 +28,15 @@ class LoopMailbox:
         self._woken = False
 
     def post(self, callback: Callable[[], object]) -> None:
-        """Have `callback` run on the loop soon; from any thread."""
+        """Run `callback` on the loop soon; callable from any thread."""
         self._posted.append(callback)
         self._wake_loop()
 
     def waker(self, callback: Callable[[], object]) -> Callable[[], None]:
-        """What has `callback` run on the loop when others have had their turn; from any thread, as often as need be."""
+        """Return a function that runs `callback` on the loop, with low priority.
+
+        The function can be called from any thread, any number of times. Calls before the callback's turn count as one.
+        """
         return _Waker(self, callback)
 
     def _post_patient(self, waker: "_Waker") -> None:
@@ -43,12 +46,12 @@ class LoopMailbox:
     def _wake_loop(self) -> None:
         if not self._woken:
             self._woken = True
-            # The loop is closed only at the end of the process, when nobody waits any more.
+            # The loop is closed only at the end of the process, when no call is waiting.
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._run_posted)
 
     def _run_posted(self) -> None:
-        # Before the first look: whoever posts after the last one wakes the loop again.
+        # Before reading the queue: a callback posted after the last read has to wake the loop again.
         self._woken = False
         posted = self._posted
         while posted:
@@ -62,11 +65,11 @@ class LoopMailbox:
             self._patient.popleft().run()
         self._slicing = bool(self._patient)
         if self._slicing:
-            # Not now: what these have woken runs first, and whatever else has come.
+            # Later, so that whatever these callbacks have woken, and new work, runs first.
             self._loop.call_soon(self._run_slice)
 
     async def result(self, future: Future[R]) -> R:
-        """Wait for `future`. If the waiting call is cancelled, so is the future, unless its turn has come already."""
+        """Wait for `future` and return its result. Cancelling the wait cancels the future, unless it is running."""
         try:
             if future.done():
                 return future.result()
@@ -84,7 +87,7 @@ class LoopMailbox:
                 raise
             return future.result()
         finally:
-            # The traceback of an error knows this frame, and the future the error.
+            # The future refers to its error, whose traceback refers to this frame: this breaks the cycle.
             del future
 
 
@@ -104,7 +107,7 @@ class _Waker:
             self._mailbox._post_patient(self)
 
     def run(self) -> None:
-        """Its turn has come."""
-        # Before it looks at anything: whoever calls from here on has something that it may not see.
+        """Run the callback."""
+        # Before the callback reads anything: later changes need another run.
         self._waits = False
         self._callback()

@@ -1,4 +1,4 @@
-"""The parent's side of one child process that says `GRPC_READY:<port>` on stdout when it can answer."""
+"""Starts and ends a child process that prints `GRPC_READY:<port>` on stdout when it is ready."""
 
 import atexit
 import os
@@ -20,14 +20,14 @@ _TAIL_MAX_BYTES: Final = 16 * 1024
 _LINE_MAX_BYTES: Final = 4 * 1024
 _READ_BYTES: Final = 64 * 1024
 _END_S: Final = 30.0
-# An ended child's pipes are read to their end, unless a grandchild holds them open.
+# How long to read the pipes of an ended child, which a grandchild may hold open.
 _LAST_WORDS_S: Final = 5.0
 _POLL_S: Final = 0.05
 
 
 @dataclass(eq=False)
 class ProcessFailedError(DspexError):
-    """A child process did not do what it was started for; `exit_code` is None if it still ran."""
+    """A child process failed to start, or to end; `exit_code` is None if it was still running."""
 
     argv: tuple[str, ...]
     reason: str
@@ -36,20 +36,29 @@ class ProcessFailedError(DspexError):
 
     def __str__(self) -> str:
         code = "" if self.exit_code is None else f" (exit code {self.exit_code})"
-        said = f"stderr ends with:\n{self.stderr_tail}" if self.stderr_tail else "nothing on stderr"
-        return f"{' '.join(self.argv)}: {self.reason}{code}; {said}"
+        stderr = f"stderr ends with:\n{self.stderr_tail}" if self.stderr_tail else "nothing on stderr"
+        return f"{' '.join(self.argv)}: {self.reason}{code}; {stderr}"
 
 
 class ServerProcess:
-    """A child process that serves, from its start to its end.
+    """A child process that is a server.
 
-    Use it as a context manager, or call `close`: leaving kills what still runs. The child stays in this
-    process's group, so that Ctrl-C reaches both, and an ordinary exit of the interpreter kills it (atexit).
-    A parent that dies of a signal cannot: then the child lives on.
+    Use it as a context manager, or call `close`: that kills the child if it still runs. The child stays in this
+    process's group, so that Ctrl-C reaches both, and a normal exit of the interpreter kills it (atexit). If a signal
+    kills this process, the child lives on.
     """
 
     def __init__(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> None:
-        """Start `argv` without waiting; `env` is its whole environment. OSError if it cannot start."""
+        """Start the child without waiting for it.
+
+        Args:
+            argv: The program and its arguments.
+            env: The whole environment of the child; this process's by default.
+            cwd: Its working directory.
+
+        Raises:
+            OSError: The program cannot be started.
+        """
         self.argv = tuple(argv)
         self._popen = subprocess.Popen(
             self.argv,
@@ -72,7 +81,18 @@ class ServerProcess:
         cwd: Path | None = None,
         ready_timeout_s: float = 120.0,
     ) -> Self:
-        """Start `argv` and wait until it is ready; on ProcessFailedError nothing is left running."""
+        """Start a child and wait until it is ready; if that fails, the child is killed.
+
+        Args:
+            argv: The program and its arguments.
+            env: The whole environment of the child; this process's by default.
+            cwd: Its working directory.
+            ready_timeout_s: How long to wait, in seconds.
+
+        Raises:
+            OSError: The program cannot be started.
+            ProcessFailedError: The child ended, or was not ready in time.
+        """
         process = cls(argv, env=env, cwd=cwd)
         try:
             process.wait_ready(ready_timeout_s)
@@ -87,28 +107,28 @@ class ServerProcess:
 
     @property
     def port(self) -> int:
-        """The port that the child said (0: a Unix socket). ProcessFailedError before it is ready."""
+        """The port that the child printed (0 for a Unix socket); `ProcessFailedError` before it is ready."""
         if self._output.port is None:
             raise self._failure("it is not ready yet")
         return self._output.port
 
     @property
     def stderr_tail(self) -> str:
-        """The last 16 KiB, at most, of what the child wrote to stderr; all of it once the child has ended."""
+        """The last output of the child on stderr, up to 16 KiB; complete once the child has ended."""
         if self.exit_code is not None:
             self._output.join(_LAST_WORDS_S)
         return self._output.tail()
 
     @property
     def exit_code(self) -> int | None:
-        """The child's exit code (-9: killed by SIGKILL), None while it runs."""
+        """The exit code of the child (-9: killed by SIGKILL), or None while it runs."""
         return self._popen.poll()
 
     def wait_ready(self, timeout_s: float) -> int:
-        """Wait for the ready line, return its port; ProcessFailedError if the child ends or is too slow."""
-        # Counted, not timed: a clock that a test has frozen would never reach a deadline.
+        """Wait for the ready line and return its port; `ProcessFailedError` if the child ends or is too slow."""
+        # Counts polls: with a clock that a test has frozen, a deadline would never come.
         for _ in range(max(1, round(timeout_s / _POLL_S))):
-            # A grandchild may hold the child's stdout open, so the end of stdout alone does not tell.
+            # The end of stdout is not enough: a grandchild may hold it open.
             if self._output.settled.wait(_POLL_S) or self.exit_code is not None:
                 break
         else:
@@ -120,18 +140,18 @@ class ServerProcess:
         return self._output.port
 
     def wait(self, timeout_s: float) -> int:
-        """Wait until the child ends by itself, return its exit code; ProcessFailedError if it does not."""
+        """Wait until the child ends by itself and return its exit code; `ProcessFailedError` if it does not."""
         try:
             return self._popen.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise self._failure(f"it still runs after {timeout_s:g} s") from None
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal; nothing happens if the child has ended."""
+        """Send a signal; does nothing if the child has ended."""
         self._popen.send_signal(number)
 
     def terminate(self, timeout_s: float) -> int:
-        """Ask the child to end (SIGTERM), return its exit code; ProcessFailedError if it had to be killed."""
+        """End the child with SIGTERM and return its exit code; `ProcessFailedError` if it had to be killed."""
         self.send_signal(signal.SIGTERM)
         try:
             return self.wait(timeout_s)
@@ -141,12 +161,12 @@ class ServerProcess:
             raise failure from None
 
     def kill(self) -> None:
-        """End the child at once (SIGKILL) and reap it; nothing happens if it has ended."""
+        """Kill the child with SIGKILL and reap it; does nothing if it has ended."""
         self._popen.kill()
         self.wait(_END_S)
 
     def close(self) -> None:
-        """Kill what still runs and give back pipes and thread. May be called again."""
+        """Kill the child if it still runs, and free the pipes and the thread. May be called again."""
         try:
             self.kill()
         finally:
@@ -162,7 +182,7 @@ class ServerProcess:
         self.close()
 
     def _await_end(self) -> None:
-        # The end of stdout is seen a moment before the child can be reaped.
+        # The end of stdout comes a moment before the child can be reaped.
         try:
             self._popen.wait(_LAST_WORDS_S)
         except subprocess.TimeoutExpired:
@@ -174,14 +194,14 @@ class ServerProcess:
 
 
 class _Output:
-    """Reads a child's stdout and stderr in a thread, so that the child never waits for a reader."""
+    """Reads a child's stdout and stderr on a thread, so that the child never blocks on a full pipe."""
 
     def __init__(self, popen: subprocess.Popen[bytes]) -> None:
-        assert popen.stdout is not None  # both were asked for as pipes
+        assert popen.stdout is not None  # both are pipes
         assert popen.stderr is not None
         self.port: int | None = None
         self.settled = threading.Event()
-        """Set when the port is known, or will never be."""
+        """Set once the port is known, or can no longer come."""
         self._stdout, self._stderr = popen.stdout, popen.stderr
         self._line = bytearray()
         self._tail = bytearray()
@@ -196,7 +216,7 @@ class _Output:
             return self._tail.decode(errors="replace").strip()
 
     def join(self, timeout_s: float) -> None:
-        """Wait until everything that the child wrote is read; not longer than `timeout_s`."""
+        """Wait up to `timeout_s` seconds until all output of the child has been read."""
         self._thread.join(timeout_s)
 
     def close(self) -> None:
@@ -229,7 +249,7 @@ class _Output:
                     selector.unregister(key.fileobj)
 
     def _take_stdout(self, chunk: bytes) -> None:
-        """Look for the ready line; once it is found, or stdout has ended, what comes is thrown away."""
+        """Look for the ready line; discards everything after it."""
         if self.settled.is_set():
             return
         *lines, rest = (bytes(self._line) + chunk).split(b"\n")

@@ -1,8 +1,8 @@
-"""A gRPC server's life: bind, serve, drain. Services are handed in; what they say is none of its business.
+"""The life of a gRPC server: bind, serve, drain. It knows nothing of the services that it is given.
 
-Every call passes one guard: a request that does not parse is INVALID_ARGUMENT, an error that the caller's
-table knows becomes its status, any other becomes INTERNAL with a reference, and its text and traceback go
-to the log.
+Every call passes one guard. A request that does not parse is answered with INVALID_ARGUMENT, and an error that the
+caller's table knows with the status from there. Any other error is answered with INTERNAL and a reference, under which
+the log has its text and traceback.
 """
 
 import asyncio
@@ -48,14 +48,14 @@ __all__ = [
 ]
 
 _MIB: Final = 1024 * 1024
-# After the grace period handlers are cancelled; this is how long their clean-up may take.
+# How long the clean-up of handlers may take that are cancelled after the grace period.
 _CLEAN_UP_S: Final = 5.0
 _PENDING_CALLS: Final = 100_000
 _UNREQUESTED_S: Final = 86_400
-# Calls that come late are refused until none has come for so long; who repeats them at once is not waited for longer.
+# A drain refuses late calls until none has come for _QUIET_S, but not longer than _LONGEST_QUIET_S in all.
 _QUIET_S: Final = 0.05
 _LONGEST_QUIET_S: Final = 1.0
-# Clients may refuse trailing metadata above 8 KiB, and then see RESOURCE_EXHAUSTED instead of the status.
+# Clients may refuse trailing metadata above 8 KiB, and then report RESOURCE_EXHAUSTED instead of the status.
 _DETAILS_MAX_BYTES: Final = 3_500
 _TRAILERS_MAX_BYTES: Final = 4_000
 
@@ -69,14 +69,20 @@ Metadatum: TypeAlias = tuple[str, str | bytes]
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """How a server listens and how patient it is.
+    """How a server listens, and its limits. Compressed requests are refused.
 
-    `listen` is HOST:PORT (port 0: a free one) or unix:PATH. `grace_s` bounds a drain: calls that still run
-    then are cancelled. A connection that is silent for `keepalive_time_s` is pinged, and cut if it does not
-    answer within `keepalive_timeout_s`; one that has not begun to speak HTTP/2 within `handshake_timeout_s` is
-    cut, too. One that answers may be idle for as long as it likes. Compressed requests are refused. Clients may
-    ping every `client_ping_interval_s`. One connection has at most `streams_per_connection` calls open; a client
-    that wants more waits, or opens another connection.
+    Attributes:
+        listen: HOST:PORT (port 0 takes a free one) or unix:PATH.
+        max_message_bytes: The largest message, in both directions.
+        grace_s: How long a drain lasts at most; calls that still run then are cancelled.
+        reflection: Whether to serve reflection.
+        keepalive_time_s: After this time without traffic, the server pings a connection.
+        keepalive_timeout_s: A connection that does not answer a ping in this time is closed. As long as it answers, it
+            may stay idle without a limit.
+        handshake_timeout_s: A connection that has not begun HTTP/2 by then is closed.
+        client_ping_interval_s: How often clients may ping.
+        streams_per_connection: The calls that one connection may have open. A client that wants more waits, or opens
+            another connection.
     """
 
     listen: str
@@ -92,13 +98,12 @@ class ServerOptions:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A service of the default descriptor pool, and the object that has a method for each of its rpcs.
+    """A service of the default descriptor pool, and the object with a method for each of its rpcs.
 
-    A method is named after its rpc and takes the request message (client streaming: an async iterator of
-    them) and the gRPC context. One that answers once is a coroutine function. One that streams is an async
-    generator function, or a coroutine function that calls `context.write(message)`: that one can bound its
-    wait for a slow client, with `asyncio.timeout`. An rpc whose method the object lacks is answered with
-    UNIMPLEMENTED.
+    A method has the name of its rpc, and takes the request message (with client streaming: an async iterator of
+    messages) and the gRPC context. For a single answer it is a coroutine function. For a stream it is an async
+    generator function, or a coroutine function that calls `context.write(message)`, which can limit its wait for a
+    slow client with `asyncio.timeout`. An rpc without a method is answered with UNIMPLEMENTED.
     """
 
     descriptor: ServiceDescriptor
@@ -107,7 +112,7 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class RpcStatus:
-    """What a client is told about an error. Details are cut, metadata left out, where 8 KiB have no room."""
+    """The status that reports an error to a client. Details and metadata are shortened to fit into 8 KiB."""
 
     code: grpc.StatusCode
     details: str
@@ -115,7 +120,7 @@ class RpcStatus:
 
 
 StatusOf: TypeAlias = Callable[[Exception], RpcStatus | None]
-"""The table of known errors; None for an error that it does not know."""
+"""The table of known errors: returns the status of an error, or None for an unknown one."""
 
 
 @dataclass(eq=False)
@@ -130,7 +135,7 @@ class UnreadableRequestError(DspexError):
 
 @dataclass(eq=False)
 class DrainingError(DspexError):
-    """The call came after the drain had begun: nothing was done. `status_of` may know what to make of it."""
+    """The call came after the drain had begun; nothing was done. `status_of` may have another status for it."""
 
     retryable = True
 
@@ -148,18 +153,27 @@ async def serve(
     on_drain: Callable[[], Awaitable[None]] | None = None,
     belongs: Callable[[Context], bool] = lambda _: False,
 ) -> None:
-    """Serve `services`, health and (on request) reflection until `stop` is set; return when no call is left.
+    """Serve until `stop` is set, then drain; returns when no call is left.
 
-    `on_ready(port)` is called when the server can answer (port 0 for a Unix socket). To drain, health
-    answers NOT_SERVING and new calls are refused (`DrainingError`), `on_drain()` ends what would not end by
-    itself (the caller's endless streams), and those in flight finish, all within `grace_s`; what still runs
-    then is cancelled. `belongs(context)` says whether a late call belongs to one in flight, which may be waiting
-    for it: it is let in. Raises ListenError if the address cannot be had, and TypeError for a servicer whose
-    methods are not asynchronous.
+    During the drain, health answers NOT_SERVING, new calls are refused (`DrainingError`), and calls in progress may
+    finish until `options.grace_s` is over; the rest is cancelled.
+
+    Args:
+        options: How to listen, and the limits.
+        services: What to serve, in addition to health and, with `options.reflection`, reflection.
+        status_of: The table of known errors.
+        on_ready: Called with the port (0 for a Unix socket) when the server can answer.
+        stop: Starts the drain.
+        on_drain: Ends the streams that would not end by themselves; it shares the grace period.
+        belongs: Whether a late call belongs to a call in progress, which may be waiting for it, and so is accepted.
+
+    Raises:
+        ListenError: The address is not available.
+        TypeError: A method of a servicer is not asynchronous.
     """
     address = parse_listen(options.listen)
     draining = asyncio.Event()
-    # Health and reflection answer to the end, so they are counted apart.
+    # Counted separately, because health and reflection answer until the end.
     calls, own_calls = _Calls(status_of, draining, belongs), _Calls(status_of)
     server = grpc.aio.server(options=_channel_options(options))
     for service in services:
@@ -168,7 +182,7 @@ async def serve(
         server.add_registered_method_handlers(service.descriptor.full_name, _handlers(service, own_calls))
     port = _bind(server, address)
     sockets = _Sockets(port if isinstance(address, TcpAddress) else address.path)
-    forks.tell(sockets)
+    forks.register(sockets)
     await server.start()
     loop = asyncio.get_running_loop()
     deadline: float | None = None
@@ -200,36 +214,36 @@ async def _end_streams(on_drain: Callable[[], Awaitable[None]], deadline: float)
 def _channel_options(options: ServerOptions) -> list[tuple[str, int]]:
     timeout_ms = round(options.keepalive_timeout_s * 1000)
     return [
-        # With SO_REUSEPORT two servers would share one port silently.
+        # With SO_REUSEPORT, two servers would silently share one port.
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", options.max_message_bytes),
         ("grpc.max_send_message_length", options.max_message_bytes),
         ("grpc.keepalive_time_ms", round(options.keepalive_time_s * 1000)),
         ("grpc.keepalive_timeout_ms", timeout_ms),
-        # A client that is frozen while it owes us window space is cut by this one only.
+        # Only this option closes the connection of a client that freezes while its flow-control window is full.
         ("grpc.http2.ping_timeout_ms", timeout_ms),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", round(options.client_ping_interval_s * 1000)),
         ("grpc.server_handshake_timeout_ms", round(options.handshake_timeout_s * 1000)),
-        # Identity alone: 90 KB of gzip are 90 MB of request before anybody can look at it. Clients are told that it is
-        # not supported, and by default do not compress.
+        # Identity only: 90 KB of gzip become a request of 90 MB before any limit applies. The server reports that it
+        # does not support compression, and clients do not compress by default.
         ("grpc.compression_enabled_algorithms_bitset", 1),
-        # Without a bound, one connection that opens and resets calls has the server busy for longer than it took.
+        # Without a limit, a client that opens and resets calls costs the server more time than itself.
         ("grpc.max_concurrent_streams", options.streams_per_connection),
-        # By default it cancels, without a word, what it could not take up within half a minute: whoever has asked
-        # says himself how long he waits.
+        # By default, gRPC silently cancels calls that have waited half a minute to be handled. The deadline of the
+        # client decides instead.
         ("grpc.server_max_unrequested_time_in_server", _UNREQUESTED_S),
-        # By default gRPC cancels some of the calls that arrive while 1,000 wait to be taken up, without a word:
-        # thousands of watchers that come back after a restart are just that.
+        # By default, gRPC silently cancels some of the calls that arrive while 1,000 are waiting to be handled, as
+        # happens when thousands of watchers reconnect after a restart.
         ("grpc.server.max_pending_requests", _PENDING_CALLS),
         ("grpc.server.max_pending_requests_hard_limit", _PENDING_CALLS),
     ]
 
 
 def _bind(server: grpc.aio.Server, address: Address) -> int:
-    """Bind `address`; return its port, 0 for a Unix socket. ListenError if it cannot be had."""
-    prepare(address)  # gRPC would not say why it cannot bind
+    """Bind `address`; returns its port, or 0 for a Unix socket."""
+    prepare(address)  # gRPC does not report why it cannot bind
     try:
         if isinstance(address, TcpAddress):
             return server.add_insecure_port(str(address))
@@ -240,19 +254,21 @@ def _bind(server: grpc.aio.Server, address: Address) -> int:
 
 
 class _Sockets:
-    """What the server listens on, and its connections. A child that outlives it must not keep the address from its
-    successor, nor its clients from noticing its end."""
+    """Closes the server's sockets in forked children.
+
+    A child that outlives the server must neither occupy the address nor keep the clients' connections open.
+    """
 
     def __init__(self, address: int | str) -> None:
         self._address = address
 
     def forked(self, *, quiet: bool) -> None:
-        """See `forks.Heir`."""
+        """See `forks.ForkListener`."""
         forks.blank_sockets(self._address)
 
 
 def _add_private_socket(server: grpc.aio.Server, address: UnixAddress) -> None:
-    # A chmod afterwards would leave a moment in which everybody may connect.
+    # With a chmod afterwards, any user could connect for a moment.
     previous = os.umask(0o177)
     try:
         server.add_insecure_port(str(address))
@@ -264,7 +280,7 @@ def _add_private_socket(server: grpc.aio.Server, address: UnixAddress) -> None:
 
 
 class _Calls:
-    """The calls in flight: how many there are, whether new ones are taken, and what their errors become."""
+    """The calls in progress: counts them, refuses new ones during a drain, and answers those that fail."""
 
     def __init__(
         self,
@@ -280,22 +296,27 @@ class _Calls:
         self._refused = 0
 
     def enter(self, context: Context) -> None:
-        """Count a call in; `leave` counts it out. Once the server closes, only what belongs to a call in flight is
-        taken; the rest is refused with `DrainingError`."""
+        """Count a call, until `leave`.
+
+        Raises:
+            DrainingError: The server is draining, and the call does not belong to one in progress.
+        """
         self.active += 1
         if self._closing.is_set() and not self._belongs(context):
             self._refused += 1
             raise DrainingError()
 
     def leave(self) -> None:
-        """Count a call out."""
+        """Note that a call has ended."""
         self.active -= 1
         if self._idle is not None and not self.active:
             self._idle.set()
 
     async def finished(self, timeout_s: float) -> bool:
-        """Wait until no call is left, cancelled ones included (gRPC does not wait for their clean-up, and what they
-        use is closed next); whether that came to pass."""
+        """Wait until no call is left, or `timeout_s` is over; returns whether none is left.
+
+        It includes cancelled calls. gRPC does not wait for their clean-up, which uses resources that are closed next.
+        """
         if not self.active:
             return True
         self._idle = asyncio.Event()
@@ -307,10 +328,10 @@ class _Calls:
         return True
 
     async def quiet(self) -> None:
-        """Wait until no more calls come to be refused.
+        """Wait until no more calls arrive that have to be refused.
 
-        Those that gRPC has taken in but not handed over yet would be answered with CANCELLED, and without a word, when
-        it is stopped; a client cannot tell that from having cancelled them itself.
+        When gRPC stops, it answers calls that it has accepted but not yet passed on with a bare CANCELLED, which looks
+        to clients as if they had cancelled the call themselves.
         """
         for _ in range(round(_LONGEST_QUIET_S / _QUIET_S)):
             before = self._refused
@@ -319,24 +340,24 @@ class _Calls:
                 return
 
     async def fail(self, rpc: str, context: Context, error: BaseException) -> NoReturn:
-        """Answer a call that raised `error`; raises what gRPC expects then."""
+        """Answer a call that raised `error`; always raises the exception that gRPC expects."""
         is_cancelled = isinstance(error, asyncio.CancelledError)
         if isinstance(error, grpc.aio.AbortError) or (is_cancelled and _is_being_cancelled()):
-            _let_go(error)
+            _release_frames(error)
             raise error
         if is_cancelled:
-            # Not the call but something that it waited for was cancelled. gRPC would never answer its client.
+            # Something that the call waited for was cancelled, not the call. gRPC would never answer the client.
             status = _internal_error(rpc, error)
         elif isinstance(error, Exception):
             status = self._status(rpc, error)
         else:
             raise error
-        _let_go(error)
+        _release_frames(error)
         trailers = _fitting_trailers(status.trailing_metadata)
         try:
             await context.abort(status.code, _fitting_details(status.details), trailers)
         except grpc.aio.AbortError as aborted:
-            # gRPC's context and this know each other until the collector comes round: what failed need not wait for it.
+            # gRPC's context and this exception form a cycle; without this, it would also keep the call's error alive.
             aborted.__context__ = None
             raise
         raise AssertionError("abort always raises")
@@ -346,15 +367,15 @@ class _Calls:
             return RpcStatus(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         try:
             known = self._status_of(error)
-        except Exception as table_error:  # noqa: BLE001 -- the boundary itself: reported, never passed on
+        except Exception as table_error:  # noqa: BLE001 -- the last boundary: logs every error
             return _internal_error(rpc, table_error)
         if known is None and isinstance(error, DrainingError):
             return RpcStatus(grpc.StatusCode.UNAVAILABLE, str(error))
         return known or _internal_error(rpc, error)
 
 
-def _let_go(error: BaseException) -> None:
-    """Have an error that is told no longer hold what its call had: frames that have ended know the whole request."""
+def _release_frames(error: BaseException) -> None:
+    """Drop the tracebacks and causes of a reported error, because their frames keep the whole request in memory."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:
@@ -379,11 +400,11 @@ def _internal_error(rpc: str, error: BaseException) -> RpcStatus:
 
 
 def _fitting_details(details: str) -> str:
-    """`details` as gRPC can send it: cut to what fits, no lone surrogates (it would not answer at all)."""
+    """Shorten `details` to the size limit, and replace lone surrogates, with which gRPC would not answer at all."""
     text = details[:_DETAILS_MAX_BYTES].encode(errors="replace").decode()
     left_bytes = _DETAILS_MAX_BYTES
     for index, character in enumerate(text):
-        # Whatever is not plain ASCII is percent-encoded, byte by byte.
+        # gRPC percent-encodes each byte that is not printable ASCII.
         left_bytes -= 1 if " " <= character <= "~" and character != "%" else 3 * len(character.encode())
         if left_bytes < 0:
             return text[:index] + "..."
@@ -391,13 +412,13 @@ def _fitting_details(details: str) -> str:
 
 
 def _fitting_trailers(metadata: tuple[Metadatum, ...]) -> tuple[Metadatum, ...]:
-    """The entries that gRPC can send and that fit, one by one: a small one may follow a large one that is left out."""
+    """The entries that gRPC can send and that fit; one that is too large is skipped, and later ones may still fit."""
     kept: list[Metadatum] = []
     left_bytes = _TRAILERS_MAX_BYTES
     for key, value in metadata:
         if isinstance(value, str) and not (value.isascii() and value.isprintable()):
             continue  # gRPC would refuse it, and not answer at all
-        # 32 is what HTTP/2 counts for each entry; binary values travel as base64.
+        # HTTP/2 counts 32 bytes for each entry; binary values are sent as base64.
         size_bytes = 32 + len(key) + (len(value) * 4 // 3 if isinstance(value, bytes) else len(value))
         if size_bytes <= left_bytes:
             left_bytes -= size_bytes
@@ -459,7 +480,7 @@ def _parser(message_class: type[Message]) -> Callable[[bytes], Message]:
 
 @dataclass(frozen=True, slots=True)
 class _Rpc:
-    """What a handler needs. `run` is the servicer's method, of whatever kind its rpc has."""
+    """What a handler needs to answer an rpc. `run` is the servicer's method."""
 
     name: str
     run: Callable[..., Any]
@@ -471,13 +492,13 @@ class _Rpc:
 def _unary_unary(rpc: _Rpc) -> Handler:
     name, run, parse, serialize, calls = rpc.name, rpc.run, rpc.parse, rpc.serialize, rpc.calls
 
-    # The hot path. gRPC is given neither deserializer nor serializer: their errors would pass the guard by.
+    # The hot path. Parsing and serializing happen here, because errors in gRPC's own hooks would bypass the guard.
     async def handle(request: bytes, context: Context) -> bytes:
         try:
             calls.enter(context)
             return serialize(await run(parse(request), context))
         except BaseException as error:  # noqa: BLE001 -- the guard: `fail` answers, or raises it again
-            # This frame outlives the call in what gRPC is told of it.
+            # The exception that gRPC gets keeps this frame alive after the call.
             request = b""
             await calls.fail(name, context, error)
         finally:
@@ -505,16 +526,16 @@ def _stream_stream(rpc: _Rpc) -> Handler:
 async def _answer_with_stream(
     rpc: _Rpc, context: Context, received: list[bytes], request: Callable[[], object]
 ) -> None:
-    """Send what the servicer's method yields, or let it write (`context.write` serializes) by itself.
+    """Send what the servicer's method yields, or let it write by itself (`context.write` serializes).
 
-    `received`: what has not been read yet. A stream may be open for days, and its frame outlives its end: neither is to
-    hold the bytes.
+    `received` has the bytes of the request until they are parsed. A stream may be open for days, and its frame lives
+    even longer; neither must keep the bytes.
     """
     try:
         rpc.calls.enter(context)
         answer = rpc.run(request(), context)
         if inspect.isasyncgen(answer):
-            # Closed here: when the client goes, its clean-up would wait for the garbage collector otherwise.
+            # Closed here, because otherwise the clean-up after a client has gone would wait for the garbage collector.
             async with aclosing(answer):
                 async for response in answer:
                     await context.write(response)
@@ -541,7 +562,7 @@ def _own_services(options: ServerOptions, services: Sequence[Service], draining:
 
 
 class _Health:
-    """grpc.health.v1: SERVING until the drain, which ends every Watch (one left open would hold it up)."""
+    """grpc.health.v1: SERVING until the drain, which ends every Watch, because an open one would delay it."""
 
     def __init__(self, names: Sequence[str], draining: asyncio.Event) -> None:
         self._names = frozenset(("", *names))
@@ -557,7 +578,7 @@ class _Health:
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         known, draining = request.service in self._names, self._draining.is_set()
         yield self._now() if known else _health(health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
-        # Not asked only now: the drain may begin while the first answer is on its way.
+        # Read before the first answer, because the drain may begin while that is being sent.
         if not draining:
             await self._draining.wait()
             if known:
@@ -573,10 +594,10 @@ def _health(status: int) -> health_pb2.HealthCheckResponse:
 
 
 class _Reflection:
-    """grpc.reflection.v1alpha over the default pool. The drain ends its streams, which tools leave open."""
+    """grpc.reflection.v1alpha over the default pool. The drain ends its streams, which clients leave open."""
 
     def __init__(self, names: Sequence[str], draining: asyncio.Event) -> None:
-        # Any: its published types say coroutine where it is an async generator.
+        # Any, because its published types declare a coroutine where it has an async generator.
         self._inner: Any = reflection.aio.ReflectionServicer(names)
         self._draining = draining
 

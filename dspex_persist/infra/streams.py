@@ -1,4 +1,4 @@
-"""Standard streams as a shell may leave them: closed, full, read by nobody any more, or of a terminal without UTF-8."""
+"""The standard streams, which may be closed, full, a pipe without a reader, or a terminal without UTF-8."""
 
 import errno
 import io
@@ -8,16 +8,16 @@ import sys
 from typing import Final
 
 READER_GONE: Final = 128 + signal.SIGPIPE
-"""The exit code of whoever writes to a pipe that nobody reads any more, as with `| head`."""
+"""The exit code of a command whose output pipe has lost its reader, as with `| head`."""
 _OF_OUTPUT: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 _NAMES: Final = ("stdin", "stdout", "stderr")
 
 
 def prepare() -> None:
-    """Have all three streams, and have them take every text.
+    """Make sure that all three streams exist and accept every text.
 
-    What a shell has closed is /dev/null from here on. Otherwise the next file that is opened gets the number, and with
-    it what is meant for a terminal. What a terminal's encoding lacks is written as an escape.
+    A closed stream becomes /dev/null. Otherwise the next file to be opened would get its number, and the output meant
+    for a terminal. Characters that the terminal's encoding lacks are written as escapes.
     """
     for number, name in enumerate(_NAMES):
         if not _is_open(number):
@@ -31,29 +31,29 @@ def prepare() -> None:
 
 
 def decoded(words: list[str]) -> list[str]:
-    """The words of a command line; UnicodeError, with a sentence, for one that is no UTF-8."""
+    """Return the words of a command line; `UnicodeError`, with a message for the user, for one that is not UTF-8."""
     return [_decoded(word) for word in words]
 
 
 def _decoded(word: str) -> str:
     try:
-        # Python takes the terminal's encoding, and keeps bytes that have no place in it.
+        # Python decodes with the terminal's encoding, and keeps bytes that do not fit as surrogates.
         return os.fsencode(word).decode("utf-8")
     except UnicodeError:
         shown = os.fsencode(word).decode("utf-8", "backslashreplace")
         raise UnicodeError(f"the argument {shown} is not UTF-8: write it in UTF-8") from None
 
 
-def tell(sentence: str) -> None:
-    """Say on stderr what is wrong, if anybody can hear it."""
+def print_error(line: str) -> None:
+    """Print a line on stderr at once; does nothing if stderr is gone."""
     try:
-        print(sentence, file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     except OSError:
         silence(sys.stderr)
 
 
-def say(line: str) -> OSError | None:
-    """Print a line on stdout at once; what keeps it from getting there, and all that follows it."""
+def print_line(line: str) -> OSError | None:
+    """Print a line on stdout at once; returns the error if stdout is gone, and discards all later output."""
     try:
         print(line, flush=True)
     except OSError as error:
@@ -63,13 +63,20 @@ def say(line: str) -> OSError | None:
 
 
 def silence(stream: object) -> None:
-    """Have everything that is still written to a stream go nowhere. What it holds would be tried again at the end."""
+    """Discard everything written to a stream, including its buffer, which Python would try to write again at exit."""
     if isinstance(stream, io.TextIOWrapper):
         _blank(stream.fileno())
 
 
 def finish(code: int) -> int:
-    """Write what is still held, at the end of a command that is to end with `code`; what it ends with."""
+    """Flush the output at the end of a command.
+
+    Args:
+        code: The exit code of the command so far.
+
+    Returns:
+        The exit code to use, which is another one if the output cannot be written.
+    """
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -77,7 +84,7 @@ def finish(code: int) -> int:
         if code == 0:
             code = code_of(error)
             if code != READER_GONE:
-                tell(f"error: {sentence_of(error)}")
+                print_error(f"error: {sentence_of(error)}")
     try:
         sys.stderr.flush()
     except OSError:
@@ -86,11 +93,14 @@ def finish(code: int) -> int:
 
 
 def code_of(error: BaseException) -> int:
-    """The exit code of a command that an error of the system ended; of one that it kept from ending otherwise, that."""
+    """Return the exit code of a command that a system error ended.
+
+    That is `READER_GONE`, or the `exit_code` of an error among the causes, or 1.
+    """
     while not is_reader_gone(error):
-        meant = getattr(error, "exit_code", None)
-        if isinstance(meant, int):
-            return meant
+        code = getattr(error, "exit_code", None)
+        if isinstance(code, int):
+            return code
         following = error.__cause__ or error.__context__
         if following is None:
             return 1
@@ -99,7 +109,7 @@ def code_of(error: BaseException) -> int:
 
 
 def is_reader_gone(error: BaseException | None) -> bool:
-    """Whether an error says, or comes from, that nobody reads any more."""
+    """Return whether an error, or one of its causes, is a pipe without a reader."""
     while error is not None:
         if isinstance(error, OSError) and error.errno == errno.EPIPE:
             return True
@@ -108,7 +118,7 @@ def is_reader_gone(error: BaseException | None) -> bool:
 
 
 def sentence_of(error: OSError) -> str:
-    """What the system says."""
+    """Return the system's description of an error, with the file's name if it has one."""
     reason = error.strerror or str(error)
     if error.filename is not None:
         return f"{error.filename}: {reason}"

@@ -1,7 +1,6 @@
-"""Daemon threads for code of others, which may never return, and may end what it runs on: a bounded pool of them, and
-event loops.
+"""Daemon threads for users' code, which may never return or may end its event loop: a bounded pool, and loops.
 
-`concurrent.futures.ThreadPoolExecutor` joins its threads when the interpreter ends; a thread that is stuck would keep a
+`concurrent.futures.ThreadPoolExecutor` joins its threads at the end of the interpreter, so a stuck thread would keep a
 server from ending.
 """
 
@@ -28,21 +27,25 @@ _logger: Final = get_logger(__name__)
 
 
 class DaemonThreads:
-    """At most `most` threads, made when they are needed. Work that finds none free waits its turn."""
+    """A pool of at most `most` threads, started on demand. Further work waits in a queue."""
 
     def __init__(self, most: int, name: str) -> None:
         self._most = most
         self._name = name
-        # A condition and a deque cost twice as much for each piece of work.
+        # With a condition and a deque, each piece of work costs twice as much.
         self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._lock = threading.Lock()
-        # Threads that have asked for work, less the work that was ever queued for them.
+        # Idle threads minus queued work; negative if work is waiting.
         self._free = 0
         self._count = 0
         self._closed = False
 
     def submit(self, function: Callable[[], R]) -> "Future[R]":
-        """Have `function` called on one of the threads. A future that is cancelled in time is left out."""
+        """Call `function` on one of the threads, unless its future is cancelled before.
+
+        Raises:
+            RuntimeError: The pool is closed.
+        """
         future: Future[R] = Future()
         with self._lock:
             if self._closed:
@@ -56,7 +59,7 @@ class DaemonThreads:
         return future
 
     def close(self) -> None:
-        """Take no more work, cancel what waits, let idle threads end; nobody waits for those that are busy."""
+        """Accept no more work, cancel the queue, and end idle threads; does not wait for busy ones."""
         with self._lock:
             if self._closed:
                 return
@@ -70,7 +73,7 @@ class DaemonThreads:
     def _run(self) -> None:
         while (work := self._next()) is not None:
             _carry_out(*work)
-            # Let go before waiting: it may hold what its caller has let go of.
+            # Before waiting for more, because it may keep objects alive that its caller has dropped.
             del work
 
     def _next(self) -> tuple[Future[Any], Callable[[], Any]] | None:
@@ -85,18 +88,18 @@ def _carry_out(future: "Future[R]", function: Callable[[], R]) -> None:
     process = os.getpid()
     try:
         result = function()
-    except BaseException as error:  # noqa: BLE001 -- a thread's boundary: whoever waits is told
+    except BaseException as error:  # noqa: BLE001 -- a thread's boundary: the future reports the error
         _end_child_of(process)
         future.set_exception(error)
     else:
         _end_child_of(process)
         future.set_result(result)
-    # The traceback of an error knows this frame, and the future the error.
+    # The future refers to its error, whose traceback refers to this frame: this breaks the cycle.
     del future, function
 
 
 def _end_child_of(process: int) -> None:
-    """End a child that was forked by the work and has come back from it: it is none of its parent's threads."""
+    """Exit if the work forked and this is the child: it must not go on as a thread of its parent's pool."""
     if os.getpid() == process:
         return
     error = sys.exc_info()[1]
@@ -106,33 +109,33 @@ def _end_child_of(process: int) -> None:
 
 
 class LoopEndedError(Exception):
-    """The event loop that something ran on was ended by other code on it."""
+    """Other code on the same event loop closed it."""
 
     def __str__(self) -> str:
         return "other code on the same event loop closed it, so this could not go on; there is a new one now"
 
 
 class _SharedLoop(asyncio.SelectorEventLoop):
-    """A loop on which nobody can change what everybody has there."""
+    """An event loop that refuses changes which would affect all code on it."""
 
     def set_task_factory(self, factory: Any) -> None:
-        """How tasks are made is nobody's."""
+        """Refuse to change how tasks are made."""
         raise _shared("its task factory")
 
     def set_default_executor(self, executor: Any) -> None:
-        """Nor is where `asyncio.to_thread` goes."""
+        """Refuse to change where `asyncio.to_thread` runs."""
         raise _shared("its default executor")
 
     async def shutdown_default_executor(self, *_: Any, **__: Any) -> None:
-        """After which there would be no other."""
+        """Refuse to shut the executor down, which cannot be replaced."""
         raise _shared("its default executor")
 
     def close(self) -> None:
-        """Closing is its thread's alone: in between two runs, another thread would take the pipe that wakes it away."""
+        """Refuse: only the loop's thread may close it; another one could remove its wake-up pipe between two runs."""
         raise RuntimeError("the event loop is shared and cannot be closed; run a loop of your own, in a thread")
 
-    def close_for_good(self) -> None:
-        """Close it, on the thread that ran it."""
+    def close_by_owner(self) -> None:
+        """Close the loop; for the thread that ran it."""
         super().close()
 
 
@@ -141,25 +144,24 @@ def _shared(what: str) -> RuntimeError:
 
 
 class LoopThread:
-    """An event loop on a daemon thread of its own, which is started when it is first asked for.
+    """An event loop on a separate daemon thread, which starts on first use.
 
-    Code that runs there may stop the loop, or raise what ends one (SystemExit, KeyboardInterrupt): it goes on all the
-    same. If it cannot, because it was closed, there is a new one, and whoever waits for something on the old one hears
-    `LoopEndedError`.
+    If code on the loop stops it, or raises SystemExit or KeyboardInterrupt, the loop continues. If the code breaks or
+    closes it, the futures of everything that ran there fail with `LoopEndedError`, and the next use starts a new loop.
     """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._lock = threading.Lock()
         self._loop: _SharedLoop | None = None
-        # What was started on this loop and has not ended.
+        # What runs on this loop.
         self._started: dict[Future[Any], Coroutine[Any, Any, Any]] = {}
         self._closed = False
         self._over = False
-        forks.tell(self)
+        forks.register(self)
 
     def forked(self, *, quiet: bool) -> None:
-        """See `forks.Heir`."""
+        """See `forks.ForkListener`."""
         if self._loop is not None:
             forks.end_on(self._loop)
 
@@ -170,7 +172,11 @@ class LoopThread:
             return self._open()
 
     def start(self, coroutine: Coroutine[Any, Any, R]) -> "Future[R]":
-        """Run a coroutine on the loop, in the context of whoever calls."""
+        """Run a coroutine on the loop, in the caller's context.
+
+        Raises:
+            RuntimeError: The `LoopThread` is closed.
+        """
         with self._lock:
             try:
                 future = asyncio.run_coroutine_threadsafe(coroutine, self._open())
@@ -183,8 +189,11 @@ class LoopThread:
         return future
 
     def close(self, wait_s: float = _CLEAN_UP_S) -> None:
-        """Cancel what runs on the loop, and stop the loop when it has cleaned up: after `wait_s` in any case, unless
-        that is 0."""
+        """Cancel everything on the loop, and stop the loop once that has cleaned up.
+
+        Args:
+            wait_s: After this many seconds the loop stops in any case; with 0, return at once and set no limit.
+        """
         with self._lock:
             if self._closed:
                 return
@@ -224,7 +233,7 @@ class LoopThread:
         return self._loop
 
     def _run(self, loop: _SharedLoop, started: dict[Future[Any], Coroutine[Any, Any, Any]]) -> None:
-        """On the loop's own thread, which closes it, as nobody waits for code that does not let it stop."""
+        """Run the loop to its end, on its thread; this also closes it, because no caller waits for slow code there."""
         what = ""
         while not self._over:
             try:
@@ -232,30 +241,30 @@ class LoopThread:
                 what = "stop()"
             except (SystemExit, KeyboardInterrupt) as error:
                 what = type(error).__name__
-            except Exception as error:  # noqa: BLE001 -- the loop itself is broken, by whatever code did to it
+            except Exception as error:  # noqa: BLE001 -- users' code has broken the loop itself
                 what = type(error).__name__
                 break
             if not self._over:
-                _logger.warning("event loop goes on, though code on it would have ended it", loop=self._name, by=what)
+                _logger.warning("code on the event loop tried to stop it; it continues", loop=self._name, by=what)
         if not self._over:
-            _logger.warning("event loop was ended by code on it; there will be a new one", loop=self._name, by=what)
+            _logger.warning("code on the event loop ended it; it will be replaced", loop=self._name, by=what)
         with self._lock:
             if self._loop is loop:
                 self._loop = None
         _cancel_rest(loop)
         with contextlib.suppress(Exception):
-            loop.close_for_good()
+            loop.close_by_owner()
         for future, coroutine in list(started.items()):
             if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
-                # It was handed over to a loop that was closed before it got there.
+                # The loop was closed before the coroutine began.
                 coroutine.close()
             with contextlib.suppress(InvalidStateError):
                 future.set_exception(LoopEndedError())
 
 
 def _cancel_rest(loop: asyncio.AbstractEventLoop) -> None:
-    """Of a loop that was stopped before all of it had been cancelled, because code on it was late, or never began."""
-    # What was handed over and has not begun becomes a task only now; and what is cancelled may stop the loop again.
+    """Cancel the remaining tasks of a loop that was stopped too early, with tasks that are slow or have not begun."""
+    # Several rounds: queued coroutines become tasks only when the loop runs, and cancelled code may stop it again.
     for _ in range(3):
         if loop.is_closed():
             return

@@ -4,20 +4,20 @@ import traceback
 
 
 def trace_of(error: BaseException) -> str:
-    """The traceback of `error` and of what led to it, as Python prints it, without marks below the lines."""
-    told = traceback.TracebackException.from_exception(error)
-    leave_marks_out(told)
-    return "".join(told.format())
+    """Return the traceback of `error` and its causes as Python prints it, but without the `^^^^` marks."""
+    trace = traceback.TracebackException.from_exception(error)
+    remove_marks(trace)
+    return "".join(trace.format())
 
 
-def leave_marks_out(told: traceback.TracebackException) -> None:
-    """Have it written without the marks that point at a part of a line.
+def remove_marks(trace: traceback.TracebackException) -> None:
+    """Remove the `^^^^` marks under the lines of a traceback, and of its causes.
 
-    For them Python parses the line, and the parser of 3.11 counts its depth for all threads at once: under load, an
-    error that was being reported became `SystemError: AST constructor recursion depth mismatch` in another thread.
+    To place them, Python parses the line. The parser of 3.11 counts its depth for all threads at once, so under load a
+    report raised `SystemError: AST constructor recursion depth mismatch` in another thread.
     """
-    for frame in told.stack:
+    for frame in trace.stack:
         frame.colno = frame.end_colno = None
-    for other in (told.__cause__, told.__context__, *(told.exceptions or ())):
+    for other in (trace.__cause__, trace.__context__, *(trace.exceptions or ())):
         if other is not None:
-            leave_marks_out(other)
+            remove_marks(other)

@@ -1,4 +1,4 @@
-"""Who runs this process."""
+"""The user that runs this process."""
 
 import getpass
 import os
@@ -8,9 +8,9 @@ _LONGEST: Final = 100
 
 
 def user_name() -> str:
-    """The name of this process's user as text that can be kept and sent, or the number where there is no name.
+    """Return the name of this process's user as printable text of at most 100 characters, or the uid without a name.
 
-    A container's user may have no entry in the system's list, and what the environment says may be anything.
+    The user of a container may have no entry in the system's list, and the environment may contain any bytes.
     """
     try:
         name = os.fsencode(getpass.getuser()).decode("utf-8", "backslashreplace")

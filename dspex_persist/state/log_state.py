@@ -82,7 +82,7 @@ class LogState(StateProvider, KeepsOrder):
             on_fatal=self._on_fatal,
             on_answered=groups.hub.wake,
         )
-        forks.tell(self)
+        forks.register(self)
 
     @property
     def limits(self) -> Limits:
@@ -204,7 +204,7 @@ class LogState(StateProvider, KeepsOrder):
         """End what else uses the log, when nothing is written any more."""
 
     def forked(self, *, quiet: bool) -> None:
-        """In a child every call fails at once, and closing does nothing. See `forks.Heir`."""
+        """In a child every call fails at once, and closing does nothing. See `forks.ForkListener`."""
         self._failed = ForkedProcessError(self._name)
         self._closed = True
         self._closing = threading.Lock()

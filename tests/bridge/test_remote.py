@@ -145,10 +145,10 @@ def test_a_result_may_be_larger_than_grpc_takes_by_default() -> None:
     ("tool", "metadata", "reason"),
     [
         ("fail", {}, "ZeroDivisionError: by zero"),
-        ("fail silently", {}, "the tool failed, and did not say why"),
-        ("no json", {}, "it answered what is no value: .*not JSON"),
-        ("foreign type", {}, "it answered what is no value: .*acme.Thing"),
-        ("no message", {}, "the worker's answer is no message of the protocol"),
+        ("fail silently", {}, "the tool failed without a message"),
+        ("no json", {}, "its result is not a value: .*not JSON"),
+        ("foreign type", {}, "its result is not a value: .*acme.Thing"),
+        ("no message", {}, "the worker's answer is not a message of the protocol"),
         ("raise", {}, "UNKNOWN: .*a bug"),
         ("abort", {"code": "INVALID_ARGUMENT"}, "INVALID_ARGUMENT: its own words"),
         ("abort", {"code": "DEADLINE_EXCEEDED"}, "DEADLINE_EXCEEDED: its own words"),
@@ -179,7 +179,7 @@ def test_a_server_without_the_rpc_is_told_apart() -> None:
     async def test() -> None:
         async with serving(Worker(), leave_out=("ExecuteTool",)) as address, remote_tools(failures=1) as tools:
             error = await failure(tools, call_of("greet", address))
-            assert error.reason == "what answers there does not serve this rpc"
+            assert error.reason == "the server at this address does not serve this rpc"
             assert tools.state_of(address) == "closed"
 
     run(test())
@@ -200,10 +200,10 @@ def test_what_no_message_can_carry_is_an_error_of_the_caller() -> None:
 @pytest.mark.parametrize(
     ("address", "reason"),
     [
-        ("", "nobody said where it runs"),
+        ("", "its address is unknown"),
         ("nowhere", "expected HOST:PORT"),
         ("dns:///localhost:80", "expected HOST:PORT"),
-        ("192.0.2.1:80", "calls of other machines are refused; allow them with --insecure"),
+        ("192.0.2.1:80", "calls to other machines are refused; allow them with --insecure"),
     ],
 )
 def test_addresses_that_are_not_called(address: str, reason: str) -> None:
@@ -341,7 +341,7 @@ def test_a_taker_that_fails_ends_the_workers_call() -> None:
 
 @pytest.mark.parametrize(
     ("tool", "reason"),
-    [("too large", "it sent what is no value: .*value_size_bytes"), ("break", "INTERNAL: it broke")],
+    [("too large", "a chunk is not a value: .*value_size_bytes"), ("break", "INTERNAL: it broke")],
 )
 def test_a_stream_that_fails(tool: str, reason: str) -> None:
     async def test() -> None:

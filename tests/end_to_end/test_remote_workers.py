@@ -425,7 +425,7 @@ def test_other_machines_are_called_only_if_that_is_allowed(
     register_tools(client, address)
     failed = client.execute("increase", amount=1)
     assert failed.code == "UNAVAILABLE"
-    assert f"at {address}: calls of other machines are refused; allow them with --insecure" in failed.error
+    assert f"at {address}: calls to other machines are refused; allow them with --insecure" in failed.error
     with (
         serve(tmp_path / "sessions.db", "--insecure") as insecure,
         start_worker(target_of(insecure)) as worker,

@@ -89,17 +89,17 @@ class Told:
 
 def test_a_child_is_told_and_its_parent_is_not() -> None:
     told = Told()
-    forks.tell(told)
+    forks.register(told)
     assert in_child(lambda: told.quiet) == "True"
     assert told.quiet is None
 
 
 def test_whoever_is_told_is_not_kept_alive_and_can_be_forgotten() -> None:
     alive = WeakSet([kept := Told()])
-    forks.tell(kept)
+    forks.register(kept)
     forgotten = Told()
-    forks.tell(forgotten)
-    forks.forget(forgotten)
+    forks.register(forgotten)
+    forks.unregister(forgotten)
     assert in_child(lambda: forgotten.quiet) == "None"
     del kept
     assert not alive
@@ -107,7 +107,7 @@ def test_whoever_is_told_is_not_kept_alive_and_can_be_forgotten() -> None:
 
 def test_a_fork_waits_for_what_is_under_way() -> None:
     begun, forking, told = threading.Event(), threading.Event(), Told()
-    forks.tell(told)
+    forks.register(told)
     # Runs first of the hooks before a fork, as it was registered last.
     os.register_at_fork(before=forking.set)
 
@@ -125,7 +125,7 @@ def test_a_fork_waits_for_what_is_under_way() -> None:
 
 def test_a_fork_does_not_wait_for_ever_and_the_child_knows() -> None:
     begun, ended, told = threading.Event(), threading.Event(), Told()
-    forks.tell(told)
+    forks.register(told)
 
     def work() -> None:
         with forks.busy():
@@ -144,7 +144,7 @@ def test_a_fork_does_not_wait_for_ever_and_the_child_knows() -> None:
 
 def test_a_fork_in_the_middle_of_something_of_its_own_is_not_quiet() -> None:
     told = Told()
-    forks.tell(told)
+    forks.register(told)
     with forks.busy(), forks.busy():
         assert in_child(lambda: told.quiet) == "False"
     assert in_child(lambda: told.quiet) == "True"

@@ -11,37 +11,37 @@ from dspex_persist.infra import holder
 PROGRAM = """
 import sys
 from dspex_persist.infra import holder
-sys.stdout.buffer.write(holder.written())
+sys.stdout.buffer.write(holder.own_text())
 sys.stdout.flush()
 input()
 """
 
 
 def test_this_process_names_itself() -> None:
-    assert holder.named(holder.written()) == os.getpid()
-    assert len(holder.written()) <= holder.TEXT_MAX_BYTES
+    assert holder.pid_of(holder.own_text()) == os.getpid()
+    assert len(holder.own_text()) <= holder.TEXT_MAX_BYTES
 
 
 def test_another_process_is_named_while_it_lives() -> None:
     with subprocess.Popen([sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         text = process.stdout.readline()
-        assert holder.named(text) == process.pid
+        assert holder.pid_of(text) == process.pid
         process.communicate(b"\n")
-    assert holder.named(text) is None
+    assert holder.pid_of(text) is None
 
 
 @pytest.mark.parametrize("part", [0, 1, 2, 3])
 def test_what_differs_in_any_part_is_nobody_that_could_be_named(part: int) -> None:
-    words = holder.written().split()
+    words = holder.own_text().split()
     words[part] = b"1" if part < 2 else b"another"
-    assert holder.named(b" ".join(words)) is None
+    assert holder.pid_of(b" ".join(words)) is None
 
 
 @pytest.mark.parametrize("text", [b"", b"\0" * 32, b"12345", b"\xff 1 a b", b"1" * 300])
 def test_any_other_text_names_nobody(text: bytes) -> None:
-    assert holder.named(text) is None
+    assert holder.pid_of(text) is None
 
 
 def test_a_number_alone_names_nobody() -> None:
-    assert holder.named(str(os.getpid()).encode()) is None
+    assert holder.pid_of(str(os.getpid()).encode()) is None

@@ -27,7 +27,7 @@ class OneProcess:
         self._kept = kept
         self.refusal: ForkedProcessError | None = None
         """In a child, what its calls end with."""
-        forks.tell(self)
+        forks.register(self)
 
     def check(self) -> None:
         """Raise `ForkedProcessError` in a child."""
@@ -41,12 +41,12 @@ class OneProcess:
 
     def close(self) -> None:
         """They are closed: there is nothing left to be kept."""
-        forks.forget(self)
+        forks.unregister(self)
 
     def forked(self, *, quiet: bool) -> None:
-        """See `forks.Heir`."""
+        """See `forks.ForkListener`."""
         global _lost
         _lost = True
         self.refusal = ForkedProcessError(f"the connection to {self._target}")
         for each in self._kept:
-            forks.keep_for_ever(each)
+            forks.keep_forever(each)

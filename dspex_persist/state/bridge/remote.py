@@ -1,4 +1,4 @@
-"""RemoteTools: tools that live in other processes, called over the unified bridge. One event loop, no rules."""
+"""RemoteTools: calls tools in other processes over the bridge protocol. Used on one event loop; contains no rules."""
 
 import asyncio
 import base64
@@ -30,7 +30,7 @@ from dspex_persist.state.tools.ports import RemoteCall
 A = TypeVar("A")
 
 _MOST_ADDRESSES: Final = 256
-# The worker's deadline is a moment behind ours: who is late is cut here, and DEADLINE_EXCEEDED is its own word.
+# The worker's deadline is a moment after ours: the limit here cuts off a late worker, not gRPC's DEADLINE_EXCEEDED.
 _LATER_S: Final = 1.0
 _NOTHING: Final = (b"", b"null")
 
@@ -43,14 +43,18 @@ _SERVICE: Final = Service(
 
 
 class RemoteTools:
-    """Calls tools at the addresses of their registrations, "host:port" or "unix:PATH".
+    """Calls tools at the addresses of their registrations, "HOST:PORT" or "unix:PATH".
 
-    `allow(address)`: whether an address may be called at all. A call ends within its own `timeout_s`, or within
-    `call_timeout_s`; a connection is had within `connect_timeout_s`. After so many `failures` to reach an address in a
-    row calls of it fail at once, for `pause_s` first and for twice as long each time, up to `longest_pause_s`.
-    A tool that fails, or is slow, is no failure of its address.
+    A tool that fails, or is slow, does not count as a failure of its address. Made and used on one event loop.
 
-    Made and used on one event loop.
+    Args:
+        call_timeout_s: The time limit of a call that has none of its own.
+        connect_timeout_s: The time limit of a connection attempt.
+        failures: After this many failures in a row to reach an address, calls to it fail at once, for `pause_s`.
+        pause_s: The length of the first pause, in seconds. Each further one is twice as long.
+        longest_pause_s: The longest pause.
+        allow: Whether an address may be called at all.
+        limits: The limits of results.
     """
 
     def __init__(
@@ -71,31 +75,28 @@ class RemoteTools:
         self._longest_pause_s = longest_pause_s
         self._allow = allow
         self._limits = limits or Limits()
-        # In the order of their last use.
+        # Ordered by last use.
         self._peers: dict[str, Peer] = {}
         self._closed = False
 
     async def execute(self, call: RemoteCall) -> Value | None:
-        """The tool's result. `ToolFailedError`: it failed. `RemoteToolError`: it could not be asked, or did not say."""
+        """See `RemotePort.execute`."""
         request = _request(call, stream=False)
-        async with self._talk(call) as (talk, options):
-            response = await talk.heard(talk.line.stub.ExecuteTool(request, **options))
+        async with self._connected(call) as (connection, options):
+            response = await connection.response(connection.channel.stub.ExecuteTool(request, **options))
         if not response.success:
-            raise _failed(call, response.error_message or "the tool failed, and did not say why")
+            raise _failed(call, response.error_message or "the tool failed without a message")
         wire = response.result
         return self._result(call, wire) if wire.type_url or wire.value else None
 
     async def stream(self, call: RemoteCall, emit: Callable[[Value], Awaitable[None]]) -> Value | None:
-        """The same for a tool that streams: each chunk's content goes to `emit`, and the next is read when that is
-        done. What it sent is all there is: the result is None.
-
-        The last chunk is often empty, a mere mark of the end: then there is nothing of it to emit.
-        """
+        """See `RemotePort.stream`. Reads a chunk when `emit` is done with the one before; the result is always None."""
         request = _request(call, stream=True)
-        async with self._talk(call) as (talk, options):
-            chunks = talk.line.stub.ExecuteStreamingTool(request, **options)
+        async with self._connected(call) as (connection, options):
+            chunks = connection.channel.stub.ExecuteStreamingTool(request, **options)
             try:
-                while (chunk := await talk.heard(chunks.read())) is not grpc.aio.EOF:
+                while (chunk := await connection.response(chunks.read())) is not grpc.aio.EOF:
+                    # The last chunk often only marks the end.
                     if not (chunk.is_final and chunk.data in _NOTHING):
                         await emit(self._chunk(call, chunk))
             finally:
@@ -103,23 +104,23 @@ class RemoteTools:
         return None
 
     def state_of(self, address: str) -> str:
-        """The circuit of an address: closed (it is called), open (it is not), half_open (the next call decides)."""
+        """Return the state of an address: closed (it is called), open (it is not), half_open (a test decides)."""
         peer = self._peers.get(address)
         return "closed" if peer is None else peer.circuit.state
 
     async def close(self) -> None:
-        """Close every connection; calls under way end with `RemoteToolError`, later ones do not begin."""
+        """Close all connections; calls in progress and later ones fail with `RemoteToolError`."""
         self._closed = True
         peers = list(self._peers.values())
         self._peers.clear()
         for peer in peers:
             await peer.close()
 
-    # How every call goes
+    # Connections
 
     @contextlib.asynccontextmanager
-    async def _talk(self, call: RemoteCall) -> AsyncIterator[tuple["Call", dict[str, Any]]]:
-        """Somebody to talk to, and the options of the rpc; what goes wrong becomes an error that names the tool."""
+    async def _connected(self, call: RemoteCall) -> AsyncIterator[tuple["Call", dict[str, Any]]]:
+        """Connect to the tool's address; yields the connection and the options of the rpc. Errors name the tool."""
         address = call.tool.address
         limit_s = self._call_timeout_s if call.timeout_s is None else call.timeout_s
         metadata = ((EXECUTION_ID, call.execution_id),) if call.execution_id else ()
@@ -127,15 +128,15 @@ class RemoteTools:
         try:
             async with bound:
                 peer = await self._peer(address)
-                async with peer.talk() as talk:
-                    yield talk, {"timeout": limit_s + _LATER_S, "metadata": metadata}
+                async with peer.call() as connection:
+                    yield connection, {"timeout": limit_s + _LATER_S, "metadata": metadata}
         except UnreachableError as error:
             raise RemoteToolError(call.tool.spec.name, address, error.reason) from error
         except StatusError as error:
             raise _failed(call, error.reason) from error
         except TimeoutError:
             if not bound.expired():
-                raise  # whoever takes the chunks has a timeout of its own
+                raise  # a timeout of the code that receives the chunks
             raise RemoteToolError(call.tool.spec.name, address, f"no answer within {limit_s:g} s") from None
 
     async def _peer(self, address: str) -> "Peer":
@@ -153,14 +154,14 @@ class RemoteTools:
 
     def _target(self, address: str) -> str:
         if not address:
-            raise UnreachableError('nobody said where it runs; register it with metadata["address"]')
+            raise UnreachableError('its address is unknown; register it with metadata["address"]')
         try:
             parsed = parse_listen(address)
         except ListenError as error:
-            raise UnreachableError(f"the address cannot be read: {error.reason}") from error
+            raise UnreachableError(f"the address is not valid: {error.reason}") from error
         if not self._allow(address):
-            raise UnreachableError("calls of other machines are refused; allow them with --insecure")
-        # With its scheme: "dns:80" is a host too.
+            raise UnreachableError("calls to other machines are refused; allow them with --insecure")
+        # With a scheme, because a host may be called "dns", as in "dns:80".
         return f"dns:///{parsed}" if isinstance(parsed, TcpAddress) else str(parsed)
 
     async def _forget_one(self) -> None:
@@ -169,14 +170,14 @@ class RemoteTools:
             raise UnreachableError(f"{_MOST_ADDRESSES} other addresses are being called; call it again later")
         await self._peers.pop(idle).close()
 
-    # What comes back
+    # Results
 
     def _result(self, call: RemoteCall, wire: Any) -> Value:
         try:
             value = codec.value_of("result", wire, limits=self._limits)
             values.parse_json(value.json, name="result", limits=self._limits)
         except StateError as error:
-            raise _failed(call, f"it answered what is no value: {error}") from error
+            raise _failed(call, f"its result is not a value: {error}") from error
         return value
 
     def _chunk(self, call: RemoteCall, chunk: pb.ToolChunk) -> Value:
@@ -184,15 +185,15 @@ class RemoteTools:
         try:
             values.parse_json(content, name="chunk", limits=self._limits)
         except InvalidValueError:
-            # Workers also send plain text, and bytes. Clients take JSON only.
+            # Workers may send plain text or bytes, but clients accept only JSON.
             return values.encode(_plain(content), name="chunk")
         except StateError as error:
-            raise _failed(call, f"it sent what is no value: {error}") from error
+            raise _failed(call, f"a chunk is not a value: {error}") from error
         return Value(content.decode())
 
 
 def _plain(content: bytes) -> object:
-    """What is no JSON, as JSON has it: text as a string, bytes under the name that newer clients have for them."""
+    """A chunk that is not JSON: text as a string, bytes in base64 under the key that newer clients use."""
     try:
         return content.decode()
     except UnicodeDecodeError:
@@ -216,5 +217,5 @@ def _request(call: RemoteCall, *, stream: bool) -> pb.ExecuteToolRequest:
             },
         )
     except (ValueError, TypeError) as error:
-        # What no message can carry, such as a lone surrogate.
+        # A message cannot carry some texts, such as a lone surrogate.
         raise InvalidArgumentError("request", str(error)) from error

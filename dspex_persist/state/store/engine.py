@@ -78,7 +78,7 @@ class _Gate:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        forks.tell(self)
+        forks.register(self)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -86,7 +86,7 @@ class _Gate:
             yield
 
     def forked(self, *, quiet: bool) -> None:
-        """See `forks.Heir`."""
+        """See `forks.ForkListener`."""
         self._lock = threading.Lock()
         _parked.clear()
         if quiet:
@@ -142,7 +142,7 @@ class OwnershipLock:
     def announce(self) -> None:
         """Write down who the owner is, for whoever comes second."""
         self._is_announced = True
-        self._beside.write(holder.written())
+        self._beside.write(holder.own_text())
 
     def release(self) -> None:
         """Let others own the database. By then SQLite has closed it, unless somebody is still reading."""
@@ -211,7 +211,7 @@ def _named(path: Path) -> Iterator[None]:
 def _lock_beside(path: Path, file: int) -> None:
     with _reported(path, ".lock"):
         if _is_taken(file):
-            raise DatabaseInUseError(str(path), holder.named(os.pread(file, holder.TEXT_MAX_BYTES, 0)))
+            raise DatabaseInUseError(str(path), holder.pid_of(os.pread(file, holder.TEXT_MAX_BYTES, 0)))
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class Connections:
         self._path = path
         self._open: WeakSet[Connection] = WeakSet()
         self._inherited = False
-        forks.tell(self)
+        forks.register(self)
 
     def check(self) -> None:
         """Raise `ForkedProcessError` in a child, or where one of the parent's is still open."""
@@ -51,14 +51,14 @@ class Connections:
         self._open.add(connection)
 
     def forked(self, *, quiet: bool) -> None:
-        """See `forks.Heir`."""
+        """See `forks.ForkListener`."""
         self._inherited = True
         for connection in list(self._open):
             if quiet:
                 # Nothing is under way on it, and the parent has the file open: this writes nothing.
                 connection.close()
             else:
-                forks.keep_for_ever(connection)
+                forks.keep_forever(connection)
                 _untouchable.add(_identity(self._path))
             connection.inherited = True
 

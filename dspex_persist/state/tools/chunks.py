@@ -81,10 +81,10 @@ class ChunkQueue:
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[tuple[Value, _Receipt] | None] = SimpleQueue()
-        forks.tell(self)
+        forks.register(self)
 
     def forked(self, *, quiet: bool) -> None:
-        """End the queue in a child process: the tool runs in the parent. See `forks.Heir`."""
+        """End the queue in a child process: the tool runs in the parent. See `forks.ForkListener`."""
         self._queue = SimpleQueue()
         self._queue.put(None)
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from dspex_persist.infra.traces import leave_marks_out
+from dspex_persist.infra.traces import remove_marks
 from dspex_persist.state.errors import RemoteToolError, StateError, ToolFailedError, ToolTimedOutError
 from dspex_persist.state.model import ExecutionStatus, Failure
 
@@ -113,7 +113,7 @@ def _trace_of(error: BaseException) -> str:
     """The traceback of the error and of its causes, with the frames of users' code only."""
     trace = traceback.TracebackException.from_exception(error)
     _keep_users_frames(trace)
-    leave_marks_out(trace)
+    remove_marks(trace)
     return "".join(trace.format())
 
 

@@ -73,10 +73,10 @@ class Overlay:
         )
         self._tokens = _tokens_of(begun.seed)
         self.is_forked = False
-        forks.tell(self)
+        forks.register(self)
 
     def forked(self, *, quiet: bool) -> None:
-        """Refuse further writes in a child process, where they would be lost. See `forks.Heir`."""
+        """Refuse further writes in a child process, where they would be lost. See `forks.ForkListener`."""
         self.is_forked = True
         self.lock = threading.RLock()
 

@@ -82,7 +82,7 @@ class WithTools(Around, StreamsTools):
             }
         self._closing = threading.Lock()
         self._closed = self._is_forked = False
-        forks.tell(self)
+        forks.register(self)
 
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
         """See `StateProvider.submit`. Executes tools itself, and passes all other commands to the provider."""
@@ -180,7 +180,7 @@ class WithTools(Around, StreamsTools):
         self._invoker.close()
 
     def forked(self, *, quiet: bool) -> None:
-        """Leave every command to the provider, which refuses it in a child process. See `forks.Heir`."""
+        """Leave every command to the provider, which refuses it in a child process. See `forks.ForkListener`."""
         self._is_forked = True
         self._own = {}
         self._closing = threading.Lock()
