@@ -1,4 +1,4 @@
-"""dspex-persist: an embedded, SQLite-persisted session engine behind the unified gRPC bridge protocol."""
+"""Durable, versioned session state for AI tools in one SQLite file."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -42,8 +42,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Imported when they are first asked for: importing the package must cost neither SQL nor gRPC. `errors` has the errors
-# that are not among them.
+# Imported on first access, so that importing the package loads neither SQL nor gRPC. The other errors are in `errors`.
 _HOMES = {
     "BridgedState": "dspex_persist.state.bridged",
     "Context": "dspex_persist.cognitive.context",

@@ -8,17 +8,17 @@ from datetime import UTC, datetime, timedelta
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
-# With the time that the machine slept, where there is such a clock.
+# Includes the time that the machine was suspended, on systems that have such a clock.
 _STEADY = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 _BEGAN, _BEGAN_S = datetime.now(UTC), time.clock_gettime(_STEADY)
 EARLIEST = datetime(1, 1, 2, tzinfo=UTC)
 LATEST = datetime(9999, 12, 30, tzinfo=UTC)
-"""The times that can be told in every time zone."""
+"""The range of times that every time zone can represent."""
 _source: ContextVar[Callable[[], datetime] | None] = ContextVar("dspex_persist_clock", default=None)
 
 
 def now() -> datetime:
-    """The current wall-clock time, aware, UTC."""
+    """Return the current wall-clock time, aware and in UTC."""
     source = _source.get()
     return _wall() if source is None else source()
 
@@ -28,23 +28,23 @@ def _wall() -> datetime:
 
 
 def steady() -> datetime:
-    """A time that nobody sets: the wall clock's when the process began, and since then only what has really passed.
+    """Return a time that never jumps: the wall clock at the start of the process plus the time elapsed since then.
 
-    What lives for a while is measured with it, so that nothing ends because the wall clock jumps. Where a test or a
-    replay has set the time, it is that time.
+    Lifetimes are measured with it, so that a jump of the wall clock expires nothing. If a test or a replay has set the
+    time, this returns that time.
     """
     if _source.get() is not None or datetime is not _REAL[0] or now is not _REAL[1]:
         return now()
     return _BEGAN + timedelta(seconds=time.clock_gettime(_STEADY) - _BEGAN_S)
 
 
-# In a tuple, where freezegun does not look for what it replaces.
+# In a tuple, because freezegun replaces module attributes.
 _REAL = (datetime, now)
 
 
 @contextmanager
 def reading(source: Callable[[], datetime]) -> Iterator[None]:
-    """Have `now` ask `source` instead: in this context, and in the tasks and tools that are begun from it."""
+    """Have `now` call `source` instead, in this context and in the tasks and tools started from it."""
     token = _source.set(source)
     try:
         yield
@@ -53,7 +53,7 @@ def reading(source: Callable[[], datetime]) -> Iterator[None]:
 
 
 def to_micros(moment: datetime) -> int:
-    """Microseconds since the epoch, exactly (a float would round)."""
+    """Return the microseconds since the epoch, exactly (a float would round)."""
     return (moment - _EPOCH) // _MICROSECOND
 
 
@@ -61,13 +61,13 @@ _EARLIEST, _LATEST = to_micros(EARLIEST), to_micros(LATEST)
 
 
 def from_micros(micros: int) -> datetime:
-    """The aware UTC time of `micros` microseconds since the epoch."""
+    """Return the aware UTC time `micros` microseconds after the epoch."""
     return _EPOCH + timedelta(microseconds=micros)
 
 
 def nearest_time(micros: int) -> datetime:
-    """The same of what a file has; where no calendar has such a time, the nearest that can be told in every time zone.
+    """Return the time of `micros` as stored in a file, moved into the range from EARLIEST to LATEST.
 
-    An import took such times once, and whoever reads them must not fail.
+    Earlier releases imported times outside this range, and reading such a file must not fail.
     """
     return from_micros(min(max(micros, _EARLIEST), _LATEST))

@@ -1,7 +1,7 @@
-"""Every error that this package raises on purpose: the root of them, and the way to all others by name.
+"""The root of all errors that this package raises on purpose, and access to the others by name.
 
-`dspex_persist.errors.VersionConflictError` and its like are the same classes whether state is kept in a file of this
-process or by a server. docs/errors.md lists them.
+`dspex_persist.errors.VersionConflictError` and the others are the same classes for every backend. docs/errors.md lists
+them.
 """
 
 import re
@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any, ClassVar, Final
 
 _WORDS: Final = re.compile(r"(?<!^)(?=[A-Z])")
-# By name, and when one is asked for: the root of all errors must not import what raises them.
+# Imported on first access: the module of the root class must not import the modules that raise its subclasses.
 _HOMES: Final = (
     "dspex_persist.state.errors",
     "dspex_persist.cognitive.errors",
@@ -21,10 +21,12 @@ _HOMES: Final = (
 
 
 class DspexError(Exception):
-    """Something that a caller can understand and act on.
+    """An error that a caller can understand and act on.
 
-    `retryable` says whether the same call can succeed later without any change. `error_code` is the error's stable
-    name for programs: the class's own, VERSION_CONFLICT for VersionConflictError, unless the class says another.
+    Attributes:
+        retryable: Whether the same call may succeed later without any change.
+        error_code: The stable name of the error for programs. By default it is derived from the name of the class:
+            VERSION_CONFLICT for VersionConflictError.
     """
 
     retryable: ClassVar[bool] = False
@@ -38,8 +40,8 @@ class DspexError(Exception):
 
 @cache
 def _public() -> dict[str, type[DspexError]]:
-    found = [item for home in _HOMES for item in vars(import_module(home)).values()]
-    kinds = [item for item in found if isinstance(item, type) and issubclass(item, DspexError)]
+    members = [member for home in _HOMES for member in vars(import_module(home)).values()]
+    kinds = [member for member in members if isinstance(member, type) and issubclass(member, DspexError)]
     return {kind.__name__: kind for kind in kinds if not kind.__name__.startswith("_")}
 
 

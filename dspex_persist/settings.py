@@ -1,4 +1,4 @@
-"""Settings: frozen, read once: flags, then the environment, then a TOML file, then the defaults."""
+"""Frozen settings, read once from flags, environment variables, a TOML file and the defaults, in this order."""
 
 import os
 import tomllib
@@ -25,13 +25,13 @@ DEFAULT_CONFIG: Final = Path("dspex-persist.toml")
 _KIB: Final = 1024
 _MIB: Final = 1024 * _KIB
 _SHOWN_LENGTH: Final = 60
-# How alike (0 to 1) a name must be to a setting's to be taken for a slip.
-_SLIP: Final = 0.8
+# How similar (0 to 1) an environment variable must be to a setting to count as a misspelling of it.
+_MISSPELLING: Final = 0.8
 
 
 @dataclass(eq=False)
 class SettingsError(ValueError):
-    """A setting that cannot be used: its name, why not, and where it came from ("" where that says nothing)."""
+    """A setting is invalid: its name, the reason, and where it was set ("" if that adds nothing)."""
 
     setting: str
     reason: str
@@ -49,7 +49,7 @@ def _read_path(path: Path) -> Path:
         return path.expanduser()
     except RuntimeError:
         raise ValueError(
-            "~ stands for no folder: HOME is not set, and this user has none; write the path out"
+            "cannot expand ~: HOME is not set, and this user has no home directory; write the whole path"
         ) from None
 
 
@@ -58,7 +58,7 @@ def _read_none(value: object) -> object:
 
 
 def _read_list(value: object) -> object:
-    """A list as TOML has it, or in one text, separated by commas, as the environment has to have it."""
+    """Read a list: as it is from TOML, or from one string separated by commas, as in an environment variable."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value
@@ -71,131 +71,137 @@ def _refuse_bool(value: object) -> object:
 
 
 DatabasePath = Annotated[Path, AfterValidator(_read_path)]
-# At most 31 years: sums with a clock stay within what dates and timeouts can hold.
+# At most 31 years, so that adding it to a time never exceeds the range of dates and timeouts.
 Seconds = Annotated[float, BeforeValidator(_refuse_bool), Field(gt=0, le=1e9, allow_inf_nan=False)]
 Count = Annotated[int, BeforeValidator(_refuse_bool), Field(ge=1, le=1_000_000_000)]
 Size = Annotated[ByteSize, BeforeValidator(_refuse_bool), Field(ge=1, le=2**50)]
 
 
 class LimitSettings(BaseSettings):
-    """How much of everything a store accepts: the fields and defaults of `state.limits.Limits`."""
+    """The limits of a store: the fields and defaults of `state.limits.Limits`."""
 
-    # SQLite refuses a larger value, and with it everything that is written in the same transaction. And Python reads
-    # some 10 MiB of JSON a second, while nothing else goes on.
+    # SQLite refuses a larger value, and with it the whole transaction. Also, Python parses only some 10 MiB of JSON a
+    # second, and blocks everything else meanwhile.
     value_size_bytes: Annotated[Size, Field(le=1_000_000_000)] = Field(
-        ByteSize(2 * _MIB), description="Largest JSON of a value, and of what describes a binary one."
+        ByteSize(2 * _MIB), description="Largest JSON of a value, or of the description of a binary value."
     )
     binary_size_bytes: Annotated[Size, Field(le=1_000_000_000)] = Field(
         ByteSize(16 * _MIB), description="Largest binary content of a value."
     )
     stream_size_bytes: Annotated[Size, Field(le=1_000_000_000)] = Field(
-        ByteSize(16 * _MIB), description="All chunks of a streaming tool together, whose list is its result."
+        ByteSize(16 * _MIB), description="Total size of the chunks of a streaming tool; their list is its result."
     )
-    # The JSON reader recurses, and Python ends that at about a thousand levels.
+    # The JSON parser recurses, and Python allows about a thousand levels.
     json_depth: Annotated[Count, Field(le=500)] = Field(100, description="Deepest nesting of a JSON value.")
     session_size_bytes: Size = Field(
         ByteSize(64 * _MIB),
-        description="Contents of a session: values, constraints, metadata, tools, and 1,500 bytes for each variable; "
-        "at most two thirds of `max_message_bytes`.",
+        description="Size of a session: values, constraints, metadata, tools, and 1,500 bytes for each variable; at "
+        "most two thirds of `max_message_bytes`.",
     )
     variables_per_session: Count = Field(10_000, description="Variables in one session.")
     tools_per_session: Count = Field(1_000, description="Tools that workers register in one session.")
     name_length: Count = Field(255, description="Characters in the name of a variable, or in an idempotency key.")
     session_id_length: Count = Field(255, description="Characters in the id of a session.")
     metadata_entries: Count = Field(64, description="Metadata entries of one request, session or variable.")
-    metadata_size_bytes: Size = Field(ByteSize(16 * _KIB), description="Size of such metadata, keys included.")
+    metadata_size_bytes: Size = Field(ByteSize(16 * _KIB), description="Size of that metadata, including the keys.")
     constraints_size_bytes: Size = Field(ByteSize(64 * _KIB), description="Size of a variable's constraints.")
     batch_entries: Count = Field(10_000, description="Variables in one batch, read or written.")
     history_entries: Count = Field(10_000, description="Versions in one answer of GetVariableHistory.")
     history_size_bytes: Size = Field(
         ByteSize(16 * _MIB),
-        description="Once an answer of GetVariableHistory has so much, the rest is for the next; at most a third of "
-        "`max_message_bytes`.",
+        description="Size of one answer of GetVariableHistory; the remaining versions come with the next page. At most "
+        "a third of `max_message_bytes`.",
     )
-    queue_length: Count = Field(10_000, description="Writes that wait; those beyond are refused at once.")
-    watchers: Count = Field(10_000, description="Watches that are open at the same time.")
-    executions: Count = Field(10_000, description="Tool executions that run or wait at the same time.")
-    execution_writes: Count = Field(10_000, description="Writes of one execution, with those that it calls.")
+    queue_length: Count = Field(10_000, description="Writes waiting in the queue; further writes are refused at once.")
+    watchers: Count = Field(10_000, description="Watches open at the same time.")
+    executions: Count = Field(10_000, description="Tool executions running or waiting at the same time.")
+    execution_writes: Count = Field(
+        10_000, description="Writes of one execution, including those of the executions that it calls."
+    )
     execution_size_bytes: Size = Field(
         ByteSize(64 * _MIB),
-        description="What one execution is given and writes, with what those that it calls leave in the journal.",
+        description="Size of the parameters and writes of one execution, plus the journal entries of those it calls.",
     )
     journal_size_bytes: Size = Field(
-        ByteSize(_MIB), description="What one execution may log and record in the journal."
+        ByteSize(_MIB), description="Size of what one execution logs and records in the journal."
     )
 
 
 class Settings(LimitSettings):
-    """All settings of a server, checked. `load_settings` reads them from where users write them."""
+    """All settings of a server, validated. `load_settings` reads them from flags, environment and file."""
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=ENV_PREFIX, env_ignore_empty=True)
 
     db: DatabasePath = Field(Path("sessions.db"), description="The database file; created if missing.")
     listen: str = Field(
         "127.0.0.1:50051",
-        description="Where to listen: `HOST:PORT` (port 0: a free one), `[IPv6]:PORT` or `unix:PATH`.",
+        description="The address to listen on: `HOST:PORT` (port 0: any free port), `[IPv6]:PORT` or `unix:PATH`.",
     )
     insecure: bool = Field(
         False, description="Allow `listen` to be reachable from other machines, without encryption or login."
     )
     durability: Literal["full", "normal"] = Field(
         "full",
-        description="`full`: what was acknowledged survives a power cut. `normal`: faster, it survives a crash only.",
+        description="`full`: acknowledged writes survive a power cut. `normal`: faster, but they survive only a crash "
+        "of the process.",
     )
     session_ttl_s: Annotated[Seconds | None, BeforeValidator(_read_none)] = Field(
-        None, description="A session ends this long after it was last used; `none`: never."
+        None, description="A session ends this long after its last use; `none`: never."
     )
     optimization_lease_s: Seconds = Field(
-        300.0, description="An optimizer that has not written for so long loses its lock on a variable."
+        300.0, description="An optimizer that writes nothing for this long loses its lock on a variable."
     )
-    sweep_interval_s: Seconds = Field(30.0, description="How often sessions that have expired are reclaimed.")
+    sweep_interval_s: Seconds = Field(30.0, description="How often expired sessions are reclaimed.")
     cache_size_bytes: Size = Field(ByteSize(256 * _MIB), description="Memory for the sessions in use.")
     outcome_retention_s: Seconds = Field(
-        7 * 86_400.0, description="How long the outcome of a write with an idempotency key is remembered."
+        7 * 86_400.0, description="How long the outcome of a write with an idempotency key is kept."
     )
     retention_keep_versions: Annotated[Count | None, BeforeValidator(_read_none)] = Field(
-        None, description="Delete all but the newest so many versions of each variable; `none`: history stays."
+        None,
+        description="Keep this many of the newest versions of each variable and delete the rest; `none`: keep all.",
     )
     retention_age_s: Annotated[Seconds | None, BeforeValidator(_read_none)] = Field(
-        None, description="Delete old versions older than this; with the setting above: only where both say so."
+        None,
+        description="Delete superseded versions older than this; if `retention_keep_versions` is set, too, only those "
+        "beyond it.",
     )
     retention_ended_sessions_s: Annotated[Seconds | None, BeforeValidator(_read_none)] = Field(
-        None, description="Delete the history of sessions that ended so long ago; `none`: it stays."
+        None, description="Delete the history of sessions this long after they ended; `none`: keep it."
     )
     warn_size_bytes: Annotated[Size | None, BeforeValidator(_read_none)] = Field(
         None, description="Warn in the log, once a day, when the database is larger than this."
     )
-    heartbeat_s: Seconds = Field(15.0, description="How often a watch with nothing to tell sends a heartbeat.")
+    heartbeat_s: Seconds = Field(15.0, description="How often an idle watch sends a heartbeat.")
     stall_timeout_s: Seconds = Field(
-        30.0, description="A watch whose client takes no update for so long is ended, and can be resumed."
+        30.0, description="A watch whose client reads nothing for this long is ended; it can be resumed."
     )
-    grace_s: Seconds = Field(10.0, description="How long calls in flight may take to finish when the server stops.")
+    grace_s: Seconds = Field(10.0, description="How long calls in flight may take to finish at shutdown.")
     tools: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_read_list)] = Field(
-        (), description="Where the server's tools are: `package.module` or `package.module:name`, several if need be."
+        (), description="The tools to serve: a list of `package.module` or `package.module:name`."
     )
     tool_threads: Annotated[Count, Field(le=10_000)] = Field(
-        64, description="Threads for tools; those beyond wait. Asynchronous tools need none."
+        64, description="Threads for tools; further calls wait. Asynchronous tools need none."
     )
     remote_timeout_s: Seconds = Field(
-        300.0, description="How long a tool in another process may take, where neither it nor its caller says."
+        300.0, description="Timeout of a tool in another process, unless the tool or its caller sets one."
     )
     record_lm: bool = Field(False, description="Keep the LM calls of all tools in the journal; needs DSPy.")
     audit_reveal: bool = Field(
         False, description="Show values of sensitive variables to clients of the audit service that ask for them."
     )
     audit_prune: bool = Field(
-        False, description="Let clients of the audit service have history pruned; a dry run they may ask for anyway."
+        False, description="Let clients of the audit service prune history; a dry run is always allowed."
     )
-    # Other limits are thirds of it.
+    # Other limits are a third, or two thirds, of it.
     max_message_bytes: Annotated[Size, Field(ge=3, le=2**31 - 1)] = Field(
         ByteSize(100 * _MIB), description="Largest gRPC message, received or sent."
     )
-    reflection: bool = Field(True, description="Tell tools such as grpcurl what services there are.")
+    reflection: bool = Field(True, description="Enable server reflection, for tools such as grpcurl.")
     log_level: Literal["debug", "info", "warning", "error", "critical"] = Field(
-        "info", description="What is logged, to stderr: this level and above."
+        "info", description="The lowest level that is logged, to stderr."
     )
     log_style: Literal["auto", "json", "console"] = Field(
-        "auto", description="`auto`: lines for people on a terminal, JSON elsewhere."
+        "auto", description="`auto`: formatted lines on a terminal, JSON elsewhere."
     )
 
     @classmethod
@@ -207,21 +213,22 @@ class Settings(LimitSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        # `Settings(...)` means what it says. `load_settings` reads the others, and knows which one a value is from.
+        # `Settings(...)` takes its arguments only. `load_settings` reads the other sources itself, so that it knows
+        # which one a value came from.
         del settings_cls, env_settings, dotenv_settings, file_secret_settings
         return (init_settings,)
 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """Values by the name of their setting, and what to call the place where a setting's is written."""
+    """A source of settings: the values by name, and a text that says where a given setting was found."""
 
     values: Mapping[str, Any]
     place_of: Callable[[str], str]
 
 
 def flag_of(setting: str) -> str:
-    """How the command line calls a setting: `--session-ttl` for session_ttl_s; limits share `--limit`."""
+    """The flag of a setting: `--session-ttl` for session_ttl_s; limits share `--limit`."""
     if setting in LimitSettings.model_fields:
         return f"--limit {setting}"
     return f"--{setting.removesuffix('_s').replace('_', '-')}"
@@ -235,19 +242,25 @@ def variable_of(setting: str) -> str:
 def load_settings(
     flags: Mapping[str, Any] | None = None, config: Path | None = None, *, runs_tools: bool = False
 ) -> Settings:
-    """The settings by precedence: `flags` (None: not given), environment, TOML file, defaults.
+    """Load the settings from, by precedence, `flags`, environment variables, a TOML file and the defaults.
 
-    The file is `config`, else what DSPEX_PERSIST_CONFIG names, else `dspex-persist.toml` in the working directory
-    where there is one. That last one may be anybody's, and tools are code: it cannot name any, which is an error for
-    a command that `runs_tools` unless a flag or the environment names them.
+    The file is `config`, else the one that DSPEX_PERSIST_CONFIG names, else `dspex-persist.toml` in the working
+    directory, if it exists. Somebody else may have written that last one, and tools are code that runs, so tools are
+    never taken from it.
 
-    Raises `SettingsError` for a value that cannot be, for a key of the file that is no setting, and for a file that is
-    missing or cannot be read.
+    Args:
+        flags: Values by the name of their setting. None means that the flag was not given.
+        config: The TOML file.
+        runs_tools: Whether the caller runs tools. If so, tools in a file that is only found, not named, are an error,
+            unless a flag or the environment names tools.
+
+    Raises:
+        SettingsError: A value is invalid, the file has an unknown key, or the file is missing or unreadable.
     """
     given = {name: value for name, value in (flags or {}).items() if value is not None}
-    named, environment = _Source(given, lambda setting: f"flag {flag_of(setting)}"), _environment()
-    says_tools = not runs_tools or "tools" in given or "tools" in environment.values
-    sources = (named, environment, _file(config, may_leave_out_tools=says_tools))
+    from_flags, environment = _Source(given, lambda setting: f"flag {flag_of(setting)}"), _environment()
+    may_ignore_tools = not runs_tools or "tools" in given or "tools" in environment.values
+    sources = (from_flags, environment, _file(config, may_ignore_tools=may_ignore_tools))
     merged: dict[str, Any] = {}
     for source in reversed(sources):
         merged.update(source.values)
@@ -263,23 +276,23 @@ def _environment() -> _Source:
 
 
 def _check_variables(names: Iterable[str]) -> None:
-    """Refuse what looks like a slip. Not all unknown ones: orchestrators set, for one, DSPEX_PERSIST_SERVICE_HOST."""
+    """Refuse misspelled settings. Other unknown names pass: orchestrators set DSPEX_PERSIST_SERVICE_HOST, for one."""
     known = ("config", *Settings.model_fields)
     for name in names:
         setting = name.removeprefix(ENV_PREFIX).lower()
-        meant = closest(setting, known, _SLIP, most=len(known))
+        meant = closest(setting, known, _MISSPELLING, most=len(known))
         if meant and setting not in known:
             reason = f"there is no such setting; {did_you_mean(variable_of(meant), spell=str)}"
             raise SettingsError(setting, reason, f"environment variable {name}")
 
 
-def _file(config: Path | None, *, may_leave_out_tools: bool) -> _Source:
+def _file(config: Path | None, *, may_ignore_tools: bool) -> _Source:
     path, named_by = _find_file(config)
     values = _read_toml(path, named_by) if path is not None else {}
-    if not named_by and values.pop("tools", None) and not may_leave_out_tools:
+    if not named_by and values.pop("tools", None) and not may_ignore_tools:
         reason = (
-            "tools are code that runs, so they are not taken from a file just because it lies here: "
-            f"name it with --config {path} if it is yours, or name the tools with --tools"
+            "tools are code that runs, so they are not taken from a file just because it is in this folder: if it is "
+            f"yours, name it with --config {path}, or name the tools with --tools"
         )
         raise SettingsError("tools", reason, f"file {path}")
     unknown = [key for key in values if key not in Settings.model_fields]
@@ -289,7 +302,7 @@ def _file(config: Path | None, *, may_leave_out_tools: bool) -> _Source:
 
 
 def _find_file(config: Path | None) -> tuple[Path | None, str]:
-    """The file to read, if any, and who named it."""
+    """The file to read, if any, and the flag or variable that named it."""
     if config is not None:
         return config, "flag --config"
     if named := os.environ.get(CONFIG_VARIABLE):
@@ -304,7 +317,7 @@ def _read_toml(path: Path, named_by: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise SettingsError("config", f"{path} is not valid TOML: {error}", named_by) from error
     except UnicodeDecodeError as error:
-        raise SettingsError("config", f"{path} is not valid TOML: it is no UTF-8", named_by) from error
+        raise SettingsError("config", f"{path} is not valid TOML: it is not UTF-8", named_by) from error
     except OSError as error:
         raise SettingsError("config", f"cannot read {path}: {error.strerror}", named_by) from error
 
@@ -312,19 +325,19 @@ def _read_toml(path: Path, named_by: str) -> dict[str, Any]:
 def _no_such_setting(names: Sequence[str]) -> str:
     known = Settings.model_fields
     hint = did_you_mean(*(closest(name, known, most=len(known)) for name in names), spell=str)
-    possible = f"possible are {', '.join(sorted(known))}"
+    possible = f"the settings are {', '.join(sorted(known))}"
     return " ".join(filter(None, ("there is no such setting;", hint, possible)))
 
 
 def _explain(error: ValidationError, sources: Iterable[_Source]) -> SettingsError:
-    """The first thing that is wrong, as a sentence."""
+    """The first error, as a sentence."""
     first = error.errors(include_url=False)[0]
     setting = str(first["loc"][0]) if first["loc"] else "?"
     shown = repr(str(first["input"]))
     if len(shown) > _SHOWN_LENGTH:
         shown = f"{shown[:_SHOWN_LENGTH]}...'"
     place = next((source.place_of(setting) for source in sources if setting in source.values), "")
-    return SettingsError(setting, f"{shown} will not do: {_sentence(first['type'], first['msg'])}", place)
+    return SettingsError(setting, f"{shown} is invalid: {_sentence(first['type'], first['msg'])}", place)
 
 
 def _sentence(kind: str, message: str) -> str:

@@ -1,4 +1,4 @@
-"""Names in messages: what was perhaps meant, and how a name is shown on one line."""
+"""Names in messages: suggests the likely name for a misspelled one, and shows names on one line."""
 
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -33,19 +33,19 @@ def closest(asked: str, names: Iterable[str], likeness: float = _LIKENESS, *, mo
 
 
 def quote(text: object) -> str:
-    """`text` in quotes, on one line, short enough for a message."""
-    # A subclass, such as an enumeration's member, may say of itself whatever it likes, or raise.
+    """Return `text` in quotes, on one line, shortened for a message."""
+    # The __str__ of a subclass, such as an enumeration's, may return anything, or raise.
     plain = str.__str__(text) if isinstance(text, str) else str(text)
     shown = repr(plain[: _QUOTED + 1])
     return shown if len(shown) <= _QUOTED else f"{shown[:_QUOTED]}...'"
 
 
 def did_you_mean(*meant: str | None, spell: Callable[[str], str] = quote) -> str:
-    """The question whether one of these names was meant; "" if there is none. `spell`: how a name is shown."""
+    """Return "did you mean ...?" for the names that are not empty, or "" without any. `spell` formats a name."""
     names = [spell(name) for name in meant if name]
     return f"did you mean {', '.join(names)}?" if names else ""
 
 
 def printable(text: str) -> str:
-    """`text` on one line, with escapes for what cannot be printed."""
+    """Return `text` on one line, with escapes for characters that cannot be printed."""
     return text if text.isprintable() else "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)

@@ -1,6 +1,6 @@
-"""The composition root: which backend an address means, and what a server is made of.
+"""The composition root: opens the backend for an address, and assembles the server.
 
-What is heavy is imported where it is used: a client needs no SQL, a database file no gRPC.
+Heavy modules are imported where they are used: a client needs no SQL, a database file no gRPC.
 """
 
 import asyncio
@@ -44,12 +44,13 @@ if TYPE_CHECKING:
 
 EXIT_STORAGE_FAILED: Final = 70
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
-# How often Python's threads take turns, in seconds (Python's own default is 0.005).
+# How often Python switches threads, in seconds (Python's default is 0.005).
 SWITCH_INTERVAL_S: Final = 0.005
-# How many new objects make the garbage collector look for cycles.
+# After how many new objects the garbage collector looks for cycles.
 _COLLECT_AFTER: Final = 20_000
-# How long calls that were waiting for the writer may take to hear that it has failed.
-_LAST_WORDS_S: Final = 1.0
+# How long the server keeps running after its storage failed, so that waiting calls get their answers.
+_ANSWER_FAILED_S: Final = 1.0
+# Streams of one connection besides its watches.
 _OTHER_STREAMS: Final = 1_000
 
 _SCHEME: Final = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):(?P<rest>.*)", re.DOTALL)
@@ -65,7 +66,7 @@ _log: Final = get_logger(__name__)
 
 @dataclass(eq=False)
 class StorageFailedError(DspexError):
-    """The storage failed while it served: what was on its way may or may not have been written."""
+    """The storage failed while the server was running; writes in progress may or may not have been committed."""
 
     path: str
     failure: BaseException
@@ -74,12 +75,12 @@ class StorageFailedError(DspexError):
         return self.in_words(str)
 
     def in_words(self, text_of: Callable[[BaseException], str]) -> str:
-        """The sentence; `text_of` makes that of the failure."""
-        # What to do about an unknown outcome is for clients.
+        """Return the message; `text_of` returns that of the failure."""
+        # The advice of OutcomeUnknownError is meant for clients.
         reason = self.failure.sentence if isinstance(self.failure, OutcomeUnknownError) else text_of(self.failure)
-        # A file that was changed from outside says by itself what to do, and the disk is not to blame.
+        # The error about a file that another program changed has its own advice, and the disk is not to blame.
         is_disk = not isinstance(self.failure, FileChangedError)
-        advice = ". Look at the disk, then start again; what was acknowledged is safe" if is_disk else ""
+        advice = ". Check the disk, then start the server again; acknowledged writes are safe" if is_disk else ""
         return f"the storage of {self.path} failed, so the server ended: {reason}{advice}"
 
 
@@ -87,26 +88,33 @@ class StorageFailedError(DspexError):
 
 
 def connect(url: str | os.PathLike[str], **options: Any) -> "StreamsTools":
-    """The session state at `url`; close it when you are done (it is a context manager).
+    """Open the session state at `url`.
 
-    A path, or `sqlite:///relative.db` or `sqlite:////absolute.db`: a database file, made where it is missing, that
-    this process then owns. Options: the fields of `StoreOptions` (durability, limits, session_ttl_s, ...),
-    `sweep_interval_s`, `on_fatal`, `tool_threads`, and `tools`: a `Toolbox`, or whatever one is made of (a tool, a
-    function, a module or its name, a list or a dict of these; see `Toolbox.of`). Raises `OpenError`: in use, missing
-    folder, no database of ours, ...; `ToolLoadError`: what was given has no tools. A relative path is fixed here:
-    changing the working directory later changes nothing.
+    Every backend executes and streams tools. Check for further abilities with `isinstance`: a file and a server are
+    `Durable`, `Auditable` and more (`dspex_persist.state.abilities`).
 
-    `memory:`: nothing but this process has it, and it ends with it; each call begins with an empty one. Options: the
-    fields of `SessionOptions` (limits, session_ttl_s, ...), `sweep_interval_s`, `tools`, `tool_threads`.
+    Args:
+        url: One of three kinds of address:
 
-    `grpc://HOST:PORT` or `grpc+unix:/PATH`: a server. Options: `timeout_s`, `actor`. It is reached with the first
-    call, not before.
+            - A path, `sqlite:///relative.db` or `sqlite:////absolute.db`: a database file. It is created if missing,
+              and this process owns it until you close it. A relative path is resolved now; changing the working
+              directory later has no effect.
+            - `memory:`: sessions in the memory of this process, lost when it exits. Each call opens an empty state.
+            - `grpc://HOST:PORT` or `grpc+unix:/PATH`: a server. The first call on it connects.
+        options: For a file: the fields of `StoreOptions` (durability, limits, session_ttl_s, ...),
+            `sweep_interval_s`, `on_fatal`, `tool_threads`, and `tools`, which is anything that `Toolbox.of` accepts: a
+            toolbox, a tool, a function, a module or its name, a list or a dict of these. In memory: the fields of
+            `SessionOptions` (limits, session_ttl_s, ...), `sweep_interval_s`, `tools`, `tool_threads`. For a server:
+            `timeout_s` (seconds) and `actor`.
 
-    Each executes and streams tools. What else one can do, `isinstance` says: a file and a server are `Durable`,
-    `Auditable` and more (`dspex_persist.state.abilities`).
+    Returns:
+        The provider. Close it when you are done; it is a context manager.
 
-    Raises `InvalidArgumentError` for any other address, and for an option that cannot be; `TypeError` for one that
-    does not exist.
+    Raises:
+        InvalidArgumentError: The address, or the value of an option, is invalid.
+        TypeError: There is no such option.
+        OpenError: The file cannot be opened: it is in use, its folder is missing, it is another program's, ...
+        ToolLoadError: `tools` contains no tools.
     """
     if url in _IN_MEMORY:
         return _local(**options)
@@ -115,13 +123,22 @@ def connect(url: str | os.PathLike[str], **options: Any) -> "StreamsTools":
 
 
 def open_audit(url: str | os.PathLike[str], *, reveal: bool = False, **options: Any) -> "AuditSource":
-    """The history at `url`, to be asked; close it when you are done (it is a context manager).
+    """Open the history at `url` for queries.
 
-    `url` is what `connect` takes, but for `memory:`. A file is only read: a server may have it open, and a backup will
-    do. `reveal` shows the values of sensitive variables; a server shows them only if it was started with
-    `audit_reveal`. Options are for servers: `timeout_s`, `actor`.
+    A file is only read, so a server may have it open, and a backup works, too.
 
-    Raises `OpenError` for what is no database, `InvalidArgumentError` for any other address.
+    Args:
+        url: An address as for `connect`, except `memory:`.
+        reveal: Show the values of sensitive variables. A server allows this only if it was started with
+            `audit_reveal`.
+        options: For a server only: `timeout_s` (seconds), `actor`.
+
+    Returns:
+        The source of the answers. Close it when you are done; it is a context manager.
+
+    Raises:
+        OpenError: The file is not a database of this package.
+        InvalidArgumentError: The address is invalid.
     """
     place = _place_of(url)
     if isinstance(place, Path):
@@ -136,15 +153,23 @@ def open_audit(url: str | os.PathLike[str], *, reveal: bool = False, **options: 
 def open_recording(
     url: str | os.PathLike[str], session_id: str, *, started: int | None = None, reveal: bool = False, **options: Any
 ) -> "Iterator[tuple[Header, Iterator[RecordedCommit]]]":
-    """A session's whole log, as (header, commits); the commits are read as they are taken.
+    """Read a session's whole log, as (header, commits). The commits are read lazily, while you iterate over them.
 
-    `url` is what `open_audit` takes. A file is only read: a server may have it open, and a backup will do. Of several
-    sessions that had this id it is the newest, or the one that began with commit `started`. `reveal`: with the values
-    of sensitive variables; a server has them only if it was started with `audit_reveal`. Options are for servers:
-    `timeout_s`, `actor`.
+    A file is only read, so a server may have it open, and a backup works, too.
 
-    Raises `OpenError` for what is no database, `NotInHistoryError` for a session that was never there,
-    `InvalidArgumentError` for any other address.
+    Args:
+        url: An address as for `open_audit`.
+        session_id: The session.
+        started: The number of the commit that began the session, if several sessions had this id; by default the
+            newest of them.
+        reveal: Include the values of sensitive variables. A server allows this only if it was started with
+            `audit_reveal`.
+        options: For a server only: `timeout_s` (seconds), `actor`.
+
+    Raises:
+        OpenError: The file is not a database of this package.
+        NotInHistoryError: There never was such a session.
+        InvalidArgumentError: The address is invalid.
     """
     place = _place_of(url)
     if isinstance(place, Path):
@@ -166,13 +191,20 @@ def import_session(
     limits: Limits | None = None,
     progress: Progress = silent,
 ) -> "ImportReport":
-    """Bring a recorded session with its whole history into a database file, under its own id or `session_id`.
+    """Import a recorded session with its whole history into a database file, atomically.
 
-    All of it or nothing. This process owns the file meanwhile; it is made where it is missing. `lines` are those of
-    the recording, `name` is what errors call it.
+    Args:
+        path: The file, created if missing. This process owns it during the import.
+        lines: The lines of the recording.
+        name: The name of the recording in errors.
+        session_id: The id of the imported session; by default its recorded id.
+        limits: The limits that the session must respect.
+        progress: Is called with the progress.
 
-    Raises `RecordingError` for what is no whole, sound recording within the limits, `SessionExistsError` where a live
-    session has the id, `OpenError`.
+    Raises:
+        RecordingError: The recording is incomplete or invalid, or exceeds a limit.
+        SessionExistsError: A live session has the id.
+        OpenError: The file cannot be opened.
     """
     from dspex_persist.state.store.maintenance import transfer
     from dspex_persist.state.store.session_store import StoreOptions
@@ -184,16 +216,16 @@ def import_session(
 
 
 def limits_of(settings: Settings) -> Limits:
-    """The limits that settings say."""
-    said = Limits(**{field.name: int(getattr(settings, field.name)) for field in dataclasses.fields(Limits)})
-    # A session travels in one message, with its names, which count but a little.
+    """Return the limits in `settings`, lowered where a session or an answer would not fit into one gRPC message."""
+    limits = Limits(**{field.name: int(getattr(settings, field.name)) for field in dataclasses.fields(Limits)})
+    # A session is sent in one message together with its names, which the limit counts only in part.
     message = settings.max_message_bytes
-    session, history = min(said.session_size_bytes, message * 2 // 3), min(said.history_size_bytes, message // 3)
-    return dataclasses.replace(said, session_size_bytes=session, history_size_bytes=history)
+    session, history = min(limits.session_size_bytes, message * 2 // 3), min(limits.history_size_bytes, message // 3)
+    return dataclasses.replace(limits, session_size_bytes=session, history_size_bytes=history)
 
 
 def _place_of(url: str | os.PathLike[str], forms: str = _FORMS) -> Path | str:
-    """The file that a URL means, or the target of the server."""
+    """Return the file at a URL, or the target of the server."""
     if isinstance(url, bytes) or not isinstance(url, str | os.PathLike):
         raise InvalidArgumentError("url", f"it must be {forms}, not {type(url).__name__}")
     if not isinstance(url, str):
@@ -210,12 +242,12 @@ def _place_of(url: str | os.PathLike[str], forms: str = _FORMS) -> Path | str:
         return f"unix:{re.sub('^//(?=/)', '', rest)}"
     if meant:
         raise InvalidArgumentError("url", f"{quote(url)} is not {forms}; {did_you_mean(meant, spell=str)}")
-    hint = "; of a state in memory no history can be asked" if url in _IN_MEMORY else ""
+    hint = "; a state in memory has no history to query" if url in _IN_MEMORY else ""
     raise InvalidArgumentError("url", f"{quote(url)} is not {forms}{hint}")
 
 
 def _meant(url: str) -> str:
-    """The URL of a server that is written as other options take it, or as one of the web; "" if it is not."""
+    """Return the likely URL for a server's address without `grpc`, or with another scheme; "" for other texts."""
     address = re.sub("^(https?|grpcs?|tcp):(//)?", "", url, flags=re.IGNORECASE).removesuffix("/")
     if _BARE_HOST_AND_PORT.fullmatch(address):
         return f"grpc://{address}"
@@ -242,7 +274,7 @@ def _local(**options: Any) -> "LocalState":
 def _sorted_options(
     given: "Mapping[str, Any]", kind: type[_Options], provider: type, what: str
 ) -> tuple[_Options, dict[str, Any]]:
-    """Those of a kind, and the others, which are the provider's own, with a toolbox of what has the tools."""
+    """Return the options that are fields of `kind` as a `kind`, and the provider's own, with tools in a toolbox."""
     names = [field.name for field in dataclasses.fields(kind)]
     _check_options(given, [*names, *_options_of(provider)], what)
     others = {name: option for name, option in given.items() if name not in names}
@@ -254,7 +286,7 @@ def _sorted_options(
 
 
 def _options_of(kind: type) -> list[str]:
-    """The arguments of a provider that are given by name."""
+    """Return the keyword-only parameters of a provider."""
     parameters = inspect.signature(kind).parameters.values()
     return [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
 
@@ -264,9 +296,9 @@ def _check_options(given: "Iterable[str]", known: list[str], what: str) -> None:
         if name not in known:
             hint = (
                 did_you_mean(closest(name, known, most=len(known)), spell=str)
-                or f"there are {', '.join(sorted(known))}"
+                or f"the options are {', '.join(sorted(known))}"
             )
-            # What Python itself raises for an argument that a function does not have.
+            # As Python does for an unexpected keyword argument.
             raise TypeError(f"{what} has no option {name}; {hint}")
 
 
@@ -282,25 +314,29 @@ def _bridged(target: str, **options: Any) -> "BridgedState":
 
 
 def serve(settings: Settings) -> None:
-    """Serve the database at `settings.db` until SIGTERM or SIGINT, then drain, and return.
+    """Serve the database at `settings.db` until SIGTERM or SIGINT, then drain and return.
 
-    Prints `GRPC_READY:<port>` on stdout (port 0: a Unix socket) when it can answer; logs go to stderr. A second
-    signal ends the process at once. Raises `SettingsError` for an address that cannot or may not be used,
-    `OpenError` for a database that cannot be opened (before the port is bound), `ListenError` for an address that
-    cannot be had, `StorageFailedError` when the storage fails while it serves.
+    Prints `GRPC_READY:<port>` on stdout when it is ready (port 0: a Unix socket); logs go to stderr. A second signal
+    ends the process at once.
+
+    Raises:
+        SettingsError: The address is invalid, or can be reached from other machines without `insecure`.
+        OpenError: The database cannot be opened. The port has not been bound by then.
+        ListenError: The address is in use, or cannot be bound.
+        StorageFailedError: The storage failed while the server was running.
     """
     _check_listen(settings)
     quiet_grpc()
-    # gRPC would start its threads anew in children of tools, on the sockets of the server, and crash there.
+    # With it, gRPC would restart its threads in processes that tools fork, on the server's sockets, and crash there.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     style = settings.log_style
     if style == "auto":
         style = "console" if sys.stderr.isatty() else "json"
     configure_logs(settings.log_level, style)
-    # It tells of each of its parts at INFO. Only that a file is upgraded is news.
+    # Alembic logs each of its plugins at INFO. Only the upgrade of a file is worth reporting.
     logging.getLogger("alembic.runtime.plugins").setLevel(logging.WARNING)
     logging.getLogger("alembic.runtime.migration").addFilter(lambda record: str(record.msg).startswith("Running"))
-    # With a traceback, for each look at headers that some client has sent in another encoding.
+    # gRPC logs a traceback whenever headers in another encoding are read.
     logging.getLogger("grpc._cython.cygrpc").addFilter(
         lambda record: not str(record.msg).startswith("Invalid encoding")
     )
@@ -313,17 +349,17 @@ def _check_listen(settings: Settings) -> None:
     try:
         allowed = settings.insecure or is_loopback(settings.listen)
     except ListenError as error:
-        raise SettingsError("listen", f"{settings.listen!r} will not do: {error.reason}") from error
+        raise SettingsError("listen", f"{settings.listen!r} is invalid: {error.reason}") from error
     if not allowed:
         reason = (
-            f"{settings.listen!r} can be reached from other machines, and whoever reaches it could read and change "
+            f"{settings.listen!r} can be reached from other machines, and anyone who can connect could read and change "
             "every session: listen on 127.0.0.1 or on unix:PATH, or accept that with --insecure"
         )
         raise SettingsError("listen", reason)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    """uvloop, which takes some 15 % more calls a second, where it can be had."""
+    """Return uvloop, which handles some 15 % more calls per second, if it is installed."""
     try:
         from uvloop import new_event_loop
     except ImportError:
@@ -334,9 +370,9 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 async def _serve(settings: Settings) -> None:
     end = _End(asyncio.get_running_loop(), str(settings.db))
     path, listen = _check_places(settings)
-    # Before the file is opened: importing them takes its time, and may fail.
+    # Before the file is opened: importing them takes time, and may fail.
     tools = _load_tools(settings)
-    # Opened, and so locked, before anything is bound: a second server on the file ends here.
+    # Opening locks the file. A second server on it fails here, before it binds its address.
     engine = _open(settings, _settled(settings.db, path), end.on_storage_failed)
     try:
         await _serve_bridge(settings, listen, engine, tools, end)
@@ -348,8 +384,10 @@ async def _serve(settings: Settings) -> None:
 
 
 def _check_places(settings: Settings) -> tuple[Path, str]:
-    """Where the database is, and where to listen, wherever tools change the working directory to. A server that cannot
-    have one of them ends here, before it makes a file."""
+    """Return the absolute path and address, which stay valid if tools change the working directory.
+
+    A file or address that is in use fails here, before any file is created.
+    """
     from dspex_persist.state.store import maintenance
 
     path, address = maintenance.refuse_owned(settings.db), parse_listen(settings.listen)
@@ -357,9 +395,9 @@ def _check_places(settings: Settings) -> tuple[Path, str]:
     return path, str(settled(address))
 
 
-def _settled(path: Path, meant: Path) -> Path:
-    """`path` while it is the one that was meant; tools that are imported may change the working directory."""
-    return path if path.resolve() == meant else meant
+def _settled(path: Path, absolute: Path) -> Path:
+    """Return `path`, or `absolute` if importing the tools changed the working directory that `path` depends on."""
+    return path if path.resolve() == absolute else absolute
 
 
 def _load_tools(settings: Settings) -> "Mapping[str, ToolCode]":
@@ -375,7 +413,7 @@ def _load_tools(settings: Settings) -> "Mapping[str, ToolCode]":
 
 
 def _open(settings: Settings, path: Path, on_fatal: Callable[[BaseException], None]) -> "SqliteState":
-    """The engine on the database of `settings`."""
+    """Open the engine on the database of `settings`."""
     from dspex_persist.state.embedded import SqliteState
     from dspex_persist.state.store.session_store import StoreOptions
 
@@ -415,10 +453,10 @@ async def _serve_bridge(
 
     def on_ready(port: int) -> None:
         _spare_the_collector()
-        unheard = streams.print_line(f"GRPC_READY:{port}")
-        if unheard is not None:
-            # Whoever started it may not wait for that: clients can be served all the same.
-            _log.warning("nobody was told that it is ready", reason=str(unheard))
+        error = streams.print_line(f"GRPC_READY:{port}")
+        if error is not None:
+            # The parent process may not wait for that line, and clients can be served without it.
+            _log.warning("could not print the ready line", reason=str(error))
         _log.info("serving", listen=settings.listen, port=port, db=str(settings.db), sequence=engine.head_sequence)
 
     limits = limits_of(settings)
@@ -456,7 +494,7 @@ async def _serve_bridge(
                 max_message_bytes=int(settings.max_message_bytes),
                 grace_s=settings.grace_s,
                 reflection=settings.reflection,
-                # Every watch may come over one connection, with other calls beside them.
+                # One connection may carry every watch, and other calls alongside.
                 streams_per_connection=int(settings.watchers) + _OTHER_STREAMS,
             ),
             [server.Service(BRIDGE_SERVICE, servicer), server.Service(AUDIT_SERVICE, auditor)],
@@ -473,10 +511,11 @@ async def _serve_bridge(
 
 
 def _spare_the_collector() -> None:
-    """Have the garbage collector look at new objects only, and less often.
+    """Have the garbage collector examine only new objects, and less often.
 
-    What is there by now, modules for the most part, stays until the end. A group of writes makes thousands of objects
-    that reference counting frees right after it; the default threshold of 700 goes through them several times before.
+    The existing objects, mostly modules, live until the end of the process. A group of writes allocates thousands of
+    objects that reference counting frees right afterwards; with the default threshold of 700, the collector would
+    examine them several times before that.
     """
     gc.collect()
     gc.freeze()
@@ -484,7 +523,7 @@ def _spare_the_collector() -> None:
 
 
 class _End:
-    """What makes a server stop: a signal, or storage that failed."""
+    """Stops the server: on a signal, or when its storage fails."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, path: str) -> None:
         self.stop = asyncio.Event()
@@ -495,30 +534,33 @@ class _End:
         forks.guard_signals(*_SIGNALS)
 
     def on_signals(self) -> None:
-        """Take SIGTERM and SIGINT from here on."""
+        """Handle SIGTERM and SIGINT from now on."""
         for number in _SIGNALS:
             self._loop.add_signal_handler(number, self._on_signal, number)
 
     def _on_signal(self, number: signal.Signals) -> None:
         for each in _SIGNALS:
             self._loop.remove_signal_handler(each)
-            # The next one ends the process whatever it is doing. Nothing that was acknowledged can be lost by that.
+            # The next signal ends the process at once, which loses no acknowledged write.
             signal.signal(each, signal.SIG_DFL)
-        # Said when it is so: whoever reads it may send the next one at once.
+        # Logged only now, because a reader of the log may send the second signal as soon as the line appears.
         _log.info("draining", signal=number.name)
         self.stop.set()
 
     def forked(self, *, quiet: bool) -> None:
-        """A tool's child never goes on as a second server."""
+        """Keep a process that a tool forks from running on as a second server."""
         forks.end_on(self._loop)
 
     def on_storage_failed(self, error: BaseException) -> None:
-        """On the writer's thread, when its callers have been told: let their answers out, and end in any case."""
+        """Stop the server, and end the process if that takes too long.
+
+        Called on the writer's thread once its callers have the error, so that there is time to send their answers.
+        """
         self.failure = StorageFailedError(self._path, error)
         _log.critical("storage failed", db=self._path, reason=str(error))
-        deadline = threading.Timer(_LAST_WORDS_S, os._exit, (EXIT_STORAGE_FAILED,))
+        deadline = threading.Timer(_ANSWER_FAILED_S, os._exit, (EXIT_STORAGE_FAILED,))
         deadline.daemon = True
         deadline.start()
-        # The loop may have ended by itself just now.
+        # The loop may have ended in the meantime.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self.stop.set)

@@ -1,4 +1,4 @@
-"""What groups of commands have in common: how they behave, and how a command works and tells."""
+"""Shared by groups of commands: their settings, and how a command works and reports."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,13 +16,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for p
 
 
 def new_group(help_text: str, epilog: str | None = None) -> typer.Typer:
-    """A group without commands."""
+    """Return a group without commands."""
     return typer.Typer(
         help=help_text,
         epilog=epilog,
         no_args_is_help=True,
         rich_markup_mode="rich",
-        # Theirs would show the values of local variables, and those are users' values.
+        # Typer's tracebacks would show local variables, which contain users' values.
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
@@ -34,7 +34,14 @@ def carry_out(
     show: Callable[[R], None],
     is_fine: Callable[[R], bool] = lambda _report: True,
 ) -> R:
-    """Do the work, a dataclass or a mapping comes of it, and print that. Errors go on to `main`, which says them."""
+    """Do the work and print its report. Errors propagate to `main`, which prints them.
+
+    Args:
+        as_json: Print one JSON object, also for an error.
+        work: Returns the report: a dataclass or a dict.
+        show: Prints the report for people.
+        is_fine: Whether the report counts as a success: `ok` in the JSON object.
+    """
     try:
         with progress_bar() as progress:
             report = work(progress)

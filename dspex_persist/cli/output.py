@@ -1,4 +1,4 @@
-"""What commands print: lines and tables for people, JSON for programs."""
+"""The output of commands: lines and tables for people, JSON for programs."""
 
 import json
 import sys
@@ -11,47 +11,47 @@ from dspex_persist.infra import streams
 from dspex_persist.spelling import printable
 
 Progress: TypeAlias = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is, and how much there is (0: not known)."""
+"""Is called with what is being done, how much of it is done, and the total (0: unknown)."""
 
 
 def new_console(*, soft_wrap: bool) -> Any:
-    """What prints for people. Values of others are printed: none of them is markup."""
+    """Return a console that prints text as it is: values that clients wrote are not markup."""
     from rich.console import Console
 
     return Console(markup=False, highlight=False, soft_wrap=soft_wrap)
 
 
 def plain(text: str) -> str:
-    """A text of somebody else's on one line, without escapes that a terminal would obey."""
+    """Return a client's text on one line, without escapes that a terminal would obey."""
     return printable(text)
 
 
 def plain_lines(text: str) -> str:
-    """The same of a text that may have several lines."""
+    """Return a client's text without escapes that a terminal would obey, on its several lines."""
     return "\n".join(map(plain, text.split("\n")))
 
 
 def say(*parts: Any) -> None:
-    """Print what a person reads. A sentence may name what somebody else has named."""
-    # Cut off only where a terminal is as narrow as that.
+    """Print for people. Strings may contain text of clients."""
+    # Wrapped only on a terminal.
     console = new_console(soft_wrap=not sys.stdout.isatty())
     for part in parts:
         console.print(plain_lines(part) if isinstance(part, str) else part)
 
 
 def complain(error: BaseException | str) -> None:
-    """Print what is wrong."""
+    """Print an error on stderr."""
     streams.print_error(f"error: {plain_lines(text_of(error))}")
 
 
 def say_json(document: Any) -> None:
-    """Print what a program reads: one object, on a line of its own."""
+    """Print one JSON object on one line, for programs."""
     print(json.dumps(document, default=str))
 
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """A bar on stderr, on a terminal only."""
+    """Show a progress bar on stderr if that is a terminal."""
     if not sys.stderr.isatty():
         yield lambda _step, _done, _in_all: None
         return
@@ -71,7 +71,7 @@ def progress_bar() -> Iterator[Progress]:
 
 
 def new_table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Any:
-    """A table without rows; `right`: the columns that are aligned to the right."""
+    """Return a table without rows; `right` names the columns that are aligned to the right."""
     from rich import box
     from rich.table import Table
 
@@ -82,12 +82,12 @@ def new_table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Any:
 
 
 def one_line(name: str) -> Any:
-    """A name of somebody else's as one line of plain text."""
+    """Return a client's name as one line of plain text."""
     from rich.text import Text
 
     return Text(name if name.isprintable() else repr(name))
 
 
 def counted(number: int, noun: str) -> str:
-    """3 tools, 1 tool."""
+    """Return a number with its noun: 3 tools, 1 tool."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

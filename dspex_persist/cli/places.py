@@ -1,4 +1,4 @@
-"""Where commands find what they are about: a database file, or a server."""
+"""The options that name a database file or a server."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +11,7 @@ Db = Annotated[
         "--db",
         metavar="PATH",
         show_default=False,
-        # Whoever opens it says why it cannot be read, and what to do.
+        # Opening the file reports why it cannot be read, and what to do.
         readable=False,
         help="The database file. [dim](as serve: DSPEX_PERSIST_DB, the settings file, sessions.db)[/dim]",
     ),
@@ -19,20 +19,21 @@ Db = Annotated[
 
 
 def database_of(given: Path | None) -> Path:
-    """The file that `--db` names, or else the one that `serve` would take."""
+    """Return the file that `--db` names, or else the one that `serve` would use."""
     from dspex_persist.settings import load_settings
 
     if given is not None and given.parts and given.parts[0] in ("grpc:", "grpc+unix:"):
-        raise typer.BadParameter(f"--db names a file, not a server such as {given}; use --target where there is one")
+        raise typer.BadParameter(f"--db names a file, not a server such as {given}; use --target if the command has it")
     return load_settings({"db": given}).db
 
 
 def expanded(path: Path) -> Path:
-    """The path that is meant by one with ~."""
+    """Expand a leading ~."""
     try:
         return path.expanduser()
     except RuntimeError as error:
-        raise typer.BadParameter(f"{path}: HOME is not set, and this user has none; write the path out") from error
+        reason = "HOME is not set, and this user has no home directory; write the whole path"
+        raise typer.BadParameter(f"{path}: {reason}") from error
 
 
 Server = Annotated[
@@ -41,13 +42,13 @@ Server = Annotated[
         "--target",
         metavar="ADDRESS",
         show_default=False,
-        help="Have this server do it while it keeps serving: HOST:PORT or unix:PATH.",
+        help="Do it on this running server: HOST:PORT or unix:PATH.",
     ),
 ]
 
 
 def server_of(target: str | None, db: Path | None) -> str | None:
-    """The URL of the server that `--target` names, None without it; refuses `--db` beside it."""
+    """Return the URL of the server that `--target` names, or None without it; refuses `--db` together with it."""
     if target is None:
         return None
     if db is not None:
@@ -56,12 +57,12 @@ def server_of(target: str | None, db: Path | None) -> str | None:
 
 
 def url_of(target: str) -> str:
-    """The URL of the server that `--target` names: HOST:PORT or unix:PATH, or that URL."""
+    """Return the URL of the server that `--target` names: HOST:PORT, unix:PATH, or a URL."""
     from dspex_persist.infra.listen import ListenError, UnixAddress, parse_listen, target_of
     from dspex_persist.settings import SettingsError
 
     try:
         address = parse_listen(target_of(target))
     except ListenError as error:
-        raise SettingsError("target", f"{target!r} will not do: {error.reason}", "flag --target") from error
+        raise SettingsError("target", f"{target!r} is invalid: {error.reason}", "flag --target") from error
     return f"grpc+{address}" if isinstance(address, UnixAddress) else f"grpc://{address}"

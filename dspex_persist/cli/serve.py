@@ -1,4 +1,4 @@
-"""dspex-persist serve: the server, with a flag for every setting."""
+"""dspex-persist serve: runs the server, with a flag for every setting."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,13 +7,12 @@ import typer
 
 HELP = (
     "Serve a database over gRPC until SIGTERM or Ctrl-C.\n\n"
-    "Prints GRPC_READY:<port> on stdout when it can answer; logs go to stderr. The first signal lets calls in flight "
-    "finish and brings everything into the file, a second one ends the server at once. Nothing that was acknowledged "
-    "is lost either way."
+    "Prints GRPC_READY:<port> on stdout when it is ready; logs go to stderr. The first signal lets calls in flight "
+    "finish and checkpoints the file; a second one ends the server at once. Neither loses an acknowledged write."
 )
 EPILOG = (
-    "A flag wins over its environment variable (--session-ttl: DSPEX_PERSIST_SESSION_TTL_S), that over the TOML file "
-    "(session_ttl_s), that over the default. docs/settings.md lists all of them, limits included.\n\n"
+    "A flag overrides its environment variable (--session-ttl: DSPEX_PERSIST_SESSION_TTL_S), which overrides the TOML "
+    "file (session_ttl_s). docs/settings.md lists all settings, including the limits.\n\n"
     "[bold]Examples[/bold]\n\n"
     "dspex-persist serve\n\n"
     "dspex-persist serve --db ~/sessions.db --listen unix:/run/dspex.sock\n\n"
@@ -23,9 +22,9 @@ EPILOG = (
 
 
 def _option(panel: str, flag: str, metavar: str | None, default: str, help_text: str) -> Any:
-    """An option. Its default is the setting's, and so is only told here: what is not given is not passed on."""
-    told = f"{help_text} [dim]({default})[/dim]"
-    return typer.Option(flag, metavar=metavar, show_default=False, help=told, rich_help_panel=panel)
+    """Return an option. The default is only shown: an option that is not given leaves the setting alone."""
+    shown = f"{help_text} [dim]({default})[/dim]"
+    return typer.Option(flag, metavar=metavar, show_default=False, help=shown, rich_help_panel=panel)
 
 
 _DATABASE, _NETWORK, _SESSIONS, _TOOLS, _LOGS = (
@@ -69,7 +68,7 @@ WarnSize = _option(
     _DATABASE, "--warn-size-bytes", "SIZE", "none", "Warn once a day when the database is larger than this."
 )
 Listen = _option(
-    _NETWORK, "--listen", "ADDRESS", "127.0.0.1:50051", "HOST:PORT (port 0: a free one), \\[IPv6]:PORT or unix:PATH."
+    _NETWORK, "--listen", "ADDRESS", "127.0.0.1:50051", "HOST:PORT (port 0: any free port), \\[IPv6]:PORT or unix:PATH."
 )
 Insecure = _option(
     _NETWORK, "--insecure/--no-insecure", None, "no", "Accept other machines, without encryption or login."
@@ -109,7 +108,7 @@ Stall = _option(
 Tools = typer.Option(
     "--tools",
     metavar="MODULE[:NAME]",
-    help="Serve the tools of a module, or the one (or the toolbox) of that name; may be repeated.",
+    help="Serve the tools of a module, or only the tool or toolbox of that name; may be repeated.",
     show_default=False,
     rich_help_panel=_TOOLS,
 )
@@ -165,7 +164,7 @@ def serve(
     log_level: Annotated[str | None, LogLevel] = None,
     log_style: Annotated[str | None, LogStyle] = None,
 ) -> None:
-    """Serve with the settings given here and elsewhere."""
+    """Serve with the settings from flags, environment and file."""
     given = dict(locals())
     from dspex_persist import wiring
     from dspex_persist.settings import Settings, load_settings
@@ -183,7 +182,7 @@ def _limits(given: list[str]) -> dict[str, str]:
         name, equals, number = text.partition("=")
         if not equals or name not in LimitSettings.model_fields:
             possible = ", ".join(sorted(LimitSettings.model_fields))
-            reason = f"{text!r} will not do: write NAME=NUMBER, where NAME is one of {possible}"
+            reason = f"{text!r} is invalid: write NAME=NUMBER, where NAME is one of {possible}"
             raise SettingsError("limit", reason, "flag --limit")
         limits[name] = number
     return limits

@@ -105,11 +105,11 @@ def test_connect_opens_an_empty_one_each_time(url: str) -> None:
 
 
 def test_what_it_cannot_do_it_says() -> None:
-    with pytest.raises(TypeError, match="a state in memory has no option durability; there are limits"):
+    with pytest.raises(TypeError, match="a state in memory has no option durability; the options are limits"):
         connect("memory:", durability="full")
     with pytest.raises(errors.InvalidArgumentError, match="sweep_interval_s"):
         connect("memory:", sweep_interval_s=0)
-    with pytest.raises(errors.InvalidArgumentError, match="of a state in memory no history can be asked"):
+    with pytest.raises(errors.InvalidArgumentError, match="a state in memory has no history to query"):
         open_audit("memory:")
     with (
         connect("memory:") as state,

@@ -562,7 +562,7 @@ def test_wrong_input_says_what_is_possible(
 def test_usage_errors(ask: Callable[..., Said], path: Path) -> None:
     assert "choose one" in ask("sessions", "--json", "--csv", code=USAGE).err
     assert "choose one" in ask("sessions", "--target", "127.0.0.1:1", code=USAGE).err
-    assert "will not do" in ask("sessions", "--target", "nowhere", db=None, code=USAGE).err
+    assert "is invalid" in ask("sessions", "--target", "nowhere", db=None, code=USAGE).err
     kinds = ask("history", SESSION, "--kind", "changed", code=USAGE)
     assert all(kind.value in kinds.err for kind in ChangeKind)
     assert "running" in ask("executions", "--status", "done", code=USAGE).err

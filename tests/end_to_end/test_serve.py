@@ -221,15 +221,15 @@ def test_an_address_that_others_can_reach_needs_insecure(start: Start, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "environment", "sentence"),
     [
-        (["--grace", "soon"], {}, "setting grace_s (flag --grace): 'soon' will not do: it must be a valid number"),
-        (["--listen", "nowhere"], {}, "setting listen: 'nowhere' will not do: expected HOST:PORT"),
-        (["--limit", "depth=3"], {}, "setting limit (flag --limit): 'depth=3' will not do: write NAME=NUMBER"),
-        (["--limit", "json_depth=x"], {}, "setting json_depth (flag --limit json_depth): 'x' will not do"),
+        (["--grace", "soon"], {}, "setting grace_s (flag --grace): 'soon' is invalid: it must be a valid number"),
+        (["--listen", "nowhere"], {}, "setting listen: 'nowhere' is invalid: expected HOST:PORT"),
+        (["--limit", "depth=3"], {}, "setting limit (flag --limit): 'depth=3' is invalid: write NAME=NUMBER"),
+        (["--limit", "json_depth=x"], {}, "setting json_depth (flag --limit json_depth): 'x' is invalid"),
         (
             [],
             {"DSPEX_PERSIST_DURABILITY": "fast"},
             "setting durability (environment variable DSPEX_PERSIST_DURABILITY): "
-            "'fast' will not do: it must be 'full' or 'normal'",
+            "'fast' is invalid: it must be 'full' or 'normal'",
         ),
         (["--config", "bad.toml"], {}, "setting colour (file bad.toml): there is no such setting"),
     ],

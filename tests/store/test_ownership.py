@@ -464,9 +464,9 @@ class TestOptions:
     def test_that_do_not_exist_are_refused_with_those_that_do(self, path: Path) -> None:
         with pytest.raises(TypeError, match="a file has no option durabilty; did you mean durability"):
             connect(path, durabilty="full")
-        with pytest.raises(TypeError, match=r"a file has no option colour; there are .*session_ttl_s"):
+        with pytest.raises(TypeError, match=r"a file has no option colour; the options are .*session_ttl_s"):
             connect(path, colour="blue")
-        with pytest.raises(TypeError, match=r"a server has no option durability; there are .*timeout_s"):
+        with pytest.raises(TypeError, match=r"a server has no option durability; the options are .*timeout_s"):
             connect("grpc://127.0.0.1:1", durability="full")
         assert list(path.parent.iterdir()) == []
 

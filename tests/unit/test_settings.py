@@ -199,7 +199,7 @@ def test_a_slip_in_a_variable_is_refused_but_not_what_others_set(monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(b"db = 'a\n", "is not valid TOML"), (b"db = '\xff'\n", "it is no UTF-8")]
+    ("content", "reason"), [(b"db = 'a\n", "is not valid TOML"), (b"db = '\xff'\n", "it is not UTF-8")]
 )
 def test_a_file_that_is_no_toml_is_refused(working_directory: Path, content: bytes, reason: str) -> None:
     (working_directory / "bad.toml").write_bytes(content)
@@ -291,5 +291,5 @@ class TestToolsOfAFileThatOnlyLiesThere:
 
 def test_a_path_with_a_tilde_that_stands_for_nothing_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "")
-    with pytest.raises(SettingsError, match="write the path out"):
+    with pytest.raises(SettingsError, match="write the whole path"):
         load_settings({"db": "~no-such-user/s.db"})
