@@ -1,4 +1,4 @@
-"""The answers of an audit as JSON: the same names as the dataclasses', for `--json`, reports and other programs."""
+"""Answers of an audit as JSON, with the field names of the dataclasses: for `--json`, reports and other programs."""
 
 from base64 import b64encode
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from dspex_persist.state.values.json_text import stored
 
 
 def document(answer: Any) -> Any:
-    """An answer as what `json.dumps` takes. Times are ISO 8601, UTC; values are what their JSON says."""
+    """Convert an answer for `json.dumps`. Times become ISO 8601 in UTC, values the document in their JSON."""
     if isinstance(answer, Value):
         return value_of(answer)
     if isinstance(answer, Enum):
@@ -29,9 +29,12 @@ def document(answer: Any) -> Any:
 
 
 def value_of(value: Value) -> Any:
-    """What a value's JSON says, its text where that is damaged; with its bytes, in base64, where it has some."""
+    """Return the document in a value's JSON, or its text if it is damaged.
+
+    A binary value becomes an object with `json` and, in base64, `binary`.
+    """
     try:
-        stated = stored(value.json)
+        content = stored(value.json)
     except (ValueError, RecursionError):
-        stated = value.json
-    return stated if value.binary is None else {"json": stated, "binary": b64encode(value.binary).decode()}
+        content = value.json
+    return content if value.binary is None else {"json": content, "binary": b64encode(value.binary).decode()}

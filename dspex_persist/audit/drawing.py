@@ -1,4 +1,4 @@
-"""Templates of pages, and how they show values and times. Everything that they are given is escaped."""
+"""Renders the templates of pages, with their values and times. All material is escaped."""
 
 import json
 from collections.abc import Callable
@@ -14,19 +14,19 @@ from dspex_persist.audit.pictures import duration_text
 from dspex_persist.state.model import Value
 
 MASKED: Final = "••••••"
-"""What stands where a sensitive value is kept back."""
+"""Shown instead of a sensitive value."""
 _MOST_LETTERS: Final = 4_000
 _MOST_READ: Final = 100_000
 _LINE_LETTERS: Final = 80
 _CONTROLS: Final = {*range(0x20), *range(0x7F, 0xA0)} - {ord("\t"), ord("\n")}
 _DIRECTIONS: Final = {0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
 _INVISIBLE: Final = {code: chr(code).encode("unicode_escape").decode() for code in _CONTROLS | _DIRECTIONS}
-"""What no page may have, what a terminal would obey, and what would turn around the text that stands beside it."""
+"""Characters that pages escape: those not allowed in HTML, terminal controls, and those that reverse nearby text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """Where a page leads to; "" where it leads nowhere."""
+    """The links of a page; "" for none."""
 
     session: Callable[[str], str]
     variable: Callable[[str, str], str]
@@ -37,9 +37,9 @@ NOWHERE: Final = Links(lambda _: "", lambda _session, _name: "", lambda _: "")
 
 
 def render_template(name: str, /, links: Links = NOWHERE, **material: Any) -> str:
-    """A page of this package's templates."""
+    """Render one of this package's templates."""
     page = _environment().get_template(name).render(links=links, **material)
-    # JSON can have halves of characters, UTF-8 cannot.
+    # JSON can contain lone surrogates, UTF-8 cannot.
     return page.translate(_INVISIBLE).encode("utf-8", "replace").decode("utf-8")
 
 
@@ -65,28 +65,28 @@ def _environment() -> Environment:
 
 
 def value_text(value: Value | None) -> str:
-    """A value as people read it: a string without its quotes, what is long on lines of its own."""
+    """Return a value for people: a string without its quotes, long JSON on several lines."""
     if value is None:
         return ""
     text = value.json
     if len(text) <= _MOST_READ:
-        # What Python does not read, such as a number of 5,000 digits, is shown as it is written.
+        # JSON that Python cannot parse, such as a number of 5,000 digits, is shown unchanged.
         with suppress(ValueError, RecursionError):
-            stated = json.loads(text)
-            if isinstance(stated, str):
-                text = stated
+            content = json.loads(text)
+            if isinstance(content, str):
+                text = content
             elif len(text) > _LINE_LETTERS:
-                text = json.dumps(stated, ensure_ascii=False, indent=1)
+                text = json.dumps(content, ensure_ascii=False, indent=1)
     return text if value.binary is None else f"{text} and {len(value.binary):,} bytes"
 
 
 def clip(text: str, most: int = _MOST_LETTERS) -> str:
-    """The text, or its beginning and how much more there is."""
+    """Return the text, or its beginning and how much is missing."""
     return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} more characters)"
 
 
 def when(moment: datetime | None, form: str = "%Y-%m-%d %H:%M:%S.%f") -> str:
-    """A time, UTC, to the millisecond."""
+    """Return a time in UTC, to the millisecond."""
     if moment is None:
         return ""
     text = moment.astimezone(UTC).strftime(form)

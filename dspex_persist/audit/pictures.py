@@ -1,4 +1,4 @@
-"""Where things are on the pictures of an audit: pure layout. Templates draw it."""
+"""The layout of the pictures in reports and on the website. The templates draw them."""
 
 import math
 from bisect import bisect_right
@@ -26,12 +26,12 @@ _TICK_PX: Final = 72
 _BREAK_PX: Final = 22
 _MOST_BREAKS: Final = 6
 _ORIGIN: Final = datetime(1, 1, 1, tzinfo=UTC)
-"""Round times are counted from here: midnights are, and Mondays."""
+"""Ticks are multiples of a step since this midnight, a Monday."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """A place on an axis, with what it says."""
+    """A position on an axis, with its label."""
 
     at: float
     label: str
@@ -39,7 +39,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Break:
-    """Where a time in which nothing happened was cut out; `label` says how long it was."""
+    """A cut on an axis, where an idle period was left out; `label` is its duration."""
 
     at: float
     label: str
@@ -54,10 +54,10 @@ class _Piece:
 
 
 class TimeAxis:
-    """Maps times to places between `left` and `right`. Long times in which nothing happened are cut out."""
+    """Maps times to positions between `left` and `right`. Long idle periods are cut out."""
 
     def __init__(self, moments: Iterable[datetime], left: float, right: float) -> None:
-        """An axis on which all the moments are; at least one."""
+        """Create an axis for these times, of which there must be at least one."""
         ordered = sorted(set(moments))
         cuts = _idle(ordered)
         spans = _spans(ordered, cuts)
@@ -75,7 +75,7 @@ class TimeAxis:
         self.ticks = tuple(self._ticks(right))
 
     def at(self, moment: datetime) -> float:
-        """The place of a time; one that is not on the axis is at the nearest end."""
+        """Return the position of a time; a time outside the axis is at the nearest end."""
         index = bisect_right(self._pieces, moment, key=lambda piece: piece.begin) - 1
         piece = self._pieces[max(index, 0)]
         offset_s = (min(max(moment, piece.begin), piece.end) - piece.begin).total_seconds()
@@ -99,15 +99,15 @@ class TimeAxis:
 
 
 def _idle(ordered: Sequence[datetime]) -> set[int]:
-    """The gaps (by the index of the moment before) that are at least half as long as all that is left beside them."""
+    """Return the gaps (by the index of the time before) that are at least half as long as everything else together."""
     gaps = [(after - before).total_seconds() for before, after in pairwise(ordered)]
-    left_s, found = sum(gaps), set[int]()
+    left_s, idle = sum(gaps), set[int]()
     for index in sorted(range(len(gaps)), key=lambda each: -gaps[each])[:_MOST_BREAKS]:
         left_s -= gaps[index]
         if len(ordered) < 5 or gaps[index] < left_s / 2 or gaps[index] < 1:
             break
-        found.add(index)
-    return found
+        idle.add(index)
+    return idle
 
 
 def _spans(ordered: Sequence[datetime], cuts: set[int]) -> list[tuple[datetime, datetime]]:
@@ -134,7 +134,7 @@ def _clock_text(moment: datetime, format_text: str) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """A duration as people say it: 350 µs, 12 ms, 3.2 s, 4 min, 5.5 h, 3 d."""
+    """Return a duration as text: 350 µs, 12 ms, 3.2 s, 4 min, 5.5 h, 3 d."""
     for unit, factor, most in (("µs", 1e-6, 1e-3), ("ms", 1e-3, 1), ("s", 1, 120), ("min", 60, 7_200)):
         if seconds < most:
             return f"{seconds / factor:.3g} {unit}"
@@ -155,9 +155,11 @@ _LETTER_PX: Final = 5.6
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """An execution, as long as it took. `label` is "" where the tool's name has no room.
+    """An execution on the timeline.
 
-    `stem`: from where, above, a line leads down to it: from the one that called it. None: a client did.
+    Attributes:
+        label: The tool's name, or "" if it does not fit.
+        stem: Where the line from the execution that called it begins; None if a client called it.
     """
 
     execution: ExecutionSummary
@@ -171,7 +173,7 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """Executions by time, in as many rows as ran at the same time; called ones under their callers."""
+    """Executions by time. Those that ran at the same time are in different rows, called ones below their callers."""
 
     width: float
     height: float
@@ -181,7 +183,7 @@ class Timeline:
 
 @dataclass(slots=True)
 class _Placed:
-    """An execution, and the row that it has; that of the one that called it, if one did."""
+    """An execution, its row, and the row of the execution that called it, if any."""
 
     execution: ExecutionSummary
     begin: datetime
@@ -191,7 +193,7 @@ class _Placed:
 
 
 def timeline(executions: Sequence[ExecutionSummary], width: float = 1_080) -> Timeline:
-    """The picture of executions: at least one. One that still runs reaches to the right end."""
+    """Lay out executions, of which there must be at least one. A running one reaches to the right end."""
     latest = max(_end_of(each) or each.began_at for each in executions)
     moments = [moment for each in executions for moment in (each.began_at, _end_of(each) or latest)]
     axis = TimeAxis(moments, 8, width - 12)
@@ -206,19 +208,21 @@ def timeline(executions: Sequence[ExecutionSummary], width: float = 1_080) -> Ti
 
 
 def _end_of(execution: ExecutionSummary) -> datetime | None:
-    """When its code had ended: one that others called is committed later, with them. None while it runs."""
+    """Return when its code ended, or None while it runs."""
     if execution.parent_id is None or execution.duration_us is None or execution.ended_at is None:
         return execution.ended_at
-    # The commit that ended it is its caller's.
+    # A called execution is committed later, together with its caller.
     return min(execution.began_at + timedelta(microseconds=execution.duration_us), execution.ended_at)
 
 
 def _rows_of(parent: str, children: dict[str, list[ExecutionSummary]], latest: datetime) -> list[_Placed]:
-    """Those that one called (or clients: "") with all below them, from row 0 on: whatever overlaps in time has a row of
-    its own, what came one after the other shares one."""
+    """Assign rows, from 0 on, to the executions that `parent` (clients: "") called, and to all that these called.
+
+    Executions that overlap in time get different rows; others share a row.
+    """
     placed: list[_Placed] = []
     ends: list[datetime] = []
-    """For each row, when its last one ended."""
+    """When the last execution of each row ended."""
     for each in children.get(parent, ()):
         below = _rows_of(each.execution_id, children, latest)
         end = max([_end_of(each) or latest, each.began_at, *(one.end for one in below)])
@@ -234,7 +238,7 @@ def _rows_of(parent: str, children: dict[str, list[ExecutionSummary]], latest: d
 
 
 def _free_rows(ends: list[datetime], begin: datetime, depth: int) -> int:
-    """The first of `depth` rows, one under the other, that are free from a time on; made where there are none."""
+    """Return the first of `depth` adjacent rows that are free from a time on, adding rows if necessary."""
     row = 0
     while any(end > begin for end in ends[row : row + depth]):
         row += 1
@@ -243,7 +247,7 @@ def _free_rows(ends: list[datetime], begin: datetime, depth: int) -> int:
 
 
 def _bars(placed: Sequence[_Placed], axis: TimeAxis) -> Iterable[Bar]:
-    """Each as long as it took. What was too short to be seen is drawn longer, as far as there is room beside it."""
+    """Draw each execution as long as it took, or longer if it would be invisible and there is room next to it."""
     following: dict[int, float] = {}
     drawn: list[Bar] = []
     for each in sorted(placed, key=lambda each: (each.begin, each.execution.began_sequence), reverse=True):
@@ -266,7 +270,7 @@ _CHART_TOP: Final = 10
 _CHART_BOTTOM: Final = 24
 _VERSION_TICK_PX: Final = 90
 MOST_MARKS: Final = 300
-"""So many versions a chart shows one by one. Of more, each stretch has its lowest and its highest one."""
+"""A chart of up to this many versions marks each; of more, the lowest and the highest of each stretch."""
 _STRETCHES: Final = 100
 _PLAIN_DIGITS: Final = 9
 
@@ -283,7 +287,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class VersionAxis:
-    """Places of versions, one after the other: of times, thousands may be the same."""
+    """The positions of versions, in sequence rather than by time, as thousands may have the same time."""
 
     ticks: tuple[Tick, ...]
     breaks: tuple[Break, ...] = ()
@@ -291,10 +295,13 @@ class VersionAxis:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """The numbers that a variable had, as steps, by version.
+    """The numeric values of a variable, as steps, by version.
 
-    `versions`: how many there are; `first` and `last`: when the first and the last of them were made. `marks`: all of
-    them, or the lowest and the highest of each stretch.
+    Attributes:
+        marks: All versions, or the lowest and the highest of each stretch.
+        versions: The number of versions.
+        first: When the first version was created.
+        last: When the last version was created.
     """
 
     width: float
@@ -309,7 +316,7 @@ class Chart:
 
 
 class _Stretch:
-    """Some versions in a row, of which few are kept: the first, the lowest, the highest, the last, and a gap."""
+    """Adjacent versions, of which a few are kept: the first, the lowest, the highest, the last, and a gap."""
 
     __slots__ = ("kept",)
 
@@ -317,7 +324,7 @@ class _Stretch:
         self.kept = list(kept)
 
     def joined(self, other: "_Stretch") -> "_Stretch":
-        """Both as one."""
+        """Return the two stretches joined."""
         both = self.kept + other.kept
         numbers = [each for each in both if each[2] is not None]
         gaps = [each for each in both if each[2] is None][-1:]
@@ -328,11 +335,11 @@ class _Stretch:
         return _Stretch(few[place] for place in sorted(few))
 
     def mirrored(self, count: int) -> "_Stretch":
-        """The same from the other end of `count` versions."""
+        """Return the stretch counted from the other end of `count` versions."""
         return _Stretch((count - 1 - place, entry, number) for place, entry, number in reversed(self.kept))
 
     def extremes(self) -> set[int]:
-        """Where its lowest and its highest version are."""
+        """Return the positions of its lowest and its highest version."""
         numbers = [each for each in self.kept if each[2] is not None]
         return {min(numbers, key=_number_kept)[0], max(numbers, key=_number_kept)[0]} if numbers else set()
 
@@ -345,18 +352,27 @@ def _number_kept(kept: tuple[int, HistoryEntry, int | float | None]) -> int | fl
 def chart(
     entries: Iterable[HistoryEntry], width: float = 520, height: float = 170, *, newest_first: bool = False
 ) -> Chart | None:
-    """The picture of a variable's versions, in their order or against it; None where none of them is a number.
+    """Lay out the chart of a variable's versions.
 
-    The entries are read once; of any number of them, a few hundred are held.
+    Reads the entries once, and keeps a few hundred of them in memory, however many there are.
+
+    Args:
+        entries: The versions, in their order, or newest first.
+        width: In pixels.
+        height: In pixels.
+        newest_first: The order of the entries.
+
+    Returns:
+        The chart, or None if no version is a number.
     """
     stretches: list[_Stretch] = []
     size, count = 1, 0
     for entry in entries:
-        own = _Stretch([(count, entry, number_of(entry))])
+        single = _Stretch([(count, entry, number_of(entry))])
         if count % size:
-            stretches[-1] = stretches[-1].joined(own)
+            stretches[-1] = stretches[-1].joined(single)
         else:
-            stretches.append(own)
+            stretches.append(single)
         count += 1
         if len(stretches) > (MOST_MARKS if size == 1 else 2 * _STRETCHES):
             pairs = [*stretches, *([_Stretch(())] if len(stretches) % 2 else [])]
@@ -386,7 +402,7 @@ def _drawn(stretches: Sequence[_Stretch], count: int, width: float, height: floa
     for place, entry, number in kept:
         x = across(place)
         if number is None:
-            # Deleted, or no number for once: the line ends here.
+            # Deleted, or not a number: the line is interrupted.
             steps += [f"H{x:g}"] if is_down else []
             is_down = False
             continue
@@ -416,7 +432,7 @@ def _version_ticks(
 
 
 def number_of(entry: HistoryEntry) -> int | float | None:
-    """The number that a version is, exactly, if it is one that can be drawn."""
+    """Return the exact number in a version, or None if it cannot be drawn."""
     if entry.value is None or entry.value.binary is not None or entry.kind is ChangeKind.DELETED:
         return None
     text = entry.value.json
@@ -430,7 +446,7 @@ def number_of(entry: HistoryEntry) -> int | float | None:
 
 
 def number_text(number: int | float | Fraction) -> str:
-    """A number as people read it: short, also where no double is as large."""
+    """Return a short text for a number, which may exceed the range of doubles."""
     if isinstance(number, float):
         return f"{number:.6g}"
     exact = Fraction(number)
@@ -442,7 +458,7 @@ def number_text(number: int | float | Fraction) -> str:
 
 
 def _level_texts(levels: Sequence[Fraction]) -> list[str]:
-    """What stands at the levels: where they are too close to be told apart, how far each is above the lowest."""
+    """Return labels for the levels. Levels with the same label become differences from the lowest."""
     texts = [number_text(level) for level in levels]
     if len(set(texts)) == len(texts):
         return texts
@@ -450,7 +466,7 @@ def _level_texts(levels: Sequence[Fraction]) -> list[str]:
 
 
 def _levels(low: Fraction, high: Fraction) -> tuple[Fraction, Fraction, list[Fraction]]:
-    """From and to where a scale goes, and its three to six round numbers."""
+    """Return the ends of a scale, and its three to six round numbers."""
     if low == high:
         around = abs(low) / 2 or Fraction(1)
         low, high = low - around, high + around
@@ -465,13 +481,13 @@ _ROUND: Final = (Fraction(1), Fraction(2), Fraction(5, 2), Fraction(5))
 
 
 def _power_of_ten(number: Fraction) -> Fraction:
-    """The largest power of ten that is not above a positive number."""
-    power = len(str(number.numerator)) - len(str(number.denominator))
-    found = Fraction(10) ** power
-    return found if found <= number else found / 10
+    """Return the largest power of ten that is not above a positive number."""
+    exponent = len(str(number.numerator)) - len(str(number.denominator))
+    power = Fraction(10) ** exponent
+    return power if power <= number else power / 10
 
 
-# What stands on what
+# Lineage
 
 _NODE_WIDTH: Final = 132
 _NODE_HEIGHT: Final = 34
@@ -481,7 +497,7 @@ _ROW_PX: Final = 46
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A version (`entry`), or the execution that wrote some (`execution_id`, `tool`)."""
+    """A version (`entry`), or an execution that wrote versions (`execution_id`, `tool`)."""
 
     key: str
     order: int
@@ -497,7 +513,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """That `target` stands on, or was written by, `source`; `path` is what SVG draws."""
+    """A line from `source` to `target`, which was derived from or written by it. `path` is the path in SVG."""
 
     source: Node
     target: Node
@@ -506,7 +522,7 @@ class Edge:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """Versions and executions: the values asked about to the left, what each stands on to the right of it."""
+    """A graph of versions and executions: the requested values on the left, and to the right what each depends on."""
 
     width: float
     height: float
@@ -514,11 +530,11 @@ class Graph:
     edges: tuple[Edge, ...]
 
 
-def lineage(found: Iterable[LineageNode]) -> Graph:
-    """The picture of a lineage."""
+def lineage(versions: Iterable[LineageNode]) -> Graph:
+    """Lay out a lineage."""
     nodes: dict[str, Node] = {}
-    # Oldest first: an execution's place is before the first that it wrote, published or committed.
-    lineages = sorted(found, key=lambda each: each.entry.sequence)
+    # Oldest first: an execution comes right before the first version that it wrote, published or committed.
+    lineages = sorted(versions, key=lambda each: each.entry.sequence)
     for each in lineages:
         entry = each.entry
         key = _key(entry.variable_id, entry.version)
@@ -530,7 +546,7 @@ def lineage(found: Iterable[LineageNode]) -> Graph:
         fresh = Node(entry.execution_id, 2 * entry.sequence, execution_id=entry.execution_id, tool=entry.tool or "")
         execution = nodes.setdefault(entry.execution_id, fresh)
         reads = [nodes[key] for read in each.stands_on if (key := _key(read.variable_id, read.version)) in nodes]
-        # Not what it published itself: that it stands before.
+        # Without the versions that it published itself, which come after it.
         execution.before += [read for read in reads if read.order < execution.order and read not in execution.before]
         nodes[_key(entry.variable_id, entry.version)].before.append(execution)
     return _laid_out(sorted(nodes.values(), key=lambda node: node.order))
@@ -552,7 +568,7 @@ def _laid_out(nodes: Sequence[Node]) -> Graph:
         columns[node.column].append(node)
     tallest = max(map(len, columns), default=0)
     for column in columns:
-        # Each near the middle of what stands on it, so that fewer lines cross.
+        # Each node near the middle of those that depend on it, so that fewer lines cross.
         middles = {node: _mean([each.y for each in after.get(node, ())]) for node in column}
         column.sort(key=lambda node: (middles[node], node.order))
         for index, node in enumerate(column):

@@ -1,11 +1,11 @@
-"""A session's report: one page of HTML that needs nothing else, to be read, printed and mailed.
+"""The report of a session: one self-contained HTML page to read, print or mail.
 
     from dspex_persist.audit.report import gather, render
 
     with dspex_persist.open_audit("sessions.db") as audit:
         Path("report.html").write_text(render(gather(audit, "checkout-42")), encoding="utf-8")
 
-It has no script and allows none. What it shows is bounded; what it leaves out, it says.
+It contains no scripts and allows none. Its size is bounded, and it says what it leaves out.
 """
 
 import json
@@ -48,7 +48,7 @@ _LARGE_BYTES: Final = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How much of each a report shows at most: the newest. `charted`: versions that are read for charts."""
+    """The largest number of each item in a report, which shows the newest. `charted`: versions read for charts."""
 
     executions: int = 300
     versions: int = 5_000
@@ -61,7 +61,7 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a text that is the "same" before and after, "gone" or "new"."""
+    """A part of a compared text. `kind`: "same" (before and after), "gone" or "new"."""
 
     kind: str
     text: str
@@ -69,10 +69,15 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class VariableRow:
-    """A variable with its versions, newest first; `state` is None if it was deleted before the end.
+    """A variable in a report.
 
-    `first`: what it was at the beginning; `changes`: how often it changed. `pieces`: how its value changed, nothing
-    where that cannot be told in text.
+    Attributes:
+        state: Its state at the end, or None if it was deleted before that.
+        first: Its state at the beginning.
+        versions: Its newest versions, newest first.
+        hidden: How many older versions are left out.
+        pieces: The difference between first and last value, empty if they cannot be compared as text.
+        changes: How often it changed.
     """
 
     name: str
@@ -90,7 +95,7 @@ class VariableRow:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What the page shows."""
+    """The contents of the page."""
 
     session: SessionEntry
     since: CommitEntry | None
@@ -107,15 +112,24 @@ class Report:
 
 
 def gather(source: AuditSource, session: str, since: str = "", until: str = "", bounds: Bounds | None = None) -> Report:
-    """Everything that the report of a session says about the time between two points.
+    """Collect the contents of a session's report.
 
-    Of several sessions with this id it is the newest that had begun by then.
+    Args:
+        source: The history.
+        session: The id of the session. If several had it, the newest that had begun before `until`.
+        since: A point: report what was committed after it.
+        until: A point: report what was committed up to and including it.
+        bounds: The largest number of each item.
+
+    Raises:
+        NotInHistoryError: There never was such a session.
+        InvalidArgumentError: A point is invalid, or nothing of the session lies between the points.
     """
     return _Gathering(source, bounds or Bounds()).report(session, since, until)
 
 
 def render(report: Report) -> str:
-    """The page."""
+    """Return the page as HTML."""
     return render_template("report.html", report=report)
 
 
@@ -147,7 +161,7 @@ class _Gathering:
         )
 
     def _period(self, session_id: str, since: str, until: str) -> tuple[SessionEntry, int, int]:
-        """The session, and the commits between which its report lies: after the first, up to and with the last."""
+        """Return the session and the range of its report: after the first commit, up to and including the last."""
         last = self._source.resolve(until, "until", session_id) if until else self._source.head()
         first = self._source.resolve(since, "since", session_id) if since else 0
         lives = list(self._own(SessionQuery(session=session_id), session_id))
@@ -160,11 +174,11 @@ class _Gathering:
             last = min(last, session.ended_sequence)
         first = max(first, session.started_sequence - 1)
         if first >= last:
-            raise InvalidArgumentError("since", f"nothing of session {quote(session_id)} lies after it")
+            raise InvalidArgumentError("since", f"session {quote(session_id)} has no commits after it")
         return session, first, last
 
     def _own(self, query: Query[R], session_id: str) -> Iterator[R]:
-        """The answers about the session: its id may look like a pattern, and then they are about others, too."""
+        """Yield the answers about this session only, as its id may be a pattern that matches others, too."""
         return (row for row in self._source.iterate(query) if row.session_id == session_id)
 
     def _first_commit(self, session_id: str, after: int) -> CommitEntry | None:
@@ -174,37 +188,37 @@ class _Gathering:
     def _last_commit(self, session_id: str, at: int) -> CommitEntry | None:
         return next(self._own(CommitQuery(session=session_id, until=str(at)), session_id), None)
 
-    def _note(self, found: int, most: int, what: str, which: str = "") -> None:
-        if found > most:
-            self._left_out.append(f"{most:,} of {found:,} {what} {which}".rstrip())
+    def _note(self, total: int, most: int, what: str, which: str = "") -> None:
+        if total > most:
+            self._left_out.append(f"{most:,} of {total:,} {what} {which}".rstrip())
 
     # Executions
 
     def _executions(self, session_id: str, first: int, last: int) -> tuple[ExecutionDetail, ...]:
-        """In the order in which they began, each before those that it called."""
+        """Return the executions in the order in which they began, each before those that it called."""
         most = self._bounds.executions
         query = ExecutionQuery(session=session_id, children=False, since=str(first), until=str(last))
         summaries = list(islice(self._own(query, session_id), most + 1))
         if len(summaries) > most:
-            self._left_out.append(f"the newest {most:,} executions are here; there are older ones")
+            self._left_out.append(f"only the newest {most:,} executions are shown")
         families = [self._source.execution(summary.execution_id) for summary in reversed(summaries[:most])]
-        found = [each for family in families for each in _with_children(family)]
-        # Those that a tool called may be many more than those that clients asked for.
-        self._note(len(found), 2 * most, "executions", "that others called are counted in")
-        return tuple(found[-2 * most :])
+        executions = [each for family in families for each in _with_children(family)]
+        # Tools may call many more executions than clients do.
+        self._note(len(executions), 2 * most, "executions", "are shown, including those that others called")
+        return tuple(executions[-2 * most :])
 
     # Variables
 
     def _variables(self, session: SessionEntry, first: int, last: int) -> tuple[VariableRow, ...]:
-        """Those that were there at the end, then those that were deleted before."""
+        """Return the variables that existed at the end, then those that were deleted before."""
         most = self._bounds.versions
         query = HistoryQuery(session=session.session_id, since=str(first), until=str(last))
         history = [_light(entry) for entry in islice(self._own(query, session.session_id), most + 1)]
         if len(history) > most:
-            # Whole commits only: what is before them is a state that there was.
+            # Whole commits only, so that the report begins with a state that existed.
             first = history[most].sequence
             history = [entry for entry in history if entry.sequence > first]
-            self._left_out.append(f"the newest {len(history):,} versions of variables are here; there are older ones")
+            self._left_out.append(f"only the newest {len(history):,} versions of variables are shown")
         versions: dict[str, list[HistoryEntry]] = {}
         for entry in history:
             versions.setdefault(entry.variable_id, []).append(entry)
@@ -212,18 +226,16 @@ class _Gathering:
         after = {state.variable_id: state for state in self._state(session, last)}
         gone = [variable_id for variable_id in (*before, *versions) if variable_id not in after]
         order = [*sorted(after, key=lambda each: after[each].name), *dict.fromkeys(gone)]
-        self._note(len(order), self._bounds.variables, "variables")
+        self._note(len(order), self._bounds.variables, "variables", "are shown")
         self._rows = {each: self._row(versions.get(each, []), before.get(each), after.get(each)) for each in order}
         return tuple(self._rows[each] for each in order[: self._bounds.variables])
 
     def _charts(self, session: SessionEntry, first: int, last: int) -> tuple[VariableRow, ...]:
-        """Those with numbers that changed most often, each with all of its versions."""
+        """Return the numeric variables that changed most often, each with all of its versions."""
         changes = {each: row.changes for each, row in self._rows.items() if row.has_numbers}
         most_changed = sorted(changes, key=lambda each: (-changes[each], self._rows[each].name))
-        self._note(
-            len(most_changed), self._bounds.charts, "charts", "of variables with numbers, those that changed most"
-        )
-        found: list[VariableRow] = []
+        self._note(len(most_changed), self._bounds.charts, "numeric variables", "have a chart: those that changed most")
+        charted: list[VariableRow] = []
         left = self._bounds.charted
         for variable_id in most_changed[: self._bounds.charts]:
             row = self._rows[variable_id]
@@ -238,15 +250,15 @@ class _Gathering:
             picture = chart(versions, newest_first=True)
             if picture is not None:
                 left -= picture.versions
-                self._note(row.changes, picture.versions, f"versions of {row.name} are on its chart, the newest")
-                found.append(replace(row, chart=picture))
-        return tuple(found)
+                self._note(row.changes, picture.versions, f"versions of {row.name} are on its chart: the newest")
+                charted.append(replace(row, chart=picture))
+        return tuple(charted)
 
     def _beginning(self, session: SessionEntry, at: int) -> tuple[VariableState, ...]:
         try:
             return self._state(session, at)
         except VersionPrunedError as error:
-            self._left_out.append(f"what the variables were at the beginning: {error}")
+            self._left_out.append(f"the state at the beginning is missing: {error}")
             return ()
 
     def _state(self, session: SessionEntry, at: int) -> tuple[VariableState, ...]:
@@ -260,7 +272,7 @@ class _Gathering:
         self, versions: Sequence[HistoryEntry], before: VariableState | None, after: VariableState | None
     ) -> VariableRow:
         known: HistoryEntry | VariableState | None = after or before or (versions[0] if versions else None)
-        assert known is not None, "a variable was there, or has versions"
+        assert known is not None, "a variable has a state or versions"
         first: HistoryEntry | VariableState | None = before or (versions[-1] if versions else None)
         most = self._bounds.versions_of_one
         numbers = (number_of(entry) for entry in versions)
@@ -284,19 +296,19 @@ class _Gathering:
         written = [row.state for row in rows if row.state is not None and row.state.execution_id is not None]
         written.sort(key=lambda state: -state.sequence)
         most = self._bounds.in_lineage
-        self._note(len(written), most, "variables", "that tools wrote have their lineage drawn")
-        found: dict[tuple[str, int], LineageNode] = {}
+        self._note(len(written), most, "variables", "that tools wrote are in the lineage")
+        nodes: dict[tuple[str, int], LineageNode] = {}
         at = str(last - 1 if last == session.ended_sequence else last)
         for state in written[:most]:
             for node in self._source.blame(session.session_id, state.variable_id, at, _DEPTH):
                 key = (node.entry.variable_id, node.entry.version)
-                if key not in found or node.depth < found[key].depth:
-                    found[key] = node
-        return lineage(found.values()) if found else None
+                if key not in nodes or node.depth < nodes[key].depth:
+                    nodes[key] = node
+        return lineage(nodes.values()) if nodes else None
 
 
 def _light(entry: HistoryEntry) -> HistoryEntry:
-    """Without most of a large value: thousands of them are held at once."""
+    """Return the entry with a large value cut, as thousands of entries are in memory at once."""
     if entry.value is None or entry.value.size_bytes <= _LARGE_BYTES:
         return entry
     text = f"{entry.value.json[:_LARGE_BYTES]}… (of {entry.value.size_bytes:,} bytes)"
@@ -333,7 +345,7 @@ def _compared(before: HistoryEntry | VariableState | None, after: VariableState 
 
 
 def compare(before: str, after: str) -> list[Piece]:
-    """How one text became another, word by word; as a whole where little of it stayed."""
+    """Compare two texts word by word, or as a whole if they have little in common."""
     old, new = _TOKEN.findall(before), _TOKEN.findall(after)
     matcher = SequenceMatcher(None, old, new, autojunk=False)
     if max(len(old), len(new)) > _MOST_TOKENS or matcher.ratio() < _LEAST_ALIKE:

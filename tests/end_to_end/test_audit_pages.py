@@ -180,7 +180,7 @@ def test_a_report_has_pictures_with_words(elements: Elements, path: Path) -> Non
     assert labels == [
         "Executions by time",
         *(f"{name}, version by version" for name in most_changed(path)),
-        "What stands on what",
+        "Which values were derived from which",
     ]
     assert len(elements.named("title")) > 60, "each bar, mark and box says what it is"
     assert "Classify the ticket" in elements.text
@@ -295,7 +295,7 @@ def test_large_values_are_cut(tmp_path: Path) -> None:
     [
         (["no-such", "--db", "{db}"], FAILED, "no session 'no-such' in the history"),
         ([SESSION, "--db", "{db}", "--since", "soon"], USAGE, "'soon' is no point in the history"),
-        ([SESSION, "--db", "{db}", "--since", "now"], USAGE, "nothing of session"),
+        ([SESSION, "--db", "{db}", "--since", "now"], USAGE, "has no commits after it"),
         ([SESSION, "--db", "no-such.db"], UNUSABLE, "no-such.db"),
         ([SESSION, "--db", "{db}", "-o", "no/such/folder.html"], USAGE, "No such file or directory"),
     ],

@@ -1,4 +1,4 @@
-"""A website over a history: Datasette on the promised views, with pages of our own. Needs dspex-persist[web]."""
+"""A website over a history: Datasette on the stable views, with additional pages. Needs dspex-persist[web]."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,17 +11,24 @@ from dspex_persist.state.audit import AuditSource
 
 @dataclass(eq=False)
 class NoWebsiteError(DspexError):
-    """What the website needs is not installed."""
+    """Datasette, which the website needs, is not installed."""
 
     def __str__(self) -> str:
         return "the website needs Datasette, which is not installed: pip install 'dspex-persist[web]'"
 
 
 def serve_website(path: Path, source: AuditSource, port: int, ready: Callable[[str], None]) -> None:
-    """Serve the file on 127.0.0.1 until SIGTERM or Ctrl-C; `ready` is told the URL when it answers.
+    """Serve a website over a database file on 127.0.0.1 until SIGTERM or Ctrl-C. The file is only read.
 
-    `source` is the same file's history, which answers what the views do not. The file is only read. Raises
-    `NoWebsiteError`, and `ListenError` where the port cannot be had (0: any that is free).
+    Args:
+        path: The file.
+        source: The history in the same file, for pages that the views cannot provide.
+        port: The port; 0 is any free one.
+        ready: Is called with the URL as soon as the site answers.
+
+    Raises:
+        NoWebsiteError: Datasette is not installed.
+        ListenError: The port is in use, or cannot be bound.
     """
     if find_spec("datasette") is None or find_spec("uvicorn") is None:
         raise NoWebsiteError

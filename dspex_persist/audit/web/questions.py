@@ -1,4 +1,4 @@
-"""What the site says about the views, and the questions that it answers with one click."""
+"""The descriptions of the views on the site, and its ready-made queries."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import Any, Final
 from dspex_persist.state.store.history import views
 
 DATABASE: Final = "history"
-"""The name of the file in the site's addresses, whatever the file is called."""
+"""The name of the database in the site's URLs, whatever the file is called."""
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A promised view: its columns with what they mean."""
+    """A stable view, with the meaning of each column."""
 
     title: str
     description: str
@@ -184,7 +184,7 @@ def _described(view: View) -> dict[str, Any]:
     return described | ({"sort_desc": view.newest_by} if view.newest_by else {})
 
 
-def _asked(name: str, query: Mapping[str, Any]) -> dict[str, Any]:
+def _with_sql(name: str, query: Mapping[str, Any]) -> dict[str, Any]:
     return {**query, "sql": views.QUESTIONS[name], "hide_sql": True}
 
 
@@ -195,7 +195,7 @@ METADATA: Final = {
             "title": "The history as tables",
             "description": "Stable views, independent of the tables behind them.",
             "tables": {name: _described(view) for name, view in VIEWS.items()},
-            "queries": {name: _asked(name, query) for name, query in QUERIES.items()},
+            "queries": {name: _with_sql(name, query) for name, query in QUERIES.items()},
         }
     },
 }

@@ -1,4 +1,4 @@
-"""The process that serves the website: one port of the loopback device, one Datasette, until a signal."""
+"""Serves the website on a port of the loopback interface, with one Datasette, until a signal."""
 
 import errno
 import os
@@ -34,7 +34,7 @@ _SETTINGS: Final = {
 
 
 class _ReadOnlyFile(Database):  # type: ignore[misc]  # Datasette has no types
-    """The file, read beside a server that writes to it. Datasette's own address of it fails on a ? in the path."""
+    """The file, which a server may be writing to. Datasette's own way to connect fails on a ? in the path."""
 
     def connect(self, write: bool = False) -> Any:
         connection = views.connect_read_only(Path(self.path))
@@ -42,15 +42,15 @@ class _ReadOnlyFile(Database):  # type: ignore[misc]  # Datasette has no types
         return connection
 
     async def execute(self, *arguments: Any, **options: Any) -> Any:
-        """Errors in what was asked are answered, and not logged: they quote users' values."""
+        """Return errors in a query to the browser, but do not log them, as they quote users' values."""
         return await super().execute(*arguments, **{**options, "log_sql_errors": False})
 
     async def foreign_keys_for_table(self, table: str) -> list[dict[str, str]]:
-        """None: Datasette fails on those that leave out the column that they mean, as ours do."""
+        """Return none: Datasette fails on foreign keys that do not name the column, such as those in our schema."""
         return []
 
     async def get_all_foreign_keys(self) -> dict[str, dict[str, list[object]]]:
-        """None, as above."""
+        """Return none, as above."""
         return {table: {"incoming": [], "outgoing": []} for table in await self.table_names()}
 
 
@@ -76,7 +76,7 @@ def serve(path: Path, source: AuditSource, port: int, ready: Callable[[str], Non
             lifespan="on",
             timeout_graceful_shutdown=_LAST_ANSWERS_S,
         )
-        # The server ends at these by itself, and then raises them again, which is to end nothing.
+        # uvicorn stops on these signals, and raises them again afterwards, which must not end the process.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
         _Server(config, lambda: ready(url)).run([listening])
@@ -95,8 +95,8 @@ def _listen(port: int) -> socket.socket:
 
 
 def application(path: Path, source: AuditSource) -> Any:
-    """The site as an ASGI application; one for each process, as Datasette's plugins are."""
-    # Else it prints each error with the values of all variables, which are users' values.
+    """Return the site as an ASGI application; only one per process, because Datasette's plugins are global."""
+    # With rich, Datasette would print errors with all local variables, which contain users' values.
     pm.get_plugin("datasette.handle_exception").rich = None
     datasette = Datasette(metadata=METADATA, settings=_SETTINGS)
     datasette.remove_database("_memory")

@@ -1,4 +1,4 @@
-"""What makes a site of Datasette: who may see what, links from cells to pages, and the pages themselves."""
+"""The Datasette plugin that makes the site: permissions, links from cells to pages, and the pages themselves."""
 
 import asyncio
 import re
@@ -36,8 +36,8 @@ _VERSIONS: Final = 300
 _CHARTED: Final = 200_000
 _DEPTH: Final = 2
 _FAILED: Final = 500
-_UNANSWERABLE: Final = "this question cannot be answered: something in its address is wrong"
-_OF_A_QUESTION: Final = (ValueError, KeyError, views.SqlError)
+_INVALID_ADDRESS: Final = "this page cannot be shown: its address is invalid"
+_QUERY_ERRORS: Final = (ValueError, KeyError, views.SqlError)
 _MOST_READ: Final = 200
 _LARGE: Final = (1_080, 260)
 _LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "[::1]"})
@@ -60,18 +60,18 @@ class Site:
     """A Datasette plugin."""
 
     __name__ = "dspex_persist.audit.web"
-    """Datasette asks every plugin for it: most are modules."""
+    """Datasette expects it of every plugin, as most are modules."""
 
     def __init__(self, source: AuditSource) -> None:
         self._source = source
 
-    # Who may see what
+    # Permissions
 
     @hookimpl(trylast=True)
     def permission_allowed(self, action: str, resource: Any) -> bool | None:
-        """The views are for everybody; tables, and SQL of one's own, hold sensitive values unmasked.
+        """Allow the views. Tables and arbitrary SQL show sensitive values, so they need `reveal`.
 
-        Called last, and the last that says something decides.
+        Runs last, because the last plugin that answers decides.
         """
         if action == "view-table":
             database, table = resource
@@ -82,7 +82,7 @@ class Site:
 
     @hookimpl
     def asgi_wrapper(self) -> Callable[[_App], _App]:
-        """Refuse what is no question to this site."""
+        """Refuse requests that this site does not serve."""
 
         def wrap(app: _App) -> _App:
             async def guarded(scope: Mapping[str, Any], receive: Any, send: Any) -> None:
@@ -98,15 +98,15 @@ class Site:
 
     @hookimpl
     def prepare_connection(self, conn: Any, database: str) -> None:
-        """Where sensitive values are to be shown, put views that show them before those that mask them."""
+        """With `reveal`, add views that show sensitive values, which take precedence over those that mask them."""
         if self._source.reveal and database == DATABASE:
             views.reveal_values(conn)
 
     @hookimpl(hookwrapper=True)
     def handle_exception(self, request: Any, exception: Exception) -> Generator[None, Any, None]:
-        """A mistake in a question, such as to sort by a column that does not exist, is no failure of the site.
+        """Answer 400 to a mistake in a query, such as sorting by an unknown column.
 
-        It wraps Datasette's own answer, which would print a traceback.
+        Wraps Datasette's own handler, which would log a traceback.
         """
         answers = yield
         sentence = _mistake(request.path, exception)
@@ -117,21 +117,21 @@ class Site:
 
     @hookimpl
     def extra_css_urls(self) -> list[str]:
-        """Its pages in the dark, too."""
+        """Add a style sheet, for dark mode on Datasette's own pages."""
         return [_STYLE]
 
     @hookimpl
     def render_cell(self, row: Any, value: Any, column: str) -> Markup | None:
-        """Names and ids as links, and what is kept back as such."""
-        found = {key: row[key] for key in row.keys()}  # noqa: SIM118 - rows of SQLite are no mappings
-        if column == "value" and value is None and found.get("sensitive"):
+        """Show names and ids as links, and masked values as such."""
+        cells = {key: row[key] for key in row.keys()}  # noqa: SIM118 - SQLite's rows are not mappings
+        if column == "value" and value is None and cells.get("sensitive"):
             return Markup('<span title="the value of a sensitive variable">{}</span>').format(MASKED)
-        url = _page_of(column, value, found)
+        url = _page_of(column, value, cells)
         return Markup('<a href="{}">{}</a>').format(url, value) if url else None
 
     @hookimpl
     def register_routes(self) -> list[tuple[str, Any]]:
-        """Pages of our own."""
+        """Register the additional pages."""
         return [
             (r"^/$", self._home),
             (r"^/session$", self._session),
@@ -140,7 +140,7 @@ class Site:
             (rf"^{_STYLE}$", self._style),
         ]
 
-    # Pages. What reads the file does so on a thread, beside the loop.
+    # Pages. Methods that read the file run on a thread, so that they do not block the event loop.
 
     async def _home(self) -> Any:
         return await _page(self._home_text)
@@ -158,7 +158,7 @@ class Site:
         return Response(render_template("datasette.css"), content_type="text/css; charset=utf-8")
 
     def _home_text(self) -> str:
-        asked = [(f"/{DATABASE}/{name}", query["title"], query["description"]) for name, query in QUERIES.items()]
+        queries = [(f"/{DATABASE}/{name}", query["title"], query["description"]) for name, query in QUERIES.items()]
         sessions = list(self._source.iterate(SessionQuery(limit=_SESSIONS + 1)))
         return render_template(
             "web_home.html",
@@ -166,7 +166,7 @@ class Site:
             sessions=sessions[:_SESSIONS],
             has_more=len(sessions) > _SESSIONS,
             views=[(f"/{DATABASE}/{name}", view.title, view.description) for name, view in VIEWS.items()],
-            questions=asked,
+            questions=queries,
         )
 
     def _session_text(self, session: str) -> str:
@@ -186,17 +186,17 @@ class Site:
             entries=shown,
             has_more=len(entries) > _VERSIONS,
             chart=self._chart(session, name),
-            lineage=lineage(found) if (found := self._blame(session, shown)) else None,
+            lineage=lineage(nodes) if (nodes := self._blame(session, shown)) else None,
             table=_filtered("v_variable_history", session_id=session, name=name),
         )
 
     def _chart(self, session: str, name: str) -> Chart | None:
-        """All versions, or the newest of very many."""
+        """Return the chart of all versions, or of the newest if there are very many."""
         query = HistoryQuery(session=session, variable=name, limit=_CHARTED)
         return chart(self._source.iterate(query), *_LARGE, newest_first=True)
 
     def _blame(self, session: str, entries: Sequence[HistoryEntry]) -> tuple[LineageNode, ...]:
-        """What the newest version stands on."""
+        """Return which versions the newest one was derived from."""
         newest = entries[0] if entries else None
         if newest is None or newest.execution_id is None or newest.kind is ChangeKind.DELETED:
             return ()
@@ -207,13 +207,13 @@ class Site:
         return render_template("web_execution.html", LINKS, one=one, found=dict(self._read_by(one)))
 
     def _read_by(self, one: ExecutionDetail) -> Iterator[tuple[tuple[str, int], HistoryEntry]]:
-        """The versions that it, and what it called, read, as far as they are there; the first of very many."""
+        """Yield the versions that it and the executions it called read: the first ones, without those pruned."""
         session = one.summary.session_id
         for read in islice(one.all_reads(), _MOST_READ):
             if read.variable_id is not None and read.version is not None:
                 with suppress(VersionNotFoundError, NotInHistoryError):
-                    found = self._source.version(session, read.variable_id, read.version)
-                    yield (read.variable_id, read.version), found
+                    entry = self._source.version(session, read.variable_id, read.version)
+                    yield (read.variable_id, read.version), entry
 
 
 _TABLES_OF_A_SESSION: Final = (
@@ -229,14 +229,14 @@ def _filtered(view: str, **conditions: str) -> str:
 
 
 def _mistake(path: str, exception: Exception) -> str | None:
-    """What is wrong with a question to Datasette; None where the site has failed.
+    """Return the mistake in a request to Datasette, or None if the site itself failed.
 
-    What is wrong in an address, such as letters for a number, comes out of its pages as Python's or SQLite's error.
+    Datasette's pages raise Python's and SQLite's errors for an invalid address, such as letters instead of a number.
     """
     if isinstance(exception, DatasetteError):
-        return exception.message or _UNANSWERABLE if exception.status == _FAILED else None
+        return exception.message or _INVALID_ADDRESS if exception.status == _FAILED else None
     is_datasettes = re.match(rf"/{DATABASE}(?![^/.])", path) is not None
-    return _UNANSWERABLE if is_datasettes and isinstance(exception, _OF_A_QUESTION) else None
+    return _INVALID_ADDRESS if is_datasettes and isinstance(exception, _QUERY_ERRORS) else None
 
 
 async def _page(text: Callable[..., str], *parts: str) -> Any:
@@ -247,16 +247,16 @@ async def _page(text: Callable[..., str], *parts: str) -> Any:
 
 
 def _refusal(scope: Mapping[str, Any]) -> Any:
-    """Why a request is refused; None where it is not.
+    """Return the response to a request that is refused, or None.
 
-    Refused is what comes under another name (a page of somebody else's may have its name lead to this machine), what
-    would change something, and Datasette's pages about itself: they tell where the file is.
+    Refused are requests for another host name (DNS rebinding would let other sites read this one), methods that would
+    change something, and Datasette's pages about itself, which reveal where the file is.
     """
     path = str(scope["path"])
     if not _is_local(scope["headers"]):
         return Response.text("this site answers to 127.0.0.1 and localhost only", status=403)
     if scope["method"] not in ("GET", "HEAD"):
-        return Response.text("this site only answers questions: use GET", status=405, headers={"allow": "GET, HEAD"})
+        return Response.text("this site only answers queries: use GET", status=405, headers={"allow": "GET, HEAD"})
     if path.startswith("/-/") and path != _STYLE and not path.startswith("/-/static"):
         return Response.text("there is no such page", status=404)
     return None
@@ -268,7 +268,7 @@ def _is_local(headers: Sequence[tuple[bytes, bytes]]) -> bool:
 
 
 def _page_of(column: str, value: Any, row: Mapping[str, Any]) -> str:
-    """Where a cell leads to; "" where it leads nowhere."""
+    """Return the link of a cell, or "" for none."""
     if not isinstance(value, str) or not value:
         return ""
     if column == "session_id":
