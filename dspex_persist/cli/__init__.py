@@ -1,4 +1,4 @@
-"""The command line: arguments in, exit codes out. Commands import what is heavy themselves, so that help is fast."""
+"""The command line: arguments in, exit codes out. Commands import heavy modules themselves, so that help is fast."""
 
 import os
 import sys
@@ -10,27 +10,28 @@ import typer
 
 from dspex_persist import __version__
 from dspex_persist.cli import audit, demo, maintenance, replay, serve, session, tools
+from dspex_persist.cli.hints import use_options_of
 from dspex_persist.cli.output import complain
 from dspex_persist.errors import DspexError
 from dspex_persist.infra import streams
 
 _PATIENCE_S: Final = 2.0
-"""How long a command that is done waits for the interpreter to end."""
+"""How long a finished command waits for the interpreter to exit, in seconds."""
 
 app = typer.Typer(
     no_args_is_help=True,
-    # Theirs would show the values of local variables, and those are users' values.
+    # Typer's tracebacks would show local variables, which contain users' values.
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     epilog=(
         "[bold]To begin[/bold]\n\n"
-        "dspex-persist demo    see it work, in half a minute\n\n"
+        "dspex-persist demo    see it work in half a minute\n\n"
         "dspex-persist serve --db sessions.db    serve a database\n\n"
         "dspex-persist db check --db sessions.db    check it\n\n"
-        "dspex-persist audit history SESSION    see who changed what, and when\n\n"
-        "dspex-persist tools list --tools shop.tools    see what tools a module has\n\n"
+        "dspex-persist audit history SESSION    see who changed what and when\n\n"
+        "dspex-persist tools list --tools shop.tools    list the tools of a module\n\n"
     ),
 )
 app.command("serve", help=serve.HELP, epilog=serve.EPILOG)(serve.serve)
@@ -58,17 +59,17 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line. An error that we know is one sentence on stderr and an exit code, never a traceback."""
+    """Run the command line. A known error becomes one sentence on stderr and an exit code, never a traceback."""
     streams.prepare()
     code = streams.finish(_run(sys.argv[1:]))
-    # Only when the interpreter ends: whoever has called `main` from a program of their own may go on. Pools of threads
-    # register there as well, and what is registered last is called first.
+    # At the exit of the interpreter, because a program that calls `main` may continue. Thread pools register there,
+    # too, and the callback registered last is called first.
     threading._register_atexit(_end_in_time, code)  # type: ignore[attr-defined]
     sys.exit(code)
 
 
 def _end_in_time(code: int) -> None:
-    """Everything is closed. The interpreter waits for threads of pools that tools have used, however long they take."""
+    """End the process after a while. The interpreter would wait for thread pools that tools used, without limit."""
     deadline = threading.Timer(_PATIENCE_S, os._exit, (code,))
     deadline.daemon = True
     deadline.start()
@@ -77,7 +78,9 @@ def _end_in_time(code: int) -> None:
 def _run(words: list[str]) -> int:
     try:
         decoded = streams.decoded(words)
-        _command(decoded)(args=decoded, prog_name="dspex-persist")
+        command, subcommand = _command(decoded)
+        use_options_of(subcommand)
+        command(args=decoded, prog_name="dspex-persist")
     except SystemExit as end:
         ended = end.code if isinstance(end.code, int) else 0
         return streams.READER_GONE if ended == 1 and streams.is_reader_gone(end) else ended
@@ -91,17 +94,18 @@ def _run(words: list[str]) -> int:
     return 0
 
 
-def _command(words: Sequence[str]) -> Any:
-    """The whole command line; what `words` may show the help of says no more than it has to."""
+def _command(words: Sequence[str]) -> tuple[Any, Any]:
+    """Return the whole command line, and the command in it that `words` name, both with tidied help."""
     command: Any = typer.main.get_command(app)
-    asked = command
+    subcommand = command
     _shorten(command)
     for word in words:
-        asked = getattr(asked, "commands", {}).get(word)
-        if asked is None:
+        following = getattr(subcommand, "commands", {}).get(word)
+        if following is None:
             break
-        _shorten(asked)
-    return command
+        subcommand = following
+        _shorten(subcommand)
+    return command, subcommand
 
 
 def _shorten(command: Any) -> None:
@@ -113,7 +117,7 @@ def _shorten(command: Any) -> None:
 
 
 def exit_code_of(error: Exception) -> int | None:
-    """The exit code that stands for `error` (docs/exit-codes.md); None for an error that is not one of ours."""
+    """Return the exit code for `error` (docs/exit-codes.md), or None if it is not an error of this package."""
     from dspex_persist import wiring
     from dspex_persist.cognitive.errors import ToolDefinitionError, ToolLoadError
     from dspex_persist.infra.listen import ListenError
@@ -129,7 +133,7 @@ def exit_code_of(error: Exception) -> int | None:
         (wiring.StorageFailedError, wiring.EXIT_STORAGE_FAILED),
         (ListenError, 75),
         (DspexError, 1),
-        # What nobody can write in a file, a name or a message.
+        # Text that cannot be encoded, such as in an argument.
         (UnicodeError, 2),
     )
     if isinstance(error, OSError) or streams.is_reader_gone(error):

@@ -1,11 +1,12 @@
-"""What to do next, in the words of the command line: its commands and options."""
+"""Errors as the command line words them: it names commands and options."""
 
-from typing import TYPE_CHECKING, Final
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# By the hint's id: nothing of the state layer is imported before an error is to be said.
+# By the hint's id, as the state layer is only imported once there is an error to report.
 IN_COMMANDS: "Final[Mapping[str, str]]" = {
     "another_file": "give another --db",
     "another_session_id": "use another id for the new one (of an import: --as ID), or end that session first",
@@ -64,14 +65,35 @@ IN_COMMANDS: "Final[Mapping[str, str]]" = {
     "upgrade_package": "upgrade dspex-persist",
     "wait_for_optimizer": "wait until the optimization ends",
 }
-"""What a command says of an error."""
+"""The advice of each hint, for a person at a command line."""
+
+_OTHER_NAMES: Final = {
+    "ended_before": "ended-sessions",
+    "execution_id": "execution",
+    "idempotency_key": "key",
+    "metadata": "meta",
+    "session_id": "session",
+}
+"""The options of arguments that the library calls by another name."""
+_options: "Final[ContextVar[Mapping[str, str]]]" = ContextVar("dspex_persist_options")
+
+
+def use_options_of(command: Any) -> None:
+    """Have errors about an invalid argument name the option of this command that has it: --at instead of at."""
+    options = {max(each.opts, key=len): each.name for each in command.params if each.param_type_name == "option"}
+    names = {key: option for option, name in options.items() for key in (name, option[2:].replace("-", "_"))}
+    others = {key: f"--{other}" for key, other in _OTHER_NAMES.items() if f"--{other}" in options}
+    _options.set({**others, **names})
 
 
 def text_of(error: BaseException | str) -> str:
-    """What is true and what to do, for somebody at a command line."""
-    from dspex_persist.state.errors import StateError
+    """Return the message of an error with its advice, worded for the command line."""
+    from dspex_persist.state.errors import InvalidArgumentError, StateError
     from dspex_persist.wiring import StorageFailedError
 
     if isinstance(error, StorageFailedError):
         return error.in_words(text_of)
+    if isinstance(error, InvalidArgumentError):
+        option = _options.get({}).get(error.field, error.field)
+        error = InvalidArgumentError(option, error.reason).advising(error.advice)
     return error.in_words(IN_COMMANDS) if isinstance(error, StateError) else str(error)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
-from dspex_persist.cli.hints import IN_COMMANDS
+from dspex_persist import cli
+from dspex_persist.audit import CommitQuery, ExecutionQuery, HistoryQuery, SessionQuery
+from dspex_persist.cli.hints import IN_COMMANDS, text_of, use_options_of
 from dspex_persist.state import errors
 from dspex_persist.state.bridge.hints import IN_RPCS
 from dspex_persist.state.errors import Hint, StateError
@@ -110,3 +114,57 @@ def test_nobody_but_the_bridge_names_rpcs(folders: tuple[str, ...]) -> None:
     sentences = ((name, text) for name, text in texts(*folders, but="state/bridge/") if re.search(r"\b[a-z]", text))
     found = {(name, text) for name, text in sentences if RPC.search(text)}
     assert found - known == set()
+
+
+# --- Options ---
+
+
+def commands_in(command: Any, *names: str) -> Iterator[tuple[str, Any]]:
+    """Each command of the command line, as "audit history", with its options."""
+    if hasattr(command, "commands"):
+        for name, each in command.commands.items():
+            yield from commands_in(each, *names, name)
+    else:
+        yield " ".join(names), command
+
+
+COMMANDS = dict(commands_in(typer.main.get_command(cli.app)))
+# Sessions and variables are arguments of commands. A switch cannot be invalid.
+NO_OPTIONS = {"session", "variable", "newest_first", "children"}
+QUERIES = {
+    "audit history": HistoryQuery,
+    "audit executions": ExecutionQuery,
+    "audit commits": CommitQuery,
+    "audit sessions": SessionQuery,
+}
+
+
+@pytest.fixture
+def speaking_of() -> Iterator[Callable[[str], None]]:
+    """Has errors name the options of a command."""
+    yield lambda name: use_options_of(COMMANDS[name])
+    use_options_of(COMMANDS["demo"])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_error_names_the_option_of_an_argument(name: str, speaking_of: Callable[[str], None]) -> None:
+    speaking_of(name)
+    options = [each for each in COMMANDS[name].params if each.param_type_name == "option"]
+    assert options or name == "demo"
+    for option in options:
+        flag = max(option.opts, key=len)
+        assert text_of(errors.InvalidArgumentError(option.name, "x")) == f"invalid {flag}: x"
+        assert text_of(errors.InvalidArgumentError(flag[2:].replace("-", "_"), "x")) == f"invalid {flag}: x"
+
+
+@pytest.mark.parametrize("name", QUERIES)
+def test_an_error_names_the_option_of_a_field_of_a_query(name: str, speaking_of: Callable[[str], None]) -> None:
+    speaking_of(name)
+    for field in {field.name for field in fields(QUERIES[name])} - NO_OPTIONS:
+        assert re.match(r"invalid --[a-z-]+: x", text_of(errors.InvalidArgumentError(field, "x"))), field
+
+
+def test_an_argument_without_an_option_keeps_its_name(speaking_of: Callable[[str], None]) -> None:
+    speaking_of("audit blame")
+    assert text_of(errors.InvalidArgumentError("execution_id", "x")) == "invalid execution_id: x"
+    assert text_of(errors.InvalidArgumentError("at", "x")) == "invalid --at: x"
