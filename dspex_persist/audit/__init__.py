@@ -1,4 +1,4 @@
-"""Ask a history: who changed this variable, when, in which tool call, standing on what.
+"""Query a history: who changed this variable, when, in which tool call, and from which inputs.
 
     import dspex_persist
     from dspex_persist.audit import HistoryQuery
@@ -7,11 +7,13 @@
         for entry in audit.iterate(HistoryQuery(session="s1", variable="temperature", limit=10)):
             print(entry.version, entry.value, entry.tool or entry.actor)
 
-`open_audit` takes what `connect` takes, and opens a file to read it only: beside a running server, or a backup. A
-provider that is open already has `provider.audit()`, if it is `Auditable` (`dspex_persist.state.abilities`).
+`open_audit` takes the addresses that `connect` takes, except `memory:`. It only reads a file, so it works alongside a
+running server, and on a backup. An open provider has `provider.audit()`, if it is `Auditable`
+(`dspex_persist.state.abilities`). `verify` checks that a history has not been altered.
 """
 
 from dspex_persist.audit.documents import document, value_of
+from dspex_persist.audit.heads import KeptHead, Verification, verify
 from dspex_persist.state.audit import (
     AuditSource,
     CommitEntry,
@@ -49,6 +51,7 @@ __all__ = [
     "ExecutionSummary",
     "HistoryEntry",
     "HistoryQuery",
+    "KeptHead",
     "LineageNode",
     "Operator",
     "Page",
@@ -59,7 +62,9 @@ __all__ = [
     "SessionQuery",
     "Source",
     "VariableState",
+    "Verification",
     "document",
     "parse_predicate",
     "value_of",
+    "verify",
 ]

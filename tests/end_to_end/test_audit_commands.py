@@ -30,15 +30,18 @@ from dspex_persist.audit import (
     ExecutionQuery,
     ExecutionStatus,
     HistoryQuery,
+    KeptHead,
     SessionQuery,
     Source,
     document,
     parse_predicate,
+    verify,
 )
 from dspex_persist.cli.audit.rendering import squeezed
 from dspex_persist.cli.audit.sparkline import sparkline
 from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state.commands import SetVariable
+from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.model import Value
 from tests.deadline import within
 from tests.end_to_end.gates import DEADLINE_S

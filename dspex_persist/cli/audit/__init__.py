@@ -1,4 +1,4 @@
-"""dspex-persist audit: ask the history."""
+"""dspex-persist audit: query the history."""
 
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -11,24 +11,24 @@ from dspex_persist.cli.audit import options, pages
 from dspex_persist.cli.audit.asking import AuditOptions, Form, answering, asking
 from dspex_persist.cli.groups import Json, new_group
 from dspex_persist.cli.maintenance import EXIT_PROBLEMS, show_check
-from dspex_persist.cli.output import say, say_json
+from dspex_persist.cli.output import counted, progress_bar, say, say_json
 from dspex_persist.cli.places import Db, database_of
 
 if TYPE_CHECKING:
-    from dspex_persist.cli.audit.verifying import Verification
+    from dspex_persist.audit import Verification
 
 T = TypeVar("T")
 
 HELP = (
-    "Ask the history: who changed a variable, when, in which tool call, and from which inputs.\n\n"
-    "Reads a file, also while a server writes to it, or a backup; or asks a server (--target). A POINT is a commit's "
-    "number, an execution's id, a time (2026-03-01T12:00), an age (30s, 15m, 2h, 7d) or now; ^ behind it means right "
-    "before it, of an execution right before the commit that ended it. Values of variables whose metadata says "
-    "sensitive=true are masked unless --reveal."
+    "Query the history: who changed a variable, when, in which tool call, and from which inputs.\n\n"
+    "Reads a database file, even while a server writes to it, or a backup; or queries a server (--target). A POINT is "
+    "a commit's number, an execution's id, a time (2026-03-01T12:00), an age (30s, 15m, 2h, 7d) or now; a ^ after it "
+    "means right before it: for an execution, right before the commit that ended it. Values of variables whose "
+    "metadata says sensitive=true are masked unless you add --reveal."
 )
 EPILOG = (
     "[bold]Examples[/bold]\n\n"
-    "dspex-persist audit history s1 temperature    how it came to its value\n\n"
+    "dspex-persist audit history s1 temperature    how it got its value\n\n"
     "dspex-persist audit history '*' --where '> 0.9' --since 2h --json\n\n"
     "dspex-persist audit executions s1 --status failed\n\n"
     "dspex-persist audit show exec_1234    everything about one execution; a prefix of the id is enough\n\n"
@@ -36,18 +36,18 @@ EPILOG = (
     "dspex-persist audit diff s1 --from 1234 --to exec_1234    all that changed while it ran\n\n"
     "dspex-persist audit blame s1 temperature --depth 3    which values it was derived from\n\n"
     "[bold]Exit codes[/bold]\n\n"
-    "0  answered, also if nothing was found\n\n"
+    "0  answered, also if nothing matched\n\n"
     "1  no such session, variable or execution, or the server cannot be reached\n\n"
-    "2  wrong usage, or a point, a condition or a setting that cannot be\n\n"
+    "2  wrong usage, or an invalid point, condition or setting\n\n"
     "3  verify found problems\n\n"
-    "5  no such file, no database of ours, or another schema\n\n"
-    "With --json an error is one JSON object on stdout as well; the exit codes are the same.\n\n"
+    "5  no such file, not a dspex-persist database, or another schema\n\n"
+    "With --json an error is printed as one JSON object on stdout, too; the exit codes are the same.\n\n"
 )
 
 app = new_group(HELP, EPILOG)
 
 _SESSION = typer.Argument(metavar="SESSION", help="Its id.", show_default=False)
-_SESSIONS = typer.Argument(metavar="SESSION", help="An id, or a glob of * and ?.", show_default=False)
+_SESSIONS = typer.Argument(metavar="SESSION", help="An id, or a glob with * and ?.", show_default=False)
 Session = Annotated[str, _SESSION]
 Sessions = Annotated[str, _SESSIONS]
 
@@ -57,9 +57,9 @@ Sessions = Annotated[str, _SESSIONS]
 
 @app.command(
     help=(
-        "List versions: what a variable, a session or everything that matches was set to, by whom, and when.\n\n"
-        "SESSION and VARIABLE may be globs of * and ?, VARIABLE also an id. A numeric variable gets a line of blocks "
-        "below the table.\n\n"
+        "List versions: the values of a variable, a session or everything that matches, with who set them and when.\n\n"
+        "SESSION and VARIABLE may be globs with * and ?, VARIABLE also an id. Numeric variables get a sparkline below "
+        "the table.\n\n"
     )
 )
 def history(
@@ -91,8 +91,8 @@ def history(
     from dspex_persist.cli.audit import lists
     from dspex_persist.state.audit import HistoryQuery
 
-    asked = AuditOptions(db, target, as_json, as_csv, utc, reveal)
-    with asking(asked) as audit:
+    request = AuditOptions(db, target, as_json, as_csv, utc, reveal)
+    with asking(request) as audit:
         query = HistoryQuery(
             session="" if session == "*" else session,
             variable="" if variable == "*" else variable,
@@ -108,10 +108,10 @@ def history(
             until=until,
             newest_first=not oldest_first,
         )
-        (lists.follow_list if follow else lists.say_list)(audit, query, lists.history_rows(query), asked, limit)
+        (lists.follow_list if follow else lists.say_list)(audit, query, lists.history_rows(query), request, limit)
 
 
-@app.command(help="List tool executions: which tool, how it ended, how long it took, what went wrong.")
+@app.command(help="List tool executions: the tool, how it ended, how long it took, what went wrong.")
 def executions(
     session: Sessions = "",
     tool: options.Tool = "",
@@ -136,8 +136,8 @@ def executions(
     from dspex_persist.cli.audit import lists
     from dspex_persist.state.audit import ExecutionQuery
 
-    asked = AuditOptions(db, target, as_json, as_csv, utc, reveal)
-    with asking(asked) as audit:
+    request = AuditOptions(db, target, as_json, as_csv, utc, reveal)
+    with asking(request) as audit:
         query = ExecutionQuery(
             session="" if session == "*" else session,
             tool=tool,
@@ -150,7 +150,7 @@ def executions(
             until=until,
             newest_first=not oldest_first,
         )
-        (lists.follow_list if follow else lists.say_list)(audit, query, lists.execution_rows(query), asked, limit)
+        (lists.follow_list if follow else lists.say_list)(audit, query, lists.execution_rows(query), request, limit)
 
 
 @app.command(help="List commits: each acknowledged change with its actor, cause, hash and changes.")
@@ -174,8 +174,8 @@ def commits(
     from dspex_persist.cli.audit import lists
     from dspex_persist.state.audit import CommitQuery
 
-    asked = AuditOptions(db, target, as_json, as_csv, utc, reveal)
-    with asking(asked) as audit:
+    request = AuditOptions(db, target, as_json, as_csv, utc, reveal)
+    with asking(request) as audit:
         query = CommitQuery(
             session="" if session == "*" else session,
             actor=actor,
@@ -184,14 +184,14 @@ def commits(
             until=until,
             newest_first=not oldest_first,
         )
-        (lists.follow_list if follow else lists.say_list)(audit, query, lists.commit_rows(query), asked, limit)
+        (lists.follow_list if follow else lists.say_list)(audit, query, lists.commit_rows(query), request, limit)
 
 
 @app.command(help="List sessions, live and ended, with their sizes.")
 def sessions(
-    glob: Annotated[str, typer.Argument(metavar="GLOB", help="Their ids; * and ?.", show_default=False)] = "",
+    glob: Annotated[str, typer.Argument(metavar="GLOB", help="Ids with * and ?.", show_default=False)] = "",
     live: Annotated[
-        bool | None, typer.Option("--live/--ended", show_default=False, help="Only those that live, or have ended.")
+        bool | None, typer.Option("--live/--ended", show_default=False, help="Only live sessions, or only ended ones.")
     ] = None,
     meta: options.Meta = None,
     since: options.Since = "",
@@ -209,8 +209,8 @@ def sessions(
     from dspex_persist.cli.audit import lists
     from dspex_persist.state.audit import SessionQuery
 
-    asked = AuditOptions(db, target, as_json, as_csv, utc, reveal)
-    with asking(asked) as audit:
+    request = AuditOptions(db, target, as_json, as_csv, utc, reveal)
+    with asking(request) as audit:
         query = SessionQuery(
             session="" if glob == "*" else glob,
             live=live,
@@ -219,7 +219,7 @@ def sessions(
             until=until,
             newest_first=not oldest_first,
         )
-        lists.say_list(audit, query, lists.SESSION_ROWS, asked, limit)
+        lists.say_list(audit, query, lists.SESSION_ROWS, request, limit)
 
 
 # One thing
@@ -228,7 +228,7 @@ def sessions(
 @app.command(
     help=(
         "Show one execution in full: parameters, reads, writes, published values, calls, log and outcome.\n\n"
-        "The number of the commit that began it is enough of its id: exec_1234, or 1234.\n\n"
+        "The number in its id is enough: exec_1234, or 1234.\n\n"
     )
 )
 def show(
@@ -243,26 +243,26 @@ def show(
     """Show an execution."""
     from dspex_persist.state.audit import ExecutionDetail
 
-    asked = AuditOptions(db, target, as_json, as_csv, utc, reveal)
-    with asking(asked) as audit:
+    request = AuditOptions(db, target, as_json, as_csv, utc, reveal)
+    with asking(request) as audit:
         detail = audit.execution(f"exec_{execution}" if execution.isdecimal() else execution)
-        if asked.form is not Form.TABLE:
-            _say_all(asked, ExecutionDetail, [detail])
+        if request.form is not Form.TABLE:
+            _say_all(request, ExecutionDetail, [detail])
             return
         from dspex_persist.cli.audit.details import show_execution
 
-        show_execution(audit, detail, asked.look())
+        show_execution(audit, detail, request.look())
 
 
-def _say_all(asked: AuditOptions, kind: type[T], rows: Iterable[T]) -> None:
+def _say_all(request: AuditOptions, kind: type[T], rows: Iterable[T]) -> None:
     """Print rows for programs."""
-    asked.printer(kind, lambda _look: ()).print(rows)
+    request.printer(kind, lambda _look: ()).print(rows)
 
 
 @app.command(
     help=(
         "Show the variables of a session as of a point, and who set them.\n\n"
-        "SESSION may be a glob of * and ?: of all sessions that fit and lived then.\n\n"
+        "SESSION may be a glob with * and ?, for all matching sessions that were live then.\n\n"
     )
 )
 def state(
@@ -280,11 +280,11 @@ def state(
     from dspex_persist.cli.audit.tables import state_columns
     from dspex_persist.state.audit import VariableState
 
-    asked = AuditOptions(db, target, as_json, as_csv, utc, reveal)
-    with asking(asked) as audit:
-        found, of_many = lists.states(audit, session, at)
-        asked.printer(VariableState, lambda look: state_columns(look, of_many)).print(found)
-        if asked.form is Form.TABLE and not found:
+    request = AuditOptions(db, target, as_json, as_csv, utc, reveal)
+    with asking(request) as audit:
+        variables, is_many = lists.states(audit, session, at)
+        request.printer(VariableState, lambda look: state_columns(look, is_many)).print(variables)
+        if request.form is Form.TABLE and not variables:
             say("no variables")
 
 
@@ -292,10 +292,10 @@ def state(
 def diff(
     session: Session,
     start: Annotated[
-        str, typer.Option("--from", metavar="POINT", help="Compare what was then ...", show_default=False)
+        str, typer.Option("--from", metavar="POINT", help="Compare the state as of this point ...", show_default=False)
     ],
     end: Annotated[
-        str, typer.Option("--to", metavar="POINT", help="... with what was then.", show_default=False)
+        str, typer.Option("--to", metavar="POINT", help="... with the state as of this one.", show_default=False)
     ] = "now",
     as_json: options.Json = False,
     as_csv: options.Csv = False,
@@ -307,33 +307,33 @@ def diff(
     """Compare two points."""
     from dspex_persist.state.audit import Difference
 
-    asked = AuditOptions(db, target, as_json, as_csv, utc, reveal)
-    with asking(asked) as audit:
+    request = AuditOptions(db, target, as_json, as_csv, utc, reveal)
+    with asking(request) as audit:
         first, last = audit.resolve(start, "from", session), audit.resolve(end, "to", session)
-        found = audit.diff(session, str(first), str(last))
-        if asked.form is not Form.TABLE:
-            _say_all(asked, Difference, found)
+        differences = audit.diff(session, str(first), str(last))
+        if request.form is not Form.TABLE:
+            _say_all(request, Difference, differences)
             return
         from dspex_persist.cli.audit.differences import show_differences
 
         if first > last:
             say(f"backwards: from commit {first} to the older commit {last}")
-        show_differences(found, asked.look())
-        if not found:
+        show_differences(differences, request.look())
+        if not differences:
             say(f"no difference between commit {first} and commit {last}")
 
 
 @app.command(
     help=(
         "Show which execution or client set each value, and which values it was derived from.\n\n"
-        "A tool's writes stand on all that its transaction read. Each version is shown once.\n\n"
+        "A tool's writes are derived from everything that its transaction read. Each version is shown once.\n\n"
     )
 )
 def blame(
     session: Session,
     variable: Annotated[str, typer.Argument(metavar="VARIABLE", help="Its name or id.", show_default=False)] = "",
-    at: Annotated[str, typer.Option("--at", metavar="POINT", help="As it stood then.", show_default=False)] = "now",
-    depth: Annotated[int, typer.Option("--depth", metavar="N", min=0, max=100, help="So many steps back.")] = 1,
+    at: Annotated[str, typer.Option("--at", metavar="POINT", help="As of this point.", show_default=False)] = "now",
+    depth: Annotated[int, typer.Option("--depth", metavar="N", min=0, max=100, help="How many steps back.")] = 1,
     as_json: options.Json = False,
     as_csv: options.Csv = False,
     utc: options.Utc = False,
@@ -341,18 +341,18 @@ def blame(
     db: Db = None,
     target: options.Target = None,
 ) -> None:
-    """Say where values come from."""
+    """Show which values each value was derived from."""
     from dspex_persist.state.audit import LineageNode
 
-    asked = AuditOptions(db, target, as_json, as_csv, utc, reveal)
-    with asking(asked) as audit:
+    request = AuditOptions(db, target, as_json, as_csv, utc, reveal)
+    with asking(request) as audit:
         nodes = audit.blame(session, variable, at, depth)
-        if asked.form is not Form.TABLE:
-            _say_all(asked, LineageNode, nodes)
+        if request.form is not Form.TABLE:
+            _say_all(request, LineageNode, nodes)
             return
         from dspex_persist.cli.audit.lineage import show_lineage
 
-        show_lineage(nodes, asked.look(), depth)
+        show_lineage(nodes, request.look(), depth)
         if not nodes:
             say("no variables")
 
@@ -360,50 +360,55 @@ def blame(
 @app.command(
     help=(
         "Verify the whole history, as db check does: re-hash each commit and check everything else.\n\n"
-        "The file beside the database whose name ends in .anchor lies where whoever changes the one can change the "
-        "other. --anchor FILE compares with heads that are kept elsewhere, such as on another machine or on paper, and "
-        "so shows a history that was rewritten as a whole; --write adds the head of today to them, if all is well.\n\n"
+        "Anyone who can change the database can change the .anchor file next to it, too. --anchor FILE compares the "
+        "history with heads kept elsewhere, such as on another machine, and so detects a history that was rewritten as "
+        "a whole; --write adds the current head to that file if everything verifies.\n\n"
     ),
     epilog=(
         "[bold]Examples[/bold]\n\n"
         "dspex-persist audit verify --anchor /mnt/other/heads.jsonl --write    every night\n\n"
-        "dspex-persist audit verify --anchor /mnt/other/heads.jsonl    is it still the history of then?\n\n"
+        "dspex-persist audit verify --anchor /mnt/other/heads.jsonl    is the history still the same?\n\n"
     ),
 )
 def verify(
     anchor: Annotated[
         Path | None, typer.Option("--anchor", metavar="FILE", help="Heads kept elsewhere.", show_default=False)
     ] = None,
-    write: Annotated[bool, typer.Option("--write", help="Add the head to FILE, if nothing is wrong.")] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="Add the current head to FILE if everything verifies.")
+    ] = False,
     as_json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print the problems as CSV.")] = False,
     db: Db = None,
 ) -> None:
     """Check the history."""
-    from dspex_persist.cli.audit import verifying
+    from dspex_persist import audit
 
-    asked = AuditOptions(db, None, as_json, as_csv)
-    with answering(asked):
-        found = verifying.verify(database_of(db), anchor, write)
-        _say_verification(found, asked, anchor)
-        if found.report.problems:
+    request = AuditOptions(db, None, as_json, as_csv)
+    with answering(request):
+        with progress_bar() as progress:
+            verification = audit.verify(database_of(db), anchor=anchor, write=write, progress=progress)
+        _say_verification(verification, request, anchor)
+        if not verification.ok:
             raise typer.Exit(EXIT_PROBLEMS)
 
 
-def _say_verification(found: "Verification", asked: AuditOptions, anchor: Path | None) -> None:
-    from dspex_persist.cli.audit.verifying import told
+def _say_verification(verification: "Verification", request: AuditOptions, anchor: Path | None) -> None:
     from dspex_persist.state.store.verify import Problem
 
-    match asked.form:
+    report, written = verification.report, verification.written
+    match request.form:
         case Form.JSON:
-            written = None if found.written is None else asdict(found.written)
-            more = {"compared": found.compared, "written": written}
-            say_json({"ok": not found.report.problems, **asdict(found.report), **more})
+            heads = {"compared": verification.compared, "written": None if written is None else asdict(written)}
+            say_json({"ok": verification.ok, **asdict(report), **heads})
         case Form.CSV:
-            _say_all(asked, Problem, found.report.problems)
+            _say_all(request, Problem, report.problems)
         case Form.TABLE:
-            show_check(found.report)
-            say(*told(found, anchor))
+            show_check(report)
+            if verification.compared:
+                say(f"compared with {counted(verification.compared, 'kept head')} of {anchor}")
+            if written is not None:
+                say(f"{anchor}: head {written.sequence} written, {written.hash}")
 
 
 # Pages
