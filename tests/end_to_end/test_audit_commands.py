@@ -281,9 +281,9 @@ def test_tables_say_that_there_is_more_and_how_to_get_it(ask: Callable[..., Said
     said = ask("commits", "--limit", "3").out.splitlines()
     assert len(said) == 6
     last = said[4].split()[0]
-    assert said[5] == f"more than these 3 rows: --limit 0 shows all, --until {int(last) - 1} goes on from here"
+    assert said[5] == f"more than these 3 rows: --limit 0 shows all, --until {int(last) - 1} continues from here"
     oldest = ask("commits", "--limit", "2", "--oldest-first").out.splitlines()
-    assert oldest[-1].endswith("--since 2 goes on from here")
+    assert oldest[-1].endswith("--since 2 continues from here")
     everything = ask("commits", "--limit", "0").out
     assert "more than" not in everything
     assert len(everything.splitlines()) == 2 + len(ask("commits", "--json").rows)
@@ -305,7 +305,7 @@ def test_who_follows_what_tables_say_sees_each_row_once(
     while True:
         rows, told = page("--limit", "2", *onward)
         seen += rows
-        hint = re.search(r"(--until|--since) (\d+) goes on from here$", told)
+        hint = re.search(r"(--until|--since) (\d+) continues from here$", told)
         if hint is None:
             break
         onward = hint.groups()
@@ -328,12 +328,12 @@ def test_a_table_ends_with_a_whole_commit(ask: Callable[..., Said], tmp_path: Pa
 
     newest, told = page("--limit", "1")
     assert newest == ["7", "7"]
-    assert told == "more than these 2 rows: --limit 0 shows all, --until 6 goes on from here"
+    assert told == "more than these 2 rows: --limit 0 shows all, --until 6 continues from here"
     assert page("--limit", "1", "--until", "6")[0] == ["5", "5"]
     assert page("--limit", "3", "--until", "6")[0] == ["5", "5", "3"]
     oldest, told = page("--limit", "3", "--oldest-first")
     assert oldest == ["2", "3", "5", "5"]
-    assert told == "more than these 4 rows: --limit 0 shows all, --since 5 goes on from here"
+    assert told == "more than these 4 rows: --limit 0 shows all, --since 5 continues from here"
     last, told = page("--limit", "1", "--oldest-first", "--since", "5")
     assert last == ["7", "7"]
     assert "more than" not in told
@@ -477,13 +477,13 @@ def test_a_diff_that_goes_backwards_says_so(ask: Callable[..., Said], executions
 def test_blame_is_a_tree(ask: Callable[..., Said], executions: dict[str, str]) -> None:
     flat_tree = ask("blame", SESSION, "c", "--depth", "0").out
     assert re.match(rf"c = 1  v1, set by {short(executions['parent'])} parent, for \S+, commit", flat_tree)
-    assert "stands on" in flat_tree
-    assert "--depth 1 goes one step further back" in flat_tree
+    assert "derived from" in flat_tree
+    assert "to see one step further back: --depth 1" in flat_tree
     deep = ask("blame", SESSION, "a", "--depth", "9").out
     assert re.search(r"^a = 101  v\d, set by exec_\d+ add_with_retries", deep)
     assert re.search(r"^└── a = 100  v\d, set by \S+ \(SetVariable\), commit", deep, re.MULTILINE)
-    assert "goes one step further" not in deep
-    # What several stand on is told once.
+    assert "one step further" not in deep
+    # A version from which several are derived is shown once.
     every = ask("blame", SESSION, "--at", executions["parent"], "--depth", "9").out
     assert "(see there)" in every
 
@@ -546,9 +546,9 @@ def test_what_is_masked_cannot_be_found_by_its_value(ask: Callable[..., Said]) -
         (["history", SESSION, "--where", "< x"], USAGE, "which is no number"),
         (["history", SESSION, "--meta", "step"], USAGE, "'step' is not KEY=VALUE"),
         (["history", SESSION, "--type", "flaot"], USAGE, "did you mean float? possible: "),
-        (["history", SESSION, "--follow", "--until", "9"], USAGE, "leave --until out"),
-        (["verify", "--anchor", "missing.jsonl"], USAGE, "--write makes it"),
-        (["verify", "--write"], USAGE, "name the file with --anchor"),
+        (["history", SESSION, "--follow", "--until", "9"], USAGE, "leave out --until"),
+        (["verify", "--anchor", "missing.jsonl"], USAGE, "writing a head creates it"),
+        (["verify", "--write"], USAGE, "invalid --anchor: name the file to write the head to"),
     ],
 )
 def test_wrong_input_says_what_is_possible(
@@ -671,6 +671,28 @@ def test_verify_finds_a_history_that_was_rewritten_or_cut(
     (row,) = ask("verify", "--anchor", kept, "--json", db=other, code=PROBLEMS).rows
     assert (row["ok"], len(row["problems"])) == (False, 1)
     assert ask("verify", "--anchor", kept, "--csv", db=other, code=PROBLEMS).cells[0]["where"] == "commit 1"
+
+
+def test_python_verifies_as_the_command_does(backup: Path, tmp_path: Path) -> None:
+    kept, other = tmp_path / "heads.jsonl", tmp_path / "other.db"
+    assert verify(backup).ok
+    with pytest.raises(InvalidArgumentError, match=r"invalid anchor: there is no file .*; writing a head creates it"):
+        verify(backup, anchor=kept)
+    with pytest.raises(InvalidArgumentError, match="invalid anchor: name the file to write the head to"):
+        verify(backup, write=True)
+    first = verify(backup, anchor=kept, write=True)
+    assert (first.ok, first.compared) == (True, 0)
+    assert first.written == KeptHead(**json.loads(kept.read_text()))
+    assert first.written.sequence == first.report.commits
+    steps: list[str] = []
+    again = verify(str(backup), anchor=str(kept), progress=lambda what, _done, _in_all: steps.append(what))
+    assert (again.ok, again.compared, again.written) == (True, 1, None)
+    assert "checking commits" in steps
+    with dspex_persist.connect(other) as state:
+        state.initialize_session(SESSION)
+    cut = verify(other, anchor=kept, write=True)
+    assert (cut.ok, cut.written) == (False, None)
+    assert [problem.where for problem in cut.report.problems] == [f"commit {first.report.commits}"]
 
 
 @pytest.mark.parametrize("content", ["", "nonsense\n", '{"sequence": 0, "hash": "00", "time": ""}\n', "[]\n"])

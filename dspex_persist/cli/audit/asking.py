@@ -1,4 +1,4 @@
-"""How each question is put: to which file or server, in which form the answer is wanted, what an error becomes."""
+"""Runs one audit query: opens the file or server, selects the output format, reports errors."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +35,7 @@ class Form(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AuditOptions:
-    """What all questions are asked with."""
+    """The options that all audit commands share."""
 
     db: Path | None = None
     target: str | None = None
@@ -46,26 +46,26 @@ class AuditOptions:
 
     @property
     def form(self) -> Form:
-        """How the answer is printed."""
+        """The output format."""
         return Form.JSON if self.as_json else Form.CSV if self.as_csv else Form.TABLE
 
     def check(self) -> None:
-        """Refuse what cannot be meant."""
+        """Raise `InvalidArgumentError` for options that exclude each other."""
         from dspex_persist.state.errors import InvalidArgumentError
 
         if self.as_json and self.as_csv:
-            raise InvalidArgumentError("csv", "--json and --csv are two forms: choose one")
+            raise InvalidArgumentError("csv", "--json and --csv are two formats: choose one")
         if self.db is not None and self.target is not None:
             raise InvalidArgumentError("target", "--db and --target are two places: choose one")
 
     def look(self) -> "Renderer":
-        """The terminal."""
+        """Return a renderer for the terminal."""
         from dspex_persist.cli.audit.rendering import Renderer
 
         return Renderer(self.is_utc)
 
     def printer(self, kind: type[T], columns: "Callable[[Renderer], Sequence[Column[T]]]") -> "Printer[T]":
-        """What prints answers of this kind."""
+        """Return a printer for answers of this kind, in the requested format."""
         from dspex_persist.cli.audit.forms import Csv, JsonLines
         from dspex_persist.cli.audit.rendering import Table
 
@@ -79,17 +79,17 @@ class AuditOptions:
 
 
 @contextmanager
-def answering(asked: AuditOptions) -> Iterator[None]:
-    """What is wrong is a sentence on stderr, with --json an object too; what was asked wrongly ends with 2."""
+def answering(request: AuditOptions) -> Iterator[None]:
+    """Report errors in one sentence on stderr, with --json also on stdout; an invalid argument exits with 2."""
     from dspex_persist.state.errors import InvalidArgumentError
 
     try:
-        asked.check()
+        request.check()
         yield
-        # Here, and not at the end of the process, it is still caught that nobody reads any more.
+        # A closed pipe has to fail here, where the error is handled, not at the exit of the process.
         sys.stdout.flush()
     except (DspexError, ValueError) as error:
-        if asked.as_json:
+        if request.as_json:
             say_json({"ok": False, "error": text_of(error)})
         if not isinstance(error, InvalidArgumentError):
             raise
@@ -98,11 +98,11 @@ def answering(asked: AuditOptions) -> Iterator[None]:
 
 
 @contextmanager
-def asking(asked: AuditOptions) -> "Iterator[AuditSource]":
-    """The history that is asked."""
+def asking(request: AuditOptions) -> "Iterator[AuditSource]":
+    """Open the requested history."""
     from dspex_persist.wiring import open_audit
 
-    with answering(asked):
-        place: Path | str = database_of(asked.db) if asked.target is None else url_of(asked.target)
-        with open_audit(place, reveal=asked.reveal) as source:
+    with answering(request):
+        place: Path | str = database_of(request.db) if request.target is None else url_of(request.target)
+        with open_audit(place, reveal=request.reveal) as source:
             yield source

@@ -20,12 +20,12 @@ from dspex_persist.state.model import LogEntry
 
 
 def show_execution(source: AuditSource, detail: ExecutionDetail, look: Renderer) -> None:
-    """Print it, with all that it called."""
+    """Print an execution with everything that it called."""
     look.print(_tree(detail, _Changes(source, detail.summary.session_id, detail.history), look))
 
 
 class _Changes:
-    """What an execution and those that it called read and changed, each with the values."""
+    """Formats the reads and writes of an execution, and of those that it called, with their values."""
 
     def __init__(self, source: AuditSource, session: str, history: Iterable[HistoryEntry]) -> None:
         self._source = source
@@ -35,17 +35,17 @@ class _Changes:
             self._entries.setdefault((entry.name, entry.version), []).append(entry)
 
     def lines(self, changes: Iterable[tuple[str, int]]) -> Iterator[str]:
-        """One line a change. Of a name that was given twice there may be two of the same version."""
+        """Yield one line for each change. A name that was used twice may have two changes with the same version."""
         for change in dict.fromkeys(changes):
             if change not in self._entries:
                 yield f"{plain(change[0])}: version {change[1]} is pruned"
             for entry in self._entries.get(change, ()):
                 what = f"{self._before(entry)} → {value_text(entry.value, entry.masked)}"
-                told = f", {entries_text(entry.metadata)}" if entry.metadata else ""
-                yield f"{plain(entry.name)}: {what}  (version {entry.version}, {entry.kind.value}{told})"
+                metadata = f", {entries_text(entry.metadata)}" if entry.metadata else ""
+                yield f"{plain(entry.name)}: {what}  (version {entry.version}, {entry.kind.value}{metadata})"
 
     def read(self, read: ReadEntry) -> str:
-        """What was found under a name or id."""
+        """Return the line for one read: the value found under a name or id."""
         if read.version is None or read.variable_id is None:
             return f"{plain(read.asked)}: not there"
         by_id = f", asked for as {plain(read.asked)}" if read.asked != read.name else ""
@@ -56,10 +56,10 @@ class _Changes:
 
     def _value(self, variable_id: str, version: int) -> str:
         try:
-            found = self._source.version(self._session, variable_id, version)
+            entry = self._source.version(self._session, variable_id, version)
         except (VersionNotFoundError, NotInHistoryError):
             return "pruned"
-        return value_text(found.value, found.masked)
+        return value_text(entry.value, entry.masked)
 
 
 def _tree(detail: ExecutionDetail, changes: _Changes, look: Renderer) -> Any:
@@ -108,8 +108,8 @@ def _facts(detail: ExecutionDetail, look: Renderer) -> Iterator[str]:
     if summary.ended_sequence is not None:
         yield f"ended {look.full_time(summary.ended_at)}, commit {summary.ended_sequence}"
     if len(detail.attempts) > 1:
-        told = (f"{each} (this one)" if each == summary.execution_id else each for each in detail.attempts)
-        yield f"attempt {summary.attempt} of {len(detail.attempts)}: {', '.join(told)}"
+        attempts = (f"{each} (this one)" if each == summary.execution_id else each for each in detail.attempts)
+        yield f"attempt {summary.attempt} of {len(detail.attempts)}: {', '.join(attempts)}"
     if summary.parent_id is not None:
         yield f"called by {summary.parent_id}"
     if summary.idempotency_key is not None:
@@ -135,5 +135,5 @@ def _error(detail: ExecutionDetail) -> Iterator[str]:
     if detail.failure is not None:
         yield plain(f"{detail.failure.type}: {shortened(detail.failure.message)}")
         yield detail.failure.traceback.rstrip()
-    elif told := detail.reason or ("" if detail.conflicts else detail.summary.error):
-        yield plain(told)
+    elif reason := detail.reason or ("" if detail.conflicts else detail.summary.error):
+        yield plain(reason)

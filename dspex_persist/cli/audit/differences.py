@@ -1,4 +1,4 @@
-"""The difference between two points, for people: - what was, + what is."""
+"""The differences between two points, for people: - before, + after."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ _STYLES: Final = {"-": "red", "+": "green", "@": "cyan"}
 
 
 def show_differences(differences: Sequence[Difference], look: Renderer) -> None:
-    """Print one block a variable."""
+    """Print one block per variable."""
     from rich.text import Text
 
     for difference in differences:
@@ -39,12 +39,12 @@ def _title(difference: Difference) -> str:
 
 
 def _version(state: VariableState | None) -> str:
-    assert state is not None, "its kind says that there is one"
+    assert state is not None, "implied by the kind of the difference"
     return f"v{state.version}"
 
 
 def _author(state: VariableState | None) -> str:
-    assert state is not None, "its kind says that there is one"
+    assert state is not None, "implied by the kind of the difference"
     return f"v{state.version} by {author_and_client(state)}, commit {state.sequence}"
 
 
@@ -54,14 +54,14 @@ def _lines(difference: Difference) -> Iterator[str]:
         yield from (f"- {line}" for line in before)
         yield from (f"+ {line}" for line in after)
         return
-    # Without the two lines that would name files.
+    # Without the two lines that name the files.
     compared = list(unified_diff(before, after, n=2, lineterm=""))[2:]
     for line in compared:
         yield line if line.startswith("@") else f"{line[0]} {line[1:]}"
 
 
 def _text_lines(state: VariableState | None) -> list[str]:
-    """A value as lines that can be compared: those of a text, or those of long JSON."""
+    """Return a value as lines to compare: the lines of a string, or of indented JSON if it is long."""
     if state is None:
         return []
     if state.value is None or state.value.binary is not None or len(state.value.json) <= _LONG:

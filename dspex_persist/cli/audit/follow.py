@@ -1,4 +1,4 @@
-"""Rows as they come: the log is looked at again and again, beside the server that writes it, until Ctrl-C."""
+"""--follow: polls the log, alongside the server that writes it, and prints new rows until Ctrl-C."""
 
 import sys
 import time
@@ -22,7 +22,7 @@ _POLL_S: Final = 0.2
 
 
 def follow_rows(source: AuditSource, query: Query[T], printer: "Printer[T]", most: int) -> None:
-    """Print the newest `most` rows (0: all), oldest first, then what comes."""
+    """Print the newest `most` rows (0: all), oldest first, then new ones as they arrive."""
     with suppress(KeyboardInterrupt):
         seen = source.head()
         printer.print(_past(source, query, seen, most))
@@ -33,9 +33,9 @@ def follow_rows(source: AuditSource, query: Query[T], printer: "Printer[T]", mos
 def follow_executions(
     source: AuditSource, query: ExecutionQuery, printer: "Printer[ExecutionSummary]", most: int
 ) -> None:
-    """The same for executions. One that runs when it is printed is printed again when it has ended."""
-    # One that runs may end with any status.
-    every = replace(query, status=None)
+    """Do the same for executions. A running execution is printed again when it has ended."""
+    # A running execution may end with any status.
+    any_status = replace(query, status=None)
     with suppress(KeyboardInterrupt):
         seen = source.head()
         running = {each.began_sequence for each in source.iterate(_running(query, seen))}
@@ -43,15 +43,15 @@ def follow_executions(
         for new in _news(source, seen):
             ended = [each for began in sorted(running) if (each := _ended(source, began)) is not None]
             running -= {each.began_sequence for each in ended}
-            begun = list(_between(source, every, *new))
+            begun = list(_between(source, any_status, *new))
             running |= {each.began_sequence for each in begun if each.status is ExecutionStatus.RUNNING}
             printer.print(each for each in (*ended, *begun) if query.status in (None, each.status))
 
 
 def refuse_end(query: Query[T]) -> None:
-    """What is followed has no end."""
+    """Raise `InvalidArgumentError` if a query to follow has an end."""
     if query.until:
-        raise InvalidArgumentError("until", "--follow goes on for ever: leave --until out")
+        raise InvalidArgumentError("until", "--follow has no end: leave out --until")
 
 
 def _past(source: AuditSource, query: Query[T], head: int, most: int) -> Iterable[T]:
@@ -68,7 +68,7 @@ def _running(query: ExecutionQuery, head: int) -> ExecutionQuery:
 
 
 def _without_ended(rows: Iterable[ExecutionSummary], running: set[int]) -> Iterator[ExecutionSummary]:
-    """The rows; those that have ended since they were looked for do not count as running."""
+    """Yield the rows, and remove from `running` the executions that have ended by now."""
     for row in rows:
         if row.status is not ExecutionStatus.RUNNING:
             running.discard(row.began_sequence)
@@ -76,13 +76,13 @@ def _without_ended(rows: Iterable[ExecutionSummary], running: set[int]) -> Itera
 
 
 def _ended(source: AuditSource, began: int) -> ExecutionSummary | None:
-    """The execution that this commit began, once it has ended."""
-    (found,) = source.page(ExecutionQuery(since=str(began - 1), until=str(began))).rows
-    return None if found.status is ExecutionStatus.RUNNING else found
+    """Return the execution that this commit began, or None while it is running."""
+    (execution,) = source.page(ExecutionQuery(since=str(began - 1), until=str(began))).rows
+    return None if execution.status is ExecutionStatus.RUNNING else execution
 
 
 def _news(source: AuditSource, seen: int) -> Iterator[tuple[int, int]]:
-    """The commits that are new, each time that there are some: after the first, up to and with the second."""
+    """Yield each range of new commits, as the commit before the range and its last commit."""
     patient = _patient(source.head)
     while True:
         head = patient()
@@ -92,20 +92,20 @@ def _news(source: AuditSource, seen: int) -> Iterator[tuple[int, int]]:
         time.sleep(_POLL_S)
 
 
-def _patient(question: Callable[[], int]) -> Callable[[], int]:
-    """Asks again where the server, or the file, cannot be read just now."""
+def _patient(read: Callable[[], int]) -> Callable[[], int]:
+    """Return `read` with retries while the server or the file cannot be read; the first error is reported."""
 
-    def asked() -> int:
-        is_told = False
+    def read_patiently() -> int:
+        is_reported = False
         while True:
             try:
-                return question()
+                return read()
             except DspexError as error:
                 if not error.retryable:
                     raise
-                if not is_told:
+                if not is_reported:
                     print(f"waiting: {text_of(error)}", file=sys.stderr)
-                is_told = True
+                is_reported = True
                 time.sleep(_POLL_S)
 
-    return asked
+    return read_patiently

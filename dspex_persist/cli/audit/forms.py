@@ -1,4 +1,4 @@
-"""The three forms of an answer: a table for people, JSON Lines and CSV for programs. Rows are printed as they come."""
+"""Output for programs: JSON Lines and CSV. Rows are printed as they arrive."""
 
 import csv
 import json
@@ -21,22 +21,20 @@ _NESTED: Final[Mapping[str, type]] = {
     "before": VariableState,
     "after": VariableState,
 }
-"""Fields whose own fields are columns of a CSV: `before` becomes before_session_id and so on."""
-
-
+"""Fields that are flattened in CSV: `before` becomes before_session_id and so on."""
 _FORMULAS: Final = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 class Printer(Protocol[T_contra]):
-    """Prints rows, each time below those before."""
+    """Prints rows."""
 
     def print(self, rows: Iterable[T_contra]) -> None:
-        """Print them."""
+        """Print rows below those already printed."""
         ...
 
 
 class JsonLines(Generic[T_contra]):
-    """One object a row, with the names of the dataclass's fields."""
+    """Prints one JSON object per row, with the field names of the dataclass."""
 
     def print(self, rows: Iterable[T_contra]) -> None:
         """See `Printer`."""
@@ -46,7 +44,7 @@ class JsonLines(Generic[T_contra]):
 
 
 class Csv(Generic[T_contra]):
-    """One line a row, below a header with the names of the fields, also where there is no row."""
+    """Prints one line per row, below a header with the field names, which is also printed without any rows."""
 
     def __init__(self, kind: type) -> None:
         self._kind = kind
@@ -72,26 +70,26 @@ def _names(kind: type, prefix: str = "") -> Iterator[str]:
 
 
 def _cells(kind: type, row: Any) -> Iterator[str]:
-    """`row` may be None: then all of its cells are empty."""
+    """Yield the cells of a row; all are empty if it is None."""
     for each in fields(kind):
-        found = getattr(row, each.name, None)
+        content = getattr(row, each.name, None)
         if each.name in _NESTED:
-            yield from _cells(_NESTED[each.name], found)
+            yield from _cells(_NESTED[each.name], content)
         elif each.name == "value" and getattr(row, "masked", False):
             yield MASK
         else:
-            yield _cell(found)
+            yield _cell(content)
 
 
-def _cell(found: Any) -> str:
-    if isinstance(found, Value):
-        return json.dumps(value_of(found))
-    stated = document(found)
-    if stated is None:
+def _cell(content: Any) -> str:
+    if isinstance(content, Value):
+        return json.dumps(value_of(content))
+    plain_content = document(content)
+    if plain_content is None:
         return ""
-    return _harmless(stated) if isinstance(stated, str) else json.dumps(stated)
+    return _harmless(plain_content) if isinstance(plain_content, str) else json.dumps(plain_content)
 
 
 def _harmless(text: str) -> str:
-    """A text that no spreadsheet takes for a formula: clients choose names, and whoever opens the file runs them."""
+    """Return the text with a quote in front if a spreadsheet would run it as a formula: clients choose names."""
     return f"'{text}" if text.startswith(_FORMULAS) else text

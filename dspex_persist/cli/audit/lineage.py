@@ -1,4 +1,4 @@
-"""Blame, for people: what set each value, and below it what that stood on."""
+"""Blame, for people: what set each value, and below it the values that it was derived from."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -11,19 +11,19 @@ from dspex_persist.cli.output import counted, plain
 
 
 def show_lineage(nodes: Sequence[LineageNode], look: Renderer, depth: int) -> None:
-    """Print one tree a variable."""
+    """Print one tree per variable."""
     known = {(node.entry.variable_id, node.entry.version): node for node in nodes}
     roots = [node for node in nodes if node.depth == 0]
-    # Each of them has a tree of its own.
+    # Every root gets a tree, so no other tree repeats it.
     shown = {(root.entry.variable_id, root.entry.version) for root in roots}
     for root in roots:
         look.print(_Lineage(known, shown, look).tree(root))
     if any(node.depth == depth and node.stands_on for node in nodes):
-        look.print(f"--depth {depth + 1} goes one step further back")
+        look.print(f"to see one step further back: --depth {depth + 1}")
 
 
 class _Lineage:
-    """Puts the nodes together. What has been shown once is only named after that."""
+    """Builds the trees. A version that has been shown once is only named after that."""
 
     def __init__(self, known: dict[tuple[str, int], LineageNode], shown: set[tuple[str, int]], look: Renderer) -> None:
         self._known = known
@@ -31,26 +31,26 @@ class _Lineage:
         self._look = look
 
     def tree(self, root: LineageNode) -> Any:
-        """A node with all below it, the nearest first."""
+        """Return the tree of a root, built breadth first."""
         from rich.tree import Tree
 
         tree = Tree(self._label(root.entry), guide_style="dim")
         waiting = deque([(tree, root)])
         while waiting:
             branch, node = waiting.popleft()
-            further = 0
+            beyond_depth = 0
             for read in node.stands_on:
                 key = _key(read)
                 below = self._known.get(key)
                 if below is None:
-                    further += 1
+                    beyond_depth += 1
                 elif key in self._shown:
-                    branch.add(self._named(read, " (see there)"))
+                    branch.add(self._dim(f"{plain(read.name or read.asked)} v{read.version} (see there)"))
                 else:
                     self._shown.add(key)
                     waiting.append((branch.add(self._label(below.entry)), below))
-            if further:
-                branch.add(self._dim(f"stands on {counted(further, 'version')} further back"))
+            if beyond_depth:
+                branch.add(self._dim(f"derived from {counted(beyond_depth, 'earlier version')}"))
         return tree
 
     def _label(self, entry: HistoryEntry) -> Any:
@@ -68,9 +68,6 @@ class _Lineage:
                 "dim",
             ),
         )
-
-    def _named(self, read: ReadEntry, told: str) -> Any:
-        return self._dim(f"{plain(read.name or read.asked)} v{read.version}{told}")
 
     def _dim(self, text: str) -> Any:
         from rich.text import Text

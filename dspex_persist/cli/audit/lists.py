@@ -1,4 +1,4 @@
-"""Lists of answers: so many of them as are wanted, with what is told below a table; or all that come."""
+"""Prints lists of answers: a page of them with the notes below its table, or all of them as they arrive."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -40,7 +40,7 @@ _TOOLS_LOOKED_AT: Final = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Rows(Generic[T]):
-    """Answers of one kind: their columns on a terminal, and the commit that says where each stands."""
+    """A kind of answer: its type, its columns on a terminal, and the commit that gives a row its position."""
 
     kind: type[T]
     columns: Callable[[Renderer], Sequence[Column[T]]]
@@ -65,11 +65,11 @@ def commit_rows(query: CommitQuery) -> Rows[CommitEntry]:
 SESSION_ROWS: Final = Rows(SessionEntry, session_columns, lambda row: row.started_sequence)
 
 
-def say_list(audit: AuditSource, query: Query[T], rows: Rows[T], asked: AuditOptions, limit: int | None) -> None:
-    """Print at most `limit` answers (0: all; None: as many as suit the form)."""
+def say_list(audit: AuditSource, query: Query[T], rows: Rows[T], request: AuditOptions, limit: int | None) -> None:
+    """Print at most `limit` answers (0: all; None: the default of the output format)."""
     refuse_unknown_tool(audit, getattr(query, "tool", ""))
-    printer = asked.printer(rows.kind, rows.columns)
-    if asked.form is not Form.TABLE:
+    printer = request.printer(rows.kind, rows.columns)
+    if request.form is not Form.TABLE:
         printer.print(audit.iterate(replace(query, limit=limit or 0)))
         return
     most = _TABLE_ROWS if limit is None else limit
@@ -79,7 +79,7 @@ def say_list(audit: AuditSource, query: Query[T], rows: Rows[T], asked: AuditOpt
 
 
 def _whole_commits(audit: AuditSource, query: Query[T], rows: Rows[T], most: int) -> Iterator[T]:
-    """The first `most` answers (0: all), and what else the commit of the last one has: points lie between commits."""
+    """Yield the first `most` answers (0: all) and the rest of the last one's commit, as points lie between commits."""
     printed = last = of_last = 0
     for row in audit.iterate(replace(query, limit=most)):
         of_last = of_last + 1 if rows.commit(row) == last else 1
@@ -91,40 +91,40 @@ def _whole_commits(audit: AuditSource, query: Query[T], rows: Rows[T], most: int
 
 
 def _goes_on(audit: AuditSource, query: Query[T], last: int) -> bool:
-    """Whether there is more beyond the rows of this commit."""
+    """Return whether there are more rows beyond this commit."""
     beyond = replace(query, until=str(last - 1)) if query.newest_first else replace(query, since=str(last))
     return any(True for _ in audit.iterate(replace(beyond, limit=1)))
 
 
 def states(audit: AuditSource, sessions: str, at: str) -> tuple[list[VariableState], bool]:
-    """The variables of a session, or of all that fit a glob and lived then, and whether several were meant."""
+    """Return the variables of a session, or of all live ones that match a glob, and whether it is a glob."""
     ids = {entry.session_id: None for entry in audit.iterate(SessionQuery(session=sessions, newest_first=False))}
     if not is_glob(sessions) or sessions in ids:
         return list(audit.state(sessions, at)), False
     if not ids:
-        raise NotInHistoryError("session", sessions, "no session's id fits that pattern")
-    found: list[VariableState] = []
+        raise NotInHistoryError("session", sessions, "no session's id matches that pattern")
+    variables: list[VariableState] = []
     for session in ids:
-        # It may have begun later, or have ended; a point that is none is told of before.
+        # Raises for an invalid point. After that, an error only means that the session was not live then.
         audit.resolve(at, "at", session)
         with suppress(InvalidArgumentError):
-            found += audit.state(session, at)
-    return found, True
+            variables += audit.state(session, at)
+    return variables, True
 
 
 def refuse_unknown_tool(audit: AuditSource, tool: str) -> None:
-    """Raise if no execution ever was one of this tool: it may have been misspelt."""
+    """Raise `NotInHistoryError`, with the likely name, if no execution ever ran this tool."""
     if not tool or is_glob(tool) or any(True for _ in audit.iterate(ExecutionQuery(tool=tool, limit=1))):
         return
     names = dict.fromkeys(each.tool for each in audit.iterate(ExecutionQuery(limit=_TOOLS_LOOKED_AT)))
     raise NotInHistoryError("tool", tool, what_there_is(tool, list(names)))
 
 
-def follow_list(audit: AuditSource, query: Query[T], rows: Rows[T], asked: AuditOptions, limit: int | None) -> None:
-    """Print the newest `limit` answers, oldest first, then those that come, until Ctrl-C."""
+def follow_list(audit: AuditSource, query: Query[T], rows: Rows[T], request: AuditOptions, limit: int | None) -> None:
+    """Print the newest `limit` answers, oldest first, then new ones as they arrive, until Ctrl-C."""
     refuse_end(query)
-    most = (_FOLLOWED_ROWS if asked.form is Form.TABLE else 0) if limit is None else limit
-    printer = asked.printer(rows.kind, rows.columns)
+    most = (_FOLLOWED_ROWS if request.form is Form.TABLE else 0) if limit is None else limit
+    printer = request.printer(rows.kind, rows.columns)
     if isinstance(query, ExecutionQuery):
         follow_executions(audit, query, cast("Printer[ExecutionSummary]", printer), most)
     else:
@@ -132,30 +132,30 @@ def follow_list(audit: AuditSource, query: Query[T], rows: Rows[T], asked: Audit
 
 
 class _Below(Generic[T]):
-    """What is told below a table: how numbers went, and how to get what is not in it."""
+    """Collects the notes below a table: sparklines of its numbers, and how to see the remaining rows."""
 
     def __init__(self, rows: Rows[T], newest_first: bool) -> None:
         self._rows = rows
         self._newest_first = newest_first
-        self._courses = Sparklines()
+        self._sparklines = Sparklines()
         self.printed = 0
         self.last = 0
 
     def noted(self, rows: Iterable[T]) -> Iterator[T]:
-        """The same rows, looked at on their way."""
+        """Yield the same rows, and collect the notes from them."""
         for row in rows:
             self.printed += 1
             self.last = self._rows.commit(row)
             if isinstance(row, HistoryEntry):
-                self._courses.add(row)
+                self._sparklines.add(row)
             yield row
 
     def lines(self, is_whole: bool) -> Iterator[str]:
-        """The lines."""
-        yield from self._courses.lines(self._newest_first)
+        """Yield the lines; `is_whole` says whether the table has all rows."""
+        yield from self._sparklines.lines(self._newest_first)
         if not self.printed:
             yield "nothing found"
         elif not is_whole:
-            on = f"--until {self.last - 1}" if self._newest_first else f"--since {self.last}"
+            next_page = f"--until {self.last - 1}" if self._newest_first else f"--since {self.last}"
             shown = counted(self.printed, "row")
-            yield f"more than these {shown}: --limit 0 shows all, {on} goes on from here"
+            yield f"more than these {shown}: --limit 0 shows all, {next_page} continues from here"

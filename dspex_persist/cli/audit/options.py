@@ -1,16 +1,13 @@
-"""The options that questions have in common, as the command line takes them."""
+"""The command line options that audit commands share."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from dspex_persist.state.model import ChangeKind, ExecutionStatus, Source
 
-if TYPE_CHECKING:
-    pass
-
-_PLACE, _FORM, _FILTER = "Where", "How it is printed", "What is asked for"
+_PLACE, _FORM, _FILTER = "Source", "Output", "Filters"
 _POINT = "a commit's number, an execution's id, a time, an age such as 2h, or now"
 
 Target = Annotated[
@@ -20,7 +17,7 @@ Target = Annotated[
         metavar="ADDRESS",
         show_default=False,
         rich_help_panel=_PLACE,
-        help="Ask this server instead of a file: HOST:PORT or unix:PATH.",
+        help="Query this server instead of a file: HOST:PORT or unix:PATH.",
     ),
 ]
 
@@ -33,7 +30,7 @@ Utc = Annotated[
 ]
 Reveal = Annotated[
     bool,
-    typer.Option("--reveal", rich_help_panel=_FORM, help="Show the values of sensitive variables, masked otherwise."),
+    typer.Option("--reveal", rich_help_panel=_FORM, help="Show the values of sensitive variables instead of masking."),
 ]
 Follow = Annotated[
     bool,
@@ -66,7 +63,7 @@ Until = Annotated[
         metavar="POINT",
         show_default=False,
         rich_help_panel=_FILTER,
-        help=f"Up to and with {_POINT}; with ^ behind it: up to right before it.",
+        help=f"Up to and including {_POINT}; with a ^ after it, up to right before it.",
     ),
 ]
 Type = Annotated[
@@ -82,7 +79,7 @@ Kind = Annotated[
         metavar="KIND",
         show_default=False,
         rich_help_panel=_FILTER,
-        help=f"How the version came about: {', '.join(ChangeKind)}.",
+        help=f"The kind of change: {', '.join(ChangeKind)}.",
     ),
 ]
 Actor = Annotated[
@@ -96,7 +93,7 @@ From = Annotated[
         metavar="SIDE",
         show_default=False,
         rich_help_panel=_FILTER,
-        help=f"Which side wrote it: {', '.join(Source)}.",
+        help=f"The side that wrote it: {', '.join(Source)}.",
     ),
 ]
 Tool = Annotated[
@@ -166,18 +163,18 @@ TopOnly = Annotated[
 
 
 def metadata_of(entries: Sequence[str] | None) -> Mapping[str, str]:
-    """What `--meta KEY=VALUE` asks for."""
+    """Return the entries of `--meta KEY=VALUE`, or raise `InvalidArgumentError` for anything else."""
     from dspex_persist.state.errors import InvalidArgumentError, quote
 
-    found = dict(entry.partition("=")[::2] for entry in entries or ())
+    metadata = dict(entry.partition("=")[::2] for entry in entries or ())
     for entry in entries or ():
         if "=" not in entry or entry.startswith("="):
             raise InvalidArgumentError("meta", f"{quote(entry)} is not KEY=VALUE")
-    return found
+    return metadata
 
 
 def type_of(name: str) -> str:
-    """A type's name, if there is such a type; "" is any."""
+    """Return the name of a value type ("": any), or raise `InvalidArgumentError` for an unknown one."""
     if not name:
         return ""
     from dspex_persist.spelling import closest, did_you_mean, quote

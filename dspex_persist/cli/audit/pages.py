@@ -1,4 +1,4 @@
-"""dspex-persist audit report and web: the history as pages, to be mailed and to be browsed."""
+"""dspex-persist audit report and web: the history as one page to mail, and as a website to browse."""
 
 import os
 import sys
@@ -16,14 +16,14 @@ _PORT_MAX: Final = 65_535
 
 REPORT_HELP: Final = (
     "Write a report about a session: one self-contained HTML page to read, print or mail.\n\n"
-    "It shows the executions by time, charts of what is a number, what changed, every variable with its history, what "
-    "the values stand on, and the journal with its errors. Of large sessions it has the newest, and says what it left "
-    "out. It has no script and fetches nothing."
+    "It shows a timeline of the executions, charts of the numeric variables, what changed, every variable with its "
+    "history, which values it was derived from, and the journal with its errors. For a large session it has the newest "
+    "part, and says what it left out. It contains no scripts and loads nothing."
 )
 WEB_HELP: Final = (
-    "Serve a website over a database file until Ctrl-C: sessions, charts, lineage, tables to filter, questions.\n\n"
-    "It listens on this machine only, and only reads: a server may have the file open and go on writing. Needs "
-    "dspex-persist\\[web]. Prints the address when it answers."
+    "Serve a website over a database file until Ctrl-C: sessions, charts, lineage, tables to filter, queries.\n\n"
+    "It listens on this machine only, and only reads, so a server may have the file open and keep writing. Needs "
+    "dspex-persist\\[web]. Prints the address when it is ready."
 )
 
 
@@ -31,7 +31,7 @@ def report(
     session: Annotated[str, typer.Argument(metavar="SESSION", help="The session's id.")],
     output: Annotated[
         Path,
-        typer.Option("-o", "--output", metavar="FILE", help="The page to write, over one that is there; -: stdout."),
+        typer.Option("-o", "--output", metavar="FILE", help="The file to write, replaced if it exists; -: stdout."),
     ] = Path("report.html"),
     since: Since = "",
     until: Until = "",
@@ -43,11 +43,11 @@ def report(
     from dspex_persist.audit.report import gather, render
     from dspex_persist.state.store.maintenance import refuse_files_of
 
-    asked = AuditOptions(db, target, reveal=reveal)
+    request = AuditOptions(db, target, reveal=reveal)
     if target is None and str(output) != "-":
-        with answering(asked):
+        with answering(request):
             refuse_files_of(database_of(db), output, "output")
-    with asking(asked) as source:
+    with asking(request) as source:
         page = render(gather(source, session, since, until))
         if str(output) == "-":
             sys.stdout.write(page)
@@ -60,7 +60,7 @@ def report(
 
 
 def _write(path: Path, page: str) -> None:
-    """Whole or not at all; for its owner's eyes, as the database is."""
+    """Write the file atomically, readable for its owner only, like the database."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         unfinished.touch(mode=0o600)
@@ -73,7 +73,7 @@ def _write(path: Path, page: str) -> None:
 def web(
     db: Db = None,
     port: Annotated[
-        int, typer.Option("--port", min=0, max=_PORT_MAX, help="The port of 127.0.0.1; 0: one that is free.")
+        int, typer.Option("--port", min=0, max=_PORT_MAX, help="The port on 127.0.0.1; 0: any free port.")
     ] = 0,
     opens: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     reveal: Annotated[
@@ -84,7 +84,7 @@ def web(
     """Serve the website."""
     from dspex_persist.audit.web import serve_website
 
-    asked = AuditOptions(db=db, reveal=reveal)
+    request = AuditOptions(db=db, reveal=reveal)
 
     def ready(url: str) -> None:
         print(url, flush=True)
@@ -93,7 +93,7 @@ def web(
 
             webbrowser.open(url)
 
-    with answering(asked):
+    with answering(request):
         path = database_of(db)
-    with asking(asked) as source:
+    with asking(request) as source:
         serve_website(path, source, port, ready)

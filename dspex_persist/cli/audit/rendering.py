@@ -1,4 +1,4 @@
-"""How a person sees answers: times in a zone, values on one line, columns as wide as the terminal allows."""
+"""Renders answers for people: times in a zone, values on one line, columns that fit the terminal."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ T = TypeVar("T")
 MASK: Final = "•••"
 ABSENT: Final = "—"
 _SHOWN: Final = 2_000
-"""Characters of a text that a person is shown; --json has all of it."""
+"""How many characters of a text are shown; --json has all of it."""
 _GAP: Final = 2
 _BLOCK: Final = 150
 _NARROW: Final = 120
@@ -37,7 +37,7 @@ STYLES: Final = {
 
 
 class Renderer:
-    """The terminal, and how times are told on it."""
+    """The terminal, and the format of times on it."""
 
     def __init__(self, is_utc: bool) -> None:
         self.console = new_console(soft_wrap=False)
@@ -46,26 +46,26 @@ class Renderer:
         self._format, self.time_width = ("%m-%d %H:%M:%S", 14) if self.is_narrow else ("%Y-%m-%d %H:%M:%S", 19)
 
     def time(self, moment: datetime | None) -> str:
-        """A time; without its year where there is little room."""
+        """Return a time as text, without the year on a narrow terminal."""
         if moment is None:
             return ABSENT
         return moment.astimezone(self._zone).strftime(self._format)
 
     def full_time(self, moment: datetime | None) -> str:
-        """A time to the millisecond, with its zone."""
+        """Return a time to the millisecond, with its zone."""
         if moment is None:
             return ABSENT
         local = moment.astimezone(self._zone)
         return f"{local:%Y-%m-%d %H:%M:%S}.{local.microsecond // 1_000:03d} {local:%Z}"
 
     def print(self, *parts: Any) -> None:
-        """Print it now: somebody may be waiting for the line."""
+        """Print and flush, as --follow shows rows as they arrive."""
         for part in parts:
             self.console.print(part)
         sys.stdout.flush()
 
     def print_lines(self, lines: Sequence[Any]) -> None:
-        """Print lines that are as wide as they may be: nothing goes on below where there is no room for them."""
+        """Print lines that have their final width; one that is still too long is cut, never wrapped."""
         from rich.text import Text
 
         self.console.print(Text("\n").join(lines), no_wrap=True, overflow="ellipsis")
@@ -73,12 +73,12 @@ class Renderer:
 
 
 def shortened(text: str, most: int = _SHOWN) -> str:
-    """So much of it as a person wants to see."""
+    """Return the beginning of a long text, and how much is missing."""
     return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} more characters: --json)"
 
 
 def value_text(value: Value | None, masked: bool = False) -> str:
-    """A value as its JSON; what is kept back as dots, what is not there as a dash."""
+    """Return a value as JSON on one line: dots if it is masked, a dash if there is no value."""
     if masked:
         return MASK
     if value is None:
@@ -88,17 +88,17 @@ def value_text(value: Value | None, masked: bool = False) -> str:
 
 
 def json_text(stated: Any) -> str:
-    """Anything as JSON on one line."""
+    """Return any JSON document on one line."""
     return plain(shortened(json.dumps(stated, ensure_ascii=False)))
 
 
 def short_id(execution_id: str) -> str:
-    """As much of an execution's id as names it: the commit that began it."""
+    """Return the part of an execution's id that identifies it: exec_ and the commit that began it."""
     return plain("_".join(execution_id.split("_")[:2]))
 
 
 def duration_text(duration_us: int | None) -> str:
-    """How long something took."""
+    """Return a duration in microseconds as text."""
     if duration_us is None:
         return ABSENT
     if duration_us < 1_000_000:
@@ -112,9 +112,16 @@ def duration_text(duration_us: int | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Column(Generic[T]):
-    """A column: its title, the text of a row in it, the style of that, and the width below which it is not squeezed.
+    """A column of a table.
 
-    An `is_id` is to be copied: one that was cut is told in full below the table.
+    Attributes:
+        title: Its header.
+        text: Returns the text of a row's cell.
+        least: The width, in characters, below which it is not squeezed.
+        most: Its largest width, in characters.
+        right: Whether it is aligned to the right.
+        is_id: Whether people copy its texts: those that were cut are listed in full below the table.
+        style: Returns the style of a row's cell.
     """
 
     title: str
@@ -127,9 +134,9 @@ class Column(Generic[T]):
 
 
 class Table(Generic[T]):
-    """Rows printed block by block, so that no number of them is too large.
+    """Prints rows block by block, so that memory does not limit their number.
 
-    The first block says how wide the columns are; one that needs more room begins anew, with a header.
+    The first block determines the widths of the columns. A block that needs wider ones starts with a new header.
     """
 
     def __init__(self, look: Renderer, columns: Sequence[Column[T]]) -> None:
@@ -140,10 +147,10 @@ class Table(Generic[T]):
         self._cut: dict[str, None] = {}
 
     def print(self, rows: Iterable[T]) -> None:
-        """Print these rows below those before."""
+        """Print rows below those already printed."""
         each = iter(rows)
         while block := list(islice(each, _BLOCK)):
-            # Cut here too: to measure a long text costs more than all else.
+            # Cut here already: measuring the width of long texts would take most of the time.
             texts = [[column.text(row)[: column.most + 1] for column in self._columns] for row in block]
             self._print_block(texts, block)
             self._note_cut(block)
@@ -169,7 +176,7 @@ class Table(Generic[T]):
         self._look.print_lines(lines)
 
     def _fits(self, texts: list[list[str]]) -> bool:
-        """Whether the widths will do; if not, there are new ones."""
+        """Return whether the current widths fit these texts; sets new widths if not."""
         from rich.cells import cell_len
 
         needed = [
@@ -202,7 +209,7 @@ class Table(Generic[T]):
 
 
 def squeezed(wanted: Sequence[int], least: Sequence[int], room: int) -> list[int]:
-    """Widths that fit, if they can: the widest give way first, none below its least."""
+    """Return widths that fit into `room` if possible: the widest shrink first, none below its `least`."""
     widths = list(wanted)
     while sum(widths) > room:
         soft = [(width, which) for which, width in enumerate(widths) if width > least[which]]

@@ -1,4 +1,4 @@
-"""Which columns the answers have on a terminal. A column that would say the same in each row is left out."""
+"""The columns of the answers on a terminal. A column that would be the same in each row is left out."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -18,7 +18,7 @@ from dspex_persist.state.audit import (
 )
 
 _WHOLE: Final = 24
-"""The least width of a column of numbers: none has more digits, and half a number is another one."""
+"""The least width of a column of numbers, wide enough for any: a number that is cut would read as another one."""
 
 
 def _is_one(name: str) -> bool:
@@ -46,7 +46,7 @@ def history_columns(look: Renderer, query: HistoryQuery) -> list[Column[HistoryE
 
 
 def author(row: HistoryEntry | VariableState) -> str:
-    """The tool execution that wrote it, and the one that called that; or the client."""
+    """Return the tool execution that wrote a version, and the one that called it; or the client."""
     if not row.tool or not row.execution_id:
         return plain(row.actor)
     called = f", called by {short_id(row.caller_id)} {plain(row.caller_tool or '')}" if row.caller_id else ""
@@ -54,7 +54,7 @@ def author(row: HistoryEntry | VariableState) -> str:
 
 
 def author_and_client(row: HistoryEntry | VariableState) -> str:
-    """The same, and who had a tool do it."""
+    """Return `author`, and the client that had the tool executed."""
     return f"{author(row)}, for {plain(row.actor)}" if row.tool else author(row)
 
 
@@ -100,14 +100,14 @@ def commit_columns(look: Renderer, query: CommitQuery) -> list[Column[CommitEntr
 
 
 def cause_text(cause: str) -> str:
-    """An rpc, or an execution."""
+    """Return the cause of a commit: an rpc, or the short id of an execution."""
     return short_id(cause) if cause.startswith("exec_") else plain(cause)
 
 
 def _commit_text(row: CommitEntry) -> str:
     changes = (f"{plain(name)} v{version}" for name, version in row.versions)
-    told = ("rows of it are pruned",) if row.pruned else ()
-    return ", ".join((*changes, *row.events, *told))
+    pruned = ("rows of it are pruned",) if row.pruned else ()
+    return ", ".join((*changes, *row.events, *pruned))
 
 
 def session_columns(look: Renderer) -> list[Column[SessionEntry]]:
@@ -126,12 +126,12 @@ def session_columns(look: Renderer) -> list[Column[SessionEntry]]:
     return [column for column in columns if column.title not in left_out]
 
 
-def state_columns(look: Renderer, of_many: bool = False) -> list[Column[VariableState]]:
-    """Variables as they stood; `of_many`: of several sessions."""
+def state_columns(look: Renderer, is_many: bool = False) -> list[Column[VariableState]]:
+    """Variables as of a point; `is_many`: of several sessions."""
     return [
         *(
             [Column[VariableState]("session", lambda row: plain(row.session_id), least=8, is_id=True)]
-            if of_many
+            if is_many
             else []
         ),
         Column("variable", lambda row: plain(row.name), least=10),
