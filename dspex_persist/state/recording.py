@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Final, TextIO
+from typing import Any, Final, TextIO, cast
 
 from dspex_persist.clock import EARLIEST, LATEST
 from dspex_persist.state.errors import RecordingError
@@ -46,10 +46,14 @@ class RecordedEvent:
 
     kind: EventKind
     body: Mapping[str, Any]
+    _read: Event | None = field(default=None, init=False, repr=False, compare=False)
 
     def read(self) -> Event:
         """What it says; `MalformedEventError` if its body cannot be read."""
-        return event_in(self.kind, self.body)
+        if self._read is None:
+            # Kept: a replay checks it, looks for executions in it, and builds the state from it.
+            object.__setattr__(self, "_read", event_in(self.kind, self.body))
+        return cast(Event, self._read)
 
 
 @dataclass(frozen=True, slots=True)
