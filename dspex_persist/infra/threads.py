@@ -262,6 +262,21 @@ class LoopThread:
                 future.set_exception(LoopEndedError())
 
 
+def is_on_loop() -> bool:
+    """Whether this thread runs an event loop."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def end_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """Cancel what is left on a loop that this thread ran now and then, and close it."""
+    _cancel_rest(loop)
+    loop.close()
+
+
 def _cancel_rest(loop: asyncio.AbstractEventLoop) -> None:
     """Cancel the remaining tasks of a loop that was stopped too early, with tasks that are slow or have not begun."""
     # Several rounds: queued coroutines become tasks only when the loop runs, and cancelled code may stop it again.

@@ -1,5 +1,7 @@
 """Running the tools of a recording again."""
 
+import asyncio
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
@@ -8,6 +10,7 @@ from typing import Final, TypeAlias
 
 from dspex_persist import clock
 from dspex_persist.cognitive.toolbox import Toolbox
+from dspex_persist.infra.threads import end_loop, is_on_loop
 from dspex_persist.replay.compare import compare
 from dspex_persist.replay.execution import ReplayRun, ReplayStore
 from dspex_persist.replay.numbers import Numbers, range_of
@@ -38,6 +41,8 @@ _REPEATABLE: Final = (ExecutionStatus.COMMITTED, ExecutionStatus.FAILED)
 _NOT_CALLED: Final = "it was not called this time"
 _REAL_TIME: Final = ("_pytest", "grpc", "uvloop")
 """Modules that work with the world outside, where the time is what it is."""
+_LISTS_MORE: Final = ("dspex_persist", "dspex_persist.errors")
+"""Modules whose `__dir__` has names that are imported when they are asked for."""
 
 
 def replay(
@@ -115,8 +120,26 @@ def _clock(wanted: bool) -> Iterator[Callable[[datetime], None]]:
     if not wanted:
         yield lambda _moment: None
         return
-    with freeze_time(tick=True, real_asyncio=True, ignore=list(_REAL_TIME)) as frozen:
+    freezing = freeze_time(tick=True, real_asyncio=True, ignore=list(_REAL_TIME))
+    with _listing_what_is_loaded():
+        frozen = freezing.start()
+    try:
         yield frozen.move_to
+    finally:
+        freezing.stop()
+
+
+@contextmanager
+def _listing_what_is_loaded() -> Iterator[None]:
+    """While freezegun asks every module for all that it lists: ours list what they would import only then, gRPC too."""
+    ours = [vars(sys.modules[name]) for name in _LISTS_MORE]
+    listings = [names.pop("__dir__", None) for names in ours]
+    try:
+        yield
+    finally:
+        for names, listing in zip(ours, listings, strict=True):
+            if listing is not None:
+                names["__dir__"] = listing
 
 
 class _Rerun:
@@ -137,22 +160,27 @@ class _Rerun:
         self._tools: dict[str, ToolCode] = {
             name: RunAgain(tool, self._stage, live_lm) for name, tool in toolbox.items()
         }
-        self._running: tuple[ToolRunner, Invoker] | None = None
+        self._running: tuple[ToolRunner, Invoker, asyncio.AbstractEventLoop | None] | None = None
 
     @contextmanager
     def open(self) -> Iterator[None]:
         """While it is open, `run` can be called."""
         registered = partial(RemoteTool, port=None, limits=self._limits)
-        home = Home()
+        # On this very thread, which has nothing else to do, unless a loop runs there already: to hand each execution
+        # over to another thread, and its outcome back, takes as long as the rest of a short one.
+        loop = None if is_on_loop() else asyncio.SelectorEventLoop()
+        home = Home(loop)
         invoker = Invoker(home, TOOL_THREADS, self._limits)
         runner = ToolRunner(self._stage.submit, home, {}, registered=registered, limits=self._limits)
-        self._running = runner, invoker
+        self._running = runner, invoker, loop
         try:
             yield
         finally:
             self._stage.take = self._running = None
             runner.drain()
             home.close()
+            if loop is not None:
+                end_loop(loop)
             invoker.close()
 
     def run(self, root: RecordedExecution) -> Iterator[ReplayedExecution]:
@@ -176,7 +204,7 @@ class _Rerun:
 
     def _play(self, root: RecordedExecution, take: ReplayRun) -> ToolOutcome:
         assert self._running is not None, "it is open"
-        runner, invoker = self._running
+        runner, invoker, loop = self._running
         self._stage.take = take
         tools = self._tools | stand_ins_for(root, self._tools, self._stage)
         runner.tools = local_tools(tools, invoker)
@@ -189,7 +217,9 @@ class _Rerun:
             timeout_s=TOOL_TIMEOUT_S,
         )
         with clock.reading(take.now):
-            return runner.submit(request).result()
+            if loop is None:
+                return runner.submit(request).result()
+            return loop.run_until_complete(runner.execute(request))
 
 
 def _why_not(root: RecordedExecution) -> str:

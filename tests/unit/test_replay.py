@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import os
+import signal
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 from freezegun import freeze_time
 
+import dspex_persist
 from dspex_persist import ToolContext, clock, tool
 from dspex_persist.replay import Aspect, Recording, ReplayOutcome, ReplayReport, load, replay
 from dspex_persist.replay.recorded import find_executions
@@ -141,6 +145,86 @@ def test_a_session_with_everything_replays_clean(everything: Recording) -> None:
 
 def test_a_replay_writes_nothing_and_may_be_repeated(everything: Recording) -> None:
     assert replay(everything, EVERYTHING) == replay(everything, EVERYTHING)
+
+
+def test_a_replay_runs_beside_a_loop_of_its_caller(everything: Recording) -> None:
+    async def within_a_loop() -> ReplayReport:
+        return replay(everything, EVERYTHING)
+
+    assert asyncio.run(within_a_loop()) == replay(everything, EVERYTHING)
+
+
+def test_the_package_lists_all_its_names_while_a_replay_runs_and_afterwards(everything: Recording) -> None:
+    listed: list[list[str]] = []
+    before = dir(dspex_persist)
+    replay(everything, EVERYTHING, until=9, progress=lambda _done, _in_all: listed.append(dir(dspex_persist)))
+    assert all(each == before for each in (*listed, dir(dspex_persist)))
+
+
+def test_what_the_caller_has_set_holds_in_its_tools() -> None:
+    colour = ContextVar("colour", default="none")
+
+    @tool
+    def paint() -> str:
+        return colour.get()
+
+    @tool
+    async def paint_later() -> str:
+        return colour.get()
+
+    with session(paint, paint_later) as state:
+        for name in ("paint", "paint_later"):
+            state.execute_tool("s", name)
+        recording = state.recording()
+    token = colour.set("red")
+    try:
+        report = replay(recording, [paint, paint_later])
+    finally:
+        colour.reset(token)
+    assert [str(each).splitlines()[1:] for each in report.divergences] == 2 * [['-result = "none"', '+result = "red"']]
+
+
+def test_a_tool_that_hangs_only_now_runs_out_of_its_time() -> None:
+    hanging = threading.Event()
+
+    @tool(timeout_s=0.05)
+    def stalls(ctx: ToolContext) -> int:
+        if ctx["hang"]:
+            hanging.wait(within(10))
+        return 1
+
+    with session(stalls, hang=0) as state:
+        state.execute_tool("s", "stalls")
+        state.execute_tool("s", "stalls")
+        recording = with_start_value(state.recording(), "hang", "1")
+    try:
+        report = replay(recording, [stalls])
+    finally:
+        hanging.set()
+    assert aspects(report) == [Aspect.ERROR, Aspect.ERROR]
+    assert "ToolTimedOutError" in report.describe()
+
+
+def test_ctrl_c_ends_a_replay_whose_tool_hangs() -> None:
+    hanging = threading.Event()
+
+    @tool
+    def stalls(ctx: ToolContext) -> int:
+        if ctx["hang"]:
+            os.kill(os.getpid(), signal.SIGINT)
+            hanging.wait(within(10))
+        return 1
+
+    with session(stalls, hang=0) as state:
+        state.execute_tool("s", "stalls")
+        recording = with_start_value(state.recording(), "hang", "1")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            replay(recording, [stalls])
+    finally:
+        signal.signal(signal.SIGINT, before)
+        hanging.set()
 
 
 def test_the_recording_keeps_its_random_numbers_ids_and_times(everything: Recording) -> None:

@@ -13,6 +13,7 @@ from uuid import UUID
 
 from dspex_persist import clock
 from dspex_persist.infra.futures import mapped
+from dspex_persist.infra.threads import is_on_loop
 from dspex_persist.state import commands, values
 from dspex_persist.state.commands import Command
 from dspex_persist.state.commands.executions import Verdict
@@ -209,7 +210,7 @@ class ToolSession:
         request = ToolRequest(self.session_id, tool, parameters, self.request.origin, style=self.request.style)
         future = self._host.call(self, request)
         result_type = self._host.result_type_of(tool)
-        if _is_on_loop():
+        if is_on_loop():
             return asyncio.wrap_future(mapped(future, lambda result: values.decode_loosely(result, result_type)))
         try:
             return values.decode_loosely(future.result(), result_type)
@@ -254,12 +255,3 @@ def _size_of_message(message: object) -> int:
         return len(message.encode())
     except UnicodeEncodeError as error:
         raise InvalidArgumentError("message", f"U+{ord(message[error.start]):04X} alone is not a character") from None
-
-
-def _is_on_loop() -> bool:
-    """Whether this thread runs an event loop."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
