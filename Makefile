@@ -3,11 +3,10 @@
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
 
-# The first that is new enough and can make environments (Debian has venv in a package of its own). The system's comes
-# first: it is built with optimizations, which one that was compiled at home seldom is.
-PYTHON ?= $(shell for each in /usr/bin/python3.11 python3.11 /usr/bin/python3 python3 python3.12 python3.13; do \
-	$$each -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && \
-	{ command -v $$each; break; }; done)
+# Looked for once, and only where something is to be set up.
+ifeq ($(origin PYTHON),undefined)
+PYTHON = $(eval PYTHON := $(shell .ci/find-python))$(PYTHON)
+endif
 BIN := .venv/bin
 CYCLES ?= 200
 STATES ?= 10000
@@ -62,7 +61,7 @@ setup: .venv/.installed-dev  ## set up .venv (every other target does what it ne
 	@test -n "$(PYTHON)" || \
 		{ echo "error: found no Python 3.11 or newer with venv; install one (Debian: python3 python3-venv)," \
 		"or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@echo "creating .venv with $$($(PYTHON) --version)"
+	@echo "creating .venv with $(PYTHON): $$($(PYTHON) benchmarks/interpreter.py)"
 	@$(PYTHON) -m venv .venv
 	@echo "installing dspex-persist and what it needs"
 	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt hatchling editables
