@@ -139,7 +139,7 @@ bench: .venv/.installed-dev  ## measure: one table and JSON, some four minutes
 	@touch $@
 
 peers: .venv/.installed-dev .venv-peers/.installed  ## measure comparable libraries on the same work
-	.venv-peers/bin/python benchmarks/peers.py $(ARGS)
+	.venv-peers/bin/python -m benchmarks.peers $(ARGS)
 
 crash-test: .venv/.installed-dev  ## kill the server CYCLES times (default 200) while clients write
 	$(BIN)/python -m tests.faults.crash_test --cycles $(CYCLES) $(ARGS)

@@ -1,6 +1,7 @@
 """What audits cost on a large file, beside the same questions on a file a tenth the size."""
 
 import itertools
+import shutil
 import statistics
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import dspex_persist
 from benchmarks.files import begin_session, carry_out, session_id, value_of
-from benchmarks.load import median_ratio, run_threads
+from benchmarks.load import ratios_of, run_threads
 from benchmarks.plan import CALLERS, Plan
 from benchmarks.table import Row, Target
 from dspex_persist.audit import AuditSource, HistoryQuery
@@ -107,7 +108,7 @@ class _Question:
     ask: Callable[[AuditSource, Path, int], int]
     answers: int
     times_s: dict[int, list[float]] = field(default_factory=dict)
-    read_bytes: dict[int, int] = field(default_factory=dict)
+    read_bytes: dict[int, list[float]] = field(default_factory=dict)
 
 
 def _questions() -> list[_Question]:
@@ -128,9 +129,9 @@ def _questions() -> list[_Question]:
 
     return [
         _Question("newest", "newest 100 versions of a variable", newest, 100),
-        _Question("as_of", f"state of a session of {_WIDTH} variables as of the middle of the file", as_of, _WIDTH),
-        _Question("blame", "blame of a variable, and of the ten that it stands on", blame, 11),
-        _Question("search", f"search for {_FOUND} versions by their metadata", search, _FOUND),
+        _Question("as_of", f"state of {_WIDTH} variables as of the middle", as_of, _WIDTH),
+        _Question("blame", "blame of a variable and of its ten inputs", blame, 11),
+        _Question("search", f"search for {_FOUND} versions by metadata", search, _FOUND),
         _Question("export", f"export of a session of {_DEPTH:,} versions", export, _DEPTH + 2),
     ]
 
@@ -143,7 +144,7 @@ def measure(plan: Plan, small: Path, large: Path) -> list[Row]:
         for question, (versions, path) in itertools.product(questions, paths.items()):
             _ask(question, versions, path)
     rows = [_row_of(question, versions, plan) for question in questions for versions in plan.audit_versions]
-    linear = [_verify(large), _prune(small), _replay(small.with_name("replay.db"), plan)]
+    linear = [_verify(plan, large), _prune(plan, small), _replay(plan, small.with_name("replay.db"))]
     return [*rows, *linear, *_beside_scan(plan, large)]
 
 
@@ -154,10 +155,11 @@ def _ask(question: _Question, versions: int, path: Path) -> None:
         before, began = _bytes_read(), time.perf_counter()
         answers = question.ask(audit, path, middle)
         elapsed_s = time.perf_counter() - began
-        question.read_bytes[versions] = _bytes_read() - before
+        read_bytes = _bytes_read() - before
     if answers != question.answers:
         raise AssertionError(f"{question.what}: {answers} answers instead of {question.answers}")
     question.times_s.setdefault(versions, []).append(elapsed_s)
+    question.read_bytes.setdefault(versions, []).append(read_bytes)
 
 
 def _bytes_read() -> int:
@@ -172,14 +174,15 @@ def _bytes_read() -> int:
 def _row_of(question: _Question, versions: int, plan: Plan) -> Row:
     fewest = plan.audit_versions[0]
     compared = versions != fewest
-    return Row(
-        key=f"audit.{question.key}.{versions}",
-        what=f"{question.what}, {versions:,} versions in the file",
-        value=question.read_bytes[versions] / 1_000,
-        unit="kB read",
+    read_bytes = question.read_bytes[versions]
+    return Row.of_rounds(
+        f"audit.{question.key}.{versions}",
+        f"{question.what}, of {versions:,}",
+        "kB read",
+        [count / 1_000 for count in read_bytes],
+        ratios_of(read_bytes, question.read_bytes[fewest]) if compared else (),
         p50_ms=statistics.median(question.times_s[versions]) * 1_000,
         p99_ms=max(question.times_s[versions]) * 1_000,
-        ratio=question.read_bytes[versions] / question.read_bytes[fewest] if compared else None,
         ratio_to=f"audit.{question.key}.{fewest}" if compared else "",
         target=Target("ratio", "at most", 1.5) if compared else None,
     )
@@ -188,26 +191,34 @@ def _row_of(question: _Question, versions: int, plan: Plan) -> Row:
 # What is linear
 
 
-def _verify(path: Path) -> Row:
-    began = time.perf_counter()
-    report = maintenance.check(path)
-    elapsed_s = time.perf_counter() - began
-    if report.problems:
-        raise AssertionError(f"the file does not verify: {report.problems[0]}")
+def _verify(plan: Plan, path: Path) -> Row:
     versions = next(table.rows or 0 for table in maintenance.stats(path).tables if table.name == "versions")
-    target = Target("value", "at least", 50_000)
-    return Row("audit.verify", f"verify {versions:,} versions", versions / elapsed_s, "versions/s", target=target)
-
-
-def _prune(path: Path) -> Row:
-    with EmbeddedState(path) as provider:
+    rates: list[float] = []
+    for _ in range(plan.linear_rounds):
         began = time.perf_counter()
-        report = provider.prune(PrunePolicy(keep_versions=_VERSIONS // 2), confirm=True)
-        elapsed_s = time.perf_counter() - began
-    return Row("audit.prune", f"prune {report.versions:,} versions", report.versions / elapsed_s, "versions/s")
+        report = maintenance.check(path)
+        rates.append(versions / (time.perf_counter() - began))
+        if report.problems:
+            raise AssertionError(f"the file does not verify: {report.problems[0]}")
+    target = Target("value", "at least", 150_000)
+    return Row.of_rounds("audit.verify", f"verify {versions:,} versions", "versions/s", rates, target=target)
 
 
-def _replay(path: Path, plan: Plan) -> Row:
+def _prune(plan: Plan, path: Path) -> Row:
+    rates: list[float] = []
+    versions = 0
+    for count in range(plan.linear_rounds):
+        copy = path.with_name(f"pruned{count}.db")
+        shutil.copy(path, copy)
+        with EmbeddedState(copy) as provider:
+            began = time.perf_counter()
+            versions = provider.prune(PrunePolicy(keep_versions=_VERSIONS // 2), confirm=True).versions
+            rates.append(versions / (time.perf_counter() - began))
+        copy.unlink()
+    return Row.of_rounds("audit.prune", f"prune {versions:,} versions", "versions/s", rates)
+
+
+def _replay(plan: Plan, path: Path) -> Row:
     """Executions of a no-op, recorded, then replayed."""
     count = plan.audit_executions
     toolbox = Toolbox()
@@ -217,12 +228,17 @@ def _replay(path: Path, plan: Plan) -> Row:
         for _ in range(count):
             provider.execute_tool("s", "noop")
         recording = load(provider.record("s"))
-    began = time.perf_counter()
-    report = replay(recording, toolbox)
-    elapsed_s = time.perf_counter() - began
-    if not report.ok or len(report.executions) != count:
-        raise AssertionError(report.describe())
-    return Row("audit.replay", f"replay {count:,} executions of a no-op", count / elapsed_s, "executions/s")
+    rates: list[float] = []
+    for _ in range(plan.linear_rounds):
+        began = time.perf_counter()
+        report = replay(recording, toolbox)
+        rates.append(count / (time.perf_counter() - began))
+        if not report.ok or len(report.executions) != count:
+            raise AssertionError(report.describe())
+    target = Target("value", "at least", 3_000)
+    return Row.of_rounds(
+        "audit.replay", f"replay {count:,} executions of a no-op", "executions/s", rates, target=target
+    )
 
 
 # Beside a scan
@@ -246,17 +262,15 @@ def _beside_scan(plan: Plan, large: Path) -> list[Row]:
                 scanned.append(run_threads(set_one, CALLERS, 2 * plan.slice_s).calls_per_s)
                 scan.kill()
     what = f"SetVariable, {CALLERS} threads"
-    alone, beside = statistics.median(quiet), statistics.median(scanned)
     target = Target("ratio", "at least", 0.8)
-    ratio = median_ratio(scanned, quiet)
     return [
-        Row("audit.quiet", f"{what}, nobody asks", alone, "updates/s"),
-        Row(
+        Row.of_rounds("audit.quiet", f"{what}, nobody asks", "updates/s", quiet),
+        Row.of_rounds(
             "audit.scanned",
             f"{what}, an audit scans the file",
-            beside,
             "updates/s",
-            ratio=ratio,
+            scanned,
+            ratios_of(scanned, quiet),
             ratio_to="audit.quiet",
             target=target,
         ),

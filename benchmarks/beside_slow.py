@@ -5,7 +5,6 @@ so many that at no moment fewer than the planned number are in their code: the t
 """
 
 import asyncio
-import statistics
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -19,7 +18,7 @@ from google.protobuf.message import Message
 
 from benchmarks.executing import SERVED, result_of, tool_request
 from benchmarks.files import NAMES, session_id
-from benchmarks.load import Series, Slice
+from benchmarks.load import Series, Slice, p99_row
 from benchmarks.plan import Plan
 from benchmarks.rpc import packed, start_server
 from benchmarks.table import Row, Target
@@ -36,15 +35,6 @@ class _Probed:
 
     alone: Series = field(default_factory=Series)
     beside: Series = field(default_factory=Series)
-
-    def ratio(self) -> float:
-        """The median of the rounds' ratios of p99."""
-        pairs = zip(self.beside.slices, self.alone.slices, strict=True)
-        return statistics.median(_p99_ms(beside) / _p99_ms(alone) for beside, alone in pairs)
-
-
-def _p99_ms(part: Slice) -> float:
-    return Series([part]).percentile_ms(99)
 
 
 def measure(plan: Plan, path: Path) -> list[Row]:
@@ -76,16 +66,11 @@ async def _measure(plan: Plan, target: str) -> list[Row]:
 
 def _rows_of(plan: Plan, rpc: str, probed: _Probed) -> list[Row]:
     key, count = f"tools.p99.{rpc}", plan.slow_tools
-
-    def row(key: str, what: str, series: Series, **compared: Any) -> Row:
-        p50_ms, p99_ms = series.percentile_ms(50), series.percentile_ms(99)
-        return Row(key, f"p99 of {rpc}, {what}", p99_ms, "ms", p50_ms, p99_ms, **compared)
-
     target = Target("ratio", "at most", 1.5)
-    beside = f"beside {count} tools of {plan.slow_s:g} s"
+    what = f"{rpc}, beside {count} tools of {plan.slow_s:g} s"
     return [
-        row(f"{key}.0", "no tool running", probed.alone),
-        row(f"{key}.{count}", beside, probed.beside, ratio=probed.ratio(), ratio_to=f"{key}.0", target=target),
+        p99_row(f"{key}.0", f"{rpc}, no tool running", probed.alone),
+        p99_row(f"{key}.{count}", what, probed.beside, beside=probed.alone, ratio_to=f"{key}.0", target=target),
     ]
 
 

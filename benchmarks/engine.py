@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import sqlite3
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +11,13 @@ from typing import Any
 
 import dspex_persist
 from benchmarks.files import NAMES, begin_session, carry_out, session_id, value_of
-from benchmarks.load import Series, Slice, median_ratio, run_tasks, run_threads
+from benchmarks.load import Series, Slice, ratios_of, run_tasks, run_threads
 from benchmarks.plan import BATCH, CALLERS, Plan
 from benchmarks.rpc import check_versions
 from benchmarks.table import Row, Target
 from dspex_persist.state.commands import SetVariable, SetVariables
 from dspex_persist.state.provider import StateProvider
+from dspex_persist.state.values import decode
 
 
 @dataclass(slots=True)
@@ -57,14 +57,14 @@ def measure(plan: Plan, folder: Path) -> list[Row]:
 def _row_of(work: _Work, works: Sequence[_Work]) -> Row:
     beside = next((other for other in works if other.key == work.beside), None)
     rates = work.values_per_s()
-    return Row(
-        key=f"engine.{work.key}",
-        what=work.what,
-        value=statistics.median(rates),
-        unit=work.unit,
+    return Row.of_rounds(
+        f"engine.{work.key}",
+        work.what,
+        work.unit,
+        rates,
+        ratios_of(rates, beside.values_per_s()) if beside is not None else (),
         p50_ms=work.series.percentile_ms(50),
         p99_ms=work.series.percentile_ms(99),
-        ratio=median_ratio(rates, beside.values_per_s()) if beside is not None else None,
         ratio_to=f"engine.{beside.key}" if beside is not None else "",
         target=Target("value", "at least", work.target_per_s) if work.target_per_s is not None else None,
     )
@@ -124,6 +124,10 @@ def _works(provider: StateProvider, newest: dict[int, int]) -> list[_Work]:
     def get(caller: int) -> None:
         provider.get_variable(session_id(caller), NAMES[0])
 
+    def get_all(caller: int) -> None:
+        for variable in provider.list_variables(session_id(caller)):
+            decode(variable.type, variable.value)
+
     def in_threads(call: Callable[[int], object], callers: int) -> Callable[[float], Slice]:
         return lambda seconds: run_threads(call, callers, seconds)
 
@@ -138,8 +142,8 @@ def _works(provider: StateProvider, newest: dict[int, int]) -> list[_Work]:
         _Work(
             "SetVariable.threads", f"SetVariable, {threads}", "updates/s", in_threads(set_one, CALLERS), 1, many, 10_000
         ),
-        _Work("SetVariable.tasks", f"SetVariable, {tasks}", "updates/s", in_tasks(set_one_in_task), 1, many, 10_000),
-        _Work("SetVariables.1", f"{batches}, 1 caller", "values/s", in_threads(set_all, 1), BATCH),
+        _Work("SetVariable.tasks", f"SetVariable, {tasks}", "updates/s", in_tasks(set_one_in_task), 1, many, 14_000),
+        _Work("SetVariables.1", f"{batches}, 1 caller", "values/s", in_threads(set_all, 1), BATCH, "", 20_000),
         _Work(
             "SetVariables.threads",
             f"{batches}, {threads}",
@@ -147,11 +151,14 @@ def _works(provider: StateProvider, newest: dict[int, int]) -> list[_Work]:
             in_threads(set_all, CALLERS),
             BATCH,
             many,
-            25_000,
+            35_000,
         ),
-        _Work("SetVariables.tasks", f"{batches}, {tasks}", "values/s", in_tasks(set_all_in_task), BATCH, many, 25_000),
+        _Work("SetVariables.tasks", f"{batches}, {tasks}", "values/s", in_tasks(set_all_in_task), BATCH, many, 35_000),
         _Work("GetVariable.1", "GetVariable, 1 caller", "reads/s", in_threads(get, 1)),
         _Work("GetVariable.threads", f"GetVariable, {threads}", "reads/s", in_threads(get, CALLERS)),
+        _Work(
+            "values.1", f"values of all {BATCH} variables, 1 caller", "reads/s", in_threads(get_all, 1), 1, "", 46_000
+        ),
     ]
 
 

@@ -7,6 +7,8 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
+from benchmarks.table import Row, Target
+
 
 @dataclass(frozen=True, slots=True)
 class Slice:
@@ -21,6 +23,11 @@ class Slice:
         return len(self.latencies_s) / self.elapsed_s
 
 
+def joined(parts: Sequence[Slice]) -> Slice:
+    """Slices that were run one after the other, as one."""
+    return Slice([latency for part in parts for latency in part.latencies_s], sum(part.elapsed_s for part in parts))
+
+
 @dataclass(slots=True)
 class Series:
     """The slices of one kind of call, one or more a round."""
@@ -32,20 +39,52 @@ class Series:
         """Answered calls a second, slice by slice."""
         return [part.calls_per_s for part in self.slices]
 
-    @property
-    def calls_per_s(self) -> float:
-        """The median over the rounds."""
-        return statistics.median(self.rates)
-
     def percentile_ms(self, percent: int) -> float:
         """The time within which `percent` of all calls were answered."""
-        latencies = sorted(latency for part in self.slices for latency in part.latencies_s)
-        return 1000 * latencies[min(len(latencies) - 1, len(latencies) * percent // 100)]
+        return percentile_ms([latency for part in self.slices for latency in part.latencies_s], percent)
+
+    @property
+    def p99s_ms(self) -> list[float]:
+        """The same, slice by slice, for 99 percent."""
+        return [percentile_ms(part.latencies_s, 99) for part in self.slices]
 
 
-def median_ratio(rates: Sequence[float], references: Sequence[float]) -> float:
-    """The median of the ratios of what was measured side by side; that of the medians would mix up the rounds."""
-    return statistics.median(rate / reference for rate, reference in zip(rates, references, strict=True))
+def percentile_ms(latencies_s: Sequence[float], percent: int) -> float:
+    """The time within which `percent` of the calls were answered."""
+    latencies = sorted(latencies_s)
+    return 1000 * latencies[min(len(latencies) - 1, len(latencies) * percent // 100)]
+
+
+def ratios_of(rates: Sequence[float], references: Sequence[float]) -> list[float]:
+    """The ratios of what was measured side by side, whose median counts: that of medians would mix up the rounds."""
+    return [rate / reference for rate, reference in zip(rates, references, strict=True)]
+
+
+def p99_row(
+    key: str,
+    what: str,
+    series: Series,
+    *,
+    beside: Series | None = None,
+    ratio_to: str = "",
+    target: Target | None = None,
+) -> Row:
+    """The row of a p99. Its ratio is the median of the ratios of the rounds to those of `beside`."""
+    ratios = ratios_of(series.p99s_ms, beside.p99s_ms) if beside is not None else []
+    p50_ms, p99_ms = series.percentile_ms(50), series.percentile_ms(99)
+    return Row(
+        key,
+        f"p99 of {what}",
+        p99_ms,
+        "ms",
+        p50_ms,
+        p99_ms,
+        ratio=statistics.median(ratios) if ratios else None,
+        ratio_to=ratio_to,
+        target=target,
+        rounds=tuple(series.p99s_ms),
+        ratio_rounds=tuple(ratios),
+    )
 
 
 async def run_tasks(call: Callable[[int], Awaitable[object]], callers: int, seconds: float) -> Slice:

@@ -1,6 +1,6 @@
 """dspex-persist beside comparable libraries on the same work, in process: `make peers`, or by hand
 
-    .venv-peers/bin/python benchmarks/peers.py [--seconds 3] [--rounds 3] [--only NAME ...] [--json FILE]
+    .venv-peers/bin/python -m benchmarks.peers [--seconds 3] [--rounds 3] [--only NAME ...] [--json FILE]
 
 The work: 64 callers, each on a session of its own that holds 20 small float variables, in one SQLite file.
 
@@ -45,6 +45,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 from uuid import NAMESPACE_URL, UUID, uuid5
+
+from benchmarks.disk import filesystem_of
 
 State = dict[str, float]
 Work = Literal["update", "batch", "read", "execute"]
@@ -696,7 +698,7 @@ def run_library(key: str, seconds: float, directory: Path) -> dict[str, Any]:
     """Measure one library in a fresh process and return its answer."""
     with tempfile.TemporaryDirectory(prefix="peers-", dir=directory) as folder:
         answer = Path(folder, "answer.json")
-        command = [python_of(key), __file__, "--measure", key, "--seconds", str(seconds)]
+        command = [python_of(key), "-m", "benchmarks.peers", "--measure", key, "--seconds", str(seconds)]
         command += ["--directory", folder, "--json", str(answer)]
         try:
             env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -750,19 +752,6 @@ def run_rounds(keys: Sequence[str], rounds: int, seconds: float, directory: Path
             print(f"round {number} of {rounds}: {ADAPTERS[result.key].title}", file=sys.stderr, flush=True)
             result.add_round(run_library(result.key, seconds, directory))
     return results
-
-
-def filesystem_of(directory: Path) -> str:
-    """The type of the file system that holds the directory, as Linux names it; "unknown" elsewhere."""
-    mounts = Path("/proc/self/mounts")
-    if not mounts.exists():
-        return "unknown"
-    found = ("", "unknown")
-    for line in mounts.read_text().splitlines():
-        _, point, kind, *_ = line.split()
-        if directory.is_relative_to(point) and len(point) >= len(found[0]):
-            found = (point, kind)
-    return found[1]
 
 
 def describe_run(rounds: int, seconds: float, directory: Path) -> dict[str, Any]:

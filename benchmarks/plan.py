@@ -1,11 +1,20 @@
 """How much is measured: the full run, and a smoke version of it that shows only that everything works."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 SectionName = Literal["rpc", "tools", "engine", "versions", "growth", "startup", "memory", "audit"]
-"""One part of the run; the order of the full run is that of `SECTIONS`."""
-SECTIONS: tuple[SectionName, ...] = ("rpc", "tools", "engine", "versions", "growth", "startup", "memory", "audit")
+"""One part of the run; the order of the full run is that of `SECTIONS`, which says what each measures."""
+SECTIONS: dict[SectionName, str] = {
+    "rpc": "calls to a server, each kind beside Ping",
+    "tools": "tools that a server executes, and what goes on beside slow ones",
+    "engine": "the engine in this process, with one caller, threads and asyncio tasks",
+    "versions": "SetVariable of a variable with few versions, and with many",
+    "growth": "by how much an update makes the file grow",
+    "startup": "how long a server takes to be ready, with few sessions and with many",
+    "memory": "what sessions take that have come and gone",
+    "audit": "audits of a large file; verify, prune, replay",
+}
 
 CALLERS = 64
 """Callers in this process, as in the targets."""
@@ -18,6 +27,7 @@ class Plan:
     """Sizes of a run. A round measures everything of a section once, in turn; what is told is the median of rounds."""
 
     rounds: int = 5
+    syncs: int = 50
     slice_s: float = 0.2
     ping_slice_s: float = 0.1
     warm_s: float = 0.1
@@ -34,19 +44,32 @@ class Plan:
     probes: int = 16
     probes_per_s: float = 150.0
     version_counts: tuple[int, ...] = (10, 1_000, 100_000)
-    version_rounds: int = 40
+    version_turns: int = 8
     growth_updates: int = 12_800
     session_counts: tuple[int, ...] = (10, 1_000, 100_000)
     start_rounds: int = 3
     come_and_go: tuple[int, int] = (10_000, 100_000)
     audit_versions: tuple[int, int] = (100_000, 1_000_000)
     audit_rounds: int = 5
+    linear_rounds: int = 3
     audit_executions: int = 1_000
+
+    def with_rounds(self, rounds: int) -> "Plan":
+        """The same with so many rounds of everything."""
+        return replace(
+            self,
+            rounds=rounds,
+            slow_rounds=rounds,
+            start_rounds=rounds,
+            audit_rounds=rounds,
+            linear_rounds=rounds,
+        )
 
 
 FULL = Plan()
 QUICK = Plan(
     rounds=1,
+    syncs=5,
     slice_s=0.05,
     ping_slice_s=0.03,
     warm_s=0,
@@ -60,12 +83,13 @@ QUICK = Plan(
     slow_rounds=1,
     slow_slice_s=0.2,
     version_counts=(10, 100, 1_000),
-    version_rounds=3,
+    version_turns=3,
     growth_updates=640,
     session_counts=(10, 100, 1_000),
     start_rounds=1,
     come_and_go=(50, 500),
     audit_versions=(1_000, 7_000),
     audit_rounds=1,
+    linear_rounds=1,
     audit_executions=20,
 )

@@ -1,4 +1,4 @@
-"""`make bench`, or `python -m benchmarks.run [--quick] [--only NAME] [--json FILE] [--docs PAGE] [--directory PATH]`
+"""`make bench`, or `python -m benchmarks.run`; `--help` says what it can do
 
 Prints one table. Every number that is compared with another was measured beside it in the same run.
 Exit code: 0 when everything was measured, whether or not a target was missed; the table says which were.
@@ -12,20 +12,37 @@ import sqlite3
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks import audit, beside_slow, engine, executing, growth, memory, rpc, startup, versions
-from benchmarks.peers import filesystem_of
+from benchmarks import audit, beside_slow, compare, engine, executing, growth, memory, rpc, startup, versions
+from benchmarks.disk import IN_MEMORY, filesystem_of, sync_times_s
+from benchmarks.interpreter import describe_build
+from benchmarks.load import percentile_ms
 from benchmarks.plan import FULL, QUICK, SECTIONS, Plan, SectionName
-from benchmarks.table import Row, as_json, format_markdown, format_table, rewrite_docs
+from benchmarks.table import Row, as_json, format_markdown, format_table, format_verdicts, rewrite_docs
 from dspex_persist import clock
 
-_IN_MEMORY = frozenset({"tmpfs", "ramfs"})
+_DESCRIPTION = """
+How fast dspex-persist is here. Prints one table: what was measured, what it is a ratio to (in the same run, measured
+in turn), and whether it reaches its target. The first line says what the numbers depend on most: how long this disk
+takes to sync, and how this Python was built.
+"""
+_EXAMPLES = """
+sections:
+{sections}
+
+examples:
+  make bench                                               all of it
+  make bench ARGS="--only rpc --only engine --rounds 3"    two sections, and less of them
+  make bench ARGS="--json before.json"                     keep a run ...
+  make bench ARGS="--compare before.json"                  ... and measure again: what has changed beyond noise?
+  make bench ARGS="--compare before.json after.json"       the same of two runs that were kept
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,41 +102,75 @@ def measure(plan: Plan, directory: Path, names: Sequence[SectionName]) -> list[R
         rows = run_jobs(untimed_jobs(plan, folder, names), os.cpu_count() or 1)
         # One a process: what a section leaves behind (threads, caches, a large heap) must not slow the next one.
         rows += run_jobs(timed_jobs(plan, folder, names), 1, a_process=1)
-    return sorted(rows, key=lambda row: SECTIONS.index(row.section))
+    order: list[str] = list(SECTIONS)
+    return sorted(rows, key=lambda row: order.index(row.section))
 
 
-def describe_run(directory: Path, elapsed_s: float, *, quick: bool) -> dict[str, Any]:
-    """What the numbers depend on."""
+def describe_run(
+    directory: Path, elapsed_s: float, syncs_s: Sequence[float], load: float, *, quick: bool
+) -> dict[str, Any]:
+    """What the numbers depend on. `load`: that of the machine before the run."""
+    build = describe_build()
     return {
         "measured_at": f"{clock.now():%Y-%m-%d %H:%M} UTC",
         "elapsed_s": round(elapsed_s, 1),
         "quick": quick,
+        "sync_ms": {"p50": percentile_ms(syncs_s, 50), "p99": percentile_ms(syncs_s, 99)},
         "python": platform.python_version(),
+        "built": build.how,
+        "optimized": build.optimized,
         "sqlite": sqlite3.sqlite_version,
         "cpus": os.cpu_count(),
+        "load": round(load, 1),
         "directory": str(directory),
         "filesystem": filesystem_of(directory),
     }
 
 
-def format_run(run: dict[str, Any]) -> str:
-    """The same in a sentence or two."""
-    words = (
-        f"Python {run['python']}, SQLite {run['sqlite']} (WAL, synchronous=FULL), {run['cpus']} CPUs shared by client "
-        f"and server, files in {run['directory']} on {run['filesystem']}; {run['measured_at']}, {run['elapsed_s']:g} s."
-    )
+def format_run(run: Mapping[str, Any]) -> str:
+    """The same in a few lines, and what is wrong with it."""
+    sync_ms = run["sync_ms"]
+    lines = [
+        f"fdatasync {sync_ms['p50']:.2f} ms (p99 {sync_ms['p99']:.2f}) on {run['filesystem']}; "
+        f"Python {run['python']}, {run['built']}",
+        f"SQLite {run['sqlite']} (WAL, synchronous=FULL); {run['cpus']} CPUs shared by client and server, load "
+        f"{run['load']:g} before; {run['measured_at']}, {run['elapsed_s']:g} s",
+        f"Files in {run['directory']}",
+    ]
+    if not run["optimized"]:
+        lines.append(
+            "Python was built without optimization: one that is built with PGO is faster (make setup finds it)."
+        )
     if run["quick"]:
-        words += " A smoke run: its numbers mean nothing."
-    if run["filesystem"] in _IN_MEMORY:
-        words += " These files are in memory, where nothing is durable: choose another --directory."
-    return words
+        lines.append("A smoke run: its numbers mean nothing.")
+    if run["filesystem"] in IN_MEMORY:
+        lines.append("These files are in memory, where nothing is durable: choose another --directory.")
+    return "\n".join(lines)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="How fast dspex-persist is, here.")
-    parser.add_argument("--quick", action="store_true", help="a smoke run of some 20 s; its numbers mean nothing")
-    parser.add_argument("--only", action="append", choices=SECTIONS, help="only this section (may be repeated)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file too")
+    sections = "\n".join(f"  {name:<12} {what}" for name, what in SECTIONS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES.format(sections=sections),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="a smoke run of half a minute; its numbers mean nothing")
+    parser.add_argument(
+        "--only", action="append", choices=SECTIONS, metavar="SECTION", help="only this section (may be repeated)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, metavar="N", help=f"measure everything in N rounds (default: {FULL.rounds}, or fewer)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file too, rounds included")
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="compare with this earlier run, of --json; with a second FILE measure nothing, and compare the two",
+    )
     parser.add_argument("--docs", type=Path, metavar="PAGE", help="write the table into this page, between its marks")
     parser.add_argument(
         "--directory",
@@ -127,21 +178,55 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         default=Path(tempfile.gettempdir()),
         help="where the database files are made: on a real disk (default: %(default)s)",
     )
-    return parser.parse_args(arguments)
+    chosen = parser.parse_args(arguments)
+    if chosen.rounds is not None and chosen.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    if chosen.compare is not None and len(chosen.compare) > 2:
+        parser.error("--compare takes one file or two")
+    try:
+        # Before anything is measured: minutes later it would be too late.
+        chosen.compare = [compare.SavedRun.load(path) for path in chosen.compare or ()]
+    except ValueError as error:
+        parser.error(f"--compare: {error}")
+    return chosen
+
+
+def _measure_run(chosen: argparse.Namespace) -> compare.SavedRun:
+    """Measure what was chosen."""
+    plan: Plan = QUICK if chosen.quick else FULL
+    if chosen.rounds is not None:
+        plan = plan.with_rounds(chosen.rounds)
+    directory: Path = chosen.directory.resolve()
+    load, *_ = os.getloadavg()
+    began = time.perf_counter()
+    # At both ends: disks are in different moods.
+    syncs_s = sync_times_s(directory, plan.syncs)
+    rows = measure(plan, directory, chosen.only or list(SECTIONS))
+    syncs_s += sync_times_s(directory, plan.syncs)
+    run = describe_run(directory, time.perf_counter() - began, syncs_s, load, quick=chosen.quick)
+    return compare.SavedRun(run, rows)
+
+
+def _chosen_rows(saved: compare.SavedRun, chosen: argparse.Namespace) -> compare.SavedRun:
+    rows = [row for row in saved.rows if chosen.only is None or row.section in chosen.only]
+    return compare.SavedRun(saved.run, rows)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, print the table, write what was asked for; the exit code."""
+    """Measure, print the table, compare, write what was asked for; the exit code."""
     chosen = _parse(arguments)
-    directory: Path = chosen.directory.resolve()
-    began = time.perf_counter()
-    rows = measure(QUICK if chosen.quick else FULL, directory, chosen.only or SECTIONS)
-    run = describe_run(directory, time.perf_counter() - began, quick=chosen.quick)
-    print(f"{format_run(run)}\n\n{format_table(rows)}")
+    compared = [_chosen_rows(saved, chosen) for saved in chosen.compare]
+    now = compared[1] if len(compared) == 2 else _measure_run(chosen)
+    written = as_json(now.rows, now.run)
+    print(f"{format_run(now.run)}\n\n{format_table(now.rows)}\n\n{format_verdicts(now.rows)}")
+    if compared:
+        before = compared[0]
+        written["compared"] = compare.as_json(before, now)
+        print(f"\nBefore:\n{format_run(before.run)}\n\n{compare.format_changes(before, now)}")
     if chosen.json is not None:
-        chosen.json.write_text(json.dumps(as_json(rows, run), indent=2) + "\n")
+        chosen.json.write_text(json.dumps(written, indent=2) + "\n")
     if chosen.docs is not None:
-        rewrite_docs(chosen.docs, f"{format_run(run)}\n\n{format_markdown(rows)}")
+        rewrite_docs(chosen.docs, f"{format_run(now.run)}\n\n{format_markdown(now.rows)}")
     return 0
 
 

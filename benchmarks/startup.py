@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.message import Message
 
 from benchmarks.files import NAMES, begin_session, make_file, session_id
-from benchmarks.load import median_ratio
+from benchmarks.load import ratios_of
 from benchmarks.plan import Plan
 from benchmarks.rpc import start_server
 from benchmarks.table import Row, Target
@@ -87,24 +87,24 @@ def _call(channel: grpc.Channel, rpc: str, request: Message) -> Any:
 
 def _ready_row(starts: _Starts, first: _Starts) -> Row:
     compared = starts is not first
-    return Row(
-        key=f"startup.{starts.sessions}",
-        what=f"start of the server, {starts.sessions:,} sessions in the file",
-        value=statistics.median(starts.ready_s),
-        unit="s",
-        ratio=median_ratio(starts.ready_s, first.ready_s) if compared else None,
+    return Row.of_rounds(
+        f"startup.{starts.sessions}",
+        f"start of the server, {starts.sessions:,} sessions in the file",
+        "s",
+        starts.ready_s,
+        ratios_of(starts.ready_s, first.ready_s) if compared else (),
         ratio_to=f"startup.{first.sessions}" if compared else "",
-        target=Target("ratio", "at most", 1.2) if compared else None,
+        target=Target("ratio", "at most", 1.2) if compared else Target("value", "at most", 0.5),
     )
 
 
 def _touch_row(starts: _Starts, first: _Starts) -> Row:
     compared = starts is not first
-    return Row(
-        key=f"startup.touch.{starts.sessions}",
-        what=f"first touch of one of {starts.sessions:,} sessions",
-        value=1000 * statistics.median(starts.touch_s),
-        unit="ms",
-        ratio=median_ratio(starts.touch_s, first.touch_s) if compared else None,
+    return Row.of_rounds(
+        f"startup.touch.{starts.sessions}",
+        f"first touch of one of {starts.sessions:,} sessions",
+        "ms",
+        [1000 * touch_s for touch_s in starts.touch_s],
+        ratios_of(starts.touch_s, first.touch_s) if compared else (),
         ratio_to=f"startup.touch.{first.sessions}" if compared else "",
     )

@@ -1,12 +1,16 @@
-"""The rows of the run, as text, as JSON and in the documentation."""
+"""The rows of a run, as text, as JSON and in the documentation."""
 
-from collections.abc import Sequence
+import statistics
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 BEGIN = "<!-- bench: what follows is written by `python -m benchmarks.run --docs` -->"
 END = "<!-- bench: end -->"
+WIDTH = 120
+"""Columns that a printed table may take."""
 
 _COLUMNS = ("what", "measured", "p50 ms", "p99 ms", "ratio", "target", "")
 
@@ -32,7 +36,11 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. `key` names it for machines; `ratio` is to the row `ratio_to`, in the same run."""
+    """One line of the table. `key` names it for machines; `ratio` is to the row `ratio_to`, in the same run.
+
+    `rounds` and `ratio_rounds` are what single rounds measured of `value` and of `ratio`: how far they lie apart tells
+    what is noise. They are empty where there are no rounds.
+    """
 
     key: str
     what: str
@@ -43,11 +51,36 @@ class Row:
     ratio: float | None = None
     ratio_to: str = ""
     target: Target | None = None
+    rounds: tuple[float, ...] = ()
+    ratio_rounds: tuple[float, ...] = ()
+
+    @classmethod
+    def of_rounds(
+        cls, key: str, what: str, unit: str, rounds: Sequence[float], ratios: Sequence[float] = (), **others: Any
+    ) -> "Row":
+        """A row of medians over its rounds, and over the ratios of the rounds if there are any."""
+        ratio = statistics.median(ratios) if ratios else None
+        every: dict[str, Any] = {"rounds": tuple(rounds), "ratio_rounds": tuple(ratios), **others}
+        return cls(key, what, statistics.median(rounds), unit, ratio=ratio, **every)
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> "Row":
+        """The row of `as_json`. KeyError, TypeError or ValueError if it is not one."""
+        fields = {name: value for name, value in saved.items() if name in cls.__dataclass_fields__}
+        fields["target"] = Target(**saved["target"]) if saved["target"] else None
+        for name in ("rounds", "ratio_rounds"):
+            fields[name] = tuple(map(float, saved.get(name, ())))
+        return cls(**fields)
 
     @property
     def section(self) -> str:
         """The part of the run that it belongs to."""
         return self.key.partition(".")[0]
+
+    @property
+    def more_is_better(self) -> bool:
+        """Whether a larger value, or ratio, is the better one: that of a rate is, one of time or of bytes is not."""
+        return self.unit.endswith("/s")
 
     @property
     def verdict(self) -> Literal["met", "missed", ""]:
@@ -59,16 +92,29 @@ class Row:
 
 def format_table(rows: Sequence[Row]) -> str:
     """The rows in aligned columns."""
-    lines = [_COLUMNS, *map(_cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, tuple("-" * width for width in widths))
-    return "\n".join(_aligned(line, widths).rstrip() for line in lines)
+    return aligned(_COLUMNS, list(map(_cells, rows)), numbers=range(1, 5))
 
 
-def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
-    padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=True)]
-    padded[1:5] = [cell.rjust(width) for cell, width in zip(cells[1:5], widths[1:5], strict=True)]
-    return "  ".join(padded)
+def format_verdicts(rows: Sequence[Row]) -> str:
+    """How many targets the rows meet."""
+    verdicts = [row.verdict for row in rows]
+    return f"Targets: {verdicts.count('met')} met, {verdicts.count('missed')} missed"
+
+
+def aligned(header: Sequence[str], lines: Sequence[Sequence[str]], *, numbers: Sequence[int]) -> str:
+    """The lines below their header, in at most WIDTH columns: the first cell is wrapped, `numbers` are to the right."""
+    others = [max(map(len, column)) for column in list(zip(header, *lines, strict=True))[1:]]
+    longest = max(len(line[0]) for line in (header, *lines))
+    first = min(longest, WIDTH - sum(others) - 2 * len(others))
+    widths = [first, *others]
+    texts: list[str] = []
+    for cells in (header, ["-" * width for width in widths], *lines):
+        *wrapped, last = textwrap.wrap(cells[0], first, subsequent_indent="  ") or [""]
+        padded = [last.ljust(first)]
+        for index, (cell, width) in enumerate(zip(cells[1:], others, strict=True), start=1):
+            padded.append(cell.rjust(width) if index in numbers else cell.ljust(width))
+        texts += [*wrapped, "  ".join(padded).rstrip()]
+    return "\n".join(texts)
 
 
 def format_markdown(rows: Sequence[Row]) -> str:
@@ -84,27 +130,29 @@ def format_markdown(rows: Sequence[Row]) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.what,
-        f"{_number(row.value)} {row.unit}",
-        _number(row.p50_ms),
-        _number(row.p99_ms),
+        f"{number(row.value)} {row.unit}",
+        number(row.p50_ms),
+        number(row.p99_ms),
         "" if row.ratio is None else f"{row.ratio:.2f}",
         "" if row.target is None else str(row.target),
         row.verdict,
     )
 
 
-def _number(value: float | None) -> str:
-    """Three digits are all that a benchmark is good for; whole numbers from 100 up."""
+def number(value: float | None) -> str:
+    """Three digits are all that a benchmark is good for; whole numbers from 100 up. Nothing for None."""
     if value is None:
         return ""
     if abs(value) >= 100:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    if abs(value) >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3f}"
 
 
-def as_json(rows: Sequence[Row], run: dict[str, Any]) -> dict[str, Any]:
+def as_json(rows: Sequence[Row], run: Mapping[str, Any]) -> dict[str, Any]:
     """The run for machines: `run` says what the numbers depend on."""
-    return {"run": run, "rows": [{**asdict(row), "verdict": row.verdict} for row in rows]}
+    return {"run": dict(run), "rows": [{**asdict(row), "verdict": row.verdict} for row in rows]}
 
 
 def rewrite_docs(page: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import dspex_persist
 from benchmarks.files import NAMES, begin_session, carry_out, make_file, session_id, set_times
-from benchmarks.load import Series, Slice, median_ratio, run_alone
+from benchmarks.load import Series, Slice, joined, ratios_of, run_alone
 from benchmarks.plan import Plan
 from benchmarks.table import Row, Target
 from dspex_persist.state.commands import Command
@@ -31,16 +31,20 @@ def _with_versions(number: int, count: int) -> Iterator[Command[Any]]:
 
 
 def measure(plan: Plan, path: Path) -> list[Row]:
-    """One caller updates the variables in turn. The one with the fewest versions is a new one in each round."""
+    """One caller updates the variables in turn. The one with the fewest versions is a new one in each turn."""
     counts = plan.version_counts
     series = {count: Series() for count in counts}
     fresh_numbers = itertools.count(len(counts))
     with dspex_persist.connect(path) as provider:
-        for _ in range(plan.version_rounds):
-            fresh = next(fresh_numbers)
-            carry_out(provider, _with_versions(fresh, counts[0]))
-            for number, count in enumerate(counts):
-                series[count].slices.append(_update(provider, number or fresh))
+        for _ in range(plan.rounds):
+            parts: dict[int, list[Slice]] = {count: [] for count in counts}
+            for _ in range(plan.version_turns):
+                fresh = next(fresh_numbers)
+                carry_out(provider, _with_versions(fresh, counts[0]))
+                for number, count in enumerate(counts):
+                    parts[count].append(_update(provider, number or fresh))
+            for count in counts:
+                series[count].slices.append(joined(parts[count]))
     return [_row_of(count, counts[0], series) for count in counts]
 
 
@@ -53,14 +57,14 @@ def _update(provider: StateProvider, number: int) -> Slice:
 def _row_of(count: int, fewest: int, series: dict[int, Series]) -> Row:
     own, first = series[count], series[fewest]
     compared = count != fewest
-    return Row(
-        key=f"versions.{count}",
-        what=f"SetVariable of a variable with {count:,} versions",
-        value=own.calls_per_s,
-        unit="updates/s",
+    return Row.of_rounds(
+        f"versions.{count}",
+        f"SetVariable of a variable with {count:,} versions",
+        "updates/s",
+        own.rates,
+        ratios_of(own.rates, first.rates) if compared else (),
         p50_ms=own.percentile_ms(50),
         p99_ms=own.percentile_ms(99),
-        ratio=median_ratio(own.rates, first.rates) if compared else None,
         ratio_to=f"versions.{fewest}" if compared else "",
         target=Target("ratio", "at least", 0.9) if compared else None,
     )

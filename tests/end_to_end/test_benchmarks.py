@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.plan import QUICK, SECTIONS
-from benchmarks.table import BEGIN, END, Row, Target, format_table, rewrite_docs
+from benchmarks.compare import SavedRun, changes, format_changes
+from benchmarks.interpreter import describe_build
+from benchmarks.plan import FULL, QUICK, SECTIONS
+from benchmarks.table import BEGIN, END, WIDTH, Row, Target, format_table, rewrite_docs
 from tests.deadline import within
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +28,7 @@ ENGINE = (
     *(f"{name}.{callers}" for name in ("SetVariable", "SetVariables") for callers in ("1", "threads", "tasks")),
     "GetVariable.1",
     "GetVariable.threads",
+    "values.1",
 )
 
 
@@ -61,7 +64,7 @@ def test_every_row_is_there_in_the_order_of_the_sections(quick_run: dict[str, An
         *(f"audit.{what}" for what in ("verify", "prune", "replay", "quiet", "scanned")),
     }
     sections = [key.partition(".")[0] for key in keys]
-    assert sections == sorted(sections, key=SECTIONS.index)
+    assert sections == sorted(sections, key=list(SECTIONS).index)
 
 
 def test_every_rpc_and_tool_but_ping_is_a_ratio_to_ping(quick_run: dict[str, Any]) -> None:
@@ -83,6 +86,19 @@ def test_what_runs_beside_slow_tools_is_a_ratio_to_what_runs_without(quick_run: 
         assert beside["target"] == {"of": "ratio", "sense": "at most", "bound": 1.5}
 
 
+def test_a_number_of_several_rounds_is_told_with_its_rounds(quick_run: dict[str, Any]) -> None:
+    single = {"growth.1", "growth.64", *(f"memory.{count}" for count in (*QUICK.come_and_go, "growth"))}
+    for row in quick_run["rows"]:
+        assert (row["rounds"] == []) == (row["key"] in single)
+        assert (row["ratio"] is None) == (row["ratio_rounds"] == [])
+
+
+def test_the_first_line_says_how_long_a_sync_takes_and_how_python_was_built(quick_run: dict[str, Any]) -> None:
+    run, first = quick_run["run"], quick_run["printed"].splitlines()[0]
+    assert f"fdatasync {run['sync_ms']['p50']:.2f} ms" in first
+    assert first.endswith(describe_build().how)
+
+
 def test_every_target_has_a_verdict(quick_run: dict[str, Any]) -> None:
     judged = {row["key"] for row in quick_run["rows"] if row["target"] is not None}
     assert {row["key"] for row in quick_run["rows"] if row["verdict"] in ("met", "missed")} == judged
@@ -93,6 +109,7 @@ def test_the_table_is_printed_and_written_into_the_page(quick_run: dict[str, Any
     assert quick_run["docs"].startswith(f"before\n{BEGIN}\n")
     assert quick_run["docs"].endswith(f"{END}\nafter\n")
     assert "an old table" not in quick_run["docs"]
+    assert max(map(len, quick_run["printed"].splitlines())) <= WIDTH
     for row in quick_run["rows"]:
         assert row["what"] in quick_run["printed"]
         assert f"| {row['what']} |" in quick_run["docs"]
@@ -133,6 +150,89 @@ def test_the_page_of_the_documentation_has_the_marks(tmp_path: Path) -> None:
     page.write_text((ROOT / "docs" / "performance.md").read_text())
     rewrite_docs(page, "a table")
     assert f"{BEGIN}\n\na table\n\n{END}" in page.read_text()
+
+
+# Two runs side by side
+
+
+def _run(rows: list[Row], **conditions: object) -> SavedRun:
+    return SavedRun({"python": "3.11.2", **conditions}, rows)
+
+
+def _rate(*rounds: float, ratios: tuple[float, ...] = (), key: str = "a.b") -> Row:
+    return Row.of_rounds(key, "what", "calls/s", rounds, ratios)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "verdict"),
+    [
+        (_rate(100, 101, 102), _rate(110, 111, 112), "better"),
+        (_rate(110, 111, 112), _rate(100, 101, 102), "worse"),
+        (_rate(90, 101, 112), _rate(110, 111, 112), ""),
+        (_rate(100, 101, 102), _rate(100, 111, 122), ""),
+        (_rate(100, 100, 100), _rate(101, 101, 101), ""),
+        (_rate(100, 100, 100), _rate(103, 103, 103), "better"),
+        (_rate(100, 101), _rate(200, 201, 202), "?"),
+        (_rate(100, 101, 102), Row("a.b", "what", 200, "calls/s"), "?"),
+        (Row.of_rounds("a.b", "w", "ms", (9, 9.1, 9.2)), Row.of_rounds("a.b", "w", "ms", (5, 5.1, 5.2)), "better"),
+        (Row.of_rounds("a.b", "w", "kB", (5, 5.1, 5.2)), Row.of_rounds("a.b", "w", "kB", (9, 9.1, 9.2)), "worse"),
+    ],
+)
+def test_only_what_has_changed_by_more_than_the_rounds_of_both_runs_lie_apart_is_told(
+    before: Row, now: Row, verdict: str
+) -> None:
+    (change,) = changes([before], [now])
+    assert change.verdict == verdict
+
+
+def test_ratios_are_compared_beside_values() -> None:
+    before, now = _rate(99, 100, 101, ratios=(0.4, 0.41, 0.42)), _rate(99, 100, 101, ratios=(0.6, 0.61, 0.62))
+    assert [(each.now.of, each.verdict) for each in changes([before], [now])] == [("value", ""), ("ratio", "better")]
+
+
+def test_the_comparison_names_other_conditions_and_rows_without_a_counterpart() -> None:
+    before = _run([_rate(1, 1, 1), _rate(1, 1, 1, key="a.gone"), _rate(1, 1, 1, key="left.out")], built="PGO")
+    text = format_changes(before, _run([_rate(2, 2, 2), _rate(1, 1, 1, key="a.new")], built="built without PGO"))
+    assert "Not measured alike: built was PGO, and is built without PGO" in text
+    assert "1 better, 0 worse, of 1 figures" in text
+    assert "Only before: a.gone\n" in text
+    assert text.endswith("Only now: a.new")
+
+
+def test_a_saved_run_is_compared_with_another_without_measuring(quick_run: dict[str, Any], tmp_path: Path) -> None:
+    saved = json.loads(json.dumps({name: quick_run[name] for name in ("run", "rows")}))
+    before, after, both = (tmp_path / name for name in ("before.json", "after.json", "both.json"))
+    before.write_text(json.dumps(saved))
+    (row,) = (row for row in saved["rows"] if row["key"] == "rpc.Ping.1")
+    row["value"] *= 2
+    after.write_text(json.dumps(saved))
+    done = _bench("--compare", str(before), str(after), "--only", "rpc", "--json", str(both))
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= WIDTH
+    compared = json.loads(both.read_text())["compared"]
+    assert compared["run"] == saved["run"]
+    ping, *others = compared["figures"]
+    assert (ping["key"], ping["of"], ping["change"], ping["verdict"]) == ("rpc.Ping.1", "value", 1, "?")
+    assert {figure["key"].partition(".")[0] for figure in others} == {"rpc"}
+
+
+def test_a_file_that_cannot_be_compared_with_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    other.write_text('{"rows": []}')
+    for path, reason in ((tmp_path / "none.json", "No such file"), (other, "is not what --json writes")):
+        done = _bench("--compare", str(path))
+        assert done.returncode == 2
+        assert reason in done.stderr
+
+
+def test_fewer_rounds_can_be_asked_for() -> None:
+    assert FULL.with_rounds(2).rounds == FULL.with_rounds(2).start_rounds == 2
+    assert _bench("--rounds", "0").returncode == 2
+
+
+def _bench(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks.run", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=within(60), check=False)
 
 
 def test_the_cost_of_watchers_is_measured() -> None:
