@@ -400,7 +400,7 @@ def test_a_header_that_says_two_things_is_refused(stub: Any, name: str, first: s
         with pytest.raises(grpc.RpcError) as error:
             stub.SetVariable(request, metadata=metadata)
         assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-        assert f"it is there as '{first}' and as '{second}'" in error.value.details()
+        assert f"it has two values, '{first}' and '{second}'" in error.value.details()
     assert get(stub, "twice").version == 0
 
 

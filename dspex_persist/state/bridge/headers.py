@@ -1,48 +1,48 @@
-"""What travels beside the messages, in gRPC metadata, because the protocol has no field for it."""
+"""The headers and trailers that carry, as gRPC metadata, what the protocol's messages have no fields for."""
 
 from collections.abc import Mapping
 from typing import Final, TypeAlias
 
 Headers: TypeAlias = tuple[tuple[str, str | bytes], ...]
-"""As gRPC takes them."""
+"""The type of metadata in gRPC."""
 
 BINARY = "-bin"
-"""What a key ends in whose value is UTF-8 beyond plain ASCII; any of the keys of a request may have it."""
+"""The ending of a key whose value is UTF-8 instead of printable ASCII; any key of a request may have it."""
 ACTOR = "x-dspex-actor"
-"""Who calls."""
+"""Request: who makes the call."""
 SOURCE = "x-dspex-source"
-"""Which side calls, "python" or "elixir", where the metadata of the variable does not say."""
+"""Request: which side makes the call, "python" or "elixir". The metadata of a variable has precedence."""
 IDEMPOTENCY_KEY = "x-dspex-idempotency-key"
-"""Under which key the outcome of this write is recorded."""
+"""Request: the key under which the server records the outcome of this write."""
 OPTIMIZER_ID = "x-dspex-optimizer-id"
-"""Which optimizer calls, where the request has no field for it."""
+"""Request: which optimizer makes the call, for rpcs without a field for it."""
 AFTER_SEQUENCE = "x-dspex-after-sequence"
-"""Request of a watch: resume after this commit. Trailer of one that was cut: resume after that commit."""
+"""Request of a watch: resume after this commit. Trailer of an interrupted watch: where to resume."""
 POSITION = "x-dspex-position"
-"""Response of a watch: the commit from which it goes on."""
+"""Response of a watch: the commit after which it starts."""
 INITIAL_VALUES = "x-dspex-initial-values"
 """Response of a watch: how many initial values come first."""
 BEFORE_VERSION = "x-dspex-before-version"
-"""Request of GetVariableHistory: only versions below this one, to page through a long history. Trailer: fewer came than
-were asked for, because they are large, and the next ones are those below this one."""
+"""Request of GetVariableHistory: only versions below this one, to page through a long history. Trailer: the response
+has fewer versions than requested, because they are large; continue with those below this one."""
 LEFT_OUT = "x-dspex-left-out"
-"""Trailer of InitializeSession: of so many variables there is no initial value, because one message cannot hold all."""
+"""Trailer of InitializeSession: how many variables are missing in the response because they would not fit."""
 EXPECTED_VERSION = "x-dspex-expected-version"
-"""Request of SetVariable: the version that the variable must have, 0 included, which the message cannot say."""
+"""Request of SetVariable: the version that the variable must have. Unlike the field in the message, it can be 0."""
 RPC_ID = "x-dspex-rpc-id"
-"""The client's name for this call, for the server's log."""
+"""Request: the client's id for this call, for the server's log."""
 RESUMED = "x-dspex-resumed"
-"""Trailer of InitializeSession: the session was there already."""
+"""Trailer of InitializeSession: the session already existed."""
 EXECUTION_ID = "x-dspex-execution-id"
-"""Inside which tool execution's transaction the call reads and writes."""
+"""Request: the tool execution in whose transaction the call reads and writes."""
 ASKED_BY = "x-dspex-asked-by"
-"""Which tool execution's code waits for this tool, which is executed apart, and must not wait for that one's thread."""
+"""Request of ExecuteTool: the execution whose code waits for this separate one, which must not need its thread."""
 TOOLS, ALL_TOOLS = "x-dspex-tools", "all"
-"""Request of GetExposedElixirTools: every tool that the session can execute, not the exposed ones alone."""
+"""Request of GetExposedElixirTools: list every tool that the session can execute, not only the exposed ones."""
 TIMEOUT_S = "x-dspex-timeout-s"
-"""Request of ExecuteTool: how long the tool may take. Without it, a little less than the call's deadline leaves."""
+"""Request of ExecuteTool: how long the tool may take. By default, a little less than the deadline of the call."""
 HINT = "x-dspex-hint"
-"""Trailer of an error: the id of the advice in its details, where not all errors of its kind have that one."""
+"""Trailer of an error: the id of the advice in its details, if that differs from the usual one of this error."""
 
 ARGUMENTS: Final[Mapping[str, str]] = {
     ACTOR: "actor",
@@ -54,4 +54,4 @@ ARGUMENTS: Final[Mapping[str, str]] = {
     EXECUTION_ID: "execution_id",
     TIMEOUT_S: "timeout_s",
 }
-"""What programs in Python call what such a header says: errors name the one here, and the other over the wire."""
+"""The Python arguments that correspond to headers. Errors name the argument in Python, and the header over gRPC."""

@@ -1,4 +1,4 @@
-"""What a call on the server says beside its message, and what a message may hold."""
+"""Reads the headers of a call on the server, and checks the size of messages."""
 
 import time
 from collections.abc import Mapping, Sized
@@ -18,12 +18,12 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 _ACTOR_LENGTH = 255
 _OURS: Final = "x-dspex-"
-# A tool that runs into its client's deadline is ended so much earlier that its verdict still reaches the client.
+# How much earlier than its client's deadline a tool is ended, so that the outcome still reaches the client.
 _MARGIN, _LONGEST_MARGIN_S = 0.1, 0.25
 
 
 class Call:
-    """One call on the server: what it says beside its message, and what is known for its answer."""
+    """One call on the server: its headers, and the facts for its response."""
 
     __slots__ = (
         "_context",
@@ -42,68 +42,68 @@ class Call:
         self.max_message_bytes = max_message_bytes
         self.began = time.monotonic()
         self.first: Any = None
-        """The result of what the rpc asks first."""
+        """The result of `Rpc.first`."""
         self.from_memory = True
-        """Whether memory answered."""
+        """Whether the result came from memory."""
         self.style = ""
-        """How the client writes the parameters of tools."""
+        """How the client encodes the parameters of tools; see `codec.style_of`."""
         self.trailers: list[tuple[str, str]] = []
 
-    def says(self, name: str) -> str | None:
-        """What the call says beside its message."""
+    def header(self, name: str) -> str | None:
+        """Return the text of a header, or None."""
         return header(self._context, name)
 
     def number(self, name: str) -> int | None:
-        """The same, where it is a whole number."""
+        """Return a header that must be a whole number, or None."""
         return whole_number(self._context, name)
 
     def origin(self, cause: str) -> Origin:
-        """Who asks."""
+        """Return who makes the call."""
         return origin_of(cause, self._context)
 
     def seconds_left(self) -> float | None:
-        """How long whoever asks waits for a tool: as they say, and no longer than the call lasts."""
-        said = self.says(TIMEOUT_S)
+        """Return how long a tool may take: the time in the header, but at most what the call's deadline leaves."""
+        text = self.header(TIMEOUT_S)
         left_s: float | None = self._context.time_remaining()
         bounds = [] if left_s is None else [max(0.0, left_s - min(_LONGEST_MARGIN_S, left_s * _MARGIN))]
-        if said is not None:
-            bounds.append(_seconds(said))
+        if text is not None:
+            bounds.append(_seconds(text))
         return min(bounds, default=None)
 
     def metadata(self, metadata: Mapping[str, str]) -> dict[str, str]:
-        """Those of a message, unless they are too many."""
+        """Return the metadata of a message; `LimitExceededError` if it has too many entries."""
         check_count("metadata entries", metadata, self.limits.metadata_entries, "metadata_entries")
         return dict(metadata)
 
     def trail(self, name: str, text: str) -> None:
-        """Say something beside the answer."""
+        """Add a trailer to the response."""
         self.trailers.append((name, text))
 
 
-def _seconds(said: str) -> float:
+def _seconds(text: str) -> float:
     try:
-        seconds = float(said)
+        seconds = float(text)
     except ValueError:
         seconds = -1.0
     if not 0 < seconds < inf:
-        raise InvalidArgumentError(TIMEOUT_S, f"{quote(said)} is no number of seconds above 0")
+        raise InvalidArgumentError(TIMEOUT_S, f"{quote(text)} is not a number of seconds above 0")
     return seconds
 
 
 def check_count(what: str, entries: Sized, most: int, setting: str) -> None:
-    """Refuse a request with too many of something before anything is made of them: a message holds millions."""
+    """Refuse a request with too many entries before they are read: a message can have millions."""
     if len(entries) > most:
         raise LimitExceededError(f"number of {what}", len(entries), most, setting)
 
 
 def check_together(what: str, size_bytes: int, most: int, setting: str) -> None:
-    """Refuse a request whose values are too much together before any of them is read."""
+    """Refuse a request whose values are too large in total, before any of them is parsed."""
     if size_bytes > most:
         raise LimitExceededError(f"size of the {what} in bytes", size_bytes, most, setting)
 
 
 def fitting(message: M, max_message_bytes: int) -> M:
-    """The answer, if it is no larger than a message may be: gRPC would not say what to do."""
+    """Return a response; `LimitExceededError` if it is too large, which says more than gRPC's own error."""
     size_bytes = message.ByteSize()
     if size_bytes > max_message_bytes:
         raise LimitExceededError("the size of the answer", size_bytes, max_message_bytes, "max_message_bytes")
@@ -111,41 +111,45 @@ def fitting(message: M, max_message_bytes: int) -> M:
 
 
 def headers(context: Context) -> dict[str, str]:
-    """All of ours that the call has; each may be UTF-8 under a binary key. One that says two things is refused."""
-    found: dict[str, str] = {}
+    """Return all x-dspex headers of the call, also those that are UTF-8 under a binary key.
+
+    Raises:
+        InvalidArgumentError: One of them has two different values, or is not UTF-8.
+    """
+    texts: dict[str, str] = {}
     for key, content in context.invocation_metadata() or ():
         if key.startswith(_OURS):
             name, text = (key, content) if isinstance(content, str) else (key.removesuffix(BINARY), _utf8(key, content))
-            if found.setdefault(name, text) != text:
-                raise _contradiction(name, found[name], text)
-    return found
+            if texts.setdefault(name, text) != text:
+                raise _contradiction(name, texts[name], text)
+    return texts
 
 
 def header(context: Context, name: str) -> str | None:
-    """One of them."""
-    binary, found = name + BINARY, None
+    """Return one header of the call, or None; raises as `headers` does."""
+    binary, first = name + BINARY, None
     for key, content in context.invocation_metadata() or ():
         if key in (name, binary):
             text = content if isinstance(content, str) else _utf8(key, content)
-            if found is not None and found != text:
-                raise _contradiction(name, found, text)
-            found = text
-    return found
+            if first is not None and first != text:
+                raise _contradiction(name, first, text)
+            first = text
+    return first
 
 
 def _contradiction(name: str, first: str, second: str) -> InvalidArgumentError:
-    return InvalidArgumentError(name, f"it is there as {quote(first)} and as {quote(second)}: send it once")
+    return InvalidArgumentError(name, f"it has two values, {quote(first)} and {quote(second)}: send it once")
 
 
 def _utf8(key: str, content: bytes) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError:
-        raise InvalidArgumentError(key, "it is no UTF-8") from None
+        raise InvalidArgumentError(key, "it is not UTF-8") from None
 
 
 def whole_number(context: Context, name: str) -> int | None:
-    """A header that is a number."""
+    """Return a header that must be a whole number, or None."""
     text = header(context, name)
     if text is None:
         return None
@@ -155,13 +159,13 @@ def whole_number(context: Context, name: str) -> int | None:
 
 
 def origin_of(cause: str, context: Context) -> Origin:
-    """Who asks: as the caller says in `x-dspex-actor`, else the host that it calls from."""
-    said = headers(context)
-    actor = said.get(ACTOR)
+    """Return who makes the call: the actor in `x-dspex-actor`, or else the host that the call comes from."""
+    texts = headers(context)
+    actor = texts.get(ACTOR)
     if actor is None:
-        # "ipv4:127.0.0.1:40312": the port says nothing about who it is. A Unix socket has no host.
+        # "ipv4:127.0.0.1:40312" without the port, which identifies nothing. A Unix socket has no host.
         actor = f"peer:{context.peer().partition(':')[2].rpartition(':')[0] or 'unix'}"
     elif len(actor) > _ACTOR_LENGTH:
         raise InvalidArgumentError(ACTOR, f"it is longer than {_ACTOR_LENGTH} characters")
-    source = Source.PYTHON if said.get(SOURCE) == Source.PYTHON else Source.ELIXIR
-    return Origin(actor, cause, source, said.get(IDEMPOTENCY_KEY), said.get(OPTIMIZER_ID))
+    source = Source.PYTHON if texts.get(SOURCE) == Source.PYTHON else Source.ELIXIR
+    return Origin(actor, cause, source, texts.get(IDEMPOTENCY_KEY), texts.get(OPTIMIZER_ID))

@@ -1,8 +1,8 @@
-"""The rpcs, each once: its question and its answer, as messages and back.
+"""The table of rpcs: for each one, the translation of its request and its response, in both directions.
 
-`BridgeServicer` serves what is in the table, and `BridgedState` calls it: a new unary rpc over a command is one entry.
-Not in it are Ping, which asks nothing, and the two streams, WatchVariables and ExecuteStreamingTool. The audit service
-has its own table, in `audit`.
+`BridgeServicer` serves the rpcs in the table, and `BridgedState` calls them, so a new unary rpc for a command is one
+entry. Not in the table are Ping, which has no command, and the streams WatchVariables and ExecuteStreamingTool. The
+rpcs of the audit service are in `audit`.
 """
 
 from collections.abc import Mapping
@@ -16,4 +16,4 @@ RPCS: Final[tuple[Rpc[Any, Any], ...]] = (*sessions.RPCS, *variables.RPCS, *opti
 BY_COMMAND: Final[Mapping[type[Command[Any]], Rpc[Any, Any]]] = {
     rpc.command: rpc for rpc in RPCS if rpc is not tools.EXECUTE_ELIXIR_TOOL
 }
-"""Which rpc carries a command; the other one for tools is for clients of the other side."""
+"""The rpc for each command. ExecuteElixirTool is left out, because only Elixir clients call it."""

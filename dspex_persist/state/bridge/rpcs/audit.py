@@ -1,6 +1,6 @@
-"""The rpcs of the audit service, each once: its question and its answer, as messages and back. Pure: no calls.
+"""The rpcs of the audit service: for each one, the translation of its request and its response. Pure functions.
 
-Records and messages have the same fields, so their codecs are derived (`records.py`).
+Records and messages have the same fields, so `records.py` derives their codecs.
 """
 
 from collections.abc import Callable, Mapping
@@ -47,7 +47,15 @@ EXECUTION: Final[Codec[ExecutionDetail]] = Codec.between(ExecutionDetail, pb.Exe
 
 @dataclass(frozen=True, slots=True)
 class Single(Generic[A]):
-    """An rpc with one answer. `ask`: how a source is asked what a request says."""
+    """A unary rpc.
+
+    Attributes:
+        name: The name of the rpc.
+        request: The type of the request.
+        ask: Answers a request from a source.
+        response_of: Returns the response with an answer.
+        answer_of: Returns the answer in a response.
+    """
 
     name: str
     request: Callable[..., Any]
@@ -103,7 +111,16 @@ _CONDITIONS: Final = ("metadata", "where")
 
 @dataclass(frozen=True, slots=True)
 class ListRpc(Generic[T]):
-    """An rpc that lists. `rows`: the answer's field that has them; `key_length`: a cursor's."""
+    """An rpc that streams a list.
+
+    Attributes:
+        name: The name of the rpc.
+        query: Translates the query.
+        response: The type of the response.
+        rows: The name of the response's field with the rows.
+        row: Translates a row.
+        key_length: The number of integers in a cursor.
+    """
 
     name: str
     query: Codec[Query[T]]
@@ -113,30 +130,30 @@ class ListRpc(Generic[T]):
     key_length: int = 1
 
     def request(self, query: Query[T], after: Cursor | None, most: int, *, reveal: bool) -> Any:
-        """The question as a message: for at most `most` answers, from `after` on."""
+        """Return the request for at most `most` rows after a cursor."""
         request = self.query.message_of(query)
-        asked = request.range
-        asked.since, asked.until, asked.oldest_first = query.since, query.until, not query.newest_first
-        asked.limit = most
+        bounds = request.range
+        bounds.since, bounds.until, bounds.oldest_first = query.since, query.until, not query.newest_first
+        bounds.limit = most
         if after is not None:
-            asked.after.key.extend(after)
+            bounds.after.key.extend(after)
         if "reveal" in request.DESCRIPTOR.fields_by_name:
             request.reveal = reveal
         return request
 
     def question(self, request: Any) -> "Question[T]":
-        """The question in a message."""
+        """Return the query in a request; `InvalidArgumentError` for a cursor of another list."""
         after = request.range.after if request.range.HasField("after") else None
         if after is not None and len(after.key) != self.key_length:
-            reason = f"it has {len(after.key)} numbers where this list has {self.key_length}; hand it back as it came"
+            reason = f"it has {len(after.key)} numbers, this list's has {self.key_length}; send it back unchanged"
             raise InvalidArgumentError("after", reason)
         for name in _CONDITIONS:
-            # Before anything is made of them: a message holds millions.
+            # Before they are read, because a message can have millions.
             check_conditions(name, getattr(request, name, ()))
         return Question(self, self.query.record_of(request, **_range(request.range)), after)
 
     def page_of(self, response: Any) -> Page[T]:
-        """The answers in a message, and where to go on."""
+        """Return the rows in a response, and the cursor to continue from."""
         rows = [*map(self.row.record_of, getattr(response, self.rows))]
         return Page(rows, tuple(response.next.key) if response.HasField("next") else None)
 
@@ -154,14 +171,17 @@ def _range(message: pb.Range) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Question(Generic[T]):
-    """A question as it came: what is asked, and from where on."""
+    """A list request on the server: the query, and the cursor to continue from."""
 
     rpc: ListRpc[T]
     query: Query[T]
     after: pb.Cursor | None
 
     def bounds(self, source: AuditSource) -> tuple[int, int]:
-        """After which commit, and up to which: as the first stream of this question found it."""
+        """Return the range of commits: after the first number, up to the second.
+
+        A cursor keeps the range of the first stream of the query, so that later pages have the same one.
+        """
         since, until, after = self.query.since, self.query.until, self.after
         if after is not None and after.HasField("since") and after.HasField("until"):
             since, until = str(after.since), str(after.until)
@@ -170,16 +190,16 @@ class Question(Generic[T]):
         return first, source.resolve(until, "until", session) if until else source.head()
 
     def within(self, bounds: tuple[int, int]) -> Query[T]:
-        """The question, with its points as commits: an age must not move while pages are read."""
+        """Return the query with its points as commit numbers, so that an age does not move between pages."""
         return replace(self.query, since=str(bounds[0]), until=str(bounds[1]))
 
     @property
     def key(self) -> Cursor | None:
-        """After which row."""
+        """The key of the row to continue after."""
         return None if self.after is None else tuple(self.after.key)
 
     def response(self, page: Page[T], bounds: tuple[int, int]) -> Any:
-        """The answers as a message."""
+        """Return the response with a page."""
         response = self.rpc.response(**{self.rpc.rows: map(self.rpc.row.message_of, page.rows)})
         if page.after is not None:
             response.next.CopyFrom(pb.Cursor(key=page.after, since=bounds[0], until=bounds[1]))
@@ -236,14 +256,14 @@ REPORT: Final[Codec[PruneReport]] = Codec.between(PruneReport, pb.PruneReport)
 
 
 def prune_request(policy: PrunePolicy, *, confirm: bool) -> Any:
-    """The request to prune, or to say how much that would be."""
+    """Return the request to prune or, without `confirm`, to report what a pruning would remove."""
     request = _POLICY.message_of(policy)
     request.confirm = confirm
     return request
 
 
 def policy_of(request: pb.PruneRequest) -> PrunePolicy:
-    """The policy in a request."""
+    """Return the policy in a request; `InvalidArgumentError` for a time that is out of range."""
     try:
         return _POLICY.record_of(request)
     except OverflowError as error:
@@ -251,10 +271,10 @@ def policy_of(request: pb.PruneRequest) -> PrunePolicy:
 
 
 def progress_message(what: str, done: int, in_all: int) -> pb.PruneResponse:
-    """How far it has come."""
+    """Return the message for the progress of a pruning."""
     return pb.PruneResponse(progress=pb.PruneProgress(what=what, done=done, in_all=in_all))
 
 
 def report_message(report: PruneReport) -> pb.PruneResponse:
-    """What came of it."""
+    """Return the message for the report of a pruning."""
     return pb.PruneResponse(report=REPORT.message_of(report))

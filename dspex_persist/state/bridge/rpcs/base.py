@@ -1,4 +1,4 @@
-"""What an rpc over a command is: how the command and its result travel, each as a message and back."""
+"""Rpc: how a command is sent as a request, and its result as a response."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from dspex_persist.state.limits import Limits
 C = TypeVar("C", bound=Command[Any])
 R = TypeVar("R")
 Trailer: TypeAlias = Callable[[str], str | None]
-"""What an answer says beside its message, by name."""
+"""Returns a trailer of the response by name, or None."""
 
 
 def _nothing(_: object) -> dict[str, str]:
@@ -22,10 +22,10 @@ def _nothing(_: object) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rpc(Generic[C, R]):
-    """How one kind of command travels, and its result.
+    """The translation of one kind of command and its result.
 
-    The client makes the request of a command and takes the result out of the response, the server the command out of
-    the request and makes the response of a result. What goes wrong is a `StateError` on both sides, by `status`.
+    The client calls `request_of` and `result_of`, the server `command_of` and `response_of`. Errors are `StateError`s
+    on both sides; `status` translates them.
     """
 
     command: type[C]
@@ -34,28 +34,33 @@ class Rpc(Generic[C, R]):
     response_of: Callable[[R, Call], Message]
     result_of: Callable[[C, Any, Trailer], R]
     headers_of: Callable[[C], Mapping[str, str]] = _nothing
-    """What a command says beside the request."""
+    """The headers for a command."""
     rest_of: Callable[[C, R, Trailer], C | None] | None = None
-    """The command that asks for the rest of a list, where the response left some off."""
+    """The command for the rest of a list whose response was not complete; None if it was."""
     size_of: Callable[[Any, Limits], int] | None = None
-    """Refuses a request with too much in it before any of that is read; how many bytes it is."""
+    """The size of a request in bytes; refuses one that is too large before it is parsed."""
     first: Callable[[C], Command[Any]] | None = None
-    """What is read before, for the response to say: `Call.first`."""
+    """A command to run before, whose result the response needs (`Call.first`)."""
     is_list: bool = False
-    """Whether the response may be larger than a message."""
+    """Whether the response may become too large for a message, and needs a check."""
     log: Callable[[Any, C, R], None] | None = None
-    """What the server's log says of it."""
+    """Logs the call on the server."""
     rpc: str = ""
-    """The rpc's name, where it is not the command's."""
+    """The name of the rpc, if it differs from the command's."""
 
     @property
     def name(self) -> str:
-        """The rpc's name."""
+        """The name of the rpc."""
         return self.rpc or self.command.__name__
 
 
 def identified(request: Callable[..., Message], **more: str) -> Callable[[Any], Message]:
-    """A request that names a session and a variable; `more`: its other fields by the command's attribute."""
+    """Return a `request_of` for a request with a session and a variable.
+
+    Args:
+        request: The type of the request.
+        more: The other fields of the request, each with the name of the command's attribute.
+    """
 
     def build(command: Any) -> Message:
         fields = {field: getattr(command, attribute) for field, attribute in more.items()}

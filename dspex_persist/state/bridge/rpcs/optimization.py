@@ -42,7 +42,7 @@ RPCS: Final[tuple[Rpc[Any, Any], ...]] = (
         command_of=lambda request, _: commands.StopOptimization(
             request.session_id, request.variable_identifier, request.force
         ),
-        # The value has no type of its own.
+        # The response needs the variable's type, which the value alone lacks.
         first=lambda command: commands.GetVariable(command.session_id, command.identifier),
         response_of=lambda final, call: pb.StopOptimizationResponse(
             success=True, final_value=codec.any_of(call.first.type, final)

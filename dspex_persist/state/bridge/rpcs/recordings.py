@@ -1,4 +1,4 @@
-"""The rpcs of the audit service that are no questions: recordings and forks, as messages and back. Pure: no calls."""
+"""Translates recordings and forks to messages of the audit service, and back. Pure functions."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,14 +16,14 @@ FORK: Final = "ForkSession"
 
 
 def lines_of(header: Header, commits: Iterable[RecordedCommit]) -> Iterator[Any]:
-    """The lines of a recording, as they travel."""
+    """Yield the lines of a recording, as messages."""
     yield pb.RecordedLine(json=header_line(header))
     for commit in commits:
         yield pb.RecordedLine(json=commit_line(commit), sequence=commit.sequence)
 
 
 def batch_of(lines: Iterator[Any], size_bytes: int) -> Any:
-    """The next lines as a message of about this size: at least one, or none where there are no more."""
+    """Return the next lines in a message of about this size, with at least one line unless none is left."""
     response = pb.RecordSessionResponse()
     size = 0
     for line in lines:
@@ -35,7 +35,7 @@ def batch_of(lines: Iterator[Any], size_bytes: int) -> Any:
 
 
 def recording_of(messages: Iterable[Any], name: str) -> tuple[Header, Iterator[RecordedCommit]]:
-    """The recording in the messages, which are taken as its commits are; `name` is what errors call it."""
+    """Return the recording in a stream of messages, which are read as its commits are. Errors call it `name`."""
     sequences: deque[int] = deque()
 
     def lines() -> Iterator[str]:
@@ -51,7 +51,7 @@ def recording_of(messages: Iterable[Any], name: str) -> tuple[Header, Iterator[R
 
 @dataclass(frozen=True, slots=True)
 class _Forked:
-    """A variable of a session that has just been forked."""
+    """A variable of a new fork."""
 
     variable_id: str
     name: str
@@ -67,7 +67,7 @@ _FORKED: Final[Codec[_Forked]] = Codec.between(_Forked, pb.ForkedVariable)
 
 
 def fork_message(view: SessionView) -> Any:
-    """The session that began, as a message."""
+    """Return the message for a new fork."""
     variables = (
         _Forked(
             each.id, each.name, each.type, each.value, each.source, each.constraints, each.metadata, each.updated_at
@@ -78,7 +78,7 @@ def fork_message(view: SessionView) -> Any:
 
 
 def fork_of(response: Any) -> SessionView:
-    """The session that began."""
+    """Return the new fork in a message."""
     return SessionView(False, tuple(map(_variable, map(_FORKED.record_of, response.variables))))
 
 

@@ -1,4 +1,4 @@
-"""Sessions: begin or resume, ask for, keep alive, end."""
+"""The rpcs of sessions: begin or resume, read, keep alive, end."""
 
 from itertools import accumulate
 from typing import Any, Final
@@ -35,18 +35,18 @@ def _begin_command(request: pb.InitializeSessionRequest, call: Call) -> commands
 
 
 def _begin_response(view: SessionView, call: Call) -> Message:
-    # Without the tools, of which the command knows nothing: the servicer adds them.
-    told = _fitting_variables(view.variables, call)
+    # Without the tools, which the command does not know; the servicer adds them.
+    initial = _fitting_variables(view.variables, call)
     if view.resumed:
         call.trail(RESUMED, "true")
-    if len(told) < len(view.variables):
-        call.trail(LEFT_OUT, str(len(view.variables) - len(told)))
-    variables = {variable.name: codec.variable_message(variable) for variable in told}
+    if len(initial) < len(view.variables):
+        call.trail(LEFT_OUT, str(len(view.variables) - len(initial)))
+    variables = {variable.name: codec.variable_message(variable) for variable in initial}
     return pb.InitializeSessionResponse(success=True, initial_variables=variables)
 
 
 def _fitting_variables(variables: tuple[Variable, ...], call: Call) -> list[Variable]:
-    """Those that fit into a message: of a session that was written under higher limits perhaps not all."""
+    """The variables that fit into a message; a session written under higher limits may have more."""
     most = max(call.limits.session_size_bytes, call.max_message_bytes * 2 // 3)
     weights = accumulate(map(weight_of, variables))
     return [variable for variable, weight in zip(variables, weights, strict=True) if weight <= most]

@@ -40,7 +40,7 @@ _STATUSES: Final[Mapping[str, ExecutionStatus]] = {
     ToolInterruptedError.error_code: ExecutionStatus.INTERRUPTED,
     "CANCELLED": ExecutionStatus.CANCELLED,
 }
-"""How an execution ended that an answer has the error of. With any other it never began."""
+"""The status of an execution, by the error code in the response. With any other code, no execution began."""
 
 
 # Execute
@@ -73,7 +73,7 @@ def _size_of(request: Any, limits: Limits) -> int:
 
 
 def _binaries(request: Any) -> Mapping[str, bytes]:
-    """The other rpc's request has none."""
+    """The binary parameters; the request of ExecuteElixirTool has no field for them."""
     return getattr(request, "binary_parameters", {})
 
 
@@ -116,27 +116,27 @@ def _execute_response(response: Any, outcome: ToolOutcome, call: Call) -> Messag
 
 
 def facts(outcome: ToolOutcome) -> dict[str, str]:
-    """What is said of an execution beside its result."""
-    said = {
+    """Return the metadata with which the response reports an execution."""
+    metadata = {
         "execution_id": outcome.execution_id,
         "commit_sequence": "" if outcome.commit_sequence is None else str(outcome.commit_sequence),
         "attempts": str(outcome.attempts),
     }
     if outcome.error_code:
-        said["error_code"] = outcome.error_code
-        said["error_fields"] = facts_of(outcome.error)
+        metadata["error_code"] = outcome.error_code
+        metadata["error_fields"] = facts_of(outcome.error)
     if outcome.repeated:
-        said["repeated"] = "true"
+        metadata["repeated"] = "true"
     if outcome.streamed:
-        said["streamed"] = "true"
+        metadata["streamed"] = "true"
     if outcome.result_type and outcome.success:
-        said["result_type"] = outcome.result_type
-    return said
+        metadata["result_type"] = outcome.result_type
+    return metadata
 
 
 def _outcome(_: commands.ExecuteTool, response: Any, _trailer: Trailer) -> ToolOutcome:
-    said = response.metadata
-    execution_id, sequence, code = said["execution_id"], said["commit_sequence"], said["error_code"]
+    metadata = response.metadata
+    execution_id, sequence, code = metadata["execution_id"], metadata["commit_sequence"], metadata["error_code"]
     return ToolOutcome(
         ExecutionStatus.COMMITTED if response.success else _STATUSES.get(code),
         codec.value_in(response.result) if response.success else None,
@@ -144,17 +144,17 @@ def _outcome(_: commands.ExecuteTool, response: Any, _trailer: Trailer) -> ToolO
         code,
         execution_id,
         int(sequence) if sequence else None,
-        int(said["attempts"] or 0),
-        repeated="repeated" in said,
-        streamed="streamed" in said,
-        result_type=said["result_type"],
+        int(metadata["attempts"] or 0),
+        repeated="repeated" in metadata,
+        streamed="streamed" in metadata,
+        result_type=metadata["result_type"],
     )
 
 
 def _error(response: Any) -> StateError:
-    said = response.metadata
-    error = error_in(said["error_code"], said["error_fields"])
-    return error or ToolFailedError(said["execution_id"], response.error_message)
+    metadata = response.metadata
+    error = error_in(metadata["error_code"], metadata["error_fields"])
+    return error or ToolFailedError(metadata["execution_id"], response.error_message)
 
 
 EXECUTE_TOOL: Final[Rpc[commands.ExecuteTool, ToolOutcome]] = Rpc(
@@ -201,7 +201,7 @@ def _register_command(request: pb.RegisterToolsRequest, call: Call) -> commands.
     names = {tool.spec.name: tool for tool in tools}
     if len(names) < len(tools):
         twice = next(tool.spec.name for tool in tools if names[tool.spec.name] is not tool)
-        raise InvalidArgumentError("tools", f"{quote(twice)} is there twice")
+        raise InvalidArgumentError("tools", f"{quote(twice)} occurs twice")
     return commands.RegisterTools(request.session_id, request.worker_id, tools)
 
 
@@ -209,7 +209,7 @@ def _log_registration(log: Any, command: commands.RegisterTools, tool_ids: Mappi
     log.info("tools registered", tools=len(tool_ids))
     left_out = sorted({tool.spec.name for tool in command.tools} - set(tool_ids))
     if left_out:
-        log.warning("tools left out: the server itself has some of their names", names=left_out)
+        log.warning("tools not registered: the server has tools of these names", names=left_out)
 
 
 REGISTER_TOOLS: Final[Rpc[commands.RegisterTools, dict[str, str]]] = Rpc(
@@ -232,20 +232,20 @@ REGISTER_TOOLS: Final[Rpc[commands.RegisterTools, dict[str, str]]] = Rpc(
 
 @dataclass(frozen=True, slots=True)
 class GetExposedElixirTools(Command[tuple[ToolSpec, ...]]):
-    """The question of `list_tools`, which no store could answer. `every`: those that are not exposed, too."""
+    """The request of `list_tools`, which only the server can answer; with `every`, it includes unexposed tools."""
 
     every: bool = True
 
     def apply(self, uow: UnitOfWork) -> tuple[ToolSpec, ...]:
-        raise NotImplementedError("it is only sent")
+        raise NotImplementedError("this command is only sent to servers")
 
 
 LIST_TOOLS: Final[Rpc[GetExposedElixirTools, Any]] = Rpc(
     command=GetExposedElixirTools,
     request_of=lambda command: pb.GetExposedElixirToolsRequest(session_id=command.session_id),
     headers_of=lambda command: {TOOLS: ALL_TOOLS} if command.every else {},
-    command_of=lambda request, call: GetExposedElixirTools(request.session_id, call.says(TOOLS) == ALL_TOOLS),
-    # Of messages: where each tool is, only the servicer knows.
+    command_of=lambda request, call: GetExposedElixirTools(request.session_id, call.header(TOOLS) == ALL_TOOLS),
+    # The tools are messages already, because only the servicer knows where each one runs.
     response_of=lambda tools, _: pb.GetExposedElixirToolsResponse(tools=tools),
     result_of=lambda _, response, _trailer: tuple(map(codec.tool_of, response.tools)),
 )

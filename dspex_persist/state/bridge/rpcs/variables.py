@@ -1,4 +1,4 @@
-"""Variables: register, read, write, delete, look back, roll back."""
+"""The rpcs of variables: register, read, write, delete, list the history, roll back."""
 
 from dataclasses import replace
 from typing import Any, Final
@@ -18,7 +18,7 @@ from dspex_persist.state.model import BatchOutcome, Value, VariablesFound, Varia
 
 
 def _untyped(value: Value) -> Any:
-    """A value whose type only the server knows; "string" here says no more than that it is JSON."""
+    """The message for a value whose type only the server knows; "string" only means that it is JSON."""
     return codec.any_of("string", value)
 
 
@@ -79,7 +79,7 @@ def _set_command(request: pb.SetVariableRequest, call: Call) -> commands.SetVari
 
 
 def _expected_version(request: pb.SetVariableRequest, call: Call) -> int | None:
-    """As the header says it, else as the message does, where 0 stands for any."""
+    """The version in the header, or else in the message, where 0 means any version."""
     stated, in_message = call.number(EXPECTED_VERSION), request.expected_version or None
     if stated is not None and in_message not in (None, stated):
         raise InvalidArgumentError(EXPECTED_VERSION, f"{stated} is not the request's expected_version, {in_message}")
@@ -108,7 +108,7 @@ def _batch_size(request: pb.BatchSetVariablesRequest, limits: Limits) -> int:
 
 
 def _batch_command(request: pb.BatchSetVariablesRequest, call: Call) -> commands.SetVariables:
-    """The values by identifier, and what is wrong with those that are none."""
+    """The command with the valid values, and the errors of the others."""
     binary = request.binary_updates
     for identifier in binary:
         if identifier not in request.updates:
@@ -127,14 +127,14 @@ def _batch_command(request: pb.BatchSetVariablesRequest, call: Call) -> commands
 def _variables_found(
     command: commands.GetVariables, response: pb.BatchGetVariablesResponse, _: Trailer
 ) -> VariablesFound:
-    # In the order asked for: the map in the message has none.
+    # In the order of the request, because the map in the message is unordered.
     messages = response.variables
-    found = {
+    variables = {
         identifier: codec.variable_of(messages[identifier])
         for identifier in command.identifiers
         if identifier in messages
     }
-    return VariablesFound(found, tuple(response.missing_variables))
+    return VariablesFound(variables, tuple(response.missing_variables))
 
 
 def _found_response(found: VariablesFound, _: Call) -> Message:
@@ -163,7 +163,7 @@ def _history_response(history: list[VariableVersion], call: Call) -> Message:
 def _rest_of_history(
     command: commands.GetVariableHistory, taken: list[VariableVersion], trailer: Trailer
 ) -> commands.GetVariableHistory | None:
-    """Where the server has left off because versions are large, until there are as many as were asked for."""
+    """The command for the versions that the server left out because of their size; None if there is nothing left."""
     below, left = trailer(BEFORE_VERSION), (command.limit or DEFAULT_HISTORY) - len(taken)
     return None if below is None or left <= 0 else replace(command, limit=left, before=int(below))
 
