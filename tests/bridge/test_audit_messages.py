@@ -80,7 +80,7 @@ def test_reports() -> None:
 
 
 def test_what_is_newer_than_this_release_is_said() -> None:
-    with pytest.raises(UnsupportedError, match="ChangeKind 99: whoever sent it is newer"):
+    with pytest.raises(UnsupportedError, match="ChangeKind 99: the sender is newer"):
         rpcs.VERSION.record_of(pb.HistoryEntry(kind=99))  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match="Operator 0"):
         rpcs.LIST_HISTORY.question(pb.ListHistoryRequest(where=[pb.Predicate(operand="1")]))

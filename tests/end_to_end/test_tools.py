@@ -691,7 +691,7 @@ def test_a_client_that_stops_reading_for_long_ends_the_tool(client: OldClient, g
     assert entry.status == "cancelled"
     error = refused(lambda: [None for _ in chunks])
     assert error.code() == grpc.StatusCode.ABORTED
-    assert "took no chunk" in error.details()
+    assert "read no chunk" in error.details()
     assert client.values() == UNTOUCHED
 
 

@@ -1,4 +1,4 @@
-"""One command on its way to a server: sent, and sent again while its outcome is open and a key makes that safe."""
+"""Sends one command to a server, and repeats it while the outcome is unknown and an idempotency key makes that safe."""
 
 import threading
 import time
@@ -24,7 +24,18 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 
 
 class Attempt:
-    """One command under way: sent, and sent again while its outcome is open and a key makes that safe."""
+    """One command on its way to a server.
+
+    Args:
+        stub: The callable of the rpc.
+        rpc: How the command is sent.
+        command: The command.
+        headers: Returns the headers of a command.
+        timeout_s: How long one request may take. A list that comes in several answers has it for each of them.
+        lost_s: How long to repeat the command after the connection was lost.
+        target: The server, for errors.
+        repeatable: Whether the command has an idempotency key.
+    """
 
     def __init__(
         self,
@@ -45,8 +56,8 @@ class Attempt:
         self._headers_of = headers
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
-        self._taken: list[Any] = []
-        # A tool may take its time; a server that is gone is not waited for as long as that.
+        self._rows: list[Any] = []
+        # Separate from the timeout, because a tool may take much longer than it makes sense to wait for a lost server.
         self._lost_s = lost_s
         self._give_up_at: float | None = None
         self._unknown: OutcomeUnknownError | None = None
@@ -55,7 +66,7 @@ class Attempt:
         self._future: Future[Any] = Future()
 
     def start(self) -> Future[Any]:
-        """Send it; the future of its result."""
+        """Send the command; returns a future of its result."""
         self._future.set_running_or_notify_cancel()
         try:
             self._write()
@@ -63,7 +74,7 @@ class Attempt:
         except (InvalidArgumentError, LimitExceededError) as error:
             self._future.set_exception(error)
         except (ValueError, TypeError) as error:
-            # What no message can carry: a lone surrogate, a number beyond its field.
+            # A message cannot carry it: a lone surrogate, or a number too large for its field.
             self._future.set_exception(InvalidArgumentError("request", str(error)))
         return self._future
 
@@ -93,7 +104,7 @@ class Attempt:
         else:
             try:
                 self._answered(response, call)
-            except Exception as error:  # noqa: BLE001 -- gRPC's thread would keep it, and the caller wait for ever
+            except Exception as error:  # noqa: BLE001 -- gRPC's thread would swallow it, and the caller wait forever
                 self._future.set_exception(unreadable(self._target, error))
 
     def _answered(self, response: Any, call: Any) -> None:
@@ -104,10 +115,10 @@ class Attempt:
         if self._rpc.rest_of is None:
             self._future.set_result(result)
             return
-        self._taken += result
+        self._rows += result
         rest = self._rpc.rest_of(self._command, result, trailer)
         if rest is None:
-            self._future.set_result(self._taken)
+            self._future.set_result(self._rows)
             return
         self._command = rest
         self._deadline = time.monotonic() + self._timeout_s
@@ -117,17 +128,17 @@ class Attempt:
     def _failed(self, call: Any) -> None:
         lost = is_lost(call)
         error = (error_of_write if self._command.writes else error_of_call)(call, self._target)
-        open_still = lost or isinstance(error, OutcomeUnknownError | EngineClosedError | ShuttingDownError)
+        unsettled = lost or isinstance(error, OutcomeUnknownError | EngineClosedError | ShuttingDownError)
         if isinstance(error, OutcomeUnknownError):
             self._unknown = error
-        if open_still and self._repeatable and time.monotonic() + self._pause_s < self._until():
+        if unsettled and self._repeatable and time.monotonic() + self._pause_s < self._until():
             self._send_later()
         else:
-            # That it cannot be reached any more says nothing of what it did before.
+            # A server that can no longer be reached may still have done it before: the outcome stays unknown.
             self._future.set_exception(self._unknown if self._unknown is not None and lost else error)
 
     def _until(self) -> float:
-        """Until when it is repeated, counted from the first failure."""
+        """The end of the repetitions, counted from the first failure."""
         if self._give_up_at is None:
             self._give_up_at = min(self._deadline, time.monotonic() + self._lost_s)
         return self._give_up_at

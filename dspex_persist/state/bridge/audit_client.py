@@ -1,4 +1,4 @@
-"""BridgedAudit: the history of a server, asked over gRPC."""
+"""BridgedAudit: audit queries to a server over gRPC."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ from dspex_persist.state.bridge.inherited import OneProcess
 from dspex_persist.state.bridge.rpcs import audit as rpcs
 from dspex_persist.state.bridge.rpcs import recordings
 from dspex_persist.state.bridge.rpcs.audit import Single
-from dspex_persist.state.bridge.status import error_of_call, error_of_write, is_lost, is_told
+from dspex_persist.state.bridge.status import error_of_call, error_of_write, is_from_server, is_lost
 from dspex_persist.state.errors import (
     EngineClosedError,
     InvalidArgumentError,
@@ -42,10 +42,14 @@ A = TypeVar("A")
 
 
 class BridgedAudit(AuditSource):
-    """The history that a server keeps. An answer that does not come within `timeout_s` is an `UnavailableError`.
+    """The history that a server keeps.
 
-    `reveal` is a wish: the server masks sensitive values all the same if it was not started with `audit_reveal`.
-    `on_close` is called when it is closed.
+    Args:
+        channel: The connection to the server.
+        target: The server, for errors.
+        timeout_s: How long to wait for an answer, in seconds; then the call raises `UnavailableError`.
+        reveal: Request the values of sensitive variables. A server without `audit_reveal` masks them all the same.
+        on_close: Called by `close`.
     """
 
     def __init__(
@@ -63,7 +67,7 @@ class BridgedAudit(AuditSource):
         self._on_close = on_close
 
     def close(self) -> None:
-        """Let the connection go if it was made for this."""
+        """Close the connection, if it was opened for this object."""
         self._on_close()
 
     def head(self) -> int:
@@ -79,7 +83,7 @@ class BridgedAudit(AuditSource):
         rpc = rpcs.LISTS.get(type(query))
         if rpc is None:
             raise UnsupportedError(f"questions of type {type(query).__name__}")
-        request = _made(lambda: rpc.request(query, after, most, reveal=self.reveal))
+        request = _built(lambda: rpc.request(query, after, most, reveal=self.reveal))
         pages = [rpc.page_of(each) for each in self._calls.stream(rpc.name, request, self._timeout_s)]
         rows = [row for page in pages for row in page.rows]
         return cast(Page[T], Page(rows, pages[-1].after))
@@ -94,11 +98,11 @@ class BridgedAudit(AuditSource):
 
     def version(self, session: str, variable_id: str, version: int) -> HistoryEntry:
         """See `AuditSource.version`."""
-        asked = {"session": session, "variable_id": variable_id, "version": version}
-        return self._ask(rpcs.GET_VERSION, **asked, reveal=self.reveal)
+        key = {"session": session, "variable_id": variable_id, "version": version}
+        return self._ask(rpcs.GET_VERSION, **key, reveal=self.reveal)
 
-    def _ask(self, rpc: Single[A], **asked: Any) -> A:
-        request = _made(lambda: rpc.request(**asked))
+    def _ask(self, rpc: Single[A], **fields: Any) -> A:
+        request = _built(lambda: rpc.request(**fields))
         return rpc.answer_of(self._calls.unary(rpc.name, request, self._timeout_s))
 
 
@@ -110,8 +114,8 @@ def prune(
     confirm: bool,
     progress: Progress,
 ) -> PruneReport:
-    """Have a server prune. It takes as long as it takes; what `progress` raises ends it."""
-    request = _made(lambda: rpcs.prune_request(policy, confirm=confirm))
+    """Have a server prune; see `Prunable.prune`. Without a time limit; an exception of `progress` ends the pruning."""
+    request = _built(lambda: rpcs.prune_request(policy, confirm=confirm))
     for answer in _Calls(channel, target).stream(rpcs.PRUNE, request, None):
         if answer.HasField("report"):
             return rpcs.REPORT.record_of(answer.report)
@@ -122,8 +126,11 @@ def prune(
 def record(
     channel: grpc.Channel, target: str, session_id: str, *, started: int | None, reveal: bool, timeout_s: float
 ) -> tuple[Header, Iterator[RecordedCommit]]:
-    """Have a server record a session. The next commits have to come within `timeout_s`, however many there are."""
-    request = _made(lambda: pb.RecordSessionRequest(session=session_id, started=started, reveal=reveal))
+    """Have a server record a session; see `Recordable.record`.
+
+    Each message has to come within `timeout_s` seconds; the whole recording has no limit.
+    """
+    request = _built(lambda: pb.RecordSessionRequest(session=session_id, started=started, reveal=reveal))
     messages = _Calls(channel, target).stream(recordings.RECORD, request, None, patience_s=timeout_s)
     return recordings.recording_of(messages, f"the recording from {target}")
 
@@ -138,22 +145,22 @@ def fork(
     headers: Headers,
     timeout_s: float,
 ) -> SessionView:
-    """Have a server fork a session; `OutcomeUnknownError` if the connection breaks meanwhile."""
-    request = _made(lambda: pb.ForkSessionRequest(session=session_id, new_session=new_session_id, at=at))
+    """Have a server fork a session; see `Forkable.fork_session`. `OutcomeUnknownError` if the connection breaks."""
+    request = _built(lambda: pb.ForkSessionRequest(session=session_id, new_session=new_session_id, at=at))
     calls = _Calls(channel, target)
     return recordings.fork_of(calls.unary(recordings.FORK, request, timeout_s, headers=headers, writes=True))
 
 
-def _made(request: Callable[[], Any]) -> Any:
+def _built(request: Callable[[], Any]) -> Any:
     try:
         return request()
     except (ValueError, TypeError) as error:
-        # What no message can carry: a lone surrogate, a number beyond its field.
+        # A message cannot carry it: a lone surrogate, or a number too large for its field.
         raise InvalidArgumentError("request", str(error)) from error
 
 
 class _Calls:
-    """The rpcs of the service on a channel. What goes wrong is raised as the error that the server meant."""
+    """Calls the rpcs of the service on a channel, and raises the server's errors."""
 
     def __init__(self, channel: grpc.Channel, target: str) -> None:
         self._target = target
@@ -161,7 +168,7 @@ class _Calls:
         self._stub = AuditServiceStub(channel)
 
     def unary(self, rpc: str, request: Any, timeout_s: float, *, headers: Headers = (), writes: bool = False) -> Any:
-        """The one answer. `writes`: the outcome is unknown if the connection breaks."""
+        """Return the answer of a unary rpc. With `writes`, a broken connection raises `OutcomeUnknownError`."""
         self._here.check()
         try:
             return getattr(self._stub, rpc)(request, timeout=timeout_s, metadata=headers)
@@ -174,8 +181,14 @@ class _Calls:
     def stream(
         self, rpc: str, request: Any, timeout_s: float | None, *, patience_s: float | None = None
     ) -> Iterator[Any]:
-        """The answers, as they come: all of them within `timeout_s`, each within `patience_s`. To take no more ends
-        the call."""
+        """Yield the messages of a stream as they come. Closing the iterator ends the call.
+
+        Args:
+            rpc: The name of the rpc.
+            request: The request.
+            timeout_s: The time limit of the whole stream; None for none.
+            patience_s: The time limit of each message; None for none.
+        """
         self._here.check()
         try:
             call = getattr(self._stub, rpc)(request, timeout=timeout_s)
@@ -197,7 +210,7 @@ class _Calls:
 
     def _error(self, call: Any) -> StateError:
         code = call.code()
-        if is_told(call):
+        if is_from_server(call):
             return error_of_call(call)
         if code is grpc.StatusCode.UNIMPLEMENTED:
             service = rpcs.AUDIT_SERVICE.full_name
@@ -210,7 +223,7 @@ class _Calls:
 
 
 class _Patient:
-    """The messages of a call, which is cancelled where the next one takes longer than `patience_s`; None: never."""
+    """Iterates over the messages of a call, and cancels it if one takes longer than `patience_s` (None: no limit)."""
 
     def __init__(self, call: Any, patience_s: float | None) -> None:
         self._call = call

@@ -1,7 +1,8 @@
-"""AuditServicer: questions to the history over gRPC, beside the unified bridge. Messages in, questions out, no rules.
+"""AuditServicer: audit queries over gRPC, alongside the bridge protocol. Translates messages; contains no rules.
 
-Reading takes its time, so it never happens on the event loop but on threads: one for lists, a page at a time, and one
-for single answers. However many ask, the rest of the server hardly notices, and none waits for another's whole list.
+Reading the history is slow, so it happens on two threads, never on the event loop: one thread reads lists, a page at a
+time, and one reads single answers. So any number of queries hardly slows the rest of the server down, and no query
+waits for the whole list of another.
 """
 
 import asyncio
@@ -32,7 +33,7 @@ M = TypeVar("M", bound=Message)
 
 _FIRST_ROWS, _MOST_ROWS = 20, 100
 _BATCH_BYTES: Final = 256 * 1024
-"""What a message of a stream should have; one row may be larger."""
+"""The target size of a message in a stream; a single row may be larger."""
 
 _logger: Final = get_logger(__name__)
 
@@ -40,10 +41,14 @@ _logger: Final = get_logger(__name__)
 @methods(rpcs.SINGLES, "_answer")
 @methods(rpcs.LISTS.values(), "_list")
 class AuditServicer:
-    """The rpcs. `reveal`: whether those who ask for it see the values of sensitive variables. `stall_timeout_s`: how
-    long a message may wait for a client that does not read before its stream is ended.
+    """The rpcs of the audit service. Made and used on one event loop; close it before the provider.
 
-    Made and used on one event loop; close it before the provider.
+    Args:
+        provider: Has the history.
+        reveal: Whether a request may ask for the values of sensitive variables.
+        prune: Whether clients may prune.
+        stall_timeout_s: How long a stream waits for a client that does not read, before it ends.
+        max_message_bytes: The largest message.
     """
 
     def __init__(
@@ -63,17 +68,17 @@ class AuditServicer:
         self._batch_bytes = min(_BATCH_BYTES, max_message_bytes // 2)
         self._draining = False
         self._mailbox = LoopMailbox(asyncio.get_running_loop())
-        # One each: two that read at the same time make every other call wait for its turn twice as long.
+        # One thread each: two that read at the same time would double the delay of every other call.
         self._lists = ThreadPoolExecutor(1, thread_name_prefix="dspex-persist-lists")
         self._answers = ThreadPoolExecutor(1, thread_name_prefix="dspex-persist-answers")
         self._pruner = ThreadPoolExecutor(1, thread_name_prefix="dspex-persist-pruner")
 
     def drain(self) -> None:
-        """End every stream, with a status that says what to do; single questions are answered still."""
+        """End all streams, with a status that says how to continue. Unary rpcs are still answered."""
         self._draining = True
 
     def close(self) -> None:
-        """Wait for what the threads are at; nothing is read after it."""
+        """Wait for the work in progress, and end the threads."""
         self._draining = True
         for threads in (self._lists, self._answers, self._pruner):
             threads.shutdown(cancel_futures=True)
@@ -84,19 +89,19 @@ class AuditServicer:
         if request.confirm and not self._may_prune:
             raise UnsupportedError(
                 "pruning by clients",
-                "start the server with --audit-prune, or with a retention of its own (--retention-keep-versions, ...), "
-                "or stop it and prune the file with --db",
+                "start the server with --audit-prune, or let it prune by itself (--retention-keep-versions, ...), or "
+                "stop it and prune the file with --db",
             )
         pruning = _Pruning(self._provider, rpcs.policy_of(request), request.confirm, self._mailbox)
-        _logger.info("pruning asked for", confirm=request.confirm, peer=context.peer())
+        _logger.info("pruning requested", confirm=request.confirm, peer=context.peer())
         work = asyncio.get_running_loop().run_in_executor(self._pruner, pruning.run)
         try:
             while not work.done():
-                message = await pruning.news(work)
+                message = await pruning.next_progress(work)
                 if message is not None:
                     await self._send(message, context)
                 if self._draining:
-                    raise UnavailableError("the server is shutting down; what has gone by now is gone, prune again")
+                    raise UnavailableError("the server is shutting down; a part has been pruned, prune again later")
             await self._send(rpcs.report_message(await work), context)
         finally:
             pruning.end()
@@ -105,7 +110,7 @@ class AuditServicer:
     # Recordings and forks
 
     async def RecordSession(self, request: pb.RecordSessionRequest, context: Context) -> None:
-        """Read some commits, send them, and only then read more."""
+        """Send the commits of a session, in batches: the next one is read when the client has taken the last."""
         lines = await self._on(self._lists, lambda: self._begin_recording(request))
         while True:
             batch = await self._on(self._lists, lambda: batch_of(lines, self._batch_bytes))
@@ -129,7 +134,7 @@ class AuditServicer:
     def _fork(self, request: pb.ForkSessionRequest, origin: Origin) -> SessionView:
         source, at = request.session, request.at
         if not self._reveal:
-            # As of one commit, whatever others write: what is looked at is what is copied.
+            # Check and copy the state as of one commit, whatever others write meanwhile.
             audit = Auditable.of(self._provider).audit()
             at = str(audit.resolve(at, session=source))
             if any(each.masked for each in audit.state(source, at)):
@@ -139,14 +144,14 @@ class AuditServicer:
                 )
         return Forkable.of(self._provider).fork_session(source, request.new_session, at, origin=origin)
 
-    # How they go
+    # Answers
 
     async def _answer(self, rpc: Single[Any], request: Any, _context: Context) -> Message:
         source = self._source(request)
         return self._fitting(await self._on(self._answers, lambda: rpc.response_of(rpc.ask(source, request))))
 
     async def _list(self, rpc: ListRpc[Any], request: Any, context: Context) -> None:
-        """Read a page, send it, and only then read the next."""
+        """Send the rows of a list, in pages: the next one is read when the client has taken the last."""
         source = self._source(request)
         pages = _Pages(rpc.question(request), source, self._batch_bytes)
         while True:
@@ -154,7 +159,7 @@ class AuditServicer:
             if pages.ended:
                 return
             if self._draining:
-                raise UnavailableError("the server is shutting down; go on after the cursor of the last message")
+                raise UnavailableError("the server is shutting down; continue after the cursor of the last message")
 
     def _source(self, request: Any) -> AuditSource:
         return Auditable.of(self._provider).audit(reveal=self._reveal and getattr(request, "reveal", False))
@@ -176,11 +181,11 @@ class AuditServicer:
                 await context.write(message)
         except TimeoutError:
             _logger.info("client stalled", peer=context.peer(), message=type(message).__name__)
-            raise UnavailableError(f"the client took nothing for {self._stall_timeout_s:g} s") from None
+            raise UnavailableError(f"the client read nothing for {self._stall_timeout_s:g} s") from None
 
 
 class _Pages:
-    """The answers to one question, in pages that are as large as a message should be. Used by one thread at a time."""
+    """Reads the answers to one query in pages of about the size of a message. Used by one thread at a time."""
 
     def __init__(self, question: Question[Any], source: AuditSource, batch_bytes: int = _BATCH_BYTES) -> None:
         self.ended = False
@@ -193,7 +198,7 @@ class _Pages:
         self._bounds: tuple[int, int] | None = None
 
     def read(self) -> Any:
-        """The next message."""
+        """Read the next page, as a message."""
         if self._bounds is None:
             self._bounds = self._question.bounds(self._source)
         while True:
@@ -213,43 +218,43 @@ class _Pages:
         self._rows = min(fitting, 2 * self._rows, _MOST_ROWS)
 
 
-class _Left(Exception):
-    """Nobody waits for a pruning any more."""
+class _ClientLeftError(Exception):
+    """The client of a pruning has gone."""
 
 
 class _Pruning:
-    """One pruning on its thread, and what it last said of its progress on the event loop."""
+    """One pruning on its thread, which passes its progress to the event loop."""
 
     def __init__(self, provider: StateProvider, policy: PrunePolicy, confirm: bool, mailbox: LoopMailbox) -> None:
         self._provider = provider
         self._policy = policy
         self._confirm = confirm
         self._mailbox = mailbox
-        self._told = asyncio.Event()
+        self._reported = asyncio.Event()
         self._last: tuple[str, int, int] | None = None
         self._ended = False
 
     def run(self) -> PruneReport:
-        """Prune, on the thread that calls."""
+        """Prune, on the calling thread."""
         return Prunable.of(self._provider).prune(self._policy, confirm=self._confirm, progress=self._progress)
 
     def _progress(self, what: str, done: int, in_all: int) -> None:
         if self._ended:
-            raise _Left
+            raise _ClientLeftError
         self._last = (what, done, in_all)
-        self._mailbox.post(self._told.set)
+        self._mailbox.post(self._reported.set)
 
-    async def news(self, work: "asyncio.Future[PruneReport]") -> pb.PruneResponse | None:
-        """Wait until there is something to tell, or the work is done; only the newest is told."""
-        telling = asyncio.ensure_future(self._told.wait())
+    async def next_progress(self, work: "asyncio.Future[PruneReport]") -> pb.PruneResponse | None:
+        """Wait for progress or for the end of the work; returns the latest progress, or None at the end."""
+        waiting = asyncio.ensure_future(self._reported.wait())
         try:
-            await asyncio.wait((telling, work), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((waiting, work), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            telling.cancel()
-        self._told.clear()
+            waiting.cancel()
+        self._reported.clear()
         last, self._last = self._last, None
         return rpcs.progress_message(*last) if last is not None else None
 
     def end(self) -> None:
-        """Have it end after its next step."""
+        """End the pruning after its next step."""
         self._ended = True

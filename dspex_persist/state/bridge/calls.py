@@ -1,4 +1,4 @@
-"""How every rpc goes: its command is carried out on the provider, or inside the tool execution that the call names."""
+"""Runs the commands of rpcs, on the provider or inside the tool execution that the call names."""
 
 import asyncio
 import contextlib
@@ -33,9 +33,10 @@ _logger: Final = get_logger(__name__)
 
 
 def methods(rpcs: Iterable[Any], name: str) -> Callable[[type[S]], type[S]]:
-    """Give a class a method for each of the rpcs, which calls its method `name` with it, the request and the context.
+    """Return a class decorator that adds a method for each rpc.
 
-    A method that the class has for an rpc itself stays.
+    The method calls the class's method `name` with the rpc, the request and the context. An rpc for which the class
+    already has a method keeps that one.
     """
 
     def give(servicer: type[S]) -> type[S]:
@@ -55,9 +56,13 @@ def _method(rpc: Any, run: Callable[..., Awaitable[Any]]) -> Callable[..., Await
 
 
 class Calls:
-    """Carries out commands for rpcs: on the provider, or inside the tool execution that a call names.
+    """Runs the commands of rpcs, on the provider or inside the tool execution that the call names.
 
     Made and used on one event loop.
+
+    Args:
+        provider: Runs the commands.
+        max_message_bytes: The largest answer.
     """
 
     def __init__(self, provider: WithTools, max_message_bytes: int) -> None:
@@ -68,7 +73,7 @@ class Calls:
         self._mailbox = LoopMailbox(asyncio.get_running_loop())
 
     def belongs(self, context: Context) -> bool:
-        """Whether the call is part of an execution that runs: then it is let in while the server drains."""
+        """Return whether the call is part of a running execution, and so is accepted while the server drains."""
         execution_id = header(context, EXECUTION_ID)
         return execution_id is not None and self._runner.is_running(execution_id)
 
@@ -76,7 +81,7 @@ class Calls:
         return Call(context, self._limits, self._max_message_bytes)
 
     async def _answer(self, rpc: Rpc[Any, Any], request: Any, context: Context) -> Any:
-        """Have an rpc's command carried out, and answer with its result."""
+        """Run the command of an rpc, and return the response with its result."""
         call = self._call(context)
         command = await self._command(rpc, request, call)
         if rpc.first is not None:
@@ -90,7 +95,7 @@ class Calls:
         return fitting(response, self._max_message_bytes) if rpc.is_list else response
 
     async def _command(self, rpc: Rpc[C, Any], request: Any, call: Call) -> C:
-        """The command in a request, read on a thread where it is much: the loop is everybody's."""
+        """The command in a request. A large request is parsed on a thread, so that it does not hold up the loop."""
         if rpc.size_of is not None and rpc.size_of(request, self._limits) > _MUCH_BYTES:
             return await asyncio.to_thread(rpc.command_of, request, call)
         return rpc.command_of(request, call)
@@ -107,7 +112,7 @@ class Calls:
     async def _write(self, command: Command[R], context: Context) -> R:
         try:
             if header(context, EXPECTED_VERSION) is not None and not isinstance(command, SetVariable):
-                # Whoever sends it counts on it.
+                # Without an error, the client would rely on a check that does not happen.
                 raise InvalidArgumentError(EXPECTED_VERSION, f"{command.cause} has none: only SetVariable does")
             execution = self._execution_of(command, context)
             origin = origin_of(command.cause, context)
@@ -123,7 +128,7 @@ class Calls:
                 lambda: self._mailbox.result(self._provider.submit(command, origin)),
             )
         except StateError as error:
-            # The kind of error only: its text may quote a value.
+            # Only the type of the error, because its text may quote a value.
             self._log(command.cause, command.session_id, context).debug("refused", error=type(error).__name__)
             raise
 
@@ -134,21 +139,23 @@ class Calls:
         return self._runner.find(execution_id)
 
     def _log(self, rpc: str, session_id: str, context: Context) -> Any:
-        """A log that names the call: its rpc, its session, and the id that the client gave it, or one of ours."""
+        """A logger with the rpc, the session and the call's id, which the client sends or this method makes up."""
         return _logger.bind(rpc=rpc, session_id=session_id, rpc_id=header(context, RPC_ID) or secrets.token_hex(4))
 
 
-async def _after_reading(command: Command[R], read: Callable[[], object], carry_out: Callable[[], Awaitable[R]]) -> R:
-    """Have what the command brings read on a thread where it is much, so that neither the loop nor the writer, which
-    are everybody's, does it; again if the variables have been replaced meanwhile."""
+async def _after_reading(command: Command[R], read: Callable[[], object], run: Callable[[], Awaitable[R]]) -> R:
+    """Run a command after parsing its large values on a thread, so that they hold up neither the loop nor the writer.
+
+    If the variables are replaced meanwhile, the values are parsed again.
+    """
     if command.brings <= values.MUCH:
-        return await carry_out()
+        return await run()
     for _ in range(_MOST_READINGS - 1):
         await asyncio.to_thread(read)
         with contextlib.suppress(VariableReplacedError):
-            return await carry_out()
+            return await run()
     await asyncio.to_thread(read)
-    return await carry_out()
+    return await run()
 
 
 async def _run_within(execution: Execution, command: Command[R], origin: Origin) -> R:

@@ -1,4 +1,4 @@
-"""BridgedState: session state that another process keeps, reached by the unified bridge protocol."""
+"""BridgedState: session state in another process, reached over the bridge protocol."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -51,8 +51,8 @@ R = TypeVar("R")
 
 _HEADER_LENGTH: Final = 255
 _VERDICT_S: Final = 1.0
-# A channel that lost its server tries again this often at first, so that a restart is noticed at once. The second one
-# says how long an attempt may take, whatever its name: on a loaded machine a tenth of a second is too short.
+# A channel that has lost its server retries often at first, to notice a restart at once. Despite its name, the second
+# option also sets how long an attempt may take: on a loaded machine a tenth of a second is too short.
 _RECONNECTING: Final = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 5_000),
@@ -65,13 +65,21 @@ def _nothing() -> None:
 
 
 class BridgedState(StreamsTools, Durable, Auditable, Recordable, Forkable, Prunable):
-    """Session state behind a gRPC target such as "127.0.0.1:50051" or "unix:/run/dspex.sock", or a URL of `connect`.
+    """Session state on a server.
 
-    A call that is not answered within `timeout_s` fails. If it wrote, and had an idempotency key, it is repeated with
-    it for as long after the connection was lost, and so happens once; without a key its outcome is unknown.
+    If the connection breaks during a write, a write with an idempotency key is repeated for up to `timeout_s`, and
+    still happens only once. A write without a key raises `OutcomeUnknownError`.
 
-    With `execution_id` every call on variables and tools is part of that running execution's transaction: this is how
-    the process that runs a registered tool reaches it (it is told the id in `x-dspex-execution-id`).
+    Args:
+        target: A gRPC target such as "127.0.0.1:50051" or "unix:/run/dspex.sock", or a URL of `connect`.
+        timeout_s: How long to wait for an answer, in seconds.
+        actor: Who makes the changes; by default the user of this process.
+        execution_id: A running execution. All calls on variables and tools become part of its transaction: a process
+            that runs a registered tool passes the id that it received in `x-dspex-execution-id`.
+
+    Raises:
+        InvalidArgumentError: An argument is wrong.
+        ForkedProcessError: This process was forked from one that used gRPC.
     """
 
     def __init__(
@@ -88,29 +96,29 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Forkable, Pruna
         self._closed = False
 
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
-        """Send the command; the future resolves with the answer."""
+        """See `StateProvider.submit`. Sends the command; the future resolves with the answer."""
         fault = self._here.refusal or (EngineClosedError() if self._closed else fault_of(command, origin))
         if fault is not None:
             return failed(fault)
         rpc = BY_COMMAND.get(type(command))
         if rpc is None:
             return failed(UnsupportedError(f"{command.cause} over the bridge"))
-        asked_by = origin or self.default_origin(command.cause)
+        origin = origin or self.default_origin(command.cause)
         return Attempt(
             getattr(self._stub, rpc.name),
             rpc,
             command,
-            partial(self._headers_of, rpc, asked_by),
+            partial(self._headers_of, rpc, origin),
             self._patience_s(command),
             self._timeout_s,
             self._target,
-            repeatable=asked_by.idempotency_key is not None,
+            repeatable=origin.idempotency_key is not None,
         ).start()
 
     def watch(
         self, session_id: str, identifiers: Sequence[str] = (), *, after_sequence: int | None = None
     ) -> "BridgedWatch":
-        """Watch variables; see `StateProvider.watch`."""
+        """See `StateProvider.watch`."""
         self.check_open()
         identifiers = check_watch(session_id, identifiers, after_sequence)
         try:
@@ -124,7 +132,7 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Forkable, Pruna
         return BridgedWatch(call, self._timeout_s, self._target, self._error_of)
 
     def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
-        """The server's tools, and those that the session's workers have registered there."""
+        """List the tools of the server and, for a session, those that its workers have registered."""
         return self.run(GetExposedElixirTools(session_id))
 
     def stream_tool(
@@ -156,23 +164,26 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Forkable, Pruna
                 here.close()
 
     def audit(self, *, reveal: bool = False, on_close: Callable[[], None] = _nothing) -> BridgedAudit:
-        """The server's history, to be asked; `on_close` is called when it is closed.
+        """Return an object for audit queries to the server.
 
-        The server shows values of sensitive variables only if it was started with `audit_reveal`.
+        Args:
+            reveal: Request the values of sensitive variables, which the server shows only if it was started with
+                `audit_reveal`.
+            on_close: Called when the object is closed.
         """
         self.check_open()
         reveal = arguments.flag("reveal", reveal)
         return BridgedAudit(self._channel, self._target, timeout_s=self._timeout_s, reveal=reveal, on_close=on_close)
 
     def prune(self, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PruneReport:
-        """Have the server prune; see `Prunable.prune`. It takes as long as it takes."""
+        """Have the server prune; see `Prunable.prune`. There is no time limit."""
         self.check_open()
         return audit_client.prune(self._channel, self._target, policy, confirm=confirm, progress=progress)
 
     def record(
         self, session_id: str, *, started: int | None = None, reveal: bool = False
     ) -> tuple[Header, Iterator[RecordedCommit]]:
-        """Have the server record; see `Recordable.record`. What comes next has to come within `timeout_s`."""
+        """Have the server record; see `Recordable.record`. Each message has to come within `timeout_s`."""
         self.check_open()
         session_id, reveal = arguments.text("session_id", session_id), arguments.flag("reveal", reveal)
         if started is not None:
@@ -186,21 +197,21 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Forkable, Pruna
     ) -> SessionView:
         """Have the server fork; see `Forkable.fork_session`. Raises `OutcomeUnknownError` if the connection breaks."""
         self.check_open()
-        asked = (arguments.text("session_id", session_id), arguments.text("new_session_id", new_session_id))
+        sessions = (arguments.text("session_id", session_id), arguments.text("new_session_id", new_session_id))
         headers = self._headers_of_origin(origin or self.default_origin(commands.ForkSession.__name__))
         return audit_client.fork(
             self._channel,
             self._target,
-            *asked,
+            *sessions,
             arguments.text("at", at),
             headers=headers,
             timeout_s=self._timeout_s,
         )
 
     def _patience_s(self, command: Command[Any]) -> float:
-        asked_s = command.timeout_s if isinstance(command, commands.ExecuteTool) else None
-        # The server ends the tool when its time is up, and has a moment more to say so.
-        return self._timeout_s if asked_s is None else asked_s + _VERDICT_S
+        tool_s = command.timeout_s if isinstance(command, commands.ExecuteTool) else None
+        # The server ends the tool when its time is up; the rest is for the outcome to arrive.
+        return self._timeout_s if tool_s is None else tool_s + _VERDICT_S
 
     def _headers_of(self, rpc: Rpc[Any, Any], origin: Origin, command: Command[Any]) -> Headers:
         own = {EXECUTION_ID: self._execution_id, **rpc.headers_of(command)}
@@ -217,35 +228,35 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Forkable, Pruna
         )
 
     def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
-        """The user of this process."""
+        """Return the origin of a call without one: this client's actor."""
         if idempotency_key is not None:
             idempotency_key = arguments.text("idempotency_key", idempotency_key)
         return Origin(self._actor, cause, Source.PYTHON, idempotency_key)
 
     def close(self) -> None:
-        """Close the channel; the server goes on. In a child of the process that has it, it is left alone."""
+        """Close the channel; the server goes on. In a forked child this does nothing."""
         self._closed = True
         if self._here.refusal is None:
             self._channel.close()
             self._here.close()
 
     def _error_of(self, call: Any) -> StateError:
-        """What ended a stream. One that ends because this was closed under it says so, as a file's does."""
+        """The error that ended a stream: `EngineClosedError` if this object was closed meanwhile."""
         return EngineClosedError() if self._closed else error_of_call(call, self._target)
 
     def check_open(self) -> None:
-        """See `StateProvider.check_open`. Whether the server answers, only a call shows."""
+        """See `StateProvider.check_open`. It does not check whether the server answers."""
         self._here.check()
         if self._closed:
             raise EngineClosedError()
 
 
-def _headers(said: Mapping[str, str | None]) -> Headers:
-    return tuple(_header(name, text) for name, text in said.items() if text is not None)
+def _headers(texts: Mapping[str, str | None]) -> Headers:
+    return tuple(_header(name, text) for name, text in texts.items() if text is not None)
 
 
 def _header(name: str, text: str) -> tuple[str, str | bytes]:
-    """`text` as gRPC metadata: what is not plain ASCII travels as UTF-8 under a binary key."""
+    """`text` as gRPC metadata: as UTF-8 under a binary key unless it is printable ASCII."""
     if len(text) > _HEADER_LENGTH:
         raise LimitExceededError(f"the length of {ARGUMENTS.get(name, name)}", len(text), _HEADER_LENGTH, "name_length")
     if text and text.isascii() and text.isprintable() and text == text.strip():

@@ -1,4 +1,4 @@
-"""Between the protocol's messages and the records of the state layer. Pure: no calls, no state."""
+"""Translates between the messages of the protocol and the records of the state layer. Pure functions."""
 
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -33,12 +33,12 @@ from dspex_persist.state.values.json_text import RefusedError, check_binary_size
 BRIDGE_SERVICE = pb.DESCRIPTOR.services_by_name["BridgeService"]
 
 STRING_VALUE_STYLE, JSON_STYLE = "string_value", "json"
-"""How a client writes the parameters of tools: as JSON that calls itself a StringValue, or in any other way."""
+"""How a client encodes the parameters of tools: as JSON with the type_url of a StringValue, or in any other way."""
 
 _PREFIX = "type.googleapis.com/snakepit."
 _BINARY = ".binary"
 _STRING_VALUE_URL = f"type.googleapis.com/{wrapped.STRING_VALUE}"
-# The type of null, which has none of its own: clients that check types take no null for a string.
+# The type_url of null, which has no value type. Clients that check types do not accept null as a string.
 _NULL_TYPE = "map"
 _MARKS = ("snakepit.", "dspex.variables/")
 
@@ -57,7 +57,18 @@ _ADDRESS = "address"
 
 
 def value_of(name: str, wire: AnyMessage, binary: bytes = b"", limits: Limits = _LIMITS) -> Value:
-    """The value in a message, not yet checked against any type. `name` is for the error."""
+    """Return the value in a message, not yet checked against a type.
+
+    Args:
+        name: The name of the variable or parameter, for errors.
+        wire: The message with the JSON.
+        binary: The binary content, from the companion field.
+        limits: The limits of values.
+
+    Raises:
+        InvalidValueError: It is not a value.
+        LimitExceededError: It is too large.
+    """
     type_url, content = wire.type_url, wire.value
     check_size(name, len(content), limits)
     check_binary_size(name, len(binary), limits)
@@ -82,7 +93,7 @@ def _text(name: str, content: bytes) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError:
-        raise InvalidValueError(name, "it is no UTF-8; send JSON, and binary content in the companion field") from None
+        raise InvalidValueError(name, "it is not UTF-8; send JSON, and binary content in the companion field") from None
 
 
 def _unwrapped(name: str, message: object) -> Value:
@@ -93,19 +104,19 @@ def _unwrapped(name: str, message: object) -> Value:
 
 
 def type_url_of(type_name: str, value: Value) -> str:
-    """The type_url under which a value goes out."""
+    """Return the type_url with which a value is sent."""
     return f"{_PREFIX}{type_name}{'' if value.binary is None else _BINARY}"
 
 
 def any_of(type_name: str, value: Value) -> AnyMessage:
-    """The value as it goes out; its binary part travels in the companion field."""
+    """Return the message for a value, without its binary content, which goes into the companion field."""
     message = AnyMessage()
     _put_value(message, type_name, value)
     return message
 
 
 def style_of(parameters: Iterable[AnyMessage]) -> str:
-    """In which style the parameters of a tool came, and so its result goes out."""
+    """Return the style of a tool's parameters, in which its result is sent, too."""
     return STRING_VALUE_STYLE if any(map(_is_json_string_value, parameters)) else JSON_STYLE
 
 
@@ -115,9 +126,12 @@ def _is_json_string_value(wire: AnyMessage) -> bool:
 
 
 def loose_any_of(value: Value, style: str = JSON_STYLE, type_name: str = "") -> AnyMessage:
-    """A parameter or result of a tool, which no variable gives a type. Binary ones say theirs in either style.
+    """Return the message for a parameter or result of a tool, whose type is inferred from the value.
 
-    `type_name` that of a number, "float": NaN and the infinities, which are names in JSON, are floats.
+    Args:
+        value: The value. A binary one has the type_url of its type in both styles.
+        style: How to encode it.
+        type_name: "float" if strings may stand for NaN and the infinities, which JSON lacks.
     """
     if style == STRING_VALUE_STYLE and value.binary is None:
         return AnyMessage(type_url=_STRING_VALUE_URL, value=value.json.encode())
@@ -129,14 +143,14 @@ def _inferred_type(value: Value) -> str:
     try:
         document = read(value.json)
     except RefusedError:
-        # It goes out as a string: whoever takes it says what is wrong with it.
+        # Sent as a string; the receiver reports what is wrong with it.
         document = ""
     if value.binary is not None:
         return infer_type(BinaryValue(document if isinstance(document, dict) else {}, value.binary))
     return _NULL_TYPE if document is None else infer_type(document)
 
 
-# Messages are filled in place: to make a part and have it copied into the whole takes twice as long.
+# Messages are filled in place: creating a part and copying it into the whole takes twice as long.
 
 
 def _put_value(message: AnyMessage, type_name: str, value: Value) -> None:
@@ -153,14 +167,14 @@ def _put_time(message: Timestamp, moment: datetime) -> None:
 
 
 def timestamp_of(moment: datetime) -> Timestamp:
-    """`moment` as a message."""
+    """Return the message for a time."""
     message = Timestamp()
     _put_time(message, moment)
     return message
 
 
 def moment_of(timestamp: Timestamp) -> datetime:
-    """The aware UTC time in a message."""
+    """Return the time in a message, aware and in UTC."""
     return from_micros(timestamp.seconds * 1_000_000 + timestamp.nanos // 1000)
 
 
@@ -168,7 +182,7 @@ def moment_of(timestamp: Timestamp) -> datetime:
 
 
 def variable_message(variable: Variable) -> pb.Variable:
-    """The variable as clients see it."""
+    """Return the message for a variable."""
     value = variable.value
     message = pb.Variable(
         id=variable.id,
@@ -193,7 +207,7 @@ def variable_message(variable: Variable) -> pb.Variable:
 
 
 def variable_of(message: pb.Variable) -> Variable:
-    """The variable in a message; of its lock the message only has the holder and the start."""
+    """Return the variable in a message. Its lock has only the holder and the start time, as the message does."""
     lock = None
     if message.optimization_status.optimizing:
         status = message.optimization_status
@@ -213,7 +227,7 @@ def variable_of(message: pb.Variable) -> Variable:
 
 
 def value_in(wire: AnyMessage) -> Value:
-    """A value that the server sent where there is no companion field: a binary one is its description alone."""
+    """Return a value from a message without a companion field; of a binary value, only the JSON description."""
     return _stored(wire, b"")
 
 
@@ -225,13 +239,13 @@ def _stored(wire: AnyMessage, binary: bytes) -> Value:
 
 
 def history_entry(version: VariableVersion) -> pb.VariableHistoryEntry:
-    """One version as clients see it: what came with the change, and what the server says of it."""
+    """Return the message for a version. Its metadata combines the client's with the server's (commit, actor, ...)."""
     entry = pb.VariableHistoryEntry(version=version.version, changed_by=version.actor)
     _put_time(entry.timestamp, version.created_at)
     if version.value is not None:
         _put_value(entry.value, version.type, version.value)
     metadata = entry.metadata
-    # One by one: `update` is a loop in Python, and more of it.
+    # A plain loop, because `update` is a slower one in Python.
     for key, text in version.metadata.items():
         metadata[key] = text
     metadata[COMMIT_SEQUENCE] = str(version.sequence)
@@ -244,7 +258,7 @@ def history_entry(version: VariableVersion) -> pb.VariableHistoryEntry:
     return entry
 
 
-def _said(version: VariableVersion) -> dict[str, str]:
+def _server_metadata(version: VariableVersion) -> dict[str, str]:
     return {
         COMMIT_SEQUENCE: str(version.sequence),
         _ACTOR: version.actor,
@@ -255,7 +269,7 @@ def _said(version: VariableVersion) -> dict[str, str]:
 
 
 def version_of(entry: pb.VariableHistoryEntry) -> VariableVersion:
-    """The version in an entry. Binary contents do not travel in a history: their value is the description alone."""
+    """Return the version in an entry. A history has no binary content, only the JSON descriptions."""
     value = value_in(entry.value) if entry.HasField("value") else None
     metadata = entry.metadata
     return _version(metadata[_VARIABLE_ID], metadata[_TYPE], entry.version, value, metadata, entry.timestamp)
@@ -291,9 +305,9 @@ def _version(
 
 
 def update_message(update: Update) -> pb.VariableUpdate:
-    """What a watcher is told, as a message."""
+    """Return the message for an update."""
     version = update.version
-    metadata = {**version.metadata, **_said(version)} if version is not None else {}
+    metadata = {**version.metadata, **_server_metadata(version)} if version is not None else {}
     metadata[COMMIT_SEQUENCE] = str(update.sequence)
     metadata[_PART] = f"{update.part[0]}/{update.part[1]}"
     if update.dependency:
@@ -310,7 +324,7 @@ def update_message(update: Update) -> pb.VariableUpdate:
 
 
 def heartbeat_message(sequence: int, now: datetime) -> pb.VariableUpdate:
-    """A sign of life; a watcher that has seen it has seen every commit up to `sequence`."""
+    """Return a heartbeat, which tells a watcher that it has received every commit up to `sequence`."""
     return pb.VariableUpdate(
         update_type="heartbeat",
         update_source="server",
@@ -320,7 +334,7 @@ def heartbeat_message(sequence: int, now: datetime) -> pb.VariableUpdate:
 
 
 def update_of(message: pb.VariableUpdate) -> Update:
-    """The update in a message that is no heartbeat."""
+    """Return the update in a message, which must not be a heartbeat."""
     kind = UpdateKind(message.update_type)
     variable = variable_of(message.variable)
     metadata = message.update_metadata
@@ -345,7 +359,7 @@ def update_of(message: pb.VariableUpdate) -> Update:
 
 
 def tool_message(spec: ToolSpec, where: Mapping[str, str]) -> pb.ToolSpec:
-    """A tool as clients see it; `where` it is joins its metadata, and so do its promises."""
+    """Return the message for a tool. Its metadata includes `where` it runs, and its options."""
     own = {_ISOLATION: spec.isolation.value, _RETRIES: str(spec.retries), **where}
     if spec.exposed:
         own[_EXPOSED] = "true"
@@ -362,24 +376,24 @@ def tool_message(spec: ToolSpec, where: Mapping[str, str]) -> pb.ToolSpec:
 
 
 def tool_of(message: pb.ToolSpec) -> ToolSpec:
-    """The tool in a message; where it is stays in its metadata."""
-    said = message.metadata
+    """Return the tool in a message. Where it runs stays in its metadata."""
+    metadata = message.metadata
     return ToolSpec(
         message.name,
         message.description,
         _parameters_of(message.name, message.parameters),
         message.supports_streaming,
-        exposed=_EXPOSED in said,
+        exposed=_EXPOSED in metadata,
         required_variables=tuple(message.required_variables),
-        isolation=Isolation(said[_ISOLATION]) if _ISOLATION in said else Isolation.SERIALIZABLE,
-        retries=int(said[_RETRIES] or 0),
-        timeout_s=float(said[_TIMEOUT_S]) if said[_TIMEOUT_S] else None,
-        metadata=dict(said),
+        isolation=Isolation(metadata[_ISOLATION]) if _ISOLATION in metadata else Isolation.SERIALIZABLE,
+        retries=int(metadata[_RETRIES] or 0),
+        timeout_s=float(metadata[_TIMEOUT_S]) if metadata[_TIMEOUT_S] else None,
+        metadata=dict(metadata),
     )
 
 
 def registration_message(tool: RegisteredTool) -> pb.ToolRegistration:
-    """A tool as its worker registers it."""
+    """Return the message with which a worker registers a tool."""
     spec = tool.spec
     return pb.ToolRegistration(
         name=spec.name,
@@ -391,7 +405,7 @@ def registration_message(tool: RegisteredTool) -> pb.ToolRegistration:
 
 
 def registered_tool(registration: pb.ToolRegistration, worker_id: str, limits: Limits = _LIMITS) -> RegisteredTool:
-    """The tool in a registration; `InvalidArgumentError` for an address or a default that is none."""
+    """Return the tool in a registration; `InvalidArgumentError` for an invalid address or default."""
     metadata = dict(registration.metadata)
     address = metadata.get(_ADDRESS, "")
     if address:

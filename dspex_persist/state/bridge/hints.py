@@ -1,4 +1,4 @@
-"""What to do next, in the words of clients over gRPC: rpcs and headers. What a server does itself has its commands."""
+"""The texts of hints for clients over gRPC: they name rpcs, headers and, for work on the server, commands."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -33,7 +33,7 @@ IN_RPCS: Final[Mapping[str, str]] = {
     Hint.NAME_BACKUP: "name a copy that `dspex-persist db backup` has made",
     Hint.NEW_KEY: "a key belongs to one request: use a new one",
     Hint.OPEN_AGAIN: "all that was acknowledged has been brought into the file: start the server again",
-    Hint.PRUNE_ON_SERVER: "have its server prune it: Prune, or a retention of its own",
+    Hint.PRUNE_ON_SERVER: "have its server prune it: with Prune, or by itself with a retention setting",
     Hint.PUT_BACK_FILE: (
         "put back the file that it was, with its -wal, or restore a backup with `dspex-persist db restore`, and start "
         "the server again; what was written since the last check may be lost"
@@ -63,4 +63,4 @@ IN_RPCS: Final[Mapping[str, str]] = {
         'its holder writes with metadata["optimizer_id"], others wait or stop it with StopOptimization and force'
     ),
 }
-"""What the details of a status say."""
+"""The texts in the details of a status."""

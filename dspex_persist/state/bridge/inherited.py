@@ -1,7 +1,7 @@
-"""gRPC's channels and calls in a process that was forked from the one that made them.
+"""Protects gRPC channels and calls from use in a forked child.
 
-A child has gRPC's locks and sockets, and none of the threads that serve them: its calls hang, or break those of its
-parent. So it makes none, and never frees what its parent has open.
+A child inherits gRPC's locks and sockets, but not the threads that serve them: its calls would hang, or break those of
+its parent. So a child makes no calls, and never frees what its parent has open.
 """
 
 from collections.abc import Iterator
@@ -14,19 +14,19 @@ _lost = False
 
 
 def refuse_lost(target: str) -> None:
-    """Raise `ForkedProcessError` where the process was forked while gRPC was in use."""
+    """Raise `ForkedProcessError` if this process was forked from one that used gRPC."""
     if _lost:
-        raise ForkedProcessError(f"gRPC, which is to reach {target},")
+        raise ForkedProcessError(f"gRPC, which is needed to reach {target},")
 
 
 class OneProcess:
-    """Keeps channels and calls to the process that made them. `close` when they are closed."""
+    """Restricts channels and calls to the process that opened them. Close it after them."""
 
     def __init__(self, target: str, *kept: object) -> None:
         self._target = target
         self._kept = kept
         self.refusal: ForkedProcessError | None = None
-        """In a child, what its calls end with."""
+        """The error of all calls in a forked child; None in the process itself."""
         forks.register(self)
 
     def check(self) -> None:
@@ -35,12 +35,12 @@ class OneProcess:
             raise self.refusal
 
     def next_of(self, messages: Iterator[Any]) -> Any:
-        """The next message of a stream, None at its end; raises as `check` does."""
+        """Return the next message of a stream, or None at its end; raises as `check` does."""
         self.check()
         return next(messages, None)
 
     def close(self) -> None:
-        """They are closed: there is nothing left to be kept."""
+        """Note that the channels and calls are closed."""
         forks.unregister(self)
 
     def forked(self, *, quiet: bool) -> None:

@@ -1,7 +1,7 @@
-"""Between records and messages that have the same fields, compiled once for each kind of record.
+"""Translates between records and messages with the same fields, by functions compiled for each kind of record.
 
-What a field becomes follows from its annotation and from the message's descriptor. The functions that do it are written
-out as source and compiled, as `dataclasses` does: to look at annotations each time would take five times as long.
+The conversion of a field follows from its annotation and from the message's descriptor. Like `dataclasses`, this module
+generates source and compiles it: evaluating the annotations for each record would take five times as long.
 """
 
 import json
@@ -22,19 +22,22 @@ from dspex_persist.state.errors import UnsupportedError
 
 R = TypeVar("R")
 _Part: TypeAlias = tuple[str, str]
-"""Two pieces of source: what of a record goes into a message, and what of a message into a record."""
+"""Two pieces of source: from a record's field to the message's, and back."""
 
 NAMES: Final = {"constraints": "constraints_json", "fields": "fields_json", "recorded": "recorded_json"}
-"""The fields that have another name in messages."""
+"""Fields that have another name in messages."""
 OPPOSITES: Final = {"children": "only_roots"}
-"""The flags that say the opposite in messages."""
+"""Flags that are negated in messages."""
 _PLAIN: Final = (str, bytes, int, float, bool)
 
 
 class Codec(Generic[R]):
-    """How one kind of record travels: a dataclass, or a tuple, whose items are the message's fields in their order.
+    """Translates one kind of record, on first use compiled for it.
 
-    `handed`: the fields that the message does not have, which `record_of` is given by name. Compiled at its first use.
+    Args:
+        record: A dataclass, or a tuple type whose items are the message's fields in order.
+        message: The type of message.
+        handed: The fields that the message lacks; `record_of` takes them as keyword arguments.
     """
 
     _known: ClassVar[dict[tuple[Any, type[Message]], "Codec[Any]"]] = {}
@@ -46,17 +49,17 @@ class Codec(Generic[R]):
 
     @classmethod
     def between(cls, record: Any, message: type[Message]) -> "Codec[Any]":
-        """The one between these, made once."""
+        """Return the codec for these types, always the same one."""
         return cls._known.setdefault((record, message), Codec(record, message))
 
     @cached_property
     def message_of(self) -> Callable[[R], Any]:
-        """The message that says what a record does."""
+        """A function from a record to its message."""
         return self._functions[0]
 
     @cached_property
     def record_of(self) -> Callable[..., R]:
-        """The record that says what a message does; `UnsupportedError` for a member that this release does not know."""
+        """A function from a message to its record; `UnsupportedError` for an enum member unknown to this release."""
         return self._functions[1]
 
     @cached_property
@@ -72,11 +75,11 @@ class _Members(dict[int, StrEnum]):
         self._name = wire.name
 
     def __missing__(self, number: int) -> StrEnum:
-        raise UnsupportedError(f"{self._name} {number}: whoever sent it is newer than this release")
+        raise UnsupportedError(f"{self._name} {number}: the sender is newer than this release")
 
 
 class _Source:
-    """The source of a codec's two functions, and what the names in it mean."""
+    """Generates the source of a codec's two functions, with the objects that its names refer to."""
 
     def __init__(self, codec: Codec[Any]) -> None:
         self._codec = codec
@@ -90,14 +93,14 @@ class _Source:
         }
 
     def compiled(self) -> tuple[Any, Any]:
-        """From record to message, and back."""
+        """Return the functions from record to message, and back."""
         is_tuple = get_origin(self._codec.record) is tuple
-        sent, taken = zip(*(self._items() if is_tuple else self._fields()), strict=True)
+        encoded, decoded = zip(*(self._items() if is_tuple else self._fields()), strict=True)
         handed = ("**handed",) if self._codec.handed else ()
         source = (
-            f"def message_of(record):\n    return Message({', '.join(sent)})\n"
+            f"def message_of(record):\n    return Message({', '.join(encoded)})\n"
             f"def record_of({', '.join(('message', *handed))}):\n"
-            f"    return {'' if is_tuple else 'Record'}({', '.join((*taken, *handed))})\n"
+            f"    return {'' if is_tuple else 'Record'}({', '.join((*decoded, *handed))})\n"
         )
         exec(source, self._names)
         return self._names["message_of"], self._names["record_of"]
@@ -182,12 +185,12 @@ def _call(function: str, argument: str) -> str:
 
 
 def _is_several(hint: Any) -> bool:
-    """Whether it is a list of any length, and not a tuple that is one value."""
+    """Whether the annotation is a list of any length, as opposed to a tuple that is a single value."""
     return get_args(hint)[1:] in ((), (...,)) and get_origin(hint) is not None
 
 
 def _kind_of(hint: Any) -> tuple[Any, bool]:
-    """What an annotation allows, but for None and for the text that may stand for it; and whether it allows None."""
+    """The type in an annotation, ignoring None and an alternative str; and whether it allows None."""
     if get_origin(hint) not in (Union, UnionType):
         return hint, False
     kinds = [kind for kind in get_args(hint) if kind is not NoneType]

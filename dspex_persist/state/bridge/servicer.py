@@ -1,4 +1,4 @@
-"""BridgeServicer: the rpcs of the unified bridge over any provider with tools. Messages in, commands out, no rules."""
+"""BridgeServicer: serves the bridge protocol over any provider with tools. Translates messages; contains no rules."""
 
 import asyncio
 from typing import Any
@@ -20,10 +20,13 @@ from dspex_persist.state.tools.with_tools import WithTools
 
 @methods(RPCS, "_answer")
 class BridgeServicer(ToolRpcs):
-    """The rpcs. `heartbeat_s`: how often an idle watcher hears something. `stall_timeout_s`: how long one update may
-    wait for a watcher that does not read before its stream is ended. `max_message_bytes`: how large an answer may be.
+    """The rpcs of the bridge protocol. Made and used on one event loop.
 
-    Made and used on one event loop.
+    Args:
+        provider: Runs the commands.
+        heartbeat_s: The interval of heartbeats to idle watchers, in seconds.
+        stall_timeout_s: How long a stream waits for a client that does not read, before it ends.
+        max_message_bytes: The largest response.
     """
 
     def __init__(
@@ -36,11 +39,11 @@ class BridgeServicer(ToolRpcs):
     ) -> None:
         super().__init__(provider, stall_timeout_s, max_message_bytes)
         self._watchers = WatchStreams(self._mailbox, heartbeat_s, stall_timeout_s)
-        # A tool's child cannot reach this server, nor any other: it would use what gRPC has open here.
+        # A child that a tool forks cannot use gRPC at all, because it would share the server's sockets.
         self._here = OneProcess("the server's own clients")
 
     async def drain(self) -> None:
-        """End every watch, with a status that says from where to resume; tools in flight may finish."""
+        """End all watches, with a status that says where to resume. Running tools may finish."""
         self._runner.drain()
         self._watchers.drain()
 

@@ -1,4 +1,4 @@
-"""Errors to gRPC statuses and back, from one table that knows every leaf of `state.errors`."""
+"""Translates errors to gRPC statuses and back, by one table with every leaf of `state.errors`."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from dspex_persist.state.errors import Hint, StateError
 
 DOMAIN = "dspex-persist"
 DETAILS_KEY = "grpc-status-details-bin"
-# There is room for some kilobytes of metadata (base64 adds a third), and what does not fit is left out whole.
+# Metadata is limited to a few kilobytes (base64 adds a third), and an entry that does not fit is left out as a whole.
 _DETAILS_BYTES = 2_900
 _FIELD_LENGTHS = (None, 300, 60)
 _TOO_LARGE = re.compile(r"message larger than max \((\d+) vs\. (\d+)\)")
@@ -78,7 +78,7 @@ CODES: dict[type[StateError], StatusCode] = {
     errors.LostCommitsError: StatusCode.DATA_LOSS,
 }
 
-# The field of a request that an error speaks of, for google.rpc.BadRequest.
+# The field of the request that an error is about, for google.rpc.BadRequest.
 _FIELDS: dict[type[StateError], str] = {
     errors.UnknownTypeError: "type",
     errors.InvalidValueError: "value",
@@ -89,15 +89,15 @@ _FIELDS: dict[type[StateError], str] = {
 }
 
 
-# What a server that is newer than this release advises may be none of them.
+# By text, because a newer server may send hints that this release does not know.
 _HINTS: Final[Mapping[object, Hint]] = {hint.value: hint for hint in Hint}
 
-# By code and the names of the fields: two kinds of error may have one code.
+# By code and names of fields, because two kinds of error may share a code.
 _KINDS = {(kind.error_code, frozenset(field.name for field in fields(kind))): kind for kind in CODES}  # type: ignore[arg-type]
 
 
 def status_of(error: BaseException) -> RpcStatus | None:
-    """What a client is told of a `StateError`, or of a call that came too late; None for anything else."""
+    """Return the status of a `StateError`, or of a call during the drain; None for other errors."""
     if isinstance(error, DrainingError):
         error = errors.ShuttingDownError()
     if not isinstance(error, StateError):
@@ -116,14 +116,14 @@ def status_of(error: BaseException) -> RpcStatus | None:
 
 
 def text_of(error: BaseException) -> str:
-    """What clients over gRPC read of an error: where Python has methods and arguments, they have rpcs and headers."""
+    """Return the text of an error for gRPC clients, which names rpcs and headers instead of methods and arguments."""
     return error.in_words(IN_RPCS) if isinstance(error, StateError) else str(error)
 
 
 def _rich(error: StateError, kind: type[StateError], code: StatusCode, details: str) -> bytes:
-    """google.rpc.Status: the error's code and fields, whole if there is room for them."""
+    """The google.rpc.Status with the error's code and fields, which are shortened if they do not fit."""
     field = error.field if isinstance(error, errors.InvalidArgumentError) else _FIELDS.get(kind, "")
-    # A lone surrogate is no character: no message can carry it.
+    # A lone surrogate is not a character: no message can carry it.
     field, details = (text.encode(errors="backslashreplace").decode() for text in (field, details))
     for length in _FIELD_LENGTHS:
         info, violation = AnyMessage(), AnyMessage()
@@ -140,8 +140,8 @@ def _rich(error: StateError, kind: type[StateError], code: StatusCode, details: 
 
 
 def _fields_of(error: StateError, length: int | None = None) -> dict[str, str]:
-    found: dict[str, Any] = asdict(error)  # type: ignore[call-overload]
-    return {name: json.dumps(_cut(field, length)) for name, field in found.items()}
+    entries: dict[str, Any] = asdict(error)  # type: ignore[call-overload]
+    return {name: json.dumps(_cut(field, length)) for name, field in entries.items()}
 
 
 def _cut(field: Any, length: int | None) -> Any:
@@ -149,30 +149,37 @@ def _cut(field: Any, length: int | None) -> Any:
 
 
 def facts_of(error: BaseException | None) -> str:
-    """The fields of an error that travels in an answer, as JSON; "" if it has none of ours."""
+    """Return the fields of an error as JSON, for a response; "" for an error that is not in the table."""
     return json.dumps(_fields_of(error)) if isinstance(error, StateError) and type(error) in CODES else ""
 
 
 def error_in(error_code: str, facts: str) -> StateError | None:
-    """The error of such a code and such fields; None if this release knows none."""
-    found = json.loads(facts) if facts else {}
-    return _made(error_code, found) if isinstance(found, dict) else None
+    """Return the error with this code and these fields, or None if this release does not know it."""
+    texts = json.loads(facts) if facts else {}
+    return _built(error_code, texts) if isinstance(texts, dict) else None
 
 
-def _made(error_code: str, found: Mapping[str, str]) -> StateError | None:
-    kind = _KINDS.get((error_code, frozenset(found)))
-    return None if kind is None else kind(**{name: json.loads(text) for name, text in found.items()})
+def _built(error_code: str, texts: Mapping[str, str]) -> StateError | None:
+    kind = _KINDS.get((error_code, frozenset(texts)))
+    return None if kind is None else kind(**{name: json.loads(text) for name, text in texts.items()})
 
 
 def error_of(
     code: StatusCode, details: str, trailers: Iterable[tuple[str, str | bytes]], target: str = ""
 ) -> StateError:
-    """The error that a server meant; where it does not say, the one that the status code comes closest to."""
-    found = dict(trailers)
-    content = found.get(DETAILS_KEY)
+    """Return the error of a failed call: the one that the server sent, or the closest one to the status code.
+
+    Args:
+        code: The status code.
+        details: The details of the status.
+        trailers: The trailing metadata.
+        target: The server, for errors; "" to leave it out.
+    """
+    metadata = dict(trailers)
+    content = metadata.get(DETAILS_KEY)
     known = _parse(content) if isinstance(content, bytes) else None
     if known is not None:
-        hint = _HINTS.get(found.get(HINT))
+        hint = _HINTS.get(metadata.get(HINT))
         return _in_python(known if hint is None else known.advising(hint))
     too_large = _TOO_LARGE.search(details)
     if too_large is not None:
@@ -180,12 +187,14 @@ def error_of(
         return errors.LimitExceededError("size of the message in bytes", actual, most, "max_message_bytes")
     if code is StatusCode.CANCELLED and "channel closed" in details.lower():
         return errors.EngineClosedError()
-    meant = _MEANT.get(code)
-    return errors.InternalError(f"{code.name}: {details}") if meant is None else meant(target, details or code.name)
+    translate = _BY_CODE.get(code)
+    if translate is None:
+        return errors.InternalError(f"{code.name}: {details}")
+    return translate(target, details or code.name)
 
 
 def _in_python(error: StateError) -> StateError:
-    """The error, with the argument's name where the server knows a header."""
+    """The error, with the names of Python arguments instead of headers."""
     if isinstance(error, errors.InvalidArgumentError) and error.field in ARGUMENTS:
         return replace(error, field=ARGUMENTS[error.field])
     if isinstance(error, errors.UnavailableError) and AFTER_SEQUENCE in error.reason:
@@ -194,12 +203,12 @@ def _in_python(error: StateError) -> StateError:
 
 
 def never_sent(details: str) -> bool:
-    """Whether gRPC says that there was no connection over which a call could have gone."""
+    """Return whether gRPC's details mean that there was no connection, so that the call was never sent."""
     return any(words in details.lower() for words in ("failed to connect", "connection refused", "resolution failed"))
 
 
 def unreachable(target: str, details: str) -> errors.UnavailableError:
-    """That a server does not answer, in fewer words than gRPC's, and what to do."""
+    """Return the error for a server that does not answer, with a shorter text than gRPC's."""
     if not target:
         return errors.UnavailableError(details)
     if not never_sent(details):
@@ -210,7 +219,7 @@ def unreachable(target: str, details: str) -> errors.UnavailableError:
 
 
 def unreadable(target: str, fault: Exception) -> errors.InternalError:
-    """That an answer says what this release does not know; `fault`: what came of reading it."""
+    """Return the error for an answer that this release does not understand; parsing it raised `fault`."""
     reason = f"{target} answered what this release cannot read ({type(fault).__name__}: {fault}); is it newer?"
     return errors.InternalError(reason)
 
@@ -219,39 +228,39 @@ def _parse(content: bytes) -> StateError | None:
     info = ErrorInfo()
     for detail in Status.FromString(content).details:
         if detail.Unpack(info) and info.domain == DOMAIN:
-            return _made(info.reason, info.metadata)
+            return _built(info.reason, info.metadata)
     return None
 
 
-_MEANT: Final[Mapping[StatusCode, Callable[[str, str], StateError]]] = {
+_BY_CODE: Final[Mapping[StatusCode, Callable[[str, str], StateError]]] = {
     StatusCode.UNAVAILABLE: unreachable,
     StatusCode.DEADLINE_EXCEEDED: unreachable,
     StatusCode.RESOURCE_EXHAUSTED: lambda _, details: errors.UnavailableError(details),
     StatusCode.UNIMPLEMENTED: lambda _, details: errors.UnsupportedError(details),
 }
-"""What a status means that gRPC gives by itself, or a server that is not ours. Any other is a fault."""
+"""The errors for statuses from gRPC itself or from other servers. Any other status is an `InternalError`."""
 
 
 _CONNECTION_LOST: Final = frozenset({StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED, StatusCode.CANCELLED})
 
 
-def is_told(call: Any) -> bool:
-    """Whether the server itself says what went wrong, and not gRPC."""
+def is_from_server(call: Any) -> bool:
+    """Return whether the error of a call comes from the server itself, and not from gRPC."""
     return any(key == DETAILS_KEY for key, _ in call.trailing_metadata() or ())
 
 
 def is_lost(call: Any) -> bool:
-    """Whether a call ended with its connection, so that nobody knows what the server made of it."""
-    return call.code() in _CONNECTION_LOST and not is_told(call)
+    """Return whether a call lost its connection, so that its outcome on the server is unknown."""
+    return call.code() in _CONNECTION_LOST and not is_from_server(call)
 
 
 def error_of_call(call: Any, target: str = "") -> StateError:
-    """The error in a failed call of the synchronous client (grpc.RpcError, which also is a grpc.Call)."""
+    """Return the error of a failed call of the synchronous client (a grpc.RpcError, which is also a grpc.Call)."""
     return error_of(call.code(), call.details() or "", tuple(call.trailing_metadata() or ()), target)
 
 
 def error_of_write(call: Any, target: str) -> StateError:
-    """The error in a failed call that writes: an `OutcomeUnknownError` where the server may have written anyway."""
+    """Return the error of a failed write: `OutcomeUnknownError` if the server may have written all the same."""
     details = call.details() or call.code().name
     if is_lost(call) and not never_sent(details):
         return errors.OutcomeUnknownError(f"the connection to {target} broke: {details}")

@@ -1,4 +1,4 @@
-"""The rpcs of tools that are not carried out by the provider: execute, stream, list."""
+"""The rpcs of tools that do not simply run a command on the provider: execute, stream, list."""
 
 import asyncio
 from collections.abc import Mapping
@@ -26,7 +26,13 @@ _ExecuteRpc: TypeAlias = Rpc[commands.ExecuteTool, ToolOutcome]
 
 
 class ToolRpcs(Calls):
-    """Executes tools for clients. `stall_timeout_s`: how long a chunk may wait for a client that does not read."""
+    """Executes tools for clients.
+
+    Args:
+        provider: Executes the tools.
+        stall_timeout_s: How long a stream waits for a client that does not read, before it ends.
+        max_message_bytes: The largest response.
+    """
 
     def __init__(self, provider: WithTools, stall_timeout_s: float, max_message_bytes: int) -> None:
         super().__init__(provider, max_message_bytes)
@@ -37,13 +43,13 @@ class ToolRpcs(Calls):
 
     async def ExecuteStreamingTool(self, request: pb.ExecuteToolRequest, context: Context) -> None:
         tool = self._runner.tools.get(request.tool_name)
-        said = {"result_type": tool.result_type} if tool is not None and tool.result_type else {}
-        stream = _ChunkStream(context, request.tool_name, self._stall_timeout_s, said)
+        metadata = {"result_type": tool.result_type} if tool is not None and tool.result_type else {}
+        stream = _ChunkStream(context, request.tool_name, self._stall_timeout_s, metadata)
         call = await self._request("ExecuteStreamingTool", rpcs.EXECUTE_TOOL, request, self._call(context))
         outcome = await self._run(call, context, stream.emit)
         if not outcome.success:
             raise outcome.error or ToolFailedError(outcome.execution_id, outcome.error_code)
-        # The last chunk says that it is committed; only of a tool that does not stream it is the result as well.
+        # The last chunk reports the commit. It only has a result if the tool does not stream.
         text = "null" if outcome.streamed or outcome.result is None else outcome.result.json
         await stream.send(text, is_final=True, **rpcs.facts(outcome))
 
@@ -64,18 +70,18 @@ class ToolRpcs(Calls):
             tools = [codec.tool_message(tool.spec, tool.where) for tool in self._exposed()]
         return rpcs.LIST_TOOLS.response_of(tools, call)
 
-    # How they go
+    # Execution
 
     async def _execute(self, rpc: _ExecuteRpc, request: Any, context: Context) -> Message:
         call = self._call(context)
         try:
-            wish = await self._request(rpc.name, rpc, request, call)
+            tool_request = await self._request(rpc.name, rpc, request, call)
         except ToolArgumentError as error:
             outcome = _refusal(error)
         else:
-            outcome = await self._run(wish, context)
+            outcome = await self._run(tool_request, context)
         if outcome.result is not None and outcome.result.size_bytes > values.MUCH:
-            # What type it is shows when it is read.
+            # On a thread, because finding out the type of a large result means parsing it.
             return await asyncio.to_thread(rpc.response_of, outcome, call)
         return rpc.response_of(outcome, call)
 
@@ -85,7 +91,7 @@ class ToolRpcs(Calls):
         return replace(request_of(command, origin), style=call.style)
 
     async def _run(self, call: ToolRequest, context: Context, emit: Emit | None = None) -> ToolOutcome:
-        """On its own, or as part of the execution that the call names; that one's chunks come with its result."""
+        """Execute a tool, separately or as part of the execution that the call names. The latter streams no chunks."""
         within = header(context, EXECUTION_ID)
         if within is not None:
             outcome = await self._runner.execute_within(within, call)
@@ -100,36 +106,42 @@ class ToolRpcs(Calls):
         if outcome.success:
             log.debug("tool executed", **facts)
         else:
-            # The code and the kind of error only: its text may quote a value.
+            # Only the code and the type of the error, because its text may quote a value.
             log.info("tool failed", code=outcome.error_code, error=_kind_of(outcome.error), **facts)
 
     def _exposed(self) -> list[RunnableTool]:
         return [tool for tool in self._runner.tools.values() if tool.spec.exposed]
 
     async def _available_tools(self, session_id: str, context: Context) -> dict[str, pb.ToolSpec]:
-        """Everything that the session can execute, by name; without a session what the server itself has."""
+        """All tools that the session can execute, by name; without a session, the server's own tools."""
         registered = await self._read(commands.ListTools(session_id), context) if session_id else {}
         available = self._runner.available(registered)
         return {name: codec.tool_message(tool.spec, tool.where) for name, tool in available.items()}
 
 
 class _ChunkStream:
-    """The chunks of one execution on their way to a client, which holds the tool back if it reads slowly. `said`: the
-    metadata of what the tool yields."""
+    """Sends the chunks of one execution to a client; a slow reader slows the tool down.
 
-    def __init__(self, context: Context, tool: str, stall_timeout_s: float, said: Mapping[str, str]) -> None:
+    Args:
+        context: The call.
+        tool: The name of the tool.
+        stall_timeout_s: How long to wait for a client that does not read.
+        metadata: The metadata of each chunk that the tool yields.
+    """
+
+    def __init__(self, context: Context, tool: str, stall_timeout_s: float, metadata: Mapping[str, str]) -> None:
         self._context = context
         self._tool = tool
         self._stall_timeout_s = stall_timeout_s
-        self._said = said
+        self._metadata = metadata
         self._count = 0
 
     async def emit(self, chunk: Value) -> None:
-        """Send what the tool has yielded."""
-        await self.send(chunk.json, is_final=False, **self._said)
+        """Send a chunk that the tool has yielded."""
+        await self.send(chunk.json, is_final=False, **self._metadata)
 
     async def send(self, text: str, *, is_final: bool = False, **metadata: str) -> None:
-        """Send a chunk; an error if the client takes it not in time."""
+        """Send a chunk; `ToolFailedError` if the client does not read it in time."""
         self._count += 1
         chunk_id = f"{self._tool}-{self._count}"
         chunk = pb.ToolChunk(chunk_id=chunk_id, data=text.encode(), is_final=is_final, metadata=metadata)
@@ -137,15 +149,15 @@ class _ChunkStream:
             async with asyncio.timeout(self._stall_timeout_s):
                 await self._context.write(chunk)
         except TimeoutError:
-            reason = f"the client took no chunk for {self._stall_timeout_s:g} s"
-            raise ToolFailedError("", f"{reason}; what the tool did is not kept") from None
+            reason = f"the client read no chunk for {self._stall_timeout_s:g} s"
+            raise ToolFailedError("", f"{reason}; nothing that the tool did is kept") from None
 
 
 def _refusal(error: StateError) -> ToolOutcome:
-    """How what has not begun has ended."""
+    """The outcome of a request that was refused before an execution began."""
     return ToolOutcome(None, None, error, error.error_code)
 
 
 def _kind_of(error: Exception | None) -> str:
-    """The type of an error; of one that a tool's code raised, that one's."""
+    """The type of an error; for a `ToolFailedError`, the type of what the tool's code raised."""
     return (error.kind if isinstance(error, ToolFailedError) else "") or type(error).__name__

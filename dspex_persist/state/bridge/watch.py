@@ -1,4 +1,4 @@
-"""BridgedWatch: a watch on the store of another process."""
+"""BridgedWatch: a watch on a server."""
 
 import threading
 from collections import deque
@@ -20,8 +20,7 @@ _BUFFERED_UPDATES: Final = 256
 
 
 class BridgedWatch(Watch):
-    """A watch on another process's store. A thread takes the stream in; when the buffer is full it stops reading, and
-    the server holds back."""
+    """A watch on a server. A thread reads the stream into a buffer, and stops reading while the buffer is full."""
 
     def __init__(self, call: Any, timeout_s: float, target: str, error_of: Callable[[Any], StateError]) -> None:
         self._call = call
@@ -41,7 +40,7 @@ class BridgedWatch(Watch):
         self._thread.start()
 
     def _begin(self, timeout_s: float) -> dict[str, str]:
-        """Wait for the server's word that the watch stands."""
+        """Wait until the server confirms the watch."""
         give_up = threading.Timer(timeout_s, self._call.cancel)
         give_up.daemon = True
         give_up.start()
@@ -69,7 +68,7 @@ class BridgedWatch(Watch):
         except grpc.RpcError:
             if not self._closed:
                 error = self._error_of(self._call)
-        except Exception as fault:  # noqa: BLE001 -- the thread would end, and the watcher wait for ever
+        except Exception as fault:  # noqa: BLE001 -- the thread would end, and the watcher wait forever
             self._call.cancel()
             error = unreadable(self._target, fault)
         with self._lock:
@@ -87,7 +86,7 @@ class BridgedWatch(Watch):
             self._buffer.append(update)
             if update.part[0] < update.part[1]:
                 return
-            # Only whole commits are handed out, and only they count: one commit may be larger than the buffer.
+            # Only whole commits are delivered and count as buffered: one commit may be larger than the buffer.
             self._whole = len(self._buffer)
         self._wake()
         with self._lock:

@@ -1,4 +1,4 @@
-"""The streams of watchers: what they are told, and how long they may take to read it."""
+"""Sends updates and heartbeats to watchers, and ends the streams of those that stop reading."""
 
 import asyncio
 from typing import Any
@@ -15,10 +15,12 @@ from dspex_persist.state.watch import Watch
 
 
 class WatchStreams:
-    """All of them. `heartbeat_s`: how often an idle watcher hears something. `stall_timeout_s`: how long one update may
-    wait for a watcher that does not read before its stream is ended.
+    """The streams of all watchers. Made and used on one event loop.
 
-    Made and used on one event loop.
+    Args:
+        mailbox: Wakes the streams when there is something new.
+        heartbeat_s: The interval of heartbeats to idle watchers, in seconds.
+        stall_timeout_s: How long a stream waits for a watcher that does not read, before it ends.
     """
 
     def __init__(self, mailbox: LoopMailbox, heartbeat_s: float, stall_timeout_s: float) -> None:
@@ -29,36 +31,36 @@ class WatchStreams:
         self.waiting: set[asyncio.Event] = set()
 
     def drain(self) -> None:
-        """End them, each with a status that says from where to resume."""
+        """End all streams, each with a status that says where to resume."""
         self.draining = True
         for ready in self.waiting:
             ready.set()
 
     async def send(self, watch: Watch, context: Context, log: Any, *, initial: bool) -> None:
-        """Send what a watch tells until it ends, or the client goes. `initial`: begin with the values as they are."""
+        """Send the updates of a watch until it ends or the client goes; with `initial`, the current values first."""
         with watch:
             await _WatchStream(self, watch, context, log).run(initial=initial)
 
 
 class _WatchStream:
-    """One watcher's stream: pulls, sends, waits; holds no more than one page of updates."""
+    """The stream of one watcher: pulls, sends, waits. It holds at most one page of updates."""
 
     def __init__(self, streams: WatchStreams, watch: Watch, context: Context, log: Any) -> None:
         self._streams = streams
         self._watch = watch
         self._context = context
         self._ready = asyncio.Event()
-        self._told = watch.position
+        self._sent = watch.position
         self._log = log
 
     async def run(self, *, initial: bool) -> None:
         streams, ready = self._streams, self._ready
         self._watch.notify(streams.mailbox.waker(ready.set))
         streams.waiting.add(ready)
-        self._log.debug("watch begun", after_sequence=self._told)
+        self._log.debug("watch begun", after_sequence=self._sent)
         try:
             count = len(self._watch.initial) if initial else 0
-            await self._context.send_initial_metadata(((POSITION, str(self._told)), (INITIAL_VALUES, str(count))))
+            await self._context.send_initial_metadata(((POSITION, str(self._sent)), (INITIAL_VALUES, str(count))))
             if initial:
                 await self._send_initial()
             while not streams.draining:
@@ -67,33 +69,33 @@ class _WatchStream:
                     await self._wait()
         finally:
             streams.waiting.discard(ready)
-        raise UnavailableError(f"the server is shutting down; resume with {AFTER_SEQUENCE}: {self._told}")
+        raise UnavailableError(f"the server is shutting down; resume with {AFTER_SEQUENCE}: {self._sent}")
 
     async def _send_initial(self) -> None:
         for variable in self._watch.initial:
-            update = Update(UpdateKind.INITIAL_VALUE, variable, self._told, variable.updated_at)
+            update = Update(UpdateKind.INITIAL_VALUE, variable, self._sent, variable.updated_at)
             await self._send(codec.update_message(update))
 
     async def _send_new(self) -> bool:
-        """Send what there is; whether there was anything."""
+        """Send the updates that are available; returns whether there were any."""
         updates = self._watch.pull_ready()
         if updates is None:
             updates = await asyncio.to_thread(self._watch.pull)
         for update in updates:
             if update.part[0] == update.part[1]:
-                # Told from here on, even if it stalls: what gRPC has taken arrives before the status does.
-                self._told = update.sequence
+                # Counts as sent even if it stalls, because what gRPC has accepted arrives before the status.
+                self._sent = update.sequence
             await self._send(codec.update_message(update))
         return bool(updates)
 
     async def _wait(self) -> None:
-        # Everything up to here has been told, or was not for this watcher.
-        self._told = max(self._told, self._watch.position)
+        # Everything up to here has been sent, or does not concern this watcher.
+        self._sent = max(self._sent, self._watch.position)
         try:
             async with asyncio.timeout(self._streams.heartbeat_s):
                 await self._ready.wait()
         except TimeoutError:
-            await self._send(codec.heartbeat_message(self._told, clock.now()))
+            await self._send(codec.heartbeat_message(self._sent, clock.now()))
 
     async def _send(self, message: pb.VariableUpdate) -> None:
         timeout_s = self._streams.stall_timeout_s
@@ -101,5 +103,5 @@ class _WatchStream:
             async with asyncio.timeout(timeout_s):
                 await self._context.write(message)
         except TimeoutError:
-            self._log.info("watcher stalled", after_sequence=self._told)
-            raise WatchStalledError(self._told, timeout_s) from None
+            self._log.info("watcher stalled", after_sequence=self._sent)
+            raise WatchStalledError(self._sent, timeout_s) from None

@@ -1,7 +1,7 @@
-"""The value types of google.protobuf in an Any: packed messages of some clients, JSON bytes of others.
+"""The value types of google.protobuf in an Any: some clients send packed messages, others JSON.
 
-Bytes that are exactly one packed message of the type that they go by are that message; all others have to be JSON. So
-nothing is guessed: a StringValue "123" is a string, although its bytes would pass for the number 123 as well.
+Bytes that are exactly one packed message of the type in the type_url are that message; all others have to be JSON. So
+there is no guessing: a StringValue "123" is a string, although its bytes could also be read as the number 123.
 """
 
 from collections.abc import Mapping
@@ -36,24 +36,24 @@ _KINDS: Mapping[str, type[Message]] = {
 
 
 def name_of(type_url: str) -> str:
-    """The name of the value type that a type_url means; "" if it means none."""
+    """Return the name of the value type in a type_url, or "" for any other type."""
     name = type_url.rpartition("/")[2]
     return name if name in _KINDS else ""
 
 
 def find_packed(name: str, content: bytes) -> Message | None:
-    """The message of type `name` that `content` is, whole and with nothing beside it; None if it is something else."""
+    """Return the message if `content` is exactly one packed message of type `name`, else None."""
     try:
         message = _KINDS[name].FromString(content)
     except DecodeError:
         return None
-    # What the type does not know, or says twice, makes bytes that are something else, such as JSON.
+    # Bytes with unknown or repeated fields are something else, such as JSON.
     message.DiscardUnknownFields()
     return message if message.ByteSize() == len(content) else None
 
 
 def json_of(message: Any) -> str:
-    """What a message holds, as JSON; `RefusedError` if there is nothing in it, or bytes that are no text."""
+    """Return the content of a message as JSON; `RefusedError` if it is empty, or has bytes that are not UTF-8."""
     return canonical(_document(message))
 
 
@@ -70,7 +70,7 @@ def _document(message: Any) -> Any:
 def _kind_of(message: Any) -> Any:
     kind = message.WhichOneof("kind")
     if kind is None:
-        raise RefusedError("a google.protobuf.Value without a value says nothing; set one of its fields")
+        raise RefusedError("a google.protobuf.Value without a value is not valid; set one of its fields")
     content = getattr(message, kind)
     return None if kind == "null_value" else _document(content) if isinstance(content, Message) else _plain(content)
 
@@ -80,9 +80,9 @@ def _plain(content: Any) -> Any:
         try:
             return content.decode()
         except UnicodeDecodeError:
-            raise RefusedError("its bytes are no UTF-8; send binary content in the companion field") from None
+            raise RefusedError("its bytes are not UTF-8; send binary content in the companion field") from None
     if isinstance(content, float):
-        # JSON has no number for them: they go by their names.
+        # JSON lacks NaN and the infinities, which are encoded as their names.
         return next((name for name, each in NON_FINITE.items() if _same(each, content)), content)
     return content
 
