@@ -1,4 +1,4 @@
-"""Answers, questions and policies of every kind, with everything in them that can be there and with nothing."""
+"""Answers, queries and policies of every kind, with all fields set and with none."""
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -146,7 +146,7 @@ SAMPLES: Final[dict[str, Any]] = {
     "session": SESSION,
     "live session": replace(SESSION, ended_sequence=None, ended_at=None, ttl_s=None, metadata={}),
 }
-"""Records that are answered."""
+"""The records in answers."""
 
 QUERIES: Final[dict[str, Any]] = {
     "history": HistoryQuery(
@@ -177,7 +177,7 @@ QUERIES: Final[dict[str, Any]] = {
     "ended sessions": SessionQuery(live=False),
     "all sessions": SessionQuery(),
 }
-"""Questions that are asked."""
+"""Queries."""
 
 POLICIES: Final[dict[str, PrunePolicy]] = {
     "everything": PrunePolicy(5, AT, OLD, "s"),

@@ -1,4 +1,4 @@
-"""The messages of audits, byte by byte as they were first sent, and what is read out of them."""
+"""The messages of the audit service, byte by byte as the first release sent them, and back."""
 
 import json
 from pathlib import Path
@@ -79,17 +79,17 @@ def test_reports() -> None:
     assert rpcs.REPORT.record_of(message.report) == REPORT
 
 
-def test_what_is_newer_than_this_release_is_said() -> None:
+def test_an_unknown_enum_member_is_reported_as_newer_than_this_release() -> None:
     with pytest.raises(UnsupportedError, match="ChangeKind 99: the sender is newer"):
         rpcs.VERSION.record_of(pb.HistoryEntry(kind=99))  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match="Operator 0"):
         rpcs.LIST_HISTORY.question(pb.ListHistoryRequest(where=[pb.Predicate(operand="1")]))
 
 
-def test_no_kind_is_every_kind() -> None:
+def test_a_query_without_a_kind_means_every_kind() -> None:
     assert rpcs.LIST_HISTORY.question(pb.ListHistoryRequest()).query == HistoryQuery()
-    asked = rpcs.LIST_HISTORY.question(pb.ListHistoryRequest(kind=pb.CHANGE_KIND_SET)).query
-    assert asked == HistoryQuery(kind=ChangeKind.SET)
+    query = rpcs.LIST_HISTORY.question(pb.ListHistoryRequest(kind=pb.CHANGE_KIND_SET)).query
+    assert query == HistoryQuery(kind=ChangeKind.SET)
 
 
 def test_too_many_conditions_are_refused_before_they_are_read() -> None:
@@ -98,7 +98,7 @@ def test_too_many_conditions_are_refused_before_they_are_read() -> None:
         rpcs.LIST_HISTORY.question(pb.ListHistoryRequest(where=nothing))
 
 
-def test_every_rpc_of_the_service_is_there_once() -> None:
+def test_the_table_has_every_rpc_of_the_service_once() -> None:
     names = [rpc.name for rpc in (*rpcs.SINGLES, *rpcs.LISTS.values())]
     by_hand = [rpcs.PRUNE, "RecordSession", "ForkSession"]
     assert sorted([*names, *by_hand]) == sorted(method.name for method in rpcs.AUDIT_SERVICE.methods)

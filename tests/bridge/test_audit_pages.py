@@ -1,4 +1,4 @@
-"""The audit service's messages have about the same size, whatever is in them."""
+"""The audit service's messages have about the same size, whatever they contain."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a client over gRPC does by itself."""
+"""The gRPC client alone, without a real server."""
 
 import getpass
 import json
@@ -29,7 +29,7 @@ from dspex_persist.state.model import Origin
 from tests.deadline import within
 from tests.infra.test_forks import in_child
 
-NOBODY = "127.0.0.1:1"
+NO_SERVER = "127.0.0.1:1"
 
 
 class Newer(stubs.BridgeServiceServicer):  # type: ignore[misc, unused-ignore]
@@ -45,7 +45,7 @@ class Newer(stubs.BridgeServiceServicer):  # type: ignore[misc, unused-ignore]
 
 @pytest.fixture
 def newer(tmp_path: Path) -> Iterator[str]:
-    """Where one is."""
+    """The address of a newer server."""
     address = f"unix:{tmp_path}/newer"
     with ThreadPoolExecutor(2) as threads:
         server = grpc.server(threads)
@@ -56,30 +56,30 @@ def newer(tmp_path: Path) -> Iterator[str]:
         server.stop(None).wait()
 
 
-def test_a_user_without_a_name_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_actor_of_a_user_without_a_name_is_the_uid(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown() -> str:
         raise KeyError("getpwuid(): uid not found")
 
     monkeypatch.setattr(getpass, "getuser", unknown)
-    with BridgedState(NOBODY) as state:
+    with BridgedState(NO_SERVER) as state:
         assert state.default_origin("SetVariable").actor == f"user:{os.getuid()}"
 
 
-def test_a_header_that_is_too_long_is_called_what_python_calls_it() -> None:
-    with BridgedState(NOBODY) as state:
+def test_an_error_about_a_header_names_the_python_argument() -> None:
+    with BridgedState(NO_SERVER) as state:
         refused = state.submit(GetVariable("s", "x"), Origin("a" * 256, "read")).exception()
     assert isinstance(refused, LimitExceededError)
     assert "the length of actor" in str(refused)
 
 
-def test_an_answer_that_cannot_be_read_is_an_error(newer: str) -> None:
+def test_an_answer_that_cannot_be_decoded_is_an_error(newer: str) -> None:
     with BridgedState(newer) as state:
         refused = state.submit(GetVariableHistory("s", "x")).exception(within(20))
         assert isinstance(refused, InternalError)
         assert "'newer' is not a valid ChangeKind" in str(refused)
 
 
-def test_an_update_that_cannot_be_read_ends_the_watch(newer: str) -> None:
+def test_an_update_that_cannot_be_decoded_ends_the_watch(newer: str) -> None:
     with (
         BridgedState(newer) as state,
         state.watch("s") as watch,
@@ -89,7 +89,7 @@ def test_an_update_that_cannot_be_read_ends_the_watch(newer: str) -> None:
 
 
 class Silent(audit_stubs.AuditServiceServicer):  # type: ignore[misc, unused-ignore]
-    """A server that begins to answer, and goes silent until `ended`."""
+    """A server that begins to answer, then sends nothing more until `ended`."""
 
     def __init__(self) -> None:
         self.ended = threading.Event()
@@ -106,7 +106,7 @@ class Silent(audit_stubs.AuditServiceServicer):  # type: ignore[misc, unused-ign
 
 @pytest.fixture
 def silent(tmp_path: Path) -> Iterator[str]:
-    """Where one is."""
+    """The address of a silent server."""
     address, servicer = f"unix:{tmp_path}/silent", Silent()
     with ThreadPoolExecutor(2) as threads:
         server = grpc.server(threads)
@@ -118,7 +118,7 @@ def silent(tmp_path: Path) -> Iterator[str]:
         server.stop(None).wait()
 
 
-def test_a_recording_waits_for_its_next_part_and_no_longer(silent: str) -> None:
+def test_each_part_of_a_recording_has_the_timeout(silent: str) -> None:
     with BridgedState(silent, timeout_s=0.5) as state:
         header, commits = state.record("s")
         assert header.commits == 2
@@ -126,21 +126,21 @@ def test_a_recording_waits_for_its_next_part_and_no_longer(silent: str) -> None:
             next(commits)
 
 
-def test_whether_a_session_was_forked_is_unknown_if_nothing_is_heard_of_it(silent: str) -> None:
+def test_the_outcome_of_a_fork_without_an_answer_is_unknown(silent: str) -> None:
     with BridgedState(silent, timeout_s=0.2) as state, pytest.raises(OutcomeUnknownError):
         state.fork_session("s", "t")
-    with BridgedState(NOBODY) as state, pytest.raises(UnavailableError, match="cannot connect"):
+    with BridgedState(NO_SERVER) as state, pytest.raises(UnavailableError, match="cannot connect"):
         state.fork_session("s", "t")
 
 
-def test_a_stream_of_the_parent_is_refused_in_a_child(silent: str) -> None:
+def test_a_forked_child_cannot_read_a_stream_of_its_parent(silent: str) -> None:
     with BridgedState(silent, timeout_s=within(20)) as state:
         _, commits = state.record("s")
         assert in_child(lambda: next(commits)).startswith("ForkedProcessError: the connection to")
         commits.close()  # type: ignore[attr-defined]
 
 
-def test_a_server_that_does_not_know_recordings_is_too_old(newer: str) -> None:
+def test_a_server_without_the_rpcs_is_reported_as_too_old(newer: str) -> None:
     with BridgedState(newer) as state:
         for ask in (lambda: state.record("s"), lambda: state.fork_session("s", "t")):
             with pytest.raises(UnsupportedError, match="older"):

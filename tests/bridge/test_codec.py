@@ -1,4 +1,4 @@
-"""Values off the wire: what bytes are a message, what bytes are JSON, and what is refused."""
+"""Values in messages: which bytes are a packed message, which are JSON, and which are refused."""
 
 import json
 import time
@@ -65,14 +65,14 @@ def test_a_packed_string_value_is_its_text_whatever_the_text_looks_like(text: st
 
 
 @given(DOCUMENTS)
-def test_json_that_calls_itself_something_of_protobufs_is_that_json(document: object) -> None:
+def test_json_with_the_type_url_of_a_protobuf_type_is_read_as_json(document: object) -> None:
     for name in ("StringValue", "Value"):
         text = json.dumps(document).encode()
         assert decoded(AnyMessage(type_url=f"{URL}google.protobuf.{name}", value=text)) == document
 
 
 @given(DOCUMENTS)
-def test_a_packed_value_is_what_it_holds(document: object) -> None:
+def test_a_packed_value_is_its_content(document: object) -> None:
     assert decoded(packed(as_value(document))) == document
 
 
@@ -104,22 +104,22 @@ def test_every_value_type_of_protobuf_is_read(message: Message, document: object
     assert decoded(AnyMessage(type_url=URL + message.DESCRIPTOR.full_name, value=text)) == document
 
 
-def test_a_message_with_something_beside_it_is_no_message() -> None:
+def test_bytes_that_are_not_exactly_one_message_are_read_as_json() -> None:
     content = wrappers.StringValue(value="abc").SerializeToString()
     for strange in (content + content, content + b"\x10\x01", content[:-1]):
         wire = AnyMessage(type_url=URL + "google.protobuf.StringValue", value=strange)
-        assert codec.value_of("x", wire) == Value(strange.decode())  # which its type refuses: it is no JSON
+        assert codec.value_of("x", wire) == Value(strange.decode())  # not JSON: the value's type refuses it
 
 
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
         (ValueMessage(), "there is no value|without a value"),
-        (wrappers.BytesValue(value=b"\xff"), "no UTF-8"),
+        (wrappers.BytesValue(value=b"\xff"), "not UTF-8"),
         (pb.PingRequest(message="x"), "type_url is 'type.googleapis.com/snakepit.bridge"),
     ],
 )
-def test_what_holds_no_value_is_refused(message: Message, reason: str) -> None:
+def test_a_message_without_a_value_is_refused(message: Message, reason: str) -> None:
     if isinstance(message, pb.PingRequest):
         wire = AnyMessage(type_url=URL + "google.protobuf.Timestamp", value=b"1")
         reason = "type_url is"
@@ -154,7 +154,7 @@ def test_an_empty_shape_has_no_bytes() -> None:
 
 
 @pytest.mark.parametrize("name", ["snakepit.list", "google.protobuf.StringValue", "google.protobuf.ListValue"])
-def test_size_is_looked_at_before_anything_is_read(name: str) -> None:
+def test_the_size_is_checked_before_anything_is_parsed(name: str) -> None:
     limits = Limits(value_size_bytes=1000, binary_size_bytes=2000)
     content = b"[" + b"[]," * 20_000_000 + b"[]]"
     began = time.process_time()
@@ -162,12 +162,12 @@ def test_size_is_looked_at_before_anything_is_read(name: str) -> None:
         codec.value_of("x", AnyMessage(type_url=URL + name, value=content), limits=limits)
     with pytest.raises(LimitExceededError, match="binary_size_bytes"):
         codec.value_of("x", described("{}"), content, limits)
-    # To read it once would take seconds.
+    # Parsing it once would take seconds.
     assert time.process_time() - began < 0.5
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000 + b"]" * 100_000, b"{oops", b"\xff", b"NaN"])
-def test_a_default_that_cannot_be_read_is_refused_by_name(content: bytes) -> None:
+def test_an_invalid_default_is_refused_by_name(content: bytes) -> None:
     default = AnyMessage(type_url=URL + "snakepit.list", value=content)
     parameter = pb.ParameterSpec(name="p", type="list", default_value=default)
     with pytest.raises(InvalidArgumentError, match="default_value: of parameter 'p' of tool 't'"):

@@ -59,7 +59,7 @@ async def remote_tools(**options: Any) -> AsyncIterator[RemoteTools]:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(DEADLINE_S):
-        while not condition():  # noqa: ASYNC110 -- of what the product tells nobody
+        while not condition():  # noqa: ASYNC110 -- the product has no event for it
             await asyncio.sleep(0.01)
 
 
@@ -84,11 +84,11 @@ async def failure(tools: RemoteTools, call: RemoteCall) -> RemoteToolError:
     return caught.value
 
 
-# --- What is asked, and what comes back ---
+# --- Requests and results ---
 
 
 @pytest.mark.parametrize("unix", [False, True])
-def test_a_call_reaches_the_worker_with_everything_and_its_result_comes_back(unix: bool, tmp_path: Path) -> None:
+def test_a_call_reaches_the_worker_complete_and_returns_its_result(unix: bool, tmp_path: Path) -> None:
     async def test() -> None:
         worker = Worker()
         listen = f"unix:{tmp_path / 'worker.sock'}" if unix else "127.0.0.1:0"
@@ -108,7 +108,7 @@ def test_a_call_reaches_the_worker_with_everything_and_its_result_comes_back(uni
     run(test())
 
 
-def test_parameters_go_out_in_the_style_in_which_they_came() -> None:
+def test_parameters_keep_the_style_of_the_client() -> None:
     async def test() -> None:
         worker = Worker()
         async with serving(worker) as address, remote_tools() as tools:
@@ -130,7 +130,7 @@ def test_results(tool: str, result: Value | None) -> None:
     run(test())
 
 
-def test_a_result_may_be_larger_than_grpc_takes_by_default() -> None:
+def test_a_result_may_be_larger_than_grpcs_default_limit() -> None:
     async def test() -> None:
         limits = Limits(value_size_bytes=16 * 1024 * 1024)
         async with serving(Worker()) as address, remote_tools(limits=limits) as tools:
@@ -154,7 +154,7 @@ def test_a_result_may_be_larger_than_grpc_takes_by_default() -> None:
         ("abort", {"code": "DEADLINE_EXCEEDED"}, "DEADLINE_EXCEEDED: its own words"),
     ],
 )
-def test_a_tool_that_fails_is_no_failure_of_its_address(tool: str, metadata: dict[str, str], reason: str) -> None:
+def test_a_failing_tool_does_not_count_against_its_address(tool: str, metadata: dict[str, str], reason: str) -> None:
     async def test() -> None:
         async with serving(Worker()) as address, remote_tools(failures=1) as tools:
             with pytest.raises(ToolFailedError, match=reason) as caught:
@@ -175,7 +175,7 @@ def test_a_result_above_the_limits_is_refused() -> None:
     run(test())
 
 
-def test_a_server_without_the_rpc_is_told_apart() -> None:
+def test_a_server_without_the_rpc_has_its_own_error() -> None:
     async def test() -> None:
         async with serving(Worker(), leave_out=("ExecuteTool",)) as address, remote_tools(failures=1) as tools:
             error = await failure(tools, call_of("greet", address))
@@ -185,7 +185,7 @@ def test_a_server_without_the_rpc_is_told_apart() -> None:
     run(test())
 
 
-def test_what_no_message_can_carry_is_an_error_of_the_caller() -> None:
+def test_text_that_no_message_can_carry_is_an_error_of_the_caller() -> None:
     async def test() -> None:
         async with remote_tools() as tools:
             with pytest.raises(InvalidArgumentError):
@@ -260,7 +260,7 @@ async def streamed(tools: RemoteTools, call: RemoteCall) -> list[str]:
     return chunks
 
 
-def test_chunks_come_in_order_and_none_is_lost_on_a_slow_taker() -> None:
+def test_a_slow_receiver_gets_every_chunk_in_order() -> None:
     async def test() -> None:
         worker = Worker()
         async with serving(worker) as address, remote_tools() as tools:
@@ -279,7 +279,7 @@ def test_chunks_come_in_order_and_none_is_lost_on_a_slow_taker() -> None:
     run(test())
 
 
-def test_a_last_chunk_with_content_counts_and_an_empty_one_before_it_is_null() -> None:
+def test_a_last_chunk_with_content_counts_and_an_earlier_empty_one_is_null() -> None:
     async def test() -> None:
         async with serving(Worker()) as address, remote_tools() as tools:
             assert await streamed(tools, call_of("last has data", address)) == ['"first"', "null", '"last"']
@@ -287,7 +287,7 @@ def test_a_last_chunk_with_content_counts_and_an_empty_one_before_it_is_null() -
     run(test())
 
 
-def test_chunks_that_are_text_or_bytes_are_passed_on_as_json() -> None:
+def test_chunks_of_text_or_bytes_are_converted_to_json() -> None:
     async def test() -> None:
         async with serving(Worker()) as address, remote_tools() as tools:
             chunks = await streamed(tools, call_of("no json", address))
@@ -296,19 +296,19 @@ def test_chunks_that_are_text_or_bytes_are_passed_on_as_json() -> None:
     run(test())
 
 
-def test_a_worker_waits_for_a_taker_that_takes_nothing() -> None:
+def test_a_receiver_that_stops_holds_the_worker_back() -> None:
     async def test() -> None:
         worker, release = Worker(), asyncio.Event()
         async with serving(worker) as address, remote_tools() as tools:
-            taken = 0
+            received = 0
 
             async def emit(_: Value) -> None:
-                nonlocal taken
-                taken += 1
+                nonlocal received
+                received += 1
                 await release.wait()
 
             streaming = asyncio.create_task(tools.stream(call_of("flood", address), emit))
-            await until(lambda: taken == 1)
+            await until(lambda: received == 1)
             sent = -1
             while sent != worker.sent:
                 sent = worker.sent
@@ -316,12 +316,12 @@ def test_a_worker_waits_for_a_taker_that_takes_nothing() -> None:
             assert sent < 500  # of 1000, 100 KB each
             release.set()
             await streaming
-            assert (taken, worker.sent) == (1000, 1000)
+            assert (received, worker.sent) == (1000, 1000)
 
     run(test())
 
 
-def test_a_taker_that_fails_ends_the_workers_call() -> None:
+def test_a_receiver_that_fails_ends_the_workers_call() -> None:
     async def test() -> None:
         worker = Worker()
         async with serving(worker) as address, remote_tools(failures=1) as tools:
@@ -357,7 +357,7 @@ def test_a_stream_that_fails(tool: str, reason: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_slow_tool_is_cut_and_its_address_stays_in_use(stream: bool) -> None:
+def test_a_slow_tool_is_cut_off_and_its_address_stays_in_use(stream: bool) -> None:
     async def test() -> None:
         worker = Worker()
         async with serving(worker) as address, remote_tools(failures=1) as tools:
@@ -365,7 +365,7 @@ def test_a_slow_tool_is_cut_and_its_address_stays_in_use(stream: bool) -> None:
             with pytest.raises(RemoteToolError, match=r"no answer within 0\.3 s"):
                 await (streamed(tools, call) if stream else tools.execute(call))
             await worker.cancelled.wait()
-            # Asked afterwards, it is alive.
+            # A ping afterwards finds it alive.
             await until(lambda: worker.pings == 1)
             await until(lambda: tools._peers[address].idle)
             assert tools.state_of(address) == "closed"
@@ -373,7 +373,7 @@ def test_a_slow_tool_is_cut_and_its_address_stays_in_use(stream: bool) -> None:
     run(test())
 
 
-def test_the_bound_of_every_call_holds_where_the_call_has_none() -> None:
+def test_a_call_without_a_timeout_has_the_default_one() -> None:
     async def test() -> None:
         async with serving(Worker()) as address, remote_tools(call_timeout_s=0.2) as tools:
             assert (await failure(tools, call_of("hang", address))).reason == "no answer within 0.2 s"
@@ -382,7 +382,7 @@ def test_the_bound_of_every_call_holds_where_the_call_has_none() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_caller_that_is_cancelled_cancels_the_workers_call(stream: bool) -> None:
+def test_cancelling_the_caller_cancels_the_workers_call(stream: bool) -> None:
     async def test() -> None:
         worker = Worker()
         async with serving(worker) as address, remote_tools(failures=1) as tools:
@@ -398,7 +398,7 @@ def test_a_caller_that_is_cancelled_cancels_the_workers_call(stream: bool) -> No
     run(test())
 
 
-def test_whoever_accepts_connections_and_says_nothing_is_given_up() -> None:
+def test_a_server_that_accepts_connections_and_stays_silent_is_given_up() -> None:
     async def test() -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:
             address = f"127.0.0.1:{silent.getsockname()[1]}"
@@ -411,7 +411,7 @@ def test_whoever_accepts_connections_and_says_nothing_is_given_up() -> None:
     run(test())
 
 
-def test_a_frozen_worker_is_found_out_and_used_again_when_it_wakes(process: ServerProcess) -> None:
+def test_a_frozen_worker_is_detected_and_used_again_when_it_wakes(process: ServerProcess) -> None:
     async def test() -> None:
         address = f"127.0.0.1:{process.port}"
         async with remote_tools(connect_timeout_s=3, pause_s=0.8, longest_pause_s=0.8, failures=2) as tools:
@@ -420,7 +420,7 @@ def test_a_frozen_worker_is_found_out_and_used_again_when_it_wakes(process: Serv
             try:
                 error = await failure(tools, call_of("greet", address, timeout_s=0.3))
                 assert error.reason == "no answer within 0.3 s"
-                # Of its ping, and of the next connection.
+                # First the ping fails, then the next connection.
                 await until(lambda: tools._peers[address].circuit._failures == 1)
                 error = await failure(tools, call_of("greet", address))
                 assert error.reason == "no connection within 3 s"
@@ -435,7 +435,7 @@ def test_a_frozen_worker_is_found_out_and_used_again_when_it_wakes(process: Serv
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_worker_that_is_killed_in_a_call_ends_it(stream: bool, process: ServerProcess) -> None:
+def test_killing_a_worker_ends_its_call(stream: bool, process: ServerProcess) -> None:
     async def test() -> None:
         address = f"127.0.0.1:{process.port}"
         async with remote_tools(failures=2) as tools:
@@ -460,7 +460,7 @@ def test_a_worker_that_is_killed_in_a_call_ends_it(stream: bool, process: Server
     run(test())
 
 
-def test_closing_ends_calls_under_way_and_refuses_later_ones() -> None:
+def test_closing_ends_calls_in_progress_and_refuses_later_ones() -> None:
     async def test() -> None:
         worker = Worker()
         async with serving(worker) as address, remote_tools() as tools:
@@ -482,7 +482,7 @@ async def _stream_failure(tools: RemoteTools, call: RemoteCall) -> RemoteToolErr
     return caught.value
 
 
-def test_closing_ends_attempts_to_connect_and_pings() -> None:
+def test_closing_ends_connection_attempts_and_pings() -> None:
     async def test() -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:
             address = f"127.0.0.1:{silent.getsockname()[1]}"
@@ -499,7 +499,7 @@ def test_closing_ends_attempts_to_connect_and_pings() -> None:
 # --- The circuit breaker ---
 
 
-def test_an_address_that_does_not_answer_is_left_alone_and_comes_back_by_itself(tmp_path: Path) -> None:
+def test_the_circuit_of_a_dead_address_opens_and_closes_by_itself(tmp_path: Path) -> None:
     async def test() -> None:
         address, worker = f"unix:{tmp_path}/worker.sock", Worker()
         async with remote_tools(pause_s=0.8, longest_pause_s=0.9) as tools:
@@ -511,7 +511,7 @@ def test_an_address_that_does_not_answer_is_left_alone_and_comes_back_by_itself(
             error = await failure(tools, call_of("greet", address))
             assert error.reason.startswith("3 failures in a row; it is tried again in 0.")
             assert error.retryable
-            # The trial fails, too.
+            # The next trial fails as well.
             await until(lambda: tools.state_of(address) == "half_open")
             assert "the call was not answered" in (await failure(tools, call_of("greet", address))).reason
             assert "4 failures in a row" in (await failure(tools, call_of("greet", address))).reason
@@ -530,7 +530,7 @@ def test_an_address_that_does_not_answer_is_left_alone_and_comes_back_by_itself(
     ]
 
 
-def test_a_worker_that_is_started_again_is_called_at_once() -> None:
+def test_a_restarted_worker_is_called_at_once() -> None:
     async def test() -> None:
         address = free_address()
         async with remote_tools() as tools:
@@ -539,14 +539,14 @@ def test_a_worker_that_is_started_again_is_called_at_once() -> None:
                     assert await tools.execute(call_of("greet", address))
                 error = await failure(tools, call_of("greet", address))
                 if "Broken pipe" in error.reason:
-                    # It had not noticed yet that the connection was gone.
+                    # The client had not noticed yet that the connection was gone.
                     error = await failure(tools, call_of("greet", address))
                 assert "refused" in error.reason
 
     run(test())
 
 
-def test_a_connection_that_breaks_under_many_calls_is_one_failure() -> None:
+def test_a_broken_connection_with_many_calls_counts_as_one_failure() -> None:
     async def test() -> None:
         worker, address = Worker(), free_address()
         async with remote_tools(failures=2) as tools:
@@ -560,7 +560,7 @@ def test_a_connection_that_breaks_under_many_calls_is_one_failure() -> None:
     run(test())
 
 
-def test_calls_from_many_sides_try_an_open_circuit_once() -> None:
+def test_concurrent_calls_make_one_trial_of_an_open_circuit() -> None:
     async def test() -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:
             address = f"127.0.0.1:{silent.getsockname()[1]}"
@@ -575,7 +575,7 @@ def test_calls_from_many_sides_try_an_open_circuit_once() -> None:
     run(test())
 
 
-def test_a_trial_that_is_cancelled_leaves_the_next_call_to_decide() -> None:
+def test_after_a_cancelled_trial_the_next_call_is_one() -> None:
     async def test() -> None:
         address = free_address()
         async with remote_tools(failures=1, pause_s=0.05) as tools:
@@ -590,7 +590,7 @@ def test_a_trial_that_is_cancelled_leaves_the_next_call_to_decide() -> None:
             async with serving(Worker(), address):
                 assert tools.state_of(address) == "half_open"
                 while tools.state_of(address) != "closed":
-                    # The first may still meet the end of the connection that the trial was waiting for.
+                    # The first call may still get the connection that the trial was waiting for.
                     with suppress(RemoteToolError):
                         assert await tools.execute(call_of("greet", address))
                     await asyncio.sleep(0.01)
@@ -599,7 +599,7 @@ def test_a_trial_that_is_cancelled_leaves_the_next_call_to_decide() -> None:
 
 
 @pytest.mark.parametrize("code", ["UNAVAILABLE", "CANCELLED"])
-def test_a_worker_that_breaks_off_counts(code: str) -> None:
+def test_a_call_that_the_worker_breaks_off_counts_as_a_failure(code: str) -> None:
     async def test() -> None:
         async with serving(Worker()) as address, remote_tools(failures=1) as tools:
             error = await failure(tools, call_of("abort", address, metadata={"code": code}))
@@ -609,7 +609,7 @@ def test_a_worker_that_breaks_off_counts(code: str) -> None:
     run(test())
 
 
-def test_the_pause_doubles_up_to_the_longest_and_starts_anew_after_a_success(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pause_doubles_up_to_a_maximum_and_restarts_after_a_success(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     circuit = Circuit(failures=2, pause_s=1.0, longest_pause_s=5.0)
@@ -631,7 +631,7 @@ def test_the_pause_doubles_up_to_the_longest_and_starts_anew_after_a_success(mon
     assert [circuit.failed("e"), circuit.failed("f")] == [None, 1.0]
 
 
-# --- Values that no variable gives a type ---
+# --- Values without a declared type ---
 
 
 @pytest.mark.parametrize(
@@ -648,7 +648,7 @@ def test_the_pause_doubles_up_to_the_longest_and_starts_anew_after_a_success(mon
         ({"shape": [1], "data": [1], "more": 1}, "map"),
     ],
 )
-def test_a_json_value_goes_out_under_its_inferred_type_or_as_a_string_value(document: object, type_name: str) -> None:
+def test_a_json_value_is_sent_with_its_inferred_type_or_as_a_string_value(document: object, type_name: str) -> None:
     value = Value(json.dumps(document))
     wire = codec.loose_any_of(value)
     assert wire == AnyMessage(type_url=JSON_URL + type_name, value=value.json.encode())
@@ -659,7 +659,7 @@ def test_a_json_value_goes_out_under_its_inferred_type_or_as_a_string_value(docu
 
 
 @pytest.mark.parametrize("text", ["{oops", "[" * 100_000])
-def test_what_is_no_json_still_goes_out_for_its_taker_to_refuse(text: str) -> None:
+def test_text_that_is_not_json_is_sent_for_the_receiver_to_refuse(text: str) -> None:
     assert codec.loose_any_of(Value(text)).type_url == JSON_URL + "string"
 
 
@@ -668,7 +668,7 @@ def test_what_is_no_json_still_goes_out_for_its_taker_to_refuse(text: str) -> No
     ("description", "type_name"),
     [('{"type":"embedding"}', "embedding"), ('{"type":"tensor"}', "tensor"), ("{}", "tensor"), ("1", "tensor")],
 )
-def test_a_binary_value_says_its_type_in_either_style(description: str, type_name: str, style: str) -> None:
+def test_a_binary_value_has_its_type_in_both_styles(description: str, type_name: str, style: str) -> None:
     value = Value(description, b"\1")
     wire = codec.loose_any_of(value, style)
     assert wire.type_url == f"{JSON_URL}{type_name}.binary"
@@ -678,7 +678,7 @@ def test_a_binary_value_says_its_type_in_either_style(description: str, type_nam
 def test_the_style_is_that_of_the_parameters() -> None:
     packed = AnyMessage()
     packed.Pack(StringValue(value="x"))
-    said = AnyMessage(type_url=STRING_VALUE_URL, value=b'"x"')
+    unpacked = AnyMessage(type_url=STRING_VALUE_URL, value=b'"x"')
     plain = AnyMessage(type_url=JSON_URL + "float", value=b"1")
     assert codec.style_of([]) == codec.style_of([plain]) == codec.style_of([plain, packed]) == codec.JSON_STYLE
-    assert codec.style_of([plain, packed, said]) == codec.STRING_VALUE_STYLE
+    assert codec.style_of([plain, packed, unpacked]) == codec.STRING_VALUE_STYLE

@@ -1,4 +1,4 @@
-"""The table of rpcs: what is asked and answered arrives as it was, and every rpc is there."""
+"""The table of rpcs: commands and results survive the translation to messages and back, for every rpc."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -83,7 +83,7 @@ SAMPLES: list[tuple[commands.Command[Any], Any]] = [
 
 
 class Context:
-    """What a call has of gRPC's context."""
+    """The parts of gRPC's context that a call uses."""
 
     def __init__(self, headers: Mapping[str, str]) -> None:
         self._headers = [(name, text) for name, text in headers.items() if not name.endswith(BINARY)]
@@ -96,7 +96,7 @@ class Context:
 
 
 def call_of(rpc: Rpc[Any, Any], command: Any) -> Call:
-    """The call that carries a command."""
+    """The call with the headers of a command."""
     context: Any = Context(rpc.headers_of(command))
     call = Call(context, Limits(), 1_000_000)
     call.first = VARIABLE
@@ -104,7 +104,7 @@ def call_of(rpc: Rpc[Any, Any], command: Any) -> Call:
 
 
 def sent(rpc: Rpc[Any, Any], command: Any) -> tuple[Any, Call]:
-    """The command as the server has it, and its call."""
+    """The command as the server decodes it, and its call."""
     request, call = rpc.request_of(command), call_of(rpc, command)
     if rpc.size_of is not None:
         assert rpc.size_of(request, call.limits) >= 0
@@ -112,7 +112,7 @@ def sent(rpc: Rpc[Any, Any], command: Any) -> tuple[Any, Call]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Errors are equal to themselves only."""
+    """Equality that also compares errors by their fields."""
     return (type(one), vars(one)) == (type(other), vars(other)) if isinstance(one, Exception) else bool(one == other)
 
 
@@ -134,14 +134,14 @@ def test_there_is_a_sample_of_every_command() -> None:
     assert {type(command) for command, _ in SAMPLES} | {GetExposedElixirTools} == set(BY_COMMAND)
 
 
-def test_every_rpc_of_the_bridge_is_there_once() -> None:
+def test_the_table_has_every_rpc_of_the_bridge_once() -> None:
     others = ["Ping", "WatchVariables", "ExecuteStreamingTool"]
     names = [rpc.name for rpc in RPCS]
     assert sorted(names + others) == sorted(method.name for method in codec.BRIDGE_SERVICE.methods)
 
 
 @pytest.mark.parametrize("rpc", RPCS, ids=lambda rpc: rpc.name)
-def test_messages_are_those_of_the_protocol(rpc: Rpc[Any, Any]) -> None:
+def test_the_messages_have_the_types_of_the_protocol(rpc: Rpc[Any, Any]) -> None:
     method = codec.BRIDGE_SERVICE.methods_by_name[rpc.name]
     samples = [(command, result) for command, result in SAMPLES if type(command) is rpc.command]
     for command, result in samples or [(GetExposedElixirTools("s"), [])]:
@@ -150,7 +150,7 @@ def test_messages_are_those_of_the_protocol(rpc: Rpc[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize("every", [True, False])
-def test_tools_are_listed_as_they_are_asked_for(every: bool) -> None:
+def test_a_list_of_tools_can_include_unexposed_ones(every: bool) -> None:
     rpc = BY_COMMAND[GetExposedElixirTools]
     question, call = sent(rpc, GetExposedElixirTools("s", every))
     assert question == GetExposedElixirTools("s", every)
@@ -158,7 +158,7 @@ def test_tools_are_listed_as_they_are_asked_for(every: bool) -> None:
     assert [tool.name for tool in rpc.result_of(question, response, {}.get)] == ["t"]
 
 
-def test_a_list_that_was_cut_is_asked_on() -> None:
+def test_the_rest_of_an_incomplete_list_is_requested() -> None:
     rpc = BY_COMMAND[commands.GetVariableHistory]
     assert rpc.rest_of is not None
     command = commands.GetVariableHistory("s", "x", 3)
@@ -176,7 +176,7 @@ def test_a_list_that_was_cut_is_asked_on() -> None:
     ],
 )
 @pytest.mark.parametrize("rpc", [BY_COMMAND[commands.ExecuteTool], EXECUTE_ELIXIR_TOOL], ids=lambda rpc: rpc.name)
-def test_an_error_is_part_of_a_tools_answer(rpc: Rpc[Any, Any], error: Any, status: ExecutionStatus | None) -> None:
+def test_a_tools_response_carries_its_error(rpc: Rpc[Any, Any], error: Any, status: ExecutionStatus | None) -> None:
     command = commands.ExecuteTool("s", "t", {"p": Value("1")})
     arrived, call = sent(rpc, command)
     assert arrived == command

@@ -1,4 +1,4 @@
-"""Errors as they travel: every one arrives as itself."""
+"""Errors over gRPC: each one arrives with its type and its fields."""
 
 import dataclasses
 from pathlib import Path
@@ -55,25 +55,25 @@ def test_the_table_knows_every_error() -> None:
 
 
 @given(any_error())
-def test_every_error_arrives_as_itself(error: StateError) -> None:
-    told = status.status_of(error)
-    assert told is not None
-    trailers = _fitting_trailers(told.trailing_metadata)
-    assert same(error, status.error_of(told.code, told.details, trailers))
+def test_every_error_arrives_unchanged(error: StateError) -> None:
+    sent = status.status_of(error)
+    assert sent is not None
+    trailers = _fitting_trailers(sent.trailing_metadata)
+    assert same(error, status.error_of(sent.code, sent.details, trailers))
     assert same(error, status.error_in(error.error_code, status.facts_of(error)))
 
 
 @given(any_error())
-def test_what_others_read_of_an_error(error: StateError) -> None:
-    told = status.status_of(error)
-    assert told is not None
-    assert told.code is status.CODES[type(error)]
-    rich = Status.FromString(dict(told.trailing_metadata)[status.DETAILS_KEY])
+def test_other_clients_can_read_the_rich_status(error: StateError) -> None:
+    sent = status.status_of(error)
+    assert sent is not None
+    assert sent.code is status.CODES[type(error)]
+    rich = Status.FromString(dict(sent.trailing_metadata)[status.DETAILS_KEY])
     info, violations = ErrorInfo(), BadRequest()
-    assert rich.code == told.code.value[0]
+    assert rich.code == sent.code.value[0]
     assert rich.details[0].Unpack(info)
     assert (info.reason, info.domain) == (error.error_code, "dspex-persist")
-    assert (len(rich.details) == 2) == (told.code is StatusCode.INVALID_ARGUMENT)
+    assert (len(rich.details) == 2) == (sent.code is StatusCode.INVALID_ARGUMENT)
     if len(rich.details) == 2:
         assert rich.details[1].Unpack(violations)
 
@@ -84,27 +84,27 @@ def test_an_error_with_long_fields_still_arrives_as_its_kind(kind: type[StateErr
     hints = get_type_hints(kind)
     long: dict[Any, Any] = {str: character * 100_000, int: 1, float: 1.0, int | None: 1}
     error = kind(*(long[hints[field.name]] for field in dataclasses.fields(kind)))  # type: ignore[arg-type]
-    told = status.status_of(error)
-    assert told is not None
-    trailers = _fitting_trailers(told.trailing_metadata)
-    assert type(status.error_of(told.code, told.details, trailers)) is kind
+    sent = status.status_of(error)
+    assert sent is not None
+    trailers = _fitting_trailers(sent.trailing_metadata)
+    assert type(status.error_of(sent.code, sent.details, trailers)) is kind
     assert same(error, status.error_in(error.error_code, status.facts_of(error)))
 
 
-def test_what_is_derived_from_a_known_error_is_told_as_that() -> None:
+def test_a_subclass_of_a_known_error_arrives_as_that_error() -> None:
     class OwnError(errors.VersionConflictError):
         pass
 
-    told = status.status_of(OwnError("x", 1, 2))
-    assert told is not None
-    received = status.error_of(told.code, told.details, told.trailing_metadata)
+    sent = status.status_of(OwnError("x", 1, 2))
+    assert sent is not None
+    received = status.error_of(sent.code, sent.details, sent.trailing_metadata)
     assert same(errors.VersionConflictError("x", 1, 2), received)
 
 
-def test_a_call_that_came_too_late() -> None:
-    told = status.status_of(DrainingError())
-    assert told is not None
-    assert same(errors.ShuttingDownError(), status.error_of(told.code, told.details, told.trailing_metadata))
+def test_a_call_during_the_drain() -> None:
+    sent = status.status_of(DrainingError())
+    assert sent is not None
+    assert same(errors.ShuttingDownError(), status.error_of(sent.code, sent.details, sent.trailing_metadata))
     assert status.status_of(ValueError()) is None
 
 
@@ -132,25 +132,25 @@ def test_a_call_that_came_too_late() -> None:
         (StatusCode.DATA_LOSS, "what?", errors.InternalError("DATA_LOSS: what?")),
     ],
 )
-def test_what_grpc_says_by_itself(code: StatusCode, details: str, error: StateError) -> None:
+def test_statuses_from_grpc_itself(code: StatusCode, details: str, error: StateError) -> None:
     assert same(error, status.error_of(code, details, (), "127.0.0.1:1"))
 
 
-def test_a_header_in_python_is_the_argument_that_it_stands_for() -> None:
-    told = status.status_of(errors.InvalidArgumentError("x-dspex-after-sequence", "it is ahead"))
-    assert told is not None
-    assert told.details == "invalid x-dspex-after-sequence: it is ahead"
-    received = status.error_of(told.code, told.details, told.trailing_metadata)
+def test_an_error_about_a_header_names_the_argument_in_python() -> None:
+    sent = status.status_of(errors.InvalidArgumentError("x-dspex-after-sequence", "it is ahead"))
+    assert sent is not None
+    assert sent.details == "invalid x-dspex-after-sequence: it is ahead"
+    received = status.error_of(sent.code, sent.details, sent.trailing_metadata)
     assert same(errors.InvalidArgumentError("after_sequence", "it is ahead"), received)
 
 
-def test_a_watcher_that_stalled_is_told_from_where_to_resume() -> None:
+def test_the_error_of_a_stalled_watcher_says_where_to_resume() -> None:
     error = errors.WatchStalledError(7, 30.0)
-    told = status.status_of(error)
-    assert told is not None
-    assert told.details.endswith("resume with x-dspex-after-sequence: 7")
+    sent = status.status_of(error)
+    assert sent is not None
+    assert sent.details.endswith("resume with x-dspex-after-sequence: 7")
     assert str(error).endswith("resume with after_sequence=7")
-    assert dict(told.trailing_metadata)["x-dspex-after-sequence"] == "7"
+    assert dict(sent.trailing_metadata)["x-dspex-after-sequence"] == "7"
 
 
 # --- The classes ---
@@ -168,7 +168,7 @@ def test_every_error_has_a_code_and_is_exported() -> None:
         _ = dspex_persist.errors.NoSuchError
 
 
-def test_names_are_kept_short_and_reasons_whole() -> None:
+def test_long_names_are_shortened_but_not_reasons() -> None:
     error = errors.VariableNotFoundError("s" * 10_000_000, "v" * 10_000_000)
     assert (len(error.session_id), len(error.identifier)) == (1003, 1003)
     assert errors.ToolFailedError("exec_1", "r" * 10_000).reason == "r" * 10_000
@@ -177,8 +177,8 @@ def test_names_are_kept_short_and_reasons_whole() -> None:
 def test_the_page_on_errors_has_every_class() -> None:
     page = (Path(__file__).parents[2] / "docs/errors.md").read_text()
     rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in page.splitlines() if "Error` |" in line]
-    told = {row[0]: row[1:5] for row in rows}
-    assert told == {
+    documented = {row[0]: row[1:5] for row in rows}
+    assert documented == {
         kind.__name__: [
             kind.error_code,
             code.name,
@@ -193,7 +193,7 @@ def test_the_page_on_errors_has_every_class() -> None:
 # --- What to do next ---
 
 
-def test_each_edge_says_in_its_own_words_what_to_do() -> None:
+def test_each_edge_has_its_own_text_for_a_hint() -> None:
     error = errors.OutcomeUnknownError("the connection broke")
     assert str(error).endswith("repeat the call with the same idempotency_key, or read before you repeat it")
     assert status.text_of(error).endswith(
@@ -203,21 +203,21 @@ def test_each_edge_says_in_its_own_words_what_to_do() -> None:
     assert {error.sentence} == {text.partition(";")[0] for text in (str(error), status.text_of(error))}
 
 
-def test_advice_that_is_not_its_kind_s_arrives_too() -> None:
+def test_a_hint_that_differs_from_its_class_arrives_too() -> None:
     error = errors.FileChangedError("s.db", "another program has written to it").advising(errors.Hint.CHECK_FILE)
-    told = status.status_of(error)
-    assert told is not None
-    assert dict(told.trailing_metadata)["x-dspex-hint"] == "check_file"
-    assert same(error, status.error_of(told.code, told.details, told.trailing_metadata))
-    # A server that is newer may advise what this release does not know.
-    newer = [(key, "?" if key == "x-dspex-hint" else value) for key, value in told.trailing_metadata]
-    assert status.error_of(told.code, told.details, newer).advice is errors.Hint.PUT_BACK_FILE
+    sent = status.status_of(error)
+    assert sent is not None
+    assert dict(sent.trailing_metadata)["x-dspex-hint"] == "check_file"
+    assert same(error, status.error_of(sent.code, sent.details, sent.trailing_metadata))
+    # A newer server may send a hint that this release does not know.
+    newer = [(key, "?" if key == "x-dspex-hint" else value) for key, value in sent.trailing_metadata]
+    assert status.error_of(sent.code, sent.details, newer).advice is errors.Hint.PUT_BACK_FILE
 
 
-def test_a_watch_that_a_server_ends_is_resumed_by_an_argument() -> None:
-    told = status.status_of(
+def test_the_end_of_a_watch_names_the_argument_to_resume_with() -> None:
+    sent = status.status_of(
         errors.UnavailableError("the server is shutting down; resume with x-dspex-after-sequence: 3")
     )
-    assert told is not None
-    received = status.error_of(told.code, told.details, told.trailing_metadata)
+    assert sent is not None
+    received = status.error_of(sent.code, sent.details, sent.trailing_metadata)
     assert str(received).endswith("resume with after_sequence=3")

@@ -38,7 +38,7 @@ _ANSWERS = {
 
 
 class Worker:
-    """What it does goes by the name of the tool. `requests` and `headers`: what it was asked."""
+    """A worker whose tools do what their names say. It keeps all `requests` and their `headers`."""
 
     def __init__(self) -> None:
         self.requests: list[pb.ExecuteToolRequest] = []
@@ -133,7 +133,7 @@ def _handlers(worker: Worker, leave_out: tuple[str, ...]) -> Any:
 async def serving(
     worker: Worker, listen: str = "127.0.0.1:0", *, leave_out: tuple[str, ...] = ()
 ) -> AsyncIterator[str]:
-    """Serve until the end of the block; the address to call."""
+    """Serve until the end of the block; yields the address."""
     options = [
         ("grpc.so_reuseport", 0),
         ("grpc.max_send_message_length", 100 * _MIB),
