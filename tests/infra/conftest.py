@@ -1,4 +1,4 @@
-"""Ping servers in processes of their own, and channels to them."""
+"""Ping servers in separate processes, and channels to them."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,21 +12,21 @@ from tests.infra.ping import OpenChannel, PingClient, StartServer, open_channel_
 
 @pytest.fixture
 def start_server() -> Iterator[StartServer]:
-    """Starts a server that ends with the test, at the latest."""
+    """Starts servers that end with the test at the latest."""
     with ExitStack() as stack:
         yield lambda *arguments: stack.enter_context(start_ping_server(*arguments))
 
 
 @pytest.fixture
 def open_channel() -> Iterator[OpenChannel]:
-    """Opens a channel that closes with the test."""
+    """Opens channels that close with the test."""
     with ExitStack() as stack:
         yield lambda target: stack.enter_context(open_channel_to(target))
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
-    """One server for the tests that leave it as it was."""
+    """One server for all tests of the module that do not change it."""
     with start_ping_server() as process:
         yield process
 

@@ -1,4 +1,4 @@
-"""A raw HTTP/2 connection: what no gRPC client lets a test do."""
+"""A raw HTTP/2 connection, for frames that no gRPC client lets a test send."""
 
 import socket
 import struct
@@ -16,7 +16,7 @@ _CANCEL = struct.pack(">I", 8)
 
 
 class Frame(NamedTuple):
-    """What came."""
+    """A received frame."""
 
     kind: int
     flags: int
@@ -24,7 +24,7 @@ class Frame(NamedTuple):
 
 
 class RawConnection:
-    """A connection whose frames a test writes and reads by itself."""
+    """A connection whose frames the test writes and reads itself."""
 
     def __init__(self, port: int, timeout_s: float = 20.0) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=timeout_s)
@@ -43,7 +43,7 @@ class RawConnection:
         self._socket.sendall(frames)
 
     def frames(self) -> Iterator[Frame]:
-        """Those that come, until the server closes the connection."""
+        """Yield the received frames, until the server closes the connection."""
         while True:
             while len(self._received) < 9 or len(self._received) < 9 + _length_of(self._received):
                 content = self._socket.recv(65536)
@@ -56,12 +56,12 @@ class RawConnection:
             yield Frame(kind, flags, payload)
 
     def settings(self) -> dict[int, int]:
-        """What the server allows."""
-        found = next(each for each in self.frames() if each.kind == SETTINGS and not each.flags & ACK)
-        return dict(struct.iter_unpack(">HI", found.payload))
+        """The settings that the server sends."""
+        settings = next(each for each in self.frames() if each.kind == SETTINGS and not each.flags & ACK)
+        return dict(struct.iter_unpack(">HI", settings.payload))
 
     def ping(self) -> Frame:
-        """The answer to a ping: its acknowledgement, or that the server wants no more of them."""
+        """Send a ping and return the answer: an acknowledgement, or GOAWAY."""
         self.send(frame(PING, payload=b"are you?"))
         return next(each for each in self.frames() if each.kind == GOAWAY or (each.kind == PING and each.flags & ACK))
 
@@ -71,7 +71,7 @@ def frame(kind: int, flags: int = 0, stream: int = 0, payload: bytes = b"") -> b
 
 
 def begun_and_reset(stream: int) -> bytes:
-    """A call that is given up as soon as it is begun."""
+    """The frames of a call that is reset as soon as it begins."""
     return frame(HEADERS, END_HEADERS, stream, _CALL) + frame(RST_STREAM, 0, stream, _CANCEL)
 
 
@@ -80,7 +80,7 @@ def _length_of(header: bytes) -> int:
 
 
 def _literal(name: str, value: str) -> bytes:
-    """A header field without indexing and compression."""
+    """A header field, neither indexed nor compressed."""
     return b"".join((b"\0", *(bytes([len(text)]) + text.encode() for text in (name, value))))
 
 

@@ -1,4 +1,4 @@
-"""A tiny service of the tests' own, with google's well-known types for messages, and its clients."""
+"""A tiny service for tests, whose messages are Google's well-known types, and its clients."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -35,14 +35,14 @@ _METHODS = (
     _Method("MissingStream", StringValue, StringValue, streams=True),
     # Answers when the drain has begun.
     _Method("FinishInDrain", StringValue, StringValue),
-    # Never answers; says so when its clean-up after a cancellation is done.
+    # Never answers; logs when its clean-up after a cancellation is done.
     _Method("Stuck", StringValue, StringValue),
-    # Answers when as many streams are open.
+    # Answers once that many streams are open.
     _Method("StreamsOpen", Int32Value, Int32Value),
     _Method("CountTo", Int32Value, Int32Value, streams=True),
-    # Says one thing, then nothing until the drain.
+    # Sends one message, then nothing until the drain.
     _Method("Idle", StringValue, StringValue, streams=True),
-    # Writes without end; gives up on a client that takes nothing for half a second.
+    # Writes without end; gives up on a client that reads nothing for half a second.
     _Method("Flood", Int32Value, StringValue, streams=True),
 )
 
@@ -66,22 +66,22 @@ DESCRIPTOR: ServiceDescriptor = descriptor_pool.Default().FindServiceByName(SERV
 
 
 class PingClient:
-    """Calls any method by its name; requests are a str, an int, or bytes to send as they are."""
+    """Calls any method by its name. Requests are a str, an int, or bytes to send unchanged."""
 
     def __init__(self, channel: grpc.Channel) -> None:
         self._methods = {method.name: _callable(channel, method) for method in _METHODS}
 
     def __call__(self, name: str, argument: str | int | bytes = "", *, timeout_s: float = DEADLINE_S) -> Any:
-        """The value of the answer, or for a method that streams the call, which yields the messages."""
+        """Return the value of the answer or, for a streaming method, the call, which yields the messages."""
         answer = self._methods[name](argument, timeout=timeout_s)
         return answer if isinstance(answer, Iterator) else answer.value
 
     def later(self, name: str, argument: str | int | bytes = "", *, timeout_s: float = DEADLINE_S) -> Any:
-        """The future of a call that is answered once."""
+        """Return the future of a unary call."""
         return self._methods[name].future(argument, timeout=timeout_s)
 
     def error(self, name: str, argument: str | int | bytes = "") -> Any:
-        """The error with which the call ends: `code()`, `details()`, `trailing_metadata()`."""
+        """Return the error of the call, with `code()`, `details()` and `trailing_metadata()`."""
         try:
             answer = self(name, argument)
             answered = list(answer) if isinstance(answer, Iterator) else answer
@@ -107,11 +107,11 @@ OpenChannel = Callable[[str], grpc.Channel]
 
 
 def start_ping_server(*arguments: str) -> ServerProcess:
-    """A server of `tests.infra.ping_server`, ready; its arguments are that module's."""
+    """Start `tests.infra.ping_server` with these arguments, and wait until it is ready."""
     return ServerProcess.start([sys.executable, "-m", "tests.infra.ping_server", *arguments], cwd=ROOT)
 
 
 def open_channel_to(target: str) -> grpc.Channel:
-    # Subchannels of its own: the back-off of a channel to a server that is gone must not hold this one up.
+    # A separate subchannel pool, so that the back-off of a channel to a dead server does not delay this one.
     options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", 100 * MIB)]
     return grpc.insecure_channel(target, options)

@@ -1,4 +1,4 @@
-"""A real server of the ping service, in a process of its own: `python -m tests.infra.ping_server`."""
+"""A real server of the ping service, run as a process: `python -m tests.infra.ping_server`."""
 
 import argparse
 import asyncio
@@ -23,11 +23,11 @@ SECRET = "secret-of-/var/lib"
 
 
 class KnownError(DspexError):
-    """An error that the table knows. Its text is its argument."""
+    """An error in the table. Its text is its argument."""
 
 
 class SlowClientError(DspexError):
-    """A client that takes no more messages."""
+    """The client does not read its messages."""
 
 
 def status_of(error: Exception) -> RpcStatus | None:
@@ -54,7 +54,7 @@ class Pinger:
         return request
 
     async def Fail(self, request: StringValue, context: Any) -> None:
-        """Fails in the way that is asked for; any other text is the text of a known error."""
+        """Fail in the way that the request names; any other text becomes the text of a known error."""
         match request.value:
             case "unknown":
                 raise RuntimeError(SECRET)
@@ -63,7 +63,7 @@ class Pinger:
             case "abort":
                 await context.abort(grpc.StatusCode.DATA_LOSS, "its own words")
             case "cancelled":
-                # What is waited for is cancelled, not the call.
+                # Cancels a future that the call waits for, not the call.
                 future = asyncio.get_running_loop().create_future()
                 future.cancel()
                 await future
@@ -84,7 +84,7 @@ class Pinger:
             try:
                 await asyncio.get_running_loop().create_future()
             finally:
-                # Takes its time, as a transaction that is rolled back does.
+                # Slow, like a transaction that is rolled back.
                 await asyncio.sleep(0.3)
                 structlog.get_logger().info("cleaned up")
         raise AssertionError("unreachable")

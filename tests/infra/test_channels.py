@@ -1,4 +1,4 @@
-"""Each option of our servers and channels does what it is there for."""
+"""Each option of our servers and channels has its effect."""
 
 import socket
 import time
@@ -28,7 +28,7 @@ def test_grpc_knows_every_option() -> None:
         *client._RECONNECTING,
         *calls._options("127.0.0.1:1", 1.0),
     ]
-    # Its own names are in its library, each with a NUL behind it.
+    # The library contains the names of its options, each followed by a NUL.
     assert [name for name, _ in options if name.encode() + b"\0" not in known] == []
     assert b"grpc.http2.min_recv_ping_interval_without_data_ms\0" not in known
 
@@ -48,26 +48,26 @@ def test_grpc_knows_every_option() -> None:
         "ipv4:127.0.0.1:1",
     ],
 )
-def test_no_proxy_stands_before_this_machine(target: str) -> None:
+def test_no_proxy_is_used_for_this_machine(target: str) -> None:
     assert dict(channel_options(target))["grpc.enable_http_proxy"] == 0
 
 
 @pytest.mark.parametrize("target", ["10.0.0.1:1", "db.example.org:50051", "dns:///db:1", "[2001:db8::1]:1", "nonsense"])
-def test_a_proxy_may_stand_before_another_machine(target: str) -> None:
+def test_a_proxy_may_be_used_for_another_machine(target: str) -> None:
     assert dict(channel_options(target))["grpc.enable_http_proxy"] == 1
     assert dict(channel_options(target, proxies=False))["grpc.enable_http_proxy"] == 0
 
 
-def test_an_idle_client_may_ping_as_often_as_the_server_says(start_server: StartServer) -> None:
+def test_an_idle_client_may_ping_at_the_interval_of_the_server(start_server: StartServer) -> None:
     server = start_server("--client-ping-interval-s", "0.1")
     with RawConnection(server.port) as connection:
         for _ in range(10):
             assert connection.ping().kind != GOAWAY
-            # That much time between two of them is what this is about.
+            # Not a wait for anything: the time between two pings is what this tests.
             time.sleep(0.15)
 
 
-def test_an_idle_client_that_pings_more_often_is_sent_away(start_server: StartServer) -> None:
+def test_an_idle_client_that_pings_too_often_is_disconnected(start_server: StartServer) -> None:
     server = start_server("--client-ping-interval-s", "60")
     with RawConnection(server.port) as connection:
         answers = (connection.ping() for _ in range(10))
@@ -75,7 +75,7 @@ def test_an_idle_client_that_pings_more_often_is_sent_away(start_server: StartSe
     assert b"too_many_pings" in refused.payload
 
 
-def test_a_connection_has_a_bounded_number_of_calls(start_server: StartServer) -> None:
+def test_a_connection_has_a_limited_number_of_calls(start_server: StartServer) -> None:
     server = start_server("--streams-per-connection", "123")
     with RawConnection(server.port) as connection:
         assert connection.settings()[MAX_CONCURRENT_STREAMS] == 123
@@ -92,7 +92,7 @@ def test_calls_that_are_begun_and_reset_cost_the_server_little(
         for first in range(1, 80_000, 400):
             connection.send(b"".join(begun_and_reset(first + 2 * each) for each in range(200)))
         assert client("Ping", "meanwhile") == "meanwhile"
-    # Without a bound it is some 15 KiB for each of the forty thousand.
+    # Without a limit, each of the 40,000 calls would take some 15 KiB.
     assert _rss_mib(server) - before < 150
 
 
@@ -113,7 +113,7 @@ def test_compressed_requests_are_refused_before_they_are_inflated(
     assert client("Ping", "after") == "after"
 
 
-def test_a_connection_that_does_not_begin_is_ended_and_one_that_is_idle_is_not(start_server: StartServer) -> None:
+def test_a_connection_without_a_handshake_is_closed_and_an_idle_one_is_not(start_server: StartServer) -> None:
     server = start_server("--handshake-timeout-s", "1")
     with RawConnection(server.port) as idle, socket.create_connection(("127.0.0.1", server.port)) as half_open:
         half_open.sendall(b"PRI * HTTP")

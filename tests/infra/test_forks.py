@@ -1,4 +1,4 @@
-"""What a forked child does not share with its parent."""
+"""Forked children do not share descriptors, locks and sockets with their parents."""
 
 import fcntl
 import multiprocessing
@@ -18,22 +18,22 @@ DEADLINE_S = 20
 
 
 def in_child(work: Callable[[], object], *, deadline_s: int = DEADLINE_S) -> str:
-    """What `work` gives in a forked child, as text; a child that takes too long is ended by SIGALRM."""
+    """Return the result of `work` in a forked child, as text. SIGALRM ends a child that takes too long."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         signal.alarm(deadline_s)
         try:
-            said = str(work())
+            result = str(work())
         except BaseException as error:  # noqa: BLE001 -- the child's end
-            said = f"{type(error).__name__}: {error}"
-        os.write(writing, said.encode())
+            result = f"{type(error).__name__}: {error}"
+        os.write(writing, result.encode())
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as pipe:
-        said = pipe.read()
-    assert os.waitpid(pid, 0)[1] == 0, said
-    return said
+        result = pipe.read()
+    assert os.waitpid(pid, 0)[1] == 0, result
+    return result
 
 
 @pytest.fixture
@@ -43,14 +43,14 @@ def file(tmp_path: Path) -> Iterator[int]:
     forks.close(descriptor)
 
 
-def test_a_child_does_not_keep_a_lock_on_what_is_owned(tmp_path: Path) -> None:
+def test_a_child_does_not_keep_the_lock_of_an_owned_descriptor(tmp_path: Path) -> None:
     held = forks.own(os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT, 0o600))
     fcntl.flock(held, fcntl.LOCK_EX)
     child = multiprocessing.get_context("fork").Process(target=signal.pause)
     begun, beginning = os.pipe()
     os.register_at_fork(after_in_child=lambda: os.write(beginning, b"!"))
     child.start()
-    # The hooks of a child run in the order in which they were registered: it has let go by then.
+    # The hooks of a child run in the order of their registration, so it has closed the descriptor by then.
     os.read(begun, 1)
     try:
         forks.close(held)
@@ -63,23 +63,23 @@ def test_a_child_does_not_keep_a_lock_on_what_is_owned(tmp_path: Path) -> None:
         child.close()
 
 
-def test_what_a_child_writes_to_an_owned_descriptor_goes_nowhere(file: int) -> None:
+def test_a_childs_writes_to_an_owned_descriptor_have_no_effect(file: int) -> None:
     in_child(lambda: os.write(file, b"from the child"))
     os.write(file, b"from the parent")
     assert os.pread(file, 100, 0) == b"from the parent"
 
 
-def test_a_descriptor_that_was_closed_is_no_concern_of_a_child(tmp_path: Path) -> None:
+def test_a_child_keeps_a_descriptor_that_reuses_the_number_of_a_closed_one(tmp_path: Path) -> None:
     gone = forks.own(os.open(tmp_path / "gone", os.O_RDWR | os.O_CREAT))
     forks.close(gone)
-    taken = os.open(tmp_path / "another", os.O_RDWR | os.O_CREAT)
-    assert taken == gone
-    in_child(lambda: os.write(taken, b"kept"))
-    assert os.pread(taken, 10, 0) == b"kept"
-    os.close(taken)
+    reused = os.open(tmp_path / "another", os.O_RDWR | os.O_CREAT)
+    assert reused == gone
+    in_child(lambda: os.write(reused, b"kept"))
+    assert os.pread(reused, 10, 0) == b"kept"
+    os.close(reused)
 
 
-class Told:
+class Listener:
     def __init__(self) -> None:
         self.quiet: bool | None = None
 
@@ -87,28 +87,28 @@ class Told:
         self.quiet = quiet
 
 
-def test_a_child_is_told_and_its_parent_is_not() -> None:
-    told = Told()
-    forks.register(told)
-    assert in_child(lambda: told.quiet) == "True"
-    assert told.quiet is None
+def test_listeners_are_notified_in_the_child_only() -> None:
+    listener = Listener()
+    forks.register(listener)
+    assert in_child(lambda: listener.quiet) == "True"
+    assert listener.quiet is None
 
 
-def test_whoever_is_told_is_not_kept_alive_and_can_be_forgotten() -> None:
-    alive = WeakSet([kept := Told()])
+def test_listeners_are_not_kept_alive_and_can_be_unregistered() -> None:
+    alive = WeakSet([kept := Listener()])
     forks.register(kept)
-    forgotten = Told()
-    forks.register(forgotten)
-    forks.unregister(forgotten)
-    assert in_child(lambda: forgotten.quiet) == "None"
+    removed = Listener()
+    forks.register(removed)
+    forks.unregister(removed)
+    assert in_child(lambda: removed.quiet) == "None"
     del kept
     assert not alive
 
 
-def test_a_fork_waits_for_what_is_under_way() -> None:
-    begun, forking, told = threading.Event(), threading.Event(), Told()
-    forks.register(told)
-    # Runs first of the hooks before a fork, as it was registered last.
+def test_a_fork_waits_for_a_critical_section() -> None:
+    begun, forking, listener = threading.Event(), threading.Event(), Listener()
+    forks.register(listener)
+    # Registered last, so it runs first of the hooks before a fork.
     os.register_at_fork(before=forking.set)
 
     def work() -> None:
@@ -119,13 +119,13 @@ def test_a_fork_waits_for_what_is_under_way() -> None:
     thread = threading.Thread(target=work)
     thread.start()
     assert begun.wait(DEADLINE_S)
-    assert in_child(lambda: told.quiet) == "True"
+    assert in_child(lambda: listener.quiet) == "True"
     thread.join()
 
 
-def test_a_fork_does_not_wait_for_ever_and_the_child_knows() -> None:
-    begun, ended, told = threading.Event(), threading.Event(), Told()
-    forks.register(told)
+def test_a_fork_does_not_wait_forever_and_the_child_knows() -> None:
+    begun, ended, listener = threading.Event(), threading.Event(), Listener()
+    forks.register(listener)
 
     def work() -> None:
         with forks.busy():
@@ -135,30 +135,28 @@ def test_a_fork_does_not_wait_for_ever_and_the_child_knows() -> None:
     thread = threading.Thread(target=work)
     thread.start()
     assert begun.wait(DEADLINE_S)
-    assert in_child(lambda: told.quiet) == "False"
-    # Nothing is in the child's way, whoever was in the middle of something.
+    assert in_child(lambda: listener.quiet) == "False"
+    # The parent's section does not block one of the child.
     assert in_child(lambda: forks.busy().__enter__()) == "None"
     ended.set()
     thread.join()
 
 
-def test_a_fork_in_the_middle_of_something_of_its_own_is_not_quiet() -> None:
-    told = Told()
-    forks.register(told)
+def test_a_fork_in_a_critical_section_of_its_own_thread_is_not_quiet() -> None:
+    listener = Listener()
+    forks.register(listener)
     with forks.busy(), forks.busy():
-        assert in_child(lambda: told.quiet) == "False"
-    assert in_child(lambda: told.quiet) == "True"
+        assert in_child(lambda: listener.quiet) == "False"
+    assert in_child(lambda: listener.quiet) == "True"
 
 
-def test_signals_are_not_held_back_after_a_fork() -> None:
+def test_signals_are_not_blocked_after_a_fork() -> None:
     assert in_child(lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ())) == "set()"
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
-def test_a_child_lets_go_of_the_sockets_of_an_address_and_of_no_other(
-    family: socket.AddressFamily, tmp_path: Path
-) -> None:
+def test_a_child_blanks_the_sockets_of_one_address_only(family: socket.AddressFamily, tmp_path: Path) -> None:
     listening, other = (socket.socket(family) for _ in range(2))
     for number, each in enumerate((listening, other)):
         each.bind(("127.0.0.1", 0) if family is socket.AF_INET else str(tmp_path / f"{number}"))

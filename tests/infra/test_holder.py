@@ -1,4 +1,4 @@
-"""A holder is named only where it is certain who it is."""
+"""The holder of a lock is identified only if it certainly still runs."""
 
 import os
 import subprocess
@@ -17,12 +17,12 @@ input()
 """
 
 
-def test_this_process_names_itself() -> None:
+def test_this_process_identifies_itself() -> None:
     assert holder.pid_of(holder.own_text()) == os.getpid()
     assert len(holder.own_text()) <= holder.TEXT_MAX_BYTES
 
 
-def test_another_process_is_named_while_it_lives() -> None:
+def test_another_process_is_identified_while_it_lives() -> None:
     with subprocess.Popen([sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         text = process.stdout.readline()
@@ -32,16 +32,16 @@ def test_another_process_is_named_while_it_lives() -> None:
 
 
 @pytest.mark.parametrize("part", [0, 1, 2, 3])
-def test_what_differs_in_any_part_is_nobody_that_could_be_named(part: int) -> None:
+def test_a_text_that_differs_in_any_part_identifies_no_process(part: int) -> None:
     words = holder.own_text().split()
     words[part] = b"1" if part < 2 else b"another"
     assert holder.pid_of(b" ".join(words)) is None
 
 
 @pytest.mark.parametrize("text", [b"", b"\0" * 32, b"12345", b"\xff 1 a b", b"1" * 300])
-def test_any_other_text_names_nobody(text: bytes) -> None:
+def test_any_other_text_identifies_no_process(text: bytes) -> None:
     assert holder.pid_of(text) is None
 
 
-def test_a_number_alone_names_nobody() -> None:
+def test_a_number_alone_identifies_no_process() -> None:
     assert holder.pid_of(str(os.getpid()).encode()) is None

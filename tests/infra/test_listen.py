@@ -1,4 +1,4 @@
-"""Addresses: what is read, what is loopback, and why one cannot be had."""
+"""Addresses: parsing, loopback, and the reasons why one is not available."""
 
 import socket
 import subprocess
@@ -30,7 +30,7 @@ from dspex_persist.infra.listen import (
         ("unix:///run/a.sock", UnixAddress("/run/a.sock")),
     ],
 )
-def test_addresses_are_read(listen: str, address: TcpAddress | UnixAddress) -> None:
+def test_addresses_are_parsed(listen: str, address: TcpAddress | UnixAddress) -> None:
     assert parse_listen(listen) == address
     assert parse_listen(str(address)) == address
 
@@ -55,7 +55,7 @@ def test_addresses_are_read(listen: str, address: TcpAddress | UnixAddress) -> N
         "unix-abstract:name",
     ],
 )
-def test_what_is_no_address_is_refused(listen: str) -> None:
+def test_other_text_is_refused(listen: str) -> None:
     with pytest.raises(ListenError) as caught:
         parse_listen(listen)
     assert caught.value.listen == listen
@@ -81,7 +81,7 @@ def test_loopback(listen: str, loopback: bool) -> None:
     assert is_loopback(listen) is loopback
 
 
-def test_a_port_that_is_taken_is_refused_and_free_again_afterwards() -> None:
+def test_a_port_in_use_is_refused_until_it_is_free_again() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = TcpAddress("127.0.0.1", taken.getsockname()[1])
         with pytest.raises(ListenError, match=rf"cannot listen on 127\.0\.0\.1:{address.port}: address already"):
@@ -92,7 +92,7 @@ def test_a_port_that_is_taken_is_refused_and_free_again_afterwards() -> None:
 @pytest.mark.parametrize(
     ("host", "reason"),
     [
-        ("192.0.2.1", "cannot assign requested address"),  # a documentation address: no machine's
+        ("192.0.2.1", "cannot assign requested address"),  # a documentation address, which no machine has
         ("a" * 64, "the host name is not valid"),
     ],
 )
@@ -114,9 +114,9 @@ def test_a_missing_directory_is_named(tmp_path: Path) -> None:
         prepare(UnixAddress(f"{tmp_path}/missing/a.sock"))
 
 
-def test_a_folder_in_which_nothing_may_be_made_is_named() -> None:
-    """gRPC itself would only say that it could not bind."""
-    # Not pytest's own, which only root may enter.
+def test_a_folder_that_is_not_writable_is_named() -> None:
+    """gRPC itself would only report that it could not bind."""
+    # Not pytest's temporary folder, which only root may enter.
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o555)
         program = f"""if True:
@@ -134,18 +134,18 @@ def test_a_folder_in_which_nothing_may_be_made_is_named() -> None:
     assert ran.stdout == f"this user may not create files in {folder}\n"
 
 
-def test_an_address_is_the_same_wherever_the_working_directory_goes(
+def test_a_settled_address_does_not_depend_on_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert settled(UnixAddress("a.sock")) == UnixAddress(f"{tmp_path}/a.sock")
     assert settled(TcpAddress("::1", 0)) == TcpAddress("::1", 0)
-    # Better than none.
+    # Too long as an absolute path: a relative one is better than none.
     long = UnixAddress("a" * 100)
     assert settled(long) == long
 
 
-def test_a_file_that_is_no_socket_is_never_removed(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_socket_is_never_removed(tmp_path: Path) -> None:
     path = tmp_path / "precious"
     path.write_text("kept")
     with pytest.raises(ListenError, match="the path exists and is not a socket"):

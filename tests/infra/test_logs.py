@@ -1,4 +1,4 @@
-"""Log lines: one an event, the same for ours and for libraries', and never a local variable's value."""
+"""Log lines: one for each event, the same for ours and for libraries', and never with values of local variables."""
 
 import errno
 import io
@@ -22,7 +22,7 @@ _SECRET = "the-users-value"
 
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
-    """Puts back what is global in logging."""
+    """Restore the global state of logging."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
@@ -56,7 +56,7 @@ def test_an_event_is_one_json_line_with_its_context() -> None:
     }
 
 
-def test_a_librarys_event_looks_the_same() -> None:
+def test_an_event_of_a_library_looks_the_same() -> None:
     stream = io.StringIO()
     configure_logs("info", "json", stream=stream)
     structlog.contextvars.bind_contextvars(rpc="Ping")
@@ -114,7 +114,7 @@ def _fail_with_a_local_value(logger: Any) -> None:
         logger.exception("failed")
 
 
-def test_a_line_for_people_has_no_colours_in_a_file() -> None:
+def test_console_lines_have_no_colours_in_a_file() -> None:
     stream = io.StringIO()
     configure_logs("info", "console", stream=stream)
     structlog.get_logger().info("listening", port=5)
@@ -126,7 +126,7 @@ class _Terminal(io.StringIO):
         return True
 
 
-def test_auto_writes_for_people_on_a_terminal_only() -> None:
+def test_auto_is_the_console_style_on_a_terminal_only() -> None:
     for stream in (io.StringIO(), _Terminal()):
         configure_logs("info", "auto", stream=stream)
         structlog.get_logger().info("listening", port=5)
@@ -150,7 +150,7 @@ def test_an_unknown_level_or_style_is_refused(level: Any, style: Any) -> None:
         configure_logs(level, style, stream=sys.stderr)
 
 
-def test_grpc_is_quiet_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_can_make_grpc_verbose(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
     quiet_grpc()
     assert os.environ["GRPC_VERBOSITY"] == "ERROR"
@@ -162,7 +162,7 @@ def test_grpc_is_quiet_unless_the_environment_says_otherwise(monkeypatch: pytest
 # --- Our own loggers ---
 
 
-def test_our_event_is_one_json_line_with_what_is_bound() -> None:
+def test_our_event_is_one_json_line_with_the_bound_fields() -> None:
     stream = io.StringIO()
     configure_logs("info", "json", stream=stream)
     structlog.contextvars.bind_contextvars(rpc="Ping")
@@ -194,7 +194,7 @@ def test_without_configuration_an_event_is_an_ordinary_record(caplog: pytest.Log
 
 
 @pytest.mark.parametrize("own", [True, False])
-def test_control_characters_do_nothing_on_a_terminal(own: bool) -> None:
+def test_control_characters_have_no_effect_on_a_terminal(own: bool) -> None:
     stream = io.StringIO()
     configure_logs("info", "console", stream=stream)
     logger: Any = get_logger("dspex_persist.somewhere") if own else structlog.get_logger()
@@ -220,10 +220,10 @@ class _Full(io.RawIOBase):
 
 
 @pytest.mark.parametrize("style", ["json", "console"])
-def test_a_stream_that_is_gone_stops_nobody(style: LogStyle, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_stream_does_not_affect_the_program(style: LogStyle, capsys: pytest.CaptureFixture[str]) -> None:
     full = io.TextIOWrapper(_Full(), write_through=True)
     configure_logs("info", style, stream=full)
-    get_logger("dspex_persist.somewhere").error("nobody hears this", exc_info=ValueError())
-    logging.getLogger("some.library").error("nor this")
-    structlog.get_logger().error("nor that")
+    get_logger("dspex_persist.somewhere").error("lost", exc_info=ValueError())
+    logging.getLogger("some.library").error("also lost")
+    structlog.get_logger().error("also lost")
     assert capsys.readouterr() == ("", "")

@@ -1,4 +1,4 @@
-"""The parent's side of a child process, with small scripts for children."""
+"""Child processes, seen from the parent; the children are small scripts."""
 
 import os
 import signal
@@ -51,13 +51,13 @@ def test_a_ready_line_may_come_in_pieces() -> None:
         assert process.port == 1234
 
 
-def test_the_environment_is_what_is_given() -> None:
+def test_a_child_gets_exactly_the_given_environment() -> None:
     script = "import os; print('GRPC_READY:' + os.environ['PORT'])"
     with ServerProcess.start(_argv(script), env={"PORT": "77"}) as process:
         assert process.port == 77
 
 
-def test_a_child_that_talks_a_lot_never_waits_for_its_reader() -> None:
+def test_a_child_with_much_output_never_waits_for_its_reader() -> None:
     script = f"""
         import sys
         def talk():
@@ -123,14 +123,14 @@ def test_a_child_that_does_not_terminate_is_killed() -> None:
         assert process.exit_code == -signal.SIGKILL
 
 
-def test_waiting_for_a_child_that_goes_on() -> None:
+def test_waiting_for_a_child_that_does_not_end() -> None:
     with ServerProcess.start(_argv(_READY + _FOREVER)) as process:
         with pytest.raises(ProcessFailedError, match=r"it still runs after 0\.1 s"):
             process.wait(0.1)
         assert process.exit_code is None
 
 
-def test_a_grandchild_that_holds_the_pipes_holds_nothing_up() -> None:
+def test_a_grandchild_that_holds_the_pipes_open_delays_nothing() -> None:
     script = f"""
         import subprocess, sys
         grandchild = subprocess.Popen([sys.executable, "-c", {_FOREVER!r}])
@@ -149,7 +149,7 @@ def test_a_grandchild_that_holds_the_pipes_holds_nothing_up() -> None:
         os.kill(grandchild, signal.SIGKILL)
 
 
-def test_closing_gives_everything_back() -> None:
+def test_closing_frees_all_descriptors() -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     process = ServerProcess.start(_argv(_READY + _FOREVER))
     process.close()
@@ -157,7 +157,7 @@ def test_closing_gives_everything_back() -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-def test_what_cannot_be_started_is_an_os_error(tmp_path: Path) -> None:
+def test_a_program_that_cannot_be_started_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         ServerProcess([str(tmp_path / "missing")])
 

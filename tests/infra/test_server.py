@@ -57,7 +57,7 @@ def test_bytes_that_do_not_parse_are_an_invalid_argument(client: PingClient, met
     assert error.details() == "the request is not a valid google.protobuf.StringValue message"
 
 
-def test_a_known_error_becomes_its_status_and_what_the_wire_can_carry_of_its_metadata(
+def test_a_known_error_becomes_its_status_with_the_metadata_that_fits(
     client: PingClient,
 ) -> None:
     error = client.error("Fail", "not like this")
@@ -79,7 +79,9 @@ def test_an_unknown_failure_is_an_internal_error_without_its_text(client: PingCl
     assert error.trailing_metadata() == ()
 
 
-def test_the_log_has_what_the_client_is_not_told(start_server: StartServer, open_channel: OpenChannel) -> None:
+def test_the_log_has_the_details_that_the_client_does_not_get(
+    start_server: StartServer, open_channel: OpenChannel
+) -> None:
     server = start_server()
     error = PingClient(open_channel(f"127.0.0.1:{server.port}")).error("Fail", "unknown")
     assert server.terminate(10) == 0
@@ -91,19 +93,19 @@ def test_the_log_has_what_the_client_is_not_told(start_server: StartServer, open
     assert "infra_test.Pinger.Fail" in line
 
 
-def test_a_call_that_aborts_by_itself_keeps_its_words(client: PingClient) -> None:
+def test_a_call_that_aborts_by_itself_keeps_its_status(client: PingClient) -> None:
     error = client.error("Fail", "abort")
     assert (error.code(), error.details()) == (StatusCode.DATA_LOSS, "its own words")
 
 
-def test_details_too_long_for_the_wire_are_cut_and_the_status_stays(client: PingClient) -> None:
+def test_details_that_are_too_long_are_shortened_and_the_status_stays(client: PingClient) -> None:
     error = client.error("Fail", "long")
     assert error.code() is StatusCode.FAILED_PRECONDITION
     assert re.fullmatch("é{500,}\\.\\.\\.", error.details())
     assert ("x-kind", "known") in error.trailing_metadata()
 
 
-def test_details_that_no_wire_can_carry_are_mended(client: PingClient) -> None:
+def test_lone_surrogates_in_details_are_replaced(client: PingClient) -> None:
     error = client.error("Fail", "surrogate")
     assert (error.code(), error.details()) == (StatusCode.FAILED_PRECONDITION, "a?z")
 
@@ -128,7 +130,7 @@ def test_a_hundred_open_streams_do_not_block_a_call(client: PingClient) -> None:
     assert client("StreamsOpen", 0) == 0
 
 
-def test_a_client_that_takes_nothing_ends_with_a_status_and_stalls_nobody(client: PingClient) -> None:
+def test_a_client_that_reads_nothing_gets_a_status_and_does_not_delay_others(client: PingClient) -> None:
     flood = client("Flood", 10_000)
     assert client("StreamsOpen", 1) == 1
     assert client("Ping", "still there") == "still there"
@@ -191,7 +193,7 @@ def test_reflection_lists_and_describes_the_services(channel: grpc.Channel) -> N
     assert "infra_test.proto" in {file.name for file in files}
 
 
-def test_reflection_refuses_what_does_not_parse(channel: grpc.Channel) -> None:
+def test_reflection_refuses_bytes_that_do_not_parse(channel: grpc.Channel) -> None:
     name = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
     call = channel.stream_stream(name, bytes, Empty.FromString)(iter([_NOT_A_MESSAGE]), timeout=within(20))
     with pytest.raises(grpc.RpcError) as caught:

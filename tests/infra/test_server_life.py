@@ -1,4 +1,4 @@
-"""The server's life: where it listens, what it refuses, and how it drains."""
+"""The life of a server: listening, refusing, draining."""
 
 import asyncio
 import json
@@ -32,14 +32,14 @@ from tests.logs import capture_logs
 # --- Listening ---
 
 
-def test_a_free_port_is_taken_and_told(start_server: StartServer, open_channel: OpenChannel) -> None:
+def test_a_free_port_is_chosen_and_reported(start_server: StartServer, open_channel: OpenChannel) -> None:
     first, second = start_server(), start_server("--listen", "localhost:0")
     assert 0 < first.port != second.port > 0
     assert PingClient(open_channel(f"127.0.0.1:{first.port}"))("Ping", "one") == "one"
     assert PingClient(open_channel(f"localhost:{second.port}"))("Ping", "two") == "two"
 
 
-def test_a_unix_socket_is_private_and_goes_with_its_server(
+def test_a_unix_socket_is_private_and_removed_with_its_server(
     start_server: StartServer, open_channel: OpenChannel, tmp_path: Path
 ) -> None:
     path = tmp_path / "ping.sock"
@@ -88,7 +88,7 @@ def test_a_second_server_on_the_same_port_is_refused(
 # --- Draining ---
 
 
-def test_a_drain_lets_calls_finish_and_ends_what_would_not(
+def test_a_drain_lets_calls_finish_and_ends_endless_streams(
     start_server: StartServer, open_channel: OpenChannel
 ) -> None:
     server = start_server()
@@ -109,10 +109,8 @@ def test_a_drain_lets_calls_finish_and_ends_what_would_not(
     assert client.error("Ping").code() is StatusCode.UNAVAILABLE
 
 
-def test_calls_that_come_late_are_told_why_they_are_refused(
-    start_server: StartServer, open_channel: OpenChannel
-) -> None:
-    """None of them sees gRPC's own CANCELLED, which looks as if the client had given up itself."""
+def test_late_calls_are_refused_with_the_reason(start_server: StartServer, open_channel: OpenChannel) -> None:
+    """None of them gets gRPC's CANCELLED, which looks as if the client had cancelled the call."""
     server = start_server()
     channels = [open_channel(f"127.0.0.1:{server.port}") for _ in range(4)]
     begun = threading.Barrier(33)
@@ -137,8 +135,8 @@ def test_calls_that_come_late_are_told_why_they_are_refused(
     assert server.wait(within(5)) == 0
 
 
-def test_a_late_call_that_belongs_to_one_in_flight_is_let_in() -> None:
-    """The call in flight waits for it: refused, the two would hold each other up to the end of the grace period."""
+def test_a_late_call_that_belongs_to_one_in_progress_is_accepted() -> None:
+    """The call in progress waits for it: refusing it would keep both waiting until the end of the grace period."""
     (answer,) = asyncio.run(_call_back_in_drain(lambda context: ("x-belongs", "yes") in _metadata(context)))
     assert answer == [
         "pong",
@@ -147,13 +145,13 @@ def test_a_late_call_that_belongs_to_one_in_flight_is_let_in() -> None:
     ]
 
 
-def test_nothing_belongs_unless_the_caller_says_so() -> None:
+def test_without_belongs_every_late_call_is_refused() -> None:
     (answer,) = asyncio.run(_call_back_in_drain(None))
     refused = (StatusCode.UNAVAILABLE, "the server is shutting down; repeat the call later")
     assert answer == [refused, refused, refused]
 
 
-def test_a_failing_answer_to_what_belongs_fails_the_late_call_only() -> None:
+def test_an_error_in_belongs_fails_the_late_call_only() -> None:
     def fail(context: Context) -> bool:
         raise ZeroDivisionError
 
@@ -163,16 +161,16 @@ def test_a_failing_answer_to_what_belongs_fails_the_late_call_only() -> None:
     assert [log["event"] for log in logs] == ["call failed"] * 3
 
 
-def test_what_belongs_is_asked_only_in_a_drain() -> None:
-    asked: list[Context] = []
+def test_belongs_is_called_only_during_a_drain() -> None:
+    contexts: list[Context] = []
 
     def belongs(context: Context) -> bool:
-        asked.append(context)
+        contexts.append(context)
         return True
 
     asyncio.run(_call_back_in_drain(belongs))
-    # Not of the call in flight itself, which came before.
-    assert len(asked) == 3
+    # Not for the call in progress, which came before.
+    assert len(contexts) == 3
 
 
 def _metadata(context: Context) -> tuple[Any, ...]:
@@ -180,7 +178,7 @@ def _metadata(context: Context) -> tuple[Any, ...]:
 
 
 class _CallingBack:
-    """Its call in flight calls the server again once that drains, as a tool's worker does."""
+    """A servicer whose call in progress calls the server again during the drain, as a tool's worker does."""
 
     def __init__(self) -> None:
         self.port = 0
@@ -213,14 +211,14 @@ class _CallingBack:
 
 
 async def _call_back_in_drain(belongs: Callable[[Context], bool] | None) -> list[list[Any]]:
-    """What the calls of a call in flight were answered: two that belong to it, and one that does not."""
+    """The answers to the calls of a call in progress: two that belong to it, and one that does not."""
     servicer, stop, ready = _CallingBack(), asyncio.Event(), asyncio.Event()
 
     def on_ready(port: int) -> None:
         servicer.port = port
         ready.set()
 
-    said: dict[str, Any] = {} if belongs is None else {"belongs": belongs}
+    options: dict[str, Any] = {} if belongs is None else {"belongs": belongs}
     serving = asyncio.create_task(
         serve(
             ServerOptions("127.0.0.1:0"),
@@ -229,7 +227,7 @@ async def _call_back_in_drain(belongs: Callable[[Context], bool] | None) -> list
             on_ready=on_ready,
             stop=stop,
             on_drain=servicer.drain,
-            **said,
+            **options,
         )
     )
     async with asyncio.timeout(8):  # less than the grace period
@@ -264,7 +262,7 @@ async def _count(channel: grpc.aio.Channel, to: int, *, belongs: bool) -> Any:
     return [message.value async for message in call]
 
 
-def test_a_drain_ends_with_its_grace_period_and_cancelled_calls_clean_up_first(
+def test_a_drain_ends_with_the_grace_period_after_cancelled_calls_have_cleaned_up(
     start_server: StartServer, open_channel: OpenChannel
 ) -> None:
     server = start_server("--grace-s", "0.2")
@@ -277,7 +275,7 @@ def test_a_drain_ends_with_its_grace_period_and_cancelled_calls_clean_up_first(
     assert events == ["cleaned up", "served"]
 
 
-def test_health_says_not_serving_while_the_caller_ends_its_streams() -> None:
+def test_health_is_not_serving_while_on_drain_runs() -> None:
     seen: list[object] = []
 
     async def drain(port: int) -> None:
@@ -289,7 +287,7 @@ def test_health_says_not_serving_while_the_caller_ends_its_streams() -> None:
     assert seen == [health_pb2.HealthCheckResponse.NOT_SERVING]
 
 
-def test_a_drain_does_not_wait_for_ever_for_the_caller() -> None:
+def test_a_drain_does_not_wait_forever_for_on_drain() -> None:
     async def drain(_port: int) -> None:
         await asyncio.get_running_loop().create_future()
 
@@ -298,7 +296,7 @@ def test_a_drain_does_not_wait_for_ever_for_the_caller() -> None:
     assert [log["event"] for log in logs] == ["streams did not end within the grace period"]
 
 
-def test_a_callers_failing_drain_still_stops_the_server() -> None:
+def test_an_error_in_on_drain_still_stops_the_server() -> None:
     ports: list[int] = []
 
     async def drain(port: int) -> None:
@@ -311,7 +309,7 @@ def test_a_callers_failing_drain_still_stops_the_server() -> None:
 
 
 async def _serve_and_drain(drain: Callable[[int], Awaitable[None]], grace_s: float = 0.5) -> None:
-    """Serve and stop at once, as soon as the server is ready; `drain` is told its port."""
+    """Serve, and stop as soon as the server is ready; `drain` gets its port."""
     ports: list[int] = []
     stop = asyncio.Event()
     stop.set()
@@ -327,7 +325,7 @@ async def _serve_and_drain(drain: Callable[[int], Awaitable[None]], grace_s: flo
 
 @contextmanager
 def _open_reflection(channel: grpc.Channel) -> Iterator[Iterator[object]]:
-    """The answers to come of a tool that has asked once and may ask again."""
+    """The further answers on a reflection stream that has had one request and stays open."""
     requests: queue.SimpleQueue[reflection_pb2.ServerReflectionRequest | None] = queue.SimpleQueue()
     requests.put(reflection_pb2.ServerReflectionRequest(list_services=""))
     stub: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
@@ -339,7 +337,7 @@ def _open_reflection(channel: grpc.Channel) -> Iterator[Iterator[object]]:
         requests.put(None)
 
 
-# --- What is refused before anything is served ---
+# --- Refusals before serving ---
 
 
 class _Synchronous:
@@ -358,7 +356,7 @@ def test_a_method_of_the_wrong_kind_is_refused(servicer: object) -> None:
         asyncio.run(_serve("127.0.0.1:0", servicer))
 
 
-def test_an_address_that_cannot_be_read_is_refused() -> None:
+def test_an_invalid_address_is_refused() -> None:
     with pytest.raises(ListenError):
         asyncio.run(_serve("nowhere", object()))
 
@@ -373,7 +371,7 @@ async def _serve(listen: str, servicer: object) -> None:
     )
 
 
-def test_no_call_is_cancelled_because_the_server_was_slow_to_take_it_up() -> None:
-    """gRPC's own bound is half a minute, and it says nothing."""
+def test_no_call_is_cancelled_because_the_server_was_slow_to_handle_it() -> None:
+    """gRPC's default limit is half a minute, and it cancels silently."""
     options = dict(server._channel_options(server.ServerOptions("127.0.0.1:0")))
     assert options["grpc.server_max_unrequested_time_in_server"] >= 3600

@@ -1,8 +1,4 @@
-"""A bounded pool of daemon threads: work gets done, in order, on no more threads than wanted; nobody waits at the end.
-And event loops on threads of their own, which go on whatever runs on them.
-
-Waiting is always for the thing itself, with a deadline.
-"""
+"""A bounded pool of daemon threads that never keeps a process from ending, and loops that survive their code."""
 
 import asyncio
 import contextlib
@@ -26,7 +22,7 @@ DEADLINE_S = within(20)
 
 @pytest.fixture
 def gate() -> Iterator[threading.Event]:
-    """What busy work waits for; opened at the end, so that no thread is left."""
+    """Busy work waits for it; it opens at the end of the test, so that no thread is left."""
     gate = threading.Event()
     yield gate
     gate.set()
@@ -50,7 +46,7 @@ def until_none_is_left(name: str) -> None:
 
 
 def occupy(threads: DaemonThreads, gate: threading.Event, count: int) -> list["Future[bool]"]:
-    """Work for `count` threads that goes on until the gate opens; it has begun when this returns."""
+    """Keep `count` threads busy until the gate opens; returns once they are."""
     begun = threading.Semaphore(0)
 
     def work() -> bool:
@@ -72,7 +68,7 @@ def test_work_is_done_on_a_daemon_thread_of_the_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
-def test_whatever_is_raised_goes_to_whoever_waits_and_ends_no_thread(name: str, error: BaseException) -> None:
+def test_every_exception_goes_to_the_future_and_ends_no_thread(name: str, error: BaseException) -> None:
     threads = DaemonThreads(1, name)
 
     def fail() -> None:
@@ -84,18 +80,18 @@ def test_whatever_is_raised_goes_to_whoever_waits_and_ends_no_thread(name: str, 
     threads.close()
 
 
-def test_threads_are_made_only_when_none_is_free(name: str) -> None:
+def test_threads_are_started_only_when_none_is_free(name: str) -> None:
     threads = DaemonThreads(8, name)
     assert threads_of(name) == []
     for number in range(50):
-        # A thread answers before it asks for more: now and then the next work comes just in between.
+        # A thread resolves its future before it becomes free: now and then the next work comes in between.
         assert threads.submit(lambda number=number: number).result(DEADLINE_S) == number
     assert len(threads_of(name)) < 8
     threads.close()
 
 
-def test_work_that_waits_for_other_work_has_threads_enough(name: str) -> None:
-    """As many at the same time as there may be: each waits for all the others."""
+def test_work_that_waits_for_other_work_has_enough_threads(name: str) -> None:
+    """All threads at the same time: each waits for all the others."""
     threads = DaemonThreads(6, name)
     for _ in range(20):
         meeting = threading.Barrier(6)
@@ -105,7 +101,7 @@ def test_work_that_waits_for_other_work_has_threads_enough(name: str) -> None:
     threads.close()
 
 
-def test_there_are_never_more_than_wanted_and_the_rest_wait_in_order(name: str, gate: threading.Event) -> None:
+def test_there_are_never_too_many_threads_and_further_work_waits_in_order(name: str, gate: threading.Event) -> None:
     threads = DaemonThreads(2, name)
     busy = occupy(threads, gate, 2)
     order: list[int] = []
@@ -121,7 +117,7 @@ def test_there_are_never_more_than_wanted_and_the_rest_wait_in_order(name: str, 
     threads.close()
 
 
-def test_a_future_cancelled_in_time_is_left_out_and_one_that_runs_is_not(name: str, gate: threading.Event) -> None:
+def test_queued_work_can_be_cancelled_and_running_work_cannot(name: str, gate: threading.Event) -> None:
     threads = DaemonThreads(1, name)
     (busy,) = occupy(threads, gate, 1)
     done: list[str] = []
@@ -141,7 +137,7 @@ def test_closing_ends_idle_threads_and_waits_for_no_busy_one(name: str, gate: th
     busy = occupy(threads, gate, 3)
     done: list[str] = []
     threads.submit(lambda: done.append("left"))
-    # The gate opens afterwards only: who waited for the busy ones would never come back.
+    # The gate opens only afterwards: a close that waited for busy threads would never return.
     threads.close()
     threads.close()
     assert len(threads_of(name)) == 3
@@ -159,7 +155,7 @@ def test_closing_without_a_thread(name: str) -> None:
     assert threads_of(name) == []
 
 
-def test_an_idle_thread_holds_nothing_of_its_last_work(name: str) -> None:
+def test_an_idle_thread_keeps_no_reference_to_its_last_work(name: str) -> None:
     class Large:
         pass
 
@@ -281,7 +277,9 @@ async def raise_in_a_task(error: type[BaseException]) -> int:
         lambda: raise_in_a_task(KeyboardInterrupt),
     ],
 )
-def test_a_loop_goes_on_with_all_that_runs_on_it(loop_thread: LoopThread, ending: Callable[[], Any]) -> None:
+def test_a_loop_that_is_stopped_continues_with_all_its_tasks(
+    loop_thread: LoopThread, ending: Callable[[], Any]
+) -> None:
     reached, release = threading.Event(), threading.Event()
 
     async def other() -> int:
@@ -298,19 +296,19 @@ def test_a_loop_goes_on_with_all_that_runs_on_it(loop_thread: LoopThread, ending
     assert loop_thread.loop is loop
 
 
-def test_there_is_a_new_loop_if_one_was_closed_and_who_waited_is_told(loop_thread: LoopThread) -> None:
-    async def wait_for_ever() -> None:
+def test_a_closed_loop_is_replaced_and_its_futures_fail(loop_thread: LoopThread) -> None:
+    async def wait_forever() -> None:
         await asyncio.get_running_loop().create_future()
 
     loop = loop_thread.loop
-    running = loop_thread.start(wait_for_ever())
+    running = loop_thread.start(wait_forever())
 
     async def stop_and_close() -> None:
         def close() -> None:
             loop.close()
             raise RuntimeError("Event loop is closed")
 
-        # It is what the loop asks when it is to go on: another thread could close it right then.
+        # The loop calls this before each run; another thread could close it just then.
         loop._check_running = close  # type: ignore[attr-defined]
         loop.stop()
 
@@ -322,7 +320,7 @@ def test_there_is_a_new_loop_if_one_was_closed_and_who_waited_is_told(loop_threa
 
 
 def test_no_other_thread_closes_a_loop_between_two_runs(loop_thread: LoopThread) -> None:
-    """It would take away the pipe that wakes the loop, and then find that it runs again: asleep for ever."""
+    """That would remove the pipe that wakes the loop, which would then run again and sleep forever."""
     loop = loop_thread.loop
     refused = []
 
@@ -333,7 +331,7 @@ def test_no_other_thread_closes_a_loop_between_two_runs(loop_thread: LoopThread)
             except RuntimeError as error:
                 refused.append(str(error))
 
-        # It is what the loop asks when it is to go on, before anybody can tell that it runs.
+        # The loop calls this before each run, when other threads do not yet see it running.
         loop._check_running = close  # type: ignore[attr-defined]
         loop.stop()
 
@@ -344,7 +342,7 @@ def test_no_other_thread_closes_a_loop_between_two_runs(loop_thread: LoopThread)
     assert refused
 
 
-def test_a_loop_that_is_closed_cancels_what_runs_and_takes_no_more(loop_thread: LoopThread) -> None:
+def test_closing_cancels_all_tasks_and_refuses_new_ones(loop_thread: LoopThread) -> None:
     cancelled = threading.Event()
 
     async def hold() -> None:
@@ -368,7 +366,9 @@ def test_a_loop_that_is_closed_cancels_what_runs_and_takes_no_more(loop_thread: 
         loop_thread.close()
 
 
-def test_nobody_waits_for_code_that_does_not_let_its_loop_end(loop_thread: LoopThread, gate: threading.Event) -> None:
+def test_closing_does_not_wait_for_code_that_ignores_its_cancellation(
+    loop_thread: LoopThread, gate: threading.Event
+) -> None:
     async def hold() -> None:
         while not gate.is_set():
             with contextlib.suppress(asyncio.CancelledError):

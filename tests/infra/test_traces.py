@@ -27,15 +27,14 @@ def caught() -> RuntimeError:
     return info.value
 
 
-def test_says_what_python_says() -> None:
+def test_a_traceback_is_pythons_without_the_marks() -> None:
     error = caught()
-    told = traceback.TracebackException.from_exception(error)
-    assert "^^^^" in "".join(told.format())
+    pythons = "".join(traceback.TracebackException.from_exception(error).format())
+    assert "^^^^" in pythons
     trace = trace_of(error)
     assert "^^^^" not in trace
-    # Line by line what Python says, but for its marks.
-    marked = [line for line in "".join(told.format()).splitlines() if not set(line.strip()) <= {"|", " ", "~", "^"}]
-    assert [line for line in trace.splitlines() if not set(line.strip()) <= {"|", " "}] == marked
+    unmarked = [line for line in pythons.splitlines() if not set(line.strip()) <= {"|", " ", "~", "^"}]
+    assert [line for line in trace.splitlines() if not set(line.strip()) <= {"|", " "}] == unmarked
     for part in ("ValueError: one", "KeyError: 'another'", "RuntimeError: led to by them", "in fail"):
         assert part in trace
 
@@ -51,7 +50,7 @@ def test_parses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "RuntimeError: led to by them" in trace_of(error)
 
 
-def test_nobody_else_writes_any() -> None:
+def test_no_other_module_formats_tracebacks() -> None:
     package = Path(dspex_persist.__file__).parent
     others = [file for file in package.rglob("*.py") if OTHER_WAYS.search(file.read_text(encoding="utf-8"))]
     assert others == []

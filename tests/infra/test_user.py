@@ -1,4 +1,4 @@
-"""Who runs this process, whatever its environment and the system's list of users say."""
+"""The user that runs this process, with any environment and any list of users."""
 
 import os
 import pwd
@@ -29,11 +29,11 @@ def _nameless(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_it_is_the_name_that_the_system_has() -> None:
+def test_the_name_comes_from_the_system() -> None:
     assert user_name() == pwd.getpwuid(os.getuid()).pw_name
 
 
-def test_a_user_without_an_entry_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_an_entry_has_its_uid_as_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(uid: int) -> None:
         raise KeyError(f"getpwuid(): uid not found: {uid}")
 
@@ -45,26 +45,26 @@ def test_a_user_without_an_entry_is_a_number(monkeypatch: pytest.MonkeyPatch) ->
     ("name", "text"),
     [(b"ada", "ada"), ("zoë".encode(), "zoë"), (b"a\xffb", r"a\xffb"), (b"a\nb\x1b[2J", r"a\nb\x1b[2J")],
 )
-def test_a_name_is_text_that_can_be_kept(monkeypatch: pytest.MonkeyPatch, name: bytes, text: str) -> None:
+def test_a_name_is_printable_text(monkeypatch: pytest.MonkeyPatch, name: bytes, text: str) -> None:
     monkeypatch.setenv("LOGNAME", os.fsdecode(name))
     assert user_name() == text
 
 
-def test_a_long_name_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_name_is_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOGNAME", "a" * 10_000)
     assert user_name() == "a" * 100
 
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """One that every user may write to; above pytest's own folders there is one that only their owner may enter."""
+    """A folder that every user may write to. Pytest's temporary folders are below one that only its owner may enter."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
         yield Path(folder)
 
 
 @pytest.mark.parametrize("environment", [{}, {b"LOGNAME": b"\xff"}, {b"LOGNAME": b"\xc3\xa9"}])
-def test_both_backends_say_the_same_without_a_home(folder: Path, environment: dict[bytes, bytes]) -> None:
+def test_both_backends_have_the_same_actor_without_a_home(folder: Path, environment: dict[bytes, bytes]) -> None:
     argv = [sys.executable, "-c", PROGRAM, str(folder / "s.db")]
     python_path = os.environb.get(b"PYTHONPATH", b"")
     more = {} if os.getuid() else {"user": 54321, "group": 54321}
@@ -79,7 +79,7 @@ def test_both_backends_say_the_same_without_a_home(folder: Path, environment: di
 
 
 def _can_import(more: dict[str, int]) -> bool:
-    """Whether another user may read the interpreter that these tests run on."""
+    """Whether another user may read the interpreter that runs these tests."""
     argv = [sys.executable, "-c", "import dspex_persist.state.bridged"]
     try:
         return not subprocess.run(argv, capture_output=True, timeout=60, **more).returncode  # type: ignore[call-overload]
