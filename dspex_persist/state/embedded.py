@@ -97,7 +97,7 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable):
         super()._on_idle()
         self._retention.on_idle()
 
-    def _let_go(self) -> None:
+    def _on_close(self) -> None:
         self._retention.close()
 
 

@@ -1,6 +1,6 @@
-"""Groups: runs groups of commands over a log store, and has the sessions in memory. Knows no threads and no SQL.
+"""Run groups of commands over a log store, and cache the sessions in memory. Independent of threads and of SQL.
 
-`Groups.write_group` is the only way to write: a writer's thread calls it, and so can a simulator.
+`Groups.write_group` is the only way to write. The writer's thread calls it; a simulator can, too.
 """
 
 import secrets
@@ -45,33 +45,33 @@ _RECOVERY: Final = Origin(actor="dspex-persist", cause="recovery")
 
 
 class Job(NamedTuple):
-    """A command and who asks."""
+    """A command, and the origin of the request."""
 
     command: Command[Any]
     origin: Origin
 
 
 class Outcome(NamedTuple):
-    """What became of a job: a result, or the error with which it failed."""
+    """How a job ended: with a result, or with an error."""
 
     result: Any = None
     error: StateError | None = None
 
 
 class GroupMoment(NamedTuple):
-    """When a group is written: by the wall clock, but never before the last commit; and by the steady clock."""
+    """When a group is written: the wall-clock time, never earlier than the last commit; and the steady clock's."""
 
     now: datetime
     steady: datetime
 
     @classmethod
     def after(cls, last_at: datetime) -> "GroupMoment":
-        """This moment, in a log whose last commit has that time."""
+        """Return the current moment for a log whose last commit was made at `last_at`."""
         return cls(max(clock.now(), last_at), clock.steady())
 
 
 def unit_of(options: SessionOptions, drafts: Drafts, origin: Origin, at: GroupMoment, sequence: int) -> UnitOfWork:
-    """A unit of work under these options; `sequence` is the number that its commit would have."""
+    """Create a unit of work with these options; `sequence` is the number of its commit, if it makes one."""
     return UnitOfWork(
         drafts,
         origin,
@@ -85,10 +85,16 @@ def unit_of(options: SessionOptions, drafts: Drafts, origin: Origin, at: GroupMo
 
 
 class Groups(Generic[S_co]):
-    """The sessions of one log, which it owns. `hub`: where they are watched; `cache_size_bytes` bounds those in memory.
+    """The sessions of one log. It owns the log and publishes commits to the watchers in `hub`.
 
-    One thread at a time may call `write_group`, `sweep`, `check` and `close`; any thread may read. Whatever these raise
-    instead of returning it as an outcome ends the use of the store: see `LogStore`.
+    One thread at a time may call `write_group`, `sweep`, `check` and `close`; any thread may read. An exception from
+    one of these methods, as opposed to an error in an `Outcome`, means that the store cannot be used any more: see
+    `LogStore`.
+
+    Args:
+        log: The store. `close` and `abandon` close it.
+        options: Limits, TTLs and leases; the defaults if None.
+        cache_size_bytes: How much memory the cached sessions may take; the least recently used are evicted.
     """
 
     def __init__(
@@ -99,14 +105,14 @@ class Groups(Generic[S_co]):
         self.hub = Hub(log.sequence)
         self._cache = SessionCache(cache_size_bytes)
         self._last_at = log.last_at
-        # Nothing runs any more of what ran when the store was closed or its process died.
+        # Executions that were running when the store was closed, or when its process died, do not run any more.
         self._stale = dict(log.unfinished())
         self._interrupt_stale()
 
     def _interrupt_stale(self) -> None:
-        """A disk without room keeps nobody from reading: what cannot be said now is said by a later sweep."""
+        """Mark the stale executions as interrupted. On a full disk, reads still work and a later sweep tries again."""
         if self._stale:
-            # By their ids: by the time of that sweep, others may have begun.
+            # Named by their ids, because others may have begun by the time of that sweep.
             jobs = [
                 Job(InterruptExecutions(session_id, tuple(ids)), _RECOVERY) for session_id, ids in self._stale.items()
             ]
@@ -116,11 +122,17 @@ class Groups(Generic[S_co]):
     # Writing
 
     def write_group(self, jobs: Sequence[Job]) -> list[Outcome]:
-        """Run the jobs in order, and have the store keep what they staged as one atomic group.
+        """Run the jobs in order and append their units of work to the log as one atomic group.
 
-        A job that fails its checks, or whose unit cannot be kept, fails alone. An error of the storage fails all of
-        them and changes nothing; one that leaves the outcome open is raised as `OutcomeUnknownError`: the store must
-        then be thrown away. `FileChangedError`: the log is not what it was any more.
+        A job that fails its checks, or whose unit cannot be stored, fails alone. A storage error fails all of them and
+        changes nothing.
+
+        Returns:
+            One outcome for each job, in the same order.
+
+        Raises:
+            OutcomeUnknownError: It is unknown whether the group was written. Abandon the store.
+            FileChangedError: Something else changed the log. Abandon the store.
         """
         drafts, at = Drafts(self), GroupMoment.after(self._last_at)
         try:
@@ -134,7 +146,7 @@ class Groups(Generic[S_co]):
             return [Outcome(error=error) for _ in jobs]
         except (OutcomeUnknownError, FileChangedError):
             raise
-        except Exception as error:  # noqa: BLE001 - what a job staged cannot be encoded
+        except Exception as error:  # noqa: BLE001 - a staged change cannot be encoded
             if len(jobs) > 1:
                 return self._write_halves(jobs)
             return [Outcome(error=_refusal(job.command, error)) for job in jobs]
@@ -144,9 +156,9 @@ class Groups(Generic[S_co]):
         return results
 
     def _write_halves(self, jobs: Sequence[Job]) -> list[Outcome]:
-        """One of the jobs cannot be written: halving leaves it alone with its error, and the others are written.
+        """Write the others if one job cannot be written: halving the group isolates that job with its error.
 
-        That costs some more groups, but only ever then; a savepoint for each job would cost every group.
+        This takes a few more groups, but only in this case; a savepoint for each job would slow down every group.
         """
         middle = len(jobs) // 2
         return self.write_group(jobs[:middle]) + self.write_group(jobs[middle:])
@@ -165,7 +177,7 @@ class Groups(Generic[S_co]):
             self._keep_touch(job.command, drafts)
         except self.log.driver_errors:
             raise
-        except Exception as error:  # noqa: BLE001 - a command's boundary: its neighbours in the group must not pay for it
+        except Exception as error:  # noqa: BLE001 - a command's boundary: it must not fail the others in its group
             if unit is not None:
                 unit.rollback_to(START)
             return Outcome(error=error if isinstance(error, StateError) else _internal(job.command, error))
@@ -174,22 +186,22 @@ class Groups(Generic[S_co]):
         return Outcome(result)
 
     def _prepare(self, command: Command[Any], drafts: Drafts, at: GroupMoment, units: list[UnitOfWork]) -> None:
-        """Before a session is written to, end it if its TTL is over."""
+        """End the session that the command writes to, if its TTL is over."""
         if not command.writes or isinstance(command, ExpireSession):
             return
-        # Edited even where it stays as it is: that is how the expiry of a session that was only touched is saved.
+        # Edited even if the command changes nothing, so that the new expiry of a touched session is saved.
         state = drafts.edit(command.session_id)
         if state is not None and state.is_over(at.steady):
             self._run(Job(ExpireSession(command.session_id), _EXPIRY), drafts, at, units)
 
     def _keep_touch(self, command: Command[Any], drafts: Drafts) -> None:
-        """Have the expiry of a session that was only read saved when it is due."""
+        """Save the expiry of a session that was only read, when that is due."""
         read = drafts.find(command.session_id) if not command.writes else None
         if read is not None and read.lease is not None and read.lease.is_unsaved():
             drafts.edit(command.session_id)
 
     def _publish(self, drafts: Drafts, units: Sequence[UnitOfWork]) -> None:
-        """Let readers and watchers see what is durable now."""
+        """Let readers and watchers see the commits that are now durable."""
         for session_id, state in drafts.states.items():
             if state is None:
                 self._cache.drop(session_id)
@@ -200,9 +212,9 @@ class Groups(Generic[S_co]):
         self._cache.evict()
         if units:
             self.hub.advance(self.log.sequence)
-            self._tell_watchers(units)
+            self._publish_to_watchers(units)
 
-    def _tell_watchers(self, units: Sequence[UnitOfWork]) -> None:
+    def _publish_to_watchers(self, units: Sequence[UnitOfWork]) -> None:
         commits: dict[int, list[CommitChanges]] = {}
         ended: list[int] = []
         for unit in units:
@@ -210,16 +222,16 @@ class Groups(Generic[S_co]):
             if state is None or not self.hub.is_watched(state.session.sequence):
                 continue
             changes = tuple(unit.versions)
-            told = CommitChanges(unit.sequence, changes, affected(state, unit.sequence, changes))
-            commits.setdefault(state.session.sequence, []).append(told)
+            commit = CommitChanges(unit.sequence, changes, affected(state, unit.sequence, changes))
+            commits.setdefault(state.session.sequence, []).append(commit)
             if any(event.kind is EventKind.SESSION_ENDED for event in unit.events):
                 ended.append(state.session.sequence)
         self.hub.publish(commits, ended, self.log.sequence)
 
-    # What units of work ask for, inside a group
+    # The `Backing` of units of work, inside a group
 
     def load(self, session_id: str) -> SessionState | None:
-        """The live session's state; from the store if memory does not have it, and then kept."""
+        """Return the live session's state, from the cache or else from the store, which then fills the cache."""
         state = self._cache.find(session_id)
         if state is None:
             state = self.log.load(session_id)
@@ -228,25 +240,25 @@ class Groups(Generic[S_co]):
         return state
 
     def find_version(self, state: SessionState, variable_id: str, version: int) -> VariableVersion | None:
-        """One committed version."""
+        """Return one committed version."""
         return self.log.find_version(state, variable_id, version)
 
     def history(self, state: SessionState, query: VersionQuery) -> list[VariableVersion] | None:
-        """Committed versions."""
+        """Return committed versions."""
         return self.log.history(state, query)
 
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
-        """What was answered under an idempotency key."""
+        """Return the outcome recorded under an idempotency key."""
         return self.log.find_outcome(session_id, key)
 
     def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
-        """The last execution under an idempotency key that has ended."""
+        """Return the last ended execution with an idempotency key."""
         return self.log.find_execution(state, key)
 
     # Reading, from any thread
 
     def find_loaded(self, session_id: str) -> SessionState | None:
-        """The session's published state if it is in memory."""
+        """Return the session's published state if it is in memory."""
         return self._cache.find(session_id)
 
     def read_current(self, command: Command[Any], origin: Origin, state: SessionState) -> Any:
@@ -259,12 +271,18 @@ class Groups(Generic[S_co]):
             raise _internal(command, error) from error
 
     def read_stored(self, command: Command[Any], origin: Origin, state: SessionState | None = None) -> Any:
-        """Apply a reading command to what is stored, in a snapshot; to `state` and its stored past if it is given."""
+        """Apply a reading command to a snapshot of the store.
+
+        Args:
+            command: The command.
+            origin: Who makes the request.
+            state: The session's current state, if it is known; the snapshot is then only read for the past.
+        """
         try:
             with self.log.snapshot() as past:
                 drafts = Drafts(past, lambda _: state)
                 if state is None:
-                    drafts.states[command.session_id] = self._load_beside(past, command.session_id)
+                    drafts.states[command.session_id] = self._load_with_lease(past, command.session_id)
                 return command.apply(self._reading(drafts, origin))
         except StateError:
             raise
@@ -273,10 +291,10 @@ class Groups(Generic[S_co]):
         except Exception as error:
             raise _internal(command, error) from error
 
-    def _load_beside(self, past: Backing, session_id: str) -> SessionState | None:
+    def _load_with_lease(self, past: Backing, session_id: str) -> SessionState | None:
         state, loaded = past.load(session_id), self._cache.find(session_id)
         if state is not None and loaded is not None and loaded.session.sequence == state.session.sequence:
-            # The true expiry is the one in memory, if the session is there.
+            # The file's expiry may be behind the one in memory.
             state.lease = loaded.lease
         return state
 
@@ -284,18 +302,22 @@ class Groups(Generic[S_co]):
         return unit_of(self.options, drafts, origin, GroupMoment.after(self._last_at), self.log.sequence)
 
     def had(self, state: SessionState, identifier: str) -> bool:
-        """Whether the session has or had a variable of this name or id."""
+        """Whether the session has, or ever had, a variable with this name or id."""
         with self.log.snapshot() as past:
             return past.history(state, VersionQuery(identifier, 1)) is not None
 
     # Housekeeping, by the writer
 
     def expired(self, limit: int = 100) -> list[Job]:
-        """The jobs that end the sessions whose TTL is over."""
+        """Return the jobs that end expired sessions, at most `limit`."""
         return [Job(ExpireSession(each), _EXPIRY) for each in self.log.expired(clock.steady(), limit)]
 
     def sweep(self) -> int:
-        """Reclaim: end expired sessions, forget old answers; how many sessions ended. Readers need not wait for it."""
+        """End expired sessions and delete old outcomes. Readers do not depend on it: they see the expiry at once.
+
+        Returns:
+            How many sessions ended.
+        """
         self._interrupt_stale()
         swept = 0
         while jobs := self._find_expired():
@@ -304,7 +326,7 @@ class Groups(Generic[S_co]):
             if ended == 0:
                 break
         retention = timedelta(seconds=self.options.outcome_retention_s)
-        # What cannot be reclaimed now is reclaimed by a later sweep.
+        # If this fails, a later sweep tries again.
         with suppress(StorageError):
             self.log.reclaim(min(clock.now(), clock.steady()) - retention, self.hub.is_watched)
         return swept
@@ -313,28 +335,28 @@ class Groups(Generic[S_co]):
         try:
             return self.expired()
         except (ReadFailedError, NotADatabaseError) as error:
-            # A later sweep ends them. Who reads one of them until then is told that it is over.
+            # A later sweep ends them. Until then, reads of one of them already fail as expired.
             _logger.warning("expired sessions not found", reason=str(error))
             return []
 
     def check(self) -> None:
-        """Raise `FileChangedError` where the store is not what it was any more."""
+        """Raise `FileChangedError` if something else changed the store."""
         self.log.check()
 
     def close(self) -> None:
-        """Let the store go."""
+        """Close the store."""
         self.log.close()
 
     def abandon(self) -> None:
-        """Let the store go without another write: after an outcome that is unknown."""
+        """Close the store without writing anything more, after an unknown outcome."""
         self.log.abandon()
 
 
 class _Memory:
-    """The past, for commands that read nothing but current values."""
+    """The past for commands that read only current values."""
 
     def load(self, session_id: str) -> NoReturn:
-        raise NotImplementedError("the session is given")
+        raise NotImplementedError("the session is in the drafts")
 
     def find_version(self, state: SessionState, variable_id: str, version: int) -> NoReturn:
         raise NotImplementedError("memory holds no history")
@@ -357,19 +379,19 @@ def _refusal(command: Command[Any], error: Exception) -> StateError:
 
 
 def _internal(command: Command[Any], error: Exception) -> InternalError:
-    """What a caller is told of a fault of ours; the log has the rest."""
+    """Log a bug of ours, and return the error for the caller, which only refers to the log entry."""
     reference = secrets.token_hex(6)
-    # As text: a renderer of exceptions may show local variables, and those are users' values.
+    # As text, because exception renderers may show local variables, which hold users' values.
     trace = trace_of(error)
     _logger.error("command failed", command=command.cause, reference=reference, traceback=trace)
     return InternalError(f"internal error, reference {reference}")
 
 
 def _apply_once(job: Job, unit: UnitOfWork) -> Any:
-    """Apply the command; under an idempotency key, once: a repetition gets the recorded answer."""
+    """Apply the command, but only once under an idempotency key: a repeated request gets the recorded outcome."""
     command, key = job.command, job.origin.idempotency_key
     if job.origin.actor:
-        # A low limit on the names of variables must not lock out every user of a longer name.
+        # A low limit on the names of variables must not lock out all users with longer names.
         check_text("actor", job.origin.actor, max(unit.limits.name_length, Limits().name_length), "name_length")
     if key is None or not command.writes:
         return command.apply(unit)
@@ -377,7 +399,7 @@ def _apply_once(job: Job, unit: UnitOfWork) -> Any:
     fingerprint = command.meaning(unit)
     recorded = unit.find_outcome(command.session_id, key)
     if recorded is not None:
-        # Older files have it as the request was spelled.
+        # Older releases stored the fingerprint of the request as it was spelled.
         if recorded.fingerprint != fingerprint and recorded.fingerprint != command.fingerprint():
             raise IdempotencyConflictError(key, recorded.cause)
         try:

@@ -1,4 +1,4 @@
-"""LogState: session state over a log store, in this process. What keeps the log is behind the port `LogStore`."""
+"""LogState: session state in this process, over any log store (the port `LogStore`)."""
 
 import contextlib
 import threading
@@ -41,16 +41,21 @@ _WATCHING: Final = Origin("", "WatchVariables")
 
 
 class LogState(StateProvider, KeepsOrder):
-    """Writes go through one writer thread, reads of current values come from memory, those of the past from the log.
+    """A provider that writes through one thread, and reads current values from memory and past ones from the log.
 
-    It owns `groups` and closes them. `name` is what errors call it. `sweep_interval_s`: how often what is over is
-    reclaimed. `gap_s`: how long the writer waits for company while several write, which pays where a group costs much.
-    `on_fatal` is called when the writer ends before its time (an outcome that is unknown, or a fault of ours): nothing
-    can be written any more. By default that is all, and every later call raises.
+    It executes no tools: see `WithTools`. A subclass adds the abilities of its log, such as `Durable`.
 
-    It executes no tools: see `WithTools`. A subclass adds the abilities that its log gives it, such as `Durable`.
+    Args:
+        groups: The sessions and their log. This object owns them and closes them.
+        name: How error messages name this object.
+        sweep_interval_s: How often expired sessions are ended and old outcomes deleted, in seconds.
+        gap_s: How long the writer waits for further jobs while several callers write, in seconds. Waiting pays if
+            writing a group is expensive.
+        on_fatal: Called if the writer ends because of an unknown outcome or a bug. No more writes are possible then,
+            and every later call raises, whether or not there is a callback.
 
-    Raises `InvalidArgumentError` for a `sweep_interval_s` that is none.
+    Raises:
+        InvalidArgumentError: `sweep_interval_s` is not a positive number of seconds.
     """
 
     def __init__(
@@ -66,7 +71,7 @@ class LogState(StateProvider, KeepsOrder):
         self._groups = groups
         self._name = name
         self._failed: StateError | None = None
-        self._told_fatal = on_fatal
+        self._fatal_callback = on_fatal
         self._closing = threading.Lock()
         self._closed = False
         self._actor = f"user:{user_name()}"
@@ -86,22 +91,22 @@ class LogState(StateProvider, KeepsOrder):
 
     @property
     def limits(self) -> Limits:
-        """Those of its options."""
+        """The limits from the options."""
         return self._groups.options.limits
 
     @property
     def head_sequence(self) -> int:
-        """The last commit that was kept."""
+        """The number of the last commit."""
         return self._groups.log.sequence
 
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
-        """Have the command carried out: a read of a session that is in memory is done when this returns."""
+        """Submit a command; see `StateProvider.submit`. A read of a cached session is done when this returns."""
         fault = fault_of(command, origin)
         if fault is not None:
             return failed(fault)
-        asked_by = origin or self.default_origin(command.cause)
+        origin = origin or self.default_origin(command.cause)
         if command.writes:
-            return self._submit_write(command, asked_by)
+            return self._submit_write(command, origin)
         try:
             self.check_open()
         except StateError as error:
@@ -109,15 +114,15 @@ class LogState(StateProvider, KeepsOrder):
         reads = command.reads
         state = self._groups.find_loaded(command.session_id) if reads is not Reads.FILE else None
         if reads is not Reads.CURRENT or (state is not None and command.takes_long(state)):
-            future = self._readers.submit(self._read_beside, command, asked_by, state)
+            future = self._readers.submit(self._read_on_thread, command, origin, state)
             if state is None or state.lease is not None:
-                # That is a sign of life too; only the writer can keep it.
-                self._writer.submit(Job(TouchSession(command.session_id), asked_by))
+                # A read renews the TTL, too, and only the writer can do that.
+                self._writer.submit(Job(TouchSession(command.session_id), origin))
             return future
         if state is None:
-            # The writer alone loads sessions, so that none can be loaded while it changes.
-            return self._writer.submit(Job(command, asked_by))
-        return self._read(command, asked_by, state)
+            # Only the writer loads sessions, so that no session changes while it is being loaded.
+            return self._writer.submit(Job(command, origin))
+        return self._read(command, origin, state)
 
     def _submit_write(self, command: Command[R], origin: Origin) -> Future[R]:
         known = command.ahead is not None and command.ahead.limits is self.limits
@@ -133,14 +138,14 @@ class LogState(StateProvider, KeepsOrder):
         return True
 
     def _read_values(self, command: Command[Any], origin: Origin, *, strict: bool = False) -> None:
-        """Have the values read here, for the variables as they are now: in the writer everybody would wait for that."""
+        """Parse the values here, for the variables as they are now: on the writer's thread every caller would wait."""
         if self._failed is not None or self._closed:
             return
         facts = _Facts(self._groups, command, origin)
         find_type = facts.find_type if origin.idempotency_key is not None else None
         command.read_ahead(values.ReadAhead(self.limits, strict=strict), facts.find, find_type)
 
-    def _read_beside(self, command: Command[R], origin: Origin, state: SessionState | None) -> R:
+    def _read_on_thread(self, command: Command[R], origin: Origin, state: SessionState | None) -> R:
         if state is not None and command.reads is Reads.CURRENT:
             return cast(R, self._groups.read_current(command, origin, state))
         return cast(R, self._groups.read_stored(command, origin, state))
@@ -168,7 +173,12 @@ class LogState(StateProvider, KeepsOrder):
         return self.run(ReadState(session_id))
 
     def check_open(self) -> None:
-        """Raise what ended the engine, if it has ended."""
+        """Raise the error that ended the engine, if it has ended.
+
+        Raises:
+            EngineClosedError: It was closed.
+            StateError: The error that ended its writer.
+        """
         if self._failed is not None:
             raise self._failed
         if self._closed:
@@ -178,7 +188,7 @@ class LogState(StateProvider, KeepsOrder):
         self._groups.sweep()
 
     def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
-        """The user of this process."""
+        """Return the origin of requests by this process: its user, for example `user:alice`."""
         if idempotency_key is not None:
             key = arguments.text("idempotency_key", idempotency_key)
             return Origin(self._actor, cause, Source.PYTHON, key)
@@ -188,67 +198,67 @@ class LogState(StateProvider, KeepsOrder):
         return origin
 
     def close(self) -> None:
-        """Write what is queued, then close the log."""
+        """Write the queued jobs, then close the log."""
         with self._closing:
             if self._closed:
                 return
             self._closed = True
             self._writer.close()
-            self._let_go()
+            self._on_close()
             self._readers.shutdown()
             self._groups.hub.wake_all()
             if self._failed is None:
                 self._groups.close()
 
-    def _let_go(self) -> None:
-        """End what else uses the log, when nothing is written any more."""
+    def _on_close(self) -> None:
+        """Release what else uses the log. Called after the last write, before the log is closed."""
 
     def forked(self, *, quiet: bool) -> None:
-        """In a child every call fails at once, and closing does nothing. See `forks.ForkListener`."""
+        """Make every call fail at once in a forked child, where closing does nothing. See `forks.ForkListener`."""
         self._failed = ForkedProcessError(self._name)
         self._closed = True
         self._closing = threading.Lock()
         self._writer.refuse(self._failed)
-        self._groups.hub.let_go()
+        self._groups.hub.forget_watches()
 
     def _on_fatal(self, error: BaseException) -> None:
-        """On the writer's thread, after every waiting caller has been told."""
+        """Called on the writer's thread, after all waiting futures have failed."""
         self._failed = error if isinstance(error, StateError) else OutcomeUnknownError(repr(error))
         self._groups.hub.wake_all()
         self._groups.abandon()
-        if self._told_fatal is not None:
-            self._told_fatal(error)
+        if self._fatal_callback is not None:
+            self._fatal_callback(error)
 
 
 class _Facts:
-    """What is known of the variables for which a command brings values. Only for much of it the log is asked."""
+    """Looks up the variables for which a command carries values. Queries the log only if the values are large."""
 
     def __init__(self, groups: Groups[LogStore], command: Command[Any], origin: Origin) -> None:
-        self._ask = partial(groups.read_stored, origin=origin) if command.brings > values.MUCH else None
+        self._query = partial(groups.read_stored, origin=origin) if command.brings > values.MUCH else None
         self._session_id = command.session_id
         self._state = groups.find_loaded(command.session_id)
-        if self._state is None and self._ask is not None:
+        if self._state is None and self._query is not None:
             with contextlib.suppress(StateError):
-                self._state = self._ask(ReadState(command.session_id))
+                self._state = self._query(ReadState(command.session_id))
 
     def find(self, identifier: str) -> Variable | None:
-        """The variable of this name or id."""
+        """Return the live variable with this name or id."""
         return self._state.find(identifier) if self._state is not None else None
 
     def find_type(self, identifier: str) -> str | None:
-        """The type of the variable that has this name or id, or had it last."""
+        """Return the type of the variable that has this name or id, or had it last."""
         variable = self.find(identifier)
-        if variable is not None or self._ask is None:
+        if variable is not None or self._query is None:
             return variable.type if variable is not None else None
         try:
-            newest = self._ask(GetVariableHistory(self._session_id, identifier, 1), state=self._state)
+            newest = self._query(GetVariableHistory(self._session_id, identifier, 1), state=self._state)
         except StateError:
             return None
         return newest[0].type if newest else None
 
 
 class LogWatch(Watch):
-    """A watch of a session in this process: recent commits from memory, those before them from the log."""
+    """A watch of a session in this process: reads recent commits from memory, earlier ones from the log."""
 
     def __init__(
         self,
@@ -262,7 +272,7 @@ class LogWatch(Watch):
         self._check_open = check_open
         self._identifiers = frozenset(identifiers)
         self._first_sequence = read_state().session.sequence
-        # Joined before anything is read, so that nothing can fall in between.
+        # Joined before the state is read, so that no commit is missed in between.
         self._feed = groups.hub.join(self._first_sequence, self)
         try:
             self._state = read_state()
@@ -293,7 +303,7 @@ class LogWatch(Watch):
     def pull_ready(self) -> list[Update] | None:
         """See `Watch.pull_ready`."""
         self._check_open()
-        # Read before the commits: a session that has ended by now has published all of them.
+        # Read before the commits: a session that has ended by now has already published all of them.
         ended = self._feed.ended
         commits = self._feed.after(self.position)
         if commits is None:
@@ -312,15 +322,15 @@ class LogWatch(Watch):
             floor = self._feed.floor
             commits = self._groups.log.changes_after(self._current_state(), self.position)
             if not commits:
-                # Nothing of this session up to the floor as it was is left to read: what follows may be in the feed.
+                # The log has no more commits of this session up to that floor; the next ones may be in the feed.
                 self.position = max(self.position, floor)
                 continue
-            told: list[Update] = []
+            past: list[Update] = []
             for commit in commits:
-                told.extend(updates_of(commit, self._identifiers))
+                past.extend(updates_of(commit, self._identifiers))
                 self.position = commit.sequence
-            if told:
-                return told
+            if past:
+                return past
         return updates
 
     def _current_state(self) -> SessionState:

@@ -1,35 +1,35 @@
-"""LogStore: the port to whatever keeps the log of the sessions' commits. `groups` runs the commands over it.
+"""LogStore: the port to the storage of the sessions' commits. `groups` runs the commands over it.
 
-A store has one owner. Its writing half (`group`, `append`, what a `Backing` reads, `reclaim`, `check`, `close`)
-is called by one thread at a time; its reading half (`snapshot`, `changes_after`, `expired`) by any thread, also while
-another one writes.
+A store has one owner. One thread at a time calls its writing half (`group`, `append`, the methods of `Backing`,
+`reclaim`, `check`, `close`); any thread may call its reading half (`snapshot`, `changes_after`, `expired`), even while
+another thread writes.
 
-Obligations, held by `dspex_persist.testing.provider_contract` over a `LogState`:
+Requirements, which `dspex_persist.testing.provider_contract` tests through a `LogState`:
 
-- `append` keeps a group whole or not at all. Where the engine over it is `abilities.Durable`, what it has kept is
-  durable when it returns.
-- Commits are numbered from 1 without a gap, whatever session they are of. A group is appended only where the log is
-  still what it was: its first unit is number `sequence` + 1.
-- Reads find exactly what was appended: each version, answer and execution as the unit had staged it. Those inside a
+- `append` is atomic: it stores the whole group or nothing. If the engine is `abilities.Durable`, the group is durable
+  when `append` and `group` have returned.
+- Commits are numbered from 1 without gaps, across all sessions. The first unit of a group has number `sequence` + 1; a
+  store whose log has changed in between refuses the group.
+- Reads return exactly what was appended: each version, outcome and execution as the unit staged it. Reads inside a
   `group` see the log as of its beginning.
-- A state that `load` makes is equal to the one that was in memory, but for its lease, which may end later by
+- `load` returns a state equal to the one that was in memory, except for its lease, which may end later by up to
   `Lease.slack`.
-- A session that has ended is not found by `load`; its answers are gone. `changes_after` still knows it for those who
-  watch it.
+- `load` does not find an ended session, and its outcomes are gone. `changes_after` still returns its commits to open
+  watches.
 
-Errors, all of which are `StateError`s but the second:
+Errors; all but the second are `StateError`s:
 
-- `StorageError`: the storage takes nothing just now, such as a full disk. Certainly nothing of the group was kept, and
-  every job of it fails with this error.
-- `UnwritableError`: something in one unit cannot be kept. Certainly nothing of the group was kept; it is halved and
-  appended again, until that one unit is left alone with the error. Any other exception counts as a fault of the store
-  and is treated alike: it, too, must leave nothing behind.
-- `OutcomeUnknownError`: whether the group was kept cannot be known. `FileChangedError`: the log is not what this owner
-  left there. Either ends the use of the store: it is told to `abandon`, and is opened anew.
-- A read that fails with a `StateError` fails the job, or the call, that needed it; with one of `driver_errors`, the
-  whole group.
+- `StorageError`: the storage accepts no writes at the moment, for example because the disk is full. Nothing of the
+  group was stored, and every job in it fails with this error.
+- `UnwritableError`: something in one unit cannot be stored. Nothing of the group was stored; the caller halves it and
+  appends again, until that unit is alone with the error. Any other exception counts as a bug of the store and is
+  handled the same way, so it must leave nothing behind either.
+- `OutcomeUnknownError`: the store cannot tell whether the group was stored. `FileChangedError`: the log is not as this
+  owner left it. After either the store is unusable: the owner calls `abandon` and opens it again.
+- A read that fails with a `StateError` fails the job or the call that needed it; one that fails with one of
+  `driver_errors` fails the whole group.
 
-A store tells nobody of news: whoever appends also tells the watchers, after `append` has returned.
+A store does not notify watchers: its caller does so after `group` has ended.
 """
 
 from abc import ABC, abstractmethod
@@ -46,7 +46,7 @@ from dspex_persist.state.unit_of_work import Backing, RecordedOutcome, UnitOfWor
 
 
 class UnwritableError(Exception):
-    """Something in a unit cannot be kept, and so nothing of its group was. `error` is what the caller is told."""
+    """Something in a unit cannot be stored, so nothing of its group was. `error` is the error for the unit's caller."""
 
     def __init__(self, error: StateError) -> None:
         super().__init__(str(error))
@@ -54,104 +54,121 @@ class UnwritableError(Exception):
 
 
 class LogStore(ABC):
-    """Where the log is kept. See the module for what an implementation owes, and which errors mean what."""
+    """The storage of the log. The module's docstring lists the requirements and the errors."""
 
     driver_errors: ClassVar[tuple[type[Exception], ...]] = ()
-    """What reads raise of the driver's own when the storage fails; `group` and `snapshot` make `StateError`s of it."""
+    """The driver's exceptions for a failing storage. Reads may raise them; `group` and `snapshot` convert them."""
 
     @property
     @abstractmethod
     def sequence(self) -> int:
-        """The number of the last commit that was kept; 0 before the first."""
+        """The number of the last stored commit; 0 before the first."""
 
     @property
     @abstractmethod
     def last_at(self) -> datetime:
-        """The time of the last commit, when the store was opened: no later commit gets an earlier one. Aware, UTC."""
+        """The time of the last commit as of opening the store (aware, UTC). No later commit gets an earlier time."""
 
     # Writing, on one thread at a time
 
     def group(self) -> AbstractContextManager[object]:
-        """Around all that is read and appended for one group. Without an `append` in it, it changes nothing."""
+        """Return a context manager around all reads and the `append` of one group. Without an `append`, it has no
+        effect."""
         return nullcontext()
 
     @abstractmethod
     def append(self, units: Sequence[UnitOfWork], touched: Sequence[SessionState]) -> None:
-        """Keep the units, one commit each, and the expiries of the leases of `touched`, as one atomic group.
+        """Store a group atomically.
 
-        It puts the `versions` of each unit in the order in which their variables were registered, then by number: so
-        watchers are told of them, and so does `changes_after`. `number_variables` does that; a store that has keys of
-        its own may keep them in the `key` and `keys` of a unit's state.
+        It must sort the `versions` of each unit by the order in which their variables were registered, then by number:
+        watchers get them in this order, as `changes_after` returns them. `number_variables` does so; a store with
+        keys for sessions and variables may use the `key` and `keys` of a unit's state instead.
+
+        Args:
+            units: The units of work; each becomes one commit.
+            touched: Sessions whose lease has an expiry to be saved.
         """
 
     @abstractmethod
     def load(self, session_id: str) -> SessionState | None:
-        """The live session's state, new for each call; None where none of this id lives."""
+        """Return the live session's state, a new object for each call; None if no live session has this id."""
 
     @abstractmethod
     def find_version(self, state: SessionState, variable_id: str, version: int) -> VariableVersion | None:
-        """One version of a variable of the session."""
+        """Return one version of a variable of the session."""
 
     @abstractmethod
     def history(self, state: SessionState, query: VersionQuery) -> list[VariableVersion] | None:
-        """The versions that the query wants, newest first; None if the session never had the variable."""
+        """Return the versions that the query selects, newest first; None if the session never had the variable."""
 
     @abstractmethod
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
-        """What was answered under an idempotency key of the live session."""
+        """Return the outcome recorded under an idempotency key of the live session."""
 
     @abstractmethod
     def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
-        """The last execution under an idempotency key, if it has ended."""
+        """Return the last execution with an idempotency key, if it has ended."""
 
     # Reading, on any thread
 
     @abstractmethod
     def snapshot(self) -> AbstractContextManager[Backing]:
-        """What the log says as of one moment, to be read on the thread that asks."""
+        """Return a context manager for a snapshot of the log, to be read on the calling thread."""
 
     @abstractmethod
     def changes_after(self, state: SessionState, after: int, most_commits: int = 64) -> list[CommitChanges]:
-        """The session's next commits after number `after`, oldest first; one that changed no variable has no changes.
+        """Return the session's next commits after number `after`, oldest first.
 
-        At least one, if there is any, and at most `most_commits`. `dependants` are those of `state` (`affected`).
+        Args:
+            state: The session. The `dependants` of each commit follow from its dependencies (see `affected`).
+            after: The number of a commit.
+            most_commits: How many commits to return at most.
+
+        Returns:
+            At least one commit, if there is one. A commit that changed no variable has no changes.
         """
 
     # Housekeeping
 
     @abstractmethod
     def unfinished(self) -> Mapping[str, Sequence[str]]:
-        """The ids of executions that have not ended, oldest first, by the ids of their live sessions.
+        """Return the ids of executions that have not ended, oldest first, by the ids of their live sessions.
 
-        Asked when the store has been opened: nothing runs then.
+        Called after the store has been opened, when nothing runs yet.
         """
 
     @abstractmethod
     def expired(self, now: datetime, limit: int) -> list[str]:
-        """The ids of at most `limit` live sessions whose expiry, as saved, is past, and in which no tool runs."""
+        """Return the ids of at most `limit` live sessions whose saved expiry is past and in which no tool runs."""
 
     @abstractmethod
     def reclaim(self, before: datetime, is_watched: Callable[[int], bool]) -> None:
-        """Forget the answers that were given before that time.
+        """Delete the outcomes recorded before a time.
 
-        A store that keeps nothing of sessions that have ended may forget them, too, but for those that somebody
-        watches, which `is_watched` knows by the number of their first commit.
+        A store that keeps no history of ended sessions may also delete those.
+
+        Args:
+            before: The time (aware, UTC).
+            is_watched: Whether a session, identified by the number of its first commit, has watches; it must stay.
         """
 
-    def check(self) -> None:  # noqa: B027 - for those who have something to look at
-        """Called about every second while nobody writes: raise `FileChangedError` where the log is not what it was."""
+    def check(self) -> None:  # noqa: B027 - optional
+        """Raise `FileChangedError` if something else changed the log. Called about every second while idle."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let everything go; what was appended stays."""
+        """Release all resources; everything appended stays."""
 
     def abandon(self) -> None:
-        """Let everything go without another write, after what has ended the use of the store."""
+        """Release all resources without writing anything more, after an error that made the store unusable."""
         self.close()
 
 
 def number_variables(unit: UnitOfWork) -> None:
-    """Number the variables that the unit registers, in the `keys` of its state, and sort its versions by them."""
+    """Number the variables that the unit registers, in the `keys` of its state, and sort its versions by them.
+
+    For use in `LogStore.append`.
+    """
     state = unit.state
     assert state is not None, "a unit with changes has a session"
     for change in unit.versions:
@@ -160,8 +177,8 @@ def number_variables(unit: UnitOfWork) -> None:
 
 
 def affected(state: SessionState, sequence: int, changes: Sequence[Change]) -> tuple[Variable, ...]:
-    """Who depends on what commit `sequence` changed, as they stand in `state`, used ones first."""
+    """Return the variables in `state` that depend on those changed by commit `sequence`, dependencies first."""
     if not state.dependencies or not changes:
         return ()
     ids = dependants(state.dependencies, [change.variable.id for change in changes], sequence)
-    return tuple(found for variable_id in ids if (found := state.find(variable_id)) is not None)
+    return tuple(variable for variable_id in ids if (variable := state.find(variable_id)) is not None)

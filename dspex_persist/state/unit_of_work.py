@@ -1,8 +1,8 @@
-"""One command's view of the store, and what it stages.
+"""One command's view of the store, and the changes that it stages.
 
-A `UnitOfWork` reads sessions from memory and stages new versions and events; it never writes to a file.
-Whoever runs it (a store, a test) either keeps what it staged or calls `rollback_to(START)`. A group of
-units shares `Drafts`, so that each sees what the ones before it staged.
+A `UnitOfWork` reads sessions from memory and stages new versions and events; it never writes to a file. Its caller (a
+store, a test) either stores the staged changes or calls `rollback_to(START)`. The units of a group share `Drafts`, so
+that each sees the changes staged before it.
 """
 
 import secrets
@@ -56,10 +56,14 @@ _TOKENS: Iterator[str] = iter(lambda: secrets.token_hex(6), "")
 
 @dataclass(frozen=True, slots=True)
 class VersionQuery:
-    """Which versions of a variable are wanted: the newest `limit` below version `before`, deletions included.
+    """Selects versions of a variable: the newest `limit` below version `before`, including deletions.
 
-    `identifier` is a name or an id. No version follows once those before it have `most_bytes`. With `as_of` a name
-    means the variable that had it at that commit, or had it last by then.
+    Attributes:
+        identifier: The variable's name or id.
+        limit: How many versions to return at most.
+        before: Only versions with lower numbers; None for all.
+        most_bytes: Stop after the version with which the values reach this size; None for no limit.
+        as_of: A commit; a name then means the variable that had it at that commit, or had it last before.
     """
 
     identifier: str
@@ -70,27 +74,27 @@ class VersionQuery:
 
 
 class Backing(Protocol):
-    """What a unit of work asks its store for when memory does not have it."""
+    """The reads that a unit of work passes to its store because memory does not have the answer."""
 
     def load(self, session_id: str) -> SessionState | None:
-        """The live session's committed state."""
+        """Return the live session's committed state, or None."""
 
     def find_version(self, state: SessionState, variable_id: str, version: int) -> VariableVersion | None:
-        """One committed version."""
+        """Return one committed version, or None."""
 
     def history(self, state: SessionState, query: VersionQuery) -> list[VariableVersion] | None:
-        """The committed versions, newest first; None if the session never had the variable."""
+        """Return committed versions, newest first; None if the session never had the variable."""
 
     def find_outcome(self, session_id: str, key: str) -> "RecordedOutcome | None":
-        """What was answered under an idempotency key."""
+        """Return the outcome recorded under an idempotency key, or None."""
 
     def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
-        """The last execution under an idempotency key that has ended."""
+        """Return the last ended execution with an idempotency key, or None."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedOutcome:
-    """The answer kept under an idempotency key: which request it was, and its result as JSON."""
+    """The outcome recorded under an idempotency key: the request's fingerprint, and the result as JSON."""
 
     session_id: str
     key: str
@@ -100,9 +104,9 @@ class RecordedOutcome:
 
 
 class Drafts:
-    """What a group of units has changed so far, in memory only, over a backing.
+    """The changes that a group of units has staged so far, in memory, over a backing.
 
-    `load` finds sessions where the backing's own is not to be asked.
+    `load` replaces the backing's method of that name.
     """
 
     __slots__ = ("backing", "executions", "forgotten", "gone", "load", "outcomes", "states", "versions")
@@ -115,17 +119,17 @@ class Drafts:
         self.outcomes: dict[tuple[str, str], RecordedOutcome] = {}
         self.executions: dict[tuple[int, str], JournalEntry] = {}
         self.forgotten: set[str] = set()
-        # The variables that were deleted last, by their sessions and names.
+        # The id of the last deleted variable of each (session id, name).
         self.gone: Mapping[tuple[str, str], str] = {}
 
     def find(self, session_id: str) -> SessionState | None:
-        """The session as the group sees it."""
+        """Return the session as the group sees it, to read."""
         if session_id in self.states:
             return self.states[session_id]
         return self.load(session_id)
 
     def edit(self, session_id: str) -> SessionState | None:
-        """The session as this group may change it."""
+        """Return a copy of the session that the group may change."""
         if session_id not in self.states:
             loaded = self.load(session_id)
             self.states[session_id] = loaded.copy() if loaded is not None else None
@@ -133,7 +137,7 @@ class Drafts:
 
 
 class UnitOfWork:
-    """What one command reads and stages. All of one unit becomes one commit, or nothing of it does."""
+    """What one command reads and stages. A unit becomes one commit as a whole, or nothing of it does."""
 
     __slots__ = (
         "_drafts",
@@ -168,7 +172,7 @@ class UnitOfWork:
         self._drafts = drafts
         self.origin = origin
         self.now = now
-        # What TTLs are measured with: see `clock.steady`.
+        # The clock for TTLs: see `clock.steady`.
         self.steady = now if steady is None else steady
         self.sequence = sequence
         self.limits = limits
@@ -186,7 +190,7 @@ class UnitOfWork:
     # Sessions
 
     def find_session(self, session_id: str) -> SessionState | None:
-        """The live session, touched; None where it never began, has ended or has expired."""
+        """Return the live session and renew its TTL; None if it never began, has ended or has expired."""
         state = self._drafts.find(session_id)
         if state is None:
             return None
@@ -197,28 +201,28 @@ class UnitOfWork:
         return state
 
     def session(self, session_id: str) -> SessionState:
-        """The live session, or `SessionNotFoundError`."""
+        """Return the live session and renew its TTL, or raise `SessionNotFoundError`."""
         state = self.find_session(session_id)
         if state is None:
             raise SessionNotFoundError(session_id)
         return state
 
     def find_expired(self, session_id: str) -> SessionState | None:
-        """The session if it has expired but has not been ended yet."""
+        """Return the session if it has expired but has not been ended yet."""
         state = self._drafts.find(session_id)
         return state if state is not None and state.is_over(self.steady) else None
 
     def start_session(self, event: SessionStarted) -> SessionState:
-        """Begin a session; whoever calls has made sure that no live one has its id."""
+        """Begin a session. The caller has checked that no live session has its id."""
         state = fold(None, event, self._moment, self._undo)
-        assert state is not None, "a session that begins has a state"
+        assert state is not None, "a new session has a state"
         self._replace_state(event.session_id, state)
         self.events.append(event)
         return state
 
     def end_session(self, session_id: str, reason: str) -> None:
-        """End the session, and with it what runs in it; its history stays."""
-        # What was taken back has changed their order.
+        """End the session and interrupt its running executions; its history stays."""
+        # Sorted, because a rollback can have changed their order.
         running = sorted(self._edit(session_id).executions.values(), key=attrgetter("began_sequence"))
         self.interrupt(session_id, [each.id for each in running], f"session {reason}")
         self._forget_outcomes(session_id)
@@ -227,10 +231,10 @@ class UnitOfWork:
     # Events
 
     def record(self, session_id: str, event: Event) -> SessionState:
-        """Stage an event and what it does to its session; the session as it stands from then on.
+        """Stage an event and apply it to its session; return the session.
 
-        Whoever calls has made sure that the event makes sense there. Events with more to them than that, an execution's
-        end for one, have methods of their own.
+        The caller has checked that the event is valid in the session's state. Events with further consequences, such
+        as the end of an execution, have separate methods.
         """
         state = self._edit(session_id)
         after = fold(state, event, self._moment, self._undo)
@@ -242,18 +246,26 @@ class UnitOfWork:
     # Variables
 
     def variable(self, session_id: str, identifier: str, *, hint: bool = True) -> Variable:
-        """The live variable of this name or id, or the not-found error that fits.
+        """Return the live variable with this name or id.
 
-        `hint`: say in it which one was perhaps meant, which takes a millisecond or more.
+        Args:
+            session_id: The session.
+            identifier: The variable's name or id.
+            hint: Whether the error suggests a similar name; finding one takes a millisecond or more.
+
+        Raises:
+            SessionNotFoundError: The session does not exist, or has ended.
+            VariableNotFoundError: The session has no such variable.
         """
         state = self.session(session_id)
-        found = state.find(identifier)
-        if found is None:
-            raise VariableNotFoundError(session_id, identifier, _near(identifier, state.variables) if hint else "")
-        return self.current(found)
+        variable = state.find(identifier)
+        if variable is None:
+            suggestion = _suggestion(identifier, state.variables) if hint else ""
+            raise VariableNotFoundError(session_id, identifier, suggestion)
+        return self.current(variable)
 
     def current(self, variable: Variable) -> Variable:
-        """The variable with an optimization whose lease has ended taken off."""
+        """Return the variable without its optimization lock if the lock's lease has ended."""
         lock = variable.optimization
         if lock is not None and lock.expires_at() <= self.now:
             return variable._replace(optimization=None)
@@ -278,7 +290,7 @@ class UnitOfWork:
         source: Source,
         kind: ChangeKind = ChangeKind.SET,
     ) -> Variable:
-        """Append a version with `value` (already normalised); the variable as it stands afterwards."""
+        """Append a version with `value`, which is normalised already; return the new state of the variable."""
         state = self._edit(session_id)
         version = self._version(variable, variable.version + 1, kind, value, metadata, source)
         written = advanced(variable, version)
@@ -288,14 +300,14 @@ class UnitOfWork:
         return written
 
     def _check_room(self, state: SessionState, growth: int) -> None:
-        """Refuse what makes a session larger than a client can be told in one message."""
+        """Refuse a change that makes the session too large to send to a client in one message."""
         size_bytes, most = state.weight_bytes + growth, self.limits.session_size_bytes
-        # One that is too large already, because the setting was changed, may still shrink.
+        # A session that is too large already, because the setting was lowered, may still shrink.
         if growth > 0 and size_bytes > most:
             raise LimitExceededError("size of the session in bytes", size_bytes, most, "session_size_bytes")
 
     def delete_variable(self, session_id: str, variable: Variable) -> None:
-        """Append a deletion and take the variable and its dependencies out of the live state."""
+        """Append a deletion, and remove the variable and its dependencies from the live state."""
         state = self._edit(session_id)
         self._undo.append((restore, (self._drafts, {"gone": self._drafts.gone})))
         self._drafts.gone = {**self._drafts.gone, (session_id, variable.name): variable.id}
@@ -304,21 +316,21 @@ class UnitOfWork:
         self._stage(version, advanced(variable, version))
 
     def find_version(self, session_id: str, variable: Variable, version: int) -> VariableVersion | None:
-        """One version of a live variable, those that this group has staged included."""
+        """Return one version of a live variable, whether committed or staged by this group."""
         for change in reversed(self._drafts.versions):
             if change.version.variable_id == variable.id and change.version.version == version:
                 return change.version
         return self._drafts.backing.find_version(self.session(session_id), variable.id, version)
 
     def history(self, session_id: str, query: VersionQuery) -> list[VariableVersion]:
-        """The committed versions, newest first; deleted variables included."""
-        found = self._drafts.backing.history(self.session(session_id), query)
-        if found is None:
+        """Return committed versions, newest first, also of a deleted variable."""
+        versions = self._drafts.backing.history(self.session(session_id), query)
+        if versions is None:
             raise VariableNotFoundError(session_id, query.identifier)
-        return found
+        return versions
 
     def find_last_id(self, session_id: str, name: str) -> str | None:
-        """The id of the variable that has the name, or had it last; None if none ever had."""
+        """Return the id of the variable that has the name, or had it last; None if no variable ever had it."""
         state = self.session(session_id)
         if (live := state.find(name)) is not None:
             return live.id
@@ -328,7 +340,7 @@ class UnitOfWork:
         return newest[0].variable_id if newest else None
 
     def find_last_type(self, session_id: str, identifier: str) -> str | None:
-        """The type of the variable that has the name or id, or had it last; None if none ever had."""
+        """Return the type of the variable that has the name or id, or had it last; None if none ever had it."""
         state = self.find_session(session_id)
         if state is None:
             return None
@@ -340,12 +352,12 @@ class UnitOfWork:
     # Optimization
 
     def stop_optimization(self, session_id: str, variable: Variable, lock: Optimization, reason: str) -> Variable:
-        """Take the lock off the variable."""
+        """Remove the lock from the variable."""
         self.record(session_id, OptimizationStopped(variable.id, lock.id, reason))
         return variable._replace(optimization=None)
 
     def drop_ended_lock(self, session_id: str, variable: Variable) -> Variable:
-        """Log the end of a lock whose lease ran out, once somebody changes the variable after it."""
+        """Log the end of a lock whose lease ran out, before the variable is changed."""
         if variable.optimization is not None:
             return variable
         kept = self.session(session_id).variables.get(variable.name)
@@ -356,7 +368,7 @@ class UnitOfWork:
     # Tools and their executions
 
     def register_tools(self, session_id: str, event: ToolsRegistered) -> None:
-        """Keep tools that a worker runs; one of the same name is replaced."""
+        """Register the tools of a worker; they replace tools with the same names."""
         tools = self._edit(session_id).tools
         replaced = [tools[tool.spec.name] for tool in event.tools if tool.spec.name in tools]
         growth = sum(map(size_of_tool, event.tools)) - sum(map(size_of_tool, replaced))
@@ -376,12 +388,12 @@ class UnitOfWork:
             )
 
     def interrupt(self, session_id: str, execution_ids: Iterable[str], reason: str) -> None:
-        """End executions that run, because something else ended."""
+        """End running executions because something that they depend on has ended."""
         for execution_id in execution_ids:
             self.end_execution(session_id, ExecutionEnded(execution_id, ExecutionStatus.INTERRUPTED, reason=reason))
 
     def find_execution(self, session_id: str, key: str) -> JournalEntry | None:
-        """The last execution under this idempotency key that has ended."""
+        """Return the last ended execution with this idempotency key."""
         state = self.session(session_id)
         staged = self._drafts.executions.get((state.session.sequence, key))
         return staged if staged is not None else self._drafts.backing.find_execution(state, key)
@@ -389,7 +401,7 @@ class UnitOfWork:
     # Pruning
 
     def prune(self, session: Session, key: int, event: Pruned) -> None:
-        """Account for history that goes. The session, of which the store knows by `key`, may have ended."""
+        """Stage the removal of history. The session, which the store knows by `key`, may have ended."""
         live = self._drafts.find(session.id)
         if live is not None and live.key == key:
             self._edit(session.id)
@@ -400,14 +412,14 @@ class UnitOfWork:
     # Outcomes of keyed requests
 
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
-        """What was answered under this idempotency key."""
+        """Return the outcome recorded under this idempotency key."""
         staged = self._drafts.outcomes.get((session_id, key))
         if staged is not None or session_id in self._drafts.forgotten:
             return staged
         return self._drafts.backing.find_outcome(session_id, key)
 
     def _forget_outcomes(self, session_id: str) -> None:
-        """Keys belong to a session, not to its id: the next session of this id may use them again."""
+        """Forget the session's outcomes, because the next session with this id may use the same keys."""
         drafts = self._drafts
         for place in [place for place in drafts.outcomes if place[0] == session_id]:
             self._undo.append((drafts.outcomes.__setitem__, (place, drafts.outcomes.pop(place))))
@@ -416,7 +428,7 @@ class UnitOfWork:
             self._undo.append((drafts.forgotten.discard, (session_id,)))
 
     def record_outcome(self, outcome: RecordedOutcome) -> None:
-        """Keep the answer in the same commit as what it answers for."""
+        """Record an outcome in the same commit as the changes of its request."""
         place = (outcome.session_id, outcome.key)
         self._drafts.outcomes[place] = outcome
         self._undo.append((self._drafts.outcomes.pop, (place, None)))
@@ -425,27 +437,27 @@ class UnitOfWork:
     # Bookkeeping
 
     def count_matching(self, name: str, work: int) -> None:
-        """Refuse a value if all that this unit matches with patterns becomes too much; see `values.constraints`."""
+        """Refuse a value if pattern matching takes too much work in this unit; see `values.constraints`."""
         self._matching = count_matching(self._matching, name, work)
 
     def new_token(self) -> str:
-        """A unique, unguessable part of an id: 12 hexadecimal digits, or what `tokens` has been set to give."""
+        """Return the next of `tokens`, for use in an id: by default 12 random hexadecimal digits."""
         return next(self.tokens)
 
     def has_changes(self) -> bool:
-        """Whether keeping this unit makes a commit."""
+        """Whether this unit makes a commit."""
         return bool(self.versions or self.events)
 
     def savepoint(self) -> Savepoint:
-        """A point to which `rollback_to` can return."""
+        """Return a point to which `rollback_to` can return."""
         return len(self._undo), len(self.versions), len(self.events)
 
     def rollback_to(self, savepoint: Savepoint) -> None:
-        """Take back everything staged since."""
+        """Undo everything staged since the savepoint."""
         undo, versions, events = savepoint
         while len(self._undo) > undo:
-            take_back, arguments = self._undo.pop()
-            take_back(*arguments)
+            undo_one, arguments = self._undo.pop()
+            undo_one(*arguments)
         if len(self.versions) > versions:
             del self._drafts.versions[versions - len(self.versions) :]
             del self.versions[versions:]
@@ -473,7 +485,7 @@ class UnitOfWork:
 
     @property
     def _moment(self) -> Moment:
-        # Not kept: an import sets the time.
+        # Not cached, because an import sets the time.
         return Moment(self.sequence, self.now, self.steady)
 
     def _version(
@@ -506,14 +518,14 @@ class UnitOfWork:
 
 
 def up_to(versions: Sequence[VariableVersion], most_bytes: int | None) -> list[VariableVersion]:
-    """The first of `versions`, until they have `most_bytes`; at least one."""
+    """Return the first of `versions`, up to the one with which they reach `most_bytes`."""
     if most_bytes is None:
         return list(versions)
     before = accumulate((version.size_bytes for version in versions), initial=0)
     return [version for version, size_bytes in zip(versions, before, strict=False) if size_bytes < most_bytes]
 
 
-def _near(identifier: str, names: Iterable[str]) -> str:
+def _suggestion(identifier: str, names: Iterable[str]) -> str:
     return did_you_mean(closest(identifier, names))
 
 

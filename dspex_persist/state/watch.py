@@ -1,8 +1,8 @@
 """Watching a session by pull.
 
-A watch remembers the last commit that it has told; the writer only wakes it. Recent commits of watched sessions
-are kept in memory, a bounded number each; a watch that has fallen behind them reads the file. Nothing queues for a
-watch, so one that does not read costs nothing.
+A watch remembers the last commit that it delivered; the writer only wakes it. Memory keeps a bounded number of recent
+commits of each watched session; a watch that is further behind reads the file. Nothing queues up for a watch, so one
+that does not pull costs nothing.
 """
 
 import threading
@@ -19,9 +19,13 @@ _RECENT_BYTES = 4 * 1024 * 1024
 
 
 class Watch(ABC):
-    """The changes of one session from a commit on: whole commits, in order, none twice or missing, only durable ones.
+    """The durable commits of one session from some commit on: whole, in order, each exactly once.
 
-    `initial` are the watched variables as of commit `position`, from which the watch goes on.
+    Iterate over it, or call `next`; close it when done, for example with a `with` block.
+
+    Attributes:
+        initial: The watched variables as of commit `position`; empty if the watch resumed after a commit.
+        position: The number of the last commit that was delivered.
     """
 
     initial: tuple[Variable, ...]
@@ -29,23 +33,36 @@ class Watch(ABC):
 
     @abstractmethod
     def pull(self) -> list[Update]:
-        """What is there now, at most some hundred commits; [] if nothing. `SessionNotFoundError` once the session has
-        ended and everything has been told."""
+        """Return the updates that are available now, from at most a few hundred commits; [] if there are none.
+
+        Raises:
+            SessionNotFoundError: The session has ended, and all its updates have been delivered.
+        """
 
     @abstractmethod
     def pull_ready(self) -> list[Update] | None:
-        """The same without waiting for anything; None if `pull` would have to read a file."""
+        """Return the same as `pull` without blocking; None if `pull` would have to read the file."""
 
     @abstractmethod
     def notify(self, wake: Callable[[], None]) -> None:
-        """Have `wake` called, from any thread, whenever there may be something to pull. It must not block."""
+        """Call `wake`, from any thread, whenever there may be updates to pull. It must not block."""
 
     @abstractmethod
     def close(self) -> None:
         """Stop watching."""
 
     def next(self, timeout_s: float | None = None) -> list[Update]:
-        """Wait for updates; [] after `timeout_s`."""
+        """Wait for updates.
+
+        Args:
+            timeout_s: How long to wait at most, in seconds; None to wait without a limit.
+
+        Returns:
+            The updates, in order; [] if there were none within `timeout_s`.
+
+        Raises:
+            SessionNotFoundError: The session has ended, and all its updates have been delivered.
+        """
         ready = threading.Event()
         self.notify(ready.set)
         updates = self.pull()
@@ -70,7 +87,7 @@ class Watch(ABC):
 
 
 class Feed:
-    """The recent commits of one watched session, for all who watch it."""
+    """The recent commits of one watched session, shared by all its watches."""
 
     __slots__ = ("commits", "ended", "floor", "size_bytes", "watching")
 
@@ -82,27 +99,27 @@ class Feed:
         self.watching: dict[object, Callable[[], None]] = {}
 
     def after(self, position: int) -> list[CommitChanges] | None:
-        """The commits after `position`, or None if memory does not reach back so far."""
-        # The list first: should the writer let commits go in between, the floor then says so.
+        """Return the commits after `position`, or None if memory does not reach back that far."""
+        # The list before the floor: if the writer drops commits in between, the floor shows it.
         commits = self.commits
         if position < self.floor:
             return None
         return [commit for commit in commits if commit.sequence > position]
 
     def add(self, commits: Sequence[CommitChanges]) -> None:
-        """Take new commits in, let old ones go. Readers hold the old list: it is never changed."""
+        """Add new commits and drop old ones. Readers may hold the old list, so it is replaced, never changed."""
         kept = [*self.commits, *commits]
         self.size_bytes += sum(commit.size_bytes for commit in commits)
-        let_go = 0
-        while len(kept) - let_go > _RECENT_COMMITS or (self.size_bytes > _RECENT_BYTES and let_go < len(kept)):
-            self.size_bytes -= kept[let_go].size_bytes
-            self.floor = kept[let_go].sequence
-            let_go += 1
-        self.commits = kept[let_go:]
+        dropped = 0
+        while len(kept) - dropped > _RECENT_COMMITS or (self.size_bytes > _RECENT_BYTES and dropped < len(kept)):
+            self.size_bytes -= kept[dropped].size_bytes
+            self.floor = kept[dropped].sequence
+            dropped += 1
+        self.commits = kept[dropped:]
 
 
 class Hub:
-    """The feeds of all watched sessions, by the number of the session's first commit; `count`: how many watch."""
+    """The feeds of all watched sessions, by the number of each session's first commit. `count`: the open watches."""
 
     def __init__(self, sequence: int) -> None:
         self._lock = threading.Lock()
@@ -112,34 +129,40 @@ class Hub:
         self.count = 0
 
     def is_watched(self, first_sequence: int) -> bool:
-        """Whether anybody watches the session that began with this commit."""
+        """Whether the session that began with this commit has a watch."""
         return first_sequence in self._feeds
 
-    def join(self, first_sequence: int, who: object) -> Feed:
-        """The session's feed; commits published from now on reach it."""
+    def join(self, first_sequence: int, watch: object) -> Feed:
+        """Return the session's feed for `watch`; it contains all commits published from now on."""
         with self._lock:
             feed = self._feeds.setdefault(first_sequence, Feed(self._sequence))
-            feed.watching[who] = _no_wake
+            feed.watching[watch] = _no_wake
             self.count += 1
             return feed
 
-    def leave(self, first_sequence: int, who: object) -> None:
-        """Stop feeding `who`."""
+    def leave(self, first_sequence: int, watch: object) -> None:
+        """Remove `watch` from the session's feed."""
         with self._lock:
             feed = self._feeds.get(first_sequence)
-            if feed is None or feed.watching.pop(who, None) is None:
+            if feed is None or feed.watching.pop(watch, None) is None:
                 return
             self.count -= 1
             if not feed.watching:
                 del self._feeds[first_sequence]
 
     def advance(self, sequence: int) -> None:
-        """Say that commits up to `sequence` are about to be published: who joins from now on finds them in the file."""
+        """Note that commits up to `sequence` are about to be published. New watches find them in the file."""
         with self._lock:
             self._sequence = sequence
 
     def publish(self, commits: dict[int, list[CommitChanges]], ended: Collection[int], sequence: int) -> None:
-        """Give the watched sessions their durable commits up to `sequence`. Who watches them is woken by `wake`."""
+        """Add durable commits up to `sequence` to the feeds of watched sessions. `wake` then wakes their watches.
+
+        Args:
+            commits: The new commits, by the number of their session's first commit.
+            ended: The sessions that ended, by the same number.
+            sequence: The number of the store's last commit.
+        """
         with self._lock:
             self._sequence = sequence
             for first_sequence, added in commits.items():
@@ -152,20 +175,23 @@ class Hub:
                     self._due.append(feed)
 
     def wake(self) -> None:
-        """Wake who watches what was published since. Whoever wrote it was answered before: thousands may watch."""
+        """Wake the watches of the sessions published since the last call.
+
+        Separate from `publish`, because the writer first answers its callers: there may be thousands of watches.
+        """
         with self._lock:
             due, self._due = self._due, []
-            wakes = {who: wake for feed in due for who, wake in feed.watching.items()}
+            wakes = {watch: wake for feed in due for watch, wake in feed.watching.items()}
         for wake in wakes.values():
             wake()
 
-    def let_go(self) -> None:
-        """Forget all who watch, in a forked child, where a thread that is no more may hold the lock."""
+    def forget_watches(self) -> None:
+        """Forget all watches in a forked child, where the lock may be held by a thread that does not exist there."""
         self._lock = threading.Lock()
         self._feeds, self._due, self.count = {}, [], 0
 
     def wake_all(self) -> None:
-        """Wake every watch, to see that its store has closed."""
+        """Wake every watch, so that it notices that its store has closed."""
         with self._lock:
             wakes = [wake for feed in self._feeds.values() for wake in feed.watching.values()]
         for wake in wakes:
@@ -177,15 +203,15 @@ def _no_wake() -> None:
 
 
 def updates_of(commit: CommitChanges, identifiers: Collection[str]) -> list[Update]:
-    """What a watcher of `identifiers` (names or ids; none: everything) is told of a commit."""
-    updates = [
+    """Return the updates of a commit for a watcher of `identifiers` (names or ids; empty for all variables)."""
+    changes = [
         (UpdateKind.DELETED if change.version.kind is ChangeKind.DELETED else UpdateKind.VALUE_CHANGE, change)
         for change in commit.changes
         if is_watched(change.variable, identifiers)
     ]
     affected = [variable for variable in commit.dependants if is_watched(variable, identifiers)]
-    total = len(updates) + len(affected)
-    told = [
+    total = len(changes) + len(affected)
+    updates = [
         Update(
             kind,
             change.variable,
@@ -195,17 +221,17 @@ def updates_of(commit: CommitChanges, identifiers: Collection[str]) -> list[Upda
             "",
             (part, total),
         )
-        for part, (kind, change) in enumerate(updates, 1)
+        for part, (kind, change) in enumerate(changes, 1)
     ]
     if affected:
         names = ", ".join(change.variable.name for change in commit.changes)
         created_at = commit.changes[0].version.created_at
-        for part, variable in enumerate(affected, len(told) + 1):
+        for part, variable in enumerate(affected, len(updates) + 1):
             kind = UpdateKind.DEPENDENCY_CHANGED
-            told.append(Update(kind, variable, commit.sequence, created_at, None, names, (part, total)))
-    return told
+            updates.append(Update(kind, variable, commit.sequence, created_at, None, names, (part, total)))
+    return updates
 
 
 def is_watched(variable: Variable, identifiers: Collection[str]) -> bool:
-    """Whether one of `identifiers` means the variable; no identifiers mean every variable."""
+    """Whether `identifiers` contain the variable's name or id; empty identifiers match every variable."""
     return not identifiers or variable.name in identifiers or variable.id in identifiers

@@ -1,4 +1,4 @@
-"""The writer: one thread that takes queued jobs and has them written group by group."""
+"""The writer: one thread that takes jobs from a queue and writes them in groups."""
 
 import threading
 import time
@@ -17,21 +17,29 @@ _logger: Final = get_logger(__name__)
 
 _MOST_IN_GROUP = 1024
 GAP_S = 0.003
-"""How long the writer waits, after a group of several, for its callers to come back: a COMMIT takes about as long."""
+"""How long the writer waits for more jobs after a group of several, in seconds: about as long as a COMMIT takes."""
 _CHECK_S = 1.0
-"""How often the writer looks whether it still has what it writes to, while nobody writes."""
+"""How often an idle writer checks that its file is still there and unchanged."""
 
 WriteGroup: TypeAlias = Callable[[Sequence[Job]], list[Outcome]]
 _Queued: TypeAlias = tuple[Job, Future[Any]]
 
 
 class Writer:
-    """Runs `write_group` on everything that is queued, again and again, and resolves the futures after it returns.
+    """Passes queued jobs to `write_group`, group by group, and resolves their futures when it returns.
 
-    `on_idle` runs about every `idle_s` seconds on the same thread, `check` about every second: what it raises ends the
-    writer. `on_answered` runs after `on_idle`, and after each group once its futures have been resolved. `on_fatal` is
-    called, once, with what ended the writer before its time; by then every waiting future has failed, and every later
-    submit does.
+    All callbacks run on the writer's thread. An exception in any of them ends the writer.
+
+    Args:
+        write_group: Writes a group of jobs and returns one outcome for each.
+        queue_length: How many jobs may wait; further ones fail with `QueueFullError`.
+        check: Called about every second.
+        on_idle: Called about every `idle_s` seconds.
+        idle_s: Interval of `on_idle` in seconds.
+        on_fatal: Called once if an exception ends the writer, with that exception. By then all waiting futures have
+            failed, and so does every later submit.
+        on_answered: Called after `on_idle`, and after each group once its futures are resolved.
+        gap_s: How long to wait for more jobs while several callers write, in seconds.
     """
 
     def __init__(
@@ -63,12 +71,16 @@ class Writer:
         self._thread.start()
 
     def submit(self, job: Job) -> Future[Any]:
-        """Queue a job. Jobs are written in the order in which they were queued."""
+        """Queue a job. Jobs are written in the order in which they were queued.
+
+        Returns:
+            A future for the job's result. It has already failed if the queue is full or the writer closed.
+        """
         future: Future[Any] = Future()
         if self._queue.qsize() >= self._queue_length:
             future.set_exception(QueueFullError(self._queue_length))
             return future
-        # The gate makes closing exact: what is queued before it is written, what comes after it is refused.
+        # The gate makes closing exact: jobs queued before it are written, later ones are refused.
         with self._gate:
             if self._closed is None:
                 self._queue.put((job, future))
@@ -90,8 +102,10 @@ class Writer:
             self._thread.join()
 
     def refuse(self, reason: StateError) -> None:
-        """Take no more jobs, in a forked child, which has no writer's thread; a thread that is no more may hold the
-        gate."""
+        """Refuse all jobs in a forked child, where the writer's thread does not exist.
+
+        The gate is replaced, because a thread that does not exist here either may hold it.
+        """
         self._gate = threading.Lock()
         self._closed = reason
 
@@ -99,17 +113,17 @@ class Writer:
         waiting: list[_Queued] = []
         try:
             self._loop(waiting)
-        except BaseException as error:  # noqa: BLE001 - a thread's boundary: nobody may be left waiting
+        except BaseException as error:  # noqa: BLE001 - a thread's boundary: no caller may be left waiting
             self._fail(waiting, error)
             self._on_fatal(error)
 
     def _loop(self, waiting: list[_Queued]) -> None:
-        company = 0
+        last_size = 0
         last_idle = last_check = last_end = time.monotonic()
         while True:
-            more = self._gather(waiting, company, last_end)
+            more = self._gather(waiting, last_size, last_end)
             if waiting:
-                company = len(waiting)
+                last_size = len(waiting)
                 self._write(waiting)
                 last_end = time.monotonic()
             if not more:
@@ -124,10 +138,10 @@ class Writer:
                 self._on_answered()
                 last_idle = time.monotonic()
 
-    def _gather(self, waiting: list[_Queued], company: int, last_end: float) -> bool:
-        """Fill `waiting` with what is queued, waiting for the first one; whether more may come.
+    def _gather(self, waiting: list[_Queued], last_size: int, last_end: float) -> bool:
+        """Wait for a job and move all queued ones to `waiting`; False once the writer has to end.
 
-        `company`: how many were in the last group.
+        `last_size`: the number of jobs in the last group.
         """
         try:
             first = self._queue.get(timeout=min(self._idle_s, _CHECK_S))
@@ -136,8 +150,8 @@ class Writer:
         if first is None:
             return False
         waiting.append(first)
-        if company > 1 or not self._queue.empty():
-            self._await_company(company - 1, last_end + self._gap_s - time.monotonic())
+        if last_size > 1 or not self._queue.empty():
+            self._await_others(last_size - 1, last_end + self._gap_s - time.monotonic())
         while len(waiting) < _MOST_IN_GROUP:
             try:
                 queued = self._queue.get_nowait()
@@ -148,22 +162,22 @@ class Writer:
             waiting.append(queued)
         return True
 
-    def _await_company(self, others: int, gap_s: float) -> None:
-        """While others write too, a short gap makes the groups larger and everything faster. Alone: no delay.
+    def _await_others(self, others: int, gap_s: float) -> None:
+        """Wait a little while several callers write: larger groups are faster for all. A single caller never waits.
 
-        It ends early when as many as in the last group are there again: then hardly anybody is missing.
+        The wait ends as soon as there are as many jobs as in the last group: by then hardly any caller is missing.
         """
         if gap_s <= 0 or self._queue.qsize() >= others > 0:
             return
         self._gathered.clear()
         self._awaited = others
-        # Looked at again after the mark was set: whoever came in between did not see it.
+        # Checked again now that `_awaited` is set, because jobs queued in between did not see it.
         if not self._queue.qsize() >= others > 0 and self._closed is None:
             self._gathered.wait(gap_s)
         self._awaited = 0
 
     def _write(self, waiting: list[_Queued]) -> None:
-        # A caller that gave up before its turn is left out; from here on it cannot cancel any more.
+        # Skip jobs that their callers have cancelled. From here on a job cannot be cancelled.
         waiting[:] = [queued for queued in waiting if queued[1].set_running_or_notify_cancel()]
         with forks.busy():
             outcomes = self._write_group([job for job, _ in waiting])
@@ -177,7 +191,7 @@ class Writer:
 
     def _fail(self, waiting: list[_Queued], error: BaseException) -> None:
         reason = error if isinstance(error, StateError) else OutcomeUnknownError(f"the writer ended: {error!r}")
-        # As text: a renderer of exceptions may show local variables, and those are users' values.
+        # As text, because exception renderers may show local variables, which hold users' values.
         trace = "" if isinstance(error, StateError) else trace_of(error)
         _logger.error("writer ended", reason=str(reason), traceback=trace)
         with self._gate:
@@ -191,5 +205,5 @@ class Writer:
             except Empty:
                 return
             if queued is not None and queued[1].set_running_or_notify_cancel():
-                # Not begun: certainly not written.
+                # Never started, so certainly not written.
                 queued[1].set_exception(EngineClosedError())

@@ -406,7 +406,7 @@ class TestAFolderOfOthers:
             connect(path)
         Path(f"{path}.lock").unlink()
         os.mkfifo(path)
-        with pytest.raises(NotADatabaseError, match="no regular file"):
+        with pytest.raises(NotADatabaseError, match="not a regular file"):
             connect(path)
 
     def test_a_file_that_others_can_read_is_told(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Opening the file: who owns it, the driver's settings, who begins a transaction and how, what its errors mean."""
+"""Opening the database file: ownership, the driver's settings, transactions, and the meaning of its errors."""
 
 import errno
 import fcntl
@@ -28,9 +28,9 @@ from dspex_persist.state.values.json_text import mended
 Durability: TypeAlias = Literal["full", "normal"]
 _SYNCHRONOUS = {"full": 2, "normal": 1}
 LOCK_WAIT_S: Final = 10.0
-"""How long SQLite tries to get a lock that another program has."""
+"""How long SQLite waits for a lock that another program holds."""
 WAL_LIMIT_BYTES: Final = 64 * 1024 * 1024
-"""A WAL that grew larger is cut back to this once all of it is in the file."""
+"""A larger WAL is truncated to this size once all of it is in the database."""
 
 _SIDE_FILES: Final = ("-wal", "-shm", "-journal")
 _DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
@@ -38,42 +38,47 @@ _logger: Final = get_logger(__name__)
 
 
 class Identity(NamedTuple):
-    """What a file is, whatever it is called."""
+    """Identifies a file independently of its names."""
 
     device: int
     inode: int
 
 
-def identity_of(found: os.stat_result) -> Identity:
-    """Whose `stat` this is."""
-    return Identity(found.st_dev, found.st_ino)
+def identity_of(status: os.stat_result) -> Identity:
+    """Return the identity of the file with this `stat`."""
+    return Identity(status.st_dev, status.st_ino)
 
 
 def resolved(path: Path) -> Path:
-    """The one name that a database has from here on, wherever the working directory goes and whatever links led to it.
+    """Return the absolute path of a database, without symbolic links, which SQLite follows as well.
 
-    SQLite follows links as well, and keeps its WAL beside the file itself.
+    SQLite keeps the WAL next to the file itself, so all code uses this one name from here on, even if the working
+    directory changes.
+
+    Raises:
+        NotADatabaseError: The path cannot be resolved, is not UTF-8, or is a folder.
     """
     try:
-        found = path.resolve()
+        target = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        # RuntimeError: links in a circle.
+        # RuntimeError: a cycle of links.
         raise NotADatabaseError(str(path), str(error)) from error
-    if any("\ud800" <= each <= "\udfff" for each in str(found)):
-        raise NotADatabaseError(str(found), "SQLite has names in UTF-8 only: rename what is not, or use another folder")
-    if not found.name:
+    if any("\ud800" <= each <= "\udfff" for each in str(target)):
+        reason = "SQLite has names in UTF-8 only: rename what is not, or use another folder"
+        raise NotADatabaseError(str(target), reason)
+    if not target.name:
         raise NotADatabaseError(str(path), "it is a folder: name a file in it")
-    return found
+    return target
 
 
-# Closing any descriptor of a file drops all POSIX locks that the process has on it, those of SQLite included: somebody
-# who then opens the file believes to be alone, and removes its WAL. SQLite knows that of its own descriptors. So a file
-# that this process owns is known by its identity before it is opened, and our one descriptor of it is closed only when
-# no other descriptor of it is left in the process.
+# Closing any descriptor of a file drops all POSIX locks that the process holds on it, including SQLite's. Another
+# process that then opens the file finds no locks, and removes its WAL when it closes it. SQLite takes care of this for
+# its own descriptors. For ours, we check the identity of a file before we open it, so that we never open one that this
+# process owns, and we close our one descriptor of it only when the process has no other.
 class _Gate:
-    """Held while files are looked at, opened or closed, so that none is opened between a look and what follows from it.
+    """A lock held while files are checked, opened or closed, so that no file is opened between a check and its use.
 
-    In a child that is forked nothing is left of what its parent has opened, unless it could not be let go of.
+    A forked child inherits none of its parent's open files, except those that could not be closed.
     """
 
     def __init__(self) -> None:
@@ -94,30 +99,37 @@ class _Gate:
 
 
 gate: Final = _Gate()
-"""The one of this process."""
+"""The gate of this process."""
 _owned: Final[dict[Identity, int]] = {}
-"""The files that are owned, and the process that does."""
+"""The owned files, and the process that owns each."""
 _parked: Final[list[int]] = []
-"""Descriptors of files that were given up, and that somebody in this process still has open."""
+"""Descriptors of released files that this process still has open elsewhere."""
 _connections: Final[WeakKeyDictionary[Engine, inherited.Connections]] = WeakKeyDictionary()
 
 
 class OwnershipLock:
-    """What makes this process the owner of a database, from before it touches the file until SQLite has let it go.
+    """Makes this process the only owner of a database, from before it touches the file until SQLite has closed it.
 
-    Each of three locks has a hole that another one closes. The lock file beside it tells others who the owner is, and
-    keeps them from touching anything; but it may be removed, and a hard link has another one. A lock of the file itself
-    (flock, which SQLite does not look at) holds wherever the file goes; but only on Linux: elsewhere it is of one kind
-    with SQLite's own locks, and would shut SQLite out. Both have to be asked by opening a file, which must not be done
-    to one that this process owns already: that is what the table of those is for.
+    There are three locks, because each alone has a gap. The lock file next to the database tells others who the owner
+    is, and keeps them from touching anything; but it can be removed, and a hard link has a different one. A lock on the
+    database itself (flock, which SQLite does not use) stays with the file wherever it is moved, but works only on
+    Linux: on other systems it conflicts with SQLite's own locks. Checking either lock means opening a file, which this
+    process must not do to a file that it already owns; so there is a table of those.
 
-    Until `announce` is called nothing beside the database has changed: what is refused stays as it was.
+    Until `announce` is called, nothing next to the database has changed: a refused file stays as it was.
     """
 
     def __init__(self, path: Path, *, create: bool = False, replace: bool = False) -> None:
-        """`create`: make the file, for its owner's eyes only, where there is none.
+        """Take the locks.
 
-        `replace`: another file takes its place, so that it does not matter which of its names its WAL is beside.
+        Args:
+            path: The database.
+            create: Create the file if it does not exist, readable only by its owner.
+            replace: Another file will replace it, so it does not matter next to which of its names the WAL is.
+
+        Raises:
+            DatabaseInUseError: Another owner has the file.
+            NotADatabaseError: The file cannot be opened or locked.
         """
         self._pid = os.getpid()
         self._is_announced = False
@@ -126,28 +138,28 @@ class OwnershipLock:
             _refuse_own(name)
             if create:
                 _refuse_nowhere(path)
-            self._beside = _LockFile(name)
+            self._lock_file = _LockFile(name)
             try:
                 self._identity, self._file = _take(name, create, replace)
             except BaseException:
-                self._beside.close_untouched()
+                self._lock_file.close_untouched()
                 raise
             _owned[self._identity] = self._pid
 
     @property
     def file(self) -> int | None:
-        """The descriptor of the database that holds the lock, as long as it does; None where none is needed."""
+        """The descriptor of the database that holds the lock; None on systems where there is none."""
         return self._file
 
     def announce(self) -> None:
-        """Write down who the owner is, for whoever comes second."""
+        """Write the owner's pid to the lock file, for error messages of other processes."""
         self._is_announced = True
-        self._beside.write(holder.own_text())
+        self._lock_file.write(holder.own_text())
 
     def release(self) -> None:
-        """Let others own the database. By then SQLite has closed it, unless somebody is still reading."""
+        """Release the locks. By now SQLite has closed the file, unless there are still readers."""
         if os.getpid() != self._pid:
-            # In a child that was forked: the locks are its parent's.
+            # In a forked child: the locks belong to the parent.
             return
         with gate():
             _owned.pop(self._identity, None)
@@ -156,33 +168,33 @@ class OwnershipLock:
                 _parked.append(self._file)
             _close_parked()
         if self._is_announced:
-            self._beside.write(b"")
-            self._beside.close()
+            self._lock_file.write(b"")
+            self._lock_file.close()
         else:
-            self._beside.close_untouched()
+            self._lock_file.close_untouched()
 
 
 class _LockFile:
-    """The locked file beside a database. Its text is for others to read: without it the lock is as good."""
+    """The locked file next to a database. Its text informs other processes; the lock works without it."""
 
     def __init__(self, database: Path) -> None:
         self._path = database.with_name(f"{database.name}.lock")
         while not self._take(database):
-            # Whoever made it was refused, and has removed it again: it keeps nobody out any more.
+            # The process that created this file was refused and has removed it, so a lock on it has no effect.
             forks.close(self._file)
 
     def _take(self, database: Path) -> bool:
         self._made = not os.path.lexists(self._path)
-        self._file = open_beside(database, ".lock")
+        self._file = open_side_file(database, ".lock")
         try:
-            _lock_beside(database, self._file)
+            _lock_side_file(database, self._file)
             return os.fstat(self._file).st_nlink > 0
         except BaseException:
             forks.close(self._file)
             raise
 
     def write(self, text: bytes) -> None:
-        # A disk without room must not keep the owner from starting.
+        # A full disk must not keep the owner from starting.
         with suppress(OSError):
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, text, 0)
@@ -191,7 +203,7 @@ class _LockFile:
         forks.close(self._file)
 
     def close_untouched(self) -> None:
-        """Leave it as it was found; where it was not there, remove it."""
+        """Leave the file as it was; remove it if this process created it."""
         if self._made:
             with suppress(OSError):
                 self._path.unlink()
@@ -200,7 +212,7 @@ class _LockFile:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Errors speak of the file as its user does."""
+    """Let errors name the file as the caller did."""
     try:
         yield
     except (DatabaseInUseError, NotADatabaseError) as error:
@@ -208,7 +220,7 @@ def _named(path: Path) -> Iterator[None]:
         raise
 
 
-def _lock_beside(path: Path, file: int) -> None:
+def _lock_side_file(path: Path, file: int) -> None:
     with _reported(path, ".lock"):
         if _is_taken(file):
             raise DatabaseInUseError(str(path), holder.pid_of(os.pread(file, holder.TEXT_MAX_BYTES, 0)))
@@ -232,7 +244,7 @@ def _refuse_own(path: Path) -> None:
 
 
 def _refuse_nowhere(path: Path) -> None:
-    """Make no tree of folders for a slip in a path, and no file where a link of unknown origin points to."""
+    """Create no folders for a mistyped path, and no file where a link of unknown origin points to."""
     if not path.parent.is_dir():
         advice = f"make it first: mkdir -p {path.parent}"
         if path.parts[0].startswith("~"):
@@ -244,28 +256,29 @@ def _refuse_nowhere(path: Path) -> None:
 
 
 def _take(path: Path, create: bool, replace: bool) -> tuple[Identity, int | None]:
-    """Lock the file itself; its identity, and the descriptor that holds the lock (None where none is needed)."""
+    """Lock the database itself; return its identity, and the descriptor that holds the lock (None if not on Linux)."""
     with _reported(path):
         if create and not os.path.lexists(path):
-            # Nobody can have a lock on what is new, so this one may be closed.
+            # A new file has no locks yet, so this descriptor may be closed.
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise NotADatabaseError(str(path), os.strerror(errno.EISDIR) if path.is_dir() else "it is no regular file")
-        identity = identity_of(found)
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            reason = os.strerror(errno.EISDIR) if path.is_dir() else "it is not a regular file"
+            raise NotADatabaseError(str(path), reason)
+        identity = identity_of(status)
         if sys.platform != "linux":
             if not replace:
-                _refuse_second_name(path, found)
+                _refuse_second_name(path, status)
             return identity, None
         file = forks.own(os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
-        # Not ours yet, and not to be closed just so either.
+        # Not owned yet, but closing it could already drop SQLite's locks.
         _parked.append(file)
         try:
             identity = identity_of(os.fstat(file))
             if identity in _owned or _is_taken(file):
                 raise DatabaseInUseError(str(path), _owned.get(identity))
             if not replace:
-                _refuse_second_name(path, found)
+                _refuse_second_name(path, status)
             _parked.remove(file)
         finally:
             _close_parked()
@@ -281,7 +294,7 @@ def _is_taken(file: int) -> bool:
 
 
 def _close_parked() -> None:
-    """Close what can be closed without taking a lock from SQLite."""
+    """Close the parked descriptors that can be closed without dropping SQLite's locks."""
     for file in _parked.copy():
         if not _has_another(file):
             _parked.remove(file)
@@ -289,10 +302,10 @@ def _close_parked() -> None:
 
 
 def _has_another(file: int) -> bool:
-    """Whether the process has the file open elsewhere, too; it has if nobody can tell."""
+    """Whether the process has the file open elsewhere, too; True if that cannot be determined."""
     identity = identity_of(os.fstat(file))
     try:
-        others = {int(name) for name in os.listdir("/dev/fd")}.difference(_parked)  # noqa: PTH208 -- many are looked at
+        others = {int(name) for name in os.listdir("/dev/fd")}.difference(_parked)  # noqa: PTH208 -- names, not paths
     except OSError:
         return True
     for other in others:
@@ -302,9 +315,9 @@ def _has_another(file: int) -> bool:
     return False
 
 
-def _refuse_second_name(path: Path, found: os.stat_result) -> None:
-    """SQLite keeps the WAL beside the name that a file was opened by, and finds it by no other name."""
-    for name in _other_names(path, identity_of(found)) if found.st_nlink > 1 else ():
+def _refuse_second_name(path: Path, status: os.stat_result) -> None:
+    """Refuse a hard link if another name of the file has a WAL, which SQLite would not find by this name."""
+    for name in _other_names(path, identity_of(status)) if status.st_nlink > 1 else ():
         with suppress(OSError):
             if Path(f"{name}-wal").stat().st_size:
                 reason = f"it is {name} as well, and {name}-wal holds commits: open it by that name"
@@ -312,14 +325,14 @@ def _refuse_second_name(path: Path, found: os.stat_result) -> None:
 
 
 def warn_of_others(path: Path) -> None:
-    """Say what the file's mode lets others do, and what a second name of it may do."""
-    found = path.stat()
-    if found.st_mode & 0o066:
-        mode = f"{stat.S_IMODE(found.st_mode):04o}"
+    """Log a warning if the file's mode gives others access, or if it has several names."""
+    status = path.stat()
+    if status.st_mode & 0o066:
+        mode = f"{stat.S_IMODE(status.st_mode):04o}"
         _logger.warning("others can read or write the database", db=str(path), mode=mode, hint=f"chmod 600 {path}")
-    if found.st_nlink > 1:
-        hint = "its WAL is beside the name that it was opened by: always use the same one"
-        _logger.warning("the database has several names", db=str(path), names=found.st_nlink, hint=hint)
+    if status.st_nlink > 1:
+        hint = "SQLite keeps the WAL next to the name by which the file was opened: always use the same name"
+        _logger.warning("the database has several names", db=str(path), names=status.st_nlink, hint=hint)
 
 
 def _other_names(path: Path, identity: Identity) -> list[Path]:
@@ -332,69 +345,79 @@ def _other_names(path: Path, identity: Identity) -> list[Path]:
     return []
 
 
-def open_beside(database: Path, suffix: str) -> int:
-    """A descriptor of a private file of ours beside the database; `NotADatabaseError` where there can be none.
+def open_side_file(database: Path, suffix: str) -> int:
+    """Open, and if necessary create, a private file next to the database.
 
-    In a folder that others can write to, something of theirs may lie there to have it overwritten, or what it points
-    to: links are not followed, and what belongs to a stranger is not touched.
+    In a folder that others can write to, they may have put a file or a link there to have it, or its target,
+    overwritten. So links are not followed, and files of other users are not touched.
+
+    Args:
+        database: The database.
+        suffix: What its name gets appended, such as ".lock".
+
+    Returns:
+        The file's descriptor, which forked children close.
+
+    Raises:
+        NotADatabaseError: The file cannot be created or opened, or is not ours.
     """
     path = database.with_name(database.name + suffix)
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     with _reported(database, suffix):
         if path.is_symlink():
-            raise NotADatabaseError(str(database), f"{path.name} is a link, which nobody of us made: remove it")
+            raise NotADatabaseError(str(database), f"{path.name} is a link that dspex-persist did not make: remove it")
         file = os.open(path, flags, 0o600)
         try:
             _refuse_strange(database, path, os.fstat(file))
         except BaseException:
             os.close(file)
             raise
-    # A child that outlives this process must not keep what it has locked.
+    # A child that outlives this process must not keep its locks.
     return forks.own(file)
 
 
-def _refuse_strange(database: Path, path: Path, found: os.stat_result) -> None:
+def _refuse_strange(database: Path, path: Path, status: os.stat_result) -> None:
     folder = path.parent.stat()
     trusted = {0, os.geteuid(), folder.st_uid}
     with suppress(OSError):
         trusted.add(database.stat().st_uid)
-    is_shared = found.st_nlink > 1 and folder.st_mode & 0o022
-    if not stat.S_ISREG(found.st_mode) or is_shared:
+    is_shared = status.st_nlink > 1 and folder.st_mode & 0o022
+    if not stat.S_ISREG(status.st_mode) or is_shared:
         raise NotADatabaseError(str(database), f"{path.name} is not a file of its own: remove it")
-    if found.st_uid not in trusted:
-        raise NotADatabaseError(str(database), f"{path.name} belongs to another user ({found.st_uid}): remove it")
+    if status.st_uid not in trusted:
+        raise NotADatabaseError(str(database), f"{path.name} belongs to another user ({status.st_uid}): remove it")
 
 
 def open_writer(path: Path, durability: Durability = "full") -> Engine:
-    """An engine with the one connection that writes and checkpoints; every transaction is BEGIN IMMEDIATE."""
+    """Return an engine with the only connection that writes and checkpoints. Its transactions are BEGIN IMMEDIATE."""
     name = resolved(path)
     connections = inherited.Connections(name)
 
     def connect() -> sqlite3.Connection:
         connections.check()
         with gate():
-            # The driver must not guess when a transaction starts: `_begin` says so.
+            # `_begin` starts transactions; the driver must not start any automatically.
             connection = sqlite3.connect(
                 name, isolation_level=None, check_same_thread=False, timeout=LOCK_WAIT_S, factory=inherited.Connection
             )
             connections.add(connection)
-            # This has SQLite open what is beside the file, see untouched.py.
+            # With this, SQLite opens the files next to the database; see untouched.py.
             _set_and_assert(connection, durability)
         return connection
 
-    # One connection for the life of the engine: a second one that writes is what the WAL-reset bug needs.
+    # One connection for the life of the engine: SQLite's WAL-reset bug needs a second one that writes.
     engine = create_engine("sqlite://", creator=connect, poolclass=StaticPool)
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
-        # By the driver: SQLAlchemy's way to a statement costs more than the statement.
+        # On the driver, because SQLAlchemy takes longer to prepare this statement than SQLite to run it.
         connection.connection.cursor().execute("BEGIN IMMEDIATE")
 
     return engine
 
 
 def _set_and_assert(connection: sqlite3.Connection, durability: Durability) -> None:
-    """Set what the promises rest on, and read it back: a pragma that does not take says nothing."""
+    """Set the pragmas that our guarantees depend on, and check them: a pragma without effect reports no error."""
     wanted = _SYNCHRONOUS[durability]
     mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
     connection.execute(f"PRAGMA synchronous = {wanted}")
@@ -412,21 +435,21 @@ def _set_and_assert(connection: sqlite3.Connection, durability: Durability) -> N
 
 
 class _AtRest(inherited.Connection):
-    """A connection to a file that nobody has open, in a folder where this process can make no file.
+    """A connection to a file that no program has open, in a folder where this process cannot create files.
 
-    SQLite reads a file in WAL mode with the help of files beside it. Where it can make none it has to be told that
-    nothing changes (`immutable`). That is so only while nobody opens it for writing, which is looked at again.
+    To read a file in WAL mode, SQLite needs further files next to it. If it cannot create them, the file has to be
+    opened as `immutable`. That is correct only until a program opens it for writing, so each read checks for that.
     """
 
     state: tuple[int, ...] | None
 
 
 def _state_at_rest(path: Path) -> tuple[int, ...] | None:
-    """What tells a later state of the file from this one; None where it can be read the usual way."""
+    """Return values that change when the file is written to; None if it can be read in the usual way."""
     if any(os.path.lexists(f"{path}{suffix}") for suffix in _SIDE_FILES) or _can_write(path.parent):
         return None
-    found = path.stat()
-    return (*identity_of(found), found.st_size, found.st_mtime_ns)
+    status = path.stat()
+    return (*identity_of(status), status.st_size, status.st_mtime_ns)
 
 
 def _can_write(folder: Path) -> bool:
@@ -434,9 +457,13 @@ def _can_write(folder: Path) -> bool:
 
 
 def open_readers(path: Path, size: int = 4) -> Engine:
-    """An engine of read-only connections; each transaction is one snapshot. Keep them short: they hold the WAL.
+    """Return an engine with read-only connections, in which each transaction is a snapshot.
 
-    `size`: how many stay open for the next ones. Nobody waits for a connection: who finds none opens one more.
+    Keep transactions short: the WAL grows while one is open.
+
+    Args:
+        path: The database.
+        size: How many idle connections the pool keeps. If none is idle, another one is opened; callers never wait.
     """
     name = resolved(path)
     connections = inherited.Connections(name)
@@ -481,19 +508,19 @@ def open_readers(path: Path, size: int = 4) -> Engine:
 
 
 def uri_of(path: Path) -> str:
-    """How SQLite is told to open the file for reading only."""
+    """Return the URI by which SQLite opens the file read-only."""
     return f"file:{quote(str(path))}?mode=ro"
 
 
 def connect_to(uri: str) -> inherited.Connection:
-    """A connection that begins no transaction by itself. To be called inside the gate."""
+    """Return a connection that starts no transactions automatically. The caller holds the gate."""
     return sqlite3.connect(
         uri, uri=True, isolation_level=None, check_same_thread=False, timeout=LOCK_WAIT_S, factory=inherited.Connection
     )
 
 
 def _touched(connection: inherited.Connection) -> inherited.Connection:
-    """Have SQLite open what is beside the file now, inside the gate, and not when it is first read."""
+    """Have SQLite open the files next to the database now, inside the gate, and not at the first read."""
     try:
         with closing(connection.cursor()) as cursor:
             cursor.execute("SELECT 1 FROM sqlite_schema").fetchone()
@@ -512,27 +539,32 @@ def _rests(path: Path, connection: _AtRest) -> bool:
 
 @contextmanager
 def snapshot(readers: Engine) -> Iterator[Connection]:
-    """A short read transaction. What SQLite reports in it is raised as `ReadFailedError` or `NotADatabaseError`."""
+    """Open a short read transaction.
+
+    Raises:
+        ReadFailedError: SQLite could not read the file.
+        NotADatabaseError: The file is damaged, or this process may not read it.
+    """
     path = Path(readers.url.database or "")
-    # Looked at before the pool is: a thread that a fork left behind may have held its lock.
+    # Before using the pool: in a forked child, its lock may be held by a thread that does not exist there.
     _connections[readers].check()
     try:
         with forks.busy(), readers.begin() as connection:
             yield connection
             driver = connection.connection.dbapi_connection
             if isinstance(driver, _AtRest) and not _rests(path, driver):
-                raise ReadFailedError(str(path), "somebody opened it for writing meanwhile; ask again")
+                raise ReadFailedError(str(path), "another program opened it for writing meanwhile; repeat the call")
     except (DBAPIError, sqlite3.Error) as error:
         raise read_error(path, error) from error
 
 
 def code_of(error: BaseException | None) -> int:
-    """SQLite's own, without what it adds to some."""
+    """Return SQLite's primary error code, without the extended part; 0 if there is none."""
     return int(getattr(getattr(error, "orig", error), "sqlite_errorcode", 0)) & 0xFF
 
 
 def read_error(path: Path, error: DBAPIError | sqlite3.Error) -> NotADatabaseError | ReadFailedError:
-    """What an error of SQLite means that came while the file was read."""
+    """Convert an error that SQLite reported while reading the file."""
     original, code = getattr(error, "orig", error), code_of(error)
     if code in _DAMAGED:
         mixture = _mixture(path)
@@ -546,7 +578,7 @@ def read_error(path: Path, error: DBAPIError | sqlite3.Error) -> NotADatabaseErr
 
 
 def looking_error(path: Path, error: OSError) -> NotADatabaseError | ReadFailedError:
-    """What an error of the operating system means that came while the files were looked at."""
+    """Convert an error that the operating system reported while the files were inspected."""
     obstacle = _obstacle(path)
     if obstacle is not None:
         return NotADatabaseError(str(path), obstacle)
@@ -554,7 +586,7 @@ def looking_error(path: Path, error: OSError) -> NotADatabaseError | ReadFailedE
 
 
 def _mixture(path: Path) -> str:
-    """What to know where the WAL beside the file may be another one's: SQLite reads it all the same."""
+    """Return a note for the error if there is a WAL, which SQLite reads even if it belongs to another file."""
     try:
         if not Path(f"{path}-wal").stat().st_size:
             return ""
@@ -564,23 +596,23 @@ def _mixture(path: Path) -> str:
 
 
 def _obstacle(path: Path) -> str | None:
-    """Why this process cannot read the file; None where nothing speaks against it."""
+    """Return why this process cannot read the file; None if there is no known reason."""
     for file in (path, Path(f"{path}-wal"), Path(f"{path}-shm")):
         if os.path.lexists(file) and not os.access(file, os.R_OK):
-            return f"this user may not read {file.name}; ask its owner for the right to, or for a backup"
+            return f"this user may not read {file.name}; ask its owner for read permission, or for a backup"
     if not os.path.lexists(path):
         return "there is no such file"
     if os.path.lexists(f"{path}-wal") and not _can_write(path.parent):
         return (
-            f"there are commits in {path.name}-wal, and reading those takes a file beside it, which cannot be made in "
-            f"this folder: copy {path.name} and {path.name}-wal into a folder of yours and read the copy, or have its "
-            "owner close it or make a backup"
+            f"there are commits in {path.name}-wal, and to read them SQLite needs another file next to it, which it "
+            f"cannot create in this folder: copy {path.name} and {path.name}-wal to a folder of yours and read the "
+            "copy, or have its owner close it or make a backup"
         )
     return None
 
 
 def _shortage() -> str | None:
-    """What this process has too few of for SQLite to open a file, which says no more than that it could not."""
+    """Return a reason if the process has run out of descriptors; SQLite only reports that it cannot open a file."""
     try:
         os.close(os.open("/", os.O_RDONLY | os.O_CLOEXEC))
     except OSError as error:
@@ -590,7 +622,15 @@ def _shortage() -> str | None:
 
 
 def checkpoint(writer: Engine, mode: Literal["TRUNCATE", "FULL"] = "TRUNCATE") -> bool:
-    """Bring the whole WAL into the file, and empty it (TRUNCATE), as far as readers allow; whether they allowed it."""
+    """Copy the WAL into the database, as far as open readers allow.
+
+    Args:
+        writer: The engine.
+        mode: With "TRUNCATE" the WAL is empty afterwards; with "FULL" it stays.
+
+    Returns:
+        Whether all of it was copied.
+    """
     raw = writer.raw_connection()
     try:
         busy, frames, done = raw.cursor().execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
@@ -600,6 +640,6 @@ def checkpoint(writer: Engine, mode: Literal["TRUNCATE", "FULL"] = "TRUNCATE") -
 
 
 def raw_rows(connection: Connection, statement: str, *parameters: object) -> Iterator[Any]:
-    """Rows as the driver has them: SQLAlchemy's own take several times as long."""
+    """Iterate over the driver's rows: SQLAlchemy's take several times as long."""
     rows: Iterator[Any] = connection.connection.cursor().execute(statement, parameters)
     return rows

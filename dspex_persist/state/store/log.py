@@ -1,4 +1,4 @@
-"""Writing staged units of work into the log and bringing the current-state tables along."""
+"""Writing units of work to the log, and updating the tables of the current state."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +53,7 @@ from dspex_persist.state.values.json_text import storable
 
 
 def metadata_text(metadata: Mapping[str, str]) -> str:
-    """Metadata as the tables keep it."""
+    """Return metadata as the tables store it."""
     return storable(dict(metadata))
 
 
@@ -61,7 +61,7 @@ def _compiled_insert(table: Table) -> str:
     return str(insert(table).compile(dialect=sqlite.dialect(paramstyle="qmark")))
 
 
-# The hot statements are compiled once and given tuples, which spares SQLAlchemy's work on each row.
+# Hot statements are compiled once and get tuples, which avoids SQLAlchemy's work on each row.
 _INSERT_COMMITS = _compiled_insert(commits)
 _INSERT_VERSIONS = _compiled_insert(versions)
 _INSERT_EVENTS = _compiled_insert(events)
@@ -75,7 +75,7 @@ _END_SESSION = "UPDATE sessions SET ended_sequence = ?, expires_at = NULL WHERE 
 
 
 class LogWriter:
-    """Writes one group inside the transaction of a given connection. Used for one group, then thrown away."""
+    """Writes one group in the connection's transaction. For a single use."""
 
     def __init__(self, connection: Connection, head: Head, keys: "Keys") -> None:
         self._connection = connection
@@ -94,7 +94,7 @@ class LogWriter:
         self._freed: set[int] = set()
 
     def add(self, unit: UnitOfWork) -> None:
-        """Take in one unit with changes; its sequence is the next one."""
+        """Add one unit with changes; its sequence is the next one."""
         state = unit.state
         assert state is not None, "a unit with changes has a session"
         changes = unit.versions
@@ -106,7 +106,7 @@ class LogWriter:
             changes.sort(key=lambda change: (state.keys[change.variable.id], change.version.version))
         version_texts = [self._add_version(state, change) for change in changes]
         if unit.now is not self._now:
-            # The units of a group share one moment.
+            # The units of a group have the same time.
             self._now, self._created_at = unit.now, to_micros(unit.now)
         created_at = self._created_at
         actor, cause = unit.origin.actor, unit.origin.cause
@@ -119,11 +119,11 @@ class LogWriter:
 
     @property
     def head(self) -> Head:
-        """The last commit taken in."""
+        """The last commit added."""
         return Head(self._sequence, self._hash)
 
     def flush(self) -> None:
-        """Write what was gathered."""
+        """Write the rows of the added units."""
         execute = self._connection.exec_driver_sql
         if self._commits:
             execute(_INSERT_COMMITS, self._commits)
@@ -141,7 +141,7 @@ class LogWriter:
                 [(text, key) for key, text in self._merged.items()],
             )
         if self._freed:
-            # Now that the new versions are there: one of them may have the same content.
+            # After the new versions, because one of them may have the same content.
             pruned.delete_unused(self._connection, self._freed)
 
     def _add_version(self, state: SessionState, change: Change) -> str:
@@ -188,7 +188,7 @@ class LogWriter:
         return None, key, name.hex()
 
     def _free_names(self, unit: UnitOfWork, state: SessionState) -> None:
-        """A unit that deletes a variable may register another one of its name, which only one live row can have."""
+        """Mark deleted variables first: the unit may register others with their names, and live names are unique."""
         new = {event.variable_id for event in unit.events if isinstance(event, VariableRegistered)}
         keys = [(unit.sequence, state.keys[variable_id]) for variable_id in self._gone - new]
         if keys:
@@ -217,7 +217,7 @@ class LogWriter:
         self._events.append((unit.sequence, ordinal, event.kind.value, text))
         return event_text(ordinal, event.kind.value, text)
 
-    # What each kind of event does to the current-state tables. What is returned is logged in the event's place
+    # What each kind of event changes in the tables of the current state. An event that is returned is logged instead
 
     def _start_session(self, unit: UnitOfWork, state: SessionState, event: SessionStarted) -> Event:
         state.key = self._keys.new_session()
@@ -246,7 +246,7 @@ class LogWriter:
     def _register_variable(self, unit: UnitOfWork, state: SessionState, event: VariableRegistered) -> Event:
         key = self._keys.new_variable()
         state.keys[event.variable_id] = key
-        # One that the same unit deletes again never has its name to itself.
+        # A variable that the same unit deletes again is never live, so its name stays free.
         deleted = unit.sequence if event.variable_id in self._gone else None
         facts = (event.variable_id, event.name, event.type, event.constraints)
         self._connection.exec_driver_sql(_INSERT_VARIABLE, (key, state.key, *facts, "{}", None, deleted))
@@ -301,7 +301,7 @@ class LogWriter:
         self._ended.append((event.status.value, unit.sequence, began_sequence(event.execution_id)))
 
     def _prune(self, unit: UnitOfWork, state: SessionState, event: Pruned) -> Event:
-        """What goes is named by keys of this file; the log says how much it was."""
+        """The event names the rows to delete by this file's keys; the logged one has only their numbers."""
         self._freed |= pruned.blobs_of(event.going[0])
         return pruned.carry_out(self._connection, state.key, unit.sequence, event)
 
@@ -316,7 +316,7 @@ def _deleted_in(changes: Sequence[Change]) -> frozenset[str]:
 
 
 def began_sequence(execution_id: str) -> int:
-    """The commit that began an execution: its id says so."""
+    """Return the number of the commit that began an execution, which its id contains."""
     return int(execution_id.split("_")[1])
 
 
@@ -328,16 +328,16 @@ class Keys:
         self.next_variable = _next(connection, variables.c.variable_key)
 
     def copy(self) -> "Keys":
-        """The same, to be counted on for a group that may come to nothing."""
+        """Return a copy for a group that may still fail."""
         return copy.copy(self)
 
     def new_session(self) -> int:
-        """A key for a new session."""
+        """Return the key of a new session."""
         self.next_session += 1
         return self.next_session - 1
 
     def new_variable(self) -> int:
-        """A key for a new variable."""
+        """Return the key of a new variable."""
         self.next_variable += 1
         return self.next_variable - 1
 
@@ -347,7 +347,7 @@ def _next(connection: Connection, column: Any) -> int:
 
 
 def save_expiry(connection: Connection, state: SessionState) -> None:
-    """Bring the saved expiry of a session with a TTL up to date."""
+    """Update the saved expiry of a session with a TTL."""
     if state.lease is None:
         return
     query = update(sessions).where(sessions.c.session_key == state.key)
@@ -355,7 +355,7 @@ def save_expiry(connection: Connection, state: SessionState) -> None:
 
 
 def note_import(connection: Connection, first: int, last: int) -> None:
-    """Remember that these commits have times of another file."""
+    """Record that these commits were imported, so their times may be out of order."""
     connection.execute(insert(imports), {"first_sequence": first, "last_sequence": last})
 
 

@@ -1,4 +1,4 @@
-"""SessionStore: the log of sessions in one SQLite file that this process owns. `open_groups` opens it for work."""
+"""SessionStore: the log of sessions in one SQLite file that this process owns. `open_groups` opens it."""
 
 import contextlib
 import sqlite3
@@ -39,7 +39,7 @@ from dspex_persist.state.store.engine import (
     Durability,
     OwnershipLock,
     checkpoint,
-    open_beside,
+    open_side_file,
     open_readers,
     open_writer,
     read_error,
@@ -53,19 +53,28 @@ from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, UnitOfWork
 _logger: Final = get_logger(__name__)
 
 _CERTAIN_ABORTS = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY})
-# What the rows of one job bring about, whatever else is in its group: they never reach the disk.
+# Errors caused by the rows of one job, whatever else is in its group. Such rows never reach the disk.
 _OF_ONE_JOB = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
 
 _LOCKED = "another program holds the lock for writing to the database; have it finish, and repeat the call"
 
 
 _PAGE_BYTES = 4 * 1024 * 1024
-"""How much of a whole series of jobs waits in memory, roughly; at most that of 64 jobs."""
+"""About how many bytes of staged changes `write_whole` holds in memory at once; at most those of 64 jobs."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoreOptions(SessionOptions):
-    """How a store behaves. `cache_size_bytes` bounds the sessions in memory; times are seconds."""
+    """The options of a store in a file.
+
+    Attributes:
+        durability: "full" syncs each group to disk; with "normal" a power cut may lose the last commits.
+        cache_size_bytes: How much memory the cached sessions may take.
+        retention_keep_versions: Automatic pruning keeps at least this many versions of each variable.
+        retention_age_s: Automatic pruning removes only history older than this many seconds.
+        retention_ended_sessions_s: Automatic pruning removes sessions that ended more than this many seconds ago.
+        warn_size_bytes: Log a warning when the file grows above this size.
+    """
 
     durability: Durability = "full"
     cache_size_bytes: int = CACHE_SIZE_BYTES
@@ -75,7 +84,7 @@ class StoreOptions(SessionOptions):
     warn_size_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        # Not super(): a dataclass with slots is another class than the one that its methods were written in.
+        # Not super(): `slots=True` creates a new class, and super() would refer to the original one.
         SessionOptions.__post_init__(self)
         if self.durability not in get_args(Durability):
             raise InvalidArgumentError("durability", f"{quote(self.durability)} is neither 'full' nor 'normal'")
@@ -89,24 +98,24 @@ class StoreOptions(SessionOptions):
 
 
 class StoredSessions:
-    """What units of work ask for, read from a given connection."""
+    """The `Backing` of units of work, read from a connection."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     def load(self, session_id: str) -> SessionState | None:
-        """The live session's state. What cannot be made of its rows fails the calls on this session alone."""
+        """Return the live session's state. Damaged rows fail only the calls on this session."""
         with damage.reading(session_id):
             return stored_sessions.load(self._connection, session_id)
 
     def find_version(self, state: SessionState, variable_id: str, version: int) -> VariableVersion | None:
-        """One committed version."""
+        """Return one committed version."""
         key = state.keys.get(variable_id)
         with damage.reading(state.session.id):
             return stored_variables.find_version(self._connection, key, version) if key is not None else None
 
     def history(self, state: SessionState, query: VersionQuery) -> list[VariableVersion] | None:
-        """Committed versions, newest first; None if the session never had the variable."""
+        """Return committed versions, newest first; None if the session never had the variable."""
         variable = state.find(query.identifier) if query.as_of is None else None
         key = state.keys.get(variable.id) if variable is not None else None
         if key is None:
@@ -115,28 +124,28 @@ class StoredSessions:
             return stored_variables.history(self._connection, key, query) if key is not None else None
 
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
-        """What was answered under an idempotency key."""
+        """Return the outcome recorded under an idempotency key."""
         return outcomes.find(self._connection, session_id, key)
 
     def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
-        """The last execution under an idempotency key that has ended."""
+        """Return the last ended execution with an idempotency key."""
         with damage.reading(state.session.id):
             return stored_executions.find_by_key(self._connection, state.key, key)
 
 
 class SessionStore(StoredSessions, LogStore):
-    """The log in an open file. `readers` are connections to read it with; `head` is its last commit."""
+    """The log in an open file. `readers` are its read-only connections; `head` is its last commit."""
 
     driver_errors = (DBAPIError, sqlite3.Error)
 
     def __init__(self, path: Path, options: StoreOptions | None = None) -> None:
         self.options = options or StoreOptions()
-        # What the group that is being written will have made of the head and the keys.
+        # The head and the keys after the group that is being written.
         self._appended: tuple[Head, log.Keys] | None = None
         with contextlib.ExitStack() as undo:
             self._lock = OwnershipLock(path, create=True)
             undo.callback(self._lock.release)
-            # Errors name the file as its user does.
+            # Errors name the file as the caller did.
             self.path, self._name = resolved(path), path
             with forks.busy():
                 self._open_file(undo)
@@ -145,7 +154,7 @@ class SessionStore(StoredSessions, LogStore):
 
     def _open_file(self, undo: contextlib.ExitStack) -> None:
         try:
-            # Before anything is made beside the file, or changed.
+            # Before any file is created next to it, or changed.
             inspected = recovery.inspect(self.path, self._name)
         except ReadFailedError as error:
             raise NotADatabaseError(str(self._name), error.reason) from error
@@ -155,7 +164,7 @@ class SessionStore(StoredSessions, LogStore):
         self._writer = open_writer(self.path, self.options.durability)
         undo.callback(self._writer.dispose)
         try:
-            self._anchor = Anchor(open_beside(self.path, ".anchor"))
+            self._anchor = Anchor(open_side_file(self.path, ".anchor"))
             undo.callback(self._anchor.close)
             migrate.upgrade(self._writer, self._name)
             self._connection = self._writer.connect()
@@ -165,8 +174,8 @@ class SessionStore(StoredSessions, LogStore):
                 self._last_at = clock.from_micros(log_reader.last_own_time(self._connection))
                 self._guard = FileGuard(self.path, self._name, self._connection, self._lock.file)
         except (DBAPIError, sqlite3.Error) as error:
-            found = read_error(self.path, error)
-            raise NotADatabaseError(str(self._name), found.reason).advising(found.advice) from error
+            cause = read_error(self.path, error)
+            raise NotADatabaseError(str(self._name), cause.reason).advising(cause.advice) from error
         except OSError as error:
             raise NotADatabaseError(str(self._name), error.strerror or str(error)) from error
 
@@ -177,14 +186,14 @@ class SessionStore(StoredSessions, LogStore):
 
     @property
     def last_at(self) -> datetime:
-        """The time of the last commit of this file's own, as of opening it."""
+        """The time of the last commit that was not imported, as of opening the file."""
         return self._last_at
 
     # Writing
 
     @contextlib.contextmanager
     def group(self) -> Iterator[None]:
-        """One SQLite transaction, made durable at its end."""
+        """One SQLite transaction, which is durable when the context ends."""
         self._look()
         self._appended = None
         try:
@@ -205,7 +214,7 @@ class SessionStore(StoredSessions, LogStore):
                 self._write_anchor(self.head)
 
     def append(self, units: Sequence[UnitOfWork], touched: Sequence[SessionState]) -> None:
-        """Write the units, and the expiries, into the transaction of the group."""
+        """Write the units and the expiries into the group's transaction."""
         keys = self._keys.copy()
         writer = log.LogWriter(self._connection, self.head, keys)
         for unit in units:
@@ -216,7 +225,7 @@ class SessionStore(StoredSessions, LogStore):
         self._appended = writer.head, keys
 
     def check(self) -> None:
-        """Raise `FileChangedError` where the file is not what it was any more, or others have written to it."""
+        """Raise `FileChangedError` if the file was moved, replaced, or written to by another program."""
         self._look()
         try:
             if self._guard.has_news(self._connection):
@@ -224,33 +233,36 @@ class SessionStore(StoredSessions, LogStore):
                     self._guard.look_inside(self._connection, self.head)
                     transaction.rollback()
         except (DBAPIError, sqlite3.Error) as error:
-            # Nothing was to be written. Who writes next, hears of it.
+            # Nothing had to be written; the next write reports the error.
             _logger.warning("file not checked", reason=str(read_error(self.path, error)))
 
     def _look(self) -> None:
-        wrong = self._guard.look()
-        if wrong is not None:
-            is_home = not self._guard.has_moved() and self._bring_home()
-            raise FileChangedError(str(self._name), wrong).advising(Hint.OPEN_AGAIN if is_home else Hint.PUT_BACK_FILE)
+        change = self._guard.look()
+        if change is not None:
+            is_complete = not self._guard.has_moved() and self._save_wal()
+            advice = Hint.OPEN_AGAIN if is_complete else Hint.PUT_BACK_FILE
+            raise FileChangedError(str(self._name), change).advising(advice)
 
-    def _bring_home(self) -> bool:
-        """Only what is beside the file is gone, and SQLite has it open still: have all of it in the file."""
+    def _save_wal(self) -> bool:
+        """Copy the WAL into the database when only the WAL's name is gone and SQLite still has it open."""
         try:
             return checkpoint(self._writer, "FULL")
         except (DBAPIError, sqlite3.Error):
             return False
 
     def _note_written(self) -> None:
-        """Before anything that was written is acknowledged: it must be in the file of that name."""
+        """Before acknowledging a write, check that it is in the file with that name."""
         self._guard.note_written()
         self._look()
 
     def write_whole(self, jobs: Iterable[Job]) -> list[Any]:
-        """Run the jobs in order, all of them in one transaction, however many there are; the results that are not None.
+        """Run all jobs in order in one transaction, however many there are.
 
-        The first that fails is raised, and so is what `jobs` itself raises: then nothing is left of any of them. What
-        they stage goes into the transaction page by page, so that memory never holds all of it. Of what they change,
-        nobody may have anything in memory.
+        The first error, of a job or of `jobs` itself, is raised, and then nothing of them is stored. Their changes are
+        written page by page, so that memory never holds all of them. No session that they change may be cached.
+
+        Returns:
+            The results that are not None.
         """
         drafts, keys = Drafts(self), self._keys.copy()
         results: list[Any] = []
@@ -263,8 +275,8 @@ class SessionStore(StoredSessions, LogStore):
                     if state is not None and state.lease is not None:
                         log.save_expiry(self._connection, state)
                 self._appended = head, keys
-        except UnwritableError as refused:
-            raise refused.error from refused
+        except UnwritableError as error:
+            raise error.error from error
         return results
 
     def _write_pages(self, jobs: Iterable[Job], drafts: Drafts, keys: log.Keys, results: list[Any]) -> Head:
@@ -274,13 +286,13 @@ class SessionStore(StoredSessions, LogStore):
             more = self._fill_page(rest, writer, drafts, results)
             writer.flush()
             head = writer.head
-            # They are in the transaction now, where whoever asks finds them.
+            # They are in the transaction now, where later reads find them.
             drafts.versions.clear()
             drafts.executions.clear()
         return head
 
     def _fill_page(self, rest: Iterator[Job], writer: log.LogWriter, drafts: Drafts, results: list[Any]) -> bool:
-        """Have the writer take in about `_PAGE_BYTES`; whether there may be more jobs."""
+        """Add about `_PAGE_BYTES` to the writer; return whether there may be more jobs."""
         at, size_bytes = GroupMoment.after(self._last_at), 0
         for job in rest:
             unit = unit_of(self.options, drafts, job.origin, at, writer.head.sequence + 1)
@@ -295,12 +307,12 @@ class SessionStore(StoredSessions, LogStore):
         return False
 
     def _settle(self, error: DBAPIError | sqlite3.Error) -> StorageError:
-        """After an error of SQLite: make sure that nothing of the group is left, or say that nobody can know."""
+        """Return the error for a group that SQLite has certainly rolled back; raise if that is not certain."""
         original = _original(error)
         code = getattr(original, "sqlite_errorcode", None)
         if not isinstance(original, _OF_ONE_JOB) and (code is None or (code & 0xFF) not in _CERTAIN_ABORTS):
             self._raise_unknown(original)
-        # SQLITE_FULL has rolled back by itself; for anything else the transaction's end has. Both must be true now.
+        # SQLITE_FULL rolls back automatically; otherwise the end of the transaction has. Either way none is open now.
         driver = self._connection.connection.dbapi_connection
         if driver is None or driver.in_transaction:
             self._raise_unknown(original)
@@ -321,20 +333,20 @@ class SessionStore(StoredSessions, LogStore):
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[StoredSessions]:
-        """The file as of one moment."""
+        """Open a snapshot of the file."""
         with snapshot(self.readers) as connection:
             yield StoredSessions(connection)
 
     def changes_after(self, state: SessionState, after: int, most_commits: int = 64) -> list[CommitChanges]:
-        """The session's next commits."""
+        """Return the session's next commits."""
         with snapshot(self.readers) as connection, damage.reading(state.session.id):
             return log_reader.changes_after(connection, state, after, most_commits)
 
     def size_bytes(self) -> int:
-        """What the file and its WAL take on the disk."""
+        """Return the size of the file and its WAL."""
         total = 0
         for suffix in ("", "-wal"):
-            # The WAL may not be there, or not any more.
+            # There may be no WAL.
             with contextlib.suppress(OSError):
                 total += self.path.with_name(self.path.name + suffix).stat().st_size
         return total
@@ -342,17 +354,17 @@ class SessionStore(StoredSessions, LogStore):
     # Housekeeping
 
     def unfinished(self) -> Mapping[str, Sequence[str]]:
-        """The executions of live sessions that have not ended."""
+        """Return the executions of live sessions that have not ended."""
         with snapshot(self.readers) as connection:
             return stored_executions.unfinished(connection)
 
     def expired(self, now: datetime, limit: int) -> list[str]:
-        """The ids of sessions whose expiry, as saved, is past."""
+        """Return the ids of sessions whose saved expiry is past."""
         with snapshot(self.readers) as connection:
             return stored_sessions.expired(connection, now, limit)
 
     def reclaim(self, before: datetime, is_watched: Callable[[int], bool]) -> None:
-        """Forget the answers that were given before that time; the rest is history."""
+        """Delete the outcomes recorded before a time. The history of ended sessions stays."""
         self._look()
         try:
             with self._connection.begin():
@@ -363,7 +375,11 @@ class SessionStore(StoredSessions, LogStore):
         self._note_written()
 
     def close(self) -> None:
-        """Bring the WAL into the file, remember the head, let the file go."""
+        """Copy the WAL into the database, write the anchor, and close the file.
+
+        Raises:
+            CheckpointError: The WAL could not be copied. No commit is lost; it is copied at the next start.
+        """
         try:
             with forks.busy():
                 self.readers.dispose()
@@ -378,7 +394,7 @@ class SessionStore(StoredSessions, LogStore):
             self._lock.release()
 
     def abandon(self) -> None:
-        """Let the file go without another write: after an outcome that is unknown."""
+        """Close the file without writing anything more, after an unknown outcome."""
         with contextlib.suppress(Exception):
             self.readers.dispose()
         for release in (self._anchor.close, self._lock.release):
@@ -391,9 +407,10 @@ FileGroups: TypeAlias = Groups[SessionStore]
 
 
 def open_groups(path: Path, options: StoreOptions | None = None) -> FileGroups:
-    """The sessions of a database file, which this process then owns; the file is made where it is missing.
+    """Open a database file, which this process then owns, and create it if it does not exist.
 
-    Raises `OpenError` for a file that is in use, is no database of ours, ...
+    Raises:
+        OpenError: Another process owns the file, or it is not a readable database of this project.
     """
     store = SessionStore(path, options)
     try:
@@ -401,7 +418,7 @@ def open_groups(path: Path, options: StoreOptions | None = None) -> FileGroups:
             return Groups(store, store.options, cache_size_bytes=store.options.cache_size_bytes)
     except (OutcomeUnknownError, ReadFailedError, FileChangedError) as error:
         store.abandon()
-        # To repeat a write is no advice here.
+        # The error's usual advice is to repeat the write, which does not apply here.
         advice = error.advice if isinstance(error, FileChangedError) else None
         raise NotADatabaseError(str(path), error.sentence).advising(advice) from error
     except BaseException:
@@ -410,5 +427,5 @@ def open_groups(path: Path, options: StoreOptions | None = None) -> FileGroups:
 
 
 def _original(error: Exception) -> object:
-    """The driver's own error in one of SQLAlchemy's."""
+    """Return the driver's error inside one of SQLAlchemy's."""
     return getattr(error, "orig", error)

@@ -1,4 +1,4 @@
-"""Variables and their versions, read from a given connection."""
+"""Reading variables and their versions."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ KIND_CODES = {kind: code for code, kind in enumerate(KINDS)}
 SOURCE_CODES = {source: code for code, source in enumerate(SOURCES)}
 _MERGING_KINDS = ", ".join(str(KIND_CODES[kind]) for kind in KINDS if kind.merges_metadata)
 
-# Each text once, in the order in which they were said last. Not added up by SQLite: it ends keys at their first NUL.
+# Each text once, by its last use. Merged in Python, because SQLite's JSON functions end keys at their first NUL.
 _METADATA_AS_OF = text(f"""
     SELECT metadata FROM versions
     WHERE variable_key = :key AND version <= :version AND kind IN ({_MERGING_KINDS}) AND metadata IS NOT NULL
@@ -62,7 +62,7 @@ _VARIABLE_COLUMNS = (
 
 
 def select_versions(*more: Any) -> Select[Any]:
-    """Versions with what their commit and their variable say of them, and their large contents."""
+    """Build the query for versions with the columns of their commit, variable and large contents."""
     return (
         select(*_VERSION_COLUMNS, *more)
         .select_from(versions)
@@ -73,12 +73,12 @@ def select_versions(*more: Any) -> Select[Any]:
     )
 
 
-# Built once: to build a statement takes SQLAlchemy longer than SQLite needs to run it.
+# Built once: SQLAlchemy needs longer to build a statement than SQLite to run it.
 _SELECT_VERSIONS = select_versions()
 _ONE_VERSION = _SELECT_VERSIONS.where(
     versions.c.variable_key == bindparam("variable_key"), versions.c.version == bindparam("version")
 )
-# Tuples from the driver: SQLAlchemy's rows took three times as long, and this is read a hundred rows at a time.
+# Run on the driver: SQLAlchemy's rows take three times as long, and this query returns a hundred rows at a time.
 _HISTORY = """
     SELECT versions.version, versions.sequence, versions.kind, versions.source, versions.value, versions.binary,
         versions.metadata, of_value.content, of_binary.content, commits.actor, commits.cause, commits.created_at
@@ -99,7 +99,7 @@ _LIVE_VARIABLES = (
     )
     .order_by(variables.c.variable_key)
 )
-# A statement of its own for each call would keep what is looked for, which clients choose, until it is collected.
+# With bound parameters: SQLAlchemy would cache a statement with literals, which clients choose, for each call.
 _CALLED_SO = (
     select(variables.c.variable_key)
     .where(variables.c.session_key == bindparam("session_key"))
@@ -107,7 +107,7 @@ _CALLED_SO = (
     .limit(1)
 )
 _FIND_KEY = _CALLED_SO.order_by(variables.c.deleted_sequence.is_not(None), variables.c.variable_key.desc())
-# There is one of a name at a time, so the newest that had begun is the one that had it then, or had it last.
+# One live variable has a name at a time, so the newest one by that commit had it then, or had it last.
 _FIND_KEY_AS_OF = _CALLED_SO.where(
     select(func.min(versions.c.sequence)).where(versions.c.variable_key == variables.c.variable_key).scalar_subquery()
     <= bindparam("as_of")
@@ -116,48 +116,51 @@ _NO_BOUND = 2**63 - 1
 
 
 def is_sensitive(metadata: str) -> str:
-    """Whether the metadata in this column says so, as SQL. What nobody can read is kept back."""
-    told = f"lower(json_extract({metadata}, '$.{SENSITIVE}')) IS 'true'"
-    return f"(CASE WHEN json_valid({metadata}) THEN {told} ELSE 1 END)"
+    """Return an SQL expression for whether the metadata in this column marks a value as sensitive.
+
+    Unreadable metadata counts as sensitive.
+    """
+    is_marked = f"lower(json_extract({metadata}, '$.{SENSITIVE}')) IS 'true'"
+    return f"(CASE WHEN json_valid({metadata}) THEN {is_marked} ELSE 1 END)"
 
 
 def live_variables(connection: Connection, session_key: int) -> list[tuple[int, Variable]]:
-    """The session's variables as they stand, with their keys, oldest first."""
-    # All of them before any is looked at: one that makes no sense would leave a statement open.
+    """Return the session's current variables with their keys, oldest first."""
+    # Fetched before decoding, because an exception for a damaged row would leave the statement open.
     rows = connection.execute(_LIVE_VARIABLES, {"session_key": session_key}).all()
     return [(row.variable_key, _variable_of(row)) for row in rows]
 
 
 def find_version(connection: Connection, variable_key: int, version: int) -> VariableVersion | None:
-    """One version of one variable."""
+    """Return one version of one variable, or None."""
     row = connection.execute(_ONE_VERSION, {"variable_key": variable_key, "version": version}).first()
     return version_of(row) if row is not None else None
 
 
 def find_key(connection: Connection, session_key: int, identifier: str, as_of: int | None = None) -> int | None:
-    """The key of the variable of this name or id: the live one, else the one that was deleted last.
+    """Return the key of the variable with this name or id: the live one, or else the last deleted one.
 
-    `as_of`: of those that had begun by that commit.
+    `as_of`: only consider variables registered by that commit.
     """
     if not is_unicode(identifier):
         return None
-    asked = {"session_key": session_key, "identifier": identifier}
+    parameters = {"session_key": session_key, "identifier": identifier}
     if as_of is None:
-        return connection.execute(_FIND_KEY, asked).scalar()
-    return connection.execute(_FIND_KEY_AS_OF, asked | {"as_of": as_of}).scalar()
+        return connection.execute(_FIND_KEY, parameters).scalar()
+    return connection.execute(_FIND_KEY_AS_OF, parameters | {"as_of": as_of}).scalar()
 
 
 def history(connection: Connection, variable_key: int, query: VersionQuery) -> list[VariableVersion]:
-    """The versions of the variable that the query wants, newest first; whom it means is settled."""
+    """Return the versions of the variable that the query selects, newest first; its identifier is not used."""
     below = _NO_BOUND if query.before is None else query.before
     rows = connection.connection.cursor().execute(_HISTORY, (variable_key, below, query.limit))
     variable_id, type_name = connection.execute(_FACTS, {"variable_key": variable_key}).one()
-    found: list[VariableVersion] = []
+    selected: list[VariableVersion] = []
     left_bytes = inf if query.most_bytes is None else query.most_bytes
     for number, sequence, kind, source, inline, binary, metadata, large, large_binary, actor, cause, at in rows:
         text = inline if large is None else large.decode()
         value = None if text is None else Value(text, binary if large_binary is None else large_binary)
-        found.append(
+        selected.append(
             VariableVersion(
                 variable_id,
                 type_name,
@@ -172,15 +175,15 @@ def history(connection: Connection, variable_key: int, query: VersionQuery) -> l
                 sequence,
             )
         )
-        left_bytes -= found[-1].size_bytes
+        left_bytes -= selected[-1].size_bytes
         if left_bytes <= 0:
             break
     rows.close()
-    return found
+    return selected
 
 
 def iter_versions(connection: Connection, session_key: int, after: int, until: int) -> Iterator[Row[Any]]:
-    """The session's versions with `after` < sequence <= `until`, by commit, then by key; read as they are taken."""
+    """Iterate over the session's versions with `after` < sequence <= `until`, by commit, then by key."""
     query = (
         select_versions(*_VARIABLE_COLUMNS)
         .where(commits.c.session_key == session_key, commits.c.sequence > after, commits.c.sequence <= until)
@@ -192,16 +195,16 @@ def iter_versions(connection: Connection, session_key: int, after: int, until: i
 def variable_as_of(
     connection: Connection, row: Row[Any], version: VariableVersion, metadata: Mapping[str, str]
 ) -> Variable:
-    """The variable as it stood right after `version`, without its lock; a deletion shows the last value."""
-    kept = version.value
-    if kept is None:
+    """Return the variable right after `version`, without its lock; after a deletion, with its last value."""
+    value = version.value
+    if value is None:
         last = find_version(connection, row.variable_key, version.version - 1)
-        kept = last.value if last is not None and last.value is not None else Value("null")
+        value = last.value if last is not None and last.value is not None else Value("null")
     return Variable(
         id=row.variable_id,
         name=row.name,
         type=row.type,
-        value=kept,
+        value=value,
         version=version.version,
         constraints=row.constraints,
         metadata=metadata,
@@ -211,7 +214,7 @@ def variable_as_of(
 
 
 def metadata_as_of(connection: Connection, variable_key: int, version: int) -> dict[str, str]:
-    """What the metadata of all versions up to `version` adds up to."""
+    """Return the merged metadata of all versions up to `version`."""
     merged: dict[str, str] = {}
     for each in connection.execute(_METADATA_AS_OF, {"key": variable_key, "version": version}).scalars():
         merged |= stored_texts(each)
@@ -219,7 +222,7 @@ def metadata_as_of(connection: Connection, variable_key: int, version: int) -> d
 
 
 def version_of(row: Row[Any]) -> VariableVersion:
-    """The version in a row of `select_versions`."""
+    """Return the version in a row of `select_versions`."""
     return VariableVersion(
         variable_id=row.variable_id,
         type=row.type,
@@ -248,7 +251,7 @@ def _variable_of(row: Row[Any]) -> Variable:
     updated_at = nearest_time(row.created_at)
     lock = lock_of(row.optimization)
     if lock is not None and updated_at > lock.started_at:
-        # While a lock stands only its holder writes, so the newest version is the holder's last sign of life.
+        # Only the holder of a lock can write, so the newest version shows when the holder was last active.
         lock = replace(lock, renewed_at=max(updated_at, lock.renewed_at or updated_at))
     return Variable(
         id=row.variable_id,
@@ -265,26 +268,26 @@ def _variable_of(row: Row[Any]) -> Variable:
 
 
 def texts_in(text: str) -> FrozenDict[str, str]:
-    """The metadata of a session, or of a variable, in its column."""
-    found = json.loads(text)
-    if not isinstance(found, dict) or not all(isinstance(each, str) for each in found.values()):
-        raise ValueError("metadata is texts by text")
-    return FrozenDict(found)
+    """Parse the metadata of a session or of a variable from its column."""
+    metadata = json.loads(text)
+    if not isinstance(metadata, dict) or not all(isinstance(each, str) for each in metadata.values()):
+        raise ValueError("metadata must be an object with strings")
+    return FrozenDict(metadata)
 
 
 def lock_of(text: str | None) -> Optimization | None:
-    """The lock kept as JSON on its variable's row."""
+    """Parse the lock from its JSON in its variable's row."""
     if text is None:
         return None
-    kept = json.loads(text)
+    fields = json.loads(text)
     for name in ("started_at", "renewed_at"):
-        kept[name] = nearest_time(kept[name]) if kept[name] is not None else None
-    return Optimization(**kept)
+        fields[name] = nearest_time(fields[name]) if fields[name] is not None else None
+    return Optimization(**fields)
 
 
 def lock_text(lock: Optimization) -> str:
-    """The lock as JSON for its variable's row."""
-    kept = asdict(lock)
+    """Return the lock as JSON for its variable's row."""
+    fields = asdict(lock)
     for name in ("started_at", "renewed_at"):
-        kept[name] = to_micros(kept[name]) if kept[name] is not None else None
-    return json.dumps(kept, sort_keys=True)
+        fields[name] = to_micros(fields[name]) if fields[name] is not None else None
+    return json.dumps(fields, sort_keys=True)

@@ -52,7 +52,7 @@ def refuse_missing(path: Path, advice: Hint = Hint.MAKE_FILE) -> None:
     if not os.path.lexists(path) and os.access(path.parent, os.X_OK):
         raise NotADatabaseError(str(path), "there is no such file").advising(advice)
     if not path.is_file():
-        raise NotADatabaseError(str(path), "it is a folder" if path.is_dir() else "it is no regular file")
+        raise NotADatabaseError(str(path), "it is a folder" if path.is_dir() else "it is not a regular file")
 
 
 def refuse_owned(path: Path) -> Path:

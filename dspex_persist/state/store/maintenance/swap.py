@@ -10,7 +10,7 @@ from typing import Final
 
 from dspex_persist.clock import now
 from dspex_persist.state.store.anchor import Anchor, Head
-from dspex_persist.state.store.engine import open_beside
+from dspex_persist.state.store.engine import open_side_file
 
 _OF_SQLITE: Final = ("-wal", "-shm", "-journal")
 _ANCHOR: Final = ".anchor"
@@ -73,7 +73,7 @@ def _make_alike(fresh: Path, path: Path) -> None:
 
 
 def _write_anchor(path: Path, head: Head) -> None:
-    anchor = Anchor(open_beside(path, _ANCHOR))
+    anchor = Anchor(open_side_file(path, _ANCHOR))
     try:
         anchor.write(head)
     finally:

@@ -107,7 +107,7 @@ def _explained(name: str) -> Iterator[None]:
 def _replacing(target: Path) -> Iterator[TextIO]:
     """A private file beside `target` to write to, which takes its name at the end."""
     if target.exists() and not target.is_file():
-        raise InvalidArgumentError("output", f"cannot write {target}: it is no regular file")
+        raise InvalidArgumentError("output", f"cannot write {target}: it is not a regular file")
     with _explained(str(target)):
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
         try:
