@@ -45,7 +45,7 @@ def load(source: Source) -> Recording:
     except OSError as error:
         raise NotADatabaseError(str(path), f"{error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise RecordingError(str(path), 1, "it is no recording: it is no text in UTF-8") from error
+        raise RecordingError(str(path), 1, "it is not a recording: it is not UTF-8 text") from error
 
 
 def _checked(recording: Recording, name: str) -> Recording:

@@ -1,8 +1,8 @@
-"""What a backend can do beyond the common contract. Each ability is a class; a backend that has it inherits from it.
+"""Abilities: what a backend can do beyond the common contract. A backend inherits from the class of each of its own.
 
-Whether a provider has one, `isinstance(state, Recordable)` says. `Recordable.of(state)` is the provider as one that has
-it, and raises `UnsupportedError`, which says what to do, where it has not. A wrapper such as `WithTools` has the
-abilities of what it wraps. `dspex_persist.testing` has a suite for each; a backend that claims one passes it.
+`isinstance(state, Recordable)` tells whether a provider has one. `Recordable.of(state)` returns the provider as one
+that has it, or raises `UnsupportedError`, which says what to do instead. A wrapper such as `WithTools` has the
+abilities of the provider that it wraps. `dspex_persist.testing` has a test suite for each ability.
 """
 
 from abc import ABC, abstractmethod
@@ -18,21 +18,26 @@ from dspex_persist.state.recording import Header, RecordedCommit
 
 
 class Ability(ABC):
-    """The root of all abilities. `lacking` and `instead`: what a provider without it cannot do, and what helps."""
+    """The base of all abilities.
+
+    Attributes:
+        lacking: What a provider without the ability does not support, for the error message.
+        instead: What to do instead, for the error message.
+    """
 
     lacking: ClassVar[str]
     instead: ClassVar[str]
 
     @classmethod
     def of(cls, state: object) -> Self:
-        """`state` as one that has this ability; raises `UnsupportedError` if it has not."""
+        """Return `state` if it has this ability, or raise `UnsupportedError`."""
         if not isinstance(state, cls):
             raise UnsupportedError(cls.lacking, cls.instead)
         return state
 
 
 class Durable(Ability):
-    """What was acknowledged survives the end of the process that keeps it."""
+    """Acknowledged writes survive the end of the process that stores them."""
 
     lacking = "state that outlives its process"
     instead = "open a database file: connect(path)"
@@ -41,29 +46,35 @@ class Durable(Ability):
 class KeepsOrder(Ability):
     """Commands take effect in the order in which they were submitted, even before the earlier ones are answered.
 
-    Calls to another process can overtake each other: there, only a command that was answered comes first.
+    Calls to another process can overtake each other: without this ability, wait for a command's result before you
+    submit one that depends on it.
     """
 
     lacking = "the order of commands that are not answered yet"
-    instead = "wait for each command's result before the next one is submitted"
+    instead = "wait for each command's result before you submit the next one"
 
 
 class Auditable(Ability):
-    """Its whole history can be queried."""
+    """The whole history can be queried."""
 
     lacking = "audits"
     instead = "keep the sessions in a database file: connect(path), or a server on one"
 
     @abstractmethod
     def audit(self, *, reveal: bool = False) -> AuditSource:
-        """The history, to be queried. `reveal`: show values of sensitive variables, which are masked otherwise.
+        """Return the history for queries.
 
-        A server shows them only if it was started with `audit_reveal`.
+        Args:
+            reveal: Show the values of sensitive variables, which are masked otherwise. A server allows it only if it
+                was started with `audit_reveal`.
+
+        Returns:
+            The audit source. Close it when done.
         """
 
 
 class Recordable(Ability):
-    """A session's whole log can be read, to be exported or replayed."""
+    """A session's whole log can be read, to export or replay it."""
 
     lacking = "recordings"
     instead = "keep the sessions in a database file: connect(path), or a server on one"
@@ -72,20 +83,26 @@ class Recordable(Ability):
     def record(
         self, session_id: str, *, started: int | None = None, reveal: bool = False
     ) -> tuple[Header, Iterator[RecordedCommit]]:
-        """A session's whole log up to now, oldest commit first, read as it is taken; the session may have ended, where
-        those are kept (in memory they are not).
+        """Read the whole log of a session, live or ended; a backend in memory has only live ones.
 
-        Of several sessions that had this id it is the newest, or the one that began with commit `started`. `reveal`:
-        include the values of sensitive variables, which are left out otherwise; a server does so only if it was started
-        with `audit_reveal`.
+        Args:
+            session_id: The session's id.
+            started: The number of its first commit, to select one of several sessions with this id; the newest if None.
+            reveal: Include the values of sensitive variables, which are left out otherwise. A server allows it only if
+                it was started with `audit_reveal`.
 
-        Raises `NotInHistoryError` for a session that is not in the history, `SessionPrunedError` for one of which
-        history was pruned, `InvalidArgumentError` for a `started` with which none of that id began.
+        Returns:
+            The header, and an iterator that reads the commits on demand, oldest first.
+
+        Raises:
+            NotInHistoryError: The history has no such session.
+            SessionPrunedError: Parts of the session's history were pruned.
+            InvalidArgumentError: No session with this id began with commit `started`.
         """
 
 
 class Forkable(Ability):
-    """A session can begin as another one was at some point."""
+    """A new session can begin with the state that another one had at some point."""
 
     lacking = "forks of sessions"
     instead = "keep the sessions in a database file: connect(path), or a server on one"
@@ -94,14 +111,24 @@ class Forkable(Ability):
     def fork_session(
         self, session_id: str, new_session_id: str, at: str = "", *, origin: Origin | None = None
     ) -> SessionView:
-        """Begin a session with the variables that `session_id` had at a point, each at version 0; "" is now.
+        """Begin a session with the variables that another one had at some point, each at version 0.
 
-        A point is what audits take: a commit, an execution's id, a time, an age; `^` behind it: right before it.
-        `origin` says who asks, by default the provider's own. A server copies sensitive variables only if it was
-        started with `audit_reveal`.
+        A server copies sensitive variables only if it was started with `audit_reveal`.
 
-        Raises `SessionExistsError` where a live session has the new id, `NotInHistoryError` for what is not in the
-        history, `InvalidArgumentError` for what is no point.
+        Args:
+            session_id: The session to fork.
+            new_session_id: The id of the new session.
+            at: A point, as in audits: a commit, an execution's id, a time or an age, with `^` for right before it; ""
+                for now.
+            origin: Who makes the request; the provider's default if None.
+
+        Returns:
+            The new session.
+
+        Raises:
+            SessionExistsError: A live session has the new id.
+            NotInHistoryError: The history has no such session or execution.
+            InvalidArgumentError: `at` is not a point.
         """
 
 
@@ -113,25 +140,35 @@ class Prunable(Ability):
 
     @abstractmethod
     def prune(self, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PruneReport:
-        """Delete the history that `policy` lets go, for good; without `confirm`, only report how much that is.
+        """Permanently delete history. Reads and writes continue meanwhile.
 
-        Others go on reading and writing meanwhile. `progress` is told what has come of it, of how many variables, and
-        how many there are; what it raises ends the pruning, and what has gone by then is gone. A server prunes for
-        clients only if it was started with `audit_prune`.
+        A server does this for clients only if it was started with `audit_prune`.
+
+        Args:
+            policy: Which history to delete.
+            confirm: Whether to delete it; False only reports how much that would be.
+            progress: Called with a summary so far, the number of variables done, and the number of all. An exception
+                that it raises stops the pruning; history deleted until then stays deleted.
+
+        Returns:
+            How much was, or would be, deleted.
         """
 
 
 class ExecutesTools(StateProvider, Ability):
-    """It executes tools, each execution as one transaction, and once for an idempotency key."""
+    """It executes tools: each execution is one transaction, and runs once for an idempotency key."""
 
     lacking = "tools"
     instead = "wrap it: WithTools(provider, tools); or open one that executes them: connect(path, tools=...)"
 
     @abstractmethod
     def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
-        """The tools that the session can execute; without one, those that every session can.
+        """Return the tools that a session can execute.
 
-        What a backend says of them itself, such as where they run, is in their metadata under `dspex.`.
+        A backend adds facts about a tool, such as where it runs, to its metadata, under keys that start with `dspex.`.
+
+        Args:
+            session_id: The session; "" for the tools that every session can execute.
         """
 
     def execute_tool(
@@ -144,7 +181,20 @@ class ExecutesTools(StateProvider, Ability):
         idempotency_key: str | None = None,
         timeout_s: float = TOOL_TIMEOUT_S,
     ) -> ToolOutcome:
-        """Execute a tool as one transaction, within `timeout_s`; how it ended. Under an idempotency key: once."""
+        """Execute a tool as one transaction.
+
+        Args:
+            session_id: The session.
+            tool: The tool's name.
+            parameters: Arguments by parameter name.
+            metadata: Texts to record with the execution.
+            idempotency_key: With the same key, the tool runs only once; repeated calls get the same outcome.
+            timeout_s: How long the caller waits, in seconds; then the execution ends as `timed_out`. A shorter timeout
+                of the tool applies as well.
+
+        Returns:
+            How the execution ended; a failed one has an `error`.
+        """
         timeout_s = arguments.timeout("timeout_s", timeout_s)
         encoded = values.encode_arguments(arguments.mapping("parameters", or_empty(parameters)))
         command = commands.ExecuteTool(session_id, tool, encoded, or_empty(metadata), timeout_s)
@@ -152,7 +202,7 @@ class ExecutesTools(StateProvider, Ability):
 
 
 class StreamsTools(ExecutesTools):
-    """It hands out what a tool yields while the tool runs."""
+    """It passes on the values that a tool yields while the tool runs."""
 
     lacking = "streams of tools"
     instead = "execute the tool, whose result is the list of what it yielded: execute_tool"
@@ -166,11 +216,12 @@ class StreamsTools(ExecutesTools):
         *,
         metadata: Mapping[str, str] | None = None,
     ) -> Iterator[object]:
-        """Execute a tool that streams, and yield what it yields, as it comes; it has committed when this ends.
+        """Execute a tool that streams, and yield its values as they come.
 
-        A tool that does not stream yields its result, unless that is None. Whoever stops taking chunks holds the tool
-        back, and closing the iterator ends the tool: nothing is written then. The execution begins when the first chunk
-        is requested.
+        The execution begins when the first value is requested, and has committed when the iterator ends. A tool that
+        does not stream yields its result, unless that is None. If the caller stops consuming values, the tool waits;
+        closing the iterator ends the tool, and nothing is written.
 
-        Raises what `execute_tool` has as the `error` of its outcome.
+        Raises:
+            Exception: The error that `execute_tool` reports as the `error` of its outcome.
         """

@@ -1,7 +1,7 @@
-"""The door: what a caller passes is checked and copied here before anything else sees it.
+"""Checks of the arguments that callers pass. They run before any other code sees the arguments.
 
-Every backend takes the same commands, so a wrong argument is the same error in each of them. Nothing of a caller's that
-can change is kept: its mappings and lists are copied.
+All backends take the same commands, so a wrong argument gives the same error in each. Mappings and lists are copied,
+so that nothing changes when the caller changes them later.
 """
 
 import contextlib
@@ -18,42 +18,42 @@ from dspex_persist.state.frozen import FrozenDict
 from dspex_persist.state.model import Origin, Source, Value
 
 Check: TypeAlias = Callable[[str, Any], Any]
-"""Takes the name of an argument and what was given for it; returns what is kept of it."""
+"""Takes the name of an argument and the object passed for it; returns the object to store."""
 
 _LARGEST = 2**31 - 1
 _LAST_COMMIT = 2**63 - 1
 _LONGEST_TIMEOUT_S = 1e9
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _SHORT_BITS = 128
-"""Of numbers that a message may quote: Python writes none of more than 4300 digits."""
+"""The longest numbers that a message quotes: Python does not format numbers with more than 4300 digits."""
 Number: TypeAlias = Annotated[int, "32 bits"]
-"""A number that the protocol has 32 bits for."""
+"""A number that has 32 bits in the protocol."""
 Version: TypeAlias = Annotated[int, "32 bits, from 0 up"]
 """A version of a variable."""
 
 
 def text(field: str, given: object) -> str:
-    """A str that every backend can take: without NUL, which SQLite ends texts at, and without lone surrogates."""
+    """Return a str that every backend can store: without NUL, where SQLite ends texts, and lone surrogates."""
     if type(given) is str and given.isascii() and "\0" not in given:
         return given
     if not isinstance(given, str):
         raise InvalidArgumentError(field, f"it must be a str, not {_kind(given)}{_advice(given)}")
-    # A subclass, such as an enumeration's member, may say of itself whatever it likes.
+    # A subclass, such as an enumeration, may override any method.
     plain = str.__str__(given)
-    # Not character by character: it may have a hundred million, and others wait.
+    # No loop over the characters: there may be a hundred million, and other calls wait.
     if "\0" in plain:
         raise InvalidArgumentError(field, f"{quote(plain)} contains NUL (U+0000): leave it out")
     surrogate = _SURROGATES.search(plain)
     if surrogate is not None:
-        reason = f"{quote(plain)} contains a lone surrogate (U+{ord(surrogate[0]):04X}), which is no character"
+        reason = f"{quote(plain)} contains a lone surrogate (U+{ord(surrogate[0]):04X}), which is not a character"
         raise InvalidArgumentError(field, reason)
     return plain
 
 
 def number(field: str, given: Any) -> int:
-    """An int, or what counts as one, such as NumPy's; no bool."""
+    """Return an int. Accepts integers of other libraries, such as NumPy, but no bool."""
     if not isinstance(given, bool) and hasattr(type(given), "__index__"):
-        # Arrays have it, too, and refuse to say anything unless they are a single number.
+        # Arrays have `__index__`, too, and raise unless they hold a single integer.
         with contextlib.suppress(TypeError):
             return index(given)
     advice = ": use int(...)" if isinstance(given, str | float) else ""
@@ -61,38 +61,38 @@ def number(field: str, given: Any) -> int:
 
 
 def short_number(field: str, given: object) -> int:
-    """A number of 32 bits."""
-    found = given if type(given) is int else number(field, given)
-    if not -_LARGEST <= found <= _LARGEST:
-        raise InvalidArgumentError(field, f"it must be at most {_LARGEST}, not a number of {found.bit_length()} bits")
-    return found
+    """Return a number of 32 bits."""
+    integer = given if type(given) is int else number(field, given)
+    if not -_LARGEST <= integer <= _LARGEST:
+        raise InvalidArgumentError(field, f"it must be at most {_LARGEST}, not a number of {integer.bit_length()} bits")
+    return integer
 
 
 def version(field: str, given: object) -> int:
-    """A number of 32 bits, from 0 up."""
-    found = short_number(field, given)
-    if found < 0:
-        raise InvalidArgumentError(field, f"{found} is below 0: versions count from 0")
-    return found
+    """Return a number of 32 bits that is at least 0."""
+    integer = short_number(field, given)
+    if integer < 0:
+        raise InvalidArgumentError(field, f"{integer} is below 0: versions count from 0")
+    return integer
 
 
 def sequence(field: str, given: object) -> int:
-    """The number of a commit, or 0 for before the first."""
-    found = number(field, given)
-    if not 0 <= found <= _LAST_COMMIT:
+    """Return the number of a commit, or 0 for the time before the first."""
+    integer = number(field, given)
+    if not 0 <= integer <= _LAST_COMMIT:
         raise InvalidArgumentError(field, f"it must be from 0 to {_LAST_COMMIT}: the number of a commit, or 0")
-    return found
+    return integer
 
 
 def flag(field: str, given: object) -> bool:
-    """True or False."""
+    """Return a bool."""
     if not isinstance(given, bool):
         raise InvalidArgumentError(field, f"it must be True or False, not {_kind(given)}")
     return given
 
 
 def seconds(field: str, given: object) -> float:
-    """A number of seconds."""
+    """Return a number of seconds."""
     if not isinstance(given, Real) or isinstance(given, bool):
         advice = ": use float(...)" if isinstance(given, str) else ""
         raise InvalidArgumentError(field, f"it must be a number of seconds, not {_kind(given)}{advice}")
@@ -103,19 +103,19 @@ def seconds(field: str, given: object) -> float:
 
 
 def timeout(field: str, given: object) -> float:
-    """How long somebody waits: a number of seconds above 0."""
-    found = seconds(field, given)
-    # Written so that NaN, which compares with nothing, is refused.
-    if not 0 < found <= _LONGEST_TIMEOUT_S:
-        reason = f"it must be above 0 and at most {_LONGEST_TIMEOUT_S:.0f} seconds, not {found:g}"
+    """Return a timeout: a number of seconds above 0."""
+    timeout_s = seconds(field, given)
+    # In this form it refuses NaN, too: every comparison with NaN is false.
+    if not 0 < timeout_s <= _LONGEST_TIMEOUT_S:
+        reason = f"it must be above 0 and at most {_LONGEST_TIMEOUT_S:.0f} seconds, not {timeout_s:g}"
         raise InvalidArgumentError(field, reason)
-    return found
+    return timeout_s
 
 
 def texts(field: str, given: object) -> tuple[str, ...]:
-    """Several names or ids."""
+    """Return several names or ids."""
     if not isinstance(given, str | bytes) and isinstance(given, Iterable):
-        # An array of no dimensions says only now that there is nothing to go through.
+        # An array without dimensions raises only when it is iterated over.
         with contextlib.suppress(TypeError):
             return tuple(text(field, each) for each in given)
     advice = ": write [...] around it" if isinstance(given, str) else ""
@@ -123,7 +123,7 @@ def texts(field: str, given: object) -> tuple[str, ...]:
 
 
 def metadata(field: str, given: object) -> FrozenDict[str, str]:
-    """Texts by text."""
+    """Return metadata: a mapping of str to str."""
     if type(given) is FrozenDict:
         return given
     return FrozenDict({_key(field, key): _entry(field, key, entry) for key, entry in mapping(field, given).items()})
@@ -146,7 +146,7 @@ def _entry(field: str, key: object, entry: object) -> str:
 
 
 def value(field: str, given: object) -> Value:
-    """An encoded value; not yet whether it is one of any type."""
+    """Return an encoded value. It is checked against a type only later."""
     if not isinstance(given, Value):
         raise InvalidArgumentError(field, f"it must be a Value, not {_kind(given)}: make it with values.encode(...)")
     if given.binary is not None and type(given.binary) is not bytes:
@@ -163,34 +163,34 @@ def _json(field: str, given: object) -> str:
     try:
         given.encode()
     except UnicodeEncodeError as error:
-        reason = f"its json contains a lone surrogate (U+{ord(given[error.start]):04X}), which is no character"
+        reason = f"its json contains a lone surrogate (U+{ord(given[error.start]):04X}), which is not a character"
         raise InvalidArgumentError(field, reason) from None
     return given
 
 
 def values_by_text(field: str, given: object) -> FrozenDict[str, Value]:
-    """Encoded values by name or id."""
+    """Return a mapping of names or ids to encoded values."""
     entries = mapping(field, given)
     return FrozenDict({_key(field, key): value(field, entry) for key, entry in entries.items()})
 
 
 def _objects(field: str, given: object) -> Any:
-    """What has to be JSON, which it is checked for when it is encoded."""
+    """Return a copy of a mapping to be encoded as JSON; encoding it checks that it can be."""
     try:
         return copy.deepcopy(mapping(field, given))
     except (TypeError, RecursionError):
-        raise InvalidArgumentError(field, "it must hold what JSON has a form for") from None
+        raise InvalidArgumentError(field, "it must contain only values that JSON can represent") from None
 
 
 def mapping(field: str, given: object) -> dict[Any, Any]:
-    """A copy of a mapping."""
+    """Return a copy of a mapping as a dict."""
     if not isinstance(given, Mapping):
         raise InvalidArgumentError(field, f"it must be a mapping, such as a dict, not {_kind(given)}")
     return dict(given)
 
 
 def origin(given: object) -> Origin:
-    """Who asks."""
+    """Return an origin with valid texts."""
     if not isinstance(given, Origin):
         raise InvalidArgumentError("origin", f"it must be an Origin, not {_kind(given)}")
     text("actor", given.actor)
@@ -208,7 +208,7 @@ def _optional(check: Check) -> Check:
     return lambda field, given: None if given is None else check(field, given)
 
 
-# What the annotation of a command's field asks for. What has none of these is only ever made by ourselves.
+# The check for each annotation of a command's field. Fields with other annotations are never set by callers.
 _CHECKS: Mapping[Any, Check] = {
     str: text,
     str | None: _optional(text),
@@ -229,7 +229,7 @@ _compiled: dict[Any, tuple[tuple[str, Check], ...]] = {}
 
 
 def checks_of(kind: type[Any]) -> tuple[tuple[str, Check], ...]:
-    """The checks of a dataclass's fields, by their annotations."""
+    """Return the checks of a dataclass's fields as (name, check), according to their annotations."""
     checks = _compiled.get(kind)
     if checks is None:
         hints = get_type_hints(kind, include_extras=True)

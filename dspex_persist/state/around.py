@@ -1,4 +1,4 @@
-"""Around: a provider made around another one, with the abilities of the one that it is around."""
+"""Around: the base of wrappers around a provider, which have the abilities of the provider that they wrap."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -28,15 +28,15 @@ R = TypeVar("R")
 
 
 class Around(StateProvider):
-    """A wrapper. What a subclass does not do itself, `provider` does; commands come by `submit`.
+    """A wrapper that passes everything to `provider` that a subclass does not override. Commands come by `submit`.
 
-    A wrapper that is made with the provider as its first argument has the abilities of its own class and those of the
-    provider, no others: a class is put together for that. One that is made otherwise inherits from the classes below
-    what it is to hand on.
+    A wrapper whose first argument is the provider has the abilities of its class and those of the provider: `__new__`
+    creates a class with both. A wrapper with other arguments has to inherit explicitly from the classes below for
+    the abilities that it passes on.
     """
 
-    def __new__(cls, *given: Any, **options: Any) -> Self:
-        provider: object = given[0] if given else options.get("provider")
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        provider: object = arguments[0] if arguments else options.get("provider")
         parts = _missing(cls, type(provider))
         return cast(Self, super().__new__(_with(cls, parts) if parts else cls))
 
@@ -64,26 +64,26 @@ class Around(StateProvider):
         self.provider.check_open()
 
     def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
-        """That of the provider."""
+        """See `StateProvider.default_origin`."""
         return self.provider.default_origin(cause, idempotency_key)
 
 
 class HandedOn:
-    """Hands an ability of `provider` on: the one that the subclass names next to this."""
+    """Passes an ability of `provider` on: the other base of the subclass."""
 
     provider: StateProvider
 
 
 class DurableAround(HandedOn, Durable):
-    """Durable, as `provider` is."""
+    """Passes on that `provider` is durable."""
 
 
 class OrderAround(HandedOn, KeepsOrder):
-    """Keeps the order of commands, as `provider` does."""
+    """Passes on that `provider` keeps the order of commands."""
 
 
 class AuditsAround(HandedOn, Auditable):
-    """Has `provider` audited."""
+    """Passes audits on to `provider`."""
 
     def audit(self, *, reveal: bool = False) -> AuditSource:
         """See `Auditable.audit`."""
@@ -91,7 +91,7 @@ class AuditsAround(HandedOn, Auditable):
 
 
 class RecordsAround(HandedOn, Recordable):
-    """Has `provider` record."""
+    """Passes recordings on to `provider`."""
 
     def record(
         self, session_id: str, *, started: int | None = None, reveal: bool = False
@@ -101,7 +101,7 @@ class RecordsAround(HandedOn, Recordable):
 
 
 class ForksAround(HandedOn, Forkable):
-    """Has `provider` fork."""
+    """Passes forks on to `provider`."""
 
     def fork_session(
         self, session_id: str, new_session_id: str, at: str = "", *, origin: Origin | None = None
@@ -111,7 +111,7 @@ class ForksAround(HandedOn, Forkable):
 
 
 class PrunesAround(HandedOn, Prunable):
-    """Has `provider` prune."""
+    """Passes pruning on to `provider`."""
 
     def prune(self, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PruneReport:
         """See `Prunable.prune`."""
@@ -119,7 +119,7 @@ class PrunesAround(HandedOn, Prunable):
 
 
 class ToolsAround(HandedOn, ExecutesTools):
-    """Has `provider` execute tools."""
+    """Passes executions of tools on to `provider`."""
 
     def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
         """See `ExecutesTools.list_tools`."""
@@ -127,7 +127,7 @@ class ToolsAround(HandedOn, ExecutesTools):
 
 
 class StreamsAround(ToolsAround, StreamsTools):
-    """Has `provider` stream tools."""
+    """Passes streams of tools on to `provider`."""
 
     def stream_tool(
         self,
@@ -154,10 +154,10 @@ _PARTS: Final[Mapping[type[Ability], type[HandedOn]]] = {
 
 
 def _missing(wrapper: type, provider: type) -> tuple[type[HandedOn], ...]:
-    """What hands on the abilities of `provider` that `wrapper` does not have."""
+    """Return the classes that pass on the abilities of `provider` that `wrapper` lacks."""
     missing = [ability for ability in _PARTS if issubclass(provider, ability) and not issubclass(wrapper, ability)]
     if StreamsTools in missing:
-        # Which is one that executes them.
+        # `StreamsTools` includes `ExecutesTools`.
         missing = [ability for ability in missing if ability is not ExecutesTools]
     return tuple(_PARTS[ability] for ability in missing)
 

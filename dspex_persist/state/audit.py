@@ -1,7 +1,7 @@
-"""Audits: questions about a history, and what is answered. No SQL, no wire: those are edges of an `AuditSource`.
+"""Audits: queries about the history, and their answers. Independent of SQL and of the wire, which sources deal with.
 
-A *point* is a place in the history, as text: a commit's number, an execution's id (right after it ended; while it runs:
-as it began), an ISO time, an age ("2h" ago), or "now". With `^` behind it: right before it.
+A *point* is a place in the history, as text: a commit's number, an execution's id (the commit that ended it, or that
+began it while it runs), an ISO time, an age ("2h"), or "now". A `^` after it means right before it.
 """
 
 import re
@@ -28,14 +28,14 @@ from dspex_persist.state.model import ChangeKind, Conflict, ExecutionStatus, Fai
 T = TypeVar("T")
 
 SENSITIVE: Final = "sensitive"
-"""The key under which a variable's metadata says "true" if its values are to be masked."""
+"""The metadata key of variables whose values are masked; the entry is then "true"."""
 PAGE: Final = 500
 _DEEPEST: Final = 100
 _MOST_NODES: Final = 10_000
 _NAMED: Final = 5
 
 Cursor: TypeAlias = tuple[int, ...]
-"""Where a page ended: the key of its last row."""
+"""The end of a page: the key of its last row."""
 
 
 # Answers
@@ -43,10 +43,16 @@ Cursor: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class HistoryEntry:
-    """A version of a variable. `value` is None for a deletion, and where `masked` says that it is kept back.
+    """A version of a variable.
 
-    `execution_id` and `tool`: the tool execution that wrote it, None where a client did; `caller_id` and `caller_tool`:
-    the one that called that, None where a client did. `actor`: who had it done.
+    Attributes:
+        value: The value; None for a deletion, and if it is `masked`.
+        actor: Who made the request.
+        execution_id: The tool execution that wrote the version; None if a client did.
+        tool: The tool of that execution.
+        masked: Whether the value is hidden because the variable is sensitive.
+        caller_id: The tool execution that called the one that wrote the version; None if a client called it.
+        caller_tool: The tool of that caller.
     """
 
     session_id: str
@@ -71,7 +77,7 @@ class HistoryEntry:
 
 @dataclass(frozen=True, slots=True)
 class ExecutionSummary:
-    """A tool execution. `error` is "" unless it went wrong; what has to do with its end is None while it runs."""
+    """A tool execution. `error` is "" unless it failed. The fields about its end are None while it runs."""
 
     session_id: str
     execution_id: str
@@ -94,7 +100,7 @@ class ExecutionSummary:
 
 @dataclass(frozen=True, slots=True)
 class ReadEntry:
-    """Something that an execution asked for, and the version that it found; None: there was no such variable."""
+    """A variable that an execution looked up as `asked`, and the version that it read; None if it did not exist."""
 
     asked: str
     name: str | None
@@ -104,8 +110,14 @@ class ReadEntry:
 
 @dataclass(frozen=True, slots=True)
 class ExecutionDetail:
-    """One execution in full. `reason`: why it ended where no code failed. `attempts`: all for the same request, this
-    one included, oldest first. `history`: what it and its children changed, published values included."""
+    """One execution in full.
+
+    Attributes:
+        reason: Why it ended, if not because of an error of its code.
+        attempts: The ids of all executions for the same request, including this one, oldest first.
+        children: The executions that it called.
+        history: The versions that it and its children wrote, including published ones.
+    """
 
     summary: ExecutionSummary
     isolation: str
@@ -127,7 +139,7 @@ class ExecutionDetail:
     history: tuple[HistoryEntry, ...] = ()
 
     def all_reads(self) -> Iterator[ReadEntry]:
-        """What it and those that it called have read."""
+        """Iterate over the reads of this execution and of all that it called."""
         yield from self.reads
         for child in self.children:
             yield from child.all_reads()
@@ -135,7 +147,10 @@ class ExecutionDetail:
 
 @dataclass(frozen=True, slots=True)
 class CommitEntry:
-    """A commit: who, through what, when, and what it changed. `hash` is hexadecimal. `pruned`: rows of it are gone."""
+    """A commit: who made it, by what request, when, and what it changed.
+
+    `hash` is hexadecimal; `pruned` says whether rows of it were deleted.
+    """
 
     sequence: int
     session_id: str
@@ -150,7 +165,7 @@ class CommitEntry:
 
 @dataclass(frozen=True, slots=True)
 class SessionEntry:
-    """A session, live or ended, with how much there is of it."""
+    """A session, live or ended, with counts of its contents."""
 
     session_id: str
     created_at: datetime
@@ -167,7 +182,7 @@ class SessionEntry:
 
 @dataclass(frozen=True, slots=True)
 class VariableState:
-    """A variable as it stood at a point, and what made it so."""
+    """A variable as of a point, and the change that set it. See `HistoryEntry` for the fields about that change."""
 
     session_id: str
     name: str
@@ -191,18 +206,18 @@ class VariableState:
 
 
 class DifferenceKind(StrEnum):
-    """What became of a variable between two points."""
+    """How a variable differs between two points."""
 
     ADDED = "added"
     REMOVED = "removed"
     CHANGED = "changed"
     REPLACED = "replaced"
-    """Deleted, and another one registered under its name."""
+    """Deleted, and another variable was registered under its name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A variable that is not at one point what it is at another."""
+    """A variable that differs between two points."""
 
     name: str
     kind: DifferenceKind
@@ -212,10 +227,14 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class LineageNode:
-    """A version, what set it, and on which versions that stood: the reads of its transaction.
+    """A version, the change that set it, and the versions that it was derived from: the reads of its transaction.
 
-    `depth` 0 is what was asked about; a node of depth n is read by one of depth n - 1. Each version comes once;
-    what was pruned is only named by what stands on it.
+    Each version occurs once. A pruned version has no node and only appears in the `stands_on` of others.
+
+    Attributes:
+        depth: 0 for the queried versions; a version of depth n was read for one of depth n - 1.
+        entry: The version.
+        stands_on: The versions that its transaction had read.
     """
 
     depth: int
@@ -223,11 +242,11 @@ class LineageNode:
     stands_on: tuple[ReadEntry, ...] = ()
 
 
-# Questions
+# Queries
 
 
 class Operator(StrEnum):
-    """How a value is compared."""
+    """A comparison."""
 
     LESS = "<"
     LESS_EQUAL = "<="
@@ -240,14 +259,14 @@ class Operator(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Predicate:
-    """A condition on a value: a comparison with a number, or of its JSON with a text."""
+    """A condition on a value: compares it with a number, or its JSON with a text."""
 
     operator: Operator
     operand: str
 
     @property
     def number(self) -> int | float | None:
-        """The operand as a number, exactly, if it is one."""
+        """The operand as an exact number; None if it is not a number."""
         return number_in(self.operand)
 
 
@@ -258,7 +277,7 @@ _MOST_DIGITS: Final = 4300
 
 
 def number_in(text: str) -> int | float | None:
-    """The number that a text is, as values have it: integers exactly, everything else as a double."""
+    """Return the number in a text as values represent it: integers exactly, all others as a double; or None."""
     text = text.strip()
     if _INTEGER.fullmatch(text):
         return int(text)
@@ -269,34 +288,39 @@ def number_in(text: str) -> int | float | None:
     number = float(text)
     if not isinf(number):
         return number
-    # Past all doubles, and yet not past all integers; or past those, too, and yet not infinite.
+    # Larger than any double, but finite: an integer, bounded by the digits that Python converts.
     exact = Decimal(text)
     return int(exact) if exact.adjusted() < _MOST_DIGITS else (1 if number > 0 else -1) * 10**_MOST_DIGITS
 
 
 MOST_CONDITIONS: Final = 100
-"""In one question."""
+"""How many conditions one query may have."""
 _LONGEST_TEXT: Final = 10_000
 _LONGEST_SOUGHT, _LONGEST_OPERAND = 1_000, 65_536
 _PREDICATE = re.compile(r"(<=|>=|!=|<|>|==?|contains\b)\s*(.*)", re.DOTALL)
 
 
 def parse_predicate(text: str) -> Predicate:
-    """A predicate as people write it: `< 0.5`, `= "on"`, `contains error`."""
+    """Parse a condition such as `< 0.5`, `= "on"` or `contains error`.
+
+    Raises:
+        InvalidArgumentError: The text is not a condition.
+    """
     match = _PREDICATE.fullmatch(text.strip())
     if match is None or not match[2]:
-        raise InvalidArgumentError("where", f"{quote(text)} is no condition; write '< 0.5', '= 3' or 'contains text'")
+        reason = f"{quote(text)} is not a condition; write '< 0.5', '= 3' or 'contains text'"
+        raise InvalidArgumentError("where", reason)
     operator = Operator("=" if match[1] == "==" else match[1])
     return checked(Predicate(operator, match[2]))
 
 
 def checked(predicate: Predicate) -> Predicate:
-    """The same, unless it asks for the order of what has none, or for too much."""
-    # To look for a text takes SQLite as long as that is, at each place where it might be.
+    """Return the predicate if its operand is short enough, and a number if the operator needs one."""
+    # SQLite's search for a text takes time in proportion to the product of both lengths.
     most = _LONGEST_SOUGHT if predicate.operator is Operator.CONTAINS else _LONGEST_OPERAND
     check_length("where", predicate.operand, most)
     if predicate.operator.value[0] in "<>" and predicate.number is None:
-        reason = f"{predicate.operator} compares with {quote(predicate.operand)}, which is no number"
+        reason = f"{predicate.operator} compares with {quote(predicate.operand)}, which is not a number"
         raise InvalidArgumentError("where", reason)
     return predicate
 
@@ -306,7 +330,10 @@ def checked(predicate: Predicate) -> Predicate:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A parsed point: exactly one of the three is set, none of them is the newest commit. `before`: with `^`."""
+    """A parsed point. At most one of the first three fields is set; if none is, it means the newest commit.
+
+    `before`: it was followed by `^`.
+    """
 
     sequence: int | None = None
     execution_id: str = ""
@@ -315,13 +342,13 @@ class Point:
 
 
 PointLike: TypeAlias = str | int | datetime | timedelta
-"""What can be given as a point: a text, a commit's number, a time, an age."""
+"""What callers can pass as a point: a text, a commit's number, a time, an age."""
 _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|m|h|d|w)(?:\s+ago)?")
 _UNITS: Final = {"s": 1, "m": 60, "min": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}
 
 
 def point_text(point: PointLike, option: str = "at") -> str:
-    """A point as text: what `parse_point` reads."""
+    """Return a point as text, in the form that `parse_point` parses."""
     if isinstance(point, str):
         return point
     if isinstance(point, int) and not isinstance(point, bool) and point >= 0:
@@ -332,13 +359,22 @@ def point_text(point: PointLike, option: str = "at") -> str:
         return f"{point.total_seconds():.6f}s"
     raise InvalidArgumentError(
         option,
-        f"{quote(point)} is no point in the history; possible are a text, a commit's number (int), a time "
-        "(datetime) and an age (timedelta)",
+        f"{quote(point)} is not a point in the history; use a text, a commit's number (int), a time (datetime) or an "
+        "age (timedelta)",
     )
 
 
 def parse_point(point: PointLike, now: datetime, option: str = "at") -> Point:
-    """A point as people write it; a time without a zone is local. `InvalidArgumentError` says what is possible."""
+    """Parse a point.
+
+    Args:
+        point: The point. A time without a time zone is local.
+        now: The time from which ages count back (aware).
+        option: The name of the argument, for errors.
+
+    Raises:
+        InvalidArgumentError: It is not a point; the message says what is possible.
+    """
     text = point_text(point, option)
     stated = text.strip()
     before = stated.endswith("^")
@@ -356,9 +392,9 @@ def parse_point(point: PointLike, now: datetime, option: str = "at") -> Point:
     except (ValueError, OverflowError):
         raise InvalidArgumentError(
             option,
-            f"{quote(text)} is no point in the history; possible are a commit's number (1234), an execution's id "
-            "(exec_1234_...), a time (2026-03-01T12:00, 2026-03-01T12:00:00Z), an age (30s, 15m, 2h, 7d) and now; "
-            "^ behind any of them means right before it",
+            f"{quote(text)} is not a point in the history; use a commit's number (1234), an execution's id "
+            "(exec_1234_...), a time (2026-03-01T12:00, 2026-03-01T12:00:00Z), an age (30s, 15m, 2h, 7d) or now; "
+            "^ after any of them means right before it",
         ) from None
 
 
@@ -367,8 +403,15 @@ def parse_point(point: PointLike, now: datetime, option: str = "at") -> Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Query(Generic[T]):
-    """What every question has. "" asks for all; `session` is an id or a glob of `*` and `?`. `since` and `until` are
-    points: after the first, up to and with the second. `limit` 0 is no limit."""
+    """The conditions of every query; "" matches everything.
+
+    Attributes:
+        session: A session's id, or a glob with `*` and `?`.
+        since: A point; only what comes after it.
+        until: A point; only what comes up to and including it.
+        newest_first: The order of the answers.
+        limit: How many answers to return at most; 0 for no limit.
+    """
 
     session: str = ""
     since: PointLike = ""
@@ -382,12 +425,12 @@ class Query(Generic[T]):
             object.__setattr__(self, name, point_text(getattr(self, name), name))
         limit: object = self.limit
         if not isinstance(limit, int) or limit < 0:
-            raise InvalidArgumentError("limit", f"{quote(limit)} is no number of answers; 0 is no limit")
+            raise InvalidArgumentError("limit", f"{quote(limit)} is not a number of answers; 0 means no limit")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryQuery(Query[HistoryEntry]):
-    """Versions. `variable` is a name, an id or a glob."""
+    """Queries versions. `variable` is a name, an id or a glob; all conditions in `where` have to hold."""
 
     variable: str = ""
     type: str = ""
@@ -410,7 +453,10 @@ class HistoryQuery(Query[HistoryEntry]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutionQuery(Query[ExecutionSummary]):
-    """Tool executions, by when they began. `metadata`: of the request. `children`: those that others called, too."""
+    """Queries tool executions, ordered by their begin.
+
+    `metadata` are entries of the request's metadata; `children` includes executions that other executions called.
+    """
 
     tool: str = ""
     status: ExecutionStatus | str | None = None
@@ -428,7 +474,7 @@ class ExecutionQuery(Query[ExecutionSummary]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitQuery(Query[CommitEntry]):
-    """Commits."""
+    """Queries commits."""
 
     actor: str = ""
     cause: str = ""
@@ -440,7 +486,7 @@ class CommitQuery(Query[CommitEntry]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionQuery(Query[SessionEntry]):
-    """Sessions, by when they began. `live`: only those that have not ended, or only those that have."""
+    """Queries sessions, ordered by their begin. `live`: True for only live, False for only ended ones."""
 
     live: bool | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -453,7 +499,7 @@ class SessionQuery(Query[SessionEntry]):
 def _check_texts(query: object, *names: str) -> None:
     for name in names:
         if not isinstance(getattr(query, name), str):
-            raise InvalidArgumentError(name, f"{quote(getattr(query, name))} is no text")
+            raise InvalidArgumentError(name, f"{quote(getattr(query, name))} is not a str")
         check_length(name, getattr(query, name), _LONGEST_TEXT)
 
 
@@ -461,41 +507,41 @@ def _check_metadata(metadata: object) -> None:
     if not isinstance(metadata, Mapping) or not all(
         isinstance(each, str) for pair in metadata.items() for each in pair
     ):
-        raise InvalidArgumentError("metadata", "it has to be a mapping of texts to texts, such as {'user': 'ann'}")
+        raise InvalidArgumentError("metadata", "it must be a mapping of str to str, such as {'user': 'ann'}")
     check_conditions("metadata", metadata)
 
 
 def check_conditions(field: str, conditions: Sized) -> None:
-    """Refuse more of them than anybody means: each is looked at for each row."""
+    """Refuse more conditions than make sense, because each is checked for each row."""
     if len(conditions) > MOST_CONDITIONS:
         reason = f"{len(conditions):,} conditions are too many: ask for at most {MOST_CONDITIONS}"
         raise InvalidArgumentError(field, reason)
 
 
 def check_length(field: str, text: str, most: int) -> None:
-    """Refuse a text that is longer than anything that it could be compared with."""
+    """Refuse a text that is longer than anything it could match."""
     if len(text) > most:
         reason = f"{quote(text)} is too long: it has {len(text):,} characters, and may have {most:,}"
         raise InvalidArgumentError(field, reason)
 
 
 def _set_member(query: object, name: str, kind: type[StrEnum]) -> None:
-    """Have the field be a member of `kind`, which may have been given by its value."""
-    given = getattr(query, name)
-    if given is None or isinstance(given, kind):
+    """Convert the field to a member of `kind` if it is a member's value."""
+    member = getattr(query, name)
+    if member is None or isinstance(member, kind):
         return
-    values = [member.value for member in kind]
-    if given not in values:
-        raise InvalidArgumentError(name, f"there is no {name} {quote(given)}; {what_there_is(str(given), values, 10)}")
-    object.__setattr__(query, name, kind(given))
+    values = [each.value for each in kind]
+    if member not in values:
+        raise InvalidArgumentError(name, f"there is no {name} {quote(member)}; {suggestion(str(member), values, 10)}")
+    object.__setattr__(query, name, kind(member))
 
 
 def predicates_of(conditions: Predicate | str | Sequence[Predicate | str]) -> tuple[Predicate, ...]:
-    """Conditions, of which each may be as people write it; one alone may stand for a sequence of one."""
+    """Return conditions as predicates; accepts predicates and texts, and one alone instead of a sequence."""
     if isinstance(conditions, str | Predicate):
         conditions = (conditions,)
     if not isinstance(conditions, Sequence):
-        raise InvalidArgumentError("where", f"{quote(conditions)} is no condition; write '< 0.5'")
+        raise InvalidArgumentError("where", f"{quote(conditions)} is not a condition; write '< 0.5'")
     check_conditions("where", conditions)
     return tuple(_predicate(each) for each in conditions)
 
@@ -505,77 +551,88 @@ def _predicate(condition: Predicate | str) -> Predicate:
         return checked(condition)
     if isinstance(condition, str):
         return parse_predicate(condition)
-    raise InvalidArgumentError("where", f"{quote(condition)} is no condition; write '< 0.5'")
+    raise InvalidArgumentError("where", f"{quote(condition)} is not a condition; write '< 0.5'")
 
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[T]):
-    """Rows, and where the next page goes on; None: there is no more."""
+    """Rows, and the cursor of the next page; None after the last page."""
 
     rows: Sequence[T]
     after: Cursor | None = None
 
 
 def is_glob(text: str) -> bool:
-    """Whether it is a pattern rather than one name."""
+    """Whether a text is a pattern, as opposed to a name."""
     return "*" in text or "?" in text
 
 
-def what_there_is(asked: str, names: Sequence[str], most: int = _NAMED) -> str:
-    """The name that may have been meant, or some of those that there are."""
-    meant = did_you_mean(closest(asked, names))
-    if meant:
-        return meant
-    told = [*map(quote, names[:most]), *(["..."] if len(names) > most else [])]
-    return f"there are: {', '.join(told)}" if names else "there are none"
+def suggestion(name: str, names: Sequence[str], most: int = _NAMED) -> str:
+    """Return a hint for an unknown name: a similar one, or else the first `most` of the existing ones."""
+    similar = did_you_mean(closest(name, names))
+    if similar:
+        return similar
+    listed = [*map(quote, names[:most]), *(["..."] if len(names) > most else [])]
+    return f"there are: {', '.join(listed)}" if names else "there are none"
 
 
 # Sources
 
 
 class AuditSource(ABC):
-    """A history that can be asked. Usable from any thread. `reveal`: whether values of sensitive variables are shown.
+    """A history that answers queries, from any thread. Close it when done, for example with a `with` block.
 
-    Raises `NotInHistoryError` for a session, a variable or an execution that it never had, `InvalidArgumentError` for
-    what is no point of it.
+    Its methods raise `NotInHistoryError` for a session, variable or execution that the history does not have, and
+    `InvalidArgumentError` for text that is not a point, or a point that is not in the history.
+
+    Attributes:
+        reveal: Whether the values of sensitive variables are shown.
     """
 
     reveal: bool = False
 
     @abstractmethod
     def head(self) -> int:
-        """The newest commit's number."""
+        """Return the number of the newest commit."""
 
     @abstractmethod
     def resolve(self, point: PointLike, option: str = "at", session: str = "") -> int:
-        """The last commit that belongs to the time up to a point; 0 is before the first.
+        """Return the number of the last commit up to a point; 0 if that is before the first.
 
-        A time is looked for among the commits of `session`, if one is given. Without, a session that was imported
-        counts as of its import.
+        Args:
+            point: The point. "" means now.
+            option: The name of the argument, for errors.
+            session: Resolve times by the commits of this session. Without it, imported commits count as of their
+                import.
         """
 
     @abstractmethod
     def page(self, query: Query[T], after: Cursor | None = None, most: int = PAGE) -> Page[T]:
-        """At most `most` answers, from `after` on."""
+        """Return at most `most` answers, starting after the cursor `after`."""
 
     @abstractmethod
     def execution(self, execution_id: str) -> ExecutionDetail:
-        """One execution in full."""
+        """Return one execution in full."""
 
     @abstractmethod
     def state(self, session: str, at: PointLike = "") -> tuple[VariableState, ...]:
-        """The variables of a session as they stood at a point, oldest first."""
+        """Return the variables of a session as of a point, oldest first; "" means now."""
 
     @abstractmethod
     def version(self, session: str, variable_id: str, version: int) -> HistoryEntry:
-        """One version of one variable of a session; `VersionNotFoundError` or `VersionPrunedError`."""
+        """Return one version of a variable.
+
+        Raises:
+            VersionNotFoundError: The variable has no such version.
+            VersionPrunedError: The version was pruned.
+        """
 
     @abstractmethod
     def close(self) -> None:
-        """Let it go."""
+        """Close the source."""
 
     def iterate(self, query: Query[T]) -> Iterator[T]:
-        """All answers, read page by page as they are taken."""
+        """Iterate over all answers, which are read page by page on demand."""
         left = query.limit or None
         # Resolved once: "2h ago" must not move while pages are read.
         session = "" if is_glob(query.session) else query.session
@@ -594,59 +651,74 @@ class AuditSource(ABC):
         return "" if point == "" else str(self.resolve(point, option, session))
 
     def diff(self, session: str, start: PointLike, end: PointLike = "") -> tuple[Difference, ...]:
-        """What is not at `end` what it was at `start`, in the order of names. Before it began a session had nothing."""
+        """Return the variables that differ between two points, sorted by name.
+
+        Args:
+            session: The session's id.
+            start: The first point. If the session had not begun by then, all variables count as added.
+            end: The second point; "" means now.
+        """
         after = {variable.name: variable for variable in self._state("to", session, end)}
         had_begun = self.resolve(start, "from", session) >= self._began(session)
         before = {variable.name: variable for variable in self._state("from", session, start)} if had_begun else {}
-        found = (_difference(name, before.get(name), after.get(name)) for name in sorted(before.keys() | after.keys()))
-        return tuple(each for each in found if each is not None)
+        names = sorted(before.keys() | after.keys())
+        differences = (_difference(name, before.get(name), after.get(name)) for name in names)
+        return tuple(each for each in differences if each is not None)
 
     def _began(self, session: str) -> int:
-        """The commit that began the first session of this id, which may look like a pattern; 0 if there is none."""
-        lives = self.iterate(SessionQuery(session=session, newest_first=False))
-        return next((each.started_sequence for each in lives if each.session_id == session), 0)
+        """Return the commit that began the first session with this id; 0 if there is none."""
+        # Compared again, because the id may look like a pattern.
+        sessions = self.iterate(SessionQuery(session=session, newest_first=False))
+        return next((each.started_sequence for each in sessions if each.session_id == session), 0)
 
     def _state(self, option: str, session: str, point: PointLike) -> tuple[VariableState, ...]:
-        """The state at a point that was given as `option`."""
+        """Return the state at a point; errors name the argument `option`."""
         try:
             return self.state(session, point)
         except InvalidArgumentError as error:
             raise InvalidArgumentError(option, error.reason) from error
 
     def blame(self, session: str, variable: str = "", at: PointLike = "", depth: int = 1) -> tuple[LineageNode, ...]:
-        """What set the values as they stood at a point, and on what that stood, `depth` steps back."""
-        standing = self.state(session, at)
-        if variable:
-            names = [each.name for each in standing]
-            standing = tuple(each for each in standing if variable in (each.name, each.variable_id))
-            if not standing:
-                hint = f"session {quote(session)} did not have it then; {what_there_is(variable, names)}"
-                raise NotInHistoryError("variable", variable, hint)
-        return tuple(self._lineage(standing, min(depth, _DEEPEST)))
+        """Return which changes set the values at a point, and which versions they were derived from.
 
-    def _lineage(self, standing: Sequence[VariableState], depth: int) -> Iterator[LineageNode]:
-        queue = deque((0, each.variable_id, each.version) for each in standing)
-        session = standing[0].session_id if standing else ""
-        met = {(variable_id, version) for _, variable_id, version in queue}
+        Args:
+            session: The session's id.
+            variable: A variable's name or id; "" for all variables.
+            at: The point; "" means now.
+            depth: How many steps to follow the reads back, at most 100.
+        """
+        variables = self.state(session, at)
+        if variable:
+            names = [each.name for each in variables]
+            variables = tuple(each for each in variables if variable in (each.name, each.variable_id))
+            if not variables:
+                hint = f"session {quote(session)} did not have it then; {suggestion(variable, names)}"
+                raise NotInHistoryError("variable", variable, hint)
+        return tuple(self._lineage(variables, min(depth, _DEEPEST)))
+
+    def _lineage(self, variables: Sequence[VariableState], depth: int) -> Iterator[LineageNode]:
+        queue = deque((0, each.variable_id, each.version) for each in variables)
+        session = variables[0].session_id if variables else ""
+        seen = {(variable_id, version) for _, variable_id, version in queue}
         executions: dict[str, ExecutionDetail] = {}
-        while queue and len(met) < _MOST_NODES:
+        while queue and len(seen) < _MOST_NODES:
             level, variable_id, version = queue.popleft()
             try:
                 entry = self.version(session, variable_id, version)
             except (VersionNotFoundError, VersionPrunedError):
-                continue  # Pruned; what stands on it still names it.
+                continue  # Pruned; the versions derived from it still name it.
             reads = self._reads_behind(entry, executions)
             yield LineageNode(level, entry, reads)
             for read in reads if level < depth else ():
                 node = (read.variable_id, read.version)
-                if read.variable_id is not None and read.version is not None and node not in met:
-                    met.add((read.variable_id, read.version))
+                if read.variable_id is not None and read.version is not None and node not in seen:
+                    seen.add((read.variable_id, read.version))
                     queue.append((level + 1, read.variable_id, read.version))
 
     def _reads_behind(self, entry: HistoryEntry, executions: dict[str, ExecutionDetail]) -> tuple[ReadEntry, ...]:
-        """What the transaction that wrote a version had found.
+        """Return the versions that the transaction that wrote a version had read.
 
-        All of it counts: what one of its executions read, it may have handed to the one that wrote.
+        This includes the reads of all its executions, because one may pass a value that it read to another.
         """
         if entry.execution_id is None:
             return ()

@@ -1,7 +1,7 @@
-"""JSON bodies of frozen dataclasses: how each field is written and read follows from its type.
+"""JSON bodies of frozen dataclasses. The type of a field determines how it is written and read.
 
-A body has the names of the fields as its keys. One that is missing stands for the field's default, if it has one. What
-cannot be read is a `MalformedEventError` that names the key.
+The keys of a body are the names of the fields. A missing key stands for the field's default. A body that cannot be read
+raises a `MalformedEventError`, which names the key.
 """
 
 from ast import literal_eval
@@ -20,7 +20,7 @@ from dspex_persist.state.model import LogEntry, PrunePolicy, Seen, ToolParameter
 
 
 class MalformedEventError(ValueError):
-    """The body of an event cannot be read; says which key is missing or wrong."""
+    """The body of an event cannot be read. The message names the missing or wrong key."""
 
     def __str__(self) -> str:
         return f"malformed event: {super().__str__()}"
@@ -31,25 +31,25 @@ _UNLOGGED_MARK: Final = "unlogged"
 
 
 def sparse() -> Any:
-    """A field that no body has while it is None."""
+    """Declare a field that is left out of the body while it is None."""
     return field(default=None, metadata={_SPARSE_MARK: True})
 
 
 def unlogged(default: object) -> Any:
-    """A field that no body has."""
+    """Declare a field that is never part of the body."""
     return field(default=default, metadata={_UNLOGGED_MARK: True})
 
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """How values of one type become JSON, and how they are read from it."""
+    """Converts values of one type to JSON and back."""
 
     write: Callable[[Any], Any]
     read: Callable[[Any], Any]
 
 
 class _UnreadableError(Exception):
-    """`reason` is about the entry at `path` of what is being read."""
+    """The entry at `path` of the body cannot be read, for `reason`."""
 
     def __init__(self, reason: str, path: tuple[str, ...] = ()) -> None:
         self.reason = reason
@@ -60,13 +60,13 @@ class _UnreadableError(Exception):
 
 
 def written(record: object) -> Any:
-    """The body of a record."""
+    """Return the body of a record."""
     kind: Any = type(record)
     return codec_of(kind).write(record)
 
 
 def read(kind: Any, body: object) -> Any:
-    """The `kind` with this body."""
+    """Return the object of type `kind` with this body, or raise `MalformedEventError`."""
     try:
         return codec_of(kind).read(body)
     except _UnreadableError as error:
@@ -80,7 +80,7 @@ _MISSING: Final = "missing key"
 
 @cache
 def codec_of(kind: Any) -> Codec:
-    """The codec of a type: a dataclass, an enumeration, a container or a scalar."""
+    """Return the codec of a type: a dataclass, an enumeration, a container or a scalar."""
     if kind in _CODECS:
         return _CODECS[kind]
     origin, arguments = get_origin(kind), get_args(kind)
@@ -112,7 +112,7 @@ def _optional(codec: Codec) -> Codec:
 def _sequence(codec: Codec) -> Codec:
     def read(entry: Any) -> Any:
         if not isinstance(entry, list | tuple):
-            raise _UnreadableError("is no list")
+            raise _UnreadableError("is not a list")
         return tuple(_inside(place, codec, each) for place, each in enumerate(entry))
 
     return Codec(lambda value: [codec.write(each) for each in value], read)
@@ -121,7 +121,7 @@ def _sequence(codec: Codec) -> Codec:
 def _fixed(codecs: list[Codec]) -> Codec:
     def read(entry: Any) -> Any:
         if not isinstance(entry, list | tuple) or len(entry) != len(codecs):
-            raise _UnreadableError(f"is no list of {len(codecs)}")
+            raise _UnreadableError(f"is not a list of {len(codecs)}")
         return tuple(_inside(place, codec, each) for place, (codec, each) in enumerate(zip(codecs, entry, strict=True)))
 
     return Codec(lambda value: [codec.write(each) for codec, each in zip(codecs, value, strict=True)], read)
@@ -130,7 +130,7 @@ def _fixed(codecs: list[Codec]) -> Codec:
 def _mapping(codec: Codec) -> Codec:
     def read(entry: Any) -> Any:
         if not isinstance(entry, Mapping):
-            raise _UnreadableError("is no object")
+            raise _UnreadableError("is not an object")
         return {key: _inside(key, codec, each) for key, each in entry.items()}
 
     return Codec(lambda value: {key: codec.write(each) for key, each in value.items()}, read)
@@ -154,7 +154,7 @@ def _record(kind: Any) -> Codec:
 
     def read(entry: Any) -> Any:
         if not isinstance(entry, Mapping):
-            raise _UnreadableError("is no object")
+            raise _UnreadableError("is not an object")
         for name in required:
             if name not in entry:
                 raise _UnreadableError(_MISSING, (name,))
@@ -179,16 +179,16 @@ def _same(value: Any) -> Any:
 
 def _scalar(name: str, *kinds: type) -> Codec:
     def read(entry: Any) -> Any:
-        # Not `isinstance`: True is an integer there.
+        # Not `isinstance`, which accepts True as an int.
         if type(entry) not in kinds:
-            raise _UnreadableError(f"is no {name}")
+            raise _UnreadableError(f"is not {name}")
         return entry
 
     return Codec(_same, read)
 
 
 def _number(entry: Any) -> Any:
-    # What is not finite is stored as text.
+    # NaN and the infinities are stored as texts.
     return float(entry) if entry in ("NaN", "Infinity", "-Infinity") else _NUMBER.read(entry)
 
 
@@ -197,7 +197,7 @@ def _member(kind: type[Enum]) -> Codec:
         try:
             return kind(entry)
         except ValueError:
-            raise _UnreadableError(f"is none of {', '.join(str(each.value) for each in kind)}") from None
+            raise _UnreadableError(f"is not one of {', '.join(str(each.value) for each in kind)}") from None
 
     return Codec(lambda member: member.value, read)
 
@@ -206,10 +206,10 @@ def _time(entry: Any) -> datetime:
     try:
         return from_micros(_INTEGER.read(entry))
     except OverflowError:
-        raise _UnreadableError("is a time that no calendar has") from None
+        raise _UnreadableError("is outside the years 1 to 9999") from None
 
 
-# Types with bodies of their own
+# Types with special bodies
 
 
 def _write_value(value: Value) -> dict[str, Any]:
@@ -217,11 +217,11 @@ def _write_value(value: Value) -> dict[str, Any]:
 
 
 def _read_value(entry: Any) -> Value:
-    told = _VALUE.read(entry)
+    body = _VALUE.read(entry)
     try:
-        return Value(told.json, None if told.binary is None else b64decode(told.binary))
+        return Value(body.json, None if body.binary is None else b64decode(body.binary))
     except ValueError:
-        raise _UnreadableError("is no base64", ("binary",)) from None
+        raise _UnreadableError("is not base64", ("binary",)) from None
 
 
 def _write_default(value: Value | None) -> dict[str, Any] | None:
@@ -231,17 +231,17 @@ def _write_default(value: Value | None) -> dict[str, Any] | None:
 
 
 def _read_default(entry: Any) -> Value | None:
-    """A parameter's default: its bytes have always been logged as Python spells them."""
+    """Read a parameter's default, whose bytes are logged as a Python literal."""
     if entry is None:
         return None
-    told = _VALUE.read(entry)
+    body = _VALUE.read(entry)
     try:
-        binary = None if told.binary is None else literal_eval(told.binary)
+        binary = None if body.binary is None else literal_eval(body.binary)
     except (ValueError, SyntaxError):
-        binary = told.binary
+        binary = body.binary
     if not isinstance(binary, bytes | NoneType):
-        raise _UnreadableError("is no bytes", ("binary",))
-    return Value(told.json, binary)
+        raise _UnreadableError("is not a bytes literal", ("binary",))
+    return Value(body.json, binary)
 
 
 def _write_seen(seen: Seen) -> list[Any]:
@@ -259,25 +259,25 @@ class _ValueBody:
     binary: str | None = None
 
 
-_INTEGER: Final = _scalar("integer", int)
-_NUMBER: Final = _scalar("number", int, float)
+_INTEGER: Final = _scalar("an integer", int)
+_NUMBER: Final = _scalar("a number", int, float)
 _CODECS: Final[dict[Any, Codec]] = {
     Any: Codec(_same, _same),
-    str: _scalar("text", str),
+    str: _scalar("a string", str),
     int: _INTEGER,
     float: Codec(_same, _number),
-    bool: _scalar("truth value", bool),
+    bool: _scalar("a boolean", bool),
     datetime: Codec(to_micros, _time),
     Value: Codec(_write_value, _read_value),
     Seen: Codec(_write_seen, _read_seen),
 }
 _FIELDS: Final[dict[tuple[Any, str], Codec]] = {
     (ToolParameter, "default"): Codec(_write_default, _read_default),
-    # Earlier releases logged any message, at any time.
+    # Earlier releases did not check the type of the message, nor the range of the time.
     (LogEntry, "message"): Codec(_same, _same),
     (LogEntry, "at"): Codec(to_micros, lambda entry: nearest_time(_INTEGER.read(entry))),
 }
 """Fields whose bodies differ from those of their types elsewhere."""
 _UNLOGGED: Final = frozenset({(PrunePolicy, "session_id")})
-"""Fields of other records that no body has."""
+"""Fields of records from other modules that are never part of a body."""
 _VALUE: Final = codec_of(_ValueBody)

@@ -1,4 +1,4 @@
-"""BridgedState, beside the other backends; the bridge that it is a part of is in `bridge`."""
+"""BridgedState, importable next to the other backends; its code is in `bridge`."""
 
 from dspex_persist.state.bridge.client import BridgedState
 

@@ -1,4 +1,4 @@
-"""The sessions in memory, bounded: those untouched longest go first."""
+"""A bounded cache of sessions, with approximate LRU eviction."""
 
 from dspex_persist.state.session_state import SessionState
 
@@ -23,7 +23,7 @@ class SessionCache:
         return len(self._entries)
 
     def find(self, session_id: str) -> SessionState | None:
-        """The session's published state, if it is here."""
+        """Return the session's published state if it is cached."""
         entry = self._entries.get(session_id)
         if entry is None:
             return None
@@ -31,7 +31,7 @@ class SessionCache:
         return entry.state
 
     def put(self, session_id: str, state: SessionState) -> None:
-        """Publish a state: whoever reads from now on sees it."""
+        """Publish a state: all later reads see it."""
         entry = self._entries.get(session_id)
         if entry is None:
             self._entries[session_id] = _Entry(state)
@@ -41,18 +41,18 @@ class SessionCache:
             entry.state = state
 
     def drop(self, session_id: str) -> None:
-        """Forget a session."""
+        """Remove a session from the cache."""
         entry = self._entries.pop(session_id, None)
         if entry is not None:
             self.size_bytes -= entry.state.weight_bytes
 
     def evict(self) -> None:
-        """Forget the sessions that nobody has touched since the last round, until the limit holds again."""
+        """Remove sessions that were not used since the last round, until the cache is within its limit."""
         while self.size_bytes > self._limit_bytes and len(self._entries) > 1:
             session_id = next(iter(self._entries))
             entry = self._entries[session_id]
             if entry.touched:
-                # A second chance: to the end of the line.
+                # Used since the last round: back to the end of the queue.
                 entry.touched = False
                 del self._entries[session_id]
                 self._entries[session_id] = entry

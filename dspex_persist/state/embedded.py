@@ -1,4 +1,4 @@
-"""EmbeddedState: session state in a SQLite file that this process owns, and the execution of tools over it."""
+"""EmbeddedState: session state in a SQLite file that this process owns, with execution of tools."""
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -30,10 +30,18 @@ from dspex_persist.state.tools.with_tools import TOOL_THREADS, WithTools
 
 
 class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable):
-    """The engine on a SQLite file, and what only a file has: audits, recordings, forks, pruning. It executes no tools.
+    """The engine on a SQLite file, with audits, recordings, forks and pruning. It executes no tools.
 
-    `on_fatal` is called when the writer ends before its time (an I/O error, or a fault of ours): nothing can be
-    written any more, and a server should end. As a library the default is that every later call raises.
+    Args:
+        path: The database; it is created if it does not exist.
+        options: Durability, limits, TTLs and retention.
+        sweep_interval_s: How often expired sessions are ended and old outcomes deleted, in seconds.
+        on_fatal: Called if the writer ends because of an I/O error or a bug. No more writes are possible then, and
+            every later call raises; a server should exit.
+
+    Raises:
+        OpenError: Another process owns the file, or it is not a readable database of this project.
+        InvalidArgumentError: An option is invalid.
     """
 
     def __init__(
@@ -44,7 +52,7 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable):
         sweep_interval_s: float = 30.0,
         on_fatal: Callable[[BaseException], None] | None = None,
     ) -> None:
-        # Before a file is made.
+        # Before the file is created.
         check_seconds("sweep_interval_s", sweep_interval_s)
         groups = open_groups(Path(path), options)
         self._store = groups.log
@@ -102,11 +110,20 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable):
 
 
 class EmbeddedState(WithTools, DurableAround, OrderAround, AuditsAround, RecordsAround, ForksAround, PrunesAround):
-    """Session state in a SQLite file: writes through one writer thread, reads from memory, history from the file.
+    """Session state in a SQLite file, with tools. One thread writes; current values are read from memory.
 
-    `tools` are what `execute_tool` can execute, on up to `tool_threads` threads (see `dspex_persist.Toolbox`).
-    `on_fatal` is called when the writer ends before its time (an I/O error, or a fault of ours): nothing can be
-    written any more, and a server should end. As a library the default is that every later call raises.
+    Args:
+        path: The database; it is created if it does not exist.
+        options: Durability, limits, TTLs and retention.
+        sweep_interval_s: How often expired sessions are ended and old outcomes deleted, in seconds.
+        on_fatal: Called if the writer ends because of an I/O error or a bug. No more writes are possible then, and
+            every later call raises; a server should exit.
+        tools: The tools for `execute_tool`, by name; see `dspex_persist.Toolbox`.
+        tool_threads: How many threads run tools at most.
+
+    Raises:
+        OpenError: Another process owns the file, or it is not a readable database of this project.
+        InvalidArgumentError: An option is invalid, or `tools` are not tools.
     """
 
     def __init__(
@@ -119,7 +136,7 @@ class EmbeddedState(WithTools, DurableAround, OrderAround, AuditsAround, Records
         tools: Mapping[str, ToolCode] | None = None,
         tool_threads: int = TOOL_THREADS,
     ) -> None:
-        # Before a file is made.
+        # Before the file is created.
         check_count("tool_threads", tool_threads)
         check_tools(tools)
         self.engine = SqliteState(path, options, sweep_interval_s=sweep_interval_s, on_fatal=on_fatal)
@@ -127,5 +144,5 @@ class EmbeddedState(WithTools, DurableAround, OrderAround, AuditsAround, Records
 
     @property
     def head_sequence(self) -> int:
-        """The last durable commit."""
+        """The number of the last durable commit."""
         return self.engine.head_sequence

@@ -1,8 +1,7 @@
-"""What a commit says besides new versions: a class for each kind of event.
+"""The events of a commit, which record what new versions do not: one class for each kind.
 
-A class has the facts of its event as fields, from which the body follows that the log keeps (see `bodies`), and `fold`,
-which says what the event does to its session. Nothing else knows the keys of a body. docs/architecture.md says how to
-add an event.
+The fields of a class determine the JSON body in the log (see `bodies`), and its `fold` applies the event to the
+session's state. No other module knows the keys of a body. docs/architecture.md says how to add an event.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,9 +34,9 @@ from dspex_persist.state.session_state import Lease, SessionState, Undo, size_of
 
 
 class Moment(NamedTuple):
-    """When a commit happens: its number, its time, and the steady clock's, with which TTLs are measured.
+    """When a commit happens: its number, its wall-clock time, and the steady clock's time, which measures TTLs.
 
-    `steady` is None where a session is rebuilt that is long over: it gets no TTL then.
+    `steady` is None while a past session is rebuilt, which then gets no TTL.
     """
 
     sequence: int
@@ -47,21 +46,25 @@ class Moment(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A fact that a commit states besides new versions."""
+    """A fact in a commit other than a new version."""
 
     kind: ClassVar[EventKind]
 
     def to_body(self) -> dict[str, Any]:
-        """What the log keeps of it, as JSON has it."""
+        """Return the event's body for the log, as a JSON object."""
         return cast(dict[str, Any], bodies.written(self))
 
     @classmethod
     def from_body(cls, body: object) -> Self:
-        """The event that the log has with this body; `MalformedEventError` if it cannot be read."""
+        """Return the event with this body, or raise `MalformedEventError`."""
         return cast(Self, bodies.read(cls, body))
 
     def fold(self, state: SessionState, moment: Moment, undo: Undo) -> SessionState | None:
-        """Bring the session's state up to date, and note in `undo` what takes that back; None if the session ends."""
+        """Apply the event to the session's state, and append the steps that undo it to `undo`.
+
+        Returns:
+            The state; None if the session has ended.
+        """
         return state
 
 
@@ -70,7 +73,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class SessionStarted(Event):
-    """A session began. `config`: what its client said when it did. `session_key`: the file's own name for it."""
+    """A session began. `config` is the client's; `session_key` identifies the session within its file."""
 
     session_id: str
     metadata: Mapping[str, str]
@@ -81,7 +84,7 @@ class SessionStarted(Event):
     kind: ClassVar = EventKind.SESSION_STARTED
 
     def start(self, moment: Moment) -> SessionState:
-        """The state of the session that begins."""
+        """Return the state of the new session."""
         ttl_s, lease = _time_to_live(self.ttl_s, moment)
         session = Session(self.session_id, moment.at, self.metadata, ttl_s, moment.sequence)
         return SessionState(session, lease=lease, sequence=moment.sequence)
@@ -89,7 +92,7 @@ class SessionStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class SessionUpdated(Event):
-    """From now on a session has these metadata and this TTL."""
+    """A session got new metadata and a new TTL."""
 
     session_id: str
     metadata: Mapping[str, str]
@@ -98,7 +101,7 @@ class SessionUpdated(Event):
     kind: ClassVar = EventKind.SESSION_UPDATED
 
     def fold(self, state: SessionState, moment: Moment, undo: Undo) -> SessionState:
-        """See `Event.fold`. A TTL that stays the same is not begun anew."""
+        """See `Event.fold`. A TTL that stays the same does not restart."""
         state.remember(undo, "session", "lease")
         ttl_s, lease = _time_to_live(self.ttl_s, moment)
         if lease is None or state.lease is None or state.lease.ttl_s != ttl_s:
@@ -131,7 +134,10 @@ class SessionEnded(Event):
 
 @dataclass(frozen=True, slots=True)
 class VariableRegistered(Event):
-    """A variable was registered; the same commit has its version 0. `variable_key`: the file's own name for it."""
+    """A variable was registered; its version 0 is in the same commit.
+
+    `variable_key` identifies the variable within its file.
+    """
 
     variable_id: str
     name: str
@@ -162,7 +168,7 @@ class DependencyAdded(Event):
 
 @dataclass(frozen=True, slots=True)
 class OptimizationStarted(Event):
-    """An optimizer locked a variable, or renewed the lock that it has had since `started_at`."""
+    """An optimizer locked a variable, or renewed the lock that it has held since `started_at`."""
 
     variable_id: str
     optimization_id: str
@@ -176,13 +182,13 @@ class OptimizationStarted(Event):
 
     @classmethod
     def of(cls, variable_id: str, lock: Optimization) -> Self:
-        """That a variable got this lock."""
+        """Create the event for a lock on a variable."""
         return cls(variable_id, lock.id, lock.optimizer_id, lock.started_at, lock.started_by, lock.config, lock.lease_s)
 
     def lock(self, at: datetime) -> Optimization:
-        """The lock that it puts on its variable, in a commit at `at`. A holder that asks again gets its lock renewed.
+        """Return the lock that the event, in a commit at `at`, puts on its variable, or renews.
 
-        From the log alone, so that a check of the log arrives at the same row.
+        It depends only on the log, so that a check of the log computes the same row.
         """
         return Optimization(
             self.optimization_id,
@@ -202,7 +208,7 @@ class OptimizationStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class OptimizationStopped(Event):
-    """The lock is off the variable."""
+    """The lock was removed from the variable."""
 
     variable_id: str
     optimization_id: str
@@ -227,7 +233,7 @@ def _set_lock(state: SessionState, variable_id: str, lock: Optimization | None, 
 
 @dataclass(frozen=True, slots=True)
 class ToolsRegistered(Event):
-    """A worker runs these tools; those of the same names are replaced."""
+    """A worker registered tools, which replace tools with the same names."""
 
     worker_id: str
     tools: tuple[RegisteredTool, ...]
@@ -245,10 +251,12 @@ class ToolsRegistered(Event):
 
 @dataclass(frozen=True, slots=True)
 class ExecutionBegan(Event):
-    """A tool runs from here on. `worker_id`: whose tool it is; "" for the server's own.
+    """An execution of a tool began.
 
-    `retry_of`: the execution that ran before it for the same request; the logs of old releases do not say
-    (`says_retry`).
+    Attributes:
+        worker_id: The worker that runs the tool; "" for the server itself.
+        retry_of: The previous execution for the same request.
+        says_retry: Whether the log records `retry_of`; old releases did not.
     """
 
     execution_id: str
@@ -292,10 +300,14 @@ class ExecutionBegan(Event):
 
 @dataclass(frozen=True, slots=True)
 class ExecutionEnded(Event):
-    """An execution ended. One that was interrupted has a `reason`, and nothing else to report.
+    """An execution ended.
 
-    `reads`: what it asked for, and as what it found it. `writes`, `published`: names and versions. `recorded`: what
-    it was told of the world (see `times`, `lm_calls`).
+    Attributes:
+        reason: Why it was interrupted; such an event has no further fields.
+        reads: The names that it looked up, and the variables and versions that it found.
+        writes: Names and versions that it wrote.
+        published: Names and versions that it published before its commit.
+        recorded: Its recorded inputs, such as the clock; see `times` and `lm_calls`.
     """
 
     execution_id: str
@@ -323,12 +335,12 @@ class ExecutionEnded(Event):
 
     @property
     def times(self) -> list[datetime]:
-        """What `now` gave it."""
+        """The times that `now` returned."""
         return [from_micros(each) for each in self.recorded.get("now", ())]
 
     @property
     def lm_calls(self) -> list[Any]:
-        """The calls of language models that were recorded for it."""
+        """The recorded calls of language models."""
         return list(self.recorded.get("lm", ()))
 
     def fold(self, state: SessionState, moment: Moment, undo: Undo) -> SessionState:
@@ -349,9 +361,15 @@ GoingEvent: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Pruned(Event):
-    """Old history went, as `policy` allowed: so many `versions` and `events`, of the commits of `range`.
+    """History was pruned.
 
-    `digest` covers what is left of those commits. `going` is what goes, by the keys of the file: no log has it.
+    Attributes:
+        versions: How many versions were deleted.
+        events: How many events were deleted.
+        policy: The policy that allowed it.
+        range: The first and the last affected commit.
+        digest: A hash of the remaining rows of those commits.
+        going: The rows to delete, by the keys of the file; not part of the log.
     """
 
     versions: int
@@ -365,7 +383,7 @@ class Pruned(Event):
 
     @classmethod
     def planned(cls, policy: PrunePolicy, versions: Sequence[GoingVersion], events: Sequence[GoingEvent]) -> Self:
-        """That these are to go."""
+        """Create the event for versions and events to be deleted."""
         return cls(len(versions), len(events), policy, (0, 0), "", (versions, events))
 
 
@@ -393,7 +411,7 @@ _IDS: Final = ("execution_id", "parent_id", "retry_of")
 
 
 def event_in(kind: str, body: object) -> Event:
-    """The event of a kind with this body; `MalformedEventError` if it cannot be read."""
+    """Return the event of a kind with this body, or raise `MalformedEventError`."""
     try:
         event = EVENTS[EventKind(kind)]
     except ValueError:
@@ -402,26 +420,26 @@ def event_in(kind: str, body: object) -> Event:
 
 
 def portable(body: Mapping[str, Any]) -> dict[str, Any]:
-    """The body of an event without the names that things have in one file only."""
+    """Return the body of an event without the keys that are only valid in one file."""
     return {key: entry for key, entry in body.items() if key not in _OWN_KEYS}
 
 
 def renamed_executions(body: Mapping[str, Any], renamed: Callable[[str], str]) -> Mapping[str, Any]:
-    """The body of an event with other ids of executions."""
+    """Return the body of an event with its execution ids mapped by `renamed`."""
     ids = {key: renamed(entry) for key, entry in body.items() if key in _IDS and isinstance(entry, str)}
     return {**body, **ids} if ids else body
 
 
 def spec_body(spec: ToolSpec) -> dict[str, Any]:
-    """A tool's specification, as the log and the table of tools keep it."""
+    """Return the body of a tool's specification, for the log and the table of tools."""
     return cast(dict[str, Any], bodies.written(spec))
 
 
 def spec_in(body: object) -> ToolSpec:
-    """The specification with this body; `MalformedEventError` if it cannot be read."""
+    """Return the specification with this body, or raise `MalformedEventError`."""
     return cast(ToolSpec, bodies.read(ToolSpec, body))
 
 
 def conflicts_in(entries: object) -> tuple[Conflict, ...]:
-    """The conflicts in the body of an execution's end; `MalformedEventError` if they cannot be read."""
+    """Return the conflicts in the body of an execution's end, or raise `MalformedEventError`."""
     return cast(tuple[Conflict, ...], bodies.read(tuple[Conflict, ...], entries))

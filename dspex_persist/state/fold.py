@@ -1,6 +1,6 @@
-"""What the events and versions of a commit do to the state of their session: the only place that says so.
+"""Apply the events and versions of a commit to the state of their session.
 
-Whoever keeps a session in memory has it from here: commands that run, a recording that is imported, a replay.
+Commands, imports and replays all use this code, so a session has the same state however it was built.
 """
 
 from dataclasses import replace
@@ -12,9 +12,16 @@ from dspex_persist.state.session_state import SessionState, Undo, weight_of
 
 
 def fold(state: SessionState | None, event: Event, moment: Moment, undo: Undo) -> SessionState | None:
-    """A session after an event; None before it begins and after it has ended.
+    """Apply an event to a session.
 
-    `state` is changed in place, and `undo` gets what takes that back.
+    Args:
+        state: The session, which is changed in place; None before it begins.
+        event: The event.
+        moment: When its commit happens.
+        undo: Receives the steps that undo the change.
+
+    Returns:
+        The session after the event; None if it has not begun, or has ended.
     """
     if isinstance(event, SessionStarted):
         return event.start(moment)
@@ -24,9 +31,13 @@ def fold(state: SessionState | None, event: Event, moment: Moment, undo: Undo) -
 def fold_version(
     state: SessionState, version: VariableVersion, undo: Undo, registered: VariableRegistered | None = None
 ) -> None:
-    """Bring a session's state up to date with a new version of one of its variables; see `fold`.
+    """Apply a new version of a variable to a session.
 
-    `registered`: what a variable was registered as, which its first version needs.
+    Args:
+        state: The session, which is changed in place.
+        version: The version.
+        undo: Receives the steps that undo the change.
+        registered: The variable's registration, required for its first version.
     """
     name = state.names.get(version.variable_id)
     if name is not None:
@@ -43,7 +54,7 @@ def fold_version(
 
 
 def first(registered: VariableRegistered, version: VariableVersion) -> Variable:
-    """A variable as it is registered."""
+    """Return a variable at its first version."""
     assert version.value is not None, "only a deletion has no value"
     return Variable(
         registered.variable_id,
@@ -59,17 +70,17 @@ def first(registered: VariableRegistered, version: VariableVersion) -> Variable:
 
 
 def advanced(before: Variable, version: VariableVersion) -> Variable:
-    """A variable after its next version; a deletion leaves the last value."""
-    lock, value, metadata, said = before.optimization, version.value, before.metadata, version.metadata
+    """Return a variable after its next version; a deletion leaves the last value."""
+    lock, value, metadata, added = before.optimization, version.value, before.metadata, version.metadata
     if lock is not None:
         if value is None:
             lock = None
-        elif lock.optimizer_id == said.get("optimizer_id"):
+        elif lock.optimizer_id == added.get("optimizer_id"):
             # A write of the optimizer that holds the lock renews it.
             lock = replace(lock, renewed_at=version.created_at)
-    if said and version.kind.merges_metadata and not said.items() <= metadata.items():
-        metadata = FrozenDict({**metadata, **said})
-    # By position: keywords take twice as long, and this is the hot path.
+    if added and version.kind.merges_metadata and not added.items() <= metadata.items():
+        metadata = FrozenDict({**metadata, **added})
+    # By position: keyword arguments take twice as long, and this is the hot path.
     return Variable(
         before.id,
         before.name,

@@ -1,4 +1,4 @@
-"""Mappings that nobody can change: what callers hand in is copied into them, and what they are handed is one."""
+"""Immutable mappings. Mappings from callers are copied into these, and callers get only these."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, Generic, NoReturn, Self, TypeVar
@@ -8,7 +8,7 @@ V = TypeVar("V")
 
 
 class FrozenDict(dict[K, V]):
-    """A dict that cannot be changed. A dict nevertheless: JSON, protobuf and `copy` take it for what it is."""
+    """An immutable dict. It is a subclass of dict so that JSON, protobuf and `copy` accept it."""
 
     __slots__ = ()
 
@@ -29,7 +29,7 @@ class FrozenDict(dict[K, V]):
 
 
 def freeze(mapping: Mapping[K, V]) -> FrozenDict[K, V]:
-    """The mapping as it is now."""
+    """Return an immutable copy of the mapping, or the mapping itself if it is immutable."""
     return mapping if isinstance(mapping, FrozenDict) else FrozenDict(mapping)
 
 
@@ -37,7 +37,7 @@ _SHARDS: Final = 256
 
 
 class SharedMap(Generic[K, V]):
-    """A large mapping that is never changed: a change makes another one, which shares nearly all of it."""
+    """A large immutable mapping. A change returns a new one, which shares most of its entries with the old one."""
 
     __slots__ = ("_shards",)
 
@@ -50,16 +50,16 @@ class SharedMap(Generic[K, V]):
             self._shards = tuple(shards)
 
     def get(self, key: K) -> V | None:
-        """The entry of a key; None if there is none."""
+        """Return the entry of a key, or None."""
         return self._shards[hash(key) % _SHARDS].get(key)
 
     def values(self) -> Iterator[V]:
-        """All entries, in no order."""
+        """Iterate over all entries, in no particular order."""
         for shard in self._shards:
             yield from shard.values()
 
     def updated(self, entries: Mapping[K, V]) -> Self:
-        """The mapping with these entries besides, or instead of those under their keys."""
+        """Return a mapping with these entries added or replaced."""
         shards, own = list(self._shards), set[int]()
         for key, entry in entries.items():
             place = hash(key) % _SHARDS

@@ -1,4 +1,4 @@
-"""The graph of a session's dependencies: who is affected by a change, and which dependency would close a circle."""
+"""The graph of a session's dependencies: which variables a change affects, and which dependency would close a cycle."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -10,12 +10,17 @@ from dspex_persist.state.frozen import SharedMap
 from dspex_persist.state.model import Dependency
 
 _Links: TypeAlias = Mapping[str, Dependency]
-"""All dependencies of one variable on one other, by type, oldest first. They end together, with either variable."""
+"""The dependencies of one variable on another by type, oldest first. All end when either variable is deleted."""
 
 
 class _Node(NamedTuple):
-    """The dependencies that a variable has part in: those that it has and those on it, by the other variable, and those
-    on it that have ended, in the order of their ends."""
+    """The dependencies of a variable.
+
+    Attributes:
+        uses: Its dependencies on other variables, by their ids.
+        users: The dependencies of other variables on it, by their ids.
+        past: The ended dependencies of others on it, in the order of their ends.
+    """
 
     uses: Mapping[str, _Links] = {}
     users: Mapping[str, _Links] = {}
@@ -26,10 +31,12 @@ _NOTHING: Final = _Node()
 
 
 class Dependencies(Sequence[Dependency]):
-    """Every dependency that a session ever had, oldest first. Never changed: a change makes another one.
+    """Every dependency that a session ever had, oldest first. Immutable: a change returns a new object.
 
-    What it takes to look something up, or to change it, is in proportion to the variables that have part in it.
-    `changed_at`: the commit of the last change.
+    A lookup or a change takes time in proportion to the number of directly connected variables.
+
+    Attributes:
+        changed_at: The commit of the last change.
     """
 
     __slots__ = ("_count", "_nodes", "changed_at")
@@ -82,27 +89,27 @@ class Dependencies(Sequence[Dependency]):
         return f"Dependencies({self._all()})"
 
     def _all(self) -> list[Dependency]:
-        found = [
+        edges = [
             edge
             for node in self._nodes.values()
             for links in (*node.uses.values(), *node.past)
             for edge in links.values()
         ]
-        return sorted(found, key=attrgetter("since", "from_id", "to_id", "type"))
+        return sorted(edges, key=attrgetter("since", "from_id", "to_id", "type"))
 
     def _node(self, variable_id: str) -> _Node:
         return self._nodes.get(variable_id) or _NOTHING
 
     def has(self, edge: Dependency) -> bool:
-        """Whether one variable depends on the other, in this way, now."""
+        """Whether there is a live dependency between these variables of this type."""
         return edge.type in self._node(edge.from_id).uses.get(edge.to_id, {})
 
     def used_by(self, variable_id: str) -> Iterable[str]:
-        """The variables on which one depends now."""
+        """Return the variables on which one currently depends."""
         return self._node(variable_id).uses
 
     def users_of(self, variable_id: str, sequence: int) -> Iterator[str]:
-        """The variables that depend on one at commit `sequence`; with what that very commit took away."""
+        """Iterate over the variables that depend on one at commit `sequence`, also if that commit ended it."""
         node = self._node(variable_id)
         for user, links in node.users.items():
             if _first(links).since < sequence:
@@ -114,7 +121,7 @@ class Dependencies(Sequence[Dependency]):
                 yield _first(links).from_id
 
     def added(self, edge: Dependency) -> "Dependencies":
-        """With one more, which the last commit added."""
+        """Return the dependencies with a new one, which the last commit added."""
         user = self._node(edge.from_id)
         links = {**user.uses.get(edge.to_id, {}), edge.type: edge}
         changed = {edge.from_id: user._replace(uses={**user.uses, edge.to_id: links})}
@@ -123,7 +130,7 @@ class Dependencies(Sequence[Dependency]):
         return self._with(changed, self._count + 1, edge.since)
 
     def without(self, variable_id: str, sequence: int) -> "Dependencies":
-        """With those ended that a variable has part in, which commit `sequence` deleted."""
+        """Return the dependencies with those of a variable ended, which commit `sequence` deleted."""
         gone = self._node(variable_id)
         if not gone.uses and not gone.users:
             return self
@@ -163,9 +170,10 @@ def _left(links: Mapping[str, _Links], variable_id: str) -> Mapping[str, _Links]
 
 
 def dependants(edges: Dependencies, changed: Iterable[str], sequence: int) -> list[str]:
-    """The ids of the variables that depend on any of `changed`, directly or not, at commit `sequence`, used ones first.
+    """Return the ids of the variables that depend on any of `changed` at commit `sequence`, directly or indirectly.
 
-    An edge that this very commit took away still counts: the deletion is told to those who depended on it.
+    A variable comes after those that it depends on. Dependencies that this commit ended still count, so that the
+    dependants of a deleted variable are notified.
     """
     users: dict[str, list[str]] = {}
     frontier = list(changed)
@@ -186,13 +194,13 @@ def dependants(edges: Dependencies, changed: Iterable[str], sequence: int) -> li
     try:
         return list(sorter.static_order())
     except CycleError:
-        # Nobody can add one: somebody has changed the file. Watchers are told all the same.
+        # No command can add a cycle, so the file was edited. Watchers are notified anyway.
         return in_order
 
 
 def find_cycle(edges: Dependencies, added: Dependency) -> list[str] | None:
-    """The ids around the circle that `added` would close, in the direction of dependence, first = last; or None."""
-    # The others close no circle among themselves: a new one leads through `added`, and back to where it begins.
+    """Return the cycle that `added` would close, as ids in the direction of dependence, first = last; or None."""
+    # There is no cycle yet, so a new one contains `added`.
     came_from = {added.to_id: added.from_id}
     frontier = [added.to_id]
     while frontier and added.from_id not in came_from:

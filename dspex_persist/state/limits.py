@@ -1,13 +1,13 @@
-"""How much of everything a store accepts."""
+"""The limits of a store."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds on input. Each is a setting of the same name; crossing one is a `LimitExceededError` that names it.
+    """Bounds on input. Each is a setting with the same name; exceeding one raises a `LimitExceededError` with its name.
 
-    Sizes are bytes, those of text in UTF-8; lengths are code points; counts are entries.
+    Sizes are in bytes, of text as UTF-8; lengths are in code points; counts are numbers of entries.
     """
 
     value_size_bytes: int = 2 * 1024 * 1024

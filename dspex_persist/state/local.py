@@ -1,4 +1,4 @@
-"""LocalState: session state in the memory of this process. It ends with the process, or when it is closed."""
+"""LocalState: session state in the memory of this process, until it is closed or the process ends."""
 
 import sys
 from bisect import bisect_right
@@ -11,7 +11,7 @@ from dspex_persist.clock import EARLIEST
 from dspex_persist.state import arguments, past
 from dspex_persist.state.abilities import Forkable, Recordable
 from dspex_persist.state.around import ForksAround, OrderAround, RecordsAround
-from dspex_persist.state.audit import what_there_is
+from dspex_persist.state.audit import suggestion
 from dspex_persist.state.errors import NotInHistoryError
 from dspex_persist.state.events import ExecutionBegan, ExecutionEnded, SessionEnded
 from dspex_persist.state.groups import Groups
@@ -29,13 +29,18 @@ from dspex_persist.state.writer import GAP_S
 
 
 class LocalState(WithTools, OrderAround, RecordsAround, ForksAround):
-    """Session state in memory, for tests, notebooks, and whatever need not outlive its process.
+    """Session state in memory, for tests, notebooks, and everything that need not outlive its process.
 
-    `tools` are what `execute_tool` can execute, on up to `tool_threads` threads (see `dspex_persist.Toolbox`). The
-    history of a session is kept until the session ends; till then it can be recorded and forked. Every
-    `sweep_interval_s` seconds those whose TTL is over end.
+    The history of a session is available until the session ends; until then it can be recorded and forked.
 
-    Raises `InvalidArgumentError` for an option that cannot be, and for what are no tools.
+    Args:
+        options: Limits, TTLs and leases.
+        sweep_interval_s: How often expired sessions are ended and old outcomes deleted, in seconds.
+        tools: The tools for `execute_tool`, by name; see `dspex_persist.Toolbox`.
+        tool_threads: How many threads run tools at most.
+
+    Raises:
+        InvalidArgumentError: An option is invalid, or `tools` are not tools.
     """
 
     def __init__(
@@ -46,17 +51,17 @@ class LocalState(WithTools, OrderAround, RecordsAround, ForksAround):
         tools: Mapping[str, ToolCode] | None = None,
         tool_threads: int = TOOL_THREADS,
     ) -> None:
-        # Before a thread is begun.
+        # Before any thread is started.
         check_count("tool_threads", tool_threads)
         check_tools(tools)
-        # The log has what memory has: nothing is gained by forgetting it, nor by larger groups.
+        # Evicting a session would save nothing, as the log is in memory, too; nor would larger groups save time.
         groups = Groups(MemoryLog(), options, cache_size_bytes=sys.maxsize)
         self.engine = MemoryState(groups, name="session state in memory", sweep_interval_s=sweep_interval_s, gap_s=0)
         super().__init__(self.engine, tools, threads=tool_threads, limits=self.engine.limits)
 
 
 class MemoryState(LogState, Recordable, Forkable):
-    """The engine over a log in memory, and what that log knows of the past: recordings, and forks."""
+    """The engine over a log in memory, with recordings and forks of live sessions."""
 
     def __init__(
         self,
@@ -72,7 +77,7 @@ class MemoryState(LogState, Recordable, Forkable):
     def record(
         self, session_id: str, *, started: int | None = None, reveal: bool = False
     ) -> tuple[Header, Iterator[RecordedCommit]]:
-        """See `Recordable.record`; of a session that has ended nothing is left to be recorded."""
+        """See `Recordable.record`; only live sessions can be recorded."""
         self.check_open()
         session_id, reveal = arguments.text("session_id", session_id), arguments.flag("reveal", reveal)
         if started is not None:
@@ -82,7 +87,7 @@ class MemoryState(LogState, Recordable, Forkable):
     def fork_session(
         self, session_id: str, new_session_id: str, at: str = "", *, origin: Origin | None = None
     ) -> SessionView:
-        """See `Forkable.fork_session`; of a session that has ended nothing is left to be forked."""
+        """See `Forkable.fork_session`; only live sessions can be forked."""
         self.check_open()
         source, new = arguments.text("session_id", session_id), arguments.text("new_session_id", new_session_id)
         at = arguments.text("at", at)
@@ -91,12 +96,12 @@ class MemoryState(LogState, Recordable, Forkable):
 
 
 class MemoryLog(LogStore):
-    """The log in dictionaries: what is current of the sessions that live, and what was, until they end."""
+    """The log in dictionaries: the current state and the history of each session until it ends."""
 
     def __init__(self) -> None:
         self._sequence = 0
         self._live: dict[str, SessionState] = {}
-        # By the number of a session's first commit: an id may be given again.
+        # By the number of each session's first commit, because a later session may have the same id.
         self._pasts: dict[int, _Past] = {}
         self._ended: list[int] = []
         self._outcomes: dict[str, dict[str, tuple[datetime, RecordedOutcome]]] = {}
@@ -108,13 +113,13 @@ class MemoryLog(LogStore):
 
     @property
     def last_at(self) -> datetime:
-        """A log begins empty, whatever the time is."""
+        """The earliest possible time, as a new log has no commits."""
         return EARLIEST
 
-    # Writing. Readers are on other threads: each step below leaves them something whole.
+    # Writing. Other threads may read at any time, so each step below leaves the log consistent.
 
     def append(self, units: Sequence[UnitOfWork], touched: Sequence[SessionState]) -> None:
-        """Keep what the units staged; leases are shared, so there is nothing to do for `touched`."""
+        """Store the units. Leases are shared, so there is nothing to save for `touched`."""
         for unit in units:
             state = unit.state
             assert state is not None, "a unit with changes has a session"
@@ -127,22 +132,22 @@ class MemoryLog(LogStore):
             else:
                 self._live[state.session.id] = state
             if unit.outcome is not None:
-                kept = self._outcomes.setdefault(unit.outcome.session_id, {})
-                kept[unit.outcome.key] = unit.now, unit.outcome
+                outcomes = self._outcomes.setdefault(unit.outcome.session_id, {})
+                outcomes[unit.outcome.key] = unit.now, unit.outcome
             self._sequence = unit.sequence
 
     def load(self, session_id: str) -> SessionState | None:
-        """The live session's state."""
+        """Return the live session's state."""
         state = self._live.get(session_id)
         return state.copy() if state is not None else None
 
     def find_version(self, state: SessionState, variable_id: str, version: int) -> VariableVersion | None:
-        """One version."""
+        """Return one version."""
         versions = self._past_of(state).versions.get(variable_id, ())
         return versions[version] if 0 <= version < len(versions) else None
 
     def history(self, state: SessionState, query: VersionQuery) -> list[VariableVersion] | None:
-        """The versions that the query wants, newest first; None if the session never had the variable."""
+        """Return the versions that the query selects, newest first; None if the session never had the variable."""
         past = self._past_of(state)
         live = state.find(query.identifier) if query.as_of is None else None
         variable_id = live.id if live is not None else past.find_id(query.identifier, query.as_of)
@@ -151,22 +156,22 @@ class MemoryLog(LogStore):
         return up_to(past.versions[variable_id][: query.before][::-1][: query.limit], query.most_bytes)
 
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
-        """What was answered under an idempotency key."""
+        """Return the outcome recorded under an idempotency key."""
         _, outcome = self._outcomes.get(session_id, {}).get(key, (None, None))
         return outcome
 
     def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
-        """The last execution under an idempotency key, if it has ended."""
+        """Return the last execution with an idempotency key, if it has ended."""
         return self._past_of(state).executions.get(key)
 
     # Reading
 
     def snapshot(self) -> AbstractContextManager[Backing]:
-        """What it reads is never changed, only added to."""
+        """Return the log itself, as its entries never change."""
         return nullcontext(self)
 
     def changes_after(self, state: SessionState, after: int, most_commits: int = 64) -> list[CommitChanges]:
-        """The session's next commits."""
+        """Return the session's next commits."""
         commits = self._past_of(state).commits
         first = bisect_right(commits, after, key=lambda commit: commit.sequence)
         return [
@@ -175,43 +180,43 @@ class MemoryLog(LogStore):
         ]
 
     def commits_of(self, session_id: str) -> Sequence[PastCommit]:
-        """All commits up to now of the live session of this id, oldest first; `NotInHistoryError` if there is none."""
+        """Return all commits of the live session with this id, oldest first, or raise `NotInHistoryError`."""
         state = self._live.get(session_id)
         if state is None:
-            raise NotInHistoryError("session", session_id, what_there_is(session_id, list(self._live)))
+            raise NotInHistoryError("session", session_id, suggestion(session_id, list(self._live)))
         return tuple(self._past_of(state).commits)
 
     def _past_of(self, state: SessionState) -> "_Past":
-        # Of one that has ended somebody may still have the state.
+        # Callers may still hold the state of an ended session, whose history is gone.
         return self._pasts.get(state.session.sequence) or _Past()
 
     # Housekeeping
 
     def unfinished(self) -> Mapping[str, Sequence[str]]:
-        """Nothing is left of an earlier process."""
+        """Return nothing, as a new log has no executions."""
         return {}
 
     def expired(self, now: datetime, limit: int) -> list[str]:
-        """The ids of sessions whose TTL is over."""
+        """Return the ids of expired sessions."""
         return [session_id for session_id, state in list(self._live.items()) if state.is_over(now)][:limit]
 
     def reclaim(self, before: datetime, is_watched: Callable[[int], bool]) -> None:
-        """Forget old answers, and the sessions that have ended and that nobody watches any more."""
-        for kept in self._outcomes.values():
-            for key in [key for key, (given_at, _) in kept.items() if given_at < before]:
-                del kept[key]
+        """Delete old outcomes, and ended sessions that have no watches."""
+        for outcomes in self._outcomes.values():
+            for key in [key for key, (recorded_at, _) in outcomes.items() if recorded_at < before]:
+                del outcomes[key]
         gone = [first_sequence for first_sequence in self._ended if not is_watched(first_sequence)]
         for first_sequence in gone:
             self._pasts.pop(first_sequence, None)
         self._ended = [each for each in self._ended if each in self._pasts]
 
     def close(self) -> None:
-        """There is nothing to let go but memory."""
+        """Free the memory."""
         self._live, self._pasts, self._outcomes = {}, {}, {}
 
 
 class _Past:
-    """What was of one session: every version of every variable, and every commit."""
+    """The history of one session: every version of every variable, and every commit."""
 
     def __init__(self) -> None:
         self.versions: dict[str, list[VariableVersion]] = {}
@@ -221,7 +226,7 @@ class _Past:
         self._ids: dict[str, tuple[str, ...]] = {}
 
     def add(self, unit: UnitOfWork) -> None:
-        """Take in the next commit."""
+        """Add the next commit."""
         for change in unit.versions:
             versions = self.versions.setdefault(change.variable.id, [])
             versions.append(change.version)
@@ -241,11 +246,11 @@ class _Past:
     def _begin(self, began: ExecutionBegan, key: str, sequence: int) -> None:
         facts = (began.execution_id, began.tool, sequence, began.parent_id, key, began.fingerprint)
         self._running[began.execution_id] = key, JournalEntry(*facts, attempt=began.attempt)
-        # The last one counts, and it has not ended.
+        # Only the last execution counts, and it has not ended.
         self.executions.pop(key, None)
 
     def find_id(self, identifier: str, as_of: int | None) -> str | None:
-        """The id of the newest variable of this name, or of the one of this id, that had begun by commit `as_of`."""
+        """Return the id of the newest variable with this name or id that was registered by commit `as_of`."""
         for each in (*reversed(self._ids.get(identifier, ())), identifier):
             if each in self.versions and (as_of is None or self.versions[each][0].sequence <= as_of):
                 return each

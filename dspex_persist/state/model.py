@@ -1,7 +1,7 @@
-"""What the state layer speaks of: frozen records without behaviour of their own, their mappings included.
+"""The records of the state layer: immutable, including their mappings, and without behaviour.
 
 Times are aware UTC. A *sequence* is the global number of a commit; a *version* counts the changes of one variable.
-The records that every write makes are named tuples: a frozen dataclass of that size takes six times as long to make.
+Records that every write creates are named tuples, because creating a frozen dataclass takes six times as long.
 """
 
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ from dspex_persist.state.frozen import freeze
 
 
 def size_of(text: str) -> int:
-    """Bytes of `text` as UTF-8. Of most texts Python knows that they are ASCII."""
+    """Return the size of `text` in UTF-8, in bytes."""
     return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A value as the protocol writes it: JSON text and, for binary values, the bytes that `json` describes."""
+    """A value in the protocol's encoding: JSON text and, for binary values, the bytes that the JSON describes."""
 
     json: str
     binary: bytes | None = None
@@ -29,19 +29,19 @@ class Value:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of its JSON, as UTF-8, and of its binary."""
+        """The size of its JSON in UTF-8 plus that of its binary, in bytes."""
         return size_of(self.json) + (len(self.binary) if self.binary else 0)
 
 
 class Source(StrEnum):
-    """Which side wrote last."""
+    """Which side wrote a version."""
 
     ELIXIR = "elixir"
     PYTHON = "python"
 
 
 class ChangeKind(StrEnum):
-    """What made a version."""
+    """What kind of change created a version."""
 
     REGISTERED = "registered"
     SET = "set"
@@ -49,17 +49,25 @@ class ChangeKind(StrEnum):
     DELETED = "deleted"
     LOCK_BROKEN = "lock_broken"
     PUBLISHED = "published"
-    """Written by a running tool ahead of its own commit, to be seen at once."""
+    """Written by a running tool before its own commit, so that others see it at once."""
 
     @property
     def merges_metadata(self) -> bool:
-        """Whether the metadata of such a change becomes the variable's; that of the others only explains the change."""
+        """Whether the change's metadata is merged into the variable's; otherwise it only describes the change."""
         return self in (ChangeKind.REGISTERED, ChangeKind.SET)
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Who asks, through what, and under which idempotency key."""
+    """Where a request comes from.
+
+    Attributes:
+        actor: Who makes the request, such as `user:alice`.
+        cause: The operation or the execution behind it.
+        source: The side that writes.
+        idempotency_key: With the same key, a request takes effect only once.
+        optimizer_id: The optimizer that makes the request, which may write variables that it has locked.
+    """
 
     actor: str
     cause: str
@@ -70,7 +78,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A session's own facts; `ttl_s` is None where it lives until it is ended."""
+    """A session without its variables. `ttl_s` is None if it never expires."""
 
     id: str
     created_at: datetime
@@ -84,7 +92,7 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Optimization:
-    """The lock of one optimizer on one variable. It ends by itself when its holder has not written for `lease_s`."""
+    """The lock of an optimizer on a variable. It expires if its holder does not write for `lease_s` seconds."""
 
     id: str
     optimizer_id: str
@@ -98,12 +106,19 @@ class Optimization:
         object.__setattr__(self, "config", freeze(self.config))
 
     def expires_at(self) -> datetime:
-        """When the lease ends unless the holder writes again."""
+        """Return when the lease ends unless the holder writes again."""
         return (self.renewed_at or self.started_at) + timedelta(seconds=self.lease_s)
 
 
 class Variable(NamedTuple):
-    """A variable as it stands."""
+    """The current state of a variable.
+
+    Attributes:
+        version: The number of its newest version; counts from 0.
+        constraints: JSON.
+        source: Which side wrote the newest version.
+        optimization: Its lock, if an optimizer holds one.
+    """
 
     id: str
     name: str
@@ -118,7 +133,7 @@ class Variable(NamedTuple):
 
 
 class VariableVersion(NamedTuple):
-    """One entry of a variable's history. `value` is None for a deletion; `metadata` is what came with the change."""
+    """One entry of a variable's history. `value` is None for a deletion; `metadata` is that of the change."""
 
     variable_id: str
     type: str
@@ -134,14 +149,14 @@ class VariableVersion(NamedTuple):
 
     @property
     def size_bytes(self) -> int:
-        """Roughly what it takes in an answer."""
+        """Its approximate size in an answer, in bytes."""
         texts = (*self.metadata, *self.metadata.values())
         return 500 + (self.value.size_bytes if self.value is not None else 0) + sum(map(size_of, texts))
 
 
 @dataclass(frozen=True, slots=True)
 class Dependency:
-    """`from_id` depends on `to_id`, from commit `since` up to (not with) commit `until`."""
+    """Variable `from_id` depends on `to_id`, from commit `since` until before commit `until`; None while it lasts."""
 
     from_id: str
     to_id: str
@@ -151,7 +166,7 @@ class Dependency:
 
 
 class EventKind(StrEnum):
-    """What a commit can say besides new versions."""
+    """The kinds of events, which commits contain besides new versions."""
 
     SESSION_STARTED = "session_started"
     SESSION_UPDATED = "session_updated"
@@ -167,9 +182,9 @@ class EventKind(StrEnum):
 
 
 class Change(NamedTuple):
-    """A new version together with the variable as it stands after it (for a deletion: its last value, next version).
+    """A new version, and the variable after it (for a deletion: with its last value and the new version's number).
 
-    `merged`: whether the variable's metadata changed with it.
+    `merged`: whether the version changed the variable's metadata.
     """
 
     version: VariableVersion
@@ -179,7 +194,7 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CommitChanges:
-    """All that one commit changed. `dependants`: who depends on any of it, used ones first, as they stand."""
+    """The changes of one commit. `dependants`: the variables that depend on any of them, dependencies first."""
 
     sequence: int
     changes: tuple[Change, ...]
@@ -187,12 +202,12 @@ class CommitChanges:
 
     @property
     def size_bytes(self) -> int:
-        """Roughly what it takes in memory."""
+        """Its approximate size in memory, in bytes."""
         return sum(1_000 + change.variable.value.size_bytes for change in self.changes)
 
 
 class UpdateKind(StrEnum):
-    """What a watcher is told."""
+    """The kinds of updates that watchers get."""
 
     INITIAL_VALUE = "initial_value"
     VALUE_CHANGE = "value_change"
@@ -202,10 +217,12 @@ class UpdateKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """One message to a watcher. `part`: (which, of how many) among the updates of its commit.
+    """One message to a watcher.
 
-    `version` is what changed; None for an initial value, and for a dependant, which has not changed itself:
-    `dependency` names what did.
+    Attributes:
+        version: The new version; None for an initial value, and for a dependant, which has not changed itself.
+        dependency: For a dependant, the names of the variables that changed, separated by ", ".
+        part: (number, count) of this update among those of its commit; numbers count from 1.
     """
 
     kind: UpdateKind
@@ -219,7 +236,7 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class SessionSummary:
-    """What GetSession tells."""
+    """The result of GetSession."""
 
     id: str
     metadata: Mapping[str, str]
@@ -233,7 +250,7 @@ class SessionSummary:
 
 @dataclass(frozen=True, slots=True)
 class SessionView:
-    """What a client that begins or resumes a session is told."""
+    """The result of beginning or resuming a session."""
 
     resumed: bool
     variables: tuple[Variable, ...]
@@ -241,7 +258,7 @@ class SessionView:
 
 @dataclass(frozen=True, slots=True)
 class VariablesFound:
-    """The answer to a batch read: by the identifier asked for; order kept."""
+    """The result of a batch read: the variables by the requested identifier, in that order."""
 
     variables: Mapping[str, Variable]
     missing: tuple[str, ...]
@@ -249,7 +266,7 @@ class VariablesFound:
 
 @dataclass(frozen=True, slots=True)
 class BatchOutcome:
-    """The answer to a batch write: per identifier either a new version or what was wrong."""
+    """The result of a batch write: for each identifier either the new version or an error message."""
 
     success: bool
     versions: Mapping[str, int]
@@ -257,34 +274,34 @@ class BatchOutcome:
 
 
 class Isolation(StrEnum):
-    """What a tool execution is protected from: see docs/transactions.md."""
+    """How a tool execution is isolated from other writers: see docs/transactions.md."""
 
     SERIALIZABLE = "serializable"
-    """Nothing that it read or wrote may have been changed by others when it commits."""
+    """It commits only if others changed nothing that it read or wrote."""
     SNAPSHOT = "snapshot"
-    """Nothing that it wrote may have been."""
+    """It commits only if others changed nothing that it wrote."""
 
 
 class ExecutionStatus(StrEnum):
-    """How an execution stands in the journal."""
+    """The status of an execution in the journal."""
 
     RUNNING = "running"
     COMMITTED = "committed"
     FAILED = "failed"
     """Its code raised an error."""
     CONFLICT = "conflict"
-    """Others changed meanwhile what it stood on."""
+    """Others changed what it had read or written."""
     TIMED_OUT = "timed_out"
     CANCELLED = "cancelled"
     INTERRUPTED = "interrupted"
-    """The server, or the session, ended before it did."""
+    """The server or the session ended first."""
     ABORTED = "aborted"
-    """It ended well, but was part of another execution that did not."""
+    """It succeeded, but the execution that called it did not."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolParameter:
-    """One parameter of a tool. `type` is a value type, or "any"; `validation` is JSON, such as {"choices": [...]}."""
+    """A parameter of a tool. `type` is a value type or "any"; `validation` is JSON, such as {"choices": [...]}."""
 
     name: str
     type: str
@@ -296,7 +313,7 @@ class ToolParameter:
 
 @dataclass(frozen=True, slots=True)
 class ToolSpec:
-    """What a tool is called, takes and promises. `retries`: how often it may run again after a conflict."""
+    """The specification of a tool. `retries`: how often it may run again after a conflict."""
 
     name: str
     description: str = ""
@@ -315,7 +332,7 @@ class ToolSpec:
 
 @dataclass(frozen=True, slots=True)
 class RegisteredTool:
-    """A tool that a session's worker runs in a process of its own; `address` is "" where nobody said it."""
+    """A tool that a worker registered for its session; `address` is "" if the worker gave none."""
 
     spec: ToolSpec
     worker_id: str
@@ -324,8 +341,8 @@ class RegisteredTool:
 
 @dataclass(frozen=True, slots=True)
 class JournalEntry:
-    """What is known of an execution without its events: while it runs in its session's state, and when it has ended
-    where it is found again by its idempotency key. `sequence`: the commit of its end."""
+    """An execution without the details in its events. The session's state has it while it runs; afterwards it is
+    found by its idempotency key. `sequence`: the commit that ended it."""
 
     id: str
     tool: str
@@ -341,7 +358,7 @@ class JournalEntry:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The error with which a tool's code ended. The traceback is for the journal only."""
+    """The exception that a tool's code raised. Only the journal has the traceback."""
 
     type: str
     message: str
@@ -350,7 +367,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
-    """A line that a tool's code logged; `fields` are JSON values."""
+    """An entry that a tool's code logged; `fields` are JSON values."""
 
     at: datetime
     message: str
@@ -359,7 +376,7 @@ class LogEntry:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A variable as an execution found it: so it still has to be when the execution commits."""
+    """A variable as an execution read it, and as it still has to be when the execution commits."""
 
     variable_id: str
     name: str
@@ -369,8 +386,8 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """What others changed under an execution: a variable with its versions (None: not there) then and now, or, where
-    it is no variable's version, what it is in words."""
+    """A change by others that conflicts with an execution: a variable with the expected and the actual version (None:
+    it did not exist), or a `reason` in words if it is not about a version."""
 
     name: str
     expected: int | None = None
@@ -391,10 +408,16 @@ def _version_text(version: int | None) -> str:
 class ToolOutcome:
     """How a request to execute a tool ended. Nothing was written unless it is a `success`.
 
-    `status` is None where nothing was begun: an unknown tool, a wrong parameter. `error` says what went wrong,
-    `error_code` the same for programs. `repeated`: an earlier request under the same idempotency key was answered so.
-    `streamed`: the result is the list of what the tool yielded. `result_type`: "float" if the tool says that it
-    returns, or yields, floats: NaN and the infinities, for which JSON has their names only, are floats then.
+    Attributes:
+        status: None if no execution began, because of an unknown tool or an invalid parameter.
+        error: The error; None for a success.
+        error_code: The kind of the error, for programs.
+        commit_sequence: The commit that contains its writes.
+        attempts: How often the tool ran.
+        repeated: Whether this is the recorded outcome of an earlier request with the same idempotency key.
+        streamed: Whether the result is the list of the values that the tool yielded.
+        result_type: "float" if the tool declares that it returns or yields floats. JSON represents NaN and the
+            infinities by their names, which are decoded as floats then.
     """
 
     status: ExecutionStatus | None
@@ -415,16 +438,18 @@ class ToolOutcome:
 
 
 PINNED = "pinned"
-"""The metadata entry of a change that keeps its version for ever, if it says "true"."""
+"""The metadata key of a change that exempts its version from pruning; the entry is then "true"."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrunePolicy:
-    """Which history may go. A version goes where all that is given of `keep_versions` and `before` allows it.
+    """Which history to prune. A version is deleted only if `keep_versions` and `before`, where set, both allow it.
 
-    `keep_versions`: of each variable, the newest so many stay. `before`: what was committed then or later stays.
-    `ended_before`: sessions that ended before it go as a whole, but for the fact that they were there.
-    `session_id`: nothing of other sessions goes.
+    Attributes:
+        keep_versions: Keep this many of the newest versions of each variable.
+        before: Keep everything committed at this time or later.
+        ended_before: Delete the whole history of sessions that ended before this time, except that they existed.
+        session_id: Prune only this session.
     """
 
     keep_versions: int | None = None
@@ -435,7 +460,7 @@ class PrunePolicy:
 
 @dataclass(frozen=True, slots=True)
 class PruneReport:
-    """What went, or, where it was not `confirmed`, would go. `markers`: the commits that say so."""
+    """How much was deleted, or would be if `confirmed`. `markers`: the number of commits that record it."""
 
     confirmed: bool
     sessions: int

@@ -1,4 +1,4 @@
-"""The options that sessions are kept by in every backend, and the checks of options: seconds, and numbers of things."""
+"""The options for sessions that all backends have, and checks of options: seconds, and counts."""
 
 from dataclasses import dataclass, field, fields
 from typing import Final
@@ -7,14 +7,14 @@ from dspex_persist.state.errors import InvalidArgumentError, quote
 from dspex_persist.state.limits import Limits
 
 _LONGEST_S: Final = 1e10
-"""317 years: sums with a clock stay within what dates can hold."""
+"""317 years: sums with the current time stay within the range of dates."""
 
 
 def check_seconds(name: str, value: object) -> None:
-    """Refuse what is no length of time."""
+    """Raise `InvalidArgumentError` unless `value` is a positive number of seconds."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidArgumentError(name, f"{quote(value)} is not a number of seconds")
-    # Written so that NaN, which compares with nothing, is refused.
+    # In this form it refuses NaN, too: every comparison with NaN is false.
     if not 0 < value <= _LONGEST_S:
         raise InvalidArgumentError(
             name, f"{value} will not do: it must be above 0, and at most {_LONGEST_S:,.0f} seconds"
@@ -22,7 +22,7 @@ def check_seconds(name: str, value: object) -> None:
 
 
 def check_count(name: str, value: object) -> None:
-    """Refuse what is no number of things, or of bytes."""
+    """Raise `InvalidArgumentError` unless `value` is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidArgumentError(name, f"{quote(value)} is not a whole number")
     if value < 1:
@@ -31,11 +31,16 @@ def check_count(name: str, value: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SessionOptions:
-    """How sessions are kept; times are seconds.
+    """Options for sessions; times are seconds.
 
-    `session_ttl_s`: the TTL of a session that names none; None: it never ends by itself. `optimization_lease_s`: how
-    long an optimizer holds its lock without a sign of life. `outcome_retention_s`: how long answers are kept under
-    their idempotency keys. Raises `InvalidArgumentError` for what cannot be.
+    Attributes:
+        limits: Bounds on input.
+        session_ttl_s: The TTL of sessions that do not set one; None if those never expire.
+        optimization_lease_s: How long an optimizer's lock lasts without a write by its holder.
+        outcome_retention_s: How long outcomes are kept under their idempotency keys.
+
+    Raises:
+        InvalidArgumentError: An option is invalid.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -45,7 +50,7 @@ class SessionOptions:
 
     def __post_init__(self) -> None:
         if not isinstance(self.limits, Limits):
-            raise InvalidArgumentError("limits", f"{quote(self.limits)} is no dspex_persist.state.limits.Limits")
+            raise InvalidArgumentError("limits", f"{quote(self.limits)} is not a dspex_persist.state.limits.Limits")
         for limit in fields(Limits):
             check_count(f"limits.{limit.name}", getattr(self.limits, limit.name))
         check_seconds("outcome_retention_s", self.outcome_retention_s)

@@ -1,4 +1,4 @@
-"""How the result of a command becomes JSON, to be kept under an idempotency key, and a result again."""
+"""Encode results of commands as JSON, to store them under idempotency keys."""
 
 from functools import lru_cache
 from typing import Any
@@ -12,10 +12,10 @@ def _codec(kind: Any) -> TypeAdapter[Any]:
 
 
 def encode(kind: Any, result: object) -> str:
-    """A result of type `kind` as JSON."""
+    """Return a result of type `kind` as JSON."""
     return _codec(kind).dump_json(result).decode()
 
 
 def decode(kind: Any, text: str) -> Any:
-    """The result again."""
+    """Return the result that `encode` encoded."""
     return _codec(kind).validate_json(text)

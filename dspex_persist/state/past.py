@@ -1,4 +1,4 @@
-"""What a session was, kept in memory: its commits, as a recording, or as of a point of theirs to be forked."""
+"""Recordings and forks of a session whose commits are in memory."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -16,7 +16,7 @@ from dspex_persist.state.values.json_text import storable, stored
 
 
 class PastCommit(NamedTuple):
-    """A commit of a session, as memory keeps it."""
+    """A commit of a session in memory."""
 
     sequence: int
     at: datetime
@@ -29,7 +29,7 @@ class PastCommit(NamedTuple):
 def record(
     session_id: str, commits: Sequence[PastCommit], *, started: int | None, reveal: bool
 ) -> tuple[Header, Iterator[RecordedCommit]]:
-    """The commits of a session as a recording; `InvalidArgumentError` if it did not begin with commit `started`."""
+    """Return the commits of a session as a recording; see `Recordable.record`."""
     began = commits[0].sequence
     if started is not None and started != began:
         raise InvalidArgumentError("started", f"session {quote(session_id)} began with commit {began}, not {started}")
@@ -58,7 +58,7 @@ def _recorded(
 
 
 def _event(event: Event) -> RecordedEvent:
-    # As a file keeps it, so that both record the same.
+    # Encoded as in a file, so that both backends produce the same recording.
     return RecordedEvent(event.kind, portable(stored(storable(event.to_body()))))
 
 
@@ -71,12 +71,15 @@ def _version(change: Change, hidden: Collection[str]) -> RecordedVersion:
 
 
 def fork(session_id: str, commits: Sequence[PastCommit], new_session_id: str, at: str, head: int) -> ForkSession:
-    """The command that begins a session as `session_id` was at a point; `head` is the last commit of all."""
+    """Return the command that begins a session with the state of `session_id` at a point.
+
+    `head` is the number of the last commit of any session.
+    """
     sequence, began = _resolve(at, commits, head), commits[0]
     if sequence < began.sequence:
         when = f"{began.at:%Y-%m-%d %H:%M:%S} UTC"
-        told = f"session {quote(session_id)} had not begun by then; it began at commit {began.sequence}, {when}"
-        raise InvalidArgumentError("at", told)
+        reason = f"session {quote(session_id)} had not begun by then; it began at commit {began.sequence}, {when}"
+        raise InvalidArgumentError("at", reason)
     variables: dict[str, Variable] = {}
     edges = Dependencies()
     for commit in commits:
@@ -95,7 +98,7 @@ def fork(session_id: str, commits: Sequence[PastCommit], new_session_id: str, at
 
 
 def _resolve(at: str, commits: Sequence[PastCommit], head: int) -> int:
-    """The last commit that belongs to the time up to a point."""
+    """Return the number of the last commit up to a point."""
     point, sequence = parse_point(at, clock.now()), head
     if point.execution_id:
         sequence = _end_of(point.execution_id, commits)
@@ -109,7 +112,7 @@ def _resolve(at: str, commits: Sequence[PastCommit], head: int) -> int:
 
 
 def _end_of(execution_id: str, commits: Sequence[PastCommit]) -> int:
-    """The commit that ended an execution; that of its beginning while it runs."""
+    """Return the commit that ended an execution, or that began it while it runs."""
     for commit in reversed(commits):
         for event in commit.events:
             if isinstance(event, ExecutionBegan | ExecutionEnded) and event.execution_id == execution_id:

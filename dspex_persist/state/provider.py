@@ -1,14 +1,14 @@
-"""StateProvider: the seam. Whatever keeps session state is reached through it, and nothing above knows more.
+"""StateProvider: the interface of all backends that store session state. The layers above use only this.
 
-Obligations of every backend, held by the contract suites in `dspex_persist.testing`:
+Requirements, which the contract suites in `dspex_persist.testing` test for every backend:
 
-- `submit` returns at once. Its future resolves with the command's result only after what was written is durable, or
-  with a `StateError`, and then nothing was written; only `OutcomeUnknownError` leaves that open.
-- Commands take effect whole or not at all, and one that is submitted after another resolved comes after it: a read
-  then sees that write.
-- A watch tells whole commits, in order, none twice and none missing.
+- `submit` returns at once. Its future resolves with the command's result after the writes are durable, or with a
+  `StateError`, and then nothing was written; only after `OutcomeUnknownError` is that unknown.
+- A command takes effect as a whole or not at all. A command submitted after another one resolved takes effect after
+  it, so a read sees the writes that were acknowledged before.
+- A watch delivers whole commits, in order, each exactly once.
 
-This is what every backend can do. What only some can do, such as audits or tools, is in `abilities`.
+Every backend can do this. Abilities that only some have, such as audits or tools, are in `abilities`.
 """
 
 from abc import ABC, abstractmethod
@@ -37,19 +37,19 @@ V = TypeVar("V")
 
 
 TOOL_TIMEOUT_S = 300.0
-"""How long a tool may take whose caller does not say."""
+"""How long a caller waits for a tool by default, in seconds."""
 
 
 Progress: TypeAlias = Callable[[str, int, int], None]
-"""Told what is being done, or has come of it, how much of it is done, and how much there is (0: not known)."""
+"""Called with a description of the step or of its result so far, the amount done, and the total (0 if unknown)."""
 
 
 def silent(_what: str, _done: int, _in_all: int) -> None:
-    """The progress of whoever does not ask for it."""
+    """Ignore progress: the default."""
 
 
 def fault_of(command: object, origin: object) -> StateError | None:
-    """What is wrong with what a caller submits, before anything is done about it; alike for every backend."""
+    """Return the error for invalid arguments of `submit`, or None; the same for every backend."""
     if not isinstance(command, Command):
         return InvalidArgumentError("command", f"it must be a Command, not {type(command).__name__}")
     if command.fault is None and origin is not None:
@@ -61,7 +61,7 @@ def fault_of(command: object, origin: object) -> StateError | None:
 
 
 def check_watch(session_id: object, identifiers: object, after_sequence: object) -> tuple[str, ...]:
-    """Raise for what is wrong with the arguments of `watch`; its identifiers."""
+    """Check the arguments of `watch`, and return the identifiers."""
     arguments.text("session_id", session_id)
     if after_sequence is not None:
         arguments.sequence("after_sequence", after_sequence)
@@ -69,60 +69,81 @@ def check_watch(session_id: object, identifiers: object, after_sequence: object)
 
 
 class Submit(Protocol):
-    """Has a command carried out, as `StateProvider.submit` does, for those who need no more of a provider."""
+    """The type of `StateProvider.submit`, for code that needs nothing else of a provider."""
 
     def __call__(self, command: Command[R], origin: Origin) -> "Future[R]": ...
 
 
 class StateProvider(ABC):
-    """Session state, wherever it is kept. Usable from any thread."""
+    """Session state in any backend. Usable from any thread; close it when done, for example with a `with` block.
+
+    `submit` carries out any command. The methods named after the commands wait for the result, and raise a
+    `StateError` if the command fails. Those with an `idempotency_key` take effect only once for a key: a repeated call
+    returns the recorded result, or raises `IdempotencyConflictError` if it is a different request.
+    """
 
     @abstractmethod
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
-        """Have the command carried out. `origin` says who asks; the default is the provider's own."""
+        """Submit a command to be carried out.
+
+        Args:
+            command: The command.
+            origin: Who makes the request; the provider's default if None.
+
+        Returns:
+            A future for the result, which fails with a `StateError` if the command fails.
+        """
 
     def read_ahead(self, command: Command[Any], origin: Origin | None = None) -> bool:
-        """Read the values that a command brings, on this thread, so that nobody else waits for that when it is
-        submitted; whether there was anything to read.
+        """Parse the command's large values on this thread, so that no other caller waits for it after `submit`.
 
-        `submit` may then fail with `VariableReplacedError`: by its turn a value was for another variable than the one
-        that it was read for. Read it again, and submit it again. Whoever does not call this never gets that error.
+        After this, `submit` may fail with `VariableReplacedError`: when the command's turn came, a name meant another
+        variable than the one for which the value was parsed. Then call this and `submit` again.
+
+        Returns:
+            Whether there was anything to parse.
         """
         return False
 
     @abstractmethod
     def watch(self, session_id: str, identifiers: Sequence[str] = (), *, after_sequence: int | None = None) -> Watch:
-        """Watch variables by name or id (none named: all of the session's).
+        """Watch variables of a session.
 
-        With `after_sequence` the watch resumes: it tells every commit after that one, and has no initial values.
-        Raises `SessionNotFoundError`, `VariableNotFoundError` for an identifier that the session never had,
-        `InvalidArgumentError` for a sequence that is ahead of the store.
+        Args:
+            session_id: The session.
+            identifiers: Names or ids of variables; empty for all variables.
+            after_sequence: Resume after this commit: the watch delivers every later one, without initial values.
+
+        Raises:
+            SessionNotFoundError: The session does not exist, or has ended.
+            VariableNotFoundError: The session never had one of the variables.
+            InvalidArgumentError: `after_sequence` is ahead of the store.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Let everything go; what was acknowledged stays. Closing twice does nothing."""
+        """Release all resources; everything acknowledged stays. Closing twice is harmless."""
 
     @abstractmethod
     def check_open(self) -> None:
-        """Raise the `StateError` with which calls fail once the provider was closed, or has ended by itself."""
+        """Raise the `StateError` with which calls fail if the provider was closed, or has failed."""
 
     @abstractmethod
     def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
-        """Who asks where the caller does not say."""
+        """Return the origin of requests for which the caller gives none."""
 
     def run(self, command: Command[R], idempotency_key: str | None = None) -> R:
-        """Have the command carried out, and wait for its result."""
+        """Carry out a command, and wait for its result."""
         return self.submit(command, self.default_origin(command.cause, idempotency_key)).result()
 
     def __reduce__(self) -> NoReturn:
-        """Other processes, such as those of a pool, are sent pickles; there is no state in one."""
+        """Refuse to be pickled, for example to be sent to a process of a pool."""
         raise TypeError(
             "a state cannot be copied, pickled, or sent to another process: connect() there; "
             "processes share a file through a server: connect('grpc://HOST:PORT')"
         )
 
-    # The commands by name, for callers that wait
+    # One blocking method for each command
 
     def initialize_session(
         self,
@@ -131,19 +152,28 @@ class StateProvider(ABC):
         *,
         idempotency_key: str | None = None,
     ) -> SessionView:
-        """Begin a session, or resume the one of this id."""
+        """Begin a session, or resume the live one with this id.
+
+        Args:
+            session_id: The session's id.
+            metadata: Texts to store with the session.
+            idempotency_key: See the class.
+
+        Returns:
+            The session's variables, and whether it was resumed.
+        """
         return self.run(commands.InitializeSession(session_id, or_empty(metadata)), idempotency_key)
 
     def get_session(self, session_id: str) -> SessionSummary:
-        """The session's own facts."""
+        """Return a summary of the session."""
         return self.run(commands.GetSession(session_id))
 
     def heartbeat(self, session_id: str) -> bool:
-        """Whether the session lives; begins its TTL anew."""
+        """Renew the session's TTL; return whether the session is live."""
         return self.run(commands.Heartbeat(session_id))
 
     def cleanup_session(self, session_id: str, *, idempotency_key: str | None = None) -> int:
-        """End the session; how many variables went with it."""
+        """End the session, and return how many variables it had. Its history stays."""
         return self.run(commands.CleanupSession(session_id), idempotency_key)
 
     def register_variable(
@@ -157,7 +187,20 @@ class StateProvider(ABC):
         metadata: Mapping[str, str] | None = None,
         idempotency_key: str | None = None,
     ) -> str:
-        """Register a variable; its id. `constraints`: a mapping, or its JSON."""
+        """Register a variable.
+
+        Args:
+            session_id: The session.
+            name: The variable's name, which no other live variable of the session has.
+            type_name: The name of its value type, such as "float".
+            initial_value: Its value at version 0.
+            constraints: A mapping, or its JSON; which ones there are depends on the type.
+            metadata: Texts to store with the variable.
+            idempotency_key: See the class.
+
+        Returns:
+            The variable's id.
+        """
         type_name = arguments.text("type_name", type_name)
         text = values.constraints_json(name, constraints)
         value = values.encode(initial_value, type_name, name=name)
@@ -165,20 +208,20 @@ class StateProvider(ABC):
         return self.run(command, idempotency_key)
 
     def get_variable(self, session_id: str, identifier: str) -> Variable:
-        """A variable by name or id."""
+        """Return a variable by name or id."""
         return self.run(commands.GetVariable(session_id, identifier))
 
     def get_value(self, session_id: str, identifier: str) -> Any:
-        """A variable's value as a Python object; its type is known at run time only, hence Any."""
+        """Return a variable's value as a Python object."""
         variable = self.get_variable(session_id, identifier)
         return values.decode(variable.type, variable.value)
 
     def get_variables(self, session_id: str, identifiers: Sequence[str]) -> VariablesFound:
-        """Several variables as of one moment."""
+        """Return several variables as of one moment, by name or id."""
         return self.run(commands.GetVariables(session_id, identifiers))
 
     def list_variables(self, session_id: str, pattern: str = "") -> tuple[Variable, ...]:
-        """The variables whose name fits a glob of `*` and `?`; "" means all. Oldest first."""
+        """Return the variables whose name matches a glob with `*` and `?`, oldest first; "" matches all."""
         return self.run(commands.ListVariables(session_id, pattern))
 
     def set_variable(
@@ -191,7 +234,19 @@ class StateProvider(ABC):
         expected_version: int | None = None,
         idempotency_key: str | None = None,
     ) -> int:
-        """Write a value; the new version. With `expected_version` only if that is the version now."""
+        """Write a value.
+
+        Args:
+            session_id: The session.
+            identifier: The variable's name or id.
+            value: The value.
+            metadata: Texts to store with the version, which are also merged into the variable's metadata.
+            expected_version: Write only if this is the current version; otherwise `VersionConflictError` is raised.
+            idempotency_key: See the class.
+
+        Returns:
+            The number of the new version.
+        """
         encoded = self._encode(session_id, identifier, value)
         command = commands.SetVariable(session_id, identifier, encoded, or_empty(metadata), expected_version)
         return self.run(command, idempotency_key)
@@ -205,19 +260,27 @@ class StateProvider(ABC):
         atomic: bool = False,
         idempotency_key: str | None = None,
     ) -> BatchOutcome:
-        """Write several values in one commit: all or none if `atomic`, else those that are valid."""
-        given = arguments.mapping("updates", updates)
-        encoded = {identifier: self._encode(session_id, identifier, value) for identifier, value in given.items()}
+        """Write several values, by name or id, in one commit.
+
+        Args:
+            session_id: The session.
+            updates: The values, by names or ids.
+            metadata: Texts to store with each version.
+            atomic: Whether to write nothing if one value is invalid; otherwise the valid ones are written.
+            idempotency_key: See the class.
+        """
+        objects = arguments.mapping("updates", updates)
+        encoded = {identifier: self._encode(session_id, identifier, value) for identifier, value in objects.items()}
         return self.run(commands.SetVariables(session_id, encoded, or_empty(metadata), atomic), idempotency_key)
 
     def _encode(self, session_id: str, identifier: str, value: object) -> Value:
-        """The value as the variable's type has it, which is asked for only where it makes a difference."""
+        """Encode a value for the variable's type, which is looked up only if the encoding depends on it."""
 
         def find_type() -> str | None:
             try:
                 return self.get_variable(session_id, identifier).type
             except VariableNotFoundError:
-                return None  # Writing it says so.
+                return None  # The write fails with the same error.
 
         return values.encode_for(value, find_type, name=identifier)
 
@@ -226,13 +289,13 @@ class StateProvider(ABC):
         self.run(commands.DeleteVariable(session_id, identifier), idempotency_key)
 
     def get_variable_history(self, session_id: str, identifier: str, limit: int = 0) -> list[VariableVersion]:
-        """The newest versions, newest first; 0 means 100."""
+        """Return the newest `limit` versions of a variable, newest first; 0 means 100."""
         return self.run(commands.GetVariableHistory(session_id, identifier, limit))
 
     def rollback_variable(
         self, session_id: str, identifier: str, target_version: int, *, idempotency_key: str | None = None
     ) -> Variable:
-        """Write the value of an earlier version as a new version."""
+        """Write the value of an earlier version as a new version; return the variable."""
         return self.run(commands.RollbackVariable(session_id, identifier, target_version), idempotency_key)
 
     def add_dependency(
@@ -244,7 +307,7 @@ class StateProvider(ABC):
         *,
         idempotency_key: str | None = None,
     ) -> None:
-        """Say that `from_variable` depends on `to_variable`."""
+        """Declare that `from_variable` depends on `to_variable`; both are names or ids."""
         command = commands.AddDependency(session_id, from_variable, to_variable, dependency_type)
         self.run(command, idempotency_key)
 
@@ -257,14 +320,14 @@ class StateProvider(ABC):
         *,
         idempotency_key: str | None = None,
     ) -> str:
-        """Lock a variable for an optimizer; the optimization's id."""
+        """Lock a variable for an optimizer, and return the id of the optimization."""
         command = commands.StartOptimization(session_id, identifier, optimizer_id, or_empty(config))
         return self.run(command, idempotency_key)
 
     def stop_optimization(
         self, session_id: str, identifier: str, force: bool = False, *, idempotency_key: str | None = None
     ) -> Value:
-        """Take the lock off; the variable's value."""
+        """Remove the lock of a variable, and return its value. `force` also removes another optimizer's lock."""
         return self.run(commands.StopOptimization(session_id, identifier, force), idempotency_key)
 
     def __enter__(self) -> Self:
@@ -277,5 +340,5 @@ class StateProvider(ABC):
 
 
 def or_empty(mapping: Mapping[str, V] | None) -> Mapping[str, V]:
-    """The mapping that a caller gives, or an empty one."""
+    """Return the mapping, or an empty one for None."""
     return {} if mapping is None else mapping

@@ -1,7 +1,7 @@
-"""Recordings: a session's whole log as a file that people can keep, mail, import elsewhere, and replay.
+"""Recordings: a session's whole log as a file, to archive, mail, import elsewhere, or replay.
 
-JSON Lines: a header, then one line a commit, oldest first. Commits are numbered from 1 within the session, and the
-numbers in the ids of executions count the same way, so that a session that was imported is exported as it was.
+The format is JSON Lines: a header, then one line for each commit, oldest first. Commits are numbered from 1 within the
+session, and so are the numbers in execution ids, so that an imported session is exported as it was.
 """
 
 import json
@@ -21,14 +21,14 @@ from dspex_persist.state.values.json_text import RefusedError, read_line
 
 FORMAT: Final = "dspex-persist session"
 VERSION: Final = 1
-"""What this release writes, and the only version that it reads."""
+"""The version that this release writes, and the only one that it reads."""
 
 _EXECUTION: Final = re.compile(r"exec_([0-9]{1,18})_([0-9a-f]+)")
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedVersion:
-    """A version of a variable. `masked`: it had a value, which is kept out of the recording."""
+    """A version of a variable. `masked`: its value was left out of the recording."""
 
     variable_id: str
     name: str
@@ -42,25 +42,27 @@ class RecordedVersion:
 
 @dataclass(frozen=True, slots=True)
 class RecordedEvent:
-    """An event as it is recorded: its body stays as it is, so that an export has what the log has."""
+    """An event with its body as in the log, unparsed."""
 
     kind: EventKind
     body: Mapping[str, Any]
     _read: Event | None = field(default=None, init=False, repr=False, compare=False)
 
     def read(self) -> Event:
-        """What it says; `MalformedEventError` if its body cannot be read."""
+        """Return the event, or raise `MalformedEventError`."""
         if self._read is None:
-            # Kept: a replay checks it, looks for executions in it, and builds the state from it.
+            # Cached, because a replay reads each event several times.
             object.__setattr__(self, "_read", event_in(self.kind, self.body))
         return cast(Event, self._read)
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedCommit:
-    """A commit of the session: its number within the session, and everything that it changed.
+    """A commit of the session.
 
-    `sequence`: its number in the database that it was read from, which no recording keeps; 0 if it was read from one.
+    Attributes:
+        number: Its number within the session, from 1.
+        sequence: Its number in the database from which it was read; 0 if it was read from a recording.
     """
 
     number: int
@@ -72,13 +74,13 @@ class RecordedCommit:
     sequence: int = field(default=0, compare=False)
 
     def read_events(self) -> tuple[Event, ...]:
-        """What its events say; `MalformedEventError` if one cannot be read."""
+        """Return its events, or raise `MalformedEventError`."""
         return tuple(event.read() for event in self.events)
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The first line. `masked`: values of sensitive variables were left out. `commits`: how many lines follow."""
+    """The first line. `commits`: how many lines follow; `masked`: values of sensitive variables were left out."""
 
     session_id: str
     commits: int
@@ -86,20 +88,20 @@ class Header:
 
 
 def write_recording(header: Header, commits: Iterable[RecordedCommit], file: TextIO) -> None:
-    """Write a recording, line by line."""
+    """Write a recording to a file, line by line."""
     file.write(header_line(header) + "\n")
     for commit in commits:
         file.write(commit_line(commit) + "\n")
 
 
 def header_line(header: Header) -> str:
-    """The first line of a recording, without its line break."""
+    """Return the first line of a recording, without its line break."""
     head = {"format": FORMAT, "version": VERSION, "session_id": header.session_id}
     return _line(head | {"commits": header.commits, "masked": header.masked})
 
 
 def commit_line(commit: RecordedCommit) -> str:
-    """A commit's line in a recording, without its line break."""
+    """Return the line of a commit, without its line break."""
     return _line(_commit_document(commit))
 
 
@@ -108,7 +110,7 @@ def _line(document: Mapping[str, Any]) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        # What a tool logs may have lone surrogates, which no file in UTF-8 can have but as escapes.
+        # Log entries of tools may contain lone surrogates, which UTF-8 cannot encode; as JSON escapes they can be.
         text = json.dumps(document)
     return text
 
@@ -141,9 +143,17 @@ def _version_document(version: RecordedVersion) -> dict[str, Any]:
 
 
 def read_recording(lines: Iterable[str], name: str = "the recording") -> tuple[Header, Iterator[RecordedCommit]]:
-    """The header, and the commits as they are taken; `RecordingError` names the line that is wrong.
+    """Read a recording.
 
-    `lines` is read once. A recording that ends before its last commit is refused when its end is reached.
+    Args:
+        lines: The lines, which are iterated over once.
+        name: The name of the file, for errors.
+
+    Returns:
+        The header, and an iterator that reads the commits on demand.
+
+    Raises:
+        RecordingError: A line is invalid, or (at the end) commits are missing. The error names the line.
     """
     numbered = _numbered(lines, name)
     _, first = next(numbered, (1, ""))
@@ -157,7 +167,7 @@ def _numbered(lines: Iterable[str], name: str) -> Iterator[tuple[int, str]]:
         for number, line in enumerate(lines, 1):
             yield number, line
     except UnicodeDecodeError as error:
-        raise RecordingError(name, number + 1, "it is no text in UTF-8") from error
+        raise RecordingError(name, number + 1, "it is not UTF-8 text") from error
 
 
 def _read_header(line: str, name: str) -> Header:
@@ -167,11 +177,11 @@ def _read_header(line: str, name: str) -> Header:
             raise ValueError
         version = document["version"]
         if version != VERSION:
-            reason = f"it is of version {version!r}, and this release reads version {VERSION}: export the session anew"
+            reason = f"it has version {version!r}, but this release reads version {VERSION}: export the session again"
             raise RecordingError(name, 1, reason)
         return Header(str(document["session_id"]), int(document["commits"]), bool(document["masked"]))
     except (LookupError, TypeError, ValueError, OverflowError, RecursionError, RefusedError) as error:
-        reason = f'it is no recording: the first line has to be {{"format": "{FORMAT}", ...}}'
+        reason = f'it is not a recording: the first line must be {{"format": "{FORMAT}", ...}}'
         raise RecordingError(name, 1, reason) from error
 
 
@@ -181,12 +191,12 @@ def _read_commits(header: Header, numbered: Iterator[tuple[int, str]], name: str
         try:
             commit = _commit_of(_document(line))
         except RefusedError as error:
-            raise RecordingError(name, number, f"it is no commit: {error.reason}") from error
+            raise RecordingError(name, number, f"it is not a commit: {error.reason}") from error
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-            raise RecordingError(name, number, f"it is no commit: {type(error).__name__} {error}") from error
+            raise RecordingError(name, number, f"it is not a commit: {type(error).__name__} {error}") from error
         count += 1
         if commit.number != count:
-            raise RecordingError(name, number, f"it has commit {commit.number} where commit {count} is due")
+            raise RecordingError(name, number, f"it has commit {commit.number} instead of commit {count}")
         yield commit
     if count != header.commits:
         raise RecordingError(name, count + 1, f"it ends after {count} commits of {header.commits}")
@@ -199,7 +209,7 @@ def _document(line: str) -> Any:
         if not line.endswith("\n"):
             reason = f"the line is cut off (column {error.pos + 1}): the file ends too early; export the session again"
         else:
-            reason = f"the line is no JSON (column {error.pos + 1}: {error.msg}); export the session again"
+            reason = f"the line is not JSON (column {error.pos + 1}: {error.msg}); export the session again"
         raise RefusedError(reason) from error
 
 
@@ -218,9 +228,9 @@ def _commit_of(document: Mapping[str, Any]) -> RecordedCommit:
 def _time_of(text: str) -> datetime:
     at = datetime.fromisoformat(text)
     if at.tzinfo is None:
-        raise ValueError(f"its time {text} has no zone")
+        raise ValueError(f"its time {text} has no time zone")
     if not EARLIEST <= at <= LATEST:
-        raise ValueError(f"its time {text} is none of the years 1 to 9999, UTC")
+        raise ValueError(f"its time {text} is not in the years 1 to 9999, UTC")
     return at.astimezone(UTC)
 
 
@@ -239,16 +249,17 @@ def _version_of(document: Mapping[str, Any]) -> RecordedVersion:
 
 
 def in_order(commit: RecordedCommit) -> Iterator[tuple[Event | None, RecordedVersion | None]]:
-    """What a commit says, in an order in which it can have happened; an event that registers comes with its version 0.
+    """Iterate over the events and versions of a commit in an order in which they can be applied.
 
-    A recording has events and versions apart. Events are taken in order, and a variable's versions after all of them,
-    or earlier where they have to be: before another variable gets its name, and before the session ends.
+    A recording has events and versions in separate lists. Events come in their order; a registration comes with the
+    variable's version 0. Other versions come after all events, or earlier if necessary: before another variable gets
+    the name, and before the session ends.
     """
     waiting: dict[str, deque[RecordedVersion]] = {}
     for version in commit.versions:
         waiting.setdefault(version.variable_id, deque()).append(version)
 
-    def taken(ids: Iterable[str]) -> Iterator[tuple[None, RecordedVersion]]:
+    def take(ids: Iterable[str]) -> Iterator[tuple[None, RecordedVersion]]:
         for variable_id in tuple(ids):
             for version in waiting.pop(variable_id):
                 yield None, version
@@ -256,17 +267,17 @@ def in_order(commit: RecordedCommit) -> Iterator[tuple[Event | None, RecordedVer
     for recorded in commit.events:
         event, first = recorded.read(), None
         if isinstance(event, VariableRegistered):
-            yield from taken(_holding(event.name, waiting))
+            yield from take(_holding(event.name, waiting))
             own = waiting.get(event.variable_id)
             first = own.popleft() if own else None
         elif recorded.kind is EventKind.SESSION_ENDED:
-            yield from taken(waiting)
+            yield from take(waiting)
         yield event, first
-    yield from taken(waiting)
+    yield from take(waiting)
 
 
 def _holding(name: str, waiting: Mapping[str, Sequence[RecordedVersion]]) -> list[str]:
-    """The variables that have had a name before this commit, or got it in what was taken of it."""
+    """Return the waiting variables that have this name already."""
     return [
         variable_id
         for variable_id, versions in waiting.items()
@@ -275,7 +286,7 @@ def _holding(name: str, waiting: Mapping[str, Sequence[RecordedVersion]]) -> lis
 
 
 def renumbered(commit: RecordedCommit, number_of: Callable[[int], int | None]) -> RecordedCommit:
-    """The commit with other numbers in the ids of its executions; None leaves an id as it is."""
+    """Return the commit with the numbers in its execution ids mapped; ids whose number maps to None stay."""
 
     def changed(execution_id: str) -> str:
         return renumbered_id(execution_id, number_of)
@@ -287,12 +298,12 @@ def renumbered(commit: RecordedCommit, number_of: Callable[[int], int | None]) -
 
 
 def is_execution_id(text: str) -> bool:
-    """Whether it is one as a store makes them."""
+    """Whether a text has the form of an execution id."""
     return _EXECUTION.fullmatch(text) is not None
 
 
 def renumbered_id(execution_id: str, number_of: Callable[[int], int | None]) -> str:
-    """The id of an execution with another number; None leaves it as it is."""
+    """Return an execution id with its number mapped; it stays if the number maps to None."""
     match = _EXECUTION.fullmatch(execution_id)
     number = number_of(int(match[1])) if match is not None else None
     return f"exec_{number}_{match[2]}" if match is not None and number is not None else execution_id

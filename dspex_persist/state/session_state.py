@@ -1,4 +1,4 @@
-"""A session in memory, and what the events and versions of its commits do to it."""
+"""A session in memory."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -10,14 +10,14 @@ from dspex_persist.state.graph import Dependencies
 from dspex_persist.state.model import JournalEntry, RegisteredTool, Session, Variable, size_of
 
 Undo: TypeAlias = list[tuple[Callable[..., object], tuple[Any, ...]]]
-"""What takes each step back: a function and its arguments, no closure over a unit of work. That would be a cycle, and
-every unit would wait for the garbage collector, which then costs more than the unit did."""
+"""The steps that undo changes: functions and their arguments. No closures over a unit of work: they would create
+reference cycles, and collecting those takes longer than the unit itself."""
 VARIABLE_WEIGHT_BYTES = 1_500
-"""Roughly what a variable takes in memory besides its contents."""
+"""The approximate memory of a variable without its contents."""
 
 
 class Lease:
-    """How long a session with a TTL lives. Shared by every copy of its state: a touch is seen at once everywhere."""
+    """The expiry of a session with a TTL. All copies of the session's state share it, so all see a renewal at once."""
 
     __slots__ = ("expires_at", "saved_expires_at", "ttl_s")
 
@@ -27,27 +27,34 @@ class Lease:
         self.saved_expires_at = expires_at
 
     def touch(self, now: datetime) -> None:
-        """Begin the TTL anew."""
+        """Restart the TTL."""
         self.expires_at = now + timedelta(seconds=self.ttl_s)
 
     @property
     def slack(self) -> timedelta:
-        """How far the saved expiry may lag: a start adds it, so that no session ends early."""
+        """How far the saved expiry may lag behind. A restart adds it, so that no session expires early."""
         return timedelta(seconds=self.ttl_s / 20)
 
     def is_unsaved(self) -> bool:
-        """Whether the expiry in the file lags so far that it has to be written."""
+        """Whether the saved expiry lags behind so far that it has to be updated."""
         return self.expires_at - self.saved_expires_at > self.slack / 2
 
 
 @dataclass(slots=True)
 class SessionState:
-    """A session in memory. Once published it is never changed: a group edits a copy.
+    """A session in memory. A published state never changes: a group edits a copy.
 
-    `variables` holds the live ones by name, oldest first; `names` leads from id to name; `sequence` is the
-    session's last commit; `weight_bytes` is roughly what it takes in memory; `key` and `keys` (by variable id)
-    belong to the store that keeps it. `tools` are those that workers registered, by name, `executions` those that
-    run, by id. `dependencies` and `tools` are replaced, never changed.
+    Attributes:
+        variables: The live variables by name, oldest first.
+        names: The names of the live variables by id.
+        dependencies: Replaced by each change, never modified.
+        lease: The expiry; None without a TTL.
+        sequence: The session's last commit.
+        weight_bytes: Its approximate size in memory.
+        key: The store's key for the session.
+        keys: The store's keys for variables, by their ids.
+        tools: The tools that workers registered, by name. Replaced by each change, never modified.
+        executions: The running executions by id.
     """
 
     session: Session
@@ -63,8 +70,8 @@ class SessionState:
     executions: dict[str, JournalEntry] = field(default_factory=dict)
 
     def copy(self) -> "SessionState":
-        """An editable copy; frozen records are shared."""
-        # Spelled out: `replace` takes three times as long, and each session of each group is copied.
+        """Return an editable copy, which shares the immutable records."""
+        # Not `replace`, which takes three times as long: each group copies each session that it changes.
         return SessionState(
             self.session,
             self.variables.copy(),
@@ -80,18 +87,18 @@ class SessionState:
         )
 
     def is_over(self, now: datetime) -> bool:
-        """Whether its TTL is. A session in which a tool runs is in use."""
+        """Whether the session has expired. It does not expire while a tool runs in it."""
         return self.lease is not None and self.lease.expires_at <= now and not self.executions
 
     def find(self, identifier: str) -> Variable | None:
-        """The live variable of this name or id."""
-        found = self.variables.get(identifier)
-        if found is None and (name := self.names.get(identifier)) is not None:
-            found = self.variables.get(name)
-        return found
+        """Return the live variable with this name or id."""
+        variable = self.variables.get(identifier)
+        if variable is None and (name := self.names.get(identifier)) is not None:
+            variable = self.variables.get(name)
+        return variable
 
     def put(self, variable: Variable, undo: Undo | None = None) -> Variable | None:
-        """Set the variable under its name and keep the weight; what was there before."""
+        """Set the variable under its name and update the weight; return the previous one."""
         previous = self.variables.get(variable.name)
         self.variables[variable.name] = variable
         self.weight_bytes += growth_of(variable, previous)
@@ -100,28 +107,28 @@ class SessionState:
         return previous
 
     def remove(self, name: str) -> None:
-        """Take the newest variable back out."""
+        """Remove the newest variable again."""
         self.weight_bytes -= weight_of(self.variables.pop(name))
 
     def remember(self, undo: Undo, *names: str) -> None:
-        """Note in `undo` what these fields are, before they get other values."""
+        """Record the current values of these fields in `undo`, before they change."""
         undo.append((restore, (self, {name: getattr(self, name) for name in names})))
 
 
 def restore(record: object, fields: Mapping[str, Any]) -> None:
-    """Give fields of a record the values that they had."""
+    """Set the fields of a record to their previous values."""
     for name, previous in fields.items():
         setattr(record, name, previous)
 
 
 def weight_of(variable: Variable) -> int:
-    """What a variable adds to the weight of its session."""
+    """Return the weight of a variable in its session, in bytes."""
     texts = (variable.constraints, *variable.metadata, *variable.metadata.values())
     return VARIABLE_WEIGHT_BYTES + variable.value.size_bytes + sum(map(size_of, texts))
 
 
 def growth_of(variable: Variable, previous: Variable | None) -> int:
-    """What the weight of a session grows by where `variable` takes the place of another, or of none."""
+    """Return how much a session's weight grows if `variable` is added, or replaces `previous`."""
     if previous is None:
         return weight_of(variable)
     if previous.metadata is variable.metadata and previous.constraints is variable.constraints:
@@ -130,5 +137,5 @@ def growth_of(variable: Variable, previous: Variable | None) -> int:
 
 
 def size_of_tool(tool: RegisteredTool) -> int:
-    """Bytes of a tool's description, as the log keeps it."""
+    """Return the size of a tool's specification in the log, in bytes."""
     return len(json.dumps(asdict(tool), default=repr))

@@ -294,7 +294,7 @@ def test_large_values_are_cut(tmp_path: Path) -> None:
     ("arguments", "code", "sentence"),
     [
         (["no-such", "--db", "{db}"], FAILED, "no session 'no-such' in the history"),
-        ([SESSION, "--db", "{db}", "--since", "soon"], USAGE, "'soon' is no point in the history"),
+        ([SESSION, "--db", "{db}", "--since", "soon"], USAGE, "'soon' is not a point in the history"),
         ([SESSION, "--db", "{db}", "--since", "now"], USAGE, "has no commits after it"),
         ([SESSION, "--db", "no-such.db"], UNUSABLE, "no-such.db"),
         ([SESSION, "--db", "{db}", "-o", "no/such/folder.html"], USAGE, "No such file or directory"),

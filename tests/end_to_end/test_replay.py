@@ -243,7 +243,7 @@ def test_the_state_alone_is_replayed(tape: Path, folder: Path, tmp_path: Path, r
     ("arguments", "code", "told"),
     [
         (["nowhere.jsonl", "--tools", "shop"], UNUSABLE, "cannot open nowhere.jsonl: No such file or directory"),
-        (["shop.py", "--tools", "shop"], FAILED, "shop.py, line 1: it is no recording"),
+        (["shop.py", "--tools", "shop"], FAILED, "shop.py, line 1: it is not a recording"),
         (["future.jsonl", "--tools", "shop"], FAILED, "it is of version 2, and this release reads version 1"),
         (["s1.jsonl"], USAGE, "say where the tools are: --tools package.module"),
         (["s1.jsonl", "--tools", "nothing.here"], USAGE, "the import failed"),

@@ -207,7 +207,7 @@ def test_a_fork_is_begun_with_what_was_there(filled: Path, tmp_path: Path, run: 
         (("import", "missing.jsonl"), FAILED, "cannot be read"),
         (("import", "sessions.db"), FAILED, "line 1"),
         (("fork", "s", "s"), FAILED, "is live here already"),
-        (("fork", "s", "new", "--at", "soon"), FAILED, "is no point in the history"),
+        (("fork", "s", "new", "--at", "soon"), FAILED, "is not a point in the history"),
         (("fork", "s", "new", "--db", "missing.db"), UNUSABLE, "there is no such file"),
     ],
 )

@@ -423,7 +423,7 @@ class TestOptions:
         [
             ("durability", "ful", "neither 'full' nor 'normal'"),
             ("durability", None, "neither 'full' nor 'normal'"),
-            ("limits", {}, "is no dspex_persist.state.limits.Limits"),
+            ("limits", {}, "is not a dspex_persist.state.limits.Limits"),
             ("session_ttl_s", "60", "not a number of seconds"),
             ("session_ttl_s", 0, "above 0"),
             ("session_ttl_s", float("nan"), "above 0"),

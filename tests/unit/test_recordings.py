@@ -150,19 +150,23 @@ def test_each_line_is_one_commit_for_programs_that_know_nothing_of_us() -> None:
 @pytest.mark.parametrize(
     ("damage", "line", "told"),
     [
-        (lambda _: "", 1, "it is no recording"),
-        (lambda text: "{}\n" + text, 1, "it is no recording"),
-        (lambda text: "[" * 100_000 + text, 1, "it is no recording"),
-        (lambda text: text.replace('"version": 1', '"version": 2', 1), 1, "export the session anew"),
+        (lambda _: "", 1, "it is not a recording"),
+        (lambda text: "{}\n" + text, 1, "it is not a recording"),
+        (lambda text: "[" * 100_000 + text, 1, "it is not a recording"),
+        (lambda text: text.replace('"version": 1', '"version": 2', 1), 1, "export the session again"),
         (lambda text: text[: text.rindex('{"commit": 5')], 5, "it ends after 4 commits of 5"),
-        (lambda text: text[:-20], 6, r"it is no commit: the line is cut off \(column \d+\): the file ends too early"),
-        (lambda text: text.replace('"actor":', '"actor"', 1), 2, r"the line is no JSON \(column \d+: "),
-        (lambda text: text + text.splitlines()[-1], 7, "it has commit 5 where commit 6 is due"),
-        (lambda text: text.replace('"commit": 3', '"commit": 4', 1), 4, "where commit 3 is due"),
-        (lambda text: text.replace("12:00:03+00:00", "12:00:03", 1), 4, "has no zone"),
-        (lambda text: text.replace("12:00:03", "25:00:03", 1), 4, "it is no commit"),
-        (lambda text: text.replace('"kind": "set"', '"kind": "sat"', 1), 4, "it is no commit"),
-        (lambda text: text.replace('"metadata": {"why": "so"}', '"metadata": 5', 1), 4, "it is no commit"),
+        (
+            lambda text: text[:-20],
+            6,
+            r"it is not a commit: the line is cut off \(column \d+\): the file ends too early",
+        ),
+        (lambda text: text.replace('"actor":', '"actor"', 1), 2, r"the line is not JSON \(column \d+: "),
+        (lambda text: text + text.splitlines()[-1], 7, "it has commit 5 instead of commit 6"),
+        (lambda text: text.replace('"commit": 3', '"commit": 4', 1), 4, "instead of commit 3"),
+        (lambda text: text.replace("12:00:03+00:00", "12:00:03", 1), 4, "has no time zone"),
+        (lambda text: text.replace("12:00:03", "25:00:03", 1), 4, "it is not a commit"),
+        (lambda text: text.replace('"kind": "set"', '"kind": "sat"', 1), 4, "it is not a commit"),
+        (lambda text: text.replace('"metadata": {"why": "so"}', '"metadata": 5', 1), 4, "it is not a commit"),
     ],
 )
 def test_a_damaged_recording_is_refused_with_its_line(damage: Callable[[str], str], line: int, told: str) -> None:
@@ -174,7 +178,7 @@ def test_a_damaged_recording_is_refused_with_its_line(damage: Callable[[str], st
 def test_what_is_no_utf8_is_refused_with_its_line() -> None:
     content = text_of().encode().replace(b'"why": "so"', b'"why": "\xff"')
     lines: Iterator[str] = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
-    with pytest.raises(RecordingError, match="no text in UTF-8"):
+    with pytest.raises(RecordingError, match="not UTF-8 text"):
         tuple(read_recording(lines)[1])
 
 
@@ -314,7 +318,7 @@ def began(**more: Any) -> RecordedEvent:
         ),
         (
             wrong(RecordedEvent(EventKind.EXECUTION_BEGAN, BEGAN | {"execution_id": "exec_6_aa", "tool": None})),
-            "is no text",
+            "is not a string",
         ),
         (wrong(RecordedEvent(EventKind.EXECUTION_ENDED, ENDED)), "does not run"),
         (
@@ -334,7 +338,7 @@ def began(**more: Any) -> RecordedEvent:
         (wrong(event(EventKind.TOOLS_REGISTERED, worker_id="w", tools=[{"spec": {}}])), "missing key 'tools.0"),
         (
             wrong(event(EventKind.SESSION_UPDATED, session_id="s", metadata={"k": 5}, ttl_s=None)),
-            "'metadata.k' is no text",
+            "'metadata.k' is not a string",
         ),
         (wrong(event(EventKind.SESSION_UPDATED, session_id="s", metadata={}, ttl_s=1e30)), "no session lives"),
         (wrong(event(EventKind.PRUNED, versions=1)), "pruned"),

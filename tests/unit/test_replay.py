@@ -701,8 +701,8 @@ def test_a_document_has_everything_as_json(discounted: Recording) -> None:
     ("content", "reason"),
     [
         ('{"format": "dspex-persist session", "version": 2, "session_id": "s", "commits": 0}\n', "version 2"),
-        ("hello\n", "it is no recording"),
-        ("", "it is no recording"),
+        ("hello\n", "it is not a recording"),
+        ("", "it is not a recording"),
     ],
 )
 def test_what_is_no_recording_is_refused_with_a_sentence(tmp_path: Path, content: str, reason: str) -> None:

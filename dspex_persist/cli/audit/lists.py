@@ -25,7 +25,7 @@ from dspex_persist.cli.audit.rendering import Column, Renderer
 from dspex_persist.cli.audit.sparkline import Sparklines
 from dspex_persist.cli.audit.tables import commit_columns, execution_columns, history_columns, session_columns
 from dspex_persist.cli.output import counted, say
-from dspex_persist.state.audit import is_glob, what_there_is
+from dspex_persist.state.audit import is_glob, suggestion
 from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def refuse_unknown_tool(audit: AuditSource, tool: str) -> None:
     if not tool or is_glob(tool) or any(True for _ in audit.iterate(ExecutionQuery(tool=tool, limit=1))):
         return
     names = dict.fromkeys(each.tool for each in audit.iterate(ExecutionQuery(limit=_TOOLS_LOOKED_AT)))
-    raise NotInHistoryError("tool", tool, what_there_is(tool, list(names)))
+    raise NotInHistoryError("tool", tool, suggestion(tool, list(names)))
 
 
 def follow_list(audit: AuditSource, query: Query[T], rows: Rows[T], request: AuditOptions, limit: int | None) -> None:

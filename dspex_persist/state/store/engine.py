@@ -605,7 +605,7 @@ def _obstacle(path: Path) -> str | None:
     if os.path.lexists(f"{path}-wal") and not _can_write(path.parent):
         return (
             f"there are commits in {path.name}-wal, and to read them SQLite needs another file next to it, which it "
-            f"cannot create in this folder: copy {path.name} and {path.name}-wal to a folder of yours and read the "
+            f"cannot create in this folder: copy {path.name} and {path.name}-wal into a folder of yours and read the "
             "copy, or have its owner close it or make a backup"
         )
     return None

@@ -59,7 +59,7 @@ WRONG_TEXTS: list[tuple[object, str]] = [
     (["s"], "it must be a str, not list: use str(...)"),
     (Cells(), "it must be a str, not Cells: use str(...)"),
     ("a\0b", r"'a\x00b' contains NUL (U+0000): leave it out"),
-    ("\ud800", r"'\ud800' contains a lone surrogate (U+D800), which is no character"),
+    ("\ud800", r"'\ud800' contains a lone surrogate (U+D800), which is not a character"),
 ]
 WRONG_METADATA: list[tuple[object, str]] = [
     ({"sensitive": True}, "the entry 'sensitive' must be a str, not bool: write \"true\""),
@@ -69,7 +69,7 @@ WRONG_METADATA: list[tuple[object, str]] = [
     ({1: "n"}, "its keys must be str, not int: use str(...)"),
     ({"q\0": "w"}, r"'q\x00' contains NUL (U+0000): leave it out"),
     ({"q": "w\0"}, r"'w\x00' contains NUL (U+0000): leave it out"),
-    ({"\udfff": "w"}, r"'\udfff' contains a lone surrogate (U+DFFF), which is no character"),
+    ({"\udfff": "w"}, r"'\udfff' contains a lone surrogate (U+DFFF), which is not a character"),
     ([("a", "b")], "it must be a mapping, such as a dict, not list"),
     ("ab", "it must be a mapping, such as a dict, not str"),
     (5, "it must be a mapping, such as a dict, not int"),

@@ -7,7 +7,7 @@ from sqlalchemy import Connection
 
 from dspex_persist import clock
 from dspex_persist.clock import nearest_time, to_micros
-from dspex_persist.state.audit import PointLike, is_glob, parse_point, what_there_is
+from dspex_persist.state.audit import PointLike, is_glob, parse_point, suggestion
 from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, VersionPrunedError, quote
 from dspex_persist.state.store.history import times
 from dspex_persist.state.store.history.execution_rows import execution_row
@@ -125,7 +125,7 @@ def session_keys(connection: Connection, session: str) -> list[int]:
 
 def _similar(connection: Connection, session: str) -> str:
     rows = all_rows(connection, "SELECT DISTINCT session_id FROM sessions ORDER BY session_key DESC LIMIT 1000")
-    return what_there_is(session, [row[0] for row in rows])
+    return suggestion(session, [row[0] for row in rows])
 
 
 def session_at(connection: Connection, session: str, sequence: int) -> int:
@@ -164,5 +164,5 @@ def variable_keys(connection: Connection, sessions: Sequence[int], variable: str
             "ORDER BY variable_key DESC LIMIT 1000",
             *sessions,
         )
-        raise NotInHistoryError("variable", variable, what_there_is(variable, [row[0] for row in names]))
+        raise NotInHistoryError("variable", variable, suggestion(variable, [row[0] for row in names]))
     return sorted(row[0] for row in rows)

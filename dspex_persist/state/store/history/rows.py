@@ -117,7 +117,7 @@ class Bounds(NamedTuple):
 def askable(text: object) -> str | None:
     """What SQLite can be asked for; no row has anything else."""
     if not isinstance(text, str):
-        raise InvalidArgumentError("question", f"{quote(text)} is no text, as names and ids are")
+        raise InvalidArgumentError("question", f"{quote(text)} is not a str, as names and ids are")
     return text if is_unicode(text) else None
 
 
