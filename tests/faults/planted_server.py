@@ -1,6 +1,6 @@
-"""A server with a bug, to see that the checkers find it: `python -m tests.faults.planted_server BUG serve ...`.
+"""A server with a planted bug, which the checkers have to find: `python -m tests.faults.planted_server BUG serve ...`.
 
-Everything but the bug is the product's own. Each bug breaks one promise, and breaks it often.
+Everything else is the real product. Each bug breaks one promise, and breaks it often.
 """
 
 import contextlib
@@ -33,11 +33,11 @@ _publish = Hub.publish
 _LATE_GROUPS = 20
 _STALE_S = 0.05
 _SPARED = 10
-"""So many writes come before the first bad one, so that tests can set up."""
+"""The number of good writes before the first bad one, so that tests can set up."""
 
 
 class _LateCommit(contextlib.AbstractContextManager[Any]):
-    """Stands for a connection's transaction, and commits only every so often."""
+    """Replaces a connection, and commits only once in `_LATE_GROUPS` transactions."""
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
@@ -60,11 +60,11 @@ class _LateCommit(contextlib.AbstractContextManager[Any]):
             self._transaction.commit()
 
     def rollback(self) -> None:
-        """Groups without changes roll back; here that would take the late ones along."""
+        """Ignore it: groups without changes roll back, which would include the groups not yet committed here."""
 
 
 class _InTransaction(contextlib.AbstractContextManager[Any]):
-    """Stands for a connection whose transaction somebody else began and will end."""
+    """Replaces a connection whose transaction the caller has begun and will end."""
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
@@ -86,7 +86,7 @@ class _InTransaction(contextlib.AbstractContextManager[Any]):
 
 
 def ack_before_commit() -> None:
-    """Acknowledge what is in no file yet. The anchor stays silent, or the next start would tell."""
+    """Acknowledge writes that are not in the file yet. The anchor is not written: the next start would detect it."""
 
     def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
         connection: Any = self.log._connection
@@ -99,12 +99,12 @@ def ack_before_commit() -> None:
 
 
 def _is_batch(jobs: Sequence[Job]) -> bool:
-    """Whether this is a client's work: setting up needs no batches, and is spared."""
+    """Whether these jobs are clients' work: setting up uses no batches and is left alone."""
     return any(isinstance(job.command, SetVariables) for job in jobs)
 
 
 def half_batch() -> None:
-    """Write the entries of a batch one after the other, each in a transaction of its own."""
+    """Write the entries of a batch in separate transactions."""
 
     def one_by_one(self: FileGroups, job: Job) -> Outcome:
         command = job.command
@@ -123,7 +123,7 @@ def half_batch() -> None:
 
 
 def forget_keys() -> None:
-    """Carry a repeated request out again."""
+    """Run a repeated request again."""
 
     def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
         return _write_group(self, [Job(job.command, replace(job.origin, idempotency_key=None)) for job in jobs])
@@ -132,7 +132,7 @@ def forget_keys() -> None:
 
 
 def lost_update() -> None:
-    """Pay no attention to the expected version."""
+    """Ignore the expected version."""
 
     def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
         return _write_group(self, [Job(_unconditional(job.command), job.origin) for job in jobs])
@@ -141,7 +141,7 @@ def lost_update() -> None:
 
 
 def write_then_refuse() -> None:
-    """Write something of whatever is then refused."""
+    """Write a part of requests that are then refused."""
 
     def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
         outcomes = _write_group(self, jobs)
@@ -171,7 +171,7 @@ def stale_read() -> None:
             return None
         now = time.monotonic()
         at, old = kept.get(session_id, (0.0, state))
-        # Old values only: a session without the variable that everybody uses would show nothing.
+        # Only values are old: without the variables that all clients use, the bug would have no effect.
         if now - at > _STALE_S or old.variables.keys() != state.variables.keys():
             kept[session_id] = (now, state)
             return state
@@ -228,32 +228,32 @@ def duplicate_version() -> None:
 
 
 def watch_skip() -> None:
-    """Tell watchers nothing of some commits."""
+    """Keep some commits from watchers."""
 
     def publish(self: Hub, commits: dict[int, list[Any]], ended: Any, sequence: int) -> None:
-        kept = {first: [commit for commit in told if commit.sequence % 7] for first, told in commits.items()}
+        kept = {first: [commit for commit in new if commit.sequence % 7] for first, new in commits.items()}
         _publish(self, kept, ended, sequence)
 
     _patch(Hub, "publish", publish)
 
 
 def watch_twice() -> None:
-    """Tell watchers of some commits twice."""
+    """Send some commits to watchers twice."""
 
     def publish(self: Hub, commits: dict[int, list[Any]], ended: Any, sequence: int) -> None:
         _publish(self, commits, ended, sequence)
-        _publish(self, {first: told[-1:] for first, told in commits.items()}, ended, sequence)
+        _publish(self, {first: new[-1:] for first, new in commits.items()}, ended, sequence)
 
     _patch(Hub, "publish", publish)
 
 
 def no_sync() -> None:
-    """Ask for `full` durability and sync at checkpoints only, which no kill can tell."""
+    """Claim `full` durability, but sync at checkpoints only, which no kill can detect."""
     engine._SYNCHRONOUS["full"] = engine._SYNCHRONOUS["normal"]
 
 
 def early_anchor() -> None:
-    """Remember a head that is not durable yet."""
+    """Write a head to the anchor that is not durable yet."""
     append = SessionStore.append
 
     def append_too_early(self: SessionStore, units: Any, touched: Any) -> None:
@@ -265,12 +265,12 @@ def early_anchor() -> None:
 
 
 def restore_unsynced() -> None:
-    """Say that a backup is in place before its new name is durable."""
+    """Report a backup as restored before its new name is durable."""
     _patch(swap, "sync", lambda *_: None)
 
 
 def sequence_gap() -> None:
-    """Leave a number out now and then."""
+    """Skip a commit number now and then."""
 
     def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
         if self.log.head.sequence % 10 == 9:
@@ -281,7 +281,7 @@ def sequence_gap() -> None:
 
 
 def leak_memory() -> None:
-    """Keep something of every write."""
+    """Keep some memory for every write."""
     kept: list[bytearray] = []
 
     def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
@@ -292,13 +292,14 @@ def leak_memory() -> None:
 
 
 def keep_refused() -> None:
-    """Have errors hold on to what they were raised over: only a collection of garbage frees what was refused."""
-    _patch(server, "_let_go", lambda _: None)
+    """Keep the frames of errors alive, so that only a garbage collection frees the requests that were refused."""
+    assert server._release_frames
+    _patch(server, "_release_frames", lambda _: None)
     gc.disable()
 
 
 def leak_files() -> None:
-    """Open a file now and then, and forget it."""
+    """Open a file now and then, and never close it."""
 
     def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
         if self.log.head.sequence % 20 == 0:
@@ -308,16 +309,16 @@ def leak_files() -> None:
     _patch(Groups, "write_group", write_group)
 
 
-# Bugs of tools: each changes the commands that begin and end executions
+# Bugs in tool executions: each changes the commands that begin and end them
 
 
 def drop_steps() -> None:
-    """Commit half of what an execution has written."""
+    """Commit half of an execution's writes."""
     _change_ends(lambda end: replace(end, steps=end.steps[: len(end.steps) // 2]))
 
 
 def half_tool() -> None:
-    """Commit what an execution has written in two parts."""
+    """Commit an execution's writes in two parts."""
 
     def one_by_one(self: FileGroups, job: Job) -> Outcome:
         command = job.command
@@ -331,32 +332,32 @@ def half_tool() -> None:
 
 
 def forget_tool_keys() -> None:
-    """Execute what has committed under a key once more."""
+    """Execute a request again that has committed under its key."""
     _change(BeginExecution, lambda begin: replace(begin, idempotency_key=None))
 
 
 def leave_running() -> None:
-    """Let the journal say that what a kill has ended still runs."""
+    """Leave executions that a kill has ended as running in the journal."""
     _patch(SessionStore, "unfinished", lambda _: {})
 
 
 def no_read_check() -> None:
-    """Check what an execution has written, and not what it has only read."""
+    """Check the variables that an execution has written, but not those that it has only read."""
 
     def only_written(end: Any) -> Any:
         written = {step.command.identifier for step in end.steps if isinstance(step.command, SetVariable)}
-        return replace(end, checked={asked: seen for asked, seen in end.checked.items() if asked in written})
+        return replace(end, checked={name: seen for name, seen in end.checked.items() if name in written})
 
     _change_ends(only_written)
 
 
 def no_conflict_check() -> None:
-    """Commit whatever others have done meanwhile."""
+    """Commit in spite of conflicting changes."""
     _change_ends(_unchecked)
 
 
 def stale_snapshot() -> None:
-    """Begin executions on a session that is a moment old, and let those that only read end well."""
+    """Begin executions on a session that is a moment old, and commit those that only read."""
     kept: dict[str, tuple[float, SessionState]] = {}
     begin = BeginExecution.apply
 
@@ -390,7 +391,7 @@ def _change(kind: type, change: Callable[[Any], Any]) -> None:
 
 
 def file_not_looked_at() -> None:
-    """Nobody notices what becomes of the file."""
+    """Never check what others do to the file."""
     for look in ("look", "look_inside"):
         _patch(FileGuard, look, lambda *_: None)
 
