@@ -8,19 +8,28 @@ from typing import Final
 _QUOTED = 60
 _COMPARED_LENGTH, _MOST_COMPARED = 60, 1_000
 _LIKENESS: Final = 0.6
+_SHORT: Final = 2
 
 
 def closest(asked: str, names: Iterable[str], likeness: float = _LIKENESS, *, most: int = 20) -> str | None:
-    """The name that was perhaps meant; None if none of them is alike.
+    """Return the name that was probably meant, or None if none is similar enough.
 
-    `likeness`: the least ratio of difflib, from 0 to 1. `most`: of more names than this only so many are compared,
-    those of about this length that begin or end alike. A long text is no slip: no client may make a server compare
-    megabytes.
+    A long text is not taken for a misspelling, so that no client can make a server compare megabytes.
+
+    Args:
+        asked: The unknown name.
+        names: The known names.
+        likeness: The least ratio of difflib, from 0 to 1.
+        most: If there are more names than this, only this many are compared: those of a similar length that have the
+            same beginning or end.
     """
     length = len(asked)
-    if not 2 < length <= _COMPARED_LENGTH:
+    if not 1 < length <= _COMPARED_LENGTH:
         return None
     compared = list(islice(names, _MOST_COMPARED))
+    if length == _SHORT:
+        plain = [name for name in compared if _is_plain(asked, name)]
+        return plain[0] if len(plain) == 1 else None
     if len(compared) > most:
         alike = (
             name
@@ -30,6 +39,16 @@ def closest(asked: str, names: Iterable[str], likeness: float = _LIKENESS, *, mo
         compared = list(islice(alike, most))
     near = get_close_matches(asked, (name for name in compared if len(name) <= 2 * _COMPARED_LENGTH), 1, likeness)
     return near[0] if near else None
+
+
+def _is_plain(asked: str, name: str) -> bool:
+    """Return whether `name` is a name of two letters in other case or order, or with a letter more.
+
+    Ratios mean little for so short a text: one wrong letter of two is half of it.
+    """
+    if len(name) == _SHORT:
+        return asked.lower() == name.lower() or asked == name[::-1]
+    return len(name) == _SHORT + 1 and asked in (name[1:], name[:-1], name[0] + name[2])
 
 
 def quote(text: object) -> str:

@@ -415,6 +415,23 @@ class TestNamesThatWerePerhapsMeant:
         assert closest("temprature", names) == "temperature"
         assert closest("nothing like it", names) is None
 
+    @pytest.mark.parametrize(
+        ("asked", "names", "meant"),
+        [
+            ("yb", ["by", "amount"], "by"),
+            ("by", ["byte", "bye"], "bye"),
+            ("ID", ["id", "name"], "id"),
+            ("id", ["ids", "name"], "ids"),
+            ("bx", ["by", "amount"], None),
+            ("xy", ["xyz", "xya"], None),
+            ("no", ["none of these"], None),
+            ("x", ["xy", "X"], None),
+        ],
+    )
+    def test_of_two_letters_only_a_plain_one_is_found(self, asked: str, names: list[str], meant: str | None) -> None:
+        assert closest(asked, names) == meant
+        assert closest(asked, [*names, *(f"other {number}" for number in range(2_000))]) == meant
+
     def test_megabytes_are_nobody_s_slip(self) -> None:
         names = [f"{'x' * 250}{number}" for number in range(2_000)]
         with cpu_s_below(1):
