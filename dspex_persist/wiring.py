@@ -56,7 +56,8 @@ _OTHER_STREAMS: Final = 1_000
 _SCHEME: Final = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):(?P<rest>.*)", re.DOTALL)
 _HOST_AND_PORT: Final = re.compile(r"//(\[[^\[\]/]+\]|[^\[\]/:]+):[0-9]{1,5}")
 _BARE_HOST_AND_PORT: Final = re.compile(r"(\[[^\[\]/]+\]|[^\[\]/:\s]+):[0-9]{1,5}")
-_FORMS: Final = "a path, sqlite:///PATH, grpc://HOST:PORT or grpc+unix:/PATH"
+_FORM_OF: Final = {"sqlite": "sqlite:///PATH", "grpc": "grpc://HOST:PORT", "grpc+unix": "grpc+unix:/PATH"}
+_FORMS: Final = f"a path, {_FORM_OF['sqlite']}, {_FORM_OF['grpc']} or {_FORM_OF['grpc+unix']}"
 _IN_MEMORY: Final = ("memory:", ":memory:")
 
 _Options = TypeVar("_Options", bound=SessionOptions)
@@ -240,10 +241,23 @@ def _place_of(url: str | os.PathLike[str], forms: str = _FORMS) -> Path | str:
         return rest[2:]
     if scheme == "grpc+unix" and rest.strip("/"):
         return f"unix:{re.sub('^//(?=/)', '', rest)}"
-    if meant:
-        raise InvalidArgumentError("url", f"{quote(url)} is not {forms}; {did_you_mean(meant, spell=str)}")
-    hint = "; a state in memory has no history to query" if url in _IN_MEMORY else ""
-    raise InvalidArgumentError("url", f"{quote(url)} is not {forms}{hint}")
+    if url in _IN_MEMORY:
+        hint = "a state in memory has no history to query"
+    else:
+        hint = did_you_mean(meant, spell=str) or did_you_mean(_respelled(scheme, rest))
+    raise InvalidArgumentError("url", "; ".join(filter(None, (f"{quote(url)} is not {forms}", hint))))
+
+
+def _respelled(scheme: str, rest: str) -> str | None:
+    """Return the URL with its misspelled scheme corrected, or only the form of such URLs if it would be invalid."""
+    meant = closest(scheme.lower(), _FORM_OF) if scheme not in _FORM_OF else None
+    if meant is None:
+        return None
+    try:
+        _place_of(f"{meant}:{rest}")
+    except InvalidArgumentError:
+        return _FORM_OF[meant]
+    return f"{meant}:{rest}"
 
 
 def _meant(url: str) -> str:
