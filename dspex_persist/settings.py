@@ -187,7 +187,9 @@ class Settings(LimitSettings):
     )
     record_lm: bool = Field(False, description="Keep the LM calls of all tools in the journal; needs DSPy.")
     audit_reveal: bool = Field(
-        False, description="Show values of sensitive variables to clients of the audit service that ask for them."
+        False,
+        description="Let clients of the audit service read the values of sensitive variables: in audits, in "
+        "recordings, and by forking a session that has some.",
     )
     audit_prune: bool = Field(
         False, description="Let clients of the audit service prune history; a dry run is always allowed."

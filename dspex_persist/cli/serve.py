@@ -86,7 +86,7 @@ Reveal = _option(
     "--audit-reveal/--no-audit-reveal",
     None,
     "no",
-    "Show sensitive values to clients that ask the audit service for them.",
+    "Let clients read sensitive values: in audits, in recordings, and by forking a session that has some.",
 )
 Prune = _option(
     _NETWORK,
