@@ -9,7 +9,7 @@ from dspex_persist.state.errors.hints import Hint
 
 @dataclass(eq=False)
 class StorageError(StateError):
-    """SQLite refused the whole group of writes; nothing of it was kept."""
+    """The storage refused the whole group of writes; nothing of it was kept."""
 
     template = "nothing was written: {reason}"
     retryable = True
@@ -28,7 +28,7 @@ class ReadFailedError(StateError):
 
 @dataclass(eq=False)
 class FileChangedError(StateError):
-    """The files on disk are no longer those that this process opened, or another program has changed them."""
+    """Another program replaced or changed the files of the store, so that this process cannot use them any longer."""
 
     template = "{path} cannot be used any longer: {reason}"
     advice = Hint.PUT_BACK_FILE
