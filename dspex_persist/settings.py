@@ -43,7 +43,7 @@ class SettingsError(ValueError):
 
 
 def _read_path(path: Path) -> Path:
-    if str(path) in (".", ":memory:"):
+    if str(path) in (".", "memory:", ":memory:"):
         raise ValueError("it must be the path of a file: sessions are always kept on disk")
     try:
         return path.expanduser()

@@ -23,6 +23,7 @@ IN_COMMANDS: "Final[Mapping[str, str]]" = {
         "start processes with multiprocessing's 'spawn'; those that share a database reach it through "
         "`dspex-persist serve`"
     ),
+    "connect_in_memory": "name a file with --db",
     "export_revealed": "export the session with --reveal",
     "keep_wal": "everything acknowledged is safe in {path}-wal: keep the two files together",
     "list_executions": "audit executions lists them",

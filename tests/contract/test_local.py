@@ -4,12 +4,13 @@ import os
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 from freezegun import freeze_time
 
-from dspex_persist import LocalState, clock, connect, errors, open_audit
+from dspex_persist import EmbeddedState, LocalState, clock, connect, errors, open_audit
 from dspex_persist.clock import EARLIEST
 from dspex_persist.state.abilities import Auditable, Durable, KeepsOrder, Prunable
 from dspex_persist.state.commands import ReadState, SetVariable
@@ -111,6 +112,16 @@ def test_what_it_cannot_do_it_says() -> None:
         connect("memory:", sweep_interval_s=0)
     with pytest.raises(errors.InvalidArgumentError, match="a state in memory has no history to query"):
         open_audit("memory:")
+
+
+@pytest.mark.parametrize("name", ["memory:", ":memory:"])
+def test_a_file_is_never_made_of_its_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for opens in (EmbeddedState, lambda path: connect(Path(path)), lambda path: open_audit(Path(path))):
+        with pytest.raises(errors.NotADatabaseError, match=r"use LocalState\(\) or connect\('memory:'\) instead"):
+            opens(name)
+    assert list(tmp_path.iterdir()) == []
+    connect(name).close()
     with (
         connect("memory:") as state,
         pytest.raises(errors.UnsupportedError, match="audits; keep the sessions in a dat"),

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from dspex_persist.state.embedded import EmbeddedState
+from dspex_persist.state.errors import NotADatabaseError
 from dspex_persist.state.store.anchor import Anchor, Head
 from tests.deadline import within
 from tests.end_to_end.test_db_commands import FINE, IN_USE, PROBLEMS, UNUSABLE, clean_environment
@@ -324,6 +325,34 @@ def test_a_file_that_somebody_owns_is_left_alone(killed: Path, tmp_path: Path, r
             assert code == IN_USE, (words, said)
             assert contents(folder, but="-shm") == before, (words, said)
         assert owner.get_value("s", "x") == "newest"
+
+
+@pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal", ".anchor", ".lock"])
+def test_the_name_of_a_file_next_to_a_database_is_refused(killed: Path, tmp_path: Path, run: Run, suffix: str) -> None:
+    folder = shutil.copytree(killed, tmp_path / "copy")
+    before = contents(folder)
+    commands = (*READING, *WRITING, ("audit", "web", "--port", "0"), ("db", "restore", "b.db"))
+    for words in commands:
+        code, said = run(folder, [*words, "--db", f"{DATABASE}{suffix}"])
+        assert code == UNUSABLE, (words, said)
+        assert "its name is that of a file next to a database; did you mean s.db?" in said, (words, said)
+        assert contents(folder) == before, (words, said)
+    code, said = run(folder, ["db", "restore", f"b.db{suffix}"])
+    assert code == UNUSABLE, said
+    assert contents(folder) == before
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "is_refused"), [("new-wal", True), ("new.lock", False), ("new.anchor", False)])
+def test_without_a_database_only_names_of_sqlite_s_files_are_refused(
+    tmp_path: Path, name: str, is_refused: bool
+) -> None:
+    if is_refused:
+        with pytest.raises(NotADatabaseError, match=r"did you mean .*/new\?"):
+            EmbeddedState(tmp_path / name)
+    else:
+        EmbeddedState(tmp_path / name).close()
+    assert (tmp_path / name).exists() is not is_refused
 
 
 def test_what_is_not_refused_is_there_afterwards(killed: Path, tmp_path: Path, run: Run) -> None:

@@ -23,6 +23,7 @@ IN_RPCS: Final[Mapping[str, str]] = {
     Hint.CONNECT_AFTER_FORK: (
         "start processes with multiprocessing's 'spawn'; those that share a database reach it through the server"
     ),
+    Hint.CONNECT_IN_MEMORY: "give the server a file with --db",
     Hint.EXPORT_REVEALED: "export the session with the values of sensitive variables",
     Hint.KEEP_WAL: "everything acknowledged is safe in {path}-wal: keep the two files together",
     Hint.LIST_EXECUTIONS: "ListExecutions lists them",

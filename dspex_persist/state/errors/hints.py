@@ -20,6 +20,8 @@ class Hint(StrEnum):
     """This process has the database open already."""
     CLOSE_WATCHES = "close_watches"
     CONNECT_AFTER_FORK = "connect_after_fork"
+    CONNECT_IN_MEMORY = "connect_in_memory"
+    """The path of a file is `:memory:`."""
     EXPORT_REVEALED = "export_revealed"
     """The recording lacks the values of sensitive variables."""
     KEEP_WAL = "keep_wal"
@@ -82,6 +84,7 @@ IN_PYTHON: Final[Mapping[str, str]] = {
         "fork before you connect(), or start this process with multiprocessing's 'spawn', and connect() in it; "
         "processes that share a database reach it through a server: connect('grpc://HOST:PORT')"
     ),
+    Hint.CONNECT_IN_MEMORY: "use LocalState() or connect('memory:') instead",
     Hint.EXPORT_REVEALED: "export the session with reveal=True",
     Hint.KEEP_WAL: "everything acknowledged is safe in {path}-wal: keep the two files together",
     Hint.LIST_EXECUTIONS: "an ExecutionQuery lists them",

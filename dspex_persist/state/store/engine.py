@@ -20,6 +20,7 @@ from sqlalchemy.pool import QueuePool, StaticPool
 
 from dspex_persist.infra import forks, holder
 from dspex_persist.infra.logs import get_logger
+from dspex_persist.spelling import did_you_mean
 from dspex_persist.state.errors import DatabaseInUseError, Hint, NotADatabaseError, ReadFailedError, printable
 from dspex_persist.state.store import inherited
 from dspex_persist.state.store.conditions import value_holds
@@ -32,7 +33,8 @@ LOCK_WAIT_S: Final = 10.0
 WAL_LIMIT_BYTES: Final = 64 * 1024 * 1024
 """A larger WAL is truncated to this size once all of it is in the database."""
 
-_SIDE_FILES: Final = ("-wal", "-shm", "-journal")
+SIDE_FILES: Final = ("-wal", "-shm", "-journal")
+"""The suffixes of the files that SQLite keeps next to a database."""
 _DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _logger: Final = get_logger(__name__)
 
@@ -47,6 +49,26 @@ class Identity(NamedTuple):
 def identity_of(status: os.stat_result) -> Identity:
     """Return the identity of the file with this `stat`."""
     return Identity(status.st_dev, status.st_ino)
+
+
+_IN_MEMORY: Final = ("memory:", ":memory:")
+
+
+def refuse_name(path: Path) -> None:
+    """Raise `NotADatabaseError` for a name that cannot be meant as a database: a file next to one, or `:memory:`."""
+    if str(path) in _IN_MEMORY:
+        reason = "it is not a file, but stands for sessions in memory"
+        raise NotADatabaseError(str(path), reason).advising(Hint.CONNECT_IN_MEMORY)
+    target = resolved(path)
+    file = path if path.name == target.name else target
+    for suffix in (*SIDE_FILES, ".anchor", ".lock"):
+        if not file.name.endswith(suffix) or file.name == suffix:
+            continue
+        database = file.with_name(file.name.removesuffix(suffix))
+        # Other programs may well use the suffixes of our own files.
+        if suffix in SIDE_FILES or database.is_file():
+            reason = f"its name is that of a file next to a database; {did_you_mean(str(database), spell=str)}"
+            raise NotADatabaseError(str(path), reason)
 
 
 def resolved(path: Path) -> Path:
@@ -133,6 +155,7 @@ class OwnershipLock:
         """
         self._pid = os.getpid()
         self._is_announced = False
+        refuse_name(path)
         name = resolved(path)
         with gate(), _named(path), _reported(name):
             _refuse_own(name)
@@ -446,7 +469,7 @@ class _AtRest(inherited.Connection):
 
 def _state_at_rest(path: Path) -> tuple[int, ...] | None:
     """Return values that change when the file is written to; None if it can be read in the usual way."""
-    if any(os.path.lexists(f"{path}{suffix}") for suffix in _SIDE_FILES) or _can_write(path.parent):
+    if any(os.path.lexists(f"{path}{suffix}") for suffix in SIDE_FILES) or _can_write(path.parent):
         return None
     status = path.stat()
     return (*identity_of(status), status.st_size, status.st_mtime_ns)

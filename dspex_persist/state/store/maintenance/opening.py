@@ -20,7 +20,14 @@ from dspex_persist.state.errors import (
 from dspex_persist.state.store import anchor as anchors
 from dspex_persist.state.store import migrate, recovery
 from dspex_persist.state.store.anchor import Head
-from dspex_persist.state.store.engine import OwnershipLock, checkpoint, open_readers, open_writer, resolved
+from dspex_persist.state.store.engine import (
+    OwnershipLock,
+    checkpoint,
+    open_readers,
+    open_writer,
+    refuse_name,
+    resolved,
+)
 from dspex_persist.state.store.maintenance import swap
 from dspex_persist.state.store.schema import REVISION
 from dspex_persist.state.store.untouched import is_half_written, read_untouched
@@ -48,6 +55,7 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def refuse_missing(path: Path, advice: Hint = Hint.MAKE_FILE) -> None:
+    refuse_name(path)
     # Where the folder may not be looked into, too: whoever opens the file says so.
     if not os.path.lexists(path) and os.access(path.parent, os.X_OK):
         raise NotADatabaseError(str(path), "there is no such file").advising(advice)

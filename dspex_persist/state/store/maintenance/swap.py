@@ -10,11 +10,10 @@ from typing import Final
 
 from dspex_persist.clock import now
 from dspex_persist.state.store.anchor import Anchor, Head
-from dspex_persist.state.store.engine import open_side_file
+from dspex_persist.state.store.engine import SIDE_FILES, open_side_file
 
-_OF_SQLITE: Final = ("-wal", "-shm", "-journal")
 _ANCHOR: Final = ".anchor"
-BESIDE: Final = (*_OF_SQLITE, _ANCHOR, ".lock")
+BESIDE: Final = (*SIDE_FILES, _ANCHOR, ".lock")
 """What follows the name of a database in the names of the files beside it."""
 
 
@@ -27,7 +26,7 @@ def take_place(fresh: Path, path: Path, head: Head, *, can_open: bool) -> Path:
     # Whatever is beside the name belongs to the old file: SQLite would read its WAL or journal into the fresh one. What
     # can be opened without its WAL can be without its anchor; from the fresh one, the anchor would keep everybody. What
     # cannot be opened without its WAL must not seem whole meanwhile: of it, the anchor goes last.
-    first, last = ((*_OF_SQLITE, _ANCHOR), ()) if can_open else (_OF_SQLITE, (_ANCHOR,))
+    first, last = ((*SIDE_FILES, _ANCHOR), ()) if can_open else (SIDE_FILES, (_ANCHOR,))
     with ExitStack() as undo:
         for suffix in first:
             _move(path, aside, suffix, undo)
