@@ -141,7 +141,7 @@ def described(description: str) -> AnyMessage:
     ["", '{"shape": [2, 2]}', '{"shape": [1], "binary_format": "erlang_binary"}', '{"dtype": "float32"}', "[]"],
 )
 def test_a_description_without_its_bytes_is_refused(description: str) -> None:
-    with pytest.raises(InvalidValueError, match="its bytes did not come: send them in the companion field"):
+    with pytest.raises(InvalidValueError, match="its bytes are missing: send them in the companion field"):
         codec.value_of("x", described(description))
 
 

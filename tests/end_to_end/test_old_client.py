@@ -315,10 +315,10 @@ def test_binary_values_without_their_bytes_are_refused(stub: Any, shape: list[in
     for call, request in requests:
         error: Any = refusal(call, request)
         assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
-        assert "its bytes did not come" in error.details()
+        assert "its bytes are missing" in error.details()
     batch = stub.SetVariables(pb.BatchSetVariablesRequest(session_id=SESSION, updates={"t": wire}, atomic=True))
     assert not batch.success
-    assert "its bytes did not come" in batch.errors["t"]
+    assert "its bytes are missing" in batch.errors["t"]
     assert get(stub, "t").version == 0
 
 

@@ -197,9 +197,9 @@ def test_an_execution_that_repeats_itself_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "number", "told"),
     [
-        ("attempt", 2**63, "is no attempt"),
-        ("attempt", 10**9, "is no attempt"),
-        ("attempt", 0, "is no attempt"),
+        ("attempt", 2**63, "cannot be attempt"),
+        ("attempt", 10**9, "cannot be attempt"),
+        ("attempt", 0, "cannot be attempt"),
         ("duration_us", 2**63, "more than 64 bits"),
         ("writes", [["x", 2**63]], "more than 64 bits"),
         ("published", [["x", -(2**63) - 1]], "more than 64 bits"),

@@ -503,7 +503,7 @@ def test_forks_are_refused_where_there_is_nothing_to_fork_or_no_room(state: Embe
         state.fork_session("s", "t")
     with pytest.raises(NotInHistoryError):
         state.fork_session("ghost", "new")
-    with pytest.raises(InvalidArgumentError, match="no point"):
+    with pytest.raises(InvalidArgumentError, match="not a point"):
         state.fork_session("s", "new", "soon")
     state.cleanup_session("s")
     with pytest.raises(InvalidArgumentError, match="did not live"):

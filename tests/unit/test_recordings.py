@@ -296,7 +296,7 @@ def began(**more: Any) -> RecordedEvent:
         (wrong(version(2)), "does not follow version 2"),
         (wrong(version(3, kind=ChangeKind.REGISTERED)), "registered already"),
         (wrong(version(3, '"text"')), "integer"),
-        (wrong(version(3, "1.0")), "not written as a store writes"),
+        (wrong(version(3, "1.0")), "not in the form in which a store writes"),
         (wrong(version(3, None)), "it has no value"),
         (wrong(version(3, None, masked=True)), "kept out of the recording"),
         (wrong(version(3, metadata={"dspex.x": ""})), "is set by the server"),
@@ -314,13 +314,13 @@ def began(**more: Any) -> RecordedEvent:
                     EventKind.EXECUTION_BEGAN, BEGAN | {"execution_id": "exec_6_aa", "parent_id": "exec_4_0123ab"}
                 )
             ),
-            "does not run",
+            "is not running",
         ),
         (
             wrong(RecordedEvent(EventKind.EXECUTION_BEGAN, BEGAN | {"execution_id": "exec_6_aa", "tool": None})),
             "is not a string",
         ),
-        (wrong(RecordedEvent(EventKind.EXECUTION_ENDED, ENDED)), "does not run"),
+        (wrong(RecordedEvent(EventKind.EXECUTION_ENDED, ENDED)), "is not running"),
         (
             wrong(began(execution_id="exec_6_aa"), began(execution_id="exec_6_aa")),
             "one execution at most",
@@ -333,14 +333,14 @@ def began(**more: Any) -> RecordedEvent:
         ),
         (
             wrong(event(EventKind.OPTIMIZATION_STOPPED, variable_id="var_x_1", optimization_id="o", reason="")),
-            "not being optimized",
+            "is not locked by",
         ),
         (wrong(event(EventKind.TOOLS_REGISTERED, worker_id="w", tools=[{"spec": {}}])), "missing key 'tools.0"),
         (
             wrong(event(EventKind.SESSION_UPDATED, session_id="s", metadata={"k": 5}, ttl_s=None)),
             "'metadata.k' is not a string",
         ),
-        (wrong(event(EventKind.SESSION_UPDATED, session_id="s", metadata={}, ttl_s=1e30)), "no session lives"),
+        (wrong(event(EventKind.SESSION_UPDATED, session_id="s", metadata={}, ttl_s=1e30)), "cannot have a TTL"),
         (wrong(event(EventKind.PRUNED, versions=1)), "pruned"),
         (wrong(event(EventKind.SESSION_ENDED, reason="over"), version(3), number=7), "does not follow"),
     ],

@@ -1,4 +1,4 @@
-"""Every operation on a session, each written once."""
+"""The commands: every operation on a session, implemented once for all backends."""
 
 from dspex_persist.state.commands.base import Command
 from dspex_persist.state.commands.dependencies import AddDependency

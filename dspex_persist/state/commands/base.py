@@ -1,4 +1,4 @@
-"""What a command is: frozen arguments, and `apply`, which reads and stages through a unit of work."""
+"""The base of commands: immutable arguments, and `apply`, which reads and stages changes through a unit of work."""
 
 import json
 from abc import ABC, abstractmethod
@@ -19,24 +19,26 @@ from dspex_persist.state.values import Find, FindType, ReadAhead, Spell, spell
 R = TypeVar("R")
 
 RESERVED_KEY, RESERVED_PREFIX = "commit_sequence", "dspex."
-"""Metadata that the server itself adds where it tells of a change."""
+"""Metadata keys that the server adds when it reports a change."""
 
 
 class Reads(Enum):
     """What a command reads."""
 
     CURRENT = "current"
-    """Current values: memory has them."""
+    """Current values, which memory has."""
     HISTORY = "history"
-    """Past versions too: they are in the file."""
+    """Past versions, too, which are in the file."""
     FILE = "file"
-    """Current values, but from the file, because the caller wants it so."""
+    """Current values from the file, at the caller's request."""
 
 
 class _Checked:
-    """What has been looked at when it was made. `fault`: what is wrong with its arguments; None if nothing is.
+    """A dataclass whose arguments are checked when it is created.
 
-    `ahead`: what has been read of its values since; None while nothing has been.
+    Attributes:
+        fault: The error for invalid arguments; None if they are valid.
+        ahead: The values parsed by `read_ahead`; None before that.
     """
 
     __slots__ = ("ahead", "fault")
@@ -44,25 +46,27 @@ class _Checked:
     ahead: ReadAhead | None
 
     def __post_init__(self) -> None:
-        keep, fault = object.__setattr__, None
+        set_field, fault = object.__setattr__, None
         try:
             for name, check in checks_of(type(self)):
-                given = getattr(self, name)
-                kept = check(name, given)
-                if kept is not given:
-                    keep(self, name, kept)
+                argument = getattr(self, name)
+                checked = check(name, argument)
+                if checked is not argument:
+                    set_field(self, name, checked)
         except StateError as error:
             fault = error
-        keep(self, "fault", fault)
-        keep(self, "ahead", None)
+        set_field(self, "fault", fault)
+        set_field(self, "ahead", None)
 
 
 @dataclass(frozen=True, slots=True)
 class Command(_Checked, ABC, Generic[R]):
-    """One operation on one session. Wrong arguments are its `fault`, with which whoever is to carry it out fails it.
+    """One operation on one session. Invalid arguments do not raise: backends fail the command with its `fault`.
 
-    `writes`: it may stage changes, and so goes through the writer.
-    `returns`: the type of its result, with which a recorded result is read back.
+    Attributes:
+        session_id: The session.
+        writes: Whether it may stage changes, so that it goes through the writer.
+        returns: The type of its result, to decode results recorded under idempotency keys.
     """
 
     session_id: str
@@ -72,36 +76,43 @@ class Command(_Checked, ABC, Generic[R]):
 
     @abstractmethod
     def apply(self, uow: UnitOfWork) -> R:
-        """Do it; a `StateError` means that nothing was done."""
+        """Carry out the command, and return its result.
+
+        Raises:
+            StateError: The command is refused. The caller rolls back what it has staged.
+        """
 
     def check(self) -> None:
-        """Raise its `fault`, if it has one."""
+        """Raise its `fault` if it has one."""
         if self.fault is not None:
             raise self.fault
 
     @property
     def cause(self) -> str:
-        """The command's name, which is that of its rpc."""
+        """The command's name, which is also that of its rpc."""
         return type(self).__name__
 
     @property
     def reads(self) -> Reads:
-        """What it has to be given to read."""
+        """Which data it reads."""
         return Reads.CURRENT
 
     def takes_long(self, state: SessionState) -> bool:
-        """Whether to read this of a session in memory would hold up an event loop."""
+        """Whether applying it to a session in memory would block an event loop too long."""
         return False
 
     @property
     def brings(self) -> int:
-        """Characters of JSON, all together, that have to be read before it can be carried out."""
+        """How many characters of JSON have to be parsed to carry it out."""
         return 0
 
     def read_ahead(self, ahead: ReadAhead, find: Find, find_type: FindType | None = None) -> None:
-        """Have `ahead` read the values that it brings, for the variables that `find` finds now, and keep it.
+        """Parse its values in advance.
 
-        `find_type`, where it has to be known what is asked for (under an idempotency key): see `meant`.
+        Args:
+            ahead: Parses the values, and is stored in the command.
+            find: Finds the current variables for which the values are parsed.
+            find_type: Finds types of variables for `meant`; required with an idempotency key.
         """
         self._read_values(ahead, find)
         if find_type is not None:
@@ -110,14 +121,14 @@ class Command(_Checked, ABC, Generic[R]):
         object.__setattr__(self, "ahead", ahead)
 
     def _read_values(self, ahead: ReadAhead, find: Find) -> None:
-        """Have each value read."""
+        """Parse each value with `ahead`."""
 
     def meant(self, find_type: FindType, spell: Spell) -> "Command[R]":
-        """The same request in one spelling of the many that mean the same."""
+        """Return the request in a canonical spelling, which is the same for all requests with the same meaning."""
         return self
 
     def meaning(self, uow: UnitOfWork) -> str:
-        """The fingerprint of `meant`."""
+        """Return the fingerprint of `meant`."""
 
         def spelled(identifier: str, type_name: str | None, value: Value) -> Value:
             known = ahead.find_spelling(identifier, type_name, value, uow.limits) if ahead is not None else None
@@ -125,15 +136,15 @@ class Command(_Checked, ABC, Generic[R]):
 
         ahead = self.ahead
         meant = self.meant(lambda identifier: uow.find_last_type(self.session_id, identifier), spelled)
-        # Quickly compared: the large texts in them are the very same.
+        # This comparison is fast, as large texts in both are the same objects.
         return ahead.fingerprint if ahead is not None and ahead.meant == meant else meant.fingerprint()
 
     def fingerprint(self) -> str:
-        """SHA-256 (hexadecimal) of what was asked, the same for equal requests whatever the order of their maps."""
-        asked = json.dumps([self.cause, self._said()], sort_keys=True, default=_digest)
-        return sha256(asked.encode()).hexdigest()
+        """Return the SHA-256 (hexadecimal) of the request, which does not depend on the order of its mappings."""
+        request = json.dumps([self.cause, self._request()], sort_keys=True, default=_digest)
+        return sha256(request.encode()).hexdigest()
 
-    def _said(self) -> dict[str, Any]:
+    def _request(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -142,7 +153,10 @@ def _digest(value: object) -> str:
 
 
 def check_text(field: str, text: str, length: int, setting: str) -> str:
-    """`text` as an id or a name: not empty, not longer than `length`, without control characters or surrogates."""
+    """Return `text` if it is valid as an id or a name.
+
+    It must not be empty, longer than `length`, or contain control characters or surrogates. `setting` names the limit.
+    """
     if not text:
         raise InvalidArgumentError(field, "it must not be empty")
     if len(text) > length:
@@ -155,7 +169,7 @@ def check_text(field: str, text: str, length: int, setting: str) -> str:
 
 
 def check_metadata(metadata: Mapping[str, str], limits: Limits) -> Mapping[str, str]:
-    """`metadata` if it is within the limits, free of NUL and surrogates, and leaves our own keys alone."""
+    """Return `metadata` if it is within the limits and contains no surrogates and no reserved keys."""
     if not metadata:
         return metadata
     if len(metadata) > limits.metadata_entries:
@@ -169,7 +183,7 @@ def check_metadata(metadata: Mapping[str, str], limits: Limits) -> Mapping[str, 
         try:
             size += len(key.encode()) + len(text.encode())
         except UnicodeEncodeError:
-            raise InvalidArgumentError("metadata", f"entry {quote(key)} is no valid Unicode") from None
+            raise InvalidArgumentError("metadata", f"entry {quote(key)} is not valid Unicode") from None
     if size > limits.metadata_size_bytes:
         raise LimitExceededError(
             "size of the metadata in bytes", size, limits.metadata_size_bytes, "metadata_size_bytes"
@@ -178,6 +192,6 @@ def check_metadata(metadata: Mapping[str, str], limits: Limits) -> Mapping[str, 
 
 
 def check_merged_metadata(merged: Mapping[str, str], added: Mapping[str, str], limits: Limits) -> None:
-    """The limits again, on what a merge adds up to; without this, many small writes grow a variable for ever."""
+    """Check merged metadata against the limits; otherwise many small writes could let it grow without bound."""
     if added:
         check_metadata(merged, limits)

@@ -17,7 +17,7 @@ _MOST_PER_VARIABLE = 16
 
 @dataclass(frozen=True, slots=True)
 class AddDependency(Command[None]):
-    """Say that `from_variable` depends on `to_variable`. Saying it again changes nothing."""
+    """Declare that `from_variable` depends on `to_variable`. Repeating it changes nothing."""
 
     from_variable: str
     to_variable: str
@@ -40,7 +40,7 @@ class AddDependency(Command[None]):
 
 
 def check_dependency(state: SessionState, edge: Dependency, limits: Limits) -> None:
-    """Refuse a dependency that is too many, or closes a cycle."""
+    """Refuse a dependency that exceeds the limit, or that would close a cycle."""
     most = _MOST_PER_VARIABLE * limits.variables_per_session
     if len(state.dependencies) >= most:
         what = f"number of dependencies ({_MOST_PER_VARIABLE} a variable)"

@@ -1,4 +1,4 @@
-"""Tool executions: their journal entries, and the one command that ends them with all that they wrote."""
+"""Commands for tool executions: begin them in the journal, and end them together with all their writes."""
 
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -42,10 +42,17 @@ _REFUSED_LATER = "it was possible when the tool asked, and is not any more"
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """What came of the wish to begin an execution.
+    """The result of `BeginExecution`: a new execution, or the one that already has the idempotency key.
 
-    `seed` is what its random numbers come from, `snapshot` the session as it sees it, for nobody else. Under an
-    idempotency key there may be none, because the execution of this key is `recorded` (it has committed) or `running`.
+    Attributes:
+        execution_id: Its id.
+        sequence: The commit that began it.
+        limits: The limits that apply to it.
+        optimization_lease_s: The lease of locks that it takes, in seconds.
+        seed: The seed of its random numbers.
+        snapshot: A copy of the session for this execution alone; None if there is an earlier execution.
+        recorded: The earlier execution with the same key if it has committed.
+        running: The earlier execution with the same key if it is running.
     """
 
     execution_id: str
@@ -60,10 +67,10 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class BeginExecution(Command[Begun]):
-    """Begin an execution of a tool: its journal entry says `running` from here on.
+    """Begin an execution of a tool, and record it as running in the journal.
 
-    `worker_id` says which worker runs it; "" if the server itself does. `retry_of`: the execution that ran before it
-    for the same request, and ended as a conflict.
+    `worker_id`: the worker that runs it; "" for the server itself. `retry_of`: the previous execution for the same
+    request, which ended as a conflict.
     """
 
     tool: str
@@ -86,7 +93,7 @@ class BeginExecution(Command[Begun]):
         fingerprint = ""
         if self.idempotency_key is not None:
             ahead = self.ahead
-            fingerprint = ahead.fingerprint if ahead is not None else self._asked(_speller(uow.limits))
+            fingerprint = ahead.fingerprint if ahead is not None else self._fingerprint(_speller(uow.limits))
             known = self._known(uow, state, self.idempotency_key, fingerprint)
             if known is not None:
                 return known
@@ -94,16 +101,16 @@ class BeginExecution(Command[Begun]):
 
     @property
     def brings(self) -> int:
-        """See `Command`. Its parameters have been read; under a key, how they are spelled has to be known."""
+        """See `Command`. The parameters are parsed only with a key, for the fingerprint."""
         return sum(len(value.json) for value in self.parameters.values()) if self.idempotency_key is not None else 0
 
     def _read_values(self, ahead: values.ReadAhead, find: values.Find) -> None:
-        ahead.fingerprint = self._asked(ahead.spell)
+        ahead.fingerprint = self._fingerprint(ahead.spell)
 
-    def _asked(self, spell: values.Spell) -> str:
-        """The same for requests that mean the same, whatever else differs."""
-        asked = {name: spell(name, None, value) for name, value in self.parameters.items()}
-        return type(self)(self.session_id, self.tool, asked).fingerprint()
+    def _fingerprint(self, spell: values.Spell) -> str:
+        """Return the fingerprint of the tool and its parameters only."""
+        parameters = {name: spell(name, None, value) for name, value in self.parameters.items()}
+        return type(self)(self.session_id, self.tool, parameters).fingerprint()
 
     def _known(self, uow: UnitOfWork, state: SessionState, key: str, fingerprint: str) -> Begun | None:
         check_text("idempotency key", key, uow.limits.name_length, "name_length")
@@ -112,15 +119,15 @@ class BeginExecution(Command[Begun]):
         known = running or recorded
         if known is None:
             return None
-        # Older files have it as the request was spelled.
-        if known.fingerprint != fingerprint and known.fingerprint != self._asked(_as_it_is):
+        # Older releases stored the fingerprint of the request as it was spelled.
+        if known.fingerprint != fingerprint and known.fingerprint != self._fingerprint(_unchanged):
             raise IdempotencyConflictError(key, f"ExecuteTool ({known.tool})")
         if recorded is not None and recorded.status is not ExecutionStatus.COMMITTED:
             return None
         return Begun(known.id, uow.sequence, uow.limits, uow.optimization_lease_s, recorded=recorded, running=running)
 
     def _begin(self, uow: UnitOfWork, fingerprint: str) -> Begun:
-        # The commit's number is in the id, so that the journal finds an execution without an index.
+        # The id contains the commit's number, so that an execution can be found without an index.
         execution_id = f"exec_{uow.sequence}_{uow.new_token()}{uow.new_token()}"
         seed = uow.new_token()
         event = ExecutionBegan(
@@ -145,15 +152,15 @@ def _speller(limits: Limits) -> values.Spell:
     return lambda _name, type_name, value: values.spell(type_name, value, limits)
 
 
-def _as_it_is(_name: str, _type_name: str | None, value: Value) -> Value:
+def _unchanged(_name: str, _type_name: str | None, value: Value) -> Value:
     return value
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A command that an execution carried out in its own memory, to be carried out again when it commits.
+    """A writing command of an execution, which is applied to its snapshot first and repeated when it commits.
 
-    `tokens` are the random parts of the ids that it made: they stay what the tool was told.
+    `tokens`: the random parts of the ids that the command generated, so that repeating it generates the same ids.
     """
 
     execution_id: str
@@ -165,9 +172,16 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How one execution ended: the rest of its journal entry. `reads`: what it asked for, and as what it found it.
+    """How an execution ended: the rest of its journal entry.
 
-    `conflicts`, and `sequence`, the commit that says so, are added by the store, whose verdict is the one that holds.
+    Attributes:
+        reads: The names that it looked up, and the variables that it found.
+        patterns: The patterns with which it listed variables.
+        recorded: Its recorded inputs, such as the clock.
+        published: Names and versions that it published before its commit.
+        duration_us: How long it ran, in microseconds.
+        conflicts: Set by the store, whose verdict is final.
+        sequence: The commit that ended it; set by the store.
     """
 
     execution_id: str
@@ -185,7 +199,7 @@ class Verdict:
     sequence: int | None = None
 
     def ended(self, writes: Sequence[tuple[str, int]]) -> ExecutionEnded:
-        """The event of its end. `writes`: names and versions."""
+        """Return the event for its end. `writes`: the names and versions that it wrote."""
         return ExecutionEnded(
             self.execution_id,
             self.status,
@@ -204,12 +218,18 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class FinishExecution(Command[Verdict]):
-    """End an execution, and the `children` that ended well before it, in one commit with everything that it wrote.
+    """End an execution and its `children` in one commit with all their writes, or as a conflict without any writes.
 
-    `checked` and `matched` (by pattern) must still be as they were seen, and nobody may have changed the session's
-    dependencies since commit `dependencies` if it is given; otherwise the execution ends as a conflict, and nothing but
-    that is written. `gone`: the variables whose histories were seen under names that nobody had, by those names; they
-    must still be the last ones that had them.
+    It is a conflict if others have changed what the execution depends on.
+
+    Attributes:
+        verdict: How it ended.
+        children: How the executions that it called ended.
+        steps: Their writing commands in order.
+        checked: The variables that must not have changed, by the name or id looked up; None if there was none.
+        matched: The variables that were listed, by pattern; the same ones must match, unchanged.
+        dependencies: The commit of the last change of the session's dependencies, if they must not have changed.
+        gone: For names of deleted variables whose history was read, the id of the last variable with that name.
     """
 
     verdict: Verdict
@@ -249,22 +269,22 @@ class FinishExecution(Command[Verdict]):
         uow.end_execution(self.session_id, verdict.ended(writes), verdict.attempt)
 
     def _changed(self, uow: UnitOfWork, state: SessionState) -> Iterator[Conflict]:
-        """What is not as it was seen."""
-        told: set[str] = set()
-        for asked, seen in self.checked.items():
-            now = state.find(asked)
+        """Find what others changed."""
+        reported: set[str] = set()
+        for identifier, seen in self.checked.items():
+            now = state.find(identifier)
             if see(now) != seen:
-                conflict = _conflict(asked, seen, now)
-                # It may have been asked for by its name and by its id.
-                if conflict.name not in told:
-                    told.add(conflict.name)
+                conflict = _conflict(identifier, seen, now)
+                # A variable may have been looked up both by its name and by its id.
+                if conflict.name not in reported:
+                    reported.add(conflict.name)
                     yield conflict
-        for asked, last in self.gone.items():
-            if asked not in told and uow.find_last_id(self.session_id, asked) != last:
-                told.add(asked)
-                yield Conflict(asked, reason="another variable has had the name since")
+        for name, last in self.gone.items():
+            if name not in reported and uow.find_last_id(self.session_id, name) != last:
+                reported.add(name)
+                yield Conflict(name, reason="another variable has had the name since")
         for pattern, matched in self.matched.items():
-            yield from _changed_matches(state, pattern, matched, told)
+            yield from _changed_matches(state, pattern, matched, reported)
         if self.dependencies not in (None, state.dependencies.changed_at):
             yield Conflict("dependencies", reason="others changed the session's dependencies")
 
@@ -281,7 +301,7 @@ class FinishExecution(Command[Verdict]):
                 written = [(change.variable.name, change.version.version) for change in uow.versions[before:]]
                 writes.setdefault(step.execution_id, []).extend(written)
         except StateError as error:
-            # It went well in the tool's own memory, so what it needed has gone.
+            # It succeeded on the snapshot, so others have changed what it needs.
             return (Conflict(step.command.cause, reason=f"{_REFUSED_LATER}: {error.sentence}"),)
         finally:
             uow.origin, uow.tokens = origin, tokens
@@ -289,15 +309,15 @@ class FinishExecution(Command[Verdict]):
 
 
 def see(variable: Variable | None) -> Seen | None:
-    """What an execution has to find again of a variable that it asked for."""
+    """Return the facts about a variable that must not change until the execution commits."""
     if variable is None:
         return None
     lock = variable.optimization
     return Seen(variable.id, variable.name, variable.version, lock.id if lock is not None else "")
 
 
-def _conflict(asked: str, seen: Seen | None, now: Variable | None) -> Conflict:
-    name = seen.name if seen is not None else now.name if now is not None else asked
+def _conflict(identifier: str, seen: Seen | None, now: Variable | None) -> Conflict:
+    name = seen.name if seen is not None else now.name if now is not None else identifier
     expected, actual = (None if each is None else each.version for each in (seen, now))
     if seen is not None and now is not None and expected == actual:
         reason = "it is another variable of the same name" if now.id != seen.variable_id else "its optimization changed"
@@ -306,7 +326,7 @@ def _conflict(asked: str, seen: Seen | None, now: Variable | None) -> Conflict:
 
 
 def matches(state: SessionState, pattern: str) -> list[Variable]:
-    """The variables that a pattern of ListVariables means."""
+    """Return the variables that match a pattern of ListVariables."""
     if not pattern:
         return list(state.variables.values())
     fits = compile_glob(pattern)
@@ -314,21 +334,21 @@ def matches(state: SessionState, pattern: str) -> list[Variable]:
 
 
 def _changed_matches(
-    state: SessionState, pattern: str, matched: tuple[Seen, ...], told: set[str]
+    state: SessionState, pattern: str, matched: tuple[Seen, ...], reported: set[str]
 ) -> Iterator[Conflict]:
     now = {variable.id: variable for variable in matches(state, pattern)}
     for seen in matched:
         variable = now.pop(seen.variable_id, None)
-        if see(variable) != seen and seen.name not in told:
+        if see(variable) != seen and seen.name not in reported:
             yield _conflict(seen.name, seen, variable)
     for variable in now.values():
-        if variable.name not in told:
+        if variable.name not in reported:
             yield _conflict(variable.name, None, variable)
 
 
 @dataclass(frozen=True, slots=True)
 class InterruptExecutions(Command[int]):
-    """End those of these executions that have not ended, because the server did; how many there were."""
+    """Mark those of these executions that are still running as interrupted; return how many there were."""
 
     executions: tuple[str, ...]
 
@@ -344,7 +364,7 @@ class InterruptExecutions(Command[int]):
 
 @dataclass(frozen=True, slots=True)
 class ExecuteTool(Command[ToolOutcome]):
-    """Execute a tool, within `timeout_s`. No store can do that by itself: a provider that can sees to it."""
+    """Execute a tool within `timeout_s` seconds. A provider that executes tools handles this; stores cannot."""
 
     tool: str
     parameters: Mapping[str, Value] = field(default_factory=dict)
@@ -362,11 +382,16 @@ class ExecuteTool(Command[ToolOutcome]):
 
 @dataclass(frozen=True, slots=True)
 class RegisterTools(Command[dict[str, str]]):
-    """Keep what tools a worker runs; their ids by name. A tool of the same name is replaced, but its address stays if
-    no other is given: not every worker says where it is each time.
+    """Register the tools of a worker, and return their ids by name.
 
-    `reserved` are the names that the server's own tools have: what comes under one is left out, and has no id. If
-    nothing else comes, that is refused.
+    They replace tools with the same names. A tool without an address keeps that of the tool that it replaces, because
+    not all workers send it each time.
+
+    Attributes:
+        worker_id: The worker.
+        tools: Its tools.
+        reserved: The names of the server's tools, under which nothing is registered. If that leaves no tool, the
+            command fails.
     """
 
     worker_id: str
@@ -377,7 +402,7 @@ class RegisterTools(Command[dict[str, str]]):
     returns: ClassVar[Any] = dict[str, str]
 
     def fingerprint(self) -> str:
-        """Of what the client asked: a server with other tools of its own is still asked the same."""
+        """See `Command.fingerprint`. It leaves out `reserved`, which depends on the server and not on the request."""
         return Command.fingerprint(replace(self, reserved=frozenset()))
 
     def apply(self, uow: UnitOfWork) -> dict[str, str]:
@@ -390,7 +415,7 @@ class RegisterTools(Command[dict[str, str]]):
             if size > limits.constraints_size_bytes:
                 what = f"size of the description of tool {tool.spec.name!r} in bytes"
                 raise LimitExceededError(what, size, limits.constraints_size_bytes, "constraints_size_bytes")
-        tools = tuple(_where_it_was(tool, state) for tool in self.tools if tool.spec.name not in self.reserved)
+        tools = tuple(_with_address(tool, state) for tool in self.tools if tool.spec.name not in self.reserved)
         if self.tools and not tools:
             raise ToolExistsError(self.tools[0].spec.name)
         names = {tool.spec.name for tool in tools}
@@ -401,20 +426,20 @@ class RegisterTools(Command[dict[str, str]]):
 
 
 def check_spec(spec: ToolSpec, limits: Limits) -> None:
-    """Refuse a tool whose name or metadata are not within the limits."""
+    """Refuse a tool whose name or metadata exceeds the limits."""
     check_text("tool name", spec.name, limits.name_length, "name_length")
     check_metadata(spec.metadata, limits)
 
 
 def check_tool_count(state: SessionState, names: Set[str], limits: Limits) -> None:
-    """Refuse tools of these names where the session has too many with them."""
+    """Refuse tools with these names if the session would then have too many."""
     count = len(state.tools.keys() | names)
     if count > limits.tools_per_session:
         raise LimitExceededError("number of tools", count, limits.tools_per_session, "tools_per_session")
 
 
 def _check_texts(tool: RegisteredTool) -> None:
-    """What the door sees to in the arguments of a command; these are further in."""
+    """Check the texts inside a tool, which the checks of a command's arguments do not reach."""
     field, spec = f"tool {quote(tool.spec.name)}", tool.spec
     arguments.metadata(f"metadata of {field}", dict(spec.metadata))
     texts = [spec.description, *spec.required_variables]
@@ -424,17 +449,17 @@ def _check_texts(tool: RegisteredTool) -> None:
         arguments.text(field, text)
 
 
-def _where_it_was(tool: RegisteredTool, state: SessionState) -> RegisteredTool:
+def _with_address(tool: RegisteredTool, state: SessionState) -> RegisteredTool:
     known = state.tools.get(tool.spec.name)
     if tool.address or known is None or not known.address:
         return tool
-    said = {**tool.spec.metadata, "address": known.address}
-    return replace(tool, address=known.address, spec=replace(tool.spec, metadata=said))
+    metadata = {**tool.spec.metadata, "address": known.address}
+    return replace(tool, address=known.address, spec=replace(tool.spec, metadata=metadata))
 
 
 @dataclass(frozen=True, slots=True)
 class ListTools(Command[Mapping[str, RegisteredTool]]):
-    """The tools that workers have registered in the session, by name."""
+    """Return the tools that workers registered in the session, by name."""
 
     def apply(self, uow: UnitOfWork) -> Mapping[str, RegisteredTool]:
         return freeze(uow.session(self.session_id).tools)

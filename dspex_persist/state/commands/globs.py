@@ -1,4 +1,4 @@
-"""Globs over names: `*` any run, `?` any one character, everything else itself."""
+"""Globs over names: `*` matches any run of characters, `?` any one character."""
 
 import re
 from collections.abc import Callable
@@ -8,11 +8,11 @@ _TOKENS: Final = re.compile(r"\*+|[^*]", re.DOTALL)
 
 
 def compile_glob(pattern: str) -> Callable[[str], bool]:
-    """Whether the whole of a name fits `pattern`.
+    """Return a function that tells whether a whole name matches `pattern`.
 
-    Bit n of a number says that the first n characters of the pattern fit what has been read: one step for each
-    character of a name, whatever the pattern. Regular expressions are quicker at most patterns, but even RE2 takes
-    hundreds of times as long over some with `?`, and clients send those, too.
+    It simulates the pattern as an automaton: bit n of a number means that the first n characters of the pattern match
+    the name so far. That takes one step for each character of a name, whatever the pattern. Regular expressions are
+    faster for most patterns, but for some with `?`, which clients can send, even RE2 takes hundreds of times as long.
     """
     any_one, stays, length = 0, 0, 0
     places: dict[str, int] = {}

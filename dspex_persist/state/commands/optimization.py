@@ -1,4 +1,4 @@
-"""Optimization: one optimizer at a time holds a variable."""
+"""Optimization: locks that let one optimizer at a time write a variable."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +13,7 @@ from dspex_persist.state.unit_of_work import UnitOfWork
 
 @dataclass(frozen=True, slots=True)
 class StartOptimization(Command[str]):
-    """Lock a variable for an optimizer; the optimization's id. Its holder asking again renews the lease."""
+    """Lock a variable for an optimizer, or renew the lease of its lock, and return the optimization's id."""
 
     identifier: str
     optimizer_id: str
@@ -48,7 +48,10 @@ class StartOptimization(Command[str]):
 
 @dataclass(frozen=True, slots=True)
 class StopOptimization(Command[Value]):
-    """Take the lock off; the variable's value. Another's lock needs `force`, which leaves a version in the history."""
+    """Remove the lock, and return the variable's value.
+
+    Removing another optimizer's lock requires `force`, and adds a version to the history.
+    """
 
     identifier: str
     force: bool = False
@@ -66,14 +69,14 @@ class StopOptimization(Command[Value]):
             raise VariableLockedError(variable.name, lock.optimizer_id)
         freed = uow.stop_optimization(self.session_id, variable, lock, "stopped" if own else "broken by force")
         if not own:
-            # The new version also makes a write of the broken optimizer with expected_version fail.
+            # The new version also fails the other optimizer's writes with expected_version.
             metadata = {"broken_optimizer_id": lock.optimizer_id, "broken_optimization_id": lock.id}
             uow.write(self.session_id, freed, freed.value, metadata, uow.origin.source, ChangeKind.LOCK_BROKEN)
         return freed.value
 
 
 def _is_own(lock: Optimization, origin: Origin) -> bool:
-    """The request has no field for the optimizer: it is told by header, else by who started the optimization."""
+    """Whether the requester holds the lock: by the optimizer's id in the header, or else by the actor."""
     if origin.optimizer_id is not None:
         return origin.optimizer_id == lock.optimizer_id
     return origin.actor == lock.started_by

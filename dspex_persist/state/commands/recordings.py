@@ -1,4 +1,4 @@
-"""Recordings: repeat a recorded commit, end an import, begin a session as another one was at a point."""
+"""Commands for recordings: import a commit, finish an import, fork a session."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,20 +46,20 @@ from dspex_persist.state.values.json_text import RefusedError, read_line
 
 FORKED_FROM: Final = "forked_from"
 FORKED_AT: Final = "forked_at"
-"""The session's metadata says of which session it is a fork, and as of which commit."""
+"""The metadata keys of a fork for the session and the commit that it was forked from."""
 
 _INTEGERS: Final = range(-(2**63), 2**63)
-"""Those that columns and messages take."""
+"""The integers that columns and messages can hold."""
 _NEVER: Final = datetime(9000, 1, 1, tzinfo=UTC)
 _UNREADABLE: Final = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
 
 
 @dataclass(frozen=True, slots=True)
 class ImportCommit(Command[None]):
-    """Repeat a commit of a recording: the same versions and events, by the same actor, at its own time.
+    """Import a commit of a recording, with its versions, events, actor and time.
 
-    The commits of a recording come in their order, with nothing of anybody else's in between, and the first one begins
-    the session. What is no whole, sound recording is a `RecordingError`, also where a limit is crossed.
+    All commits of a recording are imported in order, without other commits in between. The first one begins the
+    session. An invalid or incomplete recording raises `RecordingError`, and so does one that exceeds a limit.
     """
 
     commit: RecordedCommit
@@ -83,16 +83,16 @@ class ImportCommit(Command[None]):
         except RefusedError as error:
             raise RecordingError("the recording", number + 1, error.reason) from error
         except _UNREADABLE as error:
-            told = type(error) in (ValueError, MalformedEventError)
-            reason = str(error) if told else f"it makes no sense: {type(error).__name__} {error}"
+            is_clear = type(error) in (ValueError, MalformedEventError)
+            reason = str(error) if is_clear else f"malformed commit: {type(error).__name__} {error}"
             raise RecordingError("the recording", number + 1, reason) from error
 
 
 @dataclass(frozen=True, slots=True)
 class FinishImport(Command[int]):
-    """After the last commit of a recording: what ran when it was made is interrupted, and the TTL begins anew.
+    """Finish an import: interrupt the executions that were running in the recording, and restart the TTL.
 
-    Returns how many executions there were.
+    Returns how many executions were interrupted.
     """
 
     writes: ClassVar[bool] = True
@@ -106,7 +106,7 @@ class FinishImport(Command[int]):
 
 
 class _Repetition:
-    """One recorded commit, carried out on a unit of work, which then says what the commit said."""
+    """Repeats one recorded commit on a unit of work."""
 
     def __init__(self, uow: UnitOfWork, session_id: str, commit: RecordedCommit) -> None:
         self._uow = uow
@@ -114,7 +114,7 @@ class _Repetition:
         self._commit = commit
 
     def carry_out(self) -> None:
-        """Stage everything."""
+        """Stage all changes of the commit."""
         uow, commit = self._uow, self._commit
         self._check_kinds([event.kind for event in commit.events])
         uow.now = commit.at
@@ -128,7 +128,7 @@ class _Repetition:
             raise ValueError("it changes nothing")
         state = uow.find_session(self._session_id)
         if state is not None and state.lease is not None:
-            # What kept the session alive, reads and heartbeats, is not in the recording: it says itself when it ends.
+            # Reads and heartbeats, which renewed the TTL, are not in the recording; but the session's end is.
             state.lease.expires_at = _NEVER
 
     def _check_kinds(self, kinds: Sequence[EventKind]) -> None:
@@ -168,8 +168,8 @@ class _Repetition:
     def _write(self, recorded: RecordedVersion) -> None:
         uow, variable = self._uow, self._variable(recorded.variable_id)
         if (recorded.name, recorded.version) != (variable.name, variable.version + 1):
-            told = f"version {recorded.version} of {quote(recorded.name)}"
-            raise ValueError(f"{told} does not follow version {variable.version} of {quote(variable.name)}")
+            what = f"version {recorded.version} of {quote(recorded.name)}"
+            raise ValueError(f"{what} does not follow version {variable.version} of {quote(variable.name)}")
         if recorded.kind is ChangeKind.DELETED:
             uow.delete_variable(self._session_id, variable)
             return
@@ -207,7 +207,7 @@ class _Repetition:
     def _check_session(self, event: SessionStarted | SessionUpdated) -> None:
         check_metadata(event.metadata, self._uow.limits)
         if event.ttl_s is not None and not 0 < event.ttl_s <= MOST_TTL_S:
-            raise ValueError(f"no session lives {event.ttl_s} seconds")
+            raise ValueError(f"a session cannot have a TTL of {event.ttl_s} seconds")
 
     def _end_session(self, event: SessionEnded) -> None:
         if self._state().executions:
@@ -224,7 +224,7 @@ class _Repetition:
     def _start_optimization(self, event: OptimizationStarted) -> None:
         uow = self._uow
         check_metadata(event.config, uow.limits)
-        event.lock(uow.now).expires_at()  # Raises for a lease that no calendar has.
+        event.lock(uow.now).expires_at()  # Raises if the lease ends after the year 9999.
         self._variable(event.variable_id)
         uow.record(self._session_id, event)
 
@@ -232,15 +232,14 @@ class _Repetition:
         variable = self._variable(event.variable_id)
         lock = variable.optimization
         if lock is None or lock.id != event.optimization_id:
-            told = quote(event.optimization_id)
-            raise ValueError(f"variable {quote(variable.name)} is not being optimized by {told}")
+            raise ValueError(f"variable {quote(variable.name)} is not locked by {quote(event.optimization_id)}")
         self._uow.stop_optimization(self._session_id, variable, lock, event.reason)
 
     # Tools and executions
 
     def _register_tools(self, event: ToolsRegistered) -> None:
         limits = self._uow.limits
-        json.dumps(event.to_body(), ensure_ascii=False).encode()  # Raises for what no file can hold.
+        json.dumps(event.to_body(), ensure_ascii=False).encode()  # Raises for surrogates, which no file can hold.
         for tool in event.tools:
             check_spec(tool.spec, limits)
         check_tool_count(self._state(), {tool.spec.name for tool in event.tools}, limits)
@@ -249,15 +248,16 @@ class _Repetition:
     def _begin_execution(self, event: ExecutionBegan) -> None:
         uow, execution_id, parent_id = self._uow, event.execution_id, event.parent_id
         if not is_execution_id(execution_id) or execution_id.rpartition("_")[0] != f"exec_{uow.sequence}":
-            raise ValueError(f"the id of execution {quote(execution_id)} does not name the commit of its beginning")
+            raise ValueError(f"the id of execution {quote(execution_id)} does not name the commit that began it")
         if parent_id is not None and parent_id not in self._state().executions:
-            raise ValueError(f"execution {quote(execution_id)} was called by {quote(parent_id)}, which does not run")
+            raise ValueError(f"execution {quote(execution_id)} was called by {quote(parent_id)}, which is not running")
         if event.idempotency_key is not None:
             check_text("idempotency key", event.idempotency_key, uow.limits.name_length, "name_length")
         check_metadata(event.metadata, uow.limits)
         if not 1 <= event.attempt <= self._commit.number:
-            # Each attempt began in a commit of its own.
-            raise ValueError(f"execution {quote(execution_id)} is no attempt {event.attempt}, so early in its session")
+            # Each attempt began in a separate commit.
+            reason = f"cannot be attempt {event.attempt} in commit {self._commit.number}"
+            raise ValueError(f"execution {quote(execution_id)} {reason}")
         if event.retry_of is not None and not _began_before(event.retry_of, uow.sequence):
             repeated = quote(event.retry_of)
             raise ValueError(f"execution {quote(execution_id)} repeats {repeated}, which did not begin before it")
@@ -267,7 +267,7 @@ class _Repetition:
 
     def _end_execution(self, event: ExecutionEnded) -> None:
         if event.execution_id not in self._state().executions:
-            raise ValueError(f"execution {quote(event.execution_id)} does not run")
+            raise ValueError(f"execution {quote(event.execution_id)} is not running")
         if event.status is ExecutionStatus.RUNNING:
             raise ValueError(f"execution {quote(event.execution_id)} ends as running")
         if not all(number in _INTEGERS for number in _numbers(event)):
@@ -288,47 +288,47 @@ _CHECKED: Final[Mapping[type[Event], Callable[[_Repetition, Any], None]]] = {
     ExecutionBegan: _Repetition._begin_execution,
     ExecutionEnded: _Repetition._end_execution,
 }
-"""The events that a recording may have wrong, or that take more than to be recorded."""
+"""The events that have to be checked, or that have further consequences."""
 
 
 def _began_before(execution_id: str, sequence: int) -> bool:
-    """Whether the id names a commit before this one: who follows repetitions comes to an end then."""
+    """Whether the id names a commit before this one, so that a chain of retries always ends."""
     number = execution_id.removeprefix("exec_").partition("_")[0]
     return number.isascii() and number.isdecimal() and len(number) < 19 and int(number) < sequence
 
 
 def _numbers(event: ExecutionEnded) -> Iterator[int]:
-    """The versions that an execution names, and its duration."""
-    told = [event.duration_us]
-    told += [version for _, version in (*event.writes, *event.published)]
-    told += [version for conflict in event.conflicts for version in (conflict.expected, conflict.actual)]
-    told += [seen.version for seen in event.reads.values() if seen is not None]
-    return (number for number in told if number is not None)
+    """Iterate over the versions in the event, and its duration."""
+    numbers = [event.duration_us]
+    numbers += [version for _, version in (*event.writes, *event.published)]
+    numbers += [version for conflict in event.conflicts for version in (conflict.expected, conflict.actual)]
+    numbers += [seen.version for seen in event.reads.values() if seen is not None]
+    return (number for number in numbers if number is not None)
 
 
 def _sound(text: str) -> str:
-    """A text that a file can hold: without lone surrogates."""
+    """Return a text if a file can hold it: without lone surrogates."""
     text.encode()
     return text
 
 
 def _value(recorded: RecordedVersion, type_name: str, constraints: str, limits: Limits) -> Value:
-    """The recorded value, if it is one that a store would have kept."""
+    """Return the recorded value if it is in the form in which a store writes it."""
     what = f"version {recorded.version} of {quote(recorded.name)}"
     if recorded.value is None:
         reason = "its value was kept out of the recording" if recorded.masked else "it has no value"
         raise ValueError(f"{what}: {reason}")
     compiled = values.compile_constraints(recorded.name, type_name, constraints)
     if values.normalise(recorded.name, type_name, compiled, recorded.value, limits) != recorded.value:
-        raise ValueError(f"{what}: its value is not written as a store writes a value of type {type_name}")
+        raise ValueError(f"{what}: its value is not in the form in which a store writes values of type {type_name}")
     return recorded.value
 
 
 @dataclass(frozen=True, slots=True)
 class ForkSession(Command[SessionView]):
-    """Begin a session with the variables that another one had at a commit, each at version 0, and its dependencies.
+    """Begin a session with the variables and dependencies that another one had at a commit, each at version 0.
 
-    `variables` are those of that session, `dependencies` are between their ids; the new variables get ids of their own.
+    `variables` are those of that session, and `dependencies` refer to their ids; the new variables get new ids.
     """
 
     forked_from: str
@@ -353,7 +353,7 @@ class ForkSession(Command[SessionView]):
 
     def _register(self, uow: UnitOfWork, variable: Variable) -> str:
         origin = uow.origin
-        # Which side the value is from stays what it was.
+        # The new variable keeps the source of the value.
         uow.origin = replace(origin, source=variable.source)
         _, name, kind, value, _, constraints, metadata, *_ = variable
         registered = RegisterVariable(self.session_id, name, kind, value, constraints, metadata).apply(uow)

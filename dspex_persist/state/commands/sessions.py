@@ -1,4 +1,4 @@
-"""Sessions: begin or resume, look, keep alive, end."""
+"""Commands for sessions: begin or resume, query, keep alive, end."""
 
 import math
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ MOST_TTL_S = 100 * 365 * 86_400
 
 @dataclass(frozen=True, slots=True)
 class InitializeSession(Command[SessionView]):
-    """Begin a session, or resume the live one of this id: new metadata is merged into its own.
+    """Begin a session, or resume the live one with this id and merge the metadata into its metadata.
 
-    `metadata["ttl_seconds"]` sets how long it lives untouched; "0" means for ever.
+    `metadata["ttl_seconds"]` sets its TTL in seconds; "0" means no TTL.
     """
 
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class InitializeSession(Command[SessionView]):
         check_metadata(self.metadata, uow.limits)
         state = uow.find_session(self.session_id)
         if state is None:
-            encode(dict(self.config), name="config")  # Refuses what is no JSON: later, it would end the writer.
+            encode(dict(self.config), name="config")  # Refuses objects that are not JSON, which could not be stored.
             ttl_s = _ttl_of(self.metadata, uow.session_ttl_s)
             uow.start_session(SessionStarted(self.session_id, self.metadata, ttl_s, self.config))
             return SessionView(resumed=False, variables=())
@@ -66,7 +66,7 @@ def _ttl_of(metadata: Mapping[str, str], default_s: float | None) -> float | Non
 
 @dataclass(frozen=True, slots=True)
 class GetSession(Command[SessionSummary]):
-    """The session's own facts and what it holds."""
+    """Return a summary of the session."""
 
     def apply(self, uow: UnitOfWork) -> SessionSummary:
         state = uow.session(self.session_id)
@@ -76,7 +76,7 @@ class GetSession(Command[SessionSummary]):
 
 @dataclass(frozen=True, slots=True)
 class ReadState(Command[SessionState]):
-    """The published state itself, for a backend's own use."""
+    """Return the published state itself, for use inside a backend."""
 
     def apply(self, uow: UnitOfWork) -> SessionState:
         return uow.session(self.session_id)
@@ -84,7 +84,7 @@ class ReadState(Command[SessionState]):
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat(Command[bool]):
-    """Whether the session lives; begins its TTL anew."""
+    """Renew the session's TTL; return whether the session is live."""
 
     def apply(self, uow: UnitOfWork) -> bool:
         return uow.find_session(self.session_id) is not None
@@ -92,7 +92,7 @@ class Heartbeat(Command[bool]):
 
 @dataclass(frozen=True, slots=True)
 class CleanupSession(Command[int]):
-    """End the session; how many of its variables went (0 if there was none). Its history stays."""
+    """End the session, and return how many variables it had (0 if there was no such session). Its history stays."""
 
     writes: ClassVar[bool] = True
     returns: ClassVar[Any] = int
@@ -107,7 +107,7 @@ class CleanupSession(Command[int]):
 
 @dataclass(frozen=True, slots=True)
 class ExpireSession(Command[bool]):
-    """End the session if its TTL is over."""
+    """End the session if it has expired; return whether it had."""
 
     writes: ClassVar[bool] = True
     returns: ClassVar[Any] = bool
@@ -121,7 +121,7 @@ class ExpireSession(Command[bool]):
 
 @dataclass(frozen=True, slots=True)
 class TouchSession(Command[None]):
-    """Bring the expiry in the file up to date with the one in memory; no commit of its own."""
+    """Renew the session's TTL, and save the new expiry if that is due. It makes no commit."""
 
     writes: ClassVar[bool] = True
 

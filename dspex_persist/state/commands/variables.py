@@ -1,4 +1,4 @@
-"""Variables: register, read, write, delete, look back, roll back."""
+"""Commands for variables: register, read, write, delete, query the history, roll back."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -39,12 +39,15 @@ DEFAULT_HISTORY = 100
 _LONGEST_IDENTIFIER = 4096
 _FEW_NAMES = 500
 _MOST_HINTS = 10
-"""Of so many unknown names in a batch it is said which others were perhaps meant."""
+"""How many errors of a batch suggest a similar name."""
 
 
 @dataclass(frozen=True, slots=True)
 class RegisterVariable(Command[str]):
-    """Register a variable at version 0; its id. One that is there already, the same, keeps its value."""
+    """Register a variable at version 0, and return its id.
+
+    If the name is registered already with the same type and constraints, that variable keeps its value.
+    """
 
     name: str
     type: str
@@ -85,12 +88,12 @@ class RegisterVariable(Command[str]):
         return len(self.value.json)
 
     def _read_values(self, ahead: values.ReadAhead, find: values.Find) -> None:
-        # Of one that is there already the value stays as it is.
+        # An existing variable keeps its value.
         if find(self.name) is None:
             ahead.read(self, self.value)
 
     def meant(self, find_type: values.FindType, spell: values.Spell) -> "RegisterVariable":
-        """Value and constraints spelled in one way."""
+        """See `Command.meant`: with the value and the constraints in a canonical spelling."""
         try:
             constraints = values.compile_constraints(self.name, self.type, self.constraints).meaning
         except StateError:
@@ -109,7 +112,7 @@ class RegisterVariable(Command[str]):
 
 @dataclass(frozen=True, slots=True)
 class GetVariable(Command[Variable]):
-    """A variable by name or id."""
+    """Return a variable by name or id."""
 
     identifier: str
     bypass_cache: bool = False
@@ -124,7 +127,7 @@ class GetVariable(Command[Variable]):
 
 @dataclass(frozen=True, slots=True)
 class GetVariables(Command[VariablesFound]):
-    """Several variables as of one moment."""
+    """Return several variables as of one moment, by name or id."""
 
     identifiers: Sequence[str]
     bypass_cache: bool = False
@@ -138,25 +141,25 @@ class GetVariables(Command[VariablesFound]):
         if len(self.identifiers) > uow.limits.batch_entries:
             limit = uow.limits.batch_entries
             raise LimitExceededError("number of variables in the batch", len(self.identifiers), limit, "batch_entries")
-        found: dict[str, Variable] = {}
+        variables: dict[str, Variable] = {}
         missing: dict[str, None] = {}
         for identifier in self.identifiers:
             variable = state.find(identifier)
             if variable is None:
                 missing[identifier] = None
             else:
-                found[identifier] = uow.current(variable)
-        return VariablesFound(found, tuple(missing))
+                variables[identifier] = uow.current(variable)
+        return VariablesFound(variables, tuple(missing))
 
 
 @dataclass(frozen=True, slots=True)
 class ListVariables(Command[tuple[Variable, ...]]):
-    """The variables whose whole name fits a glob of `*` and `?`, oldest first; "" means all."""
+    """Return the variables whose whole name matches a glob with `*` and `?`, oldest first; "" matches all."""
 
     pattern: str = ""
 
     def takes_long(self, state: SessionState) -> bool:
-        """Each letter of each name is looked at."""
+        """See `Command.takes_long`. A glob is matched with each character of each name."""
         return bool(self.pattern) and len(state.variables) > _FEW_NAMES
 
     def apply(self, uow: UnitOfWork) -> tuple[Variable, ...]:
@@ -172,7 +175,7 @@ class ListVariables(Command[tuple[Variable, ...]]):
 
 @dataclass(frozen=True, slots=True)
 class SetVariable(Command[int]):
-    """Write a value; the new version. With `expected_version` only if that is the version now."""
+    """Write a value, and return the new version's number. `expected_version`: only if that is the current version."""
 
     identifier: str
     value: Value
@@ -202,21 +205,21 @@ class SetVariable(Command[int]):
         _read_updates(ahead, find, {self.identifier: self.value})
 
     def meant(self, find_type: values.FindType, spell: values.Spell) -> "SetVariable":
-        """The value spelled in one way."""
+        """See `Command.meant`: with the value in a canonical spelling."""
         return replace(self, value=spell(self.identifier, find_type(self.identifier), self.value))
 
-    def _said(self) -> dict[str, Any]:
-        # Once 0 was no version but stood for any: what files have recorded of such requests stays valid.
+    def _request(self) -> dict[str, Any]:
+        # Older releases recorded 0 for any version; with this, fingerprints in their files still match.
         expected = self.expected_version
-        said = {None: 0, 0: "0"}.get(expected, expected)
-        return asdict(self) | {"expected_version": said}
+        recorded = {None: 0, 0: "0"}.get(expected, expected)
+        return asdict(self) | {"expected_version": recorded}
 
 
 @dataclass(frozen=True, slots=True)
 class SetVariables(Command[BatchOutcome]):
-    """Write several values in one commit: all or none of them if `atomic`, else those that are valid.
+    """Write several values in one commit: all or none if `atomic`, else the valid ones.
 
-    `refused`: entries that could not even be read, by identifier, with what was wrong.
+    `refused`: error messages by identifier for entries that could not even be decoded.
     """
 
     updates: Mapping[str, Value]
@@ -246,7 +249,7 @@ class SetVariables(Command[BatchOutcome]):
                 raise
             except StateError as error:
                 uow.rollback_to(before)
-                # No advice: each edge has its own words for it, and this is kept as the outcome.
+                # Without the advice, which is worded differently at each interface: this is stored as the outcome.
                 errors[identifier] = error.sentence
         if self.atomic and errors:
             uow.rollback_to(start)
@@ -262,14 +265,14 @@ class SetVariables(Command[BatchOutcome]):
         _read_updates(ahead, find, self.updates)
 
     def meant(self, find_type: values.FindType, spell: values.Spell) -> "SetVariables":
-        """The values spelled in one way."""
+        """See `Command.meant`: with the values in a canonical spelling."""
         spelled = {name: spell(name, find_type(name), value) for name, value in self.updates.items()}
         return replace(self, updates=spelled)
 
 
 @dataclass(frozen=True, slots=True)
 class DeleteVariable(Command[None]):
-    """Delete a variable; its history stays and ends with the deletion."""
+    """Delete a variable. Its history stays, and ends with the deletion."""
 
     identifier: str
 
@@ -284,10 +287,14 @@ class DeleteVariable(Command[None]):
 
 @dataclass(frozen=True, slots=True)
 class GetVariableHistory(Command[list[VariableVersion]]):
-    """The newest versions, newest first; deleted variables still have theirs. `limit` 0 means 100.
+    """Return the newest versions of a variable, live or deleted, newest first.
 
-    `most_bytes`: once there is so much, what is left of them stays to be asked for, `before` the last.
-    `as_of`: of whoever had the name at that commit, or had had it last.
+    Attributes:
+        identifier: The variable's name or id.
+        limit: How many versions to return at most; 0 means 100.
+        before: Only versions with lower numbers.
+        most_bytes: Stop once the versions reach this size. Query the rest with `before`.
+        as_of: A commit; a name means the variable that had it at that commit, or had it last before.
     """
 
     identifier: str
@@ -307,7 +314,7 @@ class GetVariableHistory(Command[list[VariableVersion]]):
         if self.limit > most:
             raise LimitExceededError("limit of the history", self.limit, most, "history_entries")
         if len(self.identifier) > max(_LONGEST_IDENTIFIER, 2 * uow.limits.name_length):
-            # Nothing is called so: a query with megabytes of it would keep them until the collector comes round.
+            # No name is that long, and SQLAlchemy would hold megabytes of it until the next garbage collection.
             uow.session(self.session_id)
             raise VariableNotFoundError(self.session_id, self.identifier)
         limit = self.limit or DEFAULT_HISTORY
@@ -342,7 +349,7 @@ class RollbackVariable(Command[Variable]):
 
 @dataclass(frozen=True, slots=True)
 class PublishVariable(Command[Variable]):
-    """Write a value ahead of the commit of the execution that asks: progress, which must be seen at once."""
+    """Write a value before the commit of the execution that sets it, such as its progress, so that others see it."""
 
     execution_id: str
     identifier: str
@@ -369,7 +376,7 @@ class PublishVariable(Command[Variable]):
 
 
 def check_facts(name: str, constraints: str, metadata: Mapping[str, str], limits: Limits) -> None:
-    """Refuse to register a variable whose name, constraints or metadata are not within the limits."""
+    """Refuse to register a variable whose name, constraints or metadata exceed the limits."""
     check_text("name", name, limits.name_length, "name_length")
     check_metadata(metadata, limits)
     size = len(constraints.encode(errors="replace"))
@@ -379,20 +386,20 @@ def check_facts(name: str, constraints: str, metadata: Mapping[str, str], limits
 
 
 def check_room(state: SessionState, limits: Limits) -> None:
-    """Refuse another variable where the session has as many as it may have."""
+    """Refuse another variable if the session has as many as it may have."""
     count, most = len(state.variables) + 1, limits.variables_per_session
     if count > most:
         raise LimitExceededError("number of variables", count, most, "variables_per_session")
 
 
 def source_of(metadata: Mapping[str, str], default: Source) -> Source:
-    """Who wrote: `metadata["source"]` if it names a side, else the caller's default."""
-    said = metadata.get("source", "").lower()
-    return Source(said) if said in ("python", "elixir") else default
+    """Return which side writes: `metadata["source"]` if it names one, else the default."""
+    name = metadata.get("source", "").lower()
+    return Source(name) if name in ("python", "elixir") else default
 
 
 def check_lock(variable: Variable, metadata: Mapping[str, str]) -> None:
-    """Refuse a write to a variable that another optimizer holds."""
+    """Refuse a write to a variable that another optimizer has locked."""
     lock = variable.optimization
     if lock is not None and metadata.get("optimizer_id") != lock.optimizer_id:
         raise VariableLockedError(variable.name, lock.optimizer_id)
@@ -412,8 +419,8 @@ def _normalised(
     constraints: values.Constraints,
     value: Value,
 ) -> Value:
-    if ahead is not None and (read := ahead.find(variable, value, uow.limits)) is not None:
-        return read
+    if ahead is not None and (parsed := ahead.find(variable, value, uow.limits)) is not None:
+        return parsed
     return values.normalise(variable.name, variable.type, constraints, value, uow.limits)
 
 

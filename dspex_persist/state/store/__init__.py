@@ -1,1 +1,1 @@
-"""The only SQL: a store of sessions in one SQLite file."""
+"""A store of sessions in one SQLite file. All SQL of the project is in this package."""

@@ -1,7 +1,7 @@
-"""The anchor: a file of 48 bytes beside the database that remembers its head.
+"""The anchor: a file of 48 bytes next to the database that stores its head.
 
-It is written after each group commit, without a sync, and so is never ahead of durable data. A database that is
-behind it has lost commits that were acknowledged, which SQLite itself would not notice (a damaged or lost WAL).
+It is written after each group commit, without a sync, so it is never ahead of durable data. A database that is behind
+its anchor has lost acknowledged commits, for example through a damaged or missing WAL, which SQLite does not detect.
 """
 
 import os
@@ -19,25 +19,25 @@ _READS: Final = 10
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The last commit: its sequence number (0: none) and its hash."""
+    """The last commit: its number (0 if there is none) and its hash."""
 
     sequence: int
     hash: bytes
 
 
 class Anchor:
-    """The anchor file, kept open for as long as its database is."""
+    """The anchor file, which stays open as long as its database."""
 
     def __init__(self, file: int) -> None:
-        """`file`: the descriptor of the open file, which is the anchor's from now on."""
+        """Take over `file`, the descriptor of the open file."""
         self._file = file
 
     def read(self) -> Head | None:
-        """What was remembered; None from a new or torn file (a power cut may tear it: it is not synced)."""
+        """Return the stored head; None from a new file, or a torn one, as a power cut may leave it."""
         return parse(os.pread(self._file, _FORMAT.size, 0))
 
     def write(self, head: Head) -> None:
-        """Remember `head`."""
+        """Store `head`."""
         os.pwrite(self._file, _FORMAT.pack(head.sequence, head.hash, _checksum(head)), 0)
 
     def close(self) -> None:
@@ -46,16 +46,17 @@ class Anchor:
 
 
 def remembered(database: Path) -> Head | None:
-    """What the anchor beside a database remembers, which a server may be writing just now; None where there is none.
+    """Return the head in the anchor of a database, even while a server writes to it; None if there is no anchor.
 
-    Raises `OSError` where it cannot be read, unless it is another user's.
+    Raises:
+        OSError: The anchor cannot be read, except for lack of permission.
     """
     path = database.with_name(f"{database.name}.anchor")
     for _ in range(_READS):
         try:
             head = parse(path.read_bytes())
         except (FileNotFoundError, PermissionError):
-            # Its owner's alone: who reads a file of others does without.
+            # Only its owner may read it; readers of another user's database do without it.
             return None
         if head is not None:
             return head
@@ -63,7 +64,7 @@ def remembered(database: Path) -> Head | None:
 
 
 def parse(content: bytes) -> Head | None:
-    """The head in `content`, or None where the checksum does not fit."""
+    """Return the head in `content`, or None if the checksum does not match."""
     if len(content) != _FORMAT.size:
         return None
     sequence, head_hash, checksum = _FORMAT.unpack(content)

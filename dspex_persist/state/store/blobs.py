@@ -1,4 +1,4 @@
-"""Large contents, kept once however many versions share them."""
+"""Large contents, stored once however many versions share them."""
 
 from hashlib import sha256
 
@@ -14,12 +14,12 @@ _KEEP = insert(blobs).on_conflict_do_nothing(index_elements=[blobs.c.digest])
 
 
 def digest(content: bytes) -> bytes:
-    """The name of a content: its SHA-256."""
+    """Return the SHA-256 of a content, which identifies it."""
     return sha256(content).digest()
 
 
 def keep(connection: Connection, content: bytes) -> tuple[int, bytes]:
-    """Store `content` if it is not there yet; its key and digest."""
+    """Store `content` unless it is there already; return its key and digest."""
     name = digest(content)
     find = select(blobs.c.blob_key).where(blobs.c.digest == name)
     key = connection.execute(find).scalar()
@@ -30,6 +30,6 @@ def keep(connection: Connection, content: bytes) -> tuple[int, bytes]:
 
 
 def size_bytes(connection: Connection) -> int:
-    """What all large contents take together."""
+    """Return the total size of all large contents."""
     total: int = connection.execute(select(func.coalesce(func.sum(func.length(blobs.c.content)), 0))).scalar_one()
     return total

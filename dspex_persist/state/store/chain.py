@@ -1,7 +1,7 @@
-"""The hash chain over the log: each commit's SHA-256 covers its predecessor's and everything in its own rows.
+"""The hash chain over the log: each commit's SHA-256 covers its predecessor's hash and all of its own rows.
 
-What is hashed is JSON, as `json.dumps(separators=(",", ":"))` writes it, put together by hand: both the writer and
-the check of a whole log spend their time here, and the general encoder takes twice as long.
+The hashed text is JSON, as `json.dumps(separators=(",", ":"))` writes it. It is built by hand, because the writer and
+the check of a whole log spend most of their time here, and the general encoder takes twice as long.
 """
 
 from collections.abc import Iterable
@@ -9,9 +9,9 @@ from hashlib import sha256
 from json.encoder import encode_basestring_ascii as _quoted
 
 GENESIS = bytes(32)
-"""What the first commit follows."""
+"""The hash before the first commit."""
 _NOTHING = ",[],[]]"
-"""How the content of a commit without versions and events ends, and no other."""
+"""The end of the content of a commit without versions and events, and of no other."""
 _SHORT_RESIDUE = 8
 
 
@@ -25,8 +25,8 @@ def version_text(
     value_digest: str | None = None,
     binary_digest: str | None = None,
 ) -> str:
-    """A version as its commit's hash covers it; digests are hexadecimal."""
-    # Each spelled out: a function call for each text would cost a third more.
+    """Return a version in the form that its commit's hash covers; digests are hexadecimal."""
+    # Without a helper function: calling it for each text would take a third longer.
     return (
         f"[{variable_key},{version},{kind},{source},"
         f"{'null' if value is None else _quoted(value)},"
@@ -37,7 +37,7 @@ def version_text(
 
 
 def event_text(ordinal: int, kind: str, body: str) -> str:
-    """An event as its commit's hash covers it."""
+    """Return an event in the form that its commit's hash covers."""
     return f"[{ordinal},{_quoted(kind)},{_quoted(body)}]"
 
 
@@ -50,7 +50,17 @@ def commit_text(
     versions: Iterable[str],
     events: Iterable[str],
 ) -> str:
-    """A commit as its hash covers it. `versions` are ordered by key and number, `events` by ordinal."""
+    """Return a commit in the form that its hash covers.
+
+    Args:
+        sequence: Its number.
+        session_key: The key of its session.
+        actor: Who made it.
+        cause: The request behind it.
+        created_at: Its time in microseconds since 1970.
+        versions: Its versions as `version_text`, ordered by variable key and number.
+        events: Its events as `event_text`, ordered by ordinal.
+    """
     return (
         f"[{sequence},{session_key},{_quoted(actor)},{_quoted(cause)},{created_at},"
         f"[{','.join(versions)}],[{','.join(events)}]]"
@@ -58,24 +68,24 @@ def commit_text(
 
 
 def link(previous: bytes, content: str) -> bytes:
-    """The hash of the commit with this content that follows `previous`."""
+    """Return the hash of a commit with this content after a commit with the hash `previous`."""
     return sha256(previous + content.encode()).digest()
 
 
 def residue(previous: bytes, stored: bytes, content: str) -> bytes:
-    """What a marker keeps of a commit that lost rows: it covers what is left of the commit's content.
+    """Return the hash that a marker stores for a pruned commit: it covers the rows that remain.
 
-    And it ties the commit's hash, which nobody can work out any more, to its predecessor's: without that, whoever
-    rewrites history could begin anew at each such commit.
+    It also covers the predecessor's hash and the commit's own, which can no longer be recomputed. Otherwise an attacker
+    could restart the chain at any such commit.
     """
     return sha256(previous + stored + content.encode()).digest()
 
 
 def kept_residue(full: bytes, content: str) -> bytes:
-    """What `pruned` keeps of a residue: where nothing is left, the row in `commits` says the rest again."""
+    """Return the part of a residue that the table `pruned` stores: a short one if no rows remain."""
     return full[:_SHORT_RESIDUE] if content.endswith(_NOTHING) else full
 
 
 def residue_entry(sequence: int, kept: bytes) -> bytes:
-    """A residue as the digest of its marker covers it; the entries of a marker are in the order of their commits."""
+    """Return a residue in the form that its marker's digest covers; entries are in the order of their commits."""
     return sequence.to_bytes(8, "big", signed=True) + kept

@@ -1,4 +1,4 @@
-"""Conditions on values, as a function that SQL can call: SQLite's own numbers are doubles, and ours are exact."""
+"""Conditions on values as an SQL function, because SQLite compares numbers as doubles and values are exact."""
 
 import operator
 from collections.abc import Callable
@@ -20,7 +20,14 @@ _NON_FINITE: Final = {'"Infinity"': "Infinity", '"-Infinity"': "-Infinity"}
 
 
 def value_holds(text: str | None, type_name: str, compared: str, operand: str) -> bool:
-    """Whether a value, as JSON, fulfils a comparison with what somebody typed. `!=` is all that `=` is not."""
+    """Whether a value fulfils a condition.
+
+    Args:
+        text: The value as JSON; None, for a deletion, fulfils no condition.
+        type_name: Its type.
+        compared: The operator.
+        operand: The operand as the user wrote it.
+    """
     if text is None:
         return False
     if compared == Operator.NOT_EQUAL:
@@ -29,13 +36,13 @@ def value_holds(text: str | None, type_name: str, compared: str, operand: str) -
 
 
 def _holds(text: str, type_name: str, compared: str, operand: str) -> bool:
-    wanted, sought, document = _meant(operand)
+    wanted, sought, document = _parsed(operand)
     if wanted is not None:
         number = _number(text, type_name)
         return number is not None and _COMPARES[compared](number, wanted)
     if text == sought:
         return True
-    # [1] is [1.0], in an embedding; a text or a word is equal as it is written or not at all.
+    # In an embedding, [1] equals [1.0]. Strings and words have only one spelling, compared above.
     return isinstance(document, list | dict) and text[:1] == sought[:1] and _same(stored(text), document)
 
 
@@ -46,19 +53,19 @@ def _number(text: str, type_name: str) -> int | float | None:
 
 
 @lru_cache(maxsize=64)
-def _meant(operand: str) -> tuple[int | float | None, str, object]:
-    """The number that is meant, or else the JSON, as values are written and as a document."""
+def _parsed(operand: str) -> tuple[int | float | None, str, object]:
+    """Return the operand as a number, if it is one; as JSON in the spelling of values; and as a document."""
     try:
         document = read(operand)
         text = canonical(document)
     except RefusedError:
-        # No JSON: the text itself.
+        # Not JSON, so it means the text itself.
         document, text = operand, canonical(operand)
     return number_in(operand), text, document
 
 
 def _same(one: object, other: object) -> bool:
-    """Whether two documents are the same, whichever way their numbers are written. True is no 1."""
+    """Whether two documents are equal, however their numbers are written. True does not equal 1."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_same(entry, other[key]) for key, entry in one.items())
     if isinstance(one, list) and isinstance(other, list):

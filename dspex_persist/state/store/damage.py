@@ -1,4 +1,4 @@
-"""Rows that make no sense, because somebody or the disk has changed the file: what needs them fails, nothing else."""
+"""Damaged rows, which an edit or the disk has changed: only the calls that need them fail."""
 
 import contextlib
 import sqlite3
@@ -14,12 +14,12 @@ from dspex_persist.state.errors import DamagedSessionError, ReadFailedError, Sta
 _logger: Final = get_logger(__name__)
 
 OWN_ERRORS: Final = (StateError, DBAPIError, sqlite3.Error)
-"""What says itself what is wrong."""
+"""Errors that already say what is wrong."""
 
 
 @contextlib.contextmanager
 def reading(session_id: str) -> Iterator[None]:
-    """What cannot be made of rows of this session is a `DamagedSessionError`."""
+    """Convert exceptions while decoding rows of this session to `DamagedSessionError`."""
     try:
         yield
     except OWN_ERRORS:
@@ -29,23 +29,23 @@ def reading(session_id: str) -> Iterator[None]:
 
 
 def damaged(session_id: str, error: Exception) -> DamagedSessionError:
-    """What a caller is told of that; the log has the rest."""
-    # As text: a renderer of exceptions may show local variables, and those are users' values.
+    """Log the exception, and return the error for the caller."""
+    # As text, because exception renderers may show local variables, which hold users' values.
     _logger.error("session cannot be read", session_id=session_id, traceback=trace_of(error))
-    _let_go(error)
+    _release_frames(error)
     return DamagedSessionError(session_id, type(error).__name__)
 
 
 def unreadable(path: str, error: Exception) -> ReadFailedError:
-    """The same where nobody knows whose rows they are."""
+    """Do the same for rows whose session is unknown."""
     _logger.error("rows cannot be read", path=path, traceback=trace_of(error))
-    _let_go(error)
-    reason = f"what is there makes no sense ({type(error).__name__}): check the file, or restore a backup"
+    _release_frames(error)
+    reason = f"it has damaged rows ({type(error).__name__}): check the file, or restore a backup"
     return ReadFailedError(path, reason)
 
 
-def _let_go(error: BaseException | None) -> None:
-    """Of the frames that it came through: they hold cursors, and a cursor in use keeps the WAL from being taken in."""
+def _release_frames(error: BaseException | None) -> None:
+    """Drop the tracebacks: their frames hold open cursors, which keep SQLite from checkpointing the WAL."""
     while error is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__

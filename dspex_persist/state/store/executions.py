@@ -1,4 +1,4 @@
-"""Executions and registered tools, read from a given connection."""
+"""Reading executions and registered tools."""
 
 import json
 from typing import Any
@@ -15,7 +15,7 @@ from dspex_persist.state.model import (
 from dspex_persist.state.store.schema import events, executions, sessions, tools
 from dspex_persist.state.values.json_text import storable, stored
 
-# Built once: to build a statement takes SQLAlchemy longer than SQLite needs to run it.
+# Built once: SQLAlchemy needs longer to build a statement than SQLite to run it.
 _RUNNING = (
     select(executions)
     .where(executions.c.session_key == bindparam("session_key"), executions.c.ended_sequence.is_(None))
@@ -41,7 +41,7 @@ _UNFINISHED = (
 
 
 def running(connection: Connection, session_key: int) -> dict[str, JournalEntry]:
-    """The session's executions that have not ended, oldest first."""
+    """Return the session's running executions, oldest first."""
     rows = connection.execute(_RUNNING, {"session_key": session_key}).all()
     return {
         row.execution_id: JournalEntry(
@@ -52,15 +52,15 @@ def running(connection: Connection, session_key: int) -> dict[str, JournalEntry]
 
 
 def unfinished(connection: Connection) -> dict[str, tuple[str, ...]]:
-    """The executions of live sessions that have not ended, by the session's id; oldest first."""
-    found: dict[str, tuple[str, ...]] = {}
+    """Return the ids of the running executions of live sessions by session id, oldest first."""
+    by_session: dict[str, tuple[str, ...]] = {}
     for session_id, execution_id in connection.execute(_UNFINISHED):
-        found[session_id] = (*found.get(session_id, ()), execution_id)
-    return found
+        by_session[session_id] = (*by_session.get(session_id, ()), execution_id)
+    return by_session
 
 
 def find_by_key(connection: Connection, session_key: int, key: str) -> JournalEntry | None:
-    """The last execution under an idempotency key, if it has ended."""
+    """Return the last execution with an idempotency key, if it has ended."""
     row = connection.execute(_LAST_OF_KEY, {"session_key": session_key, "idempotency_key": key}).first()
     if row is None or row.ended_sequence is None:
         return None
@@ -80,19 +80,19 @@ def find_by_key(connection: Connection, session_key: int, key: str) -> JournalEn
 
 
 def _end_of(connection: Connection, row: Any) -> ExecutionEnded:
-    """The second half of an entry, from the commit that ended it."""
+    """Return the event that ended an execution."""
     bodies = connection.execute(_ENDS, {"sequence": row.ended_sequence}).scalars().all()
     ends = (ExecutionEnded.from_body(stored(body)) for body in bodies)
     return next(end for end in ends if end.execution_id == row.execution_id)
 
 
 def registered(connection: Connection, session_key: int) -> dict[str, RegisteredTool]:
-    """The tools that the session's workers have registered, by name."""
+    """Return the tools that the session's workers registered, by name."""
     rows = connection.execute(_TOOLS, {"session_key": session_key}).all()
     return {row.name: RegisteredTool(spec_in(stored(row.spec)), row.worker_id, row.address) for row in rows}
 
 
 def spec_text(spec: ToolSpec) -> str:
-    """A tool's specification as the table keeps it."""
-    # Through what the log keeps of it: the two are compared.
+    """Return a tool's specification as text for the table."""
+    # Converted through the form in the log, because `db check` compares the two.
     return json.dumps(stored(storable(spec_body(spec))), sort_keys=True)

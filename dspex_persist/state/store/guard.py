@@ -1,8 +1,8 @@
-"""Whether the open database still is what has its name, and whether anybody else has written to it.
+"""Detect that the open database was moved or replaced, or that another program has written to it.
 
-SQLite does not notice that its file was removed, renamed or replaced, or its WAL: it goes on with what it has open, and
-what is acknowledged goes nowhere. So the names are looked at around every group and about once a second, and SQLite is
-asked whether another connection has written, which none may.
+SQLite does not notice if its database or WAL is removed, renamed or replaced: it continues with the open files, and
+acknowledged commits would be lost. So the names are checked around every group and about once a second, and SQLite is
+asked whether another connection has written, which is not allowed.
 """
 
 import os
@@ -19,57 +19,61 @@ from dspex_persist.state.store.engine import WAL_LIMIT_BYTES, Identity, identity
 
 _logger: Final = get_logger(__name__)
 
-# Where a database says how it is written, and what it says there as long as it has a WAL. A backup has none.
+# The offset of the file format version in a database, and its value in WAL mode. A backup is not in WAL mode.
 _MODE_AT: Final = 18
 _WAL_MODE: Final = b"\2\2"
 LARGE_WAL_BYTES: Final = 256 * 1024 * 1024
 WAL_IS_HELD: Final = (
-    "another program goes on reading an old state of the file, and until it ends its transaction SQLite cannot bring "
-    "what is written into the file: look for one that keeps it open, such as a shell of sqlite3 or a long query"
+    "another program is still reading an old state of the file, and until it ends its transaction SQLite cannot move "
+    "the WAL's contents into the file: look for a program that keeps it open, such as a sqlite3 shell or a long query"
 )
-"""What keeps a WAL from becoming small again."""
+"""The reason why a WAL stays large."""
 
-_FOREIGN: Final = "another program has written to it while it was open, which must not be"
+_FOREIGN: Final = "another program has written to it while it was open, which is not allowed"
 
 
 class FileGuard:
-    """What the files of an open database were when it was last sure that they were its own."""
+    """Remembers the identities and sizes of the files of an open database as of the last check."""
 
     def __init__(self, path: Path, name: Path, connection: Connection, file: int | None) -> None:
-        """In a transaction of the connection that writes, once SQLite has made the files beside it.
+        """Create the guard in a transaction of the writing connection, after SQLite has created the other files.
 
-        `name`: what errors call it. `file`: a descriptor of the database that stays open, where there is one.
+        Args:
+            path: The database.
+            name: Its name in errors.
+            connection: The writing connection.
+            file: A descriptor of the database that stays open, if there is one.
         """
         self._path = path
         self._file = file
-        # Of a file that was put beside the WAL of another one, it is told by the WAL alone at first.
+        # A file that was put next to the WAL of another one may not be in WAL mode until the WAL is checkpointed.
         self._mode = self._read_mode()
         self._name = name
-        # Text, and `os.stat`: they are looked at around every group, and a `Path` takes several times as long.
+        # Strings and `os.stat`: they are checked around every group, and `Path` is several times slower.
         self._names = [f"{path}{suffix}" for suffix in ("", "-wal", "-shm")]
-        found = [os.stat(name) for name in self._names]  # noqa: PTH116
-        self._files: list[Identity] = [identity_of(each) for each in found]
-        self._size, self._wal_size = found[0].st_size, found[1].st_size
+        statuses = [os.stat(name) for name in self._names]  # noqa: PTH116
+        self._files: list[Identity] = [identity_of(each) for each in statuses]
+        self._size, self._wal_size = statuses[0].st_size, statuses[1].st_size
         self._wal_is_large = False
         self._data_version = data_version(connection)
 
     def look(self) -> str | None:
-        """What has become of a file whose name is another one's by now, or nobody's; None if all are as they were."""
+        """Return how a file was moved, replaced or overwritten; None if the files are unchanged."""
         for name, known in zip(self._names, self._files, strict=True):
             try:
-                found = os.stat(name)  # noqa: PTH116
+                status = os.stat(name)  # noqa: PTH116
             except FileNotFoundError:
                 return f"{Path(name).name} was removed or renamed while it was open"
             except OSError:
-                # Nobody can look just now; that says nothing about the file.
+                # The check is impossible at the moment, which says nothing about the file.
                 continue
-            if identity_of(found) != known:
+            if identity_of(status) != known:
                 return f"{Path(name).name} was replaced by another file while it was open"
         return f"{self._path.name} was overwritten while it was open" if self._is_overwritten() else None
 
     def _is_overwritten(self) -> bool:
-        """Whether somebody has copied another database over it: all that nobody has open are in another mode."""
-        # Of one that was cut short, `look_inside` says so.
+        """Whether another database was copied over it: one that is not open is usually not in WAL mode."""
+        # `look_inside` detects a truncated file.
         mode = self._read_mode()
         return len(mode) == len(_WAL_MODE) and mode not in (_WAL_MODE, self._mode)
 
@@ -82,18 +86,21 @@ class FileGuard:
             return b""
 
     def has_moved(self) -> bool:
-        """Whether it is the database itself that `look` misses, and not only what is beside it."""
+        """Whether `look` failed because of the database itself, and not only of the files next to it."""
         try:
             return identity_of(self._path.stat()) != self._files[0] or self._is_overwritten()
         except OSError:
             return True
 
     def look_inside(self, connection: Connection, head: Head) -> None:
-        """In a transaction, before it writes: raise `FileChangedError` where others have written, or cut a file."""
+        """Raise `FileChangedError` if others have written to the database or truncated a file.
+
+        Called in a transaction, before its first write.
+        """
         size, wal_size = self._measured()
         version = data_version(connection)
         if version != self._data_version:
-            # Another program may have had SQLite empty the WAL into the file, which changes nothing.
+            # Another program may have checkpointed the WAL, which is harmless.
             if wal_size or log_reader.head(connection) != head:
                 raise FileChangedError(str(self._name), _FOREIGN).advising(Hint.CHECK_FILE)
             self._data_version = version
@@ -107,11 +114,11 @@ class FileGuard:
         raise FileChangedError(str(self._name), f"{Path(name).name} was cut short while it was open")
 
     def has_news(self, connection: Connection) -> bool:
-        """Outside of a transaction: whether it is worth while to `look_inside`."""
+        """Whether `look_inside` may find a change. Called outside a transaction."""
         return self._measured() != (self._size, self._wal_size) or data_version(connection) != self._data_version
 
     def note_written(self) -> None:
-        """After a transaction of this process."""
+        """Remember the sizes after a transaction of this process."""
         self._size, self._wal_size = self._measured()
         is_large = self._wal_size > LARGE_WAL_BYTES
         if is_large and not self._wal_is_large:
@@ -122,10 +129,10 @@ class FileGuard:
         try:
             return os.stat(self._names[0]).st_size, os.stat(self._names[1]).st_size  # noqa: PTH116
         except OSError:
-            # `look` says what has become of a file that is gone.
+            # `look` reports a missing file.
             return self._size, self._wal_size
 
 
 def data_version(connection: Connection) -> int:
-    """A number that changes when another connection has written."""
+    """Return a number that changes when another connection writes."""
     return int(connection.connection.cursor().execute("PRAGMA data_version").fetchone()[0])

@@ -1,8 +1,9 @@
-"""SQLite's connections in a process that was forked from the one that opened them.
+"""SQLite connections in a forked child of the process that opened them.
 
-SQLite knows nothing of forks. A connection that is used in a child, or closed there half done, writes what its parent
-has not finished; and as long as one is open in the child, SQLite takes the parent's locks for its own when the file is
-opened again. So the child closes what it can, keeps the rest untouched to its end, and uses none of them.
+SQLite does not support forks. Using a connection in a child, or closing it there in the middle of a transaction, writes
+unfinished changes of the parent. And while one is open in the child, SQLite mistakes the parent's locks for the child's
+when the file is opened again. So a child closes the connections that it safely can, leaves the others untouched until
+it ends, and uses none of them.
 """
 
 import sqlite3
@@ -13,11 +14,11 @@ from dspex_persist.infra import forks
 from dspex_persist.state.errors import ForkedProcessError
 
 _untouchable: set[tuple[int, int]] = set()
-"""Files (device, inode) of which this process has connections that it cannot close."""
+"""The files (device, inode) to which this process has connections that it cannot close."""
 
 
 class Connection(sqlite3.Connection):
-    """A connection that may find itself in a child; whoever still holds it there does nothing to it."""
+    """A connection whose methods have no effect in a forked child."""
 
     inherited = False
 
@@ -33,7 +34,7 @@ class Connection(sqlite3.Connection):
 
 
 class Connections:
-    """The connections that one engine has to a file."""
+    """The connections of one engine to a file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -42,12 +43,12 @@ class Connections:
         forks.register(self)
 
     def check(self) -> None:
-        """Raise `ForkedProcessError` in a child, or where one of the parent's is still open."""
+        """Raise `ForkedProcessError` in a child, or if a connection of the parent is still open."""
         if self._inherited or (_untouchable and _identity(self._path) in _untouchable):
             raise ForkedProcessError(str(self._path))
 
     def add(self, connection: Connection) -> None:
-        """Take in a connection that was opened."""
+        """Add a new connection."""
         self._open.add(connection)
 
     def forked(self, *, quiet: bool) -> None:
@@ -55,7 +56,7 @@ class Connections:
         self._inherited = True
         for connection in list(self._open):
             if quiet:
-                # Nothing is under way on it, and the parent has the file open: this writes nothing.
+                # It has no transaction, and the parent has the file open, so closing writes nothing.
                 connection.close()
             else:
                 forks.keep_forever(connection)
@@ -65,7 +66,7 @@ class Connections:
 
 def _identity(path: Path) -> tuple[int, int]:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return (0, 0)
-    return (found.st_dev, found.st_ino)
+    return (status.st_dev, status.st_ino)

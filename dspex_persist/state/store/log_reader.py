@@ -1,4 +1,4 @@
-"""The log of commits, read: its head, its commits with all that their hashes cover, a session's changes after one."""
+"""Reading the log of commits: its head, commits with the contents that their hashes cover, changes of a session."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ from dspex_persist.state.store.schema import commits
 
 _PAGE_BYTES = 4 * 1024 * 1024
 
-# Spelled as the index is: SQLite uses it only where it sees the same expression and the same literals.
+# In the spelling of the index: SQLite uses it only for the same expression with the same literals.
 _LOCK_AS_OF = text("""
     SELECT kind, body FROM events
     WHERE json_extract(body, '$.variable_id') = :variable_id AND sequence <= :sequence
@@ -30,14 +30,14 @@ _LOCK_AS_OF = text("""
 
 
 def head(connection: Connection) -> Head:
-    """The last commit."""
+    """Return the last commit."""
     query = select(commits.c.sequence, commits.c.hash).order_by(commits.c.sequence.desc()).limit(1)
     row = connection.execute(query).first()
     return Head(row.sequence, row.hash) if row is not None else Head(0, GENESIS)
 
 
 def find_hash(connection: Connection, sequence: int) -> bytes | None:
-    """The hash of one commit."""
+    """Return the hash of a commit, or None."""
     if sequence == 0:
         return GENESIS
     return connection.execute(select(commits.c.hash).where(commits.c.sequence == sequence)).scalar()
@@ -49,23 +49,23 @@ _IMPORTS = "SELECT first_sequence, last_sequence FROM imports ORDER BY first_seq
 
 
 def last_own_time(connection: Connection) -> int:
-    """The time of the last commit that was made here, not imported; 0 if there is none."""
+    """Return the time of the last commit that was not imported, in microseconds since 1970; 0 if there is none."""
     cursor = connection.connection.cursor()
     sequence = cursor.execute(_LAST_SEQUENCE).fetchone()[0]
     for first_imported, last_imported in cursor.execute(_IMPORTS).fetchall():
         if first_imported <= sequence <= last_imported:
             sequence = first_imported - 1
-    found = cursor.execute(_CREATED_AT, (sequence,)).fetchone()
-    return int(found[0]) if found is not None else 0
+    row = cursor.execute(_CREATED_AT, (sequence,)).fetchone()
+    return int(row[0]) if row is not None else 0
 
 
 # A session's changes
 
 
 def changes_after(connection: Connection, state: SessionState, after: int, most_commits: int) -> list[CommitChanges]:
-    """The session's next commits, oldest first; one that changed no variable has no changes.
+    """Return the session's next commits, oldest first: at least one, if there is one.
 
-    A page holds at most `most_commits`, and about `_PAGE_BYTES` of values, but always one commit.
+    A page holds at most `most_commits`, and about `_PAGE_BYTES` of values. See `LogStore.changes_after`.
     """
     page = (
         select(commits.c.sequence)
@@ -94,7 +94,7 @@ def changes_after(connection: Connection, state: SessionState, after: int, most_
 
 
 def _change_of(connection: Connection, row: Row[Any], metadata: dict[int, Mapping[str, str]]) -> Change:
-    """The change in a row; `metadata` is what the variables' metadata had added up to, and is kept up to date."""
+    """Return the change in a row. `metadata` has the merged metadata of the variables by key, and is updated."""
     version = stored_variables.version_of(row)
     key = row.variable_key
     merged = metadata.get(key)
@@ -108,12 +108,12 @@ def _change_of(connection: Connection, row: Row[Any], metadata: dict[int, Mappin
 
 
 def _lock_as_of(connection: Connection, variable: Variable, sequence: int) -> Optimization | None:
-    """The lock that stood on the variable when it got the version that it shows."""
+    """Return the lock that the variable had as of the commit of its version."""
     row = connection.execute(_LOCK_AS_OF, {"variable_id": variable.id, "sequence": sequence}).first()
     if row is None or row.kind == EventKind.OPTIMIZATION_STOPPED:
         return None
     started = OptimizationStarted.from_body(json.loads(row.body))
-    # Whoever reads the time must not fail: an import took such that not every time zone has.
+    # Clamped, because imports accepted times that some time zones cannot represent.
     started_at = nearest_time(to_micros(started.started_at))
     return replace(started.lock(variable.updated_at), started_at=started_at, renewed_at=variable.updated_at)
 
@@ -121,15 +121,15 @@ def _lock_as_of(connection: Connection, variable: Variable, sequence: int) -> Op
 # The whole log
 
 VersionRow: TypeAlias = tuple[int, int, int, int, int, str | None, str | None, int]
-"""sequence, variable_key, version, kind, source, value, metadata, whether there is more to it (bytes, blobs)."""
+"""sequence, variable_key, version, kind, source, value, metadata, whether it has bytes or blobs."""
 
 _NO_COMMIT: Final = -1
 _END: Final = (1 << 63,)
-"""Sorts after every row: no sequence is as large."""
+"""Sorts after every row."""
 _UNCLEAR: Final = "unclear"
-"""Stands where a digest should, so that the hash cannot fit."""
+"""Used in place of an ambiguous digest, so that the hash cannot match."""
 
-# Tuples from the driver, statements in SQL: SQLAlchemy's rows and the general JSON encoder took three times as long.
+# SQL run on the driver: SQLAlchemy's rows and the general JSON encoder take three times as long.
 _COMMITS = """
     SELECT sequence, session_key, actor, cause, created_at, hash
     FROM commits WHERE sequence > ? ORDER BY sequence LIMIT ?
@@ -150,9 +150,9 @@ _CONTENTS = """
 
 
 class LoggedCommit(NamedTuple):
-    """A commit as its rows have it: its hash, what the hash should cover, and its versions.
+    """A commit as it is in the tables: its hash, the content that the hash should cover, and its versions.
 
-    Where versions or events name a commit that is not in the log, that commit's `hash` is empty.
+    If versions or events refer to a commit that is not in the log, its `hash` is empty.
     """
 
     sequence: int
@@ -162,12 +162,12 @@ class LoggedCommit(NamedTuple):
     versions: list[VersionRow]
 
     def link(self, previous: bytes) -> bytes:
-        """The hash that the rows should have after `previous`."""
+        """Return the hash that the commit should have after a commit with the hash `previous`."""
         return link(previous, self.content)
 
 
 def iter_commits(connection: Connection, after: int = 0, most: int = -1) -> Iterator[LoggedCommit]:
-    """The next `most` commits after `after` (-1: all), in order, streamed: memory holds one commit's rows."""
+    """Iterate over the next `most` commits (-1 for all) after `after`, with the rows of one at a time in memory."""
     driver = connection.connection
     version_rows = _rows(driver.cursor(), _VERSIONS, after)
     event_rows = _rows(driver.cursor(), _EVENTS, after)
@@ -204,7 +204,7 @@ def _rows(cursor: Any, statement: str, *parameters: int) -> Iterator[Any]:
 
 
 def _skip(rows: Iterator[Any], row: Any, sequence: int) -> Any:
-    """The first row, from `row` on, of another commit."""
+    """Return the first row, starting with `row`, of another commit."""
     while row[0] == sequence:
         row = next(rows, _END)
     return row
@@ -215,7 +215,7 @@ def _stray(sequence: int) -> LoggedCommit:
 
 
 def large_text(cursor: Any, row: VersionRow) -> str:
-    """What the hash covers of a version with bytes or blobs."""
+    """Return a version with bytes or blobs in the form that its commit's hash covers."""
     value_blob, value_name, binary, binary_blob, binary_name = next(_rows(cursor, _CONTENTS, row[1], row[2]))
     value_digest = _digest_text(value_blob, value_name)
     binary_digest = _digest_text(binary_blob, binary_name)

@@ -1,4 +1,4 @@
-"""Bringing a file to this release's revision, after a backup beside it; refusing newer files."""
+"""Upgrade a file to this release's schema after backing it up, and refuse files of newer releases."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -13,27 +13,31 @@ from dspex_persist.state.errors import NewerSchemaError, NotADatabaseError, Upgr
 from dspex_persist.state.store.schema import REVISION
 
 _OURS = frozenset({"sessions", "variables", "versions", "commits"})
-"""What every revision of the schema has."""
+"""Tables that every revision of the schema has."""
 _MOST_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Upgrade:
-    """The revision that a file had (None: it was empty), and the backup that was made if it had an older one."""
+    """The result of an upgrade: the revision that the file had (None if it was empty), and the backup, if any."""
 
     found: str | None
     backup: Path | None = None
 
 
 def migrations_path() -> Path:
-    """Where the migrations are: in the wheel beside the code, in a checkout at the top."""
+    """Return the folder of the migrations: in the package if installed from a wheel, else at the top of the clone."""
     package = Path(__file__).resolve().parents[2]
     installed = package / "_migrations"
     return installed if installed.is_dir() else package.parent / "migrations"
 
 
 def current_revision(connection: Connection) -> str | None:
-    """The file's revision; None in an empty one."""
+    """Return the file's revision; None for an empty file.
+
+    Raises:
+        NotADatabaseError: The file is another program's database.
+    """
     tables = _tables_of(connection)
     if _are_ours(tables):
         row = connection.execute(text("SELECT version_num FROM alembic_version")).first()
@@ -46,26 +50,34 @@ def current_revision(connection: Connection) -> str | None:
 
 
 def is_foreign(connection: Connection) -> bool:
-    """Whether it is another program's database."""
+    """Whether the file is another program's database."""
     tables = _tables_of(connection)
     return bool(tables) and not _are_ours(tables)
 
 
 def _tables_of(connection: Connection) -> list[str]:
-    """The names of its tables, views included: nobody makes one in a file that is for us."""
+    """Return the names of its tables and views."""
     inspector = inspect(connection)
     return [*inspector.get_table_names(), *inspector.get_view_names()]
 
 
 def _are_ours(tables: Collection[str]) -> bool:
-    # Others keep their revision in a table of that name, too.
+    # Other programs that use alembic have this table, too.
     return "alembic_version" in tables and _OURS.issubset(tables)
 
 
 def upgrade(writer: Engine, path: Path, *, is_copy: bool = False) -> Upgrade:
-    """Bring the file to `REVISION`. A failing upgrade leaves the file as it was, and the backup beside it.
+    """Upgrade the file to `REVISION`. If that fails, the file stays as it was, and the backup stays next to it.
 
-    `is_copy`: it is one of a backup, so that none is made.
+    Args:
+        writer: The engine with the writing connection.
+        path: The file.
+        is_copy: The file is a copy of a backup, so no further backup is made.
+
+    Raises:
+        NewerSchemaError: A newer release wrote the file.
+        UpgradeError: A migration failed.
+        NotADatabaseError: The file is another program's database.
     """
     backup = None
     with writer.connect() as connection:
@@ -81,9 +93,9 @@ def upgrade(writer: Engine, path: Path, *, is_copy: bool = False) -> Upgrade:
 
 
 def backup_before_upgrade(connection: Connection, path: Path, revision: str) -> Path:
-    """A copy of the database beside it, named after its revision and the time."""
+    """Copy the database to a file next to it, named after its revision and the time; return its path."""
     target = path.with_name(f"{path.name}.backup-{revision}-{now():%Y%m%dT%H%M%S.%f}")
-    # Made first, for its mode: SQLite fills an empty file as it is.
+    # Created first to set its mode, which SQLite keeps.
     target.touch(mode=0o600, exist_ok=False)
     quoted = str(target).replace("'", "''")
     connection.connection.cursor().execute(f"VACUUM INTO '{quoted}'")
@@ -91,7 +103,7 @@ def backup_before_upgrade(connection: Connection, path: Path, revision: str) -> 
 
 
 def known_revisions() -> list[str]:
-    """Every revision that this release knows, newest first."""
+    """Return all revisions that this release knows, newest first."""
     from alembic.script import ScriptDirectory
 
     scripts = ScriptDirectory(str(migrations_path()))
@@ -105,7 +117,7 @@ def refuse_newer(path: Path, found: str) -> None:
 
 
 class Part(NamedTuple):
-    """A trigger, a view or an index of a schema. `table`: the one that it belongs to; a view's own name."""
+    """A trigger, a view or an index of a schema. `table`: the table that it belongs to; for a view its own name."""
 
     kind: str
     name: str
@@ -113,7 +125,7 @@ class Part(NamedTuple):
 
 
 def parts_of(connection: Connection) -> Mapping[Part, str]:
-    """The file's parts, and the SQL that makes each of them."""
+    """Return the file's triggers, views and indexes with the SQL that creates each."""
     rows = connection.exec_driver_sql(
         "SELECT type, name, tbl_name, sql FROM sqlite_schema WHERE type != 'table' AND sql IS NOT NULL"
     )
@@ -122,7 +134,7 @@ def parts_of(connection: Connection) -> Mapping[Part, str]:
 
 @cache
 def made_parts() -> Mapping[Part, str]:
-    """Those of a file of `REVISION`: the migrations make one in memory."""
+    """Return the parts that a file of `REVISION` has, from a database that the migrations create in memory."""
     memory = create_engine("sqlite://", poolclass=StaticPool)
     try:
         with memory.connect() as connection:
@@ -133,12 +145,12 @@ def made_parts() -> Mapping[Part, str]:
 
 
 def _run_migrations(connection: Connection) -> None:
-    # Imported here: a file that is up to date, the usual case, need not pay for it at start.
+    # Imported here, because starting with a current file, the usual case, does not need it.
     from alembic import command
     from alembic.config import Config
 
     cursor = connection.connection.cursor()
-    # With foreign keys on, alembic's way to rebuild a table deletes the rows of the tables that point to it.
+    # With foreign keys on, rebuilding a table with alembic would delete the rows that refer to it.
     cursor.execute("PRAGMA foreign_keys = OFF")
     try:
         config = Config()
@@ -152,7 +164,7 @@ def _run_migrations(connection: Connection) -> None:
     except UpgradeError:
         raise
     except Exception as error:
-        # A migration is a script and can fail in any way; its transaction has been rolled back.
+        # A migration can fail with any exception; its transaction has been rolled back.
         raise UpgradeError(_path_of(connection), REVISION, str(error)) from error
     finally:
         cursor.execute("PRAGMA foreign_keys = ON")

@@ -1,4 +1,4 @@
-"""The answers kept under idempotency keys."""
+"""The outcomes recorded under idempotency keys."""
 
 from datetime import datetime
 
@@ -8,12 +8,12 @@ from dspex_persist.clock import to_micros
 from dspex_persist.state.store.schema import is_unicode, outcomes
 from dspex_persist.state.unit_of_work import RecordedOutcome
 
-# Built once: to build a statement takes SQLAlchemy longer than SQLite needs to run it.
+# Built once: SQLAlchemy needs longer to build a statement than SQLite to run it.
 _FORGET_SESSION = delete(outcomes).where(outcomes.c.session_id == bindparam("session_id"))
 
 
 def find(connection: Connection, session_id: str, key: str) -> RecordedOutcome | None:
-    """What was answered under this key."""
+    """Return the outcome recorded under this key, or None."""
     if not is_unicode(session_id):
         return None
     query = select(outcomes).where(outcomes.c.session_id == session_id, outcomes.c.idempotency_key == key)
@@ -24,7 +24,7 @@ def find(connection: Connection, session_id: str, key: str) -> RecordedOutcome |
 
 
 def keep(connection: Connection, outcome: RecordedOutcome, created_at: datetime) -> None:
-    """Store an answer."""
+    """Store an outcome."""
     connection.execute(
         insert(outcomes),
         {
@@ -39,10 +39,10 @@ def keep(connection: Connection, outcome: RecordedOutcome, created_at: datetime)
 
 
 def forget_session(connection: Connection, session_id: str) -> None:
-    """Remove a session's answers: it has ended."""
+    """Delete the outcomes of a session that has ended."""
     connection.execute(_FORGET_SESSION, {"session_id": session_id})
 
 
 def forget(connection: Connection, before: datetime) -> int:
-    """Remove the answers that were given before that time; how many."""
+    """Delete the outcomes recorded before a time; return how many."""
     return connection.execute(delete(outcomes).where(outcomes.c.created_at < to_micros(before))).rowcount

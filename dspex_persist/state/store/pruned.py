@@ -1,4 +1,4 @@
-"""What pruning takes from the log, carried out inside a commit, and what has to be left of it."""
+"""Deleting pruned rows inside a commit, and checking what remains."""
 
 import json
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ _GOING: Final = """
     CROSS JOIN events ON events.sequence = json_extract(going.value, '$[0]')
         AND events.ordinal = json_extract(going.value, '$[1]')
 """
-# What an event of this kind, in this commit, has made.
+# Deletes the rows that an event of this kind created in this commit.
 _HANGING: Final = {
     EventKind.DEPENDENCY_ADDED: "DELETE FROM dependencies WHERE session_key = ? AND since_sequence = ?",
     EventKind.TOOLS_REGISTERED: "DELETE FROM tools WHERE session_key = ? AND registered_sequence = ?",
@@ -69,23 +69,33 @@ _DELETE_LOCKS: Final = """
 
 
 def carry_out(connection: Connection, session_key: int, marker: int, planned: Pruned) -> Pruned:
-    """Delete rows of a session, and say so in `pruned`; the event with which commit `marker` says so."""
+    """Delete rows of a session, and record that in the table `pruned`.
+
+    Args:
+        connection: The writing connection.
+        session_key: The session's key.
+        marker: The number of the commit that records the pruning.
+        planned: The rows to delete.
+
+    Returns:
+        The event for that commit.
+    """
     execute = connection.exec_driver_sql
     versions, events = planned.going
-    # The row of the marker's commit comes later, in the same transaction.
+    # The marker's commit is inserted later in the same transaction.
     execute("PRAGMA defer_foreign_keys = ON")
-    left = _residues(connection, versions, events)
-    execute(_INSERT_PRUNED, [(sequence, marker, kept) for sequence, _, kept in left])
+    residues = _residues(connection, versions, events)
+    execute(_INSERT_PRUNED, [(sequence, marker, kept) for sequence, _, kept in residues])
     if versions:
         execute(_DELETE_VERSIONS, _runs(versions))
     if events:
         _delete_events(connection, session_key, events)
-    digest = sha256(b"".join(residue_entry(sequence, full) for sequence, full, _ in left)).hexdigest()
-    return replace(planned, range=(left[0][0], left[-1][0]), digest=digest)
+    digest = sha256(b"".join(residue_entry(sequence, full) for sequence, full, _ in residues)).hexdigest()
+    return replace(planned, range=(residues[0][0], residues[-1][0]), digest=digest)
 
 
 def _runs(versions: Sequence[GoingVersion]) -> list[tuple[int, int, int]]:
-    """Versions as runs without gaps, first and last: one statement deletes a run in half the time."""
+    """Group versions into runs (key, first, last): deleting runs takes half the time of deleting versions."""
     runs: list[tuple[int, int, int]] = []
     for key, number, *_ in sorted(versions):
         if runs and runs[-1][0] == key and runs[-1][2] == number - 1:
@@ -96,19 +106,19 @@ def _runs(versions: Sequence[GoingVersion]) -> list[tuple[int, int, int]]:
 
 
 def blobs_of(versions: Sequence[GoingVersion]) -> set[int]:
-    """The large contents of versions."""
+    """Return the keys of the large contents of versions."""
     return {key for version in versions for key in version[3:] if key is not None}
 
 
 def delete_unused(connection: Connection, blob_keys: set[int]) -> None:
-    """Delete those large contents that no version has any more."""
+    """Delete those of these large contents that no version has any more."""
     connection.exec_driver_sql(_DELETE_BLOB, [(key,) for key in blob_keys])
 
 
 def _residues(
     connection: Connection, versions: Sequence[GoingVersion], events: Sequence[GoingEvent]
 ) -> list[tuple[int, bytes, bytes]]:
-    """The commits that lose something, in order, each with the residue of what is left of it, whole and as kept."""
+    """Return the affected commits in order, each with its residue, in full and as stored."""
     driver = connection.connection
     wanted = json.dumps(list({version[2] for version in versions} | {event[0] for event in events}))
     going_versions, going_events = {version[:2] for version in versions}, set(events)
@@ -122,23 +132,23 @@ def _residues(
     for row in driver.cursor().execute(_LEFT_EVENTS, (wanted,)):
         if row[:2] not in going_events:
             left_events.setdefault(row[0], []).append(event_text(*row[1:]))
-    found: list[tuple[int, bytes, bytes]] = []
+    residues: list[tuple[int, bytes, bytes]] = []
     for *facts, stored, previous in driver.cursor().execute(_COMMITS, (wanted,)):
         sequence, session_key, actor, cause, created_at = facts
         left = left_versions.get(sequence, ()), left_events.get(sequence, ())
         content = commit_text(sequence, session_key, actor, cause, created_at, *left)
         full = residue(previous or GENESIS, stored, content)
-        found.append((sequence, full, kept_residue(full, content)))
-    return found
+        residues.append((sequence, full, kept_residue(full, content)))
+    return residues
 
 
 def _delete_events(connection: Connection, session_key: int, events: Sequence[GoingEvent]) -> None:
-    """Delete events, and the rows that they made."""
+    """Delete events, and the rows that they created."""
     execute = connection.exec_driver_sql
     going = execute(_GOING, (json.dumps(events),)).fetchall()
     execute(_DELETE_EVENT, list(events))
     for kind, statement in _HANGING.items():
-        rows = [(session_key, sequence) for sequence, found, _ in going if found == kind]
+        rows = [(session_key, sequence) for sequence, event_kind, _ in going if event_kind == kind]
         if rows:
             execute(statement, rows)
     variables = [(session_key, key) for _, kind, key in going if kind == EventKind.VARIABLE_REGISTERED]
@@ -152,7 +162,7 @@ _LAST_RESIDUE: Final = "SELECT residue FROM pruned WHERE sequence = ? ORDER BY m
 
 
 def fits(connection: Connection, commit: log_reader.LoggedCommit, *previous: bytes) -> bool | None:
-    """Whether what is left of a commit is what its last marker says; None where none of it was pruned.
+    """Whether the remaining rows of a pruned commit match its last marker; None if it was not pruned.
 
     `previous`: the hashes that its predecessor may have.
     """

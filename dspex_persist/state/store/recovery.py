@@ -1,4 +1,4 @@
-"""At open: is this the database that was closed, or killed, last time, and does its log still hold?"""
+"""Checks when a database is opened: that no acknowledged commit is missing, and that the end of the chain verifies."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -17,12 +17,22 @@ _TAIL_COMMITS = 100
 
 
 def inspect(path: Path, name: Path) -> Head | None:
-    """Refuse a file that must not be opened for writing, before it is; its head. To be called by its owner.
+    """Refuse a file that must not be opened for writing, without changing anything. Its owner calls this first.
 
-    Once it was open for writing, SQLite brings its WAL into it or removes it, and what is left of a file that has lost
-    commits is evidence: after a refusal everything is as it was. `name`: what errors call it. None where `recover` has
-    to look again: the file is empty or of an older release, or a crash has left what only a writer can roll back.
-    Raises `OpenError`, and `ReadFailedError` where nobody can say.
+    Opened for writing, SQLite would merge or remove the WAL; but the remains of a file that has lost commits are
+    evidence, so a refused file stays as it was.
+
+    Args:
+        path: The file.
+        name: Its name in errors.
+
+    Returns:
+        The head; None if `recover` has to check again, because the file is empty, has an older schema, or has a journal
+        after a crash that only a writer can roll back.
+
+    Raises:
+        OpenError: The file is refused.
+        ReadFailedError: The file could not be read.
     """
     try:
         remembered = anchors.remembered(path)
@@ -53,7 +63,7 @@ def _inspect(connection: Connection, remembered: Head | None, path: Path) -> Hea
 
 
 def refuse_half_written(path: Path, name: Path) -> None:
-    """Raise `NotADatabaseError` where what is half written is another program's, which alone may go on with it."""
+    """Raise `NotADatabaseError` if a file with a hot journal is another program's, which has to roll it back."""
     is_foreign = False
     with suppress(NotADatabaseError, ReadFailedError, ValueError):
         is_foreign = read_untouched(path, migrate.is_foreign, as_it_is=True)
@@ -62,30 +72,40 @@ def refuse_half_written(path: Path, name: Path) -> None:
 
 
 def recover(connection: Connection, remembered: Head | None, path: Path, inspected: Head | None = None) -> Head:
-    """The head of the database, once it was held against what its anchor remembers, and the end of its log checked.
+    """Compare the database with its anchor, and check the end of its log.
 
-    `inspected`: the head that `inspect` has found; where it still is the head, all of that has been done.
+    Args:
+        connection: A connection in a transaction.
+        remembered: The head in the anchor, if there is one.
+        path: The file, for errors.
+        inspected: The result of `inspect`; if it is still the head, the checks have been done.
+
+    Returns:
+        The head.
+
+    Raises:
+        LostCommitsError: The database is behind its anchor, or the chain does not verify.
     """
-    found = log_reader.head(connection)
-    if found == inspected:
-        return found
+    head = log_reader.head(connection)
+    if head == inspected:
+        return head
     if remembered is not None:
-        _compare(connection, found, remembered, path)
-    _check_tail(connection, found, path)
-    return found
+        _compare(connection, head, remembered, path)
+    _check_tail(connection, head, path)
+    return head
 
 
-def _compare(connection: Connection, found: Head, remembered: Head, path: Path) -> None:
-    if found.sequence < remembered.sequence:
-        gone = f"{found.sequence + 1} to {remembered.sequence}"
-        raise LostCommitsError(str(path), f"it ends at commit {found.sequence}; commits {gone} are gone")
+def _compare(connection: Connection, head: Head, remembered: Head, path: Path) -> None:
+    if head.sequence < remembered.sequence:
+        gone = f"{head.sequence + 1} to {remembered.sequence}"
+        raise LostCommitsError(str(path), f"it ends at commit {head.sequence}; commits {gone} are gone")
     if log_reader.find_hash(connection, remembered.sequence) != remembered.hash:
         raise LostCommitsError(str(path), f"commit {remembered.sequence} is not the one that was acknowledged")
 
 
-def _check_tail(connection: Connection, found: Head, path: Path) -> None:
-    """Check the last commits only: `db check` does the whole log, which takes time with its length."""
-    after = max(0, found.sequence - _TAIL_COMMITS)
+def _check_tail(connection: Connection, head: Head, path: Path) -> None:
+    """Check the last commits only. The whole log would take too long at start; `db check` does that."""
+    after = max(0, head.sequence - _TAIL_COMMITS)
     previous = log_reader.find_hash(connection, after)
     for commit in log_reader.iter_commits(connection, after):
         if previous is None or not (commit.link(previous) == commit.hash or pruned.fits(connection, commit, previous)):

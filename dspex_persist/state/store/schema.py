@@ -1,4 +1,4 @@
-"""The tables as `migrations/` makes them; a test holds the two together."""
+"""The tables that `migrations/` creates; a test compares the two."""
 
 from sqlalchemy import BLOB, REAL, Column, Integer, MetaData, Table, Text
 
@@ -6,13 +6,13 @@ REVISION = "0004"
 """The revision that this release reads and writes: the head of `migrations/`."""
 
 APPEND_ONLY = ("commits", "versions", "events", "blobs", "pruned")
-"""The tables that triggers hold append-only."""
+"""The tables in which triggers refuse changes."""
 
 metadata = MetaData()
 
 
 def is_unicode(text: str) -> bool:
-    """Whether SQLite can be asked for `text`: a lone surrogate is no character, and no row holds one."""
+    """Whether `text` can be a parameter of a query: lone surrogates are not characters, and no row contains one."""
     return text.isascii() or text.encode(errors="ignore").decode() == text
 
 
@@ -62,7 +62,7 @@ blobs = Table(
     Column("content", BLOB, nullable=False),
 )
 
-# Without the generated column `number`, which nothing here writes.
+# Without the generated column `number`, which this code does not use.
 versions = Table(
     "versions",
     metadata,

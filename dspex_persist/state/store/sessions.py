@@ -1,4 +1,4 @@
-"""Sessions, read from a given connection."""
+"""Reading sessions."""
 
 from datetime import datetime
 
@@ -12,7 +12,7 @@ from dspex_persist.state.store import executions as stored_executions
 from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.schema import commits, dependencies, executions, is_unicode, sessions
 
-# Built once: to build a statement takes SQLAlchemy longer than SQLite needs to run it.
+# Built once: SQLAlchemy needs longer to build a statement than SQLite to run it.
 _FIND = select(sessions).where(sessions.c.ended_sequence.is_(None), sessions.c.session_id == bindparam("session_id"))
 _DEPENDENCIES = (
     select(dependencies)
@@ -23,7 +23,10 @@ _LAST_SEQUENCE = select(func.max(commits.c.sequence)).where(commits.c.session_ke
 
 
 def load(connection: Connection, session_id: str) -> SessionState | None:
-    """The live session's state as of the connection's snapshot; cost follows its size, not its history's."""
+    """Return the live session's state as of the connection's snapshot, or None.
+
+    This takes time in proportion to the session's current size, not to its history.
+    """
     if not is_unicode(session_id):
         return None
     row = connection.execute(_FIND, {"session_id": session_id}).first()
@@ -39,7 +42,7 @@ def load(connection: Connection, session_id: str) -> SessionState | None:
     lease = None
     if row.ttl_s is not None:
         lease = Lease(row.ttl_s, nearest_time(row.expires_at))
-        # Touches are saved only now and then: what the last unsaved one may have added is granted.
+        # Renewals are saved only now and then, so the last one may be missing.
         lease.expires_at += lease.slack
     state = SessionState(
         session=session,
@@ -59,7 +62,7 @@ def load(connection: Connection, session_id: str) -> SessionState | None:
 
 
 def load_dependencies(connection: Connection, session_key: int) -> Dependencies:
-    """Every dependency that the session ever had, oldest first."""
+    """Return every dependency that the session ever had."""
     return Dependencies(
         Dependency(row.from_id, row.to_id, row.type, row.since_sequence, row.until_sequence)
         for row in connection.execute(_DEPENDENCIES, {"session_key": session_key}).all()
@@ -67,16 +70,16 @@ def load_dependencies(connection: Connection, session_key: int) -> Dependencies:
 
 
 def last_sequence(connection: Connection, session_key: int) -> int:
-    """The session's last commit."""
+    """Return the number of the session's last commit."""
     return connection.execute(_LAST_SEQUENCE, {"session_key": session_key}).scalar() or 0
 
 
 def expired(connection: Connection, now: datetime, limit: int) -> list[str]:
-    """The ids of sessions whose expiry, as saved, is past."""
+    """Return the ids of sessions whose saved expiry is past."""
     query = (
         select(sessions.c.session_id)
         .where(sessions.c.ended_sequence.is_(None), sessions.c.expires_at <= to_micros(now))
-        # A session in which a tool runs is in use.
+        # A session does not expire while a tool runs in it.
         .where(
             ~exists().where(executions.c.session_key == sessions.c.session_key, executions.c.ended_sequence.is_(None))
         )

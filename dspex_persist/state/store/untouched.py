@@ -1,8 +1,8 @@
-"""Reading a file and leaving everything beside it as it was: whether it is one to open is found out so.
+"""Read a file without changing it or any file next to it, to decide whether to open it.
 
-SQLite's own readers make a `-wal` and a `-shm` where there is none, write the `-shm` anew after a kill, and remove the
-`-wal` of an empty file. Whoever may write has the WAL brought into the file, or removed, when it is closed. But what is
-left of a file that has lost commits is evidence, and another program's file is none of our business.
+SQLite's read-only connections create missing `-wal` and `-shm` files, rewrite the `-shm` after a crash, and remove the
+`-wal` of an empty file. Connections that can write merge or remove the WAL when they close. But the remains of a file
+that has lost commits are evidence, and another program's file must stay as it is.
 """
 
 import fcntl
@@ -36,31 +36,42 @@ from dspex_persist.state.store.engine import (
 _WAL_HEADER: Final = struct.Struct(">8I")
 _WAL_MAGIC: Final = 0x377F0682
 _SHM_IN_USE: Final = 128
-"""The byte of a `-shm` that all who use it have locked, in SQLite's layout of it."""
+"""The byte of a `-shm` that SQLite locks while it uses the file."""
 
 R = TypeVar("R")
 
 
 class _DisturbedError(Exception):
-    """Something has changed while nothing was to change, or cannot be read so."""
+    """The file changed while it was read, or cannot be read without leaving traces."""
 
 
 def read_untouched(path: Path, read: Callable[[Connection], R], *, as_it_is: bool = False) -> R:
-    """What `read` makes of the file in one short read transaction that leaves no trace.
+    """Call `read` in one short read transaction that leaves no trace.
 
-    `as_it_is`: what is in the file itself, whatever is beside it. Where somebody writes meanwhile, it is read as other
-    readers do. Raises what `read` raises, `ReadFailedError` and `NotADatabaseError`.
+    If another process writes meanwhile, the file is read in the usual way instead.
+
+    Args:
+        path: The file.
+        read: Reads from the connection. Its exceptions are passed on.
+        as_it_is: Read only the file itself, and ignore the WAL and the journal.
+
+    Returns:
+        The result of `read`.
+
+    Raises:
+        ReadFailedError: The file could not be read.
+        NotADatabaseError: The file is damaged, or this process may not read it.
     """
     name = resolved(path)
     connections = inherited.Connections(name)
     connections.check()
     try:
-        # All of a process that open a file share what SQLite has of its `-shm`: who came while that is open for reading
-        # only could not write.
+        # All connections of a process to a file share SQLite's `-shm`: one opened while that is read-only could not
+        # write.
         with gate():
             return _read_untouched(name, connections, read, as_it_is)
     except _DisturbedError:
-        # Somebody has it open, then, and leaves more traces than a reader does.
+        # Another process has it open, so the traces of a reader do not matter.
         readers = open_readers(name, size=1)
     except (DBAPIError, sqlite3.Error) as error:
         raise read_error(name, error) from error
@@ -94,7 +105,7 @@ def _read_untouched(
 
     try:
         with engine.begin() as connection:
-            found = read(connection)
+            result = read(connection)
     except BaseException as error:
         if _state_of(path) != before or (way == _READ_SHM and _is_barred(error)):
             raise _DisturbedError from error
@@ -104,13 +115,13 @@ def _read_untouched(
             _remove_unused(shm)
     if _state_of(path) != before:
         raise _DisturbedError
-    return found
+    return result
 
 
 def _remove_unused(shm: Path) -> None:
-    """Remove a `-shm`, unless another process has begun to use it: SQLite has it hold a lock of one byte then.
+    """Remove a `-shm` unless another process uses it, which then holds a lock on one byte.
 
-    Nobody in this process does, inside the gate: closing it would drop all that the process has locked there.
+    Inside the gate, no connection of this process uses it. Otherwise closing it would drop that connection's locks.
     """
     with suppress(OSError):
         file = os.open(shm, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -122,15 +133,15 @@ def _remove_unused(shm: Path) -> None:
 
 
 class _State(NamedTuple):
-    """What tells a later state of the files from this one. `wal`: None where SQLite would read nothing of one."""
+    """Values that change when the files are written to. `wal`: None if there is no WAL with contents."""
 
     file: tuple[int, ...]
     wal: tuple[int, ...] | None
     has_journal: bool
 
 
-# What is added to the URI, for what nobody writes to, for what has a `-shm`, and for what has none: then SQLite makes
-# one, with the owner and the mode that it should have.
+# Appended to the URI: for a file that no process writes to, for one with a `-shm`, and for one without. In the last
+# case SQLite creates the `-shm` with the right owner and mode.
 _AT_REST, _READ_SHM, _MAKE_SHM = "&immutable=1", "&readonly_shm=1", ""
 
 
@@ -142,9 +153,9 @@ def _state_of(path: Path) -> _State:
 
 
 def _begins_wal(content: bytes) -> bool:
-    """Whether a `-wal` that begins so has anything for SQLite: a header that holds, and something behind it.
+    """Whether a `-wal` with this beginning has contents: a valid header, and data after it.
 
-    Without a `-shm` to write to, it tries one that has not for ten seconds.
+    With an invalid one, SQLite retries for ten seconds if it may not write to the `-shm`.
     """
     header, rest = content[: _WAL_HEADER.size], content[_WAL_HEADER.size :]
     if not rest:
@@ -159,14 +170,14 @@ def _begins_wal(content: bytes) -> bool:
     return sums == (first, second)
 
 
-def _facts(found: os.stat_result) -> tuple[int, ...]:
-    return (*identity_of(found), found.st_size, found.st_mtime_ns)
+def _facts(status: os.stat_result) -> tuple[int, ...]:
+    return (*identity_of(status), status.st_size, status.st_mtime_ns)
 
 
 def _way_to_read(state: _State, has_shm: bool) -> str:
     _, _, size_bytes, _ = state.file
     if state.has_journal:
-        # Which may be half done, or the journal of somebody who is at work: SQLite knows.
+        # Left by a crash, or in use by another process: SQLite finds out.
         return _MAKE_SHM
     if state.wal is None or size_bytes == 0:
         return _AT_REST
@@ -174,10 +185,10 @@ def _way_to_read(state: _State, has_shm: bool) -> str:
 
 
 def is_half_written(error: ReadFailedError) -> bool:
-    """Whether the file could not be read because of a journal beside it, which only a writer can roll back."""
+    """Whether the file could not be read because it has a journal that only a writer can roll back."""
     return code_of(error.__cause__) == sqlite3.SQLITE_READONLY
 
 
 def _is_barred(error: BaseException) -> bool:
-    """Whether SQLite cannot do without writing to the `-shm`."""
+    """Whether SQLite cannot read without writing to the `-shm`."""
     return code_of(error) in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL)

@@ -1,8 +1,7 @@
-"""Value types: validate, coerce, constrain, encode.
+"""Value types: validation, coercion, constraints, encoding.
 
-A value travels and is kept as the protocol's own JSON text (`Value.json`), or as bytes beside a JSON
-description of them. `normalise` is the only way in; `encode` and `decode` translate to and from Python
-objects.
+A value is transmitted and stored as the protocol's JSON text (`Value.json`), or as bytes with a JSON description.
+`normalise` checks every value before it is stored; `encode` and `decode` convert from and to Python objects.
 """
 
 from dspex_persist.state.values.ahead import LITTLE, MUCH, Described, Find, FindType, ReadAhead, Spell

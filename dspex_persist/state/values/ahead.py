@@ -1,4 +1,4 @@
-"""What is read of values before their turn: whoever carries a command out, and holds up others, only looks it up."""
+"""Parse the values of a command in advance, so that the thread that carries it out only looks up the results."""
 
 from collections.abc import Callable
 from typing import Final, Protocol, TypeAlias
@@ -10,13 +10,13 @@ from dspex_persist.state.values.constraints import compile_constraints, count_ma
 from dspex_persist.state.values.normalisation import normalise, spell
 
 LITTLE: Final = 1024
-"""Characters of JSON, all values of a command together, that are read faster than anything is prepared for it."""
+"""Up to this many characters of JSON in a command, parsing in advance is not worth its overhead."""
 MUCH: Final = 16 * 1024
-"""Characters of JSON that an event loop does not read itself."""
+"""From this many characters of JSON on, parsing would block an event loop too long."""
 
 
 class Described(Protocol):
-    """What has to be known of a variable to read a value for it."""
+    """The facts about a variable that parsing a value for it requires."""
 
     @property
     def name(self) -> str: ...
@@ -27,18 +27,18 @@ class Described(Protocol):
 
 
 Find: TypeAlias = Callable[[str], Described | None]
-"""The variable of a name or id; None if there is none."""
+"""Returns the variable with a name or id, or None."""
 FindType: TypeAlias = Callable[[str], str | None]
-"""The type of the variable that has a name or id, or had it last; None if none ever had."""
+"""Returns the type of the variable that has a name or id, or had it last; None if none ever had it."""
 Spell: TypeAlias = Callable[[str, str | None, Value], Value]
-"""The value, for a variable of a name or id, in the one spelling of its type; see `values.spell`."""
+"""Takes a name or id, a type and a value, and returns the value in the canonical spelling; see `values.spell`."""
 
 
 class ReadAhead:
-    """What came of reading the values of one command, each as a value of the variable that it was for at that time.
+    """The results of parsing the values of one command, each for the variable that its name meant at that time.
 
-    By the time of its turn that may be another variable. Then its value is read at once; if `strict`, it is not, but
-    `VariableReplacedError`, so that the caller has it read again and comes back.
+    When the command's turn comes, the name may mean another variable. Then the value is parsed again at once; or, if
+    `strict`, `VariableReplacedError` is raised, so that the caller can parse it again and retry.
     """
 
     __slots__ = ("_matching", "_outcomes", "_spellings", "_strict", "fingerprint", "limits", "meant")
@@ -51,10 +51,10 @@ class ReadAhead:
         self._spellings: dict[tuple[int, str | None], Value] = {}
         self.meant: object = None
         self.fingerprint = ""
-        """That of `meant`, the command in one spelling of the many that mean the same."""
+        """The fingerprint of `meant`, the command in canonical spelling."""
 
     def read(self, variable: Described, value: Value) -> None:
-        """Read `value` as one of the variable, whatever comes of it."""
+        """Parse `value` for the variable, and store the result or the error."""
         place = _place(variable, value)
         if place in self._outcomes:
             return
@@ -66,22 +66,24 @@ class ReadAhead:
             outcome = normalise(name, type_name, constraints, value, self.limits)
             self._spellings[id(value), type_name] = outcome
         except StateError as error:
-            # It waits for its turn: the frames that it came through would wait with it, and all that they hold.
+            # The error is kept until the command's turn; without this it would keep its frames alive.
             error.__traceback__ = error.__cause__ = error.__context__ = None
             outcome = error
         self._outcomes[place] = name, outcome
 
     def spell(self, _name: str, type_name: str | None, value: Value) -> Value:
-        """The value in the one spelling of its type, which is remembered."""
+        """Return the value in the canonical spelling of its type, which is cached."""
         place = (id(value), type_name)
         if place not in self._spellings:
             self._spellings[place] = spell(type_name, value, self.limits)
         return self._spellings[place]
 
     def find(self, variable: Described, value: Value, limits: Limits) -> Value | None:
-        """What came of it as a value of this variable; None if it has to be read now.
+        """Return the parsed value for this variable; None if it has to be parsed now.
 
-        Raises what reading it raised, and `VariableReplacedError` where it was read for another one.
+        Raises:
+            StateError: The error that parsing it raised.
+            VariableReplacedError: It was parsed for another variable, and this object is strict.
         """
         if limits is not self.limits:
             return None
@@ -95,7 +97,7 @@ class ReadAhead:
         return None
 
     def find_spelling(self, identifier: str, type_name: str | None, value: Value, limits: Limits) -> Value | None:
-        """The same for its spelling."""
+        """Return the canonical spelling; see `find`."""
         if limits is not self.limits:
             return None
         spelled = self._spellings.get((id(value), type_name))
@@ -108,5 +110,5 @@ _Place: TypeAlias = tuple[int, str, str]
 
 
 def _place(variable: Described, value: Value) -> _Place:
-    # The command holds on to the value, so nothing else gets its identity.
+    # The command keeps the value alive, so no other object can get its id.
     return id(value), variable.type, variable.constraints

@@ -1,7 +1,7 @@
-"""Binary values: numbers as bytes beside a JSON description of them.
+"""Binary values: numbers as bytes with a JSON description.
 
-`npy` and raw little-endian numbers are read here, by `struct` alone; `pickle`, `erlang_binary` and every
-other format are bytes that pass through: nothing of them is ever interpreted.
+This module parses `npy` and raw little-endian numbers, with `struct` alone. The bytes of `pickle`, `erlang_binary` and
+all other formats are stored as they are, and never interpreted.
 """
 
 import re
@@ -37,9 +37,9 @@ from dspex_persist.state.values.tensors import (
 )
 
 _NPY_MAGIC = b"\x93NUMPY"
-# NumPy itself reads no longer header unless it is told to.
+# NumPy's limit, too, by default.
 _NPY_HEADER_SIZE_BYTES = 10_000
-# A header is the text of a Python dict of three known entries: reading just these needs no evaluation.
+# A header is a Python dict literal with three known entries. These patterns parse it without evaluating it.
 _NPY_DICT = re.compile(r"\{(.*)\}\s*", re.DOTALL)
 _NPY_ENTRY = re.compile(
     r"""\s*(?:
@@ -53,7 +53,7 @@ _NPY_ENTRY = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How numbers lie in bytes: from `offset`, in `byte_order` (`<` or `>`), column-major if `fortran`."""
+    """The layout of numbers in bytes: from `offset`, in `byte_order` (`<` or `>`), column-major if `fortran`."""
 
     shape: Shape
     dtype: Dtype
@@ -63,8 +63,10 @@ class Layout:
 
 
 def check_content(name: str, value: Value, limits: Limits) -> None:
-    """Refuse a binary value off the wire whose bytes did not come, which would leave their description alone. Of an
-    empty shape there are none, and what describes nothing lacks nothing."""
+    """Refuse a binary value from a client if its bytes are missing.
+
+    A value with an empty shape has no bytes, and neither has one with an empty description.
+    """
     if value.binary:
         return
     description = parse_json(value.json, name=name, limits=limits)
@@ -74,14 +76,14 @@ def check_content(name: str, value: Value, limits: Limits) -> None:
         raise InvalidValueError(name, error.reason) from error
     if description != {} and (shape is None or 0 not in shape):
         reason = (
-            "it is described as binary, but its bytes did not come: send them in the companion field "
+            "it is described as binary, but its bytes are missing: send them in the companion field "
             "(initial_binary_value, binary_value, binary_updates, binary_parameters)"
         )
         raise InvalidValueError(name, reason)
 
 
 def normalise_binary(name: str, value_type: ValueType, constraints: Constraints, value: Value, limits: Limits) -> Value:
-    """The value as it came, once its description has been checked against its bytes and the constraints."""
+    """Check the description of a value against its bytes and the constraints, and return the value unchanged."""
     content = value.binary or b""
     try:
         companion = companion_of(value_type)
@@ -100,7 +102,7 @@ def normalise_binary(name: str, value_type: ValueType, constraints: Constraints,
 
 
 def companion_of(value_type: ValueType) -> Companion:
-    """How values of the type are bytes; `RefusedError` if they never are."""
+    """Return the binary form of a type, or raise `RefusedError` if it has none."""
     if value_type.companion is None:
         raise RefusedError(f"{value_type.name} values are JSON; only tensors and embeddings have companion bytes")
     return value_type.companion
@@ -112,10 +114,10 @@ def _described_shape(description: Mapping[str, Any]) -> Shape | None:
 
 
 def find_layout(description: Mapping[str, Any], content: bytes) -> Layout | None:
-    """How `content` holds numbers, or None for an opaque format.
+    """Return the layout of the numbers in `content`; None for an opaque format.
 
-    `RefusedError` where description and content contradict each other, or a readable format holds other
-    things than numbers.
+    Raises:
+        RefusedError: The description contradicts the content, or the content has elements other than numbers.
     """
     binary_format = description.get("binary_format")
     if binary_format is not None and not isinstance(binary_format, str):
@@ -158,11 +160,11 @@ def _check_length(layout: Layout, content: bytes) -> None:
 
 
 def _npy_layout(content: bytes) -> Layout:
-    """The layout that a .npy file's header states (versions 1 to 3), without its trust in Python literals."""
+    """Return the layout in the header of a .npy file (versions 1 to 3), without evaluating Python literals."""
     header, offset = _npy_header(content)
     outer = _NPY_DICT.fullmatch(header)
     if outer is None:
-        raise RefusedError("npy: the header is no dict")
+        raise RefusedError("npy: the header is not a dict")
     entries: dict[str, str] = {}
     body, position = outer[1], 0
     while position < len(body.rstrip()):
@@ -183,9 +185,9 @@ def _npy_layout(content: bytes) -> Layout:
 
 
 def _npy_header(content: bytes) -> tuple[str, int]:
-    """The header's text, and where the numbers begin."""
+    """Return the text of the header, and the offset of the numbers."""
     if not content.startswith(_NPY_MAGIC) or len(content) < len(_NPY_MAGIC) + 6:
-        raise RefusedError("npy: the content does not begin as a .npy file")
+        raise RefusedError("npy: the content does not begin like a .npy file")
     major = content[6]
     if major not in (1, 2, 3):
         raise RefusedError(f"npy: unknown version {major}")
@@ -207,11 +209,11 @@ def _npy_shape(text: str) -> Shape:
     try:
         return tuple(int(entry) for entry in entries)
     except ValueError:
-        raise RefusedError(f"npy: ({shorten(text)}) is no shape") from None
+        raise RefusedError(f"npy: ({shorten(text)}) is not a shape") from None
 
 
 def unpack(layout: Layout, content: bytes) -> list[Any]:
-    """The numbers in `content` as Python numbers, in row-major order."""
+    """Return the numbers in `content` in row-major order."""
     count = prod(layout.shape) if 0 not in layout.shape else 0
     numbers = struct.unpack_from(f"{layout.byte_order}{count}{layout.dtype.code}", content, layout.offset)
     if layout.fortran and count:
@@ -220,7 +222,7 @@ def unpack(layout: Layout, content: bytes) -> list[Any]:
 
 
 def _row_major(shape: Shape) -> list[int]:
-    """Where a column-major layout of `shape` keeps each element, in row-major order of the elements."""
+    """Return the column-major index of each element, in row-major order of the elements."""
     indices = [0]
     strides = accumulate(shape, mul, initial=1)
     for length, stride in zip(shape, strides, strict=False):

@@ -1,7 +1,7 @@
-"""Constraints: compiled once for each type and text, then checked against every value.
+"""Constraints: compiled once for each type and text, then checked for every value.
 
-Which ones a type has, its `ValueType` says. Null, an empty list of strings and an empty text state no constraint. Keys
-that a type does not know are kept and shown, and nothing is checked by them: clients keep things of their own there.
+The `ValueType` says which constraints a type has. Null, an empty list of strings and an empty string mean no
+constraint. Keys that a type does not have are stored but not checked, because clients store other data there.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,15 +23,19 @@ from dspex_persist.state.values.registry import ValueType, get_type, states_noth
 from dspex_persist.state.values.tensors import Dtype, Shape
 
 _JSON_DEPTH = 20
-# Longer texts are compiled each time, so that no client can fill memory with cached constraints.
+# Longer texts are compiled each time, so that clients cannot fill the memory with cached constraints.
 _CACHED_LENGTH = 8 * 1024
 _MOST_MATCHING = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Constraints:
-    """What values must fulfil beyond their type. `json` is canonical, and empty where there is nothing. `meaning` is
-    the same, too, for bounds that are the same number: languages write 2 and 2.0."""
+    """Compiled constraints on the values of a type.
+
+    Attributes:
+        json: Their canonical JSON; "" if there are none.
+        meaning: The same with integral floats as integers, to compare constraints: some languages write 2 as 2.0.
+    """
 
     type_name: str
     json: str = ""
@@ -40,17 +44,17 @@ class Constraints:
     shape_checks: tuple[Callable[[Shape], str | None], ...] = field(default=(), compare=False)
     dtype: Dtype | None = None
     program_size: int = 0
-    """Instructions of the pattern: what it takes to look for it, for each byte."""
+    """Instructions of the compiled pattern: the work for each byte of a value."""
 
     def check(self, name: str, data: object) -> None:
-        """`InvalidValueError` if `data`, a value of the type as coercion left it, breaks a constraint."""
+        """Raise `InvalidValueError` if `data`, a coerced value of the type, violates a constraint."""
         for check in self.checks:
             reason = check(data)
             if reason:
                 raise InvalidValueError(name, reason)
 
     def check_description(self, name: str, shape: Shape | None, dtype: Dtype | None) -> None:
-        """The same for a binary value, as far as its description tells (None: it does not)."""
+        """Do the same for a binary value with this shape and element type; None if its description has none."""
         for check in self.shape_checks:
             reason = check(shape) if shape is not None else None
             if reason:
@@ -60,9 +64,16 @@ class Constraints:
 
 
 def compile_constraints(name: str, type_name: str, constraints_json: str) -> Constraints:
-    """The constraints that `constraints_json` states for values of a type; "", "{}" and "null" state none.
+    """Compile constraints for the values of a type.
 
-    `UnknownTypeError` for the type; `InvalidConstraintsError`, naming the key, for the text.
+    Args:
+        name: The variable's name, for errors.
+        type_name: The name of the type.
+        constraints_json: A JSON object; "", "{}" and "null" mean no constraints.
+
+    Raises:
+        UnknownTypeError: There is no such type.
+        InvalidConstraintsError: The constraints are invalid; the message names the key.
     """
     value_type = get_type(name, type_name)
     try:
@@ -74,8 +85,10 @@ def compile_constraints(name: str, type_name: str, constraints_json: str) -> Con
 
 
 def count_matching(spent: int, name: str, work: int) -> int:
-    """What one call has spent on matching with patterns, `work` (instructions of the pattern times bytes) included;
-    `InvalidValueError` if that is too much."""
+    """Add `work` (instructions of the pattern times bytes) to the work `spent` on patterns in one call.
+
+    Raises `InvalidValueError` if the sum is too large.
+    """
     if spent + work > _MOST_MATCHING:
         reason = "together with those before it is too much to match in one call with patterns of this complexity"
         raise InvalidValueError(name, reason)
@@ -83,12 +96,13 @@ def count_matching(spent: int, name: str, work: int) -> int:
 
 
 def constraints_json(name: str, constraints: object) -> str:
-    """The text of constraints that are given as a mapping, as their text, or not at all."""
+    """Return constraints as JSON; accepts a mapping, JSON, or None."""
     if constraints is None or isinstance(constraints, str):
         return constraints or ""
     if not isinstance(constraints, Mapping) or not all(isinstance(key, str) for key in constraints):
         kind = type(constraints).__name__
-        raise InvalidConstraintsError(name, f'they must be a mapping by str, such as {{"min": 0}}, not this {kind}')
+        reason = f'they must be a mapping with str keys, such as {{"min": 0}}, not this {kind}'
+        raise InvalidConstraintsError(name, reason)
     try:
         return canonical(dict(constraints))
     except RefusedError as error:

@@ -1,4 +1,4 @@
-"""Python objects as JSON documents, and what several types do alike on the way there and back."""
+"""Conversions between Python objects and JSON documents that several types share."""
 
 from dataclasses import dataclass
 from math import inf, isfinite
@@ -20,14 +20,14 @@ _ADVICE: tuple[tuple[type | tuple[type, ...], str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class BinaryValue:
-    """Bytes that only their owner understands (`pickle`, `erlang_binary`, ...), with their description."""
+    """Bytes in an opaque format (`pickle`, `erlang_binary`, ...) with their description."""
 
     description: dict[str, Any]
     content: bytes
 
 
 class Array(Protocol):
-    """What NumPy's arrays and scalars, torch's tensors and their like have in common."""
+    """The common interface of NumPy arrays and scalars, torch tensors, and similar objects."""
 
     @property
     def shape(self) -> Any: ...
@@ -36,19 +36,19 @@ class Array(Protocol):
 
 
 def is_array(obj: object) -> TypeGuard[Array]:
-    """Whether it is an array of somebody's."""
+    """Whether an object is an array, such as NumPy's."""
     return hasattr(obj, "tolist") and hasattr(obj, "shape") and not isinstance(obj, memoryview | type)
 
 
 def listed(obj: object) -> object:
-    """Arrays and tuples as lists."""
+    """Convert arrays and tuples to lists, recursively."""
     if is_array(obj):
         return obj.tolist()
     return [listed(entry) for entry in obj] if isinstance(obj, list | tuple) else obj
 
 
 def plain(obj: object) -> object:
-    """The document of an object that JSON has as it is, an array as lists."""
+    """Return an object that JSON can represent as it is, an array as lists, or raise `RefusedError`."""
     if is_array(obj):
         obj = obj.tolist()
     check_plain(obj)
@@ -56,7 +56,7 @@ def plain(obj: object) -> object:
 
 
 def spelled(obj: object) -> object:
-    """The document of a number, or of lists of numbers, with NaN and the infinities by their names."""
+    """Return a number, or lists of numbers, with NaN and the infinities replaced by their names."""
     return _spelled(obj.tolist() if is_array(obj) else obj)
 
 
@@ -70,7 +70,7 @@ def _spelled(data: object) -> object:
 
 
 def numbers(data: object) -> object:
-    """The way back: `data` with the names of NaN and the infinities replaced by the floats."""
+    """Return `data` with the names of NaN and the infinities replaced by the floats: the reverse of `spelled`."""
     if isinstance(data, list):
         return [numbers(entry) for entry in data]
     return NON_FINITE.get(data, data) if isinstance(data, str) else data
@@ -83,7 +83,7 @@ def _spelling(number: float) -> str:
 
 
 def check_plain(obj: object) -> None:
-    """`RefusedError`, saying where and what to do instead, unless JSON can say all of `obj`."""
+    """Raise `RefusedError`, which says where and what to do, unless JSON can represent all of `obj`."""
     if isinstance(obj, str | int) or obj is None:
         return
     if isinstance(obj, float):
@@ -114,14 +114,14 @@ def _check_entry(key: str | int, entry: object) -> None:
     try:
         check_plain(entry)
     except RefusedError as error:
-        # The path grows from the innermost entry outwards, as far as a message can be read.
+        # The path grows from the innermost entry outwards, up to a readable length.
         if len(error.reason) > _PATH_LENGTH:
             raise
         raise RefusedError(f"at {shown(key)}: {error.reason}") from None
 
 
 def no_form(obj: object) -> str:
-    """Why `obj` is no value, and what to do instead."""
+    """Return why `obj` cannot be a value, and what to do instead."""
     if obj is None:
         return "None has no type: delete the variable, or use a value of its type"
     kind = shorten(type(obj).__name__)

@@ -1,7 +1,7 @@
-"""Strict JSON: one reader, one canonical writer, and short descriptions of values for messages.
+"""Strict JSON: one parser, one canonical writer, and short descriptions of values for messages.
 
-Most functions here know no names of variables: they raise `RefusedError` with a reason, and whoever knows the
-name turns it into an `InvalidValueError` or `InvalidConstraintsError`.
+Most functions here do not know the variable: they raise `RefusedError` with a reason, which their callers convert to
+an `InvalidValueError` or `InvalidConstraintsError` with its name.
 """
 
 import json
@@ -18,15 +18,15 @@ from dspex_persist.state.limits import Limits
 
 _SHOWN_LENGTH = 60
 _WHITESPACE = " \t\n\r"
-# Python's default limit for turning digits into an int. Held here too, so that a host that lifts the
-# interpreter's limit does not open the door to quadratic conversions.
+# Python's default limit for converting digits to an int. Enforced here as well, because conversions take quadratic
+# time and a host may lift the interpreter's limit.
 INTEGER_DIGITS = 4300
 _INTEGER_BITS: Final = 14_000
-"""Of fewer bits no integer has more digits than that."""
-# A number of so few characters without an exponent is below 1e308 and so cannot overflow a double.
+"""An integer with fewer bits has at most `INTEGER_DIGITS` digits."""
+# A number with so few characters and no exponent is below 1e308, so it cannot overflow a double.
 _SURELY_FINITE_LENGTH = 308
 
-# Possessive, and with an optional closing quote: linear on every input, unterminated strings included.
+# Possessive, and with an optional closing quote: takes linear time for every input, even for unterminated strings.
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _DEPTH_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _NO_BRACKETS = bytes(byte for byte in range(256) if byte not in _DEPTH_STEPS)
@@ -35,7 +35,7 @@ _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class RefusedError(Exception):
-    """Why a document, value or constraint is not accepted; the caller adds whose it is."""
+    """A document, value or constraint is refused for `reason`. Callers add the name of the variable."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -43,18 +43,24 @@ class RefusedError(Exception):
 
 
 def parse_json(text: str | bytes, *, name: str, limits: Limits) -> object:
-    """The document that `text` holds, under stricter rules than the standard library's.
+    """Parse JSON under stricter rules than the standard library's.
 
-    Refused with `InvalidValueError`: what is no UTF-8 or no JSON, the bare tokens NaN and Infinity, numbers
-    that overflow a double, integers of more than 4,300 digits, duplicate keys, lone surrogates.
-    `LimitExceededError`: more than `limits.value_size_bytes` bytes of UTF-8, or nested deeper than
-    `limits.json_depth`.
+    Args:
+        text: The JSON, as str or UTF-8.
+        name: The variable's name, for errors.
+        limits: Bounds on size and depth.
+
+    Raises:
+        InvalidValueError: The text is not UTF-8 or not JSON, or has NaN or Infinity without quotes, numbers that
+            overflow a double, integers of more than 4,300 digits, duplicate keys, or lone surrogates.
+        LimitExceededError: It has more than `limits.value_size_bytes` bytes, or is nested deeper than
+            `limits.json_depth`.
     """
     try:
         if isinstance(text, bytes):
             check_size(name, len(text), limits)
             text = _decoded(text)
-        # So short a text cannot cross a limit, and most texts are short: this is the hot path.
+        # A text this short cannot exceed a limit. Most texts are, and this is the hot path.
         if not (len(text) <= limits.json_depth and len(text) <= limits.value_size_bytes and text.isascii()):
             _check_limits(name, text, limits)
         return read(text)
@@ -63,9 +69,9 @@ def parse_json(text: str | bytes, *, name: str, limits: Limits) -> object:
 
 
 def container_in(text: str, *, name: str, limits: Limits) -> object:
-    """The object or array that `text` is the JSON of, else `text` itself.
+    """Parse `text` if it is the JSON of an object or array; otherwise return `text`.
 
-    For where one is wanted: some clients have no other way to send it than in a string.
+    Some clients can send objects and arrays only in a string.
     """
     if not text.lstrip(_WHITESPACE).startswith(("[", "{")):
         return text
@@ -104,17 +110,17 @@ def _decoded(content: bytes) -> str:
 
 
 def utf8_size_bytes(text: str) -> int:
-    """Bytes of UTF-8 that `text` takes; `RefusedError` where it holds a lone surrogate."""
+    """Return the size of `text` in UTF-8, in bytes; raise `RefusedError` for a lone surrogate."""
     if text.isascii():
         return len(text)
     try:
         return len(text.encode())
     except UnicodeEncodeError as error:
-        raise RefusedError(f"a lone surrogate (U+{ord(text[error.start]):04X}) is no character") from None
+        raise RefusedError(f"a lone surrogate (U+{ord(text[error.start]):04X}) is not a character") from None
 
 
 def depth_if_above(text: str, limit: int) -> int:
-    """How deep `text` nests if that is more than `limit`, else 0. A scalar has depth 0, `[]` depth 1."""
+    """Return the nesting depth of `text` if it is above `limit`, else 0. A scalar has depth 0, `[]` depth 1."""
     if text.count("[") + text.count("{") <= limit:
         return 0
     outside_strings = _STRING.sub("", text) if '"' in text else text
@@ -124,7 +130,7 @@ def depth_if_above(text: str, limit: int) -> int:
 
 
 def read(text: str) -> object:
-    """The document in `text`, whose size and depth the caller bounds; `RefusedError` if it breaks a rule."""
+    """Parse `text`, whose size and depth the caller has checked; raise `RefusedError` if it violates a rule."""
     text = text.strip(_WHITESPACE)
     decoder = _CAREFUL if _may_overflow(text) else _QUICK
     try:
@@ -136,27 +142,29 @@ def read(text: str) -> object:
     except RecursionError:
         raise RefusedError("nested deeper than this interpreter can read") from None
     except ValueError as error:
-        # The host has lowered the interpreter's limit of digits.
+        # The host has lowered the interpreter's limit for digits.
         raise RefusedError(f"a number has too many digits: {error}") from None
-    # Characters beyond U+FFFF may come as two escapes; one without its partner shows when all is encoded.
+    # Characters above U+FFFF may be written as two escapes. Encoding the document reveals single ones.
     if "\\u" in text and _SURROGATE_ESCAPE.search(text):
         utf8_size_bytes(canonical(document))
     return document
 
 
 def read_line(text: str) -> object:
-    """A line of a file that somebody wrote: as strict as `read`, but for lone surrogates, which logs once had.
+    """Parse a line of a recording: like `read`, but with lone surrogates, which old logs may contain.
 
-    Raises `json.JSONDecodeError` for what is no JSON, `RefusedError` for what breaks another rule.
+    Raises:
+        json.JSONDecodeError: It is not JSON.
+        RefusedError: It violates another rule.
     """
     return _CAREFUL.decode(text)
 
 
 def _may_overflow(text: str) -> bool:
-    """Whether a number in `text` might be too large for a double, or have too many digits for an integer.
+    """Whether a number in `text` may overflow a double, or have too many digits for an integer.
 
-    Without a hook for each number, reading is twice as fast. It is safe to do without where no exponent is
-    positive and no number is long.
+    Parsing is twice as fast without a hook for each number, which is safe if no exponent is positive and no number is
+    long.
     """
     if ("e" in text or "E" in text) and (text.count("e") != text.count("e-") or text.count("E") != text.count("E-")):
         return True
@@ -194,20 +202,21 @@ _QUICK = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant
 _CAREFUL = json.JSONDecoder(
     object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite, parse_int=_bounded
 )
-# Documents that were read cannot contain themselves; Python objects that do end in a RecursionError.
+# No check for cycles: parsed documents have none, and Python objects with one raise a RecursionError.
 _ENCODER = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":"), check_circular=False
 )
 
 
 def canonical(document: object) -> str:
-    """The one JSON text of `document`: sorted keys, no spaces, characters as they are.
+    """Return the canonical JSON of `document`: with sorted keys, without spaces, and without escapes where possible.
 
-    `RefusedError` for what JSON cannot say: non-finite floats, objects that are no JSON, integers of too many
-    digits, keys that do not sort.
+    Raises:
+        RefusedError: JSON cannot represent it: non-finite floats, other objects, integers of too many digits, or keys
+            that cannot be sorted.
     """
     try:
-        # The encoder needs microseconds to set itself up; bare numbers are most of what is written.
+        # The encoder takes microseconds to set up, and most values are plain numbers.
         if type(document) is int or (type(document) is float and -inf < document < inf):
             return repr(document)
         if type(document) is bool:
@@ -219,21 +228,21 @@ def canonical(document: object) -> str:
         raise RefusedError(f"has no JSON form: {shorten(str(error))}") from None
 
 
-# What a file keeps
+# JSON in the columns of a file
 
 DAMAGED: Final = "damaged JSON"
-"""The key under which `stored_object` gives back what cannot be read."""
+"""The key under which `stored_object` returns text that is not a JSON object."""
 _STORED_DEPTH: Final = 200
-"""How deep a document in a file may nest: more than any value, less than what SQLite and Python read."""
+"""The largest depth of documents in a file: more than any value has, less than SQLite and Python can parse."""
 _STORING = json.JSONEncoder(allow_nan=False, sort_keys=True, separators=(",", ":"))
 
 
 def storable(document: object) -> str:
-    """`document` for a column that SQLite's JSON functions read: strict JSON in ASCII, whatever the document holds.
+    """Return any document as strict ASCII JSON, which SQLite's JSON functions can parse.
 
-    This never refuses: by now what is written has happened. Floats that are not finite become the protocol's strings
-    ("NaN", "Infinity", "-Infinity"), lone surrogates are spelled out (\\ud800), integers of too many digits and what
-    nests too deep for SQLite become text.
+    This never fails, because the event that it records has already happened. NaN and the infinities become the
+    protocol's strings ("NaN", "Infinity", "-Infinity"), lone surrogates become text (\\ud800), and so do integers with
+    too many digits and parts that are nested too deep for SQLite.
     """
     try:
         text = _STORING.encode(document)
@@ -247,7 +256,7 @@ def storable(document: object) -> str:
 
 
 def _plain(document: object, depth: int) -> object:
-    """`document` as JSON can say it and SQLite can read it."""
+    """Return `document` in a form that JSON can represent and SQLite can parse."""
     if depth >= _STORED_DEPTH and isinstance(document, dict | list | tuple):
         return f"(nested deeper than {_STORED_DEPTH} levels)"
     if isinstance(document, str):
@@ -266,7 +275,7 @@ def _plain(document: object, depth: int) -> object:
 
 
 def stored(text: str) -> Any:
-    """The document in a column, also where it was written before all of them were strict (see `storable`)."""
+    """Parse the document in a column, even if an old release wrote it less strictly than `storable` does."""
     document = json.loads(text, parse_constant=str)
     if _SURROGATE_ESCAPE.search(text) is None:
         return document
@@ -278,7 +287,7 @@ def stored(text: str) -> Any:
 
 
 def stored_object(text: str | None) -> dict[str, Any]:
-    """The object in a column; what is none, because the file was damaged, is shown as a text under `DAMAGED`."""
+    """Parse the object in a column. In a damaged file, return other text under the key `DAMAGED`."""
     if text is None:
         return {}
     try:
@@ -289,23 +298,23 @@ def stored_object(text: str | None) -> dict[str, Any]:
 
 
 def stored_texts(text: str | None) -> dict[str, str]:
-    """The texts by text in a column; what is none, because the file was damaged, is shown as its JSON."""
-    found = stored_object(text)
-    return {key: each if isinstance(each, str) else storable(each) for key, each in found.items()}
+    """Parse the mapping of strings in a column. In a damaged file, return other entries as their JSON."""
+    document = stored_object(text)
+    return {key: each if isinstance(each, str) else storable(each) for key, each in document.items()}
 
 
 def mended(text: str) -> str:
-    """The object in a column as SQLite can read it."""
+    """Return the object in a column in a form that SQLite can parse."""
     return storable(stored_object(text))
 
 
 def shorten(text: str) -> str:
-    """`text`, cut to about 60 characters."""
+    """Cut `text` to about 60 characters."""
     return text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}..."
 
 
 def shown(document: object) -> str:
-    """`document` on one line for a message: scalars as JSON, shortened; lists and objects by their size."""
+    """Describe `document` on one line for a message: scalars as JSON, shortened; lists and objects by their size."""
     if isinstance(document, str):
         text = json.dumps(shorten(document), ensure_ascii=False)
         return text.encode(errors="backslashreplace").decode()

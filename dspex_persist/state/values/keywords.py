@@ -1,7 +1,7 @@
-"""The keys of constraints: what each checks, and those that several types share.
+"""The keys of constraints, and those that several types share.
 
-A `pattern` is searched for anywhere in the value, as in JSON Schema; anchor it with `^` and `$` to match the
-whole. Its syntax is RE2's: linear in time, so without backreferences and look-around.
+A `pattern` may match anywhere in the value, as in JSON Schema; anchor it with `^` and `$` to match the whole value. It
+has RE2's syntax, without backreferences and look-around, so matching takes linear time.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,40 +16,40 @@ from dspex_persist.state.values.tensors import Dtype, Shape
 
 _LISTED_LENGTH = 120
 _PATTERN_MEMORY_BYTES = 2 * 1024 * 1024
-# Instructions of the compiled pattern times bytes of the string; RE2 needs up to 10 ns for each of them.
+# Instructions of the compiled pattern times bytes of the string; RE2 takes up to 10 ns for each.
 _PATTERN_WORK = 100_000_000
 
 Check: TypeAlias = Callable[[Any], str | None]
-"""What is wrong with a value of the type, as `coerce` left it; None if nothing is."""
+"""Returns why a coerced value of the type is invalid; None if it is valid."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What comes of one constraint that is stated."""
+    """One compiled constraint."""
 
     check: Check
     check_shape: Callable[[Shape], str | None] | None = None
-    """The same for the shape that a binary value is described with."""
+    """The check for the shape of a binary value."""
     dtype: Dtype | None = None
     """The element type that a binary value must have."""
     program_size: int = 0
-    """Instructions of a pattern: what it takes to look for it, for each byte."""
+    """Instructions of the compiled pattern: the work for each byte of a value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Keyword:
-    """A key of constraints. `build` makes a rule of what is stated; `RefusedError` names the key."""
+    """A key of constraints. `build` compiles its entry, or raises `RefusedError` with the key."""
 
     build: Callable[[object], Rule]
     at_most: str = ""
-    """The key of a bound that this one must not be above."""
+    """The key of the upper bound for this one."""
     empty: object = None
-    """What, beside null, states no constraint."""
+    """The entry that means no constraint, besides null."""
     schema: str = ""
-    """JSON Schema's keyword for the same."""
+    """The corresponding keyword of JSON Schema."""
 
 
-# Readers of what is stated. Each refuses what is of the wrong kind, naming the key.
+# Checks of entries. Each raises `RefusedError` with the key for an entry of the wrong kind.
 
 
 def _number(key: str, stated: object) -> int | float:
@@ -59,7 +59,7 @@ def _number(key: str, stated: object) -> int | float:
 
 
 def read_integer(key: str, stated: object, at_least: int) -> int:
-    """`stated` if it is an integer of at least 0 or 1."""
+    """Return `stated` if it is an integer of at least `at_least` (0 or 1)."""
     if type(stated) is int and stated >= at_least:
         return stated
     kind = "a positive" if at_least else "a non-negative"
@@ -67,7 +67,7 @@ def read_integer(key: str, stated: object, at_least: int) -> int:
 
 
 def read_text(key: str, stated: object) -> str:
-    """`stated` if it is a string."""
+    """Return `stated` if it is a string."""
     if isinstance(stated, str):
         return stated
     raise RefusedError(f"{key} must be a string, not {shown(stated)}")
@@ -82,7 +82,7 @@ def _texts(key: str, stated: object) -> list[str]:
     return stated
 
 
-# What several types have.
+# Constraints that several types have.
 
 
 def _minimum(stated: object) -> Rule:
@@ -91,7 +91,7 @@ def _minimum(stated: object) -> Rule:
     def check(number: float) -> str | None:
         if number >= minimum:
             return None
-        if number != number:  # NaN, the only number that differs from itself
+        if number != number:  # NaN is the only number that differs from itself
             return f"NaN cannot be compared with minimum {shown(minimum)}"
         return f"value {shown(number)} is below minimum {shown(minimum)}"
 
@@ -130,7 +130,7 @@ def _max_length(stated: object) -> Rule:
 
 
 def one_of(key: str) -> Mapping[str, Keyword]:
-    """The constraint `key`, a list of the strings that are possible."""
+    """Return the constraint `key`, a list of the possible strings."""
 
     def build(stated: object) -> Rule:
         possible = _texts(key, stated)
@@ -145,7 +145,7 @@ def one_of(key: str) -> Mapping[str, Keyword]:
 
 
 def _listed(possible: Sequence[str]) -> str:
-    """`a, b, c`, shortened."""
+    """Return `a, b, c`, shortened."""
     listed = shorten(possible[0])
     for index, entry in enumerate(possible[1:], start=1):
         longer = f"{listed}, {shorten(entry)}"
@@ -159,7 +159,7 @@ def _pattern(stated: object) -> Rule:
     pattern = read_text("pattern", stated)
 
     def check(text: str) -> str | None:
-        # Looked up, not kept: the cache bounds what all patterns together hold in memory.
+        # Looked up each time, because the cache bounds the memory of all compiled patterns.
         compiled = _compile_pattern(pattern)
         encoded = text.encode()
         longest = _PATTERN_WORK // compiled.programsize
@@ -185,7 +185,7 @@ def _compile_pattern(pattern: str) -> Any:
         return re2.compile(pattern, options)
     except re2.error as error:
         reason = error.args[0].decode(errors="replace")
-        raise RefusedError(f"pattern {shown(pattern)} is no RE2 pattern: {shorten(reason)}") from None
+        raise RefusedError(f"pattern {shown(pattern)} is not an RE2 pattern: {shorten(reason)}") from None
 
 
 RANGE: Final[Mapping[str, Keyword]] = {
@@ -197,5 +197,5 @@ LENGTH: Final[Mapping[str, Keyword]] = {
     "min_length": Keyword(_min_length, at_most="max_length", schema="minLength"),
     "max_length": Keyword(_max_length, schema="maxLength"),
 }
-"""Code points of strings."""
+"""Bounds on the number of code points of strings."""
 PATTERN: Final[Mapping[str, Keyword]] = {"pattern": Keyword(_pattern, empty="", schema="pattern")}

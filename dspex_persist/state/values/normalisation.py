@@ -1,4 +1,4 @@
-"""The one way in: from what a caller sends to what is kept."""
+"""Convert values from the form in which callers send them to the form in which they are stored."""
 
 from dspex_persist.state.errors import InvalidValueError, StateError
 from dspex_persist.state.limits import Limits
@@ -18,9 +18,10 @@ from dspex_persist.state.values.tensors import NON_FINITE
 
 
 def spell(type_name: str | None, value: Value, limits: Limits) -> Value:
-    """`value` in one spelling of the many that mean the same: 1 is 1.0 to a float, and the order of keys is nothing.
+    """Return `value` in the canonical spelling of its type, to compare requests.
 
-    For comparing requests. Without a type numbers stay as they are; what is no value of the type stays as a whole.
+    As a float, 1 becomes 1.0; keys of objects are sorted. Without a type numbers stay as they are. A value that is not
+    valid for its type is returned as it is.
     """
     try:
         if type_name is not None and find_type(type_name) is not None:
@@ -31,10 +32,21 @@ def spell(type_name: str | None, value: Value, limits: Limits) -> Value:
 
 
 def normalise(name: str, type_name: str, constraints: Constraints, value: Value, limits: Limits) -> Value:
-    """`value` as a value of its type: coerced, checked, and written as canonical JSON. Idempotent.
+    """Coerce a value to its type, check it, and return it as canonical JSON. Idempotent.
 
-    Binary values stay exactly as they came. `constraints` are those compiled for this very type. Raises
-    `InvalidValueError`, `LimitExceededError` or `UnknownTypeError`.
+    Binary values are checked but not changed.
+
+    Args:
+        name: The variable's name, for errors.
+        type_name: The name of its type.
+        constraints: Its constraints, compiled for this type.
+        value: The value as the caller sent it.
+        limits: Bounds on size and depth.
+
+    Raises:
+        InvalidValueError: It is not a value of the type, or violates a constraint.
+        LimitExceededError: It is too large, or nested too deep.
+        UnknownTypeError: There is no such type.
     """
     value_type = get_type(name, type_name)
     if value.binary is not None:
@@ -45,13 +57,13 @@ def normalise(name: str, type_name: str, constraints: Constraints, value: Value,
     try:
         coerced = value_type.coerce(document)
         constraints.check(name, coerced)
-        # A double that JSON has no number for arrived as a string, and leaves as one.
+        # NaN and the infinities are strings in JSON, before and after.
         text = canonical(document if isinstance(document, str) and document in NON_FINITE else coerced)
     except RefusedError as error:
         raise InvalidValueError(name, error.reason) from error
     if text == value.json:
         return value
-    # 1e15 becomes 1000000000000000.0: what is kept must fit as well, or it could not be written again.
+    # 1e15 becomes 1000000000000000.0: the stored value must be within the limit, too, or a rollback could fail.
     if len(text) > len(value.json):
         check_size(name, utf8_size_bytes(text), limits)
     return Value(text)

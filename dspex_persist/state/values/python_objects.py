@@ -1,4 +1,4 @@
-"""Between protocol values and the Python objects that people work with."""
+"""Conversions between values of the protocol and Python objects."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,11 +26,18 @@ _NO_TYPE = ""
 
 
 def decode(type_name: str, value: Value) -> object:
-    """The Python object that a normalised value stands for.
+    """Return the Python object for a normalised value.
 
-    Floats include NaN and the infinities. A tensor is a dict of `shape` and `data` (nested or flat, as it
-    came); one that came as `npy` or raw numbers is a dict of `shape`, `dtype` and `data`, flat in row-major
-    order. An embedding is a list of numbers however it came. Other binary values are a `BinaryValue`.
+    Floats include NaN and the infinities. A tensor becomes a dict with `shape` and `data` (nested or flat, as it was
+    written); one written as `npy` or raw numbers becomes a dict with `shape`, `dtype` and `data`, flat in row-major
+    order. An embedding becomes a list of numbers. Other binary values become a `BinaryValue`.
+
+    Args:
+        type_name: The name of the value's type.
+        value: The value.
+
+    Raises:
+        InvalidValueError: The value is not valid for the type.
     """
     value_type = find_type(type_name)
     try:
@@ -43,18 +50,18 @@ def decode(type_name: str, value: Value) -> object:
 
 
 def decode_argument(type_name: str, value: Value) -> object:
-    """The Python object of an argument that came as bytes, for a tool's parameter.
+    """Return the Python object for a binary argument of a tool.
 
-    A list of numbers where the parameter's type is that of lists; what the description says where the type is none of
-    ours ("any"); else a tensor.
+    It is a list of numbers for a parameter whose type has lists; for an unknown type ("any") it follows from the
+    description; otherwise it is a tensor.
     """
-    wanted = find_type(type_name)
+    value_type = find_type(type_name)
     try:
         document = read(value.json)
-        if wanted is not None and list in wanted.infer:
+        if value_type is not None and list in value_type.infer:
             unpack_numbers: Unpack = _numbers_alone
         else:
-            unpack_numbers = _unpack_for(None, document if wanted is None else None)
+            unpack_numbers = _unpack_for(None, document if value_type is None else None)
         return _decode_binary(unpack_numbers, document, value.binary or b"")
     except RefusedError as error:
         raise InvalidValueError(_ANONYMOUS, error.reason) from error
@@ -70,22 +77,22 @@ def _decode_binary(unpack_numbers: Unpack, description: object, content: bytes) 
 
 
 def _unpack_for(value_type: ValueType | None, description: object = None) -> Unpack:
-    """How the type unpacks numbers; if it does not, the one that the description says."""
+    """Return the type's function to unpack numbers, or else that of the type in the description."""
     if value_type is not None and value_type.companion is not None:
         return value_type.companion.unpack
     described = BinaryValue(description if isinstance(description, dict) else {}, b"")
     return companion_of(get_type(_ANONYMOUS, infer_type(described))).unpack
 
 
-def _numbers_alone(_shape: Shape, _dtype: Dtype, found: list[Any]) -> object:
-    return found
+def _numbers_alone(_shape: Shape, _dtype: Dtype, elements: list[Any]) -> object:
+    return elements
 
 
 # From objects to values.
 
 
 def infer_type(obj: object, *, name: str = _ANONYMOUS) -> str:
-    """The name of the value type of a Python object; `InvalidValueError` where there is none."""
+    """Return the name of the value type for a Python object, or raise `InvalidValueError`."""
     value_type = type_of_object(obj)
     if value_type is not None:
         return value_type.name
@@ -95,10 +102,18 @@ def infer_type(obj: object, *, name: str = _ANONYMOUS) -> str:
 
 
 def encode(obj: object, type_name: str | None = None, *, name: str = _ANONYMOUS) -> Value:
-    """The value of a Python object, as JSON or, for a `BinaryValue`, as its bytes.
+    """Return a Python object as a value: as JSON, or for a `BinaryValue` as its bytes.
 
-    The type is inferred unless it is given; `normalise` then applies the type's rules. For objects without a
-    JSON form `InvalidValueError` says what to do instead.
+    `normalise` later applies the rules of the type.
+
+    Args:
+        obj: The object.
+        type_name: The name of the type; inferred from the object if None.
+        name: The variable's name, for errors.
+
+    Raises:
+        InvalidValueError: The object has no JSON form; the message says what to do instead.
+        UnknownTypeError: There is no such type.
     """
     value_type = get_type(name, type_name or infer_type(obj, name=name))
     try:
@@ -114,9 +129,9 @@ def encode(obj: object, type_name: str | None = None, *, name: str = _ANONYMOUS)
 
 
 def encode_for(obj: object, find_type: Callable[[], str | None], *, name: str = _ANONYMOUS) -> Value:
-    """The value of an object for a variable whose type `find_type` tells.
+    """Return an object as a value for a variable whose type `find_type` returns.
 
-    It is asked only where the type makes a difference: for arrays, and for NaN and the infinities.
+    `find_type` is called only if the encoding depends on the type: for arrays, NaN and the infinities.
     """
     if is_array(obj) and not len(obj.shape):
         obj = obj.tolist()
@@ -132,20 +147,19 @@ def encode_for(obj: object, find_type: Callable[[], str | None], *, name: str = 
 
 
 def encode_loosely(obj: object, *, name: str = _ANONYMOUS) -> Value:
-    """The value of what has no variable's type: a parameter or result of a tool, which may be None."""
+    """Return an object without a variable's type as a value: an argument or result of a tool, which may be None."""
     return Value("null") if obj is None else encode(obj, name=name)
 
 
 def encode_arguments(arguments: Mapping[str, object]) -> dict[str, Value]:
-    """The values of a tool's arguments."""
+    """Return a tool's arguments as values."""
     return {name: encode_loosely(argument, name=name) for name, argument in arguments.items()}
 
 
 def decode_loosely(value: Value, type_name: str = _NO_TYPE) -> object:
-    """The Python object of such a value: what its JSON says, or the numbers in its bytes.
+    """Return the Python object for a value without a variable's type.
 
-    `type_name` that of a number, "float": the names of NaN and the infinities, by themselves or in lists, are the
-    floats.
+    `type_name`: with "float", the names of NaN and the infinities, alone or in lists, become floats.
     """
     if value.binary is not None:
         return decode(_NO_TYPE, value)

@@ -1,4 +1,4 @@
-"""Shapes and element types of tensors: what fits what."""
+"""Shapes and element types of tensors."""
 
 import struct
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ _SHAPE_ENTRIES_SHOWN = 8
 
 Shape: TypeAlias = tuple[int, ...]
 
-# How floats that JSON has no number for travel.
+# The strings that represent floats for which JSON has no number.
 NON_FINITE = {"NaN": nan, "Infinity": inf, "-Infinity": -inf}
 
 
 @dataclass(frozen=True, slots=True)
 class Dtype:
-    """An element type: its `struct` code, and the smallest and the largest number that it holds."""
+    """An element type: its `struct` code, and the smallest and the largest number that it can represent."""
 
     name: str
     code: str
@@ -28,21 +28,21 @@ class Dtype:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of one element."""
+        """The size of one element in bytes."""
         return struct.calcsize(f"<{self.code}")
 
     @property
     def is_float(self) -> bool:
-        """Whether fractions, NaN and the infinities are among its values."""
+        """Whether it can represent fractions, NaN and the infinities."""
         return self.code in "efd"
 
 
 def _integer_dtypes() -> list[Dtype]:
-    found = []
+    dtypes = []
     for bits, code in ((8, "b"), (16, "h"), (32, "i"), (64, "q")):
-        found.append(Dtype(f"int{bits}", code, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1))
-        found.append(Dtype(f"uint{bits}", code.upper(), 0, 2**bits - 1))
-    return found
+        dtypes.append(Dtype(f"int{bits}", code, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1))
+        dtypes.append(Dtype(f"uint{bits}", code.upper(), 0, 2**bits - 1))
+    return dtypes
 
 
 _FLOAT_DTYPES = [
@@ -54,7 +54,7 @@ DTYPES = {dtype.name: dtype for dtype in [*_FLOAT_DTYPES, *_integer_dtypes(), Dt
 
 
 def _aliases() -> dict[str, str]:
-    """Other spellings: `f32`, `s32`, `u8` count bits; `<f4` (NumPy's, with its byte order) counts bytes."""
+    """Return other spellings: `f32`, `s32`, `u8` count bits; `<f4` (NumPy's, with its byte order) counts bytes."""
     spellings = {}
     for dtype in DTYPES.values():
         bits = dtype.size_bytes * 8
@@ -69,12 +69,12 @@ _SPELLINGS = _aliases()
 
 
 def find_dtype(spelling: object) -> Dtype | None:
-    """The element type of that name (`float32`, `f32`, `<f4`, ...), or None."""
+    """Return the element type with this name (`float32`, `f32`, `<f4`, ...), or None."""
     return DTYPES.get(_SPELLINGS.get(spelling, spelling)) if isinstance(spelling, str) else None
 
 
 def get_dtype(spelling: object) -> Dtype:
-    """The element type of that name; `RefusedError` names the possible ones."""
+    """Return the element type with this name, or raise `RefusedError`, which lists all of them."""
     dtype = find_dtype(spelling)
     if dtype is None:
         raise RefusedError(f"dtype must be one of: {', '.join(DTYPES)}; not {shown(spelling)}")
@@ -82,7 +82,7 @@ def get_dtype(spelling: object) -> Dtype:
 
 
 def read_shape(document: object) -> Shape:
-    """`document` as a shape; `RefusedError` unless it is a list of non-negative integers."""
+    """Return `document` as a shape, or raise `RefusedError` unless it is a list of non-negative integers."""
     if not isinstance(document, list):
         raise RefusedError(f"shape must be a list of non-negative integers, not {shown(document)}")
     for entry in document:
@@ -92,7 +92,7 @@ def read_shape(document: object) -> Shape:
 
 
 def shown_shape(shape: Sequence[int | None]) -> str:
-    """`shape` for a message, shortened."""
+    """Return `shape` for a message, shortened."""
     entries = [shown(entry) for entry in shape[:_SHAPE_ENTRIES_SHOWN]]
     if len(shape) > _SHAPE_ENTRIES_SHOWN:
         entries.append("...")
@@ -100,7 +100,7 @@ def shown_shape(shape: Sequence[int | None]) -> str:
 
 
 def element_count(shape: Shape, at_most: int) -> int | None:
-    """The product of `shape`, or None above `at_most`: a hostile shape is never multiplied out."""
+    """Return the product of `shape`, or None above `at_most`, without computing the product of a hostile shape."""
     if 0 in shape:
         return 0
     count = 1
@@ -112,10 +112,10 @@ def element_count(shape: Shape, at_most: int) -> int | None:
 
 
 def elements(data: object, shape: Shape) -> list[object]:
-    """The elements of a tensor's `data` in row-major order.
+    """Return the elements of a tensor's `data` in row-major order.
 
-    `data` is a scalar (for the shape `[]`), a flat list of as many elements as the product of `shape`, or
-    lists nested in lists that have exactly this shape; anything else is a `RefusedError`.
+    `data` is a scalar (for the shape `[]`), a flat list with as many elements as the product of `shape`, or nested
+    lists with exactly this shape; anything else raises `RefusedError`.
     """
     if not isinstance(data, list):
         if shape:
@@ -142,18 +142,18 @@ def _nested_elements(data: list[object], shape: Shape) -> list[object]:
     return level
 
 
-def check_elements(found: list[object]) -> None:
-    """`RefusedError` unless each element is a number, a boolean or the name of a float that is not finite."""
-    if set(map(type, found)) <= {int, float, bool}:
+def check_elements(elements: list[object]) -> None:
+    """Raise `RefusedError` unless each element is a number, a boolean, or the name of NaN or an infinity."""
+    if set(map(type, elements)) <= {int, float, bool}:
         return
-    for index, element in enumerate(found):
+    for index, element in enumerate(elements):
         if not isinstance(element, int | float) and not (isinstance(element, str) and element in NON_FINITE):
             raise RefusedError(f"element {index} of data is {shown(element)}, not a number")
 
 
-def check_dtype(found: list[object], dtype: Dtype) -> None:
-    """`RefusedError` unless each of the elements (see `check_elements`) is a value of `dtype`."""
-    for index, element in enumerate(found):
+def check_dtype(elements: list[object], dtype: Dtype) -> None:
+    """Raise `RefusedError` unless each of the elements (see `check_elements`) is a value of `dtype`."""
+    for index, element in enumerate(elements):
         if not _fits(element, dtype):
             raise RefusedError(f"element {index} of data is {shown(element)}, which is not a {dtype.name}")
 

@@ -1,4 +1,4 @@
-"""The value types of the protocol, a file each; this is where they are registered."""
+"""The value types of the protocol, one in each file. Importing this package registers them."""
 
 from typing import Final
 

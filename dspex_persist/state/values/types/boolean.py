@@ -9,7 +9,7 @@ _WORDS: Final = {"true": True, "false": False}
 
 
 def _to_boolean(document: object) -> bool:
-    """true or false; also as a string, or as 1 or 0."""
+    """Accept true and false, also as strings, and 1 and 0."""
     if type(document) is bool:
         return document
     if type(document) is int and document in (0, 1):

@@ -13,7 +13,7 @@ _NAME: Final = "embedding"
 
 
 def _to_embedding(document: object) -> list[object]:
-    """A list of floats. NaN and the infinities stay the strings that JSON has for them."""
+    """Convert to a list of floats. NaN and the infinities stay strings."""
     if not isinstance(document, list):
         raise RefusedError(f"an embedding is a list of numbers, not {shown(document)}")
     if set(map(type, document)) <= {float}:
@@ -39,18 +39,18 @@ def _dimensions(stated: object) -> Rule:
 
 
 def _as_vector(shape: Shape) -> Shape:
-    """`[n]`, also from `[1, n]` and the like."""
+    """Return the shape `[n]`; accepts `[1, n]` and the like."""
     lengths = [length for length in shape if length != 1]
     if len(lengths) > 1:
         raise RefusedError(f"an embedding has one dimension, not the shape {shown_shape(shape)}")
     return (lengths[0] if lengths else 1,)
 
 
-def _unpack(_shape: Shape, _dtype: Dtype, found: list[Any]) -> object:
-    return found
+def _unpack(_shape: Shape, _dtype: Dtype, elements: list[Any]) -> object:
+    return elements
 
 
-def _is_said(obj: BinaryValue) -> bool:
+def _is_declared(obj: BinaryValue) -> bool:
     return bool(obj.description.get("type") == _NAME)
 
 
@@ -60,7 +60,7 @@ EMBEDDING: Final = ValueType(
     constrain={"dimensions": Keyword(_dimensions)},
     decode=numbers,
     encode=spelled,
-    infer={BinaryValue: _is_said},
+    infer={BinaryValue: _is_declared},
     companion=Companion(_unpack, _as_vector),
     is_container=True,
 )

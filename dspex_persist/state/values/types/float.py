@@ -12,7 +12,7 @@ _EXACT_INTEGERS: Final = 2**53
 
 
 def to_float(document: object) -> float:
-    """A double. An integer only if a double holds it exactly; NaN and the infinities by name."""
+    """Convert to a double. Accepts integers that a double represents exactly, and the names of NaN and infinities."""
     if type(document) is float:
         return document
     if type(document) is int:

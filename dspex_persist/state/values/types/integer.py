@@ -1,4 +1,4 @@
-"""`integer`: one of any size."""
+"""`integer`: an integer of any size."""
 
 from typing import Final
 
@@ -8,7 +8,7 @@ from dspex_persist.state.values.registry import ValueType
 
 
 def _to_integer(document: object) -> int:
-    """An integer; a float if it is whole."""
+    """Accept integers, and floats without a fraction."""
     if type(document) is int:
         return document
     if type(document) is float and document.is_integer():

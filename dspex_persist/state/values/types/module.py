@@ -1,4 +1,4 @@
-"""`module`: the name of one, such as `dspy.ChainOfThought`."""
+"""`module`: the name of a module, such as `dspy.ChainOfThought`."""
 
 from typing import Final
 

@@ -1,4 +1,4 @@
-"""`tensor`: numbers and their shape, or the bytes of them."""
+"""`tensor`: numbers and their shape, or the numbers as bytes."""
 
 from typing import Any, Final
 
@@ -21,7 +21,7 @@ _KEYS: Final = {"shape", "data", "dtype"}
 
 
 def _to_tensor(document: object) -> dict[str, object]:
-    """An object of `shape` and `data` (and perhaps `dtype`) that agree with each other; kept as it came."""
+    """Check that `shape`, `data` and an optional `dtype` agree with each other, and return the object unchanged."""
     if not isinstance(document, dict):
         raise RefusedError(f'a tensor is an object of "shape" and "data", not {shown(document)}')
     for key in ("shape", "data"):
@@ -29,10 +29,10 @@ def _to_tensor(document: object) -> dict[str, object]:
             raise RefusedError(f'a tensor is an object of "shape" and "data"; {shown(key)} is missing')
     for key in document.keys() - _KEYS:
         raise RefusedError(f'a tensor is an object of "shape", "data" and perhaps "dtype"; unknown key {shown(key)}')
-    found = elements(document["data"], read_shape(document["shape"]))
-    check_elements(found)
+    entries = elements(document["data"], read_shape(document["shape"]))
+    check_elements(entries)
     if "dtype" in document:
-        check_dtype(found, get_dtype(document["dtype"]))
+        check_dtype(entries, get_dtype(document["dtype"]))
     return document
 
 
@@ -90,7 +90,7 @@ def _encode(obj: object) -> object:
 
 
 def _is_tensor(obj: dict[Any, Any]) -> bool:
-    """Whether it is a shape and as many numbers; a dict of anybody's may have these two keys, and be no tensor."""
+    """Whether a dict has just a shape and numbers that fit it. Other dicts may have these two keys by chance."""
     if obj.keys() != {"shape", "data"}:
         return False
     try:
@@ -104,8 +104,8 @@ def _has_dimensions(obj: object) -> bool:
     return is_array(obj) and len(obj.shape) > 0
 
 
-def _unpack(shape: Shape, dtype: Dtype, found: list[Any]) -> object:
-    return {"shape": list(shape), "dtype": dtype.name, "data": found}
+def _unpack(shape: Shape, dtype: Dtype, entries: list[Any]) -> object:
+    return {"shape": list(shape), "dtype": dtype.name, "data": entries}
 
 
 TENSOR: Final = ValueType(
