@@ -40,7 +40,7 @@ SUITES: Mapping[type[Ability], type] = {
 
 
 def provider_of_the_page() -> type:
-    """What the documented program makes; it has the abilities of its engine."""
+    """The backend of the documented program, which has the abilities of its engine."""
     return type("Documented", (test_documented.engine, StreamsTools), {})
 
 

@@ -1,4 +1,4 @@
-"""The same program meets the same exceptions over a file and over gRPC."""
+"""The same program gets the same exceptions on a file and over gRPC."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -44,7 +44,7 @@ def raised(act: Callable[[], object]) -> errors.StateError:
 
 
 def facts(error: errors.StateError) -> tuple[Any, ...]:
-    """All that a program can see of it, but for ids that are drawn."""
+    """Everything that a program can see of it, except random ids."""
     drawn = re.compile(r"exec_\d+_[0-9a-f]+|var_\w+_[0-9a-f]{12}")
     fields = {name: drawn.sub("ID", str(field)) for name, field in vars(error).items()}
     return type(error), fields, error.error_code, error.retryable, drawn.sub("ID", str(error))
@@ -108,7 +108,7 @@ def test_what_a_tool_raises(providers: tuple[EmbeddedState, BridgedState], code:
 
 
 def test_a_conflict(providers: tuple[StateProvider, BridgedState], tmp_path: Path) -> None:
-    """A loop that tries again as long as the error says so ends well on both."""
+    """A loop that retries as long as the error suggests it succeeds on both."""
     for number, provider in enumerate(providers):
         gate = tmp_path / str(number)
         gate.mkdir()

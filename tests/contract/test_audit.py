@@ -1,4 +1,4 @@
-"""The same questions get the same answers from the file, from the engine that has it open, and from its server."""
+"""The same queries get the same answers from the file, from the engine that has it open, and from its server."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ Ask: TypeAlias = Callable[[AuditSource], Any]
 
 @dataclass
 class Sources:
-    """The ways to one history. A file has one owner at a time: the engine has a copy of its own."""
+    """The three sources of one history. A file has one owner at a time, so the engine uses a copy."""
 
     file: AuditSource
     engine: AuditSource
@@ -72,7 +72,7 @@ def outcome(ask: Ask, source: AuditSource) -> Any:
 
 
 def same_answer(ask: Ask, sources: Sources) -> Any:
-    """The answer that all three give."""
+    """The answer, after checking that all three give the same."""
     from_file = outcome(ask, sources.file)
     assert outcome(ask, sources.engine) == from_file
     assert outcome(ask, sources.server) == from_file

@@ -1,4 +1,4 @@
-"""The contract on a real server process, reached by gRPC. Reopening is SIGKILL and a new process on the same file."""
+"""The contract on a real server process over gRPC. Reopening means SIGKILL and a new process on the same file."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -22,21 +22,21 @@ from dspex_persist.testing.tool_contract import ToolContract
 
 @pytest.fixture(scope="class")
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedDatabase]:
-    """One server for a class: its tests have sessions of their own."""
+    """One server for a class, whose tests use separate sessions."""
     path = tmp_path_factory.mktemp("bridged") / "sessions.db"
     with ServedDatabase(path, request.cls.settings) as served:
         yield served
 
 
 class Bridged:
-    """What the contract asks for."""
+    """The fixtures that the contract requires."""
 
     settings: ClassVar[dict[str, Any]] = asdict(SMALL_LIMITS)
 
     @pytest.fixture
     def provider(self, served: ServedDatabase) -> Iterator[StateProvider]:
         if served.process.exit_code is not None:
-            # A test has brought the server down: it alone fails, not those after it.
+            # A test has crashed the server: only that test fails, not those after it.
             served.restart()
         with BridgedState(served.target, timeout_s=DEADLINE_S) as provider:
             yield provider
@@ -56,35 +56,35 @@ class Bridged:
 
 
 class TestBridged(Bridged, ProviderContract, DurableContract):
-    """Everything."""
+    """The whole provider contract."""
 
 
 class TestBridgedHistory(
     Bridged, AuditContract, RecordingContract, EndedRecordingContract, ForkContract, PruneContract
 ):
-    """What can be done with the past."""
+    """The contract of recordings, forks and audits."""
 
     settings: ClassVar[dict[str, Any]] = {**Bridged.settings, "audit_reveal": True, "audit_prune": True}
 
 
 class TestBridgedClosing(Bridged, ClosingContract):
-    """Closing it."""
+    """The contract of closing."""
 
 
 class TestBridgedLeases(Bridged, DurableLeaseContract):
-    """Leases that end while one waits."""
+    """The contract of leases that expire."""
 
     settings: ClassVar[dict[str, Any]] = {"optimization_lease_s": DurableLeaseContract.lease_s}
 
 
 class TestBridgedTools(Bridged, ToolContract):
-    """Tools that run in the server."""
+    """The contract of tools, which run in the server."""
 
     settings: ClassVar[dict[str, Any]] = {"tools": "dspex_persist.testing.contract_tools"}
 
 
 class TestBridgedStreams(Bridged, StreamContract):
-    """What they yield."""
+    """The contract of streaming tools."""
 
     settings: ClassVar[dict[str, Any]] = TestBridgedTools.settings
 

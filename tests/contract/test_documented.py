@@ -1,4 +1,4 @@
-"""The backend of docs/write-a-backend.md, under the contract, with the page's own tests."""
+"""The backend of docs/write-a-backend.md under the contract, run by the page's tests."""
 
 import importlib.util
 import subprocess
@@ -16,7 +16,7 @@ STORE, TESTS = programs_of("docs/write-a-backend.md")
 
 
 def _module_of(name: str, text: str) -> ModuleType:
-    """A program of the page, as the module that its reader has saved."""
+    """A program of the page, as a module that a reader saved."""
     spec = importlib.util.spec_from_loader(name, loader=None)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)

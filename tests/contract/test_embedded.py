@@ -1,4 +1,4 @@
-"""The contract on the engine in this process; and what only a frozen clock can show."""
+"""The contract on the engine in this process, and tests that need a frozen clock."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -29,7 +29,7 @@ from tests.clocks import pass_s
 
 
 class Owner:
-    """Whoever owns the database file at the moment."""
+    """The current owner of the database file."""
 
     def __init__(self, path: Path, options: StoreOptions) -> None:
         self._path = path
@@ -46,7 +46,7 @@ class Owner:
         return self.provider
 
     def get_open(self) -> EmbeddedState:
-        """The provider; a new one if a test has brought the last one down, so that it alone fails."""
+        """The provider; a new one if a test has crashed the last one, so that only that test fails."""
         with suppress(StateError):
             self.provider.check_open()
             return self.provider
@@ -55,14 +55,14 @@ class Owner:
 
 @pytest.fixture(scope="class")
 def owner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Owner]:
-    """One database file for a class: its tests have sessions of their own."""
+    """One database file for a class, whose tests use separate sessions."""
     owner = Owner(tmp_path_factory.mktemp("embedded") / "sessions.db", request.cls.options)
     yield owner
     owner.provider.close()
 
 
 class Embedded:
-    """What the contract asks for."""
+    """The fixtures that the contract requires."""
 
     options: ClassVar[StoreOptions] = StoreOptions(limits=SMALL_LIMITS)
 
@@ -76,11 +76,11 @@ class Embedded:
 
 
 class TestEmbedded(Embedded, ProviderContract, DurableContract, OrderContract):
-    """Everything."""
+    """The whole provider contract."""
 
 
 class TestEmbeddedLeases(Embedded, DurableLeaseContract):
-    """Leases that end while one waits."""
+    """The contract of leases that expire."""
 
     options = StoreOptions(optimization_lease_s=DurableLeaseContract.lease_s)
 
@@ -88,11 +88,11 @@ class TestEmbeddedLeases(Embedded, DurableLeaseContract):
 class TestEmbeddedHistory(
     Embedded, AuditContract, RecordingContract, EndedRecordingContract, ForkContract, PruneContract
 ):
-    """What can be done with the past."""
+    """The contract of recordings, forks and audits."""
 
 
 class TestEmbeddedClosing(ClosingContract):
-    """Closing it."""
+    """The contract of closing."""
 
     @pytest.fixture
     def provider(self, tmp_path: Path) -> Iterator[StateProvider]:
@@ -108,7 +108,7 @@ def with_tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedSta
 
 
 class TestEmbeddedTools(ToolContract):
-    """Tools that run in this process."""
+    """The contract of tools, which run in this process."""
 
     @pytest.fixture
     def provider(self, with_tools: EmbeddedState) -> StateProvider:
@@ -116,7 +116,7 @@ class TestEmbeddedTools(ToolContract):
 
 
 class TestEmbeddedStreams(StreamContract):
-    """What they yield."""
+    """The contract of streaming tools."""
 
     @pytest.fixture
     def provider(self, with_tools: EmbeddedState) -> StateProvider:
@@ -124,7 +124,7 @@ class TestEmbeddedStreams(StreamContract):
 
 
 class TestEmbeddedTime:
-    """What shows only while the clock stands still."""
+    """Behaviour that only shows while the clock stands still."""
 
     @pytest.fixture
     def owner(self, frozen: FrozenDateTimeFactory, tmp_path: Path) -> Iterator[Owner]:
@@ -165,7 +165,7 @@ class TestEmbeddedTime:
         for number in range(8):
             pass_s(frozen, 60)
             owner.provider.submit(touch).result()
-            # Not in memory, so it goes through the writer: which has then done what was queued before.
+            # Not cached, so it goes through the writer, which first finishes the jobs queued before.
             owner.provider.heartbeat("nobody")
             if number % 2:
                 owner.reopen()
@@ -201,7 +201,7 @@ class TestEmbeddedTime:
 
 
 def test_no_part_of_the_contract_hides_another_s() -> None:
-    """Parts are put together by inheritance: of two tests or fixtures of one name only one would be there."""
+    """Parts are combined by inheritance, where one of two tests or fixtures with the same name would be lost."""
 
     class Everything(
         ProviderContract,
@@ -213,7 +213,7 @@ def test_no_part_of_the_contract_hides_another_s() -> None:
         ForkContract,
         PruneContract,
     ):
-        """What one backend may have."""
+        """The limits of one backend."""
 
     for contract in (Everything, ToolContract):
         names = [name for part in contract.__mro__[:-1] for name in vars(part) if not name.startswith("__")]
@@ -222,7 +222,7 @@ def test_no_part_of_the_contract_hides_another_s() -> None:
 
 
 def versions_told(watch: Watch) -> list[int]:
-    """The versions of everything that there is to pull."""
+    """The versions in all updates that are available."""
     told: list[int] = []
     while updates := watch.pull():
         told.extend(update.variable.version for update in updates)
@@ -230,7 +230,7 @@ def versions_told(watch: Watch) -> list[int]:
 
 
 class TestWhileWatchersAndTheWriterMeet:
-    """Instants that a test of many threads hits once in a million times, made to happen."""
+    """Moments that a test with many threads would hit once in a million times, enforced."""
 
     @pytest.fixture
     def provider(self, tmp_path: Path) -> Iterator[EmbeddedState]:
@@ -242,7 +242,7 @@ class TestWhileWatchersAndTheWriterMeet:
     def test_a_watch_that_resumes_while_a_commit_is_being_published(
         self, provider: EmbeddedState, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """It joins right after the writer has looked who watches."""
+        """It joins right after the writer has checked for watches."""
         hub, head = provider.engine._groups.hub, provider.head_sequence
         watches: list[Watch] = []
         is_watched = hub.is_watched
@@ -263,7 +263,7 @@ class TestWhileWatchersAndTheWriterMeet:
     def test_a_watch_that_reads_the_file_while_a_large_group_is_written(
         self, provider: EmbeddedState, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """It has read all that there was; what memory keeps has moved on when it looks there again."""
+        """It has read the whole file; meanwhile the feed has moved on."""
         changes_after = provider.engine._store.changes_after
         written: list[int] = []
 

@@ -28,13 +28,13 @@ from dspex_persist.testing.tool_contract import ToolContract
 
 @pytest.fixture(scope="class")
 def shared(request: pytest.FixtureRequest) -> Iterator[LocalState]:
-    """One for a class: its tests have sessions of their own."""
+    """One for a class, whose tests use separate sessions."""
     with LocalState(request.cls.options) as provider:
         yield provider
 
 
 class Local:
-    """What the contract asks for."""
+    """The fixtures that the contract requires."""
 
     options: ClassVar[SessionOptions] = SessionOptions(limits=SMALL_LIMITS)
 
@@ -44,21 +44,21 @@ class Local:
 
 
 class TestLocal(Local, ProviderContract, OrderContract):
-    """Everything that needs no durability."""
+    """The provider contract without the tests that need durability."""
 
 
 class TestLocalLeases(Local, LeaseContract):
-    """Leases that end while one waits."""
+    """The contract of leases that expire."""
 
     options = SessionOptions(optimization_lease_s=LeaseContract.lease_s)
 
 
 class TestLocalHistory(Local, RecordingContract, ForkContract):
-    """What can be done with the past."""
+    """The contract of recordings and forks."""
 
 
 class TestLocalClosing(ClosingContract):
-    """Closing it."""
+    """The contract of closing."""
 
     @pytest.fixture
     def provider(self) -> Iterator[StateProvider]:
@@ -68,13 +68,13 @@ class TestLocalClosing(ClosingContract):
 
 @pytest.fixture(scope="class")
 def with_tools() -> Iterator[LocalState]:
-    """One for a class, with the tools of the contract."""
+    """One for a class, with the contract's tools."""
     with LocalState(tools=CONTRACT_TOOLS) as provider:
         yield provider
 
 
 class TestLocalTools(ToolContract):
-    """Tools that run in this process."""
+    """The contract of tools, which run in this process."""
 
     @pytest.fixture
     def provider(self, with_tools: LocalState) -> StateProvider:
@@ -82,7 +82,7 @@ class TestLocalTools(ToolContract):
 
 
 class TestLocalStreams(StreamContract):
-    """What they yield."""
+    """The contract of streaming tools."""
 
     @pytest.fixture
     def provider(self, with_tools: LocalState) -> StateProvider:

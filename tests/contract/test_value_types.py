@@ -1,4 +1,4 @@
-"""A value type is one file and a line that registers it: the one of docs/architecture.md, with every backend."""
+"""A value type is one file and a line that registers it: the example in docs/architecture.md, with every backend."""
 
 import importlib.util
 import sys
@@ -22,7 +22,7 @@ from dspex_persist.testing.tool_contract import Client
 from tests.end_to_end.programs import programs_of
 
 (DATE,) = programs_of("docs/architecture.md")
-# What a server's process needs, too: the type, registered, and a tool that has it.
+# A server process needs the same: the registered type, and a tool that uses it.
 TOOLS = '''
 from datetime import date, timedelta
 
@@ -60,7 +60,7 @@ def _imported(name: str, folder: Path) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With the type and the tool as files, for this process and a server's."""
+    """Write the type and the tool to files, for this process and a server."""
     folder = tmp_path_factory.mktemp("date")
     (folder / "date_type.py").write_text(DATE.text)
     (folder / "date_tools.py").write_text(TOOLS)
@@ -80,7 +80,7 @@ def tools(folder: Path) -> Iterator[Any]:
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def provider(request: pytest.FixtureRequest, tools: Any, folder: Path) -> Iterator[StateProvider]:
-    """One that knows the type."""
+    """A backend with the type."""
     path = folder / f"{request.param}.db"
     if request.param == "memory":
         with LocalState(tools=tools) as local:

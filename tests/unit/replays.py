@@ -1,4 +1,4 @@
-"""Sessions that are recorded in memory: clients and tools over the rules themselves, without a file."""
+"""Sessions recorded in memory: clients and tools over the commands themselves, without a file."""
 
 import io
 import threading
@@ -63,13 +63,13 @@ class Memory(StateProvider):
         return Origin("tester", cause, Source.PYTHON, idempotency_key)
 
     def check_open(self) -> None:
-        """It does not end."""
+        """Nothing, as it never fails."""
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Nothing to close."""
 
     def recording(self) -> Recording:
-        """All that happened, through the file's own form; the one session there is began with the first commit."""
+        """The whole history as a recording, written and read again. Its only session began with the first commit."""
         made = zip(self.backing.commits, self._times, strict=True)
         commits = [_recorded(commit, at) for commit, at in made]
         text = io.StringIO()
@@ -85,7 +85,7 @@ class MemoryState(WithTools):
         super().__init__(self._memory, toolbox(*tools))
 
     def recording(self) -> Recording:
-        """All that happened; the one session there is began with the first commit."""
+        """The whole history as a recording. Its only session began with the first commit."""
         return self._memory.recording()
 
 
@@ -119,7 +119,7 @@ def toolbox(*tools: object) -> Toolbox:
 
 @contextmanager
 def session(*tools: object, **variables: object) -> Iterator[MemoryState]:
-    """A session `s` with some variables, whose server has these tools."""
+    """A session `s` with some variables, and these tools."""
     with MemoryState(*tools) as state:
         state.initialize_session("s")
         for name, value in variables.items():
@@ -131,7 +131,7 @@ def session(*tools: object, **variables: object) -> Iterator[MemoryState]:
 def recorded(
     tool: object, arguments: Mapping[str, Any] | None = None, *others: object, **variables: object
 ) -> Recording:
-    """A session in which one tool has run once; `others` are the tools that it may call."""
+    """A session in which one tool ran once; `others` are the tools that it may call."""
     with session(tool, *others, **variables) as state:
         (name,) = toolbox(tool)
         state.execute_tool("s", name, arguments or {})
@@ -139,7 +139,7 @@ def recorded(
 
 
 def with_start_value(recording: Recording, name: str, json: str) -> Recording:
-    """The recording, as if a variable had begun with another value."""
+    """The recording with another initial value of a variable."""
 
     def changed(version: RecordedVersion) -> RecordedVersion:
         return replace(version, value=Value(json)) if (version.name, version.version) == (name, 0) else version

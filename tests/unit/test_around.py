@@ -41,7 +41,7 @@ METHODS: Mapping[type[Ability], str] = {
 
 
 def able(*abilities: type[Ability]) -> StateProvider:
-    """A provider with these abilities, whose methods answer with what they are given."""
+    """A provider with these abilities, whose methods return their arguments."""
 
     def answer(self: object, *given: Any, **options: Any) -> Any:
         return given, options

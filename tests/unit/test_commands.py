@@ -37,7 +37,7 @@ from tests.memory import MemoryGroups
 
 
 class Clock:
-    """A clock that goes only when it is told to."""
+    """A clock that only moves when the test moves it."""
 
     def __init__(self) -> None:
         self.time = datetime(2030, 1, 1, tzinfo=UTC)
@@ -56,7 +56,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def memory(clock: Clock) -> MemoryGroups:
-    """A backing in which session `s` has begun."""
+    """A backing with a session `s`."""
     backing = MemoryGroups(now=clock)
     backing.run(InitializeSession("s"))
     return backing
@@ -397,7 +397,7 @@ class TestSetVariables:
             self.batch(memory, False, x="1", y="1")
 
     def test_thousands_of_unknown_names_are_told_without_comparing_them_all(self, memory: MemoryGroups) -> None:
-        """In the writer, where all others wait: a name that was perhaps meant is looked for a few times only."""
+        """The writer would block all others, so it suggests similar names only for the first few."""
         for number in range(1_000):
             memory.run(RegisterVariable("s", f"{number:03}{'ab' * 26}xx", "integer", Value("1")))
         updates = {f"{number:05}{'ab' * 26}xx": Value("1") for number in range(5_000)}
@@ -441,7 +441,7 @@ class TestNamesThatWerePerhapsMeant:
 
 class TestTexts:
     def test_megabytes_are_checked_at_once(self, memory: MemoryGroups) -> None:
-        """On the loop of a server, where all others wait."""
+        """This runs on the event loop of a server, where all others wait."""
         text = "\u20ac" * 40_000_000
         with cpu_s_below(1), pytest.raises(errors.SessionNotFoundError):
             memory.run(GetSession(text))
@@ -454,7 +454,7 @@ class TestTexts:
 
 class TestPatternsOfABatch:
     def test_one_batch_matches_so_much_and_no_more(self, memory: MemoryGroups) -> None:
-        """RE2 takes its time for some patterns, in the writer, where all others wait."""
+        """Some patterns take RE2 long, and in the writer all others wait."""
         drawn = Random(1)
         for number in range(40):
             hostile = '{"pattern":"[ab]*a[ab]{300}x"}'
@@ -567,7 +567,7 @@ class TestDelete:
 class TestOptimization:
     @pytest.fixture(autouse=True)
     def locked(self, memory: MemoryGroups) -> str:
-        """`x` is optimized by `opt`, which `ada` has started; the optimization's id."""
+        """Lock `x` for `opt`, as the user `ada`; return the optimization's id."""
         register(memory)
         return memory.run(StartOptimization("s", "x", "opt", {"trials": "5"}), asked_by("ada"))
 
@@ -656,7 +656,7 @@ class TestOptimization:
 
 
 class TestGroups:
-    """Units that share their drafts, as those of one group of the writer do."""
+    """Units that share their drafts, as in one group of the writer."""
 
     def test_each_sees_what_the_ones_before_it_staged(self, memory: MemoryGroups) -> None:
         register(memory)

@@ -1,4 +1,4 @@
-"""The cognitive layer over a provider double: no file, no wire."""
+"""The cognitive layer over a fake provider, without files and network."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -17,7 +17,7 @@ from tests.memory import MemoryGroups
 
 
 class ScriptedProvider(StateProvider):
-    """Answers each kind of command as a test says, and remembers what it was asked."""
+    """Answers each kind of command as the test says, and records the commands."""
 
     def __init__(self, **answers: Any) -> None:
         self.answers = {"InitializeSession": SessionView(False, ())} | answers
@@ -106,7 +106,7 @@ def test_history_and_batches_go_through() -> None:
 
 
 class TestMapping:
-    """A context is the mapping of its variables, and so is the context of a tool."""
+    """A context is a mapping of its variables, and so is the context of a tool."""
 
     @pytest.fixture
     def context(self) -> Context:

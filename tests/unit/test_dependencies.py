@@ -1,4 +1,4 @@
-"""Dependencies: no circles, the circle spelled out, who is affected by a change and in which order."""
+"""Dependencies: which cycle a new one would close, and which variables a change affects, in which order."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,7 +23,7 @@ from tests.memory import MemoryGroups
 
 
 def edges(*pairs: str, since: int = 1) -> Dependencies:
-    """Each pair is two letters: the first depends on the second."""
+    """Each pair of letters is a dependency: the first depends on the second."""
     return Dependencies(Dependency(pair[0], pair[1], "", since) for pair in pairs)
 
 
@@ -70,7 +70,7 @@ class TestFindCycle:
         assert find_cycle(Dependencies([Dependency("a", "b", "", 1, until=5)]), *edges("ba")) is None
 
     def test_is_quick_where_there_are_as_many_as_can_be(self) -> None:
-        """In the writer, where all others wait."""
+        """This runs in the writer, where all others wait."""
         ids = [f"variable {number}" for number in range(10_000)]
         most = Dependencies(
             Dependency(ids[number], ids[number - step], "", 1)
@@ -102,7 +102,7 @@ class TestDependants:
         assert len(found) == 3
 
     def test_a_long_way_round_still_comes_before_whoever_uses_it(self) -> None:
-        """`z` uses `a` directly, and through the chain `b`, `c`: it has to wait for the chain."""
+        """`z` uses `a` directly, and also through the chain `b`, `c`, so it comes after the chain."""
         assert self.affected(["za", "zc", "cb", "ba"], "a") == ["b", "c", "z"]
 
     def test_a_changed_variable_that_depends_on_another_changed_one_is_told_too(self) -> None:
@@ -118,7 +118,7 @@ class TestDependants:
 
 
 class Counting(Dependencies):
-    """Counts what is looked at of who uses what."""
+    """Counts the lookups of users."""
 
     looked = 0
 
@@ -141,7 +141,7 @@ class TestCost:
         assert web.looked == 3 + 2 + 1
 
     def test_of_those_who_are_gone_is_nothing(self) -> None:
-        """However many have used it before: only who stopped in that very commit is told."""
+        """However many used it before, only those whose dependency ended in that commit are notified."""
         kept = Dependencies(edges("xa"))
         for number in range(2, 500):
             kept = kept.added(Dependency(f"gone {number}", "a", "", number)).without(f"gone {number}", number)

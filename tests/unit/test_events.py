@@ -1,4 +1,4 @@
-"""Events: their bodies in the log, and what they do to a session."""
+"""Events: their bodies in the log, and their effect on a session."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -239,7 +239,7 @@ def test_a_body_that_cannot_be_read_names_the_key(kind: str, body: Any, told: st
     assert str(caught.value).startswith("malformed event: ")
 
 
-# --- What they do to a session ---
+# --- Effects on a session ---
 
 X = e.VariableRegistered("v", "x", "integer", "")
 MOMENT = Moment(9, AT + timedelta(seconds=9), AT)
@@ -262,7 +262,7 @@ def filled() -> SessionState:
 
 
 def changed(*changes: Event | VariableVersion) -> SessionState:
-    """The session after all of them; that what they undo leaves nothing behind is checked on the way."""
+    """Apply the events to a session. Checks as well that undoing them restores the previous state."""
     state, undo = filled(), Undo()
     for change in changes:
         if isinstance(change, Event):

@@ -1,4 +1,4 @@
-"""Executions of tools: their journal, and the session as each sees it, over an in-memory backing."""
+"""Executions of tools: their journal, and the view that each has of the session, over a backing in memory."""
 
 import sys
 import threading
@@ -49,7 +49,7 @@ BOTH = [Isolation.SERIALIZABLE, Isolation.SNAPSHOT]
 
 @pytest.fixture
 def memory() -> MemoryGroups:
-    """A session `s` with the integers a, b (0), and one version more of b."""
+    """A session `s` with the integers a and b (0), and a second version of b."""
     backing = MemoryGroups()
     backing.run(c.InitializeSession("s"))
     for name in "ab":
@@ -59,7 +59,7 @@ def memory() -> MemoryGroups:
 
 
 class Running:
-    """An execution under way, as a tool's code and a runner use it."""
+    """A running execution, as the code of a tool and a runner use it."""
 
     def __init__(self, memory: MemoryGroups, execution: Execution) -> None:
         self.memory = memory
@@ -97,12 +97,12 @@ class Running:
         return Running(self.memory, self.execution.begin_child(begun, "callee"))
 
     def give_up(self) -> None:
-        """Have what was called end badly: undone, and its caller goes on."""
+        """Let the called execution fail: it is undone, and its caller continues."""
         self.execution.undo()
         self.finish(ExecutionStatus.FAILED)
 
     def return_to(self, caller: "Running") -> None:
-        """Have what was called end well."""
+        """Let the called execution succeed."""
         self.execution.close(COMMITTED.value)
         caller.execution.children.extend([Verdict(self.id, COMMITTED), *self.execution.children])
 
@@ -112,7 +112,7 @@ class Running:
         return finished
 
     def conflicts(self) -> list[str]:
-        """What keeps it from committing, in words."""
+        """The conflicts that keep it from committing, as text."""
         finished = self.finish()
         assert (finished.status is CONFLICT) == bool(finished.conflicts)
         return [str(conflict) for conflict in finished.conflicts]
@@ -293,7 +293,7 @@ def test_a_key_with_other_parameters_is_refused(
 
 
 def test_a_request_is_the_same_whoever_asks_and_however_often(memory: MemoryGroups) -> None:
-    """Metadata, attempt and worker belong to the call, and so does the order of the parameters."""
+    """Metadata, attempt and worker belong to the call, not to the request, and so does the order of the parameters."""
     first = keyed(memory, parameters={"x": Value("1"), "y": Value("2", b"3")}, metadata={"trace": "1"})
     again = keyed(
         memory, parameters={"y": Value("2", b"3"), "x": Value("1")}, metadata={"trace": "2"}, attempt=2, worker_id="w"
@@ -429,7 +429,7 @@ def test_every_variable_that_conflicts_is_told_once(memory: MemoryGroups) -> Non
 
 
 def test_a_step_that_is_refused_at_the_commit_is_a_conflict(memory: MemoryGroups) -> None:
-    """Nothing that was looked at has changed, and still it does not go: here, because of a limit on the session."""
+    """Nothing that it read has changed, and still it is refused: here because of a limit on the session."""
     memory = MemoryGroups(Limits(variables_per_session=2))
     memory.run(c.InitializeSession("s"))
     memory.run(c.RegisterVariable("s", "a", "integer", Value("0")))
@@ -463,11 +463,11 @@ def test_a_locked_variable_is_written_with_the_optimizer_of_the_call(memory: Mem
     assert memory.commits[-1].changes[0].version.metadata["optimizer_id"] == "mipro"
 
 
-# --- Others' part in the life of an execution ---
+# --- How other events affect an execution ---
 
 
 def lines_run(call: Callable[[], object]) -> int:
-    """How many lines of Python a call takes, each time round a loop counted."""
+    """Count the lines of Python that a call executes, including repetitions in loops."""
     count, before = 0, sys.gettrace()
 
     def trace(_frame: object, event: str, _argument: object) -> Any:
@@ -560,7 +560,7 @@ def test_a_session_in_which_a_tool_runs_does_not_expire() -> None:
     assert memory.run(c.ExpireSession("s")) is False
     assert memory.run(c.GetSession("s")).id == "s"
     time += timedelta(hours=5)
-    # Its end is a sign of life: the TTL begins anew.
+    # Its end renews the TTL.
     end(memory, begun)
     time += timedelta(seconds=9)
     assert memory.run(c.Heartbeat("s"))
@@ -671,7 +671,7 @@ def test_what_a_server_reserves_makes_no_other_registration() -> None:
     assert asked.fingerprint() != replace(asked, worker_id="w2").fingerprint()
 
 
-# --- What an execution sees ---
+# --- The view of an execution ---
 
 
 def test_it_sees_the_session_as_it_was_when_it_began(memory: MemoryGroups) -> None:
@@ -750,7 +750,7 @@ def test_only_commands_on_variables_of_its_session_belong_inside(memory: MemoryG
 def test_whoever_lists_in_many_ways_stands_on_everything(
     memory: MemoryGroups, others: str | None, conflicts: list[str]
 ) -> None:
-    """In the writer each pattern is matched against each name again, while everybody waits."""
+    """The writer matches each pattern with each name again, while all others wait."""
     running = begin(memory)
     for number in range(500):
         assert running.names(f"{number}*") == []
@@ -763,7 +763,7 @@ def test_whoever_lists_in_many_ways_stands_on_everything(
 
 
 class TestHowMuch:
-    """What an execution stages is one commit at its end, for which everybody waits."""
+    """The staged writes of an execution are one commit at its end, for which all others wait."""
 
     def running(self, **limits: int) -> Running:
         memory = MemoryGroups(Limits(**limits))
@@ -779,7 +779,7 @@ class TestHowMuch:
         running.run(c.SetVariable("s", "a", Value('"2"')))
         with pytest.raises(errors.LimitExceededError, match=r"is 5, above the limit of 4 \(setting execution_writes\)"):
             running.run(c.SetVariables("s", two))
-        # What was refused is not there; there is room for one more, and none after it.
+        # The refused write is not there; there is room for one more, but not for two.
         assert running.get("b") == '"1"'
         running.run(c.SetVariable("s", "b", Value('"3"')))
         with pytest.raises(errors.LimitExceededError):
@@ -918,7 +918,7 @@ def depend_on(running: Running) -> None:
 
 
 def fail_to_write(running: Running) -> None:
-    """Even what did not go was decided by what was there."""
+    """Even a failed command depends on what it found."""
     with pytest.raises(errors.VersionConflictError):
         running.run(c.SetVariable("s", "a", Value("1"), expected_version=9))
 
@@ -1018,7 +1018,7 @@ def test_its_own_registrations_are_no_phantoms(memory: MemoryGroups) -> None:
 
 @pytest.mark.parametrize("isolation", BOTH)
 def test_dependencies_are_one_thing(memory: MemoryGroups, isolation: Isolation) -> None:
-    """Each alone closes no circle."""
+    """Neither of them closes a cycle alone."""
     first, second = begin(memory, isolation), begin(memory, isolation)
     first.run(c.AddDependency("s", "a", "b"))
     second.run(c.AddDependency("s", "b", "a"))
@@ -1337,7 +1337,7 @@ def test_undoing_when_nothing_was_written(memory: MemoryGroups) -> None:
 
 
 def test_what_was_read_counts_even_where_it_was_undone(memory: MemoryGroups) -> None:
-    """The caller knows that it failed, and perhaps it failed for what it read."""
+    """The caller knows that it failed, which may depend on what it read."""
     parent = begin(memory)
     child = parent.call()
     child.get("a")

@@ -1,4 +1,4 @@
-"""The glob of ListVariables: `*`, `?`, everything else itself, over the whole name."""
+"""The glob of ListVariables: `*` and `?`, matching whole names."""
 
 import re
 from itertools import product
@@ -83,7 +83,7 @@ def test_agrees_with_a_regular_expression_on_every_short_pattern_and_name() -> N
     ],
 )
 def test_no_pattern_takes_longer_than_another(pattern: str) -> None:
-    """Ten thousand names, as many as a session may have: what a server would not answer for meanwhile."""
+    """Ten thousand names, as many as a session may have, during which a server would not respond."""
     drawn = Random(pattern)
     names = [
         *(f"{'a' * 250}{number:05}" for number in range(5_000)),

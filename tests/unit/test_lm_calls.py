@@ -1,4 +1,4 @@
-"""LM calls through DSPy: what is recorded of them, and how they are played back. No server, no file, no network."""
+"""LM calls through DSPy: how they are recorded and played back. No server, no file, no network."""
 
 import asyncio
 import contextvars
@@ -23,7 +23,7 @@ SECRETS = ("sk-secret-1", "hunter22", "Bearer xyz", "acme-org")
 
 
 class Ledger:
-    """What the recorder sees of a tool's session: where entries go, as JSON."""
+    """The part of a tool's session that the recorder uses: it stores entries as JSON."""
 
     def __init__(self) -> None:
         self.cancelled = False
@@ -35,7 +35,7 @@ class Ledger:
 
 
 class Engine:
-    """What an LM runs on, in Python: it says the last message back, in capitals, or fails."""
+    """The backend of an LM in Python: it repeats the last message in capitals, or fails."""
 
     def __init__(self, *parts: Any, error: Exception | None = None) -> None:
         self.parts, self.error, self.asked = parts, error, 0
@@ -78,7 +78,7 @@ def dummy(*answers: str) -> Any:
 
 
 def recorded(program: Callable[[], Any]) -> tuple[Any, list[dict[str, Any]]]:
-    """What a program gives, and its LM calls by ordinal."""
+    """The result of a program, and its LM calls by ordinal."""
     ledger = Ledger()
 
     def run() -> Any:
@@ -243,7 +243,7 @@ def test_a_call_is_seen_once_and_played_whichever_way_the_lm_is_reached(way: Cal
 
 
 def test_a_pool_that_programs_share_keeps_their_calls_apart() -> None:
-    """Its thread is made for the first of them, and works for all."""
+    """The first of them creates the thread, which serves all of them."""
     with ThreadPoolExecutor(1) as pool:
         _, first = recorded(lambda: pool.submit(dummy("a"), "one").result())
         pool.submit(dummy("b"), "nobody's").result()
@@ -386,7 +386,7 @@ def conversation() -> list[str]:
 
 @pytest.fixture
 def calls() -> Iterator[list[dict[str, Any]]]:
-    """Those of a conversation with three answers."""
+    """The calls of a conversation with three answers."""
     with dspy.context(lm=dummy("red", "green", "blue")):
         yield recorded(conversation)[1]
 
@@ -499,7 +499,7 @@ def test_an_unexpected_request_is_refused_with_the_nearest_recorded_one(calls: l
 
 
 def nobodys(function: Callable[..., Any], *args: Any) -> Any:
-    """As where nobody knows who had a thread started."""
+    """As if it were unknown which execution started a thread."""
     return contextvars.Context().run(function, *args)
 
 

@@ -1,4 +1,4 @@
-"""Where things are on an audit's pictures."""
+"""The layout of an audit's pictures."""
 
 import math
 import re
@@ -137,7 +137,7 @@ def test_marks_are_on_the_chart_whatever_the_numbers(values: tuple[str, str]) ->
 @pytest.mark.parametrize("newest_first", [False, True])
 @pytest.mark.parametrize("count", [2, 3, 299, 300, 301, 302, 1_000, 50_001])
 def test_a_chart_of_many_versions_has_all_of_them(count: int, newest_first: bool) -> None:
-    """All at one time, as one commit writes them; with a spike each way, in one version each."""
+    """All at one time, as one commit writes them, with one spike up and one down."""
     values = [math.sin(number / count * 20) for number in range(count)]
     values[count // 2], values[count // 3] = -7.25, 9.5
     same = [replace(version(number, repr(value)), created_at=BEGIN) for number, value in enumerate(values)]
@@ -148,7 +148,7 @@ def test_a_chart_of_many_versions_has_all_of_them(count: int, newest_first: bool
     assert {max(values), min(values)} <= {mark.number for mark in picture.marks}
     assert all(mark.number == values[mark.entry.version] for mark in picture.marks)
 
-    # The geometry: from one end to the other, in order, each where it belongs.
+    # The geometry: from one end to the other, in order, each point in its place.
     def across(number: int) -> float:
         return 62 + (picture.width - 72) * number / (count - 1)
 
@@ -166,7 +166,7 @@ def test_a_chart_of_many_versions_has_all_of_them(count: int, newest_first: bool
 
 
 def steps_of(path: str) -> list[tuple[float, float]]:
-    """Where an SVG path of steps goes."""
+    """The points of an SVG path of steps."""
     points: list[tuple[float, float]] = []
     for command, first, second in re.findall(r"([MHV])(-?[\d.e+]+)(?: (-?[\d.e+]+))?", path):
         x, y = points[-1] if points else (0.0, 0.0)
@@ -207,7 +207,7 @@ def test_calls_one_after_the_other_share_a_row_however_short_they_are() -> None:
     assert bars["e1000"].y < bars["e1001"].stem < bars["e1001"].y + bars["e1001"].height
     assert bars["e1003"].stem is None
     ordered = sorted((bars[f"e{number}"] for number in range(400)), key=lambda bar: bar.x)
-    # None hides the next one, as far as a line can be drawn.
+    # No point hides the next one, within the width of a line.
     assert all(one.x + one.width <= max(other.x, one.x + 0.75) for one, other in pairwise(ordered))
 
 

@@ -1,4 +1,4 @@
-"""What a condition on values means: integers exactly, numbers however they are written, and what is no number."""
+"""Conditions on values: exact integers, numbers in any spelling, and values that are not numbers."""
 
 import json
 import operator

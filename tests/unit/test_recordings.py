@@ -245,7 +245,7 @@ def test_a_live_session_is_not_overwritten() -> None:
 
 
 def test_a_session_ends_only_where_its_recording_says_so() -> None:
-    """What kept it alive, reads and heartbeats, is not in the recording."""
+    """The reads and heartbeats that kept it alive are not in the recording."""
     commits = (commit(1, started(ttl_s=1.0)), *COMMITS[1:])
     with freeze_time(START + timedelta(days=365)):
         memory = built(commits)

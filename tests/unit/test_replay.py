@@ -1,4 +1,4 @@
-"""Replays, over sessions that are recorded in memory: clean ones, and what each change makes of them."""
+"""Replays of sessions recorded in memory: clean ones, and the divergences that each kind of change causes."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ def aspects(report: ReplayReport) -> list[Aspect]:
 
 
 def only(report: ReplayReport, what: Aspect) -> str:
-    """The text of the one divergence, which is of this aspect."""
+    """The text of the only divergence, which has this aspect."""
     assert aspects(report) == [what], report.describe()
     return str(report.divergences[0])
 
@@ -40,7 +40,7 @@ def only(report: ReplayReport, what: Aspect) -> str:
 
 @tool
 def price(ctx: ToolContext, item: str) -> float:
-    """A price, which is looked up once."""
+    """A price that is looked up once."""
     if item == "gold":
         raise LookupError("no price of gold")
     ctx["lookups"] += 1
@@ -62,7 +62,7 @@ def order(ctx: ToolContext, items: list[str]) -> dict[str, Any]:
 
 @tool
 def rearrange(ctx: ToolContext) -> str:
-    """Register, delete, look back, roll back, lock."""
+    """Register, delete, read the history, roll back, lock."""
     made = ctx.variables.define("note", "hello", constraints={"max_length": 20}, metadata={"owner": "me"})
     del ctx["old"]
     ctx.variables.define("old", 1)
@@ -89,7 +89,7 @@ async def later(ctx: ToolContext) -> AsyncIterator[str]:
 
 @tool(retries=1)
 def contested(ctx: ToolContext) -> int:
-    """Meet with others at the first attempt."""
+    """Conflict with others in the first attempt."""
     found: int = ctx["total_items"]
     if ctx.attempt == 1:
         meeting.set()
@@ -231,7 +231,7 @@ def test_the_recording_keeps_its_random_numbers_ids_and_times(everything: Record
     @tool(name="order")
     def ordered(ctx: ToolContext, items: list[str]) -> dict[str, Any]:
         total = order(ctx, items)["total"]
-        # Drawn once more than recorded, so that the result is another one.
+        # One draw more than recorded, so that the result differs.
         return {"id": str(ctx.uuid()), "luck": ctx.random.random(), "at": ctx.now().isoformat(), "total": total}
 
     report = replay(everything, [price, ordered], only_tools=["order"], until=30)
@@ -242,7 +242,7 @@ def test_the_recording_keeps_its_random_numbers_ids_and_times(everything: Record
     assert '+ "luck"' in text
 
 
-# What each change makes of it
+# The divergences that each change causes
 
 
 @tool
@@ -445,7 +445,7 @@ def test_a_tool_that_became_asynchronous_is_the_same(discounted: Recording) -> N
     assert replay(discounted, [later]).ok
 
 
-# Tools that are not at hand
+# Missing tools
 
 
 def test_a_call_of_a_tool_that_is_not_here_is_answered_from_the_recording() -> None:
@@ -540,7 +540,7 @@ def test_ranges_and_names_choose_executions(everything: Recording) -> None:
     expected = [each.execution_id for each in whole[1:4]]
     assert between(second.execution_id, fourth.execution_id) == expected
     assert between(second.commit, str(fourth.commit)) == expected
-    # The number in an id is another one in each file; the rest is not.
+    # The number in an id differs between files; the rest does not.
     assert between("exec_9999_" + second.execution_id.rpartition("_")[2], fourth.commit) == expected
     assert {each.tool for each in replay(everything, EVERYTHING, only_tools=["later"]).executions} == {"later", "price"}
 
@@ -649,7 +649,7 @@ def test_what_reads_a_masked_value_is_skipped() -> None:
         ("announce", ReplayOutcome.SAME),
     ]
     assert report.executions[0].reason == "it reads a variable whose values were kept out of the recording"
-    # In place of a tool that is not here the value would be needed.
+    # The value would be needed in place of the missing tool.
     report = replay(recording, [read, call], only_tools=["call"])
     assert {each.outcome for each in report.executions} == {ReplayOutcome.SKIPPED}
     assert (report.ok, report.checked) == (True, False)

@@ -1,4 +1,4 @@
-"""Replays of tools that ask language models through DSPy."""
+"""Replays of tools that call language models through DSPy."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ def qa() -> Any:
 
 
 def ask(question: str, *answers: str) -> str:
-    """An answer of a model that knows these."""
+    """The answer of a model that knows these."""
     with dspy.context(lm=dspy.utils.DummyLM([{"answer": answer} for answer in answers])):
         return str(qa()(question=question).answer)
 
@@ -104,7 +104,7 @@ def test_another_prompt_is_told_with_its_diff(recording: Recording) -> None:
     assert "LM call 0 asks for what was not recorded" in first.summary
     text = str(first)
     assert "What colour is the sky, please?" in text
-    # Said once, though it is in the error of the execution as well.
+    # Reported once, although the error of the execution contains it as well.
     assert report.describe().count("What hue is the sky, please?") == 1
     (error,) = [each for each in report.divergences if each.what is Aspect.ERROR]
     assert "UnexpectedLmCallError: LM call 0 asks for what was not recorded" in str(error)
@@ -150,14 +150,14 @@ def in_thread(question: str) -> str:
 
 @tool
 def delegate(of: str) -> str:
-    """Recorded if its caller is, from whichever thread that calls."""
+    """Recorded if its caller is, from whichever thread the caller calls it."""
     return in_thread(of)
 
 
 def test_calls_from_a_tools_own_threads_are_recorded_and_played(monkeypatch: pytest.MonkeyPatch) -> None:
     @tool(record_lm=True)
     def spread(ctx: ToolContext, of: list[str]) -> list[str]:
-        """Ask in a pool, in a thread, and have another tool ask in one."""
+        """Ask in a pool and in a thread, and let another tool ask in a thread."""
         pooled = list(POOL.map(lambda name: ask(name, name.upper()), of))
         delegated = POOL.submit(ctx.call, "delegate", of=of[0]).result()
         return [*pooled, in_thread(of[-1]), delegated]

@@ -1,4 +1,4 @@
-"""Building the state again from a log: the same as an import makes of it, and where a log contradicts itself."""
+"""Rebuilding the state from a log: with the same result as an import, and with contradictions reported."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -48,7 +48,7 @@ def recording() -> Recording:
 
 
 def facts(state: SessionState | None) -> Any:
-    """All of a state but what only a store has use for."""
+    """A state without the fields that only a store uses."""
     assert state is not None
     session = replace(state.session, ttl_s=None)
     running = {name: replace(each, fingerprint="") for name, each in state.executions.items()}
@@ -86,7 +86,7 @@ def test_a_sound_log_has_no_divergence(recording: Recording) -> None:
 def changed(
     recording: Recording, is_meant: Callable[[RecordedCommit], bool], change: Callable[[RecordedCommit], RecordedCommit]
 ) -> Recording:
-    """The recording with one commit altered, the first one that is meant."""
+    """The recording with the first matching commit altered."""
     commits = list(recording.commits)
     place = next(place for place, commit in enumerate(commits) if is_meant(commit))
     commits[place] = change(commits[place])
@@ -144,7 +144,7 @@ def test_a_journal_that_does_not_say_what_was_written_is_told(recording: Recordi
 
 
 def kept(state: SessionState) -> list[VariableState]:
-    """What an audit says of a state."""
+    """A state as an audit reports it."""
     return [
         VariableState(
             "s",

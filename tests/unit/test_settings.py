@@ -1,4 +1,4 @@
-"""Settings: where they come from, which source wins, and what is said of those that cannot be used."""
+"""Settings: their sources, which source wins, and the errors for invalid ones."""
 
 import dataclasses
 import os
@@ -82,7 +82,7 @@ def test_every_setting_has_its_environment_variable(setting: str, monkeypatch: p
 
 
 def _other_value(default: object) -> tuple[str, object]:
-    """A valid text that is not the default, and the value that it stands for."""
+    """A valid text other than the default, and the value that it means."""
     named = {"full": "normal", "info": "debug", "auto": "json", "127.0.0.1:50051": "unix:a.sock"}
     if isinstance(default, bool):
         return str(not default).lower(), not default
@@ -111,7 +111,7 @@ def test_settings_are_frozen() -> None:
         Settings().grace_s = 3  # type: ignore[misc]
 
 
-# --- What texts stand for ---
+# --- The meaning of texts ---
 
 
 @pytest.mark.parametrize(("text", "size_bytes"), [("5", 5), ("1MiB", MIB), ("1.5 KiB", 1536), ("2kb", 2000)])
@@ -130,7 +130,7 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings({"db": "~/sessions.db"}).db == Path("/somewhere/sessions.db")
 
 
-# --- What is refused, and how ---
+# --- Errors ---
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_a_named_file_must_be_there(working_directory: Path, monkeypatch: pytest
     assert refusal().source == f"environment variable {CONFIG_VARIABLE}"
 
 
-# --- Said twice, kept equal ---
+# --- Facts that are stated twice have to agree ---
 
 
 def test_limits_are_those_of_the_state_layer() -> None:
@@ -260,7 +260,7 @@ def _shown(default: object) -> str:
 
 
 class TestToolsOfAFileThatOnlyLiesThere:
-    """Tools are code: whoever can write a file into a folder must not have it run by who starts a server there."""
+    """Tools are code: a user who can write to a folder must not get code run by another who starts a server there."""
 
     @pytest.fixture(autouse=True)
     def _here(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

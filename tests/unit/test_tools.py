@@ -1,4 +1,4 @@
-"""Tools as people write them: decorated, described, bound, found. No server, no file."""
+"""Tools as users write them: decorated, described, bound, loaded. No server, no file."""
 
 import asyncio
 import dataclasses
@@ -44,7 +44,7 @@ from tests.memory import MemoryGroups
 
 
 class FakeSession:
-    """A tool's session over memory; it remembers what else it was asked."""
+    """A tool's session in memory, which records all other calls."""
 
     def __init__(self) -> None:
         self.session_id, self.execution_id, self.attempt = "s", "exec_1", 1
@@ -106,7 +106,7 @@ def parameter_of(annotation: Any, **default: Any) -> ToolParameter:
 
 
 def taking(annotation: Any, **default: Any) -> Tool[..., Any]:
-    """A tool with one parameter, `x`, so annotated; it returns its argument."""
+    """A tool with one parameter `x` with this annotation; it returns its argument."""
 
     def probe(x: Any) -> Any:
         return x
@@ -118,11 +118,11 @@ def taking(annotation: Any, **default: Any) -> Tool[..., Any]:
 
 
 def argument(annotation: Any, document: object) -> object:
-    """What the document becomes as an argument so annotated."""
+    """The argument that the document becomes with this annotation."""
     return bind(taking(annotation), x=document)["x"]
 
 
-# What the decorator makes.
+# The result of the decorator.
 
 
 @tool
@@ -384,7 +384,7 @@ def test_a_docstring_that_is_missing_odd_or_of_others() -> None:
     assert tool(bare).spec == ToolSpec("bare", parameters=(ToolParameter("a", "integer", "Only this."),))
 
 
-# What cannot be a tool.
+# Objects that cannot be tools.
 
 
 def positional_only(x: int, /) -> None: ...
@@ -501,7 +501,7 @@ def test_static_methods_and_class_methods_cannot_be() -> None:
                 return x
 
 
-# Types: how they are described, and what is read by them.
+# Types: their descriptions, and the arguments that they accept.
 
 
 class Colour(StrEnum):

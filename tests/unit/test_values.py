@@ -48,7 +48,7 @@ def table(names: str, rows: list[Any]) -> pytest.MarkDecorator:
 
 
 def normalised(type_name: str, text: str, constraints: str = "", limits: Limits = LIMITS) -> str:
-    """The JSON that is kept of the JSON `text`."""
+    """The stored JSON for the JSON `text`."""
     compiled = compile_constraints("x", type_name, constraints)
     kept = normalise("x", type_name, compiled, Value(text), limits)
     assert kept.binary is None
@@ -56,7 +56,7 @@ def normalised(type_name: str, text: str, constraints: str = "", limits: Limits 
 
 
 def refusal(type_name: str, text: str, constraints: str = "", limits: Limits = LIMITS) -> str:
-    """Why `text` is refused; always short enough to be read."""
+    """Why `text` is refused. Checks as well that the reason is short enough to read."""
     with pytest.raises(InvalidValueError) as caught:
         normalised(type_name, text, constraints, limits)
     assert caught.value.name == "x"
@@ -214,7 +214,7 @@ def test_reading_hostile_strings_takes_linear_time() -> None:
         parse_json(unterminated, name="x", limits=LIMITS)
 
 
-# ---- coercion: what each type takes, and as what ----
+# ---- coercion: what each type accepts and converts it to ----
 
 
 @table(
@@ -845,7 +845,7 @@ def test_description_and_bytes_of_a_binary_have_limits_of_their_own(setting: str
 
 @dataclass
 class Array:
-    """Looks like NumPy's arrays, as far as we look."""
+    """Has the parts of the interface of NumPy's arrays that we use."""
 
     shape: tuple[int, ...]
     content: Any

@@ -1,4 +1,4 @@
-"""Watching by pull: feeds of recent commits, who is woken, what a commit tells a watcher."""
+"""Watching by pull: feeds of recent commits, which watches are woken, and the updates that a commit causes."""
 
 import threading
 from collections.abc import Callable
@@ -111,7 +111,7 @@ class TestFeed:
         assert sequences(feed.after(744)) == list(range(745, 1001))
 
     def test_a_reader_that_is_overtaken_between_two_looks_misses_nothing(self) -> None:
-        """The writer may add, and let go, between any two steps of a reader: here, right after its first look."""
+        """The writer may add and drop commits between any two steps of a reader: here, right after its first."""
 
         class Overtaken(Feed):
             overtake = False
@@ -185,7 +185,7 @@ class TestHub:
 
 
 class Script(Watch):
-    """A watch that tells what it is given."""
+    """A watch with given updates."""
 
     def __init__(self, *pages: list[Update] | Exception) -> None:
         self.initial = ()
@@ -236,7 +236,7 @@ class TestWatch:
         writer.join()
 
     def test_next_asks_to_be_woken_before_it_looks(self) -> None:
-        """What is published between the look and the wait must wake it."""
+        """A commit that is published between the pull and the wait must wake it."""
 
         class Late(Script):
             def pull(self) -> list[Update]:

@@ -41,7 +41,7 @@ def stream_for_ever(ctx: ToolContext) -> Iterator[int]:
 
 
 class Elsewhere(RunnableTool):
-    """A third kind, of which no runner knows: it writes by a command of its own, on no thread of anybody's."""
+    """A third kind of tool, unknown to the runner: it writes with a command, without using a thread."""
 
     def __init__(self) -> None:
         super().__init__(ToolSpec("other"), worker_id="pool-1")
@@ -104,7 +104,7 @@ def test_without_a_way_to_them_registered_tools_cannot_be_reached(state: WithToo
 
 
 def test_without_tools_the_provider_says_that_there_are_none() -> None:
-    """And no thread is started for what never runs."""
+    """No thread is started for tools that never run."""
     before = threading.enumerate()
     with WithTools(Memory()) as state:
         state.initialize_session("s")
