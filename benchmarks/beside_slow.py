@@ -18,11 +18,10 @@ from google.protobuf.message import Message
 
 from benchmarks.executing import SERVED, result_of, tool_request
 from benchmarks.files import NAMES, session_id
-from benchmarks.load import Series, Slice, p99_row
+from benchmarks.load import Series, Slice, percentile_row
 from benchmarks.plan import Plan
-from benchmarks.rpc import packed, start_server
+from benchmarks.rpc import caller_of, packed, start_server
 from benchmarks.table import Row, Target
-from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 
 _PATIENCE_S = 60
@@ -69,8 +68,10 @@ def _rows_of(plan: Plan, rpc: str, probed: _Probed) -> list[Row]:
     target = Target("ratio", "at most", 1.5)
     what = f"{rpc}, beside {count} tools of {plan.slow_s:g} s"
     return [
-        p99_row(f"{key}.0", f"{rpc}, no tool running", probed.alone),
-        p99_row(f"{key}.{count}", what, probed.beside, beside=probed.alone, ratio_to=f"{key}.0", target=target),
+        percentile_row(f"{key}.0", 99, f"{rpc}, no tool running", probed.alone),
+        percentile_row(
+            f"{key}.{count}", 99, what, probed.beside, beside=probed.alone, ratio_to=f"{key}.0", target=target
+        ),
     ]
 
 
@@ -79,7 +80,7 @@ class _Probe:
 
     def __init__(self, plan: Plan, channel: grpc.aio.Channel) -> None:
         self._plan = plan
-        self._invokes = {rpc: _invoke(channel, rpc) for rpc in _RPCS}
+        self._invokes = {rpc: caller_of(channel, rpc) for rpc in _RPCS}
         self._versions: dict[int, int] = {}
 
     async def run(self, seconds: float) -> dict[str, Slice]:
@@ -126,17 +127,12 @@ class _Probe:
         return answer, time.perf_counter() - called
 
 
-def _invoke(channel: grpc.aio.Channel, rpc: str) -> Any:
-    parse = getattr(pb, BRIDGE_SERVICE.methods_by_name[rpc].output_type.name).FromString
-    return channel.unary_unary(f"/{BRIDGE_SERVICE.full_name}/{rpc}", response_deserializer=parse)
-
-
 class _SlowTools:
     """Callers of the slow tool, each on a session of its own and each calling again as soon as it is answered."""
 
     def __init__(self, plan: Plan, channel: grpc.aio.Channel) -> None:
         self._plan = plan
-        self._execute = _invoke(channel, "ExecuteTool")
+        self._execute = caller_of(channel, "ExecuteTool")
         self._count = plan.slow_callers
 
     @asynccontextmanager

@@ -43,10 +43,9 @@ class Series:
         """The time within which `percent` of all calls were answered."""
         return percentile_ms([latency for part in self.slices for latency in part.latencies_s], percent)
 
-    @property
-    def p99s_ms(self) -> list[float]:
-        """The same, slice by slice, for 99 percent."""
-        return [percentile_ms(part.latencies_s, 99) for part in self.slices]
+    def percentiles_ms(self, percent: int) -> list[float]:
+        """The same, slice by slice."""
+        return [percentile_ms(part.latencies_s, percent) for part in self.slices]
 
 
 def percentile_ms(latencies_s: Sequence[float], percent: int) -> float:
@@ -60,8 +59,9 @@ def ratios_of(rates: Sequence[float], references: Sequence[float]) -> list[float
     return [rate / reference for rate, reference in zip(rates, references, strict=True)]
 
 
-def p99_row(
+def percentile_row(
     key: str,
+    percent: int,
     what: str,
     series: Series,
     *,
@@ -69,20 +69,20 @@ def p99_row(
     ratio_to: str = "",
     target: Target | None = None,
 ) -> Row:
-    """The row of a p99. Its ratio is the median of the ratios of the rounds to those of `beside`."""
-    ratios = ratios_of(series.p99s_ms, beside.p99s_ms) if beside is not None else []
-    p50_ms, p99_ms = series.percentile_ms(50), series.percentile_ms(99)
+    """The row of a percentile. Its ratio is the median of the ratios of the rounds to those of `beside`."""
+    rounds = series.percentiles_ms(percent)
+    ratios = ratios_of(rounds, beside.percentiles_ms(percent)) if beside is not None else []
     return Row(
         key,
-        f"p99 of {what}",
-        p99_ms,
+        f"p{percent} of {what}",
+        series.percentile_ms(percent),
         "ms",
-        p50_ms,
-        p99_ms,
+        series.percentile_ms(50),
+        series.percentile_ms(99),
         ratio=statistics.median(ratios) if ratios else None,
         ratio_to=ratio_to,
         target=target,
-        rounds=tuple(series.p99s_ms),
+        rounds=tuple(rounds),
         ratio_rounds=tuple(ratios),
     )
 

@@ -3,11 +3,12 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-SectionName = Literal["rpc", "tools", "engine", "versions", "growth", "startup", "memory", "audit"]
+SectionName = Literal["rpc", "tools", "watchers", "engine", "versions", "growth", "startup", "memory", "audit"]
 """One part of the run; the order of the full run is that of `SECTIONS`, which says what each measures."""
 SECTIONS: dict[SectionName, str] = {
     "rpc": "calls to a server, each kind beside Ping",
     "tools": "tools that a server executes, and what goes on beside slow ones",
+    "watchers": "SetVariable of a variable with thousands of watchers, beside one without",
     "engine": "the engine in this process, with one caller, threads and asyncio tasks",
     "versions": "SetVariable of a variable with few versions, and with many",
     "growth": "by how much an update makes the file grow",
@@ -43,6 +44,8 @@ class Plan:
     slow_slice_s: float = 2.0
     probes: int = 16
     probes_per_s: float = 150.0
+    watchers: int = 2_000
+    watched_writes: int = 25
     version_counts: tuple[int, ...] = (10, 1_000, 100_000)
     version_turns: int = 8
     growth_updates: int = 12_800
@@ -82,6 +85,8 @@ QUICK = Plan(
     slow_s=600,
     slow_rounds=1,
     slow_slice_s=0.2,
+    watchers=12,
+    watched_writes=3,
     version_counts=(10, 100, 1_000),
     version_turns=3,
     growth_updates=640,

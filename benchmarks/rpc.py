@@ -142,9 +142,7 @@ class Calls:
         self.in_flight = in_flight
         self.series = Series()
         self.ratios: list[float] = []
-        parse = getattr(pb, BRIDGE_SERVICE.methods_by_name[rpc.name].output_type.name).FromString
-        # Without a serializer: what is sent are bytes already.
-        invoke: Any = channel.unary_unary(f"/{BRIDGE_SERVICE.full_name}/{rpc.name}", response_deserializer=parse)
+        invoke = caller_of(channel, rpc.name)
         requests = [
             cycle([rpc.request(caller, number).SerializeToString() for number in range(UNLIKE_REQUESTS)])
             for caller in range(in_flight)
@@ -165,6 +163,12 @@ class Calls:
             if not self.rpc.accept(caller, answer):
                 raise RuntimeError(f"{self.rpc.name} answered {answer}")
         return part
+
+
+def caller_of(channel: grpc.Channel | grpc.aio.Channel, rpc: str) -> Any:
+    """What calls this rpc: it takes requests that are serialised already, and parses answers."""
+    parse = getattr(pb, BRIDGE_SERVICE.methods_by_name[rpc].output_type.name).FromString
+    return channel.unary_unary(f"/{BRIDGE_SERVICE.full_name}/{rpc}", response_deserializer=parse)
 
 
 def row_of(section: str, calls: Calls, targets: Mapping[str, Mapping[int, float]]) -> Row:

@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks import audit, beside_slow, compare, engine, executing, growth, memory, rpc, startup, versions
+from benchmarks import audit, beside_slow, compare, engine, executing, growth, memory, rpc, startup, versions, watchers
 from benchmarks.disk import IN_MEMORY, filesystem_of, sync_times_s
 from benchmarks.interpreter import describe_build
 from benchmarks.load import percentile_ms
@@ -75,6 +75,7 @@ def timed_jobs(plan: Plan, folder: Path, names: Sequence[SectionName]) -> list[_
     jobs: dict[SectionName, list[_Job]] = {
         "rpc": [_Job(rpc.measure, (plan, folder / "rpc.db"))],
         "tools": [_Job(measured, (plan, folder / "tools.db")) for measured in (executing.measure, beside_slow.measure)],
+        "watchers": [_Job(watchers.measure, (plan, folder))],
         "engine": [_Job(engine.measure, (plan, folder))],
         "versions": [_Job(versions.measure, (plan, folder / "versions.db"))],
         "startup": [_Job(startup.measure, (plan, folder))],

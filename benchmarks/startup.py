@@ -14,9 +14,8 @@ from google.protobuf.message import Message
 from benchmarks.files import NAMES, begin_session, make_file, session_id
 from benchmarks.load import ratios_of
 from benchmarks.plan import Plan
-from benchmarks.rpc import start_server
+from benchmarks.rpc import caller_of, start_server
 from benchmarks.table import Row, Target
-from dspex_persist.state.bridge.codec import BRIDGE_SERVICE
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 
 _TOUCHED = 10
@@ -80,9 +79,7 @@ def _touch(channel: grpc.Channel, number: int) -> float:
 
 
 def _call(channel: grpc.Channel, rpc: str, request: Message) -> Any:
-    parse = getattr(pb, BRIDGE_SERVICE.methods_by_name[rpc].output_type.name).FromString
-    invoke: Any = channel.unary_unary(f"/{BRIDGE_SERVICE.full_name}/{rpc}", response_deserializer=parse)
-    return invoke(request.SerializeToString(), timeout=30)
+    return caller_of(channel, rpc)(request.SerializeToString(), timeout=30)
 
 
 def _ready_row(starts: _Starts, first: _Starts) -> Row:

@@ -1,122 +1,119 @@
-"""What thousands of watchers cost everybody else: a write's answer, and a Ping right behind it.
+"""What thousands of watchers of a variable cost whoever sets it, and whoever calls right behind.
 
-    python -m benchmarks.watchers [--watchers 2000] [--writes 50]
-
-The watchers are in a process of their own. Times are medians, as multiples of a Ping without watchers in the same run.
+Two servers: the variable of one has so many watchers, in a process of their own, that of the other has none. One caller
+sets a variable here, then there, and waits until all have been told: each call meets servers that have nothing to do.
 """
 
-import argparse
-import asyncio
-import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
-from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import Message
 
+from benchmarks.crowd import Crowd, allow_connections
+from benchmarks.files import NAMES, begin_session, make_file, session_id
+from benchmarks.load import Series, Slice, percentile_row
+from benchmarks.plan import Plan
+from benchmarks.rpc import caller_of, packed, start_server
+from benchmarks.table import Row, Target
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
-from dspex_persist.testing.server import ServedDatabase
 
-_PACKAGE = "/snakepit.bridge.BridgeService/"
-_PER_CONNECTION = 100
+_PATIENCE_S = 60
+_SESSION, _NAME = session_id(0), NAMES[0]
+_TARGETS = {("SetVariable", 99): Target("ratio", "at most", 3)}
 
 
-async def watch(target: str, count: int, writes: int) -> None:
-    """Open `count` watches, say so on stdout, and again when each has been told of every write."""
-    channels = [
-        grpc.aio.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1)])
-        for _ in range(-(-count // _PER_CONNECTION))
+class _Server:
+    """One of the servers, as its caller sees it. `series`: by rpc, a slice a round."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.version = 0
+        self.series = {"SetVariable": Series(), "Ping": Series()}
+        self._channel = grpc.insecure_channel(f"127.0.0.1:{port}")
+        self._latencies: dict[str, list[float]] = {rpc: [] for rpc in self.series}
+
+    def call(self) -> None:
+        """Set the variable, then Ping. RuntimeError if the version is not the next one."""
+        request = pb.SetVariableRequest(session_id=_SESSION, variable_identifier=_NAME, value=packed(self.version))
+        answer = self._timed("SetVariable", request)
+        self._timed("Ping", pb.PingRequest(message="hello"))
+        if answer.new_version != self.version + 1:
+            raise RuntimeError(f"version {answer.new_version} came after {self.version}")
+        self.version += 1
+
+    def _timed(self, rpc: str, request: Message) -> Any:
+        call, serialised = caller_of(self._channel, rpc), request.SerializeToString()
+        called = time.perf_counter()
+        answer = call(serialised, timeout=_PATIENCE_S)
+        self._latencies[rpc].append(time.perf_counter() - called)
+        return answer
+
+    def end_round(self, *, counts: bool = True) -> None:
+        """Make slices of what was measured since the last round, if it counts."""
+        for rpc, latencies in self._latencies.items():
+            if counts:
+                self.series[rpc].slices.append(Slice(latencies, sum(latencies)))
+            self._latencies[rpc] = []
+
+    def close(self) -> None:
+        """Let the connection go."""
+        self._channel.close()
+
+
+def measure(plan: Plan, folder: Path) -> list[Row]:
+    """Measure both servers in turn, call by call."""
+    allow_connections(plan.watchers)
+    with ExitStack() as stack:
+        unwatched, watched = (stack.enter_context(_serving(folder / name)) for name in ("unwatched.db", "watched.db"))
+        crowd = stack.enter_context(Crowd(watched.port))
+        crowd.watch(plan.watchers, _SESSION, _NAME)
+        # What each process does once, such as preparing statements, is done before the first round.
+        _run_round(unwatched, watched, crowd, 2, counts=False)
+        for count in range(plan.rounds):
+            print(f"watchers: round {count + 1} of {plan.rounds}", file=sys.stderr, flush=True)
+            _run_round(unwatched, watched, crowd, plan.watched_writes, counts=True)
+    return [
+        row for rpc in watched.series for percent in (50, 99) for row in _rows(plan, rpc, percent, unwatched, watched)
     ]
-    started = asyncio.Semaphore(0)
-
-    async def one(number: int) -> None:
-        rpc = channels[number % len(channels)].unary_stream(
-            f"{_PACKAGE}WatchVariables",
-            request_serializer=pb.WatchVariablesRequest.SerializeToString,
-            response_deserializer=pb.VariableUpdate.FromString,
-        )
-        call = rpc(pb.WatchVariablesRequest(session_id="s", variable_identifiers=["x"]))
-        await call.initial_metadata()
-        started.release()
-        told = 0
-        async for update in call:
-            if update.update_type == "value_change":
-                told += 1
-                if update.variable.version != told:
-                    raise AssertionError(f"version {update.variable.version} came as number {told}")
-            if told == writes:
-                return
-
-    tasks = [asyncio.create_task(one(number)) for number in range(count)]
-    for _ in range(count):
-        await started.acquire()
-    print("watching", flush=True)
-    await asyncio.gather(*tasks)
-    print("told", flush=True)
 
 
-def measure(folder: Path, watchers: int, writes: int) -> tuple[float, float, float]:
-    """Medians of a write, of a Ping right behind it, and of a Ping when nothing else goes on, in seconds."""
-    with ServedDatabase(folder / f"{watchers}.db") as server, grpc.insecure_channel(server.target) as channel:
-        call = _caller(channel)
-        call("InitializeSession", pb.InitializeSessionRequest(session_id="s"), pb.InitializeSessionResponse)
-        register = pb.RegisterVariableRequest(session_id="s", name="x", type="integer")
-        register.initial_value.CopyFrom(AnyMessage(type_url="dspex.variables/integer", value=b"0"))
-        call("RegisterVariable", register, pb.RegisterVariableResponse)
-        argv = [sys.executable, "-m", "benchmarks.watchers", "--watch", server.target]
-        argv += ["--watchers", str(watchers), "--writes", str(writes)]
-        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as watching:
-            assert watching.stdout is not None
-            assert watching.stdout.readline() == "watching\n"
-            idle = [call("Ping", pb.PingRequest(), pb.PingResponse) for _ in range(writes)]
-            times: list[tuple[float, float]] = []
-            for number in range(1, writes + 1):
-                request = pb.SetVariableRequest(session_id="s", variable_identifier="x")
-                request.value.CopyFrom(AnyMessage(type_url="dspex.variables/integer", value=str(number).encode()))
-                write_s = call("SetVariable", request, pb.SetVariableResponse)
-                times.append((write_s, call("Ping", pb.PingRequest(), pb.PingResponse)))
-                # Each write meets a server that is done with the last one.
-                time.sleep(0.02 + watchers / 5000)
-            assert watching.stdout.readline() == "told\n"
-        writing, pinging = zip(*times, strict=True)
-        return statistics.median(writing), statistics.median(pinging), statistics.median(idle)
+@contextmanager
+def _serving(path: Path) -> Iterator[_Server]:
+    make_file(path, begin_session(0))
+    with start_server(path) as process:
+        server = _Server(process.port)
+        yield server
+        server.close()
+        process.terminate(_PATIENCE_S)
 
 
-def _caller(channel: grpc.Channel) -> Callable[..., float]:
-    def call(name: str, request: object, answer: type) -> float:
-        rpc = channel.unary_unary(
-            f"{_PACKAGE}{name}",
-            request_serializer=lambda message: message.SerializeToString(),
-            response_deserializer=answer.FromString,  # type: ignore[attr-defined]
-        )
-        begun = time.perf_counter()
-        rpc(request, timeout=60)
-        return time.perf_counter() - begun
-
-    return call
+def _run_round(unwatched: _Server, watched: _Server, crowd: Crowd, writes: int, *, counts: bool) -> None:
+    for _ in range(writes):
+        unwatched.call()
+        watched.call()
+        crowd.wait_told(watched.version)
+    unwatched.end_round(counts=counts)
+    watched.end_round(counts=counts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--watchers", type=int, default=2000)
-    parser.add_argument("--writes", type=int, default=50)
-    parser.add_argument("--watch", help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.watch:
-        asyncio.run(watch(asked.watch, asked.watchers, asked.writes))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        unit = 0.0
-        print("watchers   write   Ping behind it   (in Pings without watchers)")
-        for count in (1, asked.watchers):
-            write_s, ping_s, idle_s = measure(Path(folder), count, asked.writes)
-            unit = unit or idle_s
-            print(f"{count:8}   {write_s / unit:5.1f}   {ping_s / unit:14.1f}")
-
-
-if __name__ == "__main__":
-    main()
+def _rows(plan: Plan, rpc: str, percent: int, unwatched: _Server, watched: _Server) -> list[Row]:
+    key = f"watchers.p{percent}.{rpc}"
+    what = {"SetVariable": "SetVariable", "Ping": "Ping right after it"}[rpc]
+    alone, beside = unwatched.series[rpc], watched.series[rpc]
+    return [
+        percentile_row(f"{key}.0", percent, f"{what}, no watchers", alone),
+        percentile_row(
+            f"{key}.{plan.watchers}",
+            percent,
+            f"{what}, {plan.watchers:,} watchers",
+            beside,
+            beside=alone,
+            ratio_to=f"{key}.0",
+            target=_TARGETS.get((rpc, percent)),
+        ),
+    ]

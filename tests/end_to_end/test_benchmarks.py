@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 RPCS = ("Ping", "GetVariable", "SetVariable", "SetVariables", "GetVariableHistory")
 ASKED = ("newest", "as_of", "blame", "search", "export")
 EXECUTED = ("Ping", "noop", "read_3_write_2")
+WATCHED = ("p50.SetVariable", "p99.SetVariable", "p50.Ping", "p99.Ping")
 ENGINE = (
     "sqlite3.1",
     "sqlite3.64",
@@ -54,6 +55,7 @@ def test_every_row_is_there_in_the_order_of_the_sections(quick_run: dict[str, An
         *(f"tools.{name}.{in_flight}" for name in EXECUTED for in_flight in QUICK.in_flight),
         *(f"tools.chunks.{streams}" for streams in QUICK.streams),
         *(f"tools.p99.{rpc}.{count}" for rpc in ("SetVariable", "GetVariable") for count in (0, QUICK.slow_tools)),
+        *(f"watchers.{name}.{count}" for name in WATCHED for count in (0, QUICK.watchers)),
         *(f"engine.{name}" for name in ENGINE),
         *(f"versions.{count}" for count in QUICK.version_counts),
         *(f"growth.{callers}" for callers in (1, 64)),
@@ -84,6 +86,14 @@ def test_what_runs_beside_slow_tools_is_a_ratio_to_what_runs_without(quick_run: 
         assert beside["ratio_to"] == f"tools.p99.{rpc}.0"
         assert beside["value"] == beside["p99_ms"]
         assert beside["target"] == {"of": "ratio", "sense": "at most", "bound": 1.5}
+
+
+def test_the_cost_of_watchers_is_a_ratio_to_the_same_call_without(quick_run: dict[str, Any]) -> None:
+    rows = {row["key"]: row for row in quick_run["rows"]}
+    watched = [rows[f"watchers.{name}.{QUICK.watchers}"] for name in WATCHED]
+    assert [row["ratio_to"] for row in watched] == [f"watchers.{name}.0" for name in WATCHED]
+    target = {"of": "ratio", "sense": "at most", "bound": 3}
+    assert [row["target"] for row in watched] == [None, target, None, None]
 
 
 def test_a_number_of_several_rounds_is_told_with_its_rounds(quick_run: dict[str, Any]) -> None:
@@ -233,9 +243,3 @@ def test_fewer_rounds_can_be_asked_for() -> None:
 def _bench(*options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks.run", *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=within(60), check=False)
-
-
-def test_the_cost_of_watchers_is_measured() -> None:
-    command = [sys.executable, "-m", "benchmarks.watchers", "--watchers", "12", "--writes", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["watchers", "1", "12"]
