@@ -15,6 +15,7 @@ import dspex_persist
 from benchmarks.files import begin_session, carry_out, session_id, value_of
 from benchmarks.load import ratios_of, run_threads
 from benchmarks.plan import CALLERS, Plan
+from benchmarks.proc import Counts
 from benchmarks.table import Row, Target
 from dspex_persist.audit import AuditSource, HistoryQuery
 from dspex_persist.cognitive.tool_context import ToolContext
@@ -152,23 +153,15 @@ def _ask(question: _Question, versions: int, path: Path) -> None:
     with dspex_persist.open_audit(path) as audit:
         middle = audit.head() // 2
     with dspex_persist.open_audit(path) as audit:
-        before, began = _bytes_read(), time.perf_counter()
+        before, began = Counts.now(), time.perf_counter()
         answers = question.ask(audit, path, middle)
         elapsed_s = time.perf_counter() - began
-        read_bytes = _bytes_read() - before
+        # SQLite reads a page with one call.
+        read_bytes = Counts.now().since(before).read_bytes
     if answers != question.answers:
         raise AssertionError(f"{question.what}: {answers} answers instead of {question.answers}")
     question.times_s.setdefault(versions, []).append(elapsed_s)
     question.read_bytes.setdefault(versions, []).append(read_bytes)
-
-
-def _bytes_read() -> int:
-    """What this process has read through the system so far: SQLite reads a page with one call."""
-    for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines():
-        name, _, count = line.partition(": ")
-        if name == "rchar":
-            return int(count)
-    raise RuntimeError("/proc/self/io has no rchar")
 
 
 def _row_of(question: _Question, versions: int, plan: Plan) -> Row:

@@ -3,17 +3,21 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-SectionName = Literal["rpc", "tools", "watchers", "engine", "versions", "growth", "startup", "memory", "audit"]
+SectionName = Literal[
+    "rpc", "tools", "watchers", "connections", "engine", "versions", "commits", "growth", "startup", "memory", "audit"
+]
 """One part of the run; the order of the full run is that of `SECTIONS`, which says what each measures."""
 SECTIONS: dict[SectionName, str] = {
     "rpc": "calls to a server, each kind beside Ping",
     "tools": "tools that a server executes, and what goes on beside slow ones",
     "watchers": "SetVariable of a variable with thousands of watchers, beside one without",
+    "connections": "calls to a server with a thousand idle connections, beside one without",
     "engine": "the engine in this process, with one caller, threads and asyncio tasks",
     "versions": "SetVariable of a variable with few versions, and with many",
+    "commits": "what a commit takes of the system: bytes, calls, waits",
     "growth": "by how much an update makes the file grow",
     "startup": "how long a server takes to be ready, with few sessions and with many",
-    "memory": "what sessions take that have come and gone",
+    "memory": "what sessions take that have come and gone; an idle session, connection, watcher",
     "audit": "audits of a large file; verify, prune, replay",
 }
 
@@ -44,11 +48,16 @@ class Plan:
     slow_slice_s: float = 2.0
     probes: int = 16
     probes_per_s: float = 150.0
+    idle_sessions: int = 2_000
+    idle_connections: int = 1_000
+    idle_slice_s: float = 0.5
     watchers: int = 2_000
     watched_writes: int = 25
     version_counts: tuple[int, ...] = (10, 1_000, 100_000)
     version_turns: int = 8
     growth_updates: int = 12_800
+    logged_commits: int = 128
+    counted_commits: int = 1_280
     session_counts: tuple[int, ...] = (10, 1_000, 100_000)
     start_rounds: int = 3
     come_and_go: tuple[int, int] = (10_000, 100_000)
@@ -85,11 +94,16 @@ QUICK = Plan(
     slow_s=600,
     slow_rounds=1,
     slow_slice_s=0.2,
+    idle_sessions=20,
+    idle_connections=20,
+    idle_slice_s=0.05,
     watchers=12,
     watched_writes=3,
     version_counts=(10, 100, 1_000),
     version_turns=3,
     growth_updates=640,
+    logged_commits=64,
+    counted_commits=128,
     session_counts=(10, 100, 1_000),
     start_rounds=1,
     come_and_go=(50, 500),

@@ -84,7 +84,7 @@ async def _measure(plan: Plan, target: str) -> tuple[list[Row], dict[int, int]]:
     async with grpc.aio.insecure_channel(target) as channel:
         for in_flight in plan.in_flight:
             print(f"rpc: {in_flight} in flight", file=sys.stderr, flush=True)
-            all_calls = [Calls(channel, rpc, in_flight) for rpc in _rpcs(plan, newest)]
+            all_calls = [Calls(channel, rpc, in_flight) for rpc in rpcs(plan, newest)]
             await run_rounds(plan, all_calls)
             rows += (row_of("rpc", calls, _TARGETS) for calls in all_calls)
     return rows, newest
@@ -189,7 +189,7 @@ def row_of(section: str, calls: Calls, targets: Mapping[str, Mapping[int, float]
     )
 
 
-def _rpcs(plan: Plan, newest: dict[int, int]) -> list[Rpc]:
+def rpcs(plan: Plan, newest: dict[int, int]) -> list[Rpc]:
     """What is called, Ping first. The versions that callers are told of go into `newest`."""
 
     def get(caller: int, number: int) -> Message:

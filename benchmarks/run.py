@@ -19,7 +19,21 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks import audit, beside_slow, compare, engine, executing, growth, memory, rpc, startup, versions, watchers
+from benchmarks import (
+    audit,
+    beside_slow,
+    commits,
+    compare,
+    connections,
+    engine,
+    executing,
+    growth,
+    memory,
+    rpc,
+    startup,
+    versions,
+    watchers,
+)
 from benchmarks.disk import IN_MEMORY, filesystem_of, sync_times_s
 from benchmarks.interpreter import describe_build
 from benchmarks.load import percentile_ms
@@ -59,9 +73,10 @@ def untimed_jobs(plan: Plan, folder: Path, names: Sequence[SectionName]) -> list
     The longest come first, and what measures memory is the very first: it needs a process that has done nothing yet.
     """
     jobs: dict[SectionName, list[_Job]] = {
-        "memory": [_Job(memory.measure, (plan, folder))],
+        "memory": [_Job(memory.measure, (plan, folder)), _Job(memory.measure_idle, (plan, folder))],
         "startup": [_Job(startup.prepare, (folder, count)) for count in sorted(plan.session_counts, reverse=True)],
         "versions": [_Job(versions.prepare, (plan, folder / "versions.db"))],
+        "commits": [_Job(commits.measure, (plan, folder))],
         "growth": [_Job(growth.measure, (plan, folder))],
         "rpc": [_Job(rpc.prepare, (plan, folder / "rpc.db"))],
         "tools": [_Job(executing.prepare, (plan, folder / "tools.db"))],
@@ -76,6 +91,7 @@ def timed_jobs(plan: Plan, folder: Path, names: Sequence[SectionName]) -> list[_
         "rpc": [_Job(rpc.measure, (plan, folder / "rpc.db"))],
         "tools": [_Job(measured, (plan, folder / "tools.db")) for measured in (executing.measure, beside_slow.measure)],
         "watchers": [_Job(watchers.measure, (plan, folder))],
+        "connections": [_Job(connections.measure, (plan, folder))],
         "engine": [_Job(engine.measure, (plan, folder))],
         "versions": [_Job(versions.measure, (plan, folder / "versions.db"))],
         "startup": [_Job(startup.measure, (plan, folder))],
@@ -135,8 +151,8 @@ def format_run(run: Mapping[str, Any]) -> str:
         f"fdatasync {sync_ms['p50']:.2f} ms (p99 {sync_ms['p99']:.2f}) on {run['filesystem']}; "
         f"Python {run['python']}, {run['built']}",
         f"SQLite {run['sqlite']} (WAL, synchronous=FULL); {run['cpus']} CPUs shared by client and server, load "
-        f"{run['load']:g} before; {run['measured_at']}, {run['elapsed_s']:g} s",
-        f"Files in {run['directory']}",
+        f"{run['load']:g} before",
+        f"{run['measured_at']}, {run['elapsed_s']:g} s; files in {run['directory']}",
     ]
     if not run["optimized"]:
         lines.append(

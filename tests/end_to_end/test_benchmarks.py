@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.commits import can_trace
 from benchmarks.compare import SavedRun, changes, format_changes
 from benchmarks.interpreter import describe_build
 from benchmarks.plan import FULL, QUICK, SECTIONS
@@ -16,7 +17,7 @@ from tests.deadline import within
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Some 20 s on a quiet machine; on a busy one as long as it takes.
+# Half a minute on a quiet machine; on a busy one as long as it takes.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 RPCS = ("Ping", "GetVariable", "SetVariable", "SetVariables", "GetVariableHistory")
@@ -47,7 +48,7 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {**run, "docs": page.read_text(), "printed": ended.stdout}
 
 
-def test_every_row_is_there_in_the_order_of_the_sections(quick_run: dict[str, Any]) -> None:
+def test_every_row_is_there_in_the_order_of_the_sections(quick_run: dict[str, Any], tmp_path: Path) -> None:
     keys = [row["key"] for row in quick_run["rows"]]
     assert len(keys) == len(set(keys))
     assert set(keys) == {
@@ -56,12 +57,16 @@ def test_every_row_is_there_in_the_order_of_the_sections(quick_run: dict[str, An
         *(f"tools.chunks.{streams}" for streams in QUICK.streams),
         *(f"tools.p99.{rpc}.{count}" for rpc in ("SetVariable", "GetVariable") for count in (0, QUICK.slow_tools)),
         *(f"watchers.{name}.{count}" for name in WATCHED for count in (0, QUICK.watchers)),
+        *(f"connections.p99.{rpc}.{count}" for rpc in RPCS[:3] for count in (0, QUICK.idle_connections)),
+        *(f"connections.memory.{count}" for count in (0, QUICK.idle_connections)),
         *(f"engine.{name}" for name in ENGINE),
+        *(f"commits.{counted}.{callers}" for counted in ("wal", "written", "calls", "waits") for callers in (1, 64)),
+        *(f"commits.{traced}.1" for traced in ("system", "syncs") if can_trace(tmp_path)),
         *(f"versions.{count}" for count in QUICK.version_counts),
         *(f"growth.{callers}" for callers in (1, 64)),
         *(f"startup.{count}" for count in QUICK.session_counts),
         *(f"startup.touch.{count}" for count in QUICK.session_counts),
-        *(f"memory.{count}" for count in (*QUICK.come_and_go, "growth")),
+        *(f"memory.{count}" for count in (*QUICK.come_and_go, "growth", "session", "connection", "watcher")),
         *(f"audit.{asked}.{count}" for asked in ASKED for count in QUICK.audit_versions),
         *(f"audit.{what}" for what in ("verify", "prune", "replay", "quiet", "scanned")),
     }
@@ -98,6 +103,7 @@ def test_the_cost_of_watchers_is_a_ratio_to_the_same_call_without(quick_run: dic
 
 def test_a_number_of_several_rounds_is_told_with_its_rounds(quick_run: dict[str, Any]) -> None:
     single = {"growth.1", "growth.64", *(f"memory.{count}" for count in (*QUICK.come_and_go, "growth"))}
+    single |= {f"connections.memory.{count}" for count in (0, QUICK.idle_connections)}
     for row in quick_run["rows"]:
         assert (row["rounds"] == []) == (row["key"] in single)
         assert (row["ratio"] is None) == (row["ratio_rounds"] == [])
