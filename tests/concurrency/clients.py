@@ -1,4 +1,4 @@
-"""Clients that use one variable at once and write down what they asked, what they were told, and when."""
+"""Clients that use one variable concurrently, and record each request, its answer and its times."""
 
 import asyncio
 import json
@@ -25,29 +25,29 @@ _CURRENT = re.compile(r"current version is (\d+)")
 
 @dataclass
 class RefusedError(Exception):
-    """Nothing was done; `version` is the current one if the answer named it."""
+    """The server did nothing; `version` is the current one if the answer named it."""
 
     version: int | None
 
 
 class UnknownError(Exception):
-    """Done or not, nobody knows."""
+    """The outcome of the request is unknown."""
 
 
 class Register(ABC):
-    """One variable, however it is reached. Values are JSON."""
+    """One variable, over any backend. Values are JSON."""
 
     @abstractmethod
     async def get(self) -> tuple[int, str]:
-        """Version and value."""
+        """Return version and value."""
 
     @abstractmethod
     async def set(self, value: str, expected: int) -> int:
-        """The new version. `RefusedError`, `UnknownError`."""
+        """Write and return the new version; raises `RefusedError` or `UnknownError`."""
 
 
 class BridgeRegister(Register):
-    """A variable of a server."""
+    """A variable on a server."""
 
     def __init__(self, bridge: Bridge) -> None:
         self._bridge = bridge
@@ -68,12 +68,12 @@ class BridgeRegister(Register):
         except grpc.aio.AioRpcError as error:
             if not is_refusal(error):
                 raise UnknownError from error
-            said = _CURRENT.search(error.details() or "")
-            raise RefusedError(int(said[1]) if said is not None else None) from error
+            match = _CURRENT.search(error.details() or "")
+            raise RefusedError(int(match[1]) if match is not None else None) from error
 
 
 class EmbeddedRegister(Register):
-    """A variable of an engine in this process."""
+    """A variable in an engine in this process."""
 
     def __init__(self, provider: StateProvider, type_name: str = "string", value: str = INITIAL) -> None:
         self._provider = provider
@@ -85,7 +85,7 @@ class EmbeddedRegister(Register):
         return variable.version, variable.value.json
 
     async def set(self, value: str, expected: int) -> int:
-        # Over the bridge 0 means any.
+        # As over the bridge, 0 means any version.
         command = SetVariable(SESSION, NAME, Value(value), {}, expected or None)
         try:
             return await asyncio.wrap_future(self._provider.submit(command))
@@ -98,7 +98,7 @@ class EmbeddedRegister(Register):
 
 
 async def record(register: Register, *, clients: int, operations: int, seed: int) -> list[Operation]:
-    """What `clients` at once see of `operations` calls each: reads, plain and conditional writes."""
+    """Return the history of concurrent clients with `operations` calls each: reads, plain and conditional writes."""
     histories = await asyncio.gather(
         *(_record_one(register, number, operations, Random(f"{seed}/{number}")) for number in range(clients))
     )
@@ -117,7 +117,7 @@ async def _record_one(register: Register, number: int, operations: int, random: 
             expected = random.choice([0, seen])
             history.append(await _set(register, number, json.dumps(f"{number}-{count}"), expected))
             seen = history[-1].version or seen
-        # In the engine's own process a read is done at once, and the others would never get their turn.
+        # An engine in this process answers reads at once, so without this the other clients would never run.
         await asyncio.sleep(0)
     return history
 
@@ -134,7 +134,7 @@ async def _set(register: Register, number: int, value: str, expected: int) -> Op
 
 
 async def increment(register: Register, times: int) -> int:
-    """Add one `times` times, whatever the others do; how many attempts it took."""
+    """Add one, `times` times, in competition with the others; returns the number of attempts."""
     attempts = 0
     for _ in range(times):
         while True:

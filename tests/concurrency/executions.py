@@ -1,4 +1,4 @@
-"""Clients that execute tools on one session at once, and write down what each saw, when, and how it ended."""
+"""Clients that execute tools on one session concurrently, and record what each saw, when, and how it ended."""
 
 import asyncio
 import itertools
@@ -14,23 +14,23 @@ from tests.faults.bridge import CALL_TIMEOUT_S, Bridge, ToolAnswer, is_refusal
 
 SESSION = "histories"
 PAIRS, HOT = 3, 2
-"""Pairs of lists for write skew, and lists that everybody appends to."""
+"""The number of pairs of lists for write skew, and of lists that all clients append to."""
 NAMES = [*(f"{side}{pair}" for pair in range(PAIRS) for side in ("left", "right")), *(f"hot{n}" for n in range(HOT))]
 
 
 async def set_up(bridge: Bridge) -> None:
-    """Begin the session, with its lists empty."""
+    """Begin the session with empty lists."""
     await bridge.begin(SESSION)
     for name in NAMES:
         await bridge.register(SESSION, name, "string", "", {})
 
 
 async def record(bridge: Bridge, *, clients: int, executions: int, seed: int, tool: str) -> list[Transaction]:
-    """What `clients` at once see of `executions` each; at the end one reads everything."""
+    """Return the history of concurrent clients with `executions` each; a last execution reads everything."""
     parts = await asyncio.gather(
         *(_record_one(bridge, number, executions, Random(f"{seed}/{number}"), tool) for number in range(clients))
     )
-    # For the last look everything has come to rest.
+    # The last execution starts after all others have ended on the server, too.
     await asyncio.sleep(0.2)
     last = await _execute(bridge, tool, tuple(map(Operation, NAMES)), 0.0, CALL_TIMEOUT_S)
     return [*itertools.chain.from_iterable(parts), last]
@@ -40,7 +40,7 @@ async def _record_one(bridge: Bridge, number: int, executions: int, random: Rand
     history = []
     for count in range(executions):
         operations = _draw(random, f"{number}.{count}")
-        # A few give up while it runs: what came of it they do not know.
+        # A few clients give up while the tool runs, so they do not know its outcome.
         timeout_s = random.uniform(0.002, 0.03) if random.random() < 0.05 else CALL_TIMEOUT_S
         history.append(await _execute(bridge, tool, operations, random.choice([0.0, 0.001, 0.004]), timeout_s))
     return history
@@ -49,7 +49,7 @@ async def _record_one(bridge: Bridge, number: int, executions: int, random: Rand
 def _draw(random: Random, element: str) -> tuple[Operation, ...]:
     kind = random.random()
     if kind < 0.45:
-        # Whoever reads both of a pair and appends to one is the half of a write skew.
+        # An execution that reads both lists of a pair and appends to one is half of a write skew.
         pair = random.randrange(PAIRS)
         one, other = random.sample([f"left{pair}", f"right{pair}"], 2)
         return Operation(one), Operation(other), Operation(one, element)
@@ -64,10 +64,10 @@ def _draw(random: Random, element: str) -> tuple[Operation, ...]:
 async def _execute(
     bridge: Bridge, tool: str, operations: tuple[Operation, ...], pause_s: float, timeout_s: float
 ) -> Transaction:
-    asked = [f"{each.name}+{each.element}" if each.element else each.name for each in operations]
+    texts = [f"{each.name}+{each.element}" if each.element else each.name for each in operations]
     began = time.monotonic()
     try:
-        answer = await bridge.execute(SESSION, tool, {"operations": asked, "pause_s": pause_s}, timeout_s=timeout_s)
+        answer = await bridge.execute(SESSION, tool, {"operations": texts, "pause_s": pause_s}, timeout_s=timeout_s)
     except grpc.aio.AioRpcError as error:
         status: Status = "failed" if is_refusal(error) else "unknown"
         return Transaction(operations, began, math.inf, status)
@@ -75,10 +75,10 @@ async def _execute(
     if answer.code:
         assert answer.code in ("CONFLICT", "TIMED_OUT"), answer
         return Transaction(operations, began, ended, "failed")
-    return Transaction(_found(operations, answer), began, ended, "ok")
+    return Transaction(_with_results(operations, answer), began, ended, "ok")
 
 
-def _found(operations: tuple[Operation, ...], answer: ToolAnswer) -> tuple[Operation, ...]:
+def _with_results(operations: tuple[Operation, ...], answer: ToolAnswer) -> tuple[Operation, ...]:
     return tuple(
         each._replace(found=tuple(text.split(",")) if text else ())
         for each, text in zip(operations, answer.result, strict=True)

@@ -1,9 +1,8 @@
-"""Is a history of one variable, as its clients saw it, that of one variable on one machine?
+"""Checks whether the history of one variable, as its clients saw it, is linearizable.
 
-The server numbers every write, so the order that it claims is known: a write of version v comes right after all that
-saw v - 1. What is left to check is whether anybody saw anything else. That takes n log n steps, not a search.
-
-Every written value has to be unique within the history.
+The server numbers every write, so the order that it claims is known: a write of version v comes right after all
+operations that saw v - 1. It only remains to check that no client saw anything else, which takes n log n steps instead
+of a search. Every written value has to be unique within the history.
 """
 
 import math
@@ -20,8 +19,8 @@ Status: TypeAlias = Literal["ok", "refused", "unknown"]
 class Operation:
     """One call as its client saw it; times are monotonic seconds of one clock.
 
-    `value` is what was written or read; `version` what the answer named: the new one, the one read, or, where
-    `expected` did not fit, the current one. An unknown call returns never: `returned_at` is infinite.
+    `value` was written or read. `version` is the one in the answer: the new one, the one read or, after a refusal
+    because of `expected`, the current one. An unknown call never returns: `returned_at` is infinite.
     """
 
     client: int
@@ -36,7 +35,7 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """What no correct server can do; `rule` is one of the names in `RULES`."""
+    """Something that no correct server does; `rule` is one of `RULES`."""
 
     rule: str
     text: str
@@ -57,10 +56,10 @@ RULES = (
 
 
 def check(history: Iterable[Operation], initial_value: str) -> list[Violation]:
-    """Everything in the history that is not linearizable; [] if it is. Version 0 has `initial_value`."""
+    """Return everything in the history that is not linearizable. Version 0 has `initial_value`."""
     operations = list(history)
     violations = [
-        Violation("wrong version", f"{op} was refused for the version that it expected")
+        Violation("wrong version", f"{op} was refused although its expected version was the current one")
         for op in operations
         if op.status == "refused" and op.version is not None and op.expected in (0, op.version)
     ]
@@ -75,7 +74,7 @@ def check(history: Iterable[Operation], initial_value: str) -> list[Violation]:
 def _values_by_version(
     operations: Sequence[Operation], initial_value: str, violations: list[Violation]
 ) -> dict[int, str | None]:
-    """Which value each version has, by the acknowledged writes."""
+    """The value of each version, according to the acknowledged writes."""
     values: dict[int, str | None] = {0: initial_value}
     for op in operations:
         if op.kind != "set" or op.status != "ok" or op.version is None:
@@ -91,20 +90,20 @@ def _values_by_version(
 def _attribute_unknown(
     operations: Sequence[Operation], values: dict[int, str | None], violations: list[Violation]
 ) -> dict[str, Operation]:
-    """Find the versions of unknown writes by who read them; return those that nobody read, by value."""
+    """Find the versions of unknown writes from the reads; return the writes that no client read, by value."""
     unknown = {op.value: op for op in operations if op.kind == "set" and op.status == "unknown" and op.value}
     refused = {op.value for op in operations if op.kind == "set" and op.status == "refused"}
     for op in operations:
         if op.kind != "get" or op.status != "ok" or op.version is None or op.value is None:
             continue
         if op.value in refused:
-            violations.append(Violation("dirty read", f"{op} read what was refused"))
+            violations.append(Violation("dirty read", f"{op} read a value that was refused"))
         elif op.version in values:
             if values[op.version] != op.value:
                 text = f"{op} read another value than {values[op.version]!r}, which version {op.version} had"
                 violations.append(Violation("value changed", text))
         elif op.value not in unknown:
-            violations.append(Violation("value from nowhere", f"{op} read what nobody wrote at that version"))
+            violations.append(Violation("value from nowhere", f"{op} read a value that no client wrote"))
         else:
             write = unknown.pop(op.value)
             if write.expected and op.version != write.expected + 1:
@@ -115,7 +114,7 @@ def _attribute_unknown(
 
 @dataclass(frozen=True, slots=True)
 class _Placed:
-    """An operation in the order that the server claims."""
+    """An operation at its place in the order that the server claims."""
 
     position: int
     is_write: bool
@@ -132,13 +131,13 @@ def _positions(
             if op.value is not None and op.value not in unsettled:
                 placed.append(_Placed(version_of[op.value], True, op))
         elif op.version is not None:
-            # A refusal that names the current version is a read of it.
+            # A refusal that names the current version counts as a read of it.
             placed.append(_Placed(op.version, op.kind == "set" and op.status == "ok", op))
     return placed
 
 
 def _check_order(placed: Sequence[_Placed], violations: list[Violation]) -> None:
-    """Whatever had returned before an operation began must come before it."""
+    """Operations that returned before another one began must come before it."""
     ended = sorted(placed, key=lambda item: item.op.returned_at)
     latest: _Placed | None = None
     next_ended = 0
@@ -160,7 +159,7 @@ def _check_missing(
     unsettled: Mapping[str, Operation],
     violations: list[Violation],
 ) -> None:
-    """Versions whose writer is not known must be the work of unknown writes, each begun in time."""
+    """Versions without a known writer must come from unknown writes that began in time."""
     highest = max((item.position for item in placed), default=0)
     missing = [version for version in range(1, highest + 1) if version not in values]
     if not missing:
@@ -175,11 +174,11 @@ def _check_missing(
         for version in missing
     }
     for version in _unmatched(candidates):
-        violations.append(Violation("lost version", f"nobody can have written version {version}"))
+        violations.append(Violation("lost version", f"no write can have made version {version}"))
 
 
 class _deadlines:
-    """When a version was there at the latest: somebody had seen it, or a later one, by then."""
+    """The time by which a version existed: a client had seen it, or a later one."""
 
     def __init__(self, placed: Sequence[_Placed]) -> None:
         ordered = sorted(placed, key=lambda item: item.position)
@@ -194,16 +193,16 @@ class _deadlines:
 
 
 def _unmatched(candidates: Mapping[int, Sequence[Operation]]) -> list[int]:
-    """The versions left over when as many as possible get a writer of their own (augmenting paths)."""
-    taken: dict[str | None, int] = {}
+    """The versions without a writer after a maximum matching (augmenting paths)."""
+    assigned: dict[str | None, int] = {}
 
     def place(version: int, seen: set[str | None]) -> bool:
         for write in candidates[version]:
             if write.value in seen:
                 continue
             seen.add(write.value)
-            if write.value not in taken or place(taken[write.value], seen):
-                taken[write.value] = version
+            if write.value not in assigned or place(assigned[write.value], seen):
+                assigned[write.value] = version
                 return True
         return False
 

@@ -1,8 +1,8 @@
-"""Whether what executions saw is what the file says that there was to see.
+"""Checks what executions saw against the commits in the file.
 
-The commits of the file are the serial order. A serializable execution is as if it had run right before its commit: each
-thing that it saw is held against the state as of the commit before. One on a snapshot saw the state as of the commit
-that began it. Its own writes lie over that, and in the end they are what its commit has in the file.
+The commits are the serial order. A serializable execution behaves as if it ran right before its commit, so everything
+that it saw has to match the state as of the commit before. One with snapshot isolation saw the state as of the commit
+that began it. Both see their own writes on top, and their commit in the file consists of exactly these.
 """
 
 import sqlite3
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 HISTORY_LIMIT = 4
 _DELETED = 3
 Entry = tuple[int, str | None]
-"""A version and its value as JSON; None if it is the deletion."""
+"""A version and its value as JSON; None for a deletion."""
 
 
 class Action(NamedTuple):
-    """What an execution did to or asked of a name, and what it saw."""
+    """What an execution did with a name, and what it saw (`found`)."""
 
     word: str
     name: str
@@ -29,19 +29,19 @@ class Action(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One execution that has committed, as its client knows it."""
+    """A committed execution, as its client knows it."""
 
     execution_id: str
     sequence: int
     actions: tuple[Action, ...]
     serializable: bool
     after: int
-    """The newest commit that anybody had been told of when it was asked for."""
+    """The newest commit that any client knew when it requested the execution."""
 
 
 @dataclass(slots=True)
 class View:
-    """A session at one moment: the entries of the variables that have a name, and of the last one that had it."""
+    """A session at one moment: by name, the entries of its variables, and of the last deleted one."""
 
     live: dict[str, tuple[Entry, ...]] = field(default_factory=dict)
     gone: dict[str, tuple[Entry, ...]] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class View:
         return View(dict(self.live), dict(self.gone))
 
     def add(self, name: str, entry: Entry) -> None:
-        """Take in a version of the variable that has the name, or of a new one."""
+        """Add a version of the variable with this name, or of a new one."""
         entries = (*self.live.pop(name, ()), entry)
         if entry[1] is None:
             self.gone[name] = entries
@@ -58,7 +58,7 @@ class View:
             self.live[name] = entries
 
     def expect(self, action: Action) -> Any:
-        """What the action has to see; what it writes is written here."""
+        """Return what the action has to see, and apply what it writes."""
         entries = self.live.get(action.name)
         match action.word:
             case "get":
@@ -80,14 +80,14 @@ class View:
 
 
 def check(database: Path, session_id: str, observations: Iterable[Observation]) -> Iterator[str]:
-    """What cannot be explained."""
+    """Yield every observation that the commits do not explain."""
     observed = list(observations)
     began = _beginnings(database)
     points = {each.sequence - 1 if each.serializable else began[each.execution_id] for each in observed}
     views = _views(database, session_id, points | {each.sequence for each in observed})
     for each in observed:
         if began[each.execution_id] <= each.after:
-            yield f"real-time order: {each.execution_id} began before commit {each.after}, of which its client knew"
+            yield f"real-time order: {each.execution_id} began before commit {each.after}, which its client knew"
         point = each.sequence - 1 if each.serializable else began[each.execution_id]
         yield from _check_one(each, point, views)
 
@@ -97,13 +97,13 @@ def _check_one(observation: Observation, point: int, views: Mapping[int, View]) 
     for action in observation.actions:
         if (expected := view.expect(action)) != action.found:
             what = f"{action.word} {action.name}".strip()
-            yield f"stale read: {observation} saw {action.found} at {what}; as of commit {point} it was {expected}"
+            yield f"stale read: {observation} saw {action.found} for {what}; as of commit {point} it was {expected}"
             return
     before, committed = views[point], views[observation.sequence]
     for name in {action.name for action in observation.actions}:
-        mine = view.live.get(name), view.gone.get(name)
-        if mine != (before.live.get(name), before.gone.get(name)) and mine[0] != committed.live.get(name):
-            yield f"lost: {observation} left {mine[0]} in {name}, its commit has {committed.live.get(name)}"
+        expected = view.live.get(name), view.gone.get(name)
+        if expected != (before.live.get(name), before.gone.get(name)) and expected[0] != committed.live.get(name):
+            yield f"lost: {observation} left {expected[0]} in {name}, its commit has {committed.live.get(name)}"
 
 
 def _beginnings(database: Path) -> dict[str, int]:
@@ -112,7 +112,7 @@ def _beginnings(database: Path) -> dict[str, int]:
 
 
 def _views(database: Path, session_id: str, points: set[int]) -> dict[int, View]:
-    """The session as of each of these commits."""
+    """The session as of each of the given commits."""
     view, views = View(), dict[int, View]()
     waiting = sorted(points, reverse=True)
     with closing(sqlite3.connect(database)) as connection:

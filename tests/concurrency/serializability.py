@@ -1,9 +1,9 @@
-"""Decides from what clients saw whether their transactions could have run one after the other, in real time's order.
+"""Checks whether the transactions that clients saw are serializable, in real-time order.
 
-Each transaction reads lists and appends elements to lists; each element is appended once in the whole history. What was
-read of a list then says whose appends came before the reader, in which order, and so which transaction has to come
-before which other: because it wrote what the other read or wrote over, or read what the other replaced, or had ended
-before the other began. A circle of these is an order that cannot be.
+Each transaction reads lists and appends elements to lists; each element is appended once in the whole history. A read
+of a list shows which appends came before it, and in which order. From that follows which transaction has to come before
+which other: it wrote what the other read or overwrote, or read what the other replaced, or ended before the other
+began. A cycle in these dependencies is a violation.
 """
 
 import bisect
@@ -30,7 +30,7 @@ RULES = (
 
 
 class Operation(NamedTuple):
-    """A read of `name`, or an append of `element` to it; `found` is the list before it, None if nobody was told."""
+    """A read of `name`, or an append of `element` to it; `found` is the list before it, None without an answer."""
 
     name: str
     element: str = ""
@@ -39,7 +39,7 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Transaction:
-    """One transaction as its client saw it. After a failure nothing of it may be seen; unknown is either."""
+    """One transaction as its client saw it. A failed one must have no effect; an unknown one may have one."""
 
     operations: tuple[Operation, ...]
     invoked_at: float
@@ -47,12 +47,12 @@ class Transaction:
     status: Status
 
     def appended(self, name: str) -> tuple[str, ...]:
-        """What it has appended to a list, in order."""
+        """The elements that it appended to a list, in order."""
         return tuple(each.element for each in self.operations if each.name == name and each.element)
 
 
 class Violation(NamedTuple):
-    """Something that cannot be. `rule` is one of `RULES`."""
+    """Something that no serializable store does; `rule` is one of `RULES`."""
 
     rule: str
     why: str
@@ -62,7 +62,7 @@ class Violation(NamedTuple):
 
 
 class _Edge(NamedTuple):
-    """`after` has to come later than the node that has this edge. `kind`: ww, wr, rw, rt (real time)."""
+    """A dependency: `after` comes later than the node with this edge. `kind`: ww, wr, rw, or rt (real time)."""
 
     after: int
     kind: str
@@ -70,7 +70,7 @@ class _Edge(NamedTuple):
 
 
 def check(history: Sequence[Transaction]) -> list[Violation]:
-    """What no order of the transactions explains. The last one should read everything, alone."""
+    """Return everything that no order of the transactions explains. The last one should read everything, alone."""
     return [*_Checker(history).violations()]
 
 
@@ -81,7 +81,7 @@ class _Checker:
         self._orders: dict[str, tuple[str, ...]] = {}
         self._edges: defaultdict[int, list[_Edge]] = defaultdict(list)
         self._seen: set[int] = set()
-        """Transactions of which something was read: they have committed, whatever their clients know."""
+        """Transactions whose writes were read: they have committed, even if their clients do not know."""
 
     def violations(self) -> Iterator[Violation]:
         for index, transaction in enumerate(self._history):
@@ -91,14 +91,14 @@ class _Checker:
         first = [*self._check_lists(), *self._order()]
         yield from first
         if not first:
-            # Edges mean something only where each list has one order.
+            # The edges only make sense if each list has one order.
             self._connect()
             yield from self._cycles()
 
-    # What each read says by itself
+    # Single reads
 
     def _reads(self) -> Iterator[tuple[int, Operation, tuple[str, ...]]]:
-        """Who read what of others, by list: its own appends, which have to be at the end, taken off."""
+        """Yield each read without the reader's own appends, which have to be at the end."""
         for index, transaction in enumerate(self._history):
             if transaction.status == "ok":
                 for each, found, own in _foreign_reads(transaction):
@@ -117,13 +117,13 @@ class _Checker:
             for element in found:
                 writer = self._writers.get((each.name, element))
                 if writer is None or self._history[writer].status == "failed":
-                    yield Violation("dirty read", f"{element!r} in {each} is of none that has committed")
+                    yield Violation("dirty read", f"{element!r} in {each} is not from a committed transaction")
                 else:
                     self._seen.add(writer)
             yield from self._check_whole(index, each, found)
 
     def _check_whole(self, index: int, each: Operation, found: tuple[str, ...]) -> Iterator[Violation]:
-        """The last element that a reader saw is the last one that its writer appended."""
+        """The last element of a read has to be the last one that its writer appended."""
         writer = self._writers.get((each.name, found[-1])) if found else None
         if writer is not None and writer != index:
             appended = self._history[writer].appended(each.name)
@@ -147,7 +147,7 @@ class _Checker:
                     if missing:
                         yield Violation("lost update", f"{missing} of {transaction} is not in {name!r}")
 
-    # Who has to come before whom
+    # Dependencies
 
     def _connect(self) -> None:
         places = {name: self._writers_of(name) for name in self._orders}
@@ -175,9 +175,9 @@ class _Checker:
             self._edges[before].append(_Edge(after, kind, name))
 
     def _connect_in_time(self) -> None:
-        """Whoever had ended comes before whoever began later: along a line of moments, one for each end.
+        """Transactions that ended come before those that began later, connected by a line of moments.
 
-        Moments are nodes below zero; without them there would be an edge for nearly every pair.
+        There is a moment for each end; moments are negative nodes. Direct edges would be needed for nearly every pair.
         """
         ends = sorted(
             (transaction.returned_at, index)
@@ -193,28 +193,28 @@ class _Checker:
             if place > 0 and (transaction.status == "ok" or index in self._seen):
                 self._add(-place, index, "rt")
 
-    # Circles
+    # Cycles
 
     def _cycles(self) -> Iterator[Violation]:
-        """One circle for each knot, without real time if there is one, and with as few overtaken reads as can be."""
+        """One cycle for each component: without real time if possible, and with as few overtaken reads as possible."""
         for kinds in (("ww", "wr"), ("ww", "wr", "rw"), ("ww", "wr", "rw", "rt")):
-            found = [self._shortest(knot, kinds) for knot in _knots(self._edges, kinds)]
-            if found:
-                yield from map(self._judge, found)
+            cycles = [self._shortest(component, kinds) for component in _components(self._edges, kinds)]
+            if cycles:
+                yield from map(self._judge, cycles)
                 return
 
-    def _shortest(self, knot: set[int], kinds: Iterable[str]) -> list[tuple[int, _Edge]]:
-        circles = (circle for start in sorted(knot)[:50] if (circle := self._circle(start, knot, kinds)))
-        return min(circles, key=lambda circle: (sum(edge.kind == "rw" for _, edge in circle), len(circle)))
+    def _shortest(self, component: set[int], kinds: Iterable[str]) -> list[tuple[int, _Edge]]:
+        cycles = (cycle for start in sorted(component)[:50] if (cycle := self._cycle(start, component, kinds)))
+        return min(cycles, key=lambda cycle: (sum(edge.kind == "rw" for _, edge in cycle), len(cycle)))
 
-    def _circle(self, start: int, knot: set[int], kinds: Iterable[str]) -> list[tuple[int, _Edge]]:
-        """The shortest way from a node back to itself."""
+    def _cycle(self, start: int, component: set[int], kinds: Iterable[str]) -> list[tuple[int, _Edge]]:
+        """The shortest path from a node back to itself."""
         came: dict[int, tuple[int, _Edge]] = {}
         queue = deque([start])
         while queue:
             node = queue.popleft()
             for edge in self._edges.get(node, ()):
-                if edge.kind not in kinds or edge.after not in knot or edge.after in came:
+                if edge.kind not in kinds or edge.after not in component or edge.after in came:
                     continue
                 came[edge.after] = (node, edge)
                 if edge.after == start:
@@ -222,17 +222,17 @@ class _Checker:
                 queue.append(edge.after)
         return []
 
-    def _judge(self, circle: list[tuple[int, _Edge]]) -> Violation:
-        kinds = [edge.kind for _, edge in circle]
-        why = " -> ".join(f"{self._tell(node)} ({edge.kind} {edge.name})" for node, edge in circle if node >= 0)
+    def _judge(self, cycle: list[tuple[int, _Edge]]) -> Violation:
+        kinds = [edge.kind for _, edge in cycle]
+        why = " -> ".join(f"{self._describe(node)} ({edge.kind} {edge.name})" for node, edge in cycle if node >= 0)
         if "rt" in kinds:
             return Violation("real-time order", why)
         overtaken = kinds.count("rw")
-        # On a snapshot two reads in a row are overtaken at least; one by itself is a snapshot that was none.
+        # With true snapshots, at least two overtaken reads are adjacent; a single one means that there was no snapshot.
         rule = "dependency cycle" if overtaken == 0 else "write skew" if _in_a_row(kinds) else "read skew"
         return Violation(rule, why)
 
-    def _tell(self, node: int) -> str:
+    def _describe(self, node: int) -> str:
         return " ".join(f"{each.name}+{each.element}" if each.element else each.name for each in self._ops(node))
 
     def _ops(self, node: int) -> tuple[Operation, ...]:
@@ -246,7 +246,7 @@ def _in_a_row(kinds: list[str]) -> bool:
 def _foreign_reads(
     transaction: Transaction,
 ) -> Iterator[tuple[Operation, tuple[str, ...] | None, tuple[str, ...] | None]]:
-    """Each operation with what it found of others and what of its own; of its own None if that cannot be."""
+    """Yield each operation with the elements of others and its own ones in its read; None if its own are wrong."""
     appended: defaultdict[str, tuple[str, ...]] = defaultdict(tuple)
     others: dict[str, tuple[str, ...]] = {}
     for each in transaction.operations:
@@ -261,20 +261,20 @@ def _foreign_reads(
 
 
 def _way_back(came: dict[int, tuple[int, _Edge]], start: int) -> list[tuple[int, _Edge]]:
-    circle = [came[start]]
-    while circle[-1][0] != start:
-        circle.append(came[circle[-1][0]])
-    return circle[::-1]
+    cycle = [came[start]]
+    while cycle[-1][0] != start:
+        cycle.append(came[cycle[-1][0]])
+    return cycle[::-1]
 
 
-def _knots(edges: dict[int, list[_Edge]], kinds: Iterable[str]) -> list[set[int]]:
-    """The sets of more than one node of which each leads to every other (Tarjan, without recursion)."""
+def _components(edges: dict[int, list[_Edge]], kinds: Iterable[str]) -> list[set[int]]:
+    """The strongly connected components with more than one node (Tarjan, without recursion)."""
     following = {node: [edge.after for edge in each if edge.kind in kinds] for node, each in edges.items()}
     number: dict[int, int] = {}
     lowest: dict[int, int] = {}
     stack: list[int] = []
     on_stack: set[int] = set()
-    knots: list[set[int]] = []
+    components: list[set[int]] = []
     for root in following:
         if root in number:
             continue
@@ -298,9 +298,9 @@ def _knots(edges: dict[int, list[_Edge]], kinds: Iterable[str]) -> list[set[int]
                 if work:
                     lowest[work[-1][0]] = min(lowest[work[-1][0]], lowest[node])
                 if lowest[node] == number[node]:
-                    knot = set(stack[stack.index(node) :])
+                    component = set(stack[stack.index(node) :])
                     del stack[stack.index(node) :]
-                    on_stack -= knot
-                    if len(knot) > 1:
-                        knots.append(knot)
-    return knots
+                    on_stack -= component
+                    if len(component) > 1:
+                        components.append(component)
+    return components

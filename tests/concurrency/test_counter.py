@@ -1,4 +1,4 @@
-"""Many clients increment one counter with `expected_version` and try again on a conflict: the total is exact."""
+"""Many clients increment one counter with `expected_version` and retry on conflicts: the total is exact."""
 
 import asyncio
 import threading
@@ -19,14 +19,14 @@ def test_clients_of_a_server(tmp_path: Path) -> None:
     async def run(port: int) -> tuple[int, tuple[int, str]]:
         async with Bridge(port) as bridge:
             register = await BridgeRegister.open(bridge, "integer", "0")
-            # Version 0 cannot be expected: 0 means "whatever it is".
+            # A client cannot expect version 0: 0 means any version.
             assert await register.set("0", 0) == 1
             attempts = await asyncio.gather(*(increment(register, TIMES) for _ in range(CLIENTS)))
             return sum(attempts), await register.get()
 
     with ServerProcess.start(server_argv(tmp_path / "served.db"), ready_timeout_s=within(30)) as process:
         attempts, (version, value) = asyncio.run(run(process.port))
-    assert attempts > CLIENTS * TIMES, "nobody was ever in anybody's way"
+    assert attempts > CLIENTS * TIMES, "there was no conflict"
     assert (version, value) == (CLIENTS * TIMES + 1, str(CLIENTS * TIMES))
 
 

@@ -60,11 +60,11 @@ PLANTED: dict[str, tuple[list[Operation], str]] = {
         [wrote(0, 1, "a", None, status="refused"), read(0, 1, "a", 1)],
         "dirty read",
     ),
-    "an unknown write took a place that another got": (
+    "an unknown write has the version of another": (
         [wrote(0, math.inf, "a", None, status="unknown"), read(1, 2, "a", 1), wrote(3, 4, "b", 1)],
         "value changed",
     ),
-    "nobody wrote what was read": ([read(0, 1, "z", 1)], "value from nowhere"),
+    "no client wrote the value of a read": ([read(0, 1, "z", 1)], "value from nowhere"),
     "a version has two values": (
         [wrote(0, 9, "a", 1), wrote(0, 9, "b", 2), read(1, 2, "a", 2)],
         "value changed",
@@ -100,11 +100,11 @@ def test_every_rule_is_planted() -> None:
     assert {rule for _, rule in PLANTED.values()} == set(RULES)
 
 
-# Against a search through all orders, which needs no cleverness
+# Comparison with a plain search through all orders
 
 
 def is_linearizable(history: Sequence[Operation], version: int = 0, value: str | None = FIRST) -> bool:
-    """Whether some order explains the history, by trying them all."""
+    """Return whether some order explains the history, by trying all of them."""
     if all(op.status == "unknown" for op in history):
         return True
     for index, op in enumerate(history):
@@ -118,7 +118,7 @@ def is_linearizable(history: Sequence[Operation], version: int = 0, value: str |
 
 
 def _effects(op: Operation, version: int, value: str | None) -> list[tuple[int, str | None]]:
-    """What the variable can be after `op`; [] if the answer of `op` cannot come here."""
+    """The possible states of the variable after `op`; [] if its answer is impossible here."""
     if op.kind == "get":
         return [(version, value)] if (op.version, op.value) == (version, value) else []
     fits = op.expected in (0, version)
@@ -131,12 +131,12 @@ def _effects(op: Operation, version: int, value: str | None) -> list[tuple[int, 
 
 @st.composite
 def histories(draw: st.DrawFn) -> list[Operation]:
-    """What a correct variable answers to a few overlapping calls; then, perhaps, one answer is changed."""
+    """The answers of a correct variable to a few overlapping calls, of which one may be changed afterwards."""
     version, value = 0, FIRST
     history: list[Operation] = []
     now = 0.0
     for index in range(draw(st.integers(1, 5))):
-        # The moment at which it takes effect lies between call and return; others may lie there too.
+        # The call takes effect at some moment between its begin and its end, as may others.
         now += 1
         began = now - draw(st.sampled_from([0.25, 1.25, 2.25]))
         ended = now + draw(st.sampled_from([0.25, 1.25, 2.25]))

@@ -1,4 +1,4 @@
-"""Histories of many clients on one variable are linearizable: on a server, and on the engine in this process."""
+"""Histories of many clients on one variable are linearizable, on a server and on an engine in this process."""
 
 import asyncio
 from pathlib import Path
@@ -19,7 +19,7 @@ def judge(history: list[Operation]) -> list[str]:
 
 
 def is_telling(history: list[Operation]) -> bool:
-    """Whether enough happened at once that a bug could have shown: both kinds of success, and conflicts."""
+    """Whether there was enough concurrency to show a bug: both kinds of success, and conflicts."""
     kinds = {(op.kind, op.status) for op in history}
     return {("get", "ok"), ("set", "ok"), ("set", "refused")} <= kinds
 

@@ -1,4 +1,4 @@
-"""Everything that executions on one session see is explained by the order of commits that the file has."""
+"""The order of commits in the file explains everything that executions on one session see."""
 
 import asyncio
 import os
@@ -22,7 +22,7 @@ _PAUSES_S = (0.0, 0.001, 0.004)
 
 
 def observations(database: Path, seed: int, bug: str | None = None) -> list[Observation]:
-    """What the executions that committed saw; half of them on a snapshot."""
+    """Return the observations of the committed executions, half of which have snapshot isolation."""
     with ServerProcess.start(server_argv(database, bug), ready_timeout_s=60) as process:
         observed = asyncio.run(_observe(process.port, seed))
         assert process.terminate(30) == 0
@@ -43,42 +43,42 @@ async def _client(bridge: Bridge, observed: list[Observation], number: int, seed
     random = Random(f"{seed}/{number}")
     for count in range(EXECUTIONS):
         serializable = random.random() < 0.5
-        asked = [_draw(random, f"{number}-{count}-{place}") for place in range(random.randint(2, 5))]
-        arguments = {"asked": asked, "pause_s": random.choice(_PAUSES_S)}
+        actions = [_draw(random, f"{number}-{count}-{place}") for place in range(random.randint(2, 5))]
+        arguments = {"actions": actions, "pause_s": random.choice(_PAUSES_S)}
         after = max((each.sequence for each in observed), default=0)
         answer = await bridge.execute(SESSION, "observe" if serializable else "observe_on_snapshot", arguments)
         if answer.code:
             assert answer.code == "CONFLICT", answer
             continue
-        actions = tuple(Action(*each, found) for each, found in zip(asked, answer.result, strict=True))
-        observed.append(Observation(*answer.commit, actions, serializable, after))
+        seen = tuple(Action(*each, found) for each, found in zip(actions, answer.result, strict=True))
+        observed.append(Observation(*answer.commit, seen, serializable, after))
 
 
 def _draw(random: Random, text: str) -> list[str]:
     word = random.choice(_WORDS)
     if word == "list":
         return [word, "", ""]
-    # Those that are there for good are looked at by all; the others come and go.
+    # All clients read the permanent variables; the others come and go.
     coming = word in ("define", "delete") or random.random() < (0.5 if word == "history" else 0.2)
     return [word, random.choice(_COMING if coming else _STEADY), text]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300 + EXECUTIONS)
-def test_everything_seen_is_explained(tmp_path: Path) -> None:
+def test_the_commits_explain_all_observations(tmp_path: Path) -> None:
     seed, database = secrets.randbelow(1_000_000), tmp_path / "served.db"
     observed = observations(database, seed)
     counts = Counter((action.word, action.found is not None) for each in observed for action in each.actions)
     print(f"seed {seed}: {len(observed)} executions, {counts}")
     assert list(check(database, SESSION, observed)) == [], f"seed {seed}"
-    # Enough of it was committed, and everything was met both there and not there.
+    # Enough executions committed, and every action met existing and missing variables.
     assert len(observed) > CLIENTS * EXECUTIONS / 4
     assert min(counts[word, found] for word in ("get", "set", "delete") for found in (True, False)) > 0, counts
     assert min(counts[word, True] for word in ("list", "history", "define")) > 0, counts
 
 
-def test_what_there_is_to_see() -> None:
-    """What each action has to see after those before it; bugs are planted for the rest of the checker."""
+def test_each_action_sees_the_ones_before_it() -> None:
+    """Only the view; planted bugs test the rest of the checker."""
     view = View({"a": ((0, '""'), (1, '"one"'))})
     assert view.expect(Action("get", "a", "", None)) == [1, '"one"']
     assert view.expect(Action("set", "a", "two", None)) == 2

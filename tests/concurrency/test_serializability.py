@@ -11,7 +11,7 @@ from tests.concurrency.serializability import RULES, Operation, Status, Transact
 
 
 def ran(began: float, ended: float, *operations: tuple[str, str, str], status: Status = "ok") -> Transaction:
-    """A transaction of (list, element or "", found): what was found is written as its elements in a row."""
+    """A transaction of (list, element or "", found); `found` is a string with one letter for each element."""
     done = tuple(Operation(name, element, tuple(found)) for name, element, found in operations)
     return Transaction(done, began, ended, status)
 
@@ -57,21 +57,21 @@ PLANTED: dict[str, tuple[list[Transaction], str]] = {
         "dependency cycle",
     ),
     "a reader is late": ([ran(0, 1, ("x", "a", "")), ran(2, 3, ("x", "", "")), at_end(x="a")], "real-time order"),
-    "what failed was read": (
+    "a write of a failed transaction was read": (
         [ran(0, 1, ("x", "a", ""), status="failed"), ran(2, 3, ("x", "", "a")), at_end(x="")],
         "dirty read",
     ),
-    "nobody wrote what was read": ([ran(0, 1, ("x", "", "?")), at_end(x="")], "dirty read"),
+    "no transaction wrote what was read": ([ran(0, 1, ("x", "", "?")), at_end(x="")], "dirty read"),
     "the first of two appends was read": (
         [ran(0, 9, ("x", "a", ""), ("x", "b", "a")), ran(0, 9, ("x", "", "a")), at_end(x="ab")],
         "intermediate read",
     ),
-    "its own append is not there": ([ran(0, 9, ("x", "a", ""), ("x", "", "")), at_end(x="a")], "not its own writes"),
-    "a second look saw more": (
+    "its own append is missing": ([ran(0, 9, ("x", "a", ""), ("x", "", "")), at_end(x="a")], "not its own writes"),
+    "a second read saw more": (
         [ran(0, 9, ("x", "a", "")), ran(0, 9, ("x", "", ""), ("x", "", "a")), at_end(x="a")],
         "not its own writes",
     ),
-    "an element is there twice": ([ran(0, 9, ("x", "a", "")), at_end(x="aa")], "appended twice"),
+    "an element occurs twice": ([ran(0, 9, ("x", "a", "")), at_end(x="aa")], "appended twice"),
     "a list changed its order": (
         [ran(0, 9, ("x", "a", "")), ran(0, 9, ("x", "b", "a")), ran(0, 9, ("x", "", "ba")), at_end(x="ab")],
         "incompatible orders",
@@ -93,11 +93,11 @@ def test_every_rule_is_planted() -> None:
     assert {rule for _, rule in PLANTED.values()} == set(RULES)
 
 
-# Against a search through all orders, which needs no cleverness
+# Comparison with a plain search through all orders
 
 
 def is_serializable(history: Sequence[Transaction], lists: dict[str, tuple[str, ...]] | None = None) -> bool:
-    """Whether some order of the transactions explains what each found, by trying them all."""
+    """Return whether some order of the transactions explains their reads, by trying all of them."""
     lists = lists or {}
     left = [each for each in history if each.status != "failed"]
     if all(each.status == "unknown" for each in left):
@@ -124,12 +124,12 @@ def _run(transaction: Transaction, lists: dict[str, tuple[str, ...]]) -> dict[st
 
 
 def draw(random: Random) -> list[Transaction]:
-    """What a store of random quality answers to a few overlapping transactions."""
+    """The answers of a store of random quality to a few overlapping transactions."""
     current: dict[str, tuple[str, ...]] = {"x": (), "y": ()}
     older = dict(current)
     history = []
     for number in range(random.randint(2, 5)):
-        # Each has a moment at which it happens; the snapshot may be older, and what was done since written over.
+        # Each one happens at some moment. Its snapshot may be older, so that it overwrites what happened since.
         snapshot = dict(older) if random.random() < 0.4 else dict(current)
         older = dict(current)
         written: dict[str, tuple[str, ...]] = {}

@@ -1,4 +1,4 @@
-"""Executions of tools on one session are as if one had run after the other: on a real server, for many clients."""
+"""Executions of tools on one session are serializable: on a real server, with many clients."""
 
 import asyncio
 from collections import Counter
@@ -15,7 +15,7 @@ CLIENTS, TIMES = 32, 3
 
 
 def histories(tmp_path: Path, tool: str, bug: str | None = None, executions: int = 20) -> list[Transaction]:
-    """What clients of one server saw."""
+    """Return the history that the clients of one server saw."""
 
     async def run(port: int) -> list[Transaction]:
         async with Bridge(port) as bridge:
@@ -28,7 +28,7 @@ def histories(tmp_path: Path, tool: str, bug: str | None = None, executions: int
 
 def test_serializable(tmp_path: Path) -> None:
     history = histories(tmp_path, "append", executions=30)
-    # Enough happened at once that a bug could have shown: commits and conflicts, and some nobody knows of.
+    # Enough concurrency to show a bug: commits, conflicts, and unknown outcomes.
     counts = Counter(transaction.status for transaction in history)
     assert min(counts["ok"], counts["failed"]) > 100, counts
     assert counts["unknown"] > 0, counts
@@ -36,7 +36,7 @@ def test_serializable(tmp_path: Path) -> None:
 
 
 def test_snapshot(tmp_path: Path) -> None:
-    """A tool that only wants its snapshot can meet write skew, and nothing worse; the load does bring it about."""
+    """Snapshot isolation permits write skew and nothing worse; under this load it does occur."""
     history = histories(tmp_path, "append_on_snapshot")
     assert {violation.rule for violation in check(history)} == {"write skew"}
 
@@ -61,10 +61,10 @@ def test_many_clients_increment_one_number(tmp_path: Path) -> None:
     assert sorted(answer.result["count"] for answer in answers) == list(range(1, total + 1))
     in_order = sorted(answers, key=lambda answer: answer.commit[1])
     assert [answer.result["count"] for answer in in_order] == list(range(1, total + 1))
-    assert sum(int(answer.metadata["attempts"]) for answer in answers) > total, "nobody was ever in anybody's way"
+    assert sum(int(answer.metadata["attempts"]) for answer in answers) > total, "there was no conflict"
 
 
-def test_sessions_are_never_in_each_others_way(tmp_path: Path) -> None:
+def test_executions_on_different_sessions_never_conflict(tmp_path: Path) -> None:
     async def run(port: int) -> list[ToolAnswer]:
         async with Bridge(port) as bridge:
 

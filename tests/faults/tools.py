@@ -1,6 +1,6 @@
-"""The tools that the fault tests' servers run: `--tools tests.faults.tools`.
+"""The tools of the fault tests' servers: `--tools tests.faults.tools`.
 
-Each writes `token` into the metadata of every version that it makes, and answers with the versions that it was told.
+Each one writes `token` into the metadata of every version that it makes, and returns these versions.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ RETRIES = 50
 
 @tool(retries=3)
 def spread(ctx: ToolContext, targets: list[str], value: str, token: str, pause_s: float = 0.0) -> dict[str, int]:
-    """Write one value to several variables, with a pause before each of them and one at the end."""
+    """Write one value to several variables, with a pause before each of them and at the end."""
     versions = {}
     for target in targets:
         time.sleep(pause_s)
@@ -30,7 +30,7 @@ def spread(ctx: ToolContext, targets: list[str], value: str, token: str, pause_s
 async def spread_async(
     ctx: ToolContext, targets: list[str], value: str, token: str, pause_s: float = 0.0
 ) -> dict[str, int]:
-    """The same on the event loop, the second half of it in a tool of its own."""
+    """Like `spread`, but on the event loop, with the second half in a called tool."""
     versions = {}
     half = len(targets) // 2
     for target in targets[:half]:
@@ -59,7 +59,7 @@ def break_off(ctx: ToolContext, targets: list[str], value: str, token: str, paus
 def stream(
     ctx: ToolContext, targets: list[str], value: str, token: str, pause_s: float = 0.0
 ) -> Iterator[dict[str, int]]:
-    """Write to one variable after the other, and tell of each."""
+    """Write to one variable after the other, and yield each version."""
     for target in targets:
         version = ctx.variables.set(target, value, metadata={"token": token})
         time.sleep(pause_s)
@@ -70,7 +70,7 @@ def stream(
 async def stream_async(
     ctx: ToolContext, targets: list[str], value: str, token: str, pause_s: float = 0.0
 ) -> AsyncIterator[dict[str, int]]:
-    """The same on the event loop; how far it is, is published where everybody sees it at once."""
+    """Like `stream`, but on the event loop, and with its progress published, where all clients see it at once."""
     for index, target in enumerate(targets):
         version = ctx.variables.set(target, value, metadata={"token": token})
         await asyncio.to_thread(ctx.publish, "progress", index + 1)
@@ -78,7 +78,7 @@ async def stream_async(
         yield {target: version}
 
 
-# What the histories of whole executions are made of (tests/concurrency/serializability.py)
+# Tools for the histories of executions (tests/concurrency/serializability.py)
 
 
 def _append(ctx: ToolContext, operations: list[str], pause_s: float) -> list[str]:
@@ -95,25 +95,25 @@ def _append(ctx: ToolContext, operations: list[str], pause_s: float) -> list[str
 
 @tool
 def append(ctx: ToolContext, operations: list[str], pause_s: float = 0.0) -> list[str]:
-    """Carry out `name` (read a list) and `name+element` (append to it); what each found."""
+    """Run `name` (read a list) and `name+element` (append to it); returns the list before each of them."""
     return _append(ctx, operations, pause_s)
 
 
 @tool(isolation="snapshot")
 def append_on_snapshot(ctx: ToolContext, operations: list[str], pause_s: float = 0.0) -> list[str]:
-    """The same, with nothing but its writes checked."""
+    """Like `append`, with snapshot isolation: only its writes are checked."""
     return _append(ctx, operations, pause_s)
 
 
-# What single observations are made of (tests/concurrency/observations.py)
+# Tools for single observations (tests/concurrency/observations.py)
 
 
-def _observe(ctx: ToolContext, asked: list[list[str]], pause_s: float) -> list[Any]:
-    found: list[Any] = []
-    for action, name, text in asked:
-        found.append(_ACTIONS[action](ctx, name, text))
+def _observe(ctx: ToolContext, actions: list[list[str]], pause_s: float) -> list[Any]:
+    results: list[Any] = []
+    for action, name, text in actions:
+        results.append(_ACTIONS[action](ctx, name, text))
         time.sleep(pause_s)
-    return found
+    return results
 
 
 def _get(ctx: ToolContext, name: str, text: str) -> Any:
@@ -160,12 +160,12 @@ _ACTIONS = {"get": _get, "list": _list, "history": _history, "set": _set, "defin
 
 
 @tool(retries=2)
-def observe(ctx: ToolContext, asked: list[list[str]], pause_s: float = 0.0) -> list[Any]:
-    """Carry out actions, each a word, a name and a text; what each saw."""
-    return _observe(ctx, asked, pause_s)
+def observe(ctx: ToolContext, actions: list[list[str]], pause_s: float = 0.0) -> list[Any]:
+    """Run actions, each a word, a name and a text; returns what each of them saw."""
+    return _observe(ctx, actions, pause_s)
 
 
 @tool(retries=2, isolation="snapshot")
-def observe_on_snapshot(ctx: ToolContext, asked: list[list[str]], pause_s: float = 0.0) -> list[Any]:
-    """The same, with nothing but its writes checked."""
-    return _observe(ctx, asked, pause_s)
+def observe_on_snapshot(ctx: ToolContext, actions: list[list[str]], pause_s: float = 0.0) -> list[Any]:
+    """Like `observe`, with snapshot isolation: only its writes are checked."""
+    return _observe(ctx, actions, pause_s)
