@@ -1,4 +1,4 @@
-"""A client of the audit service for the fault tests: with nothing of the product in it but its messages."""
+"""A client of the audit service for the fault tests, independent of the product except for the messages."""
 
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +19,7 @@ class Auditor:
         self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
 
     async def ask(self, name: str, request: Any) -> list[Any]:
-        """All the answers."""
+        """Call an rpc and return all its messages."""
         method = _SERVICE.methods_by_name[name]
         make = self._channel.unary_stream if method.server_streaming else self._channel.unary_unary
         call: Any = make(
@@ -31,7 +31,7 @@ class Auditor:
         return [part async for part in answer] if method.server_streaming else [await answer]
 
     async def prune(self, session_id: str, *, keep_versions: int) -> int:
-        """How many versions of the session were deleted."""
+        """Prune the session; returns the number of versions deleted."""
         request = pb.PruneRequest(keep_versions=keep_versions, session_id=session_id, confirm=True)
         return int((await self.ask("Prune", request))[-1].report.versions)
 

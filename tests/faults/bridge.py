@@ -1,4 +1,4 @@
-"""A client of the bridge for the fault tests: asynchronous, with nothing of the product in it but its messages."""
+"""An asynchronous client of the bridge for the fault tests, independent of the product except for the messages."""
 
 import json
 from collections.abc import AsyncIterator, Mapping
@@ -29,18 +29,18 @@ _REFUSALS = frozenset(
 
 
 def wire(type_name: str, value: object) -> AnyMessage:
-    """A value as clients send it."""
+    """Return a value as clients send it."""
     return AnyMessage(type_url=f"type.googleapis.com/snakepit.{type_name}", value=json.dumps(value).encode())
 
 
 def is_refusal(error: grpc.aio.AioRpcError) -> bool:
-    """Whether the server has said that it did nothing; after any other error nobody knows."""
+    """Return whether the server reports that it did nothing; after any other error the outcome is unknown."""
     return error.code() in _REFUSALS or (error.details() or "").startswith("nothing was written")
 
 
 @dataclass(frozen=True, slots=True)
 class ToolAnswer:
-    """How an execution ended: `code` is "" if it has committed."""
+    """The outcome of an execution; `code` is "" if it committed."""
 
     code: str
     result: Any
@@ -87,7 +87,7 @@ class Bridge:
         )
 
     async def call(self, name: str, request: Any, key: str | None = None) -> Any:
-        """The response; `grpc.aio.AioRpcError` otherwise. `key` is the idempotency key."""
+        """Call a unary rpc, with an idempotency key; raises `grpc.aio.AioRpcError`."""
         metadata = (("x-dspex-idempotency-key", key),) if key is not None else ()
         return await self._methods[name](request, timeout=CALL_TIMEOUT_S, metadata=metadata)
 
@@ -101,7 +101,7 @@ class Bridge:
         expected: int = 0,
         key: str | None = None,
     ) -> int:
-        """The new version."""
+        """Set a variable; returns the new version."""
         request = pb.SetVariableRequest(
             session_id=session_id,
             variable_identifier=identifier,
@@ -113,7 +113,7 @@ class Bridge:
         return int(response.new_version)
 
     async def get(self, session_id: str, identifier: str) -> tuple[int, str]:
-        """Version and value, as JSON."""
+        """Return version and value, as JSON."""
         request = pb.GetVariableRequest(session_id=session_id, variable_identifier=identifier)
         variable = (await self.call("GetVariable", request)).variable
         return variable.version, variable.value.value.decode()
@@ -127,7 +127,7 @@ class Bridge:
         key: str | None = None,
         timeout_s: float = CALL_TIMEOUT_S,
     ) -> ToolAnswer:
-        """Execute a tool; how it ended."""
+        """Execute a tool and return its outcome."""
         request = _request(session_id, tool, arguments, key)
         response = await self._methods["ExecuteTool"](request, timeout=timeout_s)
         metadata = dict(response.metadata)
@@ -137,7 +137,7 @@ class Bridge:
     async def stream(
         self, session_id: str, tool: str, arguments: Mapping[str, object], *, key: str | None = None
     ) -> ToolAnswer:
-        """Execute a tool and take its chunks as they come; they are the result."""
+        """Execute a streaming tool; the result is the list of its chunks."""
         chunks: list[Any] = []
         async for chunk in self._stream(_request(session_id, tool, arguments, key), timeout=CALL_TIMEOUT_S):
             if chunk.is_final:
@@ -148,7 +148,7 @@ class Bridge:
     async def register(
         self, session_id: str, name: str, type_name: str, value: object, metadata: Mapping[str, str]
     ) -> str:
-        """The variable's id."""
+        """Register a variable and return its id."""
         request = pb.RegisterVariableRequest(
             session_id=session_id, name=name, type=type_name, initial_value=wire(type_name, value), metadata=metadata
         )
@@ -159,12 +159,12 @@ class Bridge:
         await self.call("InitializeSession", pb.InitializeSessionRequest(session_id=session_id))
 
     async def list(self, session_id: str) -> list[Any]:
-        """The session's variables."""
+        """Return the variables of a session."""
         request = pb.ListVariablesRequest(session_id=session_id)
         return list((await self.call("ListVariables", request)).variables)
 
     def watch(self, session_id: str, after_sequence: int) -> AsyncIterator[Any]:
-        """The updates after a commit."""
+        """Return the updates after a commit."""
         call = self._watch(
             pb.WatchVariablesRequest(session_id=session_id),
             metadata=(("x-dspex-after-sequence", str(after_sequence)),),

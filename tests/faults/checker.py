@@ -1,7 +1,7 @@
-"""What the file of a killed server says, held against what its clients were told.
+"""Checks the file of a killed server against what its clients know.
 
 The checker reads copies of the files (the database, its WAL, its anchor; not the -shm, which is memory) with plain SQL.
-It goes on where it stopped: what it has seen once must never change, which the hash chain tells.
+Each check continues after the last one: commits seen once must never change, which the hash chain shows.
 """
 
 import json
@@ -29,7 +29,7 @@ _SET, _ROLLED_BACK, _DELETED = 1, 2, 3
 
 
 def copy_files(database: Path, folder: Path) -> Path:
-    """Copy what a killed server left; the copy of the database."""
+    """Copy the files of a killed server; returns the copy of the database."""
     folder.mkdir(parents=True, exist_ok=True)
     for suffix in SUFFIXES:
         source = database.with_name(database.name + suffix)
@@ -42,7 +42,7 @@ def copy_files(database: Path, folder: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One version as the file has it."""
+    """One version in the file."""
 
     sequence: int
     session_id: str
@@ -54,7 +54,7 @@ class Row:
 
 
 class Checker:
-    """Everything that was in the file at the last look."""
+    """Keeps everything that was in the file at the last check."""
 
     def __init__(self) -> None:
         self.head = Head(0, bytes(32))
@@ -66,53 +66,56 @@ class Checker:
         """By session id."""
         self._checked: set[str] = set()
         self._absent: set[str] = set()
-        """Tokens of writes that can never come any more."""
+        """Tokens of writes that can no longer appear."""
         self._rollbacks = 0
         self._ended: set[str] = set()
 
     def check(self, copy: Path, ledger: Ledger, *, started: bool = True) -> list[str]:
-        """What is wrong with this copy; it may be written to (SQLite recovers the WAL into it).
+        """Return the problems of a copy, into which SQLite may recover the WAL.
 
-        `started`: the server that left it had been ready.
+        Args:
+            copy: The copy of the database.
+            ledger: What the clients know.
+            started: Whether the server had been ready.
         """
         with closing(sqlite3.connect(copy)) as connection:
             known = self.head.sequence
-            problems = [*self._take_in(connection)]
+            problems = [*self._read_commits(connection)]
             problems += self.journal.check(connection, known, ledger, started=started)
             self._ended = {row[0] for row in connection.execute(_ENDED)}
         problems += self._check_writes(ledger)
         problems += self._check_rollbacks(ledger)
-        problems += [f"deleted, but not gone: {gone}" for gone in sorted(ledger.deleted) if not self._is_deleted(gone)]
+        problems += [f"deleted, but still there: {id_}" for id_ in sorted(ledger.deleted) if not self._is_deleted(id_)]
         problems += [
             f"ended, but still there: {session_id}" for session_id in sorted(ledger.ended.keys() - self._ended)
         ]
         return problems
 
     def values(self, session_id: str) -> dict[str, tuple[int, str | None]]:
-        """Version and value of the variables that are there, by id."""
+        """Return version and value of the existing variables, by id."""
         return {
             row.variable_id: (row.version, row.value)
             for row in self._newest.values()
             if row.session_id == session_id and row.kind != _DELETED
         }
 
-    def check_watcher(self, session_id: str, first: int, told: list[Commit]) -> list[str]:
-        """A watcher has seen the commits from some point on: all, in order, none twice, none that the file has not."""
-        expected = [commit for commit in self._commits[session_id] if commit[0] > first][: len(told)]
-        if told == expected:
+    def check_watcher(self, session_id: str, first: int, received: list[Commit]) -> list[str]:
+        """A watcher receives the commits after some point: all, in order, each once, and no others."""
+        expected = [commit for commit in self._commits[session_id] if commit[0] > first][: len(received)]
+        if received == expected:
             return []
-        pairs = zip(told, expected, strict=False)
+        pairs = zip(received, expected, strict=False)
         at = next((i for i, (seen, kept) in enumerate(pairs) if seen != kept), len(expected))
         kept = expected[at] if at < len(expected) else "nothing"
-        return [f"watch: a watcher was told {told[at]} where the file has {kept}"]
+        return [f"watch: a watcher received {received[at]} where the file has {kept}"]
 
     def head_of(self, session_id: str) -> int:
-        """The session's last commit that made a version."""
+        """Return the session's last commit that made a version."""
         return self._commits[session_id][-1][0]
 
     # The log
 
-    def _take_in(self, connection: sqlite3.Connection) -> Iterator[str]:
+    def _read_commits(self, connection: sqlite3.Connection) -> Iterator[str]:
         yield from self._check_chain(connection)
         pruned = {row[0] for row in connection.execute(_PRUNED_SESSIONS)}
         commits: dict[tuple[str, int], list[tuple[str, int]]] = {}
@@ -132,9 +135,9 @@ class Checker:
         self.head = _head_of(connection)
 
     def _check_chain(self, connection: sqlite3.Connection) -> Iterator[str]:
-        """The commits that are new follow those that are known, which have not changed."""
+        """New commits follow the known ones, which have not changed."""
         known = self.head
-        # Of these `verify` knows what the hash has to be.
+        # `verify` checks the hashes of these.
         pruned = {row[0] for row in connection.execute(_PRUNED)}
         engine = create_engine("sqlite://", creator=lambda: connection, poolclass=StaticPool)
         with engine.connect() as wrapped:
@@ -169,7 +172,7 @@ class Checker:
                     self._absent.add(write.token)
         for token in self._absent:
             if token in self._by_token:
-                yield f"come back: {self._by_token[token]} was not there before"
+                yield f"come back: {self._by_token[token]} was missing before"
 
     def _check_write(self, write: Write, rows: list[Row]) -> Iterator[str]:
         found = {row.variable_id: row.version for row in rows}
@@ -177,7 +180,7 @@ class Checker:
             twice = len(found) < len(rows)
             yield f"{'written twice' if twice else 'half batch'}: {write} is in the file as {rows}"
         elif write.status == "refused" and rows:
-            # A repetition that is refused for a version which its first attempt made is one that was carried out twice.
+            # If a repetition is refused because of a version that its first attempt made, it ran twice.
             yield f"{'written twice' if write.key else 'refused, but written'}: {write} is in the file as {rows}"
         elif write.status == "ok" and found != write.versions:
             yield f"lost: {write} was acknowledged, the file has {rows}"
@@ -203,7 +206,7 @@ class Checker:
 
 
 def check_histories(ledger: Ledger) -> list[str]:
-    """What the clients saw of each variable, whatever the file says: is it linearizable?"""
+    """Check whether the clients' histories of each variable are linearizable, regardless of the file."""
     return [
         f"history of {variable_id}: {violation}"
         for variable_id, first in ledger.initial.items()
@@ -212,7 +215,7 @@ def check_histories(ledger: Ledger) -> list[str]:
 
 
 def verify(copy: Path) -> list[str]:
-    """What the product's own verification, and SQLite's, find in a copy."""
+    """Return the problems that the product's verification and SQLite's checks find in a copy."""
     anchor = remembered(copy)
     readers = open_readers(copy, size=1)
     try:

@@ -1,9 +1,9 @@
-"""Kill a real server again and again while clients write, and check after each kill that nothing promised was broken.
+"""Kill a real server again and again while clients write, and check after each kill that all promises were kept.
 
     python -m tests.faults.crash_test --cycles 200 [--seed N] [--clients 8]
 
-A tenth of the kills fall into the start-up. Clients, watchers and the checker are this process; the server is one of
-its own. Exit code 0: nothing was found. 1: something was, and it is told, and the files are kept.
+A tenth of the kills hit the start-up. Clients, watchers and the checker run in this process, the server in another.
+Exit code 0: no problems. 1: problems, which are printed, and the files are kept.
 """
 
 import argparse
@@ -33,19 +33,19 @@ _CATCH_UP_S = within(60)
 
 
 def server_argv(database: Path, planted: str | None = None) -> list[str]:
-    """How a server is started; `planted` names a bug that it shall have."""
+    """Return the command that starts a server, optionally with a planted bug."""
     where = ["--db", str(database), "--listen", "127.0.0.1:0"]
     return [*program_argv(planted), "serve", *where, "--tools", TOOLS]
 
 
 def program_argv(planted: str | None = None) -> list[str]:
-    """How a command is started, but for its words."""
+    """Return the start of every command, optionally with a planted bug."""
     return [sys.executable, "-m", *(["dspex_persist"] if planted is None else ["tests.faults.planted_server", planted])]
 
 
 @dataclass(slots=True)
 class Report:
-    """How a run went. `problems` is empty if all is well."""
+    """The report of a run; `problems` is empty if all is well."""
 
     seed: int
     cycles: int = 0
@@ -60,7 +60,7 @@ class Report:
 
 
 class CrashTest:
-    """A database, the servers that serve it one after the other, and who uses them."""
+    """A database, the servers that serve it one after the other, and their clients."""
 
     def __init__(self, folder: Path, seed: int, clients: int = 8, planted: str | None = None) -> None:
         self.database = folder / "crash.db"
@@ -75,8 +75,8 @@ class CrashTest:
         self._watchers: list[Watcher] = []
         self._start_s = 1.0
 
-    async def run(self, cycles: int, *, tell: bool = False) -> Report:
-        """Set up, kill `cycles` times, end in order. Stops at the first cycle that shows a problem."""
+    async def run(self, cycles: int, *, verbose: bool = False) -> Report:
+        """Set up, kill `cycles` servers, and shut the last one down. Stops after the first cycle with a problem."""
         began = time.monotonic()
         names = await self._set_up()
         self._clients = [Client(number, self.report.seed, self._ledger, names) for number in range(self._count)]
@@ -86,7 +86,7 @@ class CrashTest:
             starting = self.report.cycles % 10 == 5
             await (self._kill_while_it_starts() if starting else self._kill_while_it_works())
             self._check_files(started=not starting)
-            if tell and self.report.cycles % 10 == 0:
+            if verbose and self.report.cycles % 10 == 0:
                 print(f"  {self.report.cycles} cycles, {self._checker.head.sequence:,} commits", flush=True)
         if not self.report.problems:
             await self._finish()
@@ -118,7 +118,7 @@ class CrashTest:
         try:
             process = await self._start()
         except ProcessFailedError as error:
-            self.report.problems.append(f"the server does not start again: {error}")
+            self.report.problems.append(f"the server does not restart: {error}")
             return
         with process:
             async with Bridge(process.port) as bridge:
@@ -134,17 +134,17 @@ class CrashTest:
                 await self._gather(users)
 
     async def _gather(self, users: Sequence[asyncio.Task[None]]) -> None:
-        """Everybody hears of the end; who does not, hangs."""
+        """Wait for all clients, which must notice the end of the server."""
         _, hanging = await asyncio.wait(users, timeout=_ENDING_S)
         for user in hanging:
-            self.report.problems.append(f"{user.get_coro()} still waits {_ENDING_S} s after the server's end")
+            self.report.problems.append(f"{user.get_coro()} is still waiting {_ENDING_S} s after the server's end")
             user.cancel()
         for user in users:
             if user.done() and (error := user.exception()) is not None:
                 raise error
 
     async def _compare_memory(self, bridge: Bridge) -> None:
-        """What the new server has in memory is what the file had when the old one was killed."""
+        """Check that the new server has in memory what the file had when the old one was killed."""
         served = {
             variable.id: (variable.version, variable.value.value.decode()) for variable in await bridge.list(SESSION)
         }
@@ -159,15 +159,15 @@ class CrashTest:
             self.report.counts["executions killed"] += before
         self.report.problems += self._ledger.complaints
         for watcher in self._watchers:
-            self.report.problems += self._checker.check_watcher(SESSION, watcher.first, watcher.told)
+            self.report.problems += self._checker.check_watcher(SESSION, watcher.first, watcher.commits)
 
     async def _finish(self) -> None:
-        """A last server: what is unknown is settled, the watchers see everything, the end is in order."""
+        """Use a last server: settle all unknown writes, let the watchers catch up, shut it down."""
         with await self._start() as process:
             async with Bridge(process.port) as bridge:
                 for client in self._clients:
                     await client.settle(bridge)
-                # Something new after the last kill, so that there is an end to reach.
+                # A change after the last kill, which the watchers have to reach.
                 await bridge.register(SESSION, "last", "integer", 1, {})
                 users = [asyncio.create_task(watcher.run(bridge)) for watcher in self._watchers]
                 self._checker.check(copy_files(self.database, self._copies), self._ledger)
@@ -180,12 +180,12 @@ class CrashTest:
         self._checker = Checker()
         self._check_files()
         if self._checker.journal.running:
-            self.report.problems.append(f"still running: {self._checker.journal.running} after the server's end")
+            self.report.problems.append(f"still running: {self._checker.journal.running} after the shutdown")
         self.report.problems += check_histories(self._ledger)
         self.report.problems += verify(copy_files(self.database, self._copies))
 
     async def _catch_up(self, last: int) -> None:
-        """Wait until the watchers are at the end: each kill may have left them behind."""
+        """Wait until the watchers have caught up: each kill may have left them behind."""
         try:
             async with asyncio.timeout(_CATCH_UP_S):
                 await asyncio.gather(*(watcher.reach(last) for watcher in self._watchers))
@@ -200,23 +200,23 @@ class CrashTest:
             counts[f"writes {write.status}"] += 1
         for status, count in self._checker.journal.statuses.items():
             counts[f"executions {status}"] += count
-        counts["executions run anew"] = self._checker.journal.run_anew
+        counts["executions repeated"] = self._checker.journal.repeated
         counts["reads"] = sum(len(reads) for reads in self._ledger.reads.values())
-        counts["commits told to watchers"] = sum(len(watcher.told) for watcher in self._watchers)
+        counts["commits received by watchers"] = sum(len(watcher.commits) for watcher in self._watchers)
 
 
 def main() -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="kill a server again and again, and check what is left")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="kill a server again and again, and check its files")
     parser.add_argument("--cycles", type=int, default=200)
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000))
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--plant", help="a bug that the server shall have (see planted_server.py)")
+    parser.add_argument("--plant", help="a bug to plant in the server (see planted_server.py)")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="crash-test-"))
     print(f"seed {arguments.seed}, {arguments.cycles} cycles, {arguments.clients} clients, in {folder}", flush=True)
     test = CrashTest(folder, arguments.seed, arguments.clients, arguments.plant)
-    report = asyncio.run(test.run(arguments.cycles, tell=True))
+    report = asyncio.run(test.run(arguments.cycles, verbose=True))
     print(report)
     for problem in report.problems[:20]:
         print(f"  {problem}")

@@ -1,8 +1,8 @@
-"""The disk as a power cut may leave it, worked out from what `io_recorder.c` has written down.
+"""Computes the possible states of the disk after a power cut, from the operations that `io_recorder.c` has recorded.
 
-What was written and not yet synced may be there or not, in any order, whole or in pieces. A sync makes durable what was
-there when it began. Names are those of a journalling file system: created, removed and moved in order, and durable with
-the next sync of anything.
+Writes that are not synced yet may survive or not, in any order, whole or in pieces. A sync makes everything durable
+that was written when it began. Names behave as in a journalling file system: they are created, removed and moved in
+order, and become durable with the next sync of any file.
 """
 
 import struct
@@ -15,11 +15,11 @@ from typing import Final, NamedTuple
 _HEADER: Final = struct.Struct("<c3xII4xQQQ")
 _SECTOR, _BLOCK = 512, 4096
 MODES: Final = ("dropped", "kept", "prefix", "subset", "torn 512", "torn 4096", "holes", "sizes", "mixed")
-"""What becomes of the operations that no sync has made durable."""
+"""What happens to the operations that are not durable."""
 
 
 class Operation(NamedTuple):
-    """One record. `file` is the process and its number for the file that it has opened."""
+    """One record. `file` is the process, and its number for the open file."""
 
     kind: str
     file: tuple[int, int]
@@ -29,12 +29,12 @@ class Operation(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """The names in a record that has names."""
+        """The names in the record."""
         return self.content.decode().split("\0")
 
 
 def read_log(path: Path) -> list[Operation]:
-    """What was recorded, in order."""
+    """Return the recorded operations, in order."""
     log, at, operations = path.read_bytes(), 0, []
     while at < len(log):
         kind, number, process, at_ns, offset, length = _HEADER.unpack_from(log, at)
@@ -45,7 +45,7 @@ def read_log(path: Path) -> list[Operation]:
 
 
 class Change(NamedTuple):
-    """What was done to a file: bytes at an offset, or (None) its end put there."""
+    """A change of a file: bytes written at an offset or, with None, a truncation to it."""
 
     offset: int
     content: bytes | None
@@ -53,12 +53,12 @@ class Change(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Inode:
-    """A file's durable content, and what was done to it since."""
+    """A file's durable content, and the changes since."""
 
     durable: bytearray = field(default_factory=bytearray)
     pending: list[Change] = field(default_factory=list)
     begun: dict[tuple[int, int], int] = field(default_factory=dict)
-    """How many pending changes there were when the sync began that runs now, by who syncs."""
+    """The number of pending changes when a running sync began, by the file that syncs."""
 
     def end_sync(self, file: tuple[int, int]) -> None:
         count = self.begun.pop(file, 0)
@@ -69,18 +69,18 @@ class Inode:
 
 
 class Disk:
-    """The files of one folder, while their recorded operations are played back."""
+    """The files of one folder, during the playback of recorded operations."""
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
-        """`files`: what was there, durably, before the recording began."""
+        """Start with `files`, which are durable."""
         self._names = {name: Inode(bytearray(content)) for name, content in files.items()}
         self._open: dict[tuple[int, int], Inode] = {}
         self._renamed: list[tuple[str, Inode | None]] = []
-        """Names that have changed since the last sync, with what they stood for before."""
+        """Names that have changed since the last sync, with their files before."""
         self._renamed_before: dict[tuple[int, int], int] = {}
 
     def play(self, operation: Operation) -> None:
-        """Do what was done."""
+        """Apply an operation."""
         kind, file = operation.kind, operation.file
         if kind in "OC":
             self._open_file(operation)
@@ -122,12 +122,12 @@ class Disk:
             inode.end_sync(file)
 
     def cut(self, mode: str, random: Random) -> dict[str, bytes]:
-        """What a power cut may leave now, by name."""
+        """Return the files that a power cut may leave now, by name."""
         names = dict(self._names)
         kept = {"dropped": 0, "kept": len(self._renamed)}.get(mode, random.randint(0, len(self._renamed)))
         for name, inode in reversed(self._renamed[kept:]):
             _put(names, name, inode)
-        # Locks and shared memory mean nothing once nobody runs.
+        # Locks and shared memory have no meaning after a power cut.
         kept_names = sorted(name for name in names if not name.endswith((".lock", "-shm")))
         return {name: bytes(_content(names[name], mode, random)) for name in kept_names}
 
@@ -171,7 +171,7 @@ def _surviving(pending: list[Change], mode: str, random: Random) -> list[Change]
 
 
 def _pieces(offset: int, content: bytes, size: int) -> Iterator[Change]:
-    """A write cut at the disk's own boundaries."""
+    """Split a write at the disk's boundaries."""
     at, end = offset, offset + len(content)
     while at < end:
         until = min(end, (at // size + 1) * size)

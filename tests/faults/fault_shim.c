@@ -1,16 +1,16 @@
-/* Preloaded into a process, makes operations on database files fail.
+/* A preloaded library that makes operations on database files fail.
  *
- * Only files whose name contains ".db" are touched: the database, its WAL, its -shm, its anchor, its lock, backups.
- * Operations of the chosen kinds are counted, and `fault_arm` says which one fails, how, and whether those after it do
- * so too. Without it, and without DSPEX_FAULT_AT in the environment, everything works.
+ * It affects only files with ".db" in the name: the database, its WAL, its -shm, its anchor, its lock, backups.
+ * It counts operations of the chosen kinds; `fault_arm` sets which one fails, how, and whether later ones fail, too.
+ * Without `fault_arm`, and without DSPEX_FAULT_AT in the environment, everything works.
  *
- * Kinds: open, read, write, sync, truncate, lock, unlink, rename (links too); several with spaces between them.
+ * Kinds: open, read, write, sync, truncate, lock, unlink, rename (and link); several have spaces between them.
  * Modes: "eio", "enospc", "enolck" and "emfile" fail with that error; "short" does half of a read or a write. After half
  * of a write the next one gets ENOSPC; a read gets on however often that happens (nothing at all is a file's end).
  * While the file named by DSPEX_FAULT_FULL_WHILE exists, no file can grow (ENOSPC), as on a disk without room.
  *
- * SQLite tries again for ten seconds to get a lock, by the number of its naps. They are short here: a lock that cannot
- * be had costs half a second each time.
+ * SQLite retries for ten seconds to get a lock, counting its sleeps. They are shorter here, so that an unavailable lock
+ * costs only half a second.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -65,7 +65,7 @@ void fault_arm(const char *kinds, long at, const char *mode, int on)
     fail_at = at;
 }
 
-/* How many operations of a kind there were since then. */
+/* The number of operations of a kind since then. */
 long fault_seen(const char *kind)
 {
     size_t i;
@@ -137,7 +137,7 @@ static int fails(enum kind kind, const char *path)
     return 1;
 }
 
-/* Whether there is no room for bytes up to `end`. */
+/* Whether there is no space for bytes up to `end`. */
 static int is_full(int fd, off_t end)
 {
     struct stat status;
@@ -167,7 +167,7 @@ OPEN_FUNCTION(open64, (const char *path, int flags, ...), (path, flags, mode))
 OPEN_FUNCTION(openat, (int at, const char *path, int flags, ...), (at, path, flags, mode))
 OPEN_FUNCTION(openat64, (int at, const char *path, int flags, ...), (at, path, flags, mode))
 
-/* A read or a write: all of it, half of it, or none. */
+/* A read or a write: complete, half, or none of it. */
 #define TRANSFER(kind, call, half) \
     switch (next_action(kind, fd)) { \
     case FAIL: \
@@ -237,7 +237,7 @@ int usleep(useconds_t duration_us)
     return REAL(usleep)(duration_us / 20);
 }
 
-/* Taking a lock can fail; giving it back cannot. */
+/* Taking a lock can fail; releasing it cannot. */
 #define FCNTL(name) \
     int name(int fd, int command, ...) \
     { \

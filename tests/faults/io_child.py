@@ -1,14 +1,14 @@
 """Runs the engine again and again while its files fail: `python -m tests.faults.io_child FOLDER [BUG]` under the shim.
 
-Each line on stdin is a case: `KIND NUMBER MODE on|once`, which operation of which kind fails, how, and whether those
-after it do so too (NUMBER 0: none does). Each case runs in a fork of its own on a fresh database in a folder that is
-named after it, and writes what it asked for and what it was told, one line each, to `acks` there. This process answers
-with a line: the exit code, and how many operations of each of the shim's kinds there were (none: it did not get there).
+Each line on stdin is a case, `KIND NUMBER MODE on|once`: which operation of which kind fails, how, and whether later
+ones fail, too (with NUMBER 0, none does). Each case runs in a separate fork, on a fresh database in a folder named
+after the case, and writes a line for each request and each answer to `acks` there. This process answers with a line:
+the exit code, and the numbers of operations by the shim's kinds (none if the case did not get that far).
 
-With the bug `error-is-abort` the engine takes every error for the certain end of a group, and goes on; with
-`import-in-parts` an import is many transactions.
+With the bug `error-is-abort` the engine treats every error as a certain abort of the group, and goes on; with
+`import-in-parts` an import uses many transactions.
 
-It forks before there is any thread: importing takes ten times as long as a case.
+The process forks before it has any threads, because imports take ten times as long as a case.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import alembic.command  # noqa: F401  (a case should not pay for it)
+import alembic.command  # noqa: F401  (imported before the fork, so that no case has to)
 
 from dspex_persist import wiring
 from dspex_persist.errors import DspexError
@@ -69,7 +69,7 @@ class Case:
         self._ids: list[str] = []
 
     def run(self) -> int:
-        """The exit code with which the process should end."""
+        """Run the case; returns the exit code for the process."""
         try:
             state = EmbeddedState(self._database, on_fatal=lambda _: self._fatal.set())
         except StateError as error:
@@ -87,7 +87,7 @@ class Case:
         if self._hung:
             return EXIT_HUNG
         if self._fatal.is_set():
-            # As a server ends: at once, without touching the files again.
+            # Like a server, end at once, without touching the files again.
             return EXIT_STORAGE_FAILED
         return self._close(state)
 
@@ -102,16 +102,16 @@ class Case:
         return 0
 
     def _set_up(self, state: EmbeddedState) -> bool:
-        for _ in range(3):  # a group that fails for want of room may be repeated
+        for _ in range(3):  # a group that fails on a full disk may be repeated
             if self._ask(state, InitializeSession(SESSION), "", ()) is not None:
                 break
         for index in range(VARIABLES):
             token = f"register {index}"
             command = RegisterVariable(SESSION, f"v{index}", "string", _value(token), "", {"token": token})
-            found = self._ask(state, command, token, ())
-            if found is None:
+            variable_id = self._ask(state, command, token, ())
+            if variable_id is None:
                 return False
-            self._ids.append(str(found))
+            self._ids.append(str(variable_id))
         for command in _plain_session(PRUNED, 6):
             self._ask(state, command, "", ())
         return True
@@ -133,20 +133,20 @@ class Case:
             self._ask(state, GetVariable(SESSION, targets[0], bypass_cache=True), "", ())
 
     def _ask(self, state: EmbeddedState, command: Command[Any], token: str, targets: tuple[str, ...]) -> Any:
-        """The result; None if there is none, for whatever reason."""
+        """Run a command and note the answer; returns its result, or None after any error."""
         self._note(event="ask", token=token, targets=targets)
         try:
             future: Future[Any] = state.submit(command)
             result = future.result(ANSWER_S)
         except TimeoutError as error:
-            # The driver's pool has one of the same kind.
+            # It may also be a TimeoutError of the driver's pool.
             self._hung = self._hung or not future.done()
             self._note(event="hung" if not future.done() else "raw", token=token, text=repr(error))
         except OutcomeUnknownError as error:
             self._note(event="unknown", token=token, error=type(error).__name__)
         except StateError as error:
             self._note(event="refused", token=token, error=type(error).__name__)
-        except Exception as error:  # noqa: BLE001  (whatever callers should never see)
+        except Exception as error:  # noqa: BLE001  (errors that callers should never see)
             self._note(event="raw", token=token, text=f"{type(command).__name__}: {error!r}")
         else:
             self._note(event="ok", token=token, versions=_versions(result, targets))
@@ -168,7 +168,7 @@ class Case:
             do()
         except DspexError as error:
             self._note(event="failed", what=what, error=type(error).__name__)
-        except Exception as error:  # noqa: BLE001  (whatever callers should never see)
+        except Exception as error:  # noqa: BLE001  (errors that callers should never see)
             self._note(event="raw", text=f"{what}: {error!r}")
         else:
             self._note(event="done", what=what)
@@ -182,7 +182,7 @@ def _value(token: str) -> Value:
 
 
 def _plain_session(session_id: str, versions: int) -> list[Command[Any]]:
-    """The commands that make a session of one variable."""
+    """The commands that make a session with one variable."""
     return [
         InitializeSession(session_id),
         RegisterVariable(session_id, "plain", "string", _value("0")),
@@ -200,7 +200,7 @@ def _versions(result: Any, targets: tuple[str, ...]) -> dict[str, int]:
 
 
 def _record_session(folder: Path) -> list[str]:
-    """A recording of a session that another file has."""
+    """A recording of a session in another file."""
     with EmbeddedState(folder / "other.db") as state:
         for command in _plain_session("other", IMPORTED_VERSIONS):
             state.run(command)
@@ -212,7 +212,7 @@ def _record_session(folder: Path) -> list[str]:
 
 
 def _load_shim() -> Any:
-    """The preloaded library's own functions."""
+    """The functions of the preloaded library."""
     library = ctypes.CDLL(None)
     library.fault_seen.restype = ctypes.c_long
     library.fault_seen.argtypes = (ctypes.c_char_p,)
@@ -221,23 +221,23 @@ def _load_shim() -> Any:
 
 
 def _run_forked(library: Any, place: Path, recording: list[str], case: list[str]) -> tuple[int, str]:
-    """Exit code and numbers of operations of one case."""
+    """Run one case in a fork; returns its exit code and its numbers of operations."""
     kind, number, mode, goes_on = case
     place.mkdir(parents=True)
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         code = EXIT_CRASHED
-        # Whatever hangs anyhow.
+        # In case everything else hangs.
         signal.alarm(CASE_S)
         try:
-            # 0 would not count; so far no case gets.
+            # To count without a fault, arm an operation that no case reaches.
             kinds = kind if int(number) else " ".join(KINDS)
             library.fault_arm(kinds.encode(), int(number) or 1 << 40, mode.encode(), goes_on == "on")
             code = Case(place, recording).run()
             counts = [library.fault_seen(each.encode()) for each in KINDS]
             os.write(writer, " ".join(map(str, counts)).encode())
-        except BaseException as error:  # noqa: BLE001  (the end of a process: it is told, whatever it was)
+        except BaseException as error:  # noqa: BLE001  (the end of the process: every error is reported)
             (place / "crash").write_text(repr(error))
         finally:
             os._exit(code)

@@ -1,10 +1,10 @@
-"""The n-th operation on a file fails, for n = 1, 2, 3, …; whatever happens then, nothing promised is broken.
+"""The n-th operation on a file fails, for n = 1, 2, 3, …; all promises have to be kept in spite of that.
 
     make fault-test                     # or: python -m tests.faults.io_faults [--every 10] [--kind sync]
 
-For each kind of operation, each n and each way to fail the engine works on a fresh database until it ends: it writes
+For each kind of operation, each n and each way to fail, the engine works on a fresh database until it ends: it writes
 and reads, prunes, makes a backup, imports a session. Then the files are checked, opened again without faults, and
-checked again. `make test` does a sample of them.
+checked again. `make test` runs a sample.
 """
 
 import argparse
@@ -45,7 +45,7 @@ MODES = {
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Which operation of a kind fails (from 1; 0: none), how, and whether all after it do so too."""
+    """Which operation of a kind fails (from 1; 0: none), how, and whether all later ones fail, too."""
 
     kind: str
     number: int
@@ -63,12 +63,12 @@ NO_FAULT = Fault("write", 0, "eio", False)
 
 @dataclass(slots=True)
 class Result:
-    """What became of one case. `errors` counts the errors that callers were told, by name."""
+    """The result of one case. `errors` counts the errors that callers got, by name."""
 
     fault: Fault
     exit_code: int
     operations: dict[str, int]
-    """How many there were, by kind; none if the engine did not get to its end."""
+    """The number of operations by kind; empty if the engine did not get to its end."""
     problems: list[str] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     acknowledged: int = 0
@@ -91,7 +91,7 @@ class Faults:
         )
 
     def run(self, fault: Fault) -> Result:
-        """Run one case and check what it left."""
+        """Run one case and check its files."""
         assert self._child.stdin is not None
         assert self._child.stdout is not None
         self._child.stdin.write(f"{fault}\n")
@@ -117,7 +117,7 @@ class Faults:
 
 
 def cases(operations: Mapping[str, int], every: int, kinds: Sequence[str] = io_child.KINDS) -> Iterator[Fault]:
-    """Every `every`-th fault of all that there are with so many operations, and at least one of each kind."""
+    """Yield every `every`-th of all faults for these numbers of operations, and at least one of each kind."""
     for kind in kinds:
         faults = [
             Fault(kind, number, mode, goes_on)
@@ -125,7 +125,7 @@ def cases(operations: Mapping[str, int], every: int, kinds: Sequence[str] = io_c
             for mode in MODES[kind]
             for goes_on in (False, True)
         ]
-        # From the middle of the first step: the first operations of all are no better than others.
+        # Starts in the middle of the first step, because the first operations are not more interesting than others.
         yield from faults[min(every // 2, len(faults) - 1) :: every]
 
 
@@ -138,14 +138,14 @@ def _judge(place: Path, result: Result) -> None:
     if (database.exists() and database.stat().st_size) or ledger.writes:
         problems += _check(copy_files(database, place / "copy"), ledger)
     problems += _check_backup(place, "backup" in done)
-    # Where nothing can be removed, something is left.
+    # If unlinking fails, partial files remain.
     if result.fault.kind != "unlink" and (left := sorted(path.name for path in place.glob("*.partial*"))):
         problems.append(f"left behind: {left}")
     replaced = _replaced_in(place)
     if "restore" in done and replaced is None:
-        problems.append("lost: the backup was restored, and what was there before is not there")
+        problems.append("lost: the backup was restored, but the replaced database is missing")
     for path in (database,) if replaced is None else (database, replaced):
-        # The start after it, with a disk that works again.
+        # The next start, with a disk that works again.
         try:
             open_groups(path).close()
         except StateError as error:
@@ -153,13 +153,13 @@ def _judge(place: Path, result: Result) -> None:
             continue
         copy = copy_files(path, place / "copy")
         problems += _check(copy, ledger)
-        # The backup was made before that.
+        # The backup is older than the import.
         is_restored = path is database and replaced is not None
         problems += _check_import(copy, 0 if is_restored else io_child.IMPORTED_VERSIONS, "import" in done)
 
 
 def _replaced_in(place: Path) -> Path | None:
-    """What a restore has replaced, if it is not in place any more."""
+    """The database that a restore has replaced, if it is no longer in place."""
     database = place / io_child.DATABASE
     for path in place.glob(f"{io_child.DATABASE}.replaced-*"):
         if not path.name.endswith(_BESIDE) and not path.samefile(database):
@@ -170,16 +170,16 @@ def _replaced_in(place: Path) -> Path | None:
 def _check_backup(place: Path, done: bool) -> Iterator[str]:
     backup = place / io_child.BACKUP
     if done and not backup.exists():
-        yield "lost: the backup was made, and is not there"
+        yield "lost: the backup was made, but is missing"
     if backup.exists() and (problems := maintenance.check(backup).problems):
         yield f"half: the backup has problems: {problems[:2]}"
 
 
 def _check_import(copy: Path, wanted: int, done: bool) -> Iterator[str]:
     with closing(sqlite3.connect(copy)) as connection:
-        [(found,)] = connection.execute(_IMPORTED, (io_child.IMPORTED,))
-    if found != wanted and (done or found != 0):
-        yield f"half: {found} of {wanted} imported versions are there"
+        [(count,)] = connection.execute(_IMPORTED, (io_child.IMPORTED,))
+    if count != wanted and (done or count != 0):
+        yield f"half: {count} of {wanted} imported versions are there"
 
 
 _IMPORTED = """
@@ -195,14 +195,14 @@ def _check(copy: Path, ledger: Ledger) -> list[str]:
 
 
 def _has_tables(copy: Path) -> bool:
-    """Whether the file got so far as to hold the tables; what is found there must be whole."""
+    """Whether the file has its tables; everything in them has to be whole."""
     with closing(sqlite3.connect(copy)) as connection:
         names = {row[0] for row in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
     return "commits" in names
 
 
 def _read_acks(path: Path, result: Result) -> tuple[Ledger, set[str]]:
-    """What was asked for and told, and which commands were done."""
+    """The requests and answers of a case, and the commands that succeeded."""
     ledger, done = Ledger(), set()
     for line in _text(path).splitlines():
         note = json.loads(line)
@@ -229,9 +229,9 @@ def _text(path: Path) -> str:
 
 
 def main() -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="let each operation on a file fail, and check what is left")
-    parser.add_argument("--every", type=int, default=1, help="only every so many-th case")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="let each operation on a file fail, and check the files")
+    parser.add_argument("--every", type=int, default=1, help="run only every N-th case")
     parser.add_argument("--kind", choices=io_child.KINDS, action="append")
     arguments = parser.parse_args()
     if (reason := shim.why_not()) is not None:
@@ -254,9 +254,9 @@ def main() -> int:
                 print(f"{fault}: exit code {result.exit_code}, {dict(result.errors)}", flush=True)
                 for problem in result.problems[:5]:
                     print(f"  {problem}", flush=True)
-        told = ", ".join(f"{count} ended with {code}" for code, count in sorted(codes.items()))
+        ends = ", ".join(f"{count} ended with {code}" for code, count in sorted(codes.items()))
         failed = ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
-        print(f"{codes.total()} faults ({failed}) in {time.monotonic() - began:.0f} s: {told};")
+        print(f"{codes.total()} faults ({failed}) in {time.monotonic() - began:.0f} s: {ends};")
         print(f"{acknowledged:,} acknowledged writes; {broken} runs with problems")
         if broken:
             sys.exit(1)

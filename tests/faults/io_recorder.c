@@ -1,7 +1,7 @@
-/* Preloaded into a process, writes down what it does to the files of one folder: DSPEX_RECORD_FOLDER, an absolute path.
+/* A preloaded library that records all operations on the files of one folder, DSPEX_RECORD_FOLDER (an absolute path).
  *
- * Each operation is a record in the file DSPEX_RECORD_LOG (disk.py reads it): a header of 40 bytes and `length` bytes
- * behind it. An operation is written down after it was done, a sync before as well: it covers what was there by then.
+ * Each operation is a record in the file DSPEX_RECORD_LOG (disk.py reads it): a header of 40 bytes, then `length`
+ * bytes. An operation is recorded after it is done; a sync also before, because it covers the writes up to its begin.
  *
  *   O open (name)    C open and truncate (name)    W write (bytes)    T truncate (to `offset`)
  *   B a sync begins  S it has ended    U unlink (name)    R rename, L link (two names, a zero between them)
@@ -60,13 +60,13 @@ static void note(char operation, uint32_t file, uint64_t offset, const void *con
     pthread_mutex_lock(&mutex);
     clock_gettime(CLOCK_MONOTONIC, &now);
     record.at_ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-    /* A log that cannot be written would prove things that are not so. */
+    /* An incomplete log would lead to wrong results. */
     if (writev(log_file, parts, 2) != (ssize_t)(sizeof record + length))
         abort();
     pthread_mutex_unlock(&mutex);
 }
 
-/* The name in the folder that `path` has; NULL if it is not there. `buffer` holds PATH_MAX bytes. */
+/* The name of `path` in the folder; NULL if it is elsewhere. `buffer` holds PATH_MAX bytes. */
 static const char *name_of(int at, const char *path, char *buffer)
 {
     char link[64], base[PATH_MAX];

@@ -1,4 +1,4 @@
-"""The journal of tool executions in the file of a killed server, held against what was running and what was told."""
+"""Checks the journal of executions in a killed server's file against the clients' knowledge and what was running."""
 
 import json
 import sqlite3
@@ -14,7 +14,7 @@ _PUBLISHED = 5
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One execution as the file has it; `ended` is the commit that ended it."""
+    """One execution in the file; `ended` is the commit that ended it."""
 
     id: str
     status: str
@@ -22,32 +22,32 @@ class Entry:
 
 
 class Journal:
-    """What was in the journal at the last look, and what has to come of it."""
+    """Keeps what was in the journal at the last check."""
 
     def __init__(self) -> None:
         self.running: set[str] = set()
-        """What nobody had ended when the last server was killed."""
+        """The executions that were running when the last server was killed."""
         self.statuses: Counter[str] = Counter()
-        self.run_anew = 0
+        self.repeated = 0
         """How many keys have an execution that was interrupted, and one that has committed."""
         self._entries: dict[str, Entry] = {}
-        self._told: set[str] = set()
+        self._checked: set[str] = set()
 
     def check(self, connection: sqlite3.Connection, after: int, ledger: Ledger, *, started: bool) -> Iterator[str]:
-        """What is wrong, as of the commits `after` the last look. `started`: a server was ready since then."""
+        """Yield the problems in the commits `after` the last check; `started`: a server was ready since then."""
         for row in connection.execute(_ENTRIES, (after,)):
             self._entries[row[0]] = Entry(*row)
         yield from self._check_running(started)
         yield from self._check_visible(connection, after)
-        yield from self._check_told(connection, ledger)
+        yield from self._check_answers(connection, ledger)
         for key, count in connection.execute(_TWICE):
             yield f"written twice: {count} executions under {key!r} have committed"
         self.running = {entry.id for entry in self._entries.values() if entry.ended is None}
         self.statuses = Counter(entry.status for entry in self._entries.values())
-        [(self.run_anew,)] = connection.execute(_ANEW)
+        [(self.repeated,)] = connection.execute(_REPEATED)
 
     def _check_running(self, started: bool) -> Iterator[str]:
-        """What ran in a server that was killed is interrupted by the next one before anybody can ask it."""
+        """The next server marks the executions of a killed one as interrupted, before it is ready."""
         for execution_id in self.running:
             entry = self._entries[execution_id]
             if entry.ended is None and started:
@@ -56,16 +56,16 @@ class Journal:
                 yield f"not interrupted: {entry} ran when its server was killed"
 
     def _check_visible(self, connection: sqlite3.Connection, after: int) -> Iterator[str]:
-        """What an execution has written is in the commit that ended it, and only if it ended well."""
+        """All writes of an execution are in the commit that ended it, and only if it committed."""
         for execution_id, sequence, count in connection.execute(_WRITTEN, (after, _PUBLISHED)):
             entry = self._entries.get(execution_id)
             if entry is None or (entry.status, entry.ended) != ("committed", sequence):
-                yield f"half tool: {count} versions in commit {sequence} are of {entry or execution_id}"
+                yield f"half tool: {count} versions in commit {sequence} are from {entry or execution_id}"
 
-    def _check_told(self, connection: sqlite3.Connection, ledger: Ledger) -> Iterator[str]:
+    def _check_answers(self, connection: sqlite3.Connection, ledger: Ledger) -> Iterator[str]:
         for write in ledger.writes.values():
-            if write.journal and write.token not in self._told:
-                self._told.add(write.token)
+            if write.journal and write.token not in self._checked:
+                self._checked.add(write.token)
                 yield from self._check_answer(connection, write)
 
     def _check_answer(self, connection: sqlite3.Connection, write: Write) -> Iterator[str]:
@@ -96,7 +96,7 @@ _TWICE = """
     SELECT idempotency_key, count(*) FROM executions
     WHERE idempotency_key IS NOT NULL AND status = 'committed' GROUP BY session_key, idempotency_key HAVING count(*) > 1
 """
-_ANEW = """
+_REPEATED = """
     SELECT count(DISTINCT idempotency_key) FROM executions WHERE status = 'committed' AND idempotency_key IN
         (SELECT idempotency_key FROM executions WHERE status = 'interrupted')
 """

@@ -1,4 +1,4 @@
-"""What the clients know: every write that they asked for, and what they were told."""
+"""The ledger: every write that the clients requested, and the answers that they got."""
 
 import math
 from collections import Counter
@@ -16,15 +16,15 @@ Commit: TypeAlias = tuple[int, tuple[tuple[str, int], ...]]
 class Write:
     """One request that writes values. Its `token` is in the metadata of every version that it makes.
 
-    `targets` are the ids of the variables that it writes, `versions` what it was told of them. A write that is
-    `unknown` was asked for, and the answer did not come; `key` is the idempotency key with which it can be repeated.
+    `targets` are the ids of the variables that it writes, `versions` the new versions from the answer. An `unknown`
+    write got no answer; `key` is the idempotency key with which it can be repeated.
     """
 
     token: str
     session_id: str
     targets: tuple[str, ...]
     value: str
-    """JSON; "" if it is the number of its version, as with counters."""
+    """JSON; "" if the value is the number of its version, as with counters."""
     key: str | None = None
     expected: int = 0
     status: Status = "unknown"
@@ -32,22 +32,22 @@ class Write:
     invoked_at: float = 0.0
     returned_at: float = math.inf
     tool: str = ""
-    """The tool that writes, if it is one: its writes are one commit, like those of a batch."""
+    """The tool that writes, if a tool does: its writes are one commit, like those of a batch."""
     execution_id: str = ""
-    """The execution of which the answer told, however it ended."""
+    """The execution named in the answer, however it ended."""
     sequence: int = 0
-    """The commit of which the answer told."""
+    """The commit named in the answer."""
     journal: str = ""
-    """How the execution ended by its answer, as the journal has to have it."""
+    """The status that the journal must have, according to the answer."""
     result: Any = None
-    """What the tool answered, if it has committed."""
+    """The tool's result, if it committed."""
     settled: bool = False
-    """Nobody will repeat it, and the server that was asked is gone: it is there or will never be."""
+    """No client will repeat it and its server is gone: it is in the file, or never will be."""
 
 
 @dataclass(slots=True)
 class Rollback:
-    """An acknowledged rollback: which version it made, of which it has the value, when the answer came."""
+    """An acknowledged rollback: the new version, the version whose value it has, and the time of the answer."""
 
     variable_id: str
     version: int
@@ -57,25 +57,25 @@ class Rollback:
 
 @dataclass(slots=True)
 class Ledger:
-    """Everything that was asked for and told, in memory of the process that checks."""
+    """All requests and answers, in the memory of the checking process."""
 
     writes: dict[str, Write] = field(default_factory=dict)
     reads: dict[str, list[Operation]] = field(default_factory=dict)
     """By variable id."""
     rollbacks: list[Rollback] = field(default_factory=list)
     deleted: dict[str, float] = field(default_factory=dict)
-    """When the deletion of a variable was acknowledged, by its id."""
+    """The time at which the deletion of a variable was acknowledged, by its id."""
     ended: dict[str, float] = field(default_factory=dict)
-    """When the end of a session was acknowledged, by its id."""
+    """The time at which the end of a session was acknowledged, by its id."""
     complaints: list[str] = field(default_factory=list)
-    """What a client has seen that cannot be: no answer in time, another answer to a repetition."""
+    """Wrong answers that a client has seen: none in time, or another one to a repetition."""
     endings: Counter[str] = field(default_factory=Counter)
-    """The status codes with which calls ended that nobody answered."""
+    """The status codes of calls without an answer from the server."""
     initial: dict[str, str] = field(default_factory=dict)
     """The first value of the variables whose histories are checked, by id."""
 
     def as_of(self, instant: float) -> "Ledger":
-        """What was known then; the writes of which no answer had come are unknown."""
+        """Return the ledger at that time; writes without an answer by then are unknown."""
         return Ledger(
             writes={token: _as_of(write, instant) for token, write in self.writes.items()},
             reads={
@@ -87,7 +87,7 @@ class Ledger:
         )
 
     def history(self, variable_id: str) -> list[Operation]:
-        """The reads and writes of one variable, as its clients saw them; its registration is what they begin with."""
+        """Return the reads and writes of one variable, as its clients saw them, without its registration."""
         history = list(self.reads.get(variable_id, []))
         for write in self.writes.values():
             if variable_id in write.targets and write.versions.get(variable_id) != 0:
@@ -109,6 +109,6 @@ class Ledger:
 def _as_of(write: Write, instant: float) -> Write:
     if write.returned_at < instant:
         return write
-    # What was refused in the end is nowhere, whenever its client heard of it.
+    # A write refused in the end is never in the file, regardless of when its client learned of the refusal.
     status: Status = "refused" if write.status == "refused" else "unknown"
     return replace(write, status=status, versions={}, execution_id="", sequence=0, journal="", result=None)

@@ -1,10 +1,10 @@
-"""Power cuts: what the unmodified server and the commands write and sync is recorded, and disks rebuilt from that.
+"""Power cuts: records the writes and syncs of the unmodified server and commands, and rebuilds disks from that.
 
     make powercut-test STATES=10000         # or: python -m tests.faults.powercut_test --states 10000 [--seed N]
 
-Every state is one way in which the power may go at one instant (see disk.py). Each is opened as a start opens it,
-checked whole, and held against everything that had been acknowledged by that instant. Exit code 0: nothing was found.
-1: something was, and it is told, and the disks are kept.
+Every state is one possible result of a power cut at one instant (see disk.py). Each one is opened as at a start,
+checked completely, and compared with everything acknowledged by that instant. Exit code 0: no problems. 1: problems,
+which are printed, and the disks are kept.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from tests.faults.scratch import scratch
 
 _MOST_PROBLEMS = 10
 _STATES_OF_ONE = 1_500
-"""More states than that are of several recordings: what happens in one is always the same."""
+"""The number of states from one recording; more states use several, because a recording is always the same."""
 
 
 Shares: TypeAlias = Mapping[type[Recording], int]
@@ -36,7 +36,7 @@ SHARES: Final[Shares] = {Served: 60, Commands: 15, Upgraded: 10, Restored: 10, R
 
 @dataclass(slots=True)
 class Report:
-    """How it went. `problems` is empty if all is well."""
+    """The report of a run; `problems` is empty if all is well."""
 
     seed: int
     problems: list[str] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Report:
 
 
 class PowerCuts:
-    """Makes recordings, and disks of them."""
+    """Makes recordings, and disks from them."""
 
     def __init__(self, folder: Path, seed: int, planted: str | None = None) -> None:
         self.report = Report(seed)
@@ -72,8 +72,8 @@ class PowerCuts:
         self._seen: set[bytes] = set()
         self._count = 0
 
-    def run(self, states: int, shares: Shares = SHARES, *, tell: bool = False) -> Report:
-        """Look at so many states, so many of a hundred of each recording."""
+    def run(self, states: int, shares: Shares = SHARES, *, verbose: bool = False) -> Report:
+        """Check that many states, divided among the kinds of recordings by `shares` (in percent)."""
         began, cpu = time.monotonic(), time.process_time()
         rounds = max(1, round(states / _STATES_OF_ONE))
         for part in range(rounds):
@@ -81,7 +81,7 @@ class PowerCuts:
                 self._record_and_cut(kind, round(states / rounds * share / 100))
                 if self.report.problems:
                     break
-            if tell:
+            if verbose:
                 print(f"  {self.report.states:,} states of {part + 1} recordings", flush=True)
         self.report.took_s, self.report.cpu_s = time.monotonic() - began, time.process_time() - cpu
         return self.report
@@ -108,7 +108,7 @@ class PowerCuts:
             while done <= index:
                 disk.play(operations[done])
                 done += 1
-            # Until the next operation the disk stays as it is, and everybody hears what he is told by then.
+            # The disk stays the same until the next operation, so all answers before that one count.
             instant = operations[done].at_s if done < len(operations) else float("inf")
             for mode in MODES:
                 self._cut(recording, disk.cut(mode, self._random), instant, mode, place / f"cut-{index}-{mode}")
@@ -134,11 +134,11 @@ class PowerCuts:
 
 
 def _instants(operations: list[Operation], states: int, random: Random) -> list[int]:
-    """After which operations the power goes: half anywhere, half next to syncs and whatever changes names or sizes.
+    """Choose the operations after which the power fails: half of them near syncs and changes of names or sizes.
 
-    After the last one in any case: by then everything has been told that is told.
+    Always includes the last one, by which all answers have been given.
     """
-    # Some of the disks of an instant are the same: where nothing was pending, all of them.
+    # Some disks of one instant are the same; without pending changes, all of them are.
     wanted = max(1, states // (len(MODES) - 2))
     near = {
         index + step
@@ -157,23 +157,23 @@ def _write_files(folder: Path, files: dict[str, bytes]) -> None:
     folder.mkdir()
     for name, content in files.items():
         (folder / name).write_bytes(content)
-        # As the store makes them; otherwise each start warns that others can read the database.
+        # Like the store's files: otherwise each start warns that others can read the database.
         (folder / name).chmod(0o600)
 
 
 def main() -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="cut the power again and again, and check what is left")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="cut the power again and again, and check the disks")
     parser.add_argument("--states", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000))
-    parser.add_argument("--plant", help="a bug that the server shall have (see planted_server.py)")
+    parser.add_argument("--plant", help="a bug to plant in the server (see planted_server.py)")
     arguments = parser.parse_args()
     if (reason := shim.why_not()) is not None:
         print(reason)
         return 2
     with scratch("powercut-test") as folder:
         print(f"seed {arguments.seed}, {arguments.states:,} states, in {folder}", flush=True)
-        report = PowerCuts(folder, arguments.seed, arguments.plant).run(arguments.states, tell=True)
+        report = PowerCuts(folder, arguments.seed, arguments.plant).run(arguments.states, verbose=True)
         print(report)
         for problem in report.problems[:_MOST_PROBLEMS]:
             print(f"  {problem}")

@@ -1,4 +1,4 @@
-"""What the power cuts are cut out of: servers and commands that write under the recorder, and what they promised."""
+"""The recordings for the power cuts: servers and commands that write under the recorder, and their promises."""
 
 import asyncio
 import json
@@ -35,15 +35,15 @@ from tests.prepared import Prepared
 DATABASE = "cut.db"
 _CLIENTS = 6
 _TIME = re.compile(r"\.replaced-[^-.]+\.\d+")
-"""What comes after the name of a database that was replaced; in the names of files beside it there is more."""
+"""The suffix of a replaced database; the names of its companion files continue after it."""
 _READY_S, _ENDING_S, _WORK_S = 60.0, 30.0, 60.0
 
 
 class Recording(ABC):
-    """Something that writes in `folder / "data"`, and what must be there once somebody was told so."""
+    """Something that writes in `folder / "data"`, and the promises that the disk has to keep."""
 
     files: Mapping[str, bytes] = {}
-    """What was there, durably, before."""
+    """The durable files before the recording."""
 
     def __init__(self, folder: Path, env: Mapping[str, str], seed: int, planted: str | None) -> None:
         self._folder = folder
@@ -54,13 +54,13 @@ class Recording(ABC):
 
     @abstractmethod
     def record(self) -> None:
-        """Do what is to be recorded, in processes of its own."""
+        """Run the recorded work, in separate processes."""
 
     def judge(self, folder: Path, instant: float) -> list[str]:
-        """What is wrong with a disk of that instant."""
+        """Return the problems of a disk of that instant."""
         database = folder / DATABASE
         try:
-            # As a start does: anchor, WAL, migration, what was running.
+            # Like a start: anchor, WAL, migration, interrupted executions.
             open_groups(database).close()
         except DspexError as error:
             return [f"lost: it cannot be opened: {error}"]
@@ -69,21 +69,21 @@ class Recording(ABC):
 
     @abstractmethod
     def problems(self, folder: Path, instant: float) -> list[str]:
-        """What is wrong with a disk of that instant, which was opened and closed again, and is sound."""
+        """Return the problems of a sound disk of that instant, which has been opened and closed again."""
 
     def _start(self, *flags: str) -> ServerProcess:
         argv = [*server_argv(self._database, self._planted), *flags]
         return ServerProcess.start(argv, env=self._env, ready_timeout_s=_READY_S)
 
     def _run(self, *arguments: str) -> float:
-        """Run a command to its good end; when that was."""
+        """Run a command, which has to succeed; returns the time of its end."""
         argv = [*program_argv(self._planted), *arguments, "--db", str(self._database)]
         subprocess.run(argv, env=dict(self._env), check=True, capture_output=True)
         return time.monotonic()
 
     @contextmanager
     def _prepared(self) -> Iterator[Callable[..., float]]:
-        """The same, for several commands."""
+        """Yield a function like `_run` for several commands, without the start-up time of each."""
         with Prepared(dict(self._env)) as prepared:
 
             def run(*arguments: str) -> float:
@@ -95,7 +95,7 @@ class Recording(ABC):
 
 
 class Served(Recording):
-    """The crash test's clients at three servers, of which two are killed."""
+    """The crash test's clients with three servers, of which two are killed."""
 
     _ACKNOWLEDGED: ClassVar = (("kill", 90), ("terminate", 60), ("kill", 60))
 
@@ -125,14 +125,15 @@ class Served(Recording):
 
     async def _until(self, acknowledged: int) -> None:
         async with asyncio.timeout(_WORK_S):
-            while self._count() < acknowledged:  # noqa: ASYNC110  (the ledger wakes nobody)
+            while self._count() < acknowledged:  # noqa: ASYNC110  (the ledger has no event)
                 await asyncio.sleep(0.005)
 
     def problems(self, folder: Path, instant: float) -> list[str]:
         ledger, checker = self._ledger.as_of(instant), Checker()
-        told = [commit for commit, at in zip(self._watcher.told, self._watcher.told_at, strict=True) if at < instant]
+        watcher = self._watcher
+        received = [commit for commit, at in zip(watcher.commits, watcher.received_at, strict=True) if at < instant]
         problems = checker.check(folder / DATABASE, ledger)
-        problems += checker.check_watcher(SESSION, 0, told)
+        problems += checker.check_watcher(SESSION, 0, received)
         problems += [f"still running: {each}" for each in checker.journal.running]
         values = checker.values(SESSION)
         for target, reads in ledger.reads.items():
@@ -143,7 +144,7 @@ class Served(Recording):
 
 
 class Promise(NamedTuple):
-    """What was told, when, and whether a folder keeps it."""
+    """Something acknowledged: when, what, and a function that checks whether a folder has it."""
 
     at: float
     what: str
@@ -151,7 +152,7 @@ class Promise(NamedTuple):
 
 
 class _Promising(Recording):
-    """A recording of which few promises are made, each written down."""
+    """A recording with few promises, each of them listed."""
 
     def __init__(self, folder: Path, env: Mapping[str, str], seed: int, planted: str | None) -> None:
         super().__init__(folder, env, seed, planted)
@@ -166,7 +167,7 @@ class _Promising(Recording):
 
 
 class Commands(_Promising):
-    """A server that prunes while it is written to, and then the commands that write."""
+    """A server that prunes while clients write, followed by the commands that write."""
 
     _IMPORTED = 40
 
@@ -189,16 +190,16 @@ class Commands(_Promising):
 
     def problems(self, folder: Path, instant: float) -> list[str]:
         problems = super().problems(folder, instant)
-        # Whole or not at all, whenever the power goes.
-        if (found := _versions(folder, "imported")) not in (0, self._IMPORTED):
-            problems.append(f"half: {found} versions of the import are there")
+        # Whole or not at all, at every instant.
+        if (count := _versions(folder, "imported")) not in (0, self._IMPORTED):
+            problems.append(f"half: {count} versions of the import are there")
         backup = folder / "backup.db"
         if backup.exists() and (unsound := maintenance.check(backup).problems):
             problems.append(f"half: the backup has problems: {unsound[:2]}")
         return problems
 
     def _make_recording(self) -> Path:
-        """A recording of a session that another file has."""
+        """A recording of a session in another file."""
         other, recording = self._folder / "other.db", self._folder / "recording.jsonl"
         store = open_groups(other)
         commands: list[Command[object]] = [
@@ -233,7 +234,7 @@ class Commands(_Promising):
 
 
 class Upgraded(_Promising):
-    """A file of an older release, brought to this one's revision."""
+    """A file of an older release, upgraded to the current revision."""
 
     _SOURCE = Path(__file__).parents[1] / "assets" / "0001.db"
 
@@ -246,9 +247,9 @@ class Upgraded(_Promising):
         self._run("db", "upgrade")
 
     def problems(self, folder: Path, instant: float) -> list[str]:
-        """What was in the old file stays, and a backup of it is there however far the upgrade has got."""
+        """The content of the old file stays, and a backup of it exists at every stage of the upgrade."""
         before, after = _count_versions(self._SOURCE), _count_versions(folder / DATABASE)
-        problems = [] if after == before else [f"lost: of {before} versions {after} are there"]
+        problems = [] if after == before else [f"lost: {after} of {before} versions are there"]
         backups = [path for path in folder.glob(f"{DATABASE}.backup-*") if not path.name.endswith("-journal")]
         if not any(_is_sound(path) and _count_versions(path) == before for path in backups):
             problems.append(f"lost: none of {len(backups)} backups from before the upgrade can be read")
@@ -256,7 +257,7 @@ class Upgraded(_Promising):
 
 
 class Restored(_Promising):
-    """A backup that takes the place of a database whose server was killed, and which would start again."""
+    """A backup replaces a database whose server was killed, and which would still start."""
 
     _OLD, _BACKED_UP = 60, 20
 
@@ -266,14 +267,14 @@ class Restored(_Promising):
         self.files = self._damaged(self._make(folder / "old.db"))
 
     def _make(self, path: Path) -> dict[str, bytes]:
-        """The files of a database as a kill leaves them, some of it brought into the file; and the backup."""
+        """The files of a database after a kill, partly checkpointed; also makes the backup."""
         kept: dict[str, bytes] = {}
         for first, last in ((0, self._BACKED_UP), (self._BACKED_UP, self._OLD)):
             groups = open_groups(path)
             commands: list[Command[object]] = []
             if first == 0:
                 commands = [InitializeSession("s"), RegisterVariable("s", "x", "string", Value('""'))]
-            # The first one is the registered one.
+            # Value 0 comes from the registration.
             values = [Value(json.dumps(f"{count}" + "." * 1_500)) for count in range(max(1, first), last)]
             commands += [SetVariable("s", "x", value) for value in values]
             for outcome in groups.write_group([Job(command, Origin("test", "test")) for command in commands]):
@@ -294,31 +295,31 @@ class Restored(_Promising):
         self._promise(at, "the restored database", lambda folder: _versions(folder, "s") == self._BACKED_UP)
 
     def problems(self, folder: Path, instant: float) -> list[str]:
-        """One of the two is there, whole; where it is the restored one, the old one is there by another name."""
+        """One of the two is in place, whole; if it is the restored one, the old one exists under another name."""
         problems = super().problems(folder, instant)
-        found = _versions(folder, "s")
-        if found == self._BACKED_UP:
+        count = _versions(folder, "s")
+        if count == self._BACKED_UP:
             problems += self._problems_of_replaced(folder)
-        elif found != self._OLD:
-            problems.append(f"half: {found} versions are there, neither {self._OLD} nor {self._BACKED_UP}")
+        elif count != self._OLD:
+            problems.append(f"half: {count} versions are there, neither {self._OLD} nor {self._BACKED_UP}")
         return problems
 
     def _problems_of_replaced(self, folder: Path) -> Iterator[str]:
         replaced = [path for path in folder.iterdir() if _TIME.fullmatch(path.name.removeprefix(DATABASE))]
         if len(replaced) != 1:
-            yield f"lost: of what was replaced there is {replaced}"
+            yield f"lost: the replaced database is missing or not unique: {replaced}"
             return
         try:
             open_groups(replaced[0]).close()
         except DspexError as error:
-            yield f"lost: what was replaced cannot be opened: {error}"
+            yield f"lost: the replaced database cannot be opened: {error}"
             return
         if (count := _count_versions(replaced[0])) != self._OLD:
-            yield f"lost: of {self._OLD} versions that were replaced {count} are there"
+            yield f"lost: {count} of the {self._OLD} replaced versions are there"
 
 
 class Rescued(Restored):
-    """The same, of a database that has lost commits, and does not start: what is left of it is evidence."""
+    """Like `Restored`, with a database that has lost commits and does not start: its files are kept as evidence."""
 
     def _damaged(self, files: dict[str, bytes]) -> dict[str, bytes]:
         wal = files[f"{DATABASE}-wal"]
@@ -331,12 +332,12 @@ class Rescued(Restored):
             open_groups(folder / DATABASE).close()
         except LostCommitsError:
             problems += [f"lost: {promise.what}" for promise in self._promises if promise.at < instant]
-            # The way out is the same command again.
+            # The remedy is to run the same command again.
             maintenance.restore(self._backup, folder / DATABASE)
         return problems + super().judge(folder, instant)
 
     def _problems_of_replaced(self, folder: Path) -> Iterator[str]:
-        """It could not be opened before."""
+        """Check nothing: the replaced database could not be opened before either."""
         yield from ()
 
 

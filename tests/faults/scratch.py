@@ -1,4 +1,4 @@
-"""A folder for files that are written and thrown away by the thousand."""
+"""A folder for thousands of temporary files."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def scratch(name: str) -> Iterator[Path]:
-    """A folder in memory, where there is one (a sync costs nothing there); kept if something goes wrong."""
+    """Make a folder, if possible in memory, where a sync costs nothing; it is kept after a failure."""
     memory = Path("/dev/shm")
     usable = memory.is_dir() and os.access(memory, os.W_OK)
     folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=memory if usable else None))

@@ -1,6 +1,6 @@
-"""Building the libraries that are preloaded into what is tested, and the environments that load them.
+"""Builds the libraries that are preloaded into the tested processes, and the environments that load them.
 
-`fault_shim.c` makes operations on files fail, `io_recorder.c` writes down what they are.
+`fault_shim.c` makes operations on files fail; `io_recorder.c` records them.
 """
 
 import os
@@ -13,16 +13,16 @@ FAULTS, RECORDER = "fault_shim.c", "io_recorder.c"
 
 
 def why_not() -> str | None:
-    """Why the shims cannot be used here; None where they can."""
+    """Return the reason why the shims cannot be used here, or None."""
     if sys.platform != "linux":
-        return "faults are injected by LD_PRELOAD and /proc, which only Linux has"
+        return "the fault injection needs LD_PRELOAD and /proc, which only Linux has"
     if shutil.which("gcc") is None:
-        return "there is no gcc to build the fault injection with"
+        return "the fault injection needs gcc"
     return None
 
 
 def build(folder: Path, source: str = FAULTS) -> Path:
-    """Compile the shim into `folder`."""
+    """Compile a shim into `folder`; returns the library."""
     path = Path(__file__).with_name(source)
     library = folder / f"{path.stem}.so"
     argv = ["gcc", "-Wall", "-Werror", "-O1", "-shared", "-fPIC", "-o", str(library), str(path), "-ldl"]
@@ -31,5 +31,5 @@ def build(folder: Path, source: str = FAULTS) -> Path:
 
 
 def environment(library: Path, **settings: str) -> dict[str, str]:
-    """This process's environment, with a shim and its settings (its source names them)."""
+    """Return this process's environment with a shim and its settings, which its source lists."""
     return {**os.environ, "LD_PRELOAD": str(library), **settings}

@@ -1,11 +1,11 @@
-"""A server that is used in every way at once, for long, and started again now and then.
+"""Servers used in every way at once, for a long time, with restarts.
 
     make soak MINUTES=15                # or: python -m tests.faults.soak_test --minutes 15 [--seed N] [--clients 8]
 
-The crash test's clients and watchers work all the time. Beside them others ask the history, prune, make backups, come
-with a connection of their own and leave again, and watch for a moment. Servers are ended by SIGTERM and by SIGKILL in
-turns. Everything is checked as in the crash test; memory and file descriptors of a server must stay as they were when
-it was warm. Exit code 0: nothing was found. 1: something was, and it is told, and the files are kept.
+The crash test's clients and watchers work all the time. At the same time, others query the history, prune, make
+backups, connect and leave, and watch for a moment. Servers end by SIGTERM and SIGKILL alternately. The checks are those
+of the crash test; in addition, memory and file descriptors of a warm server must not grow. Exit code 0: no problems.
+1: problems, which are printed, and the files are kept.
 """
 
 import argparse
@@ -41,7 +41,7 @@ _MOST_GROWTH_MIB, _MOST_MORE_FILES = 40, 20
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a process has of the machine."""
+    """The resources that a process uses."""
 
     rss_mib: int
     files: int
@@ -54,7 +54,7 @@ class Usage:
 
 
 class Soak(CrashTest):
-    """The crash test with long lives, and with everybody else who uses a server."""
+    """The crash test with longer lives, and with all other kinds of clients."""
 
     def __init__(self, folder: Path, seed: int, clients: int = 8, planted: str | None = None) -> None:
         super().__init__(folder, seed, clients, planted)
@@ -62,8 +62,8 @@ class Soak(CrashTest):
         self._folder = folder
         self.usages: list[Usage] = []
 
-    async def soak(self, seconds: float, *, tell: bool = False) -> Report:
-        """Use servers for so long, check, end in order. Stops at the first one that shows a problem."""
+    async def soak(self, seconds: float, *, verbose: bool = False) -> Report:
+        """Use servers for that long, check, and shut the last one down. Stops after the first one with a problem."""
         began = time.monotonic()
         names = await self._set_up()
         self._clients = [Client(number, self.report.seed, self._ledger, names) for number in range(self._count)]
@@ -73,7 +73,7 @@ class Soak(CrashTest):
             self.report.cycles += 1
             await self._live(seconds / lives, kill=self.report.cycles % 2 == 0)
             self._check_files()
-            if tell:
+            if verbose:
                 head = self._checker.head.sequence
                 print(f"  {time.monotonic() - began:.0f} s, {head:,} commits, {self.usages[-2:]}", flush=True)
         if not self.report.problems:
@@ -104,14 +104,14 @@ class Soak(CrashTest):
                 await self._gather(users)
         for other in others:
             if not other.cancelled() and (error := other.exception()) is not None:
-                self.report.problems.append(f"somebody failed: {error!r}")
+                self.report.problems.append(f"another client failed: {error!r}")
 
     async def _end_rounds(self, rounds: Sequence[asyncio.Event], others: Sequence[asyncio.Task[None]]) -> None:
-        """However short the life, everybody gets to the end of a round, unless somebody fails."""
+        """Wait until all other clients have finished a round, or one has failed, however short the life is."""
         all_ended = asyncio.ensure_future(asyncio.gather(*(ended.wait() for ended in rounds)))
         await asyncio.wait((all_ended, *others), timeout=within(_ROUND_S), return_when=asyncio.FIRST_COMPLETED)
         if not all_ended.done() and not any(other.done() for other in others):
-            self.report.problems.append(f"somebody's round does not end: {[ended.is_set() for ended in rounds]}")
+            self.report.problems.append(f"a round does not end: {[ended.is_set() for ended in rounds]}")
         all_ended.cancel()
         await asyncio.wait((all_ended,))
 
@@ -130,7 +130,7 @@ class Soak(CrashTest):
         if last.files > warm.files + _MOST_MORE_FILES:
             self.report.problems.append(f"files: {warm.files} open when it was warm, {last.files} at the end")
 
-    # Everybody else
+    # The other clients
 
     def _others(self) -> list[Callable[[int], Awaitable[None]]]:
         return [self._ask_history, self._prune, self._visit, self._glance, self._back_up]
@@ -143,7 +143,7 @@ class Soak(CrashTest):
             await asyncio.sleep(_BACKUP_EVERY_S if other == self._back_up else _PAUSE_S)
 
     async def _ask_history(self, port: int) -> None:
-        """Every question that can be asked of a session."""
+        """Run every query on a session."""
         newest = audit_pb.Range(limit=50)
         async with Auditor(port) as auditor:
             await auditor.ask("ListHistory", audit_pb.ListHistoryRequest(session=SESSION, range=newest))
@@ -156,7 +156,7 @@ class Soak(CrashTest):
                     await auditor.ask("GetExecution", request)
 
     async def _prune(self, port: int) -> None:
-        """Write versions that nobody needs, and have them deleted."""
+        """Write some versions, and prune them."""
         async with Bridge(port) as bridge, Auditor(port) as auditor:
             await bridge.begin(_PRUNED)
             await bridge.register(_PRUNED, "x", "string", "", {})
@@ -165,7 +165,7 @@ class Soak(CrashTest):
             self.report.counts["versions pruned"] += await auditor.prune(_PRUNED, keep_versions=3)
 
     async def _visit(self, port: int) -> None:
-        """Come, say something, be refused, leave."""
+        """Connect, ping, be refused, disconnect."""
         async with Bridge(port) as bridge:
             await bridge.call("Ping", pb.PingRequest(message="here"))
             try:
@@ -175,13 +175,13 @@ class Soak(CrashTest):
                     raise
 
     async def _glance(self, port: int) -> None:
-        """Watch until something happens, and leave without a word."""
+        """Watch until the first update, and disconnect."""
         async with Bridge(port) as bridge:
             async for _ in bridge.watch(SESSION, 0):
                 break
 
     async def _back_up(self, port: int) -> None:
-        """Make a backup beside the working server, which has to be sound."""
+        """Make a backup while the server works; it has to be sound."""
         target = self._folder / "backup.db"
         argv = (sys.executable, "-m", "dspex_persist", "db", "backup", str(target), "--db", str(self.database))
         command = await asyncio.create_subprocess_exec(*argv, stdout=asyncio.subprocess.DEVNULL)
@@ -199,20 +199,20 @@ class Soak(CrashTest):
 
 
 def main() -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="use a server in every way at once, for long")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="use servers in every way at once, for a long time")
     parser.add_argument("--minutes", type=float, default=15.0)
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000))
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--plant", help="a bug that the server shall have (see planted_server.py)")
+    parser.add_argument("--plant", help="a bug to plant in the server (see planted_server.py)")
     arguments = parser.parse_args()
     if sys.platform != "linux":
-        print("what a process uses is read in /proc, which only Linux has")
+        print("this test needs /proc, which only Linux has")
         return 2
     folder = Path(tempfile.mkdtemp(prefix="soak-test-"))
     print(f"seed {arguments.seed}, {arguments.minutes:g} minutes, {arguments.clients} clients, in {folder}", flush=True)
     test = Soak(folder, arguments.seed, arguments.clients, arguments.plant)
-    report = asyncio.run(test.soak(arguments.minutes * 60, tell=True))
+    report = asyncio.run(test.soak(arguments.minutes * 60, verbose=True))
     print(report)
     for problem in report.problems[:20]:
         print(f"  {problem}")

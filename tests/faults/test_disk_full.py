@@ -1,4 +1,4 @@
-"""A disk without room: every write of the group is told so, nothing of it is kept, and there is no other harm."""
+"""A full disk: every write of the group fails, nothing of it is kept, and there is no other damage."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ from tests.faults.ledger import Ledger
 SESSION = "session"
 ENDING_S = within(20)
 _ORIGIN = Origin("test", "test")
-# Sets a limit and becomes the server; going over it fails with EFBIG, as Python ignores the signal.
+# Sets a limit and becomes the server; exceeding it fails with EFBIG, because Python ignores the signal.
 _LIMITED = (
     "import os, resource, sys; size = int(sys.argv[1]);"
     " resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)); os.execv(sys.argv[2], sys.argv[2:])"
@@ -64,7 +64,7 @@ def test_group_is_refused_whole_and_the_engine_goes_on(tmp_path: Path) -> None:
     state = store.find_loaded(SESSION)
     assert state is not None
     assert [(variable.version, variable.value.json) for variable in state.variables.values()] == [(0, '""')] * 3
-    # What fits, and what comes when there is room again, is written as if nothing had been.
+    # Smaller writes, and later ones with room again, succeed as if nothing had happened.
     assert store.write_group([group[0]])[0].result == 1
     _driver(store).execute("PRAGMA max_page_count = 1000000")
     assert [outcome.error for outcome in store.write_group(group)] == [None] * 3
@@ -129,7 +129,7 @@ async def _fill_up(port: int, full: Path) -> None:
 
 @pytest.mark.slow
 def test_server_at_its_file_size_limit(tmp_path: Path) -> None:
-    """EFBIG is no ENOSPC: SQLite calls it an I/O error, so the outcome is unknown and the server ends."""
+    """SQLite reports EFBIG, unlike ENOSPC, as an I/O error, so the outcome is unknown and the server ends."""
     database = tmp_path / "limited.db"
     argv = [sys.executable, "-c", _LIMITED, str(1 << 20), *server_argv(database)]
     with ServerProcess.start(argv, ready_timeout_s=within(30)) as process:
@@ -147,7 +147,7 @@ def test_server_at_its_file_size_limit(tmp_path: Path) -> None:
 
 
 async def _write_until_refused(port: int) -> int:
-    """The last version that was acknowledged."""
+    """Write until the server refuses; returns the last acknowledged version."""
     async with Bridge(port) as bridge:
         await bridge.begin(SESSION)
         await bridge.register(SESSION, "grows", "string", "", {})

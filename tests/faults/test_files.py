@@ -1,4 +1,4 @@
-"""What others do to the files of a server while it serves: what it acknowledges, what it says, how it ends."""
+"""Other programs change the files of a running server: what it acknowledges, what it reports, how it ends."""
 
 import contextlib
 import os
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(within(120))]
 
 
 LOCK_WAIT_S = float(os.environ.get("LOCK_WAIT_S", "1"))
-"""How long the server tries to get a lock: ten times as long outside of `make test`."""
+"""How long the server tries to get a lock; longer outside of `make test`."""
 PATIENT = f"""if True:
     from dspex_persist.cli import main
     from dspex_persist.state.store import engine
@@ -56,7 +56,7 @@ def version_in(database: Path) -> int:
 
 
 def copy_over(file: Path) -> None:
-    """As `cp` of a backup does: the file stays the same one."""
+    """Overwrite the file like `cp` of a backup, which keeps the inode."""
     backup = file.with_name("backup")
     maintenance.backup(file, backup)
     shutil.copyfile(backup, file)
@@ -71,27 +71,27 @@ Spoil = Callable[[Path], None]
 
 
 def acknowledged_after(database: Path, spoil: Spoil, suffix: str, bug: str | None = None) -> list[int]:
-    """Have the file spoiled under a server; the versions of the calls begun after that which were acknowledged.
+    """Damage the file of a running server; returns the acknowledged versions of the writes after that.
 
-    A server without a bug then ends with the documented code, and says what has happened to which file.
+    A server without a bug ends with the documented code, and reports what happened to which file.
     """
     with serve(database, bug) as process, connect(f"grpc://127.0.0.1:{process.port}") as client:
         begin(client)
         spoil(Path(f"{database}{suffix}"))
-        told: list[int] = []
+        acknowledged: list[int] = []
         for number in range(WRITES):
             with contextlib.suppress(DspexError):
-                told.append(client.set_variable("s", "x", number))
+                acknowledged.append(client.set_variable("s", "x", number))
         if bug is None:
             assert process.wait(within(30)) == STORAGE_FAILED
             assert "while it was open" in process.stderr_tail
             assert f"{database.name}{suffix}" in process.stderr_tail
             assert "Traceback" not in process.stderr_tail
-    return told
+    return acknowledged
 
 
 ALWAYS = {(remove, ""), (rename, "-wal"), (replace, ""), (truncate, "-wal")}
-"""What is spoiled in every run of the tests. The engine in process has all of it in tests/store/test_ownership.py."""
+"""The cases in every run of the tests. tests/store/test_ownership.py has all of them, for the engine in process."""
 CASES = [
     pytest.param(spoil, suffix, marks=[] if (spoil, suffix) in ALWAYS else pytest.mark.thorough)
     for spoil in (remove, rename, replace, truncate)
@@ -100,14 +100,14 @@ CASES = [
 
 
 @pytest.mark.parametrize(("spoil", "suffix"), CASES)
-def test_nothing_is_acknowledged_that_would_go_nowhere(tmp_path: Path, spoil: Spoil, suffix: str) -> None:
+def test_no_write_is_acknowledged_after_the_file_is_damaged(tmp_path: Path, spoil: Spoil, suffix: str) -> None:
     database = tmp_path / "served.db"
     if spoil is truncate and not suffix:
-        # A new file is empty until its WAL is brought into it.
+        # A new file is empty until its first checkpoint.
         connect(database).close()
     assert acknowledged_after(database, spoil, suffix) == []
     if suffix and spoil is not truncate:
-        # All of it was brought into the file before the end.
+        # The server has checkpointed everything before it ended.
         assert version_in(database) >= WRITES
     elif spoil is rename:
         (tmp_path / "elsewhere").rename(database)
@@ -115,16 +115,16 @@ def test_nothing_is_acknowledged_that_would_go_nowhere(tmp_path: Path, spoil: Sp
 
 
 @pytest.mark.parametrize("spoil", [write_to, copy_over])
-def test_nothing_is_acknowledged_on_top_of_what_others_write(tmp_path: Path, spoil: Spoil) -> None:
+def test_no_write_is_acknowledged_after_another_program_has_written(tmp_path: Path, spoil: Spoil) -> None:
     assert acknowledged_after(tmp_path / "served.db", spoil, "") == []
 
 
 @pytest.mark.parametrize("spoil", [pytest.param(remove, marks=pytest.mark.thorough), replace])
-def test_a_server_that_does_not_look_is_found(tmp_path: Path, spoil: Spoil) -> None:
+def test_a_server_that_does_not_check_its_file_is_detected(tmp_path: Path, spoil: Spoil) -> None:
     assert acknowledged_after(tmp_path / "served.db", spoil, "", bug="file-not-looked-at") != []
 
 
-def test_a_lock_for_writing_refuses_writes_and_no_more(tmp_path: Path) -> None:
+def test_a_write_lock_of_another_program_refuses_writes_only(tmp_path: Path) -> None:
     database = tmp_path / "served.db"
     _, _, _, *arguments = server_argv(database)
     argv = [sys.executable, "-c", PATIENT, *arguments]

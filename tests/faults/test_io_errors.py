@@ -29,39 +29,39 @@ def _can_inject() -> None:
         pytest.skip(reason)
 
 
-def test_whatever_fails_nothing_promised_is_broken() -> None:
+def test_all_promises_are_kept_whatever_fails() -> None:
     with scratch("io-faults") as folder, Faults(folder) as faults:
         whole = faults.run(NO_FAULT)
         assert (whole.exit_code, whole.problems, whole.errors.total()) == (0, [], 0)
         results = [faults.run(fault) for fault in cases(whole.operations, EVERY)]
     assert [(str(result.fault), result.problems) for result in results if result.problems] == []
     assert len(results) > 30
-    # The sample has to have met all of it: a dead disk, a full one, and faults that nobody needed to notice.
+    # The sample has to include a dead disk, a full one, and faults without any effect on callers.
     assert {result.fault.kind for result in results} == set(io_child.KINDS)
     assert {result.exit_code for result in results} >= {0, io_child.EXIT_STORAGE_FAILED, io_child.EXIT_NOT_OPENED}
     assert {name for result in results for name in result.errors} >= {"OutcomeUnknownError", "StorageError"}
 
 
-def test_an_error_taken_for_an_abort_is_found(tmp_path: Path) -> None:
+def test_an_error_mistaken_for_an_abort_is_detected(tmp_path: Path) -> None:
     with Faults(tmp_path, "error-is-abort") as faults:
         operations = faults.run(NO_FAULT).operations["sync"]
         late = (faults.run(Fault("sync", number, "eio", True)) for number in range(2, operations))
-        # The first one that shows it will do: those in which the failed sync leaves the group in the WAL.
+        # Only some cases show it: those in which the failed sync leaves the group in the WAL.
         problems = next(result.problems for result in late if result.problems)
     assert {problem.partition(":")[0] for problem in problems} == {"refused, but written"}
 
 
-def test_an_import_in_parts_is_found(tmp_path: Path) -> None:
+def test_an_import_in_parts_is_detected(tmp_path: Path) -> None:
     with Faults(tmp_path, "import-in-parts") as faults:
         operations = faults.run(NO_FAULT).operations["write"]
-        # Its writes are the last ones, but for those of the restore.
+        # Its writes are the last ones, except for those of the restore.
         late = (faults.run(Fault("write", number, "enospc", True)) for number in range(operations - 20, 0, -20))
         problems = next(result.problems for result in late if result.problems)
     assert {problem.partition(":")[0] for problem in problems} == {"half"}
 
 
 def test_a_server_whose_disk_dies(tmp_path: Path) -> None:
-    """It ends with exit code 70 and a sentence, callers hear of it at once, the next start has all that was told."""
+    """It ends with exit code 70 and a message, callers fail at once, and the next start has all acknowledged writes."""
     database = tmp_path / "dying.db"
     ledger, checker = Ledger(), Checker()
     library = shim.build(tmp_path)

@@ -1,4 +1,4 @@
-"""A checker that finds nothing proves nothing: each is shown a server with the very bug that it is there for."""
+"""Each checker has to find the bugs that it is made for, in servers with planted ones."""
 
 import asyncio
 import sys
@@ -32,7 +32,7 @@ FOUND_BY_KILLS = {
     "watch-skip": "watch",
     "watch-twice": "watch",
     "sequence-gap": "gap",
-    # Of a tool that writes once all is lost, of one that writes more a half: what is met first.
+    # A tool with one write loses all of it, a tool with more loses half: either may come first.
     "drop-steps": ("lost", "half batch"),
     "half-tool": "half batch",
     "forget-tool-keys": "written twice",
@@ -43,7 +43,7 @@ FOUND_BY_POWER_CUTS = {
     "early-anchor": Served,
     "restore-unsynced": Restored,
 }
-"""As lost, and in what."""
+"""Found as lost, in these recordings."""
 FOUND_BY_FUZZ = {
     "write-then-refuse": "were written",
 }
@@ -74,7 +74,7 @@ FOUND_BY_HISTORIES = {
 
 
 def always(bugs: Iterable[str], *chosen: str) -> list[Any]:
-    """The bugs, of which only the chosen ones are planted in every run of the tests."""
+    """The bugs as parameters; only the chosen ones are planted in every run of the tests."""
     return [bug if bug in chosen else pytest.param(bug, marks=pytest.mark.thorough) for bug in bugs]
 
 
@@ -124,7 +124,7 @@ def test_the_fuzz_finds(bug: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.crash
 @pytest.mark.timeout(300)
-@pytest.mark.skipif(sys.platform != "linux", reason="what a process uses is read in /proc, which only Linux has")
+@pytest.mark.skipif(sys.platform != "linux", reason="this test needs /proc, which only Linux has")
 @pytest.mark.parametrize("bug", always(FOUND_BY_SOAK))
 def test_the_soak_finds(bug: str, tmp_path: Path) -> None:
     report = asyncio.run(Soak(tmp_path, seed=1, planted=bug).soak(20))

@@ -1,4 +1,4 @@
-"""A hundred and fifty power cuts; `make powercut-test` does ten thousand. And the disk that they are made with."""
+"""A hundred and fifty power cuts (`make powercut-test` makes ten thousand), and the model of the disk."""
 
 import secrets
 from random import Random
@@ -29,14 +29,14 @@ def test_nothing_acknowledged_is_lost() -> None:
         report = PowerCuts(folder, seed).run(150)
         print(report)
         assert report.problems == [], f"seed {seed}"
-    # Recordings in which nothing happened prove nothing.
+    # Recordings without any activity prove nothing.
     assert report.states > 90
     assert set(report.modes) == set(MODES)
     assert report.operations["S"] > 200
     assert all(report.operations[kind] > 0 for kind in "OWTBSUL"), report.operations
 
 
-def test_a_sync_covers_what_was_there_when_it_began() -> None:
+def test_a_sync_covers_the_writes_before_it_began() -> None:
     disk = Disk({"a": b"old"})
     disk.play(_operation("O", content=b"a"))
     disk.play(_operation("W", content=b"new"))
@@ -48,7 +48,7 @@ def test_a_sync_covers_what_was_there_when_it_began() -> None:
     assert disk.cut("kept", Random(1)) == {"a": b"new and late"}
 
 
-def test_a_truncation_waits_for_a_sync_too() -> None:
+def test_a_truncation_needs_a_sync_too() -> None:
     disk = Disk({"a": b"0123456789"})
     disk.play(_operation("O", content=b"a"))
     disk.play(_operation("T", offset=4))
@@ -64,14 +64,14 @@ def test_names_are_durable_with_the_next_sync_and_in_order() -> None:
     assert disk.cut("dropped", Random(1)) == {"a": b"first"}
     assert disk.cut("kept", Random(1)) == {"a": b"second"}
     cuts = [disk.cut("sizes", Random(seed)) for seed in range(20)]
-    # Its name came before its new name; the old one goes with it.
+    # The file got its first name before the new one, whose old file disappears with the rename.
     assert {tuple(sorted(files)) for files in cuts} == {("a",), ("a", "b")}
     disk.play(_operation("B", _OTHER))
     disk.play(_operation("S", _OTHER))
     assert disk.cut("dropped", Random(1)) == {"a": b"second"}
 
 
-def test_writes_are_torn_at_the_disks_own_boundaries() -> None:
+def test_writes_are_torn_at_the_disks_boundaries() -> None:
     disk = Disk({})
     disk.play(_operation("O", content=b"a"))
     disk.play(_operation("B"))

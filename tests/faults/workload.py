@@ -1,4 +1,4 @@
-"""The clients of the crash test. Each knows exactly what it asked for and what it was told, and writes that down."""
+"""The clients of the crash test. Each one records its requests and their answers exactly."""
 
 import asyncio
 import json
@@ -19,14 +19,14 @@ from tests.faults.ledger import Commit, Ledger, Rollback, Write
 SESSION = "shared"
 _TEXTS, _COUNTERS = 4, 2
 _PADDINGS = (*(0,) * 8, 900, 3_000, 12_000)
-"""Values of one page, of several, and outside the table."""
+"""Values that fit on one page, on several, and outside the table."""
 _JOURNAL = {"CONFLICT": "conflict", "TOOL_FAILED": "failed", "CANCELLED": "cancelled", "INTERRUPTED": "interrupted"}
-"""How the journal calls what the clients are told."""
+"""The status in the journal for each error code that clients get."""
 
 
 @dataclass(slots=True)
 class Names:
-    """The ids of the variables that all clients share, and of each client's own."""
+    """The ids of the variables that all clients share, and of those that only one client writes."""
 
     texts: list[str] = field(default_factory=list)
     counters: list[str] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Names:
 
 
 async def set_up(bridge: Bridge, ledger: Ledger, clients: int) -> Names:
-    """Begin the session and register what everybody uses."""
+    """Begin the session and register the variables."""
     names = Names()
     await bridge.begin(SESSION)
 
@@ -52,7 +52,7 @@ async def set_up(bridge: Bridge, ledger: Ledger, clients: int) -> Names:
         names.texts.append(variable_id)
     for index in range(_COUNTERS):
         counter = await register(f"counter-{index}", "integer", 0)
-        # Version 0 cannot be expected (0 means: whatever it is), so each counter begins at 1.
+        # A client cannot expect version 0 (0 means any version), so each counter begins at 1.
         token = f"first {index}"
         version = await bridge.set(SESSION, counter, wire("integer", 1), {"token": token})
         _acknowledged(ledger, Write(token, SESSION, (counter,), "1", versions={counter: version}))
@@ -70,7 +70,7 @@ def _acknowledged(ledger: Ledger, write: Write) -> None:
 
 
 class Client:
-    """One client. It ends when the server does, and goes on with the next one, beginning with what it does not know."""
+    """One client. It stops with its server and continues with the next one, starting with its unknown writes."""
 
     def __init__(self, number: int, seed: int, ledger: Ledger, names: Names) -> None:
         self._number = number
@@ -100,7 +100,7 @@ class Client:
         self._bridge: Bridge
 
     async def run(self, bridge: Bridge) -> None:
-        """Work until the server is gone."""
+        """Work until the server has gone."""
         self._bridge = bridge
         actions, weights = list(self._actions), list(self._actions.values())
         try:
@@ -116,13 +116,13 @@ class Client:
                 self._ledger.complaints.append(f"client {self._number}: no answer: {error.details()}")
 
     async def settle(self, bridge: Bridge) -> None:
-        """Repeat what has a key and an unknown outcome, until nothing of it is left."""
+        """Repeat all writes with a key and an unknown outcome."""
         self._bridge = bridge
         while self._unsettled:
             await self._send(self._unsettled[0])
             self._unsettled.pop(0)
 
-    # Writing, with the outcome written down
+    # Writing, with the outcome recorded
 
     def _new_write(self, targets: tuple[str, ...], *, keyed: bool, expected: int = 0, value: str = "") -> Write:
         self._count += 1
@@ -134,7 +134,7 @@ class Client:
         return write
 
     async def _send(self, write: Write) -> None:
-        """Ask for the write. An answer of any kind is written down; without one AioRpcError is raised."""
+        """Send the write and record the answer; raises `AioRpcError` if there is none."""
         try:
             versions = await (self._execute(write) if write.tool else self._ask(write))
         except grpc.aio.AioRpcError as error:
@@ -178,7 +178,7 @@ class Client:
         return dict(response.new_versions)
 
     async def _execute(self, write: Write) -> dict[str, int]:
-        """Execute the write's tool; what it answered is written down, {} if it wrote nothing."""
+        """Execute the write's tool and record its outcome; returns the versions, {} if it wrote nothing."""
         answer = await self._ask_tool(write)
         write.execution_id = answer.metadata.get("execution_id", "")
         if answer.code:
@@ -197,7 +197,7 @@ class Client:
         ask = self._bridge.stream if write.tool.startswith("stream") else self._bridge.execute
         return await ask(SESSION, write.tool, arguments, key=write.key)
 
-    # What a client does
+    # The actions of a client
 
     async def _set(self) -> None:
         target = self._random.choice(self._names.texts)
@@ -208,11 +208,11 @@ class Client:
         await self._try(self._new_write(tuple(targets), keyed=self._random.random() < 0.5))
 
     async def _spoilt_batch(self) -> None:
-        """One entry cannot be, so nothing of the batch may be."""
+        """One entry is invalid, so nothing of the batch may be written."""
         await self._try(self._new_write((self._names.texts[0], "nobody"), keyed=self._random.random() < 0.5))
 
     async def _set_own(self) -> None:
-        """Nobody else writes this one: its version counts this client's writes."""
+        """Write a variable that no other client writes: its version counts this client's writes."""
         await self._try(self._new_write((self._names.own[self._number],), keyed=True))
 
     async def _read(self) -> None:
@@ -223,14 +223,14 @@ class Client:
         self._ledger.reads.setdefault(target, []).append(operation)
 
     async def _increment(self) -> None:
-        """Set a counter to its next version, if it is still at the version read: its value always is its version."""
+        """Increment a counter if it has not changed since the read; its value always equals its version."""
         target = self._random.choice(self._names.counters)
         version, _ = await self._bridge.get(SESSION, target)
         keyed = self._random.random() < 0.5
         await self._try(self._new_write((target,), keyed=keyed, expected=version, value=str(version + 1)))
 
     async def _repeat(self) -> None:
-        """A request that was answered, once more with its key: the same answer, and nothing is written."""
+        """Repeat an answered request with its key: the answer must be the same, and nothing may be written."""
         if not self._acknowledged:
             return
         write = self._random.choice(self._acknowledged)
@@ -249,8 +249,8 @@ class Client:
 
     async def _repeat_tool(self, write: Write) -> None:
         answer = await self._ask_tool(write)
-        told = (answer.code, answer.result, answer.metadata.get("execution_id"))
-        if told != ("", write.result, write.execution_id) or answer.commit[1] != write.sequence:
+        repeated = (answer.code, answer.result, answer.metadata.get("execution_id"))
+        if repeated != ("", write.result, write.execution_id) or answer.commit[1] != write.sequence:
             self._ledger.complaints.append(f"written twice: {write} was repeated and answered {answer}")
 
     def _new_execution(self, tool: str, targets: Sequence[str], value: str | None = None) -> Write:
@@ -263,7 +263,7 @@ class Client:
         return write
 
     async def _spread(self) -> None:
-        """Several variables in one execution, of which the clients' other writes may be in the way."""
+        """Write several variables in one execution, which may conflict with other writes."""
         tool = self._random.choice(["spread", "spread", "spread_async", "stream", "stream_async"])
         shared = self._random.sample(self._names.texts, self._random.randint(1, 2))
         own = [self._names.own[self._number], self._names.rolled[self._number]]
@@ -273,7 +273,7 @@ class Client:
         await self._try(self._new_execution("increment", [self._random.choice(self._names.counters)], value=""))
 
     async def _break_off(self) -> None:
-        """It writes everything and then fails, so nothing of it may be."""
+        """Execute a tool that writes and then fails, so nothing may be written."""
         await self._try(self._new_execution("break_off", self._names.texts))
 
     async def _register_and_delete(self) -> None:
@@ -295,10 +295,10 @@ class Client:
         await self._try(write)
         if write.status != "ok":
             return
-        wanted = self._random.randint(0, write.versions[target])
-        request = pb.RollbackVariableRequest(session_id=SESSION, variable_identifier=target, target_version=wanted)
+        back_to = self._random.randint(0, write.versions[target])
+        request = pb.RollbackVariableRequest(session_id=SESSION, variable_identifier=target, target_version=back_to)
         variable = (await self._bridge.call("RollbackVariable", request)).variable
-        self._ledger.rollbacks.append(Rollback(target, variable.version, wanted, time.monotonic()))
+        self._ledger.rollbacks.append(Rollback(target, variable.version, back_to, time.monotonic()))
 
     async def _end_session(self) -> None:
         self._count += 1
@@ -309,28 +309,28 @@ class Client:
 
 
 def _versions_in(result: Any) -> dict[str, int]:
-    """The versions that a tool says it has made: in its result, or in its chunks."""
+    """The versions that a tool reports, in its result or in its chunks."""
     parts = result if isinstance(result, list) else [result]
     return {target: version for part in parts for target, version in part.items()}
 
 
 class Watcher:
-    """Follows the shared session across kills: resumes after the last commit that it was told whole."""
+    """Watches the shared session across kills; resumes after the last commit that it received completely."""
 
     def __init__(self, ledger: Ledger, position: int) -> None:
         self._ledger = ledger
         self.first = position
-        self.told: list[Commit] = []
-        self.told_at: list[float] = []
-        self._news = asyncio.Event()
+        self.commits: list[Commit] = []
+        self.received_at: list[float] = []
+        self._changed = asyncio.Event()
 
     @property
     def position(self) -> int:
-        """The last commit that was told whole."""
-        return self.told[-1][0] if self.told else self.first
+        """The last commit that was received completely."""
+        return self.commits[-1][0] if self.commits else self.first
 
     async def run(self, bridge: Bridge) -> None:
-        """Follow until the server is gone."""
+        """Watch until the server has gone."""
         parts: list[tuple[str, int]] = []
         try:
             async for update in bridge.watch(SESSION, self.position):
@@ -340,18 +340,18 @@ class Watcher:
                 parts.append((update.variable_id, update.variable.version))
                 index, _, total = metadata["dspex.part"].partition("/")
                 if int(index) != len(parts):
-                    self._ledger.complaints.append(f"a watcher was told part {index}/{total} as number {len(parts)}")
+                    self._ledger.complaints.append(f"a watcher got part {index}/{total} as number {len(parts)}")
                 if index == total:
-                    self.told.append((int(metadata["commit_sequence"]), tuple(sorted(parts))))
-                    self.told_at.append(time.monotonic())
+                    self.commits.append((int(metadata["commit_sequence"]), tuple(sorted(parts))))
+                    self.received_at.append(time.monotonic())
                     parts = []
-                    self._news.set()
+                    self._changed.set()
         except grpc.aio.AioRpcError as error:
             if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN):
                 self._ledger.complaints.append(f"a watcher got {error.code()}: {error.details()}")
 
     async def reach(self, sequence: int) -> None:
-        """Wait until a commit has been told."""
+        """Wait until a commit has been received."""
         while self.position < sequence:
-            self._news.clear()
-            await self._news.wait()
+            self._changed.clear()
+            await self._changed.wait()

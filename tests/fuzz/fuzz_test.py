@@ -2,9 +2,9 @@
 
     make fuzz MESSAGES=20000            # or: python -m tests.fuzz.fuzz_test --messages 20000 [--seed N]
 
-One request after the other, and the head of the log is asked in between: what is refused changes nothing, whatever it
-was. The server goes on answering, takes no more and more memory, and says neither how it is built nor that it does not
-know what went wrong. Exit code 0: nothing was found. 1: something was, and it is told.
+It sends one request after the other, and reads the head of the log in between: a refused request must change nothing.
+The server has to keep answering, must not use ever more memory, and its errors must neither reveal its internals nor be
+unexplained. Exit code 0: no problems. 1: problems, which are printed.
 """
 
 import argparse
@@ -35,10 +35,10 @@ _CALL_S, _WATCH_S = 20.0, 0.05
 _MOST_ANSWERS = 20
 _MEASURE_EVERY = 200
 _MOST_GROWTH_MIB = 100
-# What gRPC keeps of connections that have misused it, however often they do so.
+# gRPC keeps up to this much memory for connections that misuse it, however many there are.
 _MOST_GROWTH_BY_MISUSE_MIB = 400
-_BETRAYING = ("Traceback", "site-packages", 'File "', "sqlite3.", "sqlalchemy", "Error(")
-# What somebody else may have written meanwhile, and what an execution leaves that did not end well.
+_INTERNALS = ("Traceback", "site-packages", 'File "', "sqlite3.", "sqlalchemy", "Error(")
+# Commits of the server itself, and events of executions that failed.
 _HOUSEKEEPING = frozenset({"expiry", "recovery", "pruning"})
 _JOURNAL = frozenset({"execution_started", "execution_ended", "execution_began"})
 _PING: Final = "/snakepit.bridge.BridgeService/Ping"
@@ -46,7 +46,7 @@ _PING: Final = "/snakepit.bridge.BridgeService/Ping"
 
 @dataclass(slots=True)
 class Report:
-    """How it went. `problems` is empty if all is well."""
+    """The report of a run; `problems` is empty if all is well."""
 
     seed: int
     problems: list[str] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Report:
 
     def __str__(self) -> str:
         answers = ", ".join(f"{count:,} {code}" for code, count in self.answers.most_common())
-        verdict = "nothing was found" if not self.problems else f"{len(self.problems)} PROBLEMS"
+        verdict = "no problems" if not self.problems else f"{len(self.problems)} PROBLEMS"
         return (
             f"seed {self.seed}: {self.answers.total():,} requests ({answers}),"
             f" memory {min(self.rss_mib, default=0)} to {max(self.rss_mib, default=0)} MiB,"
@@ -67,7 +67,7 @@ class Report:
 
 
 class Fuzz:
-    """One server, and who sends it what."""
+    """One server, and the client that sends it hostile requests."""
 
     def __init__(self, folder: Path, seed: int, planted: str | None = None) -> None:
         self.report = Report(seed)
@@ -76,8 +76,8 @@ class Fuzz:
         self._process: ServerProcess
         self._calls: dict[str, Callable[..., Any]]
 
-    def run(self, messages: int, *, tell: bool = False) -> Report:
-        """Send the messages, misuse the transport, and see what is left."""
+    def run(self, messages: int, *, verbose: bool = False) -> Report:
+        """Send the messages, misuse the transport, and check the database."""
         began = time.monotonic()
         argv = [*server_argv(self._database, self._planted), "--audit-prune"]
         with ServerProcess.start(argv, ready_timeout_s=_READY_S) as self._process:
@@ -88,7 +88,7 @@ class Fuzz:
                     )
                     for method in METHODS
                 }
-                self._send_all(messages, tell)
+                self._send_all(messages, verbose=verbose)
                 if not self.report.problems:
                     self._misuse_http2()
                 self._check_sentinel()
@@ -100,7 +100,7 @@ class Fuzz:
 
     # Requests
 
-    def _send_all(self, messages: int, tell: bool) -> None:
+    def _send_all(self, messages: int, *, verbose: bool) -> None:
         self._set_up(SENTINEL)
         for number in range(messages):
             if number % _MEASURE_EVERY == 0:
@@ -111,7 +111,7 @@ class Fuzz:
                 self.report.problems.append(f"request {number}: the server ended: {self._process.stderr_tail[-500:]}")
             if len(self.report.problems) >= 10:
                 return
-            if tell and number % 5_000 == 4_999:
+            if verbose and number % 5_000 == 4_999:
                 print(f"  {number + 1:,} requests, {max(self.report.rss_mib, default=0)} MiB", flush=True)
         self._measure()
 
@@ -127,11 +127,11 @@ class Fuzz:
             self._complain(number, sent, f"{code}, but commits {before + 1} to {after} were written: {written}")
         if code in ("INTERNAL", "UNKNOWN", "DATA_LOSS") or (code == "DEADLINE_EXCEEDED" and name != "WatchVariables"):
             self._complain(number, sent, f"{code}: {details}")
-        if betrayed := [mark for mark in _BETRAYING if mark in details]:
-            self._complain(number, sent, f"{code} says {betrayed}: {details}")
+        if revealed := [mark for mark in _INTERNALS if mark in details]:
+            self._complain(number, sent, f"{code} reveals {revealed}: {details}")
 
     def _call(self, sent: Request) -> tuple[str, str]:
-        """Status and details."""
+        """Send a request; returns the status code and its details."""
         endless = sent.method.name == "WatchVariables"
         try:
             answer = self._calls[sent.method.full_name](
@@ -160,7 +160,7 @@ class Fuzz:
         return int(self._ask("GetHead", audit_pb.GetHeadRequest(), audit_pb.GetHeadResponse).sequence)
 
     def _written(self, after: int) -> list[str]:
-        """What the commits since then say that a refused call cannot have done."""
+        """The changes in the commits since then that a refused call must not have made."""
         message = audit_pb.ListCommitsRequest(range=audit_pb.Range(since=str(after), oldest_first=True))
         [method] = [method for method in METHODS if method.name == "ListCommits"]
         stream = self._calls[method.full_name](message.SerializeToString(), timeout=_CALL_S)
@@ -178,9 +178,9 @@ class Fuzz:
     def _set_up(self, session_id: str) -> None:
         self._ask("InitializeSession", pb.InitializeSessionRequest(session_id=session_id), pb.InitializeSessionResponse)
         listed = self._ask("ListVariables", pb.ListVariablesRequest(session_id=session_id), pb.ListVariablesResponse)
-        there = {variable.name for variable in listed.variables}
+        present = {variable.name for variable in listed.variables}
         for name, (type_name, value, constraints) in VARIABLES.items():
-            if name in there:
+            if name in present:
                 continue
             content = wire(type_name, None)
             content.value = value.encode()
@@ -190,15 +190,15 @@ class Fuzz:
             self._ask("RegisterVariable", registration, pb.RegisterVariableResponse)
 
     def _check_sentinel(self) -> None:
-        """A session that nobody has named is as it was."""
+        """Check that the session that no request names is unchanged."""
         message = pb.ListVariablesRequest(session_id=SENTINEL)
         variables = self._ask("ListVariables", message, pb.ListVariablesResponse).variables
-        found = {variable.name: (variable.version, variable.value.value.decode()) for variable in variables}
-        if set(found) != set(VARIABLES) or any(version for version, _ in found.values()):
-            self.report.problems.append(f"the session that nobody named has changed: {found}")
+        values = {variable.name: (variable.version, variable.value.value.decode()) for variable in variables}
+        if set(values) != set(VARIABLES) or any(version for version, _ in values.values()):
+            self.report.problems.append(f"the session that no request names has changed: {values}")
 
     def _measure(self, most_growth_mib: int = _MOST_GROWTH_MIB) -> None:
-        """It answers, and has not grown."""
+        """Check that the server answers and has not grown."""
         try:
             self._ask("Ping", pb.PingRequest(message="x"), pb.PingResponse)
         except grpc.RpcError as error:
@@ -206,7 +206,7 @@ class Fuzz:
         if sys.platform == "linux":
             self.report.rss_mib.append(_rss_mib(self._process.pid))
             if self.report.rss_mib[-1] > self.report.rss_mib[0] + most_growth_mib:
-                self.report.problems.append(f"it has grown: {self.report.rss_mib} MiB")
+                self.report.problems.append(f"the server has grown: {self.report.rss_mib} MiB")
 
     # The transport
 
@@ -218,19 +218,19 @@ class Fuzz:
 
 
 def _reset_at_once(port: int) -> None:
-    """Calls that are taken back before anybody could answer."""
+    """Reset calls before the server can answer."""
     with Connection(port) as connection:
         connection.open_streams(_PING, 20_000, reset=True)
 
 
 def _open_many(port: int) -> None:
-    """Calls whose request never comes."""
+    """Open calls without ever sending the request."""
     with Connection(port) as connection:
         connection.open_streams(_PING, 5_000)
 
 
 def _bomb(port: int) -> None:
-    """Messages that are a thousand times as large as they seem."""
+    """Send compressed messages that are a thousand times larger when inflated."""
     message = pb.PingRequest(message="a" * 30_000_000).SerializeToString()
     connections = [Connection(port) for _ in range(5)]
     for connection in connections:
@@ -240,7 +240,7 @@ def _bomb(port: int) -> None:
 
 
 def _half_open(port: int) -> None:
-    """Connections that do not say what they want."""
+    """Open connections without completing the handshake."""
     connections = [Connection.half_open(port) for _ in range(200)]
     for connection in connections:
         connection.close()
@@ -252,15 +252,15 @@ def _rss_mib(pid: int) -> int:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="send hostile requests to a real server")
     parser.add_argument("--messages", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1_000_000))
-    parser.add_argument("--plant", help="a bug that the server shall have (see tests/faults/planted_server.py)")
+    parser.add_argument("--plant", help="a bug to plant in the server (see tests/faults/planted_server.py)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         print(f"seed {arguments.seed}, {arguments.messages:,} messages", flush=True)
-        report = Fuzz(Path(folder), arguments.seed, arguments.plant).run(arguments.messages, tell=True)
+        report = Fuzz(Path(folder), arguments.seed, arguments.plant).run(arguments.messages, verbose=True)
     print(report)
     for problem in report.problems[:20]:
         print(f"  {problem}")

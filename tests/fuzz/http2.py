@@ -1,4 +1,4 @@
-"""Just enough of HTTP/2 to misuse it: frames over a plain socket, of which no library would let one send these."""
+"""Just enough HTTP/2 to misuse it: frames over a plain socket, which no library would send."""
 
 import gzip
 import socket
@@ -16,10 +16,10 @@ _TIMEOUT_S: Final = 20.0
 
 
 class Connection:
-    """A client's connection that says what it is told to; what the server answers is thrown away."""
+    """A client connection that sends arbitrary frames, and discards all answers."""
 
     def __init__(self, port: int, *, preface: bytes = _PREFACE) -> None:
-        """`preface`: what is said first; a part of it leaves the connection half open."""
+        """Connect and send the preface; an incomplete one leaves the connection half open."""
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=_TIMEOUT_S)
         self._next = 1
         self._socket.sendall(preface)
@@ -28,11 +28,11 @@ class Connection:
 
     @classmethod
     def half_open(cls, port: int) -> "Connection":
-        """One that has not said what it wants."""
+        """Open a connection with an incomplete preface."""
         return cls(port, preface=_PREFACE[:10])
 
     def open_streams(self, path: str, count: int, *, reset: bool = False) -> bool:
-        """Begin so many calls and leave them open, or take each back at once; False if the server cut it off."""
+        """Begin `count` calls and leave them open, or reset each at once; False if the server disconnects."""
         try:
             for at in range(0, count, _AT_ONCE):
                 self._socket.sendall(b"".join(self._begin(path, reset) for _ in range(min(_AT_ONCE, count - at))))
@@ -47,13 +47,13 @@ class Connection:
         return frames + _frame(_RST_STREAM, 0, stream, _CANCEL) if reset else frames
 
     def call(self, path: str, message: bytes, *, compressed: bool = False) -> bool:
-        """Send a whole call, a little at a time; False if the server would not take all of it."""
+        """Send a whole call, in small frames; False if the server does not accept all of it."""
         body = gzip.compress(message, 9) if compressed else message
         content = struct.pack(">BI", compressed, len(body)) + body
         stream, self._next = self._next, self._next + 2
         try:
             self._socket.sendall(_frame(_HEADERS, _END_HEADERS, stream, _headers(path, compressed=compressed)))
-            # The window is 65,535 bytes to begin with, and nobody here asks for more.
+            # The initial window is 65,535 bytes, and this client never reads window updates.
             if len(content) > 60_000:
                 raise ValueError("the message does not fit the first window")
             for at in range(0, len(content), _LARGEST_FRAME):
@@ -65,7 +65,7 @@ class Connection:
         return True
 
     def _take_answers(self) -> None:
-        """Keep the server from waiting for us."""
+        """Read all answers, so that the server does not have to wait."""
         self._socket.setblocking(False)
         try:
             while self._socket.recv(65_536):

@@ -1,6 +1,6 @@
-"""Requests as they should not be: made after the descriptors of both services, and then bent as bytes.
+"""Hostile requests: built from the descriptors of both services, and then corrupted as bytes.
 
-Message number n of a seed is always the same, so that one that shows something can be sent again.
+Message number n of a seed is always the same, so that a message that causes a problem can be sent again.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ VARIABLES: Final[dict[str, tuple[str, str, str]]] = {
     "map": ("map", '{"a": 1}', ""),
     "lis": ("list", "[1]", ""),
 }
-"""What each session has: type, value, constraints."""
+"""The variables of each session: type, value, constraints."""
 
 _TOOLS = ("spread", "break_off", "stream", "increment", "nobody")
 _HOSTILE = (
@@ -119,7 +119,7 @@ _HEADERS: Final[dict[str, tuple[str, ...]]] = {
     "x-dspex-tools": ("all", "none"),
 }
 _MALFORMED = (b"\xff" * 9 + b"\x7f", b"\x80" * 10, b"\x0a\xff\xff\xff\xff\x0f", b"\xed\xa0\x80")
-"""Numbers that are too long, lengths past the end, half of a pair."""
+"""Numbers that are too long, lengths beyond the end, half of a surrogate pair."""
 _ALWAYS = (
     "session",
     "variable_id",
@@ -135,7 +135,7 @@ _ALWAYS = (
 
 
 class Request(NamedTuple):
-    """A call: bytes and metadata for an rpc."""
+    """A call of an rpc: the bytes of the request, and the metadata."""
 
     method: MethodDescriptor
     content: bytes
@@ -143,14 +143,14 @@ class Request(NamedTuple):
 
 
 def request(seed: int, number: int) -> Request:
-    """Request number `number`."""
+    """Return request number `number`."""
     random = Random(f"{seed}/{number}")
     method = METHODS[number % len(METHODS)]
     sound = random.random() < 0.5
     content = _Maker(random, sound).message(method.input_type).SerializeToString()
     chance = random.random()
     if chance < 0.35:
-        content = _bend(content, random)
+        content = _corrupt(content, random)
     elif chance < 0.42:
         content = random.randbytes(random.choice((1, 5, 50, 500)))
     return Request(method, content, () if sound else _headers(random))
@@ -162,10 +162,10 @@ def _headers(random: Random) -> tuple[tuple[str, str], ...]:
 
 
 class _Maker:
-    """Fills messages with what their fields' names promise, and with worse."""
+    """Fills messages with content that fits the names of their fields, and with hostile content."""
 
     def __init__(self, random: Random, sound: bool) -> None:
-        """`sound`: as it should be, about one variable. Most of what is not so is refused before anybody looks far."""
+        """Make valid messages about one variable with `sound`: most others are refused before they get far."""
         self._random = random
         self._sound = sound
         self._subject = random.choice(sorted(VARIABLES))
@@ -271,8 +271,8 @@ class _Maker:
         return texts.get(name, self._subject)
 
 
-def _bend(content: bytes, random: Random) -> bytes:
-    """Some bits turned, bytes left out, put in or repeated."""
+def _corrupt(content: bytes, random: Random) -> bytes:
+    """Flip some bits, and remove, insert or repeat some bytes."""
     bent = bytearray(content)
     for _ in range(random.choice((1, 1, 2, 5))):
         at = random.randint(0, len(bent))
