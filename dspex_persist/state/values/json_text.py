@@ -234,6 +234,8 @@ DAMAGED: Final = "damaged JSON"
 """The key under which `stored_object` returns text that is not a JSON object."""
 _STORED_DEPTH: Final = 200
 """The largest depth of documents in a file: more than any value has, less than SQLite and Python can parse."""
+# Created once: `json.loads` creates a decoder for each text, which takes longer than parsing a short one.
+_STORED = json.JSONDecoder(parse_constant=str)
 _STORING = json.JSONEncoder(allow_nan=False, sort_keys=True, separators=(",", ":"))
 
 
@@ -276,8 +278,8 @@ def _plain(document: object, depth: int) -> object:
 
 def stored(text: str) -> Any:
     """Parse the document in a column, even if an old release wrote it less strictly than `storable` does."""
-    document = json.loads(text, parse_constant=str)
-    if _SURROGATE_ESCAPE.search(text) is None:
+    document = _STORED.decode(text)
+    if "\\u" not in text or _SURROGATE_ESCAPE.search(text) is None:
         return document
     try:
         utf8_size_bytes(json.dumps(document, ensure_ascii=False))
