@@ -124,7 +124,9 @@ VersionRow: TypeAlias = tuple[int, int, int, int, int, str | None, str | None, i
 """sequence, variable_key, version, kind, source, value, metadata, whether it has bytes or blobs."""
 
 _NO_COMMIT: Final = -1
-_END: Final = (1 << 63,)
+LARGEST: Final = (1 << 63) - 1
+"""No sequence is larger."""
+_END: Final = (LARGEST + 1,)
 """Sorts after every row."""
 _UNCLEAR: Final = "unclear"
 """Used in place of an ambiguous digest, so that the hash cannot match."""
@@ -132,7 +134,7 @@ _UNCLEAR: Final = "unclear"
 # SQL run on the driver: SQLAlchemy's rows and the general JSON encoder take three times as long.
 _COMMITS = """
     SELECT sequence, session_key, actor, cause, created_at, hash
-    FROM commits WHERE sequence > ? ORDER BY sequence LIMIT ?
+    FROM commits WHERE sequence > ? AND sequence <= ? ORDER BY sequence LIMIT ?
 """
 _VERSIONS = """
     SELECT sequence, variable_key, version, kind, source, value, metadata,
@@ -166,8 +168,11 @@ class LoggedCommit(NamedTuple):
         return link(previous, self.content)
 
 
-def iter_commits(connection: Connection, after: int = 0, most: int = -1) -> Iterator[LoggedCommit]:
-    """Iterate over the next `most` commits (-1 for all) after `after`, with the rows of one at a time in memory."""
+def iter_commits(
+    connection: Connection, after: int = 0, most: int = -1, until: int = LARGEST
+) -> Iterator[LoggedCommit]:
+    """Iterate over the next `most` commits (-1 for all) after `after`, up to `until`, with the rows of one at a time
+    in memory."""
     driver = connection.connection
     version_rows = _rows(driver.cursor(), _VERSIONS, after)
     event_rows = _rows(driver.cursor(), _EVENTS, after)
@@ -175,7 +180,7 @@ def iter_commits(connection: Connection, after: int = 0, most: int = -1) -> Iter
     version: Any = next(version_rows, _END)
     event: Any = next(event_rows, _END)
     count = 0
-    for sequence, session_key, actor, cause, created_at, stored in _rows(driver.cursor(), _COMMITS, after, most):
+    for sequence, session_key, actor, cause, created_at, stored in _rows(driver.cursor(), _COMMITS, after, until, most):
         count += 1
         while version[0] < sequence or event[0] < sequence:
             stray = min(version[0], event[0])
@@ -193,7 +198,7 @@ def iter_commits(connection: Connection, after: int = 0, most: int = -1) -> Iter
             event = next(event_rows, _END)
         content = commit_text(sequence, session_key, actor, cause, created_at, version_texts, event_texts)
         yield LoggedCommit(sequence, session_key, stored, content, own)
-    while count != most and (stray := min(version[0], event[0])) < _END[0]:
+    while count != most and (stray := min(version[0], event[0])) <= until:
         version, event = _skip(version_rows, version, stray), _skip(event_rows, event, stray)
         yield _stray(stray)
 

@@ -24,6 +24,7 @@ from dspex_persist.state.store.verify.walk import (
 )
 
 _PAGE_COMMITS: Final = 10_000
+_MOST_RANGES: Final = 1_000
 _MOST_REMEMBERED: Final = 200_000
 _FIND_VERSION_BEFORE: Final = """
     SELECT versions.version, versions.sequence, versions.kind, commits.session_key
@@ -35,6 +36,10 @@ _PRUNED_BETWEEN: Final = """
     SELECT 1 FROM pruned CROSS JOIN commits ON commits.sequence = pruned.sequence
     WHERE pruned.sequence >= ? AND pruned.sequence <= ? AND commits.session_key = ? LIMIT 1
 """
+_COMMIT_UP_TO: Final = """
+    SELECT sequence FROM commits WHERE sequence <= ? AND hash <> x'' ORDER BY sequence DESC LIMIT 1
+"""
+_COMMIT_BEFORE: Final = "SELECT sequence, hash FROM commits WHERE sequence < ? ORDER BY sequence DESC LIMIT 1"
 _BEFORE_THE_FIRST: Final = """
     SELECT sequence FROM commits WHERE sequence < 1
     UNION SELECT sequence FROM versions WHERE sequence < 1
@@ -42,45 +47,89 @@ _BEFORE_THE_FIRST: Final = """
 """
 
 
+def ranges_in(connection: Connection) -> Iterator[tuple[int, int | None]]:
+    """The log in ranges of some thousand commits: each begins after a commit that is there and ends with one, but for
+    the last range, which ends where the log does."""
+    (last,) = find_row(connection, "SELECT ifnull(max(sequence), 0) FROM commits")
+    step = max(_PAGE_COMMITS, last // _MOST_RANGES)
+    after = 0
+    for place in range(step, last, step):
+        found = find_row(connection, _COMMIT_UP_TO, place)
+        if found is not None and found[0] >= after + _PAGE_COMMITS:
+            yield after, found[0]
+            after = found[0]
+    yield after, None
+
+
+class Seen:
+    """The newest version, and the session, of the variables seen last; those of others are looked up.
+
+    Good for ranges that come after the one that begins after commit `after`.
+    """
+
+    def __init__(self) -> None:
+        self.after = 0
+        self.newest: dict[int, int] = {}
+        self.homes: dict[int, int] = {}
+
+    def forget(self) -> None:
+        """Look all of them up again."""
+        self.newest.clear()
+        self.homes.clear()
+
+
 class LogWalk(Walk):
     """Commit by commit: numbers without gaps, hashes that fit, versions that each follow the one before."""
 
-    def __init__(self, anchor: Head | None, progress: Progress) -> None:
+    def __init__(
+        self, anchor: Head | None, progress: Progress, seen: Seen, after: int = 0, until: int | None = None
+    ) -> None:
+        """`after` and `until`: the range of the log, between two commits that are there; the walks over the ranges
+        before and after it check the rest, the commit `after` included. `progress` is told how many commits have been
+        checked since it was told last.
+        """
         self._anchor = anchor or Head(0, GENESIS)
         self._progress = progress
-        self._last = 0
+        self._after = after
+        self._until = until
+        self._begun = False
+        self._last = after
         """The commit up to which all are checked."""
+        self._paged = after
+        """The commit up to which their documents are, too."""
         self._hash = GENESIS
-        """Its hash as it is stored."""
+        """The hash of the last commit as it is stored."""
         self._suspect: bytes | None = None
         """What its hash should have been, where that is something else."""
-        # The newest version, and the session, of the variables seen last; those of others are looked up.
-        self._newest: dict[int, int] = {}
-        self._homes: dict[int, int] = {}
+        if seen.after > after:
+            seen.forget()
+        seen.after = after
+        self._seen = seen
 
     def __str__(self) -> str:
         return f"the log after commit {self._last}"
 
     def page(self, connection: Connection) -> Iterator[Problem]:
-        if self._last == 0:
-            for (sequence,) in raw_rows(connection, _BEFORE_THE_FIRST):
-                yield Problem(f"commit {sequence}", "commits are numbered from 1")
-        first, newest, homes = self._last, self._newest, self._homes
+        if not self._begun:
+            yield from self._begin(connection)
+        newest, homes = self._seen.newest, self._seen.homes
         # Commits that are looked at whatever their hash is.
         special = {self._anchor.sequence}
         special.update(sequence for (sequence,) in raw_rows(connection, _PRUNED_COMMITS, self._last, _PAGE_COMMITS))
         if len(newest) > _MOST_REMEMBERED:
-            newest.clear()
-            homes.clear()
+            self._seen.forget()
         (in_all,) = find_row(connection, "SELECT ifnull(max(sequence), 0) FROM commits")
         read = 0
-        for commit in log_reader.iter_commits(connection, self._last, _PAGE_COMMITS):
+        until = self._until or log_reader.LARGEST
+        for commit in log_reader.iter_commits(connection, self._last, _PAGE_COMMITS, until):
             sequence, session_key, stored, content, rows = commit
             # The hot loop: one hash a commit, two look-ups a version, and no call that can be spared.
             if sequence != self._last + 1 or sequence in special or link(self._hash, content) != stored:
                 yield from self._look_at_commit(connection, commit)
                 if not stored:
                     continue
+            else:
+                self._suspect = None
             for row in rows:
                 key = row[1]
                 if newest.get(key) == row[2] - 1 and homes[key] == session_key and row[3] not in FIRST_OR_LAST:
@@ -90,11 +139,31 @@ class LogWalk(Walk):
             read += 1
             self._last = sequence
             self._hash = stored
-        yield from unsound_in(connection, first, self._last)
-        self._progress(self._last, max(in_all, self._last))
-        if read < _PAGE_COMMITS:
+        yield from unsound_in(connection, self._paged, self._last)
+        self._progress(self._last - self._paged, max(in_all, self._last))
+        self._paged = self._last
+        if read < _PAGE_COMMITS or self._last == self._until:
             self.more = False
             yield from self._look_at_end()
+
+    def _begin(self, connection: Connection) -> Iterator[Problem]:
+        if self._after == 0:
+            for (sequence,) in raw_rows(connection, _BEFORE_THE_FIRST):
+                yield Problem(f"commit {sequence}", "commits are numbered from 1")
+        else:
+            self._take_over(connection)
+        self._begun = True
+
+    def _take_over(self, connection: Connection) -> None:
+        """Know what the walk over the range before this one knows at its end: the hash of its last commit as it is
+        stored, and what that should have been."""
+        self._last, self._hash = find_row(connection, _COMMIT_BEFORE, self._after) or (0, GENESIS)
+        for commit in log_reader.iter_commits(connection, self._last, 1, self._after):
+            if commit.hash:
+                # Its problems are reported there.
+                list(self._look_at_commit(connection, commit))
+                self._hash = commit.hash
+        self._last = self._after
 
     def _look_at_commit(self, connection: Connection, commit: log_reader.LoggedCommit) -> Iterator[Problem]:
         """What is wrong with a commit that is not simply the next one."""
@@ -117,6 +186,8 @@ class LogWalk(Walk):
             if self._suspect is None or commit.link(self._suspect) != stored:
                 problems.append("its rows are not those that its hash was made from")
             self._suspect = hashed
+        else:
+            self._suspect = None
         if sequence == self._anchor.sequence and stored != self._anchor.hash:
             problems.append("it is not the commit that was acknowledged under this number (says the anchor)")
         for what in problems:
@@ -127,8 +198,8 @@ class LogWalk(Walk):
     ) -> Iterator[Problem]:
         """What is wrong with a version that is the first, the last, or not simply the next one."""
         sequence, key, number, kind = row[:4]
-        self._newest[key] = number if kind != DELETED else AFTER_DELETION
-        self._homes[key] = session_key
+        self._seen.newest[key] = number if kind != DELETED else AFTER_DELETION
+        self._seen.homes[key] = session_key
         if (number == 0) != (kind == REGISTERED):
             where = place_of(connection, sequence, session_key, [key])
             yield Problem(where, f"version {number} is of kind {kind}, but version 0 alone is the registration")
@@ -152,6 +223,6 @@ class LogWalk(Walk):
         return None
 
     def _look_at_end(self) -> Iterator[Problem]:
-        if self._last < self._anchor.sequence:
+        if self._until is None and self._last < self._anchor.sequence:
             gone = range_text(self._last + 1, self._anchor.sequence)
             yield Problem(gone, f"acknowledged (says the anchor), but the log ends at commit {self._last}")

@@ -1,4 +1,4 @@
-"""All walks over a file, and its schema."""
+"""All parts of the check of a file, and its schema."""
 
 from collections.abc import Iterator
 
@@ -6,15 +6,8 @@ from sqlalchemy import Connection, Engine
 
 from dspex_persist.state.store import migrate
 from dspex_persist.state.store.anchor import Head
-from dspex_persist.state.store.verify.contents import BlobWalk
-from dspex_persist.state.store.verify.documents import DocumentWalk
-from dspex_persist.state.store.verify.live import LiveWalk
-from dspex_persist.state.store.verify.log import LogWalk
-from dspex_persist.state.store.verify.metadata import IndexedWalk, StrayWalk
-from dspex_persist.state.store.verify.outcomes import OutcomeWalk
-from dspex_persist.state.store.verify.pruned import PrunedWalk
-from dspex_persist.state.store.verify.sessions import SessionWalk
-from dspex_persist.state.store.verify.walk import UNREADABLE, Problem, Progress, walk_through
+from dspex_persist.state.store.verify.parts import LOG, Looker, parts_of
+from dspex_persist.state.store.verify.walk import Problem, Progress
 
 
 def _ignore(_done: int, _in_all: int) -> None:
@@ -29,23 +22,20 @@ def iter_problems(readers: Engine, anchor: Head | None = None, progress: Progres
     The answers kept under idempotency keys are forgotten after a while, and so not in the log: each has to be one that
     its command can give, to a session that there was.
     """
-    strays = StrayWalk()
-    walks = (
-        LogWalk(anchor, progress),
-        PrunedWalk(),
-        BlobWalk(),
-        strays,
-        IndexedWalk(strays),
-        SessionWalk(),
-        DocumentWalk(),
-        OutcomeWalk(),
-        LiveWalk(),
-    )
-    for walk in walks:
-        try:
-            yield from walk_through(readers, walk)
-        except UNREADABLE as error:
-            yield Problem(str(walk), f"it cannot be read any further: {getattr(error, 'reason', error)}")
+    done = 0
+
+    def add(more: int, in_all: int) -> None:
+        nonlocal done
+        done += more
+        progress(done, in_all)
+
+    looker = Looker(readers, anchor, add)
+    log_is_readable = True
+    for part in parts_of(readers):
+        if part.name == LOG and not log_is_readable:
+            continue
+        whole = yield from looker.look(part)
+        log_is_readable = log_is_readable and whole
 
 
 def schema_problems(connection: Connection) -> Iterator[Problem]:

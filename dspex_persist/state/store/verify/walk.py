@@ -28,7 +28,7 @@ AFTER_ALL: Final = float("inf")
 # What rows of a damaged file can make of the code that reads them.
 UNREADABLE: Final = (NotADatabaseError, ReadFailedError, TypeError, ValueError, LookupError, OverflowError)
 Progress: TypeAlias = Callable[[int, int], None]
-"""Told how many commits are checked, of how many."""
+"""Is told how many commits have been checked, of how many."""
 
 
 @dataclass(frozen=True, slots=True)
