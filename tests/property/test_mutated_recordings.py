@@ -1,4 +1,4 @@
-"""Whatever a recording says: it is refused and changes nothing, or it is loaded, audited and reported."""
+"""Any changed recording is either refused without effect, or can be loaded, audited and reported."""
 
 import io
 import json
@@ -31,7 +31,7 @@ TOKENS = ("NaN", "Infinity", "-Infinity", "1e999", '"\\ud800"', "[" * 2000 + "]"
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """An empty database, and the lines of a recording with a bit of everything."""
+    """An empty database, and the lines of a recording with all kinds of events."""
     folder = tmp_path_factory.mktemp("recordings")
     make(folder / "history.db")
     stream = io.StringIO()
@@ -42,7 +42,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
 
 
 def places(node: Any) -> Iterator[tuple[Any, Any]]:
-    """Every place in a document: what holds it, and under what."""
+    """Every place in a document, as its container and key."""
     entries = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, entry in list(entries):
         yield node, key
@@ -53,7 +53,7 @@ def mutated(lines: list[str], random: Random) -> str:
     changed = list(lines)
     number = random.randrange(len(changed))
     document = json.loads(changed[number])
-    # A document within a text, such as a value, counts as one, too.
+    # Documents inside texts, such as values, count as well.
     holder, key = random.choice(list(places(document)))
     way = random.randrange(4)
     if way == 0:
@@ -67,7 +67,7 @@ def mutated(lines: list[str], random: Random) -> str:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_what_is_accepted_can_be_used(files: tuple[Path, list[str]], tmp_path: Path, seed: int) -> None:
+def test_accepted_recordings_can_be_used(files: tuple[Path, list[str]], tmp_path: Path, seed: int) -> None:
     empty, lines = files
     random = Random(seed)
     accepted = 0
@@ -96,10 +96,10 @@ def use(path: Path) -> None:
             state.get_variable_history(session, variable.name, 100)
         state.list_tools(session)
     with open_audit(path, reveal=True) as audit:
-        told = [*audit.iterate(HistoryQuery()), *audit.iterate(CommitQuery()), *audit.iterate(SessionQuery())]
-        told += [audit.execution(each.execution_id) for each in audit.iterate(ExecutionQuery())]
-        told += [*audit.state(session), *audit.blame(session, depth=9)]
-        json.dumps([document(each) for each in told], allow_nan=False, ensure_ascii=False).encode()
+        answers = [*audit.iterate(HistoryQuery()), *audit.iterate(CommitQuery()), *audit.iterate(SessionQuery())]
+        answers += [audit.execution(each.execution_id) for each in audit.iterate(ExecutionQuery())]
+        answers += [*audit.state(session), *audit.blame(session, depth=9)]
+        json.dumps([document(each) for each in answers], allow_nan=False, ensure_ascii=False).encode()
         assert all(isinstance(each.created_at.astimezone(), datetime) for each in audit.iterate(CommitQuery()))
         assert render(gather(audit, session))
 
@@ -107,19 +107,19 @@ def use(path: Path) -> None:
 @pytest.mark.parametrize(
     "at", ["9999-12-31T23:59:59.999999-23:59", "0001-01-01T00:00:00+23:59", "9999-12-31T00:00:00Z", "0001-01-01T00:00Z"]
 )
-def test_a_time_that_no_calendar_has_everywhere_is_refused(
+def test_a_time_that_some_time_zones_cannot_represent_is_refused(
     files: tuple[Path, list[str]], tmp_path: Path, at: str
 ) -> None:
     _, lines = files
     first = json.dumps(json.loads(lines[1]) | {"at": at})
-    with pytest.raises(RecordingError, match=r"line 2: .*none of the years 1 to 9999"):
+    with pytest.raises(RecordingError, match=r"line 2: .*not in the years 1 to 9999"):
         import_session(tmp_path / "new.db", [f"{line}\n" for line in (lines[0], first, *lines[2:])])
     assert not (tmp_path / "new.db").exists()
 
 
 @pytest.mark.parametrize("token", ["NaN", "Infinity", "1e999"])
 @pytest.mark.parametrize("key", ["commits", "commit"])
-def test_numbers_that_are_none_are_refused(files: tuple[Path, list[str]], tmp_path: Path, key: str, token: str) -> None:
+def test_invalid_numbers_are_refused(files: tuple[Path, list[str]], tmp_path: Path, key: str, token: str) -> None:
     _, lines = files
     number = 0 if key == "commits" else 1
     lines = list(lines)
