@@ -154,7 +154,7 @@ def test_executions_commits_and_sessions_are_the_same(query: Query[Any], sources
 
 @pytest.mark.parametrize("query", [HISTORY[0], HISTORY[6], HISTORY[15], *OTHERS[:2], CommitQuery(), SessionQuery()])
 @pytest.mark.parametrize("most", [1, 3])
-def test_pages_go_on_where_they_ended(query: Query[Any], most: int, sources: Sources) -> None:
+def test_pages_continue_where_they_ended(query: Query[Any], most: int, sources: Sources) -> None:
     def pages(source: AuditSource) -> list[Any]:
         found, after = [], None
         while True:
@@ -183,11 +183,11 @@ def test_the_head_is_the_same(sources: Sources) -> None:
     assert same_answer(lambda source: source.head(), sources) > 40
 
 
-def test_every_execution_is_the_same_in_full(sources: Sources) -> None:
+def test_execution_details_are_the_same(sources: Sources) -> None:
     ids = [each.execution_id for each in sources.file.iterate(ExecutionQuery())]
     details = [same_answer(lambda source, each=each: source.execution(each), sources) for each in ids]
-    for told in ("history", "children", "log", "reads", "writes", "published", "conflicts", "recorded", "parameters"):
-        assert any(getattr(detail, told) for detail in details), told
+    for name in ("history", "children", "log", "reads", "writes", "published", "conflicts", "recorded", "parameters"):
+        assert any(getattr(detail, name) for detail in details), name
     assert any(detail.failure for detail in details)
     assert any(detail.result is not None for detail in details)
     assert any(len(detail.attempts) > 1 for detail in details)
@@ -216,12 +216,12 @@ def test_single_versions_are_the_same(sources: Sources) -> None:
     same_answer(lambda source: source.version("main", "nothing", 0), sources)
 
 
-def test_binary_contents_travel(sources: Sources) -> None:
+def test_binary_contents_are_transmitted(sources: Sources) -> None:
     (entry,) = sources.server.iterate(HistoryQuery(variable="picture"))
     assert entry.value is not None
     assert entry.value.binary == PICTURE
 
 
-def test_the_sensitive_is_shown_to_those_who_may(sources: Sources) -> None:
-    told = json.dumps([str(row) for row in sources.server.iterate(HistoryQuery(variable="secret"))])
-    assert (SECRET in told) == sources.file.reveal
+def test_sensitive_values_are_shown_where_allowed(sources: Sources) -> None:
+    text = json.dumps([str(row) for row in sources.server.iterate(HistoryQuery(variable="secret"))])
+    assert (SECRET in text) == sources.file.reveal

@@ -54,7 +54,7 @@ def _counted(program: Path) -> str:
     return done.stdout.strip()
 
 
-def test_it_goes_on_where_it_was(program: Path) -> None:
+def test_it_continues_where_it_stopped(program: Path) -> None:
     assert _counted(program) == "1"
     assert _counted(program) == "2"
 

@@ -134,7 +134,7 @@ class TestEmbeddedTime:
         yield owner
         owner.provider.close()
 
-    def test_a_session_lives_for_its_ttl_to_the_moment(self, frozen: FrozenDateTimeFactory, owner: Owner) -> None:
+    def test_a_session_lives_exactly_for_its_ttl(self, frozen: FrozenDateTimeFactory, owner: Owner) -> None:
         pass_s(frozen, 99.999)
         assert owner.provider.heartbeat("s")
         pass_s(frozen, 99.999)
@@ -159,7 +159,7 @@ class TestEmbeddedTime:
         ],
         ids=lambda command: command.cause,
     )
-    def test_whatever_is_asked_keeps_it_alive_over_restarts_too(
+    def test_any_call_keeps_it_alive_across_restarts(
         self, frozen: FrozenDateTimeFactory, owner: Owner, touch: commands.Command[Any]
     ) -> None:
         for number in range(8):
@@ -171,7 +171,7 @@ class TestEmbeddedTime:
                 owner.reopen()
         assert owner.provider.heartbeat("s")
 
-    def test_a_command_that_fails_is_a_sign_of_life_as_well(self, frozen: FrozenDateTimeFactory, owner: Owner) -> None:
+    def test_a_failed_command_renews_the_ttl_too(self, frozen: FrozenDateTimeFactory, owner: Owner) -> None:
         for _ in range(3):
             pass_s(frozen, 60)
             with pytest.raises(VersionConflictError):
@@ -188,7 +188,7 @@ class TestEmbeddedTime:
             with pytest.raises(SessionNotFoundError):
                 watch.pull()
 
-    def test_a_lease_ends_to_the_moment_over_a_restart(self, frozen: FrozenDateTimeFactory, owner: Owner) -> None:
+    def test_a_lease_ends_on_time_across_a_restart(self, frozen: FrozenDateTimeFactory, owner: Owner) -> None:
         owner.provider.initialize_session("s", {"ttl_seconds": "0"})
         owner.provider.start_optimization("s", "x", "optimizer")
         pass_s(frozen, 299.999)
@@ -200,7 +200,7 @@ class TestEmbeddedTime:
         assert provider.set_variable("s", "x", 2) == 1
 
 
-def test_no_part_of_the_contract_hides_another_s() -> None:
+def test_no_part_of_the_contract_hides_another_one() -> None:
     """Parts are combined by inheritance, where one of two tests or fixtures with the same name would be lost."""
 
     class Everything(
@@ -221,12 +221,12 @@ def test_no_part_of_the_contract_hides_another_s() -> None:
         assert sorted(names) == sorted(set(names))
 
 
-def versions_told(watch: Watch) -> list[int]:
+def pulled_versions(watch: Watch) -> list[int]:
     """The versions in all updates that are available."""
-    told: list[int] = []
+    versions: list[int] = []
     while updates := watch.pull():
-        told.extend(update.variable.version for update in updates)
-    return told
+        versions.extend(update.variable.version for update in updates)
+    return versions
 
 
 class TestWhileWatchersAndTheWriterMeet:
@@ -258,7 +258,7 @@ class TestWhileWatchersAndTheWriterMeet:
         provider.set_variable("s", "x", 2)
         (watch,) = watches
         with watch:
-            assert versions_told(watch) == [1, 2]
+            assert pulled_versions(watch) == [1, 2]
 
     def test_a_watch_that_reads_the_file_while_a_large_group_is_written(
         self, provider: EmbeddedState, monkeypatch: pytest.MonkeyPatch
@@ -278,5 +278,5 @@ class TestWhileWatchersAndTheWriterMeet:
         provider.initialize_session("other")
         position = provider.get_variable_history("s", "x")[0].sequence
         with provider.watch("s", after_sequence=position) as watch:
-            assert versions_told(watch) == list(range(1, 401))
+            assert pulled_versions(watch) == list(range(1, 401))
         assert written

@@ -105,7 +105,7 @@ def test_connect_opens_an_empty_one_each_time(url: str) -> None:
     first.close()
 
 
-def test_what_it_cannot_do_it_says() -> None:
+def test_missing_abilities_are_reported() -> None:
     with pytest.raises(TypeError, match="a state in memory has no option durability; the options are limits"):
         connect("memory:", durability="full")
     with pytest.raises(errors.InvalidArgumentError, match="sweep_interval_s"):
@@ -115,7 +115,7 @@ def test_what_it_cannot_do_it_says() -> None:
 
 
 @pytest.mark.parametrize("name", ["memory:", ":memory:"])
-def test_a_file_is_never_made_of_its_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_name_never_creates_a_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for opens in (EmbeddedState, lambda path: connect(Path(path)), lambda path: open_audit(Path(path))):
         with pytest.raises(errors.NotADatabaseError, match=r"use LocalState\(\) or connect\('memory:'\) instead"):
@@ -144,7 +144,7 @@ def test_a_session_lives_for_its_ttl() -> None:
             watch.pull()
 
 
-def test_of_a_session_that_has_ended_nothing_is_kept_but_for_its_watchers() -> None:
+def test_an_ended_session_is_kept_only_for_its_watches() -> None:
     with LocalState() as state:
         log = state.engine._groups.log
         state.initialize_session("s")
@@ -162,7 +162,7 @@ def test_of_a_session_that_has_ended_nothing_is_kept_but_for_its_watchers() -> N
         assert not log.changes_after(session, 0)
 
 
-def test_answers_are_kept_for_a_while() -> None:
+def test_outcomes_are_kept_for_a_while() -> None:
     with freeze_time("2030-01-01") as frozen, LocalState() as state:
         state.initialize_session("s")
         state.register_variable("s", "x", "integer", 0)
@@ -204,7 +204,7 @@ def test_a_forked_child_is_refused() -> None:
             finally:
                 os._exit(0)
         os.close(writer)
-        with os.fdopen(reader, "rb") as said:
-            assert said.read().startswith(b"session state in memory belongs to the process")
+        with os.fdopen(reader, "rb") as output:
+            assert output.read().startswith(b"session state in memory belongs to the process")
         os.waitpid(child, 0)
         assert state.heartbeat("s")

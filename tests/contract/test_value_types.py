@@ -99,7 +99,7 @@ def client(provider: StateProvider) -> Client:
     return Client(provider, {})
 
 
-def test_values_come_back_as_they_went_in(client: Client) -> None:
+def test_values_are_returned_unchanged(client: Client) -> None:
     provider, session = client.provider, client.session
     provider.register_variable(session, "day", "date", date(2026, 2, 27))
     provider.set_variable(session, "day", date(2026, 2, 28))
@@ -111,15 +111,15 @@ def test_values_come_back_as_they_went_in(client: Client) -> None:
     assert decode(provider.rollback_variable(session, "day", 0)) == date(2026, 2, 27)
 
 
-@pytest.mark.parametrize(("text", "said"), [('"soon"', '"soon"'), ("20260228", "20260228"), ("null", "null")])
-def test_what_is_none_is_refused(client: Client, text: str, said: str) -> None:
+@pytest.mark.parametrize(("text", "shown"), [('"soon"', '"soon"'), ("20260228", "20260228"), ("null", "null")])
+def test_an_invalid_value_is_refused(client: Client, text: str, shown: str) -> None:
     client.provider.register_variable(client.session, "day", "date", date(2026, 2, 28))
     with pytest.raises(InvalidValueError) as caught:
         client.provider.submit(commands.SetVariable(client.session, "day", Value(text))).result()
-    assert caught.value.reason == f'a date is a string such as "2026-02-28", not {said}'
+    assert caught.value.reason == f'a date is a string such as "2026-02-28", not {shown}'
 
 
-def test_constraints_hold(client: Client) -> None:
+def test_constraints_are_enforced(client: Client) -> None:
     provider, session = client.provider, client.session
     provider.register_variable(session, "day", "date", date(2026, 2, 28), constraints=FEBRUARY)
     for day, reason in (
@@ -155,7 +155,7 @@ def test_parameters_of_tools_are_described_by_it(tools: Any, client: Client) -> 
     assert client.execute("days_later", day="soon").error_code == "INVALID_PARAMETERS"
 
 
-def test_without_it_there_is_no_such_type(tools: Any) -> None:
+def test_the_type_is_unknown_without_registration(tools: Any) -> None:
     date_type = values.find_type("date")
     assert date_type is not None
     with pytest.raises(ValueError, match="registered already"):

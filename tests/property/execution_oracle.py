@@ -1,8 +1,8 @@
-"""What interleaved executions should see and how they should end, worked out a second time, in plain Python.
+"""An oracle for interleaved executions: what they should see and how they should end, implemented independently.
 
-The oracle keeps every version that was ever written, in order. What an execution stands on is a list of questions and
-the answers they got; at its end each is asked again of what is there by then. It knows no unit of work, no steps and no
-overlay: what an execution has done is a table of its own, of which its children have copies.
+The oracle keeps every version that was ever written, in order. The dependencies of an execution are a list of queries
+and their answers; at its end each query is repeated on the state at that time. It has no units of work, steps or
+overlays: the writes of an execution are a separate table, of which its children get copies.
 """
 
 import copy
@@ -14,12 +14,12 @@ Answer = tuple[str, int] | None
 
 
 class RefusedError(Exception):
-    """The command has to fail with the error of this name."""
+    """The command has to fail with the error with this name."""
 
 
 @dataclass(slots=True)
 class Version:
-    """One version as the history has to have it."""
+    """One version as it should be in the history."""
 
     variable_id: str
     name: str
@@ -30,13 +30,13 @@ class Version:
     sequence: int
 
     def row(self) -> tuple[Any, ...]:
-        """What the file has of it."""
+        """Its row in the file."""
         return (self.variable_id, self.version, self.kind, self.value, self.cause, self.sequence)
 
 
 @dataclass(slots=True)
 class Var:
-    """A variable that is there."""
+    """A live variable."""
 
     id: str
     name: str
@@ -50,18 +50,18 @@ Table = dict[str, Var]
 
 
 def find(table: Table, identifier: str) -> Var | None:
-    """By name or id."""
+    """Find a variable by name or id."""
     return table.get(identifier) or next((each for each in table.values() if each.id == identifier), None)
 
 
 def check_value(variable: Var, value: str) -> None:
-    """An integer takes no text, a text no number."""
+    """Refuse a text for an integer, and a number for a text."""
     if (variable.type == "string") != value.startswith('"'):
         raise RefusedError("InvalidValueError")
 
 
 def written(table: Table, identifier: str, value: str, expected: int | None = None) -> Var:
-    """The variable with its next value; the table has it."""
+    """Write the next value of a variable to the table; return the variable."""
     variable = find(table, identifier)
     if variable is None:
         raise RefusedError("VariableNotFoundError")
@@ -74,7 +74,7 @@ def written(table: Table, identifier: str, value: str, expected: int | None = No
 
 @dataclass(slots=True)
 class Entry:
-    """An execution as the journal has to have it."""
+    """An execution as it should be in the journal."""
 
     id: str
     session_id: str
@@ -89,13 +89,13 @@ class Entry:
     """Its session is, and with it the key."""
 
     def row(self) -> tuple[Any, ...]:
-        """What the file has of it."""
+        """Its row in the file."""
         return (self.id, self.tool, self.parent_id, self.key, self.began, self.status, self.ended)
 
 
 @dataclass(slots=True)
 class Exec:
-    """An execution under way. A child works on its parent's table, of which it keeps a copy in case it fails."""
+    """A running execution. A child works on its parent's table, and keeps a copy of it in case it fails."""
 
     entry: Entry
     serializable: bool
@@ -106,7 +106,7 @@ class Exec:
     root: "Exec | None" = None
     history: list[Version] = field(default_factory=list)
     """What it has written, with no sequence yet."""
-    asked: dict[str, Answer] = field(default_factory=dict)
+    queries: dict[str, Answer] = field(default_factory=dict)
     patterns: dict[str, set[Answer]] = field(default_factory=dict)
     wrote: set[str] = field(default_factory=set)
     own: set[Answer] = field(default_factory=set)
@@ -118,22 +118,22 @@ class Exec:
 
     @property
     def top(self) -> "Exec":
-        """The outermost, whose transaction it is."""
+        """The outermost execution, whose transaction it is."""
         return self.root or self
 
     def ask(self, identifier: str) -> None:
-        """Whatever is asked for, it stands on: on what the question would have got before its own writes."""
-        found = find(self.top.base, identifier)
-        self.top.asked.setdefault(identifier, (found.id, found.version) if found is not None else None)
+        """Record a dependency: a query with the answer that it would have had before its own writes."""
+        variable = find(self.top.base, identifier)
+        self.top.queries.setdefault(identifier, (variable.id, variable.version) if variable is not None else None)
 
 
 def fits(pattern: str, name: str) -> bool:
-    """The patterns used here are all, one name, or names that begin so."""
+    """Whether a name matches a pattern. Patterns here mean all names, one name, or names with a prefix."""
     return pattern in ("", name) or (pattern.endswith("*") and name.startswith(pattern[:-1]))
 
 
 class Oracle:
-    """The sessions, their history, and the journal, as they should stand."""
+    """The sessions, their history and the journal as they should be."""
 
     def __init__(self) -> None:
         self.sequence = 0
@@ -143,24 +143,24 @@ class Oracle:
         self.causes: list[str] = []
 
     def commit(self, cause: str) -> int:
-        """One more commit."""
+        """Add a commit."""
         self.sequence += 1
         self.causes.append(cause)
         return self.sequence
 
     def append(self, variable: Var, kind: str, value: str | None, cause: str, version: int | None = None) -> None:
-        """One more version, in the commit that is the last so far."""
+        """Add a version to the last commit."""
         number = variable.version if version is None else version
         self.log.append(Version(variable.id, variable.name, number, kind, value, cause, self.sequence))
 
     # Beginning
 
     def known(self, session_id: str, key: str | None, tool: str) -> Entry | None:
-        """What a wish to begin under this key finds: an execution that runs, or the one that has committed."""
+        """The execution that a begin with this key finds: a running one, or one that has committed."""
         if session_id not in self.sessions:
             raise RefusedError("SessionNotFoundError")
-        asked = (session_id, key)
-        of_key = [e for e in self.journal.values() if key and (e.session_id, e.key) == asked and not e.is_over]
+        place = (session_id, key)
+        of_key = [e for e in self.journal.values() if key and (e.session_id, e.key) == place and not e.is_over]
         last = of_key[-1] if of_key else None
         if last is not None and last.tool != tool:
             raise RefusedError("IdempotencyConflictError")
@@ -174,7 +174,7 @@ class Oracle:
         return Exec(entry, serializable, base, dict(base))
 
     def begin_child(self, execution_id: str, parent: Exec, tool: str) -> Exec:
-        """Begin one that another calls."""
+        """Begin an execution that another one calls."""
         entry = Entry(execution_id, parent.entry.session_id, tool, parent.entry.id, 1, None, self.commit("begin"))
         self.journal[execution_id] = entry
         top = parent.top
@@ -185,7 +185,7 @@ class Oracle:
     # Ending
 
     def publish(self, execution: Exec, name: str, value: str) -> Var:
-        """A value ahead of the commit: in the session at once, and in what the execution sees."""
+        """Publish a value before the commit: to the session at once, and to the view of the execution."""
         top = execution.top
         if any(name in (each.name, each.variable_id) for each in top.history):
             raise RefusedError("InvalidArgumentError")
@@ -205,14 +205,14 @@ class Oracle:
         return variable
 
     def _show_to_children(self, child: Exec, variable: Var) -> None:
-        """If they fail, what has been published stays."""
+        """If it fails, published values stay."""
         assert child.saved is not None
         child.saved[0][variable.name] = copy.copy(variable)
         if child.child is not None:
             self._show_to_children(child.child, variable)
 
     def finish_child(self, parent: Exec, *, well: bool) -> None:
-        """A child that fails takes what it wrote along, and those that it called; one that ends well waits."""
+        """End a child. If it fails, its writes and its children are undone; if it succeeds, it waits for its parent."""
         child, parent.child = parent.child, None
         assert child is not None
         assert child.saved is not None
@@ -228,7 +228,7 @@ class Oracle:
             self._end([child], "failed", self.sequence)
 
     def finish(self, execution: Exec, status: str) -> str:
-        """The end of an outermost one; how it ended. A conflict, if it should commit, where an answer has changed."""
+        """End an outermost execution, and return how it ended: as a conflict if an answer has changed."""
         entry = execution.entry
         if entry.session_id not in self.sessions:
             raise RefusedError("SessionNotFoundError")
@@ -249,7 +249,7 @@ class Oracle:
         return status
 
     def _write(self, execution: Exec) -> None:
-        """What it wrote is in the session now, and nothing else of its table: others may have written the rest."""
+        """Copy only its writes to the session: others may have changed the rest of its table."""
         now = self.sessions[execution.entry.session_id]
         for each in execution.history:
             each.sequence, each.cause = self.sequence, execution.entry.id
@@ -261,35 +261,35 @@ class Oracle:
 
     def _has_changed(self, execution: Exec) -> bool:
         now = self.sessions[execution.entry.session_id]
-        questions = execution.asked if execution.serializable else execution.wrote
+        questions = execution.queries if execution.serializable else execution.wrote
         for identifier in questions:
-            found = find(now, identifier)
-            if not self._is_same(execution, execution.asked[identifier], found):
+            variable = find(now, identifier)
+            if not self._is_same(execution, execution.queries[identifier], variable):
                 return True
         for pattern, answers in execution.patterns.items() if execution.serializable else ():
             matching = {each.id: each for each in now.values() if fits(pattern, each.name)}
             before = {answer[0]: answer for answer in answers if answer is not None}
             if before.keys() != matching.keys():
                 return True
-            if not all(self._is_same(execution, before[each], found) for each, found in matching.items()):
+            if not all(self._is_same(execution, before[each], variable) for each, variable in matching.items()):
                 return True
         return False
 
-    def _is_same(self, execution: Exec, answer: Answer, found: Var | None) -> bool:
-        """Whether the answer is still right; what the execution has published itself it may find."""
-        if answer is None or found is None:
-            return answer is None and found is None
+    def _is_same(self, execution: Exec, answer: Answer, variable: Var | None) -> bool:
+        """Whether the answer is still the same. Values that the execution published itself may differ."""
+        if answer is None or variable is None:
+            return answer is None and variable is None
         variable_id, version = answer
         since = {(each.variable_id, each.version) for each in self.log if each.variable_id == variable_id}
         later = {each for each in since if each[1] > version}
-        return found.id == variable_id and later <= execution.own
+        return variable.id == variable_id and later <= execution.own
 
     def _end(self, executions: list[Exec], status: str, sequence: int) -> None:
         for execution in executions:
             execution.entry.status, execution.entry.ended = status, sequence
 
     def end_session(self, session_id: str) -> None:
-        """The session ends, and with it what runs in it."""
+        """End the session, and interrupt its executions."""
         if self.sessions.pop(session_id, None) is not None:
             self.commit("test")
             self.interrupt(session_id, "end")
@@ -297,7 +297,7 @@ class Oracle:
                 entry.is_over = entry.is_over or entry.session_id == session_id
 
     def interrupt(self, session_id: str, cause: str = "recovery") -> None:
-        """The process died, or the session ended."""
+        """Interrupt executions because the process died, or the session ended."""
         running = [each for each in self.journal.values() if (each.session_id, each.status) == (session_id, "running")]
         if running and cause == "recovery":
             self.commit(cause)

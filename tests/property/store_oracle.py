@@ -1,6 +1,6 @@
-"""What a store should hold, worked out a second time: plain Python, without a unit of work, SQL or any command's logic.
+"""An oracle for the contents of a store, implemented independently of units of work, SQL and the code of commands.
 
-Commands are read as bare data here; what each of them should do is written from the protocol's rules.
+Commands are plain data here; the effect of each is implemented from the protocol's rules.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,12 +17,12 @@ LEASE_S = 100.0
 
 
 class RefusedError(Exception):
-    """The command has to fail with the error of this name."""
+    """The command has to fail with the error with this name."""
 
 
 @dataclass(slots=True)
 class Entry:
-    """One version as the history has to have it."""
+    """One version as it should be in the history."""
 
     variable_id: str
     version: int
@@ -37,13 +37,13 @@ class Entry:
     key: int
 
     def place(self) -> tuple[int, int, int]:
-        """Where the log has it: by commit, then by the age of its variable."""
+        """Its position in the log: by commit, then by the age of its variable."""
         return (self.sequence, self.key, self.version)
 
 
 @dataclass(slots=True)
 class Lock:
-    """An optimizer's hold on a variable."""
+    """An optimizer's lock on a variable."""
 
     id: str
     optimizer_id: str
@@ -53,7 +53,7 @@ class Lock:
 
 @dataclass(slots=True)
 class Var:
-    """A variable that is there."""
+    """A live variable."""
 
     id: str
     name: str
@@ -102,7 +102,7 @@ class Sess:
 
 
 def plain(result: Any) -> Any:
-    """A command's result in a form that two sides can compare."""
+    """A command's result in a form that can be compared."""
     if isinstance(result, SessionView):
         return (result.resumed, tuple(plain(variable) for variable in result.variables))
     if isinstance(result, Variable):
@@ -126,7 +126,7 @@ def _plain_var(variable: Var) -> tuple[Any, ...]:
 
 
 class Oracle:
-    """The sessions as they should stand, and every version that was ever written."""
+    """The sessions as they should be, and every version that was ever written."""
 
     def __init__(self, now: datetime) -> None:
         self.now = now
@@ -143,34 +143,34 @@ class Oracle:
 
     def session(self, session_id: str) -> Sess | None:
         """The session unless it has ended or expired."""
-        found = self.sessions.get(session_id)
-        return None if found is None or found.has_expired(self.now) else found
+        session = self.sessions.get(session_id)
+        return None if session is None or session.has_expired(self.now) else session
 
     def touch_all(self) -> None:
-        """What a heartbeat of every session does."""
+        """Renew the TTL of every session."""
         for session_id in self.sessions:
-            if (found := self.session(session_id)) is not None:
-                found.touch(self.now)
+            if (session := self.session(session_id)) is not None:
+                session.touch(self.now)
 
     def reclaim(self, session_id: str) -> bool:
-        """End the session if it has expired; whether that made a commit."""
-        found = self.sessions.get(session_id)
-        if found is None or not found.has_expired(self.now):
+        """End the session if it has expired; return whether that made a commit."""
+        session = self.sessions.get(session_id)
+        if session is None or not session.has_expired(self.now):
             return False
         self._open = None
-        self._begin_commit(found, Origin("dspex-persist", "expiry"))
+        self._begin_commit(session, Origin("dspex-persist", "expiry"))
         self._end(session_id)
         return True
 
     def _end(self, session_id: str) -> None:
-        """The keys go with the session: the next one of this id may use them again."""
+        """Forget the keys of the session: the next one with this id may use them again."""
         del self.sessions[session_id]
         self._outcomes = {place: kept for place, kept in self._outcomes.items() if place[0] != session_id}
 
     def check(self, command: Command[Any], origin: Origin, outcome: Outcome) -> None:
-        """Carry the command out here too; AssertionError where the store's outcome is another.
+        """Carry out the command here, too, and assert that the store had the same outcome.
 
-        Ids that the store made up are taken over from its outcome.
+        Ids that the store generated are copied from its outcome.
         """
         self._origin, self._actual, self._open = origin, outcome.result, None
         self.reclaim(command.session_id)
@@ -205,46 +205,46 @@ class Oracle:
 
     def _InitializeSession(self, command: Any) -> Any:
         ttl = command.metadata.get("ttl_seconds")
-        found = self.session(command.session_id)
-        if found is None:
+        session = self.session(command.session_id)
+        if session is None:
             ttl_s = float(ttl) if ttl is not None else None
             sess = Sess(dict(command.metadata), ttl_s or None, None, self.sequence + 1)
             sess.touch(self.now)
             self.sessions[command.session_id] = sess
             self._begin_commit(sess, self._origin)
             return (False, ())
-        found.touch(self.now)
-        merged = {**found.metadata, **command.metadata}
-        if merged != found.metadata:
-            self._begin_commit(found, self._origin)
-            found.metadata = merged
+        session.touch(self.now)
+        merged = {**session.metadata, **command.metadata}
+        if merged != session.metadata:
+            self._begin_commit(session, self._origin)
+            session.metadata = merged
             if ttl is not None:
-                found.ttl_s = float(ttl) or None
-                found.expires_at = None
-                found.touch(self.now)
-        return (True, tuple(_plain_var(variable) for variable in found.variables.values()))
+                session.ttl_s = float(ttl) or None
+                session.expires_at = None
+                session.touch(self.now)
+        return (True, tuple(_plain_var(variable) for variable in session.variables.values()))
 
     def _CleanupSession(self, command: Any) -> int:
-        found = self.session(command.session_id)
-        if found is None:
+        session = self.session(command.session_id)
+        if session is None:
             return 0
-        self._begin_commit(found, self._origin)
+        self._begin_commit(session, self._origin)
         self._end(command.session_id)
-        return len(found.variables)
+        return len(session.variables)
 
     def _need(self, session_id: str) -> Sess:
-        found = self.session(session_id)
-        if found is None:
+        session = self.session(session_id)
+        if session is None:
             raise RefusedError("SessionNotFoundError")
-        found.touch(self.now)
-        return found
+        session.touch(self.now)
+        return session
 
     def _variable(self, session_id: str, identifier: str) -> tuple[Sess, Var]:
         sess = self._need(session_id)
-        found = sess.find(identifier)
-        if found is None:
+        variable = sess.find(identifier)
+        if variable is None:
             raise RefusedError("VariableNotFoundError")
-        return sess, found
+        return sess, variable
 
     # Variables
 
@@ -318,7 +318,7 @@ class Oracle:
         sess, variable = self._variable(command.session_id, command.identifier)
         if self._live_lock(variable) is not None:
             raise RefusedError("VariableLockedError")
-        # Who wrote last stays who wrote last: a deletion names no source of its own.
+        # The source stays that of the last write, because a deletion has none.
         self._append(sess, variable, "deleted", None, {}, variable.source)
         del sess.variables[variable.name]
         sess.dependencies = [edge for edge in sess.dependencies if variable.id not in edge[:2]]
@@ -346,7 +346,7 @@ class Oracle:
             raise RefusedError("VariableLockedError")
 
     def _renew(self, variable: Var, metadata: Mapping[str, str]) -> None:
-        """A write of the holder renews the lease; after the lease's end any write takes the lock off."""
+        """Renew the lease for a write of the holder; after the lease's end, any write removes the lock."""
         lock = self._live_lock(variable)
         if lock is not None:
             lock.until = self.now + timedelta(seconds=LEASE_S)
@@ -443,7 +443,7 @@ def _check_value(type_name: str, constraints: str, value: str) -> None:
 
 
 def _reach(edges: list[tuple[str, str, str]], start: str) -> set[str]:
-    """Everything that `start` depends on, directly or not."""
+    """Everything that `start` depends on, directly or indirectly."""
 
     def walk(node: str, seen: set[str]) -> Iterator[str]:
         for user, used, _ in edges:

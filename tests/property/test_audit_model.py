@@ -1,4 +1,4 @@
-"""State as of every commit, against an oracle that keeps a copy of what it had after each."""
+"""The state as of every commit, compared with an oracle that keeps a copy after each."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -48,8 +48,8 @@ TOOLS = st.tuples(
 )
 
 
-def told(state: SessionState | None) -> dict[str, tuple[Any, ...]]:
-    """A session's variables, but for their ids, which each store makes for itself."""
+def comparable(state: SessionState | None) -> dict[str, tuple[Any, ...]]:
+    """A session's variables without their ids, which each store generates."""
     if state is None:
         return {}
     return {
@@ -58,19 +58,19 @@ def told(state: SessionState | None) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def asked(audit: AuditSource, session: str, point: str) -> dict[str, tuple[Any, ...]]:
+def audited(audit: AuditSource, session: str, point: str) -> dict[str, tuple[Any, ...]]:
     try:
-        found = audit.state(session, point)
+        variables = audit.state(session, point)
     except (NotInHistoryError, InvalidArgumentError):
         return {}
     return {
         each.name: (each.type, each.version, each.value.json if each.value else None, each.metadata, each.constraints)
-        for each in found
+        for each in variables
     }
 
 
 class Twins:
-    """The store and the oracle, given the same. `states`: what the oracle had after each of its commits."""
+    """The store and the oracle with the same commands. `states`: the oracle's state after each commit."""
 
     def __init__(self, path: Path) -> None:
         self.store = EmbeddedState(path)
@@ -78,7 +78,7 @@ class Twins:
         self.states: list[dict[str, dict[str, tuple[Any, ...]]]] = [{"s": {}, "t": {}}]
 
     def run(self, command: Command[Any], ours: Command[Any] | None = None) -> tuple[Any, Any]:
-        """Both results, or the error of both. `ours`: what the oracle is given, where ids differ."""
+        """Both results, or both errors. `ours`: the command for the oracle, if ids differ."""
         results: list[Any] = []
         for run, each in ((self.store.run, command), (self.oracle.run, ours or command)):
             try:
@@ -88,11 +88,11 @@ class Twins:
         assert isinstance(results[0], type) == isinstance(results[1], type), results
         assert self.store.head_sequence == self.oracle.sequence
         while len(self.states) <= self.oracle.sequence:
-            self.states.append({name: told(self.oracle.states.get(name)) for name in ("s", "t")})
+            self.states.append({name: comparable(self.oracle.states.get(name)) for name in ("s", "t")})
         return results[0], results[1]
 
     def execute(self, session: str, name: str, value: Value, publish: bool, status: ExecutionStatus) -> None:
-        """A tool that writes one variable, having published it or not."""
+        """A tool that writes one variable, with or without publishing it first."""
         begun = self.run(BeginExecution(session, "tool"))
         if isinstance(begun[0], type):
             return
@@ -108,7 +108,7 @@ class Twins:
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(COMMANDS | TOOLS, max_size=30))
-def test_the_state_as_of_every_commit_is_the_oracles(steps: list[Any]) -> None:
+def test_the_state_as_of_every_commit_agrees_with_the_oracle(steps: list[Any]) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "sessions.db"
         twins = Twins(path)
@@ -121,12 +121,12 @@ def test_the_state_as_of_every_commit_is_the_oracles(steps: list[Any]) -> None:
         with open_audit(path) as audit:
             for sequence, expected in enumerate(twins.states):
                 for session in ("s", "t"):
-                    assert asked(audit, session, str(sequence)) == expected[session], (session, sequence)
+                    assert audited(audit, session, str(sequence)) == expected[session], (session, sequence)
                     check_difference(audit, session, sequence, twins.states)
 
 
 def check_difference(audit: AuditSource, session: str, sequence: int, states: list[Any]) -> None:
-    """From the commit before to this one, wherever the session lived at both."""
+    """Check the difference from the previous commit to this one if the session was live at both."""
     if sequence == 0:
         return
     try:

@@ -1,7 +1,7 @@
-"""Interleaved executions against an independent oracle: what each sees, which of them commit, what the journal says.
+"""Interleaved executions compared with an independent oracle: their views, their ends, and the journal.
 
-One step at a time, without threads: the executions are those that a server runs, begun and ended on a real store.
-`STORE_MODEL_EXAMPLES`, `STORE_MODEL_STEPS` and `STORE_MODEL_SHRINK` are those of the store's model.
+It runs one step at a time, without threads, with a server's executions on a real store. `STORE_MODEL_EXAMPLES`,
+`STORE_MODEL_STEPS` and `STORE_MODEL_SHRINK` apply as in the store's model.
 """
 
 import os
@@ -127,7 +127,7 @@ FAULTS = st.sampled_from([None] * 12 + [disk_full, busy, io_error, "die before",
 
 @dataclass(slots=True)
 class Running:
-    """An execution, as the product and as the oracle have it."""
+    """An execution in the product and in the oracle."""
 
     real: Execution
     model: Exec
@@ -140,7 +140,7 @@ class Running:
 
 
 class ExecutionModel(RuleBasedStateMachine):
-    """One store, the executions that run on it, and one oracle, which have to agree after every step."""
+    """A store with its running executions, and an oracle, which have to agree after every step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,13 +170,13 @@ class ExecutionModel(RuleBasedStateMachine):
 
     @rule(session_id=SESSION, key=st.sampled_from(["k1", "k2"]), tool=st.sampled_from(["tool", "other"]))
     def ask_again(self, session_id: str, key: str, tool: str) -> None:
-        """A request with a key that is known: what runs under it, what it has come to, or an error."""
+        """A request with a known key: it returns the running or the committed execution, or an error."""
         if len(self.running) < MOST_RUNNING:
             self._begin(session_id, Isolation.SERIALIZABLE, key, tool)
 
     @rule(session_id=SESSION, isolations=st.lists(st.sampled_from(Isolation), min_size=2, max_size=3), stretch=STRETCH)
     def work(self, session_id: str, isolations: list[Isolation], stretch: list[tuple[int, Any]]) -> None:
-        """A while in which executions, those that they call, and others take turns; a few are begun for it."""
+        """Executions, those that they call, and other writers take turns; a few executions begin for this."""
         missing = [name for name in ("a", "b") if name not in self.oracle.sessions[session_id]]
         self.others_write(session_id, [_register(name, "integer", Value("0")) for name in missing])
         for isolation in isolations[: 3 - len(self.running)]:
@@ -234,7 +234,7 @@ class ExecutionModel(RuleBasedStateMachine):
         nth=st.integers(1, 10),
     )
     def finish(self, pick: int, status: str, fault: Any, nth: int) -> None:
-        """An execution ends; the disk may be full at the n-th statement, or the process die."""
+        """An execution ends; at the n-th statement the disk may be full, or the process may die."""
         if not self.running:
             return
         running = self.running[pick % len(self.running)]
@@ -250,21 +250,21 @@ class ExecutionModel(RuleBasedStateMachine):
 
     @rule(picks=st.lists(PICK, min_size=1, max_size=3))
     def finish_well(self, picks: list[int]) -> None:
-        """Several that want to commit, one after the other."""
+        """Several executions commit one after the other."""
         for pick in picks:
             self.finish(pick, "committed", None, 1)
 
     @rule(session_id=SESSION, group=OTHERS)
     def others_write(self, session_id: str, group: list[Command[Any]]) -> None:
-        """Somebody writes without an execution, in one group."""
+        """Clients write without an execution, in one group."""
         jobs = [Job(self._resolve(command, session_id, None), TEST) for command in group]
         for job, outcome in zip(jobs, self._live().write_group(jobs), strict=True):
             self._check(lambda job=job, outcome=outcome: self._outside(job.command, outcome), outcome)
 
     @rule(pick=st.integers(0, 9))
     def end_session(self, pick: int) -> None:
-        """Rarely: a session ends under its executions, and another one of the same name begins."""
-        # Not zero, which is what is drawn most.
+        """Rarely: a session with running executions ends, and another one with its id begins."""
+        # Not zero, which is drawn most often.
         if pick == 7:
             self._one(CleanupSession("beta"), TEST)
             self.oracle.end_session("beta")
@@ -272,12 +272,12 @@ class ExecutionModel(RuleBasedStateMachine):
 
     @rule(pick=st.integers(0, 9), kill=st.booleans())
     def start_again(self, pick: int, kill: bool) -> None:
-        """Rarely: the store is closed, or its process killed, and opened again."""
+        """Rarely: the store is closed, or its process is killed, and it is opened again."""
         if pick == 7:
             path = self._copy() if kill else self._live().log.path
             self._reopen(path)
 
-    # What has to hold after every step
+    # Invariants after every step
 
     @invariant()
     def agrees(self) -> None:
@@ -292,7 +292,7 @@ class ExecutionModel(RuleBasedStateMachine):
         assert self.store.log.head.sequence == self.oracle.sequence
         check_journal(self.store.log.path, self.oracle)
 
-    # How the rules do it
+    # Implementation of the rules
 
     def _live(self) -> FileGroups:
         assert self.store is not None
@@ -334,7 +334,7 @@ class ExecutionModel(RuleBasedStateMachine):
         return self._live().read_stored(command, TEST)
 
     def _check(self, expected: Callable[[], Any], outcome: Outcome, plain: Callable[[Any], Any] = lambda r: r) -> bool:
-        """Whether it went well, as the oracle says it has to."""
+        """Whether it succeeded; checks that the oracle agrees."""
         try:
             wanted: Any = expected()
         except RefusedError as refused:
@@ -348,7 +348,7 @@ class ExecutionModel(RuleBasedStateMachine):
         model = running.model
         is_past = isinstance(command, GetVariableHistory | RollbackVariable)
         if is_past and model.top.entry.status != "running":
-            # Its session is over: there is no history to look at any more.
+            # Its session has ended, so there is no history to check.
             return
         command = self._resolve(command, model.entry.session_id, model.top.table)
         if isinstance(command, GetVariableHistory) and find_in(model.top.table, command.identifier) is None:
@@ -375,7 +375,7 @@ class ExecutionModel(RuleBasedStateMachine):
         self._check(wanted, outcome, lambda variable: (variable.id, variable.version, variable.value.json))
 
     def _closing(self, running: Running, status: str) -> FinishExecution:
-        """What a runner does: those that it called and that still run end with it."""
+        """End an execution as a runner does: together with the running ones that it called."""
         real = running.real
         for caller in _callers(running):
             child = caller.children[0].real
@@ -391,7 +391,7 @@ class ExecutionModel(RuleBasedStateMachine):
             assert outcome.result.sequence == self.oracle.sequence
 
     def _die_after(self, running: Running, status: str, command: FinishExecution) -> None:
-        """The process dies after COMMIT: the end stands, though nobody was told."""
+        """The process dies after COMMIT: the execution has ended, though its caller got no answer."""
         live = self._live()
         remember, copies = live.log._anchor.write, []
 
@@ -421,7 +421,7 @@ class ExecutionModel(RuleBasedStateMachine):
             self._reopen(copies[0])
             return
         if faults.happened:
-            # Nothing was written: it still runs, and can be ended when there is room.
+            # Nothing was written, so it still runs, and can be ended once there is room.
             assert isinstance(outcome.error, StorageError)
             outcome = self._one(command, _origin_of(running))
         self._accept_end(running, status, outcome)
@@ -433,18 +433,18 @@ class ExecutionModel(RuleBasedStateMachine):
         return copy_files(self._live().log.path, folder)
 
     def _reopen(self, path: Path) -> None:
-        """Go on with the file; what the old process had in memory is gone, and what ran in it is interrupted."""
+        """Continue with the file, without the old process's memory and with its executions interrupted."""
         self._live().close()
         self.store = open_groups(path)
         self._take_in_interruptions(path)
         for running in self.running:
-            # One that has outlived its process, so to speak, is refused its end.
+            # The end of an execution of the old process is refused.
             late = self._one(running.real.finish(Verdict(running.real.id, ExecutionStatus.COMMITTED)), ANN)
             assert type(late.error).__name__ == "ExecutionEndedError"
         self.running.clear()
 
     def _take_in_interruptions(self, path: Path) -> None:
-        """Each session's are one commit; which session comes first is left to the store."""
+        """Interruptions are one commit for each session, in any order of sessions."""
         with reading(path) as connection:
             rows = connection.execute("SELECT execution_id, ended_sequence FROM executions").fetchall()
         ended = dict(rows)
@@ -470,7 +470,7 @@ class ExecutionModel(RuleBasedStateMachine):
             changes["updates"] = {of(identifier): value for identifier, value in command.updates.items()}
         return replace(command, **changes)
 
-    # What others' commands do
+    # The effects of other writers' commands
 
     def _outside(self, command: Any, outcome: Outcome) -> Any:
         table = self.oracle.sessions[command.session_id]
@@ -491,7 +491,7 @@ class ExecutionModel(RuleBasedStateMachine):
 
 
 def change(table: Table, command: Any, actual: Any, made: list[tuple[Var, str, str | None, int]]) -> Any:
-    """What a writing command does to a table, with the versions that it makes; its result. New ids are `actual`'s."""
+    """Apply a writing command to a table; append its versions to `made`, and return its result with `actual`'s ids."""
     match command:
         case SetVariable():
             variable = written(table, command.identifier, command.value.json, command.expected_version)
@@ -538,7 +538,7 @@ def _change_several(table: Table, command: Any, made: list[Any]) -> Any:
 
 
 def _same_if_batch(result: Any, actual: Any) -> Any:
-    """The result itself, unless it is that of a batch, which is compared here."""
+    """The result itself, unless it is a batch's, which is compared here."""
     if isinstance(result, tuple):
         assert (actual.success, dict(actual.versions), sorted(actual.errors)) == result
         return actual
@@ -546,7 +546,7 @@ def _same_if_batch(result: Any, actual: Any) -> Any:
 
 
 class Inside:
-    """What a command does inside an execution, by the oracle's tables."""
+    """Apply a command inside an execution to the oracle's tables."""
 
     def __init__(self, oracle: Oracle, execution: Exec, actual: Any) -> None:
         self._oracle = oracle
@@ -555,12 +555,16 @@ class Inside:
         self._table = self._top.table
 
     def run(self, command: Any) -> Any:
-        """Its plain result; what it asks for and writes is remembered."""
+        """Return its result in plain form, and record what it reads and writes."""
         match command:
             case GetVariable() | GetVariableHistory():
                 self._top.ask(command.identifier)
-                found = self._find(command.identifier)
-                return self._history(found, command.limit) if isinstance(command, GetVariableHistory) else _row(found)
+                variable = self._find(command.identifier)
+                return (
+                    self._history(variable, command.limit)
+                    if isinstance(command, GetVariableHistory)
+                    else _row(variable)
+                )
             case GetVariables():
                 return self._several(command.identifiers)
             case ListVariables():
@@ -578,7 +582,7 @@ class Inside:
         return result
 
     def plain(self, result: Any) -> Any:
-        """A result of the product in the same form."""
+        """A result of the product in plain form."""
         if hasattr(result, "success"):
             return (result.success, dict(result.versions), sorted(result.errors))
         if hasattr(result, "missing"):
@@ -592,17 +596,17 @@ class Inside:
         return result
 
     def _find(self, identifier: str) -> Var:
-        found = find_in(self._table, identifier)
-        if found is None:
+        variable = find_in(self._table, identifier)
+        if variable is None:
             raise RefusedError("VariableNotFoundError")
-        return found
+        return variable
 
     def _several(self, identifiers: Sequence[str]) -> Any:
         for identifier in identifiers:
             self._top.ask(identifier)
-        found = {each: find_in(self._table, each) for each in identifiers}
-        there = {name: _row(each) for name, each in found.items() if each is not None}
-        return there, sorted(found.keys() - there.keys())
+        variables = {each: find_in(self._table, each) for each in identifiers}
+        there = {name: _row(each) for name, each in variables.items() if each is not None}
+        return there, sorted(variables.keys() - there.keys())
 
     def _list(self, pattern: str) -> Any:
         base = self._top.base.values()
@@ -611,7 +615,7 @@ class Inside:
         return sorted(_row(each) for each in self._table.values() if fits(pattern, each.name))
 
     def _versions_of(self, variable_id: str) -> list[Version]:
-        """Newest first: its own, and what was there when it began (or has been published since)."""
+        """The history, newest first: its own versions, those from before it began, and those it has published."""
         base = find_in(self._top.base, variable_id)
         last = base.version if base is not None and base.id == variable_id else -1
         own = [each for each in self._top.history if each.variable_id == variable_id]
@@ -646,7 +650,7 @@ def _origin_of(running: Running) -> Origin:
 
 
 def _callers(running: Running) -> Iterator[Running]:
-    """It and what it called, as long as they wait for somebody."""
+    """An execution and those that it called, as long as they wait for their parents."""
     while running.children:
         yield running
         running = running.children[0]
@@ -688,7 +692,7 @@ KINDS = ("registered", "set", "rolled_back", "deleted", "lock_broken", "publishe
 
 
 def check_journal(path: Path, oracle: Oracle) -> None:
-    """Journal and versions in the file are those of the oracle: nothing of what has not committed is there."""
+    """Check that the journal and the versions in the file are the oracle's, without uncommitted writes."""
     with reading(path) as connection:
         assert sorted(connection.execute(_JOURNAL)) == sorted(entry.row() for entry in oracle.journal.values())
         rows = sorted((*row[:2], KINDS[row[2]], *row[3:]) for row in connection.execute(_VERSIONS))
@@ -696,7 +700,7 @@ def check_journal(path: Path, oracle: Oracle) -> None:
 
 
 def check_file(path: Path, oracle: Oracle) -> None:
-    """The closed file at the end."""
+    """Check the closed file at the end."""
     anchor = parse(path.with_name(path.name + ".anchor").read_bytes())
     readers = open_readers(path, 1)
     try:
@@ -729,24 +733,24 @@ def test_executions_agree_with_the_oracle() -> None:
     run_model(EXAMPLES)
 
 
-# A model that finds nothing proves nothing
+# A model that never finds a bug proves nothing
 
 
 _finish = Execution.finish
 
 
 def check_nothing(self: FinishExecution, state: Any) -> Iterator[Any]:
-    """Whatever others have done, it commits."""
+    """Commit whatever others have changed."""
     yield from ()
 
 
 def forget_patterns(self: Execution, verdict: Verdict) -> FinishExecution:
-    """What was listed is not looked at again: phantoms."""
+    """Do not check listed variables again, which allows phantoms."""
     return replace(_finish(self, verdict), matched={})
 
 
 def drop_steps(self: Execution, verdict: Verdict) -> FinishExecution:
-    """The last thing that it wrote is not written."""
+    """Lose the last write."""
     command = _finish(self, verdict)
     return replace(command, steps=command.steps[:-1])
 
@@ -756,13 +760,13 @@ def do_nothing(*_: Any) -> None:
 
 
 def keep_seen(self: Overlay, variable: Any) -> None:
-    """What it has published itself is a conflict to it."""
+    """Treat its own published values as conflicts."""
     self.published[variable.name] = variable
     self._show_published()
 
 
 def read_committed(self: BeginExecution, uow: Any) -> Any:
-    """Executions share the session with whoever writes to it."""
+    """Let executions share the session with other writers."""
     return replace(_apply(self, uow), snapshot=uow.session(self.session_id))
 
 
@@ -789,6 +793,6 @@ def planted(owner: type, name: str, bug: Callable[..., Any]) -> Iterator[None]:
     ],
 )
 def test_planted_bugs_are_found(owner: type, name: str, bug: Callable[..., Any]) -> None:
-    # The same examples each time: whether a bug is found must not depend on luck.
+    # The same examples each time, so that finding the bug does not depend on luck.
     with planted(owner, name, bug), pytest.raises((AssertionError, ExceptionGroup)):
         run_model(300, database=None, derandomize=True)

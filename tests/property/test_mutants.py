@@ -1,4 +1,4 @@
-"""Recordings that were changed at random: what an import takes can be loaded, audited, reported and exported."""
+"""Randomly changed recordings: every one that an import accepts can be loaded, audited, reported and exported."""
 
 import contextlib
 import copy
@@ -61,7 +61,7 @@ _WORDS: Sequence[Any] = (
 
 
 def _recordings(folder: Path) -> list[list[str]]:
-    """Sound recordings of every session that the asset has."""
+    """Recordings of all sessions in the asset."""
     path = folder / "asset.db"
     shutil.copyfile(ASSET, path)
     open_groups(path).close()
@@ -83,7 +83,7 @@ def _export(path: Path, session_id: str) -> list[str]:
 
 
 def _mutant(lines: list[str], random: Random) -> list[str]:
-    """One or a few places of one line are other than they were."""
+    """Change one or a few places in one line."""
     lines = list(lines)
     lines[0] = json.dumps(json.loads(lines[0]) | {"commits": len(lines) - 1}) + "\n"
     for _ in range(random.choice((1, 1, 1, 2))):
@@ -118,7 +118,7 @@ def _at(document: Any, place: tuple[Any, ...]) -> Any:
 
 
 def _use(path: Path, session_id: str) -> None:
-    """Everything that can be asked of a session that was imported."""
+    """Run every query on an imported session."""
     with EmbeddedState(path) as state:
         try:
             state.get_session(session_id)
@@ -128,7 +128,7 @@ def _use(path: Path, session_id: str) -> None:
             for variable in state.list_variables(session_id):
                 state.get_variable_history(session_id, variable.name)
     with wiring.open_audit(path) as audit:
-        # What is found has to fit into a server's answers, too.
+        # The results have to fit into a server's messages, too.
         for query in (HistoryQuery, CommitQuery, ExecutionQuery, SessionQuery):
             for row in audit.iterate(query(session=session_id)):
                 LISTS[query].row.message_of(row)
@@ -142,7 +142,7 @@ def _use(path: Path, session_id: str) -> None:
 
 
 def _try_mutants(folder: Path, number: int, seed: int) -> None:
-    """Import `number` mutants, and use those that are taken."""
+    """Import `number` mutants, and use the accepted ones."""
     random, recordings = Random(seed), _recordings(folder)
     counts: Counter[str] = Counter()
     path = folder / "mutants.db"
@@ -160,19 +160,19 @@ def _try_mutants(folder: Path, number: int, seed: int) -> None:
             raise AssertionError(f"seed {seed}: mutant {each} was imported, and cannot be used") from error
     print(f"seed {seed}: {counts}")
     assert maintenance.check(path).problems == (), f"seed {seed}"
-    # Mutants of which none is taken, or all of them, prove nothing.
+    # If none or all of the mutants were accepted, the test would prove nothing.
     assert min(counts["imported"], counts["RecordingError"]) > number / 20, counts
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300 + MUTANTS)
-def test_what_is_taken_can_be_used(tmp_path: Path) -> None:
+def test_accepted_mutants_can_be_used(tmp_path: Path) -> None:
     _try_mutants(tmp_path, MUTANTS, secrets.randbelow(1_000_000))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_an_import_that_does_not_look_at_values_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_import_without_checks_of_values_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unchecked(recorded: RecordedVersion, *_: object) -> Value:
         return recorded.value or Value("null")
 
@@ -181,8 +181,8 @@ def test_an_import_that_does_not_look_at_values_is_found(tmp_path: Path, monkeyp
         _try_mutants(tmp_path, 150, seed=1)
 
 
-def test_an_execution_that_repeats_itself_is_refused(tmp_path: Path) -> None:
-    """Whoever follows the attempts of a request back to the first would never come to an end."""
+def test_an_execution_that_retries_itself_is_refused(tmp_path: Path) -> None:
+    """Following the attempts of a request back to the first would never end."""
     lines = max(_recordings(tmp_path), key=len)
     documents = [json.loads(line) for line in lines]
     documents[0]["commits"] = len(lines) - 1
@@ -195,7 +195,7 @@ def test_an_execution_that_repeats_itself_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "number", "told"),
+    ("key", "number", "message"),
     [
         ("attempt", 2**63, "cannot be attempt"),
         ("attempt", 10**9, "cannot be attempt"),
@@ -207,17 +207,17 @@ def test_an_execution_that_repeats_itself_is_refused(tmp_path: Path) -> None:
         ("conflicts", [{"name": "x", "expected": None, "actual": 2**63}], "more than 64 bits"),
     ],
 )
-def test_numbers_that_no_journal_has_are_refused(tmp_path: Path, key: str, number: object, told: str) -> None:
-    """No column and no message could hold them."""
+def test_impossible_numbers_are_refused(tmp_path: Path, key: str, number: object, message: str) -> None:
+    """Neither columns nor messages could hold them."""
     lines = max(_recordings(tmp_path), key=len)
     documents = [json.loads(line) for line in lines]
     documents[0]["commits"] = len(lines) - 1
     bodies = [event["body"] for each in documents for event in each.get("events", [])]
-    # An end that has a reason has nothing else.
+    # An end with a reason has no further fields.
     [*_, body] = (each for each in bodies if key in each and "reason" not in each)
     body[key] = number
     changed = (json.dumps(each) + "\n" for each in documents)
     path = tmp_path / "changed.db"
-    with pytest.raises(RecordingError, match=told):
+    with pytest.raises(RecordingError, match=message):
         wiring.import_session(path, changed, session_id="changed")
     assert not path.exists()

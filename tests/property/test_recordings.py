@@ -1,5 +1,5 @@
-"""Random sessions, recorded: imported elsewhere they are recorded again as they were, and built again in memory they
-are at each commit what they had been."""
+"""Recordings of random sessions: an imported session gives the same recording again, and a session rebuilt in memory
+has the original state at each commit."""
 
 import contextlib
 import io
@@ -47,7 +47,7 @@ S = "s"
 NAMES = st.sampled_from(["a", "b", "t"])
 LARGE = "é" * INLINE_BYTES
 PICKLED = json.dumps({"shape": [1], "dtype": "float64", "binary_format": "pickle", "type": "tensor"})
-# Short and long, as text and as bytes: some are kept in rows, some as blobs. One is no string.
+# Short and long, as text and as bytes: some are stored in rows, some as blobs. One is not a string.
 TEXTS = [Value('"one"'), Value('"two \\ud83d\\ude00"'), Value(json.dumps(LARGE, ensure_ascii=False)), Value("5")]
 TENSORS = [Value(PICKLED, b"\x00\xff"), Value(PICKLED, bytes(range(256)) * 8)]
 WRITES = st.sampled_from([*((name, value) for name in "ab" for value in TEXTS), *(("t", each) for each in TENSORS)])
@@ -87,7 +87,7 @@ COMMANDS = st.one_of(
     st.builds(c.RegisterTools, st.just(S), st.just("w"), st.just((RegisteredTool(TOOL, "w", "unix:/w"),))),
 )
 ENDINGS = st.sampled_from([ExecutionStatus.COMMITTED, ExecutionStatus.COMMITTED, ExecutionStatus.FAILED])
-# What it does, whether others do the same meanwhile, what it publishes, its end, whether it calls another.
+# What it does, whether others do the same meanwhile, what it publishes, how it ends, whether it calls another.
 EXECUTIONS = st.tuples(
     st.lists(VARIABLE_COMMANDS, max_size=5), st.booleans(), st.none() | WRITES, ENDINGS, st.booleans()
 )
@@ -103,7 +103,7 @@ def empty_database() -> Path:
 
 
 class Original:
-    """A session as it happens, with what its state was after each commit."""
+    """A session in progress, with its state after each commit."""
 
     def __init__(self, path: Path) -> None:
         self.store = open_groups(path)
@@ -212,7 +212,7 @@ def assert_built_again(text: str, original: Original) -> None:
 
 
 def facts(state: SessionState | None) -> Any:
-    """All of a state but what belongs to the store that keeps it."""
+    """A state without the fields that only a store uses."""
     if state is None:
         return None
     ttl_s = state.lease.ttl_s if state.lease is not None else None
@@ -221,7 +221,7 @@ def facts(state: SessionState | None) -> Any:
 
 
 def shown(variable: Variable) -> Variable:
-    """The variable; a lock that was renewed as it was begun, in one commit, is one that was begun."""
+    """The variable. A lock that was taken and renewed in the same commit counts as not renewed."""
     lock = variable.optimization
     if lock is None or lock.renewed_at != lock.started_at:
         return variable
@@ -239,7 +239,7 @@ def assert_imported(text: str, path: Path, before: int, *, runs: bool) -> None:
     assert maintenance.check(path).problems == ()
     again = recorded(path)
     if runs:
-        # One commit more, which says that nothing runs any more.
+        # One more commit, which interrupts the executions.
         assert again.splitlines()[1:-1] == text.splitlines()[1:]
         assert '"status": "interrupted"' in again.splitlines()[-1]
     else:

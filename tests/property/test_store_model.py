@@ -1,6 +1,6 @@
-"""The store against an independent oracle: random commands, restarts, kills, and failures at any SQL statement.
+"""The store compared with an independent oracle: random commands, restarts, kills, and failures of any SQL statement.
 
-`STORE_MODEL_EXAMPLES` and `STORE_MODEL_STEPS` make it longer, `STORE_MODEL_SHRINK=1` makes what fails small (slowly).
+`STORE_MODEL_EXAMPLES` and `STORE_MODEL_STEPS` make it longer; `STORE_MODEL_SHRINK=1` shrinks failing examples (slowly).
 """
 
 import json
@@ -63,7 +63,7 @@ from tests.property.store_oracle import LEASE_S, Entry, Oracle, Var
 
 EXAMPLES = int(os.environ.get("STORE_MODEL_EXAMPLES", "50"))
 STEPS = int(os.environ.get("STORE_MODEL_STEPS", "30"))
-# Shrinking takes minutes: for whoever mends what was found, not for every run.
+# Shrinking takes minutes, so it is only for debugging a failure.
 PHASES = [
     phase for phase in Phase if phase not in (Phase.shrink, Phase.explain) or os.environ.get("STORE_MODEL_SHRINK")
 ]
@@ -172,14 +172,14 @@ class StatementFaults:
 
 
 def sqlite_error(code: int) -> sqlite3.OperationalError:
-    """What the driver raises for `code`."""
+    """The driver's exception for `code`."""
     error = sqlite3.OperationalError(f"planted error {code}")
     error.sqlite_errorcode = code
     return error
 
 
 def disk_full(cursor: Any) -> None:
-    """SQLITE_FULL, which rolls the transaction back by itself."""
+    """SQLITE_FULL, which rolls back the transaction automatically."""
     if cursor.connection.in_transaction:
         cursor.connection.execute("ROLLBACK")
     raise sqlite_error(sqlite3.SQLITE_FULL)
@@ -191,7 +191,7 @@ def busy(_cursor: Any) -> None:
 
 
 def io_error(_cursor: Any) -> None:
-    """An error after which nobody knows what is on the disk."""
+    """An error after which the contents of the disk are unknown."""
     raise sqlite_error(sqlite3.SQLITE_IOERR)
 
 
@@ -204,7 +204,7 @@ def _empty_database() -> Path:
 
 
 def copy_files(source: Path, folder: Path) -> Path:
-    """What a killed process leaves: the database, its WAL, its anchor. Not the -shm: that is memory."""
+    """The files that a killed process leaves: the database, its WAL, its anchor; not the -shm, which is memory."""
     target = folder / source.name
     for suffix in ("", "-wal", ".anchor"):
         if (part := source.with_name(source.name + suffix)).exists():
@@ -214,14 +214,14 @@ def copy_files(source: Path, folder: Path) -> Path:
 
 @contextmanager
 def reading(path: Path) -> Iterator[sqlite3.Connection]:
-    """The file, by a connection of the test's own."""
+    """The file, over a separate connection."""
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
         yield connection
 
 
 @dataclass(slots=True)
 class Watcher:
-    """Somebody who follows a session through memory: what it was told is held against the oracle's commits."""
+    """A watcher of a session, whose updates are compared with the oracle's commits."""
 
     session_id: str
     first_sequence: int
@@ -230,7 +230,7 @@ class Watcher:
 
 
 class StoreModel(RuleBasedStateMachine):
-    """One store and one oracle, which have to agree after every step."""
+    """A store and an oracle, which have to agree after every step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -270,12 +270,12 @@ class StoreModel(RuleBasedStateMachine):
 
     @rule(group=WORK)
     def work(self, group: Group) -> None:
-        """What most groups are: values set in sessions that are there."""
+        """Most groups: values set in existing sessions."""
         self.write(group, revive=True)
 
     @rule(group=GROUPS, revive=st.booleans())
     def write_twice(self, group: Group, revive: bool) -> None:
-        """Requests repeated with their idempotency keys, as after a lost answer."""
+        """Repeated requests with the same idempotency keys, as after a lost answer."""
         jobs = [
             Job(job.command, replace(job.origin, idempotency_key=f"twice {self.oracle.sequence} {index}"))
             for index, job in enumerate(self._jobs(group, revive))
@@ -285,7 +285,7 @@ class StoreModel(RuleBasedStateMachine):
 
     @rule(group=GROUPS, nth=st.integers(1, 14), fault=st.sampled_from([disk_full, busy, io_error, None]))
     def fail_inside(self, group: Group, nth: int, fault: Callable[[Any], None] | None) -> None:
-        """The n-th statement of the group's transaction, COMMIT included, fails, or the process dies before it."""
+        """The n-th statement of the group's transaction, including COMMIT, fails, or the process dies before it."""
         jobs = self._jobs(group, revive=False)
         copies: list[Path] = []
         # With one writer, COMMIT is never busy.
@@ -309,7 +309,7 @@ class StoreModel(RuleBasedStateMachine):
 
     @rule(group=GROUPS, revive=st.booleans())
     def die_after_commit(self, group: Group, revive: bool) -> None:
-        """The process dies between COMMIT and all that follows it: the group is there, though nobody was told."""
+        """The process dies right after COMMIT: the group is stored, though its callers got no answers."""
         jobs = self._jobs(group, revive)
         copies: list[Path] = []
         live = self._live()
@@ -329,7 +329,7 @@ class StoreModel(RuleBasedStateMachine):
         seconds=st.sampled_from([0, 0, 40, 40, 40, 1000]), then=st.sampled_from(["sweep", "close", "kill", "", "", ""])
     )
     def pass_time(self, seconds: int, then: str) -> None:
-        """Time passes; then perhaps housekeeping, or an end in order or by a kill, and a new start."""
+        """Time passes; then perhaps a sweep, or a restart after closing or a kill."""
         self.now += timedelta(seconds=seconds)
         self.oracle.now = self.now
         if then == "kill":
@@ -343,7 +343,7 @@ class StoreModel(RuleBasedStateMachine):
 
     @rule(session_id=SESSIONS, command=st.sampled_from([Heartbeat, ListVariables]))
     def read(self, session_id: str, command: type[Command[Any]]) -> None:
-        """Reading touches the session, as the oracle does; a session that is over is not found."""
+        """Reading renews the session's TTL, as in the oracle; an expired session is not found."""
         alive = self.oracle.session(session_id)
         if alive is not None:
             alive.touch(self.now)
@@ -359,12 +359,12 @@ class StoreModel(RuleBasedStateMachine):
     @precondition(lambda self: len(self.watchers) < 3)
     @rule(session_id=SESSIONS, back=st.integers(0, 6))
     def watch(self, session_id: str, back: int) -> None:
-        """Begin to follow a session, perhaps from some commits ago, as one who resumes does."""
-        found = self.oracle.sessions.get(session_id)
-        if found is not None:
-            self._join(session_id, found.first_sequence, max(0, self.oracle.sequence - back))
+        """Begin to watch a session, perhaps from an earlier commit, as a resuming watcher does."""
+        session = self.oracle.sessions.get(session_id)
+        if session is not None:
+            self._join(session_id, session.first_sequence, max(0, self.oracle.sequence - back))
 
-    # What has to hold after every step
+    # Invariants after every step
 
     @invariant()
     def agrees(self) -> None:
@@ -389,33 +389,33 @@ class StoreModel(RuleBasedStateMachine):
     checked = 0
 
     def _expected_session(self, session_id: str) -> Any:
-        found = self.oracle.sessions.get(session_id)
-        if found is None:
+        session = self.oracle.sessions.get(session_id)
+        if session is None:
             return None
         variables = [
-            (v.id, v.name, v.type, v.value, v.version, dict(v.metadata), v.source) for v in found.variables.values()
+            (v.id, v.name, v.type, v.value, v.version, dict(v.metadata), v.source) for v in session.variables.values()
         ]
-        return (dict(found.metadata), found.ttl_s, found.first_sequence, variables, sorted(found.dependencies))
+        return (dict(session.metadata), session.ttl_s, session.first_sequence, variables, sorted(session.dependencies))
 
     def _check_locks(self, session_id: str) -> None:
-        found = self.oracle.sessions.get(session_id)
+        session = self.oracle.sessions.get(session_id)
         state = self._live().find_loaded(session_id)
-        if found is None or state is None:
+        if session is None or state is None:
             return
-        for variable in found.variables.values():
+        for variable in session.variables.values():
             kept = state.variables[variable.name].optimization
             live = (kept.id, kept.optimizer_id) if kept is not None and kept.expires_at() > self.now else None
             assert live == _live_lock(variable, self.now)
 
     def _check_watcher(self, watcher: Watcher) -> None:
-        """What memory and file tell of the commits since the last look: whole commits, all, in order, none twice."""
-        found = self.oracle.sessions.get(watcher.session_id)
+        """Memory and file deliver all commits since the last check: whole, in order, each exactly once."""
+        session = self.oracle.sessions.get(watcher.session_id)
         after = watcher.position
-        if found is None or found.first_sequence != watcher.first_sequence or after == self.oracle.sequence:
+        if session is None or session.first_sequence != watcher.first_sequence or after == self.oracle.sequence:
             return
         expected = [
             (sequence, [_change_of(entry) for entry in sorted(entries, key=Entry.place)])
-            for sequence, entries in found.commits
+            for sequence, entries in session.commits
             if sequence > after
         ]
         remembered = watcher.feed.after(after)
@@ -426,7 +426,7 @@ class StoreModel(RuleBasedStateMachine):
             assert [_commit_of(commit) for commit in filed] == expected
         watcher.position = self.oracle.sequence
 
-    # How the rules do it
+    # Implementation of the rules
 
     @property
     def path(self) -> Path:
@@ -440,8 +440,8 @@ class StoreModel(RuleBasedStateMachine):
         self.store = open_groups(path, self.options)
         followed, self.watchers = self.watchers, []
         for watcher in followed:
-            found = self.oracle.sessions.get(watcher.session_id)
-            if found is not None and found.first_sequence == watcher.first_sequence:
+            session = self.oracle.sessions.get(watcher.session_id)
+            if session is not None and session.first_sequence == watcher.first_sequence:
                 self._join(watcher.session_id, watcher.first_sequence, watcher.position)
 
     def _join(self, session_id: str, first_sequence: int, position: int) -> None:
@@ -463,26 +463,26 @@ class StoreModel(RuleBasedStateMachine):
         return copy_files(self.path, folder)
 
     def _reopen_copy(self, copy: Path) -> None:
-        """Go on with the copy; what the old process' memory knew is gone."""
+        """Continue with the copy, without the old process's memory."""
         self._live().close()
         self._open(copy)
 
     def _jobs(self, group: Group, revive: bool) -> list[Job]:
-        """The group as jobs; with `revive` the sessions and variables that are missing come first."""
+        """The group as jobs; with `revive`, missing sessions and variables are created first."""
         jobs = [Job(self._resolve(command), origin) for command, origin in group]
         return [*self._missing(), *jobs] if revive else jobs
 
     def _missing(self) -> Iterator[Job]:
         for session_id in ("alpha", "beta"):
-            found = self.oracle.session(session_id)
-            if found is None:
+            session = self.oracle.session(session_id)
+            if session is None:
                 yield Job(InitializeSession(session_id), ANN)
             for name in ("a", "b"):
-                if found is None or name not in found.variables:
+                if session is None or name not in session.variables:
                     yield Job(RegisterVariable(session_id, name, "integer", Value("0")), ANN)
 
     def _resolve(self, command: Any) -> Any:
-        """The command with `#a` replaced by the id that the variable a has now."""
+        """The command with `#a` replaced by the current id of variable a."""
         changes: dict[str, Any] = {
             name: self._id_of(command.session_id, getattr(command, name))
             for name in ("identifier", "from_variable", "to_variable")
@@ -497,29 +497,29 @@ class StoreModel(RuleBasedStateMachine):
         return replace(command, **changes)
 
     def _version_of(self, session_id: str, identifier: str) -> int:
-        found = self.oracle.sessions.get(session_id)
-        variable = found.find(identifier) if found is not None else None
+        session = self.oracle.sessions.get(session_id)
+        variable = session.find(identifier) if session is not None else None
         return variable.version if variable is not None else 1
 
     def _id_of(self, session_id: str, identifier: str) -> str:
-        found = self.oracle.sessions.get(session_id)
-        if not identifier.startswith("#") or found is None or identifier[1:] not in found.variables:
+        session = self.oracle.sessions.get(session_id)
+        if not identifier.startswith("#") or session is None or identifier[1:] not in session.variables:
             return identifier
-        return found.variables[identifier[1:]].id
+        return session.variables[identifier[1:]].id
 
     def _accept(self, jobs: Sequence[Job], outcomes: Sequence[Outcome]) -> None:
         for job, outcome in zip(jobs, outcomes, strict=True):
             self.oracle.check(job.command, job.origin, outcome)
 
     def _touch_all(self) -> None:
-        """After a failed group it depends on how far it got which sessions were touched: touch all."""
+        """Renew the TTL of all sessions, because a failed group may have done so for any of them."""
         self.oracle.touch_all()
         for session_id in ("alpha", "beta"):
             self._live().write_group([Job(Heartbeat(session_id), ANN)])
             self._save_touch(session_id)
 
     def _save_touch(self, session_id: str) -> None:
-        """What a provider does after a read."""
+        """Save the renewed expiry, as a provider does after a read."""
         state = self._live().find_loaded(session_id)
         if state is not None and state.lease is not None and state.lease.is_unsaved():
             self._live().write_group([Job(TouchSession(session_id), ANN)])
@@ -527,7 +527,7 @@ class StoreModel(RuleBasedStateMachine):
 
 
 class FileView:
-    """The file through plain SQL, none of it the store's."""
+    """Reads the file with SQL that is independent of the store's."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
@@ -566,7 +566,7 @@ class FileView:
         return (json.loads(metadata), ttl_s, started, variables, sorted(edges))
 
     def new_versions(self, known: int) -> list[Any]:
-        """All versions but the `known` first ones, as rows in the order of the log."""
+        """All versions except the first `known` ones, as rows in the order of the log."""
         rows = self._rows(
             "SELECT v.variable_id, n.version, n.kind, coalesce(n.value, CAST(b.content AS TEXT)),"
             " coalesce(n.metadata, '{}'), n.source, c.actor, c.cause, c.created_at, n.sequence FROM versions n"
@@ -627,7 +627,7 @@ def _commit_of(commit: Any) -> Any:
 
 
 def check_log(path: Path, oracle: Oracle) -> None:
-    """The closed file at the end: every commit that should be there, with the right hash, and no version more."""
+    """Check the closed file at the end: it has exactly the expected commits and versions, with the right hashes."""
     assert_sound(path)
     with reading(path) as connection:
         file = FileView(connection)
@@ -636,7 +636,7 @@ def check_log(path: Path, oracle: Oracle) -> None:
 
 
 def assert_sound(path: Path) -> None:
-    """A closed file: nothing that a check can find."""
+    """Check that `db check` finds nothing in a closed file."""
     anchor = parse(path.with_name(path.name + ".anchor").read_bytes())
     readers = open_readers(path, 1)
     try:
@@ -651,7 +651,7 @@ def assert_sound(path: Path) -> None:
 
 
 class PruningModel(StoreModel):
-    """The same, and once in its life a copy of it is pruned."""
+    """The same model; once in each run, a copy of the file is pruned."""
 
     has_pruned = False
 
@@ -662,7 +662,7 @@ class PruningModel(StoreModel):
         ended_age_s=st.sampled_from([None, 0, 40]),
     )
     def prune_a_copy(self, keep_versions: int | None, age_s: int | None, ended_age_s: int | None) -> None:
-        """A pruned file is sound, its current state is the same, and its history is part of what it was."""
+        """Check that a pruned file is sound, and has the same current state and a part of the history."""
         ages = [None if age is None else self.now - timedelta(seconds=age) for age in (age_s, ended_age_s)]
         policy = PrunePolicy(keep_versions, *ages)
         if policy == PrunePolicy():
@@ -678,9 +678,9 @@ class PruningModel(StoreModel):
         assert_sound(store.log.path)
         with reading(store.log.path) as connection:
             file = FileView(connection)
-            for session_id, found in self.oracle.sessions.items():
-                # One that is over ends with the first job that is about it.
-                if not found.has_expired(self.now):
+            for session_id, session in self.oracle.sessions.items():
+                # An expired session ends with the first job that writes to it.
+                if not session.has_expired(self.now):
                     assert file.session(session_id) == self._expected_session(session_id)
             written = {row[:2]: row for row in _rows_of(self.oracle.log)}
             assert all(row == written[row[:2]] for row in file.new_versions(0))
@@ -707,7 +707,7 @@ def test_store_agrees_with_the_oracle(times: int) -> None:
     run_model(times * EXAMPLES, PruningModel)
 
 
-# A model that finds nothing proves nothing
+# A model that never finds a bug proves nothing
 
 
 _apply = Groups._apply
@@ -715,7 +715,7 @@ _flush = LogWriter.flush
 
 
 def publish_before_commit(self: FileGroups, jobs: Any, drafts: Any, at: Any) -> Any:
-    """What memory then has of a group that fails, no file has."""
+    """Publish the drafts of a failed group, which the file does not have."""
     applied = _apply(self, jobs, drafts, at)
     for session_id, state in drafts.states.items():
         if state is not None:
@@ -724,7 +724,7 @@ def publish_before_commit(self: FileGroups, jobs: Any, drafts: Any, at: Any) -> 
 
 
 def commit_in_two(self: LogWriter) -> None:
-    """The transaction's first part becomes durable before the rest of it."""
+    """Commit the first part of the transaction before the rest."""
     raw = self._connection.connection.cursor()
     raw.execute("COMMIT")
     raw.execute("BEGIN IMMEDIATE")
@@ -740,7 +740,7 @@ def commit_in_two(self: LogWriter) -> None:
     ],
 )
 def test_planted_bugs_are_found(owner: type, name: str, planted: Callable[..., Any]) -> None:
-    # Where it fails in more than one way, the failures come as a group.
+    # If it fails in several ways, the failures are raised as a group.
     with patch.object(owner, name, planted), pytest.raises((AssertionError, ExceptionGroup)):
-        # The same examples each time: whether a bug is found must not depend on luck.
+        # The same examples each time, so that finding the bug does not depend on luck.
         run_model(200, database=None, derandomize=True)

@@ -1,4 +1,4 @@
-"""Round trips and totality of the value types over generated input."""
+"""Generated values: every one is either refused with an error, or stored and returned unchanged."""
 
 import json
 import math
@@ -47,7 +47,7 @@ NUMBERS = st.one_of(st.floats(), st.integers(-(2**53), 2**53))
 
 
 def nest(flat: list[Any], shape: list[int]) -> Any:
-    """`flat` as nested lists of that shape; a scalar for the shape `[]`."""
+    """`flat` as nested lists with that shape; a scalar for the shape `[]`."""
     if not shape:
         return flat[0]
     step = math.prod(shape[1:])
@@ -78,7 +78,7 @@ TYPED = st.sampled_from(type_names()).flatmap(lambda name: st.tuples(st.just(nam
 
 
 def same(left: Any, right: Any) -> bool:
-    """Equal in type and value, deeply; NaN is NaN, and -0.0 is not 0.0."""
+    """Whether two objects are equal in type and value, recursively. NaN equals NaN, and -0.0 does not equal 0.0."""
     if type(left) is not type(right):
         return False
     if isinstance(left, float):
@@ -95,7 +95,7 @@ def kept(type_name: str, value: Value, constraints: str = "") -> Value:
 
 
 def outcome(call: Callable[[], Any]) -> Any:
-    """What the call returns, or how it refuses."""
+    """The result of the call, or its error."""
     try:
         return call()
     except (InvalidValueError, InvalidConstraintsError) as error:
@@ -103,7 +103,7 @@ def outcome(call: Callable[[], Any]) -> Any:
 
 
 def strict_loads(text: str | bytes) -> Any:
-    """The standard library's reader with our rules added the slow way; ValueError where one is broken."""
+    """The standard library's parser with our rules added in a slow way; raises ValueError for a violation."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) != len(pairs):
@@ -118,7 +118,7 @@ def strict_loads(text: str | bytes) -> Any:
 
 @thorough
 @given(TYPED)
-def test_what_goes_in_comes_out(typed: tuple[str, Any]) -> None:
+def test_values_round_trip(typed: tuple[str, Any]) -> None:
     type_name, obj = typed
     value = kept(type_name, encode(obj, type_name))
     assert same(decode(type_name, value), obj)
@@ -136,9 +136,7 @@ def test_inferred_types_hold_their_objects(obj: Any) -> None:
 
 @thorough
 @given(DOCUMENTS, st.booleans(), st.sampled_from([None, 0, 2]))
-def test_every_spelling_of_a_document_is_read_and_kept_alike(
-    document: Any, ensure_ascii: bool, indent: int | None
-) -> None:
+def test_every_spelling_of_a_document_is_stored_alike(document: Any, ensure_ascii: bool, indent: int | None) -> None:
     text = json.dumps([document], ensure_ascii=ensure_ascii, indent=indent)
     assert same(parse_json(text, name="x", limits=LIMITS), [document])
     assert same(parse_json(text.encode(), name="x", limits=LIMITS), [document])
@@ -162,7 +160,7 @@ def damaged_texts(draw: st.DrawFn) -> str:
 
 @thorough
 @given(st.one_of(damaged_texts(), st.text(), st.binary()))
-def test_exactly_what_the_rules_allow_is_read(text: str | bytes) -> None:
+def test_exactly_the_allowed_json_is_accepted(text: str | bytes) -> None:
     try:
         expected = strict_loads(text)
     except ValueError:
@@ -202,7 +200,7 @@ def test_depth_is_measured_exactly(document: Any, limit: int) -> None:
 @given(
     st.sampled_from(type_names()), st.one_of(DOCUMENTS, tensors().map(lambda tensor: json.loads(json.dumps(tensor))))
 )
-def test_any_document_is_kept_for_good_or_refused(type_name: str, document: Any) -> None:
+def test_any_document_is_stored_stably_or_refused(type_name: str, document: Any) -> None:
     text = json.dumps(document).replace("NaN", '"NaN"').replace("Infinity", "1")
     value = outcome(lambda: kept(type_name, Value(text)))
     if isinstance(value, InvalidValueError):
@@ -218,7 +216,7 @@ def test_a_tensor_of_another_shape_is_refused(tensor: dict[str, Any], shape: lis
     assume(shape != tensor["shape"])
     fits_flat = tensor["data"] == [] or not any(isinstance(entry, list) for entry in _entries(tensor["data"]))
     assume(not (fits_flat and math.prod(shape) == math.prod(tensor["shape"])))
-    # Lists that end in empty lists do not show how the lengths below them would go on.
+    # Below an empty list, the lengths of the shape cannot be seen.
     assume(0 not in tensor["shape"] and 0 not in shape)
     with pytest.raises(InvalidValueError):
         kept("tensor", encode({**tensor, "shape": shape}, "tensor"))
@@ -260,7 +258,7 @@ def test_integers_become_floats_exactly_or_not_at_all(number: int) -> None:
         max_size=3,
     ),
 )
-def test_any_constraints_are_compiled_for_good_or_refused(type_name: str, constraints: dict[str, Any]) -> None:
+def test_any_constraints_are_compiled_stably_or_refused(type_name: str, constraints: dict[str, Any]) -> None:
     compiled = outcome(lambda: compile_constraints("x", type_name, json.dumps(constraints)))
     if isinstance(compiled, InvalidConstraintsError):
         assert str(compiled).startswith("Invalid constraints")

@@ -43,8 +43,8 @@ METHODS: Mapping[type[Ability], str] = {
 def able(*abilities: type[Ability]) -> StateProvider:
     """A provider with these abilities, whose methods return their arguments."""
 
-    def answer(self: object, *given: Any, **options: Any) -> Any:
-        return given, options
+    def answer(self: object, *arguments: Any, **options: Any) -> Any:
+        return arguments, options
 
     methods = {METHODS[each]: answer for base in abilities for each in METHODS if issubclass(base, each)}
     made: StateProvider = new_class("Able", (Memory, *abilities), exec_body=lambda body: body.update(methods))()
@@ -56,7 +56,7 @@ def abilities_of(provider: object) -> set[type[Ability]]:
 
 
 @pytest.mark.parametrize("wrapped", [(), *combinations(OTHERS, 1), *combinations(OTHERS, 2), OTHERS])
-def test_a_wrapper_has_what_the_wrapped_has(wrapped: tuple[type[Ability], ...]) -> None:
+def test_a_wrapper_has_the_abilities_of_its_provider(wrapped: tuple[type[Ability], ...]) -> None:
     inner = able(*wrapped)
     assert abilities_of(inner) == set(wrapped)
     assert abilities_of(Around(inner)) == abilities_of(Around(Around(inner))) == set(wrapped)
@@ -68,7 +68,7 @@ def test_a_wrapper_has_what_the_wrapped_has(wrapped: tuple[type[Ability], ...]) 
 
 
 @pytest.mark.parametrize("ability", TOOLS)
-def test_tools_are_handed_on_too(ability: type[Ability]) -> None:
+def test_tools_are_passed_on_too(ability: type[Ability]) -> None:
     wrapper: Any = Around(able(ability))
     assert abilities_of(wrapper) == {each for each in TOOLS if issubclass(ability, each)}
     assert wrapper.list_tools("s") == (("s",), {})
@@ -76,33 +76,33 @@ def test_tools_are_handed_on_too(ability: type[Ability]) -> None:
         assert wrapper.stream_tool("s", "t", metadata={}) == (("s", "t", None), {"metadata": {}})
 
 
-def test_what_is_handed_on_is_asked_of_the_wrapped() -> None:
+def test_calls_are_passed_on_to_the_provider() -> None:
     wrapper: Any = Around(able(*OTHERS))
     policy = PrunePolicy(keep_versions=1)
     assert wrapper.audit(reveal=True) == ((), {"reveal": True})
     assert wrapper.record("s", started=3) == (("s",), {"started": 3, "reveal": False})
     assert wrapper.fork_session("s", "t", "now") == (("s", "t", "now"), {"origin": None})
-    given, options = wrapper.prune(policy, confirm=True)
-    assert (given, options["confirm"]) == ((policy,), True)
+    arguments, options = wrapper.prune(policy, confirm=True)
+    assert (arguments, options["confirm"]) == ((policy,), True)
 
 
-def test_a_wrapper_of_ones_own_is_a_few_lines() -> None:
+def test_a_custom_wrapper_takes_a_few_lines() -> None:
     class Counting(Around):
-        asked = 0
+        calls = 0
 
         def submit(self, command: Command[Any], origin: Origin | None = None) -> Future[Any]:
-            self.asked += 1
+            self.calls += 1
             return self.provider.submit(command, origin)
 
     with Counting(able(Recordable)) as state:
         state.initialize_session("s")
-        assert (state.asked, abilities_of(state)) == (1, {Recordable})
+        assert (state.calls, abilities_of(state)) == (1, {Recordable})
         assert isinstance(state, Counting)
         assert type(state) is type(Counting(able(Recordable)))
 
 
 @pytest.mark.parametrize("ability", [*OTHERS, *TOOLS])
-def test_one_that_lacks_an_ability_says_what_to_do(ability: type[Ability]) -> None:
+def test_a_missing_ability_says_what_to_do_instead(ability: type[Ability]) -> None:
     having = able(ability)
     assert ability.of(having) is having
     with pytest.raises(UnsupportedError) as caught:
@@ -121,7 +121,7 @@ def test_the_engine_on_a_file_can_do_everything() -> None:
     assert {each for each in (*OTHERS, *TOOLS) if issubclass(EmbeddedState, each)} == {*OTHERS, *TOOLS}
 
 
-def test_a_wrapper_is_open_as_long_as_the_wrapped() -> None:
+def test_a_wrapper_is_open_as_long_as_its_provider() -> None:
     class Ended(Memory):
         def check_open(self) -> None:
             raise UnsupportedError("this")

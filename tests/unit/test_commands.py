@@ -86,7 +86,7 @@ class TestSessions:
         summary = memory.run(GetSession("new"))
         assert (summary.id, summary.metadata, summary.created_at) == ("new", {"user": "ada"}, clock.time)
 
-    def test_resuming_tells_the_variables_and_makes_no_commit(self, memory: MemoryGroups) -> None:
+    def test_resuming_returns_the_variables_and_makes_no_commit(self, memory: MemoryGroups) -> None:
         register(memory, "b")
         register(memory, "a")
         commits = memory.sequence
@@ -109,7 +109,7 @@ class TestSessions:
         assert memory.run(GetSession("s")).metadata == {"a": "", "b": ""}
 
     @pytest.mark.parametrize("session_id", ["", "a\0b", "a\nb", "\x7f", "\ud800"])
-    def test_an_id_that_is_none(self, memory: MemoryGroups, session_id: str) -> None:
+    def test_an_invalid_id(self, memory: MemoryGroups, session_id: str) -> None:
         with pytest.raises(errors.InvalidArgumentError, match="session_id"):
             memory.run(InitializeSession(session_id))
 
@@ -128,7 +128,7 @@ class TestSessions:
         assert memory.run(CleanupSession("nobody")) == 0
         assert memory.sequence == 1
 
-    def test_cleaning_up_counts_the_variables_and_the_id_begins_anew(self, memory: MemoryGroups) -> None:
+    def test_cleaning_up_counts_the_variables_and_frees_the_id(self, memory: MemoryGroups) -> None:
         register(memory, "x")
         register(memory, "y")
         assert memory.run(CleanupSession("s")) == 2
@@ -142,14 +142,14 @@ class TestSessions:
         clock.forward(9.999)
         assert memory.run(Heartbeat("t"))
         clock.forward(9.999)
-        assert memory.run(Heartbeat("t")), "each touch begins the TTL anew"
+        assert memory.run(Heartbeat("t")), "each call restarts the TTL"
         assert memory.run(ExpireSession("t")) is False
         clock.forward(10)
         assert memory.run(Heartbeat("t")) is False
         with pytest.raises(errors.SessionNotFoundError):
             memory.run(GetSession("t"))
 
-    def test_what_expired_is_ended_before_the_id_begins_anew(self, memory: MemoryGroups, clock: Clock) -> None:
+    def test_an_expired_session_is_ended_before_its_id_is_reused(self, memory: MemoryGroups, clock: Clock) -> None:
         memory.run(InitializeSession("t", {"ttl_seconds": "10"}))
         clock.forward(11)
         assert not memory.run(InitializeSession("t")).resumed
@@ -158,7 +158,7 @@ class TestSessions:
         assert [event.kind for event in ended.events] == [EventKind.SESSION_ENDED]
         assert memory.commits[-1].events[0].kind is EventKind.SESSION_STARTED
 
-    def test_a_ttl_can_be_changed_and_taken_off(self, memory: MemoryGroups, clock: Clock) -> None:
+    def test_a_ttl_can_be_changed_and_removed(self, memory: MemoryGroups, clock: Clock) -> None:
         memory.run(InitializeSession("t", {"ttl_seconds": "10"}))
         memory.run(InitializeSession("t", {"ttl_seconds": "100"}))
         clock.forward(50)
@@ -176,7 +176,7 @@ class TestSessions:
         assert [memory.run(Heartbeat(name)) for name in ("default", "own", "ever")] == [False, True, True]
 
     @pytest.mark.parametrize("text", ["", "soon", "nan", "-1", "inf", "1e11", "0x10", "\u0661\u0660\u0660 s"])
-    def test_a_ttl_that_is_none(self, memory: MemoryGroups, text: str) -> None:
+    def test_an_invalid_ttl(self, memory: MemoryGroups, text: str) -> None:
         with pytest.raises(errors.InvalidArgumentError, match="ttl_seconds"):
             memory.run(InitializeSession("t", {"ttl_seconds": text}))
         assert memory.run(Heartbeat("t")) is False
@@ -193,7 +193,7 @@ class TestRegisterVariable:
         assert [event.kind for event in memory.commits[-1].events] == [EventKind.VARIABLE_REGISTERED]
         assert memory.commits[-1].changes[0].version.kind is ChangeKind.REGISTERED
 
-    def test_again_the_same_keeps_the_current_value(self, memory: MemoryGroups) -> None:
+    def test_registering_the_same_again_keeps_the_current_value(self, memory: MemoryGroups) -> None:
         first = register(memory, constraints='{"min": 0, "max": 9}')
         write(memory, "x", "7")
         commits = memory.sequence
@@ -209,7 +209,7 @@ class TestRegisterVariable:
             ({"constraints": ""}, 'its constraints are {"max":9}, not none'),
         ],
     )
-    def test_again_as_something_else_says_what_differs(
+    def test_registering_something_else_says_what_differs(
         self, memory: MemoryGroups, again: Mapping[str, str], difference: str
     ) -> None:
         register(memory, constraints='{"max":9}')
@@ -244,11 +244,11 @@ class TestRegisterVariable:
         register(memory, "c")
 
     @pytest.mark.parametrize("name", ["", "a\0", "tab\t", "\udfff"])
-    def test_a_name_that_is_none(self, memory: MemoryGroups, name: str) -> None:
+    def test_an_invalid_name(self, memory: MemoryGroups, name: str) -> None:
         with pytest.raises(errors.InvalidArgumentError, match="name"):
             register(memory, name)
 
-    def test_what_is_wrong_with_it_leaves_nothing_behind(self, memory: MemoryGroups) -> None:
+    def test_a_refused_registration_leaves_nothing_behind(self, memory: MemoryGroups) -> None:
         wrong: list[tuple[type[errors.StateError], dict[str, Any]]] = [
             (errors.UnknownTypeError, {"type": "number"}),
             (errors.InvalidValueError, {"value": '"one"'}),
@@ -268,7 +268,7 @@ class TestRegisterVariable:
 
 
 class TestSetVariable:
-    def test_counts_the_version_on_also_for_an_equal_value(self, memory: MemoryGroups) -> None:
+    def test_increments_the_version_even_for_an_equal_value(self, memory: MemoryGroups) -> None:
         register(memory)
         assert [write(memory, "x", "1") for _ in range(3)] == [1, 2, 3]
 
@@ -285,7 +285,7 @@ class TestSetVariable:
         with pytest.raises(errors.InvalidArgumentError, match="expected_version"):
             memory.run(SetVariable("s", "x", Value("4"), expected_version=-1))
 
-    def test_metadata_merges_and_history_keeps_what_came(self, memory: MemoryGroups) -> None:
+    def test_metadata_merges_and_history_keeps_each_part(self, memory: MemoryGroups) -> None:
         register(memory, metadata={"a": "1", "b": "1"})
         write(memory, "x", "2", b="2", c="2")
         assert get(memory).metadata == {"a": "1", "b": "2", "c": "2"}
@@ -301,7 +301,7 @@ class TestSetVariable:
         assert write(memory, "x", "3", b="2") == 2
 
     @pytest.mark.parametrize(
-        ("said", "recorded"),
+        ("metadata", "recorded"),
         [
             ({}, Source.PYTHON),
             ({"source": "elixir"}, Source.ELIXIR),
@@ -310,15 +310,15 @@ class TestSetVariable:
             ({"source": "cobol"}, Source.PYTHON),
         ],
     )
-    def test_metadata_says_the_source_else_the_origin_does(
-        self, memory: MemoryGroups, said: dict[str, str], recorded: Source
+    def test_the_source_is_from_the_metadata_or_else_the_origin(
+        self, memory: MemoryGroups, metadata: dict[str, str], recorded: Source
     ) -> None:
         register(memory, metadata={"source": "elixir"})
         assert get(memory).source is Source.ELIXIR
-        write(memory, "x", "2", **said)
+        write(memory, "x", "2", **metadata)
         assert get(memory).source is recorded
 
-    def test_the_version_says_who_when_and_through_what(self, memory: MemoryGroups, clock: Clock) -> None:
+    def test_the_version_has_actor_time_and_cause(self, memory: MemoryGroups, clock: Clock) -> None:
         register(memory)
         clock.forward(5)
         memory.run(SetVariable("s", "x", Value("2")), Origin("ada", "SetVariable", Source.ELIXIR))
@@ -326,7 +326,7 @@ class TestSetVariable:
         assert (version.actor, version.cause, version.source) == ("ada", "SetVariable", Source.ELIXIR)
         assert (version.created_at, version.sequence) == (clock.time, memory.sequence)
 
-    def test_a_value_is_brought_into_its_type(self, memory: MemoryGroups) -> None:
+    def test_a_value_is_coerced_to_its_type(self, memory: MemoryGroups) -> None:
         register(memory)
         write(memory, "x", "5.0")
         assert get(memory).value == Value("5")
@@ -363,7 +363,7 @@ class TestSetVariables:
         assert memory.states["s"] == before
         assert memory.sequence == commits
 
-    def test_otherwise_what_is_valid_is_applied(self, memory: MemoryGroups) -> None:
+    def test_otherwise_the_valid_entries_are_applied(self, memory: MemoryGroups) -> None:
         outcome = self.batch(memory, False, x="10", y="3", nobody="1")
         assert (outcome.success, outcome.versions) == (True, {"y": 1})
         assert set(outcome.errors) == {"x", "nobody"}
@@ -384,7 +384,7 @@ class TestSetVariables:
         assert sorted(outcome.versions.values()) == [1, 2]
         assert get(memory).value == Value("3")
 
-    def test_nothing_to_do_is_done(self, memory: MemoryGroups) -> None:
+    def test_an_empty_batch_succeeds(self, memory: MemoryGroups) -> None:
         commits = memory.sequence
         assert memory.run(SetVariables("s", {})).success
         assert memory.sequence == commits
@@ -396,7 +396,7 @@ class TestSetVariables:
         with pytest.raises(errors.LimitExceededError, match="batch_entries"):
             self.batch(memory, False, x="1", y="1")
 
-    def test_thousands_of_unknown_names_are_told_without_comparing_them_all(self, memory: MemoryGroups) -> None:
+    def test_thousands_of_unknown_names_are_reported_without_comparing_them_all(self, memory: MemoryGroups) -> None:
         """The writer would block all others, so it suggests similar names only for the first few."""
         for number in range(1_000):
             memory.run(RegisterVariable("s", f"{number:03}{'ab' * 26}xx", "integer", Value("1")))
@@ -416,7 +416,7 @@ class TestNamesThatWerePerhapsMeant:
         assert closest("nothing like it", names) is None
 
     @pytest.mark.parametrize(
-        ("asked", "names", "meant"),
+        ("name", "names", "meant"),
         [
             ("yb", ["by", "amount"], "by"),
             ("by", ["byte", "bye"], "bye"),
@@ -428,15 +428,15 @@ class TestNamesThatWerePerhapsMeant:
             ("x", ["xy", "X"], None),
         ],
     )
-    def test_of_two_letters_only_a_plain_one_is_found(self, asked: str, names: list[str], meant: str | None) -> None:
-        assert closest(asked, names) == meant
-        assert closest(asked, [*names, *(f"other {number}" for number in range(2_000))]) == meant
+    def test_of_two_letters_only_a_plain_one_is_found(self, name: str, names: list[str], meant: str | None) -> None:
+        assert closest(name, names) == meant
+        assert closest(name, [*names, *(f"other {number}" for number in range(2_000))]) == meant
 
-    def test_megabytes_are_nobody_s_slip(self) -> None:
+    def test_megabytes_get_no_suggestion(self) -> None:
         names = [f"{'x' * 250}{number}" for number in range(2_000)]
         with cpu_s_below(1):
-            for asked in ("x" * 10_000_000, "x" * 61, "x" * 60, "x" * 250):
-                assert closest(asked, names) is None
+            for name in ("x" * 10_000_000, "x" * 61, "x" * 60, "x" * 250):
+                assert closest(name, names) is None
 
 
 class TestTexts:
@@ -447,13 +447,13 @@ class TestTexts:
             memory.run(GetSession(text))
 
     @pytest.mark.parametrize("wrong", ["a\0b", "\u20ac\0", "\ud800", "\u20ac\udfff", "a\ud83d\ude00"])
-    def test_what_no_backend_can_take_is_refused(self, memory: MemoryGroups, wrong: str) -> None:
+    def test_arguments_that_no_backend_can_store_are_refused(self, memory: MemoryGroups, wrong: str) -> None:
         with pytest.raises(errors.InvalidArgumentError, match=r"NUL|lone surrogate \(U\+D"):
             memory.run(GetSession(wrong))
 
 
 class TestPatternsOfABatch:
-    def test_one_batch_matches_so_much_and_no_more(self, memory: MemoryGroups) -> None:
+    def test_matching_in_one_batch_is_bounded(self, memory: MemoryGroups) -> None:
         """Some patterns take RE2 long, and in the writer all others wait."""
         drawn = Random(1)
         for number in range(40):
@@ -465,7 +465,7 @@ class TestPatternsOfABatch:
         assert "does not match" in outcome.errors["v0"]
         assert "too much to match in one call" in outcome.errors["v39"]
 
-    def test_a_batch_of_ordinary_ones_is_taken(self, memory: MemoryGroups) -> None:
+    def test_an_ordinary_batch_is_accepted(self, memory: MemoryGroups) -> None:
         for number in range(1_000):
             memory.run(RegisterVariable("s", f"v{number}", "string", Value('"a@b.c"'), '{"pattern":"^[^@]+@[^@]+$"}'))
         outcome = memory.run(SetVariables("s", {f"v{number}": Value('"d@e.f"') for number in range(1_000)}))
@@ -473,7 +473,7 @@ class TestPatternsOfABatch:
 
 
 class TestReads:
-    def test_a_batch_is_keyed_by_what_was_asked_and_says_what_is_missing(self, memory: MemoryGroups) -> None:
+    def test_a_batch_is_keyed_by_identifier_and_lists_the_missing_ones(self, memory: MemoryGroups) -> None:
         register(memory, "x")
         register(memory, "y")
         variable_id = get(memory, "y").id
@@ -522,7 +522,7 @@ class TestHistory:
     @pytest.mark.parametrize(
         ("limit", "kind"), [(-1, errors.InvalidArgumentError), (10_001, errors.LimitExceededError)]
     )
-    def test_a_limit_that_is_none(self, memory: MemoryGroups, limit: int, kind: type[errors.StateError]) -> None:
+    def test_an_invalid_limit(self, memory: MemoryGroups, limit: int, kind: type[errors.StateError]) -> None:
         register(memory)
         with pytest.raises(kind, match="limit"):
             memory.run(GetVariableHistory("s", "x", limit))
@@ -539,7 +539,7 @@ class TestRollback:
         assert newest.metadata == {"rolled_back_to": "0"}
 
     @pytest.mark.parametrize("target", [-1, 2, 2**31 - 1])
-    def test_to_a_version_that_never_was(self, memory: MemoryGroups, target: int) -> None:
+    def test_to_a_version_that_does_not_exist(self, memory: MemoryGroups, target: int) -> None:
         register(memory)
         write(memory, "x", "2")
         with pytest.raises(errors.VersionNotFoundError, match=f"{target} of variable 'x'; it has versions 0 to 1"):
@@ -553,7 +553,7 @@ class TestRollback:
 
 
 class TestDelete:
-    def test_takes_the_variable_and_its_weight_out(self, memory: MemoryGroups) -> None:
+    def test_removes_the_variable_and_its_weight(self, memory: MemoryGroups) -> None:
         before = memory.states["s"].weight_bytes
         variable_id = register(memory, value='"' + "x" * 1000 + '"', type="string")
         memory.run(DeleteVariable("s", variable_id))
@@ -592,7 +592,9 @@ class TestOptimization:
         assert write(memory, "x", "2", optimizer_id="opt") == 1
         assert memory.run(RollbackVariable("s", "x", 0), asked_by("ada", "opt")).version == 2
 
-    def test_its_holder_asking_again_renews_it(self, memory: MemoryGroups, clock: Clock, locked: str) -> None:
+    def test_its_holder_renews_it_by_repeating_the_request(
+        self, memory: MemoryGroups, clock: Clock, locked: str
+    ) -> None:
         clock.forward(200)
         assert memory.run(StartOptimization("s", "x", "opt")) == locked
         clock.forward(200)
@@ -612,14 +614,14 @@ class TestOptimization:
         assert write(memory, "x", "3") == 2
         assert memory.commits[-1].events[0].to_body()["reason"] == "lease ended"
 
-    def test_an_ended_lock_gives_way_to_another(self, memory: MemoryGroups, clock: Clock, locked: str) -> None:
+    def test_an_ended_lock_can_be_replaced(self, memory: MemoryGroups, clock: Clock, locked: str) -> None:
         clock.forward(300)
         assert memory.run(StartOptimization("s", "x", "other")) != locked
         kinds = [event.kind for event in memory.commits[-1].events]
         assert kinds == [EventKind.OPTIMIZATION_STOPPED, EventKind.OPTIMIZATION_STARTED]
         assert self.lock_of(memory) == "other"
 
-    def test_whoever_started_it_stops_it_and_gets_the_value(self, memory: MemoryGroups) -> None:
+    def test_the_actor_that_started_it_stops_it_and_gets_the_value(self, memory: MemoryGroups) -> None:
         write(memory, "x", "7", optimizer_id="opt")
         assert memory.run(StopOptimization("s", "x"), asked_by("ada")) == Value("7")
         assert get(memory).version == 1, "stopping is no change of the value"
@@ -629,7 +631,7 @@ class TestOptimization:
         assert memory.run(StopOptimization("s", "x"), asked_by("machine", "opt")) == Value("1")
 
     @pytest.mark.parametrize("origin", [asked_by("bob"), asked_by("ada", "other")])
-    def test_others_need_force_and_the_history_says_so(self, memory: MemoryGroups, origin: Origin) -> None:
+    def test_others_need_force_which_the_history_records(self, memory: MemoryGroups, origin: Origin) -> None:
         with pytest.raises(errors.VariableLockedError, match="'opt'"):
             memory.run(StopOptimization("s", "x"), origin)
         assert memory.run(StopOptimization("s", "x", force=True), origin) == Value("1")
@@ -644,7 +646,7 @@ class TestOptimization:
         with pytest.raises(errors.VersionConflictError):
             memory.run(SetVariable("s", "x", Value("3"), {"optimizer_id": "opt"}, expected_version=1))
 
-    def test_force_on_what_is_one_s_own_leaves_no_version(self, memory: MemoryGroups) -> None:
+    def test_force_by_the_holder_leaves_no_version(self, memory: MemoryGroups) -> None:
         memory.run(StopOptimization("s", "x", force=True), asked_by("ada"))
         assert get(memory).version == 0
 
@@ -658,7 +660,7 @@ class TestOptimization:
 class TestGroups:
     """Units that share their drafts, as in one group of the writer."""
 
-    def test_each_sees_what_the_ones_before_it_staged(self, memory: MemoryGroups) -> None:
+    def test_each_sees_the_changes_staged_before_it(self, memory: MemoryGroups) -> None:
         register(memory)
         drafts = Drafts(memory)
         units = [memory.unit(drafts, asked_by("ada"), staged) for staged in range(3)]
@@ -675,7 +677,7 @@ class TestGroups:
             Value("1"),
         ]
 
-    def test_one_that_fails_takes_nothing_from_its_neighbours(self, memory: MemoryGroups) -> None:
+    def test_a_failure_does_not_affect_the_others(self, memory: MemoryGroups) -> None:
         register(memory, "x")
         drafts = Drafts(memory)
         first, failing = (memory.unit(drafts, asked_by("ada"), staged) for staged in range(2))

@@ -21,10 +21,10 @@ class ScriptedProvider(StateProvider):
 
     def __init__(self, **answers: Any) -> None:
         self.answers = {"InitializeSession": SessionView(False, ())} | answers
-        self.asked: list[commands.Command[Any]] = []
+        self.submitted: list[commands.Command[Any]] = []
 
     def submit(self, command: commands.Command[Any], origin: Origin | None = None) -> Future[Any]:
-        self.asked.append(command)
+        self.submitted.append(command)
         future: Future[Any] = Future()
         answer = self.answers[command.cause]
         if isinstance(answer, StateError):
@@ -64,19 +64,19 @@ class MemoryProvider(ScriptedProvider):
 def test_a_context_begins_its_session_and_says_whether_it_resumed() -> None:
     provider = ScriptedProvider(InitializeSession=SessionView(True, ()))
     assert Context(provider, "s", {"who": "me"}).resumed
-    assert provider.asked == [commands.InitializeSession("s", {"who": "me"})]
+    assert provider.submitted == [commands.InitializeSession("s", {"who": "me"})]
 
 
 def test_writing_sends_one_command() -> None:
     provider = ScriptedProvider(SetVariable=4)
     Context(provider, "s")["t"] = 0.5
-    assert provider.asked[-1] == commands.SetVariable("s", "t", Value("0.5"))
+    assert provider.submitted[-1] == commands.SetVariable("s", "t", Value("0.5"))
 
 
 def test_defining_infers_the_type() -> None:
     provider = ScriptedProvider(RegisterVariable="var_n_1")
     assert Context(provider, "s").variables.define("n", 3, constraints={"min": 0}) == "var_n_1"
-    assert provider.asked[-1] == commands.RegisterVariable("s", "n", "integer", Value("3"), '{"min":0}')
+    assert provider.submitted[-1] == commands.RegisterVariable("s", "n", "integer", Value("3"), '{"min":0}')
 
 
 @pytest.mark.parametrize("use", ["read", "write", "delete"])
@@ -99,7 +99,7 @@ def test_history_and_batches_go_through() -> None:
     context = Context(provider, "s")
     assert context.variables.history("t", 5) is versions
     context.variables.update_all({"a": 1, "b": "x"})
-    assert provider.asked[-2:] == [
+    assert provider.submitted[-2:] == [
         commands.GetVariableHistory("s", "t", 5),
         commands.SetVariables("s", {"a": Value("1"), "b": Value('"x"')}, {}, True),
     ]
@@ -139,14 +139,14 @@ class TestMapping:
         del context["x"]
         assert not list(context)
 
-    def test_several_are_written_together_or_not_at_all(self, context: Context) -> None:
+    def test_updates_are_atomic(self, context: Context) -> None:
         context.variables.define("x", 1)
         with pytest.raises(InvalidArgumentError, match="'nobody'"):
             context.update({"x": 2, "nobody": 3})
         assert context["x"] == 1
 
     @pytest.mark.parametrize("wrong", [5, [1, 2], "ab", None])
-    def test_what_is_no_mapping_is_said_to_be_none(self, context: Context, wrong: Any) -> None:
+    def test_an_argument_that_is_not_a_mapping_is_refused(self, context: Context, wrong: Any) -> None:
         reason = "invalid updates: it must be a mapping, such as a dict, not"
         for write in (context.update, context.variables.set_all, context.variables.update_all):
             with pytest.raises(InvalidArgumentError, match=reason):
@@ -177,7 +177,7 @@ class TestMapping:
             define(context.variables)
         assert dict(context) == {"there": 1}
 
-    def test_a_dict_of_anybody_s_is_no_tensor(self, context: Context) -> None:
+    def test_an_ordinary_dict_is_not_a_tensor(self, context: Context) -> None:
         boxes: list[dict[str, Any]] = [
             {"shape": "round", "data": "lid"},
             {"shape": [2], "data": [1]},
@@ -195,7 +195,7 @@ class TestMapping:
         context["plain"] = {"shape": [1], "data": [1]}
         assert context["plain"] == {"shape": [1], "data": [1]}
 
-    def test_a_missing_name_shows_one_error_and_the_near_name(self, context: Context) -> None:
+    def test_a_missing_name_shows_one_error_and_a_similar_name(self, context: Context) -> None:
         context.variables.define("temperature", 1.0)
         uses: list[Callable[[], object]] = [
             lambda: context["temprature"],

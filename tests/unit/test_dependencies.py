@@ -61,7 +61,7 @@ class TestFindCycle:
         steps = {first + second for first, second in pairwise(cycle)}
         assert steps == {*pairs, letters[-1] + letters[0]}
 
-    def test_leaves_out_what_is_not_on_it(self) -> None:
+    def test_leaves_out_variables_that_are_not_on_it(self) -> None:
         cycle = find_cycle(edges("ab", "bc", "xa", "cy"), *edges("ca"))
         assert cycle is not None
         assert set(cycle) == {"a", "b", "c"}
@@ -69,7 +69,7 @@ class TestFindCycle:
     def test_an_edge_that_has_ended_closes_nothing(self) -> None:
         assert find_cycle(Dependencies([Dependency("a", "b", "", 1, until=5)]), *edges("ba")) is None
 
-    def test_is_quick_where_there_are_as_many_as_can_be(self) -> None:
+    def test_is_fast_with_the_maximum_number_of_dependencies(self) -> None:
         """This runs in the writer, where all others wait."""
         ids = [f"variable {number}" for number in range(10_000)]
         most = Dependencies(
@@ -88,11 +88,11 @@ class TestDependants:
     def affected(self, pairs: Sequence[str], *changed: str) -> list[str]:
         return dependants(edges(*pairs), changed, sequence=10)
 
-    def test_nobody(self) -> None:
+    def test_no_dependants(self) -> None:
         assert self.affected([], "a") == []
         assert self.affected(["ab"], "a") == []
 
-    def test_all_along_a_chain_used_ones_first(self) -> None:
+    def test_all_along_a_chain_dependencies_first(self) -> None:
         assert self.affected(["cb", "dc", "ba"], "a") == ["b", "c", "d"]
 
     def test_of_a_diamond_each_once_and_the_tip_last(self) -> None:
@@ -101,11 +101,11 @@ class TestDependants:
         assert sorted(found[:2]) == ["b", "c"]
         assert len(found) == 3
 
-    def test_a_long_way_round_still_comes_before_whoever_uses_it(self) -> None:
+    def test_a_long_way_round_still_comes_before_its_users(self) -> None:
         """`z` uses `a` directly, and also through the chain `b`, `c`, so it comes after the chain."""
         assert self.affected(["za", "zc", "cb", "ba"], "a") == ["b", "c", "z"]
 
-    def test_a_changed_variable_that_depends_on_another_changed_one_is_told_too(self) -> None:
+    def test_a_changed_variable_that_depends_on_another_changed_one_is_included(self) -> None:
         assert self.affected(["ba"], "a", "b") == ["b"]
 
     def test_only_those_downstream(self) -> None:
@@ -113,8 +113,8 @@ class TestDependants:
 
     def test_counts_as_of_the_commit(self) -> None:
         kept = Dependencies([Dependency("b", "a", "", since=5, until=8)])
-        told = {sequence: dependants(kept, ["a"], sequence) for sequence in (4, 5, 6, 8, 9)}
-        assert told == {4: [], 5: [], 6: ["b"], 8: ["b"], 9: []}
+        reported = {sequence: dependants(kept, ["a"], sequence) for sequence in (4, 5, 6, 8, 9)}
+        assert reported == {4: [], 5: [], 6: ["b"], 8: ["b"], 9: []}
 
 
 class Counting(Dependencies):
@@ -129,7 +129,7 @@ class Counting(Dependencies):
 
 
 class TestCost:
-    def test_of_who_is_affected_is_that_of_the_answer(self) -> None:
+    def test_finding_dependants_takes_time_in_proportion_to_the_answer(self) -> None:
         ids = [f"variable {number:05}" for number in range(2_000)]
         web = Counting(
             Dependency(ids[number], ids[number - step], "", 1)
@@ -140,7 +140,7 @@ class TestCost:
         assert dependants(web, [ids[-4]], sequence=2) == ids[-3:]
         assert web.looked == 3 + 2 + 1
 
-    def test_of_those_who_are_gone_is_nothing(self) -> None:
+    def test_ended_dependencies_take_no_time(self) -> None:
         """However many used it before, only those whose dependency ended in that commit are notified."""
         kept = Dependencies(edges("xa"))
         for number in range(2, 500):
@@ -153,7 +153,7 @@ class TestCost:
         kept = kept.added(Dependency("late", "a", "", 500)).without("late", 501)
         assert dependants(kept, ["a"], sequence=501) == ["late", "x"]
 
-    def test_of_a_change_is_that_of_the_variables_in_it(self) -> None:
+    def test_a_change_takes_time_in_proportion_to_its_variables(self) -> None:
         kept = Dependencies(Dependency(f"user {number}", f"used {number}", "", 1) for number in range(2_000))
         added = kept.added(Dependency("a", "b", "", 2))
         same = [each is other for each, other in zip(kept._nodes._shards, added._nodes._shards, strict=True)]
@@ -165,7 +165,7 @@ class TestCost:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_changes_add_up_to_the_same_as_a_list_of_all(seed: int) -> None:
+def test_changes_give_the_same_result_as_a_list_of_all_dependencies(seed: int) -> None:
     random, names = Random(seed), "abcdefgh"
     kept, known, gone = Dependencies(), list[Dependency](), set[str]()
     for sequence in range(1, 60):
@@ -187,20 +187,22 @@ def test_changes_add_up_to_the_same_as_a_list_of_all(seed: int) -> None:
             kept, known = kept.added(edge), [*known, edge]
         assert kept == known == Dependencies(known)
         assert kept.changed_at == Dependencies(known).changed_at
-        for asked in {1, sequence // 2, sequence, sequence + 1}:
+        for at in {1, sequence // 2, sequence, sequence + 1}:
             for name in names:
-                counted = [edge for edge in known if edge.since < asked and (edge.until or asked) >= asked]
+                counted = [edge for edge in known if edge.since < at and (edge.until or at) >= at]
                 reached, frontier = set[str](), [name]
                 while frontier:
                     used = frontier.pop()
                     users = {edge.from_id for edge in counted if edge.to_id == used} - reached
                     reached |= users
                     frontier += users
-                told = dependants(kept, [name], asked)
-                assert set(told) == reached
-                assert len(told) == len(reached)
+                reported = dependants(kept, [name], at)
+                assert set(reported) == reached
+                assert len(reported) == len(reached)
                 assert all(
-                    told.index(edge.to_id) < told.index(edge.from_id) for edge in counted if edge.to_id in reached
+                    reported.index(edge.to_id) < reported.index(edge.from_id)
+                    for edge in counted
+                    if edge.to_id in reached
                 )
 
 
@@ -229,7 +231,7 @@ class TestAddDependency:
         assert [edge.type for edge in memory.states["s"].dependencies] == ["one", "two"]
 
     @pytest.mark.parametrize(("pairs", "closing"), [("", "aa"), ("ab", "ba"), ("ab bc cd", "da")])
-    def test_a_circle_is_refused_and_spelled_out_by_name(self, pairs: str, closing: str) -> None:
+    def test_a_cycle_is_refused_and_listed_by_name(self, pairs: str, closing: str) -> None:
         memory = backing("a", "b", "c", "d")
         depend(memory, *pairs.split())
         before = memory.states["s"].dependencies

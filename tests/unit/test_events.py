@@ -179,7 +179,7 @@ SAMPLES: list[tuple[Event, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("event", "body"), SAMPLES, ids=lambda each: getattr(each, "kind", ""))
-def test_a_body_is_what_the_log_has_always_had(event: Event, body: dict[str, Any]) -> None:
+def test_bodies_have_not_changed(event: Event, body: dict[str, Any]) -> None:
     assert event.to_body() == body
     assert event_in(event.kind.value, body) == event
 
@@ -188,7 +188,7 @@ def test_each_kind_has_its_class() -> None:
     assert set(EVENTS) == set(EventKind) == {event.kind for event, _ in SAMPLES}
 
 
-def test_what_a_journal_does_not_say_of_repetitions_is_not_said_again() -> None:
+def test_a_body_without_retries_is_written_without_them_again() -> None:
     began = e.ExecutionBegan.from_body(BEGAN)
     assert (began.retry_of, began.says_retry, began.to_body()) == (None, False, BEGAN)
 
@@ -200,14 +200,14 @@ def test_the_bytes_of_a_default_are_logged_as_they_always_were() -> None:
     assert e.spec_in(body) == spec
 
 
-def test_what_an_execution_was_told_of_the_world() -> None:
+def test_recorded_inputs_of_an_execution() -> None:
     ended = e.ExecutionEnded.from_body(ENDED)
     assert (ended.times, ended.lm_calls) == ([AT], [{"asked": 1}])
     assert e.ExecutionEnded.from_body(INTERRUPTED).times == []
 
 
 @pytest.mark.parametrize(
-    ("kind", "body", "told"),
+    ("kind", "body", "message"),
     [
         ("nothing", {}, "unknown kind 'nothing'"),
         ("session_ended", None, "it is not an object"),
@@ -232,10 +232,10 @@ def test_what_an_execution_was_told_of_the_world() -> None:
         ("pruned", PRUNED | {"range": [1]}, "'range' is not a list of 2"),
     ],
 )
-def test_a_body_that_cannot_be_read_names_the_key(kind: str, body: Any, told: str) -> None:
+def test_a_body_that_cannot_be_read_names_the_key(kind: str, body: Any, message: str) -> None:
     with pytest.raises(MalformedEventError) as caught:
         event_in(kind, body)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert str(caught.value).startswith("malformed event: ")
 
 
@@ -286,7 +286,7 @@ def test_a_session_begins_and_ends() -> None:
     assert fold(None, e.SessionEnded("s", "over"), MOMENT, []) is None
 
 
-def test_a_time_to_live_begins_anew_only_where_it_changes() -> None:
+def test_a_ttl_restarts_only_if_it_changes() -> None:
     state = fold(None, e.SessionStarted("s", {}, 60.0, {}), MOMENT, [])
     assert state is not None
     lease = state.lease

@@ -199,7 +199,7 @@ def test_ids_and_seeds_are_never_the_same(memory: MemoryGroups) -> None:
         (c.BeginExecution("s", "tool", idempotency_key="x" * 256), errors.LimitExceededError),
     ],
 )
-def test_what_cannot_begin_leaves_nothing(
+def test_a_refused_begin_leaves_nothing_behind(
     memory: MemoryGroups, command: c.BeginExecution, error: type[errors.StateError]
 ) -> None:
     before = memory.sequence
@@ -208,7 +208,7 @@ def test_what_cannot_begin_leaves_nothing(
     assert (memory.sequence, running_in(memory)) == (before, [])
 
 
-def test_a_parent_that_has_ended_calls_nobody(memory: MemoryGroups) -> None:
+def test_an_ended_execution_cannot_call_another(memory: MemoryGroups) -> None:
     parent = begin(memory)
     parent.finish()
     with pytest.raises(errors.ExecutionEndedError):
@@ -266,7 +266,9 @@ def test_a_key_of_a_committed_execution_finds_its_result(memory: MemoryGroups) -
 
 
 @pytest.mark.parametrize("status", [*UNSUCCESSFUL, CONFLICT])
-def test_a_key_of_an_execution_that_did_not_commit_begins_anew(memory: MemoryGroups, status: ExecutionStatus) -> None:
+def test_a_key_of_an_execution_that_did_not_commit_can_be_used_again(
+    memory: MemoryGroups, status: ExecutionStatus
+) -> None:
     first = keyed(memory)
     end(memory, first, status)
     second = keyed(memory)
@@ -292,7 +294,7 @@ def test_a_key_with_other_parameters_is_refused(
         memory.run(c.BeginExecution("s", "another", {"x": Value("1")}, idempotency_key="key"), ANN)
 
 
-def test_a_request_is_the_same_whoever_asks_and_however_often(memory: MemoryGroups) -> None:
+def test_a_request_is_the_same_for_any_caller_and_attempt(memory: MemoryGroups) -> None:
     """Metadata, attempt and worker belong to the call, not to the request, and so does the order of the parameters."""
     first = keyed(memory, parameters={"x": Value("1"), "y": Value("2", b"3")}, metadata={"trace": "1"})
     again = keyed(
@@ -361,7 +363,7 @@ def test_an_execution_ends_once(memory: MemoryGroups) -> None:
     assert memory.sequence == before
 
 
-def test_everything_that_it_wrote_is_in_the_commit_of_its_end(memory: MemoryGroups) -> None:
+def test_all_writes_are_in_the_commit_that_ends_it(memory: MemoryGroups) -> None:
     running = begin(memory)
     running.set("a", 1)
     running.run(c.SetVariables("s", {"a": Value("2"), "b": Value("2")}), Origin("w", "x", Source.ELIXIR))
@@ -387,7 +389,7 @@ def test_everything_that_it_wrote_is_in_the_commit_of_its_end(memory: MemoryGrou
 
 
 @pytest.mark.parametrize("status", UNSUCCESSFUL)
-def test_what_does_not_commit_has_written_nothing(memory: MemoryGroups, status: ExecutionStatus) -> None:
+def test_an_execution_that_does_not_commit_writes_nothing(memory: MemoryGroups, status: ExecutionStatus) -> None:
     running = begin(memory)
     running.set("a", 1)
     command = running.execution.finish(Verdict(running.id, status, failure=Failure("ValueError", "no", "at line 1")))
@@ -399,7 +401,7 @@ def test_what_does_not_commit_has_written_nothing(memory: MemoryGroups, status: 
     assert running_in(memory) == []
 
 
-def test_a_conflict_is_told_and_nothing_written(memory: MemoryGroups) -> None:
+def test_a_conflict_is_reported_and_nothing_is_written(memory: MemoryGroups) -> None:
     running = begin(memory)
     running.set("a", int(running.get("b")) + 1)
     write(memory, "b", 9)
@@ -413,7 +415,7 @@ def test_a_conflict_is_told_and_nothing_written(memory: MemoryGroups) -> None:
     assert values_of(memory) == {"a": "0", "b": "9"}
 
 
-def test_every_variable_that_conflicts_is_told_once(memory: MemoryGroups) -> None:
+def test_every_conflicting_variable_is_reported_once(memory: MemoryGroups) -> None:
     running = begin(memory)
     variable = running.run(c.GetVariable("s", "a"))
     running.get(variable.id)
@@ -483,7 +485,7 @@ def lines_run(call: Callable[[], object]) -> int:
     return count
 
 
-def test_ending_a_session_takes_steps_in_proportion_to_what_runs_in_it() -> None:
+def test_ending_a_session_takes_time_in_proportion_to_its_executions() -> None:
     steps: list[int] = []
     for many in (50, 400):
         memory = MemoryGroups()
@@ -496,7 +498,7 @@ def test_ending_a_session_takes_steps_in_proportion_to_what_runs_in_it() -> None
     assert eight_times_as_many < 10 * few
 
 
-def test_a_session_that_is_not_ended_after_all_has_everything_running_again(memory: MemoryGroups) -> None:
+def test_undoing_the_end_of_a_session_restores_its_executions(memory: MemoryGroups) -> None:
     ids = [memory.run(c.BeginExecution("s", "tool", idempotency_key=key)).execution_id for key in "xyz"]
     before = memory.states["s"]
     drafts = Drafts(memory)
@@ -513,7 +515,7 @@ def test_a_session_that_is_not_ended_after_all_has_everything_running_again(memo
     assert [event.to_body()["execution_id"] for event in unit.events[:-1]] == ids
 
 
-def test_interruption_ends_those_that_it_names(memory: MemoryGroups) -> None:
+def test_interruption_ends_only_the_named_executions(memory: MemoryGroups) -> None:
     gone, goes_on = begin(memory), begin(memory)
     assert memory.run(c.InterruptExecutions("s", (gone.id, "exec_1_00")), ANN) == 1
     assert running_in(memory) == [goes_on.id]
@@ -532,7 +534,7 @@ def test_interruption_ends_those_that_it_names(memory: MemoryGroups) -> None:
     assert goes_on.finish().status is COMMITTED
 
 
-def test_the_end_of_a_session_ends_what_runs_in_it(memory: MemoryGroups) -> None:
+def test_the_end_of_a_session_ends_its_executions(memory: MemoryGroups) -> None:
     parent = begin(memory)
     child = parent.call()
     memory.run(c.CleanupSession("s"), BOB)
@@ -581,7 +583,7 @@ def registered(name: str = "far", worker: str = "w1", **spec: Any) -> Registered
     return RegisteredTool(ToolSpec(name, **spec), worker, f"unix:/tmp/{worker}")
 
 
-def test_tools_are_kept_and_listed(memory: MemoryGroups) -> None:
+def test_tools_are_stored_and_listed(memory: MemoryGroups) -> None:
     parameters = (ToolParameter("n", "integer", "how many", False, Value("3"), '{"min":0}'),)
     tools = (registered("far", parameters=parameters, isolation=Isolation.SNAPSHOT, retries=2), registered("near"))
     ids = memory.run(c.RegisterTools("s", "w1", tools), BOB)
@@ -619,7 +621,7 @@ def test_a_tool_registered_again_is_replaced(memory: MemoryGroups) -> None:
         ([registered(metadata={"dspex.x": "1"})], errors.InvalidArgumentError),
     ],
 )
-def test_registrations_are_refused_whole(tools: list[RegisteredTool], error: type[errors.StateError]) -> None:
+def test_registrations_are_refused_as_a_whole(tools: list[RegisteredTool], error: type[errors.StateError]) -> None:
     memory = MemoryGroups(Limits(tools_per_session=3, constraints_size_bytes=1000))
     memory.run(c.InitializeSession("s"))
     with pytest.raises(error):
@@ -628,7 +630,7 @@ def test_registrations_are_refused_whole(tools: list[RegisteredTool], error: typ
     assert memory.sequence == 1
 
 
-def test_a_name_that_the_server_has_is_left_out_alone(memory: MemoryGroups) -> None:
+def test_only_a_tool_with_a_name_of_the_server_is_left_out(memory: MemoryGroups) -> None:
     tools = (registered("fine"), registered("ours"), registered("good"))
     ids = memory.run(c.RegisterTools("s", "w1", tools, frozenset({"ours"})), BOB)
     assert ids == {"fine": "s:fine", "good": "s:good"}
@@ -665,10 +667,10 @@ def test_tools_beyond_the_limit_are_refused_and_replacements_are_not() -> None:
         memory.run(c.RegisterTools("s", "w1", (registered("z"),)), BOB)
 
 
-def test_what_a_server_reserves_makes_no_other_registration() -> None:
-    asked = c.RegisterTools("s", "w1", (registered("x"),))
-    assert asked.fingerprint() == replace(asked, reserved=frozenset({"ours", "theirs"})).fingerprint()
-    assert asked.fingerprint() != replace(asked, worker_id="w2").fingerprint()
+def test_reserved_names_do_not_change_the_fingerprint() -> None:
+    request = c.RegisterTools("s", "w1", (registered("x"),))
+    assert request.fingerprint() == replace(request, reserved=frozenset({"ours", "theirs"})).fingerprint()
+    assert request.fingerprint() != replace(request, worker_id="w2").fingerprint()
 
 
 # --- The view of an execution ---
@@ -682,13 +684,13 @@ def test_it_sees_the_session_as_it_was_when_it_began(memory: MemoryGroups) -> No
     assert running.get("a") == "0"
     assert running.get("b") == "1"
     assert running.names() == ["a", "b"]
-    found = running.run(c.GetVariables("s", ("a", "c", "b")))
-    assert (list(found.variables), found.missing) == (["a", "b"], ("c",))
+    result = running.run(c.GetVariables("s", ("a", "c", "b")))
+    assert (list(result.variables), result.missing) == (["a", "b"], ("c",))
     with pytest.raises(errors.VariableNotFoundError):
         running.get("c")
 
 
-def test_it_sees_what_it_wrote_and_nobody_else_does(memory: MemoryGroups) -> None:
+def test_only_the_execution_sees_what_it_wrote(memory: MemoryGroups) -> None:
     running, other = begin(memory), begin(memory)
     assert [running.set("a", 5), running.set("a", 6)] == [1, 2]
     variable_id = running.run(c.RegisterVariable("s", "new", "integer", Value("3")))
@@ -728,7 +730,7 @@ def test_a_command_that_fails_leaves_nothing_behind(memory: MemoryGroups) -> Non
     assert [each.version.version for each in memory.commits[-1].changes] == [1]
 
 
-def test_commands_that_change_nothing_are_not_carried_out_again(memory: MemoryGroups) -> None:
+def test_commands_that_change_nothing_are_not_repeated(memory: MemoryGroups) -> None:
     running = begin(memory)
     running.run(c.RegisterVariable("s", "a", "integer", Value("9")))
     running.get("b")
@@ -747,7 +749,7 @@ def test_only_commands_on_variables_of_its_session_belong_inside(memory: MemoryG
 
 
 @pytest.mark.parametrize(("others", "conflicts"), [("b", ["b"]), (None, [])])
-def test_whoever_lists_in_many_ways_stands_on_everything(
+def test_listing_with_many_patterns_depends_on_everything(
     memory: MemoryGroups, others: str | None, conflicts: list[str]
 ) -> None:
     """The writer matches each pattern with each name again, while all others wait."""
@@ -772,7 +774,7 @@ class TestHowMuch:
             memory.run(c.RegisterVariable("s", name, "string", Value('""')))
         return begin(memory)
 
-    def test_so_many_writes(self) -> None:
+    def test_the_number_of_writes_is_limited(self) -> None:
         running = self.running(execution_writes=4)
         two = {name: Value('"1"') for name in "ab"}
         running.run(c.SetVariables("s", two))
@@ -794,7 +796,7 @@ class TestHowMuch:
         with pytest.raises(errors.LimitExceededError, match="execution_writes"):
             running.run(c.AddDependency("s", "a", "b", "more"))
 
-    def test_so_many_bytes_and_what_is_undone_does_not_count(self) -> None:
+    def test_the_size_of_writes_is_limited_without_undone_ones(self) -> None:
         running = self.running(execution_size_bytes=100_000)
         for _ in range(10):
             called = running.call()
@@ -863,7 +865,7 @@ def test_two_that_touch_different_variables_both_commit(memory: MemoryGroups) ->
 
 
 @pytest.mark.parametrize("isolation", BOTH)
-def test_of_two_that_count_the_same_the_second_conflicts(memory: MemoryGroups, isolation: Isolation) -> None:
+def test_the_second_of_two_increments_conflicts(memory: MemoryGroups, isolation: Isolation) -> None:
     first, second = begin(memory, isolation), begin(memory, isolation)
     for running in (first, second):
         running.set("a", int(running.get("a")) + 1)
@@ -937,7 +939,7 @@ READINGS = [get, get_by_id, get_some, look_back, list_all, list_some, depend_on,
     ],
     ids=["written", "rolled back", "deleted", "locked"],
 )
-def test_whatever_was_read_must_be_as_it_was(
+def test_a_changed_read_is_a_conflict(
     memory: MemoryGroups, reading: Callable[[Running], None], change: Callable[[MemoryGroups], object]
 ) -> None:
     running, unharmed = begin(memory), begin(memory)
@@ -951,7 +953,7 @@ def test_whatever_was_read_must_be_as_it_was(
 @pytest.mark.parametrize(
     "reading", [get, get_by_id, get_some, look_back, list_all, list_some], ids=lambda r: r.__name__
 )
-def test_a_snapshot_minds_only_what_it_wrote(memory: MemoryGroups, reading: Callable[[Running], None]) -> None:
+def test_a_snapshot_checks_only_its_writes(memory: MemoryGroups, reading: Callable[[Running], None]) -> None:
     running = begin(memory, Isolation.SNAPSHOT)
     reading(running)
     running.set("b", 5)
@@ -960,7 +962,7 @@ def test_a_snapshot_minds_only_what_it_wrote(memory: MemoryGroups, reading: Call
     assert running.finish().status is COMMITTED
 
 
-def test_what_was_not_there_must_still_not_be(memory: MemoryGroups) -> None:
+def test_a_variable_that_was_missing_must_still_be_missing(memory: MemoryGroups) -> None:
     running, unharmed = begin(memory), begin(memory)
     running.run(c.GetVariables("s", ("ghost",)))
     unharmed.run(c.GetVariables("s", ("another ghost",)))
@@ -969,7 +971,7 @@ def test_what_was_not_there_must_still_not_be(memory: MemoryGroups) -> None:
     assert unharmed.finish().status is COMMITTED
 
 
-def test_what_was_deleted_and_made_anew_is_another_variable(memory: MemoryGroups) -> None:
+def test_a_variable_deleted_and_registered_again_is_another_one(memory: MemoryGroups) -> None:
     running = begin(memory)
     running.get("a")
     memory.run(c.DeleteVariable("s", "a"))
@@ -977,14 +979,14 @@ def test_what_was_deleted_and_made_anew_is_another_variable(memory: MemoryGroups
     assert running.conflicts() == ["a: it is another variable of the same name"]
 
 
-def test_what_changed_before_it_began_is_no_conflict(memory: MemoryGroups) -> None:
+def test_a_change_before_the_begin_is_not_a_conflict(memory: MemoryGroups) -> None:
     write(memory, "a", 5)
     running = begin(memory)
     running.set("a", int(running.get("a")) + 1)
     assert running.finish().status is COMMITTED
 
 
-def test_what_others_staged_and_did_not_commit_is_no_conflict(memory: MemoryGroups) -> None:
+def test_uncommitted_changes_of_others_are_not_a_conflict(memory: MemoryGroups) -> None:
     first, second = begin(memory), begin(memory)
     first.set("a", 5)
     second.set("a", 6)
@@ -996,7 +998,7 @@ def test_what_others_staged_and_did_not_commit_is_no_conflict(memory: MemoryGrou
     ("pattern", "name", "conflict"),
     [("", "x", True), ("x*", "x1", True), ("x*", "y", False), ("?", "xy", False), ("?", "x", True)],
 )
-def test_a_phantom_is_a_conflict_where_its_name_fits(
+def test_a_phantom_is_a_conflict_if_its_name_matches(
     memory: MemoryGroups, pattern: str, name: str, conflict: bool
 ) -> None:
     running, snapshot = begin(memory), begin(memory, Isolation.SNAPSHOT)
@@ -1007,7 +1009,7 @@ def test_a_phantom_is_a_conflict_where_its_name_fits(
     assert snapshot.finish().status is COMMITTED
 
 
-def test_its_own_registrations_are_no_phantoms(memory: MemoryGroups) -> None:
+def test_own_registrations_are_not_phantoms(memory: MemoryGroups) -> None:
     running = begin(memory)
     running.names("n*")
     running.run(c.RegisterVariable("s", "n1", "integer", Value("0")))
@@ -1017,7 +1019,7 @@ def test_its_own_registrations_are_no_phantoms(memory: MemoryGroups) -> None:
 
 
 @pytest.mark.parametrize("isolation", BOTH)
-def test_dependencies_are_one_thing(memory: MemoryGroups, isolation: Isolation) -> None:
+def test_any_change_of_dependencies_is_a_conflict(memory: MemoryGroups, isolation: Isolation) -> None:
     """Neither of them closes a cycle alone."""
     first, second = begin(memory, isolation), begin(memory, isolation)
     first.run(c.AddDependency("s", "a", "b"))
@@ -1026,7 +1028,7 @@ def test_dependencies_are_one_thing(memory: MemoryGroups, isolation: Isolation) 
     assert second.conflicts() == ["dependencies: others changed the session's dependencies"]
 
 
-def test_a_dependency_of_its_own_registrations(memory: MemoryGroups) -> None:
+def test_a_dependency_between_own_registrations(memory: MemoryGroups) -> None:
     running = begin(memory)
     variable_id = running.run(c.RegisterVariable("s", "n", "integer", Value("0")))
     running.run(c.AddDependency("s", "n", "a"))
@@ -1040,7 +1042,7 @@ def test_a_dependency_of_its_own_registrations(memory: MemoryGroups) -> None:
 # --- Optimization ---
 
 
-def test_of_two_that_lock_the_same_the_second_conflicts(memory: MemoryGroups) -> None:
+def test_the_second_of_two_locks_conflicts(memory: MemoryGroups) -> None:
     first, second = begin(memory), begin(memory)
     lock_id = first.run(c.StartOptimization("s", "a", "mipro"))
     second.run(c.StartOptimization("s", "a", "bootstrap"))
@@ -1059,7 +1061,7 @@ def test_a_lock_that_its_holder_renews_is_the_same_lock(memory: MemoryGroups) ->
     assert running.finish().status is COMMITTED
 
 
-def test_a_lock_that_was_taken_off_is_a_conflict(memory: MemoryGroups) -> None:
+def test_a_removed_lock_is_a_conflict(memory: MemoryGroups) -> None:
     memory.run(c.StartOptimization("s", "a", "mipro"))
     running = begin(memory)
     with pytest.raises(errors.VariableLockedError):
@@ -1103,7 +1105,7 @@ def test_a_lease_that_ends_while_it_runs_lets_it_write() -> None:
 # --- Deletion and registration ---
 
 
-def test_a_variable_is_replaced_by_another_of_its_name(memory: MemoryGroups) -> None:
+def test_a_variable_is_replaced_by_another_with_its_name(memory: MemoryGroups) -> None:
     old_id = memory.run(c.GetVariable("s", "a")).id
     running = begin(memory)
     running.set("a", 5)
@@ -1121,7 +1123,7 @@ def test_a_variable_is_replaced_by_another_of_its_name(memory: MemoryGroups) -> 
     assert kinds == [ChangeKind.SET, ChangeKind.DELETED, ChangeKind.REGISTERED]
 
 
-def test_what_is_registered_and_deleted_again_was_there_for_a_moment(memory: MemoryGroups) -> None:
+def test_a_variable_registered_and_deleted_again_has_a_history(memory: MemoryGroups) -> None:
     running = begin(memory)
     for number in range(3):
         running.run(c.RegisterVariable("s", "n", "integer", Value(str(number))))
@@ -1151,7 +1153,7 @@ def test_a_variable_that_others_have_deleted_cannot_be_written(memory: MemoryGro
 
 
 @pytest.mark.parametrize("isolation", BOTH)
-def test_a_name_is_taken_by_the_first_to_commit(memory: MemoryGroups, isolation: Isolation) -> None:
+def test_the_first_to_commit_gets_a_name(memory: MemoryGroups, isolation: Isolation) -> None:
     first, second = begin(memory, isolation), begin(memory, isolation)
     first_id = first.run(c.RegisterVariable("s", "n", "integer", Value("1")))
     second.run(c.RegisterVariable("s", "n", "integer", Value("2")))
@@ -1160,7 +1162,7 @@ def test_a_name_is_taken_by_the_first_to_commit(memory: MemoryGroups, isolation:
     assert memory.run(c.GetVariable("s", "n")).id == first_id
 
 
-def test_ids_stay_what_the_tool_was_told(memory: MemoryGroups) -> None:
+def test_ids_stay_as_the_tool_saw_them(memory: MemoryGroups) -> None:
     running = begin(memory)
     first = running.run(c.RegisterVariable("s", "n1", "integer", Value("1")))
     child = running.call()
@@ -1183,7 +1185,7 @@ def test_ids_stay_what_the_tool_was_told(memory: MemoryGroups) -> None:
 # --- History ---
 
 
-def test_history_begins_with_its_own_versions(memory: MemoryGroups) -> None:
+def test_history_begins_with_own_versions(memory: MemoryGroups) -> None:
     running = begin(memory)
     running.set("b", 5)
     running.set("b", 6)
@@ -1208,7 +1210,7 @@ def test_history_leaves_out_what_others_wrote_since(memory: MemoryGroups) -> Non
     assert running.history("b") == [(1, "1"), (0, "0")]
 
 
-def test_history_of_its_own_registration(memory: MemoryGroups) -> None:
+def test_history_of_an_own_registration(memory: MemoryGroups) -> None:
     running = begin(memory)
     variable_id = running.run(c.RegisterVariable("s", "n", "integer", Value("1")))
     running.set("n", 2)
@@ -1219,7 +1221,7 @@ def test_history_of_its_own_registration(memory: MemoryGroups) -> None:
     assert running.history("n") == [(2, None), (1, "2"), (0, "1")]
 
 
-def test_history_of_what_was_deleted(memory: MemoryGroups) -> None:
+def test_history_of_a_deleted_variable(memory: MemoryGroups) -> None:
     memory.run(c.DeleteVariable("s", "a"))
     running = begin(memory)
     assert running.history("a") == [(1, None), (0, "0")]
@@ -1229,7 +1231,7 @@ def test_history_of_what_was_deleted(memory: MemoryGroups) -> None:
         running.history("ghost")
 
 
-def test_rollback_to_versions_of_others_and_of_its_own(memory: MemoryGroups) -> None:
+def test_rollback_to_versions_of_others_and_own_ones(memory: MemoryGroups) -> None:
     running = begin(memory)
     running.set("b", 5)
     assert running.run(c.RollbackVariable("s", "b", 0)).value == Value("0")
@@ -1246,7 +1248,7 @@ def test_rollback_to_versions_of_others_and_of_its_own(memory: MemoryGroups) -> 
 # --- Calls from tool to tool ---
 
 
-def test_what_is_called_sees_and_writes_in_its_callers_transaction(memory: MemoryGroups) -> None:
+def test_a_called_execution_shares_its_callers_transaction(memory: MemoryGroups) -> None:
     parent = begin(memory)
     parent.set("a", 5)
     child = parent.call()
@@ -1265,7 +1267,7 @@ def test_what_is_called_sees_and_writes_in_its_callers_transaction(memory: Memor
 
 
 @pytest.mark.parametrize("status", UNSUCCESSFUL)
-def test_what_ended_well_is_aborted_with_its_caller(memory: MemoryGroups, status: ExecutionStatus) -> None:
+def test_a_successful_call_is_aborted_with_its_caller(memory: MemoryGroups, status: ExecutionStatus) -> None:
     parent = begin(memory)
     child = parent.call()
     child.set("a", 5)
@@ -1278,7 +1280,7 @@ def test_what_ended_well_is_aborted_with_its_caller(memory: MemoryGroups, status
     assert values_of(memory) == {"a": "0", "b": "1"}
 
 
-def test_what_ended_well_is_aborted_by_a_conflict_too(memory: MemoryGroups) -> None:
+def test_a_successful_call_is_aborted_by_a_conflict_too(memory: MemoryGroups) -> None:
     parent = begin(memory)
     child = parent.call()
     child.get("a")
@@ -1288,7 +1290,7 @@ def test_what_ended_well_is_aborted_by_a_conflict_too(memory: MemoryGroups) -> N
     assert [event.to_body()["status"] for event in memory.commits[-1].events] == ["aborted", "conflict"]
 
 
-def test_what_ends_badly_is_undone_and_its_caller_goes_on(memory: MemoryGroups) -> None:
+def test_a_failed_call_is_undone_and_its_caller_continues(memory: MemoryGroups) -> None:
     memory.run(c.AddDependency("s", "a", "b"))
     parent = begin(memory)
     parent.set("a", 5)
@@ -1312,7 +1314,7 @@ def test_what_ends_badly_is_undone_and_its_caller_goes_on(memory: MemoryGroups) 
     assert memory.states["s"].variables["a"].optimization is None
 
 
-def test_undoing_an_inner_one_keeps_the_outer_one(memory: MemoryGroups) -> None:
+def test_undoing_an_inner_call_keeps_the_outer_one(memory: MemoryGroups) -> None:
     parent = begin(memory)
     child = parent.call()
     child.set("a", 5)
@@ -1336,7 +1338,7 @@ def test_undoing_when_nothing_was_written(memory: MemoryGroups) -> None:
     assert parent.finish().status is COMMITTED
 
 
-def test_what_was_read_counts_even_where_it_was_undone(memory: MemoryGroups) -> None:
+def test_reads_of_an_undone_call_count(memory: MemoryGroups) -> None:
     """The caller knows that it failed, which may depend on what it read."""
     parent = begin(memory)
     child = parent.call()
@@ -1361,7 +1363,7 @@ def test_each_has_its_own_reads_in_the_journal(memory: MemoryGroups) -> None:
 # --- Published values ---
 
 
-def test_what_is_published_is_seen_by_all_at_once(memory: MemoryGroups) -> None:
+def test_others_see_a_published_value_at_once(memory: MemoryGroups) -> None:
     running = begin(memory)
     assert [running.publish("a", 1), running.publish("a", 2)] == [1, 2]
     assert (running.get("a"), values_of(memory)["a"]) == ("2", "2")
@@ -1374,7 +1376,7 @@ def test_what_is_published_is_seen_by_all_at_once(memory: MemoryGroups) -> None:
 
 @pytest.mark.parametrize("isolation", BOTH)
 @pytest.mark.parametrize("reading", [get, get_by_id, look_back, list_all, list_some], ids=lambda each: each.__name__)
-def test_what_it_published_itself_is_no_conflict(
+def test_an_own_published_value_is_not_a_conflict(
     memory: MemoryGroups, isolation: Isolation, reading: Callable[[Running], None]
 ) -> None:
     running = begin(memory, isolation)
@@ -1388,7 +1390,7 @@ def test_what_it_published_itself_is_no_conflict(
     assert memory.run(c.GetVariable("s", "a")).version == 3
 
 
-def test_what_others_wrote_before_it_was_published_is_a_conflict(memory: MemoryGroups) -> None:
+def test_a_write_of_others_before_publishing_is_a_conflict(memory: MemoryGroups) -> None:
     running = begin(memory)
     running.get("a")
     write(memory, "a", 5)
@@ -1396,7 +1398,7 @@ def test_what_others_wrote_before_it_was_published_is_a_conflict(memory: MemoryG
     assert running.conflicts() == ["a (was at version 0, is at version 2)"]
 
 
-def test_what_others_wrote_after_it_was_published_is_a_conflict(memory: MemoryGroups) -> None:
+def test_a_write_of_others_after_publishing_is_a_conflict(memory: MemoryGroups) -> None:
     running = begin(memory)
     running.names("a*")
     running.publish("a", 6)
@@ -1404,7 +1406,7 @@ def test_what_others_wrote_after_it_was_published_is_a_conflict(memory: MemoryGr
     assert running.conflicts() == ["a (was at version 1, is at version 2)"]
 
 
-def test_what_it_has_written_cannot_be_published(memory: MemoryGroups) -> None:
+def test_a_written_variable_cannot_be_published(memory: MemoryGroups) -> None:
     running = begin(memory)
     variable_id = running.run(c.GetVariable("s", "a")).id
     running.set("a", 5)
@@ -1416,7 +1418,7 @@ def test_what_it_has_written_cannot_be_published(memory: MemoryGroups) -> None:
     assert values_of(memory) == {"a": "5", "b": "7"}
 
 
-def test_what_was_undone_can_be_published(memory: MemoryGroups) -> None:
+def test_a_variable_whose_write_was_undone_can_be_published(memory: MemoryGroups) -> None:
     parent = begin(memory)
     child = parent.call()
     child.set("a", 5)
@@ -1426,7 +1428,7 @@ def test_what_was_undone_can_be_published(memory: MemoryGroups) -> None:
     assert parent.finish().status is COMMITTED
 
 
-def test_undoing_takes_back_nothing_that_was_published(memory: MemoryGroups) -> None:
+def test_undoing_keeps_published_values(memory: MemoryGroups) -> None:
     parent = begin(memory)
     child = parent.call()
     child.run(c.DeleteVariable("s", "b"))
@@ -1437,7 +1439,7 @@ def test_undoing_takes_back_nothing_that_was_published(memory: MemoryGroups) -> 
     assert parent.finish().status is COMMITTED
 
 
-def test_publishing_needs_a_running_execution_and_keeps_the_rules(memory: MemoryGroups) -> None:
+def test_publishing_needs_a_running_execution_and_a_valid_value(memory: MemoryGroups) -> None:
     running = begin(memory)
     memory.run(c.StartOptimization("s", "b", "mipro"))
     refused: list[tuple[c.Command[Any], type[errors.StateError]]] = [

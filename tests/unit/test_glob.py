@@ -82,7 +82,7 @@ def test_agrees_with_a_regular_expression_on_every_short_pattern_and_name() -> N
         "?" * 254,
     ],
 )
-def test_no_pattern_takes_longer_than_another(pattern: str) -> None:
+def test_all_patterns_take_about_as_long(pattern: str) -> None:
     """Ten thousand names, as many as a session may have, during which a server would not respond."""
     drawn = Random(pattern)
     names = [
@@ -91,5 +91,5 @@ def test_no_pattern_takes_longer_than_another(pattern: str) -> None:
     ]
     fits = compile_glob(pattern)
     with cpu_s_below(3):
-        found = set(filter(fits, names))
-    assert names[0] not in found
+        matching = set(filter(fits, names))
+    assert names[0] not in matching

@@ -38,10 +38,10 @@ class Engine:
     """The backend of an LM in Python: it repeats the last message in capitals, or fails."""
 
     def __init__(self, *parts: Any, error: Exception | None = None) -> None:
-        self.parts, self.error, self.asked = parts, error, 0
+        self.parts, self.error, self.calls = parts, error, 0
 
     def complete(self, request: Any) -> Any:
-        self.asked += 1
+        self.calls += 1
         if self.error is not None:
             raise self.error
         parts = self.parts or (lm15.TextPart((request.messages[-1].text or "").upper()),)
@@ -64,7 +64,7 @@ class Stuck:
 
     async def complete(self, request: Any) -> Any:
         await asyncio.get_running_loop().create_future()
-        raise AssertionError("nobody sets it")
+        raise AssertionError("never called")
 
 
 def lm_on(engine: Engine, **options: Any) -> Any:
@@ -235,7 +235,7 @@ def test_a_call_is_seen_once_and_played_whichever_way_the_lm_is_reached(way: Cal
     assert [call["ordinal"] for call in calls] == [0]
     assert "blue" in outputs(calls[0])[0]
     assert calls[0]["model"] == "dummy"
-    silent = lm_on(Engine(error=AssertionError("it was asked")))
+    silent = lm_on(Engine(error=AssertionError("it was called")))
     silent.model, silent.kwargs = "dummy", calls[0]["lm"]["defaults"]
     with lm_calls.playing(calls) as playback:
         way(silent)
@@ -248,8 +248,8 @@ def test_a_pool_that_programs_share_keeps_their_calls_apart() -> None:
         _, first = recorded(lambda: pool.submit(dummy("a"), "one").result())
         pool.submit(dummy("b"), "nobody's").result()
         _, second = recorded(lambda: pool.submit(dummy("c"), "two").result())
-    asked = [[call["request"]["messages"][0]["content"] for call in calls] for calls in (first, second)]
-    assert asked == [["one"], ["two"]]
+    prompts = [[call["request"]["messages"][0]["content"] for call in calls] for calls in (first, second)]
+    assert prompts == [["one"], ["two"]]
 
 
 def test_nothing_is_seen_outside() -> None:
@@ -259,7 +259,7 @@ def test_nothing_is_seen_outside() -> None:
     assert calls == []
 
 
-def test_a_class_that_is_made_later_and_an_lm_that_asks_another_are_one_call() -> None:
+def test_a_late_class_and_an_lm_that_calls_another_are_one_call() -> None:
     recorded(lambda: None)
 
     class Router(dspy.BaseLM):  # type: ignore[misc]
@@ -296,7 +296,7 @@ def test_keys_headers_and_addresses_are_kept_out() -> None:
     assert options["response_format"]["schema"]["properties"]["word"]["type"] == "string"
 
 
-def test_secrets_are_taken_out_of_errors() -> None:
+def test_secrets_are_removed_from_errors() -> None:
     lm = lm_on(Engine(error=ValueError(f"Incorrect API key provided: {SECRETS[0]}")))
     lm.kwargs["api_key"] = SECRETS[0]
 
@@ -359,13 +359,13 @@ def test_answers_from_the_cache_are_recorded_and_count_nothing() -> None:
     lm = lm_on(engine, cache=True)
     dspy.configure_cache(enable_disk_cache=False, enable_memory_cache=True)
     _, calls = recorded(lambda: [lm("hello"), lm("hello")])
-    assert engine.asked == 1
+    assert engine.calls == 1
     assert [outputs(call) for call in calls] == [["HELLO"], ["HELLO"]]
     assert calls[0]["response"]["usage"]["test/m"]["total_tokens"] == 5
     assert calls[1]["response"]["usage"] == {}
 
 
-def test_an_ended_execution_keeps_nothing() -> None:
+def test_an_ended_execution_records_nothing() -> None:
     ledger = Ledger()
 
     def program() -> None:
@@ -397,7 +397,7 @@ def test_the_same_program_gets_the_same_answers_where_no_lm_is_configured(calls:
     assert playback.divergences == []
 
 
-def test_an_lm_that_stands_in_asks_as_the_recorded_one_did() -> None:
+def test_a_stand_in_lm_makes_the_same_requests() -> None:
     with dspy.context(lm=lm_on(Engine(lm15.TextPart("[[ ## answer ## ]]\nyes")), temperature=0.4)):
         _, calls = recorded(lambda: [ask("one"), ask("one", max_tokens=9)])
     with dspy.context(lm=None), lm_calls.playing(calls) as playback:
@@ -409,7 +409,7 @@ def test_an_lm_that_stands_in_asks_as_the_recorded_one_did() -> None:
 def test_usage_and_history_are_as_they_were() -> None:
     lm = lm_on(Engine())
     _, calls = recorded(lambda: lm("hello"))
-    silent = lm_on(Engine(error=AssertionError("it was asked")))
+    silent = lm_on(Engine(error=AssertionError("it was called")))
     with lm_calls.playing(calls), dspy.track_usage() as tracker:
         assert silent("hello", temperature=None) == ["HELLO"]
     assert tracker.get_total_tokens()["test/m"]["total_tokens"] == 5
@@ -444,10 +444,10 @@ def test_typed_requests_are_played_as_typed_responses() -> None:
     with lm_calls.playing(calls):
         assert lm(request) == answer
     assert answer.text == "HELLO"
-    assert engine.asked == 1
+    assert engine.calls == 1
 
 
-def test_recorded_errors_are_raised_again_as_what_they_were() -> None:
+def test_recorded_errors_are_raised_with_their_type() -> None:
     def program(lm: Any) -> Any:
         try:
             return lm("hello")
@@ -465,7 +465,7 @@ def test_recorded_errors_are_raised_again_as_what_they_were() -> None:
         assert type(caught.value).__name__ == "Odd"
 
 
-def test_a_call_that_was_given_up_is_given_up_again() -> None:
+def test_an_abandoned_call_is_abandoned_again() -> None:
     lm = dspy.LM("test/m", engine=Engine(), async_engine=Stuck(), cache=False)
 
     async def program() -> str:
@@ -498,34 +498,34 @@ def test_an_unexpected_request_is_refused_with_the_nearest_recorded_one(calls: l
     assert changed == ["-two", "+too"]
 
 
-def nobodys(function: Callable[..., Any], *args: Any) -> Any:
+def from_unknown_thread(function: Callable[..., Any], *args: Any) -> Any:
     """As if it were unknown which execution started a thread."""
     return contextvars.Context().run(function, *args)
 
 
-def test_no_model_is_asked_by_a_call_of_which_nobody_can_say_whose_it_is() -> None:
+def test_a_call_of_unknown_origin_reaches_no_model() -> None:
     engine = Engine(lm15.TextPart("today"))
     lm = lm_on(Engine(lm15.TextPart("then")))
     _, calls = recorded(lambda: lm("hello"))
     silent = lm_on(engine)
     with lm_calls.playing(calls) as outer, lm_calls.playing([]) as inner:
-        assert nobodys(silent, "hello") == ["then"]
+        assert from_unknown_thread(silent, "hello") == ["then"]
         with pytest.raises(lm_calls.UnexpectedLmCallError):
-            nobodys(silent, "hello")
+            from_unknown_thread(silent, "hello")
         with pytest.raises(lm_calls.UnexpectedLmCallError):
-            nobodys(asyncio.run, silent.acall("bye"))
+            from_unknown_thread(asyncio.run, silent.acall("bye"))
     assert (len(outer.divergences), len(inner.divergences)) == (0, 2)
     with refusing(lm_calls.install) as refusal, pytest.raises(lm_calls.UnexpectedLmCallError):
-        nobodys(silent, "hello")
+        from_unknown_thread(silent, "hello")
     assert len(refusal.divergences) == 1
-    assert engine.asked == 0
+    assert engine.calls == 0
     with lm_calls.playing(calls, live=True) as live:
-        assert nobodys(silent, "hello") == ["today"]
+        assert from_unknown_thread(silent, "hello") == ["today"]
     assert [each.kind for each in live.divergences] == ["answer"]
-    assert nobodys(silent, "hello") == ["today"]
+    assert from_unknown_thread(silent, "hello") == ["today"]
 
 
-def test_forward_by_hand_is_refused_where_no_model_may_be_asked(calls: list[dict[str, Any]]) -> None:
+def test_calling_forward_is_refused_where_no_model_may_be_called(calls: list[dict[str, Any]]) -> None:
     engine = Engine()
     lm = lm_on(engine)
     with lm_calls.playing(calls):
@@ -534,15 +534,15 @@ def test_forward_by_hand_is_refused_where_no_model_may_be_asked(calls: list[dict
         with pytest.raises(lm_calls.UnseenLmCallError, match="aforward"):
             asyncio.run(lm.aforward("hello"))
         with pytest.raises(lm_calls.UnseenLmCallError):
-            nobodys(lm.forward, "hello")
-    assert engine.asked == 0
+            from_unknown_thread(lm.forward, "hello")
+    assert engine.calls == 0
     with lm_calls.playing(calls, live=True):
         lm.forward("hello")
     recorded(lambda: lm.forward("hello"))
-    assert engine.asked == 2
+    assert engine.calls == 2
 
 
-def test_the_lm_that_stands_in_does_so_in_threads_too(calls: list[dict[str, Any]]) -> None:
+def test_the_stand_in_lm_works_in_threads_too(calls: list[dict[str, Any]]) -> None:
     with dspy.context(lm=None), lm_calls.playing(calls), ThreadPoolExecutor(1) as pool:
         assert pool.submit(ask, "one").result() == "red"
 
@@ -571,7 +571,7 @@ def test_a_request_that_is_repeated_too_often(calls: list[dict[str, Any]]) -> No
         dummy("a")("hello")
 
 
-def test_calls_that_are_not_made_any_more(calls: list[dict[str, Any]]) -> None:
+def test_missing_calls(calls: list[dict[str, Any]]) -> None:
     with dspy.context(lm=None), lm_calls.playing(calls) as playback:
         ask("one")
     assert [(each.kind, each.recorded["ordinal"]) for each in playback.divergences if each.recorded] == [
@@ -593,7 +593,7 @@ def test_the_order_counts_in_the_tools_own_thread_only(calls: list[dict[str, Any
     assert playback.divergences == []
 
 
-def test_live_calls_go_to_the_lm_and_tell_what_changed(calls: list[dict[str, Any]]) -> None:
+def test_live_calls_go_to_the_lm_and_report_changes(calls: list[dict[str, Any]]) -> None:
     with dspy.context(lm=dummy("red", "white", "blue", "new")), lm_calls.playing(calls, live=True) as playback:
         assert conversation() == ["red", "white", "blue"]
         assert ask("three") == "new"
@@ -609,10 +609,10 @@ def test_live_calls_go_past_the_cache() -> None:
     _, calls = recorded(lambda: lm("live hello"))
     with lm_calls.playing(calls, live=True) as playback:
         lm("live hello")
-    assert (engine.asked, playback.divergences) == (2, [])
+    assert (engine.calls, playback.divergences) == (2, [])
 
 
-def test_the_innermost_playback_holds() -> None:
+def test_the_innermost_playback_applies() -> None:
     _, outer = recorded(lambda: dummy("outer")("hello"))
     _, inner = recorded(lambda: dummy("inner")("hello"))
     with lm_calls.playing(outer):

@@ -24,7 +24,7 @@ def after(seconds: float) -> datetime:
 # Times
 
 
-def test_times_are_at_places_in_proportion() -> None:
+def test_times_are_placed_in_proportion() -> None:
     axis = TimeAxis([after(second) for second in (0, 1, 2, 4)], 10, 410)
     assert [axis.at(after(second)) for second in (0, 1, 2, 4)] == [10, 110, 210, 410]
     assert axis.breaks == ()
@@ -51,9 +51,9 @@ def test_ticks_are_apart_and_say_different_things(span_s: float) -> None:
     assert len({tick.label for tick in ticks}) == len(ticks)
 
 
-def test_durations_as_people_say_them() -> None:
-    said = [duration_text(seconds) for seconds in (0.00035, 0.012, 3.2, 100, 240, 19_800, 259_200)]
-    assert said == ["350 µs", "12 ms", "3.2 s", "100 s", "4 min", "5.5 h", "3 d"]
+def test_durations_are_readable() -> None:
+    texts = [duration_text(seconds) for seconds in (0.00035, 0.012, 3.2, 100, 240, 19_800, 259_200)]
+    assert texts == ["350 µs", "12 ms", "3.2 s", "100 s", "4 min", "5.5 h", "3 d"]
 
 
 # Executions
@@ -75,7 +75,7 @@ def execution(number: int, begin_s: float, took_s: float | None, parent: int | N
     )
 
 
-def test_no_bar_covers_another_and_called_ones_are_under_their_callers() -> None:
+def test_no_bar_covers_another_and_calls_are_below_their_callers() -> None:
     executions = [
         execution(1, 0, 10),
         execution(2, 1, 3, parent=1),
@@ -183,7 +183,7 @@ def steps_of(path: str) -> list[tuple[float, float]]:
         ((0, 10**500), ("0", "1e+500")),
     ],
 )
-def test_integers_beyond_doubles_are_drawn_where_they_belong(numbers: tuple[int, int], labels: tuple[str, str]) -> None:
+def test_integers_beyond_doubles_are_drawn_in_place(numbers: tuple[int, int], labels: tuple[str, str]) -> None:
     picture = chart([version(number, str(value)) for number, value in enumerate(numbers)])
     assert picture is not None
     assert picture.marks[0].y - picture.marks[1].y > 50
@@ -211,7 +211,7 @@ def test_calls_one_after_the_other_share_a_row_however_short_they_are() -> None:
     assert all(one.x + one.width <= max(other.x, one.x + 0.75) for one, other in pairwise(ordered))
 
 
-def test_children_that_ran_at_the_same_time_have_rows_of_their_own() -> None:
+def test_concurrent_children_have_separate_rows() -> None:
     executions = [execution(1, 0, 10), execution(2, 1, 5, 1), execution(3, 2, 5, 1), execution(4, 3, 1, 2)]
     bars = {bar.execution.execution_id: bar for bar in timeline(executions).bars}
     assert bars["e1"].y < bars["e2"].y < bars["e4"].y < bars["e3"].y
@@ -238,7 +238,7 @@ def written(number: int, name: str, execution_id: str) -> HistoryEntry:
     return HistoryEntry(*(getattr(entry, each) for each in HistoryEntry.__slots__[:13]), execution_id, "a-tool")
 
 
-def test_what_something_stands_on_is_to_its_right() -> None:
+def test_inputs_are_to_the_right_of_what_depends_on_them() -> None:
     base, middle, other = version(1, "1", name="base"), written(3, "m", "e1"), written(3, "o", "e1")
     end = written(5, "end", "e2")
     picture = lineage([node(0, end, middle, other), node(1, middle, base), node(1, other, base), node(2, base)])
@@ -250,7 +250,7 @@ def test_what_something_stands_on_is_to_its_right() -> None:
     assert max(each.x for each in picture.nodes) < picture.width
 
 
-def test_an_execution_that_reads_what_it_published_is_no_circle() -> None:
+def test_an_execution_that_reads_what_it_published_is_not_a_cycle() -> None:
     published, committed = written(3, "p", "e1"), written(5, "c", "e1")
     picture = lineage([node(0, committed, published), node(0, published, published)])
     assert {(edge.source.execution_id, edge.target.key) for edge in picture.edges} == {

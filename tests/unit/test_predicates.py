@@ -35,7 +35,7 @@ def test_numbers_are_compared_exactly(value: float, wanted: float, compared: str
 
 
 @given(st.none() | st.booleans() | st.text() | st.lists(st.integers()), NUMBERS)
-def test_what_is_no_number_is_not_equal_to_one_and_has_no_order(value: object, wanted: float) -> None:
+def test_other_values_do_not_equal_numbers_and_have_no_order(value: object, wanted: float) -> None:
     text = json.dumps(value)
     assert value_holds(text, "map", "!=", repr(wanted))
     assert not any(value_holds(text, "map", compared, repr(wanted)) for compared in ("<", "<=", ">", ">=", "="))
@@ -75,7 +75,7 @@ def test_what_is_no_number_is_not_equal_to_one_and_has_no_order(value: object, w
         ('"3"', "string", "= 3", False),
     ],
 )
-def test_operands_are_written_as_people_write_them(text: str, type_name: str, condition: str, holds: bool) -> None:
+def test_operands_in_different_spellings(text: str, type_name: str, condition: str, holds: bool) -> None:
     predicate = parse_predicate(condition)
     assert value_holds(text, type_name, predicate.operator.value, predicate.operand) is holds
 
@@ -90,7 +90,7 @@ def test_an_order_needs_a_number(text: str) -> None:
         parse_predicate(text)
 
 
-def test_questions_have_an_end() -> None:
+def test_queries_are_bounded() -> None:
     for field, conditions in (("where", ["= 1"] * 101), ("metadata", {str(number): "v" for number in range(101)})):
         with pytest.raises(InvalidArgumentError, match=f"{field}: 101 conditions are too many"):
             HistoryQuery(**{field: conditions})

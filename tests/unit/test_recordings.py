@@ -117,7 +117,7 @@ def test_what_is_written_is_read_again() -> None:
     assert len(text.encode().splitlines()) == 7
 
 
-def test_each_line_is_one_commit_for_programs_that_know_nothing_of_us() -> None:
+def test_each_line_is_one_commit_as_plain_json() -> None:
     header, *lines = map(json.loads, text_of().splitlines())
     assert header == {
         "format": "dspex-persist session",
@@ -148,7 +148,7 @@ def test_each_line_is_one_commit_for_programs_that_know_nothing_of_us() -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "line", "told"),
+    ("damage", "line", "message"),
     [
         (lambda _: "", 1, "it is not a recording"),
         (lambda text: "{}\n" + text, 1, "it is not a recording"),
@@ -169,13 +169,13 @@ def test_each_line_is_one_commit_for_programs_that_know_nothing_of_us() -> None:
         (lambda text: text.replace('"metadata": {"why": "so"}', '"metadata": 5', 1), 4, "it is not a commit"),
     ],
 )
-def test_a_damaged_recording_is_refused_with_its_line(damage: Callable[[str], str], line: int, told: str) -> None:
-    with pytest.raises(RecordingError, match=told) as caught:
+def test_a_damaged_recording_is_refused_with_its_line(damage: Callable[[str], str], line: int, message: str) -> None:
+    with pytest.raises(RecordingError, match=message) as caught:
         read(damage(text_of()))
     assert caught.value.line == line
 
 
-def test_what_is_no_utf8_is_refused_with_its_line() -> None:
+def test_text_that_is_not_utf8_is_refused_with_its_line() -> None:
     content = text_of().encode().replace(b'"why": "so"', b'"why": "\xff"')
     lines: Iterator[str] = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
     with pytest.raises(RecordingError, match="not UTF-8 text"):
@@ -258,7 +258,7 @@ def test_a_session_ends_only_where_its_recording_says_so() -> None:
         assert "s" not in memory.states
 
 
-def test_the_time_to_live_begins_anew_after_an_import() -> None:
+def test_the_ttl_restarts_after_an_import() -> None:
     commits = (commit(1, started(ttl_s=60.0)), *COMMITS[1:])
     with freeze_time(START + timedelta(days=365)) as clock:
         memory = built(commits)
@@ -288,7 +288,7 @@ def began(**more: Any) -> RecordedEvent:
 
 
 @pytest.mark.parametrize(
-    ("last", "told"),
+    ("last", "message"),
     [
         (wrong(), "changes nothing"),
         (wrong(started()), "begins the session"),
@@ -345,9 +345,9 @@ def began(**more: Any) -> RecordedEvent:
         (wrong(event(EventKind.SESSION_ENDED, reason="over"), version(3), number=7), "does not follow"),
     ],
 )
-def test_a_commit_that_no_store_would_have_made_is_refused(last: RecordedCommit, told: str) -> None:
+def test_an_impossible_commit_is_refused(last: RecordedCommit, message: str) -> None:
     memory = built()
-    with pytest.raises(RecordingError, match=told) as caught:
+    with pytest.raises(RecordingError, match=message) as caught:
         memory.run(c.ImportCommit("s", last))
     assert caught.value.line == last.number + 1
     assert memory.sequence == 5

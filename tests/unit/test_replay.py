@@ -147,7 +147,7 @@ def test_a_replay_writes_nothing_and_may_be_repeated(everything: Recording) -> N
     assert replay(everything, EVERYTHING) == replay(everything, EVERYTHING)
 
 
-def test_a_replay_runs_beside_a_loop_of_its_caller(everything: Recording) -> None:
+def test_a_replay_runs_in_a_caller_with_an_event_loop(everything: Recording) -> None:
     async def within_a_loop() -> ReplayReport:
         return replay(everything, EVERYTHING)
 
@@ -161,7 +161,7 @@ def test_the_package_lists_all_its_names_while_a_replay_runs_and_afterwards(ever
     assert all(each == before for each in (*listed, dir(dspex_persist)))
 
 
-def test_what_the_caller_has_set_holds_in_its_tools() -> None:
+def test_context_variables_of_the_caller_apply_to_its_tools() -> None:
     colour = ContextVar("colour", default="none")
 
     @tool
@@ -184,7 +184,7 @@ def test_what_the_caller_has_set_holds_in_its_tools() -> None:
     assert [str(each).splitlines()[1:] for each in report.divergences] == 2 * [['-result = "none"', '+result = "red"']]
 
 
-def test_a_tool_that_hangs_only_now_runs_out_of_its_time() -> None:
+def test_a_tool_that_hangs_only_in_the_replay_times_out() -> None:
     hanging = threading.Event()
 
     @tool(timeout_s=0.05)
@@ -257,7 +257,7 @@ def discounted() -> Recording:
     return recorded(discount, {"percent": 20}, price=10.0)
 
 
-def test_other_code_writes_and_returns_something_else(discounted: Recording) -> None:
+def test_changed_code_writes_and_returns_something_else(discounted: Recording) -> None:
     @tool(name="discount")
     def doubled(ctx: ToolContext, percent: float) -> float:
         ctx["price"] = ctx["price"] * (100 - 2 * percent) / 100
@@ -275,12 +275,12 @@ def test_other_code_writes_and_returns_something_else(discounted: Recording) -> 
     )
 
 
-def test_another_start_value_makes_another_result(discounted: Recording) -> None:
+def test_another_initial_value_changes_the_result(discounted: Recording) -> None:
     report = replay(with_start_value(discounted, "price", "20.0"), [discount])
     assert "-price v1 = 8.0\n+price v1 = 16.0" in report.describe()
 
 
-def test_each_execution_stands_on_what_was_recorded() -> None:
+def test_each_execution_starts_from_the_recorded_state() -> None:
     @tool
     def add(ctx: ToolContext) -> None:
         ctx["n"] += 1
@@ -293,7 +293,7 @@ def test_each_execution_stands_on_what_was_recorded() -> None:
     assert [each.outcome for each in report.executions] == [ReplayOutcome.DIVERGED, *[ReplayOutcome.SAME] * 4]
 
 
-def test_calls_in_another_order_are_told() -> None:
+def test_calls_in_another_order_are_reported() -> None:
     @tool
     def step(ctx: ToolContext, name: str) -> str:
         return name
@@ -312,7 +312,7 @@ def test_calls_in_another_order_are_told() -> None:
     assert 'it calls other tools than recorded\n+step(name="right")\n step(name="left")\n-step(name="right")' in text
 
 
-def test_calls_that_are_new_or_are_not_made_any_more_are_told() -> None:
+def test_new_and_missing_calls_are_reported() -> None:
     @tool
     def step(ctx: ToolContext, name: str) -> str:
         return name
@@ -332,7 +332,7 @@ def test_calls_that_are_new_or_are_not_made_any_more_are_told() -> None:
     assert only(replay(without, [walk, step]), Aspect.CALLS).endswith('\n+step(name="left")')
 
 
-def test_another_order_of_writes_is_told() -> None:
+def test_another_order_of_writes_is_reported() -> None:
     @tool
     def both(ctx: ToolContext) -> None:
         ctx["a"] = 1
@@ -346,7 +346,7 @@ def test_another_order_of_writes_is_told() -> None:
     only(replay(recorded(both, a=0, b=0), [turned]), Aspect.WRITES)
 
 
-def test_what_is_registered_deleted_and_depended_on_is_compared() -> None:
+def test_registrations_deletions_and_dependencies_are_compared() -> None:
     def make(limit: int, delete: bool, kind: str) -> Any:
         @tool
         def make(ctx: ToolContext) -> None:
@@ -366,7 +366,7 @@ def test_what_is_registered_deleted_and_depended_on_is_compared() -> None:
     assert only(replay(recording, [make(5, False, "")]), Aspect.WRITES).endswith("\n-old v1 deleted")
 
 
-def test_what_is_published_is_compared() -> None:
+def test_published_values_are_compared() -> None:
     @tool
     def show(ctx: ToolContext, by: int = 1) -> list[int]:
         return [ctx.publish("n", by), ctx.publish("n", 2 * by)]
@@ -405,7 +405,7 @@ def test_what_others_wrote_before_a_value_was_published_counts() -> None:
     assert report.ok, report.describe()
 
 
-def test_an_error_that_is_new_gone_or_another_one_is_told(discounted: Recording) -> None:
+def test_a_new_missing_or_different_error_is_reported(discounted: Recording) -> None:
     @tool(name="discount")
     def breaks(ctx: ToolContext, percent: float) -> float:
         ctx["price"] = 1.0
@@ -424,7 +424,7 @@ def test_an_error_that_is_new_gone_or_another_one_is_told(discounted: Recording)
     assert text.endswith("\n-ValueError: no discount\n+ValueError: none at all")
 
 
-def test_a_tool_that_is_gone_or_takes_other_parameters_is_refused(discounted: Recording) -> None:
+def test_a_missing_tool_or_one_with_other_parameters_is_refused(discounted: Recording) -> None:
     @tool(name="discount")
     def renamed(ctx: ToolContext, rate: float) -> float:
         return rate
@@ -448,7 +448,7 @@ def test_a_tool_that_became_asynchronous_is_the_same(discounted: Recording) -> N
 # Missing tools
 
 
-def test_a_call_of_a_tool_that_is_not_here_is_answered_from_the_recording() -> None:
+def test_a_call_of_a_missing_tool_is_answered_from_the_recording() -> None:
     @tool
     def inner(ctx: ToolContext, n: int) -> int:
         ctx.publish("seen", n)
@@ -512,7 +512,7 @@ def test_leases_and_the_time_are_those_of_the_recording() -> None:
     assert [each.status for each in report.executions] == ["committed", "failed"]
 
 
-def test_a_clock_that_a_test_has_frozen_stays_as_it_is(everything: Recording) -> None:
+def test_a_clock_frozen_by_a_test_stays_frozen(everything: Recording) -> None:
     with freeze_time("2030-01-01", real_asyncio=True):
         assert replay(everything, EVERYTHING).ok
         assert clock.now() == datetime(2030, 1, 1, tzinfo=UTC)
@@ -520,7 +520,7 @@ def test_a_clock_that_a_test_has_frozen_stays_as_it_is(everything: Recording) ->
 
 
 @pytest.mark.parametrize("name", ["LookupError", "ExceptionGroup", "ToolFailedError", "OwnError", "UnicodeDecodeError"])
-def test_a_recorded_error_is_raised_again_as_far_as_it_is_known(name: str) -> None:
+def test_a_recorded_error_is_raised_again_if_its_class_is_known(name: str) -> None:
     error = exception_like(Failure(name, "it says so"))
     assert (type(error).__name__, str(error)) == (name, "it says so")
     assert isinstance(error, LookupError) == (name == "LookupError")
@@ -529,7 +529,7 @@ def test_a_recorded_error_is_raised_again_as_far_as_it_is_known(name: str) -> No
 # What is replayed
 
 
-def test_ranges_and_names_choose_executions(everything: Recording) -> None:
+def test_ranges_and_names_select_executions(everything: Recording) -> None:
     whole = [each for each in replay(everything, EVERYTHING).executions if each.parent_id is None]
     second, fourth = whole[1], whole[3]
 
@@ -555,7 +555,7 @@ def test_an_execution_can_be_named_by_its_number_and_a_called_one_means_its_call
 
 
 @pytest.mark.parametrize(
-    ("since", "until", "field", "told"),
+    ("since", "until", "field", "message"),
     [
         ("99999", "", "since", "there is no commit 99999: session 's' has commits 1 to {last}"),
         ("9" * 5_000, "", "since", "session 's' has commits 1 to {last}"),
@@ -567,12 +567,12 @@ def test_an_execution_can_be_named_by_its_number_and_a_called_one_means_its_call
     ],
 )
 def test_a_range_in_which_nothing_is_replayed_is_refused(
-    everything: Recording, since: str | int, until: str | int, field: str, told: str
+    everything: Recording, since: str | int, until: str | int, field: str, message: str
 ) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         replay(everything, EVERYTHING, since=since, until=until)
     assert caught.value.field == field
-    assert told.format(last=len(everything.commits)) in caught.value.reason
+    assert message.format(last=len(everything.commits)) in caught.value.reason
 
 
 def test_a_tool_that_did_not_run_in_the_range_is_refused(everything: Recording) -> None:
@@ -581,13 +581,13 @@ def test_a_tool_that_did_not_run_in_the_range_is_refused(everything: Recording) 
 
 
 @pytest.mark.parametrize("wrong", [{"since": "noon"}, {"until": "exec_1_none"}, {"only_tools": ["ordr"]}])
-def test_a_choice_of_nothing_that_was_recorded_is_refused(everything: Recording, wrong: dict[str, Any]) -> None:
+def test_selecting_nothing_is_refused(everything: Recording, wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         replay(everything, EVERYTHING, **wrong)
     assert caught.value.field in wrong
 
 
-def test_what_cannot_be_repeated_is_skipped_with_the_reason() -> None:
+def test_executions_that_cannot_be_replayed_are_skipped_with_the_reason() -> None:
     @tool(timeout_s=0.05)
     async def slow(ctx: ToolContext) -> None:
         await asyncio.sleep(30)
@@ -615,7 +615,7 @@ def test_what_cannot_be_repeated_is_skipped_with_the_reason() -> None:
     assert report.ok
 
 
-def test_what_reads_a_masked_value_is_skipped() -> None:
+def test_an_execution_that_reads_a_masked_value_is_skipped() -> None:
     @tool
     def read(ctx: ToolContext, name: str) -> str:
         return str(ctx[name])
@@ -664,10 +664,10 @@ def test_a_session_without_executions_says_that_nothing_was_checked() -> None:
     assert report.headline() == "session s: nothing was checked: it has no executions"
 
 
-def test_progress_is_told_for_each_execution(everything: Recording) -> None:
-    told: list[tuple[int, int]] = []
-    replay(everything, EVERYTHING, progress=lambda done, in_all: told.append((done, in_all)))
-    assert told == [(done, 8) for done in range(9)]
+def test_progress_is_reported_for_each_execution(everything: Recording) -> None:
+    calls: list[tuple[int, int]] = []
+    replay(everything, EVERYTHING, progress=lambda done, in_all: calls.append((done, in_all)))
+    assert calls == [(done, 8) for done in range(9)]
 
 
 def test_a_document_has_everything_as_json(discounted: Recording) -> None:
@@ -705,7 +705,7 @@ def test_a_document_has_everything_as_json(discounted: Recording) -> None:
         ("", "it is not a recording"),
     ],
 )
-def test_what_is_no_recording_is_refused_with_a_sentence(tmp_path: Path, content: str, reason: str) -> None:
+def test_other_files_are_refused_with_a_sentence(tmp_path: Path, content: str, reason: str) -> None:
     path = tmp_path / "tape.jsonl"
     path.write_text(content)
     with pytest.raises(RecordingError, match=reason):

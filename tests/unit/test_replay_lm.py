@@ -45,10 +45,10 @@ def recording(colour: Any) -> Recording:
 
 
 def silent_model(*_args: Any, **_kwargs: Any) -> Any:
-    raise AssertionError("no model is to be asked")
+    raise AssertionError("no model may be called")
 
 
-def test_a_program_is_given_the_recorded_answers(
+def test_a_program_gets_the_recorded_answers(
     colour: Any, recording: Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dspy.utils.DummyLM, "forward", silent_model)
@@ -58,7 +58,7 @@ def test_a_program_is_given_the_recorded_answers(
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-def test_streaming_and_asynchronous_tools_are_given_them_too(is_async: bool) -> None:
+def test_streaming_and_asynchronous_tools_get_them_too(is_async: bool) -> None:
     if is_async:
 
         @tool(record_lm=True)
@@ -92,7 +92,7 @@ def test_streaming_and_asynchronous_tools_are_given_them_too(is_async: bool) -> 
     assert report.count(ReplayOutcome.SAME) == 2
 
 
-def test_another_prompt_is_told_with_its_diff(recording: Recording) -> None:
+def test_another_prompt_is_reported_with_its_diff(recording: Recording) -> None:
     @tool(name="colour", record_lm=True)
     def hue(ctx: ToolContext, of: str) -> str:
         ctx["answer"] = ask(f"What hue is {of}, {ctx['tone']}?", "blue")
@@ -110,13 +110,13 @@ def test_another_prompt_is_told_with_its_diff(recording: Recording) -> None:
     assert "UnexpectedLmCallError: LM call 0 asks for what was not recorded" in str(error)
 
 
-def test_another_start_value_shows_in_the_prompt(colour: Any, recording: Recording) -> None:
+def test_another_initial_value_shows_in_the_prompt(colour: Any, recording: Recording) -> None:
     report = replay(with_start_value(recording, "tone", '"now"'), [colour])
     assert report.divergences[0].what is Aspect.LM
     assert "What colour is the sky, now?" in report.describe()
 
 
-def test_a_call_that_is_not_made_any_more_is_told(recording: Recording) -> None:
+def test_a_missing_call_is_reported(recording: Recording) -> None:
     @tool(name="colour", record_lm=True)
     def once(ctx: ToolContext, of: str) -> str:
         ctx["answer"] = ask(f"What colour is {of}, {ctx['tone']}?", "blue")
@@ -126,7 +126,7 @@ def test_a_call_that_is_not_made_any_more_is_told(recording: Recording) -> None:
     assert (divergence.what, divergence.summary) == (Aspect.LM, "recorded LM call 1 was not made")
 
 
-def test_a_tool_that_was_recorded_without_its_calls_asks_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tool_recorded_without_its_calls_reaches_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     @tool
     def unrecorded() -> str:
         return ask("Is it?", "yes")
@@ -141,11 +141,11 @@ POOL = ThreadPoolExecutor(2)
 
 
 def in_thread(question: str) -> str:
-    said: list[str] = []
-    thread = threading.Thread(target=lambda: said.append(ask(question, question.upper())))
+    answers: list[str] = []
+    thread = threading.Thread(target=lambda: answers.append(ask(question, question.upper())))
     thread.start()
     thread.join()
-    return "".join(said)
+    return "".join(answers)
 
 
 @tool
@@ -192,18 +192,18 @@ def late() -> str:
         return "yes"
     from dspy.utils import DummyLM
 
-    said = []
+    answers = []
 
     def ask():
         try:
-            said.append(DummyLM([{"answer": "yes"}])("hello")[0])
+            answers.append(DummyLM([{"answer": "yes"}])("hello")[0])
         except Exception as error:
-            said.append(type(error).__name__)
+            answers.append(type(error).__name__)
 
     thread = threading.Thread(target=ask)
     thread.start()
     thread.join()
-    print(*said)
+    print(*answers)
     return "yes"
 
 
@@ -216,13 +216,13 @@ assert not [name for name in finders if "Dspy" in name], finders
 """
 
 
-def test_a_tool_that_imports_dspy_only_when_it_runs_asks_no_model_either() -> None:
+def test_a_tool_that_imports_dspy_only_when_it_runs_reaches_no_model() -> None:
     done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, check=False, timeout=within(60))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["UnexpectedLmCallError", "['lm']"]
 
 
-def test_a_live_model_is_asked_and_what_it_says_otherwise_is_told(colour: Any, recording: Recording) -> None:
+def test_a_live_model_is_called_and_different_answers_are_reported(colour: Any, recording: Recording) -> None:
     assert replay(recording, [colour], live_lm=True).ok
 
     @tool(name="colour", record_lm=True)

@@ -56,7 +56,7 @@ def facts(state: SessionState | None) -> Any:
     return session, *kept, state.sequence
 
 
-def test_the_state_is_at_each_commit_what_an_import_makes_of_it(recording: Recording) -> None:
+def test_the_state_at_each_commit_equals_that_of_an_import(recording: Recording) -> None:
     rebuilt, imported = Rebuilt(), MemoryGroups()
     for commit in recording.commits:
         rebuilt.apply(commit)
@@ -64,7 +64,7 @@ def test_the_state_is_at_each_commit_what_an_import_makes_of_it(recording: Recor
         assert facts(rebuilt.state) == facts(imported.states["s"]), commit
 
 
-def test_a_log_that_was_read_from_a_database_is_told_with_its_numbers(recording: Recording) -> None:
+def test_divergences_in_a_database_have_its_commit_numbers(recording: Recording) -> None:
     wrong = changed(
         recording,
         lambda commit: any(version.version == 1 for version in commit.versions),
@@ -102,7 +102,7 @@ def with_version(**changes: Any) -> Callable[[RecordedCommit], RecordedCommit]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"version": 2}, "n version 2: version 1 is due"),
         ({"value": Value('"x"')}, "its value is none of its variable's"),
@@ -113,13 +113,11 @@ def with_version(**changes: Any) -> Callable[[RecordedCommit], RecordedCommit]:
         ({"variable_id": "nobody"}, "its variable was never registered"),
     ],
 )
-def test_versions_that_contradict_what_came_before_are_told(
-    recording: Recording, changes: dict[str, Any], told: str
-) -> None:
+def test_contradictory_versions_are_reported(recording: Recording, changes: dict[str, Any], message: str) -> None:
     report = replay_state(changed(recording, sets_n, with_version(**changes)))
     first = report.divergences[0]
     assert first.what is Aspect.VERSIONS
-    assert told in first.summary
+    assert message in first.summary
 
 
 def is_end(commit: RecordedCommit) -> bool:
@@ -133,7 +131,7 @@ def with_end(**changes: Any) -> Callable[[RecordedCommit], RecordedCommit]:
     return lambda commit: replace(commit, events=tuple(map(change, commit.events)))
 
 
-def test_a_journal_that_does_not_say_what_was_written_is_told(recording: Recording) -> None:
+def test_a_journal_without_the_actual_writes_is_reported(recording: Recording) -> None:
     silent = replay_state(changed(recording, is_end, with_end(writes=[])))
     assert {each.what for each in silent.divergences} == {Aspect.JOURNAL}
     assert "n version 3: no execution says that it wrote it" in [each.summary for each in silent.divergences]
@@ -166,7 +164,7 @@ def kept(state: SessionState) -> list[VariableState]:
     ]
 
 
-def test_a_state_that_is_not_what_is_kept_is_told(recording: Recording) -> None:
+def test_a_stored_state_that_differs_is_reported(recording: Recording) -> None:
     rebuilt = Rebuilt()
     for commit in recording.commits:
         rebuilt.apply(commit)

@@ -101,7 +101,7 @@ def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> N
     assert load_settings() == Settings()
 
 
-def test_settings_made_by_hand_ignore_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_created_directly_ignore_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSPEX_PERSIST_GRACE_S", "3")
     assert Settings().grace_s == 10
 
@@ -119,7 +119,7 @@ def test_sizes_may_have_units(text: str, size_bytes: int) -> None:
     assert load_settings({"max_message_bytes": text}).max_message_bytes == size_bytes
 
 
-def test_none_takes_a_ttl_back(working_directory: Path) -> None:
+def test_none_removes_a_ttl(working_directory: Path) -> None:
     (working_directory / DEFAULT_CONFIG).write_text("session_ttl_s = 5\n")
     assert load_settings().session_ttl_s == 5
     assert load_settings({"session_ttl_s": "none"}).session_ttl_s is None
@@ -165,9 +165,7 @@ def test_a_bad_value_is_one_sentence_with_setting_and_source(setting: str, text:
     assert len(str(error)) < 250
 
 
-def test_the_source_that_is_named_is_the_one_that_counted(
-    working_directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_error_names_the_source_that_applied(working_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (working_directory / DEFAULT_CONFIG).write_text('durability = "slow"\n')
     assert refusal().source == "file dspex-persist.toml"
     monkeypatch.setenv("DSPEX_PERSIST_DURABILITY", "fast")
@@ -176,7 +174,7 @@ def test_the_source_that_is_named_is_the_one_that_counted(
     assert load_settings({"durability": "full"}).durability == "full"
 
 
-def test_true_is_no_number(working_directory: Path) -> None:
+def test_true_is_not_a_number(working_directory: Path) -> None:
     (working_directory / DEFAULT_CONFIG).write_text("json_depth = true\n")
     assert "it must be a number" in refusal().reason
 
@@ -190,7 +188,7 @@ def test_unknown_keys_of_the_file_are_named_with_what_is_possible(working_direct
     assert error.source == "file dspex-persist.toml"
 
 
-def test_a_slip_in_a_variable_is_refused_but_not_what_others_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistyped_variable_is_refused_but_not_those_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSPEX_PERSIST_SERVICE_HOST", "10.0.0.1")
     monkeypatch.setenv("DSPEX_PERSIST_PORT", "tcp://10.0.0.1:50051")
     assert load_settings() == Settings()
@@ -201,7 +199,7 @@ def test_a_slip_in_a_variable_is_refused_but_not_what_others_set(monkeypatch: py
 @pytest.mark.parametrize(
     ("content", "reason"), [(b"db = 'a\n", "is not valid TOML"), (b"db = '\xff'\n", "it is not UTF-8")]
 )
-def test_a_file_that_is_no_toml_is_refused(working_directory: Path, content: bytes, reason: str) -> None:
+def test_a_file_that_is_not_toml_is_refused(working_directory: Path, content: bytes, reason: str) -> None:
     (working_directory / "bad.toml").write_bytes(content)
     error = refusal(config=Path("bad.toml"))
     assert reason in error.reason
@@ -289,7 +287,7 @@ class TestToolsOfAFileThatOnlyLiesThere:
         assert load_settings(runs_tools=True).tools == ("mine",)
 
 
-def test_a_path_with_a_tilde_that_stands_for_nothing_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_with_an_unknown_home_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "")
     with pytest.raises(SettingsError, match="write the whole path"):
         load_settings({"db": "~no-such-user/s.db"})

@@ -51,7 +51,7 @@ class FakeSession:
         self.metadata: Mapping[str, str] = {"who": "test"}
         self.random = random.Random(7)
         self.cancelled = False
-        self.asked: list[tuple[Any, ...]] = []
+        self.calls: list[tuple[Any, ...]] = []
         self._memory = MemoryGroups()
         self._memory.run(InitializeSession("s"))
         self._memory.run(RegisterVariable("s", "temperature", "float", Value("0.5"), '{"max":1}'))
@@ -63,7 +63,7 @@ class FakeSession:
     def publish(self, identifier: str, value: object, metadata: Mapping[str, str] | None = None) -> int:
         if identifier != "n":
             raise VariableNotFoundError("s", identifier)
-        self.asked.append(("publish", identifier, value, metadata))
+        self.calls.append(("publish", identifier, value, metadata))
         return 7
 
     def now(self) -> datetime:
@@ -73,10 +73,10 @@ class FakeSession:
         return UUID(int=5)
 
     def log(self, message: str, **fields: object) -> None:
-        self.asked.append(("log", message, fields))
+        self.calls.append(("log", message, fields))
 
     def call(self, tool: str, arguments: Mapping[str, object]) -> Any:
-        self.asked.append(("call", tool, arguments))
+        self.calls.append(("call", tool, arguments))
         return "called"
 
 
@@ -239,7 +239,7 @@ def test_a_tool_is_still_its_function(ctx: ToolContext) -> None:
     assert code.spec.name in repr(scale)
 
 
-def test_starting_gives_what_the_kind_says(session: Any) -> None:
+def test_starting_returns_the_object_for_its_kind(session: Any) -> None:
     assert scale.start(session, {"factor": 2.0}) == 1.0
     assert asyncio.run(add.start(session, {"a": 1, "b": 4})) == 5
     assert list(count.start(session, {"to": 2})) == [0, 1]
@@ -438,7 +438,7 @@ def recursive(x: Recursive) -> None: ...
         (recursive, "Recursive contains itself"),
     ],
 )
-def test_a_function_that_cannot_be_one(function: Callable[..., Any], reason: str) -> None:
+def test_a_function_that_cannot_be_a_tool(function: Callable[..., Any], reason: str) -> None:
     with pytest.raises(ToolDefinitionError, match=reason) as caught:
         tool(function)
     assert caught.value.function == f"{__name__}.{function.__name__}"
@@ -465,7 +465,7 @@ def test_a_function_that_cannot_be_one(function: Callable[..., Any], reason: str
         ({"metadata": {"a": 1}}, "metadata must be strings by strings"),
     ],
 )
-def test_an_option_that_cannot_be(options: dict[str, Any], reason: str) -> None:
+def test_an_invalid_option(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ToolDefinitionError, match=reason) as caught:
         tool(**options)(lambda_free)
     assert caught.value.function.endswith("lambda_free")
@@ -481,12 +481,12 @@ def test_a_lambda_needs_a_name() -> None:
 
 
 @pytest.mark.parametrize("wrong", ["a description", Counter, Counter(), print, scale])
-def test_it_goes_on_functions_only(wrong: Any) -> None:
+def test_the_decorator_is_for_functions_only(wrong: Any) -> None:
     with pytest.raises(ToolDefinitionError):
         tool(wrong)
 
 
-def test_static_methods_and_class_methods_cannot_be() -> None:
+def test_static_methods_and_class_methods_cannot_be_tools() -> None:
     def outside(x: int) -> int:
         return x
 
@@ -614,7 +614,7 @@ def test_types_are_described(annotation: Any, type_name: str) -> None:
     assert (described.type, described.required, described.default) == (type_name, True, None)
 
 
-def test_a_parameter_without_annotation_takes_anything() -> None:
+def test_a_parameter_without_annotation_accepts_anything() -> None:
     @tool
     def free(x, y=3):  # type: ignore[no-untyped-def]
         return x
@@ -748,15 +748,15 @@ def test_none_as_a_default_means_that_null_is_allowed() -> None:
     ],
 )
 def test_arguments_are_read_by_their_type(annotation: Any, document: object, expected: object) -> None:
-    found = argument(annotation, document)
-    assert found == expected
-    assert type(found) is type(expected)
+    result = argument(annotation, document)
+    assert result == expected
+    assert type(result) is type(expected)
 
 
-def test_a_float_may_be_no_number() -> None:
-    found = argument(float, "NaN")
-    assert isinstance(found, float)
-    assert isnan(found)
+def test_a_float_may_be_nan() -> None:
+    result = argument(float, "NaN")
+    assert isinstance(result, float)
+    assert isnan(result)
 
 
 @pytest.mark.parametrize(
@@ -810,7 +810,7 @@ def test_a_long_list_of_mistakes_makes_no_long_message() -> None:
     assert len(refused(taking(choices), x="a").reason) < 600
 
 
-def test_what_is_not_json_is_named() -> None:
+def test_an_argument_that_is_not_json_is_named() -> None:
     for text in ("{", "NaN", '{"a":1,"a":2}', "1e999", "[" * 100_000):
         with pytest.raises(ToolArgumentError) as caught:
             taking(Any).bind({"x": Value(text)})
@@ -895,7 +895,7 @@ def test_variables_have_all_their_operations(ctx: ToolContext) -> None:
     assert not hasattr(variables, "watch")
 
 
-def test_batches_are_whole(ctx: ToolContext) -> None:
+def test_batches_are_atomic(ctx: ToolContext) -> None:
     variables = ctx.variables
     assert variables.get_all("n", "temperature") == {"n": 1, "temperature": 0.5}
     assert variables.get_all() == {"temperature": 0.5, "n": 1}
@@ -925,7 +925,7 @@ def test_the_context_passes_the_rest_on(ctx: ToolContext, session: Any) -> None:
     assert ctx.call(add, a=1, tool="x", self="y") == "called"
     assert ctx.call("other") == "called"
     assert ctx.call(Counter().look_at, what="a") == "called"
-    assert session.asked == [
+    assert session.calls == [
         ("publish", "n", 5, None),
         ("publish", "n", 6, {"why": "progress"}),
         ("log", "done", {"rows": 3}),
@@ -967,7 +967,7 @@ def test_functions_instances_classes_and_toolboxes_can_be_added() -> None:
     assert list(third) == ["increase", "look"]
 
 
-def test_the_same_may_come_twice_but_two_of_one_name_may_not() -> None:
+def test_a_tool_can_be_added_twice_but_names_are_unique() -> None:
     counter, box = Counter(), Toolbox()
     box.add(scale)
     box.add(scale)
@@ -988,7 +988,7 @@ def test_the_same_may_come_twice_but_two_of_one_name_may_not() -> None:
     assert "before" not in box
 
 
-def test_a_toolbox_is_made_of_whatever_has_tools(modules: None) -> None:
+def test_a_toolbox_is_created_from_anything_with_tools(modules: None) -> None:
     box = Toolbox()
     box.add(scale)
     assert Toolbox.of(box) is box
@@ -1026,13 +1026,13 @@ def test_a_toolbox_is_made_of_whatever_has_tools(modules: None) -> None:
         ([tool(lambda_free, name="scale"), scale], "two tools are called 'scale'"),
     ],
 )
-def test_a_toolbox_is_not_made_of_anything_else(modules: None, wrong: object, reason: str) -> None:
+def test_a_toolbox_cannot_be_created_from_anything_else(modules: None, wrong: object, reason: str) -> None:
     with pytest.raises(ToolLoadError, match=re.escape(reason)):
         Toolbox.of(wrong)
 
 
 @pytest.mark.parametrize("wrong", [5, "scale", object(), FakeSession, None])
-def test_what_is_no_tool_cannot_be_added(wrong: object) -> None:
+def test_other_objects_cannot_be_added(wrong: object) -> None:
     with pytest.raises(ToolLoadError, match="it is no tool, and has none"):
         Toolbox().add(wrong)
 
@@ -1149,7 +1149,7 @@ def test_quoted_annotations_are_looked_up_in_their_module(modules: None) -> None
     assert bind(look, place={"name": "x"}) == {"place": {"name": "x"}}
 
 
-def test_what_was_imported_twice_is_the_same(modules: None) -> None:
+def test_a_tool_imported_twice_is_the_same(modules: None) -> None:
     box = Toolbox()
     for reference in ("pack.weather", "pack.more", "pack.weather:look"):
         box.load(reference)
@@ -1185,14 +1185,14 @@ def test_what_was_imported_twice_is_the_same(modules: None) -> None:
         (".weather", "import failed with TypeError"),
     ],
 )
-def test_what_cannot_be_loaded_says_why(modules: None, reference: str, reason: str) -> None:
+def test_a_failed_import_says_why(modules: None, reference: str, reason: str) -> None:
     with pytest.raises(ToolLoadError, match=reason) as caught:
         Toolbox().load(reference)
     assert caught.value.reference == reference
     assert repr(reference) in str(caught.value)
 
 
-def test_two_modules_cannot_have_tools_of_one_name(modules: None) -> None:
+def test_two_modules_cannot_have_tools_with_the_same_name(modules: None) -> None:
     box = Toolbox()
     box.load("pack.weather")
     with pytest.raises(ToolLoadError, match=r"pack.weather.measure and pack.clash.measure"):
@@ -1285,7 +1285,7 @@ class _NoCopy(str):
         (_NoCopy("a"), "the default of its parameter data cannot be copied"),
     ],
 )
-def test_a_default_that_cannot_be_one(default: object, reason: str) -> None:
+def test_an_invalid_default(default: object, reason: str) -> None:
     def function(data=default): ...  # type: ignore[no-untyped-def]
 
     with pytest.raises(ToolDefinitionError, match=reason):
@@ -1301,7 +1301,7 @@ def test_a_default_that_cannot_be_one(default: object, reason: str) -> None:
         (Annotated[int, AfterValidator(abs)], False),
     ],
 )
-def test_it_is_known_where_reading_an_argument_runs_code_of_users(annotation: Any, is_plain: bool) -> None:
+def test_arguments_that_run_user_code_are_known(annotation: Any, is_plain: bool) -> None:
     assert taking(annotation).reads_plainly is is_plain
 
 
@@ -1312,7 +1312,7 @@ def test_it_is_known_where_reading_an_argument_runs_code_of_users(annotation: An
         *((each, "") for each in (int, str, Any, list[str], float | str, Iterator[int], Iterator, None)),
     ],
 )
-def test_it_is_known_that_a_tool_gives_floats(annotation: Any, result_type: str) -> None:
+def test_a_tool_that_returns_floats_is_known(annotation: Any, result_type: str) -> None:
     def function() -> Any: ...
 
     function.__annotations__["return"] = annotation

@@ -104,7 +104,7 @@ def test_type_names() -> None:
         ('["e-e", 1e5, 1E+5]', ["e-e", 1e5, 1e5]),
     ],
 )
-def test_json_that_is_read(text: str | bytes, expected: object) -> None:
+def test_json_that_is_accepted(text: str | bytes, expected: object) -> None:
     assert parse_json(text, name="x", limits=LIMITS) == expected
 
 
@@ -358,14 +358,14 @@ def test_refusals_do_not_repeat_huge_values(type_name: str, text: str) -> None:
     assert len(refusal(type_name, text)) < 300
 
 
-def test_hostile_shapes_are_never_multiplied_out() -> None:
+def test_products_of_hostile_shapes_are_never_computed() -> None:
     shape, limits = [3] * 1_000_000, Limits(value_size_bytes=16 * 1024 * 1024)
     with cpu_s_below(5):
         refusal("tensor", json.dumps({"shape": shape, "data": [1]}), limits=limits)
         assert normalised("tensor", json.dumps({"shape": [*shape, 0], "data": []}), limits=limits)
 
 
-def test_what_grows_beyond_the_limit_when_it_is_written_out_is_refused() -> None:
+def test_a_value_whose_canonical_form_exceeds_the_limit_is_refused() -> None:
     limits = Limits(value_size_bytes=10)
     assert normalised("list", "[1e15]", limits=Limits(value_size_bytes=20)) == "[1000000000000000.0]"
     with pytest.raises(LimitExceededError) as caught:
@@ -418,7 +418,9 @@ def test_no_constraints(type_name: str, text: str) -> None:
         ("tensor", '{"shape": []}', '{"shape":[]}'),
     ],
 )
-def test_null_and_empty_state_nothing_and_unknown_keys_are_kept(type_name: str, constraints: str, kept: str) -> None:
+def test_null_and_empty_mean_no_constraint_and_unknown_keys_are_kept(
+    type_name: str, constraints: str, kept: str
+) -> None:
     compiled = compile_constraints("x", type_name, constraints)
     assert compiled.json == kept
     assert compile_constraints("x", type_name, kept) == compiled
@@ -568,7 +570,7 @@ def test_constraints_broken(type_name: str, constraints: str, text: str, reason:
     ],
 )
 def test_malformed_constraints(type_name: str, constraints: str, reason: str) -> None:
-    for _ in range(2):  # a failure is not cached as a success
+    for _ in range(2):  # A failure is not cached as a success.
         with pytest.raises(InvalidConstraintsError) as caught:
             compile_constraints("x", type_name, constraints)
         assert reason in caught.value.reason
@@ -576,12 +578,12 @@ def test_malformed_constraints(type_name: str, constraints: str, reason: str) ->
         assert len(str(caught.value)) < MESSAGE_LENGTH
 
 
-def test_pattern_bomb_is_quick() -> None:
+def test_pattern_bomb_is_fast() -> None:
     with cpu_s_below(5):
         refusal("string", json.dumps("a" * 1_000_000 + "!"), '{"pattern": "^(a+)+$"}')
 
 
-def test_long_strings_do_not_meet_complex_patterns() -> None:
+def test_long_strings_are_not_matched_with_complex_patterns() -> None:
     constraints = '{"pattern": ".{0,1000}!"}'
     assert normalised("string", json.dumps("a" * 1000 + "!"), constraints)
     with cpu_s_below(5):
@@ -832,7 +834,7 @@ def test_constraints_on_binaries(
 
 
 @pytest.mark.parametrize(("setting", "size"), [("value_size_bytes", 7), ("binary_size_bytes", 10)])
-def test_description_and_bytes_of_a_binary_have_limits_of_their_own(setting: str, size: int) -> None:
+def test_description_and_bytes_of_a_binary_have_separate_limits(setting: str, size: int) -> None:
     value = Value('{"a":1}', bytes(10))
     assert kept_binary("tensor", value, limits=Limits(**{setting: size})) is value
     with pytest.raises(LimitExceededError) as caught:
@@ -1022,6 +1024,6 @@ def test_decoded_nan_and_negative_zero() -> None:
         ("tensor", Value('{"binary_format": "npy"}', b"")),
     ],
 )
-def test_decoding_what_was_never_normalised_is_a_clear_error(type_name: str, value: Value) -> None:
+def test_decoding_a_value_that_was_not_normalised_is_a_clear_error(type_name: str, value: Value) -> None:
     with pytest.raises(InvalidValueError):
         decode(type_name, value)

@@ -31,10 +31,10 @@ def variable(name: str, version: int = 1) -> Variable:
 
 def change(name: str, kind: ChangeKind = ChangeKind.SET, version: int = 1) -> Change:
     value = None if kind is ChangeKind.DELETED else Value("1")
-    told = VariableVersion(
+    version_ = VariableVersion(
         f"id-{name}", "integer", version, kind, value, {}, Source.PYTHON, NOW, "ada", "SetVariable", 1
     )
-    return Change(told, variable(name, version))
+    return Change(version_, variable(name, version))
 
 
 def commit(sequence: int, *names: str, dependants: str = "") -> CommitChanges:
@@ -46,18 +46,18 @@ def sequences(commits: list[CommitChanges] | None) -> list[int] | None:
 
 
 class TestUpdatesOf:
-    def test_a_change_is_told_with_its_variable_and_version(self) -> None:
+    def test_an_update_has_its_variable_and_version(self) -> None:
         (update,) = updates_of(commit(7, "x"), ())
         assert (update.kind, update.variable, update.sequence) == (UpdateKind.VALUE_CHANGE, variable("x"), 7)
         assert update.version == change("x").version
         assert update.part == (1, 1)
 
-    def test_a_deletion_is_told_as_one(self) -> None:
+    def test_a_deletion_is_an_update_of_its_kind(self) -> None:
         (update,) = updates_of(CommitChanges(7, (change("x", ChangeKind.DELETED),)), ())
         assert update.kind is UpdateKind.DELETED
 
     @pytest.mark.parametrize("kind", [kind for kind in ChangeKind if kind is not ChangeKind.DELETED])
-    def test_every_other_kind_is_a_change(self, kind: ChangeKind) -> None:
+    def test_every_other_kind_is_a_value_change(self, kind: ChangeKind) -> None:
         (update,) = updates_of(CommitChanges(7, (change("x", kind),)), ())
         assert update.kind is UpdateKind.VALUE_CHANGE
 
@@ -69,17 +69,17 @@ class TestUpdatesOf:
         assert {update.dependency for update in updates[2:]} == {"x, y"}
         assert updates[3].version is None
 
-    def test_only_what_is_watched_is_told_and_counted(self) -> None:
-        told = commit(7, "x", "y", dependants="ab")
-        assert [update.part for update in updates_of(told, {"y", "id-b"})] == [(1, 2), (2, 2)]
-        (dependant,) = updates_of(told, {"a"})
+    def test_only_watched_variables_are_included_and_counted(self) -> None:
+        changes = commit(7, "x", "y", dependants="ab")
+        assert [update.part for update in updates_of(changes, {"y", "id-b"})] == [(1, 2), (2, 2)]
+        (dependant,) = updates_of(changes, {"a"})
         assert (dependant.kind, dependant.dependency) == (UpdateKind.DEPENDENCY_CHANGED, "x, y")
-        assert updates_of(told, {"z"}) == []
+        assert updates_of(changes, {"z"}) == []
 
-    def test_a_commit_without_changes_tells_nothing(self) -> None:
+    def test_a_commit_without_changes_has_no_updates(self) -> None:
         assert updates_of(CommitChanges(7, ()), ()) == []
 
-    def test_who_is_watched(self) -> None:
+    def test_is_watched(self) -> None:
         assert is_watched(variable("x"), ())
         assert is_watched(variable("x"), {"x"})
         assert is_watched(variable("x"), {"id-x"})
@@ -87,7 +87,7 @@ class TestUpdatesOf:
 
 
 class TestFeed:
-    def test_tells_what_comes_after_a_position(self) -> None:
+    def test_returns_the_commits_after_a_position(self) -> None:
         feed = Feed(floor=10)
         feed.add([commit(12, "x"), commit(15, "x")])
         assert sequences(feed.after(10)) == [12, 15]
@@ -95,7 +95,7 @@ class TestFeed:
         assert sequences(feed.after(15)) == []
         assert feed.after(9) is None
 
-    def test_forgets_all_but_256_commits_and_says_so(self) -> None:
+    def test_keeps_only_256_commits_and_reports_the_gap(self) -> None:
         feed = Feed(floor=0)
         for sequence in range(1, 301):
             feed.add([commit(sequence, "x")])
@@ -110,7 +110,7 @@ class TestFeed:
         assert feed.after(0) is None
         assert sequences(feed.after(744)) == list(range(745, 1001))
 
-    def test_a_reader_that_is_overtaken_between_two_looks_misses_nothing(self) -> None:
+    def test_a_reader_that_is_overtaken_between_two_steps_misses_nothing(self) -> None:
         """The writer may add and drop commits between any two steps of a reader: here, right after its first."""
 
         class Overtaken(Feed):
@@ -126,13 +126,13 @@ class TestFeed:
         feed = Overtaken(floor=0)
         feed.add([commit(sequence, "x") for sequence in range(1, 257)])
         feed.overtake = True
-        told = sequences(feed.after(10))
+        pulled = sequences(feed.after(10))
         assert not feed.overtake, "the reader was overtaken"
-        assert told is None or told[:1] == [11]
+        assert pulled is None or pulled[:1] == [11]
 
 
 class TestHub:
-    def test_feeds_only_who_watches_that_session(self) -> None:
+    def test_feeds_only_watches_of_that_session(self) -> None:
         hub = Hub(sequence=5)
         feed = hub.join(1, "one")
         assert hub.is_watched(1)
@@ -141,12 +141,12 @@ class TestHub:
         assert sequences(feed.after(5)) == [6]
         assert feed.after(4) is None, "what was there before it joined is in the file"
 
-    def test_one_that_joins_later_is_fed_from_there(self) -> None:
+    def test_a_watch_that_joins_later_is_fed_from_there(self) -> None:
         hub = Hub(sequence=0)
         hub.publish({}, [], 9)
         assert hub.join(1, "one").floor == 9
 
-    def test_all_who_watch_a_session_share_its_feed(self) -> None:
+    def test_all_watches_of_a_session_share_its_feed(self) -> None:
         hub = Hub(sequence=0)
         assert hub.join(1, "one") is hub.join(1, "two")
         assert hub.count == 2
@@ -157,13 +157,13 @@ class TestHub:
         assert not hub.is_watched(1)
         assert hub.count == 0
 
-    def test_wakes_who_has_something_to_pull_and_only_then(self) -> None:
+    def test_wakes_only_watches_with_something_to_pull(self) -> None:
         hub = Hub(sequence=0)
         woken: list[str] = []
         for session, name in ((1, "one"), (1, "too"), (2, "two")):
             hub.join(session, name).watching[name] = lambda name=name: woken.append(name)  # type: ignore[misc]
         hub.publish({1: [commit(1, "x")]}, [], 1)
-        assert woken == [], "whoever wrote it is answered first"
+        assert woken == [], "the writer's callers are answered first"
         hub.wake()
         assert sorted(woken) == ["one", "too"]
         woken.clear()
@@ -215,7 +215,7 @@ class Script(Watch):
 class TestWatch:
     page = updates_of(commit(1, "x", "y"), ())
 
-    def test_next_takes_what_is_there(self) -> None:
+    def test_next_returns_what_is_available(self) -> None:
         assert Script(self.page).next(timeout_s=0) == self.page
 
     def test_next_gives_up_after_its_timeout(self) -> None:
@@ -235,7 +235,7 @@ class TestWatch:
         assert watch.next(DEADLINE_S) == self.page
         writer.join()
 
-    def test_next_asks_to_be_woken_before_it_looks(self) -> None:
+    def test_next_registers_before_it_pulls(self) -> None:
         """A commit that is published between the pull and the wait must wake it."""
 
         class Late(Script):
@@ -255,7 +255,7 @@ class TestWatch:
         with pytest.raises(EngineClosedError):
             list(Script(self.page, EngineClosedError()))
 
-    def test_leaving_closes_it(self) -> None:
+    def test_leaving_the_block_closes_it(self) -> None:
         with Script() as watch:
             assert not watch.closed
         assert watch.closed

@@ -70,7 +70,7 @@ def registered(name: str) -> commands.RegisterTools:
     return commands.RegisterTools("s", "w", (RegisteredTool(ToolSpec(name), "w", "127.0.0.1:1"),))
 
 
-def test_a_tool_of_another_kind_runs_and_is_called_like_any(state: WithTools) -> None:
+def test_a_tool_of_another_kind_runs_and_is_called_like_any_other(state: WithTools) -> None:
     state.runner.tools["other"] = Elsewhere()
     outcome = state.execute_tool("s", "other", {"n": 7})
     assert (outcome.success, outcome.result) == (True, Value("7"))
@@ -79,7 +79,7 @@ def test_a_tool_of_another_kind_runs_and_is_called_like_any(state: WithTools) ->
     assert state.execute_tool("s", "call_the_other").result == Value("11")
 
 
-def test_its_own_tools_are_counted_and_nobody_else_gets_their_names(state: WithTools) -> None:
+def test_own_tools_are_counted_and_reserve_their_names(state: WithTools) -> None:
     assert state.run(registered("theirs")) == {"theirs": "s:theirs"}
     assert state.get_session("s").tool_count == state.submit(commands.GetSession("s")).result().tool_count == 4
     with pytest.raises(ToolExistsError):
@@ -89,21 +89,21 @@ def test_its_own_tools_are_counted_and_nobody_else_gets_their_names(state: WithT
     assert available["theirs"].where["dspex.where"] == "worker w"
 
 
-def test_of_one_name_its_own_tool_is_listed_as_it_is_the_one_that_runs(state: WithTools) -> None:
+def test_an_own_tool_hides_a_registered_one_with_its_name(state: WithTools) -> None:
     state.provider.run(registered("add"))
     tools = state.run(commands.ListTools("s"))
     assert state.runner.available(tools)["add"].worker_id == ""
     assert state.execute_tool("s", "add").result == Value("1")
 
 
-def test_without_a_way_to_them_registered_tools_cannot_be_reached(state: WithTools) -> None:
+def test_registered_tools_cannot_be_reached_without_a_port(state: WithTools) -> None:
     state.run(registered("theirs"))
     error = state.execute_tool("s", "theirs").error
     assert isinstance(error, RemoteToolError)
     assert "for servers" in str(error)
 
 
-def test_without_tools_the_provider_says_that_there_are_none() -> None:
+def test_without_tools_the_provider_lists_none() -> None:
     """No thread is started for tools that never run."""
     before = threading.enumerate()
     with WithTools(Memory()) as state:
@@ -115,11 +115,11 @@ def test_without_tools_the_provider_says_that_there_are_none() -> None:
         assert not [each for each in threading.enumerate() if each not in before]
 
 
-def test_closing_ends_streams_and_refuses_what_comes_later(state: WithTools) -> None:
+def test_closing_ends_streams_and_refuses_later_calls(state: WithTools) -> None:
     chunks = state.stream_tool("s", "stream_for_ever")
     assert next(chunks) == 1
     state.close()
-    # One that was yielded before may still come.
+    # A value that was yielded before may still arrive.
     with pytest.raises(EngineClosedError):
         list(islice(chunks, 3))
     with pytest.raises(EngineClosedError):
@@ -147,7 +147,7 @@ def test_a_call_that_runs_when_it_is_closed_is_answered(state: WithTools) -> Non
 
 
 @pytest.mark.parametrize("threads", [0, True, "4"])
-def test_a_number_of_threads_that_cannot_be(threads: int) -> None:
+def test_an_invalid_number_of_threads(threads: int) -> None:
     with pytest.raises(InvalidArgumentError, match="tool_threads"):
         WithTools(Memory(), threads=threads)
 
