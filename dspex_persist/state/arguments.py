@@ -32,14 +32,14 @@ Version: TypeAlias = Annotated[int, "32 bits, from 0 up"]
 """A version of a variable."""
 
 
-def text(field: str, given: object) -> str:
+def text(field: str, argument: object) -> str:
     """Return a str that every backend can store: without NUL, where SQLite ends texts, and lone surrogates."""
-    if type(given) is str and given.isascii() and "\0" not in given:
-        return given
-    if not isinstance(given, str):
-        raise InvalidArgumentError(field, f"it must be a str, not {_kind(given)}{_advice(given)}")
+    if type(argument) is str and argument.isascii() and "\0" not in argument:
+        return argument
+    if not isinstance(argument, str):
+        raise InvalidArgumentError(field, f"it must be a str, not {_kind(argument)}{_advice(argument)}")
     # A subclass, such as an enumeration, may override any method.
-    plain = str.__str__(given)
+    plain = str.__str__(argument)
     # No loop over the characters: there may be a hundred million, and other calls wait.
     if "\0" in plain:
         raise InvalidArgumentError(field, f"{quote(plain)} contains NUL (U+0000): leave it out")
@@ -50,61 +50,61 @@ def text(field: str, given: object) -> str:
     return plain
 
 
-def number(field: str, given: Any) -> int:
+def number(field: str, argument: Any) -> int:
     """Return an int. Accepts integers of other libraries, such as NumPy, but no bool."""
-    if not isinstance(given, bool) and hasattr(type(given), "__index__"):
+    if not isinstance(argument, bool) and hasattr(type(argument), "__index__"):
         # Arrays have `__index__`, too, and raise unless they hold a single integer.
         with contextlib.suppress(TypeError):
-            return index(given)
-    advice = ": use int(...)" if isinstance(given, str | float) else ""
-    raise InvalidArgumentError(field, f"it must be an int, not {_kind(given)}{advice}")
+            return index(argument)
+    advice = ": use int(...)" if isinstance(argument, str | float) else ""
+    raise InvalidArgumentError(field, f"it must be an int, not {_kind(argument)}{advice}")
 
 
-def short_number(field: str, given: object) -> int:
+def short_number(field: str, argument: object) -> int:
     """Return a number of 32 bits."""
-    integer = given if type(given) is int else number(field, given)
+    integer = argument if type(argument) is int else number(field, argument)
     if not -_LARGEST <= integer <= _LARGEST:
         raise InvalidArgumentError(field, f"it must be at most {_LARGEST}, not a number of {integer.bit_length()} bits")
     return integer
 
 
-def version(field: str, given: object) -> int:
+def version(field: str, argument: object) -> int:
     """Return a number of 32 bits that is at least 0."""
-    integer = short_number(field, given)
+    integer = short_number(field, argument)
     if integer < 0:
         raise InvalidArgumentError(field, f"{integer} is below 0: versions count from 0")
     return integer
 
 
-def sequence(field: str, given: object) -> int:
+def sequence(field: str, argument: object) -> int:
     """Return the number of a commit, or 0 for the time before the first."""
-    integer = number(field, given)
+    integer = number(field, argument)
     if not 0 <= integer <= _LAST_COMMIT:
         raise InvalidArgumentError(field, f"it must be from 0 to {_LAST_COMMIT}: the number of a commit, or 0")
     return integer
 
 
-def flag(field: str, given: object) -> bool:
+def flag(field: str, argument: object) -> bool:
     """Return a bool."""
-    if not isinstance(given, bool):
-        raise InvalidArgumentError(field, f"it must be True or False, not {_kind(given)}")
-    return given
+    if not isinstance(argument, bool):
+        raise InvalidArgumentError(field, f"it must be True or False, not {_kind(argument)}")
+    return argument
 
 
-def seconds(field: str, given: object) -> float:
+def seconds(field: str, argument: object) -> float:
     """Return a number of seconds."""
-    if not isinstance(given, Real) or isinstance(given, bool):
-        advice = ": use float(...)" if isinstance(given, str) else ""
-        raise InvalidArgumentError(field, f"it must be a number of seconds, not {_kind(given)}{advice}")
+    if not isinstance(argument, Real) or isinstance(argument, bool):
+        advice = ": use float(...)" if isinstance(argument, str) else ""
+        raise InvalidArgumentError(field, f"it must be a number of seconds, not {_kind(argument)}{advice}")
     try:
-        return float(given)
+        return float(argument)
     except OverflowError:
         raise InvalidArgumentError(field, "it is too large for a number of seconds") from None
 
 
-def timeout(field: str, given: object) -> float:
+def timeout(field: str, argument: object) -> float:
     """Return a timeout: a number of seconds above 0."""
-    timeout_s = seconds(field, given)
+    timeout_s = seconds(field, argument)
     # In this form it refuses NaN, too: every comparison with NaN is false.
     if not 0 < timeout_s <= _LONGEST_TIMEOUT_S:
         reason = f"it must be above 0 and at most {_LONGEST_TIMEOUT_S:.0f} seconds, not {timeout_s:g}"
@@ -112,21 +112,21 @@ def timeout(field: str, given: object) -> float:
     return timeout_s
 
 
-def texts(field: str, given: object) -> tuple[str, ...]:
+def texts(field: str, argument: object) -> tuple[str, ...]:
     """Return several names or ids."""
-    if not isinstance(given, str | bytes) and isinstance(given, Iterable):
+    if not isinstance(argument, str | bytes) and isinstance(argument, Iterable):
         # An array without dimensions raises only when it is iterated over.
         with contextlib.suppress(TypeError):
-            return tuple(text(field, each) for each in given)
-    advice = ": write [...] around it" if isinstance(given, str) else ""
-    raise InvalidArgumentError(field, f"it must be a list of str, not {_kind(given)}{advice}")
+            return tuple(text(field, each) for each in argument)
+    advice = ": write [...] around it" if isinstance(argument, str) else ""
+    raise InvalidArgumentError(field, f"it must be a list of str, not {_kind(argument)}{advice}")
 
 
-def metadata(field: str, given: object) -> FrozenDict[str, str]:
+def metadata(field: str, argument: object) -> FrozenDict[str, str]:
     """Return metadata: a mapping of str to str."""
-    if type(given) is FrozenDict:
-        return given
-    return FrozenDict({_key(field, key): _entry(field, key, entry) for key, entry in mapping(field, given).items()})
+    if type(argument) is FrozenDict:
+        return argument
+    return FrozenDict({_key(field, key): _entry(field, key, entry) for key, entry in mapping(field, argument).items()})
 
 
 def _key(field: str, key: object) -> str:
@@ -145,67 +145,67 @@ def _entry(field: str, key: object, entry: object) -> str:
     raise InvalidArgumentError(field, f"the entry {quote(key)} must be a str, not {_kind(entry)}: {advice}")
 
 
-def value(field: str, given: object) -> Value:
+def value(field: str, argument: object) -> Value:
     """Return an encoded value. It is checked against a type only later."""
-    if not isinstance(given, Value):
-        raise InvalidArgumentError(field, f"it must be a Value, not {_kind(given)}: make it with values.encode(...)")
-    if given.binary is not None and type(given.binary) is not bytes:
-        if not isinstance(given.binary, bytes | bytearray | memoryview):
-            raise InvalidArgumentError(field, f"its binary must be bytes, not {_kind(given.binary)}")
-        given = Value(given.json, bytes(given.binary))
-    json = given.json
-    return given if type(json) is str and json.isascii() else Value(_json(field, json), given.binary)
+    if not isinstance(argument, Value):
+        raise InvalidArgumentError(field, f"it must be a Value, not {_kind(argument)}: make it with values.encode(...)")
+    if argument.binary is not None and type(argument.binary) is not bytes:
+        if not isinstance(argument.binary, bytes | bytearray | memoryview):
+            raise InvalidArgumentError(field, f"its binary must be bytes, not {_kind(argument.binary)}")
+        argument = Value(argument.json, bytes(argument.binary))
+    json = argument.json
+    return argument if type(json) is str and json.isascii() else Value(_json(field, json), argument.binary)
 
 
-def _json(field: str, given: object) -> str:
-    if not isinstance(given, str):
-        raise InvalidArgumentError(field, f"its json must be a str, not {_kind(given)}")
+def _json(field: str, argument: object) -> str:
+    if not isinstance(argument, str):
+        raise InvalidArgumentError(field, f"its json must be a str, not {_kind(argument)}")
     try:
-        given.encode()
+        argument.encode()
     except UnicodeEncodeError as error:
-        reason = f"its json contains a lone surrogate (U+{ord(given[error.start]):04X}), which is not a character"
+        reason = f"its json contains a lone surrogate (U+{ord(argument[error.start]):04X}), which is not a character"
         raise InvalidArgumentError(field, reason) from None
-    return given
+    return argument
 
 
-def values_by_text(field: str, given: object) -> FrozenDict[str, Value]:
+def values_by_text(field: str, argument: object) -> FrozenDict[str, Value]:
     """Return a mapping of names or ids to encoded values."""
-    entries = mapping(field, given)
+    entries = mapping(field, argument)
     return FrozenDict({_key(field, key): value(field, entry) for key, entry in entries.items()})
 
 
-def _objects(field: str, given: object) -> Any:
+def _objects(field: str, argument: object) -> Any:
     """Return a copy of a mapping to be encoded as JSON; encoding it checks that it can be."""
     try:
-        return copy.deepcopy(mapping(field, given))
+        return copy.deepcopy(mapping(field, argument))
     except (TypeError, RecursionError):
         raise InvalidArgumentError(field, "it must contain only values that JSON can represent") from None
 
 
-def mapping(field: str, given: object) -> dict[Any, Any]:
+def mapping(field: str, argument: object) -> dict[Any, Any]:
     """Return a copy of a mapping as a dict."""
-    if not isinstance(given, Mapping):
-        raise InvalidArgumentError(field, f"it must be a mapping, such as a dict, not {_kind(given)}")
-    return dict(given)
+    if not isinstance(argument, Mapping):
+        raise InvalidArgumentError(field, f"it must be a mapping, such as a dict, not {_kind(argument)}")
+    return dict(argument)
 
 
-def origin(given: object) -> Origin:
+def origin(argument: object) -> Origin:
     """Return an origin with valid texts."""
-    if not isinstance(given, Origin):
-        raise InvalidArgumentError("origin", f"it must be an Origin, not {_kind(given)}")
-    text("actor", given.actor)
-    text("cause", given.cause)
-    if given.idempotency_key is not None:
-        text("idempotency_key", given.idempotency_key)
-    if given.optimizer_id is not None:
-        text("optimizer_id", given.optimizer_id)
-    if not isinstance(given.source, Source):
-        raise InvalidArgumentError("source", f"it must be a Source, not {_kind(given.source)}")
-    return given
+    if not isinstance(argument, Origin):
+        raise InvalidArgumentError("origin", f"it must be an Origin, not {_kind(argument)}")
+    text("actor", argument.actor)
+    text("cause", argument.cause)
+    if argument.idempotency_key is not None:
+        text("idempotency_key", argument.idempotency_key)
+    if argument.optimizer_id is not None:
+        text("optimizer_id", argument.optimizer_id)
+    if not isinstance(argument.source, Source):
+        raise InvalidArgumentError("source", f"it must be a Source, not {_kind(argument.source)}")
+    return argument
 
 
 def _optional(check: Check) -> Check:
-    return lambda field, given: None if given is None else check(field, given)
+    return lambda field, argument: None if argument is None else check(field, argument)
 
 
 # The check for each annotation of a command's field. Fields with other annotations are never set by callers.
@@ -238,11 +238,11 @@ def checks_of(kind: type[Any]) -> tuple[tuple[str, Check], ...]:
     return checks
 
 
-def _kind(given: object) -> str:
-    return "None" if given is None else type(given).__name__
+def _kind(argument: object) -> str:
+    return "None" if argument is None else type(argument).__name__
 
 
-def _advice(given: object) -> str:
-    if given is None:
+def _advice(argument: object) -> str:
+    if argument is None:
         return ""
-    return ": decode it" if isinstance(given, bytes | bytearray) else ": use str(...)"
+    return ": decode it" if isinstance(argument, bytes | bytearray) else ": use str(...)"

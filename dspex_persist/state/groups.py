@@ -396,7 +396,7 @@ def _apply_once(job: Job, unit: UnitOfWork) -> Any:
     if key is None or not command.writes:
         return command.apply(unit)
     check_text("idempotency key", key, unit.limits.name_length, "name_length")
-    fingerprint = command.meaning(unit)
+    fingerprint = command.canonical_fingerprint(unit)
     recorded = unit.find_outcome(command.session_id, key)
     if recorded is not None:
         # Older releases stored the fingerprint of the request as it was spelled.

@@ -126,13 +126,13 @@ class LogState(StateProvider, KeepsOrder):
 
     def _submit_write(self, command: Command[R], origin: Origin) -> Future[R]:
         known = command.ahead is not None and command.ahead.limits is self.limits
-        if not known and command.brings > values.LITTLE:
+        if not known and command.json_length > values.SHORT_JSON:
             self._read_values(command, origin)
         return self._writer.submit(Job(command, origin))
 
     def read_ahead(self, command: Command[Any], origin: Origin | None = None) -> bool:
         """See `StateProvider.read_ahead`."""
-        if fault_of(command, origin) is not None or command.brings <= values.LITTLE:
+        if fault_of(command, origin) is not None or command.json_length <= values.SHORT_JSON:
             return False
         self._read_values(command, origin or self.default_origin(command.cause), strict=True)
         return True
@@ -234,7 +234,7 @@ class _Facts:
     """Looks up the variables for which a command carries values. Queries the log only if the values are large."""
 
     def __init__(self, groups: Groups[LogStore], command: Command[Any], origin: Origin) -> None:
-        self._query = partial(groups.read_stored, origin=origin) if command.brings > values.MUCH else None
+        self._query = partial(groups.read_stored, origin=origin) if command.json_length > values.LONG_JSON else None
         self._session_id = command.session_id
         self._state = groups.find_loaded(command.session_id)
         if self._state is None and self._query is not None:

@@ -148,7 +148,7 @@ async def _after_reading(command: Command[R], read: Callable[[], object], run: C
 
     If the variables are replaced meanwhile, the values are parsed again.
     """
-    if command.brings <= values.MUCH:
+    if command.json_length <= values.LONG_JSON:
         return await run()
     for _ in range(_MOST_READINGS - 1):
         await asyncio.to_thread(read)

@@ -80,7 +80,7 @@ class ToolRpcs(Calls):
             outcome = _refusal(error)
         else:
             outcome = await self._run(tool_request, context)
-        if outcome.result is not None and outcome.result.size_bytes > values.MUCH:
+        if outcome.result is not None and outcome.result.size_bytes > values.LONG_JSON:
             # On a thread, because finding out the type of a large result means parsing it.
             return await asyncio.to_thread(rpc.response_of, outcome, call)
         return rpc.response_of(outcome, call)

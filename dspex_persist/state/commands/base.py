@@ -102,7 +102,7 @@ class Command(_Checked, ABC, Generic[R]):
         return False
 
     @property
-    def brings(self) -> int:
+    def json_length(self) -> int:
         """How many characters of JSON have to be parsed to carry it out."""
         return 0
 
@@ -112,32 +112,32 @@ class Command(_Checked, ABC, Generic[R]):
         Args:
             ahead: Parses the values, and is stored in the command.
             find: Finds the current variables for which the values are parsed.
-            find_type: Finds types of variables for `meant`; required with an idempotency key.
+            find_type: Finds types of variables for `canonical_form`; required with an idempotency key.
         """
         self._read_values(ahead, find)
         if find_type is not None:
-            meant = self.meant(find_type, ahead.spell)
-            ahead.meant, ahead.fingerprint = meant, meant.fingerprint()
+            form = self.canonical_form(find_type, ahead.spell)
+            ahead.canonical_form, ahead.fingerprint = form, form.fingerprint()
         object.__setattr__(self, "ahead", ahead)
 
     def _read_values(self, ahead: ReadAhead, find: Find) -> None:
         """Parse each value with `ahead`."""
 
-    def meant(self, find_type: FindType, spell: Spell) -> "Command[R]":
+    def canonical_form(self, find_type: FindType, spell: Spell) -> "Command[R]":
         """Return the request in a canonical spelling, which is the same for all requests with the same meaning."""
         return self
 
-    def meaning(self, uow: UnitOfWork) -> str:
-        """Return the fingerprint of `meant`."""
+    def canonical_fingerprint(self, uow: UnitOfWork) -> str:
+        """Return the fingerprint of `canonical_form`."""
 
         def spelled(identifier: str, type_name: str | None, value: Value) -> Value:
             known = ahead.find_spelling(identifier, type_name, value, uow.limits) if ahead is not None else None
             return spell(type_name, value, uow.limits) if known is None else known
 
         ahead = self.ahead
-        meant = self.meant(lambda identifier: uow.find_last_type(self.session_id, identifier), spelled)
+        form = self.canonical_form(lambda identifier: uow.find_last_type(self.session_id, identifier), spelled)
         # This comparison is fast, as large texts in both are the same objects.
-        return ahead.fingerprint if ahead is not None and ahead.meant == meant else meant.fingerprint()
+        return ahead.fingerprint if ahead is not None and ahead.canonical_form == form else form.fingerprint()
 
     def fingerprint(self) -> str:
         """Return the SHA-256 (hexadecimal) of the request, which does not depend on the order of its mappings."""

@@ -100,7 +100,7 @@ class BeginExecution(Command[Begun]):
         return self._begin(uow, fingerprint)
 
     @property
-    def brings(self) -> int:
+    def json_length(self) -> int:
         """See `Command`. The parameters are parsed only with a key, for the fingerprint."""
         return sum(len(value.json) for value in self.parameters.values()) if self.idempotency_key is not None else 0
 

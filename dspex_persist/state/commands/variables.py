@@ -83,7 +83,7 @@ class RegisterVariable(Command[str]):
         return variable.id
 
     @property
-    def brings(self) -> int:
+    def json_length(self) -> int:
         """See `Command`."""
         return len(self.value.json)
 
@@ -92,8 +92,8 @@ class RegisterVariable(Command[str]):
         if find(self.name) is None:
             ahead.read(self, self.value)
 
-    def meant(self, find_type: values.FindType, spell: values.Spell) -> "RegisterVariable":
-        """See `Command.meant`: with the value and the constraints in a canonical spelling."""
+    def canonical_form(self, find_type: values.FindType, spell: values.Spell) -> "RegisterVariable":
+        """See `Command.canonical_form`: with the value and the constraints in a canonical spelling."""
         try:
             constraints = values.compile_constraints(self.name, self.type, self.constraints).meaning
         except StateError:
@@ -197,15 +197,15 @@ class SetVariable(Command[int]):
         return _write(uow, self, variable, self.value, metadata).version
 
     @property
-    def brings(self) -> int:
+    def json_length(self) -> int:
         """See `Command`."""
         return len(self.value.json)
 
     def _read_values(self, ahead: values.ReadAhead, find: values.Find) -> None:
         _read_updates(ahead, find, {self.identifier: self.value})
 
-    def meant(self, find_type: values.FindType, spell: values.Spell) -> "SetVariable":
-        """See `Command.meant`: with the value in a canonical spelling."""
+    def canonical_form(self, find_type: values.FindType, spell: values.Spell) -> "SetVariable":
+        """See `Command.canonical_form`: with the value in a canonical spelling."""
         return replace(self, value=spell(self.identifier, find_type(self.identifier), self.value))
 
     def _request(self) -> dict[str, Any]:
@@ -257,15 +257,15 @@ class SetVariables(Command[BatchOutcome]):
         return BatchOutcome(success=bool(versions) or not errors, versions=versions, errors=errors)
 
     @property
-    def brings(self) -> int:
+    def json_length(self) -> int:
         """See `Command`."""
         return sum(len(value.json) for value in self.updates.values())
 
     def _read_values(self, ahead: values.ReadAhead, find: values.Find) -> None:
         _read_updates(ahead, find, self.updates)
 
-    def meant(self, find_type: values.FindType, spell: values.Spell) -> "SetVariables":
-        """See `Command.meant`: with the values in a canonical spelling."""
+    def canonical_form(self, find_type: values.FindType, spell: values.Spell) -> "SetVariables":
+        """See `Command.canonical_form`: with the values in a canonical spelling."""
         spelled = {name: spell(name, find_type(name), value) for name, value in self.updates.items()}
         return replace(self, updates=spelled)
 
@@ -367,7 +367,7 @@ class PublishVariable(Command[Variable]):
         return _write(uow, self, variable, self.value, metadata, ChangeKind.PUBLISHED)
 
     @property
-    def brings(self) -> int:
+    def json_length(self) -> int:
         """See `Command`."""
         return len(self.value.json)
 

@@ -21,7 +21,7 @@ _MOST_NAMED = 5
 class Upgrade:
     """The result of an upgrade: the revision that the file had (None if it was empty), and the backup, if any."""
 
-    found: str | None
+    revision: str | None
     backup: Path | None = None
 
 
@@ -82,14 +82,14 @@ def upgrade(writer: Engine, path: Path, *, is_copy: bool = False) -> Upgrade:
     backup = None
     with writer.connect() as connection:
         with connection.begin():
-            found = current_revision(connection)
-        if found == REVISION:
-            return Upgrade(found)
-        if found is not None:
-            refuse_newer(path, found)
-            backup = None if is_copy else backup_before_upgrade(connection, path, found)
+            revision = current_revision(connection)
+        if revision == REVISION:
+            return Upgrade(revision)
+        if revision is not None:
+            refuse_newer(path, revision)
+            backup = None if is_copy else backup_before_upgrade(connection, path, revision)
         _run_migrations(connection)
-    return Upgrade(found, backup)
+    return Upgrade(revision, backup)
 
 
 def backup_before_upgrade(connection: Connection, path: Path, revision: str) -> Path:
@@ -110,10 +110,10 @@ def known_revisions() -> list[str]:
     return [script.revision for script in scripts.walk_revisions()]
 
 
-def refuse_newer(path: Path, found: str) -> None:
+def refuse_newer(path: Path, revision: str) -> None:
     """Raise `NewerSchemaError` unless this release knows the revision."""
-    if found != REVISION and found not in known_revisions():
-        raise NewerSchemaError(str(path), found, REVISION)
+    if revision != REVISION and revision not in known_revisions():
+        raise NewerSchemaError(str(path), revision, REVISION)
 
 
 class Part(NamedTuple):

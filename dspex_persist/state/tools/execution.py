@@ -119,7 +119,7 @@ class Execution:
             command: The command.
             strict: Let `run` fail with `VariableReplacedError`, as in `StateProvider.read_ahead`.
         """
-        if command.fault is None and command.brings > values.LITTLE:
+        if command.fault is None and command.json_length > values.SHORT_JSON:
             command.read_ahead(values.ReadAhead(self.overlay.unit.limits, strict=strict), self.overlay.find)
 
     def _count_names(self, touched: Touched) -> None:

@@ -369,7 +369,7 @@ class ToolRunner:
             # The command carries the execution's key. With a key in the origin, too, the store would record `Begun` as
             # the outcome of the request.
             origin = replace(origin, idempotency_key=None)
-        if command.brings > values.MUCH:
+        if command.json_length > values.LONG_JSON:
             ahead = values.ReadAhead(self.limits)
             read = functools.partial(command.read_ahead, ahead, lambda _: None)
             await self._home.on_thread(read, "dspex-persist-arguments")

@@ -4,7 +4,7 @@ A value is transmitted and stored as the protocol's JSON text (`Value.json`), or
 `normalise` checks every value before it is stored; `encode` and `decode` convert from and to Python objects.
 """
 
-from dspex_persist.state.values.ahead import LITTLE, MUCH, Described, Find, FindType, ReadAhead, Spell
+from dspex_persist.state.values.ahead import LONG_JSON, SHORT_JSON, Described, Find, FindType, ReadAhead, Spell
 from dspex_persist.state.values.binary import check_content
 from dspex_persist.state.values.constraints import Constraints, compile_constraints, constraints_json
 from dspex_persist.state.values.documents import BinaryValue
@@ -32,9 +32,9 @@ from dspex_persist.state.values.registry import (
 from dspex_persist.state.values.types import PROTOCOL_TYPES
 
 __all__ = [
-    "LITTLE",
-    "MUCH",
+    "LONG_JSON",
     "PROTOCOL_TYPES",
+    "SHORT_JSON",
     "BinaryValue",
     "Constraints",
     "Described",

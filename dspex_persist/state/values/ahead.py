@@ -9,9 +9,9 @@ from dspex_persist.state.model import Value
 from dspex_persist.state.values.constraints import compile_constraints, count_matching
 from dspex_persist.state.values.normalisation import normalise, spell
 
-LITTLE: Final = 1024
+SHORT_JSON: Final = 1024
 """Up to this many characters of JSON in a command, parsing in advance is not worth its overhead."""
-MUCH: Final = 16 * 1024
+LONG_JSON: Final = 16 * 1024
 """From this many characters of JSON on, parsing would block an event loop too long."""
 
 
@@ -41,7 +41,7 @@ class ReadAhead:
     `strict`, `VariableReplacedError` is raised, so that the caller can parse it again and retry.
     """
 
-    __slots__ = ("_matching", "_outcomes", "_spellings", "_strict", "fingerprint", "limits", "meant")
+    __slots__ = ("_matching", "_outcomes", "_spellings", "_strict", "canonical_form", "fingerprint", "limits")
 
     def __init__(self, limits: Limits, *, strict: bool = False) -> None:
         self.limits = limits
@@ -49,9 +49,9 @@ class ReadAhead:
         self._matching = 0
         self._outcomes: dict[_Place, tuple[str, Value | StateError]] = {}
         self._spellings: dict[tuple[int, str | None], Value] = {}
-        self.meant: object = None
+        self.canonical_form: object = None
         self.fingerprint = ""
-        """The fingerprint of `meant`, the command in canonical spelling."""
+        """The fingerprint of `canonical_form`, the command in canonical spelling."""
 
     def read(self, variable: Described, value: Value) -> None:
         """Parse `value` for the variable, and store the result or the error."""

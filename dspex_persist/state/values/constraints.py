@@ -119,11 +119,11 @@ def _compile(value_type: ValueType, text: str) -> Constraints:
     for key in checked:
         if known[key].at_most:
             _check_order(stated, key, known[key].at_most)
-    meant = {key: _whole(entry) if key in known else entry for key, entry in stated.items()}
+    comparable = {key: _whole(entry) if key in known else entry for key, entry in stated.items()}
     return Constraints(
         value_type.name,
         canonical(stated),
-        canonical(meant),
+        canonical(comparable),
         tuple(rule.check for rule in rules),
         tuple(rule.check_shape for rule in rules if rule.check_shape is not None),
         next((rule.dtype for rule in rules if rule.dtype is not None), None),

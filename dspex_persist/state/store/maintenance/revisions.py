@@ -42,4 +42,4 @@ def upgrade(path: Path) -> UpgradeReport:
         upgraded = migrate.upgrade(writer, path)
         with writer.begin() as connection:
             recovery.recover(connection, read_anchor(path), path)
-    return UpgradeReport(path, upgraded.found, REVISION, upgraded.backup)
+    return UpgradeReport(path, upgraded.revision, REVISION, upgraded.backup)
