@@ -128,7 +128,7 @@ fix: .venv/.installed-dev  ## format, and mend what the linter can mend
 codegen:  ## generate the protocols' code from proto/
 	.ci/codegen
 
-bench: .venv/.installed-dev  ## measure: one table and JSON, some four minutes
+bench: .venv/.installed-dev  ## measure: one table, some five minutes (ARGS="--help": sections, comparisons)
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 # The peers' requirements do not fit ours, hence an environment of their own.
@@ -138,7 +138,7 @@ bench: .venv/.installed-dev  ## measure: one table and JSON, some four minutes
 	@.venv-peers/bin/python $(PIP_INSTALL) -r benchmarks/requirements-peers.txt
 	@touch $@
 
-peers: .venv/.installed-dev .venv-peers/.installed  ## measure comparable libraries on the same work
+peers: .venv/.installed-dev .venv-peers/.installed  ## measure comparable libraries on the same work, some ten minutes
 	.venv-peers/bin/python -m benchmarks.peers $(ARGS)
 
 crash-test: .venv/.installed-dev  ## kill the server CYCLES times (default 200) while clients write

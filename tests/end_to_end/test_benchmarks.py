@@ -241,6 +241,26 @@ def test_a_file_that_cannot_be_compared_with_is_refused_before_anything_is_measu
         assert reason in done.stderr
 
 
+def test_peers_are_measured_alone_in_company_and_with_a_long_history(tmp_path: Path) -> None:
+    """The other libraries are not installed beside ours: those are told of, and do not fail the run."""
+    options = ["--only", "ours", "--only", "langgraph", "--seconds", "0.05", "--rounds", "1", "--history", "20"]
+    command = [sys.executable, "-m", "benchmarks.peers", *options, "--directory", str(tmp_path)]
+    command += ["--json", str(tmp_path / "peers.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=within(120), check=False)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= WIDTH
+    assert "langgraph-checkpoint-sqlite  not installed" in done.stdout
+    ours, langgraph = json.loads((tmp_path / "peers.json").read_text())["libraries"]
+    assert (ours["status"], langgraph["status"]) == ("measured", "not installed: make peers")
+    operations = ("update", "batch", "read", "execute")
+    assert set(ours["works"]) == {
+        *(f"{operation}.{callers}" for operation in operations for callers in (1, 64)),
+        "update.1.after20",
+        "load.after20",
+    }
+    assert {work["ratio_to_ours"] for work in ours["works"].values()} == {1}
+
+
 def test_fewer_rounds_can_be_asked_for() -> None:
     assert FULL.with_rounds(2).rounds == FULL.with_rounds(2).start_rounds == 2
     assert _bench("--rounds", "0").returncode == 2
