@@ -257,7 +257,7 @@ class TestAnAnswer:
         assert alter(path, "UPDATE outcomes SET result = ?", result)
         (problem,) = problems_of(path)
         assert problem == (
-            "session 'main', answer under idempotency key 'once': outcomes.result is not what SetVariable answers"
+            "session 'main', outcome under idempotency key 'once': outcomes.result is not a result of SetVariable"
         )
         with EmbeddedState(path) as state:
             with pytest.raises((DamagedSessionError, IdempotencyConflictError)):
@@ -267,7 +267,7 @@ class TestAnAnswer:
     def test_of_a_session_that_never_was(self, path: Path) -> None:
         assert alter(path, "UPDATE outcomes SET session_id = ?", "nobody")
         (problem,) = problems_of(path)
-        assert problem == "session 'nobody', answer under idempotency key 'once': no session has this id"
+        assert problem == "session 'nobody', outcome under idempotency key 'once': no session has this id"
 
     def test_of_no_command_without_a_hash_at_no_time(self, path: Path) -> None:
         assert alter(path, "UPDATE outcomes SET cause = 'GetVariable', fingerprint = 'x', created_at = ?", LARGE)

@@ -164,7 +164,7 @@ def test_the_view_of_executions_says_what_it_can(poisoned: Path) -> None:
 
 def test_the_check_names_the_row(poisoned: Path) -> None:
     problems = maintenance.check(poisoned).problems
-    assert [str(problem) for problem in problems] == ["commit 6, session 's': the body of an event is no JSON"]
+    assert [str(problem) for problem in problems] == ["commit 6, session 's': the body of an event is not valid JSON"]
 
 
 def test_such_a_session_is_exported_imported_and_then_strict(poisoned: Path, tmp_path: Path) -> None:
