@@ -31,7 +31,7 @@ class CheckReport:
     """The result of a check. `complete` is false if it stopped after `MOST_PROBLEMS`.
 
     `pruned_commits` of the `commits` have lost rows: `pruned_versions` and `pruned_events` in total, according to the
-    markers in the log. `anchored`: whether an anchor file told how many commits there must be.
+    markers in the log. `anchored`: whether there was an anchor file, and so a known last commit.
     """
 
     path: Path
