@@ -279,7 +279,7 @@ class TestAnAnswer:
 @pytest.mark.parametrize("range_", [(0, 3), (5, 4), (2, 1_000_000)])
 def test_an_import_of_commits_that_are_not_there(path: Path, range_: tuple[int, int]) -> None:
     assert alter(path, "UPDATE imports SET first_sequence = ?, last_sequence = ?", *range_)
-    assert any("came with an import" in problem for problem in problems_of(path))
+    assert any("listed in imports, but they do not exist" in problem for problem in problems_of(path))
 
 
 def test_metadata_that_is_no_text_is_shown_as_what_it_is(path: Path) -> None:

@@ -246,7 +246,7 @@ def test_what_is_no_json_is_found_and_breaks_no_question(table: str, column: str
     maintenance.upgrade(path)
     damage(path, table, column, text)
     problems = [str(problem) for problem in maintenance.check(path).problems]
-    assert any("no JSON" in problem and column in problem for problem in problems), problems
+    assert any("not valid JSON" in problem and column in problem for problem in problems), problems
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
         for view in VIEWS:
             connection.execute(f"SELECT * FROM {view}").fetchall()
