@@ -144,7 +144,10 @@ def _clock(wanted: bool) -> Iterator[Callable[[datetime], None]]:
 
 @contextmanager
 def _listing_what_is_loaded() -> Iterator[None]:
-    """While freezegun asks every module for all that it lists: ours list what they would import only then, gRPC too."""
+    """Hide the names that our modules import lazily while freezegun reads every name in every module.
+
+    Reading them would import all of the package, including gRPC.
+    """
     ours = [vars(sys.modules[name]) for name in _LISTS_MORE]
     listings = [names.pop("__dir__", None) for names in ours]
     try:
