@@ -86,10 +86,10 @@ def path(sound: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def prepared() -> Iterator[None]:
-    """The command line is put together once: that takes longer than the questions do."""
+    """Build the command line once: that takes longer than the queries."""
     with pytest.MonkeyPatch.context() as patch:
         command = typer.main.get_command(cli.app)
-        patch.setattr(cli, "_command", lambda _: command)
+        patch.setattr(cli, "_command", lambda _: (command, command))
         yield
 
 
