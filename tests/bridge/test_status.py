@@ -199,7 +199,7 @@ def test_each_edge_has_its_own_text_for_a_hint() -> None:
     assert status.text_of(error).endswith(
         "the same idempotency key (x-dspex-idempotency-key), or read before you repeat it"
     )
-    assert in_commands(error).endswith("look at what is there before you repeat it")
+    assert in_commands(error).endswith("check what was written before you repeat it")
     assert {error.sentence} == {text.partition(";")[0] for text in (str(error), status.text_of(error))}
 
 

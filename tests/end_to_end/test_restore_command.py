@@ -156,5 +156,5 @@ def test_no_output_is_a_file_of_the_database(
 
 def test_a_backup_that_is_not_there_is_asked_for(tmp_path: Path) -> None:
     refused = assert_one_sentence(run("restore", "nope.db", cwd=tmp_path), UNUSABLE)
-    assert "there is no such file; name a copy that `dspex-persist db backup` has made" in refused
+    assert "there is no such file; name a copy made by `dspex-persist db backup`" in refused
     assert list(tmp_path.glob("*.db*")) == []

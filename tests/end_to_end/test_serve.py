@@ -385,8 +385,8 @@ def test_storage_that_fails_in_the_drain_is_one_sentence(start: Start, client_of
     server.send_signal(signal.SIGTERM)
     assert server.wait(DEADLINE_S) == 70
     assert (
-        "error: the storage of sessions.db failed, so the server ended: sessions.db could not be tidied up"
-        in server.stderr_tail
+        "error: the storage of sessions.db failed, so the server ended: the write-ahead log of sessions.db could not "
+        "be moved into the file" in server.stderr_tail
     )
     assert "Traceback" not in server.stderr_tail
     assert client_of(start()).get_value("s", "n") == 1

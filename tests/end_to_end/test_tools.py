@@ -849,7 +849,7 @@ def test_tools_list_says_what_is_wrong_in_a_sentence(
 def test_tools_list_of_a_session_that_is_not_there(server: ServerProcess, tmp_path: Path) -> None:
     failed = tools_list("--target", target_of(server), "--session", "nobody", cwd=tmp_path)
     assert (failed.returncode, failed.stdout) == (1, "")
-    assert failed.stderr == "error: session not found: 'nobody'; it was never begun, or has ended: begin it first\n"
+    assert failed.stderr == "error: session not found: 'nobody'; it never began, or has ended: begin it first\n"
 
 
 def test_tools_that_cannot_be_imported_stop_the_start(tmp_path: Path) -> None:

@@ -607,7 +607,7 @@ def test_what_is_no_condition_says_what_is(text: str) -> None:
 
 
 def test_errors_say_what_to_do_to_users_of_every_kind() -> None:
-    assert str(VersionPrunedError("x", 1)).endswith("its value is gone; its history lists the versions that are left")
+    assert str(VersionPrunedError("x", 1)).endswith("its value is gone; its history lists the remaining versions")
     exists = str(SessionExistsError("s"))
     assert exists.endswith("use another session_id for the new one, or end that session first (cleanup_session)")
 

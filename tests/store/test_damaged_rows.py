@@ -220,7 +220,9 @@ class TestAnExecution:
         assert any("executions." in problem for problem in problems_of(path))
         ask_everything(path, capsys)
         assert cli._run(["audit", "show", execution_id, "--db", str(path)]) == 1
-        assert capsys.readouterr().err.startswith("error: session 'main' cannot be read, what the file says of it is")
+        assert capsys.readouterr().err.startswith(
+            "error: session 'main' cannot be read: its data in the file is damaged"
+        )
         assert cli._run(["audit", "executions", "unfinished", "--db", str(path)]) == 0
         use_everything(path)
 

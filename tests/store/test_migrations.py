@@ -197,7 +197,7 @@ def test_a_failing_upgrade_leaves_the_file_as_it_was(
 ) -> None:
     before, described = dump(released), describe(released)
     plant(tmp_path, monkeypatch, end)
-    with pytest.raises(UpgradeError, match="the file is as it was"):
+    with pytest.raises(UpgradeError, match="the file is unchanged"):
         opening(released)
     (backup,) = tmp_path.glob("released.db.backup-*")
     assert dump(released) == before, "neither a table nor a row is left, and no index is missing"

@@ -292,7 +292,7 @@ class TestAFileThatChangesWhileItIsOpen:
             state.register_variable("s", "x", "integer", 0)
             state.set_variable("s", "x", 7)
             spoil(path.with_name("x.db-wal"))
-            with pytest.raises(FileChangedError, match="brought into the file"):
+            with pytest.raises(FileChangedError, match="moved into the file"):
                 state.set_variable("s", "x", 8)
         assert in_child(program, path) == "7\n"
 

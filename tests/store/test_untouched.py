@@ -204,7 +204,7 @@ def half_made(tmp_path: Path) -> Path:
 
 def test_what_is_half_made_is_told_with_the_way_out_and_that_works(half_made: Path) -> None:
     before = contents(half_made.parent)
-    with pytest.raises(NotADatabaseError, match=r"half made; .*maintenance\.upgrade\(path\) makes it whole"):
+    with pytest.raises(NotADatabaseError, match=r"half made; .*maintenance\.upgrade\(path\) repairs it"):
         maintenance.check(half_made)
     assert contents(half_made.parent) == before
     assert maintenance.upgrade(half_made).found is None

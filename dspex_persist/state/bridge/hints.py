@@ -10,16 +10,16 @@ IN_RPCS: Final[Mapping[str, str]] = {
     Hint.ANOTHER_FILE: "give the server another --db",
     Hint.ANOTHER_SESSION_ID: "use another id for the new one, or end that session first with CleanupSession",
     Hint.ANOTHER_TOOL_NAME: "use another name",
-    Hint.BEGIN_SESSION: "it was never begun, or has ended: begin it first, with InitializeSession",
+    Hint.BEGIN_SESSION: "it never began, or has ended: begin it first, with InitializeSession",
     Hint.CHECK_FILE: (
-        "look at it with `dspex-persist db check`, then start the server again; to let several programs write, have "
+        "check it with `dspex-persist db check`, then start the server again; to let several programs write, have "
         "them all call the server"
     ),
     Hint.CHECK_OR_RESTORE: (
-        "look at the file with `dspex-persist db check`, or restore a backup with `dspex-persist db restore`"
+        "check the file with `dspex-persist db check`, or restore a backup with `dspex-persist db restore`"
     ),
     Hint.CLOSE_FIRST: "use that one, or close it first",
-    Hint.CLOSE_WATCHES: "close some and repeat",
+    Hint.CLOSE_WATCHES: "close some of them and repeat",
     Hint.CONNECT_AFTER_FORK: (
         "start processes with multiprocessing's 'spawn'; those that share a database reach it through the server"
     ),
@@ -27,21 +27,21 @@ IN_RPCS: Final[Mapping[str, str]] = {
     Hint.EXPORT_REVEALED: "export the session with the values of sensitive variables",
     Hint.KEEP_WAL: "everything acknowledged is safe in {path}-wal: keep the two files together",
     Hint.LIST_EXECUTIONS: "ListExecutions lists them",
-    Hint.LIST_VERSIONS: "GetVariableHistory lists the versions that are left",
-    Hint.MAKE_FILE: "`dspex-persist serve` makes one",
-    Hint.MAKE_TABLES: "`dspex-persist db upgrade` makes its tables",
-    Hint.MEND_FILE: "`dspex-persist db upgrade` makes it whole",
-    Hint.NAME_BACKUP: "name a copy that `dspex-persist db backup` has made",
+    Hint.LIST_VERSIONS: "GetVariableHistory lists the remaining versions",
+    Hint.MAKE_FILE: "`dspex-persist serve` creates one",
+    Hint.MAKE_TABLES: "`dspex-persist db upgrade` creates its tables",
+    Hint.MEND_FILE: "`dspex-persist db upgrade` repairs it",
+    Hint.NAME_BACKUP: "name a copy made by `dspex-persist db backup`",
     Hint.NEW_KEY: "a key belongs to one request: use a new one",
-    Hint.OPEN_AGAIN: "all that was acknowledged has been brought into the file: start the server again",
+    Hint.OPEN_AGAIN: "everything acknowledged has been moved into the file: start the server again",
     Hint.PRUNE_ON_SERVER: "have its server prune it: with Prune, or by itself with a retention setting",
     Hint.PUT_BACK_FILE: (
-        "put back the file that it was, with its -wal, or restore a backup with `dspex-persist db restore`, and start "
+        "put the original file back, with its -wal, or restore a backup with `dspex-persist db restore`, and start "
         "the server again; what was written since the last check may be lost"
     ),
     Hint.READ_AGAIN: "read it again and repeat",
-    Hint.READ_ONLY: "to read it all the same, use `dspex-persist audit` or `db check`, which only read",
-    Hint.RECORD_FROM_BACKUP: "record it from a backup that was made before",
+    Hint.READ_ONLY: "to read it anyway, use `dspex-persist audit` or `db check`, which only read",
+    Hint.RECORD_FROM_BACKUP: "record it from an earlier backup",
     Hint.REGISTER_VARIABLES: "register them with RegisterVariable",
     Hint.REPEAT_CALL: "repeat the call",
     Hint.REPEAT_LATER: "repeat later",
@@ -56,7 +56,7 @@ IN_RPCS: Final[Mapping[str, str]] = {
     Hint.RESTORE_OVER: "put a backup in place with dspex-persist db restore BACKUP --db {path}",
     Hint.RESUME_WATCH: f"resume with {AFTER_SEQUENCE}: {{after_sequence}}",
     Hint.RUN_AGAIN: "run it again",
-    Hint.RUNNING_EXECUTION: f"leave {EXECUTION_ID} out, or name one that runs",
+    Hint.RUNNING_EXECUTION: f"leave {EXECUTION_ID} out, or name a running execution",
     Hint.SHARE_BY_SERVER: "stop it, or use another file; several programs share one through a server",
     Hint.UPGRADE_FILE: "`dspex-persist db upgrade` upgrades it",
     Hint.UPGRADE_PACKAGE: "upgrade dspex-persist",

@@ -1,8 +1,8 @@
-"""Everything that can go wrong in the state layer: errors with fields, one leaf for each cause.
+"""The errors of the state layer: one class for each cause.
 
-Each leaf is a dataclass: its fields are its arguments, `sentence` says what is true, and `advice` is what to do next,
-where there is something. `str()` says both in Python's words; `bridge/hints.py` and `cli/hints.py` have the words of
-the others. `bridge/status.py` maps each leaf to a gRPC status code.
+Each leaf is a dataclass whose fields are its arguments. `sentence` says what is wrong, and `advice`, if there is any,
+what to do next. `str()` combines both for Python; `bridge/hints.py` and `cli/hints.py` have the other texts of the
+advice. `bridge/status.py` maps each leaf to a gRPC status code.
 """
 
 from dspex_persist.spelling import printable as printable

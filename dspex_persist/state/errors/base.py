@@ -1,4 +1,4 @@
-"""What all errors of the state layer have: fields, a sentence made of them, and advice as an id."""
+"""The base of all errors of the state layer: fields, a sentence built from them, and advice as an id."""
 
 import string
 from collections.abc import Callable, Mapping
@@ -34,42 +34,45 @@ def _part_of(name: str, spec: str, conversion: str | None) -> _Part:
 
 
 def filled(template: str, error: object) -> str:
-    """A template with an error's fields: `{name!q}` in quotes, `{hint!o:; %}` as "; " and the hint, if there is one."""
+    """Fill a template with an error's fields.
+
+    `{name!q}` puts the field in quotes; `{hint!o:; %}` becomes "; " and the field, or nothing if the field is empty.
+    """
     return "".join([part(error) for part in _parts_of(template)])
 
 
 def names_in(template: str) -> set[str]:
-    """The fields that a template needs."""
+    """Return the names of the fields in a template."""
     return {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
 
 
 class StateError(DspexError):
-    """The root of the state layer's errors. Its leaves are dataclasses: `template` makes their sentence."""
+    """The root of the state layer's errors. The leaves are dataclasses with a `template` for their sentence."""
 
     template: ClassVar[str] = ""
     advice: Hint | None = None
-    """What to do next, where there is something; an error may have other advice than its class."""
+    """What to do next, if there is any advice; an instance may have other advice than its class."""
 
     def __post_init__(self) -> None:
-        """Keep names short: what a caller sent as one may have megabytes, and an error may be kept for long."""
+        """Shorten names: a caller may send megabytes as a name, and errors may be kept for a long time."""
         for name, field in vars(self).items():
             if name != "reason" and isinstance(field, str) and len(field) > _KEPT:
                 setattr(self, name, f"{field[:_KEPT]}...")
-        # Exceptions keep what they were made with a second time.
+        # Exceptions also keep their arguments, which would be the long ones.
         self.args = tuple(vars(self).values())
 
     def advising(self, hint: Hint | None) -> Self:
-        """The same error, with this advice."""
+        """Set the advice and return the error."""
         self.advice = hint
         return self
 
     @property
     def sentence(self) -> str:
-        """What is true, without what to do about it."""
+        """What is wrong, without the advice."""
         return filled(self.template, self)
 
     def in_words(self, words: Mapping[str, str]) -> str:
-        """What is true and what to do, in the words of one edge."""
+        """Return what is wrong and what to do, with the texts of one edge for the hints."""
         if self.advice is None:
             return self.sentence
         return f"{self.sentence}; {filled(words[self.advice], self)}"
@@ -111,7 +114,7 @@ class OpenError(StateError):
     """The database cannot be opened."""
 
     def __post_init__(self) -> None:
-        """Make of paths what can be printed: files may have names that no terminal and no log can write."""
+        """Make paths printable: the names of files may contain characters that terminals and logs cannot show."""
         for name, field in vars(self).items():
             if isinstance(field, str):
                 setattr(self, name, printable(field))

@@ -1,4 +1,4 @@
-"""What can be wrong with the database file, and with opening it."""
+"""Errors of the database file, and of opening it."""
 
 import os
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class FileChangedError(StateError):
 class CheckpointError(StateError):
     """Closing could not move the write-ahead log into the database file."""
 
-    template = "{path} could not be tidied up: {reason}"
+    template = "the write-ahead log of {path} could not be moved into the file: {reason}"
     advice = Hint.KEEP_WAL
     path: str
     reason: str
@@ -62,12 +62,12 @@ class DatabaseInUseError(OpenError):
 
     @property
     def holder(self) -> str:
-        """Who owns it, as far as that is known."""
+        """The owner, as far as it is known."""
         return f"process {self.pid}" if self.pid else "another process"
 
     @property
     def sentence(self) -> str:
-        """As for all errors; this process itself is no stranger."""
+        """As for all errors, with another text if this process itself owns the database."""
         if self.advice is Hint.CLOSE_FIRST:
             return f"{self.path} is open in this process already (process {self.pid})"
         return super().sentence
@@ -99,7 +99,7 @@ class NewerSchemaError(OpenError):
 class UpgradeError(OpenError):
     """A migration failed; the file is unchanged."""
 
-    template = "the upgrade of {path} to {revision} failed, the file is as it was: {reason}"
+    template = "the upgrade of {path} to {revision} failed, the file is unchanged: {reason}"
     path: str
     revision: str
     reason: str

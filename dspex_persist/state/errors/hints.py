@@ -1,4 +1,4 @@
-"""What to do next about an error, as an id. Python, gRPC and the command line each have their own words for it."""
+"""Hints: ids of the advice that errors carry. Python, gRPC and the command line each have a text for every hint."""
 
 from collections.abc import Mapping
 from enum import StrEnum
@@ -6,7 +6,7 @@ from typing import Final
 
 
 class Hint(StrEnum):
-    """The advice that an error may carry. Its facts are the error's fields."""
+    """The advice of an error. Its text may refer to the fields of the error."""
 
     ANOTHER_FILE = "another_file"
     """The file belongs to another program."""
@@ -49,7 +49,7 @@ class Hint(StrEnum):
     REPEAT_WHEN_BACK = "repeat_when_back"
     """The server is shutting down."""
     REPEAT_WITH_KEY = "repeat_with_key"
-    """Nobody knows whether the write was kept."""
+    """The outcome of the write is unknown."""
     RESTORE_BACKUP = "restore_backup"
     """Acknowledged commits are gone."""
     RESTORE_OVER = "restore_over"
@@ -70,16 +70,16 @@ IN_PYTHON: Final[Mapping[str, str]] = {
     Hint.ANOTHER_FILE: "give another path",
     Hint.ANOTHER_SESSION_ID: "use another session_id for the new one, or end that session first (cleanup_session)",
     Hint.ANOTHER_TOOL_NAME: "register it under another name",
-    Hint.BEGIN_SESSION: "it was never begun, or has ended: begin it first, with Context(...) or initialize_session",
+    Hint.BEGIN_SESSION: "it never began, or has ended: begin it first, with Context(...) or initialize_session",
     Hint.CHECK_FILE: (
-        f"look at it with {_MAINTENANCE}.check(path), then open it again; several programs write to one database "
+        f"check it with {_MAINTENANCE}.check(path), then open it again; several programs write to one database "
         "through a server: connect('grpc://HOST:PORT')"
     ),
     Hint.CHECK_OR_RESTORE: (
-        f"look at the file with {_MAINTENANCE}.check(path), or restore a backup with its restore(backup, path)"
+        f"check the file with {_MAINTENANCE}.check(path), or restore a backup with its restore(backup, path)"
     ),
     Hint.CLOSE_FIRST: "use that one, or close() it first",
-    Hint.CLOSE_WATCHES: "close some and repeat",
+    Hint.CLOSE_WATCHES: "close some of them and repeat",
     Hint.CONNECT_AFTER_FORK: (
         "fork before you connect(), or start this process with multiprocessing's 'spawn', and connect() in it; "
         "processes that share a database reach it through a server: connect('grpc://HOST:PORT')"
@@ -88,24 +88,24 @@ IN_PYTHON: Final[Mapping[str, str]] = {
     Hint.EXPORT_REVEALED: "export the session with reveal=True",
     Hint.KEEP_WAL: "everything acknowledged is safe in {path}-wal: keep the two files together",
     Hint.LIST_EXECUTIONS: "an ExecutionQuery lists them",
-    Hint.LIST_VERSIONS: "its history lists the versions that are left",
-    Hint.MAKE_FILE: "connect(path) makes one",
-    Hint.MAKE_TABLES: f"{_MAINTENANCE}.upgrade(path) makes its tables",
-    Hint.MEND_FILE: f"{_MAINTENANCE}.upgrade(path) makes it whole",
-    Hint.NAME_BACKUP: f"name a copy that {_MAINTENANCE}.backup(path, copy) has made",
+    Hint.LIST_VERSIONS: "its history lists the remaining versions",
+    Hint.MAKE_FILE: "connect(path) creates one",
+    Hint.MAKE_TABLES: f"{_MAINTENANCE}.upgrade(path) creates its tables",
+    Hint.MEND_FILE: f"{_MAINTENANCE}.upgrade(path) repairs it",
+    Hint.NAME_BACKUP: f"name a copy made by {_MAINTENANCE}.backup(path, copy)",
     Hint.NEW_KEY: "a key belongs to one request: use a new idempotency_key",
-    Hint.OPEN_AGAIN: "all that was acknowledged has been brought into the file: open it again",
+    Hint.OPEN_AGAIN: "everything acknowledged has been moved into the file: open it again",
     Hint.PRUNE_ON_SERVER: (
         "stop that server to prune it now, or have the server do it: connect('grpc://HOST:PORT').prune(...), or by "
         "itself with the settings retention_keep_versions, retention_age_s, retention_ended_sessions_s"
     ),
     Hint.PUT_BACK_FILE: (
-        f"put back the file that it was, with its -wal, or restore a backup with {_MAINTENANCE}.restore(backup, path), "
+        f"put the original file back, with its -wal, or restore a backup with {_MAINTENANCE}.restore(backup, path), "
         "and open it again; what was written since the last check may be lost"
     ),
     Hint.READ_AGAIN: "read it again and repeat",
-    Hint.READ_ONLY: "dspex_persist.open_audit(path), which only reads, may open it all the same",
-    Hint.RECORD_FROM_BACKUP: "record it from a backup that was made before: open_recording(backup, ...)",
+    Hint.READ_ONLY: "dspex_persist.open_audit(path), which only reads, may still open it",
+    Hint.RECORD_FROM_BACKUP: "record it from an earlier backup: open_recording(backup, ...)",
     Hint.REGISTER_VARIABLES: "register them",
     Hint.REPEAT_CALL: "repeat the call",
     Hint.REPEAT_LATER: "repeat later",
@@ -118,7 +118,7 @@ IN_PYTHON: Final[Mapping[str, str]] = {
     Hint.RESTORE_OVER: f"put a backup in place with {_MAINTENANCE}.restore(backup, path)",
     Hint.RESUME_WATCH: "resume with after_sequence={after_sequence}",
     Hint.RUN_AGAIN: "run it again",
-    Hint.RUNNING_EXECUTION: "call outside it, or in one that runs",
+    Hint.RUNNING_EXECUTION: "call outside of it, or in a running one",
     Hint.SHARE_BY_SERVER: (
         "end that process, or open another file; several programs share one through a server: "
         "dspex_persist.serve(settings), and connect('grpc://HOST:PORT')"
@@ -130,4 +130,4 @@ IN_PYTHON: Final[Mapping[str, str]] = {
         "stop_optimization(..., force=True)"
     ),
 }
-"""What `str(error)` says."""
+"""The texts of hints in Python, as in `str(error)`."""

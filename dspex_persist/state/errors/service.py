@@ -1,4 +1,4 @@
-"""What keeps an engine, or a server, from answering."""
+"""Errors of an engine or a server that cannot answer."""
 
 from dataclasses import dataclass
 

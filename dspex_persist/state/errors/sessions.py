@@ -1,4 +1,4 @@
-"""What can be wrong with sessions, and with what they were recorded to."""
+"""Errors of sessions and recordings."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ class SessionExistsError(StateError):
 class SessionPrunedError(StateError):
     """Old history of the session was pruned, so it cannot be exported. `marker`: the commit that pruned it."""
 
-    template = "session {session_id!q} cannot be recorded: old history of it was pruned, as commit {marker} says"
+    template = "session {session_id!q} cannot be recorded: commit {marker} pruned a part of its history"
     advice = Hint.RECORD_FROM_BACKUP
     session_id: str
     marker: int
@@ -39,7 +39,7 @@ class DamagedSessionError(StateError):
     """The session's data in the file is inconsistent: another program has changed it, or the disk has damaged it."""
 
     template = (
-        "session {session_id!q} cannot be read, what the file says of it is damaged ({reason}); other sessions are not "
+        "session {session_id!q} cannot be read: its data in the file is damaged ({reason}); other sessions are not "
         "affected"
     )
     advice = Hint.CHECK_OR_RESTORE

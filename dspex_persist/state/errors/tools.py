@@ -1,4 +1,4 @@
-"""What can be wrong with tools and their executions."""
+"""Errors of tools and their executions."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ class ToolNotFoundError(StateError):
 class ToolExistsError(StateError):
     """The name belongs to a tool of the server, which a registration cannot replace."""
 
-    template = "tool {name!q} already exists: the server itself has one of this name"
+    template = "tool {name!q} already exists: the server has a tool of this name"
     advice = Hint.ANOTHER_TOOL_NAME
     name: str
 
@@ -59,7 +59,7 @@ class ExecutionNotFoundError(StateError):
 class ExecutionEndedError(StateError):
     """The execution has ended: its code can no longer read or write."""
 
-    template = "execution {execution_id} has ended ({status}): nothing that its code still does is kept"
+    template = "execution {execution_id} has ended ({status}): its code can no longer read or write"
     execution_id: str
     status: str
 
@@ -80,7 +80,7 @@ class ExecutionConflictError(StateError):
 class ToolFailedError(StateError):
     """The tool failed; nothing was written.
 
-    `kind`: the type of what its code raised, where that is known.
+    `kind` is the type of the exception that its code raised, if that is known.
     """
 
     template = "{reason}"

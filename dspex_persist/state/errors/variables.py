@@ -1,4 +1,4 @@
-"""What can be wrong with variables, their values and versions."""
+"""Errors of variables, their values and their versions."""
 
 from dataclasses import dataclass
 
@@ -137,7 +137,7 @@ class TooManyWatchersError(StateError):
 class WatchStalledError(StateError):
     """A watcher did not take its updates in time."""
 
-    template = "the watcher took no update for {stall_timeout_s:g} s"
+    template = "the watcher read no update for {stall_timeout_s:g} s"
     advice = Hint.RESUME_WATCH
     retryable = True
     after_sequence: int
