@@ -113,7 +113,7 @@ def guard_signals(*numbers: signal.Signals) -> None:
     """Reset these signals to their default action in children.
 
     An event loop's wake-up descriptor is shared with the child: a signal that the child writes there would reach the
-    parent. So the signals are blocked during the fork, until the child has closed the descriptor.
+    parent. So the signals are blocked during the fork, until the child no longer uses the descriptor.
     """
     global _guarded
     _guarded = numbers

@@ -161,7 +161,7 @@ def test_agrees_with_a_search_through_all_orders() -> None:
     good = 0
     for number in range(3000):
         history = draw(random)
-        wanted = is_serializable(history)
-        assert (check(history) == []) == wanted, (number, history, check(history))
-        good += wanted
+        serializable = is_serializable(history)
+        assert (check(history) == []) == serializable, (number, history, check(history))
+        good += serializable
     assert 500 < good < 2700

@@ -175,16 +175,16 @@ class Checker:
                 yield f"come back: {self._by_token[token]} was missing before"
 
     def _check_write(self, write: Write, rows: list[Row]) -> Iterator[str]:
-        found = {row.variable_id: row.version for row in rows}
+        versions = {row.variable_id: row.version for row in rows}
         if len({row.sequence for row in rows}) > 1:
-            twice = len(found) < len(rows)
+            twice = len(versions) < len(rows)
             yield f"{'written twice' if twice else 'half batch'}: {write} is in the file as {rows}"
         elif write.status == "refused" and rows:
             # If a repetition is refused because of a version that its first attempt made, it ran twice.
             yield f"{'written twice' if write.key else 'refused, but written'}: {write} is in the file as {rows}"
-        elif write.status == "ok" and found != write.versions:
+        elif write.status == "ok" and versions != write.versions:
             yield f"lost: {write} was acknowledged, the file has {rows}"
-        elif rows and write.targets and set(found) != set(write.targets):
+        elif rows and write.targets and set(versions) != set(write.targets):
             yield f"half batch: {write} is in the file as {rows}"
         for row in rows:
             if row.value != (write.value or str(row.version)):

@@ -79,7 +79,7 @@ def always(bugs: Iterable[str], *chosen: str) -> list[Any]:
 
 
 def test_every_bug_has_its_proof() -> None:
-    found = (
+    proofs = (
         FOUND_BY_KILLS,
         FOUND_BY_POWER_CUTS,
         FOUND_BY_FUZZ,
@@ -89,7 +89,7 @@ def test_every_bug_has_its_proof() -> None:
         FOUND_BY_HISTORIES,
         FOUND_BY_EXECUTIONS,
     )
-    assert {bug for bugs in found for bug in bugs} == set(BUGS)
+    assert {bug for bugs in proofs for bug in bugs} == set(BUGS)
 
 
 @pytest.mark.slow
@@ -99,8 +99,8 @@ def test_every_bug_has_its_proof() -> None:
 def test_the_crash_test_finds(bug: str, tmp_path: Path) -> None:
     report = asyncio.run(CrashTest(tmp_path, seed=1, planted=bug).run(cycles=20))
     found = {problem.partition(":")[0] for problem in report.problems}
-    wanted = FOUND_BY_KILLS[bug]
-    assert found & ({wanted} if isinstance(wanted, str) else {*wanted}), report
+    expected = FOUND_BY_KILLS[bug]
+    assert found & ({expected} if isinstance(expected, str) else {*expected}), report
 
 
 @pytest.mark.slow

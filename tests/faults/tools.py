@@ -85,11 +85,11 @@ def _append(ctx: ToolContext, operations: list[str], pause_s: float) -> list[str
     seen: list[str] = []
     for operation in operations:
         name, _, element = operation.partition("+")
-        found = str(ctx[name])
-        seen.append(found)
+        elements = str(ctx[name])
+        seen.append(elements)
         time.sleep(pause_s)
         if element:
-            ctx[name] = f"{found},{element}" if found else element
+            ctx[name] = f"{elements},{element}" if elements else element
     return seen
 
 

@@ -31,7 +31,7 @@ class Attempt:
         rpc: How the command is sent.
         command: The command.
         headers: Returns the headers of a command.
-        timeout_s: How long one request may take. A list that comes in several answers has it for each of them.
+        timeout_s: How long a request may take, repetitions included. A list in several answers has it for each.
         lost_s: How long to repeat the command after the connection was lost.
         target: The server, for errors.
         repeatable: Whether the command has an idempotency key.

@@ -125,37 +125,42 @@ class _Source:
             encode, decode = self._field(hint, wire, f"record[{index}]")
             yield f"{wire.name}={encode}", decode
 
-    def _field(self, hint: Any, wire: FieldDescriptor, given: str) -> _Part:
-        found = f"message.{wire.name}"
+    def _field(self, hint: Any, wire: FieldDescriptor, record_field: str) -> _Part:
+        message_field = f"message.{wire.name}"
         hint, optional = _kind_of(hint)
         if wire.enum_type is not None:
             numbers, members = self._enumeration(hint, wire.enum_type)
-            return f"{numbers}[{given}]", f"{members}[{found}]" + (f" if {found} else None" if optional else "")
+            return f"{numbers}[{record_field}]", f"{members}[{message_field}]" + (
+                f" if {message_field} else None" if optional else ""
+            )
         if _is_several(hint):
-            return self._several(hint, wire, given, found)
+            return self._several(hint, wire, record_field, message_field)
         if get_origin(hint) is Mapping and wire.message_type is not None:
-            return self._mapping(hint, wire, given, found)
+            return self._mapping(hint, wire, record_field, message_field)
         encode, decode = self._single(hint, wire)
         if not optional:
-            return _call(encode, given), _call(decode, found)
-        absent = f"None if {given} is None else " if encode else ""
-        return f"{absent}{_call(encode, given)}", f'{_call(decode, found)} if message.HasField("{wire.name}") else None'
+            return _call(encode, record_field), _call(decode, message_field)
+        absent = f"None if {record_field} is None else " if encode else ""
+        return (
+            f"{absent}{_call(encode, record_field)}",
+            f'{_call(decode, message_field)} if message.HasField("{wire.name}") else None',
+        )
 
-    def _several(self, hint: Any, wire: FieldDescriptor, given: str, found: str) -> _Part:
+    def _several(self, hint: Any, wire: FieldDescriptor, record_field: str, message_field: str) -> _Part:
         encode, decode = self._single(_kind_of(get_args(hint)[0])[0], wire)
         if not encode:
-            return given, f"(*{found},)"
-        return f"[*map({encode}, {given})]", f"(*map({decode}, {found}),)"
+            return record_field, f"(*{message_field},)"
+        return f"[*map({encode}, {record_field})]", f"(*map({decode}, {message_field}),)"
 
-    def _mapping(self, hint: Any, wire: Any, given: str, found: str) -> _Part:
+    def _mapping(self, hint: Any, wire: Any, record_field: str, message_field: str) -> _Part:
         encode, decode = self._single(get_args(hint)[1], wire.message_type.fields_by_name["value"])
         if not encode:
-            return given, f"dict({found})"
+            return record_field, f"dict({message_field})"
         entries = "{{key: {}(each) for key, each in {}.items()}}".format
-        return entries(encode, given), entries(decode, found)
+        return entries(encode, record_field), entries(decode, message_field)
 
     def _single(self, hint: Any, wire: FieldDescriptor) -> _Part:
-        """The names of the functions for one value; "" where it stays what it is."""
+        """The names of the functions that convert one value; "" if it needs no conversion."""
         if hint in _PLAIN:
             return "", ""
         if hint is datetime:

@@ -67,7 +67,7 @@ class Overlay:
         # A weak reference, and no bound method: a reference cycle would keep the request and the session in memory
         # until the next garbage collection.
         backing = weakref.proxy(self)
-        self._drafts = Drafts(backing, lambda wanted: backing.load(wanted))
+        self._drafts = Drafts(backing, lambda session_id: backing.load(session_id))
         self.unit = UnitOfWork(
             self._drafts, origin, clock.now(), 0, begun.limits, optimization_lease_s=begun.optimization_lease_s
         )

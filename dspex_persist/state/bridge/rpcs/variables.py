@@ -161,10 +161,10 @@ def _history_response(history: list[VariableVersion], call: Call) -> Message:
 
 
 def _rest_of_history(
-    command: commands.GetVariableHistory, taken: list[VariableVersion], trailer: Trailer
+    command: commands.GetVariableHistory, received: list[VariableVersion], trailer: Trailer
 ) -> commands.GetVariableHistory | None:
     """The command for the versions that the server left out because of their size; None if there is nothing left."""
-    below, left = trailer(BEFORE_VERSION), (command.limit or DEFAULT_HISTORY) - len(taken)
+    below, left = trailer(BEFORE_VERSION), (command.limit or DEFAULT_HISTORY) - len(received)
     return None if below is None or left <= 0 else replace(command, limit=left, before=int(below))
 
 
