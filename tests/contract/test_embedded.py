@@ -229,7 +229,7 @@ def pulled_versions(watch: Watch) -> list[int]:
     return versions
 
 
-class TestWhileWatchersAndTheWriterMeet:
+class TestRacesOfWatchesAndTheWriter:
     """Moments that a test with many threads would hit once in a million times, enforced."""
 
     @pytest.fixture

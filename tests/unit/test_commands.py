@@ -408,7 +408,7 @@ class TestSetVariables:
         assert 0 < len(hints) < 20
 
 
-class TestNamesThatWerePerhapsMeant:
+class TestSuggestions:
     @pytest.mark.parametrize("count", [3, 20, 1_000])
     def test_is_found(self, count: int) -> None:
         names = ["temperature", *(f"other {number}" for number in range(count))]

@@ -764,7 +764,7 @@ def test_listing_with_many_patterns_depends_on_everything(
     assert [each.name for each in finished.conflicts] == conflicts
 
 
-class TestHowMuch:
+class TestLimits:
     """The staged writes of an execution are one commit at its end, for which all others wait."""
 
     def running(self, **limits: int) -> Running:

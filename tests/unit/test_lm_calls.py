@@ -104,47 +104,47 @@ def outputs(call: Mapping[str, Any]) -> Any:
     return call["response"]["outputs"]
 
 
-def asked_with(lm: Any) -> None:
+def ask_with(lm: Any) -> None:
     lm("hello")
 
 
-def asked_in_context(lm: Any) -> None:
+def ask_in_context(lm: Any) -> None:
     with dspy.context(lm=lm):
         ask("hello")
 
 
-def asked_by_module(lm: Any) -> None:
+def ask_by_module(lm: Any) -> None:
     module = dspy.Predict("question -> answer")
     module.set_lm(lm)
     module(question="hello")
 
 
-def asked_by_keyword(lm: Any) -> None:
+def ask_by_keyword(lm: Any) -> None:
     dspy.Predict("question -> answer")(question="hello", lm=lm)
 
 
-def asked_in_threads(lm: Any) -> None:
+def ask_in_threads(lm: Any) -> None:
     with dspy.context(lm=lm):
         dspy.Parallel(num_threads=2, disable_progress_bar=True)(
             [(dspy.Predict("question -> answer"), {"question": "a"})]
         )
 
 
-def asked_async(lm: Any) -> None:
+def ask_async(lm: Any) -> None:
     asyncio.run(lm.acall("hello"))
 
 
-def asked_async_by_module(lm: Any) -> None:
+def ask_async_by_module(lm: Any) -> None:
     with dspy.context(lm=lm):
         asyncio.run(dspy.Predict("question -> answer").acall(question="hello"))
 
 
-def asked_through_asyncify(lm: Any) -> None:
+def ask_through_asyncify(lm: Any) -> None:
     with dspy.context(lm=lm):
         asyncio.run(dspy.asyncify(dspy.Predict("question -> answer"))(question="hello"))
 
 
-def asked_in_raw_thread(lm: Any) -> None:
+def ask_in_raw_thread(lm: Any) -> None:
     thread = threading.Thread(target=lm, args=("hello",))
     thread.start()
     thread.join()
@@ -157,16 +157,16 @@ class Asking(threading.Thread):
 
     def run(self) -> None:
         # One that starts another one.
-        asked_in_raw_thread(self.lm)
+        ask_in_raw_thread(self.lm)
 
 
-def asked_in_thread_of_a_thread(lm: Any) -> None:
+def ask_in_thread_of_a_thread(lm: Any) -> None:
     asking = Asking(lm)
     asking.start()
     asking.join()
 
 
-def asked_in_pool(lm: Any) -> None:
+def ask_in_pool(lm: Any) -> None:
     with ThreadPoolExecutor(1) as pool:
         pool.submit(lm, "hello").result()
 
@@ -174,29 +174,29 @@ def asked_in_pool(lm: Any) -> None:
 SHARED = ThreadPoolExecutor(1)
 
 
-def asked_in_shared_pool(lm: Any) -> None:
+def ask_in_shared_pool(lm: Any) -> None:
     list(SHARED.map(lm, ["hello"]))
 
 
-def asked_in_thread_pool(lm: Any) -> None:
+def ask_in_thread_pool(lm: Any) -> None:
     with ThreadPool(1) as pool:
         pool.apply(lm, ("hello",))
 
 
-def asked_in_executor(lm: Any) -> None:
+def ask_in_executor(lm: Any) -> None:
     async def run() -> None:
         await asyncio.get_running_loop().run_in_executor(None, lm, "hello")
 
     asyncio.run(run())
 
 
-def asked_in_thread_of_dspy_in_raw_thread(lm: Any) -> None:
-    thread = threading.Thread(target=asked_in_threads, args=(lm,))
+def ask_in_thread_of_dspy_in_raw_thread(lm: Any) -> None:
+    thread = threading.Thread(target=ask_in_threads, args=(lm,))
     thread.start()
     thread.join()
 
 
-def asked_on_loop_of_another_thread(lm: Any) -> None:
+def ask_on_loop_of_another_thread(lm: Any) -> None:
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -207,22 +207,22 @@ def asked_on_loop_of_another_thread(lm: Any) -> None:
 
 
 WAYS = (
-    asked_in_raw_thread,
-    asked_in_thread_of_a_thread,
-    asked_in_pool,
-    asked_in_shared_pool,
-    asked_in_thread_pool,
-    asked_in_executor,
-    asked_in_thread_of_dspy_in_raw_thread,
-    asked_on_loop_of_another_thread,
-    asked_with,
-    asked_in_context,
-    asked_by_module,
-    asked_by_keyword,
-    asked_in_threads,
-    asked_async,
-    asked_async_by_module,
-    asked_through_asyncify,
+    ask_in_raw_thread,
+    ask_in_thread_of_a_thread,
+    ask_in_pool,
+    ask_in_shared_pool,
+    ask_in_thread_pool,
+    ask_in_executor,
+    ask_in_thread_of_dspy_in_raw_thread,
+    ask_on_loop_of_another_thread,
+    ask_with,
+    ask_in_context,
+    ask_by_module,
+    ask_by_keyword,
+    ask_in_threads,
+    ask_async,
+    ask_async_by_module,
+    ask_through_asyncify,
 )
 
 
@@ -253,9 +253,9 @@ def test_a_pool_that_programs_share_keeps_their_calls_apart() -> None:
 
 
 def test_nothing_is_seen_outside() -> None:
-    recorded(lambda: asked_with(dummy("a")))
+    recorded(lambda: ask_with(dummy("a")))
     _, calls = recorded(lambda: None)
-    asked_with(dummy("b"))
+    ask_with(dummy("b"))
     assert calls == []
 
 
@@ -343,7 +343,7 @@ def test_which_calls_come_from_other_threads_and_tasks() -> None:
     def program() -> None:
         lm = dummy(*"abc")
         lm("one")
-        asked_in_threads(lm)
+        ask_in_threads(lm)
 
     assert [call["concurrent"] for call in recorded(program)[1]] == [False, True]
 

@@ -257,7 +257,7 @@ def _shown(default: object) -> str:
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
-class TestToolsOfAFileThatOnlyLiesThere:
+class TestToolsOfAnUntrustedFile:
     """Tools are code: a user who can write to a folder must not get code run by another who starts a server there."""
 
     @pytest.fixture(autouse=True)
