@@ -15,7 +15,7 @@ from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.errors import FileChangedError, Hint
 from dspex_persist.state.store import log_reader
 from dspex_persist.state.store.anchor import Head
-from dspex_persist.state.store.engine import WAL_LIMIT_BYTES, Identity, identity_of
+from dspex_persist.state.store.engine import WAL_LIMIT_BYTES, Identity, driver_of, identity_of
 
 _logger: Final = get_logger(__name__)
 
@@ -135,4 +135,4 @@ class FileGuard:
 
 def data_version(connection: Connection) -> int:
     """Return a number that changes when another connection writes."""
-    return int(connection.connection.cursor().execute("PRAGMA data_version").fetchone()[0])
+    return int(driver_of(connection).execute("PRAGMA data_version").fetchone()[0])

@@ -36,6 +36,7 @@ from dspex_persist.state.store import blobs, outcomes, pruned
 from dspex_persist.state.store import executions as stored_executions
 from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.chain import commit_text, event_text, link, version_text
+from dspex_persist.state.store.engine import driver_of
 from dspex_persist.state.store.schema import (
     commits,
     dependencies,
@@ -79,6 +80,7 @@ class LogWriter:
 
     def __init__(self, connection: Connection, head: Head, keys: "Keys") -> None:
         self._connection = connection
+        self._driver = driver_of(connection)
         self._keys = keys
         self._hash = head.hash
         self._sequence = head.sequence
@@ -124,19 +126,19 @@ class LogWriter:
 
     def flush(self) -> None:
         """Write the rows of the added units."""
-        execute = self._connection.exec_driver_sql
+        write = self._driver.executemany
         if self._commits:
-            execute(_INSERT_COMMITS, self._commits)
+            write(_INSERT_COMMITS, self._commits)
         if self._versions:
-            execute(_INSERT_VERSIONS, self._versions)
+            write(_INSERT_VERSIONS, self._versions)
         if self._events:
-            execute(_INSERT_EVENTS, self._events)
+            write(_INSERT_EVENTS, self._events)
         if self._begun:
-            execute(_INSERT_EXECUTION, self._begun)
+            write(_INSERT_EXECUTION, self._begun)
         if self._ended:
-            execute(_END_EXECUTION, self._ended)
+            write(_END_EXECUTION, self._ended)
         if self._merged:
-            execute(
+            write(
                 "UPDATE variables SET metadata = ? WHERE variable_key = ?",
                 [(text, key) for key, text in self._merged.items()],
             )
@@ -192,7 +194,7 @@ class LogWriter:
         new = {event.variable_id for event in unit.events if isinstance(event, VariableRegistered)}
         keys = [(unit.sequence, state.keys[variable_id]) for variable_id in self._gone - new]
         if keys:
-            self._connection.exec_driver_sql(_FREE_NAME, keys)
+            self._driver.executemany(_FREE_NAME, keys)
 
     def _delete(self, state: SessionState, version: VariableVersion) -> None:
         execute = self._connection.execute
@@ -224,7 +226,7 @@ class LogWriter:
         lease = state.lease
         expires_at = to_micros(lease.expires_at) if lease is not None else None
         facts = (event.session_id, to_micros(unit.now), unit.sequence, None, event.ttl_s, expires_at)
-        self._connection.exec_driver_sql(_INSERT_SESSION, (state.key, *facts, metadata_text(event.metadata)))
+        self._driver.execute(_INSERT_SESSION, (state.key, *facts, metadata_text(event.metadata)))
         return replace(event, session_key=state.key)
 
     def _update_session(self, unit: UnitOfWork, state: SessionState, event: SessionUpdated) -> None:
@@ -241,7 +243,7 @@ class LogWriter:
 
     def _end_session(self, unit: UnitOfWork, state: SessionState, event: SessionEnded) -> None:
         outcomes.forget_session(self._connection, event.session_id)
-        self._connection.exec_driver_sql(_END_SESSION, (unit.sequence, state.key))
+        self._driver.execute(_END_SESSION, (unit.sequence, state.key))
 
     def _register_variable(self, unit: UnitOfWork, state: SessionState, event: VariableRegistered) -> Event:
         key = self._keys.new_variable()
@@ -249,7 +251,7 @@ class LogWriter:
         # A variable that the same unit deletes again is never live, so its name stays free.
         deleted = unit.sequence if event.variable_id in self._gone else None
         facts = (event.variable_id, event.name, event.type, event.constraints)
-        self._connection.exec_driver_sql(_INSERT_VARIABLE, (key, state.key, *facts, "{}", None, deleted))
+        self._driver.execute(_INSERT_VARIABLE, (key, state.key, *facts, "{}", None, deleted))
         return replace(event, variable_key=key)
 
     def _add_dependency(self, unit: UnitOfWork, state: SessionState, event: DependencyAdded) -> None:
@@ -280,7 +282,7 @@ class LogWriter:
             )
             for tool in event.tools
         ]
-        self._connection.exec_driver_sql(_REPLACE_TOOL, rows)
+        self._driver.executemany(_REPLACE_TOOL, rows)
 
     def _begin_execution(self, unit: UnitOfWork, state: SessionState, event: ExecutionBegan) -> None:
         row = (
