@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from dspex_persist.errors import DspexError
 from dspex_persist.infra import forks, streams
+from dspex_persist.infra.interrupts import interrupts
 from dspex_persist.infra.listen import ListenError, is_loopback, parse_listen, prepare, settled
 from dspex_persist.infra.logs import configure_logs, get_logger, quiet_grpc
 from dspex_persist.settings import Settings, SettingsError
@@ -551,6 +552,7 @@ class _End:
         """Handle SIGTERM and SIGINT from now on."""
         for number in _SIGNALS:
             self._loop.add_signal_handler(number, self._on_signal, number)
+        interrupts.give_to_loop()
 
     def _on_signal(self, number: signal.Signals) -> None:
         for each in _SIGNALS:

@@ -1,11 +1,12 @@
-"""Callbacks from the writer's thread into an event loop, with one wake-up for a whole group."""
+"""Callbacks from other threads into an event loop, with one wake-up for all that come at about the same time."""
 
 import asyncio
 import contextlib
+import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from typing import Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 R = TypeVar("R")
 
@@ -68,12 +69,24 @@ class LoopMailbox:
             # Later, so that whatever these callbacks have woken, and new work, runs first.
             self._loop.call_soon(self._run_slice)
 
+    def call_soon(self, callback: Callable[[], object]) -> None:
+        """Run `callback` in the loop's next iteration; call this on the loop's thread."""
+        self._loop.call_soon(callback)
+
+    def new_waiter(self) -> "asyncio.Future[None]":
+        """Return a future of the loop."""
+        return self._loop.create_future()
+
+    def reply(self, future: Future[R]) -> "Reply[R]":
+        """Return a reply that ends as `future` does."""
+        return _Following(self, future)
+
     async def result(self, future: Future[R]) -> R:
         """Wait for `future` and return its result. Cancelling the wait cancels the future, unless it is running."""
         try:
             if future.done():
                 return future.result()
-            waiter: asyncio.Future[None] = self._loop.create_future()
+            waiter = self.new_waiter()
 
             def wake() -> None:
                 if not waiter.done():
@@ -89,6 +102,101 @@ class LoopMailbox:
         finally:
             # The future refers to its error, whose traceback refers to this frame: this breaks the cycle.
             del future
+
+
+class Reply(Generic[R]):
+    """A future that any thread settles and one coroutine of the mailbox's loop awaits.
+
+    It has the methods of `concurrent.futures.Future`, and costs a tenth, because no thread can wait for it. Cancelling
+    the task that awaits it cancels it, unless `begin` was called before. All methods except `begin` and `settle` must
+    be called on the loop's thread.
+    """
+
+    __slots__ = ("_callbacks", "_cancelled", "_claim", "_done", "_error", "_mailbox", "_result", "_waiter")
+
+    def __init__(self, mailbox: LoopMailbox) -> None:
+        self._mailbox = mailbox
+        # Acquired once: by `begin` or by `cancel`, whichever comes first.
+        self._claim = threading.Lock()
+        self._waiter: asyncio.Future[None] | None = None
+        self._callbacks: list[Callable[[Reply[R]], object]] = []
+        self._result: R | None = None
+        self._error: BaseException | None = None
+        self._done = self._cancelled = False
+
+    def begin(self) -> bool:
+        """Mark it as running, from any thread. Returns False if it was cancelled."""
+        return self._claim.acquire(blocking=False)
+
+    def settle(self, result: Any, error: BaseException | None) -> None:
+        """Deliver the result or the error on the loop; from any thread, after `begin`."""
+        self._result, self._error = result, error
+        self._mailbox.post(self._deliver)
+
+    def settle_here(self, result: Any, error: BaseException | None) -> None:
+        """Deliver the result or the error at once, on the loop's thread, without `begin`."""
+        self._claim.acquire(blocking=False)
+        self._result, self._error = result, error
+        self._deliver()
+
+    def _deliver(self) -> None:
+        self._done = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback(self)
+
+    def cancel(self) -> bool:
+        """Cancel it unless it is running. Returns whether it is cancelled."""
+        if not self._cancelled and self._claim.acquire(blocking=False):
+            self._cancelled = True
+            self._deliver()
+        return self._cancelled
+
+    def cancelled(self) -> bool:
+        """Whether it was cancelled."""
+        return self._cancelled
+
+    def done(self) -> bool:
+        """Whether it has a result or an error, or was cancelled."""
+        return self._done
+
+    def exception(self) -> BaseException | None:
+        """The error, if it ended with one."""
+        return self._error
+
+    def result(self) -> R:
+        """Return the result, or raise the error; `asyncio.CancelledError` if it was cancelled."""
+        try:
+            if self._cancelled:
+                raise asyncio.CancelledError
+            if self._error is not None:
+                raise self._error
+            return self._result  # type: ignore[return-value]
+        finally:
+            # Breaks a reference cycle: the error's traceback refers to this frame.
+            del self
+
+    def add_done_callback(self, callback: Callable[["Reply[R]"], object]) -> None:
+        """Call `callback` with it on the loop once it is done, or at once if it is done."""
+        if self._done:
+            callback(self)
+        else:
+            self._callbacks.append(callback)
+
+    def __await__(self) -> Generator[Any, None, R]:
+        try:
+            if not self._done:
+                self._waiter = self._mailbox.new_waiter()
+                try:
+                    yield from self._waiter
+                except asyncio.CancelledError:
+                    self.cancel()
+                    raise
+            return self.result()
+        finally:
+            del self
 
 
 class _Waker:
@@ -111,3 +219,35 @@ class _Waker:
         # Before the callback reads anything: later changes need another run.
         self._waits = False
         self._callback()
+
+
+class _Following(Reply[R]):
+    """A reply that ends as a future does. Cancelling it cancels the future."""
+
+    __slots__ = ("_future",)
+
+    def __init__(self, mailbox: LoopMailbox, future: Future[R]) -> None:
+        super().__init__(mailbox)
+        self._future = future
+        if future.done():
+            self._take()
+        else:
+            future.add_done_callback(lambda _: mailbox.post(self._take))
+
+    def _take(self) -> None:
+        future = self._future
+        if future.cancelled():
+            self._cancelled = True
+        else:
+            self._error = future.exception()
+            self._result = None if self._error is not None else future.result()
+        self._deliver()
+
+    def cancel(self) -> bool:
+        """See `Reply`."""
+        self._future.cancel()
+        return self._future.cancelled()
+
+    def cancelled(self) -> bool:
+        """See `Reply`. True as soon as the future is cancelled."""
+        return self._future.cancelled()

@@ -1,4 +1,4 @@
-"""Rebuild the state of a session from its commits."""
+"""The state of a session, built again from its commits."""
 
 from collections.abc import Iterable
 from typing import Final
@@ -10,42 +10,42 @@ from dspex_persist.state.recording import RecordedCommit, RecordedVersion, in_or
 from dspex_persist.state.session_state import SessionState
 
 MASKED: Final = Value("null")
-"""Stands for a value that is masked in the recording."""
+"""What stands for a value that was kept out of the recording."""
 
 
 class Rebuilt:
-    """A session rebuilt commit by commit. `state` is None before the session begins and after it has ended."""
+    """A session that grows commit by commit. `state` is None before it begins and after it has ended."""
 
     def __init__(self) -> None:
         self.number = 0
         self.state: SessionState | None = None
         self.masked: set[str] = set()
-        """The ids of the variables whose value is masked."""
+        """The variables whose value is not known, by id."""
         self._versions: dict[str, list[VariableVersion]] = {}
         self._ids: dict[str, str] = {}
         self._registered: dict[str, VariableRegistered] = {}
 
     def apply(self, commit: RecordedCommit) -> None:
-        """Apply a commit, which must be the next one."""
+        """Take a commit in; it has to be the next one."""
         self.number = commit.number
         if self.state is not None:
             self.state.sequence = commit.number
         for event, version in in_order(commit):
             if event is not None:
-                self._apply_event(commit, event)
+                self._take_event(commit, event)
             if version is not None:
-                self._apply_version(commit, version)
+                self._take_version(commit, version)
 
-    def _apply_event(self, commit: RecordedCommit, event: Event) -> None:
+    def _take_event(self, commit: RecordedCommit, event: Event) -> None:
         if isinstance(event, VariableRegistered):
             self._registered[event.variable_id] = event
-        # The list of undo steps is dropped: nothing is undone here.
+        # Nothing is taken back here, and its TTL is over since long.
         self.state = fold(self.state, event, Moment(commit.number, commit.at), [])
 
-    def _apply_version(self, commit: RecordedCommit, recorded: RecordedVersion) -> None:
+    def _take_version(self, commit: RecordedCommit, recorded: RecordedVersion) -> None:
         registered = self._registered.get(recorded.variable_id)
         if registered is None or self.state is None:
-            # The log is inconsistent, which `replay_state` reports.
+            # The log contradicts itself: a replay of the state tells where.
             return
         version = self._remember(commit, recorded, registered.type)
         if version.value is None and version.kind is not ChangeKind.DELETED:
@@ -72,10 +72,7 @@ class Rebuilt:
         return entry
 
     def history(self, identifier: str, until: int) -> list[VariableVersion] | None:
-        """Return the versions up to commit `until`, oldest first; None if there are none.
-
-        `identifier` is the id of a variable, or a name, which means the newest variable that had it.
-        """
+        """The versions up to commit `until` of a variable, or of the newest one that had its name; oldest first."""
         variable_id = identifier if identifier in self._versions else self._ids.get(identifier)
         if variable_id is None:
             return None
@@ -83,7 +80,7 @@ class Rebuilt:
 
 
 class Past:
-    """Walks through a recording, and keeps copies of the state as of the commits in `wanted`."""
+    """A recording as it is walked through: copies of the state at the commits that are asked for ahead."""
 
     def __init__(self, commits: Iterable[RecordedCommit], wanted: Iterable[int]) -> None:
         self.rebuilt = Rebuilt()
@@ -91,8 +88,9 @@ class Past:
         self._wanted = set(wanted)
         self._kept: dict[int, tuple[SessionState, frozenset[str]]] = {}
 
-    def state_after(self, number: int) -> tuple[SessionState, frozenset[str]]:
-        """Return a copy of the state after one of the `wanted` commits, and the ids of its masked variables."""
+    def take(self, number: int) -> tuple[SessionState, frozenset[str]]:
+        """The state right after a commit that is wanted, for the caller alone, and the ids of the variables whose
+        values are not known in it."""
         while self.rebuilt.number < number:
             self._advance()
         state, masked = self._kept[number]
@@ -105,6 +103,6 @@ class Past:
             self._kept[number] = (state.copy(), frozenset(self.rebuilt.masked))
 
     def forget(self, number: int) -> None:
-        """Drop the states before a commit, which are no longer needed."""
-        for outdated in [kept for kept in self._kept if kept < number]:
-            del self._kept[outdated]
+        """Let go of the states before a commit: nobody is going to ask for them."""
+        for kept in [kept for kept in self._kept if kept < number]:
+            del self._kept[kept]

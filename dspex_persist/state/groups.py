@@ -28,7 +28,7 @@ from dspex_persist.state.errors import (
     StorageError,
 )
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.log_store import LogStore, UnwritableError, affected
+from dspex_persist.state.log_store import LogStore, UnwritableError, WouldWaitError, affected
 from dspex_persist.state.model import CommitChanges, EventKind, JournalEntry, Origin, VariableVersion
 from dspex_persist.state.options import SessionOptions
 from dspex_persist.state.session_state import SessionState
@@ -121,22 +121,27 @@ class Groups(Generic[S_co]):
 
     # Writing
 
-    def write_group(self, jobs: Sequence[Job]) -> list[Outcome]:
+    def write_group(self, jobs: Sequence[Job], *, wait: bool = True) -> list[Outcome]:
         """Run the jobs in order and append their units of work to the log as one atomic group.
 
         A job that fails its checks, or whose unit cannot be stored, fails alone. A storage error fails all of them and
         changes nothing.
 
+        Args:
+            jobs: The commands, each with its origin.
+            wait: Whether it may wait for another program. If not, it raises `WouldWaitError` instead.
+
         Returns:
             One outcome for each job, in the same order.
 
         Raises:
+            WouldWaitError: It would have had to wait; nothing was run.
             OutcomeUnknownError: It is unknown whether the group was written. Abandon the store.
             FileChangedError: Something else changed the log. Abandon the store.
         """
         drafts, at = Drafts(self), GroupMoment.after(self._last_at)
         try:
-            with self.log.group():
+            with self.log.group(wait=wait):
                 results, units = self._apply(jobs, drafts, at)
                 states = drafts.states.values()
                 touched = [state for state in states if state and state.lease and state.lease.is_unsaved()]
@@ -144,7 +149,7 @@ class Groups(Generic[S_co]):
                     self.log.append(units, touched)
         except StorageError as error:
             return [Outcome(error=error) for _ in jobs]
-        except (OutcomeUnknownError, FileChangedError):
+        except (OutcomeUnknownError, FileChangedError, WouldWaitError):
             raise
         except Exception as error:  # noqa: BLE001 - a staged change cannot be encoded
             if len(jobs) > 1:

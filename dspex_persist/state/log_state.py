@@ -9,6 +9,7 @@ from typing import Any, Final, TypeVar, cast
 
 from dspex_persist.infra import forks
 from dspex_persist.infra.futures import failed
+from dspex_persist.infra.mailbox import LoopMailbox, Reply
 from dspex_persist.infra.user import user_name
 from dspex_persist.state import arguments, values
 from dspex_persist.state.abilities import KeepsOrder
@@ -32,7 +33,7 @@ from dspex_persist.state.options import check_seconds
 from dspex_persist.state.provider import StateProvider, check_watch, fault_of
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.watch import Watch, is_watched, updates_of
-from dspex_persist.state.writer import GAP_S, Writer
+from dspex_persist.state.writer import GAP_S, LoopWrites, Writer
 
 R = TypeVar("R")
 
@@ -86,6 +87,7 @@ class LogState(StateProvider, KeepsOrder):
             gap_s=gap_s,
             on_fatal=self._on_fatal,
             on_answered=groups.hub.wake,
+            has_news=lambda: groups.hub.has_news,
         )
         forks.register(self)
 
@@ -106,29 +108,61 @@ class LogState(StateProvider, KeepsOrder):
             return failed(fault)
         origin = origin or self.default_origin(command.cause)
         if command.writes:
-            return self._submit_write(command, origin)
+            return self._writer.submit(self._write_job(command, origin))
         try:
             self.check_open()
         except StateError as error:
             return failed(error)
-        reads = command.reads
-        state = self._groups.find_loaded(command.session_id) if reads is not Reads.FILE else None
-        if reads is not Reads.CURRENT or (state is not None and command.takes_long(state)):
-            future = self._readers.submit(self._read_on_thread, command, origin, state)
-            if state is None or state.lease is not None:
-                # A read renews the TTL, too, and only the writer can do that.
-                self._writer.submit(Job(TouchSession(command.session_id), origin))
-            return future
+        state = self._state_for(command)
         if state is None:
-            # Only the writer loads sessions, so that no session changes while it is being loaded.
-            return self._writer.submit(Job(command, origin))
+            return self._submit_read(command, origin)
+        future: Future[R] = Future()
+        try:
+            future.set_result(self._read(command, origin, state))
+        except StateError as error:
+            future.set_exception(error)
+        return future
+
+    def run(self, command: Command[R], idempotency_key: str | None = None) -> R:
+        """See `StateProvider.run`. A write is done on the calling thread while no other caller writes."""
+        origin = self.default_origin(command.cause, idempotency_key)
+        command.check()
+        if command.writes:
+            return cast(R, self._writer.run(self._write_job(command, origin)))
+        self.check_open()
+        state = self._state_for(command)
+        if state is None:
+            return self._submit_read(command, origin).result()
         return self._read(command, origin, state)
 
-    def _submit_write(self, command: Command[R], origin: Origin) -> Future[R]:
+    def on_loop(self, mailbox: LoopMailbox) -> "OnLoop":
+        """See `StateProvider.on_loop`."""
+        return OnLoop(self, mailbox)
+
+    def _state_for(self, command: Command[Any]) -> SessionState | None:
+        """The published state that the command can read at once, if it is in memory and that does not take long."""
+        if command.reads is not Reads.CURRENT:
+            return None
+        state = self._groups.find_loaded(command.session_id)
+        return None if state is None or command.takes_long(state) else state
+
+    def _submit_read(self, command: Command[R], origin: Origin) -> Future[R]:
+        reads = command.reads
+        state = self._groups.find_loaded(command.session_id) if reads is not Reads.FILE else None
+        if reads is Reads.CURRENT and state is None:
+            # Only the writer loads sessions, so that no session changes while it is being loaded.
+            return self._writer.submit(Job(command, origin))
+        future = self._readers.submit(self._read_on_thread, command, origin, state)
+        if state is None or state.lease is not None:
+            # A read renews the TTL, too, and only the writer can do that.
+            self._writer.submit(Job(TouchSession(command.session_id), origin))
+        return future
+
+    def _write_job(self, command: Command[Any], origin: Origin) -> Job:
         known = command.ahead is not None and command.ahead.limits is self.limits
         if not known and command.json_length > values.SHORT_JSON:
             self._read_values(command, origin)
-        return self._writer.submit(Job(command, origin))
+        return Job(command, origin)
 
     def read_ahead(self, command: Command[Any], origin: Origin | None = None) -> bool:
         """See `StateProvider.read_ahead`."""
@@ -150,15 +184,12 @@ class LogState(StateProvider, KeepsOrder):
             return cast(R, self._groups.read_current(command, origin, state))
         return cast(R, self._groups.read_stored(command, origin, state))
 
-    def _read(self, command: Command[Any], origin: Origin, state: SessionState) -> Future[Any]:
-        future: Future[Any] = Future()
+    def _read(self, command: Command[R], origin: Origin, state: SessionState) -> R:
         try:
-            future.set_result(self._groups.read_current(command, origin, state))
-        except StateError as error:
-            future.set_exception(error)
-        if state.lease is not None and state.lease.is_unsaved():
-            self._writer.submit(Job(TouchSession(state.session.id), origin))
-        return future
+            return cast(R, self._groups.read_current(command, origin, state))
+        finally:
+            if state.lease is not None and state.lease.is_unsaved():
+                self._writer.submit(Job(TouchSession(state.session.id), origin))
 
     def watch(
         self, session_id: str, identifiers: Sequence[str] = (), *, after_sequence: int | None = None
@@ -228,6 +259,36 @@ class LogState(StateProvider, KeepsOrder):
         self._groups.abandon()
         if self._fatal_callback is not None:
             self._fatal_callback(error)
+
+
+class OnLoop:
+    """Submits commands from one event loop. See `StateProvider.on_loop`."""
+
+    def __init__(self, state: LogState, mailbox: LoopMailbox) -> None:
+        self._state = state
+        self._mailbox = mailbox
+        self._writes = LoopWrites(state._writer, mailbox)
+
+    def __call__(self, command: Command[R], origin: Origin | None = None) -> Reply[R]:
+        state, reply = self._state, Reply[R](self._mailbox)
+        fault = fault_of(command, origin)
+        if fault is not None:
+            reply.settle_here(None, fault)
+            return reply
+        origin = origin or state.default_origin(command.cause)
+        if command.writes:
+            is_small = command.is_small and state._groups.find_loaded(command.session_id) is not None
+            self._writes.add(state._write_job(command, origin), reply, is_small=is_small)
+            return reply
+        try:
+            state.check_open()
+            published = state._state_for(command)
+            if published is None:
+                return self._mailbox.reply(state._submit_read(command, origin))
+            reply.settle_here(state._read(command, origin, published), None)
+        except StateError as error:
+            reply.settle_here(None, error)
+        return reply
 
 
 class _Facts:

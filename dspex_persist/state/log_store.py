@@ -53,6 +53,10 @@ class UnwritableError(Exception):
         self.error = error
 
 
+class WouldWaitError(Exception):
+    """A group that must not wait could not begin at once."""
+
+
 class LogStore(ABC):
     """The storage of the log. The module's docstring lists the requirements and the errors."""
 
@@ -71,9 +75,15 @@ class LogStore(ABC):
 
     # Writing, on one thread at a time
 
-    def group(self) -> AbstractContextManager[object]:
-        """Return a context manager around all reads and the `append` of one group. Without an `append`, it has no
-        effect."""
+    def group(self, *, wait: bool = True) -> AbstractContextManager[object]:
+        """Return a context manager around all reads and the `append` of one group.
+
+        Without an `append`, it has no effect.
+
+        Args:
+            wait: Whether it may wait for another program, such as one that holds a lock. If not, it raises
+                `WouldWaitError` instead.
+        """
         return nullcontext()
 
     @abstractmethod

@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, NoReturn, Protocol, Self, TypeAlias, TypeVar
 
+from dspex_persist.infra.mailbox import LoopMailbox, Reply
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import InvalidArgumentError, StateError, VariableNotFoundError
@@ -68,19 +69,14 @@ def check_watch(session_id: object, identifiers: object, after_sequence: object)
     return arguments.texts("identifiers", identifiers)
 
 
-class Submit(Protocol):
-    """The type of `StateProvider.submit`, for code that needs nothing else of a provider."""
+class SubmitHere(Protocol):
+    """Runs a command for a coroutine of one event loop, which awaits the reply."""
 
-    def __call__(self, command: Command[R], origin: Origin) -> "Future[R]": ...
+    def __call__(self, command: Command[R], origin: Origin | None = None) -> Reply[R]: ...
 
 
-class StateProvider(ABC):
-    """Session state in any backend. Usable from any thread; close it when done, for example with a `with` block.
-
-    `submit` carries out any command. The methods named after the commands wait for the result, and raise a
-    `StateError` if the command fails. Those with an `idempotency_key` take effect only once for a key: a repeated call
-    returns the recorded result, or raises `IdempotencyConflictError` if it is a different request.
-    """
+class Submits(ABC):
+    """Runs commands: the part of a provider that tool execution needs."""
 
     @abstractmethod
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
@@ -93,6 +89,22 @@ class StateProvider(ABC):
         Returns:
             A future for the result, which fails with a `StateError` if the command fails.
         """
+
+    def on_loop(self, mailbox: LoopMailbox) -> SubmitHere:
+        """Return a `submit` for coroutines of the mailbox's loop, to be called on that loop only.
+
+        Providers override it where they can save thread switches.
+        """
+        return lambda command, origin=None: mailbox.reply(self.submit(command, origin))
+
+
+class StateProvider(Submits):
+    """Session state in any backend. Usable from any thread; close it when done, for example with a `with` block.
+
+    `submit` carries out any command. The methods named after the commands wait for the result, and raise a
+    `StateError` if the command fails. Those with an `idempotency_key` take effect only once for a key: a repeated call
+    returns the recorded result, or raises `IdempotencyConflictError` if it is a different request.
+    """
 
     def read_ahead(self, command: Command[Any], origin: Origin | None = None) -> bool:
         """Parse the command's large values on this thread, so that no other caller waits for it after `submit`.

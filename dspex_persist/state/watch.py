@@ -174,6 +174,11 @@ class Hub:
                     feed.ended = True
                     self._due.append(feed)
 
+    @property
+    def has_news(self) -> bool:
+        """Whether `wake` has any watcher to wake."""
+        return bool(self._due)
+
     def wake(self) -> None:
         """Wake the watches of the sessions published since the last call.
 

@@ -1,17 +1,28 @@
-"""The writer: one thread that takes jobs from a queue and writes them in groups."""
+"""The writer: writes jobs in groups, one group at a time.
 
+The writer has a thread that writes everything that is queued. While nothing is being written or queued, a caller that
+blocks for its result *leads*: it writes its job on its own thread, which saves two thread switches.
+"""
+
+import contextvars
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
+from enum import Enum
 from queue import Empty, SimpleQueue
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 from dspex_persist.infra import forks
+from dspex_persist.infra.interrupts import interrupts
 from dspex_persist.infra.logs import get_logger
+from dspex_persist.infra.mailbox import LoopMailbox, Reply
 from dspex_persist.infra.traces import trace_of
 from dspex_persist.state.errors import EngineClosedError, OutcomeUnknownError, QueueFullError, StateError
 from dspex_persist.state.groups import Job, Outcome
+from dspex_persist.state.log_store import WouldWaitError
 
 _logger: Final = get_logger(__name__)
 
@@ -21,25 +32,93 @@ GAP_S = 0.003
 _CHECK_S = 1.0
 """How often an idle writer checks that its file is still there and unchanged."""
 
-WriteGroup: TypeAlias = Callable[[Sequence[Job]], list[Outcome]]
-_Queued: TypeAlias = tuple[Job, Future[Any]]
+_STACK: Final = 300
+"""Stack frames that a group may need. A caller with fewer left before the recursion limit must not lead."""
+_FAST_S: Final = 0.002
+"""An event loop may block for a commit that takes up to this long: it is no more than other calls take."""
+
+
+class WriteGroup(Protocol):
+    """Writes jobs as one group. See `Groups.write_group`."""
+
+    def __call__(self, jobs: Sequence[Job], *, wait: bool = True) -> list[Outcome]: ...
+
+
+class Ticket(Protocol):
+    """The receiver of a queued job's outcome."""
+
+    def begin(self) -> bool:
+        """Mark the job as running. Returns False if it was cancelled; afterwards it cannot be."""
+
+    def settle(self, result: Any, error: StateError | None) -> None:
+        """Deliver the result, or the error if there is one. Called once, after `begin` returned True."""
+
+
+_Queued: TypeAlias = tuple[Job, Ticket]
+
+
+class _Sign(Enum):
+    """Queue entries that are not jobs."""
+
+    NEWS = "call `on_answered`"
+    END = "the last entry"
+
+
+class _EndedError(Exception):
+    """A group on another thread failed and ended the writer."""
+
+
+class JobFuture(Future[Any]):
+    """The ticket of a caller that does not wait now."""
+
+    def begin(self) -> bool:
+        """See `Ticket`."""
+        return self.set_running_or_notify_cancel()
+
+    def settle(self, result: Any, error: BaseException | None) -> None:
+        """See `Ticket`."""
+        if error is None:
+            self.set_result(result)
+        else:
+            self.set_exception(error)
+
+
+class _Waiting:
+    """The ticket of a blocked caller: a raw lock costs a fifth of a future."""
+
+    __slots__ = ("_lock", "_outcome")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+        self._outcome = Outcome()
+
+    def begin(self) -> bool:
+        return True
+
+    def settle(self, result: Any, error: StateError | None) -> None:
+        self._outcome = Outcome(result, error)
+        self._lock.release()
+
+    def wait(self) -> Outcome:
+        self._lock.acquire()
+        return self._outcome
 
 
 class Writer:
-    """Passes queued jobs to `write_group`, group by group, and resolves their futures when it returns.
-
-    All callbacks run on the writer's thread. An exception in any of them ends the writer.
+    """Runs `write_group` on everything that is queued, in order, and settles the tickets after it returns.
 
     Args:
-        write_group: Writes a group of jobs and returns one outcome for each.
-        queue_length: How many jobs may wait; further ones fail with `QueueFullError`.
-        check: Called about every second.
-        on_idle: Called about every `idle_s` seconds.
-        idle_s: Interval of `on_idle` in seconds.
-        on_fatal: Called once if an exception ends the writer, with that exception. By then all waiting futures have
-            failed, and so does every later submit.
-        on_answered: Called after `on_idle`, and after each group once its futures are resolved.
-        gap_s: How long to wait for more jobs while several callers write, in seconds.
+        write_group: Writes jobs as one group and returns their outcomes. An exception ends the writer.
+        queue_length: The most jobs that may be queued.
+        check: Called about every second on the writer's thread. An exception ends the writer.
+        on_idle: Called about every `idle_s` seconds on the writer's thread. An exception ends the writer.
+        idle_s: Seconds between two calls of `on_idle`.
+        on_fatal: Called once if an exception ended the writer, after every waiting caller got an error. All later
+            calls fail with the same error.
+        on_answered: Called on the writer's thread after the callers of a group have their outcomes.
+        has_news: Returns whether `on_answered` has anything to do.
+        gap_s: Seconds that the writer waits after a group of several, so that its callers can join the next one.
     """
 
     def __init__(
@@ -52,10 +131,11 @@ class Writer:
         idle_s: float,
         on_fatal: Callable[[BaseException], None],
         on_answered: Callable[[], object] = lambda: None,
+        has_news: Callable[[], bool] = lambda: False,
         gap_s: float = GAP_S,
     ) -> None:
         self._write_group = write_group
-        self._queue: SimpleQueue[_Queued | None] = SimpleQueue()
+        self._queue: SimpleQueue[_Queued | _Sign] = SimpleQueue()
         self._queue_length = queue_length
         self._check = check
         self._on_idle = on_idle
@@ -63,8 +143,20 @@ class Writer:
         self._gap_s = gap_s
         self._on_fatal = on_fatal
         self._on_answered = on_answered
+        self._has_news = has_news
         self._closed: StateError | None = None
+        self._failed = False
         self._gate = threading.Lock()
+        # Held while a group is written, and during `check` and `on_idle`.
+        self._lead = threading.Lock()
+        # Jobs queued so far, and jobs finished so far. If they are equal, the queue is empty and no group is running.
+        self._put = self._over = 0
+        # The size of the last group, and when it ended.
+        self._company = 0
+        self._last_end = 0.0
+        self._cost_s = 0.0
+        # Groups run in the same context on every thread.
+        self._context = contextvars.Context()
         self._awaited = 0
         self._gathered = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dspex-persist-writer", daemon=True)
@@ -76,90 +168,186 @@ class Writer:
         Returns:
             A future for the job's result. It has already failed if the queue is full or the writer closed.
         """
-        future: Future[Any] = Future()
-        if self._queue.qsize() >= self._queue_length:
-            future.set_exception(QueueFullError(self._queue_length))
-            return future
+        future = JobFuture()
+        self.queue([(job, future)])
+        return future
+
+    def run(self, job: Job) -> Any:
+        """Write the job, and return its result. The calling thread writes it if it can lead.
+
+        Raises:
+            StateError: The job failed.
+        """
+        outcome = self.lead(job) if self.may_lead() else None
+        if outcome is None:
+            outcome = self._queue_and_wait(job)
+        try:
+            if outcome.error is not None:
+                raise outcome.error
+            return outcome.result
+        finally:
+            # The traceback of an error knows this frame.
+            del outcome
+
+    def _queue_and_wait(self, job: Job) -> Outcome:
+        waiting = _Waiting()
+        self.queue([(job, waiting)])
+        return waiting.wait()
+
+    def queue(self, entries: Iterable[_Queued]) -> None:
+        """Queue jobs. Those that cannot be queued are settled with an error at once."""
+        refused: list[tuple[_Queued, StateError]] = []
         # The gate makes closing exact: jobs queued before it are written, later ones are refused.
         with self._gate:
-            if self._closed is None:
-                self._queue.put((job, future))
-                if self._awaited and self._queue.qsize() >= self._awaited:
-                    self._awaited = 0
-                    self._gathered.set()
-                return future
-        future.set_exception(self._closed)
-        return future
+            for entry in entries:
+                if self._closed is not None:
+                    refused.append((entry, self._closed))
+                elif self._queue.qsize() >= self._queue_length:
+                    refused.append((entry, QueueFullError(self._queue_length)))
+                else:
+                    self._put += 1
+                    self._queue.put(entry)
+            if self._awaited and self._queue.qsize() >= self._awaited:
+                self._awaited = 0
+                self._gathered.set()
+        for entry, error in refused:
+            _refuse([entry], error)
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether recent groups of one job were fast enough to block an event loop for one."""
+        return self._cost_s < _FAST_S
+
+    def may_lead(self) -> bool:
+        """Whether the calling thread can lead: no signal handler and no recursion limit may interrupt its group."""
+        if interrupts.can_come():
+            return False
+        try:
+            sys._getframe(sys.getrecursionlimit() - _STACK)
+        except ValueError:
+            return True
+        return False
+
+    def lead(self, job: Job, *, wait: bool = True) -> Outcome | None:
+        """Write a job on this thread. Returns None if it has to be queued, because other jobs are queued or being
+        written, or because it would have to wait for another program although `wait` is False."""
+        # With several callers, the writer's thread makes larger groups.
+        if self._company > 1 or self._put != self._over:
+            return None
+        if not self._lead.acquire(blocking=False):
+            self._company = 2
+            return None
+        began, failure = time.monotonic(), None
+        try:
+            # Checked again: both may have changed before this thread got the lead.
+            if self._put != self._over or self._closed is not None:
+                return None
+            outcome = self._carry_out([job], wait)[0]
+        except WouldWaitError:
+            return None
+        except BaseException as error:  # noqa: BLE001 - an exception in a group ends the writer
+            outcome = Outcome(error=self._fail([], error))
+            failure = error
+        finally:
+            self._lead.release()
+        if failure is not None:
+            # Ends the writer's thread.
+            self._queue.put(_Sign.END)
+            self._on_fatal(failure)
+            if not isinstance(failure, Exception):
+                raise failure
+            return outcome
+        self._note_cost(time.monotonic() - began)
+        if self._has_news():
+            # The writer's thread wakes the watchers: there may be thousands, and this caller has its result.
+            self._queue.put(_Sign.NEWS)
+        return outcome
+
+    def _note_cost(self, took_s: float) -> None:
+        # One slow commit counts at once, fast ones only gradually: a slow disk must not block an event loop twice.
+        self._cost_s += (took_s - self._cost_s) * (0.05 if took_s < self._cost_s else 0.2)
 
     def close(self) -> None:
         """Write what is queued, then end the thread."""
         with self._gate:
             if self._closed is None:
                 self._closed = EngineClosedError()
-                self._queue.put(None)
+                self._queue.put(_Sign.END)
                 self._gathered.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
     def refuse(self, reason: StateError) -> None:
-        """Refuse all jobs in a forked child, where the writer's thread does not exist.
-
-        The gate is replaced, because a thread that does not exist here either may hold it.
-        """
-        self._gate = threading.Lock()
+        """Take no more jobs, in a forked child, which has no writer's thread; a thread that is no more may hold the
+        locks."""
+        self._gate, self._lead = threading.Lock(), threading.Lock()
         self._closed = reason
 
     def _run(self) -> None:
         waiting: list[_Queued] = []
         try:
             self._loop(waiting)
-        except BaseException as error:  # noqa: BLE001 - a thread's boundary: no caller may be left waiting
-            self._fail(waiting, error)
+        except _EndedError:
+            # These jobs have not begun, so they were not written.
+            _refuse(waiting, EngineClosedError())
+        except BaseException as error:  # noqa: BLE001 - a thread's boundary: nobody may be left waiting
             self._on_fatal(error)
 
     def _loop(self, waiting: list[_Queued]) -> None:
-        last_size = 0
-        last_idle = last_check = last_end = time.monotonic()
+        last_idle = last_check = self._last_end = time.monotonic()
         while True:
-            more = self._gather(waiting, last_size, last_end)
+            more = self._gather(waiting)
             if waiting:
-                last_size = len(waiting)
-                self._write(waiting)
-                last_end = time.monotonic()
+                with self._leading(waiting):
+                    self._write(waiting)
+                self._last_end = time.monotonic()
+            self._on_answered()
             if not more:
-                return
+                # Waits for a leading caller. Later callers see that the writer is closed.
+                with self._leading(waiting):
+                    return
             if time.monotonic() - last_check >= _CHECK_S:
-                with forks.busy():
+                with self._leading(waiting), forks.busy():
                     self._check()
                 last_check = time.monotonic()
             if time.monotonic() - last_idle >= self._idle_s:
-                with forks.busy():
+                with self._leading(waiting), forks.busy():
                     self._on_idle()
                 self._on_answered()
                 last_idle = time.monotonic()
 
-    def _gather(self, waiting: list[_Queued], last_size: int, last_end: float) -> bool:
-        """Wait for a job and move all queued ones to `waiting`; False once the writer has to end.
+    @contextmanager
+    def _leading(self, waiting: list[_Queued]) -> Iterator[None]:
+        """Hold the lead. An exception ends the writer before another thread can lead."""
+        with self._lead:
+            if self._failed:
+                raise _EndedError
+            try:
+                yield
+            except BaseException as error:
+                self._fail(waiting, error)
+                raise
 
-        `last_size`: the number of jobs in the last group.
-        """
+    def _gather(self, waiting: list[_Queued]) -> bool:
+        """Fill `waiting` with what is queued, waiting for the first one; whether more may come."""
         try:
             first = self._queue.get(timeout=min(self._idle_s, _CHECK_S))
         except Empty:
             return True
-        if first is None:
-            return False
+        if isinstance(first, _Sign):
+            return first is _Sign.NEWS
         waiting.append(first)
-        if last_size > 1 or not self._queue.empty():
-            self._await_others(last_size - 1, last_end + self._gap_s - time.monotonic())
+        if self._company > 1 or not self._queue.empty():
+            self._await_others(self._company - 1, self._last_end + self._gap_s - time.monotonic())
         while len(waiting) < _MOST_IN_GROUP:
             try:
                 queued = self._queue.get_nowait()
             except Empty:
                 break
-            if queued is None:
+            if not isinstance(queued, _Sign):
+                waiting.append(queued)
+            elif queued is _Sign.END:
                 return False
-            waiting.append(queued)
         return True
 
     def _await_others(self, others: int, gap_s: float) -> None:
@@ -177,33 +365,74 @@ class Writer:
         self._awaited = 0
 
     def _write(self, waiting: list[_Queued]) -> None:
+        count = len(waiting)
         # Skip jobs that their callers have cancelled. From here on a job cannot be cancelled.
-        waiting[:] = [queued for queued in waiting if queued[1].set_running_or_notify_cancel()]
-        with forks.busy():
-            outcomes = self._write_group([job for job, _ in waiting])
-        for (_, future), outcome in zip(waiting, outcomes, strict=True):
-            if outcome.error is None:
-                future.set_result(outcome.result)
-            else:
-                future.set_exception(outcome.error)
-        waiting.clear()
-        self._on_answered()
+        waiting[:] = [queued for queued in waiting if queued[1].begin()]
+        if waiting:
+            outcomes = self._carry_out([job for job, _ in waiting], wait=True)
+            for (_, ticket), outcome in zip(waiting, outcomes, strict=True):
+                ticket.settle(outcome.result, outcome.error)
+            self._company = len(waiting)
+            waiting.clear()
+        self._over += count
 
-    def _fail(self, waiting: list[_Queued], error: BaseException) -> None:
+    def _carry_out(self, jobs: Sequence[Job], wait: bool) -> list[Outcome]:
+        with forks.busy():
+            outcomes = self._context.run(self._write_group, jobs, wait=wait)
+        assert len(outcomes) == len(jobs), "each job has an outcome"
+        return outcomes
+
+    def _fail(self, waiting: list[_Queued], error: BaseException) -> StateError:
+        """Fail the waiting jobs and all later ones with the error. Returns the error as callers see it."""
         reason = error if isinstance(error, StateError) else OutcomeUnknownError(f"the writer ended: {error!r}")
         # As text, because exception renderers may show local variables, which hold users' values.
         trace = "" if isinstance(error, StateError) else trace_of(error)
         _logger.error("writer ended", reason=str(reason), traceback=trace)
+        self._failed = True
         with self._gate:
             self._closed = reason
-        for _, future in waiting:
-            if not future.done():
-                future.set_exception(reason)
+        for _, ticket in waiting:
+            ticket.settle(None, reason)
+        waiting.clear()
         while True:
             try:
                 queued = self._queue.get_nowait()
             except Empty:
+                return reason
+            if not isinstance(queued, _Sign):
+                # Not begun: certainly not written.
+                _refuse([queued], EngineClosedError())
+
+
+def _refuse(entries: Iterable[_Queued], error: StateError) -> None:
+    for _, ticket in entries:
+        if ticket.begin():
+            ticket.settle(None, error)
+
+
+class LoopWrites:
+    """Writes jobs from one event loop. Jobs of the same loop iteration are queued together. A single small job is
+    written on the loop itself while commits are fast, which saves two thread switches."""
+
+    def __init__(self, writer: Writer, mailbox: LoopMailbox) -> None:
+        self._writer = writer
+        self._mailbox = mailbox
+        self._pending: list[tuple[Job, Reply[Any]]] = []
+        self._is_small = False
+
+    def add(self, job: Job, reply: Reply[Any], *, is_small: bool) -> None:
+        """Write a job, and settle the reply. `is_small`: whether running it takes less time than a commit."""
+        if not self._pending:
+            self._mailbox.call_soon(self._flush)
+        self._pending.append((job, reply))
+        self._is_small = is_small
+
+    def _flush(self) -> None:
+        pending, self._pending = self._pending, []
+        if len(pending) == 1 and self._is_small and self._writer.is_fast and self._writer.may_lead():
+            ((job, reply),) = pending
+            outcome = None if reply.cancelled() else self._writer.lead(job, wait=False)
+            if outcome is not None:
+                reply.settle_here(outcome.result, outcome.error)
                 return
-            if queued is not None and queued[1].set_running_or_notify_cancel():
-                # Never started, so certainly not written.
-                queued[1].set_exception(EngineClosedError())
+        self._writer.queue(pending)

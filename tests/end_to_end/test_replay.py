@@ -244,7 +244,7 @@ def test_the_state_alone_is_replayed(tape: Path, folder: Path, tmp_path: Path, r
     [
         (["nowhere.jsonl", "--tools", "shop"], UNUSABLE, "cannot open nowhere.jsonl: No such file or directory"),
         (["shop.py", "--tools", "shop"], FAILED, "shop.py, line 1: it is not a recording"),
-        (["future.jsonl", "--tools", "shop"], FAILED, "it has version 2, but this release reads version 1"),
+        (["future.jsonl", "--tools", "shop"], FAILED, "it is of version 2, and this release reads version 1"),
         (["s1.jsonl"], USAGE, "say where the tools are: --tools package.module"),
         (["s1.jsonl", "--tools", "nothing.here"], USAGE, "the import failed"),
         (["s1.jsonl", "--tools", "shop", "--from", "noon"], USAGE, "setting from (flag --from): 'noon'"),

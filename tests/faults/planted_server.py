@@ -8,7 +8,7 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from dspex_persist.state.errors import StorageError
 from dspex_persist.state.groups import Groups, Job, Outcome
 from dspex_persist.state.model import BatchOutcome
 from dspex_persist.state.session_state import SessionState
-from dspex_persist.state.store import engine
+from dspex_persist.state.store import engine, session_store
 from dspex_persist.state.store.anchor import Anchor
 from dspex_persist.state.store.guard import FileGuard
 from dspex_persist.state.store.maintenance import swap
@@ -29,6 +29,7 @@ from dspex_persist.state.watch import Hub
 _write_group = Groups.write_group
 _find_loaded = Groups.find_loaded
 _publish = Hub.publish
+_transaction, _roll_back = engine.transaction, engine.roll_back
 
 _LATE_GROUPS = 20
 _STALE_S = 0.05
@@ -36,65 +37,44 @@ _SPARED = 10
 """The number of good writes before the first bad one, so that tests can set up."""
 
 
-class _LateCommit(contextlib.AbstractContextManager[Any]):
-    """Replaces a connection, and commits only once in `_LATE_GROUPS` transactions."""
+class _LateCommits:
+    """Replaces `engine.transaction`. Once it is `late`, it commits only once in `_LATE_GROUPS` transactions."""
 
-    def __init__(self, connection: Any) -> None:
-        self._connection = connection
+    def __init__(self) -> None:
+        self.late = False
         self._count = 0
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._connection, name)
-
-    def begin(self) -> "_LateCommit":
+    @contextlib.contextmanager
+    def transaction(self, connection: Any, *, wait: bool = True) -> Iterator[None]:
+        if not self.late:
+            with _transaction(connection, wait=wait):
+                yield
+            return
         if self._count == 0:
-            self._transaction = self._connection.begin()
-        return self
-
-    def __enter__(self) -> "_LateCommit":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+            self._transaction = connection.begin()
+        yield
         self._count = (self._count + 1) % _LATE_GROUPS
         if self._count == 0:
             self._transaction.commit()
 
-    def rollback(self) -> None:
-        """Ignore it: groups without changes roll back, which would include the groups not yet committed here."""
-
-
-class _InTransaction(contextlib.AbstractContextManager[Any]):
-    """Replaces a connection whose transaction the caller has begun and will end."""
-
-    def __init__(self, connection: Any) -> None:
-        self._connection = connection
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._connection, name)
-
-    def begin(self) -> "_InTransaction":
-        return self
-
-    def __enter__(self) -> "_InTransaction":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def rollback(self) -> None:
-        pass
+    def roll_back(self, connection: Any) -> None:
+        """Groups without changes roll back, which would include the groups not yet committed here."""
+        if not self.late:
+            _roll_back(connection)
 
 
 def ack_before_commit() -> None:
     """Acknowledge writes that are not in the file yet. The anchor is not written: the next start would detect it."""
 
-    def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
-        connection: Any = self.log._connection
-        if _is_batch(jobs) and not isinstance(connection, _LateCommit):
-            _patch(self.log, "_connection", _LateCommit(connection))
+    commits = _LateCommits()
+
+    def write_group(self: FileGroups, jobs: Sequence[Job], **_: Any) -> list[Outcome]:
+        commits.late = commits.late or _is_batch(jobs)
         return _write_group(self, jobs)
 
     _patch(Groups, "write_group", write_group)
+    _patch(session_store, "transaction", commits.transaction)
+    _patch(session_store, "roll_back", commits.roll_back)
     _patch(Anchor, "write", lambda *_: None)
 
 
@@ -119,13 +99,13 @@ def half_batch() -> None:
             versions |= outcome.result.versions
         return Outcome(BatchOutcome(success=True, versions=versions, errors={}))
 
-    _patch(Groups, "write_group", lambda self, jobs: [one_by_one(self, job) for job in jobs])
+    _patch(Groups, "write_group", lambda self, jobs, **_: [one_by_one(self, job) for job in jobs])
 
 
 def forget_keys() -> None:
     """Run a repeated request again."""
 
-    def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
+    def write_group(self: FileGroups, jobs: Sequence[Job], **_: Any) -> list[Outcome]:
         return _write_group(self, [Job(job.command, replace(job.origin, idempotency_key=None)) for job in jobs])
 
     _patch(Groups, "write_group", write_group)
@@ -134,7 +114,7 @@ def forget_keys() -> None:
 def lost_update() -> None:
     """Ignore the expected version."""
 
-    def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
+    def write_group(self: FileGroups, jobs: Sequence[Job], **_: Any) -> list[Outcome]:
         return _write_group(self, [Job(_unconditional(job.command), job.origin) for job in jobs])
 
     _patch(Groups, "write_group", write_group)
@@ -143,7 +123,7 @@ def lost_update() -> None:
 def write_then_refuse() -> None:
     """Write a part of requests that are then refused."""
 
-    def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
+    def write_group(self: FileGroups, jobs: Sequence[Job], **_: Any) -> list[Outcome]:
         outcomes = _write_group(self, jobs)
         for job, outcome in zip(jobs, outcomes, strict=True):
             state = self.find_loaded(job.command.session_id)
@@ -184,7 +164,7 @@ def dirty_read() -> None:
     """Let readers see a group that then fails."""
     count = 0
 
-    def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
+    def write_group(self: FileGroups, jobs: Sequence[Job], **_: Any) -> list[Outcome]:
         nonlocal count
         count += any(isinstance(job.command, SetVariable) for job in jobs)
         if count < _SPARED or count % 3:
@@ -192,14 +172,17 @@ def dirty_read() -> None:
         before = {job.command.session_id: self._cache.find(job.command.session_id) for job in jobs}
         head, keys = self.log.head, self.log._keys
         connection = self.log._connection
-        with connection.begin() as transaction:
-            _patch(self.log, "_connection", _InTransaction(connection))
+        with _transaction(connection):
+            # The group's own transaction is part of this one.
+            _patch(session_store, "transaction", lambda *_, **__: contextlib.nullcontext())
+            _patch(session_store, "roll_back", lambda _: None)
             try:
                 _write_group(self, jobs)
             finally:
-                _patch(self.log, "_connection", connection)
+                _patch(session_store, "transaction", _transaction)
+                _patch(session_store, "roll_back", _roll_back)
             time.sleep(0.02)
-            transaction.rollback()
+            _roll_back(connection)
         self.log.head, self.log._keys = head, keys
         for session_id, state in before.items():
             self._cache.drop(session_id)
@@ -215,7 +198,7 @@ def duplicate_version() -> None:
     """Answer every third write with the version before its own."""
     count = 0
 
-    def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
+    def write_group(self: FileGroups, jobs: Sequence[Job], **_: Any) -> list[Outcome]:
         nonlocal count
         outcomes = _write_group(self, jobs)
         for index, (job, outcome) in enumerate(zip(jobs, outcomes, strict=True)):
@@ -272,7 +255,7 @@ def restore_unsynced() -> None:
 def sequence_gap() -> None:
     """Skip a commit number now and then."""
 
-    def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
+    def write_group(self: FileGroups, jobs: Sequence[Job], **_: Any) -> list[Outcome]:
         if self.log.head.sequence % 10 == 9:
             self.log.head = replace(self.log.head, sequence=self.log.head.sequence + 1)
         return _write_group(self, jobs)
@@ -284,7 +267,7 @@ def leak_memory() -> None:
     """Keep some memory for every write."""
     kept: list[bytearray] = []
 
-    def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
+    def write_group(self: FileGroups, jobs: Sequence[Job], **_: Any) -> list[Outcome]:
         kept.append(bytearray(200_000))
         return _write_group(self, jobs)
 
@@ -301,7 +284,7 @@ def keep_refused() -> None:
 def leak_files() -> None:
     """Open a file now and then, and never close it."""
 
-    def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
+    def write_group(self: FileGroups, jobs: Sequence[Job], **_: Any) -> list[Outcome]:
         if self.log.head.sequence % 20 == 0:
             os.open(self.log.path, os.O_RDONLY)
         return _write_group(self, jobs)
@@ -328,7 +311,7 @@ def half_tool() -> None:
         _write_group(self, [Job(step.command, job.origin) for step in first])
         return _write_group(self, [Job(_unchecked(replace(command, steps=rest)), job.origin)])[0]
 
-    _patch(Groups, "write_group", lambda self, jobs: [one_by_one(self, job) for job in jobs])
+    _patch(Groups, "write_group", lambda self, jobs, **_: [one_by_one(self, job) for job in jobs])
 
 
 def forget_tool_keys() -> None:
@@ -383,7 +366,7 @@ def _change_ends(change: Callable[[Any], Any]) -> None:
 
 
 def _change(kind: type, change: Callable[[Any], Any]) -> None:
-    def write_group(self: FileGroups, jobs: Sequence[Job]) -> list[Outcome]:
+    def write_group(self: FileGroups, jobs: Sequence[Job], **_: Any) -> list[Outcome]:
         changed = [Job(change(job.command), job.origin) if isinstance(job.command, kind) else job for job in jobs]
         return _write_group(self, changed)
 

@@ -1,15 +1,21 @@
 """The writer thread: groups, order, cancelling, closing, and that nobody hangs whatever happens to it."""
 
+import asyncio
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
+from contextvars import ContextVar
 from itertools import chain
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
 
+from dspex_persist.infra.interrupts import interrupts
+from dspex_persist.infra.mailbox import LoopMailbox, Reply
 from dspex_persist.state.commands import Heartbeat
 from dspex_persist.state.errors import (
     EngineClosedError,
@@ -19,8 +25,9 @@ from dspex_persist.state.errors import (
     VersionConflictError,
 )
 from dspex_persist.state.groups import Job, Outcome
+from dspex_persist.state.log_store import WouldWaitError
 from dspex_persist.state.model import Origin
-from dspex_persist.state.writer import Writer
+from dspex_persist.state.writer import LoopWrites, Writer
 from tests.deadline import within
 
 DEADLINE_S = within(20)
@@ -43,9 +50,11 @@ class Sink:
         self.may_write = threading.Event()
         self.may_write.set()
         self.failure: BaseException | None = None
+        self.may_begin = True
         self.idle = threading.Semaphore(0)
         self.idle_failure: BaseException | None = None
         self.idle_threads: set[str] = set()
+        self.write_threads: list[str] = []
         self.fatal: list[BaseException] = []
         self.ended = threading.Event()
 
@@ -54,8 +63,11 @@ class Sink:
         """What was in all groups together."""
         return list(chain.from_iterable(self.groups))
 
-    def write_group(self, jobs: Sequence[Job]) -> list[Outcome]:
+    def write_group(self, jobs: Sequence[Job], *, wait: bool = True) -> list[Outcome]:
+        if not wait and not self.may_begin:
+            raise WouldWaitError
         self.begun.release()
+        self.write_threads.append(threading.current_thread().name)
         assert self.may_write.wait(DEADLINE_S)
         self.groups.append(names(jobs))
         if self.failure is not None:
@@ -91,6 +103,7 @@ def start(sink: Sink) -> Iterator[Start]:
             write_group: Any = None,
             on_fatal: Any = None,
             check: Any = None,
+            **options: Any,
         ) -> Writer:
             writer = Writer(
                 write_group or sink.write_group,
@@ -99,6 +112,7 @@ def start(sink: Sink) -> Iterator[Start]:
                 on_idle=sink.on_idle,
                 idle_s=idle_s,
                 on_fatal=on_fatal or sink.on_fatal,
+                **options,
             )
             writers.callback(writer.close)
             writers.callback(sink.may_write.set)
@@ -139,7 +153,7 @@ class TestGroups:
     def test_an_error_goes_to_its_own_caller(self, start: Start) -> None:
         error = VersionConflictError("x", 1, 2)
 
-        def write_group(jobs: Sequence[Job]) -> list[Outcome]:
+        def write_group(jobs: Sequence[Job], **_: Any) -> list[Outcome]:
             return [Outcome(error=error) if name == "bad" else Outcome(name) for name in names(jobs)]
 
         writer = start(write_group=write_group)
@@ -287,6 +301,251 @@ class TestClosing:
         assert written == len(sink.written)
 
 
+WRITER = "dspex-persist-writer"
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.001)
+
+
+def in_thread(function: Callable[[], Any], name: str = "caller") -> Any:
+    """What a function returns, or raises, on a thread that is not the main one."""
+    done: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(function())
+        except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
+            done.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return done.result(DEADLINE_S)
+
+
+class TestLeading:
+    """A caller that waits writes its own job where nobody else writes."""
+
+    def test_alone_it_writes_on_its_own_thread(self, sink: Sink, start: Start) -> None:
+        writer = start()
+        assert in_thread(lambda: [writer.run(job("a")), writer.run(job("b"))]) == ["a", "b"]
+        assert sink.write_threads == ["caller", "caller"]
+        assert sink.groups == [["a"], ["b"]]
+
+    def test_the_main_thread_does_not(self, sink: Sink, start: Start) -> None:
+        """Ctrl-C raises there, between any two lines of a group."""
+        assert start().run(job("a")) == "a"
+        assert sink.write_threads == [WRITER]
+
+    def test_the_main_thread_does_where_a_loop_takes_the_signals(
+        self, sink: Sink, start: Start, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(interrupts, "_taken_by_loop", True)
+        assert start().run(job("a")) == "a"
+        assert sink.write_threads == [threading.main_thread().name]
+
+    def test_a_caller_deep_in_a_recursion_does_not(self, sink: Sink, start: Start) -> None:
+        writer = start()
+
+        def descend(left: int) -> Any:
+            return writer.run(job("deep")) if left == 0 else descend(left - 1)
+
+        assert in_thread(lambda: descend(sys.getrecursionlimit() - 150)) == "deep"
+        assert sink.write_threads == [WRITER]
+
+    def test_while_somebody_writes_it_is_queued(self, sink: Sink, start: Start) -> None:
+        writer = start()
+        first = hold(sink, writer)
+        with ThreadPoolExecutor(8) as callers:
+            running = [callers.submit(writer.run, job(f"{number}")) for number in range(8)]
+            wait_until(lambda: writer._put == 9)
+            sink.may_write.set()
+            assert {future.result(DEADLINE_S) for future in running} == {f"{number}" for number in range(8)}
+        assert first.result(DEADLINE_S) == "first"
+        assert set(sink.write_threads) == {WRITER}
+
+    def test_what_the_same_caller_has_submitted_before_comes_first(self, sink: Sink, start: Start) -> None:
+        writer = start()
+
+        def write() -> None:
+            for number in range(200):
+                writer.submit(job(f"{number}"))
+                writer.run(job(f"{number} again"))
+
+        in_thread(write)
+        assert sink.written == [name for number in range(200) for name in (f"{number}", f"{number} again")]
+
+    def test_errors_go_to_the_caller(self, start: Start) -> None:
+        error = VersionConflictError("x", 1, 2)
+        writer = start(write_group=lambda _jobs, **_: [Outcome(error=error)])
+        with pytest.raises(VersionConflictError) as caught:
+            in_thread(lambda: writer.run(job("a")))
+        assert caught.value is error
+
+    def test_groups_do_not_see_the_callers_context(self, start: Start) -> None:
+        variable: ContextVar[str] = ContextVar("variable", default="")
+        seen: list[str] = []
+
+        def write_group(jobs: Sequence[Job], **_: Any) -> list[Outcome]:
+            seen.append(variable.get())
+            return [Outcome() for _ in jobs]
+
+        writer = start(write_group=write_group)
+
+        def write() -> None:
+            variable.set("the caller's")
+            writer.run(job("a"))
+
+        in_thread(write)
+        assert seen == [""]
+
+    @pytest.mark.parametrize(
+        "failure", [RuntimeError("boom"), OutcomeUnknownError("disk"), KeyboardInterrupt(), SystemExit(1)], ids=repr
+    )
+    def test_what_ends_its_group_ends_the_writer(self, sink: Sink, start: Start, failure: BaseException) -> None:
+        writer = start()
+        sink.failure = failure
+        expected = OutcomeUnknownError if isinstance(failure, Exception) else type(failure)
+        with pytest.raises(expected):
+            in_thread(lambda: writer.run(job("a")))
+        assert sink.fatal == [failure]
+        with pytest.raises(OutcomeUnknownError):
+            writer.run(job("later"))
+        writer._thread.join(DEADLINE_S)
+        assert not writer._thread.is_alive()
+        writer.close()
+        assert sink.groups == [["a"]]
+
+    def test_what_was_queued_meanwhile_hears_that_it_was_not_written(self, sink: Sink, start: Start) -> None:
+        writer = start()
+        sink.may_write.clear()
+        sink.failure = RuntimeError("boom")
+        with ThreadPoolExecutor(1) as callers:
+            leading = callers.submit(writer.run, job("a"))
+            assert sink.begun.acquire(timeout=DEADLINE_S)
+            queued = [writer.submit(job(name)) for name in ("b", "c")]
+            sink.may_write.set()
+            assert isinstance(leading.exception(DEADLINE_S), OutcomeUnknownError)
+        assert all(isinstance(future.exception(DEADLINE_S), EngineClosedError) for future in queued)
+        assert sink.groups == [["a"]]
+
+    def test_on_fatal_may_close_it(self, sink: Sink, start: Start) -> None:
+        writer = start(on_fatal=lambda _: writer.close())
+        sink.failure = RuntimeError("boom")
+        with pytest.raises(OutcomeUnknownError):
+            in_thread(lambda: writer.run(job("a")))
+        assert not writer._thread.is_alive()
+
+    def test_closing_waits_for_whoever_leads(self, sink: Sink, start: Start) -> None:
+        writer = start()
+        sink.may_write.clear()
+        with ThreadPoolExecutor(1) as callers:
+            leading = callers.submit(writer.run, job("a"))
+            assert sink.begun.acquire(timeout=DEADLINE_S)
+            closing = threading.Thread(target=writer.close)
+            closing.start()
+            wait_until(lambda: writer._closed is not None)
+            assert closing.is_alive()
+            sink.may_write.set()
+            closing.join(DEADLINE_S)
+            assert not closing.is_alive()
+            assert leading.result(DEADLINE_S) == "a"
+        with pytest.raises(EngineClosedError):
+            writer.run(job("late"))
+
+    def test_news_are_for_the_writers_thread(self, start: Start) -> None:
+        """Whoever leads is answered first: thousands may have to be woken."""
+        told: SimpleQueue[str] = SimpleQueue()
+        news = threading.Event()
+        writer = start(
+            on_answered=lambda: told.put(threading.current_thread().name) if news.is_set() else None,
+            has_news=news.is_set,
+        )
+        news.set()
+        in_thread(lambda: writer.run(job("a")))
+        assert told.get(timeout=DEADLINE_S) == WRITER
+
+
+class TestLoopWrites:
+    """Coroutines of one event loop."""
+
+    def run(self, writer: Writer, turns: Sequence[Sequence[str]], *, is_small: bool = True) -> list[Any]:
+        """Submit jobs turn by turn of a loop on a thread called "loop"; what is awaited in the end, flat."""
+
+        async def submit() -> list[Any]:
+            mailbox = LoopMailbox(asyncio.get_running_loop())
+            writes = LoopWrites(writer, mailbox)
+            results: list[Any] = []
+            for turn in turns:
+                replies = [Reply[Any](mailbox) for _ in turn]
+                for name, reply in zip(turn, replies, strict=True):
+                    writes.add(job(name), reply, is_small=is_small)
+                results += [await reply for reply in replies]
+            return results
+
+        return in_thread(lambda: asyncio.run(submit()), "loop")  # type: ignore[no-any-return]
+
+    def test_one_that_comes_alone_is_written_on_the_loop(self, sink: Sink, start: Start) -> None:
+        assert self.run(start(), [["a"], ["b"]]) == ["a", "b"]
+        assert sink.write_threads == ["loop", "loop"]
+
+    def test_those_of_one_turn_are_a_group_of_the_writers_thread(self, sink: Sink, start: Start) -> None:
+        assert self.run(start(), [["a", "b", "c"]]) == ["a", "b", "c"]
+        assert sink.groups == [["a", "b", "c"]]
+        assert sink.write_threads == [WRITER]
+
+    def test_what_takes_long_is_not_written_on_the_loop(self, sink: Sink, start: Start) -> None:
+        assert self.run(start(), [["a"]], is_small=False) == ["a"]
+        assert sink.write_threads == [WRITER]
+
+    def test_nor_is_anything_where_commits_are_slow(
+        self, sink: Sink, start: Start, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        writer = start()
+        writer._note_cost(1.0)
+        assert self.run(writer, [["a"]]) == ["a"]
+        assert sink.write_threads == [WRITER]
+        for _ in range(200):
+            writer._note_cost(0.0005)
+        assert self.run(writer, [["b"]]) == ["b"]
+        assert sink.write_threads == [WRITER, "loop"]
+
+    def test_what_would_wait_for_another_program_is_queued(self, sink: Sink, start: Start) -> None:
+        writer = start()
+        sink.may_begin = False
+        assert self.run(writer, [["a"]]) == ["a"]
+        assert sink.write_threads == [WRITER]
+
+    def test_one_that_is_cancelled_in_time_is_not_written(self, sink: Sink, start: Start) -> None:
+        writer = start()
+
+        async def submit() -> bool:
+            mailbox = LoopMailbox(asyncio.get_running_loop())
+            reply = Reply[Any](mailbox)
+            LoopWrites(writer, mailbox).add(job("a"), reply, is_small=True)
+            reply.cancel()
+            await asyncio.sleep(0)
+            return reply.cancelled()
+
+        assert in_thread(lambda: asyncio.run(submit()))
+        writer.submit(job("b")).result(DEADLINE_S)
+        assert sink.written == ["b"]
+
+    def test_errors_are_raised_where_it_is_awaited(self, start: Start) -> None:
+        writer = start(write_group=lambda jobs, **_: [Outcome(error=VersionConflictError("x", 1, 2)) for _ in jobs])
+        for turn in (["a"], ["a", "b"]):
+            with pytest.raises(VersionConflictError):
+                self.run(writer, [turn])
+
+    def test_a_closed_writer_refuses(self, start: Start) -> None:
+        writer = start()
+        writer.close()
+        with pytest.raises(EngineClosedError):
+            self.run(writer, [["a"]])
+
+
 class TestDeath:
     @pytest.mark.parametrize(
         "failure", [RuntimeError("boom"), OutcomeUnknownError("disk"), KeyboardInterrupt(), SystemExit(1)], ids=repr
@@ -321,13 +580,13 @@ class TestDeath:
         assert seen == [True, True]
 
     def test_too_few_answers_are_a_fault_that_leaves_nobody_waiting(self, sink: Sink, start: Start) -> None:
-        writer = start(write_group=lambda _: [])
+        writer = start(write_group=lambda _jobs, **_: [])
         assert isinstance(writer.submit(job("a")).exception(DEADLINE_S), OutcomeUnknownError)
         assert sink.ended.wait(DEADLINE_S)
 
     def test_an_error_that_only_fails_its_group_is_no_death(self, sink: Sink, start: Start) -> None:
         error = StorageError("disk full")
-        writer = start(write_group=lambda jobs: [Outcome(error=error) for _ in jobs])
+        writer = start(write_group=lambda jobs, **_: [Outcome(error=error) for _ in jobs])
         for _ in range(2):
             assert writer.submit(job("a")).exception(DEADLINE_S) is error
         assert not sink.fatal

@@ -71,6 +71,7 @@ class Calls:
         self._limits = provider.runner.limits
         self._max_message_bytes = max_message_bytes
         self._mailbox = LoopMailbox(asyncio.get_running_loop())
+        self._submit = provider.on_loop(self._mailbox)
 
     def belongs(self, context: Context) -> bool:
         """Return whether the call is part of a running execution, and so is accepted while the server drains."""
@@ -104,10 +105,10 @@ class Calls:
         execution = self._execution_of(command, context)
         if execution is not None:
             return await _run_within(execution, command, _READER)
-        future = self._provider.submit(command, _READER)
+        reply = self._submit(command, _READER)
         if call is not None:
-            call.from_memory = future.done()
-        return await self._mailbox.result(future)
+            call.from_memory = reply.done()
+        return await reply
 
     async def _write(self, command: Command[R], context: Context) -> R:
         try:
@@ -125,7 +126,7 @@ class Calls:
             return await _after_reading(
                 command,
                 partial(self._provider.read_ahead, command, origin),
-                lambda: self._mailbox.result(self._provider.submit(command, origin)),
+                lambda: self._submit(command, origin),
             )
         except StateError as error:
             # Only the type of the error, because its text may quote a value.

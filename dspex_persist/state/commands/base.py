@@ -18,6 +18,8 @@ from dspex_persist.state.values import Find, FindType, ReadAhead, Spell, spell
 
 R = TypeVar("R")
 
+FEW = 32
+"""The most steps of a small command, see `Command.is_small`."""
 RESERVED_KEY, RESERVED_PREFIX = "commit_sequence", "dspex."
 """Metadata keys that the server adds when it reports a change."""
 
@@ -99,6 +101,11 @@ class Command(_Checked, ABC, Generic[R]):
 
     def takes_long(self, state: SessionState) -> bool:
         """Whether applying it to a session in memory would block an event loop too long."""
+        return False
+
+    @property
+    def is_small(self) -> bool:
+        """Whether running it on a session in memory takes less time than a commit."""
         return False
 
     @property

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from dspex_persist.state import arguments, values
-from dspex_persist.state.commands.base import Command, check_metadata, check_text
+from dspex_persist.state.commands.base import FEW, Command, check_metadata, check_text
 from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.errors import (
     ExecutionEndedError,
@@ -98,6 +98,11 @@ class BeginExecution(Command[Begun]):
             if known is not None:
                 return known
         return self._begin(uow, fingerprint)
+
+    @property
+    def is_small(self) -> bool:
+        """See `Command`."""
+        return sum(value.size_bytes for value in self.parameters.values()) <= values.LONG_JSON
 
     @property
     def json_length(self) -> int:
@@ -241,6 +246,15 @@ class FinishExecution(Command[Verdict]):
     gone: Mapping[str, str | None] = field(default_factory=dict)
 
     writes: ClassVar[bool] = True
+
+    @property
+    def is_small(self) -> bool:
+        """See `Command`."""
+        verdict = self.verdict
+        if verdict.recorded or (verdict.result is not None and verdict.result.size_bytes > values.LONG_JSON):
+            return False
+        count = len(self.steps) + len(self.children) + len(self.checked) + len(verdict.log)
+        return count <= FEW and not self.matched and all(step.command.is_small for step in self.steps)
 
     def apply(self, uow: UnitOfWork) -> Verdict:
         state = uow.session(self.session_id)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from dspex_persist.state import values
 from dspex_persist.state.arguments import Number, Version
-from dspex_persist.state.commands.base import Command, Reads, check_merged_metadata, check_metadata, check_text
+from dspex_persist.state.commands.base import FEW, Command, Reads, check_merged_metadata, check_metadata, check_text
 from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.errors import (
     ExecutionNotFoundError,
@@ -81,6 +81,11 @@ class RegisterVariable(Command[str]):
         )
         uow.add_variable(self.session_id, variable)
         return variable.id
+
+    @property
+    def is_small(self) -> bool:
+        """See `Command`."""
+        return self.value.size_bytes <= values.SHORT_JSON
 
     @property
     def json_length(self) -> int:
@@ -197,6 +202,11 @@ class SetVariable(Command[int]):
         return _write(uow, self, variable, self.value, metadata).version
 
     @property
+    def is_small(self) -> bool:
+        """See `Command`."""
+        return self.value.size_bytes <= values.SHORT_JSON
+
+    @property
     def json_length(self) -> int:
         """See `Command`."""
         return len(self.value.json)
@@ -255,6 +265,11 @@ class SetVariables(Command[BatchOutcome]):
             uow.rollback_to(start)
             return BatchOutcome(success=False, versions={}, errors=errors)
         return BatchOutcome(success=bool(versions) or not errors, versions=versions, errors=errors)
+
+    @property
+    def is_small(self) -> bool:
+        """See `Command`."""
+        return len(self.updates) <= FEW and sum(each.size_bytes for each in self.updates.values()) <= values.SHORT_JSON
 
     @property
     def json_length(self) -> int:

@@ -26,7 +26,7 @@ from dspex_persist.state.errors import (
     quote,
 )
 from dspex_persist.state.groups import CACHE_SIZE_BYTES, GroupMoment, Groups, Job, unit_of
-from dspex_persist.state.log_store import LogStore, UnwritableError
+from dspex_persist.state.log_store import LogStore, UnwritableError, WouldWaitError
 from dspex_persist.state.model import CommitChanges, JournalEntry, VariableVersion
 from dspex_persist.state.options import SessionOptions, check_count, check_seconds
 from dspex_persist.state.session_state import SessionState
@@ -39,12 +39,16 @@ from dspex_persist.state.store.engine import (
     Durability,
     OwnershipLock,
     checkpoint,
+    code_of,
+    driver_of,
     open_readers,
     open_side_file,
     open_writer,
     read_error,
     resolved,
+    roll_back,
     snapshot,
+    transaction,
     warn_of_others,
 )
 from dspex_persist.state.store.guard import FileGuard
@@ -56,7 +60,7 @@ _CERTAIN_ABORTS = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY})
 # Errors caused by the rows of one job, whatever else is in its group. Such rows never reach the disk.
 _OF_ONE_JOB = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
 
-_LOCKED = "another program holds the write lock of the database; let it finish, and repeat the call"
+_LOCKED = "another program holds the lock for writing to the database; have it finish, and repeat the call"
 
 
 _PAGE_BYTES = 4 * 1024 * 1024
@@ -168,7 +172,7 @@ class SessionStore(StoredSessions, LogStore):
             undo.callback(self._anchor.close)
             migrate.upgrade(self._writer, self._name)
             self._connection = self._writer.connect()
-            with self._connection.begin():
+            with transaction(self._connection):
                 self.head = recovery.recover(self._connection, self._anchor.read(), self._name, inspected)
                 self._keys = log.Keys(self._connection)
                 self._last_at = clock.from_micros(log_reader.last_own_time(self._connection))
@@ -192,17 +196,19 @@ class SessionStore(StoredSessions, LogStore):
     # Writing
 
     @contextlib.contextmanager
-    def group(self) -> Iterator[None]:
+    def group(self, *, wait: bool = True) -> Iterator[None]:
         """One SQLite transaction, which is durable when the context ends."""
         self._look()
         self._appended = None
         try:
-            with self._connection.begin() as transaction:
+            with transaction(self._connection, wait=wait):
                 self._guard.look_inside(self._connection, self.head)
                 yield
                 if self._appended is None:
-                    transaction.rollback()
+                    roll_back(self._connection)
         except (DBAPIError, sqlite3.Error) as error:
+            if not wait and code_of(error) == sqlite3.SQLITE_BUSY:
+                raise WouldWaitError from error
             failure = self._settle(error)
             if isinstance(_original(error), _OF_ONE_JOB):
                 raise UnwritableError(failure) from error
@@ -229,9 +235,9 @@ class SessionStore(StoredSessions, LogStore):
         self._look()
         try:
             if self._guard.has_news(self._connection):
-                with self._connection.begin() as transaction:
+                with transaction(self._connection):
                     self._guard.look_inside(self._connection, self.head)
-                    transaction.rollback()
+                    roll_back(self._connection)
         except (DBAPIError, sqlite3.Error) as error:
             # Nothing had to be written; the next write reports the error.
             _logger.warning("file not checked", reason=str(read_error(self.path, error)))
@@ -313,8 +319,7 @@ class SessionStore(StoredSessions, LogStore):
         if not isinstance(original, _OF_ONE_JOB) and (code is None or (code & 0xFF) not in _CERTAIN_ABORTS):
             self._raise_unknown(original)
         # SQLITE_FULL rolls back automatically; otherwise the end of the transaction has. Either way none is open now.
-        driver = self._connection.connection.dbapi_connection
-        if driver is None or driver.in_transaction:
+        if driver_of(self._connection).in_transaction:
             self._raise_unknown(original)
         reason = _LOCKED if isinstance(code, int) and code & 0xFF == sqlite3.SQLITE_BUSY else str(original)
         _logger.warning("group failed", reason=reason)
@@ -367,7 +372,7 @@ class SessionStore(StoredSessions, LogStore):
         """Delete the outcomes recorded before a time. The history of ended sessions stays."""
         self._look()
         try:
-            with self._connection.begin():
+            with transaction(self._connection):
                 self._guard.look_inside(self._connection, self.head)
                 outcomes.forget(self._connection, before)
         except (DBAPIError, sqlite3.Error) as error:

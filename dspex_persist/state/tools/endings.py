@@ -4,6 +4,7 @@ import asyncio
 import functools
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import cached_property
 from typing import Final
 
 from dspex_persist.state import commands
@@ -23,7 +24,7 @@ from dspex_persist.state.model import (
     Origin,
     ToolOutcome,
 )
-from dspex_persist.state.provider import Submit
+from dspex_persist.state.provider import SubmitHere, Submits
 from dspex_persist.state.tools.failures import failure_of, reported_error
 from dspex_persist.state.tools.home import Home
 from dspex_persist.state.tools.session import ToolSession
@@ -39,10 +40,15 @@ class Endings:
             not as given up by its client.
     """
 
-    def __init__(self, submit: Submit, home: Home) -> None:
-        self._submit = submit
+    def __init__(self, store: Submits, home: Home) -> None:
+        self._store = store
         self._home = home
         self.draining = False
+
+    @cached_property
+    def submit_here(self) -> SubmitHere:
+        """Has the store carry out commands, for coroutines of the home loop."""
+        return self._store.on_loop(self._home.mailbox)
 
     @property
     def cancelled_status(self) -> ExecutionStatus:
@@ -64,12 +70,12 @@ class Endings:
             StateError: The store could not record the end.
         """
         command = self._closing(session, verdict)
-        future = self._submit(command, session.origin)
+        reply = self.submit_here(command, session.origin)
         try:
-            final = await self._home.mailbox.result(future)
+            final = await reply
         except asyncio.CancelledError:
             # If the writer had already started on the command, the cancellation does not affect it.
-            if future.cancelled():
+            if reply.cancelled():
                 self.end_without_waiting(session, replace(verdict, status=self.cancelled_status, result=None))
             raise
         except (SessionNotFoundError, ExecutionEndedError):
@@ -110,7 +116,7 @@ class Endings:
             elif isinstance(error, InternalError) and command != _bare(command):
                 self.record(_bare(command), origin)
 
-        self._submit(command, origin).add_done_callback(settled)
+        self._store.submit(command, origin).add_done_callback(settled)
 
     def _record_failure(self, session: ToolSession, verdict: Verdict, error: StateError) -> None:
         """Keep the journal entry of an execution whose end the store refused; its writes are lost."""

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any, Final, TypeVar
 from weakref import WeakValueDictionary
 
+from dspex_persist.infra.mailbox import Reply
 from dspex_persist.spelling import closest, did_you_mean
 from dspex_persist.state import commands, values
 from dspex_persist.state.commands import Command
@@ -42,7 +43,7 @@ from dspex_persist.state.model import (
     ToolOutcome,
     Value,
 )
-from dspex_persist.state.provider import Submit
+from dspex_persist.state.provider import Submits
 from dspex_persist.state.tools.chunks import Emit, Outlet
 from dspex_persist.state.tools.endings import Endings
 from dspex_persist.state.tools.execution import Execution
@@ -78,7 +79,7 @@ class ToolRunner:
     the first does not occupy.
 
     Args:
-        submit: Has the store run a command.
+        store: Runs commands.
         home: The event loop of the executions.
         tools: The tools of this process, by name.
         registered: Returns the runnable form of a tool that a worker has registered.
@@ -87,18 +88,18 @@ class ToolRunner:
 
     def __init__(
         self,
-        submit: Submit,
+        store: Submits,
         home: Home,
         tools: Mapping[str, RunnableTool],
         *,
         registered: Callable[[RegisteredTool], RunnableTool],
         limits: Limits,
     ) -> None:
-        self.submit_command = submit
+        self.store = store
         self.tools = dict(tools)
         self.limits = limits
         self._home = home
-        self._endings = Endings(submit, home)
+        self._endings = Endings(store, home)
         self._registered = registered
         self._running: dict[str, ToolSession] = {}
         # Includes executions that have ended while their code goes on.
@@ -373,18 +374,18 @@ class ToolRunner:
             ahead = values.ReadAhead(self.limits)
             read = functools.partial(command.read_ahead, ahead, lambda _: None)
             await self._home.on_thread(read, "dspex-persist-arguments")
-        future = self.submit_command(command, origin)
+        reply = self._endings.submit_here(command, origin)
         try:
-            return await self._home.mailbox.result(future)
+            return await reply
         except asyncio.CancelledError:
             # The caller has gone. If the execution begins all the same, it has to end.
-            future.add_done_callback(functools.partial(self._abandon, command, origin))
+            reply.add_done_callback(functools.partial(self._abandon, command, origin))
             raise
 
-    def _abandon(self, command: commands.BeginExecution, origin: Origin, future: "Future[Begun]") -> None:
-        if future.cancelled() or future.exception() is not None or future.result().snapshot is None:
+    def _abandon(self, command: commands.BeginExecution, origin: Origin, reply: Reply[Begun]) -> None:
+        if reply.cancelled() or reply.exception() is not None or reply.result().snapshot is None:
             return
-        verdict = Verdict(future.result().execution_id, self._endings.cancelled_status, attempt=command.attempt)
+        verdict = Verdict(reply.result().execution_id, self._endings.cancelled_status, attempt=command.attempt)
         self._endings.record(commands.FinishExecution(command.session_id, verdict), origin)
 
     async def _attempt(
@@ -401,7 +402,7 @@ class ToolRunner:
             tool.spec.isolation,
             begun,
             request.origin,
-            lambda command: self.submit_command(command, request.origin).result(),
+            lambda command: self.store.submit(command, request.origin).result(),
         )
         session = ToolSession(self, execution, request, attempt, begun.seed, current_session.get())
         session.done = self._home.loop.create_future()
@@ -541,7 +542,7 @@ class ToolRunner:
         raise ToolTimedOutError(session.execution_id, f"it took longer than {most_s:.3g} s{whose}")
 
     async def _submit(self, command: Command[R], origin: Origin) -> R:
-        return await self._home.mailbox.result(self.submit_command(command, origin))
+        return await self._endings.submit_here(command, origin)
 
 
 async def _repeat(request: ToolRequest, tool: RunnableTool, recorded: JournalEntry) -> ToolOutcome:

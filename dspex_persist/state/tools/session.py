@@ -20,7 +20,7 @@ from dspex_persist.state.commands.executions import Verdict
 from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import ExecutionStatus, Failure, LogEntry, Origin, Source, ToolOutcome, Value
-from dspex_persist.state.provider import Submit
+from dspex_persist.state.provider import Submits
 from dspex_persist.state.tools.execution import Execution
 from dspex_persist.state.tools.requests import ToolRequest
 
@@ -45,8 +45,8 @@ class Host(Protocol):
     def limits(self) -> Limits: ...
 
     @property
-    def submit_command(self) -> Submit:
-        """Has the store run a command outside the transaction."""
+    def store(self) -> Submits:
+        """Runs commands outside the transaction."""
 
     def call(self, caller: "ToolSession", request: ToolRequest) -> "Future[Value]":
         """Execute a tool as part of its caller's execution."""
@@ -143,13 +143,13 @@ class ToolSession:
         self.execution.check_can_publish(identifier)
         encoded = values.encode_for(value, lambda: self._type_of(identifier), name=identifier)
         command = commands.PublishVariable(self.session_id, self.execution_id, identifier, encoded, metadata or {})
-        variable = self._host.submit_command(command, self.origin).result()
+        variable = self._host.store.submit(command, self.origin).result()
         self.execution.take_published(variable)
         return variable.version
 
     def _type_of(self, identifier: str) -> str:
         query = commands.GetVariable(self.session_id, identifier)
-        return self._host.submit_command(query, self.origin).result().type
+        return self._host.store.submit(query, self.origin).result().type
 
     def now(self) -> datetime:
         """Return the time, and record it for replays."""

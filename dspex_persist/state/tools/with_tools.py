@@ -9,6 +9,7 @@ from typing import Any, Final, TypeVar
 
 from dspex_persist.infra import forks
 from dspex_persist.infra.futures import failed, mapped
+from dspex_persist.infra.mailbox import LoopMailbox, Reply
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.abilities import StreamsTools
 from dspex_persist.state.around import Around
@@ -17,7 +18,7 @@ from dspex_persist.state.errors import EngineClosedError, ToolFailedError, Unsup
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Origin, ToolSpec
 from dspex_persist.state.options import check_count
-from dspex_persist.state.provider import StateProvider, fault_of, or_empty
+from dspex_persist.state.provider import StateProvider, SubmitHere, fault_of, or_empty
 from dspex_persist.state.tools.chunks import ChunkQueue
 from dspex_persist.state.tools.home import Home
 from dspex_persist.state.tools.invoke import Invoker
@@ -65,7 +66,7 @@ class WithTools(Around, StreamsTools):
         self._home = Home(home)
         self._invoker = Invoker(self._home, threads, limits)
         self.runner = ToolRunner(
-            provider.submit,
+            provider,
             self._home,
             local_tools(tools or {}, self._invoker),
             registered=lambda tool: RemoteTool(tool, remote, limits),
@@ -93,6 +94,21 @@ class WithTools(Around, StreamsTools):
         if fault is not None:
             return failed(fault)
         return own(command, origin or self.default_origin(command.cause))
+
+    def run(self, command: Command[R], idempotency_key: str | None = None) -> R:
+        """See `StateProvider.run`."""
+        if type(command) in self._own:
+            return super().run(command, idempotency_key)
+        return self.provider.run(command, idempotency_key)
+
+    def on_loop(self, mailbox: LoopMailbox) -> SubmitHere:
+        """See `StateProvider.on_loop`."""
+        own, others = super().on_loop(mailbox), self.provider.on_loop(mailbox)
+
+        def submit(command: Command[R], origin: Origin | None = None) -> Reply[R]:
+            return (own if type(command) in self._own else others)(command, origin)
+
+        return submit
 
     def _execute(self, command: commands.ExecuteTool, origin: Origin) -> Future[Any]:
         if self._closed:

@@ -1,4 +1,4 @@
-"""Answer queries for commits and sessions."""
+"""Questions about commits and sessions."""
 
 import json
 from typing import Any, Final

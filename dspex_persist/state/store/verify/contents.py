@@ -1,4 +1,4 @@
-"""Check the large contents."""
+"""The large contents."""
 
 import time
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ _BLOB_USER: Final = """
 
 
 class BlobWalk(Walk):
-    """Each large content matches its digest, and a version refers to it."""
+    """Large contents: each is what its digest says, and belongs to a version."""
 
     def __init__(self) -> None:
         self._last: float = BEFORE_ALL
@@ -36,13 +36,13 @@ class BlobWalk(Walk):
         end = time.monotonic() + SNAPSHOT_S
         for key, name, content in raw_rows(connection, _BLOBS, self._last):
             if digest(content) != name:
-                yield Problem(self._where(connection, key), "the content does not match its digest")
+                yield Problem(self._where(connection, key), "the content is not the one that its digest was made from")
             self._last = key
             if time.monotonic() > end:
                 return
         self.more = False
         for (key,) in raw_rows(connection, _UNUSED_BLOBS):
-            yield Problem(f"large content {key}", "no version refers to it")
+            yield Problem(f"large content {key}", "it belongs to no version")
 
     def _where(self, connection: Connection, key: int) -> str:
         user = find_row(connection, _BLOB_USER, key)
