@@ -106,7 +106,7 @@ class _Waiting:
 
 
 class Writer:
-    """Runs `write_group` on everything that is queued, in order, and settles the tickets after it returns.
+    """Passes queued jobs to `write_group` in order, group by group, and settles their tickets when it returns.
 
     Args:
         write_group: Writes jobs as one group and returns their outcomes. An exception ends the writer.
@@ -268,7 +268,7 @@ class Writer:
         self._cost_s += (took_s - self._cost_s) * (0.05 if took_s < self._cost_s else 0.2)
 
     def close(self) -> None:
-        """Write what is queued, then end the thread."""
+        """Write the queued jobs, then end the thread."""
         with self._gate:
             if self._closed is None:
                 self._closed = EngineClosedError()
@@ -278,8 +278,10 @@ class Writer:
             self._thread.join()
 
     def refuse(self, reason: StateError) -> None:
-        """Take no more jobs, in a forked child, which has no writer's thread; a thread that is no more may hold the
-        locks."""
+        """Refuse all jobs in a forked child, where the writer's thread does not exist.
+
+        The locks are replaced, because threads that do not exist here either may hold them.
+        """
         self._gate, self._lead = threading.Lock(), threading.Lock()
         self._closed = reason
 
@@ -290,7 +292,7 @@ class Writer:
         except _EndedError:
             # These jobs have not begun, so they were not written.
             _refuse(waiting, EngineClosedError())
-        except BaseException as error:  # noqa: BLE001 - a thread's boundary: nobody may be left waiting
+        except BaseException as error:  # noqa: BLE001 - a thread's boundary: no caller may be left waiting
             self._on_fatal(error)
 
     def _loop(self, waiting: list[_Queued]) -> None:
@@ -329,7 +331,7 @@ class Writer:
                 raise
 
     def _gather(self, waiting: list[_Queued]) -> bool:
-        """Fill `waiting` with what is queued, waiting for the first one; whether more may come."""
+        """Wait for a job and move all queued ones to `waiting`; False once the writer has to end."""
         try:
             first = self._queue.get(timeout=min(self._idle_s, _CHECK_S))
         except Empty:
@@ -400,7 +402,7 @@ class Writer:
             except Empty:
                 return reason
             if not isinstance(queued, _Sign):
-                # Not begun: certainly not written.
+                # Never started, so certainly not written.
                 _refuse([queued], EngineClosedError())
 
 
