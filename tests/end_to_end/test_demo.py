@@ -78,11 +78,11 @@ def test_a_demo_that_fails_says_so(tmp_path: Path) -> None:
     assert "exists already" in result.stderr
     assert (tmp_path / "sessions.db").read_bytes() == b"something of somebody's"
     result = run_demo("--keep", str(tmp_path / "sessions.db" / "below"), cwd=tmp_path)
-    assert (result.returncode, "cannot make the directory" in result.stderr) == (1, True)
+    assert (result.returncode, "cannot create the directory" in result.stderr) == (1, True)
 
 
 @pytest.mark.parametrize(
-    ("found", "lost"),
+    ("stored", "lost"),
     [
         ({0: 0, 1: 1, 2: 2, 3: 3}, []),
         ({0: 0, 1: 1, 2: 2}, []),
@@ -91,12 +91,12 @@ def test_a_demo_that_fails_says_so(tmp_path: Path) -> None:
         ({}, [1, 2]),
     ],
 )
-def test_lost_writes_are_noticed(found: dict[int, int], lost: list[int]) -> None:
-    assert lost_writes([(1, 1), (2, 2)], found) == lost
+def test_lost_writes_are_noticed(stored: dict[int, int], lost: list[int]) -> None:
+    assert lost_writes([(1, 1), (2, 2)], stored) == lost
 
 
 @pytest.mark.parametrize(
-    ("told", "faults"),
+    ("received", "faults"),
     [
         ([(4, "a", 1), (5, "b", 1), (7, "a", 2)], (0, 0, 0)),
         ([(4, "a", 1), (7, "a", 2)], (1, 0, 0)),
@@ -105,5 +105,5 @@ def test_lost_writes_are_noticed(found: dict[int, int], lost: list[int]) -> None
         ([], (3, 0, 0)),
     ],
 )
-def test_faults_of_a_watch_are_noticed(told: list[tuple[int, str, int]], faults: tuple[int, int, int]) -> None:
-    assert judge_watch(told, {"a": 2, "b": 1}) == WatchFaults(*faults)
+def test_faults_of_a_watch_are_noticed(received: list[tuple[int, str, int]], faults: tuple[int, int, int]) -> None:
+    assert judge_watch(received, {"a": 2, "b": 1}) == WatchFaults(*faults)

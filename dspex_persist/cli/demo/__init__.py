@@ -1,4 +1,4 @@
-"""dspex-persist demo: the real server, a real client, and a kill in the middle of writing, shown and checked."""
+"""dspex-persist demo: kills a real server while clients write, and checks that nothing is lost."""
 
 import time
 from contextlib import ExitStack
@@ -12,7 +12,7 @@ from rich.markup import escape
 
 HELP = (
     "See it work: serve, write, kill the server, restart it, and find every write.\n\n"
-    "Takes less than half a minute. Ends with exit code 0 if everything was as promised, else with 1 and what was not."
+    "Takes less than half a minute. Exits with 0 if everything was as promised, else with 1 and what was not."
 )
 EPILOG = (
     "[bold]Examples[/bold]\n\n"
@@ -26,11 +26,11 @@ _WIDTH: Final = 80
 def demo(
     keep: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Leave the database in this directory, to look at it afterwards."),
+        typer.Option(metavar="DIR", help="Keep the database in this directory."),
     ] = None,
 ) -> None:
-    """Play it, and say what was not as promised."""
-    # Imported here: every other command would wait for it.
+    """Play the demo."""
+    # Imported here, so that other commands start quickly.
     from dspex_persist.cli.demo.play import play
     from dspex_persist.cli.demo.stage import DemoContext, fresh_database
 

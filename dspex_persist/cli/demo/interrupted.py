@@ -1,4 +1,4 @@
-"""The demo's scenes of a tool that the kill comes upon when it has written everything but not ended."""
+"""The demo's scenes with a tool that is killed after its last write, before it ends."""
 
 import threading
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ _STEP_S: Final = 0.2
 
 
 class Mover:
-    """A client that has the tool executed, in a thread. `error`: what it was told instead of an outcome."""
+    """A client that executes the tool, in a thread. `error`: the error that it got instead of an outcome."""
 
     def __init__(self, client: "ExecutesTools") -> None:
         self.error: StateError | None = None
@@ -36,20 +36,20 @@ class Mover:
             self.error = error
 
     def join(self) -> None:
-        """Wait until it knows that the server is gone."""
+        """Wait until the client has noticed that the server is gone."""
         self._thread.join(PATIENCE_S)
         if self.error is None:
-            raise DemoFailedError("the tool's client was not told that its server had died")
+            raise DemoFailedError("the client that executed the tool got no error when the server died")
 
 
 def move(client: "ExecutesTools") -> ToolOutcome:
-    """Have the tool executed: the same request each time, under the same key."""
+    """Execute the tool: the same request each time, with the same idempotency key."""
     return client.execute_tool(SESSION, "move", _NEW, idempotency_key=_KEY, timeout_s=PATIENCE_S)
 
 
 def begin(stage: DemoContext, client: "ExecutesTools", observer: Observer) -> Mover:
-    """Have the tool write all that it has to write, and not end."""
-    stage.say("A tool begins to move to another address. It writes three variables, slowly, as one transaction:")
+    """Let the tool write everything, but not end."""
+    stage.say("A tool changes an address. It writes three variables, slowly, in one transaction:")
     for name, text in _OLD.items():
         client.register_variable(SESSION, name, "string", text)
     client.register_variable(SESSION, "steps_done", "integer", 0)
@@ -57,25 +57,25 @@ def begin(stage: DemoContext, client: "ExecutesTools", observer: Observer) -> Mo
     mover = Mover(client)
     observer.wait_for(lambda _: client.get_value(SESSION, "steps_done") == 3, "three steps of the tool")
     rows = [(name, _NEW[name], text) for name, text in _address(client).items()]
-    stage.show("It has written all three", ("variable", "the tool sees", "everybody else sees"), rows)
-    stage.add("What it publishes shows at once: [bold]steps_done[/] is 3. It has not ended yet.")
+    stage.show("It has written all three", ("variable", "the tool sees", "everyone else sees"), rows)
+    stage.add("What it publishes is visible at once: [bold]steps_done[/] is 3. The tool is still running.")
     _expect(_address(client), _OLD, "while the tool ran")
     return mover
 
 
 def show(stage: DemoContext, client: "ExecutesTools") -> None:
-    """After the kill: nothing of it shows, the journal says so, and the same request again succeeds once."""
-    stage.say("And the tool that was running? Nothing that it had written shows:")
+    """After the kill: none of its writes are visible, the journal says so, and repeating the request succeeds once."""
+    stage.say("And the tool that was running? None of its writes are visible:")
     stage.show("The address", ("variable", "value"), list(_address(client).items()))
     _expect(_address(client), _OLD, "after the kill")
     client.set_variable(SESSION, "seconds_a_step", 0.0)
-    stage.say("Its client asks again, twice, with the same idempotency key. It runs once, and commits:")
+    stage.say("Its client repeats the request, twice, with the same idempotency key. The tool runs once, and commits:")
     first, second = move(client), move(client)
     stage.show("The address", ("variable", "value"), list(_address(client).items()))
     _expect(_address(client), _NEW, "after the tool had run again")
     if not first.success or (second.execution_id, second.result) != (first.execution_id, first.result):
         raise DemoFailedError(f"the same request was answered {first} and {second}")
-    stage.say("The journal knows both executions. This is [bold]dspex-persist audit executions[/]:")
+    stage.say("The journal has both executions. This is [bold]dspex-persist audit executions[/]:")
     executions = _journal(stage)
     rows = [
         (each.execution_id[:14] + "…", each.tool, each.status.value, each.writes, each.error) for each in executions
@@ -87,13 +87,13 @@ def show(stage: DemoContext, client: "ExecutesTools") -> None:
 
 
 def _address(client: "StateProvider") -> dict[str, str]:
-    found = client.get_variables(SESSION, tuple(_OLD)).variables
-    return {name: found[name].value.json.strip('"') for name in _OLD}
+    variables = client.get_variables(SESSION, tuple(_OLD)).variables
+    return {name: variables[name].value.json.strip('"') for name in _OLD}
 
 
-def _expect(found: Mapping[str, str], expected: Mapping[str, str], when: str) -> None:
-    if found != expected:
-        raise DemoFailedError(f"the address {when} should be {expected}, but is {found}")
+def _expect(address: Mapping[str, str], expected: Mapping[str, str], when: str) -> None:
+    if address != expected:
+        raise DemoFailedError(f"the address {when} should be {expected}, but is {address}")
 
 
 def _journal(stage: DemoContext) -> list[ExecutionSummary]:

@@ -9,10 +9,10 @@ from dspex_persist.cli.demo.stage import SESSION, DemoContext
 def play(stage: DemoContext) -> None:
     from dspex_persist import connect
 
-    stage.say("Starting the server: a process of its own, on a fresh database file.")
+    stage.say("Starting the server as a separate process, on a new database file.")
     with ExitStack() as stack:
         server = stack.enter_context(stage.start_server())
-        stage.add(f"It is process {server.pid} and answers on 127.0.0.1:{server.port}.")
+        stage.add(f"It is process {server.pid} and listens on 127.0.0.1:{server.port}.")
         url = f"grpc://127.0.0.1:{server.port}"
         client = stack.enter_context(connect(url, timeout_s=scenes.CALL_TIMEOUT_S))
         scenes.register(stage, client)
@@ -25,7 +25,7 @@ def play(stage: DemoContext) -> None:
         writers = scenes.write_until_killed(stage, client, server, observer)
         mover.join()
     with ExitStack() as stack:
-        stage.say("Starting it again on the same file, as if nothing had happened.")
+        stage.say("Restarting it on the same file.")
         server = stack.enter_context(stage.start_server())
         stage.add(f"It is process {server.pid} now.")
         client = stack.enter_context(connect(f"grpc://127.0.0.1:{server.port}"))

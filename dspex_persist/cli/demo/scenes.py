@@ -1,4 +1,4 @@
-"""The demo's scenes of reading, writing, watching, and of a kill in the middle of writing."""
+"""The demo's scenes with clients that read, write and watch, and with a kill while they write."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dspex_persist.state.watch import Watch
 
 _COUNTERS: Final = ("counter_a", "counter_b", "counter_c", "counter_d")
-# The kill comes when every writer has this many acknowledgements.
+# The server is killed when every writer has this many acknowledgements.
 _WRITES: Final = 150
 CALL_TIMEOUT_S: Final = 2.0
 
@@ -28,7 +28,7 @@ CALL_TIMEOUT_S: Final = 2.0
 
 
 def register(stage: DemoContext, client: "StateProvider") -> None:
-    stage.say("A client begins a session and registers variables, each with its rules:")
+    stage.say("A client begins a session and registers variables, with constraints:")
     client.initialize_session(SESSION, {"owner": "demo"})
     client.register_variable(SESSION, "temperature", "float", 0.7, constraints={"min": 0, "max": 2})
     client.register_variable(SESSION, "model", "choice", "small", constraints={"choices": ["small", "large"]})
@@ -38,11 +38,11 @@ def register(stage: DemoContext, client: "StateProvider") -> None:
         (variable.name, variable.type, variable.constraints, variable.value.json, variable.version)
         for variable in client.list_variables(SESSION)
     ]
-    stage.show("The session's variables", ("variable", "type", "rules", "value", "version#"), rows)
+    stage.show("The session's variables", ("variable", "type", "constraints", "value", "version#"), rows)
 
 
 def change(stage: DemoContext, client: "StateProvider") -> None:
-    stage.say("It sets one, then two in one batch, and tries a value that breaks a rule:")
+    stage.say("It sets one, then two in one batch, and tries a value that violates a constraint:")
     rows: list[tuple[str, str]] = []
     version = client.set_variable(SESSION, "temperature", 1.2)
     rows.append(("set temperature = 1.2", f"version {version}"))
@@ -55,17 +55,17 @@ def change(stage: DemoContext, client: "StateProvider") -> None:
         rows.append(("set temperature = 99", f"refused: {text_of(error)}"))
     else:
         raise DemoFailedError("temperature = 99 was accepted, though its maximum is 2")
-    stage.show("What the client asked, and the answers", ("request", "answer"), rows)
+    stage.show("The client's requests, and the answers", ("request", "answer"), rows)
 
 
 def show_updates(stage: DemoContext, observer: "Observer") -> None:
-    stage.say("Another client watched meanwhile. After each commit it was told:")
+    stage.say("Meanwhile, another client was watching. It received each commit:")
     observer.wait_for(lambda updates: len(updates) >= 3, "three updates")
     rows = [
         (update.sequence, update.kind.value, update.variable.name, update.variable.value.json, update.variable.version)
         for update in list(observer.updates)
     ]
-    stage.show("What the watch received", ("commit#", "what", "variable", "value", "version#"), rows)
+    stage.show("What the watch received", ("commit#", "kind", "variable", "value", "version#"), rows)
 
 
 def show_history(stage: DemoContext, client: "StateProvider") -> None:
@@ -89,16 +89,16 @@ def _json(entry: VariableVersion) -> str:
 
 @dataclass
 class CountingClient:
-    """One client that counts a variable up, and what it was told. Version n holds the value n."""
+    """A client that counts a variable up, and notes each acknowledgement. Version n has the value n."""
 
     name: str
     acknowledged: list[tuple[int, int]] = field(default_factory=list)
-    """(version, value) of every write that was acknowledged."""
+    """(version, value) of every acknowledged write."""
     interrupted: int | None = None
     """The value whose write was not acknowledged."""
 
     def run(self, client: "StateProvider", killed: threading.Event) -> None:
-        """Write until the server is gone. An error before that is a call that took too long: it is repeated."""
+        """Write until the server is gone. An error before that is a timeout, and the write is repeated."""
         value = 1
         while self.interrupted is None:
             try:
@@ -109,14 +109,14 @@ class CountingClient:
                     self.interrupted = value
 
     def write(self, client: "StateProvider", value: int) -> int:
-        """Write once, however often it is repeated: that is what the key says. The version."""
+        """Write a value, once however often this is repeated, as the key stays the same; return the version."""
         return client.set_variable(SESSION, self.name, value, idempotency_key=f"{self.name}-{value}")
 
 
 def write_until_killed(
     stage: DemoContext, client: "StateProvider", server: ServerProcess, observer: "Observer"
 ) -> list[CountingClient]:
-    stage.say(f"Now {len(_COUNTERS)} writers count up, each noting every acknowledgement ...")
+    stage.say(f"Now {len(_COUNTERS)} writers count up, and note every acknowledgement ...")
     writers = [CountingClient(name) for name in _COUNTERS]
     for writer in writers:
         client.register_variable(SESSION, writer.name, "integer", 0)
@@ -124,34 +124,35 @@ def write_until_killed(
     threads = [threading.Thread(target=writer.run, args=(client, killed), daemon=True) for writer in writers]
     for thread in threads:
         thread.start()
-    # The watch hears of every write, so it is a good moment to count after each.
+    # The watch receives every write, so the condition is evaluated after each.
     observer.wait_for(
         lambda _: all(len(writer.acknowledged) >= _WRITES for writer in writers),
         f"{_WRITES} acknowledgements for each writer",
     )
     server.kill()
     killed.set()
-    stage.add(f"... and in the middle of that the server is killed: kill -9 {server.pid}.")
-    stage.add(f"The writers repeat their last write for {CALL_TIMEOUT_S:g} s, then give up.")
+    stage.add(f"... and meanwhile the server is killed: kill -9 {server.pid}.")
+    stage.add(f"The writers retry their last write for {CALL_TIMEOUT_S:g} s, then give up.")
     for thread in threads:
         thread.join(PATIENCE_S)
     if any(writer.interrupted is None for writer in writers):
-        raise DemoFailedError("a writer went on after the server was killed")
+        raise DemoFailedError("a writer continued after the server was killed")
     return writers
 
 
 def show_writes(stage: DemoContext, client: "StateProvider", writers: Sequence[CountingClient]) -> None:
     stage.say(
-        "Is every acknowledged write there? And what of those that nobody acknowledged? Each writer repeats its own "
-        "with the same idempotency key: whether it was written or not, it happens once."
+        "Is every acknowledged write there? And what about the write that was in flight? Each writer repeats it with "
+        "the same idempotency key: whether it was written or not, it happens once."
     )
     problems: list[str] = []
     rows = []
     for writer in writers:
-        found = _values_by_version(client, writer.name)
-        lost = lost_writes(writer.acknowledged, found)
+        stored = _values_by_version(client, writer.name)
+        lost = lost_writes(writer.acknowledged, stored)
         problems += [f"{writer.name} lost {len(lost)} acknowledged writes, version {lost[0]} first"] if lost else []
-        rows.append((writer.name, len(writer.acknowledged), len(found) - 1, len(lost), _repeat(client, writer, found)))
+        repeated = _repeat(client, writer, stored)
+        rows.append((writer.name, len(writer.acknowledged), len(stored) - 1, len(lost), repeated))
     columns = ("variable", "acknowledged#", "found#", "lost#", "the interrupted write, repeated")
     stage.show("Writes before the kill, and what is in the file", columns, rows)
     if problems:
@@ -163,20 +164,20 @@ def _values_by_version(client: "StateProvider", name: str) -> dict[int, int]:
     return {entry.version: int(_json(entry)) for entry in history}
 
 
-def lost_writes(acknowledged: Iterable[tuple[int, int]], found: dict[int, int]) -> list[int]:
-    """The versions that were acknowledged but are not in `found` (value by version) with the value written."""
-    return [version for version, value in acknowledged if found.get(version) != value]
+def lost_writes(acknowledged: Iterable[tuple[int, int]], stored: dict[int, int]) -> list[int]:
+    """Return the acknowledged versions that `stored` (value by version) lacks, or has with another value."""
+    return [version for version, value in acknowledged if stored.get(version) != value]
 
 
-def _repeat(client: "StateProvider", writer: CountingClient, found: dict[int, int]) -> str:
-    """Settle the write that was interrupted; say what was the case."""
+def _repeat(client: "StateProvider", writer: CountingClient, stored: dict[int, int]) -> str:
+    """Repeat the interrupted write, and say whether it had been written."""
     value = writer.interrupted
     if value is None:
         raise DemoFailedError(f"{writer.name} was not interrupted")
     version = writer.write(client, value)
     if version != value:
-        raise DemoFailedError(f"{writer.name} = {value} should be version {value} after its repetition, not {version}")
-    return f"was there as version {version}" if value in found.values() else f"was not there: version {version} now"
+        raise DemoFailedError(f"{writer.name} = {value} should be version {value} when repeated, not {version}")
+    return f"was version {version} already" if value in stored.values() else f"was missing, is version {version} now"
 
 
 # The watch
@@ -194,11 +195,11 @@ class Observer:
 
     @property
     def position(self) -> int:
-        """The last commit that the watch has told."""
+        """The last commit that the watch has delivered."""
         return self._watch.position
 
     def wait_for(self, condition: Callable[[Sequence[Update]], bool], what: str) -> None:
-        """Wait until `condition` holds; it is asked again whenever there is news."""
+        """Wait until `condition` holds; it is evaluated after each update."""
         with self._news:
             if not self._news.wait_for(lambda: condition(self.updates), PATIENCE_S):
                 raise DemoFailedError(f"there were not {what} within {PATIENCE_S:g} s")
@@ -211,7 +212,7 @@ class Observer:
                     self.updates += updates
                     self._news.notify_all()
         except StateError:
-            return  # the server is gone, which is what the demo is about
+            return  # the server was killed, as the demo intends
 
     def __enter__(self) -> "Observer":
         return self
@@ -223,34 +224,34 @@ class Observer:
 
 @dataclass(frozen=True, slots=True)
 class WatchFaults:
-    """What was wrong with a sequence of updates; nothing is what was promised."""
+    """How many updates were missed, doubled or out of order; all three must be 0."""
 
     missed: int
     doubled: int
     disordered: int
 
 
-def judge_watch(told: Sequence[tuple[int, str, int]], latest: dict[str, int]) -> WatchFaults:
-    """Compare what a watch told, (commit, variable, version) in order, with each variable's latest version."""
-    versions = [(name, version) for _, name, version in told]
+def judge_watch(received: Sequence[tuple[int, str, int]], latest: dict[str, int]) -> WatchFaults:
+    """Compare the updates of a watch, (commit, variable, version) in order, with each variable's latest version."""
+    versions = [(name, version) for _, name, version in received]
     due = {(name, version) for name, last in latest.items() for version in range(1, last + 1)}
     return WatchFaults(
         missed=len(due - set(versions)),
         doubled=len(versions) - len(set(versions)),
-        disordered=sum(1 for before, after in pairwise(told) if after[0] <= before[0]),
+        disordered=sum(1 for before, after in pairwise(received) if after[0] <= before[0]),
     )
 
 
 def show_resumed_watch(stage: DemoContext, client: "StateProvider", observer: Observer) -> None:
-    stage.say(f"The watch resumes after commit {observer.position}, the last that it was told before the kill:")
+    stage.say(f"The watch resumes after commit {observer.position}, the last that it received before the kill:")
     latest = {name: client.get_variable(SESSION, name).version for name in _COUNTERS}
     before = _counted(observer.updates)
     with client.watch(SESSION, _COUNTERS, after_sequence=observer.position) as watch:
         after = _pull_until(watch, set(latest.items()) - {(name, version) for _, name, version in before})
     faults = judge_watch([*before, *after], latest)
-    columns = ("told before the kill#", "told after it#", "missed#", "doubled#", "out of order#")
+    columns = ("before the kill#", "after it#", "missed#", "doubled#", "out of order#")
     row = (len(before), len(after), faults.missed, faults.doubled, faults.disordered)
-    stage.show("Changes of the counters that the watch told", columns, [row])
+    stage.show("Changes of the counters that the watch received", columns, [row])
     if faults != WatchFaults(0, 0, 0):
         raise DemoFailedError(f"the watch was not exact: {faults}")
 
@@ -264,14 +265,14 @@ def _counted(updates: Iterable[Update]) -> list[tuple[int, str, int]]:
 
 
 def _pull_until(watch: "Watch", due: set[tuple[str, int]]) -> list[tuple[int, str, int]]:
-    """What the watch tells until it has told all that is `due` (variable, version), or takes too long."""
-    told: list[tuple[int, str, int]] = []
-    open_still = set(due)
+    """Return the updates of the watch until it has delivered all that are `due` (variable, version), or a timeout."""
+    received: list[tuple[int, str, int]] = []
+    missing = set(due)
     deadline = time.monotonic() + PATIENCE_S
-    while open_still and time.monotonic() < deadline:
-        told += _counted(watch.next(timeout_s=1.0))
-        open_still -= {(name, version) for _, name, version in told}
-    return told
+    while missing and time.monotonic() < deadline:
+        received += _counted(watch.next(timeout_s=1.0))
+        missing -= {(name, version) for _, name, version in received}
+    return received
 
 
 # The check, and the end
@@ -279,8 +280,8 @@ def _pull_until(watch: "Watch", due: set[tuple[str, int]]) -> list[tuple[int, st
 
 def show_verification(stage: DemoContext) -> None:
     stage.say(
-        "Does the history verify? Each commit carries a hash of itself and of the one before it, so that no change "
-        "goes unnoticed. This is [bold]dspex-persist db check[/], while the server runs:"
+        "Does the history verify? Each commit has a hash over itself and the one before it, so no change goes "
+        "unnoticed. This is [bold]dspex-persist db check[/], while the server runs:"
     )
     command = [*PROGRAM, "db", "check", "--json", "--db", str(stage.database)]
     checked = subprocess.run(command, capture_output=True, text=True, check=False, timeout=4 * PATIENCE_S)
@@ -288,18 +289,18 @@ def show_verification(stage: DemoContext) -> None:
         raise DemoFailedError(f"db check ended with {checked.returncode}: {checked.stdout}{checked.stderr}")
     report = json.loads(checked.stdout)
     rows = [
-        ("commits whose hash is right", report["commits"]),
-        ("the last commit is the one that the anchor file remembers", "yes" if report["anchored"] else "no"),
+        ("commits with a correct hash", report["commits"]),
+        ("the last commit matches the anchor file", "yes" if report["anchored"] else "no"),
         ("problems with pages, references, versions, current values", len(report["problems"])),
     ]
-    stage.show("The database, checked", ("what", "found#"), rows)
+    stage.show("The database, checked", ("what", "result#"), rows)
     if not (report["ok"] and report["anchored"]):
         raise DemoFailedError(f"the database does not verify: {checked.stdout}")
 
 
 def stop(stage: DemoContext, server: ServerProcess) -> None:
-    stage.say("Stopping it with SIGTERM: calls finish, and all goes into the one file.")
+    stage.say("Stopping it with SIGTERM: calls finish, and everything is in one file.")
     code = server.terminate(PATIENCE_S)
-    stage.add(f"It ended with exit code {code}.")
+    stage.add(f"It exited with code {code}.")
     if code != 0:
-        raise DemoFailedError(f"the server ended with exit code {code}: {server.stderr_tail}")
+        raise DemoFailedError(f"the server exited with code {code}: {server.stderr_tail}")

@@ -1,4 +1,4 @@
-"""What the demo's scenes share."""
+"""Shared by the demo's scenes."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ from dspex_persist.errors import DspexError
 from dspex_persist.infra.process import ServerProcess
 
 SESSION: Final = "demo"
-# A newcomer's machine may be slow; none of this is waited for where it is not.
+# How long to wait for anything, in seconds: the machine may be slow.
 PATIENCE_S: Final = 15.0
 PROGRAM: Final = (sys.executable, "-m", "dspex_persist")
 _TOOLS: Final = "dspex_persist.cli.demo.tools"
@@ -33,7 +33,7 @@ class DemoFailedError(DspexError):
 
 
 class DemoContext:
-    """What the scenes share: where to print, the database, and how to reach it."""
+    """The demo's console and database."""
 
     def __init__(self, console: Console, database: Path) -> None:
         self.console = console
@@ -41,7 +41,7 @@ class DemoContext:
         self._scene = 0
 
     def say(self, sentence: str) -> None:
-        """Begin a scene: say what happens next."""
+        """Begin a scene with a sentence about what happens next."""
         self._scene += 1
         line = Table.grid(padding=(0, 1))
         line.add_row(f"[bold cyan]{self._scene:>2}.[/]", sentence)
@@ -49,7 +49,7 @@ class DemoContext:
         self.console.print(line)
 
     def add(self, sentence: str) -> None:
-        """Say more, in the same scene."""
+        """Add a sentence to the scene."""
         self.console.print(f"    {sentence}")
 
     def show(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -64,8 +64,8 @@ class DemoContext:
         self.console.print(table)
 
     def start_server(self) -> ServerProcess:
-        """The server as a user starts it, on a free port."""
-        # The user's own settings must not decide what the demo shows.
+        """Start the server as a user would, on a free port."""
+        # Without the user's settings, which would change the demo.
         environment = {name: text for name, text in os.environ.items() if not name.startswith("DSPEX_PERSIST_")}
         arguments = ["serve", "--db", str(self.database), "--listen", "127.0.0.1:0", "--tools", _TOOLS]
         return ServerProcess.start([*PROGRAM, *arguments], env=environment, cwd=self.database.parent)
@@ -75,11 +75,9 @@ def fresh_database(folder: Path) -> Path:
     folder = folder.absolute()
     database = folder / "sessions.db"
     if database.exists():
-        raise DemoFailedError(
-            f"{database} exists already, and the demo begins with a fresh file; choose another --keep"
-        )
+        raise DemoFailedError(f"{database} exists already, and the demo needs a new file; choose another --keep")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DemoFailedError(f"cannot make the directory {folder}: {error.strerror}") from error
+        raise DemoFailedError(f"cannot create the directory {folder}: {error.strerror}") from error
     return database

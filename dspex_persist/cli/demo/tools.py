@@ -1,13 +1,13 @@
-"""The demo's tool: it takes its time over variables that have to fit together."""
+"""The demo's tool: slowly writes variables that belong together."""
 
 import time
 
 from dspex_persist import ToolContext, tool
 
 
-@tool(description="Move to another address: three variables that have to fit together.")
+@tool(description="Change the address: three variables that belong together.")
 def move(ctx: ToolContext, street: str, postcode: str, town: str) -> str:
-    """It writes one variable after the other, and says through `steps_done` how far it is."""
+    """Write one variable after the other, and publish the progress in `steps_done`."""
     pause_s = ctx["seconds_a_step"]
     for step, (name, text) in enumerate((("street", street), ("postcode", postcode), ("town", town)), 1):
         ctx[name] = text
