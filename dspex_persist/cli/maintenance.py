@@ -1,4 +1,4 @@
-"""dspex-persist db: look after a database file."""
+"""dspex-persist db: maintain a database file."""
 
 import time
 from collections.abc import Callable
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dspex_persist.state.store.verify import Problem
 
 EXIT_PROBLEMS: Final = 3
-"""The check found something."""
+"""The check found problems."""
 
 _KIB: Final = 1024
 _NUMBERS: Final = ("rows", "size", "share", "versions", "contents")
@@ -30,17 +30,17 @@ _NUMBERS: Final = ("rows", "size", "share", "versions", "contents")
 HELP: Final = (
     "Maintain a database file: check, back up, restore, measure, prune.\n\n"
     "check, current, backup and stats only read, and work while a server has the file open. upgrade, restore, prune "
-    "and vacuum change it: stop the server first, or have the server prune it (prune --target). Only restore makes a "
-    "file that is not there."
+    "and vacuum change it: stop the server first, or let the server prune it (prune --target). Only restore creates a "
+    "missing file."
 )
 EPILOG: Final = (
     "[bold]Exit codes[/bold]\n\n"
-    "0  fine\n\n"
-    "1  failed; the sentence on stderr says why\n\n"
-    "2  wrong usage, or a setting that cannot be\n\n"
-    "3  check, or the check of a backup (made or to be restored), found problems\n\n"
-    "4  another process, such as a server, has the database\n\n"
-    "5  no such file, no database of ours, a newer schema, or acknowledged commits are gone\n\n"
+    "0  success\n\n"
+    "1  failed; the message on stderr says why\n\n"
+    "2  wrong usage, or an invalid setting\n\n"
+    "3  check, or the check that backup and restore make, found problems\n\n"
+    "4  another process, such as a server, owns the database\n\n"
+    "5  no such file, not a dspex-persist database, a newer schema, or acknowledged commits are missing\n\n"
     "With --json, stdout has exactly one JSON object, also after an error; the exit codes are the same.\n\n"
 )
 
@@ -53,11 +53,11 @@ R = TypeVar("R", bound="DataclassInstance")
 @app.command(
     help=(
         "Check everything: schema, pages, references, the hash chain, versions, values, the index of metadata.\n\n"
-        "The whole history is read and hashed again, 50,000 to 100,000 versions a second, while a server may go on "
-        "writing. What was altered, even by one byte, shows, and so do commits that are gone: the file beside the "
-        "database whose name ends in .anchor remembers the last one. A backup has no such file, so what is gone from "
-        "the end of a backup does not show. What was pruned is counted; what else is gone shows.\n\n"
-        "Exit code 3: problems, each with its commit, session and variable.\n\n"
+        "It reads and rehashes the whole history, 50,000 to 100,000 versions per second, even while a server writes. "
+        "It detects any altered byte, and missing commits: the .anchor file next to the database remembers the last "
+        "one. A backup has no such file, so commits missing from its end go unnoticed. Pruned rows are counted; other "
+        "missing rows are problems.\n\n"
+        "Exit code 3: there are problems, each with its commit, session and variable.\n\n"
     )
 )
 def check(db: Db = None, as_json: Json = False) -> None:
@@ -77,9 +77,8 @@ def current(db: Db = None, as_json: Json = False) -> None:
 
 @app.command(
     help=(
-        "Upgrade the schema to this release's revision. A server does so when it starts.\n\n"
-        "Before anything is changed a backup is made beside the file, and the upgrade itself happens whole or not at "
-        "all. The way back to an older revision is that backup.\n\n"
+        "Upgrade the schema to this release's revision, as a server does when it starts.\n\n"
+        "It first makes a backup next to the file, the only way back to the older revision. The upgrade is atomic.\n\n"
     )
 )
 def upgrade(db: Db = None, as_json: Json = False) -> None:
@@ -91,16 +90,16 @@ def upgrade(db: Db = None, as_json: Json = False) -> None:
 
 @app.command(
     help=(
-        "Copy the database to TARGET as of one moment, and check the copy.\n\n"
-        "A server may go on writing: what it acknowledges after the beginning is not in the copy. TARGET appears when "
-        "the copy is whole and its check has found nothing (the whole history is hashed again), or not at all. It is "
-        "one file, readable by its owner only.\n\n"
-        "To go back to it, run dspex-persist db restore TARGET. Never copy it over the database: SQLite would read the "
-        "old file's -wal into it.\n\n"
+        "Copy a consistent snapshot of the database to TARGET, and check the copy.\n\n"
+        "A server may keep writing; the copy lacks what it acknowledges after the start. TARGET appears only if the "
+        "copy is complete and its check, which rehashes the whole history, finds no problems. It is one file, readable "
+        "for its owner only.\n\n"
+        "To restore it, run dspex-persist db restore TARGET. Never copy it over the database: SQLite would apply the "
+        "old file's -wal to it.\n\n"
     )
 )
 def backup(
-    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The file to make. It must not exist.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="The file to create. It must not exist.")],
     db: Db = None,
     as_json: Json = False,
 ) -> None:
@@ -113,9 +112,9 @@ def backup(
 @app.command(
     help=(
         "Check a copy of BACKUP and replace the database with it. Stop the server first.\n\n"
-        "What is there now is not deleted: the file, and those beside it, get names with .replaced- and the time in "
-        "them. Whatever comes in between, a kill or a power cut, what was there can still be opened, or the restored "
-        "one can. A backup of an older schema is upgraded on the way. The database is made where it is missing.\n\n"
+        "The current database is not deleted: it and the files next to it are renamed, with .replaced- and the time. "
+        "After a kill or a power cut, either the old database or the restored one can be opened. A backup with an "
+        "older schema is upgraded. The database is created if missing.\n\n"
         "Exit code 3: the backup has problems, and nothing was changed.\n\n"
     ),
     epilog=(
@@ -126,7 +125,7 @@ def backup(
 )
 def restore(
     backup: Annotated[
-        Path, typer.Argument(metavar="BACKUP", help="What db backup has made, or another copy. It stays as it is.")
+        Path, typer.Argument(metavar="BACKUP", help="A copy made by db backup, or in another way. It is not changed.")
     ],
     db: Db = None,
     as_json: Json = False,
@@ -147,13 +146,13 @@ def stats(db: Db = None, as_json: Json = False) -> None:
 
 @app.command(
     help=(
-        "Delete old history permanently. Without --confirm, only say how much, even while a server runs.\n\n"
-        "Commits of their own in the log account for what goes, so that check still finds whatever else is missing or "
-        "changed. These stay in any case: the newest version of each variable, what its metadata came from, what "
-        'running tools may need, optimization locks, and each version that was written with metadata "pinned": "true". '
-        "It may be interrupted, and run again.\n\n"
-        "With --ended-sessions, --older-than speaks of when sessions ended, and of versions only if --keep-versions is "
-        "there as well.\n\n"
+        "Delete old history permanently. Without --confirm, only report how much, even while a server runs.\n\n"
+        "Marker commits in the log account for the deleted rows, so check still finds everything else that is missing "
+        "or changed. It never deletes the newest version of each variable, the versions that its metadata came from, "
+        'those that running tools may need, optimization locks, and versions written with metadata "pinned": "true". '
+        "You can interrupt it and run it again.\n\n"
+        "With --ended-sessions, --older-than applies to the time when sessions ended, and to versions only if you add "
+        "--keep-versions.\n\n"
     ),
     epilog=(
         "[bold]Examples[/bold]\n\n"
@@ -172,14 +171,14 @@ def prune(
     older_than: Annotated[
         str | None,
         typer.Option(
-            metavar="AGE", show_default=False, help="Delete only what is older: 30d, 12h, 15m, or a time in ISO 8601."
+            metavar="AGE", show_default=False, help="Delete only older history: 30d, 12h, 15m, or a time in ISO 8601."
         ),
     ] = None,
     ended_sessions: Annotated[
-        bool, typer.Option("--ended-sessions", help="Delete all that sessions left behind that have ended.")
+        bool, typer.Option("--ended-sessions", help="Delete the history of sessions that have ended.")
     ] = False,
     session: Annotated[
-        str | None, typer.Option(metavar="ID", show_default=False, help="Only in sessions of this id.")
+        str | None, typer.Option(metavar="ID", show_default=False, help="Only sessions with this id.")
     ] = None,
     confirm: Annotated[
         bool, typer.Option("--confirm/--dry-run", help="Delete, or only report what would be deleted.")
@@ -207,7 +206,7 @@ def prune(
 
 @dataclass(frozen=True, slots=True)
 class ServerPrunedReport:
-    """What a server pruned, or, where it was not `confirmed`, would."""
+    """What a server pruned, or would prune if it was not `confirmed`."""
 
     target: str
     confirmed: bool
@@ -235,10 +234,10 @@ def _policy(keep_versions: int | None, older_than: str | None, ended: bool, sess
     from dspex_persist.state.model import PrunePolicy
 
     if keep_versions is None and older_than is None and not ended:
-        raise typer.BadParameter("say what may go: --keep-versions, --older-than or --ended-sessions")
+        raise typer.BadParameter("say what to delete: --keep-versions, --older-than or --ended-sessions")
     before = _moment(older_than) if older_than is not None else None
     ended_before = (before or clock.now()) if ended else None
-    # Whoever wants to be rid of old sessions has not said that those that live are to lose theirs.
+    # --ended-sessions with --older-than alone must not delete the versions of live sessions.
     of_versions = before if keep_versions is not None or not ended else None
     return PrunePolicy(keep_versions, of_versions, ended_before, session_id)
 
@@ -249,18 +248,18 @@ def _moment(text: str) -> "datetime":
     from dspex_persist.state.errors import InvalidArgumentError
 
     try:
-        found = parse_point(text, clock.now()).at
+        moment = parse_point(text, clock.now()).at
     except InvalidArgumentError:
-        found = None
-    if found is None:
+        moment = None
+    if moment is None:
         raise typer.BadParameter(f"{text!r} is neither an age (30d, 12h, 15m, 30s) nor a time (2026-03-01T12:00Z)")
-    return found
+    return moment
 
 
 @app.command(
     help=(
         "Rewrite the file without its free pages. Needs free disk space of up to twice its size.\n\n"
-        "Worth it where stats shows much that is free, as after prune: a file that only grew hardly shrinks.\n\n"
+        "It pays off if stats shows many free pages, as after prune; a file that only grew hardly shrinks.\n\n"
     )
 )
 def vacuum(db: Db = None, as_json: Json = False) -> None:
@@ -271,12 +270,12 @@ def vacuum(db: Db = None, as_json: Json = False) -> None:
 
 
 def _report(db: Path | None, as_json: bool, work: Callable[[Path, Progress], R], show: Callable[[R], None]) -> None:
-    """Do the work on a file and print what came of it."""
+    """Do the work on a file and print its report."""
     _tell(as_json, lambda progress: work(database_of(db), progress), show)
 
 
 def _tell(as_json: bool, work: Callable[[Progress], R], show: Callable[[R], None]) -> None:
-    """Do the work and print what came of it; the exit code says whether it found problems."""
+    """Do the work and print its report; exit with EXIT_PROBLEMS if that has problems."""
     if not _is_sound(carry_out(as_json, work, show, _is_sound)):
         raise typer.Exit(EXIT_PROBLEMS)
 
@@ -299,14 +298,18 @@ def _show_problems(problems: "tuple[Problem, ...]", complete: bool = True) -> No
 
 def show_check(report: "maintenance.CheckReport") -> None:
     _show_problems(report.problems, report.complete)
-    end = "its end is what its anchor remembers" if report.anchored else "it has no anchor, so its end is not held"
+    end = (
+        "its end matches its anchor"
+        if report.anchored
+        else "it has no anchor, so commits missing from its end would go unnoticed"
+    )
     if report.problems:
         say(f"{report.path}: {counted(len(report.problems), 'problem')} in {counted(report.commits, 'commit')}")
     else:
         say(f"{report.path} is sound: {counted(report.commits, 'commit')}, schema {report.revision}; {end}")
     if report.pruned_commits:
         gone = _versions_and_events(report.pruned_versions, report.pruned_events)
-        say(f"pruned, as its log says: {gone} of {counted(report.pruned_commits, 'commit')}")
+        say(f"pruned, according to its log: {gone} of {counted(report.pruned_commits, 'commit')}")
 
 
 def _show_current(report: "maintenance.RevisionReport") -> None:
@@ -322,13 +325,13 @@ def _show_upgrade(report: "maintenance.UpgradeReport") -> None:
         return
     say(f"{report.path}: schema {report.found or 'empty'} upgraded to {report.revision}")
     if report.backup is not None:
-        say(f"backup of before: {report.backup}")
+        say(f"backup of the old file: {report.backup}")
 
 
 def _show_backup(report: "maintenance.BackupReport") -> None:
     if report.problems:
         _show_problems(report.problems)
-        say(f"the copy has {counted(len(report.problems), 'problem')}: {report.target} was not made")
+        say(f"the copy has {counted(len(report.problems), 'problem')}: {report.target} was not created")
     else:
         size = _size(report.size_bytes)
         say(f"{report.target}: {counted(report.commits, 'commit')}, {size}, checked and sound")
@@ -342,7 +345,7 @@ def _show_restore(report: "maintenance.RestoreReport") -> None:
     size = _size(report.size_bytes)
     say(f"{report.path}: {counted(report.commits, 'commit')}, {size}, from {report.backup}, checked and sound")
     if report.aside is not None:
-        say(f"what was there before: {report.aside}")
+        say(f"previous database: {report.aside}")
 
 
 def _show_prune_of_server(report: ServerPrunedReport) -> None:
@@ -350,7 +353,7 @@ def _show_prune_of_server(report: ServerPrunedReport) -> None:
     if report.confirmed:
         say(f"{report.target}: {gone} deleted, in {report.duration_s:.1f} s")
     else:
-        say(f"{report.target}: {gone} would be deleted; nothing is, without --confirm")
+        say(f"{report.target}: {gone} would be deleted; add --confirm to delete")
 
 
 def _gone(report: "ServerPrunedReport | maintenance.PrunedReport") -> str:
@@ -361,9 +364,9 @@ def _show_prune(report: "maintenance.PrunedReport") -> None:
     gone = _gone(report)
     if report.confirmed:
         say(f"{report.path}: {gone} deleted, in {report.duration_s:.1f} s; {_size(report.free_bytes)} are free in it")
-        say("dspex-persist db vacuum gives free pages back to the disk")
+        say("dspex-persist db vacuum returns free pages to the disk")
     else:
-        say(f"{report.path}: {gone} would be deleted; nothing is, without --confirm")
+        say(f"{report.path}: {gone} would be deleted; add --confirm to delete")
 
 
 def _versions_and_events(versions: int, events: int) -> str:
@@ -389,8 +392,8 @@ def _overview(report: "maintenance.StatsReport") -> Any:
     table = new_table(str(report.path), "", "", right=_NUMBERS)
     rows = (
         ("file", _size(report.file_bytes)),
-        ("of it free pages", _size(report.free_bytes)),
-        ("WAL beside it", _size(report.wal_bytes)),
+        ("free pages in it", _size(report.free_bytes)),
+        ("WAL", _size(report.wal_bytes)),
         ("sessions", f"{report.sessions_live:,} live, {report.sessions_ended:,} ended"),
         ("variables", f"{report.variables_live:,} live, {report.variables_deleted:,} deleted or of ended sessions"),
         ("commits", f"{report.commits:,}"),

@@ -1,4 +1,4 @@
-"""dspex-persist replay: run a recorded session again, and see what comes out differently."""
+"""dspex-persist replay: runs a recorded session again, and reports differences."""
 
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from dspex_persist.replay import Divergence, Recording, ReplayedExecution, ReplayReport
 
 EXIT_DIVERGED: Final = 6
-"""The replay came out differently."""
+"""The replay differs from the recording."""
 
 HELP: Final = (
-    "Re-run a recorded session and show what comes out differently.\n\n"
-    "SOURCE is a recording, as session export makes them; with --db it is a session of that database. Each recorded "
-    "execution's tool runs again, in order, on the recorded state, with the recorded parameters, times, random "
-    "numbers, answers of language models and results of tools that are not here. What it writes, publishes, returns, "
-    "raises, calls and asks models for is compared with the recording. No database is written to; what the tools do "
-    "besides, such as sending mail, they do again.\n\n"
+    "Run the tool calls of a recorded session again, and show every difference.\n\n"
+    "SOURCE is a recording made by session export, or with --db a session of that database. Each recorded execution "
+    "runs again, in order, on the recorded state, with the recorded parameters, times, random numbers, responses of "
+    "language models, and results of tools that are not available. What it writes, publishes, returns, raises, calls "
+    "and sends to models is compared with the recording. No database is changed, but other side effects of the tools, "
+    "such as sending mail, happen again.\n\n"
     "Executions that cannot be repeated are skipped, and listed with the reason: those that ended by a conflict, a "
-    "timeout or a cancellation, those that ran in other processes, and those that read values which were kept out of "
-    "the recording. Where all are skipped, the last line says that nothing was checked.\n\n"
-    "Commits and executions are numbered as in the recording; with --db as in the database, like audit does.\n\n"
-    "--mode state runs no tools: it builds the state from the log alone, and tells where the log contradicts itself "
-    "or, with --db, what the database keeps.\n\n"
+    "timeout or a cancellation, those that ran in other processes, and those that read values which the recording "
+    "leaves out. If all are skipped, the last line says that nothing was checked.\n\n"
+    "Commits and executions have their numbers in the recording, with --db those in the database, as in audit.\n\n"
+    "--mode state runs no tools: it rebuilds the state from the log, and reports where the log contradicts itself or, "
+    "with --db, the current state in the database.\n\n"
 )
 EPILOG: Final = (
     "[bold]Examples[/bold]\n\n"
@@ -40,21 +40,21 @@ EPILOG: Final = (
     "dspex-persist replay --db sessions.db s1 --tools shop.tools --json\n\n"
     "dspex-persist replay --db sessions.db s1 --mode state\n\n"
     "[bold]Exit codes[/bold]\n\n"
-    "0  everything that was checked came out as recorded\n\n"
-    "1  failed; the sentence on stderr says why\n\n"
+    "0  everything that was checked is as recorded\n\n"
+    "1  failed; the message on stderr says why\n\n"
     "2  wrong usage, or tools that cannot be loaded\n\n"
-    "5  no such file, or no database of ours\n\n"
-    "6  something came out differently\n\n"
+    "5  no such file, or not a dspex-persist database\n\n"
+    "6  something differs\n\n"
     "With --json, stdout has exactly one JSON object, also after an error; the exit codes are the same.\n\n"
 )
 
 
 _FLAGS: Final = {"since": "from", "only_tools": "only-tool"}
-"""What arguments of the library are called here."""
+"""The options of arguments that the library calls by another name."""
 _MOST_LOOKS: Final = 20
-"""How often a state is looked at that others change while it is."""
+"""How often the state is read again if it was changed in the meantime."""
 _MOST_SAME: Final = 50
-"""With more executions than this only those are listed that did not come out the same."""
+"""If there are more executions than this, those without differences are not listed."""
 
 
 class Mode(StrEnum):
@@ -71,7 +71,7 @@ Db = Annotated[
 ]
 Reveal = Annotated[
     bool,
-    typer.Option("--reveal", help="With --db: with the values of sensitive variables, which may then be shown, too."),
+    typer.Option("--reveal", help="With --db: use the values of sensitive variables, which may then be printed, too."),
 ]
 Tools = Annotated[
     list[str] | None,
@@ -79,7 +79,7 @@ Tools = Annotated[
         "--tools",
         metavar="MODULE[:NAME]",
         show_default=False,
-        help="Where the tools are, as for serve; may be repeated. [dim](DSPEX_PERSIST_TOOLS, the settings file)[/dim]",
+        help="The tools, as for serve; may be repeated. [dim](DSPEX_PERSIST_TOOLS, the settings file)[/dim]",
     ),
 ]
 ModeOption = Annotated[
@@ -91,17 +91,20 @@ Since = Annotated[
         "--from",
         metavar="POINT",
         show_default=False,
-        help="From this commit or execution: of the recording, with --db of the database.",
+        help="From this commit or execution on: a number or id in the recording, with --db in the database.",
     ),
 ]
 Until = Annotated[
-    str, typer.Option("--until", metavar="POINT", show_default=False, help="Up to this one, which is included.")
+    str,
+    typer.Option("--until", metavar="POINT", show_default=False, help="Up to and including this commit or execution."),
 ]
 OnlyTool = Annotated[
     list[str] | None,
     typer.Option("--only-tool", metavar="NAME", show_default=False, help="Only this tool; may be repeated."),
 ]
-LiveLm = Annotated[bool, typer.Option("--live-lm", help="Ask language models anew, and tell what they say otherwise.")]
+LiveLm = Annotated[
+    bool, typer.Option("--live-lm", help="Call the language models again, and report different answers.")
+]
 MaxShown = Annotated[int, typer.Option("--max-shown", metavar="NUMBER", min=0, help="How many divergences to show.")]
 
 
@@ -143,10 +146,11 @@ def _check_usage(mode: Mode, choice: dict[str, Any], reveals_a_file: bool) -> No
     from dspex_persist.settings import SettingsError
 
     if reveals_a_file:
-        raise SettingsError("reveal", "a recording has what it was exported with; it is for --db", "flag --reveal")
+        reason = "it needs --db: whether a recording has sensitive values was decided when it was exported"
+        raise SettingsError("reveal", reason, "flag --reveal")
     for name, given in choice.items():
         if mode is Mode.STATE and given:
-            raise SettingsError(name, "with --mode state no tools run, and the whole log is read", f"flag --{name}")
+            raise SettingsError(name, "--mode state runs no tools and reads the whole log", f"flag --{name}")
 
 
 def _recording(source: str, db: Path | None, reveal: bool) -> "Recording":
@@ -174,12 +178,12 @@ def _replay_state(source: str, db: Path | None, reveal: bool) -> "ReplayReport":
             if recording.has_ended:
                 return replay_state(recording, limits=_limits())
             stored = audit.state(source)
-            # A server may have written meanwhile, and then the two are of different moments.
+            # If a server has written in the meantime, the two differ.
             with wiring.open_recording(expanded(db), source) as (header, _):
                 grown = header.commits > len(recording.commits)
             if not grown:
                 return replay_state(recording, stored, limits=_limits())
-    raise UnavailableError(f"session {source} is written to all the time: replay a backup, or a recording")
+    raise UnavailableError(f"session {source} keeps changing: replay a backup, or a recording")
 
 
 def _replay_tools(
@@ -197,7 +201,7 @@ def _replay_tools(
 
     references = references or load_settings(runs_tools=True).tools
     if not references:
-        raise SettingsError("tools", "say where the tools are: --tools package.module")
+        raise SettingsError("tools", "name the tools: --tools package.module")
     toolbox = Toolbox.of(list(references))
     try:
         with progress_bar() as progress:
@@ -252,7 +256,7 @@ _STYLES: Final = {"same": None, "diverged": "red", "skipped": "dim"}
 
 
 def _lines(divergence: "Divergence") -> Iterator[Any]:
-    """A divergence as a headline and a diff, coloured where there are colours."""
+    """Yield a divergence as a headline and a coloured diff."""
     from rich.text import Text
 
     headline, *diff = str(divergence).splitlines()

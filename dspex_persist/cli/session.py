@@ -1,4 +1,4 @@
-"""dspex-persist session: take a session with its whole history out of a database, bring one in, fork one."""
+"""dspex-persist session: export, import and fork sessions with their history."""
 
 import io
 import os
@@ -24,7 +24,7 @@ R = TypeVar("R")
 _STREAM: Final = "-"
 _LEFT_OUT: Final = (
     "warning: values of sensitive variables are left out; executions that read them cannot be replayed, and a test "
-    "that can replay none fails (--reveal keeps the values in)"
+    "that can replay none fails (--reveal includes the values)"
 )
 
 HELP: Final = (
@@ -34,11 +34,11 @@ HELP: Final = (
 )
 EPILOG: Final = (
     "[bold]Exit codes[/bold]\n\n"
-    "0  fine\n\n"
-    "1  failed; the sentence on stderr says why\n\n"
-    "2  wrong usage, a setting that cannot be, or tools that cannot be loaded\n\n"
-    "4  another process, such as a server, has the database\n\n"
-    "5  no such file, no database of ours, a newer schema, or acknowledged commits are gone\n\n"
+    "0  success\n\n"
+    "1  failed; the message on stderr says why\n\n"
+    "2  wrong usage, an invalid setting, or tools that cannot be loaded\n\n"
+    "4  another process, such as a server, owns the database\n\n"
+    "5  no such file, not a dspex-persist database, a newer schema, or acknowledged commits are missing\n\n"
     "With --json, stdout has exactly one JSON object, also after an error; the exit codes are the same.\n\n"
 )
 
@@ -51,14 +51,14 @@ Session = Annotated[str, typer.Argument(metavar="SESSION", help="The session's i
     "export",
     help=(
         "Export a session's whole log to a file, to import elsewhere, replay or archive.\n\n"
-        "The file has one line of JSON a commit, oldest first: every version and event, with its actor, cause and "
-        "time. It is as of one moment, appears whole or not at all, and can be read by its owner only.\n\n"
-        'Values of sensitive variables (those with the metadata "sensitive": "true") are left out unless --reveal. '
-        "What tools were given, returned and logged is not masked.\n\n"
-        "--target has a running server export. It gives the values of sensitive variables only if it was started with "
-        "--audit-reveal.\n\n"
-        "--as-test writes a test for pytest as well, which replays the recording with the tools of --tools. Executions "
-        "that read values which are left out cannot be replayed. It imports the tools, to see that they are there.\n\n"
+        "The file has one line of JSON per commit, oldest first, with every version and event, and the actor, cause "
+        "and time. It is a consistent snapshot, appears complete or not at all, and is readable for its owner only.\n\n"
+        'Values of sensitive variables (those with the metadata "sensitive": "true") are left out unless you add '
+        "--reveal. The parameters, results and logs of tools are not masked.\n\n"
+        "With --target, a running server exports. It includes the values of sensitive variables only if it was started "
+        "with --audit-reveal.\n\n"
+        "--as-test also writes a pytest test that replays the recording with the tools of --tools, which it imports to "
+        "check that they exist. Executions that read values which are left out cannot be replayed.\n\n"
     ),
     epilog=(
         "[bold]Examples[/bold]\n\n"
@@ -77,12 +77,12 @@ def export(
             "--output",
             metavar="FILE",
             show_default=False,
-            help="The file to make, or to replace; - is stdout. [dim](with --as-test: beside the test)[/dim]",
+            help="The file to write, replaced if it exists; - is stdout. [dim](with --as-test: next to the test)[/dim]",
         ),
     ] = None,
     as_test: Annotated[
         Path | None,
-        typer.Option("--as-test", metavar="TEST", help="A test to make, such as tests/test_checkout.py."),
+        typer.Option("--as-test", metavar="TEST", help="The test to write, such as tests/test_checkout.py."),
     ] = None,
     tools: Annotated[
         list[str] | None,
@@ -90,17 +90,17 @@ def export(
             "--tools",
             metavar="MODULE[:NAME]",
             show_default=False,
-            help="With --as-test: the tools that the test replays the recording with; may be repeated.",
+            help="With --as-test: the tools for the replay; may be repeated.",
         ),
     ] = None,
-    reveal: Annotated[bool, typer.Option("--reveal", help="With the values of sensitive variables.")] = False,
+    reveal: Annotated[bool, typer.Option("--reveal", help="Include the values of sensitive variables.")] = False,
     started: Annotated[
         int | None,
         typer.Option(
             "--started",
             metavar="COMMIT",
             show_default=False,
-            help="Of several sessions of this id, the one that this commit began. [dim](the newest)[/dim]",
+            help="If several sessions had this id: the one that began with this commit. [dim](the newest)[/dim]",
         ),
     ] = None,
     db: Db = None,
@@ -113,7 +113,7 @@ def export(
     from dspex_persist.state.store.maintenance import transfer
 
     if output == _STREAM and as_json:
-        raise typer.BadParameter("with -o - stdout has the recording: give a file, or leave --json out")
+        raise typer.BadParameter("with -o -, the recording goes to stdout: name a file, or leave out --json")
     target, url = _target_of(output, as_test, tools or []), server_of(server, db)
 
     def write(to: Path | TextIO, progress: Progress) -> transfer.ExportReport:
@@ -137,7 +137,7 @@ def export(
         if report.target is not None:
             say(_exported(report, reveal=reveal))
         if as_test is not None:
-            say(f"{as_test}: a test that replays it; run it with: pytest {as_test}")
+            say(f"{as_test}: the test that replays it; run it with: pytest {as_test}")
 
     carry_out(as_json, work, show)
 
@@ -155,27 +155,27 @@ def _exported(report: "ExportReport", *, reveal: bool) -> str:
 
 
 def _target_of(output: str | None, as_test: Path | None, tools: Sequence[str]) -> Path | None:
-    """The file that the recording goes to; None is stdout."""
+    """Return the file for the recording, or None for stdout."""
     if as_test is not None:
         if not tools:
-            raise typer.BadParameter("say which tools the test replays it with: --tools MODULE")
+            raise typer.BadParameter("name the tools for the replay: --tools MODULE")
         if as_test.exists():
-            raise typer.BadParameter(f"{as_test} exists already, and may have been changed since; give another name")
+            raise typer.BadParameter(f"{as_test} exists already, and may have been edited; use another name")
         if not as_test.stem.isidentifier() or as_test.suffix != ".py":
-            raise typer.BadParameter(f"{as_test} is no name for a test: take one such as tests/test_checkout.py")
+            raise typer.BadParameter(f"{as_test} is not a name for a test; use one such as tests/test_checkout.py")
         if output == _STREAM:
-            raise typer.BadParameter("a test needs its recording in a file: leave -o - out")
+            raise typer.BadParameter("a test needs its recording in a file: leave out -o -")
     elif tools:
-        raise typer.BadParameter("--tools is for --as-test")
+        raise typer.BadParameter("--tools is only for --as-test")
     if output is None and as_test is None:
-        raise typer.BadParameter("say where the recording goes: -o FILE, or -o - for stdout")
+        raise typer.BadParameter("say where to write the recording: -o FILE, or -o - for stdout")
     if output == _STREAM:
         return None
     return expanded(Path(output)) if output is not None else cast(Path, as_test).with_suffix(".jsonl")
 
 
 def _refuse_unknown_tools(references: Sequence[str]) -> None:
-    """A test whose tools cannot be loaded could not run."""
+    """Load the tools, as a test without them could not run."""
     from dspex_persist.cognitive.toolbox import Toolbox
 
     toolbox = Toolbox()
@@ -184,11 +184,11 @@ def _refuse_unknown_tools(references: Sequence[str]) -> None:
 
 
 def _test_of(session: str, test: Path, recording: Path, tools: Sequence[str]) -> str:
-    """A module with one test."""
+    """Return a module with one test."""
     name = test.stem if test.stem.startswith("test_") else f"test_{test.stem}"
     place = os.path.relpath(recording, test.parent)
-    # Clients choose ids: what they chose stands here as a literal of its own, and nowhere else.
-    return f'''"""A session as it ran, replayed: its tools have to do today what they did then."""
+    # Clients choose ids, so the id only appears as an escaped literal.
+    return f'''"""Replays a recorded session: its tools must do the same as when it was recorded."""
 
 import pytest
 
@@ -203,14 +203,14 @@ def {name}(dspex_replay):
 
 @contextmanager
 def _stdout() -> Iterator[io.TextIOWrapper]:
-    """Standard output as what a recording is written to: UTF-8, whatever the terminal speaks."""
+    """Yield standard output for a recording: in UTF-8, whatever the encoding of the terminal."""
     stream = cast(io.TextIOWrapper, sys.stdout)
     stream.reconfigure(encoding="utf-8", newline="\n")
     try:
         yield stream
     except DspexError as error:
         if isinstance(error.__cause__, BrokenPipeError):
-            # Python would try once more at its end, and complain.
+            # At exit Python would flush again, and print an error.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         raise
 
@@ -218,12 +218,12 @@ def _stdout() -> Iterator[io.TextIOWrapper]:
 @app.command(
     "import",
     help=(
-        "Import a recorded session with its whole history: all of it or nothing.\n\n"
-        "Its commits get new numbers at the end of the log and keep their times, actors and causes; so do versions, "
-        "executions and tools. What ran when it was recorded is interrupted. A session that had not ended lives on, "
-        "and its time to live begins anew. The database is made where it is missing.\n\n"
-        "Refused: an id that a live session has (--as gives it another one), a recording without the values of "
-        "sensitive variables, whatever crosses a limit of the settings, and a file of which any line is wrong.\n\n"
+        "Import a recorded session with its whole history, atomically.\n\n"
+        "Its commits get new numbers at the end of the log, and keep their times, actors and causes. Executions that "
+        "were running when it was recorded become interrupted. A session that had not ended continues, and its TTL "
+        "restarts. The database is created if missing.\n\n"
+        "Refused are the id of a live session (choose another one with --as), a recording without the values of "
+        "sensitive variables, one that exceeds a limit of the settings, and a file with an invalid line.\n\n"
     ),
     epilog=(
         "[bold]Examples[/bold]\n\n"
@@ -234,7 +234,7 @@ def _stdout() -> Iterator[io.TextIOWrapper]:
 def import_(
     file: Annotated[str, typer.Argument(metavar="FILE", help="The recording; - is stdin.")],
     new_id: Annotated[
-        str | None, typer.Option("--as", metavar="NEWID", show_default=False, help="The id that it gets here.")
+        str | None, typer.Option("--as", metavar="NEWID", show_default=False, help="The id of the imported session.")
     ] = None,
     db: Db = None,
     as_json: Json = False,
@@ -260,7 +260,7 @@ def import_(
         what = f"{counted(report.commits, 'commit')}, {report.first_sequence} to {report.last_sequence}"
         say(f"{report.path}: session {report.session_id} imported ({what})")
         if report.interrupted:
-            say(f"{counted(report.interrupted, 'execution')} that had not ended: interrupted")
+            say(f"{counted(report.interrupted, 'execution')} that had not ended marked as interrupted")
 
     carry_out(as_json, work, show)
 
@@ -286,13 +286,13 @@ def _lines(file: str) -> Iterator[Iterable[str]]:
     "fork",
     help=(
         "Start a new session with the variables that a session had at a point.\n\n"
-        "Type, constraints, metadata and value of each are taken over, at version 0, and the dependencies among them; "
-        "not the locks, nor what was running. The new session's metadata says where it is from: forked_from, "
-        "forked_at.\n\n"
-        "A point is a commit's number, an execution's id (right after it ended), a time, an age (2h) or now; ^ behind "
+        "It copies the type, constraints, metadata and value of each variable, at version 0, and the dependencies "
+        "among them, but neither locks nor running executions. The metadata of the new session says where it comes "
+        "from: forked_from, forked_at.\n\n"
+        "A point is a commit's number, an execution's id (right after it ended), a time, an age (2h) or now; a ^ after "
         "it means right before it.\n\n"
-        "--target has a running server fork. It copies sensitive variables only if it was started with --audit-reveal."
-        "\n\n"
+        "With --target, a running server forks. It copies sensitive variables only if it was started with "
+        "--audit-reveal.\n\n"
     ),
     epilog=(
         "[bold]Examples[/bold]\n\n"
@@ -303,7 +303,7 @@ def _lines(file: str) -> Iterator[Iterable[str]]:
 def fork(
     session: Session,
     new: Annotated[str, typer.Argument(metavar="NEW", help="The id of the new session.")],
-    at: Annotated[str, typer.Option("--at", metavar="POINT", help="As of when.")] = "now",
+    at: Annotated[str, typer.Option("--at", metavar="POINT", help="The point to fork at.")] = "now",
     db: Db = None,
     server: Server = None,
     as_json: Json = False,
@@ -320,7 +320,7 @@ def fork(
         if url is not None:
             return wiring.connect(url)
         path, settings = database_of(db), load_settings()
-        maintenance.current(path)  # Refuses a missing file, which the engine would make.
+        maintenance.current(path)  # Refuses a missing file, which the engine would create.
         return wiring.connect(path, limits=wiring.limits_of(settings), session_ttl_s=settings.session_ttl_s)
 
     def work(_: Progress) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""dspex-persist tools: what tools there are, in modules and at a running server."""
+"""dspex-persist tools: lists the tools of modules and of a running server."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dspex_persist.state.model import ToolParameter, ToolSpec
 
 _TIMEOUT_S: Final = 10.0
-"""How long a server may take to answer."""
+"""How long a server may take to answer, in seconds."""
 
 app = new_group("List tools: functions that a server runs for its clients, each call one transaction.")
 
@@ -30,17 +30,17 @@ Modules = Annotated[
         "--tools",
         metavar="MODULE[:NAME]",
         show_default=False,
-        help="Import the module and list its tools, or the one (or the toolbox) of that name; may be repeated.",
+        help="Import the module and list its tools, or only the tool or toolbox of that name; may be repeated.",
     ),
 ]
 Target = Annotated[
     str | None,
-    typer.Option("--target", metavar="ADDRESS", help="Ask the server there: HOST:PORT or unix:PATH."),
+    typer.Option("--target", metavar="ADDRESS", help="List the tools of this server: HOST:PORT or unix:PATH."),
 ]
 Session = Annotated[
     str | None,
     typer.Option(
-        "--session", metavar="ID", help="With --target: the tools that this session's workers have registered, too."
+        "--session", metavar="ID", help="With --target: also the tools that workers registered for this session."
     ),
 ]
 Config = Annotated[
@@ -49,16 +49,18 @@ Config = Annotated[
         "--config",
         metavar="PATH",
         show_default=False,
-        help="TOML file of settings, for its tools.",
+        help="TOML settings file whose tools to list.",
     ),
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A tool and where it was found; what does not apply there is None.
+    """A tool and where it is.
 
-    `where`: "module" (imported here, as `reference` says), "server" or "worker".
+    Attributes:
+        where: "module", "server" or "worker". The fields that do not apply to it are None.
+        reference: The module that was imported.
     """
 
     spec: "ToolSpec"
@@ -71,18 +73,18 @@ class Listed:
 
 @app.callback()
 def _group() -> None:
-    """A group, even with one command in it."""
+    """Make this a group, although it has only one command."""
 
 
 @app.command(
     "list",
     help=(
-        "List tools: of modules, as serve would load them, or of a running server, or both.\n\n"
-        "With neither --tools nor --target it lists the tools of the settings: DSPEX_PERSIST_TOOLS, or tools in the "
-        "settings file. Listing a module imports it, and so runs what is in it.\n\n"
-        "--session adds the tools that run in other processes: which worker registered each, at what address, and the "
-        "state of its circuit (closed: it is called; open: it could not be reached and is left alone for a while; "
-        "half_open: the next call decides).\n\n"
+        "List the tools of modules, as serve would load them, of a running server, or both.\n\n"
+        "Without --tools and --target it lists the tools of the settings: DSPEX_PERSIST_TOOLS, or tools in the "
+        "settings file. Listing a module imports it, which runs its code.\n\n"
+        "--session adds the tools that run in other processes: the worker that registered each, its address, and the "
+        "state of its circuit breaker (closed: calls go through; open: it was unreachable and is not called for a "
+        "while; half_open: the next call decides).\n\n"
     ),
     epilog=(
         "[bold]Examples[/bold]\n\n"
@@ -90,9 +92,9 @@ def _group() -> None:
         "dspex-persist tools list --target 127.0.0.1:50051 --session s1\n\n"
         "dspex-persist tools list --target unix:/run/dspex.sock --json\n\n"
         "[bold]Exit codes[/bold]\n\n"
-        "0  fine, also if there are none\n\n"
+        "0  success, also without any tools\n\n"
         "1  the server cannot be reached, or has no such session\n\n"
-        "2  wrong usage, a setting that cannot be, or tools that cannot be imported\n\n"
+        "2  wrong usage, an invalid setting, or tools that cannot be imported\n\n"
         "With --json, stdout has exactly one JSON object, also after an error; the exit codes are the same.\n\n"
     ),
 )
@@ -105,28 +107,28 @@ def list_tools(
 ) -> None:
     """List tools."""
     try:
-        found = _find(tools or [], target, session, config)
+        listed = _find(tools or [], target, session, config)
     except (DspexError, ValueError) as error:
         if as_json:
             say_json({"ok": False, "error": text_of(error)})
         raise
     if as_json:
-        say_json({"ok": True, "tools": [_document(each) for each in found]})
+        say_json({"ok": True, "tools": [_document(each) for each in listed]})
     else:
-        _show(found, target, session)
+        _show(listed, target, session)
 
 
 def _find(references: Sequence[str], target: str | None, session: str | None, config: Path | None) -> list[Listed]:
     from dspex_persist.settings import SettingsError, load_settings
 
     if session is not None and target is None:
-        raise SettingsError("session", "sessions are kept by servers: name one with --target", "flag --session")
+        raise SettingsError("session", "only servers have sessions: name one with --target", "flag --session")
     if not references and target is None:
         references = load_settings(config=config, runs_tools=True).tools
-    found = _of_modules(references)
+    listed = _of_modules(references)
     if target is not None:
-        found += _of_server(target, session or "")
-    return found
+        listed += _of_server(target, session or "")
+    return listed
 
 
 def _of_modules(references: Sequence[str]) -> list[Listed]:
@@ -134,13 +136,13 @@ def _of_modules(references: Sequence[str]) -> list[Listed]:
         return []
     from dspex_persist.cognitive.toolbox import Toolbox
 
-    toolbox, found = Toolbox(), dict[str, Listed]()
-    # What a module prints while it is imported is no part of the answer.
+    toolbox, listed = Toolbox(), dict[str, Listed]()
+    # The output of a module during its import must not mix with ours.
     with contextlib.redirect_stdout(sys.stderr):
         for reference in references:
             for tool in toolbox.load(reference):
-                found.setdefault(tool.spec.name, Listed(tool.spec, "module", reference))
-    return list(found.values())
+                listed.setdefault(tool.spec.name, Listed(tool.spec, "module", reference))
+    return list(listed.values())
 
 
 def _of_server(target: str, session: str) -> list[Listed]:
@@ -151,12 +153,13 @@ def _of_server(target: str, session: str) -> list[Listed]:
 
 
 def _listed(spec: "ToolSpec") -> Listed:
-    """A server's tool; the server says where it runs in the tool's metadata."""
-    said = spec.metadata
-    where, _, worker_id = said.get("dspex.where", "server").partition(" ")
+    """Return a server's tool. The server adds where it runs to the tool's metadata."""
+    metadata = spec.metadata
+    where, _, worker_id = metadata.get("dspex.where", "server").partition(" ")
     if where != "worker":
         return Listed(spec, "server")
-    return Listed(spec, "worker", None, worker_id, said.get("dspex.address") or None, said.get("dspex.circuit") or None)
+    address, circuit = metadata.get("dspex.address") or None, metadata.get("dspex.circuit") or None
+    return Listed(spec, "worker", None, worker_id, address, circuit)
 
 
 # For programs
@@ -185,7 +188,7 @@ def _document(listed: Listed) -> dict[str, Any]:
 
 def _parameter_document(parameter: "ToolParameter") -> dict[str, Any]:
     default = None if parameter.default is None else json.loads(parameter.default.json)
-    # A worker may write there what it likes.
+    # A worker may have registered any text.
     validation: Any = parameter.validation or None
     with contextlib.suppress(ValueError):
         validation = json.loads(validation) if validation else None
@@ -195,12 +198,12 @@ def _parameter_document(parameter: "ToolParameter") -> dict[str, Any]:
 # For people
 
 
-def _show(found: Sequence[Listed], target: str | None, session: str | None) -> None:
-    if not found:
+def _show(tools: Sequence[Listed], target: str | None, session: str | None) -> None:
+    if not tools:
         say(_nothing(target, session))
         return
-    table = new_table(counted(len(found), "tool"), "tool", "parameters", "how it runs", "where")
-    for listed in found:
+    table = new_table(counted(len(tools), "tool"), "tool", "parameters", "how it runs", "where")
+    for listed in tools:
         spec = listed.spec
         name = one_line(spec.name)
         if spec.description:
@@ -214,11 +217,11 @@ def _nothing(target: str | None, session: str | None) -> str:
     if target is None:
         return "no tools: name a module with --tools, or a server with --target"
     workers = f", and session {session!r} has no workers" if session else ""
-    return f"the server at {target} has no tools of its own{workers}: start it with serve --tools MODULE"
+    return f"the server at {target} has no tools{workers}: start it with serve --tools MODULE"
 
 
 def _plain(text: str) -> Any:
-    """Text of others: no markup, no escapes, its own line breaks."""
+    """Return a client's text without markup or escapes, but with its line breaks."""
     from rich.text import Text
 
     return Text("\n").join(map(one_line, text.split("\n")))
@@ -228,12 +231,12 @@ def _parameter_text(parameter: "ToolParameter") -> str:
     text = f"{parameter.name}: {parameter.type or 'any'}"
     if parameter.default is not None:
         return f"{text} = {parameter.default.json}"
-    return text if parameter.required else f"{text} (may be left out)"
+    return text if parameter.required else f"{text} (optional)"
 
 
 def _how(spec: "ToolSpec") -> list[str]:
-    """What is out of the ordinary."""
-    said = {
+    """Return the options that differ from the default."""
+    options = {
         "streams": spec.streaming,
         "exposed": spec.exposed,
         spec.isolation.value: spec.isolation.value != "serializable",
@@ -241,7 +244,7 @@ def _how(spec: "ToolSpec") -> list[str]:
         f"within {spec.timeout_s or 0:g} s": spec.timeout_s is not None,
         f"needs {', '.join(spec.required_variables)}": bool(spec.required_variables),
     }
-    return [text for text, applies in said.items() if applies]
+    return [text for text, applies in options.items() if applies]
 
 
 def _where(listed: Listed) -> str:

@@ -189,7 +189,7 @@ def test_pruning_is_tried_confirmed_and_accounted_for(path: Path, tmp_path: Path
     assert versions_in(path, "again", "x") == 2
     checked = run("check", cwd=tmp_path)
     assert checked.returncode == FINE
-    assert f"pruned, as its log says: {15 + document['versions']} versions and 7 events" in checked.stdout
+    assert f"pruned, according to its log: {15 + document['versions']} versions and 7 events" in checked.stdout
 
 
 def test_sessions_that_ended_are_pruned_by_when_they_ended(path: Path, tmp_path: Path) -> None:

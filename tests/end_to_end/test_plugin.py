@@ -467,11 +467,11 @@ def test_a_recording_of_which_nothing_can_be_replayed_is_no_green_test(project: 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ([], "say where the recording goes"),
+        ([], "say where to write the recording"),
         (["--as-test", "test_x.py"], "--tools MODULE"),
-        (["--as-test", "test-x.py", "--tools", "shop_tools"], "is no name for a test"),
-        (["--as-test", "test_x.py", "--tools", "shop_tools", "-o", "-"], "leave -o - out"),
-        (["-o", "x.jsonl", "--tools", "shop_tools"], "--tools is for --as-test"),
+        (["--as-test", "test-x.py", "--tools", "shop_tools"], "is not a name for a test"),
+        (["--as-test", "test_x.py", "--tools", "shop_tools", "-o", "-"], "leave out -o -"),
+        (["-o", "x.jsonl", "--tools", "shop_tools"], "--tools is only for --as-test"),
     ],
 )
 def test_what_is_wrong_with_an_export_is_said(

@@ -60,7 +60,7 @@ def value_in(path: Path) -> str:
 def test_a_backup_is_put_in_place_and_the_old_file_kept(place: Path) -> None:
     result = run("restore", "b.db", cwd=place)
     assert (result.returncode, result.stderr) == (FINE, "")
-    told = re.search(r"what was there before: (\S+)", result.stdout)
+    told = re.search(r"previous database: (\S+)", result.stdout)
     assert told is not None, result.stdout
     assert run("check", cwd=place).returncode == FINE
     assert value_in(place / "sessions.db") == "1"

@@ -221,7 +221,7 @@ def test_an_error_is_one_sentence_and_a_code(
 def test_one_stdout_is_not_for_two(filled: Path, tmp_path: Path, run: Run) -> None:
     result = run("export", "s", "-o", "-", "--json")
     assert result.returncode == USAGE
-    assert "give a file" in result.stderr
+    assert "name a file" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["export", "import", "fork"])

@@ -21,7 +21,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedDatabase]
         yield served
 
 
-NOTHING = {"": "has no tools of its own: ", "s": "'s' has no workers"}
+NOTHING = {"": "has no tools: ", "s": "'s' has no workers"}
 
 
 @pytest.mark.parametrize("session", NOTHING)
