@@ -1,4 +1,4 @@
-"""What people program against: a session as a context, its variables as a mapping, tools. Knows no SQL and no wire."""
+"""The API that programs use: a session as a context, its variables as a mapping, tools. Knows no SQL and no wire."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dspex_persist.cognitive.tools import Tool as Tool
     from dspex_persist.cognitive.tools import tool as tool
 
-# Imported when they are first asked for: signatures are read with pydantic, which takes its time.
+# Imported on first access: signatures are read with pydantic, whose import takes time.
 _HOMES = {
     "Tool": "dspex_persist.cognitive.tools",
     "ToolContext": "dspex_persist.cognitive.tool_context",

@@ -1,4 +1,4 @@
-"""Context: one session, seen through whatever provider keeps it."""
+"""Context: a session of any provider."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,9 +11,15 @@ from dspex_persist.state.tools.ports import ToolCode, name_of
 
 
 class Context(Mapped):
-    """A session that is begun, or resumed, when its context is made; used as a mapping, that of its variables.
+    """A session, as a mapping from the names of its variables to their values.
 
-    The context does not own the provider: several contexts share one, and whoever opened it closes it.
+    Creating the context begins the session, or resumes it if it exists. The context does not own the provider: several
+    contexts may share one, and closing it is up to the caller that opened it.
+
+    Attributes:
+        session_id: The id of the session.
+        variables: Its variables.
+        resumed: Whether the session existed already.
     """
 
     def __init__(self, provider: StateProvider, session_id: str, metadata: Mapping[str, str] | None = None) -> None:
@@ -26,10 +32,18 @@ class Context(Mapped):
         return f"<Context of session {self.session_id!r}>"
 
     def call(self, tool: ToolCode | str, /, **arguments: object) -> Any:
-        """Execute a tool, given itself or by name, as one transaction; its result.
+        """Execute a tool as one transaction.
 
-        What went wrong is raised, and then nothing was written; `UnsupportedError` says that the provider executes no
-        tools.
+        Args:
+            tool: The tool, or its name.
+            arguments: The tool's arguments by name.
+
+        Returns:
+            The result of the tool, or None if it has none.
+
+        Raises:
+            StateError: The tool failed or conflicted, and wrote nothing.
+            UnsupportedError: The provider executes no tools.
         """
         outcome = ExecutesTools.of(self._provider).execute_tool(self.session_id, name_of(tool), arguments)
         if outcome.error is not None:
@@ -37,5 +51,5 @@ class Context(Mapped):
         return values.decode_loosely(outcome.result, outcome.result_type) if outcome.result is not None else None
 
     def end(self) -> None:
-        """End the session; its history stays."""
+        """End the session. Its history is kept."""
         self._provider.cleanup_session(self.session_id)

@@ -1,4 +1,4 @@
-"""What can be wrong with tools before anything runs: in their code, and in finding them."""
+"""Errors in the definition of tools, and in loading them."""
 
 from dataclasses import dataclass
 

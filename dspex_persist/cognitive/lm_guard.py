@@ -1,5 +1,5 @@
-"""What is known of LM calls without DSPy, whose import takes seconds: whose calls are recorded, and that none is to be
-made while a replay runs."""
+"""The part of LM recording that needs no DSPy, whose import takes seconds: it marks callers whose calls are recorded,
+and refuses LM calls during a replay."""
 
 import importlib.util
 import sys
@@ -13,30 +13,30 @@ from types import ModuleType
 from typing import Final
 
 caller_is_recorded: Final[ContextVar[bool]] = ContextVar("dspex_persist_record_lm", default=False)
-"""Whether the LM calls of a tool that is called from here are to be recorded: it has an execution of its own."""
+"""Whether a tool called in this context inherits the recording of LM calls, for its separate execution."""
 
 _running: list[object] = []
-"""What answers, or refuses, calls of which nobody can say whose they are. The last one came last."""
+"""The playbacks and refusals that handle calls from unknown threads, oldest first."""
 _lock: Final = threading.Lock()
 _DSPY: Final = "dspy"
 
 
 @dataclass(eq=False, slots=True)
 class Refusal:
-    """Something that runs again of which no LM call was recorded: whatever is asked is refused, and told here."""
+    """A replay without recorded LM calls: every call is refused, and reported in `divergences`."""
 
     divergences: list[object] = field(default_factory=list)
 
 
 def running() -> Sequence[object]:
-    """Playbacks and refusals that go on in this process."""
+    """Return the active playbacks and refusals of this process, oldest first."""
     with _lock:
         return tuple(_running)
 
 
 @contextmanager
 def going_on(entry: object) -> Iterator[None]:
-    """While a playback or a refusal goes on."""
+    """Register a playback or a refusal while the block runs."""
     with _lock:
         _running.append(entry)
     try:
@@ -48,9 +48,10 @@ def going_on(entry: object) -> Iterator[None]:
 
 @contextmanager
 def refusing(install: Callable[[], None]) -> Iterator[Refusal]:
-    """Have LM calls refused of which nobody can say whose they are.
+    """Refuse LM calls from unknown threads while the block runs.
 
-    `install` has calls seen; it is called where DSPy is imported only on the way.
+    Args:
+        install: Hooks the LM classes. It is called if DSPy is imported while the block runs.
     """
     refusal = Refusal()
     finder = _DspyFinder(install)
@@ -63,7 +64,7 @@ def refusing(install: Callable[[], None]) -> Iterator[Refusal]:
 
 
 class _DspyFinder:
-    """Has LM calls seen from the moment on in which DSPy has been imported."""
+    """Hooks the LM classes as soon as DSPy has been imported."""
 
     def __init__(self, install: Callable[[], None]) -> None:
         self._install = install
@@ -71,7 +72,7 @@ class _DspyFinder:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """DSPy's own, with a loader that does more; of all other modules nothing is known here."""
+        """Return DSPy's own spec, with a loader that also hooks the LM classes; None for other modules."""
         if name != _DSPY:
             return None
         self.remove()

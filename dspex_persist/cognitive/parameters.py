@@ -1,8 +1,8 @@
-"""Parameters: an annotation described in the protocol's types, and arguments read by it.
+"""Parameters of tools: describes an annotation in the protocol's types, and reads arguments by it.
 
-Arguments are validated by pydantic, whose lax rules hold but for numbers and booleans: these are read as variables of
-their types are, so that `True` is no integer and "3" no number. What is inside a pydantic model or a dataclass
-follows that model's own rules.
+Pydantic validates the arguments with its lax rules, except for numbers and booleans. These are read like variables of
+their types, so `True` is not an integer and "3" not a number. Pydantic models and dataclasses apply their own rules to
+their fields.
 """
 
 import collections.abc
@@ -31,11 +31,11 @@ from dspex_persist.state.values.json_text import RefusedError, container_in, sho
 from dspex_persist.state.values.json_text import read as read_json
 
 _ANY = "any"
-"""The protocol's word for a parameter that no value type describes."""
+"""The protocol's name for a parameter that no value type describes."""
 
 
 def _read_as_variables() -> Mapping[type, values.ValueType]:
-    """Python's numbers and booleans, which are read as variables of their types are: pydantic takes True for 1."""
+    """Return the value types that read Python's numbers and booleans, as pydantic would accept True for 1."""
     return {kind: values.get_type(kind.__name__, values.infer_type(kind())) for kind in (bool, float, int)}
 
 
@@ -50,10 +50,14 @@ _COLLECTIONS = ("builtins", "collections", "collections.abc")
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter: how it is described, and what reads its arguments.
+    """A parameter: its description, and the adapter that reads its arguments.
 
-    `is_plain`: its type is made of Python's own alone, so that nothing of users' runs when one is read. `default`: one
-    that the function could change, or None.
+    Attributes:
+        described: Its description for clients.
+        adapter: Validates arguments.
+        has_choices: Whether it has a fixed list of values.
+        is_plain: Whether its type consists of Python's own types only, so that reading an argument runs no user code.
+        default: Its default if the function could modify it, else None.
     """
 
     described: ToolParameter
@@ -63,7 +67,7 @@ class Parameter:
     default: object = None
 
     def read(self, value: Value, limits: Limits | None = None) -> object:
-        """The argument that `value` stands for; `RefusedError` if it is none, `LimitExceededError` beyond `limits`."""
+        """Return the argument in `value`; raise `RefusedError` if it is invalid, `LimitExceededError` if too large."""
         try:
             document = self._decode(value, limits)
         except InvalidValueError as error:
@@ -74,11 +78,11 @@ class Parameter:
             raise RefusedError(_sentence(error, document)) from error
         except RefusedError:
             raise
-        except BaseException as error:  # validators of the tool's own types raise what they like
+        except BaseException as error:  # validators of the tool's own types may raise anything
             raise RefusedError(f"{type(error).__name__}: {shorten(_text_of(error))}") from error
 
     def _decode(self, value: Value, limits: Limits | None) -> object:
-        """JSON as it is; bytes as what they say they are, unless the function wants a list of numbers."""
+        """Decode JSON as it is, and bytes according to their description, unless the function takes numbers."""
         if limits is None:
             document = read_json(value.json)
         else:
@@ -86,7 +90,7 @@ class Parameter:
         return document if value.binary is None else values.decode_argument(self.described.type, value)
 
     def _validated(self, document: object) -> object:
-        """What pydantic makes of it; of a string that is the JSON of a map or list, where one is wanted, of that."""
+        """Validate a document. A string that contains the JSON of an expected map or list counts as that."""
         try:
             return self.adapter.validate_python(self._coerce(document))
         except ValidationError:
@@ -98,32 +102,36 @@ class Parameter:
             return self.adapter.validate_python(contained)
 
     def _takes_containers(self) -> bool:
-        wanted = values.find_type(self.described.type)
-        # A type that no annotation's schema means is that of a BinaryValue, which JSON never is.
-        return wanted is not None and wanted.is_container and bool(wanted.schema)
+        expected = values.find_type(self.described.type)
+        # A type without a JSON schema is that of a BinaryValue, which is never JSON.
+        return expected is not None and expected.is_container and bool(expected.schema)
 
     def _coerce(self, document: object) -> object:
-        """For choices, which pydantic compares with `==`: to it, `True` is the choice 1."""
+        """Coerce a value for choices, which pydantic compares with `==`, so that `True` would be the choice 1."""
         coerce = _COERCIONS.get(self.described.type) if self.has_choices else None
         return document if coerce is None or document is None else coerce(document)
 
 
 class _Schema(GenerateJsonSchema):
-    """pydantic's JSON schema, without the warnings: only its outermost layer is used."""
+    """Pydantic's JSON schema without warnings, because only its outermost layer is used."""
 
     def emit_warning(self, kind: str, detail: str) -> None:
-        """Say nothing."""
+        """Ignore the warning."""
 
 
 def read_parameter(named: str, parameter: inspect.Parameter, annotation: Any, description: str) -> Parameter:
-    """One parameter of the function `named`; `ToolDefinitionError` if its arguments or its default cannot be JSON."""
+    """Read a parameter of the function `named`.
+
+    Raises:
+        ToolDefinitionError: Its arguments or its default have no JSON form.
+    """
     name, default = parameter.name, parameter.default
     if default is None:
         annotation = Optional[annotation]  # noqa: UP045 - computed
     try:
         adapter: TypeAdapter[Any] = TypeAdapter(_prepared(annotation, _RULES))
         schema = TypeAdapter(_prepared(annotation, {})).json_schema(schema_generator=_Schema)
-    except Exception as error:  # types of the tool's own raise what they like
+    except Exception as error:  # the tool's own types may raise anything
         reason = f"its parameter {name} cannot come as JSON: {_first_line(error)}"
         raise ToolDefinitionError(named, reason) from error
     type_name, validation = _describe(schema, annotation)
@@ -147,8 +155,8 @@ def read_parameter(named: str, parameter: inspect.Parameter, annotation: Any, de
         changes = copy.deepcopy(default) is not default
     except Exception as error:
         reason = (
-            f"the default of its parameter {name} cannot be copied, and each call gets one of its own: use None, and "
-            f"make it in the function ({_first_line(error)})"
+            f"the default of its parameter {name} cannot be copied, and each call gets a copy: use None, and create it "
+            f"in the function ({_first_line(error)})"
         )
         raise ToolDefinitionError(named, reason) from error
     return replace(read, described=replace(described, default=value), default=default if changes else None)
@@ -158,7 +166,7 @@ _PLAIN_MODULES = ("builtins", "collections", "collections.abc", "datetime", "dec
 
 
 def _is_plain(annotation: Any) -> bool:
-    """Whether nothing in the annotation is users' code."""
+    """Return whether the annotation contains no user code."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal or annotation is Any or annotation is Ellipsis:
         return True
@@ -172,14 +180,14 @@ def _is_plain(annotation: Any) -> bool:
 def _text_of(error: BaseException) -> str:
     try:
         return str(error)
-    except BaseException as fault:  # noqa: BLE001 -- users' code, too
+    except BaseException as fault:  # noqa: BLE001 -- user code, too
         return f"it has no text: its __str__ raised {type(fault).__name__}"
 
 
 def _encode_default(default: object, adapter: TypeAdapter[Any], type_name: str) -> Value:
     document = adapter.dump_python(default, mode="json", warnings="error")
     if isinstance(default, set | frozenset):
-        # Their order differs from process to process; a description should not.
+        # Their order differs between processes, but a description should not.
         document = sorted(document, key=repr)
     return values.encode(document, type_name if values.find_type(type_name) else None)
 
@@ -195,7 +203,8 @@ def _rule(coerce: Callable[[object], object]) -> BeforeValidator:
             coerced = coerce(document)
         except RefusedError as error:
             raise PydanticCustomError("refused", "{reason}", {"reason": error.reason}) from error
-        # Coercing is left to pydantic, as in a union it prefers what needs none; but its integers of floats are short.
+        # Pydantic coerces itself, since in a union it prefers a type that needs no coercion. But it cannot convert
+        # large floats to integers.
         return coerced if isinstance(document, float) and abs(document) >= _BEYOND_64_BITS else document
 
     return BeforeValidator(check)
@@ -205,7 +214,7 @@ _RULES: Mapping[Any, Any] = {kind: Annotated[kind, _rule(value_type.coerce)] for
 
 
 def _key_rule(coerce: Callable[[object], object]) -> BeforeValidator:
-    """For a key of a map: JSON has strings only, and a number among them is written as JSON writes it."""
+    """Return a rule for the keys of a map. JSON keys are strings, so a number is written as JSON would write it."""
 
     def check(key: object) -> object:
         written = key
@@ -225,7 +234,7 @@ _KEY_RULES: Mapping[Any, Any] = {
 
 
 def _keep_all(document: object, read: ValidatorFunctionWrapHandler) -> object:
-    """A map as it was read, if no two of its keys are the same now: one of them would be lost."""
+    """Return a map as read, unless two of its keys have become the same and one of them would be lost."""
     result = read(document)
     if isinstance(document, dict) and len(result) != len(document):
         raise PydanticCustomError("refused", "two of its keys mean the same: write each in one way only")
@@ -233,7 +242,7 @@ def _keep_all(document: object, read: ValidatorFunctionWrapHandler) -> object:
 
 
 def _prepared(annotation: Any, rules: Mapping[Any, Any], within: tuple[Any, ...] = ()) -> Any:
-    """The annotation as pydantic should take it: with `rules` for what is inside it, and without what has no JSON."""
+    """Return the annotation for pydantic, with `rules` applied inside; raise `RefusedError` if it has no JSON form."""
     while hasattr(annotation, "__supertype__"):
         annotation = annotation.__supertype__
     if typing_extensions.is_typeddict(annotation):
@@ -244,7 +253,7 @@ def _prepared(annotation: Any, rules: Mapping[Any, Any], within: tuple[Any, ...]
     if not arguments or origin is Literal:
         return _prepared_bare(annotation, rules)
     is_map = bool(rules) and isinstance(origin, type) and issubclass(origin, Mapping) and len(arguments) == 2
-    # In a union it is a string that its text stands for.
+    # In a union, a key stays a string.
     key_rules = _KEY_RULES if is_map and get_origin(arguments[0]) not in (Union, types.UnionType) else rules
     inner = tuple(
         argument if argument is Ellipsis else _prepared(argument, rules if at else key_rules, within)
@@ -255,7 +264,7 @@ def _prepared(annotation: Any, rules: Mapping[Any, Any], within: tuple[Any, ...]
         return Annotated[(*inner, *annotation.__metadata__)]
     if origin in (Union, types.UnionType):
         return Union[inner]  # noqa: UP007 - computed
-    # pydantic would read an Iterable lazily, while the tool runs, and knows no Collection.
+    # Pydantic would read an Iterable lazily, while the tool runs, and does not know Collection.
     container: Any = list if origin in (Iterable, Collection) else origin
     is_collection = container.__module__ in _COLLECTIONS and container is not collections.abc.Callable
     if is_collection and is_map:
@@ -273,7 +282,7 @@ def _prepared_bare(annotation: Any, rules: Mapping[Any, Any]) -> Any:
 
 
 def _prepared_typed_dict(annotation: Any, rules: Mapping[Any, Any], within: tuple[Any, ...]) -> Any:
-    """The same as typing_extensions has it: below Python 3.12 pydantic takes no other."""
+    """Return the TypedDict as one of typing_extensions: below Python 3.12, pydantic accepts no other."""
     if annotation in within:
         raise RefusedError(f"{annotation.__name__} contains itself: use a pydantic model")
     within = (*within, annotation)
@@ -287,7 +296,7 @@ def _prepared_typed_dict(annotation: Any, rules: Mapping[Any, Any], within: tupl
 
 
 def _describe(schema: Mapping[str, Any], annotation: Any) -> tuple[str, dict[str, Any]]:
-    """The protocol's type, and the rules on top of it, of a JSON schema."""
+    """Return the protocol's type for a JSON schema, and its additional constraints."""
     if annotation is values.BinaryValue:
         return values.infer_type(values.BinaryValue({}, b"")), {}
     kinds = [_kind_of(branch) for branch in _branches(schema, schema.get("$defs", {}))]
@@ -305,7 +314,7 @@ def _describe(schema: Mapping[str, Any], annotation: Any) -> tuple[str, dict[str
 
 
 def _branches(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The alternatives that a schema has, without null."""
+    """Yield the alternatives of a schema, without null."""
     if "$ref" in schema:
         yield from _branches(definitions[schema["$ref"].rpartition("/")[2]], definitions)
     elif "anyOf" in schema or "oneOf" in schema:
@@ -321,32 +330,32 @@ def _kind_of(schema: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         for theirs, ours in values.schema_keywords().items()
         if schema.get(theirs) not in (None, inf, -inf)
     }
-    said = {key: entry for key, entry in schema.items() if key not in ("enum", "const")}
+    kind = {key: entry for key, entry in schema.items() if key not in ("enum", "const")}
     choices = schema.get("enum", [schema["const"]] if "const" in schema else None)
     if choices is not None:
         choices = [choice for choice in choices if choice is not None]
         rules["choices"] = choices
         if choices and all(isinstance(choice, str) for choice in choices):
-            said |= {"type": "string", "enum": choices}
-    return _named(said), rules
+            kind |= {"type": "string", "enum": choices}
+    return _named(kind), rules
 
 
 def _named(schema: Mapping[str, Any]) -> str:
-    """The protocol's word for what a JSON Schema describes."""
-    meant = values.type_of_schema(schema)
-    return _ANY if meant is None else meant.name
+    """Return the protocol's name for the type that a JSON schema describes."""
+    value_type = values.type_of_schema(schema)
+    return _ANY if value_type is None else value_type.name
 
 
-# What was wrong, in a sentence.
+# Mistakes in arguments, in one sentence
 
 
 def _sentence(error: ValidationError, document: object) -> str:
-    """Where the first mistake is and what it is; of a union, what each alternative says."""
-    found: dict[str, dict[str, None]] = {}
-    # A long list may be wrong in each of its entries.
+    """Return the place of the first mistake and its message; for a union, the messages of all alternatives."""
+    mistakes: dict[str, dict[str, None]] = {}
+    # A long list may have a mistake in each entry.
     for details in islice(error.errors(include_url=False, include_context=False), _MISTAKES_READ):
-        found.setdefault(_path(details, document), {})[_message(details)] = None
-    path, messages = next(iter(found.items()))
+        mistakes.setdefault(_path(details, document), {})[_message(details)] = None
+    path, messages = next(iter(mistakes.items()))
     others = error.error_count() - len(messages)
     text = "; or: ".join(messages)
     if len(text) > _SENTENCE_LENGTH:
@@ -362,7 +371,7 @@ def _message(details: ErrorDetails) -> str:
 
 
 def _path(details: ErrorDetails, document: object) -> str:
-    """The keys and indices that lead to the mistake, without pydantic's names for the alternatives of unions."""
+    """Return the path of keys and indices to the mistake, without pydantic's names for alternatives of unions."""
     steps: list[str] = []
     location: Sequence[int | str] = details["loc"]
     for step in location:
@@ -381,5 +390,5 @@ def _has(document: object, step: int | str) -> bool:
 
 
 def one_line(text: str) -> str:
-    """`text` without its line breaks."""
+    """Return `text` without its line breaks."""
     return " ".join(text.split())

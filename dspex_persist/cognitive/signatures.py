@@ -1,4 +1,4 @@
-"""Signatures: what a function's own text says about its parameters, and its arguments bound by it."""
+"""Signatures of tools: reads the parameters of a function, and binds arguments to them."""
 
 import copy
 import inspect
@@ -36,9 +36,14 @@ _STREAMS = (AsyncGenerator, AsyncIterable, AsyncIterator, Generator, Iterable, I
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What a function takes besides a context and, for a method, `self`. `summary`: what its docstring begins with.
+    """The signature of a tool's function.
 
-    `result_type`: "float" if what it returns, or yields, is annotated so.
+    Attributes:
+        parameters: Its parameters by name, without the context and `self`.
+        takes_context: Whether its first parameter is a ToolContext.
+        is_method: Whether it is a method.
+        summary: The first paragraph of its docstring.
+        result_type: "float" if the annotation says that it returns, or yields, floats; else "".
     """
 
     parameters: Mapping[str, Parameter]
@@ -49,11 +54,11 @@ class Signature:
 
     @property
     def is_plain(self) -> bool:
-        """Whether reading its arguments runs no code of users'."""
+        """Whether reading its arguments runs no user code."""
         return all(parameter.is_plain for parameter in self.parameters.values())
 
     def make_defaults(self) -> dict[str, object]:
-        """The defaults that a function could change, for one call: what it does to them is not for the next."""
+        """Return copies of the defaults that the function could modify, so that each call has its own."""
         return {
             name: copy.deepcopy(parameter.default)
             for name, parameter in self.parameters.items()
@@ -61,7 +66,12 @@ class Signature:
         }
 
     def bind(self, tool: str, parameters: Mapping[str, Value], limits: Limits | None = None) -> dict[str, object]:
-        """The arguments by name; `ToolArgumentError` names the first that is wrong, and the others."""
+        """Return the arguments by name.
+
+        Raises:
+            ToolArgumentError: Arguments are wrong, missing or unknown. It explains the first and names the others.
+            LimitExceededError: An argument exceeds `limits`.
+        """
         arguments: dict[str, object] = {}
         wrong = {name: self._unknown(name) for name in parameters if name not in self.parameters}
         for name, parameter in self.parameters.items():
@@ -87,7 +97,11 @@ class Signature:
 
 
 def read_signature(function: Callable[..., Any], named: str) -> Signature:
-    """What the signature and the docstring of a function say; `ToolDefinitionError` calls it `named`."""
+    """Read the signature and the docstring of a function, which errors call `named`.
+
+    Raises:
+        ToolDefinitionError: The function cannot be a tool.
+    """
     listed = list(inspect.signature(function).parameters.values())
     is_method = _is_method(function)
     if is_method:
@@ -112,7 +126,7 @@ def read_signature(function: Callable[..., Any], named: str) -> Signature:
 
 
 def _is_method(function: Callable[..., Any]) -> bool:
-    """Whether it is in the body of a class: the class itself is not there yet when its methods are decorated."""
+    """Return whether it is defined in a class, by its name: the class does not exist yet when methods are decorated."""
     _, _, scope = function.__qualname__.rpartition(".")[0].rpartition(".")
     return bool(scope) and scope != "<locals>"
 
@@ -135,7 +149,7 @@ def _check_parameter(named: str, parameter: inspect.Parameter, annotation: Any) 
         reason = f"its parameter {parameter.name} is positional-only, and arguments come by name: move or remove the /"
         raise ToolDefinitionError(named, reason)
     if _mentions_context(annotation):
-        reason = f"its parameter {parameter.name} is a ToolContext: only the first can be, annotated just so"
+        reason = f"its parameter {parameter.name} is a ToolContext: only the first can be, with exactly this annotation"
         raise ToolDefinitionError(named, reason)
 
 
@@ -146,7 +160,7 @@ def _check_not_meant_as_context(named: str, first: inspect.Parameter) -> None:
 
 
 def _annotation_of(function: Callable[..., Any], parameter: inspect.Parameter, named: str) -> Any:
-    """The annotation, with what is in quotes looked up; ToolContext need not be imported for that."""
+    """Return the annotation, with quoted names resolved; ToolContext need not be imported for that."""
     if parameter.annotation is parameter.empty:
         return Any
     names = {"ToolContext": ToolContext, **getattr(inspect.unwrap(function), "__globals__", {})}
@@ -163,7 +177,7 @@ def _result_type(function: Callable[..., Any]) -> str:
     holder: Any = types.SimpleNamespace(__annotations__={"it": inspect.signature(function).return_annotation})
     try:
         annotation = get_type_hints(holder, names)["it"]
-    except Exception:  # noqa: BLE001 -- it need not be there at run time: nothing but this is taken from it
+    except Exception:  # noqa: BLE001 -- names in it need not exist at run time, and nothing else depends on it
         return ""
     if get_origin(annotation) in _STREAMS:
         annotation = get_args(annotation)[0]
@@ -172,14 +186,14 @@ def _result_type(function: Callable[..., Any]) -> str:
 
 
 def _mentions_context(annotation: Any) -> bool:
-    """Whether it is, or has in it, a ToolContext."""
+    """Return whether the annotation is, or contains, ToolContext."""
     if isinstance(annotation, type) and get_origin(annotation) is None:
         return issubclass(annotation, ToolContext)
     return any(_mentions_context(argument) for argument in get_args(annotation))
 
 
 def _read_docstring(function: Callable[..., Any]) -> tuple[str, Mapping[str, str]]:
-    """The first paragraph, and what is said of each parameter (Google, NumPy and Sphinx styles)."""
+    """Return the first paragraph, and the descriptions of the parameters (Google, NumPy and Sphinx styles)."""
     try:
         parsed = docstring_parser.parse(inspect.getdoc(function) or "")
     except docstring_parser.ParseError:
@@ -191,7 +205,7 @@ def _read_docstring(function: Callable[..., Any]) -> tuple[str, Mapping[str, str
 
 
 def _listed(names: Collection[str]) -> str:
-    """Names for a message, not too many of them."""
+    """Return names for a message, at most a few."""
     shown_names = [shorten(name) for name in list(names)[:_NAMES_SHOWN]]
     if len(names) > _NAMES_SHOWN:
         shown_names.append("...")

@@ -1,4 +1,4 @@
-"""ToolContext: what a tool's function reaches of its execution."""
+"""ToolContext: the access of a tool's function to its execution."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -13,10 +13,11 @@ from dspex_persist.state.tools.session import ToolSession
 
 
 class ToolContext(Mapped):
-    """The transaction that a tool runs in: `ctx["temperature"]` reads from its snapshot, with its own writes over it.
+    """The transaction of a tool's execution, as a mapping from names of variables to values.
 
-    What is written shows outside when the tool has ended well, all at once, and never otherwise. Usable from any
-    thread until then; afterwards everything raises `ExecutionEndedError`.
+    Reads come from a snapshot, with the tool's own writes on top. The writes become visible together when the tool
+    returns, and never if it fails. Usable from any thread until the execution ends; afterwards everything raises
+    `ExecutionEndedError`.
     """
 
     def __init__(self, session: ToolSession) -> None:
@@ -25,50 +26,56 @@ class ToolContext(Mapped):
 
     @property
     def session_id(self) -> str:
-        """The session that the tool works on."""
+        """The id of the session."""
         return self._session.session_id
 
     @property
     def execution_id(self) -> str:
-        """The execution, as the journal has it. Each attempt after a conflict has one of its own."""
+        """The id of the execution in the journal. Each attempt after a conflict has another one."""
         return self._session.execution_id
 
     @property
     def attempt(self) -> int:
-        """1, and one more each time that the tool runs again after a conflict."""
+        """1, or more if the tool runs again after a conflict."""
         return self._session.attempt
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """What the caller sent beside the parameters."""
+        """The metadata that the caller sent with the parameters."""
         return self._session.metadata
 
     @property
     def cancelled(self) -> bool:
-        """Whether nothing that the tool still does can be kept: a long loop asks now and then, and returns."""
+        """Whether the execution can no longer commit. Check it in long loops, and return."""
         return self._session.cancelled
 
     @property
     def random(self) -> Random:
-        """Random numbers from a recorded seed, so that a replay draws the same."""
+        """A random number generator with a recorded seed, so that a replay draws the same numbers."""
         return self._session.random
 
     def now(self) -> datetime:
-        """The time (UTC), recorded, so that a replay sees the same."""
+        """Return the time (UTC). It is recorded, so that a replay gets the same."""
         return self._session.now()
 
     def uuid(self) -> UUID:
-        """A new random UUID, recorded, so that a replay gets the same."""
+        """Return a new random UUID. It is recorded, so that a replay gets the same."""
         return self._session.uuid()
 
     def log(self, message: str, **fields: object) -> None:
-        """Keep a line in the journal, however the tool ends."""
+        """Add a line to the journal, which keeps it however the tool ends."""
         self._session.log(message, **fields)
 
     def publish(self, name: str, value: object, metadata: Mapping[str, str] | None = None) -> int:
-        """Write a value that must be seen at once, such as progress; the new version.
+        """Write a value that others should see at once, such as progress.
 
-        It is a commit of its own, marked so in the history, and stays whatever becomes of the tool.
+        It is committed immediately, marked as published in the history, and stays even if the tool fails.
+
+        Returns:
+            The new version.
+
+        Raises:
+            KeyError: There is no such variable.
         """
         try:
             return self._session.publish(name, value, metadata)
@@ -76,8 +83,15 @@ class ToolContext(Mapped):
             raise KeyError(name) from None
 
     def call(self, tool: ToolCode | str, /, **arguments: object) -> Any:
-        """Run another tool, given itself or by name, in the same transaction; an asynchronous tool awaits the result.
+        """Run another tool in the same transaction.
 
-        If it fails and the error is caught, only what it wrote itself is undone.
+        If it fails and the caller catches the error, only the other tool's own writes are undone.
+
+        Args:
+            tool: The tool, or its name.
+            arguments: The tool's arguments by name.
+
+        Returns:
+            The result of the tool; in an asynchronous tool, an awaitable of it.
         """
         return self._session.call(name_of(tool), arguments)

@@ -1,4 +1,4 @@
-"""Toolbox: tools by name, from code at hand or from modules to be imported."""
+"""Toolbox: tools by name, from objects or from modules that it imports."""
 
 import importlib
 import inspect
@@ -17,23 +17,34 @@ AnyTool = Tool[..., Any]
 
 
 class Toolbox(Mapping[str, AnyTool]):
-    """Tools by name, in the order in which they came. The same tool may come twice; two of one name may not.
+    """A mapping of tools by name, in the order in which they were added.
 
-    `record_lm`: have the LM calls of all of them recorded; `DspyMissingError` if that cannot be.
+    Adding the same tool twice is allowed; two different tools with one name are not.
+
+    Args:
+        record_lm: Record the LM calls of all tools.
+
+    Raises:
+        DspyMissingError: `record_lm` is set, but DSPy is not installed.
     """
 
     def __init__(self, *, record_lm: bool = False) -> None:
         if record_lm:
-            import dspex_persist.cognitive.dspy  # noqa: F401 -- which takes a while: now, rather than in a tool
+            import dspex_persist.cognitive.dspy  # noqa: F401 -- slow to import, so not while a tool runs
         self._record_lm = record_lm
         self._tools: dict[str, AnyTool] = {}
 
     @classmethod
     def of(cls, given: object, *, record_lm: bool = False) -> "Toolbox":
-        """A toolbox of whatever has tools: what `add` takes, what `load` takes, a module, a mapping of tools by name,
-        or several of these in a list. A toolbox is itself, unless its LM calls are to be recorded.
+        """Return a toolbox of anything that has tools.
 
-        `ToolLoadError` says what it is that has none.
+        Args:
+            given: What `add` or `load` accept, a module, a mapping of tools by name, or a list of these. A toolbox is
+                returned unchanged, unless `record_lm` is set.
+            record_lm: Record the LM calls of all tools.
+
+        Raises:
+            ToolLoadError: A part of `given` has no tools.
         """
         if isinstance(given, Toolbox) and not record_lm:
             return given
@@ -56,19 +67,31 @@ class Toolbox(Mapping[str, AnyTool]):
             self.add(given)
 
     def add(self, item: object) -> tuple[AnyTool, ...]:
-        """Add a tool, a function (which becomes one), a toolbox, or all tools that an instance has as methods.
+        """Add a tool, a function (which becomes a tool), a toolbox, or an instance whose methods are tools.
 
-        Those added; `ToolLoadError` if there are none, or if a name is taken, and then none of them is added.
+        Returns:
+            The added tools.
+
+        Raises:
+            ToolLoadError: There are no tools, or another tool has one of their names. Then none is added.
         """
         if inspect.isfunction(item):
             item = tool(item)
         return self._add(_named(item), _tools_in(item, _named(item)))
 
     def load(self, reference: str) -> tuple[AnyTool, ...]:
-        """Add what `package.module` has as tools, or `package.module:name` alone; those added.
+        """Add the tools of a module.
 
-        The module is imported as `python -m` would, with the working directory first. Named can be a tool, a toolbox,
-        an instance with tools as methods, or a class of such, which is made without arguments.
+        Args:
+            reference: `package.module` for all of its tools, or `package.module:name` for a tool, a toolbox, an
+                instance whose methods are tools, or its class, which is called without arguments. The working directory
+                comes first on the import path, as with `python -m`.
+
+        Returns:
+            The added tools.
+
+        Raises:
+            ToolLoadError: The module cannot be imported, has no tools, or another tool has one of their names.
         """
         module_name, colon, name = reference.partition(":")
         module = _imported(reference, module_name)
@@ -77,23 +100,23 @@ class Toolbox(Mapping[str, AnyTool]):
         return self._add_module(reference, module)
 
     def _add_module(self, reference: str, module: Any) -> tuple[AnyTool, ...]:
-        found = [item for item in vars(module).values() if isinstance(item, Tool) and not item.needs_instance]
-        if not found:
+        tools = [item for item in vars(module).values() if isinstance(item, Tool) and not item.needs_instance]
+        if not tools:
             raise ToolLoadError(reference, f"there are no tools in the module itself{_hint(module)}")
-        return self._add(reference, found)
+        return self._add(reference, tools)
 
     def specs(self) -> tuple[ToolSpec, ...]:
-        """How the tools are described."""
+        """Return the descriptions of the tools."""
         return tuple(item.spec for item in self._tools.values())
 
     def _add(self, reference: str, tools: Iterable[AnyTool]) -> tuple[AnyTool, ...]:
-        """All of them or none."""
+        """Add all of the tools, or none."""
         added: dict[str, AnyTool] = {}
         for item in tools:
             name = item.spec.name
-            there = added.get(name) or self._tools.get(name)
-            if there is not None and there != item:
-                places = there.origin if there.origin == item.origin else f"{there.origin} and {item.origin}"
+            other = added.get(name) or self._tools.get(name)
+            if other is not None and other != item:
+                places = other.origin if other.origin == item.origin else f"{other.origin} and {item.origin}"
                 reason = f"two tools are called {name!r} ({places}); give one of them another name: @tool(name=...)"
                 raise ToolLoadError(reference, reason)
             added[name] = item.recording_lm() if self._record_lm else item
@@ -114,24 +137,26 @@ class Toolbox(Mapping[str, AnyTool]):
 
 
 def _tool_of_name(name: object, item: object) -> AnyTool:
-    """What a mapping has under a name: a tool that is called so, or a function, which becomes one."""
-    if inspect.isfunction(item) and isinstance(name, str):
+    """Return the tool that a mapping has under a name: a tool of that name, or a function, which becomes one."""
+    if not isinstance(name, str):
+        raise ToolLoadError(_named(item), f"the name {name!r} is not a string")
+    if inspect.isfunction(item):
         return tool(name=name)(item)
     if not isinstance(item, Tool):
-        reason = f"under {name!r} there is no tool, and no function, but {type(item).__name__}"
+        reason = f"{name!r} is neither a tool nor a function, but {type(item).__name__}"
         raise ToolLoadError(_named(item), reason)
     if item.spec.name != name:
-        reason = f"under {name!r} there is the tool {item.spec.name!r}: use that name, or @tool(name={name!r})"
+        reason = f"{name!r} is the tool {item.spec.name!r}: use that name, or @tool(name={name!r})"
         raise ToolLoadError(_named(item), reason)
     return item
 
 
 def _imported(reference: str, module_name: str) -> Any:
     if not module_name or "/" in module_name or module_name.endswith(".py"):
-        raise ToolLoadError(reference, "what is wanted is package.module or package.module:name, as in an import")
+        raise ToolLoadError(reference, "write package.module or package.module:name, as in an import")
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
-        # It stays there: what the module imports later must be found too.
+        # It stays there, because the module may import more later.
         sys.path.insert(0, here)
     importlib.invalidate_caches()
     try:
@@ -141,18 +166,18 @@ def _imported(reference: str, module_name: str) -> Any:
 
 
 def _find(reference: str, module: Any, name: str) -> object:
-    found = module
+    item = module
     for part in name.split("."):
-        if not hasattr(found, part):
-            near = closest(part, (entry for entry in dir(found) if not entry.startswith("__")), most=1_000)
+        if not hasattr(item, part):
+            near = closest(part, (entry for entry in dir(item) if not entry.startswith("__")), most=1_000)
             reason = "; ".join(filter(None, (f"there is nothing named {part!r}", did_you_mean(near))))
             raise ToolLoadError(reference, reason)
-        found = getattr(found, part)
-    return found
+        item = getattr(item, part)
+    return item
 
 
 def _tools_in(item: object, reference: str) -> list[AnyTool]:
-    """What one thing has as tools; `ToolLoadError` if nothing."""
+    """Return the tools of an object; raise `ToolLoadError` if there are none."""
     if isinstance(item, Tool):
         if item.needs_instance:
             reason = f"{item.origin} is a method: add an instance of its class, or load the class"
@@ -162,20 +187,20 @@ def _tools_in(item: object, reference: str) -> list[AnyTool]:
         return list(item.values())
     names = _method_names(item)
     if not names:
-        reason = "it is no tool, and has none: decorate functions or methods with @tool"
+        reason = "it is not a tool and has no tools: decorate functions or methods with @tool"
         raise ToolLoadError(reference, reason)
-    instance = _made(item, reference) if isinstance(item, type) else item
+    instance = _instance_of(item, reference) if isinstance(item, type) else item
     return [getattr(instance, name) for name in names]
 
 
 def _method_names(item: object) -> list[str]:
-    """The tools among the methods of a class, or of an instance, in the order in which they were written."""
+    """Return the names of the methods that are tools, in the order of their definition."""
     kind = item if isinstance(item, type) else type(item)
     names = {name: None for base in reversed(kind.__mro__) for name in vars(base)}
     return [name for name in names if isinstance(inspect.getattr_static(kind, name), Tool)]
 
 
-def _made(kind: type, reference: str) -> object:
+def _instance_of(kind: type, reference: str) -> object:
     try:
         return kind()
     except Exception as error:
@@ -184,7 +209,7 @@ def _made(kind: type, reference: str) -> object:
 
 
 def _hint(module: Any) -> str:
-    """What could have been named instead."""
+    """Suggest what to name instead."""
     names = (
         f"{module.__name__}:{name}"
         for name, item in vars(module).items()

@@ -1,4 +1,4 @@
-"""`@tool`: a function, or a method, as a tool that a server runs in a transaction."""
+"""`@tool`: makes a function or method a tool, which runs in a transaction."""
 
 import copy
 import functools
@@ -24,10 +24,10 @@ _NAME_LENGTH = 255
 
 
 class Tool(Generic[P, R]):
-    """A function with what a server has to know of it. Called, it is the plain function: a test passes any context.
+    """A function with its description. Calling it calls the plain function, so a test can pass any context.
 
-    A method becomes a tool of its instance: `instance.method` is one, `Class.method` only has what describes it.
-    Two tools are equal if they are the same function (of the same instance).
+    A method is a tool of its instance: `instance.method` can run, `Class.method` only has the description. Two tools
+    are equal if they are the same function (of the same instance).
     """
 
     __name__: str
@@ -45,32 +45,37 @@ class Tool(Generic[P, R]):
 
     @property
     def needs_instance(self) -> bool:
-        """Whether it is a method that nobody can run, because it is not of an instance."""
+        """Whether it is a method without an instance, which cannot run."""
         return self._signature.is_method and self._receiver is _UNBOUND
 
     @property
     def origin(self) -> str:
-        """Where its function is: module and qualified name."""
+        """The module and the qualified name of its function."""
         return _origin(self._function)
 
     @property
     def reads_plainly(self) -> bool:
-        """Whether `bind` runs nothing of the tool's own: no validator, no class of its module."""
+        """Whether `bind` runs no user code, such as validators or classes of the tool's module."""
         return self._signature.is_plain
 
     @property
     def result_type(self) -> str:
-        """ "float" where the function says that it returns, or yields, floats: JSON has no NaN; else ""."""
+        """ "float" if the function's annotation says that it returns or yields floats (JSON has no NaN), else ""."""
         return self._signature.result_type
 
     def bind(self, parameters: Mapping[str, Value], limits: Limits | None = None) -> Mapping[str, object]:
-        """New arguments for `start`; `ToolArgumentError` for a wrong one, `LimitExceededError` beyond `limits`."""
+        """Return new arguments for `start`.
+
+        Raises:
+            ToolArgumentError: Arguments are wrong, missing or unknown.
+            LimitExceededError: An argument exceeds `limits`.
+        """
         return self._signature.bind(self.spec.name, parameters, limits)
 
     def start(self, session: ToolSession, arguments: Mapping[str, object]) -> Any:
-        """Call the function: a result, a coroutine, a generator or an async generator, by `kind`.
+        """Call the function, and return its result, coroutine, generator or async generator, by `kind`.
 
-        To be called in a context (of context variables) of its own.
+        Call it in a separate `contextvars.Context`.
         """
         if self.record_lm or lm_guard.caller_is_recorded.get():
             _record_lm_calls(session)
@@ -81,7 +86,7 @@ class Tool(Generic[P, R]):
         return started
 
     def recording_lm(self) -> "Tool[P, R]":
-        """The same tool with its LM calls recorded."""
+        """Return the same tool, with its LM calls recorded."""
         recording = copy.copy(self)
         recording.record_lm = True
         return recording
@@ -90,7 +95,7 @@ class Tool(Generic[P, R]):
         return () if self._receiver is _UNBOUND else (self._receiver,)
 
     def _check_result(self, result: object) -> None:
-        """A decorator below `@tool` can hide what the function is; its code would then never run."""
+        """Refuse a coroutine or generator as a result: a decorator below `@tool` hid it, and it would never run."""
         if inspect.iscoroutine(result) or inspect.isgenerator(result):
             result.close()
         elif not inspect.isasyncgen(result):
@@ -156,17 +161,25 @@ def tool(
     metadata: Mapping[str, str] | None = None,
     record_lm: bool = False,
 ) -> Any:
-    """Make a tool of a function, an async function, a generator or an async generator (these two stream).
+    """Make a function, an async function, a generator or an async generator a tool. The last two stream.
 
-    Its parameters are described by its signature and its docstring, from which comes the description too, unless one
-    is given. A first parameter annotated `ToolContext` gets the transaction. Wrong use is a `ToolDefinitionError`.
+    The signature and the docstring describe its parameters. A first parameter annotated `ToolContext` receives the
+    transaction.
 
-    `isolation`: "serializable", or "snapshot", where only what was written must not have been changed by others.
-    `retries`: how often to run again, on fresh values, after a conflict with others' writes.
-    `timeout_s`: after how long it is given up; the server's own limit holds as well.
-    `exposed`: whether workers may call it too, through the coordinator.
-    `required_variables`: what the session must have before it starts.
-    `record_lm`: keep its LM calls, and those of tools that it calls, in the journal; needs DSPy.
+    Args:
+        function: The function, if the decorator is used without arguments.
+        description: What the tool does; by default the beginning of the docstring.
+        name: The tool's name; by default that of the function.
+        isolation: "serializable", or "snapshot": then it conflicts only if others changed what it wrote.
+        retries: How often to run it again, on new values, after a conflict.
+        timeout_s: Its timeout in seconds. The caller's timeout applies as well.
+        exposed: Whether workers may call it, too, through the coordinator.
+        required_variables: The variables that the session must have before it starts.
+        metadata: Metadata for clients that list tools.
+        record_lm: Record its LM calls, and those of the tools that it calls, in the journal. Needs DSPy.
+
+    Raises:
+        ToolDefinitionError: The function cannot be a tool, or an argument is invalid.
     """
 
     def decorate(function: Callable[..., Any]) -> Tool[..., Any]:
@@ -254,7 +267,7 @@ def _checked_variables(where: str, names: Iterable[str]) -> tuple[str, ...]:
 def _checked_record_lm(where: str, record_lm: object) -> bool:
     if record_lm:
         try:
-            # Which takes a while: now, rather than in the first execution.
+            # Slow to import, so now rather than in the first execution.
             import dspex_persist.cognitive.dspy  # noqa: F401
         except DspyMissingError as error:
             raise ToolDefinitionError(where, f"record_lm: {error}") from error

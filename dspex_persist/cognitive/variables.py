@@ -17,23 +17,23 @@ _Versions = list[VariableVersion]
 
 
 class Runs(Protocol):
-    """Whatever carries commands out: a provider at once, a tool's execution inside its transaction."""
+    """Runs commands: a provider at once, a tool's execution inside its transaction."""
 
     def run(self, command: Command[R]) -> R:
-        """The command's result, or a `StateError`."""
+        """Return the result of the command, or raise a `StateError`."""
 
 
 def decode(record: Variable | VariableVersion) -> Any:
-    """The value of a variable, or of an entry of its history, as a Python object; None for a deletion."""
+    """Return the value of a variable or of an entry of its history as a Python object; None for a deletion."""
     return None if record.value is None else values.decode(record.type, record.value)
 
 
 class VariableMapping(MutableMapping[str, Any]):
-    """`variables["temperature"]` reads, `variables["temperature"] = 0.9` writes, `del` deletes.
+    """A session's variables as a mapping: `variables["temperature"] = 0.9` writes, `del` deletes.
 
-    Only variables that were defined can be written: their type and constraints hold for every value. A name that the
-    session does not have is a KeyError, as in any mapping; everything else that is refused is a `StateError`. What is
-    read is a copy: changing it changes nothing until it is written. Types are known at run time only, hence Any.
+    Only defined variables can be written, and every value must match the variable's type and constraints. An unknown
+    name raises KeyError, as in any mapping; everything else that is refused raises a `StateError`. Reads return copies:
+    changing one has no effect until you write it back. Types are known at run time only, hence Any.
     """
 
     def __init__(self, runs: Runs, session_id: str) -> None:
@@ -49,9 +49,20 @@ class VariableMapping(MutableMapping[str, Any]):
         constraints: Mapping[str, Any] | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> str:
-        """Register a variable, or find it as it is if it is there with the same type and constraints; its id.
+        """Register a variable. If it exists with the same type and constraints, leave it as it is.
 
-        Without `type_name` the type is inferred from `value`.
+        Args:
+            name: The name of the variable.
+            value: Its initial value.
+            type_name: Its type; by default it is inferred from `value`.
+            constraints: The constraints that every value must satisfy, by keyword.
+            metadata: Its metadata.
+
+        Returns:
+            The id of the variable.
+
+        Raises:
+            StateError: The value or the constraints are invalid, or the variable exists with others.
         """
         if type_name is None:
             type_name = values.infer_type(value, name=name)
@@ -62,7 +73,7 @@ class VariableMapping(MutableMapping[str, Any]):
         return self._runs.run(command)
 
     def describe(self, name: str) -> Variable:
-        """The variable itself: type, version, constraints, metadata, who holds it."""
+        """Return the variable itself: type, version, constraints, metadata, lock."""
         return self._runs.run(commands.GetVariable(self._session_id, name))
 
     def set(
@@ -73,7 +84,22 @@ class VariableMapping(MutableMapping[str, Any]):
         metadata: Mapping[str, str] | None = None,
         expected_version: int | None = None,
     ) -> int:
-        """Write a value; the new version. With `expected_version` only if that is the version now."""
+        """Write a value.
+
+        Args:
+            name: The name of the variable.
+            value: The new value.
+            metadata: The metadata of the new version.
+            expected_version: Write only if this is the current version.
+
+        Returns:
+            The new version.
+
+        Raises:
+            KeyError: There is no such variable.
+            VersionConflictError: The current version is not `expected_version`.
+            StateError: The value is invalid, or the variable is locked.
+        """
         try:
             encoded = values.encode_for(value, lambda: self.describe(name).type, name=name)
             command = commands.SetVariable(self._session_id, name, encoded, metadata or {}, expected_version)
@@ -82,32 +108,36 @@ class VariableMapping(MutableMapping[str, Any]):
             raise KeyError(_missing(error, f"define it first: define({name!r}, ...)")) from None
 
     def delete(self, name: str) -> None:
-        """Delete the variable; its history stays."""
+        """Delete the variable. Its history is kept."""
         try:
             self._runs.run(commands.DeleteVariable(self._session_id, name))
         except VariableNotFoundError as error:
             raise KeyError(_missing(error)) from None
 
     def get_all(self, *names: str) -> dict[str, Any]:
-        """The values of several variables as of one moment (none named: of all)."""
+        """Return the values of these variables, or of all, in one consistent read; KeyError if one is missing."""
         if not names:
             return {variable.name: decode(variable) for variable in self.list()}
-        found = self._runs.run(commands.GetVariables(self._session_id, names))
-        if found.missing:
-            raise KeyError(", ".join(found.missing))
-        return {name: decode(variable) for name, variable in found.variables.items()}
+        batch = self._runs.run(commands.GetVariables(self._session_id, names))
+        if batch.missing:
+            raise KeyError(", ".join(batch.missing))
+        return {name: decode(variable) for name, variable in batch.variables.items()}
 
     def set_all(self, changes: Mapping[str, object]) -> Mapping[str, int]:
-        """Write several values, all of them or, with an `InvalidArgumentError` that says why, none; the versions."""
+        """Write several values atomically, and return the new versions by name.
+
+        Raises:
+            InvalidArgumentError: A value was refused, and nothing was written.
+        """
         outcome = self.update_all(changes)
         if not outcome.success:
             raise InvalidArgumentError("updates", "; ".join(outcome.errors.values()))
         return outcome.versions
 
     def update_all(self, changes: Mapping[str, object]) -> BatchOutcome:
-        """Write several values in one commit, all or none of them. The outcome says what was wrong."""
-        given = arguments.mapping("updates", changes)
-        encoded = {name: self._encode(name, value) for name, value in given.items()}
+        """Write several values in one commit, or none of them. The outcome has the errors by name."""
+        updates = arguments.mapping("updates", changes)
+        encoded = {name: self._encode(name, value) for name, value in updates.items()}
         return self._runs.run(commands.SetVariables(self._session_id, encoded, atomic=True))
 
     def _encode(self, name: str, value: object) -> Value:
@@ -118,15 +148,15 @@ class VariableMapping(MutableMapping[str, Any]):
         return values.encode_for(value, find_type, name=name)
 
     def history(self, name: str, limit: int = 0) -> _Versions:
-        """The newest versions, newest first; 0 means 100. `dspex_persist.decode` gives the value of each."""
+        """Return the newest `limit` versions (0: 100), newest first. `dspex_persist.decode` returns their values."""
         return self._runs.run(commands.GetVariableHistory(self._session_id, name, limit))
 
     def rollback(self, name: str, version: int) -> Any:
-        """Write the value of an earlier version as a new version; that value."""
+        """Write the value of an earlier version as a new version, and return it."""
         return decode(self._runs.run(commands.RollbackVariable(self._session_id, name, version)))
 
     def list(self, pattern: str = "") -> tuple[Variable, ...]:
-        """The variables whose name fits a glob of `*` and `?`; "" means all. Oldest first."""
+        """Return the variables whose name matches a glob with `*` and `?` ("": all), oldest first."""
         return self._runs.run(commands.ListVariables(self._session_id, pattern))
 
     def _find(self, name: object) -> Variable | None:
@@ -134,7 +164,7 @@ class VariableMapping(MutableMapping[str, Any]):
             return None
         return self._runs.run(commands.GetVariables(self._session_id, (name,))).variables.get(name)
 
-    # What a mapping has. What says something of several variables does so as of one moment.
+    # The methods of a mapping. Those about several variables use one consistent read.
 
     def __getitem__(self, name: str) -> Any:
         try:
@@ -158,7 +188,7 @@ class VariableMapping(MutableMapping[str, Any]):
         return len(self.list())
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The variable's value, or `default` where there is none."""
+        """Return the variable's value, or `default` if there is no such variable."""
         variable = self._find(name)
         return default if variable is None else decode(variable)
 
@@ -171,7 +201,7 @@ class VariableMapping(MutableMapping[str, Any]):
         return self.get_all().values()
 
     def update(self, changes: Any = (), /, **more: Any) -> None:
-        """Write several values in one commit, all of them or, with an error that says why, none: `set_all`."""
+        """Write several values in one commit, or raise an error and write none; see `set_all`."""
         try:
             merged = dict(changes, **more)
         except (TypeError, ValueError):
@@ -181,7 +211,7 @@ class VariableMapping(MutableMapping[str, Any]):
 
 
 class Mapped(MutableMapping[str, Any]):
-    """What has variables, and can be used as the mapping of them."""
+    """An object with variables that is used as the mapping of them."""
 
     variables: VariableMapping
 
@@ -204,22 +234,22 @@ class Mapped(MutableMapping[str, Any]):
         return len(self.variables)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The variable's value, or `default` where there is none."""
+        """Return the variable's value, or `default` if there is no such variable."""
         return self.variables.get(name, default)
 
     def items(self) -> ItemsView[str, Any]:
-        """Names and values, as of one moment."""
+        """Return names and values, in one consistent read."""
         return self.variables.items()
 
     def values(self) -> ValuesView[Any]:
-        """The values, as of one moment."""
+        """Return the values, in one consistent read."""
         return self.variables.values()
 
     def update(self, changes: Any = (), /, **more: Any) -> None:
-        """Write several values in one commit, all of them or, with an error that says why, none."""
+        """Write several values in one commit, or raise an error and write none."""
         self.variables.update(changes, **more)
 
-    # It stands for a session, which is there also without variables, and is no other one with the same.
+    # It represents a session: true even without variables, and equal only to itself.
 
     def __bool__(self) -> bool:
         return True
@@ -232,17 +262,17 @@ class Mapped(MutableMapping[str, Any]):
 
 
 class Variables(VariableMapping):
-    """The variables of a session, seen through its provider: each write is durable when it returns."""
+    """The variables of a session of a provider. With a durable provider, a write is durable when it returns."""
 
     def __init__(self, provider: StateProvider, session_id: str) -> None:
         super().__init__(provider, session_id)
         self._provider = provider
 
     def watch(self, *names: str, after_sequence: int | None = None) -> Watch:
-        """Watch the variables of these names (none: all); see `StateProvider.watch`."""
+        """Watch the variables with these names, or all; see `StateProvider.watch`."""
         return self._provider.watch(self._session_id, names, after_sequence=after_sequence)
 
 
 def _missing(error: VariableNotFoundError, advice: str = "") -> str:
-    todo = " Or ".join(filter(None, (error.hint, advice)))
-    return f"{error.identifier}; {todo}" if todo else error.identifier
+    hints = " Or ".join(filter(None, (error.hint, advice)))
+    return f"{error.identifier}; {hints}" if hints else error.identifier

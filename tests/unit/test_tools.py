@@ -1014,15 +1014,15 @@ def test_a_toolbox_is_created_from_anything_with_tools(modules: None) -> None:
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        (5, "it is no tool, and has none"),
-        (None, "it is no tool, and has none"),
-        (b"pack", "it is no tool, and has none"),
-        (Path("tools.py"), "it is no tool, and has none"),
+        (5, "it is not a tool and has no tools"),
+        (None, "it is not a tool and has no tools"),
+        (b"pack", "it is not a tool and has no tools"),
+        (Path("tools.py"), "it is not a tool and has no tools"),
         ("no.such.module", "the import failed with ModuleNotFoundError"),
-        ([scale, 5], "it is no tool, and has none"),
-        ({"other": scale}, "under 'other' there is the tool 'scale'"),
-        ({"scale": "scale"}, "under 'scale' there is no tool, and no function, but str"),
-        ({3: lambda_free}, "under 3 there is no tool"),
+        ([scale, 5], "it is not a tool and has no tools"),
+        ({"other": scale}, "'other' is the tool 'scale'"),
+        ({"scale": "scale"}, "'scale' is neither a tool nor a function, but str"),
+        ({3: lambda_free}, "the name 3 is not a string"),
         ([tool(lambda_free, name="scale"), scale], "two tools are called 'scale'"),
     ],
 )
@@ -1033,7 +1033,7 @@ def test_a_toolbox_cannot_be_created_from_anything_else(modules: None, wrong: ob
 
 @pytest.mark.parametrize("wrong", [5, "scale", object(), FakeSession, None])
 def test_other_objects_cannot_be_added(wrong: object) -> None:
-    with pytest.raises(ToolLoadError, match="it is no tool, and has none"):
+    with pytest.raises(ToolLoadError, match="it is not a tool and has no tools"):
         Toolbox().add(wrong)
 
 
@@ -1174,8 +1174,8 @@ def test_a_tool_imported_twice_is_the_same(modules: None) -> None:
         ("pack.weather:loook", "there is nothing named 'loook'; did you mean 'look'"),
         ("pack.weather:zzz", "there is nothing named 'zzz'$"),
         ("pack.weather:", "there is nothing named ''"),
-        ("pack.weather:plain", "it is no tool, and has none"),
-        ("pack.weather:Place", "it is no tool, and has none"),
+        ("pack.weather:plain", "it is not a tool and has no tools"),
+        ("pack.weather:Place", "it is not a tool and has no tools"),
         ("pack.weather:Station.read", "is a method: add an instance of its class, or load the class"),
         ("pack.weather:Needy", r"Needy\(\) failed with TypeError: .*key.*; name an instance instead"),
         ("", "as in an import"),
