@@ -101,13 +101,13 @@ def test_another_prompt_is_reported_with_its_diff(recording: Recording) -> None:
     report = replay(recording, [hue])
     first = report.divergences[0]
     assert first.what is Aspect.LM
-    assert "LM call 0 asks for what was not recorded" in first.summary
+    assert "LM call 0 was not recorded" in first.summary
     text = str(first)
     assert "What colour is the sky, please?" in text
     # Reported once, although the error of the execution contains it as well.
     assert report.describe().count("What hue is the sky, please?") == 1
     (error,) = [each for each in report.divergences if each.what is Aspect.ERROR]
-    assert "UnexpectedLmCallError: LM call 0 asks for what was not recorded" in str(error)
+    assert "UnexpectedLmCallError: LM call 0 was not recorded" in str(error)
 
 
 def test_another_initial_value_shows_in_the_prompt(colour: Any, recording: Recording) -> None:
@@ -232,4 +232,4 @@ def test_a_live_model_is_called_and_different_answers_are_reported(colour: Any, 
 
     report = replay(recording, [green], live_lm=True)
     assert [each.what for each in report.divergences] == [Aspect.LM, Aspect.WRITES]
-    assert "LM call 0 is answered otherwise than recorded call 0" in report.divergences[0].summary
+    assert "LM call 0 gets another answer than recorded call 0" in report.divergences[0].summary

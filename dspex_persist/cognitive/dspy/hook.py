@@ -1,8 +1,8 @@
-"""Where LM calls are seen: around `__call__` and `acall` of every LM class, where somebody looks.
+"""The hook that records and answers LM calls: wraps `__call__` and `acall` of every LM class.
 
-Who looks is in DSPy's own settings, as DSPy's threads inherit nothing else; threads and pools of Python's are given it
-by whoever starts them or hands work in. A call that comes from elsewhere all the same has nobody's recording, and while
-a replay runs no LM is asked by it.
+The recorder and the playback of a context are in DSPy's settings, the only thing that DSPy's threads inherit. Python's
+threads and pools get them from the caller that starts a thread or submits work. A call from any other thread belongs to
+no recording, and reaches no LM during a replay.
 """
 
 import asyncio
@@ -29,32 +29,37 @@ from dspex_persist.cognitive.dspy.playback import (
     keep_account,
     stand_in,
 )
-from dspex_persist.cognitive.dspy.requests import LmRequest, answer_of, asked_of, failure_of, response_of, secrets_of
+from dspex_persist.cognitive.dspy.requests import LmRequest, answer_of, failure_of, request_of, response_of, secrets_of
 from dspex_persist.state.tools.session import ToolSession
 
 LM_CALLS: Final = "lm"
-"""Under which name an execution's `recorded` has them."""
+"""The key of LM calls in an execution's `recorded`."""
 _RECORDER, _PLAYBACK = "dspex_persist_lm_recorder", "dspex_persist_lm_playback"
 _CANCELLED: Final = "asyncio.exceptions.CancelledError"
 
 
 def record_calls(session: ToolSession) -> None:
-    """Keep every LM call of the code that runs in this context from here on in the execution's journal entry."""
+    """Record the LM calls of the code in this context, from now on, in the execution's journal entry."""
     install()
-    _look(_Recorder(session), _own()[1])
+    _observe(_Recorder(session), _observers()[1])
 
 
 @contextmanager
 def playing(calls: Iterable[Mapping[str, Any]], *, live: bool = False) -> Iterator[Playback]:
-    """Answer LM calls from recorded ones; the package says how."""
+    """Answer LM calls from recorded ones, as described in the package's docstring.
+
+    Args:
+        calls: The recorded calls.
+        live: Send every call to its LM instead, and compare the answers.
+    """
     install()
     playback = Playback(calls, live=live)
     with ExitStack() as stack:
-        stack.enter_context(lm_guard.going_on(playback))
+        stack.enter_context(lm_guard.going_on(playback))  # for calls from unknown threads
         if not live and settings.lm is None and playback.calls:
             stack.enter_context(context(lm=stand_in(playback.calls)))
         playback.line = _line()
-        token = _look(_own()[0], playback)
+        token = _observe(_observers()[0], playback)
         try:
             yield playback
         finally:
@@ -63,7 +68,7 @@ def playing(calls: Iterable[Mapping[str, Any]], *, live: bool = False) -> Iterat
 
 
 def _line() -> tuple[object, ...]:
-    """Which thread, and on an event loop which task, runs."""
+    """Return the running thread, and on an event loop the running task."""
     try:
         task = asyncio.current_task()
     except RuntimeError:
@@ -72,7 +77,7 @@ def _line() -> tuple[object, ...]:
 
 
 class _Recorder:
-    """Where one execution's calls go."""
+    """Records the calls of one execution."""
 
     def __init__(self, session: ToolSession) -> None:
         self._session = session
@@ -80,55 +85,55 @@ class _Recorder:
         self._count = 0
         self._lock = threading.Lock()
 
-    def begin(self, asked: LmRequest) -> dict[str, Any]:
-        """A call that begins, as far as it is known."""
+    def begin(self, request: LmRequest) -> dict[str, Any]:
+        """Return the entry of a call that begins, without its outcome."""
         with self._lock:
             ordinal, self._count = self._count, self._count + 1
         return {
             "ordinal": ordinal,
-            "hash": asked.hash,
-            "model": asked.model,
-            "request": asked.request,
-            "lm": {"class": asked.lm_class, "defaults": dict(asked.defaults)},
+            "hash": request.hash,
+            "model": request.model,
+            "request": request.request,
+            "lm": {"class": request.lm_class, "defaults": dict(request.defaults)},
             "concurrent": _line() != self._line,
         }
 
     def end(self, call: Mapping[str, Any], outcome: Mapping[str, Any]) -> None:
-        """The rest of it. Of an execution that has ended nothing can be kept any more."""
+        """Record the call with its outcome, unless the execution has ended."""
         if not self._session.cancelled:
             self._session.record(LM_CALLS, {**call, **outcome})
 
 
 class _Call:
-    """One call of an LM, from its request to how it ended, for whoever records it or answers it."""
+    """One call of an LM, with the recorder that records it and the playback that answers it, if any."""
 
     def __init__(self, lm: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.lm, self.args, self.kwargs = lm, args, kwargs
-        self._asked = asked_of(lm, args, kwargs)
-        self._recorder, self._playback = _own() if _is_owned() else (None, _playback_of(lm, self._asked))
+        self._request = request_of(lm, args, kwargs)
+        self._recorder, self._playback = _observers() if _is_known() else (None, _playback_of(lm, self._request))
         self._ordinal = 0
         self._recorded: RecordedCall | None = None
         if self._playback is not None:
             concurrent = _line() != self._playback.line
-            self._ordinal, self._asked, self._recorded = self._playback.take(lm, self._asked, concurrent=concurrent)
+            self._ordinal, self._request, self._recorded = self._playback.take(lm, self._request, concurrent=concurrent)
         self.is_played = self._playback is not None and not self._playback.live
         if self._playback is not None and self._playback.live and isinstance(lm, LM):
-            # DSPy's cache would answer for it.
+            # Otherwise DSPy's cache would answer.
             self.kwargs = {"cache": False, **kwargs}
-        self._entry = None if self._recorder is None else self._recorder.begin(self._asked)
+        self._entry = None if self._recorder is None else self._recorder.begin(self._request)
 
     @property
     def never_answers(self) -> bool:
-        """Whether the recorded call was cancelled, by a timeout for one: it has to wait for that again."""
+        """Whether the recorded call was cancelled, for example by a timeout, and so must wait for that again."""
         recorded = self._recorded if self.is_played else None
         return recorded is not None and recorded.get("error", {}).get("type") == _CANCELLED
 
     @contextmanager
     def watched(self) -> Iterator[list[Any]]:
-        """Around the call; its answer is to be put in the list."""
+        """Observe the call, which the block makes; it puts the answer into the list."""
         answers: list[Any] = []
-        # An LM that asks another one is one call.
-        token = _look(None, None)
+        # If the LM calls another LM, only the outer call counts.
+        token = _observe(None, None)
         usage: Mapping[str, Any] = {}
         try:
             with track_usage() as tracker:
@@ -143,13 +148,13 @@ class _Call:
 
     def _end(self, outcome: Mapping[str, Any], error: BaseException | None = None) -> None:
         if self._playback is not None and self._playback.live and not isinstance(error, asyncio.CancelledError):
-            self._playback.compare(self._ordinal, self._asked, self._recorded, outcome)
+            self._playback.compare(self._ordinal, self._request, self._recorded, outcome)
         if self._recorder is not None and self._entry is not None:
             self._recorder.end(self._entry, outcome)
 
     def play(self) -> Any:
-        """The recorded answer, with its usage and its entry in the histories; or the recorded error."""
-        assert self._recorded is not None, "a call without a recorded one has been refused"
+        """Return the recorded answer, and account for it in DSPy's usage and histories; or raise the recorded error."""
+        assert self._recorded is not None, "a call that was not recorded is refused earlier"
         if "error" in self._recorded:
             raise error_of(self._recorded["error"])
         response = self._recorded["response"]
@@ -161,83 +166,83 @@ class _Call:
         return answer
 
 
-def _look(recorder: _Recorder | None, playback: Playback | None) -> Token[Any]:
-    """Have LM calls seen in this context."""
-    own = {_RECORDER: recorder, _PLAYBACK: playback}
-    token: Token[Any] = thread_local_overrides.set(dotdict({**thread_local_overrides.get(), **own}))
+def _observe(recorder: _Recorder | None, playback: Playback | None) -> Token[Any]:
+    """Have the LM calls of this context recorded and answered by these."""
+    observers = {_RECORDER: recorder, _PLAYBACK: playback}
+    token: Token[Any] = thread_local_overrides.set(dotdict({**thread_local_overrides.get(), **observers}))
     return token
 
 
-def _is_owned() -> bool:
-    """Whether it is known who looks at the calls of this context, if only that it is nobody."""
+def _is_known() -> bool:
+    """Return whether this context has observers, which may both be None, or belongs to an unknown thread."""
     return _PLAYBACK in thread_local_overrides.get()
 
 
-def _own() -> tuple[_Recorder | None, Playback | None]:
+def _observers() -> tuple[_Recorder | None, Playback | None]:
     overrides = thread_local_overrides.get()
     return overrides.get(_RECORDER), overrides.get(_PLAYBACK)
 
 
-def _playback_of(lm: object, asked: LmRequest) -> Playback | None:
-    """What answers a call of which nobody can say whose it is: the playback that has it, or one that refuses it."""
-    going_on = lm_guard.running()
-    playbacks = [each for each in reversed(going_on) if isinstance(each, Playback)]
+def _playback_of(lm: object, request: LmRequest) -> Playback | None:
+    """Return the playback for a call from an unknown thread: the one that has it, or one that refuses it."""
+    running = lm_guard.running()
+    playbacks = [each for each in reversed(running) if isinstance(each, Playback)]
     if playbacks:
-        return next((each for each in playbacks if each.has(lm, asked)), playbacks[0])
-    if not going_on:
+        return next((each for each in playbacks if each.has(lm, request)), playbacks[0])
+    if not running:
         return None
-    last = going_on[-1]
+    last = running[-1]
     return Playback((), divergences=last.divergences if isinstance(last, lm_guard.Refusal) else None)
 
 
-def _nobody_looks() -> bool:
-    return _own() == (None, None) if _is_owned() else not lm_guard.running()
+def _is_unobserved() -> bool:
+    return _observers() == (None, None) if _is_known() else not lm_guard.running()
 
 
 def _is_played() -> bool:
-    """Whether no LM may be asked from here."""
-    if _is_owned():
-        playback = _own()[1]
+    """Return whether calls of this context must not reach an LM."""
+    if _is_known():
+        playback = _observers()[1]
         return playback is not None and not playback.live
     return any(not isinstance(each, Playback) or not each.live for each in lm_guard.running())
 
 
-def _seen(call: Callable[..., Any]) -> Callable[..., Any]:
-    """`__call__` of an LM class, seen."""
+def _observed(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `__call__` of an LM class."""
 
     @functools.wraps(call)
-    def seen(lm: Any, *args: Any, **kwargs: Any) -> Any:
-        if _nobody_looks():
+    def observed(lm: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_unobserved():
             return call(lm, *args, **kwargs)
-        asking = _Call(lm, args, kwargs)
-        with asking.watched() as answers:
-            answer = asking.play() if asking.is_played else call(lm, *args, **asking.kwargs)
+        lm_call = _Call(lm, args, kwargs)
+        with lm_call.watched() as answers:
+            answer = lm_call.play() if lm_call.is_played else call(lm, *args, **lm_call.kwargs)
             answers.append(answer)
         return answer
 
-    return seen
+    return observed
 
 
-def _seen_async(call: Callable[..., Any]) -> Callable[..., Any]:
-    """`acall` of an LM class, seen."""
+def _observed_async(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `acall` of an LM class."""
 
     @functools.wraps(call)
-    async def seen(lm: Any, *args: Any, **kwargs: Any) -> Any:
-        if _nobody_looks():
+    async def observed(lm: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_unobserved():
             return await call(lm, *args, **kwargs)
-        asking = _Call(lm, args, kwargs)
-        with asking.watched() as answers:
-            if asking.never_answers:
+        lm_call = _Call(lm, args, kwargs)
+        with lm_call.watched() as answers:
+            if lm_call.never_answers:
                 await asyncio.get_running_loop().create_future()
-            answer = asking.play() if asking.is_played else await call(lm, *args, **asking.kwargs)
+            answer = lm_call.play() if lm_call.is_played else await call(lm, *args, **lm_call.kwargs)
             answers.append(answer)
         return answer
 
-    return seen
+    return observed
 
 
 def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` or `aforward` of an LM class, which is behind every call, but no call: not where no LM may be asked."""
+    """Wrap `forward` or `aforward` of an LM class, which every call ends in: refuse it if no LM may be called."""
 
     @functools.wraps(forward)
     def guarded(lm: Any, *args: Any, **kwargs: Any) -> Any:
@@ -252,7 +257,7 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _carried() -> dict[str, Any]:
-    """What a thread is given by whoever starts it: who looks, and the LM that stands in where there is none."""
+    """Return the settings that a thread gets from the caller that starts it: the observers, and a stand-in LM."""
     overrides = thread_local_overrides.get()
     return {
         name: each for name, each in overrides.items() if name in (_RECORDER, _PLAYBACK) or isinstance(each, StandIn)
@@ -262,7 +267,7 @@ def _carried() -> dict[str, Any]:
 def _run_carrying(
     carried: Mapping[str, Any], is_recorded: bool, function: Callable[..., Any], /, *args: Any, **kwargs: Any
 ) -> Any:
-    """Call a function with what was carried, and with nothing else of what a thread of a pool was first given."""
+    """Call a function with the carried settings, instead of those with which the thread of a pool was started."""
     before = thread_local_overrides.get()
     others = {name: each for name, each in before.items() if name not in _carried()}
     token = thread_local_overrides.set(dotdict({**others, **carried}))
@@ -275,7 +280,7 @@ def _run_carrying(
 
 
 def _carry_into_threads() -> None:
-    """Have every thread and every piece of work in a pool belong to whoever it is done for."""
+    """Have every thread, and all work in thread pools, use the observers of the caller that started it."""
     threads: Any = threading.Thread
     pools: Any = ThreadPoolExecutor
     start, submit = threads.start, pools.submit
@@ -300,7 +305,7 @@ _installed = False
 
 
 def install() -> None:
-    """Put the hook on all LM classes there are, and on those to come. It stays: where nobody looks it costs little."""
+    """Hook all existing and future LM classes, permanently. Calls that are not observed cost little more."""
     global _installed
     with _installing:
         if _installed:
@@ -323,7 +328,7 @@ def _with_subclasses(kind: type[Any]) -> Iterator[type[Any]]:
         yield from _with_subclasses(each)
 
 
-_WRAPPERS: Final = {"__call__": _seen, "acall": _seen_async, "forward": _guarded, "aforward": _guarded}
+_WRAPPERS: Final = {"__call__": _observed, "acall": _observed_async, "forward": _guarded, "aforward": _guarded}
 
 
 def _hook(kind: Any) -> None:

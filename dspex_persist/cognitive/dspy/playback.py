@@ -1,4 +1,4 @@
-"""Recorded LM calls as answers, and whatever differs from them."""
+"""Plays recorded LM calls back as answers, and collects the divergences."""
 
 import difflib
 import json
@@ -18,14 +18,14 @@ from dspex_persist.errors import DspexError
 
 RecordedCall = Mapping[str, Any]
 
-_SAYS: Final = {
-    "unexpected": "LM call {0} asks for what was not recorded",
-    "repeated": "LM call {0} repeats recorded call {1} once more than was recorded",
+_SENTENCES: Final = {
+    "unexpected": "LM call {0} was not recorded",
+    "repeated": "LM call {0} repeats recorded call {1} more often than recorded",
     "unused": "recorded LM call {1} was not made",
-    "order": "LM call {0} is recorded call {1}, which came before the one that was made before it",
-    "answer": "LM call {0} is answered otherwise than recorded call {1}",
+    "order": "LM call {0} is recorded call {1}, which was recorded before the call that now precedes it",
+    "answer": "LM call {0} gets another answer than recorded call {1}",
 }
-# How many characters are compared, in a time that grows with their square.
+# How many characters are compared; the time for it grows with their square.
 _COMPARED: Final = 500
 
 
@@ -33,9 +33,12 @@ _COMPARED: Final = 500
 class LmDivergence:
     """A difference from the recording.
 
-    `kind`: "unexpected", "unused", "order" or "answer". `ordinal`: the number of the call in this run (None: it was
-    not made). `asked`: its model and request. `recorded`: the recorded call that it is, or that is nearest to it.
-    `outcome`: what the LM answers today (`response` or `error`).
+    Attributes:
+        kind: "unexpected", "unused", "order" or "answer".
+        ordinal: The number of the call in this run, or None if it was not made.
+        asked: Its model and request.
+        recorded: The corresponding recorded call, or the nearest one.
+        outcome: The new answer of the LM (`response` or `error`).
     """
 
     kind: str
@@ -47,15 +50,15 @@ class LmDivergence:
     def __str__(self) -> str:
         recorded = self.recorded["ordinal"] if self.recorded is not None else None
         repeated = self.kind == "unexpected" and recorded is not None and not self.diff()
-        said = _SAYS["repeated" if repeated else self.kind].format(self.ordinal, recorded)
+        sentence = _SENTENCES["repeated" if repeated else self.kind].format(self.ordinal, recorded)
         if self.kind == "unexpected" and not repeated:
-            said += (
+            sentence += (
                 "; nothing is left of the recording" if recorded is None else f"; nearest is recorded call {recorded}"
             )
-        return "\n".join([said, *self.diff()])
+        return "\n".join([sentence, *self.diff()])
 
     def diff(self) -> list[str]:
-        """The lines in which recorded (-) and new (+) differ, with some around them."""
+        """Return the lines that differ between recorded (-) and new (+), with some context."""
         if self.kind == "unexpected" and self.recorded is not None:
             return _diff(_question_of(self.recorded), self.asked)
         if self.kind == "answer" and self.recorded is not None:
@@ -65,7 +68,7 @@ class LmDivergence:
 
 @dataclass(eq=False)
 class UnexpectedLmCallError(DspexError):
-    """An LM was asked for what the recording does not have."""
+    """An LM got a request that was not recorded."""
 
     divergence: LmDivergence
 
@@ -75,21 +78,21 @@ class UnexpectedLmCallError(DspexError):
 
 @dataclass(eq=False)
 class UnseenLmCallError(DspexError):
-    """An LM was to be asked in a way that is not recorded, while recordings answer for it."""
+    """During a playback, an LM was called in a way that is never recorded."""
 
     method: str
 
     def __str__(self) -> str:
         call = "lm(...)" if self.method == "forward" else "await lm.acall(...)"
-        return f"no LM is asked in a replay, and calls of {self.method} are not recorded: use {call}"
+        return f"a replay calls no LM, and calls of {self.method} are not recorded: use {call}"
 
 
 class RecordedLmError(DspexError):
-    """An error that an LM raised when the recording was made. It is an error of that class, too, if there is one."""
+    """An error that an LM raised during the recording. It is also an instance of that error's class, if it exists."""
 
 
 class Playback:
-    """Recorded calls, each of which is used once, and the divergences found so far. Usable from any thread."""
+    """Recorded calls, each of which answers one call, and the divergences so far. Usable from any thread."""
 
     def __init__(
         self, calls: Iterable[RecordedCall], *, live: bool = False, divergences: list[Any] | None = None
@@ -106,43 +109,54 @@ class Playback:
         self._near: set[int] = set()
         self._in_line: list[tuple[int, LmRequest, RecordedCall]] = []
 
-    def take(self, lm: object, asked: LmRequest, *, concurrent: bool) -> tuple[int, LmRequest, RecordedCall | None]:
-        """The number of a new call, what it asks, and its recorded call. `UnexpectedLmCallError` if there is none;
-        None instead with `live`."""
+    def take(self, lm: object, request: LmRequest, *, concurrent: bool) -> tuple[int, LmRequest, RecordedCall | None]:
+        """Take the recorded call for a new one.
+
+        Args:
+            lm: The LM that is called.
+            request: The request.
+            concurrent: Whether the call comes from another thread or task than the tool's.
+
+        Returns:
+            The number of the new call, its request, and the recorded call; with `live`, None if there is none.
+
+        Raises:
+            UnexpectedLmCallError: Such a call was not recorded, and `live` is not set.
+        """
         with self._lock:
             ordinal, self._count = self._count, self._count + 1
-            for variant in self._variants(lm, asked):
+            for variant in self._variants(lm, request):
                 if left := self._left[variant.hash]:
                     recorded = left.popleft()
                     if not concurrent and not recorded["concurrent"]:
                         self._in_line.append((ordinal, variant, recorded))
                     return ordinal, variant, recorded
-            divergence = self._unexpected(ordinal, asked)
+            divergence = self._unexpected(ordinal, request)
             self.divergences.append(divergence)
         if not self.live:
             raise UnexpectedLmCallError(divergence)
-        return ordinal, asked, None
+        return ordinal, request, None
 
-    def has(self, lm: object, asked: LmRequest) -> bool:
-        """Whether there is a recorded call for it that was not yet used."""
+    def has(self, lm: object, request: LmRequest) -> bool:
+        """Return whether there is an unused recorded call for the request."""
         with self._lock:
-            return any(self._left.get(variant.hash) for variant in self._variants(lm, asked))
+            return any(self._left.get(variant.hash) for variant in self._variants(lm, request))
 
-    def _variants(self, lm: object, asked: LmRequest) -> Iterator[LmRequest]:
-        """What is asked; of an LM that stands in, as each of the recorded ones would have been asked."""
+    def _variants(self, lm: object, request: LmRequest) -> Iterator[LmRequest]:
+        """Yield the request; for a stand-in, the request as each of the recorded LMs would get it."""
         if not isinstance(lm, StandIn):
-            yield asked
+            yield request
             return
         for call in self.calls:
             facts = call["lm"]
             model_type = call["request"]["model_type"]
             yield replace(
-                asked, model=call["model"], model_type=model_type, defaults=facts["defaults"], lm_class=facts["class"]
+                request, model=call["model"], model_type=model_type, defaults=facts["defaults"], lm_class=facts["class"]
             )
 
-    def _unexpected(self, ordinal: int, asked: LmRequest) -> LmDivergence:
-        question = _question(asked.model, asked.request)
-        same = next((call for call in reversed(self.calls) if call["hash"] == asked.hash), None)
+    def _unexpected(self, ordinal: int, request: LmRequest) -> LmDivergence:
+        question = _question(request.model, request.request)
+        same = next((call for call in reversed(self.calls) if call["hash"] == request.hash), None)
         left = [call for calls in self._left.values() for call in calls if call["ordinal"] not in self._near]
         nearest = same or max(left, key=lambda call: _likeness(question, _question_of(call)), default=None)
         if nearest is not None:
@@ -150,20 +164,20 @@ class Playback:
         return LmDivergence("unexpected", ordinal, question, nearest)
 
     def compare(
-        self, ordinal: int, asked: LmRequest, recorded: RecordedCall | None, outcome: Mapping[str, Any]
+        self, ordinal: int, request: LmRequest, recorded: RecordedCall | None, outcome: Mapping[str, Any]
     ) -> None:
-        """See whether an LM answers as it did. How much it counted is not compared."""
+        """Compare the answer of an LM with the recorded one, without the usage."""
         if recorded is not None and _result_of(recorded) != _result_of(outcome):
-            question = _question(asked.model, asked.request)
+            question = _question(request.model, request.request)
             with self._lock:
                 self.divergences.append(LmDivergence("answer", ordinal, question, recorded, outcome))
 
     def finish(self) -> None:
-        """Find what can only be seen at the end: calls in another order, and calls that were not made."""
+        """Add the divergences that only show at the end: calls in another order, and calls that were not made."""
         with self._lock:
-            for (_, _, before), (ordinal, asked, recorded) in zip(self._in_line, self._in_line[1:], strict=False):
+            for (_, _, before), (ordinal, request, recorded) in zip(self._in_line, self._in_line[1:], strict=False):
                 if recorded["ordinal"] < before["ordinal"]:
-                    question = _question(asked.model, asked.request)
+                    question = _question(request.model, request.request)
                     self.divergences.append(LmDivergence("order", ordinal, question, recorded))
             left = {call["ordinal"] for calls in self._left.values() for call in calls} - self._near
             unused = [LmDivergence("unused", recorded=call) for call in self.calls if call["ordinal"] in left]
@@ -182,7 +196,7 @@ def _question_of(call: RecordedCall) -> dict[str, Any]:
 
 
 def _result_of(outcome: Mapping[str, Any]) -> Any:
-    """What an LM answered, or its error, without what it counted. Each answer has an id and a time of its own."""
+    """Return an LM's answer or error without the usage, and without the id and time, which always differ."""
     if "error" in outcome:
         return outcome["error"]
     response = outcome["response"]
@@ -190,7 +204,7 @@ def _result_of(outcome: Mapping[str, Any]) -> Any:
 
 
 def _lines(document: Any) -> list[str]:
-    """A document by lines, those of its texts as well."""
+    """Return a document as lines, with its texts split into lines, too."""
     text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False)
     return text.replace("\\n", "\n").splitlines()
 
@@ -200,7 +214,7 @@ def _diff(recorded: Any, new: Any) -> list[str]:
 
 
 def _likeness(one: Any, other: Any) -> tuple[float, float]:
-    """By lines; where as many differ, by the characters of those that do."""
+    """Return the likeness of two documents by lines, then that of the differing lines by characters."""
     lines, others = _lines(one), _lines(other)
     matcher = difflib.SequenceMatcher(None, lines, others, autojunk=False)
     differing = [each for each in matcher.get_opcodes() if each[0] != "equal"]
@@ -213,20 +227,20 @@ def _likeness(one: Any, other: Any) -> tuple[float, float]:
 
 
 def error_of(recorded: Mapping[str, Any]) -> Exception:
-    """A recorded error, to be raised: of its own class too, where that is one that this process knows."""
+    """Return a recorded error to raise: also an instance of its original class, if this process has that."""
     module, _, name = str(recorded["type"]).rpartition(".")
     kind = getattr(sys.modules.get(module), name, None)
     bases: tuple[type, ...] = (RecordedLmError,)
     if isinstance(kind, type) and issubclass(kind, Exception):
         bases = (RecordedLmError, kind)
     message = str(recorded["message"])
-    # Its own __init__ may want what was not recorded, and its __str__ may show it.
+    # The original __init__ may need arguments that were not recorded, and __str__ may show them.
     methods = {"__init__": _take_message, "__str__": lambda error: str(error.message), "__module__": module}
     try:
-        made = type(name, bases, methods)
-    except TypeError:  # two classes of which no third can be made
-        made = type(name, (RecordedLmError,), methods)
-    error: Exception = made(message)
+        error_type = type(name, bases, methods)
+    except TypeError:  # the two bases are incompatible
+        error_type = type(name, (RecordedLmError,), methods)
+    error: Exception = error_type(message)
     return error
 
 
@@ -236,30 +250,34 @@ def _take_message(error: Any, message: str) -> None:
 
 
 class StandIn:
-    """What marks an LM that is there only to be asked, as none is configured."""
+    """Marks an LM that takes calls during a playback because none is configured."""
 
 
 class _PlainStandIn(StandIn, BaseLM):  # type: ignore[misc]
-    """For calls of an LM that promised nothing."""
+    """Stands in for an LM without known capabilities."""
 
 
 class _CapableStandIn(StandIn, LM):  # type: ignore[misc]
-    """For calls of a `dspy.LM`: DSPy knows from its name what the model can do, and adapters ask for it."""
+    """Stands in for a `dspy.LM`: DSPy derives the model's capabilities, which adapters query, from its name."""
 
 
 def stand_in(calls: Sequence[RecordedCall]) -> Any:
-    """An LM to which recorded calls can be made."""
+    """Return an LM for playing back these calls, modelled on the LM of the first one."""
     ambient = calls[0]
     capable = ambient["lm"]["class"] == "dspy.clients.lm.LM"
-    made = (_CapableStandIn if capable else _PlainStandIn)(ambient["model"], ambient["request"]["model_type"])
-    made.kwargs = dict(ambient["lm"]["defaults"])
-    return made
+    lm = (_CapableStandIn if capable else _PlainStandIn)(ambient["model"], ambient["request"]["model_type"])
+    lm.kwargs = dict(ambient["lm"]["defaults"])
+    return lm
 
 
 def keep_account(lm: Any, call: Mapping[str, Any], response: Mapping[str, Any], answer: Any) -> None:
-    """Count what a played answer had used, and enter it in the histories, as DSPy does for any answer.
+    """Add a played answer to DSPy's usage tracker and histories, as DSPy does for any answer.
 
-    `call` has `prompt`, `messages` and `kwargs`.
+    Args:
+        lm: The LM that was called.
+        call: Its `prompt`, `messages` and `kwargs`.
+        response: The recorded response.
+        answer: The answer that the caller gets.
     """
     if settings.usage_tracker is not None:
         for model, usage in response["usage"].items():

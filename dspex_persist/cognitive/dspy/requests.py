@@ -1,4 +1,4 @@
-"""What is asked of an LM, and what it answers, as JSON: enough to know a request again, and nothing secret."""
+"""Requests to LMs and their answers as JSON, with enough to recognize a request, but without secrets."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ OPTIONS: Final = frozenset((
     "top_logprobs", "top_p", "truncation", "verbosity", "web_search_options",
 ))
 # fmt: on
-"""Which options of a call are kept, and tell one request from another. All others may be secret."""
+"""The options of a call that are kept, and that distinguish requests. All others may be secret."""
 _TOOL_FIELDS: Final = frozenset(
     ("type", "function", "name", "description", "parameters", "input_schema", "strict", "config")
 )
@@ -31,7 +31,7 @@ _SHORTEST_SECRET: Final = 6
 
 @dataclass(frozen=True, slots=True)
 class LmRequest:
-    """One request to an LM. `given` are the call's own options, `defaults` the LM's."""
+    """One request to an LM. `given` has the options of the call, `defaults` those of the LM."""
 
     model: str
     model_type: str
@@ -42,24 +42,24 @@ class LmRequest:
 
     @property
     def request(self) -> dict[str, Any]:
-        """What is recorded of it."""
+        """The part that is recorded."""
         options = {name: option for name, option in {**self.defaults, **self.given}.items() if option is not None}
         return {"model_type": self.model_type, "messages": self.messages, "options": options}
 
     @property
     def hash(self) -> str:
-        """By which it is known again."""
+        """The hash by which a recorded call is found."""
         return hash_of(self.model, self.request)
 
 
 def hash_of(model: str, request: Mapping[str, Any]) -> str:
-    """The SHA-256 of a request as canonical JSON, in hexadecimal."""
+    """Return the SHA-256 of a request as canonical JSON, in hexadecimal."""
     text = json.dumps({"model": model, "request": request}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def asked_of(lm: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LmRequest:
-    """What a call `lm(*args, **kwargs)` asks."""
+def request_of(lm: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LmRequest:
+    """Return the request of a call `lm(*args, **kwargs)`."""
     options = dict(kwargs)
     prompt = args[0] if args else options.pop("prompt", None)
     messages, typed = options.pop("messages", None), options.pop("request", None)
@@ -72,14 +72,14 @@ def asked_of(lm: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LmReq
         body = request_to_dict(prompt if typed is None else typed)
         config = body.pop("config", {})
         options = {**options, **config.pop("extensions", {}), **config, **body}
-        return LmRequest(*facts, _request(body["messages"]), _options(options), {}, class_name)
-    # As DSPy itself does: a prompt is one message.
-    asked = messages or [{"role": "user", "content": prompt}]
-    return LmRequest(*facts, _request(asked), _options(options), _options(lm.kwargs), class_name)
+        return LmRequest(*facts, _content(body["messages"]), _options(options), {}, class_name)
+    # As in DSPy, a prompt is one message.
+    messages = messages or [{"role": "user", "content": prompt}]
+    return LmRequest(*facts, _content(messages), _options(options), _options(lm.kwargs), class_name)
 
 
 def _options(options: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {name: _request(option) for name, option in options.items() if name in OPTIONS}
+    kept = {name: _content(option) for name, option in options.items() if name in OPTIONS}
     if isinstance(tools := kept.get("tools"), list):
         kept["tools"] = [_allowed(tool, _TOOL_FIELDS) if isinstance(tool, dict) else tool for tool in tools]
     return kept
@@ -89,19 +89,14 @@ def _allowed(fields: Mapping[str, Any], names: frozenset[str]) -> dict[str, Any]
     return {name: field for name, field in fields.items() if name in names}
 
 
-def _request(obj: object) -> Any:
+def _content(obj: object) -> Any:
     return _without_files(plain(obj))
 
 
 def _without_files(obj: Any) -> Any:
-    """The same with files represented by their SHA-256: an image alone could be larger than a journal entry may be."""
+    """Replace files by their SHA-256, as an image alone could exceed the limit of a journal entry."""
     if isinstance(obj, dict):
-        return {
-            name: _digest(item)
-            if name == "data" and isinstance(item, str) and len(item) > _LONG
-            else _without_files(item)
-            for name, item in obj.items()
-        }
+        return {name: _digest(item) if _is_file(name, item) else _without_files(item) for name, item in obj.items()}
     if isinstance(obj, list):
         return [_without_files(item) for item in obj]
     if isinstance(obj, str) and len(obj) > _LONG and (match := _DATA_URI.fullmatch(obj)):
@@ -118,11 +113,11 @@ def _digest(text: str) -> str:
 
 
 def plain(obj: object) -> Any:
-    """Anything as JSON. What has no form of its own there is named by its type, as its `repr` may change by the run."""
+    """Return any object as JSON. Objects without a JSON form become the name of their type, as a `repr` may vary."""
     if obj is None or isinstance(obj, bool | int):
         return obj
     if isinstance(obj, str):
-        # A lone surrogate is no character: no file can carry it.
+        # UTF-8 cannot encode a lone surrogate.
         return obj.encode(errors="backslashreplace").decode()
     if isinstance(obj, float):
         return obj if isfinite(obj) else str(obj)
@@ -139,7 +134,7 @@ def _plain_object(obj: object) -> Any:
     if isinstance(obj, type) and issubclass(obj, BaseModel):
         return {"name": obj.__name__, "schema": plain(obj.model_json_schema())}
     if isinstance(obj, BaseModel):
-        # Not model_dump: serializers of LM clients' classes may be deferred, and warn.
+        # Not model_dump: the serializers of LM clients' classes may be deferred, and warn.
         return plain(dict(obj))
     kind = obj if isinstance(obj, type) else type(obj)
     return f"<{kind.__module__}.{kind.__qualname__}>"
@@ -149,7 +144,7 @@ def _plain_object(obj: object) -> Any:
 
 
 class Attributes(dict[str, Any]):
-    """A part of an answer, such as a tool call: its fields are items and attributes, as LM clients have them."""
+    """A part of an answer, such as a tool call, whose fields are both items and attributes, as in LM clients."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -159,7 +154,7 @@ class Attributes(dict[str, Any]):
 
 
 def response_of(answer: object, usage: Mapping[str, Any]) -> dict[str, Any]:
-    """What is recorded of an answer."""
+    """Return the recorded form of an answer."""
     if isinstance(answer, list):
         return {"outputs": plain(answer), "usage": plain(usage)}
     from dspy._vendor.lm15.serde import response_to_dict
@@ -171,7 +166,7 @@ def response_of(answer: object, usage: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def answer_of(response: Mapping[str, Any]) -> Any:
-    """The answer again."""
+    """Return the answer in a recorded response."""
     if "typed" in response:
         from dspy._vendor.lm15.serde import response_from_dict
 
@@ -186,10 +181,10 @@ def _with_attributes(obj: Any) -> Any:
 
 
 def failure_of(error: BaseException, secrets: Iterator[str]) -> dict[str, Any]:
-    """What is recorded of an error. Providers like to repeat what they were sent, so secrets are taken out."""
+    """Return the recorded form of an error, without secrets, as providers often repeat the request in errors."""
     try:
         message = plain(str(error))
-    except Exception as fault:  # noqa: BLE001 -- others' code
+    except Exception as fault:  # noqa: BLE001 -- the error's __str__ may raise anything
         message = f"it has no text: its __str__ raised {type(fault).__name__}"
     for secret in secrets:
         message = message.replace(secret, "***")
@@ -198,7 +193,7 @@ def failure_of(error: BaseException, secrets: Iterator[str]) -> dict[str, Any]:
 
 
 def secrets_of(lm: Any, kwargs: Mapping[str, Any]) -> Iterator[str]:
-    """Whatever text may be secret in a call: all of what is not kept."""
+    """Yield the texts in a call that may be secret: those in all options that are not kept."""
     for options in (getattr(lm, "kwargs", {}), kwargs):
         others = {name: option for name, option in options.items() if name not in OPTIONS | {"messages", "prompt"}}
         yield from (text for text in _texts(plain(others)) if len(text) >= _SHORTEST_SECRET)
