@@ -1,4 +1,4 @@
-"""What audits cost on a large file, beside the same questions on a file a tenth the size."""
+"""The cost of audit queries on a large file, compared with a file a tenth the size."""
 
 import itertools
 import shutil
@@ -32,11 +32,11 @@ _NAMES = tuple(f"v{index}" for index in range(5))
 _VERSIONS = 20
 """Versions of each variable of an ordinary session, so that ten sessions have a thousand."""
 _WIDE, _WIDTH = "wide", 100
-"""A session with so many variables, which many commits change."""
+"""A session with this many variables, which many commits change."""
 _DEEP, _DEPTH = "deep", 2_000
-"""A session whose one variable has so many versions."""
+"""A session whose only variable has this many versions."""
 _FOUND = 10
-"""Versions with the metadata that is searched for."""
+"""How many versions have the metadata that the search looks for."""
 _SCAN = """
 import sys
 import dspex_persist
@@ -50,14 +50,14 @@ with dspex_persist.open_audit(sys.argv[1]) as audit:
 
 
 def prepare(path: Path, versions: int) -> None:
-    """Make a database of about so many versions in a hundredth as many sessions."""
+    """Make a database with about this many versions, in a hundredth as many sessions."""
     toolbox = Toolbox()
     toolbox.add(_mix)
     with dspex_persist.connect(path, tools=toolbox) as provider:
         carry_out(provider, _special())
         carry_out(provider, itertools.chain.from_iterable(map(_ordinary, range(versions // 100))))
         carry_out(provider, _searched(versions // 100))
-        # Changed last, and right at the beginning: what lies between must cost nothing.
+        # Changed last and at the beginning: the versions in between must cost nothing.
         carry_out(provider, (SetVariables(_WIDE, dict.fromkeys(_wide_names(), value_of(step))) for step in range(20)))
         provider.execute_tool(_WIDE, "mix")
 
@@ -97,12 +97,12 @@ def _searched(sessions: int) -> Iterator[Command[Any]]:
         yield SetVariable(session_id(number % sessions), _NAMES[0], value_of(7), {"trace": "needle"})
 
 
-# Questions
+# Queries
 
 
 @dataclass(slots=True)
 class _Question:
-    """Something to ask, and what must come of it."""
+    """A query, the number of answers that it must have, and its measurements by size of the file."""
 
     key: str
     what: str
@@ -138,7 +138,7 @@ def _questions() -> list[_Question]:
 
 
 def measure(plan: Plan, small: Path, large: Path) -> list[Row]:
-    """All questions on both files in turn, each on a file that has just been opened; then what is linear."""
+    """Measure all queries on both files in turn, each on a freshly opened file; then operations with linear cost."""
     paths = dict(zip(plan.audit_versions, (small, large), strict=True))
     questions = _questions()
     for _ in range(plan.audit_rounds):
@@ -146,7 +146,7 @@ def measure(plan: Plan, small: Path, large: Path) -> list[Row]:
             _ask(question, versions, path)
     rows = [_row_of(question, versions, plan) for question in questions for versions in plan.audit_versions]
     linear = [_verify(plan, large), _prune(plan, small), _replay(plan, small.with_name("replay.db"))]
-    return [*rows, *linear, *_beside_scan(plan, large)]
+    return [*rows, *linear, *_during_scan(plan, large)]
 
 
 def _ask(question: _Question, versions: int, path: Path) -> None:
@@ -181,7 +181,7 @@ def _row_of(question: _Question, versions: int, plan: Plan) -> Row:
     )
 
 
-# What is linear
+# Operations with linear cost
 
 
 def _verify(plan: Plan, path: Path) -> Row:
@@ -212,7 +212,7 @@ def _prune(plan: Plan, path: Path) -> Row:
 
 
 def _replay(plan: Plan, path: Path) -> Row:
-    """Executions of a no-op, recorded, then replayed."""
+    """Measure the replay of recorded executions of a no-op."""
     count = plan.audit_executions
     toolbox = Toolbox()
     toolbox.add(_noop)
@@ -234,11 +234,11 @@ def _replay(plan: Plan, path: Path) -> Row:
     )
 
 
-# Beside a scan
+# Writing during a scan
 
 
-def _beside_scan(plan: Plan, large: Path) -> list[Row]:
-    """64 threads set variables of this very file, while nobody scans it and while another process does."""
+def _during_scan(plan: Plan, large: Path) -> list[Row]:
+    """Measure writes by 64 threads, without an audit and while another process scans the file."""
     quiet: list[float] = []
     scanned: list[float] = []
     with dspex_persist.connect(large) as provider:
@@ -257,7 +257,7 @@ def _beside_scan(plan: Plan, large: Path) -> list[Row]:
     what = f"SetVariable, {CALLERS} threads"
     target = Target("ratio", "at least", 0.8)
     return [
-        Row.of_rounds("audit.quiet", f"{what}, nobody asks", "updates/s", quiet),
+        Row.of_rounds("audit.quiet", f"{what}, no audit running", "updates/s", quiet),
         Row.of_rounds(
             "audit.scanned",
             f"{what}, an audit scans the file",

@@ -1,7 +1,7 @@
-"""How long SetVariable and GetVariable take while slow tools run in the same server, and while none does.
+"""The latency of SetVariable and GetVariable with and without slow tools in the same server.
 
-Calls leave at a fixed rate, whether or not earlier ones have been answered. In turn there are no slow tools, and
-so many that at no moment fewer than the planned number are in their code: the tools themselves count.
+Calls are sent at a fixed rate, whether or not earlier ones have been answered. Rounds without slow tools alternate with
+rounds in which at least the planned number of them is running at any moment; the tools count themselves.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ _RPCS = ("SetVariable", "GetVariable")
 
 @dataclass(slots=True)
 class _Probed:
-    """One rpc, without slow tools and beside them; a slice a round."""
+    """The slices of one rpc, one per round, without slow tools (`alone`) and with them (`beside`)."""
 
     alone: Series = field(default_factory=Series)
     beside: Series = field(default_factory=Series)
@@ -66,7 +66,7 @@ async def _measure(plan: Plan, target: str) -> list[Row]:
 def _rows_of(plan: Plan, rpc: str, probed: _Probed) -> list[Row]:
     key, count = f"tools.p99.{rpc}", plan.slow_tools
     target = Target("ratio", "at most", 1.5)
-    what = f"{rpc}, beside {count} tools of {plan.slow_s:g} s"
+    what = f"{rpc}, {count} tools of {plan.slow_s:g} s running"
     return [
         percentile_row(f"{key}.0", 99, f"{rpc}, no tool running", probed.alone),
         percentile_row(
@@ -84,7 +84,7 @@ class _Probe:
         self._versions: dict[int, int] = {}
 
     async def run(self, seconds: float) -> dict[str, Slice]:
-        """SetVariable and GetVariable in turn; by rpc how long they took from the moment that they left."""
+        """Send SetVariable and GetVariable in turn; return their latencies, from sending on, by rpc."""
         plan, clock = self._plan, time.perf_counter
         tasks: dict[str, list[asyncio.Task[float]]] = {rpc: [] for rpc in _RPCS}
         began = clock()
@@ -92,14 +92,14 @@ class _Probe:
             await asyncio.sleep(began + number / plan.probes_per_s - clock())
             for rpc, call in (("SetVariable", self._set(number)), ("GetVariable", self._get(number))):
                 tasks[rpc].append(asyncio.create_task(call))
-                # Each leaves alone: they come from different clients.
+                # Sent separately, as if by different clients.
                 await asyncio.sleep(0.5 / plan.probes_per_s)
         latencies = {rpc: list(await asyncio.gather(*own)) for rpc, own in tasks.items()}
         elapsed_s = clock() - began
         return {rpc: Slice(own, elapsed_s) for rpc, own in latencies.items()}
 
     def _session(self, number: int) -> int:
-        """The probes' sessions are not those of the slow tools."""
+        """Return the session of a probe, which is not one of the slow tools'."""
         return self._plan.slow_callers + number % self._plan.probes
 
     async def _set(self, number: int) -> float:
@@ -128,7 +128,7 @@ class _Probe:
 
 
 class _SlowTools:
-    """Callers of the slow tool, each on a session of its own and each calling again as soon as it is answered."""
+    """Callers of the slow tool, each on its own session, and each calling again as soon as it is answered."""
 
     def __init__(self, plan: Plan, channel: grpc.aio.Channel) -> None:
         self._plan = plan
@@ -137,7 +137,7 @@ class _SlowTools:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Have them run; RuntimeError if there were fewer than planned at any moment in between."""
+        """Keep them running; raise RuntimeError if at any moment fewer than planned were running."""
         await self._ask("end_slow", ended=False)
         ended = asyncio.Event()
         callers = [asyncio.create_task(self._call(caller, ended)) for caller in range(self._count)]
@@ -158,12 +158,11 @@ class _SlowTools:
         while running < self._plan.slow_tools:
             if time.perf_counter() > deadline:
                 raise RuntimeError(f"only {running} slow tools began within {_PATIENCE_S} s")
-            # The last look before the load: the fewest are counted from here on.
+            # The last call before the load resets the count of the fewest.
             running, _ = await self._ask("look_at_slow")
 
     async def _call(self, caller: int, ended: asyncio.Event) -> None:
-        # The first ones end one after the other, from when all have begun, so that from there on as many end, and begin
-        # again, at any time.
+        # The first executions have different durations, so that from then on executions end and begin evenly over time.
         seconds = self._plan.slow_s * (0.25 + caller / self._count)
         while not ended.is_set():
             await self._ask("slow", caller, seconds=seconds)

@@ -1,4 +1,4 @@
-"""The engine in this process, called by threads and by asyncio tasks, beside bare sqlite3 on the same disk."""
+"""The engine in this process, called by threads and asyncio tasks, compared with bare sqlite3 on the same disk."""
 
 import asyncio
 import itertools
@@ -22,7 +22,7 @@ from dspex_persist.state.values import decode
 
 @dataclass(slots=True)
 class _Work:
-    """One kind of load. A call writes or reads `values` values; it is compared with the work of key `beside`."""
+    """One kind of load. A call writes or reads `values` values. It is compared with the work that has key `beside`."""
 
     key: str
     what: str
@@ -34,12 +34,12 @@ class _Work:
     series: Series = field(default_factory=Series)
 
     def values_per_s(self) -> list[float]:
-        """Values a second, round by round."""
+        """Return values per second, round by round."""
         return [rate * self.values for rate in self.series.rates]
 
 
 def measure(plan: Plan, folder: Path) -> list[Row]:
-    """Measure all works in turn, round by round, then read back what was acknowledged."""
+    """Measure all works in turn, round by round, then check that the file has all acknowledged writes."""
     path = folder / "engine.db"
     newest: dict[int, int] = {}
     with dspex_persist.connect(path) as provider, _Bare(folder / "bare.db") as bare:
@@ -71,7 +71,7 @@ def _row_of(work: _Work, works: Sequence[_Work]) -> Row:
 
 
 class _Bare:
-    """Durable inserts with nothing around them: what this disk and this SQLite allow."""
+    """Durable inserts without anything else: the limit of this disk and this SQLite."""
 
     def __init__(self, path: Path) -> None:
         self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)

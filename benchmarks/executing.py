@@ -1,6 +1,6 @@
-"""Tools executed by the real server: beside Ping, and how fast chunks of a stream come.
+"""Tools executed by the real server, compared with Ping, and the throughput of streamed chunks.
 
-The tools are those of `benchmarks/tools.py`; the server runs them on as many threads as it does by default.
+The tools are in `benchmarks/tools.py`; the server runs them on its default number of threads.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from dspex_persist.state.commands import SetVariable
 from dspex_persist.state.model import Value
 
 SERVED = ("--tools", "benchmarks.tools")
-"""How a server gets the tools of the benchmarks."""
+"""The flags for a server with the tools of the benchmarks."""
 
 _READ, _WRITTEN = NAMES[:3], NAMES[3:5]
 _VALUES = (1, 2, 4)
@@ -47,7 +47,7 @@ def prepare(plan: Plan, path: Path) -> None:
 
 
 def measure(plan: Plan, path: Path) -> list[Row]:
-    """Measure all of it, then look for the writes of every acknowledged execution in the file."""
+    """Measure, then check that the file has the writes of every acknowledged execution."""
     import uvloop
 
     before = _versions(path, plan)
@@ -65,7 +65,7 @@ def measure(plan: Plan, path: Path) -> list[Row]:
 
 
 def tool_request(caller: int, tool: str, **parameters: object) -> pb.ExecuteToolRequest:
-    """A request to execute a tool on the caller's session."""
+    """Return a request to execute a tool on the caller's session."""
     wires = {
         name: AnyMessage(type_url="type.googleapis.com/snakepit.any", value=json.dumps(value).encode())
         for name, value in parameters.items()
@@ -74,14 +74,14 @@ def tool_request(caller: int, tool: str, **parameters: object) -> pb.ExecuteTool
 
 
 def result_of(answer: pb.ExecuteToolResponse) -> Any:
-    """What the tool returned; RuntimeError if it has not been committed."""
+    """Return the result of the tool; raise RuntimeError if the execution did not commit."""
     if not (answer.success and answer.metadata["commit_sequence"]):
         raise RuntimeError(f"ExecuteTool answered {answer}")
     return json.loads(answer.result.value)
 
 
 def _versions(path: Path, plan: Plan) -> list[list[int]]:
-    """By caller, the versions of the variables that the tool writes."""
+    """Return, by caller, the versions of the variables that the tool writes."""
     with dspex_persist.connect(path) as provider:
         return [
             [provider.get_variable(session_id(caller), name).version for name in _WRITTEN]
@@ -105,7 +105,7 @@ async def _measure(plan: Plan, target: str) -> tuple[list[Row], list[int]]:
 
 
 def _rpcs() -> list[Rpc]:
-    """What is called: Ping first, the tool that writes last."""
+    """Return the measured calls: Ping first, the tool that writes last."""
 
     def noop(caller: int, _number: int) -> Message:
         return tool_request(caller, "noop")
@@ -125,7 +125,7 @@ def _rpcs() -> list[Rpc]:
 
 
 async def _stream(plan: Plan, channel: grpc.aio.Channel, streams: int) -> Row:
-    """So many executions at once, each of a stream of chunks."""
+    """Measure this many concurrent executions that stream chunks."""
     parse = pb.ToolChunk.FromString
     invoke: Any = channel.unary_stream(f"/{BRIDGE_SERVICE.full_name}/ExecuteStreamingTool", response_deserializer=parse)
     most = plan.stream_chunks
@@ -134,9 +134,9 @@ async def _stream(plan: Plan, channel: grpc.aio.Channel, streams: int) -> Row:
     async def read(caller: int, deadline: float) -> int:
         chunks = 0
         while time.perf_counter() < deadline or not chunks:
-            taken = [chunk async for chunk in invoke(requests[caller])]
-            if [int(chunk.data) for chunk in taken[:-1]] != list(range(most)) or not taken[-1].is_final:
-                raise RuntimeError(f"{len(taken)} chunks, the last of them {taken[-1]}")
+            received = [chunk async for chunk in invoke(requests[caller])]
+            if [int(chunk.data) for chunk in received[:-1]] != list(range(most)) or not received[-1].is_final:
+                raise RuntimeError(f"{len(received)} chunks, the last of them {received[-1]}")
             chunks += most
         return chunks
 

@@ -1,4 +1,4 @@
-"""Database files for the benchmarks, made through the engine itself, many commands in flight."""
+"""Creates database files for the benchmarks through the engine, with many commands in flight."""
 
 import json
 from collections import deque
@@ -19,29 +19,29 @@ _IN_FLIGHT = 1_000
 
 
 def session_id(number: int) -> str:
-    """The id of the session of caller `number`."""
+    """Return the session id of caller `number`."""
     return f"session-{number:06d}"
 
 
 def value_of(number: int) -> Value:
-    """A small float that differs with `number`."""
+    """Return a small float that depends on `number`."""
     return Value(json.dumps(number / 4))
 
 
 def begin_session(number: int, names: Sequence[str] = NAMES) -> Iterator[Command[Any]]:
-    """The commands that begin a session and register its variables."""
+    """Yield the commands that begin a session and register its variables."""
     yield InitializeSession(session_id(number))
     for name in names:
         yield RegisterVariable(session_id(number), name, "float", value_of(0))
 
 
 def set_times(number: int, name: str, times: int) -> Iterator[Command[Any]]:
-    """The commands that give a variable `times` more versions."""
+    """Return the commands that add `times` versions to a variable."""
     return (SetVariable(session_id(number), name, value_of(count)) for count in range(times))
 
 
 def carry_out(provider: StateProvider, commands: Iterable[Command[Any]]) -> int:
-    """Have all commands carried out, a thousand in flight; how many. Raises what one of them failed with."""
+    """Submit all commands, a thousand in flight, and return their number. Raises the first error."""
     waiting: deque[Future[Any]] = deque()
     count = 0
     for command in commands:
@@ -55,6 +55,6 @@ def carry_out(provider: StateProvider, commands: Iterable[Command[Any]]) -> int:
 
 
 def make_file(path: Path, commands: Iterable[Command[Any]]) -> int:
-    """Make a database file by these commands, and close it; how many there were."""
+    """Create a database file with these commands, close it, and return the number of commands."""
     with dspex_persist.connect(path) as provider:
         return carry_out(provider, commands)

@@ -1,4 +1,4 @@
-"""By how much the database file grows with a small update: history, index and chain included."""
+"""The growth of the database file per small update, including history, indexes and chain."""
 
 from collections.abc import Iterator
 from itertools import chain
@@ -12,8 +12,7 @@ from dspex_persist.state.commands import Command, SetVariable
 
 
 def measure(plan: Plan, folder: Path) -> list[Row]:
-    """The sizes are those of closed files, with the whole WAL brought into them; what they are made of does not
-    depend on how fast it was written."""
+    """Measure the sizes of closed files, after a checkpoint. They do not depend on how fast the file was written."""
     return [_row(plan, folder, sessions) for sessions in (1, CALLERS)]
 
 
@@ -41,5 +40,5 @@ def _updates(plan: Plan, sessions: int) -> Iterator[Command[Any]]:
 def _size_bytes(path: Path) -> int:
     wal = path.with_name(path.name + "-wal")
     if wal.exists() and wal.stat().st_size:
-        raise RuntimeError(f"{wal} is not empty: the size of the file would say too little")
+        raise RuntimeError(f"{wal} is not empty, so the size of the file is too small")
     return path.stat().st_size

@@ -1,4 +1,4 @@
-"""Callers that call as fast as they are answered, and what is counted of them."""
+"""Callers that send the next call as soon as the last one is answered, and their measurements."""
 
 import asyncio
 import statistics
@@ -12,50 +12,50 @@ from benchmarks.table import Row, Target
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A short while of load: the seconds that each call took, and the seconds until the last one was answered."""
+    """A short period of load: the latency of each call, and the time until the last answer, in seconds."""
 
     latencies_s: list[float]
     elapsed_s: float
 
     @property
     def calls_per_s(self) -> float:
-        """Answered calls a second."""
+        """Answered calls per second."""
         return len(self.latencies_s) / self.elapsed_s
 
 
 def joined(parts: Sequence[Slice]) -> Slice:
-    """Slices that were run one after the other, as one."""
+    """Return consecutive slices as one."""
     return Slice([latency for part in parts for latency in part.latencies_s], sum(part.elapsed_s for part in parts))
 
 
 @dataclass(slots=True)
 class Series:
-    """The slices of one kind of call, one or more a round."""
+    """The slices of one kind of call, one or more per round."""
 
     slices: list[Slice] = field(default_factory=list)
 
     @property
     def rates(self) -> list[float]:
-        """Answered calls a second, slice by slice."""
+        """Answered calls per second, slice by slice."""
         return [part.calls_per_s for part in self.slices]
 
     def percentile_ms(self, percent: int) -> float:
-        """The time within which `percent` of all calls were answered."""
+        """Return the time, in milliseconds, within which `percent` of all calls were answered."""
         return percentile_ms([latency for part in self.slices for latency in part.latencies_s], percent)
 
     def percentiles_ms(self, percent: int) -> list[float]:
-        """The same, slice by slice."""
+        """Return the same, slice by slice."""
         return [percentile_ms(part.latencies_s, percent) for part in self.slices]
 
 
 def percentile_ms(latencies_s: Sequence[float], percent: int) -> float:
-    """The time within which `percent` of the calls were answered."""
+    """Return the time, in milliseconds, within which `percent` of the calls were answered."""
     latencies = sorted(latencies_s)
     return 1000 * latencies[min(len(latencies) - 1, len(latencies) * percent // 100)]
 
 
 def ratios_of(rates: Sequence[float], references: Sequence[float]) -> list[float]:
-    """The ratios of what was measured side by side, whose median counts: that of medians would mix up the rounds."""
+    """Return the ratios round by round. Their median counts, as a ratio of medians would mix different rounds."""
     return [rate / reference for rate, reference in zip(rates, references, strict=True)]
 
 
@@ -69,7 +69,7 @@ def percentile_row(
     ratio_to: str = "",
     target: Target | None = None,
 ) -> Row:
-    """The row of a percentile. Its ratio is the median of the ratios of the rounds to those of `beside`."""
+    """Return the row of a percentile. Its ratio is the median of the rounds' ratios to those of `beside`."""
     rounds = series.percentiles_ms(percent)
     ratios = ratios_of(rounds, beside.percentiles_ms(percent)) if beside is not None else []
     return Row(
@@ -88,7 +88,7 @@ def percentile_row(
 
 
 async def run_tasks(call: Callable[[int], Awaitable[object]], callers: int, seconds: float) -> Slice:
-    """Have each of `callers` tasks call with its number, one call at a time, for `seconds`, but at least once."""
+    """Have each of `callers` tasks call with its number, one call at a time, for `seconds` but at least once."""
     latencies: list[float] = []
     clock = time.perf_counter
 
@@ -109,14 +109,14 @@ async def run_tasks(call: Callable[[int], Awaitable[object]], callers: int, seco
 
 
 def run_threads(call: Callable[[int], object], callers: int, seconds: float) -> Slice:
-    """The same with threads. What one of them raises, this raises."""
+    """Do the same with threads. Raises the first error of a thread."""
     latencies: list[list[float]] = [[] for _ in range(callers)]
     failures: list[BaseException] = []
     clock = time.perf_counter
     all_there = threading.Barrier(callers + 1)
 
     def run(caller: int) -> None:
-        taken = latencies[caller]
+        own_latencies = latencies[caller]
         all_there.wait()
         answered = clock()
         deadline = answered + seconds
@@ -124,15 +124,15 @@ def run_threads(call: Callable[[int], object], callers: int, seconds: float) -> 
             called = answered
             call(caller)
             answered = clock()
-            taken.append(answered - called)
+            own_latencies.append(answered - called)
 
-    def run_and_tell(caller: int) -> None:
+    def run_and_report(caller: int) -> None:
         try:
             run(caller)
-        except BaseException as error:  # noqa: BLE001 - a thread's boundary: told below
+        except BaseException as error:  # noqa: BLE001 - the boundary of a thread: raised again below
             failures.append(error)
 
-    threads = [threading.Thread(target=run_and_tell, args=(caller,)) for caller in range(callers)]
+    threads = [threading.Thread(target=run_and_report, args=(caller,)) for caller in range(callers)]
     for thread in threads:
         thread.start()
     all_there.wait()
@@ -142,11 +142,11 @@ def run_threads(call: Callable[[int], object], callers: int, seconds: float) -> 
     elapsed_s = clock() - began
     if failures:
         raise failures[0]
-    return Slice([latency for taken in latencies for latency in taken], elapsed_s)
+    return Slice([latency for own_latencies in latencies for latency in own_latencies], elapsed_s)
 
 
 def run_alone(call: Callable[[], object], times: int) -> Slice:
-    """Call so many times, one after the other, on this thread."""
+    """Call this many times, one after the other, on this thread."""
     latencies: list[float] = []
     clock = time.perf_counter
     began = called = clock()

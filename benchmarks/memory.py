@@ -1,4 +1,4 @@
-"""How much memory is kept: by the engine while sessions come and go, by a server for what is idle."""
+"""The memory that the engine keeps while sessions come and go, and that a server keeps for idle clients."""
 
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -20,7 +20,7 @@ _KB = 1000
 
 
 def measure(plan: Plan, folder: Path) -> list[Row]:
-    """Resident memory of this process after a tenth of the sessions and after all of them."""
+    """Measure the resident memory of this process after a tenth of the sessions and after all of them."""
     few, many = plan.come_and_go
     with dspex_persist.connect(folder / "memory.db") as provider:
         carry_out(provider, chain.from_iterable(map(_come_and_go, range(few))))
@@ -41,7 +41,7 @@ def measure(plan: Plan, folder: Path) -> list[Row]:
 
 
 def _come_and_go(number: int) -> Iterator[Command[Any]]:
-    """A session's whole life; every fourth has a variable, which is set."""
+    """Yield the commands of a session from beginning to end; every fourth session has a variable, which it sets."""
     names = NAMES[: number % 4 == 0]
     yield from begin_session(number, names)
     yield from (SetVariable(session_id(number), name, value_of(number)) for name in names)

@@ -1,21 +1,21 @@
-"""dspex-persist beside comparable libraries on the same work, in process: `make peers`; `--help` says what it can do
+"""dspex-persist compared with similar libraries on the same work, in process: `make peers`; see `--help`.
 
-Sessions hold 20 small float variables each, in one SQLite file. Callers work each on a session of its own.
+Each session has 20 small float variables, all in one SQLite file. Each caller works on its own session.
 
 - update: one variable is set per operation, durable when the call returns
 - batch:  all 20 variables are set in one durable operation
 - read:   the current values of all 20 variables, after a few updates of that session
-- execute: code that sets one variable is executed durably: that it began, what came of it and that it ended are on
-  record when the call returns. Of us a tool in its transaction; of DBOS a workflow of one step, which it is for.
-  The others have nothing like it, and DBOS has no variables.
+- execute: code that sets one variable is executed durably: its beginning, its result and its end are on record when
+  the call returns. For dspex-persist that is a tool in its transaction, for DBOS a workflow of one step, its purpose.
+  The others have nothing comparable, and DBOS has no variables.
 
-64 callers do each of them at once, and one does each alone: the first shows what a library makes of company, such as
-group commit, the second what an operation costs. Then one caller goes on with a session that has a long history
+64 callers do each of them concurrently, and one does each alone: the first shows how a library handles concurrency, such
+as by group commit, the second what an operation costs. Then one caller continues a session that has a long history
 already: update as before, and load, which opens the file and reads the 20 values.
 
-Each library runs in a process of its own (what it imports would slow its neighbours' garbage collection; ours in the
-checkout's .venv, because its requirements are others) and each measurement on a fresh file; afterwards that file is
-opened again and every session read back, so that a number stands only for values that are really there.
+Each library runs in its own process, because imports of others would slow its garbage collection (and ours in the
+checkout's .venv, because its requirements differ), and each measurement uses a new file. Afterwards the file is opened
+again and every session is read, so that only values that are really there count.
 
 Exit code: 0 when every installed library was measured, 1 when one failed (its row says why).
 """

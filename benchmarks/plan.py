@@ -1,4 +1,4 @@
-"""How much is measured: the full run, and a smoke version of it that shows only that everything works."""
+"""The sizes of a run: the full one, and a smoke run that only shows that everything works."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -8,28 +8,28 @@ SectionName = Literal[
 ]
 """One part of the run; the order of the full run is that of `SECTIONS`, which says what each measures."""
 SECTIONS: dict[SectionName, str] = {
-    "rpc": "calls to a server, each kind beside Ping",
-    "tools": "tools that a server executes, and what goes on beside slow ones",
-    "watchers": "SetVariable of a variable with thousands of watchers, beside one without",
-    "connections": "calls to a server with a thousand idle connections, beside one without",
+    "rpc": "calls to a server, compared with Ping",
+    "tools": "tools that a server executes, and other calls while slow tools run",
+    "watchers": "SetVariable of a variable with thousands of watchers, compared with one without",
+    "connections": "calls to a server with a thousand idle connections, compared with one without",
     "engine": "the engine in this process, with one caller, threads and asyncio tasks",
     "versions": "SetVariable of a variable with few versions, and with many",
-    "commits": "what a commit takes of the system: bytes, calls, waits",
-    "growth": "by how much an update makes the file grow",
-    "startup": "how long a server takes to be ready, with few sessions and with many",
-    "memory": "what sessions take that have come and gone; an idle session, connection, watcher",
+    "commits": "the cost of a commit for the system: bytes, calls, waits",
+    "growth": "growth of the file per update",
+    "startup": "time until a server is ready, with few sessions and with many",
+    "memory": "memory after sessions came and went, and per idle session, connection, watcher",
     "audit": "audits of a large file; verify, prune, replay",
 }
 
 CALLERS = 64
-"""Callers in this process, as in the targets."""
+"""Callers in this process, as the targets assume."""
 BATCH = 20
-"""Variables that one session of the benchmark has, and values that one batch sets."""
+"""Variables of a session, and values of a batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Sizes of a run. A round measures everything of a section once, in turn; what is told is the median of rounds."""
+    """The sizes of a run. A round measures everything in a section once, in turn; results are medians over rounds."""
 
     rounds: int = 5
     syncs: int = 50
@@ -41,7 +41,7 @@ class Plan:
     streams: tuple[int, ...] = (1, 16)
     stream_chunks: int = 200
     slow_tools: int = 200
-    # More than have to be running: now and then one is between two executions.
+    # More than must be running, as now and then a caller is between two executions.
     slow_callers: int = 216
     slow_s: float = 2.0
     slow_rounds: int = 4
@@ -67,7 +67,7 @@ class Plan:
     audit_executions: int = 1_000
 
     def with_rounds(self, rounds: int) -> "Plan":
-        """The same with so many rounds of everything."""
+        """Return the same plan with this many rounds of everything."""
         return replace(
             self,
             rounds=rounds,

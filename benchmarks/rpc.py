@@ -1,7 +1,7 @@
-"""Calls to the real server in a process of its own, each kind beside Ping: both share the machine with the client.
+"""Calls to the real server in a separate process, each kind compared with Ping. Client and server share the machine.
 
-One client process, one channel, n calls in flight. Every kind of call goes through the same few lines, with requests
-that were serialised beforehand and answers that are parsed, so that a ratio to Ping tells of the server.
+One client process, one channel, n calls in flight. Every kind of call uses the same few lines of code, with requests
+serialised in advance and answers that are parsed, so that the ratio to Ping shows the cost of the server.
 """
 
 import asyncio
@@ -29,10 +29,10 @@ from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 
 _ROOT = Path(__file__).resolve().parents[1]
 _HISTORIES = 16
-"""So many sessions have a long history; callers share them."""
+"""How many sessions have a long history; callers share them."""
 _LONG = "long_history"
 UNLIKE_REQUESTS = 8
-"""Requests that each caller has ready, and takes in turn."""
+"""How many different requests each caller sends in turn."""
 
 _TARGETS = {
     "GetVariable": {1: 0.9, 16: 0.9, 64: 0.9, 256: 0.9},
@@ -41,24 +41,24 @@ _TARGETS = {
 
 
 def prepare(plan: Plan, path: Path) -> None:
-    """Make the database: a session for each caller, some of them with a history."""
+    """Create the database, with a session for each caller, some of them with a history."""
     sessions = (begin_session(number, (*NAMES, _LONG)) for number in range(max(plan.in_flight)))
     histories = (set_times(number, _LONG, plan.history_entries) for number in range(_HISTORIES))
     make_file(path, chain(*sessions, *histories))
 
 
 def start_server(path: Path, *options: str) -> ServerProcess:
-    """The server as users start it, on `path`, with its default settings but for `options`."""
+    """Start the server as users do, on `path`, with default settings and these `options`."""
     argv = [sys.executable, "-m", "dspex_persist", "serve", "--db", str(path), "--listen", "127.0.0.1:0", *options]
     env = {name: text for name, text in os.environ.items() if not name.startswith("DSPEX_PERSIST_")}
-    # For the tools of this package: the server's working folder is that of the file.
+    # For the tools of this package, as the server runs in the folder of the file.
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), env.get("PYTHONPATH"))))
-    # A settings file in the folder that the benchmark was started from must not change what is measured.
+    # Not in the current folder, whose settings file would change the results.
     return ServerProcess.start(argv, env=env, cwd=path.parent)
 
 
 def measure(plan: Plan, path: Path) -> list[Row]:
-    """Measure all rpcs at all concurrencies, then read back what was acknowledged."""
+    """Measure all rpcs at all concurrencies, then check that the file has all acknowledged writes."""
     import uvloop
 
     with start_server(path) as server:
@@ -70,12 +70,12 @@ def measure(plan: Plan, path: Path) -> list[Row]:
 
 
 def check_versions(path: Path, newest: dict[int, int]) -> None:
-    """RuntimeError if a caller's first variable does not have, in the file, the last version that it was told of."""
+    """Raise RuntimeError if the file lacks the last acknowledged version of a caller's first variable."""
     with dspex_persist.connect(path) as provider:
         for caller, version in newest.items():
-            found = provider.get_variable(session_id(caller), NAMES[0]).version
-            if found != version:
-                raise RuntimeError(f"{session_id(caller)}: version {found} in the file, acknowledged was {version}")
+            stored = provider.get_variable(session_id(caller), NAMES[0]).version
+            if stored != version:
+                raise RuntimeError(f"{session_id(caller)}: version {stored} in the file, acknowledged was {version}")
 
 
 async def _measure(plan: Plan, target: str) -> tuple[list[Row], dict[int, int]]:
@@ -91,7 +91,7 @@ async def _measure(plan: Plan, target: str) -> tuple[list[Row], dict[int, int]]:
 
 
 async def run_rounds(plan: Plan, all_calls: Sequence["Calls"]) -> None:
-    """Measure Ping, which is the first, and the others in turn."""
+    """Measure Ping, which comes first, and the others in turn."""
     for calls in all_calls if plan.warm_s else ():
         await calls.run(plan.warm_s)
     for _ in range(plan.rounds):
@@ -99,7 +99,7 @@ async def run_rounds(plan: Plan, all_calls: Sequence["Calls"]) -> None:
 
 
 async def _run_round(plan: Plan, all_calls: Sequence["Calls"]) -> None:
-    """Ping, an rpc, Ping, another rpc, ..., Ping: what disturbs the machine meets both."""
+    """Measure Ping, an rpc, Ping, another rpc, ..., Ping, so that disturbances of the machine affect both."""
     ping, *others = all_calls
     before = await ping.run(plan.ping_slice_s)
     pings = [before]
@@ -115,9 +115,12 @@ async def _run_round(plan: Plan, all_calls: Sequence["Calls"]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Rpc:
-    """One kind of call. `request` makes the request of a caller by its number; `accept` says if an answer is right.
+    """One kind of call.
 
-    `key` tells it from others that call the same rpc, in the keys of rows.
+    Attributes:
+        request: Returns the request of a caller, by its number.
+        accept: Returns whether an answer is correct.
+        key: Distinguishes it in the keys of rows from other calls of the same rpc.
     """
 
     name: str
@@ -135,7 +138,7 @@ PING = Rpc("Ping", "Ping", _ping, lambda _, answer: "ping" in answer.message)
 
 
 class Calls:
-    """The callers of one rpc, and what was measured of them."""
+    """The callers of one rpc, and their measurements."""
 
     def __init__(self, channel: grpc.aio.Channel, rpc: Rpc, in_flight: int) -> None:
         self.rpc = rpc
@@ -157,7 +160,7 @@ class Calls:
         self._call = call
 
     async def run(self, seconds: float) -> Slice:
-        """A slice of load; RuntimeError if a caller's last answer is not what it should be."""
+        """Run a slice of load; raise RuntimeError if the last answer of a caller is wrong."""
         part = await run_tasks(self._call, self.in_flight, seconds)
         for caller, answer in enumerate(self._answers):
             if not self.rpc.accept(caller, answer):
@@ -166,13 +169,13 @@ class Calls:
 
 
 def caller_of(channel: grpc.Channel | grpc.aio.Channel, rpc: str) -> Any:
-    """What calls this rpc: it takes requests that are serialised already, and parses answers."""
+    """Return a callable for this rpc that takes serialised requests and parses the answers."""
     parse = getattr(pb, BRIDGE_SERVICE.methods_by_name[rpc].output_type.name).FromString
     return channel.unary_unary(f"/{BRIDGE_SERVICE.full_name}/{rpc}", response_deserializer=parse)
 
 
 def row_of(section: str, calls: Calls, targets: Mapping[str, Mapping[int, float]]) -> Row:
-    """The row of one kind of call. `targets`: the least ratios, by its key and by how many are in flight."""
+    """Return the row of one kind of call. `targets`: the least ratios, by key and number of calls in flight."""
     rpc, series, in_flight = calls.rpc, calls.series, calls.in_flight
     key = rpc.key or rpc.name
     bound = targets.get(key, {}).get(in_flight)
@@ -190,7 +193,7 @@ def row_of(section: str, calls: Calls, targets: Mapping[str, Mapping[int, float]
 
 
 def rpcs(plan: Plan, newest: dict[int, int]) -> list[Rpc]:
-    """What is called, Ping first. The versions that callers are told of go into `newest`."""
+    """Return the measured calls, Ping first. They put the acknowledged versions into `newest`."""
 
     def get(caller: int, number: int) -> Message:
         return pb.GetVariableRequest(session_id=session_id(caller), variable_identifier=NAMES[number])
@@ -231,5 +234,5 @@ def rpcs(plan: Plan, newest: dict[int, int]) -> list[Rpc]:
 
 
 def packed(number: int) -> AnyMessage:
-    """A small float that differs with `number`, as requests carry it."""
+    """Return a small float that depends on `number`, encoded for a request."""
     return AnyMessage(type_url="type.googleapis.com/snakepit.float", value=json.dumps(number / 8).encode())

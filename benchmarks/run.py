@@ -1,7 +1,7 @@
-"""`make bench`, or `python -m benchmarks.run`; `--help` says what it can do
+"""`make bench`, or `python -m benchmarks.run`; see `--help`.
 
-Prints one table. Every number that is compared with another was measured beside it in the same run.
-Exit code: 0 when everything was measured, whether or not a target was missed; the table says which were.
+Prints one table. Numbers that are compared with each other were measured in the same run, in turn.
+The exit code is 0 if everything was measured, even if targets were missed; the table shows which.
 """
 
 import argparse
@@ -42,9 +42,9 @@ from benchmarks.table import Row, as_json, format_markdown, format_table, format
 from dspex_persist import clock
 
 _DESCRIPTION = """
-How fast dspex-persist is here. Prints one table: what was measured, what it is a ratio to (in the same run, measured
-in turn), and whether it reaches its target. The first line says what the numbers depend on most: how long this disk
-takes to sync, and how this Python was built.
+Measures dspex-persist on this machine. Prints one table: what was measured, its ratio to a reference (measured in
+turn, in the same run), and whether it meets its target. The first line has what the numbers depend on most: how long
+this disk takes to sync, and how this Python was built.
 """
 _EXAMPLES = """
 sections:
@@ -61,16 +61,16 @@ examples:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A function of one of the sections with its arguments, run in a process of its own."""
+    """A function of a section with its arguments, run in a separate process."""
 
     function: Callable[..., list[Row] | None]
     arguments: tuple[Any, ...]
 
 
 def untimed_jobs(plan: Plan, folder: Path, names: Sequence[SectionName]) -> list[_Job]:
-    """What makes files, or measures bytes: it may run side by side.
+    """Return the jobs that create files or measure bytes, which may run concurrently.
 
-    The longest come first, and what measures memory is the very first: it needs a process that has done nothing yet.
+    The longest come first, after the one that measures memory, which needs a fresh process.
     """
     jobs: dict[SectionName, list[_Job]] = {
         "memory": [_Job(memory.measure, (plan, folder)), _Job(memory.measure_idle, (plan, folder))],
@@ -86,7 +86,7 @@ def untimed_jobs(plan: Plan, folder: Path, names: Sequence[SectionName]) -> list
 
 
 def timed_jobs(plan: Plan, folder: Path, names: Sequence[SectionName]) -> list[_Job]:
-    """What measures times: one after the other, with the machine to itself."""
+    """Return the jobs that measure times, which run one after the other, with nothing else on the machine."""
     jobs: dict[SectionName, list[_Job]] = {
         "rpc": [_Job(rpc.measure, (plan, folder / "rpc.db"))],
         "tools": [_Job(measured, (plan, folder / "tools.db")) for measured in (executing.measure, beside_slow.measure)],
@@ -101,9 +101,12 @@ def timed_jobs(plan: Plan, folder: Path, names: Sequence[SectionName]) -> list[_
 
 
 def run_jobs(jobs: Sequence[_Job], at_once: int, *, a_process: int | None = None) -> list[Row]:
-    """Run the jobs in processes of their own, so many at once and `a_process` in each (None: any number); their rows.
+    """Run jobs in separate processes, and return their rows. The first jobs always get fresh processes.
 
-    The first ones are given to fresh processes in any case.
+    Args:
+        jobs: The jobs.
+        at_once: How many run concurrently.
+        a_process: How many jobs a process runs; None is any number.
     """
     # Not forked: a fork after gRPC has started is not safe.
     with ProcessPoolExecutor(at_once, mp_context=get_context("spawn"), max_tasks_per_child=a_process) as pool:

@@ -19,12 +19,12 @@ from benchmarks.table import Row, Target
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 
 _TOUCHED = 10
-"""Sessions that are touched after each start, all over the file."""
+"""The number of sessions that are read after each start, spread over the file."""
 
 
 @dataclass(slots=True)
 class _Starts:
-    """What was measured with so many sessions in the file, round by round."""
+    """The measurements with this many sessions in the file, round by round."""
 
     sessions: int
     ready_s: list[float] = field(default_factory=list)
@@ -32,7 +32,7 @@ class _Starts:
 
 
 def prepare(folder: Path, sessions: int) -> None:
-    """Make a database of so many live sessions; every tenth has a variable."""
+    """Create a database with this many live sessions, of which every tenth has a variable."""
     step = min(10, sessions // _TOUCHED)
     all_sessions = (begin_session(number, NAMES[: number % step == 0]) for number in range(sessions))
     make_file(_path(folder, sessions), chain.from_iterable(all_sessions))
@@ -43,7 +43,7 @@ def _path(folder: Path, sessions: int) -> Path:
 
 
 def measure(plan: Plan, folder: Path) -> list[Row]:
-    """Start the server on each file in turn, round by round. The files are in the system's cache by then."""
+    """Start the server on each file in turn, round by round. By then the files are in the system's cache."""
     all_starts = [_Starts(sessions) for sessions in plan.session_counts]
     for count in range(plan.start_rounds):
         print(f"startup: round {count + 1} of {plan.start_rounds}", file=sys.stderr, flush=True)
@@ -63,7 +63,7 @@ def _start(starts: _Starts, path: Path) -> None:
         with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             _call(channel, "Ping", pb.PingRequest(message="hello"))
             touches = [_touch(channel, number * starts.sessions // _TOUCHED) for number in range(_TOUCHED)]
-        # The very first one also pays for what every process does once, such as preparing the statements.
+        # The first one also pays for one-time work of the process, such as preparing the statements.
         starts.touch_s.append(statistics.median(touches[1:]))
         server.terminate(30)
 

@@ -1,4 +1,4 @@
-"""The rows of a run, as text, as JSON and in the documentation."""
+"""The rows of a run as text, as JSON and in the documentation."""
 
 import statistics
 import textwrap
@@ -10,21 +10,21 @@ from typing import Any, Literal
 BEGIN = "<!-- bench: what follows is written by `python -m benchmarks.run --docs` -->"
 END = "<!-- bench: end -->"
 WIDTH = 120
-"""Columns that a printed table may take."""
+"""The largest width of a printed table, in characters."""
 
 _COLUMNS = ("what", "measured", "p50 ms", "p99 ms", "ratio", "target", "")
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a row should reach: its `ratio` or its `value`, at least or at most `bound`."""
+    """The target of a row: its `ratio` or its `value` must be at least or at most `bound`."""
 
     of: Literal["value", "ratio"]
     sense: Literal["at least", "at most"]
     bound: float
 
     def is_met(self, row: "Row") -> bool:
-        """Whether the row reaches it."""
+        """Return whether the row meets the target."""
         measured = row.value if self.of == "value" else row.ratio
         if measured is None:
             return False
@@ -84,25 +84,25 @@ class Row:
 
     @property
     def verdict(self) -> Literal["met", "missed", ""]:
-        """Whether the target was reached; nothing where there is none."""
+        """Whether the target was met; "" without a target."""
         if self.target is None:
             return ""
         return "met" if self.target.is_met(self) else "missed"
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """The rows in aligned columns."""
+    """Return the rows in aligned columns."""
     return aligned(_COLUMNS, list(map(_cells, rows)), numbers=range(1, 5))
 
 
 def format_verdicts(rows: Sequence[Row]) -> str:
-    """How many targets the rows meet."""
+    """Return how many targets the rows meet."""
     verdicts = [row.verdict for row in rows]
     return f"Targets: {verdicts.count('met')} met, {verdicts.count('missed')} missed"
 
 
 def aligned(header: Sequence[str], lines: Sequence[Sequence[str]], *, numbers: Sequence[int]) -> str:
-    """The lines below their header, in at most WIDTH columns: the first cell is wrapped, `numbers` are to the right."""
+    """Return the lines below their header, at most WIDTH wide: wraps the first column, right-aligns `numbers`."""
     others = [max(map(len, column)) for column in list(zip(header, *lines, strict=True))[1:]]
     longest = max(len(line[0]) for line in (header, *lines))
     first = min(longest, WIDTH - sum(others) - 2 * len(others))
@@ -118,7 +118,7 @@ def aligned(header: Sequence[str], lines: Sequence[Sequence[str]], *, numbers: S
 
 
 def format_markdown(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table; missed targets stand out."""
+    """Return the rows as a Markdown table with missed targets in bold."""
     lines = ["| " + " | ".join(_COLUMNS) + " |", "|---|--:|--:|--:|--:|---|---|"]
     for row in rows:
         cells = _cells(row)
@@ -140,7 +140,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def number(value: float | None) -> str:
-    """Three digits are all that a benchmark is good for; whole numbers from 100 up. Nothing for None."""
+    """Return a number with three significant digits, or as an integer from 100 up; "" for None."""
     if value is None:
         return ""
     if abs(value) >= 100:
@@ -151,14 +151,14 @@ def number(value: float | None) -> str:
 
 
 def as_json(rows: Sequence[Row], run: Mapping[str, Any]) -> dict[str, Any]:
-    """The run for machines: `run` says what the numbers depend on."""
+    """Return the run as JSON; `run` describes the environment."""
     return {"run": dict(run), "rows": [{**asdict(row), "verdict": row.verdict} for row in rows]}
 
 
 def rewrite_docs(page: Path, text: str) -> None:
-    """Put `text` between the marks of `page`; ValueError if it has none."""
+    """Replace the text between the marks of `page`; raise ValueError if it has none."""
     before, begin, rest = page.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"{page} has no place for the table: it lies between the lines {BEGIN!r} and {END!r}")
+        raise ValueError(f"{page} has no place for the table, between the lines {BEGIN!r} and {END!r}")
     page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")

@@ -1,4 +1,4 @@
-"""The tools that the benchmarks have executed: `dspex-persist serve --tools benchmarks.tools`."""
+"""The tools of the benchmarks: `dspex-persist serve --tools benchmarks.tools`."""
 
 import threading
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from dspex_persist import ToolContext, tool
 
 
 class _Slow:
-    """The slow tools that are in their code at the moment, and the fewest that there were since somebody looked."""
+    """Counts the slow tools that are running, and the fewest that were running since the last `look`."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -16,7 +16,7 @@ class _Slow:
         self._ended = False
 
     def wait(self, seconds: float) -> None:
-        """Be one of them for so long."""
+        """Run as a slow tool for this long."""
         with self._changed:
             self._count += 1
             self._changed.wait_for(lambda: self._ended, seconds)
@@ -24,14 +24,14 @@ class _Slow:
             self._fewest = min(self._fewest, self._count)
 
     def look(self) -> list[int]:
-        """How many there are, and the fewest that there were since the last look."""
+        """Return the number of running tools, and the fewest since the last call."""
         with self._changed:
-            seen = [self._count, self._fewest]
+            counts = [self._count, self._fewest]
             self._fewest = self._count
-            return seen
+            return counts
 
     def end(self, ended: bool) -> None:
-        """Have all of them return at once, from now on or not any more."""
+        """Set whether all slow tools return at once from now on."""
         with self._changed:
             self._ended = ended
             self._changed.notify_all()
@@ -69,7 +69,7 @@ def count(most: int) -> Iterator[int]:
 
 @tool
 def slow(ctx: ToolContext, seconds: float) -> float:
-    """Read a variable, block for so many seconds, and write it."""
+    """Read a variable, block for this many seconds, and write it."""
     before: float = ctx["v00"]
     _slow.wait(seconds)
     ctx["v00"] = before + 1
@@ -78,11 +78,11 @@ def slow(ctx: ToolContext, seconds: float) -> float:
 
 @tool
 async def look_at_slow() -> list[int]:
-    """How many executions of `slow` are running, and the fewest that were since the last look."""
+    """Return the number of running executions of `slow`, and the fewest since the last call."""
     return _slow.look()
 
 
 @tool
 async def end_slow(ended: bool) -> None:
-    """Have all executions of `slow` return at once, from now on or not any more."""
+    """Set whether all executions of `slow` return at once from now on."""
     _slow.end(ended)

@@ -1,4 +1,4 @@
-"""What SetVariable costs when its variable has few versions already, and when it has many."""
+"""The cost of SetVariable for variables with few and with many versions."""
 
 import itertools
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ _values = itertools.count()
 
 
 def prepare(plan: Plan, path: Path) -> None:
-    """Make the database: for each count a session whose variable has so many versions."""
+    """Create the database, with a session for each count, whose variable has that many versions."""
     make_file(path, chain.from_iterable(itertools.starmap(_with_versions, enumerate(plan.version_counts))))
 
 
@@ -31,7 +31,7 @@ def _with_versions(number: int, count: int) -> Iterator[Command[Any]]:
 
 
 def measure(plan: Plan, path: Path) -> list[Row]:
-    """One caller updates the variables in turn. The one with the fewest versions is a new one in each turn."""
+    """Have one caller update the variables in turn. The variable with the fewest versions is a new one each time."""
     counts = plan.version_counts
     series = {count: Series() for count in counts}
     fresh_numbers = itertools.count(len(counts))

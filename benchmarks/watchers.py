@@ -1,7 +1,8 @@
-"""What thousands of watchers of a variable cost whoever sets it, and whoever calls right behind.
+"""The cost of thousands of watchers of a variable for the client that sets it, and for a call right after that.
 
-Two servers: the variable of one has so many watchers, in a process of their own, that of the other has none. One caller
-sets a variable here, then there, and waits until all have been told: each call meets servers that have nothing to do.
+Two servers: the variable of one has that many watchers, in a separate process, the variable of the other has none. One
+caller sets each variable in turn, and waits until all watchers have received the update, so that no call meets a busy
+server.
 """
 
 import sys
@@ -28,7 +29,7 @@ _TARGETS = {("SetVariable", 99): Target("ratio", "at most", 3)}
 
 
 class _Server:
-    """One of the servers, as its caller sees it. `series`: by rpc, a slice a round."""
+    """A client of one of the servers. `series`: the measurements by rpc, one slice per round."""
 
     def __init__(self, port: int) -> None:
         self.port = port
@@ -38,7 +39,7 @@ class _Server:
         self._latencies: dict[str, list[float]] = {rpc: [] for rpc in self.series}
 
     def call(self) -> None:
-        """Set the variable, then Ping. RuntimeError if the version is not the next one."""
+        """Set the variable, then Ping; raise RuntimeError if the version is not the next one."""
         request = pb.SetVariableRequest(session_id=_SESSION, variable_identifier=_NAME, value=packed(self.version))
         answer = self._timed("SetVariable", request)
         self._timed("Ping", pb.PingRequest(message="hello"))
@@ -54,14 +55,14 @@ class _Server:
         return answer
 
     def end_round(self, *, counts: bool = True) -> None:
-        """Make slices of what was measured since the last round, if it counts."""
+        """Add the measurements since the last round as slices, if they count."""
         for rpc, latencies in self._latencies.items():
             if counts:
                 self.series[rpc].slices.append(Slice(latencies, sum(latencies)))
             self._latencies[rpc] = []
 
     def close(self) -> None:
-        """Let the connection go."""
+        """Close the connection."""
         self._channel.close()
 
 
@@ -72,7 +73,7 @@ def measure(plan: Plan, folder: Path) -> list[Row]:
         unwatched, watched = (stack.enter_context(_serving(folder / name)) for name in ("unwatched.db", "watched.db"))
         crowd = stack.enter_context(Crowd(watched.port))
         crowd.watch(plan.watchers, _SESSION, _NAME)
-        # What each process does once, such as preparing statements, is done before the first round.
+        # One-time work of each process, such as preparing statements, happens before the first round.
         _run_round(unwatched, watched, crowd, 2, counts=False)
         for count in range(plan.rounds):
             print(f"watchers: round {count + 1} of {plan.rounds}", file=sys.stderr, flush=True)

@@ -45,7 +45,7 @@ def sell(ctx: ToolContext, article: Article, amount: int = 1) -> int:
         amount: How many of it.
     """
     if amount < 1:
-        raise ValueError(f"nobody buys {amount}")
+        raise ValueError(f"cannot sell {amount}: it must be above 0")
     # A stock below the minimum of 0 is refused, which undoes the whole sale.
     ctx[article] -= amount
     price = amount * PRICES[article]
