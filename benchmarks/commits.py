@@ -1,8 +1,8 @@
-"""What a commit takes of the system: bytes, calls, waits.
+"""The cost of a commit for the system: bytes, calls, waits.
 
-A lone caller's commits are transactions of their own; those of many callers share them. Linux counts the bytes that
-this process writes, its read and write calls, and how often one of its threads waits. Where strace is installed and
-allowed, it counts all system calls of a lone caller, and syncs among them.
+Each commit of a lone caller is a transaction; those of many callers share transactions. Linux counts the bytes that
+this process writes, its read and write calls, and how often its threads wait. If strace is installed and permitted, it
+counts all system calls of a lone caller, and the syncs among them.
 """
 
 import itertools
@@ -26,7 +26,7 @@ _values = itertools.count()
 
 
 def measure(plan: Plan, folder: Path) -> list[Row]:
-    """So many commits a round, by one caller and by many."""
+    """Measure the commits of one caller and of many."""
     path = folder / "commits.db"
     make_file(path, itertools.chain.from_iterable(map(begin_session, range(CALLERS))))
     rows = [row for callers in (1, CALLERS) for row in _counted(plan, path, callers)]
@@ -63,7 +63,7 @@ def _counted(plan: Plan, path: Path, callers: int) -> list[Row]:
 
 
 def _log(provider: StateProvider, path: Path, callers: int, commits: int) -> int:
-    """By how many bytes the WAL of a file that was just opened grows. So few commits cause no checkpoint."""
+    """Return the growth in bytes of the WAL of a freshly opened file, with too few commits for a checkpoint."""
     wal = path.with_name(path.name + "-wal")
     before = wal.stat().st_size
     _commit(provider, callers, commits)
@@ -71,7 +71,7 @@ def _log(provider: StateProvider, path: Path, callers: int, commits: int) -> int
 
 
 def _commit(provider: StateProvider, callers: int, commits: int) -> None:
-    """Have the callers set a variable of theirs, so many times all together."""
+    """Have each caller set its own variable, `commits` times in total."""
 
     def call(caller: int) -> None:
         for _ in range(commits // callers):
@@ -88,7 +88,7 @@ def _commit(provider: StateProvider, callers: int, commits: int) -> None:
 
 
 def can_trace(folder: Path) -> bool:
-    """Whether strace is there, and may trace."""
+    """Return whether strace is installed and permitted."""
     if shutil.which("strace") is None:
         return False
     command = ["strace", "-f", "-c", "-o", str(folder / "nothing.txt"), "true"]
@@ -96,7 +96,7 @@ def can_trace(folder: Path) -> bool:
 
 
 def _traced(plan: Plan, path: Path) -> list[Row]:
-    """The difference between a process with few commits and one with more is what the commits took."""
+    """Measure the difference between a process with few commits and one with more."""
     few, many = plan.logged_commits, 2 * plan.logged_commits
     calls: list[float] = []
     syncs: list[float] = []
@@ -112,17 +112,17 @@ def _traced(plan: Plan, path: Path) -> list[Row]:
 
 
 def _trace(path: Path, commits: int) -> Counter[str]:
-    """By name the system calls of a process that opens the file, makes so many commits, and closes it."""
+    """Return the system calls, by name, of a process that opens the file, commits this many times, and closes it."""
     table = path.with_name("strace.txt")
     own = [sys.executable, "-m", "benchmarks.commits", str(path), str(commits)]
     subprocess.run(["strace", "-f", "-c", "-o", str(table), *own], cwd=_ROOT, check=True)
-    found: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
     for line in table.read_text().splitlines():
-        # % time, seconds, usecs/call, calls, errors where there are any, name
+        # % time, seconds, usecs/call, calls, errors (if any), name
         words = line.split()
         if len(words) >= 5 and words[3].isdigit() and words[-1] != "total":
-            found[words[-1]] = int(words[3])
-    return found
+            calls[words[-1]] = int(words[3])
+    return calls
 
 
 if __name__ == "__main__":

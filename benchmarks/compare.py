@@ -1,8 +1,8 @@
-"""Two runs side by side: what has changed by more than the noise of both.
+"""Compares two runs: finds the figures that changed by more than the noise of both.
 
-The spread of a figure is half of what its rounds lie apart, as a part of the figure; its noise is the spread in one run
-plus that in the other. What has changed by more than its noise is better or worse. Where a run has fewer than three
-rounds, nobody can tell.
+The spread of a figure is half the distance between its lowest and its highest round, relative to the figure; its noise
+is the sum of the spreads in both runs. A figure that changed by more than its noise is better or worse. With fewer than
+three rounds in a run, there is no verdict.
 """
 
 import json
@@ -15,22 +15,22 @@ from benchmarks.table import Row, aligned, number
 
 _LEAST_ROUNDS = 3
 _LEAST_CHANGE = 0.02
-"""What changes by less is the same, however little noise there is."""
+"""A smaller change is ignored, however little noise there is."""
 _COLUMNS = ("what", "unit", "before", "now", "change", "noise", "")
 _CONDITIONS = ("quick", "python", "built", "sqlite", "cpus", "filesystem")
-"""What has to be alike for the rates of two runs to tell of the code."""
+"""The conditions that must be equal for the rates of two runs to be comparable."""
 
 
 @dataclass(frozen=True, slots=True)
 class SavedRun:
-    """What `--json` writes: what the numbers depend on, and the rows."""
+    """A run that `--json` wrote: its conditions and its rows."""
 
     run: Mapping[str, Any]
     rows: Sequence[Row]
 
     @classmethod
     def load(cls, path: Path) -> "SavedRun":
-        """Read it. ValueError, with a text that names the file, if it is not there or not the JSON of a run."""
+        """Read a saved run; raise ValueError, naming the file, if it is missing or not the JSON of a run."""
         try:
             saved = json.loads(path.read_text())
             return cls(dict(saved["run"]), list(map(Row.from_json, saved["rows"])))
@@ -42,7 +42,7 @@ class SavedRun:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """What is compared: the value of a row, or its ratio."""
+    """A compared number: the value of a row, or its ratio."""
 
     key: str
     of: Literal["value", "ratio"]
@@ -54,21 +54,21 @@ class Figure:
 
     @property
     def spread(self) -> float | None:
-        """Half of what the rounds lie apart, as a part of the figure; None if there are too few of them."""
+        """Half the distance between lowest and highest round, relative to the figure; None with too few rounds."""
         if len(self.rounds) < _LEAST_ROUNDS or not self.size:
             return None
         return (max(self.rounds) - min(self.rounds)) / 2 / abs(self.size)
 
 
 def _figures(rows: Sequence[Row]) -> dict[tuple[str, str, str], Figure]:
-    found: list[Figure] = []
+    figures: list[Figure] = []
     for row in rows:
-        found.append(Figure(row.key, "value", row.what, row.unit, row.value, row.rounds, row.more_is_better))
+        figures.append(Figure(row.key, "value", row.what, row.unit, row.value, row.rounds, row.more_is_better))
         if row.ratio is not None:
             what = f"{row.what}: ratio"
-            found.append(Figure(row.key, "ratio", what, "", row.ratio, row.ratio_rounds, row.more_is_better))
-    # The unit belongs to it: a row that has got another one is another figure.
-    return {(each.key, each.of, each.unit): each for each in found}
+            figures.append(Figure(row.key, "ratio", what, "", row.ratio, row.ratio_rounds, row.more_is_better))
+    # With its unit: a row whose unit has changed is another figure.
+    return {(each.key, each.of, each.unit): each for each in figures}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,18 +80,18 @@ class Change:
 
     @property
     def part(self) -> float:
-        """By what part of what it was the figure has changed."""
+        """The relative change of the figure."""
         return self.now.size / self.before.size - 1 if self.before.size else 0.0
 
     @property
     def noise(self) -> float | None:
-        """What it has to change by for the change to mean something; None if nobody can tell."""
+        """The relative change that a significant change exceeds; None if it is unknown."""
         before, now = self.before.spread, self.now.spread
         return None if before is None or now is None else max(before + now, _LEAST_CHANGE)
 
     @property
     def verdict(self) -> Literal["better", "worse", "", "?"]:
-        """What has become of it: nothing if it is within the noise, "?" if nobody can tell."""
+        """The verdict: "" for a change within the noise, "?" if the noise is unknown."""
         if self.noise is None:
             return "?"
         if abs(self.part) <= self.noise:
@@ -100,29 +100,29 @@ class Change:
 
 
 def changes(before: Sequence[Row], now: Sequence[Row]) -> list[Change]:
-    """The figures that both runs have, in the order of the second one."""
+    """Return the changes of the figures that both runs have, in the order of the second one."""
     earlier = _figures(before)
     return [Change(earlier[name], figure) for name, figure in _figures(now).items() if name in earlier]
 
 
 def unlike(before: SavedRun, now: SavedRun) -> list[str]:
-    """In what the conditions of the two runs differ, in words."""
+    """Return the differences between the conditions of the two runs, in words."""
     pairs = ((name, before.run.get(name), now.run.get(name)) for name in _CONDITIONS)
     return [f"{name} was {old}, and is {new}" for name, old, new in pairs if old != new]
 
 
 def format_changes(before: SavedRun, now: SavedRun) -> str:
-    """The figures of both runs side by side, what was not measured alike, and how much has changed."""
-    found = changes(before.rows, now.rows)
-    verdicts = [each.verdict for each in found]
+    """Return the figures of both runs next to each other, the different conditions, and how much has changed."""
+    changed = changes(before.rows, now.rows)
+    verdicts = [each.verdict for each in changed]
     better, worse = verdicts.count("better"), verdicts.count("worse")
     lines = [
         *(f"Not measured alike: {difference}" for difference in unlike(before, now)),
-        "noise: half of what the rounds lie apart, of both runs together, at least 2 %; ?: fewer than three rounds",
+        "noise: half the range of the rounds, summed over both runs, at least 2 %; ?: fewer than three rounds",
         "",
-        aligned(_COLUMNS, list(map(_cells, found)), numbers=range(2, 6)),
+        aligned(_COLUMNS, list(map(_cells, changed)), numbers=range(2, 6)),
         "",
-        f"Changed beyond noise: {better} better, {worse} worse, of {len(found)} figures",
+        f"Changed beyond noise: {better} better, {worse} worse, of {len(changed)} figures",
         *_only_in_one(before.rows, now.rows),
     ]
     return "\n".join(lines)
@@ -136,7 +136,7 @@ def _cells(change: Change) -> tuple[str, ...]:
 
 
 def _only_in_one(before: Sequence[Row], now: Sequence[Row]) -> list[str]:
-    """The rows without a counterpart, in the sections that both runs have."""
+    """Return the rows without a counterpart, in the sections that both runs have."""
     sections = {row.section for row in before} & {row.section for row in now}
     old, new = ([row.key for row in rows if row.section in sections] for rows in (before, now))
     pairs = (("before", [key for key in old if key not in new]), ("now", [key for key in new if key not in old]))
@@ -144,7 +144,7 @@ def _only_in_one(before: Sequence[Row], now: Sequence[Row]) -> list[str]:
 
 
 def as_json(before: SavedRun, now: SavedRun) -> dict[str, Any]:
-    """The comparison for machines: `change` and `noise` are parts of what the figure was."""
+    """Return the comparison as JSON; `change` and `noise` are relative to the earlier figure."""
     return {"run": before.run, "figures": [_figure_as_json(each) for each in changes(before.rows, now.rows)]}
 
 

@@ -1,4 +1,4 @@
-"""What a thousand connections that do nothing cost a caller: two servers in turn, one with them and one without."""
+"""The cost of a thousand idle connections for another client, compared with a server that has none."""
 
 import asyncio
 import sys
@@ -21,7 +21,7 @@ _CALLED = ("Ping", "GetVariable", "SetVariable")
 
 
 def measure(plan: Plan, folder: Path) -> list[Row]:
-    """Measure one caller of each server, in turn, and what the servers take."""
+    """Measure one caller of each server, in turn, and the memory of both servers."""
     import uvloop
 
     allow_connections(plan.idle_connections)
@@ -29,12 +29,12 @@ def measure(plan: Plan, folder: Path) -> list[Row]:
         paths = [folder / name for name in ("unconnected.db", "connected.db")]
         for path in paths:
             make_file(path, begin_session(0))
-        alone, beside = (stack.enter_context(start_server(path)) for path in paths)
-        crowd = stack.enter_context(Crowd(beside.port))
+        alone, crowded = (stack.enter_context(start_server(path)) for path in paths)
+        crowd = stack.enter_context(Crowd(crowded.port))
         crowd.connect(plan.idle_connections)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            series = runner.run(_measure(plan, [alone.port, beside.port]))
-        memory_mib = [resident_bytes(server.pid) / 2**20 for server in (alone, beside)]
+            series = runner.run(_measure(plan, [alone.port, crowded.port]))
+        memory_mib = [resident_bytes(server.pid) / 2**20 for server in (alone, crowded)]
     rows = [row for rpc in _CALLED for row in _rows(plan, rpc, *series[rpc])]
     for count, mib in zip((0, plan.idle_connections), memory_mib, strict=True):
         rows.append(Row(f"connections.memory.{count}", f"memory of the server, {_words(count)}", mib, "MiB"))
@@ -42,7 +42,7 @@ def measure(plan: Plan, folder: Path) -> list[Row]:
 
 
 async def _measure(plan: Plan, ports: Sequence[int]) -> dict[str, list[Series]]:
-    """By rpc, the series of both servers."""
+    """Return the series of both servers, by rpc."""
     async with AsyncExitStack() as stack:
         called: dict[str, list[Calls]] = {rpc: [] for rpc in _CALLED}
         for port in ports:
@@ -64,9 +64,9 @@ def _words(count: int) -> str:
     return f"{count:,} idle connections" if count else "no idle connections"
 
 
-def _rows(plan: Plan, rpc: str, alone: Series, beside: Series) -> list[Row]:
+def _rows(plan: Plan, rpc: str, alone: Series, crowded: Series) -> list[Row]:
     key, many = f"connections.p99.{rpc}", plan.idle_connections
     return [
         percentile_row(f"{key}.0", 99, f"{rpc}, {_words(0)}", alone),
-        percentile_row(f"{key}.{many}", 99, f"{rpc}, {_words(many)}", beside, beside=alone, ratio_to=f"{key}.0"),
+        percentile_row(f"{key}.{many}", 99, f"{rpc}, {_words(many)}", crowded, beside=alone, ratio_to=f"{key}.0"),
     ]

@@ -1,10 +1,10 @@
-"""A crowd of clients of one server, in a process of its own: connections that do nothing, and watchers.
+"""Many clients of one server, in a separate process: idle connections, and watchers.
 
-`python -m benchmarks.crowd TARGET` does what it is asked, line by line, and answers each with "done":
+`python -m benchmarks.crowd TARGET` reads commands line by line, and answers each with "done":
 
-    connect COUNT               open so many more connections; each of them calls Ping once
-    watch COUNT SESSION NAME    open so many more watches of a variable, a hundred to a connection
-    told VERSION                wait until every watcher has been told of this version
+    connect COUNT               open COUNT more connections; each of them calls Ping once
+    watch COUNT SESSION NAME    open COUNT more watches of a variable, a hundred per connection
+    wait VERSION                wait until every watcher has received this version
 """
 
 import asyncio
@@ -26,25 +26,25 @@ from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 _ROOT = Path(__file__).resolve().parents[1]
 _WATCHERS_A_CONNECTION = 100
 _AT_ONCE = 50
-"""Connections that are opened side by side: more would have to wait in the server's backlog."""
+"""How many connections are opened concurrently: more would have to wait in the server's backlog."""
 _OWN_FILES = 200
-"""Files that a process needs besides its connections, generously."""
+"""How many files a process needs in addition to its connections, at most."""
 
 
 def allow_connections(count: int) -> None:
-    """Let this process, and those that it starts, have so many connections open; RuntimeError if it may not."""
+    """Allow this process and its children this many open connections; raise RuntimeError if that is impossible."""
     needed = count + _OWN_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise RuntimeError(
-            f"{count:,} connections take {needed:,} open files, and this shell allows {hard:,} (ulimit -n)"
+            f"{count:,} connections need {needed:,} open files, but this shell allows {hard:,} (ulimit -n)"
         )
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 class Crowd:
-    """The crowd, from outside: use it as a context manager."""
+    """The crowd, as seen by the benchmark: a context manager that starts and ends its process."""
 
     def __init__(self, port: int) -> None:
         self._process = subprocess.Popen(
@@ -56,23 +56,23 @@ class Crowd:
         )
 
     def connect(self, count: int) -> None:
-        """Open so many more connections."""
-        self._ask(f"connect {count}")
+        """Open this many more connections."""
+        self._run(f"connect {count}")
 
     def watch(self, count: int, session: str, name: str) -> None:
-        """Have so many more watch this variable."""
-        self._ask(f"watch {count} {session} {name}")
+        """Open this many more watches of a variable."""
+        self._run(f"watch {count} {session} {name}")
 
-    def wait_told(self, version: int) -> None:
-        """Wait until every watcher has been told of this version of the variable, and of all before it."""
-        self._ask(f"told {version}")
+    def wait_received(self, version: int) -> None:
+        """Wait until every watcher has received this version of the variable, and all before it."""
+        self._run(f"wait {version}")
 
-    def _ask(self, command: str) -> None:
+    def _run(self, command: str) -> None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(command, file=self._process.stdin, flush=True)
         if self._process.stdout.readline() != "done\n":
-            raise RuntimeError(f"the crowd did not manage to {command}")
+            raise RuntimeError(f"the crowd failed to {command}")
 
     def __enter__(self) -> Self:
         return self
@@ -86,16 +86,16 @@ class Crowd:
 
 
 class _Members:
-    """The crowd, from inside. What goes wrong with one of them goes wrong with `tasks`."""
+    """The members of the crowd, in its process. An error of one of them ends `tasks`."""
 
     def __init__(self, target: str, tasks: asyncio.TaskGroup) -> None:
         self._target = target
         self._tasks = tasks
         self._channels: list[grpc.aio.Channel] = []
         self._watching = 0
-        self._told: Counter[int] = Counter()
-        """By version, how many watchers have been told of it."""
-        self._all_told = asyncio.Event()
+        self._received: Counter[int] = Counter()
+        """By version, how many watchers have received it."""
+        self._all_received = asyncio.Event()
 
     async def connect(self, count: int) -> None:
         ready = asyncio.Semaphore(_AT_ONCE)
@@ -138,14 +138,14 @@ class _Members:
             if last and version != last + 1:
                 raise AssertionError(f"version {version} came after {last}")
             last = version
-            self._told[version] += 1
-            if self._told[version] == self._watching:
-                self._all_told.set()
+            self._received[version] += 1
+            if self._received[version] == self._watching:
+                self._all_received.set()
 
-    async def told(self, version: int) -> None:
-        while self._told[version] < self._watching:
-            self._all_told.clear()
-            await self._all_told.wait()
+    async def wait_received(self, version: int) -> None:
+        while self._received[version] < self._watching:
+            self._all_received.clear()
+            await self._all_received.wait()
 
 
 def _method(channel: grpc.aio.Channel, rpc: str) -> Any:
@@ -158,7 +158,7 @@ def _method(channel: grpc.aio.Channel, rpc: str) -> Any:
     )
 
 
-async def _do_what_is_asked(target: str) -> None:
+async def _run_commands(target: str) -> None:
     lines = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
     async with asyncio.TaskGroup() as tasks:
@@ -169,10 +169,10 @@ async def _do_what_is_asked(target: str) -> None:
                     await members.connect(int(count))
                 case ["watch", count, session, name]:
                     await members.watch(int(count), session, name)
-                case ["told", version]:
-                    await members.told(int(version))
+                case ["wait", version]:
+                    await members.wait_received(int(version))
             print("done", flush=True)
 
 
 if __name__ == "__main__":
-    asyncio.run(_do_what_is_asked(sys.argv[1]))
+    asyncio.run(_run_commands(sys.argv[1]))

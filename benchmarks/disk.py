@@ -1,4 +1,4 @@
-"""The disk that a run writes to: what it is, and how long it takes to sync."""
+"""The disk that a run writes to: its file system, and how long it takes to sync."""
 
 import os
 import tempfile
@@ -10,27 +10,27 @@ _PAGE = bytes(4096)
 
 
 def filesystem_of(directory: Path) -> str:
-    """The type of the file system that holds the directory, as Linux names it; "unknown" elsewhere."""
+    """Return the type of the directory's file system, as Linux names it; "unknown" on other systems."""
     mounts = Path("/proc/self/mounts")
     if not mounts.exists():
         return "unknown"
-    found = ("", "unknown")
+    innermost = ("", "unknown")
     for line in mounts.read_text().splitlines():
         _, point, kind, *_ = line.split()
-        if directory.is_relative_to(point) and len(point) >= len(found[0]):
-            found = (point, kind)
-    return found[1]
+        if directory.is_relative_to(point) and len(point) >= len(innermost[0]):
+            innermost = (point, kind)
+    return innermost[1]
 
 
 def sync_times_s(directory: Path, times: int) -> list[float]:
-    """How long it takes, so many times, to append a page to a file and to sync it: the least that a commit waits."""
-    # Where there is no fdatasync, SQLite uses fsync.
+    """Measure how long it takes to append a page to a file and sync it, the least that a commit waits."""
+    # Without fdatasync, SQLite uses fsync.
     sync = getattr(os, "fdatasync", os.fsync)
     with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
-        taken: list[float] = []
+        times_s: list[float] = []
         for _ in range(times):
             began = time.perf_counter()
             file.write(_PAGE)
             sync(file.fileno())
-            taken.append(time.perf_counter() - began)
-    return taken
+            times_s.append(time.perf_counter() - began)
+    return times_s

@@ -9,8 +9,8 @@ Each session has 20 small float variables, all in one SQLite file. Each caller w
   the call returns. For dspex-persist that is a tool in its transaction, for DBOS a workflow of one step, its purpose.
   The others have nothing comparable, and DBOS has no variables.
 
-64 callers do each of them concurrently, and one does each alone: the first shows how a library handles concurrency, such
-as by group commit, the second what an operation costs. Then one caller continues a session that has a long history
+64 callers do each of them concurrently, and one does each alone: the first shows how a library handles concurrency,
+such as by group commit, the second what an operation costs. Then one caller continues a session that has a long history
 already: update as before, and load, which opens the file and reads the 20 values.
 
 Each library runs in its own process, because imports of others would slow its garbage collection (and ours in the

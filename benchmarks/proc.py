@@ -1,4 +1,4 @@
-"""What Linux counts of a process."""
+"""Counters that Linux keeps for a process."""
 
 import os
 import resource
@@ -10,14 +10,14 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 def resident_bytes(pid: int | None = None) -> int:
-    """Resident memory of a process; of this one if none is named."""
+    """Return the resident memory of a process, by default of this one."""
     return int(Path(f"/proc/{pid or 'self'}/statm").read_text(encoding="ascii").split()[1]) * _PAGE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What this process has done so far: bytes that it gave to read and write calls, and how many of them there were,
-    and how often one of its threads has waited, for a disk or for another thread."""
+    """The counters of this process: the bytes and the number of its read and write calls, and how often its threads
+    have waited for a disk or for another thread."""
 
     read_bytes: int
     written_bytes: int
@@ -26,14 +26,14 @@ class Counts:
 
     @classmethod
     def now(cls) -> Self:
-        """The counts at this moment."""
+        """Return the current counters."""
         lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
         io = {name: int(count) for name, _, count in (line.partition(": ") for line in lines)}
         waits = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
         return cls(io["rchar"], io["wchar"], io["syscr"] + io["syscw"], waits)
 
     def since(self, before: Self) -> "Counts":
-        """What has come since then."""
+        """Return the difference from earlier counters."""
         return Counts(
             self.read_bytes - before.read_bytes,
             self.written_bytes - before.written_bytes,

@@ -97,7 +97,7 @@ def _run_round(unwatched: _Server, watched: _Server, crowd: Crowd, writes: int, 
     for _ in range(writes):
         unwatched.call()
         watched.call()
-        crowd.wait_told(watched.version)
+        crowd.wait_received(watched.version)
     unwatched.end_round(counts=counts)
     watched.end_round(counts=counts)
 
