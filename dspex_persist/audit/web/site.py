@@ -204,7 +204,7 @@ class Site:
 
     def _execution_text(self, execution_id: str) -> str:
         one = self._source.execution(execution_id)
-        return render_template("web_execution.html", LINKS, one=one, found=dict(self._read_by(one)))
+        return render_template("web_execution.html", LINKS, one=one, read_versions=dict(self._read_by(one)))
 
     def _read_by(self, one: ExecutionDetail) -> Iterator[tuple[tuple[str, int], HistoryEntry]]:
         """Yield the versions that it and the executions it called read: the first ones, without those pruned."""

@@ -48,7 +48,7 @@ class _Changes:
         """Return the line for one read: the value found under a name or id."""
         if read.version is None or read.variable_id is None:
             return f"{plain(read.asked)}: not there"
-        by_id = f", asked for as {plain(read.asked)}" if read.asked != read.name else ""
+        by_id = f", looked up as {plain(read.asked)}" if read.asked != read.name else ""
         return f"{plain(read.name or '')} = {self._value(read.variable_id, read.version)} (v{read.version}{by_id})"
 
     def _before(self, entry: HistoryEntry) -> str:
@@ -123,7 +123,7 @@ def _entries(entries: Mapping[str, str]) -> Iterator[str]:
 
 
 def _logged(entry: LogEntry, look: Renderer) -> str:
-    fields = "".join(f"  {plain(name)}={json_text(stated)}" for name, stated in entry.fields.items())
+    fields = "".join(f"  {plain(name)}={json_text(content)}" for name, content in entry.fields.items())
     return f"{look.time(entry.at)}  {plain(shortened(entry.message))}{fields}"
 
 

@@ -66,12 +66,11 @@ def _text_lines(state: VariableState | None) -> list[str]:
         return []
     if state.value is None or state.value.binary is not None or len(state.value.json) <= _LONG:
         return [value_text(state.value, state.masked)]
-    stated: Any = value_of(state.value)
-    if isinstance(stated, str) and "\n" not in stated:
+    content: Any = value_of(state.value)
+    if isinstance(content, str) and "\n" not in content:
         return [value_text(state.value)]
-    lines = (
-        stated.split("\n") if isinstance(stated, str) else json.dumps(stated, indent=2, ensure_ascii=False).split("\n")
-    )
+    text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False)
+    lines = text.split("\n")
     if len(lines) > _MOST_LINES:
         return [value_text(state.value)]
     return [plain(line[:_MOST_LINES]) for line in lines]

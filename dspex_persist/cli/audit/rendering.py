@@ -87,9 +87,9 @@ def value_text(value: Value | None, masked: bool = False) -> str:
     return text if value.binary is None else f"{text} + {len(value.binary):,} bytes"
 
 
-def json_text(stated: Any) -> str:
+def json_text(content: Any) -> str:
     """Return any JSON document on one line."""
-    return plain(shortened(json.dumps(stated, ensure_ascii=False)))
+    return plain(shortened(json.dumps(content, ensure_ascii=False)))
 
 
 def short_id(execution_id: str) -> str:
