@@ -1,9 +1,9 @@
-"""Replays: a recorded session's tools run again, on the recorded state, and what comes out differently.
+"""Replays: run the tools of a recorded session again, on the recorded state, and report every difference.
 
     report = replay("checkout.jsonl", "shop.tools")
     assert report.ok, report.describe()
 
-Nothing is written: a replay is neither a fork, which makes a new session, nor a rollback, which writes a new version.
+A replay writes nothing, unlike a fork, which creates a session, and a rollback, which writes a new version.
 """
 
 from dspex_persist.replay.recorded import Recording, load

@@ -1,4 +1,4 @@
-"""An execution as it was recorded beside what its tool did now: both as lines, and where those differ."""
+"""Compare a recorded execution with its replay: both are rendered as lines, and the lines are compared."""
 
 import json
 import re
@@ -28,8 +28,8 @@ _PASSING: Final = (
     (re.compile(r"exec_\d+_(?=[0-9a-f]{24})"), "exec_"),
     (re.compile(r" at 0x[0-9a-f]+"), ""),
 )
-"""What differs from file to file, or from process to process."""
-_SAYS: Final = {
+"""Text that differs between files or processes, with its replacement."""
+_SUMMARIES: Final = {
     Aspect.CALLS: "it calls other tools than recorded",
     Aspect.DRAWS: "it asks for the time {new:,} times, recorded are {recorded:,}",
     Aspect.PUBLISHED: "it publishes something else than recorded",
@@ -40,47 +40,49 @@ _SAYS: Final = {
     Aspect.LOCKS: "it starts or stops other optimizations than recorded",
 }
 _OF_SUCCESS: Final = (Aspect.RESULT, Aspect.WRITES, Aspect.DEPENDENCIES, Aspect.LOCKS)
-"""What an execution that failed has nothing of, and what so is no news if one of the two failed."""
+"""Aspects that a failed execution does not have, so they are not compared if only one of the two failed."""
 
 
-def compare(played: ReplayedCall, names: Mapping[str, str], whole: bool) -> Iterator[Divergence]:
-    """What differs between an execution that has run again and its recording.
+def compare(call: ReplayedCall, names: Mapping[str, str], whole: bool) -> Iterator[Divergence]:
+    """Yield the differences between a replayed execution and its recording.
 
-    `names`: of the variables that were there, by id. `whole`: whether what is known of a commit only as a whole,
-    dependencies and locks, is to be compared.
+    Args:
+        call: The replayed execution.
+        names: The names of the variables that existed when it began, by id.
+        whole: Whether to compare dependencies and locks, which the recording has only for a whole commit.
     """
-    recorded = played.recorded
-    assert recorded is not None, "only what was recorded is compared"
-    asked = [str(difference).splitlines() for difference in played.lm]
-    for headline, *diff in asked:
+    recorded = call.recorded
+    assert recorded is not None, "an unexpected call has no recording to compare with"
+    lm_differences = [str(difference).splitlines() for difference in call.lm]
+    for headline, *diff in lm_differences:
         yield Divergence(Aspect.LM, headline, recorded.number, recorded.id, tuple(diff))
     versions = (*recorded.written, *(version for version, _ in recorded.published))
     hidden = frozenset((version.name, version.version) for version in versions if version.masked)
     before = _account_of(recorded, names, hidden)
-    after = _account_of(played, names, hidden)
-    after[Aspect.ERROR] = _without_diffs(after[Aspect.ERROR], asked)
+    after = _account_of(call, names, hidden)
+    after[Aspect.ERROR] = _without_diffs(after[Aspect.ERROR], lm_differences)
     one_failed = bool(before[Aspect.ERROR]) != bool(after[Aspect.ERROR])
-    for what, says in _SAYS.items():
+    for what, template in _SUMMARIES.items():
         then, now = before[what], after[what]
         if then == now or (one_failed and what in _OF_SUCCESS) or (what in _OF_SUCCESS[2:] and not whole):
             continue
         if what is Aspect.ERROR and one_failed:
-            says = "it fails, and did not when it was recorded" if now else "it does not fail as it was recorded"
-        summary = says.format(recorded=len(then), new=len(now))
+            template = "it fails, and did not when it was recorded" if now else "it does not fail as it was recorded"
+        summary = template.format(recorded=len(then), new=len(now))
         yield Divergence(what, summary, recorded.number, recorded.id, diff_of(then, now))
 
 
-def _without_diffs(error: Lines, asked: Iterable[Lines]) -> Lines:
-    """An error without the differences of the LM calls that it tells of, which have been told."""
+def _without_diffs(error: Lines, lm_differences: Iterable[Lines]) -> Lines:
+    """An error message without the diffs of the LM calls that it quotes: those were reported already."""
     text = "\n".join(error)
-    told = {line for headline, *diff in asked if headline in text for line in diff}
-    return [line for line in error if line not in told]
+    reported = {line for headline, *diff in lm_differences if headline in text for line in diff}
+    return [line for line in error if line not in reported]
 
 
 def _account_of(
     execution: RecordedExecution | ReplayedCall, names: Mapping[str, str], hidden: frozenset[tuple[str, int]]
 ) -> dict[Aspect, Lines]:
-    """What an execution did, as lines. `hidden`: versions whose values are not known."""
+    """An execution as lines, by aspect. `hidden`: the versions whose values are masked in the recording."""
     end = execution.end
     if isinstance(execution, ReplayedCall):
         events, calls = execution.events, [_call_line(each.tool, each.parameters) for each in execution.calls]
@@ -160,7 +162,7 @@ def _kept_lines(head: str, version: RecordedVersion, hidden: frozenset[tuple[str
 
 
 def _value_lines(head: str, value: Value | None) -> Lines:
-    """`head = value`; a long value on lines of its own, so that a diff shows where it differs."""
+    """`head = value`; a long value takes several lines, so that a diff shows the part that differs."""
     if value is None:
         return []
     text = value.json

@@ -1,6 +1,6 @@
-"""What commits and executions are called: as in the recording or, of one read from a database, as in the database.
+"""The numbers of commits and executions in reports: those of the recording, or of the database it was read from.
 
-An audit of the same file then calls them the same.
+So a report and an audit of the same database use the same numbers.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from dspex_persist.state.recording import renumbered_id
 
 
 class Numbers:
-    """The numbers that people see, by those of the recording."""
+    """Maps numbers of the recording to those that users see."""
 
     def __init__(self, recording: Recording) -> None:
         self._session_id = recording.header.session_id
@@ -25,25 +25,25 @@ class Numbers:
         return f"session {quote(self._session_id)} has commits {self.first} to {self.last}"
 
     def shown(self, number: int) -> int:
-        """What a commit is called."""
+        """Return the number of a commit that users see."""
         return self._shown.get(number, number)
 
     def shown_id(self, execution_id: str) -> str:
-        """What an execution is called."""
+        """Return the id of an execution that users see."""
         return renumbered_id(execution_id, self._shown.get)
 
-    def told(self, execution: ReplayedExecution) -> ReplayedExecution:
-        """The same with the numbers that people see."""
+    def renumber(self, execution: ReplayedExecution) -> ReplayedExecution:
+        """Return the execution with the numbers that users see."""
         return replace(
             execution,
             execution_id=self.shown_id(execution.execution_id),
             commit=self.shown(execution.commit),
             parent_id=None if execution.parent_id is None else self.shown_id(execution.parent_id),
-            divergences=tuple(map(self.told_of, execution.divergences)),
+            divergences=tuple(map(self.renumber_divergence, execution.divergences)),
         )
 
-    def told_of(self, divergence: Divergence) -> Divergence:
-        """The same with the numbers that people see."""
+    def renumber_divergence(self, divergence: Divergence) -> Divergence:
+        """Return the divergence with the numbers that users see."""
         return replace(
             divergence,
             commit=self.shown(divergence.commit),
@@ -53,20 +53,27 @@ class Numbers:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Which executions are meant, by the commits of their beginnings as people see them, both included."""
+    """A range of executions, by the commits that began them, as users see them; both ends are included."""
 
     first: int
     last: int
 
     def has(self, number: int) -> bool:
-        """Whether an execution that began there is meant."""
+        """Return whether an execution that began with this commit is in the range."""
         return self.first <= number <= self.last
 
 
 def range_of(roots: Iterable[RecordedExecution], numbers: Numbers, since: str | int, until: str | int) -> Range:
-    """The range between two points: commits, or ids of executions; "" is its beginning or end.
+    """Return the range between two points.
 
-    An execution that another one called means that one, without which it does not run.
+    Args:
+        roots: The executions that no other one called.
+        numbers: The numbers that users see.
+        since: A commit number or an execution id; "" for the beginning. A called execution stands for its caller.
+        until: The same for the end, which is included.
+
+    Raises:
+        InvalidArgumentError: A point does not exist, or `until` is before `since`.
     """
     began: dict[str, int] = {}
     for root in roots:
@@ -87,17 +94,17 @@ def _number(point: str | int, option: str, began: dict[str, int], numbers: Numbe
     if text.startswith("exec_"):
         number = began.get(text, began.get(_token(text)))
         if number is None:
-            raise InvalidArgumentError(option, f"{quote(text)} is no execution of it; {numbers}")
+            raise InvalidArgumentError(option, f"{quote(text)} is not an execution in it; {numbers}")
         return number
     if not (text.isascii() and text.isdecimal()):
         reason = f"{quote(text)} is neither the number of a commit nor the id of an execution; {numbers}"
         raise InvalidArgumentError(option, reason)
-    # Python refuses to make a number of thousands of digits.
+    # Python refuses to convert thousands of digits to a number.
     if len(text) > 18 or not numbers.first <= int(text) <= numbers.last:
         raise InvalidArgumentError(option, f"there is no commit {text}: {numbers}")
     return int(text)
 
 
 def _token(execution_id: str) -> str:
-    """What an execution's id keeps in every file: the number in it is that of the file's own commit."""
+    """The part of an execution's id that is the same in every file; its number is a commit of one file."""
     return execution_id.rpartition("_")[2]

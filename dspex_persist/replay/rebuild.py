@@ -1,4 +1,4 @@
-"""The state of a session, built again from its commits."""
+"""Rebuild the state of a session from its commits."""
 
 from collections.abc import Iterable
 from typing import Final
@@ -10,42 +10,42 @@ from dspex_persist.state.recording import RecordedCommit, RecordedVersion, in_or
 from dspex_persist.state.session_state import SessionState
 
 MASKED: Final = Value("null")
-"""What stands for a value that was kept out of the recording."""
+"""Stands for a value that is masked in the recording."""
 
 
 class Rebuilt:
-    """A session that grows commit by commit. `state` is None before it begins and after it has ended."""
+    """A session rebuilt commit by commit. `state` is None before the session begins and after it has ended."""
 
     def __init__(self) -> None:
         self.number = 0
         self.state: SessionState | None = None
         self.masked: set[str] = set()
-        """The variables whose value is not known, by id."""
+        """The ids of the variables whose value is masked."""
         self._versions: dict[str, list[VariableVersion]] = {}
         self._ids: dict[str, str] = {}
         self._registered: dict[str, VariableRegistered] = {}
 
     def apply(self, commit: RecordedCommit) -> None:
-        """Take a commit in; it has to be the next one."""
+        """Apply a commit, which must be the next one."""
         self.number = commit.number
         if self.state is not None:
             self.state.sequence = commit.number
         for event, version in in_order(commit):
             if event is not None:
-                self._take_event(commit, event)
+                self._apply_event(commit, event)
             if version is not None:
-                self._take_version(commit, version)
+                self._apply_version(commit, version)
 
-    def _take_event(self, commit: RecordedCommit, event: Event) -> None:
+    def _apply_event(self, commit: RecordedCommit, event: Event) -> None:
         if isinstance(event, VariableRegistered):
             self._registered[event.variable_id] = event
-        # Nothing is taken back here, and its TTL is over since long.
+        # The list of undo steps is dropped: nothing is undone here.
         self.state = fold(self.state, event, Moment(commit.number, commit.at), [])
 
-    def _take_version(self, commit: RecordedCommit, recorded: RecordedVersion) -> None:
+    def _apply_version(self, commit: RecordedCommit, recorded: RecordedVersion) -> None:
         registered = self._registered.get(recorded.variable_id)
         if registered is None or self.state is None:
-            # The log contradicts itself: a replay of the state tells where.
+            # The log is inconsistent, which `replay_state` reports.
             return
         version = self._remember(commit, recorded, registered.type)
         if version.value is None and version.kind is not ChangeKind.DELETED:
@@ -72,7 +72,10 @@ class Rebuilt:
         return entry
 
     def history(self, identifier: str, until: int) -> list[VariableVersion] | None:
-        """The versions up to commit `until` of a variable, or of the newest one that had its name; oldest first."""
+        """Return the versions up to commit `until`, oldest first; None if there are none.
+
+        `identifier` is the id of a variable, or a name, which means the newest variable that had it.
+        """
         variable_id = identifier if identifier in self._versions else self._ids.get(identifier)
         if variable_id is None:
             return None
@@ -80,7 +83,7 @@ class Rebuilt:
 
 
 class Past:
-    """A recording as it is walked through: copies of the state at the commits that are asked for ahead."""
+    """Walks through a recording, and keeps copies of the state as of the commits in `wanted`."""
 
     def __init__(self, commits: Iterable[RecordedCommit], wanted: Iterable[int]) -> None:
         self.rebuilt = Rebuilt()
@@ -88,9 +91,8 @@ class Past:
         self._wanted = set(wanted)
         self._kept: dict[int, tuple[SessionState, frozenset[str]]] = {}
 
-    def take(self, number: int) -> tuple[SessionState, frozenset[str]]:
-        """The state right after a commit that is wanted, for the caller alone, and the ids of the variables whose
-        values are not known in it."""
+    def state_after(self, number: int) -> tuple[SessionState, frozenset[str]]:
+        """Return a copy of the state after one of the `wanted` commits, and the ids of its masked variables."""
         while self.rebuilt.number < number:
             self._advance()
         state, masked = self._kept[number]
@@ -103,6 +105,6 @@ class Past:
             self._kept[number] = (state.copy(), frozenset(self.rebuilt.masked))
 
     def forget(self, number: int) -> None:
-        """Let go of the states before a commit: nobody is going to ask for them."""
-        for kept in [kept for kept in self._kept if kept < number]:
-            del self._kept[kept]
+        """Drop the states before a commit, which are no longer needed."""
+        for outdated in [kept for kept in self._kept if kept < number]:
+            del self._kept[outdated]

@@ -1,4 +1,4 @@
-"""What a recording says: its commits, and the tool executions in them, each with all that it did."""
+"""Read a recording: its commits, and the tool executions in them with everything they did."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,11 +27,16 @@ class Recording:
 
 
 Source: TypeAlias = Recording | str | os.PathLike[str] | tuple[Header, Iterable[RecordedCommit]]
-"""A recording, the path of one, or what `read_recording` gives."""
+"""A recording, the path of one, or a header with its commits, as `read_recording` and `record` return them."""
 
 
 def load(source: Source) -> Recording:
-    """The recording, read to its end; `RecordingError` for one that cannot be replayed."""
+    """Read a recording to its end.
+
+    Raises:
+        NotADatabaseError: The file cannot be read.
+        RecordingError: It is not a recording, or it is damaged, or part of the session was pruned.
+    """
     if isinstance(source, Recording):
         return source
     if isinstance(source, tuple):
@@ -51,7 +56,7 @@ def load(source: Source) -> Recording:
 def _checked(recording: Recording, name: str) -> Recording:
     for commit in recording.commits:
         if any(event.kind is EventKind.PRUNED for event in commit.events):
-            reason = "old versions of the session had been pruned when it was made, so its state cannot be built again"
+            reason = "the session had been pruned when the recording was made, so its state cannot be rebuilt"
             raise RecordingError(name, commit.number + 1, reason)
         try:
             commit.read_events()
@@ -62,10 +67,11 @@ def _checked(recording: Recording, name: str) -> Recording:
 
 @dataclass(eq=False, slots=True)
 class RecordedExecution:
-    """An execution in a recording. `number`: the commit of its beginning; `ended`: that of its end, 0 if there is none.
+    """An execution in a recording.
 
-    `end` is what the journal says of its end, `written` the versions that it wrote, in their order, `published` those
-    that it published, with their commits; neither has what its children did.
+    `number` is the commit that began it, `ended` the one that ended it, 0 if none did. `end` is the second half of its
+    journal entry. `written` are the versions that it wrote, in their order, and `published` those that it published,
+    with their commits; both exclude those of its children.
     """
 
     id: str
@@ -91,58 +97,58 @@ class RecordedExecution:
     children: "list[RecordedExecution]" = field(default_factory=list)
 
     def tree(self) -> "Iterator[RecordedExecution]":
-        """It, and all that ran on its behalf, in the order of their beginnings."""
+        """Yield it and all executions that it called, directly or indirectly, in the order in which they began."""
         yield self
         for child in self.children:
             yield from child.tree()
 
     @property
     def has_masked(self) -> bool:
-        """Whether values that it wrote or published were kept out of the recording."""
+        """Whether any value that it wrote or published is masked in the recording."""
         return any(version.masked for version in (*self.written, *(version for version, _ in self.published)))
 
     @property
     def failure(self) -> Failure | None:
-        """The error with which its code ended."""
+        """The exception that its code raised; None if it raised none."""
         return self.end.failure if self.end is not None else None
 
     @property
     def result(self) -> Value | None:
-        """Its result."""
+        """Its result; None unless it succeeded."""
         return self.end.result if self.end is not None else None
 
     @property
     def times(self) -> list[datetime]:
-        """What `now` gave it."""
+        """The times that `ctx.now()` returned to it."""
         return self.end.times if self.end is not None else []
 
     @property
     def lm_calls(self) -> list[Any]:
-        """The calls of language models that were recorded for it."""
+        """Its recorded language model calls."""
         return self.end.lm_calls if self.end is not None else []
 
 
 def find_executions(commits: Iterable[RecordedCommit]) -> list[RecordedExecution]:
-    """The executions that no other one called, in the order of their beginnings; each has its children."""
-    found: dict[str, RecordedExecution] = {}
+    """Return the executions that no other one called, in the order in which they began, with their children."""
+    executions: dict[str, RecordedExecution] = {}
     for commit in commits:
-        _find_in(commit, found)
-    for execution in found.values():
-        if execution.parent_id in found:
-            found[execution.parent_id].children.append(execution)
-    return [execution for execution in found.values() if execution.parent_id is None]
+        _add_executions(commit, executions)
+    for execution in executions.values():
+        if execution.parent_id in executions:
+            executions[execution.parent_id].children.append(execution)
+    return [execution for execution in executions.values() if execution.parent_id is None]
 
 
-def _find_in(commit: RecordedCommit, found: dict[str, RecordedExecution]) -> None:
+def _add_executions(commit: RecordedCommit, executions: dict[str, RecordedExecution]) -> None:
     events = commit.read_events()
     for event in events:
         if isinstance(event, ExecutionBegan):
-            found[event.execution_id] = _begun(commit, event)
-    publishing = found.get(commit.cause)
+            executions[event.execution_id] = _begun(commit, event)
+    publishing = executions.get(commit.cause)
     if publishing is not None:
-        shown = (version for version in commit.versions if version.kind is ChangeKind.PUBLISHED)
-        publishing.published.extend((version, commit.number) for version in shown)
-    _end(commit, events, found)
+        published = (version for version in commit.versions if version.kind is ChangeKind.PUBLISHED)
+        publishing.published.extend((version, commit.number) for version in published)
+    _end(commit, events, executions)
 
 
 def _begun(commit: RecordedCommit, event: ExecutionBegan) -> RecordedExecution:
@@ -163,13 +169,13 @@ def _begun(commit: RecordedCommit, event: ExecutionBegan) -> RecordedExecution:
     )
 
 
-def _end(commit: RecordedCommit, events: Sequence[Event], found: Mapping[str, RecordedExecution]) -> None:
+def _end(commit: RecordedCommit, events: Sequence[Event], executions: Mapping[str, RecordedExecution]) -> None:
     others = tuple(event for event in events if not isinstance(event, ExecutionBegan | ExecutionEnded))
     written = Written(commit.versions)
     for event in events:
-        if not isinstance(event, ExecutionEnded) or event.execution_id not in found:
+        if not isinstance(event, ExecutionEnded) or event.execution_id not in executions:
             continue
-        execution = found[event.execution_id]
+        execution = executions[event.execution_id]
         execution.ended, execution.ended_at = commit.number, commit.at
         execution.status = event.status
         execution.end = event
@@ -178,8 +184,10 @@ def _end(commit: RecordedCommit, events: Sequence[Event], found: Mapping[str, Re
 
 
 class Written:
-    """The versions of a commit, to be handed out by name and number: those of a variable that was deleted come before
-    those of another one that has its name now."""
+    """The versions of a commit, taken one by one by name and number.
+
+    If two have the same name and number, because a variable was deleted and its name reused, they come in that order.
+    """
 
     def __init__(self, versions: Iterable[RecordedVersion]) -> None:
         self._versions: dict[tuple[str, int], list[RecordedVersion]] = {}
@@ -187,12 +195,12 @@ class Written:
             self._versions.setdefault((version.name, version.version), []).append(version)
 
     def take(self, written: Iterable[tuple[str, int]]) -> Iterator[RecordedVersion]:
-        """The versions that an execution says it wrote; what the commit does not have is left out."""
+        """Remove and yield the versions that an execution claims to have written, except those not in the commit."""
         for name, number in written:
-            there = self._versions.get((name, number))
-            if there:
-                yield there.pop(0)
+            versions = self._versions.get((name, number))
+            if versions:
+                yield versions.pop(0)
 
     def left(self) -> list[RecordedVersion]:
-        """What nobody has taken."""
-        return [version for there in self._versions.values() for version in there]
+        """Return the versions that were not taken."""
+        return [version for versions in self._versions.values() for version in versions]

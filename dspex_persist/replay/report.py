@@ -1,4 +1,4 @@
-"""What a replay found."""
+"""The report of a replay."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -11,7 +11,7 @@ DOCUMENT_VERSION: Final = 1
 
 
 class Aspect(StrEnum):
-    """What was compared, in the order in which it is told: what comes first tends to explain what follows."""
+    """What was compared, in the order of the report: earlier differences tend to explain later ones."""
 
     LM = "lm"
     CALLS = "calls"
@@ -23,15 +23,15 @@ class Aspect(StrEnum):
     DEPENDENCIES = "dependencies"
     LOCKS = "locks"
     VERSIONS = "versions"
-    """In a replay of the state: that versions follow each other, and fit their variable."""
+    """State replays: each version follows its predecessor, and its value is valid for its variable."""
     JOURNAL = "journal"
-    """In a replay of the state: that the journal says what was written."""
+    """State replays: the journal lists exactly the versions that executions wrote."""
     STATE = "state"
-    """In a replay of the state: that it ends as it is stored."""
+    """State replays: the rebuilt state equals the stored one."""
 
 
 class ReplayOutcome(StrEnum):
-    """What became of an execution."""
+    """The outcome of replaying an execution."""
 
     SAME = "same"
     DIVERGED = "diverged"
@@ -40,9 +40,15 @@ class ReplayOutcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Something that came out differently. `commit`: where in the recording, or in the database that it was read from;
-    `execution_id` is "" if no execution is concerned. `diff`: recorded lines (-) and new ones (+), with some around
-    them."""
+    """One difference between the recording and the replay.
+
+    Attributes:
+        what: What was compared.
+        summary: The difference in one sentence.
+        commit: The number of the commit, in the recording or in the database that it was read from.
+        execution_id: The execution; "" if the difference does not belong to one.
+        diff: Recorded lines (-) and new ones (+), with some context.
+    """
 
     what: Aspect
     summary: str
@@ -57,9 +63,18 @@ class Divergence:
 
 @dataclass(frozen=True, slots=True)
 class ReplayedExecution:
-    """An execution of the recording, and what became of it. `status`: how it had ended; `commit`: where it began.
+    """An execution of the recording, and the outcome of replaying it.
 
-    `reason`: why it was skipped.
+    Attributes:
+        execution_id: Its id, as in the recording or in the database that it was read from.
+        tool: The name of the tool.
+        commit: The number of the commit that began it.
+        attempt: Which attempt at its request it was, from 1.
+        parent_id: The execution that called it, if any.
+        status: How it ended when it was recorded.
+        outcome: The outcome of the replay.
+        reason: Why it was skipped, else "".
+        divergences: The differences, empty unless it diverged.
     """
 
     execution_id: str
@@ -75,9 +90,14 @@ class ReplayedExecution:
 
 @dataclass(frozen=True, slots=True)
 class ReplayReport:
-    """All of a replay. `mode`: "tools" or "state"; `commits`: how many the recording has.
+    """The result of a replay.
 
-    `divergences` has those of the executions too, in the order of the recording.
+    Attributes:
+        session_id: The recorded session.
+        mode: "tools" if its tools ran again, "state" if its state was rebuilt from the log.
+        commits: The number of commits in the recording.
+        executions: The executions, in the order of the recording.
+        divergences: All differences, including those of the executions, in the order of the recording.
     """
 
     session_id: str
@@ -88,12 +108,12 @@ class ReplayReport:
 
     @property
     def ok(self) -> bool:
-        """Whether everything that was checked came out as it was recorded."""
+        """Whether the replay found no differences."""
         return not self.divergences
 
     @property
     def checked(self) -> bool:
-        """Whether anything was: executions that were skipped were not."""
+        """Whether anything was checked. Skipped executions were not."""
         return self.mode == "state" or any(each.outcome is not ReplayOutcome.SKIPPED for each in self.executions)
 
     @property
@@ -102,11 +122,11 @@ class ReplayReport:
         return tuple(dict.fromkeys(each.reason for each in self.executions if each.outcome is ReplayOutcome.SKIPPED))
 
     def count(self, outcome: ReplayOutcome) -> int:
-        """How many executions ended so."""
+        """Return the number of executions with this outcome."""
         return sum(each.outcome is outcome for each in self.executions)
 
     def document(self) -> dict[str, Any]:
-        """The report as JSON: what is in it stays, what is new is added."""
+        """Return the report as a JSON object. Later releases may add keys, but keep these."""
         return {
             "format": DOCUMENT,
             "version": DOCUMENT_VERSION,
@@ -123,23 +143,23 @@ class ReplayReport:
         }
 
     def describe(self, most: int = 5) -> str:
-        """The report in words, with the first divergences."""
+        """Return the report as text, with up to `most` divergences."""
         shown = [str(each) for each in self.divergences[:most]]
         more = len(self.divergences) - len(shown)
         return "\n\n".join([self.headline(), *shown, *([f"and {more} more"] if more else [])])
 
     def headline(self) -> str:
-        """The report in one sentence."""
-        found = _counted(len(self.divergences), "divergence") if self.divergences else "no divergence"
+        """Return the report in one sentence."""
+        divergences = _counted(len(self.divergences), "divergence") if self.divergences else "no divergence"
         if self.mode == "state":
-            return f"session {self.session_id}: {found} in {_counted(self.commits, 'commit')}"
+            return f"session {self.session_id}: {divergences} in {_counted(self.commits, 'commit')}"
         if not self.executions:
             return f"session {self.session_id}: nothing was checked: it has no executions"
         counts = ", ".join(f"{self.count(each)} {each.value}" for each in ReplayOutcome if self.count(each))
         ran = f"{_counted(len(self.executions), 'execution')} ({counts})"
         if not self.checked:
             return f"session {self.session_id}: nothing was checked in {ran}: {'; '.join(self.reasons)}"
-        return f"session {self.session_id}: {found} in {ran}"
+        return f"session {self.session_id}: {divergences} in {ran}"
 
     def __str__(self) -> str:
         return self.describe()
@@ -158,13 +178,13 @@ def _counted(number: int, noun: str) -> str:
 
 
 def diff_of(recorded: Iterable[str], new: Iterable[str]) -> tuple[str, ...]:
-    """What differs, as lines of a unified diff without its head."""
+    """Return a unified diff without its header lines."""
     return tuple(_without_head(unified_diff(list(recorded), list(new), n=2, lineterm="")))
 
 
 def _without_head(lines: Iterator[str]) -> Iterator[str]:
     for number, line in enumerate(lines):
-        # The two lines that name files, and where in the first one it begins.
+        # The first three lines name the files and the position of the first hunk.
         if number > 2 and not line.startswith("@@"):
             yield line
         elif number > 2:

@@ -1,4 +1,4 @@
-"""Running the tools of a recording again."""
+"""Run the tools of a recording again."""
 
 import asyncio
 import sys
@@ -17,7 +17,7 @@ from dspex_persist.replay.numbers import Numbers, range_of
 from dspex_persist.replay.rebuild import Past
 from dspex_persist.replay.recorded import RecordedExecution, Recording, Source, find_executions, load
 from dspex_persist.replay.report import Aspect, Divergence, ReplayedExecution, ReplayOutcome, ReplayReport
-from dspex_persist.replay.tools import RunAgain, in_place_of, no_lm_asked, stand_ins_for
+from dspex_persist.replay.tools import RunAgain, refused_lm_calls, stand_ins_for, stood_in_for
 from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.errors import InvalidArgumentError, quote
 from dspex_persist.state.limits import Limits
@@ -33,16 +33,16 @@ from dspex_persist.state.tools.runner import ToolRunner
 from dspex_persist.state.tools.with_tools import TOOL_THREADS
 
 Progress: TypeAlias = Callable[[int, int], None]
-"""Told how many executions are done, of how many."""
+"""Called with the number of executions replayed so far, and of all that are to be."""
 Tools: TypeAlias = Mapping[str, ToolCode] | Sequence[object] | str
-"""A toolbox, or what is to be in one: tools, instances that have some, and what `--tools` takes."""
+"""A toolbox, or the contents of one: tools, objects with tools, and references such as `--tools` accepts."""
 
 _REPEATABLE: Final = (ExecutionStatus.COMMITTED, ExecutionStatus.FAILED)
 _NOT_CALLED: Final = "it was not called this time"
 _REAL_TIME: Final = ("_pytest", "grpc", "uvloop")
-"""Modules that work with the world outside, where the time is what it is."""
+"""Modules that keep the real time, because they deal with the outside world."""
 _LISTS_MORE: Final = ("dspex_persist", "dspex_persist.errors")
-"""Modules whose `__dir__` has names that are imported when they are asked for."""
+"""Modules whose `__dir__` lists names that are imported on first use."""
 
 
 def replay(
@@ -57,62 +57,75 @@ def replay(
     limits: Limits | None = None,
     progress: Progress | None = None,
 ) -> ReplayReport:
-    """Run the tools of a recording again, on the recorded state with what was recorded; what came out differently.
+    """Run the tools of a recording again, on the recorded state and inputs, and report every difference.
 
-    Nothing is written anywhere, except by what the tools' code does besides. An execution stands on the state that was
-    recorded, whatever became of those before it. `since` and `until` say which, by commits of the recording or ids of
-    executions, both included; `only_tools` are the names of those tools that are to run. Commits and executions have
-    the numbers of the recording; where it was read from a database, as `record` does, those of the database.
+    Nothing is written, except for side effects of the tools' own code. Each execution starts from the recorded state,
+    even if the ones before it came out differently.
 
-    Language models are not asked: their recorded answers are played back. With `live_lm` they are asked, and what they
-    answer otherwise is a divergence. Where freezegun is installed, `freeze` has the process's clock begin each
-    execution at its recorded time; `ctx.now()` needs none of that.
+    Args:
+        recording: The recording, or the path of one.
+        tools: The tools' code. Calls of other tools repeat what was recorded.
+        since: The first execution, by the number of the commit that began it or by its id; "" for the beginning. The
+            numbers are those of the recording or, if it was read from a database, those of the database.
+        until: The last execution, included; "" for the end.
+        only_tools: The names of the tools to replay; all if empty.
+        live_lm: Whether to call language models. Without it, their recorded responses are returned. With it, a response
+            that differs from the recorded one is a divergence.
+        freeze: Whether to start the process's clock at the recorded time of each execution, if freezegun is installed
+            and `live_lm` is false. `ctx.now()` returns the recorded times in any case.
+        limits: The limits on values and executions; the defaults if omitted.
+        progress: Called with the number of executions replayed so far, and of all.
 
-    Raises `RecordingError` for what is no recording, `InvalidArgumentError` for points and names that it does not have,
-    and for those between which no execution began.
+    Raises:
+        RecordingError: It is not a recording, or it is damaged, or part of the session was pruned.
+        InvalidArgumentError: A point or a tool does not exist in it, or no execution began in the range.
     """
     recorded = load(recording)
     roots = find_executions(recorded.commits)
     numbers = Numbers(recorded)
     chosen = _chosen(roots, numbers, since, until, frozenset(only_tools))
     rerun = _Rerun(recorded, Toolbox.of(tools), live_lm, limits or Limits(), chosen)
-    told: list[ReplayedExecution] = []
-    # Between executions, too: a thread that one of them has left behind asks nobody.
-    guard = nullcontext() if live_lm else no_lm_asked()
+    replayed: list[ReplayedExecution] = []
+    # Between executions, too: a thread that one of them left behind must not call a model.
+    guard = nullcontext() if live_lm else refused_lm_calls()
     with guard, rerun.open(), _clock(freeze and not live_lm) as move_to:
         for done, root in enumerate(chosen):
             if progress is not None:
                 progress(done, len(chosen))
             move_to(root.at)
-            told.extend(map(numbers.told, rerun.run(root)))
+            replayed.extend(map(numbers.renumber, rerun.run(root)))
     if progress is not None:
         progress(len(chosen), len(chosen))
-    told.sort(key=lambda each: each.commit)
-    divergences = tuple(divergence for each in told for divergence in each.divergences)
-    return ReplayReport(recorded.header.session_id, "tools", len(recorded.commits), tuple(told), divergences)
+    replayed.sort(key=lambda each: each.commit)
+    divergences = tuple(divergence for each in replayed for divergence in each.divergences)
+    return ReplayReport(recorded.header.session_id, "tools", len(recorded.commits), tuple(replayed), divergences)
 
 
 def _chosen(
     roots: Sequence[RecordedExecution], numbers: Numbers, since: str | int, until: str | int, names: frozenset[str]
 ) -> list[RecordedExecution]:
-    meant = range_of(roots, numbers, since, until)
+    bounds = range_of(roots, numbers, since, until)
     known = {root.tool for root in roots}
     for name in sorted(names - known):
         reason = f"no execution of {quote(name)} was recorded; there are {', '.join(sorted(known)) or 'none'}"
         raise InvalidArgumentError("only_tools", reason)
     named = [root for root in roots if not names or root.tool in names]
-    chosen = [root for root in named if meant.has(numbers.shown(root.number))]
+    chosen = [root for root in named if bounds.has(numbers.shown(root.number))]
     if named and not chosen:
         first, last = numbers.shown(named[0].number), numbers.shown(named[-1].number)
         of_names = f" of {', '.join(map(quote, sorted(names)))}" if names else ""
-        reason = f"no execution{of_names} began in commits {meant.first} to {meant.last}: the first began with commit "
-        raise InvalidArgumentError("since" if str(since) else "until", f"{reason}{first}, the last with commit {last}")
+        places = f"the first began with commit {first}, the last with commit {last}"
+        reason = f"no execution{of_names} began in commits {bounds.first} to {bounds.last}: {places}"
+        raise InvalidArgumentError("since" if str(since) else "until", reason)
     return chosen
 
 
 @contextmanager
 def _clock(wanted: bool) -> Iterator[Callable[[datetime], None]]:
-    """What sets the process's clock, if it can be set. It goes on from there: code that waits must come to an end."""
+    """Yield a function that sets the process's clock, if freezegun is installed and it is `wanted`.
+
+    The clock ticks on from there, so that code that waits for a time comes to an end.
+    """
     try:
         from freezegun import freeze_time
     except ImportError:
@@ -131,7 +144,10 @@ def _clock(wanted: bool) -> Iterator[Callable[[datetime], None]]:
 
 @contextmanager
 def _listing_what_is_loaded() -> Iterator[None]:
-    """While freezegun asks every module for all that it lists: ours list what they would import only then, gRPC too."""
+    """Hide the names that our modules import lazily while freezegun reads every name in every module.
+
+    Reading them would import all of the package, including gRPC.
+    """
     ours = [vars(sys.modules[name]) for name in _LISTS_MORE]
     listings = [names.pop("__dir__", None) for names in ours]
     try:
@@ -143,7 +159,7 @@ def _listing_what_is_loaded() -> Iterator[None]:
 
 
 class _Rerun:
-    """A recording with a runner over it."""
+    """A recording, and a runner to replay it."""
 
     def __init__(
         self,
@@ -156,27 +172,27 @@ class _Rerun:
         bases = (number - 1 for root in chosen for each in root.tree() for _, number in each.published)
         self._past = Past(recording.commits, {*bases, *(root.number for root in chosen)})
         self._limits = limits
-        self._stage = ReplayStore()
+        self._store = ReplayStore()
         self._tools: dict[str, ToolCode] = {
-            name: RunAgain(tool, self._stage, live_lm) for name, tool in toolbox.items()
+            name: RunAgain(tool, self._store, live_lm) for name, tool in toolbox.items()
         }
         self._running: tuple[ToolRunner, Invoker, asyncio.AbstractEventLoop | None] | None = None
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """While it is open, `run` can be called."""
+        """Start the runner; `run` can be called inside the block."""
         registered = partial(RemoteTool, port=None, limits=self._limits)
-        # On this very thread, which has nothing else to do, unless a loop runs there already: to hand each execution
-        # over to another thread, and its outcome back, takes as long as the rest of a short one.
+        # Use an event loop on this thread unless one is running here already: passing each execution to another thread,
+        # and its outcome back, would take as long as the rest of a short one.
         loop = None if is_on_loop() else asyncio.SelectorEventLoop()
         home = Home(loop)
         invoker = Invoker(home, TOOL_THREADS, self._limits)
-        runner = ToolRunner(self._stage, home, {}, registered=registered, limits=self._limits)
+        runner = ToolRunner(self._store, home, {}, registered=registered, limits=self._limits)
         self._running = runner, invoker, loop
         try:
             yield
         finally:
-            self._stage.take = self._running = None
+            self._store.run = self._running = None
             runner.drain()
             home.close()
             if loop is not None:
@@ -184,59 +200,59 @@ class _Rerun:
             invoker.close()
 
     def run(self, root: RecordedExecution) -> Iterator[ReplayedExecution]:
-        """Run an execution again with all that it called; what became of each."""
+        """Run an execution again with everything that it calls, and yield the outcome of each."""
         reason = _why_not(root)
         if reason:
-            yield from (_told(each, ReplayOutcome.SKIPPED, reason) for each in root.tree())
+            yield from (_replayed(each, ReplayOutcome.SKIPPED, reason) for each in root.tree())
             return
         self._past.forget(root.number)
-        take = ReplayRun(root, self._past, self._limits)
-        if _reads_masked(root, take) or any(each.has_masked for each in in_place_of(root, self._tools)):
+        run = ReplayRun(root, self._past, self._limits)
+        if _reads_masked(root, run) or any(each.has_masked for each in stood_in_for(root, self._tools)):
             reason = "it reads a variable whose values were kept out of the recording"
-            yield from (_told(each, ReplayOutcome.SKIPPED, reason) for each in root.tree())
+            yield from (_replayed(each, ReplayOutcome.SKIPPED, reason) for each in root.tree())
             return
-        outcome = self._play(root, take)
-        if take.root is None:
+        outcome = self._play(root, run)
+        if run.root is None:
             yield _refused(root, outcome)
-            yield from (_told(each, ReplayOutcome.SKIPPED, _NOT_CALLED) for each in root.tree() if each is not root)
+            yield from (_replayed(each, ReplayOutcome.SKIPPED, _NOT_CALLED) for each in root.tree() if each is not root)
         else:
-            yield from _compared(root, take)
+            yield from _compared(root, run)
 
-    def _play(self, root: RecordedExecution, take: ReplayRun) -> ToolOutcome:
-        assert self._running is not None, "it is open"
+    def _play(self, root: RecordedExecution, run: ReplayRun) -> ToolOutcome:
+        assert self._running is not None, "call it inside `open`"
         runner, invoker, loop = self._running
-        self._stage.take = take
-        tools = self._tools | stand_ins_for(root, self._tools, self._stage)
+        self._store.run = run
+        tools = self._tools | stand_ins_for(root, self._tools, self._store)
         runner.tools = local_tools(tools, invoker)
         request = ToolRequest(
-            take.state.session.id,
+            run.state.session.id,
             root.tool,
             root.parameters,
             Origin(root.actor, root.cause),
             root.metadata,
             timeout_s=TOOL_TIMEOUT_S,
         )
-        with clock.reading(take.now):
+        with clock.reading(run.now):
             if loop is None:
                 return runner.submit(request).result()
             return loop.run_until_complete(runner.execute(request))
 
 
 def _why_not(root: RecordedExecution) -> str:
-    """Why an execution cannot be run again; "" if it can."""
+    """The reason why an execution cannot be run again; "" if it can."""
     if not root.ended:
         return "it had not ended when the recording was made"
     if root.worker_id:
         return f"it ran in another process, in worker {root.worker_id}"
     if root.status not in _REPEATABLE:
-        return f"it ended as {root.status.value.replace('_', ' ')}, which depends on others"
+        return f"it ended as {root.status.value.replace('_', ' ')}, which depends on other callers"
     return ""
 
 
-def _reads_masked(root: RecordedExecution, take: ReplayRun) -> bool:
-    if not take.masked:
+def _reads_masked(root: RecordedExecution, run: ReplayRun) -> bool:
+    if not run.masked:
         return False
-    masked = {variable.id: variable.name for variable in take.state.variables.values() if variable.id in take.masked}
+    masked = {variable.id: variable.name for variable in run.state.variables.values() if variable.id in run.masked}
     for execution in root.tree():
         end = execution.end
         if end is None:
@@ -248,7 +264,7 @@ def _reads_masked(root: RecordedExecution, take: ReplayRun) -> bool:
     return False
 
 
-def _told(
+def _replayed(
     execution: RecordedExecution, outcome: ReplayOutcome, reason: str = "", divergences: tuple[Divergence, ...] = ()
 ) -> ReplayedExecution:
     return ReplayedExecution(
@@ -265,26 +281,27 @@ def _told(
 
 
 def _refused(root: RecordedExecution, outcome: ToolOutcome) -> ReplayedExecution:
-    """It could not even begin: there is no such tool any more, or it takes other parameters."""
+    """The outcome of an execution that could not begin: its tool is missing, or takes other parameters."""
     summary = "it is refused before it begins, and was not when it was recorded"
     diff = (f"+{type(outcome.error).__name__}: {outcome.error}",)
-    return _told(root, ReplayOutcome.DIVERGED, "", (Divergence(Aspect.ERROR, summary, root.number, root.id, diff),))
+    return _replayed(root, ReplayOutcome.DIVERGED, "", (Divergence(Aspect.ERROR, summary, root.number, root.id, diff),))
 
 
-def _compared(root: RecordedExecution, take: ReplayRun) -> Iterator[ReplayedExecution]:
-    whole = not any(played.from_recording for played in take.played.values())
+def _compared(root: RecordedExecution, run: ReplayRun) -> Iterator[ReplayedExecution]:
+    whole = not any(call.from_recording for call in run.calls.values())
     stood_in: set[str] = set()
     for execution in root.tree():
-        played = take.played.get(execution.id)
+        call = run.calls.get(execution.id)
         if execution.parent_id in stood_in:
             stood_in.add(execution.id)
-            yield _told(execution, ReplayOutcome.SKIPPED, "it was called by one that was not run again")
-        elif played is None:
-            yield _told(execution, ReplayOutcome.SKIPPED, _NOT_CALLED)
-        elif played.from_recording:
+            yield _replayed(execution, ReplayOutcome.SKIPPED, "its caller was not run again")
+        elif call is None:
+            yield _replayed(execution, ReplayOutcome.SKIPPED, _NOT_CALLED)
+        elif call.from_recording:
             stood_in.add(execution.id)
             where = f"it ran in worker {execution.worker_id}" if execution.worker_id else "its code is not here"
-            yield _told(execution, ReplayOutcome.SKIPPED, f"{where}: what it did was taken from the recording")
+            yield _replayed(execution, ReplayOutcome.SKIPPED, f"{where}: what it did was taken from the recording")
         else:
-            found = tuple(compare(played, take.names, whole and execution is root))
-            yield _told(execution, ReplayOutcome.DIVERGED if found else ReplayOutcome.SAME, "", found)
+            divergences = tuple(compare(call, run.names, whole and execution is root))
+            outcome = ReplayOutcome.DIVERGED if divergences else ReplayOutcome.SAME
+            yield _replayed(execution, outcome, "", divergences)

@@ -1,4 +1,4 @@
-"""Building a session's state again from its log alone, and whether the log agrees with itself and with what is kept."""
+"""Rebuild a session's state from its log, and check that the log is consistent and matches the stored state."""
 
 from collections.abc import Iterable, Iterator
 
@@ -18,19 +18,27 @@ from dspex_persist.state.recording import RecordedCommit, RecordedVersion
 def replay_state(
     recording: Source, stored: Iterable[VariableState] | None = None, *, limits: Limits | None = None
 ) -> ReplayReport:
-    """Build the state of a session from its commits, and tell where they contradict each other.
+    """Rebuild the state of a session from its commits, and report every inconsistency.
 
-    Each version has to follow its predecessor and to fit its variable's type and constraints, and the journal has to
-    say of the executions' commits what is in them. With `stored`, the live variables of the session as they are kept,
-    the state has to end as it is there.
+    Each version must follow its predecessor and satisfy its variable's type and constraints, and the journal entries of
+    executions must list exactly the versions that they wrote.
+
+    Args:
+        recording: The recording, or the path of one.
+        stored: The stored live variables of the session, such as `AuditSource.state` returns; if given, the rebuilt
+            state must equal them at the end.
+        limits: The limits on values; the defaults if omitted.
+
+    Raises:
+        RecordingError: The recording is damaged, or part of the session was pruned.
     """
     recorded = load(recording)
     check = _Check(limits or Limits())
-    found = [divergence for commit in recorded.commits for divergence in check.take(commit)]
+    divergences = [divergence for commit in recorded.commits for divergence in check.check(commit)]
     if stored is not None:
-        found.extend(check.compare(stored, len(recorded.commits)))
-    told = tuple(map(Numbers(recorded).told_of, found))
-    return ReplayReport(recorded.header.session_id, "state", len(recorded.commits), divergences=told)
+        divergences.extend(check.compare(stored, len(recorded.commits)))
+    shown = tuple(map(Numbers(recorded).renumber_divergence, divergences))
+    return ReplayReport(recorded.header.session_id, "state", len(recorded.commits), divergences=shown)
 
 
 class _Check:
@@ -41,22 +49,22 @@ class _Check:
         self._versions: dict[str, RecordedVersion] = {}
         self._running: set[str] = set()
 
-    def take(self, commit: RecordedCommit) -> Iterator[Divergence]:
-        """Take a commit in; what is wrong with it."""
+    def check(self, commit: RecordedCommit) -> Iterator[Divergence]:
+        """Apply the next commit, and yield its inconsistencies."""
         events = commit.read_events()
         for event in events:
             if isinstance(event, VariableRegistered):
                 self._registered[event.variable_id] = event
         for version in commit.versions:
-            wrong = self._wrong_with(version)
-            if wrong:
-                yield Divergence(Aspect.VERSIONS, f"{version.name} version {version.version}: {wrong}", commit.number)
+            problem = self._problem_with(version)
+            if problem:
+                yield Divergence(Aspect.VERSIONS, f"{version.name} version {version.version}: {problem}", commit.number)
             self._versions[version.variable_id] = version
         yield from self._check_journal(commit, events)
         self._rebuilt.apply(commit)
 
-    def _wrong_with(self, version: RecordedVersion) -> str:
-        """In what a version contradicts what came before it; "" if in nothing."""
+    def _problem_with(self, version: RecordedVersion) -> str:
+        """How a version contradicts the versions before it; "" if it does not."""
         registered = self._registered.get(version.variable_id)
         if registered is None:
             return "its variable was never registered"
@@ -67,13 +75,13 @@ class _Check:
         if (version.kind is ChangeKind.REGISTERED) != (before is None):
             return "a variable is registered with its first version, and with no other"
         if before is not None and before.kind is ChangeKind.DELETED:
-            return "it had been deleted"
+            return "its variable had been deleted"
         if version.name != registered.name:
             return f"its variable was registered as {registered.name}"
-        return self._unfit(version, registered)
+        return self._problem_with_value(version, registered)
 
-    def _unfit(self, version: RecordedVersion, registered: VariableRegistered) -> str:
-        """In what the value is not one of its variable."""
+    def _problem_with_value(self, version: RecordedVersion, registered: VariableRegistered) -> str:
+        """How the value violates the type or the constraints of its variable; "" if it does not."""
         if version.masked:
             return ""
         if version.value is None or version.kind is ChangeKind.DELETED:
@@ -84,8 +92,8 @@ class _Check:
             constraints = values.compile_constraints(version.name, registered.type, registered.constraints)
             kept = values.normalise(version.name, registered.type, constraints, version.value, self._limits)
         except StateError as error:
-            return f"its value is none of its variable's: {error}"
-        return "" if kept == version.value else f"its value would have been kept as {kept.json}"
+            return f"its value violates the variable's type or constraints: {error}"
+        return "" if kept == version.value else f"its value would have been stored as {kept.json}"
 
     def _check_journal(self, commit: RecordedCommit, events: Iterable[Event]) -> Iterator[Divergence]:
         written = Written(commit.versions)
@@ -97,23 +105,23 @@ class _Check:
                 ended = True
                 yield from self._check_end(commit, event, written)
         for version in written.left() if ended else ():
-            told = f"{version.name} version {version.version}: no execution says that it wrote it"
-            yield Divergence(Aspect.JOURNAL, told, commit.number)
+            summary = f"{version.name} version {version.version}: it is in no execution's journal entry"
+            yield Divergence(Aspect.JOURNAL, summary, commit.number)
 
     def _check_end(self, commit: RecordedCommit, event: ExecutionEnded, written: Written) -> Iterator[Divergence]:
         execution_id = event.execution_id
         if execution_id not in self._running:
-            yield Divergence(Aspect.JOURNAL, "it ended, and was not running", commit.number, execution_id)
+            yield Divergence(Aspect.JOURNAL, "it ended without running", commit.number, execution_id)
         self._running.discard(execution_id)
         claimed = list(event.writes)
-        there = [(version.name, version.version) for version in written.take(claimed)]
-        if claimed != there:
-            told = [[f"{name} v{version}" for name, version in each] for each in (claimed, there)]
-            what = "its journal entry says of what it wrote (-) what its commit has not (+)"
-            yield Divergence(Aspect.JOURNAL, what, commit.number, execution_id, diff_of(*told))
+        actual = [(version.name, version.version) for version in written.take(claimed)]
+        if claimed != actual:
+            lines = [[f"{name} v{version}" for name, version in each] for each in (claimed, actual)]
+            what = "its journal entry lists other versions (-) than its commit contains (+)"
+            yield Divergence(Aspect.JOURNAL, what, commit.number, execution_id, diff_of(*lines))
 
     def compare(self, stored: Iterable[VariableState], number: int) -> Iterator[Divergence]:
-        """Where the state is not what is kept."""
+        """Yield the differences between the rebuilt state and the stored one."""
         state = self._rebuilt.state
         ours = {variable.id: variable for variable in state.variables.values()} if state is not None else {}
         kept = {variable.variable_id: variable for variable in stored}
@@ -123,7 +131,7 @@ class _Check:
             lines = [_lines(each, hidden) for each in (before, after)]
             if lines[0] != lines[1]:
                 name = before.name if before is not None else after.name if after is not None else variable_id
-                what = f"{name}: the log (-) says something else than what is kept (+)"
+                what = f"{name}: the state rebuilt from the log (-) differs from the stored one (+)"
                 yield Divergence(Aspect.STATE, what, number, diff=diff_of(*lines))
 
 

@@ -1,4 +1,4 @@
-"""The tools of a replay: those whose code runs again, and those that do what was recorded instead."""
+"""The tools of a replay: some run their code again, others are stand-ins that repeat what was recorded."""
 
 import builtins
 import sys
@@ -21,83 +21,83 @@ from dspex_persist.state.tools.session import ToolSession
 
 
 class RunAgain:
-    """A tool whose own code runs, with the recorded attempt, and the recorded times where it asks for the time.
+    """Runs a tool's code, with the recorded attempt number and, from `ctx.now()`, the recorded times.
 
-    Where it asks a language model it is given the recorded answer or, with `live_lm`, what the model says today.
+    Its language model calls return the recorded responses or, with `live_lm`, ask the model.
     """
 
-    def __init__(self, tool: ToolCode, stage: ReplayStore, live_lm: bool) -> None:
-        # What would have ended as a conflict is to be told, not tried again.
+    def __init__(self, tool: ToolCode, store: ReplayStore, live_lm: bool) -> None:
+        # A conflict is a difference to report, not a reason to retry.
         self.spec = replace(tool.spec, retries=0)
         self.kind = tool.kind
         self.reads_plainly = tool.reads_plainly
         self.result_type = tool.result_type
         self._tool = tool
-        self._stage = stage
+        self._store = store
         self._live_lm = live_lm
 
     def bind(self, parameters: Mapping[str, Value], limits: Limits) -> Mapping[str, object]:
-        """As the tool itself does."""
+        """Bind the parameters as the tool does."""
         return self._tool.bind(parameters, limits)
 
     def start(self, session: ToolSession, arguments: Mapping[str, object]) -> Any:
         """Call the tool's code."""
-        take = self._stage.current
-        played = take.played[session.execution_id]
-        session.attempt = played.recorded.attempt if played.recorded is not None else 1
-        session.read_clock = take.times_of(session.execution_id)
+        run = self._store.current
+        call = run.calls[session.execution_id]
+        session.attempt = call.recorded.attempt if call.recorded is not None else 1
+        session.read_clock = run.times_of(session.execution_id)
         match self.kind:
             case ToolKind.FUNCTION:
-                with self._playing(played):
+                with self._playing(call):
                     return self._tool.start(session, arguments)
             case ToolKind.COROUTINE:
-                return self._await(played, session, arguments)
+                return self._await(call, session, arguments)
             case ToolKind.GENERATOR:
-                return self._generate(played, session, arguments)
-        return self._generate_later(played, session, arguments)
+                return self._generate(call, session, arguments)
+        return self._generate_later(call, session, arguments)
 
-    async def _await(self, played: ReplayedCall, session: ToolSession, arguments: Mapping[str, object]) -> Any:
-        with self._playing(played):
+    async def _await(self, call: ReplayedCall, session: ToolSession, arguments: Mapping[str, object]) -> Any:
+        with self._playing(call):
             return await self._tool.start(session, arguments)
 
-    def _generate(self, played: ReplayedCall, session: ToolSession, arguments: Mapping[str, object]) -> Iterator[Any]:
-        with self._playing(played), closing(self._tool.start(session, arguments)) as started:
+    def _generate(self, call: ReplayedCall, session: ToolSession, arguments: Mapping[str, object]) -> Iterator[Any]:
+        with self._playing(call), closing(self._tool.start(session, arguments)) as started:
             yield from started
 
     async def _generate_later(
-        self, played: ReplayedCall, session: ToolSession, arguments: Mapping[str, object]
+        self, call: ReplayedCall, session: ToolSession, arguments: Mapping[str, object]
     ) -> AsyncIterator[Any]:
-        with self._playing(played):
+        with self._playing(call):
             async with aclosing(self._tool.start(session, arguments)) as started:
                 async for chunk in started:
                     yield chunk
 
     @contextmanager
-    def _playing(self, played: ReplayedCall) -> Iterator[None]:
-        """Have calls of language models answered from the recording, and what differs kept."""
-        if not _may_ask_a_model(played):
-            yield from self._refusing(played)
+    def _playing(self, call: ReplayedCall) -> Iterator[None]:
+        """Answer language model calls from the recording, and collect the differences."""
+        if not _may_call_a_model(call):
+            yield from self._refusing(call)
             return
         from dspex_persist.cognitive.dspy import playing
 
-        calls = played.recorded.lm_calls if played.recorded is not None else ()
+        calls = call.recorded.lm_calls if call.recorded is not None else ()
         with playing(calls, live=self._live_lm) as playback:
-            # It is complete when the block has ended, and looked at later.
-            played.lm = playback.divergences
+            # The list is filled while the block runs, and compared after it.
+            call.lm = playback.divergences
             yield
 
-    def _refusing(self, played: ReplayedCall) -> Iterator[None]:
-        """The code may still come to import DSPy."""
+    def _refusing(self, call: ReplayedCall) -> Iterator[None]:
+        """Refuse language model calls: the tool's code may still import DSPy."""
         if self._live_lm:
             yield
             return
-        with no_lm_asked() as refusal:
-            played.lm = refusal.divergences
+        with refused_lm_calls() as refusal:
+            call.lm = refusal.divergences
             yield
 
 
-def no_lm_asked() -> AbstractContextManager[Refusal]:
-    """Have LM calls of which nobody can say whose they are refused, while it is open."""
+def refused_lm_calls() -> AbstractContextManager[Refusal]:
+    """Return a context in which LM calls that belong to no known execution are refused."""
 
     def install() -> None:
         from dspex_persist.cognitive import dspy
@@ -107,43 +107,43 @@ def no_lm_asked() -> AbstractContextManager[Refusal]:
     return refusing(install)
 
 
-def _may_ask_a_model(played: ReplayedCall) -> bool:
-    """Importing DSPy takes seconds: only where there is something to play back, or where the code may have it."""
-    return "dspy" in sys.modules or bool(played.recorded is not None and played.recorded.lm_calls)
+def _may_call_a_model(call: ReplayedCall) -> bool:
+    """Whether to import DSPy, which takes seconds: if it is imported already, or if calls were recorded."""
+    return "dspy" in sys.modules or bool(call.recorded is not None and call.recorded.lm_calls)
 
 
 class StandIn:
-    """In place of a tool that is not at hand, or that ran in another process: what it did then is done again."""
+    """Takes the place of a tool whose code is not available or ran in a worker: repeats what it did when recorded."""
 
     kind = ToolKind.FUNCTION
     reads_plainly = True
     result_type = ""
 
-    def __init__(self, name: str, stage: ReplayStore) -> None:
+    def __init__(self, name: str, store: ReplayStore) -> None:
         self.spec = ToolSpec(name)
-        self._stage = stage
+        self._store = store
 
     def bind(self, parameters: Mapping[str, Value], limits: Limits) -> Mapping[str, object]:
-        """Whatever it is called with."""
+        """Accept any parameters."""
         return {}
 
     def start(self, session: ToolSession, arguments: Mapping[str, object]) -> Any:
-        """Write what was written, then return what was returned, or raise what was raised."""
-        played = self._stage.current.played[session.execution_id]
-        if played.recorded is None:
-            hint = "its code is not here, and there is no other call of it in the recording"
+        """Repeat the recorded writes, then return the recorded result or raise the recorded error."""
+        call = self._store.current.calls[session.execution_id]
+        if call.recorded is None:
+            hint = "its code is not here, and the recording has no other call of it"
             raise errors.ToolNotFoundError(self.spec.name, hint)
-        played.from_recording = True
-        for execution in played.recorded.tree():
+        call.from_recording = True
+        for execution in call.recorded.tree():
             self._publish(session, execution)
-        written = [version for each in played.recorded.tree() for version in each.written]
-        # Of each variable in the order of its versions, whoever of them wrote it.
+        written = [version for each in call.recorded.tree() for version in each.written]
+        # Write each variable in the order of its versions, whichever execution of the tree wrote them.
         for version in sorted(written, key=lambda each: each.version):
-            command = _repeating(session.session_id, version, played.recorded)
+            command = _repeating(session.session_id, version, call.recorded)
             session.execution.run(command, replace(session.origin, source=version.source))
-        if played.recorded.failure is not None:
-            raise exception_like(played.recorded.failure)
-        result = played.recorded.result
+        if call.recorded.failure is not None:
+            raise exception_like(call.recorded.failure)
+        result = call.recorded.result
         return values.decode_loosely(result) if result is not None else None
 
     def _publish(self, session: ToolSession, execution: RecordedExecution) -> None:
@@ -152,11 +152,11 @@ class StandIn:
             command = commands.PublishVariable(
                 session.session_id, session.execution_id, version.name, version.value, version.metadata
             )
-            session.execution.take_published(self._stage.submit(command, session.origin).result())
+            session.execution.take_published(self._store.submit(command, session.origin).result())
 
 
 def _repeating(session_id: str, version: RecordedVersion, execution: RecordedExecution) -> Command[Any]:
-    """The command that makes such a version."""
+    """The command that creates such a version."""
     name, value = version.name, version.value
     match version.kind:
         case ChangeKind.DELETED:
@@ -178,27 +178,29 @@ def _registered(variable_id: str, execution: RecordedExecution) -> VariableRegis
 
 
 def exception_like(failure: Failure) -> Exception:
-    """An exception of the type that was recorded, by name, if it is one of Python's or of this package's; else one
-    that is called so. Its text is the recorded one."""
+    """Return an exception with the recorded type name and message.
+
+    If Python or this package has an exception type of that name, the exception is an instance of it.
+    """
     known = getattr(builtins, failure.type, None) or getattr(errors, failure.type, None)
     base = known if isinstance(known, type) and issubclass(known, Exception) else Exception
     if issubclass(base, BaseExceptionGroup):
-        # None can be made without the errors that were in it.
+        # An exception group cannot be created without exceptions, which are not recorded.
         base = Exception
-    made = type(failure.type, (base,), {"__init__": lambda _: None, "__str__": lambda _: failure.message})
-    error: Exception = made()
+    kind = type(failure.type, (base,), {"__init__": lambda _: None, "__str__": lambda _: failure.message})
+    error: Exception = kind()
     return error
 
 
-def in_place_of(recorded: RecordedExecution, tools: Mapping[str, ToolCode]) -> Iterator[RecordedExecution]:
-    """What an execution called that cannot run again."""
+def stood_in_for(recorded: RecordedExecution, tools: Mapping[str, ToolCode]) -> Iterator[RecordedExecution]:
+    """Return the executions that this one called and that cannot run again."""
     called = (each for child in recorded.children for each in child.tree())
     return (each for each in called if each.worker_id or each.tool not in tools)
 
 
 def stand_ins_for(
-    recorded: RecordedExecution, tools: Mapping[str, ToolCode], stage: ReplayStore
+    recorded: RecordedExecution, tools: Mapping[str, ToolCode], store: ReplayStore
 ) -> dict[str, ToolCode]:
-    """Stand-ins for what an execution called that cannot run again."""
-    names = {each.tool for each in in_place_of(recorded, tools)} - {recorded.tool}
-    return {name: StandIn(name, stage) for name in names}
+    """Return stand-ins for the tools that this execution called and that cannot run again."""
+    names = {each.tool for each in stood_in_for(recorded, tools)} - {recorded.tool}
+    return {name: StandIn(name, store) for name in names}

@@ -1,11 +1,8 @@
-"""For the tests of whoever builds on this package: what every backend promises, an in-memory double, a real server.
-
-Needs pytest.
-"""
+"""Support for the tests of programs and backends: contract suites, a pytest plugin, a real server. Needs pytest."""
 
 import pytest
 
-# Before anything imports them, so that their assertions say what they compared, as a test module's own do.
+# Before they are imported, so that failing assertions show the compared values as in a test module.
 pytest.register_assert_rewrite(
     "dspex_persist.testing.audit_contract",
     "dspex_persist.testing.checks",

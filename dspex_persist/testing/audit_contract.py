@@ -1,6 +1,6 @@
-"""What every provider promises that is `Auditable`, as tests. Its backend subclasses `AuditContract`.
+"""The contract of every provider that is `Auditable`, as tests. A backend subclasses `AuditContract`.
 
-It reads values of sensitive variables: a server has to be started with `audit_reveal`.
+The tests read values of sensitive variables, so a server under test needs `audit_reveal`.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from dspex_persist.testing.provider_contract.base import Contract
 
 
 class AuditContract(Contract):
-    """The history, queried."""
+    """Queries of the history."""
 
     @pytest.fixture
     def audited(self, provider: StateProvider, session: str) -> str:
@@ -34,12 +34,12 @@ class AuditContract(Contract):
 
     def test_the_versions_of_a_variable(self, provider: StateProvider, audited: str) -> None:
         with Auditable.of(provider).audit() as audit:
-            found = list(audit.iterate(HistoryQuery(session=audited, variable="x")))
-            kept = provider.get_variable_history(audited, "x")
-            assert [(each.version, each.value, each.sequence) for each in found] == [
-                (each.version, each.value, each.sequence) for each in kept
+            entries = list(audit.iterate(HistoryQuery(session=audited, variable="x")))
+            versions = provider.get_variable_history(audited, "x")
+            assert [(each.version, each.value, each.sequence) for each in entries] == [
+                (each.version, each.value, each.sequence) for each in versions
             ]
-            assert [(each.kind, each.actor, each.source) for each in found] == [
+            assert [(each.kind, each.actor, each.source) for each in entries] == [
                 (kind, "ada", Source.ELIXIR) for kind in (ChangeKind.SET, ChangeKind.SET, ChangeKind.REGISTERED)
             ]
             (third,) = audit.iterate(HistoryQuery(session=audited, where=("= 3",)))
@@ -49,14 +49,14 @@ class AuditContract(Contract):
 
     def test_page_by_page(self, provider: StateProvider, audited: str) -> None:
         with Auditable.of(provider).audit() as audit:
-            query, after, found = HistoryQuery(session=audited), None, list[int]()
+            query, after, versions = HistoryQuery(session=audited), None, list[int]()
             while True:
                 page = audit.page(query, after, 1)
-                found += [each.version for each in page.rows]
+                versions += [each.version for each in page.rows]
                 after = page.after
                 if after is None:
                     break
-            assert found == [2, 1, 0]
+            assert versions == [2, 1, 0]
 
     def test_commits_and_sessions(self, provider: StateProvider, audited: str) -> None:
         provider.cleanup_session(audited)
@@ -105,7 +105,7 @@ class AuditContract(Contract):
     def test_what_never_was(self, provider: StateProvider, session: str) -> None:
         with Auditable.of(provider).audit() as audit:
             for ask in (
-                lambda: audit.state("nobody"),
+                lambda: audit.state("unknown"),
                 lambda: audit.execution("exec_1_none"),
                 lambda: audit.version(session, "nothing", 0),
             ):

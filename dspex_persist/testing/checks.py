@@ -1,4 +1,4 @@
-"""How the contract suites wait, compare and ask."""
+"""Helpers of the contract suites: waiting, comparing, checking errors."""
 
 import json
 import threading
@@ -16,29 +16,29 @@ from dspex_persist.state.model import Update, Variable
 from dspex_persist.state.watch import Watch
 
 DEADLINE_S = 30.0
-"""How long anything may take that has to happen."""
+"""How long the tests wait for something that must happen, in seconds."""
 LONG_TEXT = "x" * 100_000
 REFUSALS = (errors.InvalidArgumentError, errors.LimitExceededError)
 NOT_THERE = (*REFUSALS, errors.SessionNotFoundError, errors.VariableNotFoundError)
 
 
 def exact(value: object) -> str:
-    """A text that is the same only for the same value: 1 is not 1.0 nor True, 0.0 is not -0.0, NaN is NaN."""
+    """Return a text that is equal only for identical values: 1 is not 1.0 nor True, 0.0 is not -0.0, NaN is NaN."""
     return json.dumps(value, sort_keys=True)
 
 
 def shown(value: object) -> str:
-    """A parameter in the id of a test."""
+    """Return a parameter as part of a test's id."""
     return ascii(value)[:40]
 
 
 def let_pass(seconds: float) -> None:
-    """Wait for time itself to pass: for what a look would keep alive."""
+    """Let time pass, for what must end by itself and would be kept alive by polling it."""
     threading.Event().wait(seconds)
 
 
 def take(watch: Watch, count: int) -> list[Update]:
-    """Exactly the next `count` updates."""
+    """Return exactly the next `count` updates."""
     updates: list[Update] = []
     deadline = time.monotonic() + DEADLINE_S
     while len(updates) < count:
@@ -50,7 +50,7 @@ def take(watch: Watch, count: int) -> list[Update]:
 
 
 def take_until(watch: Watch, name: str) -> list[Update]:
-    """The next updates up to the first one of the variable `name`, which is left out."""
+    """Return the updates before the first one of the variable `name`."""
     updates: list[Update] = []
     deadline = time.monotonic() + DEADLINE_S
     while not any(update.variable.name == name for update in updates):
@@ -61,12 +61,12 @@ def take_until(watch: Watch, name: str) -> list[Update]:
     return updates[:-1]
 
 
-def names_of(told: Iterable[Update | Variable]) -> list[str]:
-    return [one.variable.name if isinstance(one, Update) else one.name for one in told]
+def names_of(items: Iterable[Update | Variable]) -> list[str]:
+    return [each.variable.name if isinstance(each, Update) else each.name for each in items]
 
 
 def check_whole_commits(updates: Sequence[Update]) -> None:
-    """Commits in order, none twice, each with all of its parts."""
+    """Check that commits come in order, none twice, each with all of its parts."""
     sequences = [sequence for sequence, _ in groupby(updates, key=lambda update: update.sequence)]
     assert sequences == sorted(set(sequences))
     for _, group in groupby(updates, key=lambda update: update.sequence):
@@ -75,7 +75,7 @@ def check_whole_commits(updates: Sequence[Update]) -> None:
 
 
 def refused(future: Future[Any]) -> StateError | None:
-    """The error with which a command failed; None if it did not. Anything but a StateError is a fault."""
+    """Return the `StateError` with which a command failed, None if it did not; any other error is raised."""
     error = future.exception(DEADLINE_S)
     if error is not None and not isinstance(error, StateError):
         raise error
@@ -83,7 +83,7 @@ def refused(future: Future[Any]) -> StateError | None:
 
 
 def check_invalid(ask: Callable[[], object], field: str, reason: str) -> None:
-    """An argument is refused with exactly these words."""
+    """Check that an argument is refused with exactly this reason."""
     with pytest.raises(errors.InvalidArgumentError) as error:
         ask()
     assert str(error.value) == f"invalid {field}: {reason}"

@@ -1,7 +1,7 @@
-"""CONTRACT_TOOLS: what a provider under `tool_contract.ToolContract` serves.
+"""CONTRACT_TOOLS: the tools of a provider that `tool_contract.ToolContract` tests.
 
-Those that must be caught in the act take a folder, their gate: each attempt announces itself by a file in it, and goes
-on when the test has put another one there. So they have to run where they see the test's files.
+Tools that tests must catch while they run take a folder, the gate: each attempt creates a file in it, and continues
+when the test has created another one. So they must run where they see the test's files.
 """
 
 import _thread
@@ -27,12 +27,12 @@ _PAUSE_S: Final = 0.005
 
 
 def announce(gate: str, name: str) -> None:
-    """Tell the test how far it has come."""
+    """Report progress to the test."""
     Path(gate, name).touch()
 
 
 def wait_at(gate: str, ctx: ToolContext) -> None:
-    """Announce the attempt, then wait for the test's word, or for the end of the execution."""
+    """Report the attempt, then wait until the test opens the gate or the execution ends."""
     announce(gate, f"at {ctx.attempt}")
     deadline = time.monotonic() + _DEADLINE_S
     while not Path(gate, f"go {ctx.attempt}").exists() and not ctx.cancelled:
@@ -42,7 +42,7 @@ def wait_at(gate: str, ctx: ToolContext) -> None:
 
 
 async def wait_at_async(gate: str, ctx: ToolContext) -> None:
-    """The same in a coroutine, which is cancelled from outside."""
+    """Do the same in a coroutine, which is cancelled when the execution ends."""
     announce(gate, f"at {ctx.attempt}")
     try:
         async with asyncio.timeout(_DEADLINE_S):
@@ -57,7 +57,7 @@ async def wait_at_async(gate: str, ctx: ToolContext) -> None:
 
 
 @tool(
-    description="Says what it was given.",
+    description="Returns its arguments.",
     isolation="snapshot",
     retries=2,
     timeout_s=20.1234567,
@@ -79,31 +79,31 @@ def describe(
         city: Which city.
         days: How many days.
     """
-    found = {"city": city, "days": days, "scale": scale, "ratio": ratio, "wet": wet, "tags": tags, "extra": extra}
-    return {name: [type(argument).__name__, argument] for name, argument in found.items()}
+    given = {"city": city, "days": days, "scale": scale, "ratio": ratio, "wet": wet, "tags": tags, "extra": extra}
+    return {name: [type(argument).__name__, argument] for name, argument in given.items()}
 
 
 @tool
 def echo(value: Any) -> Any:
-    """Give back what came."""
+    """Return the argument."""
     return value
 
 
 @tool
 def total(numbers: list[float]) -> float:
-    """Add up numbers, however they came."""
+    """Add up numbers, in whatever form they arrive."""
     return sum(numbers)
 
 
 @tool
 def not_a_number() -> float:
-    """A result that JSON has no number for."""
+    """Return a number that JSON cannot represent."""
     return float("nan")
 
 
 @tool
 def facts(ctx: ToolContext) -> dict[str, Any]:
-    """What its context tells it."""
+    """Return the facts in its context."""
     return {
         "session_id": ctx.session_id,
         "execution_id": ctx.execution_id,
@@ -155,21 +155,21 @@ async def count_later(ctx: ToolContext, to: int) -> AsyncIterator[dict[str, int]
 
 
 class Textless(Exception):
-    """An error that cannot say what it is."""
+    """An exception without a message."""
 
     def __str__(self) -> str:
         raise RuntimeError("no text")
 
 
 class Nameless(Exception):
-    """An error that does not say what it is."""
+    """An exception that hides even its type."""
 
     def __getattribute__(self, name: str) -> Any:
         raise RuntimeError(f"no {name}")
 
 
 class Extraordinary(BaseException):
-    """Nothing that `except Exception` sees."""
+    """An exception that `except Exception` does not catch."""
 
 
 RAISED: Final[dict[str, Callable[[], BaseException]]] = {
@@ -199,14 +199,14 @@ def fail(ctx: ToolContext, name: str) -> None:
 
 @tool
 async def fail_later(ctx: ToolContext, name: str) -> None:
-    """The same in a coroutine."""
+    """Write and fail, in a coroutine."""
     ctx["a"] = -1
     raise RAISED[name]()
 
 
 @tool
 def stumble(ctx: ToolContext, name: str) -> Iterator[int]:
-    """A chunk, then nothing but an error."""
+    """Yield a chunk, then fail."""
     ctx["a"] = -1
     yield 1
     raise RAISED[name]()
@@ -214,7 +214,7 @@ def stumble(ctx: ToolContext, name: str) -> Iterator[int]:
 
 @tool
 async def stumble_later(ctx: ToolContext, name: str) -> AsyncIterator[int]:
-    """The same in an async generator."""
+    """Yield a chunk, then fail, in an async generator."""
     ctx["a"] = -1
     yield 1
     raise RAISED[name]()
@@ -222,21 +222,21 @@ async def stumble_later(ctx: ToolContext, name: str) -> AsyncIterator[int]:
 
 @tool
 def give_an_object(ctx: ToolContext) -> object:
-    """A result that cannot travel."""
+    """Return an object that cannot be sent."""
     ctx["a"] = -1
     return object()
 
 
 @tool
 def give_bytes(ctx: ToolContext) -> BinaryValue:
-    """A result that belongs into a variable."""
+    """Return bytes, which belong in a variable."""
     ctx["a"] = -1
     return BinaryValue({"shape": [1], "dtype": "float32", "binary_format": "float32", "type": "tensor"}, b"\0\0\0\0")
 
 
 @tool(required_variables=("a", "missing_one", "missing_two"))
 def demanding(ctx: ToolContext) -> int:
-    """Never runs in a session that has only a."""
+    """Require variables that the session does not have."""
     return len(ctx.variables)
 
 
@@ -245,7 +245,7 @@ def demanding(ctx: ToolContext) -> int:
 
 @tool
 def rebuild(ctx: ToolContext, gate: str) -> dict[str, Any]:
-    """Every way of writing, half of them before the gate; what it sees of that itself."""
+    """Write in every way, half of them before the gate, and return what it reads of that itself."""
     ctx["a"] = 8
     ctx.variables.define("new", 1, constraints={"max": 10})
     ctx.variables.set("new", 2, metadata={"why": "because"})
@@ -268,14 +268,14 @@ def rebuild(ctx: ToolContext, gate: str) -> dict[str, Any]:
 
 @tool
 def roll_back(ctx: ToolContext) -> object:
-    """Have a as it was registered."""
+    """Roll a back to its first version."""
     ctx["a"] = 5
     return ctx.variables.rollback("a", 0)
 
 
 @tool
 def look(ctx: ToolContext, gate: str, what: Literal["value", "absent", "names"]) -> list[Any]:
-    """Look before and after the gate, at the value of a, at whether there is a `later`, or at all names."""
+    """Read before and after the gate: the value of a, whether `later` exists, or all names."""
     looks: dict[str, Callable[[], Any]] = {
         "value": lambda: ctx["a"],
         "absent": lambda: "later" in ctx,
@@ -288,7 +288,7 @@ def look(ctx: ToolContext, gate: str, what: Literal["value", "absent", "names"])
 
 @tool(isolation="snapshot")
 def look_loosely(ctx: ToolContext, gate: str) -> list[Any]:
-    """Look at a twice, whatever others write meanwhile, and copy it to b."""
+    """Read a twice, even if other callers write it meanwhile, and copy it to b."""
     first = ctx["a"]
     wait_at(gate, ctx)
     ctx["b"] = first
@@ -307,7 +307,7 @@ def take(ctx: ToolContext, gate: str, name: str) -> int:
 
 @tool(isolation="snapshot")
 def take_loosely(ctx: ToolContext, gate: str, name: str) -> int:
-    """The same, without minding what others do to the other one."""
+    """Do the same with snapshot isolation, so that changes to the other variable are no conflict."""
     together = ctx["a"] + ctx["b"]
     wait_at(gate, ctx)
     if together > 0:
@@ -326,7 +326,7 @@ def add_at_gate(ctx: ToolContext, gate: str, name: str = "a") -> int:
 
 @tool(retries=2)
 def add_with_retries(ctx: ToolContext, gate: str) -> list[int]:
-    """The same, again after a conflict."""
+    """Read, wait, write, and retry after a conflict."""
     value = ctx["a"]
     wait_at(gate, ctx)
     ctx["a"] = value + 1
@@ -335,7 +335,7 @@ def add_with_retries(ctx: ToolContext, gate: str) -> list[int]:
 
 @tool(retries=1000)
 def add_stubbornly(ctx: ToolContext, name: str = "a") -> int:
-    """Add to a variable however many others do."""
+    """Add to a variable, however often that conflicts."""
     ctx[name] += 1
     return int(ctx[name])
 
@@ -345,7 +345,7 @@ def add_stubbornly(ctx: ToolContext, name: str = "a") -> int:
 
 @tool
 def hold(ctx: ToolContext, gate: str) -> str:
-    """Write, take as long as it is let, and try to write once more."""
+    """Write, wait at the gate, and try to write once more."""
     ctx["a"] = -1
     wait_at(gate, ctx)
     return _write_late(ctx, gate)
@@ -353,7 +353,7 @@ def hold(ctx: ToolContext, gate: str) -> str:
 
 @tool
 async def hold_later(ctx: ToolContext, gate: str) -> str:
-    """The same in a coroutine."""
+    """Write and wait at the gate, in a coroutine."""
     ctx["a"] = -1
     await wait_at_async(gate, ctx)
     return "held"
@@ -361,7 +361,7 @@ async def hold_later(ctx: ToolContext, gate: str) -> str:
 
 @tool(timeout_s=0.5)
 def slow(ctx: ToolContext, gate: str) -> str:
-    """Takes longer than it may."""
+    """Take longer than the tool's timeout."""
     ctx["a"] = -1
     wait_at(gate, ctx)
     return _write_late(ctx, gate)
@@ -369,7 +369,7 @@ def slow(ctx: ToolContext, gate: str) -> str:
 
 @tool(timeout_s=0.5)
 async def slow_later(ctx: ToolContext, gate: str) -> str:
-    """The same in a coroutine."""
+    """Take longer than the tool's timeout, in a coroutine."""
     ctx["a"] = -1
     await wait_at_async(gate, ctx)
     return "held"
@@ -388,7 +388,7 @@ def _write_late(ctx: ToolContext, gate: str) -> str:
 
 @tool
 def child(ctx: ToolContext, name: str, value: int, fails: bool = False) -> int:
-    """Write, and fail if so wished."""
+    """Write, and optionally fail."""
     ctx[name] = value
     if fails:
         raise ValueError("the child failed")
@@ -397,42 +397,42 @@ def child(ctx: ToolContext, name: str, value: int, fails: bool = False) -> int:
 
 @tool
 def parent(ctx: ToolContext, child_fails: bool = False, caught: bool = False, fails: bool = False) -> list[Any]:
-    """Write a, have b written by another tool, write c."""
+    """Write a, call another tool that writes b, write c."""
     ctx["a"] = 1
-    said: Any = None
+    answer: Any = None
     try:
-        said = ctx.call(child, name="b", value=1, fails=child_fails)
+        answer = ctx.call(child, name="b", value=1, fails=child_fails)
     except ValueError as error:
         if not caught:
             raise
-        said = str(error)
+        answer = str(error)
     ctx["c"] = 1
     if fails:
         raise RuntimeError("the parent failed")
-    return [said, ctx["b"]]
+    return [answer, ctx["b"]]
 
 
 @tool
 async def parent_later(ctx: ToolContext) -> list[int]:
-    """A coroutine that awaits what it calls, by name."""
+    """Call a tool by name, and await it."""
     mine = ctx["a"]
     return [await ctx.call("child", name="a", value=mine + 10), ctx["a"]]
 
 
 @tool
 def call(ctx: ToolContext, name: str, arguments: dict[str, Any]) -> str:
-    """Call any tool, and go on whatever comes of it."""
+    """Call any tool, and continue even if it fails."""
     try:
-        return f"it said {ctx.call(name, **arguments)!r}"
+        return f"it returned {ctx.call(name, **arguments)!r}"
     except StateError as error:
         return f"{type(error).__name__}: {error}"
-    except Exception as error:  # noqa: BLE001 -- what this is about
+    except Exception as error:  # noqa: BLE001 -- the called tool may raise anything
         return type(error).__name__
 
 
 @tool
 def descend(ctx: ToolContext, depth: int) -> int:
-    """Call itself as often as it is told."""
+    """Call itself `depth` times."""
     ctx["a"] += 1
     return int(ctx.call("descend", depth=depth - 1)) + 1 if depth else 0
 
@@ -453,27 +453,27 @@ def progress(ctx: ToolContext, gate: str, fails: bool = False) -> list[Any]:
 
 @tool
 def publish_numbers(ctx: ToolContext) -> None:
-    """What only the variables' types say how to write: numbers that JSON does not have, and an array."""
+    """Publish values whose form depends on the variables' types: numbers that JSON does not have, and an array."""
     ctx.publish("loss", float("nan"))
     ctx.publish("point", [0.5, float("inf")])
     ctx.publish("point", Array([1.5, 2.5]))
 
 
 class Array:
-    """Numbers in the way of NumPy."""
+    """An array with NumPy's interface."""
 
     def __init__(self, numbers: list[float]) -> None:
         self._numbers = numbers
         self.shape = (len(numbers),)
 
     def tolist(self) -> list[float]:
-        """Its numbers."""
+        """Return the numbers."""
         return self._numbers
 
 
 @tool
 def publish_and_write(ctx: ToolContext) -> None:
-    """Both to one variable, which cannot be."""
+    """Write and publish the same variable, which is refused."""
     ctx["a"] = 1
     ctx.publish("a", 2)
 
@@ -483,7 +483,7 @@ def publish_and_write(ctx: ToolContext) -> None:
 
 @tool
 def log_wrongly(ctx: ToolContext, what: str) -> None:
-    """Log what is no text, or what the journal has no form for."""
+    """Log a message that is not text, or a field that the journal cannot store."""
     ctx["a"] = -1
     deep: list[Any] = []
     for _ in range(150):
@@ -502,29 +502,29 @@ def log_wrongly(ctx: ToolContext, what: str) -> None:
 
 
 def _itself() -> list[Any]:
-    made: list[Any] = []
-    made.append(made)
-    return made
+    endless: list[Any] = []
+    endless.append(endless)
+    return endless
 
 
 @tool
 def look_up_wrongly(ctx: ToolContext) -> list[Any]:
-    """Ask for variables by what is no name: it is a mapping, and says what mappings say."""
+    """Look up variables by objects that are not names: a mapping does not contain them."""
     names: list[Any] = [None, 3, 1.5, b"a", ("a",), object()]
-    found: list[Any] = [name in ctx for name in names] + [ctx.variables.get(name, "none") for name in names]
+    answers: list[Any] = [name in ctx for name in names] + [ctx.variables.get(name, "none") for name in names]
     operations: list[Callable[[Any], Any]] = [ctx.__getitem__, ctx.__delitem__, lambda name: ctx.__setitem__(name, 1)]
     for operation in operations:
         for name in names:
             try:
                 operation(name)
             except InvalidArgumentError as error:
-                found.append("must be a str" in str(error))
-    return found
+                answers.append("must be a str" in str(error))
+    return answers
 
 
 @tool
 def pass_wrongly(ctx: ToolContext, what: str) -> None:
-    """Pass what cannot be to a method of the context, which is used as from a program without types."""
+    """Pass an invalid argument to a method of the context, as a program without type checks can."""
     ctx["a"] = -1
     half, untyped, variables = "half \ud83e", cast(Any, ctx), cast(Any, ctx.variables)
     ways: dict[str, Callable[[], object]] = {
@@ -558,7 +558,7 @@ def pass_wrongly(ctx: ToolContext, what: str) -> None:
 
 @tool(timeout_s=20)
 async def end_the_loop(ctx: ToolContext, how: str) -> str:
-    """Do what ends an event loop, or would."""
+    """Do something that ends an event loop, or would."""
     ctx["a"] += 1
     loop = asyncio.get_running_loop()
 
@@ -590,7 +590,7 @@ async def end_the_loop(ctx: ToolContext, how: str) -> str:
 
 @tool
 async def change_the_loop(ctx: ToolContext, how: str) -> str:
-    """Change what all have that run on the event loop."""
+    """Change a setting of the event loop that all coroutines on it share."""
     ctx["a"] += 1
     loop = asyncio.get_running_loop()
     if how == "tasks":
@@ -604,7 +604,7 @@ async def change_the_loop(ctx: ToolContext, how: str) -> str:
 
 
 def _close(loop: asyncio.AbstractEventLoop) -> None:
-    """Try until it has been closed in between, or the loop goes on for good."""
+    """Try repeatedly to close the loop in the moment in which it is stopped."""
     for _ in range(200):
         with contextlib.suppress(RuntimeError):
             loop.close()
@@ -613,7 +613,7 @@ def _close(loop: asyncio.AbstractEventLoop) -> None:
 
 @tool
 def end_the_thread(ctx: ToolContext, how: str) -> str:
-    """Do what ends a thread."""
+    """Do something that ends a thread."""
     ctx["a"] += 1
     ways: dict[str, Callable[[], object]] = {"sys": sys.exit, "_thread": _thread.exit, "quit": lambda: sys.exit("bye")}
     ways[how]()
@@ -622,7 +622,7 @@ def end_the_thread(ctx: ToolContext, how: str) -> str:
 
 @tool(timeout_s=0.5)
 async def ignore_the_end(ctx: ToolContext, gate: str) -> str:
-    """Go on whenever it is cancelled, until the test lets it go."""
+    """Ignore being cancelled, until the test opens the gate."""
     ctx["a"] = -1
     while not Path(gate, "go 1").exists():  # noqa: ASYNC240 -- it is short
         with contextlib.suppress(asyncio.CancelledError):
@@ -632,7 +632,7 @@ async def ignore_the_end(ctx: ToolContext, gate: str) -> str:
 
 @tool
 def stream_for_ever(ctx: ToolContext, text: str) -> Iterator[str]:
-    """Yield without an end."""
+    """Yield endlessly."""
     ctx["a"] = -1
     while True:
         yield text
@@ -640,7 +640,7 @@ def stream_for_ever(ctx: ToolContext, text: str) -> Iterator[str]:
 
 @tool
 async def stream_for_ever_later(ctx: ToolContext, text: str) -> AsyncIterator[str]:
-    """The same in an async generator, which lets nobody else run."""
+    """Yield endlessly in an async generator that never gives up the event loop."""
     ctx["a"] = -1
     while True:
         yield text
@@ -648,7 +648,7 @@ async def stream_for_ever_later(ctx: ToolContext, text: str) -> AsyncIterator[st
 
 @tool
 def write_for_ever(ctx: ToolContext, text: str) -> None:
-    """Writes without an end."""
+    """Write endlessly."""
     ctx["a"] = -1
     ctx.variables.define("words", "")
     while True:
@@ -657,7 +657,7 @@ def write_for_ever(ctx: ToolContext, text: str) -> None:
 
 @tool
 def call_for_ever(ctx: ToolContext, text: str) -> None:
-    """Calls another tool without an end."""
+    """Call another tool endlessly."""
     ctx["a"] = -1
     while True:
         ctx.call("log_it", text=text)
@@ -665,14 +665,14 @@ def call_for_ever(ctx: ToolContext, text: str) -> None:
 
 @tool
 def log_it(ctx: ToolContext, text: str) -> str:
-    """Leaves something in the journal."""
+    """Log a text in the journal."""
     ctx.log(text)
     return text
 
 
 @tool
 def log_for_ever(ctx: ToolContext, message: str) -> None:
-    """Log without an end."""
+    """Log endlessly."""
     ctx["a"] = -1
     while True:
         ctx.log(message)
@@ -680,7 +680,7 @@ def log_for_ever(ctx: ToolContext, message: str) -> None:
 
 @tool
 def ask_for_the_time_for_ever(ctx: ToolContext) -> None:
-    """Have the time recorded without an end."""
+    """Read the time endlessly; each one is recorded."""
     ctx["a"] = -1
     while True:
         ctx.now()
@@ -688,16 +688,16 @@ def ask_for_the_time_for_ever(ctx: ToolContext) -> None:
 
 @tool
 def nest(depth: int) -> Any:
-    """A result of this depth."""
-    made: Any = 1
+    """Return a list nested this deeply."""
+    nested: Any = 1
     for _ in range(depth):
-        made = [made]
-    return made
+        nested = [nested]
+    return nested
 
 
 @tool
 def nest_in_a_stream(depth: int) -> Iterator[Any]:
-    """The same as the only chunk."""
+    """Yield it as the only chunk."""
     yield nest(depth - 1)
 
 
@@ -706,7 +706,7 @@ def nest_in_a_stream(depth: int) -> Iterator[Any]:
 
 @tool(retries=2)
 def use_up(ctx: ToolContext, gate: str, numbers: list[int], notes: dict[str, list[int]] = {}) -> int:  # noqa: B006
-    """Use its arguments, its defaults and its metadata up, while it adds to a."""
+    """Consume its arguments, its defaults and its metadata, while it adds to a."""
     value = ctx["a"]
     wait_at(gate, ctx)
     assert not notes
@@ -720,30 +720,30 @@ def use_up(ctx: ToolContext, gate: str, numbers: list[int], notes: dict[str, lis
 
 @tool
 def remember(name: str, seen: list[str] = []) -> list[str]:  # noqa: B006
-    """Keep what it was told, where only this call sees it."""
+    """Append to a default argument, which only this call may see."""
     seen.append(name)
     return seen
 
 
 @tool
 def change_and_call(ctx: ToolContext) -> list[Any]:
-    """Hand a list to another tool, which changes its own."""
+    """Pass a list to another tool, which changes its copy."""
     mine = ["mine"]
-    given = ctx.call("append_to", items=mine)
-    given.append("changed here")
-    return [mine, given, ctx.call("append_to", items=mine)]
+    returned = ctx.call("append_to", items=mine)
+    returned.append("changed here")
+    return [mine, returned, ctx.call("append_to", items=mine)]
 
 
 @tool
 def append_to(items: list[str]) -> list[str]:
-    """Change what it was given."""
+    """Change its argument."""
     items.append("changed there")
     return items
 
 
 @tool
 def by_number(points: dict[int, float]) -> list[Any]:
-    """The entries of a map whose keys are numbers."""
+    """Return the entries of a map whose keys are numbers."""
     return [[type(key).__name__, key, value] for key, value in points.items()]
 
 
@@ -752,25 +752,25 @@ def by_number(points: dict[int, float]) -> list[Any]:
 
 @tool
 def infinity(sign: int = 1) -> float:
-    """An infinity."""
+    """Return an infinity."""
     return sign * float("inf")
 
 
 @tool
 def infinities() -> Iterator[float]:
-    """One after the other."""
+    """Yield infinities and a number."""
     yield from (float("inf"), 1.0, float("-inf"))
 
 
 @tool
 def negate(ctx: ToolContext) -> float:
-    """Call for one, and reckon with it."""
+    """Call tools that return infinities, and compute with the results."""
     return float(min(ctx.call("infinities")) - ctx.call(infinity))
 
 
 @tool
 async def negate_later(ctx: ToolContext) -> float:
-    """The same in a coroutine."""
+    """Do the same in a coroutine."""
     return -float(await ctx.call(infinity))
 
 

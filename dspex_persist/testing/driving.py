@@ -1,4 +1,4 @@
-"""Playing the client of a recorded session again: its requests, one after the other, to whatever answers now."""
+"""Repeat the client requests of a recorded session, one after the other, with any provider."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
@@ -27,10 +27,17 @@ _ROLLED_BACK: Final = "rolled_back_to"
 
 
 def drive_again(provider: StateProvider, recording: Recording) -> None:
-    """Ask everything again that the clients of the session had asked.
+    """Repeat the requests of the session's clients.
 
-    A request that is refused now changes nothing, and the others go on: what comes of that is for a replay to tell.
-    `RecordingError` for a recording that masks what clients wrote.
+    A request that is refused now changes nothing, and the ones after it are repeated all the same: a replay reports the
+    differences.
+
+    Args:
+        provider: The provider to send them to.
+        recording: The recorded session.
+
+    Raises:
+        RecordingError: The recording masks a value that a client wrote.
     """
     header = recording.header
     names: dict[str, str] = {}
@@ -40,7 +47,7 @@ def drive_again(provider: StateProvider, recording: Recording) -> None:
             raise RecordingError(header.session_id, commit.number + 1, reason)
         names |= {version.variable_id: version.name for version in commit.versions}
         if commit.cause.startswith(_EXECUTION):
-            # A tool did it, which is asked for by its beginning.
+            # A tool did this: repeating the request for its execution repeats it.
             continue
         origin = Origin(commit.actor, commit.cause, _source_of(commit))
         for command in _requests(header.session_id, commit, names):

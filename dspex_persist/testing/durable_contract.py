@@ -1,5 +1,5 @@
-"""What every provider promises that is `Durable`, as tests. Its backend subclasses `DurableContract`, besides
-`ProviderContract`, and gives a fixture `reopened`; where its leases are short, `DurableLeaseContract` as well.
+"""The contract of every provider that is `Durable`, as tests. A backend subclasses `DurableContract` in addition to
+`ProviderContract`, with a fixture `reopened`; if its leases are short, also `DurableLeaseContract`.
 
     class TestMine(ProviderContract, DurableContract):
         @pytest.fixture
@@ -27,16 +27,16 @@ from dspex_persist.testing.provider_contract.values import BINARY_VALUES, EXACT_
 
 
 class ReopenedContract(Contract):
-    """What all parts of the contract have."""
+    """The base of all parts of the contract."""
 
     @pytest.fixture
     def reopened(self, provider: StateProvider) -> Reopen:
         """See `Reopen`."""
-        raise NotImplementedError(f"{type(self).__name__} gives no fixture `reopened`")
+        raise NotImplementedError(f"{type(self).__name__} has no fixture `reopened`")
 
 
 class DurableContract(ReopenedContract):
-    """What was acknowledged is there after a restart."""
+    """Acknowledged changes survive a restart."""
 
     @pytest.fixture
     def kept(self, provider: StateProvider, session: str) -> str:
@@ -119,10 +119,10 @@ class DurableContract(ReopenedContract):
         self, provider: StateProvider, reopened: Reopen
     ) -> None:
         key = uuid.uuid4().hex
-        asked = [keyed_writes(keyable_session(provider))[which] for which in KEYED]
-        answers = [submit_keyed(provider, command, key).result() for command in asked]
+        requests = [keyed_writes(keyable_session(provider))[which] for which in KEYED]
+        answers = [submit_keyed(provider, command, key).result() for command in requests]
         again = reopened()
-        assert [submit_keyed(again, command, key).result() for command in asked] == answers
+        assert [submit_keyed(again, command, key).result() for command in requests] == answers
 
     def test_a_watch_resumes_after_a_restart(self, provider: StateProvider, kept: str, reopened: Reopen) -> None:
         with provider.watch(kept) as watch:
@@ -149,7 +149,7 @@ class DurableContract(ReopenedContract):
 
 
 class DurableLeaseContract(ReopenedContract, LeaseContract):
-    """Leases that end while one waits, after a restart as well."""
+    """Leases end by themselves, also after a restart."""
 
     def test_an_ended_lease_stays_ended_after_a_restart(
         self, provider: StateProvider, leased: str, reopened: Reopen

@@ -1,6 +1,6 @@
-"""What every provider promises that is `Forkable`, as tests. Its backend subclasses `ForkContract`.
+"""The contract of every provider that is `Forkable`, as tests. A backend subclasses `ForkContract`.
 
-It forks sensitive variables as well: a server has to be started with `audit_reveal`.
+The tests fork sensitive variables as well, so a server under test needs `audit_reveal`.
 """
 
 import uuid
@@ -20,11 +20,11 @@ from dspex_persist.testing.provider_contract.values import BINARY_VALUES, EXACT_
 
 
 class ForkContract(Contract):
-    """A session that begins as another one was."""
+    """A session that starts with the state of another one."""
 
     @pytest.fixture
     def new(self) -> str:
-        """The id of a session that is not there."""
+        """The id of a session that does not exist."""
         return f"contract-{uuid.uuid4().hex}"
 
     def test_it_claims_to_fork(self, provider: StateProvider) -> None:
@@ -82,8 +82,8 @@ class ForkContract(Contract):
         ]
         for number, (at, expected) in enumerate(points):
             Forkable.of(provider).fork_session(session, f"{new}-{number}", at)
-            found = {name: provider.get_value(f"{new}-{number}", name) for name in expected}
-            assert found == expected, at
+            forked = {name: provider.get_value(f"{new}-{number}", name) for name in expected}
+            assert forked == expected, at
             assert len(provider.list_variables(f"{new}-{number}")) == len(expected), at
 
     def test_dependencies_as_of_the_point(self, provider: StateProvider, session: str, new: str) -> None:
@@ -135,13 +135,13 @@ class ForkContract(Contract):
 
     def test_an_id_that_is_taken(self, provider: StateProvider, session: str, new: str) -> None:
         provider.initialize_session(new)
-        for taken in (new, session):
+        for existing in (new, session):
             with pytest.raises(errors.SessionExistsError):
-                Forkable.of(provider).fork_session(session, taken)
+                Forkable.of(provider).fork_session(session, existing)
 
     def test_a_session_that_never_was_cannot_be_forked(self, provider: StateProvider, new: str) -> None:
         with pytest.raises(errors.NotInHistoryError):
-            Forkable.of(provider).fork_session("nobody", new)
+            Forkable.of(provider).fork_session("unknown", new)
         assert not provider.heartbeat(new)
 
     @pytest.mark.parametrize("point", ["soon", "-1", "x^", "exec_1_none", str(2**62)])

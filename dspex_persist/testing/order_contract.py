@@ -1,4 +1,4 @@
-"""What every provider promises that is `KeepsOrder`, as tests. Its backend subclasses `OrderContract`."""
+"""The contract of every provider that is `KeepsOrder`, as tests. A backend subclasses `OrderContract`."""
 
 from dspex_persist.state import commands
 from dspex_persist.state.abilities import KeepsOrder
@@ -9,7 +9,7 @@ from dspex_persist.testing.provider_contract.base import Contract
 
 
 class OrderContract(Contract):
-    """Commands, in the order in which they were submitted."""
+    """Commands take effect in the order in which they were submitted."""
 
     def test_it_claims_to_keep_the_order(self, provider: StateProvider) -> None:
         assert isinstance(provider, KeepsOrder)

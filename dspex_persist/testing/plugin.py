@@ -1,6 +1,6 @@
-"""The pytest plugin: real servers, sessions and recordings for the tests of those who build on this package.
+"""The pytest plugin: real servers, sessions and recordings for the tests of programs that use this package.
 
-It comes with the package and is found by its entry point; what is heavy is imported by the fixture that needs it.
+pytest finds it by its entry point. Each fixture imports what it needs only when it is used.
 """
 
 import inspect
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 MODES: Final = ("none", "once", "new_episodes", "all")
 _MARKERS: Final = (
     "dspex_tools(*references): the tools (module[:name]) of dspex_server, dspex_provider and dspex_session",
-    "dspex_replay(tape, tools=..., drive=None): replay the recording before the test; it fails where anything comes "
-    "out differently. `tape` is beside the test; `drive(context)` plays the client when it is recorded",
+    "dspex_replay(tape, tools=..., drive=None): replay the recording before the test, which fails on any difference. "
+    "`tape` is relative to the test's folder; `drive(context)` plays the client to make the recording",
 )
 _REPLAY: Final = "dspex_replay"
 _USAGE: Final = "dspex_replay(tape, tools='package.module', drive=function)"
 _ALL_SHOWN: Final = 2
-"""From which verbosity on (-vv) all differences are shown."""
+"""The verbosity (-vv) from which all differences are shown."""
 _SESSION: Final = "session"
 _REAL_TIME: Final = ("_pytest", "xdist", "execnet", "grpc", "uvloop")
 
@@ -42,13 +42,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--dspex-record",
         choices=MODES,
         default=None,
-        help="when tests marked dspex_replay record anew: none (never), once (where there is no recording), "
-        "new_episodes (also where calls have been added), all. Default: once, and none where CI is set.",
+        help="when tests marked dspex_replay make their recordings: none (never), once (if the recording is missing), "
+        "new_episodes (also if calls were added), all (every time). Default: once; if CI is set, none.",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the markers known."""
+    """Register the markers."""
     for marker in _MARKERS:
         config.addinivalue_line("markers", marker)
 
@@ -65,22 +65,22 @@ def _references_of(request: pytest.FixtureRequest) -> tuple[str, ...]:
 
 @pytest.fixture
 def dspex_server(request: pytest.FixtureRequest, tmp_path: Path) -> "Iterator[ServedDatabase]":
-    """A real server, a process of its own on a free port, with the tools of the marker `dspex_tools`.
+    """A server in a separate process, on a free port, with the tools of the marker `dspex_tools`.
 
-    It has `url` (for `dspex_persist.connect`), `target` (for gRPC), `path` (of its file), `kill`, `stop`, `restart`.
+    It has `url` (for `dspex_persist.connect`), `target` (for gRPC), `path` (its file), `kill`, `stop` and `restart`.
     """
     from dspex_persist.testing.server import ServedDatabase
 
     references = _references_of(request)
     settings = {"tools": ",".join(references)} if references else {}
-    # A child inherits no sys.path: what the test can import, its server has to be able to.
+    # A child process does not inherit sys.path, but the server must be able to import the same tools as the test.
     with ServedDatabase(tmp_path / "served.db", settings, import_from=request.config.rootpath) as server:
         yield server
 
 
 @pytest.fixture
 def dspex_provider(request: pytest.FixtureRequest, tmp_path: Path) -> "Iterator[EmbeddedState]":
-    """The engine in this process, on a fresh file, with the tools of the marker `dspex_tools`."""
+    """The engine in this process, on a new file, with the tools of the marker `dspex_tools`."""
     from dspex_persist.testing.cassettes import open_engine
 
     with open_engine(tmp_path / "sessions.db", _references_of(request)) as provider:
@@ -89,7 +89,7 @@ def dspex_provider(request: pytest.FixtureRequest, tmp_path: Path) -> "Iterator[
 
 @pytest.fixture
 def dspex_session(dspex_provider: "EmbeddedState") -> "Context":
-    """A fresh session of `dspex_provider`."""
+    """The `Context` of a new session of `dspex_provider`."""
     from dspex_persist.cognitive.context import Context
 
     return Context(dspex_provider, _SESSION)
@@ -97,9 +97,9 @@ def dspex_session(dspex_provider: "EmbeddedState") -> "Context":
 
 @pytest.fixture
 def dspex_clock() -> "Iterator[Clock]":
-    """The time, frozen by freezegun where it stands; `tick` and `move_to` change it.
+    """The clock, frozen at the current time by freezegun; `tick` and `move_to` change it.
 
-    Event loops, threads that wait, and gRPC keep the real time: without that, calls would never end.
+    Event loops, waiting threads and gRPC keep the real time: otherwise calls would never end.
     """
     try:
         from freezegun import freeze_time
@@ -111,9 +111,9 @@ def dspex_clock() -> "Iterator[Clock]":
 
 @pytest.fixture
 def dspex_replay(request: pytest.FixtureRequest, tmp_path: Path) -> "Cassette | _Failed | Callable[..., Cassette]":
-    """What the marker `dspex_replay` says, replayed: `report`, and `state`, the recorded variables at the end.
+    """The replayed recording of the marker `dspex_replay`, with `report`, and `state`, its variables at the end.
 
-    In a test without the marker: a function that replays `(tape, tools=..., drive=None)` when it is called.
+    In a test without the marker, a function `(tape, tools=..., drive=None)` that replays a recording.
     """
     from dspex_persist.testing.cassettes import check
 
@@ -135,14 +135,14 @@ def dspex_replay(request: pytest.FixtureRequest, tmp_path: Path) -> "Cassette | 
     try:
         _check_marker(request.node, marker, replayed)
         return replayed(*marker.args, **marker.kwargs)
-    except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001 -- the test fails of it, when its turn comes
+    except (Exception, pytest.fail.Exception) as error:  # noqa: BLE001 -- raised again when the test itself runs
         failed = request.node.stash[_FAILED] = _Failed(error)
         return failed
 
 
 def _check_marker(node: pytest.Item, marker: pytest.Mark, replayed: Callable[..., object]) -> None:
     if sum(each.name == _REPLAY for each in node.own_markers) > 1:
-        advice = "in a test without the marker, the fixture dspex_replay is a function that may be called often"
+        advice = "in a test without the marker, the fixture dspex_replay is a function that can be called repeatedly"
         pytest.fail(f"the test has the marker {_REPLAY} more than once: {advice}", pytrace=False)
     try:
         inspect.signature(replayed).bind(*marker.args, **marker.kwargs)
@@ -151,7 +151,7 @@ def _check_marker(node: pytest.Item, marker: pytest.Mark, replayed: Callable[...
 
 
 class _Failed:
-    """What a test has in place of its tape when that does not hold. It never gets to see it, only its fixtures may."""
+    """Takes the place of a recording that failed. The test fails before it can use it, but its fixtures may try."""
 
     def __init__(self, error: BaseException) -> None:
         self._error = error
@@ -160,7 +160,7 @@ class _Failed:
         raise self._error
 
     def fail(self) -> None:
-        """Let the test fail as it should."""
+        """Raise the error of the replay."""
         raise self._error
 
 
@@ -169,14 +169,14 @@ _FAILED: Final = pytest.StashKey[_Failed]()
 
 @pytest.fixture(autouse=True)
 def _dspex_replay_where_marked(request: pytest.FixtureRequest) -> None:
-    """A marked test replays whether or not it asks for the fixture."""
+    """Replay for every marked test, even if it does not use the fixture."""
     if request.node.get_closest_marker(_REPLAY) is not None:
         request.getfixturevalue(_REPLAY)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> None:
-    """Fail a marked test whose recording does not hold: a failure of the test, no error of its set-up."""
+    """Fail a marked test whose replay failed: as a failure of the test, not an error in its setup."""
     failed = item.stash.get(_FAILED, None)
     if failed is not None:
         failed.fail()

@@ -1,6 +1,6 @@
-"""What every provider promises that is `Prunable`, as tests. Its backend subclasses `PruneContract`.
+"""The contract of every provider that is `Prunable`, as tests. A backend subclasses `PruneContract`.
 
-A server has to be started with `audit_prune`.
+A server under test needs `audit_prune`.
 """
 
 from datetime import timedelta
@@ -15,7 +15,7 @@ from dspex_persist.testing.provider_contract.base import Contract
 
 
 class PruneContract(Contract):
-    """Old history, deleted for good."""
+    """Old history is deleted permanently."""
 
     @pytest.fixture
     def grown(self, provider: StateProvider, session: str) -> str:
@@ -69,30 +69,30 @@ class PruneContract(Contract):
             provider.rollback_variable(grown, "x", 0)
 
     def test_it_tells_how_far_it_has_come(self, provider: StateProvider, grown: str) -> None:
-        told: list[tuple[str, int, int]] = []
+        reports: list[tuple[str, int, int]] = []
         policy = PrunePolicy(keep_versions=1, session_id=grown)
-        Prunable.of(provider).prune(policy, confirm=True, progress=lambda *each: told.append(each))
-        assert all(what and 0 <= done <= in_all for what, done, in_all in told)
+        Prunable.of(provider).prune(policy, confirm=True, progress=lambda *each: reports.append(each))
+        assert all(what and 0 <= done <= in_all for what, done, in_all in reports)
 
     def test_what_progress_raises_ends_it(self, provider: StateProvider, grown: str) -> None:
         class EnoughError(Exception):
             pass
 
-        told: list[int] = []
+        reports: list[int] = []
 
         def leave(_what: str, done: int, _in_all: int) -> None:
-            told.append(done)
+            reports.append(done)
             raise EnoughError
 
         try:
             Prunable.of(provider).prune(PrunePolicy(keep_versions=1, session_id=grown), confirm=True, progress=leave)
         except EnoughError:
-            assert told
+            assert reports
         assert provider.get_value(grown, "x") == 9
 
     def test_a_session_that_never_was_cannot_be_pruned(self, provider: StateProvider) -> None:
         with pytest.raises(errors.StateError):
-            Prunable.of(provider).prune(PrunePolicy(keep_versions=1, session_id="nobody"), confirm=False)
+            Prunable.of(provider).prune(PrunePolicy(keep_versions=1, session_id="unknown"), confirm=False)
 
     def test_nothing_said(self, provider: StateProvider) -> None:
         with pytest.raises(errors.InvalidArgumentError):

@@ -1,7 +1,7 @@
-"""What every provider promises that is `Recordable`, as tests. Its backend subclasses `RecordingContract`, and
-`EndedRecordingContract` if it keeps the sessions that have ended.
+"""The contract of every provider that is `Recordable`, as tests. A backend subclasses `RecordingContract`, and
+`EndedRecordingContract` if it keeps ended sessions.
 
-They record values of sensitive variables: a server has to be started with `audit_reveal`.
+The tests record values of sensitive variables, so a server under test needs `audit_reveal`.
 """
 
 import io
@@ -26,7 +26,7 @@ SENSITIVE = {"sensitive": "true"}
 
 
 def recorded(provider: StateProvider, session: str, **options: Any) -> tuple[Header, tuple[RecordedCommit, ...]]:
-    """A recording, read to its end."""
+    """Return a recording with all its commits."""
     header, commits = Recordable.of(provider).record(session, **options)
     return header, tuple(commits)
 
@@ -36,7 +36,7 @@ def versions_in(commits: Sequence[RecordedCommit]) -> list[RecordedVersion]:
 
 
 class RecordingContract(Contract):
-    """The whole log of a session that lives."""
+    """The whole log of a live session."""
 
     def test_it_claims_to_record(self, provider: StateProvider) -> None:
         assert isinstance(provider, Recordable)
@@ -65,8 +65,8 @@ class RecordingContract(Contract):
         ]
         assert commits[2].actor == "ada"
         assert all(one.at <= other.at and one.sequence < other.sequence for one, other in pairwise(commits))
-        told = [(each.name, each.version, each.kind, each.value and each.value.json) for each in versions_in(commits)]
-        assert told == [
+        versions = versions_in(commits)
+        assert [(each.name, each.version, each.kind, each.value and each.value.json) for each in versions] == [
             ("x", 0, ChangeKind.REGISTERED, "1"),
             ("x", 1, ChangeKind.SET, "2"),
             ("y", 0, ChangeKind.REGISTERED, "0"),
@@ -157,7 +157,7 @@ class RecordingContract(Contract):
 
     def test_a_session_that_never_was_has_no_recording(self, provider: StateProvider) -> None:
         with pytest.raises(errors.NotInHistoryError):
-            recorded(provider, "nobody")
+            recorded(provider, "unknown")
 
     def test_the_session_that_began_with_a_commit(self, provider: StateProvider, session: str) -> None:
         began = recorded(provider, session)[1][0].sequence
@@ -180,7 +180,7 @@ class RecordingContract(Contract):
 
 
 class EndedRecordingContract(Contract):
-    """The whole log of a session that has ended."""
+    """The whole log of an ended session."""
 
     def test_a_session_that_has_ended(self, provider: StateProvider, session: str) -> None:
         provider.register_variable(session, "x", "integer", 0)

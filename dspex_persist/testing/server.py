@@ -1,4 +1,4 @@
-"""A real server process on a database file, for tests that need one: started, killed, started again."""
+"""A real server process on a database file, which tests can start, kill and restart."""
 
 import os
 import sys
@@ -10,17 +10,23 @@ from typing import Final, Self
 from dspex_persist.infra.process import ProcessFailedError, ServerProcess
 
 _END_S: Final = 20.0
-_TAKEN: Final = 75
-"""With what a server ends that cannot have its port."""
+_PORT_IN_USE: Final = 75
+"""The exit code of a server whose port is in use."""
 _TRIES: Final = 5
 
 
 class ServedDatabase:
-    """`dspex-persist serve` in a process of its own, on a free port of 127.0.0.1, which stays the same for its life.
+    """`dspex-persist serve` in a separate process, on a free port of 127.0.0.1 that it keeps across restarts.
 
-    `settings`: settings by name (`optimization_lease_s`, `tools`, ...), each different from its default; those of the
-    environment do not count. The folder of the file is the process's working directory. Where `import_from` is given,
-    the process can import what is there, and whatever this one can.
+    The working directory of the process is the folder of the file.
+
+    Args:
+        path: The database.
+        settings: Settings by name (`optimization_lease_s`, `tools`, ...) that differ from the defaults. Settings in the
+            environment are ignored.
+        import_from: A folder that the process can import from, in addition to everything that this process can import;
+            None to leave its import path alone.
+        ready_timeout_s: How long to wait until the server is ready, in seconds.
     """
 
     def __init__(
@@ -31,7 +37,7 @@ class ServedDatabase:
         import_from: Path | None = None,
         ready_timeout_s: float = 120.0,
     ) -> None:
-        """Start it and wait until it answers; ProcessFailedError if it does not."""
+        """Start it and wait until it is ready; raise `ProcessFailedError` if it does not get there."""
         self.path = path
         self._environment = {name: text for name, text in os.environ.items() if not name.startswith("DSPEX_PERSIST_")}
         if import_from is not None:
@@ -54,38 +60,38 @@ class ServedDatabase:
 
     @property
     def target(self) -> str:
-        """Where it listens, for a gRPC channel."""
+        """Its address, for a gRPC channel."""
         return f"127.0.0.1:{self.port}"
 
     @property
     def url(self) -> str:
-        """The same for `dspex_persist.connect`."""
+        """Its URL, for `dspex_persist.connect`."""
         return f"grpc://{self.target}"
 
     def kill(self) -> None:
-        """End it at once (SIGKILL), as a crash does."""
+        """End it immediately with SIGKILL, like a crash."""
         self.process.kill()
 
     def stop(self) -> int:
-        """End it with SIGTERM, which lets calls finish; its exit code."""
+        """End it with SIGTERM, which lets calls finish, and return its exit code."""
         return self.process.terminate(_END_S)
 
     def restart(self) -> None:
-        """Kill it if it runs, and start it again on the same file and port: clients connect again by themselves."""
+        """Kill it if it is running, and start it on the same file and port; clients reconnect by themselves."""
         self.process.close()
         for _ in range(_TRIES - 1):
             try:
                 self.process = self._start(self.port)
             except ProcessFailedError as failure:
-                # Somebody's outgoing connection may have the port for a moment.
-                if failure.exit_code != _TAKEN:
+                # An outgoing connection of another process may use the port for a moment.
+                if failure.exit_code != _PORT_IN_USE:
                     raise
             else:
                 return
         self.process = self._start(self.port)
 
     def close(self) -> None:
-        """Kill it; closing twice does nothing."""
+        """Kill it if it is running."""
         self.process.close()
 
     def __enter__(self) -> Self:

@@ -1,5 +1,5 @@
-"""What every provider promises that hands out what tools yield (`StreamsTools`), as tests. Its backend subclasses
-`StreamContract`, with a fixture `provider` as `tool_contract` asks for it.
+"""The contract of every provider that is `StreamsTools`, as tests. A backend subclasses `StreamContract`, with the
+fixture `provider` that `tool_contract` describes.
 """
 
 import math
@@ -15,7 +15,7 @@ from dspex_persist.testing.tool_contract import Client, ToolsContract
 
 
 class StreamContract(ToolsContract):
-    """Chunks, as they come."""
+    """Chunks arrive as the tool yields them."""
 
     def test_chunks_come_as_they_are_yielded_and_the_end_is_the_commit(self, client: Client) -> None:
         assert list(stream(client, "count", to=3)) == [1, 2, 3]
@@ -61,7 +61,7 @@ class StreamContract(ToolsContract):
 
     def test_a_session_that_is_not_there(self, provider: ExecutesTools) -> None:
         with pytest.raises(errors.SessionNotFoundError):
-            list(_streams(provider).stream_tool("nobody", "count", {"to": 1}))
+            list(_streams(provider).stream_tool("unknown", "count", {"to": 1}))
 
     def test_wrong_arguments(self, provider: ExecutesTools) -> None:
         with pytest.raises(errors.InvalidArgumentError):
@@ -89,6 +89,6 @@ def _streams(provider: ExecutesTools) -> StreamsTools:
 
 
 def stream(client: Client, tool: str, **parameters: Any) -> Any:
-    """The chunks of a tool, an iterator that can be closed."""
+    """Return an iterator over the chunks of a tool, which can be closed."""
     chunks: Iterator[object] = _streams(client.provider).stream_tool(client.session, tool, parameters)
     return chunks

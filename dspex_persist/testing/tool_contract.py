@@ -1,4 +1,4 @@
-"""What every ExecutesTools promises that can execute tools, as tests. Its backend subclasses `ToolContract`:
+"""The contract of every provider that is `ExecutesTools`, as tests. A backend subclasses `ToolContract`:
 
     class TestMyTools(ToolContract):
         @pytest.fixture
@@ -6,11 +6,11 @@
             with MyState(tools=CONTRACT_TOOLS) as provider:
                 yield provider
 
-The provider has the tools of `CONTRACT_TOOLS`, and no others of its own. A server has them from
-`--tools dspex_persist.testing.contract_tools`; it must see the same files as the tests. The provider may be used by
-other tests at the same time and before: each test begins a session of its own.
+The provider has the tools of `CONTRACT_TOOLS` and no others. A server loads them with
+`--tools dspex_persist.testing.contract_tools`, and must see the same files as the tests. The provider may be shared
+with other tests, even concurrent ones: each test creates a new session.
 
-Nothing here asks which backend it has. What tools promise that only a journal or a wire can show is tested elsewhere.
+No test depends on which backend it runs on. What only a journal or a wire shows is tested elsewhere.
 """
 
 import math
@@ -56,13 +56,13 @@ from dspex_persist.testing.contract_tools import CONTRACT_TOOLS, RAISED
 from dspex_persist.testing.provider_contract.arguments import WRONG_METADATA, WRONG_TEXTS
 
 UNTOUCHED: Final[dict[str, object]] = {"a": 0, "b": 0, "c": 0}
-"""The values of a session of these tests, as it begins."""
+"""The initial values of a session in these tests."""
 KINDS: Final = ("fail", "fail_later", "stumble", "stumble_later")
 """Tools that fail: a function, a coroutine, a generator, an async generator."""
 
 
 class Gate:
-    """Where tools announce themselves and wait: a folder, which is the parameter `gate` of theirs."""
+    """A folder in which tools report their progress and wait; they get its path as their parameter `gate`."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir()
@@ -72,24 +72,24 @@ class Gate:
         return str(self._folder)
 
     def wait(self, attempt: int = 1) -> None:
-        """Wait until an attempt is there."""
+        """Wait until an attempt has reached the gate."""
         self.wait_for(f"at {attempt}")
 
     def wait_for(self, name: str) -> None:
-        """Wait for what else the tool announces."""
+        """Wait until the tool has reported `name`."""
         deadline = time.monotonic() + DEADLINE_S
         while not (self._folder / name).exists():
-            assert time.monotonic() < deadline, f"the tool did not say {name!r} within {DEADLINE_S} s"
+            assert time.monotonic() < deadline, f"the tool did not report {name!r} within {DEADLINE_S} s"
             let_pass(0.005)
 
     def open(self, *attempts: int) -> None:
-        """Let these attempts go on; none named: the first."""
+        """Let these attempts continue; by default the first."""
         for attempt in attempts or (1,):
             (self._folder / f"go {attempt}").touch()
 
 
 class Client:
-    """One session, as a test has tools executed in it. `_key` is an idempotency key."""
+    """A client with one session. `_key` is an idempotency key."""
 
     def __init__(self, provider: ExecutesTools, variables: Mapping[str, object] = UNTOUCHED) -> None:
         self.provider = provider
@@ -99,30 +99,30 @@ class Client:
             provider.register_variable(self.session, name, "integer", value)
 
     def begin(self, tool: str, /, _key: str | None = None, **parameters: Any) -> Future[ToolOutcome]:
-        """Have a tool executed; the future of its outcome."""
+        """Start the execution of a tool; return the future of its outcome."""
         encoded = values.encode_arguments(_plain(parameters))
         command = commands.ExecuteTool(self.session, tool, encoded, timeout_s=2 * DEADLINE_S)
         return self.provider.submit(command, self.provider.default_origin(command.cause, _key))
 
     def execute(self, tool: str, /, _key: str | None = None, **parameters: Any) -> ToolOutcome:
-        """Have a tool executed; its outcome."""
+        """Execute a tool; return its outcome."""
         return self.begin(tool, _key, **parameters).result(DEADLINE_S)
 
     def get(self, tool: str, /, _key: str | None = None, **parameters: Any) -> Any:
-        """The result of a tool that has to end well."""
+        """Execute a tool that must succeed; return its result."""
         return result_of(self.execute(tool, _key, **parameters))
 
     def set(self, name: str, value: object) -> None:
-        """Write a variable from outside."""
+        """Write a variable outside any execution."""
         self.provider.set_variable(self.session, name, value)
 
     def values(self) -> dict[str, object]:
-        """All variables, as everybody sees them."""
+        """Return the values of all variables outside any execution."""
         variables = self.provider.list_variables(self.session)
         return {each.name: values.decode(each.type, each.value) for each in variables}
 
     def versions(self, name: str = "a") -> list[int]:
-        """The versions in a variable's history, newest first."""
+        """Return the versions in a variable's history, newest first."""
         return [version.version for version in self.provider.get_variable_history(self.session, name)]
 
 
@@ -131,21 +131,21 @@ def _plain(parameters: Mapping[str, object]) -> dict[str, object]:
 
 
 def result_of(outcome: ToolOutcome) -> Any:
-    """The result of an execution that has to have committed."""
+    """Return the result of an execution that must have committed."""
     assert outcome.success, f"{outcome.error_code}: {outcome.error}"
     assert outcome.result is not None
     return values.decode_loosely(outcome.result, outcome.result_type)
 
 
 def check_not_begun(outcome: ToolOutcome, code: str) -> str:
-    """Nothing was begun, for this reason; its text."""
+    """Check that no execution was begun, with this error code; return the error's text."""
     _check_error(outcome, code)
     assert outcome == ToolOutcome(None, None, outcome.error, code)
     return str(outcome.error)
 
 
 def check_ended(outcome: ToolOutcome, status: ExecutionStatus, code: str, *, attempts: int = 1) -> str:
-    """It ran, and ended without success; the text of its error."""
+    """Check that it ran and ended without success; return the error's text."""
     assert (outcome.status, outcome.error_code, outcome.attempts) == (status, code, attempts)
     assert (outcome.success, outcome.result, outcome.commit_sequence) == (False, None, None)
     assert not outcome.repeated
@@ -156,7 +156,7 @@ def check_ended(outcome: ToolOutcome, status: ExecutionStatus, code: str, *, att
 
 
 def _check_error(outcome: ToolOutcome, code: str) -> errors.StateError:
-    """It is the same class wherever the tool ran, with what belongs to it."""
+    """Check that the error has the class that belongs to its code, wherever the tool ran."""
     error = outcome.error
     assert isinstance(error, errors.StateError)
     assert (type(error), error.error_code) == (_KINDS[code], code)
@@ -178,22 +178,22 @@ _KINDS: Final[Mapping[str, type[errors.StateError]]] = {
 
 
 def check_failed(outcome: ToolOutcome) -> str:
-    """Its code failed; the text of its error."""
+    """Check that its code failed; return the error's text."""
     return check_ended(outcome, ExecutionStatus.FAILED, "TOOL_FAILED")
 
 
 def check_conflict(outcome: ToolOutcome, *, attempts: int = 1) -> str:
-    """It lost to others; the text of its error."""
+    """Check that it ended with a conflict; return the error's text."""
     return check_ended(outcome, ExecutionStatus.CONFLICT, "CONFLICT", attempts=attempts)
 
 
 class ToolsContract:
-    """What all parts of the contract have."""
+    """The base of all parts of the contract."""
 
     @pytest.fixture
     def provider(self) -> Iterator[ExecutesTools]:
         """The provider under test."""
-        raise NotImplementedError(f"{type(self).__name__} gives no fixture `provider`")
+        raise NotImplementedError(f"{type(self).__name__} has no fixture `provider`")
 
     @pytest.fixture
     def client(self, provider: ExecutesTools) -> Client:
@@ -202,17 +202,17 @@ class ToolsContract:
 
     @pytest.fixture
     def gate(self, tmp_path: Path) -> Iterator[Gate]:
-        """A gate, which opens at the end: a test that failed must keep no tool."""
+        """A gate. It opens at the end, so that no tool keeps waiting after a failed test."""
         gate = Gate(tmp_path / "gate")
         yield gate
         gate.open(1, 2, 3)
 
 
 class ListingContract(ToolsContract):
-    """What tools there are."""
+    """The list of tools."""
 
     def test_tools_are_described_as_they_were_written(self, provider: ExecutesTools, client: Client) -> None:
-        """What the provider itself says of them, such as where they run, is in metadata under `dspex.`."""
+        """The provider's own facts about them, such as where they run, are in the metadata under `dspex.`."""
         for session in ("", client.session):
             assert tuple(map(_as_written, provider.list_tools(session))) == CONTRACT_TOOLS.specs()
         assert provider.get_session(client.session).tool_count == len(CONTRACT_TOOLS)
@@ -265,7 +265,7 @@ RESULTS: Final[list[object]] = [
 
 
 class ResultContract(ToolsContract):
-    """Parameters in, results out."""
+    """Parameters and results."""
 
     @pytest.mark.parametrize("value", RESULTS, ids=shown)
     def test_values_come_back_exactly(self, client: Client, value: object) -> None:
@@ -305,8 +305,8 @@ class ResultContract(ToolsContract):
         assert client.get("total", numbers=[1, 2.0, 3.5]) == 6.5
 
     def test_arguments_are_coerced(self, client: Client) -> None:
-        said = client.get("describe", city="Bern", days=2.0, ratio=1, wet="true", tags=["x"], extra={"k": [1]})
-        assert said == {
+        arguments = client.get("describe", city="Bern", days=2.0, ratio=1, wet="true", tags=["x"], extra={"k": [1]})
+        assert arguments == {
             "city": ["str", "Bern"],
             "days": ["int", 2],
             "scale": ["str", "c"],
@@ -317,8 +317,8 @@ class ResultContract(ToolsContract):
         }
 
     def test_what_is_left_out_has_its_default(self, client: Client) -> None:
-        said = client.get("describe", city="Bern", tags=None)
-        left_out = {name: argument for name, (_, argument) in said.items() if name != "city"}
+        arguments = client.get("describe", city="Bern", tags=None)
+        left_out = {name: argument for name, (_, argument) in arguments.items() if name != "city"}
         assert left_out == {"days": 3, "scale": "c", "ratio": 0.5, "wet": False, "tags": None, "extra": None}
 
     def test_functions_and_coroutines(self, client: Client) -> None:
@@ -375,7 +375,7 @@ class ResultContract(ToolsContract):
 
 
 class RefusalContract(ToolsContract):
-    """What is refused before anything is begun."""
+    """Requests that are refused before an execution begins."""
 
     @pytest.mark.parametrize(
         ("parameters", "name", "words"),
@@ -452,7 +452,7 @@ class RefusalContract(ToolsContract):
 
 
 class TransactionContract(ToolsContract):
-    """All at once, or not at all."""
+    """An execution commits all its writes at once, or none."""
 
     def test_writes_appear_all_at_once_and_are_seen_by_the_tool_before(
         self, provider: ExecutesTools, client: Client, gate: Gate
@@ -464,10 +464,10 @@ class TransactionContract(ToolsContract):
             gate.open()
             outcome = call.result(DEADLINE_S)
             updates = take(watch, 8)
-        said = result_of(outcome)
-        assert said["values"] == client.values() == {"a": 8, "b": 9, "new": 3}
-        assert (said["versions"], said["brief"]) == ([2, 1, 0], False)
-        assert "above maximum 10" in said["refused"]
+        result = result_of(outcome)
+        assert result["values"] == client.values() == {"a": 8, "b": 9, "new": 3}
+        assert (result["versions"], result["brief"]) == ([2, 1, 0], False)
+        assert "above maximum 10" in result["refused"]
         check_whole_commits(updates)
         assert {update.sequence for update in updates} == {outcome.commit_sequence}
         assert sorted(names_of(updates)) == ["a", "b", "brief", "brief", "c", "new", "new", "new"]
@@ -506,7 +506,7 @@ class TransactionContract(ToolsContract):
 
 
 class ConflictContract(ToolsContract):
-    """What others change while a tool runs."""
+    """Changes by other callers while a tool runs."""
 
     def test_a_read_that_has_changed_is_a_conflict_with_name_and_versions(self, client: Client, gate: Gate) -> None:
         text = check_conflict(_meanwhile(client, gate, lambda: client.set("a", 9), "look", what="value"))
@@ -561,7 +561,7 @@ class ConflictContract(ToolsContract):
     def test_two_that_read_what_the_other_writes(
         self, provider: ExecutesTools, tmp_path: Path, tool: str, both: bool
     ) -> None:
-        """Of serializable ones only one can have been the first; snapshots bear with that."""
+        """Serializable isolation lets only one of them commit; snapshot isolation lets both."""
         client = Client(provider, {"a": 1, "b": 0})
         gates = [Gate(tmp_path / name) for name in "ab"]
         calls = [client.begin(tool, gate=gate, name=name) for gate, name in zip(gates, "ab", strict=True)]
@@ -602,16 +602,16 @@ class ConflictContract(ToolsContract):
             return [cast(int, mine.get("add_stubbornly")) for _ in range(each)]
 
         with ThreadPoolExecutor(threads) as pool:
-            said = list(pool.map(work, range(threads)))
+            results = list(pool.map(work, range(threads)))
         total = threads * each // 2
-        for mine, of_mine in ((client, said[::2]), (other, said[1::2])):
+        for mine, of_mine in ((client, results[::2]), (other, results[1::2])):
             assert mine.values()["a"] == total
             assert sorted(number for numbers in of_mine for number in numbers) == list(range(1, total + 1))
             assert mine.versions() == list(range(total, -1, -1))
 
 
 def _meanwhile(client: Client, gate: Gate, change: Callable[[], None], tool: str, /, **parameters: Any) -> ToolOutcome:
-    """The outcome of a tool while which ran others have changed something."""
+    """Execute a tool, and make a change while it waits at the gate; return its outcome."""
     call = client.begin(tool, gate=gate, **parameters)
     gate.wait()
     change()
@@ -620,7 +620,7 @@ def _meanwhile(client: Client, gate: Gate, change: Callable[[], None], tool: str
 
 
 class CallContract(ToolsContract):
-    """Tools that call tools: one transaction."""
+    """A tool and the tools that it calls are one transaction."""
 
     def test_a_called_tool_is_part_of_the_transaction(self, provider: ExecutesTools, client: Client) -> None:
         outcome = client.execute("parent")
@@ -651,18 +651,18 @@ class CallContract(ToolsContract):
         assert client.values() == UNTOUCHED
 
     @pytest.mark.parametrize(
-        ("name", "arguments", "said"),
+        ("name", "arguments", "answer"),
         [
             ("nowhere", {}, "ToolNotFoundError: unknown tool 'nowhere'"),
             ("describe", {"city": 1}, "ToolArgumentError: invalid parameter 'city' of tool 'describe'"),
             ("demanding", {}, "MissingVariablesError: tool 'demanding' needs variables"),
-            ("count", {"to": 2}, "it said [1, 2]"),
-            ("count_later", {"to": 1}, "it said [{'n': 1}]"),
-            ("add_later", {}, "it said 1"),
+            ("count", {"to": 2}, "it returned [1, 2]"),
+            ("count_later", {"to": 1}, "it returned [{'n': 1}]"),
+            ("add_later", {}, "it returned 1"),
         ],
     )
-    def test_any_tool_can_be_called(self, client: Client, name: str, arguments: dict[str, Any], said: str) -> None:
-        assert client.get("call", name=name, arguments=arguments).startswith(said)
+    def test_any_tool_can_be_called(self, client: Client, name: str, arguments: dict[str, Any], answer: str) -> None:
+        assert client.get("call", name=name, arguments=arguments).startswith(answer)
 
     def test_a_called_tool_sees_what_its_caller_has_written(self, client: Client) -> None:
         assert client.get("descend", depth=3) == 3
@@ -675,7 +675,7 @@ class CallContract(ToolsContract):
 
 
 class PublishContract(ToolsContract):
-    """What a tool shows ahead of its end."""
+    """Values that a tool publishes while it runs."""
 
     def test_what_is_published_is_seen_at_once_and_is_no_conflict(
         self, provider: ExecutesTools, client: Client, gate: Gate
@@ -710,13 +710,13 @@ class PublishContract(ToolsContract):
         provider.register_variable(client.session, "loss", "float", 0.0)
         provider.register_variable(client.session, "point", "embedding", [0.0, 0.0])
         assert client.execute("publish_numbers").success
-        told = [
+        history = [
             values.decode(each.type, each.value)
             for name in ("loss", "point")
             for each in provider.get_variable_history(client.session, name)
             if each.value is not None
         ]
-        assert repr(told) == "[nan, 0.0, [1.5, 2.5], [0.5, inf], [0.0, 0.0]]"
+        assert repr(history) == "[nan, 0.0, [1.5, 2.5], [0.5, inf], [0.0, 0.0]]"
 
     def test_what_it_has_written_it_cannot_publish(self, client: Client) -> None:
         assert "do one or the other" in check_failed(client.execute("publish_and_write"))
@@ -724,7 +724,7 @@ class PublishContract(ToolsContract):
 
 
 class KeyContract(ToolsContract):
-    """Once for an idempotency key."""
+    """An execution runs once for each idempotency key."""
 
     def test_the_same_request_runs_once_and_is_answered_again(self, client: Client) -> None:
         first, second, third = (client.execute("add", "k", name="a", amount=2) for _ in range(3))
@@ -743,7 +743,7 @@ class KeyContract(ToolsContract):
         assert client.execute("add", "k", amount=2, name="a").repeated
 
     def test_a_key_may_come_in_the_metadata(self, provider: ExecutesTools, client: Client) -> None:
-        """It is the same key there, and before another one."""
+        """It is the same key there, and takes precedence over the argument."""
         first = provider.execute_tool(client.session, "add", metadata={"idempotency_key": "k"})
         second = provider.execute_tool(
             client.session, "add", metadata={"idempotency_key": "k", "user": "ada"}, idempotency_key="other"
@@ -777,7 +777,7 @@ class KeyContract(ToolsContract):
         gate.open()
         first, *others = (call.result(DEADLINE_S) for call in calls)
         assert result_of(first) == 1
-        # It may have ended just before one of them was looked at.
+        # It may have ended just before one of the requests was handled.
         assert [replace(outcome, repeated=False) for outcome in others] == [first] * 3
         assert client.versions() == [1, 0]
 
@@ -809,7 +809,7 @@ class KeyContract(ToolsContract):
 
 
 class EndingContract(ToolsContract):
-    """Tools that are ended."""
+    """Executions that are ended while they run."""
 
     @pytest.mark.parametrize("tool", ["slow", "slow_later"])
     def test_a_tool_that_takes_longer_than_it_may_leaves_nothing(self, client: Client, gate: Gate, tool: str) -> None:
@@ -852,7 +852,7 @@ class EndingContract(ToolsContract):
 
 
 class OwnContract(ToolsContract):
-    """What each attempt, and each call, has for itself."""
+    """Objects that each attempt and each call has for itself."""
 
     def test_an_attempt_has_arguments_defaults_and_metadata_of_its_own(
         self, provider: ExecutesTools, client: Client, gate: Gate
@@ -880,11 +880,11 @@ class OwnContract(ToolsContract):
 
 
 class DoorContract(ToolsContract):
-    """What a tool passes is looked at: it fails alone, and everybody else goes on."""
+    """What a tool passes to its context is checked: a wrong tool fails alone, and other callers are not affected."""
 
     @pytest.fixture(autouse=True)
     def others_go_on(self, provider: ExecutesTools) -> Iterator[None]:
-        """Whatever a tool did, another session is served as before."""
+        """After each test, another session is served as before."""
         yield
         other = Client(provider)
         other.set("a", 1)
@@ -930,7 +930,7 @@ class DoorContract(ToolsContract):
 
     @pytest.mark.parametrize("how", ["gather", "group", "task", "callback", "stop", "close", "stop and close"])
     def test_a_loop_goes_on_whatever_ends_it(self, client: Client, how: str) -> None:
-        """Or there is a new one; in any case the caller is told."""
+        """Or it is replaced; in any case the caller gets an answer."""
         outcome = client.execute("end_the_loop", how=how)
         if how in ("callback", "stop"):
             assert result_of(outcome) == how
@@ -983,7 +983,7 @@ class DoorContract(ToolsContract):
     def test_what_waits_for_the_end_of_an_execution_has_an_end(
         self, client: Client, tool: str, text: str, setting: str
     ) -> None:
-        """All of it is one commit, for which everybody waits."""
+        """It becomes one commit, during which all other writers wait."""
         assert setting in check_failed(client.execute(tool, text=text))
         assert client.values() == UNTOUCHED
 
@@ -999,7 +999,7 @@ class DoorContract(ToolsContract):
 
 
 class ToolArgumentContract(ToolsContract):
-    """Arguments of a wrong type are refused before anything is done, in the same words by every backend."""
+    """Arguments of a wrong type are refused before anything is done, with the same message by every backend."""
 
     @pytest.mark.parametrize(("wrong", "reason"), WRONG_TEXTS, ids=shown)
     def test_ids_and_names(self, client: Client, wrong: Any, reason: str) -> None:

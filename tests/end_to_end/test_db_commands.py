@@ -215,7 +215,7 @@ def test_what_else_is_deleted_from_a_pruned_commit_is_found(path: Path, tmp_path
         assert connection.execute(statement).rowcount == 1
     result = run("check", cwd=tmp_path)
     assert result.returncode == PROBLEMS
-    assert "it was pruned, and what is left of it is not what its last marker says" in result.stdout
+    assert "it was pruned, and its remaining rows do not match its last marker" in result.stdout
 
 
 def test_a_server_prunes_by_its_settings_and_answers_meanwhile(filled: Path, tmp_path: Path) -> None:

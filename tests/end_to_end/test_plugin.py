@@ -379,11 +379,11 @@ def test_whatever_drives_a_session_is_played_or_refused(project: Path) -> None:
         "ends_later.jsonl: drive tried to end the process: SystemExit(2)",
         "the tape is the path of a file, not 5; write dspex_replay(tape,",
         f"{project} is a folder: the tape is a file, such as",
-        "steps.jsonl: drive has a yield, so calling it runs nothing of it; make it a plain function",
+        "steps.jsonl: drive has a yield, so calling it does not run its code; make it a plain function",
         "steps_later.jsonl: drive has a yield",
-        "idle.jsonl: drive did nothing with the session that it was given",
+        "idle.jsonl: drive did nothing with the session that was passed to it",
         "ZeroDivisionError: the client's own",
-        "text.jsonl: drive is a function that is given the session, not 'drive'",
+        "text.jsonl: drive is a function that takes the session, not 'drive'",
         "has the marker dspex_replay more than once: in a test without the marker, the fixture dspex_replay is a",
         "the marker dspex_replay has wrong arguments (missing a required argument: 'tape'); write dspex_replay(tape,",
     ):
@@ -395,7 +395,7 @@ def test_whatever_drives_a_session_is_played_or_refused(project: Path) -> None:
     header = json.dumps(json.loads(header) | {"commits": 1})
     (project / "steps.jsonl").write_text(f"{header}\n{first}\n", encoding="utf-8")
     ran = run_pytest(project, "-k", "test_steps", ci=True)
-    assert "steps.jsonl has nothing but the session's beginning" in ran.stdout, ran.stdout
+    assert "steps.jsonl contains only the session's beginning" in ran.stdout, ran.stdout
 
 
 def test_a_stale_recording_fails_the_test_whichever_way_it_is_replayed(project: Path) -> None:
@@ -461,7 +461,7 @@ def test_a_recording_of_which_nothing_can_be_replayed_is_no_green_test(project: 
     ran = run_pytest(project, ci=True)
     assert "1 failed, 2 passed" in ran.stdout, ran.stdout
     reason = "it reads a variable whose values were kept out of the recording"
-    assert f"test_s1.jsonl: nothing of it was checked: {reason}" in ran.stdout
+    assert f"test_s1.jsonl: nothing was checked: {reason}" in ran.stdout
 
 
 @pytest.mark.parametrize(

@@ -541,7 +541,7 @@ def test_what_the_history_never_had_is_said_with_what_comes_close(audit: AuditSo
 
 def test_a_session_that_did_not_live_then_says_when_it_did(audit: AuditSource) -> None:
     ended = next(audit.iterate(SessionQuery(live=False))).ended_sequence
-    with pytest.raises(InvalidArgumentError, match=rf"invalid at: .* did not live at commit {ended}.*; {ended}\^ is"):
+    with pytest.raises(InvalidArgumentError, match=rf"invalid at: .* was not live at commit {ended}.*; {ended}\^ is"):
         audit.state("gone", str(ended))
     assert [each.name for each in audit.state("gone", f"{ended}^")] == ["temperature"]
 
@@ -594,7 +594,7 @@ def test_an_execution_that_nobody_waited_for_says_why_it_ended(tmp_path: Path) -
     with open_audit(path) as audit:
         told = {(each.session_id, each.status.value, each.error) for each in audit.iterate(ExecutionQuery())}
     assert told == {
-        ("s", "cancelled", "its client gave it up"),
+        ("s", "cancelled", "its client cancelled it"),
         ("s", "interrupted", "the server ended while it ran"),
         ("ends", "interrupted", "session cleaned up"),
     }

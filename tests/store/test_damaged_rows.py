@@ -86,10 +86,10 @@ def path(sound: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def prepared() -> Iterator[None]:
-    """The command line is put together once: that takes longer than the questions do."""
+    """Build the command line once: that takes longer than the queries."""
     with pytest.MonkeyPatch.context() as patch:
         command = typer.main.get_command(cli.app)
-        patch.setattr(cli, "_command", lambda _: command)
+        patch.setattr(cli, "_command", lambda _: (command, command))
         yield
 
 
@@ -259,7 +259,7 @@ class TestAnAnswer:
         assert alter(path, "UPDATE outcomes SET result = ?", result)
         (problem,) = problems_of(path)
         assert problem == (
-            "session 'main', answer under idempotency key 'once': outcomes.result is not what SetVariable answers"
+            "session 'main', outcome under idempotency key 'once': outcomes.result is not a result of SetVariable"
         )
         with EmbeddedState(path) as state:
             with pytest.raises((DamagedSessionError, IdempotencyConflictError)):
@@ -269,7 +269,7 @@ class TestAnAnswer:
     def test_of_a_session_that_never_was(self, path: Path) -> None:
         assert alter(path, "UPDATE outcomes SET session_id = ?", "nobody")
         (problem,) = problems_of(path)
-        assert problem == "session 'nobody', answer under idempotency key 'once': no session has this id"
+        assert problem == "session 'nobody', outcome under idempotency key 'once': no session has this id"
 
     def test_of_no_command_without_a_hash_at_no_time(self, path: Path) -> None:
         assert alter(path, "UPDATE outcomes SET cause = 'GetVariable', fingerprint = 'x', created_at = ?", LARGE)
@@ -281,7 +281,7 @@ class TestAnAnswer:
 @pytest.mark.parametrize("range_", [(0, 3), (5, 4), (2, 1_000_000)])
 def test_an_import_of_commits_that_are_not_there(path: Path, range_: tuple[int, int]) -> None:
     assert alter(path, "UPDATE imports SET first_sequence = ?, last_sequence = ?", *range_)
-    assert any("came with an import" in problem for problem in problems_of(path))
+    assert any("listed in imports, but they do not exist" in problem for problem in problems_of(path))
 
 
 def test_metadata_that_is_no_text_is_shown_as_what_it_is(path: Path) -> None:

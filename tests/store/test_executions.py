@@ -570,7 +570,7 @@ def test_a_check_tells_what_was_changed_in_the_journal(stored: Stored, kind: str
         changed = connection.execute("UPDATE events SET body = replace(body, 'w1', 'w2') WHERE kind = ?", [kind])
         assert changed.rowcount == 1
     problems = maintenance.check(stored.path).problems
-    assert any("its rows are not those that its hash was made from" in problem.what for problem in problems)
+    assert any("its rows do not match its hash" in problem.what for problem in problems)
     with pytest.raises(errors.LostCommitsError):
         open_groups(stored.path)
 

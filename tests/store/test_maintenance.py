@@ -198,7 +198,7 @@ def test_check_tells_of_everything_at_once(path: Path) -> None:
     assert any(place.startswith("large content 1, first used by commit ") for place in where)
     assert any("variable 'retries'" in place for place in where)
     assert Problem("commit 8, session 'main', variable 'empty'", "its row in variables is missing") in problems
-    assert Problem("table versions", "it refers to a row of variables that is not there") in problems
+    assert Problem("table versions", "it refers to a row of variables that does not exist") in problems
 
 
 def test_check_reads_what_is_in_the_wal_only(path: Path) -> None:
@@ -463,7 +463,7 @@ def test_a_backup_whose_target_takes_no_locks_gives_up(
     monkeypatch.setattr(backups, "copy_pages", copy)
     monkeypatch.setattr(copies, "_MOST_BUSY", 2)
     before = names_in(tmp_path)
-    with pytest.raises(StorageError, match="takes no locks"):
+    with pytest.raises(StorageError, match="allows no locks"):
         maintenance.backup(path, tmp_path / "target.db")
     assert names_in(tmp_path) - {"copy.db-wal", "copy.db-shm"} == before
 

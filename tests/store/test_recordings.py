@@ -506,7 +506,7 @@ def test_forks_are_refused_where_there_is_nothing_to_fork_or_no_room(state: Embe
     with pytest.raises(InvalidArgumentError, match="not a point"):
         state.fork_session("s", "new", "soon")
     state.cleanup_session("s")
-    with pytest.raises(InvalidArgumentError, match="did not live"):
+    with pytest.raises(InvalidArgumentError, match="was not live"):
         state.fork_session("s", "new")
     assert [each.name for each in state.fork_session("s", "new", f"{state.head_sequence}^").variables] == ["x"]
 

@@ -164,7 +164,7 @@ def test_the_view_of_executions_says_what_it_can(poisoned: Path) -> None:
 
 def test_the_check_names_the_row(poisoned: Path) -> None:
     problems = maintenance.check(poisoned).problems
-    assert [str(problem) for problem in problems] == ["commit 6, session 's': the body of an event is no JSON"]
+    assert [str(problem) for problem in problems] == ["commit 6, session 's': the body of an event is not valid JSON"]
 
 
 def test_such_a_session_is_exported_imported_and_then_strict(poisoned: Path, tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_what_is_no_json_is_found_and_breaks_no_question(table: str, column: str
     maintenance.upgrade(path)
     damage(path, table, column, text)
     problems = [str(problem) for problem in maintenance.check(path).problems]
-    assert any("no JSON" in problem and column in problem for problem in problems), problems
+    assert any("not valid JSON" in problem and column in problem for problem in problems), problems
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
         for view in VIEWS:
             connection.execute(f"SELECT * FROM {view}").fetchall()

@@ -656,7 +656,7 @@ def test_versions_out_of_order_are_found_even_where_the_hashes_fit(path: Path) -
         "UPDATE versions SET kind = 0 WHERE variable_key = 1 AND version = 2": "of kind 0",
         "UPDATE versions SET kind = 3 WHERE variable_key = 1 AND version = 2": "after the variable was deleted",
         "UPDATE versions SET sequence = 60 WHERE variable_key = 1 AND version = 2": "comes before version 2",
-        "UPDATE versions SET variable_key = 24, version = 1 WHERE variable_key = 4 AND sequence > 62": "of another",
+        "UPDATE versions SET variable_key = 24, version = 1 WHERE variable_key = 4 AND sequence > 62": "to another",
     }
     for number, (statement, what) in enumerate(cases.items()):
         copy = path.with_name(f"case{number}.db")
@@ -742,14 +742,14 @@ def test_what_was_changed_in_the_schema_is_named(path: Path, statements: tuple[s
         (
             "UPDATE metadata_entries SET value = 'another' {one}",
             [
-                "metadata_entries has '{key}' for version {version}, whose metadata does not say so",
+                "metadata_entries has '{key}' for version {version}, whose metadata does not",
                 "version {version} has metadata that is missing in metadata_entries",
             ],
         ),
         (
             "INSERT INTO metadata_entries SELECT 'added', value, sequence, variable_key, version "
             "FROM metadata_entries {one}",
-            ["metadata_entries has 'added' for version {version}, whose metadata does not say so"],
+            ["metadata_entries has 'added' for version {version}, whose metadata does not"],
         ),
     ],
 )

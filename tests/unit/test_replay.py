@@ -139,7 +139,7 @@ def test_a_session_with_everything_replays_clean(everything: Recording) -> None:
     assert report.ok, report.describe(50)
     assert report.count(ReplayOutcome.SAME) == 12
     assert [(each.tool, each.reason) for each in report.executions if each.outcome is ReplayOutcome.SKIPPED] == [
-        ("contested", "it ended as conflict, which depends on others")
+        ("contested", "it ended as conflict, which depends on other callers")
     ]
 
 
@@ -560,7 +560,7 @@ def test_an_execution_can_be_named_by_its_number_and_a_called_one_means_its_call
         ("99999", "", "since", "there is no commit 99999: session 's' has commits 1 to {last}"),
         ("9" * 5_000, "", "since", "session 's' has commits 1 to {last}"),
         ("", 0, "until", "there is no commit 0: session 's' has commits 1 to {last}"),
-        ("exec_1", "", "since", "'exec_1' is no execution of it; session 's' has commits 1 to {last}"),
+        ("exec_1", "", "since", "'exec_1' is not an execution in it; session 's' has commits 1 to {last}"),
         (20, 3, "until", "commit 3 is before commit 20, where the range begins; session 's' has commits 1 to {last}"),
         (1, 2, "since", "no execution began in commits 1 to 2: the first began with commit 7, the last with commit"),
         ("", 2, "until", "no execution began in commits 1 to 2"),
@@ -609,7 +609,7 @@ def test_executions_that_cannot_be_replayed_are_skipped_with_the_reason() -> Non
         thread.join(within(10))
     report = replay(recording, [slow, hangs])
     assert [(each.tool, each.reason) for each in report.executions] == [
-        ("slow", "it ended as timed out, which depends on others"),
+        ("slow", "it ended as timed out, which depends on other callers"),
         ("hangs", "it had not ended when the recording was made"),
     ]
     assert report.ok

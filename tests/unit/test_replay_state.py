@@ -105,8 +105,8 @@ def with_version(**changes: Any) -> Callable[[RecordedCommit], RecordedCommit]:
     ("changes", "message"),
     [
         ({"version": 2}, "n version 2: version 1 is due"),
-        ({"value": Value('"x"')}, "its value is none of its variable's"),
-        ({"value": Value(" 5")}, "its value would have been kept as 5"),
+        ({"value": Value('"x"')}, "its value violates the variable's type or constraints"),
+        ({"value": Value(" 5")}, "its value would have been stored as 5"),
         ({"value": None}, "only a deletion has no value"),
         ({"kind": ChangeKind.REGISTERED}, "a variable is registered with its first version"),
         ({"name": "m"}, "its variable was registered as n"),
@@ -134,11 +134,11 @@ def with_end(**changes: Any) -> Callable[[RecordedCommit], RecordedCommit]:
 def test_a_journal_without_the_actual_writes_is_reported(recording: Recording) -> None:
     silent = replay_state(changed(recording, is_end, with_end(writes=[])))
     assert {each.what for each in silent.divergences} == {Aspect.JOURNAL}
-    assert "n version 3: no execution says that it wrote it" in [each.summary for each in silent.divergences]
+    assert "n version 3: it is in no execution's journal entry" in [each.summary for each in silent.divergences]
     boasting = replay_state(changed(recording, is_end, with_end(writes=[["n", 99]])))
     assert boasting.divergences[0].diff == ("-n v99",)
     stranger = replay_state(changed(recording, is_end, with_end(execution_id="exec_1_0")))
-    assert [each.summary for each in stranger.divergences] == ["it ended, and was not running"]
+    assert [each.summary for each in stranger.divergences] == ["it ended without running"]
 
 
 def kept(state: SessionState) -> list[VariableState]:
@@ -174,7 +174,7 @@ def test_a_stored_state_that_differs_is_reported(recording: Recording) -> None:
     altered = [replace(stored[0], value=Value("77")), *stored[1:]]
     (divergence,) = replay_state(recording, altered).divergences
     assert divergence.what is Aspect.STATE
-    assert divergence.summary == "n: the log (-) says something else than what is kept (+)"
+    assert divergence.summary == "n: the state rebuilt from the log (-) differs from the stored one (+)"
     assert {"-value = 0", "+value = 77"} <= set(divergence.diff)
     assert len(replay_state(recording, stored[1:]).divergences) == 1
     assert replay_state(recording, [replace(altered[0], value=None, masked=True), *stored[1:]]).ok

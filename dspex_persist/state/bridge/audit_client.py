@@ -82,7 +82,7 @@ class BridgedAudit(AuditSource):
         """See `AuditSource.page`."""
         rpc = rpcs.LISTS.get(type(query))
         if rpc is None:
-            raise UnsupportedError(f"questions of type {type(query).__name__}")
+            raise UnsupportedError(f"queries of type {type(query).__name__}")
         request = _built(lambda: rpc.request(query, after, most, reveal=self.reveal))
         pages = [rpc.page_of(each) for each in self._calls.stream(rpc.name, request, self._timeout_s)]
         rows = [row for page in pages for row in page.rows]

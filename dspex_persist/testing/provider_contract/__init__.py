@@ -1,4 +1,4 @@
-"""What every StateProvider promises, as tests. A backend subclasses `ProviderContract` and gives a `provider`:
+"""The contract of every StateProvider, as tests. A backend subclasses `ProviderContract` and provides `provider`:
 
     class TestMine(ProviderContract):
         @pytest.fixture
@@ -6,11 +6,11 @@
             with MyState(limits=self.limits) as provider:
                 yield provider
 
-The provider may be used by other tests at the same time and before: each test begins a session of its own.
-`LeaseContract` is for a provider whose optimization leases are short, `ClosingContract` for one that each test has to
-itself. What only some backends can do is in the suites beside this package, one for each ability.
+The provider may be shared with other tests, even concurrent ones: each test creates a new session. `LeaseContract` is
+for a provider with short optimization leases, `ClosingContract` for one that is created for each test. The abilities
+that only some backends have are covered by the suites next to this package, one for each ability.
 
-Nothing here asks which backend it has.
+No test depends on which backend it runs on.
 """
 
 from dspex_persist.testing.checks import DEADLINE_S
@@ -73,4 +73,4 @@ class ProviderContract(
     SharingContract,
     ConcurrencyContract,
 ):
-    """All that every provider promises."""
+    """The whole contract of a provider."""

@@ -1,4 +1,4 @@
-"""Arguments of a wrong type are refused before anything is done, in the same words by every backend."""
+"""Arguments of a wrong type are refused before anything is done, with the same message by every backend."""
 
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,17 +16,17 @@ from dspex_persist.testing.provider_contract.base import Contract
 
 
 class Color(StrEnum):
-    """Texts that are more than texts."""
+    """A subclass of str."""
 
     RED = "red"
 
 
 class Whole(int):
-    """A number that is more than a number."""
+    """A subclass of int."""
 
 
 class Secretive(str):
-    """A text that says nothing of itself."""
+    """A str that cannot be converted to text."""
 
     __slots__ = ()
 
@@ -37,7 +37,7 @@ class Secretive(str):
 
 
 class Cells:
-    """What NumPy's arrays do where a number or a list is wanted: they have the methods, which refuse."""
+    """Behaves like a NumPy array used as a number or a list: it has the methods, but they raise."""
 
     def __index__(self) -> int:
         raise TypeError("only integer scalar arrays can be converted to a scalar index")
@@ -86,11 +86,11 @@ WRONG_NUMBERS: list[tuple[object, str]] = [
 
 
 class ArgumentContract(Contract):
-    """Arguments of a wrong type are refused before anything is done, in the same words by every backend."""
+    """Arguments of a wrong type are refused before anything is done, with the same message by every backend."""
 
     @pytest.fixture
-    def asked(self, provider: StateProvider, session: str) -> Iterator[str]:
-        """A session with `x` (1), which has to be as it was afterwards."""
+    def untouched(self, provider: StateProvider, session: str) -> Iterator[str]:
+        """A session with `x` (1), which must be unchanged afterwards."""
         provider.register_variable(session, "x", "integer", 1)
         yield session
         assert provider.get_value(session, "x") == 1
@@ -99,7 +99,9 @@ class ArgumentContract(Contract):
         assert len(provider.get_variable_history(session, "x")) == 1
 
     @pytest.mark.parametrize(("wrong", "reason"), WRONG_TEXTS, ids=shown)
-    def test_ids_names_patterns_and_keys(self, provider: StateProvider, asked: str, wrong: Any, reason: str) -> None:
+    def test_ids_names_patterns_and_keys(
+        self, provider: StateProvider, untouched: str, wrong: Any, reason: str
+    ) -> None:
         asks: list[tuple[str, Callable[[], object]]] = [
             ("session_id", lambda: provider.initialize_session(wrong)),
             ("session_id", lambda: provider.get_session(wrong)),
@@ -107,100 +109,102 @@ class ArgumentContract(Contract):
             ("session_id", lambda: provider.cleanup_session(wrong)),
             ("session_id", lambda: provider.set_variable(wrong, "x", 2)),
             ("session_id", lambda: provider.watch(wrong)),
-            ("name", lambda: provider.register_variable(asked, wrong, "integer", 1)),
-            ("type_name", lambda: provider.register_variable(asked, "y", wrong, 1)),
-            ("identifier", lambda: provider.get_variable(asked, wrong)),
-            ("identifier", lambda: provider.set_variable(asked, wrong, 2)),
-            ("identifier", lambda: provider.delete_variable(asked, wrong)),
-            ("identifier", lambda: provider.rollback_variable(asked, wrong, 0)),
-            ("identifier", lambda: provider.get_variable_history(asked, wrong)),
-            ("identifiers", lambda: provider.get_variables(asked, [wrong])),
-            ("identifiers", lambda: provider.watch(asked, [wrong])),
-            ("pattern", lambda: provider.list_variables(asked, wrong)),
-            ("from_variable", lambda: provider.add_dependency(asked, wrong, "x")),
-            ("to_variable", lambda: provider.add_dependency(asked, "x", wrong)),
-            ("dependency_type", lambda: provider.add_dependency(asked, "x", "x", wrong)),
-            ("optimizer_id", lambda: provider.start_optimization(asked, "x", wrong)),
-            ("actor", lambda: _submit(provider, asked, Origin(wrong, "test"))),
+            ("name", lambda: provider.register_variable(untouched, wrong, "integer", 1)),
+            ("type_name", lambda: provider.register_variable(untouched, "y", wrong, 1)),
+            ("identifier", lambda: provider.get_variable(untouched, wrong)),
+            ("identifier", lambda: provider.set_variable(untouched, wrong, 2)),
+            ("identifier", lambda: provider.delete_variable(untouched, wrong)),
+            ("identifier", lambda: provider.rollback_variable(untouched, wrong, 0)),
+            ("identifier", lambda: provider.get_variable_history(untouched, wrong)),
+            ("identifiers", lambda: provider.get_variables(untouched, [wrong])),
+            ("identifiers", lambda: provider.watch(untouched, [wrong])),
+            ("pattern", lambda: provider.list_variables(untouched, wrong)),
+            ("from_variable", lambda: provider.add_dependency(untouched, wrong, "x")),
+            ("to_variable", lambda: provider.add_dependency(untouched, "x", wrong)),
+            ("dependency_type", lambda: provider.add_dependency(untouched, "x", "x", wrong)),
+            ("optimizer_id", lambda: provider.start_optimization(untouched, "x", wrong)),
+            ("actor", lambda: _submit(provider, untouched, Origin(wrong, "test"))),
         ]
         if wrong is not None:
-            asks.append(("idempotency_key", lambda: provider.set_variable(asked, "x", 2, idempotency_key=wrong)))
-            asks.append(("optimizer_id", lambda: _submit(provider, asked, Origin("ada", "test", optimizer_id=wrong))))
+            asks.append(("idempotency_key", lambda: provider.set_variable(untouched, "x", 2, idempotency_key=wrong)))
+            asks.append(
+                ("optimizer_id", lambda: _submit(provider, untouched, Origin("ada", "test", optimizer_id=wrong)))
+            )
         for field, ask in asks:
             check_invalid(ask, field, reason)
         if not isinstance(wrong, list):
             of_key = reason.replace("it must be a str", "its keys must be str")
-            check_invalid(lambda: provider.set_variables(asked, {wrong: 2}), "updates", of_key)
+            check_invalid(lambda: provider.set_variables(untouched, {wrong: 2}), "updates", of_key)
 
     @pytest.mark.parametrize(("wrong", "reason"), WRONG_METADATA, ids=shown)
-    def test_metadata(self, provider: StateProvider, asked: str, wrong: Any, reason: str) -> None:
+    def test_metadata(self, provider: StateProvider, untouched: str, wrong: Any, reason: str) -> None:
         asks: list[Callable[[], object]] = [
-            lambda: provider.initialize_session(asked, wrong),
-            lambda: provider.register_variable(asked, "y", "integer", 1, metadata=wrong),
-            lambda: provider.set_variable(asked, "x", 2, metadata=wrong),
-            lambda: provider.set_variables(asked, {"x": 2}, metadata=wrong),
+            lambda: provider.initialize_session(untouched, wrong),
+            lambda: provider.register_variable(untouched, "y", "integer", 1, metadata=wrong),
+            lambda: provider.set_variable(untouched, "x", 2, metadata=wrong),
+            lambda: provider.set_variables(untouched, {"x": 2}, metadata=wrong),
         ]
         for ask in asks:
             check_invalid(ask, "metadata", reason)
-        check_invalid(lambda: provider.start_optimization(asked, "x", "me", wrong), "config", reason)
+        check_invalid(lambda: provider.start_optimization(untouched, "x", "me", wrong), "config", reason)
 
-    def test_metadata_of_a_number_that_python_does_not_write(self, provider: StateProvider, asked: str) -> None:
+    def test_metadata_of_a_number_that_python_does_not_write(self, provider: StateProvider, untouched: str) -> None:
         wrong: Any = {"n": 10**5000}
         reason = "the entry 'n' must be a str, not int: write a str, such as JSON"
-        check_invalid(lambda: provider.set_variable(asked, "x", 2, metadata=wrong), "metadata", reason)
+        check_invalid(lambda: provider.set_variable(untouched, "x", 2, metadata=wrong), "metadata", reason)
 
     @pytest.mark.parametrize(("wrong", "reason"), WRONG_NUMBERS, ids=shown)
-    def test_numbers(self, provider: StateProvider, asked: str, wrong: Any, reason: str) -> None:
+    def test_numbers(self, provider: StateProvider, untouched: str, wrong: Any, reason: str) -> None:
         asks: list[tuple[str, Callable[[], object]]] = [
-            ("expected_version", lambda: provider.set_variable(asked, "x", 2, expected_version=wrong)),
-            ("limit", lambda: provider.get_variable_history(asked, "x", wrong)),
-            ("target_version", lambda: provider.rollback_variable(asked, "x", wrong)),
-            ("before", lambda: provider.run(commands.GetVariableHistory(asked, "x", before=wrong))),
+            ("expected_version", lambda: provider.set_variable(untouched, "x", 2, expected_version=wrong)),
+            ("limit", lambda: provider.get_variable_history(untouched, "x", wrong)),
+            ("target_version", lambda: provider.rollback_variable(untouched, "x", wrong)),
+            ("before", lambda: provider.run(commands.GetVariableHistory(untouched, "x", before=wrong))),
         ]
         for field, ask in asks:
             check_invalid(ask, field, reason)
         if not isinstance(wrong, int) or isinstance(wrong, bool):
-            check_invalid(lambda: provider.watch(asked, after_sequence=wrong), "after_sequence", reason)
+            check_invalid(lambda: provider.watch(untouched, after_sequence=wrong), "after_sequence", reason)
 
     @pytest.mark.parametrize("wrong", [-1, 2**63, 10**5000], ids=["below 0", "64 bits", "5,001 digits"])
-    def test_a_commit_that_cannot_be(self, provider: StateProvider, asked: str, wrong: int) -> None:
+    def test_a_commit_that_cannot_be(self, provider: StateProvider, untouched: str, wrong: int) -> None:
         reason = f"it must be from 0 to {2**63 - 1}: the number of a commit, or 0"
-        check_invalid(lambda: provider.watch(asked, after_sequence=wrong), "after_sequence", reason)
+        check_invalid(lambda: provider.watch(untouched, after_sequence=wrong), "after_sequence", reason)
 
-    def test_a_version_below_0_is_none(self, provider: StateProvider, asked: str) -> None:
+    def test_a_version_below_0_is_none(self, provider: StateProvider, untouched: str) -> None:
         reason = "-1 is below 0: versions count from 0"
-        check_invalid(lambda: provider.set_variable(asked, "x", 2, expected_version=-1), "expected_version", reason)
-        history = commands.GetVariableHistory(asked, "x", before=-1)
+        check_invalid(lambda: provider.set_variable(untouched, "x", 2, expected_version=-1), "expected_version", reason)
+        history = commands.GetVariableHistory(untouched, "x", before=-1)
         check_invalid(lambda: provider.run(history), "before", reason)
 
     @pytest.mark.parametrize("wrong", ["yes", 1, None], ids=shown)
-    def test_flags(self, provider: StateProvider, asked: str, wrong: Any) -> None:
+    def test_flags(self, provider: StateProvider, untouched: str, wrong: Any) -> None:
         reason = f"it must be True or False, not {'None' if wrong is None else type(wrong).__name__}"
-        check_invalid(lambda: provider.set_variables(asked, {"x": 2}, atomic=wrong), "atomic", reason)
-        check_invalid(lambda: provider.stop_optimization(asked, "x", wrong), "force", reason)
+        check_invalid(lambda: provider.set_variables(untouched, {"x": 2}, atomic=wrong), "atomic", reason)
+        check_invalid(lambda: provider.stop_optimization(untouched, "x", wrong), "force", reason)
 
     @pytest.mark.parametrize("wrong", ["x", b"x", 5, None, Cells()], ids=shown)
-    def test_several_names_are_a_list(self, provider: StateProvider, asked: str, wrong: Any) -> None:
+    def test_several_names_are_a_list(self, provider: StateProvider, untouched: str, wrong: Any) -> None:
         advice = ": write [...] around it" if isinstance(wrong, str) else ""
         kind = "None" if wrong is None else type(wrong).__name__
         reason = f"it must be a list of str, not {kind}{advice}"
-        check_invalid(lambda: provider.get_variables(asked, wrong), "identifiers", reason)
-        check_invalid(lambda: provider.watch(asked, wrong), "identifiers", reason)
+        check_invalid(lambda: provider.get_variables(untouched, wrong), "identifiers", reason)
+        check_invalid(lambda: provider.watch(untouched, wrong), "identifiers", reason)
 
     @pytest.mark.parametrize("wrong", [[("x", 2)], "x", 5, None], ids=shown)
-    def test_several_values_are_a_mapping(self, provider: StateProvider, asked: str, wrong: Any) -> None:
+    def test_several_values_are_a_mapping(self, provider: StateProvider, untouched: str, wrong: Any) -> None:
         kind = "None" if wrong is None else type(wrong).__name__
         reason = f"it must be a mapping, such as a dict, not {kind}"
-        check_invalid(lambda: provider.set_variables(asked, wrong), "updates", reason)
+        check_invalid(lambda: provider.set_variables(untouched, wrong), "updates", reason)
 
-    def test_what_is_no_command_no_origin_and_no_value(self, provider: StateProvider, asked: str) -> None:
+    def test_what_is_no_command_no_origin_and_no_value(self, provider: StateProvider, untouched: str) -> None:
         asks: list[tuple[str, Any, Any]] = [
             ("command", "SetVariable", None),
-            ("origin", commands.Heartbeat(asked), "ada"),
-            ("value", commands.SetVariable(asked, "x", 5), None),  # type: ignore[arg-type]
-            ("value", commands.SetVariable(asked, "x", Value(5)), None),  # type: ignore[arg-type]
-            ("value", commands.SetVariable(asked, "x", Value("\ud800")), None),
-            ("updates", commands.SetVariables(asked, {"x": 5}), None),  # type: ignore[dict-item]
+            ("origin", commands.Heartbeat(untouched), "ada"),
+            ("value", commands.SetVariable(untouched, "x", 5), None),  # type: ignore[arg-type]
+            ("value", commands.SetVariable(untouched, "x", Value(5)), None),  # type: ignore[arg-type]
+            ("value", commands.SetVariable(untouched, "x", Value("\ud800")), None),
+            ("updates", commands.SetVariables(untouched, {"x": 5}), None),  # type: ignore[dict-item]
         ]
         for field, command, origin in asks:
             error = refused(provider.submit(command, origin))
@@ -208,20 +212,20 @@ class ArgumentContract(Contract):
             assert error.field == field
 
     @pytest.mark.parametrize("wrong", [object(), {1}, 1 + 2j, b"bytes", None, {1: 2}, [{"a": object()}]], ids=range(7))
-    def test_values_that_have_no_form(self, provider: StateProvider, asked: str, wrong: object) -> None:
+    def test_values_that_have_no_form(self, provider: StateProvider, untouched: str, wrong: object) -> None:
         asks: list[Callable[[], object]] = [
-            lambda: provider.set_variable(asked, "x", wrong),
-            lambda: provider.set_variables(asked, {"x": wrong}),
-            lambda: provider.register_variable(asked, "y", "integer", wrong),
+            lambda: provider.set_variable(untouched, "x", wrong),
+            lambda: provider.set_variables(untouched, {"x": wrong}),
+            lambda: provider.register_variable(untouched, "y", "integer", wrong),
         ]
         for ask in asks:
             with pytest.raises(errors.InvalidValueError):
                 ask()
 
     @pytest.mark.parametrize("wrong", [5, [("min", 0)], {"min": object()}, {1: 2}, {"min"}], ids=range(5))
-    def test_constraints(self, provider: StateProvider, asked: str, wrong: Any) -> None:
+    def test_constraints(self, provider: StateProvider, untouched: str, wrong: Any) -> None:
         with pytest.raises(errors.InvalidConstraintsError, match="'y'"):
-            provider.register_variable(asked, "y", "integer", 1, constraints=wrong)
+            provider.register_variable(untouched, "y", "integer", 1, constraints=wrong)
 
     def test_what_counts_as_a_text_or_a_number_is_one(self, provider: StateProvider, session: str) -> None:
         provider.register_variable(session, Color.RED, "string", "a", metadata={Color.RED: Color.RED})

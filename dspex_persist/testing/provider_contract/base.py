@@ -1,4 +1,4 @@
-"""What all parts of the contract have: the fixtures, and the limits of the provider under test."""
+"""The base of all parts of the contract: the fixtures, and the limits of the provider under test."""
 
 import uuid
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from dspex_persist.state.limits import Limits
 from dspex_persist.state.provider import StateProvider
 
 Reopen: TypeAlias = Callable[[], StateProvider]
-"""Ends whatever keeps the provider's state (the harder the better), starts it again, gives a provider to go on with."""
+"""Kills and restarts whatever holds the provider's state, and returns a provider to continue with."""
 SMALL_LIMITS = Limits(
     value_size_bytes=1024 * 1024,
     binary_size_bytes=1024 * 1024,
@@ -28,15 +28,15 @@ SMALL_LIMITS = Limits(
 
 
 class Contract:
-    """What all parts of the contract have."""
+    """The base of all parts of the contract."""
 
     limits: ClassVar[Limits] = SMALL_LIMITS
-    """The limits of the provider under test. Give it these, or say which it has."""
+    """The limits of the provider under test. Create it with these, or override them with the ones it has."""
 
     @pytest.fixture
     def provider(self) -> Iterator[StateProvider]:
         """The provider under test."""
-        raise NotImplementedError(f"{type(self).__name__} gives no fixture `provider`")
+        raise NotImplementedError(f"{type(self).__name__} has no fixture `provider`")
 
     @pytest.fixture
     def session(self, provider: StateProvider) -> str:

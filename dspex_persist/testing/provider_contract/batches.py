@@ -31,24 +31,24 @@ class BatchContract(Contract):
 
     def test_atomic_is_all_or_nothing(self, provider: StateProvider, bounded: str) -> None:
         before = provider.list_variables(bounded)
-        outcome = provider.set_variables(bounded, {"x": 1, "y": 10, "nobody": 1}, atomic=True)
+        outcome = provider.set_variables(bounded, {"x": 1, "y": 10, "unknown": 1}, atomic=True)
         assert (outcome.success, outcome.versions) == (False, {})
-        assert set(outcome.errors) == {"y", "nobody"}
+        assert set(outcome.errors) == {"y", "unknown"}
         assert "above maximum 9" in outcome.errors["y"]
-        assert "not found" in outcome.errors["nobody"]
+        assert "not found" in outcome.errors["unknown"]
         assert provider.list_variables(bounded) == before
         assert len(provider.get_variable_history(bounded, "x")) == 1
 
     def test_otherwise_what_is_valid_is_applied(self, provider: StateProvider, bounded: str) -> None:
-        outcome = provider.set_variables(bounded, {"x": 1, "y": 10, "nobody": 1, "z": "text"})
+        outcome = provider.set_variables(bounded, {"x": 1, "y": 10, "unknown": 1, "z": "text"})
         assert (outcome.success, outcome.versions) == (True, {"x": 1})
-        assert set(outcome.errors) == {"y", "z", "nobody"}
+        assert set(outcome.errors) == {"y", "z", "unknown"}
         assert [variable.version for variable in provider.list_variables(bounded)] == [1, 0, 0]
 
     def test_where_nothing_could_be_applied_it_failed(self, provider: StateProvider, bounded: str) -> None:
-        outcome = provider.set_variables(bounded, {"y": 10, "nobody": 1})
+        outcome = provider.set_variables(bounded, {"y": 10, "unknown": 1})
         assert (outcome.success, outcome.versions) == (False, {})
-        assert set(outcome.errors) == {"y", "nobody"}
+        assert set(outcome.errors) == {"y", "unknown"}
 
     @pytest.mark.parametrize("atomic", [True, False])
     def test_an_empty_one_succeeds(self, provider: StateProvider, bounded: str, atomic: bool) -> None:

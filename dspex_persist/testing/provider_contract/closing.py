@@ -1,4 +1,4 @@
-"""Closing, for a provider that each test has to itself."""
+"""Closing. Needs a provider that is created for each test."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,18 +14,18 @@ from dspex_persist.testing.provider_contract.base import Contract
 
 
 class ClosingContract(Contract):
-    """Closing, for a provider that each test has to itself."""
+    """Closing. Needs a provider that is created for each test."""
 
     def test_after_closing_everything_is_refused(self, provider: StateProvider, session: str) -> None:
         provider.check_open()
         provider.close()
         provider.close()
-        asked: list[Command[Any]] = [
+        requests: list[Command[Any]] = [
             commands.GetSession(session),
             commands.GetVariableHistory(session, "x"),
             commands.InitializeSession(session),
         ]
-        for command in asked:
+        for command in requests:
             assert isinstance(refused(provider.submit(command)), errors.EngineClosedError)
         for ask in (lambda: provider.watch(session), provider.check_open):
             with pytest.raises(errors.EngineClosedError):

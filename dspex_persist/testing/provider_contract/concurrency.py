@@ -1,4 +1,4 @@
-"""Many at once, and the life of the provider itself."""
+"""Concurrent callers, and what a provider can be used for besides."""
 
 import copy
 import threading
@@ -19,7 +19,7 @@ from dspex_persist.testing.provider_contract.base import Contract
 
 
 class ConcurrencyContract(Contract):
-    """Many at once, and the life of the provider itself."""
+    """Concurrent callers, and what a provider can be used for besides."""
 
     def test_a_read_sees_every_write_that_was_acknowledged_before_it(
         self, provider: StateProvider, session: str
@@ -32,8 +32,8 @@ class ConcurrencyContract(Contract):
         ]
         for number in range(1, 31):
             version = provider.set_variable(session, "x", number)
-            found = provider.submit(reads[number % 3]).result()
-            newest = found[0] if isinstance(found, list) else found
+            answer = provider.submit(reads[number % 3]).result()
+            newest = answer[0] if isinstance(answer, list) else answer
             assert (newest.version, newest.value) == (version, Value(str(number)))
 
     def test_increments_with_an_expected_version_add_up(self, provider: StateProvider, session: str) -> None:
@@ -74,8 +74,8 @@ class ConcurrencyContract(Contract):
             writing = thread.submit(write)
             for bypass_cache in _alternately(done):
                 command = commands.GetVariables(session, names, bypass_cache)
-                found = provider.submit(command).result().variables
-                assert len({found[name].value for name in names}) == 1
+                variables = provider.submit(command).result().variables
+                assert len({variables[name].value for name in names}) == 1
             writing.result(DEADLINE_S)
 
     def test_a_future_that_was_cancelled_harms_nobody(self, provider: StateProvider, session: str) -> None:
@@ -110,7 +110,7 @@ class ConcurrencyContract(Contract):
 
 
 def _alternately(done: threading.Event) -> Iterator[bool]:
-    """False and True in turns, until `done`, and then once each."""
+    """Yield False and True alternately until `done`, then each once more."""
     while not done.is_set():
         yield False
         yield True

@@ -1,4 +1,4 @@
-"""Dependencies: no circles."""
+"""Dependencies have no cycles."""
 
 import uuid
 from itertools import pairwise
@@ -11,7 +11,7 @@ from dspex_persist.testing.provider_contract.base import Contract
 
 
 class DependencyContract(Contract):
-    """Dependencies: no circles."""
+    """Dependencies have no cycles."""
 
     @pytest.fixture
     def lettered(self, provider: StateProvider) -> str:
@@ -22,7 +22,7 @@ class DependencyContract(Contract):
         return session_id
 
     def depend(self, provider: StateProvider, lettered: str, *pairs: str) -> None:
-        """Each pair is two letters: the first depends on the second."""
+        """Add dependencies. Each pair is two letters, of which the first depends on the second."""
         for pair in pairs:
             provider.add_dependency(lettered, pair[0], pair[1])
 

@@ -34,7 +34,7 @@ class HistoryContract(Contract):
         assert provider.get_variable_history(session, variable_id) == history
 
     def test_large_versions_all_come(self, provider: StateProvider, session: str) -> None:
-        """However many answers that takes."""
+        """They all arrive, even if a wire needs several answers for them."""
         size = self.limits.value_size_bytes // 3
         texts = [f"{number}{'x' * size}" for number in range(12)]
         provider.register_variable(session, "x", "string", texts[0])

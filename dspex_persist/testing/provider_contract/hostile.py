@@ -1,4 +1,4 @@
-"""Hostile ids, names and texts are just strings or are refused, never interpreted, and harm nobody else."""
+"""Hostile ids, names and texts are plain strings or refused: they are never interpreted and affect nothing else."""
 
 import uuid
 from collections.abc import Iterator
@@ -51,11 +51,11 @@ HOSTILE_TEXTS = [
 
 
 class HostileInputContract(Contract):
-    """Hostile ids, names and texts are just strings or are refused, never interpreted, and harm nobody else."""
+    """Hostile ids, names and texts are plain strings or refused: they are never interpreted and affect nothing else."""
 
     @pytest.fixture
     def bystander(self, provider: StateProvider) -> Iterator[None]:
-        """Another session, which has to be as it was afterwards."""
+        """Another session, which must be unchanged afterwards."""
         provider.initialize_session(bystander := uuid.uuid4().hex, {"by": "stander"})
         provider.register_variable(bystander, "x", "integer", 1)
         before = provider.get_session(bystander), provider.list_variables(bystander)
@@ -112,7 +112,7 @@ class HostileInputContract(Contract):
         provider.register_variable(session, "y", "integer", 1)
         actor = Origin(text, "SetVariable")
         keyed = Origin("ada", "SetVariable", idempotency_key=text)
-        asked: list[tuple[Command[Any], Origin | None]] = [
+        requests: list[tuple[Command[Any], Origin | None]] = [
             (commands.InitializeSession(session, {text: text}), None),
             (commands.SetVariable(session, "x", Value("2"), {text: text}), None),
             (commands.SetVariable(session, "x", Value("3")), actor),
@@ -130,7 +130,7 @@ class HostileInputContract(Contract):
             errors.InvalidConstraintsError,
             errors.UnknownTypeError,
         )
-        for command, origin in asked:
+        for command, origin in requests:
             error = refused(provider.submit(command, origin))
             assert error is None or isinstance(error, possible), (command, error)
         metadata = provider.get_session(session).metadata
@@ -141,12 +141,12 @@ class HostileInputContract(Contract):
     @pytest.mark.parametrize("number", [2**31, 2**63, 2**70, -(2**31), -(2**70)])
     def test_numbers_out_of_all_bounds(self, provider: StateProvider, session: str, number: int) -> None:
         provider.register_variable(session, "x", "integer", 1)
-        asked: list[Command[Any]] = [
+        requests: list[Command[Any]] = [
             commands.SetVariable(session, "x", Value("1"), expected_version=number),
             commands.GetVariableHistory(session, "x", limit=number),
             commands.RollbackVariable(session, "x", number),
         ]
-        for command in asked:
+        for command in requests:
             error = refused(provider.submit(command))
             assert isinstance(error, (*REFUSALS, errors.VersionConflictError, errors.VersionNotFoundError)), error
         with pytest.raises(errors.InvalidArgumentError):
@@ -157,7 +157,7 @@ class HostileInputContract(Contract):
 
 
 def _everything_about(session: str, variable: str) -> list[Command[Any]]:
-    """Every command that a session or a variable that is not there refuses, or that finds nothing."""
+    """Return every command that fails, or finds nothing, if the session or the variable does not exist."""
     return [
         commands.GetSession(session),
         commands.Heartbeat(session),

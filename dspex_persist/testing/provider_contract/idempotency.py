@@ -1,4 +1,4 @@
-"""Idempotency keys: the same answer, one effect."""
+"""Idempotency keys: a repeated request has one effect and the same answer."""
 
 import uuid
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from dspex_persist.testing.provider_contract.values import TENSOR
 
 
 def keyed_writes(session: str) -> Mapping[str, Command[Any]]:
-    """One of each command that writes, for a session as `IdempotencyContract` makes it."""
+    """Return one of each command that writes, for a session that `keyable_session` created."""
     return {
         "initialize": commands.InitializeSession(session, {"new": "metadata"}),
         "register": commands.RegisterVariable(session, "new", "integer", Value("1")),
@@ -51,11 +51,11 @@ DIFFERENT: list[tuple[str, str, str]] = [
     ("string", '"1"', '"1.0"'),
     ("float", "0.0", "-0.0"),
 ]
-"""JSON of values: what a type takes for the same, and what it tells apart."""
+"""JSON texts of values: which of them a type considers equal, and which it distinguishes."""
 
 
 def keyable_session(provider: StateProvider) -> str:
-    """A new session in which each of `keyed_writes` can be carried out."""
+    """Create a session in which each of `keyed_writes` can be carried out, and return its id."""
     session_id = f"contract-{uuid.uuid4().hex}"
     provider.initialize_session(session_id)
     for name in ("x", "y", "held"):
@@ -72,7 +72,7 @@ def submit_keyed(provider: StateProvider, command: Command[Any], key: str) -> Fu
 
 
 class IdempotencyContract(Contract):
-    """Idempotency keys: the same answer, one effect."""
+    """Idempotency keys: a repeated request has one effect and the same answer."""
 
     @pytest.fixture
     def keyable(self, provider: StateProvider) -> str:
@@ -116,7 +116,7 @@ class IdempotencyContract(Contract):
     def test_requests_that_mean_the_same_are_the_same(
         self, provider: StateProvider, keyable: str, type_name: str, spellings: Sequence[str]
     ) -> None:
-        """Told apart by what they mean, not by white space, the order of keys, or how a number is written."""
+        """They are compared by value: white space, the order of keys and the notation of numbers do not matter."""
         initial = Value(spellings[0])
         provider.run(commands.RegisterVariable(keyable, "v", type_name, initial))
         key = uuid.uuid4().hex
@@ -134,7 +134,7 @@ class IdempotencyContract(Contract):
             assert submit_keyed(provider, commands.SetVariable(keyable, "v", Value(text), metadata), key).result() == 1
 
     def test_so_are_those_with_the_same_constraints(self, provider: StateProvider, keyable: str) -> None:
-        """Registered anew, too: they are shown as they came first."""
+        """Registering the variable again, too, keeps the constraints as they were first written."""
         for text in ('{"min": 0, "max": 2, "step": 1}', ' {"step":1,"max":2.0,"min":-0.0, "other": null}'):
             for keyed in (True, False):
                 command = commands.RegisterVariable(keyable, "bound", "float", Value("1"), text)

@@ -1,4 +1,4 @@
-"""Leases of optimizers that end while one waits."""
+"""Leases of optimizers that end by themselves."""
 
 import time
 import uuid
@@ -54,7 +54,7 @@ class LeaseContract(Contract):
                 assert isinstance(error, errors.VariableLockedError)
                 renewals += 1
             else:
-                # The machine was too slow: the lease may have ended meanwhile. Once more.
+                # The machine was too slow, so the lease may have ended: start again.
                 provider.start_optimization(leased, "x", "holder")
             renewed = time.monotonic()
             provider.set_variable(leased, "x", 2, metadata={"optimizer_id": "holder"})

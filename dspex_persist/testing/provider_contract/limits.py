@@ -1,4 +1,4 @@
-"""Limits: each error names the limit and the setting."""
+"""Limits are enforced, and each error names the limit and its setting."""
 
 import json
 import time
@@ -17,7 +17,7 @@ from dspex_persist.testing.provider_contract.base import Contract
 
 
 class LimitContract(Contract):
-    """Limits: each error names the limit and the setting."""
+    """Limits are enforced, and each error names the limit and its setting."""
 
     def check(self, provider: StateProvider, command: Command[Any], setting: str, actual: int) -> None:
         error = refused(provider.submit(command))
@@ -40,7 +40,7 @@ class LimitContract(Contract):
         self.check(provider, commands.SetVariable(session, "t", above), "binary_size_bytes", limit + 1)
 
     def test_session_size(self, provider: StateProvider, session: str) -> None:
-        """Whatever it holds, a session can be resumed and listed in one message."""
+        """A session can always be resumed and listed in one message, whatever it holds."""
         limit, text = self.limits.session_size_bytes, "é" * 200_000
         names = [f"v{number}" for number in range(limit // 400_000 + 1)]
         registering = [
@@ -53,12 +53,12 @@ class LimitContract(Contract):
             assert isinstance(error, errors.LimitExceededError)
             assert (error.setting, error.limit) == ("session_size_bytes", limit)
             assert error.actual > limit
-        # What is not taken is not kept.
+        # A refused value is not kept.
         assert [variable.name for variable in provider.initialize_session(session).variables] == kept
         batch = provider.set_variables(session, {kept[0]: text * 2, kept[1]: text})
         assert "session_size_bytes" in batch.errors[kept[0]]
         assert batch.versions == {kept[1]: 1}
-        # Room that is given back can be used again.
+        # Space that is freed can be used again.
         provider.delete_variable(session, kept[0])
         provider.register_variable(session, kept[0], "string", text)
 
@@ -107,13 +107,13 @@ class LimitContract(Contract):
         provider.register_variable(session, longest, "integer", 0)
         assert provider.get_variable(session, longest).name == longest
         above = "x" * (limit + 1)
-        asked: list[Command[Any]] = [
+        requests: list[Command[Any]] = [
             commands.RegisterVariable(session, above, "integer", Value("0")),
             commands.ListVariables(session, above),
             commands.StartOptimization(session, longest, above),
             commands.AddDependency(session, longest, longest, above),
         ]
-        for command in asked:
+        for command in requests:
             self.check(provider, command, "name_length", limit + 1)
         with pytest.raises(errors.LimitExceededError, match="name_length"):
             provider.set_variable(session, longest, 1, idempotency_key=above)
@@ -131,16 +131,16 @@ class LimitContract(Contract):
         most = {str(number): "" for number in range(limit)}
         above = {**most, "one more": ""}
         provider.register_variable(session, "x", "integer", 0, metadata=most)
-        asked: list[Command[Any]] = [
+        requests: list[Command[Any]] = [
             commands.InitializeSession(session, above),
             commands.RegisterVariable(session, "y", "integer", Value("0"), "", above),
             commands.SetVariable(session, "x", Value("0"), above),
             commands.SetVariables(session, {"x": Value("0")}, above),
             commands.StartOptimization(session, "x", "optimizer", above),
-            # Each is small, what they add up to is not.
+            # Each is within the limit, but together they exceed it.
             commands.SetVariable(session, "x", Value("0"), {"one more": ""}),
         ]
-        for command in asked:
+        for command in requests:
             self.check(provider, command, "metadata_entries", limit + 1)
         assert provider.get_variable(session, "x").version == 0
 
@@ -186,7 +186,7 @@ class LimitContract(Contract):
         assert error is not None
         assert error.limit == self.limits.watchers
         assert "setting watchers" in str(error)
-        # A backend may learn a little later that a watch has gone.
+        # A backend may learn a little later that a watch was closed.
         deadline = time.monotonic() + DEADLINE_S
         while not (watches := _open_watches(provider, session, 1)[0]):
             assert time.monotonic() < deadline, "closed watches still count"
@@ -196,7 +196,7 @@ class LimitContract(Contract):
 def _open_watches(
     provider: StateProvider, session: str, most: int
 ) -> tuple[list[Watch], errors.TooManyWatchersError | None]:
-    """Up to `most` watches, and what ended it before that many were open, if anything did."""
+    """Open up to `most` watches; return them, and the error that prevented more, if any."""
     watches: list[Watch] = []
     for _ in range(most):
         try:

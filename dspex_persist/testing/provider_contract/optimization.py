@@ -31,14 +31,14 @@ class OptimizationContract(Contract):
         lock = provider.get_variable(tunable, "x").optimization
         assert lock is not None
         assert lock.optimizer_id == "holder"
-        asked: list[Command[Any]] = [
+        requests: list[Command[Any]] = [
             commands.SetVariable(tunable, "x", Value("1")),
             commands.SetVariable(tunable, "x", Value("1"), {"optimizer_id": "other"}),
             commands.RollbackVariable(tunable, "x", 0),
             commands.DeleteVariable(tunable, "x"),
             commands.StartOptimization(tunable, "x", "other"),
         ]
-        for command in asked:
+        for command in requests:
             error = refused(provider.submit(command))
             assert isinstance(error, errors.VariableLockedError), command
             assert error.holder == "holder"

@@ -1,4 +1,4 @@
-"""Sessions: begun, resumed, kept alive, ended."""
+"""Sessions begin, resume, stay alive and end."""
 
 import time
 import uuid
@@ -17,7 +17,7 @@ from dspex_persist.testing.provider_contract.base import Contract
 
 
 class SessionContract(Contract):
-    """Sessions: begun, resumed, kept alive, ended."""
+    """Sessions begin, resume, stay alive and end."""
 
     def test_begins_and_resumes(self, provider: StateProvider) -> None:
         session = uuid.uuid4().hex
@@ -28,8 +28,8 @@ class SessionContract(Contract):
         provider.register_variable(session, "a", "integer", 2)
         resumed = provider.initialize_session(session)
         assert resumed.resumed
-        told = {variable.name: variable for variable in resumed.variables}
-        assert told == {name: provider.get_variable(session, name) for name in ("a", "b")}
+        variables = {variable.name: variable for variable in resumed.variables}
+        assert variables == {name: provider.get_variable(session, name) for name in ("a", "b")}
 
     def test_tells_its_own_facts(self, provider: StateProvider, session: str) -> None:
         provider.initialize_session(session, {"user": "ada", "\U0001f600": ""})
@@ -48,30 +48,30 @@ class SessionContract(Contract):
         assert summary.created_at == begun
 
     def test_an_unknown_session_is_not_found_whatever_is_asked(self, provider: StateProvider) -> None:
-        nobody = uuid.uuid4().hex
-        asked: list[Command[Any]] = [
-            commands.GetSession(nobody),
-            commands.RegisterVariable(nobody, "x", "integer", Value("1")),
-            commands.GetVariable(nobody, "x"),
-            commands.GetVariables(nobody, ("x",)),
-            commands.SetVariable(nobody, "x", Value("1")),
-            commands.SetVariables(nobody, {"x": Value("1")}),
-            commands.SetVariables(nobody, {"x": Value("1")}, atomic=True),
-            commands.ListVariables(nobody),
-            commands.DeleteVariable(nobody, "x"),
-            commands.GetVariableHistory(nobody, "x"),
-            commands.RollbackVariable(nobody, "x", 0),
-            commands.AddDependency(nobody, "x", "y"),
-            commands.StartOptimization(nobody, "x", "optimizer"),
-            commands.StopOptimization(nobody, "x"),
+        unknown = uuid.uuid4().hex
+        requests: list[Command[Any]] = [
+            commands.GetSession(unknown),
+            commands.RegisterVariable(unknown, "x", "integer", Value("1")),
+            commands.GetVariable(unknown, "x"),
+            commands.GetVariables(unknown, ("x",)),
+            commands.SetVariable(unknown, "x", Value("1")),
+            commands.SetVariables(unknown, {"x": Value("1")}),
+            commands.SetVariables(unknown, {"x": Value("1")}, atomic=True),
+            commands.ListVariables(unknown),
+            commands.DeleteVariable(unknown, "x"),
+            commands.GetVariableHistory(unknown, "x"),
+            commands.RollbackVariable(unknown, "x", 0),
+            commands.AddDependency(unknown, "x", "y"),
+            commands.StartOptimization(unknown, "x", "optimizer"),
+            commands.StopOptimization(unknown, "x"),
         ]
-        for command in asked:
+        for command in requests:
             error = refused(provider.submit(command))
             assert isinstance(error, errors.SessionNotFoundError), command
             assert "not found" in str(error)
-            assert error.session_id == nobody
+            assert error.session_id == unknown
         with pytest.raises(errors.SessionNotFoundError):
-            provider.watch(nobody)
+            provider.watch(unknown)
 
     def test_a_heartbeat_tells_whether_it_lives(self, provider: StateProvider, session: str) -> None:
         assert provider.heartbeat(session) is True
@@ -104,7 +104,7 @@ class SessionContract(Contract):
             with pytest.raises(errors.VariableNotFoundError):
                 provider.get_variable_history(session, gone)
 
-    def test_expires_when_nobody_has_touched_it_for_its_ttl(self, provider: StateProvider) -> None:
+    def test_expires_when_unknown_has_touched_it_for_its_ttl(self, provider: StateProvider) -> None:
         session = uuid.uuid4().hex
         provider.initialize_session(session, {"ttl_seconds": "0.3"})
         provider.register_variable(session, "x", "integer", 1)
@@ -131,12 +131,12 @@ class SessionContract(Contract):
         ]
         begun = touched = time.monotonic()
         while time.monotonic() - begun < 1.5 * ttl_s:
-            asked, last = time.monotonic(), touched
+            now, last = time.monotonic(), touched
             touches[0]()
             touched = time.monotonic()
             touches.append(touches.pop(0))
             if touched - last < ttl_s:
-                assert provider.heartbeat(session), f"ended {touched - last:.3f} s after a touch ({asked - begun:.3f})"
+                assert provider.heartbeat(session), f"ended {touched - last:.3f} s after a touch ({now - begun:.3f})"
             let_pass(0.05)
         assert provider.heartbeat(session)
 

@@ -1,4 +1,4 @@
-"""Nothing that can change is shared: neither what callers hand in, nor what they are handed."""
+"""No mutable object is shared between a provider and its callers: neither arguments nor results."""
 
 import struct
 import uuid
@@ -17,19 +17,19 @@ from dspex_persist.testing.provider_contract.base import Contract
 
 
 class SharingContract(Contract):
-    """Nothing that can change is shared: neither what callers hand in, nor what they are handed."""
+    """No mutable object is shared between a provider and its callers: neither arguments nor results."""
 
     def test_what_was_handed_in_may_be_changed_afterwards(self, provider: StateProvider, session: str) -> None:
         note = {"step": "0"}
         provider.register_variable(session, "x", "list", ["0"], metadata=note)
-        asked: list[Future[int]] = []
+        pending: list[Future[int]] = []
         held: list[Command[int]] = []
         for step in range(1, 4):
             note["step"] = str(step)
             held.append(commands.SetVariable(session, "x", values.encode([str(step)]), note))
         note["step"] = "changed"
-        asked.extend(map(provider.submit, held))
-        assert [future.result(DEADLINE_S) for future in asked] == [1, 2, 3]
+        pending.extend(map(provider.submit, held))
+        assert [future.result(DEADLINE_S) for future in pending] == [1, 2, 3]
         history = provider.get_variable_history(session, "x")
         assert [version.metadata for version in history] == [{"step": str(step)} for step in (3, 2, 1, 0)]
         assert provider.get_variable(session, "x").metadata == {"step": "3"}
@@ -44,7 +44,7 @@ class SharingContract(Contract):
         batch, read = commands.SetVariables(session, updates), commands.GetVariables(session, names)
         registered = commands.RegisterVariable(session, "t", "tensor", tensor)
         updates["x"] = Value("3")
-        names.append("nobody")
+        names.append("unknown")
         content[:] = b"\0" * 8
         assert provider.run(batch).versions == {"x": 1}
         assert provider.run(read).missing == ()
@@ -60,13 +60,13 @@ class SharingContract(Contract):
         with provider.watch(session) as watch:
             provider.set_variable(session, "x", 3, metadata={"a": "1", "optimizer_id": "me"})
             (update,) = take(watch, 1)
-            told = [update.variable, *watch.initial]
+            watched = [update.variable, *watch.initial]
         variables = [
             provider.get_variable(session, "x"),
             *provider.get_variables(session, ["x"]).variables.values(),
             *provider.list_variables(session),
             *provider.initialize_session(session).variables,
-            *told,
+            *watched,
         ]
         assert update.version is not None
         mappings = [

@@ -1,4 +1,4 @@
-"""Values: coerced, constrained, kept exactly."""
+"""Values are coerced, constrained and kept exactly."""
 
 import math
 from dataclasses import replace
@@ -144,13 +144,13 @@ CONSTRAINTS: list[tuple[str, str, object, object, str]] = [
 
 
 class ValueContract(Contract):
-    """Values: exactly what went in comes out, or a clear refusal."""
+    """Values come back exactly as they were written, or are refused with a clear error."""
 
     @pytest.mark.parametrize(("type_name", "value"), EXACT_VALUES, ids=shown)
     def test_comes_out_exactly_as_it_went_in(
         self, provider: StateProvider, session: str, type_name: str, value: object
     ) -> None:
-        """Registered, written, listed, in a batch, in the history, told to a watcher."""
+        """When registered, written, listed, read in a batch, in the history, and sent to a watcher."""
         provider.register_variable(session, "registered", type_name, value)
         provider.register_variable(session, "set", type_name, _another(type_name, value))
         encoded = values.encode(value, type_name)
@@ -261,11 +261,11 @@ class ValueContract(Contract):
     ) -> None:
         type_name, constraints, good, bad, message = CONSTRAINTS[number]
         provider.register_variable(session, "x", type_name, good, constraints=constraints)
-        asked: list[Command[Any]] = [
+        requests: list[Command[Any]] = [
             commands.RegisterVariable(session, "y", type_name, values.encode(bad, type_name), constraints),
             commands.SetVariable(session, "x", values.encode(bad, type_name)),
         ]
-        for command in asked:
+        for command in requests:
             error = refused(provider.submit(command))
             assert isinstance(error, errors.InvalidValueError)
             assert message in str(error)
@@ -322,5 +322,5 @@ class ValueContract(Contract):
 
 
 def _another(type_name: str, value: object) -> object:
-    """Some other value of the type."""
+    """Return another value of the type."""
     return next(other for name, other in EXACT_VALUES if name == type_name and exact(other) != exact(value))

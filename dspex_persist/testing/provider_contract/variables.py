@@ -1,4 +1,4 @@
-"""Variables: registered, read, written, listed, deleted."""
+"""Variables can be registered, read, written, listed and deleted."""
 
 import json
 import uuid
@@ -16,7 +16,7 @@ from dspex_persist.testing.provider_contract.base import Contract
 
 
 class VariableContract(Contract):
-    """Variables: registered, read, written, listed, deleted."""
+    """Variables can be registered, read, written, listed and deleted."""
 
     def test_registering_gives_an_id_and_version_0(self, provider: StateProvider, session: str) -> None:
         variable_id = provider.register_variable(
@@ -58,7 +58,7 @@ class VariableContract(Contract):
 
     def test_a_missing_variable_is_not_found_whatever_is_asked(self, provider: StateProvider, session: str) -> None:
         provider.register_variable(session, "x", "integer", 1)
-        asked: list[Command[Any]] = [
+        requests: list[Command[Any]] = [
             commands.GetVariable(session, "none"),
             commands.SetVariable(session, "none", Value("1")),
             commands.DeleteVariable(session, "none"),
@@ -69,7 +69,7 @@ class VariableContract(Contract):
             commands.StartOptimization(session, "none", "optimizer"),
             commands.StopOptimization(session, "none"),
         ]
-        for command in asked:
+        for command in requests:
             error = refused(provider.submit(command))
             assert isinstance(error, errors.VariableNotFoundError), command
             assert "not found" in str(error)
@@ -128,15 +128,15 @@ class VariableContract(Contract):
         with pytest.raises(errors.InvalidArgumentError, match=key):
             provider.set_variable(session, "x", 2, metadata={key: "1"})
 
-    @pytest.mark.parametrize("asked_by", list(Source))
+    @pytest.mark.parametrize("caller", list(Source))
     def test_metadata_says_the_source_else_whoever_asks_does(
-        self, provider: StateProvider, session: str, asked_by: Source
+        self, provider: StateProvider, session: str, caller: Source
     ) -> None:
         provider.register_variable(session, "x", "integer", 0)
-        origin = Origin("ada", "SetVariable", asked_by)
-        said = {"python": Source.PYTHON, "elixir": Source.ELIXIR, "Elixir": Source.ELIXIR, "cobol": asked_by}
-        asked = [({"source": text}, source) for text, source in said.items()]
-        for metadata, source in [*asked, ({}, asked_by)]:
+        origin = Origin("ada", "SetVariable", caller)
+        sources = {"python": Source.PYTHON, "elixir": Source.ELIXIR, "Elixir": Source.ELIXIR, "cobol": caller}
+        cases = [({"source": text}, source) for text, source in sources.items()]
+        for metadata, source in [*cases, ({}, caller)]:
             provider.submit(commands.SetVariable(session, "x", Value("1"), metadata), origin).result()
             assert provider.get_variable(session, "x").source is source
             assert provider.get_variable_history(session, "x", 1)[0].source is source
@@ -145,10 +145,10 @@ class VariableContract(Contract):
         for name in ("a", "b", "c"):
             provider.register_variable(session, name, "string", name)
         b_id = provider.get_variable(session, "b").id
-        found = provider.get_variables(session, ("no", "c", b_id, "a", "nor"))
-        assert found.missing == ("no", "nor")
-        assert list(found.variables) == ["c", b_id, "a"]
-        assert {asked: variable.name for asked, variable in found.variables.items()} == {"a": "a", b_id: "b", "c": "c"}
+        batch = provider.get_variables(session, ("no", "c", b_id, "a", "nor"))
+        assert batch.missing == ("no", "nor")
+        assert list(batch.variables) == ["c", b_id, "a"]
+        assert {each: variable.name for each, variable in batch.variables.items()} == {"a": "a", b_id: "b", "c": "c"}
         assert provider.get_variables(session, ()).variables == {}
 
     def test_a_read_may_go_past_every_cache(self, provider: StateProvider, session: str) -> None:
@@ -156,8 +156,8 @@ class VariableContract(Contract):
         provider.set_variable(session, "x", 2)
         current = provider.get_variable(session, "x")
         assert provider.submit(commands.GetVariable(session, "x", bypass_cache=True)).result() == current
-        found = provider.submit(commands.GetVariables(session, ("x", "y"), bypass_cache=True)).result()
-        assert (found.variables, found.missing) == ({"x": current}, ("y",))
+        batch = provider.submit(commands.GetVariables(session, ("x", "y"), bypass_cache=True)).result()
+        assert (batch.variables, batch.missing) == ({"x": current}, ("y",))
 
     def test_listed_by_glob_oldest_first(self, provider: StateProvider, session: str) -> None:
         names = ["model.b", "model.a", "temperature", "top_p", "Model.c", "x[1]"]

@@ -1,4 +1,4 @@
-"""Watching: whole commits, in order, none twice, none missing, only durable ones."""
+"""Watches deliver whole commits, in order, each once, none missing, and only durable ones."""
 
 import threading
 import uuid
@@ -15,7 +15,7 @@ from dspex_persist.testing.provider_contract.base import Contract
 
 
 class WatchContract(Contract):
-    """Watching: whole commits, in order, none twice, none missing, only durable ones."""
+    """Watches deliver whole commits, in order, each once, none missing, and only durable ones."""
 
     @pytest.fixture
     def watched(self, provider: StateProvider) -> str:
@@ -26,7 +26,7 @@ class WatchContract(Contract):
         return session_id
 
     def end_marker(self, provider: StateProvider, watched: str) -> str:
-        """Register a variable, so that a watcher of everything sees where what came before it ends."""
+        """Register a variable that marks the end of the updates so far for a watcher of the whole session."""
         name = f"end-{uuid.uuid4().hex}"
         provider.register_variable(watched, name, "integer", 0)
         return name
@@ -110,13 +110,13 @@ class WatchContract(Contract):
             provider.delete_variable(watched, "x")
             provider.register_variable(watched, "x", "string", "again")
             provider.set_variable(watched, "y", 1)
-            told = take(by_name, 2)
-            assert [update.kind for update in told] == [UpdateKind.DELETED, UpdateKind.VALUE_CHANGE]
+            updates = take(by_name, 2)
+            assert [update.kind for update in updates] == [UpdateKind.DELETED, UpdateKind.VALUE_CHANGE]
             assert names_of(take(by_id, 2)) == ["x", "y"]
 
     def test_an_unknown_identifier_is_not_found(self, provider: StateProvider, watched: str) -> None:
-        for identifiers in (["nobody"], ["x", "nobody"]):
-            with pytest.raises(errors.VariableNotFoundError, match="'nobody'"):
+        for identifiers in (["unknown"], ["x", "unknown"]):
+            with pytest.raises(errors.VariableNotFoundError, match="'unknown'"):
                 provider.watch(watched, identifiers)
 
     def test_a_deleted_variable_may_still_be_watched(self, provider: StateProvider, watched: str) -> None:
@@ -129,13 +129,13 @@ class WatchContract(Contract):
     def test_tells_dependants_after_what_they_depend_on(self, provider: StateProvider, watched: str) -> None:
         for name in ("model", "prompt", "score"):
             provider.register_variable(watched, name, "integer", 0)
-        # score -> prompt -> x, score -> model -> x, score -> x: what score uses has to be told before it.
+        # score -> prompt -> x, score -> model -> x, score -> x: what score uses must be reported before score.
         for user, used in (("score", "x"), ("score", "prompt"), ("score", "model"), ("prompt", "x"), ("model", "x")):
             provider.add_dependency(watched, user, used)
         with provider.watch(watched) as watch, provider.watch(watched, ["score"]) as score:
             provider.set_variable(watched, "x", 1)
             updates = take(watch, 4)
-            (told,) = take(score, 1)
+            (update,) = take(score, 1)
             provider.set_variable(watched, "model", 1)
             assert names_of(take(watch, 2)) == ["model", "score"]
         changed, *affected = updates
@@ -144,11 +144,11 @@ class WatchContract(Contract):
         assert names_of(affected)[2] == "score"
         assert sorted(names_of(affected)[:2]) == ["model", "prompt"]
         check_whole_commits(updates)
-        assert told.kind is UpdateKind.DEPENDENCY_CHANGED
-        assert told.variable == provider.get_variable(watched, "score")
-        assert told.dependency == "x"
-        assert told.version is None
-        assert told.part == (1, 1)
+        assert update.kind is UpdateKind.DEPENDENCY_CHANGED
+        assert update.variable == provider.get_variable(watched, "score")
+        assert update.dependency == "x"
+        assert update.version is None
+        assert update.part == (1, 1)
 
     def test_a_deletion_is_told_to_those_who_depended_on_it(self, provider: StateProvider, watched: str) -> None:
         provider.add_dependency(watched, "y", "x")
@@ -163,7 +163,7 @@ class WatchContract(Contract):
             assert update.kind is UpdateKind.VALUE_CHANGE, "the new x is another variable"
 
     def test_misses_and_doubles_nothing_while_others_write(self, provider: StateProvider, watched: str) -> None:
-        """Watches begin in the middle of many writers' work; initial values and updates add up to the end."""
+        """Watches opened while others write: initial values and updates add up to the final values."""
         writers, rounds = 4, 40
         names = [f"w{number}" for number in range(writers)]
         for name in names:
@@ -191,9 +191,9 @@ class WatchContract(Contract):
                 updates = take_until(watch, end)
             check_whole_commits(updates)
             for variable in watch.initial:
-                told = [update.variable.version for update in updates if update.variable.id == variable.id]
+                versions = [update.variable.version for update in updates if update.variable.id == variable.id]
                 last = provider.get_variable(watched, variable.id).version
-                assert told == list(range(variable.version + 1, last + 1)), variable.name
+                assert versions == list(range(variable.version + 1, last + 1)), variable.name
 
     def test_resumes_after_a_sequence(self, provider: StateProvider, watched: str) -> None:
         with provider.watch(watched) as watch:
@@ -210,7 +210,7 @@ class WatchContract(Contract):
             assert names_of(take(watch, 9)) == ["y"] * 9
 
     def test_resumes_what_others_changed_meanwhile(self, provider: StateProvider, watched: str) -> None:
-        """What is told from memory and what is told from the history is the same, dependants and locks included."""
+        """Updates from the history equal those from memory, including dependants and locks."""
         provider.add_dependency(watched, "y", "x")
         with provider.watch(watched) as live:
             begun = live.position
@@ -255,7 +255,7 @@ class WatchContract(Contract):
             provider.cleanup_session(watched)
             provider.initialize_session(watched)
             provider.register_variable(watched, "x", "integer", 5)
-            assert names_of(watch) == ["x"], "what came before the end is told, the next watched is not"
+            assert names_of(watch) == ["x"], "it gets the updates before the end, but none of the next session"
             with pytest.raises(errors.SessionNotFoundError):
                 watch.pull()
 
@@ -269,11 +269,11 @@ class WatchContract(Contract):
         watches = [provider.watch(watched) for _ in range(20)]
         for number in range(1, 11):
             provider.set_variable(watched, "x", number)
-        told = [take(watch, 10) for watch in watches]
+        received = [take(watch, 10) for watch in watches]
         for watch in watches:
             watch.close()
-        assert all(updates == told[0] for updates in told)
-        assert [update.variable.version for update in told[0]] == list(range(1, 11))
+        assert all(updates == received[0] for updates in received)
+        assert [update.variable.version for update in received[0]] == list(range(1, 11))
 
     def test_one_that_does_not_read_holds_nobody_up(self, provider: StateProvider, watched: str) -> None:
         provider.register_variable(watched, "text", "string", "")

@@ -1,1 +1,1 @@
-"""What was: questions to the log, recordings, and what pruning may take. Nothing that writes needs it."""
+"""Reading the past: queries on the log, recordings, the plan for pruning. The modules that write do not import it."""

@@ -1,7 +1,7 @@
-"""The questions of an audit, answered from the file: each page in a short snapshot of its own.
+"""Answer audit queries from the file, each page in a short snapshot.
 
-Which rows drive a question decides what it costs. One variable is read by its key, a session by its commits, metadata
-by its index; only what names none of these walks through the log, a window of commits at a time.
+The most selective condition determines the cost of a query: a variable is found by its key, a session by its commits,
+metadata by its index. Only a query without any of these scans the log, a window of commits at a time.
 """
 
 import contextlib
@@ -45,12 +45,18 @@ from dspex_persist.state.store.history.points import (
     variable_keys,
     version_at,
 )
-from dspex_persist.state.store.history.rows import Bounds, all_rows, made_of
+from dspex_persist.state.store.history.rows import Bounds, all_rows, records_of
 from dspex_persist.state.store.history.versions import HistoryPage, entry_of, one_version
 
 
 class StoredAudit(AuditSource):
-    """The history in a file. `on_close` is called when it is closed."""
+    """The audit source over a file.
+
+    Args:
+        readers: Read-only connections to the file.
+        reveal: Whether to show the values of sensitive variables.
+        on_close: Called by `close`, to dispose of `readers` if they were opened for this source.
+    """
 
     def __init__(
         self,
@@ -64,12 +70,12 @@ class StoredAudit(AuditSource):
         self._on_close = on_close
 
     def close(self) -> None:
-        """Let the file go if it was opened for this."""
+        """Close the file if it was opened for this source."""
         self._on_close()
 
     @contextlib.contextmanager
     def _snapshot(self) -> Iterator[Connection]:
-        """A snapshot for one answer; rows that make no sense fail that answer."""
+        """Open a snapshot for one answer. Damaged rows fail this answer only."""
         with snapshot(self._readers) as connection:
             try:
                 yield connection
@@ -94,24 +100,24 @@ class StoredAudit(AuditSource):
 
     def page(self, query: Query[T], after: Cursor | None = None, most: int = 500) -> Page[T]:
         """See `AuditSource.page`."""
-        asked: Any = query
+        any_query: Any = query
         with self._snapshot() as connection:
             session = "" if is_glob(query.session) else query.session
             bounds = Bounds(
                 resolve(connection, query.since, "since", session) if query.since else 0,
                 resolve(connection, query.until, "until", session) if query.until else head_of(connection),
             )
-            match asked:
+            match any_query:
                 case HistoryQuery():
-                    page: Page[Any] = HistoryPage(connection, asked, bounds, after, most, self.reveal).read()
+                    page: Page[Any] = HistoryPage(connection, any_query, bounds, after, most, self.reveal).read()
                 case ExecutionQuery():
-                    page = execution_page(connection, asked, bounds, after, most)
+                    page = execution_page(connection, any_query, bounds, after, most)
                 case CommitQuery():
-                    page = commit_page(connection, asked, bounds, after, most)
+                    page = commit_page(connection, any_query, bounds, after, most)
                 case SessionQuery():
-                    page = session_page(connection, asked, bounds, after, most)
+                    page = session_page(connection, any_query, bounds, after, most)
                 case _:
-                    raise UnsupportedError(f"questions of type {type(query).__name__}")
+                    raise UnsupportedError(f"queries of type {type(query).__name__}")
         return cast(Page[T], page)
 
     # Single answers
@@ -135,18 +141,18 @@ class StoredAudit(AuditSource):
             )
             if not rows:
                 refuse_pruned(connection, session, key, sequence)
-            found = []
+            states = []
             for variable_key, name, deleted in rows:
                 if deleted is None or deleted > sequence:
                     version = version_at(connection, variable_key, sequence)
                     refuse_gap(connection, variable_key, name, version, sequence)
                     if version is not None:
-                        found.append(self._state_of(connection, variable_key, version))
-            return tuple(found)
+                        states.append(self._state_of(connection, variable_key, version))
+            return tuple(states)
 
     def _state_of(self, connection: Connection, key: int, version: int) -> VariableState:
         row = one_version(connection, key, version)
-        (entry,) = made_of((row,), partial(entry_of, reveal=self.reveal))
+        (entry,) = records_of((row,), partial(entry_of, reveal=self.reveal))
         return VariableState(
             entry.session_id,
             entry.name,
@@ -179,4 +185,4 @@ class StoredAudit(AuditSource):
                 if 0 <= version < latest:
                     raise VersionPrunedError(variable_id, version)
                 raise VersionNotFoundError(variable_id, version, latest)
-            return made_of((row,), partial(entry_of, reveal=self.reveal))[0]
+            return records_of((row,), partial(entry_of, reveal=self.reveal))[0]

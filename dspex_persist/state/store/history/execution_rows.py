@@ -1,4 +1,4 @@
-"""Executions as the journal has them, and who called whom."""
+"""Read executions from the journal, and which execution called which."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -7,10 +7,10 @@ from sqlalchemy import Connection
 
 from dspex_persist.spelling import did_you_mean
 from dspex_persist.state.errors import Hint, NotInHistoryError
-from dspex_persist.state.store.history.rows import BEGINNING, ENDING, all_rows, askable, first_row
+from dspex_persist.state.store.history.rows import BEGINNING, ENDING, all_rows, first_row, searchable
 from dspex_persist.state.values.json_text import stored_object
 
-# `->` gives JSON, which is read here: as a text of SQLite's own, a message with a NUL would be cut there.
+# `->` returns JSON, which Python decodes: with `->>`, SQLite would cut a message at its first NUL.
 _EXECUTIONS: Final = f"""
     SELECT sessions.session_id, executions.execution_id, executions.tool, executions.status, executions.attempt,
         began.actor, executions.began_sequence, began.created_at AS began_at, executions.ended_sequence,
@@ -36,8 +36,8 @@ IN_FULL: Final = _EXECUTIONS.format(bodies=", beginning.body AS beginning, endin
 
 
 def execution_row(connection: Connection, execution_id: str) -> Any:
-    """The execution of this id, which names the commit that began it: `exec_12` is as good as all of it."""
-    askable(execution_id)
+    """Return the execution with this id. The number in it is the commit that began it, so `exec_12` is enough."""
+    searchable(execution_id)
     _, number, *token = execution_id.split("_") if execution_id.startswith("exec_") else ("", "")
     row = None
     if number.isascii() and number.isdecimal() and len(number) < 19:
@@ -50,14 +50,14 @@ def execution_row(connection: Connection, execution_id: str) -> Any:
 
 
 def family_of(connection: Connection, row: Any) -> list[Any]:
-    """The execution and all that it called, directly or not."""
+    """Return the execution and every execution that it called, directly or indirectly."""
     statement = "SELECT execution_id FROM executions WHERE parent_id = ? ORDER BY began_sequence"
     called = [execution_row(connection, each[0]) for each in all_rows(connection, statement, row.execution_id)]
     return [row, *(member for each in called for member in family_of(connection, each))]
 
 
 def end_of(row: Any) -> Mapping[str, Any]:
-    """The second half of its journal entry, as far as there is one."""
+    """Return the second half of its journal entry, with defaults for an execution that is running or was pruned."""
     return {"writes": (), "published": (), **stored_object(row.ending)}
 
 

@@ -1,4 +1,4 @@
-"""Questions about executions: pages of them, and one in full."""
+"""Answer queries for executions: pages of summaries, and one in full."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -37,9 +37,9 @@ from dspex_persist.state.values.json_text import DAMAGED, storable, stored_objec
 E = TypeVar("E", bound=Event)
 _ENDINGS: Final[Mapping[str, str]] = {
     ExecutionStatus.INTERRUPTED: "the server ended while it ran",
-    ExecutionStatus.CANCELLED: "its client gave it up",
+    ExecutionStatus.CANCELLED: "its client cancelled it",
 }
-"""What it means that an execution ended so, and its end gives neither a failure nor a reason."""
+"""The reason to show for a status whose journal entry has neither a failure nor a reason."""
 
 
 def _summary_of(row: Any) -> ExecutionSummary:
@@ -69,7 +69,7 @@ def _error_text(row: Any) -> str:
     if failure:
         return f"{failure['type']}: {failure['message']}"
     conflicts = conflicts_in(read_json(row.conflicts) or ())
-    # Where the end is pruned, its reason is gone: a session's end interrupts, too.
+    # The default reason would be a guess if the end was pruned: the end of a session interrupts executions, too.
     ending = _ENDINGS.get(row.status, "") if row.has_ending else ""
     return read_json(row.reason) or ", ".join(map(str, conflicts)) or ending
 
@@ -98,8 +98,8 @@ def detail_of(connection: Connection, execution_id: str, history: tuple[HistoryE
     )
     return ExecutionDetail(
         _summary_of(row),
-        **(_told_of_beginning(began) if began is not None else _NO_BEGINNING),
-        **(_told_of_end(ended) if ended is not None else {}),
+        **(_fields_of_beginning(began) if began is not None else _NO_BEGINNING),
+        **(_fields_of_end(ended) if ended is not None else {}),
         attempts=_attempts(connection, row, began),
         children=tuple(detail_of(connection, each[0], ()) for each in children),
         history=history,
@@ -110,12 +110,12 @@ _NO_BEGINNING: Final[Mapping[str, Any]] = {"isolation": "", "parameters": {}, "m
 
 
 def _event_in(kind: type[E], text: str | None) -> E | None:
-    """The event with this body; None where there is none, or what there is is no JSON."""
+    """Return the event with this body; None if it is missing or is not valid JSON."""
     body = stored_object(text)
     return None if not body or DAMAGED in body else kind.from_body(body)
 
 
-def _told_of_beginning(event: ExecutionBegan) -> dict[str, Any]:
+def _fields_of_beginning(event: ExecutionBegan) -> dict[str, Any]:
     return {
         "isolation": event.isolation.value,
         "parameters": event.parameters,
@@ -124,13 +124,13 @@ def _told_of_beginning(event: ExecutionBegan) -> dict[str, Any]:
     }
 
 
-def _told_of_end(event: ExecutionEnded) -> dict[str, Any]:
+def _fields_of_end(event: ExecutionEnded) -> dict[str, Any]:
     return {
         "result": event.result,
         "failure": event.failure,
         "reason": event.reason or "",
         "conflicts": event.conflicts,
-        "reads": tuple(_read_entry(asked, seen) for asked, seen in event.reads.items()),
+        "reads": tuple(_read_entry(name, seen) for name, seen in event.reads.items()),
         "patterns": event.patterns,
         "writes": event.writes,
         "published": event.published,
@@ -139,27 +139,27 @@ def _told_of_end(event: ExecutionEnded) -> dict[str, Any]:
     }
 
 
-def _read_entry(asked: str, seen: Seen | None) -> ReadEntry:
-    return ReadEntry(asked, seen.name, seen.variable_id, seen.version) if seen else ReadEntry(asked, None, None, None)
+def _read_entry(name: str, seen: Seen | None) -> ReadEntry:
+    return ReadEntry(name, seen.name, seen.variable_id, seen.version) if seen else ReadEntry(name, None, None, None)
 
 
 def _text_of(message: object) -> str:
-    """What was logged: once it could be anything."""
+    """Return the logged message as text: old releases logged any JSON value."""
     return message if isinstance(message, str) else storable(message)
 
 
 def _attempts(connection: Connection, row: Any, began: ExecutionBegan | None) -> tuple[str, ...]:
-    """The executions for the same request: those that it repeats, and those that repeat it."""
-    found, first = [row.execution_id], row
+    """Return the ids of all attempts at the same request, in order: the ones it retries, itself, its retries."""
+    attempts, first = [row.execution_id], row
     while began is not None and began.retry_of is not None:
         try:
             before = execution_row(connection, began.retry_of)
         except NotInHistoryError:
             break
         if before.began_sequence >= first.began_sequence:
-            # Imports took such once. Following it would never end.
+            # Old releases imported recordings whose retries form a circle.
             break
-        found.insert(0, before.execution_id)
+        attempts.insert(0, before.execution_id)
         first, began = before, _event_in(ExecutionBegan, before.beginning)
     last = row
     while last is not None and last.status == ExecutionStatus.CONFLICT.value:
@@ -174,5 +174,5 @@ def _attempts(connection: Connection, row: Any, began: ExecutionBegan | None) ->
             last.attempt + 1,
             last.execution_id,
         )
-        found += [last.execution_id] if last is not None else []
-    return tuple(found)
+        attempts += [last.execution_id] if last is not None else []
+    return tuple(attempts)

@@ -1,4 +1,4 @@
-"""Questions about commits and sessions."""
+"""Answer queries for commits and sessions."""
 
 import json
 from typing import Any, Final

@@ -1,4 +1,4 @@
-"""Points of the history: commits, times, executions, and what had a name at one of them."""
+"""Resolve points of the history (commits, times, executions), and sessions and variables by name."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -11,12 +11,12 @@ from dspex_persist.state.audit import PointLike, is_glob, parse_point, suggestio
 from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, VersionPrunedError, quote
 from dspex_persist.state.store.history import times
 from dspex_persist.state.store.history.execution_rows import execution_row
-from dspex_persist.state.store.history.rows import Conditions, all_rows, askable, first_row, glob_pattern
+from dspex_persist.state.store.history.rows import Conditions, all_rows, first_row, glob_pattern, searchable
 
 _AT_OR_BELOW: Final = """
     SELECT version, sequence FROM versions WHERE variable_key = ? AND version <= ? ORDER BY version DESC LIMIT 1
 """
-# Whether a variable (whose versions after the second parameter have a gap) lost one by the commit of the third.
+# For a variable (1) whose versions have a gap after a version (2): was one of them pruned from a commit up to (3)?
 _REGISTERED: Final = """
     SELECT 1 FROM variables
     CROSS JOIN commits INDEXED BY commits_by_session ON commits.session_key = variables.session_key
@@ -36,7 +36,7 @@ LAST_VERSION: Final = 2**62
 
 
 def of_session(connection: Connection, conditions: Conditions, session: str, column: str) -> None:
-    """Only what is of the session of this id, or of those that fit the glob; "" is all."""
+    """Require the session with this id, or those that match the glob; "" requires nothing."""
     if is_glob(session):
         conditions.add("sessions.session_id GLOB ?", glob_pattern(session))
     elif session:
@@ -69,17 +69,17 @@ def resolve(connection: Connection, point: PointLike, option: str, session: str)
 
 
 def refuse_pruned(connection: Connection, session: str, key: int, sequence: int) -> None:
-    """Of a session that was pruned as a whole nobody can say any more what it had."""
+    """Raise for a session that was pruned as a whole: its variables are unknown."""
     statement = """
         SELECT 1 FROM commits INDEXED BY commits_by_session CROSS JOIN pruned ON pruned.sequence = commits.sequence
         WHERE commits.session_key = ? AND commits.sequence <= ? LIMIT 1
     """
     if first_row(connection, statement, key, sequence) is not None:
-        raise InvalidArgumentError("at", f"what session {quote(session)} had at commit {sequence} was pruned")
+        raise InvalidArgumentError("at", f"the state of session {quote(session)} at commit {sequence} was pruned")
 
 
 def refuse_gap(connection: Connection, key: int, name: str, version: int | None, sequence: int) -> None:
-    """What stands at a commit is not `version` if the one that followed it was pruned."""
+    """Raise if the version that was current at `sequence` was pruned, so that `version` is an older one."""
     after = -1 if version is None else version
     following = first_row(
         connection,
@@ -95,29 +95,29 @@ def refuse_gap(connection: Connection, key: int, name: str, version: int | None,
 
 
 def version_at(connection: Connection, key: int, sequence: int) -> int | None:
-    """The variable's newest version as of a commit, found by halving; None before its first."""
+    """Return the variable's newest version as of a commit, by binary search; None before its first."""
     cursor = connection.connection.cursor()
     newest = cursor.execute(_AT_OR_BELOW, (key, LAST_VERSION)).fetchone()
     if newest is None:
         return None
     if newest[1] <= sequence:
         return int(newest[0])
-    found, low, high = None, 0, newest[0] - 1
+    version, low, high = None, 0, newest[0] - 1
     while low <= high:
         middle = (low + high) // 2
         row = cursor.execute(_AT_OR_BELOW, (key, middle)).fetchone()
         if row is None:
             low = middle + 1
         elif row[1] <= sequence:
-            found, low = int(row[0]), middle + 1
+            version, low = int(row[0]), middle + 1
         else:
             high = row[0] - 1
-    return found
+    return version
 
 
 def session_keys(connection: Connection, session: str) -> list[int]:
-    """All sessions that had this id, oldest first."""
-    rows = all_rows(connection, "SELECT session_key FROM sessions WHERE session_id = ?", askable(session))
+    """Return the keys of all sessions that had this id, oldest first."""
+    rows = all_rows(connection, "SELECT session_key FROM sessions WHERE session_id = ?", searchable(session))
     if not rows:
         raise NotInHistoryError("session", session, _similar(connection, session))
     return sorted(row[0] for row in rows)
@@ -129,7 +129,7 @@ def _similar(connection: Connection, session: str) -> str:
 
 
 def session_at(connection: Connection, session: str, sequence: int) -> int:
-    """The session of this id that lived at a commit."""
+    """Return the key of the session with this id that was live at a commit."""
     keys = session_keys(connection, session)
     lives = [
         first_row(
@@ -145,17 +145,17 @@ def session_at(connection: Connection, session: str, sequence: int) -> int:
         when = f"{nearest_time(created_at):%Y-%m-%d %H:%M:%S} UTC"
         reason = f"session {quote(session)} had not begun by then; it began at commit {began}, {when}"
         raise InvalidArgumentError("at", reason)
-    told = ", ".join(f"from commit {started} to {'now' if ended is None else ended}" for started, ended, _ in lives)
+    spans = ", ".join(f"from commit {started} to {'now' if ended is None else ended}" for started, ended, _ in lives)
     ends = [ended for _, ended, _ in lives if ended is not None]
     hint = f"; {ends[-1]}^ is right before it ended" if ends else ""
-    raise InvalidArgumentError("at", f"session {quote(session)} did not live at commit {sequence}, but {told}{hint}")
+    raise InvalidArgumentError("at", f"session {quote(session)} was not live at commit {sequence}, but {spans}{hint}")
 
 
 def variable_keys(connection: Connection, sessions: Sequence[int], variable: str) -> list[int]:
-    """All variables of the sessions that had this name, or have this id, oldest first."""
+    """Return the keys of all variables of the sessions that had this name, or have this id, oldest first."""
     conditions = Conditions()
     conditions.add_among("session_key", sessions)
-    conditions.add("(name = ? OR variable_id = ?)", askable(variable), askable(variable))
+    conditions.add("(name = ? OR variable_id = ?)", searchable(variable), searchable(variable))
     rows = all_rows(connection, f"SELECT variable_key FROM variables{conditions}", *conditions.parameters)
     if not rows:
         names = all_rows(

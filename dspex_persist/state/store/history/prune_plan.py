@@ -1,11 +1,11 @@
-"""Pruning: old history goes, and a marker in the chain says what went and what has to be left.
+"""Pruning: delete old history, and leave a marker in the chain that says what was deleted and what must remain.
 
-A `Planner` looks for what may go, in short snapshots, and makes commands of it: small ones, so that whoever else writes
-waits for milliseconds. The writer carries each out as one commit of its session, whose one event is the marker. What
-is left is consistent after each of them: pruning can end anywhere and be begun again.
+A `Planner` finds what can be deleted, in short snapshots, and turns it into commands that are small enough for other
+writers to wait only milliseconds. The writer carries out each as one commit of its session, whose only event is the
+marker. The history is consistent after each of them, so pruning can stop anywhere and start again later.
 
-Planning needs no lock. What it leaves standing is enough for whatever is written after its snapshot: the newest version
-of each variable, and all that anything running then may need.
+Planning needs no lock. It always keeps what commits after its snapshot may need: the newest version of each variable,
+and everything that a running execution may still read.
 """
 
 import heapq
@@ -43,7 +43,7 @@ _MERGING: Final = frozenset(code for kind, code in KIND_CODES.items() if kind.me
 
 @dataclass(frozen=True, slots=True)
 class PruneHistory(Command[None]):
-    """Delete these versions and events of a session, which may have ended, and leave a marker."""
+    """Delete these versions and events of a session, live or ended, and leave a marker."""
 
     session_key: int
     started_sequence: int
@@ -61,13 +61,21 @@ class PruneHistory(Command[None]):
 def run(
     readers: Engine, policy: PrunePolicy, write: Callable[[list[Job]], object] | None, progress: Progress
 ) -> PruneReport:
-    """Prune. `write` has jobs carried out, and returns, or raises, when they are; without it nothing changes.
+    """Prune the history by a policy.
 
-    Raises `NotInHistoryError` for the id of a session that never was.
+    Args:
+        readers: Read-only connections to the file.
+        policy: What to delete.
+        write: Carries out jobs, and returns once they are durable; None to only count what would be deleted.
+        progress: Called with what was done so far, after each batch.
+
+    Raises:
+        InvalidArgumentError: The policy is invalid, or allows nothing to be deleted.
+        NotInHistoryError: No session ever had the policy's session id.
     """
     _check(policy)
     if policy.session_id is not None:
-        # Any moment will do: it is the session that is looked for.
+        # Any point will do: this only checks that the session exists.
         StoredAudit(readers).resolve("0s", session=policy.session_id)
     planner = Planner(readers, policy)
     sessions: set[int] = set()
@@ -94,7 +102,7 @@ def _check(policy: PrunePolicy) -> None:
         if moment is not None and moment.tzinfo is None:
             raise InvalidArgumentError(name, f"{moment} has no time zone")
     if policy.keep_versions is None and policy.before is None and policy.ended_before is None:
-        raise InvalidArgumentError("policy", "it says nothing of what may go: keep_versions, before or ended_before")
+        raise InvalidArgumentError("policy", "it deletes nothing: give keep_versions, before or ended_before")
 
 
 _COUNT_VARIABLES: Final = "SELECT count(*) FROM variables"
@@ -144,7 +152,7 @@ class _Session(NamedTuple):
 
 
 class _Item(NamedTuple):
-    """What goes together. After any number of them, in order, what is left is consistent."""
+    """Rows that are deleted together. The history is consistent after any number of items, in order."""
 
     versions: Sequence[GoingVersion] = ()
     events: Sequence[GoingEvent] = ()
@@ -152,7 +160,7 @@ class _Item(NamedTuple):
 
 @dataclass(slots=True)
 class _Variable:
-    """A variable's versions by number. Once they have been looked through: those that stay, and whether for ever."""
+    """A variable with the range of its versions; `stay` and `pinned` are known once these have been walked through."""
 
     key: int
     oldest: int
@@ -163,13 +171,13 @@ class _Variable:
 
 
 class Planner:
-    """Looks for what a policy lets go. `done`: how many of `in_all` variables have been looked at."""
+    """Finds what a policy allows to be deleted. `done`: how many of `in_all` variables have been examined."""
 
     def __init__(self, readers: Engine, policy: PrunePolicy) -> None:
         self._readers = readers
         self._policy = policy
         self._more = True
-        # In the whole log, by time: it is looked for once.
+        # The log's first commit after a time, by that time: finding it scans the log.
         self._younger: dict[int, int] = {}
         self.done = 0
         with snapshot(readers) as connection:
@@ -178,7 +186,7 @@ class Planner:
         self._versions_go = policy.keep_versions is not None or policy.before is not None
 
     def batches(self) -> Iterator[list[PruneHistory]]:
-        """Commands to be carried out before the next ones are asked for; sometimes none, to show that it goes on."""
+        """Yield batches of commands, each to be carried out before the next; an empty one only reports progress."""
         items = self._items()
         while self._more:
             with snapshot(self._readers) as connection:
@@ -205,7 +213,7 @@ class Planner:
         ]
 
     def _rows(self, statement: str, *parameters: object) -> list[Any]:
-        """A page of rows. Nothing stays open: the next page may come from another snapshot."""
+        """Read all rows at once: the next page may come from another snapshot."""
         rows: list[Any] = self._connection.connection.cursor().execute(statement, parameters).fetchall()
         return rows
 
@@ -216,12 +224,12 @@ class Planner:
                 session = _Session(*row)
                 last = session.key
                 if self._has_ended_before(session):
-                    found = self._whole_session(session)
+                    items = self._whole_session(session)
                 elif self._versions_go:
-                    found = self._old_versions(session)
+                    items = self._old_versions(session)
                 else:
                     continue
-                for item in found:
+                for item in items:
                     yield session, item
 
     def _has_ended_before(self, session: _Session) -> bool:
@@ -236,7 +244,7 @@ class Planner:
         cut = self._cut_of(session)
         for variables, running in self._variables(session):
             first_kept = [(variable, self._first_kept(variable, cut, running)) for variable in variables]
-            # What one commit wrote goes together, as far as that can be: for each time, `pruned` has a row.
+            # Versions of the same commit are deleted together where possible: each deletion adds a row to `pruned`.
             going = [self._below(variable, first) for variable, first in first_kept if first > variable.oldest]
             for version in heapq.merge(*going, key=_newest_first):
                 yield _Item((version,))
@@ -244,7 +252,7 @@ class Planner:
             yield _Item()
 
     def _variables(self, session: _Session) -> Iterator[tuple[list[_Variable], int | None]]:
-        """Its variables, some at a time, and the beginning of the oldest execution that ran at that time."""
+        """Its variables, some at a time, each time with the commit that began the oldest running execution."""
         last = 0
         while rows := self._rows(_VARIABLES, session.key, last, _VARIABLES_AT_ONCE):
             last = rows[-1][0]
@@ -252,13 +260,13 @@ class Planner:
             yield [_Variable(*row) for row in rows if row[1] is not None], running
 
     def _cut_of(self, session: _Session) -> int | None:
-        """Its commits from this one on stay, because they are not old enough."""
+        """The first of its commits that is too recent to be pruned; None if the policy has no age limit."""
         if self._policy.before is None:
             return None
         return self._first_younger(session, self._policy.before)
 
     def _first_younger(self, session: _Session, moment: datetime) -> int:
-        """The session's first commit that is too young to go. What is as old as `moment` is."""
+        """The session's first commit at or after `moment`."""
         micros = to_micros(moment) - 1
         if micros not in self._younger:
             self._younger[micros] = times.first_younger(self._connection, micros)
@@ -267,14 +275,14 @@ class Planner:
         )
 
     def _first_kept(self, variable: _Variable, cut: int | None, running: int | None) -> int:
-        """The number from which on all versions stay. The newest does in any case, and what a deletion deleted."""
+        """The version from which on all are kept. The newest always is, and for a deletion the one before it."""
         first = variable.newest - variable.deleted
         if self._policy.keep_versions is not None:
             first = min(first, variable.newest - self._policy.keep_versions + 1)
         if cut is not None and first > variable.oldest:
             first = min(first, self._number_at(variable, cut))
         if running is not None and first > variable.oldest:
-            # And the version that it had right before.
+            # The execution may still read the version that was current when it began.
             first = min(first, self._number_at(variable, running) - 1)
         return first
 
@@ -290,16 +298,16 @@ class Planner:
         return low
 
     def _below(self, variable: _Variable, first: int) -> Iterator[GoingVersion]:
-        """The versions below `first` that may go, newest first; in the end `variable` has those that stay.
+        """The versions below `first` that can be deleted, newest first; `variable` collects those that are kept.
 
-        Some do: those that are pinned, and those with metadata that was still in force at the next version that stays,
-        for it could not be told any more what that version's metadata had added up to.
+        Pinned versions are kept. So are those with metadata that was still in force at the next kept version: without
+        them, the merged metadata of that version could no longer be computed.
         """
         [(number, sequence, kind, metadata, *blobs)] = self._rows(_FROM, variable.key, first)
         variable.stay.append((variable.key, number, sequence, *blobs))
         entries = stored_object(metadata)
         variable.pinned = _is_pinned(entries)
-        # The keys whose entries below are not in force any more at the version that stays.
+        # Keys that a kept version sets or replaces: older entries for them are no longer needed.
         settled = set(entries) if kind in _MERGING else set()
         below = first
         while rows := self._rows(_BELOW, variable.key, below, _PAGE):
@@ -320,7 +328,7 @@ class Planner:
                         continue
                 yield version
 
-    # A session that goes as a whole
+    # A session that is pruned as a whole
 
     def _whole_session(self, session: _Session) -> Iterator[_Item]:
         registered: dict[int, GoingEvent] = {}
@@ -335,12 +343,12 @@ class Planner:
             yield _Item()
 
     def _events(self, session: _Session, registered: dict[int, GoingEvent]) -> Iterator[_Item]:
-        """All but those that the session itself, its markers and its variables (see `registered`) need."""
-        # The last update says what the session's row has.
+        """All events but those that the session, its markers and its variables (see `registered`) need."""
+        # The last update holds the current facts of the session.
         for place in self._rows(_UPDATES, session.key)[:-1]:
             yield _Item((), (place,))
         began: dict[str, GoingEvent] = {}
-        # Of one commit: a row that hangs on one of them says only which commit that was.
+        # Events of one commit, which are deleted together: rows that refer to them only need the commit's number.
         together: list[GoingEvent] = []
         last = (0, -1)
         while rows := self._rows(_EVENTS, session.key, *last, _PAGE):

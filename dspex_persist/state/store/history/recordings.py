@@ -1,7 +1,7 @@
-"""A session's log, read as a recording, and a session as of a point, read to be forked.
+"""Read a session's log as a recording, and the state of a session as of a point to fork it from.
 
-A recording is read page by page, each in a short snapshot, so that a server may go on writing meanwhile: what it
-commits after the beginning is not in the recording. Memory holds one page.
+A recording is read page by page, each in a short snapshot, so that a server can keep writing meanwhile. It contains the
+commits up to when it was begun. Memory holds one page.
 """
 
 from array import array
@@ -62,11 +62,20 @@ _DEPENDENCIES: Final = """
 def read_session(
     readers: Engine, session_id: str, *, started: int | None = None, reveal: bool = False
 ) -> tuple[Header, Iterator[RecordedCommit]]:
-    """The log of a session, live or ended, up to now; its commits are read as they are taken.
+    """Read the log of a session, live or ended, up to now.
 
-    Of several sessions that had this id it is the newest, or the one that began with commit `started`. Values of
-    sensitive variables (as their metadata says by now) are left out unless `reveal`. Raises `NotInHistoryError` for a
-    session that never was, `SessionPrunedError` for one that is not whole any more.
+    Args:
+        readers: Read-only connections to the file.
+        session_id: The session.
+        started: If several sessions had this id, the commit with which the wanted one began; None for the newest.
+        reveal: Whether to include the values of variables that are now marked as sensitive.
+
+    Returns:
+        The header, and an iterator that reads the commits as it goes.
+
+    Raises:
+        NotInHistoryError: No session ever had this id.
+        SessionPrunedError: Part of the session was pruned. The iterator raises it, too, if that happens while it reads.
     """
     with snapshot(readers) as connection:
         key = _find_session(connection, session_id, started)
@@ -84,20 +93,20 @@ def _first(connection: Connection, statement: str, *parameters: object) -> Any:
 
 
 def _find_session(connection: Connection, session_id: str, started: int | None) -> int:
-    found = list(raw_rows(connection, _SESSIONS, session_id)) if is_unicode(session_id) else []
-    if not found:
+    sessions = list(raw_rows(connection, _SESSIONS, session_id)) if is_unicode(session_id) else []
+    if not sessions:
         raise NotInHistoryError("session", session_id, "")
     if started is None:
-        return int(found[-1][0])
-    for key, began in found:
+        return int(sessions[-1][0])
+    for key, began in sessions:
         if began == started:
             return int(key)
-    told = " and ".join(str(began) for _, began in found)
-    raise InvalidArgumentError("started", f"session {quote(session_id)} began with commit {told}, not {started}")
+    commits = " and ".join(str(began) for _, began in sessions)
+    raise InvalidArgumentError("started", f"session {quote(session_id)} began with commit {commits}, not {started}")
 
 
 class _Reading:
-    """Where a recording is."""
+    """A recording being read, and how far it is."""
 
     def __init__(self, readers: Engine, session_id: str, key: int, last: int, hidden: Collection[int]) -> None:
         self._readers = readers
@@ -106,7 +115,7 @@ class _Reading:
         self._last = last
         self._hidden = hidden
         self._number = 0
-        # The beginnings of the executions so far: their commits in the file, and in the recording.
+        # The commits in which the executions so far began, by their numbers in the file and in the recording.
         self._began = array("q")
         self._numbers = array("q")
 
@@ -118,7 +127,7 @@ class _Reading:
             yield from page
 
     def _read_page(self, connection: Connection, after: int) -> tuple[int, list[RecordedCommit]]:
-        """The next commits, and the last one of them in the file."""
+        """Read the next commits; the number of the last one in the file, and the commits."""
         page: list[RecordedCommit] = []
         size_bytes = 0
         for sequence, actor, cause, created_at, marker in raw_rows(connection, _COMMITS, self._key, after, self._last):
@@ -127,12 +136,12 @@ class _Reading:
             self._number += 1
             after = sequence
             versions = tuple(map(self._version_of, raw_rows(connection, _VERSIONS, sequence)))
-            told = list(raw_rows(connection, _EVENTS, sequence))
-            events = tuple(self._event_of(sequence, *row) for row in told)
+            event_rows = list(raw_rows(connection, _EVENTS, sequence))
+            events = tuple(self._event_of(sequence, *row) for row in event_rows)
             commit = RecordedCommit(self._number, nearest_time(created_at), actor, cause, versions, events, sequence)
             page.append(renumbered(commit, self._number_of))
             size_bytes += sum(each.value.size_bytes for each in versions if each.value is not None)
-            size_bytes += sum(len(body) for _, body in told)
+            size_bytes += sum(len(body) for _, body in event_rows)
             if size_bytes > _PAGE_BYTES:
                 break
         return after, page
@@ -165,7 +174,7 @@ class _Reading:
 
 
 def fork_of(readers: Engine, session_id: str, new_session_id: str, at: str) -> ForkSession:
-    """The command that begins a session as `session_id` was at a point."""
+    """Return the command that starts `new_session_id` with the state that `session_id` had at the point `at`."""
     audit = StoredAudit(readers, reveal=True)
     sequence = audit.resolve(at, session=session_id)
     variables = tuple(

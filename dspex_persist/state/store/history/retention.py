@@ -1,4 +1,4 @@
-"""Retention: what a store's settings say of old history, carried out beside everything else on a thread of its own."""
+"""Retention: prune old history as the store's settings say, on a background thread."""
 
 import threading
 import time
@@ -15,13 +15,13 @@ from dspex_persist.state.store.session_store import StoreOptions
 
 _logger: Final = get_logger(__name__)
 _PAUSE: Final = 20
-"""How many times as long as the last round it waits before the next: it takes a twentieth of a core at most."""
+"""The pause after a round, as a multiple of its duration: retention uses at most a twentieth of a core."""
 _DAY_S: Final = 86_400.0
 Prune: TypeAlias = Callable[[PrunePolicy, Progress], PruneReport]
 
 
 class Retention:
-    """Prunes by the settings of a store, again and again, and warns of its size. The writer says when it has time."""
+    """Prunes repeatedly by the settings of a store, and warns about its size. The writer calls it when it is idle."""
 
     def __init__(self, options: StoreOptions, prune: Prune, size_bytes: Callable[[], int]) -> None:
         self._options = options
@@ -32,7 +32,7 @@ class Retention:
         self._closed = False
 
     def on_idle(self) -> None:
-        """Begin a round, if one is due."""
+        """Start a round if one is due."""
         now = time.monotonic()
         limit = self._options.warn_size_bytes
         if limit is not None and now >= self._next_warning and (size := self._size_bytes()) > limit:
@@ -45,12 +45,12 @@ class Retention:
         try:
             self._thread.start()
         except RuntimeError as error:
-            # No room for a thread just now, which must not end the writer. The next round comes.
+            # The system has no room for another thread, which must not end the writer. A later call tries again.
             self._thread = None
             _logger.warning("history not pruned", reason=str(error))
 
     def close(self) -> None:
-        """End the round that is under way."""
+        """Stop the running round, and wait for it."""
         self._closed = True
         if self._thread is not None:
             self._thread.join()
@@ -66,7 +66,7 @@ class Retention:
             if not self._closed:
                 _logger.warning("history not pruned", reason=str(error))
         except Exception as error:  # noqa: BLE001 - a thread's boundary
-            # While a store closes, what it read from goes.
+            # Closing the store also closes the connections that a round reads from.
             if not self._closed:
                 _logger.error("history not pruned", reason=repr(error))
         self._next_round = time.monotonic() + _PAUSE * (time.monotonic() - begun)
@@ -77,7 +77,7 @@ class Retention:
 
 
 def policy_of(options: StoreOptions) -> PrunePolicy | None:
-    """What may go now by the settings; None if everything stays."""
+    """Return what the settings allow to be pruned now; None if they keep everything."""
     keep, age_s, ended_s = (
         options.retention_keep_versions,
         options.retention_age_s,

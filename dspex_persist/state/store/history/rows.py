@@ -1,4 +1,4 @@
-"""Rows of the log for questions: conditions, pages, JSON that may be damaged."""
+"""What all queries on the log share: conditions, pages, JSON that may be damaged."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, NamedTuple
@@ -12,13 +12,16 @@ from dspex_persist.state.store.schema import is_unicode
 from dspex_persist.state.values.json_text import stored
 
 PAGE_BYTES: Final = 4 * 1024 * 1024
-"""How much of a history is read at once, but for one version that is larger."""
+"""The most bytes of a history in one page, unless a single version is larger."""
 WINDOW: Final = 50_000
-"""Commits that one snapshot walks through at most, where nothing narrows a question down."""
+"""The most commits that one snapshot scans for a query without a selective condition."""
 
 
 def sound_document(column: str) -> str:
-    """A document that SQLite can read: releases before this one wrote bare NaN, and a file may be damaged."""
+    """Return an SQL expression for the column's JSON in a form that SQLite can parse.
+
+    Old releases wrote bare NaN, and a file may be damaged.
+    """
     return f"CASE WHEN json_valid({column}) OR {column} IS NULL THEN {column} ELSE mended_json({column}) END"
 
 
@@ -31,20 +34,21 @@ def all_rows(connection: Connection, statement: str, *parameters: object) -> Seq
 
 
 def some_rows(connection: Connection, statement: str, most: int, *parameters: object) -> tuple[list[Any], Any]:
-    """Up to `most` rows, and fewer once they are a page full; with the last of them if there are more.
+    """Read up to `most` rows, or `PAGE_BYTES` of values; `statement` ends in a LIMIT.
 
-    `statement` ends in its limit.
+    Returns:
+        The rows, and the last of them if more follow, else None.
     """
-    found: list[Any] = []
+    page: list[Any] = []
     size_bytes = 0
     rows = connection.exec_driver_sql(statement, (*parameters, most + 1))
     for row in rows:
-        if len(found) == most or size_bytes >= PAGE_BYTES:
+        if len(page) == most or size_bytes >= PAGE_BYTES:
             rows.close()
-            return found, found[-1]
-        found.append(row)
+            return page, page[-1]
+        page.append(row)
         size_bytes += len(row.text or "") + len(row.binary or b"") + len(row.metadata or "")
-    return found, None
+    return page, None
 
 
 def first_row(connection: Connection, statement: str, *parameters: object) -> Any:
@@ -52,7 +56,7 @@ def first_row(connection: Connection, statement: str, *parameters: object) -> An
 
 
 class Conditions:
-    """What a WHERE clause asks for, with the parameters in its order."""
+    """The conditions of a WHERE clause, with their parameters in order."""
 
     def __init__(self) -> None:
         self._texts: list[str] = []
@@ -60,14 +64,14 @@ class Conditions:
 
     def add(self, text: str, *parameters: object) -> None:
         self._texts.append(text)
-        self.parameters += (askable(each) if isinstance(each, str) else each for each in parameters)
+        self.parameters += (searchable(each) if isinstance(each, str) else each for each in parameters)
 
     def add_all(self, others: "Conditions") -> None:
         self._texts += others._texts
         self.parameters += others.parameters
 
     def add_equal(self, column: str, wanted: object) -> None:
-        """Nothing, where what is wanted is "" or None."""
+        """Require a value of a column; "" and None require nothing."""
         if wanted not in ("", None):
             self.add(f"{column} = ?", wanted)
 
@@ -90,34 +94,34 @@ def of_tool(conditions: Conditions, tool: str) -> None:
 
 
 def glob_pattern(glob: str) -> str:
-    """SQLite's GLOB knows sets in brackets; ours does not."""
+    """Return our glob as a pattern for SQLite's GLOB, in which brackets are sets of characters."""
     return glob.replace("[", "[[]")
 
 
-def made_of(rows: Sequence[Any], made: Callable[[Any], T]) -> list[T]:
-    """What each row says. One that makes no sense fails the question, which then leaves its session out."""
-    found: list[T] = []
+def records_of(rows: Sequence[Any], convert: Callable[[Any], T]) -> list[T]:
+    """Convert each row to a record. A damaged row fails the whole query; the error names its session."""
+    records: list[T] = []
     for row in rows:
         try:
-            found.append(made(row))
+            records.append(convert(row))
         except damage.OWN_ERRORS:
             raise
         except Exception as error:
             raise damage.damaged(row.session_id, error) from error
-    return found
+    return records
 
 
 class Bounds(NamedTuple):
-    """The commits asked for: after the first, up to and with the second."""
+    """The range of commits that a query covers: after `after`, up to and including `last`."""
 
     after: int
     last: int
 
 
-def askable(text: object) -> str | None:
-    """What SQLite can be asked for; no row has anything else."""
+def searchable(text: object) -> str | None:
+    """Return a text to search for; None, which matches no row, for a text that SQLite cannot store."""
     if not isinstance(text, str):
-        raise InvalidArgumentError("question", f"{quote(text)} is not a str, as names and ids are")
+        raise InvalidArgumentError("query", f"{quote(text)} is not a str, as names and ids are")
     return text if is_unicode(text) else None
 
 
@@ -135,7 +139,7 @@ def rows_of_page(
     after: Cursor | None,
     most: int,
 ) -> Sequence[Any]:
-    """The rows of a page that is in the order of a commit's number, and one more if there is one."""
+    """Read a page in the order of `key`, a commit number, with one row more than `most` if there is one."""
     first, last = bounds
     conditions.add(f"{key} > ?", first)
     conditions.add(f"{key} <= ?", last)
@@ -145,5 +149,5 @@ def rows_of_page(
     return all_rows(connection, statement + str(conditions) + order, *conditions.parameters, most + 1)
 
 
-def page_of(rows: Sequence[Any], most: int, made: Callable[[Any], T], key: Callable[[Any], Cursor]) -> Page[T]:
-    return Page(made_of(rows[:most], made), key(rows[most - 1]) if len(rows) > most else None)
+def page_of(rows: Sequence[Any], most: int, convert: Callable[[Any], T], key: Callable[[Any], Cursor]) -> Page[T]:
+    return Page(records_of(rows[:most], convert), key(rows[most - 1]) if len(rows) > most else None)

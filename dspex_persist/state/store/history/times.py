@@ -1,7 +1,7 @@
-"""From times to commits. No index over times is kept, and none would do: commits need not be in their order.
+"""Find the commit for a time. There is no index over times, because commits are not sorted by their times.
 
-A clock may have been set back, and an import brings times of its own. So a time divides the log at the first commit
-that is younger: what comes after that came later, whatever time it has.
+A clock may have been set back, and imported commits keep their original times. So a time splits the log at the first
+commit that is later. That commit and all that follow count as later, whatever their times are.
 """
 
 from sqlalchemy import Connection
@@ -29,28 +29,29 @@ def _number(connection: Connection, statement: str, *parameters: object) -> int 
 
 
 def last_until(connection: Connection, micros: int) -> int:
-    """The last commit before the first that is younger than a time; 0 if there is none.
+    """Return the last commit before the first that is later than `micros`; 0 if every commit is later.
 
-    Commits of imports have no say: each of them counts as what it came after.
+    The times of imported commits are ignored: an imported commit counts as being as old as the one before the import.
     """
     return min(first_younger(connection, micros) - 1, _number(connection, _HEAD) or 0)
 
 
 def first_younger(connection: Connection, micros: int) -> int:
-    """The first commit, but for those of imports, that is younger than a time; past all where there is none."""
+    """Return the first commit later than `micros`, except for imported ones; a number past the log if no commit is."""
     return _number(connection, _YOUNGER, micros) or _AFTER_ALL
 
 
 def last_of_session_until(connection: Connection, session_key: int, micros: int) -> int:
-    """The session's last commit before its first that is younger than a time, by the times that they have; 0: none."""
+    """Return the session's last commit before its first that is later than `micros`, by its own times; 0 if none is."""
     younger = _number(connection, _YOUNGER_OF_SESSION, session_key, micros)
     return _number(connection, _OF_SESSION, session_key, _AFTER_ALL if younger is None else younger) or 0
 
 
 def first_younger_of_session(connection: Connection, session_key: int, started: int, micros: int, in_log: int) -> int:
-    """The session's first commit that is younger than a time, or comes after the first such of the log, `in_log`.
+    """Return the session's first commit that is later than `micros`, or that follows the log's first such, `in_log`.
 
-    That one may say that it is older: then its time is what is wrong. An imported session has times of its own.
+    A commit after `in_log` with an earlier time was written while the clock was set back. An imported session is judged
+    by its own times alone.
     """
     own = _number(connection, _YOUNGER_OF_SESSION, session_key, micros) or _AFTER_ALL
     return own if _number(connection, _IS_IMPORTED, started) is not None else min(own, in_log)

@@ -1,4 +1,4 @@
-"""Questions about versions: pages of a history."""
+"""Answer queries for versions: pages of a history."""
 
 import json
 from functools import partial
@@ -28,18 +28,18 @@ from dspex_persist.state.store.history.rows import (
     WINDOW,
     Bounds,
     Conditions,
-    askable,
     first_row,
     glob_pattern,
-    made_of,
     of_tool,
+    records_of,
+    searchable,
     some_rows,
     sound_document,
 )
 from dspex_persist.state.store.variables import KIND_CODES, KIND_OF, SOURCE_CODES, SOURCE_OF
 from dspex_persist.state.values.json_text import stored_texts
 
-# As the views have it (migrations/): in a transaction's commit each of its executions says at its end what it wrote.
+# Like the views (migrations/): if a transaction ran several executions, the end of each lists what that one wrote.
 _MAKER: Final = f"""
     CASE WHEN commits.cause GLOB 'exec_[0-9]*' THEN coalesce(
         CASE WHEN EXISTS (SELECT 1 FROM executions AS called WHERE called.parent_id = commits.cause) THEN (
@@ -116,7 +116,7 @@ def entry_of(row: Any, reveal: bool) -> HistoryEntry:
 
 
 class HistoryPage:
-    """One page of versions: which rows drive it, and what they have to fulfil."""
+    """One page of versions: picks the rows that drive the statement, and the conditions on them."""
 
     def __init__(
         self,
@@ -170,11 +170,11 @@ class HistoryPage:
         if is_glob(variable):
             self._conditions.add("variables.name GLOB ?", glob_pattern(variable))
         elif variable:
-            asked = askable(variable)
-            self._conditions.add("(variables.name = ? OR variables.variable_id = ?)", asked, asked)
+            identifier = searchable(variable)
+            self._conditions.add("(variables.name = ? OR variables.variable_id = ?)", identifier, identifier)
 
     def _of_execution(self) -> Page[HistoryEntry]:
-        """What it, and those that it called, wrote at the end of the whole, and published before."""
+        """The versions that it and the executions it called committed at the end, or published before."""
         row = top = execution_row(self._connection, self._query.execution_id)
         with damage.reading(row.session_id):
             family = family_of(self._connection, row)
@@ -196,7 +196,7 @@ class HistoryPage:
 
     def _of_metadata(self, keys: list[int] | None) -> Page[HistoryEntry]:
         (key, value), *others = self._query.metadata.items()
-        # SQLite has ended both at their first NUL; `_read` looks at the metadata itself.
+        # The index has keys and values up to their first NUL, where SQLite cuts them; `_read` compares the metadata.
         self._conditions.add("metadata_entries.key IN (?, ?)", key, key.partition("\0")[0])
         self._conditions.add("metadata_entries.value IN (?, ?)", value, value.partition("\0")[0])
         self._conditions.add_metadata(sound_document("versions.metadata"), others)
@@ -206,7 +206,7 @@ class HistoryPage:
         return self._page(_BY_METADATA, "metadata_entries.sequence", None, "metadata_entries")
 
     def _of_variables(self, keys: list[int]) -> Page[HistoryEntry]:
-        """One after the other: of one name, each was deleted before the next was registered."""
+        """One variable after the other: each of the same name was deleted before the next was registered."""
         newest_first = self._query.newest_first
         rows: list[HistoryEntry] = []
         for key in sorted(keys, reverse=newest_first):
@@ -235,7 +235,7 @@ class HistoryPage:
         return self._read(_BY_VARIABLE, conditions, order, most)
 
     def _page(self, driver: str, sequence: str, window: int | None, keys: str = "versions") -> Page[HistoryEntry]:
-        """A page in the order of commits. Within a `window` it may be short and yet not the last."""
+        """A page in the order of commits. With a `window`, a page that is not full need not be the last."""
         newest_first = self._query.newest_first
         first, last = self._first, self._last
         if self._after is not None:
@@ -262,7 +262,7 @@ class HistoryPage:
         return page
 
     def _with_versions(self, first: int, last: int) -> tuple[int, int]:
-        """The same commits, but for those without versions at both ends: a damaged file may have one of any number."""
+        """Narrow a range of commits to those with versions: in a damaged file, a commit can have any number."""
         statement = "SELECT {}(sequence) FROM versions WHERE sequence > ? AND sequence <= ?"
         lowest, highest = (first_row(self._connection, statement.format(end), first, last)[0] for end in ("min", "max"))
         return (first, first) if lowest is None else (lowest - 1, highest)
@@ -271,7 +271,7 @@ class HistoryPage:
         more.add_all(self._conditions)
         statement = _VERSIONS.format(driver=driver) + str(more) + order
         rows, last = some_rows(self._connection, statement, most, *more.parameters)
-        entries = made_of(rows, partial(entry_of, reveal=self._reveal))
+        entries = records_of(rows, partial(entry_of, reveal=self._reveal))
         entries = [entry for entry in entries if self._query.metadata.items() <= entry.metadata.items()]
         if self._mine is not None:
             entries = [entry for entry in entries if (entry.name, entry.version) in self._mine]
@@ -279,10 +279,10 @@ class HistoryPage:
 
 
 def _predicate(predicate: Predicate, reveal: bool) -> tuple[Any, ...]:
-    """As SQL. What is masked is not found by its value either."""
+    """The predicate as SQL. Masked values match nothing, so that a query cannot guess them."""
     shown = "text IS NOT NULL" if reveal else "text IS NOT NULL AND sensitive = 0"
     if predicate.operator is Operator.CONTAINS:
-        # As it stands there, or as JSON writes it.
+        # The value is JSON text: search it for the operand itself, and for the operand escaped as in a JSON string.
         escaped = json.dumps(predicate.operand, ensure_ascii=False)[1:-1]
         return f"(instr(text, ?) > 0 OR instr(text, ?) > 0) AND {shown}", predicate.operand, escaped
     holds = "value_holds(text, variables.type, ?, ?)"

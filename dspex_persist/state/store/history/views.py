@@ -1,4 +1,4 @@
-"""SQL on the promised views of a file (`v_*`), for programs that show them, such as the website of `audit web`."""
+"""SQL on the public views of a file (`v_*`), for programs that show them, such as the website of `audit web`."""
 
 import sqlite3
 from collections.abc import Mapping, Sequence
@@ -7,24 +7,24 @@ from textwrap import dedent
 from typing import Final
 
 SqlError: Final = sqlite3.Error
-"""What SQLite raises when a query is wrong, for programs that take queries from their users."""
+"""The error that SQLite raises for an invalid query, for programs that accept queries from their users."""
 _WITH_VALUES: Final = ("v_variable_history", "v_current_variables")
 
 
 def connect_read_only(path: Path) -> sqlite3.Connection:
-    """A connection that can only read, usable from any thread, next to a server that writes to the file."""
+    """Open a read-only connection, usable from any thread, even while a server writes to the file."""
     return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False)
 
 
 def reveal_values(connection: sqlite3.Connection) -> None:
-    """On this connection, have the views with values show those of sensitive variables, which the file's views mask."""
+    """Make the views show the values of sensitive variables, on this connection only."""
     for view in _WITH_VALUES:
         columns = [row[1] for row in connection.execute(f"PRAGMA main.table_info({view})")]
         connection.execute(_revealing(view, columns))
 
 
 def _revealing(view: str, columns: Sequence[str]) -> str:
-    """A temporary view of the same name and columns that masks nothing: SQLite finds it before the file's."""
+    """A temporary view with the same columns that masks nothing. SQLite resolves its name before the file's view."""
     shown = {
         "value": "coalesce(stored.value, CAST(contents.content AS TEXT)) AS value",
         "number": "stored.number AS number",

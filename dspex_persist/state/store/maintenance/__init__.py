@@ -1,7 +1,8 @@
-"""Looking after a file: check it, upgrade it, back it up, restore it, see where its bytes are, shrink it.
+"""Maintenance of a database file: check, upgrade, back up, restore, measure, prune and shrink it.
 
-What only reads uses read-only connections and short transactions, and so works while a server writes. What changes
-the file takes the ownership lock first. Every error is an `OpenError`, or a `StorageError` for what SQLite refuses.
+Functions that only read use read-only connections and short transactions, so they work while a server writes. Functions
+that change the file take the ownership lock first. They raise an `OpenError` if the file cannot be used, and a
+`StorageError` if SQLite or the disk fails.
 """
 
 from dspex_persist.state.store.maintenance.backups import BackupReport, backup

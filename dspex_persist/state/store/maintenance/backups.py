@@ -1,4 +1,4 @@
-"""Back a file up."""
+"""Back up a file."""
 
 import os
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from dspex_persist.state.store.verify import Problem
 
 @dataclass(frozen=True, slots=True)
 class BackupReport:
-    """A backup. Where the copy has problems there is none: `target` was not made."""
+    """A backup of `path`. If the copy has `problems`, `target` was not created."""
 
     path: Path
     target: Path
@@ -30,10 +30,17 @@ class BackupReport:
 
 
 def backup(path: Path, target: Path, progress: Progress = silent) -> BackupReport:
-    """Copy the file as of one moment to `target`, which must not exist, and check the copy.
+    """Copy the file, as of one moment, to `target`, and check the copy.
 
-    The copy is one file of its own, readable from read-only media. `target` appears whole or not at all. Raises
-    `InvalidArgumentError` where it exists or cannot be written.
+    The copy is a single file that can be read from read-only media. A server may write to `path` meanwhile.
+
+    Args:
+        path: The database.
+        target: The name of the copy. It appears whole or not at all.
+        progress: Called with the pages copied and the commits checked so far.
+
+    Raises:
+        InvalidArgumentError: `target` exists already or cannot be written.
     """
     refuse_files_of(path, target, "target")
     anchor = read_anchor(path)

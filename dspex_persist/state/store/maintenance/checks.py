@@ -23,15 +23,15 @@ from dspex_persist.state.store.schema import REVISION
 from dspex_persist.state.store.verify import Problem
 
 MOST_PROBLEMS: Final = 1000
-"""A check stops after so many."""
+"""A check stops after this many problems."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """What a check found. `complete` is false where it stopped after `MOST_PROBLEMS`.
+    """The result of a check. `complete` is false if it stopped after `MOST_PROBLEMS`.
 
-    Of the `commits`, `pruned_commits` have lost rows, `pruned_versions` and `pruned_events` in all: markers in the log
-    say so.
+    `pruned_commits` of the `commits` have lost rows: `pruned_versions` and `pruned_events` in total, according to the
+    markers in the log. `anchored`: whether there was an anchor file, and so a known last commit.
     """
 
     path: Path
@@ -46,11 +46,11 @@ class CheckReport:
 
 
 def check(path: Path, progress: Progress = silent) -> CheckReport:
-    """SQLite's own integrity check, foreign keys, triggers, views, indexes, and everything that `verify` looks at.
+    """Check pages, foreign keys, triggers, views and indexes, the hash chain, and the current state against the log.
 
-    A copy without its anchor file is checked without one: then commits that are gone from its end are not noticed.
+    A copy without its anchor file is checked without one, so commits missing from its end go unnoticed.
     """
-    # Before anything of the file: a server that writes meanwhile is then ahead of it, never behind.
+    # Read the anchor before the file: a server that writes meanwhile can then only be ahead of it.
     anchor = read_anchor(path)
     with reading(path) as readers:
         refuse_older(path)
@@ -72,7 +72,7 @@ _MARKERS: Final = """
 
 
 def _count_pruned(connection: Connection) -> tuple[int, int, int]:
-    """Commits that lost rows, versions and events that they lost. Of a file whose markers make no sense: none."""
+    """Count the commits that lost rows, and the versions and events they lost; zeros if the markers are damaged."""
     try:
         markers = [Pruned.from_body(json.loads(body)) for (body,) in connection.exec_driver_sql(_MARKERS)]
         versions, events = sum(each.versions for each in markers), sum(each.events for each in markers)
@@ -83,10 +83,10 @@ def _count_pruned(connection: Connection) -> tuple[int, int, int]:
 
 def _iter_problems(readers: Engine, anchor: Head | None, progress: Progress) -> Iterator[Problem]:
     progress("checking the pages of the file", 0, 0)
-    for look in (_integrity_problems, _reference_problems, verify.schema_problems):
+    for problems_in in (_integrity_problems, _reference_problems, verify.schema_problems):
         try:
             with snapshot(readers) as connection:
-                yield from look(connection)
+                yield from problems_in(connection)
         except (NotADatabaseError, ReadFailedError) as error:
             yield Problem("file", error.reason)
         except UnicodeDecodeError as error:
@@ -103,4 +103,4 @@ def _integrity_problems(connection: Connection) -> Iterator[Problem]:
 def _reference_problems(connection: Connection) -> Iterator[Problem]:
     for table, row, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
         where = f"table {table}" + (f", row {row}" if row is not None else "")
-        yield Problem(where, f"it refers to a row of {parent} that is not there")
+        yield Problem(where, f"it refers to a row of {parent} that does not exist")

@@ -1,4 +1,4 @@
-"""Copying a file as of one moment."""
+"""Copy a file as of one moment."""
 
 import os
 import sqlite3
@@ -14,16 +14,16 @@ from dspex_persist.state.errors import InvalidArgumentError, StorageError
 from dspex_persist.state.provider import Progress
 from dspex_persist.state.store import log_reader
 from dspex_persist.state.store.maintenance import swap
-from dspex_persist.state.store.maintenance.opening import beside, explained
+from dspex_persist.state.store.maintenance.opening import side_file, translated_errors
 
 _BACKUP_PAGES: Final = 1024
 _MOST_BUSY: Final = 40
-"""How often in a row a copy tries to lock its target, a quarter of a second apart."""
+"""How many times in a row a copy tries to lock its target, a quarter of a second apart."""
 
 
 @contextmanager
 def partial_file(target: Path) -> Iterator[Path]:
-    """A private file beside `target` to write to, gone at the end."""
+    """Create a private file next to `target` to write to. It is removed at the end, unless it was renamed."""
     try:
         file, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
     except OSError as error:
@@ -37,16 +37,17 @@ def partial_file(target: Path) -> Iterator[Path]:
 
 
 def _clear_away(partial: Path, target: Path) -> None:
-    """Remove each that is there, whichever cannot be removed."""
+    """Remove the partial file and SQLite's files for it: all that can be removed, even if one of them cannot."""
     try:
         with ExitStack() as removing:
             for suffix in ("", "-journal", "-wal", "-shm"):
-                file = beside(partial, suffix)
-                # One that has become the target is not there any more, and all is well.
+                file = side_file(partial, suffix)
+                # `partial` may have been renamed to the target.
                 if os.path.lexists(file):
                     removing.callback(file.unlink, missing_ok=True)
     except OSError as error:
-        reason = f"{partial.name} beside it could not be removed ({error.strerror or error}); remove what begins so"
+        cause = error.strerror or error
+        reason = f"{partial.name} next to it could not be removed ({cause}); remove the files whose names begin with it"
         raise not_written(target, reason) from error
 
 
@@ -61,23 +62,23 @@ def copy_pages(connection: Connection, partial: Path, progress: Progress) -> Non
         nonlocal busy
         busy = 0 if status in (sqlite3.SQLITE_OK, sqlite3.SQLITE_DONE) else busy + 1
         if busy == _MOST_BUSY:
-            # The driver would go on for ever, and hold its snapshot meanwhile.
-            raise StorageError(f"{partial.parent} takes no locks (on a network file system?): use another folder")
+            # The driver would retry forever, and hold its snapshot meanwhile.
+            raise StorageError(f"{partial.parent} allows no locks (on a network file system?): use another folder")
         progress("copying pages", in_all - remaining, in_all)
 
-    # Reading begins the transaction. Without one, each write of a server would begin the copy anew.
+    # Reading begins a transaction. Without one, each write of a server would restart the copy.
     log_reader.head(connection)
     source: Any = connection.connection.driver_connection
-    with explained(partial), closing(sqlite3.connect(partial, isolation_level=None, timeout=0)) as copy:
+    with translated_errors(partial), closing(sqlite3.connect(partial, isolation_level=None, timeout=0)) as copy:
         source.backup(copy, pages=_BACKUP_PAGES, progress=on_pages)
-        # One file, without a WAL beside it, and so one that can be read where nothing can be written.
+        # Without a WAL, the copy is one file that can be read from read-only media.
         (mode,) = copy.execute("PRAGMA journal_mode = DELETE").fetchone()
         if mode != "delete":
-            raise StorageError(f"the end of the copy could not be written to {partial.parent}: look at that disk")
+            raise StorageError(f"the end of the copy could not be written to {partial.parent}: check that disk")
 
 
 def publish(partial: Path, target: Path) -> None:
-    """Give the copy its name, durably, unless something has that name by now."""
+    """Give the copy its name, durably, unless the name is taken by now."""
     swap.sync(partial)
     try:
         os.link(partial, target)

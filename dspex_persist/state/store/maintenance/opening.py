@@ -1,4 +1,4 @@
-"""Opening a file to read it or to change it, and what is refused."""
+"""Open a file to read or to change it, and refuse the files that this release cannot use."""
 
 import os
 import sqlite3
@@ -38,8 +38,8 @@ _NOT_OURS: Final = frozenset(
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Say what the driver and the operating system report of writing in the terms of this package."""
+def translated_errors(path: Path) -> Iterator[None]:
+    """Translate errors of the driver and the operating system into errors of this package."""
     try:
         yield
     except (DBAPIError, sqlite3.Error) as error:
@@ -48,7 +48,7 @@ def explained(path: Path) -> Iterator[None]:
             raise NotADatabaseError(str(path), str(original)) from error
         raise StorageError(str(original)) from error
     except UnicodeDecodeError as error:
-        # What the driver makes of a message of SQLite that quotes a damaged schema.
+        # The driver raises this for a message in which SQLite quotes a damaged schema.
         raise NotADatabaseError(str(path), "its schema is damaged") from error
     except OSError as error:
         raise NotADatabaseError(str(path), error.strerror or str(error)) from error
@@ -56,7 +56,7 @@ def explained(path: Path) -> Iterator[None]:
 
 def refuse_missing(path: Path, advice: Hint = Hint.MAKE_FILE) -> None:
     refuse_name(path)
-    # Where the folder may not be looked into, too: whoever opens the file says so.
+    # In a folder that may not be searched, no name exists either: opening the file then reports the permissions.
     if not os.path.lexists(path) and os.access(path.parent, os.X_OK):
         raise NotADatabaseError(str(path), "there is no such file").advising(advice)
     if not path.is_file():
@@ -64,8 +64,8 @@ def refuse_missing(path: Path, advice: Hint = Hint.MAKE_FILE) -> None:
 
 
 def refuse_owned(path: Path) -> Path:
-    """The file's one name, where it is; `DatabaseInUseError` if somebody owns it. Makes nothing where it is missing."""
-    with explained(path):
+    """Return the file's resolved path; raise `DatabaseInUseError` if a process owns it. Creates no files."""
+    with translated_errors(path):
         if path.is_file():
             OwnershipLock(path).release()
     return resolved(path)
@@ -73,8 +73,8 @@ def refuse_owned(path: Path) -> Path:
 
 @contextmanager
 def reading(path: Path) -> Iterator[Engine]:
-    """One read-only connection to the file, which a server may have open."""
-    with explained(path):
+    """Open one read-only connection to the file, which a server may have open."""
+    with translated_errors(path):
         refuse_missing(path)
         readers = open_readers(path, size=1)
         try:
@@ -85,11 +85,11 @@ def reading(path: Path) -> Iterator[Engine]:
 
 @contextmanager
 def owning(path: Path) -> Iterator[Engine]:
-    """The one connection that writes, under the ownership lock; the WAL is brought into the file at the end.
+    """Open the connection that writes, under the ownership lock; checkpoint the WAL at the end.
 
-    What a server would refuse, is refused before anything is touched.
+    A file that a server would refuse is refused before anything is changed.
     """
-    with explained(path):
+    with translated_errors(path):
         refuse_missing(path)
         lock = OwnershipLock(path)
         try:
@@ -106,30 +106,30 @@ def owning(path: Path) -> Iterator[Engine]:
 
 
 def find_revision(path: Path) -> str | None:
-    """The file's revision, at most this release's; None in an empty file. Before it is opened: see `read_untouched`."""
+    """Return the file's revision, at most this release's; None for an empty file. Leaves the file untouched."""
     try:
-        found = read_untouched(path, migrate.current_revision)
+        revision = read_untouched(path, migrate.current_revision)
     except ReadFailedError as error:
         if not is_half_written(error):
             raise
         recovery.refuse_half_written(path, path)
-        raise NotADatabaseError(str(path), "a crash has left it half made").advising(Hint.MEND_FILE) from error
-    if found is not None:
-        migrate.refuse_newer(path, found)
-    return found
+        raise NotADatabaseError(str(path), "a crash left it half made").advising(Hint.MEND_FILE) from error
+    if revision is not None:
+        migrate.refuse_newer(path, revision)
+    return revision
 
 
 def refuse_older(path: Path) -> None:
-    """Let only files of this release's revision pass."""
-    found = find_revision(path)
-    if found is None:
+    """Raise `NotADatabaseError` unless the file has this release's revision; `NewerSchemaError` for a newer one."""
+    revision = find_revision(path)
+    if revision is None:
         raise NotADatabaseError(str(path), "it is empty").advising(Hint.MAKE_TABLES)
-    if found != REVISION:
-        reason = f"its schema is {found}, this release reads {REVISION}"
+    if revision != REVISION:
+        reason = f"its schema is {revision}, this release reads {REVISION}"
         raise NotADatabaseError(str(path), reason).advising(Hint.UPGRADE_FILE)
 
 
-def beside(path: Path, suffix: str) -> Path:
+def side_file(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
 
@@ -138,16 +138,16 @@ def size_of(path: Path) -> int:
 
 
 def read_anchor(path: Path) -> Head | None:
-    with explained(path):
+    with translated_errors(path):
         return anchors.remembered(path)
 
 
 def refuse_files_of(path: Path, output: Path, field: str) -> None:
-    """Raise `InvalidArgumentError` where `output` is the database, by whatever name, or belongs to one beside it."""
+    """Raise `InvalidArgumentError` for the argument `field` if `output` is the database or one of its side files."""
     database = resolved(path)
-    meant = resolved(output)
-    for own in (database, *(Path(f"{database}{suffix}") for suffix in swap.BESIDE)):
+    target = resolved(output)
+    for own in (database, *(Path(f"{database}{suffix}") for suffix in swap.SIDE_SUFFIXES)):
         with suppress(OSError):
-            if meant == own or meant.samefile(own):
+            if target == own or target.samefile(own):
                 reason = f"{output} is {'the database itself' if own == database else 'a file of the database'}"
                 raise InvalidArgumentError(field, f"{reason}, {path}: give another name")

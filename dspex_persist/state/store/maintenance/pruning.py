@@ -1,4 +1,4 @@
-"""Delete old history from a file that nobody serves."""
+"""Delete old history from a file that no server has open."""
 
 import time
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from dspex_persist.state.store.session_store import open_groups
 
 @dataclass(frozen=True, slots=True)
 class PrunedReport:
-    """What was pruned, or, where it was not `confirmed`, would be. `free_bytes`: what a vacuum would give back."""
+    """What was pruned or, unless `confirmed`, would be. `free_bytes`: the size of the free pages in the file now."""
 
     path: Path
     confirmed: bool
@@ -31,7 +31,7 @@ class PrunedReport:
 
 @dataclass(eq=False)
 class PruneInUseError(DatabaseInUseError):
-    """Another process owns the database that is to be pruned."""
+    """Another process owns the database to be pruned."""
 
     advice = Hint.PRUNE_ON_SERVER
 
@@ -41,10 +41,18 @@ class PruneInUseError(DatabaseInUseError):
 
 
 def prune(path: Path, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PrunedReport:
-    """Delete the history that `policy` lets go, as the owner of the file; without `confirm` it is only read.
+    """Delete the history that `policy` describes, as the owner of the file.
 
-    Raises `InvalidArgumentError` for a policy that says nothing, `NotInHistoryError` for the id of a session that never
-    was.
+    Args:
+        path: The database.
+        policy: What to delete.
+        confirm: Whether to delete it; if false, only report what would be deleted.
+        progress: Called with what was done so far.
+
+    Raises:
+        PruneInUseError: Another process owns the file.
+        InvalidArgumentError: The policy is invalid, or deletes nothing.
+        NotInHistoryError: No session ever had the policy's session id.
     """
     started = time.monotonic()
     with reading(path) as readers:

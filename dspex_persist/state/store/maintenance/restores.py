@@ -1,4 +1,4 @@
-"""Put a backup in place of a file."""
+"""Replace a file with a backup."""
 
 import os
 from collections.abc import Iterator
@@ -23,13 +23,13 @@ from dspex_persist.state.store.maintenance import swap
 from dspex_persist.state.store.maintenance.checks import check_opened
 from dspex_persist.state.store.maintenance.copies import copy_pages, partial_file
 from dspex_persist.state.store.maintenance.opening import (
-    explained,
     find_revision,
     read_anchor,
     reading,
     refuse_files_of,
     refuse_missing,
     size_of,
+    translated_errors,
 )
 from dspex_persist.state.store.schema import REVISION
 from dspex_persist.state.store.untouched import read_untouched
@@ -38,10 +38,10 @@ from dspex_persist.state.store.verify import Problem
 
 @dataclass(frozen=True, slots=True)
 class RestoreReport:
-    """A backup that was put in the place of `path`. Where the backup has problems nothing was changed.
+    """A backup that took the place of `path`. If the backup has `problems`, nothing was changed.
 
-    `revision`: the backup's; an older one was brought to this release's on the way. `aside`: the name that the file
-    which was there before has now, with the files beside it; None where there was none.
+    `revision` is the backup's; an older one was upgraded on the way. `aside` is the new name of the file that was at
+    `path` before, whose side files were renamed along with it; None if there was no file.
     """
 
     path: Path
@@ -54,10 +54,19 @@ class RestoreReport:
 
 
 def restore(backup: Path, path: Path, progress: Progress = silent) -> RestoreReport:
-    """Put a copy of `backup`, once it was checked, in the place of the database at `path`, which nobody may have open.
+    """Replace the database at `path`, which no process may have open, with a checked copy of `backup`.
 
-    What is at `path` gets another name and is never deleted. Whatever happens, and whenever, either what was there can
-    be opened as before or what was restored can be. Raises `InvalidArgumentError` where the two are the same file.
+    The old file is renamed, never deleted. After a crash at any moment, either the old database or the restored one can
+    be opened at `path`.
+
+    Args:
+        backup: A copy that `backup` made. It is only read.
+        path: The database to replace; it need not exist.
+        progress: Called with the pages copied and the commits checked so far.
+
+    Raises:
+        InvalidArgumentError: Both are the same file.
+        DatabaseInUseError: A process owns the database.
     """
     refuse_files_of(path, backup, "backup")
     refuse_missing(backup, Hint.NAME_BACKUP)
@@ -65,7 +74,7 @@ def restore(backup: Path, path: Path, progress: Progress = silent) -> RestoreRep
     with reading(backup) as readers, _taking_over(path) as (lock, made):
         revision = find_revision(backup)
         if revision is None:
-            raise NotADatabaseError(str(backup), "it is empty, and so no backup")
+            raise NotADatabaseError(str(backup), "it is empty, so it is not a backup")
         with partial_file(resolved(path)) as partial:
             with snapshot(readers) as connection:
                 copy_pages(connection, partial, progress)
@@ -82,9 +91,12 @@ def restore(backup: Path, path: Path, progress: Progress = silent) -> RestoreRep
 
 @contextmanager
 def _taking_over(path: Path) -> Iterator[tuple[OwnershipLock, bool]]:
-    """Own the file, whatever state it is in; whether it was made for that, which it is no more where that fails."""
+    """Own the file in whatever state it is; yield the lock, and whether the file was created for it.
+
+    A file that was created is removed at the end if it is still empty.
+    """
     made = not os.path.lexists(path)
-    with explained(path):
+    with translated_errors(path):
         lock = OwnershipLock(path, create=True, replace=True)
     try:
         yield lock, made
@@ -95,7 +107,7 @@ def _taking_over(path: Path) -> Iterator[tuple[OwnershipLock, bool]]:
 
 
 def _upgrade_copy(copy: Path) -> None:
-    with explained(copy):
+    with translated_errors(copy):
         writer = open_writer(copy)
         try:
             migrate.upgrade(writer, copy, is_copy=True)
@@ -105,7 +117,7 @@ def _upgrade_copy(copy: Path) -> None:
 
 
 def _replace(path: Path, partial: Path, head: Head, lock: OwnershipLock, made: bool) -> Path | None:
-    """Have `partial` take the place of the file; the name that the old one has now."""
+    """Move `partial` to the place of the file; return the new name of the old one."""
     name = resolved(path)
     can_open = _can_open(path)
     lock.announce()
@@ -122,7 +134,7 @@ def _replace(path: Path, partial: Path, head: Head, lock: OwnershipLock, made: b
 
 
 def _can_open(path: Path) -> bool:
-    """Whether a server would start on the file as it is. It is only read for that: what is damaged stays as it is."""
+    """Whether a server would start on the file as it is. Only reads, so that a damaged file stays as it is."""
     if not size_of(path):
         return False
     anchor = read_anchor(path)
@@ -144,10 +156,10 @@ def _can_open(path: Path) -> bool:
 
 
 def _empty_wal(path: Path) -> None:
-    with explained(path):
+    with translated_errors(path):
         writer = open_writer(path)
         try:
             if not checkpoint(writer):
-                raise StorageError(f"another program has been reading {path} for long: end it, then repeat this")
+                raise StorageError(f"another program has been reading {path} for too long: end it, then try again")
         finally:
             writer.dispose()

@@ -4,13 +4,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dspex_persist.state.store import migrate, recovery
-from dspex_persist.state.store.maintenance.opening import explained, find_revision, owning, read_anchor, refuse_missing
+from dspex_persist.state.store.maintenance.opening import (
+    find_revision,
+    owning,
+    read_anchor,
+    refuse_missing,
+    translated_errors,
+)
 from dspex_persist.state.store.schema import REVISION
 
 
 @dataclass(frozen=True, slots=True)
 class RevisionReport:
-    """The revision of a file's schema (None: it is empty), this release's, and whether they are the same."""
+    """The revision of a file's schema (None if it is empty), this release's (`head`), and whether they are the same."""
 
     path: Path
     revision: str | None
@@ -19,16 +25,16 @@ class RevisionReport:
 
 
 def current(path: Path) -> RevisionReport:
-    """The revision of the file's schema. A newer one than this release's is a `NewerSchemaError`."""
-    with explained(path):
+    """Return the revision of the file's schema; raise `NewerSchemaError` if it is newer than this release's."""
+    with translated_errors(path):
         refuse_missing(path)
-        found = find_revision(path)
-    return RevisionReport(path, found, REVISION, found == REVISION)
+        revision = find_revision(path)
+    return RevisionReport(path, revision, REVISION, revision == REVISION)
 
 
 @dataclass(frozen=True, slots=True)
 class UpgradeReport:
-    """An upgrade: from which revision (None: the file was empty) to which, and the backup that was made before."""
+    """An upgrade from the revision `found` (None if the file was empty) to `revision`, and the backup made before."""
 
     path: Path
     found: str | None
@@ -37,7 +43,7 @@ class UpgradeReport:
 
 
 def upgrade(path: Path) -> UpgradeReport:
-    """Bring the schema of the file to this release's revision, after a backup beside it; whole or not at all."""
+    """Upgrade the file's schema to this release's revision, whole or not at all, after a backup next to the file."""
     with owning(path) as writer:
         upgraded = migrate.upgrade(writer, path)
         with writer.begin() as connection:

@@ -1,4 +1,4 @@
-"""Where the bytes of a file are."""
+"""Measure what takes space in a file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from sqlalchemy.exc import DBAPIError
 
 from dspex_persist.state.store import guard
 from dspex_persist.state.store.engine import snapshot
-from dspex_persist.state.store.maintenance.opening import beside, reading, refuse_older, size_of
+from dspex_persist.state.store.maintenance.opening import reading, refuse_older, side_file, size_of
 from dspex_persist.state.store.schema import REVISION
 
 _LARGEST: Final = 10
@@ -18,7 +18,7 @@ _SOUND_SQLITE: Final = (3, 51, 3)
 
 @dataclass(frozen=True, slots=True)
 class StoredTable:
-    """What a table or an index takes. `rows`: of tables; `unused_bytes`: of its pages, where pages were measured."""
+    """The size of a table or an index. `rows` is None for an index, `unused_bytes` unless pages were measured."""
 
     name: str
     kind: str
@@ -29,7 +29,7 @@ class StoredTable:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The history of a session, or of one of its variables: its versions, and their contents in bytes."""
+    """The size of the history of a session, or of one of its variables: the number of versions, and their bytes."""
 
     session_id: str
     variable: str | None
@@ -39,7 +39,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class StatsReport:
-    """Where the bytes of a file are. `exact`: pages were measured, else lengths of values (without indexes)."""
+    """The sizes in a file. If `exact`, `tables` are sizes in pages, else sums of value lengths, without indexes."""
 
     path: Path
     revision: str
@@ -78,7 +78,7 @@ _COUNTS: Final = {
     "commits": "SELECT count(*) FROM commits",
     "large_contents": "SELECT count(*) FROM blobs",
     "large_bytes": "SELECT ifnull(sum(length(content)), 0) FROM blobs",
-    # What the versions refer to, less what is there.
+    # The bytes saved because several versions refer to the same content.
     "shared_bytes": """
         SELECT ifnull(sum(length(content)), 0) - (SELECT ifnull(sum(length(content)), 0) FROM blobs)
         FROM (
@@ -113,7 +113,7 @@ _LARGEST_SESSIONS: Final = f"""
 
 
 def stats(path: Path) -> StatsReport:
-    """Where the bytes are. Reads the whole file; sizes of histories are those of their contents, shared or not."""
+    """Measure the file. Reads all of it; a content that several versions share counts for each of them."""
     with reading(path) as readers:
         refuse_older(path)
         with snapshot(readers) as connection:
@@ -128,7 +128,7 @@ def _stats(connection: Connection, path: Path) -> StatsReport:
         path=path,
         revision=REVISION,
         file_bytes=size_of(path),
-        wal_bytes=size_of(beside(path, "-wal")),
+        wal_bytes=size_of(side_file(path, "-wal")),
         free_bytes=find_scalar(connection, "PRAGMA freelist_count") * find_scalar(connection, "PRAGMA page_size"),
         exact=exact,
         tables=tables if tables is not None else measure_lengths(connection),
@@ -141,16 +141,16 @@ def _stats(connection: Connection, path: Path) -> StatsReport:
 
 
 def _wal_warning(path: Path) -> str | None:
-    size_bytes = size_of(beside(path, "-wal"))
+    size_bytes = size_of(side_file(path, "-wal"))
     return f"the WAL has {size_bytes:,} bytes: {guard.WAL_IS_HELD}" if size_bytes > guard.LARGE_WAL_BYTES else None
 
 
 def sqlite_warning(version: str) -> str | None:
-    """What to know about this version of SQLite."""
+    """Return a warning about known bugs of this version of SQLite; None if there are none."""
     if tuple(int(part) for part in version.split(".")) >= _SOUND_SQLITE:
         return None
     return (
-        f"SQLite {version} has the WAL-reset bug (mended in 3.51.3): two connections that write or checkpoint can lose "
+        f"SQLite {version} has the WAL-reset bug (fixed in 3.51.3): two connections that write or checkpoint can lose "
         "commits. dspex-persist writes and checkpoints through one; let no other program write to the file, or run a "
         "Python that is linked to a newer SQLite"
     )
@@ -165,7 +165,7 @@ def _shares(connection: Connection, statement: str) -> tuple[Share, ...]:
 
 
 def _objects(connection: Connection) -> list[tuple[str, str, int | None]]:
-    """Every table and index: name, kind, rows of a table."""
+    """Every table and index: its name, its kind, and the number of rows of a table."""
     query = "SELECT name, type FROM sqlite_schema WHERE type IN ('table', 'index') ORDER BY type DESC, name"
     return [
         (name, kind, find_scalar(connection, f'SELECT count(*) FROM "{name}"') if kind == "table" else None)
@@ -174,7 +174,7 @@ def _objects(connection: Connection) -> list[tuple[str, str, int | None]]:
 
 
 def measure_pages(connection: Connection) -> tuple[StoredTable, ...] | None:
-    """What tables and indexes take, page by page; None where this SQLite cannot tell (no dbstat)."""
+    """Measure tables and indexes in pages; None if this SQLite was built without dbstat."""
     query = "SELECT name, pgsize, unused FROM dbstat WHERE aggregate = TRUE"
     try:
         sizes = {name: (size, unused) for name, size, unused in connection.exec_driver_sql(query)}
@@ -182,18 +182,18 @@ def measure_pages(connection: Connection) -> tuple[StoredTable, ...] | None:
         if "no such table: dbstat" in str(error.orig):
             return None
         raise
-    found = [StoredTable(*known, *sizes.get(known[0], (0, 0))) for known in _objects(connection)]
-    return tuple(sorted(found, key=lambda table: -table.size_bytes))
+    tables = [StoredTable(*known, *sizes.get(known[0], (0, 0))) for known in _objects(connection)]
+    return tuple(sorted(tables, key=lambda table: -table.size_bytes))
 
 
 def measure_lengths(connection: Connection) -> tuple[StoredTable, ...]:
-    """What the values in the tables take, without pages and indexes."""
-    found = []
+    """Measure tables by the lengths of their values, without indexes and the overhead of pages."""
+    tables = []
     for name, kind, rows in _objects(connection):
         if kind != "table":
             continue
         columns = [row[1] for row in connection.exec_driver_sql(f'PRAGMA table_info("{name}")')]
         lengths = " + ".join(f'ifnull(length(CAST("{column}" AS BLOB)), 0)' for column in columns)
         size = find_scalar(connection, f'SELECT ifnull(sum({lengths}), 0) FROM "{name}"')
-        found.append(StoredTable(name, kind, rows, size, None))
-    return tuple(sorted(found, key=lambda table: -table.size_bytes))
+        tables.append(StoredTable(name, kind, rows, size, None))
+    return tuple(sorted(tables, key=lambda table: -table.size_bytes))

@@ -1,4 +1,4 @@
-"""Sessions out of database files and into them: export to a recording, import of one."""
+"""Export a session from a database file to a recording, and import a recording into a file."""
 
 import os
 import tempfile
@@ -26,12 +26,14 @@ from dspex_persist.state.store.maintenance import open_recording, refuse_files_o
 from dspex_persist.state.store.session_store import FileGroups, StoreOptions, open_groups
 
 _IMPORT: Final = Origin("dspex-persist", "import")
-_TELL_AFTER: Final = 100
+_REPORT_EVERY: Final = 100
 
 
-def _told(step: str, commits: Iterable[RecordedCommit], in_all: int, progress: Progress) -> Iterator[RecordedCommit]:
+def _with_progress(
+    step: str, commits: Iterable[RecordedCommit], in_all: int, progress: Progress
+) -> Iterator[RecordedCommit]:
     for commit in commits:
-        if commit.number % _TELL_AFTER == 1:
+        if commit.number % _REPORT_EVERY == 1:
             progress(step, commit.number - 1, in_all)
         yield commit
     progress(step, in_all, in_all)
@@ -42,9 +44,9 @@ def _told(step: str, commits: Iterable[RecordedCommit], in_all: int, progress: P
 
 @dataclass(frozen=True, slots=True)
 class ExportReport:
-    """A recording that was made of a session in the file `path`, or on the server whose URL that is.
+    """A recording of a session in the file, or on the server with the URL, `path`.
 
-    `masked`: values of sensitive variables were left out. `target` None: a stream.
+    `target` is None if it was written to a stream. `masked`: values of sensitive variables were left out.
     """
 
     path: Path | str
@@ -63,10 +65,21 @@ def export_session(
     reveal: bool = False,
     progress: Progress = silent,
 ) -> ExportReport:
-    """Write a session's log to a file, which appears whole or not at all, readable by its owner; or to a stream.
+    """Write a session's log to a file or a stream. A server may write to the database meanwhile.
 
-    A server may go on writing meanwhile. A file of that name is replaced. Raises `InvalidArgumentError` where it cannot
-    be written, or is a file of the database.
+    Args:
+        path: The database.
+        session_id: The session, live or ended.
+        target: A text stream, or the path of a file. It is replaced if it exists, whole or not at all, and only its
+            owner can read it.
+        started: If several sessions had this id, the commit with which the wanted one began; None for the newest.
+        reveal: Whether to include the values of sensitive variables.
+        progress: Called with the number of commits written so far.
+
+    Raises:
+        InvalidArgumentError: The target cannot be written, or is a file of the database.
+        NotInHistoryError: No session ever had this id.
+        SessionPrunedError: Part of the session was pruned.
     """
     if isinstance(target, Path):
         refuse_files_of(path, target, "output")
@@ -82,21 +95,21 @@ def export_recording(
     *,
     progress: Progress = silent,
 ) -> ExportReport:
-    """Write a recording, which is from `source`, as `export_session` does."""
-    told = _told("writing commits", commits, header.commits, progress)
+    """Write a recording that was read from `source`, like `export_session`."""
+    reported = _with_progress("writing commits", commits, header.commits, progress)
     if isinstance(target, Path):
         with _replacing(target) as file:
-            write_recording(header, told, file)
+            write_recording(header, reported, file)
     else:
-        with _explained("the output"):
-            write_recording(header, told, target)
+        with _translated_errors("the output"):
+            write_recording(header, reported, target)
             target.flush()
-    made = target if isinstance(target, Path) else None
-    return ExportReport(source, made, header.session_id, header.commits, header.masked)
+    file_path = target if isinstance(target, Path) else None
+    return ExportReport(source, file_path, header.session_id, header.commits, header.masked)
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def _translated_errors(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -105,10 +118,10 @@ def _explained(name: str) -> Iterator[None]:
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[TextIO]:
-    """A private file beside `target` to write to, which takes its name at the end."""
+    """Open a private file next to `target` to write to, and rename it to `target` at the end."""
     if target.exists() and not target.is_file():
         raise InvalidArgumentError("output", f"cannot write {target}: it is not a regular file")
-    with _explained(str(target)):
+    with _translated_errors(str(target)):
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
@@ -125,7 +138,10 @@ def _replacing(target: Path) -> Iterator[TextIO]:
 
 @dataclass(frozen=True, slots=True)
 class ImportReport:
-    """A session that was imported: its commits in the file, and how many executions of it were interrupted."""
+    """An imported session: its commits in the file, and how many of its executions were still running (`interrupted`).
+
+    Executions that were running when the recording was made are ended as interrupted.
+    """
 
     path: Path
     session_id: str
@@ -144,26 +160,38 @@ def import_session(
     options: StoreOptions | None = None,
     progress: Progress = silent,
 ) -> ImportReport:
-    """Append a recorded session, with its whole history, to a file that nobody else has open: all of it or nothing.
+    """Append a recorded session with its whole history to a file: all of it or nothing.
 
-    Its commits keep their times and actors, and get new numbers. `session_id` None: it keeps its id. The file is made
-    where it is missing, and is not left behind where the recording is refused.
+    Its commits keep their times and actors, and get new numbers.
+
+    Args:
+        path: The database, which no other process may have open. A missing file is created, and removed again if the
+            recording is refused.
+        lines: The lines of the recording.
+        name: What error messages call the recording.
+        session_id: The id of the new session; None to keep the recorded one.
+        options: The settings of the store.
+        progress: Called with the number of commits imported so far.
+
+    Raises:
+        RecordingError: The recording is damaged, inconsistent, or lacks values that were masked.
+        DatabaseInUseError: Another process owns the file.
     """
     header, commits = read_recording(lines, name)
     if header.masked:
-        reason = "values of sensitive variables were left out of it, and an import would have to invent them"
+        reason = "values of sensitive variables were left out of it, and an import needs them"
         raise RecordingError(name, 1, reason).advising(Hint.EXPORT_REVEALED)
-    told = _told("importing commits", commits, header.commits, progress)
+    reported = _with_progress("importing commits", commits, header.commits, progress)
     with _opened(path, options) as groups:
         try:
-            return _append(path, groups, header.session_id if session_id is None else session_id, told)
+            return _append(path, groups, header.session_id if session_id is None else session_id, reported)
         except RecordingError as error:
             raise RecordingError(name, error.line, error.reason) from error
 
 
 @contextmanager
 def _opened(path: Path, options: StoreOptions | None) -> Iterator[FileGroups]:
-    """The store on a file. What this makes is gone again if the block fails."""
+    """Open the store on a file. Files that this creates are removed if the block fails."""
     made = _missing(path)
     groups = open_groups(path, options)
     try:
@@ -179,7 +207,7 @@ def _opened(path: Path, options: StoreOptions | None) -> Iterator[FileGroups]:
 
 
 def _missing(path: Path) -> list[Path]:
-    """What opening a database would make: nothing where it is there, else the file and its side files."""
+    """The files that opening the database would create: none if it exists."""
     if os.path.lexists(path):
         return []
     files = [path.with_name(path.name + suffix) for suffix in ("", "-wal", "-shm", ".anchor", ".lock")]
@@ -187,7 +215,7 @@ def _missing(path: Path) -> list[Path]:
 
 
 def _remove_empty(path: Path, made: Sequence[Path]) -> None:
-    """Remove what was made for nothing, unless somebody else has begun to use it."""
+    """Remove the files that were created for nothing, unless another process has begun to use them."""
     if not made:
         return
     with suppress(DatabaseInUseError):
@@ -211,7 +239,7 @@ def _is_empty(path: Path) -> bool:
 
 def _append(path: Path, groups: FileGroups, session_id: str, commits: Iterable[RecordedCommit]) -> ImportReport:
     store = groups.log
-    # One whose time is over is not live, but nobody has said so yet.
+    # A session with this id may have expired without its end being recorded yet.
     groups.write_group([Job(ExpireSession(session_id), _IMPORT)])
     first = store.head.sequence + 1
     interrupted = store.write_whole(_jobs(session_id, commits))

@@ -1,4 +1,4 @@
-"""Give a file's free pages back to the disk."""
+"""Return a file's free pages to the disk."""
 
 import time
 from dataclasses import dataclass
@@ -6,18 +6,18 @@ from pathlib import Path
 
 from dspex_persist.state.provider import Progress, silent
 from dspex_persist.state.store.maintenance.opening import (
-    beside,
-    explained,
     owning,
     refuse_missing,
     refuse_older,
+    side_file,
     size_of,
+    translated_errors,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class VacuumReport:
-    """The size of the file with its WAL, before and after, and how long that took."""
+    """The size of the file with its WAL, before and after, and how long the vacuum took."""
 
     path: Path
     before_bytes: int
@@ -26,11 +26,11 @@ class VacuumReport:
 
 
 def vacuum(path: Path, progress: Progress = silent) -> VacuumReport:
-    """Write the file anew without its free pages. Needs as much free disk again as the file has, twice over."""
-    with explained(path):
+    """Rewrite the file without its free pages. Needs free disk space of up to twice the size of the file."""
+    with translated_errors(path):
         refuse_missing(path)
         refuse_older(path)
-        before = size_of(path) + size_of(beside(path, "-wal"))
+        before = size_of(path) + size_of(side_file(path, "-wal"))
     started = time.monotonic()
     with owning(path) as writer:
         progress("rewriting the file", 0, 0)
@@ -40,5 +40,5 @@ def vacuum(path: Path, progress: Progress = silent) -> VacuumReport:
             raw.cursor().execute("VACUUM")
         finally:
             raw.close()
-    after = size_of(path) + size_of(beside(path, "-wal"))
+    after = size_of(path) + size_of(side_file(path, "-wal"))
     return VacuumReport(path, before, after, time.monotonic() - started)

@@ -1,4 +1,4 @@
-"""The large contents."""
+"""Check the large contents."""
 
 import time
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ _BLOB_USER: Final = """
 
 
 class BlobWalk(Walk):
-    """Large contents: each is what its digest says, and belongs to a version."""
+    """Each large content matches its digest, and a version refers to it."""
 
     def __init__(self) -> None:
         self._last: float = BEFORE_ALL
@@ -36,13 +36,13 @@ class BlobWalk(Walk):
         end = time.monotonic() + SNAPSHOT_S
         for key, name, content in raw_rows(connection, _BLOBS, self._last):
             if digest(content) != name:
-                yield Problem(self._where(connection, key), "the content is not the one that its digest was made from")
+                yield Problem(self._where(connection, key), "the content does not match its digest")
             self._last = key
             if time.monotonic() > end:
                 return
         self.more = False
         for (key,) in raw_rows(connection, _UNUSED_BLOBS):
-            yield Problem(f"large content {key}", "it belongs to no version")
+            yield Problem(f"large content {key}", "no version refers to it")
 
     def _where(self, connection: Connection, key: int) -> str:
         user = find_row(connection, _BLOB_USER, key)

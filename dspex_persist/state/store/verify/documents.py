@@ -1,4 +1,4 @@
-"""Documents that are JSON, and times that a calendar has."""
+"""Check that documents are JSON and that times are in range."""
 
 from collections.abc import Iterator
 from typing import Final
@@ -12,12 +12,12 @@ from dspex_persist.state.store.verify.outcomes import ODD_IMPORTS
 from dspex_persist.state.store.verify.walk import Problem, Walk, place_of, range_text
 
 _UNSOUND: Final = {
-    "its time is none that a calendar has": f"""
+    "its time is out of range": f"""
         SELECT sequence, session_key, NULL FROM commits WHERE sequence > ? AND sequence <= ?
             AND created_at NOT BETWEEN {to_micros(EARLIEST)} AND {to_micros(LATEST)}
     """,
     **{
-        f"the {column} of a version is no JSON": f"""
+        f"the {column} of a version is not valid JSON": f"""
             SELECT versions.sequence, variables.session_key, versions.variable_key FROM versions
             LEFT JOIN variables ON variables.variable_key = versions.variable_key
             WHERE versions.sequence > ? AND versions.sequence <= ? AND versions.{column} IS NOT NULL
@@ -25,13 +25,13 @@ _UNSOUND: Final = {
         """
         for column in ("value", "metadata")
     },
-    "the body of an event is no JSON": """
+    "the body of an event is not valid JSON": """
         SELECT sequence, (SELECT session_key FROM commits WHERE commits.sequence = events.sequence), NULL FROM events
         WHERE sequence > ? AND sequence <= ? AND NOT json_valid(body)
     """,
 }
-"""What is wrong, and which rows of some commits have that: commit, session, variable."""
-# Empty constraints are none.
+"""Kinds of problems, each with a statement that finds them in a range of commits: commit, session, variable."""
+# A variable without constraints has an empty text there.
 _DOCUMENTS: Final = {
     ("sessions", "metadata"): "SELECT session_id FROM sessions WHERE NOT json_valid(metadata)",
     ("tools", "spec"): "SELECT session_id FROM tools JOIN sessions USING (session_key) WHERE NOT json_valid(spec)",
@@ -47,6 +47,7 @@ _DOCUMENTS: Final = {
 
 
 def unsound_in(connection: Connection, after: int, last: int) -> Iterator[Problem]:
+    """Yield the problems of the commits after `after`, up to and including `last`."""
     for what, statement in _UNSOUND.items():
         for sequence, session_key, variable_key in raw_rows(connection, statement, after, last):
             keys = [variable_key] if variable_key is not None else []
@@ -54,18 +55,16 @@ def unsound_in(connection: Connection, after: int, last: int) -> Iterator[Proble
 
 
 class DocumentWalk(Walk):
-    """What tables other than the log's keep as JSON is JSON."""
+    """The documents in the tables of the current state are JSON."""
 
     def __str__(self) -> str:
-        return "the documents in the tables of what is current"
+        return "the documents in the tables of the current state"
 
     def page(self, connection: Connection) -> Iterator[Problem]:
         for (table, column), statement in _DOCUMENTS.items():
             for session_id, *names in raw_rows(connection, statement):
                 where = ", ".join([f"session {quote(session_id)}", *(f"variable {quote(name)}" for name in names)])
-                yield Problem(where, f"{table}.{column} is no JSON")
+                yield Problem(where, f"{table}.{column} is not valid JSON")
         for first, last in raw_rows(connection, ODD_IMPORTS):
-            yield Problem(
-                range_text(first, last), "imports says that they came with an import, but there are none such"
-            )
+            yield Problem(range_text(first, last), "listed in imports, but they do not exist")
         self.more = False

@@ -1,4 +1,4 @@
-"""Live sessions, loaded as the engine loads them."""
+"""Check that the engine can load the live sessions."""
 
 import sqlite3
 import time
@@ -14,7 +14,7 @@ from dspex_persist.state.store.verify.walk import SNAPSHOT_S, UNREADABLE, Proble
 
 
 class LiveWalk(Walk):
-    """Every live session can be loaded, as the engine does it when it is first used."""
+    """Every live session can be loaded the way the engine loads it on first use."""
 
     def __init__(self) -> None:
         self._last = 0

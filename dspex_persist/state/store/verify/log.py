@@ -1,4 +1,4 @@
-"""The log, commit by commit."""
+"""Check the log, commit by commit."""
 
 from collections.abc import Iterator
 from typing import Final
@@ -48,23 +48,24 @@ _BEFORE_THE_FIRST: Final = """
 
 
 def ranges_in(connection: Connection) -> Iterator[tuple[int, int | None]]:
-    """The log in ranges of some thousand commits: each begins after a commit that is there and ends with one, but for
-    the last range, which ends where the log does."""
+    """Divide the log into ranges of some thousand commits; yield for each the commits after which it begins and with
+    which it ends. Both exist; the last range ends with the log (None).
+    """
     (last,) = find_row(connection, "SELECT ifnull(max(sequence), 0) FROM commits")
     step = max(_PAGE_COMMITS, last // _MOST_RANGES)
     after = 0
     for place in range(step, last, step):
-        found = find_row(connection, _COMMIT_UP_TO, place)
-        if found is not None and found[0] >= after + _PAGE_COMMITS:
-            yield after, found[0]
-            after = found[0]
+        row = find_row(connection, _COMMIT_UP_TO, place)
+        if row is not None and row[0] >= after + _PAGE_COMMITS:
+            yield after, row[0]
+            after = row[0]
     yield after, None
 
 
 class Seen:
-    """The newest version, and the session, of the variables seen last; those of others are looked up.
+    """A cache: the newest version, and the session, of the variables seen so far.
 
-    Good for ranges that come after the one that begins after commit `after`.
+    It is valid for ranges of the log that follow the one that begins after commit `after`.
     """
 
     def __init__(self) -> None:
@@ -73,20 +74,20 @@ class Seen:
         self.homes: dict[int, int] = {}
 
     def forget(self) -> None:
-        """Look all of them up again."""
+        """Empty the cache."""
         self.newest.clear()
         self.homes.clear()
 
 
 class LogWalk(Walk):
-    """Commit by commit: numbers without gaps, hashes that fit, versions that each follow the one before."""
+    """Commits are numbered without gaps, their hashes match, and each version follows the one before."""
 
     def __init__(
         self, anchor: Head | None, progress: Progress, seen: Seen, after: int = 0, until: int | None = None
     ) -> None:
-        """`after` and `until`: the range of the log, between two commits that are there; the walks over the ranges
-        before and after it check the rest, the commit `after` included. `progress` is told how many commits have been
-        checked since it was told last.
+        """Check the commits after `after` up to and including `until`, which both exist; None is the end of the log.
+
+        `progress` is called with the number of commits checked since the last call, and of all commits.
         """
         self._anchor = anchor or Head(0, GENESIS)
         self._progress = progress
@@ -94,13 +95,13 @@ class LogWalk(Walk):
         self._until = until
         self._begun = False
         self._last = after
-        """The commit up to which all are checked."""
+        """The last commit that was checked."""
         self._paged = after
-        """The commit up to which their documents are, too."""
+        """The last commit whose documents were checked, too."""
         self._hash = GENESIS
-        """The hash of the last commit as it is stored."""
+        """The stored hash of the last commit."""
         self._suspect: bytes | None = None
-        """What its hash should have been, where that is something else."""
+        """Its computed hash, if that differs from the stored one."""
         if seen.after > after:
             seen.forget()
         seen.after = after
@@ -113,7 +114,7 @@ class LogWalk(Walk):
         if not self._begun:
             yield from self._begin(connection)
         newest, homes = self._seen.newest, self._seen.homes
-        # Commits that are looked at whatever their hash is.
+        # Commits to examine even if their hashes match.
         special = {self._anchor.sequence}
         special.update(sequence for (sequence,) in raw_rows(connection, _PRUNED_COMMITS, self._last, _PAGE_COMMITS))
         if len(newest) > _MOST_REMEMBERED:
@@ -123,9 +124,9 @@ class LogWalk(Walk):
         until = self._until or log_reader.LARGEST
         for commit in log_reader.iter_commits(connection, self._last, _PAGE_COMMITS, until):
             sequence, session_key, stored, content, rows = commit
-            # The hot loop: one hash a commit, two look-ups a version, and no call that can be spared.
+            # The hot loop: one hash for each commit, two look-ups for each version, and no avoidable call.
             if sequence != self._last + 1 or sequence in special or link(self._hash, content) != stored:
-                yield from self._look_at_commit(connection, commit)
+                yield from self._examine_commit(connection, commit)
                 if not stored:
                     continue
             else:
@@ -135,7 +136,7 @@ class LogWalk(Walk):
                 if newest.get(key) == row[2] - 1 and homes[key] == session_key and row[3] not in FIRST_OR_LAST:
                     newest[key] = row[2]
                 else:
-                    yield from self._look_at_version(connection, row, session_key)
+                    yield from self._examine_version(connection, row, session_key)
             read += 1
             self._last = sequence
             self._hash = stored
@@ -144,7 +145,7 @@ class LogWalk(Walk):
         self._paged = self._last
         if read < _PAGE_COMMITS or self._last == self._until:
             self.more = False
-            yield from self._look_at_end()
+            yield from self._examine_end()
 
     def _begin(self, connection: Connection) -> Iterator[Problem]:
         if self._after == 0:
@@ -155,63 +156,61 @@ class LogWalk(Walk):
         self._begun = True
 
     def _take_over(self, connection: Connection) -> None:
-        """Know what the walk over the range before this one knows at its end: the hash of its last commit as it is
-        stored, and what that should have been."""
+        """Set the stored and the computed hash of the commit before the range, as the walk up to there leaves them."""
         self._last, self._hash = find_row(connection, _COMMIT_BEFORE, self._after) or (0, GENESIS)
         for commit in log_reader.iter_commits(connection, self._last, 1, self._after):
             if commit.hash:
-                # Its problems are reported there.
-                list(self._look_at_commit(connection, commit))
+                # That walk reports its problems.
+                list(self._examine_commit(connection, commit))
                 self._hash = commit.hash
         self._last = self._after
 
-    def _look_at_commit(self, connection: Connection, commit: log_reader.LoggedCommit) -> Iterator[Problem]:
-        """What is wrong with a commit that is not simply the next one."""
+    def _examine_commit(self, connection: Connection, commit: log_reader.LoggedCommit) -> Iterator[Problem]:
+        """Yield the problems of a commit that is not simply the next one."""
         sequence, session_key, stored, _, rows = commit
         if not stored:
             yield Problem(f"commit {sequence}", "it is missing, but has versions or events")
             return
         problems: list[str] = []
         if sequence != self._last + 1:
-            # Without the hash of its predecessor nothing can be said of its own.
+            # Without the hash of its predecessor, its own cannot be checked.
             missing = range_text(self._last + 1, sequence - 1)
             yield Problem(missing, f"missing: commit {self._last} is followed by commit {sequence}")
             self._suspect = None
         elif (fits := pruned.fits(connection, commit, self._hash, self._suspect or self._hash)) is not None:
             self._suspect = None
             if not fits:
-                problems.append("it was pruned, and what is left of it is not what its last marker says")
+                problems.append("it was pruned, and its remaining rows do not match its last marker")
         elif (hashed := commit.link(self._hash)) != stored:
-            # Where the predecessor's hash was changed, that was told, and this commit is what it should be.
+            # If only the stored hash of the predecessor was changed, this commit is intact: that was reported there.
             if self._suspect is None or commit.link(self._suspect) != stored:
-                problems.append("its rows are not those that its hash was made from")
+                problems.append("its rows do not match its hash")
             self._suspect = hashed
         else:
             self._suspect = None
         if sequence == self._anchor.sequence and stored != self._anchor.hash:
-            problems.append("it is not the commit that was acknowledged under this number (says the anchor)")
+            problems.append("according to the anchor, another commit was acknowledged under this number")
         for what in problems:
             yield Problem(place_of(connection, sequence, session_key, [row[1] for row in rows]), what)
 
-    def _look_at_version(
+    def _examine_version(
         self, connection: Connection, row: log_reader.VersionRow, session_key: int
     ) -> Iterator[Problem]:
-        """What is wrong with a version that is the first, the last, or not simply the next one."""
+        """Yield the problems of a version that is the first, the last, or not simply the next one."""
         sequence, key, number, kind = row[:4]
         self._seen.newest[key] = number if kind != DELETED else AFTER_DELETION
         self._seen.homes[key] = session_key
         if (number == 0) != (kind == REGISTERED):
             where = place_of(connection, sequence, session_key, [key])
-            yield Problem(where, f"version {number} is of kind {kind}, but version 0 alone is the registration")
+            yield Problem(where, f"version {number} is of kind {kind}, but version 0, and no other, is a registration")
         if number != 0:
             what = self._misplacement(connection, row, session_key)
             if what:
                 yield Problem(place_of(connection, sequence, session_key, [key]), f"version {number} {what}")
 
     def _misplacement(self, connection: Connection, row: log_reader.VersionRow, session_key: int) -> str | None:
-        found = find_row(connection, _FIND_VERSION_BEFORE, row[1], row[2])
-        # Before the first one that is there: nothing, of no commit.
-        number, sequence, kind, home = found if found is not None else (-1, 0, None, None)
+        before = find_row(connection, _FIND_VERSION_BEFORE, row[1], row[2])
+        number, sequence, kind, home = before if before is not None else (-1, 0, None, None)
         if number != row[2] - 1 and find_row(connection, _PRUNED_BETWEEN, sequence, row[0], session_key) is None:
             return f"follows version {row[2] - 1}, which is missing"
         if sequence > row[0]:
@@ -219,10 +218,10 @@ class LogWalk(Walk):
         if kind == DELETED:
             return "comes after the variable was deleted"
         if home not in (session_key, None):
-            return "is of another session than the version before it"
+            return "belongs to another session than the version before it"
         return None
 
-    def _look_at_end(self) -> Iterator[Problem]:
+    def _examine_end(self) -> Iterator[Problem]:
         if self._until is None and self._last < self._anchor.sequence:
-            gone = range_text(self._last + 1, self._anchor.sequence)
-            yield Problem(gone, f"acknowledged (says the anchor), but the log ends at commit {self._last}")
+            lost = range_text(self._last + 1, self._anchor.sequence)
+            yield Problem(lost, f"acknowledged according to the anchor, but the log ends at commit {self._last}")

@@ -1,4 +1,4 @@
-"""The index of metadata."""
+"""Check the index of metadata."""
 
 import time
 from collections.abc import Iterator
@@ -18,26 +18,26 @@ from dspex_persist.state.store.verify.walk import (
     place_of,
 )
 
-# What is no JSON was told of with its commit.
-_SAID: Final = "json_each(iif(json_valid(versions.metadata), versions.metadata, '{}')) AS entry"
+# Metadata that is not JSON was reported with its commit.
+_ENTRIES: Final = "json_each(iif(json_valid(versions.metadata), versions.metadata, '{}')) AS entry"
 _PLACE: Final = "key, value, sequence, variable_key, version"
 _NEXT_ENTRIES: Final = f"FROM metadata_entries WHERE ({_PLACE}) > (?, ?, ?, ?, ?) ORDER BY {_PLACE} LIMIT"
 _LAST_OF_PAGE: Final = f"SELECT {_PLACE} {_NEXT_ENTRIES} 1 OFFSET {PAGE_ENTRIES - 1}"
 _STRAYS: Final = f"""
     SELECT key, sequence, variable_key, version FROM (SELECT {_PLACE} {_NEXT_ENTRIES} {PAGE_ENTRIES}) AS listed
     WHERE NOT EXISTS (
-        SELECT 1 FROM versions CROSS JOIN {_SAID}
+        SELECT 1 FROM versions CROSS JOIN {_ENTRIES}
         WHERE versions.variable_key = listed.variable_key AND versions.version = listed.version
             AND versions.sequence = listed.sequence AND entry.key = listed.key AND entry.value = listed.value
     )
 """
 _COUNTS: Final = f"""
     SELECT (SELECT count(*) FROM metadata_entries),
-        (SELECT count(*) FROM versions CROSS JOIN {_SAID} WHERE versions.metadata IS NOT NULL)
+        (SELECT count(*) FROM versions CROSS JOIN {_ENTRIES} WHERE versions.metadata IS NOT NULL)
 """
 _INDEXED: Final = f"""
     SELECT variable_key, version, sequence, NOT EXISTS (
-        SELECT 1 FROM {_SAID} WHERE NOT EXISTS (
+        SELECT 1 FROM {_ENTRIES} WHERE NOT EXISTS (
             SELECT 1 FROM metadata_entries AS found
             WHERE found.key = entry.key AND found.value = entry.value AND found.sequence = versions.sequence
                 AND found.variable_key = versions.variable_key AND found.version = versions.version
@@ -49,7 +49,7 @@ _SESSION_OF: Final = "SELECT session_key FROM variables WHERE variable_key = ?"
 
 
 class StrayWalk(Walk):
-    """Whatever the index of metadata says, a version's metadata says. `found`: not so."""
+    """Each entry of the index is in the metadata of its version. `found`: whether one was not."""
 
     found = False
 
@@ -64,7 +64,7 @@ class StrayWalk(Walk):
         while self.more:
             for key, sequence, variable_key, version in raw_rows(connection, _STRAYS, *self._last):
                 self.found = True
-                what = f"metadata_entries has {quote(key)} for version {version}, whose metadata does not say so"
+                what = f"metadata_entries has {quote(key)} for version {version}, whose metadata does not"
                 yield Problem(_where_of_entry(connection, sequence, variable_key), what)
             last = find_row(connection, _LAST_OF_PAGE, *self._last)
             self.more = last is not None
@@ -74,10 +74,10 @@ class StrayWalk(Walk):
 
 
 class IndexedWalk(Walk):
-    """Whatever a version's metadata says is in the index.
+    """Each entry of a version's metadata is in the index.
 
-    Where the index has no stray entry, and as many as there should be, none is missing: that is counted, as to look up
-    each takes longer than all the rest of the check.
+    If the index has no stray entries and the right number of them, none is missing. Counting comes first, because
+    looking up each entry takes longer than the rest of the check.
     """
 
     def __init__(self, strays: StrayWalk) -> None:
@@ -105,5 +105,5 @@ class IndexedWalk(Walk):
 
 
 def _where_of_entry(connection: Connection, sequence: int, variable_key: int) -> str:
-    found = find_row(connection, _SESSION_OF, variable_key)
-    return place_of(connection, sequence, found[0] if found else 0, [variable_key])
+    variable = find_row(connection, _SESSION_OF, variable_key)
+    return place_of(connection, sequence, variable[0] if variable else 0, [variable_key])

@@ -1,4 +1,4 @@
-"""Answers kept under idempotency keys."""
+"""Check the outcomes that are stored under idempotency keys."""
 
 import re
 import time
@@ -27,44 +27,43 @@ _FINGERPRINT: Final = re.compile("[0-9a-f]{64}")
 
 
 class OutcomeWalk(Walk):
-    """Each answer kept under an idempotency key is one of its command's, and of a session: the end of one has answers,
-    too."""
+    """Each stored outcome is a possible result of its command, and belongs to a session, live or ended."""
 
     def __init__(self) -> None:
         self._last = ("", "")
 
     def __str__(self) -> str:
-        return f"the answers kept after those of session {quote(self._last[0])}"
+        return f"the outcomes after those of session {quote(self._last[0])}"
 
     def page(self, connection: Connection) -> Iterator[Problem]:
         end = time.monotonic() + SNAPSHOT_S
         for session_id, key, cause, fingerprint, result, created_at, is_known in raw_rows(
             connection, _OUTCOMES, *self._last
         ):
-            where = f"session {quote(session_id)}, answer under idempotency key {quote(key)}"
+            where = f"session {quote(session_id)}, outcome under idempotency key {quote(key)}"
             if not key:
                 yield Problem(where, "the key is empty")
             if not is_known:
                 yield Problem(where, "no session has this id")
             if not _FINGERPRINT.fullmatch(fingerprint):
-                yield Problem(where, "outcomes.fingerprint is no hash")
+                yield Problem(where, "outcomes.fingerprint is not a hash")
             if not to_micros(EARLIEST) <= created_at <= to_micros(LATEST):
-                yield Problem(where, "its time is none that a calendar has")
-            yield from self._look_at_result(where, cause, result)
+                yield Problem(where, "its time is out of range")
+            yield from self._examine_result(where, cause, result)
             self._last = (session_id, key)
             if time.monotonic() > end:
                 return
         self.more = False
 
-    def _look_at_result(self, where: str, cause: str, result: str | None) -> Iterator[Problem]:
+    def _examine_result(self, where: str, cause: str, result: str | None) -> Iterator[Problem]:
         command = _COMMANDS.get(cause)
         if command is None:
-            yield Problem(where, f"outcomes.cause is {quote(cause)}, which is no command that writes")
+            yield Problem(where, f"outcomes.cause is {quote(cause)}, which is not a command that writes")
         elif result is not None:
             try:
                 outcomes.decode(command.returns, result)
             except ValueError:
-                yield Problem(where, f"outcomes.result is not what {cause} answers")
+                yield Problem(where, f"outcomes.result is not a result of {cause}")
 
 
 def _writing_commands() -> dict[str, type[Command[Any]]]:

@@ -1,4 +1,4 @@
-"""All parts of the check of a file, and its schema."""
+"""Run all parts of the check of a file, and check its schema."""
 
 from collections.abc import Iterator
 
@@ -15,12 +15,16 @@ def _ignore(_done: int, _in_all: int) -> None:
 
 
 def iter_problems(readers: Engine, anchor: Head | None = None, progress: Progress = _ignore) -> Iterator[Problem]:
-    """What is wrong with the file, as far as its log can tell.
+    """Yield the problems of the file.
 
-    `anchor`: the head that the file must have reached, read before this is called. Where there is none, commits that
-    are gone from the end are not noticed. What cannot be read is a problem, too, and ends its walk, not the others.
-    The answers kept under idempotency keys are forgotten after a while, and so not in the log: each has to be one that
-    its command can give, to a session that there was.
+    Data that cannot be read is a problem, too; it ends its walk, but not the others. Stored outcomes are not in the
+    log, so each is only checked to be a possible result of its command, for a session that existed.
+
+    Args:
+        readers: Read-only connections to the file.
+        anchor: The head that the file must have reached, read before the file. Without it, commits that are missing
+            from the end go unnoticed.
+        progress: Called with the number of commits checked so far, and of all commits.
     """
     done = 0
 
@@ -39,16 +43,16 @@ def iter_problems(readers: Engine, anchor: Head | None = None, progress: Progres
 
 
 def schema_problems(connection: Connection) -> Iterator[Problem]:
-    """The triggers, views and indexes that are gone or changed, and triggers that are not ours.
+    """Yield the triggers, views and indexes that are missing or changed, and triggers of other programs.
 
-    Somebody's own views and indexes change no answer, and may be there.
+    Users may add views and indexes, which change no result.
     """
-    found = migrate.parts_of(connection)
+    parts = migrate.parts_of(connection)
     for part, sql in migrate.made_parts().items():
-        if found.get(part) != sql:
-            state = "changed" if part in found else "missing"
+        if parts.get(part) != sql:
+            state = "changed" if part in parts else "missing"
             yield Problem(_holder(part), f"the {part.kind} {part.name} is {state}")
-    for part in found.keys() - migrate.made_parts().keys():
+    for part in parts.keys() - migrate.made_parts().keys():
         if part.kind == "trigger":
             yield Problem(_holder(part), f"the {part.kind} {part.name} is not of this schema")
 

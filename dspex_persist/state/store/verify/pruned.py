@@ -1,4 +1,4 @@
-"""What was pruned, and what is left of it."""
+"""Check pruned commits against their markers."""
 
 import time
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ HAS_ROW: Final = "SELECT 1 FROM pruned WHERE sequence = ? AND marker_sequence = 
 
 
 class _Marker:
-    """A marker's rows as they go by; `last`: the commit of its last one."""
+    """A marker, with the hash of its rows read so far. `last`: the commit of its last row."""
 
     def __init__(self, event: Pruned) -> None:
         self.last = event.range[1]
@@ -37,9 +37,9 @@ class _Marker:
 
 
 class PrunedWalk(Walk):
-    """Each marker has the rows that its digest was made from.
+    """The rows of each marker match its digest.
 
-    Memory holds the markers whose rows have begun and not ended, which is little: each stands for up to a thousand.
+    Memory holds only the markers of which some rows have been read and some have not. A marker has up to a thousand.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class PrunedWalk(Walk):
         self._markers: dict[int, _Marker | None] = {}
 
     def __str__(self) -> str:
-        return f"what was pruned of commits after {max(self._last[0], 0)}"
+        return f"the pruned commits after {max(self._last[0], 0)}"
 
     def page(self, connection: Connection) -> Iterator[Problem]:
         end = time.monotonic() + SNAPSHOT_S
@@ -74,9 +74,7 @@ class PrunedWalk(Walk):
 
     def _compare(self, sequence: int, marker: _Marker) -> Iterator[Problem]:
         if marker.read.hexdigest() != marker.digest:
-            yield Problem(
-                f"commit {sequence}", "its rows in pruned are not those that its marker's digest was made from"
-            )
+            yield Problem(f"commit {sequence}", "its rows in pruned do not match the digest of its marker")
 
 
 def _residue_of_nothing(
@@ -88,7 +86,7 @@ def _residue_of_nothing(
     stored: bytes | None,
     previous: bytes | None,
 ) -> bytes:
-    """The residue of a commit of which its own row is left, and nothing else."""
+    """The residue of a commit that has lost all its versions and events."""
     content = commit_text(sequence, session_key, actor, cause, created_at, (), ())
     return residue(previous or GENESIS, stored or GENESIS, content)
 

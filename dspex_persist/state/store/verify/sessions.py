@@ -1,4 +1,4 @@
-"""Sessions one by one: the current state against what the log adds up to."""
+"""Check the current state of each session against its log."""
 
 import time
 from collections import Counter
@@ -45,7 +45,7 @@ from dspex_persist.state.store.verify.walk import (
 )
 from dspex_persist.state.values.json_text import stored
 
-# Each begins with the session's key and is sorted by it, from an index: no statement here sorts anything itself.
+# All start with the session's key and are sorted by it, through an index: no statement sorts rows itself.
 _SESSIONS: Final = """
     SELECT session_key, session_id, created_at, started_sequence, ended_sequence, ttl_s, metadata, expires_at
     FROM sessions WHERE session_key > ? ORDER BY session_key
@@ -107,7 +107,7 @@ _VARIABLE_COLUMNS: Final = (
 
 
 class SessionWalk(Walk):
-    """Session by session: its rows, and those of its variables and dependencies, are what its commits add up to."""
+    """The rows of each session, its variables, dependencies, executions and tools follow from its commits."""
 
     def __init__(self) -> None:
         self._last: float = BEFORE_ALL
@@ -145,11 +145,11 @@ class _Stream:
 
     @property
     def key(self) -> float:
-        """The first column of the next row; larger than any where there is none."""
+        """The first column of the next row; infinity at the end."""
         return self._next[0] if self._next is not None else AFTER_ALL
 
     def take(self, key: float) -> Iterator[Any]:
-        """The rows of this key. To be read to the end before the next key is."""
+        """The rows with this key. Read them to the end before those of the next key."""
         while self._next is not None and self._next[0] == key:
             row = self._next
             self._next = next(self._rows, None)
@@ -158,7 +158,7 @@ class _Stream:
 
 @dataclass(slots=True)
 class _Variable:
-    """A variable as the log tells of it."""
+    """A variable as it follows from the log."""
 
     id: str
     name: str
@@ -171,7 +171,7 @@ class _Variable:
     has_versions: bool = False
 
     def row(self) -> tuple[Any, ...]:
-        """Its row in the table, without keys."""
+        """The row that the table must have, without keys."""
         return (
             self.id,
             self.name,
@@ -190,7 +190,7 @@ class _Commit:
 
 
 class _Replay:
-    """One session, worked out from its events and versions."""
+    """One session, rebuilt from its events and versions."""
 
     def __init__(self, key: float) -> None:
         self._key = key
@@ -198,9 +198,9 @@ class _Replay:
         self._variables: dict[int, _Variable] = {}
         self._ids: dict[str, _Variable] = {}
         self._dependencies: list[tuple[str, str, str, int]] = []
-        # What the log says of the tables that are compared row by row, by their key: the row, and its commit.
+        # The rows that the log implies for each table that is compared row by row, by their keys.
         self._keyed: dict[str, dict[Any, list[Any]]] = {"executions": {}, "tools": {}}
-        # The markers, each with the last commit of which it took something.
+        # The commits of the markers, each with the last commit that it pruned rows of.
         self._markers: list[tuple[int, int]] = []
 
     @property
@@ -213,7 +213,7 @@ class _Replay:
     # The log
 
     def read_events(self, rows: Iterator[Any]) -> Iterator[Problem]:
-        """Take in the session's events."""
+        """Apply the session's events."""
         for _, sequence, ordinal, kind, text, created_at in rows:
             try:
                 event = event_in(kind, stored(text))
@@ -222,10 +222,10 @@ class _Replay:
             except (LookupError, TypeError, ValueError, AttributeError, AssertionError) as error:
                 where = f"commit {sequence}, {self._name}"
                 what = str(error) if isinstance(error, MalformedEventError) else f"{type(error).__name__} {error}"
-                yield Problem(where, f"event {ordinal} ({quote(kind)}) makes no sense: {what}")
+                yield Problem(where, f"malformed event {ordinal} ({quote(kind)}): {what}")
 
     def read_versions(self, rows: Iterator[Any]) -> Iterator[Problem]:
-        """Take in those versions that say something of their variable: first, last, with metadata."""
+        """Apply the versions that change facts of their variable: first and last ones, and those with metadata."""
         for _, key, number, sequence, kind, metadata in rows:
             variable = self._variables.get(key)
             if variable is None:
@@ -239,7 +239,7 @@ class _Replay:
                     variable.metadata.update(stored(metadata))
                 except (TypeError, ValueError) as error:
                     where = f"commit {sequence}, {self.name_of(variable)}"
-                    yield Problem(where, f"the metadata of version {number} makes no sense: {error}")
+                    yield Problem(where, f"malformed metadata of version {number}: {error}")
 
     def _session_started(self, commit: _Commit, event: SessionStarted) -> None:
         if self._session is not None or event.session_key != self._key:
@@ -297,13 +297,13 @@ class _Replay:
     # Against the tables
 
     def compare_markers(self, connection: Connection) -> Iterator[Problem]:
-        """Each marker has rows; whether they are the right ones is looked at elsewhere."""
+        """Each marker has rows; `PrunedWalk` checks that they are the right ones."""
         for sequence, last in self._markers:
             if find_row(connection, HAS_ROW, last, sequence) is None:
                 yield Problem(f"commit {sequence}, {self._name}", f"its row in pruned about commit {last} is missing")
 
     def compare_session(self, row: Sequence[Any] | None) -> Iterator[Problem]:
-        """Hold the row of the session against the log."""
+        """Compare the row of the session with the log."""
         if self._session is None:
             yield Problem(self._name, "no commit begins it")
             return
@@ -311,17 +311,17 @@ class _Replay:
         if row is None:
             yield Problem(where, "its row in sessions is missing")
             return
-        *found, expires_at = row[1:]
-        yield from _differences(where, "sessions", _SESSION_COLUMNS, self._session, found)
+        *actual, expires_at = row[1:]
+        yield from _differences(where, "sessions", _SESSION_COLUMNS, self._session, actual)
         _, _, _, ended_sequence, ttl_s, _ = self._session
         if (expires_at is None) != (ttl_s is None or ended_sequence is not None):
-            wanted = "its time to live is over or unlimited" if expires_at is not None else "it has a time to live"
-            yield Problem(where, f"sessions.expires_at is {shown(expires_at)}, but {wanted}")
+            state = "it has ended or has no TTL" if expires_at is not None else "it has a TTL"
+            yield Problem(where, f"sessions.expires_at is {shown(expires_at)}, but {state}")
         elif expires_at is not None and not to_micros(EARLIEST) <= expires_at <= to_micros(LATEST):
-            yield Problem(where, f"sessions.expires_at is {shown(expires_at)}, which is no time that a calendar has")
+            yield Problem(where, f"sessions.expires_at is {shown(expires_at)}, which is out of range")
 
     def compare_variables(self, rows: Iterator[Any], connection: Connection) -> Iterator[Problem]:
-        """Hold the rows of the session's variables against the log."""
+        """Compare the rows of the session's variables with the log."""
         missing = dict(self._variables)
         for row in rows:
             variable = missing.pop(row[1], None)
@@ -331,36 +331,36 @@ class _Replay:
             where = f"commit {variable.registered_sequence}, {self.name_of(variable)}"
             yield from _differences(where, "variables", _VARIABLE_COLUMNS, variable.row(), row[2:])
             if not variable.has_versions and not is_pruned(connection, variable.registered_sequence):
-                yield Problem(where, "the commit that registers it has no version 0 of it")
+                yield Problem(where, "the commit that registers it does not contain its version 0")
         for variable in missing.values():
             where = f"commit {variable.registered_sequence}, {self.name_of(variable)}"
             yield Problem(where, "its row in variables is missing")
 
     def compare_dependencies(self, rows: Iterator[Any]) -> Iterator[Problem]:
-        """Hold the rows of the session's dependencies against the log; their order counts, their keys do not."""
+        """Compare the rows of the session's dependencies with the log: the order matters, the keys do not."""
         expected = [(*added, self._until(*added[:2])) for added in self._dependencies]
-        found = [tuple(row[1:]) for row in rows]
-        if found == expected:
+        actual = [tuple(row[1:]) for row in rows]
+        if actual == expected:
             return
-        for from_id, to_id, _, since, until in (Counter(expected) - Counter(found)).elements():
+        for from_id, to_id, _, since, until in (Counter(expected) - Counter(actual)).elements():
             where = f"commit {since}, {self._name}, dependency of {quote(from_id)} on {quote(to_id)}"
             yield Problem(where, f"its row in dependencies (until {shown(until)}) is missing or changed")
-        for from_id, to_id, *_ in (Counter(found) - Counter(expected)).elements():
+        for from_id, to_id, *_ in (Counter(actual) - Counter(expected)).elements():
             where = f"{self._name}, dependency of {quote(from_id)} on {quote(to_id)}"
-            yield Problem(where, "no commit adds what its row in dependencies says")
-        if Counter(found) == Counter(expected):
+            yield Problem(where, "no commit adds this row in dependencies")
+        if Counter(actual) == Counter(expected):
             yield Problem(self._name, "its rows in dependencies are not in the order of their commits")
 
     def compare_keyed(self, table: str, columns: Sequence[str], rows: Iterator[Any]) -> Iterator[Problem]:
-        """Hold rows that have a key of their own (after the session's) against the log."""
+        """Compare the rows of a table whose second column is a key with the log."""
         missing = dict(self._keyed[table])
-        for _, key, *found in rows:
+        for _, key, *actual in rows:
             expected = missing.pop(key, None)
             where = f"{self._name}, {table} {shown(key)}"
             if expected is None:
-                yield Problem(where, "no commit of this session makes it")
+                yield Problem(where, "no commit of this session creates it")
             else:
-                yield from _differences(where, table, columns, expected, found)
+                yield from _differences(where, table, columns, expected, actual)
         for key in missing:
             yield Problem(f"{self._name}, {table} {shown(key)}", f"its row in {table} is missing")
 
@@ -387,8 +387,8 @@ _READERS: Final[Mapping[type[Event], Callable[[_Replay, _Commit, Any], None]]] =
 
 
 def _differences(
-    where: str, table: str, columns: Sequence[str], expected: Sequence[Any], found: Sequence[Any]
+    where: str, table: str, columns: Sequence[str], expected: Sequence[Any], actual: Sequence[Any]
 ) -> Iterator[Problem]:
-    for column, right, actual in zip(columns, expected, found, strict=True):
-        if actual != right:
-            yield Problem(where, f"{table}.{column} is {shown(actual)}, the log says {shown(right)}")
+    for column, right, stored_value in zip(columns, expected, actual, strict=True):
+        if stored_value != right:
+            yield Problem(where, f"{table}.{column} is {shown(stored_value)}, the log says {shown(right)}")

@@ -1,4 +1,4 @@
-"""Walks and their snapshots, and what each of them needs."""
+"""The base of all walks, their snapshots, and helpers that they share."""
 
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
@@ -21,19 +21,19 @@ DELETED: Final = KIND_CODES[ChangeKind.DELETED]
 MERGING: Final = ", ".join(str(code) for kind, code in KIND_CODES.items() if kind.merges_metadata)
 FIRST_OR_LAST: Final = frozenset({REGISTERED, DELETED})
 AFTER_DELETION: Final = -2
-"""In place of a deleted variable's newest version: none follows it."""
-# Before and after every key that SQLite can hold, the negative ones that nobody should have included.
+"""Stands for a deleted variable's newest version, so that no number follows it."""
+# Below and above every key that SQLite can store, even the negative ones of a damaged file.
 BEFORE_ALL: Final = float("-inf")
 AFTER_ALL: Final = float("inf")
-# What rows of a damaged file can make of the code that reads them.
+# The errors that damaged rows can cause in the code that reads them.
 UNREADABLE: Final = (NotADatabaseError, ReadFailedError, TypeError, ValueError, LookupError, OverflowError)
 Progress: TypeAlias = Callable[[int, int], None]
-"""Is told how many commits have been checked, of how many."""
+"""Called with the number of commits checked so far, and of all commits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that is not as it should be: where (commit, session, variable), and what."""
+    """Something wrong in a file: where (commit, session, variable), and what."""
 
     where: str
     what: str
@@ -43,12 +43,12 @@ class Problem:
 
 
 class Walk:
-    """A part of the check, which can go on in another snapshot. `more`: whether it has not reached its end."""
+    """A part of the check that can be continued in another snapshot. `more`: whether it has not reached its end."""
 
     more = True
 
     def page(self, connection: Connection) -> Iterator[Problem]:
-        """Go on from where it is, for a while."""
+        """Continue for a while, and yield the problems found."""
         raise NotImplementedError
 
 
@@ -56,7 +56,7 @@ def walk_through(readers: Engine, walk: Walk) -> Iterator[Problem]:
     lenient = False
     while walk.more:
         with snapshot(readers) as connection:
-            # Reading text that is no UTF-8 makes every row take half as long again, so only where there is some.
+            # Reading text that may not be UTF-8 takes half as long again, so only do it once there is such text.
             _driver(connection).text_factory = _decode_any if lenient else str
             try:
                 yield from walk.page(connection)
@@ -84,7 +84,7 @@ def range_text(first: int, last: int) -> str:
 
 
 def place_of(connection: Connection, sequence: int, session_key: int, variable_keys: Sequence[int]) -> str:
-    """A commit in words: its number, its session, its variables (not all of many)."""
+    """Name a commit: its number, its session, its variables (the first few of many)."""
     keys = list(dict.fromkeys(variable_keys))
     parts = [f"commit {sequence}", _session_name(connection, session_key)]
     parts += [variable_name(connection, key) for key in keys[:MOST_NAMED]]
@@ -93,13 +93,13 @@ def place_of(connection: Connection, sequence: int, session_key: int, variable_k
 
 
 def _session_name(connection: Connection, key: int) -> str:
-    found = find_row(connection, "SELECT session_id FROM sessions WHERE session_key = ?", key)
-    return f"session {quote(found[0])}" if found else f"session key {key}"
+    row = find_row(connection, "SELECT session_id FROM sessions WHERE session_key = ?", key)
+    return f"session {quote(row[0])}" if row else f"session key {key}"
 
 
 def variable_name(connection: Connection, key: int) -> str:
-    found = find_row(connection, "SELECT name FROM variables WHERE variable_key = ?", key)
-    return f"variable {quote(found[0])}" if found else f"variable key {key}"
+    row = find_row(connection, "SELECT name FROM variables WHERE variable_key = ?", key)
+    return f"variable {quote(row[0])}" if row else f"variable key {key}"
 
 
 def is_pruned(connection: Connection, sequence: int) -> bool:
