@@ -136,7 +136,7 @@ def test_a_write_lock_of_another_program_refuses_writes_only(tmp_path: Path) -> 
         with closing(sqlite3.connect(database, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             for _ in range(2):
-                with pytest.raises(StorageError, match="nothing was written: another program holds the lock"):
+                with pytest.raises(StorageError, match="nothing was written: another program holds the write lock"):
                     client.set_variable("s", "x", 100)
                 assert client.get_variable("s", "x").version == WRITES
             other.execute("ROLLBACK")

@@ -325,7 +325,7 @@ class TestAFileThatChangesWhileItIsOpen:
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             for _ in range(2):
-                with pytest.raises(StorageError, match=r"nothing was written: another program holds the lock"):
+                with pytest.raises(StorageError, match=r"nothing was written: another program holds the write lock"):
                     state.set_variable("s", "x", 1)
             state.engine._store.check()
             assert state.get_value("s", "x") == 0
@@ -402,7 +402,7 @@ class TestAFolderOfOthers:
 
     def test_nothing_but_a_file_is_taken(self, path: Path) -> None:
         os.mkfifo(f"{path}.lock")
-        with pytest.raises(NotADatabaseError, match="not a file of its own"):
+        with pytest.raises(NotADatabaseError, match="not a regular file with one name"):
             connect(path)
         Path(f"{path}.lock").unlink()
         os.mkfifo(path)

@@ -197,9 +197,9 @@ def test_a_pruned_session_is_not_recorded_in_part(state: EmbeddedState, path: Pa
     write(state, range(5))
     _, commits = state.record("s")
     state.prune(PrunePolicy(keep_versions=1), confirm=True)
-    with pytest.raises(SessionPrunedError, match="commit 8 says"):
+    with pytest.raises(SessionPrunedError, match="commit 8 pruned"):
         state.record("s")
-    with pytest.raises(SessionPrunedError, match="commit 8 says"):
+    with pytest.raises(SessionPrunedError, match="commit 8 pruned"):
         list(commits)
     assert exported_files(path) == []
 

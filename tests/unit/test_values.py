@@ -555,7 +555,7 @@ def test_constraints_broken(type_name: str, constraints: str, text: str, reason:
         ("string", r'{"pattern": "(\\pL{1,500}){1,2}"}', "is not an RE2 pattern: pattern too large"),
         ("string", r'{"pattern": "\ud800"}', "a lone surrogate"),
         ("string", '{"enum": "a"}', 'enum must be a list of strings, not "a"'),
-        ("choice", '{"choices": ["a", 1]}', "choices must be a list of strings, it holds 1"),
+        ("choice", '{"choices": ["a", 1]}', "choices must be a list of strings; it contains 1"),
         ("module", '{"allowed_modules": {}}', "allowed_modules must be a list"),
         ("module", '{"pattern": "["}', "is not an RE2 pattern"),
         ("embedding", '{"dimensions": 0}', "dimensions must be a positive integer, not 0"),

@@ -260,7 +260,7 @@ class _Repetition:
             raise ValueError(f"execution {quote(execution_id)} {reason}")
         if event.retry_of is not None and not _began_before(event.retry_of, uow.sequence):
             repeated = quote(event.retry_of)
-            raise ValueError(f"execution {quote(execution_id)} repeats {repeated}, which did not begin before it")
+            raise ValueError(f"execution {quote(execution_id)} retries {repeated}, which did not begin before it")
         for value in event.parameters.values():
             read_line(value.json)
         uow.record(self._session_id, event)

@@ -65,7 +65,7 @@ def refuse_name(path: Path) -> None:
         if not file.name.endswith(suffix) or file.name == suffix:
             continue
         database = file.with_name(file.name.removesuffix(suffix))
-        # Other programs may well use the suffixes of our own files.
+        # Other programs may use the suffixes of our files, too.
         if suffix in SIDE_FILES or database.is_file():
             reason = f"its name is that of a file next to a database; {did_you_mean(str(database), spell=str)}"
             raise NotADatabaseError(str(path), reason)
@@ -343,7 +343,7 @@ def _refuse_second_name(path: Path, status: os.stat_result) -> None:
     for name in _other_names(path, identity_of(status)) if status.st_nlink > 1 else ():
         with suppress(OSError):
             if Path(f"{name}-wal").stat().st_size:
-                reason = f"it is {name} as well, and {name}-wal holds commits: open it by that name"
+                reason = f"{name} is the same file, and {name}-wal holds commits: open it by that name"
                 raise NotADatabaseError(str(path), reason)
 
 
@@ -406,7 +406,7 @@ def _refuse_strange(database: Path, path: Path, status: os.stat_result) -> None:
         trusted.add(database.stat().st_uid)
     is_shared = status.st_nlink > 1 and folder.st_mode & 0o022
     if not stat.S_ISREG(status.st_mode) or is_shared:
-        raise NotADatabaseError(str(database), f"{path.name} is not a file of its own: remove it")
+        raise NotADatabaseError(str(database), f"{path.name} is not a regular file with one name: remove it")
     if status.st_uid not in trusted:
         raise NotADatabaseError(str(database), f"{path.name} belongs to another user ({status.st_uid}): remove it")
 
@@ -508,7 +508,7 @@ def _set_and_assert(connection: sqlite3.Connection, durability: Durability) -> N
     if (mode, synchronous, foreign_keys) != ("wal", wanted, 1):
         connection.close()
         raise sqlite3.OperationalError(
-            f"SQLite did not take the settings (journal_mode {mode}, synchronous {synchronous}, "
+            f"SQLite did not apply the settings (journal_mode {mode}, synchronous {synchronous}, "
             f"foreign_keys {foreign_keys}); is the file on a network file system?"
         )
 

@@ -60,7 +60,7 @@ _CERTAIN_ABORTS = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY})
 # Errors caused by the rows of one job, whatever else is in its group. Such rows never reach the disk.
 _OF_ONE_JOB = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
 
-_LOCKED = "another program holds the lock for writing to the database; have it finish, and repeat the call"
+_LOCKED = "another program holds the write lock of the database; let it finish, and repeat the call"
 
 
 _PAGE_BYTES = 4 * 1024 * 1024

@@ -78,7 +78,7 @@ def _texts(key: str, stated: object) -> list[str]:
         raise RefusedError(f"{key} must be a list of strings, not {shown(stated)}")
     for entry in stated:
         if not isinstance(entry, str):
-            raise RefusedError(f"{key} must be a list of strings, it holds {shown(entry)}")
+            raise RefusedError(f"{key} must be a list of strings; it contains {shown(entry)}")
     return stated
 
 
