@@ -33,7 +33,7 @@ def describe_build() -> Build:
 
 
 def _is_fit() -> bool:
-    """Whether the package runs on it; Debian has what makes environments in a package of its own."""
+    """Return whether the package runs on it; on Debian, the module that creates environments is a separate package."""
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401

@@ -1,7 +1,7 @@
-"""The libraries that `make peers` compares: how each is opened, written and read.
+"""Adapters for the libraries that `make peers` compares: they open, write and read each.
 
-Each adapter gets every favour that its library's public interface offers: threads or asyncio tasks, whichever is
-quicker, live objects kept between calls, history left out of reads, caches and snapshots on.
+Each adapter uses the fastest way that the public interface of its library offers: threads or asyncio tasks, live
+objects kept between calls, reads without history, caches and snapshots.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ FULL_NOT_SETTABLE = "WAL; synchronous cannot be set from outside, so it is this 
 
 
 class Adapter(ABC):
-    """What a library is, in words; its subclasses say how it is called.
+    """The description of a library; subclasses define how it is called.
 
-    `operations` are those that it can do, `unit` names what one durable operation writes, `lacks` what the library
-    leaves to its user, `durability` how it came to WAL and `PRAGMA synchronous`; `{build}` in it stands for what this
-    build of SQLite starts with.
+    Attributes:
+        operations: The operations that it supports.
+        unit: What one durable operation writes.
+        lacks: What the library leaves to its user.
+        durability: How WAL and `PRAGMA synchronous` are set; `{build}` stands for the default of this SQLite build.
     """
 
     operations: ClassVar[tuple[Operation, ...]] = STATE_OPERATIONS
@@ -49,7 +51,7 @@ class Adapter(ABC):
 
 
 class ThreadAdapter(Adapter):
-    """A library that is quickest when each caller is a thread."""
+    """A library that is fastest with a thread for each caller."""
 
     @abstractmethod
     def open(self, path: Path, sessions: Sequence[str]) -> None:
@@ -85,7 +87,7 @@ class ExecutingAdapter(ThreadAdapter):
 
 
 class TaskAdapter(Adapter):
-    """The same for a library that speaks asyncio: each caller is a task of one loop."""
+    """An asyncio library, in which each caller is a task of one loop."""
 
     @abstractmethod
     async def open(self, path: Path, sessions: Sequence[str]) -> None:
@@ -255,7 +257,7 @@ class AdkDatabaseSessions(AdkSessions):
 
 
 class AdkSqliteSessions(AdkSessions):
-    """Each call opens a connection of its own: without a queue in front, 64 callers end in "database is locked"."""
+    """Each call opens a new connection: without a queue in front, 64 callers fail with "database is locked"."""
 
     title = "google-adk SqliteSessionService"
     durability = FULL_NOT_SETTABLE
@@ -274,7 +276,7 @@ class OpenaiAgentsSession(TaskAdapter):
     title = "openai-agents SQLiteSession"
     distribution = "openai-agents"
     unit = "one conversation item that carries the whole state; one transaction per call"
-    lacks = "a log of items: no state of its own, no variables, versions, validation or constraints"
+    lacks = "a log of items: no state, no variables, versions, validation or constraints"
     durability = FULL_NOT_SETTABLE
 
     async def open(self, path: Path, sessions: Sequence[str]) -> None:
@@ -306,7 +308,7 @@ class OpenaiAgentsSession(TaskAdapter):
 
 
 _SNAPSHOT_EVERY = 1_000
-"""Events between two snapshots: an aggregate with a long history is then not rebuilt from all of it."""
+"""The number of events between two snapshots, so that an aggregate is not rebuilt from its whole history."""
 
 
 class Eventsourcing(StateAdapter):
@@ -363,7 +365,7 @@ def _aggregate_id(session: str) -> UUID:
 
 @cache
 def _session_aggregate() -> Any:
-    """The aggregate class, built on demand: its base class is there only where the library is installed."""
+    """Return the aggregate class, created on demand because its base class exists only if the library is installed."""
     domain: Any = import_module("eventsourcing.domain")
 
     class SessionState(domain.Aggregate):  # type: ignore[misc]  # the base comes from an untyped import
@@ -395,7 +397,7 @@ class Dbos(ExecutingAdapter):
     title = "DBOS (SQLite)"
     distribution = "dbos"
     unit = "one workflow of one step: it with its input, who runs it, the step's result, its end; a transaction each"
-    lacks = "no state of its own: no variables, no transaction around what the code reads and writes, no conflict check"
+    lacks = "no state: no variables, no transaction around what the code reads and writes, no conflict check"
     durability = SET_HERE
 
     def open(self, path: Path, sessions: Sequence[str]) -> None:
@@ -415,7 +417,7 @@ class Dbos(ExecutingAdapter):
                 raise RuntimeError("the workflow returned something else")
 
     def read(self, session: str) -> State:
-        """What its workflows have on record, oldest first."""
+        """Return the results of its workflows, oldest first."""
         found = self._dbos.list_workflows(workflow_id_prefix=f"{session}/", status="SUCCESS")
         state = dict(ZEROES)
         for workflow in sorted(found, key=lambda each: int(each.workflow_id.rpartition("/")[2])):
@@ -428,7 +430,7 @@ class Dbos(ExecutingAdapter):
 
 @cache
 def _dbos_workflow() -> Any:
-    """The workflow, made on demand: its decorators are there only where the library is installed."""
+    """Return the workflow, created on demand because its decorators exist only if the library is installed."""
     dbos: Any = import_module("dbos").DBOS
 
     @dbos.step()  # type: ignore[untyped-decorator]

@@ -64,7 +64,7 @@ from benchmarks.table import WIDTH, Row, Target, aligned, format_table, number
 
 WARM_UPDATES = 5
 LOADS = 3
-"""Times that a file with a long history is opened: the median is told."""
+"""How often a file with a long history is opened; the result is the median."""
 SESSIONS = tuple(f"caller-{index:02d}" for index in range(MOST_SESSIONS))
 ROOT = Path(__file__).resolve().parents[1]
 NOT_INSTALLED = "not installed: make peers"
@@ -238,7 +238,7 @@ async def measure_tasks(adapter: TaskAdapter, path: Path, work: Work, seconds: f
 
 
 def check_states(work: Work, tally: Tally, found: Sequence[State]) -> None:
-    """Raise RuntimeError where the file does not hold the last value that each caller was told is durable."""
+    """Raise RuntimeError if the file lacks the last acknowledged value of a caller."""
     for session, operations, state in zip(work.sessions, tally.operations, found, strict=True):
         written = work.updates + (0 if work.operation == "read" else operations)
         wanted = expected_state(work.operation, written)
@@ -246,7 +246,7 @@ def check_states(work: Work, tally: Tally, found: Sequence[State]) -> None:
             raise RuntimeError(f"{session}: read back {state}, acknowledged was {wanted}")
 
 
-# ---- one library, in a process of its own ----
+# ---- one library, in its own process ----
 
 
 def measure_work(adapter: AnyAdapter, path: Path, work: Work, seconds: float) -> dict[str, float]:
@@ -267,7 +267,7 @@ def load_key(updates: int) -> str:
 
 
 def describe_durability(adapter: Adapter, path: Path) -> str:
-    """How the file is synced: told by the file, and by what an untouched connection to it starts with."""
+    """Return how the file is synced, according to the file and to the defaults of a new connection to it."""
     connection = sqlite3.connect(path)
     try:
         (journal_mode,) = connection.execute("PRAGMA journal_mode").fetchone()
@@ -430,7 +430,7 @@ def format_history(results: Sequence[Result], history: int) -> str:
 
 
 def target_rows(results: Sequence[Result]) -> list[Row]:
-    """What ours should reach beside the others."""
+    """The targets of dspex-persist compared with the others."""
     ours = find_ours(results)
     others = {result.key: result for result in results if result.key != OURS and result.status == "measured"}
     rows = []
@@ -446,7 +446,7 @@ def target_rows(results: Sequence[Result]) -> list[Row]:
             continue
         fastest = max(rates, key=rates.__getitem__)
         who = f"{callers} caller{'s' if callers > 1 else ''}"
-        what = f"{operation}, {who}, beside {ADAPTERS[fastest].title}"
+        what = f"{operation}, {who}, compared with {ADAPTERS[fastest].title}"
         target = Target("ratio", "at least", least)
         rows.append(Row(work.key, what, mine, f"{operation}s/s", ratio=mine / rates[fastest], target=target))
     return rows
@@ -463,7 +463,7 @@ def format_report(results: Sequence[Result], run: Mapping[str, Any]) -> str:
         "",
         "update: one variable; values: all 20 in one durable operation; read: all 20 current values; execute: code",
         "that sets one variable, as a tool in its transaction (ours) or as a workflow of one step (DBOS)",
-        'of ours: the figure beside it / that of dspex-persist in this run ("-": not measured, or not what it does)',
+        'of ours: the figure / that of dspex-persist in this run ("-": not measured, or not supported)',
     ]
     if run["filesystem"] in IN_MEMORY:
         lines.insert(0, "WARNING: these files are in memory, nothing is durable; choose another --directory")
@@ -478,7 +478,7 @@ def format_report(results: Sequence[Result], run: Mapping[str, Any]) -> str:
     ]
     rows = target_rows(results)
     lines += ["", format_table(rows)] if rows else []
-    lines += ["", "What one durable operation writes; what is not done (and what is); how it is synced"]
+    lines += ["", "What one durable operation writes; what the library lacks; how it syncs"]
     for result in results:
         adapter = ADAPTERS[result.key]
         durability = result.durability or "not measured"
@@ -528,7 +528,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     _, _, rest = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.peers",
-        description="dspex-persist beside comparable libraries on the same work, in one process each.\n\n" + rest,
+        description="dspex-persist compared with similar libraries on the same work, in one process each.\n\n" + rest,
         epilog=f"libraries: {', '.join(ADAPTERS)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
