@@ -1,4 +1,4 @@
-"""What an audit answers, against a reading of the log that knows no index, no page and no cleverness."""
+"""The answers of an audit, compared with a plain reading of the whole log, without indexes and pages."""
 
 import io
 import json
@@ -66,7 +66,7 @@ def audit(path: Path) -> Iterator[AuditSource]:
 
 @pytest.fixture(scope="module")
 def rows(path: Path) -> list[dict[str, Any]]:
-    """Every version there is, with all that is said of it, in the order of commits."""
+    """Return all versions with all their facts, in the order of commits."""
     with closing(sqlite3.connect(path)) as connection:
         connection.row_factory = sqlite3.Row
         found = connection.execute(
@@ -84,8 +84,8 @@ def rows(path: Path) -> list[dict[str, Any]]:
             for sequence, body in ((row["sequence"], json.loads(row["body"])) for row in ends)
             for written in body.get("writes", ())
         }
-    told = [dict(row) for row in found]
-    for row in told:
+    entries = [dict(row) for row in found]
+    for row in entries:
         row["text"] = row["content"].decode() if row["content"] is not None else row["value"]
         maker = executions.get(makers.get((row["sequence"], row["name"], row["version"]), row["cause"]))
         caller = executions[maker["parent_id"]] if maker is not None and maker["parent_id"] is not None else None
@@ -93,7 +93,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
         row["caller"] = (caller["execution_id"], caller["tool"]) if caller is not None else (None, None)
         row["metadata"] = json.loads(row["metadata"] or "{}")
         row["sensitive"] = json.loads(row["merged"]).get("sensitive") == "true"
-    return sorted(told, key=lambda row: (row["sequence"], row["variable_key"], row["version"]))
+    return sorted(entries, key=lambda row: (row["sequence"], row["variable_key"], row["version"]))
 
 
 def keys_of(entries: Any) -> list[tuple[int, str, int]]:
@@ -105,7 +105,7 @@ def keys_of(entries: Any) -> list[tuple[int, str, int]]:
 
 @dataclass(frozen=True)
 class Filter:
-    """A question's part, and what it means for a row."""
+    """A part of a query, and the condition on a row that it stands for."""
 
     query: dict[str, Any]
     holds: Callable[[dict[str, Any]], bool]
@@ -165,12 +165,12 @@ HOW = [
 
 
 @pytest.mark.parametrize("page", [1, 3, 500])
-def test_history_is_what_a_reading_of_the_log_finds(
+def test_history_equals_a_plain_reading_of_the_log(
     audit: AuditSource, rows: list[dict[str, Any]], page: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every combination of what is asked for, both ways, in pages of any size."""
+    """Every combination of conditions, in both orders, in pages of any size."""
     monkeypatch.setattr("dspex_persist.state.audit.PAGE", page)
-    # As if the log were long: no page walks through more commits than this.
+    # As for a long log: no page scans more commits than this.
     monkeypatch.setattr(versions, "WINDOW", 7)
     answered = 0
     for what, where, how in product(WHAT, WHERE, HOW):
@@ -191,7 +191,7 @@ def test_history_is_what_a_reading_of_the_log_finds(
 
 
 def _is_never_had(audit: AuditSource, query: HistoryQuery) -> bool:
-    """Whether it asks one session for one variable by name that it never had, which is an error, no empty answer."""
+    """Whether it names a variable that the named session never had, which is an error instead of an empty answer."""
     try:
         next(audit.iterate(query), None)
     except NotInHistoryError:
@@ -199,7 +199,7 @@ def _is_never_had(audit: AuditSource, query: HistoryQuery) -> bool:
     return False
 
 
-def test_an_entry_says_all_that_the_log_says(audit: AuditSource, rows: list[dict[str, Any]]) -> None:
+def test_an_entry_has_every_fact_of_the_log(audit: AuditSource, rows: list[dict[str, Any]]) -> None:
     entries = list(audit.iterate(HistoryQuery(newest_first=False)))
     for entry, row in zip(entries, rows, strict=True):
         text = None if entry.value is None else entry.value.json
@@ -222,15 +222,15 @@ def test_large_and_binary_values_are_there(audit: AuditSource) -> None:
 # Sensitive variables
 
 
-def test_sensitive_values_are_masked_unless_they_are_to_be_revealed(path: Path, audit: AuditSource) -> None:
+def test_sensitive_values_are_masked_unless_revealed(path: Path, audit: AuditSource) -> None:
     def everything(source: AuditSource) -> str:
-        told = [document(entry) for entry in source.iterate(HistoryQuery())]
-        told += [document(state) for state in source.state("main")]
-        told += [document(node) for node in source.blame("main", depth=9)]
-        told += [document(change) for change in source.diff("main", "12")]
-        told += [document(source.execution(each.execution_id)) for each in source.iterate(ExecutionQuery())]
-        told += [document(entry) for entry in source.iterate(CommitQuery())]
-        return json.dumps(told)
+        documents = [document(entry) for entry in source.iterate(HistoryQuery())]
+        documents += [document(state) for state in source.state("main")]
+        documents += [document(node) for node in source.blame("main", depth=9)]
+        documents += [document(change) for change in source.diff("main", "12")]
+        documents += [document(source.execution(each.execution_id)) for each in source.iterate(ExecutionQuery())]
+        documents += [document(entry) for entry in source.iterate(CommitQuery())]
+        return json.dumps(documents)
 
     assert SECRET not in everything(audit)
     assert not list(audit.iterate(HistoryQuery(where=(parse_predicate(f"contains {SECRET[:4]}"),))))
@@ -244,11 +244,11 @@ def test_sensitive_values_are_masked_unless_they_are_to_be_revealed(path: Path, 
 
 
 def test_executions_are_those_of_the_journal(audit: AuditSource) -> None:
-    told = [
+    executions = [
         (each.tool, each.status.value, each.attempt, each.writes, each.parent_id is not None)
         for each in audit.iterate(ExecutionQuery(session="main", newest_first=False))
     ]
-    assert told == [
+    assert executions == [
         ("count", "committed", 1, 2, False),
         ("fail", "failed", 1, 0, False),
         ("parent", "committed", 1, 1, False),
@@ -273,12 +273,12 @@ def test_executions_are_those_of_the_journal(audit: AuditSource) -> None:
         (ExecutionQuery(session="m*", limit=2), ["collide", "collide"]),
     ],
 )
-def test_executions_are_found_by_what_they_were(audit: AuditSource, query: ExecutionQuery, tools: list[str]) -> None:
+def test_executions_are_found_by_their_facts(audit: AuditSource, query: ExecutionQuery, tools: list[str]) -> None:
     assert [each.tool for each in audit.iterate(query)] == tools
 
 
-def find_one(audit: AuditSource, **asked: Any) -> str:
-    return next(audit.iterate(ExecutionQuery(newest_first=False, **asked))).execution_id
+def find_one(audit: AuditSource, **conditions: Any) -> str:
+    return next(audit.iterate(ExecutionQuery(newest_first=False, **conditions))).execution_id
 
 
 def test_one_execution_in_full(audit: AuditSource) -> None:
@@ -340,11 +340,11 @@ def test_commits_are_those_of_the_log(audit: AuditSource, path: Path, rows: list
 
 
 def test_sessions_live_and_ended(audit: AuditSource) -> None:
-    told = [
+    sessions = [
         (each.session_id, each.variables, each.executions, each.ended_sequence is None)
         for each in audit.iterate(SessionQuery(newest_first=False))
     ]
-    assert told == [("gone", 1, 0, False), ("main", 9, 8, True), ("gone", 1, 0, True)]
+    assert sessions == [("gone", 1, 0, False), ("main", 9, 8, True), ("gone", 1, 0, True)]
     assert [each.session_id for each in audit.iterate(SessionQuery(live=False))] == ["gone"]
     assert [each.session_id for each in audit.iterate(SessionQuery(metadata={"kind": "new"}))] == ["main"]
     assert len(list(audit.iterate(SessionQuery(session="gone")))) == 2
@@ -353,7 +353,7 @@ def test_sessions_live_and_ended(audit: AuditSource) -> None:
 # Points
 
 
-def test_the_state_as_of_each_commit_is_what_the_log_adds_up_to(audit: AuditSource, rows: list[dict[str, Any]]) -> None:
+def test_the_state_as_of_each_commit_follows_from_the_log(audit: AuditSource, rows: list[dict[str, Any]]) -> None:
     first = next(each for each in audit.iterate(SessionQuery(session="main"))).started_sequence
     for sequence in range(first, audit.head() + 1):
         expected: dict[str, tuple[int, str | None]] = {}
@@ -387,8 +387,8 @@ def test_points_are_commits_executions_times_and_ages(audit: AuditSource) -> Non
     assert audit.resolve("0") == audit.resolve("0^") == 0
 
 
-def test_times_find_imported_sessions_by_what_was_recorded_and_others_as_ever(tmp_path: Path) -> None:
-    """The commits of an import have older times than those before them."""
+def test_times_find_imported_sessions_by_their_recorded_times(tmp_path: Path) -> None:
+    """The commits of an import have earlier times than those before them."""
     recording, path = io.StringIO(), tmp_path / "both.db"
     with freeze_time("2025-01-01") as frozen, EmbeddedState(tmp_path / "old.db") as state:
         state.initialize_session("old")
@@ -415,19 +415,19 @@ def test_times_find_imported_sessions_by_what_was_recorded_and_others_as_ever(tm
             ]
             newest = next(audit.iterate(HistoryQuery(until=f"2026-01-{day:02}T12:00Z")))
             assert (newest.name, newest.value.json if newest.value else "") == ("y", str(day))
-        # Without a session, the import counts as of when it came.
+        # Without a session, the import counts as of when it was made.
         assert audit.resolve("2026-01-01T12:00Z") == 1
         assert audit.resolve("2026-01-03T00:00Z") == 5
         assert audit.resolve("2025-06-01T00:00Z") == 0
 
 
 @pytest.mark.parametrize("point", ["yesterday-ish", "-3", "1.5", "²", "exec", "2026-13-01", "^^", "9" * 30])
-def test_what_is_no_point_says_what_is(audit: AuditSource, point: str) -> None:
+def test_an_invalid_point_is_refused_with_the_valid_forms(audit: AuditSource, point: str) -> None:
     with pytest.raises(InvalidArgumentError, match=r"a commit's number .* an age"):
         audit.resolve(point)
 
 
-def test_a_commit_to_come_is_no_point(audit: AuditSource) -> None:
+def test_a_future_commit_is_not_a_point(audit: AuditSource) -> None:
     with pytest.raises(InvalidArgumentError, match=f"there is no commit 10000 yet; the newest is {audit.head()}"):
         audit.resolve("10000")
 
@@ -438,24 +438,24 @@ def test_a_commit_to_come_is_no_point(audit: AuditSource) -> None:
 def test_differences_between_two_points(audit: AuditSource) -> None:
     deleted = next(audit.iterate(HistoryQuery(session="main", kind=ChangeKind.DELETED))).sequence
     before = audit.execution(find_one(audit, tool="chunks")).summary.began_sequence
-    told = {each.name: each.kind for each in audit.diff("main", str(before), str(deleted - 1))}
-    assert told == {
+    kinds = {each.name: each.kind for each in audit.diff("main", str(before), str(deleted - 1))}
+    assert kinds == {
         "made": DifferenceKind.ADDED,
         "shared": DifferenceKind.CHANGED,
         "secret": DifferenceKind.CHANGED,
     }
-    told = {each.name: each.kind for each in audit.diff("main", str(deleted - 1), "now")}
-    assert told == {"made": DifferenceKind.REPLACED, "temperature": DifferenceKind.CHANGED}
+    kinds = {each.name: each.kind for each in audit.diff("main", str(deleted - 1), "now")}
+    assert kinds == {"made": DifferenceKind.REPLACED, "temperature": DifferenceKind.CHANGED}
     assert [each.kind for each in audit.diff("main", str(deleted - 1), str(deleted))] == [DifferenceKind.REMOVED]
     assert audit.diff("main", "now") == ()
 
 
-def test_blame_leads_back_to_what_a_value_stands_on(audit: AuditSource) -> None:
+def test_blame_leads_back_to_the_inputs_of_a_value(audit: AuditSource) -> None:
     nodes = audit.blame("main", "total", depth=5)
-    told = [(node.depth, node.entry.name, node.entry.version, node.entry.tool) for node in nodes]
-    # Its child counted; what it stood on, the parent's reads included, a client had written, or the count before. What
-    # both only wrote, `last`, it did not stand on.
-    assert told == [
+    lineage = [(node.depth, node.entry.name, node.entry.version, node.entry.tool) for node in nodes]
+    # Its child counted. It is based on what the child and the parent read: values of a client, and the count before. It
+    # is not based on `last`, which both only wrote.
+    assert lineage == [
         (0, "total", 2, "count"),
         (1, "temperature", 9, None),
         (1, "total", 1, "count"),
@@ -469,7 +469,7 @@ def test_blame_leads_back_to_what_a_value_stands_on(audit: AuditSource) -> None:
 # Python's own values
 
 
-def test_questions_take_pythons_own_values(audit: AuditSource) -> None:
+def test_queries_accept_python_values(audit: AuditSource) -> None:
     failed = ExecutionStatus.FAILED
     assert list(audit.iterate(ExecutionQuery(status="failed"))) == list(audit.iterate(ExecutionQuery(status=failed)))
     where = (parse_predicate("> 0.4"),)
@@ -509,16 +509,16 @@ def test_questions_take_pythons_own_values(audit: AuditSource) -> None:
         (lambda audit: audit.execution(5), "'5' is not a str"),
     ],
 )
-def test_values_that_cannot_be_are_named(audit: AuditSource, ask: Callable[[Any], Any], message: str) -> None:
+def test_invalid_values_are_named(audit: AuditSource, ask: Callable[[Any], Any], message: str) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         ask(audit)
     assert message in str(caught.value)
 
 
-# What is not there
+# Names and points that do not exist
 
 
-def test_what_the_history_never_had_is_said_with_what_comes_close(audit: AuditSource) -> None:
+def test_an_unknown_name_is_refused_with_similar_ones(audit: AuditSource) -> None:
     for ask, message in [
         (lambda: audit.state("mian"), "no session 'mian' in the history; did you mean 'main'?"),
         (lambda: list(audit.iterate(HistoryQuery(session="nope"))), "there are: "),
@@ -539,7 +539,7 @@ def test_what_the_history_never_had_is_said_with_what_comes_close(audit: AuditSo
         audit.version("main", total.variable_id, 99)
 
 
-def test_a_session_that_did_not_live_then_says_when_it_did(audit: AuditSource) -> None:
+def test_a_session_that_was_not_live_then_is_refused_with_its_times(audit: AuditSource) -> None:
     ended = next(audit.iterate(SessionQuery(live=False))).ended_sequence
     with pytest.raises(InvalidArgumentError, match=rf"invalid at: .* was not live at commit {ended}.*; {ended}\^ is"):
         audit.state("gone", str(ended))
@@ -547,29 +547,29 @@ def test_a_session_that_did_not_live_then_says_when_it_did(audit: AuditSource) -
 
 
 @pytest.mark.parametrize("point", ["1", "7d"])
-def test_a_session_that_had_not_begun_by_then_says_when_it_did(audit: AuditSource, point: str) -> None:
+def test_a_session_that_had_not_begun_is_refused_with_its_beginning(audit: AuditSource, point: str) -> None:
     (main,) = audit.iterate(SessionQuery(session="main"))
     when = rf"{main.created_at:%Y-%m-%d %H:%M:%S} UTC"
-    told = f"session 'main' had not begun by then; it began at commit {main.started_sequence}, {when}"
+    reason = f"session 'main' had not begun by then; it began at commit {main.started_sequence}, {when}"
     for option, ask in [
         ("at", lambda: audit.state("main", point)),
         ("to", lambda: audit.diff("main", "now", point)),
     ]:
         with pytest.raises(InvalidArgumentError) as caught:
             ask()
-        assert str(caught.value) == f"invalid {option}: {told}"
-    # And so everything is new since then.
+        assert str(caught.value) == f"invalid {option}: {reason}"
+    # So everything is new since then.
     new = audit.diff("main", point)
     assert {each.kind for each in new} == {DifferenceKind.ADDED}
     assert [each.after for each in new] == sorted(audit.state("main"), key=lambda each: each.name)
 
 
-def test_an_execution_that_nobody_waited_for_says_why_it_ended(tmp_path: Path) -> None:
+def test_an_execution_whose_caller_is_gone_has_a_reason_for_its_end(tmp_path: Path) -> None:
     begun = threading.Semaphore(0)
 
     @tool
     def hold(ctx: ToolContext) -> None:
-        """Go on until it is told that it has ended."""
+        """Continue until the execution has ended."""
         begun.release()
         while not ctx.cancelled:
             time.sleep(0.001)
@@ -592,8 +592,8 @@ def test_an_execution_that_nobody_waited_for_says_why_it_ended(tmp_path: Path) -
     with pytest.raises(EngineClosedError):
         calls[1].result(timeout=within(10))
     with open_audit(path) as audit:
-        told = {(each.session_id, each.status.value, each.error) for each in audit.iterate(ExecutionQuery())}
-    assert told == {
+        endings = {(each.session_id, each.status.value, each.error) for each in audit.iterate(ExecutionQuery())}
+    assert endings == {
         ("s", "cancelled", "its client cancelled it"),
         ("s", "interrupted", "the server ended while it ran"),
         ("ends", "interrupted", "session cleaned up"),
@@ -601,21 +601,21 @@ def test_an_execution_that_nobody_waited_for_says_why_it_ended(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("text", ["", "0.5", "< ", "< warm", "like x", "contains"])
-def test_what_is_no_condition_says_what_is(text: str) -> None:
+def test_an_invalid_condition_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(InvalidArgumentError, match="where"):
         parse_predicate(text)
 
 
-def test_errors_say_what_to_do_to_users_of_every_kind() -> None:
+def test_errors_advise_users_of_every_interface() -> None:
     assert str(VersionPrunedError("x", 1)).endswith("its value is gone; its history lists the remaining versions")
     exists = str(SessionExistsError("s"))
     assert exists.endswith("use another session_id for the new one, or end that session first (cleanup_session)")
 
 
-# Beside others
+# While others use the file
 
 
-def test_a_provider_answers_what_its_file_does_while_it_writes(path: Path, tmp_path: Path) -> None:
+def test_a_provider_answers_the_same_as_its_file_while_it_writes(path: Path, tmp_path: Path) -> None:
     with EmbeddedState(tmp_path / "own.db") as state:
         state.initialize_session("s")
         state.register_variable("s", "x", "integer", 0)
@@ -626,11 +626,11 @@ def test_a_provider_answers_what_its_file_does_while_it_writes(path: Path, tmp_p
                     newest = next(source.iterate(HistoryQuery(session="s", variable="x")))
                     assert newest.value is not None
                     assert newest.value.json == str(number)
-        # The provider's own is only borrowed.
+        # Closing the provider's own audit leaves the provider open.
         assert state.get_value("s", "x") == 3
 
 
-def test_what_is_no_database_is_refused(tmp_path: Path) -> None:
+def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(NotADatabaseError, match="there is no such file"):
         open_audit(tmp_path / "none.db")
     (tmp_path / "text.db").write_text("not a database, but long enough to be one" * 50, encoding="utf-8")
@@ -641,13 +641,13 @@ def test_what_is_no_database_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("newest_first", [True, False])
 @pytest.mark.parametrize("query", [{"session": "s", "variable": "x"}, {"session": "s"}, {}, {"metadata": {"k": "v"}}])
-def test_a_page_ends_where_it_is_large(tmp_path: Path, query: dict[str, Any], newest_first: bool) -> None:
-    """However many rows were asked for: a page is held in memory."""
+def test_a_page_ends_when_it_is_large(tmp_path: Path, query: dict[str, Any], newest_first: bool) -> None:
+    """No matter how many rows were requested: a page is held in memory."""
     size = 700_000
     with EmbeddedState(tmp_path / "s.db") as state:
         state.initialize_session("s")
         for number in range(12):
-            # Each deletion and each new one of the name is a variable of its own.
+            # After each deletion, the name belongs to a new variable.
             state.register_variable("s", "x", "string", f"{number}{'y' * size}", metadata={"k": "v"})
             state.set_variable("s", "x", f"again {number}{'z' * size}", metadata={"k": "v"})
             state.delete_variable("s", "x")
@@ -659,6 +659,6 @@ def test_a_page_ends_where_it_is_large(tmp_path: Path, query: dict[str, Any], ne
             found += page.rows
             after, pages = page.after, pages + 1
         values = [row.value.json[1:9] for row in found if row.value]
-        told = [text for number in range(12) for text in (f"{number}{'y' * 9}"[:8], f"again {number}zzz"[:8])]
-        assert values == (told[::-1] if newest_first else told)
+        expected = [text for number in range(12) for text in (f"{number}{'y' * 9}"[:8], f"again {number}zzz"[:8])]
+        assert values == (expected[::-1] if newest_first else expected)
         assert pages > 3

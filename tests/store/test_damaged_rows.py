@@ -130,12 +130,12 @@ def ask_everything(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for question in QUESTIONS:
         more = ["--output", str(path.with_name("report.html"))] if question[0] == "report" else []
         code = cli._run(["audit", *question, *more, "--db", str(path)])
-        told = capsys.readouterr()
+        output = capsys.readouterr()
         path.with_name("report.html").unlink(missing_ok=True)
-        assert "Traceback" not in told.out + told.err
-        assert code in (0, 1, 2, 3, 5), (question, told)
+        assert "Traceback" not in output.out + output.err
+        assert code in (0, 1, 2, 3, 5), (question, output)
         if code not in (0, 3):
-            assert re.fullmatch(r"error: .+\n", told.err), (question, told)
+            assert re.fullmatch(r"error: .+\n", output.err), (question, output)
 
 
 def use_everything(path: Path) -> None:
@@ -177,14 +177,14 @@ def error_of(call: Callable[[], object]) -> StateError | None:
     return None
 
 
-def test_the_sound_one_has_no_problems_and_answers_everything(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sound_file_has_no_problems_and_answers_everything(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert problems_of(path) == []
     ask_everything(path, capsys)
     use_everything(path)
 
 
 @pytest.mark.parametrize(("table", "column"), COLUMNS)
-def test_damage_is_found_and_fails_what_needs_it_alone(
+def test_damage_is_found_and_fails_only_what_needs_it(
     sound: Path, path: Path, capsys: pytest.CaptureFixture[str], table: str, column: str
 ) -> None:
     described = tables.tables[table].columns[column]
@@ -211,7 +211,7 @@ class TestAnExecution:
         "change",
         ["status = 'unknown'", "status = ''", "parent_id = execution_id"],
     )
-    def test_that_makes_no_sense_fails_the_questions_about_its_session(
+    def test_that_is_malformed_fails_the_queries_about_its_session(
         self, path: Path, capsys: pytest.CaptureFixture[str], change: str
     ) -> None:
         with closing(sqlite3.connect(path)) as connection:
@@ -236,7 +236,7 @@ class TestAnExecution:
 class TestAVersion:
     @pytest.mark.parametrize("column", ["kind", "source"])
     @pytest.mark.parametrize("code", [-1, 99])
-    def test_of_a_kind_or_source_that_is_none(
+    def test_of_an_invalid_kind_or_source(
         self, path: Path, capsys: pytest.CaptureFixture[str], column: str, code: int
     ) -> None:
         newest = "SELECT max(version) FROM versions WHERE variable_key = 1"
@@ -255,7 +255,7 @@ class TestAnAnswer:
     """That was kept for a SetVariable: it is the number of a version."""
 
     @pytest.mark.parametrize("result", ['"x"', "[2]", "null", '{"a": 1}', "2.5", "{}"])
-    def test_that_its_command_cannot_give(self, path: Path, result: str) -> None:
+    def test_that_its_command_cannot_return(self, path: Path, result: str) -> None:
         assert alter(path, "UPDATE outcomes SET result = ?", result)
         (problem,) = problems_of(path)
         assert problem == (
@@ -273,18 +273,18 @@ class TestAnAnswer:
 
     def test_of_no_command_without_a_hash_at_no_time(self, path: Path) -> None:
         assert alter(path, "UPDATE outcomes SET cause = 'GetVariable', fingerprint = 'x', created_at = ?", LARGE)
-        told = problems_of(path)
-        assert len(told) == 3
-        assert any("'GetVariable'" in problem for problem in told)
+        problems = problems_of(path)
+        assert len(problems) == 3
+        assert any("'GetVariable'" in problem for problem in problems)
 
 
 @pytest.mark.parametrize("range_", [(0, 3), (5, 4), (2, 1_000_000)])
-def test_an_import_of_commits_that_are_not_there(path: Path, range_: tuple[int, int]) -> None:
+def test_an_import_of_commits_that_do_not_exist(path: Path, range_: tuple[int, int]) -> None:
     assert alter(path, "UPDATE imports SET first_sequence = ?, last_sequence = ?", *range_)
     assert any("listed in imports, but they do not exist" in problem for problem in problems_of(path))
 
 
-def test_metadata_that_is_no_text_is_shown_as_what_it_is(path: Path) -> None:
+def test_metadata_that_is_not_text_is_shown_as_json(path: Path) -> None:
     assert alter(path, "UPDATE versions SET metadata = '{\"a\": [1]}' WHERE variable_key = 1 AND version = 1")
     with maintenance.open_audit(path) as source:
         assert source.version("main", "temperature", 1).metadata == {"a": "[1]"}

@@ -1,4 +1,4 @@
-"""Executions and registered tools in the file: what a restart makes of them, and how they keep a session alive."""
+"""Executions and registered tools in the file: how they survive a restart, and keep a session alive."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ ENDINGS = [status for status in ExecutionStatus if status not in (ExecutionStatu
 
 
 class Stored:
-    """A store, and the shortest way to have things done in it."""
+    """A store, with short methods to use it."""
 
     def __init__(self, path: Path, options: StoreOptions | None = None) -> None:
         self.path = path
@@ -73,7 +73,7 @@ class Stored:
         return list(self.run(c.ReadState(session_id)).executions)
 
     def reopen(self) -> "Stored":
-        """A proper end and a new beginning."""
+        """Close it, and open it again."""
         self.close()
         return Stored(self.path)
 
@@ -83,7 +83,7 @@ class Stored:
             self.store.close()
 
     def killed(self) -> "Stored":
-        """A store on what a kill would have left at this moment."""
+        """Open a store on the files that a kill would have left at this moment."""
         path = self.path.with_name("killed.db")
         for suffix in ("", "-wal", ".anchor"):
             if Path(f"{self.path}{suffix}").exists():
@@ -91,7 +91,7 @@ class Stored:
         return Stored(path)
 
     def close_sound(self) -> None:
-        """Close it; its log must add up to its tables."""
+        """Close it, and check that its tables match its log."""
         self.close()
         assert maintenance.check(self.path).problems == ()
 
@@ -156,7 +156,7 @@ def test_the_table_follows_the_journal(stored: Stored) -> None:
 
 
 @pytest.mark.parametrize("status", [COMMITTED, *ENDINGS])
-def test_every_way_to_end_is_sound(stored: Stored, status: ExecutionStatus) -> None:
+def test_every_status_leaves_a_sound_file(stored: Stored, status: ExecutionStatus) -> None:
     begun = stored.begin("key")
     stored.end(begun, status, result=Value("1") if status is COMMITTED else None)
     assert status_of(stored.path, begun) == status.value
@@ -166,7 +166,7 @@ def test_every_way_to_end_is_sound(stored: Stored, status: ExecutionStatus) -> N
     stored.close_sound()
 
 
-def test_what_an_execution_writes_is_there_after_a_restart(stored: Stored) -> None:
+def test_writes_of_an_execution_survive_a_restart(stored: Stored) -> None:
     execution = stored.execution()
     large = Value(json.dumps("é" * INLINE_BYTES))
     origin = Origin("ann", execution.id, Source.PYTHON)
@@ -188,8 +188,8 @@ def test_what_an_execution_writes_is_there_after_a_restart(stored: Stored) -> No
     stored.close_sound()
 
 
-def test_names_change_hands_within_one_execution(stored: Stored) -> None:
-    """The table has one live row of a name: what goes and comes in one commit must not meet there."""
+def test_an_execution_can_reuse_the_name_of_a_variable_that_it_deletes(stored: Stored) -> None:
+    """The table has one live row for each name: within one commit, deletions must come before registrations."""
     execution = stored.execution()
     ids = [stored.run(c.GetVariable("s", "a")).id]
     for number in range(3):
@@ -208,7 +208,7 @@ def test_names_change_hands_within_one_execution(stored: Stored) -> None:
 
 
 def test_an_execution_may_begin_and_end_in_one_group(stored: Stored) -> None:
-    """As when a call is cancelled at once: begun by one command, ended by the next."""
+    """This happens if a call is cancelled immediately: one command begins it, the next ends it."""
     sequence = stored.store.log.head.sequence + 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dspex_persist.state.unit_of_work._TOKENS", iter(["0" * 12] * 9))
@@ -247,7 +247,7 @@ def test_a_group_that_fails_leaves_executions_as_they_were(stored: Stored) -> No
 
 
 @pytest.mark.parametrize("kill", [False, True])
-def test_what_ran_is_interrupted_by_the_next_to_open_the_file(stored: Stored, kill: bool) -> None:
+def test_opening_the_file_interrupts_running_executions(stored: Stored, kill: bool) -> None:
     parent = stored.begin()
     child = stored.begin(parent_id=parent.execution_id)
     begin_session(stored, "t")
@@ -266,8 +266,8 @@ def test_what_ran_is_interrupted_by_the_next_to_open_the_file(stored: Stored, ki
     with pytest.raises(errors.ExecutionNotFoundError):
         opened.run(c.PublishVariable("s", parent.execution_id, "a", Value("1")))
     with closing(sqlite3.connect(f"file:{opened.path}?mode=ro", uri=True)) as connection:
-        told = connection.execute("SELECT actor, cause FROM commits WHERE sequence > ?", [last]).fetchall()
-    assert told == [("dspex-persist", "recovery")] * 2
+        origins = connection.execute("SELECT actor, cause FROM commits WHERE sequence > ?", [last]).fetchall()
+    assert origins == [("dspex-persist", "recovery")] * 2
     ended = bodies(opened.path, "execution_ended")[-3:]
     assert {(body["status"], body["reason"]) for body in ended} == {("interrupted", "the server ended while it ran")}
     again = opened.reopen()
@@ -275,7 +275,7 @@ def test_what_ran_is_interrupted_by_the_next_to_open_the_file(stored: Stored, ki
     again.close_sound()
 
 
-def test_what_it_had_staged_is_gone_and_what_it_had_published_is_not(stored: Stored) -> None:
+def test_staged_writes_are_lost_and_published_ones_kept(stored: Stored) -> None:
     execution = stored.execution()
     execution.run(c.SetVariable("s", "a", Value("5")), ANN)
     stored.run(c.PublishVariable("s", execution.id, "b", Value("7")))
@@ -285,10 +285,10 @@ def test_what_it_had_staged_is_gone_and_what_it_had_published_is_not(stored: Sto
     opened.close_sound()
 
 
-def test_a_full_disk_keeps_nobody_from_opening_and_is_made_up_for(
+def test_a_full_disk_does_not_prevent_opening_and_interruptions_are_recorded_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With room again, the next sweep says what ended; what has begun in between goes on."""
+    """Once there is space again, the next sweep records the ends; executions begun in between continue."""
     stored = Stored(tmp_path / "sessions.db")
     begin_session(stored)
     stale = [stored.begin() for _ in range(200)]
@@ -357,7 +357,7 @@ def test_running_executions_are_there_when_the_session_is_read_from_the_file(tmp
 @pytest.mark.parametrize("result", [None, Value('{"é":[1,null]}'), Value("{}", b"\x00\xff")])
 def test_a_key_finds_its_result_after_a_restart(stored: Stored, result: Value | None) -> None:
     begun = stored.begin("key", parameters={"x": Value("1")}, attempt=3)
-    # Others end in the same commit: the right one has to be found among them.
+    # Others end in the same commit: the right one must be found among them.
     child = stored.begin(parent_id=begun.execution_id)
     verdict = Verdict(begun.execution_id, COMMITTED, result, attempt=3)
     finished = stored.run(c.FinishExecution("s", verdict, (Verdict(child.execution_id, COMMITTED, Value("0")),)))
@@ -374,7 +374,9 @@ def test_a_key_finds_its_result_after_a_restart(stored: Stored, result: Value | 
 
 
 @pytest.mark.parametrize("status", ENDINGS)
-def test_a_key_of_what_did_not_commit_begins_anew_after_a_restart(stored: Stored, status: ExecutionStatus) -> None:
+def test_the_key_of_a_failed_execution_can_be_used_again_after_a_restart(
+    stored: Stored, status: ExecutionStatus
+) -> None:
     begun = stored.begin("key")
     stored.end(begun, status)
     stored = stored.reopen()
@@ -388,7 +390,7 @@ def test_a_key_of_what_did_not_commit_begins_anew_after_a_restart(stored: Stored
     stored.close_sound()
 
 
-def test_a_key_of_what_was_interrupted_begins_anew(stored: Stored) -> None:
+def test_the_key_of_an_interrupted_execution_can_be_used_again(stored: Stored) -> None:
     begun = stored.begin("key")
     opened = stored.killed()
     again = opened.begin("key")
@@ -407,8 +409,8 @@ def test_keys_end_with_their_session(stored: Stored) -> None:
     stored.close_sound()
 
 
-def test_keys_of_executions_outlast_answers_to_other_requests(tmp_path: Path) -> None:
-    """The journal is never forgotten, so neither is what it answers."""
+def test_keys_of_executions_outlast_those_of_other_requests(tmp_path: Path) -> None:
+    """The journal is kept, and so are the answers in it."""
     with freeze_time("2030-01-01") as frozen:
         stored = Stored(tmp_path / "sessions.db", StoreOptions(outcome_retention_s=10))
         begin_session(stored)
@@ -442,8 +444,8 @@ def test_a_session_in_which_a_tool_runs_does_not_expire(tmp_path: Path) -> None:
         stored.close_sound()
 
 
-def test_sessions_in_use_keep_no_others_from_being_reclaimed(tmp_path: Path) -> None:
-    """However many there are: a sweep takes a hundred at a time."""
+def test_sessions_in_use_do_not_prevent_others_from_being_swept(tmp_path: Path) -> None:
+    """No matter how many there are: a sweep handles a hundred at a time."""
     with freeze_time("2030-01-01") as frozen:
         stored = Stored(tmp_path / "sessions.db")
         for number in range(120):
@@ -456,8 +458,8 @@ def test_sessions_in_use_keep_no_others_from_being_reclaimed(tmp_path: Path) -> 
         stored.close_sound()
 
 
-def test_a_session_whose_tool_a_kill_has_ended_expires_later(tmp_path: Path) -> None:
-    """It was in use until then: its TTL begins when that is known, and it can be resumed meanwhile."""
+def test_a_session_with_a_killed_execution_expires_later(tmp_path: Path) -> None:
+    """It was in use until then: its TTL begins when the kill is noticed, and it can be resumed meanwhile."""
     with freeze_time("2030-01-01") as frozen:
         stored = Stored(tmp_path / "sessions.db")
         begin_session(stored, ttl_seconds="10")
@@ -484,7 +486,7 @@ FULL = ToolSpec(
 )
 
 
-def test_tools_are_there_after_a_restart(stored: Stored) -> None:
+def test_registered_tools_survive_a_restart(stored: Stored) -> None:
     tools = {
         "far": RegisteredTool(FULL, "w1", "unix:/tmp/w1"),
         "near": RegisteredTool(ToolSpec("near"), "w1", ""),
@@ -532,11 +534,11 @@ def test_a_registration_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
     stored.close_sound()
 
 
-# --- Telling tampering ---
+# --- Detecting tampering ---
 
 
 @pytest.mark.parametrize(
-    ("statement", "told"),
+    ("statement", "problem_text"),
     [
         ("UPDATE executions SET status = 'committed'", "executions.status is 'committed', the log says 'failed'"),
         ("UPDATE executions SET tool = 'another'", "executions.tool is 'another', the log says 'tool'"),
@@ -547,21 +549,21 @@ def test_a_registration_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
         ("INSERT INTO tools SELECT session_key, 'evil', '', '', spec, 1 FROM tools", "no commit of this session"),
     ],
 )
-def test_a_check_tells_what_was_changed(stored: Stored, statement: str, told: str) -> None:
-    """Each column and row of both tables is tried in test_verify."""
+def test_a_check_reports_changes(stored: Stored, statement: str, problem_text: str) -> None:
+    """test_verify changes each column and row of both tables."""
     stored.run(c.RegisterTools("s", "w1", (RegisteredTool(FULL, "w1", "unix:/tmp/w1"),)))
     stored.end(stored.begin(), ExecutionStatus.FAILED)
     stored.close()
     with closing(sqlite3.connect(stored.path, isolation_level=None)) as connection:
         assert connection.execute(statement).rowcount == 1
     (problem,) = maintenance.check(stored.path).problems
-    assert told in problem.what
+    assert problem_text in problem.what
     assert problem.where.startswith("session 's', ")
     open_groups(stored.path).close()
 
 
 @pytest.mark.parametrize("kind", ["tools_registered", "execution_began", "execution_ended"])
-def test_a_check_tells_what_was_changed_in_the_journal(stored: Stored, kind: str) -> None:
+def test_a_check_reports_changes_of_the_journal(stored: Stored, kind: str) -> None:
     stored.run(c.RegisterTools("s", "w1", (RegisteredTool(FULL, "w1", "unix:/tmp/w1"),)))
     stored.end(stored.begin(metadata={"user": "w1"}), ExecutionStatus.FAILED, failure=Failure("ValueError", "w1"))
     stored.close()
@@ -575,7 +577,7 @@ def test_a_check_tells_what_was_changed_in_the_journal(stored: Stored, kind: str
         open_groups(stored.path)
 
 
-# The history of a name that nobody has
+# The history of a name that no variable has any more
 
 
 def history_of(execution: Execution, name: str) -> list[tuple[int, str | None]] | None:
@@ -593,10 +595,10 @@ def make_and_delete(name: str, value: str) -> list[c.Command[Any]]:
 @pytest.mark.parametrize("had_one", [True, False])
 @pytest.mark.parametrize("is_live", [True, False])
 @pytest.mark.parametrize("isolation", list(Isolation))
-def test_what_was_asked_of_a_name_that_is_gone_stays_so_or_conflicts(
+def test_the_history_of_a_deleted_name_stays_the_same_or_conflicts(
     stored: Stored, isolation: Isolation, is_live: bool, had_one: bool
 ) -> None:
-    """Others give the name to another variable meanwhile, and may delete that as well."""
+    """Meanwhile other callers give the name to another variable, and may delete that as well."""
     begin_session(stored)
     if had_one:
         stored.group(*make_and_delete("x", "1"))
@@ -611,7 +613,7 @@ def test_what_was_asked_of_a_name_that_is_gone_stays_so_or_conflicts(
     assert [conflict.name for conflict in finished.conflicts] == (["x"] if expected is not COMMITTED else [])
 
 
-def test_the_name_is_first_asked_for_when_another_one_had_it(stored: Stored) -> None:
+def test_the_history_of_a_name_that_another_variable_had_at_first(stored: Stored) -> None:
     begin_session(stored)
     stored.group(*make_and_delete("x", "1"))
     execution = Execution.begin("s", "tool", Isolation.SNAPSHOT, stored.begin(), ANN, stored.run)
@@ -619,7 +621,7 @@ def test_the_name_is_first_asked_for_when_another_one_had_it(stored: Stored) -> 
     assert history_of(execution, "x") == [(1, None), (0, "1")]
 
 
-def test_who_had_the_name_in_the_same_group_counts(stored: Stored) -> None:
+def test_variables_with_the_name_in_the_same_group_count(stored: Stored) -> None:
     begin_session(stored)
     begin_session(stored, "other")
     stored.group(*make_and_delete("x", "1"))

@@ -1,4 +1,4 @@
-"""The engine in a forked child: every call fails at once and says why, nothing hangs, nothing is written."""
+"""The engine in a forked child: every call fails immediately with a reason, nothing hangs, nothing is written."""
 
 import gc
 import multiprocessing
@@ -64,7 +64,7 @@ def test_every_call_is_refused(state: EmbeddedState, path: Path, call: str) -> N
     CALLS[call](state)
 
 
-def test_what_was_made_before_the_fork_is_refused_too(state: EmbeddedState, path: Path) -> None:
+def test_objects_made_before_the_fork_are_refused_too(state: EmbeddedState, path: Path) -> None:
     context, source = Context(state, "s"), state.audit()
     with state.watch("s") as watch, open_audit(path) as beside:
         calls: list[Callable[[], Any]] = [
@@ -81,7 +81,7 @@ def test_what_was_made_before_the_fork_is_refused_too(state: EmbeddedState, path
 
 
 def test_a_stream_that_was_open_before_the_fork_is_refused(path: Path) -> None:
-    """Its chunks are yielded in the parent, by threads that the child does not have; there it goes on."""
+    """Its chunks are yielded by threads that exist only in the parent, where it continues."""
     with connect(path, tools=CONTRACT_TOOLS) as state:
         state.initialize_session("s")
         state.register_variable("s", "a", "integer", 0)
@@ -162,7 +162,7 @@ def test_children_of_a_busy_process_end_quickly_and_silently(path: Path) -> None
     assert maintenance.check(path).problems == ()
 
 
-def test_a_child_that_outlives_its_parent_keeps_nobody_from_the_file(path: Path) -> None:
+def test_a_child_that_outlives_its_parent_does_not_block_the_file(path: Path) -> None:
     state = connect(path)
     state.initialize_session("s")
     begun, beginning = os.pipe()
@@ -188,7 +188,7 @@ def test_a_child_opens_the_file_once_its_parent_has_closed_it(path: Path) -> Non
     state = connect(path)
     state.initialize_session("s")
     closed, closing = os.pipe()
-    told, telling = os.pipe()
+    heard, telling = os.pipe()
     pid = os.fork()
     if pid == 0:
         signal.alarm(DEADLINE_S)
@@ -200,11 +200,11 @@ def test_a_child_opens_the_file_once_its_parent_has_closed_it(path: Path) -> Non
     state.close()
     os.write(closing, b"!")
     assert os.waitpid(pid, 0)[1] == 0
-    assert os.read(told, 1) == b"!"
+    assert os.read(heard, 1) == b"!"
     with connect(path) as again:
         assert again.get_variable("s", "from_the_child").value.json == "1"
     assert maintenance.check(path).problems == ()
-    for each in (closed, closing, told, telling):
+    for each in (closed, closing, heard, telling):
         os.close(each)
 
 
@@ -240,7 +240,7 @@ SHARED: list[EmbeddedState] = []
 
 
 @pytest.mark.parametrize("way", ["multiprocessing", "concurrent.futures", "subprocess"])
-def test_whoever_forks(state: EmbeddedState, path: Path, way: str) -> None:
+def test_every_way_of_forking_is_refused(state: EmbeddedState, path: Path, way: str) -> None:
     SHARED[:] = [state]
     context = multiprocessing.get_context("fork")
     if way == "multiprocessing":

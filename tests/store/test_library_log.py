@@ -1,4 +1,4 @@
-"""As a library it says nothing on stdout, and what it says elsewhere is for `logging` to say."""
+"""As a library it prints nothing to stdout, and logs only through `logging`."""
 
 import logging
 import subprocess
@@ -37,20 +37,20 @@ with dspex_persist.connect(sys.argv[1], tools=stop_the_loop) as state:
 
 
 @pytest.mark.parametrize("logs", ["not configured", "silenced", "redirected"])
-def test_stdout_is_the_programs(tmp_path: Path, logs: str) -> None:
+def test_stdout_belongs_to_the_program(tmp_path: Path, logs: str) -> None:
     argv = [sys.executable, "-c", PROGRAM, str(tmp_path / "s.db"), logs]
     ended = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True)
     assert ended.stdout == "failed, as it should\n"
-    told = (tmp_path / "s.db.log").read_text() if logs == "redirected" else ended.stderr
+    log = (tmp_path / "s.db.log").read_text() if logs == "redirected" else ended.stderr
     if logs == "silenced":
-        assert told == ""
+        assert log == ""
     else:
-        assert "command failed" in told
-        assert "ZeroDivisionError: a fault of ours" in told
-        assert "tried to stop it; it continues" in told
+        assert "command failed" in log
+        assert "ZeroDivisionError: a fault of ours" in log
+        assert "tried to stop it; it continues" in log
     if logs == "redirected":
         assert ended.stderr == ""
-        assert "dspex_persist.state.groups" in told
+        assert "dspex_persist.state.groups" in log
 
 
 def test_logging_captures_it(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

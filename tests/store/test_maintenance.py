@@ -144,7 +144,7 @@ def test_a_newer_file_is_refused_by_name_unchanged(path: Path, act: Act) -> None
 
 @pytest.mark.parametrize("act", [maintenance.check, back_up, maintenance.stats, prune, maintenance.vacuum])
 @pytest.mark.parametrize("revision", [None, "0000"])
-def test_an_empty_or_older_file_says_how_to_go_on(
+def test_an_empty_or_older_file_is_refused_with_advice(
     tmp_path: Path, path: Path, act: Act, revision: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if revision is None:
@@ -161,15 +161,15 @@ def test_an_empty_or_older_file_says_how_to_go_on(
 
 
 def test_check_of_a_sound_file(path: Path) -> None:
-    told: list[tuple[str, int, int]] = []
-    report = maintenance.check(path, lambda *progress: told.append(progress))
+    reports: list[tuple[str, int, int]] = []
+    report = maintenance.check(path, lambda *progress: reports.append(progress))
     assert report.problems == ()
     assert report.complete
     assert report.anchored
     assert report.revision == REVISION
     assert report.commits > 50
-    assert told[0] == ("checking the pages of the file", 0, 0)
-    assert told[-1] == ("checking commits", report.commits, report.commits)
+    assert reports[0] == ("checking the pages of the file", 0, 0)
+    assert reports[-1] == ("checking commits", report.commits, report.commits)
 
 
 def test_check_of_a_copy_without_an_anchor(path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_torn_anchor_is_none(path: Path) -> None:
     assert not maintenance.check(path).anchored
 
 
-def test_check_tells_of_everything_at_once(path: Path) -> None:
+def test_check_reports_everything_at_once(path: Path) -> None:
     with tampering(path) as connection:
         connection.execute("UPDATE versions SET value = '99' WHERE variable_key = 4 AND version = 1")
         connection.execute("UPDATE blobs SET content = x'00' WHERE blob_key = 1")
@@ -201,7 +201,7 @@ def test_check_tells_of_everything_at_once(path: Path) -> None:
     assert Problem("table versions", "it refers to a row of variables that does not exist") in problems
 
 
-def test_check_reads_what_is_in_the_wal_only(path: Path) -> None:
+def test_check_reads_commits_that_are_only_in_the_wal(path: Path) -> None:
     """A server that was killed leaves its last commits there."""
     with EmbeddedState(path) as provider:
         provider.set_variable("again", "y", {"n": 1})
@@ -229,7 +229,7 @@ def test_check_of_damaged_pages(path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_check_of_a_damaged_first_page_ends_in_words(path: Path, seed: int) -> None:
+def test_check_of_a_damaged_first_page_ends_with_a_reason(path: Path, seed: int) -> None:
     """Where the schema is, and the header: either it is no database any more, or the check says what it sees."""
     print(f"seed {seed}")
     randomly = random.Random(seed)
@@ -288,7 +288,7 @@ def test_upgrade_of_an_empty_file_makes_the_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("act", CHANGING)
-def test_what_changes_the_file_takes_the_lock(path: Path, act: Act) -> None:
+def test_functions_that_change_the_file_take_the_lock(path: Path, act: Act) -> None:
     before = path.read_bytes()
     lock = OwnershipLock(path)
     try:
@@ -302,7 +302,7 @@ def test_what_changes_the_file_takes_the_lock(path: Path, act: Act) -> None:
 
 
 @pytest.mark.parametrize("act", CHANGING)
-def test_what_changes_the_file_refuses_lost_commits(path: Path, act: Act) -> None:
+def test_functions_that_change_the_file_refuse_lost_commits(path: Path, act: Act) -> None:
     with EmbeddedState(path) as provider:
         provider.initialize_session("more")
         provider.cleanup_session("more")
@@ -320,22 +320,22 @@ def test_what_changes_the_file_refuses_lost_commits(path: Path, act: Act) -> Non
 # backup
 
 
-def test_backup_is_a_whole_private_file_of_its_own(path: Path, tmp_path: Path) -> None:
+def test_backup_is_a_single_private_file(path: Path, tmp_path: Path) -> None:
     target = tmp_path / "target.db"
-    told: list[tuple[str, int, int]] = []
-    report = maintenance.backup(path, target, lambda *progress: told.append(progress))
+    reports: list[tuple[str, int, int]] = []
+    report = maintenance.backup(path, target, lambda *progress: reports.append(progress))
     assert report.problems == ()
     assert report.size_bytes == target.stat().st_size
     assert report.commits == maintenance.check(path).commits
     assert dump(target) == dump(path)
     assert target.stat().st_mode & 0o777 == 0o600
     pages = target.stat().st_size // 4096
-    assert ("copying pages", pages, pages) in told
-    assert told[-1][0] == "checking commits"
+    assert ("copying pages", pages, pages) in reports
+    assert reports[-1][0] == "checking commits"
     assert {name for name in names_in(tmp_path) if "target" in name} == {"target.db"}
 
 
-def test_backup_can_be_read_where_nothing_can_be_written(path: Path, tmp_path: Path) -> None:
+def test_backup_can_be_read_from_read_only_media(path: Path, tmp_path: Path) -> None:
     """No WAL of its own: SQLite would have to make files beside it."""
     maintenance.backup(path, tmp_path / "target.db")
     before = names_in(tmp_path)
@@ -343,7 +343,7 @@ def test_backup_can_be_read_where_nothing_can_be_written(path: Path, tmp_path: P
     assert names_in(tmp_path) == before
 
 
-def test_backup_serves_what_was_in_it(path: Path, tmp_path: Path) -> None:
+def test_backup_serves_its_contents(path: Path, tmp_path: Path) -> None:
     maintenance.backup(path, tmp_path / "target.db")
     assert describe(tmp_path / "target.db") == describe(path)
 
@@ -399,7 +399,7 @@ def test_backup_overwrites_nothing(path: Path, tmp_path: Path, there: str) -> No
     assert there != "file" or target.read_text() == "precious"
 
 
-def test_backup_does_not_overwrite_what_came_meanwhile(path: Path, tmp_path: Path) -> None:
+def test_backup_does_not_overwrite_a_file_created_meanwhile(path: Path, tmp_path: Path) -> None:
     target = tmp_path / "target.db"
 
     def on_progress(_step: str, _done: int, _in_all: int) -> None:
@@ -411,7 +411,7 @@ def test_backup_does_not_overwrite_what_came_meanwhile(path: Path, tmp_path: Pat
     assert not list(tmp_path.glob(".*partial*"))
 
 
-def test_backup_to_a_folder_that_is_not_there(path: Path, tmp_path: Path) -> None:
+def test_backup_to_a_missing_folder(path: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="No such file"):
         maintenance.backup(path, tmp_path / "missing" / "target.db")
 
@@ -449,7 +449,7 @@ def test_a_backup_that_is_interrupted_leaves_nothing(path: Path, tmp_path: Path,
 # stats
 
 
-def test_a_backup_whose_target_takes_no_locks_gives_up(
+def test_a_backup_to_a_file_system_without_locks_gives_up(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SQLite reports a file system without locks as busy, for ever."""
@@ -494,7 +494,7 @@ def test_stats_are_true(path: Path) -> None:
     assert report.variables_live == 24
 
 
-def test_stats_tell_what_sharing_saved(path: Path) -> None:
+def test_stats_show_what_sharing_saved(path: Path) -> None:
     """The large text is in four versions, the large bytes in two."""
     report = maintenance.stats(path)
     with EmbeddedState(path) as provider:
@@ -515,7 +515,7 @@ def test_stats_name_the_largest(path: Path) -> None:
     assert sum(share.versions for share in report.largest_sessions) == report.versions
 
 
-def test_stats_without_dbstat_go_by_lengths(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stats_without_dbstat_use_lengths(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = maintenance.stats(path)
     monkeypatch.setattr(sizes, "measure_pages", lambda _: None)
     report = maintenance.stats(path)
@@ -550,7 +550,7 @@ def test_stats_of_a_live_file_show_its_wal(path: Path) -> None:
     assert maintenance.stats(path).wal_bytes == 0
 
 
-def test_a_wal_that_a_reader_holds_is_told_once_and_again_when_it_is_held_again(
+def test_a_held_wal_is_reported_once_and_again_when_it_is_held_again(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guard, "LARGE_WAL_BYTES", 6 * 1024 * 1024)
@@ -561,10 +561,10 @@ def test_a_wal_that_a_reader_holds_is_told_once_and_again_when_it_is_held_again(
         for _ in range(2):
             reader.execute("BEGIN")
             reader.execute("SELECT count(*) FROM commits").fetchall()
-            with capture_logs() as told:
+            with capture_logs() as logs:
                 for number in range(20):
                     provider.set_variable("again", "y", {"n": f"{number}{os.urandom(500_000).hex()}"})
-            warnings = [each for each in told if each["event"] == "WAL is large"]
+            warnings = [each for each in logs if each["event"] == "WAL is large"]
             assert [each["log_level"] for each in warnings] == ["warning"]
             assert warnings[0]["size_bytes"] > guard.LARGE_WAL_BYTES
             assert guard.WAL_IS_HELD in (maintenance.stats(path).warning or "")

@@ -69,7 +69,7 @@ def test_an_asset_is_of_its_revision_and_has_no_side_files(asset: Path) -> None:
 
 @pytest.mark.parametrize("asset", ASSETS, ids=lambda asset: asset.stem)
 @pytest.mark.parametrize("opening", OPENINGS)
-def test_an_old_file_opens_verifies_and_serves_what_was_in_it(
+def test_an_old_file_opens_verifies_and_serves_its_contents(
     asset: Path, tmp_path: Path, opening: Callable[[Path], object]
 ) -> None:
     path = tmp_path / "old.db"
@@ -98,7 +98,7 @@ def test_an_old_file_can_be_written_on(asset: Path, tmp_path: Path) -> None:
     assert maintenance.check(path).problems == ()
 
 
-# The command line of alembic, in a checkout
+# Alembic's own command line, in a checkout
 
 
 @pytest.mark.parametrize("named_by", ["argument", "environment"])
@@ -154,7 +154,7 @@ def test_another_programs_database_is_refused(tmp_path: Path, opening: Callable[
     assert dump(path) == before
 
 
-# Upgrades from one revision to the next, planted: the real ones may do anything
+# Planted upgrades from one revision to the next: the real ones may do anything
 
 _PLANTED = '''"""Planted."""
 
@@ -178,7 +178,7 @@ ENDS = {
 
 
 def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> str:
-    """Let this release have one more migration, which ends with the statement `end`; its revision."""
+    """Add one more migration to this release, which ends with the statement `end`; return its revision."""
     folder = tmp_path / "migrations"
     shutil.copytree(ROOT / "migrations", folder, ignore=shutil.ignore_patterns("__pycache__"))
     script = _PLANTED.format(revision="9001", before=schema.REVISION, end=end)
@@ -210,7 +210,7 @@ def test_a_failing_upgrade_leaves_the_file_as_it_was(
         assert describe(path) == described
 
 
-def test_an_upgrade_makes_a_backup_and_says_so(released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upgrade_makes_and_reports_a_backup(released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = dump(released)
     revision = plant(tmp_path, monkeypatch, "pass")
     assert not maintenance.current(released).is_head

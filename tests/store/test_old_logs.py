@@ -1,4 +1,4 @@
-"""The bytes of existing logs: exports, hash chains, and what an import makes of an export, as they were released."""
+"""The bytes of existing logs stay as they were released: exports, hash chains, and imports of exports."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Who owns a database: by what it is, not by what it is called; and what is on the disk while it is owned."""
+"""Ownership of a database belongs to the file, not to its name; and what is on disk while it is owned."""
 
 import io
 import os
@@ -155,8 +155,8 @@ class TestASecondOwner:
                 open_audit(path).close()
         assert len(list(Path("/dev/fd").iterdir())) == before
 
-    def test_no_descriptor_is_closed_while_somebody_reads(self, path: Path) -> None:
-        """A visitor in the owner's process keeps what SQLite has locked, whoever comes and goes."""
+    def test_no_descriptor_is_closed_while_a_visitor_reads(self, path: Path) -> None:
+        """A reader in the owner's process must not release SQLite's locks when it closes the file."""
         with connect(path) as state:
             state.initialize_session("s")
         with closing(sqlite3.connect(path, isolation_level=None)) as mine:
@@ -170,7 +170,7 @@ class TestASecondOwner:
         assert not path.with_name("x.db-wal").exists()
 
 
-# What the owner's process may do with the file without losing what SQLite has locked
+# What the owner's process may do with the file without losing SQLite's locks
 
 
 def second_connect(path: Path) -> None:
@@ -213,7 +213,7 @@ ACTS: dict[str, Callable[[Path], object]] = {
 
 
 def own_and_die(path: Path, act: str) -> None:
-    """In a process of its own: own the file, do something with it, have a visitor, write, and be killed."""
+    """In another process: own the file, do something with it, have a visitor, write, and be killed."""
     state = EmbeddedState(path)
     state.initialize_session("s")
     state.register_variable("s", "x", "integer", 0)
@@ -254,12 +254,12 @@ def writer_has_ended(state: EmbeddedState) -> bool:
 class TestAFileThatChangesWhileItIsOpen:
     @pytest.mark.parametrize("suffix", ["", "-wal"])
     @pytest.mark.parametrize("spoil", [remove, rename, replace, truncate])
-    def test_takes_no_write_that_would_go_nowhere(
+    def test_accepts_no_write_that_would_be_lost(
         self, state: EmbeddedState, path: Path, suffix: str, spoil: Callable[[Path], None]
     ) -> None:
         state.set_variable("s", "x", 1)
         if suffix == "" and spoil is truncate:
-            # The file itself is empty until then: all is in the WAL.
+            # Until then the file itself is empty, and everything is in the WAL.
             state.engine._groups.sweep()
             engine.checkpoint(state.engine._store._writer, "FULL")
             state.engine._store._guard.note_written()
@@ -271,18 +271,18 @@ class TestAFileThatChangesWhileItIsOpen:
                 call()
 
     @pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])
-    def test_is_noticed_when_nobody_writes(self, path: Path, suffix: str) -> None:
-        told: list[BaseException] = []
-        with EmbeddedState(path, on_fatal=told.append) as state:
+    def test_is_noticed_even_without_writes(self, path: Path, suffix: str) -> None:
+        errors: list[BaseException] = []
+        with EmbeddedState(path, on_fatal=errors.append) as state:
             state.initialize_session("s")
             remove(Path(f"{path}{suffix}"))
             assert writer_has_ended(state)
-            assert isinstance(told[0], FileChangedError)
+            assert isinstance(errors[0], FileChangedError)
             with pytest.raises(FileChangedError):
                 state.get_session("s")
 
     @pytest.mark.parametrize("spoil", [remove, rename, replace])
-    def test_loses_nothing_where_only_its_wal_is_gone(self, path: Path, spoil: Callable[[Path], None]) -> None:
+    def test_loses_nothing_if_only_its_wal_is_gone(self, path: Path, spoil: Callable[[Path], None]) -> None:
         program = (
             "import sys, dspex_persist\n"
             "with dspex_persist.connect(sys.argv[1]) as state: print(state.get_value('s', 'x'))"
@@ -303,7 +303,7 @@ class TestAFileThatChangesWhileItIsOpen:
         with pytest.raises(FileChangedError, match="another program has written to it"):
             state.set_variable("s", "x", 2)
 
-    def test_also_when_nobody_writes(self, state: EmbeddedState, path: Path) -> None:
+    def test_also_without_writes(self, state: EmbeddedState, path: Path) -> None:
         with closing(sqlite3.connect(path)) as other, other:
             other.execute('UPDATE sessions SET metadata = \'{"by": "hand"}\'')
         assert writer_has_ended(state)
@@ -409,7 +409,7 @@ class TestAFolderOfOthers:
         with pytest.raises(NotADatabaseError, match="not a regular file"):
             connect(path)
 
-    def test_a_file_that_others_can_read_is_told(self, path: Path) -> None:
+    def test_a_file_that_others_can_read_is_reported(self, path: Path) -> None:
         connect(path).close()
         path.chmod(0o644)
         with capture_logs() as logs:
@@ -439,13 +439,13 @@ class TestOptions:
             ("tool_threads", 0, "at least 1"),
         ],
     )
-    def test_that_cannot_be_are_refused_by_name(self, path: Path, option: str, value: object, says: str) -> None:
+    def test_invalid_ones_are_refused_by_name(self, path: Path, option: str, value: object, says: str) -> None:
         with pytest.raises(InvalidArgumentError, match=f"invalid {option}: .*{says}"):
             connect(path, **{option: value})
         assert list(path.parent.iterdir()) == []
 
     @pytest.mark.parametrize("limit", [each.name for each in fields(Limits)])
-    def test_nor_are_limits_that_are_none(self, path: Path, limit: str) -> None:
+    def test_so_are_invalid_limits(self, path: Path, limit: str) -> None:
         for value, says in (("5", "not a whole number"), (-1, "at least 1"), (None, "not a whole number")):
             limits = Limits(**{limit: value})  # type: ignore[arg-type]
             with pytest.raises(InvalidArgumentError, match=rf"invalid limits\.{limit}: .*{says}"):
@@ -453,11 +453,11 @@ class TestOptions:
         assert list(path.parent.iterdir()) == []
 
     @pytest.mark.parametrize("value", ["5", 0, -1, float("nan"), float("inf"), True, None, 10**400])
-    def test_a_server_s_patience_is_a_time(self, value: Any) -> None:
+    def test_the_stall_timeout_of_a_server_is_a_time(self, value: Any) -> None:
         with pytest.raises(InvalidArgumentError, match=r"invalid timeout_s: it (must be|is too large)"):
             connect("grpc://127.0.0.1:1", timeout_s=value)
 
-    def test_nobody_s_home_is_made_in_the_folder_that_one_is_in(self) -> None:
+    def test_an_unknown_home_folder_is_not_created_in_the_working_directory(self) -> None:
         with pytest.raises(NotADatabaseError, match=r"no folder ~; ~ is a home only to a shell.*expanduser\(\)"):
             connect("~/x.db")
 
@@ -492,7 +492,7 @@ class TestOptions:
         (b"..", "Is a directory"),
     ],
 )
-def test_a_name_that_no_database_can_have_is_refused_in_words(tmp_path: Path, name: bytes, reason: str) -> None:
+def test_an_impossible_file_name_is_refused_with_a_reason(tmp_path: Path, name: bytes, reason: str) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     path = folder / os.fsdecode(name)
@@ -505,20 +505,20 @@ def test_a_name_that_no_database_can_have_is_refused_in_words(tmp_path: Path, na
     assert [each for each in tmp_path.rglob("*") if each.is_file()] == []
 
 
-def test_a_folder_of_a_strange_name_is_refused_in_words(tmp_path: Path) -> None:
+def test_a_folder_with_a_strange_name_is_refused_with_a_reason(tmp_path: Path) -> None:
     (tmp_path / "a\x1bb").mkdir()
     with pytest.raises(NotADatabaseError) as error:
         connect(tmp_path / "a\x1bb")
     assert str(error.value) == rf"cannot open {tmp_path}/a\x1bb: Is a directory"
 
 
-def test_the_root_is_no_database() -> None:
+def test_the_root_folder_is_not_a_database() -> None:
     with pytest.raises(NotADatabaseError, match="it is a folder: name a file in it"):
         connect("/")
 
 
 @pytest.mark.parametrize("act", [open_audit, maintenance.check])
-def test_a_missing_file_is_named_in_words_that_can_be_printed(tmp_path: Path, act: Callable[[Path], object]) -> None:
+def test_the_name_of_a_missing_file_is_printable(tmp_path: Path, act: Callable[[Path], object]) -> None:
     with pytest.raises(NotADatabaseError) as error:
         act(tmp_path / os.fsdecode(b"\xff\x1b.db"))
     assert r"\udcff\x1b.db" in str(error.value)

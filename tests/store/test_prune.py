@@ -347,10 +347,10 @@ def test_a_watch_that_resumes_before_what_was_pruned(provider: EmbeddedState) ->
     begun = provider.head_sequence
     provider.prune(keep(2), confirm=True)
     with EmbeddedState.watch(provider, "s", after_sequence=1) as watch:
-        told = []
+        updates = []
         while watch.position < begun:
-            told += watch.pull()
-    assert [(update.kind, update.variable.name, update.variable.value.json) for update in told] == [
+            updates += watch.pull()
+    assert [(update.kind, update.variable.name, update.variable.value.json) for update in updates] == [
         (UpdateKind.VALUE_CHANGE, "gone", "2"),
         (UpdateKind.DELETED, "gone", "2"),
         (UpdateKind.VALUE_CHANGE, "x", "3"),
@@ -505,10 +505,10 @@ def test_a_watch_is_not_disturbed(provider: EmbeddedState) -> None:
         write(provider, 5)
         provider.prune(keep(2), confirm=True)
         write(provider, 1)
-        told: list[int] = []
-        while len(told) < 6:
-            told += [update.variable.version for update in watch.pull()]
-    assert told == [1, 2, 3, 4, 5, 6]
+        versions: list[int] = []
+        while len(versions) < 6:
+            versions += [update.variable.version for update in watch.pull()]
+    assert versions == [1, 2, 3, 4, 5, 6]
 
 
 def test_large_contents_go_with_their_last_version(provider: EmbeddedState, path: Path) -> None:
@@ -671,7 +671,7 @@ def test_others_write_and_read_meanwhile(provider: EmbeddedState, monkeypatch: p
     writer.start()
     started.wait(DEADLINE_S)
     seen: list[tuple[str, int, int]] = []
-    report = provider.prune(keep(1, session_id="t"), confirm=True, progress=lambda *told: seen.append(told))
+    report = provider.prune(keep(1, session_id="t"), confirm=True, progress=lambda *report: seen.append(report))
     writer.join()
     assert (report.versions, report.markers) == (1000, 20)
     assert written == list(range(1, 51))

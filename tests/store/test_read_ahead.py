@@ -1,4 +1,4 @@
-"""What a command's values are is found out before its turn: the writer reads none of them."""
+"""A command's values are parsed before its turn: the writer parses none of them."""
 
 import threading
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ def state(tmp_path: Path) -> Iterator[EmbeddedState]:
 
 @pytest.fixture
 def readers(state: EmbeddedState, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The threads that have read a large text, in order."""
+    """The threads that have parsed a large text, in order."""
     read, threads = json_text.read, list[str]()
 
     def noting(text: str) -> object:
@@ -78,13 +78,13 @@ class TestWhoReads:
         ],
     )
     @pytest.mark.parametrize("origin", [None, KEYED])
-    def test_whoever_submits(
+    def test_the_submitting_thread(
         self, state: EmbeddedState, readers: list[str], command: c.Command[Any], origin: Origin | None
     ) -> None:
         state.submit(command, origin).result()
         assert readers == ["MainThread"]
 
-    def test_of_a_session_that_is_not_in_memory_too(
+    def test_also_for_a_session_that_is_not_in_memory(
         self, state: EmbeddedState, readers: list[str], tmp_path: Path
     ) -> None:
         state.close()
@@ -94,7 +94,7 @@ class TestWhoReads:
             assert again.get_variable("s", "vector").value == FLOATS
 
     @pytest.mark.parametrize(("name", "times"), [("fill", 2), ("show", 1)])
-    def test_a_tool_s_own_thread_once_however_often_it_is_carried_out(
+    def test_a_tool_s_thread_once_even_if_it_is_carried_out_again(
         self, state: EmbeddedState, readers: list[str], name: str, times: int
     ) -> None:
         assert Context(state, "s").call(name) is None
@@ -102,9 +102,7 @@ class TestWhoReads:
         assert WRITER not in readers
         assert state.get_variable("s", "numbers").value == LONG
 
-    def test_begins_of_executions_under_a_key_are_told_apart_by_who_submits(
-        self, state: EmbeddedState, readers: list[str]
-    ) -> None:
+    def test_the_submitter_fingerprints_executions_with_a_key(self, state: EmbeddedState, readers: list[str]) -> None:
         begin = c.BeginExecution("s", "tool", {"numbers": LONG}, idempotency_key="k")
         spaced = c.BeginExecution("s", "tool", {"numbers": Value(f" {LONG.json}")}, idempotency_key="k")
         other = c.BeginExecution("s", "tool", {"numbers": FLOATS}, idempotency_key="k")
@@ -116,13 +114,13 @@ class TestWhoReads:
             state.run(other)
         assert readers == ["MainThread"] * 3
 
-    def test_little_ones_the_writer(self, state: EmbeddedState) -> None:
+    def test_the_writer_reads_small_values(self, state: EmbeddedState) -> None:
         command = c.SetVariable("s", "count", Value("1"))
         assert state.run(command) == 1
         assert command.ahead is None
 
 
-class TestWhatComesOfIt:
+class TestResults:
     @pytest.mark.parametrize(
         ("name", "value"),
         [
@@ -141,15 +139,15 @@ class TestWhatComesOfIt:
             return str(refused.value)
 
         command = c.SetVariable("s", name, value)
-        told = refusal(lambda: state.run(command))
+        error = refusal(lambda: state.run(command))
         assert command.ahead is not None
         one = c.SetVariables("s", {name: value, "nobody": Value("1")})
-        assert state.run(one).errors[name] == told
+        assert state.run(one).errors[name] == error
 
         state.initialize_session("other")
         kept = state.get_variable("s", name)
         type_name, constraints = kept.type, kept.constraints
-        assert refusal(lambda: state.run(c.RegisterVariable("other", name, type_name, value, constraints))) == told
+        assert refusal(lambda: state.run(c.RegisterVariable("other", name, type_name, value, constraints))) == error
 
     def test_one_value_for_many_names_is_read_once(self, state: EmbeddedState, readers: list[str]) -> None:
         for name in ("a", "b"):
@@ -163,8 +161,8 @@ class TestWhatComesOfIt:
         errors = state.run(c.SetVariables("s", dict.fromkeys(("count", "another"), LONG))).errors
         assert [name in errors[name] for name in ("count", "another")] == [True, True]
 
-    def test_the_order_of_submitting_stays_where_nothing_is_waited_for(self, state: EmbeddedState) -> None:
-        """What the variable is by its turn nobody knew: then the writer reads after all."""
+    def test_the_order_of_submission_is_kept_without_waiting(self, state: EmbeddedState) -> None:
+        """The type of the variable was not known when the command was submitted: then the writer parses the value."""
         submitted: list[Future[Any]] = [
             state.submit(each)
             for each in (
@@ -181,7 +179,7 @@ class TestWhatComesOfIt:
         assert results[5] == 1
         assert state.get_variable("s", "x").value == FLOATS
 
-    def test_a_command_that_is_submitted_again_goes_by_what_is_there_now(self, state: EmbeddedState) -> None:
+    def test_a_command_submitted_again_uses_the_current_state(self, state: EmbeddedState) -> None:
         command = c.SetVariable("s", "numbers", LONG)
         state.run(command)
         state.delete_variable("s", "numbers")
@@ -200,9 +198,9 @@ class TestWhatComesOfIt:
 
 
 class TestWhoReadsItFirst:
-    """`read_ahead` by hand, as servers do."""
+    """Call `read_ahead` explicitly, like a server."""
 
-    def test_what_was_replaced_since_is_not_read_by_the_writer(self, state: EmbeddedState, readers: list[str]) -> None:
+    def test_a_value_replaced_since_is_not_read_by_the_writer(self, state: EmbeddedState, readers: list[str]) -> None:
         command = c.SetVariables("s", {"count": Value("1"), "numbers": LONG})
         assert state.read_ahead(command)
         state.delete_variable("s", "numbers")

@@ -102,7 +102,7 @@ def listing(folder: Path) -> dict[str, tuple[int, int]]:
 
 @AS_ROOT
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_a_closed_file_is_read_where_nothing_can_be_written(shared: Path, path: Path, command: tuple[str, ...]) -> None:
+def test_a_closed_file_is_read_in_a_read_only_folder(shared: Path, path: Path, command: tuple[str, ...]) -> None:
     if command[0] == "audit":
         for suffix in (".lock", ".anchor"):
             Path(f"{shared}{suffix}").unlink()
@@ -115,7 +115,9 @@ def test_a_closed_file_is_read_where_nothing_can_be_written(shared: Path, path: 
 
 @AS_ROOT
 @pytest.mark.parametrize("command", [COMMANDS[0], COMMANDS[4], COMMANDS[6]], ids=" ".join)
-def test_a_file_that_was_killed_says_what_to_do_there(shared: Path, path: Path, command: tuple[str, ...]) -> None:
+def test_the_file_of_a_killed_process_is_refused_with_advice_there(
+    shared: Path, path: Path, command: tuple[str, ...]
+) -> None:
     program = "import os, sys, dspex_persist; dspex_persist.connect(sys.argv[1]).initialize_session('t'); os.kill(0, 0)"
     program = program.replace("os.kill(0, 0)", f"os.kill(os.getpid(), {int(signal.SIGKILL)})")
     subprocess.run([sys.executable, "-c", program, shared], timeout=DEADLINE_S, check=False)
@@ -127,7 +129,7 @@ def test_a_file_that_was_killed_says_what_to_do_there(shared: Path, path: Path, 
 
 
 @AS_ROOT
-def test_a_file_that_is_served_is_read_there_as_well(shared: Path, path: Path) -> None:
+def test_a_served_file_is_read_there_as_well(shared: Path, path: Path) -> None:
     shared.parent.chmod(0o755)
     shared.chmod(0o644)
     with connect(shared) as state:
@@ -138,7 +140,7 @@ def test_a_file_that_is_served_is_read_there_as_well(shared: Path, path: Path) -
 
 
 @AS_ROOT
-def test_who_may_not_read_is_told_so(shared: Path, path: Path) -> None:
+def test_a_missing_right_to_read_is_reported(shared: Path, path: Path) -> None:
     shared.chmod(0o400)
     result = as_stranger("db", "check", "--db", shared, original=path)
     assert result.returncode == 5
@@ -146,13 +148,13 @@ def test_who_may_not_read_is_told_so(shared: Path, path: Path) -> None:
 
 
 @AS_ROOT
-def test_who_may_not_write_is_told_how_to_read(shared: Path, path: Path) -> None:
+def test_a_missing_right_to_write_is_reported_with_advice(shared: Path, path: Path) -> None:
     result = as_stranger(shared, original=path, program="import dspex_persist; dspex_persist.connect(path)")
     assert "NotADatabaseError" in result.stderr
     assert "dspex_persist.open_audit" in result.stderr
 
 
-def test_what_is_opened_for_writing_meanwhile_is_no_answer(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_opened_for_writing_meanwhile_is_read_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that took the file for one at rest must not trust what it saw once a server has begun to write."""
     monkeypatch.setattr(engine, "_can_write", lambda _: False)
     with open_audit(path) as audit:
@@ -341,7 +343,7 @@ def test_nor_an_error_of_the_system(path: Path, monkeypatch: pytest.MonkeyPatch,
     connect(path).close()
 
 
-def test_too_many_open_files_is_said(path: Path) -> None:
+def test_too_many_open_files_is_reported(path: Path) -> None:
     program = (
         "import resource, sys, dspex_persist, os\n"
         "dspex_persist.open_audit(sys.argv[1]).close()\n"
@@ -370,7 +372,7 @@ def test_too_many_open_files_is_said(path: Path) -> None:
     assert result.stdout == f"ReadFailedError {path} {said}\n3\n"
 
 
-def test_nobody_waits_for_a_connection(path: Path) -> None:
+def test_no_caller_waits_for_a_connection(path: Path) -> None:
     """More readers than connections that are kept: each gets one of its own."""
     readers = engine.open_readers(path, size=1)
     with engine.snapshot(readers) as one, engine.snapshot(readers) as two:

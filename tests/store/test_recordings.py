@@ -109,7 +109,7 @@ def sessions(path: Path) -> list[tuple[str, int]]:
 # --- Export ---
 
 
-def test_everything_comes_back_as_it_was(filled: Path, tmp_path: Path) -> None:
+def test_an_import_restores_everything(filled: Path, tmp_path: Path) -> None:
     target = tmp_path / "target.db"
     with EmbeddedState(target) as state:
         state.initialize_session("there")
@@ -154,7 +154,7 @@ def test_no_snapshot_is_held_while_a_recording_is_read(state: EmbeddedState, pat
     assert len(list(commits)) == 601
 
 
-def test_of_several_sessions_of_an_id_the_newest_or_the_one_that_is_named(state: EmbeddedState, path: Path) -> None:
+def test_of_several_sessions_with_an_id_the_newest_or_the_one_named(state: EmbeddedState, path: Path) -> None:
     state.cleanup_session("s")
     state.initialize_session("s")
     assert [len(exported(path, **more).splitlines()) - 1 for more in ({}, {"started": 1}, {"started": 4})] == [1, 3, 1]
@@ -173,15 +173,15 @@ def test_values_of_sensitive_variables_are_left_out(state: EmbeddedState, path: 
     assert "secret" not in masked
     header, commits = read_recording(io.StringIO(masked))
     assert header.masked
-    told = [each for commit in commits for each in commit.versions if each.name == "key"]
-    assert [(each.masked, each.value) for each in told] == [(True, None)] * 3 + [(False, None)]
+    versions = [each for commit in commits for each in commit.versions if each.name == "key"]
+    assert [(each.masked, each.value) for each in versions] == [(True, None)] * 3 + [(False, None)]
     assert "secret 1" in exported(path, reveal=True)
     assert '"masked": false' in exported(path, reveal=True)
     assert [head.masked for head, _ in (state.record("s"), state.record("s", reveal=True))] == [True, False]
 
 
 @pytest.mark.parametrize("said", ["True", "TRUE", "true"])
-def test_sensitive_is_said_in_upper_or_lower_case(state: EmbeddedState, path: Path, said: str) -> None:
+def test_sensitive_is_case_insensitive(state: EmbeddedState, path: Path, said: str) -> None:
     state.register_variable("s", "key", "string", "secret", metadata={"sensitive": said})
     assert "secret" not in exported(path)
     with state.audit() as audit:
@@ -231,7 +231,7 @@ def test_the_file_appears_whole_or_not_at_all(
     assert exported_files(path) == ["s.jsonl"]
 
 
-def test_what_cannot_be_written_to_is_said(state: EmbeddedState, path: Path) -> None:
+def test_a_target_that_cannot_be_written_is_reported(state: EmbeddedState, path: Path) -> None:
     for target in (path.with_name("missing") / "s.jsonl", path.parent, Path("/dev/full")):
         with pytest.raises(InvalidArgumentError, match="cannot write"):
             transfer.export_session(path, "s", target)
@@ -242,13 +242,13 @@ def test_what_cannot_be_written_to_is_said(state: EmbeddedState, path: Path) -> 
         full.close()
 
 
-def test_progress_is_told(state: EmbeddedState, path: Path, other: Path) -> None:
+def test_progress_is_reported(state: EmbeddedState, path: Path, other: Path) -> None:
     write(state, range(250))
-    told: list[tuple[str, int, int]] = []
-    text = exported(path, progress=lambda *now: told.append(now))
-    imported(other, text, progress=lambda *now: told.append(now))
+    reports: list[tuple[str, int, int]] = []
+    text = exported(path, progress=lambda *now: reports.append(now))
+    imported(other, text, progress=lambda *now: reports.append(now))
     for step in ("writing commits", "importing commits"):
-        assert [now[1:] for now in told if now[0] == step] == [(0, 252), (100, 252), (200, 252), (252, 252)]
+        assert [now[1:] for now in reports if now[0] == step] == [(0, 252), (100, 252), (200, 252), (252, 252)]
 
 
 def test_memory_does_not_hold_the_session(state: EmbeddedState, path: Path, other: Path) -> None:
@@ -291,13 +291,15 @@ def test_the_example_on_the_page_is_a_recording(other: Path) -> None:
     assert exported(other) == text
 
 
-def test_the_file_is_made_where_it_is_missing(state: EmbeddedState, path: Path) -> None:
+def test_a_missing_file_is_created(state: EmbeddedState, path: Path) -> None:
     target = path.with_name("new.db")
     assert wiring.import_session(target, io.StringIO(exported(path))).commits == 2
     assert maintenance.check(target).problems == ()
 
 
-def test_an_id_that_lives_is_refused_and_another_one_is_taken(state: EmbeddedState, path: Path, other: Path) -> None:
+def test_the_id_of_a_live_session_is_refused_and_another_accepted(
+    state: EmbeddedState, path: Path, other: Path
+) -> None:
     text = exported(path)
     imported(other, text)
     before = content(other)
@@ -313,7 +315,7 @@ def test_an_id_that_lives_is_refused_and_another_one_is_taken(state: EmbeddedSta
     assert maintenance.check(other).problems == ()
 
 
-def test_a_session_whose_time_is_over_is_in_nobodys_way(path: Path, other: Path) -> None:
+def test_an_expired_session_does_not_prevent_an_import(path: Path, other: Path) -> None:
     with freeze_time(START) as clock:
         with EmbeddedState(other) as there:
             there.initialize_session("s", {"ttl_seconds": "60"})
@@ -367,7 +369,7 @@ def test_a_refused_recording_makes_no_file(state: EmbeddedState, path: Path, tmp
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_store_goes_on_after_an_import_that_failed(state: EmbeddedState, path: Path, other: Path) -> None:
+def test_a_store_continues_after_a_failed_import(state: EmbeddedState, path: Path, other: Path) -> None:
     """What it knows of keys and numbers is what the file says again."""
     store = open_groups(other)
     good = [transfer.Job(c.ImportCommit("s", each), transfer._IMPORT) for each in state.record("s")[1]]
@@ -421,7 +423,7 @@ def test_limits_are_those_of_the_importing_store(state: EmbeddedState, path: Pat
     assert sessions(other) == [("there", 1)]
 
 
-def test_what_ran_is_interrupted(state: EmbeddedState, path: Path, other: Path) -> None:
+def test_running_executions_are_interrupted(state: EmbeddedState, path: Path, other: Path) -> None:
     begun = state.run(c.BeginExecution("s", "tool", idempotency_key="key"))
     report = imported(other, exported(path))
     assert (report.commits, report.interrupted) == (4, 1)
@@ -434,7 +436,7 @@ def test_what_ran_is_interrupted(state: EmbeddedState, path: Path, other: Path) 
     assert maintenance.check(other).problems == ()
 
 
-def test_a_key_that_was_used_is_answered_as_before(state: EmbeddedState, path: Path, other: Path) -> None:
+def test_a_used_key_returns_the_same_answer(state: EmbeddedState, path: Path, other: Path) -> None:
     begun = state.run(c.BeginExecution("s", "tool", idempotency_key="key"))
     verdict = Verdict(begun.execution_id, ExecutionStatus.COMMITTED, Value("7"))
     state.run(c.FinishExecution("s", verdict))
@@ -497,7 +499,7 @@ def test_a_fork_is_the_session_as_of_a_point(state: EmbeddedState, path: Path) -
     assert maintenance.check(path).problems == ()
 
 
-def test_forks_are_refused_where_there_is_nothing_to_fork_or_no_room(state: EmbeddedState) -> None:
+def test_forks_are_refused_without_a_source_or_beyond_the_limits(state: EmbeddedState) -> None:
     state.initialize_session("t")
     with pytest.raises(SessionExistsError):
         state.fork_session("s", "t")
@@ -511,7 +513,7 @@ def test_forks_are_refused_where_there_is_nothing_to_fork_or_no_room(state: Embe
     assert [each.name for each in state.fork_session("s", "new", f"{state.head_sequence}^").variables] == ["x"]
 
 
-def test_a_fork_of_a_copy_in_the_same_file_is_of_the_copy(state: EmbeddedState, path: Path) -> None:
+def test_a_fork_of_a_copy_in_the_same_file_forks_the_copy(state: EmbeddedState, path: Path) -> None:
     """Both have variables of the same ids."""
     state.register_variable("s", "y", "integer", 0)
     state.add_dependency("s", "x", "y")

@@ -1,4 +1,4 @@
-"""Putting a backup in the place of a database: what is refused, and what is there whatever comes in between."""
+"""Replacing a database with a backup: what is refused, and which files exist after a failure or a kill at any step."""
 
 import errno
 import hashlib
@@ -50,7 +50,7 @@ WRITE_AND_DIE = textwrap.dedent(f"""
         if version == {BACKED_UP}:
             maintenance.backup(folder / "s.db", folder / "b.db")
         if version == {CLOSED}:
-            # What is in the WAL is not all of it from here on.
+            # From here on, the WAL does not contain everything.
             state.close()
             state = EmbeddedState(folder / "s.db")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -59,7 +59,7 @@ WRITE_AND_DIE = textwrap.dedent(f"""
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a database whose server was killed, and a backup of before. Only to be read."""
+    """A folder with a database whose server was killed, and an earlier backup. Do not write to it."""
     folder = tmp_path_factory.mktemp("killed")
     died = subprocess.run([sys.executable, "-c", WRITE_AND_DIE, folder], check=False, timeout=within(60))
     assert died.returncode == -signal.SIGKILL
@@ -69,7 +69,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def path(killed: Path, tmp_path: Path) -> Path:
-    """The database in a copy of it."""
+    """The database in a copy of that folder."""
     shutil.copytree(killed, tmp_path / "copy")
     return tmp_path / "copy" / "s.db"
 
@@ -89,16 +89,16 @@ def digest(path: Path) -> str:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """What is in each file that somebody could miss."""
-    found = {path.name: digest(path) for path in folder.iterdir() if path.stat().st_size}
-    return {name: content for name, content in found.items() if not name.endswith(("-shm", ".lock"))}
+    """Return the digests of all files that a user could miss."""
+    digests = {path.name: digest(path) for path in folder.iterdir() if path.stat().st_size}
+    return {name: content for name, content in digests.items() if not name.endswith(("-shm", ".lock"))}
 
 
-# What state the database is in
+# The state of the database
 
 
 def as_killed(path: Path) -> None:
-    """Most of it is in the WAL."""
+    """Most of its content is in the WAL."""
 
 
 def as_closed(path: Path) -> None:
@@ -106,12 +106,12 @@ def as_closed(path: Path) -> None:
 
 
 def copied_over(path: Path) -> None:
-    """As people restore without the command: the old one's WAL is still there."""
+    """Like a restore without the command: the old file's WAL is still there."""
     path.write_bytes(backup_of(path).read_bytes())
 
 
 def without_wal(path: Path) -> None:
-    """Commits that the anchor remembers are gone."""
+    """Commits that the anchor has recorded are missing."""
     path.with_name("s.db-wal").unlink()
 
 
@@ -133,7 +133,7 @@ UNUSABLE: tuple[Damage, ...] = (copied_over, without_wal, overwritten, empty, mi
 
 
 @pytest.mark.parametrize("damage", [*USABLE, *UNUSABLE])
-def test_the_backup_is_there_and_what_was_there_is_kept(path: Path, damage: Damage) -> None:
+def test_the_backup_takes_the_place_of_the_old_file_which_is_kept(path: Path, damage: Damage) -> None:
     damage(path)
     before = contents(path.parent)
     report = maintenance.restore(backup_of(path), path)
@@ -144,19 +144,19 @@ def test_the_backup_is_there_and_what_was_there_is_kept(path: Path, damage: Dama
     if report.aside is not None and damage in USABLE:
         assert newest_in(report.aside) == NEWEST
     else:
-        # Evidence stays as it was, to the byte.
+        # A damaged file is evidence, and stays the same, byte for byte.
         assert set(before.values()) <= set(contents(path.parent).values())
     assert not list(path.parent.glob(".*"))
 
 
-def test_a_restored_database_goes_on(path: Path) -> None:
+def test_a_restored_database_can_be_written(path: Path) -> None:
     maintenance.restore(backup_of(path), path)
     with EmbeddedState(path) as state:
         assert state.set_variable("s", "x", "after") == BACKED_UP + 1
     assert newest_in(path) == BACKED_UP + 1
 
 
-def test_what_was_replaced_can_be_restored_in_turn(path: Path) -> None:
+def test_the_replaced_file_can_be_restored_in_turn(path: Path) -> None:
     report = maintenance.restore(backup_of(path), path)
     assert report.aside is not None
     maintenance.restore(report.aside, path)
@@ -184,7 +184,7 @@ def test_an_older_backup_is_upgraded_on_the_way(path: Path) -> None:
     assert not [name for name in contents(path.parent) if name.startswith(".")]
 
 
-# Refused, and nothing is changed
+# Refusals, which change nothing
 
 
 def assert_refused(error: type[Exception], words: str, backup: Path, path: Path) -> None:
@@ -213,7 +213,7 @@ def test_another_name_of_the_database_as_its_backup(path: Path, link: Callable[[
     assert_refused(InvalidArgumentError, "is the database itself", path.with_name("other.db"), path)
 
 
-def test_a_backup_that_is_not_there(path: Path) -> None:
+def test_a_missing_backup(path: Path) -> None:
     assert_refused(NotADatabaseError, "no such file", path.with_name("nowhere.db"), path)
     path.unlink()
     assert_refused(NotADatabaseError, "no such file", path.with_name("nowhere.db"), path)
@@ -226,7 +226,7 @@ def test_a_backup_of_a_newer_release(path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"no database at all\n" * 500])
-def test_a_backup_that_is_none(path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_backup(path: Path, content: bytes) -> None:
     backup_of(path).write_bytes(content)
     assert_refused(NotADatabaseError, "b.db", backup_of(path), path)
 
@@ -252,8 +252,8 @@ def test_a_backup_with_problems(path: Path) -> None:
     assert contents(path.parent) == before
 
 
-def test_a_database_that_somebody_goes_on_reading(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its WAL cannot be emptied then, and what is in it must not be lost."""
+def test_a_database_that_another_program_keeps_reading(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its WAL cannot be emptied then, and its contents must not be lost."""
 
     def checkpoint_at_once(writer: Engine) -> bool:
         with closing(writer.raw_connection()) as raw:
@@ -270,7 +270,7 @@ def test_a_database_that_somebody_goes_on_reading(path: Path, monkeypatch: pytes
     assert not list(path.parent.glob("*.replaced-*"))
 
 
-# Whatever comes in between
+# Failures and kills in between
 
 _SWAPPING = ("rename", "replace", "link", "unlink", "chmod", "chown", "fsync", "pwrite", "open")
 
@@ -280,17 +280,17 @@ _SWAPPING = ("rename", "replace", "link", "unlink", "chmod", "chown", "fsync", "
 def test_a_step_that_fails_changes_nothing(
     path: Path, monkeypatch: pytest.MonkeyPatch, damage: Damage, name: str
 ) -> None:
-    """Each call of each kind, while the files change places."""
+    """Each call of each kind, while the files are swapped."""
     damage(path)
     for count in range(1, 30):
         before = contents(path.parent)
         with monkeypatch.context() as patching:
             calls = fail_at(patching, name, count)
-            told = error_of_restoring(path)
-        if told is None:
-            assert calls[0] < count, "a failure was not told"
+            error = error_of_restoring(path)
+        if error is None:
+            assert calls[0] < count, "a failure was not reported"
             break
-        assert os.strerror(errno.EIO) in told
+        assert os.strerror(errno.EIO) in error
         assert calls[0] >= count
         if damage in USABLE:
             assert newest_in(path) == NEWEST
@@ -310,7 +310,7 @@ def error_of_restoring(path: Path) -> str | None:
 
 
 def fail_at(patching: pytest.MonkeyPatch, name: str, count: int) -> list[int]:
-    """Have the `count`-th call of a function of `os` fail, of those that `take_place` makes; how many it has made."""
+    """Make the `count`-th call of a function of `os` by `take_place` fail; return a list with the number of calls."""
     real, real_take, calls, inside = getattr(os, name), swap.take_place, [0], [False]
 
     def call(*args: object, **kwargs: object) -> object:
@@ -371,36 +371,36 @@ DIE_AT_EACH_STEP = textwrap.dedent("""
 
 
 @pytest.mark.parametrize("damage", [as_killed, copied_over, missing])
-def test_a_kill_at_any_step_leaves_the_old_one_or_the_new_one(path: Path, damage: Damage) -> None:
+def test_a_kill_at_any_step_leaves_the_old_or_the_new_file(path: Path, damage: Damage) -> None:
     damage(path)
     before = contents(path.parent)
     subprocess.run([sys.executable, "-c", DIE_AT_EACH_STEP, path.parent], check=True, timeout=within(120))
     copies = [copy for copy in path.parent.parent.iterdir() if copy != path.parent]
-    found = [after_a_kill(copy / path.name, damage, before) for copy in copies]
-    print(Counter(found))
+    results = [after_a_kill(copy / path.name, damage, before) for copy in copies]
+    print(Counter(results))
     assert len(copies) > 12
-    assert BACKED_UP in found
-    assert damage not in USABLE or set(found) == {NEWEST, BACKED_UP}
+    assert BACKED_UP in results
+    assert damage not in USABLE or set(results) == {NEWEST, BACKED_UP}
 
 
 def after_a_kill(path: Path, damage: Damage, before: Mapping[str, str]) -> int | str:
-    """The newest version that there is; of what could not be opened before, perhaps why it still cannot."""
+    """Return the newest version; or, if the database could not be opened before, perhaps why it still cannot."""
     if damage in UNUSABLE:
         assert set(before.values()) <= set(contents(path.parent).values()), "evidence is gone"
-    found: int | str
+    result: int | str
     try:
         with EmbeddedState(path) as state:
-            found = state.get_variable("s", "x").version
+            result = state.get_variable("s", "x").version
     except OpenError as error:
-        found = type(error).__name__
+        result = type(error).__name__
     except SessionNotFoundError:
-        found = "no session"
-    assert found in (NEWEST, BACKED_UP) or damage in UNUSABLE
-    assert found != "no session" or damage in (missing, empty)
-    # The way out is always the same.
+        result = "no session"
+    assert result in (NEWEST, BACKED_UP) or damage in UNUSABLE
+    assert result != "no session" or damage in (missing, empty)
+    # In any case, restoring again works.
     maintenance.restore(backup_of(path), path)
     assert newest_in(path) == BACKED_UP
-    return found
+    return result
 
 
 def test_the_folder_that_one_is_in_is_no_backup(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,12 +33,12 @@ def tables_of(connection: sqlite3.Connection) -> set[str]:
     return {name for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
 
 
-def test_tables_are_those_of_the_schema(connection: sqlite3.Connection) -> None:
+def test_tables_match_the_schema(connection: sqlite3.Connection) -> None:
     assert tables_of(connection) == {*schema.metadata.tables, "alembic_version"}
 
 
 @pytest.mark.parametrize("name", schema.metadata.tables)
-def test_columns_are_those_of_the_schema(connection: sqlite3.Connection, name: str) -> None:
+def test_columns_match_the_schema(connection: sqlite3.Connection, name: str) -> None:
     """Names in order, types, nullability, primary keys. A row whose column is NOT NULL or a key cannot be NULL."""
     rows = connection.execute(f"PRAGMA table_xinfo({name})").fetchall()
     found = [

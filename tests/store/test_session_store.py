@@ -216,7 +216,7 @@ class TestGroups:
         assert run(store, GetVariable("s", "x")).value == Value("2")
         assert len(run(store, GetVariableHistory("s", "x"))) == 3
 
-    def test_one_that_fails_after_it_has_staged_changes_takes_them_back(self, store: FileGroups, path: Path) -> None:
+    def test_one_that_fails_after_staging_changes_undoes_them(self, store: FileGroups, path: Path) -> None:
         error = errors.NotOptimizingError("x")
         outcomes = group(store, write("x", 1), Failing("s", error), GetVariable("s", "x"), write("x", 2))
         assert outcomes[1].error is error
@@ -224,7 +224,7 @@ class TestGroups:
         assert outcomes[3].result == 2
         assert query(path, "SELECT value FROM versions ORDER BY version") == [("0",), ("1",), ("2",)]
 
-    def test_a_fault_of_ours_fails_alone_and_does_not_say_what_it_was(self, store: FileGroups) -> None:
+    def test_an_internal_error_fails_alone_and_hides_its_cause(self, store: FileGroups) -> None:
         first, faulty, last = group(store, write("x", 1), Failing("s", RuntimeError("secret")), write("x", 2))
         assert (first.result, last.result) == (1, 2)
         assert isinstance(faulty.error, errors.InternalError)
@@ -248,7 +248,7 @@ class TestGroups:
         rows = query(path, "SELECT ended_sequence IS NULL FROM sessions WHERE session_id = 't' ORDER BY session_key")
         assert rows == [(0,), (1,)]
 
-    def test_of_no_jobs_and_of_reads_only_write_nothing(self, store: FileGroups) -> None:
+    def test_without_jobs_or_with_reads_only_it_writes_nothing(self, store: FileGroups) -> None:
         before = Everything.of(store)
         assert group(store) == []
         group(store, GetVariable("s", "x"), Heartbeat("s"), Heartbeat("nobody"))
@@ -339,7 +339,7 @@ class TestFailedGroups:
         assert feed.after(before.head.sequence) == []
         assert not woken
 
-    def test_the_next_group_goes_on_as_if_nothing_had_been(self, planted: FileGroups, path: Path) -> None:
+    def test_the_next_group_is_not_affected(self, planted: FileGroups, path: Path) -> None:
         sequence = planted.log.head.sequence
         for _ in range(3):
             (outcome,) = group(planted, write("x", 666))
@@ -350,7 +350,7 @@ class TestFailedGroups:
         assert planted.log.head.sequence == sequence + 3
         assert query(path, "SELECT count(*) FROM versions") == [(5,)]
 
-    def test_what_sqlite_refuses_of_one_fails_alone(self, planted: FileGroups, path: Path) -> None:
+    def test_a_command_that_sqlite_refuses_fails_alone(self, planted: FileGroups, path: Path) -> None:
         jobs = [write("x", number) for number in (2, 666, 3, 4, 666, 666, 5)]
         outcomes = group(planted, *jobs, RegisterVariable("s", "y", "integer", Value("666")))
         assert [outcome.result for outcome in outcomes] == [2, None, 3, 4, None, None, 5, None]
@@ -359,7 +359,7 @@ class TestFailedGroups:
         assert [variable.name for variable in run(planted, ListVariables("s"))] == ["x"]
 
     @pytest.mark.parametrize("what", sorted(UNWRITABLE))
-    def test_what_cannot_be_written_of_one_fails_alone(self, store: FileGroups, path: Path, what: str) -> None:
+    def test_a_command_that_cannot_be_written_fails_alone(self, store: FileGroups, path: Path, what: str) -> None:
         begin(store, "t")
         unwritable = Unwritable("s", what)
         outcomes = group(store, write("x", 1), unwritable, write("x", 2, "t"), unwritable, write("x", 3))
@@ -369,7 +369,7 @@ class TestFailedGroups:
         assert query(path, "SELECT count(*) FROM versions") == [(5,)]
         assert run(store, write("x", 4)) == 3
 
-    def test_keys_are_not_remembered_of_it(self, planted: FileGroups) -> None:
+    def test_its_keys_are_not_stored(self, planted: FileGroups) -> None:
         with pytest.raises(errors.StorageError):
             run(planted, write("x", 666), key="key")
         assert run(planted, write("x", 2), key="key") == 2
@@ -410,7 +410,7 @@ class TestFailedGroups:
         outcomes = group(store, write("x", 2), *texts)
         assert [outcome.result for outcome in outcomes] == [2, *range(1, 9)]
 
-    def test_what_nobody_can_know_is_raised_and_published_to_nobody(
+    def test_an_unknown_outcome_is_raised_and_not_published(
         self, store: FileGroups, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         before = Everything.of(store)
@@ -445,7 +445,7 @@ class TestIdempotency:
             ("s", "key", "SetVariable", "1")
         ]
 
-    def test_what_older_files_have_of_a_request_stays_valid(self, path: Path) -> None:
+    def test_outcomes_in_older_files_stay_valid(self, path: Path) -> None:
         command = SetVariable("s", "x", Value(" 5.0 "))
         with closing(open_groups(path)) as store:
             begin(store)
@@ -465,7 +465,7 @@ class TestIdempotency:
         assert run(store, write("x", 1), key="key") == 1
 
     @pytest.mark.parametrize("key", ["", "x" * 256, "a\0b", "\ud800"])
-    def test_a_key_that_is_none(self, store: FileGroups, key: str) -> None:
+    def test_an_invalid_key(self, store: FileGroups, key: str) -> None:
         with pytest.raises((errors.InvalidArgumentError, errors.LimitExceededError), match="idempotency key"):
             run(store, write("x", 1), key=key)
 
@@ -493,7 +493,7 @@ class TestCache:
                     run(store, AddDependency(session_id, "x", "y"))
                 assert run(store, RollbackVariable(session_id, "x", 1)).value == Value("1")
 
-    def test_what_is_used_mostly_stays_what_is_not_goes(self, path: Path) -> None:
+    def test_used_sessions_mostly_stay_and_others_are_evicted(self, path: Path) -> None:
         with closing(open_groups(path, StoreOptions(cache_size_bytes=20_000))) as store:
             begin(store, "used")
             there = 0
@@ -520,7 +520,7 @@ class TestCache:
             assert store._cache.size_bytes == 0
             assert len(store._cache) == 0
 
-    def test_loading_finds_everything_as_it_was(self, path: Path) -> None:
+    def test_loading_restores_everything(self, path: Path) -> None:
         with closing(open_groups(path)) as store:
             begin(store)
             run(
@@ -585,7 +585,7 @@ class TestAnchor:
             head = store.log.head
         assert anchor.parse(self.anchor_of(path).read_bytes()) == head
 
-    def test_a_database_behind_it_is_refused_and_says_what_is_gone(self, closed: Path, tmp_path: Path) -> None:
+    def test_a_database_behind_it_is_refused_with_the_lost_commits(self, closed: Path, tmp_path: Path) -> None:
         old = tmp_path / "old.db"
         shutil.copy(closed, old)
         with closing(open_groups(closed)) as store:
@@ -675,7 +675,7 @@ class TestTheTailOfTheLog:
             "binary_blob, metadata FROM versions WHERE version = 3",
         ],
     )
-    def test_so_is_a_history_that_somebody_rewrote(self, path: Path, statement: str) -> None:
+    def test_so_is_a_rewritten_history(self, path: Path, statement: str) -> None:
         with closing(open_groups(path)) as store:
             begin(store)
             group(store, *(write("x", number) for number in range(5)))
@@ -709,7 +709,7 @@ class TestOpening:
         for _ in range(3):
             open_groups(path).close()
 
-    def test_a_failed_opening_lets_go(self, path: Path) -> None:
+    def test_a_failed_opening_releases_the_file(self, path: Path) -> None:
         path.write_bytes(b"no database at all" * 1000)
         for _ in range(2):
             with pytest.raises(errors.NotADatabaseError):
@@ -765,7 +765,7 @@ class TestOpening:
 
 
 class TestTime:
-    def test_a_ttl_goes_on_over_a_restart(self, frozen: FrozenDateTimeFactory, path: Path) -> None:
+    def test_a_ttl_continues_across_a_restart(self, frozen: FrozenDateTimeFactory, path: Path) -> None:
         with closing(open_groups(path)) as store:
             begin(store, ttl_seconds="100")
         pass_s(frozen, 99)
@@ -788,7 +788,7 @@ class TestTime:
                 run(store, write("x", 1))
 
     @pytest.mark.parametrize("step_s", [0.7, 2.4, 30])
-    def test_unsaved_touches_are_never_lost_to_a_restart_or_to_the_cache(
+    def test_a_restart_or_an_eviction_never_shortens_a_ttl(
         self, frozen: FrozenDateTimeFactory, path: Path, step_s: float
     ) -> None:
         """Touches are written only now and then: whatever is lost of them must be granted."""
@@ -852,7 +852,7 @@ class TestTime:
             assert store.sweep() == 0, "the file does not know of the touch yet"
             assert run(store, Heartbeat("s"))
 
-    def test_an_expired_session_is_ended_before_the_same_id_begins_anew(
+    def test_an_expired_session_is_ended_before_its_id_is_used_again(
         self, frozen: FrozenDateTimeFactory, path: Path
     ) -> None:
         with closing(open_groups(path)) as store:
@@ -862,7 +862,7 @@ class TestTime:
             rows = query(path, "SELECT started_sequence, ended_sequence FROM sessions ORDER BY session_key")
             assert rows == [(1, 3), (4, None)]
 
-    def test_a_lease_goes_on_over_a_restart(self, frozen: FrozenDateTimeFactory, path: Path) -> None:
+    def test_a_lease_continues_across_a_restart(self, frozen: FrozenDateTimeFactory, path: Path) -> None:
         with closing(open_groups(path)) as store:
             begin(store)
             run(store, StartOptimization("s", "x", "optimizer", {"trials": "5"}))
@@ -982,7 +982,7 @@ class TestTimeThatIsSet:
             assert run(store, write("x", 1), key="once") == 1, "the answer is kept as long as it was to be kept"
             assert run(store, write("x", 2)) == 2
 
-    def test_what_really_passes_ends_it(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_time_that_really_passes_ends_it(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         began = clock.steady()
         with closing(open_groups(path)) as store:
             begin(store, ttl_seconds="3600")

@@ -1,4 +1,4 @@
-"""What SQLite's JSON functions read is strict JSON when it is written; where it is not, all is read and it is told."""
+"""Documents are written as strict JSON, which SQLite parses; others, in old or damaged files, are read and reported."""
 
 import json
 import math
@@ -48,7 +48,7 @@ DOCUMENTS = st.recursive(
 
 
 def is_plain(value: object) -> bool:
-    """Whether JSON can say it, and every program read it."""
+    """Whether JSON can represent it, and every program can read it."""
     if isinstance(value, str):
         return value.encode(errors="ignore").decode() == value
     if isinstance(value, dict):
@@ -64,11 +64,11 @@ def is_plain(value: object) -> bool:
 
 
 @given(DOCUMENTS)
-def test_whatever_is_written_sqlite_reads(value: object) -> None:
-    text = storable({"told": value})
+def test_sqlite_can_read_everything_that_is_written(value: object) -> None:
+    text = storable({"value": value})
     with closing(sqlite3.connect(":memory:")) as connection:
         valid, found, keys = connection.execute(
-            "SELECT json_valid(?1), json_extract(?1, '$.told'), (SELECT group_concat(fullkey) FROM json_tree(?1))",
+            "SELECT json_valid(?1), json_extract(?1, '$.value'), (SELECT group_concat(fullkey) FROM json_tree(?1))",
             [text],
         ).fetchone()
     assert valid
@@ -77,7 +77,7 @@ def test_whatever_is_written_sqlite_reads(value: object) -> None:
         assert found == value.encode(errors="backslashreplace").decode()
     assert text.isascii()
     if is_plain(value):
-        assert stored(text) == {"told": value}
+        assert stored(text) == {"value": value}
     else:
         json.dumps(stored(text), ensure_ascii=False, allow_nan=False).encode()
 
@@ -86,12 +86,12 @@ def test_floats_that_are_not_finite_are_written_as_the_protocol_writes_them() ->
     assert storable([math.nan, math.inf, -math.inf, 0.5]) == '["NaN","Infinity","-Infinity",0.5]'
 
 
-def test_integers_that_no_program_reads_are_written_in_a_way_that_all_do() -> None:
+def test_integers_too_large_for_some_programs_are_written_as_all_can_read() -> None:
     assert int(stored(storable([-(10**5000)]))[0], 16) == -(10**5000)
     assert stored(storable([10**4000])) == [10**4000]
 
 
-def test_what_nests_too_deep_for_sqlite_is_written_all_the_same() -> None:
+def test_documents_too_deep_for_sqlite_are_still_written() -> None:
     nested: object = "bottom"
     for _ in range(5000):
         nested = [nested]
@@ -115,7 +115,7 @@ _LOG = (
 
 @pytest.fixture
 def poisoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file with what earlier releases took: in the journal of one execution; another is as it should be."""
+    """A file with documents that earlier releases accepted in the journal of one execution; another one is valid."""
     path = tmp_path / "poisoned.db"
     monkeypatch.setattr(log, "storable", _as_before)
     origin = Origin("ann", "ExecuteTool")
@@ -123,17 +123,17 @@ def poisoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with EmbeddedState(path) as state:
         state.initialize_session("s", {"who": "ann"})
         state.register_variable("s", "x", "float", 0.5, metadata={"unit": "K"})
-        for told, recorded, failed in (((), {}, None), (_LOG, {"lm": [math.nan]}, failure)):
+        for lines, recorded, failed in (((), {}, None), (_LOG, {"lm": [math.nan]}, failure)):
             begun = state.submit(BeginExecution("s", "measure", {}, {"n": "1"}), origin).result()
             status = ExecutionStatus.FAILED if failed else ExecutionStatus.COMMITTED
             verdict = Verdict(
-                begun.execution_id, status, failure=failed, log=told, recorded=recorded, reads={"q\ud800": None}
+                begun.execution_id, status, failure=failed, log=lines, recorded=recorded, reads={"q\ud800": None}
             )
             state.submit(FinishExecution("s", verdict), replace(origin, cause=begun.execution_id)).result()
     return path
 
 
-def test_an_audit_of_such_a_file_answers_every_question(poisoned: Path) -> None:
+def test_an_audit_of_such_a_file_answers_every_query(poisoned: Path) -> None:
     with open_audit(poisoned) as audit:
         executions = list(audit.iterate(ExecutionQuery(newest_first=False)))
         assert [each.status.value for each in executions] == ["committed", "failed"]
@@ -142,8 +142,8 @@ def test_an_audit_of_such_a_file_answers_every_question(poisoned: Path) -> None:
         assert detail.log[1].fields == {"loss": "NaN", "bounds": ["Infinity", "-Infinity"]}
         assert "NaN in words" in detail.log[2].message
         assert [each.session_id for each in audit.iterate(ExecutionQuery(metadata={"n": "1"}))] == ["s", "s"]
-        told = [*audit.iterate(HistoryQuery()), *audit.iterate(CommitQuery()), *audit.iterate(SessionQuery())]
-        json.dumps([document(each) for each in (*told, detail)], allow_nan=False, ensure_ascii=False).encode()
+        answers = [*audit.iterate(HistoryQuery()), *audit.iterate(CommitQuery()), *audit.iterate(SessionQuery())]
+        json.dumps([document(each) for each in (*answers, detail)], allow_nan=False, ensure_ascii=False).encode()
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -153,7 +153,7 @@ def test_the_views_answer_too(view: str, poisoned: Path) -> None:
     assert rows or view == "v_execution_writes"
 
 
-def test_the_view_of_executions_says_what_it_can(poisoned: Path) -> None:
+def test_the_view_of_executions_shows_what_it_can(poisoned: Path) -> None:
     with closing(sqlite3.connect(f"file:{poisoned}?mode=ro", uri=True)) as connection:
         found = connection.execute("SELECT status, error_type, error, duration_us FROM v_executions").fetchall()
     assert [row[:3] for row in found[:1]] == [("committed", None, None)]
@@ -167,7 +167,7 @@ def test_the_check_names_the_row(poisoned: Path) -> None:
     assert [str(problem) for problem in problems] == ["commit 6, session 's': the body of an event is not valid JSON"]
 
 
-def test_such_a_session_is_exported_imported_and_then_strict(poisoned: Path, tmp_path: Path) -> None:
+def test_such_a_session_is_strict_after_an_export_and_import(poisoned: Path, tmp_path: Path) -> None:
     stream = StringIO()
     transfer.export_session(poisoned, "s", stream)
     target = tmp_path / "new.db"
@@ -217,7 +217,7 @@ def test_a_file_with_odd_metadata_is_upgraded_and_read(metadata: dict[str, Any],
         assert not list(audit.iterate(HistoryQuery(metadata={"q\0y": "w"})))
     with EmbeddedState(path) as state_of_file:
         assert state_of_file.get_variable_history("main", "temperature", 100)
-        # And it goes on: what hangs on the index of metadata does not fail.
+        # Writing works: the triggers on the index of metadata do not fail.
         state_of_file.set_variable("main", "temperature", 1.0, metadata={"q": "w"})
 
 
@@ -238,7 +238,7 @@ COLUMNS = [
 
 @pytest.mark.parametrize("text", ['{"a":NaN}', "{", ""], ids=["NaN", "cut", "empty"])
 @pytest.mark.parametrize(("table", "column"), COLUMNS)
-def test_what_is_no_json_is_found_and_breaks_no_question(table: str, column: str, text: str, tmp_path: Path) -> None:
+def test_invalid_json_is_reported_and_breaks_no_query(table: str, column: str, text: str, tmp_path: Path) -> None:
     if (column, text) == ("constraints", ""):
         pytest.skip("that is how none is written")
     path = tmp_path / "damaged.db"
@@ -260,7 +260,7 @@ def test_what_is_no_json_is_found_and_breaks_no_question(table: str, column: str
 
 @contextmanager
 def writing(path: Path) -> Iterator[sqlite3.Connection]:
-    """A connection that can change what triggers hold fast."""
+    """Open a connection that can change the rows that triggers protect."""
     with closing(sqlite3.connect(path)) as connection:
         triggers = connection.execute("SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'").fetchall()
         for name, _ in triggers:
@@ -272,7 +272,7 @@ def writing(path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def seal(path: Path) -> None:
-    """Give the commits the hashes of their rows, as an earlier release would have done."""
+    """Set the hashes of the commits to those of their rows, like an earlier release."""
     readers = open_readers(path)
     with snapshot(readers) as snapped:
         commits = list(iter_commits(snapped))
@@ -285,7 +285,7 @@ def seal(path: Path) -> None:
 
 
 def damage(path: Path, table: str, column: str, text: str) -> None:
-    """Overwrite the last document of a column, as bit rot would."""
+    """Overwrite the last document of a column, like bit rot."""
     with writing(path) as connection:
         where = f"{column} IS NOT NULL" + (" AND kind = 'execution_ended'" if table == "events" else "")
         keys = [row[1] for row in connection.execute(f"PRAGMA table_info({table})") if row[5]]
@@ -297,6 +297,6 @@ def damage(path: Path, table: str, column: str, text: str) -> None:
         connection.execute(f"UPDATE {table} SET {column} = ? WHERE {condition}", [text, *row])
 
 
-def test_damaged_documents_are_shown_as_the_text_that_they_are() -> None:
+def test_damaged_documents_are_shown_as_text() -> None:
     assert stored_object("{cut") == {DAMAGED: "{cut"}
     assert stored_object("[1]") == {DAMAGED: "[1]"}

@@ -486,10 +486,10 @@ def test_the_log_says_that_tools_wait_for_those_that_have_ended(
     with capture_logs() as logs:
         outcome = patient.execute_tool("s", waiting, timeout_s=1)
     assert outcome.status is ExecutionStatus.TIMED_OUT
-    told = [line for line in logs if line["event"] == "tools wait for their turn"]
-    assert told[-1]["tool"] == waiting
-    assert what in told[-1]["waits_for"]
-    assert told[-1]["running_though_ended"] == told[-1]["running"] == held_by
+    warnings = [line for line in logs if line["event"] == "tools wait for their turn"]
+    assert warnings[-1]["tool"] == waiting
+    assert what in warnings[-1]["waits_for"]
+    assert warnings[-1]["running_though_ended"] == warnings[-1]["running"] == held_by
 
 
 class Shy:

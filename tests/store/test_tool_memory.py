@@ -1,4 +1,4 @@
-"""What an execution held goes when it has ended, however it did, and not only when garbage is collected."""
+"""The objects of an execution are freed when it has ended, in whatever way, without waiting for garbage collection."""
 
 import asyncio
 import gc
@@ -21,7 +21,7 @@ from dspex_persist.state.tools.requests import ToolRequest
 from tests.deadline import within
 
 _held: "list[weakref.ref[ToolContext]]" = []
-"""Of each execution what knows all of it: its request, its session, what it has staged."""
+"""The classes of which an execution has one object that refers to all others."""
 
 
 def hold(context: ToolContext) -> None:
@@ -147,7 +147,7 @@ def state(tmp_path: Path) -> Iterator[EmbeddedState]:
 
 
 def assert_gone() -> None:
-    """Nothing of the executions is left: threads may be about to leave the frames that they ended in."""
+    """Wait until no object of the executions is left: threads may still be leaving the frames that they ended in."""
     assert _held
     until = time.monotonic() + within(5)
     while any(each() is not None for each in _held):
@@ -175,7 +175,7 @@ def test_an_execution_that_has_ended_is_not_kept(state: EmbeddedState, name: str
     assert_gone()
 
 
-def test_nor_one_whose_caller_has_gone(state: EmbeddedState) -> None:
+def test_nor_an_execution_whose_caller_is_gone(state: EmbeddedState) -> None:
     _began.clear()
     future: Future[ToolOutcome] = state.submit(ExecuteTool("s", "waiting"))
     assert _began.wait(within(5))

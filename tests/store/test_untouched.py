@@ -1,4 +1,4 @@
-"""Reading a file without a trace: what it finds, whoever else has it open, and that others can open it meanwhile."""
+"""Reading a file without leaving traces: the result, also while others have it open, and that others can open it."""
 
 import os
 import shutil
@@ -45,7 +45,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a database whose process was killed. Only to be read."""
+    """A folder with a database whose process was killed. Do not write to it."""
     folder = tmp_path_factory.mktemp("killed")
     argv = [sys.executable, "-c", WRITE_AND_DIE, folder / "x.db"]
     assert subprocess.run(argv, check=False, timeout=within(60)).returncode == -signal.SIGKILL
@@ -58,7 +58,7 @@ def path(killed: Path, tmp_path: Path) -> Path:
 
 
 def as_killed(path: Path) -> None:
-    """With a WAL and with the memory that goes with it."""
+    """With a WAL and its shared memory."""
 
 
 def copied(path: Path) -> None:
@@ -70,7 +70,7 @@ def closed(path: Path) -> None:
 
 
 def read_by_others(path: Path) -> None:
-    """They leave an empty WAL, and a memory that says so."""
+    """They leave an empty WAL, and shared memory that records that."""
     connect(path).close()
     with open_audit(path) as history:
         assert history.head() == WRITTEN
@@ -83,9 +83,7 @@ def as_one_file(path: Path) -> None:
 
 
 @pytest.mark.parametrize("prepare", [as_killed, copied, closed, read_by_others, as_one_file])
-def test_it_finds_what_a_reader_finds_and_leaves_everything_as_it_was(
-    path: Path, prepare: Callable[[Path], None]
-) -> None:
+def test_it_reads_what_a_reader_reads_and_changes_nothing(path: Path, prepare: Callable[[Path], None]) -> None:
     prepare(path)
     before = contents(path.parent)
     assert read_untouched(path, head) == WRITTEN
@@ -97,8 +95,8 @@ def test_it_finds_what_a_reader_finds_and_leaves_everything_as_it_was(
 
 
 @pytest.mark.parametrize("is_one", [True, False])
-def test_a_wal_with_nothing_in_it_is_none(path: Path, is_one: bool) -> None:
-    """SQLite would look for ten seconds whether it becomes one."""
+def test_an_empty_wal_is_ignored(path: Path, is_one: bool) -> None:
+    """SQLite would wait ten seconds for it to be filled."""
     header = Path(f"{path}-wal").read_bytes()[:32]
     closed(path)
     Path(f"{path}-wal").write_bytes(header if is_one else b"\xff" * 10_000)
@@ -110,7 +108,7 @@ def test_a_wal_with_nothing_in_it_is_none(path: Path, is_one: bool) -> None:
         assert state.get_variable("s", "x").version == 20
 
 
-def test_the_beginning_of_a_wal_is_known_by_its_sums(path: Path) -> None:
+def test_the_header_of_a_wal_is_recognized_by_its_checksums(path: Path) -> None:
     content = Path(f"{path}-wal").read_bytes()[:33]
     assert untouched._begins_wal(content)
     for at in range(33):
@@ -119,41 +117,41 @@ def test_the_beginning_of_a_wal_is_known_by_its_sums(path: Path) -> None:
         assert not untouched._begins_wal(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
 
 
-def test_what_sqlite_would_remove_of_an_empty_file_stays(path: Path) -> None:
+def test_side_files_that_sqlite_would_remove_stay(path: Path) -> None:
     os.truncate(path, 0)
     before = contents(path.parent)
     assert read_untouched(path, lambda connection: connection.exec_driver_sql("PRAGMA page_count").scalar()) == 0
     assert contents(path.parent) == before
 
 
-def test_who_opens_the_file_meanwhile_can_write_and_read(path: Path) -> None:
-    """In this process, where what SQLite has of the memory beside a file is shared: they wait until it is let go of."""
+def test_others_can_open_write_and_read_the_file_meanwhile(path: Path) -> None:
+    """In the same process, where SQLite's shared memory is shared too: they wait until the read has ended."""
     inside, done = threading.Event(), threading.Event()
-    found: list[int] = []
+    results: list[int] = []
 
     def read(connection: Connection) -> int:
         number = head(connection)
         inside.set()
-        # They cannot get on before this ends.
+        # They wait until this ends.
         assert not done.wait(0.2)
         return number
 
     def open_it() -> None:
         assert inside.wait(within(30))
         with connect(path) as state, open_audit(path) as history:
-            found.append(state.set_variable("s", "x", 21))
-            found.append(history.head())
+            results.append(state.set_variable("s", "x", 21))
+            results.append(history.head())
         done.set()
 
     other = threading.Thread(target=open_it)
     other.start()
     assert read_untouched(path, read) == WRITTEN
     other.join(within(30))
-    assert found == [21, WRITTEN + 1]
+    assert results == [21, WRITTEN + 1]
 
 
-def test_beside_a_writer_it_finds_each_time_what_is_there(path: Path) -> None:
-    """Whether it was just written, brought into the file, or the WAL begun anew."""
+def test_it_reads_the_current_contents_while_a_writer_writes(path: Path) -> None:
+    """Whether a commit was just written to the WAL, a checkpoint was made, or the WAL was restarted."""
     with EmbeddedState(path) as state:
         program = """if True:
             import sys
@@ -174,17 +172,17 @@ def test_beside_a_writer_it_finds_each_time_what_is_there(path: Path) -> None:
                 state.set_variable("s", "x", number)
                 if number % 5 == 0:
                     checkpoint(state.engine._store._writer, "FULL")
-                found = int(reader.stdout.readline())
-                assert before <= found <= state.engine._store.head.sequence
+                head = int(reader.stdout.readline())
+                assert before <= head <= state.engine._store.head.sequence
             reader.communicate()
 
 
-# A crash in the middle of what is written by way of a journal
+# A crash during a transaction with a rollback journal
 
 
 @pytest.fixture
 def half_made(tmp_path: Path) -> Path:
-    """The second transaction of a new file, spilled and not committed: its journal says how to take that back."""
+    """The second transaction of a new file, spilled and not committed: its journal can roll it back."""
     path = tmp_path / "half.db"
     program = """if True:
         import os, sqlite3, sys
@@ -202,7 +200,7 @@ def half_made(tmp_path: Path) -> Path:
     return path
 
 
-def test_what_is_half_made_is_told_with_the_way_out_and_that_works(half_made: Path) -> None:
+def test_a_half_made_file_is_reported_with_advice_that_works(half_made: Path) -> None:
     before = contents(half_made.parent)
     with pytest.raises(NotADatabaseError, match=r"half made; .*maintenance\.upgrade\(path\) repairs it"):
         maintenance.check(half_made)

@@ -1,4 +1,4 @@
-"""The check of a whole log: sound files pass, and whatever was changed in one is found, with its place."""
+"""The check of a whole log: sound files pass, and every change of one is found, with its place."""
 
 import json
 import random
@@ -42,7 +42,7 @@ from dspex_persist.state.store.verify import Problem, contents, documents, live,
 from dspex_persist.state.store.verify import log as commits
 from tests.databases import copy_database
 
-# What the log says nothing of: a key that nothing refers to, an expiry that every touch moves on.
+# Columns that do not follow from the log: a key that nothing refers to, an expiry that every touch moves.
 _UNTOLD = {("dependencies", "dependency_key"), ("sessions", "expires_at")}
 LOG_COLUMNS = [(name, column.name) for name in APPEND_ONLY for column in tables.tables[name].columns]
 STATE_COLUMNS = [
@@ -55,7 +55,7 @@ STATE_COLUMNS = [
 
 @pytest.fixture
 def path(filled: Path, tmp_path: Path) -> Path:
-    """A copy of it, with its anchor, to be tampered with."""
+    """A copy of it, with its anchor, to tamper with."""
     return copy_database(filled, tmp_path / "copy.db")
 
 
@@ -74,7 +74,7 @@ def anchor_of(path: Path) -> Head:
 
 
 class Tamperer:
-    """Somebody with sqlite3 who has taken off what would refuse a change: triggers, uniqueness, references."""
+    """Changes a file with sqlite3, without what would refuse that: triggers, uniqueness, references."""
 
     def __init__(self, path: Path) -> None:
         self.connection = sqlite3.connect(path, isolation_level=None)
@@ -90,17 +90,17 @@ class Tamperer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # The one that can write goes last: that one brings the WAL into the file.
+        # The one that can write is closed last, and checkpoints the WAL.
         self._readers.dispose()
         self.connection.close()
 
     def run(self, statement: str, *parameters: object) -> None:
-        """Change something: one row, or the test is not what it says."""
+        """Change something, which must be exactly one row."""
         changed = self.connection.execute(statement, parameters).rowcount
         assert changed == 1, f"{changed} rows: {statement}"
 
     def rows(self, table: str) -> list[dict[str, Any]]:
-        """All rows, generated columns left out."""
+        """Return all rows, without generated columns."""
         names = [column.name for column in tables.tables[table].columns]
         return [dict(zip(names, row, strict=True)) for row in self._select(names, table)]
 
@@ -116,13 +116,13 @@ def keys_of(table: str) -> list[str]:
 
 
 def alterations(table: str, column: str, old: Any) -> list[Any]:
-    """Other values that the column can hold."""
+    """Return other values that the column can hold."""
     nullable = [None] if tables.tables[table].columns[column].nullable and old is not None else []
     if old is None:
         by_type: dict[type, Any] = {int: 1_000_003, str: "{}", bytes: b"\x00", float: 1.5}
         return [by_type[tables.tables[table].columns[column].type.python_type]]
     if column == "body":
-        # Still JSON: an index reads it, and refuses what is none.
+        # It must be JSON, because an index parses it.
         return [old + " ", old[:-1] + ',"more":1}', old.replace(":", ": ", 1)]
     if isinstance(old, str):
         return [old + " ", old[:-1] + "\N{SNOWMAN}", *nullable]
@@ -132,14 +132,14 @@ def alterations(table: str, column: str, old: Any) -> list[Any]:
 
 
 def sequence_of(tamperer: Tamperer, table: str, row: dict[str, Any]) -> int | None:
-    """The commit that a row of the log belongs to."""
+    """Return the commit that a row of the log belongs to."""
     if table != "blobs":
         sequence: int = row["sequence"]
         return sequence
-    found = tamperer.connection.execute(
+    version = tamperer.connection.execute(
         "SELECT min(sequence) FROM versions WHERE value_blob = ?1 OR binary_blob = ?1", (row["blob_key"],)
     ).fetchone()
-    return found[0] if found else None
+    return version[0] if version else None
 
 
 def names_commit(problems: list[Problem], sequence: int | None) -> bool:
@@ -150,7 +150,7 @@ def names_commit(problems: list[Problem], sequence: int | None) -> bool:
 
 
 def test_sound_database_has_every_kind_of_everything(filled: Path) -> None:
-    """What the tests below rest on."""
+    """The tests below depend on it."""
     with closing(sqlite3.connect(f"file:{filled}?mode=ro", uri=True)) as connection:
         kinds = {KINDS[code] for (code,) in connection.execute("SELECT DISTINCT kind FROM versions")}
         events = {kind for (kind,) in connection.execute("SELECT DISTINCT kind FROM events")}
@@ -166,7 +166,7 @@ def test_sound_database_has_every_kind_of_everything(filled: Path) -> None:
     assert events == {kind.value for kind in EventKind}
     assert all(filled.values()), filled
     assert 0 < ended[0] < ended[1]
-    # Nothing runs in a file that was closed: the next one to open it would say so.
+    # No execution runs in a file that was closed: the next start would interrupt it.
     assert statuses == set(ExecutionStatus) - {ExecutionStatus.RUNNING}
     assert all(journal)
     assert tools == (2, 2)
@@ -179,21 +179,21 @@ def test_sound_database_has_no_problems(filled: Path) -> None:
 
 def test_progress_reaches_the_last_commit(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change(monkeypatch, "_PAGE_COMMITS", 7)
-    told: list[tuple[int, int]] = []
+    reports: list[tuple[int, int]] = []
     readers = open_readers(filled, size=1)
-    assert list(verify.iter_problems(readers, None, lambda done, in_all: told.append((done, in_all)))) == []
+    assert list(verify.iter_problems(readers, None, lambda done, in_all: reports.append((done, in_all)))) == []
     readers.dispose()
     last = anchor_of(filled).sequence
-    assert told[0] == (7, last)
-    assert told[-1] == (last, last)
-    assert told == sorted(told)
+    assert reports[0] == (7, last)
+    assert reports[-1] == (last, last)
+    assert reports == sorted(reports)
 
 
 @pytest.mark.parametrize("snapshot_s", [0.0, 1000.0])
-def test_every_walk_goes_on_in_the_next_snapshot(
+def test_every_walk_continues_in_the_next_snapshot(
     filled: Path, path: Path, monkeypatch: pytest.MonkeyPatch, snapshot_s: float
 ) -> None:
-    """A snapshot for each commit, content and session finds what one for all of them finds."""
+    """Checking with a snapshot for each commit, content and session finds the same as with a single one."""
     change(monkeypatch, "SNAPSHOT_S", snapshot_s)
     change(monkeypatch, "_PAGE_COMMITS", 1 if snapshot_s == 0 else 10_000)
     change(monkeypatch, "_MOST_REMEMBERED", 0 if snapshot_s == 0 else 1000)
@@ -256,7 +256,7 @@ def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
 
 
 def change(monkeypatch: pytest.MonkeyPatch, name: str, value: object) -> None:
-    """Have a constant another value wherever it is used."""
+    """Change a constant wherever it is used."""
     for module in (commits, contents, documents, live, metadata, outcomes, pruned, sessions):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, value)
@@ -285,7 +285,7 @@ WALKED = [
 
 @pytest.mark.parametrize(("module", "name"), WALKED)
 def test_no_walk_sorts_the_log(filled: Path, module: Any, name: str) -> None:
-    """SQLite would do that in memory, or in a file as large as the log, before the first row came."""
+    """SQLite would sort in memory, or in a file as large as the log, before it returns the first row."""
     sql = getattr(module, name)
     with closing(sqlite3.connect(f"file:{filled}?mode=ro", uri=True)) as connection:
         plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", [0] * sql.count("?"))]
@@ -303,8 +303,8 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_what_the_engine_writes_is_sound(tmp_path: Path, seed: int) -> None:
-    """Random commands in random groups, so that events and versions meet in one transaction in every way."""
+def test_everything_that_the_engine_writes_is_sound(tmp_path: Path, seed: int) -> None:
+    """Random commands in random groups, so that transactions contain all combinations of events and versions."""
     print(f"seed {seed}")
     randomly = random.Random(seed)
     path = tmp_path / "random.db"
@@ -350,7 +350,7 @@ def random_job(randomly: random.Random) -> Job:
 
 @pytest.mark.parametrize(("table", "column"), LOG_COLUMNS)
 def test_any_changed_cell_of_the_log_is_found(path: Path, table: str, column: str) -> None:
-    """Every row in turn, one cell at a time, and put back."""
+    """Change every row, one cell at a time, and change it back."""
     assert_changes_are_found(path, table, column)
 
 
@@ -390,7 +390,7 @@ def test_any_missing_row_is_found(path: Path, table: str) -> None:
     where = " AND ".join(f"{key} = ?" for key in keys)
     with Tamperer(path) as tamperer:
         rows = tamperer.rows(table)
-        # Without the anchor the last commit's own row can only be missed through the rows that belong to it.
+        # Without the anchor, the last commit's own row is only missed if other rows belong to it.
         for row in rows:
             tamperer.run(f"DELETE FROM {table} WHERE {where}", *(row[key] for key in keys))
             problems = tamperer.problems()
@@ -439,7 +439,7 @@ ADDED = {
     "dependencies": "INSERT INTO dependencies SELECT 99, session_key, to_id, from_id, type, since_sequence, NULL "
     "FROM dependencies LIMIT 1",
     "pruned": "INSERT INTO pruned SELECT 20, marker_sequence, residue FROM pruned LIMIT 1",
-    "pruned by nobody": "INSERT INTO pruned SELECT sequence, 50, residue FROM pruned LIMIT 1",
+    "pruned without a marker": "INSERT INTO pruned SELECT sequence, 50, residue FROM pruned LIMIT 1",
     "pruned before the first": "INSERT INTO pruned SELECT -9223372036854775808, marker_sequence, residue FROM pruned "
     "LIMIT 1",
     "versions of what was pruned": "INSERT INTO versions SELECT variable_key, version + 1, (SELECT min(sequence) FROM "
@@ -458,7 +458,7 @@ def test_any_added_row_is_found(path: Path, added: str) -> None:
         assert tamperer.problems()
 
 
-def test_every_text_that_is_no_utf8_is_found_and_read_over(path: Path) -> None:
+def test_every_text_that_is_not_utf8_is_reported_and_skipped(path: Path) -> None:
     texts = [(table, name) for table, name in LOG_COLUMNS + STATE_COLUMNS if is_text(table, name)]
     assert len(texts) > 10
     with Tamperer(path) as tamperer:
@@ -483,7 +483,7 @@ def is_text(table: str, column: str) -> bool:
 
 
 def test_a_whole_session_before_the_first_commit_is_found(path: Path) -> None:
-    """Consistent in itself, and nothing in the chain knows of it."""
+    """It is consistent, and the chain does not cover it."""
     with Tamperer(path) as tamperer:
         tamperer.run("INSERT INTO sessions VALUES (-1, 'new', 5, -1, NULL, NULL, NULL, '{}')")
         tamperer.run("INSERT INTO commits VALUES (-1, -1, 'mallory', 'x', 5, x'00')")
@@ -496,7 +496,7 @@ def test_a_whole_session_before_the_first_commit_is_found(path: Path) -> None:
 
 
 def drop_last_commit(path: Path) -> int:
-    """Take the last commit out with all that it did; its number."""
+    """Remove the last commit with all its effects; return its number."""
     with Tamperer(path) as tamperer:
         (last,) = tamperer.connection.execute("SELECT max(sequence) FROM commits").fetchone()
         tamperer.run("DELETE FROM versions WHERE sequence = ?", last)
@@ -509,16 +509,16 @@ def write_once_more(path: Path) -> None:
         provider.set_variable("again", "y", {"n": 1})
 
 
-def test_commits_gone_from_the_end_are_held_against_the_anchor(path: Path) -> None:
+def test_commits_missing_at_the_end_are_found_by_the_anchor(path: Path) -> None:
     write_once_more(path)
     last = drop_last_commit(path)
-    assert problems_of(path) == [], "without an anchor nobody can tell"
+    assert problems_of(path) == [], "not detectable without an anchor"
     (problem,) = problems_of(path, anchor_of(path))
     assert problem.where == f"commit {last}"
     assert str(last - 1) in problem.what
 
 
-def test_an_older_copy_is_held_against_the_anchor(path: Path) -> None:
+def test_an_older_copy_is_found_by_the_anchor(path: Path) -> None:
     older = path.read_bytes()
     first = anchor_of(path).sequence + 1
     for _ in range(3):
@@ -528,19 +528,19 @@ def test_an_older_copy_is_held_against_the_anchor(path: Path) -> None:
     assert problem.where == f"commits {first} to {first + 2}"
 
 
-def test_a_log_rewritten_with_fitting_hashes_is_held_against_the_anchor(path: Path) -> None:
-    """A forger who knows how the chain is made has no way to make the anchor fit."""
+def test_a_log_rewritten_with_matching_hashes_is_found_by_the_anchor(path: Path) -> None:
+    """A forger who can compute the chain cannot make the anchor match."""
     with Tamperer(path) as tamperer:
         tamperer.run("UPDATE commits SET actor = 'mallory' WHERE sequence = 20")
         assert names_commit(tamperer.problems(), 20)
         forge(tamperer, path)
-    assert problems_of(path) == [], "without an anchor nobody can tell"
+    assert problems_of(path) == [], "not detectable without an anchor"
     (problem,) = problems_of(path, anchor_of(path))
     assert problem.where.startswith(f"commit {anchor_of(path).sequence}, ")
 
 
-def test_history_before_what_was_pruned_cannot_be_rewritten_up_to_there(path: Path) -> None:
-    """The hash of a pruned commit cannot be worked out, but it is tied to the one before it."""
+def test_history_before_pruned_commits_cannot_be_rewritten(path: Path) -> None:
+    """The hash of a pruned commit cannot be computed, but its residue covers the one before it."""
     with Tamperer(path) as tamperer:
         tamperer.run("UPDATE commits SET actor = 'mallory' WHERE sequence = 20")
         forge(tamperer, path, markers=False)
@@ -551,13 +551,13 @@ def test_history_before_what_was_pruned_cannot_be_rewritten_up_to_there(path: Pa
 
 
 def forge(tamperer: Tamperer, path: Path, *, markers: bool = True) -> None:
-    """Make the hashes of all commits fit, and, with `markers`, what the markers say of them."""
+    """Make the hashes of all commits match and, with `markers`, the digests of the markers."""
     readers = open_readers(path, size=1)
     previous, sequence = GENESIS, 0
     pruned = {row["sequence"]: row["marker_sequence"] for row in tamperer.rows("pruned")}
     full: dict[int, bytes] = {}
-    while found := read_commits(readers, sequence, 1):
-        [commit] = found
+    while commits := read_commits(readers, sequence, 1):
+        [commit] = commits
         sequence = commit.sequence
         if sequence not in pruned:
             if markers and forge_marker(tamperer, sequence, full):
@@ -592,11 +592,11 @@ def test_an_anchor_of_an_empty_log_fits_any(filled: Path) -> None:
     assert problems_of(filled, Head(0, GENESIS)) == []
 
 
-# What is said of it
+# The reported problems
 
 
 def test_one_change_is_one_problem(path: Path) -> None:
-    """A changed hash or content does not put the blame on the commits after it."""
+    """A changed hash or content does not make the commits after it problems."""
     with Tamperer(path) as tamperer:
         tamperer.run("UPDATE commits SET hash = ? WHERE sequence = 40", bytes(32))
         (problem,) = tamperer.problems()
@@ -639,9 +639,9 @@ def test_dependencies_in_another_order_are_found(path: Path) -> None:
 
 @pytest.mark.parametrize("body", ["", "[]", "{}", '{"variable_id":7}', "1e999"])
 @pytest.mark.parametrize("kind", [*EventKind, "unheard_of"])
-def test_an_event_that_makes_no_sense_ends_nothing(path: Path, kind: str, body: str) -> None:
+def test_a_malformed_event_does_not_end_the_check(path: Path, kind: str, body: str) -> None:
     with Tamperer(path) as tamperer:
-        # The index reads the body as JSON, and refuses what is none.
+        # An index parses the body as JSON.
         tamperer.connection.execute("DROP INDEX events_of_locks")
         tamperer.connection.execute("UPDATE events SET kind = ?, body = ? WHERE sequence = 2", (kind, body))
         problems = tamperer.problems()
@@ -649,8 +649,8 @@ def test_an_event_that_makes_no_sense_ends_nothing(path: Path, kind: str, body: 
     assert not any("cannot be read any further" in problem.what for problem in problems), problems
 
 
-def test_versions_out_of_order_are_found_even_where_the_hashes_fit(path: Path) -> None:
-    """What only a fault of the writer can make: here the chain is made to fit afterwards."""
+def test_versions_out_of_order_are_found_even_if_the_hashes_match(path: Path) -> None:
+    """Only a bug in the writer could write that: here the chain is made to match afterwards."""
     cases = {
         "UPDATE versions SET version = 90 WHERE variable_key = 1 AND version = 2": "version 90 follows version 89",
         "UPDATE versions SET kind = 0 WHERE variable_key = 1 AND version = 2": "of kind 0",
@@ -689,8 +689,8 @@ def test_a_missing_or_toothless_trigger_is_found(path: Path, table: str, action:
     assert problem == Problem(f"table {table}", f"the trigger {name} is {'changed' if instead else 'missing'}")
 
 
-def test_whatever_is_missing_in_the_schema_is_named(filled: Path, path: Path) -> None:
-    """Each trigger, view and index that a file has, dropped in turn."""
+def test_every_missing_part_of_the_schema_is_named(filled: Path, path: Path) -> None:
+    """Drop each trigger, view and index of a file in turn."""
     with closing(sqlite3.connect(f"file:{filled}?mode=ro", uri=True)) as connection:
         parts = connection.execute(
             "SELECT type, name FROM sqlite_schema WHERE type != 'table' AND sql IS NOT NULL"
@@ -700,13 +700,13 @@ def test_whatever_is_missing_in_the_schema_is_named(filled: Path, path: Path) ->
         connection.execute("PRAGMA synchronous = OFF")
         for number, (kind, name) in enumerate(parts, 1):
             connection.execute(f"DROP {kind} {name}")
-            told = [problem.what for problem in schema_problems_of(path)]
-            assert f"the {kind} {name} is missing" in told
-            assert len(told) == number
+            problems = [problem.what for problem in schema_problems_of(path)]
+            assert f"the {kind} {name} is missing" in problems
+            assert len(problems) == number
 
 
 @pytest.mark.parametrize(
-    ("statements", "told"),
+    ("statements", "expected"),
     [
         (
             ("DROP VIEW v_commits", "CREATE VIEW v_commits AS SELECT 1"),
@@ -723,12 +723,14 @@ def test_whatever_is_missing_in_the_schema_is_named(filled: Path, path: Path) ->
         (("CREATE VIEW mine AS SELECT 1", "CREATE INDEX my_own ON versions (source)"), []),
     ],
 )
-def test_what_was_changed_in_the_schema_is_named(path: Path, statements: tuple[str, ...], told: list[str]) -> None:
+def test_every_changed_part_of_the_schema_is_named(
+    path: Path, statements: tuple[str, ...], expected: list[str]
+) -> None:
     with closing(sqlite3.connect(path)) as connection:
         for statement in statements:
             connection.execute(statement)
-    assert [str(problem) for problem in schema_problems_of(path)] == told
-    assert [str(problem) for problem in maintenance.check(path).problems] == told
+    assert [str(problem) for problem in schema_problems_of(path)] == expected
+    assert [str(problem) for problem in maintenance.check(path).problems] == expected
 
 
 # The index of metadata
@@ -736,7 +738,7 @@ def test_what_was_changed_in_the_schema_is_named(path: Path, statements: tuple[s
 
 @pytest.mark.parametrize("page", [1, 10_000])
 @pytest.mark.parametrize(
-    ("statement", "told"),
+    ("statement", "expected"),
     [
         ("DELETE FROM metadata_entries {one}", ["version {version} has metadata that is missing in metadata_entries"]),
         (
@@ -754,7 +756,7 @@ def test_what_was_changed_in_the_schema_is_named(path: Path, statements: tuple[s
     ],
 )
 def test_a_changed_index_of_metadata_is_found(
-    path: Path, monkeypatch: pytest.MonkeyPatch, page: int, statement: str, told: list[str]
+    path: Path, monkeypatch: pytest.MonkeyPatch, page: int, statement: str, expected: list[str]
 ) -> None:
     if page == 1:
         change(monkeypatch, "SNAPSHOT_S", 0.0)
@@ -770,7 +772,7 @@ def test_a_changed_index_of_metadata_is_found(
         assert connection.execute(statement.format(one=one), row).rowcount == 1
         (name,) = connection.execute("SELECT name FROM variables WHERE variable_key = ?", [variable_key]).fetchone()
     problems = problems_of(path)
-    assert [problem.what for problem in problems] == [what.format(key=key, version=version) for what in told]
+    assert [problem.what for problem in problems] == [what.format(key=key, version=version) for what in expected]
     for problem in problems:
         assert problem.where.startswith(f"commit {sequence}, session '")
         assert problem.where.endswith(f"', variable '{name}'")
@@ -788,12 +790,12 @@ def test_an_index_of_metadata_that_was_emptied_is_found(path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_flipped_bits_in_the_file_are_found_and_end_nothing(filled: Path, path: Path, seed: int) -> None:
-    """Whatever a damaged file makes SQLite answer: where the log reads differently, there is a problem."""
+def test_flipped_bits_are_found_and_do_not_end_the_check(filled: Path, path: Path, seed: int) -> None:
+    """If the damage changes what SQLite reads of the log, there is a problem."""
     print(f"seed {seed}")
     randomly = random.Random(seed)
     content = bytearray(path.read_bytes())
-    # Not in the first page: a damaged schema is refused before this check begins.
+    # Not in the first page: a damaged schema is refused before the check begins.
     for _ in range(randomly.choice((1, 1, 3))):
         content[randomly.randrange(4096, len(content))] ^= 1 << randomly.randrange(8)
     path.write_bytes(content)
@@ -803,7 +805,7 @@ def test_flipped_bits_in_the_file_are_found_and_end_nothing(filled: Path, path: 
 
 
 def contents_of(path: Path) -> object:
-    """The log as SQLite reads it, or the error that it gives."""
+    """Return the log as SQLite reads it, or its error."""
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
         connection.text_factory = bytes
         try:
@@ -826,16 +828,16 @@ NUMBERS = st.integers(0, 2**63 - 1)
     versions=st.lists(st.tuples(NUMBERS, NUMBERS, NUMBERS, NUMBERS, MAYBE, MAYBE, MAYBE, MAYBE), max_size=3),
     events=st.lists(st.tuples(NUMBERS, TEXTS, TEXTS), max_size=3),
 )
-def test_what_is_hashed_is_json(sequence: int, actor: str, versions: list[Any], events: list[Any]) -> None:
-    """Another program can check the chain with nothing but a JSON encoder and SHA-256."""
+def test_the_hashed_text_is_json(sequence: int, actor: str, versions: list[Any], events: list[Any]) -> None:
+    """Another program needs only a JSON encoder and SHA-256 to check the chain."""
     written = commit_text(
         sequence, 1, actor, "cause", 2, [version_text(*row) for row in versions], [event_text(*row) for row in events]
     )
-    # In the log's order: value, digests, metadata.
+    # The order in the log: value, digests, metadata.
     rows = [[*row[:4], row[4], row[6], row[7], row[5]] for row in versions]
     document = [sequence, 1, actor, "cause", 2, rows, [list(row) for row in events]]
     assert written == json.dumps(document, separators=(",", ":"))
 
 
-def test_a_hash_covers_what_comes_before() -> None:
+def test_a_hash_covers_the_commits_before_it() -> None:
     assert link(GENESIS, "[1]") != link(link(GENESIS, "[0]"), "[1]")

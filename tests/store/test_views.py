@@ -48,17 +48,17 @@ COLUMNS = {
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("story") / "sessions.db"
     story.tell(path)
     return path
 
 
-@pytest.fixture(scope="module", params=["released", "told"])
-def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, told: Path) -> Path:
+@pytest.fixture(scope="module", params=["released", "written"])
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, written: Path) -> Path:
     """The database of the release that brought the views, and one that tools have just written."""
-    if request.param == "told":
-        return told
+    if request.param == "written":
+        return written
     copy = tmp_path_factory.mktemp("released") / "released.db"
     shutil.copy(ASSET, copy)
     maintenance.upgrade(copy)
@@ -95,21 +95,21 @@ def parsed(text: str | None) -> Any:
 
 
 @pytest.mark.parametrize("view", COLUMNS)
-def test_a_view_has_the_columns_that_are_promised(view: str, path: Path) -> None:
+def test_a_view_has_the_documented_columns(view: str, path: Path) -> None:
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
         found = [row[1] for row in connection.execute(f"PRAGMA table_info({view})")]
     assert found[: len(COLUMNS[view].split())] == COLUMNS[view].split()
     assert list(VIEWS[view].columns) == found, "the website describes each of them"
 
 
-def test_there_is_no_view_that_is_not_promised(path: Path) -> None:
+def test_every_view_is_documented(path: Path) -> None:
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
         found = {row[0] for row in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'view'")}
     assert found == set(COLUMNS) == set(VIEWS)
 
 
 @pytest.mark.parametrize("view", COLUMNS)
-def test_the_page_says_what_each_column_means(view: str) -> None:
+def test_the_page_describes_each_column(view: str) -> None:
     section = PAGE.partition(f"## {view}\n")[2].partition("\n## ")[0]
     assert re.findall(r"^\| `(\w+)` \| (.+) \|$", section, re.MULTILINE) == list(VIEWS[view].columns.items())
 
@@ -207,7 +207,7 @@ def test_executions(path: Path, details: list[ExecutionDetail]) -> None:
         assert_says(row, {"retried_by": following[0] if following else None, "ended_as": last.status.value})
 
 
-def test_what_executions_read_and_wrote(path: Path, details: list[ExecutionDetail]) -> None:
+def test_reads_and_writes_of_executions(path: Path, details: list[ExecutionDetail]) -> None:
     read = {
         (detail.summary.session_id, detail.summary.execution_id, detail.summary.tool, *each)
         for detail in details
@@ -244,23 +244,23 @@ def test_commits(path: Path, audit: AuditSource) -> None:
         assert tuple(parsed(row["events"])) == answer.events
 
 
-def test_sensitive_values_are_nowhere_in_the_views(told: Path) -> None:
+def test_sensitive_values_are_nowhere_in_the_views(written: Path) -> None:
     for view in COLUMNS:
-        assert story.SECRET not in json.dumps(rows(told, view, "1"))
+        assert story.SECRET not in json.dumps(rows(written, view, "1"))
 
 
 # The page's examples, and the website's questions
 
 
 @pytest.mark.parametrize("statement", re.findall(r"```sql\n(.*?)```", PAGE, re.DOTALL))
-def test_an_example_in_sql(statement: str, told: Path) -> None:
-    with closing(sqlite3.connect(f"file:{told}?mode=ro", uri=True)) as connection:
+def test_an_example_in_sql(statement: str, written: Path) -> None:
+    with closing(sqlite3.connect(f"file:{written}?mode=ro", uri=True)) as connection:
         assert connection.execute(statement).fetchall()
 
 
-def test_the_state_as_of_a_time_is_what_the_audit_says(told: Path) -> None:
+def test_the_state_as_of_a_time_is_what_the_audit_says(written: Path) -> None:
     (statement,) = [text for text in re.findall(r"```sql\n(.*?)```", PAGE, re.DOTALL) if "2100" in text]
-    with dspex_persist.open_audit(told) as audit, closing(sqlite3.connect(told)) as connection:
+    with dspex_persist.open_audit(written) as audit, closing(sqlite3.connect(written)) as connection:
         commits = list(audit.iterate(CommitQuery(session=story.SESSION, newest_first=False)))
         for commit in commits[::5]:
             asked = statement.replace("2100-01-01T00:00:00Z", str(text_of(commit.created_at)))
@@ -270,8 +270,8 @@ def test_the_state_as_of_a_time_is_what_the_audit_says(told: Path) -> None:
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_a_question_of_the_website(question: str, told: Path) -> None:
-    with closing(sqlite3.connect(f"file:{told}?mode=ro", uri=True)) as connection:
+def test_a_query_of_the_website(question: str, written: Path) -> None:
+    with closing(sqlite3.connect(f"file:{written}?mode=ro", uri=True)) as connection:
         (execution,) = connection.execute("SELECT max(execution_id) FROM v_executions").fetchone()
         asked = {"session": story.SESSION, "variable": "score", "execution": execution, "time": "2100"}
         assert connection.execute(QUESTIONS[question], asked).fetchall()
@@ -284,16 +284,16 @@ def program_with(library: str) -> str:
 
 
 def test_the_program_with_pandas(
-    told: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    written: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     program = program_with("pandas")
-    monkeypatch.chdir(told.parent)
+    monkeypatch.chdir(written.parent)
     exec(program, {})
     assert "temperature" in capsys.readouterr().out
 
 
 def test_the_program_with_duckdb(
-    told: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    written: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     program = program_with("duckdb")
     import duckdb
@@ -302,6 +302,6 @@ def test_the_program_with_duckdb(
         duckdb.connect().execute("LOAD sqlite")
     except duckdb.Error as error:
         pytest.skip(f"DuckDB's extension for SQLite is not here: {error}")
-    monkeypatch.chdir(told.parent)
+    monkeypatch.chdir(written.parent)
     exec(program, {})
     assert "improve" in capsys.readouterr().out

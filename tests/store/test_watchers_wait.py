@@ -91,23 +91,23 @@ def test_watchers_are_woken_in_slices_between_which_others_have_their_turn() -> 
 
 def test_a_watcher_waits_for_its_turn_once_and_misses_nothing() -> None:
     seen: list[int] = []
-    told = 0
+    delivered = 0
 
     async def test(mailbox: LoopMailbox) -> None:
-        nonlocal told
+        nonlocal delivered
         complete = asyncio.Event()
 
         def look() -> None:
-            seen.append(told)
-            if told == 1000:
+            seen.append(delivered)
+            if delivered == 1000:
                 complete.set()
 
         wake = mailbox.waker(look)
 
         def write() -> None:
-            nonlocal told
+            nonlocal delivered
             for number in range(1, 1001):
-                told = number
+                delivered = number
                 wake()
 
         await asyncio.to_thread(write)

@@ -1,4 +1,4 @@
-"""The writer thread: groups, order, cancelling, closing, and that nobody hangs whatever happens to it."""
+"""The writer thread: groups, order, cancelling, closing, and that no caller ever hangs."""
 
 import asyncio
 import sys
@@ -42,7 +42,7 @@ def names(jobs: Sequence[Job]) -> list[str]:
 
 
 class Sink:
-    """Takes groups, answers each job with its name; can be held, and told to fail."""
+    """Accepts groups and answers each job with its name; can be held, and made to fail."""
 
     def __init__(self) -> None:
         self.groups: list[list[str]] = []
@@ -60,7 +60,7 @@ class Sink:
 
     @property
     def written(self) -> list[str]:
-        """What was in all groups together."""
+        """The jobs of all groups."""
         return list(chain.from_iterable(self.groups))
 
     def write_group(self, jobs: Sequence[Job], *, wait: bool = True) -> list[Outcome]:
@@ -122,7 +122,7 @@ def start(sink: Sink) -> Iterator[Start]:
 
 
 def hold(sink: Sink, writer: Writer) -> Future[Any]:
-    """Have the writer at work on a first group; it goes on once `may_write` is set."""
+    """Submit a first group that keeps the writer busy until `may_write` is set."""
     sink.may_write.clear()
     first = writer.submit(job("first"))
     assert sink.begun.acquire(timeout=DEADLINE_S)
@@ -130,10 +130,10 @@ def hold(sink: Sink, writer: Writer) -> Future[Any]:
 
 
 class TestGroups:
-    def test_an_answer_comes_back_to_whoever_asked(self, start: Start) -> None:
+    def test_an_answer_goes_to_its_caller(self, start: Start) -> None:
         assert start().submit(job("a")).result(DEADLINE_S) == "a"
 
-    def test_what_queues_while_it_writes_is_the_next_group_in_order(self, sink: Sink, start: Start) -> None:
+    def test_jobs_queued_while_it_writes_form_the_next_group_in_order(self, sink: Sink, start: Start) -> None:
         writer = start()
         hold(sink, writer)
         queued = [writer.submit(job(f"{number}")) for number in range(50)]
@@ -162,7 +162,7 @@ class TestGroups:
         assert [future.exception() for future in futures] == [None, error, None]
         assert futures[2].result() == "b"
 
-    def test_alone_nothing_is_delayed_in_company_a_moment(
+    def test_a_lone_job_is_not_delayed_and_several_wait_a_moment(
         self, sink: Sink, start: Start, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         slept: list[float] = []
@@ -179,20 +179,20 @@ class TestGroups:
         assert len(slept) <= 1
 
     def test_a_callback_may_submit_again(self, start: Start) -> None:
-        """Callbacks run on the writer's own thread: it must not wait for itself."""
+        """Callbacks run on the writer's thread, which must not wait for itself."""
         writer = start()
         second: Future[Future[Any]] = Future()
         writer.submit(job("a")).add_done_callback(lambda _: second.set_result(writer.submit(job("b"))))
         assert second.result(DEADLINE_S).result(DEADLINE_S) == "b"
 
-    def test_a_callback_that_raises_harms_nobody(self, start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_callback_that_raises_does_no_harm(self, start: Start, caplog: pytest.LogCaptureFixture) -> None:
         writer = start()
         writer.submit(job("a")).add_done_callback(lambda _: [][0])
         assert writer.submit(job("b")).result(DEADLINE_S) == "b"
 
 
 class TestCancelling:
-    def test_a_caller_that_gives_up_before_its_turn_is_left_out(self, sink: Sink, start: Start) -> None:
+    def test_a_job_cancelled_before_its_turn_is_left_out(self, sink: Sink, start: Start) -> None:
         writer = start()
         hold(sink, writer)
         queued = [writer.submit(job(name)) for name in ("a", "b", "c", "d")]
@@ -205,7 +205,7 @@ class TestCancelling:
         with pytest.raises(CancelledError):
             queued[0].result(DEADLINE_S)
 
-    def test_all_of_a_group_may_give_up(self, sink: Sink, start: Start) -> None:
+    def test_all_callers_of_a_group_may_cancel(self, sink: Sink, start: Start) -> None:
         writer = start()
         hold(sink, writer)
         queued = [writer.submit(job(name)) for name in ("a", "b")]
@@ -214,7 +214,7 @@ class TestCancelling:
         assert writer.submit(job("c")).result(DEADLINE_S) == "c"
         assert not sink.fatal
 
-    def test_once_its_turn_has_come_it_is_too_late(self, sink: Sink, start: Start) -> None:
+    def test_a_job_whose_turn_has_come_cannot_be_cancelled(self, sink: Sink, start: Start) -> None:
         writer = start()
         first = hold(sink, writer)
         assert not first.cancel()
@@ -239,14 +239,14 @@ class TestQueueLimit:
 
 
 class TestClosing:
-    def test_what_is_queued_is_written_and_what_comes_after_is_refused(self, sink: Sink, start: Start) -> None:
+    def test_queued_jobs_are_written_and_later_ones_refused(self, sink: Sink, start: Start) -> None:
         writer = start()
         hold(sink, writer)
         queued = [writer.submit(job(f"{number}")) for number in range(10)]
         closing = threading.Thread(target=writer.close)
         closing.start()
         while not (late := writer.submit(job("late"))).done():
-            # Accepted: `close` has not got to the gate yet. So it has to be written.
+            # It was accepted before `close` refused further jobs, so it must be written.
             queued.append(late)
             closing.join(0.001)
         assert isinstance(late.exception(), EngineClosedError)
@@ -550,36 +550,36 @@ class TestDeath:
     @pytest.mark.parametrize(
         "failure", [RuntimeError("boom"), OutcomeUnknownError("disk"), KeyboardInterrupt(), SystemExit(1)], ids=repr
     )
-    def test_everybody_is_told_and_nobody_hangs(self, sink: Sink, start: Start, failure: BaseException) -> None:
+    def test_every_caller_gets_an_error_and_none_hangs(self, sink: Sink, start: Start, failure: BaseException) -> None:
         writer = start()
         first = hold(sink, writer)
         queued = [writer.submit(job(name)) for name in ("a", "b")]
         assert queued[1].cancel()
         sink.failure = failure
         sink.may_write.set()
-        told = first.exception(DEADLINE_S)
-        assert isinstance(told, OutcomeUnknownError), "begun: it may or may not have been written"
+        error = first.exception(DEADLINE_S)
+        assert isinstance(error, OutcomeUnknownError), "begun: it may or may not have been written"
         assert isinstance(queued[0].exception(DEADLINE_S), EngineClosedError), "not begun: certainly not written"
         assert sink.ended.wait(DEADLINE_S)
         later = writer.submit(job("later")).exception(DEADLINE_S)
-        assert later is told
+        assert later is error
         if isinstance(failure, OutcomeUnknownError):
-            assert told is failure
+            assert error is failure
         writer.close()
         assert sink.fatal == [failure]
         assert sink.groups == [["first"]]
 
-    def test_it_is_reported_after_the_waiting_callers_were_told(self, sink: Sink, start: Start) -> None:
+    def test_it_is_reported_after_the_waiting_callers_got_their_errors(self, sink: Sink, start: Start) -> None:
         seen: list[bool] = []
-        asked: list[Future[Any]] = []
-        writer = start(on_fatal=lambda _: seen.extend(future.done() for future in asked))
-        asked += [hold(sink, writer), writer.submit(job("second"))]
+        pending: list[Future[Any]] = []
+        writer = start(on_fatal=lambda _: seen.extend(future.done() for future in pending))
+        pending += [hold(sink, writer), writer.submit(job("second"))]
         sink.failure = RuntimeError("boom")
         sink.may_write.set()
         writer.close()
         assert seen == [True, True]
 
-    def test_too_few_answers_are_a_fault_that_leaves_nobody_waiting(self, sink: Sink, start: Start) -> None:
+    def test_too_few_answers_are_a_fault_that_leaves_no_caller_waiting(self, sink: Sink, start: Start) -> None:
         writer = start(write_group=lambda _jobs, **_: [])
         assert isinstance(writer.submit(job("a")).exception(DEADLINE_S), OutcomeUnknownError)
         assert sink.ended.wait(DEADLINE_S)
