@@ -131,7 +131,7 @@ def _questions() -> list[_Question]:
     return [
         _Question("newest", "newest 100 versions of a variable", newest, 100),
         _Question("as_of", f"state of {_WIDTH} variables as of the middle", as_of, _WIDTH),
-        _Question("blame", "blame of a variable and of its ten inputs", blame, 11),
+        _Question("blame", "blame of a variable and its ten inputs", blame, 11),
         _Question("search", f"search for {_FOUND} versions by metadata", search, _FOUND),
         _Question("export", f"export of a session of {_DEPTH:,} versions", export, _DEPTH + 2),
     ]

@@ -1,8 +1,8 @@
 """Compares two runs: finds the figures that changed by more than the noise of both.
 
-The spread of a figure is half the distance between its lowest and its highest round, relative to the figure; its noise
-is the sum of the spreads in both runs. A figure that changed by more than its noise is better or worse. With fewer than
-three rounds in a run, there is no verdict.
+The spread of a figure is half the distance between its lowest and its highest round; its noise is the sum of the
+spreads in both runs. A figure that changed by more than its noise is better or worse. With fewer than three rounds in a
+run, there is no verdict.
 """
 
 import json
@@ -54,10 +54,10 @@ class Figure:
 
     @property
     def spread(self) -> float | None:
-        """Half the distance between lowest and highest round, relative to the figure; None with too few rounds."""
-        if len(self.rounds) < _LEAST_ROUNDS or not self.size:
+        """Half the distance between lowest and highest round, in the figure's unit; None with too few rounds."""
+        if len(self.rounds) < _LEAST_ROUNDS:
             return None
-        return (max(self.rounds) - min(self.rounds)) / 2 / abs(self.size)
+        return (max(self.rounds) - min(self.rounds)) / 2
 
 
 def _figures(rows: Sequence[Row]) -> dict[tuple[str, str, str], Figure]:
@@ -85,9 +85,11 @@ class Change:
 
     @property
     def noise(self) -> float | None:
-        """The relative change that a significant change exceeds; None if it is unknown."""
+        """The noise relative to the figure before; a larger change is significant. None if it is unknown."""
         before, now = self.before.spread, self.now.spread
-        return None if before is None or now is None else max(before + now, _LEAST_CHANGE)
+        if before is None or now is None or not self.before.size:
+            return None
+        return max((before + now) / abs(self.before.size), _LEAST_CHANGE)
 
     @property
     def verdict(self) -> Literal["better", "worse", "", "?"]:

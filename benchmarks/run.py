@@ -161,6 +161,8 @@ def format_run(run: Mapping[str, Any]) -> str:
         lines.append(
             "Python was built without optimization: one that is built with PGO is faster (make setup finds it)."
         )
+    if run["load"] > run["cpus"] / 2:
+        lines.append("The machine was busy when the run began: compare ratios, not rates.")
     if run["quick"]:
         lines.append("A smoke run: its numbers mean nothing.")
     if run["filesystem"] in IN_MEMORY:
@@ -238,7 +240,8 @@ def main(arguments: Sequence[str]) -> int:
     compared = [_chosen_rows(saved, chosen) for saved in chosen.compare]
     now = compared[1] if len(compared) == 2 else _measure_run(chosen)
     written = as_json(now.rows, now.run)
-    print(f"{format_run(now.run)}\n\n{format_table(now.rows)}\n\n{format_verdicts(now.rows)}")
+    parts = (format_run(now.run), format_table(now.rows), format_verdicts(now.rows))
+    print("\n\n".join(filter(None, parts)))
     if compared:
         before = compared[0]
         written["compared"] = compare.as_json(before, now)

@@ -96,8 +96,10 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def format_verdicts(rows: Sequence[Row]) -> str:
-    """Return how many targets the rows meet."""
+    """Return how many targets the rows meet; empty if none has a target."""
     verdicts = [row.verdict for row in rows]
+    if not any(verdicts):
+        return ""
     return f"Targets: {verdicts.count('met')} met, {verdicts.count('missed')} missed"
 
 
