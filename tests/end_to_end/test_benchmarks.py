@@ -269,3 +269,11 @@ def test_fewer_rounds_can_be_asked_for() -> None:
 def _bench(*options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks.run", *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=within(60), check=False)
+
+
+def test_setup_finds_a_python_that_fits() -> None:
+    path = subprocess.run([".ci/find-python"], cwd=ROOT, capture_output=True, text=True, timeout=within(20), check=True)
+    command = [path.stdout.strip(), "benchmarks/interpreter.py"]
+    fits = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=within(20), check=False)
+    assert fits.stdout.startswith("Python 3.")
+    assert fits.returncode in (0, 3)
