@@ -10,8 +10,8 @@ import pytest
 from freezegun import freeze_time
 from freezegun.api import FrozenDateTimeFactory
 
-# Containers like to forbid bytecode beside the sources. Without any, every run would write all assertions of the tests
-# anew before the first of them, and every process that a test starts would compile the whole package.
+# Containers often forbid bytecode next to the sources. Without it, every run would rewrite the assertions of all tests
+# first, and every process that a test starts would compile the whole package.
 if sys.dont_write_bytecode:
     sys.dont_write_bytecode = False
     sys.pycache_prefix = str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "bytecode")
@@ -40,7 +40,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="class")
 def standing_clock() -> Iterator[FrozenDateTimeFactory]:
-    """A clock that goes only when it is told to; pytest's own goes on. Stopping it takes a while: once for a class."""
+    """A clock that only moves when a test moves it; pytest's continues. Stopping it is slow: do it once for a class."""
     with freeze_time("2030-01-01", ignore=["_pytest"]) as frozen:
         assert isinstance(frozen, FrozenDateTimeFactory)
         yield frozen

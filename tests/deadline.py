@@ -16,14 +16,14 @@ _LEAST, _MOST = 4.0, 40.0
 
 
 def within(quiet_s: float) -> float:
-    """The deadline for what takes less than `quiet_s` on a machine that does nothing else."""
+    """Return the deadline, in seconds, for an operation that takes less than `quiet_s` on an idle machine."""
     return quiet_s * _patience()
 
 
 def _patience() -> float:
-    told = os.environ.get(PATIENCE)
-    if told:
-        return float(told)
+    patience = os.environ.get(PATIENCE)
+    if patience:
+        return float(patience)
     load_of_a_core = os.getloadavg()[0] / (os.cpu_count() or 1)
     return min(max(_LEAST, 2 * load_of_a_core), _MOST)
 

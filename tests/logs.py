@@ -1,4 +1,4 @@
-"""What was told to the log, as events with fields."""
+"""Capture log lines as events with fields."""
 
 import logging
 from collections.abc import Iterator
@@ -9,22 +9,22 @@ from typing import Any
 class _Events(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
-        self.told: list[dict[str, Any]] = []
+        self.captured: list[dict[str, Any]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         fields = getattr(record, "dspex_fields", {"event": record.getMessage()})
-        self.told.append({**fields, "log_level": record.levelname.lower()})
+        self.captured.append({**fields, "log_level": record.levelname.lower()})
 
 
 @contextmanager
 def capture_logs() -> Iterator[list[dict[str, Any]]]:
-    """The events of our own loggers, of every level, while this lasts."""
+    """Yield a list that collects the events of the package's loggers, of every level, during the block."""
     logger, events = logging.getLogger("dspex_persist"), _Events()
     level = logger.level
     logger.setLevel(logging.DEBUG)
     logger.addHandler(events)
     try:
-        yield events.told
+        yield events.captured
     finally:
         logger.removeHandler(events)
         logger.setLevel(level)

@@ -106,7 +106,7 @@ class MemoryGroups(Groups[RememberingLog]):
         return outcomes, units
 
     def _check_untouched(self, drafts: Drafts) -> None:
-        """A command that failed has to leave its drafts as it found them: whoever shares them must not notice."""
+        """Check that a failed command left its drafts unchanged: other commands share them."""
         for session_id, state in drafts.states.items():
             assert state == self.states.get(session_id), f"a failed command changed session {session_id!r}"
         assert not drafts.versions, "a failed command left versions"

@@ -25,7 +25,7 @@ def accesses(source: str) -> Iterator[int]:
             yield node.lineno
 
 
-def test_nobody_else_looks_into_a_body() -> None:
+def test_no_other_code_reads_a_body() -> None:
     files = (file for folder in FOLDERS for file in sorted((PACKAGE / folder).rglob("*.py")))
     found = {
         f"{file.relative_to(PACKAGE)}:{line}"

@@ -1,4 +1,4 @@
-"""What a value type means is said in its file alone: nobody else compares names of types."""
+"""Each value type is defined in its file alone: no other code compares names of types."""
 
 import ast
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def _is_name(node: ast.expr | None) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in type_names()
 
 
-def test_nobody_else_compares_names_of_types() -> None:
+def test_no_other_code_compares_names_of_types() -> None:
     found = {
         f"{file.relative_to(PACKAGE)}:{line}"
         for file in sorted(PACKAGE.rglob("*.py"))

@@ -108,7 +108,7 @@ def test_what_lies_below_the_edges_speaks_of_none(pattern: re.Pattern[str]) -> N
 
 
 @pytest.mark.parametrize("folders", [("state", "infra"), ("cli",)], ids=["below", "cli"])
-def test_nobody_but_the_bridge_names_rpcs(folders: tuple[str, ...]) -> None:
+def test_only_the_bridge_names_rpcs(folders: tuple[str, ...]) -> None:
     """In sentences: as a word of its own it is a command's name, which the history calls a cause."""
     known = {("cli/audit/options.py", "Only with this cause: SetVariable, an execution's id, ...")}
     sentences = ((name, text) for name, text in texts(*folders, but="state/bridge/") if re.search(r"\b[a-z]", text))

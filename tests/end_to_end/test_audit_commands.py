@@ -573,7 +573,7 @@ def test_usage_errors(ask: Callable[..., Said], path: Path) -> None:
     assert "no such file" in ask("sessions", db=path.with_name("other.db"), code=UNUSABLE).err
 
 
-def test_a_damaged_file_is_told_of_in_a_sentence(ask: Callable[..., Said], backup: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_is_reported_in_a_sentence(ask: Callable[..., Said], backup: Path, tmp_path: Path) -> None:
     content = bytearray(backup.read_bytes())
     # All but the schema, which opening reads.
     for page in range(40 * 4096, len(content), 4096):

@@ -393,7 +393,7 @@ def test_what_holds_sensitive_values_is_not_shown(page: str, site: str) -> None:
 
 
 @needs_datasette
-def test_nobody_runs_sql_of_their_own(site: str) -> None:
+def test_users_cannot_run_their_own_sql(site: str) -> None:
     through = json.dumps({"table": "versions", "column": "version", "value": "1"})
     for page, parts in (
         ("history", {"sql": "select value from versions"}),

@@ -430,7 +430,7 @@ def prunable(filled: Path, tmp_path: Path) -> Iterator[ServerProcess]:
         yield server
 
 
-def test_no_client_has_history_pruned_unless_the_server_was_told_so(server: ServerProcess) -> None:
+def test_clients_cannot_prune_unless_the_server_allows_it(server: ServerProcess) -> None:
     with connect(f"grpc://{target_of(server)}") as state:
         head = state.audit().head()
         assert state.prune(PrunePolicy(keep_versions=10), confirm=False).versions > 0

@@ -359,7 +359,7 @@ def test_wrong_usage_is_2(path: Path, tmp_path: Path, arguments: list[str], envi
     assert "Traceback" not in result.stderr
 
 
-def test_a_setting_that_cannot_be_is_told_as_json_too(tmp_path: Path) -> None:
+def test_an_invalid_setting_is_reported_as_json_too(tmp_path: Path) -> None:
     result = run("check", "--json", cwd=tmp_path, DSPEX_PERSIST_DB=":memory:")
     sentence = assert_one_sentence(result, USAGE)
     assert document_of(result) == {"ok": False, "error": sentence.removeprefix("error: ").strip()}

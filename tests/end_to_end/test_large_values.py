@@ -94,7 +94,7 @@ def set_one(name: str, text: str) -> pb.SetVariableRequest:
     return pb.SetVariableRequest(session_id="s", variable_identifier=name, value=wire(text))
 
 
-def test_nobody_waits_while_the_largest_values_are_read(noted: Noted) -> None:
+def test_no_caller_waits_while_the_largest_values_are_parsed(noted: Noted) -> None:
     stub, gate = noted.stub, noted.gate
     (gate.folder / "hold").touch()
     with ThreadPoolExecutor(1) as writing:

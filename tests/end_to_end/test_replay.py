@@ -157,7 +157,7 @@ def test_a_recorded_session_replays_clean(tape: Path, folder: Path) -> None:
     assert sum(each["status"] == "conflict" for each in document["executions"]) == document["skipped"] - 1
 
 
-def test_changed_code_is_told_with_a_diff_and_an_exit_code(tape: Path, changed: Path) -> None:
+def test_changed_code_is_reported_with_a_diff_and_an_exit_code(tape: Path, changed: Path) -> None:
     result = dspex("replay", tape, "--tools", "shop", cwd=changed)
     assert result.returncode == DIVERGED
     assert "it writes something else than recorded\n-b v1 = 6\n+b v1 = 7\n" in result.stdout

@@ -256,7 +256,7 @@ def _await_server(process: subprocess.Popen[bytes], address: str) -> None:
     raise AssertionError("it does not answer")
 
 
-def test_a_server_goes_on_when_nobody_reads_its_output_any_more(tmp_path: Path) -> None:
+def test_a_server_continues_when_its_output_is_no_longer_read(tmp_path: Path) -> None:
     argv = [*PROGRAM, "serve", "--db", "s.db", "--listen", "127.0.0.1:0", "--log-level", "debug"]
     with ServerProcess(argv, cwd=tmp_path) as server:
         port = server.wait_ready(DEADLINE_S)

@@ -494,7 +494,9 @@ def test_a_python_client_does_not_wait_for_a_server_that_is_gone_as_long_as_for_
 
 
 @pytest.mark.parametrize("how", ["beyond the grace", "killed"])
-def test_what_the_servers_end_interrupts_never_shows_and_runs_anew(tmp_path: Path, gate: Gate, how: str) -> None:
+def test_executions_interrupted_by_the_end_of_the_server_leave_nothing_and_run_again(
+    tmp_path: Path, gate: Gate, how: str
+) -> None:
     path = tmp_path / "sessions.db"
     journal = Journal(path)
     with serve(path, *TOOLS, "--grace", "0.2") as server:
@@ -656,7 +658,7 @@ def taken(gate: Gate) -> int:
     return file.stat().st_size if file.exists() else 0
 
 
-def test_a_client_that_does_not_read_holds_the_tool_back_and_nobody_else(client: OldClient, gate: Gate) -> None:
+def test_a_client_that_does_not_read_stops_only_its_tool(client: OldClient, gate: Gate) -> None:
     count = 200
     chunks = client.stream("flood", gate=gate, chunks=count)
     next(chunks)

@@ -143,7 +143,7 @@ def test_a_client_that_does_not_read_is_ended_and_can_resume(server: ServerProce
     assert grown < 80
 
 
-def test_a_frozen_client_stalls_nobody(server: ServerProcess, state: BridgedState) -> None:
+def test_a_frozen_client_stalls_no_other(server: ServerProcess, state: BridgedState) -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "assets" / "stubs")}
     frozen = subprocess.Popen(
         [sys.executable, "-c", FROZEN_CLIENT, f"127.0.0.1:{server.port}"],
@@ -168,7 +168,7 @@ def test_a_frozen_client_stalls_nobody(server: ServerProcess, state: BridgedStat
         frozen.stdout.close()
 
 
-def test_heartbeats_tell_how_far_everything_has_been_told(server: ServerProcess, state: BridgedState) -> None:
+def test_heartbeats_report_the_position_of_the_watch(server: ServerProcess, state: BridgedState) -> None:
     with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
         watch = channel.unary_stream(WATCH, pb.WatchVariablesRequest.SerializeToString, pb.VariableUpdate.FromString)
         call = watch(pb.WatchVariablesRequest(session_id=SESSION, variable_identifiers=["x"]), timeout=DEADLINE_S)

@@ -44,7 +44,7 @@ def parent(ctx: ToolContext) -> list[int]:
 
 @tool(description="Stand on what others change.", retries=1)
 def collide(ctx: ToolContext) -> int:
-    """Its first attempt always meets a write of somebody else."""
+    """Its first attempt always conflicts with another caller's write."""
     found = int(ctx["shared"])
     if ctx.attempt == 1:
         MEET.set()

@@ -59,7 +59,7 @@ LEGAL: Final = {
     *(("outcomes", "idempotency_key", damage) for damage in DAMAGE[str]),
     ("outcomes", "created_at", -1),
     ("sessions", "expires_at", -1),
-    # It says nothing but the order of the rows.
+    # It only determines the order of the rows.
     ("dependencies", "dependency_key", -1),
     # Some of the first commits came with an import: those of another file may have done so, too.
     ("imports", "first_sequence", 1),
@@ -94,7 +94,7 @@ def prepared() -> Iterator[None]:
 
 
 def alter(path: Path, statement: str, *parameters: object) -> bool:
-    """Change one row, whatever refuses that; False where SQLite itself cannot."""
+    """Change one row, bypassing triggers and constraints; return False if SQLite itself cannot."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         triggers = connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").fetchall()
         for name, _ in triggers:
@@ -139,7 +139,7 @@ def ask_everything(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def use_everything(path: Path) -> None:
-    """What is damaged fails with an error that says so; elsewhere calls go well, and so does the engine."""
+    """Calls that need the damaged rows fail with an error that says so; other calls and the engine work."""
     try:
         state = EmbeddedState(path)
     except OpenError:

@@ -89,7 +89,7 @@ def names_in(folder: Path) -> set[str]:
     return {entry.name for entry in folder.iterdir()}
 
 
-# What is no database of ours
+# Files that are not databases of this package
 
 
 @pytest.mark.parametrize("act", EVERYTHING)
@@ -230,7 +230,7 @@ def test_check_of_damaged_pages(path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_check_of_a_damaged_first_page_ends_with_a_reason(path: Path, seed: int) -> None:
-    """Where the schema is, and the header: either it is no database any more, or the check says what it sees."""
+    """The first page has the header and the schema: the file is refused, or the check reports the damage."""
     print(f"seed {seed}")
     randomly = random.Random(seed)
     content = bytearray(path.read_bytes())
@@ -336,7 +336,7 @@ def test_backup_is_a_single_private_file(path: Path, tmp_path: Path) -> None:
 
 
 def test_backup_can_be_read_from_read_only_media(path: Path, tmp_path: Path) -> None:
-    """No WAL of its own: SQLite would have to make files beside it."""
+    """It must not be in WAL mode, for which SQLite would have to create files next to it."""
     maintenance.backup(path, tmp_path / "target.db")
     before = names_in(tmp_path)
     assert maintenance.check(tmp_path / "target.db").problems == ()
@@ -349,7 +349,7 @@ def test_backup_serves_its_contents(path: Path, tmp_path: Path) -> None:
 
 
 def test_backup_while_a_writer_writes(tmp_path: Path) -> None:
-    """As of one moment: whole batches, and what was acknowledged before it began."""
+    """The copy is of one moment: it has whole batches, and all commits acknowledged before it began."""
     path = tmp_path / "live.db"
     names = [f"v{number}" for number in range(50)]
     with EmbeddedState(path) as provider:
@@ -452,7 +452,7 @@ def test_a_backup_that_is_interrupted_leaves_nothing(path: Path, tmp_path: Path,
 def test_a_backup_to_a_file_system_without_locks_gives_up(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SQLite reports a file system without locks as busy, for ever."""
+    """SQLite always reports a file system without locks as busy."""
     real = copies.copy_pages
 
     def copy(connection: Connection, partial: Path, progress: Progress) -> None:
@@ -554,7 +554,7 @@ def test_a_held_wal_is_reported_once_and_again_when_it_is_held_again(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(guard, "LARGE_WAL_BYTES", 6 * 1024 * 1024)
-    # What SQLite leaves of a WAL when it begins it anew, and the guard lets it.
+    # The size to which SQLite truncates a WAL when it restarts it, and which the guard accepts.
     for module in (engine, guard):
         monkeypatch.setattr(module, "WAL_LIMIT_BYTES", 1024 * 1024)
     with EmbeddedState(path) as provider, closing(sqlite3.connect(path, isolation_level=None)) as reader:
@@ -569,7 +569,7 @@ def test_a_held_wal_is_reported_once_and_again_when_it_is_held_again(
             assert warnings[0]["size_bytes"] > guard.LARGE_WAL_BYTES
             assert guard.WAL_IS_HELD in (maintenance.stats(path).warning or "")
             reader.execute("COMMIT")
-            # Nobody holds it: what is written next begins it anew.
+            # No reader holds it: the next write restarts it.
             for number in range(200):
                 provider.set_variable("again", "y", {"n": number})
                 if maintenance.stats(path).wal_bytes <= guard.LARGE_WAL_BYTES:

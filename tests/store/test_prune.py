@@ -1,4 +1,4 @@
-"""Pruning: what goes, what stays, and that whatever is left is sound, wherever it was broken off."""
+"""Pruning: what is deleted, what is kept, and that the rest is sound, wherever pruning was interrupted."""
 
 import io
 import json
@@ -70,7 +70,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def provider(path: Path) -> Iterator[EmbeddedState]:
-    """With session `s`, which has variable `x` at version 0. What is left of it at the end is sound."""
+    """A provider with session `s` and its variable `x` at version 0. At the end its file must be sound."""
     with EmbeddedState(path) as provider:
         begin(provider, "s")
         yield provider
@@ -158,7 +158,7 @@ def test_current_values_metadata_and_locks_stay(provider: EmbeddedState) -> None
     before = provider.list_variables("s")
     provider.prune(keep(1), confirm=True)
     assert provider.list_variables("s") == before
-    # Version 3 had its entry replaced; 1 and 2 have entries that nobody has replaced.
+    # The entry of version 3 was replaced; those of 1 and 2 were not.
     assert numbers(provider) == [1, 2, 11]
 
 
@@ -328,7 +328,7 @@ def test_it_can_be_broken_off_anywhere(tmp_path: Path, monkeypatch: pytest.Monke
         assert rows_of(path, f"SELECT count(*) FROM {table}") == [(0,)], table
 
 
-# What is left, asked
+# Queries after pruning
 
 
 def test_rolling_back_to_what_was_pruned(provider: EmbeddedState) -> None:
@@ -372,7 +372,7 @@ def test_a_clock_that_was_wrong_for_a_while_costs_nothing_young(path: Path, how:
         write(state, 20, "s")
         state.cleanup_session("wrong")
     with tampering(path) as connection:
-        # The file is of an earlier release: now no commit is told an older time than the one before it.
+        # The file is from an earlier release: now no commit gets an earlier time than the one before it.
         moved = connection.execute(
             "UPDATE commits SET created_at = created_at - 1700000000000000 WHERE sequence > ? AND sequence <= ?",
             [first + 20, middle],
@@ -549,7 +549,7 @@ def run(store: FileGroups, *commands: Any) -> None:
 
 
 def test_sessions_that_begin_end_or_expire_beside_it(path: Path) -> None:
-    """All in one transaction: what is planned goes, and its marker is the session's, whatever becomes of it."""
+    """All in one transaction: the planned rows are deleted, and the marker belongs to the session, even if it ends."""
     store = open_groups(path)
     run(store, c.InitializeSession("s"), c.RegisterVariable("s", "x", "integer", Value("0")))
     run(store, *(c.SetVariable("s", "x", Value(str(number))) for number in range(5)))
@@ -642,7 +642,7 @@ def prune_randomly(store: FileGroups, randomly: random.Random) -> None:
     assert (done.sessions, done.versions, done.events) == (counted.sessions, counted.versions, counted.events)
 
 
-# Beside everything else
+# While other callers write and read
 
 
 def wait_for(what: str, condition: Callable[[], object]) -> None:

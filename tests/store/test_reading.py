@@ -1,4 +1,4 @@
-"""Reading a file: without the right to write beside it, and when reading fails."""
+"""Reading a file: without the right to write to its folder, and when reading fails."""
 
 import gc
 import os
@@ -155,7 +155,7 @@ def test_a_missing_right_to_write_is_reported_with_advice(shared: Path, path: Pa
 
 
 def test_a_file_opened_for_writing_meanwhile_is_read_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader that took the file for one at rest must not trust what it saw once a server has begun to write."""
+    """A reader that considered the file closed must not trust its result once a server has begun to write."""
     monkeypatch.setattr(engine, "_can_write", lambda _: False)
     with open_audit(path) as audit:
         assert audit.head() == 3
@@ -221,7 +221,7 @@ def faulty_connect(*arguments: Any, factory: type[sqlite3.Connection] = sqlite3.
             return self.cursor().execute(*parameters)
 
     if "mode=ro" not in str(arguments[0]):
-        # The writer's: what its errors mean has tests of its own.
+        # The writer's connection, whose errors have other tests.
         return _connect(*arguments, factory=factory, **named)
     FAULTS.strike()
     return _connect(*arguments, factory=FaultyConnection, **named)
@@ -327,7 +327,7 @@ def test_nor_the_opening(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("call", ["open", "fstat", "pread", "pwrite", "ftruncate", "stat"])
 def test_nor_an_error_of_the_system(path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
-    """Of what the package itself does with files, at opening and closing."""
+    """Errors of the package's own file operations, when it opens and closes."""
     real: Any = getattr(os, call)
 
     def broken(*arguments: Any, **named: Any) -> Any:
@@ -373,7 +373,7 @@ def test_too_many_open_files_is_reported(path: Path) -> None:
 
 
 def test_no_caller_waits_for_a_connection(path: Path) -> None:
-    """More readers than connections that are kept: each gets one of its own."""
+    """With more readers than pooled connections, each still gets a connection."""
     readers = engine.open_readers(path, size=1)
     with engine.snapshot(readers) as one, engine.snapshot(readers) as two:
         assert one.exec_driver_sql("SELECT count(*) FROM commits").scalar_one() == 3

@@ -1,4 +1,4 @@
-"""Recordings of files: what an export reads and leaves out, what an import leaves behind or does not, forks."""
+"""Recordings of files: what an export contains, what an import writes or leaves unchanged, and forks."""
 
 import io
 import json
@@ -370,7 +370,7 @@ def test_a_refused_recording_makes_no_file(state: EmbeddedState, path: Path, tmp
 
 
 def test_a_store_continues_after_a_failed_import(state: EmbeddedState, path: Path, other: Path) -> None:
-    """What it knows of keys and numbers is what the file says again."""
+    """Its keys and numbers match the file again."""
     store = open_groups(other)
     good = [transfer.Job(c.ImportCommit("s", each), transfer._IMPORT) for each in state.record("s")[1]]
     with pytest.raises(SessionExistsError):
@@ -405,7 +405,7 @@ def test_a_masked_recording_is_refused(state: EmbeddedState, path: Path, other: 
     state.register_variable("s", "key", "string", "secret", metadata=SENSITIVE)
     with pytest.raises(RecordingError, match="export the session with reveal=True"):
         imported(other, exported(path))
-    # Whatever its header says.
+    # Even if its header claims otherwise.
     with pytest.raises(RecordingError, match="kept out of the recording") as caught:
         imported(other, exported(path).replace('"masked": true}\n', '"masked": false}\n', 1))
     assert caught.value.line == 4

@@ -152,7 +152,7 @@ UNWRITABLE: dict[str, Callable[[UnitOfWork, Variable], object]] = {
 
 @dataclass(frozen=True)
 class Unwritable(Command[None]):
-    """Stages what no file can take."""
+    """Stages a change that cannot be written."""
 
     what: str
 
@@ -266,7 +266,7 @@ class TestGroups:
 
 
 class TestDamagedSessions:
-    """Somebody, or the disk, has changed what the file says of one session."""
+    """Another program, or the disk, has changed the rows of one session."""
 
     DAMAGE = (
         "UPDATE sessions SET metadata = '{' WHERE session_id = 'bad'",
@@ -501,7 +501,7 @@ class TestCache:
                 begin(store, f"once {number}")
                 there += store.find_loaded("used") is not None
                 run(store, GetVariable("used", "x"))
-            # Not always: where every session was touched since the last round, one of them has to go.
+            # Not always: if every session was used since the last round, one of them is evicted.
             assert there >= 30
             kept = [number for number in range(40) if store.find_loaded(f"once {number}") is not None]
             assert 0 < len(kept) < 10

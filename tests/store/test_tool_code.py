@@ -1,4 +1,4 @@
-"""What users' code may do wrong inside a tool: it fails alone, its execution ends, and the store goes on."""
+"""Misbehaving code in a tool fails alone: its execution ends, and the store keeps working."""
 
 import asyncio
 import json
@@ -25,7 +25,7 @@ from tests.logs import capture_logs
 
 
 class Textless(Exception):
-    """An error that cannot say what it is."""
+    """An exception without a message."""
 
     def __str__(self) -> str:
         raise RuntimeError("no text")
@@ -80,7 +80,7 @@ async def async_generator(context: ToolContext, name: str) -> AsyncIterator[int]
 
 @tool
 def caller(context: ToolContext, name: str) -> str:
-    """Goes on whatever the tool that it calls does."""
+    """Continue even if the called tool fails."""
     try:
         context.call("function", name=name)
     except Exception as error:  # noqa: BLE001 -- what this is about
@@ -90,7 +90,7 @@ def caller(context: ToolContext, name: str) -> str:
 
 @tool
 def log_and_change(context: ToolContext) -> None:
-    """Changes what it has logged into what is no JSON."""
+    """Change a logged field into something that is not JSON."""
     circle: list[Any] = [1]
     thing: dict[str, Any] = {"a": 1}
     context.log("kept", circle=circle, thing=thing)
@@ -152,7 +152,7 @@ def test_whatever_a_tool_raises_it_has_failed(provider: EmbeddedState, tmp_path:
 
 
 @pytest.mark.parametrize("name", RAISED)
-def test_whoever_called_it_goes_on(provider: EmbeddedState, name: str) -> None:
+def test_its_caller_continues(provider: EmbeddedState, name: str) -> None:
     outcome = provider.execute_tool("s", "caller", {"name": name})
     assert outcome.status is ExecutionStatus.COMMITTED, outcome.error
     assert outcome.result is not None
@@ -176,7 +176,7 @@ def test_what_cannot_be_logged_is_refused_at_once(provider: EmbeddedState) -> No
     provider.set_variable("s", "x", 1)
 
 
-def test_whoever_waits_for_a_tool_may_be_on_an_event_loop(tmp_path: Path) -> None:
+def test_a_caller_can_wait_for_a_tool_on_an_event_loop(tmp_path: Path) -> None:
     """As in a notebook: the tool runs on another one."""
 
     async def main() -> tuple[object, str]:
@@ -198,7 +198,7 @@ async def _double(number: int) -> int:
 
 
 def test_the_journal_has_the_traceback_of_the_tools_own_code(tmp_path: Path) -> None:
-    """What stands between a tool and whoever asked, or between it and one that it calls, tells nobody anything."""
+    """Errors that pass between a tool and its caller, or a tool that it calls, reveal no internals."""
     toolbox = Toolbox()
     toolbox.add(tool(_stumble, name="stumble"))
     toolbox.add(tool(_lead, name="lead"))
@@ -228,7 +228,7 @@ def _lead(ctx: ToolContext) -> None:
 
 
 class Engine:
-    """Where the tools below find the engine that runs them."""
+    """How the tools below find the engine that runs them."""
 
     of_tools: ClassVar[EmbeddedState]
 
@@ -281,7 +281,7 @@ async def ask_without_waiting(name: str, also: str = "") -> Any:
 
 @tool
 def ask_from_a_thread(name: str) -> Any:
-    """From a thread of its own, which knows nothing of the execution."""
+    """Call from another thread, which does not belong to the execution."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(asked, name).result()
 
@@ -314,7 +314,7 @@ def test_one_that_waits_for_the_thread_that_it_holds_is_ended(engine: EmbeddedSt
     assert asked("answer_later") == 42
 
 
-# Code that takes as long as it likes, where nobody expects any
+# Slow user code in unexpected places
 
 
 HELD, ENTERED = threading.Event(), threading.Semaphore(0)
@@ -509,7 +509,7 @@ def keep_poison(ctx: ToolContext) -> int:
 
 
 def test_an_end_that_cannot_be_written_fails_that_execution_alone(tmp_path: Path) -> None:
-    """Nothing of it is kept but how it ended, and its caller is told."""
+    """Only its end is recorded, and its caller gets the error."""
     with EmbeddedState(tmp_path / "poison.db", tools=Toolbox.of([keep_poison, answer])) as engine:
         engine.initialize_session("s")
         engine.register_variable("s", "x", "integer", 0)

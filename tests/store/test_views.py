@@ -1,4 +1,4 @@
-"""The promised views: their columns stay, they say what the audit says, and the page about them works as it stands."""
+"""The public views: their columns stay, they match the audit, and the examples on their page work."""
 
 import json
 import re
@@ -114,11 +114,11 @@ def test_the_page_describes_each_column(view: str) -> None:
     assert re.findall(r"^\| `(\w+)` \| (.+) \|$", section, re.MULTILINE) == list(VIEWS[view].columns.items())
 
 
-# What they say
+# Their contents
 
 
 def common(answer: HistoryEntry | VariableState) -> dict[str, Any]:
-    """What a version's row says, where the audit says this of it."""
+    """Return the row that a view must have for a version, from its entry in the audit."""
     value = answer.value
     return {
         "session_id": answer.session_id,

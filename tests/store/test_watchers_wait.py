@@ -1,4 +1,4 @@
-"""Thousands may watch: whoever wrote is answered first, and everybody else has a turn in between."""
+"""With thousands of watchers, the caller that wrote is answered first, and other calls get a turn in between."""
 
 import asyncio
 import threading
@@ -40,7 +40,7 @@ def test_a_write_is_answered_before_the_first_watcher_is_woken(tmp_path: Path) -
             watch.close()
 
 
-def test_a_session_that_a_sweep_ends_is_told_to_who_watches(tmp_path: Path) -> None:
+def test_watchers_learn_of_a_session_that_a_sweep_ends(tmp_path: Path) -> None:
     with connect(tmp_path / "s.db", session_ttl_s=0.05, sweep_interval_s=0.02) as state:
         state.initialize_session("s")
         woken = threading.Event()
@@ -86,7 +86,7 @@ def test_watchers_are_woken_in_slices_between_which_others_have_their_turn() -> 
     run(test)
     assert order.count("watcher") == count
     assert "watcher" * (SLICE + 1) not in "".join(order)
-    assert order.index("answered") <= 2 * SLICE + 3, "whoever was answered went on while most waited"
+    assert order.index("answered") <= 2 * SLICE + 3, "the answered caller continued while most watchers waited"
 
 
 def test_a_watcher_waits_for_its_turn_once_and_misses_nothing() -> None:

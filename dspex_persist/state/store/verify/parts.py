@@ -1,4 +1,4 @@
-"""The parts of a check: none needs another one, so that any process can look at any of them at any time."""
+"""The parts of a check. They are independent, so that several processes can check them in any order."""
 
 from collections.abc import Generator
 from typing import Final, NamedTuple
@@ -21,7 +21,7 @@ LOG: Final = "log"
 
 
 class Part(NamedTuple):
-    """The walks of this name; of the log, over the commits after `after` up to `until`."""
+    """The walks of this name. For the log, they cover the commits after `after` up to and including `until`."""
 
     name: str
     after: int = 0
@@ -29,16 +29,16 @@ class Part(NamedTuple):
 
 
 AFTER_THE_LOG: Final = tuple(map(Part, ("pruned", "contents", "metadata", "sessions", "documents", "outcomes", "live")))
-"""In the order in which their problems are reported, those of the log before them."""
+"""The parts other than the log, whose problems are reported after those of the log, in this order."""
 
 
 def parts_of(readers: Engine) -> tuple[Part, ...]:
-    """All parts of a file, in the order in which their problems are reported."""
+    """Return all parts of a file, in the order in which their problems are reported."""
     try:
         with snapshot(readers) as connection:
             ranges = list(ranges_in(connection))
     except UNREADABLE:
-        # Whoever reads the log from its beginning reports where it cannot be read.
+        # A walk over the whole log reports where it cannot be read.
         ranges = [(0, None)]
     return (*(Part(LOG, after, until) for after, until in ranges), *AFTER_THE_LOG)
 
