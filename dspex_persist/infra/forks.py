@@ -13,7 +13,7 @@ import signal
 import socket
 import stat
 import threading
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final, Protocol
 from weakref import WeakSet
@@ -88,17 +88,18 @@ def blank(descriptor: int) -> None:
         os.close(null)
 
 
-@contextlib.contextmanager
-def busy() -> Iterator[None]:
-    """Mark a critical section: forks wait until it ends, and it waits for a fork that is already waiting."""
-    me = threading.get_ident()
-    with _turn:
-        while _forkers and me not in _inside:
-            _turn.wait()
-        _inside[me] = _inside.get(me, 0) + 1
-    try:
-        yield
-    finally:
+class _Busy:
+    """A critical section. It has no state, so one object serves all, which is cheaper than a generator for each."""
+
+    def __enter__(self) -> None:
+        me = threading.get_ident()
+        with _turn:
+            while _forkers and me not in _inside:
+                _turn.wait()
+            _inside[me] = _inside.get(me, 0) + 1
+
+    def __exit__(self, *_: object) -> None:
+        me = threading.get_ident()
         # In a child that was forked during the section there is no entry any more.
         with _turn:
             left = _inside.get(me, 1) - 1
@@ -106,7 +107,16 @@ def busy() -> Iterator[None]:
                 _inside[me] = left
             else:
                 _inside.pop(me, None)
-                _turn.notify_all()
+                if _forkers:
+                    _turn.notify_all()
+
+
+_BUSY: Final = _Busy()
+
+
+def busy() -> AbstractContextManager[None]:
+    """Mark a critical section: forks wait until it ends, and it waits for a fork that is already waiting."""
+    return _BUSY
 
 
 def guard_signals(*numbers: signal.Signals) -> None:

@@ -54,12 +54,15 @@ class FileGuard:
         statuses = [os.stat(name) for name in self._names]  # noqa: PTH116
         self._files: list[Identity] = [identity_of(each) for each in statuses]
         self._size, self._wal_size = statuses[0].st_size, statuses[1].st_size
+        # As of the last `look`, which takes the status of each file anyway.
+        self._sizes = (self._size, self._wal_size)
         self._wal_is_large = False
         self._data_version = data_version(connection)
 
     def look(self) -> str | None:
         """Return how a file was moved, replaced or overwritten; None if the files are unchanged."""
-        for name, known in zip(self._names, self._files, strict=True):
+        sizes = [self._size, self._wal_size, 0]
+        for index, (name, known) in enumerate(zip(self._names, self._files, strict=True)):
             try:
                 status = os.stat(name)  # noqa: PTH116
             except FileNotFoundError:
@@ -69,6 +72,8 @@ class FileGuard:
                 continue
             if identity_of(status) != known:
                 return f"{Path(name).name} was replaced by another file while it was open"
+            sizes[index] = status.st_size
+        self._sizes = (sizes[0], sizes[1])
         return f"{self._path.name} was overwritten while it was open" if self._is_overwritten() else None
 
     def _is_overwritten(self) -> bool:
@@ -95,12 +100,13 @@ class FileGuard:
     def look_inside(self, connection: Connection, head: Head) -> None:
         """Raise `FileChangedError` if others have written to the database or truncated a file.
 
-        Called in a transaction, before its first write.
+        Called after `look`, in a transaction, before its first write.
         """
-        size, wal_size = self._measured()
+        size, wal_size = self._sizes
         version = data_version(connection)
         if version != self._data_version:
-            # Another program may have checkpointed the WAL, which is harmless.
+            # Another program may have checkpointed the WAL, which is harmless. Only now is its size certain.
+            size, wal_size = self._measured()
             if wal_size or log_reader.head(connection) != head:
                 raise FileChangedError(str(self._name), _FOREIGN).advising(Hint.CHECK_FILE)
             self._data_version = version
@@ -118,8 +124,8 @@ class FileGuard:
         return self._measured() != (self._size, self._wal_size) or data_version(connection) != self._data_version
 
     def note_written(self) -> None:
-        """Remember the sizes after a transaction of this process."""
-        self._size, self._wal_size = self._measured()
+        """Remember the sizes of the last `look`, which was after a transaction of this process."""
+        self._size, self._wal_size = self._sizes
         is_large = self._wal_size > LARGE_WAL_BYTES
         if is_large and not self._wal_is_large:
             _logger.warning("WAL is large", size_bytes=self._wal_size, hint=WAL_IS_HELD)

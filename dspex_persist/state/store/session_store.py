@@ -258,8 +258,8 @@ class SessionStore(StoredSessions, LogStore):
 
     def _note_written(self) -> None:
         """Before acknowledging a write, check that it is in the file with that name."""
-        self._guard.note_written()
         self._look()
+        self._guard.note_written()
 
     def write_whole(self, jobs: Iterable[Job]) -> list[Any]:
         """Run all jobs in order in one transaction, however many there are.
