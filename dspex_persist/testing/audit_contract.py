@@ -85,7 +85,9 @@ class AuditContract(Contract):
             (difference,) = audit.diff(audited, f"{second}^", "now")
             assert difference.name == "x"
 
-    def test_what_is_sensitive_is_masked_unless_it_is_asked_for(self, provider: StateProvider, audited: str) -> None:
+    def test_sensitive_values_are_masked_unless_revealed_on_request(
+        self, provider: StateProvider, audited: str
+    ) -> None:
         provider.set_variable(audited, "x", 4, metadata={"sensitive": "true"})
         with Auditable.of(provider).audit() as audit:
             history = audit.iterate(HistoryQuery(session=audited))

@@ -147,7 +147,7 @@ class RecordingContract(Contract):
         assert header.commits == len(commits) == 702
         assert versions_in(commits)[-1].version == 700
 
-    def test_to_leave_it_half_read_harms_nobody(self, provider: StateProvider, session: str) -> None:
+    def test_leaving_it_half_read_does_no_harm(self, provider: StateProvider, session: str) -> None:
         provider.register_variable(session, "x", "integer", 0)
         for _ in range(3):
             _, commits = Recordable.of(provider).record(session)

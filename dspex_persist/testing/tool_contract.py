@@ -233,7 +233,7 @@ class ListingContract(ToolsContract):
         for session in ("", Client(provider).session):
             assert "far" not in [spec.name for spec in provider.list_tools(session)]
 
-    def test_nobody_can_register_under_a_name_that_the_provider_has(
+    def test_workers_cannot_register_a_name_that_the_provider_has(
         self, provider: ExecutesTools, client: Client
     ) -> None:
         mine = RegisteredTool(ToolSpec("add"), "worker-1")
@@ -242,7 +242,7 @@ class ListingContract(ToolsContract):
         assert caught.value.name == "add"
         assert client.get("add") == 1
 
-    def test_a_tool_that_nobody_can_reach_is_unavailable(self, provider: ExecutesTools, client: Client) -> None:
+    def test_a_tool_that_cannot_be_reached_is_unavailable(self, provider: ExecutesTools, client: Client) -> None:
         far = RegisteredTool(ToolSpec("far"), "worker-1")
         provider.run(commands.RegisterTools(client.session, far.worker_id, (far,)))
         text = check_ended(client.execute("far"), ExecutionStatus.FAILED, "UNAVAILABLE")
@@ -358,7 +358,7 @@ class ResultContract(ToolsContract):
         assert second is not None
         assert first < second
 
-    def test_a_tool_is_told_who_it_is(self, provider: ExecutesTools, client: Client) -> None:
+    def test_a_tool_knows_its_execution(self, provider: ExecutesTools, client: Client) -> None:
         outcomes = [
             provider.execute_tool(client.session, "facts", metadata={"user": "ada", "mood": "naïve 🦜"})
             for _ in range(2)
@@ -433,18 +433,18 @@ class RefusalContract(ToolsContract):
             provider.list_tools(client.session)
 
     @pytest.mark.parametrize("timeout_s", [0, -1, math.nan, math.inf, 1e10], ids=shown)
-    def test_a_time_that_is_none_is_refused(self, provider: ExecutesTools, client: Client, timeout_s: float) -> None:
+    def test_an_invalid_timeout_is_refused(self, provider: ExecutesTools, client: Client, timeout_s: float) -> None:
         with pytest.raises(errors.InvalidArgumentError, match="timeout_s"):
             provider.execute_tool(client.session, "add", timeout_s=timeout_s)
         assert client.values() == UNTOUCHED
 
-    def test_a_key_that_is_none_is_refused(self, provider: ExecutesTools, client: Client) -> None:
+    def test_an_invalid_key_is_refused(self, provider: ExecutesTools, client: Client) -> None:
         for key in ("", "k" * 1000, "a\nb", "\ud83e"):
             with pytest.raises((errors.InvalidArgumentError, errors.LimitExceededError)):
                 provider.execute_tool(client.session, "add", idempotency_key=key)
         assert client.values() == UNTOUCHED
 
-    def test_what_is_no_metadata_is_refused(self, provider: ExecutesTools, client: Client) -> None:
+    def test_invalid_metadata_is_refused(self, provider: ExecutesTools, client: Client) -> None:
         many = {str(number): "" for number in range(100_000)}
         command = commands.ExecuteTool(client.session, "add", metadata=many)
         assert isinstance(refused(provider.submit(command)), errors.LimitExceededError | errors.InvalidArgumentError)
@@ -482,7 +482,7 @@ class TransactionContract(ToolsContract):
 
     @pytest.mark.parametrize("tool", KINDS)
     @pytest.mark.parametrize("name", RAISED)
-    def test_whatever_a_tool_raises_it_alone_has_failed(self, client: Client, tool: str, name: str) -> None:
+    def test_a_tool_fails_alone_whatever_it_raises(self, client: Client, tool: str, name: str) -> None:
         text = check_failed(client.execute(tool, name=name))
         if name == "Nameless":
             assert "hides what it is" in text
@@ -492,7 +492,7 @@ class TransactionContract(ToolsContract):
         assert client.values() == UNTOUCHED
         assert client.get("add") == 1
 
-    def test_what_an_error_says_is_told(self, client: Client) -> None:
+    def test_the_message_of_an_error_is_reported(self, client: Client) -> None:
         assert check_failed(client.execute("fail", name="ValueError")) == "ValueError: it went wrong: 🦜"
 
     def test_sessions_are_apart(self, provider: ExecutesTools, client: Client, gate: Gate) -> None:
@@ -542,7 +542,7 @@ class ConflictContract(ToolsContract):
         first, second = result_of(call.result(DEADLINE_S))
         assert first == second
 
-    def test_a_conflict_writes_nothing_and_nobody_is_in_the_way_of_the_next(self, client: Client, gate: Gate) -> None:
+    def test_a_conflict_writes_nothing_and_does_not_block_the_next(self, client: Client, gate: Gate) -> None:
         check_conflict(_meanwhile(client, gate, lambda: client.set("a", 5), "add_at_gate"))
         assert client.versions() == [1, 0]
         assert client.get("add_at_gate", gate=gate) == 6
@@ -646,7 +646,7 @@ class CallContract(ToolsContract):
         assert client.values() == UNTOUCHED
 
     @pytest.mark.parametrize("name", RAISED)
-    def test_whatever_a_called_tool_raises_its_caller_can_go_on(self, client: Client, name: str) -> None:
+    def test_a_caller_can_continue_whatever_a_called_tool_raises(self, client: Client, name: str) -> None:
         assert client.get("call", name="fail", arguments={"name": name})
         assert client.values() == UNTOUCHED
 
@@ -767,7 +767,7 @@ class KeyContract(ToolsContract):
         provider.register_variable(client.session, "a", "integer", 5)
         assert client.get("add", "k", name="a") == 6
 
-    def test_who_asks_while_it_runs_waits_with_the_first(self, client: Client, gate: Gate) -> None:
+    def test_a_repeated_request_waits_for_the_running_execution(self, client: Client, gate: Gate) -> None:
         calls = [client.begin("add_at_gate", "k", gate=gate)]
         gate.wait()
         calls += [client.begin("add_at_gate", "k", gate=gate) for _ in range(3)]
@@ -788,12 +788,12 @@ class KeyContract(ToolsContract):
         assert {outcome.execution_id for outcome in outcomes if result_of(outcome) == 1} == {outcomes[0].execution_id}
         assert client.versions() == [1, 0]
 
-    def test_what_failed_runs_anew(self, client: Client) -> None:
+    def test_a_failed_execution_can_run_again(self, client: Client) -> None:
         first, second = (client.execute("fail", "k", name="ValueError") for _ in range(2))
         assert check_failed(first) == check_failed(second)
         assert first.execution_id != second.execution_id
 
-    def test_what_was_in_conflict_runs_anew(self, client: Client, gate: Gate) -> None:
+    def test_an_execution_in_conflict_can_run_again(self, client: Client, gate: Gate) -> None:
         call = client.begin("add_at_gate", "k", gate=gate)
         gate.wait()
         client.set("a", 5)
@@ -949,7 +949,7 @@ class DoorContract(ToolsContract):
         assert "tried to end the process" in check_failed(client.execute("end_the_thread", how=how))
         assert client.values() == UNTOUCHED
 
-    def test_nobody_waits_for_a_tool_that_ignores_its_end(self, client: Client, gate: Gate) -> None:
+    def test_no_caller_waits_for_a_tool_that_ignores_its_end(self, client: Client, gate: Gate) -> None:
         outcome = client.execute("ignore_the_end", gate=gate)
         check_ended(outcome, ExecutionStatus.TIMED_OUT, "TIMED_OUT")
         assert client.values() == UNTOUCHED

@@ -171,7 +171,7 @@ class ArgumentContract(Contract):
         reason = f"it must be from 0 to {2**63 - 1}: the number of a commit, or 0"
         check_invalid(lambda: provider.watch(untouched, after_sequence=wrong), "after_sequence", reason)
 
-    def test_a_version_below_0_is_none(self, provider: StateProvider, untouched: str) -> None:
+    def test_a_version_below_0_is_refused(self, provider: StateProvider, untouched: str) -> None:
         reason = "-1 is below 0: versions count from 0"
         check_invalid(lambda: provider.set_variable(untouched, "x", 2, expected_version=-1), "expected_version", reason)
         history = commands.GetVariableHistory(untouched, "x", before=-1)

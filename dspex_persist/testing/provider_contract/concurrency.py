@@ -78,7 +78,7 @@ class ConcurrencyContract(Contract):
                 assert len({variables[name].value for name in names}) == 1
             writing.result(DEADLINE_S)
 
-    def test_a_future_that_was_cancelled_harms_nobody(self, provider: StateProvider, session: str) -> None:
+    def test_a_cancelled_future_does_no_harm(self, provider: StateProvider, session: str) -> None:
         provider.register_variable(session, "x", "integer", 0)
         pending = [provider.submit(commands.SetVariable(session, "x", Value(str(n)))) for n in range(50)]
         given_up = [future for future in pending if future.cancel()]

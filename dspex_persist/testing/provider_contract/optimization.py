@@ -79,7 +79,7 @@ class OptimizationContract(Contract):
         with pytest.raises(errors.VersionConflictError):
             provider.set_variable(tunable, "x", 8, metadata={"optimizer_id": "holder"}, expected_version=1)
 
-    def test_whoever_names_the_optimizer_may_stop_it(self, provider: StateProvider, tunable: str) -> None:
+    def test_a_caller_that_names_the_optimizer_may_stop_it(self, provider: StateProvider, tunable: str) -> None:
         provider.start_optimization(tunable, "x", "holder")
         wrong = replace(STRANGER, optimizer_id="other")
         assert isinstance(

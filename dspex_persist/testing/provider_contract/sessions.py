@@ -47,7 +47,7 @@ class SessionContract(Contract):
         assert summary.metadata == {"a": "1", "b": "2", "c": "2"}
         assert summary.created_at == begun
 
-    def test_an_unknown_session_is_not_found_whatever_is_asked(self, provider: StateProvider) -> None:
+    def test_every_request_for_an_unknown_session_fails(self, provider: StateProvider) -> None:
         unknown = uuid.uuid4().hex
         requests: list[Command[Any]] = [
             commands.GetSession(unknown),
@@ -104,7 +104,7 @@ class SessionContract(Contract):
             with pytest.raises(errors.VariableNotFoundError):
                 provider.get_variable_history(session, gone)
 
-    def test_expires_when_unknown_has_touched_it_for_its_ttl(self, provider: StateProvider) -> None:
+    def test_expires_when_unused_for_its_ttl(self, provider: StateProvider) -> None:
         session = uuid.uuid4().hex
         provider.initialize_session(session, {"ttl_seconds": "0.3"})
         provider.register_variable(session, "x", "integer", 1)
@@ -119,7 +119,7 @@ class SessionContract(Contract):
         assert not provider.initialize_session(session).resumed
         assert provider.list_variables(session) == ()
 
-    def test_every_touch_begins_its_ttl_anew(self, provider: StateProvider) -> None:
+    def test_every_use_restarts_its_ttl(self, provider: StateProvider) -> None:
         session = uuid.uuid4().hex
         ttl_s = 0.5
         provider.initialize_session(session, {"ttl_seconds": str(ttl_s)})
@@ -148,7 +148,7 @@ class SessionContract(Contract):
         assert provider.heartbeat(session)
 
     @pytest.mark.parametrize("text", ["soon", "-1", "nan", "inf", "", "1e300"])
-    def test_a_ttl_that_is_none_is_refused(self, provider: StateProvider, session: str, text: str) -> None:
+    def test_an_invalid_ttl_is_refused(self, provider: StateProvider, session: str, text: str) -> None:
         with pytest.raises(errors.InvalidArgumentError, match="ttl_seconds"):
             provider.initialize_session(session, {"ttl_seconds": text})
         assert "ttl_seconds" not in provider.get_session(session).metadata

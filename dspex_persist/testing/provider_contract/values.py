@@ -287,7 +287,7 @@ class ValueContract(Contract):
             ("tensor", '{"dtype": "float99"}'),
         ],
     )
-    def test_constraints_that_are_none_are_refused(
+    def test_invalid_constraints_are_refused(
         self, provider: StateProvider, session: str, type_name: str, constraints: str
     ) -> None:
         good = next(value for name, value in EXACT_VALUES if name == type_name)

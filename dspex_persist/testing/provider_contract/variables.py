@@ -56,7 +56,7 @@ class VariableContract(Contract):
         assert "already exists" in str(error.value)
         assert difference in str(error.value)
 
-    def test_a_missing_variable_is_not_found_whatever_is_asked(self, provider: StateProvider, session: str) -> None:
+    def test_every_request_for_a_missing_variable_fails(self, provider: StateProvider, session: str) -> None:
         provider.register_variable(session, "x", "integer", 1)
         requests: list[Command[Any]] = [
             commands.GetVariable(session, "none"),
@@ -129,7 +129,7 @@ class VariableContract(Contract):
             provider.set_variable(session, "x", 2, metadata={key: "1"})
 
     @pytest.mark.parametrize("caller", list(Source))
-    def test_metadata_says_the_source_else_whoever_asks_does(
+    def test_the_source_is_from_metadata_or_else_from_the_caller(
         self, provider: StateProvider, session: str, caller: Source
     ) -> None:
         provider.register_variable(session, "x", "integer", 0)

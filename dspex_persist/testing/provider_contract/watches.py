@@ -150,7 +150,7 @@ class WatchContract(Contract):
         assert update.version is None
         assert update.part == (1, 1)
 
-    def test_a_deletion_is_told_to_those_who_depended_on_it(self, provider: StateProvider, watched: str) -> None:
+    def test_a_deletion_is_reported_to_dependants(self, provider: StateProvider, watched: str) -> None:
         provider.add_dependency(watched, "y", "x")
         with provider.watch(watched, ["y"]) as watch:
             provider.delete_variable(watched, "x")
@@ -275,7 +275,7 @@ class WatchContract(Contract):
         assert all(updates == received[0] for updates in received)
         assert [update.variable.version for update in received[0]] == list(range(1, 11))
 
-    def test_one_that_does_not_read_holds_nobody_up(self, provider: StateProvider, watched: str) -> None:
+    def test_a_watcher_that_does_not_read_delays_no_one(self, provider: StateProvider, watched: str) -> None:
         provider.register_variable(watched, "text", "string", "")
         with provider.watch(watched) as idle:
             for number in range(40):
