@@ -18,8 +18,15 @@ def size_of(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
+class _Kept:
+    """What is kept with a value besides its fields: see `values.scalars`."""
+
+    __slots__ = ("document",)
+    document: object
+
+
 @dataclass(frozen=True, slots=True)
-class Value:
+class Value(_Kept):
     """A value in the protocol's encoding: JSON text and, for binary values, the bytes that the JSON describes."""
 
     json: str

@@ -60,9 +60,7 @@ def parse_json(text: str | bytes, *, name: str, limits: Limits) -> object:
         if isinstance(text, bytes):
             check_size(name, len(text), limits)
             text = _decoded(text)
-        # A text this short cannot exceed a limit. Most texts are, and this is the hot path.
-        if not (len(text) <= limits.json_depth and len(text) <= limits.value_size_bytes and text.isascii()):
-            _check_limits(name, text, limits)
+        check_limits(name, text, limits)
         return read(text)
     except RefusedError as error:
         raise InvalidValueError(name, error.reason) from error
@@ -81,7 +79,11 @@ def container_in(text: str, *, name: str, limits: Limits) -> object:
         return text
 
 
-def _check_limits(name: str, text: str, limits: Limits) -> None:
+def check_limits(name: str, text: str, limits: Limits) -> None:
+    """Raise `LimitExceededError` if JSON is too large or nested too deep, `RefusedError` if it has lone surrogates."""
+    # A text this short cannot exceed a limit. Most texts are, and this is the hot path.
+    if len(text) <= limits.json_depth and len(text) <= limits.value_size_bytes and text.isascii():
+        return
     check_size(name, utf8_size_bytes(text), limits)
     depth = depth_if_above(text, limits.json_depth)
     if depth:

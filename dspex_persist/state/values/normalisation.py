@@ -8,12 +8,14 @@ from dspex_persist.state.values.constraints import Constraints
 from dspex_persist.state.values.json_text import (
     RefusedError,
     canonical,
+    check_limits,
     check_size,
     container_in,
     parse_json,
     utf8_size_bytes,
 )
 from dspex_persist.state.values.registry import find_type, get_type
+from dspex_persist.state.values.scalars import keep
 from dspex_persist.state.values.tensors import NON_FINITE
 
 
@@ -51,19 +53,33 @@ def normalise(name: str, type_name: str, constraints: Constraints, value: Value,
     value_type = get_type(name, type_name)
     if value.binary is not None:
         return normalise_binary(name, value_type, constraints, value, limits)
-    document = parse_json(value.json, name=name, limits=limits)
+    is_kept, document = _document_in(name, value, limits)
     if value_type.is_container and isinstance(document, str):
-        document = container_in(document, name=name, limits=limits)
+        is_kept, document = False, container_in(document, name=name, limits=limits)
     try:
         coerced = value_type.coerce(document)
         constraints.check(name, coerced)
-        # NaN and the infinities are strings in JSON, before and after.
-        text = canonical(document if isinstance(document, str) and document in NON_FINITE else coerced)
+        if isinstance(document, str) and document in NON_FINITE:
+            # NaN and the infinities are strings in JSON, before and after.
+            coerced = document
+        if is_kept and coerced is document:
+            return value
+        text = canonical(coerced)
     except RefusedError as error:
         raise InvalidValueError(name, error.reason) from error
     if text == value.json:
-        return value
+        return keep(value, coerced)
     # 1e15 becomes 1000000000000000.0: the stored value must be within the limit, too, or a rollback could fail.
     if len(text) > len(value.json):
         check_size(name, utf8_size_bytes(text), limits)
-    return Value(text)
+    return keep(Value(text), coerced)
+
+
+def _document_in(name: str, value: Value, limits: Limits) -> tuple[bool, object]:
+    """Return whether the value's document was kept, so that its JSON is canonical; and the document."""
+    try:
+        document = value.document
+    except AttributeError:
+        return False, parse_json(value.json, name=name, limits=limits)
+    check_limits(name, value.json, limits)
+    return True, document

@@ -16,6 +16,7 @@ from dspex_persist.state.values.registry import (
     is_number,
     type_of_object,
 )
+from dspex_persist.state.values.scalars import SCALARS, document_of, keep
 from dspex_persist.state.values.tensors import Dtype, Shape
 
 _ANONYMOUS = "value"
@@ -41,7 +42,7 @@ def decode(type_name: str, value: Value) -> object:
     """
     value_type = find_type(type_name)
     try:
-        document = read(value.json)
+        document = document_of(value)
         if value.binary is not None:
             return _decode_binary(_unpack_for(value_type), document, value.binary)
         return document if value_type is None else value_type.decode(document)
@@ -119,13 +120,14 @@ def encode(obj: object, type_name: str | None = None, *, name: str = _ANONYMOUS)
     try:
         if isinstance(obj, BinaryValue):
             return _encode_binary(obj, value_type)
-        text = canonical(value_type.encode(obj))
+        document = value_type.encode(obj)
+        text = canonical(document)
         utf8_size_bytes(text)
     except RefusedError as error:
         raise InvalidValueError(name, error.reason) from error
     except RecursionError:
         raise InvalidValueError(name, "nested too deep, or contains itself") from None
-    return Value(text)
+    return keep(Value(text), document)
 
 
 def encode_for(obj: object, find_type: Callable[[], str | None], *, name: str = _ANONYMOUS) -> Value:
@@ -133,17 +135,18 @@ def encode_for(obj: object, find_type: Callable[[], str | None], *, name: str = 
 
     `find_type` is called only if the encoding depends on the type: for arrays, NaN and the infinities.
     """
-    if is_array(obj) and not len(obj.shape):
-        obj = obj.tolist()
-    if obj is None or isinstance(obj, BinaryValue):
-        return encode(obj, name=name)
+    if type(obj) not in SCALARS:
+        if is_array(obj) and not len(obj.shape):
+            obj = obj.tolist()
+        if obj is None or isinstance(obj, BinaryValue):
+            return encode(obj, name=name)
     try:
         check_plain(obj)
         text = canonical(obj)
         utf8_size_bytes(text)
     except (RefusedError, RecursionError):
         return encode(obj, find_type(), name=name)
-    return Value(text)
+    return keep(Value(text), obj)
 
 
 def encode_loosely(obj: object, *, name: str = _ANONYMOUS) -> Value:
@@ -163,7 +166,7 @@ def decode_loosely(value: Value, type_name: str = _NO_TYPE) -> object:
     """
     if value.binary is not None:
         return decode(_NO_TYPE, value)
-    document = read(value.json)
+    document = document_of(value)
     return numbers(document) if is_number(type_name) else document
 
 
