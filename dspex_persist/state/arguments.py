@@ -117,7 +117,7 @@ def texts(field: str, argument: object) -> tuple[str, ...]:
     if not isinstance(argument, str | bytes) and isinstance(argument, Iterable):
         # An array without dimensions raises only when it is iterated over.
         with contextlib.suppress(TypeError):
-            return tuple(text(field, each) for each in argument)
+            return tuple([text(field, each) for each in argument])
     advice = ": write [...] around it" if isinstance(argument, str) else ""
     raise InvalidArgumentError(field, f"it must be a list of str, not {_kind(argument)}{advice}")
 

@@ -32,7 +32,15 @@ from dspex_persist.state.log_store import LogStore, UnwritableError, WouldWaitEr
 from dspex_persist.state.model import CommitChanges, EventKind, JournalEntry, Origin, VariableVersion
 from dspex_persist.state.options import SessionOptions
 from dspex_persist.state.session_state import SessionState
-from dspex_persist.state.unit_of_work import START, Backing, Drafts, RecordedOutcome, UnitOfWork, VersionQuery
+from dspex_persist.state.unit_of_work import (
+    START,
+    Backing,
+    Drafts,
+    Reading,
+    RecordedOutcome,
+    UnitOfWork,
+    VersionQuery,
+)
 from dspex_persist.state.watch import Hub
 
 S_co = TypeVar("S_co", bound=LogStore, covariant=True)
@@ -139,7 +147,7 @@ class Groups(Generic[S_co]):
             OutcomeUnknownError: It is unknown whether the group was written. Abandon the store.
             FileChangedError: Something else changed the log. Abandon the store.
         """
-        drafts, at = Drafts(self), GroupMoment.after(self._last_at)
+        drafts, at = Drafts(self), self._moment()
         try:
             with self.log.group(wait=wait):
                 results, units = self._apply(jobs, drafts, at)
@@ -269,7 +277,8 @@ class Groups(Generic[S_co]):
     def read_current(self, command: Command[Any], origin: Origin, state: SessionState) -> Any:
         """Apply a reading command to a published state."""
         try:
-            return command.apply(self._reading(Drafts(_MEMORY, lambda _: state), origin))
+            drafts = Drafts(_MEMORY, lambda _: state)
+            return command.apply(Reading(drafts, origin, self.log.sequence, self.options.limits, self._moment))
         except StateError:
             raise
         except Exception as error:
@@ -288,7 +297,7 @@ class Groups(Generic[S_co]):
                 drafts = Drafts(past, lambda _: state)
                 if state is None:
                     drafts.states[command.session_id] = self._load_with_lease(past, command.session_id)
-                return command.apply(self._reading(drafts, origin))
+                return command.apply(unit_of(self.options, drafts, origin, self._moment(), self.log.sequence))
         except StateError:
             raise
         except self.log.driver_errors:
@@ -303,8 +312,8 @@ class Groups(Generic[S_co]):
             state.lease = loaded.lease
         return state
 
-    def _reading(self, drafts: Drafts, origin: Origin) -> UnitOfWork:
-        return unit_of(self.options, drafts, origin, GroupMoment.after(self._last_at), self.log.sequence)
+    def _moment(self) -> GroupMoment:
+        return GroupMoment.after(self._last_at)
 
     def had(self, state: SessionState, identifier: str) -> bool:
         """Whether the session has, or ever had, a variable with this name or id."""

@@ -517,6 +517,35 @@ class UnitOfWork:
         self.versions.append(change)
 
 
+class Reading(UnitOfWork):
+    """The unit of a command that only reads a session in memory.
+
+    It takes the time when it is first needed: few sessions have a TTL, and few variables a lock.
+    """
+
+    __slots__ = ("_take_moment",)
+
+    def __init__(
+        self,
+        drafts: Drafts,
+        origin: Origin,
+        sequence: int,
+        limits: Limits,
+        take_moment: Callable[[], tuple[datetime, datetime]],
+    ) -> None:
+        self._drafts = drafts
+        self.origin = origin
+        self.sequence = sequence
+        self.limits = limits
+        self._take_moment = take_moment
+
+    def __getattr__(self, name: str) -> datetime:
+        if name not in ("now", "steady"):
+            raise AttributeError(name)
+        self.now, self.steady = self._take_moment()
+        return self.now if name == "now" else self.steady
+
+
 def up_to(versions: Sequence[VariableVersion], most_bytes: int | None) -> list[VariableVersion]:
     """Return the first of `versions`, up to the one with which they reach `most_bytes`."""
     if most_bytes is None:

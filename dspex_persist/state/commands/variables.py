@@ -1,6 +1,6 @@
 """Commands for variables: register, read, write, delete, query the history, roll back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -153,7 +153,7 @@ class GetVariables(Command[VariablesFound]):
             if variable is None:
                 missing[identifier] = None
             else:
-                variables[identifier] = uow.current(variable)
+                variables[identifier] = variable if variable.optimization is None else uow.current(variable)
         return VariablesFound(variables, tuple(missing))
 
 
@@ -168,14 +168,14 @@ class ListVariables(Command[tuple[Variable, ...]]):
         return bool(self.pattern) and len(state.variables) > _FEW_NAMES
 
     def apply(self, uow: UnitOfWork) -> tuple[Variable, ...]:
-        variables = uow.session(self.session_id).variables.values()
-        if not self.pattern:
-            return tuple(uow.current(variable) for variable in variables)
-        if len(self.pattern) > uow.limits.name_length:
-            limit = uow.limits.name_length
-            raise LimitExceededError("length of the pattern", len(self.pattern), limit, "name_length")
-        fits = compile_glob(self.pattern)
-        return tuple(uow.current(variable) for variable in variables if fits(variable.name))
+        variables: Iterable[Variable] = uow.session(self.session_id).variables.values()
+        if self.pattern:
+            if len(self.pattern) > uow.limits.name_length:
+                limit = uow.limits.name_length
+                raise LimitExceededError("length of the pattern", len(self.pattern), limit, "name_length")
+            fits = compile_glob(self.pattern)
+            variables = [variable for variable in variables if fits(variable.name)]
+        return tuple([each if each.optimization is None else uow.current(each) for each in variables])
 
 
 @dataclass(frozen=True, slots=True)
