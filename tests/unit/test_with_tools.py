@@ -2,7 +2,9 @@
 
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from itertools import islice
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,7 @@ from dspex_persist.state.errors import (
     ToolExistsError,
     UnsupportedError,
 )
-from dspex_persist.state.model import ExecutionStatus, RegisteredTool, ToolSpec, Value
+from dspex_persist.state.model import ExecutionStatus, Origin, RegisteredTool, ToolSpec, Value
 from dspex_persist.state.tools.ports import RunnableTool
 from dspex_persist.state.tools.session import ToolSession
 from dspex_persist.state.tools.with_tools import WithTools
@@ -101,6 +103,23 @@ def test_registered_tools_cannot_be_reached_without_a_port(state: WithTools) -> 
     error = state.execute_tool("s", "theirs").error
     assert isinstance(error, RemoteToolError)
     assert "for servers" in str(error)
+
+
+def test_both_commits_of_a_short_execution_are_small(state: WithTools, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event loop may write them by itself."""
+    written: list[commands.Command[Any]] = []
+    submit = state.provider.submit
+
+    def note(command: commands.Command[Any], origin: Origin | None = None) -> "Future[Any]":
+        written.append(command)
+        return submit(command, origin)
+
+    monkeypatch.setattr(state.provider, "submit", note)
+    assert state.execute_tool("s", "add").success
+    assert [(type(each), each.is_small) for each in written] == [
+        (commands.BeginExecution, True),
+        (commands.FinishExecution, True),
+    ]
 
 
 def test_without_tools_the_provider_lists_none() -> None:

@@ -251,7 +251,9 @@ class FinishExecution(Command[Verdict]):
     def is_small(self) -> bool:
         """See `Command`."""
         verdict = self.verdict
-        if verdict.recorded or (verdict.result is not None and verdict.result.size_bytes > values.LONG_JSON):
+        if any(verdict.recorded.values()) or (
+            verdict.result is not None and verdict.result.size_bytes > values.LONG_JSON
+        ):
             return False
         count = len(self.steps) + len(self.children) + len(self.checked) + len(verdict.log)
         return count <= FEW and not self.matched and all(step.command.is_small for step in self.steps)
