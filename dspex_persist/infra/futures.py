@@ -1,12 +1,38 @@
-"""Helpers for futures."""
+"""Futures, and what else takes the outcome of work that another thread does."""
 
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 A = TypeVar("A")
 B = TypeVar("B")
+E_contra = TypeVar("E_contra", bound=BaseException, contravariant=True)
+
+
+class Ticket(Protocol[E_contra]):
+    """The receiver of the outcome of queued work."""
+
+    def begin(self) -> bool:
+        """Mark the work as running. Returns False if it was cancelled; afterwards it cannot be."""
+
+    def settle(self, result: Any, error: E_contra | None) -> None:
+        """Deliver the result, or the error if there is one. Called once, after `begin` returned True."""
+
+
+class TicketFuture(Future[A]):
+    """The ticket of a caller that does not wait now."""
+
+    def begin(self) -> bool:
+        """See `Ticket`."""
+        return self.set_running_or_notify_cancel()
+
+    def settle(self, result: Any, error: BaseException | None) -> None:
+        """See `Ticket`."""
+        if error is None:
+            self.set_result(result)
+        else:
+            self.set_exception(error)
 
 
 def failed(error: BaseException) -> "Future[Any]":

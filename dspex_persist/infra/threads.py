@@ -13,13 +13,16 @@ import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from queue import Empty, SimpleQueue
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 from dspex_persist.infra import forks
+from dspex_persist.infra.futures import Ticket, TicketFuture
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.traces import trace_of
 
 R = TypeVar("R")
+
+_Work: TypeAlias = tuple[Ticket[BaseException], Callable[[], object]]
 
 _CLEAN_UP_S: Final = 2.0
 
@@ -33,7 +36,7 @@ class DaemonThreads:
         self._most = most
         self._name = name
         # With a condition and a deque, each piece of work costs twice as much.
-        self._work: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._work: SimpleQueue[_Work | None] = SimpleQueue()
         self._lock = threading.Lock()
         # Idle threads minus queued work; negative if work is waiting.
         self._free = 0
@@ -46,7 +49,16 @@ class DaemonThreads:
         Raises:
             RuntimeError: The pool is closed.
         """
-        future: Future[R] = Future()
+        future = TicketFuture[R]()
+        self.start(function, future)
+        return future
+
+    def start(self, function: Callable[[], object], ticket: Ticket[BaseException]) -> None:
+        """Call `function` on one of the threads, and settle the ticket with its outcome.
+
+        Raises:
+            RuntimeError: The pool is closed.
+        """
         with self._lock:
             if self._closed:
                 raise RuntimeError("the threads are closed")
@@ -55,8 +67,7 @@ class DaemonThreads:
                 self._count += 1
                 name = f"{self._name}-{self._count}"
                 threading.Thread(target=self._run, name=name, daemon=True).start()
-            self._work.put((future, function))
-        return future
+            self._work.put((ticket, function))
 
     def close(self) -> None:
         """Accept no more work, cancel the queue, and end idle threads; does not wait for busy ones."""
@@ -66,7 +77,9 @@ class DaemonThreads:
             self._closed = True
             with contextlib.suppress(Empty):
                 while (waiting := self._work.get_nowait()) is not None:
-                    waiting[0].cancel()
+                    ticket, _ = waiting
+                    if ticket.begin():
+                        ticket.settle(None, CancelledError())
             for _ in range(self._count):
                 self._work.put(None)
 
@@ -76,26 +89,26 @@ class DaemonThreads:
             # Before waiting for more, because it may keep objects alive that its caller has dropped.
             del work
 
-    def _next(self) -> tuple[Future[Any], Callable[[], Any]] | None:
+    def _next(self) -> _Work | None:
         with self._lock:
             self._free += 1
         return self._work.get()
 
 
-def _carry_out(future: "Future[R]", function: Callable[[], R]) -> None:
-    if not future.set_running_or_notify_cancel():
+def _carry_out(ticket: Ticket[BaseException], function: Callable[[], object]) -> None:
+    if not ticket.begin():
         return
     process = os.getpid()
     try:
         result = function()
-    except BaseException as error:  # noqa: BLE001 -- a thread's boundary: the future reports the error
+    except BaseException as error:  # noqa: BLE001 -- a thread's boundary: the ticket reports the error
         _end_child_of(process)
-        future.set_exception(error)
+        ticket.settle(None, error)
     else:
         _end_child_of(process)
-        future.set_result(result)
-    # The future refers to its error, whose traceback refers to this frame: this breaks the cycle.
-    del future, function
+        ticket.settle(result, None)
+    # The ticket refers to the error, whose traceback refers to this frame: this breaks the cycle.
+    del ticket, function
 
 
 def _end_child_of(process: int) -> None:

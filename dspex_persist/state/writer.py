@@ -16,6 +16,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Final, Protocol, TypeAlias
 
 from dspex_persist.infra import forks
+from dspex_persist.infra.futures import Ticket, TicketFuture
 from dspex_persist.infra.interrupts import interrupts
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.mailbox import LoopMailbox, Reply
@@ -44,17 +45,7 @@ class WriteGroup(Protocol):
     def __call__(self, jobs: Sequence[Job], *, wait: bool = True) -> list[Outcome]: ...
 
 
-class Ticket(Protocol):
-    """The receiver of a queued job's outcome."""
-
-    def begin(self) -> bool:
-        """Mark the job as running. Returns False if it was cancelled; afterwards it cannot be."""
-
-    def settle(self, result: Any, error: StateError | None) -> None:
-        """Deliver the result, or the error if there is one. Called once, after `begin` returned True."""
-
-
-_Queued: TypeAlias = tuple[Job, Ticket]
+_Queued: TypeAlias = tuple[Job, Ticket[StateError]]
 
 
 class _Sign(Enum):
@@ -66,21 +57,6 @@ class _Sign(Enum):
 
 class _EndedError(Exception):
     """A group on another thread failed and ended the writer."""
-
-
-class JobFuture(Future[Any]):
-    """The ticket of a caller that does not wait now."""
-
-    def begin(self) -> bool:
-        """See `Ticket`."""
-        return self.set_running_or_notify_cancel()
-
-    def settle(self, result: Any, error: BaseException | None) -> None:
-        """See `Ticket`."""
-        if error is None:
-            self.set_result(result)
-        else:
-            self.set_exception(error)
 
 
 class _Waiting:
@@ -168,7 +144,7 @@ class Writer:
         Returns:
             A future for the job's result. It has already failed if the queue is full or the writer closed.
         """
-        future = JobFuture()
+        future = TicketFuture[Any]()
         self.queue([(job, future)])
         return future
 

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from functools import cached_property
 from typing import Any, TypeVar
 
-from dspex_persist.infra.mailbox import LoopMailbox
+from dspex_persist.infra.mailbox import LoopMailbox, Reply
 from dspex_persist.infra.threads import DaemonThreads, LoopThread
 from dspex_persist.state.errors import EngineClosedError
 
@@ -46,9 +46,19 @@ class Home:
         """Call a function on a new thread, so that a slow one occupies neither the loop nor a thread of a pool."""
         thread = DaemonThreads(1, name)
         try:
-            return await self.mailbox.result(thread.submit(function))
+            return await self.on_pool(thread, function)
         finally:
             thread.close()
+
+    async def on_pool(self, threads: DaemonThreads, function: Callable[[], R]) -> R:
+        """Call a function on one of the threads, and wait for its result on the loop."""
+        reply = Reply[R](self.mailbox)
+        threads.start(function, reply)
+        try:
+            return await reply
+        finally:
+            # The reply refers to its error, whose traceback refers to this frame: this breaks the cycle.
+            del reply
 
     def close(self) -> None:
         """End the separate loop and cancel what runs there; the caller's loop goes on."""

@@ -75,7 +75,7 @@ class Invoker:
 
     async def _run_on_thread(self, session: ToolSession, run: Callable[[], Value]) -> Value:
         if session.asker is None:
-            return await self.home.mailbox.result(self._threads.submit(run))
+            return await self.home.on_pool(self._threads, run)
         # The asker may be waiting on one of the bounded threads: if this call waited for one, too, all could hang.
         return await self.home.on_thread(run, f"dspex-persist-{session.execution_id}")
 
