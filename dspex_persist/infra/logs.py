@@ -16,6 +16,8 @@ from structlog.typing import EventDict, ExcInfo, Processor
 
 from dspex_persist.infra.traces import trace_of
 
+DEBUG: Final = logging.DEBUG
+
 LogStyle = Literal["auto", "json", "console"]
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 
@@ -45,6 +47,10 @@ class EventLogger:
         """Return a logger that adds these fields to every event."""
         return EventLogger(self._logger, {**self._bound, **fields})
 
+    def is_on(self, level: int) -> bool:
+        """Whether events of this level are logged. On hot paths, ask before you collect the fields of one."""
+        return self._logger.isEnabledFor(level)
+
     def debug(self, event: str, **fields: Any) -> None:
         """Log a detail for debugging."""
         self._log(logging.DEBUG, event, fields)
@@ -66,7 +72,7 @@ class EventLogger:
         self._log(logging.CRITICAL, event, fields)
 
     def _log(self, level: int, event: str, fields: dict[str, Any]) -> None:
-        if not self._logger.isEnabledFor(level):
+        if not self.is_on(level):
             return
         fields = {**self._bound, **fields}
         extra = {_FIELDS: {"event": event, **fields}}

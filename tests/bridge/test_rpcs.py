@@ -1,5 +1,6 @@
 """The table of rpcs: commands and results survive the translation to messages and back, for every rpc."""
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -8,17 +9,23 @@ import pytest
 
 from dspex_persist.state import commands
 from dspex_persist.state.bridge import codec
-from dspex_persist.state.bridge.headers import BINARY
+from dspex_persist.state.bridge.headers import ACTOR, BINARY, RPC_ID, SOURCE, TIMEOUT_S
 from dspex_persist.state.bridge.incoming import Call
 from dspex_persist.state.bridge.rpcs import BY_COMMAND, RPCS
 from dspex_persist.state.bridge.rpcs.base import Rpc
 from dspex_persist.state.bridge.rpcs.tools import EXECUTE_ELIXIR_TOOL, GetExposedElixirTools
-from dspex_persist.state.errors import ExecutionConflictError, ToolInterruptedError, ToolNotFoundError
+from dspex_persist.state.errors import (
+    ExecutionConflictError,
+    InvalidArgumentError,
+    ToolInterruptedError,
+    ToolNotFoundError,
+)
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     BatchOutcome,
     ChangeKind,
     ExecutionStatus,
+    Origin,
     RegisteredTool,
     SessionSummary,
     SessionView,
@@ -128,6 +135,49 @@ def test_both_directions(command: commands.Command[Any], result: Any) -> None:
         assert all(same(getattr(received, name), getattr(result, name)) for name in ToolOutcome.__slots__)
     else:
         assert received == result
+
+
+class Metadata:
+    """A context that counts how often its metadata is read."""
+
+    def __init__(self, *metadata: tuple[str, str | bytes]) -> None:
+        self.readings = 0
+        self._metadata = metadata
+
+    def invocation_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        self.readings += 1
+        return self._metadata
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:40312"
+
+    def time_remaining(self) -> None:
+        return None
+
+
+def test_a_call_reads_its_metadata_once() -> None:
+    context: Any = Metadata(("user-agent", "test"), (ACTOR, "ann"), (SOURCE + BINARY, b"python"), (TIMEOUT_S, "2"))
+    call = Call(context, Limits(), 1_000_000)
+    assert call.origin("GetVariable") == Origin("ann", "GetVariable", Source.PYTHON)
+    assert (call.header(SOURCE), call.header(RPC_ID), call.seconds_left()) == ("python", None, 2.0)
+    assert context.readings == 1
+
+
+@pytest.mark.parametrize(
+    ("metadata", "error"),
+    [
+        (((RPC_ID, "1"), (RPC_ID + BINARY, b"2")), f"{RPC_ID}: it has two values, '1' and '2': send it once"),
+        (((RPC_ID + BINARY, b"\xff"),), f"{RPC_ID + BINARY}: it is not UTF-8"),
+    ],
+)
+def test_an_invalid_header_fails_what_uses_it(metadata: tuple[tuple[str, str | bytes], ...], error: str) -> None:
+    """A write uses all of them, because its origin is recorded."""
+    context: Any = Metadata(*metadata)
+    call = Call(context, Limits(), 1_000_000)
+    assert call.header(ACTOR) is None
+    for use in (lambda: call.header(RPC_ID), lambda: call.origin("SetVariable")):
+        with pytest.raises(InvalidArgumentError, match=re.escape(error)):
+            use()
 
 
 def test_there_is_a_sample_of_every_command() -> None:

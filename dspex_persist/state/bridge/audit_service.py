@@ -19,7 +19,7 @@ from dspex_persist.state.abilities import Auditable, Forkable, Prunable, Recorda
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.bridge.calls import methods
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
-from dspex_persist.state.bridge.incoming import Context, fitting, origin_of
+from dspex_persist.state.bridge.incoming import Context, RequestHeaders, fitting, origin_of
 from dspex_persist.state.bridge.rpcs import audit as rpcs
 from dspex_persist.state.bridge.rpcs.audit import ListRpc, Question, Single
 from dspex_persist.state.bridge.rpcs.recordings import batch_of, fork_message, lines_of
@@ -126,7 +126,8 @@ class AuditServicer:
         return lines_of(*Recordable.of(self._provider).record(request.session, started=started, reveal=reveal))
 
     async def ForkSession(self, request: pb.ForkSessionRequest, context: Context) -> Message:
-        origin = replace(origin_of(ForkSession.__name__, context), idempotency_key=None, optimizer_id=None)
+        caller = origin_of(ForkSession.__name__, context, RequestHeaders(context))
+        origin = replace(caller, idempotency_key=None, optimizer_id=None)
         view = await self._on(self._answers, lambda: self._fork(request, origin))
         response: Message = self._fitting(fork_message(view))
         return response

@@ -9,11 +9,11 @@ from typing import Any, Final, TypeVar
 
 from google.protobuf.message import Message
 
-from dspex_persist.infra.logs import get_logger
+from dspex_persist.infra.logs import DEBUG, EventLogger, get_logger
 from dspex_persist.infra.mailbox import LoopMailbox
 from dspex_persist.state import values
 from dspex_persist.state.bridge.headers import EXECUTION_ID, EXPECTED_VERSION, RPC_ID
-from dspex_persist.state.bridge.incoming import Call, Context, fitting, header, origin_of
+from dspex_persist.state.bridge.incoming import Call, Context, RequestHeaders, fitting
 from dspex_persist.state.bridge.rpcs.base import Rpc
 from dspex_persist.state.commands import Command, SetVariable
 from dspex_persist.state.errors import InvalidArgumentError, StateError, VariableReplacedError
@@ -75,7 +75,7 @@ class Calls:
 
     def belongs(self, context: Context) -> bool:
         """Return whether the call is part of a running execution, and so is accepted while the server drains."""
-        execution_id = header(context, EXECUTION_ID)
+        execution_id = RequestHeaders(context).find(EXECUTION_ID)
         return execution_id is not None and self._runner.is_running(execution_id)
 
     def _call(self, context: Context) -> Call:
@@ -86,10 +86,10 @@ class Calls:
         call = self._call(context)
         command = await self._command(rpc, request, call)
         if rpc.first is not None:
-            call.first = await self._read(rpc.first(command), context)
-        result = await (self._write(command, context) if command.writes else self._read(command, context, call))
+            call.first = await self._read(rpc.first(command), call)
+        result = await (self._write(command, call) if command.writes else self._read(command, call))
         if rpc.log is not None:
-            rpc.log(self._log(rpc.name, command.session_id, context), command, result)
+            rpc.log(self._log(rpc.name, command.session_id, call), command, result)
         response = rpc.response_of(result, call)
         if call.trailers:
             context.set_trailing_metadata(tuple(call.trailers))
@@ -101,22 +101,21 @@ class Calls:
             return await asyncio.to_thread(rpc.command_of, request, call)
         return rpc.command_of(request, call)
 
-    async def _read(self, command: Command[R], context: Context, call: Call | None = None) -> R:
-        execution = self._execution_of(command, context)
+    async def _read(self, command: Command[R], call: Call) -> R:
+        execution = self._execution_of(command, call)
         if execution is not None:
             return await _run_within(execution, command, _READER)
         reply = self._submit(command, _READER)
-        if call is not None:
-            call.from_memory = reply.done()
+        call.from_memory = reply.done()
         return await reply
 
-    async def _write(self, command: Command[R], context: Context) -> R:
+    async def _write(self, command: Command[R], call: Call) -> R:
         try:
-            if header(context, EXPECTED_VERSION) is not None and not isinstance(command, SetVariable):
+            if call.header(EXPECTED_VERSION) is not None and not isinstance(command, SetVariable):
                 # Without an error, the client would rely on a check that does not happen.
                 raise InvalidArgumentError(EXPECTED_VERSION, f"{command.cause} has none: only SetVariable does")
-            execution = self._execution_of(command, context)
-            origin = origin_of(command.cause, context)
+            execution = self._execution_of(command, call)
+            origin = call.origin(command.cause)
             if execution is not None:
                 return await _after_reading(
                     command,
@@ -129,19 +128,25 @@ class Calls:
                 lambda: self._submit(command, origin),
             )
         except StateError as error:
-            # Only the type of the error, because its text may quote a value.
-            self._log(command.cause, command.session_id, context).debug("refused", error=type(error).__name__)
+            if self._logs_details:
+                # Only the type of the error, because its text may quote a value.
+                self._log(command.cause, command.session_id, call).debug("refused", error=type(error).__name__)
             raise
 
-    def _execution_of(self, command: Command[Any], context: Context) -> Execution | None:
-        execution_id = header(context, EXECUTION_ID)
+    def _execution_of(self, command: Command[Any], call: Call) -> Execution | None:
+        execution_id = call.header(EXECUTION_ID)
         if execution_id is None or not is_transactional(command):
             return None
         return self._runner.find(execution_id)
 
-    def _log(self, rpc: str, session_id: str, context: Context) -> Any:
+    @property
+    def _logs_details(self) -> bool:
+        """Whether `debug` events of `_log` are logged. Building one for nothing costs as much as reading a variable."""
+        return _logger.is_on(DEBUG)
+
+    def _log(self, rpc: str, session_id: str, call: Call) -> EventLogger:
         """A logger with the rpc, the session and the call's id, which the client sends or this method makes up."""
-        return _logger.bind(rpc=rpc, session_id=session_id, rpc_id=header(context, RPC_ID) or secrets.token_hex(4))
+        return _logger.bind(rpc=rpc, session_id=session_id, rpc_id=call.header(RPC_ID) or secrets.token_hex(4))
 
 
 async def _after_reading(command: Command[R], read: Callable[[], object], run: Callable[[], Awaitable[R]]) -> R:

@@ -22,11 +22,58 @@ _OURS: Final = "x-dspex-"
 _MARGIN, _LONGEST_MARGIN_S = 0.1, 0.25
 
 
+class RequestHeaders:
+    """The x-dspex headers of a call, also those that are UTF-8 under a binary key.
+
+    They are read once, because gRPC decodes all metadata of a call each time that it is asked for it.
+    """
+
+    __slots__ = ("_faults", "_texts")
+
+    def __init__(self, context: Context) -> None:
+        self._texts: dict[str, str] = {}
+        # The headers that cannot be used, each with the field and the reason of its error.
+        self._faults: dict[str, tuple[str, str]] = {}
+        for key, content in context.invocation_metadata() or ():
+            if key.startswith(_OURS):
+                self._add(key, content)
+
+    def _add(self, key: str, content: str | bytes) -> None:
+        name = key
+        if isinstance(content, bytes):
+            name = key.removesuffix(BINARY)
+            try:
+                content = content.decode()
+            except UnicodeDecodeError:
+                self._faults.setdefault(name, (key, "it is not UTF-8"))
+                return
+        known = self._texts.setdefault(name, content)
+        if known != content:
+            reason = f"it has two values, {quote(known)} and {quote(content)}: send it once"
+            self._faults.setdefault(name, (name, reason))
+
+    def find(self, name: str) -> str | None:
+        """Return a header, or None.
+
+        Raises:
+            InvalidArgumentError: It has two different values, or is not UTF-8.
+        """
+        if name in self._faults:
+            raise InvalidArgumentError(*self._faults[name])
+        return self._texts.get(name)
+
+    def check(self) -> None:
+        """Raise as `find` does, for any of the headers."""
+        for fault in self._faults.values():
+            raise InvalidArgumentError(*fault)
+
+
 class Call:
     """One call on the server: its headers, and the facts for its response."""
 
     __slots__ = (
         "_context",
+        "_headers",
         "began",
         "first",
         "from_memory",
@@ -38,6 +85,7 @@ class Call:
 
     def __init__(self, context: Context, limits: Limits, max_message_bytes: int) -> None:
         self._context = context
+        self._headers = RequestHeaders(context)
         self.limits = limits
         self.max_message_bytes = max_message_bytes
         self.began = time.monotonic()
@@ -50,16 +98,21 @@ class Call:
         self.trailers: list[tuple[str, str]] = []
 
     def header(self, name: str) -> str | None:
-        """Return the text of a header, or None."""
-        return header(self._context, name)
+        """Return the text of a header, or None; raises as `RequestHeaders.find` does."""
+        return self._headers.find(name)
 
     def number(self, name: str) -> int | None:
         """Return a header that must be a whole number, or None."""
-        return whole_number(self._context, name)
+        text = self.header(name)
+        if text is None:
+            return None
+        if not (text.isascii() and text.isdigit() and len(text) < 19):
+            raise InvalidArgumentError(name, f"{quote(text)} is not a whole number")
+        return int(text)
 
     def origin(self, cause: str) -> Origin:
         """Return who makes the call."""
-        return origin_of(cause, self._context)
+        return origin_of(cause, self._context, self._headers)
 
     def seconds_left(self) -> float | None:
         """Return how long a tool may take: the time in the header, but at most what the call's deadline leaves."""
@@ -110,62 +163,18 @@ def fitting(message: M, max_message_bytes: int) -> M:
     return message
 
 
-def headers(context: Context) -> dict[str, str]:
-    """Return all x-dspex headers of the call, also those that are UTF-8 under a binary key.
+def origin_of(cause: str, context: Context, headers: RequestHeaders) -> Origin:
+    """Return who makes the call: the actor in `x-dspex-actor`, or else the host that the call comes from.
 
     Raises:
-        InvalidArgumentError: One of them has two different values, or is not UTF-8.
+        InvalidArgumentError: One of the x-dspex headers is invalid.
     """
-    texts: dict[str, str] = {}
-    for key, content in context.invocation_metadata() or ():
-        if key.startswith(_OURS):
-            name, text = (key, content) if isinstance(content, str) else (key.removesuffix(BINARY), _utf8(key, content))
-            if texts.setdefault(name, text) != text:
-                raise _contradiction(name, texts[name], text)
-    return texts
-
-
-def header(context: Context, name: str) -> str | None:
-    """Return one header of the call, or None; raises as `headers` does."""
-    binary, first = name + BINARY, None
-    for key, content in context.invocation_metadata() or ():
-        if key in (name, binary):
-            text = content if isinstance(content, str) else _utf8(key, content)
-            if first is not None and first != text:
-                raise _contradiction(name, first, text)
-            first = text
-    return first
-
-
-def _contradiction(name: str, first: str, second: str) -> InvalidArgumentError:
-    return InvalidArgumentError(name, f"it has two values, {quote(first)} and {quote(second)}: send it once")
-
-
-def _utf8(key: str, content: bytes) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError:
-        raise InvalidArgumentError(key, "it is not UTF-8") from None
-
-
-def whole_number(context: Context, name: str) -> int | None:
-    """Return a header that must be a whole number, or None."""
-    text = header(context, name)
-    if text is None:
-        return None
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise InvalidArgumentError(name, f"{quote(text)} is not a whole number")
-    return int(text)
-
-
-def origin_of(cause: str, context: Context) -> Origin:
-    """Return who makes the call: the actor in `x-dspex-actor`, or else the host that the call comes from."""
-    texts = headers(context)
-    actor = texts.get(ACTOR)
+    headers.check()
+    actor = headers.find(ACTOR)
     if actor is None:
         # "ipv4:127.0.0.1:40312" without the port, which identifies nothing. A Unix socket has no host.
         actor = f"peer:{context.peer().partition(':')[2].rpartition(':')[0] or 'unix'}"
     elif len(actor) > _ACTOR_LENGTH:
         raise InvalidArgumentError(ACTOR, f"it is longer than {_ACTOR_LENGTH} characters")
-    source = Source.PYTHON if texts.get(SOURCE) == Source.PYTHON else Source.ELIXIR
-    return Origin(actor, cause, source, texts.get(IDEMPOTENCY_KEY), texts.get(OPTIMIZER_ID))
+    source = Source.PYTHON if headers.find(SOURCE) == Source.PYTHON else Source.ELIXIR
+    return Origin(actor, cause, source, headers.find(IDEMPOTENCY_KEY), headers.find(OPTIMIZER_ID))

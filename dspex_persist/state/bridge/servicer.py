@@ -52,12 +52,13 @@ class BridgeServicer(ToolRpcs):
 
     async def InitializeSession(self, request: pb.InitializeSessionRequest, context: Context) -> Any:
         response = await self._answer(INITIALIZE_SESSION, request, context)
-        for name, tool in (await self._available_tools(request.session_id, context)).items():
+        for name, tool in (await self._available_tools(request.session_id, self._call(context))).items():
             response.available_tools[name].CopyFrom(tool)
         return fitting(response, self._max_message_bytes)
 
     async def WatchVariables(self, request: pb.WatchVariablesRequest, context: Context) -> None:
-        after, identifiers = self._call(context).number(AFTER_SEQUENCE), request.variable_identifiers
+        call = self._call(context)
+        after, identifiers = call.number(AFTER_SEQUENCE), request.variable_identifiers
         check_count("variables in the batch", identifiers, self._limits.batch_entries, "batch_entries")
         watched = (request.session_id, tuple(identifiers))
         try:
@@ -66,5 +67,5 @@ class BridgeServicer(ToolRpcs):
             if error.field == ARGUMENTS[AFTER_SEQUENCE]:
                 raise InvalidArgumentError(AFTER_SEQUENCE, error.reason) from error
             raise
-        log = self._log("WatchVariables", request.session_id, context)
+        log = self._log("WatchVariables", request.session_id, call)
         await self._watchers.send(watch, context, log, initial=request.include_initial_values)

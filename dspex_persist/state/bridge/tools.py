@@ -12,7 +12,7 @@ from dspex_persist.state.bridge import codec
 from dspex_persist.state.bridge.calls import Calls
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.headers import ASKED_BY, EXECUTION_ID
-from dspex_persist.state.bridge.incoming import Call, Context, header
+from dspex_persist.state.bridge.incoming import Call, Context
 from dspex_persist.state.bridge.rpcs import tools as rpcs
 from dspex_persist.state.bridge.rpcs.base import Rpc
 from dspex_persist.state.errors import StateError, ToolArgumentError, ToolFailedError, ToolNotFoundError
@@ -45,8 +45,9 @@ class ToolRpcs(Calls):
         tool = self._runner.tools.get(request.tool_name)
         metadata = {"result_type": tool.result_type} if tool is not None and tool.result_type else {}
         stream = _ChunkStream(context, request.tool_name, self._stall_timeout_s, metadata)
-        call = await self._request("ExecuteStreamingTool", rpcs.EXECUTE_TOOL, request, self._call(context))
-        outcome = await self._run(call, context, stream.emit)
+        call = self._call(context)
+        tool_request = await self._request("ExecuteStreamingTool", rpcs.EXECUTE_TOOL, request, call)
+        outcome = await self._run(tool_request, call, stream.emit)
         if not outcome.success:
             raise outcome.error or ToolFailedError(outcome.execution_id, outcome.error_code)
         # The last chunk reports the commit. It only has a result if the tool does not stream.
@@ -65,7 +66,7 @@ class ToolRpcs(Calls):
         call = self._call(context)
         question = rpcs.LIST_TOOLS.command_of(request, call)
         if question.every:
-            tools = list((await self._available_tools(question.session_id, context)).values())
+            tools = list((await self._available_tools(question.session_id, call)).values())
         else:
             tools = [codec.tool_message(tool.spec, tool.where) for tool in self._exposed()]
         return rpcs.LIST_TOOLS.response_of(tools, call)
@@ -79,7 +80,7 @@ class ToolRpcs(Calls):
         except ToolArgumentError as error:
             outcome = _refusal(error)
         else:
-            outcome = await self._run(tool_request, context)
+            outcome = await self._run(tool_request, call)
         if outcome.result is not None and outcome.result.size_bytes > values.LONG_JSON:
             # On a thread, because finding out the type of a large result means parsing it.
             return await asyncio.to_thread(rpc.response_of, outcome, call)
@@ -90,19 +91,20 @@ class ToolRpcs(Calls):
         command = await self._command(rpc, request, call)
         return replace(request_of(command, origin), style=call.style)
 
-    async def _run(self, call: ToolRequest, context: Context, emit: Emit | None = None) -> ToolOutcome:
+    async def _run(self, request: ToolRequest, call: Call, emit: Emit | None = None) -> ToolOutcome:
         """Execute a tool, separately or as part of the execution that the call names. The latter streams no chunks."""
-        within = header(context, EXECUTION_ID)
+        within = call.header(EXECUTION_ID)
         if within is not None:
-            outcome = await self._runner.execute_within(within, call)
+            outcome = await self._runner.execute_within(within, request)
         else:
-            outcome = await self._runner.execute(call, emit, asker_id=header(context, ASKED_BY))
-        self._log_outcome(call, outcome, context)
+            outcome = await self._runner.execute(request, emit, asker_id=call.header(ASKED_BY))
+        if not outcome.success or self._logs_details:
+            self._log_outcome(request, outcome, call)
         return outcome
 
-    def _log_outcome(self, call: ToolRequest, outcome: ToolOutcome, context: Context) -> None:
-        log = self._log(call.origin.cause, call.session_id, context)
-        facts = {"tool": call.tool, "execution_id": outcome.execution_id, "attempts": outcome.attempts}
+    def _log_outcome(self, request: ToolRequest, outcome: ToolOutcome, call: Call) -> None:
+        log = self._log(request.origin.cause, request.session_id, call)
+        facts = {"tool": request.tool, "execution_id": outcome.execution_id, "attempts": outcome.attempts}
         if outcome.success:
             log.debug("tool executed", **facts)
         else:
@@ -112,9 +114,9 @@ class ToolRpcs(Calls):
     def _exposed(self) -> list[RunnableTool]:
         return [tool for tool in self._runner.tools.values() if tool.spec.exposed]
 
-    async def _available_tools(self, session_id: str, context: Context) -> dict[str, pb.ToolSpec]:
+    async def _available_tools(self, session_id: str, call: Call) -> dict[str, pb.ToolSpec]:
         """All tools that the session can execute, by name; without a session, the server's own tools."""
-        registered = await self._read(commands.ListTools(session_id), context) if session_id else {}
+        registered = await self._read(commands.ListTools(session_id), call) if session_id else {}
         available = self._runner.available(registered)
         return {name: codec.tool_message(tool.spec, tool.where) for name, tool in available.items()}
 
