@@ -275,13 +275,7 @@ class ToolRunner:
         most = self.limits.execution_size_bytes
         if size_bytes > most:
             raise LimitExceededError("size of the parameters in bytes", size_bytes, most, "execution_size_bytes")
-        arguments = None
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(request.until):
-                arguments = await tool.bind(request.parameters)
-        if arguments is None:
-            # Raised outside the `with`: the TimeoutError as its context would keep the task alive, in a cycle.
-            raise ToolTimedOutError("", f"to read its arguments took longer than {request.timeout_s:.3g} s")
+        arguments = await _bind(tool, request)
         required = tool.spec.required_variables
         if required:
             query = commands.GetVariables(request.session_id, required)
@@ -381,6 +375,9 @@ class ToolRunner:
             # The caller has gone. If the execution begins all the same, it has to end.
             reply.add_done_callback(functools.partial(self._abandon, command, origin))
             raise
+        finally:
+            # It refers to its error, whose traceback refers to this frame: this breaks the cycle.
+            del reply
 
     def _abandon(self, command: commands.BeginExecution, origin: Origin, reply: Reply[Begun]) -> None:
         if reply.cancelled() or reply.exception() is not None or reply.result().snapshot is None:
@@ -522,20 +519,19 @@ class ToolRunner:
         request, own_s = session.request, tool.spec.timeout_s
         left_s = None if request.until is None else max(0.0, request.until - self._home.loop.time())
         timeout_s = min((each for each in (own_s, left_s) if each is not None), default=None)
+        session.timeout_s = timeout_s
+        if timeout_s is None:
+            return await _run(tool, arguments, session)
         try:
             async with asyncio.timeout(timeout_s) as limit:
-                session.timeout_s = timeout_s
-                if session.attempt > 1:
-                    # The code of the attempt before may have changed its arguments.
-                    arguments = await tool.bind(request.parameters)
-                return await tool.run(session, arguments)
+                return await _run(tool, arguments, session)
         except TimeoutError:
             if not limit.expired():
                 raise
         finally:
             # It refers to the task, and the traceback of the task's exception to this frame: this breaks the cycle.
             del limit
-        # Raised outside the `except`, for the same reason as in `_prepare`.
+        # Raised outside the `except`, for the same reason as in `_bind`.
         whose, most_s = "", own_s
         if timeout_s != own_s:
             whose, most_s = ", which is how long its caller waits", request.timeout_s
@@ -543,6 +539,24 @@ class ToolRunner:
 
     async def _submit(self, command: Command[R], origin: Origin) -> R:
         return await self._endings.submit_here(command, origin)
+
+
+async def _bind(tool: RunnableTool, request: ToolRequest) -> Mapping[str, object]:
+    """Bind the arguments of a request, within its deadline."""
+    if request.until is None:
+        return await tool.bind(request.parameters)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout_at(request.until):
+            return await tool.bind(request.parameters)
+    # Raised outside the `with`: the TimeoutError as its context would keep the task alive, in a cycle.
+    raise ToolTimedOutError("", f"to read its arguments took longer than {request.timeout_s:.3g} s")
+
+
+async def _run(tool: RunnableTool, arguments: Mapping[str, object], session: ToolSession) -> Value:
+    """Run the tool's code, for a later attempt with new arguments: the one before may have changed the others."""
+    if session.attempt > 1:
+        arguments = await tool.bind(session.request.parameters)
+    return await tool.run(session, arguments)
 
 
 async def _repeat(request: ToolRequest, tool: RunnableTool, recorded: JournalEntry) -> ToolOutcome:
