@@ -61,6 +61,7 @@ def verify(
     anchor: str | os.PathLike[str] | None = None,
     write: bool = False,
     progress: Progress = silent,
+    jobs: int | None = None,
 ) -> Verification:
     """Verify the whole history in a database file: rehash each commit, and check all versions and references.
 
@@ -69,13 +70,16 @@ def verify(
         anchor: A file with heads kept elsewhere. The history must still contain each of them, unchanged.
         write: Add the current head to `anchor`, which is created if missing, if there are no problems.
         progress: Is called with the progress.
+        jobs: How many processes share the work, at most 64. By default one for each core, but at most 4, and a single
+            one for a small file. The result does not depend on it.
 
     Returns:
         The problems. Nothing was altered or lost if there are none (`ok`).
 
     Raises:
         OpenError: The file is not a database of this release.
-        InvalidArgumentError: `anchor` cannot be read or written, has no heads, or is missing although `write` is set.
+        InvalidArgumentError: `anchor` cannot be read or written, has no heads, or is missing although `write` is set;
+            or `jobs` is out of range.
     """
     from dspex_persist.state.store import maintenance
 
@@ -86,7 +90,7 @@ def verify(
     with maintenance.open_audit(database) as source:
         # Read before the check, so that a head that is written has been checked.
         newest = source.head()
-        report = maintenance.check(database, progress)
+        report = maintenance.check(database, progress, jobs)
         report = replace(report, problems=(*report.problems, *_problems(source, kept)))
         written = None
         if write and kept_in is not None and newest and not report.problems:

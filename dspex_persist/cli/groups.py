@@ -14,6 +14,18 @@ R = TypeVar("R")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs",
+        metavar="N",
+        min=1,
+        max=64,
+        show_default=False,
+        help="Use up to N processes. [dim](default: one for each core, at most 4; a single one for a small file)[/dim]",
+    ),
+]
+
 
 def new_group(help_text: str, epilog: str | None = None) -> typer.Typer:
     """Return a group without commands."""

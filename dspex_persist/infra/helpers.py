@@ -1,7 +1,7 @@
-"""Helper processes: each runs a module of this package, and exchanges JSON with the process that started it.
+"""Helper processes, which run a module of this package and exchange JSON with the process that started them.
 
-A helper is a new interpreter, never a fork: a forked child would inherit the threads' locks, the connections and the
-event loops of this process half done.
+A helper is a new interpreter, not a fork: a forked child would inherit locks that other threads hold, and connections
+and event loops in the middle of something.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from dspex_persist.infra import forks
 
-# The modules are those of this process, wherever it found them.
+# Modules are imported from where this process imports them.
 _BEGIN: Final = """
 import json, sys
 sys.path[:], name = json.loads(sys.stdin.readline())
@@ -25,20 +25,21 @@ import_module(name).main()
 
 
 class HelperEndedError(Exception):
-    """A helper ended, or replied with something else than JSON, before it was told to end."""
+    """A helper ended unexpectedly, or its reply was not JSON."""
 
 
 class Helper:
-    """A process that carries out one request after the other. It ends with this process, whatever ends that."""
+    """A process that carries out requests, one at a time. It ends when this process does, however that ends."""
 
     def __init__(self, module: str) -> None:
         """Start the process, which calls `main()` of `module`.
 
         Raises:
             OSError: It cannot be started.
+            HelperEndedError: It ended at once.
         """
         requests, self._requests = os.pipe()
-        # A forked child of this process must not keep the helper from noticing the end of this process.
+        # If a forked child kept this end of the pipe open, the helper would not notice the end of this process.
         forks.own(self._requests)
         try:
             self._popen = subprocess.Popen(
@@ -46,7 +47,7 @@ class Helper:
                 stdin=requests,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                # Ctrl-C is for this process, which ends its helpers.
+                # Ctrl-C reaches only this process, which ends its helpers.
                 process_group=0,
             )
         except BaseException:
@@ -54,7 +55,12 @@ class Helper:
             raise
         finally:
             os.close(requests)
-        self.send((list(map(str, sys.path)), module))
+        try:
+            self.send((list(map(str, sys.path)), module))
+        except HelperEndedError:
+            self.kill()
+            self.close()
+            raise
 
     def send(self, request: object) -> None:
         """Send a request that has no reply.
@@ -70,7 +76,7 @@ class Helper:
             raise HelperEndedError from error
 
     def ask(self, request: object) -> Iterator[Any]:
-        """Send a request and iterate over the replies. The caller knows which one is the last.
+        """Send a request and iterate over the replies. The caller knows the last one.
 
         Raises:
             HelperEndedError: The helper has ended.
@@ -86,12 +92,12 @@ class Helper:
         raise HelperEndedError
 
     def kill(self) -> None:
-        """End the process at once; a thread in `ask` gets a `HelperEndedError`."""
+        """Kill the process; a thread in `ask` gets a `HelperEndedError`."""
         self._popen.kill()
         self._popen.wait()
 
     def close(self) -> None:
-        """Release what is left of a helper that was killed. No thread may be in `ask`."""
+        """Close the pipes of a helper that was killed. No thread may be in `ask`."""
         forks.close(self._requests)
         assert self._popen.stdout is not None, "it is a pipe"
         self._popen.stdout.close()
@@ -101,7 +107,7 @@ class Helper:
 
 
 def requests() -> Iterator[Any]:
-    """In a helper: iterate over the requests. The process ends as soon as the one that started it does."""
+    """In a helper: iterate over the requests. Ends this process when the one that started it has ended."""
     waiting: SimpleQueue[Any] = SimpleQueue()
     threading.Thread(target=_read_requests, args=(waiting,), daemon=True).start()
     while True:
@@ -111,7 +117,7 @@ def requests() -> Iterator[Any]:
 def _read_requests(waiting: "SimpleQueue[Any]") -> None:
     for line in sys.stdin:
         waiting.put(json.loads(line))
-    # Nobody is there any more who would read what it is working on.
+    # The process that would read the replies has ended.
     os._exit(0)
 
 

@@ -650,6 +650,7 @@ def test_verify_checks_all_and_compares_with_heads_kept_elsewhere(
     assert (row["ok"], row["compared"], row["written"]) == (True, 1, json.loads(line))
     assert len(kept.read_text().splitlines()) == 2
     assert ask("verify", "--csv").out == "where,what\n"
+    assert ask("verify", "--jobs", "2").out == ask("verify", "--jobs", "1").out
 
 
 def test_verify_finds_a_history_that_was_rewritten_or_cut(

@@ -64,8 +64,10 @@ def test_a_killed_helper_is_gone(helper: Helper) -> None:
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_busy_helper_ends_with_the_process_that_started_it(end: signal.Signals) -> None:
     code = f"""
-import sys
+import signal, sys
 from dspex_persist.infra.helpers import Helper
+# What tests start may have been told to ignore it.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 helper = Helper({ECHO!r})
 print(next(helper.ask("pid")), flush=True)
 print(next(helper.ask("busy")), flush=True)

@@ -9,7 +9,7 @@ import typer
 
 from dspex_persist.cli.audit import options, pages
 from dspex_persist.cli.audit.asking import AuditOptions, Form, answering, asking
-from dspex_persist.cli.groups import Json, new_group
+from dspex_persist.cli.groups import Jobs, Json, new_group
 from dspex_persist.cli.maintenance import EXIT_PROBLEMS, show_check
 from dspex_persist.cli.output import counted, progress_bar, say, say_json
 from dspex_persist.cli.places import Db, database_of
@@ -379,6 +379,7 @@ def verify(
     ] = False,
     as_json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print the problems as CSV.")] = False,
+    jobs: Jobs = None,
     db: Db = None,
 ) -> None:
     """Check the history."""
@@ -387,7 +388,8 @@ def verify(
     request = AuditOptions(db, None, as_json, as_csv)
     with answering(request):
         with progress_bar() as progress:
-            verification = audit.verify(database_of(db), anchor=anchor, write=write, progress=progress)
+            path = database_of(db)
+            verification = audit.verify(path, anchor=anchor, write=write, progress=progress, jobs=jobs)
         _say_verification(verification, request, anchor)
         if not verification.ok:
             raise typer.Exit(EXIT_PROBLEMS)

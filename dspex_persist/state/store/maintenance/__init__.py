@@ -6,7 +6,7 @@ that change the file take the ownership lock first. They raise an `OpenError` if
 """
 
 from dspex_persist.state.store.maintenance.backups import BackupReport, backup
-from dspex_persist.state.store.maintenance.checks import MOST_PROBLEMS, CheckReport, check
+from dspex_persist.state.store.maintenance.checks import CheckReport, check
 from dspex_persist.state.store.maintenance.opening import refuse_files_of, refuse_owned
 from dspex_persist.state.store.maintenance.pruning import PrunedReport, PruneInUseError, prune
 from dspex_persist.state.store.maintenance.reading import open_audit, open_recording
@@ -14,6 +14,7 @@ from dspex_persist.state.store.maintenance.restores import RestoreReport, restor
 from dspex_persist.state.store.maintenance.revisions import RevisionReport, UpgradeReport, current, upgrade
 from dspex_persist.state.store.maintenance.sizes import Share, StatsReport, StoredTable, sqlite_warning, stats
 from dspex_persist.state.store.maintenance.vacuums import VacuumReport, vacuum
+from dspex_persist.state.store.verify import MOST_PROBLEMS
 
 __all__ = [
     "MOST_PROBLEMS",

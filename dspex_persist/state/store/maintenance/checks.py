@@ -4,14 +4,15 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Final
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from dspex_persist.state.errors import NotADatabaseError, ReadFailedError
+from dspex_persist.state import arguments
+from dspex_persist.state.errors import InvalidArgumentError, NotADatabaseError, ReadFailedError
 from dspex_persist.state.events import Pruned
 from dspex_persist.state.provider import Progress, silent
 from dspex_persist.state.store import log_reader, verify
@@ -20,10 +21,9 @@ from dspex_persist.state.store.engine import snapshot
 from dspex_persist.state.store.maintenance.opening import read_anchor, reading, refuse_older
 from dspex_persist.state.store.maintenance.sizes import find_scalar
 from dspex_persist.state.store.schema import REVISION
-from dspex_persist.state.store.verify import Problem
+from dspex_persist.state.store.verify import MOST_PROBLEMS, Problem
 
-MOST_PROBLEMS: Final = 1000
-"""A check stops after this many problems."""
+MOST_JOBS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +45,32 @@ class CheckReport:
     complete: bool
 
 
-def check(path: Path, progress: Progress = silent) -> CheckReport:
+def check(path: Path, progress: Progress = silent, jobs: int | None = None) -> CheckReport:
     """Check pages, foreign keys, triggers, views and indexes, the hash chain, and the current state against the log.
 
     A copy without its anchor file is checked without one, so commits missing from its end go unnoticed.
+
+    `jobs` is the number of processes that share the work, at most `MOST_JOBS`. By default it is one for each core, but
+    at most 4, and a single one for a small file. Neither the problems nor their order depend on it. Raises
+    `InvalidArgumentError` if it is out of range.
     """
+    if jobs is not None and not 1 <= arguments.number("jobs", jobs) <= MOST_JOBS:
+        raise InvalidArgumentError("jobs", f"it must be from 1 to {MOST_JOBS}, not {jobs}")
     # Read the anchor before the file: a server that writes meanwhile can then only be ahead of it.
     anchor = read_anchor(path)
     with reading(path) as readers:
         refuse_older(path)
-        return check_opened(path, readers, anchor, progress)
+        return check_opened(path, readers, anchor, progress, jobs)
 
 
-def check_opened(path: Path, readers: Engine, anchor: Head | None, progress: Progress) -> CheckReport:
-    problems = tuple(islice(_iter_problems(readers, anchor, progress), MOST_PROBLEMS))
+def check_opened(
+    path: Path, readers: Engine, anchor: Head | None, progress: Progress, jobs: int | None = None
+) -> CheckReport:
+    def report(done: int, in_all: int) -> None:
+        progress("checking commits", done, in_all)
+
+    with verify.checking(readers, anchor, report, jobs or verify.jobs_for(path)) as rest:
+        problems = tuple(islice(chain(_file_problems(readers, progress), rest), MOST_PROBLEMS))
     with snapshot(readers) as connection:
         commits = log_reader.head(connection).sequence
         pruned = _count_pruned(connection)
@@ -81,7 +93,7 @@ def _count_pruned(connection: Connection) -> tuple[int, int, int]:
         return 0, 0, 0
 
 
-def _iter_problems(readers: Engine, anchor: Head | None, progress: Progress) -> Iterator[Problem]:
+def _file_problems(readers: Engine, progress: Progress) -> Iterator[Problem]:
     progress("checking the pages of the file", 0, 0)
     for problems_in in (_integrity_problems, _reference_problems, verify.schema_problems):
         try:
@@ -91,7 +103,6 @@ def _iter_problems(readers: Engine, anchor: Head | None, progress: Progress) -> 
             yield Problem("file", error.reason)
         except UnicodeDecodeError as error:
             yield Problem("file", str(error))
-    yield from verify.iter_problems(readers, anchor, lambda done, in_all: progress("checking commits", done, in_all))
 
 
 def _integrity_problems(connection: Connection) -> Iterator[Problem]:

@@ -1,7 +1,8 @@
 """The parts of a check. They are independent, so that several processes can check them in any order."""
 
+import threading
 from collections.abc import Generator
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 from sqlalchemy import Engine
 
@@ -18,6 +19,10 @@ from dspex_persist.state.store.verify.sessions import SessionWalk
 from dspex_persist.state.store.verify.walk import UNREADABLE, Problem, Progress, Walk, walk_through
 
 LOG: Final = "log"
+MOST_PROBLEMS: Final = 1000
+"""A check stops after this many problems."""
+Found: TypeAlias = tuple[list[Problem], bool]
+"""The problems of a part, and whether all of it could be read."""
 
 
 class Part(NamedTuple):
@@ -43,18 +48,44 @@ def parts_of(readers: Engine) -> tuple[Part, ...]:
     return (*(Part(LOG, after, until) for after, until in ranges), *AFTER_THE_LOG)
 
 
-class Looker:
-    """Looks at parts of a file, one at a time."""
+class Meter:
+    """Counts the commits that were checked, on any thread, and reports the progress."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._counted = self._reported = (0, 0)
+
+    def add(self, more: int, in_all: int) -> None:
+        """Count `more` commits, of `in_all` in the file."""
+        with self._lock:
+            done = self._counted[0] + more
+            self._counted = (done, max(done, in_all, self._counted[1]))
+
+    def report(self) -> None:
+        """Report the progress since the last report, if any, on this thread."""
+        if self._counted != self._reported:
+            self._reported = self._counted
+            self._progress(*self._reported)
+
+    def advance(self, more: int, in_all: int) -> None:
+        """Count `more` commits and report the progress."""
+        self.add(more, in_all)
+        self.report()
+
+
+class PartChecker:
+    """Checks parts of a file, one at a time."""
 
     def __init__(self, readers: Engine, anchor: Head | None, progress: Progress) -> None:
-        """`progress` is told how many commits have been checked since it was told last, and how many there are."""
+        """`progress` is called with the number of commits checked since the last call, and of all commits."""
         self._readers = readers
         self._anchor = anchor
         self._progress = progress
         self._seen = Seen()
 
-    def look(self, part: Part) -> Generator[Problem, None, bool]:
-        """What is wrong in a part; whether it could be read to its end. What cannot be is a problem, too."""
+    def check(self, part: Part) -> Generator[Problem, None, bool]:
+        """Yield the problems of a part; return whether all of it could be read. If not, that is a problem, too."""
         whole = True
         for walk in self._walks(part):
             try:
@@ -63,6 +94,18 @@ class Looker:
                 whole = False
                 yield Problem(str(walk), f"it cannot be read any further: {getattr(error, 'reason', error)}")
         return whole
+
+    def collect(self, part: Part) -> Found:
+        """Return what `check` yields and returns, but no more than `MOST_PROBLEMS`."""
+        found: list[Problem] = []
+        checking = self.check(part)
+        try:
+            while len(found) < MOST_PROBLEMS:
+                found.append(next(checking))
+        except StopIteration as end:
+            return found, end.value
+        checking.close()
+        return found, True
 
     def _walks(self, part: Part) -> tuple[Walk, ...]:
         match part.name:

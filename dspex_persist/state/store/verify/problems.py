@@ -1,13 +1,19 @@
 """Run all parts of the check of a file, and check its schema."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from typing import TypeAlias
 
 from sqlalchemy import Connection, Engine
 
 from dspex_persist.state.store import migrate
 from dspex_persist.state.store.anchor import Head
-from dspex_persist.state.store.verify.parts import LOG, Looker, parts_of
+from dspex_persist.state.store.verify.parts import LOG, Meter, Part, PartChecker, parts_of
+from dspex_persist.state.store.verify.sharing import Team
 from dspex_persist.state.store.verify.walk import Problem, Progress
+
+_Check: TypeAlias = Callable[[Part], Generator[Problem, None, bool]]
 
 
 def _ignore(_done: int, _in_all: int) -> None:
@@ -26,20 +32,45 @@ def iter_problems(readers: Engine, anchor: Head | None = None, progress: Progres
             from the end go unnoticed.
         progress: Called with the number of commits checked so far, and of all commits.
     """
-    done = 0
+    with checking(readers, anchor, progress) as problems:
+        yield from problems
 
-    def add(more: int, in_all: int) -> None:
-        nonlocal done
-        done += more
-        progress(done, in_all)
 
-    looker = Looker(readers, anchor, add)
-    log_is_readable = True
-    for part in parts_of(readers):
-        if part.name == LOG and not log_is_readable:
-            continue
-        whole = yield from looker.look(part)
-        log_is_readable = log_is_readable and whole
+@contextmanager
+def checking(
+    readers: Engine, anchor: Head | None = None, progress: Progress = _ignore, jobs: int = 1
+) -> Iterator[Iterator[Problem]]:
+    """Give an iterator over what `iter_problems` yields, with helper processes that work until the block ends.
+
+    The problems and their order do not depend on the number of processes, except that with helpers each part yields at
+    most `MOST_PROBLEMS`.
+
+    Args:
+        readers: See `iter_problems`.
+        anchor: See `iter_problems`.
+        progress: See `iter_problems`. Called on this thread, while the iterator is being advanced.
+        jobs: The number of processes, including this one.
+    """
+    meter = Meter(progress)
+    checker = PartChecker(readers, anchor, meter.advance)
+    parts = parts_of(readers)
+    with ExitStack() as ending:
+        check = checker.check
+        if jobs > 1 and sys.executable:
+            team = Team(readers, anchor, checker, meter, parts)
+            ending.callback(team.close)
+            team.start(min(jobs, len(parts)) - 1)
+            check = team.check
+        yield ending.enter_context(closing(_in_order(parts, check)))
+
+
+def _in_order(parts: Iterable[Part], check: _Check) -> Generator[Problem, None, None]:
+    is_readable = True
+    for part in parts:
+        # After a place where it cannot be read, the log is not checked.
+        if is_readable or part.name != LOG:
+            whole = yield from check(part)
+            is_readable = is_readable and whole
 
 
 def schema_problems(connection: Connection) -> Iterator[Problem]:

@@ -1,0 +1,142 @@
+"""Share the parts of a check between this process and helper processes.
+
+A helper opens the file itself, read-only, as any other program may.
+"""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from sqlalchemy import Engine
+
+from dspex_persist.infra.helpers import Helper, HelperEndedError
+from dspex_persist.infra.logs import get_logger
+from dspex_persist.state.store.anchor import Head
+from dspex_persist.state.store.engine import identity_of
+from dspex_persist.state.store.verify.parts import Found, Meter, Part, PartChecker
+from dspex_persist.state.store.verify.walk import Problem
+
+_MOST_JOBS: Final = 4
+_SMALL_BYTES: Final = 16 * 1024 * 1024
+_LONG: Final = ("contents", "metadata", "live", "sessions")
+"""The parts after the log that can take long, the longest last."""
+_HELPING: Final = "dspex_persist.state.store.verify.helping"
+
+_logger: Final = get_logger(__name__)
+
+
+def jobs_for(path: Path) -> int:
+    """Return how many processes to check a file with. Starting a helper takes longer than checking a small file."""
+    size_bytes = 0
+    for file in (path, Path(f"{path}-wal")):
+        with suppress(OSError):
+            size_bytes += file.stat().st_size
+    if size_bytes < _SMALL_BYTES:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _MOST_JOBS)
+
+
+class Team:
+    """This process and its helpers, which each take the next part when they have finished one.
+
+    Helpers start with the longest parts, this process with the short parts of the log, so that all of them finish at
+    about the same time. If a helper ends early, its part is taken again.
+    """
+
+    def __init__(
+        self, readers: Engine, anchor: Head | None, checker: PartChecker, meter: Meter, parts: Iterable[Part]
+    ) -> None:
+        self._path = Path(readers.url.database or "")
+        self._head = (anchor.sequence, anchor.hash.hex()) if anchor is not None else None
+        self._checker = checker
+        self._meter = meter
+        self._changed = threading.Condition()
+        # This process takes parts from the left, helpers from the right.
+        self._left = deque(sorted(parts, key=lambda part: _LONG.index(part.name) if part.name in _LONG else -1))
+        self._found: dict[Part, Found] = {}
+        self._helpers: list[tuple[Helper, threading.Thread]] = []
+        self._closed = False
+
+    def start(self, helpers: int) -> None:
+        """Start helpers, or as many of them as can be started."""
+        for number in range(1, helpers + 1):
+            try:
+                opening = (str(self._path), identity_of(self._path.stat()), self._head)
+                helper = Helper(_HELPING)
+            except (OSError, HelperEndedError) as error:
+                _logger.warning("the check goes on with fewer processes", reason=str(error))
+                return
+            name = f"dspex-persist-check-{number}"
+            thread = threading.Thread(target=self._lead, args=(helper, opening), name=name, daemon=True)
+            self._helpers.append((helper, thread))
+            thread.start()
+
+    def check(self, part: Part) -> Generator[Problem, None, bool]:
+        """See `PartChecker.check`. Until the part has been checked, this process checks others."""
+        while True:
+            with self._changed:
+                found = self._found.pop(part, None)
+                mine = self._left.popleft() if found is None and self._left else None
+                if found is None and mine is None:
+                    self._changed.wait()
+            self._meter.report()
+            if found is not None:
+                yield from found[0]
+                return found[1]
+            if mine is not None:
+                self._found[mine] = self._checker.collect(mine)
+
+    def close(self) -> None:
+        """End the helpers, even if they are busy."""
+        with self._changed:
+            self._closed = True
+            self._left.clear()
+        for helper, _ in self._helpers:
+            helper.kill()
+        for helper, thread in self._helpers:
+            thread.join()
+            helper.close()
+
+    # On the thread of each helper
+
+    def _lead(self, helper: Helper, opening: object) -> None:
+        try:
+            helper.send(opening)
+            while (part := self._take()) is not None:
+                found = None
+                try:
+                    found = self._ask(helper, part)
+                finally:
+                    self._settle(part, found)
+        except HelperEndedError:
+            if not self._closed:
+                _logger.warning("the check goes on with fewer processes", reason="a helper ended")
+
+    def _take(self) -> Part | None:
+        with self._changed:
+            return self._left.pop() if self._left else None
+
+    def _settle(self, part: Part, found: Found | None) -> None:
+        """Keep the result, or, without one, let the part be taken again."""
+        with self._changed:
+            if found is not None:
+                self._found[part] = found
+            elif not self._closed:
+                self._left.append(part)
+            self._changed.notify_all()
+
+    def _ask(self, helper: Helper, part: Part) -> Found:
+        for reply in helper.ask(part):
+            match reply:
+                case [more, in_all]:
+                    self._meter.add(more, in_all)
+                    with self._changed:
+                        self._changed.notify_all()
+                case {"found": found, "whole": whole}:
+                    return [Problem(*each) for each in found], whole
+        raise HelperEndedError

@@ -1,0 +1,9 @@
+"""A helper of a check that quits with a part in its hands."""
+
+from dspex_persist.infra.helpers import requests
+
+
+def main() -> None:
+    asked = requests()
+    next(asked)
+    next(asked)
