@@ -1,6 +1,5 @@
 """Writing units of work to the log, and updating the tables of the current state."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -28,7 +27,6 @@ from dspex_persist.state.model import (
     Change,
     ChangeKind,
     ExecutionStatus,
-    Value,
     VariableVersion,
 )
 from dspex_persist.state.session_state import SessionState
@@ -90,6 +88,7 @@ class LogWriter:
         self._versions: list[tuple[Any, ...]] = []
         self._events: list[tuple[Any, ...]] = []
         self._merged: dict[int, str] = {}
+        self._last_metadata: tuple[Mapping[str, str], str] = {}, "{}"
         self._begun: list[tuple[Any, ...]] = []
         self._ended: list[tuple[Any, ...]] = []
         self._gone: frozenset[str] = frozenset()
@@ -147,11 +146,20 @@ class LogWriter:
             pruned.delete_unused(self._connection, self._freed)
 
     def _add_version(self, state: SessionState, change: Change) -> str:
-        version = change.version
+        version, value = change.version, change.version.value
         key = state.keys[version.variable_id]
-        text, text_blob, text_digest = self._place_text(version.value)
-        binary, binary_blob, binary_digest = self._place_binary(version.value)
-        metadata = metadata_text(version.metadata) if version.metadata else None
+        text = text_blob = text_digest = binary = binary_blob = binary_digest = None
+        if value is not None:
+            if len(value.json) <= blobs.INLINE_BYTES:
+                text = value.json
+            else:
+                text_blob, text_digest = self._keep_blob(value.json.encode())
+            if value.binary is not None:
+                if len(value.binary) <= blobs.INLINE_BYTES:
+                    binary, binary_digest = value.binary, blobs.digest(value.binary).hex()
+                else:
+                    binary_blob, binary_digest = self._keep_blob(value.binary)
+        metadata = self._metadata_text(version.metadata) if version.metadata else None
         kind, source = KIND_CODES[version.kind], SOURCE_CODES[version.source]
         self._versions.append(
             (
@@ -170,24 +178,18 @@ class LogWriter:
         if version.kind is ChangeKind.DELETED:
             self._delete(state, version)
         elif change.merged:
-            self._merged[key] = metadata_text(change.variable.metadata)
+            self._merged[key] = self._metadata_text(change.variable.metadata)
         return version_text(key, version.version, kind, source, text, metadata, text_digest, binary_digest)
 
-    def _place_text(self, value: Value | None) -> tuple[str | None, int | None, str | None]:
-        if value is None:
-            return None, None, None
-        if len(value.json) <= blobs.INLINE_BYTES:
-            return value.json, None, None
-        key, name = blobs.keep(self._connection, value.json.encode())
-        return None, key, name.hex()
+    def _keep_blob(self, content: bytes) -> tuple[int, str]:
+        key, digest = blobs.keep(self._connection, content)
+        return key, digest.hex()
 
-    def _place_binary(self, value: Value | None) -> tuple[bytes | None, int | None, str | None]:
-        if value is None or value.binary is None:
-            return None, None, None
-        if len(value.binary) <= blobs.INLINE_BYTES:
-            return value.binary, None, blobs.digest(value.binary).hex()
-        key, name = blobs.keep(self._connection, value.binary)
-        return None, key, name.hex()
+    def _metadata_text(self, metadata: Mapping[str, str]) -> str:
+        """Return the same as `metadata_text`. A batch has one metadata for all its versions: its text is kept."""
+        if metadata != self._last_metadata[0]:
+            self._last_metadata = metadata, metadata_text(metadata)
+        return self._last_metadata[1]
 
     def _free_names(self, unit: UnitOfWork, state: SessionState) -> None:
         """Mark deleted variables first: the unit may register others with their names, and live names are unique."""
@@ -325,13 +327,18 @@ def began_sequence(execution_id: str) -> int:
 class Keys:
     """The next free integer keys."""
 
-    def __init__(self, connection: Connection) -> None:
-        self.next_session = _next(connection, sessions.c.session_key)
-        self.next_variable = _next(connection, variables.c.variable_key)
+    def __init__(self, next_session: int, next_variable: int) -> None:
+        self.next_session = next_session
+        self.next_variable = next_variable
+
+    @classmethod
+    def of(cls, connection: Connection) -> "Keys":
+        """Return the keys that are free in a file."""
+        return cls(_next(connection, sessions.c.session_key), _next(connection, variables.c.variable_key))
 
     def copy(self) -> "Keys":
         """Return a copy for a group that may still fail."""
-        return copy.copy(self)
+        return Keys(self.next_session, self.next_variable)
 
     def new_session(self) -> int:
         """Return the key of a new session."""

@@ -174,7 +174,7 @@ class SessionStore(StoredSessions, LogStore):
             self._connection = self._writer.connect()
             with transaction(self._connection):
                 self.head = recovery.recover(self._connection, self._anchor.read(), self._name, inspected)
-                self._keys = log.Keys(self._connection)
+                self._keys = log.Keys.of(self._connection)
                 self._last_at = clock.from_micros(log_reader.last_own_time(self._connection))
                 self._guard = FileGuard(self.path, self._name, self._connection, self._lock.file)
         except (DBAPIError, sqlite3.Error) as error:
