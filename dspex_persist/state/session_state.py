@@ -100,11 +100,15 @@ class SessionState:
     def put(self, variable: Variable, undo: Undo | None = None) -> Variable | None:
         """Set the variable under its name and update the weight; return the previous one."""
         previous = self.variables.get(variable.name)
+        self.place(variable, previous, growth_of(variable, previous), undo)
+        return previous
+
+    def place(self, variable: Variable, previous: Variable | None, growth: int, undo: Undo | None) -> None:
+        """Set the variable in place of `previous`; the weight grows by `growth`."""
         self.variables[variable.name] = variable
-        self.weight_bytes += growth_of(variable, previous)
+        self.weight_bytes += growth
         if undo is not None:
             undo.append((self.remove, (variable.name,)) if previous is None else (self.put, (previous,)))
-        return previous
 
     def remove(self, name: str) -> None:
         """Remove the newest variable again."""

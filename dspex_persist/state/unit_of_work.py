@@ -257,12 +257,14 @@ class UnitOfWork:
             SessionNotFoundError: The session does not exist, or has ended.
             VariableNotFoundError: The session has no such variable.
         """
-        state = self.session(session_id)
+        # Most often the group has a draft of the session, and it has no TTL to renew: a batch asks for each variable.
+        draft = self._drafts.states.get(session_id)
+        state = draft if draft is not None and draft.lease is None else self.session(session_id)
         variable = state.find(identifier)
         if variable is None:
             suggestion = _suggestion(identifier, state.variables) if hint else ""
             raise VariableNotFoundError(session_id, identifier, suggestion)
-        return self.current(variable)
+        return variable if variable.optimization is None else self.current(variable)
 
     def current(self, variable: Variable) -> Variable:
         """Return the variable without its optimization lock if the lock's lease has ended."""
@@ -290,12 +292,20 @@ class UnitOfWork:
         source: Source,
         kind: ChangeKind = ChangeKind.SET,
     ) -> Variable:
-        """Append a version with `value`, which is normalised already; return the new state of the variable."""
+        """Append a version with `value`, which is normalised already; return the new state of the variable.
+
+        If the lease of its lock has ended, that is logged before.
+        """
         state = self._edit(session_id)
+        kept = state.variables.get(variable.name)
+        if kept is not variable:
+            variable = self.drop_ended_lock(session_id, variable)
         version = self._version(variable, variable.version + 1, kind, value, metadata, source)
         written = advanced(variable, version)
-        self._check_room(state, growth_of(written, state.variables.get(written.name)))
-        state.put(written, self._undo)
+        growth = growth_of(written, kept)
+        if growth > 0:
+            self._check_room(state, growth)
+        state.place(written, kept, growth, self._undo)
         self._stage(version, written, written.metadata is not variable.metadata)
         return written
 
@@ -467,7 +477,7 @@ class UnitOfWork:
             self.state = None
 
     def _edit(self, session_id: str) -> SessionState:
-        state = self._drafts.edit(session_id)
+        state = self._drafts.states.get(session_id) or self._drafts.edit(session_id)
         if state is None:
             raise SessionNotFoundError(session_id)
         if self.state is None:
@@ -497,6 +507,7 @@ class UnitOfWork:
         metadata: Mapping[str, str],
         source: Source,
     ) -> VariableVersion:
+        origin = self.origin
         return VariableVersion(
             variable.id,
             variable.type,
@@ -506,8 +517,8 @@ class UnitOfWork:
             freeze(metadata),
             source,
             self.now,
-            self.origin.actor,
-            self.origin.cause,
+            origin.actor,
+            origin.cause,
             self.sequence,
         )
 

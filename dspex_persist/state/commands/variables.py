@@ -199,7 +199,8 @@ class SetVariable(Command[int]):
                 )
             raise VersionConflictError(variable.name, self.expected_version, variable.version)
         metadata = check_metadata(self.metadata, uow.limits)
-        return _write(uow, self, variable, self.value, metadata).version
+        source = source_of(metadata, uow.origin.source)
+        return _write(uow, self, variable, self.value, metadata, source).version
 
     @property
     def is_small(self) -> bool:
@@ -246,6 +247,7 @@ class SetVariables(Command[BatchOutcome]):
             limit = uow.limits.batch_entries
             raise LimitExceededError("number of updates in the batch", len(self.updates), limit, "batch_entries")
         metadata = check_metadata(self.metadata, uow.limits)
+        source = source_of(metadata, uow.origin.source)
         start = uow.savepoint()
         versions: dict[str, int] = {}
         errors = dict(self.refused)
@@ -253,7 +255,7 @@ class SetVariables(Command[BatchOutcome]):
             before = uow.savepoint()
             try:
                 variable = uow.variable(self.session_id, identifier, hint=len(errors) < _MOST_HINTS)
-                versions[identifier] = _write(uow, self, variable, value, metadata).version
+                versions[identifier] = _write(uow, self, variable, value, metadata, source).version
             except VariableReplacedError:
                 uow.rollback_to(start)
                 raise
@@ -358,7 +360,6 @@ class RollbackVariable(Command[Variable]):
         target = uow.find_version(self.session_id, variable, self.target_version)
         if target is None or target.value is None:
             raise VersionPrunedError(variable.name, self.target_version)
-        variable = uow.drop_ended_lock(self.session_id, variable)
         return uow.write(self.session_id, variable, target.value, metadata, uow.origin.source, ChangeKind.ROLLED_BACK)
 
 
@@ -379,7 +380,8 @@ class PublishVariable(Command[Variable]):
             raise ExecutionNotFoundError(self.execution_id)
         variable = uow.variable(self.session_id, self.identifier)
         metadata = check_metadata(self.metadata, uow.limits)
-        return _write(uow, self, variable, self.value, metadata, ChangeKind.PUBLISHED)
+        source = source_of(metadata, uow.origin.source)
+        return _write(uow, self, variable, self.value, metadata, source, ChangeKind.PUBLISHED)
 
     @property
     def json_length(self) -> int:
@@ -445,13 +447,14 @@ def _write(
     variable: Variable,
     value: Value,
     metadata: Mapping[str, str],
+    source: Source,
     kind: ChangeKind = ChangeKind.SET,
 ) -> Variable:
     check_lock(variable, metadata)
     constraints = values.compile_constraints(variable.name, variable.type, variable.constraints)
-    uow.count_matching(variable.name, constraints.program_size * len(value.json))
+    if constraints.program_size:
+        uow.count_matching(variable.name, constraints.program_size * len(value.json))
     normalised = _normalised(uow, command.ahead, variable, constraints, value)
     if metadata:
         check_merged_metadata({**variable.metadata, **metadata}, metadata, uow.limits)
-    variable = uow.drop_ended_lock(command.session_id, variable)
-    return uow.write(command.session_id, variable, normalised, metadata, source_of(metadata, uow.origin.source), kind)
+    return uow.write(command.session_id, variable, normalised, metadata, source, kind)

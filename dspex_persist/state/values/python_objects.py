@@ -139,13 +139,16 @@ def encode_for(obj: object, find_type: Callable[[], str | None], *, name: str = 
 
     `find_type` is called only if the encoding depends on the type: for arrays, NaN and the infinities.
     """
-    if type(obj) not in SCALARS:
+    is_scalar = type(obj) in SCALARS
+    if not is_scalar:
         if is_array(obj) and not len(obj.shape):
             obj = obj.tolist()
         if obj is None or isinstance(obj, BinaryValue):
             return encode(obj, name=name)
     try:
-        check_plain(obj)
+        if not is_scalar:
+            check_plain(obj)
+        # It refuses NaN and the infinities, too.
         text = canonical(obj)
         utf8_size_bytes(text)
     except (RefusedError, RecursionError):
