@@ -17,7 +17,7 @@ class _Interrupts:
 
     def can_come(self) -> bool:
         """Whether a signal handler may raise in the calling thread."""
-        return not self._taken_by_loop and threading.current_thread() is threading.main_thread()
+        return not self._taken_by_loop and threading.get_ident() == threading.main_thread().ident
 
 
 interrupts: Final = _Interrupts()

@@ -128,7 +128,7 @@ class Writer:
         # Jobs queued so far, and jobs finished so far. If they are equal, the queue is empty and no group is running.
         self._put = self._over = 0
         # The size of the last group, and when it ended.
-        self._company = 0
+        self._last_size = 0
         self._last_end = 0.0
         self._cost_s = 0.0
         # Groups run in the same context on every thread.
@@ -154,9 +154,7 @@ class Writer:
         Raises:
             StateError: The job failed.
         """
-        outcome = self.lead(job) if self.may_lead() else None
-        if outcome is None:
-            outcome = self._queue_and_wait(job)
+        outcome = self.lead(job) or self._queue_and_wait(job)
         try:
             if outcome.error is not None:
                 raise outcome.error
@@ -194,24 +192,15 @@ class Writer:
         """Whether recent groups of one job were fast enough to block an event loop for one."""
         return self._cost_s < _FAST_S
 
-    def may_lead(self) -> bool:
-        """Whether the calling thread can lead: no signal handler and no recursion limit may interrupt its group."""
-        if interrupts.can_come():
-            return False
-        try:
-            sys._getframe(sys.getrecursionlimit() - _STACK)
-        except ValueError:
-            return True
-        return False
-
     def lead(self, job: Job, *, wait: bool = True) -> Outcome | None:
         """Write a job on this thread. Returns None if it has to be queued, because other jobs are queued or being
-        written, or because it would have to wait for another program although `wait` is False."""
+        written, because the thread must not lead, or because it would have to wait for another program although
+        `wait` is False."""
         # With several callers, the writer's thread makes larger groups.
-        if self._company > 1 or self._put != self._over:
+        if self._last_size > 1 or self._put != self._over or not _may_lead():
             return None
         if not self._lead.acquire(blocking=False):
-            self._company = 2
+            self._last_size = 2
             return None
         began, failure = time.monotonic(), None
         try:
@@ -276,9 +265,11 @@ class Writer:
         while True:
             more = self._gather(waiting)
             if waiting:
-                with self._leading(waiting):
-                    self._write(waiting)
-                self._last_end = time.monotonic()
+                outcomes = self._write(waiting)
+                # After the lead is released, so that a caller can lead as soon as it has its result.
+                for (_, ticket), outcome in zip(waiting, outcomes, strict=True):
+                    ticket.settle(outcome.result, outcome.error)
+                waiting.clear()
             self._on_answered()
             if not more:
                 # Waits for a leading caller. Later callers see that the writer is closed.
@@ -315,8 +306,8 @@ class Writer:
         if isinstance(first, _Sign):
             return first is _Sign.NEWS
         waiting.append(first)
-        if self._company > 1 or not self._queue.empty():
-            self._await_others(self._company - 1, self._last_end + self._gap_s - time.monotonic())
+        if self._last_size > 1 or not self._queue.empty():
+            self._await_others(self._last_size - 1, self._last_end + self._gap_s - time.monotonic())
         while len(waiting) < _MOST_IN_GROUP:
             try:
                 queued = self._queue.get_nowait()
@@ -342,17 +333,17 @@ class Writer:
             self._gathered.wait(gap_s)
         self._awaited = 0
 
-    def _write(self, waiting: list[_Queued]) -> None:
+    def _write(self, waiting: list[_Queued]) -> list[Outcome]:
+        """Write the jobs as one group. Removes those from `waiting` that were cancelled in time."""
         count = len(waiting)
-        # Skip jobs that their callers have cancelled. From here on a job cannot be cancelled.
-        waiting[:] = [queued for queued in waiting if queued[1].begin()]
-        if waiting:
-            outcomes = self._carry_out([job for job, _ in waiting], wait=True)
-            for (_, ticket), outcome in zip(waiting, outcomes, strict=True):
-                ticket.settle(outcome.result, outcome.error)
-            self._company = len(waiting)
-            waiting.clear()
-        self._over += count
+        with self._leading(waiting):
+            # From here on a job cannot be cancelled.
+            waiting[:] = [queued for queued in waiting if queued[1].begin()]
+            outcomes = self._carry_out([job for job, _ in waiting], wait=True) if waiting else []
+            self._last_size = len(waiting)
+            self._last_end = time.monotonic()
+            self._over += count
+            return outcomes
 
     def _carry_out(self, jobs: Sequence[Job], wait: bool) -> list[Outcome]:
         with forks.busy():
@@ -382,6 +373,17 @@ class Writer:
                 _refuse([queued], EngineClosedError())
 
 
+def _may_lead() -> bool:
+    """Whether the calling thread can lead: no signal handler and no recursion limit may interrupt its group."""
+    if interrupts.can_come():
+        return False
+    try:
+        sys._getframe(sys.getrecursionlimit() - _STACK)
+    except ValueError:
+        return True
+    return False
+
+
 def _refuse(entries: Iterable[_Queued], error: StateError) -> None:
     for _, ticket in entries:
         if ticket.begin():
@@ -407,7 +409,7 @@ class LoopWrites:
 
     def _flush(self) -> None:
         pending, self._pending = self._pending, []
-        if len(pending) == 1 and self._is_small and self._writer.is_fast and self._writer.may_lead():
+        if len(pending) == 1 and self._is_small and self._writer.is_fast:
             ((job, reply),) = pending
             outcome = None if reply.cancelled() else self._writer.lead(job, wait=False)
             if outcome is not None:
