@@ -45,6 +45,9 @@ def _path(folder: Path, sessions: int) -> Path:
 def measure(plan: Plan, folder: Path) -> list[Row]:
     """Start the server on each file in turn, round by round. By then the files are in the system's cache."""
     all_starts = [_Starts(sessions) for sessions in plan.session_counts]
+    # The first start writes the bytecode, if there is none yet.
+    with start_server(_path(folder, plan.session_counts[0])) as server:
+        server.terminate(30)
     for count in range(plan.start_rounds):
         print(f"startup: round {count + 1} of {plan.start_rounds}", file=sys.stderr, flush=True)
         for starts in all_starts:
