@@ -467,7 +467,7 @@ async def _serve_bridge(
     from dspex_persist.state.tools.with_tools import WithTools
 
     def on_ready(port: int) -> None:
-        _spare_the_collector()
+        _spare_the_collector(had_tools=bool(tools))
         error = streams.print_line(f"GRPC_READY:{port}")
         if error is not None:
             # The parent process may not wait for that line, and clients can be served without it.
@@ -525,16 +525,22 @@ async def _serve_bridge(
         auditor.close()
 
 
-def _spare_the_collector() -> None:
+def _spare_the_collector(*, had_tools: bool) -> None:
     """Have the garbage collector examine only new objects, and less often.
 
     The existing objects, mostly modules, live until the end of the process. A group of writes allocates thousands of
     objects that reference counting frees right afterwards; with the default threshold of 700, the collector would
     examine them several times before that.
+
+    Importing this package leaves about a thousand garbage objects, which take less memory than finding them takes time.
+    Nobody knows what importing the tools left.
     """
-    gc.collect()
+    if had_tools:
+        gc.collect()
     gc.freeze()
     gc.set_threshold(_COLLECT_AFTER)
+    # The command line disables it during the start.
+    gc.enable()
 
 
 class _End:
