@@ -176,10 +176,10 @@ async def serve(
     # Counted separately, because health and reflection answer until the end.
     calls, own_calls = _Calls(status_of, draining, belongs), _Calls(status_of)
     server = grpc.aio.server(options=_channel_options(options))
-    for service in services:
-        server.add_registered_method_handlers(service.descriptor.full_name, _handlers(service, calls))
-    for service in _own_services(options, services, draining):
-        server.add_registered_method_handlers(service.descriptor.full_name, _handlers(service, own_calls))
+    # Not as registered methods: for each call, gRPC 1.85 waits for the next one of every registered method anew.
+    handlers = [_handler_of(service, calls) for service in services]
+    handlers += [_handler_of(service, own_calls) for service in _own_services(options, services, draining)]
+    server.add_generic_rpc_handlers(tuple(handlers))
     port = _bind(server, address)
     sockets = _Sockets(port if isinstance(address, TcpAddress) else address.path)
     forks.register(sockets)
@@ -429,8 +429,9 @@ def _fitting_trailers(metadata: tuple[Metadatum, ...]) -> tuple[Metadatum, ...]:
 # --- From descriptors to handlers ---
 
 
-def _handlers(service: Service, calls: _Calls) -> dict[str, Handler]:
-    return {method.name: _handler(method, service.servicer, calls) for method in service.descriptor.methods}
+def _handler_of(service: Service, calls: _Calls) -> grpc.GenericRpcHandler:
+    handlers = {method.name: _handler(method, service.servicer, calls) for method in service.descriptor.methods}
+    return grpc.method_handlers_generic_handler(service.descriptor.full_name, handlers)
 
 
 def _handler(method: MethodDescriptor, servicer: object, calls: _Calls) -> Handler:

@@ -202,7 +202,7 @@ class Writer:
         if not self._lead.acquire(blocking=False):
             self._last_size = 2
             return None
-        began, failure = time.monotonic(), None
+        failure = None
         try:
             # Checked again: both may have changed before this thread got the lead.
             if self._put != self._over or self._closed is not None:
@@ -222,7 +222,6 @@ class Writer:
             if not isinstance(failure, Exception):
                 raise failure
             return outcome
-        self._note_cost(time.monotonic() - began)
         if self._has_news():
             # The writer's thread wakes the watchers: there may be thousands, and this caller has its result.
             self._queue.put(_Sign.NEWS)
@@ -346,8 +345,11 @@ class Writer:
             return outcomes
 
     def _carry_out(self, jobs: Sequence[Job], wait: bool) -> list[Outcome]:
+        began = time.monotonic()
         with forks.busy():
             outcomes = self._context.run(self._write_group, jobs, wait=wait)
+        if len(jobs) == 1:
+            self._note_cost(time.monotonic() - began)
         assert len(outcomes) == len(jobs), "each job has an outcome"
         return outcomes
 
