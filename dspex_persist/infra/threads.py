@@ -10,9 +10,9 @@ import inspect
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError, Future, InvalidStateError
-from queue import Empty, SimpleQueue
 from typing import Any, Final, TypeAlias, TypeVar
 
 from dspex_persist.infra import forks
@@ -30,16 +30,21 @@ _logger: Final = get_logger(__name__)
 
 
 class DaemonThreads:
-    """A pool of at most `most` threads, started on demand. Further work waits in a queue."""
+    """A pool of at most `most` threads, started on demand. Further work waits in a queue.
+
+    New work wakes one thread. That one wakes the next before it begins, if there is more. So a single thread does many
+    short pieces one after another, without a thread switch for each; and work that blocks holds up none of the others.
+    """
 
     def __init__(self, most: int, name: str) -> None:
         self._most = most
         self._name = name
-        # With a condition and a deque, each piece of work costs twice as much.
-        self._work: SimpleQueue[_Work | None] = SimpleQueue()
         self._lock = threading.Lock()
-        # Idle threads minus queued work; negative if work is waiting.
-        self._free = 0
+        self._work: deque[_Work] = deque()
+        # The locks on which idle threads wait; the last one to become idle is the first to be woken.
+        self._idle: list[threading.Lock] = []
+        # Whether a thread has been woken or started, and has not looked for work yet.
+        self._is_waking = False
         self._count = 0
         self._closed = False
 
@@ -57,42 +62,73 @@ class DaemonThreads:
         """Call `function` on one of the threads, and settle the ticket with its outcome.
 
         Raises:
-            RuntimeError: The pool is closed.
+            RuntimeError: The pool is closed, or the system has no thread for it.
         """
         with self._lock:
             if self._closed:
                 raise RuntimeError("the threads are closed")
-            self._free -= 1
-            if self._free < 0 and self._count < self._most:
-                self._count += 1
-                name = f"{self._name}-{self._count}"
-                threading.Thread(target=self._run, name=name, daemon=True).start()
-            self._work.put((ticket, function))
+            self._work.append((ticket, function))
+            try:
+                self._wake_one()
+            except RuntimeError:
+                # The system refuses to start a thread. If there are others, one of them does the work.
+                if not self._count:
+                    self._work.pop()
+                    raise
 
     def close(self) -> None:
         """Accept no more work, cancel the queue, and end idle threads; does not wait for busy ones."""
         with self._lock:
-            if self._closed:
-                return
             self._closed = True
-            with contextlib.suppress(Empty):
-                while (waiting := self._work.get_nowait()) is not None:
-                    ticket, _ = waiting
-                    if ticket.begin():
-                        ticket.settle(None, CancelledError())
-            for _ in range(self._count):
-                self._work.put(None)
+            cancelled = list(self._work)
+            self._work.clear()
+            while self._idle:
+                self._idle.pop().release()
+        for ticket, _ in cancelled:
+            if ticket.begin():
+                ticket.settle(None, CancelledError())
+
+    def _wake_one(self) -> None:
+        """Have another thread look for work, unless one is about to. Called with the lock."""
+        if self._is_waking:
+            return
+        if self._idle:
+            self._idle.pop().release()
+        elif self._count < self._most:
+            name = f"{self._name}-{self._count + 1}"
+            threading.Thread(target=self._run, name=name, daemon=True).start()
+            self._count += 1
+        else:
+            return
+        self._is_waking = True
 
     def _run(self) -> None:
-        while (work := self._next()) is not None:
+        wake = threading.Lock()
+        wake.acquire()
+        is_woken = True
+        while (work := self._next(wake, is_woken)) is not None:
+            is_woken = False
             _carry_out(*work)
             # Before waiting for more, because it may keep objects alive that its caller has dropped.
             del work
 
-    def _next(self) -> _Work | None:
-        with self._lock:
-            self._free += 1
-        return self._work.get()
+    def _next(self, wake: threading.Lock, is_woken: bool) -> _Work | None:
+        """Return the next work, for which a thread waits that is woken by `wake`; None if the pool is closed."""
+        while True:
+            with self._lock:
+                if is_woken:
+                    self._is_waking = False
+                if self._closed:
+                    return None
+                if self._work:
+                    work = self._work.popleft()
+                    if self._work:
+                        with contextlib.suppress(RuntimeError):
+                            self._wake_one()
+                    return work
+                self._idle.append(wake)
+            wake.acquire()
+            is_woken = True
 
 
 def _carry_out(ticket: Ticket[BaseException], function: Callable[[], object]) -> None:

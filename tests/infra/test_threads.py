@@ -101,6 +101,34 @@ def test_work_that_waits_for_other_work_has_enough_threads(name: str) -> None:
     threads.close()
 
 
+def test_work_that_blocks_holds_up_none_of_the_others(name: str, gate: threading.Event) -> None:
+    threads = DaemonThreads(4, name)
+    for busy in range(4):
+        assert threads.submit(lambda number=busy: number).result(DEADLINE_S) == busy
+        occupy(threads, gate, 1)
+    assert len(threads_of(name)) == 4
+    threads.close()
+
+
+def test_without_another_thread_the_existing_ones_do_the_work(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = DaemonThreads(3, name)
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            threads.submit(lambda: "refused")
+    assert threads.submit(lambda: "begun").result(DEADLINE_S) == "begun"
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        futures = [threads.submit(lambda number=number: number) for number in range(100)]
+        assert [future.result(DEADLINE_S) for future in futures] == list(range(100))
+    assert len(threads_of(name)) == 1
+    threads.close()
+
+
 def test_there_are_never_too_many_threads_and_further_work_waits_in_order(name: str, gate: threading.Event) -> None:
     threads = DaemonThreads(2, name)
     busy = occupy(threads, gate, 2)
