@@ -4,7 +4,7 @@ At the end, one command (`FinishExecution`) sends the staged commands to the sto
 that the execution depended on has changed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -102,12 +102,7 @@ class Execution:
             self.check_running()
             self.check_is_of(command.session_id)
             touched = touched_by(command)
-            self._count_names(touched)
-            seen = self.overlay.observe(touched)
-            for name in touched.reads:
-                self.reads.setdefault(name, seen[name])
-            if touched.pattern is not None and touched.pattern not in self.patterns:
-                self.patterns.append(touched.pattern)
+            self._note(touched)
             result = self.overlay.apply(command, self.id, origin)
             self.overlay.written.update(touched.writes)
             return result
@@ -122,16 +117,28 @@ class Execution:
         if command.fault is None and command.json_length > values.SHORT_JSON:
             command.read_ahead(values.ReadAhead(self.overlay.unit.limits, strict=strict), self.overlay.find)
 
-    def _count_names(self, touched: Touched) -> None:
+    def _note(self, touched: Touched) -> None:
+        """Note what the execution depends on from now on."""
+        overlay, pattern = self.overlay, touched.pattern
+        reads = [name for name in touched.reads if name not in self.reads]
+        # A name that it only writes is not a read, but is checked at the end as well.
+        writes = [name for name in touched.writes if name not in overlay.checked]
+        patterns = [] if pattern is None or pattern in self.patterns else [pattern]
+        if reads or writes or patterns:
+            self._count_names([*reads, *writes, *patterns])
+        for name in reads:
+            self.reads[name] = overlay.observe(name)
+        for name in writes:
+            overlay.observe(name)
+        if pattern is not None:
+            overlay.observe_matches(pattern)
+            self.patterns += patterns
+        if touched.dependencies:
+            overlay.observe_dependencies()
+
+    def _count_names(self, new: Sequence[str]) -> None:
         """Limit the size of the names: the journal keeps each one that the code used, existing or not."""
         overlay, limits = self.overlay, self.overlay.unit.limits
-        new = [name for name in touched.reads if name not in self.reads]
-        # A name that it only writes is not a read, but is checked at the end as well.
-        new += [name for name in touched.writes if name not in overlay.checked]
-        if touched.pattern is not None and touched.pattern not in self.patterns:
-            new.append(touched.pattern)
-        if not new:
-            return
         size_bytes = overlay.names_bytes + sum(map(len, new)) + _ENTRY_BYTES * len(new)
         if size_bytes > limits.value_size_bytes:
             what = "size of the names that the execution asked for, in bytes,"

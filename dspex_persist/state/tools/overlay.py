@@ -27,7 +27,6 @@ from dspex_persist.state.model import (
     VariableVersion,
 )
 from dspex_persist.state.session_state import SessionState
-from dspex_persist.state.tools.touched import Touched
 from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, Savepoint, UnitOfWork, VersionQuery, up_to
 
 R = TypeVar("R")
@@ -82,17 +81,19 @@ class Overlay:
 
     def apply(self, command: Command[R], execution_id: str, origin: Origin) -> R:
         """Run a command and return its result. If it fails, nothing of it stays staged."""
-        unit, issued = self.unit, list[str]()
-        start = unit.savepoint()
-        unit.now, unit.origin, unit.tokens = clock.now(), origin, _recorded(self._tokens, issued)
-        unit.steady = clock.steady()
+        unit = self.unit
+        unit.now, unit.steady = clock.now(), clock.steady()
+        if not command.writes:
+            return command.apply(unit)
+        start, issued = unit.savepoint(), list[str]()
+        unit.origin, unit.tokens = origin, _recorded(self._tokens, issued)
         try:
             result = command.apply(unit)
-            size_bytes = self._measure(start) if command.writes else 0
+            size_bytes = self._measure(start)
         except BaseException:
             unit.rollback_to(start)
             raise
-        if command.writes and unit.savepoint() != start:
+        if unit.savepoint() != start:
             step = Step(execution_id, command, origin.source, origin.optimizer_id, tuple(issued))
             self.steps.append(step)
             self._staged_bytes.append(size_bytes)
@@ -124,20 +125,26 @@ class Overlay:
         self._check_size(self._staged_bytes[-1] + self._ended_bytes + size_bytes)
         self._ended_bytes += size_bytes
 
-    def observe(self, touched: Touched) -> dict[str, Seen | None]:
-        """Note what the execution depends on from now on; returns the version of each variable, by identifier."""
-        observed = {name: see(self.snapshot.find(name)) for name in (*touched.reads, *touched.writes)}
-        for name, seen in observed.items():
-            self.checked.setdefault(name, seen)
-        if touched.pattern is not None and touched.pattern not in self.matched:
-            # The writer matches every pattern again at the end: beyond this many, one that matches all is cheaper.
-            pattern = touched.pattern if len(self.matched) < _MOST_PATTERNS else ""
-            if pattern not in self.matched:
-                seen_all = map(see, matches(self.snapshot, pattern))
-                self.matched[pattern] = tuple(seen for seen in seen_all if seen is not None)
-        if touched.dependencies and self.dependencies is None:
+    def observe(self, identifier: str) -> Seen | None:
+        """Depend on a variable from now on; returns what the execution sees of it."""
+        seen = see(self.snapshot.find(identifier))
+        self.checked.setdefault(identifier, seen)
+        return seen
+
+    def observe_matches(self, pattern: str) -> None:
+        """Depend on the variables that match a pattern from now on."""
+        if pattern in self.matched:
+            return
+        # The writer matches every pattern again at the end: beyond this many, one that matches all is cheaper.
+        pattern = pattern if len(self.matched) < _MOST_PATTERNS else ""
+        if pattern not in self.matched:
+            seen_all = map(see, matches(self.snapshot, pattern))
+            self.matched[pattern] = tuple(seen for seen in seen_all if seen is not None)
+
+    def observe_dependencies(self) -> None:
+        """Depend on the session's dependencies from now on."""
+        if self.dependencies is None:
             self.dependencies = self.snapshot.dependencies.changed_at
-        return observed
 
     def find(self, identifier: str) -> Variable | None:
         """Return the variable as the execution sees it, or None."""

@@ -1,7 +1,7 @@
 """Which variables a command reads and writes, and which commands can be part of an execution."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple, TypeVar
 
 from dspex_persist.state import commands
 from dspex_persist.state.commands import Command
@@ -24,33 +24,39 @@ class Touched(NamedTuple):
 
 def touched_by(command: Command[Any]) -> Touched:
     """Return what a command reads and writes; `UnsupportedError` for one that cannot be part of an execution."""
-    match command:
-        case commands.GetVariable() | commands.GetVariableHistory():
-            return Touched((command.identifier,))
-        case commands.GetVariables():
-            return Touched(command.identifiers)
-        case commands.ListVariables():
-            return Touched(pattern=command.pattern)
-        case commands.SetVariable() | commands.DeleteVariable() | commands.RollbackVariable():
-            return Touched(writes=(command.identifier,))
-        case commands.StartOptimization() | commands.StopOptimization():
-            return Touched(writes=(command.identifier,))
-        case commands.SetVariables():
-            return Touched(writes=tuple(command.updates))
-        case commands.RegisterVariable():
-            return Touched(writes=(command.name,))
-        case commands.AddDependency():
-            return Touched((command.from_variable, command.to_variable), dependencies=True)
-    raise UnsupportedError(f"{command.cause} inside an execution")
+    touch = _TOUCH.get(type(command))
+    if touch is None:
+        raise UnsupportedError(f"{command.cause} inside an execution")
+    return touch(command)
+
+
+def _read(command: Any) -> Touched:
+    return Touched((command.identifier,))
+
+
+def _write(command: Any) -> Touched:
+    return Touched(writes=(command.identifier,))
+
+
+_TOUCH: Final[Mapping[type[Command[Any]], Callable[[Any], Touched]]] = {
+    commands.GetVariable: _read,
+    commands.GetVariableHistory: _read,
+    commands.GetVariables: lambda command: Touched(command.identifiers),
+    commands.ListVariables: lambda command: Touched(pattern=command.pattern),
+    commands.SetVariable: _write,
+    commands.DeleteVariable: _write,
+    commands.RollbackVariable: _write,
+    commands.StartOptimization: _write,
+    commands.StopOptimization: _write,
+    commands.SetVariables: lambda command: Touched(writes=tuple(command.updates)),
+    commands.RegisterVariable: lambda command: Touched(writes=(command.name,)),
+    commands.AddDependency: lambda command: Touched((command.from_variable, command.to_variable), dependencies=True),
+}
 
 
 def is_transactional(command: Command[Any]) -> bool:
     """Whether the command runs inside the execution that the request names: all commands on variables do."""
-    try:
-        touched_by(command)
-    except UnsupportedError:
-        return False
-    return True
+    return type(command) in _TOUCH
 
 
 def may_block(command: Command[Any]) -> bool:
