@@ -53,7 +53,7 @@ def start_server(path: Path, *options: str) -> ServerProcess:
     env = {name: text for name, text in os.environ.items() if not name.startswith("DSPEX_PERSIST_")}
     # For the tools of this package, as the server runs in the folder of the file.
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), env.get("PYTHONPATH"))))
-    # An installed package has bytecode, which this source tree may be told not to have.
+    # An installed package has bytecode; for this source tree, the environment may forbid it.
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     env.setdefault("PYTHONPYCACHEPREFIX", str(path.parent / "bytecode"))
     # Not in the current folder, whose settings file would change the results.

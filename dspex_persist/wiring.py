@@ -533,7 +533,7 @@ def _spare_the_collector(*, had_tools: bool) -> None:
     examine them several times before that.
 
     Importing this package leaves about a thousand garbage objects, which take less memory than finding them takes time.
-    Nobody knows what importing the tools left.
+    Importing the tools may have left any number of them.
     """
     if had_tools:
         gc.collect()

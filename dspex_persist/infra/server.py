@@ -176,7 +176,7 @@ async def serve(
     # Counted separately, because health and reflection answer until the end.
     calls, own_calls = _Calls(status_of, draining, belongs), _Calls(status_of)
     server = grpc.aio.server(options=_channel_options(options))
-    # Not as registered methods: for each call, gRPC 1.85 waits for the next one of every registered method anew.
+    # Not as registered methods: after each call, gRPC 1.85 again waits for a call of every registered method.
     handlers = [_handler_of(service, calls) for service in services]
     handlers += [_handler_of(service, own_calls) for service in _own_services(options, services, draining)]
     server.add_generic_rpc_handlers(tuple(handlers))

@@ -16,9 +16,7 @@ def check_seconds(name: str, value: object) -> None:
         raise InvalidArgumentError(name, f"{quote(value)} is not a number of seconds")
     # In this form it refuses NaN, too: every comparison with NaN is false.
     if not 0 < value <= _LONGEST_S:
-        raise InvalidArgumentError(
-            name, f"{value} will not do: it must be above 0, and at most {_LONGEST_S:,.0f} seconds"
-        )
+        raise InvalidArgumentError(name, f"it must be above 0 and at most {_LONGEST_S:,.0f} seconds, not {value}")
 
 
 def check_count(name: str, value: object) -> None:
@@ -26,7 +24,7 @@ def check_count(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidArgumentError(name, f"{quote(value)} is not a whole number")
     if value < 1:
-        raise InvalidArgumentError(name, f"{value} will not do: it must be at least 1")
+        raise InvalidArgumentError(name, f"it must be at least 1, not {value}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Check a whole file: is its log intact, and do the tables of the current state match the log?
 
 The check is a series of walks: the log commit by commit (chain, sequences, versions, documents), pruned commits, large
-contents, the index of metadata, the sessions one by one, the documents in the other tables, the stored outcomes, and
+contents, the index of metadata, the sessions one by one, the documents in the other tables, the recorded outcomes, and
 the live sessions as the engine loads them. Each walk reads in short snapshots, so that the WAL of a running server does
 not grow meanwhile. Memory holds the variables of one session, never the log. The walks are independent of each other,
 and so are ranges of the log, so that processes can share them.

@@ -1,4 +1,4 @@
-"""Check the outcomes that are stored under idempotency keys."""
+"""Check the outcomes recorded under idempotency keys."""
 
 import re
 import time
@@ -27,7 +27,7 @@ _FINGERPRINT: Final = re.compile("[0-9a-f]{64}")
 
 
 class OutcomeWalk(Walk):
-    """Each stored outcome is a possible result of its command, and belongs to a session, live or ended."""
+    """Each recorded outcome is a possible result of its command, and belongs to a session, live or ended."""
 
     def __init__(self) -> None:
         self._last = ("", "")

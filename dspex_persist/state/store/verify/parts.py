@@ -78,7 +78,13 @@ class PartChecker:
     """Checks parts of a file, one at a time."""
 
     def __init__(self, readers: Engine, anchor: Head | None, progress: Progress) -> None:
-        """`progress` is called with the number of commits checked since the last call, and of all commits."""
+        """Prepare to check a file.
+
+        Args:
+            readers: Read-only connections to the file.
+            anchor: The head that the file must have reached, if it has an anchor.
+            progress: Called with the number of commits checked since the last call, and the number of all commits.
+        """
         self._readers = readers
         self._anchor = anchor
         self._progress = progress

@@ -23,7 +23,7 @@ def _ignore(_done: int, _in_all: int) -> None:
 def iter_problems(readers: Engine, anchor: Head | None = None, progress: Progress = _ignore) -> Iterator[Problem]:
     """Yield the problems of the file.
 
-    Data that cannot be read is a problem, too; it ends its walk, but not the others. Stored outcomes are not in the
+    Data that cannot be read is a problem, too; it ends its walk, but not the others. Recorded outcomes are not in the
     log, so each is only checked to be a possible result of its command, for a session that existed.
 
     Args:
