@@ -1,7 +1,7 @@
 """Reading executions and registered tools."""
 
 import json
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import Connection, bindparam, select
 
@@ -12,16 +12,17 @@ from dspex_persist.state.model import (
     RegisteredTool,
     ToolSpec,
 )
-from dspex_persist.state.store.schema import events, executions, sessions, tools
+from dspex_persist.state.store.engine import raw_rows
+from dspex_persist.state.store.schema import events, executions, sessions
 from dspex_persist.state.values.json_text import storable, stored
 
+# Run by the driver: each takes SQLAlchemy several times as long as SQLite, and both are needed for a session.
+_RUNNING: Final = """
+    SELECT execution_id, tool, began_sequence, parent_id, idempotency_key, fingerprint
+    FROM executions WHERE session_key = ? AND ended_sequence IS NULL ORDER BY began_sequence
+"""
+_TOOLS: Final = "SELECT name, spec, worker_id, address FROM tools WHERE session_key = ? ORDER BY name"
 # Built once: SQLAlchemy needs longer to build a statement than SQLite to run it.
-_RUNNING = (
-    select(executions)
-    .where(executions.c.session_key == bindparam("session_key"), executions.c.ended_sequence.is_(None))
-    .order_by(executions.c.began_sequence)
-)
-_TOOLS = select(tools).where(tools.c.session_key == bindparam("session_key")).order_by(tools.c.name)
 _LAST_OF_KEY = (
     select(executions)
     .where(
@@ -42,13 +43,7 @@ _UNFINISHED = (
 
 def running(connection: Connection, session_key: int) -> dict[str, JournalEntry]:
     """Return the session's running executions, oldest first."""
-    rows = connection.execute(_RUNNING, {"session_key": session_key}).all()
-    return {
-        row.execution_id: JournalEntry(
-            row.execution_id, row.tool, row.began_sequence, row.parent_id, row.idempotency_key, row.fingerprint
-        )
-        for row in rows
-    }
+    return {row[0]: JournalEntry(*row) for row in list(raw_rows(connection, _RUNNING, session_key))}
 
 
 def unfinished(connection: Connection) -> dict[str, tuple[str, ...]]:
@@ -88,8 +83,9 @@ def _end_of(connection: Connection, row: Any) -> ExecutionEnded:
 
 def registered(connection: Connection, session_key: int) -> dict[str, RegisteredTool]:
     """Return the tools that the session's workers registered, by name."""
-    rows = connection.execute(_TOOLS, {"session_key": session_key}).all()
-    return {row.name: RegisteredTool(spec_in(stored(row.spec)), row.worker_id, row.address) for row in rows}
+    # Fetched before decoding, because an exception for a damaged row would leave the statement open.
+    rows = list(raw_rows(connection, _TOOLS, session_key))
+    return {name: RegisteredTool(spec_in(stored(spec)), worker_id, address) for name, spec, worker_id, address in rows}
 
 
 def spec_text(spec: ToolSpec) -> str:

@@ -1,8 +1,9 @@
 """Reading sessions."""
 
 from datetime import datetime
+from typing import Final
 
-from sqlalchemy import Connection, bindparam, exists, func, select
+from sqlalchemy import Connection, exists, select
 
 from dspex_persist.clock import nearest_time, to_micros
 from dspex_persist.state.graph import Dependencies
@@ -10,16 +11,19 @@ from dspex_persist.state.model import Dependency, Session
 from dspex_persist.state.session_state import Lease, SessionState, size_of_tool
 from dspex_persist.state.store import executions as stored_executions
 from dspex_persist.state.store import variables as stored_variables
-from dspex_persist.state.store.schema import commits, dependencies, executions, is_unicode, sessions
+from dspex_persist.state.store.engine import raw_rows
+from dspex_persist.state.store.schema import executions, is_unicode, sessions
 
-# Built once: SQLAlchemy needs longer to build a statement than SQLite to run it.
-_FIND = select(sessions).where(sessions.c.ended_sequence.is_(None), sessions.c.session_id == bindparam("session_id"))
-_DEPENDENCIES = (
-    select(dependencies)
-    .where(dependencies.c.session_key == bindparam("session_key"))
-    .order_by(dependencies.c.dependency_key)
-)
-_LAST_SEQUENCE = select(func.max(commits.c.sequence)).where(commits.c.session_key == bindparam("session_key"))
+# Run by the driver: each takes SQLAlchemy several times as long as SQLite, and all of them are needed for a session.
+_FIND: Final = """
+    SELECT session_key, session_id, created_at, metadata, ttl_s, started_sequence, expires_at
+    FROM sessions WHERE ended_sequence IS NULL AND session_id = ?
+"""
+_DEPENDENCIES: Final = """
+    SELECT from_id, to_id, type, since_sequence, until_sequence
+    FROM dependencies WHERE session_key = ? ORDER BY dependency_key
+"""
+_LAST_SEQUENCE: Final = "SELECT ifnull(max(sequence), 0) FROM commits WHERE session_key = ?"
 
 
 def load(connection: Connection, session_id: str) -> SessionState | None:
@@ -29,32 +33,33 @@ def load(connection: Connection, session_id: str) -> SessionState | None:
     """
     if not is_unicode(session_id):
         return None
-    row = connection.execute(_FIND, {"session_id": session_id}).first()
-    if row is None:
+    rows = list(raw_rows(connection, _FIND, session_id))
+    if not rows:
         return None
+    session_key, found_id, created_at, metadata, ttl_s, started_sequence, expires_at = rows[0]
     session = Session(
-        id=row.session_id,
-        created_at=nearest_time(row.created_at),
-        metadata=stored_variables.texts_in(row.metadata),
-        ttl_s=row.ttl_s,
-        sequence=row.started_sequence,
+        id=found_id,
+        created_at=nearest_time(created_at),
+        metadata=stored_variables.texts_in(metadata),
+        ttl_s=ttl_s,
+        sequence=started_sequence,
     )
     lease = None
-    if row.ttl_s is not None:
-        lease = Lease(row.ttl_s, nearest_time(row.expires_at))
+    if ttl_s is not None:
+        lease = Lease(ttl_s, nearest_time(expires_at))
         # Renewals are saved only now and then, so the last one may be missing.
         lease.expires_at += lease.slack
     state = SessionState(
         session=session,
         lease=lease,
-        dependencies=load_dependencies(connection, row.session_key),
-        sequence=last_sequence(connection, row.session_key),
-        key=row.session_key,
-        tools=stored_executions.registered(connection, row.session_key),
-        executions=stored_executions.running(connection, row.session_key),
+        dependencies=load_dependencies(connection, session_key),
+        sequence=last_sequence(connection, session_key),
+        key=session_key,
+        tools=stored_executions.registered(connection, session_key),
+        executions=stored_executions.running(connection, session_key),
     )
     state.weight_bytes += sum(map(size_of_tool, state.tools.values()))
-    for key, variable in stored_variables.live_variables(connection, row.session_key):
+    for key, variable in stored_variables.live_variables(connection, session_key):
         state.put(variable)
         state.names[variable.id] = variable.name
         state.keys[variable.id] = key
@@ -63,15 +68,13 @@ def load(connection: Connection, session_id: str) -> SessionState | None:
 
 def load_dependencies(connection: Connection, session_key: int) -> Dependencies:
     """Return every dependency that the session ever had."""
-    return Dependencies(
-        Dependency(row.from_id, row.to_id, row.type, row.since_sequence, row.until_sequence)
-        for row in connection.execute(_DEPENDENCIES, {"session_key": session_key}).all()
-    )
+    return Dependencies(Dependency(*row) for row in list(raw_rows(connection, _DEPENDENCIES, session_key)))
 
 
 def last_sequence(connection: Connection, session_key: int) -> int:
     """Return the number of the session's last commit."""
-    return connection.execute(_LAST_SEQUENCE, {"session_key": session_key}).scalar() or 0
+    ((last,),) = raw_rows(connection, _LAST_SEQUENCE, session_key)
+    return int(last)
 
 
 def expired(connection: Connection, now: datetime, limit: int) -> list[str]:
