@@ -7,12 +7,16 @@ that does not pull costs nothing.
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
+from dspex_persist.infra.logs import get_logger
+from dspex_persist.infra.traces import trace_of
 from dspex_persist.state.errors import SessionNotFoundError
 from dspex_persist.state.model import ChangeKind, CommitChanges, Update, UpdateKind, Variable
+
+_logger: Final = get_logger(__name__)
 
 _RECENT_COMMITS = 256
 _RECENT_BYTES = 4 * 1024 * 1024
@@ -45,7 +49,7 @@ class Watch(ABC):
 
     @abstractmethod
     def notify(self, wake: Callable[[], None]) -> None:
-        """Call `wake`, from any thread, whenever there may be updates to pull. It must not block."""
+        """Call `wake`, from any thread, whenever there may be updates to pull. It must not block; errors are logged."""
 
     @abstractmethod
     def close(self) -> None:
@@ -187,8 +191,7 @@ class Hub:
         with self._lock:
             due, self._due = self._due, []
             wakes = {watch: wake for feed in due for watch, wake in feed.watching.items()}
-        for wake in wakes.values():
-            wake()
+        _call_all(wakes.values())
 
     def forget_watches(self) -> None:
         """Forget all watches in a forked child, where the lock may be held by a thread that does not exist there."""
@@ -199,12 +202,19 @@ class Hub:
         """Wake every watch, so that it notices that its store has closed."""
         with self._lock:
             wakes = [wake for feed in self._feeds.values() for wake in feed.watching.values()]
-        for wake in wakes:
-            wake()
+        _call_all(wakes)
 
 
 def _no_wake() -> None:
     pass
+
+
+def _call_all(wakes: Iterable[Callable[[], None]]) -> None:
+    for wake in wakes:
+        try:
+            wake()
+        except Exception as error:  # noqa: BLE001 - a watcher's code, such as a wake-up of a loop that has closed
+            _logger.error("waking a watch failed", traceback=trace_of(error))
 
 
 def updates_of(commit: CommitChanges, identifiers: Collection[str]) -> list[Update]:

@@ -176,6 +176,21 @@ class TestHub:
         hub.wake_all()
         assert sorted(woken) == ["one", "too", "two"]
 
+    def test_a_wake_that_raises_keeps_no_other_watch_asleep(self, caplog: pytest.LogCaptureFixture) -> None:
+        hub = Hub(sequence=0)
+        woken: list[str] = []
+
+        def fail() -> None:
+            raise RuntimeError("Event loop is closed")
+
+        hub.join(1, "one").watching["one"] = fail
+        hub.join(1, "two").watching["two"] = lambda: woken.append("two")
+        hub.publish({1: [commit(1, "x")]}, [], 1)
+        hub.wake()
+        hub.wake_all()
+        assert woken == ["two", "two"]
+        assert "Event loop is closed" in caplog.text
+
     def test_a_session_that_ends_ends_its_feed_after_its_last_commits(self) -> None:
         hub = Hub(sequence=0)
         feed = hub.join(1, "one")
