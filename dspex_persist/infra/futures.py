@@ -1,8 +1,9 @@
 """Futures, and what else takes the outcome of work that another thread does."""
 
+import contextlib
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import Any, Protocol, TypeVar
 
 A = TypeVar("A")
@@ -29,10 +30,12 @@ class TicketFuture(Future[A]):
 
     def settle(self, result: Any, error: BaseException | None) -> None:
         """See `Ticket`."""
-        if error is None:
-            self.set_result(result)
-        else:
-            self.set_exception(error)
+        # Whoever has the future may have ended it, which must not harm the others of its group.
+        with contextlib.suppress(InvalidStateError):
+            if error is None:
+                self.set_result(result)
+            else:
+                self.set_exception(error)
 
 
 def failed(error: BaseException) -> "Future[Any]":

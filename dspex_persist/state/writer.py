@@ -121,7 +121,8 @@ class Writer:
         self._on_answered = on_answered
         self._has_news = has_news
         self._closed: StateError | None = None
-        self._failed = False
+        # The thread whose exception ended the writer.
+        self._failed_on: int | None = None
         self._gate = threading.Lock()
         # Held while a group is written, and during `check` and `on_idle`.
         self._lead = threading.Lock()
@@ -257,7 +258,12 @@ class Writer:
             # These jobs have not begun, so they were not written.
             _refuse(waiting, EngineClosedError())
         except BaseException as error:  # noqa: BLE001 - a thread's boundary: no caller may be left waiting
-            self._on_fatal(error)
+            with self._lead:
+                if self._failed_on != threading.get_ident():
+                    # It came from outside a group, where `_leading` does not see it.
+                    self._fail(waiting, error)
+            if self._failed_on == threading.get_ident():
+                self._on_fatal(error)
 
     def _loop(self, waiting: list[_Queued]) -> None:
         last_idle = last_check = self._last_end = time.monotonic()
@@ -266,9 +272,7 @@ class Writer:
             if waiting:
                 outcomes = self._write(waiting)
                 # After the lead is released, so that a caller can lead as soon as it has its result.
-                for (_, ticket), outcome in zip(waiting, outcomes, strict=True):
-                    ticket.settle(outcome.result, outcome.error)
-                waiting.clear()
+                _answer(waiting, outcomes)
             self._on_answered()
             if not more:
                 # Waits for a leading caller. Later callers see that the writer is closed.
@@ -288,7 +292,7 @@ class Writer:
     def _leading(self, waiting: list[_Queued]) -> Iterator[None]:
         """Hold the lead. An exception ends the writer before another thread can lead."""
         with self._lead:
-            if self._failed:
+            if self._failed_on is not None:
                 raise _EndedError
             try:
                 yield
@@ -359,7 +363,8 @@ class Writer:
         # As text, because exception renderers may show local variables, which hold users' values.
         trace = "" if isinstance(error, StateError) else trace_of(error)
         _logger.error("writer ended", reason=str(reason), traceback=trace)
-        self._failed = True
+        if self._failed_on is None:
+            self._failed_on = threading.get_ident()
         with self._gate:
             self._closed = reason
         for _, ticket in waiting:
@@ -384,6 +389,17 @@ def _may_lead() -> bool:
     except ValueError:
         return True
     return False
+
+
+def _answer(waiting: list[_Queued], outcomes: Sequence[Outcome]) -> None:
+    """Settle the tickets of a written group. Those left in `waiting` if this raises have no outcome yet."""
+    answered = 0
+    try:
+        for (_, ticket), outcome in zip(waiting, outcomes, strict=True):
+            answered += 1
+            ticket.settle(outcome.result, outcome.error)
+    finally:
+        del waiting[:answered]
 
 
 def _refuse(entries: Iterable[_Queued], error: StateError) -> None:

@@ -584,6 +584,49 @@ class TestDeath:
         assert isinstance(writer.submit(job("a")).exception(DEADLINE_S), OutcomeUnknownError)
         assert sink.ended.wait(DEADLINE_S)
 
+    @pytest.mark.parametrize("failure", [RuntimeError("boom"), SystemExit(1)], ids=repr)
+    def test_what_fails_between_groups_leaves_no_caller_waiting_either(
+        self, sink: Sink, start: Start, failure: BaseException
+    ) -> None:
+        answered = threading.Event()
+
+        def on_answered() -> None:
+            if answered.is_set():
+                raise failure
+
+        writer = start(on_answered=on_answered)
+        hold(sink, writer)
+        answered.set()
+        sink.may_write.set()
+        assert sink.ended.wait(DEADLINE_S)
+        assert isinstance(writer.submit(job("later")).exception(DEADLINE_S), OutcomeUnknownError)
+        with pytest.raises(OutcomeUnknownError):
+            in_thread(lambda: writer.run(job("later")))
+        writer.close()
+        assert sink.fatal == [failure]
+        assert sink.groups == [["first"]]
+
+    def test_a_callback_that_ends_the_thread_leaves_no_caller_of_its_group_waiting(
+        self, sink: Sink, start: Start
+    ) -> None:
+        writer = start()
+        hold(sink, writer)
+        queued = [writer.submit(job(name)) for name in ("a", "b")]
+        queued[0].add_done_callback(lambda _: sys.exit(1))
+        sink.may_write.set()
+        assert isinstance(queued[1].exception(DEADLINE_S), OutcomeUnknownError)
+        assert sink.ended.wait(DEADLINE_S)
+        assert isinstance(writer.submit(job("later")).exception(DEADLINE_S), OutcomeUnknownError)
+
+    def test_a_future_that_its_caller_ended_harms_nobody(self, sink: Sink, start: Start) -> None:
+        writer = start()
+        first = hold(sink, writer)
+        first.set_result("mine")
+        sink.may_write.set()
+        assert writer.submit(job("a")).result(DEADLINE_S) == "a"
+        assert first.result() == "mine"
+        assert not sink.fatal
+
     def test_an_error_that_only_fails_its_group_is_no_death(self, sink: Sink, start: Start) -> None:
         error = StorageError("disk full")
         writer = start(write_group=lambda jobs, **_: [Outcome(error=error) for _ in jobs])
