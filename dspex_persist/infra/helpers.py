@@ -6,6 +6,7 @@ and event loops in the middle of something.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -56,24 +57,11 @@ class Helper:
         finally:
             os.close(requests)
         try:
-            self.send((list(map(str, sys.path)), module))
+            self._send((list(map(str, sys.path)), module))
         except HelperEndedError:
             self.kill()
             self.close()
             raise
-
-    def send(self, request: object) -> None:
-        """Send a request that has no reply.
-
-        Raises:
-            HelperEndedError: The helper has ended.
-        """
-        line = json.dumps(request).encode() + b"\n"
-        try:
-            while line:
-                line = line[os.write(self._requests, line) :]
-        except OSError as error:
-            raise HelperEndedError from error
 
     def ask(self, request: object) -> Iterator[Any]:
         """Send a request and iterate over the replies. The caller knows the last one.
@@ -81,7 +69,7 @@ class Helper:
         Raises:
             HelperEndedError: The helper has ended.
         """
-        self.send(request)
+        self._send(request)
         assert self._popen.stdout is not None, "it is a pipe"
         for line in self._popen.stdout:
             try:
@@ -93,7 +81,9 @@ class Helper:
 
     def kill(self) -> None:
         """Kill the process; a thread in `ask` gets a `HelperEndedError`."""
-        self._popen.kill()
+        if self._popen.poll() is None:
+            # The group, because the interpreter may be a script that started another one.
+            os.killpg(self._popen.pid, signal.SIGKILL)
         self._popen.wait()
 
     def close(self) -> None:
@@ -101,6 +91,14 @@ class Helper:
         forks.close(self._requests)
         assert self._popen.stdout is not None, "it is a pipe"
         self._popen.stdout.close()
+
+    def _send(self, request: object) -> None:
+        line = json.dumps(request).encode() + b"\n"
+        try:
+            while line:
+                line = line[os.write(self._requests, line) :]
+        except OSError as error:
+            raise HelperEndedError from error
 
 
 # In the helper

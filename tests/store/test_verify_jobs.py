@@ -138,6 +138,19 @@ def test_a_helper_that_cannot_be_started_changes_nothing(path: Path, monkeypatch
     assert problems_of(path, jobs=2) == alone
 
 
+def test_nobody_waits_for_a_helper_that_does_not_get_ready(
+    path: Path, helpers: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damage(path, random.Random(5))
+    alone = problems_of(path, jobs=1)
+    program = tmp_path / "embedding"
+    program.write_text("#!/bin/sh\nsleep 1000\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    assert problems_of(path, jobs=2) == alone
+    assert len(helpers) == 1
+
+
 def test_a_helper_does_not_check_another_file_of_that_name(
     path: Path, helpers: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

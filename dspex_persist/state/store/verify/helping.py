@@ -20,6 +20,7 @@ def main() -> None:
         raise SystemExit("another file has taken its place")
     head = Head(anchor[0], bytes.fromhex(anchor[1])) if anchor is not None else None
     checker = PartChecker(readers, head, lambda more, in_all: reply((more, in_all)))
+    reply("ready")
     for part in asked:
         found, whole = checker.collect(Part(*part))
         reply({"found": [(problem.where, problem.what) for problem in found], "whole": whole})

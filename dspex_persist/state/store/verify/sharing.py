@@ -106,7 +106,8 @@ class Team:
 
     def _lead(self, helper: Helper, opening: object) -> None:
         try:
-            helper.send(opening)
+            # A helper takes no part until it is ready, which it never is if Python is embedded in another program.
+            next(helper.ask(opening))
             while (part := self._take()) is not None:
                 found = None
                 try:
