@@ -1,4 +1,4 @@
-"""A key that nobody may see, for the tools that have it and the tests that look for it: light to import for both."""
+"""A secret API key: some tools hold it, and tests check that it appears nowhere. This module imports nothing heavy."""
 
 from typing import Final
 

@@ -1,4 +1,4 @@
-"""Tools that are DSPy programs, for `serve --tools tests.end_to_end.lm_tools`. Their LM answers what it is told to."""
+"""Tools that are DSPy programs, for `serve --tools tests.end_to_end.lm_tools`. Their LM gives prepared answers."""
 
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from tests.end_to_end.keys import SECRET
 
 
 def lm_of(*answers: str) -> Any:
-    """An LM with a key, which is nobody's business."""
+    """An LM that gives these answers, with an API key that must stay secret."""
     return DummyLM([{"answer": answer} for answer in answers]).copy(api_key=SECRET, temperature=0.3)
 
 
@@ -59,7 +59,7 @@ async def each_later(ctx: ToolContext, questions: list[str]) -> AsyncIterator[st
 
 @tool
 def ask(ctx: ToolContext, question: str) -> str:
-    """Nobody said that it is to be recorded."""
+    """Ask, without `record_lm`."""
     with dspy.context(lm=lm_of("red")):
         return str(qa(question=question).answer)
 

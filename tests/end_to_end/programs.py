@@ -12,12 +12,12 @@ from tests.end_to_end.old_style import ROOT, environment
 
 
 class Program(NamedTuple):
-    """A Python block of a page. `said`: the text block that is the next one on the page, if it is one."""
+    """A Python block of a page. `output`: the block after it, if that is a text block, otherwise empty."""
 
     page: str
     line: int
     text: str
-    said: str
+    output: str
 
     @property
     def is_whole(self) -> bool:
@@ -37,8 +37,8 @@ def _programs(page: str, text: str) -> Iterator[Program]:
     blocks = list(re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
         if block[1] == "python":
-            said = following[2] if following is not None and following[1] == "text" else ""
-            yield Program(page, text.count("\n", 0, block.start()) + 1, block[2], said)
+            output = following[2] if following is not None and following[1] == "text" else ""
+            yield Program(page, text.count("\n", 0, block.start()) + 1, block[2], output)
 
 
 class Step(NamedTuple):

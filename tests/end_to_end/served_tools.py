@@ -51,13 +51,13 @@ _left: list[object] = []
 
 
 def _linger_alone(gate: str) -> NoReturn:
-    """In a process whose pool may be gone by then: nobody else would end it."""
+    """Linger in a process that must end itself, because its pool may be gone by then."""
     _linger(gate)
     os._exit(0)
 
 
 def _linger(gate: str) -> None:
-    """For much longer than any test waits, unless it lets go."""
+    """Stay for much longer than any test waits, unless the test opens the gate."""
     announce(gate, "at")
     for _ in range(int(20 * DEADLINE_S / PAUSE_S)):
         if Path(gate, "go").exists():
@@ -337,17 +337,17 @@ def child(ctx: ToolContext, name: str, value: int, fails: bool = False) -> int:
 def parent(ctx: ToolContext, child_fails: bool, caught: bool, fails: bool = False) -> list[Any]:
     """Write a, have b written by another tool."""
     ctx["a"] = 1
-    said: Any = None
+    result: Any = None
     try:
-        said = ctx.call(child, name="b", value=1, fails=child_fails)
+        result = ctx.call(child, name="b", value=1, fails=child_fails)
     except ValueError as error:
         if not caught:
             raise
-        said = str(error)
+        result = str(error)
     ctx["c"] = 1
     if fails:
         raise RuntimeError("the parent failed")
-    return [said, ctx["b"]]
+    return [result, ctx["b"]]
 
 
 @tool

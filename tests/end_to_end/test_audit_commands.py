@@ -1,4 +1,4 @@
-"""dspex-persist audit: each question in each form, beside the server that writes the file."""
+"""dspex-persist audit: each question in each form, while a server has the file open for writing."""
 
 import csv
 import io
@@ -55,7 +55,7 @@ TOOLS = ("--tools", "tests.end_to_end.served_tools")
 FINE, FAILED, USAGE, PROBLEMS, _, UNUSABLE = range(6)
 
 
-# What is asked about
+# The history
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(path: Path) -> Iterator[ServerProcess]:
-    """It goes on to the end: what is asked is asked beside it."""
+    """Keep the server running for all tests: they read the file while it has it open."""
     with serve(path, *TOOLS) as process:
         happen(process, path.parent)
         yield process
@@ -111,8 +111,8 @@ def collide(state: Any, gate: Gate) -> None:
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a command answered."""
+class CommandResult:
+    """The exit code and the output of a command."""
 
     code: int
     out: str
@@ -130,24 +130,24 @@ class Said:
 @pytest.fixture
 def ask(
     server: ServerProcess, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Said]:
+) -> Callable[..., CommandResult]:
     """`dspex-persist audit ...` in this process, on the file that the server has open."""
     for name in [name for name in os.environ if name.startswith("DSPEX_PERSIST_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NO_COLOR", "1")
 
-    def asked(*arguments: str | Path, width: int = 120, code: int = FINE, db: Path | None = path) -> Said:
+    def run_audit(*arguments: str | Path, width: int = 120, code: int = FINE, db: Path | None = path) -> CommandResult:
         place = ("--db", str(db)) if db is not None else ()
         monkeypatch.setenv("COLUMNS", str(width))
         monkeypatch.setattr(sys, "argv", ["dspex-persist", "audit", *map(str, arguments), *place])
         with pytest.raises(SystemExit) as ended:
             cli.main()
-        said = Said(int(ended.value.code or 0), *capsys.readouterr())
-        assert said.code == code, said
-        assert "Traceback" not in said.err
-        return said
+        result = CommandResult(int(ended.value.code or 0), *capsys.readouterr())
+        assert result.code == code, result
+        assert "Traceback" not in result.err
+        return result
 
-    return asked
+    return run_audit
 
 
 @pytest.fixture
@@ -203,18 +203,18 @@ def answers(path: Path, name: str, executions: dict[str, str], reveal: bool = Fa
 
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_json_has_the_names_and_values_of_the_library(
-    ask: Callable[..., Said], path: Path, executions: dict[str, str], name: str
+    ask: Callable[..., CommandResult], path: Path, executions: dict[str, str], name: str
 ) -> None:
-    said = ask(*question(name, executions), "--json")
+    result = ask(*question(name, executions), "--json")
     wanted = [document(each) for each in answers(path, name, executions)]
     assert wanted
-    assert said.rows == json.loads(json.dumps(wanted))
-    assert said.err == ""
+    assert result.rows == json.loads(json.dumps(wanted))
+    assert result.err == ""
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_csv_has_a_header_and_one_line_a_row(
-    ask: Callable[..., Said], path: Path, executions: dict[str, str], name: str
+    ask: Callable[..., CommandResult], path: Path, executions: dict[str, str], name: str
 ) -> None:
     cells = ask(*question(name, executions), "--csv").cells
     wanted = [flat(json.loads(json.dumps(document(each)))) for each in answers(path, name, executions)]
@@ -246,27 +246,29 @@ def plainly(stated: Any) -> str:
     return stated if isinstance(stated, str) else json.dumps(stated)
 
 
-def test_a_csv_without_rows_has_its_header(ask: Callable[..., Said]) -> None:
-    said = ask("history", SESSION, "--tool", "none*", "--csv")
-    assert said.out.startswith("session_id,name,variable_id,type,version,kind,value,source,metadata,sequence,")
-    assert said.cells == []
+def test_a_csv_without_rows_has_its_header(ask: Callable[..., CommandResult]) -> None:
+    result = ask("history", SESSION, "--tool", "none*", "--csv")
+    assert result.out.startswith("session_id,name,variable_id,type,version,kind,value,source,metadata,sequence,")
+    assert result.cells == []
     assert ask("history", SESSION, "--tool", "none*", "--json").out == ""
     assert ask("history", SESSION, "--tool", "none*").out == "nothing found\n"
 
 
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("name", QUESTIONS)
-def test_tables_fit_the_terminal(ask: Callable[..., Said], executions: dict[str, str], name: str, width: int) -> None:
+def test_tables_fit_the_terminal(
+    ask: Callable[..., CommandResult], executions: dict[str, str], name: str, width: int
+) -> None:
     lines = ask(*question(name, executions), width=width).out.splitlines()
     assert len(lines) > 2
     assert max(map(cell_len, lines)) <= width
 
 
-def test_history_as_a_table(ask: Callable[..., Said], executions: dict[str, str]) -> None:
-    said = ask("history", SESSION, "temperature", "--utc").out.splitlines()
-    assert said[0].split() == ["commit", "time", "v", "value", "kind", "by", "for", "metadata"]
-    assert re.fullmatch(r" +\d+  \d{4}-\d\d-\d\d \d\d:\d\d:\d\d +7  0\.1 +rolled_back  \S+ +\{.*\}", said[2])
-    assert re.fullmatch(r"temperature  █▁[▁-▇]{5}▂  0 to 0.7", said[-1])
+def test_history_as_a_table(ask: Callable[..., CommandResult], executions: dict[str, str]) -> None:
+    lines = ask("history", SESSION, "temperature", "--utc").out.splitlines()
+    assert lines[0].split() == ["commit", "time", "v", "value", "kind", "by", "for", "metadata"]
+    assert re.fullmatch(r" +\d+  \d{4}-\d\d-\d\d \d\d:\d\d:\d\d +7  0\.1 +rolled_back  \S+ +\{.*\}", lines[2])
+    assert re.fullmatch(r"temperature  █▁[▁-▇]{5}▂  0 to 0.7", lines[-1])
     whole = ask("history", SESSION, "a").out
     assert re.search(rf" 2 +set +{short(executions['add'])} add\b", whole)
     assert "session" not in whole
@@ -277,11 +279,11 @@ def short(execution_id: str) -> str:
     return "_".join(execution_id.split("_")[:2])
 
 
-def test_tables_say_that_there_is_more_and_how_to_get_it(ask: Callable[..., Said]) -> None:
-    said = ask("commits", "--limit", "3").out.splitlines()
-    assert len(said) == 6
-    last = said[4].split()[0]
-    assert said[5] == f"more than these 3 rows: --limit 0 shows all, --until {int(last) - 1} continues from here"
+def test_tables_say_that_there_is_more_and_how_to_get_it(ask: Callable[..., CommandResult]) -> None:
+    lines = ask("commits", "--limit", "3").out.splitlines()
+    assert len(lines) == 6
+    last = lines[4].split()[0]
+    assert lines[5] == f"more than these 3 rows: --limit 0 shows all, --until {int(last) - 1} continues from here"
     oldest = ask("commits", "--limit", "2", "--oldest-first").out.splitlines()
     assert oldest[-1].endswith("--since 2 continues from here")
     everything = ask("commits", "--limit", "0").out
@@ -291,8 +293,8 @@ def test_tables_say_that_there_is_more_and_how_to_get_it(ask: Callable[..., Said
 
 @pytest.mark.parametrize("order", [[], ["--oldest-first"]], ids=["newest first", "oldest first"])
 @pytest.mark.parametrize("name", ["history", "all history", "executions", "commits", "sessions"])
-def test_who_follows_what_tables_say_sees_each_row_once(
-    ask: Callable[..., Said], executions: dict[str, str], name: str, order: list[str]
+def test_following_the_hints_of_a_table_shows_each_row_once(
+    ask: Callable[..., CommandResult], executions: dict[str, str], name: str, order: list[str]
 ) -> None:
     def page(*options: str) -> tuple[list[list[str]], str]:
         lines = ask(*question(name, executions), *order, *options, width=300).out.splitlines()[2:]
@@ -303,16 +305,16 @@ def test_who_follows_what_tables_say_sees_each_row_once(
     seen: list[list[str]] = []
     onward: tuple[str, ...] = ()
     while True:
-        rows, told = page("--limit", "2", *onward)
+        rows, footer = page("--limit", "2", *onward)
         seen += rows
-        hint = re.search(r"(--until|--since) (\d+) continues from here$", told)
+        hint = re.search(r"(--until|--since) (\d+) continues from here$", footer)
         if hint is None:
             break
         onward = hint.groups()
     assert seen == page("--limit", "0")[0]
 
 
-def test_a_table_ends_with_a_whole_commit(ask: Callable[..., Said], tmp_path: Path) -> None:
+def test_a_table_ends_with_a_whole_commit(ask: Callable[..., CommandResult], tmp_path: Path) -> None:
     tools, path = Toolbox(), tmp_path / "pairs.db"
     tools.add(write_pair)
     with dspex_persist.connect(path, tools=tools) as state:
@@ -326,18 +328,18 @@ def test_a_table_ends_with_a_whole_commit(ask: Callable[..., Said], tmp_path: Pa
         lines = ask("history", "s", *options, db=path).out.splitlines()[2:]
         return [line.split()[0] for line in lines if line.startswith(" ")], lines[-1]
 
-    newest, told = page("--limit", "1")
+    newest, footer = page("--limit", "1")
     assert newest == ["7", "7"]
-    assert told == "more than these 2 rows: --limit 0 shows all, --until 6 continues from here"
+    assert footer == "more than these 2 rows: --limit 0 shows all, --until 6 continues from here"
     assert page("--limit", "1", "--until", "6")[0] == ["5", "5"]
     assert page("--limit", "3", "--until", "6")[0] == ["5", "5", "3"]
-    oldest, told = page("--limit", "3", "--oldest-first")
+    oldest, footer = page("--limit", "3", "--oldest-first")
     assert oldest == ["2", "3", "5", "5"]
-    assert told == "more than these 4 rows: --limit 0 shows all, --since 5 continues from here"
-    last, told = page("--limit", "1", "--oldest-first", "--since", "5")
+    assert footer == "more than these 4 rows: --limit 0 shows all, --since 5 continues from here"
+    last, footer = page("--limit", "1", "--oldest-first", "--since", "5")
     assert last == ["7", "7"]
-    assert "more than" not in told
-    # Programs get as many as they ask for.
+    assert "more than" not in footer
+    # Programs get exactly as many rows as they request.
     assert len(ask("history", "s", "--limit", "1", "--json", db=path).rows) == 1
 
 
@@ -349,15 +351,15 @@ def write_pair(ctx: ToolContext) -> None:
 
 
 def test_times_are_local_or_utc(
-    ask: Callable[..., Said], path: Path, executions: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ask: Callable[..., CommandResult], path: Path, executions: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     began = answers(path, "show", executions)[0].summary.began_at.astimezone(UTC)
     assert f"{began:%Y-%m-%d %H:%M:%S}" in ask("show", executions["parent"], "--utc").out
     local = began + timedelta(hours=3)
     process = audit("show", executions["parent"], "--db", str(path), TZ="XYZ-3")
-    said, _ = process.communicate(timeout=DEADLINE_S)
-    assert f"{local:%Y-%m-%d %H:%M:%S}" in said
-    assert "XYZ" in said
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert f"{local:%Y-%m-%d %H:%M:%S}" in output
+    assert "XYZ" in output
 
 
 # Questions
@@ -379,17 +381,19 @@ FILTERS: list[tuple[list[str], dict[str, Any]]] = [
 @pytest.mark.parametrize(
     ("options", "query"), FILTERS, ids=lambda each: " ".join(each) if isinstance(each, list) else ""
 )
-def test_filters_of_a_history(ask: Callable[..., Said], path: Path, options: list[str], query: dict[str, Any]) -> None:
+def test_filters_of_a_history(
+    ask: Callable[..., CommandResult], path: Path, options: list[str], query: dict[str, Any]
+) -> None:
     with open_audit(path) as audit:
         wanted = [document(each) for each in audit.iterate(HistoryQuery(**query))]
     assert wanted
     assert ask("history", "*", *options, "--json").rows == json.loads(json.dumps(wanted))
 
 
-def test_other_filters(ask: Callable[..., Said], path: Path, executions: dict[str, str]) -> None:
+def test_other_filters(ask: Callable[..., CommandResult], path: Path, executions: dict[str, str]) -> None:
     actor = ask("history", SESSION, "a", "--json").rows[-1]["actor"]
     assert ask("history", SESSION, "--actor", actor, "--json").rows
-    assert ask("history", SESSION, "--actor", "nobody", "--json").rows == []
+    assert ask("history", SESSION, "--actor", "unknown", "--json").rows == []
     written = ask("history", "*", "--execution", executions["progress"], "--json").rows
     assert [(each["name"], each["kind"]) for each in written] == [("b", "set"), ("a", "published")]
     failed = ask("executions", SESSION, "--status", "failed", "--top", "--json").rows
@@ -403,9 +407,9 @@ def test_other_filters(ask: Callable[..., Said], path: Path, executions: dict[st
     assert [each["session_id"] for each in ask("sessions", "--meta", "team=blue", "--json").rows] == ["gone"]
 
 
-def test_show_prints_one_execution_in_full(ask: Callable[..., Said], executions: dict[str, str]) -> None:
-    said = ask("show", executions["parent"]).out
-    for told in (
+def test_show_prints_one_execution_in_full(ask: Callable[..., CommandResult], executions: dict[str, str]) -> None:
+    output = ask("show", executions["parent"]).out
+    for part in (
         "parent  exec_",
         "child_fails = true",
         "called",
@@ -415,10 +419,10 @@ def test_show_prints_one_execution_in_full(ask: Callable[..., Said], executions:
         "Traceback (most recent call last):",
         "result\n",
     ):
-        assert told in said, told
-    assert re.search(r"a: 2 → 1  \(version \d, set\)", said)
-    assert re.search(r"b = 0 \(v0\)", said)
-    read = said.partition("├── read\n")[2].partition("├── wrote")[0]
+        assert part in output, part
+    assert re.search(r"a: 2 → 1  \(version \d, set\)", output)
+    assert re.search(r"b = 0 \(v0\)", output)
+    read = output.partition("├── read\n")[2].partition("├── wrote")[0]
     assert "a" not in [line.strip("│├└─ ").split(" ")[0] for line in read.splitlines()], "it was only written"
     recorder = ask("show", executions["recorder"]).out
     assert re.search(r"first line  step=1", recorder)
@@ -433,7 +437,7 @@ def test_show_prints_one_execution_in_full(ask: Callable[..., Said], executions:
 
 
 def test_an_execution_is_named_by_the_commit_that_began_it(
-    ask: Callable[..., Said], executions: dict[str, str]
+    ask: Callable[..., CommandResult], executions: dict[str, str]
 ) -> None:
     whole = executions["add"]
     number = whole.split("_")[1]
@@ -443,20 +447,20 @@ def test_an_execution_is_named_by_the_commit_that_began_it(
     assert [(each["name"], each["after"]["value"]) for each in by_number] == [("a", 2)]
 
 
-def test_diff_looks_like_a_diff(ask: Callable[..., Said], executions: dict[str, str]) -> None:
-    said = ask("diff", SESSION, "--from", f"{executions['add']}^").out
-    assert re.search(r"^b \(removed, was v\d\)\n- 0$", said, re.MULTILINE)
+def test_diff_looks_like_a_diff(ask: Callable[..., CommandResult], executions: dict[str, str]) -> None:
+    output = ask("diff", SESSION, "--from", f"{executions['add']}^").out
+    assert re.search(r"^b \(removed, was v\d\)\n- 0$", output, re.MULTILINE)
     assert re.search(
-        r"^a \(v0 → v\d by exec_\d+ add_with_retries, for \S+, commit \d+\)\n- 0\n\+ 101$", said, re.MULTILINE
+        r"^a \(v0 → v\d by exec_\d+ add_with_retries, for \S+, commit \d+\)\n- 0\n\+ 101$", output, re.MULTILINE
     )
-    assert re.search(r"^prompt .*\n@@ -1,4 \+1,4 @@\n  one\n- two\n\+ TWO\n  three$", said, re.MULTILINE)
-    assert re.search(rf"^pin .*\n- {MASK}\n\+ {MASK}$", said, re.MULTILINE)
+    assert re.search(r"^prompt .*\n@@ -1,4 \+1,4 @@\n  one\n- two\n\+ TWO\n  three$", output, re.MULTILINE)
+    assert re.search(rf"^pin .*\n- {MASK}\n\+ {MASK}$", output, re.MULTILINE)
     assert "no difference between" in ask("diff", SESSION, "--from", "now").out
-    assert "backwards" not in said
+    assert "backwards" not in output
 
 
-def test_a_diff_of_a_whole_execution_has_what_it_published_and_one_of_its_commit_has_not(
-    ask: Callable[..., Said], executions: dict[str, str]
+def test_a_diff_of_a_whole_execution_includes_published_values_and_one_of_its_commit_does_not(
+    ask: Callable[..., CommandResult], executions: dict[str, str]
 ) -> None:
     progress = executions["progress"]
     of_commit = ask("diff", SESSION, "--from", f"{progress}^", "--to", progress, "--json").rows
@@ -466,15 +470,15 @@ def test_a_diff_of_a_whole_execution_has_what_it_published_and_one_of_its_commit
     assert [each["name"] for each in of_all] == ["a", "b"]
 
 
-def test_a_diff_that_goes_backwards_says_so(ask: Callable[..., Said], executions: dict[str, str]) -> None:
+def test_a_diff_that_goes_backwards_says_so(ask: Callable[..., CommandResult], executions: dict[str, str]) -> None:
     add = executions["add"]
     last = ask("show", add, "--json").rows[0]["summary"]["ended_sequence"]
-    said = ask("diff", SESSION, "--from", add, "--to", f"{add}^").out.splitlines()
-    assert said[0] == f"backwards: from commit {last} to the older commit {last - 1}"
-    assert said[2:] == ["- 2", "+ 0"]
+    lines = ask("diff", SESSION, "--from", add, "--to", f"{add}^").out.splitlines()
+    assert lines[0] == f"backwards: from commit {last} to the older commit {last - 1}"
+    assert lines[2:] == ["- 2", "+ 0"]
 
 
-def test_blame_is_a_tree(ask: Callable[..., Said], executions: dict[str, str]) -> None:
+def test_blame_is_a_tree(ask: Callable[..., CommandResult], executions: dict[str, str]) -> None:
     flat_tree = ask("blame", SESSION, "c", "--depth", "0").out
     assert re.match(rf"c = 1  v1, set by {short(executions['parent'])} parent, for \S+, commit", flat_tree)
     assert "derived from" in flat_tree
@@ -488,7 +492,7 @@ def test_blame_is_a_tree(ask: Callable[..., Said], executions: dict[str, str]) -
     assert "(see there)" in every
 
 
-def test_state_as_of_points(ask: Callable[..., Said], executions: dict[str, str]) -> None:
+def test_state_as_of_points(ask: Callable[..., CommandResult], executions: dict[str, str]) -> None:
     def value_of(point: str) -> Any:
         rows = ask("state", SESSION, "--at", point, "--json").rows
         return {each["name"]: each["value"] for each in rows}["a"]
@@ -502,20 +506,20 @@ def test_state_as_of_points(ask: Callable[..., Said], executions: dict[str, str]
 
 @pytest.mark.parametrize("form", ["--utc", "--json", "--csv"])
 @pytest.mark.parametrize("name", QUESTIONS)
-def test_what_is_sensitive_is_masked_everywhere(
-    ask: Callable[..., Said], executions: dict[str, str], name: str, form: str
+def test_sensitive_values_are_masked_everywhere(
+    ask: Callable[..., CommandResult], executions: dict[str, str], name: str, form: str
 ) -> None:
-    asked = question(name, executions)
-    assert SECRET not in ask(*asked, form, width=300).out
-    revealed = ask(*asked, form, "--reveal", width=300).out
+    arguments = question(name, executions)
+    assert SECRET not in ask(*arguments, form, width=300).out
+    revealed = ask(*arguments, form, "--reveal", width=300).out
     shows_values = name not in ("executions", "commits", "sessions", "show")
     assert (SECRET in revealed) == shows_values
-    # What is nested in a cell is JSON.
+    # Nested values are JSON in a cell.
     if shows_values and form != "--json" and (name, form) != ("show restock", "--csv"):
-        assert MASK in ask(*asked, form, width=300).out
+        assert MASK in ask(*arguments, form, width=300).out
 
 
-def test_what_is_masked_cannot_be_found_by_its_value(ask: Callable[..., Said]) -> None:
+def test_masked_values_cannot_be_found_by_value(ask: Callable[..., CommandResult]) -> None:
     guess = ("history", "*", "--where", f"= {SECRET}", "--json")
     assert ask(*guess).rows == []
     assert ask(*guess, "--reveal").rows
@@ -552,17 +556,17 @@ def test_what_is_masked_cannot_be_found_by_its_value(ask: Callable[..., Said]) -
     ],
 )
 def test_wrong_input_says_what_is_possible(
-    ask: Callable[..., Said], arguments: list[str], code: int, sentence: str
+    ask: Callable[..., CommandResult], arguments: list[str], code: int, sentence: str
 ) -> None:
-    said = ask(*arguments, code=code)
-    assert said.out == ""
-    assert re.fullmatch(r"error: [^\n]+\n", said.err)
-    assert sentence in said.err
-    told = ask(*arguments, "--json", code=code)
-    assert told.rows == [{"ok": False, "error": said.err.removeprefix("error: ").strip()}]
+    result = ask(*arguments, code=code)
+    assert result.out == ""
+    assert re.fullmatch(r"error: [^\n]+\n", result.err)
+    assert sentence in result.err
+    as_json = ask(*arguments, "--json", code=code)
+    assert as_json.rows == [{"ok": False, "error": result.err.removeprefix("error: ").strip()}]
 
 
-def test_usage_errors(ask: Callable[..., Said], path: Path) -> None:
+def test_usage_errors(ask: Callable[..., CommandResult], path: Path) -> None:
     assert "choose one" in ask("sessions", "--json", "--csv", code=USAGE).err
     assert "choose one" in ask("sessions", "--target", "127.0.0.1:1", code=USAGE).err
     assert "is invalid" in ask("sessions", "--target", "nowhere", db=None, code=USAGE).err
@@ -573,16 +577,18 @@ def test_usage_errors(ask: Callable[..., Said], path: Path) -> None:
     assert "no such file" in ask("sessions", db=path.with_name("other.db"), code=UNUSABLE).err
 
 
-def test_a_damaged_file_is_reported_in_a_sentence(ask: Callable[..., Said], backup: Path, tmp_path: Path) -> None:
+def test_a_damaged_file_is_reported_in_a_sentence(
+    ask: Callable[..., CommandResult], backup: Path, tmp_path: Path
+) -> None:
     content = bytearray(backup.read_bytes())
     # All but the schema, which opening reads.
     for page in range(40 * 4096, len(content), 4096):
         content[page : page + 4096] = b"\xff" * 4096
     damaged = tmp_path / "damaged.db"
     damaged.write_bytes(content)
-    said = ask("commits", "--json", db=damaged, code=UNUSABLE)
-    assert "damaged.db: " in said.err
-    assert said.rows[-1]["ok"] is False
+    result = ask("commits", "--json", db=damaged, code=UNUSABLE)
+    assert "damaged.db: " in result.err
+    assert result.rows[-1]["ok"] is False
 
 
 # Places
@@ -598,36 +604,36 @@ def backup(server: ServerProcess, path: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_a_backup_answers_the_same(
-    ask: Callable[..., Said], backup: Path, executions: dict[str, str], name: str
+    ask: Callable[..., CommandResult], backup: Path, executions: dict[str, str], name: str
 ) -> None:
     backup.parent.chmod(0o500)
     try:
-        asked = question(name, executions)
-        assert ask(*asked, "--json", db=backup).out == ask(*asked, "--json").out
+        arguments = question(name, executions)
+        assert ask(*arguments, "--json", db=backup).out == ask(*arguments, "--json").out
     finally:
         backup.parent.chmod(0o700)
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_a_server_answers_the_same(
-    ask: Callable[..., Said], server: ServerProcess, executions: dict[str, str], name: str
+    ask: Callable[..., CommandResult], server: ServerProcess, executions: dict[str, str], name: str
 ) -> None:
-    asked = question(name, executions)
-    assert ask(*asked, "--json", "--target", target_of(server), db=None).rows == ask(*asked, "--json").rows
+    arguments = question(name, executions)
+    assert ask(*arguments, "--json", "--target", target_of(server), db=None).rows == ask(*arguments, "--json").rows
 
 
-def test_errors_of_a_server_are_the_same(ask: Callable[..., Said], server: ServerProcess) -> None:
-    for arguments, code in ((["history", "nobody"], FAILED), (["state", SESSION, "--at", "999999"], USAGE)):
+def test_errors_of_a_server_are_the_same(ask: Callable[..., CommandResult], server: ServerProcess) -> None:
+    for arguments, code in ((["history", "missing"], FAILED), (["state", SESSION, "--at", "999999"], USAGE)):
         there = ask(*arguments, "--json", "--target", target_of(server), db=None, code=code)
         assert there == ask(*arguments, "--json", code=code)
 
 
-def test_a_server_that_cannot_be_reached(ask: Callable[..., Said], tmp_path: Path) -> None:
-    assert "unavailable: " in ask("sessions", "--target", f"unix:{tmp_path}/nobody", db=None, code=FAILED).err
+def test_a_server_that_cannot_be_reached(ask: Callable[..., CommandResult], tmp_path: Path) -> None:
+    assert "unavailable: " in ask("sessions", "--target", f"unix:{tmp_path}/missing", db=None, code=FAILED).err
 
 
 def test_the_default_is_the_database_of_serve(
-    ask: Callable[..., Said], path: Path, monkeypatch: pytest.MonkeyPatch
+    ask: Callable[..., CommandResult], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DSPEX_PERSIST_DB", str(path))
     assert ask("sessions", "--json", db=None).out == ask("sessions", "--json").out
@@ -637,12 +643,12 @@ def test_the_default_is_the_database_of_serve(
 
 
 def test_verify_checks_all_and_compares_with_heads_kept_elsewhere(
-    ask: Callable[..., Said], path: Path, tmp_path: Path
+    ask: Callable[..., CommandResult], path: Path, tmp_path: Path
 ) -> None:
     assert "is sound" in ask("verify").out
     kept = tmp_path / "heads.jsonl"
-    told = ask("verify", "--anchor", kept, "--write").out
-    assert "written" in told
+    output = ask("verify", "--anchor", kept, "--write").out
+    assert "written" in output
     (line,) = kept.read_text().splitlines()
     assert json.loads(line).keys() == {"sequence", "hash", "time"}
     assert "compared with 1 kept head" in ask("verify", "--anchor", kept).out
@@ -654,7 +660,7 @@ def test_verify_checks_all_and_compares_with_heads_kept_elsewhere(
 
 
 def test_verify_finds_a_history_that_was_rewritten_or_cut(
-    ask: Callable[..., Said], backup: Path, tmp_path: Path
+    ask: Callable[..., CommandResult], backup: Path, tmp_path: Path
 ) -> None:
     kept, other = tmp_path / "heads.jsonl", tmp_path / "other.db"
     ask("verify", "--anchor", kept, "--write")
@@ -697,7 +703,7 @@ def test_python_verifies_as_the_command_does(backup: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("content", ["", "nonsense\n", '{"sequence": 0, "hash": "00", "time": ""}\n', "[]\n"])
-def test_a_file_that_has_no_heads_is_refused(ask: Callable[..., Said], tmp_path: Path, content: str) -> None:
+def test_a_file_that_has_no_heads_is_refused(ask: Callable[..., CommandResult], tmp_path: Path, content: str) -> None:
     kept = tmp_path / "heads.jsonl"
     kept.write_text(content)
     assert str(kept) in ask("verify", "--anchor", kept, code=USAGE).err
@@ -737,19 +743,19 @@ class Lines:
             raise AssertionError(f"no further line within {DEADLINE_S:g} s") from None
 
     def row(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.next())
-        return found
+        row: dict[str, Any] = json.loads(self.next())
+        return row
 
     def end(self) -> str:
-        """Ctrl-C; what was said on stderr."""
+        """Send Ctrl-C; return what the process wrote to stderr."""
         self.process.send_signal(signal.SIGINT)
         assert self.process.stderr is not None
-        said = self.process.stderr.read()
+        errors = self.process.stderr.read()
         assert self.process.wait(DEADLINE_S) == 0
-        return said
+        return errors
 
     def close(self) -> None:
-        """Whatever has become of it."""
+        """End the process, in whatever state it is."""
         self.process.kill()
         self._reader.join()
         self.process.__exit__(None, None, None)
@@ -815,14 +821,14 @@ def test_follow_tells_when_executions_begin_and_end(follow: Callable[..., Lines]
         second.wait()
         assert every.row()["status"] == "running"
         client.execute("fail")
-        told = failures.row()
-        assert (told["tool"], told["status"]) == ("fail", ExecutionStatus.FAILED.value)
+        failed = failures.row()
+        assert (failed["tool"], failed["status"]) == ("fail", ExecutionStatus.FAILED.value)
         second.open()
         another.result()
-        said: list[tuple[str, str]] = []
-        while not {("hold", "committed"), ("fail", "failed")} <= set(said):
+        seen: list[tuple[str, str]] = []
+        while not {("hold", "committed"), ("fail", "failed")} <= set(seen):
             row = every.row()
-            said.append((row["tool"], row["status"]))
+            seen.append((row["tool"], row["status"]))
         client.close()
         assert (every.end(), failures.end()) == ("", "")
 
@@ -879,7 +885,7 @@ for form in ("--json", "--csv", "--utc"):
     assert max(peaks) < 5 * 2**20, peaks
 
 
-def test_who_stops_reading_is_no_error(large: Path) -> None:
+def test_a_reader_that_stops_is_not_an_error(large: Path) -> None:
     forms = ("--json", "--csv", "--utc")
     for process in [audit("history", "s", form, "--limit", "0", "--db", str(large)) for form in forms]:
         assert process.stdout is not None
@@ -900,7 +906,7 @@ def test_a_table_on_a_terminal_has_fifty_rows_and_colours(large: Path) -> None:
         try:
             drawn += os.read(master, 65_536)
         except OSError:
-            # How Linux says that nobody has the other side open any more.
+            # How Linux reports that the other side of the terminal is closed.
             break
     os.close(master)
     assert process.wait(DEADLINE_S) == 0
@@ -943,4 +949,4 @@ def test_columns_give_way_the_widest_first() -> None:
 
 @pytest.mark.parametrize("program", programs_of("docs/audit.md"), ids=str)
 def test_the_programs_of_the_page_print_what_it_says(program: Program, tmp_path: Path) -> None:
-    assert run(program.text, tmp_path) == program.said
+    assert run(program.text, tmp_path) == program.output

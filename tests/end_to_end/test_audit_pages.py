@@ -42,21 +42,21 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """`dspex-persist audit ...` in a process of its own."""
+    """Run `dspex-persist audit ...` in another process."""
     return subprocess.run(
         command(*arguments), cwd=cwd, env=environment(), capture_output=True, text=True, timeout=within(60), check=False
     )
 
 
 class Shell:
-    """The same within this process, which costs no start."""
+    """Runs `dspex-persist audit ...` within this process, which saves the start of another."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._monkeypatch = monkeypatch
         self._capsys = capsys
 
     def run(self, *arguments: str | Path, cwd: Path) -> tuple[int, str, str]:
-        """The exit code, and what was said on stdout and stderr."""
+        """Return the exit code, stdout and stderr."""
         self._monkeypatch.chdir(cwd)
         self._monkeypatch.setattr(sys, "argv", ["dspex-persist", "audit", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
@@ -147,7 +147,7 @@ def test_a_report_leads_to_places_that_it_has(elements: Elements) -> None:
 
 def test_a_report_tells_the_story(elements: Elements, path: Path) -> None:
     text = " ".join(elements.text.split())
-    for told in (
+    for part in (
         f"{SESSION} Executions",
         "15 committed",
         "2 failed",
@@ -160,7 +160,7 @@ def test_a_report_tells_the_story(elements: Elements, path: Path) -> None:
         "request = r-0",
         "Traceback (most recent call last)",
     ):
-        assert told in text, told
+        assert part in text, part
     with dspex_persist.open_audit(path) as audit:
         for execution in audit.iterate(ExecutionQuery(session=SESSION)):
             assert execution.execution_id in text
@@ -187,11 +187,11 @@ def test_a_report_has_pictures_with_words(elements: Elements, path: Path) -> Non
     assert [each for each in elements.named("html") if each.get("lang") == "en"]
 
 
-def test_what_values_say_is_text(elements: Elements) -> None:
+def test_values_are_shown_as_text(elements: Elements) -> None:
     assert story.HOSTILE in elements.text
 
 
-def test_a_report_masks_what_is_sensitive(report: Path, path: Path, shell: Shell) -> None:
+def test_a_report_masks_sensitive_values(report: Path, path: Path, shell: Shell) -> None:
     assert story.SECRET not in report.read_text(encoding="utf-8")
     code, revealed, _ = shell.run("report", SESSION, "--db", path, "-o", "-", "--reveal", cwd=path.parent)
     assert code == 0
@@ -265,7 +265,7 @@ def test_a_report_of_an_empty_session(tmp_path: Path) -> None:
     assert "No tool was executed." in text
 
 
-def test_a_report_of_what_pruning_has_left(tmp_path: Path) -> None:
+def test_a_report_of_a_pruned_history(tmp_path: Path) -> None:
     story.tell(tmp_path / "pruned.db")
     with dspex_persist.connect(tmp_path / "pruned.db") as state:
         state.prune(PrunePolicy(keep_versions=2), confirm=True)
@@ -300,12 +300,12 @@ def test_large_values_are_cut(tmp_path: Path) -> None:
         ([SESSION, "--db", "{db}", "-o", "no/such/folder.html"], USAGE, "No such file or directory"),
     ],
 )
-def test_a_report_that_cannot_be_is_a_sentence(
+def test_a_report_that_cannot_be_made_fails_with_one_sentence(
     arguments: list[str], code: int, sentence: str, path: Path, shell: Shell
 ) -> None:
-    given = [each.replace("{db}", str(path)) for each in arguments]
-    found, said, errors = shell.run("report", *given, cwd=path.parent)
-    assert (found, said) == (code, "")
+    filled = [each.replace("{db}", str(path)) for each in arguments]
+    actual, output, errors = shell.run("report", *filled, cwd=path.parent)
+    assert (actual, output) == (code, "")
     assert sentence in errors
 
 
@@ -314,7 +314,7 @@ def test_a_report_that_cannot_be_is_a_sentence(
 
 @contextmanager
 def website(path: Path, *arguments: str, end: signal.Signals = signal.SIGTERM) -> Iterator[str]:
-    """Its address. At the end it is told to end, and does so without a word."""
+    """Yield the website's address. At the end, a signal ends it, and it must exit with 0 and without output."""
     popen = subprocess.Popen(
         command("web", "--db", path, *arguments),
         cwd=path.parent,
@@ -337,10 +337,10 @@ def website(path: Path, *arguments: str, end: signal.Signals = signal.SIGTERM) -
 
 
 def get(address: str, path: str, host: str | None = None, data: bytes | None = None, **parts: str) -> tuple[int, str]:
-    """A page's status and text; with `data`, of what is posted to it."""
-    asked = urllib.request.Request(f"{address}{path}?{urlencode(parts)}", data, {"Host": host} if host else {})
+    """Return a page's status and text; with `data`, post that instead."""
+    request = urllib.request.Request(f"{address}{path}?{urlencode(parts)}", data, {"Host": host} if host else {})
     try:
-        with urllib.request.urlopen(asked, timeout=within(30)) as answer:
+        with urllib.request.urlopen(request, timeout=within(30)) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         with error:
@@ -361,7 +361,7 @@ def site(path: Path, served: ServedDatabase) -> Iterator[str]:
 
 
 @needs_datasette
-def test_the_site_shows_what_a_server_has_just_written(site: str, served: ServedDatabase) -> None:
+def test_the_site_shows_the_newest_commit_of_a_running_server(site: str, served: ServedDatabase) -> None:
     with dspex_persist.connect(f"grpc://{served.target}") as state:
         state.initialize_session("live")
         state.register_variable("live", "fresh", "integer", 41)
@@ -386,7 +386,7 @@ def test_the_site_shows_what_a_server_has_just_written(site: str, served: Served
         "_internal",
     ],
 )
-def test_what_holds_sensitive_values_is_not_shown(page: str, site: str) -> None:
+def test_tables_with_sensitive_values_are_not_shown(page: str, site: str) -> None:
     status, text = get(site, page)
     assert status in (403, 404)
     assert story.SECRET not in text
@@ -436,9 +436,9 @@ def test_every_question_is_answered(site: str, path: Path) -> None:
 
 
 @needs_datasette
-def test_what_is_not_there_is_a_sentence(site: str) -> None:
+def test_a_page_about_something_missing_says_so(site: str) -> None:
     for page, parts, sentence in (
-        ("session", {"id": "nobody<i>"}, "no session"),
+        ("session", {"id": "missing<i>"}, "no session"),
         ("session", {}, "no session"),
         ("variable", {"session": SESSION, "name": "temperatur"}, "did you mean"),
         ("execution", {"id": "exec_1_none"}, "no execution"),
@@ -460,14 +460,14 @@ def test_what_is_not_there_is_a_sentence(site: str) -> None:
         ("history/v_variable_history.json", {"_next": "xx"}),
     ],
 )
-def test_a_wrong_address_of_a_table_is_the_askers_mistake(site: str, page: str, parts: dict[str, str]) -> None:
+def test_a_wrong_address_of_a_table_is_a_mistake_of_the_client(site: str, page: str, parts: dict[str, str]) -> None:
     status, text = get(site, page, **parts)
     assert status == 400
     assert "Traceback" not in text
 
 
 @needs_datasette
-def test_what_is_asked_wrongly_is_no_failure_of_the_site(site: str, path: Path) -> None:
+def test_wrong_requests_are_not_failures_of_the_site(site: str, path: Path) -> None:
     status, text = get(site, "history/v_variable_history", _sort="nonsense")
     assert (status, "Cannot sort table by nonsense" in text) == (400, True)
     assert get(site, "history/who_changed", data=b"session=s")[0] == 405
@@ -528,13 +528,13 @@ def test_the_site_reveals_where_that_is_wished_and_ends_at_ctrl_c(path: Path) ->
 def test_a_port_that_is_taken_is_a_sentence(path: Path, shell: Shell) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        found = shell.run("web", "--db", path, "--port", str(port), cwd=path.parent)
-    assert found == (NO_ADDRESS, "", f"error: cannot listen on 127.0.0.1:{port}: address already in use\n")
+        result = shell.run("web", "--db", path, "--port", str(port), cwd=path.parent)
+    assert result == (NO_ADDRESS, "", f"error: cannot listen on 127.0.0.1:{port}: address already in use\n")
 
 
 def test_a_site_over_no_database_is_a_sentence(tmp_path: Path, shell: Shell) -> None:
-    code, said, errors = shell.run("web", "--db", "none.db", cwd=tmp_path)
-    assert (code, said) == (UNUSABLE, "")
+    code, output, errors = shell.run("web", "--db", "none.db", cwd=tmp_path)
+    assert (code, output) == (UNUSABLE, "")
     assert re.fullmatch(r"error: [^\n]+none\.db[^\n]*\n", errors)
 
 
@@ -542,9 +542,9 @@ def test_without_the_extra_a_sentence_says_what_to_install(
     path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasette", None)
-    found = shell.run("web", "--db", path, cwd=path.parent)
+    result = shell.run("web", "--db", path, cwd=path.parent)
     sentence = "the website needs Datasette, which is not installed: pip install 'dspex-persist[web]'"
-    assert found == (FAILED, "", f"error: {sentence}\n")
+    assert result == (FAILED, "", f"error: {sentence}\n")
 
 
 # In a real browser
@@ -563,7 +563,7 @@ def browser() -> Iterator[Any]:
 
 
 class Visit:
-    """A page that is looked at: what it fetched, what it complained about."""
+    """A page in the browser, with the addresses that it fetched and the complaints on its console."""
 
     def __init__(self, browser: Any, scheme: str, width: int) -> None:
         self.fetched: list[str] = []
@@ -577,7 +577,7 @@ class Visit:
         self.page.goto(address)
 
     def assert_in_order(self, home: str) -> None:
-        """It fits its window, ran without complaint, took over nothing and asked nobody else."""
+        """Assert that the page fits its window, has no complaints, ran no injected code, fetched nothing elsewhere."""
         self.page.wait_for_load_state()
         assert self.complaints == []
         assert [url for url in self.fetched if not url.startswith(home)] == []
@@ -632,7 +632,7 @@ def test_a_report_in_a_browser(visit: Visit, report: Path) -> None:
     assert len(page.screenshot(full_page=True)) > 20_000
 
 
-def test_a_report_is_printed_with_what_is_folded(browser: Any, report: Path) -> None:
+def test_a_report_is_printed_with_its_folded_parts(browser: Any, report: Path) -> None:
     visit = Visit(browser, "light", WIDE)
     visit.open(report.as_uri())
     visit.page.emulate_media(media="print")

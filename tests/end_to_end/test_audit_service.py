@@ -154,7 +154,7 @@ def test_a_recording_streams_in_small_messages_and_little_memory(server: ServerP
     assert read[1].versions[0].name == "text"
 
 
-def test_who_forks_is_in_the_history(stub: Any) -> None:
+def test_the_actor_of_a_fork_is_in_the_history(stub: Any) -> None:
     actor = (("x-dspex-actor", "ann"), ("x-dspex-idempotency-key", "k"))
     request = pb.ForkSessionRequest(session="large", new_session="forked", at="3")
     (variable,) = stub.ForkSession(request, metadata=actor).variables
@@ -183,7 +183,7 @@ def test_a_stream_goes_on_after_its_cursor(stub: Any, server: ServerProcess) -> 
     assert versions_in([first]) + versions_in(stub.ListHistory(request)) == list(range(60))
 
 
-def test_who_does_not_read_holds_nothing_but_one_message(server: ServerProcess, channel: grpc.Channel) -> None:
+def test_a_client_that_does_not_read_holds_only_one_message(server: ServerProcess, channel: grpc.Channel) -> None:
     stub = audit_stubs.AuditServiceStub(channel)
     threads, memory = of_process(server, "Threads"), of_process(server, "VmHWM")
     streams = [stub.ListHistory(text_history()) for _ in range(32)]
@@ -269,7 +269,7 @@ def narrow(filled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         yield server
 
 
-def test_who_does_not_read_is_cut_off(narrow: ServerProcess) -> None:
+def test_a_client_that_does_not_read_is_cut_off(narrow: ServerProcess) -> None:
     with grpc.insecure_channel(target_of(narrow)) as channel:
         stream = audit_stubs.AuditServiceStub(channel).ListHistory(text_history())
         next(stream)
@@ -294,11 +294,11 @@ def test_a_session_that_no_message_can_hold_is_resumed_nevertheless(narrow: Serv
     with grpc.insecure_channel(target_of(narrow)) as channel:
         bridge = bridge_stubs.BridgeServiceStub(channel)
         response, call = bridge.InitializeSession.with_call(bridge_pb.InitializeSessionRequest(session_id="wide"))
-        told = list(response.initial_variables)
+        sent = list(response.initial_variables)
         trailers = dict(call.trailing_metadata())
         assert trailers["x-dspex-resumed"] == "true"
-        assert int(trailers["x-dspex-left-out"]) == 20 - len(told)
-        assert 0 < len(told) < 20
+        assert int(trailers["x-dspex-left-out"]) == 20 - len(sent)
+        assert 0 < len(sent) < 20
         # All of it can be read, it can shrink, and it does not grow.
         for number in range(20):
             one = bridge_pb.GetVariableRequest(session_id="wide", variable_identifier=f"v{number}")
@@ -354,7 +354,7 @@ def test_errors_are_statuses_with_details(stub: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("request_", "code", "said"),
+    ("request_", "code", "words"),
     [
         (pb.ListHistoryRequest(range=pb.Range(since="soon")), "INVALID_ARGUMENT", "since"),
         (pb.ListHistoryRequest(range=pb.Range(limit=-1)), "INVALID_ARGUMENT", "limit"),
@@ -368,11 +368,11 @@ def test_errors_are_statuses_with_details(stub: Any) -> None:
         (pb.ListHistoryRequest(kind=99), "UNIMPLEMENTED", "ChangeKind 99"),
     ],
 )
-def test_requests_that_make_no_sense_are_refused(request_: Any, code: str, said: str, stub: Any) -> None:
+def test_invalid_requests_are_refused(request_: Any, code: str, words: str, stub: Any) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         list(stub.ListHistory(request_))
     assert caught.value.code().name == code
-    assert said in caught.value.details()
+    assert words in caught.value.details()
 
 
 def test_a_server_that_has_no_such_service_says_so() -> None:
@@ -403,14 +403,14 @@ def test_a_closed_source_raises(server: ServerProcess) -> None:
     state = connect(f"grpc://{target_of(server)}")
     with state.audit() as audit:
         assert audit.head() > VERSIONS
-    # The provider's own connection outlives what was asked over it.
+    # The provider's connection outlives the audit that used it.
     assert state.get_variable("large", "text").version == VERSIONS - 1
     state.close()
     with pytest.raises(EngineClosedError):
         state.audit()
 
 
-def test_what_no_message_can_carry_is_refused(server: ServerProcess) -> None:
+def test_text_that_no_message_can_carry_is_refused(server: ServerProcess) -> None:
     with open_audit(f"grpc://{target_of(server)}") as audit:
         for ask in (lambda: audit.state("\ud800"), lambda: list(audit.iterate(HistoryQuery(tool="\ud800")))):
             with pytest.raises(InvalidArgumentError):
@@ -439,17 +439,17 @@ def test_clients_cannot_prune_unless_the_server_allows_it(server: ServerProcess)
         assert state.audit().head() == head
 
 
-def test_a_running_server_prunes_when_it_is_asked_to(prunable: ServerProcess) -> None:
-    told: list[tuple[str, int, int]] = []
+def test_a_running_server_prunes_on_request(prunable: ServerProcess) -> None:
+    reports: list[tuple[str, int, int]] = []
     with connect(f"grpc://{target_of(prunable)}") as state:
         tried = state.prune(PrunePolicy(keep_versions=10), confirm=False)
         assert (tried.confirmed, tried.sessions, tried.versions) == (False, 1, VERSIONS - 10)
         assert len(list(state.audit().iterate(HistoryQuery(variable="text")))) == VERSIONS
-        done = state.prune(PrunePolicy(keep_versions=10), confirm=True, progress=lambda *step: told.append(step))
+        done = state.prune(PrunePolicy(keep_versions=10), confirm=True, progress=lambda *step: reports.append(step))
         assert (done.confirmed, done.sessions, done.versions) == (True, 1, VERSIONS - 10)
         assert done.markers > 0
-        assert told
-        assert told[-1][1:] == (2, 2)
+        assert reports
+        assert reports[-1][1:] == (2, 2)
         left = list(state.audit().iterate(HistoryQuery(variable="text")))
         assert [entry.version for entry in left] == list(range(VERSIONS))[:-11:-1]
         with pytest.raises(InvalidArgumentError, match="nothing of what may go"):
@@ -477,7 +477,7 @@ def test_the_command_has_a_server_prune(prunable: ServerProcess) -> None:
     }
 
 
-def test_who_leaves_ends_the_pruning(prunable: ServerProcess) -> None:
+def test_pruning_ends_when_its_caller_leaves(prunable: ServerProcess) -> None:
     class LeftError(Exception):
         pass
 
@@ -487,7 +487,7 @@ def test_who_leaves_ends_the_pruning(prunable: ServerProcess) -> None:
     with connect(f"grpc://{target_of(prunable)}") as state:
         with pytest.raises(LeftError):
             state.prune(PrunePolicy(keep_versions=1), confirm=True, progress=leave)
-        # The next one waits for the end of the one before, and finds what that has left.
+        # The next pruning waits for the end of the first, and prunes the rest.
         assert state.prune(PrunePolicy(keep_versions=1), confirm=False).versions < VERSIONS
 
 

@@ -60,8 +60,8 @@ def run_the_program():
 
 @pytest.mark.parametrize("program", [each for each in PROGRAMS if each.is_whole and each not in WORKERS], ids=str)
 def test_a_program_prints_what_its_page_says(program: Program, tmp_path: Path) -> None:
-    assert program.said, "the page does not say what it prints"
-    assert run(program.text, tmp_path) == program.said
+    assert program.output, "the page does not say what it prints"
+    assert run(program.text, tmp_path) == program.output
 
 
 @pytest.mark.parametrize("program", [each for each in PROGRAMS if not each.is_whole], ids=str)
@@ -105,8 +105,8 @@ def test_the_example_shop(tmp_path: Path) -> None:
 
 def test_the_example_client_at_a_server(tmp_path: Path) -> None:
     with serve(tmp_path / "sessions.db", "--tools", "examples.shop") as server:
-        said = run_python([str(EXAMPLES / "call_shop.py"), target_of(server)], tmp_path)
-    tools, bread, first, second, refused, *report = said.splitlines()
+        output = run_python([str(EXAMPLES / "call_shop.py"), target_of(server)], tmp_path)
+    tools, bread, first, second, refused, *report = output.splitlines()
     assert tools.startswith("tools: ['open_shop', 'sell', ")
     assert bread == "bread for 5"
     assert first.endswith("repeated: False")
@@ -137,15 +137,15 @@ def test_the_programs_of_the_page_on_dspy(tmp_path: Path) -> None:
     tool, playing = programs_of("docs/dspy.md")
     (tmp_path / "triage.py").write_text(tool.text)
     (tmp_path / "both.py").write_text(DSPY + playing.text + 'print("played", playback.divergences)\n')
-    said = run_python(["-W", "ignore", "both.py"], tmp_path, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
-    assert said.splitlines() == ["True 1", "1", "played []"]
+    output = run_python(["-W", "ignore", "both.py"], tmp_path, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
+    assert output.splitlines() == ["True 1", "1", "played []"]
 
 
-def test_what_the_package_says_of_itself() -> None:
-    """Its page in an index is the README; the extra for the pytest plugin has what its fixtures need."""
+def test_metadata_of_the_package() -> None:
+    """The README is its page in an index, and the extra `test` has the packages that the fixtures need."""
     argv = [sys.executable, "-m", "hatchling", "metadata"]
-    said = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=within(60), check=True).stdout
-    told = json.loads(said)
-    assert told["readme"]["text"] == (ROOT / "README.md").read_text()
-    extra = {requirement.partition(">")[0] for requirement in told["optional-dependencies"]["test"]}
+    output = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=within(60), check=True).stdout
+    metadata = json.loads(output)
+    assert metadata["readme"]["text"] == (ROOT / "README.md").read_text()
+    extra = {requirement.partition(">")[0] for requirement in metadata["optional-dependencies"]["test"]}
     assert extra == {"pytest", "freezegun"}

@@ -128,8 +128,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
             with pytest.raises(SystemExit) as ended:
                 main()
             sys.modules.pop("shop", None)
-        told = capsys.readouterr()
-        return subprocess.CompletedProcess(argv, int(ended.value.code or 0), told.out, told.err)
+        return subprocess.CompletedProcess(argv, int(ended.value.code or 0), *capsys.readouterr())
 
     return run
 
@@ -206,8 +205,8 @@ def test_with_a_database_commits_and_executions_are_those_of_the_database(
         stored = sorted(audit.iterate(ExecutionQuery(session="s1")), key=lambda each: each.began_sequence)
     ids = [each.execution_id for each in stored]
     document = document_of(replayed("--db", path, "s1", "--tools", "shop", "--json", cwd=folder))
-    told = [(each["execution_id"], each["commit"], each["outcome"]) for each in document["executions"]]
-    assert told == [(each.execution_id, each.began_sequence, "same") for each in stored]
+    reported = [(each["execution_id"], each["commit"], each["outcome"]) for each in document["executions"]]
+    assert reported == [(each.execution_id, each.began_sequence, "same") for each in stored]
     second = stored[1].began_sequence
     for point in (ids[1], f"exec_{second}", str(second)):
         chosen = replayed("--db", path, "s1", "--tools", "shop", "--from", point, "--until", point, cwd=folder)
@@ -240,7 +239,7 @@ def test_the_state_alone_is_replayed(tape: Path, folder: Path, tmp_path: Path, r
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "told"),
+    ("arguments", "code", "sentence"),
     [
         (["nowhere.jsonl", "--tools", "shop"], UNUSABLE, "cannot open nowhere.jsonl: No such file or directory"),
         (["shop.py", "--tools", "shop"], FAILED, "shop.py, line 1: it is not a recording"),
@@ -257,13 +256,13 @@ def test_the_state_alone_is_replayed(tape: Path, folder: Path, tmp_path: Path, r
         (["--db", "nowhere.db", "s1", "--tools", "shop"], UNUSABLE, "nowhere.db"),
     ],
 )
-def test_what_cannot_be_replayed_is_said_in_a_sentence(
-    tape: Path, folder: Path, replayed: Replayed, arguments: list[str], code: int, told: str
+def test_a_refused_replay_says_why_in_one_sentence(
+    tape: Path, folder: Path, replayed: Replayed, arguments: list[str], code: int, sentence: str
 ) -> None:
     (folder / "future.jsonl").write_text(tape.read_text().replace('"version": 1', '"version": 2', 1))
     result = replayed(*arguments, cwd=folder)
     assert result.returncode == code, result
-    assert told in result.stderr
+    assert sentence in result.stderr
     assert result.stdout == ""
 
 
@@ -275,4 +274,4 @@ def test_an_error_is_an_object_for_programs(folder: Path, replayed: Replayed) ->
 
 def test_the_program_of_the_page_prints_what_the_page_says(tmp_path: Path) -> None:
     (program,) = programs_of("docs/replay.md")
-    assert run(program.text, tmp_path) == program.said
+    assert run(program.text, tmp_path) == program.output

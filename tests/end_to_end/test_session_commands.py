@@ -116,7 +116,7 @@ def test_a_session_moves_from_one_server_to_another(served: BridgedState, tmp_pa
         assert (served.get_value("s", "a"), there.get_value("s", "a")) == (7, 8)
 
 
-def test_what_changes_a_file_waits_for_its_server_to_end(served: BridgedState, run: Run) -> None:
+def test_commands_that_change_a_file_wait_for_its_server_to_end(served: BridgedState, run: Run) -> None:
     served.initialize_session("s")
     assert run("export", "s", "-o", "s.jsonl").returncode == FINE
     for arguments in (("import", "s.jsonl", "--as", "copy"), ("fork", "s", "copy")):
@@ -180,7 +180,9 @@ def test_every_command_prints_one_json_object(filled: Path, tmp_path: Path, run:
     }
 
 
-def test_what_is_left_out_is_said_and_not_invented_elsewhere(filled: Path, tmp_path: Path, run: Run) -> None:
+def test_an_export_reports_omitted_values_and_an_import_does_not_invent_them(
+    filled: Path, tmp_path: Path, run: Run
+) -> None:
     result = run("export", "s", "-o", "s.jsonl")
     assert result.stdout.endswith("values of sensitive variables are left out (--reveal)\n")
     assert "hush" not in (tmp_path / "s.jsonl").read_text()
@@ -189,7 +191,7 @@ def test_what_is_left_out_is_said_and_not_invented_elsewhere(filled: Path, tmp_p
     assert not (tmp_path / "other.db").exists()
 
 
-def test_a_fork_is_begun_with_what_was_there(filled: Path, tmp_path: Path, run: Run) -> None:
+def test_a_fork_begins_with_the_variables_of_that_commit(filled: Path, tmp_path: Path, run: Run) -> None:
     result = run("fork", "s", "new", "--at", "3^")
     assert (result.returncode, result.stderr) == (FINE, "")
     assert result.stdout == "sessions.db: session new begun with 1 variable of s as of commit 2\n"
@@ -199,7 +201,7 @@ def test_a_fork_is_begun_with_what_was_there(filled: Path, tmp_path: Path, run: 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "told"),
+    ("arguments", "code", "sentence"),
     [
         (("export", "ghost", "-o", "-"), FAILED, "no session 'ghost'"),
         (("export", "s", "-o", "missing/s.jsonl"), FAILED, "No such file"),
@@ -212,9 +214,9 @@ def test_a_fork_is_begun_with_what_was_there(filled: Path, tmp_path: Path, run: 
     ],
 )
 def test_an_error_is_one_sentence_and_a_code(
-    filled: Path, tmp_path: Path, run: Run, arguments: tuple[str, ...], code: int, told: str
+    filled: Path, tmp_path: Path, run: Run, arguments: tuple[str, ...], code: int, sentence: str
 ) -> None:
-    assert told in assert_one_sentence(run(*arguments), code)
+    assert sentence in assert_one_sentence(run(*arguments), code)
     assert not (tmp_path / "missing.db").exists()
 
 
@@ -234,7 +236,7 @@ def test_help_of_each_command_has_its_options(name: str) -> None:
 
 def test_the_program_on_the_page_prints_what_it_says(tmp_path: Path) -> None:
     (program,) = programs.programs_of("docs/recordings.md")
-    assert programs.run(program.text, tmp_path) == program.said
+    assert programs.run(program.text, tmp_path) == program.output
 
 
 def long_recording(run: Run, commits: int) -> list[str]:
@@ -273,7 +275,7 @@ def test_a_killed_import_leaves_nothing(filled: Path, tmp_path: Path, run: Run) 
     assert (report.commits, report.problems) == (before + 300, ())
 
 
-# A running server, asked
+# A running server
 
 
 @pytest.mark.parametrize("revealing", [False, True])
@@ -281,16 +283,16 @@ def test_a_server_exports_what_its_file_has(filled: Path, tmp_path: Path, reveal
     """Line by line what an export of the file is; the sensitive only if the server was started so."""
     with serve(filled, *(["--audit-reveal"] if revealing else [])) as server:
         target = target_of(server)
-        asked = run_process("export", "s", "-o", "asked.jsonl", "--reveal", "--target", target, cwd=tmp_path)
+        served = run_process("export", "s", "-o", "served.jsonl", "--reveal", "--target", target, cwd=tmp_path)
         read = run_process("export", "s", "-o", "read.jsonl", *(["--reveal"] if revealing else []), cwd=tmp_path)
         streamed = run_process("export", "s", "-o", "-", "--target", f"grpc://{target}", cwd=tmp_path)
-    assert (asked.returncode, asked.stderr) == (read.returncode, read.stderr) == (FINE, "")
+    assert (served.returncode, served.stderr) == (read.returncode, read.stderr) == (FINE, "")
     masked = "" if revealing else "; values of sensitive variables are left out (start the server with --audit-reveal)"
-    assert asked.stdout == f"asked.jsonl: 4 commits of session s{masked}\n"
-    text = (tmp_path / "asked.jsonl").read_text()
+    assert served.stdout == f"served.jsonl: 4 commits of session s{masked}\n"
+    text = (tmp_path / "served.jsonl").read_text()
     assert text == (tmp_path / "read.jsonl").read_text()
     assert ("hush" in text) == revealing
-    assert (tmp_path / "asked.jsonl").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "served.jsonl").stat().st_mode & 0o777 == 0o600
     assert "hush" not in streamed.stdout
     assert streamed.stdout.splitlines()[1] == text.splitlines()[1]
 
@@ -320,12 +322,14 @@ def test_a_server_forks_while_it_serves(served: BridgedState, tmp_path: Path, ru
     assert not served.heartbeat("again")
 
 
-@pytest.mark.parametrize("asked", [("export", "s", "-o", "s.jsonl"), ("fork", "s", "t")])
-def test_a_server_that_is_not_there_and_what_names_none(run: Run, asked: tuple[str, ...], filled: Path) -> None:
-    result = run(*asked, "--target", "127.0.0.1:1")
+@pytest.mark.parametrize("command", [("export", "s", "-o", "s.jsonl"), ("fork", "s", "t")])
+def test_an_unreachable_server_and_arguments_that_name_no_server(
+    run: Run, command: tuple[str, ...], filled: Path
+) -> None:
+    result = run(*command, "--target", "127.0.0.1:1")
     assert "127.0.0.1:1" in assert_one_sentence(result, FAILED)
     for wrong in (("--db", "sessions.db", "--target", "127.0.0.1:1"), ("--db", "grpc://127.0.0.1:1")):
-        result = run(*asked, *wrong)
+        result = run(*command, *wrong)
         assert result.returncode == USAGE
         assert "--target" in result.stderr
     assert not (filled.parent / "s.jsonl").exists()
