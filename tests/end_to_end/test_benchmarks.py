@@ -84,7 +84,7 @@ def test_every_rpc_and_tool_but_ping_is_a_ratio_to_ping(quick_run: dict[str, Any
             assert row["p50_ms"] <= row["p99_ms"]
 
 
-def test_what_runs_beside_slow_tools_is_a_ratio_to_what_runs_without(quick_run: dict[str, Any]) -> None:
+def test_calls_alongside_slow_tools_are_a_ratio_to_calls_without(quick_run: dict[str, Any]) -> None:
     rows = {row["key"]: row for row in quick_run["rows"]}
     for rpc in ("SetVariable", "GetVariable"):
         beside = rows[f"tools.p99.{rpc}.{QUICK.slow_tools}"]
@@ -194,14 +194,12 @@ def _rate(*rounds: float, ratios: tuple[float, ...] = (), key: str = "a.b") -> R
         (Row.of_rounds("a.b", "w", "kB", (5, 5.1, 5.2)), Row.of_rounds("a.b", "w", "kB", (9, 9.1, 9.2)), "worse"),
     ],
 )
-def test_only_what_has_changed_by_more_than_the_rounds_of_both_runs_lie_apart_is_told(
-    before: Row, now: Row, verdict: str
-) -> None:
+def test_a_change_is_reported_only_if_it_exceeds_the_spread_of_both_runs(before: Row, now: Row, verdict: str) -> None:
     (change,) = changes([before], [now])
     assert change.verdict == verdict
 
 
-def test_ratios_are_compared_beside_values() -> None:
+def test_ratios_are_compared_as_well_as_values() -> None:
     before, now = _rate(99, 100, 101, ratios=(0.4, 0.41, 0.42)), _rate(99, 100, 101, ratios=(0.6, 0.61, 0.62))
     assert [(each.now.of, each.verdict) for each in changes([before], [now])] == [("value", ""), ("ratio", "better")]
 
@@ -242,7 +240,7 @@ def test_a_file_that_cannot_be_compared_with_is_refused_before_anything_is_measu
 
 
 def test_peers_are_measured_alone_in_company_and_with_a_long_history(tmp_path: Path) -> None:
-    """The other libraries are not installed beside ours: those are told of, and do not fail the run."""
+    """The other libraries are not installed along with ours: the run reports them and does not fail."""
     options = ["--only", "ours", "--only", "langgraph", "--seconds", "0.05", "--rounds", "1", "--history", "20"]
     command = [sys.executable, "-m", "benchmarks.peers", *options, "--directory", str(tmp_path)]
     command += ["--json", str(tmp_path / "peers.json")]

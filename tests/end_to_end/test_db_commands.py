@@ -61,14 +61,14 @@ def arguments_of(command: str, target: Path) -> list[str | Path]:
 
 
 def document_of(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """The one JSON object on stdout, which has to be all of it."""
+    """Return the JSON object on stdout, which must be its only line."""
     assert len(result.stdout.splitlines()) == 1, result
     document: dict[str, Any] = json.loads(result.stdout)
     return document
 
 
 def assert_one_sentence(result: subprocess.CompletedProcess[str], code: int) -> str:
-    """The error on stderr; and nothing that looks like a fault of the program."""
+    """Assert that the command failed with one sentence and no traceback; return the sentence."""
     assert result.returncode == code, result
     assert re.fullmatch(r"error: [^\n]+\n", result.stderr), result
     assert "Traceback" not in result.stderr
@@ -78,19 +78,19 @@ def assert_one_sentence(result: subprocess.CompletedProcess[str], code: int) -> 
 # Help
 
 
-def test_help_tells_what_there_is_and_the_exit_codes(tmp_path: Path) -> None:
+def test_help_lists_the_commands_and_the_exit_codes(tmp_path: Path) -> None:
     result = run("--help", cwd=tmp_path)
     assert result.returncode == FINE
     for command in COMMANDS:
         assert re.search(rf"^\W*{command} +\w", result.stdout, re.MULTILINE), command
-    told = {int(code) for code in re.findall(r"^ *(\d) {1,2}\w", result.stdout, re.MULTILINE)}
-    assert told == set(range(6))
+    codes = {int(code) for code in re.findall(r"^ *(\d) {1,2}\w", result.stdout, re.MULTILINE)}
+    assert codes == set(range(6))
 
 
 def test_the_page_of_exit_codes_has_the_same() -> None:
     page = (ROOT / "docs" / "exit-codes.md").read_text(encoding="utf-8")
-    told = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
-    assert set(range(6)) <= told
+    codes = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    assert set(range(6)) <= codes
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -205,8 +205,8 @@ def test_sessions_that_ended_are_pruned_by_when_they_ended(path: Path, tmp_path:
     assert run("check", cwd=tmp_path).returncode == FINE
 
 
-def test_what_else_is_deleted_from_a_pruned_commit_is_found(path: Path, tmp_path: Path) -> None:
-    """The trigger lets it go, for the commit has been pruned; the check does not."""
+def test_a_check_finds_other_deletions_from_a_pruned_commit(path: Path, tmp_path: Path) -> None:
+    """The trigger allows the deletion, because the commit has been pruned; the check reports it."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         statement = (
             "DELETE FROM versions WHERE (variable_key, version) = ("
@@ -274,7 +274,9 @@ def test_reading_commands_work_while_a_server_writes(served: ServedDatabase, tmp
 
 
 @pytest.mark.parametrize("command", ["upgrade", "vacuum", "prune"])
-def test_changing_commands_name_who_has_the_database(served: ServedDatabase, tmp_path: Path, command: str) -> None:
+def test_changing_commands_name_the_process_that_has_the_database(
+    served: ServedDatabase, tmp_path: Path, command: str
+) -> None:
     confirmed = ["--confirm"] if command == "prune" else []
     result = run(*arguments_of(command, tmp_path), *confirmed, "--db", served.path, cwd=tmp_path)
     assert f"in use by process {served.process.pid}:" in assert_one_sentence(result, IN_USE)
@@ -308,8 +310,8 @@ def test_problems_are_3_and_named(path: Path, tmp_path: Path) -> None:
         connection.execute(trigger)
     result = run("check", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (PROBLEMS, "")
-    told = re.search(r"^commit \d+, session 'main', variable 'temperature': ", result.stdout, re.MULTILINE)
-    assert told, result.stdout
+    problem = re.search(r"^commit \d+, session 'main', variable 'temperature': ", result.stdout, re.MULTILINE)
+    assert problem, result.stdout
     assert "1 problem in " in result.stdout
     document = document_of(run("check", "--json", cwd=tmp_path))
     assert (document["ok"], len(document["problems"])) == (False, 1)
@@ -422,6 +424,6 @@ def read_to_end(terminal: int) -> bytes:
         try:
             drawn += os.read(terminal, 65536)
         except OSError:
-            # How Linux says that nobody has the other side open any more.
+            # How Linux reports that the other side of the terminal is closed.
             break
     return drawn

@@ -78,7 +78,7 @@ def use_the_context(ctx: ToolContext) -> str:
     pid = os.fork()
     if pid == 0:
         signal.alarm(20)
-        said = []
+        results = []
         for work in (
             lambda: ctx["x"],
             lambda: ctx.__setitem__("x", 9),
@@ -89,16 +89,16 @@ def use_the_context(ctx: ToolContext) -> str:
         ):
             try:
                 work()
-                said.append("done")
+                results.append("done")
             except Exception as error:
-                said.append(type(error).__name__)
-        os.write(writing, " ".join(said).encode())
+                results.append(type(error).__name__)
+        os.write(writing, " ".join(results).encode())
         os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as pipe:
-        said = pipe.read()
+        results = pipe.read()
     assert wait_for(pid) == 0
-    return said
+    return results
 """
 
 

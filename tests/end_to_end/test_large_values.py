@@ -118,7 +118,7 @@ CALLS: dict[str, tuple[Callable[[Any], object], int]] = {
     "register": (lambda stub: register(stub, "new", "list", LARGEST), 1),
     "register again": (lambda stub: register(stub, "v0", "list", LARGEST), 0),
     "refused by the type": (lambda stub: stub.SetVariables(batch({"small": LARGEST})), 1),
-    "of nobody": (lambda stub: stub.SetVariables(batch({"nobody": LARGEST})), 0),
+    "unknown variable": (lambda stub: stub.SetVariables(batch({"missing": LARGEST})), 0),
     "a text that is read as a list": (lambda stub: stub.SetVariable(set_one("v0", json.dumps(LARGEST))), 2),
     "a text of another kind of client": (
         lambda stub: stub.SetVariables(pb.BatchSetVariablesRequest(session_id="s", updates={"v0": PACKED})),
@@ -183,7 +183,7 @@ def test_inside_an_execution_each_is_read_once_for_its_own_memory_and_for_the_co
     assert not EVERYBODY_S & set(threads)
 
 
-def test_after_a_start_the_file_says_what_the_variables_are(tmp_path: Path) -> None:
+def test_after_a_start_the_types_of_variables_come_from_the_file(tmp_path: Path) -> None:
     """No session is in memory then, and only the writer brings one there."""
     gate = Gate(tmp_path / "gate")
     for version in (1, 2):

@@ -103,7 +103,7 @@ def test_a_failed_call_is_recorded_without_the_key(client: OldClient, journal: J
     assert SECRET not in str(call)
 
 
-def test_what_is_recorded_counts_against_the_limit_of_the_journal(client: OldClient) -> None:
+def test_recorded_calls_count_towards_the_limit_of_the_journal(client: OldClient) -> None:
     failed = client.execute("chatter", size=70_000)
     assert "journal_size_bytes" in failed.error
 
@@ -123,12 +123,12 @@ def test_other_tools_are_recorded_if_the_server_says_so(client: OldClient, journ
 
 @pytest.fixture
 def no_dspy(tmp_path: Path) -> dict[str, str]:
-    """The environment of a process that has no DSPy, and in which whoever imports it is found out."""
+    """The environment of a process without DSPy, in which importing it fails."""
     folder = tmp_path / "no" / "dspy"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'dspy'\", name='dspy')")
-    found = environment()
-    return found | {"PYTHONPATH": f"{folder.parent}:{found['PYTHONPATH']}"}
+    variables = environment()
+    return variables | {"PYTHONPATH": f"{folder.parent}:{variables['PYTHONPATH']}"}
 
 
 def run(no_dspy: dict[str, str], cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

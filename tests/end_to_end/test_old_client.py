@@ -116,7 +116,7 @@ def test_session_life(target: str) -> None:
 
 
 def test_every_call_on_an_unknown_session_is_not_found(stub: Any) -> None:
-    where = {"session_id": "nobody"}
+    where = {"session_id": "missing"}
     which = {**where, "variable_identifier": "x"}
     requests = [
         (stub.GetSession, pb.GetSessionRequest(**where)),
@@ -196,7 +196,9 @@ def test_a_client_that_starts_again_resumes(stub: Any) -> None:
         ("float", "{not json", 1.0, "Invalid constraints"),
     ],
 )
-def test_what_breaks_its_type_is_refused(stub: Any, type_name: str, constraints: str, value: Any, words: str) -> None:
+def test_values_that_violate_their_type_are_refused(
+    stub: Any, type_name: str, constraints: str, value: Any, words: str
+) -> None:
     request = pb.RegisterVariableRequest(
         session_id=SESSION,
         name="x",
@@ -358,8 +360,8 @@ def test_expected_version(stub: Any) -> None:
     assert "2" in error.details()
 
 
-def test_an_expected_version_is_never_passed_over(stub: Any) -> None:
-    """By a call that has no use for it: whoever sends it counts on it."""
+def test_an_expected_version_is_never_ignored(stub: Any) -> None:
+    """A call that cannot check it refuses it, because the client relies on the check."""
     register(stub, "guarded", "integer", 1)
     names = {"session_id": SESSION, "variable_identifier": "guarded"}
     batch = pb.BatchSetVariablesRequest(session_id=SESSION, updates={"guarded": packed("integer", 2)})
@@ -571,14 +573,15 @@ def test_optimization(stub: Any) -> None:
 
 
 def test_tools(stub: Any) -> None:
-    """The server has none of its own here; a worker registers one that nobody can reach."""
+    """The server has no tools here; a worker registers one without an address."""
     assert not stub.GetExposedElixirTools(pb.GetExposedElixirToolsRequest(session_id=SESSION)).tools
     unknown = stub.ExecuteTool(pb.ExecuteToolRequest(session_id=SESSION, tool_name="x"))
     assert (unknown.success, unknown.metadata["error_code"]) == (False, "UNKNOWN_TOOL")
     hidden = stub.ExecuteElixirTool(pb.ExecuteElixirToolRequest(session_id=SESSION, tool_name="x"))
     assert (hidden.success, hidden.metadata["error_code"]) == (False, "UNKNOWN_TOOL")
     streamed: Any = refusal(
-        lambda asked: next(stub.ExecuteStreamingTool(asked)), pb.ExecuteToolRequest(session_id=SESSION, tool_name="x")
+        lambda request: next(stub.ExecuteStreamingTool(request)),
+        pb.ExecuteToolRequest(session_id=SESSION, tool_name="x"),
     )
     assert streamed.code() == grpc.StatusCode.NOT_FOUND
     tool = pb.ToolRegistration(name="far", description="somewhere else")

@@ -101,7 +101,7 @@ def test_a_client_from_before_a_restart(dspex_server):
         for _ in range(2):
             dspex_server.restart()
             assert dspex_server.url == url
-        # It connects again by itself, some tenths of a second after it has found nobody.
+        # The channel reconnects by itself, some tenths of a second after a failed attempt.
         for _ in range(10_000):
             try:
                 assert session["n"] == 1
@@ -321,14 +321,14 @@ def run_pytest(project: Path, *options: str, ci: bool = False) -> subprocess.Com
     )
 
 
-def test_a_recording_is_made_once_then_replayed_and_renewed_when_asked(project: Path) -> None:
+def test_a_recording_is_made_once_then_replayed_and_renewed_on_request(project: Path) -> None:
     tape = project / "tapes" / "checkout.jsonl"
-    # In CI nothing is recorded behind anybody's back.
+    # In CI nothing is recorded without a request.
     missing = run_pytest(project, ci=True)
     assert missing.returncode == 1
     assert "there is no recording" in missing.stdout
     assert "pytest test_checkout.py::test_checkout --dspex-record=all" in missing.stdout
-    # Where nobody plays the client, no way of running the test makes one.
+    # A test without a drive cannot make its recording, whatever the options.
     assert "pytest test_checkout.py::test_marked_only --dspex-record=all" not in missing.stdout
     assert "make the recording with: dspex-persist session export SESSION -o " in missing.stdout
     assert not tape.exists()
@@ -367,14 +367,14 @@ def test_the_fixtures(project: Path) -> None:
     assert "7 passed" in ran.stdout
 
 
-def test_whatever_drives_a_session_is_played_or_refused(project: Path) -> None:
-    """A recording with nothing in it would be green for ever."""
+def test_every_kind_of_drive_is_played_or_refused(project: Path) -> None:
+    """An empty recording would always pass."""
     (project / "test_checkout.py").unlink()
     (project / "shop_tools.py").write_text(SHOP, encoding="utf-8")
     (project / "test_drives.py").write_text(DRIVES, encoding="utf-8")
     ran = run_pytest(project)
     assert "11 failed, 4 passed" in ran.stdout, ran.stdout
-    for said in (
+    for line in (
         "ends.jsonl: drive tried to end the process: SystemExit(2)",
         "ends_later.jsonl: drive tried to end the process: SystemExit(2)",
         "the tape is the path of a file, not 5; write dspex_replay(tape,",
@@ -387,10 +387,10 @@ def test_whatever_drives_a_session_is_played_or_refused(project: Path) -> None:
         "has the marker dspex_replay more than once: in a test without the marker, the fixture dspex_replay is a",
         "the marker dspex_replay has wrong arguments (missing a required argument: 'tape'); write dspex_replay(tape,",
     ):
-        assert said in ran.stdout
+        assert line in ran.stdout
     made = sorted(str(path.relative_to(project)) for path in project.rglob("*.jsonl"))
     assert made == ["a/tape.jsonl", "b/tape.jsonl", "c/tape.jsonl", "later.jsonl", "object.jsonl"]
-    # One that an earlier version has made of such a drive.
+    # A recording that an earlier version made of such a drive.
     header, first, *_ = (project / "later.jsonl").read_text(encoding="utf-8").splitlines()
     header = json.dumps(json.loads(header) | {"commits": 1})
     (project / "steps.jsonl").write_text(f"{header}\n{first}\n", encoding="utf-8")
@@ -413,14 +413,14 @@ def test_a_stale_recording_fails_the_test_whichever_way_it_is_replayed(project: 
 
 
 def test_a_session_that_ran_elsewhere_becomes_a_test(project: Path) -> None:
-    """Its recording is renewed without anybody who plays its client."""
+    """Its recording is renewed by replaying the client requests from the old one."""
     (project / "test_checkout.py").unlink()
     (project / "run.py").write_text(RUN, encoding="utf-8")
     subprocess.run([sys.executable, "run.py"], cwd=project, check=True, timeout=within(60))
     export = [sys.executable, "-m", "dspex_persist", "session", "export", "s1", "--db", "shop.db"]
     command = [*export, "--as-test", "test_s1.py", "--tools", "shop_tools"]
-    said = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True, timeout=within(60)).stdout
-    assert "pytest test_s1.py" in said
+    output = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True, timeout=within(60)).stdout
+    assert "pytest test_s1.py" in output
     ran = run_pytest(project, ci=True)
     assert (ran.returncode, "1 passed" in ran.stdout) == (0, True), ran.stdout
     # Written once: it may have been changed since.
@@ -434,30 +434,32 @@ def test_a_session_that_ran_elsewhere_becomes_a_test(project: Path) -> None:
     renewed = run_pytest(project, "--dspex-record=all")
     assert renewed.returncode == 0, renewed.stdout
     assert tape.read_text(encoding="utf-8") != recorded
-    told = [json.loads(line) for line in tape.read_text(encoding="utf-8").splitlines()]
-    assert [(each["name"], each["json"]) for commit in told[1:] for each in commit["versions"]][-2:] == [
+    lines = [json.loads(line) for line in tape.read_text(encoding="utf-8").splitlines()]
+    assert [(each["name"], each["json"]) for commit in lines[1:] for each in commit["versions"]][-2:] == [
         ("order", '"x"'),
         ("stock", "-1"),
     ]
 
 
-def test_a_recording_of_which_nothing_can_be_replayed_is_no_green_test(project: Path) -> None:
+def test_a_recording_without_anything_to_replay_fails_its_test(project: Path) -> None:
     (project / "test_checkout.py").unlink()
     secret = RUN.replace('"integer", 3)', '"integer", 3, metadata={"sensitive": "true"})')
-    # One that has no executions is fine: its state is all there is.
+    # A recording without executions is fine: its state is checked.
     (project / "run.py").write_text(secret + '    state.initialize_session("s2")\n', encoding="utf-8")
     subprocess.run([sys.executable, "run.py"], cwd=project, check=True, timeout=within(60))
-    said = {}
+    errors = {}
     for session, options in (("s1", ()), ("s2", ()), ("s1", ("--reveal",))):
         test = f"test_{session}{'_revealed' if options else ''}.py"
         export = ["session", "export", session, "--db", "shop.db", "--as-test", test, "--tools", "shop_tools"]
         command = [sys.executable, "-m", "dspex_persist", *export, *options]
         ran = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True, timeout=within(60))
-        said[test] = ran.stderr
-    warned = said.pop("test_s1.py")
-    assert warned.startswith("warning: values of sensitive variables are left out; executions that read them cannot be")
-    assert "--reveal" in warned
-    assert set(said.values()) == {""}
+        errors[test] = ran.stderr
+    warning = errors.pop("test_s1.py")
+    assert warning.startswith(
+        "warning: values of sensitive variables are left out; executions that read them cannot be"
+    )
+    assert "--reveal" in warning
+    assert set(errors.values()) == {""}
     ran = run_pytest(project, ci=True)
     assert "1 failed, 2 passed" in ran.stdout, ran.stdout
     reason = "it reads a variable whose values were kept out of the recording"
@@ -474,7 +476,7 @@ def test_a_recording_of_which_nothing_can_be_replayed_is_no_green_test(project: 
         (["-o", "x.jsonl", "--tools", "shop_tools"], "--tools is only for --as-test"),
     ],
 )
-def test_what_is_wrong_with_an_export_is_said(
+def test_a_wrong_export_says_what_is_wrong(
     options: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["dspex-persist", "session", "export", "s", *options])
@@ -494,7 +496,7 @@ NAMES = [
 ]
 
 
-def test_what_a_client_has_named_is_a_literal_in_a_test(project: Path) -> None:
+def test_names_from_clients_are_literals_in_a_test(project: Path) -> None:
     (project / "test_checkout.py").unlink()
     begun, used = RUN.split("    state.initialize_session", 1)
     each = textwrap.indent("    state.initialize_session" + used, "    ").replace('"s1"', "name")
@@ -506,7 +508,7 @@ def test_what_a_client_has_named_is_a_literal_in_a_test(project: Path) -> None:
         subprocess.run(command, cwd=project, check=True, timeout=within(60), capture_output=True)
         source = (project / f"test_named_{number}.py").read_text(encoding="utf-8")
         assert source.isascii(), name
-        # Name by name and word by word it is the same test whatever the id is; the id is one string.
+        # The code of the test is the same for every id; the id is one string in it.
         strings = [node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
         assert strings.count(name) == 1, name
     ran = run_pytest(project, ci=True)
@@ -525,7 +527,7 @@ def test_a_test_without_its_tools_is_not_made(project: Path) -> None:
 
 
 def test_the_plugin_costs_nothing_where_it_is_not_used(project: Path) -> None:
-    """Whoever has the package installed has the plugin in every run of pytest."""
+    """Where the package is installed, every run of pytest loads the plugin."""
     (project / "test_checkout.py").write_text(
         "import sys\n"
         "def test_nothing_heavy():\n"
@@ -535,14 +537,14 @@ def test_the_plugin_costs_nothing_where_it_is_not_used(project: Path) -> None:
     )
     ran = run_pytest(project)
     assert ran.returncode == 0, ran.stdout
-    told = run_pytest(project, "--markers").stdout
-    assert "dspex_replay(tape" in told
-    assert "dspex_tools(*references)" in told
+    markers = run_pytest(project, "--markers").stdout
+    assert "dspex_replay(tape" in markers
+    assert "dspex_tools(*references)" in markers
     assert "--dspex-record" in run_pytest(project, "--help").stdout
 
 
-def test_what_the_page_on_tests_shows(tmp_path: Path) -> None:
-    """Its programs are tests, of the tools of a shop."""
+def test_the_programs_of_the_page_on_tests_pass(tmp_path: Path) -> None:
+    """They test the tools of a shop."""
     (tmp_path / "shop").mkdir()
     (tmp_path / "shop" / "tools.py").write_text(SHOP, encoding="utf-8")
     programs = programs_of("docs/testing.md")

@@ -29,20 +29,20 @@ def client() -> str:
 
 def test_a_client_finds_its_variable_again_after_a_kill(client: str, tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "dspex_persist", "serve", "--listen", "127.0.0.1:0"]
-    said = []
+    outputs = []
     for _ in range(2):
         with ServerProcess.start(argv, cwd=tmp_path) as server:
-            said.append(run(client.replace("50051", str(server.port)), tmp_path))
+            outputs.append(run(client.replace("50051", str(server.port)), tmp_path))
             server.kill()
-    assert said == ["begun\ntemperature is 0.35 at version 1\n", "resumed\ntemperature is 0.175 at version 2\n"]
+    assert outputs == ["begun\ntemperature is 0.35 at version 1\n", "resumed\ntemperature is 0.175 at version 2\n"]
 
 
 def test_the_library_program(tmp_path: Path) -> None:
     (program,) = [text for text in PROGRAMS if "library.db" in text]
-    said = run(program, tmp_path).splitlines()
-    assert said[0] == "invalid value for 'temperature': value 9.0 is above maximum 2"
-    assert said[-1] == "0.7"
-    assert [line.split()[:2] for line in said[1:3]] == [["1", "0.9"], ["0", "0.7"]]
+    lines = run(program, tmp_path).splitlines()
+    assert lines[0] == "invalid value for 'temperature': value 9.0 is above maximum 2"
+    assert lines[-1] == "0.7"
+    assert [line.split()[:2] for line in lines[1:3]] == [["1", "0.9"], ["0", "0.7"]]
 
 
 def test_the_program_with_a_tool(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_the_program_with_a_tool(tmp_path: Path) -> None:
     assert run(program, tmp_path).splitlines() == ["1", "ValueError: only 1 left", "1 2"]
 
 
-def test_an_editor_finds_nothing_to_complain_of(tmp_path: Path) -> None:
+def test_an_editor_has_no_complaints(tmp_path: Path) -> None:
     for number, program in enumerate(PROGRAMS):
         (tmp_path / f"program_{number}.py").write_text(program)
     # As mypy is out of the box: what a variable holds is known at run time only, which --strict has one spell out.
@@ -86,11 +86,10 @@ PIP = {
 
 
 class Reader:
-    """Somebody who types what the README says, in a clone, and sees what comes."""
+    """A reader who types the commands of the README in a clone of the project."""
 
     def __init__(self, folder: Path) -> None:
         self.clone = folder / "dspex-persist"
-        self._said = folder / "said"
         bin_ = folder / "bin"
         bin_.mkdir()
         for name in ("python3", "python3.11"):
@@ -125,22 +124,22 @@ class Reader:
         self.type("touch .venv/.installed")
 
     def type(self, command: str) -> str:
-        """Type a command, and wait until it has ended well; what it said. A server goes on in the background."""
+        """Type a command, wait until it succeeds, and return its output. A server continues in the background."""
         self._count += 1
-        said, ended = (self._folder / f"{self._count}.{what}" for what in ("said", "ended"))
+        output, ended = (self._folder / f"{self._count}.{suffix}" for suffix in ("output", "ended"))
         if re.match(r"dspex-persist serve\b", command):
-            self._server = said
-            self._send(f"{{ {command}\n}} >{said} 2>&1 &")
-            wait_until(lambda: "GRPC_READY:" in said.read_text() if said.exists() else False, command)
+            self._server = output
+            self._send(f"{{ {command}\n}} >{output} 2>&1 &")
+            wait_until(lambda: "GRPC_READY:" in output.read_text() if output.exists() else False, command)
             return ""
-        # Whole when it is there: it is renamed.
-        self._send(f"{{ {command}\n}} >{said} 2>&1 </dev/null; echo $? >{ended}.new; mv {ended}.new {ended}")
+        # Renamed into place, so that it is complete once it exists.
+        self._send(f"{{ {command}\n}} >{output} 2>&1 </dev/null; echo $? >{ended}.new; mv {ended}.new {ended}")
         wait_until(lambda: ended.exists() or self._shell.poll() is not None, command)
-        assert ended.read_text() == "0\n", f"{command}\n{said.read_text()}"
-        return said.read_text()
+        assert ended.read_text() == "0\n", f"{command}\n{output.read_text()}"
+        return output.read_text()
 
     def save(self, name: str, program: str) -> None:
-        """Save a program where the shell stands, with the port that its server really has."""
+        """Save a program in the shell's current folder, with the port of its server."""
         folder = Path(self.type("pwd").strip())
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(program.replace("50051", self._port()) if "50051" in program else program)
@@ -159,7 +158,7 @@ class Reader:
         """End the shell, and its server with it."""
         assert self._shell.stdin is not None
         self._shell.stdin.close()
-        # All of its group: what it started in the background may have a shell of its own in between.
+        # The whole group: a process in the background may have another shell as its parent.
         with suppress(ProcessLookupError):
             os.killpg(self._shell.pid, signal.SIGTERM)
         self._shell.wait(within(30))
@@ -174,7 +173,7 @@ class Reader:
 
 
 def _bring_up_to_date(clone: Path) -> None:
-    """What is not committed yet is to be tested, too."""
+    """Apply the changes that are not committed yet, so that they are tested, too."""
     diff = subprocess.run(["git", "diff", "--binary", "HEAD"], cwd=ROOT, capture_output=True, check=True).stdout
     if diff:
         subprocess.run(["git", "apply"], cwd=clone, input=diff, check=True)
@@ -189,13 +188,13 @@ def reader(tmp_path: Path) -> Iterator[Reader]:
     reading.close()
 
 
-def lasting(said: str) -> str:
-    """Words without what differs from run to run: times, durations, users, and where lines end for it."""
-    said = re.sub(r"[─│├└]+", " ", said)
-    said = re.sub(r"\d\d-\d\d\s+\d\d:\d\d:\d\d", "TIME", said)
-    said = re.sub(r"[\d.]+ m?s\b", "TOOK", said)
-    said = re.sub(r"user:[\w.-]+", "user:NAME", said)
-    return " ".join(said.split())
+def lasting(output: str) -> str:
+    """Return the words of an output without times, durations, users and line breaks, which differ between runs."""
+    output = re.sub(r"[─│├└]+", " ", output)
+    output = re.sub(r"\d\d-\d\d\s+\d\d:\d\d:\d\d", "TIME", output)
+    output = re.sub(r"[\d.]+ m?s\b", "TOOK", output)
+    output = re.sub(r"user:[\w.-]+", "user:NAME", output)
+    return " ".join(output.split())
 
 
 @pytest.mark.slow
@@ -206,10 +205,10 @@ def test_everything_can_be_typed_as_it_stands(reader: Reader) -> None:
         if step.saved_as:
             reader.save(step.saved_as, step.program)
         for command, answer in step.commands:
-            said = reader.type(command)
+            output = reader.type(command)
             typed += 1
             if answer is not None:
-                assert lasting(said) == lasting(answer), f"README.md:{step.line}: {command}\n{said}"
+                assert lasting(output) == lasting(answer), f"README.md:{step.line}: {command}\n{output}"
     assert typed > 20
 
 

@@ -125,7 +125,7 @@ def test_refused_calls_leave_nothing_behind(server: ServerProcess, stub: Any, na
 
 
 @pytest.mark.parametrize("name", ["write to an unknown one", "stream"])
-def test_a_server_that_keeps_what_it_has_refused_is_found(tmp_path: Path, name: str) -> None:
+def test_the_check_notices_a_server_that_keeps_refused_requests(tmp_path: Path, name: str) -> None:
     rpc, request = REFUSED[name]()
     argv = server_argv(tmp_path / "s.db", "keep-refused")
     with ServerProcess.start(argv, env=environment()) as server, grpc.insecure_channel(target_of(server)) as channel:
@@ -208,7 +208,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_what_is_too_much_is_refused_before_much_is_done(server: ServerProcess, stub: Any, name: str) -> None:
+def test_excessive_requests_are_refused_early(server: ServerProcess, stub: Any, name: str) -> None:
     rpc, request = HOSTILE[name]()
     assert stub is not None, "the session is there"
     with grpc.insecure_channel(target_of(server)) as channel:

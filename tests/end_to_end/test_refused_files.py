@@ -235,59 +235,59 @@ UNREADABLE: tuple[Reason, ...] = (
 
 
 LIKE_OTHERS = (of_another_program_and_closed, with_a_damaged_header_and_no_wal)
-"""For what only reads there is no difference between these and others."""
+"""Commands that only read cannot tell these files from others."""
 
 
 @pytest.mark.parametrize("reason", [*LOST, emptied, of_an_older_release_and_behind, *UNREADABLE])
-def test_what_would_write_leaves_everything_as_it_was(killed: Path, tmp_path: Path, run: Run, reason: Reason) -> None:
+def test_refused_writing_commands_change_no_file(killed: Path, tmp_path: Path, run: Run, reason: Reason) -> None:
     folder = shutil.copytree(killed, tmp_path / "copy")
     reason(folder)
     before = contents(folder)
     for words in WRITING:
-        code, said = run(folder, [*words, "--db", DATABASE])
-        assert code == UNUSABLE, (words, said)
-        assert said.startswith("error: "), (words, said)
-        assert contents(folder) == before, (words, said)
+        code, output = run(folder, [*words, "--db", DATABASE])
+        assert code == UNUSABLE, (words, output)
+        assert output.startswith("error: "), (words, output)
+        assert contents(folder) == before, (words, output)
 
 
 @pytest.mark.parametrize("reason", [reason for reason in UNREADABLE if reason not in LIKE_OTHERS])
-def test_what_only_reads_leaves_everything_as_it_was(killed: Path, tmp_path: Path, run: Run, reason: Reason) -> None:
+def test_refused_reading_commands_change_no_file(killed: Path, tmp_path: Path, run: Run, reason: Reason) -> None:
     folder = shutil.copytree(killed, tmp_path / "copy")
     reason(folder)
     before = contents(folder)
     for words in (*READING, ("audit", "web", "--port", "0")):
-        code, said = run(folder, [*words, "--db", DATABASE])
-        assert code == UNUSABLE, (words, said)
-        assert contents(folder) == before, (words, said)
+        code, output = run(folder, [*words, "--db", DATABASE])
+        assert code == UNUSABLE, (words, output)
+        assert contents(folder) == before, (words, output)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("reason", LOST)
-def test_reading_what_has_lost_commits_takes_nothing_away(
+def test_reading_a_file_that_lost_commits_changes_nothing(
     killed: Path, tmp_path: Path, run: Run, reason: Reason
 ) -> None:
-    """It is no refusal to read it; SQLite makes files to read it with, and nothing else changes."""
+    """Such a file can be read; SQLite adds the files that it reads with, and nothing else changes."""
     folder = shutil.copytree(killed, tmp_path / "copy")
     reason(folder)
     before = contents(folder, but="-shm")
     for words in (("db", "check"), ("db", "backup", "../out"), ("audit", "verify"), ("audit", "history", "s", "x")):
-        code, said = run(folder, [*words, "--db", DATABASE])
-        assert code == (FINE if words[1] == "history" else PROBLEMS), (words, said)
+        code, output = run(folder, [*words, "--db", DATABASE])
+        assert code == (FINE if words[1] == "history" else PROBLEMS), (words, output)
         after = contents(folder)
-        assert before.items() <= after.items(), (words, said)
-        assert after.keys() - before.keys() <= {"s.db-shm", "s.db-wal"}, (words, said)
+        assert before.items() <= after.items(), (words, output)
+        assert after.keys() - before.keys() <= {"s.db-shm", "s.db-wal"}, (words, output)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("reason", [*UNREADABLE, emptied])
-def test_a_file_that_is_no_backup_stays_as_it_was_and_so_does_the_database(
+def test_a_refused_backup_and_the_database_stay_as_they_were(
     killed: Path, tmp_path: Path, run: Run, reason: Reason
 ) -> None:
     wrong, folder = shutil.copytree(killed, tmp_path / "wrong"), shutil.copytree(killed, tmp_path / "copy")
     reason(wrong)
     before, before_wrong = contents(folder), contents(wrong)
-    code, said = run(folder, ["db", "restore", str(wrong / "s.db"), "--db", DATABASE])
-    assert code == UNUSABLE, said
+    code, output = run(folder, ["db", "restore", str(wrong / "s.db"), "--db", DATABASE])
+    assert code == UNUSABLE, output
     assert (contents(folder), contents(wrong)) == (before, before_wrong)
 
 
@@ -296,8 +296,8 @@ def test_nothing_is_restored_over_another_programs_file(killed: Path, tmp_path: 
         folder = shutil.copytree(killed, tmp_path / reason.__name__)
         reason(folder)
         before = contents(folder)
-        code, said = run(folder, ["db", "restore", "b.db", "--db", DATABASE])
-        assert (code, "another program's database" in said) == (UNUSABLE, True), said
+        code, output = run(folder, ["db", "restore", "b.db", "--db", DATABASE])
+        assert (code, "another program's database" in output) == (UNUSABLE, True), output
         assert contents(folder) == before
 
 
@@ -306,24 +306,24 @@ def test_a_backup_with_problems_changes_nothing(killed: Path, tmp_path: Path, ru
     with closing(sqlite3.connect(folder / "b.db", isolation_level=None)) as connection:
         connection.execute("DROP TRIGGER commits_no_update")
     before = contents(folder)
-    code, said = run(folder, ["db", "restore", "b.db", "--db", DATABASE])
-    assert code == PROBLEMS, said
+    code, output = run(folder, ["db", "restore", "b.db", "--db", DATABASE])
+    assert code == PROBLEMS, output
     assert contents(folder) == before
 
 
 @pytest.mark.parametrize("has_lock", [True, False])
-def test_a_file_that_somebody_owns_is_left_alone(killed: Path, tmp_path: Path, run: Run, has_lock: bool) -> None:
+def test_a_file_in_use_is_left_alone(killed: Path, tmp_path: Path, run: Run, has_lock: bool) -> None:
     folder = shutil.copytree(killed, tmp_path / "copy")
     with EmbeddedState(folder / DATABASE) as owner:
         owner.set_variable("s", "x", "newest")
         if not has_lock:
             (folder / "s.db.lock").unlink()
-        # What the owner has in memory changes whenever it looks at the file.
+        # The owner's shared memory changes whenever it reads the file.
         before = contents(folder, but="-shm")
         for words in (*WRITING, ("db", "restore", "b.db")):
-            code, said = run(folder, [*words, "--db", DATABASE])
-            assert code == IN_USE, (words, said)
-            assert contents(folder, but="-shm") == before, (words, said)
+            code, output = run(folder, [*words, "--db", DATABASE])
+            assert code == IN_USE, (words, output)
+            assert contents(folder, but="-shm") == before, (words, output)
         assert owner.get_value("s", "x") == "newest"
 
 
@@ -333,12 +333,12 @@ def test_the_name_of_a_file_next_to_a_database_is_refused(killed: Path, tmp_path
     before = contents(folder)
     commands = (*READING, *WRITING, ("audit", "web", "--port", "0"), ("db", "restore", "b.db"))
     for words in commands:
-        code, said = run(folder, [*words, "--db", f"{DATABASE}{suffix}"])
-        assert code == UNUSABLE, (words, said)
-        assert "its name is that of a file next to a database; did you mean s.db?" in said, (words, said)
-        assert contents(folder) == before, (words, said)
-    code, said = run(folder, ["db", "restore", f"b.db{suffix}"])
-    assert code == UNUSABLE, said
+        code, output = run(folder, [*words, "--db", f"{DATABASE}{suffix}"])
+        assert code == UNUSABLE, (words, output)
+        assert "its name is that of a file next to a database; did you mean s.db?" in output, (words, output)
+        assert contents(folder) == before, (words, output)
+    code, output = run(folder, ["db", "restore", f"b.db{suffix}"])
+    assert code == UNUSABLE, output
     assert contents(folder) == before
     assert not (tmp_path / "out").exists()
 
@@ -355,12 +355,12 @@ def test_without_a_database_only_names_of_sqlite_s_files_are_refused(
     assert (tmp_path / name).exists() is not is_refused
 
 
-def test_what_is_not_refused_is_there_afterwards(killed: Path, tmp_path: Path, run: Run) -> None:
-    """The folder that all of these begin with is sound, so it is what they change that is refused."""
+def test_all_commands_succeed_on_the_unchanged_folder(killed: Path, tmp_path: Path, run: Run) -> None:
+    """The folder of these tests is sound, so it is their changes that are refused."""
     for words in (*READING, *WRITING):
         if words[0] != "serve":
             folder = shutil.copytree(killed, tmp_path / "copy", dirs_exist_ok=True)
             wanted: Any = {"show": 1}.get(words[1], FINE)
-            code, said = run(folder, [*words, "--db", DATABASE])
-            assert code == wanted, (words, said)
+            code, output = run(folder, [*words, "--db", DATABASE])
+            assert code == wanted, (words, output)
             (tmp_path / "out").unlink(missing_ok=True)

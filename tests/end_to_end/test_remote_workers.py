@@ -179,7 +179,7 @@ def test_proxies_of_the_environment_stand_before_other_machines_only(
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
-def test_what_a_worker_writes_appears_all_at_once_and_is_seen_by_it_before(
+def test_writes_of_a_worker_appear_all_at_once_and_are_seen_by_it_before(
     client: OldClient, gate: Gate, journal: Journal, addresses: dict[str, str], kind: str
 ) -> None:
     register_tools(client, addresses[kind])
@@ -195,10 +195,10 @@ def test_what_a_worker_writes_appears_all_at_once_and_is_seen_by_it_before(
     assert [json.loads(entry.value.value) for entry in client.history()] == [5, 6, 5, 0]
     newest = [client.history(name)[0].metadata for name in ("a", "b", "c", "new")]
     assert {each["dspex.cause"] for each in newest} == {done.execution_id}
-    told = [next(updates).update_metadata for _ in range(7)]
-    assert {each["commit_sequence"] for each in told} == {str(done.sequence)}
-    assert [each["dspex.part"] for each in told] == [f"{number}/7" for number in range(1, 8)]
-    # Nobody holds b any more, and new depends on it.
+    metadata = [next(updates).update_metadata for _ in range(7)]
+    assert {each["commit_sequence"] for each in metadata} == {str(done.sequence)}
+    assert [each["dspex.part"] for each in metadata] == [f"{number}/7" for number in range(1, 8)]
+    # The optimization of b has ended, and new depends on b.
     client.set("b", 8)
     assert [next(updates).update_type for _ in range(2)] == ["value_change", "dependency_changed"]
     updates.cancel()
@@ -207,7 +207,7 @@ def test_what_a_worker_writes_appears_all_at_once_and_is_seen_by_it_before(
     assert entry.began["worker_id"] == WORKER_ID
 
 
-def test_what_a_worker_writes_is_gone_if_it_fails(client: OldClient, gate: Gate, journal: Journal) -> None:
+def test_writes_of_a_worker_are_discarded_if_it_fails(client: OldClient, gate: Gate, journal: Journal) -> None:
     gate.open()
     failed = client.execute("use_everything", gate=gate, fails=True)
     assert (failed.code, failed.error) == ("TOOL_FAILED", "ValueError: it went wrong")
@@ -218,7 +218,7 @@ def test_what_a_worker_writes_is_gone_if_it_fails(client: OldClient, gate: Gate,
     assert entry.ended["failure"]["message"] == "ValueError: it went wrong"
 
 
-def test_what_a_worker_has_read_must_still_hold(client: OldClient, gate: Gate) -> None:
+def test_values_that_a_worker_read_must_be_unchanged_at_its_end(client: OldClient, gate: Gate) -> None:
     call = client.begin("increase_at_gate", gate=gate)
     gate.wait()
     client.set("a", 9)
@@ -277,7 +277,7 @@ def test_tools_that_a_worker_calls_are_part_of_its_transaction(client: OldClient
     assert entries["helper"].row["parent_id"] == entries["increase"].row["parent_id"] == done.execution_id
 
 
-def test_what_a_worker_has_called_is_gone_if_it_fails(client: OldClient, journal: Journal) -> None:
+def test_calls_of_a_worker_are_discarded_if_it_fails(client: OldClient, journal: Journal) -> None:
     failed = client.execute("call_helper", amount=1, fails=True)
     assert failed.error == "ValueError: it went wrong"
     assert client.values() == UNTOUCHED

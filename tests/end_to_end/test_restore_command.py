@@ -60,11 +60,11 @@ def value_in(path: Path) -> str:
 def test_a_backup_is_put_in_place_and_the_old_file_kept(place: Path) -> None:
     result = run("restore", "b.db", cwd=place)
     assert (result.returncode, result.stderr) == (FINE, "")
-    told = re.search(r"previous database: (\S+)", result.stdout)
-    assert told is not None, result.stdout
+    previous = re.search(r"previous database: (\S+)", result.stdout)
+    assert previous is not None, result.stdout
     assert run("check", cwd=place).returncode == FINE
     assert value_in(place / "sessions.db") == "1"
-    assert value_in(place / told[1]) == "29"
+    assert value_in(place / previous[1]) == "29"
 
 
 def test_json(place: Path) -> None:
@@ -147,10 +147,10 @@ def test_no_output_is_a_file_of_the_database(
     monkeypatch.setattr(sys, "argv", ["dspex-persist", *words, "--db", str(path)])
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    said = capsys.readouterr().err
-    assert "give another name" in said
+    errors = capsys.readouterr().err
+    assert "give another name" in errors
     assert ended.value.code in (FAILED, USAGE)
-    assert "Traceback" not in said
+    assert "Traceback" not in errors
     assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == before
 
 

@@ -245,7 +245,7 @@ def test_bad_settings_are_one_sentence(
     assert not (tmp_path / "sessions.db").exists()
 
 
-def test_what_is_no_database_of_ours_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "sessions.db").write_bytes(b"these are not the bytes of a database" * 100)
     refused = run("serve", "--listen", "127.0.0.1:0", cwd=tmp_path)
     assert refused.returncode == 5
@@ -455,7 +455,7 @@ def test_connect_refuses_other_addresses(url: str) -> None:
         ("unix:/run/dspex.sock", "grpc+unix:/run/dspex.sock"),
     ],
 )
-def test_connect_makes_no_file_of_what_means_a_server(
+def test_connect_creates_no_file_for_the_address_of_a_server(
     url: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

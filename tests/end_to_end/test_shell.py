@@ -78,22 +78,22 @@ class Shell:
     words: Sequence[bytes] = ()
     db: str | None = None
     codes: frozenset[int] = field(default_factory=frozenset)
-    """How every command must end; empty: each in its own way."""
+    """The exit codes that every command may have; empty: any documented one."""
 
 
 SHELLS = {
     "as usual": Shell(),
-    "no UTF-8": Shell(encoding="ascii"),
-    "a word that is no UTF-8": Shell(words=[b"\xff"], codes=frozenset({2})),
-    "an option that is no UTF-8": Shell(words=[b"--db", b"\xff.db"], codes=frozenset({2})),
+    "not UTF-8": Shell(encoding="ascii"),
+    "a word that is not UTF-8": Shell(words=[b"\xff"], codes=frozenset({2})),
+    "an option that is not UTF-8": Shell(words=[b"--db", b"\xff.db"], codes=frozenset({2})),
     "a NUL device as file": Shell(db="/dev/null"),
     "a folder as file": Shell(db="."),
     ":memory: as file": Shell(db=":memory:"),
     "no room for stdout": Shell(stdout="/dev/full"),
     "no room for stderr": Shell(stderr="/dev/full"),
     "no room for both": Shell(stdout="/dev/full", stderr="/dev/full"),
-    "nobody reads stdout": Shell(stdout="pipe"),
-    "nobody reads either": Shell(stdout="pipe", stderr="pipe"),
+    "stdout without a reader": Shell(stdout="pipe"),
+    "both without a reader": Shell(stdout="pipe", stderr="pipe"),
     "stdin closed": Shell(stdin=None),
     "stdout closed": Shell(stdout=None),
     "stderr closed": Shell(stderr=None),
@@ -130,7 +130,7 @@ def test_no_traceback_and_a_code_that_is_documented(command: str, shell: str, pl
     if how.codes and COMMANDS[command] != ["--help"]:
         assert code in how.codes, err
     if code not in (0, 141) and how.stderr == "err":
-        assert err.strip(), "nothing was said"
+        assert err.strip(), "stderr is empty"
 
 
 def run_forked(words: Sequence[str], how: Shell, folder: Path) -> tuple[int, str, str]:
@@ -144,8 +144,9 @@ def run_forked(words: Sequence[str], how: Shell, folder: Path) -> tuple[int, str
         finally:
             os._exit(99)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    told = [(folder / name).read_text(errors="replace") if (folder / name).exists() else "" for name in ("out", "err")]
-    return code, told[0], told[1]
+    files = [folder / name for name in ("out", "err")]
+    out, err = (file.read_text(errors="replace") if file.exists() else "" for file in files)
+    return code, out, err
 
 
 def _become(argv: Sequence[bytes], how: Shell, folder: Path) -> int:
@@ -272,7 +273,7 @@ def test_a_server_continues_when_its_output_is_no_longer_read(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help_says_no_more_than_it_has_to(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_has_no_noise(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     code, help_text, err = run_forked([*command.split(), "--help"], Shell(), tmp_path)
     assert (code, err) == (0, "")

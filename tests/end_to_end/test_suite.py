@@ -62,7 +62,7 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_on(folder: Path, *options: str) -> str:
-    """What pytest says, with this project's own configuration, of the tests in a folder."""
+    """Run pytest on the tests in a folder, with this project's configuration; return its output."""
     argv = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), f"--rootdir={folder}", str(folder)]
     quiet = ["-q", "-p", "no:cacheprovider", "-o", "pythonpath=", *options]
     environment = {name: text for name, text in os.environ.items() if not name.startswith(("PYTEST", "COV"))}
@@ -75,20 +75,20 @@ def pytest_on(folder: Path, *options: str) -> str:
 def test_a_test_that_hangs_or_dies_ends_alone(tmp_path: Path) -> None:
     (tmp_path / "test_hanging.py").write_text(HANGING)
     limits = ("-o", "timeout=3", "-o", "faulthandler_timeout=8")
-    said = pytest_on(tmp_path, "-n", "2", "--dist", "worksteal", *limits)
-    assert "INTERNALERROR" not in said, said
-    assert "4 failed, 20 passed" in said, said
-    assert "Failed: Timeout (>3.0s) from pytest-timeout" in said
-    # Hypothesis takes a timeout for a failure, and looks whether it happens again.
+    output = pytest_on(tmp_path, "-n", "2", "--dist", "worksteal", *limits)
+    assert "INTERNALERROR" not in output, output
+    assert "4 failed, 20 passed" in output, output
+    assert "Failed: Timeout (>3.0s) from pytest-timeout" in output
+    # Hypothesis takes a timeout for a failure, and tries to reproduce it.
     for name in ("test_dies", "test_hangs_before_it_begins", "test_hangs_in_hypothesis"):
-        assert f"crashed while running 'test_hanging.py::{name}'" in said, said
+        assert f"crashed while running 'test_hanging.py::{name}'" in output, output
 
 
-def test_a_timeout_does_not_reach_what_plugins_do_after_a_test(tmp_path: Path) -> None:
+def test_a_timeout_does_not_cover_the_work_of_plugins_after_a_test(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(REPORTING.format(beyond=1.5))
     (tmp_path / "test_report.py").write_text("def test_slow_report():\n    pass\n")
-    said = pytest_on(tmp_path, "-o", "timeout=1")
-    assert "1 passed" in said, said
+    output = pytest_on(tmp_path, "-o", "timeout=1")
+    assert "1 passed" in output, output
 
 
 def test_deadlines_grow_with_the_load(monkeypatch: pytest.MonkeyPatch) -> None:

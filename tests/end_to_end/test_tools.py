@@ -82,8 +82,8 @@ def test_schemas_are_in_available_tools(client: OldClient) -> None:
     ]
     assert json.loads(spec.parameters[1].default_value.value) == 3
     assert json.loads(spec.parameters[2].validation_json) == {"choices": ["c", "f"]}
-    said = {"team": "red", "dspex.isolation": "snapshot", "dspex.retries": "2", "dspex.timeout_s": "20"}
-    assert dict(spec.metadata) == {**said, "dspex.where": "server"}
+    declared = {"team": "red", "dspex.isolation": "snapshot", "dspex.retries": "2", "dspex.timeout_s": "20"}
+    assert dict(spec.metadata) == {**declared, "dspex.where": "server"}
     assert list(available["demanding"].required_variables) == ["a", "missing_one", "missing_two"]
     streaming = {name for name, each in available.items() if each.supports_streaming}
     assert streaming == {"count", "count_later", "receipts", "stream_at_gate", "flood", "stumble"}
@@ -117,8 +117,8 @@ def test_an_unknown_tool_and_an_unknown_session(client: OldClient) -> None:
     assert "unknown tool" in unknown.error
     assert "add" in unknown.error
     assert refused(lambda: next(client.stream("ad"))).code() == grpc.StatusCode.NOT_FOUND
-    client.session = "nobody"
-    exposed = pb.ExecuteElixirToolRequest(session_id="nobody", tool_name="helper", parameters={"amount": packed(1)})
+    client.session = "missing"
+    exposed = pb.ExecuteElixirToolRequest(session_id="missing", tool_name="helper", parameters={"amount": packed(1)})
     for call in (
         lambda: client.execute("echo", value=1),
         lambda: next(client.stream("count", to=1)),
@@ -126,7 +126,7 @@ def test_an_unknown_tool_and_an_unknown_session(client: OldClient) -> None:
     ):
         error = refused(call)
         assert error.code() == grpc.StatusCode.NOT_FOUND
-        assert "session not found: 'nobody'" in error.details().lower()
+        assert "session not found: 'missing'" in error.details().lower()
 
 
 # --- Parameters and results ---
@@ -208,7 +208,7 @@ def test_methods_share_their_instance(client: OldClient) -> None:
     assert len(client.execute("receipts").result) == before + 1
 
 
-def test_every_answer_carries_what_it_was(client: OldClient, journal: Journal) -> None:
+def test_every_answer_describes_its_execution(client: OldClient, journal: Journal) -> None:
     done = client.execute("add", name="a")
     assert done.execution_id.startswith("exec_")
     assert (done.attempts, done.code) == (1, "")
@@ -238,13 +238,13 @@ def test_writes_appear_all_at_once_and_are_seen_by_the_tool_before(client: OldCl
     gate.open()
     assert Outcome(call.result()).result == [8, 8, 1]
     assert client.values() == {"a": 8, "b": 8, "c": 8}
-    told = [next(updates) for _ in range(3)]
+    received = [next(updates) for _ in range(3)]
     updates.cancel()
-    assert {update.variable.name for update in told} == {"a", "b", "c"}
-    assert {update.update_metadata["commit_sequence"] for update in told} == {
+    assert {update.variable.name for update in received} == {"a", "b", "c"}
+    assert {update.update_metadata["commit_sequence"] for update in received} == {
         Outcome(call.result()).message.metadata["commit_sequence"]
     }
-    assert [update.update_metadata["dspex.part"] for update in told] == ["1/3", "2/3", "3/3"]
+    assert [update.update_metadata["dspex.part"] for update in received] == ["1/3", "2/3", "3/3"]
 
 
 def test_every_way_of_working_with_variables(client: OldClient) -> None:
@@ -279,7 +279,7 @@ def test_reads_come_from_the_snapshot_and_a_read_that_changed_is_a_conflict(
     assert (conflict["name"], conflict["expected"], conflict["actual"]) == ("a", 0, 1)
 
 
-def test_retries_run_again_on_what_is_there_then(client: OldClient, gate: Gate, journal: Journal) -> None:
+def test_retries_run_again_on_the_current_values(client: OldClient, gate: Gate, journal: Journal) -> None:
     call = client.begin("add_with_retries", gate=gate)
     gate.wait()
     client.set("a", 5)
@@ -303,7 +303,7 @@ def test_a_total_of_many_is_exact_and_sessions_are_apart(server: ServerProcess, 
         attempts = list(threads.map(work, range(mine)))
     assert client.get() == other.get() == mine
     assert len(attempts) == mine
-    # One client in each of two sessions, at the same time: nobody is in anybody's way.
+    # One client in each of two sessions, at the same time: there are no conflicts.
     with ThreadPoolExecutor(2) as threads:
         apart = threads.map(lambda one: [one.execute("add", name="b").code for _ in range(10)], sessions)
     assert [code for codes in apart for code in codes] == [""] * 20
@@ -351,7 +351,7 @@ def test_a_tool_can_ask_the_server_that_runs_it(tmp_path: Path, first: str, more
         client.close()
 
 
-def test_the_log_says_what_kind_of_error_it_was_and_no_more(tmp_path: Path) -> None:
+def test_the_log_has_the_kind_of_an_error_and_not_its_message(tmp_path: Path) -> None:
     with serve(tmp_path / "logged.db", "--tools", "tests.end_to_end.served_tools", "--log-level", "info") as process:
         client = OldClient(target_of(process), "logged")
         assert client.execute("fail").code == "TOOL_FAILED"
@@ -371,7 +371,7 @@ def test_the_log_says_what_kind_of_error_it_was_and_no_more(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("tool", "words"), [("leave", "end the process"), ("no_json", "object")])
-def test_what_else_a_tool_can_do_wrong(client: OldClient, journal: Journal, tool: str, words: str) -> None:
+def test_other_faults_of_a_tool(client: OldClient, journal: Journal, tool: str, words: str) -> None:
     failed = client.execute(tool)
     assert failed.code == "TOOL_FAILED"
     assert words in failed.error
@@ -387,7 +387,7 @@ def test_a_timeout_of_the_tool(client: OldClient, gate: Gate, journal: Journal, 
     assert failed.code == "TIMED_OUT"
     assert "0.2 s" in failed.error
     assert journal.of_id(failed.execution_id).status == "timed_out"
-    # A thread cannot be stopped, but it is told; a coroutine is cancelled.
+    # A thread cannot be stopped, but its context reports the cancellation; a coroutine is cancelled.
     gate.wait("cancelled")
     assert client.values() == UNTOUCHED
 
@@ -461,7 +461,7 @@ def test_sigterm_lets_a_tool_finish(tmp_path: Path, gate: Gate) -> None:
 
 
 @pytest.mark.parametrize("where", ["thread", "pool", "process pool"])
-def test_what_a_tool_has_left_running_holds_no_server_up(tmp_path: Path, gate: Gate, where: str) -> None:
+def test_work_that_a_tool_left_running_does_not_delay_the_server(tmp_path: Path, gate: Gate, where: str) -> None:
     """The interpreter itself would wait for it."""
     with serve(tmp_path / "sessions.db", *TOOLS) as server:
         client = OldClient(target_of(server), "s")
@@ -580,7 +580,9 @@ def test_a_key_of_a_running_tool_joins_it(client: OldClient, gate: Gate, journal
     assert len(journal.of_session(client.session)) == 2
 
 
-def test_who_joined_runs_it_when_the_first_goes_away(client: OldClient, gate: Gate, journal: Journal) -> None:
+def test_a_caller_that_joined_runs_the_tool_when_the_first_leaves(
+    client: OldClient, gate: Gate, journal: Journal
+) -> None:
     first = client.begin("hold", _key="k", gate=gate)
     gate.wait()
     second = client.begin("hold", _key="k", gate=gate)
@@ -733,7 +735,7 @@ def test_a_called_tool_that_fails_fails_its_caller(client: OldClient, journal: J
     assert {name: entry.status for name, entry in entries.items()} == {"parent": "failed", "child": "failed"}
 
 
-def test_a_caller_that_fails_takes_what_it_called_with_it(client: OldClient, journal: Journal) -> None:
+def test_a_caller_that_fails_discards_the_writes_of_its_calls(client: OldClient, journal: Journal) -> None:
     failed = client.execute("parent", child_fails=False, caught=False, fails=True)
     assert failed.error == "RuntimeError: the parent failed"
     assert client.values() == UNTOUCHED
@@ -747,26 +749,26 @@ def test_context_variables_are_kept(client: OldClient) -> None:
     assert client.execute("tell_mood").result == ["none"]
 
 
-# --- What is recorded, what is seen at once ---
+# --- Recorded inputs and published values ---
 
 
 def test_time_chance_and_logs_are_in_the_journal(client: OldClient, journal: Journal) -> None:
     first, second = (Outcome(client.stub.ExecuteTool(client.request("recorder", {}, origin="test"))) for _ in range(2))
-    said, other = first.result, second.result
-    assert said["ids"] == [client.session, first.execution_id]
-    assert said["metadata"]["origin"] == "test"
+    recorded, other = first.result, second.result
+    assert recorded["ids"] == [client.session, first.execution_id]
+    assert recorded["metadata"]["origin"] == "test"
     entry = journal.of_id(first.execution_id)
     assert entry.began["seed"]
     assert entry.began["metadata"] == {"origin": "test"}
-    assert [moment / 1e6 for moment in entry.ended["recorded"]["now"]] == pytest.approx(said["now"])
+    assert [moment / 1e6 for moment in entry.ended["recorded"]["now"]] == pytest.approx(recorded["now"])
     assert [(line["message"], line["fields"]) for line in entry.ended["log"]] == [
         ("first line", {"step": 1}),
         ("second line", {}),
     ]
-    assert not set(said["random"] + said["uuid"]) & set(other["random"] + other["uuid"])
+    assert not set(recorded["random"] + recorded["uuid"]) & set(other["random"] + other["uuid"])
 
 
-def test_what_is_published_is_seen_at_once_and_stays(client: OldClient, gate: Gate, journal: Journal) -> None:
+def test_published_values_are_seen_at_once_and_stay(client: OldClient, gate: Gate, journal: Journal) -> None:
     updates = client.watch()
     call = client.begin("progress", gate=gate)
     seen = next(updates)
@@ -849,9 +851,9 @@ def test_tools_list_says_what_is_wrong_in_a_sentence(
 
 
 def test_tools_list_of_a_session_that_is_not_there(server: ServerProcess, tmp_path: Path) -> None:
-    failed = tools_list("--target", target_of(server), "--session", "nobody", cwd=tmp_path)
+    failed = tools_list("--target", target_of(server), "--session", "missing", cwd=tmp_path)
     assert (failed.returncode, failed.stdout) == (1, "")
-    assert failed.stderr == "error: session not found: 'nobody'; it never began, or has ended: begin it first\n"
+    assert failed.stderr == "error: session not found: 'missing'; it never began, or has ended: begin it first\n"
 
 
 def test_tools_that_cannot_be_imported_stop_the_start(tmp_path: Path) -> None:

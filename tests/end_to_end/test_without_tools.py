@@ -1,4 +1,4 @@
-"""A server without tools, and a state that is closed under whoever listens to it."""
+"""A server without tools, and a state that is closed while a thread watches it."""
 
 import subprocess
 import sys
@@ -41,20 +41,20 @@ def test_closing_under_a_watch_is_the_same_error_everywhere(server: ServedDataba
     state = connect(server.url if url == "server" else tmp_path / "s.db")
     state.initialize_session("watched")
     watch = state.watch("watched")
-    told: list[BaseException] = []
+    errors: list[BaseException] = []
 
     def listen() -> None:
         try:
             for _ in watch:
                 pass
         except BaseException as error:  # noqa: BLE001 -- the thread's end
-            told.append(error)
+            errors.append(error)
 
     listening = threading.Thread(target=listen)
     listening.start()
     state.close()
     listening.join(DEADLINE_S)
-    assert [type(error) for error in told] == [EngineClosedError]
+    assert [type(error) for error in errors] == [EngineClosedError]
     with pytest.raises(EngineClosedError):
         watch.pull()
     watch.close()

@@ -184,8 +184,8 @@ class Worker(bridge.BridgeServiceServicer):
     def ExecuteTool(self, request: Any, context: Any) -> Any:
         try:
             result = self._start(request, context)
-        except Exception as error:  # noqa: BLE001 -- the tool's, and told to whoever called it
-            return pb.ExecuteToolResponse(success=False, error_message=_told(error))
+        except Exception as error:  # noqa: BLE001 -- the tool's; the caller gets it
+            return pb.ExecuteToolResponse(success=False, error_message=_message_of(error))
         return pb.ExecuteToolResponse(success=True, result=packed(result))
 
     def ExecuteStreamingTool(self, request: Any, context: Any) -> Iterator[Any]:
@@ -193,7 +193,7 @@ class Worker(bridge.BridgeServiceServicer):
             for chunk in self._start(request, context):
                 yield pb.ToolChunk(data=json.dumps(chunk).encode())
         except Exception as error:  # noqa: BLE001 -- the same
-            context.abort(grpc.StatusCode.ABORTED, _told(error))
+            context.abort(grpc.StatusCode.ABORTED, _message_of(error))
         yield pb.ToolChunk(is_final=True)
 
     def _start(self, request: Any, context: Any) -> Any:
@@ -203,7 +203,7 @@ class Worker(bridge.BridgeServiceServicer):
         return TOOLS[request.tool_name](inside, **arguments)
 
 
-def _told(error: Exception) -> str:
+def _message_of(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
