@@ -1,4 +1,4 @@
-"""A history with everything that audits are asked about, made through a provider with tools."""
+"""A history with everything that audits report, made through a provider with tools."""
 
 import threading
 from collections.abc import Iterator
@@ -34,23 +34,23 @@ def fail(ctx: ToolContext) -> None:
 def parent(ctx: ToolContext) -> list[int]:
     """Two children, one of which fails."""
     ctx["last"] = ctx["temperature"] * 10
-    found = [ctx.call("count", by=5)]
+    results = [ctx.call("count", by=5)]
     try:
         ctx.call("fail")
     except ValueError:
-        found.append(0)
-    return found
+        results.append(0)
+    return results
 
 
-@tool(description="Stand on what others change.", retries=1)
+@tool(description="Depend on a value that others change.", retries=1)
 def collide(ctx: ToolContext) -> int:
     """Its first attempt always conflicts with another caller's write."""
-    found = int(ctx["shared"])
+    before = int(ctx["shared"])
     if ctx.attempt == 1:
         MEET.set()
         MET.wait(within(10))
-    ctx["shared"] = found + 1
-    return found
+    ctx["shared"] = before + 1
+    return before
 
 
 @tool(description="Yield.")

@@ -1,10 +1,10 @@
-"""A helper of a check that quits with a part in its hands."""
+"""A helper of a check that quits with the part that it was given."""
 
 from dspex_persist.infra.helpers import reply, requests
 
 
 def main() -> None:
-    asked = requests()
-    next(asked)
+    incoming = requests()
+    next(incoming)
     reply("ready")
-    next(asked)
+    next(incoming)

@@ -69,7 +69,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
     """Return all versions with all their facts, in the order of commits."""
     with closing(sqlite3.connect(path)) as connection:
         connection.row_factory = sqlite3.Row
-        found = connection.execute(
+        versions = connection.execute(
             """
             SELECT s.session_id, x.name, x.variable_id, x.type, v.*, c.actor, c.cause, c.created_at, b.content,
                 x.metadata AS merged
@@ -84,7 +84,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
             for sequence, body in ((row["sequence"], json.loads(row["body"])) for row in ends)
             for written in body.get("writes", ())
         }
-    entries = [dict(row) for row in found]
+    entries = [dict(row) for row in versions]
     for row in entries:
         row["text"] = row["content"].decode() if row["content"] is not None else row["value"]
         maker = executions.get(makers.get((row["sequence"], row["name"], row["version"]), row["cause"]))
@@ -182,8 +182,8 @@ def test_history_equals_a_plain_reading_of_the_log(
         ]
         if not expected and _is_never_had(audit, query):
             continue
-        found = keys_of(audit.iterate(query))
-        assert found == expected[::-1], query
+        actual = keys_of(audit.iterate(query))
+        assert actual == expected[::-1], query
         assert keys_of(audit.iterate(replace(query, newest_first=False))) == expected, query
         assert keys_of(audit.iterate(replace(query, limit=2))) == expected[::-1][:2], query
         answered += bool(expected)
@@ -236,8 +236,8 @@ def test_sensitive_values_are_masked_unless_revealed(path: Path, audit: AuditSou
     assert not list(audit.iterate(HistoryQuery(where=(parse_predicate(f"contains {SECRET[:4]}"),))))
     with open_audit(path, reveal=True) as open_book:
         assert SECRET in everything(open_book)
-        found = keys_of(open_book.iterate(HistoryQuery(where=(parse_predicate(f"contains {SECRET[:4]}"),))))
-        assert [name for _, name, _ in found] == ["secret", "secret"]
+        keys = keys_of(open_book.iterate(HistoryQuery(where=(parse_predicate(f"contains {SECRET[:4]}"),))))
+        assert [name for _, name, _ in keys] == ["secret", "secret"]
 
 
 # Executions
@@ -269,7 +269,7 @@ def test_executions_are_those_of_the_journal(audit: AuditSource) -> None:
         (ExecutionQuery(metadata={"user": "ann"}), ["count"]),
         (ExecutionQuery(metadata={"user": "ann", "trace": "t2"}), []),
         (ExecutionQuery(idempotency_key="k1"), ["count"]),
-        (ExecutionQuery(actor="nobody"), []),
+        (ExecutionQuery(actor="unknown"), []),
         (ExecutionQuery(session="m*", limit=2), ["collide", "collide"]),
     ],
 )
@@ -330,9 +330,9 @@ def test_attempts_lead_to_each_other(audit: AuditSource) -> None:
 def test_commits_are_those_of_the_log(audit: AuditSource, path: Path, rows: list[dict[str, Any]]) -> None:
     with closing(sqlite3.connect(path)) as connection:
         expected = connection.execute("SELECT sequence, actor, cause, lower(hex(hash)) FROM commits").fetchall()
-    found = list(audit.iterate(CommitQuery(newest_first=False)))
-    assert [(each.sequence, each.actor, each.cause, each.hash) for each in found] == expected
-    for commit in found:
+    commits = list(audit.iterate(CommitQuery(newest_first=False)))
+    assert [(each.sequence, each.actor, each.cause, each.hash) for each in commits] == expected
+    for commit in commits:
         written = {(row["name"], row["version"]) for row in rows if row["sequence"] == commit.sequence}
         assert set(commit.versions) == written
     by_cause = audit.iterate(CommitQuery(session="main", cause="RollbackVariable"))
@@ -364,11 +364,11 @@ def test_the_state_as_of_each_commit_follows_from_the_log(audit: AuditSource, ro
                 del expected[row["name"]]
             else:
                 expected[row["name"]] = (row["version"], None if row["sensitive"] else row["text"])
-        found = {
+        actual = {
             each.name: (each.version, None if each.value is None else each.value.json)
             for each in audit.state("main", str(sequence))
         }
-        assert found == expected, sequence
+        assert actual == expected, sequence
 
 
 def test_points_are_commits_executions_times_and_ages(audit: AuditSource) -> None:
@@ -475,8 +475,8 @@ def test_queries_accept_python_values(audit: AuditSource) -> None:
     where = (parse_predicate("> 0.4"),)
     expected = keys_of(audit.iterate(HistoryQuery(variable="temperature", where=where)))
     assert expected
-    for given in (("> 0.4",), "> 0.4", ["> 0.4"], where[0]):
-        assert keys_of(audit.iterate(HistoryQuery(variable="temperature", where=given))) == expected
+    for condition in (("> 0.4",), "> 0.4", ["> 0.4"], where[0]):
+        assert keys_of(audit.iterate(HistoryQuery(variable="temperature", where=condition))) == expected
     rolled_back = keys_of(audit.iterate(HistoryQuery(kind="rolled_back", source="python")))
     assert rolled_back == keys_of(audit.iterate(HistoryQuery(kind=ChangeKind.ROLLED_BACK, source=Source.PYTHON)))
     commit = next(audit.iterate(CommitQuery(session="main", until="20")))
@@ -652,13 +652,13 @@ def test_a_page_ends_when_it_is_large(tmp_path: Path, query: dict[str, Any], new
             state.set_variable("s", "x", f"again {number}{'z' * size}", metadata={"k": "v"})
             state.delete_variable("s", "x")
         audit, question = state.audit(), HistoryQuery(newest_first=newest_first, **query)
-        found, after, pages = [], None, 0
+        collected, after, pages = [], None, 0
         while pages == 0 or after is not None:
             page = audit.page(question, after, 500)
             assert sum(row.value.size_bytes for row in page.rows if row.value) < 2 * stored_rows.PAGE_BYTES
-            found += page.rows
+            collected += page.rows
             after, pages = page.after, pages + 1
-        values = [row.value.json[1:9] for row in found if row.value]
+        values = [row.value.json[1:9] for row in collected if row.value]
         expected = [text for number in range(12) for text in (f"{number}{'y' * 9}"[:8], f"again {number}zzz"[:8])]
         assert values == (expected[::-1] if newest_first else expected)
         assert pages > 3

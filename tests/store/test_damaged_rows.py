@@ -54,7 +54,7 @@ DAMAGE: dict[type, list[Any]] = {
 }
 DOCUMENTS: Final = {"body", "constraints", "metadata", "optimization", "result", "spec", "value"}
 """The columns of JSON."""
-# Any text is a key; an answer may have been given, and a session may expire, right before 1970.
+# Any text is a valid key, and outcomes and the ends of sessions may be dated right before 1970.
 LEGAL: Final = {
     *(("outcomes", "idempotency_key", damage) for damage in DAMAGE[str]),
     ("outcomes", "created_at", -1),
@@ -267,9 +267,9 @@ class TestAnAnswer:
             state.set_variable("main", "temperature", 1.0, idempotency_key="twice")
 
     def test_of_a_session_that_never_was(self, path: Path) -> None:
-        assert alter(path, "UPDATE outcomes SET session_id = ?", "nobody")
+        assert alter(path, "UPDATE outcomes SET session_id = ?", "missing")
         (problem,) = problems_of(path)
-        assert problem == "session 'nobody', outcome under idempotency key 'once': no session has this id"
+        assert problem == "session 'missing', outcome under idempotency key 'once': no session has this id"
 
     def test_of_no_command_without_a_hash_at_no_time(self, path: Path) -> None:
         assert alter(path, "UPDATE outcomes SET cause = 'GetVariable', fingerprint = 'x', created_at = ?", LARGE)

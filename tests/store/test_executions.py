@@ -343,9 +343,9 @@ def test_running_executions_are_there_when_the_session_is_read_from_the_file(tmp
     assert stored.store.find_loaded("s") is None
     assert stored.running() == [begun.execution_id]
     begin_session(stored, "u")
-    found = stored.begin("key")
-    assert found.running is not None
-    assert (found.running.id, found.running.began_sequence) == (begun.execution_id, begun.sequence)
+    repeated = stored.begin("key")
+    assert repeated.running is not None
+    assert (repeated.running.id, repeated.running.began_sequence) == (begun.execution_id, begun.sequence)
     begin_session(stored, "v")
     assert stored.end(begun).status is COMMITTED
     stored.close_sound()
@@ -582,10 +582,10 @@ def test_a_check_reports_changes_of_the_journal(stored: Stored, kind: str) -> No
 
 def history_of(execution: Execution, name: str) -> list[tuple[int, str | None]] | None:
     try:
-        found = execution.run(c.GetVariableHistory("s", name), ANN)
+        history = execution.run(c.GetVariableHistory("s", name), ANN)
     except errors.VariableNotFoundError:
         return None
-    return [(each.version, each.value.json if each.value is not None else None) for each in found]
+    return [(each.version, each.value.json if each.value is not None else None) for each in history]
 
 
 def make_and_delete(name: str, value: str) -> list[c.Command[Any]]:

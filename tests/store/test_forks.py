@@ -58,9 +58,9 @@ CALLS: dict[str, Callable[[EmbeddedState], object]] = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_every_call_is_refused(state: EmbeddedState, path: Path, call: str) -> None:
-    said = in_child(lambda: CALLS[call](state))
-    assert said.startswith(f"ForkedProcessError: {path} belongs to the process that this one was forked from")
-    assert "spawn" in said
+    message = in_child(lambda: CALLS[call](state))
+    assert message.startswith(f"ForkedProcessError: {path} belongs to the process that this one was forked from")
+    assert "spawn" in message
     CALLS[call](state)
 
 
@@ -245,8 +245,8 @@ def test_every_way_of_forking_is_refused(state: EmbeddedState, path: Path, way: 
     context = multiprocessing.get_context("fork")
     if way == "multiprocessing":
         with context.Pool(1) as pool:
-            said = pool.apply_async(refusal).get(DEADLINE_S)
-            assert "belongs to the process" in said
+            message = pool.apply_async(refusal).get(DEADLINE_S)
+            assert "belongs to the process" in message
             pool.close()
             pool.join()
     elif way == "concurrent.futures":

@@ -119,10 +119,10 @@ class TestASecondOwner:
 
     @pytest.mark.parametrize("name", NAMES)
     def test_is_refused_in_another(self, state: EmbeddedState, path: Path, name: Callable[[Path], Path]) -> None:
-        said = in_child(_OPEN, name(path))
-        assert said.startswith("'DatabaseInUseError'")
-        assert "dspex_persist.serve" in said
-        assert "grpc://" in said
+        error = in_child(_OPEN, name(path))
+        assert error.startswith("'DatabaseInUseError'")
+        assert "dspex_persist.serve" in error
+        assert "grpc://" in error
         assert state.set_variable("s", "x", 1) == 1
 
     @pytest.mark.parametrize("name", NAMES)

@@ -122,7 +122,7 @@ def test_unconfirmed_it_only_counts(provider: EmbeddedState, path: Path) -> None
     assert (rows_of(path, "SELECT * FROM commits"), numbers(provider)) == (before, list(range(11)))
 
 
-def test_what_is_young_stays(path: Path) -> None:
+def test_young_versions_stay(path: Path) -> None:
     with freeze_time(START) as clock, EmbeddedState(path) as provider:
         begin(provider, "s")
         for _ in range(10):
@@ -178,7 +178,7 @@ def test_pinned_versions_stay_with_all_that_their_metadata_adds_up_to(provider: 
     readers.dispose()
 
 
-def test_what_running_tools_may_need_stays(provider: EmbeddedState) -> None:
+def test_versions_that_running_tools_may_read_stay(provider: EmbeddedState) -> None:
     write(provider, 5)
     begun = provider.submit(c.BeginExecution("s", "count")).result()
     write(provider, 5)
@@ -389,7 +389,7 @@ def test_a_clock_that_was_wrong_for_a_while_costs_nothing_young(path: Path, how:
         assert len(numbers(state, "s")) == 41
 
 
-def test_what_is_old_goes_although_a_clock_was_wrong_later(path: Path) -> None:
+def test_old_versions_go_although_a_clock_was_wrong_later(path: Path) -> None:
     with EmbeddedState(path) as state:
         state.initialize_session("s")
         state.register_variable("s", "x", "integer", 0)
@@ -454,7 +454,7 @@ def test_an_import_does_not_mislead_what_is_old(path: Path, tmp_path: Path) -> N
     assert problems_of(path) == []
 
 
-def test_what_one_commit_wrote_twice_may_go_by_half(provider: EmbeddedState, path: Path) -> None:
+def test_one_of_two_versions_that_a_commit_wrote_may_go(provider: EmbeddedState, path: Path) -> None:
     """A batch that names a variable by its name and by its id gives it two versions."""
     variable = provider.get_variable("s", "x")
     provider.set_variables("s", {"x": 7, variable.id: 8}, atomic=True)
@@ -576,9 +576,7 @@ def test_the_end_of_the_log_is_still_checked_at_open(path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_whatever_was_written_is_sound_after_pruning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
-) -> None:
+def test_random_histories_are_sound_after_pruning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     print(f"seed {seed}")
     randomly = random.Random(seed)
     monkeypatch.setattr(prune_plan, "_BATCH_ROWS", randomly.choice((3, 1000)))
@@ -605,13 +603,13 @@ def test_whatever_was_written_is_sound_after_pruning(
 
 def states_of(store: FileGroups) -> dict[str, Any]:
     commands = [c.ListVariables(session_id) for session_id in "st"]
-    found = store.write_group([Job(command, Origin("ann", "")) for command in commands])
+    outcomes = store.write_group([Job(command, Origin("ann", "")) for command in commands])
     return {
         command.session_id: [
             (*each[:-2], str(each.updated_at), each.optimization and each.optimization.id)
             for each in outcome.result or ()
         ]
-        for command, outcome in zip(commands, found, strict=True)
+        for command, outcome in zip(commands, outcomes, strict=True)
     }
 
 

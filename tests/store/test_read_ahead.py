@@ -141,7 +141,7 @@ class TestResults:
         command = c.SetVariable("s", name, value)
         error = refusal(lambda: state.run(command))
         assert command.ahead is not None
-        one = c.SetVariables("s", {name: value, "nobody": Value("1")})
+        one = c.SetVariables("s", {name: value, "missing": Value("1")})
         assert state.run(one).errors[name] == error
 
         state.initialize_session("other")

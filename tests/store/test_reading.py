@@ -347,13 +347,13 @@ def test_too_many_open_files_is_reported(path: Path) -> None:
     program = (
         "import resource, sys, dspex_persist, os\n"
         "dspex_persist.open_audit(sys.argv[1]).close()\n"
-        "taken = []\n"
+        "held = []\n"
         "try:\n"
-        "    while True: taken.append(os.open('/', os.O_RDONLY))\n"
+        "    while True: held.append(os.open('/', os.O_RDONLY))\n"
         "except OSError: pass\n"
         "try: dspex_persist.open_audit(sys.argv[1])\n"
         "except dspex_persist.DspexError as error: print(type(error).__name__, error)\n"
-        "for each in taken: os.close(each)\n"
+        "for each in held: os.close(each)\n"
         "print(dspex_persist.open_audit(sys.argv[1]).head())\n"
     )
 
@@ -368,8 +368,8 @@ def test_too_many_open_files_is_reported(path: Path) -> None:
         check=True,
         preexec_fn=limit,
     )
-    said = "could not be read: too many open files; close some, or raise the limit (ulimit -n)"
-    assert result.stdout == f"ReadFailedError {path} {said}\n3\n"
+    reason = "could not be read: too many open files; close some, or raise the limit (ulimit -n)"
+    assert result.stdout == f"ReadFailedError {path} {reason}\n3\n"
 
 
 def test_no_caller_waits_for_a_connection(path: Path) -> None:

@@ -180,13 +180,13 @@ def test_values_of_sensitive_variables_are_left_out(state: EmbeddedState, path: 
     assert [head.masked for head, _ in (state.record("s"), state.record("s", reveal=True))] == [True, False]
 
 
-@pytest.mark.parametrize("said", ["True", "TRUE", "true"])
-def test_sensitive_is_case_insensitive(state: EmbeddedState, path: Path, said: str) -> None:
-    state.register_variable("s", "key", "string", "secret", metadata={"sensitive": said})
+@pytest.mark.parametrize("spelling", ["True", "TRUE", "true"])
+def test_sensitive_is_case_insensitive(state: EmbeddedState, path: Path, spelling: str) -> None:
+    state.register_variable("s", "key", "string", "secret", metadata={"sensitive": spelling})
     assert "secret" not in exported(path)
     with state.audit() as audit:
-        found = audit.state("s")[-1]
-    assert (found.name, found.masked, found.value) == ("key", True, None)
+        variable = audit.state("s")[-1]
+    assert (variable.name, variable.masked, variable.value) == ("key", True, None)
     with closing(sqlite3.connect(path)) as connection:
         for view in ("v_variable_history", "v_current_variables"):
             rows = connection.execute(f"SELECT value, sensitive FROM {view} WHERE name = 'key'").fetchall()
@@ -329,7 +329,7 @@ def test_an_expired_session_does_not_prevent_an_import(path: Path, other: Path) 
         with EmbeddedState(other) as copy:
             assert copy.get_session("s").created_at == START
             clock.tick(59)
-            assert copy.heartbeat("s"), "its time began anew with the import"
+            assert copy.heartbeat("s"), "its lifetime starts again with the import"
             clock.tick(61)
             assert not copy.heartbeat("s")
     assert maintenance.check(other).problems == ()
@@ -428,8 +428,8 @@ def test_running_executions_are_interrupted(state: EmbeddedState, path: Path, ot
     report = imported(other, exported(path))
     assert (report.commits, report.interrupted) == (4, 1)
     with EmbeddedState(other) as copy:
-        found = copy.audit().execution(begun.execution_id.replace("exec_3_", "exec_5_"))
-        assert (found.summary.status, found.reason) == ("interrupted", "it ran when the session was recorded")
+        execution = copy.audit().execution(begun.execution_id.replace("exec_3_", "exec_5_"))
+        assert (execution.summary.status, execution.reason) == ("interrupted", "it ran when the session was recorded")
     text = exported(other)
     imported(other, text, session_id="again")
     assert exported(other, "again").replace('"again"', '"s"') == text

@@ -341,13 +341,13 @@ DIE_AT_EACH_STEP = textwrap.dedent("""
     STEPS = {"rename", "replace", "link", "unlink", "fsync", "pwrite", "ftruncate", "chmod", "backup"}
 
     def restore(folder, last):
-        taken = 0
+        steps = 0
 
         def look(frame, event, function):
-            nonlocal taken
+            nonlocal steps
             if event == "c_call" and function.__name__ in STEPS and not isinstance(function.__self__, str):
-                taken += 1
-                if taken == last:
+                steps += 1
+                if steps == last:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.setprofile(look)

@@ -41,7 +41,7 @@ def test_tables_match_the_schema(connection: sqlite3.Connection) -> None:
 def test_columns_match_the_schema(connection: sqlite3.Connection, name: str) -> None:
     """Names in order, types, nullability, primary keys. A row whose column is NOT NULL or a key cannot be NULL."""
     rows = connection.execute(f"PRAGMA table_xinfo({name})").fetchall()
-    found = [
+    actual = [
         (column, type_name, not (not_null or key), key > 0)
         for _, column, type_name, not_null, _, key, hidden in rows
         if hidden != _GENERATED
@@ -50,7 +50,7 @@ def test_columns_match_the_schema(connection: sqlite3.Connection, name: str) -> 
         (column.name, str(column.type), bool(column.nullable), column.primary_key)
         for column in schema.metadata.tables[name].columns
     ]
-    assert found == expected
+    assert actual == expected
 
 
 def test_the_one_generated_column_is_the_number_of_a_version(connection: sqlite3.Connection) -> None:

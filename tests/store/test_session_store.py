@@ -191,7 +191,7 @@ class TestGroups:
 
     def test_each_command_is_a_commit_with_the_next_number(self, store: FileGroups, path: Path) -> None:
         head = store.log.head.sequence
-        group(store, write("x", 1), Heartbeat("s"), write("nobody", 1), write("x", 2), GetVariable("s", "x"))
+        group(store, write("x", 1), Heartbeat("s"), write("missing", 1), write("x", 2), GetVariable("s", "x"))
         assert store.log.head.sequence == head + 2
         assert query(path, "SELECT sequence FROM commits ORDER BY sequence") == [(n,) for n in range(1, head + 3)]
 
@@ -200,7 +200,7 @@ class TestGroups:
             store,
             write("x", 1),
             write("x", '"text"'),
-            write("x", 1, "nobody"),
+            write("x", 1, "missing"),
             SetVariable("s", "x", Value("9"), expected_version=7),
             InitializeSession(""),
             write("x", 2),
@@ -251,7 +251,7 @@ class TestGroups:
     def test_without_jobs_or_with_reads_only_it_writes_nothing(self, store: FileGroups) -> None:
         before = Everything.of(store)
         assert group(store) == []
-        group(store, GetVariable("s", "x"), Heartbeat("s"), Heartbeat("nobody"))
+        group(store, GetVariable("s", "x"), Heartbeat("s"), Heartbeat("missing"))
         assert Everything.of(store) == before
 
     def test_survives_being_closed_and_opened(self, path: Path) -> None:
@@ -283,8 +283,8 @@ class TestDamagedSessions:
             begin(store)
         alter(path, damage)
         with closing(open_groups(path)) as store:
-            asked = (write("x", 1, "bad"), GetVariable("bad", "x"), InitializeSession("bad"), CleanupSession("bad"))
-            outcomes = group(store, write("x", 1), *asked, write("x", 2), Heartbeat("bad"))
+            commands = (write("x", 1, "bad"), GetVariable("bad", "x"), InitializeSession("bad"), CleanupSession("bad"))
+            outcomes = group(store, write("x", 1), *commands, write("x", 2), Heartbeat("bad"))
             assert [outcome.result for outcome in (outcomes[0], outcomes[5])] == [1, 2]
             for outcome in (*outcomes[1:5], outcomes[6]):
                 assert isinstance(outcome.error, errors.DamagedSessionError)
@@ -457,7 +457,7 @@ class TestIdempotency:
                 run(store, write("x", 6), key="key")
 
     def test_a_failure_is_not_kept(self, store: FileGroups, path: Path) -> None:
-        group(store, write("nobody", 1), key="key")
+        group(store, write("missing", 1), key="key")
         assert query(path, "SELECT count(*) FROM outcomes") == [(0,)]
 
     def test_a_read_needs_no_key(self, store: FileGroups, path: Path) -> None:
@@ -699,11 +699,11 @@ class TestOpening:
             "try: open_groups(Path(sys.argv[1]))\n"
             "except Exception as error: print(type(error).__name__, error)\n"
         )
-        said = subprocess.run(
+        output = subprocess.run(
             [sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=within(60), check=True
         ).stdout
-        assert said.startswith("DatabaseInUseError")
-        assert f"process {os.getpid()}" in said
+        assert output.startswith("DatabaseInUseError")
+        assert f"process {os.getpid()}" in output
 
     def test_once_closed_another_may_own_it(self, path: Path) -> None:
         for _ in range(3):

@@ -67,14 +67,14 @@ def is_plain(value: object) -> bool:
 def test_sqlite_can_read_everything_that_is_written(value: object) -> None:
     text = storable({"value": value})
     with closing(sqlite3.connect(":memory:")) as connection:
-        valid, found, keys = connection.execute(
+        valid, extracted, keys = connection.execute(
             "SELECT json_valid(?1), json_extract(?1, '$.value'), (SELECT group_concat(fullkey) FROM json_tree(?1))",
             [text],
         ).fetchone()
     assert valid
     assert keys
     if isinstance(value, str) and "\0" not in value:
-        assert found == value.encode(errors="backslashreplace").decode()
+        assert extracted == value.encode(errors="backslashreplace").decode()
     assert text.isascii()
     if is_plain(value):
         assert stored(text) == {"value": value}
@@ -155,11 +155,11 @@ def test_the_views_answer_too(view: str, poisoned: Path) -> None:
 
 def test_the_view_of_executions_shows_what_it_can(poisoned: Path) -> None:
     with closing(sqlite3.connect(f"file:{poisoned}?mode=ro", uri=True)) as connection:
-        found = connection.execute("SELECT status, error_type, error, duration_us FROM v_executions").fetchall()
-    assert [row[:3] for row in found[:1]] == [("committed", None, None)]
-    assert found[1][0] == "failed"
-    assert "audit show reads it" in found[1][2]
-    assert found[0][3] is not None
+        rows = connection.execute("SELECT status, error_type, error, duration_us FROM v_executions").fetchall()
+    assert [row[:3] for row in rows[:1]] == [("committed", None, None)]
+    assert rows[1][0] == "failed"
+    assert "audit show reads it" in rows[1][2]
+    assert rows[0][3] is not None
 
 
 def test_the_check_names_the_row(poisoned: Path) -> None:
@@ -211,9 +211,9 @@ def test_a_file_with_odd_metadata_is_upgraded_and_read(metadata: dict[str, Any],
         state = next(each for each in audit.state("main", str(entry.sequence)) if each.name == "temperature")
         assert state.metadata.items() >= readable.items()
         for key, value in metadata.items():
-            found = list(audit.iterate(HistoryQuery(metadata={key: value})))
+            matches = list(audit.iterate(HistoryQuery(metadata={key: value})))
             if is_plain([key, value]):
-                assert [each.version for each in found] == [version]
+                assert [each.version for each in matches] == [version]
         assert not list(audit.iterate(HistoryQuery(metadata={"q\0y": "w"})))
     with EmbeddedState(path) as state_of_file:
         assert state_of_file.get_variable_history("main", "temperature", 100)

@@ -140,7 +140,7 @@ def assert_all_have_ended(provider: EmbeddedState) -> None:
 
 @pytest.mark.parametrize("name", RAISED)
 @pytest.mark.parametrize("kind", ["function", "coroutine", "generator", "async_generator"])
-def test_whatever_a_tool_raises_it_has_failed(provider: EmbeddedState, tmp_path: Path, kind: str, name: str) -> None:
+def test_a_tool_that_raises_anything_has_failed(provider: EmbeddedState, tmp_path: Path, kind: str, name: str) -> None:
     outcome = provider.execute_tool("s", kind, {"name": name}, idempotency_key="key")
     assert (outcome.status, outcome.error_code) == (ExecutionStatus.FAILED, "TOOL_FAILED")
     assert name in str(outcome.error) or name.startswith("Stop"), "Python itself makes a RuntimeError of those two"
@@ -161,7 +161,7 @@ def test_its_caller_continues(provider: EmbeddedState, name: str) -> None:
     assert_all_have_ended(provider)
 
 
-def test_what_was_logged_is_kept_as_it_was(provider: EmbeddedState, tmp_path: Path) -> None:
+def test_log_entries_keep_the_values_of_their_time(provider: EmbeddedState, tmp_path: Path) -> None:
     outcome = provider.execute_tool("s", "log_and_change")
     assert outcome.status is ExecutionStatus.COMMITTED, outcome.error
     (line,) = last_end(tmp_path / "sessions.db")["log"]
@@ -169,7 +169,7 @@ def test_what_was_logged_is_kept_as_it_was(provider: EmbeddedState, tmp_path: Pa
     provider.set_variable("s", "x", 1)
 
 
-def test_what_cannot_be_logged_is_refused_at_once(provider: EmbeddedState) -> None:
+def test_log_fields_without_a_json_form_are_refused_at_once(provider: EmbeddedState) -> None:
     outcome = provider.execute_tool("s", "log_no_json")
     assert outcome.status is ExecutionStatus.FAILED
     assert "no JSON form" in str(outcome.error)
@@ -243,7 +243,7 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Embedded
         yield engine
 
 
-def asked(name: str, /, **parameters: object) -> object:
+def result_of(name: str, /, **parameters: object) -> object:
     outcome = Engine.of_tools.execute_tool("s", name, parameters, timeout_s=within(10))
     if outcome.error is not None:
         raise outcome.error
@@ -264,54 +264,54 @@ async def answer_later() -> int:
 
 @tool
 def ask(name: str, also: str = "") -> Any:
-    return asked(name, name=also) if also else asked(name)
+    return result_of(name, name=also) if also else result_of(name)
 
 
 @tool
 async def ask_later(name: str, also: str = "") -> Any:
     """It blocks the event loop that it runs on."""
-    return asked(name, name=also) if also else asked(name)
+    return result_of(name, name=also) if also else result_of(name)
 
 
 @tool
 async def ask_without_waiting(name: str, also: str = "") -> Any:
-    """As it should be done."""
-    return await asyncio.to_thread(asked, name, **{"name": also} if also else {})
+    """Wait in a thread, as a coroutine should."""
+    return await asyncio.to_thread(result_of, name, **{"name": also} if also else {})
 
 
 @tool
 def ask_from_a_thread(name: str) -> Any:
     """Call from another thread, which does not belong to the execution."""
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(asked, name).result()
+        return pool.submit(result_of, name).result()
 
 
 @tool
 def ask_itself() -> Any:
-    return asked("ask_itself")
+    return result_of("ask_itself")
 
 
 @pytest.mark.parametrize("last", ["answer", "answer_later"])
 @pytest.mark.parametrize("asking", ["ask", "ask_later", "ask_without_waiting"])
 def test_a_tool_can_ask_its_own_engine_for_any_tool(engine: EmbeddedState, asking: str, last: str) -> None:
-    assert asked(asking, name=last) == 42
+    assert result_of(asking, name=last) == 42
 
 
 @pytest.mark.parametrize("second", ["ask", "ask_later", "ask_without_waiting"])
 @pytest.mark.parametrize("first", ["ask", "ask_later", "ask_without_waiting"])
-def test_and_so_can_the_tool_that_it_asks_for(engine: EmbeddedState, first: str, second: str) -> None:
-    assert asked(first, name=second, also="answer_later") == 42
+def test_a_tool_called_that_way_can_do_the_same(engine: EmbeddedState, first: str, second: str) -> None:
+    assert result_of(first, name=second, also="answer_later") == 42
 
 
 def test_tools_that_ask_for_tools_without_end_are_ended(engine: EmbeddedState) -> None:
     with pytest.raises(StateError, match="depth of calls from tool to tool"):
-        asked("ask_itself")
+        result_of("ask_itself")
 
 
 def test_one_that_waits_for_the_thread_that_it_holds_is_ended(engine: EmbeddedState) -> None:
     outcome = engine.execute_tool("s", "ask_from_a_thread", {"name": "answer"}, timeout_s=0.5)
     assert outcome.status is ExecutionStatus.TIMED_OUT
-    assert asked("answer_later") == 42
+    assert result_of("answer_later") == 42
 
 
 # Slow user code in unexpected places
@@ -428,15 +428,17 @@ def patient(tmp_path: Path, held: None, monkeypatch: pytest.MonkeyPatch) -> Iter
         ("lose", {}),
     ],
 )
-def test_no_caller_waits_longer_than_it_said(patient: EmbeddedState, name: str, parameters: dict[str, object]) -> None:
+def test_no_caller_waits_longer_than_its_timeout(
+    patient: EmbeddedState, name: str, parameters: dict[str, object]
+) -> None:
     outcome = patient.execute_tool("s", name, parameters, timeout_s=0.4)
     assert (outcome.status, outcome.error_code) == (ExecutionStatus.TIMED_OUT, "TIMED_OUT")
     assert "longer than 0.4 s" in str(outcome.error)
-    assert asked("answer") == 42
+    assert result_of("answer") == 42
     assert_all_have_ended(patient)
 
 
-def test_nor_one_that_joined_another_ones_execution(patient: EmbeddedState) -> None:
+def test_a_caller_that_joined_an_execution_waits_no_longer_than_its_timeout(patient: EmbeddedState) -> None:
     first = patient.submit(ExecuteTool("s", "hold"), patient.default_origin("ExecuteTool", "key"))
     assert ENTERED.acquire(timeout=within(20))
     second = patient.execute_tool("s", "hold", idempotency_key="key", timeout_s=0.3)
@@ -450,11 +452,11 @@ def test_nor_one_that_joined_another_ones_execution(patient: EmbeddedState) -> N
 def test_an_asynchronous_tool_that_blocks_holds_up_its_own_kind_only(patient: EmbeddedState) -> None:
     blocking = patient.submit(ExecuteTool("s", "block"))
     assert ENTERED.acquire(timeout=within(20))
-    assert asked("answer") == 42
+    assert result_of("answer") == 42
     assert patient.execute_tool("s", "answer_later", timeout_s=0.3).status is ExecutionStatus.TIMED_OUT
     HELD.set()
     assert blocking.result(within(20)).success
-    assert asked("answer_later") == 42
+    assert result_of("answer_later") == 42
 
 
 def test_arguments_and_errors_whose_code_leaves_the_process(patient: EmbeddedState) -> None:
@@ -462,10 +464,10 @@ def test_arguments_and_errors_whose_code_leaves_the_process(patient: EmbeddedSta
     assert (outcome.error_code, "SystemExit" in str(outcome.error)) == ("INVALID_PARAMETERS", True)
     outcome = patient.execute_tool("s", "raise_leaving")
     assert str(outcome.error) == "LeavingError: it has no text: its __str__ raised SystemExit"
-    assert asked("answer") == asked("answer_later") == 42
+    assert result_of("answer") == result_of("answer_later") == 42
 
 
-def test_what_an_error_says_is_kept_within_reason(patient: EmbeddedState) -> None:
+def test_long_error_messages_are_shortened(patient: EmbeddedState) -> None:
     outcome = patient.execute_tool("s", "raise_long")
     assert "(10,000,000 characters)" in str(outcome.error)
     assert len(str(outcome.error)) < 20_000

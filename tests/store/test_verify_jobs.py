@@ -101,19 +101,19 @@ def test_more_processes_find_the_same_in_the_same_order(path: Path, helpers: lis
 
 @pytest.mark.usefixtures("_short_ranges")
 def test_progress_is_reported_on_the_thread_of_the_caller(path: Path, helpers: list[int]) -> None:
-    told: list[tuple[str, int, int]] = []
+    reports: list[tuple[str, int, int]] = []
     threads = set[int]()
 
     def progress(step: str, done: int, in_all: int) -> None:
-        told.append((step, done, in_all))
+        reports.append((step, done, in_all))
         threads.add(threading.get_ident())
 
     report = maintenance.check(path, progress, jobs=3)
     assert report.problems == ()
     assert threads == {threading.get_ident()}
-    assert told[0] == ("checking the pages of the file", 0, 0)
-    assert told[-1] == ("checking commits", report.commits, report.commits)
-    assert told[1:] == sorted(told[1:])
+    assert reports[0] == ("checking the pages of the file", 0, 0)
+    assert reports[-1] == ("checking commits", report.commits, report.commits)
+    assert reports[1:] == sorted(reports[1:])
     assert len(helpers) == 2
 
 
@@ -161,7 +161,7 @@ def test_a_helper_does_not_check_another_file_of_that_name(
     assert len(helpers) == 1
 
 
-def test_whoever_has_enough_ends_the_helpers(path: Path, helpers: list[int]) -> None:
+def test_a_check_that_stops_early_ends_its_helpers(path: Path, helpers: list[int]) -> None:
     damage(path, random.Random(4))
     assert problems_of(path, jobs=2, most=3) == problems_of(path, jobs=1)[:3]
     assert len(helpers) == 1

@@ -73,8 +73,8 @@ def audit(path: Path) -> Iterator[AuditSource]:
 
 @pytest.fixture(scope="module")
 def details(audit: AuditSource) -> list[ExecutionDetail]:
-    found = audit.iterate(ExecutionQuery(newest_first=False))
-    return [audit.execution(summary.execution_id) for summary in found]
+    summaries = audit.iterate(ExecutionQuery(newest_first=False))
+    return [audit.execution(summary.execution_id) for summary in summaries]
 
 
 def rows(path: Path, view: str, order: str) -> list[dict[str, Any]]:
@@ -97,15 +97,15 @@ def parsed(text: str | None) -> Any:
 @pytest.mark.parametrize("view", COLUMNS)
 def test_a_view_has_the_documented_columns(view: str, path: Path) -> None:
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
-        found = [row[1] for row in connection.execute(f"PRAGMA table_info({view})")]
-    assert found[: len(COLUMNS[view].split())] == COLUMNS[view].split()
-    assert list(VIEWS[view].columns) == found, "the website describes each of them"
+        columns = [row[1] for row in connection.execute(f"PRAGMA table_info({view})")]
+    assert columns[: len(COLUMNS[view].split())] == COLUMNS[view].split()
+    assert list(VIEWS[view].columns) == columns, "the website describes each of them"
 
 
 def test_every_view_is_documented(path: Path) -> None:
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
-        found = {row[0] for row in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'view'")}
-    assert found == set(COLUMNS) == set(VIEWS)
+        views = {row[0] for row in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'view'")}
+    assert views == set(COLUMNS) == set(VIEWS)
 
 
 @pytest.mark.parametrize("view", COLUMNS)
@@ -144,10 +144,10 @@ def assert_says(row: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
 
 
 def test_history(path: Path, audit: AuditSource) -> None:
-    found = rows(path, "v_variable_history", "sequence, variable_id, version")
+    view_rows = rows(path, "v_variable_history", "sequence, variable_id, version")
     answers = sorted(audit.iterate(HistoryQuery()), key=lambda each: (each.sequence, each.variable_id, each.version))
-    assert len(found) == len(answers) > 40
-    for row, answer in zip(found, answers, strict=True):
+    assert len(view_rows) == len(answers) > 40
+    for row, answer in zip(view_rows, answers, strict=True):
         assert_says(row, common(answer))
         assert parsed(row["metadata"]) == answer.metadata
         assert row["created_at"] == text_of(answer.created_at)
@@ -159,23 +159,23 @@ def test_history(path: Path, audit: AuditSource) -> None:
 
 
 def test_current_variables(path: Path, audit: AuditSource) -> None:
-    found = rows(path, "v_current_variables", "session_id, variable_id")
+    view_rows = rows(path, "v_current_variables", "session_id, variable_id")
     live = [session.session_id for session in audit.iterate(SessionQuery(live=True))]
     answers = sorted(
         (state for session in live for state in audit.state(session)),
         key=lambda each: (each.session_id, each.variable_id),
     )
-    assert len(found) == len(answers) > 5
-    for row, answer in zip(found, answers, strict=True):
+    assert len(view_rows) == len(answers) > 5
+    for row, answer in zip(view_rows, answers, strict=True):
         assert_says(row, common(answer) | {"constraints": answer.constraints})
         assert parsed(row["metadata"]) == answer.metadata
         assert row["created_at"] == text_of(answer.updated_at)
 
 
 def test_executions(path: Path, details: list[ExecutionDetail]) -> None:
-    found = rows(path, "v_executions", "began_sequence")
-    assert len(found) == len(details) > 10
-    for row, detail in zip(found, details, strict=True):
+    view_rows = rows(path, "v_executions", "began_sequence")
+    assert len(view_rows) == len(details) > 10
+    for row, detail in zip(view_rows, details, strict=True):
         summary = detail.summary
         expected = {
             "session_id": summary.session_id,
@@ -219,17 +219,17 @@ def test_reads_and_writes_of_executions(path: Path, details: list[ExecutionDetai
         for place, pairs in ((0, detail.writes), (1, detail.published))
         for pair in pairs
     }
-    found = rows(path, "v_execution_reads", "execution_id"), rows(path, "v_execution_writes", "execution_id")
-    for expected, given in zip((read, wrote), found, strict=True):
-        assert {tuple(row.values()) for row in given} == expected
-        assert len(given) == len(expected) > 1
+    views = rows(path, "v_execution_reads", "execution_id"), rows(path, "v_execution_writes", "execution_id")
+    for expected, view in zip((read, wrote), views, strict=True):
+        assert {tuple(row.values()) for row in view} == expected
+        assert len(view) == len(expected) > 1
 
 
 def test_commits(path: Path, audit: AuditSource) -> None:
-    found = rows(path, "v_commits", "sequence")
+    view_rows = rows(path, "v_commits", "sequence")
     answers = list(audit.iterate(CommitQuery(newest_first=False)))
-    assert len(found) == len(answers) == audit.head()
-    for row, answer in zip(found, answers, strict=True):
+    assert len(view_rows) == len(answers) == audit.head()
+    for row, answer in zip(view_rows, answers, strict=True):
         expected = {
             "sequence": answer.sequence,
             "session_id": answer.session_id,
@@ -263,18 +263,18 @@ def test_the_state_as_of_a_time_is_what_the_audit_says(written: Path) -> None:
     with dspex_persist.open_audit(written) as audit, closing(sqlite3.connect(written)) as connection:
         commits = list(audit.iterate(CommitQuery(session=story.SESSION, newest_first=False)))
         for commit in commits[::5]:
-            asked = statement.replace("2100-01-01T00:00:00Z", str(text_of(commit.created_at)))
+            query = statement.replace("2100-01-01T00:00:00Z", str(text_of(commit.created_at)))
             state = audit.state(story.SESSION, str(commit.sequence))
             expected = sorted((each.name, each.version) for each in state)
-            assert [(row[0], row[2]) for row in connection.execute(asked)] == expected
+            assert [(row[0], row[2]) for row in connection.execute(query)] == expected
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_a_query_of_the_website(question: str, written: Path) -> None:
     with closing(sqlite3.connect(f"file:{written}?mode=ro", uri=True)) as connection:
         (execution,) = connection.execute("SELECT max(execution_id) FROM v_executions").fetchone()
-        asked = {"session": story.SESSION, "variable": "score", "execution": execution, "time": "2100"}
-        assert connection.execute(QUESTIONS[question], asked).fetchall()
+        parameters = {"session": story.SESSION, "variable": "score", "execution": execution, "time": "2100"}
+        assert connection.execute(QUESTIONS[question], parameters).fetchall()
 
 
 def program_with(library: str) -> str:

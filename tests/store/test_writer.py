@@ -326,7 +326,7 @@ def in_thread(function: Callable[[], Any], name: str = "caller") -> Any:
 
 
 class TestLeading:
-    """A caller that waits writes its own job where nobody else writes."""
+    """A caller that waits writes its own job while no other thread writes."""
 
     def test_alone_it_writes_on_its_own_thread(self, sink: Sink, start: Start) -> None:
         writer = start()
@@ -366,7 +366,7 @@ class TestLeading:
         assert first.result(DEADLINE_S) == "first"
         assert set(sink.write_threads) == {WRITER}
 
-    def test_what_the_same_caller_has_submitted_before_comes_first(self, sink: Sink, start: Start) -> None:
+    def test_earlier_jobs_of_the_same_caller_come_first(self, sink: Sink, start: Start) -> None:
         writer = start()
 
         def write() -> None:
@@ -404,7 +404,9 @@ class TestLeading:
     @pytest.mark.parametrize(
         "failure", [RuntimeError("boom"), OutcomeUnknownError("disk"), KeyboardInterrupt(), SystemExit(1)], ids=repr
     )
-    def test_what_ends_its_group_ends_the_writer(self, sink: Sink, start: Start, failure: BaseException) -> None:
+    def test_an_error_that_ends_its_group_ends_the_writer(
+        self, sink: Sink, start: Start, failure: BaseException
+    ) -> None:
         writer = start()
         sink.failure = failure
         expected = OutcomeUnknownError if isinstance(failure, Exception) else type(failure)
@@ -418,7 +420,7 @@ class TestLeading:
         writer.close()
         assert sink.groups == [["a"]]
 
-    def test_what_was_queued_meanwhile_hears_that_it_was_not_written(self, sink: Sink, start: Start) -> None:
+    def test_jobs_queued_meanwhile_fail_as_not_written(self, sink: Sink, start: Start) -> None:
         writer = start()
         sink.may_write.clear()
         sink.failure = RuntimeError("boom")
@@ -455,17 +457,17 @@ class TestLeading:
         with pytest.raises(EngineClosedError):
             writer.run(job("late"))
 
-    def test_news_are_for_the_writers_thread(self, start: Start) -> None:
-        """Whoever leads is answered first: thousands may have to be woken."""
-        told: SimpleQueue[str] = SimpleQueue()
+    def test_news_are_reported_on_the_writers_thread(self, start: Start) -> None:
+        """The leading caller gets its answer first, because reporting may wake thousands of watchers."""
+        reporting_threads: SimpleQueue[str] = SimpleQueue()
         news = threading.Event()
         writer = start(
-            on_answered=lambda: told.put(threading.current_thread().name) if news.is_set() else None,
+            on_answered=lambda: reporting_threads.put(threading.current_thread().name) if news.is_set() else None,
             has_news=news.is_set,
         )
         news.set()
         in_thread(lambda: writer.run(job("a")))
-        assert told.get(timeout=DEADLINE_S) == WRITER
+        assert reporting_threads.get(timeout=DEADLINE_S) == WRITER
 
 
 class TestLoopWrites:
@@ -496,11 +498,11 @@ class TestLoopWrites:
         assert sink.groups == [["a", "b", "c"]]
         assert sink.write_threads == [WRITER]
 
-    def test_what_takes_long_is_not_written_on_the_loop(self, sink: Sink, start: Start) -> None:
+    def test_large_jobs_are_not_written_on_the_loop(self, sink: Sink, start: Start) -> None:
         assert self.run(start(), [["a"]], is_small=False) == ["a"]
         assert sink.write_threads == [WRITER]
 
-    def test_nor_is_anything_where_commits_are_slow(
+    def test_nothing_is_written_on_the_loop_while_commits_are_slow(
         self, sink: Sink, start: Start, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         writer = start()
@@ -512,7 +514,7 @@ class TestLoopWrites:
         assert self.run(writer, [["b"]]) == ["b"]
         assert sink.write_threads == [WRITER, "loop"]
 
-    def test_what_would_wait_for_another_program_is_queued(self, sink: Sink, start: Start) -> None:
+    def test_jobs_that_would_wait_for_another_program_are_queued(self, sink: Sink, start: Start) -> None:
         writer = start()
         sink.may_begin = False
         assert self.run(writer, [["a"]]) == ["a"]
