@@ -1,4 +1,4 @@
-"""Commands that begin at once: a process that has imported what takes long, and forks for each of them."""
+"""Commands that start at once: a process imports the heavy modules once, and forks for each command."""
 
 import json
 import os
@@ -19,7 +19,7 @@ _PROGRAM = textwrap.dedent("""
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
-            # Whatever does not end, as a server that has not refused.
+            # Ends a command that would run on, such as a server that should have refused the file.
             signal.alarm(seconds)
             os.chdir(folder)
             sys.argv[1:] = words
@@ -36,16 +36,16 @@ _PROGRAM = textwrap.dedent("""
                 os._exit(99)
         os.close(writer)
         with open(reader) as output:
-            said = output.read()
-        print(json.dumps((os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said)), flush=True)
+            text = output.read()
+        print(json.dumps((os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text)), flush=True)
 """)
 
 
 class Ended(NamedTuple):
-    """How a command has ended: its exit code, and what it wrote to stdout and stderr."""
+    """The exit code of a command, and its output: stdout and stderr together."""
 
     code: int
-    said: str
+    output: str
 
 
 class Prepared:

@@ -30,7 +30,7 @@ def test_everything_that_was_published_is_still_there() -> None:
     assert missing(published, describe(dspex_persist_audit_pb2.DESCRIPTOR)) == []
 
 
-def test_what_is_missing_would_show() -> None:
+def test_missing_fields_are_reported() -> None:
     published = {"messages": {"M": {"fields": [{"name": "x", "number": 1}, {"name": "y", "number": 2}]}}}
     compiled = {"messages": {"M": {"fields": [{"name": "x", "number": 3}, {"name": "z", "number": 4}]}}}
     assert missing(published, compiled) == [

@@ -17,11 +17,11 @@ STATEMENT = re.compile(
 
 
 def texts(path: Path) -> Iterator[tuple[int, str]]:
-    """Every text in a module that is no docstring, with its line."""
+    """Yield each string in a module, other than docstrings, with its line."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    said = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in said:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
             yield node.lineno, node.value
 
 

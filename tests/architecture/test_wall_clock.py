@@ -52,8 +52,8 @@ def _reads_clock(node: ast.AST) -> bool:
 def test_no_test_asserts_how_long_something_took() -> None:
     files = [path for path in (ROOT / "tests").rglob("*.py") if "assets" not in path.parts]
     found = {str(path.relative_to(ROOT)): wall_clock_assertions(path.read_text(encoding="utf-8")) for path in files}
-    said = "use a count, an event, or tests.deadline.cpu_s_below"
-    assert {path: lines for path, lines in found.items() if lines} == {}, said
+    advice = "use a count, an event, or tests.deadline.cpu_s_below"
+    assert {path: lines for path, lines in found.items() if lines} == {}, advice
 
 
 @pytest.mark.parametrize(

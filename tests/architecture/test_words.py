@@ -56,7 +56,7 @@ def texts(*folders: str, but: str = "") -> Iterator[tuple[str, str]]:
                 yield name, node.value
 
 
-def test_who_may_have_been_meant_is_asked_in_one_place() -> None:
+def test_suggestions_are_made_in_one_place() -> None:
     assert holding("did you mean") == ["spelling.py"]
     assert holding("get_close_matches") == ["spelling.py"]
 
@@ -98,7 +98,7 @@ def test_every_hint_is_given() -> None:
 
 
 @pytest.mark.parametrize("pattern", [OPTION, COMMAND, HEADER], ids=["option", "command", "header"])
-def test_what_lies_below_the_edges_speaks_of_none(pattern: re.Pattern[str]) -> None:
+def test_inner_layers_name_no_options_commands_or_headers(pattern: re.Pattern[str]) -> None:
     known = {
         # The name of a format of files, which never changes.
         ("state/recording.py", "dspex-persist session"),

@@ -417,7 +417,7 @@ def main() -> None:
     folder = Path(__file__).parent
     path = folder / f"{REVISION}.db"
     if path.exists():
-        sys.exit(f"error: {path} is there already; a released database is never made anew")
+        sys.exit(f"error: {path} is there already; a released database is never rewritten")
     fill(path)
     described = describe(path)
     path.with_suffix(".json").write_text(json.dumps(described, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -63,7 +63,7 @@ def _chain(path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write what is missing; what is there is never made anew."""
+    """Write the missing logs; existing ones are never rewritten."""
     for asset in sorted(ASSETS.glob("*.db")):
         target = LOGS / f"{asset.stem}.json"
         if not target.exists():

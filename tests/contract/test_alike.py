@@ -44,14 +44,14 @@ def raised(act: Callable[[], object]) -> errors.StateError:
 
 
 def facts(error: errors.StateError) -> tuple[Any, ...]:
-    """Everything that a program can see of it, except random ids."""
+    """Return everything that a program can see of the error, except random ids."""
     drawn = re.compile(r"exec_\d+_[0-9a-f]+|var_\w+_[0-9a-f]{12}")
     fields = {name: drawn.sub("ID", str(field)) for name, field in vars(error).items()}
     return type(error), fields, error.error_code, error.retryable, drawn.sub("ID", str(error))
 
 
 WRONG: dict[str, Callable[[StateProvider], object]] = {
-    "unknown session": lambda p: p.get_session("nobody"),
+    "unknown session": lambda p: p.get_session("missing"),
     "unknown variable": lambda p: p.get_variable(SESSION, "nothing"),
     "unknown version": lambda p: p.rollback_variable(SESSION, "a", 77),
     "version conflict": lambda p: p.set_variable(SESSION, "a", 1, expected_version=77),
@@ -66,13 +66,13 @@ WRONG: dict[str, Callable[[StateProvider], object]] = {
     "too long a name": lambda p: p.register_variable(SESSION, "n" * 5000, "integer", 1),
     "bad metadata": lambda p: p.set_variable(SESSION, "a", 1, metadata={"dspex.x": "1"}),
     "bad limit": lambda p: p.get_variable_history(SESSION, "a", limit=-1),
-    "watch of nobody": lambda p: p.watch("nobody"),
-    "tools of nobody": lambda p: p.execute_tool("nobody", "add"),
+    "watch of an unknown session": lambda p: p.watch("missing"),
+    "tool of an unknown session": lambda p: p.execute_tool("missing", "add"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_a_call_raises(providers: tuple[StateProvider, BridgedState], name: str) -> None:
+def test_calls_raise_the_same_errors(providers: tuple[StateProvider, BridgedState], name: str) -> None:
     file, bridged = (facts(raised(lambda provider=each: WRONG[name](provider))) for each in providers)  # type: ignore[misc]
     assert file == bridged
 
@@ -87,7 +87,7 @@ TOOLS: dict[str, tuple[str, dict[str, object], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("code", TOOLS)
-def test_what_a_tool_raises(providers: tuple[EmbeddedState, BridgedState], code: str, tmp_path: Path) -> None:
+def test_tools_raise_the_same_errors(providers: tuple[EmbeddedState, BridgedState], code: str, tmp_path: Path) -> None:
     tool, parameters, options = TOOLS[code]
     if "gate" in parameters:
         parameters = {"gate": str(tmp_path)}

@@ -112,7 +112,7 @@ HISTORY = [
     HistoryQuery(until="2020-01-01"),
     HistoryQuery(limit=3),
     HistoryQuery(limit=7, newest_first=False),
-    HistoryQuery(session="nobody"),
+    HistoryQuery(session="missing"),
     HistoryQuery(session="main", variable="temprature"),
     HistoryQuery(execution_id="exec_1_none"),
     HistoryQuery(since="sometime"),
@@ -134,7 +134,7 @@ OTHERS = [
     ExecutionQuery(idempotency_key="k1"),
     ExecutionQuery(metadata={"user": "ann"}),
     ExecutionQuery(limit=2),
-    ExecutionQuery(session="nobody"),
+    ExecutionQuery(session="missing"),
     CommitQuery(),
     CommitQuery(newest_first=False, session="gone"),
     CommitQuery(cause="SetVariable", actor="erl"),
@@ -175,7 +175,7 @@ def test_pages_continue_where_they_ended(query: Query[Any], most: int, sources: 
 def test_points_are_the_same(point: str, sources: Sources) -> None:
     same_answer(lambda source: source.resolve(point), sources)
     same_answer(lambda source: source.resolve(point, "until"), sources)
-    for session in ("main", "gone", "nobody"):
+    for session in ("main", "gone", "missing"):
         same_answer(lambda source, session=session: source.resolve(point, "since", session), sources)
 
 
@@ -201,7 +201,7 @@ def test_execution_details_are_the_same(sources: Sources) -> None:
 def test_states_differences_and_lineages_are_the_same(sources: Sources) -> None:
     head = sources.file.head()
     for at in ("", "now", "1", str(head // 2), f"{head}^", "0", "99999"):
-        for session in ("main", "gone", "nobody"):
+        for session in ("main", "gone", "missing"):
             same_answer(lambda source, session=session, at=at: source.state(session, at), sources)
     assert same_answer(lambda source: source.diff("main", "12", "now"), sources)
     same_answer(lambda source: source.diff("gone", "2", "now"), sources)

@@ -166,7 +166,7 @@ class TestEmbeddedTime:
             pass_s(frozen, 60)
             owner.provider.submit(touch).result()
             # Not cached, so it goes through the writer, which first finishes the jobs queued before.
-            owner.provider.heartbeat("nobody")
+            owner.provider.heartbeat("missing")
             if number % 2:
                 owner.reopen()
         assert owner.provider.heartbeat("s")

@@ -88,7 +88,7 @@ class Recording(ABC):
 
             def run(*arguments: str) -> float:
                 ended = prepared.run([*arguments, "--db", str(self._database)], cwd=self._folder, timeout_s=_WORK_S)
-                assert ended.code == 0, ended.said
+                assert ended.code == 0, ended.output
                 return time.monotonic()
 
             yield run

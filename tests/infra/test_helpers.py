@@ -50,7 +50,7 @@ def test_a_helper_that_cannot_begin_ends(helper: Helper) -> None:
         other.close()
 
 
-def test_what_is_no_json_is_an_end(helper: Helper) -> None:
+def test_a_reply_that_is_not_json_ends_the_helper(helper: Helper) -> None:
     with pytest.raises(HelperEndedError):
         list(helper.ask("gibberish"))
 
@@ -66,7 +66,7 @@ def test_a_busy_helper_ends_with_the_process_that_started_it(end: signal.Signals
     code = f"""
 import signal, sys
 from dspex_persist.infra.helpers import Helper
-# What tests start may have been told to ignore it.
+# The test run may ignore SIGINT, and children inherit that.
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 helper = Helper({ECHO!r})
 print(next(helper.ask("pid")), flush=True)
@@ -120,7 +120,7 @@ def await_gone(pid: int) -> None:
 
 
 def is_gone(pid: int) -> bool:
-    """Whether the process has ended; nobody may have reaped it yet."""
+    """Return whether the process has ended, even if its parent has not reaped it yet."""
     try:
         return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):

@@ -87,7 +87,7 @@ class TestCancelling:
         reply, called = Reply[int](mailbox()), list[bool]()
         reply.add_done_callback(lambda each: called.append(each.cancelled()))
         assert reply.cancel()
-        assert not reply.begin(), "whoever would settle it sees that nobody wants it any more"
+        assert not reply.begin(), "the thread that would settle it sees that it was cancelled"
         assert called == [True]
         with pytest.raises(asyncio.CancelledError):
             await reply

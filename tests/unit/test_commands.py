@@ -115,17 +115,17 @@ class TestSessions:
 
     def test_unknown_everywhere(self, memory: MemoryGroups) -> None:
         commands: list[Command[Any]] = [
-            GetSession("nobody"),
-            GetVariable("nobody", "x"),
-            SetVariables("nobody", {}),
-            ListVariables("nobody"),
-            GetVariableHistory("nobody", "x"),
+            GetSession("missing"),
+            GetVariable("missing", "x"),
+            SetVariables("missing", {}),
+            ListVariables("missing"),
+            GetVariableHistory("missing", "x"),
         ]
         for command in commands:
             with pytest.raises(errors.SessionNotFoundError, match="not found"):
                 memory.run(command)
-        assert memory.run(Heartbeat("nobody")) is False
-        assert memory.run(CleanupSession("nobody")) == 0
+        assert memory.run(Heartbeat("missing")) is False
+        assert memory.run(CleanupSession("missing")) == 0
         assert memory.sequence == 1
 
     def test_cleaning_up_counts_the_variables_and_frees_the_id(self, memory: MemoryGroups) -> None:
@@ -355,20 +355,20 @@ class TestSetVariables:
 
     def test_atomic_is_all_or_nothing(self, memory: MemoryGroups) -> None:
         before, commits = memory.states["s"], memory.sequence
-        outcome = self.batch(memory, True, y="3", x="10", nobody="1")
+        outcome = self.batch(memory, True, y="3", x="10", missing="1")
         assert (outcome.success, outcome.versions) == (False, {})
         assert "above maximum 9" in outcome.errors["x"]
-        assert "not found" in outcome.errors["nobody"]
-        assert set(outcome.errors) == {"x", "nobody"}
+        assert "not found" in outcome.errors["missing"]
+        assert set(outcome.errors) == {"x", "missing"}
         assert memory.states["s"] == before
         assert memory.sequence == commits
 
     def test_otherwise_the_valid_entries_are_applied(self, memory: MemoryGroups) -> None:
-        outcome = self.batch(memory, False, x="10", y="3", nobody="1")
+        outcome = self.batch(memory, False, x="10", y="3", missing="1")
         assert (outcome.success, outcome.versions) == (True, {"y": 1})
-        assert set(outcome.errors) == {"x", "nobody"}
+        assert set(outcome.errors) == {"x", "missing"}
         assert (get(memory, "x").version, get(memory, "y").version) == (0, 1)
-        outcome = self.batch(memory, False, x="10", nobody="1")
+        outcome = self.batch(memory, False, x="10", missing="1")
         assert (outcome.success, outcome.versions) == (False, {})
 
     @pytest.mark.parametrize("atomic", [True, False])

@@ -245,8 +245,8 @@ class TestAddDependency:
 
     def test_unknown_ends_are_not_found(self) -> None:
         memory = backing("a")
-        for ends in (("a", "nobody"), ("nobody", "a")):
-            with pytest.raises(VariableNotFoundError, match="'nobody'"):
+        for ends in (("a", "missing"), ("missing", "a")):
+            with pytest.raises(VariableNotFoundError, match="'missing'"):
                 memory.run(AddDependency("s", *ends))
 
     def test_deleting_a_variable_ends_its_dependencies_both_ways(self) -> None:

@@ -190,7 +190,7 @@ def test_ids_and_seeds_are_never_the_same(memory: MemoryGroups) -> None:
 @pytest.mark.parametrize(
     ("command", "error"),
     [
-        (c.BeginExecution("nobody's", "tool"), errors.SessionNotFoundError),
+        (c.BeginExecution("missing", "tool"), errors.SessionNotFoundError),
         (c.BeginExecution("s", "tool", metadata={"commit_sequence": "1"}), errors.InvalidArgumentError),
         (c.BeginExecution("s", "tool", metadata={"x": "y" * 20_000}), errors.LimitExceededError),
         (c.BeginExecution("s", "tool", parent_id="exec_1_00"), errors.ExecutionEndedError),
@@ -527,7 +527,7 @@ def test_interruption_ends_only_the_named_executions(memory: MemoryGroups) -> No
     }
     before = memory.sequence
     assert memory.run(c.InterruptExecutions("s", (gone.id,)), ANN) == 0
-    assert memory.run(c.InterruptExecutions("nobody's", (gone.id,)), ANN) == 0
+    assert memory.run(c.InterruptExecutions("missing", (gone.id,)), ANN) == 0
     assert memory.sequence == before
     with pytest.raises(errors.ExecutionEndedError):
         gone.finish()

@@ -246,7 +246,7 @@ def test_a_pool_that_programs_share_keeps_their_calls_apart() -> None:
     """The first of them creates the thread, which serves all of them."""
     with ThreadPoolExecutor(1) as pool:
         _, first = recorded(lambda: pool.submit(dummy("a"), "one").result())
-        pool.submit(dummy("b"), "nobody's").result()
+        pool.submit(dummy("b"), "unrecorded").result()
         _, second = recorded(lambda: pool.submit(dummy("c"), "two").result())
     prompts = [[call["request"]["messages"][0]["content"] for call in calls] for calls in (first, second)]
     assert prompts == [["one"], ["two"]]

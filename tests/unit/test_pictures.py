@@ -39,7 +39,7 @@ def test_a_long_time_in_which_nothing_happened_is_cut_out() -> None:
     assert [(each.at, each.label) for each in axis.breaks] == [(311, "2 h")]
 
 
-def test_what_happens_at_a_steady_pace_is_not_cut() -> None:
+def test_an_axis_of_events_at_a_steady_pace_has_no_breaks() -> None:
     assert TimeAxis([after(3_600 * hour) for hour in range(24)], 0, 600).breaks == ()
 
 

@@ -104,7 +104,7 @@ def built(commits: tuple[RecordedCommit, ...] = COMMITS, limits: Limits | None =
 # --- The format ---
 
 
-def test_what_is_written_is_read_again() -> None:
+def test_a_written_recording_reads_back_the_same() -> None:
     odd = commit(
         6,
         version(3, None, ChangeKind.DELETED),

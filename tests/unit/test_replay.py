@@ -380,7 +380,7 @@ def test_published_values_are_compared() -> None:
     assert only(replay(recording, [shows_more]), Aspect.PUBLISHED).endswith("\n n = 1\n-n = 2\n+n = 3")
 
 
-def test_what_others_wrote_before_a_value_was_published_counts() -> None:
+def test_writes_of_others_before_a_value_was_published_count() -> None:
     @tool
     def show(ctx: ToolContext) -> list[int]:
         first = ctx.publish("n", 1)
