@@ -832,7 +832,7 @@ def test_tools_list_for_people(tmp_path: Path) -> None:
     ("arguments", "code", "words"),
     [
         (["--tools", "no_such_module"], 2, "'no_such_module': the import failed with ModuleNotFoundError"),
-        (["--tools", "json:loads"], 2, "it is no tool"),
+        (["--tools", "json:loads"], 2, "it is not a tool"),
         (["--target", "nowhere"], 2, "flag --target"),
         (["--session", "s"], 2, "--target"),
         (["--target", "127.0.0.1:1"], 1, "127.0.0.1:1"),
