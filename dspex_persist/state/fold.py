@@ -8,7 +8,7 @@ from dataclasses import replace
 from dspex_persist.state.events import Event, Moment, SessionStarted, VariableRegistered
 from dspex_persist.state.frozen import FrozenDict
 from dspex_persist.state.model import ChangeKind, Variable, VariableVersion
-from dspex_persist.state.session_state import SessionState, Undo, weight_of
+from dspex_persist.state.session_state import SessionState, Undo
 
 
 def fold(state: SessionState | None, event: Event, moment: Moment, undo: Undo) -> SessionState | None:
@@ -96,8 +96,6 @@ def advanced(before: Variable, version: VariableVersion) -> Variable:
 
 
 def _delete(state: SessionState, variable: Variable, sequence: int, undo: Undo) -> None:
-    state.remember(undo, "variables", "names", "dependencies", "weight_bytes")
-    state.weight_bytes -= weight_of(variable)
-    state.variables = {name: kept for name, kept in state.variables.items() if name != variable.name}
-    state.names = {key: name for key, name in state.names.items() if key != variable.id}
+    state.delete(variable, undo)
+    state.remember(undo, "dependencies")
     state.dependencies = state.dependencies.without(variable.id, sequence)

@@ -68,6 +68,9 @@ class SessionState:
     keys: dict[str, int] = field(default_factory=dict)
     tools: Mapping[str, RegisteredTool] = field(default_factory=dict)
     executions: dict[str, JournalEntry] = field(default_factory=dict)
+    _order: tuple[str, ...] | None = field(default=None, init=False, repr=False, compare=False)
+    """The names before the deletions since the last registration, to undo them; None if there were none."""
+    _is_ordered: bool = field(default=True, init=False, repr=False, compare=False)
 
     def copy(self) -> "SessionState":
         """Return an editable copy, which shares the immutable records."""
@@ -107,12 +110,35 @@ class SessionState:
         """Set the variable in place of `previous`; the weight grows by `growth`."""
         self.variables[variable.name] = variable
         self.weight_bytes += growth
+        if previous is None:
+            self._order = None
         if undo is not None:
             undo.append((self.remove, (variable.name,)) if previous is None else (self.put, (previous,)))
 
     def remove(self, name: str) -> None:
         """Remove the newest variable again."""
         self.weight_bytes -= weight_of(self.variables.pop(name))
+
+    def delete(self, variable: Variable, undo: Undo) -> None:
+        """Remove a live variable."""
+        if self._order is None:
+            # For all deletions up to the next registration: one list for each would take memory squared.
+            self._order = tuple(self.variables)
+        del self.variables[variable.name], self.names[variable.id]
+        self.weight_bytes -= weight_of(variable)
+        undo.append((self._undelete, (variable, self._order)))
+
+    def _undelete(self, variable: Variable, order: tuple[str, ...]) -> None:
+        self.put(variable)
+        self.names[variable.id] = variable.name
+        self._order, self._is_ordered = order, False
+
+    def put_in_order(self) -> None:
+        """Put the variables in order again after deletions were undone: once for all of them."""
+        if not self._is_ordered:
+            order = self._order or ()
+            self.variables = {name: self.variables[name] for name in order if name in self.variables} | self.variables
+            self._is_ordered = True
 
     def remember(self, undo: Undo, *names: str) -> None:
         """Record the current values of these fields in `undo`, before they change."""

@@ -46,7 +46,7 @@ from dspex_persist.state.model import (
     Variable,
     VariableVersion,
 )
-from dspex_persist.state.session_state import SessionState, Undo, growth_of, restore, size_of_tool
+from dspex_persist.state.session_state import SessionState, Undo, growth_of, size_of_tool
 from dspex_persist.state.values.constraints import count_matching
 
 Savepoint: TypeAlias = tuple[int, int, int]
@@ -120,7 +120,7 @@ class Drafts:
         self.executions: dict[tuple[int, str], JournalEntry] = {}
         self.forgotten: set[str] = set()
         # The id of the last deleted variable of each (session id, name).
-        self.gone: Mapping[tuple[str, str], str] = {}
+        self.gone: dict[tuple[str, str], str] = {}
 
     def find(self, session_id: str) -> SessionState | None:
         """Return the session as the group sees it, to read."""
@@ -319,8 +319,9 @@ class UnitOfWork:
     def delete_variable(self, session_id: str, variable: Variable) -> None:
         """Append a deletion, and remove the variable and its dependencies from the live state."""
         state = self._edit(session_id)
-        self._undo.append((restore, (self._drafts, {"gone": self._drafts.gone})))
-        self._drafts.gone = {**self._drafts.gone, (session_id, variable.name): variable.id}
+        gone, place = self._drafts.gone, (session_id, variable.name)
+        self._undo.append((_put_back, (gone, place, gone.get(place))))
+        gone[place] = variable.id
         version = self._version(variable, variable.version + 1, ChangeKind.DELETED, None, {}, variable.source)
         fold_version(state, version, self._undo)
         self._stage(version, advanced(variable, version))
@@ -465,9 +466,13 @@ class UnitOfWork:
     def rollback_to(self, savepoint: Savepoint) -> None:
         """Undo everything staged since the savepoint."""
         undo, versions, events = savepoint
-        while len(self._undo) > undo:
-            undo_one, arguments = self._undo.pop()
-            undo_one(*arguments)
+        if len(self._undo) > undo:
+            while len(self._undo) > undo:
+                undo_one, arguments = self._undo.pop()
+                undo_one(*arguments)
+            for state in self._drafts.states.values():
+                if state is not None:
+                    state.put_in_order()
         if len(self.versions) > versions:
             del self._drafts.versions[versions - len(self.versions) :]
             del self.versions[versions:]

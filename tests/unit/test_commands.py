@@ -694,6 +694,28 @@ class TestGroups:
         memory.keep(drafts, first)
         assert get(memory, "x").value == Value("2")
 
+    @pytest.mark.parametrize("seed", range(20))
+    def test_deletions_undone_in_parts_leave_everything_in_its_place(self, memory: MemoryGroups, seed: int) -> None:
+        for number in range(6):
+            register(memory, f"v{number}")
+        random, unit = Random(seed), memory.unit(Drafts(memory), asked_by("ada"), 0)
+        marks = []
+        for _ in range(12):
+            state = unit.session("s")
+            marks.append((unit.savepoint(), state.copy(), list(state.variables)))
+            name = f"v{random.randrange(8)}"
+            if name in state.variables:
+                DeleteVariable("s", name).apply(unit)
+            else:
+                RegisterVariable("s", name, "string", Value('"new"')).apply(unit)
+        while marks:
+            savepoint, staged, names = marks.pop(random.randrange(len(marks)))
+            marks = [mark for mark in marks if mark[0] < savepoint]
+            unit.rollback_to(savepoint)
+            state = unit.session("s")
+            assert (list(state.variables), state.names) == (names, staged.names)
+            assert (state.variables, state.weight_bytes) == (staged.variables, staged.weight_bytes)
+
     def test_a_session_ended_and_begun_again_in_one_group(self, memory: MemoryGroups) -> None:
         register(memory)
         drafts = Drafts(memory)

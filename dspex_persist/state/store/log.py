@@ -70,6 +70,7 @@ _INSERT_EXECUTION = _compiled_insert(executions)
 _END_EXECUTION = "UPDATE executions SET status = ?, ended_sequence = ? WHERE began_sequence = ?"
 _REPLACE_TOOL = _compiled_insert(tools).replace("INSERT", "INSERT OR REPLACE", 1)
 _FREE_NAME = "UPDATE variables SET deleted_sequence = ? WHERE variable_key = ?"
+_DELETE_VARIABLE = "UPDATE variables SET deleted_sequence = ?, optimization = NULL WHERE variable_key = ?"
 _END_SESSION = "UPDATE sessions SET ended_sequence = ?, expires_at = NULL WHERE session_key = ?"
 
 
@@ -199,15 +200,9 @@ class LogWriter:
             self._driver.executemany(_FREE_NAME, keys)
 
     def _delete(self, state: SessionState, version: VariableVersion) -> None:
-        execute = self._connection.execute
-        key = state.keys[version.variable_id]
-        execute(
-            update(variables)
-            .where(variables.c.variable_key == key)
-            .values(deleted_sequence=version.sequence, optimization=None)
-        )
+        self._driver.execute(_DELETE_VARIABLE, (version.sequence, state.keys[version.variable_id]))
         if state.dependencies:
-            execute(
+            self._connection.execute(
                 update(dependencies)
                 .where(dependencies.c.session_key == state.key, dependencies.c.until_sequence.is_(None))
                 .where((dependencies.c.from_id == version.variable_id) | (dependencies.c.to_id == version.variable_id))
