@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
-from typing import Any, Final, Generic, NamedTuple, NoReturn, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from dspex_persist import clock
 from dspex_persist.infra.logs import get_logger
@@ -277,8 +277,8 @@ class Groups(Generic[S_co]):
     def read_current(self, command: Command[Any], origin: Origin, state: SessionState) -> Any:
         """Apply a reading command to a published state."""
         try:
-            drafts = Drafts(_MEMORY, lambda _: state)
-            return command.apply(Reading(drafts, origin, self.log.sequence, self.options.limits, self._moment))
+            sequence, limits = self.log.sequence, self.options.limits
+            return command.apply(Reading(command.session_id, state, origin, sequence, limits, self._moment))
         except StateError:
             raise
         except Exception as error:
@@ -364,28 +364,6 @@ class Groups(Generic[S_co]):
     def abandon(self) -> None:
         """Close the store without writing anything more, after an unknown outcome."""
         self.log.abandon()
-
-
-class _Memory:
-    """The past for commands that read only current values."""
-
-    def load(self, session_id: str) -> NoReturn:
-        raise NotImplementedError("the session is in the drafts")
-
-    def find_version(self, state: SessionState, variable_id: str, version: int) -> NoReturn:
-        raise NotImplementedError("memory holds no history")
-
-    def history(self, state: SessionState, query: VersionQuery) -> NoReturn:
-        raise NotImplementedError("memory holds no history")
-
-    def find_outcome(self, session_id: str, key: str) -> NoReturn:
-        raise NotImplementedError("memory holds no outcomes")
-
-    def find_execution(self, state: SessionState, key: str) -> NoReturn:
-        raise NotImplementedError("memory holds no executions that have ended")
-
-
-_MEMORY: Final = _Memory()
 
 
 def _refusal(command: Command[Any], error: Exception) -> StateError:

@@ -533,8 +533,17 @@ class UnitOfWork:
         self.versions.append(change)
 
 
+class _Published(Drafts):
+    """One published session, which is only read."""
+
+    __slots__ = ()
+
+    def __init__(self, session_id: str, state: SessionState) -> None:
+        self.states = {session_id: state}
+
+
 class Reading(UnitOfWork):
-    """The unit of a command that only reads a session in memory.
+    """The unit of a command that only reads the current values of a session in memory.
 
     It takes the time when it is first needed: few sessions have a TTL, and few variables a lock.
     """
@@ -543,13 +552,14 @@ class Reading(UnitOfWork):
 
     def __init__(
         self,
-        drafts: Drafts,
+        session_id: str,
+        state: SessionState,
         origin: Origin,
         sequence: int,
         limits: Limits,
         take_moment: Callable[[], tuple[datetime, datetime]],
     ) -> None:
-        self._drafts = drafts
+        self._drafts = _Published(session_id, state)
         self.origin = origin
         self.sequence = sequence
         self.limits = limits

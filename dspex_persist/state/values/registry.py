@@ -96,9 +96,9 @@ def type_names() -> tuple[str, ...]:
     return tuple(_TYPES)
 
 
-def find_type(type_name: str) -> ValueType | None:
-    """Return the type with this name, or None."""
-    return _TYPES.get(type_name)
+# The method itself, which takes a third of the time of a function: each value that is read needs its type.
+find_type: Final[Callable[[str], ValueType | None]] = _TYPES.get
+"""Returns the type with a name, or None."""
 
 
 def get_type(name: str, type_name: str) -> ValueType:
