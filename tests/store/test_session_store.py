@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import pytest
 from freezegun import freeze_time
 from freezegun.api import FrozenDateTimeFactory
+from sqlalchemy import Connection, event
 
 from dspex_persist import clock
 from dspex_persist.state import errors
@@ -409,6 +410,19 @@ class TestFailedGroups:
         driver(store).execute("PRAGMA max_page_count = 1000000")
         outcomes = group(store, write("x", 2), *texts)
         assert [outcome.result for outcome in outcomes] == [2, *range(1, 9)]
+
+    def test_a_commit_that_fails_does_not_affect_the_next_group(self, store: FileGroups) -> None:
+        def fail(_: Connection) -> None:
+            error = sqlite3.OperationalError("database or disk is full")
+            error.sqlite_errorcode = sqlite3.SQLITE_FULL
+            raise error
+
+        # With a key, the group has statements of SQLAlchemy, which then commits.
+        event.listen(store.log._writer, "commit", fail)
+        with pytest.raises(errors.StorageError, match="full"):
+            run(store, write("x", 1), key="key")
+        event.remove(store.log._writer, "commit", fail)
+        assert run(store, write("x", 2), key="key") == 1
 
     def test_an_unknown_outcome_is_raised_and_not_published(
         self, store: FileGroups, monkeypatch: pytest.MonkeyPatch

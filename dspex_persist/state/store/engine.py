@@ -482,8 +482,10 @@ def _begin_at_once(driver: sqlite3.Connection) -> None:
 
 def roll_back(connection: Connection) -> None:
     """Roll back the connection's transaction, if there is one."""
-    if connection.in_transaction():
-        connection.rollback()
+    transaction = connection.get_transaction()
+    if transaction is not None:
+        # Even one that a failed COMMIT has ended: SQLAlchemy refuses every statement until it is rolled back.
+        transaction.rollback()
     # If SQLAlchemy's transaction ended with an error, SQLite's may still be open.
     driver_of(connection).rollback()
 
