@@ -21,7 +21,7 @@ LOCK ?= 10
 # One more than the cores that CI has: tests wait for processes now and then.
 WORKERS ?= 3
 ARGS ?=
-# Quiet pip: progress is told by the echoes below, warnings and errors still show.
+# Quiet pip: the echoes below report progress; warnings and errors still show.
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 # The tests by what they are about (CONTRIBUTING.md says which lane a change concerns). A file may be in several lanes;

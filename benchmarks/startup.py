@@ -45,7 +45,7 @@ def _path(folder: Path, sessions: int) -> Path:
 def measure(plan: Plan, folder: Path) -> list[Row]:
     """Start the server on each file in turn, round by round. By then the files are in the system's cache."""
     all_starts = [_Starts(sessions) for sessions in plan.session_counts]
-    # The first start writes the bytecode, if there is none yet.
+    # The first start writes the bytecode, if it is missing.
     with start_server(_path(folder, plan.session_counts[0])) as server:
         server.terminate(30)
     for count in range(plan.start_rounds):

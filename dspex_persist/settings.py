@@ -247,7 +247,7 @@ def load_settings(
     """Load the settings from, by precedence, `flags`, environment variables, a TOML file and the defaults.
 
     The file is `config`, else the one that DSPEX_PERSIST_CONFIG names, else `dspex-persist.toml` in the working
-    directory, if it exists. Somebody else may have written that last one, and tools are code that runs, so tools are
+    directory, if it exists. Another user may have written that last one, and tools are code that runs, so tools are
     never taken from it.
 
     Args:
@@ -259,9 +259,9 @@ def load_settings(
     Raises:
         SettingsError: A value is invalid, the file has an unknown key, or the file is missing or unreadable.
     """
-    given = {name: value for name, value in (flags or {}).items() if value is not None}
-    from_flags, environment = _Source(given, lambda setting: f"flag {flag_of(setting)}"), _environment()
-    may_ignore_tools = not runs_tools or "tools" in given or "tools" in environment.values
+    flag_values = {name: value for name, value in (flags or {}).items() if value is not None}
+    from_flags, environment = _Source(flag_values, lambda setting: f"flag {flag_of(setting)}"), _environment()
+    may_ignore_tools = not runs_tools or "tools" in flag_values or "tools" in environment.values
     sources = (from_flags, environment, _file(config, may_ignore_tools=may_ignore_tools))
     merged: dict[str, Any] = {}
     for source in reversed(sources):

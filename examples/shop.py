@@ -114,8 +114,8 @@ def main(path: Path) -> None:
         for name in ("count_once", "count"):
             visitors.append(buy_milk)
             outcome = state.execute_tool(SESSION, name)
-            said = outcome.result.json if outcome.result is not None else str(outcome.error)
-            print(f"{name}: {said} (attempts: {outcome.attempts})")
+            answer = outcome.result.json if outcome.result is not None else str(outcome.error)
+            print(f"{name}: {answer} (attempts: {outcome.attempts})")
         for entry in shop.variables.history("cash", limit=3):
             print(f"cash: version {entry.version}, written by execution {entry.cause}")
 

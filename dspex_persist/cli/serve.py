@@ -166,7 +166,7 @@ def serve(
     log_style: Annotated[str | None, LogStyle] = None,
 ) -> None:
     """Serve with the settings from flags, environment and file."""
-    given = dict(locals())
+    arguments = dict(locals())
     # The modules imported from here on are not garbage, and looking for some among them takes a tenth of the start.
     # The server enables it when it is ready.
     gc.disable()
@@ -174,18 +174,18 @@ def serve(
         from dspex_persist import wiring
         from dspex_persist.settings import Settings, load_settings
 
-        flags = {name: value for name, value in given.items() if name in Settings.model_fields}
+        flags = {name: value for name, value in arguments.items() if name in Settings.model_fields}
         flags["tools"] = tuple(tools) if tools else None
         wiring.serve(load_settings({**flags, **_limits(limit or [])}, config, runs_tools=True))
     finally:
         gc.enable()
 
 
-def _limits(given: list[str]) -> dict[str, str]:
+def _limits(texts: list[str]) -> dict[str, str]:
     from dspex_persist.settings import LimitSettings, SettingsError
 
     limits: dict[str, str] = {}
-    for text in given:
+    for text in texts:
         name, equals, number = text.partition("=")
         if not equals or name not in LimitSettings.model_fields:
             possible = ", ".join(sorted(LimitSettings.model_fields))

@@ -30,7 +30,7 @@ class TicketFuture(Future[A]):
 
     def settle(self, result: Any, error: BaseException | None) -> None:
         """See `Ticket`."""
-        # Whoever has the future may have ended it, which must not harm the others of its group.
+        # The caller may have settled its future already, which must not harm the others of the group.
         with contextlib.suppress(InvalidStateError):
             if error is None:
                 self.set_result(result)

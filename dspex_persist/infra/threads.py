@@ -148,7 +148,7 @@ def _carry_out(ticket: Ticket[BaseException], function: Callable[[], object]) ->
 
 
 def _end_child_of(process: int) -> None:
-    """Exit if the work forked and this is the child: it must not go on as a thread of its parent's pool."""
+    """Exit if the work forked and this is the child: it must not continue as a thread of its parent's pool."""
     if os.getpid() == process:
         return
     error = sys.exc_info()[1]

@@ -79,8 +79,8 @@ def describe(
         city: Which city.
         days: How many days.
     """
-    given = {"city": city, "days": days, "scale": scale, "ratio": ratio, "wet": wet, "tags": tags, "extra": extra}
-    return {name: [type(argument).__name__, argument] for name, argument in given.items()}
+    arguments = {"city": city, "days": days, "scale": scale, "ratio": ratio, "wet": wet, "tags": tags, "extra": extra}
+    return {name: [type(argument).__name__, argument] for name, argument in arguments.items()}
 
 
 @tool

@@ -234,7 +234,7 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Forkable, Pruna
         return Origin(self._actor, cause, Source.PYTHON, idempotency_key)
 
     def close(self) -> None:
-        """Close the channel; the server goes on. In a forked child this does nothing."""
+        """Close the channel; the server continues. In a forked child this does nothing."""
         self._closed = True
         if self._here.refusal is None:
             self._channel.close()

@@ -48,7 +48,7 @@ class RemoteTools:
     A tool that fails, or is slow, does not count as a failure of its address. Made and used on one event loop.
 
     Args:
-        call_timeout_s: The time limit of a call that has none of its own.
+        call_timeout_s: The time limit of a call that sets none, in seconds.
         connect_timeout_s: The time limit of a connection attempt.
         failures: After this many failures in a row to reach an address, calls to it fail at once, for `pause_s`.
         pause_s: The length of the first pause, in seconds. Each further one is twice as long.

@@ -61,5 +61,5 @@ class Home:
             del reply
 
     def close(self) -> None:
-        """End the separate loop and cancel what runs there; the caller's loop goes on."""
+        """End the separate loop and cancel what runs there; the caller's loop continues."""
         self._own.close()

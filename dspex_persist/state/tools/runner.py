@@ -102,7 +102,7 @@ class ToolRunner:
         self._endings = Endings(store, home)
         self._registered = registered
         self._running: dict[str, ToolSession] = {}
-        # Includes executions that have ended while their code goes on.
+        # Includes executions that have ended while their code still runs.
         self._sessions: WeakValueDictionary[str, ToolSession] = WeakValueDictionary()
         self._count = 0
 

@@ -10,8 +10,8 @@ from dspex_persist.state.store.verify.parts import Part, PartChecker
 
 def main() -> None:
     """Open the file that the first request names, and check a part of it for each further request."""
-    asked = requests()
-    name, identity, anchor = next(asked)
+    incoming = requests()
+    name, identity, anchor = next(incoming)
     path = Path(name)
     readers = open_readers(path, size=1)
     with snapshot(readers):
@@ -21,6 +21,6 @@ def main() -> None:
     head = Head(anchor[0], bytes.fromhex(anchor[1])) if anchor is not None else None
     checker = PartChecker(readers, head, lambda more, in_all: reply((more, in_all)))
     reply("ready")
-    for part in asked:
-        found, whole = checker.collect(Part(*part))
-        reply({"found": [(problem.where, problem.what) for problem in found], "whole": whole})
+    for part in incoming:
+        problems, whole = checker.collect(Part(*part))
+        reply({"found": [(problem.where, problem.what) for problem in problems], "whole": whole})

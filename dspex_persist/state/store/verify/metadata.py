@@ -49,9 +49,9 @@ _SESSION_OF: Final = "SELECT session_key FROM variables WHERE variable_key = ?"
 
 
 class StrayWalk(Walk):
-    """Each entry of the index is in the metadata of its version. `found`: whether one was not."""
+    """Each entry of the index is in the metadata of its version. `has_strays`: whether one was not."""
 
-    found = False
+    has_strays = False
 
     def __init__(self) -> None:
         self._last: tuple[str, str, float, float, float] = ("", "", BEFORE_ALL, BEFORE_ALL, BEFORE_ALL)
@@ -63,7 +63,7 @@ class StrayWalk(Walk):
         end = time.monotonic() + SNAPSHOT_S
         while self.more:
             for key, sequence, variable_key, version in raw_rows(connection, _STRAYS, *self._last):
-                self.found = True
+                self.has_strays = True
                 what = f"metadata_entries has {quote(key)} for version {version}, whose metadata does not"
                 yield Problem(_where_of_entry(connection, sequence, variable_key), what)
             last = find_row(connection, _LAST_OF_PAGE, *self._last)
@@ -89,7 +89,7 @@ class IndexedWalk(Walk):
 
     def page(self, connection: Connection) -> Iterator[Problem]:
         end = time.monotonic() + SNAPSHOT_S
-        if not self._strays.found and self._last[0] == BEFORE_ALL:
+        if not self._strays.has_strays and self._last[0] == BEFORE_ALL:
             entries, expected = find_row(connection, _COUNTS)
             if entries == expected:
                 self.more = False

@@ -21,7 +21,7 @@ from dspex_persist.state.store.verify.walk import UNREADABLE, Problem, Progress,
 LOG: Final = "log"
 MOST_PROBLEMS: Final = 1000
 """A check stops after this many problems."""
-Found: TypeAlias = tuple[list[Problem], bool]
+PartResult: TypeAlias = tuple[list[Problem], bool]
 """The problems of a part, and whether all of it could be read."""
 
 
@@ -101,17 +101,17 @@ class PartChecker:
                 yield Problem(str(walk), f"it cannot be read any further: {getattr(error, 'reason', error)}")
         return whole
 
-    def collect(self, part: Part) -> Found:
-        """Return what `check` yields and returns, but no more than `MOST_PROBLEMS`."""
-        found: list[Problem] = []
+    def collect(self, part: Part) -> PartResult:
+        """Return the result of `check`, with at most `MOST_PROBLEMS` problems."""
+        problems: list[Problem] = []
         checking = self.check(part)
         try:
-            while len(found) < MOST_PROBLEMS:
-                found.append(next(checking))
+            while len(problems) < MOST_PROBLEMS:
+                problems.append(next(checking))
         except StopIteration as end:
-            return found, end.value
+            return problems, end.value
         checking.close()
-        return found, True
+        return problems, True
 
     def _walks(self, part: Part) -> tuple[Walk, ...]:
         match part.name:

@@ -17,7 +17,7 @@ from dspex_persist.infra.helpers import Helper, HelperEndedError
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.store.anchor import Head
 from dspex_persist.state.store.engine import identity_of
-from dspex_persist.state.store.verify.parts import Found, Meter, Part, PartChecker
+from dspex_persist.state.store.verify.parts import Meter, Part, PartChecker, PartResult
 from dspex_persist.state.store.verify.walk import Problem
 
 _MOST_JOBS: Final = 4
@@ -58,7 +58,7 @@ class Team:
         self._changed = threading.Condition()
         # This process takes parts from the left, helpers from the right.
         self._left = deque(sorted(parts, key=lambda part: _LONG.index(part.name) if part.name in _LONG else -1))
-        self._found: dict[Part, Found] = {}
+        self._results: dict[Part, PartResult] = {}
         self._helpers: list[tuple[Helper, threading.Thread]] = []
         self._closed = False
 
@@ -69,7 +69,7 @@ class Team:
                 opening = (str(self._path), identity_of(self._path.stat()), self._head)
                 helper = Helper(_HELPING)
             except (OSError, HelperEndedError) as error:
-                _logger.warning("the check goes on with fewer processes", reason=str(error))
+                _logger.warning("the check continues with fewer processes", reason=str(error))
                 return
             name = f"dspex-persist-check-{number}"
             thread = threading.Thread(target=self._lead, args=(helper, opening), name=name, daemon=True)
@@ -80,16 +80,16 @@ class Team:
         """See `PartChecker.check`. Until the part has been checked, this process checks others."""
         while True:
             with self._changed:
-                found = self._found.pop(part, None)
-                mine = self._left.popleft() if found is None and self._left else None
-                if found is None and mine is None:
+                result = self._results.pop(part, None)
+                mine = self._left.popleft() if result is None and self._left else None
+                if result is None and mine is None:
                     self._changed.wait()
             self._meter.report()
-            if found is not None:
-                yield from found[0]
-                return found[1]
+            if result is not None:
+                yield from result[0]
+                return result[1]
             if mine is not None:
-                self._found[mine] = self._checker.collect(mine)
+                self._results[mine] = self._checker.collect(mine)
 
     def close(self) -> None:
         """End the helpers, even if they are busy."""
@@ -109,35 +109,35 @@ class Team:
             # A helper takes no part until it is ready, which it never is if Python is embedded in another program.
             next(helper.ask(opening))
             while (part := self._take()) is not None:
-                found = None
+                result = None
                 try:
-                    found = self._ask(helper, part)
+                    result = self._ask(helper, part)
                 finally:
-                    self._settle(part, found)
+                    self._settle(part, result)
         except HelperEndedError:
             if not self._closed:
-                _logger.warning("the check goes on with fewer processes", reason="a helper ended")
+                _logger.warning("the check continues with fewer processes", reason="a helper ended")
 
     def _take(self) -> Part | None:
         with self._changed:
             return self._left.pop() if self._left else None
 
-    def _settle(self, part: Part, found: Found | None) -> None:
+    def _settle(self, part: Part, result: PartResult | None) -> None:
         """Keep the result, or, without one, let the part be taken again."""
         with self._changed:
-            if found is not None:
-                self._found[part] = found
+            if result is not None:
+                self._results[part] = result
             elif not self._closed:
                 self._left.append(part)
             self._changed.notify_all()
 
-    def _ask(self, helper: Helper, part: Part) -> Found:
+    def _ask(self, helper: Helper, part: Part) -> PartResult:
         for reply in helper.ask(part):
             match reply:
                 case [more, in_all]:
                     self._meter.add(more, in_all)
                     with self._changed:
                         self._changed.notify_all()
-                case {"found": found, "whole": whole}:
-                    return [Problem(*each) for each in found], whole
+                case {"found": problems, "whole": whole}:
+                    return [Problem(*each) for each in problems], whole
         raise HelperEndedError
