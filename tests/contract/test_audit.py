@@ -156,14 +156,14 @@ def test_executions_commits_and_sessions_are_the_same(query: Query[Any], sources
 @pytest.mark.parametrize("most", [1, 3])
 def test_pages_continue_where_they_ended(query: Query[Any], most: int, sources: Sources) -> None:
     def pages(source: AuditSource) -> list[Any]:
-        found, after = [], None
+        rows, after = [], None
         while True:
             page = source.page(query, after, most)
             assert len(page.rows) <= most
-            found += page.rows
+            rows += page.rows
             after = page.after
             if after is None:
-                return found
+                return rows
 
     assert same_answer(pages, sources) == list(sources.file.iterate(query))
 

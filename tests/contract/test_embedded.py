@@ -268,11 +268,11 @@ class TestRacesOfWatchesAndTheWriter:
         written: list[int] = []
 
         def overtaken(*arguments: Any) -> list[CommitChanges]:
-            found = changes_after(*arguments)
-            if not found and not written:
+            changes = changes_after(*arguments)
+            if not changes and not written:
                 pending = [provider.submit(commands.SetVariable("s", "x", Value(str(n)))) for n in range(400)]
                 written.extend(future.result() for future in pending)
-            return found
+            return changes
 
         monkeypatch.setattr(provider.engine._store, "changes_after", overtaken)
         provider.initialize_session("other")

@@ -70,11 +70,11 @@ class Gate:
         return str(self.folder)
 
     def wait(self, name: str = "at") -> None:
-        """Wait for what the tool announces."""
+        """Wait until the tool announces that it is at this point."""
         wait_until((self.folder / name).exists, f"the tool says {name!r}")
 
     def open(self) -> None:
-        """Let the tool go on."""
+        """Let the tool continue."""
         (self.folder / "go").touch()
 
 
@@ -279,7 +279,7 @@ class Entry:
 
 
 class Journal:
-    """The tool executions in a database file, read beside the server."""
+    """The tool executions in a database file, read while the server runs."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -318,5 +318,5 @@ class Journal:
             ("execution_ended", row["ended_sequence"]),
         ):
             bodies = self._query("SELECT body FROM events WHERE sequence = ? AND kind = ?", sequence, kind)
-            found = [json.loads(each["body"]) for each in bodies]
-            yield next((body for body in found if body["execution_id"] == row["execution_id"]), {})
+            documents = [json.loads(each["body"]) for each in bodies]
+            yield next((body for body in documents if body["execution_id"] == row["execution_id"]), {})

@@ -1,7 +1,7 @@
-"""The tools that the servers of these tests have: loaded by `serve --tools tests.end_to_end.served_tools`.
+"""The tools of these tests' servers: loaded by `serve --tools tests.end_to_end.served_tools`.
 
-Those that must be caught in the act take a folder, their gate: they announce themselves by a file in it, and go on
-when the test has put another one there.
+Tools that a test must catch while they run take a gate, which is a folder: they create a file in it, and continue when
+the test has created another one.
 """
 
 import asyncio
@@ -84,8 +84,8 @@ def describe(
         city: Which city.
         days: How many days.
     """
-    found = {"city": city, "days": days, "scale": scale, "ratio": ratio, "wet": wet, "tags": tags, "extra": extra}
-    return {name: [type(argument).__name__, argument] for name, argument in found.items()}
+    arguments = {"city": city, "days": days, "scale": scale, "ratio": ratio, "wet": wet, "tags": tags, "extra": extra}
+    return {name: [type(argument).__name__, argument] for name, argument in arguments.items()}
 
 
 @tool
@@ -365,7 +365,7 @@ def in_a_mood(ctx: ToolContext) -> list[str]:
 
 @tool
 async def in_a_mood_later(ctx: ToolContext) -> list[str]:
-    """The same from a coroutine, with a thread of its own besides."""
+    """The same from a coroutine, and in a thread."""
     mood.set("thoughtful")
     return [*(await ctx.call(tell_mood)), await asyncio.to_thread(mood.get)]
 
@@ -401,7 +401,7 @@ def progress(ctx: ToolContext, gate: str) -> int:
 
 @tool
 def hold_for_worker(gate: str) -> str:
-    """Take as long as it is let, whatever becomes of who called it."""
+    """Run until the test opens the gate, even if the caller has left."""
     wait_at(gate)
     return "held"
 

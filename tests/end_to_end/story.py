@@ -63,7 +63,7 @@ class Story:
 
     @tool(retries=2)
     def tidy(self, ctx: ToolContext) -> int:
-        """Reads what somebody else changes meanwhile, the first time."""
+        """Read a variable that another caller changes meanwhile, at the first attempt."""
         steps = ctx["steps"]
         self.rest()
         if ctx.attempt == 1:

@@ -72,7 +72,7 @@ def server(path: Path) -> Iterator[ServerProcess]:
 
 
 def happen(server: ServerProcess, folder: Path) -> None:
-    """Whatever audits ask about, through clients."""
+    """Make a history with everything that audits report, through clients."""
     gate = Gate(folder / "conflict")
     gate.open()
     with dspex_persist.connect(f"grpc://{target_of(server)}") as state:
@@ -101,7 +101,7 @@ def happen(server: ServerProcess, folder: Path) -> None:
 
 
 def collide(state: Any, gate: Gate) -> None:
-    """An execution whose first attempt meets a write of somebody else."""
+    """Run an execution whose first attempt conflicts with another caller's write."""
     running = threading.Thread(target=state.execute_tool, args=(SESSION, "add_with_retries", {"gate": str(gate)}))
     running.start()
     gate.wait()

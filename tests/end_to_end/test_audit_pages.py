@@ -244,7 +244,7 @@ def test_a_report_of_an_ended_session_with_a_strange_name(tmp_path: Path) -> Non
 
 
 def test_a_report_shows_controls_as_text(tmp_path: Path) -> None:
-    """They are no characters of a page; a terminal obeys some of them, and others turn around what stands beside."""
+    """HTML does not allow them; a terminal obeys some of them, and others reverse the text next to them."""
     name, value = "\u202edetrever", "a\x1b[31mred\x00\x9b\r\n\tb"
     with dspex_persist.connect(tmp_path / "controls.db") as state:
         context = dspex_persist.Context(state, name)

@@ -1,4 +1,4 @@
-"""The audit service of a real server, asked by clients that have nothing but its proto file, and by ours."""
+"""The audit service of a real server, used by clients that have only its proto file, and by ours."""
 
 import json
 import signal
@@ -220,7 +220,7 @@ def test_reads_go_on_beside_a_fleet_of_streams(server: ServerProcess) -> None:
         for asking in fleet:
             asking.result()
     assert all(streams)
-    # Were each read to wait its turn among the streams, all of them would end while it does, on whatever machine.
+    # If each read waited its turn among the streams, all of them would end meanwhile, on any machine.
     assert meanwhile < streaming * reads
 
 
@@ -309,23 +309,23 @@ def test_a_session_that_no_message_can_hold_is_resumed_nevertheless(narrow: Serv
                 state.set_variable("wide", "v1", "y" * (VALUE_BYTES + 1))
 
 
-def test_a_history_stops_where_a_message_is_full_and_says_how_to_go_on(narrow: ServerProcess) -> None:
+def test_a_history_stops_where_a_message_is_full_and_says_how_to_continue(narrow: ServerProcess) -> None:
     with grpc.insecure_channel(target_of(narrow)) as channel:
         history = bridge_stubs.BridgeServiceStub(channel).GetVariableHistory
         request = bridge_pb.GetVariableHistoryRequest(session_id="large", variable_identifier="text", limit=30)
-        found: list[int] = []
+        versions: list[int] = []
         headers: tuple[tuple[str, str], ...] = ()
-        while len(found) < 30:
-            request.limit = 30 - len(found)
+        while len(versions) < 30:
+            request.limit = 30 - len(versions)
             response, call = history.with_call(request, metadata=headers)
             assert response.ByteSize() < 32 * 1024
             assert response.entries
-            found += [entry.version for entry in response.entries]
+            versions += [entry.version for entry in response.entries]
             headers = tuple(each for each in call.trailing_metadata() if each[0] == "x-dspex-before-version")
-            assert headers or len(found) == 30
-    assert found == list(range(VERSIONS - 1, VERSIONS - 31, -1))
+            assert headers or len(versions) == 30
+    assert versions == list(range(VERSIONS - 1, VERSIONS - 31, -1))
     with BridgedState(target_of(narrow)) as state:
-        assert [entry.version for entry in state.get_variable_history("large", "text", 30)] == found
+        assert [entry.version for entry in state.get_variable_history("large", "text", 30)] == versions
 
 
 # What may be seen, and errors

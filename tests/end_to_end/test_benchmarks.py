@@ -67,7 +67,7 @@ def test_every_row_is_there_in_the_order_of_the_sections(quick_run: dict[str, An
         *(f"startup.{count}" for count in QUICK.session_counts),
         *(f"startup.touch.{count}" for count in QUICK.session_counts),
         *(f"memory.{count}" for count in (*QUICK.come_and_go, "growth", "session", "connection", "watcher")),
-        *(f"audit.{asked}.{count}" for asked in ASKED for count in QUICK.audit_versions),
+        *(f"audit.{question}.{count}" for question in ASKED for count in QUICK.audit_versions),
         *(f"audit.{what}" for what in ("verify", "prune", "replay", "quiet", "scanned")),
     }
     sections = [key.partition(".")[0] for key in keys]
@@ -87,10 +87,10 @@ def test_every_rpc_and_tool_but_ping_is_a_ratio_to_ping(quick_run: dict[str, Any
 def test_calls_alongside_slow_tools_are_a_ratio_to_calls_without(quick_run: dict[str, Any]) -> None:
     rows = {row["key"]: row for row in quick_run["rows"]}
     for rpc in ("SetVariable", "GetVariable"):
-        beside = rows[f"tools.p99.{rpc}.{QUICK.slow_tools}"]
-        assert beside["ratio_to"] == f"tools.p99.{rpc}.0"
-        assert beside["value"] == beside["p99_ms"]
-        assert beside["target"] == {"of": "ratio", "sense": "at most", "bound": 1.5}
+        calls = rows[f"tools.p99.{rpc}.{QUICK.slow_tools}"]
+        assert calls["ratio_to"] == f"tools.p99.{rpc}.0"
+        assert calls["value"] == calls["p99_ms"]
+        assert calls["target"] == {"of": "ratio", "sense": "at most", "bound": 1.5}
 
 
 def test_the_cost_of_watchers_is_a_ratio_to_the_same_call_without(quick_run: dict[str, Any]) -> None:

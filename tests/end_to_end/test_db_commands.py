@@ -1,4 +1,4 @@
-"""dspex-persist db, as a process: what it prints, its exit codes, and that it works beside a server."""
+"""dspex-persist db, as a process: its output, its exit codes, and that it works while a server runs."""
 
 import json
 import os

@@ -71,12 +71,12 @@ def test_the_demo_shows_what_it_promises_and_keeps_the_database(tmp_path: Path) 
 
 
 def test_a_demo_that_fails_says_so(tmp_path: Path) -> None:
-    (tmp_path / "sessions.db").write_bytes(b"something of somebody's")
+    (tmp_path / "sessions.db").write_bytes(b"another program's file")
     result = run_demo("--keep", str(tmp_path), cwd=tmp_path)
     assert result.returncode == 1
     assert result.stderr.startswith("error: the demo failed: ")
     assert "exists already" in result.stderr
-    assert (tmp_path / "sessions.db").read_bytes() == b"something of somebody's"
+    assert (tmp_path / "sessions.db").read_bytes() == b"another program's file"
     result = run_demo("--keep", str(tmp_path / "sessions.db" / "below"), cwd=tmp_path)
     assert (result.returncode, "cannot create the directory" in result.stderr) == (1, True)
 

@@ -97,7 +97,7 @@ def test_the_example_shop(tmp_path: Path) -> None:
     assert once.endswith("(attempts: 1)")
     assert again == "count: 30 (attempts: 2)"
     assert list(tmp_path.iterdir()) == []
-    # On a file that stays it goes on where it was.
+    # On an existing file it continues.
     first, second = (run_python([str(EXAMPLES / "shop.py"), "shop.db"], tmp_path) for _ in range(2))
     assert "apples now: 14" in first
     assert "apples now: 18" in second

@@ -28,7 +28,7 @@ def child_of(target, *args):
 
 @tool
 def end_a_child(signal_number: int) -> int:
-    # At once, too: the child has not come to anything of its own yet.
+    # At once, before the child runs any code of its target.
     child = child_of(time.sleep, 30)
     os.kill(child.pid, signal_number)
     child.join(20)

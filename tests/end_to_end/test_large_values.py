@@ -1,4 +1,4 @@
-"""Large values are read beside the event loop and the writer: neither another client's Ping nor its write waits."""
+"""Large values are parsed off the event loop and the writer: neither Pings nor writes of other clients wait."""
 
 import json
 import sys

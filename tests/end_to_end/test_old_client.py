@@ -418,11 +418,11 @@ def test_a_header_that_says_the_same_twice_is_taken(stub: Any) -> None:
 def test_batches(stub: Any) -> None:
     register(stub, "a", "float", 0.0, constraints_json='{"max": 1.0}')
     b_id = register(stub, "b", "float", 0.0)
-    found = stub.GetVariables(
+    response = stub.GetVariables(
         pb.BatchGetVariablesRequest(session_id=SESSION, variable_identifiers=["a", "zz", b_id, "yy"])
     )
-    assert set(found.variables) == {"a", b_id}
-    assert list(found.missing_variables) == ["zz", "yy"]
+    assert set(response.variables) == {"a", b_id}
+    assert list(response.missing_variables) == ["zz", "yy"]
     updates = {"a": packed("float", 2.0), "b": packed("float", 2.0)}
     refused = stub.SetVariables(pb.BatchSetVariablesRequest(session_id=SESSION, updates=updates, atomic=True))
     assert not refused.success

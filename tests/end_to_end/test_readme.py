@@ -182,7 +182,7 @@ def _bring_up_to_date(clone: Path) -> None:
 @pytest.fixture
 def reader(tmp_path: Path) -> Iterator[Reader]:
     if not (ROOT / ".git").exists():
-        pytest.skip("this is no clone")
+        pytest.skip("this is not a git clone")
     reading = Reader(tmp_path)
     yield reading
     reading.close()

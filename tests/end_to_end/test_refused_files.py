@@ -1,4 +1,4 @@
-"""A command or a server that refuses a file leaves everything beside it as it was, byte for byte, name by name."""
+"""A command or a server that refuses a file leaves its folder as it was: the same names, the same bytes."""
 
 import hashlib
 import os
@@ -24,7 +24,7 @@ from tests.prepared import Ended, Prepared
 
 OLDEST = Path(__file__).parents[1] / "assets" / "0001.db"
 DATABASE = "s.db"
-# Here SQLite has something in every file beside the database: the process is killed while it has it open.
+# Here SQLite has written to all of the database's side files: the process is killed while it has the database open.
 WRITE_AND_DIE = textwrap.dedent("""
     import os, signal
     from pathlib import Path
@@ -96,8 +96,8 @@ def run() -> Iterator[Run]:
 
 
 def contents(folder: Path, but: str = "nothing") -> dict[str, str]:
-    found = [path for path in folder.iterdir() if not path.name.endswith(but)]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+    paths = [path for path in folder.iterdir() if not path.name.endswith(but)]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 # Why a file is refused. Each changes a copy of the folder.
@@ -204,7 +204,7 @@ def replaced_by_foreign(folder: Path) -> None:
 
 
 def written_to(folder: Path, statement: str, before: str = "") -> None:
-    """As somebody leaves it who is killed after that: what was written is in the WAL only."""
+    """Run a statement, and leave the files as a process killed after it does: the write is only in the WAL."""
     with closing(sqlite3.connect(folder / "s.db", isolation_level=None)) as connection:
         connection.execute(before)
         connection.execute(statement)

@@ -137,8 +137,8 @@ def test_registered_tools_are_counted_and_listed(
     assert {name for name in TOOLS if available[name].supports_streaming} == {"stream", "break_off"}
     assert available["increase"].description == "Add to a."
     listed = listed_tool(server, client, tmp_path)
-    found = [listed[key] for key in ("where", "worker_id", "address", "circuit")]
-    assert found == ["worker", WORKER_ID, addresses["tcp"], "closed"]
+    facts = [listed[key] for key in ("where", "worker_id", "address", "circuit")]
+    assert facts == ["worker", WORKER_ID, addresses["tcp"], "closed"]
 
 
 def test_a_worker_that_registers_again_without_its_address_is_still_reached(client: OldClient) -> None:
@@ -362,7 +362,7 @@ JOINED: dict[str, Callable[[Inside, Gate], Any]] = {
 def test_a_call_from_inside_is_answered_when_its_execution_ends(
     server: ServerProcess, client: OldClient, gate: Gate, tmp_path: Path, journal: Journal, rpc: str, end: str
 ) -> None:
-    """At once, though the tool that it asked for runs on, and though it has no deadline of its own."""
+    """At once, although the tool that it called still runs, and although it has no deadline."""
     inner = Gate(tmp_path / "inner")
     call = client.begin("hold", gate=gate, **({"_timeout_s": 2.0} if end == "its time is over" else {}))
     gate.wait()
@@ -407,7 +407,7 @@ def test_a_call_from_inside_a_session_that_has_ended_fails(
 
 
 def test_a_tool_without_an_address_says_what_to_do(server: ServerProcess) -> None:
-    # In a session of its own: in the others it is known by now.
+    # In a new session: in the others, its address is known by now.
     client = OldClient(target_of(server), "without-addresses")
     register_tools(client, None)
     failed = client.execute("increase", amount=1)
@@ -420,7 +420,7 @@ def test_a_tool_without_an_address_says_what_to_do(server: ServerProcess) -> Non
 def test_other_machines_are_called_only_if_that_is_allowed(
     client: OldClient, addresses: dict[str, str], tmp_path: Path
 ) -> None:
-    # It reaches this machine, but is none of its loopback addresses.
+    # It reaches this machine, but is not a loopback address.
     address = addresses["tcp"].replace("127.0.0.1", "0.0.0.0")
     register_tools(client, address)
     failed = client.execute("increase", amount=1)

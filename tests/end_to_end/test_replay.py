@@ -146,10 +146,10 @@ def test_a_recorded_session_replays_clean(tape: Path, folder: Path) -> None:
     headline = result.stdout.splitlines()[-1]
     assert headline.startswith("session s1: no divergence in ")
     assert "it ran in worker worker-1: what it did was taken from the recording" in result.stdout
-    # The file that the server has open says the same, and nothing of it is written.
-    beside = dspex("replay", "--db", "sessions.db", "s1", "--tools", "shop", "--json", cwd=folder)
-    assert beside.returncode == FINE, beside
-    document = document_of(beside)
+    # The file that the server has open replays the same, and is not written to.
+    from_file = dspex("replay", "--db", "sessions.db", "s1", "--tools", "shop", "--json", cwd=folder)
+    assert from_file.returncode == FINE, from_file
+    document = document_of(from_file)
     assert document["ok"]
     outcomes = [each["outcome"] for each in document["executions"] if each["tool"] in ("order", "cancel", "count")]
     assert outcomes == ["same"] * 4
@@ -224,9 +224,9 @@ def test_how_many_divergences_are_shown_can_be_chosen(tape: Path, changed: Path,
 
 
 def test_the_state_alone_is_replayed(tape: Path, folder: Path, tmp_path: Path, replayed: Replayed) -> None:
-    beside = replayed("--db", "sessions.db", "s1", "--mode", "state", cwd=folder)
-    assert (beside.returncode, beside.stderr) == (FINE, "")
-    assert beside.stdout.startswith("session s1: no divergence in ")
+    from_file = replayed("--db", "sessions.db", "s1", "--mode", "state", cwd=folder)
+    assert (from_file.returncode, from_file.stderr) == (FINE, "")
+    assert from_file.stdout.startswith("session s1: no divergence in ")
     lines = tape.read_text().splitlines(keepends=True)
     place = next(place for place, line in enumerate(lines) if '"name": "b", "version": 2,' in line)
     lines[place] = lines[place].replace('"version": 2', '"version": 3')

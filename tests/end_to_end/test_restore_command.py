@@ -116,11 +116,11 @@ def by_hard_link(path: Path) -> Path:
     return path.parent / "hard"
 
 
-def beside(suffix: str) -> Callable[[Path], Path]:
+def side_file(suffix: str) -> Callable[[Path], Path]:
     return lambda path: path.with_name(path.name + suffix)
 
 
-OUTPUTS = [itself, by_link, by_hard_link, *map(beside, ("-wal", "-shm", "-journal", ".anchor", ".lock"))]
+OUTPUTS = [itself, by_link, by_hard_link, *map(side_file, ("-wal", "-shm", "-journal", ".anchor", ".lock"))]
 WRITING: list[list[str]] = [
     ["session", "export", "s", "-o", "OUTPUT"],
     ["audit", "report", "s", "-o", "OUTPUT"],

@@ -1,4 +1,4 @@
-"""dspex-persist session, as a process: beside a server, on its own, killed half-way."""
+"""dspex-persist session, as a process: while a server runs, without one, killed half-way."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Every command, whatever a shell does to it: no traceback, and an exit code that docs/exit-codes.md has."""
+"""Every command in every kind of shell: no traceback, and an exit code that docs/exit-codes.md has."""
 
 import os
 import re

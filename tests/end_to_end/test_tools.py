@@ -70,8 +70,8 @@ def test_schemas_are_in_available_tools(client: OldClient) -> None:
     available = client.view.available_tools
     spec = available["describe"]
     assert spec.description == "Says what it was given."
-    found = [(each.name, each.type, each.required, each.description) for each in spec.parameters]
-    assert found == [
+    parameters = [(each.name, each.type, each.required, each.description) for each in spec.parameters]
+    assert parameters == [
         ("city", "string", True, "Which city."),
         ("days", "integer", False, "How many days."),
         ("scale", "choice", False, ""),

@@ -82,14 +82,14 @@ def write_around(inside: Inside, gate: str) -> None:
 
 
 def leave_behind(inside: Inside, gate: str) -> None:
-    """End, but leave a thread that goes on to write."""
+    """End, but leave a thread that writes later."""
     inside.set("a", 1)
 
-    def go_on() -> None:
+    def write_when_allowed() -> None:
         wait_at(gate)
         write_late(inside, gate)
 
-    threading.Thread(target=go_on, daemon=True).start()
+    threading.Thread(target=write_when_allowed, daemon=True).start()
 
 
 def write_late(inside: Inside, gate: str) -> None:

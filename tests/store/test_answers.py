@@ -619,10 +619,10 @@ def test_a_provider_answers_the_same_as_its_file_while_it_writes(path: Path, tmp
     with EmbeddedState(tmp_path / "own.db") as state:
         state.initialize_session("s")
         state.register_variable("s", "x", "integer", 0)
-        with state.audit() as own, open_audit(tmp_path / "own.db") as beside:
+        with state.audit() as own, open_audit(tmp_path / "own.db") as from_file:
             for number in range(1, 4):
                 state.set_variable("s", "x", number)
-                for source in (own, beside):
+                for source in (own, from_file):
                     newest = next(source.iterate(HistoryQuery(session="s", variable="x")))
                     assert newest.value is not None
                     assert newest.value.json == str(number)

@@ -1,7 +1,7 @@
-"""Each column of each table damaged in turn: the check says so, questions end with a sentence, and other sessions live.
+"""Damage each column of each table in turn: the check reports it, audits fail with a sentence, other sessions work.
 
-Damage that a release before this one, somebody with sqlite3, or a disk could leave: what the column's type allows, and
-what stands for nothing. Where such a value is legal, it is listed as such.
+The damage is what an earlier release, a user with sqlite3, or a disk could leave: values that the column's type allows,
+and values without a meaning. Where such a value is legal, it is listed in `LEGAL`.
 """
 
 import re

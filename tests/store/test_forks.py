@@ -66,7 +66,7 @@ def test_every_call_is_refused(state: EmbeddedState, path: Path, call: str) -> N
 
 def test_objects_made_before_the_fork_are_refused_too(state: EmbeddedState, path: Path) -> None:
     context, source = Context(state, "s"), state.audit()
-    with state.watch("s") as watch, open_audit(path) as beside:
+    with state.watch("s") as watch, open_audit(path) as from_file:
         calls: list[Callable[[], Any]] = [
             lambda: context["x"],
             lambda: context.variables.set("x", 1),
@@ -74,7 +74,7 @@ def test_objects_made_before_the_fork_are_refused_too(state: EmbeddedState, path
             lambda: watch.next(DEADLINE_S),
             lambda: list(watch),
             lambda: source.page(SessionQuery()),
-            lambda: beside.page(SessionQuery()),
+            lambda: from_file.page(SessionQuery()),
         ]
         for call in calls:
             assert in_child(call).startswith("ForkedProcessError")

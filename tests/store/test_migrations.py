@@ -63,8 +63,8 @@ def test_there_is_a_database_of_every_released_schema() -> None:
 def test_an_asset_is_of_its_revision_and_has_no_side_files(asset: Path) -> None:
     with closing(sqlite3.connect(f"file:{asset}?mode=ro&immutable=1", uri=True)) as connection:
         assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [(asset.stem,)]
-    beside = {path.name for path in asset.parent.iterdir() if path.name.startswith(asset.stem)}
-    assert beside == {asset.name, f"{asset.stem}.json"}
+    files = {path.name for path in asset.parent.iterdir() if path.name.startswith(asset.stem)}
+    assert files == {asset.name, f"{asset.stem}.json"}
 
 
 @pytest.mark.parametrize("asset", ASSETS, ids=lambda asset: asset.stem)

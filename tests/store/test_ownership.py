@@ -34,7 +34,7 @@ from tests.logs import capture_logs
 
 DEADLINE_S = 60
 ON_LINUX = pytest.mark.skipif(
-    sys.platform != "linux", reason="only Linux has a lock of the file itself beside SQLite's"
+    sys.platform != "linux", reason="only Linux has locks of the whole file, apart from SQLite's"
 )
 
 _OPEN = """

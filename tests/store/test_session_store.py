@@ -308,7 +308,7 @@ class TestFailedGroups:
         with closing(open_groups(path)) as store:
             run(store, Heartbeat("s"))
             yield store
-        # Whatever a test had it go through, the file is whole.
+        # The file is sound after every test.
         open_groups(path).close()
 
     def test_an_error_of_the_storage_fails_all_and_changes_nothing(
@@ -805,7 +805,7 @@ class TestTime:
     def test_a_restart_or_an_eviction_never_shortens_a_ttl(
         self, frozen: FrozenDateTimeFactory, path: Path, step_s: float
     ) -> None:
-        """Touches are written only now and then: whatever is lost of them must be granted."""
+        """Touches are written only now and then: a lost one must not shorten the session's life."""
         store = open_groups(path, StoreOptions(cache_size_bytes=1))
         begin(store, ttl_seconds="100")
         for number in range(60):

@@ -400,14 +400,14 @@ def hold() -> None:
 
 @tool(retries=1_000_000)
 def lose(ctx: ToolContext) -> None:
-    """Always to somebody else."""
+    """Lose every conflict: write the variable that this execution has read, through the engine."""
     ctx["x"] += 1
     Engine.of_tools.set_variable("s", "x", 0)
 
 
 @pytest.fixture
 def patient(tmp_path: Path, held: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[EmbeddedState]:
-    """An engine with tools whose code holds up whatever it runs on."""
+    """An engine with tools whose code blocks the thread or the event loop that runs it."""
     box = Toolbox.of([*(take_slow, take_slow_later, take_leaving, raise_slow, raise_leaving, raise_long), block])
     box = Toolbox.of([box, hold, lose, answer, answer_later])
     with EmbeddedState(tmp_path / "patient.db", tools=box, tool_threads=2) as engine:

@@ -1,4 +1,4 @@
-"""The objects of an execution are freed when it has ended, in whatever way, without waiting for garbage collection."""
+"""The objects of an execution are freed when it ends, however it ends, without waiting for garbage collection."""
 
 import asyncio
 import gc

@@ -1,4 +1,4 @@
-"""A check that processes share reports what a single one does, whatever becomes of the others."""
+"""A check by several processes reports the same as one by a single process, even if helpers end early."""
 
 import random
 import sqlite3
