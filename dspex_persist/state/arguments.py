@@ -24,6 +24,7 @@ _LARGEST = 2**31 - 1
 _LAST_COMMIT = 2**63 - 1
 _LONGEST_TIMEOUT_S = 1e9
 _SURROGATES = re.compile("[\ud800-\udfff]")
+_ONLY_STR = frozenset({str})
 _SHORT_BITS = 128
 """The longest numbers that a message quotes: Python does not format numbers with more than 4300 digits."""
 Number: TypeAlias = Annotated[int, "32 bits"]
@@ -114,6 +115,11 @@ def timeout(field: str, argument: object) -> float:
 
 def texts(field: str, argument: object) -> tuple[str, ...]:
     """Return several names or ids."""
+    if type(argument) is list or type(argument) is tuple:
+        names = tuple(argument)
+        # All at once: a call for each name takes most of the time of reading many variables.
+        if _ONLY_STR.issuperset(map(type, names)) and (joined := "".join(names)).isascii() and "\0" not in joined:
+            return names
     if not isinstance(argument, str | bytes) and isinstance(argument, Iterable):
         # An array without dimensions raises only when it is iterated over.
         with contextlib.suppress(TypeError):
