@@ -55,6 +55,7 @@ class SessionState:
         keys: The store's keys for variables, by their ids.
         tools: The tools that workers registered, by name. Replaced by each change, never modified.
         executions: The running executions by id.
+        has_locks: Whether a variable has a lock, or had one since the session was loaded.
     """
 
     session: Session
@@ -68,6 +69,7 @@ class SessionState:
     keys: dict[str, int] = field(default_factory=dict)
     tools: Mapping[str, RegisteredTool] = field(default_factory=dict)
     executions: dict[str, JournalEntry] = field(default_factory=dict)
+    has_locks: bool = field(default=False, compare=False)
     _order: tuple[str, ...] | None = field(default=None, init=False, repr=False, compare=False)
     """The names before the deletions since the last registration, to undo them; None if there were none."""
     _is_ordered: bool = field(default=True, init=False, repr=False, compare=False)
@@ -87,6 +89,7 @@ class SessionState:
             self.keys,
             self.tools,
             self.executions.copy(),
+            self.has_locks,
         )
 
     def is_over(self, now: datetime) -> bool:
@@ -110,6 +113,8 @@ class SessionState:
         """Set the variable in place of `previous`; the weight grows by `growth`."""
         self.variables[variable.name] = variable
         self.weight_bytes += growth
+        if variable.optimization is not None:
+            self.has_locks = True
         if previous is None:
             self._order = None
         if undo is not None:

@@ -829,6 +829,18 @@ class TestTime:
         assert run(store, Heartbeat("s"))
         store.close()
 
+    def test_a_lock_that_ended_while_the_file_was_closed_is_not_listed(
+        self, frozen: FrozenDateTimeFactory, path: Path
+    ) -> None:
+        with closing(open_groups(path)) as store:
+            begin(store)
+            run(store, StartOptimization("s", "x", "optimizer"))
+        for passed_s, is_locked in ((200, True), (101, False)):
+            pass_s(frozen, passed_s)
+            with closing(open_groups(path)) as store:
+                (variable,) = run(store, ListVariables("s"))
+                assert (variable.optimization is not None) == is_locked
+
     def test_a_touch_is_no_commit(self, frozen: FrozenDateTimeFactory, path: Path) -> None:
         with closing(open_groups(path)) as store:
             begin(store, ttl_seconds="100")

@@ -607,8 +607,10 @@ class TestOptimization:
         write(memory, "x", "2", optimizer_id="opt")
         clock.forward(299)
         assert self.lock_of(memory) == "opt"
+        assert [variable.optimization is None for variable in memory.run(ListVariables("s"))] == [False]
         clock.forward(1)
         assert self.lock_of(memory) is None
+        assert [variable.optimization is None for variable in memory.run(ListVariables("s"))] == [True]
         with pytest.raises(errors.NotOptimizingError):
             memory.run(StopOptimization("s", "x"))
         assert write(memory, "x", "3") == 2

@@ -168,14 +168,15 @@ class ListVariables(Command[tuple[Variable, ...]]):
         return bool(self.pattern) and len(state.variables) > _FEW_NAMES
 
     def apply(self, uow: UnitOfWork) -> tuple[Variable, ...]:
-        variables: Iterable[Variable] = uow.session(self.session_id).variables.values()
+        state = uow.session(self.session_id)
+        variables: Iterable[Variable] = state.variables.values()
         if self.pattern:
             if len(self.pattern) > uow.limits.name_length:
                 limit = uow.limits.name_length
                 raise LimitExceededError("length of the pattern", len(self.pattern), limit, "name_length")
             fits = compile_glob(self.pattern)
             variables = [variable for variable in variables if fits(variable.name)]
-        return tuple([each if each.optimization is None else uow.current(each) for each in variables])
+        return tuple(map(uow.current, variables) if state.has_locks else variables)
 
 
 @dataclass(frozen=True, slots=True)
