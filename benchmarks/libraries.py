@@ -146,8 +146,8 @@ class DspexPersist(StateAdapter, ExecutingAdapter):
         self._provider.set_variables(session, values, atomic=True)
 
     def read(self, session: str) -> State:
-        found = self._provider.list_variables(session)
-        return {variable.name: self._decode(variable.type, variable.value) for variable in found}
+        variables = self._provider.list_variables(session)
+        return {variable.name: self._decode(variable.type, variable.value) for variable in variables}
 
     def close(self) -> None:
         self._provider.close()
@@ -173,10 +173,10 @@ class LanggraphCheckpoint(StateAdapter):
 
     def _open_session(self, session: str) -> None:
         config = {"configurable": {"thread_id": session, "checkpoint_ns": ""}}
-        found = self._saver.get_tuple(config)
-        self._configs[session] = found.config if found else config
-        self._states[session] = dict(found.checkpoint["channel_values"]) if found else {}
-        if not found:
+        last = self._saver.get_tuple(config)
+        self._configs[session] = last.config if last else config
+        self._states[session] = dict(last.checkpoint["channel_values"]) if last else {}
+        if not last:
             self.update_many(session, ZEROES)
 
     def update(self, session: str, name: str, value: float) -> None:
@@ -190,8 +190,8 @@ class LanggraphCheckpoint(StateAdapter):
         self._configs[session] = self._saver.put(self._configs[session], checkpoint, metadata, {})
 
     def read(self, session: str) -> State:
-        found = self._saver.get_tuple({"configurable": {"thread_id": session}})
-        return dict(found.checkpoint["channel_values"])
+        last = self._saver.get_tuple({"configurable": {"thread_id": session}})
+        return dict(last.checkpoint["channel_values"])
 
     def close(self) -> None:
         self._connection.close()
@@ -284,9 +284,9 @@ class OpenaiAgentsSession(TaskAdapter):
         self._logs: dict[str, Any] = {session: session_class(session, path) for session in sessions}
         self._states: dict[str, State] = {}
         for session, log in self._logs.items():
-            found = bool(await log.get_items(limit=1))
-            self._states[session] = await self.read(session) if found else {}
-            if not found:
+            exists = bool(await log.get_items(limit=1))
+            self._states[session] = await self.read(session) if exists else {}
+            if not exists:
                 await self.update_many(session, ZEROES)
 
     async def update(self, session: str, name: str, value: float) -> None:
@@ -418,9 +418,9 @@ class Dbos(ExecutingAdapter):
 
     def read(self, session: str) -> State:
         """Return the results of its workflows, oldest first."""
-        found = self._dbos.list_workflows(workflow_id_prefix=f"{session}/", status="SUCCESS")
+        workflows = self._dbos.list_workflows(workflow_id_prefix=f"{session}/", status="SUCCESS")
         state = dict(ZEROES)
-        for workflow in sorted(found, key=lambda each: int(each.workflow_id.rpartition("/")[2])):
+        for workflow in sorted(workflows, key=lambda each: int(each.workflow_id.rpartition("/")[2])):
             state.update(workflow.output)
         return state
 

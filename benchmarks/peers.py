@@ -190,15 +190,15 @@ async def run_tasks(adapter: TaskAdapter, work: Work, seconds: float) -> Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What the file holds of each session after it was opened again, and how long it took to open and read it."""
+class Reopened:
+    """The state of each session in the reopened file, and the median time to open and read the file, in seconds."""
 
     states: Sequence[State]
     load_s: float
 
 
-def measure_threads(adapter: ThreadAdapter, path: Path, work: Work, seconds: float) -> tuple[Tally, Found]:
-    """Measure, close, open again; what the callers did, and what is there."""
+def measure_threads(adapter: ThreadAdapter, path: Path, work: Work, seconds: float) -> tuple[Tally, Reopened]:
+    """Measure the callers, close the file, and open it again; return the tally and the reopened file's contents."""
     adapter.open(path, work.sessions)
     try:
         tally = run_threads(adapter, work, seconds)
@@ -214,10 +214,10 @@ def measure_threads(adapter: ThreadAdapter, path: Path, work: Work, seconds: flo
             times_s.append(time.perf_counter() - began)
         finally:
             adapter.close()
-    return tally, Found(states, statistics.median(times_s))
+    return tally, Reopened(states, statistics.median(times_s))
 
 
-async def measure_tasks(adapter: TaskAdapter, path: Path, work: Work, seconds: float) -> tuple[Tally, Found]:
+async def measure_tasks(adapter: TaskAdapter, path: Path, work: Work, seconds: float) -> tuple[Tally, Reopened]:
     """See measure_threads."""
     await adapter.open(path, work.sessions)
     try:
@@ -234,12 +234,12 @@ async def measure_tasks(adapter: TaskAdapter, path: Path, work: Work, seconds: f
             times_s.append(time.perf_counter() - began)
         finally:
             await adapter.close()
-    return tally, Found(states, statistics.median(times_s))
+    return tally, Reopened(states, statistics.median(times_s))
 
 
-def check_states(work: Work, tally: Tally, found: Sequence[State]) -> None:
+def check_states(work: Work, tally: Tally, states: Sequence[State]) -> None:
     """Raise RuntimeError if the file lacks the last acknowledged value of a caller."""
-    for session, operations, state in zip(work.sessions, tally.operations, found, strict=True):
+    for session, operations, state in zip(work.sessions, tally.operations, states, strict=True):
         written = work.updates + (0 if work.operation == "read" else operations)
         wanted = expected_state(work.operation, written)
         if state != wanted:
@@ -250,14 +250,20 @@ def check_states(work: Work, tally: Tally, found: Sequence[State]) -> None:
 
 
 def measure_work(adapter: AnyAdapter, path: Path, work: Work, seconds: float) -> dict[str, float]:
-    """By key operations a second, and with a long history the seconds of a load, after the file was opened again and
-    found to hold every acknowledged value."""
+    """Measure a work, then open the file again and check that it holds every acknowledged value.
+
+    Returns:
+        Operations per second by the key of the work; with a long history, also the seconds of a load.
+
+    Raises:
+        RuntimeError: An acknowledged value is missing.
+    """
     if isinstance(adapter, TaskAdapter):
-        tally, found = asyncio.run(measure_tasks(adapter, path, work, seconds))
+        tally, reopened = asyncio.run(measure_tasks(adapter, path, work, seconds))
     else:
-        tally, found = measure_threads(adapter, path, work, seconds)
-    check_states(work, tally, found.states)
-    load = {load_key(work.updates): found.load_s} if work.has_history else {}
+        tally, reopened = measure_threads(adapter, path, work, seconds)
+    check_states(work, tally, reopened.states)
+    load = {load_key(work.updates): reopened.load_s} if work.has_history else {}
     return {work.key: tally.operations_per_s, **load}
 
 
