@@ -24,7 +24,9 @@ from dspex_persist.state.values import (
     BinaryValue,
     compile_constraints,
     decode,
+    decode_loosely,
     encode,
+    encode_for,
     infer_type,
     normalise,
     parse_json,
@@ -1004,6 +1006,46 @@ def test_decoded(type_name: str, text: str, expected: object) -> None:
     obj = decode(type_name, Value(text))
     assert obj == expected
     assert type(obj) is type(expected)
+
+
+_SPELLINGS = (
+    "1",
+    "1.0",
+    "1.50",
+    "1e3",
+    "-0.0",
+    "true",
+    " false",
+    '"true"',
+    '"NaN"',
+    "12345678901234567890",
+    '"text"',
+    '"\\u0041"',
+    '"\\u00e9"',
+    '"a\\"b"',
+    '"[1, 2]"',
+    '"{}"',
+    "[1]",
+    '{"a": 1}',
+    f'"{"long" * 100}"',
+)
+
+
+@pytest.mark.parametrize("type_name", ["float", "integer", "boolean", "string", "list", "map", "embedding"])
+@pytest.mark.parametrize("text", _SPELLINGS)
+def test_a_value_that_was_read_or_encoded_before_is_stored_as_one_that_was_not(type_name: str, text: str) -> None:
+    def stored(value: Value) -> tuple[str, str] | str:
+        try:
+            kept = normalise("x", type_name, compile_constraints("x", type_name, ""), value, LIMITS)
+        except StateError as error:
+            return str(error)
+        return kept.json, repr(decode(type_name, kept))
+
+    new, read = Value(text), Value(text)
+    document = decode_loosely(read)
+    encoded = encode_for(document, lambda: type_name)
+    assert stored(read) == stored(new)
+    assert stored(encoded) == stored(Value(encoded.json))
 
 
 def test_decoded_nan_and_negative_zero() -> None:
