@@ -30,6 +30,8 @@ _logger: Final = get_logger(__name__)
 _MOST_IN_GROUP = 1024
 GAP_S = 0.003
 """How long the writer waits for more jobs after a group of several, in seconds: about as long as a COMMIT takes."""
+_RETURN_S: Final = 0.0001
+"""How long a caller takes to come back with its next job, in seconds, roughly. More callers take longer."""
 _CHECK_S = 1.0
 """How often an idle writer checks that its file is still there and unchanged."""
 
@@ -128,8 +130,9 @@ class Writer:
         self._lead = threading.Lock()
         # Jobs queued so far, and jobs finished so far. If they are equal, the queue is empty and no group is running.
         self._put = self._over = 0
-        # The size of the last group, and when it ended.
+        # The size of the last group, how long it took, and when it ended.
         self._last_size = 0
+        self._last_took_s = 0.0
         self._last_end = 0.0
         self._cost_s = 0.0
         # Groups run in the same context on every thread.
@@ -310,7 +313,9 @@ class Writer:
             return first is _Sign.NEWS
         waiting.append(first)
         if self._last_size > 1 or not self._queue.empty():
-            self._await_others(self._last_size - 1, self._last_end + self._gap_s - time.monotonic())
+            # No longer than the callers need, or the disk: on a fast one, a wait costs more than another group.
+            gap_s = min(self._gap_s, max(self._last_size * _RETURN_S, self._last_took_s))
+            self._await_others(self._last_size - 1, self._last_end + gap_s - time.monotonic())
         while len(waiting) < _MOST_IN_GROUP:
             try:
                 queued = self._queue.get_nowait()
@@ -352,8 +357,9 @@ class Writer:
         began = time.monotonic()
         with forks.busy():
             outcomes = self._context.run(self._write_group, jobs, wait=wait)
+        self._last_took_s = time.monotonic() - began
         if len(jobs) == 1:
-            self._note_cost(time.monotonic() - began)
+            self._note_cost(self._last_took_s)
         assert len(outcomes) == len(jobs), "each job has an outcome"
         return outcomes
 
