@@ -8,6 +8,8 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from typing import Any, Final, Generic, TypeVar
 
+from dspex_persist.infra.traffic import traffic_of
+
 R = TypeVar("R")
 
 SLICE: Final = 8
@@ -23,6 +25,7 @@ class LoopMailbox:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
+        self.traffic = traffic_of(loop)
         self._posted: deque[Callable[[], object]] = deque()
         self._patient: deque[_Waker] = deque()
         self._slicing = False

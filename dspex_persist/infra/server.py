@@ -35,6 +35,7 @@ from dspex_persist.infra.listen import (
     prepare,
 )
 from dspex_persist.infra.logs import get_logger
+from dspex_persist.infra.traffic import traffic_of
 
 __all__ = [
     "DrainingError",
@@ -289,6 +290,7 @@ class _Calls:
         belongs: Callable[[Context], bool] = lambda _: False,
     ) -> None:
         self.active = 0
+        self._traffic = traffic_of(asyncio.get_running_loop())
         self._status_of = status_of
         self._closing = closing or asyncio.Event()
         self._belongs = belongs
@@ -302,6 +304,7 @@ class _Calls:
             DrainingError: The server is draining, and the call does not belong to one in progress.
         """
         self.active += 1
+        self._traffic.calls += 1
         if self._closing.is_set() and not self._belongs(context):
             self._refused += 1
             raise DrainingError()
@@ -309,6 +312,7 @@ class _Calls:
     def leave(self) -> None:
         """Note that a call has ended."""
         self.active -= 1
+        self._traffic.calls -= 1
         if self._idle is not None and not self.active:
             self._idle.set()
 

@@ -415,8 +415,8 @@ def _refuse(entries: Iterable[_Queued], error: StateError) -> None:
 
 
 class LoopWrites:
-    """Writes jobs from one event loop. Jobs of the same loop iteration are queued together. A single small job is
-    written on the loop itself while commits are fast, which saves two thread switches."""
+    """Writes jobs from one event loop. Jobs of the same loop iteration are queued together. A small job is written on
+    the loop itself, which saves two thread switches, while commits are fast and the loop serves no other call."""
 
     def __init__(self, writer: Writer, mailbox: LoopMailbox) -> None:
         self._writer = writer
@@ -433,7 +433,8 @@ class LoopWrites:
 
     def _flush(self) -> None:
         pending, self._pending = self._pending, []
-        if len(pending) == 1 and self._is_small and self._writer.is_fast:
+        is_alone = len(pending) == 1 and self._mailbox.traffic.calls <= 1
+        if is_alone and self._is_small and self._writer.is_fast:
             ((job, reply),) = pending
             outcome = None if reply.cancelled() else self._writer.lead(job, wait=False)
             if outcome is not None:

@@ -124,6 +124,8 @@ class ToolRunner:
         return self.start(self._execute_until_closed(request, emit))
 
     async def _execute_until_closed(self, request: ToolRequest, emit: Emit | None) -> ToolOutcome:
+        traffic = self._home.mailbox.traffic
+        traffic.calls += 1
         try:
             return await self.execute(request, emit)
         except asyncio.CancelledError:
@@ -131,6 +133,8 @@ class ToolRunner:
                 # The caller cancelled the future.
                 raise
             raise EngineClosedError() from None
+        finally:
+            traffic.calls -= 1
 
     def find(self, execution_id: str) -> Execution:
         """Return a running execution; `ExecutionNotFoundError` if no such one is running."""
