@@ -56,7 +56,7 @@ _KINDS = (
     "CASE versions.kind WHEN 0 THEN 'registered' WHEN 1 THEN 'set' WHEN 2 THEN 'rolled_back' WHEN 3 THEN 'deleted' "
     "WHEN 4 THEN 'lock_broken' WHEN 5 THEN 'published' END"
 )
-# What nobody can read is kept back.
+# Unreadable metadata might say that the variable is sensitive, so its values are masked.
 _SENSITIVE = (
     "(CASE WHEN json_valid(variables.metadata) THEN lower(json_extract(variables.metadata, '$.sensitive')) IS 'true' "
     "ELSE 1 END)"
@@ -235,7 +235,7 @@ _VIEWS = (
 
 
 def upgrade() -> None:
-    """Make the triggers and the views anew."""
+    """Recreate the triggers and the views."""
     for statement in (*_TRIGGERS, *(f"DROP VIEW {name}" for name in _NAMES), *_VIEWS):
         # Without the indentation, which would be half of what the file keeps of them.
         op.execute(" ".join(statement.split()))

@@ -34,13 +34,13 @@ _TYPES = {bool: "boolean", int: "integer", float: "float", str: "string", dict: 
 
 
 def environment(**more: str) -> dict[str, str]:
-    """That of a process which finds `tests` and the stubs, with no settings but ours."""
+    """Return an environment in which `tests` and the stubs can be imported, without settings other than `more`."""
     kept = {name: text for name, text in os.environ.items() if not name.startswith("DSPEX_PERSIST_")}
     return kept | {"PYTHONPATH": f"{ROOT}{os.pathsep}{STUBS}", "COLUMNS": "200", "NO_COLOR": "1"} | more
 
 
 def serve(path: Path, *arguments: str) -> ServerProcess:
-    """A server on the file `path`, ready."""
+    """Start a server on the file `path`, and return when it is ready."""
     listen = () if "--listen" in arguments else ("--listen", "127.0.0.1:0")
     argv = (sys.executable, "-m", "dspex_persist", "serve", "--db", str(path), *listen, *arguments)
     return ServerProcess.start(argv, env=environment(), cwd=path.parent, ready_timeout_s=DEADLINE_S)
@@ -200,7 +200,7 @@ class Caller:
 
 
 class OldClient(Caller):
-    """One session, as an old client has it. It begins with the integers a, b and c at 0."""
+    """A client that knows only the old protocol, with one session, in which the integers a, b and c are 0 at first."""
 
     def __init__(self, target: str, session: str, *, variables: tuple[str, ...] = ("a", "b", "c")) -> None:
         self._channel = grpc.insecure_channel(target)

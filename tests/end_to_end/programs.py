@@ -1,4 +1,4 @@
-"""The programs in the documentation, and how a newcomer runs them."""
+"""The programs in the documentation, run as a newcomer would run them."""
 
 import re
 import subprocess
@@ -21,7 +21,7 @@ class Program(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether it can run as it is; others are parts of programs."""
+        """Whether the block is a complete program, rather than a part of one."""
         return "import dspex_persist\n" in self.text
 
     def __str__(self) -> str:
@@ -29,7 +29,7 @@ class Program(NamedTuple):
 
 
 def programs_of(page: str) -> list[Program]:
-    """The Python blocks of a page, such as "docs/tools.md"."""
+    """Return the Python blocks of a page, such as "docs/tools.md"."""
     return list(_programs(page, (ROOT / page).read_text()))
 
 
@@ -51,7 +51,7 @@ class Step(NamedTuple):
 
 
 def steps_of(page: str) -> list[Step]:
-    """What a reader of a page does, in its order."""
+    """Return the steps of a page, in its order."""
     text = (ROOT / page).read_text()
     steps = []
     for block in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
@@ -69,12 +69,12 @@ def steps_of(page: str) -> list[Step]:
 
 
 def run(program: str, folder: Path) -> str:
-    """What a program prints that is run in a folder."""
+    """Run a program in a folder, and return its output."""
     return run_python(["-c", program], folder)
 
 
 def run_python(arguments: Sequence[str], folder: Path, **more: str) -> str:
-    """What Python prints, which must be satisfied and warn of nothing; `more` is set in its environment."""
+    """Run Python without errors and warnings, and return its output; `more` is added to its environment."""
     done = subprocess.run(
         [sys.executable, "-W", "error", *arguments],
         env=environment(**more),

@@ -352,7 +352,7 @@ def parent(ctx: ToolContext, child_fails: bool, caught: bool, fails: bool = Fals
 
 @tool
 def tell_mood() -> list[str]:
-    """What the caller has set."""
+    """Return the mood that the caller has set."""
     return [mood.get()]
 
 
@@ -440,5 +440,5 @@ async def tell_mood_later() -> int:
 
 @tool
 def one() -> int:
-    """As short as can be."""
+    """Return 1, at once."""
     return 1

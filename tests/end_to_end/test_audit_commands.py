@@ -723,7 +723,7 @@ def audit(*arguments: str, stdout: int = subprocess.PIPE, **more: str) -> subpro
 
 
 class Lines:
-    """What a process prints, line by line, as it comes."""
+    """The lines of a process's output, as they arrive."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
@@ -853,7 +853,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_large_answers_stream(large: Path) -> None:
-    """What is printed is not held."""
+    """Printed rows are not kept in memory."""
     program = """
 import sys, tracemalloc
 from dspex_persist import cli

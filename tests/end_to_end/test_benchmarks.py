@@ -36,7 +36,7 @@ ENGINE = (
 
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a smoke run writes as JSON; `docs` is the page that it rewrote, `printed` its table."""
+    """The JSON of a smoke run, with the page that it rewrote as `docs` and its table as `printed`."""
     folder = tmp_path_factory.mktemp("bench")
     page = folder / "page.md"
     page.write_text(f"before\n{BEGIN}\nan old table\n{END}\nafter\n")

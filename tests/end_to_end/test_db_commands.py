@@ -141,7 +141,7 @@ def test_every_command_prints_one_json_object(path: Path, tmp_path: Path) -> Non
 
 
 def test_stats_shows_ids_of_users_as_they_are(tmp_path: Path) -> None:
-    """They are no markup."""
+    """Rich markup in them is not interpreted."""
     path = tmp_path / "sessions.db"
     with connect(path) as provider:
         provider.initialize_session("[bold red]x[/]")
@@ -286,7 +286,7 @@ def test_changing_commands_name_the_process_that_has_the_database(
 
 
 def test_check_and_backup_after_a_server_was_killed(filled: Path, tmp_path: Path) -> None:
-    """What it had acknowledged is in the WAL only."""
+    """The acknowledged writes are only in the WAL."""
     path = tmp_path / "sessions.db"
     shutil.copy(filled, path)
     with ServedDatabase(path) as server, connect(f"grpc://{server.target}") as client:

@@ -46,7 +46,7 @@ class Start(Protocol):
 
 @pytest.fixture
 def stack() -> Iterator[ExitStack]:
-    """What the test opens closes with it, servers last."""
+    """A stack that the test enters clients and servers on; its end closes them, servers last."""
     with ExitStack() as opened:
         yield opened
 

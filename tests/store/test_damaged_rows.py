@@ -251,8 +251,8 @@ class TestAVersion:
             assert list(source.iterate(HistoryQuery(session=ELSEWHERE)))
 
 
-class TestAnAnswer:
-    """That was kept for a SetVariable: it is the number of a version."""
+class TestAnOutcome:
+    """An outcome recorded for a SetVariable, which is the number of a version."""
 
     @pytest.mark.parametrize("result", ['"x"', "[2]", "null", '{"a": 1}', "2.5", "{}"])
     def test_that_its_command_cannot_return(self, path: Path, result: str) -> None:

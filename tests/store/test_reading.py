@@ -172,7 +172,7 @@ def test_a_file_opened_for_writing_meanwhile_is_read_again(path: Path, monkeypat
 
 
 class Faults:
-    """What the driver reports: `error` at each of its calls from the `after`-th on."""
+    """Faults of the driver: `error` is raised by each of its calls from the `after`-th on."""
 
     def __init__(self) -> None:
         self.error: sqlite3.Error | None = None

@@ -1005,7 +1005,7 @@ class TestTimeThatIsSet:
             assert store.sweep() == 0
             assert store.read_current(Heartbeat("s"), ADA, store.load("s") or pytest.fail("it has ended"))
             assert run(store, Heartbeat("s"))
-            assert run(store, write("x", 1), key="once") == 1, "the answer is kept as long as it was to be kept"
+            assert run(store, write("x", 1), key="once") == 1, "the outcome is kept for its full time"
             assert run(store, write("x", 2)) == 2
 
     def test_time_that_really_passes_ends_it(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

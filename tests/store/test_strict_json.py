@@ -240,7 +240,7 @@ COLUMNS = [
 @pytest.mark.parametrize(("table", "column"), COLUMNS)
 def test_invalid_json_is_reported_and_breaks_no_query(table: str, column: str, text: str, tmp_path: Path) -> None:
     if (column, text) == ("constraints", ""):
-        pytest.skip("that is how none is written")
+        pytest.skip("an empty text stands for no constraints")
     path = tmp_path / "damaged.db"
     shutil.copy(ASSETS / "0003.db", path)
     maintenance.upgrade(path)

@@ -503,7 +503,7 @@ class Shy:
 
 @tool
 def keep_poison(ctx: ToolContext) -> int:
-    """What the journal cannot have, where no door is."""
+    """Add an entry to the log that the journal cannot store, behind the checks of `ctx.log`."""
     ctx["x"] = 1
     ctx.call("answer")
     ctx._session._log.append(LogEntry(clock.now(), "poison", {"it": Shy()}))

@@ -70,7 +70,7 @@ def closed(path: Path) -> None:
 
 
 def read_by_others(path: Path) -> None:
-    """They leave an empty WAL, and shared memory that records that."""
+    """Leave an empty WAL, and shared memory that records that, as other readers do."""
     connect(path).close()
     with open_audit(path) as history:
         assert history.head() == WRITTEN

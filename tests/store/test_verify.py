@@ -483,7 +483,7 @@ def is_text(table: str, column: str) -> bool:
 
 
 def test_a_whole_session_before_the_first_commit_is_found(path: Path) -> None:
-    """It is consistent, and the chain does not cover it."""
+    """Such a session is consistent, but the chain of hashes does not cover it."""
     with Tamperer(path) as tamperer:
         tamperer.run("INSERT INTO sessions VALUES (-1, 'new', 5, -1, NULL, NULL, NULL, '{}')")
         tamperer.run("INSERT INTO commits VALUES (-1, -1, 'mallory', 'x', 5, x'00')")

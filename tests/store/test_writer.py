@@ -312,7 +312,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def in_thread(function: Callable[[], Any], name: str = "caller") -> Any:
-    """What a function returns, or raises, on a thread that is not the main one."""
+    """Call a function on a thread other than the main one; return or raise its outcome."""
     done: Future[Any] = Future()
 
     def run() -> None:
