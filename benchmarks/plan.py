@@ -4,7 +4,18 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 SectionName = Literal[
-    "rpc", "tools", "watchers", "connections", "engine", "versions", "commits", "growth", "startup", "memory", "audit"
+    "rpc",
+    "tools",
+    "watchers",
+    "connections",
+    "engine",
+    "parts",
+    "versions",
+    "commits",
+    "growth",
+    "startup",
+    "memory",
+    "audit",
 ]
 """One part of the run; the order of the full run is that of `SECTIONS`, which says what each measures."""
 SECTIONS: dict[SectionName, str] = {
@@ -13,6 +24,7 @@ SECTIONS: dict[SectionName, str] = {
     "watchers": "SetVariable of a variable with thousands of watchers, compared with one without",
     "connections": "calls to a server with a thousand idle connections, compared with one without",
     "engine": "the engine in this process, with one caller, threads and asyncio tasks",
+    "parts": "where the time of an update goes, with one caller and with many",
     "versions": "SetVariable of a variable with few versions, and with many",
     "commits": "the cost of a commit for the system: bytes, calls, waits",
     "growth": "growth of the file per update",

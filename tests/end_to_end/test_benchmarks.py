@@ -11,6 +11,7 @@ import pytest
 from benchmarks.commits import can_trace
 from benchmarks.compare import SavedRun, changes, format_changes
 from benchmarks.interpreter import describe_build
+from benchmarks.parts import PARTS
 from benchmarks.plan import FULL, QUICK, SECTIONS
 from benchmarks.table import BEGIN, END, WIDTH, Row, Target, format_table, rewrite_docs
 from tests.deadline import within
@@ -60,6 +61,7 @@ def test_every_row_is_there_in_the_order_of_the_sections(quick_run: dict[str, An
         *(f"connections.p99.{rpc}.{count}" for rpc in RPCS[:3] for count in (0, QUICK.idle_connections)),
         *(f"connections.memory.{count}" for count in (0, QUICK.idle_connections)),
         *(f"engine.{name}" for name in ENGINE),
+        *(f"parts.{part}.{callers}" for part, _ in PARTS.values() for callers in (1, 64)),
         *(f"commits.{counted}.{callers}" for counted in ("wal", "written", "calls", "waits") for callers in (1, 64)),
         *(f"commits.{traced}.1" for traced in ("system", "syncs") if can_trace(tmp_path)),
         *(f"versions.{count}" for count in QUICK.version_counts),
