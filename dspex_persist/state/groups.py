@@ -147,7 +147,7 @@ class Groups(Generic[S_co]):
             OutcomeUnknownError: It is unknown whether the group was written. Abandon the store.
             FileChangedError: Something else changed the log. Abandon the store.
         """
-        drafts, at = Drafts(self), self._moment()
+        drafts, at, before = Drafts(self), self._moment(), self.log.sequence
         try:
             with self.log.group(wait=wait):
                 results, units = self._apply(jobs, drafts, at)
@@ -159,7 +159,11 @@ class Groups(Generic[S_co]):
             return [Outcome(error=error) for _ in jobs]
         except (OutcomeUnknownError, FileChangedError, WouldWaitError):
             raise
-        except Exception as error:  # noqa: BLE001 - a staged change cannot be encoded
+        except Exception as error:
+            # A staged change cannot be encoded.
+            if self.log.sequence != before:
+                # It was written. Another thread may raise an exception in this one at any time.
+                raise
             if len(jobs) > 1:
                 return self._write_halves(jobs)
             return [Outcome(error=_refusal(job.command, error)) for job in jobs]

@@ -127,7 +127,7 @@ class Writer:
         self._failed_on: int | None = None
         self._gate = threading.Lock()
         # Held while a group is written, and during `check` and `on_idle`.
-        self._lead = threading.Lock()
+        self._lead = threading.RLock()
         # Jobs queued so far, and jobs finished so far. If they are equal, the queue is empty and no group is running.
         self._put = self._over = 0
         # The size of the last group, how long it took, and when it ended.
@@ -203,33 +203,47 @@ class Writer:
         # With several callers, the writer's thread makes larger groups.
         if self._last_size > 1 or self._put != self._over or not _may_lead():
             return None
-        if not self._lead.acquire(blocking=False):
-            self._last_size = 2
-            return None
-        failure = None
+        kept: list[BaseException] = []
+        may_hold = True
         try:
+            # Inside the `try`: another thread may raise an exception here even as `acquire` returns.
+            if not self._lead.acquire(blocking=False):
+                may_hold = False
+                self._last_size = 2
+                return None
             # Checked again: both may have changed before this thread got the lead.
             if self._put != self._over or self._closed is not None:
                 return None
-            outcome = self._carry_out([job], wait)[0]
-        except WouldWaitError:
-            return None
-        except BaseException as error:  # noqa: BLE001 - an exception in a group ends the writer
-            outcome = Outcome(error=self._fail([], error))
-            failure = error
+            outcome, failure = self._write_alone(job, wait, kept)
         finally:
-            self._lead.release()
+            if may_hold:
+                self._lead.release()
         if failure is not None:
             # Ends the writer's thread.
             self._queue.put(_Sign.END)
             self._on_fatal(failure)
             if not isinstance(failure, Exception):
                 raise failure
-            return outcome
-        if self._has_news():
+        elif self._has_news():
             # The writer's thread wakes the watchers: there may be thousands, and this caller has its result.
             self._queue.put(_Sign.NEWS)
+        if kept:
+            raise kept.pop()
         return outcome
+
+    def _write_alone(
+        self, job: Job, wait: bool, kept: list[BaseException]
+    ) -> tuple[Outcome | None, BaseException | None]:
+        """Write a job in a group of its own, and return its outcome, and what ended the writer if anything did."""
+        interrupts.keep_in(kept)
+        try:
+            return self._carry_out([job], wait)[0], None
+        except WouldWaitError:
+            return None, None
+        except BaseException as error:  # noqa: BLE001 - an exception in a group ends the writer
+            return Outcome(error=self._fail([], error)), error
+        finally:
+            interrupts.keep_in(None)
 
     def _note_cost(self, took_s: float) -> None:
         # One slow commit counts at once, fast ones only gradually: a slow disk must not block an event loop twice.
@@ -250,7 +264,7 @@ class Writer:
 
         The locks are replaced, because threads that do not exist here either may hold them.
         """
-        self._gate, self._lead = threading.Lock(), threading.Lock()
+        self._gate, self._lead = threading.Lock(), threading.RLock()
         self._closed = reason
 
     def _run(self) -> None:

@@ -19,6 +19,7 @@ from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.pool import QueuePool, StaticPool
 
 from dspex_persist.infra import forks, holder
+from dspex_persist.infra.interrupts import interrupts
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.spelling import did_you_mean
 from dspex_persist.state.errors import DatabaseInUseError, Hint, NotADatabaseError, ReadFailedError, printable
@@ -457,19 +458,32 @@ def transaction(connection: Connection, *, wait: bool = True) -> Iterator[None]:
         DBAPIError: The same, in a statement of SQLAlchemy's.
     """
     driver = driver_of(connection)
-    if wait:
-        driver.execute("BEGIN IMMEDIATE")
-    else:
-        _begin_at_once(driver)
     try:
+        if wait:
+            driver.execute("BEGIN IMMEDIATE")
+        else:
+            _begin_at_once(driver)
         yield
+        _commit(connection, driver)
+    except BaseException:
+        roll_back(connection)
+        raise
+
+
+def _commit(connection: Connection, driver: sqlite3.Connection) -> None:
+    try:
         if connection.in_transaction():
             connection.commit()
         else:
             driver.commit()
-    except BaseException:
-        roll_back(connection)
+    except (DBAPIError, sqlite3.Error):
         raise
+    except BaseException as error:
+        # Raised by another thread in this one, which waits nowhere as long as here: if SQLite has committed by now, the
+        # group must not count as failed.
+        if driver.in_transaction or not interrupts.keep(error):
+            raise
+        roll_back(connection)
 
 
 def _begin_at_once(driver: sqlite3.Connection) -> None:

@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError
 
 from dspex_persist import clock
 from dspex_persist.infra import forks
+from dspex_persist.infra.interrupts import interrupts
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.errors import (
     CheckpointError,
@@ -22,6 +23,7 @@ from dspex_persist.state.errors import (
     NotADatabaseError,
     OutcomeUnknownError,
     ReadFailedError,
+    StateError,
     StorageError,
     quote,
 )
@@ -198,14 +200,32 @@ class SessionStore(StoredSessions, LogStore):
     @contextlib.contextmanager
     def group(self, *, wait: bool = True) -> Iterator[None]:
         """One SQLite transaction, which is durable when the context ends."""
-        self._look()
         self._appended = None
+        may_be_stored = False
         try:
-            with transaction(self._connection, wait=wait):
+            self._look()
+            with self._reported(wait), transaction(self._connection, wait=wait):
                 self._guard.look_inside(self._connection, self.head)
                 yield
                 if self._appended is None:
                     roll_back(self._connection)
+                may_be_stored = self._appended is not None
+        except (StateError, UnwritableError, WouldWaitError):
+            raise
+        except Exception as error:
+            if may_be_stored:
+                raise OutcomeUnknownError(f"{error!r} while writing {self._name}") from error
+            raise
+        except BaseException as error:
+            if may_be_stored or not interrupts.keep(error):
+                raise
+            raise StorageError("an exception of another thread interrupted it") from error
+        self._finish()
+
+    @contextlib.contextmanager
+    def _reported(self, wait: bool) -> Iterator[None]:
+        try:
+            yield
         except (DBAPIError, sqlite3.Error) as error:
             if not wait and code_of(error) == sqlite3.SQLITE_BUSY:
                 raise WouldWaitError from error
@@ -213,6 +233,22 @@ class SessionStore(StoredSessions, LogStore):
             if isinstance(_original(error), _OF_ONE_JOB):
                 raise UnwritableError(failure) from error
             raise failure from error
+
+    def _finish(self) -> None:
+        """Check a group that SQLite has committed, and note it."""
+        try:
+            self._note_group()
+        except StateError:
+            raise
+        except BaseException as error:
+            if interrupts.keep(error):
+                self._note_group()
+            elif self._appended is not None and isinstance(error, Exception):
+                raise OutcomeUnknownError(f"{error!r} while writing {self._name}") from error
+            else:
+                raise
+
+    def _note_group(self) -> None:
         self._note_written()
         if self._appended is not None:
             self.head, self._keys = self._appended
@@ -402,6 +438,9 @@ class SessionStore(StoredSessions, LogStore):
         """Close the file without writing anything more, after an unknown outcome."""
         with contextlib.suppress(Exception):
             self.readers.dispose()
+        with contextlib.suppress(Exception):
+            # A transaction that is still open would keep the file locked.
+            roll_back(self._connection)
         for release in (self._anchor.close, self._lock.release):
             with contextlib.suppress(OSError):
                 release()
