@@ -197,7 +197,10 @@ class Groups(Generic[S_co]):
         except Exception as error:  # noqa: BLE001 - a command's boundary: it must not fail the others in its group
             if unit is not None:
                 unit.rollback_to(START)
-            return Outcome(error=error if isinstance(error, StateError) else _internal(job.command, error))
+            if not isinstance(error, StateError):
+                return Outcome(error=_internal(job.command, error))
+            # The frames of its traceback refer to those of the group, and these to it: this breaks the cycle.
+            return Outcome(error=error.with_traceback(None))
         if unit.has_changes():
             units.append(unit)
         return Outcome(result)

@@ -288,7 +288,11 @@ class OnLoop:
             reply.settle_here(state._read(command, origin, published), None)
         except StateError as error:
             reply.settle_here(None, error)
-        return reply
+        try:
+            return reply
+        finally:
+            # It refers to its error, whose traceback refers to this frame: this breaks the cycle.
+            del reply
 
 
 class _Facts:

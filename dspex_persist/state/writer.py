@@ -287,9 +287,9 @@ class Writer:
         while True:
             more = self._gather(waiting)
             if waiting:
-                outcomes = self._write(waiting)
-                # After the lead is released, so that a caller can lead as soon as it has its result.
-                _answer(waiting, outcomes)
+                # After the lead is released, so that a caller can lead as soon as it has its result. No local variable
+                # keeps the outcomes until the next group.
+                _answer(waiting, self._write(waiting))
             self._on_answered()
             if not more:
                 # Waits for a leading caller. Later callers see that the writer is closed.

@@ -5,17 +5,22 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dspex_persist import Toolbox, ToolContext, tool
-from dspex_persist.state.commands import ExecuteTool
+from dspex_persist.infra.mailbox import LoopMailbox
+from dspex_persist.state.commands import Command, ExecuteTool, FinishExecution, GetVariable, ReadState, SetVariable
 from dspex_persist.state.commands.executions import Verdict
 from dspex_persist.state.embedded import EmbeddedState
-from dspex_persist.state.model import ToolOutcome
+from dspex_persist.state.errors import StorageError, VariableNotFoundError
+from dspex_persist.state.groups import Job, Outcome
+from dspex_persist.state.model import ToolOutcome, Value
+from dspex_persist.state.tools import endings
 from dspex_persist.state.tools.execution import Execution
 from dspex_persist.state.tools.requests import ToolRequest
 from tests.deadline import within
@@ -182,3 +187,65 @@ def test_nor_an_execution_whose_caller_is_gone(state: EmbeddedState) -> None:
     future.cancel()
     del future
     assert_gone()
+
+
+def refuse(state: EmbeddedState, monkeypatch: pytest.MonkeyPatch, refused: type[Command[Any]]) -> threading.Event:
+    """Have the store refuse the next command of a type once the returned event is set."""
+    writer, go = state.provider._writer, threading.Event()  # type: ignore[attr-defined]
+    write_group, left = writer._write_group, [StorageError("disk full")]
+
+    def write(jobs: Sequence[Job], *, wait: bool = True) -> list[Outcome]:
+        if left and isinstance(jobs[0].command, refused):
+            _began.set()
+            assert go.wait(within(5))
+            return [Outcome(error=left.pop())]
+        return write_group(jobs, wait=wait)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(writer, "_write_group", write)
+    # The writer's thread writes, so that the loop may cancel meanwhile.
+    monkeypatch.setattr(type(writer), "is_fast", False)
+    _began.clear()
+    return go
+
+
+def test_nor_one_whose_end_the_store_refuses(state: EmbeddedState, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse(state, monkeypatch, FinishExecution).set()
+    with pytest.raises(StorageError):
+        state.execute_tool("s", "fine")
+    assert_gone()
+
+
+def test_one_whose_caller_leaves_while_the_store_refuses_its_end_ends_later(
+    state: EmbeddedState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endings, "_RETRY_S", 0.01)
+    go = refuse(state, monkeypatch, FinishExecution)
+    future = state.submit(ExecuteTool("s", "fine"))
+    assert _began.wait(within(5))
+    future.cancel()
+    # Its task has the cancellation once the loop has run another coroutine.
+    state.runner.start(asyncio.sleep(0)).result(within(5))
+    go.set()
+    until = time.monotonic() + within(5)
+    while state.run(ReadState("s")).executions:
+        assert time.monotonic() < until, "it runs for ever"
+        time.sleep(0.001)
+
+
+def test_errors_of_commands_on_a_loop_are_not_kept(state: EmbeddedState) -> None:
+    held: list[weakref.ref[BaseException]] = []
+
+    async def fail() -> None:
+        submit = state.on_loop(LoopMailbox(asyncio.get_running_loop()))
+        for command in (GetVariable("s", "nosuch"), SetVariable("s", "nosuch", Value("1"))):
+            try:
+                await submit(command)
+            except VariableNotFoundError as error:
+                held.append(weakref.ref(error))
+
+    asyncio.run(fail())
+    until = time.monotonic() + within(5)
+    while any(each() is not None for each in held):
+        # The writer's thread may still be leaving the frames in which it answered.
+        assert time.monotonic() < until, [gc.get_referrers(each()) for each in held]
+        time.sleep(0.001)

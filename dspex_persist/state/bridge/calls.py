@@ -107,7 +107,11 @@ class Calls:
             return await _run_within(execution, command, _READER)
         reply = self._submit(command, _READER)
         call.from_memory = reply.done()
-        return await reply
+        try:
+            return await reply
+        finally:
+            # It refers to its error, whose traceback refers to this frame: this breaks the cycle.
+            del reply
 
     async def _write(self, command: Command[R], call: Call) -> R:
         try:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Final
 
+from dspex_persist.infra.mailbox import Reply
 from dspex_persist.state import commands
 from dspex_persist.state.commands.executions import Verdict
 from dspex_persist.state.errors import (
@@ -77,6 +78,8 @@ class Endings:
             # If the writer had already started on the command, the cancellation does not affect it.
             if reply.cancelled():
                 self.end_without_waiting(session, replace(verdict, status=self.cancelled_status, result=None))
+            else:
+                reply.add_done_callback(functools.partial(self._note_refusal, session, verdict))
             raise
         except (SessionNotFoundError, ExecutionEndedError):
             reason = "the session ended while the tool ran; nothing was written"
@@ -87,6 +90,9 @@ class Endings:
         except StateError as error:
             self._record_failure(session, verdict, error)
             raise
+        finally:
+            # It refers to its error, whose traceback refers to this frame: this breaks the cycle.
+            del reply
         return _outcome(final, raised)
 
     def end_without_waiting(self, session: ToolSession, verdict: Verdict) -> None:
@@ -117,6 +123,11 @@ class Endings:
                 self.record(_bare(command), origin)
 
         self._store.submit(command, origin).add_done_callback(settled)
+
+    def _note_refusal(self, session: ToolSession, verdict: Verdict, reply: Reply[Verdict]) -> None:
+        error = reply.exception()
+        if isinstance(error, StateError):
+            self._record_failure(session, verdict, error)
 
     def _record_failure(self, session: ToolSession, verdict: Verdict, error: StateError) -> None:
         """Keep the journal entry of an execution whose end the store refused; its writes are lost."""
