@@ -795,4 +795,4 @@ def planted(owner: type, name: str, bug: Callable[..., Any]) -> Iterator[None]:
 def test_planted_bugs_are_found(owner: type, name: str, bug: Callable[..., Any]) -> None:
     # The same examples each time, so that finding the bug does not depend on luck.
     with planted(owner, name, bug), pytest.raises((AssertionError, ExceptionGroup)):
-        run_model(300, database=None, derandomize=True)
+        run_model(900, database=None, derandomize=True)
