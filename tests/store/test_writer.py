@@ -469,6 +469,30 @@ class TestLeading:
         in_thread(lambda: writer.run(job("a")))
         assert reporting_threads.get(timeout=DEADLINE_S) == WRITER
 
+    def test_news_take_no_room_in_the_queue(self, sink: Sink, start: Start) -> None:
+        """Waking thousands takes longer than many writes."""
+        waking, may_wake = threading.Semaphore(0), threading.Event()
+        news = threading.Event()
+
+        def wake() -> None:
+            if news.is_set():
+                waking.release()
+                assert may_wake.wait(DEADLINE_S)
+
+        writer = start(queue_length=1, on_answered=wake, has_news=news.is_set)
+        news.set()
+        in_thread(lambda: writer.run(job("first")))
+        assert waking.acquire(timeout=DEADLINE_S)
+        in_thread(lambda: [writer.run(job(name)) for name in "abc"])
+        assert writer._queue.qsize() == 1, "all of them are told once"
+        queued = writer.submit(job("d"))
+        refused = writer.submit(job("e"))
+        news.clear()
+        may_wake.set()
+        assert queued.result(DEADLINE_S) == "d"
+        assert isinstance(refused.exception(DEADLINE_S), QueueFullError)
+        assert sink.written == ["first", "a", "b", "c", "d"]
+
 
 class TestLoopWrites:
     """Coroutines of one event loop."""
