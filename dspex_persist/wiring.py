@@ -520,6 +520,8 @@ async def _serve_bridge(
             belongs=servicer.belongs,
         )
     finally:
+        # The process may go on, with handlers of its own.
+        interrupts.take_from_loop()
         await remote.close()
         provider.interrupt()
         auditor.close()

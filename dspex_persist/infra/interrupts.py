@@ -19,6 +19,10 @@ class _Interrupts:
         """Declare that an event loop handles the signals of this process, so that no handler raises."""
         self._taken_by_loop = True
 
+    def take_from_loop(self) -> None:
+        """Undo `give_to_loop`."""
+        self._taken_by_loop = False
+
     def can_come(self) -> bool:
         """Whether a signal handler may raise in the calling thread."""
         return not self._taken_by_loop and threading.get_ident() == threading.main_thread().ident

@@ -577,3 +577,30 @@ def test_an_error_of_ours_at_start_shows_no_traceback(start: Start, tmp_path: Pa
         start()
     assert caught.value.exit_code == 5
     assert caught.value.stderr_tail == "error: cannot open sessions.db: Is a directory"
+
+
+AFTERWARDS = """
+import sys, threading
+import dspex_persist
+from dspex_persist.settings import Settings
+from dspex_persist.state.embedded import SqliteState
+
+dspex_persist.serve(Settings(db=sys.argv[1], listen="127.0.0.1:0"))
+with SqliteState(sys.argv[1]) as state:
+    write_group = state._writer._write_group
+    def tell(jobs, *, wait=True):
+        print(threading.current_thread().name)
+        return write_group(jobs, wait=wait)
+    state._writer._write_group = tell
+    state.initialize_session("s")
+"""
+
+
+def test_after_serving_ctrl_c_interrupts_no_group_of_the_process(tmp_path: Path) -> None:
+    """The server's loop took the signals only while it served."""
+    argv = [sys.executable, "-c", AFTERWARDS, str(tmp_path / "s.db")]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("GRPC_READY:")
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=DEADLINE_S)[0] == "dspex-persist-writer\n"
