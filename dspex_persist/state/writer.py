@@ -135,8 +135,8 @@ class Writer:
         self._last_took_s = 0.0
         self._last_end = 0.0
         self._cost_s = 0.0
-        # Whether there is a `NEWS` in the queue.
-        self._is_told = False
+        # Whether there is a `NEWS` in the queue, which does not count as a job.
+        self._news_queued = False
         # Groups run in the same context on every thread.
         self._context = contextvars.Context()
         self._awaited = 0
@@ -182,7 +182,7 @@ class Writer:
             for entry in entries:
                 if self._closed is not None:
                     refused.append((entry, self._closed))
-                elif self._queue.qsize() - self._is_told >= self._queue_length:
+                elif self._queue.qsize() - self._news_queued >= self._queue_length:
                     refused.append((entry, QueueFullError(self._queue_length)))
                 else:
                     self._put += 1
@@ -226,9 +226,9 @@ class Writer:
             self._on_fatal(failure)
             if not isinstance(failure, Exception):
                 raise failure
-        elif self._has_news() and not self._is_told:
+        elif self._has_news() and not self._news_queued:
             # The writer's thread wakes the watchers: there may be thousands, and this caller has its result.
-            self._is_told = True
+            self._news_queued = True
             self._queue.put(_Sign.NEWS)
         if kept:
             raise kept.pop()
@@ -327,7 +327,7 @@ class Writer:
         except Empty:
             return True
         if isinstance(first, _Sign):
-            self._is_told = False
+            self._news_queued = False
             return first is _Sign.NEWS
         waiting.append(first)
         if self._last_size > 1 or not self._queue.empty():
@@ -344,7 +344,7 @@ class Writer:
             elif queued is _Sign.END:
                 return False
             else:
-                self._is_told = False
+                self._news_queued = False
         return True
 
     def _await_others(self, others: int, gap_s: float) -> None:

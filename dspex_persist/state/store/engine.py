@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 from urllib.parse import quote
 from weakref import WeakKeyDictionary
 
@@ -19,6 +19,7 @@ from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.pool import QueuePool, StaticPool
 
 from dspex_persist.infra import forks, holder
+from dspex_persist.infra.file_status import Identity
 from dspex_persist.infra.interrupts import interrupts
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.spelling import did_you_mean
@@ -38,13 +39,6 @@ SIDE_FILES: Final = ("-wal", "-shm", "-journal")
 """The suffixes of the files that SQLite keeps next to a database."""
 _DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _logger: Final = get_logger(__name__)
-
-
-class Identity(NamedTuple):
-    """Identifies a file independently of its names."""
-
-    device: int
-    inode: int
 
 
 def identity_of(status: os.stat_result) -> Identity:

@@ -11,11 +11,12 @@ from typing import Final
 
 from sqlalchemy import Connection
 
+from dspex_persist.infra.file_status import status_of
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.state.errors import FileChangedError, Hint
 from dspex_persist.state.store import log_reader
 from dspex_persist.state.store.anchor import Head
-from dspex_persist.state.store.engine import WAL_LIMIT_BYTES, Identity, driver_of, identity_of
+from dspex_persist.state.store.engine import WAL_LIMIT_BYTES, driver_of, identity_of
 
 _logger: Final = get_logger(__name__)
 
@@ -49,11 +50,11 @@ class FileGuard:
         # A file that was put next to the WAL of another one may not be in WAL mode until the WAL is checkpointed.
         self._mode = self._read_mode()
         self._name = name
-        # Strings and `os.stat`: they are checked around every group, and `Path` is several times slower.
+        # Strings, because they are checked around every group, and `Path` is several times slower.
         self._names = [f"{path}{suffix}" for suffix in ("", "-wal", "-shm")]
-        statuses = [os.stat(name) for name in self._names]  # noqa: PTH116
-        self._files: list[Identity] = [identity_of(each) for each in statuses]
-        self._size, self._wal_size = statuses[0].st_size, statuses[1].st_size
+        statuses = [status_of(name) for name in self._names]
+        self._files = [status.identity for status in statuses]
+        self._size, self._wal_size = statuses[0].size, statuses[1].size
         # As of the last `look`, which takes the status of each file anyway.
         self._sizes = (self._size, self._wal_size)
         self._wal_is_large = False
@@ -64,15 +65,15 @@ class FileGuard:
         sizes = [self._size, self._wal_size, 0]
         for index, (name, known) in enumerate(zip(self._names, self._files, strict=True)):
             try:
-                status = os.stat(name)  # noqa: PTH116
+                status = status_of(name)
             except FileNotFoundError:
                 return f"{Path(name).name} was removed or renamed while it was open"
             except OSError:
                 # The check is impossible at the moment, which says nothing about the file.
                 continue
-            if identity_of(status) != known:
+            if status.identity != known:
                 return f"{Path(name).name} was replaced by another file while it was open"
-            sizes[index] = status.st_size
+            sizes[index] = status.size
         self._sizes = (sizes[0], sizes[1])
         return f"{self._path.name} was overwritten while it was open" if self._is_overwritten() else None
 
@@ -133,7 +134,7 @@ class FileGuard:
 
     def _measured(self) -> tuple[int, int]:
         try:
-            return os.stat(self._names[0]).st_size, os.stat(self._names[1]).st_size  # noqa: PTH116
+            return status_of(self._names[0]).size, status_of(self._names[1]).size
         except OSError:
             # `look` reports a missing file.
             return self._size, self._wal_size
