@@ -578,7 +578,8 @@ class _End:
     def on_storage_failed(self, error: BaseException) -> None:
         """Stop the server, and end the process if that takes too long.
 
-        Called on the writer's thread once its callers have the error, so that there is time to send their answers.
+        Called on the thread whose group failed, once all callers have the error, so that there is time to send their
+        answers.
         """
         self.failure = StorageFailedError(self._path, error)
         _log.critical("storage failed", db=self._path, reason=str(error))

@@ -42,7 +42,7 @@ _WATCHING: Final = Origin("", "WatchVariables")
 
 
 class LogState(StateProvider, KeepsOrder):
-    """A provider that writes through one thread, and reads current values from memory and past ones from the log.
+    """A provider that writes one group at a time, and reads current values from memory and past ones from the log.
 
     It executes no tools: see `WithTools`. A subclass adds the abilities of its log, such as `Durable`.
 
@@ -253,7 +253,7 @@ class LogState(StateProvider, KeepsOrder):
         self._groups.hub.forget_watches()
 
     def _on_fatal(self, error: BaseException) -> None:
-        """Called on the writer's thread, after all waiting futures have failed."""
+        """Called on the thread whose group ended the writer, after all waiting callers have failed."""
         self._failed = error if isinstance(error, StateError) else OutcomeUnknownError(repr(error))
         self._groups.hub.wake_all()
         self._groups.abandon()

@@ -591,7 +591,7 @@ def open_readers(path: Path, size: int = 4) -> Engine:
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
-        connection.connection.cursor().execute("BEGIN")
+        driver_of(connection).execute("BEGIN")
 
     return engine
 
@@ -640,7 +640,7 @@ def snapshot(readers: Engine) -> Iterator[Connection]:
     try:
         with forks.busy(), readers.begin() as connection:
             yield connection
-            driver = connection.connection.dbapi_connection
+            driver = driver_of(connection)
             if isinstance(driver, _AtRest) and not _rests(path, driver):
                 raise ReadFailedError(str(path), "another program opened it for writing meanwhile; repeat the call")
     except (DBAPIError, sqlite3.Error) as error:

@@ -10,6 +10,7 @@ from sqlalchemy import Connection, Engine, StaticPool, create_engine, inspect, t
 
 from dspex_persist.clock import now
 from dspex_persist.state.errors import NewerSchemaError, NotADatabaseError, UpgradeError
+from dspex_persist.state.store.engine import driver_of
 from dspex_persist.state.store.schema import REVISION
 
 _OURS = frozenset({"sessions", "variables", "versions", "commits"})
@@ -98,7 +99,7 @@ def backup_before_upgrade(connection: Connection, path: Path, revision: str) -> 
     # Created first to set its mode, which SQLite keeps.
     target.touch(mode=0o600, exist_ok=False)
     quoted = str(target).replace("'", "''")
-    connection.connection.cursor().execute(f"VACUUM INTO '{quoted}'")
+    driver_of(connection).execute(f"VACUUM INTO '{quoted}'")
     return target
 
 

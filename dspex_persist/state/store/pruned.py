@@ -20,6 +20,7 @@ from dspex_persist.state.store.chain import (
     residue_entry,
     version_text,
 )
+from dspex_persist.state.store.engine import driver_of
 
 LOCK_KINDS: Final = frozenset({EventKind.OPTIMIZATION_STARTED, EventKind.OPTIMIZATION_STOPPED})
 _WANTED: Final = "(SELECT value FROM json_each(?))"
@@ -166,7 +167,7 @@ def fits(connection: Connection, commit: log_reader.LoggedCommit, *previous: byt
 
     `previous`: the hashes that its predecessor may have.
     """
-    row = connection.connection.cursor().execute(_LAST_RESIDUE, (commit.sequence,)).fetchone()
+    row = driver_of(connection).execute(_LAST_RESIDUE, (commit.sequence,)).fetchone()
     if row is None:
         return None
     content = commit.content

@@ -23,6 +23,7 @@ from dspex_persist.state.store import inherited
 from dspex_persist.state.store.engine import (
     code_of,
     connect_to,
+    driver_of,
     gate,
     identity_of,
     looking_error,
@@ -101,7 +102,7 @@ def _read_untouched(
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
-        connection.connection.cursor().execute("BEGIN")
+        driver_of(connection).execute("BEGIN")
 
     try:
         with engine.begin() as connection:

@@ -12,6 +12,7 @@ from dspex_persist.clock import nearest_time, to_micros
 from dspex_persist.state.audit import SENSITIVE
 from dspex_persist.state.frozen import FrozenDict, freeze
 from dspex_persist.state.model import ChangeKind, Optimization, Source, Value, Variable, VariableVersion
+from dspex_persist.state.store.engine import driver_of
 from dspex_persist.state.store.schema import blobs, commits, is_unicode, variables, versions
 from dspex_persist.state.unit_of_work import VersionQuery
 from dspex_persist.state.values.json_text import stored_texts
@@ -153,7 +154,7 @@ def find_key(connection: Connection, session_key: int, identifier: str, as_of: i
 def history(connection: Connection, variable_key: int, query: VersionQuery) -> list[VariableVersion]:
     """Return the versions of the variable that the query selects, newest first; its identifier is not used."""
     below = _NO_BOUND if query.before is None else query.before
-    rows = connection.connection.cursor().execute(_HISTORY, (variable_key, below, query.limit))
+    rows = driver_of(connection).execute(_HISTORY, (variable_key, below, query.limit))
     variable_id, type_name = connection.execute(_FACTS, {"variable_key": variable_key}).one()
     selected: list[VariableVersion] = []
     left_bytes = inf if query.most_bytes is None else query.most_bytes

@@ -24,7 +24,7 @@ from dspex_persist.state.events import GoingEvent, GoingVersion, Pruned
 from dspex_persist.state.groups import Job
 from dspex_persist.state.model import PINNED, EventKind, Origin, PrunePolicy, PruneReport, Session
 from dspex_persist.state.provider import Progress
-from dspex_persist.state.store.engine import snapshot
+from dspex_persist.state.store.engine import driver_of, snapshot
 from dspex_persist.state.store.history import times
 from dspex_persist.state.store.history.answers import StoredAudit
 from dspex_persist.state.store.pruned import LOCK_KINDS
@@ -214,7 +214,7 @@ class Planner:
 
     def _rows(self, statement: str, *parameters: object) -> list[Any]:
         """Read all rows at once: the next page may come from another snapshot."""
-        rows: list[Any] = self._connection.connection.cursor().execute(statement, parameters).fetchall()
+        rows: list[Any] = driver_of(self._connection).execute(statement, parameters).fetchall()
         return rows
 
     def _items(self) -> Iterator[tuple[_Session, _Item]]:

@@ -6,6 +6,8 @@ commit that is later. That commit and all that follow count as later, whatever t
 
 from sqlalchemy import Connection
 
+from dspex_persist.state.store.engine import driver_of
+
 _HEAD = "SELECT ifnull(max(sequence), 0) FROM commits"
 _YOUNGER = """
     SELECT sequence FROM commits WHERE created_at > ? AND NOT EXISTS (
@@ -24,7 +26,7 @@ _AFTER_ALL = 2**62
 
 
 def _number(connection: Connection, statement: str, *parameters: object) -> int | None:
-    row = connection.connection.cursor().execute(statement, parameters).fetchone()
+    row = driver_of(connection).execute(statement, parameters).fetchone()
     return None if row is None else int(row[0])
 
 

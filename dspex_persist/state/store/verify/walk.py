@@ -4,13 +4,13 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, Final, TypeAlias
 
 from sqlalchemy import Connection, Engine
 
 from dspex_persist.state.errors import NotADatabaseError, ReadFailedError, quote
 from dspex_persist.state.model import ChangeKind
-from dspex_persist.state.store.engine import raw_rows, snapshot
+from dspex_persist.state.store.engine import driver_of, raw_rows, snapshot
 from dspex_persist.state.store.variables import KIND_CODES
 
 PAGE_ENTRIES: Final = 10_000
@@ -57,7 +57,7 @@ def walk_through(readers: Engine, walk: Walk) -> Iterator[Problem]:
     while walk.more:
         with snapshot(readers) as connection:
             # Reading text that may not be UTF-8 takes half as long again, so only do it once there is such text.
-            _driver(connection).text_factory = _decode_any if lenient else str
+            driver_of(connection).text_factory = _decode_any if lenient else str
             try:
                 yield from walk.page(connection)
             except sqlite3.OperationalError as error:
@@ -65,14 +65,10 @@ def walk_through(readers: Engine, walk: Walk) -> Iterator[Problem]:
                     raise
                 lenient = True
             finally:
-                _driver(connection).text_factory = str
+                driver_of(connection).text_factory = str
 
 
 _decode_any = partial(str, encoding="utf-8", errors="surrogateescape")
-
-
-def _driver(connection: Connection) -> sqlite3.Connection:
-    return cast(sqlite3.Connection, connection.connection.driver_connection)
 
 
 def find_row(connection: Connection, statement: str, *parameters: object) -> Any:
