@@ -143,16 +143,15 @@ def _write_lines(
     version: RecordedVersion, registered: Mapping[str, VariableRegistered], hidden: frozenset[tuple[str, int]]
 ) -> Lines:
     head = f"{version.name} v{version.version}"
+    metadata = f" {json.dumps(dict(sorted(version.metadata.items())), ensure_ascii=False)}" if version.metadata else ""
     if version.kind is ChangeKind.DELETED:
-        return [f"{head} deleted"]
+        return [f"{head} deleted{metadata}"]
     if version.kind is not ChangeKind.SET:
         head += f" {version.kind.value.replace('_', ' ')}"
     facts = registered.get(version.variable_id) if version.kind is ChangeKind.REGISTERED else None
     if facts is not None:
         head += f" as {facts.type}" + (f" with {facts.constraints}" if facts.constraints else "")
-    if version.metadata:
-        head += f" {json.dumps(dict(sorted(version.metadata.items())), ensure_ascii=False)}"
-    return _kept_lines(head, version, hidden)
+    return _kept_lines(head + metadata, version, hidden)
 
 
 def _kept_lines(head: str, version: RecordedVersion, hidden: frozenset[tuple[str, int]]) -> Lines:

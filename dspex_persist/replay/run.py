@@ -21,7 +21,7 @@ from dspex_persist.replay.tools import RunAgain, refused_lm_calls, stand_ins_for
 from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.errors import InvalidArgumentError, quote
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.model import ExecutionStatus, Origin, ToolOutcome
+from dspex_persist.state.model import REASON, ExecutionStatus, Origin, ToolOutcome, without_reason
 from dspex_persist.state.provider import TOOL_TIMEOUT_S
 from dspex_persist.state.tools.home import Home
 from dspex_persist.state.tools.invoke import Invoker
@@ -228,8 +228,8 @@ class _Rerun:
             run.state.session.id,
             root.tool,
             root.parameters,
-            Origin(root.actor, root.cause),
-            root.metadata,
+            Origin(root.actor, root.cause, reason=root.metadata.get(REASON)),
+            without_reason(root.metadata),
             timeout_s=TOOL_TIMEOUT_S,
         )
         with clock.reading(run.now):

@@ -14,7 +14,7 @@ from dspex_persist.state import commands, errors, values
 from dspex_persist.state.commands import Command
 from dspex_persist.state.events import VariableRegistered
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.model import ChangeKind, Failure, ToolSpec, Value
+from dspex_persist.state.model import REASON, ChangeKind, Failure, ToolSpec, Value, without_reason
 from dspex_persist.state.recording import RecordedVersion
 from dspex_persist.state.tools.ports import ToolCode, ToolKind
 from dspex_persist.state.tools.session import ToolSession
@@ -140,7 +140,8 @@ class StandIn:
         # Write each variable in the order of its versions, whichever execution of the tree wrote them.
         for version in sorted(written, key=lambda each: each.version):
             command = _repeating(session.session_id, version, call.recorded)
-            session.execution.run(command, replace(session.origin, source=version.source))
+            origin = replace(session.origin, source=version.source, reason=version.metadata.get(REASON))
+            session.execution.run(command, origin)
         if call.recorded.failure is not None:
             raise exception_like(call.recorded.failure)
         result = call.recorded.result
@@ -149,27 +150,29 @@ class StandIn:
     def _publish(self, session: ToolSession, execution: RecordedExecution) -> None:
         for version, _ in execution.published:
             assert version.value is not None, "a published version has a value"
+            metadata, origin = without_reason(version.metadata), session.origin
             command = commands.PublishVariable(
-                session.session_id, session.execution_id, version.name, version.value, version.metadata
+                session.session_id, session.execution_id, version.name, version.value, metadata
             )
-            session.execution.take_published(self._store.submit(command, session.origin).result())
+            origin = replace(origin, reason=version.metadata.get(REASON))
+            session.execution.take_published(self._store.submit(command, origin).result())
 
 
 def _repeating(session_id: str, version: RecordedVersion, execution: RecordedExecution) -> Command[Any]:
     """The command that creates such a version."""
-    name, value = version.name, version.value
+    name, value, metadata = version.name, version.value, without_reason(version.metadata)
     match version.kind:
         case ChangeKind.DELETED:
             return commands.DeleteVariable(session_id, name)
         case ChangeKind.ROLLED_BACK:
-            return commands.RollbackVariable(session_id, name, int(version.metadata["rolled_back_to"]))
+            return commands.RollbackVariable(session_id, name, int(metadata["rolled_back_to"]))
         case ChangeKind.LOCK_BROKEN:
             return commands.StopOptimization(session_id, name, force=True)
     assert value is not None, "only a deletion has no value"
     if version.kind is ChangeKind.REGISTERED:
         facts = _registered(version.variable_id, execution)
-        return commands.RegisterVariable(session_id, name, facts.type, value, facts.constraints, version.metadata)
-    return commands.SetVariable(session_id, name, value, version.metadata)
+        return commands.RegisterVariable(session_id, name, facts.type, value, facts.constraints, metadata)
+    return commands.SetVariable(session_id, name, value, metadata)
 
 
 def _registered(variable_id: str, execution: RecordedExecution) -> VariableRegistered:

@@ -7,13 +7,13 @@ abilities of the provider that it wraps. `dspex_persist.testing` has a test suit
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Self
+from typing import ClassVar, Self, Unpack
 
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.errors import UnsupportedError
 from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, SessionView, ToolOutcome, ToolSpec
-from dspex_persist.state.provider import TOOL_TIMEOUT_S, Progress, StateProvider, or_empty, silent
+from dspex_persist.state.provider import TOOL_TIMEOUT_S, Progress, StateProvider, Who, or_empty, silent
 from dspex_persist.state.recording import Header, RecordedCommit
 
 
@@ -180,6 +180,7 @@ class ExecutesTools(StateProvider, Ability):
         metadata: Mapping[str, str] | None = None,
         idempotency_key: str | None = None,
         timeout_s: float = TOOL_TIMEOUT_S,
+        **who: Unpack[Who],
     ) -> ToolOutcome:
         """Execute a tool as one transaction.
 
@@ -191,6 +192,7 @@ class ExecutesTools(StateProvider, Ability):
             idempotency_key: With the same key, the tool runs only once; repeated calls get the same outcome.
             timeout_s: How long the caller waits, in seconds; then the execution ends as `timed_out`. A shorter timeout
                 of the tool applies as well.
+            who: `actor` and `reason`, see `Who`. They apply to everything that the tool writes.
 
         Returns:
             How the execution ended; a failed one has an `error`.
@@ -198,7 +200,7 @@ class ExecutesTools(StateProvider, Ability):
         timeout_s = arguments.timeout("timeout_s", timeout_s)
         encoded = values.encode_arguments(arguments.mapping("parameters", or_empty(parameters)))
         command = commands.ExecuteTool(session_id, tool, encoded, or_empty(metadata), timeout_s)
-        return self.run(command, idempotency_key)
+        return self.run(command, idempotency_key, **who)
 
 
 class StreamsTools(ExecutesTools):
@@ -215,6 +217,7 @@ class StreamsTools(ExecutesTools):
         parameters: Mapping[str, object] | None = None,
         *,
         metadata: Mapping[str, str] | None = None,
+        **who: Unpack[Who],
     ) -> Iterator[object]:
         """Execute a tool that streams, and yield its values as they come.
 

@@ -13,13 +13,15 @@ from numbers import Real
 from operator import index
 from typing import Annotated, Any, TypeAlias, get_type_hints
 
-from dspex_persist.state.errors import InvalidArgumentError, quote
+from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError, quote
 from dspex_persist.state.frozen import FrozenDict
 from dspex_persist.state.model import Origin, Source, Value
 
 Check: TypeAlias = Callable[[str, Any], Any]
 """Takes the name of an argument and the object passed for it; returns the object to store."""
 
+REASON_LENGTH = 500
+"""The longest reason, in characters: it travels in a header, and those have a few kilobytes for all of them."""
 _LARGEST = 2**31 - 1
 _LAST_COMMIT = 2**63 - 1
 _LONGEST_TIMEOUT_S = 1e9
@@ -195,6 +197,14 @@ def mapping(field: str, argument: object) -> dict[Any, Any]:
     return dict(argument)
 
 
+def reason(field: str, argument: object) -> str:
+    """Return the reason for a request: a text of at most `REASON_LENGTH` characters."""
+    plain = text(field, argument)
+    if len(plain) > REASON_LENGTH:
+        raise LimitExceededError("the length of the reason in characters", len(plain), REASON_LENGTH, "")
+    return plain
+
+
 def origin(argument: object) -> Origin:
     """Return an origin with valid texts."""
     if not isinstance(argument, Origin):
@@ -205,6 +215,8 @@ def origin(argument: object) -> Origin:
         text("idempotency_key", argument.idempotency_key)
     if argument.optimizer_id is not None:
         text("optimizer_id", argument.optimizer_id)
+    if argument.reason is not None:
+        reason("reason", argument.reason)
     if not isinstance(argument.source, Source):
         raise InvalidArgumentError("source", f"it must be a Source, not {_kind(argument.source)}")
     return argument

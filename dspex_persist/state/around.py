@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import cache
 from types import new_class
-from typing import Any, Final, Self, TypeVar, cast
+from typing import Any, Final, Self, TypeVar, Unpack, cast
 
 from dspex_persist.state.abilities import (
     Ability,
@@ -20,7 +20,7 @@ from dspex_persist.state.abilities import (
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.commands import Command
 from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, SessionView, ToolSpec
-from dspex_persist.state.provider import Progress, StateProvider, silent
+from dspex_persist.state.provider import Progress, StateProvider, Who, silent
 from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.watch import Watch
 
@@ -136,9 +136,10 @@ class StreamsAround(ToolsAround, StreamsTools):
         parameters: Mapping[str, object] | None = None,
         *,
         metadata: Mapping[str, str] | None = None,
+        **who: Unpack[Who],
     ) -> Iterator[object]:
         """See `StreamsTools.stream_tool`."""
-        return StreamsTools.of(self.provider).stream_tool(session_id, tool, parameters, metadata=metadata)
+        return StreamsTools.of(self.provider).stream_tool(session_id, tool, parameters, metadata=metadata, **who)
 
 
 _PARTS: Final[Mapping[type[Ability], type[HandedOn]]] = {

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from dspex_persist.state.events import Event, Moment, SessionStarted, VariableRegistered
 from dspex_persist.state.frozen import FrozenDict
-from dspex_persist.state.model import ChangeKind, Variable, VariableVersion
+from dspex_persist.state.model import REASON, ChangeKind, Variable, VariableVersion, without_reason
 from dspex_persist.state.session_state import SessionState, Undo
 
 
@@ -63,7 +63,7 @@ def first(registered: VariableRegistered, version: VariableVersion) -> Variable:
         version.value,
         version.version,
         registered.constraints,
-        version.metadata,
+        without_reason(version.metadata),
         version.source,
         version.created_at,
     )
@@ -78,8 +78,11 @@ def advanced(before: Variable, version: VariableVersion) -> Variable:
         elif lock.optimizer_id == added.get("optimizer_id"):
             # A write of the optimizer that holds the lock renews it.
             lock = replace(lock, renewed_at=version.created_at)
-    if added and version.kind.merges_metadata and not added.items() <= metadata.items():
-        metadata = FrozenDict({**metadata, **added})
+    if added and version.kind.merges_metadata:
+        if REASON in added:
+            added = without_reason(added)
+        if not added.items() <= metadata.items():
+            metadata = FrozenDict({**metadata, **added})
     # By position: keyword arguments take twice as long, and this is the hot path.
     return Variable(
         before.id,

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, TypeVar, Unpack, cast
 
 from dspex_persist.infra import forks
 from dspex_persist.infra.futures import failed
@@ -30,7 +30,7 @@ from dspex_persist.state.limits import Limits
 from dspex_persist.state.log_store import LogStore
 from dspex_persist.state.model import Origin, Source, Update, Variable
 from dspex_persist.state.options import check_seconds
-from dspex_persist.state.provider import StateProvider, check_watch, fault_of
+from dspex_persist.state.provider import StateProvider, Who, check_watch, fault_of
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.watch import Watch, is_watched, updates_of
 from dspex_persist.state.writer import GAP_S, LoopWrites, Writer
@@ -123,9 +123,9 @@ class LogState(StateProvider, KeepsOrder):
             future.set_exception(error)
         return future
 
-    def run(self, command: Command[R], idempotency_key: str | None = None) -> R:
+    def run(self, command: Command[R], idempotency_key: str | None = None, **who: Unpack[Who]) -> R:
         """See `StateProvider.run`. A write is done on the calling thread while no other caller writes."""
-        origin = self.default_origin(command.cause, idempotency_key)
+        origin = self.origin(command.cause, idempotency_key, **who)
         command.check()
         if command.writes:
             return cast(R, self._writer.run(self._write_job(command, origin)))

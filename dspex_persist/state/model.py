@@ -68,7 +68,7 @@ class ChangeKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a request comes from.
+    """Where a request comes from, and why it is made.
 
     Attributes:
         actor: Who makes the request, such as `user:alice`.
@@ -76,6 +76,8 @@ class Origin:
         source: The side that writes.
         idempotency_key: With the same key, a request takes effect only once.
         optimizer_id: The optimizer that makes the request, which may write variables that it has locked.
+        reason: Why it is made, in the caller's words. It is kept with each version that the request writes, and with
+            the execution of a tool; see `REASON`.
     """
 
     actor: str
@@ -83,6 +85,19 @@ class Origin:
     source: Source = Source.ELIXIR
     idempotency_key: str | None = None
     optimizer_id: str | None = None
+    reason: str | None = None
+
+
+REASON = "dspex.reason"
+"""The key in the metadata of a version, or of an execution, whose entry is the reason for it. It says something about
+that one change, and is never merged into the metadata of the variable."""
+
+
+def without_reason(metadata: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the metadata that the writer of a version gave: without its reason."""
+    if REASON not in metadata:
+        return metadata
+    return freeze({key: text for key, text in metadata.items() if key != REASON})
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +157,8 @@ class Variable(NamedTuple):
 
 
 class VariableVersion(NamedTuple):
-    """One entry of a variable's history. `value` is None for a deletion; `metadata` is that of the change."""
+    """One entry of a variable's history. `value` is None for a deletion; `metadata` is that of the change, with its
+    reason under `REASON`."""
 
     variable_id: str
     type: str
@@ -155,6 +171,11 @@ class VariableVersion(NamedTuple):
     actor: str
     cause: str
     sequence: int
+
+    @property
+    def reason(self) -> str | None:
+        """Why it was written; None if the writer gave no reason."""
+        return self.metadata.get(REASON)
 
     @property
     def size_bytes(self) -> int:

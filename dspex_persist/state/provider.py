@@ -14,8 +14,9 @@ Every backend can do this. Abilities that only some have, such as audits or tool
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, NoReturn, Protocol, Self, TypeAlias, TypeVar
+from typing import Any, NoReturn, Protocol, Self, TypeAlias, TypedDict, TypeVar, Unpack
 
 from dspex_persist.infra.mailbox import LoopMailbox, Reply
 from dspex_persist.state import arguments, commands, values
@@ -56,7 +57,7 @@ def fault_of(command: object, origin: object) -> StateError | None:
     if command.fault is None and origin is not None:
         try:
             arguments.origin(origin)
-        except InvalidArgumentError as error:
+        except StateError as error:
             return error
     return command.fault
 
@@ -67,6 +68,19 @@ def check_watch(session_id: object, identifiers: object, after_sequence: object)
     if after_sequence is not None:
         arguments.sequence("after_sequence", after_sequence)
     return arguments.texts("identifiers", identifiers)
+
+
+class Who(TypedDict, total=False):
+    """Who makes a request, and why: keyword arguments of every method that writes.
+
+    Attributes:
+        actor: Who makes the changes, such as `user:alice`; by default the actor of the provider.
+        reason: Why, in at most 500 characters. It is kept with each version that the call writes: the history, audits
+            and watches show it.
+    """
+
+    actor: str | None
+    reason: str | None
 
 
 class SubmitHere(Protocol):
@@ -103,7 +117,8 @@ class StateProvider(Submits):
 
     `submit` carries out any command. The methods named after the commands wait for the result, and raise a
     `StateError` if the command fails. Those with an `idempotency_key` take effect only once for a key: a repeated call
-    returns the recorded result, or raises `IdempotencyConflictError` if it is a different request.
+    returns the recorded result, or raises `IdempotencyConflictError` if it is a different request. All that write take
+    `actor` and `reason`: who makes the change, and why (see `Who`).
     """
 
     def read_ahead(self, command: Command[Any], origin: Origin | None = None) -> bool:
@@ -144,9 +159,30 @@ class StateProvider(Submits):
     def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
         """Return the origin of requests for which the caller gives none."""
 
-    def run(self, command: Command[R], idempotency_key: str | None = None) -> R:
+    def origin(
+        self,
+        cause: str,
+        idempotency_key: str | None = None,
+        *,
+        actor: str | None = None,
+        reason: str | None = None,
+    ) -> Origin:
+        """Return the origin of a request, for `submit`.
+
+        Args:
+            cause: The operation: `command.cause`.
+            idempotency_key: With the same key, the request takes effect only once.
+            actor: Who makes it; None for the provider's default.
+            reason: Why; see `Who`.
+        """
+        origin = self.default_origin(cause, idempotency_key)
+        if actor is not None:
+            origin = replace(origin, actor=arguments.text("actor", actor))
+        return origin if reason is None else replace(origin, reason=arguments.reason("reason", reason))
+
+    def run(self, command: Command[R], idempotency_key: str | None = None, **who: Unpack[Who]) -> R:
         """Carry out a command, and wait for its result."""
-        return self.submit(command, self.default_origin(command.cause, idempotency_key)).result()
+        return self.submit(command, self.origin(command.cause, idempotency_key, **who)).result()
 
     def __reduce__(self) -> NoReturn:
         """Refuse to be pickled, for example to be sent to a process of a pool."""
@@ -163,6 +199,7 @@ class StateProvider(Submits):
         metadata: Mapping[str, str] | None = None,
         *,
         idempotency_key: str | None = None,
+        **who: Unpack[Who],
     ) -> SessionView:
         """Begin a session, or resume the live one with this id.
 
@@ -170,11 +207,12 @@ class StateProvider(Submits):
             session_id: The session's id.
             metadata: Texts to store with the session.
             idempotency_key: See the class.
+            who: `actor` and `reason`, see `Who`.
 
         Returns:
             The session's variables, and whether it was resumed.
         """
-        return self.run(commands.InitializeSession(session_id, or_empty(metadata)), idempotency_key)
+        return self.run(commands.InitializeSession(session_id, or_empty(metadata)), idempotency_key, **who)
 
     def get_session(self, session_id: str) -> SessionSummary:
         """Return a summary of the session."""
@@ -184,9 +222,9 @@ class StateProvider(Submits):
         """Renew the session's TTL; return whether the session is live."""
         return self.run(commands.Heartbeat(session_id))
 
-    def cleanup_session(self, session_id: str, *, idempotency_key: str | None = None) -> int:
+    def cleanup_session(self, session_id: str, *, idempotency_key: str | None = None, **who: Unpack[Who]) -> int:
         """End the session, and return how many variables it had. Its history stays."""
-        return self.run(commands.CleanupSession(session_id), idempotency_key)
+        return self.run(commands.CleanupSession(session_id), idempotency_key, **who)
 
     def register_variable(
         self,
@@ -198,6 +236,7 @@ class StateProvider(Submits):
         constraints: str | Mapping[str, Any] | None = None,
         metadata: Mapping[str, str] | None = None,
         idempotency_key: str | None = None,
+        **who: Unpack[Who],
     ) -> str:
         """Register a variable.
 
@@ -209,6 +248,7 @@ class StateProvider(Submits):
             constraints: A mapping, or its JSON; which ones there are depends on the type.
             metadata: Texts to store with the variable.
             idempotency_key: See the class.
+            who: `actor` and `reason`, see `Who`.
 
         Returns:
             The variable's id.
@@ -217,7 +257,7 @@ class StateProvider(Submits):
         text = values.constraints_json(name, constraints)
         value = values.encode(initial_value, type_name, name=name)
         command = commands.RegisterVariable(session_id, name, type_name, value, text, or_empty(metadata))
-        return self.run(command, idempotency_key)
+        return self.run(command, idempotency_key, **who)
 
     def get_variable(self, session_id: str, identifier: str) -> Variable:
         """Return a variable by name or id."""
@@ -245,6 +285,7 @@ class StateProvider(Submits):
         metadata: Mapping[str, str] | None = None,
         expected_version: int | None = None,
         idempotency_key: str | None = None,
+        **who: Unpack[Who],
     ) -> int:
         """Write a value.
 
@@ -255,13 +296,14 @@ class StateProvider(Submits):
             metadata: Texts to store with the version, which are also merged into the variable's metadata.
             expected_version: Write only if this is the current version; otherwise `VersionConflictError` is raised.
             idempotency_key: See the class.
+            who: `actor` and `reason`, see `Who`.
 
         Returns:
             The number of the new version.
         """
         encoded = self._encode(session_id, identifier, value)
         command = commands.SetVariable(session_id, identifier, encoded, or_empty(metadata), expected_version)
-        return self.run(command, idempotency_key)
+        return self.run(command, idempotency_key, **who)
 
     def set_variables(
         self,
@@ -271,6 +313,7 @@ class StateProvider(Submits):
         metadata: Mapping[str, str] | None = None,
         atomic: bool = False,
         idempotency_key: str | None = None,
+        **who: Unpack[Who],
     ) -> BatchOutcome:
         """Write several values, by name or id, in one commit.
 
@@ -280,10 +323,11 @@ class StateProvider(Submits):
             metadata: Texts to store with each version.
             atomic: Whether to write nothing if one value is invalid; otherwise the valid ones are written.
             idempotency_key: See the class.
+            who: `actor` and `reason`, see `Who`.
         """
         objects = arguments.mapping("updates", updates)
         encoded = {identifier: self._encode(session_id, identifier, value) for identifier, value in objects.items()}
-        return self.run(commands.SetVariables(session_id, encoded, or_empty(metadata), atomic), idempotency_key)
+        return self.run(commands.SetVariables(session_id, encoded, or_empty(metadata), atomic), idempotency_key, **who)
 
     def _encode(self, session_id: str, identifier: str, value: object) -> Value:
         """Encode a value for the variable's type, which is looked up only if the encoding depends on it."""
@@ -296,19 +340,27 @@ class StateProvider(Submits):
 
         return values.encode_for(value, find_type, name=identifier)
 
-    def delete_variable(self, session_id: str, identifier: str, *, idempotency_key: str | None = None) -> None:
+    def delete_variable(
+        self, session_id: str, identifier: str, *, idempotency_key: str | None = None, **who: Unpack[Who]
+    ) -> None:
         """Delete a variable; its history stays."""
-        self.run(commands.DeleteVariable(session_id, identifier), idempotency_key)
+        self.run(commands.DeleteVariable(session_id, identifier), idempotency_key, **who)
 
     def get_variable_history(self, session_id: str, identifier: str, limit: int = 0) -> list[VariableVersion]:
         """Return the newest `limit` versions of a variable, newest first; 0 means 100."""
         return self.run(commands.GetVariableHistory(session_id, identifier, limit))
 
     def rollback_variable(
-        self, session_id: str, identifier: str, target_version: int, *, idempotency_key: str | None = None
+        self,
+        session_id: str,
+        identifier: str,
+        target_version: int,
+        *,
+        idempotency_key: str | None = None,
+        **who: Unpack[Who],
     ) -> Variable:
         """Write the value of an earlier version as a new version; return the variable."""
-        return self.run(commands.RollbackVariable(session_id, identifier, target_version), idempotency_key)
+        return self.run(commands.RollbackVariable(session_id, identifier, target_version), idempotency_key, **who)
 
     def add_dependency(
         self,
@@ -318,10 +370,11 @@ class StateProvider(Submits):
         dependency_type: str = "",
         *,
         idempotency_key: str | None = None,
+        **who: Unpack[Who],
     ) -> None:
         """Declare that `from_variable` depends on `to_variable`; both are names or ids."""
         command = commands.AddDependency(session_id, from_variable, to_variable, dependency_type)
-        self.run(command, idempotency_key)
+        self.run(command, idempotency_key, **who)
 
     def start_optimization(
         self,
@@ -331,16 +384,23 @@ class StateProvider(Submits):
         config: Mapping[str, str] | None = None,
         *,
         idempotency_key: str | None = None,
+        **who: Unpack[Who],
     ) -> str:
         """Lock a variable for an optimizer, and return the id of the optimization."""
         command = commands.StartOptimization(session_id, identifier, optimizer_id, or_empty(config))
-        return self.run(command, idempotency_key)
+        return self.run(command, idempotency_key, **who)
 
     def stop_optimization(
-        self, session_id: str, identifier: str, force: bool = False, *, idempotency_key: str | None = None
+        self,
+        session_id: str,
+        identifier: str,
+        force: bool = False,
+        *,
+        idempotency_key: str | None = None,
+        **who: Unpack[Who],
     ) -> Value:
         """Remove the lock of a variable, and return its value. `force` also removes another optimizer's lock."""
-        return self.run(commands.StopOptimization(session_id, identifier, force), idempotency_key)
+        return self.run(commands.StopOptimization(session_id, identifier, force), idempotency_key, **who)
 
     def __enter__(self) -> Self:
         return self

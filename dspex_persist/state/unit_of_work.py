@@ -34,6 +34,7 @@ from dspex_persist.state.fold import advanced, fold, fold_version
 from dspex_persist.state.frozen import freeze
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
+    REASON,
     Change,
     ChangeKind,
     ExecutionStatus,
@@ -513,6 +514,8 @@ class UnitOfWork:
         source: Source,
     ) -> VariableVersion:
         origin = self.origin
+        if origin.reason:
+            metadata = {**metadata, REASON: origin.reason}
         return VariableVersion(
             variable.id,
             variable.type,

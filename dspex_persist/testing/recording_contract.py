@@ -14,7 +14,7 @@ import pytest
 
 from dspex_persist.state import commands, errors
 from dspex_persist.state.abilities import Recordable
-from dspex_persist.state.model import ChangeKind, EventKind, Origin, Source, Value
+from dspex_persist.state.model import REASON, ChangeKind, EventKind, Origin, Source, Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.recording import Header, RecordedCommit, RecordedVersion, read_recording, write_recording
 from dspex_persist.testing.checks import check_invalid, shown
@@ -83,6 +83,17 @@ class RecordingContract(Contract):
             EventKind.VARIABLE_REGISTERED,
             EventKind.VARIABLE_REGISTERED,
             EventKind.DEPENDENCY_ADDED,
+        ]
+
+    def test_the_reasons_are_in_it(self, provider: StateProvider, session: str) -> None:
+        provider.register_variable(session, "x", "integer", 0, metadata={"unit": "m"}, reason="begin")
+        provider.set_variable(session, "x", 1, reason="because\nß")
+        provider.delete_variable(session, "x", reason="enough")
+        _, commits = recorded(provider, session)
+        assert [each.metadata for each in versions_in(commits)] == [
+            {"unit": "m", REASON: "begin"},
+            {REASON: "because\nß"},
+            {REASON: "enough"},
         ]
 
     def test_its_commits_are_those_of_the_history(self, provider: StateProvider, session: str) -> None:

@@ -30,6 +30,7 @@ from dspex_persist.cognitive.context import Context
 from dspex_persist.state import commands, errors, values
 from dspex_persist.state.abilities import ExecutesTools
 from dspex_persist.state.model import (
+    REASON,
     ChangeKind,
     ExecutionStatus,
     RegisteredTool,
@@ -351,6 +352,24 @@ class ResultContract(ToolsContract):
         assert (outcome.attempts, outcome.repeated) == (1, False)
         assert (outcome.execution_id, outcome.commit_sequence) == (newest.cause, newest.sequence)
         assert (newest.kind, newest.source, newest.actor) == (ChangeKind.SET, Source.PYTHON, first.actor)
+
+    def test_what_a_tool_writes_names_its_caller_and_the_reason(
+        self, provider: ExecutesTools, client: Client, gate: Gate
+    ) -> None:
+        """Also for what the tools that it calls write, and for what it publishes."""
+        gate.open()
+        for tool, arguments in (("add", {}), ("parent", {}), ("progress", {"gate": str(gate)})):
+            outcome = provider.execute_tool(client.session, tool, arguments, actor="ada", reason=f"to test {tool}")
+            assert outcome.error is None
+            written = [
+                version
+                for name in client.values()
+                for version in provider.get_variable_history(client.session, name)
+                if version.cause == outcome.execution_id
+            ]
+            assert written
+            assert {(each.actor, each.reason) for each in written} == {("ada", f"to test {tool}")}
+            assert all(REASON not in variable.metadata for variable in provider.list_variables(client.session))
 
     def test_a_tool_that_writes_nothing_has_a_commit_of_its_own(self, client: Client) -> None:
         first, second = (client.execute("echo", value=1).commit_sequence for _ in range(2))

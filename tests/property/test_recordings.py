@@ -108,13 +108,15 @@ class Original:
     def __init__(self, path: Path) -> None:
         self.store = open_groups(path)
         self.states: dict[int, SessionState | None] = {}
-        self._key = 0
+        self._key = self._requests = 0
         self.run(c.InitializeSession(S, {"of": "bob"}, {"seed": [1, None]}))
         for write in (("a", TEXTS[0]), ("b", TEXTS[0]), ("t", TENSORS[0])):
             self.run(registered(write, {}))
 
     def run(self, command: c.Command[Any], cause: str = "", optimizer: str | None = None) -> Any:
-        origin = Origin("ann", cause or command.cause, Source.PYTHON, optimizer_id=optimizer)
+        self._requests += 1
+        reason = f"why\n{self._requests}" if self._requests % 3 == 0 else None
+        origin = Origin("ann", cause or command.cause, Source.PYTHON, optimizer_id=optimizer, reason=reason)
         (outcome,) = self.store.write_group([Job(command, origin)])
         state = self.store.find_loaded(S)
         self.states[self.store.log.head.sequence] = state.copy() if state is not None else None
@@ -139,7 +141,7 @@ class Original:
         key = f"key {self._key}" if status is ExecutionStatus.COMMITTED else None
         begin = c.BeginExecution(S, "t", {"x": Value("1", b"\xff")}, {"m": "n"}, idempotency_key=key, retry_of=retry_of)
         begun = self.run(begin)
-        origin = Origin("ann", begun.execution_id, Source.PYTHON, optimizer_id="mipro")
+        origin = Origin("ann", begun.execution_id, Source.PYTHON, optimizer_id="mipro", reason="the execution's")
         execution = Execution.begin(S, "t", Isolation.SERIALIZABLE, begun, origin, self.run)
         if published is not None:
             self.attempt(c.PublishVariable(S, begun.execution_id, *published), begun.execution_id)

@@ -162,6 +162,14 @@ def test_current_values_metadata_and_locks_stay(provider: EmbeddedState) -> None
     assert numbers(provider) == [1, 2, 11]
 
 
+def test_a_reason_keeps_no_version(provider: EmbeddedState) -> None:
+    """It says something about its version alone, so pruning removes it with that version."""
+    for number in (1, 2, 3):
+        provider.set_variable("s", "x", number, reason=f"because of {number}")
+    provider.prune(keep(1), confirm=True)
+    assert numbers(provider) == [3]
+
+
 def test_pinned_versions_stay_with_all_that_their_metadata_adds_up_to(provider: EmbeddedState, path: Path) -> None:
     provider.set_variable("s", "x", 1, metadata={"note": "first"})
     provider.set_variable("s", "x", 2, metadata={"note": "second"})

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, Unpack
 
 import grpc
 
@@ -26,6 +26,7 @@ from dspex_persist.state.bridge.headers import (
     EXECUTION_ID,
     IDEMPOTENCY_KEY,
     OPTIMIZER_ID,
+    REASON,
     SOURCE,
     Headers,
 )
@@ -44,7 +45,7 @@ from dspex_persist.state.errors import (
     UnsupportedError,
 )
 from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, SessionView, Source, ToolSpec, Value
-from dspex_persist.state.provider import Progress, check_watch, fault_of, or_empty, silent
+from dspex_persist.state.provider import Progress, Who, check_watch, fault_of, or_empty, silent
 from dspex_persist.state.recording import Header, RecordedCommit
 
 R = TypeVar("R")
@@ -142,13 +143,14 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Forkable, Pruna
         parameters: Mapping[str, object] | None = None,
         *,
         metadata: Mapping[str, str] | None = None,
+        **who: Unpack[Who],
     ) -> Iterator[object]:
         """See `StreamsTools`."""
         self.check_open()
         encoded = values.encode_arguments(or_empty(parameters))
         command = commands.ExecuteTool(session_id, tool, encoded, or_empty(metadata))
         command.check()
-        origin = self.default_origin("ExecuteStreamingTool")
+        origin = self.origin("ExecuteStreamingTool", **who)
         headers = self._headers_of(EXECUTE_TOOL, origin, command)
         call = self._stub.ExecuteStreamingTool(EXECUTE_TOOL.request_of(command), metadata=headers)
         here = OneProcess(self._target, call)
@@ -224,6 +226,7 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Forkable, Pruna
                 SOURCE: origin.source.value if origin.source is Source.PYTHON else None,
                 IDEMPOTENCY_KEY: origin.idempotency_key,
                 OPTIMIZER_ID: origin.optimizer_id,
+                REASON: origin.reason,
             }
         )
 
@@ -257,7 +260,7 @@ def _headers(texts: Mapping[str, str | None]) -> Headers:
 
 def _header(name: str, text: str) -> tuple[str, str | bytes]:
     """`text` as gRPC metadata: as UTF-8 under a binary key unless it is printable ASCII."""
-    if len(text) > _HEADER_LENGTH:
+    if len(text) > _HEADER_LENGTH and name != REASON:
         raise LimitExceededError(f"the length of {ARGUMENTS.get(name, name)}", len(text), _HEADER_LENGTH, "name_length")
     if text and text.isascii() and text.isprintable() and text == text.strip():
         return name, text

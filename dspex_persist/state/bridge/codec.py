@@ -14,6 +14,7 @@ from dspex_persist.state.errors import InvalidArgumentError, InvalidValueError, 
 from dspex_persist.state.frozen import FrozenDict
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
+    REASON,
     ChangeKind,
     Isolation,
     Optimization,
@@ -284,7 +285,11 @@ def _version(
     timestamp: Timestamp,
 ) -> VariableVersion:
     own = FrozenDict(
-        {key: text for key, text in metadata.items() if key != COMMIT_SEQUENCE and not key.startswith("dspex.")}
+        {
+            key: text
+            for key, text in metadata.items()
+            if key == REASON or not (key == COMMIT_SEQUENCE or key.startswith("dspex."))
+        }
     )
     return VariableVersion(
         variable_id=variable_id,

@@ -10,6 +10,8 @@ BINARY = "-bin"
 """The ending of a key whose value is UTF-8 instead of printable ASCII; any key of a request may have it."""
 ACTOR = "x-dspex-actor"
 """Request: who makes the call."""
+REASON = "x-dspex-reason"
+"""Request: why the call is made; kept with each version that it writes."""
 SOURCE = "x-dspex-source"
 """Request: which side makes the call, "python" or "elixir". The metadata of a variable has precedence."""
 IDEMPOTENCY_KEY = "x-dspex-idempotency-key"
@@ -46,6 +48,7 @@ HINT = "x-dspex-hint"
 
 ARGUMENTS: Final[Mapping[str, str]] = {
     ACTOR: "actor",
+    REASON: "reason",
     IDEMPOTENCY_KEY: "idempotency_key",
     OPTIMIZER_ID: "optimizer_id",
     AFTER_SEQUENCE: "after_sequence",

@@ -8,7 +8,8 @@ from typing import Any, Final, TypeAlias, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from dspex_persist.state.bridge.headers import ACTOR, BINARY, IDEMPOTENCY_KEY, OPTIMIZER_ID, SOURCE, TIMEOUT_S
+from dspex_persist.state import arguments
+from dspex_persist.state.bridge.headers import ACTOR, BINARY, IDEMPOTENCY_KEY, OPTIMIZER_ID, REASON, SOURCE, TIMEOUT_S
 from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError, quote
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Origin, Source
@@ -177,4 +178,7 @@ def origin_of(cause: str, context: Context, headers: RequestHeaders) -> Origin:
     elif len(actor) > _ACTOR_LENGTH:
         raise InvalidArgumentError(ACTOR, f"it is longer than {_ACTOR_LENGTH} characters")
     source = Source.PYTHON if headers.find(SOURCE) == Source.PYTHON else Source.ELIXIR
-    return Origin(actor, cause, source, headers.find(IDEMPOTENCY_KEY), headers.find(OPTIMIZER_ID))
+    reason = headers.find(REASON)
+    if reason is not None:
+        arguments.reason(REASON, reason)
+    return Origin(actor, cause, source, headers.find(IDEMPOTENCY_KEY), headers.find(OPTIMIZER_ID), reason)

@@ -20,6 +20,7 @@ from dspex_persist.state.events import ExecutionBegan, ExecutionEnded, ToolsRegi
 from dspex_persist.state.frozen import freeze
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
+    REASON,
     Conflict,
     ExecutionStatus,
     Failure,
@@ -142,7 +143,7 @@ class BeginExecution(Command[Begun]):
             self.idempotency_key,
             fingerprint,
             self.parameters,
-            self.metadata,
+            {**self.metadata, REASON: uow.origin.reason} if uow.origin.reason else self.metadata,
             self.isolation,
             self.attempt,
             seed,
@@ -173,6 +174,7 @@ class Step:
     source: Source
     optimizer_id: str | None = None
     tokens: tuple[str, ...] = ()
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,8 +311,10 @@ class FinishExecution(Command[Verdict]):
         try:
             for step in self.steps:
                 uow.origin = origin
-                if (step.source, step.optimizer_id) != (origin.source, origin.optimizer_id):
-                    uow.origin = replace(origin, source=step.source, optimizer_id=step.optimizer_id)
+                said = (step.source, step.optimizer_id, step.reason)
+                if said != (origin.source, origin.optimizer_id, origin.reason):
+                    source, optimizer_id, reason = said
+                    uow.origin = replace(origin, source=source, optimizer_id=optimizer_id, reason=reason)
                 uow.tokens = iter(step.tokens)
                 before = len(uow.versions)
                 step.command.apply(uow)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Final
 
-from dspex_persist.state import values
+from dspex_persist.state import arguments, values
 from dspex_persist.state.commands.base import Command, check_merged_metadata, check_metadata, check_text
 from dspex_persist.state.commands.dependencies import check_dependency
 from dspex_persist.state.commands.executions import check_spec, check_tool_count
@@ -30,6 +30,7 @@ from dspex_persist.state.events import (
 from dspex_persist.state.frozen import freeze
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
+    REASON,
     ChangeKind,
     Dependency,
     EventKind,
@@ -38,6 +39,7 @@ from dspex_persist.state.model import (
     SessionView,
     Value,
     Variable,
+    without_reason,
 )
 from dspex_persist.state.recording import RecordedCommit, RecordedVersion, in_order, is_execution_id, renumbered
 from dspex_persist.state.session_state import SessionState
@@ -170,16 +172,24 @@ class _Repetition:
         if (recorded.name, recorded.version) != (variable.name, variable.version + 1):
             what = f"version {recorded.version} of {quote(recorded.name)}"
             raise ValueError(f"{what} does not follow version {variable.version} of {quote(variable.name)}")
+        self._explain(recorded)
         if recorded.kind is ChangeKind.DELETED:
             uow.delete_variable(self._session_id, variable)
             return
         if recorded.kind is ChangeKind.REGISTERED:
             raise ValueError(f"variable {quote(variable.name)} is registered already")
-        metadata = check_metadata(recorded.metadata, uow.limits)
+        metadata = check_metadata(without_reason(recorded.metadata), uow.limits)
         if recorded.kind.merges_metadata:
             check_merged_metadata({**variable.metadata, **metadata}, metadata, uow.limits)
         value = _value(recorded, variable.type, variable.constraints, uow.limits)
         uow.write(self._session_id, variable, value, metadata, recorded.source, recorded.kind)
+
+    def _explain(self, recorded: RecordedVersion) -> None:
+        """Give the version the reason that it was recorded with."""
+        reason = recorded.metadata.get(REASON)
+        if reason != self._uow.origin.reason:
+            checked = None if reason is None else arguments.reason("reason", reason)
+            self._uow.origin = replace(self._uow.origin, reason=checked)
 
     def _register_variable(self, event: VariableRegistered, recorded: RecordedVersion | None) -> None:
         uow, state, name = self._uow, self._state(), event.name
@@ -187,10 +197,12 @@ class _Repetition:
             raise ValueError(f"variable {quote(name)} cannot be registered here")
         if (recorded.kind, recorded.version, recorded.name) != (ChangeKind.REGISTERED, 0, name):
             raise ValueError(f"variable {quote(name)} has no version 0")
-        check_facts(name, event.constraints, recorded.metadata, uow.limits)
+        self._explain(recorded)
+        given = without_reason(recorded.metadata)
+        check_facts(name, event.constraints, given, uow.limits)
         check_room(state, uow.limits)
         value = _value(recorded, event.type, event.constraints, uow.limits)
-        metadata, source = freeze(recorded.metadata), recorded.source
+        metadata, source = freeze(given), recorded.source
         facts = (event.variable_id, name, event.type, value, 0, event.constraints)
         uow.add_variable(self._session_id, Variable(*facts, metadata, source, uow.now))
 
@@ -253,7 +265,7 @@ class _Repetition:
             raise ValueError(f"execution {quote(execution_id)} was called by {quote(parent_id)}, which is not running")
         if event.idempotency_key is not None:
             check_text("idempotency key", event.idempotency_key, uow.limits.name_length, "name_length")
-        check_metadata(event.metadata, uow.limits)
+        check_metadata(without_reason(event.metadata), uow.limits)
         if not 1 <= event.attempt <= self._commit.number:
             # Each attempt began in a separate commit.
             reason = f"cannot be attempt {event.attempt} in commit {self._commit.number}"

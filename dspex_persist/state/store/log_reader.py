@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Row, select, text
 from dspex_persist.clock import nearest_time, to_micros
 from dspex_persist.state.events import OptimizationStarted
 from dspex_persist.state.log_store import affected
-from dspex_persist.state.model import Change, CommitChanges, EventKind, Optimization, Variable
+from dspex_persist.state.model import Change, CommitChanges, EventKind, Optimization, Variable, without_reason
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.anchor import Head
@@ -101,7 +101,7 @@ def _change_of(connection: Connection, row: Row[Any], metadata: dict[int, Mappin
     if merged is None:
         merged = stored_variables.metadata_as_of(connection, key, version.version)
     elif version.kind.merges_metadata and version.metadata:
-        merged = {**merged, **version.metadata}
+        merged = {**merged, **without_reason(version.metadata)}
     metadata[key] = merged
     variable = stored_variables.variable_as_of(connection, row, version, merged)
     return Change(version, variable._replace(optimization=_lock_as_of(connection, variable, version.sequence)))

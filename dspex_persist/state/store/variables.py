@@ -11,7 +11,7 @@ from sqlalchemy import Connection, Row, Select, bindparam, func, select, text
 from dspex_persist.clock import nearest_time, to_micros
 from dspex_persist.state.audit import SENSITIVE
 from dspex_persist.state.frozen import FrozenDict, freeze
-from dspex_persist.state.model import ChangeKind, Optimization, Source, Value, Variable, VariableVersion
+from dspex_persist.state.model import REASON, ChangeKind, Optimization, Source, Value, Variable, VariableVersion
 from dspex_persist.state.store.engine import driver_of
 from dspex_persist.state.store.schema import blobs, commits, is_unicode, variables, versions
 from dspex_persist.state.unit_of_work import VersionQuery
@@ -219,6 +219,7 @@ def metadata_as_of(connection: Connection, variable_key: int, version: int) -> d
     merged: dict[str, str] = {}
     for each in connection.execute(_METADATA_AS_OF, {"key": variable_key, "version": version}).scalars():
         merged |= stored_texts(each)
+    merged.pop(REASON, None)
     return merged
 
 

@@ -94,7 +94,7 @@ class Overlay:
             unit.rollback_to(start)
             raise
         if unit.savepoint() != start:
-            step = Step(execution_id, command, origin.source, origin.optimizer_id, tuple(issued))
+            step = Step(execution_id, command, origin.source, origin.optimizer_id, tuple(issued), origin.reason)
             self.steps.append(step)
             self._staged_bytes.append(size_bytes)
         return result

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextvars import ContextVar
+from dataclasses import replace
 from datetime import datetime
 from random import Random
 from typing import Any, Final, NoReturn, Protocol, TypeVar
@@ -14,7 +15,7 @@ from uuid import UUID
 from dspex_persist import clock
 from dspex_persist.infra.futures import mapped
 from dspex_persist.infra.threads import is_on_loop
-from dspex_persist.state import commands, values
+from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.commands import Command
 from dspex_persist.state.commands.executions import Verdict
 from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError
@@ -83,7 +84,7 @@ class ToolSession:
         self.attempt = attempt
         self.execution = execution
         self.request = request
-        self.origin = Origin(request.origin.actor, execution.id, Source.PYTHON)
+        self.origin = Origin(request.origin.actor, execution.id, Source.PYTHON, reason=request.origin.reason)
         # The session whose code waits for this one, and how many sessions wait in that chain.
         self.asker = asker
         self.depth: int = 0 if asker is None else asker.depth + 1
@@ -130,12 +131,17 @@ class ToolSession:
                 self._random = Random(f"{self._seed}:random")
             return self._random
 
-    def run(self, command: Command[R]) -> R:
-        """Run a command inside the transaction."""
-        return self.execution.run(command, self.origin)
+    def run(self, command: Command[R], *, reason: str | None = None) -> R:
+        """Run a command inside the transaction. `reason`: why; by default that of the call of the tool."""
+        return self.execution.run(command, self._origin_for(reason))
 
-    def publish(self, identifier: str, value: object, metadata: Mapping[str, str] | None = None) -> int:
-        """Write a value at once, in a separate commit; returns the new version.
+    def _origin_for(self, reason: str | None) -> Origin:
+        return self.origin if reason is None else replace(self.origin, reason=arguments.reason("reason", reason))
+
+    def publish(
+        self, identifier: str, value: object, metadata: Mapping[str, str] | None = None, *, reason: str | None = None
+    ) -> int:
+        """Write a value at once, in a separate commit; returns the new version. `reason`: as for `run`.
 
         Raises:
             InvalidArgumentError: The execution has staged a write of the variable.
@@ -143,7 +149,7 @@ class ToolSession:
         self.execution.check_can_publish(identifier)
         encoded = values.encode_for(value, lambda: self._type_of(identifier), name=identifier)
         command = commands.PublishVariable(self.session_id, self.execution_id, identifier, encoded, metadata or {})
-        variable = self._host.store.submit(command, self.origin).result()
+        variable = self._host.store.submit(command, self._origin_for(reason)).result()
         self.execution.take_published(variable)
         return variable.version
 

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, Unpack
 
 from dspex_persist.infra import forks
 from dspex_persist.infra.futures import failed, mapped
@@ -18,7 +18,7 @@ from dspex_persist.state.errors import EngineClosedError, ToolFailedError, Unsup
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Origin, ToolSpec
 from dspex_persist.state.options import check_count
-from dspex_persist.state.provider import StateProvider, SubmitHere, fault_of, or_empty
+from dspex_persist.state.provider import StateProvider, SubmitHere, Who, fault_of, or_empty
 from dspex_persist.state.tools.chunks import ChunkQueue
 from dspex_persist.state.tools.home import Home
 from dspex_persist.state.tools.invoke import Invoker
@@ -95,11 +95,11 @@ class WithTools(Around, StreamsTools):
             return failed(fault)
         return own(command, origin or self.default_origin(command.cause))
 
-    def run(self, command: Command[R], idempotency_key: str | None = None) -> R:
+    def run(self, command: Command[R], idempotency_key: str | None = None, **who: Unpack[Who]) -> R:
         """See `StateProvider.run`."""
         if type(command) in self._own:
-            return super().run(command, idempotency_key)
-        return self.provider.run(command, idempotency_key)
+            return super().run(command, idempotency_key, **who)
+        return self.provider.run(command, idempotency_key, **who)
 
     def on_loop(self, mailbox: LoopMailbox) -> SubmitHere:
         """See `StateProvider.on_loop`."""
@@ -140,6 +140,7 @@ class WithTools(Around, StreamsTools):
         parameters: Mapping[str, object] | None = None,
         *,
         metadata: Mapping[str, str] | None = None,
+        **who: Unpack[Who],
     ) -> Iterator[object]:
         """See `StreamsTools`."""
         encoded = values.encode_arguments(or_empty(parameters))
@@ -147,7 +148,7 @@ class WithTools(Around, StreamsTools):
         command.check()
         self._check_runs(command)
         chunks = ChunkQueue()
-        request = request_of(command, self.default_origin("ExecuteStreamingTool"))
+        request = request_of(command, self.origin("ExecuteStreamingTool", **who))
         done = self.runner.submit(request, chunks.emit)
         own = self.runner.tools.get(tool)
         result_type = own.result_type if own is not None else ""

@@ -31,6 +31,7 @@ from dspex_persist.testing.provider_contract.sharing import SharingContract
 from dspex_persist.testing.provider_contract.values import ValueContract
 from dspex_persist.testing.provider_contract.variables import VariableContract
 from dspex_persist.testing.provider_contract.watches import WatchContract
+from dspex_persist.testing.provider_contract.who import WhoContract
 
 __all__ = [
     "DEADLINE_S",
@@ -54,6 +55,7 @@ __all__ = [
     "ValueContract",
     "VariableContract",
     "WatchContract",
+    "WhoContract",
 ]
 
 
@@ -63,6 +65,7 @@ class ProviderContract(
     VariableContract,
     BatchContract,
     HistoryContract,
+    WhoContract,
     DependencyContract,
     OptimizationContract,
     IdempotencyContract,

@@ -22,7 +22,7 @@ from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.events import GoingEvent, GoingVersion, Pruned
 from dspex_persist.state.groups import Job
-from dspex_persist.state.model import PINNED, EventKind, Origin, PrunePolicy, PruneReport, Session
+from dspex_persist.state.model import PINNED, REASON, EventKind, Origin, PrunePolicy, PruneReport, Session
 from dspex_persist.state.provider import Progress
 from dspex_persist.state.store.engine import driver_of, snapshot
 from dspex_persist.state.store.history import times
@@ -308,7 +308,7 @@ class Planner:
         entries = stored_object(metadata)
         variable.pinned = _is_pinned(entries)
         # Keys that a kept version sets or replaces: older entries for them are no longer needed.
-        settled = set(entries) if kind in _MERGING else set()
+        settled = set(entries) - {REASON} if kind in _MERGING else set()
         below = first
         while rows := self._rows(_BELOW, variable.key, below, _PAGE):
             below = rows[-1][0]
@@ -316,7 +316,7 @@ class Planner:
                 version = (variable.key, number, sequence, value_blob, binary_blob)
                 if metadata is not None:
                     entries = stored_object(metadata)
-                    merged = set(entries) if kind in _MERGING else set()
+                    merged = set(entries) - {REASON} if kind in _MERGING else set()
                     if _is_pinned(entries):
                         variable.pinned = True
                         settled = merged

@@ -26,6 +26,7 @@ from dspex_persist.state.events import (
     VariableRegistered,
     event_in,
 )
+from dspex_persist.state.model import REASON
 from dspex_persist.state.store.engine import raw_rows
 from dspex_persist.state.store.executions import spec_text
 from dspex_persist.state.store.log import began_sequence, metadata_text
@@ -237,6 +238,7 @@ class _Replay:
             elif metadata is not None:
                 try:
                     variable.metadata.update(stored(metadata))
+                    variable.metadata.pop(REASON, None)
                 except (TypeError, ValueError) as error:
                     where = f"commit {sequence}, {self.name_of(variable)}"
                     yield Problem(where, f"malformed metadata of version {number}: {error}")
