@@ -518,7 +518,11 @@ def _unary_stream(rpc: _Rpc) -> Handler:
         request = b""
         await _answer_with_stream(rpc, context, received, lambda: rpc.parse(received.pop()))
 
-    return grpc.unary_stream_rpc_method_handler(handle, response_serializer=rpc.serialize)
+    def serialize(message: Any) -> bytes:
+        # A message for many streams is already serialized, once for all of them.
+        return message if isinstance(message, bytes) else rpc.serialize(message)
+
+    return grpc.unary_stream_rpc_method_handler(handle, response_serializer=serialize)
 
 
 def _stream_stream(rpc: _Rpc) -> Handler:

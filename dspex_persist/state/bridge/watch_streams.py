@@ -1,7 +1,8 @@
 """Sends updates and heartbeats to watchers, and ends the streams of those that stop reading."""
 
 import asyncio
-from typing import Any
+from collections import OrderedDict
+from typing import Any, Final
 
 from dspex_persist import clock
 from dspex_persist.infra.mailbox import LoopMailbox
@@ -12,6 +13,80 @@ from dspex_persist.state.bridge.incoming import Context
 from dspex_persist.state.errors import UnavailableError, WatchStalledError
 from dspex_persist.state.model import Update, UpdateKind
 from dspex_persist.state.watch import Watch
+
+SENDING: Final = 8
+"""How many streams send at a time. Messages that gRPC has sent, and new calls, come in one queue: a call that arrives
+while thousands of streams send would wait for all of them."""
+_TURN_S: Final = 0.01
+"""How long a stream may keep others waiting, in seconds, because its watcher reads slowly."""
+KEPT_BYTES: Final = 4 * 1024 * 1024
+"""The most that is kept of the encoded updates of a commit."""
+
+
+class Turns:
+    """Lets a few streams send at a time, in the order in which they were woken."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._waiting: OrderedDict[asyncio.Event, None] = OrderedDict()
+        self._sending: set[asyncio.Event] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def ask(self, ready: asyncio.Event) -> None:
+        """Set `ready` when it is its stream's turn to send; the stream calls `give_back` when it has nothing left."""
+        if ready in self._sending:
+            ready.set()
+        else:
+            self._waiting[ready] = None
+            self._let_send()
+
+    def give_back(self, ready: asyncio.Event) -> None:
+        """Give the turn to the next stream."""
+        self._sending.discard(ready)
+        self._let_send()
+
+    def leave(self, ready: asyncio.Event) -> None:
+        """Forget a stream that has ended."""
+        self._waiting.pop(ready, None)
+        self.give_back(ready)
+
+    def _let_send(self) -> None:
+        while self._waiting and len(self._sending) < SENDING:
+            ready, _ = self._waiting.popitem(last=False)
+            self._sending.add(ready)
+            ready.set()
+        if self._waiting and self._timer is None:
+            self._timer = self._loop.call_later(_TURN_S, self._pass_on)
+
+    def _pass_on(self) -> None:
+        # These streams go on sending, but no longer count.
+        self._timer = None
+        self._sending.clear()
+        self._let_send()
+
+
+class Encoded:
+    """The encoded updates of the last commit, which all its watchers get."""
+
+    def __init__(self) -> None:
+        self._sequence = 0
+        self._size_bytes = 0
+        self._messages: dict[tuple[object, ...], bytes] = {}
+
+    def message(self, update: Update) -> bytes:
+        """Return the message for a change."""
+        if update.sequence != self._sequence:
+            self._sequence, self._size_bytes = update.sequence, 0
+            self._messages.clear()
+        # What distinguishes it from other updates of its commit.
+        key = (update.variable.id, update.kind, update.part, update.dependency)
+        message = self._messages.get(key)
+        if message is None:
+            message = codec.update_message(update).SerializeToString()
+            self._size_bytes += len(message)
+            if self._size_bytes <= KEPT_BYTES:
+                self._messages[key] = message
+        return message
 
 
 class WatchStreams:
@@ -29,6 +104,8 @@ class WatchStreams:
         self.stall_timeout_s = stall_timeout_s
         self.draining = False
         self.waiting: set[asyncio.Event] = set()
+        self.turns = Turns(asyncio.get_running_loop())
+        self.encoded = Encoded()
 
     def drain(self) -> None:
         """End all streams, each with a status that says where to resume."""
@@ -55,7 +132,7 @@ class _WatchStream:
 
     async def run(self, *, initial: bool) -> None:
         streams, ready = self._streams, self._ready
-        self._watch.notify(streams.mailbox.waker(ready.set))
+        self._watch.notify(streams.mailbox.waker(lambda: streams.turns.ask(ready)))
         streams.waiting.add(ready)
         self._log.debug("watch begun", after_sequence=self._sent)
         try:
@@ -69,6 +146,7 @@ class _WatchStream:
                     await self._wait()
         finally:
             streams.waiting.discard(ready)
+            streams.turns.leave(ready)
         raise UnavailableError(f"the server is shutting down; resume with {AFTER_SEQUENCE}: {self._sent}")
 
     async def _send_initial(self) -> None:
@@ -85,19 +163,26 @@ class _WatchStream:
             if update.part[0] == update.part[1]:
                 # Counts as sent even if it stalls, because what gRPC has accepted arrives before the status.
                 self._sent = update.sequence
-            await self._send(codec.update_message(update))
+            await self._send(self._streams.encoded.message(update))
         return bool(updates)
 
     async def _wait(self) -> None:
+        if not self._ready.is_set():
+            self._streams.turns.give_back(self._ready)
         # Everything up to here has been sent, or does not concern this watcher.
         self._sent = max(self._sent, self._watch.position)
+        traffic = self._streams.mailbox.traffic
+        # A stream that waits is no call that others would hold up.
+        traffic.calls -= 1
         try:
             async with asyncio.timeout(self._streams.heartbeat_s):
                 await self._ready.wait()
         except TimeoutError:
             await self._send(codec.heartbeat_message(self._sent, clock.now()))
+        finally:
+            traffic.calls += 1
 
-    async def _send(self, message: pb.VariableUpdate) -> None:
+    async def _send(self, message: pb.VariableUpdate | bytes) -> None:
         timeout_s = self._streams.stall_timeout_s
         try:
             async with asyncio.timeout(timeout_s):
