@@ -10,11 +10,17 @@ import typer
 
 from dspex_persist import __version__
 from dspex_persist.cli import audit, demo, maintenance, replay, serve, session, tools
-from dspex_persist.cli.hints import use_options_of
+from dspex_persist.cli.hints import ExplainedError, use_options_of
+from dspex_persist.cli.live import call as call_command
+from dspex_persist.cli.live import get as get_command
+from dspex_persist.cli.live import sessions
+from dspex_persist.cli.live import set as set_command
+from dspex_persist.cli.live import watch as watch_command
 from dspex_persist.cli.output import complain
 from dspex_persist.errors import DspexError
 from dspex_persist.infra import streams
 
+_LIVE: Final = "Live sessions"
 _PATIENCE_S: Final = 2.0
 """How long a finished command waits for the interpreter to exit, in seconds."""
 
@@ -37,6 +43,13 @@ app = typer.Typer(
 app.command("serve", help=serve.HELP, epilog=serve.EPILOG)(serve.serve)
 app.command("demo", help=demo.HELP, epilog=demo.EPILOG)(demo.demo)
 app.command("replay", help=replay.HELP, epilog=replay.EPILOG)(replay.replay)
+app.command("get", help=get_command.HELP, epilog=get_command.EPILOG, rich_help_panel=_LIVE)(get_command.get)
+app.command(
+    "set", cls=set_command.NumbersCommand, help=set_command.HELP, epilog=set_command.EPILOG, rich_help_panel=_LIVE
+)(set_command.set_)
+app.command("watch", help=watch_command.HELP, epilog=watch_command.EPILOG, rich_help_panel=_LIVE)(watch_command.watch)
+app.command("call", help=call_command.HELP, epilog=call_command.EPILOG, rich_help_panel=_LIVE)(call_command.call)
+app.add_typer(sessions.app, name="sessions", rich_help_panel=_LIVE)
 app.add_typer(maintenance.app, name="db")
 app.add_typer(session.app, name="session")
 app.add_typer(tools.app, name="tools")
@@ -122,12 +135,24 @@ def exit_code_of(error: Exception) -> int | None:
     from dspex_persist.cognitive.errors import ToolDefinitionError, ToolLoadError
     from dspex_persist.infra.listen import ListenError
     from dspex_persist.settings import SettingsError
-    from dspex_persist.state.errors import DatabaseInUseError, OpenError
+    from dspex_persist.state.errors import (
+        DatabaseInUseError,
+        ExecutionConflictError,
+        OpenError,
+        ToolArgumentError,
+        ToolInterruptedError,
+        ToolTimedOutError,
+    )
 
+    # The first that fits.
     codes: tuple[tuple[type[Exception], int], ...] = (
         (SettingsError, 2),
         (ToolDefinitionError, 2),
         (ToolLoadError, 2),
+        (ToolArgumentError, 2),
+        (ExecutionConflictError, 7),
+        (ToolTimedOutError, 8),
+        (ToolInterruptedError, 8),
         (DatabaseInUseError, 4),
         (OpenError, 5),
         (wiring.StorageFailedError, wiring.EXIT_STORAGE_FAILED),
@@ -136,6 +161,8 @@ def exit_code_of(error: Exception) -> int | None:
         # Text that cannot be encoded, such as in an argument.
         (UnicodeError, 2),
     )
+    if isinstance(error, ExplainedError) and isinstance(error.__cause__, Exception):
+        return exit_code_of(error.__cause__)
     if isinstance(error, OSError) or streams.is_reader_gone(error):
         return streams.code_of(error)
     return next((code for kind, code in codes if isinstance(error, kind)), None)

@@ -3,6 +3,8 @@
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
+from dspex_persist.errors import DspexError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -77,6 +79,13 @@ _OTHER_NAMES: Final = {
 }
 """The options of arguments that the library calls by another name."""
 _options: "Final[ContextVar[Mapping[str, str]]]" = ContextVar("dspex_persist_options")
+
+
+class ExplainedError(DspexError):
+    """An error, its cause, with the advice of one command. The exit code is that of its cause."""
+
+    def __init__(self, sentence: str, advice: str) -> None:
+        super().__init__(f"{sentence}; {advice}")
 
 
 def use_options_of(command: Any) -> None:

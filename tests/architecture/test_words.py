@@ -32,7 +32,7 @@ PROTOCOLS = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "proto"
 # Those of a single word, such as Ping, are words of other texts, too.
 RPCS = sorted(name for name in re.findall(r"\brpc (\w+)", PROTOCOLS) if re.search("[a-z][A-Z]", name))
 OPTION = re.compile(r"(?<![\w-])--[a-z]")
-COMMAND = re.compile(r"dspex-persist (?:serve|demo|replay|db|session|tools|audit)\b")
+COMMAND = re.compile(r"dspex-persist (?:serve|demo|replay|get|set|watch|call|db|sessions?|tools|audit)\b")
 HEADER = re.compile("x-dspex-")
 RPC = re.compile(rf"\b(?:{'|'.join(RPCS)})\b")
 

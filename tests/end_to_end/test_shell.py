@@ -29,6 +29,12 @@ COMMANDS: dict[str, list[str]] = {
     "serve": ["--db", "DB", "--listen", "nowhere"],
     "demo": ["--help"],
     "replay": ["DB.jsonl", "--tools", "nothing_here"],
+    "get": ["é✓", "--db", "DB"],
+    "set": ["é✓", "größe", "-", "--create", "--db", "NEW"],
+    "watch": ["nothing", "--db", "DB"],
+    "call": ["é✓", "nothing", "größe=1", "--db", "DB"],
+    "sessions list": ["--db", "DB"],
+    "sessions end": ["nothing", "--db", "DB"],
     "db check": ["--db", "DB"],
     "db current": ["--db", "DB"],
     "db upgrade": ["--db", "DB"],
@@ -106,7 +112,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a database and a recording."""
     folder = tmp_path_factory.mktemp("shell")
     with connect(folder / "s.db") as state:
-        Context("é✓", state).define("größe", "é✓\x1b[31m")
+        Context(state, "é✓").variables.define("größe", "é✓\x1b[31m")
         state.set_variable("é✓", "größe", "zwei")
     argv = [*PROGRAM, "session", "export", "é✓", "--db", "s.db", "-o", "s.db.jsonl"]
     subprocess.run(argv, cwd=folder, check=True, capture_output=True, timeout=DEADLINE_S)

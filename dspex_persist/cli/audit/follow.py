@@ -26,7 +26,7 @@ def follow_rows(source: AuditSource, query: Query[T], printer: "Printer[T]", mos
     with suppress(KeyboardInterrupt):
         seen = source.head()
         printer.print(_past(source, query, seen, most))
-        for new in _news(source, seen):
+        for new in news(source, seen):
             printer.print(_between(source, query, *new))
 
 
@@ -40,7 +40,7 @@ def follow_executions(
         seen = source.head()
         running = {each.began_sequence for each in source.iterate(_running(query, seen))}
         printer.print(_without_ended(_past(source, query, seen, most), running))
-        for new in _news(source, seen):
+        for new in news(source, seen):
             ended = [each for began in sorted(running) if (each := _ended(source, began)) is not None]
             running -= {each.began_sequence for each in ended}
             begun = list(_between(source, any_status, *new))
@@ -81,8 +81,8 @@ def _ended(source: AuditSource, began: int) -> ExecutionSummary | None:
     return None if execution.status is ExecutionStatus.RUNNING else execution
 
 
-def _news(source: AuditSource, seen: int) -> Iterator[tuple[int, int]]:
-    """Yield each range of new commits, as the commit before the range and its last commit."""
+def news(source: AuditSource, seen: int) -> Iterator[tuple[int, int]]:
+    """Poll forever; yield each range of new commits, as the commit before the range and its last commit."""
     patient = _patient(source.head)
     while True:
         head = patient()

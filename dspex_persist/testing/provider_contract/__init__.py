@@ -26,7 +26,6 @@ from dspex_persist.testing.provider_contract.idempotency import IdempotencyContr
 from dspex_persist.testing.provider_contract.leases import LeaseContract
 from dspex_persist.testing.provider_contract.limits import LimitContract
 from dspex_persist.testing.provider_contract.optimization import OptimizationContract
-from dspex_persist.testing.provider_contract.schemas import SchemaContract
 from dspex_persist.testing.provider_contract.sessions import SessionContract
 from dspex_persist.testing.provider_contract.sharing import SharingContract
 from dspex_persist.testing.provider_contract.values import ValueContract
@@ -51,7 +50,6 @@ __all__ = [
     "OptimizationContract",
     "ProviderContract",
     "Reopen",
-    "SchemaContract",
     "SessionContract",
     "SharingContract",
     "ValueContract",
@@ -64,7 +62,6 @@ __all__ = [
 class ProviderContract(
     SessionContract,
     ValueContract,
-    SchemaContract,
     VariableContract,
     BatchContract,
     HistoryContract,

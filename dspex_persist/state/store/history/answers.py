@@ -173,7 +173,6 @@ class StoredAudit(AuditSource):
             entry.masked,
             entry.caller_id,
             entry.caller_tool,
-            entry.reason,
         )
 
     def version(self, session: str, variable_id: str, version: int) -> HistoryEntry:

@@ -1,0 +1,117 @@
+"""Opens the server or the file that a command names, and says what to do when there is no such session."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from dspex_persist.cli.hints import ExplainedError
+from dspex_persist.cli.places import database_of, server_of
+from dspex_persist.errors import DspexError
+
+if TYPE_CHECKING:
+    from dspex_persist.state.abilities import StreamsTools
+    from dspex_persist.state.audit import AuditSource, VariableState
+
+_TIMEOUT_S: Final = 10.0
+"""How long a server may take to answer, in seconds."""
+_MOST_SESSIONS: Final = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A server (`url`), or a database file.
+
+    Attributes:
+        url: The URL of the server; None for a file.
+        given: The path of `--db`, if it was given.
+    """
+
+    url: str | None
+    given: Path | None
+
+    @classmethod
+    def of(cls, target: str | None, db: Path | None) -> "Place":
+        """Return the place that the options name; refuses both together."""
+        return cls(server_of(target, db), db)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return database_of(self.given)
+
+    def __str__(self) -> str:
+        return self.url or str(self.path)
+
+    @contextmanager
+    def opened(self, *, tools: Sequence[str] = (), create: bool = False) -> "Iterator[StreamsTools]":
+        """Open the state for reading and writing.
+
+        Args:
+            tools: For a file: the modules of its tools.
+            create: Create the file if it is missing.
+        """
+        from dspex_persist import wiring
+        from dspex_persist.settings import load_settings
+        from dspex_persist.state.errors import DatabaseInUseError
+        from dspex_persist.state.store import maintenance
+
+        if self.url is not None:
+            with wiring.connect(self.url, timeout_s=_TIMEOUT_S) as state:
+                yield state
+            return
+        path, settings = self.path, load_settings()
+        if not create:
+            maintenance.current(path)  # Refuses a missing file, which the engine would create.
+        options: dict[str, Any] = {"limits": wiring.limits_of(settings), "session_ttl_s": settings.session_ttl_s}
+        try:
+            state = wiring.connect(path, tools=list(tools) or None, **options)
+        except DatabaseInUseError as error:
+            advice = "if that is a server, name its address: --target HOST:PORT (serve listens on 127.0.0.1:50051)"
+            raise ExplainedError(error.sentence, advice) from error
+        with state:
+            yield state
+
+    @contextmanager
+    def history(self, *, reveal: bool = False) -> "Iterator[AuditSource]":
+        """Open the history, which never changes a file, and works while a server has it open."""
+        from dspex_persist.wiring import open_audit
+
+        with open_audit(self.url or self.path, reveal=reveal) as source:
+            yield source
+
+    @contextmanager
+    def explaining(self, session: str, advice: str = "") -> Iterator[None]:
+        """Add the likely id, or `advice`, to the error for a session that is not live."""
+        from dspex_persist.state.errors import SessionNotFoundError
+
+        try:
+            yield
+        except SessionNotFoundError as error:
+            hint = self._likely(session) or advice or "it never began, or has ended: sessions list shows the live ones"
+            raise ExplainedError(error.sentence, hint) from error
+
+    def _likely(self, session: str) -> str:
+        from dspex_persist.spelling import closest, did_you_mean
+        from dspex_persist.state.audit import SessionQuery
+
+        try:
+            with self.history() as source:
+                live = [each.session_id for each in source.iterate(SessionQuery(live=True, limit=_MOST_SESSIONS))]
+        except DspexError:
+            return ""
+        return did_you_mean(closest(session, live))
+
+
+def state_of(source: "AuditSource", session: str, at: str = "now") -> "Sequence[VariableState]":
+    """Return the variables of a live session; `SessionNotFoundError` without one."""
+    from dspex_persist.state.audit import SessionQuery
+    from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, SessionNotFoundError
+
+    try:
+        return source.state(session, at)
+    except (InvalidArgumentError, NotInHistoryError) as error:
+        if any(True for _ in source.iterate(SessionQuery(session=session, live=True, limit=1))):
+            raise
+        raise SessionNotFoundError(session) from error
