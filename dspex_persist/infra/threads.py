@@ -157,6 +157,14 @@ def _end_child_of(process: int) -> None:
     os._exit(forks.STRAY_CHILD)
 
 
+def on_new_thread(function: Callable[[], R], name: str) -> "Future[R]":
+    """Call `function` on a new daemon thread, which ends with it."""
+    threads = DaemonThreads(1, name)
+    future = threads.submit(function)
+    future.add_done_callback(lambda _: threads.close())
+    return future
+
+
 class LoopEndedError(Exception):
     """Other code on the same event loop closed it."""
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from functools import partial
@@ -21,7 +21,7 @@ from dspex_persist.replay.tools import RunAgain, refused_lm_calls, stand_ins_for
 from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.errors import InvalidArgumentError, quote
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.model import REASON, ExecutionStatus, Origin, ToolOutcome, without_reason
+from dspex_persist.state.model import REASON, TRANSACTION, ExecutionStatus, Origin, ToolOutcome, without_reason
 from dspex_persist.state.provider import TOOL_TIMEOUT_S
 from dspex_persist.state.tools.home import Home
 from dspex_persist.state.tools.invoke import Invoker
@@ -201,7 +201,7 @@ class _Rerun:
 
     def run(self, root: RecordedExecution) -> Iterator[ReplayedExecution]:
         """Run an execution again with everything that it calls, and yield the outcome of each."""
-        reason = _why_not(root)
+        reason = _why_not(root, self._tools)
         if reason:
             yield from (_replayed(each, ReplayOutcome.SKIPPED, reason) for each in root.tree())
             return
@@ -238,8 +238,10 @@ class _Rerun:
             return loop.run_until_complete(runner.execute(request))
 
 
-def _why_not(root: RecordedExecution) -> str:
+def _why_not(root: RecordedExecution, tools: Collection[str]) -> str:
     """The reason why an execution cannot be run again; "" if it can."""
+    if root.tool == TRANSACTION and TRANSACTION not in tools:
+        return "it was a transaction of a client, whose code is not among the tools"
     if not root.ended:
         return "it had not ended when the recording was made"
     if root.worker_id:

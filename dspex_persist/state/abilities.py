@@ -7,14 +7,20 @@ abilities of the provider that it wraps. `dspex_persist.testing` has a test suit
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Self, Unpack
+from concurrent.futures import Future
+from dataclasses import replace
+from types import TracebackType
+from typing import ClassVar, Self, TypeVar, Unpack
 
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.audit import AuditSource
+from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import UnsupportedError
-from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, SessionView, ToolOutcome, ToolSpec
-from dspex_persist.state.provider import TOOL_TIMEOUT_S, Progress, StateProvider, Who, or_empty, silent
+from dspex_persist.state.model import Isolation, Origin, PrunePolicy, PruneReport, SessionView, ToolOutcome, ToolSpec
+from dspex_persist.state.provider import TOOL_TIMEOUT_S, Progress, StateProvider, Submits, Who, or_empty, silent
 from dspex_persist.state.recording import Header, RecordedCommit
+
+R = TypeVar("R")
 
 
 class Ability(ABC):
@@ -228,3 +234,146 @@ class StreamsTools(ExecutesTools):
         Raises:
             Exception: The error that `execute_tool` reports as the `error` of its outcome.
         """
+
+
+class Transaction(Submits):
+    """An open transaction of a client. Usable from any thread until it ends.
+
+    Commands on variables run on a snapshot of the session and on what the transaction has written; others see nothing
+    of it. `ExecuteTool` runs a tool as part of it. All other commands raise `UnsupportedError`.
+
+    As a context manager it commits at the end of the block, unless it was committed or aborted in it, and aborts if the
+    block raises. If it is forgotten, it ends and writes nothing.
+
+    Attributes:
+        session_id: The session.
+        execution_id: Its id in the journal, where it is an execution of the tool "transaction".
+    """
+
+    def __init__(self, session_id: str, execution_id: str) -> None:
+        self.session_id = session_id
+        self.execution_id = execution_id
+        self._decided = False
+
+    @property
+    @abstractmethod
+    def status(self) -> str:
+        """How it ended, as far as is known here, such as "committed"; "" while it runs."""
+
+    @abstractmethod
+    def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
+        """Run a command as part of the transaction; raises as `Submits.submit` does.
+
+        The future fails with `ExecutionEndedError` once the transaction has ended.
+        """
+
+    def run(self, command: Command[R]) -> R:
+        """Run a command as part of the transaction, and wait for its result."""
+        return self.submit(command).result()
+
+    @abstractmethod
+    def submit_commit(self) -> Future[int]:
+        """Begin to commit; the future has the result of `commit`."""
+
+    @abstractmethod
+    def submit_abort(self, error: BaseException | None = None) -> Future[None]:
+        """Begin to abort; the future ends as `abort` does."""
+
+    def commit(self) -> int:
+        """Commit everything that was written, in one commit.
+
+        Returns:
+            The number of the commit.
+
+        Raises:
+            ExecutionConflictError: Others have changed what the transaction depends on; nothing was written.
+            ExecutionEndedError: It has ended before.
+            OutcomeUnknownError: The connection broke; the journal says whether it has committed.
+        """
+        self._decided = True
+        return self.submit_commit().result()
+
+    def abort(self, error: BaseException | None = None) -> None:
+        """End it without writing anything; does nothing if it has ended.
+
+        Args:
+            error: The exception because of which it ends, for the journal: it then has failed, otherwise it is aborted.
+        """
+        self._decided = True
+        self.submit_abort(error).result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.abort(error)
+        elif not self._decided:
+            self.commit()
+
+
+def part_of(transaction: Origin, origin: Origin | None) -> Origin:
+    """Return the origin of a command in a transaction, which only one actor makes; its default reason is theirs.
+
+    Args:
+        transaction: The origin of the transaction.
+        origin: That of the command, if it has one.
+    """
+    if origin is None:
+        return transaction
+    return replace(
+        transaction,
+        source=origin.source,
+        optimizer_id=origin.optimizer_id,
+        reason=origin.reason or transaction.reason,
+    )
+
+
+class Transacts(StateProvider, Ability):
+    """Clients can read and write a session in transactions, under the conflict rules of tools."""
+
+    lacking = "transactions"
+    instead = "wrap it: WithTools(provider); or open one that has them: connect(path), or a server"
+
+    @abstractmethod
+    def submit_transaction(
+        self,
+        session_id: str,
+        *,
+        isolation: Isolation | str = Isolation.SERIALIZABLE,
+        timeout_s: float = TOOL_TIMEOUT_S,
+        metadata: Mapping[str, str] | None = None,
+        origin: Origin | None = None,
+    ) -> Future[Transaction]:
+        """Begin to open a transaction; the future has the result of `begin_transaction`."""
+
+    def begin_transaction(
+        self,
+        session_id: str,
+        *,
+        isolation: Isolation | str = Isolation.SERIALIZABLE,
+        timeout_s: float = TOOL_TIMEOUT_S,
+        metadata: Mapping[str, str] | None = None,
+        origin: Origin | None = None,
+    ) -> Transaction:
+        """Open a transaction: an execution whose code is the caller's own.
+
+        Several can be open on a session at once. Which of them can commit follows the rules of tool executions.
+
+        Args:
+            session_id: The session.
+            isolation: What others must not change until it commits: all that it reads and writes ("serializable"), or
+                only what it writes ("snapshot").
+            timeout_s: How long it may last, in seconds; then it ends as `timed_out`, and nothing is written.
+            metadata: Texts to record with it in the journal.
+            origin: Who makes the request; the provider's default if None.
+
+        Raises:
+            SessionNotFoundError: The session does not exist, or has ended.
+            InvalidArgumentError: An argument is wrong.
+        """
+        return self.submit_transaction(
+            session_id, isolation=isolation, timeout_s=timeout_s, metadata=metadata, origin=origin
+        ).result()

@@ -9,13 +9,16 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
+from enum import StrEnum
 from numbers import Real
 from operator import index
-from typing import Annotated, Any, TypeAlias, get_type_hints
+from typing import Annotated, Any, TypeAlias, TypeVar, get_type_hints
 
 from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError, quote
 from dspex_persist.state.frozen import FrozenDict
 from dspex_persist.state.model import Origin, Source, Value
+
+E = TypeVar("E", bound=StrEnum)
 
 Check: TypeAlias = Callable[[str, Any], Any]
 """Takes the name of an argument and the object passed for it; returns the object to store."""
@@ -113,6 +116,15 @@ def timeout(field: str, argument: object) -> float:
         reason = f"it must be above 0 and at most {_LONGEST_TIMEOUT_S:.0f} seconds, not {timeout_s:g}"
         raise InvalidArgumentError(field, reason)
     return timeout_s
+
+
+def member(field: str, argument: object, kind: type[E]) -> E:
+    """Return a member of an enumeration of texts, given as itself or as its text."""
+    if isinstance(argument, str):
+        with contextlib.suppress(ValueError):
+            return kind(argument)
+    known = " or ".join(f'"{each.value}"' for each in kind)
+    raise InvalidArgumentError(field, f"it must be {known}, not {quote(argument)}")
 
 
 def texts(field: str, argument: object) -> tuple[str, ...]:

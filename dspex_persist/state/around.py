@@ -16,11 +16,13 @@ from dspex_persist.state.abilities import (
     Prunable,
     Recordable,
     StreamsTools,
+    Transaction,
+    Transacts,
 )
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.commands import Command
-from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, SessionView, ToolSpec
-from dspex_persist.state.provider import Progress, StateProvider, Who, silent
+from dspex_persist.state.model import Isolation, Origin, PrunePolicy, PruneReport, SessionView, ToolSpec
+from dspex_persist.state.provider import TOOL_TIMEOUT_S, Progress, StateProvider, Who, silent
 from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.watch import Watch
 
@@ -142,6 +144,24 @@ class StreamsAround(ToolsAround, StreamsTools):
         return StreamsTools.of(self.provider).stream_tool(session_id, tool, parameters, metadata=metadata, **who)
 
 
+class TransactsAround(HandedOn, Transacts):
+    """Passes transactions on to `provider`."""
+
+    def submit_transaction(
+        self,
+        session_id: str,
+        *,
+        isolation: Isolation | str = Isolation.SERIALIZABLE,
+        timeout_s: float = TOOL_TIMEOUT_S,
+        metadata: Mapping[str, str] | None = None,
+        origin: Origin | None = None,
+    ) -> Future[Transaction]:
+        """See `Transacts.submit_transaction`."""
+        return Transacts.of(self.provider).submit_transaction(
+            session_id, isolation=isolation, timeout_s=timeout_s, metadata=metadata, origin=origin
+        )
+
+
 _PARTS: Final[Mapping[type[Ability], type[HandedOn]]] = {
     Durable: DurableAround,
     KeepsOrder: OrderAround,
@@ -149,6 +169,7 @@ _PARTS: Final[Mapping[type[Ability], type[HandedOn]]] = {
     Recordable: RecordsAround,
     Forkable: ForksAround,
     Prunable: PrunesAround,
+    Transacts: TransactsAround,
     StreamsTools: StreamsAround,
     ExecutesTools: ToolsAround,
 }

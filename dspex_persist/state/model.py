@@ -467,6 +467,8 @@ class ToolOutcome:
         return self.status is ExecutionStatus.COMMITTED
 
 
+TRANSACTION = "transaction"
+"""What the journal has as the tool of a client's transaction."""
 PINNED = "pinned"
 """The metadata key of a change that exempts its version from pruning; the entry is then "true"."""
 

@@ -16,6 +16,7 @@ from dspex_persist.state.abilities import (
     Prunable,
     Recordable,
     StreamsTools,
+    Transacts,
 )
 from dspex_persist.testing.audit_contract import AuditContract
 from dspex_persist.testing.durable_contract import DurableContract
@@ -25,6 +26,7 @@ from dspex_persist.testing.prune_contract import PruneContract
 from dspex_persist.testing.recording_contract import RecordingContract
 from dspex_persist.testing.stream_contract import StreamContract
 from dspex_persist.testing.tool_contract import ToolContract
+from dspex_persist.testing.transaction_contract import TransactionContract
 from tests.contract import test_bridged, test_documented, test_embedded, test_local
 
 SUITES: Mapping[type[Ability], type] = {
@@ -36,12 +38,13 @@ SUITES: Mapping[type[Ability], type] = {
     Prunable: PruneContract,
     ExecutesTools: ToolContract,
     StreamsTools: StreamContract,
+    Transacts: TransactionContract,
 }
 
 
 def provider_of_the_page() -> type:
     """The backend of the documented program, which has the abilities of its engine."""
-    return type("Documented", (test_documented.engine, StreamsTools), {})
+    return type("Documented", (test_documented.engine, StreamsTools, Transacts), {})
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from dspex_persist.testing.prune_contract import PruneContract
 from dspex_persist.testing.recording_contract import EndedRecordingContract, RecordingContract
 from dspex_persist.testing.stream_contract import StreamContract
 from dspex_persist.testing.tool_contract import ToolContract
+from dspex_persist.testing.transaction_contract import TransactionContract
 from tests.clocks import pass_s
 
 
@@ -109,6 +110,14 @@ def with_tools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedSta
 
 class TestEmbeddedTools(ToolContract):
     """The contract of tools, which run in this process."""
+
+    @pytest.fixture
+    def provider(self, with_tools: EmbeddedState) -> StateProvider:
+        return with_tools
+
+
+class TestEmbeddedTransactions(TransactionContract):
+    """The contract of transactions."""
 
     @pytest.fixture
     def provider(self, with_tools: EmbeddedState) -> StateProvider:

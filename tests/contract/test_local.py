@@ -24,6 +24,7 @@ from dspex_persist.testing.provider_contract import SMALL_LIMITS, ClosingContrac
 from dspex_persist.testing.recording_contract import RecordingContract
 from dspex_persist.testing.stream_contract import StreamContract
 from dspex_persist.testing.tool_contract import ToolContract
+from dspex_persist.testing.transaction_contract import TransactionContract
 
 
 @pytest.fixture(scope="class")
@@ -75,6 +76,14 @@ def with_tools() -> Iterator[LocalState]:
 
 class TestLocalTools(ToolContract):
     """The contract of tools, which run in this process."""
+
+    @pytest.fixture
+    def provider(self, with_tools: LocalState) -> StateProvider:
+        return with_tools
+
+
+class TestLocalTransactions(TransactionContract):
+    """The contract of transactions."""
 
     @pytest.fixture
     def provider(self, with_tools: LocalState) -> StateProvider:

@@ -19,6 +19,7 @@ from dspex_persist import ToolContext, clock, tool
 from dspex_persist.replay import Aspect, Recording, ReplayOutcome, ReplayReport, load, replay
 from dspex_persist.replay.recorded import find_executions
 from dspex_persist.replay.tools import exception_like
+from dspex_persist.state import commands
 from dspex_persist.state.errors import InvalidArgumentError, RecordingError
 from dspex_persist.state.model import Failure, Value
 from tests.deadline import cpu_s_below, within
@@ -611,6 +612,29 @@ def test_executions_that_cannot_be_replayed_are_skipped_with_the_reason() -> Non
     assert [(each.tool, each.reason) for each in report.executions] == [
         ("slow", "it ended as timed out, which depends on other callers"),
         ("hangs", "it had not ended when the recording was made"),
+    ]
+    assert report.ok
+
+
+def test_a_transaction_of_a_client_is_skipped_with_the_tools_that_it_called() -> None:
+    @tool
+    def add(ctx: ToolContext) -> None:
+        ctx["total"] += 1
+
+    with session(add) as state:
+        state.register_variable("s", "total", "integer", 0)
+        with state.begin_transaction("s") as transaction:
+            transaction.run(commands.ExecuteTool("s", "add"))
+            transaction.run(commands.SetVariable("s", "total", Value("5")))
+        state.execute_tool("s", "add")
+        recording = state.recording()
+    report = replay(recording, [add])
+    assert [(each.tool, each.outcome, each.reason) for each in report.executions] == [
+        *(
+            (name, ReplayOutcome.SKIPPED, "it was a transaction of a client, whose code is not among the tools")
+            for name in ("transaction", "add")
+        ),
+        ("add", ReplayOutcome.SAME, ""),
     ]
     assert report.ok
 

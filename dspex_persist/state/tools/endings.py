@@ -84,6 +84,7 @@ class Endings:
         except (SessionNotFoundError, ExecutionEndedError):
             reason = "the session ended while the tool ran; nothing was written"
             error = ToolInterruptedError(session.execution_id, reason)
+            session.execution.correct(ExecutionStatus.INTERRUPTED.value)
             return ToolOutcome(
                 ExecutionStatus.INTERRUPTED, None, error, error.error_code, error.execution_id, None, session.attempt
             )
@@ -93,6 +94,7 @@ class Endings:
         finally:
             # It refers to its error, whose traceback refers to this frame: this breaks the cycle.
             del reply
+        session.execution.correct(final.status.value)
         return _outcome(final, raised)
 
     def end_without_waiting(self, session: ToolSession, verdict: Verdict) -> None:

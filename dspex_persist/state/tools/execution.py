@@ -188,6 +188,11 @@ class Execution:
         with self.overlay.lock:
             self.status = self.status or status
 
+    def correct(self, status: str) -> None:
+        """Note how it has really ended, which only the store decides."""
+        with self.overlay.lock:
+            self.status = status
+
     def finish(self, verdict: Verdict) -> FinishExecution:
         """Return the command that ends it: the staged writes, and what must be unchanged for them to commit."""
         overlay = self.overlay

@@ -36,6 +36,10 @@ class RaisedError(Exception):
         self.failure = failure
 
 
+class AbortedError(Exception):
+    """The client of a transaction has taken it back."""
+
+
 @contextmanager
 def discarded_with(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
     """End a coroutine quietly, by `GeneratorExit`, if its loop has been closed: there is no caller left."""
@@ -87,8 +91,10 @@ def _has_true_class(error: Exception) -> bool:
         return False
 
 
-def raised_of(error: BaseException) -> tuple[BaseException, Failure]:
-    """Return the exception that was raised, and its description for the journal."""
+def raised_of(error: BaseException) -> tuple[BaseException, Failure | None]:
+    """Return the exception that was raised, and its description for the journal; none for an `AbortedError`."""
+    if isinstance(error, AbortedError):
+        return error, None
     return (error.error, error.failure) if isinstance(error, RaisedError) else (error, failure_of(error))
 
 
@@ -100,12 +106,16 @@ def reported_error(execution_id: str, raised: BaseException | None, failure: Fai
     """
     if isinstance(raised, RemoteToolError | ToolTimedOutError | ToolFailedError):
         return raised
+    if isinstance(raised, AbortedError):
+        return ToolFailedError(execution_id, "its client has aborted it")
     assert failure is not None, "an execution without commit and without conflict has failed"
     return ToolFailedError(execution_id, f"{failure.type}: {failure.message}", failure.type)
 
 
 def status_of(error: BaseException) -> ExecutionStatus:
-    """Return the status of an execution that ended with this error: timed out, or failed."""
+    """Return the status of an execution that ended with this error: timed out, aborted, or failed."""
+    if isinstance(error, AbortedError):
+        return ExecutionStatus.ABORTED
     return ExecutionStatus.TIMED_OUT if isinstance(error, ToolTimedOutError) else ExecutionStatus.FAILED
 
 

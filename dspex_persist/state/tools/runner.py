@@ -165,7 +165,12 @@ class ToolRunner:
     # Executing
 
     async def execute(
-        self, request: ToolRequest, emit: Emit | None = None, *, asker_id: str | None = None
+        self,
+        request: ToolRequest,
+        emit: Emit | None = None,
+        *,
+        asker_id: str | None = None,
+        tool: RunnableTool | None = None,
     ) -> ToolOutcome:
         """Execute a tool, with retries after conflicts as far as its options allow.
 
@@ -174,6 +179,7 @@ class ToolRunner:
             emit: Receives the chunks of a streaming tool.
             asker_id: The execution whose code sent the request, if it came over a wire; within the process the
                 context has it.
+            tool: What to run; by default the tool that the request names.
 
         Returns:
             The outcome, including every failure of the tool and every fault of the request.
@@ -192,7 +198,7 @@ class ToolRunner:
             request = self._timed(request)
             if emit is not None:
                 request = replace(request, outlet=Outlet(emit))
-            tool, arguments = await self._prepare(request)
+            tool, arguments = await self._prepare(request, tool=tool)
             outcome = await self._execute(request, tool, arguments)
             return replace(outcome, streamed=tool.spec.streaming, result_type=tool.result_type)
         except ToolTimedOutError as error:
@@ -271,10 +277,10 @@ class ToolRunner:
         return replace(request, until=self._home.loop.time() + request.timeout_s)
 
     async def _prepare(
-        self, request: ToolRequest, within: Execution | None = None
+        self, request: ToolRequest, within: Execution | None = None, tool: RunnableTool | None = None
     ) -> tuple[RunnableTool, Mapping[str, object]]:
         """Find the tool, and bind the arguments for its first attempt. All checks come before the execution begins."""
-        tool = await self._find_tool(request)
+        tool = tool or await self._find_tool(request)
         size_bytes = sum(each.size_bytes for each in request.parameters.values())
         most = self.limits.execution_size_bytes
         if size_bytes > most:

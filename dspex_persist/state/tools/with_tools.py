@@ -11,22 +11,29 @@ from dspex_persist.infra import forks
 from dspex_persist.infra.futures import failed, mapped
 from dspex_persist.infra.mailbox import LoopMailbox, Reply
 from dspex_persist.state import arguments, commands, values
-from dspex_persist.state.abilities import StreamsTools
+from dspex_persist.state.abilities import StreamsTools, Transaction, Transacts
 from dspex_persist.state.around import Around
 from dspex_persist.state.commands import Command
-from dspex_persist.state.errors import EngineClosedError, ToolFailedError, UnsupportedError
+from dspex_persist.state.errors import (
+    EngineClosedError,
+    InvalidArgumentError,
+    StateError,
+    ToolFailedError,
+    UnsupportedError,
+)
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.model import Origin, ToolSpec
+from dspex_persist.state.model import TRANSACTION, Isolation, Origin, ToolSpec
 from dspex_persist.state.options import check_count
-from dspex_persist.state.provider import StateProvider, SubmitHere, Who, fault_of, or_empty
+from dspex_persist.state.provider import TOOL_TIMEOUT_S, StateProvider, SubmitHere, Who, fault_of, or_empty
 from dspex_persist.state.tools.chunks import ChunkQueue
 from dspex_persist.state.tools.home import Home
 from dspex_persist.state.tools.invoke import Invoker
 from dspex_persist.state.tools.local import local_tools
 from dspex_persist.state.tools.ports import RemotePort, ToolCode, check_tools
 from dspex_persist.state.tools.remote import RemoteTool
-from dspex_persist.state.tools.requests import request_of
+from dspex_persist.state.tools.requests import ToolRequest, request_of
 from dspex_persist.state.tools.runner import ToolRunner
+from dspex_persist.state.tools.transactions import LocalTransaction, OpenTransaction
 
 R = TypeVar("R")
 
@@ -34,7 +41,7 @@ TOOL_THREADS: Final = 64
 """The default for how many tools without `async` run at a time."""
 
 
-class WithTools(Around, StreamsTools):
+class WithTools(Around, StreamsTools, Transacts):
     """A provider that executes tools over another provider. Closing it closes that one, too.
 
     Args:
@@ -165,6 +172,54 @@ class WithTools(Around, StreamsTools):
             raise outcome.error or ToolFailedError(outcome.execution_id, outcome.error_code)
         if not outcome.streamed and outcome.result is not None and outcome.result.json != "null":
             yield values.decode_loosely(outcome.result, outcome.result_type)
+
+    def submit_transaction(
+        self,
+        session_id: str,
+        *,
+        isolation: Isolation | str = Isolation.SERIALIZABLE,
+        timeout_s: float = TOOL_TIMEOUT_S,
+        metadata: Mapping[str, str] | None = None,
+        origin: Origin | None = None,
+    ) -> Future[Transaction]:
+        """See `Transacts.submit_transaction`."""
+        try:
+            self.provider.check_open()
+            if self._closed:
+                raise EngineClosedError()
+            request, level = self.transaction_request(session_id, isolation, timeout_s, or_empty(metadata), origin)
+            return self.runner.start(self._begin(request, level))
+        except StateError as error:
+            return failed(error)
+
+    def transaction_request(
+        self,
+        session_id: str,
+        isolation: Isolation | str,
+        timeout_s: float | None,
+        metadata: Mapping[str, str],
+        origin: Origin | None,
+    ) -> tuple[ToolRequest, Isolation]:
+        """Return the request for a transaction, and its isolation; raises for arguments that are wrong."""
+        command = commands.ExecuteTool(session_id, TRANSACTION, {}, metadata, timeout_s)
+        fault = fault_of(command, origin)
+        if fault is not None:
+            raise fault
+        if timeout_s is not None:
+            arguments.timeout("timeout_s", timeout_s)
+        request = request_of(command, origin or self.default_origin("BeginTransaction"))
+        if request.idempotency_key is not None:
+            raise InvalidArgumentError("idempotency_key", "a transaction has none, as no call repeats it as a whole")
+        return request, arguments.member("isolation", isolation, Isolation)
+
+    async def _begin(self, request: ToolRequest, isolation: Isolation) -> Transaction:
+        try:
+            opened = await OpenTransaction.begin(self.runner, request, isolation)
+        except asyncio.CancelledError:
+            if not self._closed:
+                raise
+            raise EngineClosedError() from None
+        return LocalTransaction(self.runner, self._home, opened)
 
     def _check_runs(self, command: commands.ExecuteTool) -> None:
         """Raise if no tool can be executed."""

@@ -1,0 +1,301 @@
+"""The contract of every provider that is `Transacts`, as tests. A backend subclasses `TransactionContract`.
+
+The provider executes the tools of `CONTRACT_TOOLS`, as for `ToolContract`.
+"""
+
+import asyncio
+import gc
+import time
+from collections.abc import Callable
+from typing import Any, Final, cast
+
+import pytest
+
+from dspex_persist.infra.mailbox import LoopMailbox
+from dspex_persist.state import commands, errors, values
+from dspex_persist.state.abilities import Transaction, Transacts
+from dspex_persist.state.model import ChangeKind, Value
+from dspex_persist.testing.checks import DEADLINE_S, let_pass, names_of, take
+from dspex_persist.testing.provider_contract.arguments import WRONG_METADATA, WRONG_TEXTS
+from dspex_persist.testing.provider_contract.base import Contract
+
+ENDED: Final = errors.ExecutionEndedError
+
+
+def value_in(transaction: Transaction, name: str) -> Any:
+    """Return a variable's value as the transaction sees it."""
+    variable = transaction.run(commands.GetVariable(transaction.session_id, name))
+    return values.decode(variable.type, variable.value)
+
+
+def write(transaction: Transaction, name: str, value: int) -> None:
+    """Write an integer as part of the transaction."""
+    transaction.run(commands.SetVariable(transaction.session_id, name, Value(str(value))))
+
+
+class TransactionContract(Contract):
+    """Transactions of clients."""
+
+    @pytest.fixture
+    def shop(self, provider: Transacts, session: str) -> str:
+        """The id of a session with the integers a, b and c, which are 0."""
+        for name in ("a", "b", "c"):
+            provider.register_variable(session, name, "integer", 0)
+        return session
+
+    def test_it_claims_to_transact(self, provider: Transacts) -> None:
+        assert isinstance(provider, Transacts)
+
+    def test_its_writes_show_all_at_once_in_one_commit(self, provider: Transacts, shop: str) -> None:
+        with provider.watch(shop) as watch:
+            transaction = provider.begin_transaction(shop)
+            assert (transaction.session_id, transaction.status) == (shop, "")
+            write(transaction, "a", 1)
+            transaction.run(commands.SetVariables(shop, {"b": Value("2"), "c": Value("3")}))
+            transaction.run(commands.RegisterVariable(shop, "d", "integer", Value("4")))
+            transaction.run(commands.DeleteVariable(shop, "b"))
+            assert [value_in(transaction, name) for name in ("a", "c", "d")] == [1, 3, 4]
+            listed = transaction.run(commands.ListVariables(shop))
+            assert names_of(listed) == ["a", "c", "d"]
+            assert [provider.get_value(shop, name) for name in ("a", "b", "c")] == [0, 0, 0]
+            sequence = transaction.commit()
+            updates = take(watch, 5)
+            assert {update.sequence for update in updates} == {sequence}
+        assert transaction.status == "committed"
+        assert {each.name: provider.get_value(shop, each.name) for each in provider.list_variables(shop)} == {
+            "a": 1,
+            "c": 3,
+            "d": 4,
+        }
+        version = provider.get_variable_history(shop, "a")[0]
+        assert (version.sequence, version.cause, version.kind) == (sequence, transaction.execution_id, ChangeKind.SET)
+        assert version.actor == provider.default_origin("BeginTransaction").actor
+
+    def test_it_reads_the_session_as_it_was_when_it_began(self, provider: Transacts, shop: str) -> None:
+        transaction = provider.begin_transaction(shop, isolation="snapshot")
+        provider.set_variable(shop, "a", 5)
+        provider.register_variable(shop, "later", "integer", 0)
+        assert value_in(transaction, "a") == 0
+        with pytest.raises(errors.VariableNotFoundError):
+            value_in(transaction, "later")
+        history = transaction.run(commands.GetVariableHistory(shop, "a"))
+        assert [version.version for version in history] == [0]
+        write(transaction, "b", 1)
+        transaction.commit()
+        assert (provider.get_value(shop, "a"), provider.get_value(shop, "b")) == (5, 1)
+
+    def test_what_is_refused_stages_nothing(self, provider: Transacts, shop: str) -> None:
+        with provider.begin_transaction(shop) as transaction:
+            write(transaction, "a", 1)
+            with pytest.raises(errors.InvalidValueError):
+                transaction.run(commands.SetVariable(shop, "b", Value('"one"')))
+            with pytest.raises(errors.VersionConflictError):
+                transaction.run(commands.SetVariable(shop, "a", Value("2"), expected_version=0))
+            assert (value_in(transaction, "a"), value_in(transaction, "b")) == (1, 0)
+        assert (provider.get_value(shop, "a"), provider.get_value(shop, "b")) == (1, 0)
+
+    # Conflicts
+
+    @pytest.mark.parametrize("isolation", ["serializable", "snapshot"])
+    @pytest.mark.parametrize("what", ["read", "listed", "written", "absent"])
+    def test_conflicts_follow_the_rules_of_tools(
+        self, provider: Transacts, shop: str, what: str, isolation: str
+    ) -> None:
+        transaction = provider.begin_transaction(shop, isolation=isolation)
+        if what == "read":
+            value_in(transaction, "a")
+        elif what == "listed":
+            transaction.run(commands.ListVariables(shop, "a*"))
+        elif what == "written":
+            write(transaction, "a", 1)
+        else:
+            with pytest.raises(errors.VariableNotFoundError):
+                value_in(transaction, "new")
+        write(transaction, "b", 1)
+        if what == "absent":
+            provider.register_variable(shop, "new", "integer", 0)
+        else:
+            provider.set_variable(shop, "a", 9)
+        if isolation == "snapshot" and what != "written":
+            transaction.commit()
+            assert provider.get_value(shop, "b") == 1
+            return
+        with pytest.raises(errors.ExecutionConflictError) as caught:
+            transaction.commit()
+        assert caught.value.execution_id == transaction.execution_id
+        assert ("new" if what == "absent" else "a (was at version 0, is at version 1)") in caught.value.changes
+        assert transaction.status == "conflict"
+        assert provider.get_value(shop, "b") == 0
+        with pytest.raises(ENDED):
+            transaction.commit()
+
+    def test_two_at_once_of_which_the_first_to_commit_wins(self, provider: Transacts, shop: str) -> None:
+        first, second, apart = (provider.begin_transaction(shop) for _ in range(3))
+        for transaction in (first, second):
+            write(transaction, "a", value_in(transaction, "a") + 1)
+        write(apart, "b", 1)
+        second.commit()
+        with pytest.raises(errors.ExecutionConflictError):
+            first.commit()
+        apart.commit()
+        assert (provider.get_value(shop, "a"), provider.get_value(shop, "b")) == (1, 1)
+
+    # Ends
+
+    def test_an_abort_writes_nothing(self, provider: Transacts, shop: str) -> None:
+        transaction = provider.begin_transaction(shop)
+        write(transaction, "a", 1)
+        transaction.abort()
+        assert transaction.status == "aborted"
+        assert provider.get_value(shop, "a") == 0
+        transaction.abort()
+        with pytest.raises(ENDED):
+            transaction.commit()
+
+    @pytest.mark.parametrize("end", ["commit", "abort"])
+    def test_nothing_works_after_its_end(self, provider: Transacts, shop: str, end: str) -> None:
+        transaction = provider.begin_transaction(shop)
+        write(transaction, "a", 1)
+        getattr(transaction, end)()
+        acts: list[Callable[[], object]] = [
+            lambda: value_in(transaction, "a"),
+            lambda: write(transaction, "a", 2),
+            lambda: transaction.run(commands.ExecuteTool(shop, "add")),
+            transaction.commit,
+        ]
+        for act in acts:
+            with pytest.raises(ENDED) as caught:
+                act()
+            assert (caught.value.execution_id, caught.value.status) == (transaction.execution_id, transaction.status)
+        transaction.abort()
+        assert provider.get_value(shop, "a") == (1 if end == "commit" else 0)
+
+    def test_a_block_commits_at_its_end(self, provider: Transacts, shop: str) -> None:
+        with provider.begin_transaction(shop) as transaction:
+            write(transaction, "a", 1)
+        assert (transaction.status, provider.get_value(shop, "a")) == ("committed", 1)
+        for end in ("commit", "abort"):
+            with provider.begin_transaction(shop) as transaction:
+                write(transaction, "b", 1)
+                getattr(transaction, end)()
+        assert provider.get_value(shop, "b") == 1
+
+    def test_a_block_that_raises_writes_nothing(self, provider: Transacts, shop: str) -> None:
+        with pytest.raises(ZeroDivisionError), provider.begin_transaction(shop) as transaction:  # noqa: PT012
+            write(transaction, "a", 1)
+            write(transaction, "a", 1 // 0)
+        assert (transaction.status, provider.get_value(shop, "a")) == ("failed", 0)
+
+    def test_it_ends_when_its_time_is_up(self, provider: Transacts, shop: str) -> None:
+        transaction = provider.begin_transaction(shop, timeout_s=0.05)
+        deadline = time.monotonic() + DEADLINE_S
+        with pytest.raises(ENDED):  # noqa: PT012
+            while time.monotonic() < deadline:
+                write(transaction, "a", 1)
+                let_pass(0.01)
+        with pytest.raises(ENDED):
+            transaction.commit()
+        assert provider.get_value(shop, "a") == 0
+
+    def test_it_ends_with_its_session(self, provider: Transacts, shop: str) -> None:
+        transaction = provider.begin_transaction(shop)
+        write(transaction, "a", 1)
+        provider.cleanup_session(shop)
+        with pytest.raises((errors.ToolInterruptedError, ENDED)):
+            transaction.commit()
+        assert transaction.status == "interrupted"
+
+    def test_one_that_is_forgotten_writes_nothing(self, provider: Transacts, shop: str) -> None:
+        transaction = provider.begin_transaction(shop)
+        write(transaction, "a", 1)
+        del transaction
+        gc.collect()
+        with provider.begin_transaction(shop) as other:
+            write(other, "a", value_in(other, "a") + 10)
+        assert provider.get_value(shop, "a") == 10
+
+    # What it can do
+
+    def test_tools_join_it(self, provider: Transacts, shop: str) -> None:
+        with provider.begin_transaction(shop) as transaction:
+            write(transaction, "a", 5)
+            outcome = transaction.run(commands.ExecuteTool(shop, "add", {"amount": Value("2")}))
+            assert outcome.success
+            assert outcome.execution_id == transaction.execution_id
+            assert value_in(transaction, "a") == 7
+            assert provider.get_value(shop, "a") == 0
+            failed = transaction.run(commands.ExecuteTool(shop, "fail", {"name": Value('"ValueError"')}))
+            assert failed.error_code == "TOOL_FAILED"
+            unknown = transaction.run(commands.ExecuteTool(shop, "nothing"))
+            assert unknown.error_code == "UNKNOWN_TOOL"
+        assert provider.get_value(shop, "a") == 7
+
+    @pytest.mark.parametrize(
+        "command", [commands.GetSession, commands.CleanupSession, commands.InitializeSession, commands.Heartbeat]
+    )
+    def test_what_cannot_be_part_of_it(
+        self, provider: Transacts, shop: str, command: Callable[[str], commands.Command[Any]]
+    ) -> None:
+        with provider.begin_transaction(shop) as transaction:
+            with pytest.raises(errors.UnsupportedError, match="inside an execution"):
+                transaction.run(command(shop))
+            with pytest.raises(errors.InvalidArgumentError, match="belongs to another session"):
+                transaction.run(commands.GetVariable("another", "a"))
+        assert provider.heartbeat(shop)
+
+    def test_who_writes_and_why(self, provider: Transacts, shop: str) -> None:
+        origin = provider.origin("BeginTransaction", actor="ada", reason="because")
+        with provider.begin_transaction(shop, origin=origin) as transaction:
+            write(transaction, "a", 1)
+            why = provider.origin("SetVariable", actor="bob", reason="for once")
+            transaction.submit(commands.SetVariable(shop, "b", Value("1")), why).result()
+        for name, reason in (("a", "because"), ("b", "for once")):
+            version = provider.get_variable_history(shop, name)[0]
+            assert (version.actor, version.reason) == ("ada", reason)
+
+    def test_from_an_event_loop(self, provider: Transacts, shop: str) -> None:
+        async def run() -> int:
+            transaction = await asyncio.wrap_future(provider.submit_transaction(shop))
+            submit = transaction.on_loop(LoopMailbox(asyncio.get_running_loop()))
+            await submit(commands.SetVariable(shop, "a", Value("1")))
+            history = await submit(commands.GetVariableHistory(shop, "a"))
+            assert [version.version for version in history] == [1, 0]
+            outcome = await submit(commands.ExecuteTool(shop, "add"))
+            assert outcome.success
+            return await asyncio.wrap_future(transaction.submit_commit())
+
+        sequence = asyncio.run(run())
+        assert provider.get_value(shop, "a") == 2
+        assert provider.get_variable_history(shop, "a")[0].sequence == sequence
+
+    # Arguments
+
+    def test_an_unknown_session_has_none(self, provider: Transacts) -> None:
+        with pytest.raises(errors.SessionNotFoundError):
+            provider.begin_transaction("unknown")
+
+    @pytest.mark.parametrize(
+        ("options", "field"),
+        [
+            ({"isolation": "chaos"}, "isolation"),
+            ({"isolation": None}, "isolation"),
+            ({"timeout_s": 0}, "timeout_s"),
+            ({"timeout_s": float("nan")}, "timeout_s"),
+            ({"timeout_s": "1"}, "timeout_s"),
+            ({"origin": "ada"}, "origin"),
+            ({"metadata": {"idempotency_key": "k"}}, "idempotency_key"),
+        ],
+    )
+    def test_wrong_options(self, provider: Transacts, shop: str, options: dict[str, Any], field: str) -> None:
+        with pytest.raises(errors.InvalidArgumentError) as caught:
+            provider.begin_transaction(shop, **options)
+        assert caught.value.field == field
+
+    def test_arguments_of_a_wrong_type(self, provider: Transacts, shop: str) -> None:
+        untyped = cast(Any, provider)
+        for wrong, _ in WRONG_TEXTS:
+            with pytest.raises(errors.InvalidArgumentError, match="session_id"):
+                untyped.begin_transaction(wrong)
+        for wrong, _ in WRONG_METADATA:
+            with pytest.raises(errors.InvalidArgumentError, match="metadata"):
+                untyped.begin_transaction(shop, metadata=wrong)
