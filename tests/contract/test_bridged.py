@@ -18,6 +18,7 @@ from dspex_persist.testing.recording_contract import EndedRecordingContract, Rec
 from dspex_persist.testing.server import ServedDatabase
 from dspex_persist.testing.stream_contract import StreamContract
 from dspex_persist.testing.tool_contract import ToolContract
+from dspex_persist.testing.transaction_contract import TransactionContract
 
 
 @pytest.fixture(scope="class")
@@ -81,6 +82,12 @@ class TestBridgedTools(Bridged, ToolContract):
     """The contract of tools, which run in the server."""
 
     settings: ClassVar[dict[str, Any]] = {"tools": "dspex_persist.testing.contract_tools"}
+
+
+class TestBridgedTransactions(Bridged, TransactionContract):
+    """The contract of transactions."""
+
+    settings: ClassVar[dict[str, Any]] = TestBridgedTools.settings
 
 
 class TestBridgedStreams(Bridged, StreamContract):

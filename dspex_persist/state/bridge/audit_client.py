@@ -1,7 +1,7 @@
 """BridgedAudit: audit queries to a server over gRPC."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import grpc
@@ -151,6 +151,38 @@ def fork(
     return recordings.fork_of(calls.unary(recordings.FORK, request, timeout_s, headers=headers, writes=True))
 
 
+def begin(
+    channel: grpc.Channel,
+    target: str,
+    session_id: str,
+    isolation: str,
+    timeout_s: float,
+    metadata: Mapping[str, str],
+    *,
+    headers: Headers,
+    patience_s: float,
+) -> tuple[Any, str]:
+    """Have a server begin a transaction; returns the call that lasts as long as it, and its id.
+
+    Args:
+        channel: The connection to the server.
+        target: The server, for errors.
+        session_id: The session.
+        isolation: See `Transacts.begin_transaction`.
+        timeout_s: How long the transaction may last, in seconds.
+        metadata: Texts to record with it.
+        headers: Who begins it.
+        patience_s: How long to wait until it has begun, in seconds.
+    """
+    request = _built(
+        lambda: pb.BeginTransactionRequest(
+            session=session_id, isolation=isolation, timeout_s=timeout_s, metadata=metadata
+        )
+    )
+    call, begun = _Calls(channel, target).open("BeginTransaction", request, headers, patience_s)
+    return call, begun.execution_id
+
+
 def _built(request: Callable[[], Any]) -> Any:
     try:
         return request()
@@ -177,6 +209,22 @@ class _Calls:
         except ValueError as error:
             # The channel is closed.
             raise EngineClosedError() from error
+
+    def open(self, rpc: str, request: Any, headers: Headers, patience_s: float) -> tuple[Any, Any]:
+        """Begin a stream; returns its call and its first message, which has to come within `patience_s` seconds."""
+        self._here.check()
+        try:
+            call = getattr(self._stub, rpc)(request, metadata=headers)
+        except ValueError as error:
+            # The channel is closed.
+            raise EngineClosedError() from error
+        answers = _Patient(call, patience_s)
+        try:
+            return call, next(answers)
+        except (grpc.RpcError, StopIteration):
+            if answers.given_up:
+                raise UnavailableError(f"{self._target} did not answer within {patience_s:g} s") from None
+            raise self._error(call) from None
 
     def stream(
         self, rpc: str, request: Any, timeout_s: float | None, *, patience_s: float | None = None

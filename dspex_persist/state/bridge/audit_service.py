@@ -23,6 +23,7 @@ from dspex_persist.state.bridge.incoming import Context, RequestHeaders, fitting
 from dspex_persist.state.bridge.rpcs import audit as rpcs
 from dspex_persist.state.bridge.rpcs.audit import ListRpc, Question, Single
 from dspex_persist.state.bridge.rpcs.recordings import batch_of, fork_message, lines_of
+from dspex_persist.state.bridge.transaction_service import TransactionRpcs
 from dspex_persist.state.commands import ForkSession
 from dspex_persist.state.errors import EngineClosedError, UnavailableError, UnsupportedError
 from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, SessionView
@@ -40,7 +41,7 @@ _logger: Final = get_logger(__name__)
 
 @methods(rpcs.SINGLES, "_answer")
 @methods(rpcs.LISTS.values(), "_list")
-class AuditServicer:
+class AuditServicer(TransactionRpcs):
     """The rpcs of the audit service. Made and used on one event loop; close it before the provider.
 
     Args:
@@ -60,6 +61,7 @@ class AuditServicer:
         stall_timeout_s: float = 30.0,
         max_message_bytes: int = 100 * 1024 * 1024,
     ) -> None:
+        super().__init__(provider)
         self._provider = provider
         self._reveal = reveal
         self._may_prune = prune

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeVar, Unpack
 
@@ -10,13 +11,24 @@ import grpc
 from dspex_persist.infra.channels import channel_options
 from dspex_persist.infra.futures import failed
 from dspex_persist.infra.listen import target_of
+from dspex_persist.infra.threads import on_new_thread
 from dspex_persist.infra.user import user_name
 from dspex_persist.state import arguments, commands, values
-from dspex_persist.state.abilities import Auditable, Durable, Forkable, Prunable, Recordable, StreamsTools
+from dspex_persist.state.abilities import (
+    Auditable,
+    Durable,
+    Forkable,
+    Prunable,
+    Recordable,
+    StreamsTools,
+    Transaction,
+    Transacts,
+)
 from dspex_persist.state.bridge import audit_client
 from dspex_persist.state.bridge.attempt import Attempt
 from dspex_persist.state.bridge.audit_client import BridgedAudit
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
+from dspex_persist.state.bridge.generated.dspex_persist_audit_pb2_grpc import AuditServiceStub
 from dspex_persist.state.bridge.generated.snakepit_bridge_pb2_grpc import BridgeServiceStub
 from dspex_persist.state.bridge.headers import (
     ACTOR,
@@ -35,6 +47,7 @@ from dspex_persist.state.bridge.rpcs import BY_COMMAND
 from dspex_persist.state.bridge.rpcs.base import Rpc
 from dspex_persist.state.bridge.rpcs.tools import EXECUTE_TOOL, GetExposedElixirTools
 from dspex_persist.state.bridge.status import error_of_call
+from dspex_persist.state.bridge.transaction_client import BridgedTransaction
 from dspex_persist.state.bridge.watch import BridgedWatch
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import (
@@ -44,8 +57,8 @@ from dspex_persist.state.errors import (
     StateError,
     UnsupportedError,
 )
-from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, SessionView, Source, ToolSpec, Value
-from dspex_persist.state.provider import Progress, Who, check_watch, fault_of, or_empty, silent
+from dspex_persist.state.model import Isolation, Origin, PrunePolicy, PruneReport, SessionView, Source, ToolSpec, Value
+from dspex_persist.state.provider import TOOL_TIMEOUT_S, Progress, Who, check_watch, fault_of, or_empty, silent
 from dspex_persist.state.recording import Header, RecordedCommit
 
 R = TypeVar("R")
@@ -65,7 +78,7 @@ def _nothing() -> None:
     pass
 
 
-class BridgedState(StreamsTools, Durable, Auditable, Recordable, Forkable, Prunable):
+class BridgedState(StreamsTools, Durable, Auditable, Recordable, Forkable, Prunable, Transacts):
     """Session state on a server.
 
     If the connection breaks during a write, a write with an idempotency key is repeated for up to `timeout_s`, and
@@ -98,6 +111,9 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Forkable, Pruna
 
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
         """See `StateProvider.submit`. Sends the command; the future resolves with the answer."""
+        return self._submit_within(command, origin, self._execution_id)
+
+    def _submit_within(self, command: Command[R], origin: Origin | None, execution_id: str | None) -> Future[R]:
         fault = self._here.refusal or (EngineClosedError() if self._closed else fault_of(command, origin))
         if fault is not None:
             return failed(fault)
@@ -109,7 +125,7 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Forkable, Pruna
             getattr(self._stub, rpc.name),
             rpc,
             command,
-            partial(self._headers_of, rpc, origin),
+            partial(self._headers_of, rpc, origin, execution_id),
             self._patience_s(command),
             self._timeout_s,
             self._target,
@@ -151,7 +167,7 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Forkable, Pruna
         command = commands.ExecuteTool(session_id, tool, encoded, or_empty(metadata))
         command.check()
         origin = self.origin("ExecuteStreamingTool", **who)
-        headers = self._headers_of(EXECUTE_TOOL, origin, command)
+        headers = self._headers_of(EXECUTE_TOOL, origin, self._execution_id, command)
         call = self._stub.ExecuteStreamingTool(EXECUTE_TOOL.request_of(command), metadata=headers)
         here = OneProcess(self._target, call)
         try:
@@ -210,13 +226,58 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Forkable, Pruna
             timeout_s=self._timeout_s,
         )
 
+    def submit_transaction(
+        self,
+        session_id: str,
+        *,
+        isolation: Isolation | str = Isolation.SERIALIZABLE,
+        timeout_s: float = TOOL_TIMEOUT_S,
+        metadata: Mapping[str, str] | None = None,
+        origin: Origin | None = None,
+    ) -> Future[Transaction]:
+        """See `Transacts.submit_transaction`. The transaction lasts no longer than the connection."""
+        begin = partial(self._begin, session_id, isolation, timeout_s, metadata, origin)
+        return on_new_thread(begin, "dspex-persist-transaction")
+
+    def _begin(
+        self,
+        session_id: str,
+        isolation: Isolation | str,
+        timeout_s: float,
+        metadata: Mapping[str, str] | None,
+        origin: Origin | None,
+    ) -> Transaction:
+        self.check_open()
+        timeout_s = arguments.timeout("timeout_s", timeout_s)
+        if origin is not None:
+            arguments.origin(origin)
+        origin = origin or self.default_origin("BeginTransaction")
+        stream, execution_id = audit_client.begin(
+            self._channel,
+            self._target,
+            arguments.text("session_id", session_id),
+            arguments.member("isolation", isolation, Isolation).value,
+            timeout_s,
+            arguments.metadata("metadata", or_empty(metadata)),
+            headers=self._headers_of_origin(origin),
+            # It may have to wait for its turn.
+            patience_s=timeout_s + _VERDICT_S,
+        )
+        stub = AuditServiceStub(self._channel)
+        own = replace(origin, cause=execution_id)
+        return BridgedTransaction(
+            session_id, execution_id, stream, stub, self._submit_within, own, self._target, self._timeout_s
+        )
+
     def _patience_s(self, command: Command[Any]) -> float:
         tool_s = command.timeout_s if isinstance(command, commands.ExecuteTool) else None
         # The server ends the tool when its time is up; the rest is for the outcome to arrive.
         return self._timeout_s if tool_s is None else tool_s + _VERDICT_S
 
-    def _headers_of(self, rpc: Rpc[Any, Any], origin: Origin, command: Command[Any]) -> Headers:
-        own = {EXECUTION_ID: self._execution_id, **rpc.headers_of(command)}
+    def _headers_of(
+        self, rpc: Rpc[Any, Any], origin: Origin, execution_id: str | None, command: Command[Any]
+    ) -> Headers:
+        own = {EXECUTION_ID: execution_id, **rpc.headers_of(command)}
         return (*self._headers_of_origin(origin), *_headers(own))
 
     def _headers_of_origin(self, origin: Origin) -> Headers:

@@ -104,6 +104,21 @@ class AuditServiceStub(object):
                 request_serializer=dspex__persist__audit__pb2.ForkSessionRequest.SerializeToString,
                 response_deserializer=dspex__persist__audit__pb2.ForkSessionResponse.FromString,
                 _registered_method=True)
+        self.BeginTransaction = channel.unary_stream(
+                '/dspex.persist.v1.AuditService/BeginTransaction',
+                request_serializer=dspex__persist__audit__pb2.BeginTransactionRequest.SerializeToString,
+                response_deserializer=dspex__persist__audit__pb2.BeginTransactionResponse.FromString,
+                _registered_method=True)
+        self.CommitTransaction = channel.unary_unary(
+                '/dspex.persist.v1.AuditService/CommitTransaction',
+                request_serializer=dspex__persist__audit__pb2.CommitTransactionRequest.SerializeToString,
+                response_deserializer=dspex__persist__audit__pb2.CommitTransactionResponse.FromString,
+                _registered_method=True)
+        self.AbortTransaction = channel.unary_unary(
+                '/dspex.persist.v1.AuditService/AbortTransaction',
+                request_serializer=dspex__persist__audit__pb2.AbortTransactionRequest.SerializeToString,
+                response_deserializer=dspex__persist__audit__pb2.AbortTransactionResponse.FromString,
+                _registered_method=True)
 
 
 class AuditServiceServicer(object):
@@ -208,6 +223,32 @@ class AuditServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BeginTransaction(self, request, context):
+        """Begin a transaction: an execution whose code is the client's (docs/transactions.md). The first and only message has
+        its id. Calls of the bridge with this id in the header x-dspex-execution-id are part of it. The stream lasts as long
+        as the transaction: if the client cancels it, or disconnects, the transaction ends and writes nothing. Its trailer
+        x-dspex-execution-status says how it ended. The header x-dspex-actor names the caller, x-dspex-reason says why.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CommitTransaction(self, request, context):
+        """Commit a transaction: ABORTED, with the conflicts, if others have changed what it depends on.
+        FAILED_PRECONDITION if no such transaction is open. Send the header x-dspex-execution-id here and with
+        AbortTransaction, too: a server that is shutting down only accepts calls that have it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AbortTransaction(self, request, context):
+        """End a transaction without writing anything.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AuditServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -270,6 +311,21 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     servicer.ForkSession,
                     request_deserializer=dspex__persist__audit__pb2.ForkSessionRequest.FromString,
                     response_serializer=dspex__persist__audit__pb2.ForkSessionResponse.SerializeToString,
+            ),
+            'BeginTransaction': grpc.unary_stream_rpc_method_handler(
+                    servicer.BeginTransaction,
+                    request_deserializer=dspex__persist__audit__pb2.BeginTransactionRequest.FromString,
+                    response_serializer=dspex__persist__audit__pb2.BeginTransactionResponse.SerializeToString,
+            ),
+            'CommitTransaction': grpc.unary_unary_rpc_method_handler(
+                    servicer.CommitTransaction,
+                    request_deserializer=dspex__persist__audit__pb2.CommitTransactionRequest.FromString,
+                    response_serializer=dspex__persist__audit__pb2.CommitTransactionResponse.SerializeToString,
+            ),
+            'AbortTransaction': grpc.unary_unary_rpc_method_handler(
+                    servicer.AbortTransaction,
+                    request_deserializer=dspex__persist__audit__pb2.AbortTransactionRequest.FromString,
+                    response_serializer=dspex__persist__audit__pb2.AbortTransactionResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -606,6 +662,87 @@ class AuditService(object):
             '/dspex.persist.v1.AuditService/ForkSession',
             dspex__persist__audit__pb2.ForkSessionRequest.SerializeToString,
             dspex__persist__audit__pb2.ForkSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BeginTransaction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/dspex.persist.v1.AuditService/BeginTransaction',
+            dspex__persist__audit__pb2.BeginTransactionRequest.SerializeToString,
+            dspex__persist__audit__pb2.BeginTransactionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CommitTransaction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dspex.persist.v1.AuditService/CommitTransaction',
+            dspex__persist__audit__pb2.CommitTransactionRequest.SerializeToString,
+            dspex__persist__audit__pb2.CommitTransactionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AbortTransaction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dspex.persist.v1.AuditService/AbortTransaction',
+            dspex__persist__audit__pb2.AbortTransactionRequest.SerializeToString,
+            dspex__persist__audit__pb2.AbortTransactionResponse.FromString,
             options,
             channel_credentials,
             insecure,

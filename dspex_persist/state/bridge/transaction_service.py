@@ -1,0 +1,70 @@
+"""TransactionRpcs: transactions of clients over gRPC, as part of the audit service. Contains no rules."""
+
+from typing import Any, Final
+
+from dspex_persist.state.abilities import Transacts
+from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
+from dspex_persist.state.bridge.headers import EXECUTION_STATUS
+from dspex_persist.state.bridge.incoming import Context, RequestHeaders, check_count, origin_of
+from dspex_persist.state.bridge.records import Codec
+from dspex_persist.state.errors import ExecutionNotFoundError, UnsupportedError
+from dspex_persist.state.model import ExecutionStatus, Failure, Isolation
+from dspex_persist.state.provider import TOOL_TIMEOUT_S, StateProvider
+from dspex_persist.state.tools.transactions import OpenTransaction
+from dspex_persist.state.tools.with_tools import WithTools
+
+FAILURE: Final[Codec[Failure]] = Codec.between(Failure, pb.Failure)
+
+
+class TransactionRpcs:
+    """Begins, commits and aborts transactions. Made and used on one event loop.
+
+    A transaction belongs to the stream of `BeginTransaction`: it ends with the stream, so that nothing is left of a
+    client that has disappeared.
+
+    Args:
+        provider: Has the sessions.
+    """
+
+    def __init__(self, provider: StateProvider) -> None:
+        self._transacting = provider
+        self._open: dict[str, OpenTransaction] = {}
+
+    async def BeginTransaction(self, request: pb.BeginTransactionRequest, context: Context) -> None:
+        provider = self._transacting
+        if not isinstance(provider, WithTools):
+            raise UnsupportedError(Transacts.lacking, Transacts.instead)
+        limits = provider.runner.limits
+        check_count("metadata entries", request.metadata, limits.metadata_entries, "metadata_entries")
+        timeout_s = request.timeout_s if request.HasField("timeout_s") else TOOL_TIMEOUT_S
+        origin = origin_of("BeginTransaction", context, RequestHeaders(context))
+        isolation = request.isolation or Isolation.SERIALIZABLE
+        opened = await OpenTransaction.begin(
+            provider.runner,
+            *provider.transaction_request(request.session, isolation, timeout_s, dict(request.metadata), origin),
+        )
+        execution_id = opened.session.execution_id
+        self._open[execution_id] = opened
+        status = ExecutionStatus.FAILED
+        try:
+            await context.write(pb.BeginTransactionResponse(execution_id=execution_id))
+            outcome = await opened.outcome()
+            status = outcome.status or status
+        finally:
+            del self._open[execution_id]
+            opened.cancel()
+            context.set_trailing_metadata(((EXECUTION_STATUS, status.value),))
+
+    async def CommitTransaction(self, request: pb.CommitTransactionRequest, context: Context) -> Any:
+        return pb.CommitTransactionResponse(sequence=await self._opened(request.execution_id).commit())
+
+    async def AbortTransaction(self, request: pb.AbortTransactionRequest, context: Context) -> Any:
+        failure = FAILURE.record_of(request.failure) if request.HasField("failure") else None
+        await self._opened(request.execution_id).abort(failure)
+        return pb.AbortTransactionResponse()
+
+    def _opened(self, execution_id: str) -> OpenTransaction:
+        opened = self._open.get(execution_id)
+        if opened is None:
+            raise ExecutionNotFoundError(execution_id)
+        return opened
