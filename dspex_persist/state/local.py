@@ -71,7 +71,7 @@ class MemoryState(LogState, Recordable, Forkable):
         sweep_interval_s: float = 30.0,
         gap_s: float = GAP_S,
     ) -> None:
-        super().__init__(groups, name=name, sweep_interval_s=sweep_interval_s, gap_s=gap_s)
+        super().__init__(groups, name=name, sweep_interval_s=sweep_interval_s, gap_s=gap_s, main_leads=True)
         self._log = groups.log
 
     def record(

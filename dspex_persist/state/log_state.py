@@ -52,6 +52,7 @@ class LogState(StateProvider, KeepsOrder):
         sweep_interval_s: How often expired sessions are ended and old outcomes deleted, in seconds.
         gap_s: How long the writer waits for further jobs while several callers write, in seconds. Waiting pays if
             writing a group is expensive.
+        main_leads: Whether the main thread may write small jobs itself; see `Writer`.
         on_fatal: Called if the writer ends because of an unknown outcome or a bug. No more writes are possible then,
             and every later call raises, whether or not there is a callback.
 
@@ -66,6 +67,7 @@ class LogState(StateProvider, KeepsOrder):
         name: str = "the session state",
         sweep_interval_s: float = 30.0,
         gap_s: float = GAP_S,
+        main_leads: bool = False,
         on_fatal: Callable[[BaseException], None] | None = None,
     ) -> None:
         check_seconds("sweep_interval_s", sweep_interval_s)
@@ -85,6 +87,7 @@ class LogState(StateProvider, KeepsOrder):
             on_idle=self._on_idle,
             idle_s=sweep_interval_s,
             gap_s=gap_s,
+            main_leads=main_leads,
             on_fatal=self._on_fatal,
             on_answered=groups.hub.wake,
             has_news=lambda: groups.hub.has_news,

@@ -97,6 +97,8 @@ class Writer:
         on_answered: Called on the writer's thread after the callers of a group have their outcomes.
         has_news: Returns whether `on_answered` has anything to do.
         gap_s: Seconds that the writer waits after a group of several, so that its callers can join the next one.
+        main_leads: Whether the main thread may lead for a small job. Ctrl-C and other signal handlers of Python wait
+            until the group is written, so this is for stores that never wait for a disk.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Writer:
         on_answered: Callable[[], object] = lambda: None,
         has_news: Callable[[], bool] = lambda: False,
         gap_s: float = GAP_S,
+        main_leads: bool = False,
     ) -> None:
         self._write_group = write_group
         self._queue: SimpleQueue[_Queued | _Sign] = SimpleQueue()
@@ -119,6 +122,7 @@ class Writer:
         self._on_idle = on_idle
         self._idle_s = idle_s
         self._gap_s = gap_s
+        self._main_leads = main_leads
         self._on_fatal = on_fatal
         self._on_answered = on_answered
         self._has_news = has_news
@@ -127,7 +131,7 @@ class Writer:
         self._failed_on: int | None = None
         self._gate = threading.Lock()
         # Held while a group is written, and during `check` and `on_idle`.
-        self._lead = threading.RLock()
+        self._turn = threading.RLock()
         # Jobs queued so far, and jobs finished so far. If they are equal, the queue is empty and no group is running.
         self._put = self._over = 0
         # The size of the last group, how long it took, and when it ended.
@@ -203,13 +207,21 @@ class Writer:
         written, because the thread must not lead, or because it would have to wait for another program although
         `wait` is False."""
         # With several callers, the writer's thread makes larger groups.
-        if self._last_size > 1 or self._put != self._over or not _may_lead():
+        if self._last_size > 1 or self._put != self._over or not _has_stack():
             return None
+        if not interrupts.can_come():
+            return self._lead(job, wait)
+        if not (self._main_leads and job.command.is_small):
+            return None
+        with interrupts.held():
+            return self._lead(job, wait)
+
+    def _lead(self, job: Job, wait: bool) -> Outcome | None:
         kept: list[BaseException] = []
         may_hold = True
         try:
             # Inside the `try`: another thread may raise an exception here even as `acquire` returns.
-            if not self._lead.acquire(blocking=False):
+            if not self._turn.acquire(blocking=False):
                 may_hold = False
                 self._last_size = 2
                 return None
@@ -219,7 +231,7 @@ class Writer:
             outcome, failure = self._write_alone(job, wait, kept)
         finally:
             if may_hold:
-                self._lead.release()
+                self._turn.release()
         if failure is not None:
             # Ends the writer's thread.
             self._queue.put(_Sign.END)
@@ -267,7 +279,7 @@ class Writer:
 
         The locks are replaced, because threads that do not exist here either may hold them.
         """
-        self._gate, self._lead = threading.Lock(), threading.RLock()
+        self._gate, self._turn = threading.Lock(), threading.RLock()
         self._closed = reason
 
     def _run(self) -> None:
@@ -278,7 +290,7 @@ class Writer:
             # These jobs have not begun, so they were not written.
             _refuse(waiting, EngineClosedError())
         except BaseException as error:  # noqa: BLE001 - a thread's boundary: no caller may be left waiting
-            with self._lead:
+            with self._turn:
                 if self._failed_on != threading.get_ident():
                     # It came from outside a group, where `_leading` does not see it.
                     self._fail(waiting, error)
@@ -311,7 +323,7 @@ class Writer:
     @contextmanager
     def _leading(self, waiting: list[_Queued]) -> Iterator[None]:
         """Hold the lead. An exception ends the writer before another thread can lead."""
-        with self._lead:
+        with self._turn:
             if self._failed_on is not None:
                 raise _EndedError
             try:
@@ -406,10 +418,8 @@ class Writer:
                 _refuse([queued], EngineClosedError())
 
 
-def _may_lead() -> bool:
-    """Whether the calling thread can lead: no signal handler and no recursion limit may interrupt its group."""
-    if interrupts.can_come():
-        return False
+def _has_stack() -> bool:
+    """Whether the calling thread is far enough from the recursion limit to lead."""
     try:
         sys._getframe(sys.getrecursionlimit() - _STACK)
     except ValueError:
