@@ -3,7 +3,11 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dspex_persist import opening as _opening
+
 if TYPE_CHECKING:
+    import os
+
     from dspex_persist.cognitive.context import Context as Context
     from dspex_persist.cognitive.tool_context import ToolContext as ToolContext
     from dspex_persist.cognitive.toolbox import Toolbox as Toolbox
@@ -94,3 +98,11 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _open_state(url: "str | os.PathLike[str]", /, **options: Any) -> Any:
+    return import_module("dspex_persist.wiring").connect(url, **options)
+
+
+# Here, because every import of a part of the package runs this file.
+_opening.register(_open_state)

@@ -12,7 +12,7 @@ import dspex_persist
 def main(target: str) -> None:
     """Call the shop's tools at `target`."""
     with dspex_persist.BridgedState(target) as state:
-        shop = dspex_persist.Context(state, "shop")
+        shop = dspex_persist.Context("shop", state)
         print("tools:", [spec.name for spec in state.list_tools("shop")])
         shop.call("open_shop")
         print("bread for", shop.call("sell", article="bread"))

@@ -30,9 +30,9 @@ visitors: list[Callable[[], object]] = []
 def open_shop(ctx: ToolContext) -> list[str]:
     """Define the missing variables of the shop; return the names of all."""
     for article in PRICES:
-        ctx.variables.define(article, 10, constraints={"min": 0})
+        ctx.define(article, 10, constraints={"min": 0})
     for name in ("cash", "counted"):
-        ctx.variables.define(name, 0)
+        ctx.define(name, 0)
     return sorted(ctx)
 
 
@@ -101,7 +101,7 @@ def main(path: Path) -> None:
     for each in (open_shop, sell, order, restock, report, count_once, count):
         tools.add(each)
     with dspex_persist.connect(path, tools=tools) as state:
-        shop = dspex_persist.Context(state, SESSION)
+        shop = dspex_persist.Context(SESSION, state)
         print("variables:", shop.call("open_shop"))
         print("bread for", shop.call("sell", article="bread", amount=2))
         print("order:", shop.call("order", basket={"apples": 1, "milk": 99}))
@@ -116,7 +116,7 @@ def main(path: Path) -> None:
             outcome = state.execute_tool(SESSION, name)
             answer = outcome.result.json if outcome.result is not None else str(outcome.error)
             print(f"{name}: {answer} (attempts: {outcome.attempts})")
-        for entry in shop.variables.history("cash", limit=3):
+        for entry in shop.history("cash", limit=3):
             print(f"cash: version {entry.version}, written by execution {entry.cause}")
 
 

@@ -1,37 +1,228 @@
-"""Context: a session of any provider."""
+"""Context: a session on any backend."""
 
-from collections.abc import Mapping
-from typing import Any
+import asyncio
+import secrets
+import threading
+from collections.abc import Generator, Mapping
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
 
-from dspex_persist.cognitive.variables import Mapped, Variables
-from dspex_persist.state import values
+from dspex_persist.cognitive.backends import LOCAL, Backend, Place
+from dspex_persist.cognitive.errors import ContextClosedError
+from dspex_persist.cognitive.steps import (
+    DEFAULT,
+    Asked,
+    Step,
+    Steps,
+    Terms,
+    Work,
+    ask,
+    run,
+    run_aio,
+    run_work,
+    run_work_aio,
+    verb,
+)
+from dspex_persist.cognitive.variables import Variables, terms_of
+from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.abilities import ExecutesTools
-from dspex_persist.state.provider import StateProvider
+from dspex_persist.state.errors import EngineClosedError, InvalidArgumentError
+from dspex_persist.state.provider import TOOL_TIMEOUT_S, StateProvider
 from dspex_persist.state.tools.ports import ToolCode, name_of
 
+C = TypeVar("C", bound="Context")
 
-class Context(Mapped):
-    """A session, as a mapping from the names of its variables to their values.
+_TTL = "ttl_seconds"
 
-    Creating the context begins the session, or resumes it if it exists. The context does not own the provider: several
-    contexts may share one, and closing it is up to the caller that opened it.
+
+class Context(Variables):
+    """A session on any backend: its variables, and the tools that work on them.
+
+    Creating the context begins the session, or resumes the live one with its id. Use it in a `with` block, or close it:
+    it closes what it opened, and nothing else. It may be used from any thread, and from asyncio by the `aio` of each
+    verb, in an `async with` block.
+
+    Args:
+        session_id: The id of the session; None makes one up.
+        backend: Where the session is: "local" (memory of this context alone), a path or a URL (see
+            `dspex_persist.connect`), or a provider that you opened, which the context leaves open.
+        ttl_s: For how long the session lives without being used, in seconds; 0 for ever. None leaves it as it is.
+        metadata: Texts to keep with the session.
+        create: Whether to begin the session if there is no live one.
+        actor: Who makes the changes, such as `user:alice`; by default whoever the backend says.
+        tools: Tools to call: anything that `Toolbox.of` accepts.
+        strict: Whether assigning to a name that is not defined is an error; otherwise it defines a variable.
+        options: Further options of `dspex_persist.connect`, if the context opens the backend.
 
     Attributes:
         session_id: The id of the session.
-        variables: Its variables.
         resumed: Whether the session existed already.
+        backend: Which backend it is on, and where.
+
+    Raises:
+        SessionNotFoundError: There is no live session with this id, and `create` is False.
+        OpenError: The file cannot be opened.
+        InvalidArgumentError: An argument is wrong.
     """
 
-    def __init__(self, provider: StateProvider, session_id: str, metadata: Mapping[str, str] | None = None) -> None:
-        self.session_id = session_id
-        self.variables: Variables = Variables(provider, session_id)
-        self._provider = provider
-        self.resumed = provider.initialize_session(session_id, metadata).resumed
+    def __init__(
+        self,
+        session_id: str | None = None,
+        backend: Place = LOCAL,
+        *,
+        ttl_s: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+        create: bool = True,
+        actor: str | None = None,
+        tools: object = None,
+        strict: bool = False,
+        **options: Any,
+    ) -> None:
+        self._prepare(session_id, actor, strict)
+        begin = self._begin(metadata, ttl_s, create)
+        self.backend = _open(backend, tools, options)
+        try:
+            self.resumed = run(self, begin)
+        except BaseException:
+            self.backend.close()
+            raise
 
-    def __repr__(self) -> str:
-        return f"<Context of session {self.session_id!r}>"
+    @classmethod
+    def aopen(cls, session_id: str | None = None, backend: Place = LOCAL, **options: Any) -> "Opening[Self]":
+        """Open a context without blocking the event loop, with the arguments of `Context`.
 
-    def call(self, tool: ToolCode | str, /, **arguments: object) -> Any:
+        Returns:
+            What to await, or to use with `async with`.
+        """
+        return Opening(cls, session_id, backend, options)
+
+    @classmethod
+    async def _aopen(
+        cls,
+        session_id: str | None,
+        backend: Place,
+        *,
+        ttl_s: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+        create: bool = True,
+        actor: str | None = None,
+        tools: object = None,
+        strict: bool = False,
+        **options: Any,
+    ) -> Self:
+        self = cls.__new__(cls)
+        self._prepare(session_id, actor, strict)
+        begin = self._begin(metadata, ttl_s, create)
+        self.backend = await asyncio.to_thread(_open, backend, tools, options)
+        try:
+            self.resumed = await run_aio(self, begin)
+        except BaseException:
+            await asyncio.to_thread(self.backend.close)
+            raise
+        return self
+
+    def _prepare(self, session_id: str | None, actor: str | None, strict: bool) -> None:
+        if isinstance(session_id, StateProvider):
+            raise InvalidArgumentError(
+                "session_id", "it must be a str, not a provider: the session comes first, Context(session_id, provider)"
+            )
+        self.session_id = f"ses_{secrets.token_hex(8)}" if session_id is None else session_id
+        self.strict = strict
+        self._terms = DEFAULT if actor is None else Terms(arguments.text("actor", actor))
+        self._closed = False
+        self._closing = threading.Lock()
+        self.resumed = False
+
+    def _begin(self, metadata: Mapping[str, str] | None, ttl_s: float | None, create: bool) -> Steps[bool]:
+        facts = {} if metadata is None else metadata
+        if ttl_s is not None:
+            facts = {**facts, _TTL: f"{ttl_s:g}"}
+        if not create:
+            yield from ask(commands.GetSession(self.session_id))
+        if facts or create:
+            return (yield from ask(commands.InitializeSession(self.session_id, facts))).resumed
+        return True
+
+    # Steps
+
+    def run_step(self, step: Step) -> Any:
+        """See `Runs`."""
+        if self._closed:
+            raise ContextClosedError(self.session_id)
+        kind, terms = type(step), self._terms
+        if kind is Work:
+            return run_work(step)  # type: ignore[arg-type]
+        if kind is Asked:
+            terms = self._signed(step.terms)  # type: ignore[union-attr]
+            step = step.command  # type: ignore[union-attr]
+        try:
+            return self.backend.run(step, terms)  # type: ignore[arg-type]
+        except EngineClosedError:
+            if self._closed:
+                raise ContextClosedError(self.session_id) from None
+            raise
+
+    async def run_step_aio(self, step: Step) -> Any:
+        """See `Runs`."""
+        if self._closed:
+            raise ContextClosedError(self.session_id)
+        if isinstance(step, Work):
+            return await run_work_aio(step)
+        command, terms = (step.command, self._signed(step.terms)) if isinstance(step, Asked) else (step, self._terms)
+        try:
+            return await self.backend.run_aio(command, terms)
+        except EngineClosedError:
+            if self._closed:
+                raise ContextClosedError(self.session_id) from None
+            raise
+
+    def _signed(self, terms: Terms) -> Terms:
+        return terms if terms.actor is not None else terms._replace(actor=self._terms.actor)
+
+    # Tools, and the session
+
+    @verb
+    def execute(
+        self,
+        tool: ToolCode | str,
+        parameters: Mapping[str, object],
+        *,
+        metadata: Mapping[str, str] | None = None,
+        timeout_s: float = TOOL_TIMEOUT_S,
+        actor: str | None = None,
+        reason: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Steps[Any]:
+        """Execute a tool as one transaction: `call`, with options.
+
+        Args:
+            tool: The tool, or its name.
+            parameters: The tool's arguments by name.
+            metadata: Texts to record with the execution.
+            timeout_s: How long to wait, in seconds; then the execution ends as timed out.
+            actor: Who asks for it; by default the actor of the context.
+            reason: Why.
+            idempotency_key: With the same key, the tool runs only once; repeated calls get the same result.
+
+        Returns:
+            The result of the tool, or None if it has none.
+
+        Raises:
+            StateError: The tool failed or conflicted, and wrote nothing.
+            UnsupportedError: The backend executes no tools.
+        """
+        ExecutesTools.of(self.backend.provider)
+        encoded = values.encode_arguments(arguments.mapping("parameters", parameters))
+        timeout_s = arguments.timeout("timeout_s", timeout_s)
+        facts = {} if metadata is None else metadata
+        command = commands.ExecuteTool(self.session_id, name_of(tool), encoded, facts, timeout_s)
+        outcome = yield from ask(command, terms_of(actor, reason, idempotency_key))
+        if outcome.error is not None:
+            raise outcome.error
+        return values.decode_loosely(outcome.result, outcome.result_type) if outcome.result is not None else None
+
+    @verb
+    def call(self, tool: ToolCode | str, /, **arguments: object) -> Steps[Any]:
         """Execute a tool as one transaction.
 
         Args:
@@ -43,13 +234,79 @@ class Context(Mapped):
 
         Raises:
             StateError: The tool failed or conflicted, and wrote nothing.
-            UnsupportedError: The provider executes no tools.
+            UnsupportedError: The backend executes no tools.
         """
-        outcome = ExecutesTools.of(self._provider).execute_tool(self.session_id, name_of(tool), arguments)
-        if outcome.error is not None:
-            raise outcome.error
-        return values.decode_loosely(outcome.result, outcome.result_type) if outcome.result is not None else None
+        return (yield from self.execute.steps(tool, arguments))
 
-    def end(self) -> None:
+    @verb
+    def end(self) -> Steps[None]:
         """End the session. Its history is kept."""
-        self._provider.cleanup_session(self.session_id)
+        yield from ask(commands.CleanupSession(self.session_id))
+
+    # Opening and closing
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
+
+    def close(self) -> None:
+        """Close what the context opened. The session goes on, and can be opened again. Closing twice is harmless."""
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                self.backend.close()
+
+    async def aclose(self) -> None:
+        """Do the same without blocking the event loop."""
+        await asyncio.to_thread(self.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        return f"<Context of session {self.session_id!r}>"
+
+
+class Opening(Generic[C]):
+    """A context that is being opened: `ctx = await Context.aopen(...)`, or `async with Context.aopen(...) as ctx`."""
+
+    def __init__(self, kind: type[C], session_id: str | None, backend: Place, options: Mapping[str, Any]) -> None:
+        self._coroutine = kind._aopen(session_id, backend, **options)
+        self._context: C | None = None
+
+    def __await__(self) -> Generator[Any, Any, C]:
+        return self._coroutine.__await__()
+
+    async def __aenter__(self) -> C:
+        self._context = await self._coroutine
+        return self._context
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._context is not None:
+            await self._context.aclose()
+
+
+def _open(place: Place, tools: object, options: Mapping[str, Any]) -> Backend:
+    """Return the backend at a place, with tools."""
+    if tools is None:
+        return Backend.open(place, options)
+    from dspex_persist.cognitive.toolbox import Toolbox
+
+    toolbox = Toolbox.of(tools)
+    return Backend.open(place, {**options, "tools": toolbox})

@@ -1,8 +1,22 @@
-"""Errors in the definition of tools, and in loading them."""
+"""Errors of contexts, in the definition of tools, and in loading them."""
 
 from dataclasses import dataclass
 
 from dspex_persist.errors import DspexError
+from dspex_persist.spelling import quote
+
+
+@dataclass(eq=False)
+class ContextClosedError(DspexError):
+    """The context was closed, and is used nevertheless."""
+
+    session_id: str
+
+    def __str__(self) -> str:
+        return (
+            f"the context of session {quote(self.session_id)} is closed; the session goes on unless its backend was in "
+            "memory: open it with Context(session_id, backend)"
+        )
 
 
 @dataclass(eq=False)

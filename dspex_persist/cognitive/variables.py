@@ -1,45 +1,67 @@
-"""Variables: a session's variables as a mapping of Python values."""
+"""The verbs of a session's variables, which a context, a tool's context and a transaction share."""
 
-from collections.abc import ItemsView, Iterator, Mapping, MutableMapping, ValuesView
-from typing import Any, Protocol, TypeVar
+from abc import abstractmethod
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
+from typing import Any, NoReturn
 
+from dspex_persist.cognitive.mapping import VariableMapping
+from dspex_persist.cognitive.records import DESCRIPTION, HistoryEntry, VariableInfo, decode
+from dspex_persist.cognitive.steps import Runs, Step, Steps, Terms, ask, verb, work
 from dspex_persist.state import arguments, commands, values
-from dspex_persist.state.commands import Command
-from dspex_persist.state.errors import InvalidArgumentError, VariableNotFoundError
-from dspex_persist.state.model import BatchOutcome, Value, Variable, VariableVersion
-from dspex_persist.state.provider import StateProvider
-from dspex_persist.state.watch import Watch
+from dspex_persist.state.errors import (
+    InvalidArgumentError,
+    VariableNotFoundError,
+    VariableReplacedError,
+    VersionConflictError,
+)
+from dspex_persist.state.model import BatchOutcome, Value
 
-R = TypeVar("R")
+__all__ = ["Variables", "decode"]
+
+RETRIES = 100
+"""How often `update` repeats by default when others write the variable meanwhile."""
 
 # In the class below, `list` is a method.
-_Versions = list[VariableVersion]
+_Entries = list[HistoryEntry]
+_Infos = tuple[VariableInfo, ...]
 
 
-class Runs(Protocol):
-    """Runs commands: a provider at once, a tool's execution inside its transaction."""
-
-    def run(self, command: Command[R]) -> R:
-        """Return the result of the command, or raise a `StateError`."""
+class _TypeNeededError(Exception):
+    """How a value is encoded depends on the variable's type."""
 
 
-def decode(record: Variable | VariableVersion) -> Any:
-    """Return the value of a variable or of an entry of its history as a Python object; None for a deletion."""
-    return None if record.value is None else values.decode(record.type, record.value)
+def _need_type() -> NoReturn:
+    raise _TypeNeededError
 
 
-class VariableMapping(MutableMapping[str, Any]):
-    """A session's variables as a mapping: `variables["temperature"] = 0.9` writes, `del` deletes.
+class Variables(Runs):
+    """A session's variables: verbs to define, read, write and query them, and `[]`.
 
-    Only defined variables can be written, and every value must match the variable's type and constraints. An unknown
-    name raises KeyError, as in any mapping; everything else that is refused raises a `StateError`. Reads return copies:
-    changing one has no effect until you write it back. Types are known at run time only, hence Any.
+    Each verb can be called, or awaited by its `aio`: `ctx.set("x", 1)`, `await ctx.set.aio("x", 1)`. `[]`, `in`, `del`,
+    iteration and `variables` are synchronous only.
+
+    Reads return copies: changing one has no effect until you write it back. An unknown name raises
+    `VariableNotFoundError`, which is a `KeyError`.
+
+    Attributes:
+        session_id: The id of the session.
+        strict: Whether assigning to a name that is not defined is an error; otherwise it defines a variable.
     """
 
-    def __init__(self, runs: Runs, session_id: str) -> None:
-        self._runs = runs
-        self._session_id = session_id
+    session_id: str
+    strict: bool
 
+    @abstractmethod
+    def run_step(self, step: Step) -> Any:
+        """See `Runs`."""
+
+    @abstractmethod
+    async def run_step_aio(self, step: Step) -> Any:
+        """See `Runs`."""
+
+    # Verbs
+
+    @verb
     def define(
         self,
         name: str,
@@ -47,16 +69,22 @@ class VariableMapping(MutableMapping[str, Any]):
         *,
         type_name: str | None = None,
         constraints: Mapping[str, Any] | None = None,
+        description: str | None = None,
         metadata: Mapping[str, str] | None = None,
-    ) -> str:
-        """Register a variable. If it exists with the same type and constraints, leave it as it is.
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> Steps[str]:
+        """Define a variable. If it exists with the same type and constraints, leave it as it is.
 
         Args:
             name: The name of the variable.
             value: Its initial value.
             type_name: Its type; by default it is inferred from `value`.
             constraints: The constraints that every value must satisfy, by keyword.
+            description: What it is for. It is kept in the metadata.
             metadata: Its metadata.
+            reason: Why it is defined.
+            actor: Terms defines it; by default the actor of the context.
 
         Returns:
             The id of the variable.
@@ -69,187 +97,280 @@ class VariableMapping(MutableMapping[str, Any]):
         type_name = arguments.text("type_name", type_name)
         encoded = values.encode(value, type_name, name=name)
         text = values.constraints_json(name, constraints)
-        command = commands.RegisterVariable(self._session_id, name, type_name, encoded, text, metadata or {})
-        return self._runs.run(command)
+        facts = {} if metadata is None else metadata
+        if description is not None:
+            facts = {**facts, DESCRIPTION: description}
+        command = commands.RegisterVariable(self.session_id, name, type_name, encoded, text, facts)
+        return (yield from ask(command, terms_of(actor, reason)))
 
-    def describe(self, name: str) -> Variable:
-        """Return the variable itself: type, version, constraints, metadata, lock."""
-        return self._runs.run(commands.GetVariable(self._session_id, name))
+    @verb
+    def get(self, name: str, default: Any = None) -> Steps[Any]:
+        """Return the variable's value, or `default` if there is no variable of this name."""
+        if not isinstance(name, str):
+            return default
+        found = yield from ask(commands.GetVariables(self.session_id, (name,)))
+        record = found.variables.get(name)
+        return default if record is None else decode(record)
 
+    @verb
+    def get_many(self, *names: str) -> Steps[dict[str, Any]]:
+        """Return the values of these variables by name, as of one moment. Unknown names are left out.
+
+        Without names it returns all variables.
+        """
+        if not names:
+            everything = yield from ask(commands.ListVariables(self.session_id))
+            return {record.name: decode(record) for record in everything}
+        found = yield from ask(commands.GetVariables(self.session_id, names))
+        return {name: decode(record) for name, record in found.variables.items()}
+
+    @verb
+    def info(self, name: str) -> Steps[VariableInfo]:
+        """Return the variable itself: its type, version, constraints, metadata, lock.
+
+        Raises:
+            VariableNotFoundError: There is no such variable.
+        """
+        return VariableInfo((yield from ask(commands.GetVariable(self.session_id, name))))
+
+    @verb
+    def list(self, pattern: str = "") -> Steps[_Infos]:
+        """Return the variables whose name matches a glob with `*` and `?` ("": all), oldest first."""
+        found = yield from ask(commands.ListVariables(self.session_id, pattern))
+        return tuple(VariableInfo(record) for record in found)
+
+    @verb
     def set(
         self,
         name: str,
         value: object,
         *,
+        create: bool = False,
         metadata: Mapping[str, str] | None = None,
         expected_version: int | None = None,
-    ) -> int:
+        reason: str | None = None,
+        actor: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Steps[int]:
         """Write a value.
 
         Args:
             name: The name of the variable.
             value: The new value.
+            create: Define the variable if there is none of this name, with the type inferred from `value`.
             metadata: The metadata of the new version.
             expected_version: Write only if this is the current version.
+            reason: Why it is written. The history keeps it.
+            actor: Terms writes; by default the actor of the context.
+            idempotency_key: With the same key, the value is written only once.
 
         Returns:
             The new version.
 
         Raises:
-            KeyError: There is no such variable.
+            VariableNotFoundError: There is no such variable.
             VersionConflictError: The current version is not `expected_version`.
             StateError: The value is invalid, or the variable is locked.
         """
+        terms = terms_of(actor, reason, idempotency_key)
         try:
-            encoded = values.encode_for(value, lambda: self.describe(name).type, name=name)
-            command = commands.SetVariable(self._session_id, name, encoded, metadata or {}, expected_version)
-            return self._runs.run(command)
+            encoded = yield from self._encode(name, value)
+            command = commands.SetVariable(
+                self.session_id, name, encoded, {} if metadata is None else metadata, expected_version
+            )
+            return (yield from ask(command, terms))
         except VariableNotFoundError as error:
-            raise KeyError(_missing(error, f"define it first: define({name!r}, ...)")) from None
+            if not create:
+                error.hint = _advice(error, name)
+                raise
+        return (yield from self._create(name, value, metadata, terms_of(actor, reason)))
 
-    def delete(self, name: str) -> None:
-        """Delete the variable. Its history is kept."""
+    def _create(self, name: str, value: object, metadata: Mapping[str, str] | None, terms: Terms | None) -> Steps[int]:
+        encoded, facts = values.encode(value, name=name), {} if metadata is None else metadata
+        type_name = values.infer_type(value, name=name)
+        yield from ask(commands.RegisterVariable(self.session_id, name, type_name, encoded, "", facts), terms)
+        record = yield from ask(commands.GetVariable(self.session_id, name))
+        if record.version == 0 and decode(record) == decode(record._replace(value=encoded)):
+            return 0
+        # Others have defined it in the meantime; registering it then writes nothing.
+        encoded = yield from self._encode(name, value)
+        return (yield from ask(commands.SetVariable(self.session_id, name, encoded, facts), terms))
+
+    def _encode(self, name: str, value: object) -> Steps[Value]:
         try:
-            self._runs.run(commands.DeleteVariable(self._session_id, name))
-        except VariableNotFoundError as error:
-            raise KeyError(_missing(error)) from None
+            return values.encode_for(value, _need_type, name=name)
+        except _TypeNeededError:
+            pass
+        record = yield from ask(commands.GetVariable(self.session_id, name))
+        return values.encode(value, record.type, name=name)
 
-    def get_all(self, *names: str) -> dict[str, Any]:
-        """Return the values of these variables, or of all, in one consistent read; KeyError if one is missing."""
-        if not names:
-            return {variable.name: decode(variable) for variable in self.list()}
-        batch = self._runs.run(commands.GetVariables(self._session_id, names))
-        if batch.missing:
-            raise KeyError(", ".join(batch.missing))
-        return {name: decode(variable) for name, variable in batch.variables.items()}
+    @verb
+    def update(
+        self,
+        name: str,
+        function: Callable[[Any], Any],
+        *,
+        retries: int = RETRIES,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> Steps[Any]:
+        """Write what a function makes of the current value, atomically.
 
-    def set_all(self, changes: Mapping[str, object]) -> Mapping[str, int]:
-        """Write several values atomically, and return the new versions by name.
+        If others write the variable in the meantime, the function is called again with their value.
+
+        Args:
+            name: The name of the variable.
+            function: Takes the value and returns the new one. From asyncio it runs in a thread; a coroutine function
+                is awaited.
+            retries: How often to call it again at most.
+            reason: Why it is written.
+            actor: Terms writes; by default the actor of the context.
+
+        Returns:
+            The new value.
 
         Raises:
-            InvalidArgumentError: A value was refused, and nothing was written.
+            VariableNotFoundError: There is no such variable.
+            VersionConflictError: Others wrote the variable during each of the attempts.
         """
-        outcome = self.update_all(changes)
-        if not outcome.success:
-            raise InvalidArgumentError("updates", "; ".join(outcome.errors.values()))
-        return outcome.versions
+        terms, left = terms_of(actor, reason), arguments.short_number("retries", retries)
+        while True:
+            record = yield from ask(commands.GetVariable(self.session_id, name))
+            result = yield from work(function, decode(record))
+            encoded = values.encode_for(result, lambda type_name=record.type: type_name, name=name)  # type: ignore[misc]
+            command = commands.SetVariable(self.session_id, name, encoded, {}, record.version)
+            try:
+                yield from ask(command, terms)
+            except (VersionConflictError, VariableReplacedError):
+                if left <= 0:
+                    raise
+                left -= 1
+            else:
+                return values.decode(record.type, encoded)
 
-    def update_all(self, changes: Mapping[str, object]) -> BatchOutcome:
-        """Write several values in one commit, or none of them. The outcome has the errors by name."""
-        updates = arguments.mapping("updates", changes)
-        encoded = {name: self._encode(name, value) for name, value in updates.items()}
-        return self._runs.run(commands.SetVariables(self._session_id, encoded, atomic=True))
+    @verb
+    def update_many(
+        self,
+        changes: Mapping[str, object],
+        *,
+        atomic: bool = True,
+        metadata: Mapping[str, str] | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Steps[BatchOutcome]:
+        """Write several values in one commit.
 
-    def _encode(self, name: str, value: object) -> Value:
-        def find_type() -> str | None:
-            variable = self._find(name)
-            return None if variable is None else variable.type
+        Args:
+            changes: The values by name.
+            atomic: Write all of them or none. Otherwise those that are valid are written.
+            metadata: The metadata of the new versions.
+            reason: Why they are written.
+            actor: Terms writes; by default the actor of the context.
+            idempotency_key: With the same key, they are written only once.
 
-        return values.encode_for(value, find_type, name=name)
+        Returns:
+            The outcome: `versions` by name and, unless `atomic`, `errors` by name.
 
-    def history(self, name: str, limit: int = 0) -> _Versions:
-        """Return the newest `limit` versions (0: 100), newest first. `dspex_persist.decode` returns their values."""
-        return self._runs.run(commands.GetVariableHistory(self._session_id, name, limit))
+        Raises:
+            InvalidArgumentError: `atomic`, and a value was refused: nothing was written.
+        """
+        encoded = {}
+        for name, value in arguments.mapping("changes", changes).items():
+            encoded[name] = yield from self._encode_if_known(name, value)
+        command = commands.SetVariables(
+            self.session_id, encoded, {} if metadata is None else metadata, arguments.flag("atomic", atomic)
+        )
+        outcome = yield from ask(command, terms_of(actor, reason, idempotency_key))
+        if atomic and not outcome.success:
+            raise InvalidArgumentError("changes", "; ".join(outcome.errors.values()))
+        return outcome
 
-    def rollback(self, name: str, version: int) -> Any:
-        """Write the value of an earlier version as a new version, and return it."""
-        return decode(self._runs.run(commands.RollbackVariable(self._session_id, name, version)))
+    def _encode_if_known(self, name: str, value: object) -> Steps[Value]:
+        try:
+            return values.encode_for(value, _need_type, name=name)
+        except _TypeNeededError:
+            pass
+        found = yield from ask(commands.GetVariables(self.session_id, (name,)))
+        record = found.variables.get(name)
+        return values.encode(value, None if record is None else record.type, name=name)
 
-    def list(self, pattern: str = "") -> tuple[Variable, ...]:
-        """Return the variables whose name matches a glob with `*` and `?` ("": all), oldest first."""
-        return self._runs.run(commands.ListVariables(self._session_id, pattern))
+    @verb
+    def delete(self, name: str, *, reason: str | None = None, actor: str | None = None) -> Steps[None]:
+        """Delete the variable. Its history is kept.
 
-    def _find(self, name: object) -> Variable | None:
-        if not isinstance(name, str):
-            return None
-        return self._runs.run(commands.GetVariables(self._session_id, (name,))).variables.get(name)
+        Raises:
+            VariableNotFoundError: There is no such variable.
+        """
+        yield from ask(commands.DeleteVariable(self.session_id, name), terms_of(actor, reason))
 
-    # The methods of a mapping. Those about several variables use one consistent read.
+    @verb
+    def history(self, name: str, limit: int = 0, *, before: int | None = None) -> Steps[_Entries]:
+        """Return versions of a variable, newest first.
+
+        Args:
+            name: The name of the variable, which may have been deleted.
+            limit: How many versions at most; 0 means 100.
+            before: Only versions with lower numbers.
+        """
+        entries = yield from ask(commands.GetVariableHistory(self.session_id, name, limit, before))
+        return [HistoryEntry(entry) for entry in entries]
+
+    @verb
+    def rollback(self, name: str, version: int, *, reason: str | None = None, actor: str | None = None) -> Steps[Any]:
+        """Write the value of an earlier version as a new version, and return it.
+
+        Raises:
+            VariableNotFoundError: There is no such variable.
+            VersionNotFoundError: It never had this version.
+        """
+        command = commands.RollbackVariable(self.session_id, name, version)
+        return decode((yield from ask(command, terms_of(actor, reason))))
+
+    # As a mapping
+
+    @property
+    def variables(self) -> VariableMapping:
+        """The variables as a mapping that behaves like a dict."""
+        return VariableMapping(self)
 
     def __getitem__(self, name: str) -> Any:
-        try:
-            return decode(self.describe(name))
-        except VariableNotFoundError as error:
-            raise KeyError(_missing(error)) from None
+        return decode(self.run_step(commands.GetVariable(self.session_id, name)))
 
     def __setitem__(self, name: str, value: object) -> None:
-        self.set(name, value)
+        self.set(name, value, create=not self.strict)
 
     def __delitem__(self, name: str) -> None:
         self.delete(name)
 
     def __contains__(self, name: object) -> bool:
-        return self._find(name) is not None
+        if not isinstance(name, str):
+            return False
+        return bool(self.run_step(commands.GetVariables(self.session_id, (name,))).variables)
 
     def __iter__(self) -> Iterator[str]:
-        return iter([variable.name for variable in self.list()])
+        return iter(self.names())
 
     def __len__(self) -> int:
-        return len(self.list())
+        return len(self.run_step(commands.ListVariables(self.session_id)))
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return the variable's value, or `default` if there is no such variable."""
-        variable = self._find(name)
-        return default if variable is None else decode(variable)
+    def names(self) -> Sequence[str]:
+        """Return the names of all variables, oldest first."""
+        return [record.name for record in self.run_step(commands.ListVariables(self.session_id))]
 
-    def items(self) -> ItemsView[str, Any]:
-        """Names and values."""
-        return self.get_all().items()
-
-    def values(self) -> ValuesView[Any]:
-        """The values."""
-        return self.get_all().values()
-
-    def update(self, changes: Any = (), /, **more: Any) -> None:
-        """Write several values in one commit, or raise an error and write none; see `set_all`."""
-        try:
-            merged = dict(changes, **more)
-        except (TypeError, ValueError):
-            kind = type(changes).__name__
-            raise InvalidArgumentError("updates", f"it must be a mapping, such as a dict, not {kind}") from None
-        self.set_all(merged)
-
-
-class Mapped(MutableMapping[str, Any]):
-    """An object with variables that is used as the mapping of them."""
-
-    variables: VariableMapping
-
-    def __getitem__(self, name: str) -> Any:
-        return self.variables[name]
-
-    def __setitem__(self, name: str, value: object) -> None:
-        self.variables[name] = value
-
-    def __delitem__(self, name: str) -> None:
-        del self.variables[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.variables
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.variables)
-
-    def __len__(self) -> int:
-        return len(self.variables)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return the variable's value, or `default` if there is no such variable."""
-        return self.variables.get(name, default)
+    def keys(self) -> KeysView[str]:
+        """Return the names of all variables, as of one moment."""
+        return dict.fromkeys(self.names()).keys()
 
     def items(self) -> ItemsView[str, Any]:
-        """Return names and values, in one consistent read."""
-        return self.variables.items()
+        """Return names and values, as of one moment."""
+        return self.get_many().items()
 
     def values(self) -> ValuesView[Any]:
-        """Return the values, in one consistent read."""
-        return self.variables.values()
+        """Return the values, as of one moment."""
+        return self.get_many().values()
 
-    def update(self, changes: Any = (), /, **more: Any) -> None:
-        """Write several values in one commit, or raise an error and write none."""
-        self.variables.update(changes, **more)
-
-    # It represents a session: true even without variables, and equal only to itself.
+    # It stands for a session: true even without variables, and equal only to itself.
 
     def __bool__(self) -> bool:
         return True
@@ -261,18 +382,12 @@ class Mapped(MutableMapping[str, Any]):
         return id(self)
 
 
-class Variables(VariableMapping):
-    """The variables of a session of a provider. With a durable provider, a write is durable when it returns."""
-
-    def __init__(self, provider: StateProvider, session_id: str) -> None:
-        super().__init__(provider, session_id)
-        self._provider = provider
-
-    def watch(self, *names: str, after_sequence: int | None = None) -> Watch:
-        """Watch the variables with these names, or all; see `StateProvider.watch`."""
-        return self._provider.watch(self._session_id, names, after_sequence=after_sequence)
+def terms_of(actor: str | None, reason: str | None, idempotency_key: str | None = None) -> Terms | None:
+    """Return the terms of a command; None for the default."""
+    if actor is None and reason is None and idempotency_key is None:
+        return None
+    return Terms(actor, reason, idempotency_key)
 
 
-def _missing(error: VariableNotFoundError, advice: str = "") -> str:
-    hints = " Or ".join(filter(None, (error.hint, advice)))
-    return f"{error.identifier}; {hints}" if hints else error.identifier
+def _advice(error: VariableNotFoundError, name: str) -> str:
+    return " Or ".join(filter(None, (error.hint, f"define it first: define({name!r}, ...)")))

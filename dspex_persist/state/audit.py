@@ -53,6 +53,7 @@ class HistoryEntry:
         masked: Whether the value is hidden because the variable is sensitive.
         caller_id: The tool execution that called the one that wrote the version; None if a client called it.
         caller_tool: The tool of that caller.
+        reason: Why it was written; None if its writer gave no reason.
     """
 
     session_id: str
@@ -73,6 +74,7 @@ class HistoryEntry:
     masked: bool = False
     caller_id: str | None = None
     caller_tool: str | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +205,7 @@ class VariableState:
     masked: bool = False
     caller_id: str | None = None
     caller_tool: str | None = None
+    reason: str | None = None
 
 
 class DifferenceKind(StrEnum):

@@ -10,7 +10,7 @@ import pytest
 from dspex_persist.state import commands, errors
 from dspex_persist.state.abilities import Auditable
 from dspex_persist.state.audit import CommitQuery, ExecutionQuery, HistoryQuery, SessionQuery
-from dspex_persist.state.model import ChangeKind, Origin, Source, Value
+from dspex_persist.state.model import REASON, ChangeKind, Origin, Source, Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.testing.checks import check_invalid
 from dspex_persist.testing.provider_contract.base import Contract
@@ -46,6 +46,20 @@ class AuditContract(Contract):
             assert audit.version(audited, third.variable_id, 2) == third
             oldest = audit.iterate(HistoryQuery(session=audited, newest_first=False, limit=1))
             assert [each.version for each in oldest] == [0]
+
+    def test_who_and_why(self, provider: StateProvider, session: str) -> None:
+        why = "ticket 1201:\ntoo high, naïvely"
+        provider.register_variable(session, "x", "integer", 1, metadata={"unit": "s"}, actor="ada", reason="begin")
+        provider.set_variable(session, "x", 2, metadata={"n": "2"}, actor="bob", reason=why)
+        with Auditable.of(provider).audit() as audit:
+            newest, first = audit.iterate(HistoryQuery(session=session, variable="x"))
+            assert (newest.actor, newest.reason, newest.metadata) == ("bob", why, {"n": "2"})
+            assert (first.actor, first.reason, first.metadata) == ("ada", "begin", {"unit": "s"})
+            (state,) = audit.state(session)
+            assert (state.actor, state.reason, state.metadata) == ("bob", why, {"unit": "s", "n": "2"})
+            assert list(audit.iterate(HistoryQuery(session=session, metadata={REASON: why}))) == [newest]
+            provider.set_variable(session, "x", 3)
+            assert audit.state(session)[0].reason is None
 
     def test_page_by_page(self, provider: StateProvider, audited: str) -> None:
         with Auditable.of(provider).audit() as audit:

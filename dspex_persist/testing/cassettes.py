@@ -127,7 +127,7 @@ def _record(path: Path, references: Sequence[str], drive: Drive | None, folder: 
         open_engine(Path(own) / "recording.db", references) as provider,
     ):
         if drive is not None:
-            _play(drive, Context(provider, session_id), path)
+            _play(drive, Context(session_id, provider), path)
         elif old is not None:
             drive_again(provider, old)
         header, recorded = provider.record(session_id)

@@ -3,8 +3,9 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -87,3 +88,11 @@ def check_invalid(ask: Callable[[], object], field: str, reason: str) -> None:
     with pytest.raises(errors.InvalidArgumentError) as error:
         ask()
     assert str(error.value) == f"invalid {field}: {reason}"
+
+
+@contextmanager
+def check_refused(kind: type[StateError], reason: str) -> Iterator[None]:
+    """Check that the block raises an error of this kind, whose text contains `reason`."""
+    with pytest.raises(kind) as error:
+        yield
+    assert reason in str(error.value)

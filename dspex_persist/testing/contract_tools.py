@@ -247,11 +247,11 @@ def demanding(ctx: ToolContext) -> int:
 def rebuild(ctx: ToolContext, gate: str) -> dict[str, Any]:
     """Write in every way, half of them before the gate, and return what it reads of that itself."""
     ctx["a"] = 8
-    ctx.variables.define("new", 1, constraints={"max": 10})
-    ctx.variables.set("new", 2, metadata={"why": "because"})
-    ctx.variables.define("brief", "x")
+    ctx.define("new", 1, constraints={"max": 10})
+    ctx.set("new", 2, metadata={"why": "because"})
+    ctx.define("brief", "x")
     wait_at(gate, ctx)
-    ctx.variables.set_all({"b": 9, "new": 3})
+    ctx.update_many({"b": 9, "new": 3})
     del ctx["brief"], ctx["c"]
     refused = ""
     try:
@@ -259,8 +259,8 @@ def rebuild(ctx: ToolContext, gate: str) -> dict[str, Any]:
     except InvalidValueError as error:
         refused = str(error)
     return {
-        "values": ctx.variables.get_all(),
-        "versions": [version.version for version in ctx.variables.history("new")],
+        "values": ctx.get_many(),
+        "versions": [version.version for version in ctx.history("new")],
         "brief": "brief" in ctx,
         "refused": refused,
     }
@@ -270,7 +270,7 @@ def rebuild(ctx: ToolContext, gate: str) -> dict[str, Any]:
 def roll_back(ctx: ToolContext) -> object:
     """Roll a back to its first version."""
     ctx["a"] = 5
-    return ctx.variables.rollback("a", 0)
+    return ctx.rollback("a", 0)
 
 
 @tool
@@ -526,15 +526,15 @@ def look_up_wrongly(ctx: ToolContext) -> list[Any]:
 def pass_wrongly(ctx: ToolContext, what: str) -> None:
     """Pass an invalid argument to a method of the context, as a program without type checks can."""
     ctx["a"] = -1
-    half, untyped, variables = "half \ud83e", cast(Any, ctx), cast(Any, ctx.variables)
+    half, untyped, variables = "half \ud83e", cast(Any, ctx), cast(Any, ctx)
     ways: dict[str, Callable[[], object]] = {
         "a name": lambda: untyped[half],
         "a name to look for": lambda: half in untyped,
         "a name to write": lambda: variables.set(half, 1),
         "a pattern": lambda: variables.list(half),
         "no pattern": lambda: variables.list(3),
-        "a name among others": lambda: variables.get_all("a", half),
-        "no name among others": lambda: variables.get_all("a", 3),
+        "a name among others": lambda: variables.get_many("a", half),
+        "no name among others": lambda: variables.get_many("a", 3),
         "a version": lambda: variables.set("a", 1, expected_version="0"),
         "a version to go back to": lambda: variables.rollback("a", "0"),
         "no limit": lambda: variables.history("a", "all"),
@@ -650,7 +650,7 @@ async def stream_for_ever_later(ctx: ToolContext, text: str) -> AsyncIterator[st
 def write_for_ever(ctx: ToolContext, text: str) -> None:
     """Write endlessly."""
     ctx["a"] = -1
-    ctx.variables.define("words", "")
+    ctx.define("words", "")
     while True:
         ctx["words"] = text
 

@@ -92,7 +92,7 @@ def dspex_session(dspex_provider: "EmbeddedState") -> "Context":
     """The `Context` of a new session of `dspex_provider`."""
     from dspex_persist.cognitive.context import Context
 
-    return Context(dspex_provider, _SESSION)
+    return Context(_SESSION, dspex_provider)
 
 
 @pytest.fixture

@@ -288,7 +288,7 @@ class ResultContract(ToolsContract):
         assert client.get("negate_later") == -math.inf
 
     def test_it_is_one_in_a_context(self, provider: ExecutesTools, client: Client) -> None:
-        context = Context(provider, client.session)
+        context = Context(client.session, provider)
         assert context.call("infinity", sign=-1) == -math.inf
         assert context.call(contract_tools.infinity) == math.inf
         assert context.call("infinities") == [math.inf, 1.0, -math.inf]

@@ -98,7 +98,7 @@ def test_tools_raise_the_same_errors(providers: tuple[EmbeddedState, BridgedStat
         assert outcome.error_code == outcome.error.error_code == code
         seen.append(facts(outcome.error))
         if not options:
-            context = dspex_persist.Context(provider, SESSION)
+            context = dspex_persist.Context(SESSION, provider)
             seen.append(facts(raised(lambda context=context: context.call(tool, **parameters))))  # type: ignore[misc]
     streaming = {"metadata": options} if options else {}
     for each in providers:

@@ -140,12 +140,12 @@ def test_constraints_are_enforced(client: Client) -> None:
 
 
 def test_it_is_inferred(provider: StateProvider, client: Client) -> None:
-    context = Context(provider, client.session)
-    context.variables.define("day", date(2026, 2, 28))
-    assert context.variables.describe("day").type == "date"
+    context = Context(client.session, provider)
+    context.define("day", date(2026, 2, 28))
+    assert context.info("day").type == "date"
     assert context.variables["day"] == date(2026, 2, 28)
     with pytest.raises(InvalidValueError, match=r"datetime has no JSON form: use its isoformat\(\)"):
-        context.variables.define("moment", datetime(2026, 2, 28))  # noqa: DTZ001 -- it is refused
+        context.define("moment", datetime(2026, 2, 28))  # noqa: DTZ001 -- it is refused
 
 
 def test_parameters_of_tools_are_described_by_it(tools: Any, client: Client) -> None:
@@ -169,6 +169,6 @@ def test_the_type_is_unknown_without_registration(tools: Any) -> None:
             with pytest.raises(UnknownTypeError):
                 provider.register_variable("s", "day", "date", "2026-02-28")
             with pytest.raises(InvalidValueError, match="date has no JSON form"):
-                Context(provider, "s").variables.define("day", date(2026, 2, 28))
+                Context("s", provider).define("day", date(2026, 2, 28))
     finally:
         register(date_type)

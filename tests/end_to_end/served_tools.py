@@ -166,8 +166,8 @@ def write_three(ctx: ToolContext, gate: str, value: int) -> list[Any]:
     """Write a, wait, write b and c; what it saw of a itself."""
     ctx["a"] = value
     wait_at(gate, ctx)
-    ctx.variables.set_all({"b": value, "c": value})
-    return [ctx["a"], ctx["b"], ctx.variables.describe("a").version]
+    ctx.update_many({"b": value, "c": value})
+    return [ctx["a"], ctx["b"], ctx.info("a").version]
 
 
 @tool
@@ -206,9 +206,9 @@ def add_stubbornly(ctx: ToolContext, name: str) -> int:
 @tool
 def all_variables(ctx: ToolContext) -> dict[str, Any]:
     """Every way of working with variables."""
-    ctx.variables.define("new", 1, constraints={"max": 10})
-    ctx.variables.set("new", 2, metadata={"why": "because"})
-    ctx.variables.define("brief", "x")
+    ctx.define("new", 1, constraints={"max": 10})
+    ctx.set("new", 2, metadata={"why": "because"})
+    ctx.define("brief", "x")
     del ctx["brief"]
     refused = ""
     try:
@@ -217,9 +217,9 @@ def all_variables(ctx: ToolContext) -> dict[str, Any]:
         refused = str(error)
     return {
         "get": ctx.variables.get("absent", "default"),
-        "batch": ctx.variables.get_all("a", "new"),
-        "list": [variable.name for variable in ctx.variables.list("*")],
-        "history": [version.version for version in ctx.variables.history("new")],
+        "batch": ctx.get_many("a", "new"),
+        "list": [variable.name for variable in ctx.list("*")],
+        "history": [version.version for version in ctx.history("new")],
         "refused": refused,
     }
 

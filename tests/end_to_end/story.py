@@ -84,8 +84,8 @@ def tell(path: Path, pace_s: float = 0.0) -> None:
     """Write it to a file."""
     story = Story(pace_s)
     with dspex_persist.connect(path, tools=toolbox_of(story)) as story.provider:
-        context = dspex_persist.Context(story.provider, SESSION, {"team": "support"})
-        variables = context.variables
+        context = dspex_persist.Context(SESSION, story.provider, metadata={"team": "support"})
+        variables = context
         variables.define("temperature", 0.9, constraints={"min": 0, "max": 2})
         variables.define("score", 0.0)
         variables.define("steps", 0)
@@ -103,7 +103,7 @@ def tell(path: Path, pace_s: float = 0.0) -> None:
         story.rest(3)
         variables.rollback("temperature", 2)
         variables["api_key"] = f"{SECRET}-2"
-        dspex_persist.Context(story.provider, OTHER_SESSION).variables.define("x", 1)
+        dspex_persist.Context(OTHER_SESSION, story.provider).define("x", 1)
 
 
 if __name__ == "__main__":

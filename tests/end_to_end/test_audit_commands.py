@@ -50,6 +50,7 @@ from tests.end_to_end.programs import Program, programs_of, run
 
 SESSION = "shop [bold]42[/]"
 SECRET = "70451993"
+WHY = "ticket 1201 [bold] ß"
 MASK = "•••"
 TOOLS = ("--tools", "tests.end_to_end.served_tools")
 FINE, FAILED, USAGE, PROBLEMS, _, UNUSABLE = range(6)
@@ -94,10 +95,10 @@ def happen(server: ServerProcess, folder: Path) -> None:
         state.execute_tool(SESSION, "parent", {"child_fails": True, "caught": True})
         state.execute_tool(SESSION, "recorder")
         state.execute_tool(SESSION, "progress", {"gate": str(gate)})
-        state.execute_tool(SESSION, "restock", {"name": "pin", "amount": 0})
+        state.execute_tool(SESSION, "restock", {"name": "pin", "amount": 0}, actor="eve", reason=WHY)
         collide(state, Gate(folder / "gate"))
         state.set_variable(SESSION, "prompt", "one\nTWO\nthree\n" + "long " * 20)
-        state.delete_variable(SESSION, "b")
+        state.delete_variable(SESSION, "b", actor="dan", reason=f"{WHY}, for b")
 
 
 def collide(state: Any, gate: Gate) -> None:
@@ -277,6 +278,28 @@ def test_history_as_a_table(ask: Callable[..., CommandResult], executions: dict[
 
 def short(execution_id: str) -> str:
     return "_".join(execution_id.split("_")[:2])
+
+
+def test_everything_that_shows_a_change_says_why(
+    ask: Callable[..., CommandResult], executions: dict[str, str], path: Path
+) -> None:
+    restock, deletion = executions["restock"], f"{WHY}, for b"
+    history = ask("history", SESSION, "--limit", "1", width=300).out
+    assert "why" in history.splitlines()[0]
+    assert f"dan       {deletion}" in history
+    assert "why" not in ask("history", SESSION, "temperature", width=300).out.splitlines()[0]
+    assert f"because: {WHY}" in ask("blame", SESSION, "pin", width=300).out
+    assert f"because: {WHY}" in ask("diff", SESSION, "--from", f"{restock}^", "--to", restock, width=300).out
+    shown = ask("show", restock, width=300).out
+    assert f"because: {WHY}" in shown
+    assert f"set, because: {WHY})" in shown
+    assert "dspex.reason" not in shown
+    assert WHY in ask("state", SESSION, width=300).out
+    (found,) = ask("history", SESSION, "--meta", f"dspex.reason={deletion}", "--json").rows
+    assert (found["reason"], found["metadata"], found["name"]) == (deletion, {}, "b")
+    page = path.parent / "why.html"
+    ask("report", SESSION, "-o", page)
+    assert f"{WHY}, for b" in page.read_text(encoding="utf-8")
 
 
 def test_tables_say_that_there_is_more_and_how_to_get_it(ask: Callable[..., CommandResult]) -> None:

@@ -230,8 +230,8 @@ def test_a_report_of_an_ended_session_with_a_strange_name(tmp_path: Path) -> Non
     name = "*<b>&\"'é\N{GRINNING FACE}"
     with dspex_persist.connect(tmp_path / "ended.db") as state:
         for session, end in ((name, True), ("*other", False)):
-            context = dspex_persist.Context(state, session)
-            context.variables.define("x" if end else "elsewhere", 1)
+            context = dspex_persist.Context(session, state)
+            context.define("x" if end else "elsewhere", 1)
             if end:
                 context.end()
     with dspex_persist.open_audit(tmp_path / "ended.db") as audit:
@@ -247,8 +247,8 @@ def test_a_report_shows_controls_as_text(tmp_path: Path) -> None:
     """HTML does not allow them; a terminal obeys some of them, and others reverse the text next to them."""
     name, value = "\u202edetrever", "a\x1b[31mred\x00\x9b\r\n\tb"
     with dspex_persist.connect(tmp_path / "controls.db") as state:
-        context = dspex_persist.Context(state, name)
-        context.variables.define("x", value, metadata={"why": "\x1b]0;title\x07"})
+        context = dspex_persist.Context(name, state)
+        context.define("x", value, metadata={"why": "\x1b]0;title\x07"})
     with dspex_persist.open_audit(tmp_path / "controls.db") as audit:
         page = render(gather(audit, name))
     assert not {each for each in page if not each.isprintable()} - {"\n", "\t", "\N{NO-BREAK SPACE}"}
@@ -281,8 +281,8 @@ def test_a_report_of_a_pruned_history(tmp_path: Path) -> None:
 
 def test_large_values_are_cut(tmp_path: Path) -> None:
     with dspex_persist.connect(tmp_path / "large.db") as state:
-        context = dspex_persist.Context(state, "large")
-        context.variables.define("text", "word " * 100_000)
+        context = dspex_persist.Context("large", state)
+        context.define("text", "word " * 100_000)
         context["text"] = "other words " * 50_000
     with dspex_persist.open_audit(tmp_path / "large.db") as audit:
         page = render(gather(audit, "large"))

@@ -40,9 +40,9 @@ import triage
 tools = dspex_persist.Toolbox()
 tools.add(triage.triage)
 with dspex_persist.connect("dspy.db", tools=tools) as state:
-    session = dspex_persist.Context(state, "s")
-    session.variables.define("temperature", 0.3)
-    session.variables.define("urgent_count", 0)
+    session = dspex_persist.Context("s", state)
+    session.define("temperature", 0.3)
+    session.define("urgent_count", 0)
     print(session.call("triage", message="Fire!"), session["urgent_count"])
     _, commits = state.record("s")
     ends = [event.body["recorded"] for commit in commits for event in commit.events if "recorded" in event.body]
@@ -72,16 +72,16 @@ def test_a_part_of_a_program_has_tools_that_can_be_defined(program: Program, tmp
 def test_the_worker_is_part_of_the_transaction(tmp_path: Path) -> None:
     (worker,) = WORKERS
     with serve(tmp_path / "sessions.db") as server, BridgedState(target_of(server)) as state:
-        shop = Context(state, "shop")
-        shop.variables.define("stock", 1)
+        shop = Context("shop", state)
+        shop.define("stock", 1)
         argv = [sys.executable, "-c", worker.text, target_of(server), "shop"]
         with ServerProcess.start(argv, env=environment(), cwd=tmp_path):
             assert shop.call("restock", amount=4) == 5
             outcome = state.execute_tool("shop", "restock", {"amount": "many"})
             assert outcome.error_code == "TOOL_FAILED"
-        (newest, _) = shop.variables.history("stock")
+        (newest, _) = shop.history("stock")
         assert newest.value is not None
-        assert newest.value.json == "5"
+        assert newest.value == 5
         assert newest.cause.startswith("exec_")
 
 
@@ -127,7 +127,7 @@ def test_the_examples_module_is_found_as_their_page_says(tmp_path: Path) -> None
 def test_the_program_that_makes_a_report(tmp_path: Path) -> None:
     (program,) = programs_of("docs/audit-pages.md")
     with connect(tmp_path / "sessions.db") as state:
-        Context(state, "tune-checkout").variables.define("temperature", 0.7)
+        Context("tune-checkout", state).define("temperature", 0.7)
     run(program.text, tmp_path)
     assert "temperature" in (tmp_path / "report.html").read_text(encoding="utf-8")
 

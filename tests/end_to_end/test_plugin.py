@@ -35,8 +35,8 @@ import dspex_persist
 
 
 def drive(session):
-    session.variables.define("stock", 5)
-    session.variables.define("order", "")
+    session.define("stock", 5)
+    session.define("order", "")
     session.call("sell", amount=2)
     session["stock"] = 10
     session.call("sell")
@@ -93,8 +93,8 @@ def test_server(dspex_server):
 def test_a_client_from_before_a_restart(dspex_server):
     url = dspex_server.url
     with dspex_persist.connect(url) as state:
-        session = dspex_persist.Context(state, "s")
-        session.variables.define("n", 1)
+        session = dspex_persist.Context("s", state)
+        session.define("n", 1)
         dspex_server.kill()
         with pytest.raises(dspex_persist.DspexError):
             session["n"]
@@ -112,8 +112,8 @@ def test_a_client_from_before_a_restart(dspex_server):
 
 
 def test_session(dspex_session, dspex_provider):
-    dspex_session.variables.define("stock", 3)
-    dspex_session.variables.define("order", "")
+    dspex_session.define("stock", 3)
+    dspex_session.define("order", "")
     assert dspex_session.call("sell") == 2
     assert dspex_provider.get_value("session", "stock") == 2
 
@@ -142,7 +142,7 @@ import pytest
 
 
 def drive(session):
-    session.variables.define("stock", 5)
+    session.define("stock", 5)
     session.call("sell", amount=2)
 
 
@@ -272,7 +272,7 @@ import pytest
 
 
 def drive(session):
-    session.variables.define("stock", 100)
+    session.define("stock", 100)
     for _ in range(8):
         session.call("sell")
 

@@ -41,7 +41,7 @@ def order(ctx: ToolContext, amount: int) -> list:
     """Use all that is recorded, and other tools, one of which runs elsewhere."""
     ctx["b"] = amount + FEE
     ctx.publish("c", amount)
-    made = ctx.variables.define("order", {"at": ctx.now().isoformat(), "id": str(ctx.uuid())}, metadata={"by": "order"})
+    made = ctx.define("order", {"at": ctx.now().isoformat(), "id": str(ctx.uuid())}, metadata={"by": "order"})
     return [ctx.call(add, amount=amount), ctx.call("increase", amount=2), ctx.random.random(), made, ctx.execution_id]
 
 @tool
@@ -197,10 +197,10 @@ def test_with_a_database_commits_and_executions_are_those_of_the_database(
     path = tmp_path / "two.db"
     with dspex_persist.connect(path, tools=tools) as state:
         for name in ("before", "s1"):
-            dspex_persist.Context(state, name).variables.define("a", 0)
+            dspex_persist.Context(name, state).define("a", 0)
         for amount in (1, 2):
             for name in ("s1", "before"):
-                dspex_persist.Context(state, name).call("add", amount=amount)
+                dspex_persist.Context(name, state).call("add", amount=amount)
     with dspex_persist.open_audit(path) as audit:
         stored = sorted(audit.iterate(ExecutionQuery(session="s1")), key=lambda each: each.began_sequence)
     ids = [each.execution_id for each in stored]

@@ -112,7 +112,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a database and a recording."""
     folder = tmp_path_factory.mktemp("shell")
     with connect(folder / "s.db") as state:
-        Context(state, "é✓").variables.define("größe", "é✓\x1b[31m")
+        Context("é✓", state).define("größe", "é✓\x1b[31m")
         state.set_variable("é✓", "größe", "zwei")
     argv = [*PROGRAM, "session", "export", "é✓", "--db", "s.db", "-o", "s.db.jsonl"]
     subprocess.run(argv, cwd=folder, check=True, capture_output=True, timeout=DEADLINE_S)

@@ -21,7 +21,7 @@ def spread(ctx: ToolContext, targets: list[str], value: str, token: str, pause_s
     versions = {}
     for target in targets:
         time.sleep(pause_s)
-        versions[target] = ctx.variables.set(target, value, metadata={"token": token})
+        versions[target] = ctx.set(target, value, metadata={"token": token})
     time.sleep(pause_s)
     return versions
 
@@ -35,7 +35,7 @@ async def spread_async(
     half = len(targets) // 2
     for target in targets[:half]:
         await asyncio.sleep(pause_s)
-        versions[target] = ctx.variables.set(target, value, metadata={"token": token})
+        versions[target] = ctx.set(target, value, metadata={"token": token})
     versions |= await ctx.call("spread", targets=targets[half:], value=value, token=token, pause_s=pause_s)
     return versions
 
@@ -45,7 +45,7 @@ def increment(ctx: ToolContext, target: str, token: str = "", pause_s: float = 0
     """Read a number, and write the next one."""
     value = ctx[target]
     time.sleep(pause_s)
-    return {target: ctx.variables.set(target, value + 1, metadata={"token": token} if token else {})}
+    return {target: ctx.set(target, value + 1, metadata={"token": token} if token else {})}
 
 
 @tool
@@ -61,7 +61,7 @@ def stream(
 ) -> Iterator[dict[str, int]]:
     """Write to one variable after the other, and yield each version."""
     for target in targets:
-        version = ctx.variables.set(target, value, metadata={"token": token})
+        version = ctx.set(target, value, metadata={"token": token})
         time.sleep(pause_s)
         yield {target: version}
 
@@ -72,7 +72,7 @@ async def stream_async(
 ) -> AsyncIterator[dict[str, int]]:
     """Like `stream`, but on the event loop, and with its progress published, where all clients see it at once."""
     for index, target in enumerate(targets):
-        version = ctx.variables.set(target, value, metadata={"token": token})
+        version = ctx.set(target, value, metadata={"token": token})
         await asyncio.to_thread(ctx.publish, "progress", index + 1)
         await asyncio.sleep(pause_s)
         yield {target: version}
@@ -118,39 +118,39 @@ def _observe(ctx: ToolContext, actions: list[list[str]], pause_s: float) -> list
 
 def _get(ctx: ToolContext, name: str, text: str) -> Any:
     try:
-        variable = ctx.variables.describe(name)
+        variable = ctx.info(name)
     except VariableNotFoundError:
         return None
-    return [variable.version, variable.value.json]
+    return [variable.version, variable.record.value.json]
 
 
 def _list(ctx: ToolContext, name: str, text: str) -> Any:
-    return sorted([each.name, each.version, each.value.json] for each in ctx.variables.list())
+    return sorted([each.name, each.version, each.record.value.json] for each in ctx.list())
 
 
 def _history(ctx: ToolContext, name: str, text: str) -> Any:
     try:
-        versions = ctx.variables.history(name, 4)
+        versions = ctx.history(name, 4)
     except VariableNotFoundError:
         return None
-    return [[each.version, each.value.json if each.value is not None else None] for each in versions]
+    return [[each.version, value.json if (value := each.record.value) is not None else None] for each in versions]
 
 
 def _set(ctx: ToolContext, name: str, text: str) -> Any:
     try:
-        return ctx.variables.set(name, text)
+        return ctx.set(name, text)
     except KeyError:
         return None
 
 
 def _define(ctx: ToolContext, name: str, text: str) -> Any:
-    ctx.variables.define(name, text)
+    ctx.define(name, text)
     return _get(ctx, name, text)
 
 
 def _delete(ctx: ToolContext, name: str, text: str) -> Any:
     try:
-        ctx.variables.delete(name)
+        ctx.delete(name)
     except KeyError:
         return None
     return True

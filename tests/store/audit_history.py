@@ -18,7 +18,7 @@ def count(ctx: ToolContext, by: int = 1) -> int:
     """Reads one variable and writes two."""
     ctx.log("counting", by=by)
     ctx["total"] += by
-    ctx.variables.set("last", by, metadata={"step": str(by), "café": "ja"})
+    ctx.set("last", by, metadata={"step": str(by), "café": "ja"})
     return int(ctx["total"])
 
 
@@ -56,7 +56,7 @@ def collide(ctx: ToolContext) -> int:
 @tool(description="Yield.")
 def chunks(ctx: ToolContext) -> Iterator[int]:
     """A stream that defines a variable on its way."""
-    ctx.variables.define("made", [1, 2, 3], metadata={"by": "chunks"})
+    ctx.define("made", [1, 2, 3], metadata={"by": "chunks"})
     yield from range(3)
 
 

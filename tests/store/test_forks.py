@@ -37,7 +37,7 @@ def path(tmp_path: Path) -> Path:
 def state(path: Path) -> Iterator[EmbeddedState]:
     with connect(path) as opened:
         assert isinstance(opened, EmbeddedState)
-        Context(opened, "s").variables.define("x", 0)
+        Context("s", opened).define("x", 0)
         yield opened
 
 
@@ -45,8 +45,8 @@ CALLS: dict[str, Callable[[EmbeddedState], object]] = {
     "read": lambda state: state.get_variable("s", "x"),
     "write": lambda state: state.set_variable("s", "x", 1),
     "history": lambda state: state.get_variable_history("s", "x"),
-    "context read": lambda state: Context(state, "s")["x"],
-    "context write": lambda state: Context(state, "s").variables.define("y", 0),
+    "context read": lambda state: Context("s", state)["x"],
+    "context write": lambda state: Context("s", state).define("y", 0),
     "list_tools": lambda state: state.list_tools(),
     "watch": lambda state: state.watch("s"),
     "audit": lambda state: state.audit(),
@@ -65,11 +65,11 @@ def test_every_call_is_refused(state: EmbeddedState, path: Path, call: str) -> N
 
 
 def test_objects_made_before_the_fork_are_refused_too(state: EmbeddedState, path: Path) -> None:
-    context, source = Context(state, "s"), state.audit()
+    context, source = Context("s", state), state.audit()
     with state.watch("s") as watch, open_audit(path) as from_file:
         calls: list[Callable[[], Any]] = [
             lambda: context["x"],
-            lambda: context.variables.set("x", 1),
+            lambda: context.set("x", 1),
             lambda: watch.pull(),
             lambda: watch.next(DEADLINE_S),
             lambda: list(watch),
@@ -119,8 +119,8 @@ def test_closing_does_nothing(state: EmbeddedState, path: Path) -> None:
 PROGRAM = """
 import gc, os, sys, threading, dspex_persist
 state = dspex_persist.connect(sys.argv[1])
-context = dspex_persist.Context(state, "s")
-context.variables.define("x", 0)
+context = dspex_persist.Context("s", state)
+context.define("x", 0)
 watch, source = state.watch("s"), state.audit()
 stop = threading.Event()
 def work():
@@ -194,7 +194,7 @@ def test_a_child_opens_the_file_once_its_parent_has_closed_it(path: Path) -> Non
         signal.alarm(DEADLINE_S)
         os.read(closed, 1)
         with connect(path) as own:
-            Context(own, "s").variables.define("from_the_child", 1)
+            Context("s", own).define("from_the_child", 1)
         os.write(telling, b"!")
         os._exit(0)
     state.close()

@@ -97,7 +97,7 @@ class TestWhoReads:
     def test_a_tool_s_thread_once_even_if_it_is_carried_out_again(
         self, state: EmbeddedState, readers: list[str], name: str, times: int
     ) -> None:
-        assert Context(state, "s").call(name) is None
+        assert Context("s", state).call(name) is None
         assert len(readers) == times
         assert WRITER not in readers
         assert state.get_variable("s", "numbers").value == LONG

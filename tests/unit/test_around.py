@@ -111,7 +111,7 @@ def test_a_missing_ability_says_what_to_do_instead(ability: type[Ability]) -> No
 
 
 def test_a_context_of_a_provider_without_tools_says_so() -> None:
-    context = Context(Memory(), "s")
+    context = Context("s", Memory())
     with pytest.raises(UnsupportedError, match="WithTools"):
         context.call("add")
 

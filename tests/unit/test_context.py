@@ -1,18 +1,24 @@
 """The cognitive layer over a fake provider, without files and network."""
 
+import asyncio
+import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from dspex_persist.cognitive import Context
-from dspex_persist.cognitive.variables import VariableMapping, decode
+from dspex_persist.cognitive.backends import Gate
+from dspex_persist.cognitive.errors import ContextClosedError
+from dspex_persist.cognitive.variables import Variables, decode
 from dspex_persist.state import commands
-from dspex_persist.state.errors import InvalidArgumentError, StateError, VariableNotFoundError
-from dspex_persist.state.model import Origin, SessionView, Value, VariableVersion
+from dspex_persist.state.errors import InvalidArgumentError, SessionNotFoundError, StateError, VariableNotFoundError
+from dspex_persist.state.model import BatchOutcome, Origin, SessionView, Value, VariableVersion
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.watch import Watch
+from tests.deadline import within
 from tests.memory import MemoryGroups
 
 
@@ -22,6 +28,8 @@ class ScriptedProvider(StateProvider):
     def __init__(self, **answers: Any) -> None:
         self.answers = {"InitializeSession": SessionView(False, ())} | answers
         self.submitted: list[commands.Command[Any]] = []
+
+    closed = 0
 
     def submit(self, command: commands.Command[Any], origin: Origin | None = None) -> Future[Any]:
         self.submitted.append(command)
@@ -40,7 +48,7 @@ class ScriptedProvider(StateProvider):
         pass
 
     def close(self) -> None:
-        pass
+        self.closed += 1
 
     def default_origin(self, cause: str, idempotency_key: str | None = None) -> Origin:
         return Origin("test", cause, idempotency_key=idempotency_key)
@@ -63,19 +71,19 @@ class MemoryProvider(ScriptedProvider):
 
 def test_a_context_begins_its_session_and_says_whether_it_resumed() -> None:
     provider = ScriptedProvider(InitializeSession=SessionView(True, ()))
-    assert Context(provider, "s", {"who": "me"}).resumed
+    assert Context("s", provider, metadata={"who": "me"}).resumed
     assert provider.submitted == [commands.InitializeSession("s", {"who": "me"})]
 
 
 def test_writing_sends_one_command() -> None:
     provider = ScriptedProvider(SetVariable=4)
-    Context(provider, "s")["t"] = 0.5
+    Context("s", provider)["t"] = 0.5
     assert provider.submitted[-1] == commands.SetVariable("s", "t", Value("0.5"))
 
 
 def test_defining_infers_the_type() -> None:
     provider = ScriptedProvider(RegisterVariable="var_n_1")
-    assert Context(provider, "s").variables.define("n", 3, constraints={"min": 0}) == "var_n_1"
+    assert Context("s", provider).define("n", 3, constraints={"min": 0}) == "var_n_1"
     assert provider.submitted[-1] == commands.RegisterVariable("s", "n", "integer", Value("3"), '{"min":0}')
 
 
@@ -83,10 +91,10 @@ def test_defining_infers_the_type() -> None:
 def test_an_unknown_name_is_a_key_error(use: str) -> None:
     missing = VariableNotFoundError("s", "t")
     provider = ScriptedProvider(GetVariable=missing, SetVariable=missing, DeleteVariable=missing)
-    context = Context(provider, "s")
+    context = Context("s", provider)
     uses: dict[str, Callable[[], object]] = {
         "read": lambda: context["t"],
-        "write": lambda: context.variables.__setitem__("t", 1),
+        "write": lambda: context.set("t", 1),
         "delete": lambda: context.variables.__delitem__("t"),
     }
     with pytest.raises(KeyError, match="t"):
@@ -95,10 +103,11 @@ def test_an_unknown_name_is_a_key_error(use: str) -> None:
 
 def test_history_and_batches_go_through() -> None:
     versions: list[VariableVersion] = []
-    provider = ScriptedProvider(GetVariableHistory=versions, SetVariables="outcome")
-    context = Context(provider, "s")
-    assert context.variables.history("t", 5) is versions
-    context.variables.update_all({"a": 1, "b": "x"})
+    outcome = BatchOutcome(True, {"a": 1, "b": 1}, {})
+    provider = ScriptedProvider(GetVariableHistory=versions, SetVariables=outcome)
+    context = Context("s", provider)
+    assert context.history("t", 5) == versions
+    assert context.update_many({"a": 1, "b": "x"}) is outcome
     assert provider.submitted[-2:] == [
         commands.GetVariableHistory("s", "t", 5),
         commands.SetVariables("s", {"a": Value("1"), "b": Value('"x"')}, {}, True),
@@ -110,19 +119,19 @@ class TestMapping:
 
     @pytest.fixture
     def context(self) -> Context:
-        return Context(MemoryProvider(), "s")
+        return Context("s", MemoryProvider())
 
     def test_a_new_one_is_empty_and_true(self, context: Context) -> None:
         assert (list(context), len(context), dict(context), "x" in context) == ([], 0, {}, False)
         assert context, "it stands for a session, which is there"
         assert context == context
-        assert context != Context(MemoryProvider(), "s")
+        assert context != Context("s", MemoryProvider())
         assert len({context, context}) == 1
         assert repr(context) == "<Context of session 's'>"
 
     def test_it_has_what_a_dict_has(self, context: Context) -> None:
-        context.variables.define("x", 1)
-        context.variables.define("y", [1.5])
+        context.define("x", 1)
+        context.define("y", [1.5])
         assert "x" in context
         assert "z" not in context
         assert 5 not in context  # type: ignore[comparison-overlap]
@@ -131,24 +140,24 @@ class TestMapping:
         assert (context.get("x"), context.get("z"), context.get("z", 3)) == (1, None, 3)
         assert list(context.values()) == [1, [1.5]]
         assert dict(context.items()) == dict(context) == {**context} == {"x": 1, "y": [1.5]}
-        context.update({"x": 2}, y=[2.5])
-        context.update([("x", 3)])
-        assert dict(context) == {"x": 3, "y": [2.5]}
-        assert context.pop("y") == [2.5]
-        assert context.setdefault("x", 5) == 3
+        context.variables.update({"x": 2}, y=[2.5])
+        context.variables.update([("x", 3)])
+        assert dict(context) == context.variables == {"x": 3, "y": [2.5]}
+        assert context.variables.pop("y") == [2.5]
+        assert context.variables.setdefault("x", 5) == 3
         del context["x"]
         assert not list(context)
 
     def test_updates_are_atomic(self, context: Context) -> None:
-        context.variables.define("x", 1)
+        context.define("x", 1)
         with pytest.raises(InvalidArgumentError, match="'missing'"):
-            context.update({"x": 2, "missing": 3})
+            context.update_many({"x": 2, "missing": 3})
         assert context["x"] == 1
 
     @pytest.mark.parametrize("wrong", [5, [1, 2], "ab", None])
     def test_an_argument_that_is_not_a_mapping_is_refused(self, context: Context, wrong: Any) -> None:
-        reason = "invalid updates: it must be a mapping, such as a dict, not"
-        for write in (context.update, context.variables.set_all, context.variables.update_all):
+        reason = "invalid changes: it must be a mapping, such as a dict, not"
+        for write in (context.variables.update, context.update_many):
             with pytest.raises(InvalidArgumentError, match=reason):
                 write(wrong)
 
@@ -166,15 +175,15 @@ class TestMapping:
             (lambda v: v.rollback("there", "0"), "target_version"),
             (lambda v: v.history("there", "0"), "limit"),
             (lambda v: v.list(5), "pattern"),
-            (lambda v: v.get_all(5), "identifiers"),
+            (lambda v: v.get_many(5), "identifiers"),
         ],
     )
     def test_wrong_arguments_are_named(
-        self, context: Context, define: Callable[[VariableMapping], object], field: str
+        self, context: Context, define: Callable[[Variables], object], field: str
     ) -> None:
-        context.variables.define("there", 1)
+        context.define("there", 1)
         with pytest.raises(StateError, match=field):
-            define(context.variables)
+            define(context)
         assert dict(context) == {"there": 1}
 
     def test_an_ordinary_dict_is_not_a_tensor(self, context: Context) -> None:
@@ -186,31 +195,156 @@ class TestMapping:
             {"shape": [[1]], "data": [1]},
         ]
         for number, box in enumerate(boxes):
-            context.variables.define(f"box{number}", box)
-            assert context.variables.describe(f"box{number}").type == "map"
+            context.define(f"box{number}", box)
+            assert context.info(f"box{number}").type == "map"
             context[f"box{number}"] = context[f"box{number}"]
-        context.variables.define("tensor", {"shape": [2, 1], "data": [[1], [2]]})
-        assert context.variables.describe("tensor").type == "tensor"
-        context.variables.define("plain", {}, type_name="map")
+        context.define("tensor", {"shape": [2, 1], "data": [[1], [2]]})
+        assert context.info("tensor").type == "tensor"
+        context.define("plain", {}, type_name="map")
         context["plain"] = {"shape": [1], "data": [1]}
         assert context["plain"] == {"shape": [1], "data": [1]}
 
     def test_a_missing_name_shows_one_error_and_a_similar_name(self, context: Context) -> None:
-        context.variables.define("temperature", 1.0)
+        context.define("temperature", 1.0)
         uses: list[Callable[[], object]] = [
             lambda: context["temprature"],
-            lambda: context.__setitem__("temprature", 1.0),
+            lambda: context.set("temprature", 1.0),
             lambda: context.__delitem__("temprature"),
         ]
         for use in uses:
             with pytest.raises(KeyError, match="did you mean 'temperature'") as error:
                 use()
-            assert error.value.__suppress_context__
+            assert error.value.__suppress_context__ or error.value.__context__ is None
             assert "?;" not in str(error.value)
 
+    def test_assigning_defines_unless_strict(self, context: Context) -> None:
+        context["x"] = 1
+        context["x"] = 2
+        context.variables["text"] = "a"
+        assert context.variables == {"x": 2, "text": "a"}
+        assert [entry.version for entry in context.history("x")] == [1, 0]
+        strict = Context("t", MemoryProvider(), strict=True)
+        with pytest.raises(KeyError, match="define it first"):
+            strict["x"] = 1
+        assert not strict.variables
+
     def test_a_history_is_decoded(self, context: Context) -> None:
-        context.variables.define("x", {"a": [1]})
+        context.define("x", {"a": [1]})
         context["x"] = {"a": []}
-        context.variables.delete("x")
-        history = context.variables.history("x")
-        assert [decode(entry) for entry in history] == [None, {"a": []}, {"a": [1]}]
+        context.delete("x")
+        history = context.history("x")
+        assert [entry.value for entry in history] == [None, {"a": []}, {"a": [1]}]
+        assert [decode(entry.record) for entry in history] == [None, {"a": []}, {"a": [1]}]
+
+
+def test_a_context_closes_what_it_opened_and_nothing_else() -> None:
+    provider = ScriptedProvider()
+    with Context("s", provider) as context:
+        assert not context.closed
+    context.close()
+    assert (context.closed, provider.closed) == (True, 0)
+    with Context("s") as own:
+        own["x"] = 1
+        assert (own.backend.kind, own.backend.url, own.backend.switches) == ("local", "", ())
+    with pytest.raises(ContextClosedError, match="the context of session 's' is closed"):
+        own["x"]
+    own.close()
+    own.backend.provider.close()
+    with pytest.raises(StateError):
+        own.backend.provider.check_open()
+
+
+def test_a_provider_given_first_is_told_the_order() -> None:
+    wrong: Any = ScriptedProvider()
+    with pytest.raises(InvalidArgumentError, match=r"Context\(session_id, provider\)"):
+        Context(wrong, "s")
+
+
+def test_only_what_exists_is_opened_on_request() -> None:
+    provider = MemoryProvider()
+    with pytest.raises(SessionNotFoundError):
+        Context("s", provider, create=False)
+    Context("s", provider, ttl_s=60)
+    assert Context("s", provider, create=False).resumed
+    assert provider.get_session("s").metadata == {"ttl_seconds": "60"}
+    assert Context().session_id != Context().session_id
+
+
+def test_every_verb_can_be_awaited() -> None:
+    async def use() -> list[Any]:
+        async with Context.aopen("s") as context:
+            await context.define.aio("x", 1)
+            await context.set.aio("x", 2)
+            await asyncio.gather(*(context.update.aio("x", lambda x: x + 1) for _ in range(10)))
+
+            async def double(x: int) -> int:
+                await asyncio.sleep(0)
+                return 2 * x
+
+            seen = [await context.update.aio("x", double), await context.get.aio("x"), context.closed]
+            with pytest.raises(TypeError, match=r"ctx\.update\.aio"):
+                context.update("x", double)
+        return [*seen, context.closed]
+
+    assert asyncio.run(use()) == [24, 24, False, True]
+
+
+def test_threads_that_update_lose_nothing() -> None:
+    with Context() as context:
+        context["n"] = 0
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda _: context.update("n", lambda n: n + 1), range(100)))
+        assert context["n"] == 100
+
+
+class TestGate:
+    def test_a_holder_waits_for_calls_and_calls_wait_for_it(self) -> None:
+        gate, order = Gate(), list[str]()
+        inside, leave = threading.Event(), threading.Event()
+
+        def call() -> None:
+            inside.set()
+            leave.wait(within(30))
+            order.append("call")
+
+        first = threading.Thread(target=gate.pass_through, args=(call,))
+        first.start()
+        assert inside.wait(within(30))
+
+        def hold() -> None:
+            with gate.hold():
+                order.append("held")
+                second.start()
+                assert gate.held
+                order.append("let go")
+
+        second = threading.Thread(target=gate.pass_through, args=(lambda: order.append("second"),))
+        holder = threading.Thread(target=hold)
+        holder.start()
+        leave.set()
+        for thread in (first, holder, second):
+            thread.join(within(30))
+        assert order == ["call", "held", "let go", "second"]
+        assert (gate.calls, gate.held) == ([], False)
+
+    def test_a_holder_lets_other_calls_pass_while_it_waits_for_a_tool(self) -> None:
+        gate = Gate()
+        assert gate.enter_tool()
+        with pytest.raises(TimeoutError), gate.hold(timeout_s=0):
+            pass
+        holding = threading.Event()
+
+        def hold() -> None:
+            with gate.hold():
+                holding.set()
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        deadline = time.monotonic() + within(30)
+        while gate.enter_tool(wait=False):
+            gate.leave_tool()
+            assert time.monotonic() < deadline
+        assert gate.pass_through(lambda: 5) == 5
+        gate.leave_tool()
+        assert holding.wait(within(30))
+        holder.join(within(30))

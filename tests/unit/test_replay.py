@@ -64,12 +64,12 @@ def order(ctx: ToolContext, items: list[str]) -> dict[str, Any]:
 @tool
 def rearrange(ctx: ToolContext) -> str:
     """Register, delete, read the history, roll back, lock."""
-    made = ctx.variables.define("note", "hello", constraints={"max_length": 20}, metadata={"owner": "me"})
+    made = ctx.define("note", "hello", constraints={"max_length": 20}, metadata={"owner": "me"})
     del ctx["old"]
-    ctx.variables.define("old", 1)
+    ctx.define("old", 1)
     ctx["old"] = 2
-    ctx.variables.rollback("total", 0)
-    versions = [entry.version for entry in ctx.variables.history("total")]
+    ctx.rollback("total", 0)
+    versions = [entry.version for entry in ctx.history("total")]
     return f"{made} {versions} {ctx.execution_id} {sorted(ctx)}"
 
 
@@ -351,7 +351,7 @@ def test_registrations_deletions_and_dependencies_are_compared() -> None:
     def make(limit: int, delete: bool, kind: str) -> Any:
         @tool
         def make(ctx: ToolContext) -> None:
-            ctx.variables.define("made", 1, constraints={"max": limit})
+            ctx.define("made", 1, constraints={"max": limit})
             ctx["made"] = 2
             if delete:
                 del ctx["old"]
@@ -387,7 +387,7 @@ def test_writes_of_others_before_a_value_was_published_count() -> None:
         first = ctx.publish("n", 1)
         meeting.set()
         assert gone_on.wait(within(10))
-        return [first, ctx.publish("n", 2), *(entry.version for entry in ctx.variables.history("n"))]
+        return [first, ctx.publish("n", 2), *(entry.version for entry in ctx.history("n"))]
 
     meeting.clear()
     gone_on.clear()
@@ -454,7 +454,7 @@ def test_a_call_of_a_missing_tool_is_answered_from_the_recording() -> None:
     def inner(ctx: ToolContext, n: int) -> int:
         ctx.publish("seen", n)
         ctx["n"] = n
-        ctx.variables.define("new", n)
+        ctx.define("new", n)
         del ctx["old"]
         if n == 3:
             raise LookupError("no 3")
@@ -497,7 +497,7 @@ def test_leases_and_the_time_are_those_of_the_recording() -> None:
     @tool
     def when(ctx: ToolContext) -> list[bool]:
         at = ctx.now()
-        return [ctx.variables.describe("n").updated_at <= at, datetime.now(at.tzinfo).date() == at.date()]  # noqa: TID251
+        return [ctx.info("n").updated_at <= at, datetime.now(at.tzinfo).date() == at.date()]  # noqa: TID251
 
     @tool
     def locked(ctx: ToolContext) -> None:
@@ -646,7 +646,7 @@ def test_an_execution_that_reads_a_masked_value_is_skipped() -> None:
 
     @tool
     def read_all(ctx: ToolContext) -> int:
-        return len(ctx.variables.list("sec*"))
+        return len(ctx.list("sec*"))
 
     @tool
     def announce(ctx: ToolContext) -> None:

@@ -22,11 +22,11 @@ from tests.unit.replays import session
 def work(ctx: ToolContext, name: str) -> None:
     """Write, register and delete in one commit."""
     ctx["n"] += 1
-    ctx.variables.define(name, {"a": 1})
+    ctx.define(name, {"a": 1})
     ctx.publish("shown", 1)
     ctx["n"] += 1
     del ctx["old"]
-    ctx.variables.define("old", 2, constraints={"min": 0})
+    ctx.define("old", 2, constraints={"min": 0})
     ctx["old"] = 3
 
 

@@ -874,11 +874,11 @@ def test_the_context_reads_and_writes_variables(ctx: ToolContext) -> None:
 
 
 def test_variables_have_all_their_operations(ctx: ToolContext) -> None:
-    variables = ctx.variables
+    variables = ctx
     assert variables.get("nothing", 5) == 5
     assert variables.define("words", ["a"], metadata={"m": "1"}).startswith("var_words_")
     variables.define("p", 0.5, type_name="float", constraints={"min": 0})
-    assert variables.describe("p").constraints == '{"min":0}'
+    assert variables.info("p").constraints == {"min": 0}
     assert variables.set("n", 2, metadata={"m": "2"}) == 1
     assert variables.set("n", 3, expected_version=1) == 2
     with pytest.raises(VersionConflictError):
@@ -891,21 +891,20 @@ def test_variables_have_all_their_operations(ctx: ToolContext) -> None:
     with pytest.raises(KeyError, match="words"):
         variables.delete("words")
     with pytest.raises(VariableNotFoundError):
-        variables.describe("words")
+        variables.info("words")
     assert not hasattr(variables, "watch")
 
 
 def test_batches_are_atomic(ctx: ToolContext) -> None:
-    variables = ctx.variables
-    assert variables.get_all("n", "temperature") == {"n": 1, "temperature": 0.5}
-    assert variables.get_all() == {"temperature": 0.5, "n": 1}
-    with pytest.raises(KeyError, match="gone, lost"):
-        variables.get_all("n", "gone", "lost")
-    assert variables.set_all({"n": 5, "temperature": 0.1}) == {"n": 1, "temperature": 1}
+    assert ctx.get_many("n", "temperature") == {"n": 1, "temperature": 0.5}
+    assert ctx.get_many() == {"temperature": 0.5, "n": 1}
+    assert ctx.get_many("n", "gone", "lost") == {"n": 1}
+    assert ctx.update_many({"n": 5, "temperature": 0.1}).versions == {"n": 1, "temperature": 1}
     with pytest.raises(InvalidArgumentError, match=r"not found: 'gone'.*maximum"):
-        variables.set_all({"n": 6, "gone": 1, "temperature": 5})
+        ctx.update_many({"n": 6, "gone": 1, "temperature": 5})
     assert ctx["n"] == 5
-    assert not variables.update_all({"n": 6, "gone": 1}).success
+    partly = ctx.update_many({"n": 6, "gone": 1}, atomic=False)
+    assert (dict(partly.versions), list(partly.errors)) == ({"n": 2}, ["gone"])
 
 
 def test_the_context_passes_the_rest_on(ctx: ToolContext, session: Any) -> None:

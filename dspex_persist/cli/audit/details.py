@@ -13,10 +13,10 @@ from dspex_persist.cli.audit.rendering import (
     shortened,
     value_text,
 )
-from dspex_persist.cli.audit.tables import entries_text
+from dspex_persist.cli.audit.tables import entries_text, why
 from dspex_persist.cli.output import plain, plain_lines
 from dspex_persist.state.errors import NotInHistoryError, VersionNotFoundError
-from dspex_persist.state.model import LogEntry
+from dspex_persist.state.model import REASON, LogEntry, without_reason
 
 
 def show_execution(source: AuditSource, detail: ExecutionDetail, look: Renderer) -> None:
@@ -42,7 +42,8 @@ class _Changes:
             for entry in self._entries.get(change, ()):
                 what = f"{self._before(entry)} → {value_text(entry.value, entry.masked)}"
                 metadata = f", {entries_text(entry.metadata)}" if entry.metadata else ""
-                yield f"{plain(entry.name)}: {what}  (version {entry.version}, {entry.kind.value}{metadata})"
+                kind = f"{entry.kind.value}{metadata}{why(entry)}"
+                yield f"{plain(entry.name)}: {what}  (version {entry.version}, {kind})"
 
     def read(self, read: ReadEntry) -> str:
         """Return the line for one read: the value found under a name or id."""
@@ -90,7 +91,7 @@ def _tree(detail: ExecutionDetail, changes: _Changes, look: Renderer) -> Any:
 def _sections(detail: ExecutionDetail, changes: _Changes, look: Renderer) -> Iterator[tuple[str, Iterable[str]]]:
     yield "when and who", _facts(detail, look)
     yield "parameters", (f"{plain(name)} = {value_text(value)}" for name, value in detail.parameters.items())
-    yield "metadata", _entries(detail.metadata)
+    yield "metadata", _entries(without_reason(detail.metadata))
     yield "read", (*map(changes.read, detail.reads), *(f"all of {plain(pattern)}" for pattern in detail.patterns))
     yield "wrote", changes.lines(detail.writes)
     yield "published", changes.lines(detail.published)
@@ -104,6 +105,8 @@ def _sections(detail: ExecutionDetail, changes: _Changes, look: Renderer) -> Ite
 def _facts(detail: ExecutionDetail, look: Renderer) -> Iterator[str]:
     summary = detail.summary
     yield f"session {plain(summary.session_id)}, by {plain(summary.actor)}, {detail.isolation or 'isolation unknown'}"
+    if detail.metadata.get(REASON):
+        yield f"because: {plain(detail.metadata[REASON])}"
     yield f"began {look.full_time(summary.began_at)}, commit {summary.began_sequence}"
     if summary.ended_sequence is not None:
         yield f"ended {look.full_time(summary.ended_at)}, commit {summary.ended_sequence}"

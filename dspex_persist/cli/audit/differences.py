@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from dspex_persist.audit import Difference, DifferenceKind, VariableState, value_of
 from dspex_persist.cli.audit.rendering import Renderer, value_text
-from dspex_persist.cli.audit.tables import author_and_client
+from dspex_persist.cli.audit.tables import author_and_client, why
 from dspex_persist.cli.output import plain
 
 _LONG: Final = 60
@@ -45,7 +45,7 @@ def _version(state: VariableState | None) -> str:
 
 def _author(state: VariableState | None) -> str:
     assert state is not None, "implied by the kind of the difference"
-    return f"v{state.version} by {author_and_client(state)}, commit {state.sequence}"
+    return f"v{state.version} by {author_and_client(state)}, commit {state.sequence}{why(state)}"
 
 
 def _lines(difference: Difference) -> Iterator[str]:

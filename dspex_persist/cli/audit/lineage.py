@@ -6,7 +6,7 @@ from typing import Any
 
 from dspex_persist.audit import HistoryEntry, LineageNode, ReadEntry
 from dspex_persist.cli.audit.rendering import Renderer, value_text
-from dspex_persist.cli.audit.tables import author_and_client, cause_text
+from dspex_persist.cli.audit.tables import author_and_client, cause_text, why
 from dspex_persist.cli.output import counted, plain
 
 
@@ -64,7 +64,7 @@ class _Lineage:
             f" = {value if len(value) <= 60 else value[:60] + '…'}  ",
             (
                 f"v{entry.version}, {entry.kind.value} by {author_and_client(entry)}{through}, "
-                f"commit {entry.sequence}, {when}",
+                f"commit {entry.sequence}, {when}{why(entry)}",
                 "dim",
             ),
         )

@@ -122,6 +122,7 @@ class Column(Generic[T]):
         right: Whether it is aligned to the right.
         is_id: Whether people copy its texts: those that were cut are listed in full below the table.
         style: Returns the style of a row's cell.
+        is_rare: Whether it is left out as long as all its cells are empty.
     """
 
     title: str
@@ -131,6 +132,7 @@ class Column(Generic[T]):
     right: bool = False
     is_id: bool = False
     style: Callable[[T], str] = lambda _row: ""
+    is_rare: bool = False
 
 
 class Table(Generic[T]):
@@ -141,8 +143,9 @@ class Table(Generic[T]):
 
     def __init__(self, look: Renderer, columns: Sequence[Column[T]]) -> None:
         self._look = look
-        self._columns = columns
-        self._wanted = [0] * len(columns)
+        self._all = columns
+        self._columns: list[Column[T]] = []
+        self._wanted: list[int] = []
         self._widths: list[int] = []
         self._cut: dict[str, None] = {}
 
@@ -150,6 +153,7 @@ class Table(Generic[T]):
         """Print rows below those already printed."""
         each = iter(rows)
         while block := list(islice(each, _BLOCK)):
+            self._choose(block)
             # Cut here already: measuring the width of long texts would take most of the time.
             texts = [[column.text(row)[: column.most + 1] for column in self._columns] for row in block]
             self._print_block(texts, block)
@@ -158,6 +162,17 @@ class Table(Generic[T]):
             more = [f"and {len(self._cut) - _MOST_CUT} more: --json"] if len(self._cut) > _MOST_CUT else []
             self._look.console.print("\n".join(["in full:", *list(self._cut)[:_MOST_CUT], *more]), soft_wrap=True)
             self._cut.clear()
+
+    def _choose(self, rows: Sequence[T]) -> None:
+        """Add the columns that these rows need to those that were printed already."""
+
+        def is_needed(column: Column[T]) -> bool:
+            return not column.is_rare or column in self._columns or any(map(column.text, rows))
+
+        columns = [column for column in self._all if is_needed(column)]
+        if columns != self._columns:
+            known = dict(zip(map(id, self._columns), self._wanted, strict=True))
+            self._columns, self._wanted = columns, [known.get(id(column), 0) for column in columns]
 
     def _note_cut(self, rows: Sequence[T]) -> None:
         from rich.cells import cell_len

@@ -37,6 +37,7 @@ def history_columns(look: Renderer, query: HistoryQuery) -> list[Column[HistoryE
         Column("kind", lambda row: row.kind.value, least=3, style=lambda row: STYLES.get(row.kind, "")),
         Column("by", author, least=13 if look.is_narrow else 20, most=80),
         Column("for", lambda row: plain(row.actor) if row.tool else "", least=6),
+        Column("why", lambda row: plain(row.reason or ""), least=6, most=80, is_rare=True),
         Column("metadata", lambda row: entries_text(row.metadata)),
     ]
     left_out = {"session"} if _is_one(query.session) or query.execution_id else set()
@@ -56,6 +57,11 @@ def author(row: HistoryEntry | VariableState) -> str:
 def author_and_client(row: HistoryEntry | VariableState) -> str:
     """Return `author`, and the client that had the tool executed."""
     return f"{author(row)}, for {plain(row.actor)}" if row.tool else author(row)
+
+
+def why(row: HistoryEntry | VariableState) -> str:
+    """Return the reason for a change, to follow other facts; "" if there is none."""
+    return f", because: {plain(row.reason)}" if row.reason else ""
 
 
 def entries_text(entries: Mapping[str, str]) -> str:
@@ -141,4 +147,5 @@ def state_columns(look: Renderer, is_many: bool = False) -> list[Column[Variable
         Column("commit", lambda row: str(row.sequence), least=_WHOLE, right=True),
         Column("since", lambda row: look.time(row.updated_at), least=look.time_width),
         Column("by", author, least=10),
+        Column("why", lambda row: plain(row.reason or ""), least=6, most=80, is_rare=True),
     ]

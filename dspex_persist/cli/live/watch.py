@@ -232,8 +232,6 @@ def _line_of_state(state: "VariableState") -> Line:
 
 
 def _line_of_entry(entry: "HistoryEntry") -> Line:
-    from dspex_persist.state.model import REASON, without_reason
-
     return Line(
         entry.created_at,
         entry.sequence,
@@ -244,8 +242,8 @@ def _line_of_entry(entry: "HistoryEntry") -> Line:
         entry.version,
         entry.actor,
         entry.execution_id,
-        entry.metadata.get(REASON),
-        without_reason(entry.metadata),
+        entry.reason,
+        entry.metadata,
         entry.masked,
     )
 

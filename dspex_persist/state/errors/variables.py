@@ -7,8 +7,8 @@ from dspex_persist.state.errors.hints import Hint
 
 
 @dataclass(eq=False)
-class VariableNotFoundError(StateError):
-    """The session has no variable of this name or id."""
+class VariableNotFoundError(StateError, KeyError):
+    """The session has no variable of this name or id. It is a KeyError, too, as a mapping raises it."""
 
     template = "variable not found: {identifier!q} in session {session_id!q}{hint!o:; %}"
     session_id: str

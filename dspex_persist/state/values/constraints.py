@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from dspex_persist.state.errors import InvalidConstraintsError, InvalidValueError
+from dspex_persist.state.values.json_schema import SCHEMA_DEPTH
 from dspex_persist.state.values.json_text import (
     RefusedError,
     canonical,
@@ -25,6 +26,8 @@ from dspex_persist.state.values.tensors import Dtype, Shape
 _JSON_DEPTH = 20
 # Longer texts are compiled each time, so that clients cannot fill the memory with cached constraints.
 _CACHED_LENGTH = 8 * 1024
+# But a few of those, because schemas of models are long, and compiling one takes longer than checking a value.
+_LONG_ONES = 16
 _MOST_MATCHING = 1_000_000_000
 
 
@@ -79,7 +82,7 @@ def compile_constraints(name: str, type_name: str, constraints_json: str) -> Con
     try:
         if len(constraints_json) <= _CACHED_LENGTH:
             return _compile_cached(value_type, constraints_json)
-        return _compile(value_type, constraints_json)
+        return _compile_long(value_type, constraints_json)
     except RefusedError as error:
         raise InvalidConstraintsError(name, error.reason) from error
 
@@ -111,7 +114,8 @@ def constraints_json(name: str, constraints: object) -> str:
 
 def _compile(value_type: ValueType, text: str) -> Constraints:
     known = value_type.constrain
-    stated = {key: entry for key, entry in _read_object(text).items() if not states_nothing(key, entry)}
+    depth = SCHEMA_DEPTH if "schema" in known else _JSON_DEPTH
+    stated = {key: entry for key, entry in _read_object(text, depth).items() if not states_nothing(key, entry)}
     if not stated:
         return Constraints(value_type.name)
     checked = sorted(stated.keys() & known.keys())
@@ -136,14 +140,15 @@ def _whole(entry: Any) -> Any:
 
 
 _compile_cached = lru_cache(maxsize=1024)(_compile)
+_compile_long = lru_cache(maxsize=_LONG_ONES)(_compile)
 
 
-def _read_object(text: str) -> dict[str, Any]:
+def _read_object(text: str, most_depth: int) -> dict[str, Any]:
     if not text:
         return {}
     utf8_size_bytes(text)
-    if depth_if_above(text, _JSON_DEPTH):
-        raise RefusedError(f"nested deeper than {_JSON_DEPTH}")
+    if depth_if_above(text, most_depth):
+        raise RefusedError(f"nested deeper than {most_depth}")
     document = read(text)
     if document is None:
         return {}

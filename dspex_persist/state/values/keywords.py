@@ -16,8 +16,8 @@ from dspex_persist.state.values.tensors import Dtype, Shape
 
 _LISTED_LENGTH = 120
 _PATTERN_MEMORY_BYTES = 2 * 1024 * 1024
-# Instructions of the compiled pattern times bytes of the string; RE2 takes up to 10 ns for each.
-_PATTERN_WORK = 100_000_000
+PATTERN_WORK = 100_000_000
+"""The most instructions of compiled patterns times bytes of a value; RE2 takes up to 10 ns for each."""
 
 Check: TypeAlias = Callable[[Any], str | None]
 """Returns why a coerced value of the type is invalid; None if it is valid."""
@@ -160,9 +160,9 @@ def _pattern(stated: object) -> Rule:
 
     def check(text: str) -> str | None:
         # Looked up each time, because the cache bounds the memory of all compiled patterns.
-        compiled = _compile_pattern(pattern)
+        compiled = compile_pattern(pattern)
         encoded = text.encode()
-        longest = _PATTERN_WORK // compiled.programsize
+        longest = PATTERN_WORK // compiled.programsize
         if len(encoded) > longest:
             return (
                 f"a string of {len(encoded)} bytes is too long to match pattern {shown(pattern)}: "
@@ -172,11 +172,12 @@ def _pattern(stated: object) -> Rule:
             return None
         return f"value {shown(text)} does not match pattern {shown(pattern)}"
 
-    return Rule(check, program_size=_compile_pattern(pattern).programsize)
+    return Rule(check, program_size=compile_pattern(pattern).programsize)
 
 
 @lru_cache(maxsize=128)
-def _compile_pattern(pattern: str) -> Any:
+def compile_pattern(pattern: str) -> Any:
+    """Return a compiled pattern, or raise `RefusedError`."""
     options = re2.Options()
     options.log_errors = False
     options.never_capture = True

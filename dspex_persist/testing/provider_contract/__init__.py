@@ -26,6 +26,7 @@ from dspex_persist.testing.provider_contract.idempotency import IdempotencyContr
 from dspex_persist.testing.provider_contract.leases import LeaseContract
 from dspex_persist.testing.provider_contract.limits import LimitContract
 from dspex_persist.testing.provider_contract.optimization import OptimizationContract
+from dspex_persist.testing.provider_contract.schemas import SchemaContract
 from dspex_persist.testing.provider_contract.sessions import SessionContract
 from dspex_persist.testing.provider_contract.sharing import SharingContract
 from dspex_persist.testing.provider_contract.values import ValueContract
@@ -50,6 +51,7 @@ __all__ = [
     "OptimizationContract",
     "ProviderContract",
     "Reopen",
+    "SchemaContract",
     "SessionContract",
     "SharingContract",
     "ValueContract",
@@ -62,6 +64,7 @@ __all__ = [
 class ProviderContract(
     SessionContract,
     ValueContract,
+    SchemaContract,
     VariableContract,
     BatchContract,
     HistoryContract,

@@ -861,6 +861,7 @@ class HistoryEntry(_message.Message):
     MASKED_FIELD_NUMBER: _builtins.int
     CALLER_ID_FIELD_NUMBER: _builtins.int
     CALLER_TOOL_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     name: _builtins.str
     variable_id: _builtins.str
@@ -880,6 +881,8 @@ class HistoryEntry(_message.Message):
     caller_id: _builtins.str
     """the caller of that execution; absent if a client called it"""
     caller_tool: _builtins.str
+    reason: _builtins.str
+    """why it was written; absent if its writer gave no reason"""
     @_builtins.property
     def value(self) -> Global___Value:
         """absent for a deletion, and if it is masked"""
@@ -909,10 +912,11 @@ class HistoryEntry(_message.Message):
         masked: _builtins.bool = ...,
         caller_id: _builtins.str | None = ...,
         caller_tool: _builtins.str | None = ...,
+        reason: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_caller_id", b"_caller_id", "_caller_tool", b"_caller_tool", "_execution_id", b"_execution_id", "_tool", b"_tool", "caller_id", b"caller_id", "caller_tool", b"caller_tool", "created_at", b"created_at", "execution_id", b"execution_id", "tool", b"tool", "value", b"value"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_caller_id", b"_caller_id", "_caller_tool", b"_caller_tool", "_execution_id", b"_execution_id", "_reason", b"_reason", "_tool", b"_tool", "caller_id", b"caller_id", "caller_tool", b"caller_tool", "created_at", b"created_at", "execution_id", b"execution_id", "reason", b"reason", "tool", b"tool", "value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_caller_id", b"_caller_id", "_caller_tool", b"_caller_tool", "_execution_id", b"_execution_id", "_tool", b"_tool", "actor", b"actor", "caller_id", b"caller_id", "caller_tool", b"caller_tool", "cause", b"cause", "created_at", b"created_at", "execution_id", b"execution_id", "kind", b"kind", "masked", b"masked", "metadata", b"metadata", "name", b"name", "sequence", b"sequence", "session_id", b"session_id", "source", b"source", "tool", b"tool", "type", b"type", "value", b"value", "variable_id", b"variable_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_caller_id", b"_caller_id", "_caller_tool", b"_caller_tool", "_execution_id", b"_execution_id", "_reason", b"_reason", "_tool", b"_tool", "actor", b"actor", "caller_id", b"caller_id", "caller_tool", b"caller_tool", "cause", b"cause", "created_at", b"created_at", "execution_id", b"execution_id", "kind", b"kind", "masked", b"masked", "metadata", b"metadata", "name", b"name", "reason", b"reason", "sequence", b"sequence", "session_id", b"session_id", "source", b"source", "tool", b"tool", "type", b"type", "value", b"value", "variable_id", b"variable_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__caller_id: _TypeAlias = _typing.Literal["caller_id"]  # noqa: Y015
     _WhichOneofArgType__caller_id: _TypeAlias = _typing.Literal["_caller_id", b"_caller_id"]  # noqa: Y015
@@ -920,6 +924,8 @@ class HistoryEntry(_message.Message):
     _WhichOneofArgType__caller_tool: _TypeAlias = _typing.Literal["_caller_tool", b"_caller_tool"]  # noqa: Y015
     _WhichOneofReturnType__execution_id: _TypeAlias = _typing.Literal["execution_id"]  # noqa: Y015
     _WhichOneofArgType__execution_id: _TypeAlias = _typing.Literal["_execution_id", b"_execution_id"]  # noqa: Y015
+    _WhichOneofReturnType__reason: _TypeAlias = _typing.Literal["reason"]  # noqa: Y015
+    _WhichOneofArgType__reason: _TypeAlias = _typing.Literal["_reason", b"_reason"]  # noqa: Y015
     _WhichOneofReturnType__tool: _TypeAlias = _typing.Literal["tool"]  # noqa: Y015
     _WhichOneofArgType__tool: _TypeAlias = _typing.Literal["_tool", b"_tool"]  # noqa: Y015
     @_typing.overload
@@ -928,6 +934,8 @@ class HistoryEntry(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__caller_tool) -> _WhichOneofReturnType__caller_tool | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__execution_id) -> _WhichOneofReturnType__execution_id | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reason) -> _WhichOneofReturnType__reason | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__tool) -> _WhichOneofReturnType__tool | None: ...
 
@@ -978,6 +986,7 @@ class VariableState(_message.Message):
     MASKED_FIELD_NUMBER: _builtins.int
     CALLER_ID_FIELD_NUMBER: _builtins.int
     CALLER_TOOL_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     name: _builtins.str
     variable_id: _builtins.str
@@ -995,6 +1004,7 @@ class VariableState(_message.Message):
     caller_id: _builtins.str
     """as in HistoryEntry"""
     caller_tool: _builtins.str
+    reason: _builtins.str
     @_builtins.property
     def value(self) -> Global___Value: ...
     @_builtins.property
@@ -1025,10 +1035,11 @@ class VariableState(_message.Message):
         masked: _builtins.bool = ...,
         caller_id: _builtins.str | None = ...,
         caller_tool: _builtins.str | None = ...,
+        reason: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_caller_id", b"_caller_id", "_caller_tool", b"_caller_tool", "_execution_id", b"_execution_id", "_tool", b"_tool", "caller_id", b"caller_id", "caller_tool", b"caller_tool", "execution_id", b"execution_id", "tool", b"tool", "updated_at", b"updated_at", "value", b"value"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_caller_id", b"_caller_id", "_caller_tool", b"_caller_tool", "_execution_id", b"_execution_id", "_reason", b"_reason", "_tool", b"_tool", "caller_id", b"caller_id", "caller_tool", b"caller_tool", "execution_id", b"execution_id", "reason", b"reason", "tool", b"tool", "updated_at", b"updated_at", "value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_caller_id", b"_caller_id", "_caller_tool", b"_caller_tool", "_execution_id", b"_execution_id", "_tool", b"_tool", "actor", b"actor", "caller_id", b"caller_id", "caller_tool", b"caller_tool", "cause", b"cause", "constraints_json", b"constraints_json", "execution_id", b"execution_id", "kind", b"kind", "masked", b"masked", "metadata", b"metadata", "name", b"name", "sequence", b"sequence", "session_id", b"session_id", "source", b"source", "tool", b"tool", "type", b"type", "updated_at", b"updated_at", "value", b"value", "variable_id", b"variable_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_caller_id", b"_caller_id", "_caller_tool", b"_caller_tool", "_execution_id", b"_execution_id", "_reason", b"_reason", "_tool", b"_tool", "actor", b"actor", "caller_id", b"caller_id", "caller_tool", b"caller_tool", "cause", b"cause", "constraints_json", b"constraints_json", "execution_id", b"execution_id", "kind", b"kind", "masked", b"masked", "metadata", b"metadata", "name", b"name", "reason", b"reason", "sequence", b"sequence", "session_id", b"session_id", "source", b"source", "tool", b"tool", "type", b"type", "updated_at", b"updated_at", "value", b"value", "variable_id", b"variable_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__caller_id: _TypeAlias = _typing.Literal["caller_id"]  # noqa: Y015
     _WhichOneofArgType__caller_id: _TypeAlias = _typing.Literal["_caller_id", b"_caller_id"]  # noqa: Y015
@@ -1036,6 +1047,8 @@ class VariableState(_message.Message):
     _WhichOneofArgType__caller_tool: _TypeAlias = _typing.Literal["_caller_tool", b"_caller_tool"]  # noqa: Y015
     _WhichOneofReturnType__execution_id: _TypeAlias = _typing.Literal["execution_id"]  # noqa: Y015
     _WhichOneofArgType__execution_id: _TypeAlias = _typing.Literal["_execution_id", b"_execution_id"]  # noqa: Y015
+    _WhichOneofReturnType__reason: _TypeAlias = _typing.Literal["reason"]  # noqa: Y015
+    _WhichOneofArgType__reason: _TypeAlias = _typing.Literal["_reason", b"_reason"]  # noqa: Y015
     _WhichOneofReturnType__tool: _TypeAlias = _typing.Literal["tool"]  # noqa: Y015
     _WhichOneofArgType__tool: _TypeAlias = _typing.Literal["_tool", b"_tool"]  # noqa: Y015
     @_typing.overload
@@ -1044,6 +1057,8 @@ class VariableState(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__caller_tool) -> _WhichOneofReturnType__caller_tool | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__execution_id) -> _WhichOneofReturnType__execution_id | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reason) -> _WhichOneofReturnType__reason | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__tool) -> _WhichOneofReturnType__tool | None: ...
 

@@ -173,6 +173,7 @@ class StoredAudit(AuditSource):
             entry.masked,
             entry.caller_id,
             entry.caller_tool,
+            entry.reason,
         )
 
     def version(self, session: str, variable_id: str, version: int) -> HistoryEntry:

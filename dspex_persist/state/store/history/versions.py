@@ -1,6 +1,7 @@
 """Answer queries for versions: pages of a history."""
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -17,7 +18,7 @@ from dspex_persist.state.audit import (
     is_glob,
     predicates_of,
 )
-from dspex_persist.state.model import ChangeKind, Source, Value
+from dspex_persist.state.model import REASON, ChangeKind, Source, Value, without_reason
 from dspex_persist.state.store import damage
 from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.history.execution_rows import end_of, execution_row, family_of, pairs_in
@@ -93,6 +94,7 @@ def one_version(connection: Connection, key: int, version: int) -> Any:
 
 def entry_of(row: Any, reveal: bool) -> HistoryEntry:
     kept_back = bool(row.sensitive) and not reveal and row.text is not None
+    metadata = stored_texts(row.metadata)
     return HistoryEntry(
         row.session_id,
         row.name,
@@ -102,7 +104,7 @@ def entry_of(row: Any, reveal: bool) -> HistoryEntry:
         KIND_OF[row.kind],
         None if row.text is None or kept_back else Value(row.text, row.binary),
         SOURCE_OF[row.source],
-        stored_texts(row.metadata),
+        without_reason(metadata),
         row.sequence,
         nearest_time(row.created_at),
         row.actor,
@@ -112,6 +114,7 @@ def entry_of(row: Any, reveal: bool) -> HistoryEntry:
         kept_back,
         row.caller_id,
         row.caller_tool,
+        metadata.get(REASON),
     )
 
 
@@ -272,10 +275,14 @@ class HistoryPage:
         statement = _VERSIONS.format(driver=driver) + str(more) + order
         rows, last = some_rows(self._connection, statement, most, *more.parameters)
         entries = records_of(rows, partial(entry_of, reveal=self._reveal))
-        entries = [entry for entry in entries if self._query.metadata.items() <= entry.metadata.items()]
+        entries = [entry for entry in entries if self._query.metadata.items() <= _all_metadata(entry).items()]
         if self._mine is not None:
             entries = [entry for entry in entries if (entry.name, entry.version) in self._mine]
         return Page(entries, (last.sequence, last.variable_key, last.version) if last is not None else None)
+
+
+def _all_metadata(entry: HistoryEntry) -> Mapping[str, str]:
+    return entry.metadata if entry.reason is None else {**entry.metadata, REASON: entry.reason}
 
 
 def _predicate(predicate: Predicate, reveal: bool) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from typing import Final
 
+from dspex_persist.state.values.json_schema import SCHEMA
 from dspex_persist.state.values.json_text import RefusedError, shown
 from dspex_persist.state.values.registry import ValueType
 
@@ -13,5 +14,10 @@ def _to_list(document: object) -> list[object]:
 
 
 LIST: Final = ValueType(
-    "list", coerce=_to_list, infer={list: None, tuple: None}, schema={"type": "array"}, is_container=True
+    "list",
+    coerce=_to_list,
+    constrain=SCHEMA,
+    infer={list: None, tuple: None},
+    schema={"type": "array"},
+    is_container=True,
 )

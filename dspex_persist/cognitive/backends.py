@@ -1,0 +1,279 @@
+"""Backends: which provider a context is on, and the gate that all its calls pass."""
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final, TypeAlias, TypeVar
+
+from dspex_persist.cognitive.steps import DEFAULT, Terms
+from dspex_persist.infra import forks
+from dspex_persist.infra.mailbox import LoopMailbox
+from dspex_persist.opening import open_state
+from dspex_persist.state.abilities import Durable, KeepsOrder
+from dspex_persist.state.commands import Command, ExecuteTool
+from dspex_persist.state.provider import StateProvider, SubmitHere
+from dspex_persist.state.tools.session import current_session
+
+R = TypeVar("R")
+
+Place: TypeAlias = str | os.PathLike[str] | StateProvider
+"""Where a session is: "local", a path, a URL of `connect`, or a provider."""
+
+LOCAL: Final = "local"
+_IN_MEMORY: Final = "memory:"
+
+_LONG: Final = frozenset[type]({ExecuteTool})
+"""Commands that may take as long as a tool does."""
+
+
+class Gate:
+    """Lets calls pass, any number at a time, unless somebody holds it: then new calls wait, and none is lost.
+
+    Passing it must cost almost nothing, so calls take no lock. They count themselves in a list, whose `append` and
+    `pop` are atomic, before they look at `held`; a holder sets `held` before it looks at the list. So at least one of
+    the two sees the other.
+
+    Executions of tools take long. They are counted apart: a holder first waits for them, while other calls still pass.
+    """
+
+    __slots__ = ("__weakref__", "_changed", "_tools_held", "calls", "held", "tools")
+
+    def __init__(self) -> None:
+        self.calls: list[None] = []
+        self.tools: list[None] = []
+        self.held = self._tools_held = False
+        self._changed = threading.Condition()
+        forks.register(self)
+
+    def pass_through(self, call: Callable[[], R]) -> R:
+        """Run a short call, after waiting for whoever holds the gate."""
+        calls = self.calls
+        while True:
+            # An exception from a signal handler comes before or after `append`, and in both cases the count is right,
+            # because nothing between `try` and `append` can raise.
+            try:
+                calls.append(None)
+                if not self.held:
+                    return call()
+            finally:
+                calls.pop()
+                if self.held:
+                    self.signal()
+            self.wait()
+
+    def enter_tool(self, *, wait: bool = True) -> bool:
+        """Pass the gate for the execution of a tool, which may take long; `leave_tool` has to follow.
+
+        A tool's own calls of tools pass at once: whoever holds the gate waits for the outer one.
+
+        Args:
+            wait: Wait for whoever holds the gate.
+
+        Returns:
+            Whether it passed; only False if it must not wait.
+        """
+        inside = current_session.get() is not None
+        with self._changed:
+            while self._tools_held and not inside:
+                if not wait:
+                    return False
+                self._changed.wait()
+            self.tools.append(None)
+        return True
+
+    def leave_tool(self) -> None:
+        """End the passage that `enter_tool` began."""
+        with self._changed:
+            self.tools.pop()
+            self._changed.notify_all()
+
+    @contextmanager
+    def hold(self, timeout_s: float | None = None) -> Iterator[None]:
+        """Hold the gate: wait for the calls in progress, and make new ones wait. One thread at a time.
+
+        Args:
+            timeout_s: How long to wait for the tools in progress, in seconds; None for as long as it takes.
+
+        Raises:
+            TimeoutError: A tool was still running.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: not self._tools_held)
+            self._tools_held = True
+            try:
+                if not self._changed.wait_for(lambda: not self.tools, timeout_s):
+                    raise TimeoutError(f"{len(self.tools)} tools are still running")
+                self.held = True
+                self._changed.wait_for(lambda: not self.calls)
+            except BaseException:
+                self._release()
+                raise
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._release()
+
+    def _release(self) -> None:
+        self.held = self._tools_held = False
+        self._changed.notify_all()
+
+    def signal(self) -> None:
+        """Tell a holder that waits for calls to look again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Wait until nobody holds the gate."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self.held)
+
+    def forked(self, *, quiet: bool) -> None:
+        """Open the gate in a forked child, which has none of the threads that hold it or wait for it."""
+        self.calls, self.tools = [], []
+        self.held = self._tools_held = False
+        self._changed = threading.Condition()
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """A move of a session from one backend to another.
+
+    Attributes:
+        at: When it was done.
+        source: The kind and the URL of the backend that the session was on.
+        target: The kind and the URL of the one that it is on since.
+        took_s: How long calls had to wait, in seconds.
+        variables: How many variables were moved.
+        versions: How many versions.
+    """
+
+    at: datetime
+    source: str
+    target: str
+    took_s: float
+    variables: int
+    versions: int
+
+
+class Backend:
+    """What a context is on, and the way to it: every call of the context passes through here.
+
+    Attributes:
+        provider: The session state.
+        is_owned: Whether the context opened it, and closes it.
+        url: Its address; "" if it has none that is known.
+        switches: The moves of the session from one backend to another, oldest first.
+    """
+
+    def __init__(self, provider: StateProvider, *, is_owned: bool, url: str = "") -> None:
+        self.provider = provider
+        self.is_owned = is_owned
+        self.url = url
+        self.switches: tuple[Switch, ...] = ()
+        self.gate = Gate()
+        # The way from the event loop that was used last.
+        self._on_loop: tuple[asyncio.AbstractEventLoop, StateProvider, LoopMailbox, SubmitHere] | None = None
+
+    @classmethod
+    def open(cls, place: Place, options: Mapping[str, Any]) -> "Backend":
+        """Return the backend at a place; see `Context`."""
+        if isinstance(place, StateProvider):
+            return cls(place, is_owned=False)
+        address = _IN_MEMORY if place == LOCAL else place
+        provider: StateProvider = open_state(address, **options)
+        return cls(provider, is_owned=True, url="" if place == LOCAL else os.fspath(place))
+
+    @property
+    def kind(self) -> str:
+        """What it is: "local" (memory), "embedded" (a file), "bridged" (a server)."""
+        if not isinstance(self.provider, Durable):
+            return LOCAL
+        return "embedded" if isinstance(self.provider, KeepsOrder) else "bridged"
+
+    def use(self, provider: StateProvider, *, is_owned: bool, url: str, switch: Switch) -> StateProvider:
+        """Be on another provider from now on; the caller holds the gate. Returns the one before, to be closed."""
+        before, self.provider = self.provider, provider
+        self.is_owned, self.url, self._on_loop = is_owned, url, None
+        self.switches = (*self.switches, switch)
+        return before
+
+    def close(self) -> None:
+        """Close the provider if the context opened it."""
+        if self.is_owned:
+            self.provider.close()
+
+    # Calls
+
+    def run(self, command: Command[R], terms: Terms = DEFAULT) -> R:
+        """Run a command here and now."""
+        if type(command) in _LONG:
+            self.gate.enter_tool()
+            try:
+                return self._run(command, terms)
+            finally:
+                self.gate.leave_tool()
+        gate, calls = self.gate, self.gate.calls
+        while True:
+            # As in `Gate.pass_through`, without its call: this is the way of every read and write.
+            try:
+                calls.append(None)
+                if not gate.held:
+                    if terms is DEFAULT:
+                        return self.provider.run(command)
+                    return self._run(command, terms)
+            finally:
+                calls.pop()
+                if gate.held:
+                    gate.signal()
+            gate.wait()
+
+    def _run(self, command: Command[R], terms: Terms) -> R:
+        return self.provider.run(command, terms.idempotency_key, actor=terms.actor, reason=terms.reason)
+
+    async def run_aio(self, command: Command[R], terms: Terms = DEFAULT) -> R:
+        """Run a command for a coroutine, without blocking its event loop."""
+        if type(command) in _LONG:
+            return await self._execute_aio(command, terms)
+        gate, calls = self.gate, self.gate.calls
+        while True:
+            try:
+                calls.append(None)
+                if not gate.held:
+                    return await self._submit_here(command, terms)
+            finally:
+                calls.pop()
+                if gate.held:
+                    gate.signal()
+            await asyncio.to_thread(gate.wait)
+
+    async def _execute_aio(self, command: Command[R], terms: Terms) -> R:
+        gate = self.gate
+        if not gate.enter_tool(wait=False):
+            await asyncio.to_thread(gate.enter_tool)
+        try:
+            return await self._submit_here(command, terms)
+        finally:
+            gate.leave_tool()
+
+    async def _submit_here(self, command: Command[R], terms: Terms) -> R:
+        loop, provider = asyncio.get_running_loop(), self.provider
+        way = self._on_loop
+        if way is None or way[0] is not loop or way[1] is not provider:
+            mailbox = LoopMailbox(loop)
+            way = self._on_loop = (loop, provider, mailbox, provider.on_loop(mailbox))
+        _, _, mailbox, submit = way
+        # The loop itself writes while it has nothing else to do.
+        mailbox.traffic.calls += 1
+        try:
+            actor, reason, key = terms
+            return await submit(command, provider.origin(command.cause, key, actor=actor, reason=reason))
+        finally:
+            mailbox.traffic.calls -= 1
+
+    def __repr__(self) -> str:
+        return f"<Backend {self.kind}{f' {self.url}' if self.url else ''}>"

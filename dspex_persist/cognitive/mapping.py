@@ -1,0 +1,93 @@
+"""The variables of a session as a mapping that behaves like a dict."""
+
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, MutableMapping, ValuesView
+from typing import Any, Protocol
+
+from dspex_persist.state.errors import InvalidArgumentError, VariableNotFoundError
+
+
+class Holds(Protocol):
+    """What has the variables: a context, for example."""
+
+    def __getitem__(self, name: str) -> Any: ...
+    def __setitem__(self, name: str, value: object) -> None: ...
+    def __delitem__(self, name: str) -> None: ...
+    def __contains__(self, name: object) -> bool: ...
+    def __iter__(self) -> Iterator[str]: ...
+    def __len__(self) -> int: ...
+
+    @property
+    def get_many(self) -> Callable[[], dict[str, Any]]: ...
+
+    @property
+    def update_many(self) -> Callable[[Mapping[str, object]], object]: ...
+
+
+class VariableMapping(MutableMapping[str, Any]):
+    """A session's variables as a dict: the names in the order in which they were defined, and their values.
+
+    What concerns several variables uses one consistent read, or one commit. Iteration goes over the names as they were
+    when it began, so others may write meanwhile.
+    """
+
+    __slots__ = ("_owner",)
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, owner: Holds) -> None:
+        self._owner = owner
+
+    def __getitem__(self, name: str) -> Any:
+        return self._owner[name]
+
+    def __setitem__(self, name: str, value: object) -> None:
+        self._owner[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._owner[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._owner
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._owner)
+
+    def __len__(self) -> int:
+        return len(self._owner)
+
+    def get(self, name: object, default: Any = None) -> Any:
+        """Return the value, or `default` if there is no such variable."""
+        try:
+            return self._owner[name] if isinstance(name, str) else default
+        except VariableNotFoundError:
+            return default
+
+    def copy(self) -> dict[str, Any]:
+        """Return names and values as a dict."""
+        return self._owner.get_many()
+
+    def keys(self) -> KeysView[str]:
+        """Return the names, as of one moment."""
+        return dict.fromkeys(self._owner).keys()
+
+    def items(self) -> ItemsView[str, Any]:
+        """Return names and values, as of one moment."""
+        return self.copy().items()
+
+    def values(self) -> ValuesView[Any]:
+        """Return the values, as of one moment."""
+        return self.copy().values()
+
+    def update(self, changes: Any = (), /, **more: Any) -> None:
+        """Write several values in one commit, or raise an error and write none."""
+        try:
+            merged = dict(changes, **more)
+        except (TypeError, ValueError):
+            kind = type(changes).__name__
+            raise InvalidArgumentError("changes", f"it must be a mapping, such as a dict, not {kind}") from None
+        self._owner.update_many(merged)
+
+    def __eq__(self, other: object) -> bool:
+        return self.copy() == dict(other) if isinstance(other, Mapping) else NotImplemented
+
+    def __repr__(self) -> str:
+        return repr(self.copy())
