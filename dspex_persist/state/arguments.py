@@ -30,6 +30,7 @@ _LAST_COMMIT = 2**63 - 1
 _LONGEST_TIMEOUT_S = 1e9
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _ONLY_STR = frozenset({str})
+_NOTHING: FrozenDict[str, str] = FrozenDict()
 _SHORT_BITS = 128
 """The longest numbers that a message quotes: Python does not format numbers with more than 4300 digits."""
 Number: TypeAlias = Annotated[int, "32 bits"]
@@ -146,6 +147,8 @@ def metadata(field: str, argument: object) -> FrozenDict[str, str]:
     """Return metadata: a mapping of str to str."""
     if type(argument) is FrozenDict:
         return argument
+    if type(argument) is dict and not argument:
+        return _NOTHING
     return FrozenDict({_key(field, key): _entry(field, key, entry) for key, entry in mapping(field, argument).items()})
 
 

@@ -48,6 +48,7 @@ S_co = TypeVar("S_co", bound=LogStore, covariant=True)
 _logger: Final = get_logger(__name__)
 
 CACHE_SIZE_BYTES: Final = 256 * 1024 * 1024
+_ACTOR_LENGTH: Final = Limits().name_length
 _EXPIRY: Final = Origin(actor="dspex-persist", cause="expiry")
 _RECOVERY: Final = Origin(actor="dspex-persist", cause="recovery")
 
@@ -232,7 +233,9 @@ class Groups(Generic[S_co]):
         self._cache.evict()
         if units:
             self.hub.advance(self.log.sequence)
-            self._publish_to_watchers(units)
+            # A watch that joins from now on finds them in the log.
+            if self.hub.count:
+                self._publish_to_watchers(units)
 
     def _publish_to_watchers(self, units: Sequence[UnitOfWork]) -> None:
         commits: dict[int, list[CommitChanges]] = {}
@@ -391,7 +394,7 @@ def _apply_once(job: Job, unit: UnitOfWork) -> Any:
     command, key = job.command, job.origin.idempotency_key
     if job.origin.actor:
         # A low limit on the names of variables must not lock out all users with longer names.
-        check_text("actor", job.origin.actor, max(unit.limits.name_length, Limits().name_length), "name_length")
+        check_text("actor", job.origin.actor, max(unit.limits.name_length, _ACTOR_LENGTH), "name_length")
     if key is None or not command.writes:
         return command.apply(unit)
     check_text("idempotency key", key, unit.limits.name_length, "name_length")

@@ -124,8 +124,11 @@ class MemoryLog(LogStore):
             state = unit.state
             assert state is not None, "a unit with changes has a session"
             number_variables(unit)
-            self._pasts.setdefault(state.session.sequence, _Past()).add(unit)
-            if any(isinstance(event, SessionEnded) for event in unit.events):
+            past = self._pasts.get(state.session.sequence)
+            if past is None:
+                past = self._pasts[state.session.sequence] = _Past()
+            past.add(unit)
+            if unit.events and any(isinstance(event, SessionEnded) for event in unit.events):
                 self._live.pop(state.session.id, None)
                 self._outcomes.pop(state.session.id, None)
                 self._ended.append(state.session.sequence)
@@ -228,11 +231,13 @@ class _Past:
     def add(self, unit: UnitOfWork) -> None:
         """Add the next commit."""
         for change in unit.versions:
-            versions = self.versions.setdefault(change.variable.id, [])
-            versions.append(change.version)
-            if len(versions) == 1:
-                name = change.variable.name
-                self._ids[name] = (*self._ids.get(name, ()), change.variable.id)
+            variable_id, name = change.variable.id, change.variable.name
+            versions = self.versions.get(variable_id)
+            if versions is not None:
+                versions.append(change.version)
+            else:
+                self.versions[variable_id] = [change.version]
+                self._ids[name] = (*self._ids.get(name, ()), variable_id)
         for event in unit.events:
             if isinstance(event, ExecutionBegan) and event.idempotency_key is not None:
                 self._begin(event, event.idempotency_key, unit.sequence)

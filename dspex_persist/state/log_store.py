@@ -183,7 +183,8 @@ def number_variables(unit: UnitOfWork) -> None:
     assert state is not None, "a unit with changes has a session"
     for change in unit.versions:
         state.keys.setdefault(change.variable.id, len(state.keys))
-    unit.versions.sort(key=lambda change: (state.keys[change.variable.id], change.version.version))
+    if len(unit.versions) > 1:
+        unit.versions.sort(key=lambda change: (state.keys[change.variable.id], change.version.version))
 
 
 def affected(state: SessionState, sequence: int, changes: Sequence[Change]) -> tuple[Variable, ...]:
