@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dspex_persist.errors import DspexError as DspexError
     from dspex_persist.settings import Settings as Settings
     from dspex_persist.settings import load_settings as load_settings
+    from dspex_persist.state.bridged import Breaker as Breaker
     from dspex_persist.state.bridged import BridgedState as BridgedState
     from dspex_persist.state.embedded import EmbeddedState as EmbeddedState
     from dspex_persist.state.errors import ExecutionConflictError as ExecutionConflictError
@@ -48,6 +49,7 @@ __version__ = "0.1.0"
 
 # Imported on first access, so that importing the package loads neither SQL nor gRPC. The other errors are in `errors`.
 _HOMES = {
+    "Breaker": "dspex_persist.state.bridged",
     "BridgedState": "dspex_persist.state.bridged",
     "Context": "dspex_persist.cognitive.context",
     "DspexError": "dspex_persist.errors",

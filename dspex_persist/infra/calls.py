@@ -6,7 +6,6 @@ resume. Used on one event loop; knows no messages.
 
 import asyncio
 import contextlib
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -14,6 +13,7 @@ from typing import Any, Final, TypeVar
 import grpc
 
 from dspex_persist.infra.channels import Options, channel_options
+from dspex_persist.infra.circuit import Circuit, OpenCircuitError
 from dspex_persist.infra.logs import get_logger
 
 A = TypeVar("A")
@@ -55,70 +55,6 @@ class StatusError(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
-
-
-class Circuit:
-    """A circuit breaker for one address.
-
-    After `failures` failures in a row it opens, and refuses calls for `pause_s` seconds. Then it admits one trial. Each
-    failed trial doubles the pause, up to `longest_pause_s`; a success closes the circuit.
-    """
-
-    def __init__(self, failures: int, pause_s: float, longest_pause_s: float) -> None:
-        self._limit = failures
-        self._first_pause_s = pause_s
-        self._longest_pause_s = longest_pause_s
-        self._pause_s = pause_s
-        self._failures = 0
-        self._reason = ""
-        self._retry_at: float | None = None
-        self._trying = False
-
-    @property
-    def state(self) -> str:
-        """The state: closed, open or half_open."""
-        if self._retry_at is None:
-            return "closed"
-        return "half_open" if self._trying or time.monotonic() >= self._retry_at else "open"
-
-    def admit(self) -> bool:
-        """Return whether the caller has to test the address first.
-
-        Raises:
-            UnreachableError: The circuit is open, or another caller is testing the address.
-        """
-        if self._retry_at is None:
-            return False
-        left_s = self._retry_at - time.monotonic()
-        if self._trying or left_s > 0:
-            again = "it is being tried again now" if self._trying else f"it is tried again in {left_s:.1f} s"
-            raise UnreachableError(f"{self._failures} failures in a row; {again} (the last: {self._reason})")
-        self._trying = True
-        return True
-
-    def give_up(self) -> None:
-        """Note that the trial ended without a result; the next call is a trial again."""
-        self._trying = False
-
-    def succeeded(self) -> bool:
-        """Note that the address answered; returns whether that closed the circuit."""
-        closed = self._retry_at is not None
-        self._failures, self._retry_at, self._trying = 0, None, False
-        self._pause_s = self._first_pause_s
-        return closed
-
-    def failed(self, reason: str) -> float | None:
-        """Note that the address could not be reached; returns the pause in seconds if that opened the circuit."""
-        if self._retry_at is not None and not self._trying:
-            return None  # a call from before the circuit opened: it adds nothing
-        self._failures += 1
-        self._reason = reason
-        if self._retry_at is None and self._failures < self._limit:
-            return None
-        pause_s = self._pause_s
-        self._retry_at, self._trying = time.monotonic() + pause_s, False
-        self._pause_s = min(2 * pause_s, self._longest_pause_s)
-        return pause_s
 
 
 class Channel:
@@ -253,7 +189,11 @@ class Peer:
         Raises:
             UnreachableError: The circuit is open, or there is no connection.
         """
-        if self.circuit.admit():
+        try:
+            is_trial = self.circuit.admit()
+        except OpenCircuitError as error:
+            raise UnreachableError(str(error)) from None
+        if is_trial:
             await self._test()
         async with self._connected() as call:
             yield call

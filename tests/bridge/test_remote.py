@@ -15,7 +15,7 @@ import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.wrappers_pb2 import StringValue
 
-from dspex_persist.infra.calls import Circuit
+from dspex_persist.infra.circuit import Circuit
 from dspex_persist.infra.listen import is_loopback
 from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state.bridge import codec, remote

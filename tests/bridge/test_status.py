@@ -120,8 +120,16 @@ def test_a_call_during_the_drain() -> None:
                 "Start it with `dspex-persist serve`"
             ),
         ),
-        (StatusCode.UNAVAILABLE, "Socket closed", errors.UnavailableError("127.0.0.1:1: Socket closed")),
-        (StatusCode.DEADLINE_EXCEEDED, "", errors.UnavailableError("127.0.0.1:1: DEADLINE_EXCEEDED")),
+        (
+            StatusCode.UNAVAILABLE,
+            "Socket closed",
+            errors.UnavailableError("127.0.0.1:1: Socket closed").advising(errors.Hint.REPEAT_LATER),
+        ),
+        (
+            StatusCode.DEADLINE_EXCEEDED,
+            "",
+            errors.UnavailableError("127.0.0.1:1: DEADLINE_EXCEEDED").advising(errors.Hint.REPEAT_LATER),
+        ),
         (StatusCode.CANCELLED, "Stream removed (Channel closed!)", errors.EngineClosedError()),
         (
             StatusCode.RESOURCE_EXHAUSTED,

@@ -1,30 +1,35 @@
-"""Sends one command to a server, and repeats it while the outcome is unknown and an idempotency key makes that safe."""
+"""Sends one command to a server, and repeats it while the connection fails and repeating it is safe."""
 
-import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Final
 
 import grpc
 
 from dspex_persist.state.bridge.headers import Headers
+from dspex_persist.state.bridge.line import Line
 from dspex_persist.state.bridge.rpcs.base import Rpc
-from dspex_persist.state.bridge.status import error_of_call, error_of_write, is_lost, unreadable
-from dspex_persist.state.commands import Command
+from dspex_persist.state.bridge.status import error_of_call, error_of_write, is_lost, never_sent, no_answer, unreadable
+from dspex_persist.state.commands import Command, ExecuteTool
 from dspex_persist.state.errors import (
+    CircuitOpenError,
     EngineClosedError,
     InvalidArgumentError,
     LimitExceededError,
     OutcomeUnknownError,
     ShuttingDownError,
+    StateError,
 )
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
+_LEAST_S: Final = 0.001
 
 
 class Attempt:
     """One command on its way to a server.
+
+    A read is repeated if the connection broke, or was lost since the server last answered, until the breaker opens; a
+    write only with an idempotency key, even while the breaker is open. All of it happens within the timeout.
 
     Args:
         stub: The callable of the rpc.
@@ -33,8 +38,8 @@ class Attempt:
         headers: Returns the headers of a command.
         timeout_s: How long a request may take, repetitions included. A list in several answers has it for each.
         lost_s: How long to repeat the command after the connection was lost.
-        target: The server, for errors.
-        repeatable: Whether the command has an idempotency key.
+        line: The connection to the server.
+        has_key: Whether the command has an idempotency key.
     """
 
     def __init__(
@@ -45,23 +50,23 @@ class Attempt:
         headers: Callable[[Command[Any]], Headers],
         timeout_s: float,
         lost_s: float,
-        target: str,
+        line: Line,
         *,
-        repeatable: bool,
+        has_key: bool,
     ) -> None:
         self._stub = stub
         self._rpc = rpc
         self._command = command
-        self._repeatable = repeatable
+        self._has_key = has_key
         self._headers_of = headers
         self._timeout_s = timeout_s
-        self._deadline = time.monotonic() + timeout_s
+        self._line = line
+        self._deadline = line.now() + timeout_s
         self._rows: list[Any] = []
         # Separate from the timeout, because a tool may take much longer than it makes sense to wait for a lost server.
         self._lost_s = lost_s
         self._give_up_at: float | None = None
         self._unknown: OutcomeUnknownError | None = None
-        self._target = target
         self._pause_s = _FIRST_PAUSE_S
         self._future: Future[Any] = Future()
 
@@ -70,8 +75,9 @@ class Attempt:
         self._future.set_running_or_notify_cancel()
         try:
             self._write()
+            self._line.admit()
             self._send()
-        except (InvalidArgumentError, LimitExceededError) as error:
+        except (CircuitOpenError, InvalidArgumentError, LimitExceededError) as error:
             self._future.set_exception(error)
         except (ValueError, TypeError) as error:
             # A message cannot carry it: a lone surrogate, or a number too large for its field.
@@ -90,7 +96,8 @@ class Attempt:
             self._future.set_exception(EngineClosedError())
 
     def _send(self) -> None:
-        left_s = max(0.001, self._deadline - time.monotonic())
+        self._sent_at = self._line.now()
+        left_s = max(_LEAST_S, self._deadline - self._sent_at)
         call = self._stub.future(self._request, timeout=left_s, metadata=self._headers)
         call.add_done_callback(self._done)
 
@@ -98,14 +105,17 @@ class Attempt:
         try:
             response = call.result()
         except grpc.RpcError:
+            # A tool may take as long as its caller waits.
+            self._line.ended(call, self._sent_at, told=not isinstance(self._command, ExecuteTool))
             self._failed(call)
         except grpc.FutureCancelledError:
             self._future.set_exception(EngineClosedError())
         else:
+            self._line.answered()
             try:
                 self._answered(response, call)
             except Exception as error:  # noqa: BLE001 -- gRPC's thread would swallow it, and the caller wait forever
-                self._future.set_exception(unreadable(self._target, error))
+                self._future.set_exception(unreadable(self._line.target, error))
 
     def _answered(self, response: Any, call: Any) -> None:
         def trailer(name: str) -> str | None:
@@ -121,30 +131,54 @@ class Attempt:
             self._future.set_result(self._rows)
             return
         self._command = rest
-        self._deadline = time.monotonic() + self._timeout_s
+        self._deadline = self._line.now() + self._timeout_s
         self._write()
         self._send_again()
 
     def _failed(self, call: Any) -> None:
-        lost = is_lost(call)
-        error = (error_of_write if self._command.writes else error_of_call)(call, self._target)
+        lost, writes = is_lost(call), self._command.writes
+        error = self._error_of(call)
         unsettled = lost or isinstance(error, OutcomeUnknownError | EngineClosedError | ShuttingDownError)
         if isinstance(error, OutcomeUnknownError):
             self._unknown = error
-        if unsettled and self._repeatable and time.monotonic() + self._pause_s < self._until():
-            self._send_later()
+        # A server that can no longer be reached may still have done it before: the outcome stays unknown.
+        final = self._unknown if self._unknown is not None and lost else error
+        if unsettled and (self._has_key if writes else self._may_read_again(lost, call)):
+            pause_s, self._pause_s = self._pause_s * self._line.jitter(), min(self._pause_s * 2, _LONGEST_PAUSE_S)
+            self._send_later(pause_s, final)
         else:
-            # A server that can no longer be reached may still have done it before: the outcome stays unknown.
-            self._future.set_exception(self._unknown if self._unknown is not None and lost else error)
+            self._future.set_exception(final)
+
+    def _may_read_again(self, lost: bool, call: Any) -> bool:
+        """Whether a read is worth another attempt. A server that has never answered is most likely not there."""
+        is_there = self._line.has_answered or not (lost and never_sent(call.details() or ""))
+        return is_there and self._line.state == "closed"
+
+    def _error_of(self, call: Any) -> StateError:
+        writes, target = self._command.writes, self._line.target
+        if is_lost(call) and call.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return no_answer(target, self._timeout_s, writes=writes)
+        return (error_of_write if writes else error_of_call)(call, target)
 
     def _until(self) -> float:
         """The end of the repetitions, counted from the first failure."""
         if self._give_up_at is None:
-            self._give_up_at = min(self._deadline, time.monotonic() + self._lost_s)
+            self._give_up_at = min(self._deadline, self._line.now() + self._lost_s)
         return self._give_up_at
 
-    def _send_later(self) -> None:
-        timer = threading.Timer(self._pause_s, self._send_again)
-        timer.daemon = True
-        timer.start()
-        self._pause_s = min(self._pause_s * 2, _LONGEST_PAUSE_S)
+    def _send_later(self, pause_s: float, error: StateError) -> None:
+        """Send it again after a pause; it fails with `error` if there is no time left."""
+        if self._line.now() + pause_s >= self._until():
+            self._future.set_exception(error)
+            return
+
+        def send() -> None:
+            wait_s = self._line.wait_s()
+            if not wait_s:
+                self._send_again()
+            elif self._command.writes:
+                self._send_later(wait_s, error)
+            else:
+                self._future.set_exception(error)
+
+        self._line.later(pause_s, send)

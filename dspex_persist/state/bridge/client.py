@@ -43,6 +43,7 @@ from dspex_persist.state.bridge.headers import (
     Headers,
 )
 from dspex_persist.state.bridge.inherited import OneProcess, refuse_lost
+from dspex_persist.state.bridge.line import Breaker, Line
 from dspex_persist.state.bridge.rpcs import BY_COMMAND
 from dspex_persist.state.bridge.rpcs.base import Rpc
 from dspex_persist.state.bridge.rpcs.tools import EXECUTE_TOOL, GetExposedElixirTools
@@ -65,6 +66,7 @@ R = TypeVar("R")
 
 _HEADER_LENGTH: Final = 255
 _VERDICT_S: Final = 1.0
+_BREAKER: Final = Breaker()
 # A channel that has lost its server retries often at first, to notice a restart at once. Despite its name, the second
 # option also sets how long an attempt may take: on a loaded machine a tenth of a second is too short.
 _RECONNECTING: Final = (
@@ -81,15 +83,18 @@ def _nothing() -> None:
 class BridgedState(StreamsTools, Durable, Auditable, Recordable, Forkable, Prunable, Transacts):
     """Session state on a server.
 
-    If the connection breaks during a write, a write with an idempotency key is repeated for up to `timeout_s`, and
-    still happens only once. A write without a key raises `OutcomeUnknownError`.
+    The connection is opened by the first call, and again by itself whenever it breaks. Calls that a broken connection
+    carried are repeated within their timeout where that is safe: reads, and writes with an idempotency key, which still
+    happen only once. A write without a key raises `OutcomeUnknownError`. After several failures in a row, calls fail at
+    once for a while (`CircuitOpenError`), see `breaker`.
 
     Args:
         target: A gRPC target such as "127.0.0.1:50051" or "unix:/run/dspex.sock", or a URL of `connect`.
-        timeout_s: How long to wait for an answer, in seconds.
+        timeout_s: How long to wait for an answer, in seconds, repetitions included.
         actor: Who makes the changes; by default the user of this process.
         execution_id: A running execution. All calls on variables and tools become part of its transaction: a process
             that runs a registered tool passes the id that it received in `x-dspex-execution-id`.
+        breaker: When calls fail at once because the server does not answer; None for never.
 
     Raises:
         InvalidArgumentError: An argument is wrong.
@@ -97,7 +102,13 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Forkable, Pruna
     """
 
     def __init__(
-        self, target: str, *, timeout_s: float = 30.0, actor: str | None = None, execution_id: str | None = None
+        self,
+        target: str,
+        *,
+        timeout_s: float = 30.0,
+        actor: str | None = None,
+        execution_id: str | None = None,
+        breaker: Breaker | None = _BREAKER,
     ) -> None:
         target = self._target = target_of(arguments.text("target", target))
         self._timeout_s = arguments.timeout("timeout_s", timeout_s)
@@ -107,13 +118,24 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Forkable, Pruna
         self._channel = grpc.insecure_channel(target, options=(*channel_options(target), *_RECONNECTING))
         self._here = OneProcess(target, self._channel)
         self._stub = BridgeServiceStub(self._channel)
+        self._line = Line(target, breaker)
         self._closed = False
 
-    def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
-        """See `StateProvider.submit`. Sends the command; the future resolves with the answer."""
-        return self._submit_within(command, origin, self._execution_id)
+    def submit(self, command: Command[R], origin: Origin | None = None, *, timeout_s: float | None = None) -> Future[R]:
+        """See `StateProvider.submit`. Sends the command; the future resolves with the answer.
 
-    def _submit_within(self, command: Command[R], origin: Origin | None, execution_id: str | None) -> Future[R]:
+        Args:
+            command: The command.
+            origin: Who makes the request; by default the client's actor.
+            timeout_s: How long to wait for the answer; by default as long as the client does.
+        """
+        if timeout_s is not None:
+            timeout_s = arguments.timeout("timeout_s", timeout_s)
+        return self._submit_within(command, origin, self._execution_id, timeout_s)
+
+    def _submit_within(
+        self, command: Command[R], origin: Origin | None, execution_id: str | None, timeout_s: float | None = None
+    ) -> Future[R]:
         fault = self._here.refusal or (EngineClosedError() if self._closed else fault_of(command, origin))
         if fault is not None:
             return failed(fault)
@@ -126,10 +148,10 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Forkable, Pruna
             rpc,
             command,
             partial(self._headers_of, rpc, origin, execution_id),
-            self._patience_s(command),
+            self._patience_s(command) if timeout_s is None else timeout_s,
             self._timeout_s,
-            self._target,
-            repeatable=origin.idempotency_key is not None,
+            self._line,
+            has_key=origin.idempotency_key is not None,
         ).start()
 
     def watch(
@@ -145,8 +167,15 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Forkable, Pruna
         except ValueError as error:
             raise InvalidArgumentError("request", str(error)) from error
         headers = () if after_sequence is None else ((AFTER_SEQUENCE, str(after_sequence)),)
-        call = self._stub.WatchVariables(request, metadata=headers)
-        return BridgedWatch(call, self._timeout_s, self._target, self._error_of)
+        self._line.admit()
+        sent_at, call = self._line.now(), self._stub.WatchVariables(request, metadata=headers)
+        try:
+            watch = BridgedWatch(call, self._timeout_s, self._target, self._error_of)
+        except StateError:
+            self._line.ended(call, sent_at)
+            raise
+        self._line.answered()
+        return watch
 
     def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
         """List the tools of the server and, for a session, those that its workers have registered."""
@@ -168,6 +197,7 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Forkable, Pruna
         command.check()
         origin = self.origin("ExecuteStreamingTool", **who)
         headers = self._headers_of(EXECUTE_TOOL, origin, self._execution_id, command)
+        self._line.admit()
         call = self._stub.ExecuteStreamingTool(EXECUTE_TOOL.request_of(command), metadata=headers)
         here = OneProcess(self._target, call)
         try:

@@ -8,7 +8,8 @@ from typing import Any, Final, TypeVar
 
 import grpc
 
-from dspex_persist.infra.calls import CLOSED, Call, Circuit, Peer, Service, StatusError, UnreachableError
+from dspex_persist.infra.calls import CLOSED, Call, Peer, Service, StatusError, UnreachableError
+from dspex_persist.infra.circuit import Circuit
 from dspex_persist.infra.listen import ListenError, TcpAddress, parse_listen
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.state import values

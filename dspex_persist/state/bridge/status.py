@@ -66,6 +66,7 @@ CODES: dict[type[StateError], StatusCode] = {
     errors.FileChangedError: StatusCode.DATA_LOSS,
     errors.OutcomeUnknownError: StatusCode.UNKNOWN,
     errors.UnavailableError: StatusCode.UNAVAILABLE,
+    errors.CircuitOpenError: StatusCode.UNAVAILABLE,
     errors.EngineClosedError: StatusCode.UNAVAILABLE,
     errors.ForkedProcessError: StatusCode.FAILED_PRECONDITION,
     errors.ShuttingDownError: StatusCode.UNAVAILABLE,
@@ -207,15 +208,34 @@ def never_sent(details: str) -> bool:
     return any(words in details.lower() for words in ("failed to connect", "connection refused", "resolution failed"))
 
 
+def _cause(details: str) -> str:
+    return details.rpartition(": ")[2].strip(" .") or "no connection"
+
+
+def lost_reason(call: Any) -> str:
+    """Return in a few words why a call was lost."""
+    if call.code() is StatusCode.DEADLINE_EXCEEDED:
+        return "no answer in time"
+    return _cause(call.details() or "")
+
+
 def unreachable(target: str, details: str) -> errors.UnavailableError:
     """Return the error for a server that does not answer, with a shorter text than gRPC's."""
     if not target:
         return errors.UnavailableError(details)
     if not never_sent(details):
-        return errors.UnavailableError(f"{target}: {details}")
-    cause = details.rpartition(": ")[2].strip(" .") or "no connection"
+        return errors.UnavailableError(f"{target}: {details}").advising(Hint.REPEAT_LATER)
+    cause = _cause(details)
     reason = f"cannot connect to {target} ({cause}); is the server running? Start it with `dspex-persist serve`"
     return errors.UnavailableError(reason)
+
+
+def no_answer(target: str, timeout_s: float, *, writes: bool) -> StateError:
+    """Return the error for a call that got no answer in time. A write may have been carried out."""
+    reason = f"{target} did not answer within {timeout_s:.3g} s"
+    if writes:
+        return errors.OutcomeUnknownError(reason)
+    return errors.UnavailableError(reason).advising(Hint.REPEAT_LATER)
 
 
 def unreadable(target: str, fault: Exception) -> errors.InternalError:

@@ -11,7 +11,7 @@ from dspex_persist.state.bridge import codec
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.headers import INITIAL_VALUES, POSITION
 from dspex_persist.state.bridge.inherited import OneProcess
-from dspex_persist.state.bridge.status import unreadable
+from dspex_persist.state.bridge.status import no_answer, unreadable
 from dspex_persist.state.errors import EngineClosedError, StateError
 from dspex_persist.state.model import Update, Variable
 from dspex_persist.state.watch import Watch
@@ -31,34 +31,36 @@ class BridgedWatch(Watch):
         self._buffer: deque[Update] = deque()
         self._whole = 0
         self._error: StateError | None = None
-        self._closed = False
+        self._closed = self._given_up = False
         self._wake: Callable[[], None] = lambda: None
-        headers = self._begin(timeout_s)
-        self.position = int(headers[POSITION])
-        self.initial = self._take_initial(int(headers[INITIAL_VALUES]))
-        self._thread = threading.Thread(target=self._read, name="dspex-persist-watch", daemon=True)
-        self._thread.start()
-
-    def _begin(self, timeout_s: float) -> dict[str, str]:
-        """Wait until the server confirms the watch."""
-        give_up = threading.Timer(timeout_s, self._call.cancel)
+        give_up = threading.Timer(timeout_s, self._give_up)
         give_up.daemon = True
         give_up.start()
         try:
-            headers = dict(self._call.initial_metadata() or ())
-            if POSITION not in headers:
-                next(self._call)
+            headers = self._begin()
+            self.position = int(headers[POSITION])
+            self.initial = self._take_initial(int(headers[INITIAL_VALUES]))
         except grpc.RpcError:
-            raise self._error_of(self._call) from None
+            error = no_answer(target, timeout_s, writes=False) if self._given_up else error_of(call)
+            raise error from None
         finally:
             give_up.cancel()
+        self._thread = threading.Thread(target=self._read, name="dspex-persist-watch", daemon=True)
+        self._thread.start()
+
+    def _give_up(self) -> None:
+        self._given_up = True
+        self._call.cancel()
+
+    def _begin(self) -> dict[str, str]:
+        """Wait until the server confirms the watch."""
+        headers = dict(self._call.initial_metadata() or ())
+        if POSITION not in headers:
+            next(self._call)
         return headers
 
     def _take_initial(self, count: int) -> tuple[Variable, ...]:
-        try:
-            return tuple(codec.update_of(next(self._call)).variable for _ in range(count))
-        except grpc.RpcError:
-            raise self._error_of(self._call) from None
+        return tuple(codec.update_of(next(self._call)).variable for _ in range(count))
 
     def _read(self) -> None:
         error: StateError = EngineClosedError()

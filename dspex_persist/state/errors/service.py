@@ -35,6 +35,27 @@ class UnavailableError(StateError):
 
 
 @dataclass(eq=False)
+class CircuitOpenError(UnavailableError):
+    """The server has not answered several times in a row, so calls fail at once for a while.
+
+    Attributes:
+        reason: The last failure.
+        target: The server.
+        since: When the first of these failures was, as ISO 8601.
+        retry_in_s: In how many seconds a call is sent again; 0 if another call is trying it now.
+    """
+
+    template = (
+        "nothing was sent: {target} has not answered since {since} (the last failure: {reason}), and is tried again in "
+        "{retry_in_s:.1f} s"
+    )
+    advice = Hint.REPEAT_LATER
+    target: str
+    since: str
+    retry_in_s: float
+
+
+@dataclass(eq=False)
 class EngineClosedError(StateError):
     """The engine was closed, or is closing."""
 
