@@ -30,7 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    add_completion=False,
     epilog=(
         "[bold]To begin[/bold]\n\n"
         "dspex-persist demo    see it work in half a minute\n\n"

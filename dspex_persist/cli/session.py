@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TextIO, TypeVar, cast
 
 import typer
 
+from dspex_persist.cli import completing
 from dspex_persist.cli.groups import Json, carry_out, new_group
 from dspex_persist.cli.output import Progress, counted, say
 from dspex_persist.cli.places import Db, Server, database_of, expanded, server_of
@@ -44,7 +45,10 @@ EPILOG: Final = (
 
 app = new_group(HELP, EPILOG)
 
-Session = Annotated[str, typer.Argument(metavar="SESSION", help="The session's id; it may have ended.")]
+Session = Annotated[
+    str,
+    typer.Argument(metavar="SESSION", help="The session's id; it may have ended.", autocompletion=completing.sessions),
+]
 
 
 @app.command(

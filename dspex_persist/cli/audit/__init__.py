@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from dspex_persist.cli import completing
 from dspex_persist.cli.audit import options, pages
 from dspex_persist.cli.audit.asking import AuditOptions, Form, answering, asking
 from dspex_persist.cli.groups import Jobs, Json, new_group
@@ -46,8 +47,10 @@ EPILOG = (
 
 app = new_group(HELP, EPILOG)
 
-_SESSION = typer.Argument(metavar="SESSION", help="Its id.", show_default=False)
-_SESSIONS = typer.Argument(metavar="SESSION", help="An id, or a glob with * and ?.", show_default=False)
+_SESSION = typer.Argument(metavar="SESSION", help="Its id.", show_default=False, autocompletion=completing.sessions)
+_SESSIONS = typer.Argument(
+    metavar="SESSION", help="An id, or a glob with * and ?.", show_default=False, autocompletion=completing.sessions
+)
 Session = Annotated[str, _SESSION]
 Sessions = Annotated[str, _SESSIONS]
 
@@ -63,9 +66,23 @@ Sessions = Annotated[str, _SESSIONS]
     )
 )
 def history(
-    session: Annotated[str, typer.Argument(metavar="SESSION", help="Its id, or a glob; '*': all.", show_default=False)],
+    session: Annotated[
+        str,
+        typer.Argument(
+            metavar="SESSION",
+            help="Its id, or a glob; '*': all.",
+            show_default=False,
+            autocompletion=completing.sessions,
+        ),
+    ],
     variable: Annotated[
-        str, typer.Argument(metavar="VARIABLE", help="Its name or id, or a glob.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="VARIABLE",
+            help="Its name or id, or a glob.",
+            show_default=False,
+            autocompletion=completing.variables,
+        ),
     ] = "",
     type: options.Type = "",
     kind: options.Kind = None,
@@ -266,7 +283,12 @@ def _say_all(request: AuditOptions, kind: type[T], rows: Iterable[T]) -> None:
     )
 )
 def state(
-    session: Annotated[str, typer.Argument(metavar="SESSION", help="Its id, or a glob.", show_default=False)],
+    session: Annotated[
+        str,
+        typer.Argument(
+            metavar="SESSION", help="Its id, or a glob.", show_default=False, autocompletion=completing.sessions
+        ),
+    ],
     at: Annotated[str, typer.Option("--at", metavar="POINT", help="When.", show_default=False)] = "now",
     as_json: options.Json = False,
     as_csv: options.Csv = False,
@@ -331,7 +353,12 @@ def diff(
 )
 def blame(
     session: Session,
-    variable: Annotated[str, typer.Argument(metavar="VARIABLE", help="Its name or id.", show_default=False)] = "",
+    variable: Annotated[
+        str,
+        typer.Argument(
+            metavar="VARIABLE", help="Its name or id.", show_default=False, autocompletion=completing.variables
+        ),
+    ] = "",
     at: Annotated[str, typer.Option("--at", metavar="POINT", help="As of this point.", show_default=False)] = "now",
     depth: Annotated[int, typer.Option("--depth", metavar="N", min=0, max=100, help="How many steps back.")] = 1,
     as_json: options.Json = False,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final, TextIO
 
 import typer
 
+from dspex_persist.cli import completing
 from dspex_persist.cli.groups import Json
 from dspex_persist.cli.hints import text_of
 from dspex_persist.cli.live.opening import Place
@@ -50,7 +51,10 @@ EPILOG: Final = (
 
 def call(
     session: Session,
-    tool: Annotated[str, typer.Argument(metavar="TOOL", help="The tool's name.", show_default=False)],
+    tool: Annotated[
+        str,
+        typer.Argument(metavar="TOOL", help="The tool's name.", show_default=False, autocompletion=completing.tools),
+    ],
     arguments: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="The tool's arguments.", show_default=False),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
 
+from dspex_persist.cli import completing
 from dspex_persist.cli.groups import Json, carry_out
 from dspex_persist.cli.live.opening import Place, state_of
 from dspex_persist.cli.live.options import Reveal, Session, Target
@@ -44,7 +45,12 @@ EPILOG: Final = (
 
 Names = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[NAME]...", help="Names, or globs with * and ?.", show_default=False),
+    typer.Argument(
+        metavar="[NAME]...",
+        help="Names, or globs with * and ?.",
+        show_default=False,
+        autocompletion=completing.variables,
+    ),
 ]
 
 

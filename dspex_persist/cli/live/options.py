@@ -4,7 +4,12 @@ from typing import Annotated
 
 import typer
 
-Session = Annotated[str, typer.Argument(metavar="SESSION", help="The session's id.", show_default=False)]
+from dspex_persist.cli import completing
+
+Session = Annotated[
+    str,
+    typer.Argument(metavar="SESSION", help="The session's id.", show_default=False, autocompletion=completing.sessions),
+]
 Target = Annotated[
     str | None,
     typer.Option(

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from dspex_persist.cli import completing
 from dspex_persist.cli.groups import Json, carry_out, new_group
 from dspex_persist.cli.live.opening import Place
 from dspex_persist.cli.live.options import Actor, Target
@@ -40,7 +41,12 @@ app = new_group(HELP, EPILOG)
     ),
 )
 def list_(
-    glob: Annotated[str, typer.Argument(metavar="[GLOB]", help="Ids with * and ?.", show_default=False)] = "",
+    glob: Annotated[
+        str,
+        typer.Argument(
+            metavar="[GLOB]", help="Ids with * and ?.", show_default=False, autocompletion=completing.sessions
+        ),
+    ] = "",
     db: Db = None,
     target: Target = None,
     as_json: Json = False,
@@ -99,7 +105,10 @@ def _show(sessions: "Sequence[SessionEntry]") -> None:
     ),
 )
 def end(
-    sessions: Annotated[list[str], typer.Argument(metavar="SESSION...", help="Their ids.", show_default=False)],
+    sessions: Annotated[
+        list[str],
+        typer.Argument(metavar="SESSION...", help="Their ids.", show_default=False, autocompletion=completing.sessions),
+    ],
     actor: Actor = None,
     db: Db = None,
     target: Target = None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from typer.core import TyperCommand
 
+from dspex_persist.cli import completing
 from dspex_persist.cli.groups import Json, carry_out
 from dspex_persist.cli.hints import ExplainedError
 from dspex_persist.cli.live.opening import Place
@@ -48,7 +49,10 @@ EPILOG: Final = (
 
 def set_(
     session: Session,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The variable.", show_default=False)],
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="The variable.", show_default=False, autocompletion=completing.variables),
+    ],
     value: Annotated[
         str, typer.Argument(metavar="VALUE", help="Text or JSON, by the type; - is stdin.", show_default=False)
     ],

@@ -1,0 +1,235 @@
+"""Completion in real shells: a key is pressed in a terminal, and the name appears."""
+
+import os
+import pty
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from dspex_persist.state.bridged import BridgedState
+from dspex_persist.state.store import names
+from dspex_persist.wiring import connect
+from tests.deadline import within
+from tests.end_to_end.old_style import ROOT, environment, serve, target_of
+
+SHELLS = {
+    "bash": ("bash", "--norc", "--noprofile", "-i"),
+    "zsh": ("zsh", "-f", "-i"),
+    "fish": ("fish", "--no-config", "-i"),
+}
+# What a shell reads before its first prompt, with the script that the command prints.
+BEGINNING = {
+    "bash": "source {script}",
+    "zsh": "autoload -U compinit; compinit -D; source {script}",
+    "fish": "source {script}",
+}
+HEAVY = ("sqlalchemy", "alembic", "grpc", "pydantic_settings", "dspex_persist.wiring", "dspex_persist.state.embedded")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a database, and the command to complete."""
+    folder = tmp_path_factory.mktemp("completion")
+    with connect(folder / "sessions.db") as state:
+        for session in ("knobs", "shop-1", "shop-2", "danger;$(touch oops)", "two words"):
+            state.initialize_session(session)
+        for name in ("temperature", "top_p", "prompt"):
+            state.register_variable("knobs", name, "string", "")
+        state.delete_variable("knobs", "prompt")
+        state.cleanup_session("shop-2")
+    (folder / "bin").mkdir()
+    command = folder / "bin" / "dspex-persist"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m dspex_persist "$@"\n')
+    command.chmod(0o755)
+    return folder
+
+
+def around(folder: Path, **more: str) -> dict[str, str]:
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    return environment(PATH=path, HOME=str(folder), TERM="xterm", PS1="$ ", **more)
+
+
+def completed(folder: Path, *words: str) -> list[str]:
+    """What bash would be told for the last of these words."""
+    asked = {"COMP_WORDS": " ".join(("dspex-persist", *words)), "COMP_CWORD": str(len(words))}
+    argv = [folder / "bin" / "dspex-persist"]
+    done = subprocess.run(
+        argv,
+        cwd=folder,
+        env=around(folder, _DSPEX_PERSIST_COMPLETE="complete_bash", **asked),
+        capture_output=True,
+        text=True,
+        timeout=within(60),
+        check=True,
+    )
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_commands_and_options(folder: Path) -> None:
+    assert completed(folder, "se") == ["serve", "set", "sessions", "session"]
+    assert completed(folder, "sessions", "") == ["list", "end"]
+    assert completed(folder, "set", "knobs", "temperature", "1", "--w") == ["--why"]
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (("get", "kn"), ["knobs"]),
+        # Neither one that has ended, nor those that a shell would run or split.
+        (("get", ""), ["shop-1", "knobs"]),
+        (("get", "knobs", "t"), ["temperature", "top_p"]),
+        (("get", "knobs", "temperature", "to"), ["top_p"]),
+        (("set", "--db", "sessions.db", "knobs", ""), ["temperature", "top_p"]),
+        (("watch", "knobs", "te"), ["temperature"]),
+        (("audit", "history", "knobs", "te"), ["temperature"]),
+        (("session", "export", "sh"), ["shop-1"]),
+        (("sessions", "end", "sh"), ["shop-1"]),
+        (("get", "--db", "nothing.db", ""), []),
+        (("get", "--target", "nowhere", ""), []),
+    ],
+)
+def test_names_of_a_file(folder: Path, words: Sequence[str], offered: list[str]) -> None:
+    before = sorted(folder.iterdir())
+    assert completed(folder, *words) == offered
+    assert sorted(folder.iterdir()) == before
+
+
+def test_names_of_a_server(folder: Path, tmp_path: Path) -> None:
+    with (
+        serve(tmp_path / "sessions.db", "--tools", "tests.end_to_end.served_tools") as server,
+        BridgedState(target_of(server)) as state,
+    ):
+        state.initialize_session("remote")
+        state.register_variable("remote", "a", "integer", 0)
+        state.execute_tool("remote", "add", {"name": "a"})
+        place = ("--target", target_of(server))
+        assert completed(folder, "get", *place, "r") == ["remote"]
+        assert completed(folder, "get", *place, "remote", "") == ["a"]
+        assert "echo" in completed(folder, "call", *place, "remote", "e")
+        # The names in its file can be read meanwhile.
+        assert names.live_sessions(tmp_path / "sessions.db", "") == ["remote"]
+        assert names.variables(tmp_path / "sessions.db", "remote", "") == ["a"]
+        assert names.tools(tmp_path / "sessions.db", "a") == ["add"]
+
+
+def test_completing_names_of_a_file_imports_nothing_heavy(folder: Path) -> None:
+    program = (
+        "import sys; from dspex_persist import cli; sys.argv[1:] = []\n"
+        "try: cli.main()\nexcept SystemExit: pass\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    asked = {"COMP_WORDS": "dspex-persist get knobs te", "COMP_CWORD": "3"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env=environment(_DSPEX_PERSIST_COMPLETE="complete_bash", **asked),
+        capture_output=True,
+        text=True,
+        timeout=within(60),
+        check=True,
+    )
+    assert done.stdout.split() == ["temperature", "[]"]
+
+
+# In a terminal
+
+
+class Terminal:
+    """An interactive shell."""
+
+    def __init__(self, argv: Sequence[str], folder: Path) -> None:
+        self._pid, self._terminal = pty.fork()
+        if self._pid == 0:
+            os.chdir(folder)
+            os.execvpe(argv[0], list(argv), around(folder))
+        self._seen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self._terminal, text.encode())
+
+    def wait_for(self, text: str) -> None:
+        """Wait until this appears after what was waited for before."""
+        deadline = time.monotonic() + within(60)
+        while text not in self._seen:
+            assert time.monotonic() < deadline, f"no {text!r} in {self._seen!r}"
+            if select.select([self._terminal], [], [], 0.1)[0]:
+                self._seen += os.read(self._terminal, 65_536).decode(errors="replace")
+        self._seen = self._seen.split(text, 1)[1]
+
+    def close(self) -> None:
+        with suppress(OSError):
+            os.close(self._terminal)
+        with suppress(ProcessLookupError):
+            os.kill(self._pid, 9)
+        os.waitpid(self._pid, 0)
+
+
+@pytest.fixture(params=SHELLS)
+def shell(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} is not installed")
+    return name
+
+
+@pytest.fixture
+def open_terminal(shell: str, folder: Path) -> Iterator[Callable[[], Terminal]]:
+    opened: list[Terminal] = []
+
+    def open_() -> Terminal:
+        opened.append(Terminal(SHELLS[shell], folder))
+        return opened[-1]
+
+    yield open_
+    for each in opened:
+        each.close()
+
+
+def test_a_key_completes_names(shell: str, folder: Path, open_terminal: Callable[[], Terminal]) -> None:
+    script = folder / f"completion.{shell}"
+    with script.open("w") as output:
+        subprocess.run(
+            [folder / "bin" / "dspex-persist"],
+            env=around(folder, _DSPEX_PERSIST_COMPLETE=f"source_{shell}"),
+            stdout=output,
+            timeout=within(60),
+            check=True,
+        )
+    terminal = open_terminal()
+    # Written in two parts, so that the echo of the command is not taken for its output.
+    terminal.type(f"{BEGINNING[shell].format(script=script)}; echo rea''dy\n")
+    terminal.wait_for("ready")
+    terminal.type("dspex-persist get kno\t")
+    terminal.wait_for("get knobs")
+    terminal.type("temp\t")
+    terminal.wait_for("temperature")
+    terminal.type("--reve\t")
+    terminal.wait_for("--reveal")
+
+
+def test_the_command_installs_the_completion(folder: Path) -> None:
+    """In the configuration of the shell that runs it."""
+    done = subprocess.run(
+        ["bash", "--norc", "-c", "dspex-persist --install-completion && true"],
+        cwd=folder,
+        env=around(folder),
+        capture_output=True,
+        text=True,
+        timeout=within(60),
+        check=True,
+    )
+    assert "bash completion installed in" in done.stdout
+    assert str(folder) in (folder / ".bashrc").read_text()
+
+
+def test_the_page_names_every_shell() -> None:
+    page = (ROOT / "docs/command-line.md").read_text(encoding="utf-8")
+    assert all(f"source_{shell}" in page for shell in SHELLS)
