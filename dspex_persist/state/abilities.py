@@ -6,21 +6,32 @@ abilities of the provider that it wraps. `dspex_persist.testing` has a test suit
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from types import TracebackType
-from typing import ClassVar, Self, TypeVar, Unpack
+from typing import ClassVar, Final, Self, TypeVar, Unpack
 
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import UnsupportedError
-from dspex_persist.state.model import Isolation, Origin, PrunePolicy, PruneReport, SessionView, ToolOutcome, ToolSpec
+from dspex_persist.state.model import (
+    ImportedSession,
+    Isolation,
+    Origin,
+    PrunePolicy,
+    PruneReport,
+    SessionView,
+    ToolOutcome,
+    ToolSpec,
+)
 from dspex_persist.state.provider import TOOL_TIMEOUT_S, Progress, StateProvider, Submits, Who, or_empty, silent
-from dspex_persist.state.recording import Header, RecordedCommit
+from dspex_persist.state.recording import ContentHash, Header, RecordedCommit
 
 R = TypeVar("R")
+
+_REPORT_EVERY: Final = 100
 
 
 class Ability(ABC):
@@ -105,6 +116,102 @@ class Recordable(Ability):
             SessionPrunedError: Parts of the session's history were pruned.
             InvalidArgumentError: No session with this id began with commit `started`.
         """
+
+    def content_hash(self, session_id: str, *, started: int | None = None) -> str:
+        """Return the hash of a session's whole history, which does not depend on where it is; see `ContentHash`.
+
+        Args:
+            session_id: The session's id.
+            started: The number of its first commit, as for `record`.
+
+        Raises:
+            NotInHistoryError: The history has no such session.
+            SessionPrunedError: Parts of the session's history were pruned.
+            InvalidArgumentError: No session with this id began with commit `started`.
+        """
+        content = ContentHash()
+        for commit in self.record(session_id, started=started, reveal=True)[1]:
+            content.add(commit)
+        return content.hexdigest()
+
+
+class SessionImport(ABC):
+    """An import in progress, to which the commits come one by one. Close it, for example with a `with` block."""
+
+    @abstractmethod
+    def add(self, commit: RecordedCommit) -> None:
+        """Add the next commit. It is checked, here or by `finish` at the latest."""
+
+    @abstractmethod
+    def finish(self) -> ImportedSession:
+        """Import the session, now that every commit was added."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the import. If it was not finished, nothing is imported."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Importable(Ability):
+    """A recorded session can be imported with its whole history, while the provider serves other callers."""
+
+    lacking = "imports of sessions"
+    instead = "keep the sessions in a database file, connect(path); in memory, connect('memory:'); or on a server"
+
+    @abstractmethod
+    def begin_import(self, header: Header, session_id: str | None = None) -> SessionImport:
+        """Begin to import a recorded session, as `import_session` does, for commits that come one by one."""
+
+    def import_session(
+        self,
+        header: Header,
+        commits: Iterable[RecordedCommit],
+        *,
+        session_id: str | None = None,
+        progress: Progress = silent,
+    ) -> ImportedSession:
+        """Import a recorded session: all of it or nothing.
+
+        Its commits get new numbers at the end of the log, and keep their times, actors and causes. Answers under
+        idempotency keys are imported as well, unless the session gets another id. Executions that were running when it
+        was recorded become interrupted. A session that had not ended continues, and its TTL restarts.
+
+        Everything is checked before the writer's turn comes, so other callers' writes only wait while the new commits
+        are written. Memory holds some megabytes of the recording at a time.
+
+        Args:
+            header: The header of the recording.
+            commits: Its commits, which are iterated over once. An exception that the iterator raises is passed on, and
+                nothing is imported.
+            session_id: The id of the new session; None to keep the recorded one.
+            progress: Called with the number of commits checked so far. An exception that it raises ends the import.
+
+        Returns:
+            The imported session.
+
+        Raises:
+            RecordingError: The recording is incomplete or inconsistent, lacks values that were left out, or exceeds a
+                limit. `line` is the line that it has in a file.
+            SessionExistsError: A live session has the id.
+        """
+        with self.begin_import(header, session_id) as begun:
+            for commit in reported("importing commits", commits, header.commits, progress):
+                begun.add(commit)
+            return begun.finish()
+
+
+def reported(step: str, commits: Iterable[RecordedCommit], in_all: int, progress: Progress) -> Iterator[RecordedCommit]:
+    """Report the progress of a step every now and then while the commits are iterated over."""
+    for commit in commits:
+        if commit.number % _REPORT_EVERY == 1:
+            progress(step, commit.number - 1, in_all)
+        yield commit
+    progress(step, in_all, in_all)
 
 
 class Forkable(Ability):

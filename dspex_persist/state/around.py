@@ -12,9 +12,11 @@ from dspex_persist.state.abilities import (
     Durable,
     ExecutesTools,
     Forkable,
+    Importable,
     KeepsOrder,
     Prunable,
     Recordable,
+    SessionImport,
     StreamsTools,
     Transaction,
     Transacts,
@@ -101,6 +103,18 @@ class RecordsAround(HandedOn, Recordable):
         """See `Recordable.record`."""
         return Recordable.of(self.provider).record(session_id, started=started, reveal=reveal)
 
+    def content_hash(self, session_id: str, *, started: int | None = None) -> str:
+        """See `Recordable.content_hash`."""
+        return Recordable.of(self.provider).content_hash(session_id, started=started)
+
+
+class ImportsAround(HandedOn, Importable):
+    """Passes imports on to `provider`."""
+
+    def begin_import(self, header: Header, session_id: str | None = None) -> SessionImport:
+        """See `Importable.begin_import`."""
+        return Importable.of(self.provider).begin_import(header, session_id)
+
 
 class ForksAround(HandedOn, Forkable):
     """Passes forks on to `provider`."""
@@ -167,6 +181,7 @@ _PARTS: Final[Mapping[type[Ability], type[HandedOn]]] = {
     KeepsOrder: OrderAround,
     Auditable: AuditsAround,
     Recordable: RecordsAround,
+    Importable: ImportsAround,
     Forkable: ForksAround,
     Prunable: PrunesAround,
     Transacts: TransactsAround,

@@ -10,6 +10,7 @@ from dspex_persist.state.around import (
     AuditsAround,
     DurableAround,
     ForksAround,
+    ImportsAround,
     OrderAround,
     PrunesAround,
     RecordsAround,
@@ -109,7 +110,9 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable):
         self._retention.close()
 
 
-class EmbeddedState(WithTools, DurableAround, OrderAround, AuditsAround, RecordsAround, ForksAround, PrunesAround):
+class EmbeddedState(
+    WithTools, DurableAround, OrderAround, AuditsAround, RecordsAround, ImportsAround, ForksAround, PrunesAround
+):
     """Session state in a SQLite file, with tools. One thread writes; current values are read from memory.
 
     Args:

@@ -407,6 +407,7 @@ EVENTS: Final[Mapping[EventKind, type[Event]]] = {
 }
 """The class of each kind of event."""
 _OWN_KEYS: Final = ("session_key", "variable_key")
+_OF_SESSION: Final = frozenset({EventKind.SESSION_STARTED, EventKind.SESSION_UPDATED, EventKind.SESSION_ENDED})
 _IDS: Final = ("execution_id", "parent_id", "retry_of")
 
 
@@ -422,6 +423,13 @@ def event_in(kind: str, body: object) -> Event:
 def portable(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return the body of an event without the keys that are only valid in one file."""
     return {key: entry for key, entry in body.items() if key not in _OWN_KEYS}
+
+
+def anonymous(kind: EventKind, body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the body of an event without the id of its session, which an import may change."""
+    if kind in _OF_SESSION:
+        return {key: entry for key, entry in body.items() if key != "session_id"}
+    return body
 
 
 def renamed_executions(body: Mapping[str, Any], renamed: Callable[[str], str]) -> Mapping[str, Any]:

@@ -14,8 +14,15 @@ from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.traces import trace_of
 from dspex_persist.state import outcomes
 from dspex_persist.state.cache import SessionCache
-from dspex_persist.state.commands import Command, ExpireSession, InterruptExecutions
+from dspex_persist.state.commands import (
+    Command,
+    ExpireSession,
+    FinishImport,
+    ImportSession,
+    InterruptExecutions,
+)
 from dspex_persist.state.commands.base import check_text
+from dspex_persist.state.commands.recordings import NeedsOwnGroupError
 from dspex_persist.state.errors import (
     DamagedSessionError,
     FileChangedError,
@@ -29,7 +36,14 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.log_store import LogStore, UnwritableError, WouldWaitError, affected
-from dspex_persist.state.model import CommitChanges, EventKind, JournalEntry, Origin, VariableVersion
+from dspex_persist.state.model import (
+    CommitChanges,
+    EventKind,
+    ImportedSession,
+    JournalEntry,
+    Origin,
+    VariableVersion,
+)
 from dspex_persist.state.options import SessionOptions
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.unit_of_work import (
@@ -51,6 +65,7 @@ CACHE_SIZE_BYTES: Final = 256 * 1024 * 1024
 _ACTOR_LENGTH: Final = Limits().name_length
 _EXPIRY: Final = Origin(actor="dspex-persist", cause="expiry")
 _RECOVERY: Final = Origin(actor="dspex-persist", cause="recovery")
+_IMPORT: Final = Origin(actor="dspex-persist", cause="import")
 
 
 class Job(NamedTuple):
@@ -160,6 +175,8 @@ class Groups(Generic[S_co]):
             return [Outcome(error=error) for _ in jobs]
         except (OutcomeUnknownError, FileChangedError, WouldWaitError):
             raise
+        except NeedsOwnGroupError:
+            return self._write_apart(jobs, wait)
         except Exception as error:
             # A staged change cannot be encoded.
             if self.log.sequence != before:
@@ -181,6 +198,37 @@ class Groups(Generic[S_co]):
         middle = len(jobs) // 2
         return self.write_group(jobs[:middle]) + self.write_group(jobs[middle:])
 
+    def _write_apart(self, jobs: Sequence[Job], wait: bool) -> list[Outcome]:
+        """Write an import in a group of its own, between those of the jobs before it and after it."""
+        outcomes: list[Outcome] = []
+        for place, (command, _) in enumerate(jobs):
+            if isinstance(command, ImportSession):
+                before, after = jobs[:place], jobs[place + 1 :]
+                outcomes += self.write_group(before, wait=wait) if before else []
+                outcomes.append(self._write_import(command, wait))
+                return outcomes + (self.write_group(after) if after else [])
+        raise AssertionError("only an import needs a group of its own")
+
+    def _write_import(self, command: ImportSession, wait: bool) -> Outcome:
+        before = self.log.sequence
+        importing = _Importing(self, command, self._moment())
+        try:
+            with self.log.group(wait=wait):
+                result = importing.write()
+        except (OutcomeUnknownError, FileChangedError, WouldWaitError):
+            raise
+        except self.log.driver_errors:
+            raise
+        except Exception as error:
+            if self.log.sequence != before:
+                # It was written, see `write_group`.
+                raise
+            return Outcome(error=error if isinstance(error, StateError) else _refusal(command, error))
+        self._last_at = importing.at.now
+        self._publish(importing.drafts, importing.expired)
+        self.hub.advance(self.log.sequence)
+        return Outcome(result)
+
     def _apply(self, jobs: Sequence[Job], drafts: Drafts, at: GroupMoment) -> tuple[list[Outcome], list[UnitOfWork]]:
         units: list[UnitOfWork] = []
         return [self._run(job, drafts, at, units) for job in jobs], units
@@ -189,10 +237,12 @@ class Groups(Generic[S_co]):
         unit: UnitOfWork | None = None
         try:
             job.command.check()
-            self._prepare(job.command, drafts, at, units)
+            self.prepare(job.command, drafts, at, units)
             unit = unit_of(self.options, drafts, job.origin, at, self.log.sequence + len(units) + 1)
             result = _apply_once(job, unit)
             self._keep_touch(job.command, drafts)
+        except NeedsOwnGroupError:
+            raise
         except self.log.driver_errors:
             raise
         except Exception as error:  # noqa: BLE001 - a command's boundary: it must not fail the others in its group
@@ -206,7 +256,7 @@ class Groups(Generic[S_co]):
             units.append(unit)
         return Outcome(result)
 
-    def _prepare(self, command: Command[Any], drafts: Drafts, at: GroupMoment, units: list[UnitOfWork]) -> None:
+    def prepare(self, command: Command[Any], drafts: Drafts, at: GroupMoment, units: list[UnitOfWork]) -> None:
         """End the session that the command writes to, if its TTL is over."""
         if not command.writes or isinstance(command, ExpireSession):
             return
@@ -374,6 +424,68 @@ class Groups(Generic[S_co]):
     def abandon(self) -> None:
         """Close the store without writing anything more, after an unknown outcome."""
         self.log.abandon()
+
+
+class _Importing:
+    """An import within its group.
+
+    Attributes:
+        at: When it happens.
+        drafts: The session, and the one that had its id and has expired.
+        expired: The unit that ended that one, if there was one.
+    """
+
+    def __init__(self, groups: Groups[LogStore], command: ImportSession, at: GroupMoment) -> None:
+        self._groups = groups
+        self._log = groups.log
+        self._command = command
+        self.at = at
+        self.drafts = Drafts(groups)
+        self.expired: list[UnitOfWork] = []
+        self._sequence = groups.log.sequence
+        self._units: list[UnitOfWork] = []
+        self._interrupted = 0
+        self._answers = 0
+
+    def write(self) -> ImportedSession:
+        """Append the commits to the log."""
+        command = self._command
+        command.check()
+        self._groups.prepare(command, self.drafts, self.at, self.expired)
+        self._units += self.expired
+        self._sequence += len(self.expired)
+        first = self._sequence + 1
+        for page in command.steps():
+            for step in page:
+                self._take(step)
+            if self._log.takes_pages:
+                self._append([])
+        state = self.drafts.states.get(command.session_id)
+        self._append([state] if state is not None and state.lease is not None else [])
+        if self._sequence >= first:
+            self._log.note_import(first, self._sequence)
+        commits = self._sequence - first + 1
+        facts = (command.session_id, commits, first, self._sequence, self._interrupted, self._answers)
+        return ImportedSession(*facts, command.content_hash)
+
+    def _take(self, step: Command[Any]) -> None:
+        unit = unit_of(self._groups.options, self.drafts, _IMPORT, self.at, self._sequence + 1)
+        result = step.apply(unit)
+        if unit.has_changes():
+            self._units.append(unit)
+            self._sequence += 1
+            self._answers += unit.outcome is not None
+        if isinstance(step, FinishImport):
+            self._interrupted = result
+
+    def _append(self, touched: Sequence[SessionState]) -> None:
+        if self._units or touched:
+            self._log.append(self._units, touched)
+        self._units = []
+        # Later reads find them in the group.
+        self.drafts.versions.clear()
+        self.drafts.executions.clear()
+        self.drafts.outcomes.clear()
 
 
 def _refusal(command: Command[Any], error: Exception) -> StateError:

@@ -10,7 +10,7 @@ from datetime import datetime
 from dspex_persist.clock import EARLIEST
 from dspex_persist.state import arguments, past
 from dspex_persist.state.abilities import Forkable, Recordable
-from dspex_persist.state.around import ForksAround, OrderAround, RecordsAround
+from dspex_persist.state.around import ForksAround, ImportsAround, OrderAround, RecordsAround
 from dspex_persist.state.audit import suggestion
 from dspex_persist.state.errors import NotInHistoryError
 from dspex_persist.state.events import ExecutionBegan, ExecutionEnded, SessionEnded
@@ -20,7 +20,7 @@ from dspex_persist.state.log_store import LogStore, affected, number_variables
 from dspex_persist.state.model import CommitChanges, JournalEntry, Origin, SessionView, VariableVersion
 from dspex_persist.state.options import SessionOptions, check_count
 from dspex_persist.state.past import PastCommit
-from dspex_persist.state.recording import Header, RecordedCommit
+from dspex_persist.state.recording import Header, RecordedAnswer, RecordedCommit
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.tools.ports import ToolCode, check_tools
 from dspex_persist.state.tools.with_tools import TOOL_THREADS, WithTools
@@ -28,7 +28,7 @@ from dspex_persist.state.unit_of_work import Backing, RecordedOutcome, UnitOfWor
 from dspex_persist.state.writer import GAP_S
 
 
-class LocalState(WithTools, OrderAround, RecordsAround, ForksAround):
+class LocalState(WithTools, OrderAround, RecordsAround, ImportsAround, ForksAround):
     """Session state in memory, for tests, notebooks, and everything that need not outlive its process.
 
     The history of a session is available until the session ends; until then it can be recorded and forked.
@@ -82,7 +82,8 @@ class MemoryState(LogState, Recordable, Forkable):
         session_id, reveal = arguments.text("session_id", session_id), arguments.flag("reveal", reveal)
         if started is not None:
             started = arguments.sequence("started", started)
-        return past.record(session_id, self._log.commits_of(session_id), started=started, reveal=reveal)
+        commits, answers = self._log.commits_of(session_id), self._log.answers_of(session_id)
+        return past.record(session_id, commits, answers, started=started, reveal=reveal)
 
     def fork_session(
         self, session_id: str, new_session_id: str, at: str = "", *, origin: Origin | None = None
@@ -104,7 +105,8 @@ class MemoryLog(LogStore):
         # By the number of each session's first commit, because a later session may have the same id.
         self._pasts: dict[int, _Past] = {}
         self._ended: list[int] = []
-        self._outcomes: dict[str, dict[str, tuple[datetime, RecordedOutcome]]] = {}
+        # By session and key, with the times and the numbers of their commits.
+        self._outcomes: dict[str, dict[str, tuple[datetime, int, RecordedOutcome]]] = {}
 
     @property
     def sequence(self) -> int:
@@ -136,7 +138,7 @@ class MemoryLog(LogStore):
                 self._live[state.session.id] = state
             if unit.outcome is not None:
                 outcomes = self._outcomes.setdefault(unit.outcome.session_id, {})
-                outcomes[unit.outcome.key] = unit.now, unit.outcome
+                outcomes[unit.outcome.key] = unit.now, unit.sequence, unit.outcome
             self._sequence = unit.sequence
 
     def load(self, session_id: str) -> SessionState | None:
@@ -160,7 +162,7 @@ class MemoryLog(LogStore):
 
     def find_outcome(self, session_id: str, key: str) -> RecordedOutcome | None:
         """Return the outcome recorded under an idempotency key."""
-        _, outcome = self._outcomes.get(session_id, {}).get(key, (None, None))
+        _, _, outcome = self._outcomes.get(session_id, {}).get(key, (None, None, None))
         return outcome
 
     def find_execution(self, state: SessionState, key: str) -> JournalEntry | None:
@@ -189,6 +191,13 @@ class MemoryLog(LogStore):
             raise NotInHistoryError("session", session_id, suggestion(session_id, list(self._live)))
         return tuple(self._past_of(state).commits)
 
+    def answers_of(self, session_id: str) -> Mapping[int, RecordedAnswer]:
+        """Return the answers kept for the live session with this id, by the numbers of their commits."""
+        kept = list(self._outcomes.get(session_id, {}).values())
+        return {
+            sequence: RecordedAnswer(each.key, each.cause, each.fingerprint, each.result) for _, sequence, each in kept
+        }
+
     def _past_of(self, state: SessionState) -> "_Past":
         # Callers may still hold the state of an ended session, whose history is gone.
         return self._pasts.get(state.session.sequence) or _Past()
@@ -206,7 +215,7 @@ class MemoryLog(LogStore):
     def reclaim(self, before: datetime, is_watched: Callable[[int], bool]) -> None:
         """Delete old outcomes, and ended sessions that have no watches."""
         for outcomes in self._outcomes.values():
-            for key in [key for key, (recorded_at, _) in outcomes.items() if recorded_at < before]:
+            for key in [key for key, (recorded_at, *_) in outcomes.items() if recorded_at < before]:
                 del outcomes[key]
         gone = [first_sequence for first_sequence in self._ended if not is_watched(first_sequence)]
         for first_sequence in gone:

@@ -12,7 +12,7 @@ from dspex_persist.infra.futures import failed
 from dspex_persist.infra.mailbox import LoopMailbox, Reply
 from dspex_persist.infra.user import user_name
 from dspex_persist.state import arguments, values
-from dspex_persist.state.abilities import KeepsOrder
+from dspex_persist.state.abilities import Importable, KeepsOrder, SessionImport
 from dspex_persist.state.commands import Command, GetVariableHistory, ListVariables, ReadState, TouchSession
 from dspex_persist.state.commands.base import Reads
 from dspex_persist.state.errors import (
@@ -26,11 +26,13 @@ from dspex_persist.state.errors import (
     VariableNotFoundError,
 )
 from dspex_persist.state.groups import Groups, Job
+from dspex_persist.state.imports import IMPORT, CheckedImport
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.log_store import LogStore
 from dspex_persist.state.model import Origin, Source, Update, Variable
 from dspex_persist.state.options import check_seconds
 from dspex_persist.state.provider import StateProvider, Who, check_watch, fault_of
+from dspex_persist.state.recording import Header
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.watch import Watch, is_watched, updates_of
 from dspex_persist.state.writer import GAP_S, LoopWrites, Writer
@@ -41,7 +43,7 @@ _READ_THREADS: Final = 4
 _WATCHING: Final = Origin("", "WatchVariables")
 
 
-class LogState(StateProvider, KeepsOrder):
+class LogState(StateProvider, KeepsOrder, Importable):
     """A provider that writes one group at a time, and reads current values from memory and past ones from the log.
 
     It executes no tools: see `WithTools`. A subclass adds the abilities of its log, such as `Durable`.
@@ -160,6 +162,14 @@ class LogState(StateProvider, KeepsOrder):
             # A read renews the TTL, too, and only the writer can do that.
             self._writer.submit(Job(TouchSession(command.session_id), origin))
         return future
+
+    def begin_import(self, header: Header, session_id: str | None = None) -> SessionImport:
+        """See `Importable.begin_import`."""
+        self.check_open()
+        session_id = arguments.text("session_id", header.session_id if session_id is None else session_id)
+        return CheckedImport(
+            header, self._groups.options, session_id, lambda command: self.submit(command, IMPORT).result()
+        )
 
     def _write_job(self, command: Command[Any], origin: Origin) -> Job:
         known = command.ahead is not None and command.ahead.limits is self.limits

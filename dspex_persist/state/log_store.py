@@ -62,6 +62,9 @@ class LogStore(ABC):
 
     driver_errors: ClassVar[tuple[type[Exception], ...]] = ()
     """The driver's exceptions for a failing storage. Reads may raise them; `group` and `snapshot` convert them."""
+    takes_pages: ClassVar[bool] = False
+    """Whether `append` may be called several times in a group, which is stored when the group ends. Then memory never
+    holds the whole of an imported session."""
 
     @property
     @abstractmethod
@@ -98,6 +101,9 @@ class LogStore(ABC):
             units: The units of work; each becomes one commit.
             touched: Sessions whose lease has an expiry to be saved.
         """
+
+    def note_import(self, first: int, last: int) -> None:  # noqa: B027 - optional
+        """Note that the commits of this group from `first` to `last` are imported: they keep their earlier times."""
 
     @abstractmethod
     def load(self, session_id: str) -> SessionState | None:

@@ -265,6 +265,29 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True)
+class ImportedSession:
+    """A session that was imported with its history.
+
+    Attributes:
+        session_id: Its id.
+        commits: How many commits it has, with the one that interrupts executions, if there is one.
+        first_sequence: The number of its first commit in this backend.
+        last_sequence: The number of its last commit in this backend.
+        interrupted: How many executions were running when it was recorded, and are interrupted now.
+        answers: How many answers under idempotency keys it brought along.
+        content_hash: The hash of the recorded commits (see `recording.ContentHash`).
+    """
+
+    session_id: str
+    commits: int
+    first_sequence: int
+    last_sequence: int
+    interrupted: int = 0
+    answers: int = 0
+    content_hash: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class SessionSummary:
     """The result of GetSession."""
 

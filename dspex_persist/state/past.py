@@ -11,7 +11,14 @@ from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, 
 from dspex_persist.state.events import DependencyAdded, Event, ExecutionBegan, ExecutionEnded, portable
 from dspex_persist.state.graph import Dependencies
 from dspex_persist.state.model import Change, ChangeKind, Dependency, Variable
-from dspex_persist.state.recording import Header, RecordedCommit, RecordedEvent, RecordedVersion, renumbered
+from dspex_persist.state.recording import (
+    Header,
+    RecordedAnswer,
+    RecordedCommit,
+    RecordedEvent,
+    RecordedVersion,
+    renumbered,
+)
 from dspex_persist.state.values.json_text import storable, stored
 
 
@@ -27,16 +34,26 @@ class PastCommit(NamedTuple):
 
 
 def record(
-    session_id: str, commits: Sequence[PastCommit], *, started: int | None, reveal: bool
+    session_id: str,
+    commits: Sequence[PastCommit],
+    answers: Mapping[int, RecordedAnswer],
+    *,
+    started: int | None,
+    reveal: bool,
 ) -> tuple[Header, Iterator[RecordedCommit]]:
-    """Return the commits of a session as a recording; see `Recordable.record`."""
+    """Return the commits of a session as a recording; see `Recordable.record`.
+
+    `answers` are those under idempotency keys, by the numbers of their commits.
+    """
     began = commits[0].sequence
     if started is not None and started != began:
         raise InvalidArgumentError("started", f"session {quote(session_id)} began with commit {began}, not {started}")
     newest = {change.variable.id: change.variable for commit in commits for change in commit.changes}
     hidden = frozenset() if reveal else frozenset(each.id for each in newest.values() if _is_sensitive(each))
     ages = {variable_id: age for age, variable_id in enumerate(newest)}
-    return Header(session_id, len(commits), masked=bool(hidden)), _recorded(commits, hidden, ages)
+    # An answer may quote a value that has to be left out.
+    answers = {} if hidden else answers
+    return Header(session_id, len(commits), masked=bool(hidden)), _recorded(commits, answers, hidden, ages)
 
 
 def _is_sensitive(variable: Variable) -> bool:
@@ -44,7 +61,10 @@ def _is_sensitive(variable: Variable) -> bool:
 
 
 def _recorded(
-    commits: Sequence[PastCommit], hidden: Collection[str], ages: Mapping[str, int]
+    commits: Sequence[PastCommit],
+    answers: Mapping[int, RecordedAnswer],
+    hidden: Collection[str],
+    ages: Mapping[str, int],
 ) -> Iterator[RecordedCommit]:
     began: dict[int, int] = {}
     for number, commit in enumerate(commits, 1):
@@ -53,8 +73,8 @@ def _recorded(
         changes = sorted(commit.changes, key=lambda change: (ages[change.variable.id], change.version.version))
         versions = tuple(_version(change, hidden) for change in changes)
         events = tuple(map(_event, commit.events))
-        recorded = RecordedCommit(number, commit.at, commit.actor, commit.cause, versions, events, commit.sequence)
-        yield renumbered(recorded, began.get)
+        facts = (number, commit.at, commit.actor, commit.cause, versions, events, commit.sequence)
+        yield renumbered(RecordedCommit(*facts, answers.get(commit.sequence)), began.get)
 
 
 def _event(event: Event) -> RecordedEvent:

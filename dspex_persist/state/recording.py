@@ -1,7 +1,8 @@
 """Recordings: a session's whole log as a file, to archive, mail, import elsewhere, or replay.
 
 The format is JSON Lines: a header, then one line for each commit, oldest first. Commits are numbered from 1 within the
-session, and so are the numbers in execution ids, so that an imported session is exported as it was.
+session, and so are the numbers in execution ids, so that an imported session is exported as it was. `ContentHash` gives
+equal hashes to equal histories, whichever database they are in.
 """
 
 import json
@@ -9,13 +10,16 @@ import re
 from base64 import b64decode, b64encode
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from hashlib import sha256
+from operator import is_
 from typing import Any, Final, TextIO, cast
 
 from dspex_persist.clock import EARLIEST, LATEST
 from dspex_persist.state.errors import RecordingError
-from dspex_persist.state.events import Event, VariableRegistered, event_in, renamed_executions
+from dspex_persist.state.events import Event, VariableRegistered, anonymous, event_in, renamed_executions
 from dspex_persist.state.model import ChangeKind, EventKind, Source, Value
 from dspex_persist.state.values.json_text import RefusedError, read_line
 
@@ -57,12 +61,23 @@ class RecordedEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordedAnswer:
+    """The answer to a request with an idempotency key: the request's cause and fingerprint, and the result as JSON."""
+
+    key: str
+    cause: str
+    fingerprint: str
+    result: str
+
+
+@dataclass(frozen=True, slots=True)
 class RecordedCommit:
     """A commit of the session.
 
     Attributes:
         number: Its number within the session, from 1.
         sequence: Its number in the database from which it was read; 0 if it was read from a recording.
+        answer: An answer kept under an idempotency key when the commit was made; None if there is none, or no longer.
     """
 
     number: int
@@ -72,6 +87,7 @@ class RecordedCommit:
     versions: tuple[RecordedVersion, ...] = ()
     events: tuple[RecordedEvent, ...] = ()
     sequence: int = field(default=0, compare=False)
+    answer: RecordedAnswer | None = None
 
     def read_events(self) -> tuple[Event, ...]:
         """Return its events, or raise `MalformedEventError`."""
@@ -123,7 +139,12 @@ def _commit_document(commit: RecordedCommit) -> dict[str, Any]:
         "cause": commit.cause,
         "versions": [_version_document(version) for version in commit.versions],
         "events": [{"kind": event.kind.value, "body": dict(event.body)} for event in commit.events],
+        **({"answer": _answer_document(commit.answer)} if commit.answer is not None else {}),
     }
+
+
+def _answer_document(answer: RecordedAnswer) -> dict[str, Any]:
+    return {"key": answer.key, "cause": answer.cause, "fingerprint": answer.fingerprint, "result": answer.result}
 
 
 def _version_document(version: RecordedVersion) -> dict[str, Any]:
@@ -142,6 +163,39 @@ def _version_document(version: RecordedVersion) -> dict[str, Any]:
     }
 
 
+class ContentHash:
+    """The SHA-256 of a session's commits in their order: of all that they say, but for the session's own id.
+
+    It does not depend on the numbers of a database, so that a session and its import have the same. Answers under
+    idempotency keys do not count: they are forgotten after a while.
+    """
+
+    def __init__(self) -> None:
+        self._hash = sha256()
+        self.commits = 0
+
+    def add(self, commit: RecordedCommit) -> None:
+        """Add the next commit."""
+        document = _commit_document(commit) | {"events": [_anonymous(event) for event in commit.events]}
+        document.pop("answer", None)
+        self._hash.update(json.dumps(document, sort_keys=True, separators=(",", ":")).encode() + b"\n")
+        self.commits += 1
+
+    def over(self, commits: Iterable[RecordedCommit]) -> Iterator[RecordedCommit]:
+        """Add the commits while they are iterated over."""
+        for commit in commits:
+            self.add(commit)
+            yield commit
+
+    def hexdigest(self) -> str:
+        """Return the hash of the commits so far, in hexadecimal."""
+        return self._hash.hexdigest()
+
+
+def _anonymous(event: RecordedEvent) -> list[Any]:
+    return [event.kind.value, anonymous(event.kind, event.body)]
+
+
 def read_recording(lines: Iterable[str], name: str = "the recording") -> tuple[Header, Iterator[RecordedCommit]]:
     """Read a recording.
 
@@ -155,22 +209,76 @@ def read_recording(lines: Iterable[str], name: str = "the recording") -> tuple[H
     Raises:
         RecordingError: A line is invalid, or (at the end) commits are missing. The error names the line.
     """
-    numbered = _numbered(lines, name)
-    _, first = next(numbered, (1, ""))
-    header = _read_header(first, name)
-    return header, _read_commits(header, numbered, name)
+    reader, rest = RecordingReader(name), iter(lines)
+    with reader.readable():
+        header = reader.read_header(next(rest, ""))
+    return header, _read_commits(reader, rest)
 
 
-def _numbered(lines: Iterable[str], name: str) -> Iterator[tuple[int, str]]:
-    number = 0
-    try:
-        for number, line in enumerate(lines, 1):
-            yield number, line
-    except UnicodeDecodeError as error:
-        raise RecordingError(name, number + 1, "it is not UTF-8 text") from error
+def _read_commits(reader: "RecordingReader", rest: Iterator[str]) -> Iterator[RecordedCommit]:
+    while True:
+        with reader.readable():
+            line = next(rest, None)
+        if line is None:
+            break
+        yield reader.read_commit(line)
+    reader.end()
 
 
-def _read_header(line: str, name: str) -> Header:
+class RecordingReader:
+    """Reads a recording line by line, wherever the lines come from. `name` is what errors call it.
+
+    Attributes:
+        header: The header, once it was read.
+    """
+
+    header: Header
+
+    def __init__(self, name: str = "the recording") -> None:
+        self._name = name
+        self._lines = 0
+
+    @contextmanager
+    def readable(self) -> Iterator[None]:
+        """Raise `RecordingError` if the next line, which the block reads, is not text."""
+        try:
+            yield
+        except UnicodeDecodeError as error:
+            raise RecordingError(self._name, self._lines + 1, "it is not UTF-8 text") from error
+
+    def read_header(self, line: str) -> Header:
+        """Read the first line."""
+        self._lines = 1
+        self.header = _header_of(line, self._name)
+        return self.header
+
+    def read_commit(self, line: str) -> RecordedCommit:
+        """Read the next line.
+
+        Raises:
+            RecordingError: The line is not the next commit.
+        """
+        self._lines += 1
+        number = self._lines
+        try:
+            commit = _commit_of(_document(line))
+        except RefusedError as error:
+            raise RecordingError(self._name, number, f"it is not a commit: {error.reason}") from error
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+            raise RecordingError(self._name, number, f"it is not a commit: {type(error).__name__} {error}") from error
+        if commit.number != number - 1:
+            raise RecordingError(self._name, number, f"it has commit {commit.number} instead of commit {number - 1}")
+        return commit
+
+    def end(self) -> None:
+        """Raise `RecordingError` if commits are missing, or were too many."""
+        count = self._lines - 1
+        if count != self.header.commits:
+            reason = f"it ends after {count} commits of {self.header.commits}"
+            raise RecordingError(self._name, count + 1, reason)
+
+
+def _header_of(line: str, name: str) -> Header:
     try:
         document: Any = read_line(line)
         if document["format"] != FORMAT:
@@ -185,21 +293,9 @@ def _read_header(line: str, name: str) -> Header:
         raise RecordingError(name, 1, reason) from error
 
 
-def _read_commits(header: Header, numbered: Iterator[tuple[int, str]], name: str) -> Iterator[RecordedCommit]:
-    count = 0
-    for number, line in numbered:
-        try:
-            commit = _commit_of(_document(line))
-        except RefusedError as error:
-            raise RecordingError(name, number, f"it is not a commit: {error.reason}") from error
-        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-            raise RecordingError(name, number, f"it is not a commit: {type(error).__name__} {error}") from error
-        count += 1
-        if commit.number != count:
-            raise RecordingError(name, number, f"it has commit {commit.number} instead of commit {count}")
-        yield commit
-    if count != header.commits:
-        raise RecordingError(name, count + 1, f"it ends after {count} commits of {header.commits}")
+def commit_in(line: str) -> RecordedCommit:
+    """Return the commit in a line that `commit_line` made."""
+    return _commit_of(cast(Mapping[str, Any], read_line(line)))
 
 
 def _document(line: str) -> Any:
@@ -222,7 +318,13 @@ def _commit_of(document: Mapping[str, Any]) -> RecordedCommit:
         str(document["cause"]),
         tuple(_version_of(each) for each in document["versions"]),
         tuple(RecordedEvent(EventKind(each["kind"]), dict(each["body"])) for each in document["events"]),
+        answer=_answer_of(document["answer"]) if "answer" in document else None,
     )
+
+
+def _answer_of(document: Mapping[str, Any]) -> RecordedAnswer:
+    facts = (document[key] for key in ("key", "cause", "fingerprint", "result"))
+    return RecordedAnswer(*map(str, facts))
 
 
 def _time_of(text: str) -> datetime:
@@ -292,9 +394,14 @@ def renumbered(commit: RecordedCommit, number_of: Callable[[int], int | None]) -
         return renumbered_id(execution_id, number_of)
 
     def changed_event(event: RecordedEvent) -> RecordedEvent:
-        return RecordedEvent(event.kind, renamed_executions(event.body, changed))
+        body = renamed_executions(event.body, changed)
+        return event if body is event.body else RecordedEvent(event.kind, body)
 
-    return replace(commit, cause=changed(commit.cause), events=tuple(map(changed_event, commit.events)))
+    cause, events = changed(commit.cause), tuple(map(changed_event, commit.events))
+    if cause == commit.cause and all(map(is_, events, commit.events)):
+        # Most commits are about no execution: they keep what has been read of them.
+        return commit
+    return replace(commit, cause=cause, events=events)
 
 
 def is_execution_id(text: str) -> bool:

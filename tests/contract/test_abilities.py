@@ -12,6 +12,7 @@ from dspex_persist.state.abilities import (
     Durable,
     ExecutesTools,
     Forkable,
+    Importable,
     KeepsOrder,
     Prunable,
     Recordable,
@@ -21,6 +22,7 @@ from dspex_persist.state.abilities import (
 from dspex_persist.testing.audit_contract import AuditContract
 from dspex_persist.testing.durable_contract import DurableContract
 from dspex_persist.testing.fork_contract import ForkContract
+from dspex_persist.testing.import_contract import ImportContract
 from dspex_persist.testing.order_contract import OrderContract
 from dspex_persist.testing.prune_contract import PruneContract
 from dspex_persist.testing.recording_contract import RecordingContract
@@ -34,6 +36,7 @@ SUITES: Mapping[type[Ability], type] = {
     KeepsOrder: OrderContract,
     Auditable: AuditContract,
     Recordable: RecordingContract,
+    Importable: ImportContract,
     Forkable: ForkContract,
     Prunable: PruneContract,
     ExecutesTools: ToolContract,

@@ -12,6 +12,7 @@ from dspex_persist.state.provider import StateProvider
 from dspex_persist.testing.audit_contract import AuditContract
 from dspex_persist.testing.durable_contract import DurableContract, DurableLeaseContract
 from dspex_persist.testing.fork_contract import ForkContract
+from dspex_persist.testing.import_contract import ImportContract
 from dspex_persist.testing.provider_contract import DEADLINE_S, SMALL_LIMITS, ClosingContract, ProviderContract, Reopen
 from dspex_persist.testing.prune_contract import PruneContract
 from dspex_persist.testing.recording_contract import EndedRecordingContract, RecordingContract
@@ -61,9 +62,9 @@ class TestBridged(Bridged, ProviderContract, DurableContract):
 
 
 class TestBridgedHistory(
-    Bridged, AuditContract, RecordingContract, EndedRecordingContract, ForkContract, PruneContract
+    Bridged, AuditContract, RecordingContract, EndedRecordingContract, ImportContract, ForkContract, PruneContract
 ):
-    """The contract of recordings, forks and audits."""
+    """The contract of recordings, imports, forks and audits."""
 
     settings: ClassVar[dict[str, Any]] = {**Bridged.settings, "audit_reveal": True, "audit_prune": True}
 

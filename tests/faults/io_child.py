@@ -18,7 +18,7 @@ import signal
 import sqlite3
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from dspex_persist.state.commands import (
     Command,
     GetVariable,
     GetVariableHistory,
+    ImportSession,
     InitializeSession,
     RegisterVariable,
     SetVariable,
@@ -38,11 +39,12 @@ from dspex_persist.state.commands import (
 )
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import OutcomeUnknownError, StateError
-from dspex_persist.state.groups import Job
-from dspex_persist.state.model import PrunePolicy, Value
+from dspex_persist.state.groups import Groups, Job, Outcome
+from dspex_persist.state.imports import IMPORT
+from dspex_persist.state.model import ImportedSession, PrunePolicy, Value
 from dspex_persist.state.recording import write_recording
 from dspex_persist.state.store import maintenance, session_store
-from dspex_persist.state.store.session_store import SessionStore
+from dspex_persist.state.store.session_store import FileGroups
 from tests.deadline import within
 
 KINDS = ("open", "read", "write", "sync", "truncate", "lock", "unlink", "rename")
@@ -252,12 +254,13 @@ def _take_error_for_abort() -> None:
 
 
 def _import_in_parts() -> None:
-    whole = SessionStore.write_whole
+    def write_import(self: FileGroups, command: ImportSession, _wait: bool) -> Outcome:
+        steps = [Job(step, IMPORT) for page in command.steps() for step in page]
+        outcomes = [outcome for step in steps for outcome in self.write_group([step])]
+        failed = [outcome for outcome in outcomes if outcome.error is not None]
+        return failed[0] if failed else Outcome(ImportedSession(command.session_id, len(steps), 1, len(steps)))
 
-    def write_whole(self: SessionStore, jobs: Iterable[Job]) -> list[Any]:
-        return [result for job in jobs for result in whole(self, [job])]
-
-    SessionStore.write_whole = write_whole  # type: ignore[method-assign]
+    Groups._write_import = write_import  # type: ignore[assignment,method-assign]
 
 
 BUGS = {"error-is-abort": _take_error_for_abort, "import-in-parts": _import_in_parts}

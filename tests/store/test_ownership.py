@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from dspex_persist import connect, open_audit
+from dspex_persist.state import commands, imports
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.errors import (
     DatabaseInUseError,
@@ -26,6 +27,7 @@ from dspex_persist.state.errors import (
     NotADatabaseError,
     StorageError,
 )
+from dspex_persist.state.groups import Job
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.store import engine, maintenance
 from dspex_persist.state.store.maintenance import transfer
@@ -340,10 +342,12 @@ class TestAFileThatChangesWhileItIsOpen:
             store.log._connection.exec_driver_sql("PRAGMA busy_timeout = 10")
             store.log._connection.commit()
             other.execute("BEGIN IMMEDIATE")
-            with pytest.raises(StorageError):
-                store.log.write_whole([])
+            job = Job(commands.ImportSession("s", [], ""), imports.IMPORT)
+            (refused,) = store.write_group([job])
+            assert isinstance(refused.error, StorageError)
             other.execute("ROLLBACK")
-            assert store.log.write_whole([]) == []
+            (done,) = store.write_group([job])
+            assert (done.error, done.result.commits) == (None, 0)
 
     def test_a_sweep_that_cannot_read_is_tried_again(
         self, state: EmbeddedState, monkeypatch: pytest.MonkeyPatch

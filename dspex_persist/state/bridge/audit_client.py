@@ -1,11 +1,13 @@
 """BridgedAudit: audit queries to a server over gRPC."""
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, Final, NoReturn, TypeVar, cast
 
 import grpc
 
+from dspex_persist.state.abilities import SessionImport
 from dspex_persist.state.audit import (
     PAGE,
     AuditSource,
@@ -30,15 +32,21 @@ from dspex_persist.state.bridge.status import error_of_call, error_of_write, is_
 from dspex_persist.state.errors import (
     EngineClosedError,
     InvalidArgumentError,
+    OutcomeUnknownError,
     StateError,
     UnavailableError,
     UnsupportedError,
 )
-from dspex_persist.state.model import PrunePolicy, PruneReport, SessionView
+from dspex_persist.state.model import ImportedSession, PrunePolicy, PruneReport, SessionView
 from dspex_persist.state.provider import Progress
-from dspex_persist.state.recording import Header, RecordedCommit
+from dspex_persist.state.recording import Header, RecordedCommit, commit_line, header_line
 
 A = TypeVar("A")
+
+_BATCH_BYTES: Final = 256 * 1024
+"""The target size of a message with lines; a single line may be larger."""
+_MOST_WAITING: Final = 4
+"""Messages that wait to be sent."""
 
 
 class BridgedAudit(AuditSource):
@@ -135,6 +143,136 @@ def record(
     return recordings.recording_of(messages, f"the recording from {target}")
 
 
+def content_hash(channel: grpc.Channel, target: str, session_id: str, *, started: int | None, timeout_s: float) -> str:
+    """Have a server compute the hash of a session's history; see `Recordable.content_hash`."""
+    request = _built(lambda: pb.GetContentHashRequest(session=session_id, started=started))
+    return str(_Calls(channel, target).unary(recordings.CONTENT_HASH, request, timeout_s).content_hash)
+
+
+class BridgedImport(SessionImport):
+    """An import that is sent to a server. The lines go out in messages, while the server checks the last ones.
+
+    Args:
+        channel: The connection to the server.
+        target: The server, for errors.
+        header: The header of the recording.
+        session_id: The id of the new session; None to keep the recorded one.
+        headers: The headers of the call.
+        timeout_s: How long the server may take to accept a message. It has no limit to import what was checked.
+    """
+
+    def __init__(
+        self,
+        channel: grpc.Channel,
+        target: str,
+        header: Header,
+        session_id: str | None,
+        *,
+        headers: Headers,
+        timeout_s: float,
+    ) -> None:
+        self._target = target
+        self._timeout_s = timeout_s
+        self._requests = _Requests()
+        self._message = _built(lambda: pb.ImportSessionRequest(session_id=session_id, lines=[header_line(header)]))
+        self._size = 0
+        self._complete = False
+        self._calls = _Calls(channel, target)
+        self._call, self._here = self._calls.begin(recordings.IMPORT, self._requests, headers)
+        self._call.add_done_callback(lambda _: self._requests.stop())
+
+    def add(self, commit: RecordedCommit) -> None:
+        """Send the next commit; raises the server's error if it has refused an earlier one."""
+        line = commit_line(commit)
+        _built(lambda: self._message.lines.append(line))
+        self._size += len(line)
+        if self._size >= _BATCH_BYTES:
+            self._send()
+
+    def _send(self) -> None:
+        self._here.check()
+        message, self._message, self._size = self._message, pb.ImportSessionRequest(), 0
+        if not self._requests.put(message, self._timeout_s):
+            self._fail()
+
+    def _fail(self) -> NoReturn:
+        """Raise why the server takes no more messages."""
+        if self._call.is_active():
+            self.close()
+            raise UnavailableError(f"{self._target} took nothing for {self._timeout_s:g} s")
+        self._answer()
+        raise UnavailableError(f"{self._target} ended the import too early")
+
+    def finish(self) -> ImportedSession:
+        """Have the server import the session. `OutcomeUnknownError` if the connection breaks."""
+        self._message.complete = self._complete = True
+        self._send()
+        self._requests.end()
+        answer = self._answer()
+        if answer is None:
+            raise OutcomeUnknownError(f"{self._target} ended the import without an answer")
+        return recordings.IMPORTED.record_of(answer)
+
+    def _answer(self) -> Any:
+        try:
+            return self._here.next_of(self._call)
+        except grpc.RpcError:
+            # Before the last message, the server imports nothing.
+            lost = self._complete and is_lost(self._call)
+            raise (error_of_write(self._call, self._target) if lost else self._calls.error(self._call)) from None
+
+    def close(self) -> None:
+        """End the call; the server drops what it has not been asked to import."""
+        if self._here.refusal is None:
+            self._call.cancel()
+            self._requests.stop()
+            self._here.close()
+
+
+class _Requests:
+    """The messages of a client stream: gRPC takes them on a thread of its own, a few at a time."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Any] = deque()
+        self._changed = threading.Condition()
+        self._ended = self._stopped = False
+
+    def put(self, message: Any, timeout_s: float) -> bool:
+        """Add a message once there is room; returns False if none came in time, or the stream was stopped."""
+        with self._changed:
+            has_room = self._changed.wait_for(lambda: self._stopped or len(self._waiting) < _MOST_WAITING, timeout_s)
+            if not has_room or self._stopped:
+                return False
+            self._waiting.append(message)
+            self._changed.notify_all()
+            return True
+
+    def end(self) -> None:
+        """End the stream after the messages that wait."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Send nothing more."""
+        with self._changed:
+            self._stopped = True
+            self._waiting.clear()
+            self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._ended or self._stopped)
+            if not self._waiting:
+                raise StopIteration
+            message = self._waiting.popleft()
+            self._changed.notify_all()
+            return message
+
+
 def fork(
     channel: grpc.Channel,
     target: str,
@@ -205,7 +343,7 @@ class _Calls:
         try:
             return getattr(self._stub, rpc)(request, timeout=timeout_s, metadata=headers)
         except grpc.RpcError as error:
-            raise (error_of_write(error, self._target) if writes and is_lost(error) else self._error(error)) from None
+            raise (error_of_write(error, self._target) if writes and is_lost(error) else self.error(error)) from None
         except ValueError as error:
             # The channel is closed.
             raise EngineClosedError() from error
@@ -224,7 +362,17 @@ class _Calls:
         except (grpc.RpcError, StopIteration):
             if answers.given_up:
                 raise UnavailableError(f"{self._target} did not answer within {patience_s:g} s") from None
-            raise self._error(call) from None
+            raise self.error(call) from None
+
+    def begin(self, rpc: str, requests: Iterator[Any], headers: Headers) -> tuple[Any, OneProcess]:
+        """Begin a call with a stream of requests, and return it together with what guards it."""
+        self._here.check()
+        try:
+            call = getattr(self._stub, rpc)(requests, metadata=headers)
+        except ValueError as error:
+            # The channel is closed.
+            raise EngineClosedError() from error
+        return call, OneProcess(self._target, call)
 
     def stream(
         self, rpc: str, request: Any, timeout_s: float | None, *, patience_s: float | None = None
@@ -250,13 +398,14 @@ class _Calls:
         except grpc.RpcError:
             if answers.given_up:
                 raise UnavailableError(f"{self._target} did not answer within {patience_s:g} s") from None
-            raise self._error(call) from None
+            raise self.error(call) from None
         finally:
             if here.refusal is None:
                 call.cancel()
                 here.close()
 
-    def _error(self, call: Any) -> StateError:
+    def error(self, call: Any) -> StateError:
+        """Return the error of a failed call."""
         code = call.code()
         if is_from_server(call):
             return error_of_call(call)

@@ -1,33 +1,37 @@
 """AuditServicer: audit queries over gRPC, alongside the bridge protocol. Translates messages; contains no rules.
 
 Reading the history is slow, so it happens on two threads, never on the event loop: one thread reads lists, a page at a
-time, and one reads single answers. So any number of queries hardly slows the rest of the server down, and no query
-waits for the whole list of another.
+time, and one reads single answers. A third one checks what clients import. So any number of queries hardly slows the
+rest of the server down, and no query waits for the whole list of another.
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from google.protobuf.message import Message
 
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.mailbox import LoopMailbox
-from dspex_persist.state.abilities import Auditable, Forkable, Prunable, Recordable
+from dspex_persist.state.abilities import Auditable, Forkable, Importable, Prunable, Recordable, SessionImport
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.bridge.calls import methods
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
 from dspex_persist.state.bridge.incoming import Context, RequestHeaders, fitting, origin_of
 from dspex_persist.state.bridge.rpcs import audit as rpcs
+from dspex_persist.state.bridge.rpcs import recordings
 from dspex_persist.state.bridge.rpcs.audit import ListRpc, Question, Single
 from dspex_persist.state.bridge.rpcs.recordings import batch_of, fork_message, lines_of
 from dspex_persist.state.bridge.transaction_service import TransactionRpcs
 from dspex_persist.state.commands import ForkSession
 from dspex_persist.state.errors import EngineClosedError, UnavailableError, UnsupportedError
-from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, SessionView
+from dspex_persist.state.model import ImportedSession, Origin, PrunePolicy, PruneReport, SessionView
 from dspex_persist.state.provider import StateProvider
+from dspex_persist.state.recording import RecordingReader
 
 R = TypeVar("R")
 M = TypeVar("M", bound=Message)
@@ -74,6 +78,7 @@ class AuditServicer(TransactionRpcs):
         self._lists = ThreadPoolExecutor(1, thread_name_prefix="dspex-persist-lists")
         self._answers = ThreadPoolExecutor(1, thread_name_prefix="dspex-persist-answers")
         self._pruner = ThreadPoolExecutor(1, thread_name_prefix="dspex-persist-pruner")
+        self._imports = ThreadPoolExecutor(1, thread_name_prefix="dspex-persist-imports")
 
     def drain(self) -> None:
         """End all streams, with a status that says how to continue. Unary rpcs are still answered."""
@@ -82,7 +87,7 @@ class AuditServicer(TransactionRpcs):
     def close(self) -> None:
         """Wait for the work in progress, and end the threads."""
         self._draining = True
-        for threads in (self._lists, self._answers, self._pruner):
+        for threads in (self._lists, self._answers, self._pruner, self._imports):
             threads.shutdown(cancel_futures=True)
 
     # Pruning
@@ -126,6 +131,45 @@ class AuditServicer(TransactionRpcs):
         started = request.started if request.HasField("started") else None
         reveal = self._reveal and request.reveal
         return lines_of(*Recordable.of(self._provider).record(request.session, started=started, reveal=reveal))
+
+    async def GetContentHash(self, request: pb.GetContentHashRequest, _context: Context) -> pb.GetContentHashResponse:
+        started = request.started if request.HasField("started") else None
+        provider = Recordable.of(self._provider)
+        content_hash = await self._on(self._answers, lambda: provider.content_hash(request.session, started=started))
+        return pb.GetContentHashResponse(content_hash=content_hash)
+
+    async def ImportSession(self, requests: AsyncIterator[pb.ImportSessionRequest], context: Context) -> None:
+        """Check the lines of a recording as they come, and import the session after the last one."""
+        receiving = _Receiving(Importable.of(self._provider))
+        try:
+            while not receiving.complete:
+                message = await self._received(requests, context)
+                await self._on(self._imports, partial(receiving.take, message))
+                if self._draining:
+                    raise UnavailableError(
+                        "the server is shutting down, and imported nothing; import the session again"
+                    )
+            imported = await self._on(self._imports, receiving.finish)
+            _logger.info("session imported", session_id=imported.session_id, commits=imported.commits)
+            await self._send(recordings.IMPORTED.message_of(imported), context)
+        finally:
+            # On its thread, which may still be checking the last message.
+            with suppress(RuntimeError):
+                self._imports.submit(receiving.close)
+
+    async def _received(self, messages: AsyncIterator[M], context: Context) -> M:
+        """Return the next message of a client, which has not sent the last one yet."""
+        try:
+            async with asyncio.timeout(self._stall_timeout_s):
+                return await anext(messages)
+        except StopAsyncIteration:
+            raise UnavailableError(
+                "the client ended the import before its last message; nothing was imported"
+            ) from None
+        except TimeoutError:
+            _logger.info("client stalled", peer=context.peer(), message="ImportSessionRequest")
+            reason = f"the client sent nothing for {self._stall_timeout_s:g} s; nothing was imported"
+            raise UnavailableError(reason) from None
 
     async def ForkSession(self, request: pb.ForkSessionRequest, context: Context) -> Message:
         caller = origin_of(ForkSession.__name__, context, RequestHeaders(context))
@@ -185,6 +229,38 @@ class AuditServicer(TransactionRpcs):
         except TimeoutError:
             _logger.info("client stalled", peer=context.peer(), message=type(message).__name__)
             raise UnavailableError(f"the client read nothing for {self._stall_timeout_s:g} s") from None
+
+
+class _Receiving:
+    """An import that a client sends in messages. Used by one thread at a time."""
+
+    def __init__(self, provider: Importable) -> None:
+        self.complete = False
+        self._provider = provider
+        self._reader = RecordingReader()
+        self._begun: SessionImport | None = None
+
+    def take(self, message: pb.ImportSessionRequest) -> None:
+        """Check the lines of the next message."""
+        lines = iter(message.lines)
+        if self._begun is None:
+            header = self._reader.read_header(next(lines, ""))
+            session_id = message.session_id if message.HasField("session_id") else None
+            self._begun = self._provider.begin_import(header, session_id)
+        for line in lines:
+            self._begun.add(self._reader.read_commit(f"{line}\n"))
+        self.complete = message.complete
+
+    def finish(self) -> ImportedSession:
+        """Import the session."""
+        assert self._begun is not None, "a message came"
+        self._reader.end()
+        return self._begun.finish()
+
+    def close(self) -> None:
+        """Drop what came, unless it was imported."""
+        if self._begun is not None:
+            self._begun.close()
 
 
 class _Pages:

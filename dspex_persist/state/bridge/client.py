@@ -18,6 +18,7 @@ from dspex_persist.state.abilities import (
     Auditable,
     Durable,
     Forkable,
+    Importable,
     Prunable,
     Recordable,
     StreamsTools,
@@ -26,7 +27,7 @@ from dspex_persist.state.abilities import (
 )
 from dspex_persist.state.bridge import audit_client
 from dspex_persist.state.bridge.attempt import Attempt
-from dspex_persist.state.bridge.audit_client import BridgedAudit
+from dspex_persist.state.bridge.audit_client import BridgedAudit, BridgedImport
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.generated.dspex_persist_audit_pb2_grpc import AuditServiceStub
 from dspex_persist.state.bridge.generated.snakepit_bridge_pb2_grpc import BridgeServiceStub
@@ -80,7 +81,7 @@ def _nothing() -> None:
     pass
 
 
-class BridgedState(StreamsTools, Durable, Auditable, Recordable, Forkable, Prunable, Transacts):
+class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, Forkable, Prunable, Transacts):
     """Session state on a server.
 
     The connection is opened by the first call, and again by itself whenever it breaks. Calls that a broken connection
@@ -239,6 +240,24 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Forkable, Pruna
         return audit_client.record(
             self._channel, self._target, session_id, started=started, reveal=reveal, timeout_s=self._timeout_s
         )
+
+    def content_hash(self, session_id: str, *, started: int | None = None) -> str:
+        """Have the server compute it; see `Recordable.content_hash`. Sensitive variables count as they are."""
+        self.check_open()
+        session_id = arguments.text("session_id", session_id)
+        if started is not None:
+            started = arguments.sequence("started", started)
+        facts = (self._channel, self._target, session_id)
+        return audit_client.content_hash(*facts, started=started, timeout_s=self._timeout_s)
+
+    def begin_import(self, header: Header, session_id: str | None = None) -> BridgedImport:
+        """See `Importable.begin_import`. The server has to take each message within `timeout_s`."""
+        self.check_open()
+        if session_id is not None:
+            session_id = arguments.text("session_id", session_id)
+        headers = self._headers_of_origin(self.default_origin(commands.ImportSession.__name__))
+        facts = (self._channel, self._target, header, session_id)
+        return BridgedImport(*facts, headers=headers, timeout_s=self._timeout_s)
 
     def fork_session(
         self, session_id: str, new_session_id: str, at: str = "", *, origin: Origin | None = None

@@ -11,7 +11,7 @@ from dspex_persist.state.commands.executions import (
     RegisterTools,
 )
 from dspex_persist.state.commands.optimization import StartOptimization, StopOptimization
-from dspex_persist.state.commands.recordings import FinishImport, ForkSession, ImportCommit
+from dspex_persist.state.commands.recordings import FinishImport, ForkSession, ImportCommit, ImportSession
 from dspex_persist.state.commands.sessions import (
     CleanupSession,
     ExpireSession,
@@ -51,6 +51,7 @@ __all__ = [
     "GetVariables",
     "Heartbeat",
     "ImportCommit",
+    "ImportSession",
     "InitializeSession",
     "InterruptExecutions",
     "ListTools",

@@ -1,7 +1,7 @@
-"""Commands for recordings: import a commit, finish an import, fork a session."""
+"""Commands for recordings: import a commit or a session, fork a session."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any, ClassVar, Final
@@ -28,22 +28,29 @@ from dspex_persist.state.events import (
     VariableRegistered,
 )
 from dspex_persist.state.frozen import freeze
-from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     REASON,
     ChangeKind,
     Dependency,
     EventKind,
     ExecutionStatus,
+    ImportedSession,
     Origin,
     SessionView,
     Value,
     Variable,
     without_reason,
 )
-from dspex_persist.state.recording import RecordedCommit, RecordedVersion, in_order, is_execution_id, renumbered
+from dspex_persist.state.recording import (
+    RecordedAnswer,
+    RecordedCommit,
+    RecordedVersion,
+    in_order,
+    is_execution_id,
+    renumbered,
+)
 from dspex_persist.state.session_state import SessionState
-from dspex_persist.state.unit_of_work import UnitOfWork
+from dspex_persist.state.unit_of_work import RecordedOutcome, UnitOfWork
 from dspex_persist.state.values.json_text import RefusedError, read_line
 
 FORKED_FROM: Final = "forked_from"
@@ -62,9 +69,15 @@ class ImportCommit(Command[None]):
 
     All commits of a recording are imported in order, without other commits in between. The first one begins the
     session. An invalid or incomplete recording raises `RecordingError`, and so does one that exceeds a limit.
+
+    Attributes:
+        commit: The commit.
+        checked: Whether it has been imported before, into nothing, under the same limits. Then its contents are not
+            checked again.
     """
 
     commit: RecordedCommit
+    checked: bool = False
 
     writes: ClassVar[bool] = True
 
@@ -79,7 +92,7 @@ class ImportCommit(Command[None]):
             if first + number - 1 != uow.sequence:
                 raise ValueError(f"commit {number} does not follow the one before it")
             commit = renumbered(self.commit, lambda recorded: first + recorded - 1)
-            _Repetition(uow, self.session_id, commit).carry_out()
+            (_Repeated if self.checked else _Repetition)(uow, self.session_id, commit).carry_out()
         except StateError as error:
             raise RecordingError("the recording", number + 1, error.sentence) from error
         except RefusedError as error:
@@ -107,6 +120,34 @@ class FinishImport(Command[int]):
         return len(running)
 
 
+@dataclass(frozen=True, slots=True)
+class ImportSession(Command[ImportedSession]):
+    """Import a whole session. It makes many commits, so it is written in a group of its own: see `steps`.
+
+    Attributes:
+        pages: The commits, which `imports.CheckedImport` has checked.
+        content_hash: Their hash, for the result.
+    """
+
+    pages: Iterable[Sequence[RecordedCommit]]
+    content_hash: str
+
+    writes: ClassVar[bool] = True
+
+    def apply(self, uow: UnitOfWork) -> ImportedSession:
+        raise NeedsOwnGroupError
+
+    def steps(self) -> Iterator[list[Command[Any]]]:
+        """Yield the commands that it consists of, a page at a time. Each makes at most one commit."""
+        for page in self.pages:
+            yield [ImportCommit(self.session_id, commit, checked=True) for commit in page]
+        yield [FinishImport(self.session_id)]
+
+
+class NeedsOwnGroupError(Exception):
+    """A command makes many commits: it needs a group of its own."""
+
+
 class _Repetition:
     """Repeats one recorded commit on a unit of work."""
 
@@ -128,6 +169,8 @@ class _Repetition:
                 self._write(version)
         if not uow.has_changes():
             raise ValueError("it changes nothing")
+        if commit.answer is not None:
+            self._keep_answer(commit.answer)
         state = uow.find_session(self._session_id)
         if state is not None and state.lease is not None:
             # Reads and heartbeats, which renewed the TTL, are not in the recording; but the session's end is.
@@ -148,12 +191,24 @@ class _Repetition:
             text = getattr(event, each.name)
             if isinstance(text, str):
                 _sound(text)
+        self._carry_over(event, version)
+
+    def _carry_over(self, event: Event, version: RecordedVersion | None) -> None:
         if isinstance(event, VariableRegistered):
             self._register_variable(event, version)
         elif type(event) in _CHECKED:
             _CHECKED[type(event)](self, event)
         else:
             self._uow.record(self._session_id, event)
+
+    def _keep_answer(self, answer: RecordedAnswer) -> None:
+        uow, key = self._uow, answer.key
+        check_text("idempotency key", key, uow.limits.name_length, "name_length")
+        if uow.find_outcome(self._session_id, key) is not None:
+            raise ValueError(f"it has a second answer under the idempotency key {quote(key)}")
+        facts = (_sound(answer.cause), _sound(answer.fingerprint), _sound(answer.result))
+        read_line(answer.result)
+        uow.record_outcome(RecordedOutcome(self._session_id, key, *facts))
 
     def _state(self) -> SessionState:
         return self._uow.session(self._session_id)
@@ -181,7 +236,7 @@ class _Repetition:
         metadata = check_metadata(without_reason(recorded.metadata), uow.limits)
         if recorded.kind.merges_metadata:
             check_merged_metadata({**variable.metadata, **metadata}, metadata, uow.limits)
-        value = _value(recorded, variable.type, variable.constraints, uow.limits)
+        value = self._value_of(recorded, variable.type, variable.constraints)
         uow.write(self._session_id, variable, value, metadata, recorded.source, recorded.kind)
 
     def _explain(self, recorded: RecordedVersion) -> None:
@@ -190,6 +245,17 @@ class _Repetition:
         if reason != self._uow.origin.reason:
             checked = None if reason is None else arguments.reason("reason", reason)
             self._uow.origin = replace(self._uow.origin, reason=checked)
+
+    def _value_of(self, recorded: RecordedVersion, type_name: str, constraints: str) -> Value:
+        """Return the recorded value if it is in the form in which a store writes it."""
+        what = f"version {recorded.version} of {quote(recorded.name)}"
+        if recorded.value is None:
+            reason = "its value was kept out of the recording" if recorded.masked else "it has no value"
+            raise ValueError(f"{what}: {reason}")
+        compiled = values.compile_constraints(recorded.name, type_name, constraints)
+        if values.normalise(recorded.name, type_name, compiled, recorded.value, self._uow.limits) != recorded.value:
+            raise ValueError(f"{what}: its value is not in the form in which a store writes values of type {type_name}")
+        return recorded.value
 
     def _register_variable(self, event: VariableRegistered, recorded: RecordedVersion | None) -> None:
         uow, state, name = self._uow, self._state(), event.name
@@ -201,7 +267,7 @@ class _Repetition:
         given = without_reason(recorded.metadata)
         check_facts(name, event.constraints, given, uow.limits)
         check_room(state, uow.limits)
-        value = _value(recorded, event.type, event.constraints, uow.limits)
+        value = self._value_of(recorded, event.type, event.constraints)
         metadata, source = freeze(given), recorded.source
         facts = (event.variable_id, name, event.type, value, 0, event.constraints)
         uow.add_variable(self._session_id, Variable(*facts, metadata, source, uow.now))
@@ -289,6 +355,33 @@ class _Repetition:
         self._uow.end_execution(self._session_id, event)
 
 
+class _Repeated(_Repetition):
+    """Repeats a commit that was checked before."""
+
+    def _check_kinds(self, kinds: Sequence[EventKind]) -> None:
+        pass
+
+    def _repeat(self, event: Event, version: RecordedVersion | None) -> None:
+        self._carry_over(event, version)
+
+    def _write(self, recorded: RecordedVersion) -> None:
+        uow, variable = self._uow, self._variable(recorded.variable_id)
+        self._explain(recorded)
+        if recorded.value is None:
+            uow.delete_variable(self._session_id, variable)
+        else:
+            facts = (recorded.value, without_reason(recorded.metadata), recorded.source, recorded.kind)
+            uow.write(self._session_id, variable, *facts)
+
+    def _value_of(self, recorded: RecordedVersion, type_name: str, constraints: str) -> Value:
+        assert recorded.value is not None, "it was checked"
+        return recorded.value
+
+    def _keep_answer(self, answer: RecordedAnswer) -> None:
+        facts = (answer.key, answer.cause, answer.fingerprint, answer.result)
+        self._uow.record_outcome(RecordedOutcome(self._session_id, *facts))
+
+
 _CHECKED: Final[Mapping[type[Event], Callable[[_Repetition, Any], None]]] = {
     SessionStarted: _Repetition._start_session,
     SessionUpdated: _Repetition._update_session,
@@ -322,18 +415,6 @@ def _sound(text: str) -> str:
     """Return a text if a file can hold it: without lone surrogates."""
     text.encode()
     return text
-
-
-def _value(recorded: RecordedVersion, type_name: str, constraints: str, limits: Limits) -> Value:
-    """Return the recorded value if it is in the form in which a store writes it."""
-    what = f"version {recorded.version} of {quote(recorded.name)}"
-    if recorded.value is None:
-        reason = "its value was kept out of the recording" if recorded.masked else "it has no value"
-        raise ValueError(f"{what}: {reason}")
-    compiled = values.compile_constraints(recorded.name, type_name, constraints)
-    if values.normalise(recorded.name, type_name, compiled, recorded.value, limits) != recorded.value:
-        raise ValueError(f"{what}: its value is not in the form in which a store writes values of type {type_name}")
-    return recorded.value
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,11 @@
 
 import contextlib
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeAlias, get_args
+from typing import Final, NoReturn, TypeAlias, get_args
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
@@ -27,7 +27,7 @@ from dspex_persist.state.errors import (
     StorageError,
     quote,
 )
-from dspex_persist.state.groups import CACHE_SIZE_BYTES, GroupMoment, Groups, Job, unit_of
+from dspex_persist.state.groups import CACHE_SIZE_BYTES, Groups
 from dspex_persist.state.log_store import LogStore, UnwritableError, WouldWaitError
 from dspex_persist.state.model import CommitChanges, JournalEntry, VariableVersion
 from dspex_persist.state.options import SessionOptions, check_count, check_seconds
@@ -54,7 +54,7 @@ from dspex_persist.state.store.engine import (
     warn_of_others,
 )
 from dspex_persist.state.store.guard import FileGuard
-from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, UnitOfWork, VersionQuery
+from dspex_persist.state.unit_of_work import RecordedOutcome, UnitOfWork, VersionQuery
 
 _logger: Final = get_logger(__name__)
 
@@ -63,10 +63,6 @@ _CERTAIN_ABORTS = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY})
 _OF_ONE_JOB = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
 
 _LOCKED = "another program holds the write lock of the database; let it finish, and repeat the call"
-
-
-_PAGE_BYTES = 4 * 1024 * 1024
-"""About how many bytes of staged changes `write_whole` holds in memory at once; at most those of 64 jobs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +139,7 @@ class SessionStore(StoredSessions, LogStore):
     """The log in an open file. `readers` are its read-only connections; `head` is its last commit."""
 
     driver_errors = (DBAPIError, sqlite3.Error)
+    takes_pages = True
 
     def __init__(self, path: Path, options: StoreOptions | None = None) -> None:
         self.options = options or StoreOptions()
@@ -257,14 +254,18 @@ class SessionStore(StoredSessions, LogStore):
 
     def append(self, units: Sequence[UnitOfWork], touched: Sequence[SessionState]) -> None:
         """Write the units and the expiries into the group's transaction."""
-        keys = self._keys.copy()
-        writer = log.LogWriter(self._connection, self.head, keys)
+        head, keys = self._appended or (self.head, self._keys.copy())
+        writer = log.LogWriter(self._connection, head, keys)
         for unit in units:
             writer.add(unit)
         writer.flush()
         for state in touched:
             log.save_expiry(self._connection, state)
         self._appended = writer.head, keys
+
+    def note_import(self, first: int, last: int) -> None:
+        """See `LogStore.note_import`."""
+        log.note_import(self._connection, first, last)
 
     def check(self) -> None:
         """Raise `FileChangedError` if the file was moved, replaced, or written to by another program."""
@@ -296,57 +297,6 @@ class SessionStore(StoredSessions, LogStore):
         """Before acknowledging a write, check that it is in the file with that name."""
         self._look()
         self._guard.note_written()
-
-    def write_whole(self, jobs: Iterable[Job]) -> list[Any]:
-        """Run all jobs in order in one transaction, however many there are.
-
-        The first error, of a job or of `jobs` itself, is raised, and then nothing of them is stored. Their changes are
-        written page by page, so that memory never holds all of them. No session that they change may be cached.
-
-        Returns:
-            The results that are not None.
-        """
-        drafts, keys = Drafts(self), self._keys.copy()
-        results: list[Any] = []
-        try:
-            with self.group():
-                head = self._write_pages(jobs, drafts, keys, results)
-                if head.sequence > self.head.sequence:
-                    log.note_import(self._connection, self.head.sequence + 1, head.sequence)
-                for state in drafts.states.values():
-                    if state is not None and state.lease is not None:
-                        log.save_expiry(self._connection, state)
-                self._appended = head, keys
-        except UnwritableError as error:
-            raise error.error from error
-        return results
-
-    def _write_pages(self, jobs: Iterable[Job], drafts: Drafts, keys: log.Keys, results: list[Any]) -> Head:
-        rest, head, more = iter(jobs), self.head, True
-        while more:
-            writer = log.LogWriter(self._connection, head, keys)
-            more = self._fill_page(rest, writer, drafts, results)
-            writer.flush()
-            head = writer.head
-            # They are in the transaction now, where later reads find them.
-            drafts.versions.clear()
-            drafts.executions.clear()
-        return head
-
-    def _fill_page(self, rest: Iterator[Job], writer: log.LogWriter, drafts: Drafts, results: list[Any]) -> bool:
-        """Add about `_PAGE_BYTES` to the writer; return whether there may be more jobs."""
-        at, size_bytes = GroupMoment.after(self._last_at), 0
-        for job in rest:
-            unit = unit_of(self.options, drafts, job.origin, at, writer.head.sequence + 1)
-            result = job.command.apply(unit)
-            if unit.has_changes():
-                writer.add(unit)
-            if result is not None:
-                results.append(result)
-            size_bytes += _PAGE_BYTES // 64 + sum(change.variable.value.size_bytes for change in unit.versions)
-            if size_bytes > _PAGE_BYTES:
-                return True
-        return False
 
     def _settle(self, error: DBAPIError | sqlite3.Error) -> StorageError:
         """Return the error for a group that SQLite has certainly rolled back; raise if that is not certain."""

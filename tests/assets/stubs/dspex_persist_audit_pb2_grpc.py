@@ -119,6 +119,16 @@ class AuditServiceStub(object):
                 request_serializer=dspex__persist__audit__pb2.AbortTransactionRequest.SerializeToString,
                 response_deserializer=dspex__persist__audit__pb2.AbortTransactionResponse.FromString,
                 _registered_method=True)
+        self.ImportSession = channel.stream_stream(
+                '/dspex.persist.v1.AuditService/ImportSession',
+                request_serializer=dspex__persist__audit__pb2.ImportSessionRequest.SerializeToString,
+                response_deserializer=dspex__persist__audit__pb2.ImportSessionResponse.FromString,
+                _registered_method=True)
+        self.GetContentHash = channel.unary_unary(
+                '/dspex.persist.v1.AuditService/GetContentHash',
+                request_serializer=dspex__persist__audit__pb2.GetContentHashRequest.SerializeToString,
+                response_deserializer=dspex__persist__audit__pb2.GetContentHashResponse.FromString,
+                _registered_method=True)
 
 
 class AuditServiceServicer(object):
@@ -249,6 +259,25 @@ class AuditServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ImportSession(self, request_iterator, context):
+        """Import a recorded session with its whole history, all of it or nothing: the lines of a recording, in messages of any
+        number of lines. Everything is checked while it comes; other calls continue meanwhile, and writes only wait while the
+        checked commits are written at the end. INVALID_ARGUMENT for a recording that is incomplete or inconsistent, lacks
+        values that were left out, or exceeds a limit. ALREADY_EXISTS if a live session has the id.
+        The answer is one message.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetContentHash(self, request, context):
+        """A hash of a session's whole history, which does not depend on the database that it is in: the same before and after
+        an import. FAILED_PRECONDITION if history of the session was pruned.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AuditServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -326,6 +355,16 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     servicer.AbortTransaction,
                     request_deserializer=dspex__persist__audit__pb2.AbortTransactionRequest.FromString,
                     response_serializer=dspex__persist__audit__pb2.AbortTransactionResponse.SerializeToString,
+            ),
+            'ImportSession': grpc.stream_stream_rpc_method_handler(
+                    servicer.ImportSession,
+                    request_deserializer=dspex__persist__audit__pb2.ImportSessionRequest.FromString,
+                    response_serializer=dspex__persist__audit__pb2.ImportSessionResponse.SerializeToString,
+            ),
+            'GetContentHash': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetContentHash,
+                    request_deserializer=dspex__persist__audit__pb2.GetContentHashRequest.FromString,
+                    response_serializer=dspex__persist__audit__pb2.GetContentHashResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -743,6 +782,60 @@ class AuditService(object):
             '/dspex.persist.v1.AuditService/AbortTransaction',
             dspex__persist__audit__pb2.AbortTransactionRequest.SerializeToString,
             dspex__persist__audit__pb2.AbortTransactionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportSession(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/dspex.persist.v1.AuditService/ImportSession',
+            dspex__persist__audit__pb2.ImportSessionRequest.SerializeToString,
+            dspex__persist__audit__pb2.ImportSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetContentHash(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dspex.persist.v1.AuditService/GetContentHash',
+            dspex__persist__audit__pb2.GetContentHashRequest.SerializeToString,
+            dspex__persist__audit__pb2.GetContentHashResponse.FromString,
             options,
             channel_credentials,
             insecure,

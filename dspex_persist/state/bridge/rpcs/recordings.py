@@ -8,11 +8,14 @@ from typing import Any, Final
 
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
 from dspex_persist.state.bridge.records import Codec
-from dspex_persist.state.model import SessionView, Source, Value, Variable
+from dspex_persist.state.model import ImportedSession, SessionView, Source, Value, Variable
 from dspex_persist.state.recording import Header, RecordedCommit, commit_line, header_line, read_recording
 
 RECORD: Final = "RecordSession"
 FORK: Final = "ForkSession"
+IMPORT: Final = "ImportSession"
+CONTENT_HASH: Final = "GetContentHash"
+IMPORTED: Final[Codec[ImportedSession]] = Codec.between(ImportedSession, pb.ImportSessionResponse)
 
 
 def lines_of(header: Header, commits: Iterable[RecordedCommit]) -> Iterator[Any]:

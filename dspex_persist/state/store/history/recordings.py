@@ -6,6 +6,7 @@ commits up to when it was begun. Memory holds one page.
 
 from array import array
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Collection, Iterator
 from typing import Any, Final
 
@@ -16,7 +17,14 @@ from dspex_persist.state.commands import ForkSession
 from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, SessionPrunedError, quote
 from dspex_persist.state.events import portable
 from dspex_persist.state.model import Dependency, EventKind, Value, Variable
-from dspex_persist.state.recording import Header, RecordedCommit, RecordedEvent, RecordedVersion, renumbered
+from dspex_persist.state.recording import (
+    Header,
+    RecordedAnswer,
+    RecordedCommit,
+    RecordedEvent,
+    RecordedVersion,
+    renumbered,
+)
 from dspex_persist.state.store import damage
 from dspex_persist.state.store.engine import raw_rows, snapshot
 from dspex_persist.state.store.history.answers import StoredAudit
@@ -50,6 +58,12 @@ _VERSIONS: Final = """
     LEFT JOIN blobs AS of_binary ON of_binary.blob_key = versions.binary_blob
     WHERE versions.sequence = ? ORDER BY versions.variable_key, versions.version
 """
+# Only a live session has answers; a later one with its id has its own.
+_KEYS: Final = """
+    SELECT outcomes.created_at, idempotency_key FROM outcomes JOIN sessions USING (session_id)
+    WHERE session_key = ? AND ended_sequence IS NULL ORDER BY outcomes.created_at, idempotency_key
+"""
+_ANSWER: Final = "SELECT cause, fingerprint, result FROM outcomes WHERE session_id = ? AND idempotency_key = ?"
 _EVENTS: Final = "SELECT kind, body FROM events WHERE sequence = ? ORDER BY ordinal"
 _DEPENDENCIES: Final = """
     SELECT from_id, to_id, type, since_sequence FROM dependencies JOIN sessions USING (session_key)
@@ -84,8 +98,10 @@ def read_session(
             raise SessionPrunedError(session_id, marker)
         count, last = _first(connection, _EXTENT, key)
         hidden = frozenset() if reveal else frozenset(row[0] for row in raw_rows(connection, _SENSITIVE, key))
+        # An answer may quote a value that has to be left out.
+        keys = deque[tuple[int, str]]() if hidden else deque(raw_rows(connection, _KEYS, key))
     header = Header(session_id, count, masked=bool(hidden))
-    return header, _Reading(readers, session_id, key, last, hidden).commits()
+    return header, _Reading(readers, session_id, key, last, hidden, keys).commits()
 
 
 def _first(connection: Connection, statement: str, *parameters: object) -> Any:
@@ -108,12 +124,22 @@ def _find_session(connection: Connection, session_id: str, started: int | None) 
 class _Reading:
     """A recording being read, and how far it is."""
 
-    def __init__(self, readers: Engine, session_id: str, key: int, last: int, hidden: Collection[int]) -> None:
+    def __init__(
+        self,
+        readers: Engine,
+        session_id: str,
+        key: int,
+        last: int,
+        hidden: Collection[int],
+        keys: deque[tuple[int, str]],
+    ) -> None:
         self._readers = readers
         self._session_id = session_id
         self._key = key
         self._last = last
         self._hidden = hidden
+        # The idempotency keys of requests whose commits are still to come, and when those were made.
+        self._keys = keys
         self._number = 0
         # The commits in which the executions so far began, by their numbers in the file and in the recording.
         self._began = array("q")
@@ -138,13 +164,25 @@ class _Reading:
             versions = tuple(map(self._version_of, raw_rows(connection, _VERSIONS, sequence)))
             event_rows = list(raw_rows(connection, _EVENTS, sequence))
             events = tuple(self._event_of(sequence, *row) for row in event_rows)
-            commit = RecordedCommit(self._number, nearest_time(created_at), actor, cause, versions, events, sequence)
+            answer = self._answer_by(connection, created_at)
+            facts = (self._number, nearest_time(created_at), actor, cause, versions, events, sequence, answer)
+            commit = RecordedCommit(*facts)
             page.append(renumbered(commit, self._number_of))
             size_bytes += sum(each.value.size_bytes for each in versions if each.value is not None)
             size_bytes += sum(len(body) for _, body in event_rows)
+            size_bytes += len(answer.result) if answer is not None else 0
             if size_bytes > _PAGE_BYTES:
                 break
         return after, page
+
+    def _answer_by(self, connection: Connection, created_at: int) -> RecordedAnswer | None:
+        """The next answer, if it was kept by then. The table has the time of its commit, and each has at most one."""
+        while self._keys and self._keys[0][0] <= created_at:
+            _, key = self._keys.popleft()
+            # It may have been forgotten meanwhile.
+            for row in raw_rows(connection, _ANSWER, self._session_id, key):
+                return RecordedAnswer(key, *row)
+        return None
 
     def _version_of(self, row: Any) -> RecordedVersion:
         key, variable_id, name, version, kind, source, inline, large, binary, large_binary, metadata = row

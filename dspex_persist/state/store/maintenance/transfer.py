@@ -6,38 +6,25 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TextIO
+from typing import TextIO, cast
 
-from dspex_persist.state.commands import ExpireSession, FinishImport, ImportCommit
+from dspex_persist.state.abilities import reported
+from dspex_persist.state.commands import ImportSession
 from dspex_persist.state.errors import (
     DatabaseInUseError,
-    Hint,
     InvalidArgumentError,
     OutcomeUnknownError,
     RecordingError,
 )
 from dspex_persist.state.groups import Job
-from dspex_persist.state.model import Origin
+from dspex_persist.state.imports import IMPORT, CheckedImport
+from dspex_persist.state.model import ImportedSession
 from dspex_persist.state.provider import Progress, silent
 from dspex_persist.state.recording import Header, RecordedCommit, read_recording, write_recording
 from dspex_persist.state.store import log_reader
 from dspex_persist.state.store.engine import OwnershipLock, open_readers, snapshot
 from dspex_persist.state.store.maintenance import open_recording, refuse_files_of
 from dspex_persist.state.store.session_store import FileGroups, StoreOptions, open_groups
-
-_IMPORT: Final = Origin("dspex-persist", "import")
-_REPORT_EVERY: Final = 100
-
-
-def _with_progress(
-    step: str, commits: Iterable[RecordedCommit], in_all: int, progress: Progress
-) -> Iterator[RecordedCommit]:
-    for commit in commits:
-        if commit.number % _REPORT_EVERY == 1:
-            progress(step, commit.number - 1, in_all)
-        yield commit
-    progress(step, in_all, in_all)
-
 
 # Export
 
@@ -96,13 +83,13 @@ def export_recording(
     progress: Progress = silent,
 ) -> ExportReport:
     """Write a recording that was read from `source`, like `export_session`."""
-    reported = _with_progress("writing commits", commits, header.commits, progress)
+    commits = reported("writing commits", commits, header.commits, progress)
     if isinstance(target, Path):
         with _replacing(target) as file:
-            write_recording(header, reported, file)
+            write_recording(header, commits, file)
     else:
         with _translated_errors("the output"):
-            write_recording(header, reported, target)
+            write_recording(header, commits, target)
             target.flush()
     file_path = target if isinstance(target, Path) else None
     return ExportReport(source, file_path, header.session_id, header.commits, header.masked)
@@ -177,16 +164,35 @@ def import_session(
         RecordingError: The recording is damaged, inconsistent, or lacks values that were masked.
         DatabaseInUseError: Another process owns the file.
     """
+    options = options or StoreOptions()
     header, commits = read_recording(lines, name)
-    if header.masked:
-        reason = "values of sensitive variables were left out of it, and an import needs them"
-        raise RecordingError(name, 1, reason).advising(Hint.EXPORT_REVEALED)
-    reported = _with_progress("importing commits", commits, header.commits, progress)
-    with _opened(path, options) as groups:
-        try:
-            return _append(path, groups, header.session_id if session_id is None else session_id, reported)
-        except RecordingError as error:
-            raise RecordingError(name, error.line, error.reason) from error
+    try:
+        with _Offline(path, options, header, session_id) as begun:
+            for commit in reported("importing commits", commits, header.commits, progress):
+                begun.add(commit)
+            return _report(path, begun.finish())
+    except RecordingError as error:
+        raise RecordingError(name, error.line, error.reason).advising(error.advice) from error
+
+
+class _Offline(CheckedImport):
+    """An import into a file that is only opened to write what has been checked."""
+
+    def __init__(self, path: Path, options: StoreOptions, header: Header, session_id: str | None) -> None:
+        super().__init__(header, options, session_id, self._write)
+        self._path, self._store_options = path, options
+
+    def _write(self, command: ImportSession) -> ImportedSession:
+        with _opened(self._path, self._store_options) as groups:
+            (outcome,) = groups.write_group([Job(command, IMPORT)])
+            if outcome.error is not None:
+                raise outcome.error
+            return cast(ImportedSession, outcome.result)
+
+
+def _report(path: Path, session: ImportedSession) -> ImportReport:
+    facts = (session.session_id, session.commits, session.first_sequence, session.last_sequence, session.interrupted)
+    return ImportReport(path, *facts)
 
 
 @contextmanager
@@ -235,19 +241,3 @@ def _is_empty(path: Path) -> bool:
             return log_reader.head(connection).sequence == 0
     finally:
         readers.dispose()
-
-
-def _append(path: Path, groups: FileGroups, session_id: str, commits: Iterable[RecordedCommit]) -> ImportReport:
-    store = groups.log
-    # A session with this id may have expired without its end being recorded yet.
-    groups.write_group([Job(ExpireSession(session_id), _IMPORT)])
-    first = store.head.sequence + 1
-    interrupted = store.write_whole(_jobs(session_id, commits))
-    last = store.head.sequence
-    return ImportReport(path, session_id, last - first + 1, first, last, sum(interrupted))
-
-
-def _jobs(session_id: str, commits: Iterable[RecordedCommit]) -> Iterator[Job]:
-    for commit in commits:
-        yield Job(ImportCommit(session_id, commit), _IMPORT)
-    yield Job(FinishImport(session_id), _IMPORT)
