@@ -185,23 +185,27 @@ def open_recording(
 
 
 def import_session(
-    path: str | os.PathLike[str],
+    url: str | os.PathLike[str],
     lines: "Iterable[str]",
     *,
     name: str = "the recording",
     session_id: str | None = None,
     limits: Limits | None = None,
     progress: Progress = silent,
+    **options: Any,
 ) -> "ImportReport":
-    """Import a recorded session with its whole history into a database file, atomically.
+    """Import a recorded session with its whole history into a database file or a server, atomically.
+
+    To import into a provider that is open, call its `import_session`.
 
     Args:
-        path: The file, created if missing. This process owns it during the import.
+        url: An address as for `open_audit`. A file is created if missing, and this process owns it during the import.
         lines: The lines of the recording.
         name: The name of the recording in errors.
         session_id: The id of the imported session; by default its recorded id.
-        limits: The limits that the session must respect.
+        limits: The limits that the session must respect; a server has its own.
         progress: Is called with the progress.
+        options: For a server only: `timeout_s` (seconds), `actor`.
 
     Raises:
         RecordingError: The recording is incomplete or invalid, or exceeds a limit.
@@ -209,11 +213,16 @@ def import_session(
         OpenError: The file cannot be opened.
     """
     from dspex_persist.state.store.maintenance import transfer
+
+    place = _place_of(url)
+    if not isinstance(place, Path):
+        with _bridged(place, **options) as state:
+            return transfer.import_into(state, str(url), lines, name=name, session_id=session_id, progress=progress)
     from dspex_persist.state.store.session_store import StoreOptions
 
-    options = StoreOptions(limits=limits or Limits())
+    store_options = StoreOptions(limits=limits or Limits())
     return transfer.import_session(
-        Path(path), lines, name=name, session_id=session_id, options=options, progress=progress
+        place, lines, name=name, session_id=session_id, options=store_options, progress=progress
     )
 
 

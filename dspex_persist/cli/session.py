@@ -30,8 +30,8 @@ _LEFT_OUT: Final = (
 
 HELP: Final = (
     "Export, import or fork a session with its whole history.\n\n"
-    "export only reads, and works while a server has the file open. import and fork change the file: stop the server "
-    "first. With --target, a running server exports or forks.\n\n"
+    "export only reads, and works while a server has the file open. import and fork change the file: while a server "
+    "has it open, name the server. With --target, it exports, imports or forks, and serves others meanwhile.\n\n"
 )
 EPILOG: Final = (
     "[bold]Exit codes[/bold]\n\n"
@@ -226,12 +226,14 @@ def _stdout() -> Iterator[io.TextIOWrapper]:
         "Its commits get new numbers at the end of the log, and keep their times, actors and causes. Executions that "
         "were running when it was recorded become interrupted. A session that had not ended continues, and its TTL "
         "restarts. The database is created if missing.\n\n"
+        "With --target, a running server imports it, while other calls continue.\n\n"
         "Refused are the id of a live session (choose another one with --as), a recording without the values of "
         "sensitive variables, one that exceeds a limit of the settings, and a file with an invalid line.\n\n"
     ),
     epilog=(
         "[bold]Examples[/bold]\n\n"
         "dspex-persist session import checkout-42.jsonl --db other.db\n\n"
+        "dspex-persist session import checkout-42.jsonl --target 127.0.0.1:50051\n\n"
         "zcat checkout-42.jsonl.gz | dspex-persist session import - --as copy-of-42\n\n"
     ),
 )
@@ -241,6 +243,7 @@ def import_(
         str | None, typer.Option("--as", metavar="NEWID", show_default=False, help="The id of the imported session.")
     ] = None,
     db: Db = None,
+    server: Server = None,
     as_json: Json = False,
 ) -> None:
     """Import a session."""
@@ -248,11 +251,13 @@ def import_(
     from dspex_persist.settings import load_settings
     from dspex_persist.state.store.maintenance.transfer import ImportReport
 
+    url = server_of(server, db)
+
     def work(progress: Progress) -> ImportReport:
-        limits = wiring.limits_of(load_settings())
+        limits = wiring.limits_of(load_settings()) if url is None else None
         with _lines(file) as lines:
             return wiring.import_session(
-                database_of(db),
+                url or database_of(db),
                 lines,
                 name="stdin" if file == _STREAM else file,
                 session_id=new_id,

@@ -126,6 +126,36 @@ def test_commands_that_change_a_file_wait_for_its_server_to_end(served: BridgedS
         assert (result.returncode, document["ok"]) == (IN_USE, False)
 
 
+def test_a_running_server_imports_and_exports_while_others_write(
+    served: BridgedState, tmp_path: Path, run: Run
+) -> None:
+    server = served._target
+    served.initialize_session("s")
+    served.register_variable("s", "a", "integer", 0)
+    assert served.set_variable("s", "a", 1, idempotency_key="once") == 1
+    assert run("export", "s", "-o", "s.jsonl", "--target", server).returncode == FINE
+    served.cleanup_session("s")
+    served.initialize_session("other")
+    result = run("import", "s.jsonl", "--target", server)
+    assert (result.returncode, result.stderr) == (FINE, "")
+    assert result.stdout == f"grpc://{server}: session s imported (3 commits, 6 to 8)\n"
+    assert served.set_variable("s", "a", 1, idempotency_key="once") == 1
+    assert [each.version for each in served.get_variable_history("s", "a")] == [1, 0]
+    assert run("export", "s", "-o", "again.jsonl", "--target", server).returncode == FINE
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "s.jsonl").read_bytes()
+
+    sentence = assert_one_sentence(run("import", "s.jsonl", "--target", server), FAILED)
+    assert "'s' is live here already" in sentence
+    document = document_of(run("import", "s.jsonl", "--as", "copy", "--target", server, "--json"))
+    assert (document["path"], document["session_id"], document["commits"]) == (f"grpc://{server}", "copy", 3)
+    lines = (tmp_path / "s.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cut.jsonl").write_text("".join(lines[:-1]))
+    for name, reason in (("cut.jsonl", "it ends after 2 commits of 3"), ("missing.jsonl", "cannot be read")):
+        assert reason in assert_one_sentence(run("import", name, "--as", "no", "--target", server), FAILED)
+    assert not served.heartbeat("no")
+    assert run("import", "s.jsonl", "--target", server, "--db", "other.db").returncode == USAGE
+
+
 def test_recordings_go_through_pipes(filled: Path, tmp_path: Path, run: Run) -> None:
     with EmbeddedState(filled) as state:
         state.initialize_session("ü")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO, cast
 
-from dspex_persist.state.abilities import reported
+from dspex_persist.state.abilities import Importable, reported
 from dspex_persist.state.commands import ImportSession
 from dspex_persist.state.errors import (
     DatabaseInUseError,
@@ -23,7 +23,7 @@ from dspex_persist.state.provider import Progress, silent
 from dspex_persist.state.recording import Header, RecordedCommit, read_recording, write_recording
 from dspex_persist.state.store import log_reader
 from dspex_persist.state.store.engine import OwnershipLock, open_readers, snapshot
-from dspex_persist.state.store.maintenance import open_recording, refuse_files_of
+from dspex_persist.state.store.maintenance import open_recording, refuse_files_of, refuse_owned
 from dspex_persist.state.store.session_store import FileGroups, StoreOptions, open_groups
 
 # Export
@@ -127,10 +127,11 @@ def _replacing(target: Path) -> Iterator[TextIO]:
 class ImportReport:
     """An imported session: its commits in the file, and how many of its executions were still running (`interrupted`).
 
-    Executions that were running when the recording was made are ended as interrupted.
+    Executions that were running when the recording was made are ended as interrupted. `path` is the file, or the
+    server's URL.
     """
 
-    path: Path
+    path: Path | str
     session_id: str
     commits: int
     first_sequence: int
@@ -165,14 +166,43 @@ def import_session(
         DatabaseInUseError: Another process owns the file.
     """
     options = options or StoreOptions()
-    header, commits = read_recording(lines, name)
-    try:
+    # Before the recording is read, which may take long.
+    refuse_owned(path)
+    with _named(name):
+        header, commits = read_recording(lines, name)
         with _Offline(path, options, header, session_id) as begun:
             for commit in reported("importing commits", commits, header.commits, progress):
                 begun.add(commit)
             return _report(path, begun.finish())
+
+
+def import_into(
+    state: Importable,
+    url: str,
+    lines: Iterable[str],
+    *,
+    name: str = "the recording",
+    session_id: str | None = None,
+    progress: Progress = silent,
+) -> ImportReport:
+    """Import a recorded session into an open provider at `url`, like `import_session`."""
+    with _named(name):
+        header, commits = read_recording(lines, name)
+        return _report(url, state.import_session(header, commits, session_id=session_id, progress=progress))
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Have errors call the recording by its name."""
+    try:
+        yield
     except RecordingError as error:
         raise RecordingError(name, error.line, error.reason).advising(error.advice) from error
+
+
+def _report(path: Path | str, session: ImportedSession) -> ImportReport:
+    facts = (session.session_id, session.commits, session.first_sequence, session.last_sequence, session.interrupted)
+    return ImportReport(path, *facts)
 
 
 class _Offline(CheckedImport):
@@ -188,11 +218,6 @@ class _Offline(CheckedImport):
             if outcome.error is not None:
                 raise outcome.error
             return cast(ImportedSession, outcome.result)
-
-
-def _report(path: Path, session: ImportedSession) -> ImportReport:
-    facts = (session.session_id, session.commits, session.first_sequence, session.last_sequence, session.interrupted)
-    return ImportReport(path, *facts)
 
 
 @contextmanager
