@@ -25,6 +25,7 @@ RPCS = ("Ping", "GetVariable", "SetVariable", "SetVariables", "GetVariableHistor
 ASKED = ("newest", "as_of", "blame", "search", "export")
 EXECUTED = ("Ping", "noop", "read_3_write_2")
 WATCHED = ("p50.SetVariable", "p99.SetVariable", "p50.Ping", "p99.Ping")
+BACKENDS = ("dict", "local", "embedded", "bridged")
 ENGINE = (
     "sqlite3.1",
     "sqlite3.64",
@@ -62,6 +63,7 @@ def test_every_row_is_there_in_the_order_of_the_sections(quick_run: dict[str, An
         *(f"connections.memory.{count}" for count in (0, QUICK.idle_connections)),
         *(f"engine.{name}" for name in ENGINE),
         *(f"parts.{part}.{callers}" for part, _ in PARTS.values() for callers in (1, 64)),
+        *(f"cognitive.{operation}.{backend}" for operation in ("get", "set") for backend in BACKENDS),
         *(f"commits.{counted}.{callers}" for counted in ("wal", "written", "calls", "waits") for callers in (1, 64)),
         *(f"commits.{traced}.1" for traced in ("system", "syncs") if can_trace(tmp_path)),
         *(f"versions.{count}" for count in QUICK.version_counts),
