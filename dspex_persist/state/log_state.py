@@ -24,6 +24,7 @@ from dspex_persist.state.errors import (
     StateError,
     TooManyWatchersError,
     VariableNotFoundError,
+    WatchGapError,
 )
 from dspex_persist.state.groups import Groups, Job
 from dspex_persist.state.imports import IMPORT, CheckedImport
@@ -349,9 +350,9 @@ class LogWatch(Watch):
         self._groups = groups
         self._check_open = check_open
         self._identifiers = frozenset(identifiers)
-        self._first_sequence = read_state().session.sequence
+        self.first_sequence = read_state().session.sequence
         # Joined before the state is read, so that no commit is missed in between.
-        self._feed = groups.hub.join(self._first_sequence, self)
+        self._feed = groups.hub.join(self.first_sequence, self)
         try:
             self._state = read_state()
             self._start(identifiers, after_sequence)
@@ -361,7 +362,7 @@ class LogWatch(Watch):
 
     def _start(self, identifiers: Sequence[str], after_sequence: int | None) -> None:
         state, session_id = self._state, self._state.session.id
-        if state.session.sequence != self._first_sequence:
+        if state.session.sequence != self.first_sequence:
             raise SessionNotFoundError(session_id)
         if after_sequence is None:
             everything = self._groups.read_current(ListVariables(session_id), _WATCHING, state)
@@ -377,6 +378,16 @@ class LogWatch(Watch):
         for identifier in identifiers:
             if state.find(identifier) is None and not self._groups.had(state, identifier):
                 raise VariableNotFoundError(session_id, identifier)
+
+    def check_continues(self, first_sequence: int) -> None:
+        """See `Watch.check_continues`."""
+        session_id = self._state.session.id
+        if first_sequence not in (0, self.first_sequence):
+            raise SessionNotFoundError(session_id)
+        if self.position < self._state.sequence:
+            marker = self._groups.log.find_pruning(self._state, self.position)
+            if marker is not None:
+                raise WatchGapError(session_id, self.position, marker)
 
     def pull_ready(self) -> list[Update] | None:
         """See `Watch.pull_ready`."""
@@ -413,7 +424,7 @@ class LogWatch(Watch):
 
     def _current_state(self) -> SessionState:
         state = self._groups.find_loaded(self._state.session.id)
-        if state is not None and state.session.sequence == self._first_sequence:
+        if state is not None and state.session.sequence == self.first_sequence:
             self._state = state
         return self._state
 
@@ -424,4 +435,4 @@ class LogWatch(Watch):
 
     def close(self) -> None:
         """Stop watching."""
-        self._groups.hub.leave(self._first_sequence, self)
+        self._groups.hub.leave(self.first_sequence, self)

@@ -144,6 +144,13 @@ class LogStore(ABC):
             At least one commit, if there is one. A commit that changed no variable has no changes.
         """
 
+    def find_pruning(self, state: SessionState, after: int) -> int | None:
+        """Return the last commit that pruned anything of the session's commits after number `after`, or None.
+
+        A store that prunes nothing does not need to override this.
+        """
+        return None
+
     # Housekeeping
 
     @abstractmethod

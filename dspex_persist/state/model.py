@@ -214,12 +214,14 @@ class EventKind(StrEnum):
 class Change(NamedTuple):
     """A new version, and the variable after it (for a deletion: with its last value and the new version's number).
 
-    `merged`: whether the version changed the variable's metadata.
+    `merged`: whether the version changed the variable's metadata. `previous`: the value before; None for a new
+    variable, and if the version before was pruned.
     """
 
     version: VariableVersion
     variable: Variable
     merged: bool = False
+    previous: Value | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,9 +252,13 @@ class Update:
     """One message to a watcher.
 
     Attributes:
+        sequence: The number of the commit.
         version: The new version; None for an initial value, and for a dependant, which has not changed itself.
         dependency: For a dependant, the names of the variables that changed, separated by ", ".
         part: (number, count) of this update among those of its commit; numbers count from 1.
+        previous: The value before the change; None for a new variable, and where it is not known any more.
+        actor: Who made the commit; "" for an initial value.
+        cause: The operation that made the commit, or the id of the execution; "" for an initial value.
     """
 
     kind: UpdateKind
@@ -262,6 +268,14 @@ class Update:
     version: VariableVersion | None = None
     dependency: str = ""
     part: tuple[int, int] = (1, 1)
+    previous: Value | None = None
+    actor: str = ""
+    cause: str = ""
+
+    @property
+    def execution_id(self) -> str | None:
+        """The execution of a tool that made the commit, or None if it was a single call."""
+        return self.cause if self.cause.startswith("exec_") else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -307,7 +307,7 @@ class UnitOfWork:
         if growth > 0:
             self._check_room(state, growth)
         state.place(written, kept, growth, self._undo)
-        self._stage(version, written, written.metadata is not variable.metadata)
+        self._stage(version, written, written.metadata is not variable.metadata, variable.value)
         return written
 
     def _check_room(self, state: SessionState, growth: int) -> None:
@@ -325,7 +325,7 @@ class UnitOfWork:
         gone[place] = variable.id
         version = self._version(variable, variable.version + 1, ChangeKind.DELETED, None, {}, variable.source)
         fold_version(state, version, self._undo)
-        self._stage(version, advanced(variable, version))
+        self._stage(version, advanced(variable, version), previous=variable.value)
 
     def find_version(self, session_id: str, variable: Variable, version: int) -> VariableVersion | None:
         """Return one version of a live variable, whether committed or staged by this group."""
@@ -530,8 +530,10 @@ class UnitOfWork:
             self.sequence,
         )
 
-    def _stage(self, version: VariableVersion, variable: Variable, merged: bool = False) -> None:
-        change = Change(version, variable, merged)
+    def _stage(
+        self, version: VariableVersion, variable: Variable, merged: bool = False, previous: Value | None = None
+    ) -> None:
+        change = Change(version, variable, merged, previous)
         self._drafts.versions.append(change)
         self.versions.append(change)
 

@@ -13,7 +13,7 @@ from typing import Final, Self
 
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.traces import trace_of
-from dspex_persist.state.errors import SessionNotFoundError
+from dspex_persist.state.errors import SessionNotFoundError, StateError
 from dspex_persist.state.model import ChangeKind, CommitChanges, Update, UpdateKind, Variable
 
 _logger: Final = get_logger(__name__)
@@ -30,10 +30,16 @@ class Watch(ABC):
     Attributes:
         initial: The watched variables as of commit `position`; empty if the watch resumed after a commit.
         position: The number of the last commit that was delivered.
+        first_sequence: The number of the commit that began the session; 0 if the backend does not tell.
+        resumptions: How often the watch has gone on after losing its server.
+        interrupted: The error that has separated the watch from its server; None while they are connected.
     """
 
     initial: tuple[Variable, ...]
     position: int
+    first_sequence: int = 0
+    resumptions: int = 0
+    interrupted: StateError | None = None
 
     @abstractmethod
     def pull(self) -> list[Update]:
@@ -46,6 +52,17 @@ class Watch(ABC):
     @abstractmethod
     def pull_ready(self) -> list[Update] | None:
         """Return the same as `pull` without blocking; None if `pull` would have to read the file."""
+
+    def check_continues(self, first_sequence: int) -> None:  # noqa: B027 -- there may be nothing to check
+        """Check that this watch, which resumed after a commit, continues an earlier one without a gap.
+
+        Args:
+            first_sequence: The `first_sequence` of the earlier watch; 0 if unknown.
+
+        Raises:
+            SessionNotFoundError: That session has ended; this is another one with its id.
+            WatchGapError: Commits after `position` were pruned.
+        """
 
     @abstractmethod
     def notify(self, wake: Callable[[], None]) -> None:
@@ -235,15 +252,19 @@ def updates_of(commit: CommitChanges, identifiers: Collection[str]) -> list[Upda
             change.version,
             "",
             (part, total),
+            change.previous,
+            change.version.actor,
+            change.version.cause,
         )
         for part, (kind, change) in enumerate(changes, 1)
     ]
     if affected:
         names = ", ".join(change.variable.name for change in commit.changes)
-        created_at = commit.changes[0].version.created_at
+        first = commit.changes[0].version
         for part, variable in enumerate(affected, len(updates) + 1):
-            kind = UpdateKind.DEPENDENCY_CHANGED
-            updates.append(Update(kind, variable, commit.sequence, created_at, None, names, (part, total)))
+            kind, whole = UpdateKind.DEPENDENCY_CHANGED, (part, total)
+            facts = (variable, commit.sequence, first.created_at, None, names, whole, None, first.actor, first.cause)
+            updates.append(Update(kind, *facts))
     return updates
 
 

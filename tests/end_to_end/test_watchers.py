@@ -16,9 +16,20 @@ import pytest
 import snakepit_bridge_pb2 as pb
 
 from dspex_persist.infra.process import ServerProcess
+from dspex_persist.state.abilities import Prunable
 from dspex_persist.state.bridged import BridgedState
-from dspex_persist.state.errors import StateError
+from dspex_persist.state.errors import (
+    EngineClosedError,
+    SessionNotFoundError,
+    StateError,
+    UnavailableError,
+    WatchGapError,
+)
+from dspex_persist.state.model import PrunePolicy
+from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.watch import Watch
+from dspex_persist.testing.server import ServedDatabase
+from dspex_persist.wiring import connect
 from tests.deadline import within
 
 SESSION = "watched"
@@ -188,7 +199,10 @@ def test_a_watch_goes_on_after_a_kill(tmp_path: Path) -> None:
     position = None
     total = 0
     for _ in range(3):
-        with serve(tmp_path) as server, BridgedState(f"127.0.0.1:{server.port}") as state:
+        with (
+            serve(tmp_path) as server,
+            BridgedState(f"127.0.0.1:{server.port}", watch_patience_s=0) as state,
+        ):
             state.initialize_session(SESSION)
             state.register_variable(SESSION, "x", "integer", 0)
             watch = state.watch(SESSION, after_sequence=0 if position is None else position)
@@ -212,3 +226,98 @@ def test_a_watch_goes_on_after_a_kill(tmp_path: Path) -> None:
             seen += [(update.sequence, update.variable.version) for update in watch.next(DEADLINE_S)]
     assert [version for _, version in seen] == list(range(total + 1))
     assert [sequence for sequence, _ in seen] == sorted({sequence for sequence, _ in seen})
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[ServedDatabase]:
+    with ServedDatabase(tmp_path / "w.db", {"heartbeat_s": 0.5}) as served:
+        with BridgedState(served.target) as state:
+            state.initialize_session(SESSION)
+            state.register_variable(SESSION, "x", "integer", 0)
+        yield served
+
+
+def write(served: ServedDatabase, count: int) -> None:
+    with BridgedState(served.target) as state:
+        for number in range(count):
+            state.set_variable(SESSION, "x", number)
+
+
+def interrupted(served: ServedDatabase, watch: Watch) -> None:
+    """Kill the server, and wait until the watch has noticed."""
+    served.kill()
+    wait_for("the interruption", lambda: watch.interrupted)
+
+
+def test_a_watch_goes_on_by_itself_over_kills(served: ServedDatabase, caplog: pytest.LogCaptureFixture) -> None:
+    rounds, writes = 3, 100
+    with BridgedState(served.target) as state, state.watch(SESSION) as watch, caplog.at_level("INFO"):
+        seen = []
+        for done in range(1, rounds + 1):
+            write(served, writes)
+            # Some of it has been pulled, some has only arrived, and some is still on its way.
+            seen += watch.next(DEADLINE_S)
+            interrupted(served, watch)
+            served.restart()
+            wait_for("the resumption", lambda done=done: watch.resumptions == done)
+            assert watch.interrupted is None
+        while len(seen) < rounds * writes:
+            seen += watch.next(DEADLINE_S)
+        assert [update.variable.version for update in seen] == list(range(1, rounds * writes + 1))
+        assert [update.sequence for update in seen] == sorted({update.sequence for update in seen})
+        assert watch.next(0) == []
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("watch interrupted" in line for line in said) == sum("watch resumed" in line for line in said) == rounds
+
+
+def test_a_watch_that_was_idle_resumes_with_what_came_meanwhile(served: ServedDatabase) -> None:
+    with BridgedState(served.target) as state, state.watch(SESSION) as watch:
+        interrupted(served, watch)
+        with connect(served.path) as embedded:
+            embedded.set_variable(SESSION, "x", 7)
+        served.restart()
+        (update,) = watch.next(DEADLINE_S)
+        assert (update.variable.version, update.variable.value.json) == (1, "7")
+
+
+def test_a_watch_that_cannot_resume_gives_up(served: ServedDatabase) -> None:
+    with BridgedState(served.target, watch_patience_s=0.2) as state, state.watch(SESSION) as watch:
+        served.kill()
+        reason = r"the watch did not get back within 0.2 s; resume with after_sequence=2"
+        with pytest.raises(UnavailableError, match=reason):
+            pull_until_it_ends(watch)
+
+
+def begin_again(state: StateProvider) -> None:
+    state.cleanup_session(SESSION)
+    state.initialize_session(SESSION)
+    state.register_variable(SESSION, "x", "integer", 0)
+
+
+def prune(state: StateProvider) -> None:
+    for number in range(5):
+        state.set_variable(SESSION, "x", number)
+    Prunable.of(state).prune(PrunePolicy(keep_versions=1), confirm=True)
+
+
+@pytest.mark.parametrize(("change", "error"), [(begin_again, SessionNotFoundError), (prune, WatchGapError)])
+def test_a_watch_does_not_hide_what_it_has_missed(
+    served: ServedDatabase, change: Callable[[StateProvider], None], error: type[StateError]
+) -> None:
+    with BridgedState(served.target) as state, state.watch(SESSION) as watch:
+        interrupted(served, watch)
+        with connect(served.path) as embedded:
+            change(embedded)
+        served.restart()
+        with pytest.raises(error):
+            pull_until_it_ends(watch)
+
+
+def test_closing_the_state_ends_an_interrupted_watch(served: ServedDatabase) -> None:
+    with BridgedState(served.target) as state:
+        watch = state.watch(SESSION)
+        interrupted(served, watch)
+        state.close()
+        with pytest.raises(EngineClosedError):
+            pull_until_it_ends(watch)
+        watch.close()

@@ -5,6 +5,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeVar, Unpack
+from weakref import WeakSet
 
 import grpc
 
@@ -36,6 +37,7 @@ from dspex_persist.state.bridge.headers import (
     AFTER_SEQUENCE,
     ARGUMENTS,
     BINARY,
+    CONTINUES,
     EXECUTION_ID,
     IDEMPOTENCY_KEY,
     OPTIMIZER_ID,
@@ -50,7 +52,7 @@ from dspex_persist.state.bridge.rpcs.base import Rpc
 from dspex_persist.state.bridge.rpcs.tools import EXECUTE_TOOL, GetExposedElixirTools
 from dspex_persist.state.bridge.status import error_of_call
 from dspex_persist.state.bridge.transaction_client import BridgedTransaction
-from dspex_persist.state.bridge.watch import BridgedWatch
+from dspex_persist.state.bridge.watch import BridgedWatch, Resumption
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import (
     EngineClosedError,
@@ -93,6 +95,8 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
         target: A gRPC target such as "127.0.0.1:50051" or "unix:/run/dspex.sock", or a URL of `connect`.
         timeout_s: How long to wait for an answer, in seconds, repetitions included.
         actor: Who makes the changes; by default the user of this process.
+        watch_patience_s: How long an interrupted watch tries to resume before it ends with an error, in seconds; with 0
+            it ends at once.
         execution_id: A running execution. All calls on variables and tools become part of its transaction: a process
             that runs a registered tool passes the id that it received in `x-dspex-execution-id`.
         breaker: When calls fail at once because the server does not answer; None for never.
@@ -107,12 +111,16 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
         target: str,
         *,
         timeout_s: float = 30.0,
+        watch_patience_s: float = 60.0,
         actor: str | None = None,
         execution_id: str | None = None,
         breaker: Breaker | None = _BREAKER,
     ) -> None:
         target = self._target = target_of(arguments.text("target", target))
         self._timeout_s = arguments.timeout("timeout_s", timeout_s)
+        patience_s = arguments.seconds("watch_patience_s", watch_patience_s)
+        self._watch_patience_s = arguments.timeout("watch_patience_s", patience_s) if patience_s != 0 else 0.0
+        self._watches: WeakSet[BridgedWatch] = WeakSet()
         self._execution_id = execution_id
         self._actor = arguments.text("actor", actor) if actor else f"user:{user_name()}"
         refuse_lost(target)
@@ -167,15 +175,27 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
             )
         except ValueError as error:
             raise InvalidArgumentError("request", str(error)) from error
-        headers = () if after_sequence is None else ((AFTER_SEQUENCE, str(after_sequence)),)
+        first = () if after_sequence is None else ((AFTER_SEQUENCE, str(after_sequence)),)
+        again = pb.WatchVariablesRequest(session_id=session_id, variable_identifiers=identifiers)
+
+        def open_stream(resumption: Resumption | None) -> Any:
+            if resumption is None:
+                return self._stub.WatchVariables(request, metadata=first)
+            headers = zip((AFTER_SEQUENCE, CONTINUES), map(str, resumption), strict=True)
+            return self._stub.WatchVariables(again, metadata=tuple(headers))
+
         self._line.admit()
-        sent_at, call = self._line.now(), self._stub.WatchVariables(request, metadata=headers)
-        try:
-            watch = BridgedWatch(call, self._timeout_s, self._target, self._error_of)
-        except StateError:
-            self._line.ended(call, sent_at)
-            raise
-        self._line.answered()
+        watch = BridgedWatch(
+            open_stream,
+            self._error_of,
+            self._line,
+            session_id=session_id,
+            timeout_s=self._timeout_s,
+            patience_s=self._watch_patience_s,
+        )
+        self._watches.add(watch)
+        if self._closed:
+            watch.end()
         return watch
 
     def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
@@ -350,6 +370,8 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
         """Close the channel; the server continues. In a forked child this does nothing."""
         self._closed = True
         if self._here.refusal is None:
+            for watch in tuple(self._watches):
+                watch.end()
             self._channel.close()
             self._here.close()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from datetime import datetime
+from typing import Final
 
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -48,11 +49,13 @@ _LIMITS = Limits()
 COMMIT_SEQUENCE = "commit_sequence"
 _ACTOR, _CAUSE, _CHANGE = "dspex.actor", "dspex.cause", "dspex.change"
 _DEPENDENCY, _PART, _SOURCE = "dspex.dependency", "dspex.part", "dspex.source"
-_TYPE, _VARIABLE_ID = "dspex.type", "dspex.variable_id"
+_PREVIOUS, _TYPE, _VARIABLE_ID = "dspex.previous", "dspex.type", "dspex.variable_id"
 _EXPOSED, _ISOLATION = "dspex.exposed", "dspex.isolation"
 _RETRIES, _TIMEOUT_S = "dspex.retries", "dspex.timeout_s"
 _ADDRESS = "address"
 
+
+_PREVIOUS_BYTES: Final = 64 * 1024
 
 # Values
 
@@ -316,7 +319,9 @@ def update_message(update: Update) -> pb.VariableUpdate:
     metadata[COMMIT_SEQUENCE] = str(update.sequence)
     metadata[_PART] = f"{update.part[0]}/{update.part[1]}"
     if update.dependency:
-        metadata[_DEPENDENCY] = update.dependency
+        metadata |= {_DEPENDENCY: update.dependency, _ACTOR: update.actor, _CAUSE: update.cause}
+    if update.previous is not None and not is_left_out(update.previous):
+        metadata[_PREVIOUS] = update.previous.json
     source = version.source if version is not None else update.variable.source
     return pb.VariableUpdate(
         variable_id=update.variable.id,
@@ -326,6 +331,11 @@ def update_message(update: Update) -> pb.VariableUpdate:
         timestamp=timestamp_of(update.created_at),
         update_type=update.kind.value,
     )
+
+
+def is_left_out(previous: Value) -> bool:
+    """Return whether an update lacks this previous value, so that it does not become much larger: the client has it."""
+    return previous.binary is not None or previous.size_bytes > _PREVIOUS_BYTES
 
 
 def heartbeat_message(sequence: int, now: datetime) -> pb.VariableUpdate:
@@ -357,6 +367,9 @@ def update_of(message: pb.VariableUpdate) -> Update:
         version=version,
         dependency=metadata.get(_DEPENDENCY, ""),
         part=(int(index), int(total)),
+        previous=Value(metadata[_PREVIOUS]) if _PREVIOUS in metadata else None,
+        actor=metadata.get(_ACTOR, ""),
+        cause=metadata.get(_CAUSE, ""),
     )
 
 

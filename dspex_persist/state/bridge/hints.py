@@ -63,5 +63,6 @@ IN_RPCS: Final[Mapping[str, str]] = {
     Hint.WAIT_FOR_OPTIMIZER: (
         'its holder writes with metadata["optimizer_id"], others wait or stop it with StopOptimization and force'
     ),
+    Hint.WATCH_ANEW: "begin a new watch, which starts with the current values",
 }
 """The texts in the details of a status."""

@@ -7,7 +7,7 @@ from dspex_persist import clock
 from dspex_persist.state.bridge import codec
 from dspex_persist.state.bridge.calls import methods
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
-from dspex_persist.state.bridge.headers import AFTER_SEQUENCE, ARGUMENTS
+from dspex_persist.state.bridge.headers import AFTER_SEQUENCE, ARGUMENTS, CONTINUES
 from dspex_persist.state.bridge.incoming import Context, check_count, fitting
 from dspex_persist.state.bridge.inherited import OneProcess
 from dspex_persist.state.bridge.rpcs import RPCS
@@ -16,6 +16,7 @@ from dspex_persist.state.bridge.tools import ToolRpcs
 from dspex_persist.state.bridge.watch_streams import WatchStreams
 from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.tools.with_tools import WithTools
+from dspex_persist.state.watch import Watch
 
 
 @methods(RPCS, "_answer")
@@ -58,7 +59,8 @@ class BridgeServicer(ToolRpcs):
 
     async def WatchVariables(self, request: pb.WatchVariablesRequest, context: Context) -> None:
         call = self._call(context)
-        after, identifiers = call.number(AFTER_SEQUENCE), request.variable_identifiers
+        after, continued = call.number(AFTER_SEQUENCE), call.number(CONTINUES)
+        identifiers = request.variable_identifiers
         check_count("variables in the batch", identifiers, self._limits.batch_entries, "batch_entries")
         watched = (request.session_id, tuple(identifiers))
         try:
@@ -67,5 +69,15 @@ class BridgeServicer(ToolRpcs):
             if error.field == ARGUMENTS[AFTER_SEQUENCE]:
                 raise InvalidArgumentError(AFTER_SEQUENCE, error.reason) from error
             raise
+        if continued is not None:
+            await asyncio.to_thread(_check_continues, watch, continued)
         log = self._log("WatchVariables", request.session_id, call)
         await self._watchers.send(watch, context, log, initial=request.include_initial_values)
+
+
+def _check_continues(watch: Watch, first_sequence: int) -> None:
+    try:
+        watch.check_continues(first_sequence)
+    except BaseException:
+        watch.close()
+        raise

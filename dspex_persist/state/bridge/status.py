@@ -61,6 +61,7 @@ CODES: dict[type[StateError], StatusCode] = {
     errors.QueueFullError: StatusCode.RESOURCE_EXHAUSTED,
     errors.TooManyWatchersError: StatusCode.RESOURCE_EXHAUSTED,
     errors.WatchStalledError: StatusCode.ABORTED,
+    errors.WatchGapError: StatusCode.FAILED_PRECONDITION,
     errors.StorageError: StatusCode.UNAVAILABLE,
     errors.ReadFailedError: StatusCode.UNAVAILABLE,
     errors.FileChangedError: StatusCode.DATA_LOSS,
@@ -272,6 +273,11 @@ def is_from_server(call: Any) -> bool:
 def is_lost(call: Any) -> bool:
     """Return whether a call lost its connection, so that its outcome on the server is unknown."""
     return call.code() in _CONNECTION_LOST and not is_from_server(call)
+
+
+def is_broken(call: Any) -> bool:
+    """Return whether a stream ended because of its transport and not by an answer of the server."""
+    return call.code() in (*_CONNECTION_LOST, StatusCode.INTERNAL, StatusCode.UNKNOWN) and not is_from_server(call)
 
 
 def error_of_call(call: Any, target: str = "") -> StateError:

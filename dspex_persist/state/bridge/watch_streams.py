@@ -8,7 +8,7 @@ from dspex_persist import clock
 from dspex_persist.infra.mailbox import LoopMailbox
 from dspex_persist.state.bridge import codec
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
-from dspex_persist.state.bridge.headers import AFTER_SEQUENCE, INITIAL_VALUES, POSITION
+from dspex_persist.state.bridge.headers import AFTER_SEQUENCE, BEGAN, INITIAL_VALUES, POSITION
 from dspex_persist.state.bridge.incoming import Context
 from dspex_persist.state.errors import UnavailableError, WatchStalledError
 from dspex_persist.state.model import Update, UpdateKind
@@ -79,7 +79,7 @@ class Encoded:
             self._sequence, self._size_bytes = update.sequence, 0
             self._messages.clear()
         # What distinguishes it from other updates of its commit.
-        key = (update.variable.id, update.kind, update.part, update.dependency)
+        key = (update.variable.id, update.variable.version, update.kind, update.part, update.dependency)
         message = self._messages.get(key)
         if message is None:
             message = codec.update_message(update).SerializeToString()
@@ -137,7 +137,8 @@ class _WatchStream:
         self._log.debug("watch begun", after_sequence=self._sent)
         try:
             count = len(self._watch.initial) if initial else 0
-            await self._context.send_initial_metadata(((POSITION, str(self._sent)), (INITIAL_VALUES, str(count))))
+            facts = ((POSITION, self._sent), (INITIAL_VALUES, count), (BEGAN, self._watch.first_sequence))
+            await self._context.send_initial_metadata(tuple((name, str(number)) for name, number in facts))
             if initial:
                 await self._send_initial()
             while not streams.draining:

@@ -61,4 +61,5 @@ from dspex_persist.state.errors.variables import VariableReplacedError as Variab
 from dspex_persist.state.errors.variables import VersionConflictError as VersionConflictError
 from dspex_persist.state.errors.variables import VersionNotFoundError as VersionNotFoundError
 from dspex_persist.state.errors.variables import VersionPrunedError as VersionPrunedError
+from dspex_persist.state.errors.variables import WatchGapError as WatchGapError
 from dspex_persist.state.errors.variables import WatchStalledError as WatchStalledError

@@ -62,6 +62,8 @@ class Hint(StrEnum):
     UPGRADE_FILE = "upgrade_file"
     UPGRADE_PACKAGE = "upgrade_package"
     WAIT_FOR_OPTIMIZER = "wait_for_optimizer"
+    WATCH_ANEW = "watch_anew"
+    """The watch has a gap."""
 
 
 _MAINTENANCE: Final = "dspex_persist.state.store.maintenance"
@@ -129,5 +131,6 @@ IN_PYTHON: Final[Mapping[str, str]] = {
         'its holder writes with metadata["optimizer_id"], others wait or stop it with '
         "stop_optimization(..., force=True)"
     ),
+    Hint.WATCH_ANEW: "begin a new watch, which starts with the current values",
 }
 """The texts of hints in Python, as in `str(error)`."""

@@ -142,3 +142,17 @@ class WatchStalledError(StateError):
     retryable = True
     after_sequence: int
     stall_timeout_s: float
+
+
+@dataclass(eq=False)
+class WatchGapError(StateError):
+    """A watch cannot resume, because commits that it has not delivered were pruned. `marker`: the one that did it."""
+
+    template = (
+        "the watch of session {session_id!q} cannot go on after commit {after_sequence}: commit {marker} pruned "
+        "history that it has missed"
+    )
+    advice = Hint.WATCH_ANEW
+    session_id: str
+    after_sequence: int
+    marker: int

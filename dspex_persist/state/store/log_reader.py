@@ -10,7 +10,15 @@ from sqlalchemy import Connection, Row, select, text
 from dspex_persist.clock import nearest_time, to_micros
 from dspex_persist.state.events import OptimizationStarted
 from dspex_persist.state.log_store import affected
-from dspex_persist.state.model import Change, CommitChanges, EventKind, Optimization, Variable, without_reason
+from dspex_persist.state.model import (
+    Change,
+    CommitChanges,
+    EventKind,
+    Optimization,
+    Variable,
+    VariableVersion,
+    without_reason,
+)
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.anchor import Head
@@ -26,6 +34,12 @@ _LOCK_AS_OF = text("""
     WHERE json_extract(body, '$.variable_id') = :variable_id AND sequence <= :sequence
         AND kind IN ('optimization_started', 'optimization_stopped')
     ORDER BY sequence DESC LIMIT 1
+""")
+
+_PRUNING_AFTER = text("""
+    SELECT max(events.sequence) FROM commits JOIN events ON events.sequence = commits.sequence
+    WHERE commits.session_key = :session_key AND commits.sequence > :after
+        AND events.kind = 'pruned' AND json_extract(events.body, '$.range[1]') > :after
 """)
 
 
@@ -78,12 +92,13 @@ def changes_after(connection: Connection, state: SessionState, after: int, most_
         return []
     by_commit: dict[int, list[Change]] = {sequence: [] for sequence in sequences}
     metadata: dict[int, Mapping[str, str]] = {}
+    last_ones: dict[int, VariableVersion] = {}
     size_bytes, last = 0, sequences[-1]
     for row in stored_variables.iter_versions(connection, state.key, after, last):
         if size_bytes > _PAGE_BYTES and not by_commit[row.sequence]:
             last = row.sequence - 1
             break
-        change = _change_of(connection, row, metadata)
+        change = _change_of(connection, row, metadata, last_ones)
         by_commit[row.sequence].append(change)
         size_bytes += change.variable.value.size_bytes
     return [
@@ -93,8 +108,22 @@ def changes_after(connection: Connection, state: SessionState, after: int, most_
     ]
 
 
-def _change_of(connection: Connection, row: Row[Any], metadata: dict[int, Mapping[str, str]]) -> Change:
-    """Return the change in a row. `metadata` has the merged metadata of the variables by key, and is updated."""
+def find_pruning(connection: Connection, session_key: int, after: int) -> int | None:
+    """Return the last commit that pruned anything of the session's commits after number `after`, or None.
+
+    A marker is younger than what it names, so only the commits that the watch reads anyway are looked at.
+    """
+    return connection.execute(_PRUNING_AFTER, {"session_key": session_key, "after": after}).scalar()
+
+
+def _change_of(
+    connection: Connection,
+    row: Row[Any],
+    metadata: dict[int, Mapping[str, str]],
+    last_ones: dict[int, VariableVersion],
+) -> Change:
+    """Return the change in a row. `metadata` and `last_ones` have the variables' merged metadata and their versions of
+    the rows before, by key; both are updated."""
     version = stored_variables.version_of(row)
     key = row.variable_key
     merged = metadata.get(key)
@@ -103,8 +132,14 @@ def _change_of(connection: Connection, row: Row[Any], metadata: dict[int, Mappin
     elif version.kind.merges_metadata and version.metadata:
         merged = {**merged, **without_reason(version.metadata)}
     metadata[key] = merged
-    variable = stored_variables.variable_as_of(connection, row, version, merged)
-    return Change(version, variable._replace(optimization=_lock_as_of(connection, variable, version.sequence)))
+    last = last_ones.get(key)
+    if version.version and (last is None or last.version != version.version - 1):
+        last = stored_variables.find_version(connection, key, version.version - 1)
+    previous = last.value if last is not None else None
+    last_ones[key] = version
+    variable = stored_variables.variable_as_of(row, version, merged, previous)
+    variable = variable._replace(optimization=_lock_as_of(connection, variable, version.sequence))
+    return Change(version, variable, previous=previous)
 
 
 def _lock_as_of(connection: Connection, variable: Variable, sequence: int) -> Optimization | None:

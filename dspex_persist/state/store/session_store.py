@@ -333,6 +333,11 @@ class SessionStore(StoredSessions, LogStore):
         with snapshot(self.readers) as connection, damage.reading(state.session.id):
             return log_reader.changes_after(connection, state, after, most_commits)
 
+    def find_pruning(self, state: SessionState, after: int) -> int | None:
+        """Return the last commit that pruned anything of the session's commits after number `after`, or None."""
+        with snapshot(self.readers) as connection, damage.reading(state.session.id):
+            return log_reader.find_pruning(connection, state.key, after)
+
     def size_bytes(self) -> int:
         """Return the size of the file and its WAL."""
         total = 0

@@ -194,13 +194,12 @@ def iter_versions(connection: Connection, session_key: int, after: int, until: i
 
 
 def variable_as_of(
-    connection: Connection, row: Row[Any], version: VariableVersion, metadata: Mapping[str, str]
+    row: Row[Any], version: VariableVersion, metadata: Mapping[str, str], previous: Value | None
 ) -> Variable:
-    """Return the variable right after `version`, without its lock; after a deletion, with its last value."""
+    """Return the variable right after `version`, without its lock; after a deletion, with its `previous` value."""
     value = version.value
     if value is None:
-        last = find_version(connection, row.variable_key, version.version - 1)
-        value = last.value if last is not None and last.value is not None else Value("null")
+        value = previous if previous is not None else Value("null")
     return Variable(
         id=row.variable_id,
         name=row.name,

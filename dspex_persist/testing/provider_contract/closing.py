@@ -1,13 +1,14 @@
 """Closing. Needs a provider that is created for each test."""
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from dspex_persist.infra.mailbox import LoopMailbox
 from dspex_persist.state import commands, errors
 from dspex_persist.state.commands import Command
-from dspex_persist.state.errors import StateError
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.testing.checks import DEADLINE_S, refused
 from dspex_persist.testing.provider_contract.base import Contract
@@ -36,5 +37,21 @@ class ClosingContract(Contract):
         with ThreadPoolExecutor(1) as thread:
             waiting = thread.submit(list, watch)
             provider.close()
-            assert isinstance(waiting.exception(DEADLINE_S), StateError)
+            assert isinstance(waiting.exception(DEADLINE_S), errors.EngineClosedError)
         watch.close()
+
+    def test_a_watch_of_an_event_loop_ends_with_an_error_when_its_provider_closes(
+        self, provider: StateProvider, session: str
+    ) -> None:
+        async def closed() -> None:
+            woken = asyncio.Event()
+            with provider.watch(session) as watch:
+                mailbox = LoopMailbox(asyncio.get_running_loop())
+                watch.notify(mailbox.waker(woken.set))
+                assert watch.pull_ready() == []
+                await asyncio.to_thread(provider.close)
+                await asyncio.wait_for(woken.wait(), DEADLINE_S)
+                with pytest.raises(errors.EngineClosedError):
+                    watch.pull_ready()
+
+        asyncio.run(closed())

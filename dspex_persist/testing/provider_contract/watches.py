@@ -57,6 +57,25 @@ class WatchContract(Contract):
         assert updates[2].version.kind is ChangeKind.REGISTERED
         check_whole_commits(updates)
 
+    def test_tells_the_values_before_and_who_made_the_commit(self, provider: StateProvider, watched: str) -> None:
+        provider.register_variable(watched, "text", "string", "")
+        provider.add_dependency(watched, "y", "x")
+        large = f"{LONG_TEXT} and more"
+        with provider.watch(watched) as watch:
+            provider.register_variable(watched, "z", "integer", 7)
+            provider.set_variable(watched, "x", 1)
+            provider.set_variable(watched, "text", large)
+            provider.set_variable(watched, "text", "short")
+            provider.delete_variable(watched, "z")
+            new, x, y, long, short, gone = updates = take(watch, 6)
+        assert [new.previous, x.previous, long.previous, gone.previous] == [None, Value("0"), Value('""'), Value("7")]
+        assert short.previous == Value(f'"{large}"'), "of any size, for a watch that has had it"
+        assert y.previous is None, "a dependant has not changed"
+        version = provider.get_variable_history(watched, "x", 1)[0]
+        assert {update.actor for update in updates} == {version.actor}
+        assert [x.cause, y.cause, gone.cause] == ["SetVariable", "SetVariable", "DeleteVariable"]
+        assert x.execution_id is None
+
     def test_tells_a_batch_as_one_commit(self, provider: StateProvider, watched: str) -> None:
         with provider.watch(watched) as watch:
             provider.set_variables(watched, {"y": 1, "x": 2})
