@@ -489,6 +489,7 @@ class TransactionContract(ToolsContract):
         assert "above maximum 10" in result["refused"]
         check_whole_commits(updates)
         assert {update.sequence for update in updates} == {outcome.commit_sequence}
+        assert {update.execution_id for update in updates} == {outcome.execution_id}
         assert sorted(names_of(updates)) == ["a", "b", "brief", "brief", "c", "new", "new", "new"]
         history = provider.get_variable_history(client.session, "new")
         assert [dict(version.metadata) for version in history] == [{}, {"why": "because"}, {}]
