@@ -115,6 +115,7 @@ class LimitSettings(BaseSettings):
     queue_length: Count = Field(10_000, description="Writes waiting in the queue; further writes are refused at once.")
     watchers: Count = Field(10_000, description="Watches open at the same time.")
     executions: Count = Field(10_000, description="Tool executions running or waiting at the same time.")
+    queued_executions: Count = Field(1_000, description="Tool executions waiting for their turn in one session.")
     execution_writes: Count = Field(
         10_000, description="Writes of one execution, including those of the executions that it calls."
     )

@@ -180,6 +180,7 @@ def _document(listed: Listed) -> dict[str, Any]:
         "exposed": spec.exposed,
         "isolation": spec.isolation.value,
         "retries": spec.retries,
+        "concurrency": spec.concurrency.value if spec.concurrency is not None else None,
         "timeout_s": spec.timeout_s,
         "required_variables": list(spec.required_variables),
         "metadata": {key: text for key, text in spec.metadata.items() if not key.startswith("dspex.")},
@@ -241,6 +242,7 @@ def _how(spec: "ToolSpec") -> list[str]:
         "exposed": spec.exposed,
         spec.isolation.value: spec.isolation.value != "serializable",
         f"retries: {spec.retries}": spec.retries > 0,
+        spec.concurrency or "": spec.concurrency is not None,
         f"within {spec.timeout_s or 0:g} s": spec.timeout_s is not None,
         f"needs {', '.join(spec.required_variables)}": bool(spec.required_variables),
     }

@@ -12,7 +12,7 @@ from dspex_persist.cognitive.errors import DspyMissingError, ToolDefinitionError
 from dspex_persist.cognitive.signatures import Signature, read_signature
 from dspex_persist.cognitive.tool_context import ToolContext
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.model import Isolation, ToolSpec, Value
+from dspex_persist.state.model import Concurrency, Isolation, ToolSpec, Value
 from dspex_persist.state.tools.ports import ToolKind
 from dspex_persist.state.tools.session import ToolSession
 
@@ -139,6 +139,7 @@ def tool(
     name: str | None = None,
     isolation: Isolation | str = Isolation.SERIALIZABLE,
     retries: int = 0,
+    concurrency: Concurrency | str | None = None,
     timeout_s: float | None = None,
     exposed: bool = False,
     required_variables: Iterable[str] = (),
@@ -155,6 +156,7 @@ def tool(
     name: str | None = None,
     isolation: Isolation | str = Isolation.SERIALIZABLE,
     retries: int = 0,
+    concurrency: Concurrency | str | None = None,
     timeout_s: float | None = None,
     exposed: bool = False,
     required_variables: Iterable[str] = (),
@@ -172,6 +174,8 @@ def tool(
         name: The tool's name; by default that of the function.
         isolation: "serializable", or "snapshot": then it conflicts only if others changed what it wrote.
         retries: How often to run it again, on new values, after a conflict.
+        concurrency: What to do while another execution runs in the session: run at the same time ("optimistic"), wait
+            for its turn ("queue") or be refused ("reject"). The stricter of this and the session's setting applies.
         timeout_s: Its timeout in seconds. The caller's timeout applies as well.
         exposed: Whether workers may call it, too, through the coordinator.
         required_variables: The variables that the session must have before it starts.
@@ -194,6 +198,7 @@ def tool(
             required_variables=_checked_variables(where, required_variables),
             isolation=_checked_isolation(where, isolation),
             retries=_checked_retries(where, retries),
+            concurrency=_checked_concurrency(where, concurrency),
             timeout_s=_checked_timeout(where, timeout_s),
             metadata=_checked_metadata(where, metadata or {}),
         )
@@ -240,6 +245,15 @@ def _checked_isolation(where: str, isolation: object) -> Isolation:
     if isolation not in levels:
         raise ToolDefinitionError(where, f"its isolation must be one of {', '.join(levels)}, not {isolation!r}")
     return Isolation(isolation)
+
+
+def _checked_concurrency(where: str, concurrency: object) -> Concurrency | None:
+    if concurrency is None:
+        return None
+    known = [each.value for each in Concurrency]
+    if concurrency not in known:
+        raise ToolDefinitionError(where, f"its concurrency must be one of {', '.join(known)}, not {concurrency!r}")
+    return Concurrency(concurrency)
 
 
 def _checked_retries(where: str, retries: object) -> int:

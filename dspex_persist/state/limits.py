@@ -28,6 +28,7 @@ class Limits:
     queue_length: int = 10_000
     watchers: int = 10_000
     executions: int = 10_000
+    queued_executions: int = 1_000
     execution_writes: int = 10_000
     execution_size_bytes: int = 64 * 1024 * 1024
     journal_size_bytes: int = 1024 * 1024

@@ -349,6 +349,27 @@ class Isolation(StrEnum):
     """It commits only if others changed nothing that it wrote."""
 
 
+class Concurrency(StrEnum):
+    """What an execution does while another one runs in its session, from the laxest to the strictest: see
+    docs/transactions.md."""
+
+    OPTIMISTIC = "optimistic"
+    """It runs at the same time. If both change the same, one of them ends in a conflict."""
+    QUEUE = "queue"
+    """It waits for its turn, in the order of the calls."""
+    REJECT = "reject"
+    """It is refused."""
+
+    @classmethod
+    def strictest(cls, *stated: "Concurrency | None") -> "Concurrency":
+        """Return the strictest of those that are not None."""
+        return max((each for each in stated if each is not None), key=list(cls).index, default=cls.OPTIMISTIC)
+
+
+CONCURRENCY = "dspex.concurrency"
+"""The key of a session's metadata whose entry is the least strict `Concurrency` of its executions."""
+
+
 class ExecutionStatus(StrEnum):
     """The status of an execution in the journal."""
 
@@ -380,7 +401,12 @@ class ToolParameter:
 
 @dataclass(frozen=True, slots=True)
 class ToolSpec:
-    """The specification of a tool. `retries`: how often it may run again after a conflict."""
+    """The specification of a tool.
+
+    Attributes:
+        retries: How often it may run again after a conflict.
+        concurrency: What it does while another execution runs; None leaves that to the session.
+    """
 
     name: str
     description: str = ""
@@ -392,6 +418,8 @@ class ToolSpec:
     retries: int = 0
     timeout_s: float | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    # Left out of the log while it is None: see `bodies.sparse`.
+    concurrency: Concurrency | None = field(default=None, metadata={"sparse": True})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "metadata", freeze(self.metadata))

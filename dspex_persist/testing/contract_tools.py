@@ -340,6 +340,42 @@ def add_stubbornly(ctx: ToolContext, name: str = "a") -> int:
     return int(ctx[name])
 
 
+# One after the other
+
+
+@tool(concurrency="queue")
+def add_in_turn(ctx: ToolContext, amount: int = 1) -> int:
+    """Add to a, as all that queue do."""
+    ctx["a"] += amount
+    return int(ctx["a"])
+
+
+@tool(concurrency="queue")
+def hold_in_turn(ctx: ToolContext, gate: str, fails: bool = False) -> str:
+    """Wait at the gate while others wait for their turn."""
+    ctx["a"] += 1
+    wait_at(gate, ctx)
+    if fails:
+        raise ValueError("it failed in its turn")
+    return "held"
+
+
+@tool(concurrency="queue", timeout_s=0.3)
+def slow_in_turn(ctx: ToolContext, gate: str) -> str:
+    """Take longer than its timeout, which begins with its turn."""
+    ctx["a"] = -1
+    wait_at(gate, ctx)
+    return _write_late(ctx, gate)
+
+
+@tool(concurrency="reject")
+def hold_alone(ctx: ToolContext, gate: str) -> str:
+    """Wait at the gate, and refuse others like it."""
+    ctx["a"] += 1
+    wait_at(gate, ctx)
+    return "held"
+
+
 # Ends that come from outside
 
 

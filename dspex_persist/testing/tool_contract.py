@@ -161,7 +161,7 @@ def _check_error(outcome: ToolOutcome, code: str) -> errors.StateError:
     error = outcome.error
     assert isinstance(error, errors.StateError)
     assert (type(error), error.error_code) == (_KINDS[code], code)
-    assert error.retryable == (code in ("CONFLICT", "UNAVAILABLE"))
+    assert error.retryable == (code in ("CONFLICT", "SESSION_BUSY", "UNAVAILABLE"))
     return error
 
 
@@ -170,6 +170,7 @@ _KINDS: Final[Mapping[str, type[errors.StateError]]] = {
     "IDEMPOTENCY_CONFLICT": errors.IdempotencyConflictError,
     "INTERRUPTED": errors.ToolInterruptedError,
     "INVALID_PARAMETERS": errors.ToolArgumentError,
+    "SESSION_BUSY": errors.SessionBusyError,
     "MISSING_VARIABLES": errors.MissingVariablesError,
     "TIMED_OUT": errors.ToolTimedOutError,
     "TOOL_FAILED": errors.ToolFailedError,
@@ -639,6 +640,130 @@ def _meanwhile(client: Client, gate: Gate, change: Callable[[], None], tool: str
     return call.result(DEADLINE_S)
 
 
+class ConcurrencyContract(ToolsContract):
+    """Executions that do not run at the same time."""
+
+    def test_a_queue_loses_none(self, client: Client) -> None:
+        outcomes = [future.result(DEADLINE_S) for future in [client.begin("add_in_turn") for _ in range(30)]]
+        assert sorted(map(result_of, outcomes)) == list(range(1, 31))
+        assert {outcome.attempts for outcome in outcomes} == {1}
+        sequences = {result_of(outcome): outcome.commit_sequence or 0 for outcome in outcomes}
+        assert [sequences[number] for number in range(1, 31)] == sorted(sequences.values())
+
+    def test_a_session_lets_all_its_tools_queue(self, client: Client) -> None:
+        client.provider.initialize_session(client.session, {"dspex.concurrency": "queue"})
+        futures = [client.begin(tool) for tool in ("add", "add_later", "add_in_turn") for _ in range(10)]
+        assert all(future.result(DEADLINE_S).success for future in futures)
+        assert client.values()["a"] == 30
+
+    def test_one_waits_for_the_one_before(self, client: Client, gate: Gate) -> None:
+        first = client.begin("hold_in_turn", gate=gate)
+        gate.wait()
+        second = client.begin("add_in_turn")
+        assert client.get("add", name="b") == 1, "optimistic ones neither wait nor are waited for"
+        assert not second.done()
+        gate.open()
+        assert (result_of(first.result(DEADLINE_S)), result_of(second.result(DEADLINE_S))) == ("held", 2)
+
+    def test_sessions_do_not_wait_for_each_other(self, client: Client, gate: Gate) -> None:
+        first = client.begin("hold_in_turn", gate=gate)
+        gate.wait()
+        assert Client(client.provider).get("add_in_turn") == 1
+        gate.open()
+        assert result_of(first.result(DEADLINE_S)) == "held"
+
+    @pytest.mark.parametrize("ends", ["fails", "times out"])
+    def test_however_one_ends_it_passes_the_turn_on(self, client: Client, gate: Gate, ends: str) -> None:
+        fails = ends == "fails"
+        first = (
+            client.begin("hold_in_turn", gate=gate, fails=True) if fails else client.begin("slow_in_turn", gate=gate)
+        )
+        gate.wait()
+        waiting = [client.begin("add_in_turn") for _ in range(3)]
+        if fails:
+            gate.open()
+        assert first.result(DEADLINE_S).error_code == ("TOOL_FAILED" if fails else "TIMED_OUT")
+        assert sorted(result_of(each.result(DEADLINE_S)) for each in waiting) == [1, 2, 3]
+        gate.open()
+        assert client.values()["a"] == 3
+
+    def test_a_caller_waits_no_longer_than_it_asked_to(self, client: Client, gate: Gate) -> None:
+        first = client.begin("hold_in_turn", gate=gate)
+        gate.wait()
+        outcome = client.provider.execute_tool(client.session, "add_in_turn", timeout_s=0.1)
+        assert (outcome.status, outcome.error_code, outcome.execution_id) == (
+            ExecutionStatus.TIMED_OUT,
+            "TIMED_OUT",
+            "",
+        )
+        assert "has not had its turn" in str(outcome.error)
+        later = client.begin("add_in_turn")
+        gate.open()
+        assert (result_of(first.result(DEADLINE_S)), result_of(later.result(DEADLINE_S))) == ("held", 2)
+
+    def test_a_tools_own_time_begins_with_its_turn(self, client: Client, gate: Gate, tmp_path: Path) -> None:
+        first = client.begin("hold_in_turn", gate=gate)
+        gate.wait()
+        inner = Gate(tmp_path / "inner")
+        second = client.begin("slow_in_turn", gate=inner)
+        let_pass(0.4)
+        gate.open()
+        assert result_of(first.result(DEADLINE_S)) == "held"
+        inner.wait()
+        assert second.result(DEADLINE_S).error_code == "TIMED_OUT"
+        inner.open()
+
+    def test_one_that_rejects_is_refused_while_another_runs(self, client: Client, gate: Gate) -> None:
+        first = client.begin("hold_alone", gate=gate)
+        gate.wait()
+        text = check_not_begun(client.execute("hold_alone", gate=gate), "SESSION_BUSY")
+        assert text.startswith(f"session '{client.session}' is busy: 'hold_alone' (execution exec_")
+        waits = client.begin("add_in_turn")
+        gate.open()
+        assert (result_of(first.result(DEADLINE_S)), result_of(waits.result(DEADLINE_S))) == ("held", 2)
+        assert client.get("hold_alone", gate=gate) == "held"
+
+    def test_the_stricter_of_tool_and_session_applies(self, client: Client, gate: Gate) -> None:
+        first = client.begin("hold_in_turn", gate=gate)
+        gate.wait()
+        for setting, tool, code in (
+            ("optimistic", "hold_alone", "SESSION_BUSY"),
+            ("queue", "hold_alone", "SESSION_BUSY"),
+            ("reject", "add_in_turn", "SESSION_BUSY"),
+            ("reject", "add", "SESSION_BUSY"),
+            ("optimistic", "add", ""),
+        ):
+            client.provider.initialize_session(client.session, {"dspex.concurrency": setting})
+            parameters = {"gate": gate} if tool == "hold_alone" else {"name": "b"} if tool == "add" else {}
+            assert client.execute(tool, **parameters).error_code == code, (setting, tool)
+        gate.open()
+        assert result_of(first.result(DEADLINE_S)) == "held"
+
+    @pytest.mark.parametrize("tool", ["hold_alone", "hold_in_turn"])
+    def test_a_repeated_request_waits_for_the_outcome(self, client: Client, gate: Gate, tool: str) -> None:
+        first = client.begin(tool, "key", gate=gate)
+        gate.wait()
+        again = client.begin(tool, "key", gate=gate)
+        gate.open()
+        one, other = first.result(DEADLINE_S), again.result(DEADLINE_S)
+        assert (result_of(one), one.execution_id) == (result_of(other), other.execution_id)
+        assert client.values()["a"] == 1
+
+    def test_what_runs_before_its_turn_is_checked_at_once(self, client: Client, gate: Gate) -> None:
+        first = client.begin("hold_in_turn", gate=gate)
+        gate.wait()
+        check_not_begun(client.execute("add_in_turn", amount="two"), "INVALID_PARAMETERS")
+        gate.open()
+        assert result_of(first.result(DEADLINE_S)) == "held"
+
+    def test_what_a_session_cannot_say(self, client: Client) -> None:
+        for metadata in ({"dspex.concurrency": "chaos"}, {"dspex.concurrency": ""}, {"dspex.other": "queue"}):
+            with pytest.raises(errors.InvalidArgumentError, match="metadata"):
+                client.provider.initialize_session(client.session, metadata)
+        client.provider.initialize_session(client.session, {"dspex.concurrency": "reject"})
+        assert client.provider.get_session(client.session).metadata == {"dspex.concurrency": "reject"}
+
+
 class CallContract(ToolsContract):
     """A tool and the tools that it calls are one transaction."""
 
@@ -1056,6 +1181,7 @@ class ToolContract(
     RefusalContract,
     TransactionContract,
     ConflictContract,
+    ConcurrencyContract,
     CallContract,
     PublishContract,
     KeyContract,

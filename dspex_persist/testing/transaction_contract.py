@@ -4,6 +4,7 @@ The provider executes the tools of `CONTRACT_TOOLS`, as for `ToolContract`.
 """
 
 import asyncio
+import concurrent.futures
 import gc
 import time
 from collections.abc import Callable
@@ -267,6 +268,38 @@ class TransactionContract(Contract):
         sequence = asyncio.run(run())
         assert provider.get_value(shop, "a") == 2
         assert provider.get_variable_history(shop, "a")[0].sequence == sequence
+
+    # Turns
+
+    def test_it_waits_for_its_turn_in_a_session_that_queues(self, provider: Transacts, shop: str) -> None:
+        provider.initialize_session(shop, {"dspex.concurrency": "queue"})
+        first = provider.begin_transaction(shop)
+        waiting = [provider.submit_transaction(shop) for _ in range(3)]
+        tool = provider.submit(commands.ExecuteTool(shop, "add"))
+        with pytest.raises(errors.ToolTimedOutError, match="has not had its turn"):
+            provider.begin_transaction(shop, timeout_s=0.1)
+        assert not tool.done()
+        assert not any(each.done() for each in waiting)
+        write(first, "a", 1)
+        first.commit()
+        while waiting:
+            done, _ = concurrent.futures.wait(waiting, DEADLINE_S, concurrent.futures.FIRST_COMPLETED)
+            (opened,) = done
+            waiting.remove(opened)
+            with opened.result() as transaction:
+                write(transaction, "a", value_in(transaction, "a") + 1)
+        assert tool.result(DEADLINE_S).success
+        assert provider.get_value(shop, "a") == 5
+
+    def test_it_is_refused_in_a_session_that_rejects(self, provider: Transacts, shop: str) -> None:
+        provider.initialize_session(shop, {"dspex.concurrency": "reject"})
+        with provider.begin_transaction(shop) as transaction:
+            with pytest.raises(errors.SessionBusyError):
+                provider.begin_transaction(shop)
+            write(transaction, "a", 1)
+        with provider.begin_transaction(shop) as transaction:
+            write(transaction, "a", value_in(transaction, "a") + 1)
+        assert provider.get_value(shop, "a") == 2
 
     # Arguments
 

@@ -463,6 +463,21 @@ def test_a_killed_worker_is_left_alone_until_it_is_back(
     assert client.get() == 1
 
 
+def test_a_killed_worker_passes_the_turn_of_its_execution_on(
+    worker: ServerProcess, client: OldClient, gate: Gate, server: ServerProcess
+) -> None:
+    with BridgedState(target_of(server)) as state:
+        state.initialize_session(client.session, {"dspex.concurrency": "queue"})
+        first = client.begin("increase_at_gate", gate=gate)
+        gate.wait()
+        waiting = [client.begin("add", name="a") for _ in range(4)]
+        waiting.pop().cancel()
+        worker.kill()
+        assert first.result(DEADLINE_S).metadata["error_code"] == "UNAVAILABLE"
+        assert all(each.result(DEADLINE_S).success for each in waiting)
+        assert client.values()["a"] == 3
+
+
 def test_a_frozen_worker_costs_its_caller_no_more_than_its_deadline(
     worker: ServerProcess, client: OldClient, gate: Gate, journal: Journal
 ) -> None:

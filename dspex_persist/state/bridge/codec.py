@@ -17,6 +17,7 @@ from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     REASON,
     ChangeKind,
+    Concurrency,
     Isolation,
     Optimization,
     RegisteredTool,
@@ -50,7 +51,7 @@ COMMIT_SEQUENCE = "commit_sequence"
 _ACTOR, _CAUSE, _CHANGE = "dspex.actor", "dspex.cause", "dspex.change"
 _DEPENDENCY, _PART, _SOURCE = "dspex.dependency", "dspex.part", "dspex.source"
 _PREVIOUS, _TYPE, _VARIABLE_ID = "dspex.previous", "dspex.type", "dspex.variable_id"
-_EXPOSED, _ISOLATION = "dspex.exposed", "dspex.isolation"
+_EXPOSED, _ISOLATION, _CONCURRENCY = "dspex.exposed", "dspex.isolation", "dspex.concurrency"
 _RETRIES, _TIMEOUT_S = "dspex.retries", "dspex.timeout_s"
 _ADDRESS = "address"
 
@@ -383,6 +384,8 @@ def tool_message(spec: ToolSpec, where: Mapping[str, str]) -> pb.ToolSpec:
         own[_EXPOSED] = "true"
     if spec.timeout_s is not None:
         own[_TIMEOUT_S] = repr(spec.timeout_s).removesuffix(".0")
+    if spec.concurrency is not None:
+        own[_CONCURRENCY] = spec.concurrency.value
     return pb.ToolSpec(
         name=spec.name,
         description=spec.description,
@@ -407,6 +410,7 @@ def tool_of(message: pb.ToolSpec) -> ToolSpec:
         retries=int(metadata[_RETRIES] or 0),
         timeout_s=float(metadata[_TIMEOUT_S]) if metadata[_TIMEOUT_S] else None,
         metadata=dict(metadata),
+        concurrency=Concurrency(metadata[_CONCURRENCY]) if _CONCURRENCY in metadata else None,
     )
 
 

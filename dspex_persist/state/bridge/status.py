@@ -48,6 +48,7 @@ CODES: dict[type[StateError], StatusCode] = {
     errors.ToolExistsError: StatusCode.ALREADY_EXISTS,
     errors.ToolArgumentError: StatusCode.INVALID_ARGUMENT,
     errors.MissingVariablesError: StatusCode.FAILED_PRECONDITION,
+    errors.SessionBusyError: StatusCode.ABORTED,
     errors.ExecutionNotFoundError: StatusCode.FAILED_PRECONDITION,
     errors.ExecutionEndedError: StatusCode.FAILED_PRECONDITION,
     errors.ExecutionConflictError: StatusCode.ABORTED,

@@ -2,7 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
 from hashlib import sha256
@@ -175,8 +175,8 @@ def check_text(field: str, text: str, length: int, setting: str) -> str:
     return text
 
 
-def check_metadata(metadata: Mapping[str, str], limits: Limits) -> Mapping[str, str]:
-    """Return `metadata` if it is within the limits and contains no surrogates and no reserved keys."""
+def check_metadata(metadata: Mapping[str, str], limits: Limits, known: Collection[str] = ()) -> Mapping[str, str]:
+    """Return `metadata` if it is within the limits and contains no surrogates and no reserved keys but the `known`."""
     if not metadata:
         return metadata
     if len(metadata) > limits.metadata_entries:
@@ -185,7 +185,7 @@ def check_metadata(metadata: Mapping[str, str], limits: Limits) -> Mapping[str, 
         )
     size = 0
     for key, text in metadata.items():
-        if key == RESERVED_KEY or key.startswith(RESERVED_PREFIX):
+        if (key == RESERVED_KEY or key.startswith(RESERVED_PREFIX)) and key not in known:
             raise InvalidArgumentError("metadata", f"the key {key!r} is set by the server; use another key")
         try:
             size += len(key.encode()) + len(text.encode())
@@ -198,7 +198,9 @@ def check_metadata(metadata: Mapping[str, str], limits: Limits) -> Mapping[str, 
     return metadata
 
 
-def check_merged_metadata(merged: Mapping[str, str], added: Mapping[str, str], limits: Limits) -> None:
+def check_merged_metadata(
+    merged: Mapping[str, str], added: Mapping[str, str], limits: Limits, known: Collection[str] = ()
+) -> None:
     """Check merged metadata against the limits; otherwise many small writes could let it grow without bound."""
     if added:
-        check_metadata(merged, limits)
+        check_metadata(merged, limits, known)

@@ -20,7 +20,9 @@ from dspex_persist.state.events import ExecutionBegan, ExecutionEnded, ToolsRegi
 from dspex_persist.state.frozen import freeze
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
+    CONCURRENCY,
     REASON,
+    Concurrency,
     Conflict,
     ExecutionStatus,
     Failure,
@@ -54,6 +56,7 @@ class Begun:
         snapshot: A copy of the session for this execution alone; None if there is an earlier execution.
         recorded: The earlier execution with the same key if it has committed.
         running: The earlier execution with the same key if it is running.
+        concurrency: What the session demands, if it is more than the request says; the execution has not begun then.
     """
 
     execution_id: str
@@ -64,6 +67,7 @@ class Begun:
     snapshot: SessionState | None = None
     recorded: JournalEntry | None = None
     running: JournalEntry | None = None
+    concurrency: Concurrency | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,7 @@ class BeginExecution(Command[Begun]):
     """Begin an execution of a tool, and record it as running in the journal.
 
     `worker_id`: the worker that runs it; "" for the server itself. `retry_of`: the previous execution for the same
-    request, which ended as a conflict.
+    request, which ended as a conflict. `concurrency`: what the caller has seen to.
     """
 
     tool: str
@@ -83,6 +87,7 @@ class BeginExecution(Command[Begun]):
     idempotency_key: str | None = None
     worker_id: str = ""
     retry_of: str | None = None
+    concurrency: Concurrency = Concurrency.OPTIMISTIC
 
     writes: ClassVar[bool] = True
 
@@ -98,6 +103,11 @@ class BeginExecution(Command[Begun]):
             known = self._known(uow, state, self.idempotency_key, fingerprint)
             if known is not None:
                 return known
+        stated = state.session.metadata.get(CONCURRENCY)
+        if stated is not None and self.parent_id is None:
+            demanded = Concurrency.strictest(self.concurrency, Concurrency(stated))
+            if demanded is not self.concurrency:
+                return Begun("", uow.sequence, uow.limits, uow.optimization_lease_s, concurrency=demanded)
         return self._begin(uow, fingerprint)
 
     @property
@@ -117,6 +127,12 @@ class BeginExecution(Command[Begun]):
         """Return the fingerprint of the tool and its parameters only."""
         parameters = {name: spell(name, None, value) for name, value in self.parameters.items()}
         return type(self)(self.session_id, self.tool, parameters).fingerprint()
+
+    def _request(self) -> dict[str, Any]:
+        request = Command._request(self)
+        # It says nothing about what is asked for.
+        del request["concurrency"]
+        return request
 
     def _known(self, uow: UnitOfWork, state: SessionState, key: str, fingerprint: str) -> Begun | None:
         check_text("idempotency key", key, uow.limits.name_length, "name_length")

@@ -10,7 +10,7 @@ from dspex_persist.state import arguments, values
 from dspex_persist.state.commands.base import Command, check_merged_metadata, check_metadata, check_text
 from dspex_persist.state.commands.dependencies import check_dependency
 from dspex_persist.state.commands.executions import check_spec, check_tool_count
-from dspex_persist.state.commands.sessions import MOST_TTL_S
+from dspex_persist.state.commands.sessions import MOST_TTL_S, check_session_metadata
 from dspex_persist.state.commands.variables import RegisterVariable, check_facts, check_room
 from dspex_persist.state.errors import RecordingError, SessionExistsError, StateError, quote
 from dspex_persist.state.events import (
@@ -283,7 +283,7 @@ class _Repetition:
         self._uow.record(self._session_id, replace(event, session_id=self._session_id))
 
     def _check_session(self, event: SessionStarted | SessionUpdated) -> None:
-        check_metadata(event.metadata, self._uow.limits)
+        check_session_metadata(event.metadata, self._uow.limits)
         if event.ttl_s is not None and not 0 < event.ttl_s <= MOST_TTL_S:
             raise ValueError(f"a session cannot have a TTL of {event.ttl_s} seconds")
 

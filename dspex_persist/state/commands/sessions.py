@@ -3,25 +3,29 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from dspex_persist.state.commands.base import Command, check_merged_metadata, check_metadata, check_text
 from dspex_persist.state.errors import InvalidArgumentError, quote
 from dspex_persist.state.events import SessionStarted, SessionUpdated
-from dspex_persist.state.model import SessionSummary, SessionView
+from dspex_persist.state.limits import Limits
+from dspex_persist.state.model import CONCURRENCY, Concurrency, SessionSummary, SessionView
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.unit_of_work import UnitOfWork
 from dspex_persist.state.values import encode
 
 MOST_TTL_S = 100 * 365 * 86_400
 """The longest TTL of a session."""
+_KNOWN: Final = frozenset({CONCURRENCY})
+"""The keys of a session's metadata that start with `dspex.` and that clients may set."""
 
 
 @dataclass(frozen=True, slots=True)
 class InitializeSession(Command[SessionView]):
     """Begin a session, or resume the live one with this id and merge the metadata into its metadata.
 
-    `metadata["ttl_seconds"]` sets its TTL in seconds; "0" means no TTL.
+    `metadata["ttl_seconds"]` sets its TTL in seconds; "0" means no TTL. `metadata["dspex.concurrency"]` says what an
+    execution does while another one runs.
     """
 
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -32,7 +36,7 @@ class InitializeSession(Command[SessionView]):
 
     def apply(self, uow: UnitOfWork) -> SessionView:
         check_text("session_id", self.session_id, uow.limits.session_id_length, "session_id_length")
-        check_metadata(self.metadata, uow.limits)
+        check_session_metadata(self.metadata, uow.limits)
         state = uow.find_session(self.session_id)
         if state is None:
             encode(dict(self.config), name="config")  # Refuses objects that are not JSON, which could not be stored.
@@ -46,8 +50,17 @@ class InitializeSession(Command[SessionView]):
         merged = {**state.session.metadata, **self.metadata}
         ttl_s = _ttl_of(self.metadata, state.session.ttl_s)
         if merged != state.session.metadata or ttl_s != state.session.ttl_s:
-            check_merged_metadata(merged, self.metadata, uow.limits)
+            check_merged_metadata(merged, self.metadata, uow.limits, _KNOWN)
             uow.record(self.session_id, SessionUpdated(self.session_id, merged, ttl_s))
+
+
+def check_session_metadata(metadata: Mapping[str, str], limits: Limits) -> None:
+    """Refuse the metadata of a session if it exceeds the limits, or has an unknown `dspex.concurrency`."""
+    check_metadata(metadata, limits, _KNOWN)
+    stated = metadata.get(CONCURRENCY)
+    if stated is not None and stated not in list(Concurrency):
+        known = ", ".join(Concurrency)
+        raise InvalidArgumentError("metadata", f"{CONCURRENCY} is {quote(stated)}, it must be one of {known}")
 
 
 def _ttl_of(metadata: Mapping[str, str], default_s: float | None) -> float | None:

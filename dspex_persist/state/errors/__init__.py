@@ -42,6 +42,7 @@ from dspex_persist.state.errors.tools import ExecutionEndedError as ExecutionEnd
 from dspex_persist.state.errors.tools import ExecutionNotFoundError as ExecutionNotFoundError
 from dspex_persist.state.errors.tools import MissingVariablesError as MissingVariablesError
 from dspex_persist.state.errors.tools import RemoteToolError as RemoteToolError
+from dspex_persist.state.errors.tools import SessionBusyError as SessionBusyError
 from dspex_persist.state.errors.tools import ToolArgumentError as ToolArgumentError
 from dspex_persist.state.errors.tools import ToolExistsError as ToolExistsError
 from dspex_persist.state.errors.tools import ToolFailedError as ToolFailedError

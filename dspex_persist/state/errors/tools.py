@@ -47,6 +47,17 @@ class MissingVariablesError(StateError):
 
 
 @dataclass(eq=False)
+class SessionBusyError(StateError):
+    """Another execution runs in the session, and this one is not to run at the same time; it did not begin."""
+
+    template = "session {session_id!q} is busy: {reason}"
+    advice = Hint.REPEAT_LATER
+    retryable = True
+    session_id: str
+    reason: str
+
+
+@dataclass(eq=False)
 class ExecutionNotFoundError(StateError):
     """No execution of this id is running: it never began, or has ended."""
 

@@ -28,6 +28,7 @@ from dspex_persist.state.errors import (
     IdempotencyConflictError,
     LimitExceededError,
     MissingVariablesError,
+    SessionBusyError,
     SessionNotFoundError,
     ToolArgumentError,
     ToolNotFoundError,
@@ -36,6 +37,8 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
+    CONCURRENCY,
+    Concurrency,
     ExecutionStatus,
     JournalEntry,
     Origin,
@@ -58,6 +61,7 @@ from dspex_persist.state.tools.ports import RunnableTool
 from dspex_persist.state.tools.requests import ToolRequest
 from dspex_persist.state.tools.results import NOTHING, result_value
 from dspex_persist.state.tools.session import ToolSession, current_session
+from dspex_persist.state.tools.turns import Place, Turns
 
 R = TypeVar("R")
 _MOST_DEPTH: Final = 16
@@ -67,7 +71,13 @@ _MOST_JOINS: Final = 1_000
 _ENTRY_BYTES: Final = 500
 _REPEATABLE: Final = (ExecutionStatus.CANCELLED, ExecutionStatus.INTERRUPTED, ExecutionStatus.CONFLICT)
 """Ends of an execution after which a waiting request with the same key begins it again."""
-_REFUSALS: Final = (ToolNotFoundError, ToolArgumentError, MissingVariablesError, IdempotencyConflictError)
+_REFUSALS: Final = (
+    ToolNotFoundError,
+    ToolArgumentError,
+    MissingVariablesError,
+    IdempotencyConflictError,
+    SessionBusyError,
+)
 """Errors of a request that is refused before an execution begins."""
 
 
@@ -104,6 +114,7 @@ class ToolRunner:
         self._running: dict[str, ToolSession] = {}
         # Includes executions that have ended while their code still runs.
         self._sessions: WeakValueDictionary[str, ToolSession] = WeakValueDictionary()
+        self._turns = Turns(limits.queued_executions)
         self._count = 0
 
     def start(self, coroutine: Coroutine[Any, Any, R]) -> "Future[R]":
@@ -194,12 +205,18 @@ class ToolRunner:
             current_session.set(self._sessions.get(asker_id))
         _check_depth(current_session.get())
         self._count += 1
+        request = self._timed(request)
+        place = self._turns.place(request, current_session.get())
         try:
-            request = self._timed(request)
             if emit is not None:
                 request = replace(request, outlet=Outlet(emit))
-            tool, arguments = await self._prepare(request, tool=tool)
-            outcome = await self._execute(request, tool, arguments)
+            tool = tool or await self._find_tool(request)
+            if tool.spec.concurrency is not None:
+                place.join(await self._strictest(request, tool.spec.concurrency))
+            arguments = await self._bind(request, tool)
+            await place.turn()
+            await self._check_required(request, tool)
+            outcome = await self._execute(request, tool, arguments, place)
             return replace(outcome, streamed=tool.spec.streaming, result_type=tool.result_type)
         except ToolTimedOutError as error:
             # No execution of this request has begun: binding was too slow, or another one ran under its key.
@@ -210,6 +227,13 @@ class ToolRunner:
             return ToolOutcome(None, None, error, error.error_code)
         finally:
             self._count -= 1
+            place.leave()
+
+    async def _strictest(self, request: ToolRequest, concurrency: Concurrency) -> Concurrency:
+        """Return the stricter of what a tool and its session demand."""
+        state = await self._submit(commands.ReadState(request.session_id), request.origin)
+        stated = state.session.metadata.get(CONCURRENCY)
+        return Concurrency.strictest(concurrency, Concurrency(stated) if stated else None)
 
     async def execute_within(self, execution_id: str, request: ToolRequest) -> ToolOutcome:
         """Execute a tool as part of a running execution, on behalf of the process that runs that one.
@@ -276,23 +300,30 @@ class ToolRunner:
             return request
         return replace(request, until=self._home.loop.time() + request.timeout_s)
 
-    async def _prepare(
-        self, request: ToolRequest, within: Execution | None = None, tool: RunnableTool | None = None
-    ) -> tuple[RunnableTool, Mapping[str, object]]:
-        """Find the tool, and bind the arguments for its first attempt. All checks come before the execution begins."""
-        tool = tool or await self._find_tool(request)
+    async def _prepare(self, request: ToolRequest, within: Execution) -> tuple[RunnableTool, Mapping[str, object]]:
+        """Find a tool that another one calls, and bind its arguments. All checks come before the execution begins."""
+        tool = await self._find_tool(request)
+        arguments = await self._bind(request, tool)
+        await self._check_required(request, tool, within)
+        return tool, arguments
+
+    async def _bind(self, request: ToolRequest, tool: RunnableTool) -> Mapping[str, object]:
+        """Bind the arguments for the first attempt."""
         size_bytes = sum(each.size_bytes for each in request.parameters.values())
         most = self.limits.execution_size_bytes
         if size_bytes > most:
             raise LimitExceededError("size of the parameters in bytes", size_bytes, most, "execution_size_bytes")
-        arguments = await _bind(tool, request)
+        return await _bind(tool, request)
+
+    async def _check_required(self, request: ToolRequest, tool: RunnableTool, within: Execution | None = None) -> None:
+        """Raise `MissingVariablesError` unless the session has the variables that the tool requires."""
         required = tool.spec.required_variables
-        if required:
-            query = commands.GetVariables(request.session_id, required)
-            present = within.run(query, request.origin) if within else await self._submit(query, request.origin)
-            if present.missing:
-                raise MissingVariablesError(request.tool, ", ".join(present.missing))
-        return tool, arguments
+        if not required:
+            return
+        query = commands.GetVariables(request.session_id, required)
+        present = within.run(query, request.origin) if within else await self._submit(query, request.origin)
+        if present.missing:
+            raise MissingVariablesError(request.tool, ", ".join(present.missing))
 
     async def _find_tool(self, request: ToolRequest) -> RunnableTool:
         own = self.tools.get(request.tool)
@@ -308,11 +339,18 @@ class ToolRunner:
             raise ToolNotFoundError(request.tool, hint)
         return self._registered(tool)
 
-    async def _execute(self, request: ToolRequest, tool: RunnableTool, arguments: Mapping[str, object]) -> ToolOutcome:
+    async def _execute(
+        self, request: ToolRequest, tool: RunnableTool, arguments: Mapping[str, object], place: Place
+    ) -> ToolOutcome:
         attempt, joins, pause_s = 1, 0, _FIRST_PAUSE_S
         retry_of = None
         while True:
-            begun = await self._begin(request, tool, attempt, retry_of=retry_of)
+            begun = await self._begin(request, tool, attempt, retry_of=retry_of, concurrency=place.concurrency)
+            if begun.concurrency is not None:
+                # The session demands more than the tool does.
+                place.join(begun.concurrency)
+                await place.turn()
+                continue
             if begun.recorded is not None:
                 return await _repeat(request, tool, begun.recorded)
             if begun.running is not None:
@@ -325,6 +363,7 @@ class ToolRunner:
                         f"execution {begun.running.id} has this key and has not been cleared away yet"
                     )
                 continue
+            place.execution_id = begun.execution_id
             outcome = await self._attempt(request, tool, arguments, begun, attempt)
             again = outcome.status is ExecutionStatus.CONFLICT and attempt <= tool.spec.retries
             # Chunks that the client has received cannot be withdrawn.
@@ -356,6 +395,7 @@ class ToolRunner:
         attempt: int,
         parent: Execution | None = None,
         retry_of: str | None = None,
+        concurrency: Concurrency = Concurrency.OPTIMISTIC,
     ) -> Begun:
         command = commands.BeginExecution(
             request.session_id,
@@ -368,6 +408,7 @@ class ToolRunner:
             request.idempotency_key if parent is None else None,
             tool.worker_id,
             retry_of,
+            concurrency,
         )
         origin = request.origin
         if origin.idempotency_key is not None:
