@@ -1,6 +1,7 @@
 """Rebuild a session's state from its log, and check that the log is consistent and matches the stored state."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from dspex_persist.replay.numbers import Numbers
 from dspex_persist.replay.rebuild import Rebuilt
@@ -9,7 +10,7 @@ from dspex_persist.replay.report import Aspect, Divergence, ReplayReport, diff_o
 from dspex_persist.state import values
 from dspex_persist.state.audit import VariableState
 from dspex_persist.state.errors import StateError
-from dspex_persist.state.events import Event, ExecutionBegan, ExecutionEnded, VariableRegistered
+from dspex_persist.state.events import Event, ExecutionBegan, ExecutionEnded, VariableConstrained, VariableRegistered
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import ChangeKind, Value, Variable
 from dspex_persist.state.recording import RecordedCommit, RecordedVersion
@@ -52,14 +53,23 @@ class _Check:
     def check(self, commit: RecordedCommit) -> Iterator[Divergence]:
         """Apply the next commit, and yield its inconsistencies."""
         events = commit.read_events()
+        constrained: dict[tuple[str, int], str] = {}
         for event in events:
             if isinstance(event, VariableRegistered):
                 self._registered[event.variable_id] = event
+            elif isinstance(event, VariableConstrained):
+                constrained[event.variable_id, event.version] = event.constraints
         for version in commit.versions:
+            constraints = constrained.pop((version.variable_id, version.version), None)
+            if constraints is not None and (before := self._registered.get(version.variable_id)) is not None:
+                self._registered[version.variable_id] = replace(before, constraints=constraints)
             problem = self._problem_with(version)
             if problem:
                 yield Divergence(Aspect.VERSIONS, f"{version.name} version {version.version}: {problem}", commit.number)
             self._versions[version.variable_id] = version
+        for variable_id, number in constrained:
+            summary = f"{variable_id} version {number}: it has other constraints, but is not in the commit"
+            yield Divergence(Aspect.VERSIONS, summary, commit.number)
         yield from self._check_journal(commit, events)
         self._rebuilt.apply(commit)
 

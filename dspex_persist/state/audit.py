@@ -23,12 +23,11 @@ from dspex_persist.state.errors import (
     VersionNotFoundError,
     VersionPrunedError,
 )
+from dspex_persist.state.model import SENSITIVE as SENSITIVE
 from dspex_persist.state.model import ChangeKind, Conflict, ExecutionStatus, Failure, LogEntry, Source, Value
 
 T = TypeVar("T")
 
-SENSITIVE: Final = "sensitive"
-"""The metadata key of variables whose values are masked; the entry is then "true"."""
 PAGE: Final = 500
 _DEEPEST: Final = 100
 _MOST_NODES: Final = 10_000

@@ -25,11 +25,13 @@ from dspex_persist.state.model import (
     Optimization,
     PrunePolicy,
     RegisteredTool,
+    Rule,
     Seen,
     Session,
     ToolSpec,
     Value,
 )
+from dspex_persist.state.rules import Rules
 from dspex_persist.state.session_state import Lease, SessionState, Undo, size_of_tool
 
 
@@ -149,6 +151,28 @@ class VariableRegistered(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class VariableConstrained(Event):
+    """A variable got other constraints with its version `version`, which is in the same commit.
+
+    `variable_key` identifies the variable within its file.
+    """
+
+    variable_id: str
+    version: int
+    constraints: str
+    variable_key: int | None = bodies.sparse()
+
+    kind: ClassVar = EventKind.VARIABLE_CONSTRAINED
+
+    def fold(self, state: SessionState, moment: Moment, undo: Undo) -> SessionState:
+        """See `Event.fold`."""
+        variable = state.variables.get(state.names.get(self.variable_id, ""))
+        if variable is not None:
+            state.put(variable._replace(constraints=self.constraints), undo)
+        return state
+
+
+@dataclass(frozen=True, slots=True)
 class DependencyAdded(Event):
     """Variable `from_id` depends on `to_id` from this commit on."""
 
@@ -226,6 +250,45 @@ def _set_lock(state: SessionState, variable_id: str, lock: Optimization | None, 
     variable = state.variables.get(state.names.get(variable_id, ""))
     if variable is not None:
         state.put(variable._replace(optimization=lock), undo)
+
+
+# Rules
+
+
+@dataclass(frozen=True, slots=True)
+class RuleAdded(Event):
+    """The session has a rule from this commit on, which replaces the one of its name."""
+
+    name: str
+    expression: str
+    description: str = ""
+
+    kind: ClassVar = EventKind.RULE_ADDED
+
+    def fold(self, state: SessionState, moment: Moment, undo: Undo) -> SessionState:
+        """See `Event.fold`."""
+        rule = Rule(self.name, self.expression, self.description)
+        return _with_rules(state, (state.rules or Rules()).added(rule), undo)
+
+
+@dataclass(frozen=True, slots=True)
+class RuleRemoved(Event):
+    """The session does not have the rule any more."""
+
+    name: str
+
+    kind: ClassVar = EventKind.RULE_REMOVED
+
+    def fold(self, state: SessionState, moment: Moment, undo: Undo) -> SessionState:
+        """See `Event.fold`."""
+        return _with_rules(state, (state.rules or Rules()).without(self.name), undo)
+
+
+def _with_rules(state: SessionState, rules: Rules, undo: Undo) -> SessionState:
+    state.remember(undo, "rules", "weight_bytes")
+    state.weight_bytes += rules.weight_bytes - (state.rules.weight_bytes if state.rules is not None else 0)
+    state.rules = rules or None
+    return state
 
 
 # Tools and executions
@@ -396,7 +459,10 @@ EVENTS: Final[Mapping[EventKind, type[Event]]] = {
         SessionUpdated,
         SessionEnded,
         VariableRegistered,
+        VariableConstrained,
         DependencyAdded,
+        RuleAdded,
+        RuleRemoved,
         OptimizationStarted,
         OptimizationStopped,
         ToolsRegistered,

@@ -508,7 +508,10 @@ def _apply_once(job: Job, unit: UnitOfWork) -> Any:
         # A low limit on the names of variables must not lock out all users with longer names.
         check_text("actor", job.origin.actor, max(unit.limits.name_length, _ACTOR_LENGTH), "name_length")
     if key is None or not command.writes:
-        return command.apply(unit)
+        result = command.apply(unit)
+        if command.keeps_rules:
+            unit.check_rules()
+        return result
     check_text("idempotency key", key, unit.limits.name_length, "name_length")
     fingerprint = command.canonical_fingerprint(unit)
     recorded = unit.find_outcome(command.session_id, key)
@@ -521,6 +524,8 @@ def _apply_once(job: Job, unit: UnitOfWork) -> Any:
         except ValueError as error:
             raise DamagedSessionError(command.session_id, type(error).__name__) from error
     result = command.apply(unit)
+    if command.keeps_rules:
+        unit.check_rules()
     if unit.has_changes():
         text = outcomes.encode(command.returns, result)
         unit.record_outcome(RecordedOutcome(command.session_id, key, command.cause, fingerprint, text))

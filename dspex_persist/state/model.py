@@ -184,6 +184,19 @@ class VariableVersion(NamedTuple):
         return 500 + (self.value.size_bytes if self.value is not None else 0) + sum(map(size_of, texts))
 
 
+SENSITIVE = "sensitive"
+"""The key of metadata that marks a variable whose value is not to be shown: its entry is "true"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A rule of a session: an expression that holds after every commit. See `state.rules`."""
+
+    name: str
+    expression: str
+    description: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Dependency:
     """Variable `from_id` depends on `to_id`, from commit `since` until before commit `until`; None while it lasts."""
@@ -206,6 +219,9 @@ class EventKind(StrEnum):
     OPTIMIZATION_STARTED = "optimization_started"
     OPTIMIZATION_STOPPED = "optimization_stopped"
     TOOLS_REGISTERED = "tools_registered"
+    VARIABLE_CONSTRAINED = "variable_constrained"
+    RULE_ADDED = "rule_added"
+    RULE_REMOVED = "rule_removed"
     EXECUTION_BEGAN = "execution_began"
     EXECUTION_ENDED = "execution_ended"
     PRUNED = "pruned"

@@ -8,9 +8,17 @@ from dspex_persist import clock
 from dspex_persist.state.audit import SENSITIVE, parse_point
 from dspex_persist.state.commands import ForkSession
 from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, quote
-from dspex_persist.state.events import DependencyAdded, Event, ExecutionBegan, ExecutionEnded, portable
+from dspex_persist.state.events import (
+    DependencyAdded,
+    Event,
+    ExecutionBegan,
+    ExecutionEnded,
+    RuleAdded,
+    RuleRemoved,
+    portable,
+)
 from dspex_persist.state.graph import Dependencies
-from dspex_persist.state.model import Change, ChangeKind, Dependency, Variable
+from dspex_persist.state.model import Change, ChangeKind, Dependency, Rule, Variable
 from dspex_persist.state.recording import (
     Header,
     RecordedAnswer,
@@ -19,6 +27,7 @@ from dspex_persist.state.recording import (
     RecordedVersion,
     renumbered,
 )
+from dspex_persist.state.rules import Rules
 from dspex_persist.state.values.json_text import storable, stored
 
 
@@ -102,19 +111,24 @@ def fork(session_id: str, commits: Sequence[PastCommit], new_session_id: str, at
         raise InvalidArgumentError("at", reason)
     variables: dict[str, Variable] = {}
     edges = Dependencies()
+    rules = Rules()
     for commit in commits:
         if commit.sequence > sequence:
             break
         for event in commit.events:
             if isinstance(event, DependencyAdded):
                 edges = edges.added(Dependency(event.from_id, event.to_id, event.type, commit.sequence))
+            elif isinstance(event, RuleAdded):
+                rules = rules.added(Rule(event.name, event.expression, event.description))
+            elif isinstance(event, RuleRemoved):
+                rules = rules.without(event.name)
         for change in commit.changes:
             if change.version.kind is ChangeKind.DELETED:
                 del variables[change.variable.id]
             else:
                 variables[change.variable.id] = change.variable
     lasting = tuple(edge for edge in edges if edge.from_id in variables and edge.to_id in variables)
-    return ForkSession(new_session_id, session_id, sequence, tuple(variables.values()), lasting)
+    return ForkSession(new_session_id, session_id, sequence, tuple(variables.values()), lasting, tuple(rules.values()))
 
 
 def _resolve(at: str, commits: Sequence[PastCommit], head: int) -> int:

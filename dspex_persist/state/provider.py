@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, NoReturn, Protocol, Self, TypeAlias, TypedDict, TypeVar, Unpack
+from typing import Any, Final, NoReturn, Protocol, Self, TypeAlias, TypedDict, TypeVar, Unpack
 
 from dspex_persist.infra.mailbox import LoopMailbox, Reply
 from dspex_persist.state import arguments, commands, values
@@ -25,6 +25,7 @@ from dspex_persist.state.errors import InvalidArgumentError, StateError, Variabl
 from dspex_persist.state.model import (
     BatchOutcome,
     Origin,
+    Rule,
     SessionSummary,
     SessionView,
     Value,
@@ -38,6 +39,8 @@ R = TypeVar("R")
 V = TypeVar("V")
 
 
+KEEP: Final = object()
+"""Stands for the current value of a variable."""
 TOOL_TIMEOUT_S = 300.0
 """How long a caller waits for a tool by default, in seconds."""
 
@@ -361,6 +364,80 @@ class StateProvider(Submits):
     ) -> Variable:
         """Write the value of an earlier version as a new version; return the variable."""
         return self.run(commands.RollbackVariable(session_id, identifier, target_version), idempotency_key, **who)
+
+    def constrain_variable(
+        self,
+        session_id: str,
+        identifier: str,
+        constraints: str | Mapping[str, Any] | None,
+        value: object = KEEP,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        expected_version: int | None = None,
+        idempotency_key: str | None = None,
+        **who: Unpack[Who],
+    ) -> int:
+        """Give a variable other constraints and a value that satisfies them, in one commit.
+
+        If the constraints have another `schema_version`, the cause of the commit is that migration, such as
+        `migration profile 1->2`.
+
+        Args:
+            session_id: The session.
+            identifier: The variable's name or id.
+            constraints: The new constraints, as for `register_variable`.
+            value: The new value; if omitted, the current value has to satisfy the constraints.
+            metadata: Texts to store with the version, which are also merged into the variable's metadata.
+            expected_version: Change it only if this is the current version.
+            idempotency_key: See the class.
+            who: `actor` and `reason`, see `Who`.
+
+        Returns:
+            The number of the new version; that of the current one if nothing changes.
+        """
+        text = values.constraints_json(identifier, constraints)
+        encoded = None if value is KEEP else self._encode(session_id, identifier, value)
+        facts = (session_id, identifier, text, encoded, or_empty(metadata), expected_version)
+        return self.run(commands.ConstrainVariable(*facts), idempotency_key, **who)
+
+    def add_rule(
+        self,
+        session_id: str,
+        name: str,
+        expression: str,
+        description: str = "",
+        *,
+        replace: bool = False,
+        idempotency_key: str | None = None,
+        **who: Unpack[Who],
+    ) -> None:
+        """Add a rule, which holds after every commit from then on. Adding the same one again changes nothing.
+
+        Args:
+            session_id: The session.
+            name: The rule's name.
+            expression: An expression of the Common Expression Language over the session's variables, such as
+                `max_tokens <= context_window - 500`.
+            description: What it is for; errors contain it.
+            replace: Whether it may replace another rule of its name.
+            idempotency_key: See the class.
+            who: `actor` and `reason`, see `Who`.
+
+        Raises:
+            InvalidRuleError: It cannot be checked, or does not hold now.
+            RuleExistsError: There is another rule of this name.
+        """
+        self.run(commands.AddRule(session_id, name, expression, description, replace), idempotency_key, **who)
+
+    def remove_rule(
+        self, session_id: str, name: str, *, idempotency_key: str | None = None, **who: Unpack[Who]
+    ) -> None:
+        """Remove a rule, or raise `RuleNotFoundError`."""
+        self.run(commands.RemoveRule(session_id, name), idempotency_key, **who)
+
+    def list_rules(self, session_id: str) -> tuple[Rule, ...]:
+        """Return the rules of a session by name."""
+        return self.run(commands.ListRules(session_id))
 
     def add_dependency(
         self,

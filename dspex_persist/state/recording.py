@@ -19,7 +19,14 @@ from typing import Any, Final, TextIO, cast
 
 from dspex_persist.clock import EARLIEST, LATEST
 from dspex_persist.state.errors import RecordingError
-from dspex_persist.state.events import Event, VariableRegistered, anonymous, event_in, renamed_executions
+from dspex_persist.state.events import (
+    Event,
+    VariableConstrained,
+    VariableRegistered,
+    anonymous,
+    event_in,
+    renamed_executions,
+)
 from dspex_persist.state.model import ChangeKind, EventKind, Source, Value
 from dspex_persist.state.values.json_text import RefusedError, read_line
 
@@ -355,7 +362,7 @@ def in_order(commit: RecordedCommit) -> Iterator[tuple[Event | None, RecordedVer
 
     A recording has events and versions in separate lists. Events come in their order; a registration comes with the
     variable's version 0. Other versions come after all events, or earlier if necessary: before another variable gets
-    the name, and before the session ends.
+    the name, before their variable gets other constraints, and before the session ends.
     """
     waiting: dict[str, deque[RecordedVersion]] = {}
     for version in commit.versions:
@@ -372,6 +379,10 @@ def in_order(commit: RecordedCommit) -> Iterator[tuple[Event | None, RecordedVer
             yield from take(_holding(event.name, waiting))
             own = waiting.get(event.variable_id)
             first = own.popleft() if own else None
+        elif isinstance(event, VariableConstrained):
+            own = waiting.get(event.variable_id)
+            while own and own[0].version < event.version:
+                yield None, own.popleft()
         elif recorded.kind is EventKind.SESSION_ENDED:
             yield from take(waiting)
         yield event, first

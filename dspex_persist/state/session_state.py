@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from dspex_persist.state.graph import Dependencies
 from dspex_persist.state.model import JournalEntry, RegisteredTool, Session, Variable, size_of
+from dspex_persist.state.rules import Rules
 
 Undo: TypeAlias = list[tuple[Callable[..., object], tuple[Any, ...]]]
 """The steps that undo changes: functions and their arguments. No closures over a unit of work: they would create
@@ -55,6 +56,7 @@ class SessionState:
         keys: The store's keys for variables, by their ids.
         tools: The tools that workers registered, by name. Replaced by each change, never modified.
         executions: The running executions by id.
+        rules: The rules; None if there are none. Replaced by each change, never modified.
         has_locks: Whether a variable has a lock, or had one since the session was loaded.
     """
 
@@ -69,6 +71,7 @@ class SessionState:
     keys: dict[str, int] = field(default_factory=dict)
     tools: Mapping[str, RegisteredTool] = field(default_factory=dict)
     executions: dict[str, JournalEntry] = field(default_factory=dict)
+    rules: Rules | None = None
     has_locks: bool = field(default=False, compare=False)
     _order: tuple[str, ...] | None = field(default=None, init=False, repr=False, compare=False)
     """The names before the deletions since the last registration, to undo them; None if there were none."""
@@ -89,6 +92,7 @@ class SessionState:
             self.keys,
             self.tools,
             self.executions.copy(),
+            self.rules,
             self.has_locks,
         )
 

@@ -17,6 +17,7 @@ from dspex_persist.spelling import closest, did_you_mean
 from dspex_persist.state.errors import (
     LimitExceededError,
     SessionNotFoundError,
+    StateError,
     VariableNotFoundError,
 )
 from dspex_persist.state.events import (
@@ -28,6 +29,7 @@ from dspex_persist.state.events import (
     SessionEnded,
     SessionStarted,
     ToolsRegistered,
+    VariableConstrained,
     VariableRegistered,
 )
 from dspex_persist.state.fold import advanced, fold, fold_version
@@ -151,6 +153,7 @@ class UnitOfWork:
         "optimization_lease_s",
         "origin",
         "outcome",
+        "rules_deferred",
         "sequence",
         "session_ttl_s",
         "state",
@@ -184,6 +187,8 @@ class UnitOfWork:
         self.events: list[Event] = []
         self.outcome: RecordedOutcome | None = None
         self.tokens: Iterator[str] = _TOKENS
+        # Set while an execution's commands are staged: only what it leaves at its end has to fit the rules.
+        self.rules_deferred = False
         self._undo: Undo = []
         self._previous_sequence = 0
         self._matching = 0
@@ -310,12 +315,24 @@ class UnitOfWork:
         self._stage(version, written, written.metadata is not variable.metadata, variable.value)
         return written
 
+    def make_room(self, session_id: str, growth: int) -> None:
+        """Refuse a change by which the session would grow beyond its limit; `growth` is in bytes."""
+        self._check_room(self._edit(session_id), growth)
+
     def _check_room(self, state: SessionState, growth: int) -> None:
         """Refuse a change that makes the session too large to send to a client in one message."""
         size_bytes, most = state.weight_bytes + growth, self.limits.session_size_bytes
         # A session that is too large already, because the setting was lowered, may still shrink.
         if growth > 0 and size_bytes > most:
             raise LimitExceededError("size of the session in bytes", size_bytes, most, "session_size_bytes")
+
+    def constrain(self, session_id: str, variable: Variable, constraints: str) -> Variable:
+        """Give a variable other constraints, with the version that is written next; return it."""
+        variable = self.drop_ended_lock(session_id, variable)
+        state = self._edit(session_id)
+        self._check_room(state, growth_of(variable._replace(constraints=constraints), variable))
+        self.record(session_id, VariableConstrained(variable.id, variable.version + 1, constraints))
+        return state.variables[variable.name]
 
     def delete_variable(self, session_id: str, variable: Variable) -> None:
         """Append a deletion, and remove the variable and its dependencies from the live state."""
@@ -360,6 +377,26 @@ class UnitOfWork:
             return live.type
         newest = self._drafts.backing.history(state, VersionQuery(identifier, 1))
         return newest[0].type if newest else None
+
+    # Rules
+
+    def violations(self, since: Savepoint = START) -> list[tuple[StateError, tuple[str, ...]]]:
+        """Return the errors of those rules that do not hold after the changes since a savepoint.
+
+        Each comes with the names of the rule's variables.
+        """
+        state = self.state
+        if state is None or state.rules is None:
+            return []
+        changed = {change.variable.name: None for change in self.versions[since[1] :]}
+        return [*state.rules.violations(state.variables.get, changed)] if changed else []
+
+    def check_rules(self, since: Savepoint = START) -> None:
+        """Raise `RuleViolatedError` if a rule does not hold after the changes since a savepoint."""
+        state = self.state
+        if state is not None and state.rules is not None and not self.rules_deferred:
+            for error, _ in self.violations(since):
+                raise error
 
     # Optimization
 

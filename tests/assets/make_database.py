@@ -102,6 +102,7 @@ def fill(path: Path) -> None:
         # What was left running is ended by this one.
         with EmbeddedState(path) as provider:
             _prune(provider, clock)
+            _fill_rules(provider)
 
 
 def _fill_main(provider: EmbeddedState) -> None:
@@ -135,6 +136,28 @@ def _fill_dependencies(provider: EmbeddedState) -> None:
     provider.add_dependency("main", "history", "scratch", "follows")
     provider.delete_variable("main", "scratch")
     provider.register_variable("main", "scratch", "string", "the second of its name")
+
+
+def _fill_rules(provider: EmbeddedState) -> None:
+    provider.initialize_session("ruled")
+    for name, value in (("max_tokens", 1000), ("context.window", 8000), ("gone", 1)):
+        provider.register_variable("ruled", name, "integer", value)
+    provider.add_rule("ruled", "fits", "max_tokens <= `context.window` - 500", "the prompt needs 500")
+    provider.add_rule("ruled", "positive", "max_tokens > 0")
+    provider.add_rule("ruled", "positive", "max_tokens > 1", replace=True)
+    provider.add_rule("ruled", "passing", "gone == 1")
+    provider.remove_rule("ruled", "passing")
+    provider.set_variables("ruled", {"max_tokens": 9000, "context.window": 16000}, atomic=True)
+    schemas = [{"type": "object", "required": [key]} for key in ("name", "first", "full")]
+    profile = {"schema": schemas[0], "schema_version": 1}
+    provider.register_variable("ruled", "profile", "map", {"name": "Ann"}, constraints=profile)
+    provider.set_variable("ruled", "profile", {"name": "Änne"})
+    for number, value in ((1, {"first": "Änne"}), (2, {"full": "Änne Meyer"})):
+        profile = {"schema": schemas[number], "schema_version": number + 1}
+        provider.constrain_variable("ruled", "profile", profile, value, metadata={"to": str(number + 1)})
+    provider.constrain_variable("ruled", "max_tokens", {"min": 1, "max": 10_000})
+    provider.constrain_variable("ruled", "gone", {"max": 5}, 5)
+    provider.delete_variable("ruled", "gone")
 
 
 def _fill_binaries(provider: EmbeddedState) -> None:
@@ -288,6 +311,10 @@ def _end_one_to_be_pruned(provider: EmbeddedState) -> None:
         provider.register_variable("gone", name, "integer", 1, metadata={"about": name})
         provider.set_variable("gone", name, 2)
     provider.add_dependency("gone", "x", "y")
+    provider.add_rule("gone", "ordered", "x <= y")
+    provider.constrain_variable("gone", "y", {"max": 9}, 3)
+    provider.remove_rule("gone", "ordered")
+    provider.add_rule("gone", "positive", "y > 0")
     provider.submit(StartOptimization("gone", "y", "mipro"), _TOOL).result()
     provider.submit(BeginExecution("gone", "count"), _TOOL).result()
     provider.delete_variable("gone", "x")
@@ -320,8 +347,8 @@ def _finish(
 
 # What the engine answers
 
-SESSIONS = ("main", "binaries", "again", "short", "üñí 'x'; --", "pruned")
-DELETED = {"main": ("scratch",), "pruned": ("first",)}
+SESSIONS = ("main", "binaries", "again", "short", "üñí 'x'; --", "pruned", "ruled")
+DELETED = {"main": ("scratch",), "pruned": ("first",), "ruled": ("gone",)}
 _LIVE = "SELECT session_id FROM sessions WHERE ended_sequence IS NULL"
 _JOURNAL = ("id", "tool", "status", "parent", "attempt", "key", "began", "ended", "beginning", "end")
 _EXECUTIONS = """
@@ -356,12 +383,17 @@ def _describe_session(provider: EmbeddedState, session_id: str) -> dict[str, Any
     variables = provider.list_variables(session_id)
     names = [variable.name for variable in variables] + list(DELETED.get(session_id, ()))
     tools = [asdict(tool) for tool in provider.list_tools(session_id)]
-    return ({"tools": tools} if tools else {}) | {
-        "metadata": dict(session.metadata),
-        "created_at": str(session.created_at),
-        "variables": [_describe_variable(variable) for variable in variables],
-        "history": {name: _describe_history(provider, session_id, name) for name in names},
-    }
+    rules = [asdict(rule) for rule in provider.list_rules(session_id)]
+    return (
+        ({"tools": tools} if tools else {})
+        | ({"rules": rules} if rules else {})
+        | {
+            "metadata": dict(session.metadata),
+            "created_at": str(session.created_at),
+            "variables": [_describe_variable(variable) for variable in variables],
+            "history": {name: _describe_history(provider, session_id, name) for name in names},
+        }
+    )
 
 
 def _describe_variable(variable: Variable) -> dict[str, Any]:

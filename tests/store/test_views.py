@@ -43,6 +43,7 @@ COLUMNS = {
     "v_execution_reads": "session_id execution_id tool asked name variable_id version",
     "v_execution_writes": "session_id execution_id tool name version published",
     "v_commits": "sequence session_id actor cause created_at hash versions events pruned",
+    "v_rules": "session_id name expression description added_sequence",
 }
 """Promised: later releases may add some at the end. None may go, move or mean something else."""
 

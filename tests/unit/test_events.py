@@ -132,6 +132,19 @@ SAMPLES: list[tuple[Event, dict[str, Any]]] = [
         e.VariableRegistered("v", "x", "integer", "", 9),
         {"variable_id": "v", "name": "x", "type": "integer", "constraints": "", "variable_key": 9},
     ),
+    (
+        e.VariableConstrained("v", 3, '{"max":2}'),
+        {"variable_id": "v", "version": 3, "constraints": '{"max":2}'},
+    ),
+    (
+        e.VariableConstrained("v", 3, "", 9),
+        {"variable_id": "v", "version": 3, "constraints": "", "variable_key": 9},
+    ),
+    (
+        e.RuleAdded("fits", "a < b", "so"),
+        {"name": "fits", "expression": "a < b", "description": "so"},
+    ),
+    (e.RuleRemoved("fits"), {"name": "fits"}),
     (e.DependencyAdded("v", "w", "uses"), {"from_id": "v", "to_id": "w", "type": "uses"}),
     (e.OptimizationStarted("v", "o", "mipro", AT, "ann", {"rounds": "3"}, 300.0), LOCKED),
     (e.OptimizationStopped("v", "o", "stopped"), {"variable_id": "v", "optimization_id": "o", "reason": "stopped"}),

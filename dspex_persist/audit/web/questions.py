@@ -50,11 +50,15 @@ _EXECUTION: Final = {
     "tool": "the tool's name",
 }
 
+_METADATA: Final = (
+    "the metadata of this version, a JSON object or NULL; its writer's reason is `metadata ->> '$.\"dspex.reason\"'`"
+)
+
 VIEWS: Final[Mapping[str, View]] = {
     "v_variable_history": View(
         "Versions of variables",
         "Every version of every variable, and who wrote it.",
-        _VERSION | {"metadata": "the metadata of this version, a JSON object or NULL"} | _COMMIT,
+        _VERSION | {"metadata": _METADATA} | _COMMIT,
         ("session_id", "name", "tool", "kind", "actor"),
         "sequence",
     ),
@@ -138,6 +142,19 @@ VIEWS: Final[Mapping[str, View]] = {
         },
         ("session_id", "actor"),
         "sequence",
+    ),
+    "v_rules": View(
+        "Rules",
+        "The rules of live sessions: what holds between their variables after every commit.",
+        {
+            "session_id": "the session's id",
+            "name": "the rule's name",
+            "expression": "its expression, which holds after every commit",
+            "description": "what it is for",
+            "added_sequence": "the commit that added it, or replaced another one of its name",
+        },
+        ("session_id",),
+        "added_sequence",
     ),
 }
 

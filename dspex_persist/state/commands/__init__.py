@@ -12,6 +12,7 @@ from dspex_persist.state.commands.executions import (
 )
 from dspex_persist.state.commands.optimization import StartOptimization, StopOptimization
 from dspex_persist.state.commands.recordings import FinishImport, ForkSession, ImportCommit, ImportSession
+from dspex_persist.state.commands.rules import AddRule, ListRules, RemoveRule
 from dspex_persist.state.commands.sessions import (
     CleanupSession,
     ExpireSession,
@@ -22,6 +23,7 @@ from dspex_persist.state.commands.sessions import (
     TouchSession,
 )
 from dspex_persist.state.commands.variables import (
+    ConstrainVariable,
     DeleteVariable,
     GetVariable,
     GetVariableHistory,
@@ -36,9 +38,11 @@ from dspex_persist.state.commands.variables import (
 
 __all__ = [
     "AddDependency",
+    "AddRule",
     "BeginExecution",
     "CleanupSession",
     "Command",
+    "ConstrainVariable",
     "DeleteVariable",
     "ExecuteTool",
     "ExpireSession",
@@ -54,12 +58,14 @@ __all__ = [
     "ImportSession",
     "InitializeSession",
     "InterruptExecutions",
+    "ListRules",
     "ListTools",
     "ListVariables",
     "PublishVariable",
     "ReadState",
     "RegisterTools",
     "RegisterVariable",
+    "RemoveRule",
     "RollbackVariable",
     "SetVariable",
     "SetVariables",

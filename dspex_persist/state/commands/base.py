@@ -69,12 +69,14 @@ class Command(_Checked, ABC, Generic[R]):
         session_id: The session.
         writes: Whether it may stage changes, so that it goes through the writer.
         returns: The type of its result, to decode results recorded under idempotency keys.
+        keeps_rules: Whether the rules of the session are checked after it. Recorded commits are taken as they were.
     """
 
     session_id: str
 
     writes: ClassVar[bool] = False
     returns: ClassVar[Any] = None
+    keeps_rules: ClassVar[bool] = True
 
     @abstractmethod
     def apply(self, uow: UnitOfWork) -> R:

@@ -264,6 +264,8 @@ class FinishExecution(Command[Verdict]):
     gone: Mapping[str, str | None] = field(default_factory=dict)
 
     writes: ClassVar[bool] = True
+    # It checks them itself, because the execution fails and its journal entry says so.
+    keeps_rules: ClassVar[bool] = False
 
     @property
     def is_small(self) -> bool:
@@ -285,10 +287,14 @@ class FinishExecution(Command[Verdict]):
         if verdict.status is ExecutionStatus.COMMITTED:
             start = uow.savepoint()
             conflicts = tuple(self._changed(uow, state)) or self._carry_out(uow, writes)
-            if conflicts:
+            broken = None if conflicts else next((error for error, _ in uow.violations(start)), None)
+            if conflicts or broken is not None:
                 uow.rollback_to(start)
                 writes.clear()
                 verdict = replace(verdict, status=ExecutionStatus.CONFLICT, result=None, conflicts=conflicts)
+            if broken is not None:
+                failure = Failure(type(broken).__name__, broken.sentence, "")
+                verdict = replace(verdict, status=ExecutionStatus.FAILED, failure=failure, conflicts=())
         for child in self.children:
             self._end(uow, self._child(child, verdict), writes.get(child.execution_id, []))
         self._end(uow, verdict, writes.get(verdict.execution_id, []))
@@ -324,6 +330,7 @@ class FinishExecution(Command[Verdict]):
 
     def _carry_out(self, uow: UnitOfWork, writes: dict[str, list[tuple[str, int]]]) -> tuple[Conflict, ...]:
         origin, tokens = uow.origin, uow.tokens
+        uow.rules_deferred = True
         try:
             for step in self.steps:
                 uow.origin = origin
@@ -341,6 +348,7 @@ class FinishExecution(Command[Verdict]):
             return (Conflict(step.command.cause, reason=f"{_REFUSED_LATER}: {error.sentence}"),)
         finally:
             uow.origin, uow.tokens = origin, tokens
+            uow.rules_deferred = False
         return ()
 
 

@@ -21,10 +21,13 @@ from dspex_persist.state.events import (
     MalformedEventError,
     OptimizationStarted,
     OptimizationStopped,
+    RuleAdded,
+    RuleRemoved,
     SessionEnded,
     SessionStarted,
     SessionUpdated,
     ToolsRegistered,
+    VariableConstrained,
     VariableRegistered,
 )
 from dspex_persist.state.frozen import freeze
@@ -36,6 +39,7 @@ from dspex_persist.state.model import (
     ExecutionStatus,
     ImportedSession,
     Origin,
+    Rule,
     SessionView,
     Value,
     Variable,
@@ -49,6 +53,7 @@ from dspex_persist.state.recording import (
     is_execution_id,
     renumbered,
 )
+from dspex_persist.state.rules import MOST_RULES, compile_expression
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.unit_of_work import RecordedOutcome, UnitOfWork
 from dspex_persist.state.values.json_text import RefusedError, read_line
@@ -80,6 +85,7 @@ class ImportCommit(Command[None]):
     checked: bool = False
 
     writes: ClassVar[bool] = True
+    keeps_rules: ClassVar[bool] = False
 
     def apply(self, uow: UnitOfWork) -> None:
         number = self.commit.number
@@ -272,6 +278,31 @@ class _Repetition:
         facts = (event.variable_id, name, event.type, value, 0, event.constraints)
         uow.add_variable(self._session_id, Variable(*facts, metadata, source, uow.now))
 
+    def _constrain_variable(self, event: VariableConstrained) -> None:
+        variable = self._variable(event.variable_id)
+        what = f"the constraints of variable {quote(variable.name)}"
+        if event.version != variable.version + 1:
+            raise ValueError(f"{what} change with version {event.version}, but it has version {variable.version}")
+        check_facts(variable.name, event.constraints, {}, self._uow.limits)
+        if values.compile_constraints(variable.name, variable.type, event.constraints).json != event.constraints:
+            raise ValueError(f"{what} are not in the form in which a store writes them")
+        self._uow.constrain(self._session_id, variable, event.constraints)
+
+    # Rules
+
+    def _add_rule(self, event: RuleAdded) -> None:
+        rules: Mapping[str, Rule] = self._state().rules or {}
+        check_text("name", event.name, self._uow.limits.name_length, "name_length")
+        compile_expression(event.expression)
+        if event.name not in rules and len(rules) >= MOST_RULES:
+            raise ValueError(f"the session has more than {MOST_RULES} rules")
+        self._uow.record(self._session_id, event)
+
+    def _remove_rule(self, event: RuleRemoved) -> None:
+        if event.name not in (self._state().rules or {}):
+            raise ValueError(f"there is no rule {quote(event.name)} at this commit")
+        self._uow.record(self._session_id, event)
+
     # Sessions
 
     def _start_session(self, event: SessionStarted) -> None:
@@ -386,6 +417,9 @@ _CHECKED: Final[Mapping[type[Event], Callable[[_Repetition, Any], None]]] = {
     SessionStarted: _Repetition._start_session,
     SessionUpdated: _Repetition._update_session,
     SessionEnded: _Repetition._end_session,
+    VariableConstrained: _Repetition._constrain_variable,
+    RuleAdded: _Repetition._add_rule,
+    RuleRemoved: _Repetition._remove_rule,
     DependencyAdded: _Repetition._add_dependency,
     OptimizationStarted: _Repetition._start_optimization,
     OptimizationStopped: _Repetition._stop_optimization,
@@ -419,7 +453,9 @@ def _sound(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ForkSession(Command[SessionView]):
-    """Begin a session with the variables and dependencies that another one had at a commit, each at version 0.
+    """Begin a session with the variables, dependencies and rules that another one had at a commit.
+
+    Each variable has version 0. The rules are not checked: the other session may have been imported.
 
     `variables` are those of that session, and `dependencies` refer to their ids; the new variables get new ids.
     """
@@ -428,9 +464,11 @@ class ForkSession(Command[SessionView]):
     forked_at: int
     variables: tuple[Variable, ...] = ()
     dependencies: tuple[Dependency, ...] = ()
+    rules: tuple[Rule, ...] = ()
 
     writes: ClassVar[bool] = True
     returns: ClassVar[Any] = SessionView
+    keeps_rules: ClassVar[bool] = False
 
     def apply(self, uow: UnitOfWork) -> SessionView:
         check_text("session_id", self.session_id, uow.limits.session_id_length, "session_id_length")
@@ -442,6 +480,8 @@ class ForkSession(Command[SessionView]):
         ids = {variable.id: self._register(uow, variable) for variable in self.variables}
         for edge in self.dependencies:
             uow.record(self.session_id, DependencyAdded(ids[edge.from_id], ids[edge.to_id], edge.type))
+        for rule in self.rules:
+            uow.record(self.session_id, RuleAdded(rule.name, rule.expression, rule.description))
         return SessionView(resumed=False, variables=tuple(state.variables.values()))
 
     def _register(self, uow: UnitOfWork, variable: Variable) -> str:

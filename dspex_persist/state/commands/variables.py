@@ -33,13 +33,15 @@ from dspex_persist.state.model import (
     VariableVersion,
 )
 from dspex_persist.state.session_state import SessionState
-from dspex_persist.state.unit_of_work import UnitOfWork, VersionQuery
+from dspex_persist.state.unit_of_work import Savepoint, UnitOfWork, VersionQuery
 
 DEFAULT_HISTORY = 100
 _LONGEST_IDENTIFIER = 4096
 _FEW_NAMES = 500
 _MOST_HINTS = 10
 """How many errors of a batch suggest a similar name."""
+_MOST_ROUNDS = 5
+"""How often a batch is tried without the entries that rules refuse; after that, all others are refused, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,12 +195,7 @@ class SetVariable(Command[int]):
 
     def apply(self, uow: UnitOfWork) -> int:
         variable = uow.variable(self.session_id, self.identifier)
-        if self.expected_version not in (None, variable.version):
-            if self.expected_version < 0:
-                raise InvalidArgumentError(
-                    "expected_version", f"{self.expected_version} is below 0: versions count from 0"
-                )
-            raise VersionConflictError(variable.name, self.expected_version, variable.version)
+        _check_version(variable, self.expected_version)
         metadata = check_metadata(self.metadata, uow.limits)
         source = source_of(metadata, uow.origin.source)
         return _write(uow, self, variable, self.value, metadata, source).version
@@ -228,6 +225,98 @@ class SetVariable(Command[int]):
 
 
 @dataclass(frozen=True, slots=True)
+class ConstrainVariable(Command[int]):
+    """Give a variable other constraints and a value that satisfies them, in one commit; return the new version.
+
+    If the constraints have another `schema_version`, the commit's cause is that migration, such as
+    `migration profile 1->2`. If neither the constraints nor the value change, nothing is written.
+
+    Attributes:
+        identifier: The variable's name or id.
+        constraints: The new constraints, as JSON.
+        value: The new value; None keeps the current one, which then has to satisfy them.
+        metadata: Texts to store with the version.
+        expected_version: Only if that is the current version.
+    """
+
+    identifier: str
+    constraints: str
+    value: Value | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    expected_version: Number | None = None
+
+    writes: ClassVar[bool] = True
+    returns: ClassVar[Any] = int
+
+    def apply(self, uow: UnitOfWork) -> int:
+        variable = uow.variable(self.session_id, self.identifier)
+        _check_version(variable, self.expected_version)
+        check_facts(variable.name, self.constraints, {}, uow.limits)
+        metadata = check_metadata(self.metadata, uow.limits)
+        source = source_of(metadata, uow.origin.source)
+        check_lock(variable, metadata)
+        constraints = values.compile_constraints(variable.name, variable.type, self.constraints)
+        constrained = variable._replace(constraints=constraints.json)
+        value = variable.value if self.value is None else self.value
+        if constraints.program_size:
+            uow.count_matching(variable.name, constraints.program_size * len(value.json))
+        normalised = _normalised(uow, self.ahead, constrained, constraints, value)
+        if constraints.json == variable.constraints and normalised == variable.value and not metadata:
+            return variable.version
+        if metadata:
+            check_merged_metadata({**variable.metadata, **metadata}, metadata, uow.limits)
+        _name_migration(uow, variable, constraints.json)
+        if constraints.json != variable.constraints:
+            variable = uow.constrain(self.session_id, variable, constraints.json)
+        return uow.write(self.session_id, variable, normalised, metadata, source).version
+
+    @property
+    def json_length(self) -> int:
+        """See `Command`."""
+        return len(self.constraints) + (len(self.value.json) if self.value is not None else 0)
+
+    def _read_values(self, ahead: values.ReadAhead, find: values.Find) -> None:
+        variable = find(self.identifier)
+        if variable is None or self.value is None:
+            return
+        try:
+            constraints = values.compile_constraints(variable.name, variable.type, self.constraints)
+        except StateError:
+            return
+        ahead.read(_Constrained(variable.name, variable.type, constraints.json), self.value)
+
+    def canonical_form(self, find_type: values.FindType, spell: values.Spell) -> "ConstrainVariable":
+        """See `Command.canonical_form`: with the value in a canonical spelling."""
+        if self.value is None:
+            return self
+        return replace(self, value=spell(self.identifier, find_type(self.identifier), self.value))
+
+
+@dataclass(frozen=True, slots=True)
+class _Constrained:
+    """What reading a value ahead requires of a variable; see `values.Described`."""
+
+    name: str
+    type: str
+    constraints: str
+
+
+def _check_version(variable: Variable, expected: int | None) -> None:
+    if expected not in (None, variable.version):
+        if expected < 0:
+            raise InvalidArgumentError("expected_version", f"{expected} is below 0: versions count from 0")
+        raise VersionConflictError(variable.name, expected, variable.version)
+
+
+def _name_migration(uow: UnitOfWork, variable: Variable, constraints: str) -> None:
+    """Set the cause of the commit if it changes the version of the variable's schema; an execution's stays."""
+    before, after = values.schema_version(variable.constraints), values.schema_version(constraints)
+    if before != after and uow.origin.cause == ConstrainVariable.__name__:
+        cause = f"migration {variable.name} {before or 0}->{after or 0}"
+        uow.origin = replace(uow.origin, cause=cause)
+
+
+@dataclass(frozen=True, slots=True)
 class SetVariables(Command[BatchOutcome]):
     """Write several values in one commit: all or none if `atomic`, else the valid ones.
 
@@ -252,7 +341,35 @@ class SetVariables(Command[BatchOutcome]):
         start = uow.savepoint()
         versions: dict[str, int] = {}
         errors = dict(self.refused)
-        for identifier, value in self.updates.items():
+        left = dict(self.updates)
+        for round_number in range(_MOST_ROUNDS):
+            versions = self._stage(uow, left, metadata, source, errors)
+            if self.atomic and errors:
+                break
+            refused = self._refused_by_rules(uow, versions, start, every=round_number == _MOST_ROUNDS - 1)
+            if not refused:
+                break
+            # What a rule refuses is left out, and the rest is tried again: rules see it without those entries.
+            errors |= refused
+            uow.rollback_to(start)
+            left = {identifier: value for identifier, value in left.items() if identifier not in errors}
+            versions = {}
+        if self.atomic and errors:
+            uow.rollback_to(start)
+            return BatchOutcome(success=False, versions={}, errors=errors)
+        return BatchOutcome(success=bool(versions) or not errors, versions=versions, errors=errors)
+
+    def _stage(
+        self,
+        uow: UnitOfWork,
+        updates: Mapping[str, Value],
+        metadata: Mapping[str, str],
+        source: Source,
+        errors: dict[str, str],
+    ) -> dict[str, int]:
+        """Write the updates that are valid, and return their versions; add the errors of the others to `errors`."""
+        start, versions = uow.savepoint(), dict[str, int]()
+        for identifier, value in updates.items():
             before = uow.savepoint()
             try:
                 variable = uow.variable(self.session_id, identifier, hint=len(errors) < _MOST_HINTS)
@@ -264,10 +381,19 @@ class SetVariables(Command[BatchOutcome]):
                 uow.rollback_to(before)
                 # Without the advice, which is worded differently at each interface: this is stored as the outcome.
                 errors[identifier] = error.sentence
-        if self.atomic and errors:
-            uow.rollback_to(start)
-            return BatchOutcome(success=False, versions={}, errors=errors)
-        return BatchOutcome(success=bool(versions) or not errors, versions=versions, errors=errors)
+        return versions
+
+    def _refused_by_rules(
+        self, uow: UnitOfWork, versions: Mapping[str, int], start: Savepoint, *, every: bool
+    ) -> dict[str, str]:
+        """Return the errors of the entries that rules refuse, by identifier; of all entries if `every`."""
+        violations = [] if uow.rules_deferred else uow.violations(start)
+        refused: dict[str, str] = {}
+        for error, names in violations:
+            for identifier in versions:
+                if every or not names or uow.variable(self.session_id, identifier).name in names:
+                    refused.setdefault(identifier, error.sentence)
+        return refused
 
     @property
     def is_small(self) -> bool:

@@ -17,10 +17,13 @@ from dspex_persist.state.events import (
     OptimizationStarted,
     OptimizationStopped,
     Pruned,
+    RuleAdded,
+    RuleRemoved,
     SessionEnded,
     SessionStarted,
     SessionUpdated,
     ToolsRegistered,
+    VariableConstrained,
     VariableRegistered,
 )
 from dspex_persist.state.model import (
@@ -41,6 +44,7 @@ from dspex_persist.state.store.schema import (
     events,
     executions,
     imports,
+    rules,
     sessions,
     tools,
     variables,
@@ -72,6 +76,17 @@ _INSERT_VARIABLE = _compiled_insert(variables)
 _INSERT_EXECUTION = _compiled_insert(executions)
 _END_EXECUTION = "UPDATE executions SET status = ?, ended_sequence = ? WHERE began_sequence = ?"
 _REPLACE_TOOL = _compiled_insert(tools).replace("INSERT", "INSERT OR REPLACE", 1)
+_REPLACE_RULE = _compiled_insert(rules).replace("INSERT", "INSERT OR REPLACE", 1)
+_REMOVE_RULE = "DELETE FROM rules WHERE session_key = ? AND name = ?"
+_KEEP_CONSTRAINTS = """
+    INSERT OR IGNORE INTO variable_constraints (variable_key, since_sequence, constraints)
+    SELECT variable_key, 0, constraints FROM variables WHERE variable_key = ?
+"""
+# A unit may change them several times.
+_ADD_CONSTRAINTS = """
+    INSERT OR REPLACE INTO variable_constraints (variable_key, since_sequence, constraints) VALUES (?, ?, ?)
+"""
+_SET_CONSTRAINTS = "UPDATE variables SET constraints = ? WHERE variable_key = ?"
 _FREE_NAME = "UPDATE variables SET deleted_sequence = ? WHERE variable_key = ?"
 _DELETE_VARIABLE = "UPDATE variables SET deleted_sequence = ?, optimization = NULL WHERE variable_key = ?"
 _END_SESSION = "UPDATE sessions SET ended_sequence = ?, expires_at = NULL WHERE session_key = ?"
@@ -248,6 +263,20 @@ class LogWriter:
         self._driver.execute(_INSERT_VARIABLE, (key, state.key, *facts, "{}", None, deleted))
         return replace(event, variable_key=key)
 
+    def _constrain_variable(self, unit: UnitOfWork, state: SessionState, event: VariableConstrained) -> Event:
+        key = state.keys[event.variable_id]
+        self._driver.execute(_KEEP_CONSTRAINTS, (key,))
+        self._driver.execute(_ADD_CONSTRAINTS, (key, unit.sequence, event.constraints))
+        self._driver.execute(_SET_CONSTRAINTS, (event.constraints, key))
+        return replace(event, variable_key=key)
+
+    def _add_rule(self, unit: UnitOfWork, state: SessionState, event: RuleAdded) -> None:
+        row = (state.key, event.name, event.expression, event.description, unit.sequence)
+        self._driver.execute(_REPLACE_RULE, row)
+
+    def _remove_rule(self, unit: UnitOfWork, state: SessionState, event: RuleRemoved) -> None:
+        self._driver.execute(_REMOVE_RULE, (state.key, event.name))
+
     def _add_dependency(self, unit: UnitOfWork, state: SessionState, event: DependencyAdded) -> None:
         row = {
             "session_key": state.key,
@@ -366,6 +395,9 @@ _PROJECTIONS: dict[type[Event], _Projection] = {
     SessionUpdated: LogWriter._update_session,
     SessionEnded: LogWriter._end_session,
     VariableRegistered: LogWriter._register_variable,
+    VariableConstrained: LogWriter._constrain_variable,
+    RuleAdded: LogWriter._add_rule,
+    RuleRemoved: LogWriter._remove_rule,
     DependencyAdded: LogWriter._add_dependency,
     OptimizationStarted: LogWriter._start_optimization,
     OptimizationStopped: LogWriter._stop_optimization,

@@ -137,7 +137,8 @@ def _change_of(
         last = stored_variables.find_version(connection, key, version.version - 1)
     previous = last.value if last is not None else None
     last_ones[key] = version
-    variable = stored_variables.variable_as_of(row, version, merged, previous)
+    constraints = stored_variables.constraints_as_of(connection, key, version.sequence, row.constraints)
+    variable = stored_variables.variable_as_of(row, version, merged, constraints, previous)
     variable = variable._replace(optimization=_lock_as_of(connection, variable, version.sequence))
     return Change(version, variable, previous=previous)
 

@@ -56,9 +56,11 @@ _GOING: Final = """
 # Deletes the rows that an event of this kind created in this commit.
 _HANGING: Final = {
     EventKind.DEPENDENCY_ADDED: "DELETE FROM dependencies WHERE session_key = ? AND since_sequence = ?",
+    EventKind.RULE_ADDED: "DELETE FROM rules WHERE session_key = ? AND added_sequence = ?",
     EventKind.TOOLS_REGISTERED: "DELETE FROM tools WHERE session_key = ? AND registered_sequence = ?",
     EventKind.EXECUTION_BEGAN: "DELETE FROM executions WHERE session_key = ? AND began_sequence = ?",
 }
+_DELETE_CONSTRAINTS: Final = "DELETE FROM variable_constraints WHERE variable_key = ?"
 _DELETE_VARIABLE: Final = "DELETE FROM variables WHERE session_key = ? AND variable_key = ?"
 _DELETE_LOCKS: Final = """
     UPDATE variables SET optimization = NULL
@@ -154,6 +156,7 @@ def _delete_events(connection: Connection, session_key: int, events: Sequence[Go
             execute(statement, rows)
     variables = [(session_key, key) for _, kind, key in going if kind == EventKind.VARIABLE_REGISTERED]
     if variables:
+        execute(_DELETE_CONSTRAINTS, [(key,) for _, key in variables])
         execute(_DELETE_VARIABLE, variables)
     if any(kind in LOCK_KINDS for _, kind, _ in going):
         execute(_DELETE_LOCKS, (session_key,))

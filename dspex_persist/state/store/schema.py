@@ -2,7 +2,7 @@
 
 from sqlalchemy import BLOB, REAL, Column, Integer, MetaData, Table, Text
 
-REVISION = "0004"
+REVISION = "0005"
 """The revision that this release reads and writes: the head of `migrations/`."""
 
 APPEND_ONLY = ("commits", "versions", "events", "blobs", "pruned")
@@ -134,6 +134,24 @@ tools = Table(
     Column("address", Text, nullable=False),
     Column("spec", Text, nullable=False),
     Column("registered_sequence", Integer, nullable=False),
+)
+
+rules = Table(
+    "rules",
+    metadata,
+    Column("session_key", Integer, primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("expression", Text, nullable=False),
+    Column("description", Text, nullable=False),
+    Column("added_sequence", Integer, nullable=False),
+)
+
+variable_constraints = Table(
+    "variable_constraints",
+    metadata,
+    Column("variable_key", Integer, primary_key=True),
+    Column("since_sequence", Integer, primary_key=True),
+    Column("constraints", Text, nullable=False),
 )
 
 pruned = Table(

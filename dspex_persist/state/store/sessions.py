@@ -7,7 +7,8 @@ from sqlalchemy import Connection, exists, select
 
 from dspex_persist.clock import nearest_time, to_micros
 from dspex_persist.state.graph import Dependencies
-from dspex_persist.state.model import Dependency, Session
+from dspex_persist.state.model import Dependency, Rule, Session
+from dspex_persist.state.rules import Rules
 from dspex_persist.state.session_state import Lease, SessionState, size_of_tool
 from dspex_persist.state.store import executions as stored_executions
 from dspex_persist.state.store import variables as stored_variables
@@ -23,6 +24,7 @@ _DEPENDENCIES: Final = """
     SELECT from_id, to_id, type, since_sequence, until_sequence
     FROM dependencies WHERE session_key = ? ORDER BY dependency_key
 """
+_RULES: Final = "SELECT name, expression, description FROM rules WHERE session_key = ?"
 _LAST_SEQUENCE: Final = "SELECT ifnull(max(sequence), 0) FROM commits WHERE session_key = ?"
 
 
@@ -57,7 +59,10 @@ def load(connection: Connection, session_id: str) -> SessionState | None:
         key=session_key,
         tools=stored_executions.registered(connection, session_key),
         executions=stored_executions.running(connection, session_key),
+        rules=load_rules(connection, session_key),
     )
+    if state.rules is not None:
+        state.weight_bytes += state.rules.weight_bytes
     state.weight_bytes += sum(map(size_of_tool, state.tools.values()))
     for key, variable in stored_variables.live_variables(connection, session_key):
         state.put(variable)
@@ -69,6 +74,12 @@ def load(connection: Connection, session_id: str) -> SessionState | None:
 def load_dependencies(connection: Connection, session_key: int) -> Dependencies:
     """Return every dependency that the session ever had."""
     return Dependencies(Dependency(*row) for row in list(raw_rows(connection, _DEPENDENCIES, session_key)))
+
+
+def load_rules(connection: Connection, session_key: int) -> Rules | None:
+    """Return the session's rules; None if it has none."""
+    rows = list(raw_rows(connection, _RULES, session_key))
+    return Rules(Rule(*row) for row in rows) if rows else None
 
 
 def last_sequence(connection: Connection, session_key: int) -> int:

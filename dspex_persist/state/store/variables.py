@@ -193,8 +193,24 @@ def iter_versions(connection: Connection, session_key: int, after: int, until: i
     return iter(connection.execute(query, execution_options={"yield_per": 16}))
 
 
+_CONSTRAINTS_AS_OF = """
+    SELECT constraints FROM variable_constraints WHERE variable_key = ? AND since_sequence <= ?
+    ORDER BY since_sequence DESC LIMIT 1
+"""
+
+
+def constraints_as_of(connection: Connection, variable_key: int, sequence: int, current: str) -> str:
+    """Return the constraints that a variable had as of a commit; `current`: those that it has now."""
+    row = driver_of(connection).execute(_CONSTRAINTS_AS_OF, (variable_key, sequence)).fetchone()
+    return current if row is None else str(row[0])
+
+
 def variable_as_of(
-    row: Row[Any], version: VariableVersion, metadata: Mapping[str, str], previous: Value | None
+    row: Row[Any],
+    version: VariableVersion,
+    metadata: Mapping[str, str],
+    constraints: str,
+    previous: Value | None,
 ) -> Variable:
     """Return the variable right after `version`, without its lock; after a deletion, with its `previous` value."""
     value = version.value
@@ -206,7 +222,7 @@ def variable_as_of(
         type=row.type,
         value=value,
         version=version.version,
-        constraints=row.constraints,
+        constraints=constraints,
         metadata=metadata,
         source=version.source,
         updated_at=version.created_at,

@@ -70,6 +70,7 @@ class Overlay:
         self.unit = UnitOfWork(
             self._drafts, origin, clock.now(), 0, begun.limits, optimization_lease_s=begun.optimization_lease_s
         )
+        self.unit.rules_deferred = True
         self._tokens = _tokens_of(begun.seed)
         self.is_forked = False
         forks.register(self)

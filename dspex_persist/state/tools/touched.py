@@ -44,6 +44,7 @@ _TOUCH: Final[Mapping[type[Command[Any]], Callable[[Any], Touched]]] = {
     commands.GetVariables: lambda command: Touched(command.identifiers),
     commands.ListVariables: lambda command: Touched(pattern=command.pattern),
     commands.SetVariable: _write,
+    commands.ConstrainVariable: _write,
     commands.DeleteVariable: _write,
     commands.RollbackVariable: _write,
     commands.StartOptimization: _write,

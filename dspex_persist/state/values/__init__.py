@@ -6,7 +6,7 @@ A value is transmitted and stored as the protocol's JSON text (`Value.json`), or
 
 from dspex_persist.state.values.ahead import LONG_JSON, SHORT_JSON, Described, Find, FindType, ReadAhead, Spell
 from dspex_persist.state.values.binary import check_content
-from dspex_persist.state.values.constraints import Constraints, compile_constraints, constraints_json
+from dspex_persist.state.values.constraints import Constraints, compile_constraints, constraints_json, schema_version
 from dspex_persist.state.values.documents import BinaryValue
 from dspex_persist.state.values.json_text import check_binary_size, depth_if_above, parse_json
 from dspex_persist.state.values.normalisation import normalise, spell
@@ -62,6 +62,7 @@ __all__ = [
     "normalise",
     "parse_json",
     "schema_keywords",
+    "schema_version",
     "spell",
     "type_names",
     "type_of_schema",

@@ -112,6 +112,17 @@ def constraints_json(name: str, constraints: object) -> str:
         raise InvalidConstraintsError(name, error.reason) from error
 
 
+def schema_version(constraints_json: str) -> int | None:
+    """Return the version of the schema in a variable's constraints; None if there is none."""
+    if '"schema_version"' not in constraints_json:
+        return None
+    try:
+        version = _read_object(constraints_json, SCHEMA_DEPTH).get("schema_version")
+    except RefusedError:
+        return None
+    return version if type(version) is int else None
+
+
 def _compile(value_type: ValueType, text: str) -> Constraints:
     known = value_type.constrain
     depth = SCHEMA_DEPTH if "schema" in known else _JSON_DEPTH

@@ -162,7 +162,7 @@ class StoredAudit(AuditSource):
             entry.version,
             entry.kind,
             entry.source,
-            row.constraints,
+            stored_variables.constraints_as_of(connection, key, row.sequence, row.constraints),
             stored_variables.metadata_as_of(connection, key, version),
             entry.sequence,
             entry.created_at,

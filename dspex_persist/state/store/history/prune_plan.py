@@ -131,7 +131,8 @@ _EVENTS: Final = """
     SELECT events.sequence, events.ordinal, events.kind,
         CASE WHEN events.kind IN ('execution_began', 'execution_ended') THEN
                 CASE WHEN json_valid(body) THEN body ELSE mended_json(body) END ->> '$.execution_id'
-            WHEN events.kind = 'variable_registered' THEN json_extract(body, '$.variable_key') END
+            WHEN events.kind IN ('variable_registered', 'variable_constrained')
+                THEN json_extract(body, '$.variable_key') END
     FROM commits INDEXED BY commits_by_session CROSS JOIN events ON events.sequence = commits.sequence
     WHERE commits.session_key = ?1 AND commits.sequence >= ?2 AND (events.sequence, events.ordinal) > (?2, ?3)
     ORDER BY events.sequence, events.ordinal LIMIT ?4
@@ -141,7 +142,12 @@ _UPDATES: Final = """
     FROM commits INDEXED BY commits_by_session CROSS JOIN events ON events.sequence = commits.sequence
     WHERE commits.session_key = ? AND events.kind = 'session_updated' ORDER BY events.sequence, events.ordinal
 """
-_GO_BY_THEMSELVES: Final = LOCK_KINDS | {EventKind.DEPENDENCY_ADDED, EventKind.TOOLS_REGISTERED}
+_GO_BY_THEMSELVES: Final = LOCK_KINDS | {
+    EventKind.DEPENDENCY_ADDED,
+    EventKind.TOOLS_REGISTERED,
+    EventKind.RULE_ADDED,
+    EventKind.RULE_REMOVED,
+}
 
 
 class _Session(NamedTuple):
@@ -331,18 +337,18 @@ class Planner:
     # A session that is pruned as a whole
 
     def _whole_session(self, session: _Session) -> Iterator[_Item]:
-        registered: dict[int, GoingEvent] = {}
+        registered: dict[int, list[GoingEvent]] = {}
         yield from self._events(session, registered)
         for variables, _ in self._variables(session):
             for variable in variables:
                 for version in self._below(variable, variable.newest):
                     yield _Item((version,))
                 if not variable.pinned:
-                    yield _Item(variable.stay, (registered[variable.key],))
+                    yield _Item(variable.stay, registered[variable.key])
                 self.done += 1
             yield _Item()
 
-    def _events(self, session: _Session, registered: dict[int, GoingEvent]) -> Iterator[_Item]:
+    def _events(self, session: _Session, registered: dict[int, list[GoingEvent]]) -> Iterator[_Item]:
         """All events but those that the session, its markers and its variables (see `registered`) need."""
         # The last update holds the current facts of the session.
         for place in self._rows(_UPDATES, session.key)[:-1]:
@@ -364,8 +370,8 @@ class Planner:
                     began[subject] = place
                 elif kind == EventKind.EXECUTION_ENDED:
                     yield _Item((), (began.pop(subject), place))
-                elif kind == EventKind.VARIABLE_REGISTERED:
-                    registered[subject] = place
+                elif kind in (EventKind.VARIABLE_REGISTERED, EventKind.VARIABLE_CONSTRAINED):
+                    registered.setdefault(subject, []).append(place)
         if together:
             yield _Item((), together)
 

@@ -15,8 +15,8 @@ from sqlalchemy import Connection, Engine
 from dspex_persist.clock import nearest_time
 from dspex_persist.state.commands import ForkSession
 from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, SessionPrunedError, quote
-from dspex_persist.state.events import portable
-from dspex_persist.state.model import Dependency, EventKind, Value, Variable
+from dspex_persist.state.events import RuleAdded, RuleRemoved, event_in, portable
+from dspex_persist.state.model import Dependency, EventKind, Rule, Value, Variable
 from dspex_persist.state.recording import (
     Header,
     RecordedAnswer,
@@ -25,6 +25,7 @@ from dspex_persist.state.recording import (
     RecordedVersion,
     renumbered,
 )
+from dspex_persist.state.rules import Rules
 from dspex_persist.state.store import damage
 from dspex_persist.state.store.engine import raw_rows, snapshot
 from dspex_persist.state.store.history.answers import StoredAudit
@@ -70,6 +71,14 @@ _DEPENDENCIES: Final = """
     WHERE session_id = ?1 AND started_sequence <= ?2 AND (ended_sequence IS NULL OR ended_sequence > ?2)
         AND since_sequence <= ?2 AND (until_sequence IS NULL OR until_sequence > ?2)
     ORDER BY dependency_key
+"""
+_RULE_EVENTS: Final = """
+    SELECT events.kind, events.body
+    FROM sessions JOIN commits INDEXED BY commits_by_session USING (session_key)
+    CROSS JOIN events ON events.sequence = commits.sequence
+    WHERE session_id = ?1 AND started_sequence <= ?2 AND (ended_sequence IS NULL OR ended_sequence > ?2)
+        AND commits.sequence <= ?2 AND events.kind IN ('rule_added', 'rule_removed')
+    ORDER BY events.sequence, events.ordinal
 """
 
 
@@ -232,4 +241,17 @@ def fork_of(readers: Engine, session_id: str, new_session_id: str, at: str) -> F
     )
     with snapshot(readers) as connection:
         edges = tuple(Dependency(*row) for row in raw_rows(connection, _DEPENDENCIES, session_id, sequence))
-    return ForkSession(new_session_id, session_id, sequence, variables, edges)
+        rules = rules_as_of(connection, session_id, sequence)
+    return ForkSession(new_session_id, session_id, sequence, variables, edges, rules)
+
+
+def rules_as_of(connection: Connection, session_id: str, sequence: int) -> tuple[Rule, ...]:
+    """Return the rules that the live session with this id had as of a commit, in the order in which it got them."""
+    rules = Rules()
+    for kind, body in raw_rows(connection, _RULE_EVENTS, session_id, sequence):
+        event = event_in(kind, stored(body))
+        if isinstance(event, RuleAdded):
+            rules = rules.added(Rule(event.name, event.expression, event.description))
+        elif isinstance(event, RuleRemoved):
+            rules = rules.without(event.name)
+    return tuple(rules.values())

@@ -19,10 +19,13 @@ from dspex_persist.state.events import (
     OptimizationStarted,
     OptimizationStopped,
     Pruned,
+    RuleAdded,
+    RuleRemoved,
     SessionEnded,
     SessionStarted,
     SessionUpdated,
     ToolsRegistered,
+    VariableConstrained,
     VariableRegistered,
     event_in,
 )
@@ -84,6 +87,17 @@ _TOOLS: Final = """
     SELECT session_key, name, worker_id, address, spec, registered_sequence
     FROM tools WHERE session_key > ? ORDER BY session_key, name
 """
+_RULES: Final = """
+    SELECT session_key, name, expression, description, added_sequence
+    FROM rules WHERE session_key > ? ORDER BY session_key, name
+"""
+_CONSTRAINTS: Final = """
+    SELECT variables.session_key, printf('of variable %d since commit %d', variables.variable_key, since_sequence),
+        variable_constraints.constraints
+    FROM variables INDEXED BY variables_by_session
+    CROSS JOIN variable_constraints ON variable_constraints.variable_key = variables.variable_key
+    WHERE variables.session_key > ? ORDER BY variables.session_key, variables.variable_key, since_sequence
+"""
 _EXECUTION_COLUMNS: Final = (
     "execution_id",
     "tool",
@@ -94,6 +108,7 @@ _EXECUTION_COLUMNS: Final = (
     "fingerprint",
     "ended_sequence",
 )
+_RULE_COLUMNS: Final = ("expression", "description", "added_sequence")
 _TOOL_COLUMNS: Final = ("worker_id", "address", "spec", "registered_sequence")
 _SESSION_COLUMNS: Final = ("session_id", "created_at", "started_sequence", "ended_sequence", "ttl_s", "metadata")
 _VARIABLE_COLUMNS: Final = (
@@ -118,10 +133,21 @@ class SessionWalk(Walk):
 
     def page(self, connection: Connection) -> Iterator[Problem]:
         end = time.monotonic() + SNAPSHOT_S
-        statements = (_SESSIONS, _EVENTS, _TELLING_VERSIONS, _VARIABLES, _DEPENDENCIES, _EXECUTIONS, _TOOLS)
+        statements = (
+            _SESSIONS,
+            _EVENTS,
+            _TELLING_VERSIONS,
+            _VARIABLES,
+            _DEPENDENCIES,
+            _EXECUTIONS,
+            _TOOLS,
+            _RULES,
+            _CONSTRAINTS,
+        )
         streams = [_Stream(raw_rows(connection, statement, self._last)) for statement in statements]
         while (key := min(stream.key for stream in streams)) != AFTER_ALL:
-            rows, events, telling, variables, dependencies, executions, tools = (stream.take(key) for stream in streams)
+            rows, events, telling, variables, dependencies, *keyed = (stream.take(key) for stream in streams)
+            executions, tools, rules, constraints = keyed
             replay = _Replay(key)
             yield from replay.read_events(events)
             yield from replay.read_versions(telling)
@@ -131,6 +157,8 @@ class SessionWalk(Walk):
             yield from replay.compare_dependencies(dependencies)
             yield from replay.compare_keyed("executions", _EXECUTION_COLUMNS, executions)
             yield from replay.compare_keyed("tools", _TOOL_COLUMNS, tools)
+            yield from replay.compare_keyed("rules", _RULE_COLUMNS, rules)
+            yield from replay.compare_keyed("variable_constraints", ("constraints",), constraints)
             self._last = key
             if time.monotonic() > end:
                 return
@@ -200,7 +228,8 @@ class _Replay:
         self._ids: dict[str, _Variable] = {}
         self._dependencies: list[tuple[str, str, str, int]] = []
         # The rows that the log implies for each table that is compared row by row, by their keys.
-        self._keyed: dict[str, dict[Any, list[Any]]] = {"executions": {}, "tools": {}}
+        tables = ("executions", "tools", "rules", "variable_constraints")
+        self._keyed: dict[str, dict[Any, list[Any]]] = {table: {} for table in tables}
         # The commits of the markers, each with the last commit that it pruned rows of.
         self._markers: list[tuple[int, int]] = []
 
@@ -268,6 +297,22 @@ class _Replay:
         if event.variable_key in self._variables:
             raise ValueError("the variable is registered already")
         self._variables[event.variable_key] = self._ids[variable.id] = variable
+
+    def _variable_constrained(self, commit: _Commit, event: VariableConstrained) -> None:
+        variable, key = self._ids[event.variable_id], event.variable_key
+        if key is None or self._variables.get(key) is not variable:
+            raise ValueError("the variable has another key")
+        rows = self._keyed["variable_constraints"]
+        rows.setdefault(f"of variable {key} since commit 0", [variable.constraints])
+        rows[f"of variable {key} since commit {commit.sequence}"] = [event.constraints]
+        variable.constraints = event.constraints
+
+    def _rule_added(self, commit: _Commit, event: RuleAdded) -> None:
+        self._keyed["rules"][event.name] = [event.expression, event.description, commit.sequence]
+
+    def _rule_removed(self, _commit: _Commit, event: RuleRemoved) -> None:
+        # Pruning may have removed the event that added it.
+        self._keyed["rules"].pop(event.name, None)
 
     def _dependency_added(self, commit: _Commit, event: DependencyAdded) -> None:
         self._dependencies.append((event.from_id, event.to_id, event.type, commit.sequence))
@@ -378,6 +423,9 @@ _READERS: Final[Mapping[type[Event], Callable[[_Replay, _Commit, Any], None]]] =
     SessionUpdated: _Replay._session_updated,
     SessionEnded: _Replay._session_ended,
     VariableRegistered: _Replay._variable_registered,
+    VariableConstrained: _Replay._variable_constrained,
+    RuleAdded: _Replay._rule_added,
+    RuleRemoved: _Replay._rule_removed,
     DependencyAdded: _Replay._dependency_added,
     OptimizationStarted: _Replay._optimization_started,
     OptimizationStopped: _Replay._optimization_stopped,
