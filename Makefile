@@ -21,6 +21,8 @@ LOCK ?= 10
 # One more than the cores that CI has: tests wait for processes now and then.
 WORKERS ?= 3
 ARGS ?=
+# The variable silences an advertisement for another version.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 # Quiet pip: the echoes below report progress; warnings and errors still show.
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
@@ -49,7 +51,7 @@ TESTS_long := tests/concurrency tests/faults tests/fuzz tests/property/test_exec
 	tests/end_to_end/test_suite.py tests/end_to_end/test_tools.py tests/end_to_end/test_watchers.py \
 	tests/end_to_end/test_without_tools.py
 
-.PHONY: help setup run serve test test-thorough $(LANES:%=test-%) check lint types imports check-codegen docs
+.PHONY: help setup run serve test test-thorough $(LANES:%=test-%) check lint types imports check-codegen docs docs-serve
 .PHONY: fix codegen bench peers crash-test powercut-test fault-test files-test refused-test
 .PHONY: fuzz soak mutants observations clean
 
@@ -113,8 +115,12 @@ imports: .venv/.installed-dev
 check-codegen:
 	.ci/check-codegen
 
-docs: .venv/.installed-dev
-	@if [ -e .ci/check-docs ]; then echo .ci/check-docs; .ci/check-docs; fi
+docs: .venv/.installed-dev  ## check the documentation, and build its site in build/site
+	.ci/check-docs
+	$(MKDOCS) build --strict --quiet
+
+docs-serve: .venv/.installed-dev  ## show the documentation site while you write (ARGS="--dev-addr HOST:PORT")
+	$(MKDOCS) serve $(ARGS)
 
 fix: .venv/.installed-dev  ## format, and mend what the linter can mend
 	$(BIN)/ruff check --fix --exit-zero

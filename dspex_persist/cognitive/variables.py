@@ -161,7 +161,7 @@ class Variables(Runs):
             metadata: The metadata of the new version.
             expected_version: Write only if this is the current version.
             reason: Why it is written. The history keeps it.
-            actor: Terms writes; by default the actor of the context.
+            actor: Who writes; by default the actor of the context.
             idempotency_key: With the same key, the value is written only once.
 
         Returns:
@@ -224,7 +224,7 @@ class Variables(Runs):
                 is awaited.
             retries: How often to call it again at most.
             reason: Why it is written.
-            actor: Terms writes; by default the actor of the context.
+            actor: Who writes; by default the actor of the context.
 
         Returns:
             The new value.
@@ -266,7 +266,7 @@ class Variables(Runs):
             atomic: Write all of them or none. Otherwise those that are valid are written.
             metadata: The metadata of the new versions.
             reason: Why they are written.
-            actor: Terms writes; by default the actor of the context.
+            actor: Who writes; by default the actor of the context.
             idempotency_key: With the same key, they are written only once.
 
         Returns:
