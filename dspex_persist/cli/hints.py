@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 # By the hint's id, as the state layer is only imported once there is an error to report.
 IN_COMMANDS: "Final[Mapping[str, str]]" = {
     "another_file": "give another --db",
+    "open_there": "open it there, and repeat the command",
     "another_session_id": "use another id for the new one (of an import: --as ID), or end that session first",
     "another_tool_name": "use another name",
     "begin_session": "it never began, or has ended: begin it first",

@@ -214,6 +214,54 @@ def reported(step: str, commits: Iterable[RecordedCommit], in_all: int, progress
     progress(step, in_all, in_all)
 
 
+class SessionHold(ABC):
+    """A session whose writers wait. Close it, for example with a `with` block; then they go on."""
+
+    @abstractmethod
+    def move(self, moved_to: str) -> None:
+        """End the session here, as it goes on elsewhere. Its history stays.
+
+        Those who waited get a `SessionMovedError`, which says where.
+
+        Args:
+            moved_to: Where it is now, in words.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the hold. Closing it twice, or after `move`, is harmless."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Holdable(Ability):
+    """The writers of a session can be made to wait while it is moved: it is held in this process."""
+
+    lacking = "holds of sessions"
+    instead = "move sessions that are in memory or in a file of this process"
+
+    @abstractmethod
+    def hold_session(self, session_id: str, *, timeout_s: float = 30.0) -> SessionHold:
+        """Have all writers of a live session wait, whoever they are, until the hold is closed. Reads go on.
+
+        It first waits for the tools that run in the session, while no new ones begin. Nothing of it is stored: if the
+        process ends, or forgets the hold, so does the hold.
+
+        Args:
+            session_id: The session's id.
+            timeout_s: How long to wait for running tools, in seconds.
+
+        Raises:
+            SessionNotFoundError: There is no such live session.
+            SessionHeldError: Somebody holds it already.
+            UnavailableError: A tool was still running after `timeout_s`.
+        """
+
+
 class Forkable(Ability):
     """A new session can begin with the state that another one had at some point."""
 

@@ -12,10 +12,12 @@ from dspex_persist.state.abilities import (
     Durable,
     ExecutesTools,
     Forkable,
+    Holdable,
     Importable,
     KeepsOrder,
     Prunable,
     Recordable,
+    SessionHold,
     SessionImport,
     StreamsTools,
     Transaction,
@@ -116,6 +118,14 @@ class ImportsAround(HandedOn, Importable):
         return Importable.of(self.provider).begin_import(header, session_id)
 
 
+class HoldsAround(HandedOn, Holdable):
+    """Passes holds on to `provider`."""
+
+    def hold_session(self, session_id: str, *, timeout_s: float = 30.0) -> SessionHold:
+        """See `Holdable.hold_session`."""
+        return Holdable.of(self.provider).hold_session(session_id, timeout_s=timeout_s)
+
+
 class ForksAround(HandedOn, Forkable):
     """Passes forks on to `provider`."""
 
@@ -182,6 +192,7 @@ _PARTS: Final[Mapping[type[Ability], type[HandedOn]]] = {
     Auditable: AuditsAround,
     Recordable: RecordsAround,
     Importable: ImportsAround,
+    Holdable: HoldsAround,
     Forkable: ForksAround,
     Prunable: PrunesAround,
     Transacts: TransactsAround,

@@ -10,6 +10,7 @@ from dspex_persist.state.around import (
     AuditsAround,
     DurableAround,
     ForksAround,
+    HoldsAround,
     ImportsAround,
     OrderAround,
     PrunesAround,
@@ -111,7 +112,15 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable):
 
 
 class EmbeddedState(
-    WithTools, DurableAround, OrderAround, AuditsAround, RecordsAround, ImportsAround, ForksAround, PrunesAround
+    WithTools,
+    DurableAround,
+    OrderAround,
+    AuditsAround,
+    RecordsAround,
+    ImportsAround,
+    HoldsAround,
+    ForksAround,
+    PrunesAround,
 ):
     """Session state in a SQLite file, with tools. One thread writes; current values are read from memory.
 

@@ -31,9 +31,11 @@ from dspex_persist.state.errors import (
     NotADatabaseError,
     OutcomeUnknownError,
     ReadFailedError,
+    SessionHeldError,
     StateError,
     StorageError,
 )
+from dspex_persist.state.holds import Held
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.log_store import LogStore, UnwritableError, WouldWaitError, affected
 from dspex_persist.state.model import (
@@ -128,6 +130,8 @@ class Groups(Generic[S_co]):
         self.options = options or SessionOptions()
         self.hub = Hub(log.sequence)
         self._cache = SessionCache(cache_size_bytes)
+        # Sessions whose writers wait, by id.
+        self.held: dict[str, Held] = {}
         self._last_at = log.last_at
         # Executions that were running when the store was closed, or when its process died, do not run any more.
         self._stale = dict(log.unfinished())
@@ -257,7 +261,9 @@ class Groups(Generic[S_co]):
         return Outcome(result)
 
     def prepare(self, command: Command[Any], drafts: Drafts, at: GroupMoment, units: list[UnitOfWork]) -> None:
-        """End the session that the command writes to, if its TTL is over."""
+        """End the session that the command writes to, if its TTL is over; `SessionHeldError` if somebody holds it."""
+        if self.held and (held := self.held.get(command.session_id)) is not None and held.refuses(command):
+            raise SessionHeldError(command.session_id)
         if not command.writes or isinstance(command, ExpireSession):
             return
         # Edited even if the command changes nothing, so that the new expiry of a touched session is saved.

@@ -10,7 +10,7 @@ from datetime import datetime
 from dspex_persist.clock import EARLIEST
 from dspex_persist.state import arguments, past
 from dspex_persist.state.abilities import Forkable, Recordable
-from dspex_persist.state.around import ForksAround, ImportsAround, OrderAround, RecordsAround
+from dspex_persist.state.around import ForksAround, HoldsAround, ImportsAround, OrderAround, RecordsAround
 from dspex_persist.state.audit import suggestion
 from dspex_persist.state.errors import NotInHistoryError
 from dspex_persist.state.events import ExecutionBegan, ExecutionEnded, SessionEnded
@@ -28,7 +28,7 @@ from dspex_persist.state.unit_of_work import Backing, RecordedOutcome, UnitOfWor
 from dspex_persist.state.writer import GAP_S
 
 
-class LocalState(WithTools, OrderAround, RecordsAround, ImportsAround, ForksAround):
+class LocalState(WithTools, OrderAround, RecordsAround, ImportsAround, HoldsAround, ForksAround):
     """Session state in memory, for tests, notebooks, and everything that need not outlive its process.
 
     The history of a session is available until the session ends; until then it can be recorded and forked.

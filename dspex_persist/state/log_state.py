@@ -2,6 +2,8 @@
 
 import contextlib
 import threading
+import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -12,21 +14,33 @@ from dspex_persist.infra.futures import failed
 from dspex_persist.infra.mailbox import LoopMailbox, Reply
 from dspex_persist.infra.user import user_name
 from dspex_persist.state import arguments, values
-from dspex_persist.state.abilities import Importable, KeepsOrder, SessionImport
-from dspex_persist.state.commands import Command, GetVariableHistory, ListVariables, ReadState, TouchSession
+from dspex_persist.state.abilities import Holdable, Importable, KeepsOrder, SessionHold, SessionImport
+from dspex_persist.state.commands import (
+    Command,
+    EndMovedSession,
+    GetVariableHistory,
+    HoldSession,
+    ListVariables,
+    ReadState,
+    TouchSession,
+)
 from dspex_persist.state.commands.base import Reads
 from dspex_persist.state.errors import (
     EngineClosedError,
     ForkedProcessError,
     InvalidArgumentError,
     OutcomeUnknownError,
+    SessionHeldError,
     SessionNotFoundError,
     StateError,
     TooManyWatchersError,
+    UnavailableError,
     VariableNotFoundError,
     WatchGapError,
+    quote,
 )
 from dspex_persist.state.groups import Groups, Job
+from dspex_persist.state.holds import Held
 from dspex_persist.state.imports import IMPORT, CheckedImport
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.log_store import LogStore
@@ -41,10 +55,12 @@ from dspex_persist.state.writer import GAP_S, LoopWrites, Writer
 R = TypeVar("R")
 
 _READ_THREADS: Final = 4
+_POLL_S: Final = 0.002
+"""How often a hold looks whether a tool is still running, in seconds."""
 _WATCHING: Final = Origin("", "WatchVariables")
 
 
-class LogState(StateProvider, KeepsOrder, Importable):
+class LogState(StateProvider, KeepsOrder, Importable, Holdable):
     """A provider that writes one group at a time, and reads current values from memory and past ones from the log.
 
     It executes no tools: see `WithTools`. A subclass adds the abilities of its log, such as `Durable`.
@@ -114,7 +130,9 @@ class LogState(StateProvider, KeepsOrder, Importable):
             return failed(fault)
         origin = origin or self.default_origin(command.cause)
         if command.writes:
-            return self._writer.submit(self._write_job(command, origin))
+            if self._groups.held and (held := self._held_for(command)) is not None:
+                return held.park(partial(self._submit_write, command, origin))
+            return self._submit_write(command, origin)
         try:
             self.check_open()
         except StateError as error:
@@ -134,12 +152,51 @@ class LogState(StateProvider, KeepsOrder, Importable):
         origin = self.origin(command.cause, idempotency_key, **who)
         command.check()
         if command.writes:
-            return cast(R, self._writer.run(self._write_job(command, origin)))
+            return self._run_write(command, origin)
         self.check_open()
         state = self._state_for(command)
         if state is None:
             return self._submit_read(command, origin).result()
         return self._read(command, origin, state)
+
+    def _run_write(self, command: Command[R], origin: Origin) -> R:
+        while True:
+            if self._groups.held and (held := self._held_for(command)) is not None:
+                held.wait()
+            # A hold may begin between these lines.
+            with contextlib.suppress(SessionHeldError):
+                return cast(R, self._writer.run(self._write_job(command, origin)))
+
+    def _submit_write(self, command: Command[R], origin: Origin) -> Future[R]:
+        return self._writer.submit(self._write_job(command, origin))
+
+    def _held_for(self, command: Command[Any]) -> Held | None:
+        held = self._groups.held.get(command.session_id)
+        return held if held is not None and held.parks(command) else None
+
+    def hold_session(self, session_id: str, *, timeout_s: float = 30.0) -> SessionHold:
+        """See `Holdable.hold_session`."""
+        self.check_open()
+        session_id, timeout_s = arguments.text("session_id", session_id), arguments.timeout("timeout_s", timeout_s)
+        held = Held(session_id)
+        if self._groups.held.setdefault(session_id, held) is not held:
+            raise SessionHeldError(session_id)
+        hold = _Hold(self, held)
+        try:
+            self._fill(held, timeout_s)
+        except BaseException:
+            hold.close()
+            raise
+        return hold
+
+    def _fill(self, held: Held, timeout_s: float) -> None:
+        """Wait until no tool runs in the session, and have all writes wait."""
+        deadline = time.monotonic() + timeout_s
+        while not self.run(HoldSession(held.session_id, held.fill)):
+            if time.monotonic() > deadline:
+                reason = f"a tool is still running in session {quote(held.session_id)} after {timeout_s:g} s"
+                raise UnavailableError(reason)
+            time.sleep(_POLL_S)
 
     def on_loop(self, mailbox: LoopMailbox) -> "OnLoop":
         """See `StateProvider.on_loop`."""
@@ -248,6 +305,8 @@ class LogState(StateProvider, KeepsOrder, Importable):
             if self._closed:
                 return
             self._closed = True
+            for held in tuple(self._groups.held.values()):
+                held.release()
             self._writer.close()
             self._on_close()
             self._readers.shutdown()
@@ -263,6 +322,7 @@ class LogState(StateProvider, KeepsOrder, Importable):
         self._failed = ForkedProcessError(self._name)
         self._closed = True
         self._closing = threading.Lock()
+        self._groups.held = {}
         self._writer.refuse(self._failed)
         self._groups.hub.forget_watches()
 
@@ -273,6 +333,30 @@ class LogState(StateProvider, KeepsOrder, Importable):
         self._groups.abandon()
         if self._fatal_callback is not None:
             self._fatal_callback(error)
+
+
+class _Hold(SessionHold):
+    """A session that is held, for whoever moves it. It ends when this is closed, or collected."""
+
+    def __init__(self, state: LogState, held: Held) -> None:
+        self._state = state
+        self._held = held
+        self._end = weakref.finalize(self, _release, state._groups.held, held, None)
+
+    def move(self, moved_to: str) -> None:
+        """See `SessionHold.move`."""
+        self._state.run(EndMovedSession(self._held.session_id, moved_to))
+        _release(self._state._groups.held, self._held, moved_to)
+
+    def close(self) -> None:
+        """See `SessionHold.close`."""
+        self._end()
+
+
+def _release(all_held: dict[str, Held], held: Held, moved_to: str | None) -> None:
+    held.release(moved_to)
+    if all_held.get(held.session_id) is held:
+        del all_held[held.session_id]
 
 
 class OnLoop:
@@ -291,6 +375,8 @@ class OnLoop:
             return reply
         origin = origin or state.default_origin(command.cause)
         if command.writes:
+            if state._groups.held and (held := state._held_for(command)) is not None:
+                return self._mailbox.reply(held.park(partial(state._submit_write, command, origin)))
             is_small = command.is_small and state._groups.find_loaded(command.session_id) is not None
             self._writes.add(state._write_job(command, origin), reply, is_small=is_small)
             return reply

@@ -8,6 +8,7 @@ pytest.register_assert_rewrite(
     "dspex_persist.testing.checks",
     "dspex_persist.testing.durable_contract",
     "dspex_persist.testing.fork_contract",
+    "dspex_persist.testing.hold_contract",
     "dspex_persist.testing.import_contract",
     "dspex_persist.testing.order_contract",
     "dspex_persist.testing.provider_contract",

@@ -12,6 +12,7 @@ from dspex_persist.state.abilities import (
     Durable,
     ExecutesTools,
     Forkable,
+    Holdable,
     Importable,
     KeepsOrder,
     Prunable,
@@ -22,6 +23,7 @@ from dspex_persist.state.abilities import (
 from dspex_persist.testing.audit_contract import AuditContract
 from dspex_persist.testing.durable_contract import DurableContract
 from dspex_persist.testing.fork_contract import ForkContract
+from dspex_persist.testing.hold_contract import HoldContract
 from dspex_persist.testing.import_contract import ImportContract
 from dspex_persist.testing.order_contract import OrderContract
 from dspex_persist.testing.prune_contract import PruneContract
@@ -37,6 +39,7 @@ SUITES: Mapping[type[Ability], type] = {
     Auditable: AuditContract,
     Recordable: RecordingContract,
     Importable: ImportContract,
+    Holdable: HoldContract,
     Forkable: ForkContract,
     Prunable: PruneContract,
     ExecutesTools: ToolContract,

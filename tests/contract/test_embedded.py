@@ -19,6 +19,7 @@ from dspex_persist.testing.audit_contract import AuditContract
 from dspex_persist.testing.contract_tools import CONTRACT_TOOLS
 from dspex_persist.testing.durable_contract import DurableContract, DurableLeaseContract
 from dspex_persist.testing.fork_contract import ForkContract
+from dspex_persist.testing.hold_contract import HoldContract
 from dspex_persist.testing.import_contract import ImportContract
 from dspex_persist.testing.order_contract import OrderContract
 from dspex_persist.testing.provider_contract import SMALL_LIMITS, ClosingContract, ProviderContract, Reopen
@@ -88,9 +89,16 @@ class TestEmbeddedLeases(Embedded, DurableLeaseContract):
 
 
 class TestEmbeddedHistory(
-    Embedded, AuditContract, RecordingContract, EndedRecordingContract, ImportContract, ForkContract, PruneContract
+    Embedded,
+    AuditContract,
+    RecordingContract,
+    EndedRecordingContract,
+    ImportContract,
+    HoldContract,
+    ForkContract,
+    PruneContract,
 ):
-    """The contract of recordings, imports, forks and audits."""
+    """The contract of recordings, imports, holds, forks and audits."""
 
 
 class TestEmbeddedClosing(ClosingContract):
@@ -221,6 +229,7 @@ def test_no_part_of_the_contract_hides_another_one() -> None:
         RecordingContract,
         EndedRecordingContract,
         ImportContract,
+        HoldContract,
         ForkContract,
         PruneContract,
     ):

@@ -19,6 +19,7 @@ from dspex_persist.state.options import SessionOptions
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.testing.contract_tools import CONTRACT_TOOLS
 from dspex_persist.testing.fork_contract import ForkContract
+from dspex_persist.testing.hold_contract import HoldContract
 from dspex_persist.testing.import_contract import ImportContract
 from dspex_persist.testing.order_contract import OrderContract
 from dspex_persist.testing.provider_contract import SMALL_LIMITS, ClosingContract, LeaseContract, ProviderContract
@@ -55,8 +56,8 @@ class TestLocalLeases(Local, LeaseContract):
     options = SessionOptions(optimization_lease_s=LeaseContract.lease_s)
 
 
-class TestLocalHistory(Local, RecordingContract, ImportContract, ForkContract):
-    """The contract of recordings, imports and forks."""
+class TestLocalHistory(Local, RecordingContract, ImportContract, HoldContract, ForkContract):
+    """The contract of recordings, imports, holds and forks."""
 
 
 class TestLocalClosing(ClosingContract):

@@ -8,6 +8,7 @@ from dspex_persist.state.errors import Hint
 
 IN_RPCS: Final[Mapping[str, str]] = {
     Hint.ANOTHER_FILE: "give the server another --db",
+    Hint.OPEN_THERE: "connect to it there, and repeat the call",
     Hint.ANOTHER_SESSION_ID: "use another id for the new one, or end that session first with CleanupSession",
     Hint.ANOTHER_TOOL_NAME: "use another name",
     Hint.BEGIN_SESSION: "it never began, or has ended: begin it first, with InitializeSession",

@@ -27,6 +27,8 @@ _TOO_LARGE = re.compile(r"message larger than max \((\d+) vs\. (\d+)\)")
 CODES: dict[type[StateError], StatusCode] = {
     errors.InvalidArgumentError: StatusCode.INVALID_ARGUMENT,
     errors.SessionNotFoundError: StatusCode.NOT_FOUND,
+    errors.SessionMovedError: StatusCode.FAILED_PRECONDITION,
+    errors.SessionHeldError: StatusCode.UNAVAILABLE,
     errors.SessionExistsError: StatusCode.ALREADY_EXISTS,
     errors.SessionPrunedError: StatusCode.FAILED_PRECONDITION,
     errors.DamagedSessionError: StatusCode.DATA_LOSS,

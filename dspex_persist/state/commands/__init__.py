@@ -15,9 +15,11 @@ from dspex_persist.state.commands.recordings import FinishImport, ForkSession, I
 from dspex_persist.state.commands.rules import AddRule, ListRules, RemoveRule
 from dspex_persist.state.commands.sessions import (
     CleanupSession,
+    EndMovedSession,
     ExpireSession,
     GetSession,
     Heartbeat,
+    HoldSession,
     InitializeSession,
     ReadState,
     TouchSession,
@@ -44,6 +46,7 @@ __all__ = [
     "Command",
     "ConstrainVariable",
     "DeleteVariable",
+    "EndMovedSession",
     "ExecuteTool",
     "ExpireSession",
     "FinishExecution",
@@ -54,6 +57,7 @@ __all__ = [
     "GetVariableHistory",
     "GetVariables",
     "Heartbeat",
+    "HoldSession",
     "ImportCommit",
     "ImportSession",
     "InitializeSession",

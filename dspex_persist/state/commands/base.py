@@ -68,6 +68,7 @@ class Command(_Checked, ABC, Generic[R]):
     Attributes:
         session_id: The session.
         writes: Whether it may stage changes, so that it goes through the writer.
+        passes_holds: Whether it is carried out while somebody moves the session, and other writes wait.
         returns: The type of its result, to decode results recorded under idempotency keys.
         keeps_rules: Whether the rules of the session are checked after it. Recorded commits are taken as they were.
     """
@@ -75,6 +76,7 @@ class Command(_Checked, ABC, Generic[R]):
     session_id: str
 
     writes: ClassVar[bool] = False
+    passes_holds: ClassVar[bool] = False
     returns: ClassVar[Any] = None
     keeps_rules: ClassVar[bool] = True
 

@@ -1,7 +1,7 @@
 """Commands for sessions: begin or resume, query, keep alive, end."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
@@ -133,10 +133,44 @@ class ExpireSession(Command[bool]):
 
 
 @dataclass(frozen=True, slots=True)
+class HoldSession(Command[bool]):
+    """Hold all writes of a session, unless a tool is running in it; return whether they are. It makes no commit.
+
+    `begin` is called when the writer has carried out all earlier commands.
+    """
+
+    begin: Callable[[], None]
+
+    writes: ClassVar[bool] = True
+    passes_holds: ClassVar[bool] = True
+
+    def apply(self, uow: UnitOfWork) -> bool:
+        if uow.session(self.session_id).executions:
+            return False
+        self.begin()
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class EndMovedSession(Command[None]):
+    """End a session that goes on elsewhere. Its history stays."""
+
+    moved_to: str
+
+    writes: ClassVar[bool] = True
+    passes_holds: ClassVar[bool] = True
+
+    def apply(self, uow: UnitOfWork) -> None:
+        uow.session(self.session_id)
+        uow.end_session(self.session_id, f"moved to {self.moved_to}")
+
+
+@dataclass(frozen=True, slots=True)
 class TouchSession(Command[None]):
     """Renew the session's TTL, and save the new expiry if that is due. It makes no commit."""
 
     writes: ClassVar[bool] = True
+    passes_holds: ClassVar[bool] = True
 
     def apply(self, uow: UnitOfWork) -> None:
         uow.find_session(self.session_id)

@@ -39,6 +39,8 @@ from dspex_persist.state.errors.sessions import IdempotencyConflictError as Idem
 from dspex_persist.state.errors.sessions import NotInHistoryError as NotInHistoryError
 from dspex_persist.state.errors.sessions import RecordingError as RecordingError
 from dspex_persist.state.errors.sessions import SessionExistsError as SessionExistsError
+from dspex_persist.state.errors.sessions import SessionHeldError as SessionHeldError
+from dspex_persist.state.errors.sessions import SessionMovedError as SessionMovedError
 from dspex_persist.state.errors.sessions import SessionNotFoundError as SessionNotFoundError
 from dspex_persist.state.errors.sessions import SessionPrunedError as SessionPrunedError
 from dspex_persist.state.errors.tools import ExecutionConflictError as ExecutionConflictError

@@ -11,6 +11,7 @@ class Hint(StrEnum):
     ANOTHER_FILE = "another_file"
     """The file belongs to another program."""
     ANOTHER_SESSION_ID = "another_session_id"
+    OPEN_THERE = "open_there"
     ANOTHER_TOOL_NAME = "another_tool_name"
     BEGIN_SESSION = "begin_session"
     CHECK_FILE = "check_file"
@@ -70,6 +71,7 @@ _MAINTENANCE: Final = "dspex_persist.state.store.maintenance"
 
 IN_PYTHON: Final[Mapping[str, str]] = {
     Hint.ANOTHER_FILE: "give another path",
+    Hint.OPEN_THERE: "open it there, and repeat the call",
     Hint.ANOTHER_SESSION_ID: "use another session_id for the new one, or end that session first (cleanup_session)",
     Hint.ANOTHER_TOOL_NAME: "register it under another name",
     Hint.BEGIN_SESSION: "it never began, or has ended: begin it first, with Context(...) or initialize_session",

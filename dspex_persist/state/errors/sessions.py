@@ -16,6 +16,26 @@ class SessionNotFoundError(StateError):
 
 
 @dataclass(eq=False)
+class SessionMovedError(StateError):
+    """The session has moved to another backend while the call waited for it. Nothing was written."""
+
+    template = "session {session_id!q} has moved to {moved_to}"
+    advice = Hint.OPEN_THERE
+    session_id: str
+    moved_to: str
+
+
+@dataclass(eq=False)
+class SessionHeldError(StateError):
+    """The session is being moved to another backend; the call came too late to wait for that. Nothing was written."""
+
+    retryable = True
+    template = "session {session_id!q} is being moved"
+    advice = Hint.REPEAT_CALL
+    session_id: str
+
+
+@dataclass(eq=False)
 class SessionExistsError(StateError):
     """A live session already has this id."""
 
