@@ -11,6 +11,7 @@ from dspex_persist.replay.recorded import RecordedExecution, Written
 from dspex_persist.replay.report import Aspect, Divergence, diff_of
 from dspex_persist.state.events import (
     DependencyAdded,
+    DependencyRemoved,
     Event,
     ExecutionEnded,
     OptimizationStarted,
@@ -36,7 +37,7 @@ _SUMMARIES: Final = {
     Aspect.ERROR: "it fails with another error than recorded",
     Aspect.RESULT: "its result is not the recorded one",
     Aspect.WRITES: "it writes something else than recorded",
-    Aspect.DEPENDENCIES: "it adds other dependencies than recorded",
+    Aspect.DEPENDENCIES: "it adds or removes other dependencies than recorded",
     Aspect.LOCKS: "it starts or stops other optimizations than recorded",
 }
 _OF_SUCCESS: Final = (Aspect.RESULT, Aspect.WRITES, Aspect.DEPENDENCIES, Aspect.LOCKS)
@@ -101,7 +102,7 @@ def _account_of(
         Aspect.ERROR: _error_lines(end) if end else [],
         Aspect.RESULT: _value_lines("result", end.result) if end else [],
         Aspect.WRITES: [line for version in written for line in _write_lines(version, registered, hidden)],
-        Aspect.DEPENDENCIES: [_dependency_line(each, named) for each in events if isinstance(each, DependencyAdded)],
+        Aspect.DEPENDENCIES: [line for each in events for line in _dependency_lines(each, named)],
         Aspect.LOCKS: [line for each in events for line in _lock_lines(each, named)],
     }
     return {what: [_lasting(line) for line in lines] for what, lines in account.items()}
@@ -172,9 +173,12 @@ def _value_lines(head: str, value: Value | None) -> Lines:
     return f"{head} = {text}".splitlines()
 
 
-def _dependency_line(event: DependencyAdded, names: Mapping[str, str]) -> str:
+def _dependency_lines(event: Event, names: Mapping[str, str]) -> Lines:
+    if not isinstance(event, DependencyAdded | DependencyRemoved):
+        return []
     kind = f" ({event.type})" if event.type else ""
-    return f"{_name(event.from_id, names)} depends on {_name(event.to_id, names)}{kind}"
+    verb = "depends on" if isinstance(event, DependencyAdded) else "no longer depends on"
+    return [f"{_name(event.from_id, names)} {verb} {_name(event.to_id, names)}{kind}"]
 
 
 def _lock_lines(event: Event, names: Mapping[str, str]) -> Lines:

@@ -191,6 +191,24 @@ class DependencyAdded(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class DependencyRemoved(Event):
+    """Variable `from_id` does not depend on `to_id` any more, in the way that `type` says."""
+
+    from_id: str
+    to_id: str
+    type: str
+
+    kind: ClassVar = EventKind.DEPENDENCY_REMOVED
+
+    def fold(self, state: SessionState, moment: Moment, undo: Undo) -> SessionState:
+        """See `Event.fold`."""
+        state.remember(undo, "dependencies")
+        edge = Dependency(self.from_id, self.to_id, self.type, moment.sequence)
+        state.dependencies = state.dependencies.removed(edge)
+        return state
+
+
+@dataclass(frozen=True, slots=True)
 class OptimizationStarted(Event):
     """An optimizer locked a variable, or renewed the lock that it has held since `started_at`."""
 
@@ -463,6 +481,7 @@ EVENTS: Final[Mapping[EventKind, type[Event]]] = {
         DependencyAdded,
         RuleAdded,
         RuleRemoved,
+        DependencyRemoved,
         OptimizationStarted,
         OptimizationStopped,
         ToolsRegistered,

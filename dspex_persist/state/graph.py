@@ -10,7 +10,7 @@ from dspex_persist.state.frozen import SharedMap
 from dspex_persist.state.model import Dependency
 
 _Links: TypeAlias = Mapping[str, Dependency]
-"""The dependencies of one variable on another by type, oldest first. All end when either variable is deleted."""
+"""The dependencies of one variable on another by type, oldest first. Those that have ended did so in one commit."""
 
 
 class _Node(NamedTuple):
@@ -44,7 +44,7 @@ class Dependencies(Sequence[Dependency]):
     def __init__(self, edges: Iterable[Dependency] = ()) -> None:
         uses: dict[str, dict[str, dict[str, Dependency]]] = {}
         users: dict[str, dict[str, _Links]] = {}
-        past: dict[tuple[str, str], dict[str, Dependency]] = {}
+        past: dict[tuple[str, str, int], dict[str, Dependency]] = {}
         self._count = self.changed_at = 0
         for edge in edges:
             self._count += 1
@@ -53,7 +53,7 @@ class Dependencies(Sequence[Dependency]):
                 links = uses.setdefault(edge.from_id, {}).setdefault(edge.to_id, {})
                 users.setdefault(edge.to_id, {})[edge.from_id] = links
             else:
-                links = past.setdefault((edge.from_id, edge.to_id), {})
+                links = past.setdefault((edge.from_id, edge.to_id, edge.until), {})
             links[edge.type] = edge
         ended: dict[str, list[_Links]] = {}
         for links in sorted(past.values(), key=_end_of):
@@ -108,6 +108,10 @@ class Dependencies(Sequence[Dependency]):
         """Return the variables on which one currently depends."""
         return self._node(variable_id).uses
 
+    def users_now(self, variable_id: str) -> Iterable[str]:
+        """Return the variables that currently depend on one."""
+        return self._node(variable_id).users
+
     def users_of(self, variable_id: str, sequence: int) -> Iterator[str]:
         """Iterate over the variables that depend on one at commit `sequence`, also if that commit ended it."""
         node = self._node(variable_id)
@@ -128,6 +132,23 @@ class Dependencies(Sequence[Dependency]):
         used = changed.get(edge.to_id) or self._node(edge.to_id)
         changed[edge.to_id] = used._replace(users={**used.users, edge.from_id: links})
         return self._with(changed, self._count + 1, edge.since)
+
+    def removed(self, edge: Dependency) -> "Dependencies":
+        """Return the dependencies with one of them ended by commit `edge.since`; a younger one never was."""
+        user, used = self._node(edge.from_id), self._node(edge.to_id)
+        known = user.uses.get(edge.to_id, {})
+        ending = known.get(edge.type)
+        if ending is None:
+            return self
+        left = {name: each for name, each in known.items() if name != edge.type}
+        uses, users, past = _left(user.uses, edge.to_id), _left(used.users, edge.from_id), used.past
+        if left:
+            uses, users = {**uses, edge.to_id: left}, {**users, edge.from_id: left}
+        lasted = ending.since < edge.since
+        if lasted:
+            past = (*past, _ended({edge.type: ending}, edge.since))
+        changed = {edge.from_id: user._replace(uses=uses), edge.to_id: used._replace(users=users, past=past)}
+        return self._with(changed, self._count if lasted else self._count - 1, edge.since)
 
     def without(self, variable_id: str, sequence: int) -> "Dependencies":
         """Return the dependencies with those of a variable ended, which commit `sequence` deleted."""
@@ -196,6 +217,37 @@ def dependants(edges: Dependencies, changed: Iterable[str], sequence: int) -> li
     except CycleError:
         # No command can add a cycle, so the file was edited. Watchers are notified anyway.
         return in_order
+
+
+def related(edges: Dependencies, variable_id: str, *, users: bool, transitive: bool) -> list[str]:
+    """Return the ids of the variables on which one depends, or of those that depend on it.
+
+    A variable comes after those that it depends on.
+
+    Args:
+        edges: The session's dependencies.
+        variable_id: The variable.
+        users: Return those that depend on it.
+        transitive: Include indirect dependencies.
+    """
+    neighbours = edges.users_now if users else edges.used_by
+    reached = sorted(neighbours(variable_id))
+    if transitive:
+        seen, frontier = set(reached), list(reached)
+        while frontier:
+            new = [each for each in neighbours(frontier.pop()) if each not in seen]
+            seen.update(new)
+            frontier += new
+        reached = sorted(seen)
+    among = set(reached)
+    sorter: TopologicalSorter[str] = TopologicalSorter()
+    for each in reached:
+        sorter.add(each, *sorted(used for used in edges.used_by(each) if used in among))
+    try:
+        return list(sorter.static_order())
+    except CycleError:
+        # As in `dependants`.
+        return reached
 
 
 def find_cycle(edges: Dependencies, added: Dependency) -> list[str] | None:

@@ -216,6 +216,7 @@ class EventKind(StrEnum):
     SESSION_ENDED = "session_ended"
     VARIABLE_REGISTERED = "variable_registered"
     DEPENDENCY_ADDED = "dependency_added"
+    DEPENDENCY_REMOVED = "dependency_removed"
     OPTIMIZATION_STARTED = "optimization_started"
     OPTIMIZATION_STOPPED = "optimization_stopped"
     TOOLS_REGISTERED = "tools_registered"

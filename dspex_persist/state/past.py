@@ -10,6 +10,7 @@ from dspex_persist.state.commands import ForkSession
 from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, quote
 from dspex_persist.state.events import (
     DependencyAdded,
+    DependencyRemoved,
     Event,
     ExecutionBegan,
     ExecutionEnded,
@@ -122,12 +123,16 @@ def fork(session_id: str, commits: Sequence[PastCommit], new_session_id: str, at
                 rules = rules.added(Rule(event.name, event.expression, event.description))
             elif isinstance(event, RuleRemoved):
                 rules = rules.without(event.name)
+            elif isinstance(event, DependencyRemoved):
+                edges = edges.removed(Dependency(event.from_id, event.to_id, event.type, commit.sequence))
         for change in commit.changes:
             if change.version.kind is ChangeKind.DELETED:
                 del variables[change.variable.id]
             else:
                 variables[change.variable.id] = change.variable
-    lasting = tuple(edge for edge in edges if edge.from_id in variables and edge.to_id in variables)
+    lasting = tuple(
+        edge for edge in edges if edge.until is None and edge.from_id in variables and edge.to_id in variables
+    )
     return ForkSession(new_session_id, session_id, sequence, tuple(variables.values()), lasting, tuple(rules.values()))
 
 

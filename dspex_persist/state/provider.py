@@ -453,6 +453,33 @@ class StateProvider(Submits):
         command = commands.AddDependency(session_id, from_variable, to_variable, dependency_type)
         self.run(command, idempotency_key, **who)
 
+    def remove_dependency(
+        self,
+        session_id: str,
+        from_variable: str,
+        to_variable: str,
+        dependency_type: str = "",
+        *,
+        idempotency_key: str | None = None,
+        **who: Unpack[Who],
+    ) -> bool:
+        """Declare that `from_variable` no longer depends on `to_variable`; return whether it did."""
+        command = commands.RemoveDependency(session_id, from_variable, to_variable, dependency_type)
+        return self.run(command, idempotency_key, **who)
+
+    def get_dependencies(
+        self, session_id: str, identifier: str, *, dependents: bool = False, transitive: bool = False
+    ) -> tuple[str, ...]:
+        """Return the names of the variables on which one depends, each after those that it depends on itself.
+
+        Args:
+            session_id: The session.
+            identifier: The variable's name or id.
+            dependents: Return those that depend on it instead.
+            transitive: Include indirect dependencies.
+        """
+        return self.run(commands.GetDependencies(session_id, identifier, dependents, transitive))
+
     def start_optimization(
         self,
         session_id: str,

@@ -9,6 +9,7 @@ from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import RecordingError, StateError
 from dspex_persist.state.events import (
     DependencyAdded,
+    DependencyRemoved,
     Event,
     ExecutionBegan,
     OptimizationStarted,
@@ -97,9 +98,10 @@ def _request_of(
             value = first.value or Value("null")
             facts = (event.name, event.type, value, event.constraints, first.metadata)
             yield commands.RegisterVariable(session_id, *facts)
-        case DependencyAdded():
+        case DependencyAdded() | DependencyRemoved():
             user, used = (names.get(end, end) for end in (event.from_id, event.to_id))
-            yield commands.AddDependency(session_id, user, used, event.type)
+            change = commands.AddDependency if isinstance(event, DependencyAdded) else commands.RemoveDependency
+            yield change(session_id, user, used, event.type)
         case OptimizationStarted():
             name = names.get(event.variable_id, event.variable_id)
             yield commands.StartOptimization(session_id, name, event.optimizer_id, event.config)

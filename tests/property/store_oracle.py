@@ -395,6 +395,16 @@ class Oracle:
         sess.dependencies.append(edge)
         self._begin_commit(sess, self._origin)
 
+    def _RemoveDependency(self, command: Any) -> bool:
+        sess, user = self._variable(command.session_id, command.from_variable)
+        _, used = self._variable(command.session_id, command.to_variable)
+        edge = (user.id, used.id, command.dependency_type)
+        if edge not in sess.dependencies:
+            return False
+        sess.dependencies.remove(edge)
+        self._begin_commit(sess, self._origin)
+        return True
+
     # The log
 
     def _begin_commit(self, sess: Sess, origin: Origin) -> list[Entry]:

@@ -75,6 +75,7 @@ VARIABLE_COMMANDS = st.one_of(
     st.builds(c.SetVariables, st.just(S), st.lists(WRITES, min_size=1).map(dict), METADATA),
     st.builds(c.RollbackVariable, st.just(S), NAMES, st.integers(0, 2)),
     st.builds(c.AddDependency, st.just(S), NAMES, NAMES, st.sampled_from(["", "uses"])),
+    st.builds(c.RemoveDependency, st.just(S), NAMES, NAMES, st.sampled_from(["", "uses"])),
     st.builds(c.StartOptimization, st.just(S), NAMES, st.sampled_from(["mipro", "other"])),
     st.builds(c.StopOptimization, st.just(S), NAMES, st.booleans()),
 )

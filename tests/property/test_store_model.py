@@ -40,6 +40,7 @@ from dspex_persist.state.commands import (
     InitializeSession,
     ListVariables,
     RegisterVariable,
+    RemoveDependency,
     RollbackVariable,
     SetVariable,
     SetVariables,
@@ -115,6 +116,7 @@ _FREQUENT: list[st.SearchStrategy[Any]] = [
     st.builds(_register, SESSIONS, NAMES, TYPES, VALUES, METADATA),
     st.builds(RollbackVariable, SESSIONS, IDENTIFIERS, st.integers(-1, 4)),
     st.builds(AddDependency, SESSIONS, IDENTIFIERS, IDENTIFIERS, st.sampled_from(["", "uses"])),
+    st.builds(RemoveDependency, SESSIONS, IDENTIFIERS, IDENTIFIERS, st.sampled_from(["", "uses"])),
     st.builds(StartOptimization, SESSIONS, IDENTIFIERS, OPTIMIZERS),
     st.builds(StopOptimization, SESSIONS, IDENTIFIERS, st.booleans()),
 ]

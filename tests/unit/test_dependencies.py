@@ -13,6 +13,7 @@ from dspex_persist.state.commands import (
     DeleteVariable,
     InitializeSession,
     RegisterVariable,
+    RemoveDependency,
 )
 from dspex_persist.state.errors import DependencyCycleError, LimitExceededError, VariableNotFoundError
 from dspex_persist.state.graph import Dependencies, dependants, find_cycle
@@ -276,3 +277,41 @@ class TestAddDependency:
         memory.run(CleanupSession("s"))
         memory.run(InitializeSession("s"))
         assert memory.states["s"].dependencies == ()
+
+
+class TestRemoving:
+    """What is removed is what would be loaded from the rows of the log."""
+
+    def test_one_of_two_types_and_one_of_two_users_stay(self) -> None:
+        made = edges("ab", "cb").added(Dependency("a", "b", "uses", 2))
+        left = made.removed(Dependency("a", "b", "", 5))
+        assert left == Dependencies(
+            [Dependency("a", "b", "", 1, 5), Dependency("a", "b", "uses", 2), Dependency("c", "b", "", 1)]
+        )
+        assert (left.changed_at, len(left)) == (5, 3)
+        assert not left.has(Dependency("a", "b", "", 9))
+        assert left.has(Dependency("a", "b", "uses", 9))
+        assert left.removed(Dependency("a", "b", "", 6)) is left
+        none = left.removed(Dependency("a", "b", "uses", 6)).removed(Dependency("c", "b", "", 7))
+        assert (list(none.users_now("b")), list(none.used_by("a"))) == ([], [])
+        # Those that ended in the commit that changed b are still told about it.
+        assert list(none.users_of("b", 7)) == ["c"]
+
+    def test_added_again_it_has_two_lives(self) -> None:
+        again = edges("ab").removed(Dependency("a", "b", "", 5)).added(Dependency("a", "b", "", 5))
+        again = again.removed(Dependency("a", "b", "", 8)).added(Dependency("a", "b", "", 9))
+        expected = [Dependency("a", "b", "", 1, 5), Dependency("a", "b", "", 5, 8), Dependency("a", "b", "", 9)]
+        assert list(again) == expected
+        assert again == Dependencies(expected)
+
+    def test_one_of_the_same_commit_never_was(self) -> None:
+        made = edges().added(Dependency("a", "b", "", 5)).removed(Dependency("a", "b", "", 5))
+        assert list(made) == []
+
+    def test_it_opens_the_circle(self) -> None:
+        memory = backing("a", "b")
+        depend(memory, "ab")
+        assert memory.run(RemoveDependency("s", "a", "b"))
+        assert [event.kind for event in memory.commits[-1].events] == [EventKind.DEPENDENCY_REMOVED]
+        depend(memory, "ba")
+        assert not memory.run(RemoveDependency("s", "a", "b"))

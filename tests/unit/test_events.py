@@ -146,6 +146,7 @@ SAMPLES: list[tuple[Event, dict[str, Any]]] = [
     ),
     (e.RuleRemoved("fits"), {"name": "fits"}),
     (e.DependencyAdded("v", "w", "uses"), {"from_id": "v", "to_id": "w", "type": "uses"}),
+    (e.DependencyRemoved("v", "w", "uses"), {"from_id": "v", "to_id": "w", "type": "uses"}),
     (e.OptimizationStarted("v", "o", "mipro", AT, "ann", {"rounds": "3"}, 300.0), LOCKED),
     (e.OptimizationStopped("v", "o", "stopped"), {"variable_id": "v", "optimization_id": "o", "reason": "stopped"}),
     (

@@ -1,7 +1,7 @@
 """The commands: every operation on a session, implemented once for all backends."""
 
 from dspex_persist.state.commands.base import Command
-from dspex_persist.state.commands.dependencies import AddDependency
+from dspex_persist.state.commands.dependencies import AddDependency, GetDependencies, RemoveDependency
 from dspex_persist.state.commands.executions import (
     BeginExecution,
     ExecuteTool,
@@ -52,6 +52,7 @@ __all__ = [
     "FinishExecution",
     "FinishImport",
     "ForkSession",
+    "GetDependencies",
     "GetSession",
     "GetVariable",
     "GetVariableHistory",
@@ -69,6 +70,7 @@ __all__ = [
     "ReadState",
     "RegisterTools",
     "RegisterVariable",
+    "RemoveDependency",
     "RemoveRule",
     "RollbackVariable",
     "SetVariable",

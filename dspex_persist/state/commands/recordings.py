@@ -15,6 +15,7 @@ from dspex_persist.state.commands.variables import RegisterVariable, check_facts
 from dspex_persist.state.errors import RecordingError, SessionExistsError, StateError, quote
 from dspex_persist.state.events import (
     DependencyAdded,
+    DependencyRemoved,
     Event,
     ExecutionBegan,
     ExecutionEnded,
@@ -330,6 +331,12 @@ class _Repetition:
         check_dependency(self._state(), Dependency(from_id, to_id, event.type, self._uow.sequence), self._uow.limits)
         self._uow.record(self._session_id, event)
 
+    def _remove_dependency(self, event: DependencyRemoved) -> None:
+        edge = Dependency(event.from_id, event.to_id, event.type, self._uow.sequence)
+        if not self._state().dependencies.has(edge):
+            raise ValueError(f"variable {quote(event.from_id)} does not depend on {quote(event.to_id)} at this commit")
+        self._uow.record(self._session_id, event)
+
     def _start_optimization(self, event: OptimizationStarted) -> None:
         uow = self._uow
         check_metadata(event.config, uow.limits)
@@ -421,6 +428,7 @@ _CHECKED: Final[Mapping[type[Event], Callable[[_Repetition, Any], None]]] = {
     RuleAdded: _Repetition._add_rule,
     RuleRemoved: _Repetition._remove_rule,
     DependencyAdded: _Repetition._add_dependency,
+    DependencyRemoved: _Repetition._remove_dependency,
     OptimizationStarted: _Repetition._start_optimization,
     OptimizationStopped: _Repetition._stop_optimization,
     ToolsRegistered: _Repetition._register_tools,

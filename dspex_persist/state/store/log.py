@@ -11,6 +11,7 @@ from sqlalchemy.dialects import sqlite
 from dspex_persist.clock import to_micros
 from dspex_persist.state.events import (
     DependencyAdded,
+    DependencyRemoved,
     Event,
     ExecutionBegan,
     ExecutionEnded,
@@ -89,6 +90,14 @@ _ADD_CONSTRAINTS = """
 _SET_CONSTRAINTS = "UPDATE variables SET constraints = ? WHERE variable_key = ?"
 _FREE_NAME = "UPDATE variables SET deleted_sequence = ? WHERE variable_key = ?"
 _DELETE_VARIABLE = "UPDATE variables SET deleted_sequence = ?, optimization = NULL WHERE variable_key = ?"
+_DROP_DEPENDENCY = """
+    DELETE FROM dependencies
+    WHERE session_key = ? AND from_id = ? AND to_id = ? AND type = ? AND since_sequence = ? AND until_sequence IS NULL
+"""
+_END_DEPENDENCY = """
+    UPDATE dependencies SET until_sequence = ?
+    WHERE session_key = ? AND from_id = ? AND to_id = ? AND type = ? AND until_sequence IS NULL
+"""
 _END_SESSION = "UPDATE sessions SET ended_sequence = ?, expires_at = NULL WHERE session_key = ?"
 
 
@@ -287,6 +296,12 @@ class LogWriter:
         }
         self._connection.execute(insert(dependencies), row)
 
+    def _remove_dependency(self, unit: UnitOfWork, state: SessionState, event: DependencyRemoved) -> None:
+        edge = (state.key, event.from_id, event.to_id, event.type, unit.sequence)
+        # One that the same unit added never was.
+        self._driver.execute(_DROP_DEPENDENCY, edge)
+        self._driver.execute(_END_DEPENDENCY, (unit.sequence, *edge[:-1]))
+
     def _start_optimization(self, unit: UnitOfWork, state: SessionState, event: OptimizationStarted) -> None:
         self._set_lock(state, event.variable_id, lock_text(event.lock(unit.now)))
 
@@ -399,6 +414,7 @@ _PROJECTIONS: dict[type[Event], _Projection] = {
     RuleAdded: LogWriter._add_rule,
     RuleRemoved: LogWriter._remove_rule,
     DependencyAdded: LogWriter._add_dependency,
+    DependencyRemoved: LogWriter._remove_dependency,
     OptimizationStarted: LogWriter._start_optimization,
     OptimizationStopped: LogWriter._stop_optimization,
     ToolsRegistered: LogWriter._register_tools,

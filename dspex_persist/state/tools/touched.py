@@ -52,6 +52,8 @@ _TOUCH: Final[Mapping[type[Command[Any]], Callable[[Any], Touched]]] = {
     commands.SetVariables: lambda command: Touched(writes=tuple(command.updates)),
     commands.RegisterVariable: lambda command: Touched(writes=(command.name,)),
     commands.AddDependency: lambda command: Touched((command.from_variable, command.to_variable), dependencies=True),
+    commands.RemoveDependency: lambda command: Touched((command.from_variable, command.to_variable), dependencies=True),
+    commands.GetDependencies: lambda command: Touched((command.identifier,), dependencies=True),
 }
 
 

@@ -1,4 +1,4 @@
-"""Dependencies have no cycles."""
+"""Dependencies have no cycles, can be removed, and are listed in order."""
 
 import uuid
 from itertools import pairwise
@@ -11,7 +11,7 @@ from dspex_persist.testing.provider_contract.base import Contract
 
 
 class DependencyContract(Contract):
-    """Dependencies have no cycles."""
+    """Dependencies have no cycles, can be removed, and are listed in order."""
 
     @pytest.fixture
     def lettered(self, provider: StateProvider) -> str:
@@ -56,3 +56,29 @@ class DependencyContract(Contract):
         self.depend(provider, lettered, "ab", "bc")
         provider.delete_variable(lettered, "b")
         self.depend(provider, lettered, "ca")
+
+    def test_they_are_listed_in_order(self, provider: StateProvider, lettered: str) -> None:
+        self.depend(provider, lettered, "dc", "db", "ba", "ca")
+        assert provider.get_dependencies(lettered, "a") == ()
+        assert sorted(provider.get_dependencies(lettered, "d")) == ["b", "c"]
+        everything = provider.get_dependencies(lettered, "d", transitive=True)
+        assert (everything[0], sorted(everything)) == ("a", ["a", "b", "c"])
+        assert sorted(provider.get_dependencies(lettered, "a", dependents=True)) == ["b", "c"]
+        users = provider.get_dependencies(lettered, "a", dependents=True, transitive=True)
+        assert (users[-1], sorted(users)) == ("d", ["b", "c", "d"])
+        with pytest.raises(errors.VariableNotFoundError):
+            provider.get_dependencies(lettered, "e")
+
+    def test_one_can_be_removed(self, provider: StateProvider, lettered: str) -> None:
+        self.depend(provider, lettered, "ab", "bc")
+        provider.add_dependency(lettered, "a", "b", "uses")
+        assert not provider.remove_dependency(lettered, "b", "a")
+        assert provider.remove_dependency(lettered, "a", "b")
+        assert not provider.remove_dependency(lettered, "a", "b")
+        assert provider.get_dependencies(lettered, "a") == ("b",)
+        assert provider.remove_dependency(lettered, "a", "b", "uses")
+        assert provider.get_dependencies(lettered, "a") == ()
+        assert provider.get_dependencies(lettered, "b", dependents=True) == ()
+        self.depend(provider, lettered, "ba")
+        with pytest.raises(errors.VariableNotFoundError):
+            provider.remove_dependency(lettered, "a", "e")

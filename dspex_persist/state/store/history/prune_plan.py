@@ -147,6 +147,7 @@ _GO_BY_THEMSELVES: Final = LOCK_KINDS | {
     EventKind.TOOLS_REGISTERED,
     EventKind.RULE_ADDED,
     EventKind.RULE_REMOVED,
+    EventKind.DEPENDENCY_REMOVED,
 }
 
 

@@ -12,6 +12,7 @@ from dspex_persist.clock import EARLIEST, LATEST, from_micros, to_micros
 from dspex_persist.state.errors import quote
 from dspex_persist.state.events import (
     DependencyAdded,
+    DependencyRemoved,
     Event,
     ExecutionBegan,
     ExecutionEnded,
@@ -226,7 +227,8 @@ class _Replay:
         self._session: tuple[Any, ...] | None = None
         self._variables: dict[int, _Variable] = {}
         self._ids: dict[str, _Variable] = {}
-        self._dependencies: list[tuple[str, str, str, int]] = []
+        # With the commit that removed it; the deletion of a variable may have ended it, too.
+        self._dependencies: list[tuple[str, str, str, int, int | None]] = []
         # The rows that the log implies for each table that is compared row by row, by their keys.
         tables = ("executions", "tools", "rules", "variable_constraints")
         self._keyed: dict[str, dict[Any, list[Any]]] = {table: {} for table in tables}
@@ -315,7 +317,18 @@ class _Replay:
         self._keyed["rules"].pop(event.name, None)
 
     def _dependency_added(self, commit: _Commit, event: DependencyAdded) -> None:
-        self._dependencies.append((event.from_id, event.to_id, event.type, commit.sequence))
+        self._dependencies.append((event.from_id, event.to_id, event.type, commit.sequence, None))
+
+    def _dependency_removed(self, commit: _Commit, event: DependencyRemoved) -> None:
+        facts, edges = (event.from_id, event.to_id, event.type), self._dependencies
+        place = next((n for n in reversed(range(len(edges))) if edges[n][:3] == facts and edges[n][4] is None), None)
+        if place is None:
+            # Pruning deletes the events of an ended session one commit at a time.
+            return
+        if edges[place][3] == commit.sequence:
+            del edges[place]
+        else:
+            edges[place] = (*edges[place][:4], commit.sequence)
 
     def _optimization_started(self, commit: _Commit, event: OptimizationStarted) -> None:
         self._ids[event.variable_id].optimization = lock_text(event.lock(from_micros(commit.created_at)))
@@ -385,7 +398,7 @@ class _Replay:
 
     def compare_dependencies(self, rows: Iterator[Any]) -> Iterator[Problem]:
         """Compare the rows of the session's dependencies with the log: the order matters, the keys do not."""
-        expected = [(*added, self._until(*added[:2])) for added in self._dependencies]
+        expected = [(*edge[:4], edge[4] or self._until(edge[0], edge[1])) for edge in self._dependencies]
         actual = [tuple(row[1:]) for row in rows]
         if actual == expected:
             return
@@ -427,6 +440,7 @@ _READERS: Final[Mapping[type[Event], Callable[[_Replay, _Commit, Any], None]]] =
     RuleAdded: _Replay._rule_added,
     RuleRemoved: _Replay._rule_removed,
     DependencyAdded: _Replay._dependency_added,
+    DependencyRemoved: _Replay._dependency_removed,
     OptimizationStarted: _Replay._optimization_started,
     OptimizationStopped: _Replay._optimization_stopped,
     ToolsRegistered: _Replay._tools_registered,
