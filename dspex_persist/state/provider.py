@@ -262,6 +262,27 @@ class StateProvider(Submits):
         command = commands.RegisterVariable(session_id, name, type_name, value, text, or_empty(metadata))
         return self.run(command, idempotency_key, **who)
 
+    def register_variables(
+        self,
+        session_id: str,
+        definitions: Sequence[commands.RegisterVariable],
+        *,
+        idempotency_key: str | None = None,
+        **who: Unpack[Who],
+    ) -> tuple[str, ...]:
+        """Register several variables in one commit, all or none of them.
+
+        Args:
+            session_id: The session.
+            definitions: One command for each variable.
+            idempotency_key: See the class.
+            who: `actor` and `reason`, see `Who`.
+
+        Returns:
+            The ids of the variables.
+        """
+        return self.run(commands.RegisterVariables(session_id, tuple(definitions)), idempotency_key, **who)
+
     def get_variable(self, session_id: str, identifier: str) -> Variable:
         """Return a variable by name or id."""
         return self.run(commands.GetVariable(session_id, identifier))

@@ -301,6 +301,8 @@ def _prune(provider: EmbeddedState, clock: Any) -> None:
     for keep in (4, 2):
         provider.prune(PrunePolicy(keep_versions=keep, session_id="pruned"), confirm=True)
     provider.prune(PrunePolicy(ended_before=now(), session_id="gone"), confirm=True)
+    provider.add_dependency("main", "document", "temperature", "mentions")
+    provider.remove_dependency("main", "document", "temperature", "mentions")
 
 
 def _end_one_to_be_pruned(provider: EmbeddedState) -> None:

@@ -59,6 +59,16 @@ SAMPLES: list[tuple[commands.Command[Any], Any]] = [
     (commands.CleanupSession("s"), 4),
     (commands.RegisterVariable("s", "x", "integer", Value("1"), '{"min":0}', {"a": "1"}), "var_x"),
     (commands.RegisterVariable("s", "x", "tensor", TENSOR), "var_x"),
+    (
+        commands.RegisterVariables(
+            "s",
+            (
+                commands.RegisterVariable("s", "x", "integer", Value("1"), '{"min":0}', {"a": "1"}),
+                commands.RegisterVariable("s", "t", "tensor", TENSOR),
+            ),
+        ),
+        ("var_x", "var_t"),
+    ),
     (commands.GetVariable("s", "x", True), VARIABLE),
     (commands.GetVariables("s", ("x", "y")), VariablesFound({"x": VARIABLE}, ("y",))),
     (commands.SetVariable("s", "x", Value("2"), {"a": "1"}), 4),
@@ -73,6 +83,8 @@ SAMPLES: list[tuple[commands.Command[Any], Any]] = [
     (commands.GetVariableHistory("s", "x", 5, 8, Limits().history_size_bytes), [VERSION]),
     (commands.RollbackVariable("s", "x", 2), VARIABLE),
     (commands.AddDependency("s", "a", "b", "uses"), None),
+    (commands.RemoveDependency("s", "a", "b", "uses"), True),
+    (commands.GetDependencies("s", "a", True, True), ("b", "c")),
     (commands.StartOptimization("s", "x", "o", {"c": "1"}), "opt_1"),
     (commands.StopOptimization("s", "x", True), Value("1")),
     (

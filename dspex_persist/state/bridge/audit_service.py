@@ -19,12 +19,13 @@ from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.mailbox import LoopMailbox
 from dspex_persist.state.abilities import Auditable, Forkable, Importable, Prunable, Recordable, SessionImport
 from dspex_persist.state.audit import AuditSource
-from dspex_persist.state.bridge.calls import methods
+from dspex_persist.state.bridge.calls import Calls, methods
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
 from dspex_persist.state.bridge.incoming import Context, RequestHeaders, fitting, origin_of
 from dspex_persist.state.bridge.rpcs import audit as rpcs
-from dspex_persist.state.bridge.rpcs import recordings
+from dspex_persist.state.bridge.rpcs import beside, recordings
 from dspex_persist.state.bridge.rpcs.audit import ListRpc, Question, Single
+from dspex_persist.state.bridge.rpcs.base import Rpc
 from dspex_persist.state.bridge.rpcs.recordings import batch_of, fork_message, lines_of
 from dspex_persist.state.bridge.transaction_service import TransactionRpcs
 from dspex_persist.state.commands import ForkSession
@@ -32,6 +33,7 @@ from dspex_persist.state.errors import EngineClosedError, UnavailableError, Unsu
 from dspex_persist.state.model import ImportedSession, Origin, PrunePolicy, PruneReport, SessionView
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.recording import RecordingReader
+from dspex_persist.state.tools.with_tools import WithTools
 
 R = TypeVar("R")
 M = TypeVar("M", bound=Message)
@@ -43,6 +45,7 @@ _BATCH_BYTES: Final = 256 * 1024
 _logger: Final = get_logger(__name__)
 
 
+@methods(beside.RPCS, "_run")
 @methods(rpcs.SINGLES, "_answer")
 @methods(rpcs.LISTS.values(), "_list")
 class AuditServicer(TransactionRpcs):
@@ -71,6 +74,7 @@ class AuditServicer(TransactionRpcs):
         self._may_prune = prune
         self._stall_timeout_s = stall_timeout_s
         self._max_message_bytes = max_message_bytes
+        self._calls = Calls(provider, max_message_bytes) if isinstance(provider, WithTools) else None
         self._batch_bytes = min(_BATCH_BYTES, max_message_bytes // 2)
         self._draining = False
         self._mailbox = LoopMailbox(asyncio.get_running_loop())
@@ -190,6 +194,14 @@ class AuditServicer(TransactionRpcs):
                     "start the server with --audit-reveal, or stop it and fork the session in its file with --db",
                 )
         return Forkable.of(self._provider).fork_session(source, request.new_session, at, origin=origin)
+
+    # Commands
+
+    async def _run(self, rpc: Rpc[Any, Any], request: Any, context: Context) -> Message:
+        if self._calls is None:
+            raise UnsupportedError(f"{rpc.name} by a provider without tools")
+        answer: Message = await self._calls.answer(rpc, request, context)
+        return answer
 
     # Answers
 

@@ -81,7 +81,7 @@ class Calls:
     def _call(self, context: Context) -> Call:
         return Call(context, self._limits, self._max_message_bytes)
 
-    async def _answer(self, rpc: Rpc[Any, Any], request: Any, context: Context) -> Any:
+    async def answer(self, rpc: Rpc[Any, Any], request: Any, context: Context) -> Any:
         """Run the command of an rpc, and return the response with its result."""
         call = self._call(context)
         command = await self._command(rpc, request, call)

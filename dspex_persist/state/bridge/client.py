@@ -128,6 +128,7 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
         self._here = OneProcess(target, self._channel)
         self._stub = BridgeServiceStub(self._channel)
         self._line = Line(target, breaker)
+        self._beside = AuditServiceStub(self._channel)
         self._closed = False
 
     def submit(self, command: Command[R], origin: Origin | None = None, *, timeout_s: float | None = None) -> Future[R]:
@@ -153,7 +154,7 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
             return failed(UnsupportedError(f"{command.cause} over the bridge"))
         origin = origin or self.default_origin(command.cause)
         return Attempt(
-            getattr(self._stub, rpc.name),
+            getattr(self._beside if rpc.beside else self._stub, rpc.name),
             rpc,
             command,
             partial(self._headers_of, rpc, origin, execution_id),

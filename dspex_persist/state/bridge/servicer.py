@@ -19,7 +19,7 @@ from dspex_persist.state.tools.with_tools import WithTools
 from dspex_persist.state.watch import Watch
 
 
-@methods(RPCS, "_answer")
+@methods(RPCS, "answer")
 class BridgeServicer(ToolRpcs):
     """The rpcs of the bridge protocol. Made and used on one event loop.
 
@@ -52,7 +52,7 @@ class BridgeServicer(ToolRpcs):
         return pb.PingResponse(message=request.message, server_time=codec.timestamp_of(clock.now()))
 
     async def InitializeSession(self, request: pb.InitializeSessionRequest, context: Context) -> Any:
-        response = await self._answer(INITIALIZE_SESSION, request, context)
+        response = await self.answer(INITIALIZE_SESSION, request, context)
         for name, tool in (await self._available_tools(request.session_id, self._call(context))).items():
             response.available_tools[name].CopyFrom(tool)
         return fitting(response, self._max_message_bytes)

@@ -118,6 +118,52 @@ class RegisterVariable(Command[str]):
 
 
 @dataclass(frozen=True, slots=True)
+class RegisterVariables(Command[tuple[str, ...]]):
+    """Register several variables in one commit, all or none of them, and return their ids. See `RegisterVariable`."""
+
+    definitions: tuple[RegisterVariable, ...]
+
+    writes: ClassVar[bool] = True
+    returns: ClassVar[Any] = tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        Command.__post_init__(self)
+        for definition in self.definitions:
+            if self.fault is None and definition.fault is not None:
+                object.__setattr__(self, "fault", definition.fault)
+            elif self.fault is None and definition.session_id != self.session_id:
+                reason = f"{quote(definition.session_id)} is not the session of all, {quote(self.session_id)}"
+                object.__setattr__(self, "fault", InvalidArgumentError("session_id", reason))
+
+    def apply(self, uow: UnitOfWork) -> tuple[str, ...]:
+        uow.session(self.session_id)
+        if len(self.definitions) > uow.limits.batch_entries:
+            limit = uow.limits.batch_entries
+            raise LimitExceededError("number of definitions", len(self.definitions), limit, "batch_entries")
+        return tuple([definition.apply(uow) for definition in self.definitions])
+
+    @property
+    def is_small(self) -> bool:
+        """See `Command`."""
+        sizes = [definition.value.size_bytes for definition in self.definitions]
+        return len(sizes) <= FEW and sum(sizes) <= values.SHORT_JSON
+
+    @property
+    def json_length(self) -> int:
+        """See `Command`."""
+        return sum(definition.json_length for definition in self.definitions)
+
+    def _read_values(self, ahead: values.ReadAhead, find: values.Find) -> None:
+        for definition in self.definitions:
+            definition._read_values(ahead, find)
+            object.__setattr__(definition, "ahead", ahead)
+
+    def canonical_form(self, find_type: values.FindType, spell: values.Spell) -> "RegisterVariables":
+        """See `Command.canonical_form`."""
+        return replace(self, definitions=tuple(each.canonical_form(find_type, spell) for each in self.definitions))
+
+
+@dataclass(frozen=True, slots=True)
 class GetVariable(Command[Variable]):
     """Return a variable by name or id."""
 

@@ -51,6 +51,7 @@ _TOUCH: Final[Mapping[type[Command[Any]], Callable[[Any], Touched]]] = {
     commands.StopOptimization: _write,
     commands.SetVariables: lambda command: Touched(writes=tuple(command.updates)),
     commands.RegisterVariable: lambda command: Touched(writes=(command.name,)),
+    commands.RegisterVariables: lambda command: Touched(writes=tuple(each.name for each in command.definitions)),
     commands.AddDependency: lambda command: Touched((command.from_variable, command.to_variable), dependencies=True),
     commands.RemoveDependency: lambda command: Touched((command.from_variable, command.to_variable), dependencies=True),
     commands.GetDependencies: lambda command: Touched((command.identifier,), dependencies=True),

@@ -1,15 +1,18 @@
-"""Writing several variables at once."""
+"""Writing or registering several variables at once."""
 
 import uuid
 
 import pytest
 
+from dspex_persist.state import errors
+from dspex_persist.state.commands import RegisterVariable
+from dspex_persist.state.model import Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.testing.provider_contract.base import Contract
 
 
 class BatchContract(Contract):
-    """Writing several variables at once."""
+    """Writing or registering several variables at once."""
 
     @pytest.fixture
     def bounded(self, provider: StateProvider) -> str:
@@ -61,3 +64,30 @@ class BatchContract(Contract):
         assert "'optimizer'" in outcome.errors["x"]
         held = provider.set_variables(bounded, {"x": 1, "z": 1}, metadata={"optimizer_id": "optimizer"}, atomic=True)
         assert held.success
+
+    def test_registers_several_in_one_commit(self, provider: StateProvider, bounded: str) -> None:
+        new = [
+            RegisterVariable(bounded, "n", "integer", Value("1"), '{"max": 5}', {"m": "1"}),
+            RegisterVariable(bounded, "x", "integer", Value("7"), '{"max": 9}'),
+            RegisterVariable(bounded, "t", "tensor", Value('{"shape": [2], "data": [1, 2]}')),
+        ]
+        ids = provider.register_variables(bounded, new)
+        assert list(ids) == [provider.get_variable(bounded, name).id for name in "nxt"]
+        assert provider.get_value(bounded, "x") == 0, "it was there, and keeps its value"
+        assert provider.get_variable(bounded, "n").metadata == {"m": "1"}
+        first = [provider.get_variable_history(bounded, name)[-1] for name in "nt"]
+        assert len({version.sequence for version in first}) == 1
+
+    def test_registers_all_or_none(self, provider: StateProvider, bounded: str) -> None:
+        before = provider.list_variables(bounded)
+        good = RegisterVariable(bounded, "n", "integer", Value("1"))
+        for bad in (
+            RegisterVariable(bounded, "m", "integer", Value('"no"')),
+            RegisterVariable(bounded, "x", "float", Value("1")),
+            RegisterVariable(bounded, "", "float", Value("1")),
+        ):
+            with pytest.raises(errors.StateError):
+                provider.register_variables(bounded, [good, bad])
+        with pytest.raises(errors.InvalidArgumentError, match="session"):
+            provider.register_variables(bounded, [RegisterVariable("other", "n", "integer", Value("1"))])
+        assert provider.list_variables(bounded) == before

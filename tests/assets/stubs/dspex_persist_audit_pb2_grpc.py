@@ -129,6 +129,21 @@ class AuditServiceStub(object):
                 request_serializer=dspex__persist__audit__pb2.GetContentHashRequest.SerializeToString,
                 response_deserializer=dspex__persist__audit__pb2.GetContentHashResponse.FromString,
                 _registered_method=True)
+        self.RegisterVariables = channel.unary_unary(
+                '/dspex.persist.v1.AuditService/RegisterVariables',
+                request_serializer=dspex__persist__audit__pb2.RegisterVariablesRequest.SerializeToString,
+                response_deserializer=dspex__persist__audit__pb2.RegisterVariablesResponse.FromString,
+                _registered_method=True)
+        self.RemoveDependency = channel.unary_unary(
+                '/dspex.persist.v1.AuditService/RemoveDependency',
+                request_serializer=dspex__persist__audit__pb2.RemoveDependencyRequest.SerializeToString,
+                response_deserializer=dspex__persist__audit__pb2.RemoveDependencyResponse.FromString,
+                _registered_method=True)
+        self.GetDependencies = channel.unary_unary(
+                '/dspex.persist.v1.AuditService/GetDependencies',
+                request_serializer=dspex__persist__audit__pb2.GetDependenciesRequest.SerializeToString,
+                response_deserializer=dspex__persist__audit__pb2.GetDependenciesResponse.FromString,
+                _registered_method=True)
 
 
 class AuditServiceServicer(object):
@@ -278,6 +293,30 @@ class AuditServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RegisterVariables(self, request, context):
+        """Commands that the bridge lacks. They take the bridge's headers, and are part of the execution that
+        x-dspex-execution-id names.
+
+        Register several variables in one commit, all or none of them; as RegisterVariable of the bridge for each.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveDependency(self, request, context):
+        """Declare that a variable does not depend on another one any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetDependencies(self, request, context):
+        """The variables on which one depends, or those that depend on it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AuditServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -365,6 +404,21 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     servicer.GetContentHash,
                     request_deserializer=dspex__persist__audit__pb2.GetContentHashRequest.FromString,
                     response_serializer=dspex__persist__audit__pb2.GetContentHashResponse.SerializeToString,
+            ),
+            'RegisterVariables': grpc.unary_unary_rpc_method_handler(
+                    servicer.RegisterVariables,
+                    request_deserializer=dspex__persist__audit__pb2.RegisterVariablesRequest.FromString,
+                    response_serializer=dspex__persist__audit__pb2.RegisterVariablesResponse.SerializeToString,
+            ),
+            'RemoveDependency': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveDependency,
+                    request_deserializer=dspex__persist__audit__pb2.RemoveDependencyRequest.FromString,
+                    response_serializer=dspex__persist__audit__pb2.RemoveDependencyResponse.SerializeToString,
+            ),
+            'GetDependencies': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDependencies,
+                    request_deserializer=dspex__persist__audit__pb2.GetDependenciesRequest.FromString,
+                    response_serializer=dspex__persist__audit__pb2.GetDependenciesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -836,6 +890,87 @@ class AuditService(object):
             '/dspex.persist.v1.AuditService/GetContentHash',
             dspex__persist__audit__pb2.GetContentHashRequest.SerializeToString,
             dspex__persist__audit__pb2.GetContentHashResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RegisterVariables(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dspex.persist.v1.AuditService/RegisterVariables',
+            dspex__persist__audit__pb2.RegisterVariablesRequest.SerializeToString,
+            dspex__persist__audit__pb2.RegisterVariablesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveDependency(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dspex.persist.v1.AuditService/RemoveDependency',
+            dspex__persist__audit__pb2.RemoveDependencyRequest.SerializeToString,
+            dspex__persist__audit__pb2.RemoveDependencyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetDependencies(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dspex.persist.v1.AuditService/GetDependencies',
+            dspex__persist__audit__pb2.GetDependenciesRequest.SerializeToString,
+            dspex__persist__audit__pb2.GetDependenciesResponse.FromString,
             options,
             channel_credentials,
             insecure,

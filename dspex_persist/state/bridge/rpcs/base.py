@@ -45,6 +45,8 @@ class Rpc(Generic[C, R]):
     """Whether the response may become too large for a message, and needs a check."""
     log: Callable[[Any, C, R], None] | None = None
     """Logs the call on the server."""
+    beside: bool = False
+    """Whether the rpc belongs to the service beside the bridge's own."""
     rpc: str = ""
     """The name of the rpc, if it differs from the command's."""
 
