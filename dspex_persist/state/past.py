@@ -117,14 +117,11 @@ def fork(session_id: str, commits: Sequence[PastCommit], new_session_id: str, at
         if commit.sequence > sequence:
             break
         for event in commit.events:
-            if isinstance(event, DependencyAdded):
-                edges = edges.added(Dependency(event.from_id, event.to_id, event.type, commit.sequence))
-            elif isinstance(event, RuleAdded):
+            edges = _edges_after(edges, event, commit.sequence)
+            if isinstance(event, RuleAdded):
                 rules = rules.added(Rule(event.name, event.expression, event.description))
             elif isinstance(event, RuleRemoved):
                 rules = rules.without(event.name)
-            elif isinstance(event, DependencyRemoved):
-                edges = edges.removed(Dependency(event.from_id, event.to_id, event.type, commit.sequence))
         for change in commit.changes:
             if change.version.kind is ChangeKind.DELETED:
                 del variables[change.variable.id]
@@ -134,6 +131,13 @@ def fork(session_id: str, commits: Sequence[PastCommit], new_session_id: str, at
         edge for edge in edges if edge.until is None and edge.from_id in variables and edge.to_id in variables
     )
     return ForkSession(new_session_id, session_id, sequence, tuple(variables.values()), lasting, tuple(rules.values()))
+
+
+def _edges_after(edges: Dependencies, event: Event, sequence: int) -> Dependencies:
+    if not isinstance(event, DependencyAdded | DependencyRemoved):
+        return edges
+    edge = Dependency(event.from_id, event.to_id, event.type, sequence)
+    return edges.added(edge) if isinstance(event, DependencyAdded) else edges.removed(edge)
 
 
 def _resolve(at: str, commits: Sequence[PastCommit], head: int) -> int:
