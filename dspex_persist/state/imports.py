@@ -23,7 +23,7 @@ from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, UnitOfWork
 IMPORT: Final = Origin("dspex-persist", "import")
 _PAGE_COMMITS: Final = 500
 _PAGE_BYTES: Final = 2 * 1024 * 1024
-_MEMORY_BYTES: Final = 4 * 1024 * 1024
+_MEMORY_BYTES: Final = 16 * 1024 * 1024
 """About how many bytes of checked commits stay in memory."""
 
 
