@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, TypeAlias, TypeVar
@@ -28,6 +29,10 @@ _IN_MEMORY: Final = "memory:"
 
 _LONG: Final = frozenset[type]({ExecuteTool})
 """Commands that may take as long as a tool does."""
+
+
+_passed: ContextVar[frozenset["Gate"]] = ContextVar("dspex_persist_passed_gates", default=frozenset())
+"""The gates that the code of this context has passed with a transaction."""
 
 
 class Gate:
@@ -68,7 +73,8 @@ class Gate:
     def enter_tool(self, *, wait: bool = True) -> bool:
         """Pass the gate for the execution of a tool, which may take long; `leave_tool` has to follow.
 
-        A tool's own calls of tools pass at once: whoever holds the gate waits for the outer one.
+        A tool's own calls of tools pass at once, and so do those in a transaction: whoever holds the gate waits for the
+        outer one.
 
         Args:
             wait: Wait for whoever holds the gate.
@@ -76,7 +82,7 @@ class Gate:
         Returns:
             Whether it passed; only False if it must not wait.
         """
-        inside = current_session.get() is not None
+        inside = current_session.get() is not None or self in _passed.get()
         with self._changed:
             while self._tools_held and not inside:
                 if not wait:
@@ -90,6 +96,14 @@ class Gate:
         with self._changed:
             self.tools.pop()
             self._changed.notify_all()
+
+    def let_in(self) -> None:
+        """Let the calls of this context that follow pass as part of a passage by `enter_tool`, until `let_out`."""
+        _passed.set(_passed.get() | {self})
+
+    def let_out(self) -> None:
+        """End what `let_in` began."""
+        _passed.set(_passed.get() - {self})
 
     @contextmanager
     def hold(self, timeout_s: float | None = None) -> Iterator[None]:

@@ -23,7 +23,8 @@ from dspex_persist.cognitive.steps import (
     run_work_aio,
     verb,
 )
-from dspex_persist.cognitive.variables import Variables, terms_of
+from dspex_persist.cognitive.transactions import Transacting
+from dspex_persist.cognitive.variables import terms_of
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.abilities import ExecutesTools
 from dspex_persist.state.errors import EngineClosedError, InvalidArgumentError
@@ -35,7 +36,7 @@ C = TypeVar("C", bound="Context")
 _TTL = "ttl_seconds"
 
 
-class Context(Variables):
+class Context(Transacting):
     """A session on any backend: its variables, and the tools that work on them.
 
     Creating the context begins the session, or resumes the live one with its id. Use it in a `with` block, or close it:

@@ -411,6 +411,11 @@ class Transaction(Submits):
         self._decided = False
 
     @property
+    def is_decided(self) -> bool:
+        """Whether `commit` or `abort` was called."""
+        return self._decided
+
+    @property
     @abstractmethod
     def status(self) -> str:
         """How it ended, as far as is known here, such as "committed"; "" while it runs."""

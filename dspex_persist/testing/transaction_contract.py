@@ -8,10 +8,13 @@ import concurrent.futures
 import gc
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, cast
 
 import pytest
 
+from dspex_persist.cognitive.context import Context
+from dspex_persist.cognitive.errors import ContextClosedError
 from dspex_persist.infra.mailbox import LoopMailbox
 from dspex_persist.state import commands, errors, values
 from dspex_persist.state.abilities import Transaction, Transacts
@@ -300,6 +303,142 @@ class TransactionContract(Contract):
         with provider.begin_transaction(shop) as transaction:
             write(transaction, "a", value_in(transaction, "a") + 1)
         assert provider.get_value(shop, "a") == 2
+
+    # Through a context
+
+    def test_a_block_of_a_context_is_one_commit(self, provider: Transacts, shop: str) -> None:
+        context = Context(shop, provider)
+        with context.transaction(reason="a sale", actor="ada") as tx:
+            tx["a"] = tx["a"] + 1
+            tx.update("b", lambda value: value + 2)
+            tx.define("d", "new", description="made in it")
+            assert (tx.call("add", name="a", amount=10), tx["a"], context["a"]) == (11, 11, 0)
+            assert [entry.value for entry in tx.history("a")] == [11, 1, 0]
+            assert sorted(tx.variables) == ["a", "b", "c", "d"]
+            tx.set("c", 3, reason="for once")
+            with pytest.raises(errors.InvalidArgumentError, match="a transaction has one for all that it does"):
+                tx.set("c", 4, actor="bob")
+        assert context.get_many() == {"a": 11, "b": 2, "c": 3, "d": "new"}
+        entries = [context.history(name, 1)[0] for name in "abcd"]
+        assert {entry.commit for entry in entries} == {tx.commit_sequence}
+        assert {(entry.actor, entry.execution_id) for entry in entries} == {("ada", tx.execution_id)}
+        assert [entry.reason for entry in entries] == ["a sale", "a sale", "for once", "a sale"]
+        assert (tx.status, tx.attempt) == ("committed", 1)
+
+    def test_a_conflict_of_a_block_is_raised_at_its_end(self, provider: Transacts, shop: str) -> None:
+        context = Context(shop, provider)
+        with pytest.raises(errors.ExecutionConflictError) as caught, context.transaction() as tx:  # noqa: PT012
+            tx["b"] = tx["a"] + 1
+            context["a"] = 5
+        assert caught.value.changes == "a (was at version 0, is at version 1)"
+        assert (tx.status, tx.commit_sequence, context["b"]) == ("conflict", None, 0)
+        with context.transaction(isolation="snapshot") as tx:
+            tx["b"] = tx["a"] + 1
+            context["a"] = 6
+        assert context["b"] == 6
+
+    def test_a_block_of_a_context_that_raises_writes_nothing(self, provider: Transacts, shop: str) -> None:
+        context = Context(shop, provider)
+        with pytest.raises(ZeroDivisionError), context.transaction() as tx:  # noqa: PT012
+            tx["a"] = 1
+            tx["b"] = 1 // 0
+        assert (tx.status, context["a"]) == ("failed", 0)
+        with context.transaction() as tx:
+            tx["a"] = 1
+            tx.abort()
+        assert (tx.status, context["a"]) == ("aborted", 0)
+        with context.transaction() as tx:
+            tx["a"] = 1
+            assert tx.commit() == tx.commit_sequence
+            with pytest.raises(ENDED):
+                tx["a"] = 2
+        assert (tx.status, context["a"]) == ("committed", 1)
+
+    def test_a_block_is_repeated_after_conflicts(self, provider: Transacts, shop: str) -> None:
+        context, attempts = Context(shop, provider), []
+        for tx in context.transactions(retries=3):
+            with tx:
+                attempts.append(tx.attempt)
+                tx["b"] = tx["a"]
+                if tx.attempt < 3:
+                    context["a"] += 1
+        assert (attempts, context["b"]) == ([1, 2, 3], 2)
+        with pytest.raises(errors.ExecutionConflictError):  # noqa: PT012
+            for tx in context.transactions(retries=1):
+                with tx:
+                    attempts.append(tx.attempt)
+                    tx["b"] = tx["a"]
+                    context["a"] += 1
+        assert (attempts, context["b"]) == ([1, 2, 3, 1, 2], 2)
+
+    def test_many_blocks_at_once_lose_nothing(self, provider: Transacts, shop: str) -> None:
+        context = Context(shop, provider)
+
+        def add() -> None:
+            for tx in context.transactions(retries=1000):
+                with tx:
+                    tx["a"] += 1
+                    tx["b"] = tx["a"]
+
+        with ThreadPoolExecutor(4) as pool:
+            for future in [pool.submit(add) for _ in range(12)]:
+                future.result(DEADLINE_S)
+        assert (context["a"], context["b"]) == (12, 12)
+
+    def test_an_asynchronous_block(self, provider: Transacts, shop: str) -> None:
+        async def run() -> int:
+            async with Context.aopen(shop, provider) as context:
+                async with context.transaction() as tx:
+                    await tx.set.aio("a", 1)
+                    assert (await tx.get.aio("a"), await context.get.aio("a")) == (1, 0)
+                    assert await tx.call.aio("add", amount=5) == 6
+                    assert [entry.version for entry in await tx.history.aio("a")] == [2, 1, 0]
+                with pytest.raises(ZeroDivisionError):
+                    async with context.transaction() as failed:
+                        await failed.set.aio("b", 1 // 0)
+                for each in context.transactions(retries=1):
+                    async with each:
+                        await each.set.aio("b", await each.get.aio("a"))
+                        if each.attempt == 1:
+                            await context.set.aio("a", 7)
+                assert (failed.status, each.attempt) == ("failed", 2)
+
+                async def add() -> None:
+                    for again in context.transactions(retries=1000):
+                        async with again:
+                            await again.set.aio("c", await again.get.aio("c") + 1)
+
+                await asyncio.gather(*(add() for _ in range(10)))
+                return int(await context.get.aio("c"))
+
+        assert asyncio.run(run()) == 10
+        assert (provider.get_value(shop, "a"), provider.get_value(shop, "b")) == (7, 7)
+
+    def test_many_asynchronous_blocks_in_a_session_that_queues(self, provider: Transacts, shop: str) -> None:
+        async def run() -> None:
+            async with Context.aopen(shop, provider, metadata={"dspex.concurrency": "queue"}) as context:
+
+                async def add() -> None:
+                    async with context.transaction() as tx:
+                        await tx.update.aio("a", lambda value: value + 1)
+
+                await asyncio.gather(*(add() for _ in range(40)))
+
+        asyncio.run(run())
+        assert provider.get_value(shop, "a") == 40
+
+    def test_a_block_needs_a_new_transaction_on_an_open_context(self, provider: Transacts, shop: str) -> None:
+        context = Context(shop, provider)
+        tx = context.transaction()
+        with pytest.raises(errors.InvalidArgumentError, match="has not begun"):
+            tx["a"] = 1
+        with tx:
+            tx["a"] = 1
+        with pytest.raises(errors.InvalidArgumentError, match="each block needs a new one"), tx:
+            pass
+        context.close()
+        with pytest.raises(ContextClosedError), context.transaction():
+            pass
 
     # Arguments
 

@@ -1,0 +1,307 @@
+"""Transactions of contexts: several reads and writes that take effect together, or not at all."""
+
+import asyncio
+import random
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Final, Self
+
+from dspex_persist.cognitive.backends import Backend
+from dspex_persist.cognitive.errors import ContextClosedError
+from dspex_persist.cognitive.steps import Asked, Step, Steps, Terms, Work, ask, run_work, run_work_aio, verb, work
+from dspex_persist.cognitive.variables import Variables
+from dspex_persist.infra.mailbox import LoopMailbox
+from dspex_persist.state import abilities, arguments, commands, values
+from dspex_persist.state.abilities import Transacts
+from dspex_persist.state.commands import Command
+from dspex_persist.state.errors import ExecutionConflictError, InvalidArgumentError
+from dspex_persist.state.model import ExecutionStatus, Isolation, Origin
+from dspex_persist.state.provider import TOOL_TIMEOUT_S, SubmitHere
+from dspex_persist.state.tools.ports import ToolCode, name_of
+
+RETRIES: Final = 10
+"""How often `transactions` repeats by default after a conflict."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.25
+
+
+class Transaction(Variables):
+    """Several reads and writes of a session that take effect together, or not at all.
+
+    It begins and ends with a block: `with ctx.transaction() as tx:`, or `async with`. In the block, `tx` has the verbs
+    of the context. Reads come from a snapshot, with the transaction's own writes on top; others see nothing of it. At
+    the end of the block everything is committed, in one commit, under the conflict rules of tools. If the block raises,
+    nothing is written. Usable from any thread in the block.
+
+    Attributes:
+        attempt: 1, or more if `transactions` repeats it after a conflict.
+        commit_sequence: The number of its commit, once it has committed.
+    """
+
+    def __init__(
+        self,
+        context: "Transacting",
+        terms: Terms,
+        isolation: Isolation | str,
+        timeout_s: float,
+        metadata: Mapping[str, str] | None,
+        *,
+        attempt: int = 1,
+        is_last: bool = True,
+    ) -> None:
+        self.session_id = context.session_id
+        self.strict = context.strict
+        self.attempt = attempt
+        self.commit_sequence: int | None = None
+        self._context = context
+        self._backend = context.backend
+        self._gate = context.backend.gate
+        self._terms = terms
+        self._options: dict[str, Any] = {"isolation": isolation, "timeout_s": timeout_s, "metadata": metadata}
+        self._is_last = is_last
+        self._opened: abilities.Transaction | None = None
+        self._loop: tuple[asyncio.AbstractEventLoop, SubmitHere] | None = None
+
+    # Verbs
+
+    @verb
+    def call(self, tool: ToolCode | str, /, **arguments: object) -> Steps[Any]:
+        """Execute a tool as part of the transaction.
+
+        Args:
+            tool: The tool, or its name.
+            arguments: The tool's arguments by name.
+
+        Returns:
+            The result of the tool, or None if it has none.
+
+        Raises:
+            StateError: The tool failed, and wrote nothing. The transaction goes on if you catch the error.
+        """
+        command = commands.ExecuteTool(self.session_id, name_of(tool), values.encode_arguments(arguments))
+        outcome = yield from ask(command)
+        if outcome.error is not None:
+            raise outcome.error
+        return values.decode_loosely(outcome.result, outcome.result_type) if outcome.result is not None else None
+
+    def run_step(self, step: Step) -> Any:
+        """See `Runs`."""
+        if isinstance(step, Work):
+            return run_work(step)
+        command, origin = self._asked(step)
+        return self._begun.submit(command, origin).result()
+
+    async def run_step_aio(self, step: Step) -> Any:
+        """See `Runs`."""
+        if isinstance(step, Work):
+            return await run_work_aio(step)
+        loop = asyncio.get_running_loop()
+        if self._loop is None or self._loop[0] is not loop:
+            self._loop = loop, self._begun.on_loop(LoopMailbox(loop))
+        command, origin = self._asked(step)
+        return await self._loop[1](command, origin)
+
+    def _asked(self, step: Command[Any] | Asked) -> tuple[Command[Any], Origin | None]:
+        if not isinstance(step, Asked):
+            return step, None
+        actor, reason, key = step.terms
+        if actor is not None or key is not None:
+            raise InvalidArgumentError(
+                "actor" if actor is not None else "idempotency_key", "a transaction has one for all that it does"
+            )
+        if reason is None:
+            return step.command, None
+        return step.command, self._backend.provider.origin(step.command.cause, reason=reason)
+
+    # Beginning and ending
+
+    @property
+    def _begun(self) -> abilities.Transaction:
+        if self._opened is None:
+            raise InvalidArgumentError(
+                "transaction", "it has not begun: use it in a block, with ctx.transaction() as tx"
+            )
+        return self._opened
+
+    @property
+    def execution_id(self) -> str:
+        """Its id in the journal."""
+        return self._begun.execution_id
+
+    @property
+    def status(self) -> str:
+        """How it ended, as far as is known: "committed", "conflict", "aborted", "failed", ...; "" before."""
+        return "" if self._opened is None else self._opened.status
+
+    @verb
+    def commit(self) -> Steps[int]:
+        """Commit before the end of the block, after which the transaction cannot be used; return the commit's number.
+
+        Raises:
+            ExecutionConflictError: Others have changed what the transaction depends on; nothing was written.
+            ExecutionEndedError: It has ended before.
+        """
+        self.commit_sequence = yield from work(self._begun.commit)
+        return self.commit_sequence
+
+    @verb
+    def abort(self) -> Steps[None]:
+        """End the transaction without writing anything; does nothing if it has ended."""
+        yield from work(self._begun.abort)
+
+    def _submit(self) -> "Future[abilities.Transaction]":
+        if self._context.closed:
+            raise ContextClosedError(self.session_id)
+        if self._opened is not None:
+            raise InvalidArgumentError("transaction", "it has begun before: each block needs a new one")
+        provider = self._backend.provider
+        actor, reason, _ = self._terms
+        origin = provider.origin("BeginTransaction", actor=actor, reason=reason)
+        return Transacts.of(provider).submit_transaction(self.session_id, **self._options, origin=origin)
+
+    def _pause_s(self) -> float:
+        """How long to wait before it begins: random, so that those that conflicted do not do so again."""
+        return random.uniform(0, min(_FIRST_PAUSE_S * 2.0**self.attempt, _LONGEST_PAUSE_S)) if self.attempt > 1 else 0.0
+
+    def _ending(self, error: BaseException | None) -> "Future[Any] | None":
+        """Begin to end it as its block does; None if it was committed or aborted in the block."""
+        opened = self._begun
+        if error is not None:
+            return opened.submit_abort(error)
+        return None if opened.is_decided else opened.submit_commit()
+
+    def _settle(self, error: BaseException | None, result: Callable[[], Any]) -> None:
+        """Take the result of the end of the block, whose own error was `error`."""
+        try:
+            ended = result()
+            if error is None:
+                self.commit_sequence = ended
+        except ExecutionConflictError:
+            if self._is_last:
+                raise
+
+    def __enter__(self) -> Self:
+        time.sleep(self._pause_s())
+        # A move of the session waits for its transactions, as it does for tools.
+        self._gate.enter_tool()
+        try:
+            self._opened = self._submit().result()
+        except BaseException:
+            self._gate.leave_tool()
+            raise
+        self._gate.let_in()
+        return self
+
+    async def __aenter__(self) -> Self:
+        await asyncio.sleep(self._pause_s())
+        if not self._gate.enter_tool(wait=False):
+            await asyncio.to_thread(self._gate.enter_tool)
+        try:
+            self._opened = await asyncio.wrap_future(self._submit())
+        except BaseException:
+            self._gate.leave_tool()
+            raise
+        self._gate.let_in()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            ending = self._ending(error)
+            if ending is not None:
+                self._settle(error, ending.result)
+        finally:
+            self._gate.let_out()
+            self._gate.leave_tool()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            ending = self._ending(error)
+            if ending is not None:
+                # The end is not cancelled with its caller, who would not know how the transaction has ended.
+                await asyncio.wait((asyncio.ensure_future(asyncio.wrap_future(ending)),))
+                self._settle(error, ending.result)
+        finally:
+            self._gate.let_out()
+            self._gate.leave_tool()
+
+    def __repr__(self) -> str:
+        return f"<Transaction on session {self.session_id!r}{f', {self.status}' if self.status else ''}>"
+
+
+class Transacting(Variables):
+    """The verbs of a context about the session as a whole: transactions, and its state in the past."""
+
+    backend: Backend
+    _terms: Terms
+
+    @property
+    @abstractmethod
+    def closed(self) -> bool:
+        """Whether it was closed."""
+
+    def transaction(
+        self,
+        *,
+        isolation: Isolation | str = Isolation.SERIALIZABLE,
+        timeout_s: float = TOOL_TIMEOUT_S,
+        metadata: Mapping[str, str] | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> Transaction:
+        """Return a transaction, which begins and ends with a block: `with ctx.transaction() as tx:`, or `async with`.
+
+        At the end of the block, everything that `tx` has written is committed, in one commit. If others have changed
+        what it has read or written meanwhile, `ExecutionConflictError` is raised and nothing is written; nor if the
+        block raises.
+
+        Args:
+            isolation: What others must not change: all that it reads and writes ("serializable"), or only what it
+                writes ("snapshot").
+            timeout_s: How long it may last, in seconds.
+            metadata: Texts to record with it in the journal.
+            reason: Why it writes; by default the history says nothing.
+            actor: Who writes; by default the actor of the context.
+        """
+        return Transaction(self, self._terms_of(actor, reason), isolation, timeout_s, metadata)
+
+    def transactions(
+        self,
+        *,
+        retries: int = RETRIES,
+        isolation: Isolation | str = Isolation.SERIALIZABLE,
+        timeout_s: float = TOOL_TIMEOUT_S,
+        metadata: Mapping[str, str] | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> Iterator[Transaction]:
+        """Yield transactions until one of them does not conflict, to repeat a block:
+
+            for tx in ctx.transactions():
+                with tx:
+                    tx["stock"] -= 1
+
+        Args:
+            retries: How often to repeat it. The conflict of the last attempt is raised.
+            isolation: As for `transaction`, and so are the others.
+            timeout_s: How long each attempt may last, in seconds.
+            metadata: Texts to record with it in the journal.
+            reason: Why it writes.
+            actor: Who writes.
+        """
+        terms, most = self._terms_of(actor, reason), arguments.short_number("retries", retries)
+        for attempt in range(1, most + 2):
+            transaction = Transaction(
+                self, terms, isolation, timeout_s, metadata, attempt=attempt, is_last=attempt > most
+            )
+            yield transaction
+            if transaction.status != ExecutionStatus.CONFLICT:
+                return
+
+    def _terms_of(self, actor: str | None, reason: str | None) -> Terms:
+        return Terms(self._terms.actor if actor is None else actor, reason)
