@@ -27,6 +27,7 @@ from dspex_persist.state.model import (
     ExecutionStatus,
     Origin,
     RegisteredTool,
+    Rule,
     SessionSummary,
     SessionView,
     Source,
@@ -98,6 +99,12 @@ SAMPLES: list[tuple[commands.Command[Any], Any]] = [
         ),
     ),
     (commands.RegisterTools("s", "w", (TOOL,)), {"t": "s:t"}),
+    (commands.ConstrainVariable("s", "x", '{"max":2}', Value("1"), {"a": "1"}, 0), 4),
+    (commands.ConstrainVariable("s", "x", "", TENSOR), 4),
+    (commands.ConstrainVariable("s", "x", ""), 0),
+    (commands.AddRule("s", "fits", "a < b", "so", True), None),
+    (commands.RemoveRule("s", "fits"), None),
+    (commands.ListRules("s"), (Rule("fits", "a < b", "so"), Rule("none", "a > 1"))),
 ]
 
 

@@ -19,6 +19,7 @@ from dspex_persist.testing.provider_contract.base import SMALL_LIMITS, Contract,
 from dspex_persist.testing.provider_contract.batches import BatchContract
 from dspex_persist.testing.provider_contract.closing import ClosingContract
 from dspex_persist.testing.provider_contract.concurrency import ConcurrencyContract
+from dspex_persist.testing.provider_contract.constraining import ConstrainingContract
 from dspex_persist.testing.provider_contract.dependencies import DependencyContract
 from dspex_persist.testing.provider_contract.history import HistoryContract
 from dspex_persist.testing.provider_contract.hostile import HostileInputContract
@@ -26,6 +27,7 @@ from dspex_persist.testing.provider_contract.idempotency import IdempotencyContr
 from dspex_persist.testing.provider_contract.leases import LeaseContract
 from dspex_persist.testing.provider_contract.limits import LimitContract
 from dspex_persist.testing.provider_contract.optimization import OptimizationContract
+from dspex_persist.testing.provider_contract.rules import RuleContract
 from dspex_persist.testing.provider_contract.schemas import SchemaContract
 from dspex_persist.testing.provider_contract.sessions import SessionContract
 from dspex_persist.testing.provider_contract.sharing import SharingContract
@@ -41,6 +43,7 @@ __all__ = [
     "BatchContract",
     "ClosingContract",
     "ConcurrencyContract",
+    "ConstrainingContract",
     "Contract",
     "DependencyContract",
     "HistoryContract",
@@ -51,6 +54,7 @@ __all__ = [
     "OptimizationContract",
     "ProviderContract",
     "Reopen",
+    "RuleContract",
     "SchemaContract",
     "SessionContract",
     "SharingContract",
@@ -65,6 +69,8 @@ class ProviderContract(
     SessionContract,
     ValueContract,
     SchemaContract,
+    ConstrainingContract,
+    RuleContract,
     VariableContract,
     BatchContract,
     HistoryContract,

@@ -144,6 +144,26 @@ class AuditServiceStub(object):
                 request_serializer=dspex__persist__audit__pb2.GetDependenciesRequest.SerializeToString,
                 response_deserializer=dspex__persist__audit__pb2.GetDependenciesResponse.FromString,
                 _registered_method=True)
+        self.ConstrainVariable = channel.unary_unary(
+                '/dspex.persist.v1.AuditService/ConstrainVariable',
+                request_serializer=dspex__persist__audit__pb2.ConstrainVariableRequest.SerializeToString,
+                response_deserializer=dspex__persist__audit__pb2.ConstrainVariableResponse.FromString,
+                _registered_method=True)
+        self.AddRule = channel.unary_unary(
+                '/dspex.persist.v1.AuditService/AddRule',
+                request_serializer=dspex__persist__audit__pb2.AddRuleRequest.SerializeToString,
+                response_deserializer=dspex__persist__audit__pb2.AddRuleResponse.FromString,
+                _registered_method=True)
+        self.RemoveRule = channel.unary_unary(
+                '/dspex.persist.v1.AuditService/RemoveRule',
+                request_serializer=dspex__persist__audit__pb2.RemoveRuleRequest.SerializeToString,
+                response_deserializer=dspex__persist__audit__pb2.RemoveRuleResponse.FromString,
+                _registered_method=True)
+        self.ListRules = channel.unary_unary(
+                '/dspex.persist.v1.AuditService/ListRules',
+                request_serializer=dspex__persist__audit__pb2.ListRulesRequest.SerializeToString,
+                response_deserializer=dspex__persist__audit__pb2.ListRulesResponse.FromString,
+                _registered_method=True)
 
 
 class AuditServiceServicer(object):
@@ -317,6 +337,34 @@ class AuditServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ConstrainVariable(self, request, context):
+        """Give a variable other constraints and a value that satisfies them, in one commit. If the constraints have another
+        schema_version, the cause of the commit is that migration.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AddRule(self, request, context):
+        """Rules: expressions over the variables of a session that hold after every commit (docs/typed-state.md). A write that
+        would violate one is refused with FAILED_PRECONDITION. They are never part of an execution.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveRule(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRules(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AuditServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -419,6 +467,26 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     servicer.GetDependencies,
                     request_deserializer=dspex__persist__audit__pb2.GetDependenciesRequest.FromString,
                     response_serializer=dspex__persist__audit__pb2.GetDependenciesResponse.SerializeToString,
+            ),
+            'ConstrainVariable': grpc.unary_unary_rpc_method_handler(
+                    servicer.ConstrainVariable,
+                    request_deserializer=dspex__persist__audit__pb2.ConstrainVariableRequest.FromString,
+                    response_serializer=dspex__persist__audit__pb2.ConstrainVariableResponse.SerializeToString,
+            ),
+            'AddRule': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddRule,
+                    request_deserializer=dspex__persist__audit__pb2.AddRuleRequest.FromString,
+                    response_serializer=dspex__persist__audit__pb2.AddRuleResponse.SerializeToString,
+            ),
+            'RemoveRule': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveRule,
+                    request_deserializer=dspex__persist__audit__pb2.RemoveRuleRequest.FromString,
+                    response_serializer=dspex__persist__audit__pb2.RemoveRuleResponse.SerializeToString,
+            ),
+            'ListRules': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRules,
+                    request_deserializer=dspex__persist__audit__pb2.ListRulesRequest.FromString,
+                    response_serializer=dspex__persist__audit__pb2.ListRulesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -971,6 +1039,114 @@ class AuditService(object):
             '/dspex.persist.v1.AuditService/GetDependencies',
             dspex__persist__audit__pb2.GetDependenciesRequest.SerializeToString,
             dspex__persist__audit__pb2.GetDependenciesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ConstrainVariable(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dspex.persist.v1.AuditService/ConstrainVariable',
+            dspex__persist__audit__pb2.ConstrainVariableRequest.SerializeToString,
+            dspex__persist__audit__pb2.ConstrainVariableResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddRule(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dspex.persist.v1.AuditService/AddRule',
+            dspex__persist__audit__pb2.AddRuleRequest.SerializeToString,
+            dspex__persist__audit__pb2.AddRuleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveRule(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dspex.persist.v1.AuditService/RemoveRule',
+            dspex__persist__audit__pb2.RemoveRuleRequest.SerializeToString,
+            dspex__persist__audit__pb2.RemoveRuleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRules(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dspex.persist.v1.AuditService/ListRules',
+            dspex__persist__audit__pb2.ListRulesRequest.SerializeToString,
+            dspex__persist__audit__pb2.ListRulesResponse.FromString,
             options,
             channel_credentials,
             insecure,

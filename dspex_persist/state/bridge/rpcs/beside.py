@@ -7,6 +7,7 @@ from google.protobuf.message import Message
 from dspex_persist.state import commands
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
 from dspex_persist.state.bridge.incoming import Call, check_count, check_together
+from dspex_persist.state.bridge.rpcs import rules
 from dspex_persist.state.bridge.rpcs.base import Rpc
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Value
@@ -92,4 +93,5 @@ RPCS: Final[tuple[Rpc[Any, Any], ...]] = (
         is_list=True,
         beside=True,
     ),
+    *rules.RPCS,
 )
