@@ -9,10 +9,12 @@ if TYPE_CHECKING:
     import os
 
     from dspex_persist.cognitive.context import Context as Context
+    from dspex_persist.cognitive.errors import ContextClosedError as ContextClosedError
     from dspex_persist.cognitive.tool_context import ToolContext as ToolContext
     from dspex_persist.cognitive.toolbox import Toolbox as Toolbox
     from dspex_persist.cognitive.tools import Tool as Tool
     from dspex_persist.cognitive.tools import tool as tool
+    from dspex_persist.cognitive.variables import Definition as Definition
     from dspex_persist.cognitive.variables import Variables as Variables
     from dspex_persist.cognitive.variables import decode as decode
     from dspex_persist.errors import DspexError as DspexError
@@ -52,6 +54,8 @@ _HOMES = {
     "Breaker": "dspex_persist.state.bridged",
     "BridgedState": "dspex_persist.state.bridged",
     "Context": "dspex_persist.cognitive.context",
+    "ContextClosedError": "dspex_persist.cognitive.errors",
+    "Definition": "dspex_persist.cognitive.variables",
     "DspexError": "dspex_persist.errors",
     "EmbeddedState": "dspex_persist.state.embedded",
     "ExecutionConflictError": "dspex_persist.state.errors",

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -16,6 +16,7 @@ from dspex_persist.infra.mailbox import LoopMailbox
 from dspex_persist.opening import open_state
 from dspex_persist.state.abilities import Durable, KeepsOrder
 from dspex_persist.state.commands import Command, ExecuteTool
+from dspex_persist.state.model import Origin
 from dspex_persist.state.provider import StateProvider, SubmitHere
 from dspex_persist.state.tools.session import current_session
 
@@ -247,6 +248,8 @@ class Backend:
             gate.wait()
 
     def _run(self, command: Command[R], terms: Terms) -> R:
+        if terms.optimizer_id is not None:
+            return self.provider.submit(command, origin_of(self.provider, command, terms)).result()
         return self.provider.run(command, terms.idempotency_key, actor=terms.actor, reason=terms.reason)
 
     async def run_aio(self, command: Command[R], terms: Terms = DEFAULT) -> R:
@@ -284,10 +287,15 @@ class Backend:
         # The loop itself writes while it has nothing else to do.
         mailbox.traffic.calls += 1
         try:
-            actor, reason, key = terms
-            return await submit(command, provider.origin(command.cause, key, actor=actor, reason=reason))
+            return await submit(command, origin_of(provider, command, terms))
         finally:
             mailbox.traffic.calls -= 1
 
     def __repr__(self) -> str:
         return f"<Backend {self.kind}{f' {self.url}' if self.url else ''}>"
+
+
+def origin_of(provider: StateProvider, command: Command[Any], terms: Terms) -> Origin:
+    """Return the origin of a command on these terms."""
+    origin = provider.origin(command.cause, terms.idempotency_key, actor=terms.actor, reason=terms.reason)
+    return origin if terms.optimizer_id is None else replace(origin, optimizer_id=terms.optimizer_id)

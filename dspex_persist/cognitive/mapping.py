@@ -20,7 +20,7 @@ class Holds(Protocol):
     def get_many(self) -> Callable[[], dict[str, Any]]: ...
 
     @property
-    def update_many(self) -> Callable[[Mapping[str, object]], object]: ...
+    def write_many(self) -> Callable[[Mapping[str, object]], object]: ...
 
 
 class VariableMapping(MutableMapping[str, Any]):
@@ -78,13 +78,13 @@ class VariableMapping(MutableMapping[str, Any]):
         return self.copy().values()
 
     def update(self, changes: Any = (), /, **more: Any) -> None:
-        """Write several values in one commit, or raise an error and write none."""
+        """Write several values, all or none; names that are not defined are defined, unless the context is strict."""
         try:
             merged = dict(changes, **more)
         except (TypeError, ValueError):
             kind = type(changes).__name__
             raise InvalidArgumentError("changes", f"it must be a mapping, such as a dict, not {kind}") from None
-        self._owner.update_many(merged)
+        self._owner.write_many(merged)
 
     def __eq__(self, other: object) -> bool:
         return self.copy() == dict(other) if isinstance(other, Mapping) else NotImplemented

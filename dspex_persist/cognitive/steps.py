@@ -13,6 +13,7 @@ the event loop. A verb uses another one by its steps: `yield from self.get.steps
 
 import asyncio
 import inspect
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Coroutine, Generator
 from functools import update_wrapper
@@ -31,11 +32,13 @@ class Terms(NamedTuple):
         actor: Terms makes the request, such as `user:alice`.
         reason: Why a change is made.
         idempotency_key: With the same key, a request takes effect only once.
+        optimizer_id: The optimizer that makes the request, which may write variables that it has locked.
     """
 
     actor: str | None = None
     reason: str | None = None
     idempotency_key: str | None = None
+    optimizer_id: str | None = None
 
 
 DEFAULT: Final = Terms()
@@ -72,6 +75,11 @@ def work(function: Callable[..., R], *arguments: Any) -> Steps[R]:
     return result
 
 
+def pause(seconds: float) -> Steps[None]:
+    """Wait; from asyncio without a thread."""
+    yield Work(time.sleep, (seconds,))
+
+
 class Runs(Protocol):
     """An object with verbs: it runs single steps."""
 
@@ -95,6 +103,8 @@ def run_work(work: Work) -> Any:
 
 async def run_work_aio(work: Work) -> Any:
     """Carry out work in a thread, or on this loop if it is a coroutine function."""
+    if work.function is time.sleep:
+        return await asyncio.sleep(*work.arguments)
     if inspect.iscoroutinefunction(work.function):
         return await work.function(*work.arguments)
     return await asyncio.to_thread(work.function, *work.arguments)

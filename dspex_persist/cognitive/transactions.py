@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Final, Self
 
-from dspex_persist.cognitive.backends import Backend
+from dspex_persist.cognitive.backends import Backend, origin_of
 from dspex_persist.cognitive.errors import ContextClosedError
 from dspex_persist.cognitive.steps import Asked, Step, Steps, Terms, Work, ask, run_work, run_work_aio, verb, work
 from dspex_persist.cognitive.variables import Variables
@@ -106,14 +106,14 @@ class Transaction(Variables):
     def _asked(self, step: Command[Any] | Asked) -> tuple[Command[Any], Origin | None]:
         if not isinstance(step, Asked):
             return step, None
-        actor, reason, key = step.terms
+        actor, reason, key, optimizer_id = step.terms
         if actor is not None or key is not None:
             raise InvalidArgumentError(
                 "actor" if actor is not None else "idempotency_key", "a transaction has one for all that it does"
             )
-        if reason is None:
+        if reason is None and optimizer_id is None:
             return step.command, None
-        return step.command, self._backend.provider.origin(step.command.cause, reason=reason)
+        return step.command, origin_of(self._backend.provider, step.command, step.terms)
 
     # Beginning and ending
 
@@ -157,8 +157,7 @@ class Transaction(Variables):
         if self._opened is not None:
             raise InvalidArgumentError("transaction", "it has begun before: each block needs a new one")
         provider = self._backend.provider
-        actor, reason, _ = self._terms
-        origin = provider.origin("BeginTransaction", actor=actor, reason=reason)
+        origin = provider.origin("BeginTransaction", actor=self._terms.actor, reason=self._terms.reason)
         return Transacts.of(provider).submit_transaction(self.session_id, **self._options, origin=origin)
 
     def _pause_s(self) -> float:

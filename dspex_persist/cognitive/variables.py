@@ -2,9 +2,11 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from dspex_persist.cognitive.mapping import VariableMapping
+from dspex_persist.cognitive.optimizing import Optimization, Status
 from dspex_persist.cognitive.records import DESCRIPTION, HistoryEntry, VariableInfo, decode
 from dspex_persist.cognitive.steps import Runs, Step, Steps, Terms, ask, verb, work
 from dspex_persist.state import arguments, commands, values
@@ -16,7 +18,7 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.model import BatchOutcome, Value
 
-__all__ = ["Variables", "decode"]
+__all__ = ["Definition", "Variables", "decode"]
 
 RETRIES = 100
 """How often `update` repeats by default when others write the variable meanwhile."""
@@ -24,6 +26,36 @@ RETRIES = 100
 # In the class below, `list` is a method.
 _Entries = list[HistoryEntry]
 _Infos = tuple[VariableInfo, ...]
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What `define_many` takes for a variable; see `Variables.define`.
+
+    Attributes:
+        value: The initial value.
+        type_name: Its type; by default it is inferred from `value`.
+        constraints: The constraints that every value must satisfy, by keyword.
+        description: What it is for.
+        metadata: Its metadata.
+    """
+
+    value: object
+    type_name: str | None = None
+    constraints: Mapping[str, Any] | None = None
+    description: str | None = None
+    metadata: Mapping[str, str] | None = None
+
+    def command(self, session_id: str, name: str) -> commands.RegisterVariable:
+        """Return the command that defines the variable."""
+        type_name = self.type_name if self.type_name is not None else values.infer_type(self.value, name=name)
+        type_name = arguments.text("type_name", type_name)
+        encoded = values.encode(self.value, type_name, name=name)
+        text = values.constraints_json(name, self.constraints)
+        facts = {} if self.metadata is None else self.metadata
+        if self.description is not None:
+            facts = {**arguments.mapping("metadata", facts), DESCRIPTION: self.description}
+        return commands.RegisterVariable(session_id, name, type_name, encoded, text, facts)
 
 
 class _TypeNeededError(Exception):
@@ -92,16 +124,40 @@ class Variables(Runs):
         Raises:
             StateError: The value or the constraints are invalid, or the variable exists with others.
         """
-        if type_name is None:
-            type_name = values.infer_type(value, name=name)
-        type_name = arguments.text("type_name", type_name)
-        encoded = values.encode(value, type_name, name=name)
-        text = values.constraints_json(name, constraints)
-        facts = {} if metadata is None else metadata
-        if description is not None:
-            facts = {**facts, DESCRIPTION: description}
-        command = commands.RegisterVariable(self.session_id, name, type_name, encoded, text, facts)
+        definition = Definition(value, type_name, constraints, description, metadata)
+        command = definition.command(self.session_id, name)
         return (yield from ask(command, terms_of(actor, reason)))
+
+    @verb
+    def define_many(
+        self,
+        definitions: Mapping[str, object],
+        *,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> Steps[Mapping[str, str]]:
+        """Define several variables in one commit, all or none of them.
+
+        Args:
+            definitions: By name, the initial value or a `Definition`, which has more than a value.
+            reason: Why they are defined.
+            actor: Who defines them; by default the actor of the context.
+
+        Returns:
+            The ids of the variables by name.
+
+        Raises:
+            StateError: One of them cannot be defined; see `define`.
+        """
+        given = arguments.mapping("definitions", definitions)
+        if not given:
+            return {}
+        known = {name: each if isinstance(each, Definition) else Definition(each) for name, each in given.items()}
+        command = commands.RegisterVariables(
+            self.session_id, tuple(each.command(self.session_id, name) for name, each in known.items())
+        )
+        ids = yield from ask(command, terms_of(actor, reason))
+        return dict(zip(known, ids, strict=True))
 
     @verb
     def get(self, name: str, default: Any = None) -> Steps[Any]:
@@ -286,6 +342,22 @@ class Variables(Runs):
             raise InvalidArgumentError("changes", "; ".join(outcome.errors.values()))
         return outcome
 
+    @verb
+    def write_many(self, changes: Mapping[str, object]) -> Steps[None]:
+        """Write several values as `ctx.variables.update` does: what is not defined is defined, unless strict.
+
+        New variables are defined in a commit of their own, after the others were written.
+        """
+        given = arguments.mapping("changes", changes)
+        new: set[str] = set()
+        if not self.strict and given:
+            found = yield from ask(commands.GetVariables(self.session_id, tuple(given)))
+            new = set(found.missing)
+        known = {name: value for name, value in given.items() if name not in new}
+        if known:
+            yield from self.update_many.steps(known)
+        yield from self.define_many.steps({name: value for name, value in given.items() if name in new})
+
     def _encode_if_known(self, name: str, value: object) -> Steps[Value]:
         try:
             return values.encode_for(value, _need_type, name=name)
@@ -326,6 +398,101 @@ class Variables(Runs):
         """
         command = commands.RollbackVariable(self.session_id, name, version)
         return decode((yield from ask(command, terms_of(actor, reason))))
+
+    # Dependencies
+
+    @verb
+    def depends_on(
+        self, name: str, *others: str, kind: str = "", reason: str | None = None, actor: str | None = None
+    ) -> Steps[None]:
+        """Declare that a variable depends on others. Whoever watches it is told when one of them changes.
+
+        Args:
+            name: The name of the variable.
+            others: The names of those on which it depends.
+            kind: In which way, in your words.
+            reason: Why.
+            actor: Who says so; by default the actor of the context.
+
+        Raises:
+            VariableNotFoundError: There is no such variable.
+            DependencyCycleError: It would depend on itself.
+        """
+        for other in others:
+            yield from ask(commands.AddDependency(self.session_id, name, other, kind), terms_of(actor, reason))
+
+    @verb
+    def remove_dependency(
+        self, name: str, other: str, *, kind: str = "", reason: str | None = None, actor: str | None = None
+    ) -> Steps[bool]:
+        """Declare that a variable does not depend on another one any more, and return whether it did.
+
+        Raises:
+            VariableNotFoundError: There is no such variable.
+        """
+        command = commands.RemoveDependency(self.session_id, name, other, kind)
+        return (yield from ask(command, terms_of(actor, reason)))
+
+    @verb
+    def dependencies(self, name: str, *, transitive: bool = False) -> Steps[tuple[str, ...]]:
+        """Return the names of the variables on which one depends, each after those that it depends on itself.
+
+        Args:
+            name: The name of the variable.
+            transitive: Include indirect dependencies.
+        """
+        return (yield from ask(commands.GetDependencies(self.session_id, name, False, transitive)))
+
+    @verb
+    def dependents(self, name: str, *, transitive: bool = False) -> Steps[tuple[str, ...]]:
+        """Return the names of the variables that depend on one, each after those that it depends on itself.
+
+        Args:
+            name: The name of the variable.
+            transitive: Include indirect dependencies.
+        """
+        return (yield from ask(commands.GetDependencies(self.session_id, name, True, transitive)))
+
+    # Optimization
+
+    def optimize(
+        self,
+        name: str,
+        config: Mapping[str, object] | None = None,
+        *,
+        optimizer_id: str | None = None,
+        wait_s: float = 0.0,
+        force: bool = False,
+    ) -> Optimization:
+        """Lock a variable while an optimizer tries values for it. Others can read it meanwhile, but not write it.
+
+        Use it in a `with` or `async with` block:
+
+            with ctx.optimize("temperature", {"target": "accuracy"}) as run:
+                for iteration, value in enumerate(candidates):
+                    run.report(iteration, value, {"accuracy": score(value)})
+
+        Args:
+            name: The name of the variable.
+            config: What the optimizer was started with. It is kept with the lock.
+            optimizer_id: The name of the optimizer; by default one is made up. A lock with the same name is renewed.
+            wait_s: How long to wait for the end of another's lock, in seconds.
+            force: Break another's lock if it still holds after `wait_s`; the history says so.
+
+        Returns:
+            The optimization, which begins with the block.
+        """
+        return Optimization(self, self.session_id, name, config, optimizer_id, wait_s, force)
+
+    @verb
+    def optimization(self, name: str) -> Steps[Status | None]:
+        """Return the status of the optimization that has locked a variable; None if there is none.
+
+        Raises:
+            VariableNotFoundError: There is no such variable.
+        """
+        record = yield from ask(commands.GetVariable(self.session_id, name))
+        return None if record.optimization is None else Status(record.optimization)
 
     # As a mapping
 
