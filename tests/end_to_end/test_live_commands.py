@@ -365,9 +365,10 @@ def test_changes_are_printed_as_they_come(place: list[str], session: str, run: R
         assert [all_.document()["kind"] for _ in "12"] == ["initial", "initial"]
         fine(run("set", session, "prompt", "Be kind.", *place))
         fine(run("set", session, "temperature", "0.3", "--why", "too hot", "--actor", "ann", *place))
-        assert watching.line()[10:] == 'temperature = 0.3  v1  by ann  "too hot"\n'
+        assert watching.line()[10:] == 'temperature = 0.3  v1  was 0.7  by ann  "too hot"\n'
         change, _ = all_.document(), all_.document()
         assert (change["name"], change["value"], change["version"], change["kind"]) == ("prompt", "Be kind.", 1, "set")
+        assert change["previous"] == "Be brief."
         fine(run("set", session, "new", "1", "--create", *place))
         assert all_.document()["kind"] == "registered"
         watching.interrupt()

@@ -1,5 +1,6 @@
 """dspex-persist watch: prints changes as they come."""
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
     from dspex_persist.state.watch import Watch
 
 _INITIAL: Final = "initial"
+_BRIEF: Final = 40
 _PAUSE_S: Final = 0.2
+_LOOK_S: Final = 1.0
+"""How often to look whether the server is still there, in seconds."""
 
 HELP: Final = (
     "Print the values of a session's variables, then each change as it comes, until Ctrl-C.\n\n"
@@ -91,14 +95,17 @@ def watch(
         raise
 
 
-def _print(lines: Iterator[Line], show: Callable[[Line], None], initial: bool, limit: int | None) -> None:
-    changes = 0
+def _print(
+    lines: Iterator[Line], show: "Callable[[Line, Value | None], None]", initial: bool, limit: int | None
+) -> None:
+    changes, values = 0, dict[str, "Value | None"]()
     for line in lines:
+        previous, values[line.name] = values.get(line.name), line.value
         if line.kind == _INITIAL:
             if initial:
-                show(line)
+                show(line, None)
             continue
-        show(line)
+        show(line, previous)
         changes += 1
         if changes == limit:
             return
@@ -125,6 +132,8 @@ def _of_server(
     from dspex_persist.state.audit import is_glob
     from dspex_persist.state.errors import VariableNotFoundError
 
+    # The library logs what this command says.
+    logging.getLogger("dspex_persist").setLevel(logging.ERROR)
     watched, matches = (() if any(map(is_glob, names)) else names), _matcher(names)
     try:
         watch = state.watch(session, watched)
@@ -147,15 +156,20 @@ def _of_server(
 
 
 def _updates(watch: "Watch") -> "Iterator[Update]":
-    """Yield the updates until the session ends."""
+    """Yield the updates until the session ends. A watch that has lost its server resumes by itself."""
     from dspex_persist.state.errors import SessionNotFoundError
 
+    reported = -1
     while True:
         try:
-            updates = watch.next()
+            updates = watch.next(_LOOK_S)
         except SessionNotFoundError:
             return
         yield from updates
+        error = watch.interrupted
+        if error is not None and reported != watch.resumptions:
+            reported = watch.resumptions
+            print(f"waiting: {text_of(error)}", file=sys.stderr, flush=True)
 
 
 def _again(state: "StateProvider", session: str, watched: Sequence[str], position: int) -> "Watch":
@@ -262,7 +276,7 @@ def _matcher(names: Sequence[str]) -> Callable[[str], bool]:
 # Output
 
 
-def _document(line: Line) -> None:
+def _document(line: Line, previous: "Value | None") -> None:
     from dspex_persist.cli.live.texts import document_of_value
 
     say_json(
@@ -273,6 +287,7 @@ def _document(line: Line) -> None:
             "type": line.type,
             "kind": line.kind,
             "value": document_of_value(line.value),
+            "previous": document_of_value(previous),
             "version": line.version,
             "actor": line.actor,
             "execution_id": line.execution_id,
@@ -284,13 +299,15 @@ def _document(line: Line) -> None:
     sys.stdout.flush()
 
 
-def _text(line: Line) -> None:
+def _text(line: Line, previous: "Value | None") -> None:
     from dspex_persist.cli.audit.rendering import short_id, value_text
     from dspex_persist.state.model import ChangeKind
 
     what = plain(line.name)
     what += " deleted" if line.kind == ChangeKind.DELETED else f" = {value_text(line.value, line.masked)}"
     words = [f"{line.at.astimezone():%H:%M:%S}", what, f"v{line.version}"]
+    if previous is not None:
+        words.append(f"was {_briefly(value_text(previous))}")
     if line.kind not in (_INITIAL, ChangeKind.SET, ChangeKind.DELETED):
         words.append(line.kind.replace("_", " "))
     if line.actor is not None:
@@ -300,3 +317,7 @@ def _text(line: Line) -> None:
         words.append(f'"{plain(line.reason)}"')
     say("  ".join(words))
     sys.stdout.flush()
+
+
+def _briefly(text: str) -> str:
+    return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}…"
