@@ -15,7 +15,7 @@ from benchmarks.load import ratios_of
 from benchmarks.plan import Plan
 from benchmarks.rpc import start_server
 from benchmarks.table import Row, Target
-from dspex_persist import Context
+from dspex_persist import BridgedState, Context, StateProvider
 
 _NAME: Final = "temperature"
 _REFERENCE: Final = "local"
@@ -33,6 +33,7 @@ class _Subject:
         variables: What is read and written.
         chunk: How many calls are made between two looks at the clock.
         targets: By operation.
+        reference: The key of the subject that its rates are compared with.
     """
 
     key: str
@@ -40,6 +41,7 @@ class _Subject:
     variables: _Variables
     chunk: int
     targets: dict[str, Target] = field(default_factory=dict)
+    reference: str = _REFERENCE
     written: int = 0
     rates: dict[str, list[float]] = field(default_factory=lambda: {"get": [], "set": []})
 
@@ -93,6 +95,7 @@ def _subjects(folder: Path) -> Iterator[AbstractContextManager[_Subject]]:
     yield _on(_REFERENCE, "in memory", "local", chunk=50, targets=per_s)
     yield _on("embedded", "a file", folder / "context.db", chunk=10)
     yield _on_server(folder / "served.db")
+    yield _cached(folder / "cached.db")
 
 
 @contextmanager
@@ -101,7 +104,7 @@ def _plain() -> Iterator[_Subject]:
 
 
 @contextmanager
-def _on(key: str, what: str, backend: str | Path, **others: Any) -> Iterator[_Subject]:
+def _on(key: str, what: str, backend: str | Path | StateProvider, **others: Any) -> Iterator[_Subject]:
     with Context(f"bench-{key}", backend) as ctx:
         ctx.define(_NAME, 0.0, constraints={"min": 0, "max": 1e12})
         yield _Subject(key, f"Context, {what}", cast(_Variables, ctx), **others)
@@ -115,15 +118,28 @@ def _on_server(path: Path) -> Iterator[_Subject]:
         process.terminate(_PATIENCE_S)
 
 
+@contextmanager
+def _cached(path: Path) -> Iterator[_Subject]:
+    """A client that keeps what it has read. Each round has its writes after its reads, as those of the others."""
+    target = Target("ratio", "at least", 50)
+    with start_server(path) as process:
+        with (
+            BridgedState(f"127.0.0.1:{process.port}", cache=True) as state,
+            _on("cached", "a server, cached", state, chunk=50, targets={"get": target}, reference="bridged") as subject,
+        ):
+            yield subject
+        process.terminate(_PATIENCE_S)
+
+
 def _row(operation: str, subject: _Subject, subjects: list[_Subject]) -> Row:
-    memory = next(each for each in subjects if each.key == _REFERENCE)
+    reference = next(each for each in subjects if each.key == subject.reference)
     rates = subject.rates[operation]
     return Row.of_rounds(
         f"cognitive.{operation}.{subject.key}",
         f"{operation}, {subject.what}",
         f"{operation}s/s",
         rates,
-        ratios_of(rates, memory.rates[operation]) if subject is not memory else (),
-        ratio_to=f"cognitive.{operation}.{_REFERENCE}" if subject is not memory else "",
+        ratios_of(rates, reference.rates[operation]) if subject is not reference else (),
+        ratio_to=f"cognitive.{operation}.{reference.key}" if subject is not reference else "",
         target=subject.targets.get(operation),
     )

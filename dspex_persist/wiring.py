@@ -107,7 +107,7 @@ def connect(url: str | os.PathLike[str], **options: Any) -> "StreamsTools":
             `sweep_interval_s`, `on_fatal`, `tool_threads`, and `tools`, which is anything that `Toolbox.of` accepts: a
             toolbox, a tool, a function, a module or its name, a list or a dict of these. In memory: the fields of
             `SessionOptions` (limits, session_ttl_s, ...), `sweep_interval_s`, `tools`, `tool_threads`. For a server:
-            `timeout_s` (seconds) and `actor`.
+            `timeout_s` (seconds), `actor`, `breaker`, `cache`, and the others of `BridgedState`.
 
     Returns:
         The provider. Close it when you are done; it is a context manager.

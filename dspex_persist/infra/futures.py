@@ -45,6 +45,13 @@ def failed(error: BaseException) -> "Future[Any]":
     return future
 
 
+def settled(result: A) -> "Future[A]":
+    """Return a future that has this result already."""
+    future: Future[A] = Future()
+    future.set_result(result)
+    return future
+
+
 def mapped(future: "Future[A]", change: Callable[[A], B]) -> "Future[B]":
     """Return a future of `change(result)`. Cancelling it cancels `future`."""
     derived: Future[B] = Future()

@@ -13,7 +13,14 @@ from dspex_persist.testing.audit_contract import AuditContract
 from dspex_persist.testing.durable_contract import DurableContract, DurableLeaseContract
 from dspex_persist.testing.fork_contract import ForkContract
 from dspex_persist.testing.import_contract import ImportContract
-from dspex_persist.testing.provider_contract import DEADLINE_S, SMALL_LIMITS, ClosingContract, ProviderContract, Reopen
+from dspex_persist.testing.provider_contract import (
+    DEADLINE_S,
+    SMALL_LIMITS,
+    ClosingContract,
+    LeaseContract,
+    ProviderContract,
+    Reopen,
+)
 from dspex_persist.testing.prune_contract import PruneContract
 from dspex_persist.testing.recording_contract import EndedRecordingContract, RecordingContract
 from dspex_persist.testing.server import ServedDatabase
@@ -59,6 +66,31 @@ class Bridged:
 
 class TestBridged(Bridged, ProviderContract, DurableContract):
     """The whole provider contract."""
+
+
+class Cached(Bridged):
+    """The same, by a client that keeps what it has read."""
+
+    @pytest.fixture
+    def provider(self, served: ServedDatabase) -> Iterator[StateProvider]:
+        if served.process.exit_code is not None:
+            served.restart()
+        with BridgedState(served.target, timeout_s=DEADLINE_S, cache=True) as provider:
+            yield provider
+
+
+class TestCached(Cached, ProviderContract):
+    """The whole provider contract."""
+
+
+class TestCachedClosing(Cached, ClosingContract):
+    """The contract of closing."""
+
+
+class TestCachedLeases(Cached, LeaseContract):
+    """The contract of leases that expire."""
+
+    settings: ClassVar[dict[str, Any]] = {"optimization_lease_s": LeaseContract.lease_s}
 
 
 class TestBridgedHistory(

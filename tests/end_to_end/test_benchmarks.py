@@ -25,7 +25,7 @@ RPCS = ("Ping", "GetVariable", "SetVariable", "SetVariables", "GetVariableHistor
 ASKED = ("newest", "as_of", "blame", "search", "export")
 EXECUTED = ("Ping", "noop", "read_3_write_2")
 WATCHED = ("p50.SetVariable", "p99.SetVariable", "p50.Ping", "p99.Ping")
-BACKENDS = ("dict", "local", "embedded", "bridged")
+BACKENDS = ("dict", "local", "embedded", "bridged", "cached")
 ENGINE = (
     "sqlite3.1",
     "sqlite3.64",

@@ -40,6 +40,7 @@ class Attempt:
         lost_s: How long to repeat the command after the connection was lost.
         line: The connection to the server.
         has_key: Whether the command has an idempotency key.
+        before: Called with the result, or with None after a failure, before the future has it.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Attempt:
         line: Line,
         *,
         has_key: bool,
+        before: Callable[[Any], None] | None = None,
     ) -> None:
         self._stub = stub
         self._rpc = rpc
@@ -68,6 +70,7 @@ class Attempt:
         self._give_up_at: float | None = None
         self._unknown: OutcomeUnknownError | None = None
         self._pause_s = _FIRST_PAUSE_S
+        self._before = before
         self._future: Future[Any] = Future()
 
     def start(self) -> Future[Any]:
@@ -78,11 +81,21 @@ class Attempt:
             self._line.admit()
             self._send()
         except (CircuitOpenError, InvalidArgumentError, LimitExceededError) as error:
-            self._future.set_exception(error)
+            self._fail(error)
         except (ValueError, TypeError) as error:
             # A message cannot carry it: a lone surrogate, or a number too large for its field.
-            self._future.set_exception(InvalidArgumentError("request", str(error)))
+            self._fail(InvalidArgumentError("request", str(error)))
         return self._future
+
+    def _resolve(self, result: Any) -> None:
+        if self._before is not None:
+            self._before(result)
+        self._future.set_result(result)
+
+    def _fail(self, error: StateError) -> None:
+        if self._before is not None:
+            self._before(None)
+        self._future.set_exception(error)
 
     def _write(self) -> None:
         self._headers = self._headers_of(self._command)
@@ -93,7 +106,7 @@ class Attempt:
             self._send()
         except ValueError:
             # The channel was closed meanwhile.
-            self._future.set_exception(EngineClosedError())
+            self._fail(EngineClosedError())
 
     def _send(self) -> None:
         self._sent_at = self._line.now()
@@ -109,13 +122,13 @@ class Attempt:
             self._line.ended(call, self._sent_at, told=not isinstance(self._command, ExecuteTool))
             self._failed(call)
         except grpc.FutureCancelledError:
-            self._future.set_exception(EngineClosedError())
+            self._fail(EngineClosedError())
         else:
             self._line.answered()
             try:
                 self._answered(response, call)
             except Exception as error:  # noqa: BLE001 -- gRPC's thread would swallow it, and the caller wait forever
-                self._future.set_exception(unreadable(self._line.target, error))
+                self._fail(unreadable(self._line.target, error))
 
     def _answered(self, response: Any, call: Any) -> None:
         def trailer(name: str) -> str | None:
@@ -123,12 +136,12 @@ class Attempt:
 
         result = self._rpc.result_of(self._command, response, trailer)
         if self._rpc.rest_of is None:
-            self._future.set_result(result)
+            self._resolve(result)
             return
         self._rows += result
         rest = self._rpc.rest_of(self._command, result, trailer)
         if rest is None:
-            self._future.set_result(self._rows)
+            self._resolve(self._rows)
             return
         self._command = rest
         self._deadline = self._line.now() + self._timeout_s
@@ -147,7 +160,7 @@ class Attempt:
             pause_s, self._pause_s = self._pause_s * self._line.jitter(), min(self._pause_s * 2, _LONGEST_PAUSE_S)
             self._send_later(pause_s, final)
         else:
-            self._future.set_exception(final)
+            self._fail(final)
 
     def _may_read_again(self, lost: bool, call: Any) -> bool:
         """Whether a read is worth another attempt. A server that has never answered is most likely not there."""
@@ -169,7 +182,7 @@ class Attempt:
     def _send_later(self, pause_s: float, error: StateError) -> None:
         """Send it again after a pause; it fails with `error` if there is no time left."""
         if self._line.now() + pause_s >= self._until():
-            self._future.set_exception(error)
+            self._fail(error)
             return
 
         def send() -> None:
@@ -179,6 +192,6 @@ class Attempt:
             elif self._command.writes:
                 self._send_later(wait_s, error)
             else:
-                self._future.set_exception(error)
+                self._fail(error)
 
         self._line.later(pause_s, send)

@@ -10,7 +10,7 @@ from weakref import WeakSet
 import grpc
 
 from dspex_persist.infra.channels import channel_options
-from dspex_persist.infra.futures import failed
+from dspex_persist.infra.futures import failed, settled
 from dspex_persist.infra.listen import target_of
 from dspex_persist.infra.threads import on_new_thread
 from dspex_persist.infra.user import user_name
@@ -29,6 +29,7 @@ from dspex_persist.state.abilities import (
 from dspex_persist.state.bridge import audit_client
 from dspex_persist.state.bridge.attempt import Attempt
 from dspex_persist.state.bridge.audit_client import BridgedAudit, BridgedImport
+from dspex_persist.state.bridge.cache import MAX_AGE_S, MAX_BYTES, ValueCache
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
 from dspex_persist.state.bridge.generated.dspex_persist_audit_pb2_grpc import AuditServiceStub
 from dspex_persist.state.bridge.generated.snakepit_bridge_pb2_grpc import BridgeServiceStub
@@ -59,9 +60,11 @@ from dspex_persist.state.errors import (
     InvalidArgumentError,
     LimitExceededError,
     StateError,
+    UnavailableError,
     UnsupportedError,
 )
 from dspex_persist.state.model import Isolation, Origin, PrunePolicy, PruneReport, SessionView, Source, ToolSpec, Value
+from dspex_persist.state.options import check_count
 from dspex_persist.state.provider import TOOL_TIMEOUT_S, Progress, Who, check_watch, fault_of, or_empty, silent
 from dspex_persist.state.recording import Header, RecordedCommit
 
@@ -100,6 +103,12 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
         execution_id: A running execution. All calls on variables and tools become part of its transaction: a process
             that runs a registered tool passes the id that it received in `x-dspex-execution-id`.
         breaker: When calls fail at once because the server does not answer; None for never.
+        cache: Whether to keep values that were read, to answer reads of a single variable without the server: True, or
+            the most bytes to keep. See `ValueCache` for what such a read may show.
+        cache_age_s: How old a cached value may be, in seconds.
+
+    Attributes:
+        cache: The cache, with its hits and misses; None without one.
 
     Raises:
         InvalidArgumentError: An argument is wrong.
@@ -115,6 +124,8 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
         actor: str | None = None,
         execution_id: str | None = None,
         breaker: Breaker | None = _BREAKER,
+        cache: bool | int = False,
+        cache_age_s: float = MAX_AGE_S,
     ) -> None:
         target = self._target = target_of(arguments.text("target", target))
         self._timeout_s = arguments.timeout("timeout_s", timeout_s)
@@ -129,6 +140,7 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
         self._stub = BridgeServiceStub(self._channel)
         self._line = Line(target, breaker)
         self._beside = AuditServiceStub(self._channel)
+        self.cache = self._cache_of(cache, arguments.timeout("cache_age_s", cache_age_s))
         self._closed = False
 
     def submit(self, command: Command[R], origin: Origin | None = None, *, timeout_s: float | None = None) -> Future[R]:
@@ -149,6 +161,10 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
         fault = self._here.refusal or (EngineClosedError() if self._closed else fault_of(command, origin))
         if fault is not None:
             return failed(fault)
+        # Reads of an execution see its own writes, which nobody else does before it has committed.
+        cache = self.cache if execution_id is None else None
+        if cache is not None and (found := cache.find(command)) is not None:
+            return settled(found)
         rpc = BY_COMMAND.get(type(command))
         if rpc is None:
             return failed(UnsupportedError(f"{command.cause} over the bridge"))
@@ -162,7 +178,34 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
             self._timeout_s,
             self._line,
             has_key=origin.idempotency_key is not None,
+            before=cache.sending(command) if cache is not None else None,
         ).start()
+
+    def run(self, command: Command[R], idempotency_key: str | None = None, **who: Unpack[Who]) -> R:
+        """See `StateProvider.run`."""
+        cache = self.cache
+        if cache is not None and self._execution_id is None and not self._closed and self._here.refusal is None:
+            found: R | None = cache.find(command)
+            if found is not None:
+                return found
+        return super().run(command, idempotency_key, **who)
+
+    def _cache_of(self, cache: bool | int, max_age_s: float) -> ValueCache | None:
+        if cache is False:
+            return None
+        max_bytes = MAX_BYTES if cache is True else cache
+        check_count("cache", max_bytes)
+        return ValueCache(self._follow, max_bytes=max_bytes, max_age_s=max_age_s)
+
+    def _follow(self, session_id: str) -> Any:
+        """Watch a session without its initial values, for the cache."""
+        if self._line.state != "closed":
+            raise UnavailableError(f"{self._target} does not answer")
+        return self._stub.WatchVariables(pb.WatchVariablesRequest(session_id=session_id))
+
+    def _forget(self, session_id: str) -> None:
+        if self.cache is not None:
+            self.cache.forget_session(session_id)
 
     def watch(
         self, session_id: str, identifiers: Sequence[str] = (), *, after_sequence: int | None = None
@@ -193,6 +236,7 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
             session_id=session_id,
             timeout_s=self._timeout_s,
             patience_s=self._watch_patience_s,
+            **({"on_update": partial(self.cache.told, session_id)} if self.cache is not None else {}),
         )
         self._watches.add(watch)
         if self._closed:
@@ -232,6 +276,7 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
             if here.refusal is None:
                 call.cancel()
                 here.close()
+                self._forget(session_id)
 
     def audit(self, *, reveal: bool = False, on_close: Callable[[], None] = _nothing) -> BridgedAudit:
         """Return an object for audit queries to the server.
@@ -336,7 +381,15 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
         stub = AuditServiceStub(self._channel)
         own = replace(origin, cause=execution_id)
         return BridgedTransaction(
-            session_id, execution_id, stream, stub, self._submit_within, own, self._target, self._timeout_s
+            session_id,
+            execution_id,
+            stream,
+            stub,
+            self._submit_within,
+            own,
+            self._target,
+            self._timeout_s,
+            partial(self._forget, session_id),
         )
 
     def _patience_s(self, command: Command[Any]) -> float:
@@ -373,6 +426,8 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
         if self._here.refusal is None:
             for watch in tuple(self._watches):
                 watch.end()
+            if self.cache is not None:
+                self.cache.close()
             self._channel.close()
             self._here.close()
 

@@ -59,6 +59,7 @@ class BridgedTransaction(Transaction):
         origin: Who began it.
         target: The server, for errors.
         timeout_s: How long to wait for the answer to a commit.
+        on_end: Called when it has ended, before its caller knows.
     """
 
     def __init__(
@@ -71,8 +72,10 @@ class BridgedTransaction(Transaction):
         origin: Origin,
         target: str,
         timeout_s: float,
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(session_id, execution_id)
+        self._on_end = on_end
         self._stream = stream
         self._stub = stub
         self._submit = submit
@@ -96,6 +99,7 @@ class BridgedTransaction(Transaction):
 
     def _end(self, status: str) -> None:
         self._status = self._status or status
+        self._on_end()
         self._here.close()
         self._stream.cancel()
 

@@ -43,6 +43,7 @@ class BridgedWatch(Watch):
         session_id: The session, for the log.
         timeout_s: How long to wait until the server has begun a stream, in seconds.
         patience_s: How long to try to resume, in seconds; with 0 the first interruption ends the watch.
+        on_update: Called with each update before the watcher gets it.
 
     Raises:
         StateError: The server refuses the watch, or cannot be reached.
@@ -57,7 +58,9 @@ class BridgedWatch(Watch):
         session_id: str,
         timeout_s: float,
         patience_s: float,
+        on_update: Callable[[Update], None] = lambda _: None,
     ) -> None:
+        self._on_update = on_update
         self._open_stream = open_stream
         self._error_of = error_of
         self._line = line
@@ -218,6 +221,7 @@ class BridgedWatch(Watch):
                     self.position = max(self.position, sequence)
                 return
             update = self._completed(codec.update_of(message))
+            self._on_update(update)
             self._buffer.append(update)
             if update.part[0] < update.part[1]:
                 return
