@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from dspex_persist.cognitive.context import Context as Context
     from dspex_persist.cognitive.errors import ContextClosedError as ContextClosedError
+    from dspex_persist.cognitive.handles import Variable as Variable
     from dspex_persist.cognitive.tool_context import ToolContext as ToolContext
     from dspex_persist.cognitive.toolbox import Toolbox as Toolbox
     from dspex_persist.cognitive.tools import Tool as Tool
@@ -80,6 +81,7 @@ _HOMES = {
     "UnavailableError": "dspex_persist.state.errors",
     "UnsupportedError": "dspex_persist.state.errors",
     "VariableLockedError": "dspex_persist.state.errors",
+    "Variable": "dspex_persist.cognitive.handles",
     "VariableNotFoundError": "dspex_persist.state.errors",
     "Variables": "dspex_persist.cognitive.variables",
     "VersionConflictError": "dspex_persist.state.errors",

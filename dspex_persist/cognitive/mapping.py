@@ -1,7 +1,7 @@
 """The variables of a session as a mapping that behaves like a dict."""
 
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, MutableMapping, ValuesView
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from dspex_persist.state.errors import InvalidArgumentError, VariableNotFoundError
 
@@ -21,6 +21,41 @@ class Holds(Protocol):
 
     @property
     def write_many(self) -> Callable[[Mapping[str, object]], object]: ...
+
+
+class Attributes:
+    """A session's variables as attributes: `ctx.v.temperature`. Names that are no identifiers need `[]`."""
+
+    __slots__ = ("_owner",)
+
+    def __init__(self, owner: Holds) -> None:
+        object.__setattr__(self, "_owner", owner)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            # Python and notebooks look for many of these, which are no variables.
+            raise AttributeError(name)
+        try:
+            return self._owner[name]
+        except VariableNotFoundError as error:
+            raise AttributeError(str(error)) from None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name.startswith("_"):
+            raise AttributeError(f"{name!r} begins with an underscore: write it with ctx[{name!r}] = ...")
+        self._owner[name] = value
+
+    def __delattr__(self, name: str) -> None:
+        try:
+            del self._owner[name]
+        except VariableNotFoundError as error:
+            raise AttributeError(str(error)) from None
+
+    def __dir__(self) -> list[str]:
+        return [name for name in self._owner if name.isidentifier()]
+
+    def __repr__(self) -> str:
+        return f"<variables {', '.join(self._owner)}>"
 
 
 class VariableMapping(MutableMapping[str, Any]):
@@ -61,6 +96,19 @@ class VariableMapping(MutableMapping[str, Any]):
         except VariableNotFoundError:
             return default
 
+    def popitem(self) -> tuple[str, Any]:
+        """Delete the variable that was defined last, and return its name and value."""
+        everything = self.copy()
+        if not everything:
+            raise KeyError("popitem(): there are no variables")
+        name = next(reversed(everything))
+        return name, self.pop(name)
+
+    def clear(self) -> None:
+        """Delete all variables."""
+        for name in self:
+            self.pop(name, None)
+
     def copy(self) -> dict[str, Any]:
         """Return names and values as a dict."""
         return self._owner.get_many()
@@ -88,6 +136,19 @@ class VariableMapping(MutableMapping[str, Any]):
 
     def __eq__(self, other: object) -> bool:
         return self.copy() == dict(other) if isinstance(other, Mapping) else NotImplemented
+
+    def __or__(self, other: object) -> dict[str, Any]:
+        return self.copy() | dict(other) if isinstance(other, Mapping) else NotImplemented
+
+    def __ror__(self, other: object) -> dict[str, Any]:
+        return dict(other) | self.copy() if isinstance(other, Mapping) else NotImplemented
+
+    def __ior__(self, other: Any) -> Self:  # type: ignore[misc]
+        self.update(other)
+        return self
+
+    def __reversed__(self) -> Iterator[str]:
+        return reversed(list(self))
 
     def __repr__(self) -> str:
         return repr(self.copy())

@@ -3,9 +3,10 @@
 from abc import abstractmethod
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
-from dspex_persist.cognitive.mapping import VariableMapping
+from dspex_persist.cognitive.handles import Variable
+from dspex_persist.cognitive.mapping import Attributes, VariableMapping
 from dspex_persist.cognitive.optimizing import Optimization, Status
 from dspex_persist.cognitive.records import DESCRIPTION, HistoryEntry, VariableInfo, decode
 from dspex_persist.cognitive.steps import Runs, Step, Steps, Terms, ask, verb, work
@@ -22,6 +23,8 @@ __all__ = ["Definition", "Variables", "decode"]
 
 RETRIES = 100
 """How often `update` repeats by default when others write the variable meanwhile."""
+
+T = TypeVar("T")
 
 # In the class below, `list` is a method.
 _Entries = list[HistoryEntry]
@@ -495,6 +498,21 @@ class Variables(Runs):
         return None if record.optimization is None else Status(record.optimization)
 
     # As a mapping
+
+    @property
+    def v(self) -> Attributes:
+        """The variables as attributes: `ctx.v.temperature`."""
+        return Attributes(self)
+
+    def handle(self, name: str, kind: type[T]) -> Variable[T]:
+        """Return a handle of a variable, with the type of its values.
+
+        Args:
+            name: The name of the variable, which need not be defined yet.
+            kind: The type: bool, int, float, str, list, dict, or anything that pydantic can validate, such as
+                `list[float]` or a model.
+        """
+        return Variable(self, arguments.text("name", name), kind)
 
     @property
     def variables(self) -> VariableMapping:

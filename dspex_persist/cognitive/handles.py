@@ -1,0 +1,176 @@
+"""Handles: one variable with the type that a program expects of its values."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Final, Generic, Protocol, TypeVar
+
+from dspex_persist.cognitive.records import HistoryEntry, VariableInfo
+from dspex_persist.cognitive.steps import BoundVerb, Runs, Step, Steps, verb
+from dspex_persist.state.errors import InvalidValueError
+
+T = TypeVar("T")
+
+_PLAIN: Final = frozenset[type]({bool, int, float, str, list, dict})
+
+
+class Owner(Runs, Protocol):
+    """What a handle needs of its context."""
+
+    @property
+    def get(self) -> BoundVerb[..., Any]: ...
+    @property
+    def set(self) -> BoundVerb[..., int]: ...
+    @property
+    def update(self) -> BoundVerb[..., Any]: ...
+    @property
+    def delete(self) -> BoundVerb[..., None]: ...
+    @property
+    def info(self) -> BoundVerb[..., VariableInfo]: ...
+    @property
+    def history(self) -> BoundVerb[..., list[HistoryEntry]]: ...
+    @property
+    def rollback(self) -> BoundVerb[..., Any]: ...
+
+
+class Variable(Runs, Generic[T]):
+    """A variable of a session whose values are of a known type: `ctx.handle("temperature", float)`.
+
+    Making one asks nothing: the variable may be defined later. Its verbs are those of the context, without the name.
+
+    Attributes:
+        name: The name of the variable.
+        kind: The type of its values.
+    """
+
+    def __init__(self, owner: Owner, name: str, kind: type[T]) -> None:
+        self._owner = owner
+        self.name = name
+        self.kind = kind
+
+    def run_step(self, step: Step) -> Any:
+        """See `Runs`."""
+        return self._owner.run_step(step)
+
+    async def run_step_aio(self, step: Step) -> Any:
+        """See `Runs`."""
+        return await self._owner.run_step_aio(step)
+
+    @property
+    def value(self) -> T:
+        """The value. Assigning writes it.
+
+        Raises:
+            VariableNotFoundError: There is no such variable.
+            InvalidValueError: The value is not of the type of the handle.
+        """
+        return self.get()
+
+    @value.setter
+    def value(self, value: T) -> None:
+        self.set(value)
+
+    @verb
+    def get(self) -> Steps[T]:
+        """Return the value; raises as `value` does."""
+        info: VariableInfo = yield from self._owner.info.steps(self.name)
+        return self._read(info.value)
+
+    @verb
+    def set(
+        self,
+        value: T,
+        *,
+        create: bool = False,
+        expected_version: int | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> Steps[int]:
+        """Write a value, and return the new version; see `Context.set`."""
+        written = self._written(value)
+        return (
+            yield from self._owner.set.steps(
+                self.name,
+                written,
+                create=create,
+                expected_version=expected_version,
+                reason=reason,
+                actor=actor,
+            )
+        )
+
+    @verb
+    def update(
+        self,
+        function: Callable[[T], T],
+        *,
+        retries: int = 100,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> Steps[T]:
+        """Write what a function makes of the value, atomically, and return the new one; see `Context.update`."""
+
+        def change(value: Any) -> Any:
+            return self._written(function(self._read(value)))
+
+        value = yield from self._owner.update.steps(self.name, change, retries=retries, reason=reason, actor=actor)
+        return self._read(value)
+
+    @verb
+    def delete(self, *, reason: str | None = None, actor: str | None = None) -> Steps[None]:
+        """Delete the variable. Its history is kept."""
+        yield from self._owner.delete.steps(self.name, reason=reason, actor=actor)
+
+    @verb
+    def info(self) -> Steps[VariableInfo]:
+        """Return the variable itself: its type, version, constraints, metadata, lock."""
+        return (yield from self._owner.info.steps(self.name))
+
+    @verb
+    def history(self, limit: int = 0, *, before: int | None = None) -> Steps[list[HistoryEntry]]:
+        """Return versions of the variable, newest first; see `Context.history`."""
+        return (yield from self._owner.history.steps(self.name, limit, before=before))
+
+    @verb
+    def rollback(self, version: int, *, reason: str | None = None, actor: str | None = None) -> Steps[T]:
+        """Write the value of an earlier version as a new version, and return it."""
+        return self._read((yield from self._owner.rollback.steps(self.name, version, reason=reason, actor=actor)))
+
+    def _read(self, value: Any) -> T:
+        kind: Any = self.kind
+        if kind in _PLAIN:
+            if type(value) is kind:
+                return value  # type: ignore[no-any-return]
+            if kind is float and type(value) is int:
+                return float(value)  # type: ignore[return-value]
+            raise InvalidValueError(self.name, f"it is {_shown(value)}, and the handle expects {kind.__name__}")
+        from pydantic import ValidationError
+
+        try:
+            read: T = _adapter(kind).validate_python(value)
+        except ValidationError as error:
+            expected = getattr(kind, "__name__", str(kind))
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            reason = f"it is not a {expected}: {f'{where}: ' if where else ''}{first['msg']}"
+            raise InvalidValueError(self.name, reason) from None
+        return read
+
+    def _written(self, value: Any) -> Any:
+        kind: Any = self.kind
+        return value if kind in _PLAIN else _adapter(kind).dump_python(value, mode="json")
+
+    def __repr__(self) -> str:
+        return f"<Variable {self.name!r} of {getattr(self.kind, '__name__', self.kind)}>"
+
+
+@lru_cache(256)
+def _adapter(kind: Any) -> Any:
+    # Imported here, because it takes time, and most handles are of plain types.
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return f"{text[:57]}..." if len(text) > 60 else text
