@@ -25,6 +25,7 @@ from dspex_persist.cognitive.steps import (
 )
 from dspex_persist.cognitive.transactions import Transacting
 from dspex_persist.cognitive.variables import terms_of
+from dspex_persist.cognitive.watching import Watchable, Watchers
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.abilities import ExecutesTools
 from dspex_persist.state.errors import EngineClosedError, InvalidArgumentError
@@ -36,7 +37,7 @@ C = TypeVar("C", bound="Context")
 _TTL = "ttl_seconds"
 
 
-class Context(Transacting):
+class Context(Transacting, Watchable):
     """A session on any backend: its variables, and the tools that work on them.
 
     Creating the context begins the session, or resumes the live one with its id. Use it in a `with` block, or close it:
@@ -132,6 +133,7 @@ class Context(Transacting):
         self._terms = DEFAULT if actor is None else Terms(arguments.text("actor", actor))
         self._closed = False
         self._closing = threading.Lock()
+        self._watchers: Watchers | None = None
         self.resumed = False
 
     def _begin(self, metadata: Mapping[str, str] | None, ttl_s: float | None, create: bool) -> Steps[bool]:
@@ -244,6 +246,17 @@ class Context(Transacting):
         """End the session. Its history is kept."""
         yield from ask(commands.CleanupSession(self.session_id))
 
+    @property
+    def watchers(self) -> Watchers:
+        """All its watches."""
+        if self._watchers is None:
+            with self._closing:
+                if self._closed:
+                    raise ContextClosedError(self.session_id)
+                if self._watchers is None:
+                    self._watchers = Watchers(self.session_id, self.backend)
+        return self._watchers
+
     # Opening and closing
 
     @property
@@ -253,6 +266,9 @@ class Context(Transacting):
 
     def close(self) -> None:
         """Close what the context opened. The session goes on, and can be opened again. Closing twice is harmless."""
+        # Before, because the functions that are called with changes may use the context.
+        if self._watchers is not None:
+            self._watchers.close()
         with self._closing:
             if not self._closed:
                 self._closed = True
