@@ -477,6 +477,7 @@ async def _serve_bridge(
 
     def on_ready(port: int) -> None:
         _spare_the_collector(had_tools=bool(tools))
+        engine.announce(f"{listen.rpartition(':')[0]}:{port}" if port else listen)
         error = streams.print_line(f"GRPC_READY:{port}")
         if error is not None:
             # The parent process may not wait for that line, and clients can be served without it.

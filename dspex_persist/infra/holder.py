@@ -8,17 +8,30 @@ import re
 import socket
 from pathlib import Path
 
-TEXT_MAX_BYTES = 256
+TEXT_MAX_BYTES = 512
+_ADDRESS_MAX = 200
 _FORM = re.compile(rb"([0-9]{1,10}) ([0-9]*) (\S*) ([^\0\n]*)\n?")
 
 
-def own_text() -> bytes:
-    """Return the text for this process: its number, its start time, its PID namespace and its host."""
-    return _text_of(os.getpid())
+def own_text(address: str = "") -> bytes:
+    """Return the text for this process: its number, its start time, its PID namespace and its host.
+
+    Args:
+        address: Where it can be reached, if it is a server; the second line.
+    """
+    line = f"{address}\n" if address.isprintable() and 0 < len(address) <= _ADDRESS_MAX else ""
+    return _text_of(os.getpid()) + line.encode()
+
+
+def address_of(text: bytes) -> str:
+    """Return the address in `text`, or "" if the process that wrote it gave none, or does not run here any more."""
+    first, _, rest = text.partition(b"\n")
+    return rest.decode(errors="replace").strip() if pid_of(first) is not None else ""
 
 
 def pid_of(text: bytes) -> int | None:
     """Return the number of the process that wrote `text`, or None unless that process certainly still runs here."""
+    text = text.partition(b"\n")[0]
     match = _FORM.fullmatch(text)
     if match is None:
         return None

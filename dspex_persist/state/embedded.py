@@ -66,6 +66,10 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable):
         )
         super().__init__(groups, name=str(self._store.path), sweep_interval_s=sweep_interval_s, on_fatal=on_fatal)
 
+    def announce(self, address: str) -> None:
+        """Tell other processes at which address this one serves the file: their errors name it."""
+        self._store.announce(address)
+
     def audit(self, *, reveal: bool = False) -> AuditSource:
         """See `Auditable.audit`."""
         self.check_open()

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+from dspex_persist.state import abilities
 from tests.deadline import within
 from tests.end_to_end.old_style import ROOT, environment
 from tests.end_to_end.programs import programs_of
@@ -31,6 +32,14 @@ owner, with_tools = _tests.owner, _tests.with_tools
 TestJsonLines = _tests.TestJsonLines
 # Its tools run as those of LocalState do, over the same engine.
 TestJsonLinesTools = pytest.mark.thorough(_tests.TestJsonLinesTools)
+
+
+def test_the_page_names_every_ability() -> None:
+    page = (ROOT / "docs/write-a-backend.md").read_text(encoding="utf-8")
+    kinds = [
+        each for each in vars(abilities).values() if isinstance(each, type) and issubclass(each, abilities.Ability)
+    ]
+    assert [kind.__name__ for kind in kinds if f"`{kind.__name__}`" not in page and kind is not abilities.Ability] == []
 
 
 @pytest.fixture

@@ -192,8 +192,8 @@ def test_a_file_that_a_server_has_open(run: Run, tmp_path: Path) -> None:
         assert "s" in fine(run("sessions", "list"))
         for words in (("set", "s", "x", "2"), ("call", "s", "add"), ("sessions", "end", "s")):
             sentence = assert_one_sentence(run(*words), IN_USE)
-            assert "is in use by process" in sentence
-            assert "--target" in sentence
+            assert f"is in use by process {server.pid}, the server at {target_of(server)}: " in sentence
+            assert f"reach it with --target {target_of(server)}" in sentence
         fine(run("set", "s", "x", "2", "--target", target_of(server)))
         assert fine(run("get", "s", "x")) == "2\n"
 

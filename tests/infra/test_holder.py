@@ -43,5 +43,20 @@ def test_any_other_text_identifies_no_process(text: bytes) -> None:
     assert holder.pid_of(text) is None
 
 
+def test_a_server_gives_its_address() -> None:
+    text = holder.own_text("127.0.0.1:50051")
+    assert (holder.pid_of(text), holder.address_of(text)) == (os.getpid(), "127.0.0.1:50051")
+    assert holder.address_of(holder.own_text()) == ""
+    for address in ("x" * 1000, "a\nb", "\x1b[31m"):
+        text = holder.own_text(address)
+        assert (holder.pid_of(text), holder.address_of(text)) == (os.getpid(), "")
+
+
+def test_the_address_of_a_process_that_has_ended_is_not_given() -> None:
+    words = holder.own_text("127.0.0.1:50051").split(b" ")
+    words[1] = b"1"
+    assert holder.address_of(b" ".join(words)) == ""
+
+
 def test_a_number_alone_identifies_no_process() -> None:
     assert holder.pid_of(str(os.getpid()).encode()) is None

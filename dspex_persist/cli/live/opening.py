@@ -68,7 +68,7 @@ class Place:
         try:
             state = wiring.connect(path, tools=list(tools) or None, **options)
         except DatabaseInUseError as error:
-            advice = "if that is a server, name its address: --target HOST:PORT (serve listens on 127.0.0.1:50051)"
+            advice = f"reach it with --target {error.address or 'HOST:PORT'}, or stop it"
             raise ExplainedError(error.sentence, advice) from error
         with state:
             yield state

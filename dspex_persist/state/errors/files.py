@@ -48,12 +48,16 @@ class CheckpointError(StateError):
 
 @dataclass(eq=False)
 class DatabaseInUseError(OpenError):
-    """This or another process owns the database."""
+    """This or another process owns the database.
+
+    `address` is where the owner serves it, if it is a server.
+    """
 
     template = "{path} is in use by {holder}: one server owns a database"
     advice = Hint.SHARE_BY_SERVER
     path: str
     pid: int | None
+    address: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,7 +67,8 @@ class DatabaseInUseError(OpenError):
     @property
     def holder(self) -> str:
         """The owner, as far as it is known."""
-        return f"process {self.pid}" if self.pid else "another process"
+        process = f"process {self.pid}" if self.pid else "another process"
+        return f"{process}, the server at {self.address}" if self.address else process
 
     @property
     def sentence(self) -> str:

@@ -169,10 +169,10 @@ class OwnershipLock:
         """The descriptor of the database that holds the lock; None on systems where there is none."""
         return self._file
 
-    def announce(self) -> None:
-        """Write the owner's pid to the lock file, for error messages of other processes."""
+    def announce(self, address: str = "") -> None:
+        """Write the owner's pid, and its address if it is a server, to the lock file, for errors of other processes."""
         self._is_announced = True
-        self._lock_file.write(holder.own_text())
+        self._lock_file.write(holder.own_text(address))
 
     def release(self) -> None:
         """Release the locks. By now SQLite has closed the file, unless there are still readers."""
@@ -241,7 +241,8 @@ def _named(path: Path) -> Iterator[None]:
 def _lock_side_file(path: Path, file: int) -> None:
     with _reported(path, ".lock"):
         if _is_taken(file):
-            raise DatabaseInUseError(str(path), holder.pid_of(os.pread(file, holder.TEXT_MAX_BYTES, 0)))
+            text = os.pread(file, holder.TEXT_MAX_BYTES, 0)
+            raise DatabaseInUseError(str(path), holder.pid_of(text), holder.address_of(text))
 
 
 @contextmanager

@@ -155,6 +155,10 @@ class SessionStore(StoredSessions, LogStore):
                 warn_of_others(self.path)
             undo.pop_all()
 
+    def announce(self, address: str) -> None:
+        """Tell other processes at which address this one serves the file: their errors name it."""
+        self._lock.announce(address)
+
     def _open_file(self, undo: contextlib.ExitStack) -> None:
         try:
             # Before any file is created next to it, or changed.

@@ -70,7 +70,7 @@ def _prune(path: Path, policy: PrunePolicy, progress: Progress) -> PruneReport:
     try:
         groups = open_groups(path)
     except DatabaseInUseError as error:
-        raise PruneInUseError(error.path, error.pid) from None
+        raise PruneInUseError(error.path, error.pid, error.address) from None
     try:
 
         def write(jobs: list[Job]) -> None:
