@@ -3,7 +3,8 @@
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ Place: TypeAlias = str | os.PathLike[str] | StateProvider
 """Where a session is: "local", a path, a URL of `connect`, or a provider."""
 
 LOCAL: Final = "local"
+EMBEDDED: Final = "embedded"
+BRIDGED: Final = "bridged"
 _IN_MEMORY: Final = "memory:"
 
 _LONG: Final = frozenset[type]({ExecuteTool})
@@ -175,6 +178,25 @@ class Switch:
     versions: int
 
 
+@dataclass(frozen=True, slots=True)
+class Move:
+    """How commits were numbered before a move, and after it.
+
+    Attributes:
+        source: The provider that the session was on.
+        sequences: The numbers of the session's commits there, in order.
+        first_sequence: The number of the first of them on the next provider, where they follow each other.
+    """
+
+    source: StateProvider
+    sequences: Sequence[int]
+    first_sequence: int
+
+    def number_after(self, sequence: int) -> int:
+        """Return the number on the next provider of the session's last commit up to this one."""
+        return self.first_sequence + bisect_right(self.sequences, sequence) - 1
+
+
 class Backend:
     """What a context is on, and the way to it: every call of the context passes through here.
 
@@ -185,10 +207,17 @@ class Backend:
         switches: The moves of the session from one backend to another, oldest first.
     """
 
-    def __init__(self, provider: StateProvider, *, is_owned: bool, url: str = "") -> None:
+    def __init__(
+        self, provider: StateProvider, *, is_owned: bool, url: str = "", options: Mapping[str, Any] | None = None
+    ) -> None:
         self.provider = provider
         self.is_owned = is_owned
         self.url = url
+        # What it was opened with.
+        self.options = {} if options is None else options
+        # Held by whoever moves the session.
+        self.moving = threading.Lock()
+        self._moves: tuple[Move, ...] = ()
         self.switches: tuple[Switch, ...] = ()
         self.gate = Gate()
         # The way from the event loop that was used last.
@@ -201,21 +230,43 @@ class Backend:
             return cls(place, is_owned=False)
         address = _IN_MEMORY if place == LOCAL else place
         provider: StateProvider = open_state(address, **options)
-        return cls(provider, is_owned=True, url="" if place == LOCAL else os.fspath(place))
+        return cls(provider, is_owned=True, url="" if place == LOCAL else os.fspath(place), options=options)
 
     @property
     def kind(self) -> str:
         """What it is: "local" (memory), "embedded" (a file), "bridged" (a server)."""
         if not isinstance(self.provider, Durable):
             return LOCAL
-        return "embedded" if isinstance(self.provider, KeepsOrder) else "bridged"
+        return EMBEDDED if isinstance(self.provider, KeepsOrder) else BRIDGED
 
-    def use(self, provider: StateProvider, *, is_owned: bool, url: str, switch: Switch) -> StateProvider:
-        """Be on another provider from now on; the caller holds the gate. Returns the one before, to be closed."""
-        before, self.provider = self.provider, provider
-        self.is_owned, self.url, self._on_loop = is_owned, url, None
-        self.switches = (*self.switches, switch)
-        return before
+    def use(self, provider: StateProvider, *, url: str, move: "Move") -> None:
+        """Be on another provider from now on, which the context closes; the caller holds the gate."""
+        self.provider, self.is_owned, self.url, self._on_loop = provider, True, url, None
+        self._moves = (*self._moves, move)
+
+    @property
+    def place(self) -> str:
+        """Its kind, and its address if that is known."""
+        return f"{self.kind} {self.url}" if self.url else self.kind
+
+    def position_here(self, provider: StateProvider, sequence: int) -> int:
+        """Return the number that a commit of the session, up to which something was read on `provider`, has here.
+
+        Args:
+            provider: The provider of this context then.
+            sequence: The number of a commit there.
+        """
+        seen = False
+        for move in self._moves:
+            seen = seen or move.source is provider
+            if seen:
+                sequence = move.number_after(sequence)
+        return sequence
+
+    def is_awaited_on(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Whether calls from this event loop may be in progress."""
+        way = self._on_loop
+        return way is not None and way[0] is loop and bool(self.gate.calls or self.gate.tools)
 
     def close(self) -> None:
         """Close the provider if the context opened it."""

@@ -1,13 +1,15 @@
 """Context: a session on any backend."""
 
 import asyncio
+import os
 import secrets
 import threading
 from collections.abc import Generator, Mapping
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
-from dspex_persist.cognitive.backends import LOCAL, Backend, Place
+from dspex_persist.cognitive import moves
+from dspex_persist.cognitive.backends import BRIDGED, EMBEDDED, LOCAL, Backend, Place
 from dspex_persist.cognitive.errors import ContextClosedError
 from dspex_persist.cognitive.steps import (
     DEFAULT,
@@ -22,6 +24,7 @@ from dspex_persist.cognitive.steps import (
     run_work,
     run_work_aio,
     verb,
+    work,
 )
 from dspex_persist.cognitive.transactions import Transacting
 from dspex_persist.cognitive.variables import terms_of
@@ -256,6 +259,55 @@ class Context(Transacting, Watchable):
                 if self._watchers is None:
                     self._watchers = Watchers(self.session_id, self.backend)
         return self._watchers
+
+    # Moving
+
+    @verb
+    def ensure_persistent(self, path: str | os.PathLike[str], /, **options: Any) -> Steps[None]:
+        """Have the session outlive this process: move it to a database file, unless it is on a file or a server.
+
+        The whole session moves, with its history. Other calls wait meanwhile, and none is lost; watches go on. If the
+        move fails, the session goes on where it was, and nothing is left at the new place. `backend.switches` tells
+        what has moved.
+
+        Args:
+            path: The file. It is created if it does not exist.
+            options: Further options of `dspex_persist.connect`; those of the context apply as well.
+
+        Raises:
+            SessionExistsError: The file has a live session with this id.
+            OpenError: The file cannot be opened.
+            UnavailableError: A tool was still running in the session.
+        """
+        yield from work(self._ensure, EMBEDDED, path, options)
+
+    @verb
+    def ensure_bridged(self, url: str, /, **options: Any) -> Steps[None]:
+        """Have the session on a server: move it there, unless it is on one. Like `ensure_persistent` otherwise.
+
+        The tools of the context go along: `call` runs them here, on the session there, unless the server has tools of
+        the same names.
+
+        Args:
+            url: The address, such as "grpc://127.0.0.1:50051".
+            options: Further options of `dspex_persist.connect`.
+
+        Raises:
+            SessionExistsError: The server has a live session with this id.
+            UnavailableError: The server cannot be reached, or a tool was still running in the session.
+            UnsupportedError: The session is on another server, which it cannot leave.
+        """
+        yield from work(self._ensure, BRIDGED, url, options)
+
+    def _ensure(self, kind: str, place: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
+        if self._closed:
+            raise ContextClosedError(self.session_id)
+        try:
+            moves.ensure(self.backend, self.session_id, kind, place, options)
+        finally:
+            if self._closed:
+                # It was closed meanwhile.
+                self.backend.close()
 
     # Opening and closing
 

@@ -138,6 +138,11 @@ class Recordable(Ability):
 class SessionImport(ABC):
     """An import in progress, to which the commits come one by one. Close it, for example with a `with` block."""
 
+    @property
+    @abstractmethod
+    def content_hash(self) -> str:
+        """The hash of the commits that were added so far, see `ContentHash`."""
+
     @abstractmethod
     def add(self, commit: RecordedCommit) -> None:
         """Add the next commit. It is checked, here or by `finish` at the latest."""

@@ -65,6 +65,10 @@ class Around(StateProvider):
         """Close the provider."""
         self.provider.close()
 
+    def discard(self) -> None:
+        """See `StateProvider.discard`."""
+        self.provider.discard()
+
     def check_open(self) -> None:
         """See `StateProvider.check_open`."""
         self.provider.check_open()

@@ -23,6 +23,7 @@ from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, SessionV
 from dspex_persist.state.options import check_count, check_seconds
 from dspex_persist.state.provider import Progress, silent
 from dspex_persist.state.recording import Header, RecordedCommit
+from dspex_persist.state.store import created
 from dspex_persist.state.store.history import prune_plan, recordings
 from dspex_persist.state.store.history.answers import StoredAudit
 from dspex_persist.state.store.history.retention import Retention
@@ -56,6 +57,7 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable):
     ) -> None:
         # Before the file is created.
         check_seconds("sweep_interval_s", sweep_interval_s)
+        self._made = created.missing(Path(path))
         groups = open_groups(Path(path), options)
         self._store = groups.log
         self._pruning = threading.Lock()
@@ -101,6 +103,11 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable):
             return prune_plan.run(self._store.readers, policy, None, progress)
         with self._pruning:
             return prune_plan.run(self._store.readers, policy, self._write_all, progress)
+
+    def discard(self) -> None:
+        """See `StateProvider.discard`."""
+        self.close()
+        created.remove(self._store.path, self._made, self._store.head.sequence)
 
     def _write_all(self, jobs: list[Job]) -> None:
         futures = [self._writer.submit(job) for job in jobs]

@@ -79,12 +79,17 @@ class CheckedImport(SessionImport):
         self._pages = _Pages()
         self._page: list[RecordedCommit] = []
         self._page_bytes = 0
-        self.content = ContentHash()
+        self._content = ContentHash()
+
+    @property
+    def content_hash(self) -> str:
+        """See `SessionImport`."""
+        return self._content.hexdigest()
 
     def add(self, commit: RecordedCommit) -> None:
         """Check the next commit; `RecordingError` if it is inconsistent with those before it, or exceeds a limit."""
         options, drafts = self._options, self._drafts
-        self.content.add(commit)
+        self._content.add(commit)
         unit = UnitOfWork(
             drafts,
             IMPORT,
@@ -115,10 +120,10 @@ class CheckedImport(SessionImport):
     def finish(self) -> ImportedSession:
         """Import the session; `RecordingError` if commits are missing."""
         self._end_page()
-        if self.content.commits != self._in_all:
-            reason = f"it ends after {self.content.commits} commits of {self._in_all}"
-            raise RecordingError("the recording", self.content.commits + 1, reason)
-        return self._run(ImportSession(self._session_id, self._pages, self.content.hexdigest()))
+        if self._content.commits != self._in_all:
+            reason = f"it ends after {self._content.commits} commits of {self._in_all}"
+            raise RecordingError("the recording", self._content.commits + 1, reason)
+        return self._run(ImportSession(self._session_id, self._pages, self.content_hash))
 
     def close(self) -> None:
         """Free the memory, and delete the temporary file."""

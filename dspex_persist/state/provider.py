@@ -154,6 +154,13 @@ class StateProvider(Submits):
     def close(self) -> None:
         """Release all resources; everything acknowledged stays. Closing twice is harmless."""
 
+    def discard(self) -> None:
+        """Close it, because what it was opened for has failed: delete the files that opening it created.
+
+        Files that somebody else has written to since then stay, and so does everything that existed before.
+        """
+        self.close()
+
     @abstractmethod
     def check_open(self) -> None:
         """Raise the `StateError` with which calls fail if the provider was closed, or has failed."""

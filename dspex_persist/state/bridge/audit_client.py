@@ -39,7 +39,7 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.model import ImportedSession, PrunePolicy, PruneReport, SessionView
 from dspex_persist.state.provider import Progress
-from dspex_persist.state.recording import Header, RecordedCommit, commit_line, header_line
+from dspex_persist.state.recording import ContentHash, Header, RecordedCommit, commit_line, header_line
 
 A = TypeVar("A")
 
@@ -177,12 +177,19 @@ class BridgedImport(SessionImport):
         self._message = _built(lambda: pb.ImportSessionRequest(session_id=session_id, lines=[header_line(header)]))
         self._size = 0
         self._complete = False
+        self._content = ContentHash()
         self._calls = _Calls(channel, target)
         self._call, self._here = self._calls.begin(recordings.IMPORT, self._requests, headers)
         self._call.add_done_callback(lambda _: self._requests.stop())
 
+    @property
+    def content_hash(self) -> str:
+        """See `SessionImport`."""
+        return self._content.hexdigest()
+
     def add(self, commit: RecordedCommit) -> None:
         """Send the next commit; raises the server's error if it has refused an earlier one."""
+        self._content.add(commit)
         line = commit_line(commit)
         _built(lambda: self._message.lines.append(line))
         self._size += len(line)

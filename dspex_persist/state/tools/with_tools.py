@@ -233,13 +233,20 @@ class WithTools(Around, StreamsTools, Transacts):
 
     def close(self) -> None:
         """Interrupt running executions, then close the provider."""
+        self._end(self.provider.close)
+
+    def discard(self) -> None:
+        """See `StateProvider.discard`."""
+        self._end(self.provider.discard)
+
+    def _end(self, close: Callable[[], None]) -> None:
         with self._closing:
             if self._closed:
                 return
             self._closed = True
             if not self._is_forked:
                 self.interrupt()
-            self.provider.close()
+            close()
 
     def interrupt(self) -> None:
         """Interrupt running executions and refuse new ones; the provider stays open.

@@ -2,8 +2,8 @@
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO, cast
@@ -11,7 +11,6 @@ from typing import TextIO, cast
 from dspex_persist.state.abilities import Importable, reported
 from dspex_persist.state.commands import ImportSession
 from dspex_persist.state.errors import (
-    DatabaseInUseError,
     InvalidArgumentError,
     OutcomeUnknownError,
     RecordingError,
@@ -21,8 +20,7 @@ from dspex_persist.state.imports import IMPORT, CheckedImport
 from dspex_persist.state.model import ImportedSession
 from dspex_persist.state.provider import Progress, silent
 from dspex_persist.state.recording import Header, RecordedCommit, read_recording, write_recording
-from dspex_persist.state.store import log_reader
-from dspex_persist.state.store.engine import OwnershipLock, open_readers, snapshot
+from dspex_persist.state.store import created
 from dspex_persist.state.store.maintenance import open_recording, refuse_files_of, refuse_owned
 from dspex_persist.state.store.session_store import FileGroups, StoreOptions, open_groups
 
@@ -223,7 +221,7 @@ class _Offline(CheckedImport):
 @contextmanager
 def _opened(path: Path, options: StoreOptions | None) -> Iterator[FileGroups]:
     """Open the store on a file. Files that this creates are removed if the block fails."""
-    made = _missing(path)
+    made = created.missing(path)
     groups = open_groups(path, options)
     try:
         yield groups
@@ -232,37 +230,6 @@ def _opened(path: Path, options: StoreOptions | None) -> Iterator[FileGroups]:
         raise
     except BaseException:
         groups.close()
-        _remove_empty(path, made)
+        created.remove(path, made)
         raise
     groups.close()
-
-
-def _missing(path: Path) -> list[Path]:
-    """The files that opening the database would create: none if it exists."""
-    if os.path.lexists(path):
-        return []
-    files = [path.with_name(path.name + suffix) for suffix in ("", "-wal", "-shm", ".anchor", ".lock")]
-    return [file for file in files if not file.exists()]
-
-
-def _remove_empty(path: Path, made: Sequence[Path]) -> None:
-    """Remove the files that were created for nothing, unless another process has begun to use them."""
-    if not made:
-        return
-    with suppress(DatabaseInUseError):
-        lock = OwnershipLock(path)
-        try:
-            if _is_empty(path):
-                for each in made:
-                    each.unlink(missing_ok=True)
-        finally:
-            lock.release()
-
-
-def _is_empty(path: Path) -> bool:
-    readers = open_readers(path, size=1)
-    try:
-        with snapshot(readers) as connection:
-            return log_reader.head(connection).sequence == 0
-    finally:
-        readers.dispose()

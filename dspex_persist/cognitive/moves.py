@@ -1,0 +1,261 @@
+"""Moves: a session goes from one backend to another with its whole history, while others use it.
+
+While it moves, the context's own calls wait at its gate, and all other writers of the session at the hold of its
+backend. The old backend is only let go after the new one has been verified: it has the same history, which a content
+hash proves. If a step fails before, the session goes on where it was, and the new place is as it was before.
+"""
+
+import asyncio
+import os
+import time
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from dspex_persist import clock
+from dspex_persist.cognitive.backends import BRIDGED, EMBEDDED, LOCAL, Backend, Move, Switch
+from dspex_persist.infra.logs import get_logger
+from dspex_persist.opening import open_state
+from dspex_persist.spelling import quote
+from dspex_persist.state.abilities import Holdable, Importable, Recordable, SessionHold
+from dspex_persist.state.errors import (
+    InternalError,
+    InvalidArgumentError,
+    OutcomeUnknownError,
+    StateError,
+    UnavailableError,
+    UnsupportedError,
+)
+from dspex_persist.state.model import ChangeKind, ImportedSession
+from dspex_persist.state.provider import StateProvider
+from dspex_persist.state.recording import RecordedCommit
+from dspex_persist.state.tools.session import current_session
+
+TIMEOUT_S: Final = 30.0
+"""How long a move waits for the tools that run in the session, in seconds."""
+
+_SERVERS: Final = ("grpc:", "grpc+unix:")
+_IN_MEMORY: Final = ("memory:", ":memory:", LOCAL)
+_OF_FILES: Final = (
+    "limits",
+    "optimization_lease_s",
+    "outcome_retention_s",
+    "session_ttl_s",
+    "sweep_interval_s",
+    "tool_threads",
+    "tools",
+)
+"""Options that sessions in memory and in files have in common."""
+
+_logger: Final = get_logger(__name__)
+
+
+def ensure(
+    backend: Backend, session_id: str, kind: str, place: str | os.PathLike[str], options: Mapping[str, Any]
+) -> None:
+    """Move a session to the backend at an address, unless the one that it is on is as good.
+
+    Args:
+        backend: The backend of the context.
+        session_id: The session.
+        kind: Of which kind the backend at the address is: "embedded" or "bridged".
+        place: The address, as for `connect`.
+        options: The options to open it.
+
+    Raises:
+        SessionExistsError: A live session there has its id.
+        RecordingError: It exceeds a limit of the new backend.
+        SessionHeldError: Another context is moving it.
+        UnavailableError: A tool is still running, or the server cannot be reached.
+        UnsupportedError: The session cannot leave its backend, such as a server, or a tool is to move it.
+        OpenError: The file cannot be opened.
+    """
+    address = _address_of(kind, place)
+    _refuse_own(backend)
+    with backend.moving:
+        if not _is_there(backend, kind, address):
+            _move(backend, session_id, address, {**_carried(backend, kind), **options})
+
+
+def _address_of(kind: str, place: str | os.PathLike[str]) -> str:
+    """Return the address as a text, if it is one of a backend of that kind."""
+    if not isinstance(place, str | os.PathLike):
+        raise InvalidArgumentError("place", f"it must be a str or a path, not {type(place).__name__}")
+    address = os.fspath(place)
+    is_server = address.startswith(_SERVERS)
+    if kind == BRIDGED and not is_server:
+        raise InvalidArgumentError(
+            "url", f"{quote(address)} is not the URL of a server, such as grpc://127.0.0.1:50051"
+        )
+    if kind == EMBEDDED and (is_server or address in _IN_MEMORY):
+        raise InvalidArgumentError("path", f"{quote(address)} is not a file: use ensure_bridged for a server")
+    return address
+
+
+def _is_there(backend: Backend, kind: str, address: str) -> bool:
+    if kind == EMBEDDED:
+        return backend.kind != LOCAL
+    if backend.kind == BRIDGED and backend.url not in ("", address):
+        raise UnsupportedError(
+            f"a move from {backend.url} to another server", "export the session there, and import it: session export"
+        )
+    return backend.kind == BRIDGED
+
+
+def _carried(backend: Backend, kind: str) -> dict[str, Any]:
+    """Return the options of the context that hold at the new place, too."""
+    names = _OF_FILES if kind == EMBEDDED else ()
+    return {name: backend.options[name] for name in names if name in backend.options}
+
+
+def _move(backend: Backend, session_id: str, url: str, options: Mapping[str, Any]) -> None:
+    source = backend.provider
+    # Before anybody has to wait.
+    Recordable.of(source)
+    Holdable.of(source)
+    was_owned = backend.is_owned
+    target: StateProvider = open_state(url, **options)
+    _Move(backend, session_id, target, url).carry_out()
+    if was_owned:
+        try:
+            source.close()
+        except StateError as error:
+            # The session is complete where it is now.
+            _logger.warning("old backend not closed", session_id=session_id, reason=str(error))
+
+
+def _refuse_own(backend: Backend) -> None:
+    """Refuse a move that would wait for whoever makes it."""
+    if current_session.get() is not None:
+        raise UnsupportedError("a move by a tool", "move the session before you call the tool")
+    with suppress(RuntimeError):
+        if backend.is_awaited_on(asyncio.get_running_loop()):
+            raise UnsupportedError(
+                "a move that blocks an event loop whose calls it waits for",
+                "await it: ctx.ensure_persistent.aio(...) or ctx.ensure_bridged.aio(...)",
+            )
+
+
+class _Move:
+    """One move, step by step."""
+
+    def __init__(self, backend: Backend, session_id: str, target: StateProvider, url: str) -> None:
+        self._backend = backend
+        self._session_id = session_id
+        self._source = backend.provider
+        self._target = target
+        self._url = url
+        self._moved = _Moved()
+        self._imported: ImportedSession | None = None
+        self._is_unknown = False
+
+    def carry_out(self) -> None:
+        """Move the session, or leave everything as it was."""
+        try:
+            with self._at_the_gate():
+                began = time.perf_counter()
+                with Holdable.of(self._source).hold_session(self._session_id, timeout_s=TIMEOUT_S) as held:
+                    self._go(held, began)
+        except BaseException:
+            if self._backend.provider is not self._target:
+                self._target.discard()
+            raise
+
+    @contextmanager
+    def _at_the_gate(self) -> Iterator[None]:
+        try:
+            with self._backend.gate.hold(TIMEOUT_S):
+                yield
+        except TimeoutError as error:
+            reason = f"session {quote(self._session_id)} cannot move: {error} after {TIMEOUT_S:g} s"
+            raise UnavailableError(reason) from error
+
+    def _go(self, held: SessionHold, began: float) -> None:
+        """Move, now that everybody waits."""
+        leaving = False
+        try:
+            imported = self._copy()
+            self._verify(imported)
+            leaving = True
+            held.move(self._url)
+        except BaseException:
+            if not leaving or self._still_lives():
+                self._undo()
+                raise
+            # It has ended here, whatever came then: it is complete there, and must not be lost.
+            self._switch(began)
+            raise
+        self._switch(began)
+
+    def _copy(self) -> ImportedSession:
+        header, commits = Recordable.of(self._source).record(self._session_id, reveal=True)
+        with Importable.of(self._target).begin_import(header) as begun:
+            for commit in self._moved.counting(commits):
+                begun.add(commit)
+            try:
+                self._imported = imported = begun.finish()
+            except OutcomeUnknownError:
+                self._is_unknown = True
+                raise
+            self._moved.content_hash = begun.content_hash
+        return imported
+
+    def _verify(self, imported: ImportedSession) -> None:
+        """Check that the new backend has what the old one has."""
+        sent = (self._moved.content_hash, self._moved.answers)
+        there = Recordable.of(self._target).content_hash(self._session_id)
+        if not (sent == (imported.content_hash, imported.answers) and there == sent[0]):
+            raise InternalError(f"session {quote(self._session_id)} did not move: {self._url} has not what was sent")
+
+    def _still_lives(self) -> bool:
+        """Whether the session has not ended on the old backend."""
+        try:
+            return self._source.heartbeat(self._session_id)
+        except StateError:
+            return False
+
+    def _switch(self, began: float) -> None:
+        backend, imported = self._backend, self._imported
+        assert imported is not None, "it was copied"
+        before, move = backend.place, Move(self._source, self._moved.sequences, imported.first_sequence)
+        backend.use(self._target, url=self._url, move=move)
+        counts = (len(self._moved.variables), self._moved.versions)
+        switch = Switch(clock.now(), before, backend.place, time.perf_counter() - began, *counts)
+        backend.switches = (*backend.switches, switch)
+        _logger.info("session moved", session_id=self._session_id, source=before, target=backend.place)
+
+    def _undo(self) -> None:
+        """End the session on the new backend, if it has begun there."""
+        with suppress(StateError):
+            if self._imported is not None or (self._is_unknown and self._has_arrived()):
+                self._target.cleanup_session(self._session_id)
+
+    def _has_arrived(self) -> bool:
+        here, there = Recordable.of(self._source), Recordable.of(self._target)
+        return here.content_hash(self._session_id) == there.content_hash(self._session_id)
+
+
+@dataclass(slots=True)
+class _Moved:
+    """What is moved."""
+
+    sequences: "array[int]" = field(default_factory=lambda: array("q"))
+    variables: set[str] = field(default_factory=set)
+    versions: int = 0
+    answers: int = 0
+    content_hash: str = ""
+
+    def counting(self, commits: Iterable[RecordedCommit]) -> Iterator[RecordedCommit]:
+        """Count the commits while they are iterated over."""
+        for commit in commits:
+            self.sequences.append(commit.sequence)
+            self.answers += commit.answer is not None
+            for version in commit.versions:
+                self.versions += 1
+                if version.kind is ChangeKind.REGISTERED:
+                    self.variables.add(version.variable_id)
+                elif version.kind is ChangeKind.DELETED:
+                    self.variables.discard(version.variable_id)
+            yield commit
