@@ -45,7 +45,8 @@ TESTS_cli := tests/unit/test_settings.py tests/unit/test_pictures.py tests/end_t
 	tests/end_to_end/test_refused_files.py tests/end_to_end/test_restore_command.py tests/end_to_end/test_serve.py \
 	tests/end_to_end/test_session_commands.py tests/end_to_end/test_shell.py
 TESTS_long := tests/concurrency tests/faults tests/fuzz tests/property/test_execution_model.py \
-	tests/property/test_mutants.py tests/property/test_mutated_recordings.py tests/property/test_store_model.py \
+	tests/property/test_moves.py tests/property/test_mutants.py tests/property/test_mutated_recordings.py \
+	tests/property/test_store_model.py \
 	tests/property/test_values_property.py tests/end_to_end/test_benchmarks.py tests/end_to_end/test_docs.py \
 	tests/end_to_end/test_forks.py tests/end_to_end/test_large_values.py tests/end_to_end/test_lm_calls.py tests/end_to_end/test_moves.py \
 	tests/end_to_end/test_readme.py tests/end_to_end/test_refused_calls.py tests/end_to_end/test_remote_workers.py \
