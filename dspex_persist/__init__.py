@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from dspex_persist.cognitive.toolbox import Toolbox as Toolbox
     from dspex_persist.cognitive.tools import Tool as Tool
     from dspex_persist.cognitive.tools import tool as tool
+    from dspex_persist.cognitive.typed import migration as migration
+    from dspex_persist.cognitive.typed import model as model
     from dspex_persist.cognitive.variables import Definition as Definition
     from dspex_persist.cognitive.variables import Variables as Variables
     from dspex_persist.cognitive.variables import decode as decode
@@ -88,6 +90,8 @@ _HOMES = {
     "connect": "dspex_persist.wiring",
     "decode": "dspex_persist.cognitive.variables",
     "load_settings": "dspex_persist.settings",
+    "migration": "dspex_persist.cognitive.typed",
+    "model": "dspex_persist.cognitive.typed",
     "open_audit": "dspex_persist.wiring",
     "serve": "dspex_persist.wiring",
     "tool": "dspex_persist.cognitive.tools",

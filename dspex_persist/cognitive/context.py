@@ -11,6 +11,7 @@ from typing import Any, Generic, Self, TypeVar
 from dspex_persist.cognitive import moves
 from dspex_persist.cognitive.backends import BRIDGED, EMBEDDED, LOCAL, Backend, Place
 from dspex_persist.cognitive.errors import ContextClosedError
+from dspex_persist.cognitive.rules import Ruled
 from dspex_persist.cognitive.steps import (
     DEFAULT,
     Asked,
@@ -40,7 +41,7 @@ C = TypeVar("C", bound="Context")
 _TTL = "ttl_seconds"
 
 
-class Context(Transacting, Watchable):
+class Context(Transacting, Watchable, Ruled):
     """A session on any backend: its variables, and the tools that work on them.
 
     Creating the context begins the session, or resumes the live one with its id. Use it in a `with` block, or close it:

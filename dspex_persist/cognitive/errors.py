@@ -47,3 +47,51 @@ class DspyMissingError(DspexError):
 
     def __str__(self) -> str:
         return "LM calls are recorded through DSPy, which is not installed: pip install 'dspex-persist[dspy]'"
+
+
+@dataclass(eq=False)
+class TypedValueError(DspexError):
+    """The value of a variable is of no version that its model, or a migration, can read.
+
+    Attributes:
+        name: The variable.
+        reason: Why it cannot be read.
+        raw: The value as it is, as plain objects.
+    """
+
+    name: str
+    reason: str
+    raw: object
+
+    def __str__(self) -> str:
+        return f"cannot read variable {quote(self.name)}: {self.reason}; its value is {_brief(self.raw)} (see .raw)"
+
+
+@dataclass(eq=False)
+class MigrationError(DspexError):
+    """A migration failed; nothing was written.
+
+    Attributes:
+        name: The variable.
+        from_version: The version of the value.
+        to_version: The version to which it was to lead.
+        reason: Why it failed.
+        raw: The value as it is, as plain objects.
+    """
+
+    name: str
+    from_version: int
+    to_version: int
+    reason: str
+    raw: object
+
+    def __str__(self) -> str:
+        return (
+            f"cannot migrate variable {quote(self.name)} from version {self.from_version} to {self.to_version}: "
+            f"{self.reason}; its value is {_brief(self.raw)} (see .raw)"
+        )
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:120]}..."

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Final, Generic, Protocol, TypeVar
 
+from dspex_persist.cognitive import typed
 from dspex_persist.cognitive.records import HistoryEntry, VariableInfo
 from dspex_persist.cognitive.steps import BoundVerb, Runs, Step, Steps, verb
 from dspex_persist.state.errors import InvalidValueError
@@ -73,6 +74,9 @@ class Variable(Runs, Generic[T]):
     def get(self) -> Steps[T]:
         """Return the value; raises as `value` does."""
         info: VariableInfo = yield from self._owner.info.steps(self.name)
+        kind = self.kind if typed.is_model(self.kind) else None
+        if kind is not None or info.name in typed.names:
+            return self._read((yield from typed.read(self._owner, info.record, kind=kind)))
         return self._read(info.value)
 
     @verb
@@ -112,6 +116,9 @@ class Variable(Runs, Generic[T]):
         def change(value: Any) -> Any:
             return self._written(function(self._read(value)))
 
+        if typed.is_model(self.kind):
+            # The value may be of an older version of the model.
+            yield from self.get.steps()
         value = yield from self._owner.update.steps(self.name, change, retries=retries, reason=reason, actor=actor)
         return self._read(value)
 
@@ -157,7 +164,8 @@ class Variable(Runs, Generic[T]):
 
     def _written(self, value: Any) -> Any:
         kind: Any = self.kind
-        return value if kind in _PLAIN else _adapter(kind).dump_python(value, mode="json")
+        # A model is dumped by the verb that writes it.
+        return value if kind in _PLAIN or typed.is_model(kind) else _adapter(kind).dump_python(value, mode="json")
 
     def __repr__(self) -> str:
         return f"<Variable {self.name!r} of {getattr(self.kind, '__name__', self.kind)}>"

@@ -5,11 +5,12 @@ from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Se
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
+from dspex_persist.cognitive import typed
 from dspex_persist.cognitive.handles import Variable
 from dspex_persist.cognitive.mapping import Attributes, VariableMapping
 from dspex_persist.cognitive.optimizing import Optimization, Status
 from dspex_persist.cognitive.records import DESCRIPTION, HistoryEntry, VariableInfo, decode
-from dspex_persist.cognitive.steps import Runs, Step, Steps, Terms, ask, verb, work
+from dspex_persist.cognitive.steps import Runs, Step, Steps, Terms, ask, run, verb, work
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.errors import (
     InvalidArgumentError,
@@ -18,6 +19,7 @@ from dspex_persist.state.errors import (
     VersionConflictError,
 )
 from dspex_persist.state.model import BatchOutcome, Value
+from dspex_persist.state.model import Variable as Record
 
 __all__ = ["Definition", "Variables", "decode"]
 
@@ -49,12 +51,14 @@ class Definition:
     description: str | None = None
     metadata: Mapping[str, str] | None = None
 
-    def command(self, session_id: str, name: str) -> commands.RegisterVariable:
-        """Return the command that defines the variable."""
+    def command(self, session_id: str, name: str, holder: object = None) -> commands.RegisterVariable:
+        """Return the command that defines the variable; `holder` is the context that asks for it."""
         type_name = self.type_name if self.type_name is not None else values.infer_type(self.value, name=name)
         type_name = arguments.text("type_name", type_name)
         encoded = values.encode(self.value, type_name, name=name)
         text = values.constraints_json(name, self.constraints)
+        if typed.is_model(type(self.value)):
+            text = typed.use(session_id, name, type(self.value), holder).constraints(self.constraints)
         facts = {} if self.metadata is None else self.metadata
         if self.description is not None:
             facts = {**arguments.mapping("metadata", facts), DESCRIPTION: self.description}
@@ -100,8 +104,9 @@ class Variables(Runs):
     def define(
         self,
         name: str,
-        value: object,
+        value: object = typed.UNSTATED,
         *,
+        model: type[Any] | None = None,
         type_name: str | None = None,
         constraints: Mapping[str, Any] | None = None,
         description: str | None = None,
@@ -113,7 +118,10 @@ class Variables(Runs):
 
         Args:
             name: The name of the variable.
-            value: Its initial value.
+            value: Its initial value; with a model, the default of the model if omitted.
+            model: A pydantic model, which every value must then fit, and which reads return; by default the class of
+                `value` if that is a model. A value that an older version of the model wrote is migrated. See
+                `typed.migration`.
             type_name: Its type; by default it is inferred from `value`.
             constraints: The constraints that every value must satisfy, by keyword.
             description: What it is for. It is kept in the metadata.
@@ -127,6 +135,13 @@ class Variables(Runs):
         Raises:
             StateError: The value or the constraints are invalid, or the variable exists with others.
         """
+        if model is None and typed.is_model(type(value)):
+            model = type(value)
+        if model is not None:
+            terms = terms_of(actor, reason)
+            return (yield from typed.define(self, name, value, model, constraints, description, metadata, terms))
+        if value is typed.UNSTATED:
+            raise InvalidArgumentError("value", "it is missing: give a value, or a model that has a default")
         definition = Definition(value, type_name, constraints, description, metadata)
         command = definition.command(self.session_id, name)
         return (yield from ask(command, terms_of(actor, reason)))
@@ -157,7 +172,7 @@ class Variables(Runs):
             return {}
         known = {name: each if isinstance(each, Definition) else Definition(each) for name, each in given.items()}
         command = commands.RegisterVariables(
-            self.session_id, tuple(each.command(self.session_id, name) for name, each in known.items())
+            self.session_id, tuple(each.command(self.session_id, name, self) for name, each in known.items())
         )
         ids = yield from ask(command, terms_of(actor, reason))
         return dict(zip(known, ids, strict=True))
@@ -169,6 +184,8 @@ class Variables(Runs):
             return default
         found = yield from ask(commands.GetVariables(self.session_id, (name,)))
         record = found.variables.get(name)
+        if record is not None and record.name in typed.names:
+            return (yield from typed.read(self, record))
         return default if record is None else decode(record)
 
     @verb
@@ -179,9 +196,17 @@ class Variables(Runs):
         """
         if not names:
             everything = yield from ask(commands.ListVariables(self.session_id))
-            return {record.name: decode(record) for record in everything}
+            return (yield from self._decode_all({record.name: record for record in everything}))
         found = yield from ask(commands.GetVariables(self.session_id, names))
-        return {name: decode(record) for name, record in found.variables.items()}
+        return (yield from self._decode_all(found.variables))
+
+    def _decode_all(self, records: Mapping[str, Record]) -> Steps[dict[str, Any]]:
+        if not typed.names:
+            return {name: decode(record) for name, record in records.items()}
+        decoded = {}
+        for name, record in records.items():
+            decoded[name] = (yield from typed.read(self, record)) if record.name in typed.names else decode(record)
+        return decoded
 
     @verb
     def info(self, name: str) -> Steps[VariableInfo]:
@@ -245,6 +270,9 @@ class Variables(Runs):
         return (yield from self._create(name, value, metadata, terms_of(actor, reason)))
 
     def _create(self, name: str, value: object, metadata: Mapping[str, str] | None, terms: Terms | None) -> Steps[int]:
+        if name in typed.names and (known := typed.find(self.session_id, name)) is not None:
+            yield from typed.define(self, name, value, known.model, None, None, metadata, terms)
+            return 0
         encoded, facts = values.encode(value, name=name), {} if metadata is None else metadata
         type_name = values.infer_type(value, name=name)
         yield from ask(commands.RegisterVariable(self.session_id, name, type_name, encoded, "", facts), terms)
@@ -256,6 +284,8 @@ class Variables(Runs):
         return (yield from ask(commands.SetVariable(self.session_id, name, encoded, facts), terms))
 
     def _encode(self, name: str, value: object) -> Steps[Value]:
+        if name in typed.names:
+            value = yield from typed.prepared(self, name, value)
         try:
             return values.encode_for(value, _need_type, name=name)
         except _TypeNeededError:
@@ -295,9 +325,15 @@ class Variables(Runs):
         terms, left = terms_of(actor, reason), arguments.short_number("retries", retries)
         while True:
             record = yield from ask(commands.GetVariable(self.session_id, name))
-            result = yield from work(function, decode(record))
+            value, version = decode(record), record.version
+            known = typed.find(self.session_id, record.name) if record.name in typed.names else None
+            if known is not None:
+                value, version = yield from typed.read_current(self, record)
+            result = yield from work(function, value)
+            if known is not None:
+                result = known.instance(name, result)
             encoded = values.encode_for(result, lambda type_name=record.type: type_name, name=name)  # type: ignore[misc]
-            command = commands.SetVariable(self.session_id, name, encoded, {}, record.version)
+            command = commands.SetVariable(self.session_id, name, encoded, {}, version)
             try:
                 yield from ask(command, terms)
             except (VersionConflictError, VariableReplacedError):
@@ -305,7 +341,7 @@ class Variables(Runs):
                     raise
                 left -= 1
             else:
-                return values.decode(record.type, encoded)
+                return values.decode(record.type, encoded) if known is None else result
 
     @verb
     def update_many(
@@ -362,6 +398,8 @@ class Variables(Runs):
         yield from self.define_many.steps({name: value for name, value in given.items() if name in new})
 
     def _encode_if_known(self, name: str, value: object) -> Steps[Value]:
+        if name in typed.names:
+            value = yield from typed.prepared(self, name, value)
         try:
             return values.encode_for(value, _need_type, name=name)
         except _TypeNeededError:
@@ -400,7 +438,8 @@ class Variables(Runs):
             VersionNotFoundError: It never had this version.
         """
         command = commands.RollbackVariable(self.session_id, name, version)
-        return decode((yield from ask(command, terms_of(actor, reason))))
+        record = yield from ask(command, terms_of(actor, reason))
+        return (yield from typed.read(self, record)) if record.name in typed.names else decode(record)
 
     # Dependencies
 
@@ -520,7 +559,8 @@ class Variables(Runs):
         return VariableMapping(self)
 
     def __getitem__(self, name: str) -> Any:
-        return decode(self.run_step(commands.GetVariable(self.session_id, name)))
+        record = self.run_step(commands.GetVariable(self.session_id, name))
+        return run(self, typed.read(self, record)) if record.name in typed.names else decode(record)
 
     def __setitem__(self, name: str, value: object) -> None:
         self.set(name, value, create=not self.strict)

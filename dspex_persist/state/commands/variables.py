@@ -533,6 +533,10 @@ class RollbackVariable(Command[Variable]):
         target = uow.find_version(self.session_id, variable, self.target_version)
         if target is None or target.value is None:
             raise VersionPrunedError(variable.name, self.target_version)
+        if variable.constraints:
+            # They may be others than those that the value had to satisfy.
+            constraints = values.compile_constraints(variable.name, variable.type, variable.constraints)
+            values.normalise(variable.name, variable.type, constraints, target.value, uow.limits)
         return uow.write(self.session_id, variable, target.value, metadata, uow.origin.source, ChangeKind.ROLLED_BACK)
 
 

@@ -8,6 +8,7 @@ from dspex_persist.state.values.ahead import LONG_JSON, SHORT_JSON, Described, F
 from dspex_persist.state.values.binary import check_content
 from dspex_persist.state.values.constraints import Constraints, compile_constraints, constraints_json, schema_version
 from dspex_persist.state.values.documents import BinaryValue
+from dspex_persist.state.values.json_schema import is_linear
 from dspex_persist.state.values.json_text import check_binary_size, depth_if_above, parse_json
 from dspex_persist.state.values.normalisation import normalise, spell
 from dspex_persist.state.values.python_objects import (
@@ -58,6 +59,7 @@ __all__ = [
     "find_type",
     "get_type",
     "infer_type",
+    "is_linear",
     "is_number",
     "normalise",
     "parse_json",

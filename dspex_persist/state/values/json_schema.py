@@ -335,6 +335,16 @@ def _cut(message: str) -> str:
     return message if len(message) <= _SHOWN_MESSAGE else f"{message[:_SHOWN_MESSAGE]}..."
 
 
+def is_linear(pattern: str) -> bool:
+    """Whether a schema can have this pattern, which has to take linear time."""
+    try:
+        compile_pattern(pattern)
+        _compiled({"pattern": pattern})
+    except RefusedError:
+        return False
+    return True
+
+
 def _schema_version(stated: object) -> Rule:
     read_integer("schema_version", stated, at_least=1)
     return Rule(lambda _: None)

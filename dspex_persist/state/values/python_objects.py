@@ -101,6 +101,8 @@ def infer_type(obj: object, *, name: str = _ANONYMOUS) -> str:
     value_type = type_of_object(obj)
     if value_type is not None:
         return value_type.name
+    if _is_model(obj):
+        return infer_type(_dumped(obj), name=name)
     if is_array(obj) and not len(obj.shape):
         return infer_type(obj.tolist(), name=name)
     raise InvalidValueError(name, no_form(obj))
@@ -120,6 +122,7 @@ def encode(obj: object, type_name: str | None = None, *, name: str = _ANONYMOUS)
         InvalidValueError: The object has no JSON form; the message says what to do instead.
         UnknownTypeError: There is no such type.
     """
+    obj = _dumped(obj)
     value_type = get_type(name, type_name or infer_type(obj, name=name))
     try:
         if isinstance(obj, BinaryValue):
@@ -134,6 +137,15 @@ def encode(obj: object, type_name: str | None = None, *, name: str = _ANONYMOUS)
     return keep(Value(text), document)
 
 
+def _is_model(obj: object) -> bool:
+    return getattr(type(obj), "model_dump", None) is not None
+
+
+def _dumped(obj: Any) -> Any:
+    """Return an instance of a pydantic model as plain objects, in the form that the model can read again."""
+    return obj.model_dump(mode="json", by_alias=True, round_trip=True) if _is_model(obj) else obj
+
+
 def encode_for(obj: object, find_type: Callable[[], str | None], *, name: str = _ANONYMOUS) -> Value:
     """Return an object as a value for a variable whose type `find_type` returns.
 
@@ -141,6 +153,7 @@ def encode_for(obj: object, find_type: Callable[[], str | None], *, name: str = 
     """
     is_scalar = type(obj) in SCALARS
     if not is_scalar:
+        obj = _dumped(obj)
         if is_array(obj) and not len(obj.shape):
             obj = obj.tolist()
         if obj is None or isinstance(obj, BinaryValue):
