@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from dspex_persist.state.limits import Limits as Limits
     from dspex_persist.state.local import LocalState as LocalState
     from dspex_persist.state.provider import StateProvider as StateProvider
+    from dspex_persist.wiring import aconnect as aconnect
     from dspex_persist.wiring import connect as connect
     from dspex_persist.wiring import open_audit as open_audit
     from dspex_persist.wiring import serve as serve
@@ -87,6 +88,7 @@ _HOMES = {
     "VariableNotFoundError": "dspex_persist.state.errors",
     "Variables": "dspex_persist.cognitive.variables",
     "VersionConflictError": "dspex_persist.state.errors",
+    "aconnect": "dspex_persist.wiring",
     "connect": "dspex_persist.wiring",
     "decode": "dspex_persist.cognitive.variables",
     "load_settings": "dspex_persist.settings",

@@ -1,7 +1,11 @@
 """How an address becomes a session state: the composition root says so here, for layers that must not know it."""
 
 import os
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from types import TracebackType
+from typing import Any, Generic, Protocol, TypeVar
+
+R = TypeVar("R")
 
 
 class Opener(Protocol):
@@ -21,3 +25,30 @@ def register(opener: Opener) -> None:
 def open_state(url: str | os.PathLike[str], /, **options: Any) -> Any:
     """Return the provider at `url`; see `dspex_persist.connect` for the arguments and the errors."""
     return _openers[0](url, **options)
+
+
+class Opening(Generic[R]):
+    """Something that is being opened from asyncio: `x = await opening`, or `async with opening as x`, which closes it.
+
+    Args:
+        opened: The coroutine that opens it.
+        close: Closes it.
+    """
+
+    def __init__(self, opened: Coroutine[Any, Any, R], close: Callable[[R], Awaitable[object]]) -> None:
+        self._opened = opened
+        self._close = close
+        self._here: list[R] = []
+
+    def __await__(self) -> Generator[Any, Any, R]:
+        return self._opened.__await__()
+
+    async def __aenter__(self) -> R:
+        here = await self._opened
+        self._here.append(here)
+        return here
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._close(self._here.pop())

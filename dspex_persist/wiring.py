@@ -24,6 +24,7 @@ from dspex_persist.infra import forks, streams
 from dspex_persist.infra.interrupts import interrupts
 from dspex_persist.infra.listen import ListenError, is_loopback, parse_listen, prepare, settled
 from dspex_persist.infra.logs import configure_logs, get_logger, quiet_grpc
+from dspex_persist.opening import Opening
 from dspex_persist.settings import Settings, SettingsError
 from dspex_persist.spelling import closest, did_you_mean, quote
 from dspex_persist.state.errors import CheckpointError, FileChangedError, InvalidArgumentError, OutcomeUnknownError
@@ -92,8 +93,8 @@ class StorageFailedError(DspexError):
 def connect(url: str | os.PathLike[str], **options: Any) -> "StreamsTools":
     """Open the session state at `url`.
 
-    Every backend executes and streams tools. Check for further abilities with `isinstance`: a file and a server are
-    `Durable`, `Auditable` and more (`dspex_persist.state.abilities`).
+    Every backend executes and streams tools. `capabilities` says what else it can do; with `isinstance`, a type checker
+    knows it, too: a file and a server are `Durable`, `Auditable` and more (`dspex_persist.state.abilities`).
 
     Args:
         url: One of three kinds of address:
@@ -101,7 +102,8 @@ def connect(url: str | os.PathLike[str], **options: Any) -> "StreamsTools":
             - A path, `sqlite:///relative.db` or `sqlite:////absolute.db`: a database file. It is created if missing,
               and this process owns it until you close it. A relative path is resolved now; changing the working
               directory later has no effect.
-            - `memory:`: sessions in the memory of this process, lost when it exits. Each call opens an empty state.
+            - `memory:` or `:memory:`: sessions in the memory of this process, lost when it exits. Each call opens an
+              empty state.
             - `grpc://HOST:PORT` or `grpc+unix:/PATH`: a server. The first call on it connects.
         options: For a file: the fields of `StoreOptions` (durability, limits, session_ttl_s, ...),
             `sweep_interval_s`, `on_fatal`, `tool_threads`, and `tools`, which is anything that `Toolbox.of` accepts: a
@@ -122,6 +124,19 @@ def connect(url: str | os.PathLike[str], **options: Any) -> "StreamsTools":
         return _local(**options)
     place = _place_of(url, forms=f"memory:, {_FORMS}")
     return _embedded(place, **options) if isinstance(place, Path) else _bridged(place, **options)
+
+
+def aconnect(url: str | os.PathLike[str], **options: Any) -> "Opening[StreamsTools]":
+    """Open the session state at `url` without blocking the event loop; the arguments are those of `connect`.
+
+    Returns:
+        What to await, or to use with `async with`, which closes the state at the end.
+    """
+
+    async def close(state: "StreamsTools") -> None:
+        await asyncio.to_thread(state.close)
+
+    return Opening(asyncio.to_thread(connect, url, **options), close)
 
 
 def open_audit(url: str | os.PathLike[str], *, reveal: bool = False, **options: Any) -> "AuditSource":

@@ -15,7 +15,6 @@ from dspex_persist.cognitive.steps import DEFAULT, Terms
 from dspex_persist.infra import forks
 from dspex_persist.infra.mailbox import LoopMailbox
 from dspex_persist.opening import open_state
-from dspex_persist.state.abilities import Durable, KeepsOrder
 from dspex_persist.state.commands import Command, ExecuteTool
 from dspex_persist.state.model import Origin
 from dspex_persist.state.provider import StateProvider, SubmitHere
@@ -212,7 +211,7 @@ class Backend:
     ) -> None:
         self.provider = provider
         self.is_owned = is_owned
-        self.url = url
+        self.url = url or provider.url
         # What it was opened with.
         self.options = {} if options is None else options
         # Held by whoever moves the session.
@@ -230,18 +229,25 @@ class Backend:
             return cls(place, is_owned=False)
         address = _IN_MEMORY if place == LOCAL else place
         provider: StateProvider = open_state(address, **options)
-        return cls(provider, is_owned=True, url="" if place == LOCAL else os.fspath(place), options=options)
+        return cls(provider, is_owned=True, options=options)
 
     @property
     def kind(self) -> str:
         """What it is: "local" (memory), "embedded" (a file), "bridged" (a server)."""
-        if not isinstance(self.provider, Durable):
-            return LOCAL
-        return EMBEDDED if isinstance(self.provider, KeepsOrder) else BRIDGED
+        capabilities = self.capabilities
+        if "remote" in capabilities:
+            return BRIDGED
+        return EMBEDDED if "durable" in capabilities else LOCAL
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What it can do; see `StateProvider.capabilities`."""
+        return self.provider.capabilities
 
     def use(self, provider: StateProvider, *, url: str, move: "Move") -> None:
         """Be on another provider from now on, which the context closes; the caller holds the gate."""
-        self.provider, self.is_owned, self.url, self._on_loop = provider, True, url, None
+        self.provider, self.is_owned, self._on_loop = provider, True, None
+        self.url = url or provider.url
         self._moves = (*self._moves, move)
 
     @property

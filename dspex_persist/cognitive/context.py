@@ -4,9 +4,9 @@ import asyncio
 import os
 import secrets
 import threading
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Self
 
 from dspex_persist.cognitive import moves
 from dspex_persist.cognitive.backends import BRIDGED, EMBEDDED, LOCAL, Backend, Place
@@ -30,13 +30,12 @@ from dspex_persist.cognitive.steps import (
 from dspex_persist.cognitive.transactions import Transacting
 from dspex_persist.cognitive.variables import terms_of
 from dspex_persist.cognitive.watching import Watchable, Watchers
+from dspex_persist.opening import Opening
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.abilities import ExecutesTools
 from dspex_persist.state.errors import EngineClosedError, InvalidArgumentError
 from dspex_persist.state.provider import TOOL_TIMEOUT_S, StateProvider
 from dspex_persist.state.tools.ports import ToolCode, name_of
-
-C = TypeVar("C", bound="Context")
 
 _TTL = "ttl_seconds"
 
@@ -94,13 +93,13 @@ class Context(Transacting, Watchable, Ruled):
             raise
 
     @classmethod
-    def aopen(cls, session_id: str | None = None, backend: Place = LOCAL, **options: Any) -> "Opening[Self]":
+    def aopen(cls, session_id: str | None = None, backend: Place = LOCAL, **options: Any) -> Opening[Self]:
         """Open a context without blocking the event loop, with the arguments of `Context`.
 
         Returns:
             What to await, or to use with `async with`.
         """
-        return Opening(cls, session_id, backend, options)
+        return Opening(cls._aopen(session_id, backend, **options), lambda context: context.aclose())
 
     @classmethod
     async def _aopen(
@@ -349,27 +348,6 @@ class Context(Transacting, Watchable, Ruled):
 
     def __repr__(self) -> str:
         return f"<Context of session {self.session_id!r}>"
-
-
-class Opening(Generic[C]):
-    """A context that is being opened: `ctx = await Context.aopen(...)`, or `async with Context.aopen(...) as ctx`."""
-
-    def __init__(self, kind: type[C], session_id: str | None, backend: Place, options: Mapping[str, Any]) -> None:
-        self._coroutine = kind._aopen(session_id, backend, **options)
-        self._context: C | None = None
-
-    def __await__(self) -> Generator[Any, Any, C]:
-        return self._coroutine.__await__()
-
-    async def __aenter__(self) -> C:
-        self._context = await self._coroutine
-        return self._context
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._context is not None:
-            await self._context.aclose()
 
 
 def _open(place: Place, tools: object, options: Mapping[str, Any]) -> Backend:

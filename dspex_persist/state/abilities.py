@@ -26,7 +26,16 @@ from dspex_persist.state.model import (
     ToolOutcome,
     ToolSpec,
 )
-from dspex_persist.state.provider import TOOL_TIMEOUT_S, Progress, StateProvider, Submits, Who, or_empty, silent
+from dspex_persist.state.provider import (
+    TOOL_TIMEOUT_S,
+    Capable,
+    Progress,
+    StateProvider,
+    Submits,
+    Who,
+    or_empty,
+    silent,
+)
 from dspex_persist.state.recording import ContentHash, Header, RecordedCommit
 
 R = TypeVar("R")
@@ -34,7 +43,7 @@ R = TypeVar("R")
 _REPORT_EVERY: Final = 100
 
 
-class Ability(ABC):
+class Ability(ABC, Capable):
     """The base of all abilities.
 
     Attributes:
@@ -58,6 +67,7 @@ class Durable(Ability):
 
     lacking = "state that outlives its process"
     instead = "open a database file: connect(path)"
+    gives: ClassVar[tuple[str, ...]] = ("durable",)
 
 
 class KeepsOrder(Ability):
@@ -76,6 +86,7 @@ class Auditable(Ability):
 
     lacking = "audits"
     instead = "keep the sessions in a database file: connect(path), or a server on one"
+    gives: ClassVar[tuple[str, ...]] = ("audit",)
 
     @abstractmethod
     def audit(self, *, reveal: bool = False) -> AuditSource:
@@ -95,6 +106,7 @@ class Recordable(Ability):
 
     lacking = "recordings"
     instead = "keep the sessions in a database file: connect(path), or a server on one"
+    gives: ClassVar[tuple[str, ...]] = ("recordings",)
 
     @abstractmethod
     def record(
@@ -167,6 +179,7 @@ class Importable(Ability):
 
     lacking = "imports of sessions"
     instead = "keep the sessions in a database file, connect(path); in memory, connect('memory:'); or on a server"
+    gives: ClassVar[tuple[str, ...]] = ("imports",)
 
     @abstractmethod
     def begin_import(self, header: Header, session_id: str | None = None) -> SessionImport:
@@ -272,6 +285,7 @@ class Forkable(Ability):
 
     lacking = "forks of sessions"
     instead = "keep the sessions in a database file: connect(path), or a server on one"
+    gives: ClassVar[tuple[str, ...]] = ("forks",)
 
     @abstractmethod
     def fork_session(
@@ -303,6 +317,7 @@ class Prunable(Ability):
 
     lacking = "pruning"
     instead = "keep the sessions in a database file: connect(path), or a server on one"
+    gives: ClassVar[tuple[str, ...]] = ("pruning",)
 
     @abstractmethod
     def prune(self, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PruneReport:
@@ -326,6 +341,7 @@ class ExecutesTools(StateProvider, Ability):
 
     lacking = "tools"
     instead = "wrap it: WithTools(provider, tools); or open one that executes them: connect(path, tools=...)"
+    gives: ClassVar[tuple[str, ...]] = ("tools",)
 
     @abstractmethod
     def list_tools(self, session_id: str = "") -> tuple[ToolSpec, ...]:
@@ -501,6 +517,7 @@ class Transacts(StateProvider, Ability):
 
     lacking = "transactions"
     instead = "wrap it: WithTools(provider); or open one that has them: connect(path), or a server"
+    gives: ClassVar[tuple[str, ...]] = ("transactions",)
 
     @abstractmethod
     def submit_transaction(

@@ -33,6 +33,9 @@ from dspex_persist.state.watch import Watch
 R = TypeVar("R")
 
 
+_WHERE: Final = frozenset({"remote", "distributed"})
+
+
 class Around(StateProvider):
     """A wrapper that passes everything to `provider` that a subclass does not override. Commands come by `submit`.
 
@@ -48,6 +51,16 @@ class Around(StateProvider):
 
     def __init__(self, provider: StateProvider) -> None:
         self.provider = provider
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """See `StateProvider.capabilities`: what is not an ability of a class is that of the provider."""
+        return super().capabilities | (self.provider.capabilities & _WHERE)
+
+    @property
+    def url(self) -> str:
+        """See `StateProvider.url`."""
+        return self.provider.url
 
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
         """See `StateProvider.submit`."""

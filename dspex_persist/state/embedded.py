@@ -72,6 +72,11 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable):
         """Tell other processes at which address this one serves the file: their errors name it."""
         self._store.announce(address)
 
+    @property
+    def url(self) -> str:
+        """See `StateProvider.url`: the path of the file."""
+        return str(self._store.path)
+
     def audit(self, *, reveal: bool = False) -> AuditSource:
         """See `Auditable.audit`."""
         self.check_open()

@@ -11,12 +11,13 @@ Requirements, which the contract suites in `dspex_persist.testing` test for ever
 Every backend can do this. Abilities that only some have, such as audits or tools, are in `abilities`.
 """
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Final, NoReturn, Protocol, Self, TypeAlias, TypedDict, TypeVar, Unpack
+from typing import Any, ClassVar, Final, NoReturn, Protocol, Self, TypeAlias, TypedDict, TypeVar, Unpack
 
 from dspex_persist.infra.mailbox import LoopMailbox, Reply
 from dspex_persist.state import arguments, commands, values
@@ -115,7 +116,17 @@ class Submits(ABC):
         return lambda command, origin=None: mailbox.reply(self.submit(command, origin))
 
 
-class StateProvider(Submits):
+class Capable:
+    """The base of classes that say what a backend can do.
+
+    Attributes:
+        gives: The names of what the class stands for; see `StateProvider.capabilities`.
+    """
+
+    gives: ClassVar[tuple[str, ...]] = ()
+
+
+class StateProvider(Submits, Capable):
     """Session state in any backend. Usable from any thread; close it when done, for example with a `with` block.
 
     `submit` carries out any command. The methods named after the commands wait for the result, and raise a
@@ -123,6 +134,27 @@ class StateProvider(Submits):
     returns the recorded result, or raises `IdempotencyConflictError` if it is a different request. All that write take
     `actor` and `reason`: who makes the change, and why (see `Who`).
     """
+
+    gives: ClassVar[tuple[str, ...]] = ("atomic_batches", "watch", "history")
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What the backend can do.
+
+        - `atomic_batches`, `watch`, `history`: every backend.
+        - `transactions`, `tools`: `begin_transaction`, `execute_tool`.
+        - `audit`, `recordings`, `imports`, `forks`, `pruning`: the whole history can be queried, a session exported,
+          imported, or begun with the state of another one, old history deleted.
+        - `durable`: what was acknowledged survives the end of the process that stores it.
+        - `remote`: it is in another process. `distributed`: on several machines.
+        """
+        kinds = type(self).__mro__
+        return frozenset(name for kind in kinds for name in vars(kind).get("gives", ()))
+
+    @property
+    def url(self) -> str:
+        """Its address, as for `dspex_persist.connect`; "" if no other connection can reach it."""
+        return ""
 
     def read_ahead(self, command: Command[Any], origin: Origin | None = None) -> bool:
         """Parse the command's large values on this thread, so that no other caller waits for it after `submit`.
@@ -533,6 +565,15 @@ class StateProvider(Submits):
     ) -> Value:
         """Remove the lock of a variable, and return its value. `force` also removes another optimizer's lock."""
         return self.run(commands.StopOptimization(session_id, identifier, force), idempotency_key, **who)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # Closing may wait for a disk or a server.
+        await asyncio.to_thread(self.close)
 
     def __enter__(self) -> Self:
         return self

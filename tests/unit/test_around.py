@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from itertools import combinations
 from types import new_class
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -128,3 +128,21 @@ def test_a_wrapper_is_open_as_long_as_its_provider() -> None:
 
     with pytest.raises(UnsupportedError):
         Around(Ended()).check_open()
+
+
+@pytest.mark.parametrize("wrapped", [(), *combinations(OTHERS, 1), OTHERS])
+def test_capabilities_are_those_of_the_abilities(wrapped: tuple[type[Ability], ...]) -> None:
+    always = {"atomic_batches", "watch", "history"}
+    given = {name for ability in wrapped for name in ability.gives}
+    assert able(*wrapped).capabilities == Around(able(*wrapped)).capabilities == {*always, *given}
+    with WithTools(able(*wrapped)) as state:
+        assert state.capabilities == {*always, *given, "transactions"}, "it has no tools"
+
+
+def test_where_a_backend_is_passes_through_wrappers() -> None:
+    class Elsewhere(Memory):
+        gives: ClassVar[tuple[str, ...]] = ("remote",)
+        url = "grpc://there:1"
+
+    assert "remote" in Around(Elsewhere()).capabilities
+    assert Around(Around(Elsewhere())).url == "grpc://there:1"

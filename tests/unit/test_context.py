@@ -5,16 +5,24 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dspex_persist import LocalState, aconnect, connect
 from dspex_persist.cognitive import Context
 from dspex_persist.cognitive.backends import Gate
 from dspex_persist.cognitive.errors import ContextClosedError
 from dspex_persist.cognitive.variables import Variables, decode
 from dspex_persist.state import commands
-from dspex_persist.state.errors import InvalidArgumentError, SessionNotFoundError, StateError, VariableNotFoundError
+from dspex_persist.state.errors import (
+    DatabaseInUseError,
+    InvalidArgumentError,
+    SessionNotFoundError,
+    StateError,
+    VariableNotFoundError,
+)
 from dspex_persist.state.model import BatchOutcome, Origin, SessionView, Value, VariableVersion
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.watch import Watch
@@ -348,3 +356,40 @@ class TestGate:
         gate.leave_tool()
         assert holding.wait(within(30))
         holder.join(within(30))
+
+
+def test_a_state_can_be_opened_and_closed_from_asyncio() -> None:
+    async def use() -> list[Any]:
+        async with aconnect(":memory:") as state:
+            seen: list[Any] = []
+            async with Context.aopen("s", state, strict=True) as context:
+                await context.define.aio("x", 1)
+                seen += [context.strict, context.resumed]
+            state.check_open()
+            other = await Context.aopen("s", state)
+            seen += [await other.get.aio("x"), other.resumed]
+            with pytest.raises(SessionNotFoundError):
+                await Context.aopen("t", state, create=False)
+        with pytest.raises(StateError):
+            state.check_open()
+        async with LocalState() as owned:
+            owned.check_open()
+        with pytest.raises(StateError):
+            owned.check_open()
+        return seen
+
+    assert asyncio.run(use()) == [True, False, 1, True]
+
+
+def test_what_a_backend_says(tmp_path: Path) -> None:
+    with Context("s", tmp_path / "x.db") as context:
+        assert (context.backend.kind, context.backend.url) == ("embedded", str(tmp_path / "x.db"))
+        assert {"durable", "audit"} <= context.backend.capabilities
+        assert repr(context.backend) == f"<Backend embedded {tmp_path / 'x.db'}>"
+        with pytest.raises(DatabaseInUseError, match="use that one, or close"):
+            Context("t", str(tmp_path / "x.db"))
+    with pytest.raises(ContextClosedError):
+        context.get("x")
+    with connect(tmp_path / "x.db") as state, Context("s", state) as context:
+        assert (context.resumed, context.backend.url) == (True, state.url)
+    assert not Context().backend.capabilities & {"durable", "audit", "remote", "distributed"}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final, TypeVar, Unpack
+from typing import Any, ClassVar, Final, TypeVar, Unpack
 from weakref import WeakSet
 
 import grpc
@@ -142,6 +142,14 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
         self._beside = AuditServiceStub(self._channel)
         self.cache = self._cache_of(cache, arguments.timeout("cache_age_s", cache_age_s))
         self._closed = False
+
+    gives: ClassVar[tuple[str, ...]] = ("remote",)
+
+    @property
+    def url(self) -> str:
+        """See `StateProvider.url`."""
+        target = self._target
+        return f"grpc+{target}" if target.startswith("unix:") else f"grpc://{target}"
 
     def submit(self, command: Command[R], origin: Origin | None = None, *, timeout_s: float | None = None) -> Future[R]:
         """See `StateProvider.submit`. Sends the command; the future resolves with the answer.

@@ -92,6 +92,12 @@ class WithTools(Around, StreamsTools, Transacts):
         self._closed = self._is_forked = False
         forks.register(self)
 
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """See `StateProvider.capabilities`."""
+        capabilities = super().capabilities
+        return capabilities if self._can_execute else capabilities - {"tools"}
+
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
         """See `StateProvider.submit`. Executes tools itself, and passes all other commands to the provider."""
         own = self._own.get(type(command))
