@@ -109,7 +109,8 @@ def connect(url: str | os.PathLike[str], **options: Any) -> "StreamsTools":
             `sweep_interval_s`, `on_fatal`, `tool_threads`, and `tools`, which is anything that `Toolbox.of` accepts: a
             toolbox, a tool, a function, a module or its name, a list or a dict of these. In memory: the fields of
             `SessionOptions` (limits, session_ttl_s, ...), `sweep_interval_s`, `tools`, `tool_threads`. For a server:
-            `timeout_s` (seconds), `actor`, `breaker`, `cache`, and the others of `BridgedState`.
+            `timeout_s` (seconds), `breaker`, `cache`, and the others of `BridgedState`. For all: `actor`, who makes the
+            changes, by default the user of this process.
 
     Returns:
         The provider. Close it when you are done; it is a context manager.

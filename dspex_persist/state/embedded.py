@@ -18,7 +18,7 @@ from dspex_persist.state.around import (
 )
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.groups import Job
-from dspex_persist.state.log_state import LogState
+from dspex_persist.state.log_state import LogState, default_actor
 from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, SessionView
 from dspex_persist.state.options import check_count, check_seconds
 from dspex_persist.state.provider import Progress, silent
@@ -41,6 +41,7 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable):
         sweep_interval_s: How often expired sessions are ended and old outcomes deleted, in seconds.
         on_fatal: Called if the writer ends because of an I/O error or a bug. No more writes are possible then, and
             every later call raises; a server should exit.
+        actor: Who makes the changes, unless a call says otherwise; by default the user of this process.
 
     Raises:
         OpenError: Another process owns the file, or it is not a readable database of this project.
@@ -54,9 +55,11 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable):
         *,
         sweep_interval_s: float = 30.0,
         on_fatal: Callable[[BaseException], None] | None = None,
+        actor: str | None = None,
     ) -> None:
         # Before the file is created.
         check_seconds("sweep_interval_s", sweep_interval_s)
+        default_actor(actor)
         self._made = created.missing(Path(path))
         groups = open_groups(Path(path), options)
         self._store = groups.log
@@ -66,7 +69,8 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable):
             lambda policy, progress: self.prune(policy, confirm=True, progress=progress),
             self._store.size_bytes,
         )
-        super().__init__(groups, name=str(self._store.path), sweep_interval_s=sweep_interval_s, on_fatal=on_fatal)
+        name = str(self._store.path)
+        super().__init__(groups, name=name, sweep_interval_s=sweep_interval_s, on_fatal=on_fatal, actor=actor)
 
     def announce(self, address: str) -> None:
         """Tell other processes at which address this one serves the file: their errors name it."""
@@ -146,6 +150,7 @@ class EmbeddedState(
         sweep_interval_s: How often expired sessions are ended and old outcomes deleted, in seconds.
         on_fatal: Called if the writer ends because of an I/O error or a bug. No more writes are possible then, and
             every later call raises; a server should exit.
+        actor: Who makes the changes, unless a call says otherwise; by default the user of this process.
         tools: The tools for `execute_tool`, by name; see `dspex_persist.Toolbox`.
         tool_threads: How many threads run tools at most.
 
@@ -161,13 +166,14 @@ class EmbeddedState(
         *,
         sweep_interval_s: float = 30.0,
         on_fatal: Callable[[BaseException], None] | None = None,
+        actor: str | None = None,
         tools: Mapping[str, ToolCode] | None = None,
         tool_threads: int = TOOL_THREADS,
     ) -> None:
         # Before the file is created.
         check_count("tool_threads", tool_threads)
         check_tools(tools)
-        self.engine = SqliteState(path, options, sweep_interval_s=sweep_interval_s, on_fatal=on_fatal)
+        self.engine = SqliteState(path, options, sweep_interval_s=sweep_interval_s, on_fatal=on_fatal, actor=actor)
         super().__init__(self.engine, tools, threads=tool_threads, limits=self.engine.limits)
 
     @property

@@ -15,7 +15,7 @@ from dspex_persist.state.audit import suggestion
 from dspex_persist.state.errors import NotInHistoryError
 from dspex_persist.state.events import ExecutionBegan, ExecutionEnded, SessionEnded
 from dspex_persist.state.groups import Groups
-from dspex_persist.state.log_state import LogState
+from dspex_persist.state.log_state import LogState, default_actor
 from dspex_persist.state.log_store import LogStore, affected, number_variables
 from dspex_persist.state.model import CommitChanges, JournalEntry, Origin, SessionView, VariableVersion
 from dspex_persist.state.options import SessionOptions, check_count
@@ -38,6 +38,7 @@ class LocalState(WithTools, OrderAround, RecordsAround, ImportsAround, HoldsArou
         sweep_interval_s: How often expired sessions are ended and old outcomes deleted, in seconds.
         tools: The tools for `execute_tool`, by name; see `dspex_persist.Toolbox`.
         tool_threads: How many threads run tools at most.
+        actor: Who makes the changes, unless a call says otherwise; by default the user of this process.
 
     Raises:
         InvalidArgumentError: An option is invalid, or `tools` are not tools.
@@ -50,13 +51,16 @@ class LocalState(WithTools, OrderAround, RecordsAround, ImportsAround, HoldsArou
         sweep_interval_s: float = 30.0,
         tools: Mapping[str, ToolCode] | None = None,
         tool_threads: int = TOOL_THREADS,
+        actor: str | None = None,
     ) -> None:
         # Before any thread is started.
+        default_actor(actor)
         check_count("tool_threads", tool_threads)
         check_tools(tools)
         # Evicting a session would save nothing, as the log is in memory, too; nor would larger groups save time.
         groups = Groups(MemoryLog(), options, cache_size_bytes=sys.maxsize)
-        self.engine = MemoryState(groups, name="session state in memory", sweep_interval_s=sweep_interval_s, gap_s=0)
+        name = "session state in memory"
+        self.engine = MemoryState(groups, name=name, sweep_interval_s=sweep_interval_s, gap_s=0, actor=actor)
         super().__init__(self.engine, tools, threads=tool_threads, limits=self.engine.limits)
 
 
@@ -70,8 +74,11 @@ class MemoryState(LogState, Recordable, Forkable):
         name: str = "the session state",
         sweep_interval_s: float = 30.0,
         gap_s: float = GAP_S,
+        actor: str | None = None,
     ) -> None:
-        super().__init__(groups, name=name, sweep_interval_s=sweep_interval_s, gap_s=gap_s, main_leads=True)
+        super().__init__(
+            groups, name=name, sweep_interval_s=sweep_interval_s, gap_s=gap_s, main_leads=True, actor=actor
+        )
         self._log = groups.log
 
     def record(

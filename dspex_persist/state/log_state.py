@@ -60,6 +60,11 @@ _POLL_S: Final = 0.002
 _WATCHING: Final = Origin("", "WatchVariables")
 
 
+def default_actor(actor: str | None) -> str:
+    """Return the actor of a provider, by default the user of this process; `InvalidArgumentError` if it is no text."""
+    return f"user:{user_name()}" if actor is None else arguments.text("actor", actor)
+
+
 class LogState(StateProvider, KeepsOrder, Importable, Holdable):
     """A provider that writes one group at a time, and reads current values from memory and past ones from the log.
 
@@ -74,9 +79,10 @@ class LogState(StateProvider, KeepsOrder, Importable, Holdable):
         main_leads: Whether the main thread may write small jobs itself; see `Writer`.
         on_fatal: Called if the writer ends because of an unknown outcome or a bug. No more writes are possible then,
             and every later call raises, whether or not there is a callback.
+        actor: Who makes the changes, unless a call says otherwise; by default the user of this process.
 
     Raises:
-        InvalidArgumentError: `sweep_interval_s` is not a positive number of seconds.
+        InvalidArgumentError: `sweep_interval_s` is not a positive number of seconds, or `actor` not a text.
     """
 
     def __init__(
@@ -88,15 +94,16 @@ class LogState(StateProvider, KeepsOrder, Importable, Holdable):
         gap_s: float = GAP_S,
         main_leads: bool = False,
         on_fatal: Callable[[BaseException], None] | None = None,
+        actor: str | None = None,
     ) -> None:
         check_seconds("sweep_interval_s", sweep_interval_s)
+        self._actor = default_actor(actor)
         self._groups = groups
         self._name = name
         self._failed: StateError | None = None
         self._fatal_callback = on_fatal
         self._closing = threading.Lock()
         self._closed = False
-        self._actor = f"user:{user_name()}"
         self._origins: dict[str, Origin] = {}
         self._readers = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="dspex-persist-reader")
         self._writer = Writer(

@@ -123,3 +123,20 @@ def test_a_conflict(providers: tuple[StateProvider, BridgedState], tmp_path: Pat
         assert (error.retryable, error.error_code) == (True, "CONFLICT")
         assert error.changes == "b (was at version 0, is at version 1)"
         assert provider.execute_tool(SESSION, "add_at_gate", {"gate": str(gate), "name": "b"}).success
+
+
+def test_the_actor_of_a_provider(tmp_path: Path) -> None:
+    """Each backend takes one, which calls may override; transactions and tools of the call have the same."""
+    with ServedDatabase(tmp_path / "served.db") as served:
+        for url in ("memory:", str(tmp_path / "file.db"), served.url):
+            with dspex_persist.connect(url, actor="service:shop") as state:
+                state.initialize_session("s")
+                state.register_variable("s", "x", "integer", 0)
+                state.set_variable("s", "x", 1, actor="user:ada", reason="asked for it")
+                state.set_variable("s", "x", 2)
+                history = [(each.actor, each.reason) for each in state.get_variable_history("s", "x")]
+            assert history == [("service:shop", None), ("user:ada", "asked for it"), ("service:shop", None)], url
+    for url in ("memory:", str(tmp_path / "other.db")):
+        with pytest.raises(errors.InvalidArgumentError, match="actor"):
+            dspex_persist.connect(url, actor=5)
+    assert not (tmp_path / "other.db").exists()
