@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dspex_persist.state.audit import HistoryQuery
 from dspex_persist.state.bridged import Breaker, BridgedState
 from dspex_persist.state.commands import GetVariable
 from dspex_persist.state.errors import CircuitOpenError, OutcomeUnknownError, SessionNotFoundError, UnavailableError
@@ -45,6 +46,13 @@ def test_calls_go_on_over_a_restart_without_the_program_noticing(served: ServedD
         assert state.set_variable("s", "x", 1, idempotency_key="k") == 1
         restarted.join()
         assert state.get_value("s", "x") == 1
+        with state.audit() as audit:
+            served.kill()
+            restarted = threading.Thread(target=served.restart)
+            restarted.start()
+            assert [each.version for each in audit.iterate(HistoryQuery(session="s"))] == [1, 0]
+            restarted.join()
+            assert audit.head() == audit.resolve("now")
 
 
 def test_a_server_that_was_away_is_called_again_by_itself(served: ServedDatabase) -> None:
@@ -148,6 +156,8 @@ def test_the_first_call_says_at_once_that_there_is_no_server() -> None:
                 state.get_session("s")
         with pytest.raises(CircuitOpenError):
             state.watch("s")
+        with pytest.raises(CircuitOpenError), state.audit() as audit:
+            audit.head()
     with BridgedState("127.0.0.1:1", breaker=None) as state:
         for _ in range(20):
             with pytest.raises(UnavailableError, match="cannot connect"):

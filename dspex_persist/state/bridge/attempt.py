@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Final
+from typing import Any
 
 import grpc
 
 from dspex_persist.state.bridge.headers import Headers
-from dspex_persist.state.bridge.line import Line
+from dspex_persist.state.bridge.line import FIRST_PAUSE_S, LEAST_S, LONGEST_PAUSE_S, Line
 from dspex_persist.state.bridge.rpcs.base import Rpc
 from dspex_persist.state.bridge.status import error_of_call, error_of_write, is_lost, never_sent, no_answer, unreadable
 from dspex_persist.state.commands import Command, ExecuteTool
@@ -20,9 +20,6 @@ from dspex_persist.state.errors import (
     ShuttingDownError,
     StateError,
 )
-
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
-_LEAST_S: Final = 0.001
 
 
 class Attempt:
@@ -69,7 +66,7 @@ class Attempt:
         self._lost_s = lost_s
         self._give_up_at: float | None = None
         self._unknown: OutcomeUnknownError | None = None
-        self._pause_s = _FIRST_PAUSE_S
+        self._pause_s = FIRST_PAUSE_S
         self._before = before
         self._future: Future[Any] = Future()
 
@@ -110,7 +107,7 @@ class Attempt:
 
     def _send(self) -> None:
         self._sent_at = self._line.now()
-        left_s = max(_LEAST_S, self._deadline - self._sent_at)
+        left_s = max(LEAST_S, self._deadline - self._sent_at)
         call = self._stub.future(self._request, timeout=left_s, metadata=self._headers)
         call.add_done_callback(self._done)
 
@@ -157,7 +154,7 @@ class Attempt:
         # A server that can no longer be reached may still have done it before: the outcome stays unknown.
         final = self._unknown if self._unknown is not None and lost else error
         if unsettled and (self._has_key if writes else self._may_read_again(lost, call)):
-            pause_s, self._pause_s = self._pause_s * self._line.jitter(), min(self._pause_s * 2, _LONGEST_PAUSE_S)
+            pause_s, self._pause_s = self._pause_s * self._line.jitter(), min(self._pause_s * 2, LONGEST_PAUSE_S)
             self._send_later(pause_s, final)
         else:
             self._fail(final)

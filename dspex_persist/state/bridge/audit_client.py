@@ -3,6 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Final, NoReturn, TypeVar, cast
 
 import grpc
@@ -25,14 +26,17 @@ from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
 from dspex_persist.state.bridge.generated.dspex_persist_audit_pb2_grpc import AuditServiceStub
 from dspex_persist.state.bridge.headers import Headers
 from dspex_persist.state.bridge.inherited import OneProcess
+from dspex_persist.state.bridge.line import FIRST_PAUSE_S, LEAST_S, LONGEST_PAUSE_S, Line
 from dspex_persist.state.bridge.rpcs import audit as rpcs
 from dspex_persist.state.bridge.rpcs import recordings
 from dspex_persist.state.bridge.rpcs.audit import Single
 from dspex_persist.state.bridge.status import error_of_call, error_of_write, is_from_server, is_lost
 from dspex_persist.state.errors import (
+    CircuitOpenError,
     EngineClosedError,
     InvalidArgumentError,
     OutcomeUnknownError,
+    ShuttingDownError,
     StateError,
     UnavailableError,
     UnsupportedError,
@@ -54,7 +58,7 @@ class BridgedAudit(AuditSource):
 
     Args:
         channel: The connection to the server.
-        target: The server, for errors.
+        line: Whether that connection works.
         timeout_s: How long to wait for an answer, in seconds; then the call raises `UnavailableError`.
         reveal: Request the values of sensitive variables. A server without `audit_reveal` masks them all the same.
         on_close: Called by `close`.
@@ -63,14 +67,14 @@ class BridgedAudit(AuditSource):
     def __init__(
         self,
         channel: grpc.Channel,
-        target: str,
+        line: Line,
         *,
         timeout_s: float,
         reveal: bool = False,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.reveal = reveal
-        self._calls = _Calls(channel, target)
+        self._calls = _Calls(channel, line)
         self._timeout_s = timeout_s
         self._on_close = on_close
 
@@ -92,7 +96,10 @@ class BridgedAudit(AuditSource):
         if rpc is None:
             raise UnsupportedError(f"queries of type {type(query).__name__}")
         request = _built(lambda: rpc.request(query, after, most, reveal=self.reveal))
-        pages = [rpc.page_of(each) for each in self._calls.stream(rpc.name, request, self._timeout_s)]
+        pages = self._calls.repeated(
+            self._timeout_s,
+            lambda left_s: [rpc.page_of(each) for each in self._calls.stream(rpc.name, request, left_s)],
+        )
         rows = [row for page in pages for row in page.rows]
         return cast(Page[T], Page(rows, pages[-1].after))
 
@@ -111,12 +118,13 @@ class BridgedAudit(AuditSource):
 
     def _ask(self, rpc: Single[A], **fields: Any) -> A:
         request = _built(lambda: rpc.request(**fields))
-        return rpc.answer_of(self._calls.unary(rpc.name, request, self._timeout_s))
+        ask = partial(self._calls.unary, rpc.name, request)
+        return rpc.answer_of(self._calls.repeated(self._timeout_s, ask))
 
 
 def prune(
     channel: grpc.Channel,
-    target: str,
+    line: Line,
     policy: PrunePolicy,
     *,
     confirm: bool,
@@ -124,29 +132,29 @@ def prune(
 ) -> PruneReport:
     """Have a server prune; see `Prunable.prune`. Without a time limit; an exception of `progress` ends the pruning."""
     request = _built(lambda: rpcs.prune_request(policy, confirm=confirm))
-    for answer in _Calls(channel, target).stream(rpcs.PRUNE, request, None):
+    for answer in _Calls(channel, line).stream(rpcs.PRUNE, request, None):
         if answer.HasField("report"):
             return rpcs.REPORT.record_of(answer.report)
         progress(answer.progress.what, answer.progress.done, answer.progress.in_all)
-    raise UnavailableError(f"{target} ended the pruning without a report")
+    raise UnavailableError(f"{line.target} ended the pruning without a report")
 
 
 def record(
-    channel: grpc.Channel, target: str, session_id: str, *, started: int | None, reveal: bool, timeout_s: float
+    channel: grpc.Channel, line: Line, session_id: str, *, started: int | None, reveal: bool, timeout_s: float
 ) -> tuple[Header, Iterator[RecordedCommit]]:
     """Have a server record a session; see `Recordable.record`.
 
     Each message has to come within `timeout_s` seconds; the whole recording has no limit.
     """
     request = _built(lambda: pb.RecordSessionRequest(session=session_id, started=started, reveal=reveal))
-    messages = _Calls(channel, target).stream(recordings.RECORD, request, None, patience_s=timeout_s)
-    return recordings.recording_of(messages, f"the recording from {target}")
+    messages = _Calls(channel, line).stream(recordings.RECORD, request, None, patience_s=timeout_s)
+    return recordings.recording_of(messages, f"the recording from {line.target}")
 
 
-def content_hash(channel: grpc.Channel, target: str, session_id: str, *, started: int | None, timeout_s: float) -> str:
+def content_hash(channel: grpc.Channel, line: Line, session_id: str, *, started: int | None, timeout_s: float) -> str:
     """Have a server compute the hash of a session's history; see `Recordable.content_hash`."""
     request = _built(lambda: pb.GetContentHashRequest(session=session_id, started=started))
-    return str(_Calls(channel, target).unary(recordings.CONTENT_HASH, request, timeout_s).content_hash)
+    return str(_Calls(channel, line).unary(recordings.CONTENT_HASH, request, timeout_s).content_hash)
 
 
 class BridgedImport(SessionImport):
@@ -154,7 +162,7 @@ class BridgedImport(SessionImport):
 
     Args:
         channel: The connection to the server.
-        target: The server, for errors.
+        line: Whether that connection works.
         header: The header of the recording.
         session_id: The id of the new session; None to keep the recorded one.
         headers: The headers of the call.
@@ -164,21 +172,21 @@ class BridgedImport(SessionImport):
     def __init__(
         self,
         channel: grpc.Channel,
-        target: str,
+        line: Line,
         header: Header,
         session_id: str | None,
         *,
         headers: Headers,
         timeout_s: float,
     ) -> None:
-        self._target = target
+        self._target = line.target
         self._timeout_s = timeout_s
         self._requests = _Requests()
         self._message = _built(lambda: pb.ImportSessionRequest(session_id=session_id, lines=[header_line(header)]))
         self._size = 0
         self._complete = False
         self._content = ContentHash()
-        self._calls = _Calls(channel, target)
+        self._calls = _Calls(channel, line)
         self._call, self._here = self._calls.begin(recordings.IMPORT, self._requests, headers)
         self._call.add_done_callback(lambda _: self._requests.stop())
 
@@ -282,7 +290,7 @@ class _Requests:
 
 def fork(
     channel: grpc.Channel,
-    target: str,
+    line: Line,
     session_id: str,
     new_session_id: str,
     at: str,
@@ -292,13 +300,13 @@ def fork(
 ) -> SessionView:
     """Have a server fork a session; see `Forkable.fork_session`. `OutcomeUnknownError` if the connection breaks."""
     request = _built(lambda: pb.ForkSessionRequest(session=session_id, new_session=new_session_id, at=at))
-    calls = _Calls(channel, target)
+    calls = _Calls(channel, line)
     return recordings.fork_of(calls.unary(recordings.FORK, request, timeout_s, headers=headers, writes=True))
 
 
 def begin(
     channel: grpc.Channel,
-    target: str,
+    line: Line,
     session_id: str,
     isolation: str,
     timeout_s: float,
@@ -311,7 +319,7 @@ def begin(
 
     Args:
         channel: The connection to the server.
-        target: The server, for errors.
+        line: Whether that connection works.
         session_id: The session.
         isolation: See `Transacts.begin_transaction`.
         timeout_s: How long the transaction may last, in seconds.
@@ -324,7 +332,7 @@ def begin(
             session=session_id, isolation=isolation, timeout_s=timeout_s, metadata=metadata
         )
     )
-    call, begun = _Calls(channel, target).open("BeginTransaction", request, headers, patience_s)
+    call, begun = _Calls(channel, line).open("BeginTransaction", request, headers, patience_s)
     return call, begun.execution_id
 
 
@@ -337,19 +345,42 @@ def _built(request: Callable[[], Any]) -> Any:
 
 
 class _Calls:
-    """Calls the rpcs of the service on a channel, and raises the server's errors."""
+    """Calls the rpcs of the service on a channel, and raises the server's errors.
 
-    def __init__(self, channel: grpc.Channel, target: str) -> None:
-        self._target = target
-        self._here = OneProcess(target, channel)
+    None is sent while the breaker of the line is open, and each tells the line whether the server answers.
+    """
+
+    def __init__(self, channel: grpc.Channel, line: Line) -> None:
+        self._line = line
+        self._target = line.target
+        self._here = OneProcess(line.target, channel)
         self._stub = AuditServiceStub(channel)
+
+    def repeated(self, timeout_s: float, read: Callable[[float], A]) -> A:
+        """Return the answer of a read, which gets the seconds that are left. It is repeated as other reads are."""
+        line, pause_s = self._line, FIRST_PAUSE_S
+        deadline = line.now() + timeout_s
+        while True:
+            try:
+                return read(max(LEAST_S, deadline - line.now()))
+            except (UnavailableError, ShuttingDownError) as error:
+                wait_s, pause_s = pause_s * line.jitter(), min(2 * pause_s, LONGEST_PAUSE_S)
+                is_passing = not isinstance(error, CircuitOpenError) and line.has_answered and line.state == "closed"
+                if not is_passing or line.now() + wait_s >= deadline:
+                    raise
+                line.rest(wait_s)
 
     def unary(self, rpc: str, request: Any, timeout_s: float, *, headers: Headers = (), writes: bool = False) -> Any:
         """Return the answer of a unary rpc. With `writes`, a broken connection raises `OutcomeUnknownError`."""
         self._here.check()
+        self._line.admit()
+        sent_at = self._line.now()
         try:
-            return getattr(self._stub, rpc)(request, timeout=timeout_s, metadata=headers)
+            answer = getattr(self._stub, rpc)(request, timeout=timeout_s, metadata=headers)
+            self._line.answered()
+            return answer
         except grpc.RpcError as error:
+            self._line.ended(error, sent_at)
             raise (error_of_write(error, self._target) if writes and is_lost(error) else self.error(error)) from None
         except ValueError as error:
             # The channel is closed.
@@ -358,6 +389,8 @@ class _Calls:
     def open(self, rpc: str, request: Any, headers: Headers, patience_s: float) -> tuple[Any, Any]:
         """Begin a stream; returns its call and its first message, which has to come within `patience_s` seconds."""
         self._here.check()
+        self._line.admit()
+        sent_at = self._line.now()
         try:
             call = getattr(self._stub, rpc)(request, metadata=headers)
         except ValueError as error:
@@ -365,8 +398,11 @@ class _Calls:
             raise EngineClosedError() from error
         answers = _Patient(call, patience_s)
         try:
-            return call, next(answers)
+            first = next(answers)
+            self._line.answered()
+            return call, first
         except (grpc.RpcError, StopIteration):
+            self._line.ended(call, sent_at, told=False)
             if answers.given_up:
                 raise UnavailableError(f"{self._target} did not answer within {patience_s:g} s") from None
             raise self.error(call) from None
@@ -374,6 +410,7 @@ class _Calls:
     def begin(self, rpc: str, requests: Iterator[Any], headers: Headers) -> tuple[Any, OneProcess]:
         """Begin a call with a stream of requests, and return it together with what guards it."""
         self._here.check()
+        self._line.admit()
         try:
             call = getattr(self._stub, rpc)(requests, metadata=headers)
         except ValueError as error:
@@ -393,6 +430,8 @@ class _Calls:
             patience_s: The time limit of each message; None for none.
         """
         self._here.check()
+        self._line.admit()
+        sent_at = self._line.now()
         try:
             call = getattr(self._stub, rpc)(request, timeout=timeout_s)
         except ValueError as error:
@@ -401,8 +440,10 @@ class _Calls:
         here, answers = OneProcess(self._target, call), _Patient(call, patience_s)
         try:
             while (answer := here.next_of(answers)) is not None:
+                self._line.answered()
                 yield answer
         except grpc.RpcError:
+            self._line.ended(call, sent_at, told=timeout_s is not None)
             if answers.given_up:
                 raise UnavailableError(f"{self._target} did not answer within {patience_s:g} s") from None
             raise self.error(call) from None

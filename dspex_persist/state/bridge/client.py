@@ -296,12 +296,12 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
         """
         self.check_open()
         reveal = arguments.flag("reveal", reveal)
-        return BridgedAudit(self._channel, self._target, timeout_s=self._timeout_s, reveal=reveal, on_close=on_close)
+        return BridgedAudit(self._channel, self._line, timeout_s=self._timeout_s, reveal=reveal, on_close=on_close)
 
     def prune(self, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PruneReport:
         """Have the server prune; see `Prunable.prune`. There is no time limit."""
         self.check_open()
-        return audit_client.prune(self._channel, self._target, policy, confirm=confirm, progress=progress)
+        return audit_client.prune(self._channel, self._line, policy, confirm=confirm, progress=progress)
 
     def record(
         self, session_id: str, *, started: int | None = None, reveal: bool = False
@@ -312,7 +312,7 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
         if started is not None:
             started = arguments.sequence("started", started)
         return audit_client.record(
-            self._channel, self._target, session_id, started=started, reveal=reveal, timeout_s=self._timeout_s
+            self._channel, self._line, session_id, started=started, reveal=reveal, timeout_s=self._timeout_s
         )
 
     def content_hash(self, session_id: str, *, started: int | None = None) -> str:
@@ -321,7 +321,7 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
         session_id = arguments.text("session_id", session_id)
         if started is not None:
             started = arguments.sequence("started", started)
-        facts = (self._channel, self._target, session_id)
+        facts = (self._channel, self._line, session_id)
         return audit_client.content_hash(*facts, started=started, timeout_s=self._timeout_s)
 
     def begin_import(self, header: Header, session_id: str | None = None) -> BridgedImport:
@@ -330,7 +330,7 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
         if session_id is not None:
             session_id = arguments.text("session_id", session_id)
         headers = self._headers_of_origin(self.default_origin(commands.ImportSession.__name__))
-        facts = (self._channel, self._target, header, session_id)
+        facts = (self._channel, self._line, header, session_id)
         return BridgedImport(*facts, headers=headers, timeout_s=self._timeout_s)
 
     def fork_session(
@@ -342,7 +342,7 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
         headers = self._headers_of_origin(origin or self.default_origin(commands.ForkSession.__name__))
         return audit_client.fork(
             self._channel,
-            self._target,
+            self._line,
             *sessions,
             arguments.text("at", at),
             headers=headers,
@@ -377,7 +377,7 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
         origin = origin or self.default_origin("BeginTransaction")
         stream, execution_id = audit_client.begin(
             self._channel,
-            self._target,
+            self._line,
             arguments.text("session_id", session_id),
             arguments.member("isolation", isolation, Isolation).value,
             timeout_s,

@@ -25,6 +25,11 @@ from dspex_persist.state.options import check_count
 
 Later: TypeAlias = Callable[[float, Callable[[], None]], None]
 """Calls a function after some seconds, on any thread."""
+FIRST_PAUSE_S: Final = 0.1
+LONGEST_PAUSE_S: Final = 2.0
+"""The pauses between repetitions: the first, which each further one doubles, and the longest."""
+LEAST_S: Final = 0.001
+"""The least time that a call gets."""
 _BEING_TRIED_S: Final = 0.1
 _logger: Final = get_logger(__name__)
 
@@ -68,6 +73,7 @@ class Line:
         breaker: When calls fail at once; None for never.
         now: Returns a time in seconds that never goes back.
         later: Calls a function after some seconds.
+        rest: Lets some seconds pass on the calling thread.
         jitter: Returns the factor, from 0.5 to 1, by which a pause is shortened: clients that lost their server at the
             same time should not all come back at the same time.
     """
@@ -79,11 +85,13 @@ class Line:
         *,
         now: Callable[[], float] = time.monotonic,
         later: Later = after,
+        rest: Callable[[float], None] = time.sleep,
         jitter: Callable[[], float] = lambda: random.uniform(0.5, 1),
     ) -> None:
         self.target = target
         self.now = now
         self.later = later
+        self.rest = rest
         self.jitter = jitter
         self.has_answered = False
         """Whether the server has ever answered."""
