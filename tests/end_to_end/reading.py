@@ -58,10 +58,19 @@ class Reader:
         self._running: list[tuple[subprocess.Popen[bytes], Path]] = []
         self._address = ADDRESS
 
-    def read(self, page: str) -> int:
-        """Do what a page says, and compare what it shows; return how many commands were typed."""
+    def read(self, page: str, *, until: str = "") -> int:
+        """Do what a page says, and compare what it shows; return how many commands were typed.
+
+        Args:
+            page: The page.
+            until: The heading at which to stop.
+        """
         typed = 0
+        lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+        last = lines.index(until) if until else len(lines)
         for block in blocks_of(page):
+            if block.line > last:
+                break
             saved = _SAVE.search(block.before)
             if saved:
                 self.save(saved[1], block.text)

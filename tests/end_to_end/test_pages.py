@@ -1,24 +1,83 @@
 """The pages that a newcomer follows, typed as they stand."""
 
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
-from dspex_persist import Context
+from dspex_persist import Context, cli
 from tests.deadline import within
 from tests.end_to_end.old_style import ROOT, environment, serve, target_of
 from tests.end_to_end.reading import blocks_of, reader
 
 SERVICE = "docs/fastapi.md"
+DOCS = list((ROOT / "docs").glob("*.md"))
 
 
-@pytest.mark.parametrize("page", ["docs/quickstart.md"])
-def test_a_page_can_be_typed_as_it_stands(page: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("page", "until"), [("docs/quickstart.md", ""), ("docs/command-line.md", "## Changes")])
+def test_a_page_can_be_typed_as_it_stands(page: str, until: str, tmp_path: Path) -> None:
     with reader(tmp_path) as reading:
-        assert reading.read(page) > 3
+        assert reading.read(page, until=until) > 3
+
+
+# Every command
+
+
+def commands_in(text: str) -> Iterator[list[str]]:
+    """Yield the words of each `dspex-persist` command, without what a shell does with it."""
+    for line in re.findall(r"^(?:\$ |.*\| )?(?:[A-Z_]+=\S+ )*dspex-persist (.*)$", text, re.MULTILINE):
+        lexer = shlex.shlex(re.split(" {4}", line)[0], posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        words = list(lexer)
+        ends = [index for index, word in enumerate(words) if set(word) <= set("|&;<>")]
+        yield words[: ends[0]] if ends else words
+
+
+def documented() -> list[tuple[str, list[str]]]:
+    pages = ["README.md", "CONTRIBUTING.md", "examples/README.md", *sorted(f"docs/{path.name}" for path in DOCS)]
+    found = [
+        (str(block), words)
+        for page in pages
+        for block in blocks_of(page)
+        if block.language in ("sh", "console")
+        for words in commands_in(block.text)
+    ]
+    helped = [
+        (f"help of {name}", words)
+        for name, command in all_commands(typer.main.get_command(cli.app))
+        for words in commands_in(getattr(command, "epilog", "") or "")
+    ]
+    return [*found, *helped]
+
+
+def all_commands(command: Any, name: str = "dspex-persist") -> Iterator[tuple[str, Any]]:
+    yield name, command
+    for each, subcommand in getattr(command, "commands", {}).items():
+        yield from all_commands(subcommand, f"{name} {each}")
+
+
+def test_every_command_in_the_pages_and_in_the_help_can_be_parsed() -> None:
+    commands = documented()
+    assert len(commands) > 100
+    for where, words in commands:
+        command, rest = typer.main.get_command(cli.app), list(words)
+        while rest and hasattr(command, "commands"):
+            if rest[0].startswith("-"):
+                break
+            assert rest[0] in command.commands, (where, words)
+            command = command.commands[rest.pop(0)]
+        if hasattr(command, "commands"):
+            continue
+        try:
+            command.make_context(" ".join(words), rest)
+        except Exception as error:  # noqa: BLE001 -- whatever it is, the page is wrong
+            pytest.fail(f"{where}: dspex-persist {' '.join(words)}: {error!r}")
 
 
 def test_the_quickstart_installs_as_the_readme_does() -> None:

@@ -57,7 +57,7 @@ def call(
     ],
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="The tool's arguments.", show_default=False),
+        typer.Argument(metavar="KEY=VALUE", help="The tool's arguments.", show_default=False),
     ] = None,
     tools: Annotated[
         list[str] | None,

@@ -46,7 +46,7 @@ EPILOG: Final = (
 Names = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[NAME]...",
+        metavar="NAME",
         help="Names, or globs with * and ?.",
         show_default=False,
         autocompletion=completing.variables,

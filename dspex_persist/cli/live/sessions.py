@@ -44,7 +44,7 @@ def list_(
     glob: Annotated[
         str,
         typer.Argument(
-            metavar="[GLOB]", help="Ids with * and ?.", show_default=False, autocompletion=completing.sessions
+            metavar="GLOB", help="Ids with * and ?.", show_default=False, autocompletion=completing.sessions
         ),
     ] = "",
     db: Db = None,
@@ -107,7 +107,7 @@ def _show(sessions: "Sequence[SessionEntry]") -> None:
 def end(
     sessions: Annotated[
         list[str],
-        typer.Argument(metavar="SESSION...", help="Their ids.", show_default=False, autocompletion=completing.sessions),
+        typer.Argument(metavar="SESSION", help="Their ids.", show_default=False, autocompletion=completing.sessions),
     ],
     actor: Actor = None,
     db: Db = None,
