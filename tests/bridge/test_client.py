@@ -3,6 +3,8 @@
 import getpass
 import json
 import os
+import signal
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,7 @@ import snakepit_bridge_pb2 as pb
 import snakepit_bridge_pb2_grpc as stubs
 
 from dspex_persist.state.bridged import BridgedState
-from dspex_persist.state.commands import GetVariable, GetVariableHistory
+from dspex_persist.state.commands import GetVariable, GetVariableHistory, SetVariable
 from dspex_persist.state.errors import (
     InternalError,
     LimitExceededError,
@@ -25,7 +27,7 @@ from dspex_persist.state.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from dspex_persist.state.model import Origin
+from dspex_persist.state.model import Origin, Value
 from tests.deadline import within
 from tests.infra.test_forks import in_child
 
@@ -145,3 +147,28 @@ def test_a_server_without_the_rpcs_is_reported_as_too_old(newer: str) -> None:
         for ask in (lambda: state.record("s"), lambda: state.fork_session("s", "t")):
             with pytest.raises(UnsupportedError, match="older"):
                 ask()
+
+
+class TimeIsUp(BaseException):
+    """Raised by a signal handler, as Ctrl-C is."""
+
+
+def test_a_signal_ends_the_wait_for_an_answer_and_the_client_lives_on() -> None:
+    def time_is_up(_number: int, _frame: object) -> None:
+        raise TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, time_is_up)
+    try:
+        # It accepts the connection, and never says a word.
+        with (
+            socket.create_server(("127.0.0.1", 0)) as silent,
+            BridgedState(f"127.0.0.1:{silent.getsockname()[1]}", timeout_s=within(60), cache=True) as state,
+        ):
+            for command in (GetVariable("s", "x"), SetVariable("s", "x", Value("1"))):
+                signal.setitimer(signal.ITIMER_REAL, 0.05)
+                with pytest.raises(TimeIsUp):
+                    state.run(command)
+            state.submit(GetVariable("s", "x"))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

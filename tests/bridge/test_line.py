@@ -81,6 +81,9 @@ class Call:
 class World:
     """A server that gives the next of `answers` (the last one again and again), and a clock that only timers move."""
 
+    waits = False
+    """Whether callers send their calls on their own threads, and wait."""
+
     def __init__(self, *answers: Answer | None, breaker: Breaker | None = BREAKER) -> None:
         self.now = 100.0
         self.sent_at: list[float] = []
@@ -103,12 +106,18 @@ class World:
         self.now += timeout if self._last is not None and self._last.code() is too_late().code() else 0.001
         return Call(self._last)
 
+    def with_call(self, request: Any, timeout: float, metadata: Any) -> tuple[Any, Call]:
+        call = self.future(request, timeout, metadata)
+        return call.result(), call
+
     def call(self, command: Command[Any], *, key: bool = False, timeout_s: float = 30.0) -> Any:
         """Make a call; return its error, or None."""
         self.sent_at, self.timeouts_s = [], []
         rpc = BY_COMMAND[type(command)]
         rpc = type(rpc)(**{**{name: getattr(rpc, name) for name in rpc.__slots__}, "result_of": lambda *_: None})
-        future = Attempt(self, rpc, command, lambda _: (), timeout_s, timeout_s, self.line, has_key=key).start()
+        attempt = Attempt(self, rpc, command, lambda _: (), timeout_s, timeout_s, self.line, has_key=key)
+        # Not `run`, because only this loop moves the clock.
+        future = attempt._begin(attempt._send_and_wait) if self.waits else attempt.start()
         while not future.done():
             at, call = self.timers.pop(0)
             self.now = max(self.now, at)
@@ -119,6 +128,12 @@ class World:
     def pauses(self) -> list[float]:
         """How long after the first time the call was sent again."""
         return [round(at - self.sent_at[0], 1) for at in self.sent_at]
+
+
+@pytest.fixture(params=[False, True], ids=["submitted", "waited for"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of sending a call are repeated alike."""
+    monkeypatch.setattr(World, "waits", request.param)
 
 
 def reached(world: World) -> World:

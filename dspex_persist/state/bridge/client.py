@@ -173,10 +173,34 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
         cache = self.cache if execution_id is None else None
         if cache is not None and (found := cache.find(command)) is not None:
             return settled(found)
+        try:
+            return self._attempt(command, origin, execution_id, timeout_s).start()
+        except UnsupportedError as error:
+            return failed(error)
+
+    def run(self, command: Command[R], idempotency_key: str | None = None, **who: Unpack[Who]) -> R:
+        """See `StateProvider.run`."""
+        self.check_open()
+        cache = self.cache if self._execution_id is None else None
+        found: R | None = cache.find(command) if cache is not None else None
+        if found is not None:
+            return found
+        origin = self.origin(command.cause, idempotency_key, **who)
+        fault = fault_of(command, origin)
+        if fault is not None:
+            raise fault
+        result: R = self._attempt(command, origin, self._execution_id).run()
+        return result
+
+    def _attempt(
+        self, command: Command[Any], origin: Origin | None, execution_id: str | None, timeout_s: float | None = None
+    ) -> Attempt:
+        """Return the attempt to carry out a command, or raise `UnsupportedError`."""
         rpc = BY_COMMAND.get(type(command))
         if rpc is None:
-            return failed(UnsupportedError(f"{command.cause} over the bridge"))
+            raise UnsupportedError(f"{command.cause} over the bridge")
         origin = origin or self.default_origin(command.cause)
+        cache = self.cache if execution_id is None else None
         return Attempt(
             getattr(self._beside if rpc.beside else self._stub, rpc.name),
             rpc,
@@ -187,16 +211,7 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
             self._line,
             has_key=origin.idempotency_key is not None,
             before=cache.sending(command) if cache is not None else None,
-        ).start()
-
-    def run(self, command: Command[R], idempotency_key: str | None = None, **who: Unpack[Who]) -> R:
-        """See `StateProvider.run`."""
-        cache = self.cache
-        if cache is not None and self._execution_id is None and not self._closed and self._here.refusal is None:
-            found: R | None = cache.find(command)
-            if found is not None:
-                return found
-        return super().run(command, idempotency_key, **who)
+        )
 
     def _cache_of(self, cache: bool | int, max_age_s: float) -> ValueCache | None:
         if cache is False:
