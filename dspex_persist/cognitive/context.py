@@ -149,6 +149,12 @@ class Context(Transacting, Watchable, Ruled):
             return (yield from ask(commands.InitializeSession(self.session_id, facts))).resumed
         return True
 
+    def _beside(self, session_id: str) -> Self:
+        context = type(self).__new__(type(self))
+        context._prepare(session_id, self._terms.actor, self.strict)
+        context.backend = Backend(self.backend.provider, is_owned=False, url=self.backend.url)
+        return context
+
     # Steps
 
     def run_step(self, step: Step) -> Any:

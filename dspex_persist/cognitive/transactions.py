@@ -1,13 +1,14 @@
-"""Transactions of contexts: several reads and writes that take effect together, or not at all."""
+"""Transactions of contexts, which take effect as a whole, and contexts that go back to what they were, or fork."""
 
 import asyncio
 import random
+import secrets
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 from dspex_persist.cognitive.backends import Backend, origin_of
 from dspex_persist.cognitive.errors import ContextClosedError
@@ -15,12 +16,15 @@ from dspex_persist.cognitive.steps import Asked, Step, Steps, Terms, Work, ask, 
 from dspex_persist.cognitive.variables import Variables
 from dspex_persist.infra.mailbox import LoopMailbox
 from dspex_persist.state import abilities, arguments, commands, values
-from dspex_persist.state.abilities import Transacts
+from dspex_persist.state.abilities import Forkable, Restorable, Transacts
+from dspex_persist.state.audit import PointLike, point_text
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import ExecutionConflictError, InvalidArgumentError
-from dspex_persist.state.model import ExecutionStatus, Isolation, Origin
+from dspex_persist.state.model import ExecutionStatus, Isolation, Origin, RestoredSession
 from dspex_persist.state.provider import TOOL_TIMEOUT_S, SubmitHere
 from dspex_persist.state.tools.ports import ToolCode, name_of
+
+R = TypeVar("R")
 
 RETRIES: Final = 10
 """How often `transactions` repeats by default after a conflict."""
@@ -301,6 +305,85 @@ class Transacting(Variables):
             yield transaction
             if transaction.status != ExecutionStatus.CONFLICT:
                 return
+
+    # The session in the past
+
+    @verb
+    def rollback_to(
+        self, point: PointLike, *, reason: str | None = None, actor: str | None = None
+    ) -> Steps[RestoredSession]:
+        """Bring all variables, dependencies and rules back to what they were at a point, in one commit.
+
+        Variables that still exist get a new version with the old value; their metadata stays. Those that were deleted
+        since come back as new ones, and those that were defined since are deleted.
+
+        Args:
+            point: A commit's number, the id of an execution (right after it ended), a time, an age (`"2h"`, or a
+                timedelta); a text may end with `^` for right before it.
+            reason: Why. The history keeps it.
+            actor: Who asks for it; by default the actor of the context.
+
+        Returns:
+            The number of the commit, the commit that it went back to, and the names of what has changed.
+
+        Raises:
+            InvalidArgumentError: It is not a point, or is before the session began.
+            VariableLockedError: An optimizer holds a variable that would change.
+            UnsupportedError: The backend cannot.
+        """
+        at, terms = point_text(point, "point"), self._terms_of(actor, reason)
+        if not at.strip():
+            raise InvalidArgumentError("point", "it must not be empty")
+        restored: RestoredSession = yield from work(self._through_gate, self._restore, at, terms)
+        return restored
+
+    def _restore(self, at: str, terms: Terms) -> RestoredSession:
+        provider = self.backend.provider
+        origin = provider.origin("RestoreSession", actor=terms.actor, reason=terms.reason)
+        return Restorable.of(provider).restore_session(self.session_id, at, origin=origin)
+
+    @verb
+    def fork(
+        self,
+        session_id: str | None = None,
+        *,
+        at: PointLike = "",
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> Steps[Self]:
+        """Begin a new session with the variables, dependencies and rules that this one had at a point.
+
+        Args:
+            session_id: The id of the new session; None makes one up.
+            at: The point, as for `rollback_to`; "" for now.
+            reason: Why. The history of the new session keeps it.
+            actor: Who asks for it; by default the actor of the context.
+
+        Returns:
+            A context of the new session, on the backend that this one is on now, which it does not close.
+
+        Raises:
+            SessionExistsError: A live session has the id.
+            InvalidArgumentError: `at` is not a point, or is before the session began.
+            UnsupportedError: The backend cannot.
+        """
+        new = f"ses_{secrets.token_hex(8)}" if session_id is None else session_id
+        yield from work(self._through_gate, self._fork, new, point_text(at, "at"), self._terms_of(actor, reason))
+        return self._beside(new)
+
+    def _fork(self, new: str, at: str, terms: Terms) -> None:
+        provider = self.backend.provider
+        origin = provider.origin("ForkSession", actor=terms.actor, reason=terms.reason)
+        Forkable.of(provider).fork_session(self.session_id, new, at, origin=origin)
+
+    @abstractmethod
+    def _beside(self, session_id: str) -> Self:
+        """Return a context of another session on the same provider."""
+
+    def _through_gate(self, call: Callable[..., R], *arguments: Any) -> R:
+        if self.closed:
+            raise ContextClosedError(self.session_id)
+        return self.backend.gate.pass_through(lambda: call(*arguments))
 
     def _terms_of(self, actor: str | None, reason: str | None) -> Terms:
         return Terms(self._terms.actor if actor is None else actor, reason)

@@ -22,6 +22,7 @@ from dspex_persist.state.model import (
     Origin,
     PrunePolicy,
     PruneReport,
+    RestoredSession,
     SessionView,
     ToolOutcome,
     ToolSpec,
@@ -309,6 +310,39 @@ class Forkable(Ability):
             SessionExistsError: A live session has the new id.
             NotInHistoryError: The history has no such session or execution.
             InvalidArgumentError: `at` is not a point.
+        """
+
+
+def unkeyed(origin: Origin | None) -> Origin | None:
+    """Return the origin without its idempotency key, for a request that means something else each time."""
+    return origin if origin is None or origin.idempotency_key is None else replace(origin, idempotency_key=None)
+
+
+class Restorable(Ability):
+    """A whole session can be brought back to an earlier state."""
+
+    lacking = "restoring sessions"
+    instead = "keep the sessions in memory, in a database file or on a server: connect(...)"
+
+    @abstractmethod
+    def restore_session(self, session_id: str, at: str, *, origin: Origin | None = None) -> RestoredSession:
+        """Bring the variables, dependencies and rules of a session back to what they were at a point, in one commit.
+
+        Variables that still exist get a new version with the old value; their metadata stays. Those that were deleted
+        since come back as new variables, and those that were registered since are deleted. Tools and locks stay.
+        Executions that have read or written what changes end in a conflict, as after any other write.
+
+        Args:
+            session_id: The session, which must be live.
+            at: A point, as in audits: a commit, an execution's id, a time or an age, with `^` for right before it.
+            origin: Who makes the request; the provider's default if None. Without an idempotency key.
+
+        Raises:
+            SessionNotFoundError: The session does not exist, or has ended.
+            InvalidArgumentError: `at` is not a point, or is before the session began.
+            NotInHistoryError: The history has no such execution.
+            VersionPrunedError: A value of then was pruned.
+            VariableLockedError: An optimizer holds a variable that would change.
         """
 
 

@@ -17,6 +17,7 @@ from dspex_persist.state.abilities import (
     KeepsOrder,
     Prunable,
     Recordable,
+    Restorable,
     SessionHold,
     SessionImport,
     StreamsTools,
@@ -25,7 +26,15 @@ from dspex_persist.state.abilities import (
 )
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.commands import Command
-from dspex_persist.state.model import Isolation, Origin, PrunePolicy, PruneReport, SessionView, ToolSpec
+from dspex_persist.state.model import (
+    Isolation,
+    Origin,
+    PrunePolicy,
+    PruneReport,
+    RestoredSession,
+    SessionView,
+    ToolSpec,
+)
 from dspex_persist.state.provider import TOOL_TIMEOUT_S, Progress, StateProvider, Who, silent
 from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.watch import Watch
@@ -153,6 +162,14 @@ class ForksAround(HandedOn, Forkable):
         return Forkable.of(self.provider).fork_session(session_id, new_session_id, at, origin=origin)
 
 
+class RestoresAround(HandedOn, Restorable):
+    """Passes restoring sessions on to `provider`."""
+
+    def restore_session(self, session_id: str, at: str, *, origin: Origin | None = None) -> RestoredSession:
+        """See `Restorable.restore_session`."""
+        return Restorable.of(self.provider).restore_session(session_id, at, origin=origin)
+
+
 class PrunesAround(HandedOn, Prunable):
     """Passes pruning on to `provider`."""
 
@@ -211,6 +228,7 @@ _PARTS: Final[Mapping[type[Ability], type[HandedOn]]] = {
     Importable: ImportsAround,
     Holdable: HoldsAround,
     Forkable: ForksAround,
+    Restorable: RestoresAround,
     Prunable: PrunesAround,
     Transacts: TransactsAround,
     StreamsTools: StreamsAround,

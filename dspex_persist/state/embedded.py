@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from dspex_persist.state import arguments
-from dspex_persist.state.abilities import Auditable, Durable, Forkable, Prunable, Recordable
+from dspex_persist.state.abilities import Auditable, Durable, Forkable, Prunable, Recordable, Restorable, unkeyed
 from dspex_persist.state.around import (
     AuditsAround,
     DurableAround,
@@ -15,11 +15,13 @@ from dspex_persist.state.around import (
     OrderAround,
     PrunesAround,
     RecordsAround,
+    RestoresAround,
 )
 from dspex_persist.state.audit import AuditSource
+from dspex_persist.state.commands import ReadState
 from dspex_persist.state.groups import Job
 from dspex_persist.state.log_state import LogState, default_actor
-from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, SessionView
+from dspex_persist.state.model import Origin, PrunePolicy, PruneReport, RestoredSession, SessionView
 from dspex_persist.state.options import check_count, check_seconds
 from dspex_persist.state.provider import Progress, silent
 from dspex_persist.state.recording import Header, RecordedCommit
@@ -32,7 +34,7 @@ from dspex_persist.state.tools.ports import ToolCode, check_tools
 from dspex_persist.state.tools.with_tools import TOOL_THREADS, WithTools
 
 
-class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable):
+class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable, Restorable):
     """The engine on a SQLite file, with audits, recordings, forks and pruning. It executes no tools.
 
     Args:
@@ -105,6 +107,14 @@ class SqliteState(LogState, Durable, Auditable, Recordable, Forkable, Prunable):
         command = recordings.fork_of(self._store.readers, source, name, arguments.text("at", at))
         return self.submit(command, origin).result()
 
+    def restore_session(self, session_id: str, at: str, *, origin: Origin | None = None) -> RestoredSession:
+        """See `Restorable.restore_session`."""
+        self.check_open()
+        session_id, at = arguments.text("session_id", session_id), arguments.text("at", at)
+        self.run(ReadState(session_id))
+        command = recordings.restore_of(self._store.readers, session_id, at)
+        return self.submit(command, unkeyed(origin)).result()
+
     def prune(self, policy: PrunePolicy, *, confirm: bool, progress: Progress = silent) -> PruneReport:
         """See `Prunable.prune`."""
         self.check_open()
@@ -141,6 +151,7 @@ class EmbeddedState(
     HoldsAround,
     ForksAround,
     PrunesAround,
+    RestoresAround,
 ):
     """Session state in a SQLite file, with tools. One thread writes; current values are read from memory.
 

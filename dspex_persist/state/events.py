@@ -131,6 +131,18 @@ class SessionEnded(Event):
         """See `Event.fold`."""
 
 
+@dataclass(frozen=True, slots=True)
+class SessionRestored(Event):
+    """This commit brought the session back to its state as of commit `sequence`.
+
+    In a recording, `sequence` is the number of that commit in the recording.
+    """
+
+    sequence: int
+
+    kind: ClassVar = EventKind.SESSION_RESTORED
+
+
 # Variables
 
 
@@ -487,6 +499,7 @@ EVENTS: Final[Mapping[EventKind, type[Event]]] = {
         ToolsRegistered,
         ExecutionBegan,
         ExecutionEnded,
+        SessionRestored,
         Pruned,
     )
 }

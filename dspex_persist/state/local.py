@@ -9,15 +9,23 @@ from datetime import datetime
 
 from dspex_persist.clock import EARLIEST
 from dspex_persist.state import arguments, past
-from dspex_persist.state.abilities import Forkable, Recordable
-from dspex_persist.state.around import ForksAround, HoldsAround, ImportsAround, OrderAround, RecordsAround
+from dspex_persist.state.abilities import Forkable, Recordable, Restorable, unkeyed
+from dspex_persist.state.around import (
+    ForksAround,
+    HoldsAround,
+    ImportsAround,
+    OrderAround,
+    RecordsAround,
+    RestoresAround,
+)
 from dspex_persist.state.audit import suggestion
+from dspex_persist.state.commands import ReadState
 from dspex_persist.state.errors import NotInHistoryError
 from dspex_persist.state.events import ExecutionBegan, ExecutionEnded, SessionEnded
 from dspex_persist.state.groups import Groups
 from dspex_persist.state.log_state import LogState, default_actor
 from dspex_persist.state.log_store import LogStore, affected, number_variables
-from dspex_persist.state.model import CommitChanges, JournalEntry, Origin, SessionView, VariableVersion
+from dspex_persist.state.model import CommitChanges, JournalEntry, Origin, RestoredSession, SessionView, VariableVersion
 from dspex_persist.state.options import SessionOptions, check_count
 from dspex_persist.state.past import PastCommit
 from dspex_persist.state.recording import Header, RecordedAnswer, RecordedCommit
@@ -28,7 +36,7 @@ from dspex_persist.state.unit_of_work import Backing, RecordedOutcome, UnitOfWor
 from dspex_persist.state.writer import GAP_S
 
 
-class LocalState(WithTools, OrderAround, RecordsAround, ImportsAround, HoldsAround, ForksAround):
+class LocalState(WithTools, OrderAround, RecordsAround, ImportsAround, HoldsAround, ForksAround, RestoresAround):
     """Session state in memory, for tests, notebooks, and everything that need not outlive its process.
 
     The history of a session is available until the session ends; until then it can be recorded and forked.
@@ -64,7 +72,7 @@ class LocalState(WithTools, OrderAround, RecordsAround, ImportsAround, HoldsArou
         super().__init__(self.engine, tools, threads=tool_threads, limits=self.engine.limits)
 
 
-class MemoryState(LogState, Recordable, Forkable):
+class MemoryState(LogState, Recordable, Forkable, Restorable):
     """The engine over a log in memory, with recordings and forks of live sessions."""
 
     def __init__(
@@ -101,6 +109,14 @@ class MemoryState(LogState, Recordable, Forkable):
         at = arguments.text("at", at)
         head, commits = self._log.sequence, self._log.commits_of(source)
         return self.submit(past.fork(source, commits, new, at, head), origin).result()
+
+    def restore_session(self, session_id: str, at: str, *, origin: Origin | None = None) -> RestoredSession:
+        """See `Restorable.restore_session`."""
+        self.check_open()
+        session_id, at = arguments.text("session_id", session_id), arguments.text("at", at)
+        self.run(ReadState(session_id))
+        head, commits = self._log.sequence, self._log.commits_of(session_id)
+        return self.submit(past.restore(session_id, commits, at, head), unkeyed(origin)).result()
 
 
 class MemoryLog(LogStore):

@@ -225,6 +225,7 @@ class EventKind(StrEnum):
     RULE_REMOVED = "rule_removed"
     EXECUTION_BEGAN = "execution_began"
     EXECUTION_ENDED = "execution_ended"
+    SESSION_RESTORED = "session_restored"
     PRUNED = "pruned"
 
 
@@ -338,6 +339,25 @@ class SessionView:
 
     resumed: bool
     variables: tuple[Variable, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RestoredSession:
+    """The result of bringing a session back to an earlier state.
+
+    Attributes:
+        sequence: The commit that did it.
+        restored_to: The commit whose state the session has again.
+        changed: The names of the variables that got their old value or constraints back.
+        deleted: The names of those that were registered since, and are deleted.
+        returned: The names of those that were deleted since, and are registered again.
+    """
+
+    sequence: int
+    restored_to: int
+    changed: tuple[str, ...] = ()
+    deleted: tuple[str, ...] = ()
+    returned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,13 @@
 """Recordings and forks of a session whose commits are in memory."""
 
+from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
 from dspex_persist import clock
 from dspex_persist.state.audit import SENSITIVE, parse_point
-from dspex_persist.state.commands import ForkSession
+from dspex_persist.state.commands import ForkSession, RestoreSession
 from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, quote
 from dspex_persist.state.events import (
     DependencyAdded,
@@ -16,6 +17,7 @@ from dspex_persist.state.events import (
     ExecutionEnded,
     RuleAdded,
     RuleRemoved,
+    SessionRestored,
     portable,
 )
 from dspex_persist.state.graph import Dependencies
@@ -82,12 +84,14 @@ def _recorded(
             began[commit.sequence] = number
         changes = sorted(commit.changes, key=lambda change: (ages[change.variable.id], change.version.version))
         versions = tuple(_version(change, hidden) for change in changes)
-        events = tuple(map(_event, commit.events))
+        events = tuple(_event(event, commits) for event in commit.events)
         facts = (number, commit.at, commit.actor, commit.cause, versions, events, commit.sequence)
         yield renumbered(RecordedCommit(*facts, answers.get(commit.sequence)), began.get)
 
 
-def _event(event: Event) -> RecordedEvent:
+def _event(event: Event, commits: Sequence[PastCommit]) -> RecordedEvent:
+    if isinstance(event, SessionRestored):
+        event = SessionRestored(bisect_right(commits, event.sequence, key=lambda commit: commit.sequence))
     # Encoded as in a file, so that both backends produce the same recording.
     return RecordedEvent(event.kind, portable(stored(storable(event.to_body()))))
 
@@ -131,6 +135,13 @@ def fork(session_id: str, commits: Sequence[PastCommit], new_session_id: str, at
         edge for edge in edges if edge.until is None and edge.from_id in variables and edge.to_id in variables
     )
     return ForkSession(new_session_id, session_id, sequence, tuple(variables.values()), lasting, tuple(rules.values()))
+
+
+def restore(session_id: str, commits: Sequence[PastCommit], at: str, head: int) -> RestoreSession:
+    """Return the command that brings a session back to what it was at a point; see `fork`."""
+    past = fork(session_id, commits, session_id, at, head)
+    last = commits[bisect_right(commits, past.forked_at, key=lambda commit: commit.sequence) - 1]
+    return RestoreSession.of(past, last.sequence, at)
 
 
 def _edges_after(edges: Dependencies, event: Event, sequence: int) -> Dependencies:

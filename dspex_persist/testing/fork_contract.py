@@ -3,12 +3,15 @@
 The tests fork sensitive variables as well, so a server under test needs `audit_reveal`.
 """
 
+import asyncio
 import uuid
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from dspex_persist.cognitive.context import Context
+from dspex_persist.cognitive.errors import ContextClosedError
 from dspex_persist.state import commands, errors
 from dspex_persist.state.abilities import Forkable
 from dspex_persist.state.model import Origin, Source, Value
@@ -132,6 +135,24 @@ class ForkContract(Contract):
         provider.set_variable(new, "x", 2)
         Forkable.of(provider).fork_session(new, f"{new}-2")
         assert provider.get_value(f"{new}-2", "x") == 2
+
+    def test_through_a_context(self, provider: StateProvider, session: str, new: str) -> None:
+        context = Context(session, provider, actor="ada")
+        context["x"] = 1
+        before = context.history("x")[0].commit
+        context["x"] = 2
+        with context.fork(new, at=before, reason="to try it") as copy, asyncio.run(context.fork.aio()) as other:
+            assert (copy.session_id, copy["x"], other["x"], context["x"]) == (new, 1, 2, 2)
+            first = copy.history("x")[0]
+            assert (first.actor, first.reason) == ("ada", "to try it")
+            copy["x"] = 5
+            assert (copy.history("x")[0].actor, context["x"], other["x"]) == ("ada", 2, 2)
+        assert provider.get_value(new, "x") == 5
+        with pytest.raises(errors.SessionExistsError):
+            context.fork(new)
+        context.close()
+        with pytest.raises(ContextClosedError):
+            context.fork()
 
     def test_an_id_that_is_taken(self, provider: StateProvider, session: str, new: str) -> None:
         provider.initialize_session(new)

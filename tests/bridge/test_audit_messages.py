@@ -18,6 +18,7 @@ from dspex_persist.state.audit import (
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
 from dspex_persist.state.bridge.records import Codec
 from dspex_persist.state.bridge.rpcs import audit as rpcs
+from dspex_persist.state.bridge.rpcs import beside
 from dspex_persist.state.errors import InvalidArgumentError, UnsupportedError
 from dspex_persist.state.model import ChangeKind
 from tests.bridge.audit_samples import POLICIES, QUERIES, REPORT, SAMPLES
@@ -99,7 +100,8 @@ def test_too_many_conditions_are_refused_before_they_are_read() -> None:
 
 
 def test_the_table_has_every_rpc_of_the_service_once() -> None:
-    names = [rpc.name for rpc in (*rpcs.SINGLES, *rpcs.LISTS.values())]
+    names = [rpc.name for rpc in (*rpcs.SINGLES, *rpcs.LISTS.values(), *beside.RPCS)]
     transactions = ["BeginTransaction", "CommitTransaction", "AbortTransaction"]
-    by_hand = [rpcs.PRUNE, "RecordSession", "GetContentHash", "ImportSession", "ForkSession", *transactions]
+    sessions = ["RecordSession", "GetContentHash", "ImportSession", "ForkSession", "RestoreSession"]
+    by_hand = [rpcs.PRUNE, *sessions, *transactions]
     assert sorted([*names, *by_hand]) == sorted(method.name for method in rpcs.AUDIT_SERVICE.methods)

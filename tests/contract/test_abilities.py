@@ -17,6 +17,7 @@ from dspex_persist.state.abilities import (
     KeepsOrder,
     Prunable,
     Recordable,
+    Restorable,
     StreamsTools,
     Transacts,
 )
@@ -28,6 +29,7 @@ from dspex_persist.testing.import_contract import ImportContract
 from dspex_persist.testing.order_contract import OrderContract
 from dspex_persist.testing.prune_contract import PruneContract
 from dspex_persist.testing.recording_contract import RecordingContract
+from dspex_persist.testing.restore_contract import RestoreContract
 from dspex_persist.testing.stream_contract import StreamContract
 from dspex_persist.testing.tool_contract import ToolContract
 from dspex_persist.testing.transaction_contract import TransactionContract
@@ -42,6 +44,7 @@ SUITES: Mapping[type[Ability], type] = {
     Holdable: HoldContract,
     Forkable: ForkContract,
     Prunable: PruneContract,
+    Restorable: RestoreContract,
     ExecutesTools: ToolContract,
     StreamsTools: StreamContract,
     Transacts: TransactionContract,

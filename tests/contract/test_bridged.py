@@ -23,6 +23,7 @@ from dspex_persist.testing.provider_contract import (
 )
 from dspex_persist.testing.prune_contract import PruneContract
 from dspex_persist.testing.recording_contract import EndedRecordingContract, RecordingContract
+from dspex_persist.testing.restore_contract import RestoreContract
 from dspex_persist.testing.server import ServedDatabase
 from dspex_persist.testing.stream_contract import StreamContract
 from dspex_persist.testing.tool_contract import ToolContract
@@ -94,7 +95,14 @@ class TestCachedLeases(Cached, LeaseContract):
 
 
 class TestBridgedHistory(
-    Bridged, AuditContract, RecordingContract, EndedRecordingContract, ImportContract, ForkContract, PruneContract
+    Bridged,
+    AuditContract,
+    RecordingContract,
+    EndedRecordingContract,
+    ImportContract,
+    ForkContract,
+    RestoreContract,
+    PruneContract,
 ):
     """The contract of recordings, imports, forks and audits."""
 

@@ -25,6 +25,7 @@ from dspex_persist.testing.order_contract import OrderContract
 from dspex_persist.testing.provider_contract import SMALL_LIMITS, ClosingContract, ProviderContract, Reopen
 from dspex_persist.testing.prune_contract import PruneContract
 from dspex_persist.testing.recording_contract import EndedRecordingContract, RecordingContract
+from dspex_persist.testing.restore_contract import RestoreContract
 from dspex_persist.testing.stream_contract import StreamContract
 from dspex_persist.testing.tool_contract import ToolContract
 from dspex_persist.testing.transaction_contract import TransactionContract
@@ -96,6 +97,7 @@ class TestEmbeddedHistory(
     ImportContract,
     HoldContract,
     ForkContract,
+    RestoreContract,
     PruneContract,
 ):
     """The contract of recordings, imports, holds, forks and audits."""
@@ -231,6 +233,7 @@ def test_no_part_of_the_contract_hides_another_one() -> None:
         ImportContract,
         HoldContract,
         ForkContract,
+        RestoreContract,
         PruneContract,
     ):
         """The limits of one backend."""

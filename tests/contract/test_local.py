@@ -24,6 +24,7 @@ from dspex_persist.testing.import_contract import ImportContract
 from dspex_persist.testing.order_contract import OrderContract
 from dspex_persist.testing.provider_contract import SMALL_LIMITS, ClosingContract, LeaseContract, ProviderContract
 from dspex_persist.testing.recording_contract import RecordingContract
+from dspex_persist.testing.restore_contract import RestoreContract
 from dspex_persist.testing.stream_contract import StreamContract
 from dspex_persist.testing.tool_contract import ToolContract
 from dspex_persist.testing.transaction_contract import TransactionContract
@@ -56,7 +57,7 @@ class TestLocalLeases(Local, LeaseContract):
     options = SessionOptions(optimization_lease_s=LeaseContract.lease_s)
 
 
-class TestLocalHistory(Local, RecordingContract, ImportContract, HoldContract, ForkContract):
+class TestLocalHistory(Local, RecordingContract, ImportContract, HoldContract, ForkContract, RestoreContract):
     """The contract of recordings, imports, holds and forks."""
 
 

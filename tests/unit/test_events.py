@@ -145,6 +145,7 @@ SAMPLES: list[tuple[Event, dict[str, Any]]] = [
         {"name": "fits", "expression": "a < b", "description": "so"},
     ),
     (e.RuleRemoved("fits"), {"name": "fits"}),
+    (e.SessionRestored(7), {"sequence": 7}),
     (e.DependencyAdded("v", "w", "uses"), {"from_id": "v", "to_id": "w", "type": "uses"}),
     (e.DependencyRemoved("v", "w", "uses"), {"from_id": "v", "to_id": "w", "type": "uses"}),
     (e.OptimizationStarted("v", "o", "mipro", AT, "ann", {"rounds": "3"}, 300.0), LOCKED),

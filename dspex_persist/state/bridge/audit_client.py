@@ -41,7 +41,7 @@ from dspex_persist.state.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from dspex_persist.state.model import ImportedSession, PrunePolicy, PruneReport, SessionView
+from dspex_persist.state.model import ImportedSession, PrunePolicy, PruneReport, RestoredSession, SessionView
 from dspex_persist.state.provider import Progress
 from dspex_persist.state.recording import ContentHash, Header, RecordedCommit, commit_line, header_line
 
@@ -302,6 +302,15 @@ def fork(
     request = _built(lambda: pb.ForkSessionRequest(session=session_id, new_session=new_session_id, at=at))
     calls = _Calls(channel, line)
     return recordings.fork_of(calls.unary(recordings.FORK, request, timeout_s, headers=headers, writes=True))
+
+
+def restore(
+    channel: grpc.Channel, line: Line, session_id: str, at: str, *, headers: Headers, timeout_s: float
+) -> RestoredSession:
+    """Have a server restore a session; see `Restorable`. `OutcomeUnknownError` if the connection breaks."""
+    request = _built(lambda: pb.RestoreSessionRequest(session=session_id, at=at))
+    answer = _Calls(channel, line).unary("RestoreSession", request, timeout_s, headers=headers, writes=True)
+    return recordings.RESTORED.record_of(answer)
 
 
 def begin(

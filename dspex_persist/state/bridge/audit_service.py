@@ -17,7 +17,15 @@ from google.protobuf.message import Message
 
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.mailbox import LoopMailbox
-from dspex_persist.state.abilities import Auditable, Forkable, Importable, Prunable, Recordable, SessionImport
+from dspex_persist.state.abilities import (
+    Auditable,
+    Forkable,
+    Importable,
+    Prunable,
+    Recordable,
+    Restorable,
+    SessionImport,
+)
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.bridge.calls import Calls, methods
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
@@ -26,9 +34,9 @@ from dspex_persist.state.bridge.rpcs import audit as rpcs
 from dspex_persist.state.bridge.rpcs import beside, recordings
 from dspex_persist.state.bridge.rpcs.audit import ListRpc, Question, Single
 from dspex_persist.state.bridge.rpcs.base import Rpc
-from dspex_persist.state.bridge.rpcs.recordings import batch_of, fork_message, lines_of
+from dspex_persist.state.bridge.rpcs.recordings import RESTORED, batch_of, fork_message, lines_of
 from dspex_persist.state.bridge.transaction_service import TransactionRpcs
-from dspex_persist.state.commands import ForkSession
+from dspex_persist.state.commands import ForkSession, RestoreSession
 from dspex_persist.state.errors import EngineClosedError, UnavailableError, UnsupportedError
 from dspex_persist.state.model import ImportedSession, Origin, PrunePolicy, PruneReport, SessionView
 from dspex_persist.state.provider import StateProvider
@@ -180,6 +188,15 @@ class AuditServicer(TransactionRpcs):
         origin = replace(caller, idempotency_key=None, optimizer_id=None)
         view = await self._on(self._answers, lambda: self._fork(request, origin))
         response: Message = self._fitting(fork_message(view))
+        return response
+
+    async def RestoreSession(self, request: pb.RestoreSessionRequest, context: Context) -> Message:
+        origin = origin_of(RestoreSession.__name__, context, RequestHeaders(context))
+        restored = await self._on(
+            self._answers,
+            lambda: Restorable.of(self._provider).restore_session(request.session, request.at, origin=origin),
+        )
+        response: Message = self._fitting(RESTORED.message_of(restored))
         return response
 
     def _fork(self, request: pb.ForkSessionRequest, origin: Origin) -> SessionView:

@@ -22,9 +22,11 @@ from dspex_persist.state.abilities import (
     Importable,
     Prunable,
     Recordable,
+    Restorable,
     StreamsTools,
     Transaction,
     Transacts,
+    unkeyed,
 )
 from dspex_persist.state.bridge import audit_client
 from dspex_persist.state.bridge.attempt import Attempt
@@ -63,7 +65,17 @@ from dspex_persist.state.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from dspex_persist.state.model import Isolation, Origin, PrunePolicy, PruneReport, SessionView, Source, ToolSpec, Value
+from dspex_persist.state.model import (
+    Isolation,
+    Origin,
+    PrunePolicy,
+    PruneReport,
+    RestoredSession,
+    SessionView,
+    Source,
+    ToolSpec,
+    Value,
+)
 from dspex_persist.state.options import check_count
 from dspex_persist.state.provider import TOOL_TIMEOUT_S, Progress, Who, check_watch, fault_of, or_empty, silent
 from dspex_persist.state.recording import Header, RecordedCommit
@@ -86,7 +98,7 @@ def _nothing() -> None:
     pass
 
 
-class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, Forkable, Prunable, Transacts):
+class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, Forkable, Restorable, Prunable, Transacts):
     """Session state on a server.
 
     The connection is opened by the first call, and again by itself whenever it breaks. Calls that a broken connection
@@ -362,6 +374,15 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
             arguments.text("at", at),
             headers=headers,
             timeout_s=self._timeout_s,
+        )
+
+    def restore_session(self, session_id: str, at: str, *, origin: Origin | None = None) -> RestoredSession:
+        """Have the server restore; see `Restorable.restore_session`. `OutcomeUnknownError` if the connection breaks."""
+        self.check_open()
+        session_id, at = arguments.text("session_id", session_id), arguments.text("at", at)
+        headers = self._headers_of_origin(unkeyed(origin) or self.default_origin(commands.RestoreSession.__name__))
+        return audit_client.restore(
+            self._channel, self._line, session_id, at, headers=headers, timeout_s=self._timeout_s
         )
 
     def submit_transaction(

@@ -12,6 +12,7 @@ from dspex_persist.state.commands.executions import (
 )
 from dspex_persist.state.commands.optimization import StartOptimization, StopOptimization
 from dspex_persist.state.commands.recordings import FinishImport, ForkSession, ImportCommit, ImportSession
+from dspex_persist.state.commands.restore import RestoreSession
 from dspex_persist.state.commands.rules import AddRule, ListRules, RemoveRule
 from dspex_persist.state.commands.sessions import (
     CleanupSession,
@@ -74,6 +75,7 @@ __all__ = [
     "RegisterVariables",
     "RemoveDependency",
     "RemoveRule",
+    "RestoreSession",
     "RollbackVariable",
     "SetVariable",
     "SetVariables",

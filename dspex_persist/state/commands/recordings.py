@@ -25,6 +25,7 @@ from dspex_persist.state.events import (
     RuleAdded,
     RuleRemoved,
     SessionEnded,
+    SessionRestored,
     SessionStarted,
     SessionUpdated,
     ToolsRegistered,
@@ -319,6 +320,13 @@ class _Repetition:
         if event.ttl_s is not None and not 0 < event.ttl_s <= MOST_TTL_S:
             raise ValueError(f"a session cannot have a TTL of {event.ttl_s} seconds")
 
+    def _restore_session(self, event: SessionRestored) -> None:
+        first = self._state().session.sequence
+        restored_to = first + event.sequence - 1
+        if not first <= restored_to < self._uow.sequence:
+            raise ValueError(f"the session was brought back to commit {event.sequence}, which is not before this one")
+        self._uow.record(self._session_id, replace(event, sequence=restored_to))
+
     def _end_session(self, event: SessionEnded) -> None:
         if self._state().executions:
             raise ValueError("an execution runs on after the end of the session")
@@ -424,6 +432,7 @@ _CHECKED: Final[Mapping[type[Event], Callable[[_Repetition, Any], None]]] = {
     SessionStarted: _Repetition._start_session,
     SessionUpdated: _Repetition._update_session,
     SessionEnded: _Repetition._end_session,
+    SessionRestored: _Repetition._restore_session,
     VariableConstrained: _Repetition._constrain_variable,
     RuleAdded: _Repetition._add_rule,
     RuleRemoved: _Repetition._remove_rule,

@@ -119,6 +119,11 @@ class AuditServiceStub(object):
                 request_serializer=dspex__persist__audit__pb2.AbortTransactionRequest.SerializeToString,
                 response_deserializer=dspex__persist__audit__pb2.AbortTransactionResponse.FromString,
                 _registered_method=True)
+        self.RestoreSession = channel.unary_unary(
+                '/dspex.persist.v1.AuditService/RestoreSession',
+                request_serializer=dspex__persist__audit__pb2.RestoreSessionRequest.SerializeToString,
+                response_deserializer=dspex__persist__audit__pb2.RestoreSessionResponse.FromString,
+                _registered_method=True)
         self.ImportSession = channel.stream_stream(
                 '/dspex.persist.v1.AuditService/ImportSession',
                 request_serializer=dspex__persist__audit__pb2.ImportSessionRequest.SerializeToString,
@@ -294,6 +299,15 @@ class AuditServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RestoreSession(self, request, context):
+        """Bring the variables, dependencies and rules of a live session back to what they were at a point, in one commit. The
+        header x-dspex-actor names the caller, x-dspex-reason says why, x-dspex-optimizer-id names the optimizer that makes
+        the call. FAILED_PRECONDITION if an optimizer has locked a variable that would change.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ImportSession(self, request_iterator, context):
         """Import a recorded session with its whole history, all of it or nothing: the lines of a recording, in messages of any
         number of lines. Everything is checked while it comes; other calls continue meanwhile, and writes only wait while the
@@ -442,6 +456,11 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     servicer.AbortTransaction,
                     request_deserializer=dspex__persist__audit__pb2.AbortTransactionRequest.FromString,
                     response_serializer=dspex__persist__audit__pb2.AbortTransactionResponse.SerializeToString,
+            ),
+            'RestoreSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestoreSession,
+                    request_deserializer=dspex__persist__audit__pb2.RestoreSessionRequest.FromString,
+                    response_serializer=dspex__persist__audit__pb2.RestoreSessionResponse.SerializeToString,
             ),
             'ImportSession': grpc.stream_stream_rpc_method_handler(
                     servicer.ImportSession,
@@ -904,6 +923,33 @@ class AuditService(object):
             '/dspex.persist.v1.AuditService/AbortTransaction',
             dspex__persist__audit__pb2.AbortTransactionRequest.SerializeToString,
             dspex__persist__audit__pb2.AbortTransactionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestoreSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dspex.persist.v1.AuditService/RestoreSession',
+            dspex__persist__audit__pb2.RestoreSessionRequest.SerializeToString,
+            dspex__persist__audit__pb2.RestoreSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

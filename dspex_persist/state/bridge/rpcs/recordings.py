@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
 from dspex_persist.state.bridge.records import Codec
-from dspex_persist.state.model import ImportedSession, SessionView, Source, Value, Variable
+from dspex_persist.state.model import ImportedSession, RestoredSession, SessionView, Source, Value, Variable
 from dspex_persist.state.recording import Header, RecordedCommit, commit_line, header_line, read_recording
 
 RECORD: Final = "RecordSession"
@@ -66,6 +66,7 @@ class _Forked:
     updated_at: datetime
 
 
+RESTORED: Final[Codec[RestoredSession]] = Codec.between(RestoredSession, pb.RestoreSessionResponse)
 _FORKED: Final[Codec[_Forked]] = Codec.between(_Forked, pb.ForkedVariable)
 
 

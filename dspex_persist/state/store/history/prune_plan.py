@@ -148,6 +148,7 @@ _GO_BY_THEMSELVES: Final = LOCK_KINDS | {
     EventKind.RULE_ADDED,
     EventKind.RULE_REMOVED,
     EventKind.DEPENDENCY_REMOVED,
+    EventKind.SESSION_RESTORED,
 }
 
 

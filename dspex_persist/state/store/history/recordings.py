@@ -13,7 +13,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Engine
 
 from dspex_persist.clock import nearest_time
-from dspex_persist.state.commands import ForkSession
+from dspex_persist.state.commands import ForkSession, RestoreSession
 from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, SessionPrunedError, quote
 from dspex_persist.state.events import RuleAdded, RuleRemoved, event_in, portable
 from dspex_persist.state.model import Dependency, EventKind, Rule, Value, Variable
@@ -65,6 +65,11 @@ _KEYS: Final = """
     WHERE session_key = ? AND ended_sequence IS NULL ORDER BY outcomes.created_at, idempotency_key
 """
 _ANSWER: Final = "SELECT cause, fingerprint, result FROM outcomes WHERE session_id = ? AND idempotency_key = ?"
+_COUNT: Final = "SELECT count(*) FROM commits WHERE session_key = ? AND sequence <= ?"
+_LAST_COMMIT: Final = """
+    SELECT max(sequence) FROM commits JOIN sessions USING (session_key)
+    WHERE session_id = ? AND ended_sequence IS NULL AND sequence <= ?
+"""
 _EVENTS: Final = "SELECT kind, body FROM events WHERE sequence = ? ORDER BY ordinal"
 _DEPENDENCIES: Final = """
     SELECT from_id, to_id, type, since_sequence FROM dependencies JOIN sessions USING (session_key)
@@ -172,7 +177,7 @@ class _Reading:
             after = sequence
             versions = tuple(map(self._version_of, raw_rows(connection, _VERSIONS, sequence)))
             event_rows = list(raw_rows(connection, _EVENTS, sequence))
-            events = tuple(self._event_of(sequence, *row) for row in event_rows)
+            events = tuple(self._event_of(connection, sequence, *row) for row in event_rows)
             answer = self._answer_by(connection, created_at)
             facts = (self._number, nearest_time(created_at), actor, cause, versions, events, sequence, answer)
             commit = RecordedCommit(*facts)
@@ -209,7 +214,10 @@ class _Reading:
             masked,
         )
 
-    def _event_of(self, sequence: int, kind: str, text: str) -> RecordedEvent:
+    def _event_of(self, connection: Connection, sequence: int, kind: str, text: str) -> RecordedEvent:
+        if kind == EventKind.SESSION_RESTORED:
+            restored_to = _first(connection, _COUNT, self._key, stored(text)["sequence"])[0]
+            return RecordedEvent(EventKind.SESSION_RESTORED, {"sequence": restored_to})
         if kind == EventKind.EXECUTION_BEGAN:
             self._began.append(sequence)
             self._numbers.append(self._number)
@@ -255,3 +263,12 @@ def rules_as_of(connection: Connection, session_id: str, sequence: int) -> tuple
         elif isinstance(event, RuleRemoved):
             rules = rules.without(event.name)
     return tuple(rules.values())
+
+
+def restore_of(readers: Engine, session_id: str, at: str) -> RestoreSession:
+    """Return the command that brings the live session `session_id` back to what it was at the point `at`."""
+    past = fork_of(readers, session_id, session_id, at)
+    with snapshot(readers) as connection:
+        last = _first(connection, _LAST_COMMIT, session_id, past.forked_at)
+    # A session before it may have had its id.
+    return RestoreSession.of(past, last[0] or 0 if last is not None else 0, at)
