@@ -14,7 +14,7 @@ from dspex_persist.cognitive.context import Context
 from dspex_persist.cognitive.errors import ContextClosedError
 from dspex_persist.state import commands, errors
 from dspex_persist.state.abilities import Forkable
-from dspex_persist.state.model import Origin, Source, Value
+from dspex_persist.state.model import Origin, Rule, Source, Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.testing.checks import check_invalid, names_of, shown, take
 from dspex_persist.testing.provider_contract.arguments import WRONG_TEXTS
@@ -67,6 +67,26 @@ class ForkContract(Contract):
         assert (provider.get_value(session, "x"), provider.get_value(new, "x")) == (3, 2)
         provider.cleanup_session(session)
         assert provider.get_value(new, "x") == 2
+
+    def test_rules_and_constraints_are_those_of_the_point(
+        self, provider: StateProvider, session: str, new: str
+    ) -> None:
+        provider.register_variable(session, "x", "integer", 1, constraints={"max": 9})
+        provider.add_rule(session, "small", "x < 5", "why")
+        provider.add_rule(session, "passing", "x > 0")
+        at = provider.get_variable_history(session, "x")[0].sequence + 2
+        provider.remove_rule(session, "passing")
+        provider.add_rule(session, "small", "x < 7", replace=True)
+        provider.constrain_variable(session, "x", {"max": 20}, 6)
+        Forkable.of(provider).fork_session(session, new, str(at))
+        assert provider.list_rules(new) == (Rule("passing", "x > 0"), Rule("small", "x < 5", "why"))
+        assert (provider.get_variable(new, "x").constraints, provider.get_value(new, "x")) == ('{"max":9}', 1)
+        with pytest.raises(errors.RuleViolatedError):
+            provider.set_variable(new, "x", 6)
+        Forkable.of(provider).fork_session(session, f"{new}-now")
+        assert provider.list_rules(f"{new}-now") == (Rule("small", "x < 7"),)
+        assert provider.get_variable(f"{new}-now", "x").constraints == '{"max":20}'
+        assert provider.get_variable(session, "x").constraints == '{"max":20}'
 
     def test_as_of_each_kind_of_point(self, provider: StateProvider, session: str, new: str) -> None:
         provider.register_variable(session, "x", "integer", 0)

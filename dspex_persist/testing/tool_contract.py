@@ -563,6 +563,16 @@ class ConflictContract(ToolsContract):
         first, second = result_of(call.result(DEADLINE_S))
         assert first == second
 
+    def test_rules_are_checked_at_the_end(self, client: Client) -> None:
+        client.provider.add_rule(client.session, "equal", "b <= c", "b follows c")
+        # The tool it calls writes b, and it writes c later.
+        assert result_of(client.execute("parent")) == [2, 1]
+        text = check_failed(client.execute("add", name="b"))
+        assert "RuleViolatedError" in text
+        assert "it is false: b <= c with b = 2, c = 1; b follows c" in text
+        assert client.values() == {"a": 1, "b": 1, "c": 1}
+        assert result_of(client.execute("add", name="c")) == 2
+
     def test_a_conflict_writes_nothing_and_does_not_block_the_next(self, client: Client, gate: Gate) -> None:
         check_conflict(_meanwhile(client, gate, lambda: client.set("a", 5), "add_at_gate"))
         assert client.versions() == [1, 0]

@@ -47,7 +47,7 @@ _UNTOLD = {("dependencies", "dependency_key"), ("sessions", "expires_at")}
 LOG_COLUMNS = [(name, column.name) for name in APPEND_ONLY for column in tables.tables[name].columns]
 STATE_COLUMNS = [
     (name, column.name)
-    for name in ("sessions", "variables", "dependencies", "executions", "tools")
+    for name in ("sessions", "variables", "dependencies", "executions", "tools", "rules", "variable_constraints")
     for column in tables.tables[name].columns
     if (name, column.name) not in _UNTOLD
 ]
@@ -278,6 +278,8 @@ WALKED = [
             "_DEPENDENCIES",
             "_EXECUTIONS",
             "_TOOLS",
+            "_RULES",
+            "_CONSTRAINTS",
         )
     ),
 ]
@@ -338,8 +340,11 @@ def random_job(randomly: random.Random) -> Job:
             c.AddDependency(session, name, randomly.choice("abc")),
             c.StartOptimization(session, name, holder, metadata),
             c.StopOptimization(session, name, force=randomly.random() < 0.5),
+            c.ConstrainVariable(session, name, randomly.choice(("", '{"max":9}', '{"min":1}')), number, metadata),
+            c.AddRule(session, f"rule {name}", randomly.choice(("a <= b", "b <= c + 3", "a + b > 2")), replace=True),
+            c.RemoveRule(session, f"rule {name}"),
         ),
-        weights=(4, 1, 8, 8, 4, 3, 3, 4, 3, 4),
+        weights=(4, 1, 8, 8, 4, 3, 3, 4, 3, 4, 3, 2, 2),
     )[0]
     key = str(randomly.randint(0, 50)) if randomly.random() < 0.2 else None
     return Job(command, Origin(holder, command.cause, idempotency_key=key, optimizer_id=holder))
