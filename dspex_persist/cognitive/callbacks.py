@@ -8,7 +8,7 @@ from typing import Any, Final, Self, TypeAlias
 
 from dspex_persist import clock
 from dspex_persist.cognitive.changes import Change, Choice, Pace, Taken
-from dspex_persist.cognitive.sources import Numbering, Source
+from dspex_persist.cognitive.sources import Source
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.traces import trace_of
 from dspex_persist.state.errors import EngineClosedError, SessionNotFoundError, StateError
@@ -107,20 +107,40 @@ class _Feed:
         self.source = source
         self.lock = threading.RLock()
         self.subscriptions: list[Subscription] = []
+        self.is_woken = False
 
-    def renumber(self, number_of: Numbering) -> None:
-        """The session is on another backend now, where its commits have other numbers."""
-        for each in self.subscriptions:
-            each._since = number_of(each._since)
+    def pull(self) -> tuple[list[Update], list[tuple[Subscription, int]]]:
+        """Pull a page of updates; returns it with the subscriptions as of then, and after which commit each begins."""
+        with self.lock:
+            updates = self.source.pull() if self.subscriptions else []
+            self._renumber()
+            return updates, [(each, each._since) for each in self.subscriptions]
+
+    def follow(self) -> None:
+        """Go on with the backend that the context has moved to."""
+        with self.lock:
+            if self.subscriptions:
+                self.source.follow()
+                self._renumber()
+
+    def _renumber(self) -> None:
+        for number_of in self.source.take_numberings():
+            for each in self.subscriptions:
+                each._since = number_of(each._since)
 
 
 class Callbacks:
     """The subscriptions of a context, and the thread that calls their functions. It runs while there are any."""
 
     def __init__(self) -> None:
-        self._lock = threading.Condition()
-        self._feeds: dict[object, _Feed] = {}
-        self._woken: dict[_Feed, None] = {}
+        self._lock = threading.Lock()
+        self._feeds: set[_Feed] = set()
+        # The newest feed for each key.
+        self._shared: dict[object, _Feed] = {}
+        # Used without the lock: whoever wakes the thread, such as the writer, must never wait for it.
+        self._news = threading.Event()
+        self._woken: deque[_Feed] = deque()
+        self._initial: deque[tuple[Subscription, list[Change[Any]]]] = deque()
         self._work: deque[Callable[[], None]] = deque()
         self._paced: set[Subscription] = set()
         self._thread: threading.Thread | None = None
@@ -132,7 +152,7 @@ class Callbacks:
 
     def add(
         self, subscription: Subscription, key: object, source: Source, waker: "Waker", initial: list[Change[Any]]
-    ) -> _Feed:
+    ) -> None:
         """Begin to call a function.
 
         Args:
@@ -141,28 +161,27 @@ class Callbacks:
             source: Its source, just opened. It is closed if another one serves as well.
             waker: What wakes the thread for the source.
             initial: What to call it with first.
-
-        Returns:
-            The feed that it belongs to.
         """
         subscription._since = source.position
         with self._lock:
-            feed = self._feeds.get(key)
+            # Before its feed has it, whose next updates come after these.
+            self._initial.append((subscription, initial))
+            feed = self._shared.get(key)
             if feed is not None:
                 with feed.lock:
                     # One that has read on would lack what was committed since.
-                    shared = bool(feed.subscriptions) and feed.source.position <= subscription._since
+                    behind = feed.source.here(feed.source.position) <= subscription._since
+                    shared = behind and bool(feed.subscriptions)
                     if shared:
                         feed.subscriptions.append(subscription)
             if feed is None or not shared:
-                feed = self._feeds[key] = _Feed(key, source)
+                feed = self._shared[key] = _Feed(key, source)
                 feed.subscriptions.append(subscription)
+                self._feeds.add(feed)
                 waker.feed = feed
             subscription._feed = feed
             if subscription._pace.is_used:
                 self._paced.add(subscription)
-            self._work.append(lambda: self._begin(subscription, initial))
-            self._woken[feed] = None
             if self._thread is None:
                 # In this context, so that the thread reads the same clock.
                 run = contextvars.copy_context().run
@@ -170,22 +189,21 @@ class Callbacks:
                     target=run, args=(self._run,), name="dspex-persist-callbacks", daemon=True
                 )
                 self._thread.start()
-            self._lock.notify_all()
+        self.wake(feed)
         if feed.source is not source:
             source.close()
-        return feed
 
-    def _begin(self, subscription: Subscription, initial: list[Change[Any]]) -> None:
-        now = now_s()
-        for change in initial:
-            subscription._offer(change, now)
+    def feeds(self) -> "tuple[_Feed, ...]":
+        """Return the sources of the subscriptions."""
+        with self._lock:
+            return tuple(self._feeds)
 
     def wake(self, feed: _Feed) -> None:
         """Read a feed soon; from any thread."""
-        with self._lock:
-            if feed not in self._woken:
-                self._woken[feed] = None
-                self._lock.notify_all()
+        if not feed.is_woken:
+            feed.is_woken = True
+            self._woken.append(feed)
+        self._news.set()
 
     def remove(self, subscription: Subscription) -> None:
         """End a subscription, after what has arrived was delivered."""
@@ -204,7 +222,7 @@ class Callbacks:
             if subscription.ended or self._stopped:
                 return
             self._work.append(remove)
-            self._lock.notify_all()
+        self._news.set()
         if not done.wait(_CLOSE_S):
             _logger.warning("a callback of a watch is still running", waited_s=_CLOSE_S)
 
@@ -216,7 +234,7 @@ class Callbacks:
                 self._stopped = True
                 return
             self._stopped = True
-            self._lock.notify_all()
+        self._news.set()
         if threading.current_thread() is not thread:
             thread.join(_CLOSE_S)
             if thread.is_alive():
@@ -226,19 +244,19 @@ class Callbacks:
 
     def _run(self) -> None:
         while True:
-            with self._lock:
-                due_s = self._next_due_s()
-                timeout_s = None if due_s is None else max(0.0, due_s - now_s())
-                self._lock.wait_for(lambda: self._woken or self._work or self._stopped, timeout_s)
-                work, self._work = self._work, deque()
-                woken, self._woken = tuple(self._woken), {}
-                stopped, feeds = self._stopped, tuple(self._feeds.values())
-            for each in work:
-                each()
-            for feed in woken:
+            self._news.wait(self._wait_s())
+            # Before reading the queues: what comes later sets it again.
+            self._news.clear()
+            stopped = self._stopped
+            self._begin()
+            while self._work:
+                self._work.popleft()()
+            for _ in range(len(self._woken)):
+                feed = self._woken.popleft()
+                feed.is_woken = False
                 self._read(feed)
             if stopped:
-                for feed in feeds:
+                for feed in tuple(self._feeds):
                     self._drain(feed)
                     self._end(feed, None)
                 return
@@ -246,19 +264,23 @@ class Callbacks:
             for subscription in tuple(self._paced):
                 subscription._deliver(subscription._pace.due(now))
 
-    def _next_due_s(self) -> float | None:
-        due = (subscription._pace.next_due_s() for subscription in self._paced)
-        return min((due_s for due_s in due if due_s is not None), default=None)
+    def _begin(self) -> None:
+        """Deliver the initial values of new subscriptions."""
+        while self._initial:
+            subscription, initial = self._initial.popleft()
+            now = now_s()
+            for change in initial:
+                subscription._offer(change, now)
+
+    def _wait_s(self) -> float | None:
+        due = [subscription._pace.next_due_s() for subscription in tuple(self._paced)]
+        due_s = min((each for each in due if each is not None), default=None)
+        return None if due_s is None else max(0.0, due_s - now_s())
 
     def _read(self, feed: _Feed) -> bool:
         """Deliver a page of updates; returns whether there was one."""
         try:
-            with feed.lock:
-                if not feed.subscriptions:
-                    return False
-                updates = feed.source.pull()
-                # Read together with the updates: a move changes the numbers.
-                targets = [(each, each._since) for each in feed.subscriptions]
+            updates, targets = feed.pull()
         except SessionNotFoundError:
             self._end(feed, None)
             return False
@@ -270,6 +292,7 @@ class Callbacks:
         if updates:
             # There may be more, but other feeds come first.
             self.wake(feed)
+            self._begin()
             self._hand_out(updates, targets)
         return bool(updates)
 
@@ -312,8 +335,9 @@ class Callbacks:
         feed.source.close()
 
     def _forget(self, feed: _Feed) -> None:
-        if self._feeds.get(feed.key) is feed:
-            del self._feeds[feed.key]
+        self._feeds.discard(feed)
+        if self._shared.get(feed.key) is feed:
+            del self._shared[feed.key]
 
 
 class Waker:

@@ -3,16 +3,18 @@
 import asyncio
 import threading
 from collections.abc import Callable
-from typing import TypeAlias
+from functools import partial
+from typing import Final, TypeAlias
 
+from dspex_persist.cognitive.backends import Backend
 from dspex_persist.infra.mailbox import LoopMailbox
-from dspex_persist.state.errors import StateError
-from dspex_persist.state.model import Update, Variable
-from dspex_persist.state.provider import StateProvider
-from dspex_persist.state.watch import Watch
+from dspex_persist.state.errors import EngineClosedError, SessionNotFoundError, StateError
+from dspex_persist.state.model import Update
 
 Numbering: TypeAlias = Callable[[int], int]
-"""Takes the number of a commit in one backend; returns the number in another of the session's last commit up to it."""
+"""Takes the number of a commit on one backend; returns the number on the next of the session's last commit up to it."""
+
+_MOVING_S: Final = 0.05
 
 
 class News:
@@ -55,34 +57,49 @@ class News:
 
 
 class Source:
-    """A watch on whichever backend the session is on. Its user pulls, and moves it, under a lock of its own.
+    """A watch on whichever backend the session is on. Its user pulls under a lock of its own.
+
+    A session that moves ends where it was. Then the source goes on where it is, after what has been pulled so far.
 
     Args:
+        backend: Where the session is. Open the source while passing its gate.
         session_id: The session.
         identifiers: The names of the variables; none for all.
-        watch: The watch on the backend that the session is on now.
+        after: The commit to resume after; None to begin now.
         wake: Called when there may be updates.
+
+    Raises:
+        StateError: The backend refuses the watch.
     """
 
-    def __init__(self, session_id: str, identifiers: tuple[str, ...], watch: Watch, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        session_id: str,
+        identifiers: tuple[str, ...],
+        after: int | None,
+        wake: Callable[[], None],
+    ) -> None:
+        self._backend = backend
         self._session_id = session_id
         self._identifiers = identifiers
-        self._watch = watch
         self._wake = wake
-        # Up to this commit, everything has been pulled from the backend before.
-        self._pulled = 0
+        self._provider = backend.provider
+        self._watch = self._provider.watch(session_id, identifiers, after_sequence=after)
+        self.initial = self._watch.initial
         self._resumptions = 0
-        watch.notify(wake)
-
-    @property
-    def initial(self) -> tuple[Variable, ...]:
-        """The variables as of the beginning."""
-        return self._watch.initial
+        self._renumbered: list[Numbering] = []
+        self._closed = False
+        self._watch.notify(wake)
 
     @property
     def position(self) -> int:
-        """The last commit that was pulled."""
-        return max(self._watch.position, self._pulled)
+        """The last commit that was pulled, by its number on the backend that it was pulled from."""
+        return self._watch.position
+
+    def here(self, number: int) -> int:
+        """Return the number that a commit has on the backend that the session is on now."""
+        return self._backend.position_here(self._provider, number)
 
     @property
     def resumptions(self) -> int:
@@ -96,41 +113,59 @@ class Source:
 
     def pull(self) -> list[Update]:
         """See `Watch.pull`."""
-        while updates := self._watch.pull():
-            if kept := self._new(updates):
-                return kept
-        return []
+        while True:
+            try:
+                return self._watch.pull()
+            except (SessionNotFoundError, EngineClosedError):
+                if self._may_be_moving():
+                    return []
+                if self._closed or not self.follow():
+                    raise
 
     def pull_ready(self) -> list[Update] | None:
         """See `Watch.pull_ready`."""
-        while updates := self._watch.pull_ready():
-            if kept := self._new(updates):
-                return kept
-        return updates
+        try:
+            return self._watch.pull_ready()
+        except (SessionNotFoundError, EngineClosedError):
+            if self._may_be_moving():
+                return []
+            if self._closed or self._backend.provider is self._provider:
+                raise
+            return None
 
-    def _new(self, updates: list[Update]) -> list[Update]:
-        return [update for update in updates if update.sequence > self._pulled] if self._pulled else updates
+    def _may_be_moving(self) -> bool:
+        """Whether the session may have ended here because it is being moved. Then this is woken soon."""
+        if not self._backend.gate.held:
+            # A move that had ended the session here has ended, and the backend is another one now.
+            return False
+        timer = threading.Timer(_MOVING_S, self._wake)
+        timer.daemon = True
+        timer.start()
+        return True
 
-    def open_on(self, provider: StateProvider, number_of: Numbering) -> Watch:
-        """Open the watch with which this goes on, on the backend that the session moves to."""
-        return provider.watch(self._session_id, self._identifiers, after_sequence=number_of(self.position))
-
-    def switch(self, watch: Watch, number_of: Numbering) -> Watch:
-        """Go on with `watch`, which `open_on` returned, after what has been pulled so far.
-
-        Returns:
-            The watch before. Close it, and call `listen`, without any lock: both may wait for a thread that wakes.
-        """
-        before, self._pulled = self._watch, number_of(self.position)
+    def follow(self) -> bool:
+        """Go on with the backend that the session has moved to; returns whether it has."""
+        provider, before = self._backend.provider, self._watch
+        if provider is self._provider:
+            return False
+        number_of = partial(self._backend.position_here, self._provider)
+        watch = provider.watch(self._session_id, self._identifiers, after_sequence=number_of(before.position))
         self._resumptions += before.resumptions
-        self._watch = watch
-        return before
-
-    def listen(self) -> None:
-        """Have the watch wake its user, also for what has come already."""
-        self._watch.notify(self._wake)
+        self._renumbered.append(number_of)
+        self._provider, self._watch = provider, watch
+        watch.notify(self._wake)
+        before.close()
+        if self._closed:
+            watch.close()
         self._wake()
+        return True
+
+    def take_numberings(self) -> list[Numbering]:
+        """Return how commits were renumbered by moves since the last call, oldest first."""
+        renumbered, self._renumbered = self._renumbered, []
+        return renumbered
 
     def close(self) -> None:
         """Stop watching."""
+        self._closed = True
         self._watch.close()

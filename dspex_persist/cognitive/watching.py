@@ -1,7 +1,7 @@
 """Watching: a session's changes as an iterator, synchronous and asynchronous, or as calls of a function.
 
 Watches pull: nothing queues up for a slow consumer but one page of updates, and one change for each variable that is
-being debounced or throttled. They go on when the context moves to another backend (`Watchers.relocate`).
+being debounced or throttled. They go on when the context moves to another backend (see `Source`).
 """
 
 import asyncio
@@ -10,25 +10,25 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
 from functools import partial
-from typing import Any, Generic, Protocol, Self, TypeVar, overload
+from typing import Any, Final, Generic, Self, TypeVar, overload
 
 from dspex_persist.cognitive.backends import Backend
 from dspex_persist.cognitive.callbacks import Callback, Callbacks, Filter, Subscription, now_s
 from dspex_persist.cognitive.changes import Change, Choice, Pace, Taken
 from dspex_persist.cognitive.errors import ContextClosedError
-from dspex_persist.cognitive.sources import News, Numbering, Source
+from dspex_persist.cognitive.sources import News, Source
 from dspex_persist.errors import DspexError
+from dspex_persist.infra.logs import get_logger
 from dspex_persist.spelling import quote
 from dspex_persist.state import arguments
 from dspex_persist.state.abilities import KeepsOrder
 from dspex_persist.state.errors import InvalidArgumentError, SessionNotFoundError, StateError
 from dspex_persist.state.model import Update, UpdateKind
-from dspex_persist.state.provider import StateProvider
-from dspex_persist.state.watch import Watch
 
 T = TypeVar("T")
+
+_logger: Final = get_logger(__name__)
 
 
 class Changes(Generic[T]):
@@ -43,7 +43,7 @@ class Changes(Generic[T]):
 
     def __init__(
         self,
-        open_source: Callable[[Callable[[], None], Callable[[Source], object]], object],
+        open_source: Callable[[Callable[[], None], Callable[[Source], None]], None],
         dropped: "deque[Source]",
         choice: Choice,
         keep: Filter | None,
@@ -81,12 +81,11 @@ class Changes(Generic[T]):
             assert source is not None, "it has begun"
             weakref.finalize(self, self._dropped.append, source)
 
-    def _begin(self, source: Source) -> Self:
+    def _begin(self, source: Source) -> None:
         with self._lock:
             self._source = source
             if self._include_initial:
                 self._take(initial_updates(source), now_s())
-        return self
 
     async def aopen(self) -> None:
         """Do the same without blocking the event loop."""
@@ -165,12 +164,27 @@ class Changes(Generic[T]):
                 else:
                     if updates is None:
                         return False
+                    self._renumber(source)
                     now = now_s()
                     self._take(updates, now)
                     self._ready.extend(self._pace.due(now))
                     if not updates:
                         break
         return True
+
+    def follow(self) -> None:
+        """Go on with the backend that the context has moved to."""
+        with self._lock:
+            if self._source is not None and not self._ended:
+                self._source.follow()
+                self._renumber(self._source)
+
+    def _renumber(self, source: Source) -> None:
+        for number_of in source.take_numberings():
+            self._pace.renumber(number_of)
+            for place, taken in enumerate(self._ready):
+                if isinstance(taken, Taken):
+                    self._ready[place] = Taken(number_of(taken.first), taken.change)
 
     def _take(self, updates: list[Update], now: float) -> None:
         for update in updates:
@@ -208,13 +222,15 @@ class Changes(Generic[T]):
         What has been pulled, but not been delivered yet, comes after it.
         """
         with self._lock:
-            if self._left_at is not None:
-                return self._left_at
-            left = [taken.first for taken in self._ready if isinstance(taken, Taken)]
-            left += [taken.first for taken in self._pace.waiting()]
-            if left:
-                return min(left) - 1
-            return 0 if self._source is None else self._source.position
+            return 0 if self._source is None else self._source.here(self._position())
+
+    def _position(self) -> int:
+        assert self._source is not None, "it has begun"
+        if self._left_at is not None:
+            return self._left_at
+        left = [taken.first for taken in self._ready if isinstance(taken, Taken)]
+        left += [taken.first for taken in self._pace.waiting()]
+        return min(left) - 1 if left else self._source.position
 
     @property
     def ended(self) -> bool:
@@ -236,25 +252,6 @@ class Changes(Generic[T]):
         """What separates it from its server at the moment; None while they are connected."""
         return None if self._source is None else self._source.interrupted
 
-    # Moving
-
-    @property
-    def source(self) -> Source | None:
-        """What it pulls from; None before it has begun."""
-        return self._source
-
-    @property
-    def lock(self) -> AbstractContextManager[Any]:
-        """Held while pulling."""
-        return self._lock
-
-    def renumber(self, number_of: Numbering) -> None:
-        """The session is on another backend now, where its commits have other numbers."""
-        self._pace.renumber(number_of)
-        self._ready = deque(
-            each if isinstance(each, Exception) else Taken(number_of(each.first), each.change) for each in self._ready
-        )
-
     # Closing
 
     def _end(self, error: DspexError | None) -> None:
@@ -274,7 +271,8 @@ class Changes(Generic[T]):
     def close(self) -> None:
         """Stop watching, and end the iteration at once. What has not been delivered comes after `position`."""
         with self._lock:
-            self._left_at = self.position
+            if self._source is not None:
+                self._left_at = self._position()
             self._ended, self._error = True, None
             self._ready.clear()
             self._pace.flush()
@@ -308,49 +306,6 @@ def initial_updates(source: Source) -> list[Update]:
     ]
 
 
-class _Holder(Protocol):
-    """What has a source that moves with the context."""
-
-    @property
-    def source(self) -> Source | None: ...
-
-    @property
-    def lock(self) -> AbstractContextManager[Any]: ...
-
-    def renumber(self, number_of: Numbering) -> None: ...
-
-
-class Relocation:
-    """The watches of a context on the backend that it moves to. End it with `commit` or `abandon`."""
-
-    def __init__(self, number_of: Numbering) -> None:
-        self._number_of = number_of
-        self._opened: list[tuple[_Holder, Source, Watch]] = []
-
-    def open(self, holder: _Holder, provider: StateProvider) -> None:
-        """Open the watch with which a holder goes on."""
-        with holder.lock:
-            source = holder.source
-            if source is not None:
-                self._opened.append((holder, source, source.open_on(provider, self._number_of)))
-
-    def commit(self) -> None:
-        """Go on with the new backend. Cannot fail."""
-        opened, self._opened = self._opened, []
-        for holder, source, watch in opened:
-            with holder.lock:
-                before = source.switch(watch, self._number_of)
-                holder.renumber(self._number_of)
-            before.close()
-            source.listen()
-
-    def abandon(self) -> None:
-        """Go on with the old backend, as if nothing had happened."""
-        opened, self._opened = self._opened, []
-        for _, _, watch in opened:
-            watch.close()
-
-
 class Watchers:
     """All watches of a context.
 
@@ -364,9 +319,10 @@ class Watchers:
         self._backend = backend
         self._callbacks = Callbacks()
         self._lock = threading.Lock()
-        self._holders: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._iterated: weakref.WeakSet[Changes[Any]] = weakref.WeakSet()
         self._dropped: deque[Source] = deque()
         self._closed = False
+        backend.followers.add(self)
 
     def changes(
         self, choice: Choice, keep: Filter | None, pace: Pace, *, include_initial: bool, after: int | None
@@ -374,6 +330,8 @@ class Watchers:
         """Return an iterator over changes; see `Watchable.watch`."""
         open_source = partial(self._open, choice, after)
         changes: Changes[Any] = Changes(open_source, self._dropped, choice, keep, pace, include_initial=include_initial)
+        with self._lock:
+            self._iterated.add(changes)
         if isinstance(self._backend.provider, KeepsOrder) or not _is_on_loop():
             changes.open()
         return changes
@@ -392,66 +350,51 @@ class Watchers:
         subscription = Subscription(self._callbacks, call, choice, keep, pace)
         waker = self._callbacks.waker()
 
-        def add(source: Source) -> object:
+        def add(source: Source) -> None:
             updates = initial_updates(source) if include_initial else []
             # What resumes after a commit reads a part of the history that nobody else needs.
             key = choice.identifiers if after is None else object()
-            return self._callbacks.add(subscription, key, source, waker, [Change(update) for update in updates])
+            self._callbacks.add(subscription, key, source, waker, [Change(update) for update in updates])
 
         self._open(choice, after, waker, add)
         return subscription
 
     def _open(
-        self, choice: Choice, after: int | None, wake: Callable[[], None], begin: Callable[[Source], object]
+        self, choice: Choice, after: int | None, wake: Callable[[], None], begin: Callable[[Source], None]
     ) -> None:
-        """Open a source; `begin` gives it to its user, which it returns."""
+        """Open a source, and have its user begin."""
         while self._dropped:
             self._dropped.popleft().close()
 
         def enter() -> None:
             if self._closed:
                 raise ContextClosedError(self.session_id)
-            watch = self._backend.provider.watch(self.session_id, choice.identifiers, after_sequence=after)
-            source = Source(self.session_id, choice.identifiers, watch, wake)
-            holder = begin(source)
-            with self._lock:
-                self._holders.add(holder)
+            begin(Source(self._backend, self.session_id, choice.identifiers, after, wake))
 
-        # A move waits for it, and so finds every source.
         self._backend.gate.pass_through(enter)
 
-    def relocate(self, provider: StateProvider, number_of: Numbering) -> Relocation:
-        """Prepare all watches for a move of the session to another backend, to which it has been copied.
+    def follow(self) -> None:
+        """Have all watches go on with the backend that the context has moved to, while its gate is held.
 
-        Call it while the gate of the backend is held, and then `commit` or `abandon` of what it returns.
-
-        Args:
-            provider: The backend that the context moves to.
-            number_of: Takes the number of a commit on the old backend; returns the number, on the new one, of the last
-                commit of the session up to it. If there is none, a number before the session's first commit there.
-
-        Raises:
-            StateError: A watch cannot be opened there. All go on as before.
+        So they miss nothing, even if the session ends before they pull again.
         """
         with self._lock:
-            holders = list(self._holders)
-        relocation = Relocation(number_of)
-        with ExitStack() as undo:
-            undo.callback(relocation.abandon)
-            for holder in holders:
-                relocation.open(holder, provider)
-            undo.pop_all()
-        return relocation
+            iterated = list(self._iterated)
+        for each in (*iterated, *self._callbacks.feeds()):
+            try:
+                each.follow()
+            except StateError as error:
+                # It ends with this error when it is pulled.
+                _logger.warning("a watch did not move along", session_id=self.session_id, reason=str(error))
 
     def close(self) -> None:
         """End all watches: functions get what has arrived, iterations end with `ContextClosedError`."""
         with self._lock:
             self._closed = True
-            holders = list(self._holders)
+            iterated = list(self._iterated)
         self._callbacks.close()
-        for holder in holders:
-            if isinstance(holder, Changes):
-                holder.fail(ContextClosedError(self.session_id))
+        for changes in iterated:
+            changes.fail(ContextClosedError(self.session_id))
         while self._dropped:
             self._dropped.popleft().close()
 

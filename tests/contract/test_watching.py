@@ -17,7 +17,6 @@ from dspex_persist import Context, EmbeddedState, LocalState, ToolContext, tool
 from dspex_persist.cognitive.changes import Change
 from dspex_persist.cognitive.errors import ContextClosedError
 from dspex_persist.cognitive.watching import Changes
-from dspex_persist.state.abilities import Importable, Recordable
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.errors import EngineClosedError, InvalidArgumentError, VariableNotFoundError
 from dspex_persist.state.provider import StateProvider
@@ -489,75 +488,79 @@ def test_closing_the_state_ends_an_iteration_with_an_error() -> None:
     ctx.close()
 
 
-def moved(source: StateProvider, target: StateProvider, session_id: str) -> Callable[[int], int]:
-    """Copy a session, and return the numbering there."""
-    header, commits = Recordable.of(source).record(session_id, reveal=True)
-    recorded = list(commits)
-    imported = Importable.of(target).import_session(header, recorded)
-    numbers = [commit.sequence for commit in recorded]
-
-    def number_of(sequence: int) -> int:
-        return imported.first_sequence - 1 + sum(number <= sequence for number in numbers)
-
-    return number_of
-
-
-class TestRelocation:
+class TestMoves:
     """Watches go on when their context moves to another backend."""
 
-    @pytest.fixture
-    def target(self, provider: StateProvider, tmp_path: Path) -> Iterator[StateProvider]:
-        with EmbeddedState(tmp_path / "target.db") as target:
-            # Numbers differ from those of the source.
-            Context("other", target).define("z", 0)
-            yield target
-
-    def test_nothing_is_missed_and_nothing_repeated(self, ctx: Context, target: StateProvider) -> None:
-        source = ctx.backend.provider
-        calls, slow_calls = Calls(), Calls()
+    def test_nothing_is_missed_and_nothing_repeated(self, tmp_path: Path) -> None:
+        path = tmp_path / "target.db"
+        with Context("other", path) as other:
+            # So that commits have other numbers there.
+            other.define("z", 0)
+        ctx = Context("moves")
+        ctx.define("x", 0)
+        calls, slow_calls, late_calls = Calls(), Calls(), Calls()
         changes, behind, paced = ctx.watch("x"), ctx.watch("x"), ctx.watch("x", debounce_s=1000)
+        closed = ctx.watch("x")
         ctx.watch("x", on_change=calls)
         ctx.watch("x", on_change=slow_calls, throttle_s=1000)
         for value in (1, 2, 3):
             ctx["x"] = value
         assert values(taken(changes, 2)) == [1, 2]
+        assert values(taken(closed, 1)) == [1]
+        closed.close()
         calls.first(3)
         assert paced.next(0) is None
-        with ctx.backend.gate.hold():
-            number_of = moved(source, target, ctx.session_id)
-            relocation = ctx.watchers.relocate(target, number_of)
-            # What was pulled in between comes only once.
-            assert values(taken(changes, 1)) == [3]
-            ctx.backend.provider = target
-            relocation.commit()
+        move(ctx, path)
+        assert ctx.backend.kind == "embedded"
+        # The numbers of commits are those of the backend that the context is on.
+        for after, rest in ((closed.position, [2, 3]), (changes.position, [3]), (behind.position, [1, 2, 3])):
+            with ctx.watch("x", after=after) as again:
+                assert values(taken(again, len(rest))) == rest
+                assert again.next(0) is None
         ctx["x"] = 4
-        calls_late = Calls()
-        ctx.watch("x", on_change=calls_late)
+        calls.first(4)
+        ctx.watch("x", on_change=late_calls)
         ctx["x"] = 5
-        assert values(taken(changes, 2)) == [4, 5]
-        assert values(taken(behind, 5)) == [1, 2, 3, 4, 5]
+        assert values(taken(changes, 3)) == [3, 4, 5]
         assert values(calls.first(5)) == [1, 2, 3, 4, 5]
-        assert values(calls_late.first(1)) == [5]
-        assert changes.position == behind.position == ctx.history("x", 1)[0].commit
-        with ctx.watch("x", after=behind.position) as again:
-            assert again.next(0) is None
+        assert values(late_calls.first(1)) == [5]
+        assert changes.position == ctx.history("x", 1)[0].commit
         ctx.end()
+        assert values(list(behind)) == [1, 2, 3, 4, 5], "all of it, although it has not been read since"
         assert [(change.old, change.value, change.count) for change in paced] == [(0, 5, 5)]
         assert values(slow_calls.first(2)) == [1, 5]
         assert list(changes) == []
+        ctx.close()
 
-    def test_a_move_that_fails_leaves_all_as_it_was(self, ctx: Context, target: StateProvider) -> None:
-        source, calls = ctx.backend.provider, Calls()
-        changes = ctx.watch("x")
-        ctx.watch("x", on_change=calls)
-        ctx["x"] = 1
-        ctx.watch("y")
-        with ctx.backend.gate.hold():
-            number_of = moved(source, target, ctx.session_id)
-            ctx.watchers.relocate(target, number_of).abandon()
-            target.cleanup_session(ctx.session_id)
-            with pytest.raises(Exception, match="session not found"):
-                ctx.watchers.relocate(target, number_of)
-        ctx["x"] = 2
-        assert values(taken(changes, 2)) == [1, 2]
-        assert values(calls.first(2)) == [1, 2]
+    def test_one_who_waits_is_not_disturbed(self, tmp_path: Path) -> None:
+        async def test() -> None:
+            async with Context.aopen() as ctx:
+                await ctx.define.aio("x", 0)
+                async with ctx.watch("x") as changes:
+                    step = asyncio.ensure_future(anext(changes))
+                    waiting = asyncio.ensure_future(ctx.wait_for.aio("x", lambda value: value == 2))
+                    await asyncio.sleep(0)
+                    await asyncio.to_thread(move, ctx, tmp_path / "target.db")
+                    await ctx.set.aio("x", 1)
+                    assert (await step).value == 1
+                    await ctx.set.aio("x", 2)
+                    assert await waiting == 2
+
+        asyncio.run(asyncio.wait_for(test(), DEADLINE_S))
+
+
+def move(ctx: Context, path: Path) -> None:
+    if hasattr(ctx, "ensure_persistent"):
+        ctx.ensure_persistent(path)
+        return
+    from dspex_persist.cognitive.backends import Move
+    from dspex_persist.state.abilities import Importable, Recordable
+
+    source, target = ctx.backend.provider, EmbeddedState(path)
+    with ctx.backend.gate.hold():
+        header, commits = Recordable.of(source).record(ctx.session_id, reveal=True)
+        recorded = list(commits)
+        imported = Importable.of(target).import_session(header, recorded)
+        source.cleanup_session(ctx.session_id)
+        ctx.backend.use(target, url="", move=Move(source, [c.sequence for c in recorded], imported.first_sequence))
+    source.close()
