@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
+from weakref import WeakSet
 
 from dspex_persist.cognitive.steps import DEFAULT, Terms
 from dspex_persist.infra import forks
@@ -196,6 +197,13 @@ class Move:
         return self.first_sequence + bisect_right(self.sequences, sequence) - 1
 
 
+class Follower(Protocol):
+    """What goes along when a session moves."""
+
+    def follow(self) -> None:
+        """Go on with the backend as it is now, while its gate is held. It must not raise."""
+
+
 class Backend:
     """What a context is on, and the way to it: every call of the context passes through here.
 
@@ -217,6 +225,8 @@ class Backend:
         # Held by whoever moves the session.
         self.moving = threading.Lock()
         self._moves: tuple[Move, ...] = ()
+        # What goes along when the session moves: watches.
+        self.followers: WeakSet[Follower] = WeakSet()
         self.switches: tuple[Switch, ...] = ()
         self.gate = Gate()
         # The way from the event loop that was used last.
@@ -249,6 +259,8 @@ class Backend:
         self.provider, self.is_owned, self._on_loop = provider, True, None
         self.url = url or provider.url
         self._moves = (*self._moves, move)
+        for follower in tuple(self.followers):
+            follower.follow()
 
     @property
     def place(self) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, Generic, Self, TypeVar, overload
 
-from dspex_persist.cognitive.backends import Backend
+from dspex_persist.cognitive.backends import Backend, Follower
 from dspex_persist.cognitive.callbacks import Callback, Callbacks, Filter, Subscription, now_s
 from dspex_persist.cognitive.changes import Change, Choice, Pace, Taken
 from dspex_persist.cognitive.errors import ContextClosedError
@@ -380,11 +380,11 @@ class Watchers:
         """
         with self._lock:
             iterated = list(self._iterated)
-        for each in (*iterated, *self._callbacks.feeds()):
+        followers: list[Follower] = [*iterated, *self._callbacks.feeds()]
+        for each in followers:
             try:
                 each.follow()
-            except StateError as error:
-                # It ends with this error when it is pulled.
+            except Exception as error:  # noqa: BLE001 - the session has moved; this one ends with it when it is pulled
                 _logger.warning("a watch did not move along", session_id=self.session_id, reason=str(error))
 
     def close(self) -> None:

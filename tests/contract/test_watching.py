@@ -510,7 +510,7 @@ class TestMoves:
         closed.close()
         calls.first(3)
         assert paced.next(0) is None
-        move(ctx, path)
+        ctx.ensure_persistent(path)
         assert ctx.backend.kind == "embedded"
         # The numbers of commits are those of the backend that the context is on.
         for after, rest in ((closed.position, [2, 3]), (changes.position, [3]), (behind.position, [1, 2, 3])):
@@ -540,27 +540,10 @@ class TestMoves:
                     step = asyncio.ensure_future(anext(changes))
                     waiting = asyncio.ensure_future(ctx.wait_for.aio("x", lambda value: value == 2))
                     await asyncio.sleep(0)
-                    await asyncio.to_thread(move, ctx, tmp_path / "target.db")
+                    await ctx.ensure_persistent.aio(tmp_path / "target.db")
                     await ctx.set.aio("x", 1)
                     assert (await step).value == 1
                     await ctx.set.aio("x", 2)
                     assert await waiting == 2
 
         asyncio.run(asyncio.wait_for(test(), DEADLINE_S))
-
-
-def move(ctx: Context, path: Path) -> None:
-    if hasattr(ctx, "ensure_persistent"):
-        ctx.ensure_persistent(path)
-        return
-    from dspex_persist.cognitive.backends import Move
-    from dspex_persist.state.abilities import Importable, Recordable
-
-    source, target = ctx.backend.provider, EmbeddedState(path)
-    with ctx.backend.gate.hold():
-        header, commits = Recordable.of(source).record(ctx.session_id, reveal=True)
-        recorded = list(commits)
-        imported = Importable.of(target).import_session(header, recorded)
-        source.cleanup_session(ctx.session_id)
-        ctx.backend.use(target, url="", move=Move(source, [c.sequence for c in recorded], imported.first_sequence))
-    source.close()
