@@ -18,17 +18,20 @@ class Change(Generic[T]):
     With `debounce_s` or `throttle_s`, one change may stand for several.
     """
 
-    __slots__ = ("_previous", "count", "update")
+    __slots__ = ("_previous", "_read", "count", "update")
 
-    def __init__(self, update: Update, previous: Value | None = None, count: int = 1) -> None:
+    def __init__(
+        self, update: Update, previous: Value | None = None, count: int = 1, read: Callable[[Any], T] | None = None
+    ) -> None:
         self.update = update
         self._previous = update.previous if count == 1 else previous
+        self._read = read
         self.count = count
         """How many changes it stands for: more than 1 after a burst that was debounced or throttled."""
 
     def after(self, earlier: "Change[T]") -> "Change[T]":
         """Return one change for this one and an earlier one of the same variable."""
-        return Change(self.update, earlier._previous, earlier.count + self.count)
+        return Change(self.update, earlier._previous, earlier.count + self.count, self._read)
 
     @property
     def name(self) -> str:
@@ -60,7 +63,10 @@ class Change(Generic[T]):
         return old
 
     def _decoded(self, value: Value | None) -> Any:
-        return None if value is None else values.decode(self.update.variable.type, value)
+        if value is None:
+            return None
+        decoded = values.decode(self.update.variable.type, value)
+        return decoded if self._read is None else self._read(decoded)
 
     @property
     def is_initial(self) -> bool:

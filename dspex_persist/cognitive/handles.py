@@ -5,8 +5,10 @@ from functools import lru_cache
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from dspex_persist.cognitive import typed
+from dspex_persist.cognitive.changes import Change, Choice, Pace
 from dspex_persist.cognitive.records import HistoryEntry, VariableInfo
 from dspex_persist.cognitive.steps import BoundVerb, Runs, Step, Steps, verb
+from dspex_persist.cognitive.watching import Changes, Watchers
 from dspex_persist.state.errors import InvalidValueError
 
 T = TypeVar("T")
@@ -31,6 +33,8 @@ class Owner(Runs, Protocol):
     def history(self) -> BoundVerb[..., list[HistoryEntry]]: ...
     @property
     def rollback(self) -> BoundVerb[..., Any]: ...
+    @property
+    def watchers(self) -> Watchers: ...
 
 
 class Variable(Runs, Generic[T]):
@@ -141,6 +145,25 @@ class Variable(Runs, Generic[T]):
     def rollback(self, version: int, *, reason: str | None = None, actor: str | None = None) -> Steps[T]:
         """Write the value of an earlier version as a new version, and return it."""
         return self._read((yield from self._owner.rollback.steps(self.name, version, reason=reason, actor=actor)))
+
+    def watch(
+        self,
+        *,
+        filter: Callable[[Change[T]], object] | None = None,
+        debounce_s: float | None = None,
+        throttle_s: float | None = None,
+        include_initial: bool = False,
+        after: int | None = None,
+    ) -> Changes[T]:
+        """Watch the variable: iterate with `for` or `async for`; see `Context.watch`."""
+        return self._owner.watchers.changes(
+            Choice((self.name,)),
+            filter,
+            Pace(debounce_s, throttle_s),
+            include_initial=include_initial,
+            after=after,
+            read=self._read,
+        )
 
     def _read(self, value: Any) -> T:
         kind: Any = self.kind

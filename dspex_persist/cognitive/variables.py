@@ -11,9 +11,11 @@ from dspex_persist.cognitive.mapping import Attributes, VariableMapping
 from dspex_persist.cognitive.optimizing import Optimization, Status
 from dspex_persist.cognitive.records import DESCRIPTION, HistoryEntry, VariableInfo, decode
 from dspex_persist.cognitive.steps import Runs, Step, Steps, Terms, ask, run, verb, work
+from dspex_persist.cognitive.watching import Watchers
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.errors import (
     InvalidArgumentError,
+    UnsupportedError,
     VariableNotFoundError,
     VariableReplacedError,
     VersionConflictError,
@@ -552,6 +554,11 @@ class Variables(Runs):
                 `list[float]` or a model.
         """
         return Variable(self, arguments.text("name", name), kind)
+
+    @property
+    def watchers(self) -> Watchers:
+        """The watches, of a context only: a transaction sees no changes of others."""
+        raise UnsupportedError("watching inside a transaction", "watch with the context, outside")
 
     @property
     def variables(self) -> VariableMapping:

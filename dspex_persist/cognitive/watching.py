@@ -50,8 +50,10 @@ class Changes(Generic[T]):
         pace: Pace,
         *,
         include_initial: bool,
+        read: Callable[[Any], T] | None = None,
     ) -> None:
         self._open_source = open_source
+        self._read = read
         self._dropped = dropped
         self._choice = choice
         self._keep = keep
@@ -188,7 +190,7 @@ class Changes(Generic[T]):
 
     def _take(self, updates: list[Update], now: float) -> None:
         for update in updates:
-            change: Change[Any] = Change(update)
+            change: Change[Any] = Change(update, read=self._read)
             if not self._choice.includes(change.name):
                 continue
             try:
@@ -325,11 +327,20 @@ class Watchers:
         backend.followers.add(self)
 
     def changes(
-        self, choice: Choice, keep: Filter | None, pace: Pace, *, include_initial: bool, after: int | None
-    ) -> Changes[Any]:
+        self,
+        choice: Choice,
+        keep: Filter | None,
+        pace: Pace,
+        *,
+        include_initial: bool,
+        after: int | None,
+        read: Callable[[Any], T] | None = None,
+    ) -> Changes[T]:
         """Return an iterator over changes; see `Watchable.watch`."""
         open_source = partial(self._open, choice, after)
-        changes: Changes[Any] = Changes(open_source, self._dropped, choice, keep, pace, include_initial=include_initial)
+        changes: Changes[T] = Changes(
+            open_source, self._dropped, choice, keep, pace, include_initial=include_initial, read=read
+        )
         with self._lock:
             self._iterated.add(changes)
         if isinstance(self._backend.provider, KeepsOrder) or not _is_on_loop():

@@ -139,6 +139,12 @@ class TestIteration:
         assert (first.is_initial, first.value, first.old, first.actor) == (True, 0, None, "")
         assert (second.is_initial, second.value) == (False, 1)
 
+    def test_a_handle_is_watched_with_its_type(self, ctx: Context) -> None:
+        ctx.define("limit", 1.0)
+        with ctx.handle("limit", float).watch(include_initial=True) as changes:
+            ctx["limit"] = 2
+            assert [(change.old, change.value) for change in taken(changes, 2)] == [(None, 1.0), (1.0, 2.0)]
+
     def test_it_goes_on_after_a_commit(self, ctx: Context) -> None:
         with ctx.watch("x") as changes:
             for value in (1, 2, 3):
