@@ -12,7 +12,7 @@ from dspex_persist.cognitive.sources import Source
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.infra.traces import trace_of
 from dspex_persist.state.errors import EngineClosedError, SessionNotFoundError, StateError
-from dspex_persist.state.model import Update
+from dspex_persist.state.model import Update, Variable
 
 Callback: TypeAlias = Callable[[Change[Any]], object]
 Filter: TypeAlias = Callable[[Change[Any]], object]
@@ -130,9 +130,14 @@ class _Feed:
 
 
 class Callbacks:
-    """The subscriptions of a context, and the thread that calls their functions. It runs while there are any."""
+    """The subscriptions of a context, and the thread that calls their functions.
 
-    def __init__(self) -> None:
+    Args:
+        read: Returns the value of a variable.
+    """
+
+    def __init__(self, read: Callable[[Variable], Any]) -> None:
+        self._read_value = read
         self._lock = threading.Lock()
         self._feeds: set[_Feed] = set()
         # The newest feed for each key.
@@ -299,7 +304,7 @@ class Callbacks:
     def _hand_out(self, updates: list[Update], targets: list[tuple[Subscription, int]]) -> None:
         now = now_s()
         for update in updates:
-            change: Change[Any] = Change(update)
+            change: Change[Any] = Change(update, read=self._read_value)
             for subscription, since in targets:
                 if update.sequence > since:
                     subscription._offer(change, now)

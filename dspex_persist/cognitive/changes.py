@@ -4,6 +4,10 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from dspex_persist.cognitive import typed
+from dspex_persist.cognitive.errors import MigrationError, TypedValueError
+from dspex_persist.cognitive.records import decode
+from dspex_persist.cognitive.steps import Work, run_work
 from dspex_persist.state import arguments, values
 from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.errors import InvalidArgumentError
@@ -21,7 +25,11 @@ class Change(Generic[T]):
     __slots__ = ("_previous", "_read", "count", "update")
 
     def __init__(
-        self, update: Update, previous: Value | None = None, count: int = 1, read: Callable[[Any], T] | None = None
+        self,
+        update: Update,
+        previous: Value | None = None,
+        count: int = 1,
+        read: Callable[[Variable], T] = decode,
     ) -> None:
         self.update = update
         self._previous = update.previous if count == 1 else previous
@@ -46,27 +54,29 @@ class Change(Generic[T]):
 
     @property
     def value(self) -> T:
-        """The value now, as a new Python object; None for a deletion."""
-        variable, version = self.update.variable, self.update.version
-        gone = version is not None and version.value is None
-        value: T = self._decoded(None if gone else variable.value)
-        return value
+        """The value now, as a new Python object or as an instance of its model; None for a deletion."""
+        version = self.update.version
+        if version is not None and version.value is None:
+            return None  # type: ignore[return-value]
+        return self._read(self.update.variable)
 
     @property
     def old(self) -> T | None:
-        """The value before, as a new Python object; None for a new variable, and where it is not known.
+        """The value before, as `value` is; None for a new variable, and where it is not known.
+
+        A value that does not fit the model any more is returned as plain objects.
 
         It is known for each new version, with two exceptions: the version before was pruned; or the watch is on a
         server, the old value is binary or larger than 64 KiB, and the watch has not had it itself.
         """
-        old: T | None = self._decoded(self._previous)
-        return old
-
-    def _decoded(self, value: Value | None) -> Any:
-        if value is None:
+        if self._previous is None:
             return None
-        decoded = values.decode(self.update.variable.type, value)
-        return decoded if self._read is None else self._read(decoded)
+        record = self.update.variable._replace(value=self._previous)
+        try:
+            return self._read(record)
+        except (TypedValueError, MigrationError):
+            plain: T = decode(record)
+            return plain
 
     @property
     def is_initial(self) -> bool:
@@ -139,6 +149,29 @@ class Change(Generic[T]):
     def __repr__(self) -> str:
         by = f" by {self.actor}" if self.actor else ""
         return f"<change of {self.name!r}: {self.kind}, version {self.version}, commit {self.commit}{by}>"
+
+
+def read_value(session_id: str, record: Variable) -> Any:
+    """Return the value of a variable as an instance of its model, if this process knows one; nothing is written.
+
+    Raises:
+        TypedValueError: It does not fit the model.
+        MigrationError: It is of an older version, and its migration fails.
+    """
+    known = typed.find(session_id, record.name) if record.name in typed.names else None
+    if known is None:
+        return decode(record)
+    version, value = values.schema_version(record.constraints), record.value
+    if version is not None and version != known.version:
+        steps, result = typed.migrated(record, known, version), None
+        try:
+            while True:
+                step = steps.send(result)
+                assert isinstance(step, Work), "a migration asks for nothing"
+                result = run_work(step)
+        except StopIteration as end:
+            value = end.value
+    return known.read(record.name, value)
 
 
 class Taken(NamedTuple):

@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from dspex_persist.cognitive import typed
-from dspex_persist.cognitive.changes import Change, Choice, Pace
+from dspex_persist.cognitive.changes import Change, Choice, Pace, read_value
 from dspex_persist.cognitive.records import HistoryEntry, VariableInfo
 from dspex_persist.cognitive.steps import BoundVerb, Runs, Step, Steps, verb
 from dspex_persist.cognitive.watching import Changes, Watchers
@@ -35,6 +35,8 @@ class Owner(Runs, Protocol):
     def rollback(self) -> BoundVerb[..., Any]: ...
     @property
     def watchers(self) -> Watchers: ...
+    @property
+    def session_id(self) -> str: ...
 
 
 class Variable(Runs, Generic[T]):
@@ -162,7 +164,7 @@ class Variable(Runs, Generic[T]):
             Pace(debounce_s, throttle_s),
             include_initial=include_initial,
             after=after,
-            read=self._read,
+            read=lambda record: self._read(read_value(self._owner.session_id, record)),
         )
 
     def _read(self, value: Any) -> T:

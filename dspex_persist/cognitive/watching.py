@@ -15,7 +15,7 @@ from typing import Any, Final, Generic, Self, TypeVar, overload
 
 from dspex_persist.cognitive.backends import Backend, Follower
 from dspex_persist.cognitive.callbacks import Callback, Callbacks, Filter, Subscription, now_s
-from dspex_persist.cognitive.changes import Change, Choice, Pace, Taken
+from dspex_persist.cognitive.changes import Change, Choice, Pace, Taken, read_value
 from dspex_persist.cognitive.errors import ContextClosedError
 from dspex_persist.cognitive.sources import News, Source
 from dspex_persist.errors import DspexError
@@ -24,10 +24,12 @@ from dspex_persist.spelling import quote
 from dspex_persist.state import arguments
 from dspex_persist.state.abilities import KeepsOrder
 from dspex_persist.state.errors import InvalidArgumentError, SessionNotFoundError, StateError
-from dspex_persist.state.model import Update, UpdateKind
+from dspex_persist.state.model import Update, UpdateKind, Variable
 
 T = TypeVar("T")
 
+# In a tuple, because freezegun replaces module attributes: a test that sets the time still has to wait for others.
+_CLOCK: Final = (time.monotonic,)
 _logger: Final = get_logger(__name__)
 
 
@@ -49,8 +51,8 @@ class Changes(Generic[T]):
         keep: Filter | None,
         pace: Pace,
         *,
+        read: Callable[[Variable], T],
         include_initial: bool,
-        read: Callable[[Any], T] | None = None,
     ) -> None:
         self._open_source = open_source
         self._read = read
@@ -110,7 +112,7 @@ class Changes(Generic[T]):
             StateError: The watch cannot go on; `WatchGapError`, for example.
         """
         self.open()
-        give_up_at = None if timeout_s is None else time.monotonic() + arguments.seconds("timeout_s", timeout_s)
+        give_up_at = None if timeout_s is None else _now() + arguments.seconds("timeout_s", timeout_s)
         while True:
             self._news.forget()
             self._fill(may_block=True)
@@ -118,7 +120,7 @@ class Changes(Generic[T]):
                 return change
             wait_s = self._wait_s()
             if give_up_at is not None:
-                left_s = give_up_at - time.monotonic()
+                left_s = give_up_at - _now()
                 if left_s <= 0:
                     return None
                 wait_s = left_s if wait_s is None else min(wait_s, left_s)
@@ -319,7 +321,8 @@ class Watchers:
     def __init__(self, session_id: str, backend: Backend) -> None:
         self.session_id = session_id
         self._backend = backend
-        self._callbacks = Callbacks()
+        self._read: Callable[[Variable], Any] = partial(read_value, session_id)
+        self._callbacks = Callbacks(self._read)
         self._lock = threading.Lock()
         self._iterated: weakref.WeakSet[Changes[Any]] = weakref.WeakSet()
         self._dropped: deque[Source] = deque()
@@ -334,12 +337,12 @@ class Watchers:
         *,
         include_initial: bool,
         after: int | None,
-        read: Callable[[Any], T] | None = None,
+        read: Callable[[Variable], T] | None = None,
     ) -> Changes[T]:
         """Return an iterator over changes; see `Watchable.watch`."""
         open_source = partial(self._open, choice, after)
         changes: Changes[T] = Changes(
-            open_source, self._dropped, choice, keep, pace, include_initial=include_initial, read=read
+            open_source, self._dropped, choice, keep, pace, read=read or self._read, include_initial=include_initial
         )
         with self._lock:
             self._iterated.add(changes)
@@ -365,7 +368,7 @@ class Watchers:
             updates = initial_updates(source) if include_initial else []
             # What resumes after a commit reads a part of the history that nobody else needs.
             key = choice.identifiers if after is None else object()
-            self._callbacks.add(subscription, key, source, waker, [Change(update) for update in updates])
+            self._callbacks.add(subscription, key, source, waker, [Change(each, read=self._read) for each in updates])
 
         self._open(choice, after, waker, add)
         return subscription
@@ -410,6 +413,10 @@ class Watchers:
             self._dropped.popleft().close()
 
 
+def _now() -> float:
+    return _CLOCK[0]()
+
+
 def _is_on_loop() -> bool:
     try:
         asyncio.get_running_loop()
@@ -442,10 +449,10 @@ class WaitFor:
             ContextClosedError: The context was closed.
         """
         left = None if timeout_s is None else arguments.seconds("timeout_s", timeout_s)
-        give_up_at = None if left is None else time.monotonic() + left
+        give_up_at = None if left is None else _now() + left
         with self._changes(name) as changes:
             while True:
-                change = changes.next(None if give_up_at is None else max(0.0, give_up_at - time.monotonic()))
+                change = changes.next(None if give_up_at is None else max(0.0, give_up_at - _now()))
                 if change is None:
                     raise self._timed_out(name, timeout_s, changes)
                 if not change.is_deletion and predicate(value := change.value):

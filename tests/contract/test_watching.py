@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from freezegun import freeze_time
+from pydantic import BaseModel
 
 from dspex_persist import Context, EmbeddedState, LocalState, ToolContext, tool
 from dspex_persist.cognitive.changes import Change
@@ -429,12 +430,21 @@ class TestCallbacks:
 class TestTime:
     """With a clock that only the test moves."""
 
+    def take(self, ctx: Context, changes: Changes[Any], pulled: list[int], value: int) -> list[Change[Any]]:
+        """Write a value, wait until it has been pulled, and return what is delivered by then."""
+        ctx["x"] = value
+        found = []
+        while value not in pulled:
+            changes._news.is_there.wait(DEADLINE_S)
+            while (change := changes.next(0)) is not None:
+                found.append(change)
+        return found
+
     def test_debounce(self, ctx: Context) -> None:
-        with freeze_time() as clock, ctx.watch("x", debounce_s=10) as changes, ctx.watch("x") as seen:
+        pulled: list[int] = []
+        with freeze_time() as clock, ctx.watch("x", debounce_s=10, filter=noting(pulled)) as changes:
             for value in (1, 2, 3):
-                ctx["x"] = value
-                taken(seen, 1)
-                assert changes.next(0) is None
+                assert self.take(ctx, changes, pulled, value) == []
                 clock.tick(timedelta(seconds=9))
             assert changes.next(0) is None
             assert changes.position < ctx.history("x")[2].commit, "what waits has not been delivered"
@@ -445,20 +455,40 @@ class TestTime:
             assert changes.position == change.commit
 
     def test_throttle(self, ctx: Context) -> None:
-        with freeze_time() as clock, ctx.watch("x", throttle_s=10) as changes, ctx.watch("x") as seen:
+        pulled: list[int] = []
+        with freeze_time() as clock, ctx.watch("x", throttle_s=10, filter=noting(pulled)) as changes:
             found = []
             for value in range(1, 31):
-                ctx["x"] = value
-                taken(seen, 1)
-                while (change := changes.next(0)) is not None:
-                    found.append(change.value)
+                found += values(self.take(ctx, changes, pulled, value))
                 clock.tick(timedelta(seconds=1))
             clock.tick(timedelta(seconds=10))
             change = changes.next(0)
             assert change is not None
             assert change.value == 30
-            assert found[0] == 1
-            assert len(found) == 3
+            assert found == [1, 11, 21]
+
+
+def noting(pulled: list[int]) -> Callable[[Change[Any]], object]:
+    """A filter that keeps everything, and notes the values."""
+
+    def keep(change: Change[Any]) -> bool:
+        pulled.append(change.value)
+        return True
+
+    return keep
+
+
+class Profile(BaseModel):
+    name: str
+
+
+def test_values_are_read_as_their_models() -> None:
+    with Context() as ctx:
+        ctx.define("profile", Profile(name="Ada"))
+        with ctx.watch("profile") as changes:
+            ctx["profile"] = Profile(name="Bob")
+            (change,) = taken(changes, 1)
+    assert (change.old, change.value) == (Profile(name="Ada"), Profile(name="Bob"))
 
 
 @tool
