@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dspex_persist import cli
 from dspex_persist.state.bridged import BridgedState
 from dspex_persist.state.store import names
 from dspex_persist.wiring import connect
@@ -56,27 +57,36 @@ def around(folder: Path, **more: str) -> dict[str, str]:
     return environment(PATH=path, HOME=str(folder), TERM="xterm", PS1="$ ", **more)
 
 
-def completed(folder: Path, *words: str) -> list[str]:
-    """What bash would be told for the last of these words."""
-    asked = {"COMP_WORDS": " ".join(("dspex-persist", *words)), "COMP_CWORD": str(len(words))}
-    argv = [folder / "bin" / "dspex-persist"]
-    done = subprocess.run(
-        argv,
-        cwd=folder,
-        env=around(folder, _DSPEX_PERSIST_COMPLETE="complete_bash", **asked),
-        capture_output=True,
-        text=True,
-        timeout=within(60),
-        check=True,
-    )
-    assert done.stderr == ""
-    return done.stdout.split()
+Completed = Callable[..., list[str]]
 
 
-def test_commands_and_options(folder: Path) -> None:
-    assert completed(folder, "se") == ["serve", "set", "sessions", "session"]
-    assert completed(folder, "sessions", "") == ["list", "end"]
-    assert completed(folder, "set", "knobs", "temperature", "1", "--w") == ["--why"]
+@pytest.fixture
+def completed(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Completed:
+    """Returns what bash would be told for the last of some words, within this process."""
+    for name in [name for name in os.environ if name.startswith("DSPEX_PERSIST_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["dspex-persist"])
+
+    def completed(*words: str) -> list[str]:
+        asked = {"COMP_WORDS": " ".join(("dspex-persist", *words)), "COMP_CWORD": str(len(words))}
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            for name, text in {"_DSPEX_PERSIST_COMPLETE": "complete_bash", **asked}.items():
+                patch.setenv(name, text)
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+        stdout, stderr = capsys.readouterr()
+        assert (ended.value.code, stderr) == (0, "")
+        return stdout.split()
+
+    return completed
+
+
+def test_commands_and_options(completed: Completed) -> None:
+    assert completed("se") == ["serve", "set", "sessions", "session"]
+    assert completed("sessions", "") == ["list", "end"]
+    assert completed("set", "knobs", "temperature", "1", "--w") == ["--why"]
 
 
 @pytest.mark.parametrize(
@@ -96,13 +106,13 @@ def test_commands_and_options(folder: Path) -> None:
         (("get", "--target", "nowhere", ""), []),
     ],
 )
-def test_names_of_a_file(folder: Path, words: Sequence[str], offered: list[str]) -> None:
+def test_names_of_a_file(folder: Path, completed: Completed, words: Sequence[str], offered: list[str]) -> None:
     before = sorted(folder.iterdir())
-    assert completed(folder, *words) == offered
+    assert completed(*words) == offered
     assert sorted(folder.iterdir()) == before
 
 
-def test_names_of_a_server(folder: Path, tmp_path: Path) -> None:
+def test_names_of_a_server(completed: Completed, tmp_path: Path) -> None:
     with (
         serve(tmp_path / "sessions.db", "--tools", "tests.end_to_end.served_tools") as server,
         BridgedState(target_of(server)) as state,
@@ -111,9 +121,9 @@ def test_names_of_a_server(folder: Path, tmp_path: Path) -> None:
         state.register_variable("remote", "a", "integer", 0)
         state.execute_tool("remote", "add", {"name": "a"})
         place = ("--target", target_of(server))
-        assert completed(folder, "get", *place, "r") == ["remote"]
-        assert completed(folder, "get", *place, "remote", "") == ["a"]
-        assert "echo" in completed(folder, "call", *place, "remote", "e")
+        assert completed("get", *place, "r") == ["remote"]
+        assert completed("get", *place, "remote", "") == ["a"]
+        assert "echo" in completed("call", *place, "remote", "e")
         # The names in its file can be read meanwhile.
         assert names.live_sessions(tmp_path / "sessions.db", "") == ["remote"]
         assert names.variables(tmp_path / "sessions.db", "remote", "") == ["a"]
