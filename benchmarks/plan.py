@@ -27,7 +27,7 @@ SECTIONS: dict[SectionName, str] = {
     "engine": "the engine in this process, with one caller, threads and asyncio tasks",
     "parts": "where the time of an update goes, with one caller and with many",
     "versions": "SetVariable of a variable with few versions, and with many",
-    "cognitive": "reads and writes through a context on each backend, and those of a plain dict",
+    "cognitive": "contexts on each backend: reads and writes beside those of a dict, callbacks, moves",
     "commits": "the cost of a commit for the system: bytes, calls, waits",
     "growth": "growth of the file per update",
     "startup": "time until a server is ready, with few sessions and with many",
@@ -69,6 +69,10 @@ class Plan:
     watched_writes: int = 25
     version_counts: tuple[int, ...] = (10, 1_000, 100_000)
     version_turns: int = 8
+    callbacks: int = 1_000
+    called_writes: int = 40
+    moved_variables: int = 1_000
+    moved_versions: int = 100_000
     growth_updates: int = 12_800
     logged_commits: int = 128
     counted_commits: int = 1_280
@@ -115,6 +119,10 @@ QUICK = Plan(
     watched_writes=3,
     version_counts=(10, 100, 1_000),
     version_turns=3,
+    callbacks=20,
+    called_writes=3,
+    moved_variables=10,
+    moved_versions=1_000,
     growth_updates=640,
     logged_commits=64,
     counted_commits=128,

@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks import (
     audit,
     beside_slow,
+    callbacks,
     cognitive,
     commits,
     compare,
@@ -30,6 +31,7 @@ from benchmarks import (
     executing,
     growth,
     memory,
+    moving,
     parts,
     rpc,
     startup,
@@ -97,7 +99,7 @@ def timed_jobs(plan: Plan, folder: Path, names: Sequence[SectionName]) -> list[_
         "engine": [_Job(engine.measure, (plan, folder))],
         "parts": [_Job(parts.measure, (plan, folder))],
         "versions": [_Job(versions.measure, (plan, folder / "versions.db"))],
-        "cognitive": [_Job(cognitive.measure, (plan, folder))],
+        "cognitive": [_Job(each.measure, (plan, folder)) for each in (cognitive, callbacks, moving)],
         "startup": [_Job(startup.measure, (plan, folder))],
         "audit": [_Job(audit.measure, (plan, *(folder / f"audit{count}.db" for count in plan.audit_versions)))],
     }
