@@ -398,6 +398,10 @@ def test_own_changes_of_every_kind_are_seen_at_once(served: ServedDatabase, othe
             transaction.commit()
             assert state.get_value("s", "x") == 77
         warmed(state)
+        for value in (31, 77):
+            state.restore_session("s", f"{state.get_variable_history('s', 'x')[0].sequence}^")
+            assert state.get_value("s", "x") == value
+        warmed(state)
         state.start_optimization("s", "x", "mipro")
         assert state.get_variable("s", "x").optimization is not None
         state.stop_optimization("s", "x", force=True)

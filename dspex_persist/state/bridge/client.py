@@ -381,9 +381,12 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
         self.check_open()
         session_id, at = arguments.text("session_id", session_id), arguments.text("at", at)
         headers = self._headers_of_origin(unkeyed(origin) or self.default_origin(commands.RestoreSession.__name__))
-        return audit_client.restore(
-            self._channel, self._line, session_id, at, headers=headers, timeout_s=self._timeout_s
-        )
+        try:
+            return audit_client.restore(
+                self._channel, self._line, session_id, at, headers=headers, timeout_s=self._timeout_s
+            )
+        finally:
+            self._forget(session_id)
 
     def submit_transaction(
         self,
