@@ -57,6 +57,8 @@ class Context(Transacting, Watchable, Ruled):
         actor: Who makes the changes, such as `user:alice`; by default whoever the backend says.
         tools: Tools to call: anything that `Toolbox.of` accepts.
         strict: Whether assigning to a name that is not defined is an error; otherwise it defines a variable.
+        durable_at: The file to which the session moves before a tool runs that requires a durable session.
+        remote_at: The server to which it moves before a tool runs that requires a remote session.
         options: Further options of `dspex_persist.connect`, if the context opens the backend.
 
     Attributes:
@@ -81,9 +83,12 @@ class Context(Transacting, Watchable, Ruled):
         actor: str | None = None,
         tools: object = None,
         strict: bool = False,
+        durable_at: str | os.PathLike[str] | None = None,
+        remote_at: str | None = None,
         **options: Any,
     ) -> None:
         self._prepare(session_id, actor, strict)
+        self._places = {EMBEDDED: durable_at, BRIDGED: remote_at}
         begin = self._begin(metadata, ttl_s, create)
         self.backend = _open(backend, tools, options)
         try:
@@ -113,10 +118,13 @@ class Context(Transacting, Watchable, Ruled):
         actor: str | None = None,
         tools: object = None,
         strict: bool = False,
+        durable_at: str | os.PathLike[str] | None = None,
+        remote_at: str | None = None,
         **options: Any,
     ) -> Self:
         self = cls.__new__(cls)
         self._prepare(session_id, actor, strict)
+        self._places = {EMBEDDED: durable_at, BRIDGED: remote_at}
         begin = self._begin(metadata, ttl_s, create)
         self.backend = await asyncio.to_thread(_open, backend, tools, options)
         try:
@@ -223,6 +231,9 @@ class Context(Transacting, Watchable, Ruled):
             StateError: The tool failed or conflicted, and wrote nothing.
             UnsupportedError: The backend executes no tools.
         """
+        needed = getattr(self._find_tool(tool), "requires", None)
+        if needed is not None and not moves.fulfils(self.backend, needed):
+            yield from work(self._fulfil, needed, name_of(tool))
         ExecutesTools.of(self.backend.provider)
         encoded = values.encode_arguments(arguments.mapping("parameters", parameters))
         timeout_s = arguments.timeout("timeout_s", timeout_s)
@@ -304,6 +315,22 @@ class Context(Transacting, Watchable, Ruled):
             UnsupportedError: The session is on another server, which it cannot leave.
         """
         yield from work(self._ensure, BRIDGED, url, options)
+
+    def _find_tool(self, tool: ToolCode | str) -> object:
+        """Return the tool, if this context knows its code."""
+        if not isinstance(tool, str):
+            return tool
+        tools = self.backend.options.get("tools")
+        return tools.get(tool) if isinstance(tools, Mapping) else None
+
+    def _fulfil(self, needed: str, name: str) -> None:
+        """Move the session to where a tool can have it."""
+        for kind in moves.kinds_for(needed):
+            place = self._places[kind]
+            if place is not None:
+                self._ensure(kind, place, {})
+                return
+        raise moves.nowhere(needed, name)
 
     def _ensure(self, kind: str, place: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
         if self._closed:

@@ -79,6 +79,24 @@ def ensure(
             _move(backend, session_id, address, {**_carried(backend, kind), **options})
 
 
+def fulfils(backend: Backend, needed: str) -> bool:
+    """Return whether the session is where a tool needs it: "durable" or "remote"."""
+    return backend.kind in kinds_for(needed)
+
+
+def kinds_for(needed: str) -> tuple[str, ...]:
+    """Return the kinds of backends that a tool may have its session on, the nearest first."""
+    return (EMBEDDED, BRIDGED) if needed == "durable" else (BRIDGED,)
+
+
+def nowhere(needed: str, name: str) -> UnsupportedError:
+    """Return the error for a tool whose session has nowhere to go."""
+    places = "durable_at=path or remote_at=url" if needed == "durable" else "remote_at=url"
+    verbs = "ctx.ensure_persistent(path)" if needed == "durable" else "ctx.ensure_bridged(url)"
+    what = f"tool {quote(name)}, which requires a {needed} session, where this one is"
+    return UnsupportedError(what, f"say where it may go, Context({places}), or move it: {verbs}")
+
+
 def _address_of(kind: str, place: str | os.PathLike[str]) -> str:
     """Return the address as a text, if it is one of a backend of that kind."""
     if not isinstance(place, str | os.PathLike):

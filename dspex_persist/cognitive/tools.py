@@ -11,6 +11,7 @@ from dspex_persist.cognitive import lm_guard
 from dspex_persist.cognitive.errors import DspyMissingError, ToolDefinitionError
 from dspex_persist.cognitive.signatures import Signature, read_signature
 from dspex_persist.cognitive.tool_context import ToolContext
+from dspex_persist.state.errors import UnsupportedError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import Concurrency, Isolation, ToolSpec, Value
 from dspex_persist.state.tools.ports import ToolKind
@@ -19,6 +20,8 @@ from dspex_persist.state.tools.session import ToolSession
 P = ParamSpec("P")
 R = TypeVar("R")
 
+REQUIREMENTS = ("durable", "remote")
+"""What a tool may require of its session."""
 _UNBOUND = object()
 _NAME_LENGTH = 255
 
@@ -33,9 +36,16 @@ class Tool(Generic[P, R]):
     __name__: str
 
     def __init__(
-        self, function: Callable[P, R], spec: ToolSpec, kind: ToolKind, signature: Signature, record_lm: bool = False
+        self,
+        function: Callable[P, R],
+        spec: ToolSpec,
+        kind: ToolKind,
+        signature: Signature,
+        record_lm: bool = False,
+        requires: str | None = None,
     ) -> None:
         functools.update_wrapper(self, function)
+        self.requires = requires
         self.spec = spec
         self.kind = kind
         self.record_lm = record_lm
@@ -77,6 +87,11 @@ class Tool(Generic[P, R]):
 
         Call it in a separate `contextvars.Context`.
         """
+        if self.requires is not None and not session.is_durable:
+            raise UnsupportedError(
+                f"tool {self.spec.name!r}, which requires a {self.requires} session, on a session in memory",
+                "call it from a context, which moves the session first: Context(durable_at=..., remote_at=...)",
+            )
         if self.record_lm or lm_guard.caller_is_recorded.get():
             _record_lm_calls(session)
         context = [ToolContext(session)] if self._signature.takes_context else []
@@ -140,6 +155,7 @@ def tool(
     isolation: Isolation | str = Isolation.SERIALIZABLE,
     retries: int = 0,
     concurrency: Concurrency | str | None = None,
+    requires: str | None = None,
     timeout_s: float | None = None,
     exposed: bool = False,
     required_variables: Iterable[str] = (),
@@ -157,6 +173,7 @@ def tool(
     isolation: Isolation | str = Isolation.SERIALIZABLE,
     retries: int = 0,
     concurrency: Concurrency | str | None = None,
+    requires: str | None = None,
     timeout_s: float | None = None,
     exposed: bool = False,
     required_variables: Iterable[str] = (),
@@ -176,6 +193,8 @@ def tool(
         retries: How often to run it again, on new values, after a conflict.
         concurrency: What to do while another execution runs in the session: run at the same time ("optimistic"), wait
             for its turn ("queue") or be refused ("reject"). The stricter of this and the session's setting applies.
+        requires: What its session has to be: "durable", on a file or a server; "remote", on a server. A context moves
+            its session first if it is not (see `Context`).
         timeout_s: Its timeout in seconds. The caller's timeout applies as well.
         exposed: Whether workers may call it, too, through the coordinator.
         required_variables: The variables that the session must have before it starts.
@@ -202,7 +221,8 @@ def tool(
             timeout_s=_checked_timeout(where, timeout_s),
             metadata=_checked_metadata(where, metadata or {}),
         )
-        return Tool(function, spec, kind, signature, _checked_record_lm(where, record_lm))
+        needs = _checked_requires(where, requires)
+        return Tool(function, spec, kind, signature, _checked_record_lm(where, record_lm), needs)
 
     return decorate if function is None else decorate(function)
 
@@ -254,6 +274,13 @@ def _checked_concurrency(where: str, concurrency: object) -> Concurrency | None:
     if concurrency not in known:
         raise ToolDefinitionError(where, f"its concurrency must be one of {', '.join(known)}, not {concurrency!r}")
     return Concurrency(concurrency)
+
+
+def _checked_requires(where: str, requires: object) -> str | None:
+    if requires is not None and requires not in REQUIREMENTS:
+        known = ", ".join(REQUIREMENTS)
+        raise ToolDefinitionError(where, f"what it requires must be one of {known}, not {requires!r}")
+    return requires
 
 
 def _checked_retries(where: str, retries: object) -> int:

@@ -13,6 +13,7 @@ import pytest
 from dspex_persist import Context, connect, tool
 from dspex_persist.audit import CommitQuery
 from dspex_persist.cognitive import moves
+from dspex_persist.cognitive.errors import ToolDefinitionError
 from dspex_persist.cognitive.tool_context import ToolContext
 from dspex_persist.state.abilities import Auditable, Recordable
 from dspex_persist.state.errors import (
@@ -434,3 +435,135 @@ def test_positions_of_watches(ctx: Context, path: Path) -> None:
     new = [each.sequence for each in ctx.backend.provider.get_variable_history("s", "x")][::-1]
     assert [ctx.backend.position_here(source, each) for each in sequences] == new
     assert ctx.backend.position_here(ctx.backend.provider, 5) == 5
+
+
+# Tools that require more
+
+
+@tool(requires="durable")
+def needy(ctx: ToolContext) -> int:
+    """Counts."""
+    ctx["x"] += 1
+    return int(ctx["x"])
+
+
+@tool(requires="remote")
+def distant(ctx: ToolContext) -> int:
+    """Counts."""
+    return int(ctx["x"])
+
+
+@tool
+def outer(ctx: ToolContext) -> Any:
+    """Calls another one."""
+    return ctx.call(needy)
+
+
+def test_a_tool_that_requires_a_durable_session_moves_it(path: Path) -> None:
+    with Context("s", tools=[needy, outer], durable_at=path) as ctx:
+        ctx.define("x", 0)
+        assert ctx.backend.kind == "local"
+        # A tool cannot move the session that it runs in, so the inner one fails.
+        with pytest.raises(ToolFailedError, match="requires a durable session"):
+            ctx.call(outer)
+        assert ctx.call("needy") == 1
+        assert (ctx.backend.kind, ctx.backend.url) == ("embedded", str(path))
+        assert ctx.call(needy) == 2
+        assert ctx.call(outer) == 3
+        assert len(ctx.backend.switches) == 1
+
+
+def test_a_tool_whose_session_has_nowhere_to_go(path: Path) -> None:
+    with Context("s", tools=[needy, distant]) as ctx:
+        ctx.define("x", 0)
+        for each, what in ((needy, "durable_at=path or remote_at=url"), (distant, "remote_at=url")):
+            with pytest.raises(UnsupportedError, match=what):
+                ctx.call(each)
+        assert ctx["x"] == 0
+        assert ctx.backend.kind == "local"
+    with Context("s", tools=[needy, distant], durable_at=path, remote_at="grpc://127.0.0.1:1") as ctx:
+        ctx.define("x", 0)
+        with pytest.raises(UnavailableError):
+            ctx.call(distant)
+        assert (ctx["x"], ctx.backend.kind) == (0, "local")
+        assert ctx.call(needy) == 1
+    with Context("t", path, tools=[needy]) as ctx:
+        ctx.define("x", 0)
+        assert ctx.call(needy) == 1
+        assert ctx.backend.switches == ()
+
+
+def test_a_requirement_that_there_is_not() -> None:
+    with pytest.raises(ToolDefinitionError, match="one of durable, remote, not 'fast'"):
+        tool(name="quick", requires="fast")(lambda: None)
+
+
+def test_a_tool_that_requires_more_from_asyncio(path: Path) -> None:
+    async def run() -> None:
+        async with Context.aopen("s", tools=[needy], durable_at=path) as ctx:
+            await ctx.define.aio("x", 0)
+            assert await ctx.call.aio(needy) == 1
+            assert ctx.backend.kind == "embedded"
+
+    asyncio.run(asyncio.wait_for(run(), within(30)))
+
+
+# Watches
+
+
+def test_watches_go_on_without_a_gap_or_a_repetition(path: Path) -> None:
+    with Context("s") as ctx:
+        ctx.define("x", 0)
+        for number in range(1, 4):
+            ctx["x"] = number
+        seen: list[int] = []
+        by_call: list[int] = []
+        done = threading.Event()
+
+        def note(change: Any) -> None:
+            by_call.append(change.value)
+            if change.value == 60:
+                done.set()
+
+        ctx.watch("x", on_change=note)
+        with ctx.watch("x") as changes:
+            stop = threading.Event()
+
+            def write() -> None:
+                for number in range(4, 61):
+                    ctx["x"] = number
+                    if number == 20:
+                        stop.set()
+
+            writer = threading.Thread(target=write)
+            writer.start()
+            assert stop.wait(within(30))
+            ctx.ensure_persistent(path)
+            for change in changes:
+                seen.append(change.value)
+                if change.value == 60:
+                    break
+            writer.join(within(30))
+        assert done.wait(within(30))
+        assert seen[-57:] == by_call[-57:] == list(range(4, 61))
+        assert len(seen) <= 58
+
+
+def test_watches_stay_where_the_session_stays(ctx: Context, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ctx.watch("x") as changes:
+        for step in ("verify", "leave"):
+            owner, name, replacement, error = STEPS[step]
+            monkeypatch.setattr(owner, name, replacement)
+            with pytest.raises(error):
+                ctx.ensure_persistent(path)
+            monkeypatch.undo()
+        ctx["x"] = 7
+        ctx.ensure_persistent(path)
+        ctx["x"] = 8
+        seen = []
+        for change in changes:
+            seen.append(change.value)
+            if change.value == 8:
+                break
+        assert seen[-2:] == [7, 8]
+        assert len(seen) <= 3

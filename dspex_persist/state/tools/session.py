@@ -16,6 +16,7 @@ from dspex_persist import clock
 from dspex_persist.infra.futures import mapped
 from dspex_persist.infra.threads import is_on_loop
 from dspex_persist.state import arguments, commands, values
+from dspex_persist.state.abilities import Durable
 from dspex_persist.state.commands import Command
 from dspex_persist.state.commands.executions import Verdict
 from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError
@@ -117,6 +118,11 @@ class ToolSession:
         raise TypeError(
             "a tool's context works only in its process: pass values to other processes, and write their results here"
         )
+
+    @property
+    def is_durable(self) -> bool:
+        """Whether the session outlives the process that has it."""
+        return isinstance(self._host.store, Durable)
 
     @property
     def cancelled(self) -> bool:
