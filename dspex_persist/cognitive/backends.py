@@ -20,6 +20,7 @@ from dspex_persist.state.commands import Command, ExecuteTool
 from dspex_persist.state.model import Origin
 from dspex_persist.state.provider import StateProvider, SubmitHere
 from dspex_persist.state.tools.session import current_session
+from dspex_persist.state.tools.with_tools import WithTools
 
 R = TypeVar("R")
 
@@ -204,6 +205,14 @@ class Follower(Protocol):
         """Go on with the backend as it is now, while its gate is held. It must not raise."""
 
 
+class _Borrowed(WithTools):
+    """Adds tools to a provider that belongs to somebody else: closing this leaves it open."""
+
+    def close(self) -> None:
+        """Interrupt the executions that this has begun."""
+        self.interrupt()
+
+
 class Backend:
     """What a context is on, and the way to it: every call of the context passes through here.
 
@@ -236,7 +245,8 @@ class Backend:
     def open(cls, place: Place, options: Mapping[str, Any]) -> "Backend":
         """Return the backend at a place; see `Context`."""
         if isinstance(place, StateProvider):
-            return cls(place, is_owned=False)
+            tools = options.get("tools")
+            return cls(place, is_owned=False) if tools is None else cls(_Borrowed(place, tools), is_owned=True)
         address = _IN_MEMORY if place == LOCAL else place
         provider: StateProvider = open_state(address, **options)
         return cls(provider, is_owned=True, options=options)

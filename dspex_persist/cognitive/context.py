@@ -5,12 +5,15 @@ import os
 import secrets
 import threading
 from collections.abc import Mapping
+from html import escape
 from types import TracebackType
 from typing import Any, Self
 
 from dspex_persist.cognitive import moves
 from dspex_persist.cognitive.backends import BRIDGED, EMBEDDED, LOCAL, Backend, Place
+from dspex_persist.cognitive.describing import Description, in_line, is_numeric, is_sensitive
 from dspex_persist.cognitive.errors import ContextClosedError
+from dspex_persist.cognitive.records import VariableInfo, decode
 from dspex_persist.cognitive.rules import Ruled
 from dspex_persist.cognitive.steps import (
     DEFAULT,
@@ -30,6 +33,7 @@ from dspex_persist.cognitive.steps import (
 from dspex_persist.cognitive.transactions import Transacting
 from dspex_persist.cognitive.variables import terms_of
 from dspex_persist.cognitive.watching import Watchable, Watchers
+from dspex_persist.errors import DspexError
 from dspex_persist.opening import Opening
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.abilities import ExecutesTools
@@ -38,6 +42,7 @@ from dspex_persist.state.provider import TOOL_TIMEOUT_S, StateProvider
 from dspex_persist.state.tools.ports import ToolCode, name_of
 
 _TTL = "ttl_seconds"
+_RECENT, _MOST_SPARKLINES = 40, 50
 
 
 class Context(Transacting, Watchable, Ruled):
@@ -379,12 +384,45 @@ class Context(Transacting, Watchable, Ruled):
     ) -> None:
         await self.aclose()
 
+    # For people
+
+    @verb
+    def describe(self) -> Steps[Description]:
+        """Return the session as a table of its variables: print it, or let a notebook show it.
+
+        The values of sensitive variables are masked.
+        """
+        records = yield from ask(commands.ListVariables(self.session_id))
+        infos = [VariableInfo(record) for record in records]
+        recent: dict[str, list[float]] = {}
+        for info in [each for each in infos if is_numeric(each) and not is_sensitive(each)][:_MOST_SPARKLINES]:
+            entries = yield from ask(commands.GetVariableHistory(self.session_id, info.id, _RECENT))
+            recent[info.name] = [decode(entry) for entry in reversed(entries) if entry.value is not None]
+        return Description(self.session_id, self.backend.place, infos, lambda info: recent.get(info.name, ()))
+
+    def _repr_html_(self) -> str:
+        if self._closed:
+            return escape(repr(self))
+        return self.describe()._repr_html_()
+
     def __repr__(self) -> str:
-        return f"<Context of session {self.session_id!r}>"
+        about = f"<Context of session {self.session_id!r}"
+        if self._closed:
+            return f"{about}, closed>"
+        # A debugger must not wait for a server, nor for a move.
+        if not hasattr(self, "backend") or self.backend.kind == BRIDGED or self.backend.gate.held:
+            return f"{about} on {self.backend.place}>" if hasattr(self, "backend") else f"{about}>"
+        try:
+            infos = self.list()
+        except DspexError as error:
+            return f"{about} on {self.backend.place}: {type(error).__name__}>"
+        return f"{about} on {self.backend.place}{': ' if infos else ''}{in_line(infos)}>"
 
 
 def _open(place: Place, tools: object, options: Mapping[str, Any]) -> Backend:
     """Return the backend at a place, with tools."""
+    if isinstance(place, StateProvider) and options:
+        raise TypeError(f"{', '.join(options)}: options are for a backend that the context opens, not for a provider")
     if tools is None:
         return Backend.open(place, options)
     from dspex_persist.cognitive.toolbox import Toolbox

@@ -6,7 +6,8 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 from dspex_persist.cognitive import typed
 from dspex_persist.cognitive.changes import Change, Choice, Pace, read_value
-from dspex_persist.cognitive.records import HistoryEntry, VariableInfo
+from dspex_persist.cognitive.describing import History
+from dspex_persist.cognitive.records import VariableInfo
 from dspex_persist.cognitive.steps import BoundVerb, Runs, Step, Steps, verb
 from dspex_persist.cognitive.watching import Changes, Watchers
 from dspex_persist.state.errors import InvalidValueError
@@ -30,7 +31,7 @@ class Owner(Runs, Protocol):
     @property
     def info(self) -> BoundVerb[..., VariableInfo]: ...
     @property
-    def history(self) -> BoundVerb[..., list[HistoryEntry]]: ...
+    def history(self) -> BoundVerb[..., History]: ...
     @property
     def rollback(self) -> BoundVerb[..., Any]: ...
     @property
@@ -139,7 +140,7 @@ class Variable(Runs, Generic[T]):
         return (yield from self._owner.info.steps(self.name))
 
     @verb
-    def history(self, limit: int = 0, *, before: int | None = None) -> Steps[list[HistoryEntry]]:
+    def history(self, limit: int = 0, *, before: int | None = None) -> Steps[History]:
         """Return versions of the variable, newest first; see `Context.history`."""
         return (yield from self._owner.history.steps(self.name, limit, before=before))
 

@@ -109,3 +109,7 @@ class ToolContext(Variables):
             The result of the tool; in an asynchronous tool, an awaitable of it.
         """
         return self._session.call(name_of(tool), arguments)
+
+    def __repr__(self) -> str:
+        # Without variables: looking at them would make the execution depend on them.
+        return f"<ToolContext of execution {self.execution_id} in session {self.session_id!r}>"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 from dspex_persist.cognitive import typed
+from dspex_persist.cognitive.describing import History
 from dspex_persist.cognitive.handles import Variable
 from dspex_persist.cognitive.mapping import Attributes, VariableMapping
 from dspex_persist.cognitive.optimizing import Optimization, Status
@@ -31,7 +32,7 @@ RETRIES = 100
 T = TypeVar("T")
 
 # In the class below, `list` is a method.
-_Entries = list[HistoryEntry]
+_Entries = History
 _Infos = tuple[VariableInfo, ...]
 
 
@@ -429,7 +430,7 @@ class Variables(Runs):
             before: Only versions with lower numbers.
         """
         entries = yield from ask(commands.GetVariableHistory(self.session_id, name, limit, before))
-        return [HistoryEntry(entry) for entry in entries]
+        return History(HistoryEntry(entry) for entry in entries)
 
     @verb
     def rollback(self, name: str, version: int, *, reason: str | None = None, actor: str | None = None) -> Steps[Any]:

@@ -6,6 +6,7 @@ from typing import Any, assert_type
 from pydantic import BaseModel
 
 from dspex_persist import Context, ToolContext, Variable, tool
+from dspex_persist.cognitive.describing import Description, History
 from dspex_persist.cognitive.records import HistoryEntry, VariableInfo
 
 
@@ -19,17 +20,19 @@ def here_and_now(ctx: Context) -> None:
     assert_type(ctx.define("x", 1, constraints={"min": 0}), str)
     assert_type(ctx.get("x", 0), Any)
     assert_type(ctx.get_many("x", "y"), dict[str, Any])
-    assert_type(ctx.history("x", 5), list[HistoryEntry])
+    assert_type(ctx.history("x", 5), History)
     assert_type(ctx.list("a*"), tuple[VariableInfo, ...])
     assert_type(ctx.dependents("x", transitive=True), tuple[str, ...])
     assert_type(ctx.define_many({"x": 1}), Mapping[str, str])
+    assert_type(ctx.history("x")[0], HistoryEntry)
+    assert_type(ctx.describe(), Description)
     assert_type(ctx["x"], Any)
     ctx.update("x", lambda x: x + 1)
 
 
 async def from_asyncio(ctx: Context) -> None:
     assert_type(await ctx.set.aio("x", 1, reason="why"), int)
-    assert_type(await ctx.history.aio("x", limit=5), list[HistoryEntry])
+    assert_type(await ctx.history.aio("x", limit=5), History)
     assert_type(await ctx.info.aio("x"), VariableInfo)
     async with Context.aopen("s") as other:
         assert_type(other, Context)

@@ -135,7 +135,7 @@ class TestMapping:
         assert context == context
         assert context != Context("s", MemoryProvider())
         assert len({context, context}) == 1
-        assert repr(context) == "<Context of session 's'>"
+        assert repr(context) == "<Context of session 's' on local>"
 
     def test_it_has_what_a_dict_has(self, context: Context) -> None:
         context.define("x", 1)
