@@ -10,6 +10,7 @@ import typer
 
 from dspex_persist import __version__
 from dspex_persist.cli import audit, demo, maintenance, replay, serve, session, tools
+from dspex_persist.cli.groups import HELP_OPTIONS
 from dspex_persist.cli.hints import ExplainedError, use_options_of
 from dspex_persist.cli.live import call as call_command
 from dspex_persist.cli.live import get as get_command
@@ -29,11 +30,13 @@ app = typer.Typer(
     # Typer's tracebacks would show local variables, which contain users' values.
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": HELP_OPTIONS},
     epilog=(
         "[bold]To begin[/bold]\n\n"
         "dspex-persist demo    see it work in half a minute\n\n"
+        "dspex-persist set s1 temperature 0.7 --create    keep a value, in sessions.db\n\n"
         "dspex-persist serve --db sessions.db    serve a database\n\n"
+        "dspex-persist watch s1 --target 127.0.0.1:50051    see changes as they come\n\n"
         "dspex-persist db check --db sessions.db    check it\n\n"
         "dspex-persist audit history SESSION    see who changed what and when\n\n"
         "dspex-persist tools list --tools shop.tools    list the tools of a module\n\n"
@@ -121,7 +124,8 @@ def _command(words: Sequence[str]) -> tuple[Any, Any]:
 
 
 def _shorten(command: Any) -> None:
-    context = typer.Context(command)
+    # The command keeps the option that it makes for this context, with these names.
+    context = typer.Context(command, help_option_names=HELP_OPTIONS)
     for option in (*command.params, command.get_help_option(context)):
         if getattr(option, "is_flag", False):
             # Typer would write <bool>.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, Final, TypeVar, cast
 
 import typer
 
@@ -11,6 +11,8 @@ from dspex_persist.cli.output import Progress, progress_bar, say_json
 from dspex_persist.errors import DspexError
 
 R = TypeVar("R")
+
+HELP_OPTIONS: Final = ["-h", "--help"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
@@ -36,7 +38,7 @@ def new_group(help_text: str, epilog: str | None = None) -> typer.Typer:
         rich_markup_mode="rich",
         # Typer's tracebacks would show local variables, which contain users' values.
         pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
+        context_settings={"help_option_names": HELP_OPTIONS},
     )
 
 

@@ -32,6 +32,7 @@ HELP: Final = (
     "Export, import or fork a session with its whole history.\n\n"
     "export only reads, and works while a server has the file open. import and fork change the file: while a server "
     "has it open, name the server. With --target, it exports, imports or forks, and serves others meanwhile.\n\n"
+    "sessions (with an s at the end) lists and ends live sessions.\n\n"
 )
 EPILOG: Final = (
     "[bold]Exit codes[/bold]\n\n"

@@ -204,6 +204,13 @@ def test_one_place_at_a_time(run: Run) -> None:
     assert run("call", "s", "t", "--tools", TOOLS, "--target", "127.0.0.1:1").returncode == USAGE
 
 
+@pytest.mark.parametrize("words", [(), ("get",), ("sessions",), ("sessions", "end"), ("audit", "history")])
+def test_both_names_of_the_help_option(words: tuple[str, ...], run: Run) -> None:
+    short, long = (run(*words, option) for option in ("-h", "--help"))
+    assert fine(short) == fine(long)
+    assert "Usage: dspex-persist" in short.stdout
+
+
 # call
 
 
