@@ -29,16 +29,16 @@ _LEFT_OUT: Final = (
 )
 
 HELP: Final = (
-    "Export, import or fork a session with its whole history.\n\n"
-    "export only reads, and works while a server has the file open. import and fork change the file: while a server "
-    "has it open, name the server. With --target, it exports, imports or forks, and serves others meanwhile.\n\n"
+    "Export, import or fork a session with its whole history, or migrate its typed variables.\n\n"
+    "export only reads, and works while a server has the file open. import, fork and migrate change the file: "
+    "while a server has it open, name the server. With --target, they work on it, and it serves others meanwhile.\n\n"
     "sessions (with an s at the end) lists and ends live sessions.\n\n"
 )
 EPILOG: Final = (
     "[bold]Exit codes[/bold]\n\n"
     "0  success\n\n"
     "1  failed; the message on stderr says why\n\n"
-    "2  wrong usage, an invalid setting, or tools that cannot be loaded\n\n"
+    "2  wrong usage, an invalid setting, or tools or models that cannot be loaded\n\n"
     "4  another process, such as a server, owns the database\n\n"
     "5  no such file, not a dspex-persist database, a newer schema, or acknowledged commits are missing\n\n"
     "With --json, stdout has exactly one JSON object, also after an error; the exit codes are the same.\n\n"
@@ -345,3 +345,60 @@ def fork(
         say(f"{report['path']}: session {new} begun with {what}")
 
     carry_out(as_json, work, show)
+
+
+@app.command(
+    "migrate",
+    help=(
+        "Migrate the variables of live sessions to the present versions of their models.\n\n"
+        "MODULE is imported as in Python, such as shop.models; the working directory comes first on the import path. "
+        "It declares models with @model and migrations with @migration. Each variable whose value is older gets the "
+        "migrated value and the schema of its model, in one commit whose cause is the migration.\n\n"
+        "A program that knows the models migrates a value when it reads it, so this is needed only for programs that "
+        "do not, or to find out whether all values can be migrated (--dry-run).\n\n"
+        "A value that cannot be migrated stays as it is, and is reported; the others are migrated all the same.\n\n"
+    ),
+    epilog=(
+        "[bold]Examples[/bold]\n\n"
+        "dspex-persist session migrate shop.models --dry-run\n\n"
+        "dspex-persist session migrate shop.models --session 'checkout-*' --target 127.0.0.1:50051\n\n"
+    ),
+)
+def migrate(
+    module: Annotated[str, typer.Argument(metavar="MODULE", help="The module with the models and migrations.")],
+    session: Annotated[
+        str,
+        typer.Option(
+            "--session", metavar="GLOB", help="Only sessions whose id matches.", autocompletion=completing.sessions
+        ),
+    ] = "*",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Run the migrations, but write nothing.")] = False,
+    db: Db = None,
+    server: Server = None,
+    as_json: Json = False,
+) -> None:
+    """Migrate typed variables."""
+    from dspex_persist.cli.live.opening import Place
+    from dspex_persist.cognitive.migrating import load_models, migrate_sessions
+
+    place = Place(server_of(server, db), db)
+
+    def work(progress: Progress) -> dict[str, Any]:
+        load_models(module)
+        with place.opened() as state:
+            report = migrate_sessions(state, session, write=not dry_run, progress=progress)
+        return {"path": str(place), "dry_run": dry_run, **report}
+
+    def show(report: dict[str, Any]) -> None:
+        for each in report["migrated"]:
+            to = f"{each['from_version']} to {each['to_version']}"
+            say(f"session {each['session_id']}: variable {each['name']} {'can be ' * dry_run}migrated from {to}")
+        for each in report["failed"]:
+            print(f"session {each['session_id']}: {each['error']}", file=sys.stderr)
+        what = "can be migrated" if dry_run else "migrated"
+        count = counted(len(report["migrated"]), "variable")
+        say(f"{report['path']}: {count} of {counted(report['sessions'], 'session')} {what}")
+
+    report = carry_out(as_json, work, show, lambda report: not report["failed"])
+    if report["failed"]:
+        raise typer.Exit(1)

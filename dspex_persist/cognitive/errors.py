@@ -42,6 +42,14 @@ class ToolLoadError(DspexError):
 
 
 @dataclass(eq=False)
+class ModelLoadError(ToolLoadError):
+    """Models cannot be had from where they should be."""
+
+    def __str__(self) -> str:
+        return f"cannot load models from {self.reference!r}: {self.reason}"
+
+
+@dataclass(eq=False)
 class DspyMissingError(DspexError):
     """LM calls are to be recorded, or played, without DSPy."""
 

@@ -94,7 +94,7 @@ class Toolbox(Mapping[str, AnyTool]):
             ToolLoadError: The module cannot be imported, has no tools, or another tool has one of their names.
         """
         module_name, colon, name = reference.partition(":")
-        module = _imported(reference, module_name)
+        module = imported(reference, module_name)
         if colon:
             return self._add(reference, _tools_in(_find(reference, module, name), reference))
         return self._add_module(reference, module)
@@ -151,7 +151,8 @@ def _tool_of_name(name: object, item: object) -> AnyTool:
     return item
 
 
-def _imported(reference: str, module_name: str) -> Any:
+def imported(reference: str, module_name: str) -> Any:
+    """Import a module, with the working directory first on the import path, or raise `ToolLoadError`."""
     if not module_name or "/" in module_name or module_name.endswith(".py"):
         raise ToolLoadError(reference, "write package.module or package.module:name, as in an import")
     here = str(Path.cwd())

@@ -201,6 +201,10 @@ def use(session_id: str | None, name: str, kind: Any, holder: object = None) -> 
         if session_id is not None:
             _KNOWN.holders.setdefault((session_id, name), WeakSet()).add(holder)
             _forget_unheld()
+        else:
+            # It is newer than those of single sessions.
+            for key in [key for key in _KNOWN.holders if key[1] == name]:
+                del _KNOWN.holders[key], _KNOWN.models[key]
         _KNOWN.names.add(name)
     return _typed(kind, _version_of(name, kind))
 
@@ -391,6 +395,49 @@ def read_current(owner: Any, record: Variable, *, kind: Any = None, adopt: bool 
         else:
             return typed.read(record.name, value), number
     raise VersionConflictError(record.name, record.version, record.version + 1)
+
+
+class Migrated(NamedTuple):
+    """A variable that was migrated, or would be.
+
+    Attributes:
+        name: The variable.
+        from_version: The version of its value.
+        to_version: The version of its model.
+        version: The variable's new version; None if nothing was written.
+    """
+
+    name: str
+    from_version: int
+    to_version: int
+    version: int | None
+
+
+def migrate(owner: Any, name: str, *, write: bool = True) -> Steps[Migrated | None]:
+    """Migrate a variable to the model that `model` declares for it; return None if there is nothing to do.
+
+    Args:
+        owner: The context of the session.
+        name: The variable.
+        write: Whether to write the new value; otherwise the migrations only run.
+
+    Raises:
+        MigrationError: A migration failed.
+        TypedValueError: The value is of no known version.
+    """
+    typed = find(None, name)
+    found = yield from ask(commands.GetVariables(owner.session_id, (name,)))
+    record = found.variables.get(name)
+    if typed is None or record is None:
+        return None
+    version = values.schema_version(record.constraints) or 0
+    if version == typed.version or (version == 0 and 0 not in _KNOWN.migrations.get(name, {})):
+        return None
+    if not write:
+        yield from migrated(record, typed, version)
+        return Migrated(name, version, typed.version, None)
+    _, number = yield from read_current(owner, record)
+    return Migrated(name, version, typed.version, number)
 
 
 def _change(session_id: str, record: Variable, typed: Typed, value: Value) -> commands.ConstrainVariable:
