@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from dspex_persist.state import values
-from dspex_persist.state.model import REASON, ChangeKind, Optimization, Variable, VariableVersion
+from dspex_persist.state.model import REASON, RESTORED_METADATA, ChangeKind, Optimization, Variable, VariableVersion
 
 DESCRIPTION: Final = "description"
 """The metadata key under which a variable has its description."""
@@ -148,7 +148,8 @@ class HistoryEntry:
     @property
     def metadata(self) -> Mapping[str, str]:
         """The metadata of the change."""
-        return MappingProxyType({key: text for key, text in self.record.metadata.items() if key != REASON})
+        own = (REASON, RESTORED_METADATA)
+        return MappingProxyType({key: text for key, text in self.record.metadata.items() if key not in own})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, HistoryEntry) and self.record == other.record

@@ -314,8 +314,8 @@ class Transacting(Variables):
     ) -> Steps[RestoredSession]:
         """Bring all variables, dependencies and rules back to what they were at a point, in one commit.
 
-        Variables that still exist get a new version with the old value; their metadata stays. Those that were deleted
-        since come back as new ones, and those that were defined since are deleted.
+        Variables that still exist get a new version with the old value, constraints and metadata. Those that were
+        deleted since come back as new ones, and those that were defined since are deleted.
 
         Args:
             point: A commit's number, the id of an execution (right after it ended), a time, an age (`"2h"`, or a

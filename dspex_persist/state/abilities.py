@@ -328,8 +328,9 @@ class Restorable(Ability):
     def restore_session(self, session_id: str, at: str, *, origin: Origin | None = None) -> RestoredSession:
         """Bring the variables, dependencies and rules of a session back to what they were at a point, in one commit.
 
-        Variables that still exist get a new version with the old value; their metadata stays. Those that were deleted
-        since come back as new variables, and those that were registered since are deleted. Tools and locks stay.
+        Variables that still exist get a new version with the old value, constraints and metadata. Those that were
+        deleted since come back as new variables, and those that were registered since are deleted. Tools and locks
+        stay, and so does that a variable is sensitive.
         Executions that have read or written what changes end in a conflict, as after any other write.
 
         Args:

@@ -3,12 +3,14 @@
 Commands, imports and replays all use this code, so a session has the same state however it was built.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from dspex_persist.state.events import Event, Moment, SessionStarted, VariableRegistered
 from dspex_persist.state.frozen import FrozenDict
-from dspex_persist.state.model import REASON, ChangeKind, Variable, VariableVersion, without_reason
+from dspex_persist.state.model import REASON, RESTORED_METADATA, ChangeKind, Variable, VariableVersion, without_reason
 from dspex_persist.state.session_state import SessionState, Undo
+from dspex_persist.state.values.json_text import stored_texts
 
 
 def fold(state: SessionState | None, event: Event, moment: Moment, undo: Undo) -> SessionState | None:
@@ -83,6 +85,8 @@ def advanced(before: Variable, version: VariableVersion) -> Variable:
             added = without_reason(added)
         if not added.items() <= metadata.items():
             metadata = FrozenDict({**metadata, **added})
+    elif added and RESTORED_METADATA in added:
+        metadata = FrozenDict(described(metadata, version.kind, added))
     # By position: keyword arguments take twice as long, and this is the hot path.
     return Variable(
         before.id,
@@ -96,6 +100,21 @@ def advanced(before: Variable, version: VariableVersion) -> Variable:
         version.created_at,
         lock,
     )
+
+
+def described(before: Mapping[str, str], kind: ChangeKind, added: Mapping[str, str]) -> Mapping[str, str]:
+    """Return the metadata of a variable after a version.
+
+    Args:
+        before: Its metadata before.
+        kind: The kind of the version.
+        added: The metadata of the version.
+    """
+    if kind.merges_metadata:
+        return {**before, **without_reason(added)}
+    if kind is ChangeKind.ROLLED_BACK and RESTORED_METADATA in added:
+        return stored_texts(added[RESTORED_METADATA])
+    return before
 
 
 def _delete(state: SessionState, variable: Variable, sequence: int, undo: Undo) -> None:

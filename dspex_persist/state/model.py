@@ -93,6 +93,11 @@ REASON = "dspex.reason"
 that one change, and is never merged into the metadata of the variable."""
 
 
+RESTORED_METADATA = "dspex.metadata"
+"""The key in the metadata of a rolled-back version whose entry is the metadata, as JSON, that its variable has from
+that version on. Other such versions leave the metadata of their variable as it is."""
+
+
 def without_reason(metadata: Mapping[str, str]) -> Mapping[str, str]:
     """Return the metadata that the writer of a version gave: without its reason."""
     if REASON not in metadata:

@@ -74,10 +74,29 @@ class RestoreContract(Contract):
         with pytest.raises(errors.InvalidValueError):
             provider.set_variable(session, "gone", 11)
 
-    def test_metadata_of_what_still_exists_stays(self, provider: StateProvider, session: str) -> None:
+    def test_metadata_is_as_it_was(self, provider: StateProvider, session: str) -> None:
+        given = {"of": "ann", "unit": "m"}
+        provider.register_variable(session, "x", "string", "a", metadata=given)
+        provider.register_variable(session, "y", "integer", 0)
+        at = head_of(provider, session)
+        provider.set_variable(session, "x", "b", metadata={"unit": "km", "new": "\u00e9\n"})
+        provider.set_variable(session, "y", 0, metadata={"note": "only this"})
+        restored = restore(provider, session, at)
+        assert restored.changed == ("x", "y")
+        x, y = (provider.get_variable(session, name) for name in ("x", "y"))
+        assert (x.value, x.metadata, y.value, y.metadata) == (Value('"a"'), given, Value("0"), {})
+        provider.set_variable(session, "x", "c", metadata={"new": "again"})
+        assert provider.get_variable(session, "x").metadata == {**given, "new": "again"}
+        assert restore(provider, session, restored.sequence).changed == ("x",)
+        assert provider.get_variable(session, "x").metadata == given
+        restore(provider, session, f"{restored.sequence}^")
+        assert provider.get_variable(session, "x").metadata == {"of": "ann", "unit": "km", "new": "\u00e9\n"}
+        assert provider.get_variable(session, "y").metadata == {"note": "only this"}
+
+    def test_what_is_sensitive_now_stays_so(self, provider: StateProvider, session: str) -> None:
         provider.register_variable(session, "x", "string", "a", metadata={"of": "ann"})
         at = head_of(provider, session)
-        provider.set_variable(session, "x", "b", metadata={"sensitive": "true"})
+        provider.set_variable(session, "x", "b", metadata={"sensitive": "true", "of": "bob"})
         restore(provider, session, at)
         variable = provider.get_variable(session, "x")
         assert (variable.value, variable.metadata) == (Value('"a"'), {"of": "ann", "sensitive": "true"})

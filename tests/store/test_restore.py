@@ -1,6 +1,7 @@
 """Restored sessions in files and in memory: rules, recordings, the check of a file, conflicts, pruning."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from dspex_persist.state import commands, errors
 from dspex_persist.state.audit import CommitQuery
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.local import MemoryState
-from dspex_persist.state.model import ChangeKind, EventKind, PrunePolicy, Value
+from dspex_persist.state.model import RESTORED_METADATA, ChangeKind, EventKind, PrunePolicy, Value
 from dspex_persist.state.recording import RecordedCommit
 from dspex_persist.state.store import maintenance
 
@@ -118,6 +119,51 @@ def test_a_file_with_it_is_sound_and_says_so(tmp_path: Path) -> None:
         assert state.get_value("s", "a") == state.get_value("s", "d") == 0
         assert state.run(commands.GetDependencies("s", "b")) == ("a",)
         assert [rule.name for rule in state.run(commands.ListRules("s"))] == ["small"]
+
+
+def test_metadata_follows_from_the_log(tmp_path: Path) -> None:
+    path = tmp_path / "sessions.db"
+    with EmbeddedState(path) as state:
+        state.initialize_session("s")
+        state.register_variable("s", "a", "integer", 0, metadata={"unit": "m"})
+        first = newest(state, "a")
+        state.set_variable("s", "a", 1, metadata={"unit": "km", "new": "1"})
+        second = newest(state, "a")
+        third = state.restore_session("s", str(first)).sequence
+        state.set_variable("s", "a", 2, metadata={"later": "2"})
+        then = [{"unit": "m"}, {"unit": "km", "new": "1"}, {"unit": "m"}, {"unit": "m", "later": "2"}]
+        with state.audit() as audit:
+            at = [audit.state("s", each)[0].metadata for each in (first, second, third, "now")]
+        assert at == then
+        with state.watch("s", after_sequence=first) as watch:
+            assert [update.variable.metadata for update in watch.pull()] == then[1:]
+        header, recorded = state.record("s")
+        commits = list(recorded)
+    for keep, left in ((3, 3), (1, 2)):
+        with EmbeddedState(path) as state:
+            assert state.get_variable("s", "a").metadata == then[-1]
+            state.prune(PrunePolicy(keep_versions=keep), confirm=True)
+            # What a later version needs of the metadata of earlier ones stays, but nothing before it was replaced.
+            assert len(state.get_variable_history("s", "a")) == left
+            with state.audit() as audit:
+                assert audit.state("s")[0].metadata == then[-1]
+        assert not list(maintenance.check(path).problems)
+    with EmbeddedState(tmp_path / "other.db") as other:
+        other.import_session(header, iter(commits))
+        assert other.get_variable("s", "a").metadata == then[-1]
+    broken = [_with_metadata(commit, '{"unit": 3}') for commit in commits]
+    with EmbeddedState(tmp_path / "third.db") as third_state, pytest.raises(errors.RecordingError):
+        third_state.import_session(header, iter(broken))
+
+
+def _with_metadata(commit: RecordedCommit, text: str) -> RecordedCommit:
+    versions = tuple(
+        replace(each, metadata={**each.metadata, RESTORED_METADATA: text})
+        if RESTORED_METADATA in each.metadata
+        else each
+        for each in commit.versions
+    )
+    return replace(commit, versions=versions)
 
 
 def test_transactions_conflict_with_it(state: State) -> None:

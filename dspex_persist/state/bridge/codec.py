@@ -16,6 +16,7 @@ from dspex_persist.state.frozen import FrozenDict
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     REASON,
+    RESTORED_METADATA,
     ChangeKind,
     Concurrency,
     Isolation,
@@ -292,7 +293,7 @@ def _version(
         {
             key: text
             for key, text in metadata.items()
-            if key == REASON or not (key == COMMIT_SEQUENCE or key.startswith("dspex."))
+            if key in (REASON, RESTORED_METADATA) or not (key == COMMIT_SEQUENCE or key.startswith("dspex."))
         }
     )
     return VariableVersion(

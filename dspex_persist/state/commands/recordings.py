@@ -35,6 +35,7 @@ from dspex_persist.state.events import (
 from dspex_persist.state.frozen import freeze
 from dspex_persist.state.model import (
     REASON,
+    RESTORED_METADATA,
     ChangeKind,
     Dependency,
     EventKind,
@@ -241,11 +242,22 @@ class _Repetition:
             return
         if recorded.kind is ChangeKind.REGISTERED:
             raise ValueError(f"variable {quote(variable.name)} is registered already")
-        metadata = check_metadata(without_reason(recorded.metadata), uow.limits)
+        metadata = self._metadata_of(recorded)
         if recorded.kind.merges_metadata:
             check_merged_metadata({**variable.metadata, **metadata}, metadata, uow.limits)
         value = self._value_of(recorded, variable.type, variable.constraints)
         uow.write(self._session_id, variable, value, metadata, recorded.source, recorded.kind)
+
+    def _metadata_of(self, recorded: RecordedVersion) -> Mapping[str, str]:
+        """Return the metadata of a version without its reason, checked."""
+        given, limits = without_reason(recorded.metadata), self._uow.limits
+        restored = given.get(RESTORED_METADATA)
+        if restored is None or recorded.kind is not ChangeKind.ROLLED_BACK:
+            return check_metadata(given, limits)
+        document = read_line(restored)
+        check_metadata(arguments.metadata(RESTORED_METADATA, document), limits)
+        check_metadata({key: text for key, text in given.items() if key != RESTORED_METADATA}, limits)
+        return given
 
     def _explain(self, recorded: RecordedVersion) -> None:
         """Give the version the reason that it was recorded with."""

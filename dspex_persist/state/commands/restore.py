@@ -9,17 +9,26 @@ from dspex_persist.state.commands.recordings import ForkSession
 from dspex_persist.state.commands.variables import RegisterVariable, check_lock
 from dspex_persist.state.errors import InvalidArgumentError, VariableLockedError, quote
 from dspex_persist.state.events import DependencyAdded, DependencyRemoved, RuleAdded, RuleRemoved, SessionRestored
-from dspex_persist.state.model import ChangeKind, Dependency, RestoredSession, Rule, Variable
+from dspex_persist.state.model import (
+    RESTORED_METADATA,
+    SENSITIVE,
+    ChangeKind,
+    Dependency,
+    RestoredSession,
+    Rule,
+    Variable,
+)
 from dspex_persist.state.unit_of_work import UnitOfWork
+from dspex_persist.state.values.json_text import storable
 
 
 @dataclass(frozen=True, slots=True)
 class RestoreSession(Command[RestoredSession]):
     """Bring the variables, dependencies and rules of a session back to what they were at a commit, in one commit.
 
-    A variable that still exists gets a new version with its old value, and its old constraints; its metadata stays. One
-    that was deleted since comes back as a new variable of its name, and one that was registered since is deleted. Locks
-    and tools stay as they are; a lock on a variable that would change is an error.
+    A variable that still exists gets a new version with its old value, constraints and metadata. One that was deleted
+    since comes back as a new variable of its name, and one that was registered since is deleted. Locks and tools stay
+    as they are; a lock on a variable that would change is an error.
 
     Attributes:
         restored_to: The commit.
@@ -89,6 +98,8 @@ class RestoreSession(Command[RestoredSession]):
         metadata = {"rolled_back_to": str(past.version)}
         if uow.origin.optimizer_id is not None:
             metadata["optimizer_id"] = uow.origin.optimizer_id
+        if _metadata_of(variable, past) != variable.metadata:
+            metadata[RESTORED_METADATA] = storable(_metadata_of(variable, past))
         if variable.constraints != past.constraints:
             variable = uow.constrain(self.session_id, variable, past.constraints)
         uow.write(self.session_id, variable, past.value, metadata, uow.origin.source, ChangeKind.ROLLED_BACK)
@@ -128,7 +139,17 @@ class RestoreSession(Command[RestoredSession]):
 
 
 def _differs(variable: Variable, past: Variable) -> bool:
-    return variable.value != past.value or variable.constraints != past.constraints
+    return (
+        variable.value != past.value
+        or variable.constraints != past.constraints
+        or variable.metadata != _metadata_of(variable, past)
+    )
+
+
+def _metadata_of(variable: Variable, past: Variable) -> dict[str, str]:
+    """Return the metadata that a variable gets back. What is sensitive now stays so: its history would be shown."""
+    sensitive = variable.metadata.get(SENSITIVE)
+    return {**past.metadata, SENSITIVE: sensitive} if sensitive is not None else dict(past.metadata)
 
 
 def _facts(edge: Dependency) -> tuple[str, str, str]:

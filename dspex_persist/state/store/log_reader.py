@@ -9,6 +9,7 @@ from sqlalchemy import Connection, Row, select, text
 
 from dspex_persist.clock import nearest_time, to_micros
 from dspex_persist.state.events import OptimizationStarted
+from dspex_persist.state.fold import described
 from dspex_persist.state.log_store import affected
 from dspex_persist.state.model import (
     Change,
@@ -17,7 +18,6 @@ from dspex_persist.state.model import (
     Optimization,
     Variable,
     VariableVersion,
-    without_reason,
 )
 from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.store import variables as stored_variables
@@ -129,8 +129,8 @@ def _change_of(
     merged = metadata.get(key)
     if merged is None:
         merged = stored_variables.metadata_as_of(connection, key, version.version)
-    elif version.kind.merges_metadata and version.metadata:
-        merged = {**merged, **without_reason(version.metadata)}
+    elif version.metadata:
+        merged = described(merged, version.kind, version.metadata)
     metadata[key] = merged
     last = last_ones.get(key)
     if version.version and (last is None or last.version != version.version - 1):

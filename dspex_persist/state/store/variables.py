@@ -10,8 +10,9 @@ from sqlalchemy import Connection, Row, Select, bindparam, func, select, text
 
 from dspex_persist.clock import nearest_time, to_micros
 from dspex_persist.state.audit import SENSITIVE
+from dspex_persist.state.fold import described
 from dspex_persist.state.frozen import FrozenDict, freeze
-from dspex_persist.state.model import REASON, ChangeKind, Optimization, Source, Value, Variable, VariableVersion
+from dspex_persist.state.model import ChangeKind, Optimization, Source, Value, Variable, VariableVersion
 from dspex_persist.state.store.engine import driver_of
 from dspex_persist.state.store.schema import blobs, commits, is_unicode, variables, versions
 from dspex_persist.state.unit_of_work import VersionQuery
@@ -23,13 +24,15 @@ KIND_OF: Mapping[int, ChangeKind] = dict(enumerate(KINDS))
 SOURCE_OF: Mapping[int, Source] = dict(enumerate(SOURCES))
 KIND_CODES = {kind: code for code, kind in enumerate(KINDS)}
 SOURCE_CODES = {source: code for code, source in enumerate(SOURCES)}
-_MERGING_KINDS = ", ".join(str(KIND_CODES[kind]) for kind in KINDS if kind.merges_metadata)
+_DESCRIBING_KINDS = ", ".join(
+    str(KIND_CODES[kind]) for kind in KINDS if kind.merges_metadata or kind is ChangeKind.ROLLED_BACK
+)
 
 # Each text once, by its last use. Merged in Python, because SQLite's JSON functions end keys at their first NUL.
 _METADATA_AS_OF = text(f"""
-    SELECT metadata FROM versions
-    WHERE variable_key = :key AND version <= :version AND kind IN ({_MERGING_KINDS}) AND metadata IS NOT NULL
-    GROUP BY metadata ORDER BY max(version)
+    SELECT kind, metadata FROM versions
+    WHERE variable_key = :key AND version <= :version AND kind IN ({_DESCRIBING_KINDS}) AND metadata IS NOT NULL
+    GROUP BY kind, metadata ORDER BY max(version)
 """)
 
 _value_blob = blobs.alias("value_content")
@@ -231,11 +234,10 @@ def variable_as_of(
 
 def metadata_as_of(connection: Connection, variable_key: int, version: int) -> dict[str, str]:
     """Return the merged metadata of all versions up to `version`."""
-    merged: dict[str, str] = {}
-    for each in connection.execute(_METADATA_AS_OF, {"key": variable_key, "version": version}).scalars():
-        merged |= stored_texts(each)
-    merged.pop(REASON, None)
-    return merged
+    merged: Mapping[str, str] = {}
+    for kind, each in connection.execute(_METADATA_AS_OF, {"key": variable_key, "version": version}):
+        merged = described(merged, KIND_OF[kind], stored_texts(each))
+    return dict(merged)
 
 
 def version_of(row: Row[Any]) -> VariableVersion:

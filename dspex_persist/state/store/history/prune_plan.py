@@ -10,7 +10,7 @@ and everything that a running execution may still read.
 
 import heapq
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, ClassVar, Final, NamedTuple
@@ -22,7 +22,17 @@ from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.events import GoingEvent, GoingVersion, Pruned
 from dspex_persist.state.groups import Job
-from dspex_persist.state.model import PINNED, REASON, EventKind, Origin, PrunePolicy, PruneReport, Session
+from dspex_persist.state.model import (
+    PINNED,
+    REASON,
+    RESTORED_METADATA,
+    ChangeKind,
+    EventKind,
+    Origin,
+    PrunePolicy,
+    PruneReport,
+    Session,
+)
 from dspex_persist.state.provider import Progress
 from dspex_persist.state.store.engine import driver_of, snapshot
 from dspex_persist.state.store.history import times
@@ -38,6 +48,9 @@ _BATCH_COMMANDS: Final = 64
 _SNAPSHOT_S: Final = 0.5
 _PAGE: Final = 1000
 _VARIABLES_AT_ONCE: Final = 32
+_ALL: Final = RESTORED_METADATA
+"""Stands for all keys of metadata; no client can set it."""
+_ROLLED_BACK: Final = KIND_CODES[ChangeKind.ROLLED_BACK]
 _MERGING: Final = frozenset(code for kind, code in KIND_CODES.items() if kind.merges_metadata)
 
 
@@ -316,7 +329,7 @@ class Planner:
         entries = stored_object(metadata)
         variable.pinned = _is_pinned(entries)
         # Keys that a kept version sets or replaces: older entries for them are no longer needed.
-        settled = set(entries) - {REASON} if kind in _MERGING else set()
+        settled = _settled_by(kind, entries)
         below = first
         while rows := self._rows(_BELOW, variable.key, below, _PAGE):
             below = rows[-1][0]
@@ -324,13 +337,13 @@ class Planner:
                 version = (variable.key, number, sequence, value_blob, binary_blob)
                 if metadata is not None:
                     entries = stored_object(metadata)
-                    merged = set(entries) - {REASON} if kind in _MERGING else set()
+                    merged = _settled_by(kind, entries)
                     if _is_pinned(entries):
                         variable.pinned = True
                         settled = merged
                         variable.stay.append(version)
                         continue
-                    if not merged <= settled:
+                    if _ALL not in settled and not merged <= settled:
                         settled |= merged
                         variable.stay.append(version)
                         continue
@@ -376,6 +389,13 @@ class Planner:
                     registered.setdefault(subject, []).append(place)
         if together:
             yield _Item((), together)
+
+
+def _settled_by(kind: int, entries: Mapping[str, Any]) -> set[str]:
+    """Return the keys of the variable's metadata that a version sets; `_ALL` if it replaces all of it."""
+    if kind in _MERGING:
+        return set(entries) - {REASON}
+    return {_ALL} if kind == _ROLLED_BACK and RESTORED_METADATA in entries else set()
 
 
 def _newest_first(version: GoingVersion) -> int:

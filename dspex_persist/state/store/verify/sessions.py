@@ -30,17 +30,17 @@ from dspex_persist.state.events import (
     VariableRegistered,
     event_in,
 )
-from dspex_persist.state.model import REASON
+from dspex_persist.state.fold import described
 from dspex_persist.state.store.engine import raw_rows
 from dspex_persist.state.store.executions import spec_text
 from dspex_persist.state.store.log import began_sequence, metadata_text
-from dspex_persist.state.store.variables import lock_text
+from dspex_persist.state.store.variables import KIND_OF, lock_text
 from dspex_persist.state.store.verify.pruned import HAS_ROW
 from dspex_persist.state.store.verify.walk import (
     AFTER_ALL,
     BEFORE_ALL,
     DELETED,
-    MERGING,
+    DESCRIBING,
     SNAPSHOT_S,
     Problem,
     Walk,
@@ -71,7 +71,7 @@ _TELLING_VERSIONS: Final = f"""
     CROSS JOIN versions ON versions.variable_key = variables.variable_key
     WHERE variables.session_key > ? AND (
         versions.version = 0 OR versions.kind = {DELETED}
-        OR versions.metadata IS NOT NULL AND versions.kind IN ({MERGING})
+        OR versions.metadata IS NOT NULL AND versions.kind IN ({DESCRIBING})
     )
     ORDER BY variables.session_key, variables.variable_key, versions.version
 """
@@ -268,8 +268,7 @@ class _Replay:
                 variable.deleted_sequence = sequence
             elif metadata is not None:
                 try:
-                    variable.metadata.update(stored(metadata))
-                    variable.metadata.pop(REASON, None)
+                    variable.metadata = dict(described(variable.metadata, KIND_OF[kind], stored(metadata)))
                 except (TypeError, ValueError) as error:
                     where = f"commit {sequence}, {self.name_of(variable)}"
                     yield Problem(where, f"malformed metadata of version {number}: {error}")

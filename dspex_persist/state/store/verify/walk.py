@@ -18,7 +18,9 @@ MOST_NAMED: Final = 3
 SNAPSHOT_S: Final = 1.0
 REGISTERED: Final = KIND_CODES[ChangeKind.REGISTERED]
 DELETED: Final = KIND_CODES[ChangeKind.DELETED]
-MERGING: Final = ", ".join(str(code) for kind, code in KIND_CODES.items() if kind.merges_metadata)
+DESCRIBING: Final = ", ".join(
+    str(code) for kind, code in KIND_CODES.items() if kind.merges_metadata or kind is ChangeKind.ROLLED_BACK
+)
 FIRST_OR_LAST: Final = frozenset({REGISTERED, DELETED})
 AFTER_DELETION: Final = -2
 """Stands for a deleted variable's newest version, so that no number follows it."""
