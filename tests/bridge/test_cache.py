@@ -304,7 +304,19 @@ def test_it_follows_a_bounded_number_of_sessions(world: World, monkeypatch: pyte
     for number in range(5):
         world.live(f"s{number}")
         world.read(f"s{number}", "x", variable(1))
-    assert [world.find(session_id=f"s{number}") is not None for number in range(5)] == [False, False, True, True, True]
+        world.now += 0.6
+    assert [world.find(session_id=f"s{number}") is not None for number in range(5)] == [
+        False,
+        False,
+        False,
+        False,
+        True,
+    ]
+    assert list(world.cache._sessions) == ["s2", "s3", "s4"]
+    for name in ("s2", "s3", "s4"):
+        world.read(name, "x", variable(1))
+    world.read("s5", "x", variable(1))
+    assert list(world.cache._sessions) == ["s2", "s3", "s4"], "all are in use"
 
 
 def test_a_session_that_nobody_reads_is_left(world: World) -> None:

@@ -166,6 +166,7 @@ class ValueCache:
                 self._drop(key)
                 return None
             self._entries.move_to_end(key)
+            self._sessions.move_to_end(session_id)
             session.used_at = now
             self.hits += 1
             return entry.variable
@@ -308,8 +309,12 @@ class ValueCache:
             return session
         if self._is_closed or now < self._resume_at.get(session_id, 0.0):
             return None
-        while len(self._sessions) >= MOST_SESSIONS:
-            self._leave(next(iter(self._sessions.values())))
+        if len(self._sessions) >= MOST_SESSIONS:
+            longest_unused = next(iter(self._sessions.values()))
+            if now - longest_unused.used_at <= self.max_age_s:
+                # All of them are in use: to replace one with each read would cost more than the cache saves.
+                return None
+            self._leave(longest_unused)
         session = self._sessions[session_id] = _Session(session_id, now)
         threading.Thread(target=self._run, args=(session,), name="dspex-persist-cache", daemon=True).start()
         return session
