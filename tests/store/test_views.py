@@ -35,8 +35,8 @@ ASSET = ROOT / "tests" / "assets" / "0003.db"
 _VERSION = "session_id name variable_id type version kind source value number binary_size_bytes sensitive"
 _COMMIT = "sequence created_at actor cause execution_id tool caller_id caller_tool"
 COLUMNS = {
-    "v_variable_history": f"{_VERSION} metadata {_COMMIT}",
-    "v_current_variables": f"{_VERSION} constraints metadata {_COMMIT}",
+    "v_variable_history": f"{_VERSION} metadata {_COMMIT} reason",
+    "v_current_variables": f"{_VERSION} constraints metadata {_COMMIT} reason",
     "v_executions": "session_id execution_id tool status attempt parent_id idempotency_key isolation worker_id actor "
     "began_sequence began_at ended_sequence ended_at duration_us parameters metadata result error_type error "
     "retried_by ended_as",

@@ -43,6 +43,7 @@ _COMMIT: Final = {
     "tool": "that execution's tool",
     "caller_id": "the execution that called it, NULL if a client did",
     "caller_tool": "that execution's tool",
+    "reason": "why it was written, NULL if its writer gave no reason",
 }
 _EXECUTION: Final = {
     "session_id": "the session's id",
@@ -50,15 +51,11 @@ _EXECUTION: Final = {
     "tool": "the tool's name",
 }
 
-_METADATA: Final = (
-    "the metadata of this version, a JSON object or NULL; its writer's reason is `metadata ->> '$.\"dspex.reason\"'`"
-)
-
 VIEWS: Final[Mapping[str, View]] = {
     "v_variable_history": View(
         "Versions of variables",
         "Every version of every variable, and who wrote it.",
-        _VERSION | {"metadata": _METADATA} | _COMMIT,
+        _VERSION | {"metadata": "the metadata of this version, a JSON object or NULL"} | _COMMIT,
         ("session_id", "name", "tool", "kind", "actor"),
         "sequence",
     ),

@@ -2,7 +2,7 @@
 
 from sqlalchemy import BLOB, REAL, Column, Integer, MetaData, Table, Text
 
-REVISION = "0005"
+REVISION = "0006"
 """The revision that this release reads and writes: the head of `migrations/`."""
 
 APPEND_ONLY = ("commits", "versions", "events", "blobs", "pruned")

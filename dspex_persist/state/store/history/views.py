@@ -46,9 +46,8 @@ def _statement(text: str) -> str:
 
 QUESTIONS: Final[Mapping[str, str]] = {
     "who_changed": _statement("""
-        select session_id, name, version, value, kind, coalesce(tool, actor) as writer, execution_id,
-            case when json_valid(metadata) then json_extract(metadata, '$."dspex.reason"') end as reason, created_at,
-            sequence, sensitive
+        select session_id, name, version, value, kind, coalesce(tool, actor) as writer, reason, execution_id,
+            created_at, sequence, sensitive
         from v_variable_history where session_id = :session and name = :variable order by sequence desc
     """),
     "went_wrong": _statement("""
