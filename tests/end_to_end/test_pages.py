@@ -117,7 +117,7 @@ def run_tests(folder: Path) -> str:
 
 
 def test_a_web_service_on_a_file(service: Path) -> None:
-    assert "3 passed" in run_tests(service)
+    assert "4 passed" in run_tests(service)
 
 
 def test_the_same_web_service_on_a_server(service: Path) -> None:
@@ -125,7 +125,7 @@ def test_the_same_web_service_on_a_server(service: Path) -> None:
     with serve(service / "customers.db", "--tools", "service") as server:
         assert place in tests.read_text()
         tests.write_text(tests.read_text().replace(place, repr(f"grpc://{target_of(server)}")))
-        assert "3 passed" in run_tests(service)
+        assert "4 passed" in run_tests(service)
 
 
 # Coming from DSPex
