@@ -321,6 +321,7 @@ def unkeyed(origin: Origin | None) -> Origin | None:
 class Restorable(Ability):
     """A whole session can be brought back to an earlier state."""
 
+    gives: ClassVar[tuple[str, ...]] = ("restores",)
     lacking = "restoring sessions"
     instead = "keep the sessions in memory, in a database file or on a server: connect(...)"
 

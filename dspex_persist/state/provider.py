@@ -143,8 +143,9 @@ class StateProvider(Submits, Capable):
 
         - `atomic_batches`, `watch`, `history`: every backend.
         - `transactions`, `tools`: `begin_transaction`, `execute_tool`.
-        - `audit`, `recordings`, `imports`, `forks`, `pruning`: the whole history can be queried, a session exported,
-          imported, or begun with the state of another one, old history deleted.
+        - `audit`, `recordings`, `imports`, `forks`, `restores`, `pruning`: the whole history can be queried, a session
+          exported, imported, begun with the state of another one, or brought back to an earlier state, old history
+          deleted.
         - `durable`: what was acknowledged survives the end of the process that stores it.
         - `remote`: it is in another process. `distributed`: on several machines.
         """

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from dspex_persist import Context, EmbeddedState
+from dspex_persist import Context, EmbeddedState, LocalState
 from dspex_persist.state.abilities import (
     Ability,
     Auditable,
@@ -18,22 +18,25 @@ from dspex_persist.state.abilities import (
     KeepsOrder,
     Prunable,
     Recordable,
+    Restorable,
     StreamsTools,
+    Transacts,
 )
 from dspex_persist.state.around import Around
-from dspex_persist.state.commands import Command
+from dspex_persist.state.commands import Command, RegisterVariable
 from dspex_persist.state.errors import UnsupportedError
-from dspex_persist.state.model import Origin, PrunePolicy
+from dspex_persist.state.model import Origin, PrunePolicy, Value
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.state.tools.with_tools import WithTools
 from tests.unit.replays import Memory
 
 TOOLS = (ExecutesTools, StreamsTools)
-OTHERS = (Durable, KeepsOrder, Auditable, Recordable, Forkable, Prunable)
+OTHERS = (Durable, KeepsOrder, Auditable, Recordable, Forkable, Restorable, Prunable)
 METHODS: Mapping[type[Ability], str] = {
     Auditable: "audit",
     Recordable: "record",
     Forkable: "fork_session",
+    Restorable: "restore_session",
     Prunable: "prune",
     ExecutesTools: "list_tools",
     StreamsTools: "stream_tool",
@@ -82,8 +85,18 @@ def test_calls_are_passed_on_to_the_provider() -> None:
     assert wrapper.audit(reveal=True) == ((), {"reveal": True})
     assert wrapper.record("s", started=3) == (("s",), {"started": 3, "reveal": False})
     assert wrapper.fork_session("s", "t", "now") == (("s", "t", "now"), {"origin": None})
+    assert wrapper.restore_session("s", "now") == (("s", "now"), {"origin": None})
     arguments, options = wrapper.prune(policy, confirm=True)
     assert (arguments, options["confirm"]) == ((policy,), True)
+
+
+def test_transactions_are_passed_on() -> None:
+    with Around(LocalState()) as wrapper:
+        assert isinstance(wrapper, Transacts)
+        wrapper.initialize_session("s")
+        with wrapper.begin_transaction("s", isolation="snapshot") as transaction:
+            transaction.run(RegisterVariable("s", "x", "integer", Value("1")))
+        assert (transaction.status, wrapper.get_value("s", "x")) == ("committed", 1)
 
 
 def test_a_custom_wrapper_takes_a_few_lines() -> None:
