@@ -71,6 +71,10 @@ class VariableMapping(MutableMapping[str, Any]):
     def __init__(self, owner: Holds) -> None:
         self._owner = owner
 
+    def is_of(self, owner: object) -> bool:
+        """Whether these are the variables of a context."""
+        return self._owner is owner
+
     def __getitem__(self, name: str) -> Any:
         return self._owner[name]
 

@@ -566,6 +566,13 @@ class Variables(Runs):
         """The variables as a mapping that behaves like a dict."""
         return VariableMapping(self)
 
+    @variables.setter
+    def variables(self, mapping: VariableMapping) -> None:
+        # `ctx.variables |= {...}` assigns what it has updated.
+        given: object = mapping
+        if not isinstance(given, VariableMapping) or not given.is_of(self):
+            raise AttributeError("the variables cannot be replaced: update them, or use |=")
+
     def __getitem__(self, name: str) -> Any:
         record = self.run_step(commands.GetVariable(self.session_id, name))
         return run(self, typed.read(self, record)) if record.name in typed.names else decode(record)

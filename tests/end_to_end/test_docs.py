@@ -14,7 +14,14 @@ from tests.deadline import within
 from tests.end_to_end.old_style import ROOT, environment, serve, target_of, tools_list
 from tests.end_to_end.programs import Program, programs_of, run, run_python
 
-PAGES = ("docs/tools.md", "docs/transactions.md", "docs/backends.md", "docs/typed-state.md")
+PAGES = (
+    "docs/context.md",
+    "docs/variables.md",
+    "docs/tools.md",
+    "docs/transactions.md",
+    "docs/backends.md",
+    "docs/typed-state.md",
+)
 PROGRAMS = [program for page in PAGES for program in programs_of(page)]
 WORKERS = [program for program in PROGRAMS if "BridgeServiceServicer" in program.text]
 EXAMPLES = ROOT / "examples"

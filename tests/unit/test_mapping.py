@@ -128,6 +128,14 @@ def test_it_is_not_hashable_and_no_dict(ctx: Context) -> None:
     assert ctx.variables == Context("s").variables
 
 
+def test_it_can_be_updated_in_place_but_not_replaced(ctx: Context) -> None:
+    ctx.variables |= {"a": 1}
+    assert ctx.variables == {"a": 1}
+    for wrong in ({"a": 2}, Context().variables):
+        with pytest.raises(AttributeError, match=r"use \|="):
+            ctx.variables = wrong  # type: ignore[assignment]
+
+
 def test_iteration_while_others_write(ctx: Context) -> None:
     ctx.define_many({f"x{n}": n for n in range(50)})
     stop = threading.Event()
