@@ -365,6 +365,11 @@ _EXECUTIONS = """
 """
 
 
+def _facts_of(tool: ToolSpec) -> dict[str, Any]:
+    """The fields of a tool, as the first releases described it: without those that it leaves unset since."""
+    return {name: fact for name, fact in asdict(tool).items() if name != "concurrency" or fact is not None}
+
+
 def describe(path: Path) -> dict[str, Any]:
     """Everything that the engine answers about the live sessions of a database that `fill` made, as JSON has it."""
     with EmbeddedState(path) as provider, closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
@@ -384,7 +389,7 @@ def _describe_session(provider: EmbeddedState, session_id: str) -> dict[str, Any
     session = provider.get_session(session_id)
     variables = provider.list_variables(session_id)
     names = [variable.name for variable in variables] + list(DELETED.get(session_id, ()))
-    tools = [asdict(tool) for tool in provider.list_tools(session_id)]
+    tools = [_facts_of(tool) for tool in provider.list_tools(session_id)]
     rules = [asdict(rule) for rule in provider.list_rules(session_id)]
     return (
         ({"tools": tools} if tools else {})

@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import tempfile
 from contextlib import closing
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
@@ -38,7 +39,9 @@ def describe_log(asset: Path, folder: Path) -> dict[str, Any]:
         for session_id, started in sessions:
             stream = io.StringIO()
             try:
-                write_recording(*provider.record(session_id, started=started, reveal=True), stream)
+                header, commits = provider.record(session_id, started=started, reveal=True)
+                # Without the answers that are kept under idempotency keys: recordings had none at first.
+                write_recording(header, (replace(commit, answer=None) for commit in commits), stream)
             except SessionPrunedError:
                 continue
             exports.append({"session": session_id, "started": started} | _describe_export(stream.getvalue(), folder))

@@ -126,9 +126,9 @@ def test_every_command_prints_one_json_object(path: Path, tmp_path: Path) -> Non
         "path": str(path),
         "revision": REVISION,
         "commits": commits,
-        "pruned_commits": 16,
-        "pruned_versions": 15,
-        "pruned_events": 7,
+        "pruned_commits": 20,
+        "pruned_versions": 16,
+        "pruned_events": 11,
         "anchored": True,
         "problems": [],
         "complete": True,
@@ -189,7 +189,7 @@ def test_pruning_is_tried_confirmed_and_accounted_for(path: Path, tmp_path: Path
     assert versions_in(path, "again", "x") == 2
     checked = run("check", cwd=tmp_path)
     assert checked.returncode == FINE
-    assert f"pruned, according to its log: {15 + document['versions']} versions and 7 events" in checked.stdout
+    assert f"pruned, according to its log: {16 + document['versions']} versions and 11 events" in checked.stdout
 
 
 def test_sessions_that_ended_are_pruned_by_when_they_ended(path: Path, tmp_path: Path) -> None:
@@ -279,7 +279,9 @@ def test_changing_commands_name_the_process_that_has_the_database(
 ) -> None:
     confirmed = ["--confirm"] if command == "prune" else []
     result = run(*arguments_of(command, tmp_path), *confirmed, "--db", served.path, cwd=tmp_path)
-    assert f"in use by process {served.process.pid}:" in assert_one_sentence(result, IN_USE)
+    assert f"in use by process {served.process.pid}, the server at {served.target}: " in assert_one_sentence(
+        result, IN_USE
+    )
     assert result.stdout == ""
     with connect(f"grpc://{served.target}") as client:
         assert client.heartbeat("main")

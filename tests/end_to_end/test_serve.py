@@ -192,7 +192,8 @@ def test_a_second_server_on_the_file_is_refused_and_names_the_first(start: Start
     second = run("serve", "--listen", f"127.0.0.1:{first.port}", cwd=tmp_path)
     assert second.returncode == 4
     assert last_line(second).startswith(
-        f"error: sessions.db is in use by process {first.pid}: one server owns a database; stop it, or use another --db"
+        f"error: sessions.db is in use by process {first.pid}, the server at 127.0.0.1:{first.port}: one server owns a "
+        "database; stop it, or use another --db"
     )
     assert "Traceback" not in second.stderr
 

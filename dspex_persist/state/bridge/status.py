@@ -21,7 +21,7 @@ DOMAIN = "dspex-persist"
 DETAILS_KEY = "grpc-status-details-bin"
 # Metadata is limited to a few kilobytes (base64 adds a third), and an entry that does not fit is left out as a whole.
 _DETAILS_BYTES = 2_900
-_FIELD_LENGTHS = (None, 300, 60)
+_FIELD_LENGTHS = (None, 300, 60, 20)
 _TOO_LARGE = re.compile(r"message larger than max \((\d+) vs\. (\d+)\)")
 
 CODES: dict[type[StateError], StatusCode] = {
@@ -95,6 +95,7 @@ _FIELDS: dict[type[StateError], str] = {
     errors.IdempotencyConflictError: "x-dspex-idempotency-key",
     errors.ToolArgumentError: "parameters",
     errors.RecordingError: "recording",
+    errors.InvalidRuleError: "rule",
 }
 
 
