@@ -74,7 +74,6 @@ WRITING = (
     ("session", "fork", "s", "t"),
     ("session", "import", "s.jsonl", "--as", "t"),
     ("sessions", "end", "s"),
-    ("set", "s", "x", "1"),
     ("set", "s", "y", "1", "--create"),
 )
 
