@@ -68,7 +68,7 @@ IN_COMMANDS: "Final[Mapping[str, str]]" = {
     "upgrade_file": "`dspex-persist db upgrade --db {path}` upgrades it",
     "upgrade_package": "upgrade dspex-persist",
     "wait_for_optimizer": "wait until the optimization ends",
-    "watch_anew": "leave out --since, which begins with the current values",
+    "watch_anew": "run it again: it begins with the current values",
 }
 """The advice of each hint, for a person at a command line."""
 

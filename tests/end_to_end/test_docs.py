@@ -21,6 +21,7 @@ PAGES = (
     "docs/transactions.md",
     "docs/backends.md",
     "docs/typed-state.md",
+    "docs/watching.md",
 )
 PROGRAMS = [program for page in PAGES for program in programs_of(page)]
 WORKERS = [program for program in PROGRAMS if "BridgeServiceServicer" in program.text]

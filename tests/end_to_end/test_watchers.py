@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,9 @@ import grpc
 import pytest
 import snakepit_bridge_pb2 as pb
 
+from dspex_persist import Context
+from dspex_persist.cognitive.changes import Change
+from dspex_persist.cognitive.watching import Changes
 from dspex_persist.infra.process import ServerProcess
 from dspex_persist.state.abilities import Prunable
 from dspex_persist.state.bridged import BridgedState
@@ -321,3 +326,44 @@ def test_closing_the_state_ends_an_interrupted_watch(served: ServedDatabase) -> 
         with pytest.raises(EngineClosedError):
             pull_until_it_ends(watch)
         watch.close()
+
+
+def test_watches_of_a_context_go_on_over_a_restart(served: ServedDatabase) -> None:
+    """An iteration, one on an event loop, and a function, while the server is killed and comes back."""
+    called: list[int] = []
+    writes = 50
+
+    async def iterate(ctx: Context, most: int) -> list[int]:
+        async with ctx.watch("x") as changes:
+            begun.set()
+            return [change.version async for change, _ in _numbered(changes, most)]
+
+    begun = threading.Event()
+    with Context(SESSION, served.url) as ctx, ctx.watch("x") as changes, ThreadPoolExecutor(1) as thread:
+        subscription = ctx.watch("x", on_change=lambda change: called.append(change.version))
+        iterating = thread.submit(asyncio.run, iterate(ctx, 2 * writes))
+        assert begun.wait(DEADLINE_S)
+        write(served, writes)
+        served.kill()
+        wait_for("the interruption", lambda: changes.interrupted and subscription.interrupted)
+        served.restart()
+        wait_for("the resumption", lambda: changes.resumptions == subscription.resumptions == 1)
+        write(served, writes)
+        expected = list(range(1, 2 * writes + 1))
+        found = []
+        while len(found) < len(expected):
+            change = changes.next(DEADLINE_S)
+            assert change is not None
+            found.append(change.version)
+        assert found == iterating.result(DEADLINE_S) == expected
+        wait_for("the calls", lambda: len(called) >= len(expected))
+        assert called == expected
+
+
+async def _numbered(changes: Changes[Any], most: int) -> AsyncIterator[tuple[Change[Any], int]]:
+    number = 0
+    async for change in changes:
+        number += 1
+        yield change, number
+        if number == most:
+            return
