@@ -4,13 +4,14 @@ import asyncio
 import os
 import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from types import TracebackType
 from typing import Any, Self
 
 from dspex_persist.cognitive import moves
 from dspex_persist.cognitive.backends import BRIDGED, EMBEDDED, LOCAL, Backend, Place
+from dspex_persist.cognitive.deriving import DERIVED, Derived
 from dspex_persist.cognitive.describing import Description, in_line, is_numeric, is_sensitive
 from dspex_persist.cognitive.errors import ContextClosedError
 from dspex_persist.cognitive.records import VariableInfo, decode
@@ -36,8 +37,8 @@ from dspex_persist.cognitive.watching import Watchable, Watchers
 from dspex_persist.errors import DspexError
 from dspex_persist.opening import Opening
 from dspex_persist.state import arguments, commands, values
-from dspex_persist.state.abilities import ExecutesTools
-from dspex_persist.state.errors import EngineClosedError, InvalidArgumentError
+from dspex_persist.state.abilities import Derives, ExecutesTools
+from dspex_persist.state.errors import EngineClosedError, InvalidArgumentError, VariableNotFoundError
 from dspex_persist.state.provider import TOOL_TIMEOUT_S, StateProvider
 from dspex_persist.state.tools.ports import ToolCode, name_of
 
@@ -150,6 +151,7 @@ class Context(Transacting, Watchable, Ruled):
         self._closed = False
         self._closing = threading.Lock()
         self._watchers: Watchers | None = None
+        self._derived: dict[str, Derived] = {}
         self.resumed = False
 
     def _begin(self, metadata: Mapping[str, str] | None, ttl_s: float | None, create: bool) -> Steps[bool]:
@@ -362,6 +364,8 @@ class Context(Transacting, Watchable, Ruled):
         with self._closing:
             if not self._closed:
                 self._closed = True
+                for derived in self._derived.values():
+                    derived.close()
                 self.backend.close()
 
     async def aclose(self) -> None:
@@ -383,6 +387,66 @@ class Context(Transacting, Watchable, Ruled):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
+
+    # Derived variables
+
+    @verb
+    def derive(
+        self,
+        name: str,
+        from_: Sequence[str],
+        fn: Callable[..., object],
+        *,
+        type_name: str | None = None,
+        description: str | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> Steps[Any]:
+        """Have a variable computed from others, in the same commit, whenever one of them changes, whoever changes it.
+
+        It lasts until the context is closed, as a function cannot be stored; then derive it again. The variable itself
+        cannot be written meanwhile. A function that raises refuses the change that it was called for.
+
+        Args:
+            name: The name of the variable. It is defined if there is none.
+            from_: The names of those that it is computed from.
+            fn: Takes their values in this order and returns the value. It runs while everything that writes waits, so
+                it has to be quick, and must not use the context.
+            type_name: The type of the variable, if it is defined; by default it is inferred from the first value.
+            description: What it is for, if it is defined.
+            reason: Why it is defined.
+            actor: Who defines it; by default the actor of the context.
+
+        Returns:
+            The value.
+
+        Raises:
+            VariableNotFoundError: One of the others is not there.
+            DerivationError: The function failed, or the variable would depend on itself.
+            UnsupportedError: The session is not in this process.
+        """
+        Derives.of(self.backend.provider)
+        inputs = arguments.texts("from_", from_)
+        found = yield from ask(commands.GetVariables(self.session_id, (*inputs, name)))
+        for missing in found.missing:
+            if missing != name:
+                raise VariableNotFoundError(self.session_id, missing)
+        if name in found.missing:
+            first = yield from work(fn, *(decode(found.variables[each]) for each in inputs))
+            options: dict[str, Any] = {"type_name": type_name, "description": description}
+            yield from self.define.steps(name, first, reason=reason, actor=actor, **options)
+        yield from self.depends_on.steps(name, *inputs, kind=DERIVED, reason=reason, actor=actor)
+        target = yield from ask(commands.GetVariable(self.session_id, name))
+        before = self._derived.pop(name, None)
+        if before is not None:
+            before.close()
+        derived = self._derived[name] = Derived(self.backend, self.session_id, target, inputs, fn)
+        try:
+            yield from ask(commands.ComputeDerived(self.session_id, name), terms_of(actor, reason))
+        except BaseException:
+            derived.close()
+            raise
+        return decode((yield from ask(commands.GetVariable(self.session_id, name))))
 
     # For people
 

@@ -6,7 +6,7 @@ abilities of the provider that it wraps. `dspex_persist.testing` has a test suit
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from types import TracebackType
@@ -278,6 +278,31 @@ class Holdable(Ability):
             SessionNotFoundError: There is no such live session.
             SessionHeldError: Somebody holds it already.
             UnavailableError: A tool was still running after `timeout_s`.
+        """
+
+
+class Derives(Ability):
+    """Variables can be computed from others by functions of this process, in the same commit."""
+
+    lacking = "derived variables"
+    instead = "derive them in the process that has the sessions, or compute them in a watch: ctx.watch(..., on_change=)"
+    gives: ClassVar[tuple[str, ...]] = ("derivations",)
+
+    @abstractmethod
+    def add_derivation(self, session_id: str, derivation: commands.Derivation) -> Callable[[], None]:
+        """Have a variable computed whenever one of those that it is computed from changes, whoever changes it.
+
+        It lasts until it is removed, the session ends, or the provider is closed: a function cannot be stored.
+
+        Args:
+            session_id: The session.
+            derivation: How; it replaces one with the same target.
+
+        Returns:
+            A function that removes it again; the variable keeps its value.
+
+        Raises:
+            DerivationError: The variable would depend on itself.
         """
 
 

@@ -1,6 +1,6 @@
 """Around: the base of wrappers around a provider, which have the abilities of the provider that they wrap."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import cache
 from types import new_class
@@ -9,6 +9,7 @@ from typing import Any, Final, Self, TypeVar, Unpack, cast
 from dspex_persist.state.abilities import (
     Ability,
     Auditable,
+    Derives,
     Durable,
     ExecutesTools,
     Forkable,
@@ -25,7 +26,7 @@ from dspex_persist.state.abilities import (
     Transacts,
 )
 from dspex_persist.state.audit import AuditSource
-from dspex_persist.state.commands import Command
+from dspex_persist.state.commands import Command, Derivation
 from dspex_persist.state.model import (
     Isolation,
     Origin,
@@ -152,6 +153,14 @@ class HoldsAround(HandedOn, Holdable):
         return Holdable.of(self.provider).hold_session(session_id, timeout_s=timeout_s)
 
 
+class DerivesAround(HandedOn, Derives):
+    """Passes derivations on to `provider`."""
+
+    def add_derivation(self, session_id: str, derivation: Derivation) -> Callable[[], None]:
+        """See `Derives.add_derivation`."""
+        return Derives.of(self.provider).add_derivation(session_id, derivation)
+
+
 class ForksAround(HandedOn, Forkable):
     """Passes forks on to `provider`."""
 
@@ -227,6 +236,7 @@ _PARTS: Final[Mapping[type[Ability], type[HandedOn]]] = {
     Recordable: RecordsAround,
     Importable: ImportsAround,
     Holdable: HoldsAround,
+    Derives: DerivesAround,
     Forkable: ForksAround,
     Restorable: RestoresAround,
     Prunable: PrunesAround,

@@ -8,6 +8,7 @@ from dspex_persist.state import arguments
 from dspex_persist.state.abilities import Auditable, Durable, Forkable, Prunable, Recordable, Restorable, unkeyed
 from dspex_persist.state.around import (
     AuditsAround,
+    DerivesAround,
     DurableAround,
     ForksAround,
     HoldsAround,
@@ -152,6 +153,7 @@ class EmbeddedState(
     ForksAround,
     PrunesAround,
     RestoresAround,
+    DerivesAround,
 ):
     """Session state in a SQLite file, with tools. One thread writes; current values are read from memory.
 

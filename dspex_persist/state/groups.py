@@ -22,6 +22,7 @@ from dspex_persist.state.commands import (
     InterruptExecutions,
 )
 from dspex_persist.state.commands.base import check_text
+from dspex_persist.state.commands.derivations import Derivation, derive
 from dspex_persist.state.commands.recordings import NeedsOwnGroupError
 from dspex_persist.state.errors import (
     DamagedSessionError,
@@ -130,6 +131,8 @@ class Groups(Generic[S_co]):
         self.options = options or SessionOptions()
         self.hub = Hub(log.sequence)
         self._cache = SessionCache(cache_size_bytes)
+        # The derivations of sessions by their ids; the tuples are replaced, never changed.
+        self.derivations: dict[str, tuple[Derivation, ...]] = {}
         # Sessions whose writers wait, by id.
         self.held: dict[str, Held] = {}
         self._last_at = log.last_at
@@ -243,6 +246,8 @@ class Groups(Generic[S_co]):
             job.command.check()
             self.prepare(job.command, drafts, at, units)
             unit = unit_of(self.options, drafts, job.origin, at, self.log.sequence + len(units) + 1)
+            if self.derivations:
+                unit.derivations = self.derivations.get(job.command.session_id, ())
             result = _apply_once(job, unit)
             self._keep_touch(job.command, drafts)
         except NeedsOwnGroupError:
@@ -282,6 +287,7 @@ class Groups(Generic[S_co]):
         for session_id, state in drafts.states.items():
             if state is None:
                 self._cache.drop(session_id)
+                self.derivations.pop(session_id, None)
             else:
                 if state.lease is not None and state.lease.is_unsaved():
                     state.lease.saved_expires_at = state.lease.expires_at
@@ -515,8 +521,7 @@ def _apply_once(job: Job, unit: UnitOfWork) -> Any:
         check_text("actor", job.origin.actor, max(unit.limits.name_length, _ACTOR_LENGTH), "name_length")
     if key is None or not command.writes:
         result = command.apply(unit)
-        if command.keeps_rules:
-            unit.check_rules()
+        _settle(command, unit)
         return result
     check_text("idempotency key", key, unit.limits.name_length, "name_length")
     fingerprint = command.canonical_fingerprint(unit)
@@ -530,9 +535,16 @@ def _apply_once(job: Job, unit: UnitOfWork) -> Any:
         except ValueError as error:
             raise DamagedSessionError(command.session_id, type(error).__name__) from error
     result = command.apply(unit)
-    if command.keeps_rules:
-        unit.check_rules()
+    _settle(command, unit)
     if unit.has_changes():
         text = outcomes.encode(command.returns, result)
         unit.record_outcome(RecordedOutcome(command.session_id, key, command.cause, fingerprint, text))
     return result
+
+
+def _settle(command: Command[Any], unit: UnitOfWork) -> None:
+    """Compute what is derived from the changes of a command, and check the rules."""
+    if command.keeps_rules:
+        if unit.derivations:
+            derive(unit, command.session_id)
+        unit.check_rules()

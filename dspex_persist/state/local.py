@@ -11,6 +11,7 @@ from dspex_persist.clock import EARLIEST
 from dspex_persist.state import arguments, past
 from dspex_persist.state.abilities import Forkable, Recordable, Restorable, unkeyed
 from dspex_persist.state.around import (
+    DerivesAround,
     ForksAround,
     HoldsAround,
     ImportsAround,
@@ -36,7 +37,9 @@ from dspex_persist.state.unit_of_work import Backing, RecordedOutcome, UnitOfWor
 from dspex_persist.state.writer import GAP_S
 
 
-class LocalState(WithTools, OrderAround, RecordsAround, ImportsAround, HoldsAround, ForksAround, RestoresAround):
+class LocalState(
+    WithTools, OrderAround, RecordsAround, ImportsAround, HoldsAround, ForksAround, RestoresAround, DerivesAround
+):
     """Session state in memory, for tests, notebooks, and everything that need not outlive its process.
 
     The history of a session is available until the session ends; until then it can be recorded and forked.

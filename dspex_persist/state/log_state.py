@@ -14,7 +14,7 @@ from dspex_persist.infra.futures import failed
 from dspex_persist.infra.mailbox import LoopMailbox, Reply
 from dspex_persist.infra.user import user_name
 from dspex_persist.state import arguments, values
-from dspex_persist.state.abilities import Holdable, Importable, KeepsOrder, SessionHold, SessionImport
+from dspex_persist.state.abilities import Derives, Holdable, Importable, KeepsOrder, SessionHold, SessionImport
 from dspex_persist.state.commands import (
     Command,
     EndMovedSession,
@@ -25,6 +25,7 @@ from dspex_persist.state.commands import (
     TouchSession,
 )
 from dspex_persist.state.commands.base import Reads
+from dspex_persist.state.commands.derivations import Derivation, with_derivation
 from dspex_persist.state.errors import (
     EngineClosedError,
     ForkedProcessError,
@@ -65,7 +66,7 @@ def default_actor(actor: str | None) -> str:
     return f"user:{user_name()}" if actor is None else arguments.text("actor", actor)
 
 
-class LogState(StateProvider, KeepsOrder, Importable, Holdable):
+class LogState(StateProvider, KeepsOrder, Importable, Holdable, Derives):
     """A provider that writes one group at a time, and reads current values from memory and past ones from the log.
 
     It executes no tools: see `WithTools`. A subclass adds the abilities of its log, such as `Durable`.
@@ -103,6 +104,7 @@ class LogState(StateProvider, KeepsOrder, Importable, Holdable):
         self._failed: StateError | None = None
         self._fatal_callback = on_fatal
         self._closing = threading.Lock()
+        self._deriving = threading.Lock()
         self._closed = False
         self._origins: dict[str, Origin] = {}
         self._readers = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="dspex-persist-reader")
@@ -204,6 +206,23 @@ class LogState(StateProvider, KeepsOrder, Importable, Holdable):
                 reason = f"a tool is still running in session {quote(held.session_id)} after {timeout_s:g} s"
                 raise UnavailableError(reason)
             time.sleep(_POLL_S)
+
+    def add_derivation(self, session_id: str, derivation: Derivation) -> Callable[[], None]:
+        """See `Derives.add_derivation`."""
+        self.check_open()
+        known = self._groups.derivations
+        with self._deriving:
+            known[session_id] = with_derivation(known.get(session_id, ()), derivation)
+        return partial(self._remove_derivation, session_id, derivation)
+
+    def _remove_derivation(self, session_id: str, derivation: Derivation) -> None:
+        known = self._groups.derivations
+        with self._deriving:
+            left = tuple(each for each in known.get(session_id, ()) if each is not derivation)
+            if left:
+                known[session_id] = left
+            else:
+                known.pop(session_id, None)
 
     def on_loop(self, mailbox: LoopMailbox) -> "OnLoop":
         """See `StateProvider.on_loop`."""
@@ -328,7 +347,7 @@ class LogState(StateProvider, KeepsOrder, Importable, Holdable):
         """Make every call fail at once in a forked child, where closing does nothing. See `forks.ForkListener`."""
         self._failed = ForkedProcessError(self._name)
         self._closed = True
-        self._closing = threading.Lock()
+        self._closing, self._deriving = threading.Lock(), threading.Lock()
         self._groups.held = {}
         self._writer.refuse(self._failed)
         self._groups.hub.forget_watches()

@@ -147,6 +147,7 @@ class UnitOfWork:
         "_matching",
         "_previous_sequence",
         "_undo",
+        "derivations",
         "events",
         "limits",
         "now",
@@ -189,6 +190,8 @@ class UnitOfWork:
         self.tokens: Iterator[str] = _TOKENS
         # Set while an execution's commands are staged: only what it leaves at its end has to fit the rules.
         self.rules_deferred = False
+        # How variables are computed from others; see `commands.derivations`.
+        self.derivations: Sequence[Any] = ()
         self._undo: Undo = []
         self._previous_sequence = 0
         self._matching = 0

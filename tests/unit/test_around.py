@@ -12,6 +12,7 @@ from dspex_persist import Context, EmbeddedState, LocalState
 from dspex_persist.state.abilities import (
     Ability,
     Auditable,
+    Derives,
     Durable,
     ExecutesTools,
     Forkable,
@@ -31,8 +32,9 @@ from dspex_persist.state.tools.with_tools import WithTools
 from tests.unit.replays import Memory
 
 TOOLS = (ExecutesTools, StreamsTools)
-OTHERS = (Durable, KeepsOrder, Auditable, Recordable, Forkable, Restorable, Prunable)
+OTHERS = (Durable, Derives, KeepsOrder, Auditable, Recordable, Forkable, Restorable, Prunable)
 METHODS: Mapping[type[Ability], str] = {
+    Derives: "add_derivation",
     Auditable: "audit",
     Recordable: "record",
     Forkable: "fork_session",

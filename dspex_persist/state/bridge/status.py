@@ -46,6 +46,7 @@ CODES: dict[type[StateError], StatusCode] = {
     errors.NotOptimizingError: StatusCode.FAILED_PRECONDITION,
     errors.DependencyCycleError: StatusCode.FAILED_PRECONDITION,
     errors.RuleViolatedError: StatusCode.FAILED_PRECONDITION,
+    errors.DerivationError: StatusCode.FAILED_PRECONDITION,
     errors.InvalidRuleError: StatusCode.INVALID_ARGUMENT,
     errors.RuleNotFoundError: StatusCode.NOT_FOUND,
     errors.RuleExistsError: StatusCode.ALREADY_EXISTS,

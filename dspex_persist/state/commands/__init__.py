@@ -2,6 +2,7 @@
 
 from dspex_persist.state.commands.base import Command
 from dspex_persist.state.commands.dependencies import AddDependency, GetDependencies, RemoveDependency
+from dspex_persist.state.commands.derivations import ComputeDerived, Derivation
 from dspex_persist.state.commands.executions import (
     BeginExecution,
     ExecuteTool,
@@ -46,8 +47,10 @@ __all__ = [
     "BeginExecution",
     "CleanupSession",
     "Command",
+    "ComputeDerived",
     "ConstrainVariable",
     "DeleteVariable",
+    "Derivation",
     "EndMovedSession",
     "ExecuteTool",
     "ExpireSession",

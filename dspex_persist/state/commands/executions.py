@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from dspex_persist.state import arguments, values
 from dspex_persist.state.commands.base import FEW, Command, check_metadata, check_text
+from dspex_persist.state.commands.derivations import derive
 from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.errors import (
     ExecutionEndedError,
@@ -38,7 +39,7 @@ from dspex_persist.state.model import (
     Variable,
 )
 from dspex_persist.state.session_state import SessionState, size_of_tool
-from dspex_persist.state.unit_of_work import UnitOfWork
+from dspex_persist.state.unit_of_work import Savepoint, UnitOfWork
 
 _REFUSED_LATER = "it was possible when the tool asked, and is not any more"
 
@@ -287,7 +288,7 @@ class FinishExecution(Command[Verdict]):
         if verdict.status is ExecutionStatus.COMMITTED:
             start = uow.savepoint()
             conflicts = tuple(self._changed(uow, state)) or self._carry_out(uow, writes)
-            broken = None if conflicts else next((error for error, _ in uow.violations(start)), None)
+            broken = None if conflicts else _broken(uow, self.session_id, start)
             if conflicts or broken is not None:
                 uow.rollback_to(start)
                 writes.clear()
@@ -350,6 +351,16 @@ class FinishExecution(Command[Verdict]):
             uow.origin, uow.tokens = origin, tokens
             uow.rules_deferred = False
         return ()
+
+
+def _broken(uow: UnitOfWork, session_id: str, start: Savepoint) -> StateError | None:
+    """Compute what is derived; return the error of that, or of a rule that the changes violate."""
+    try:
+        if uow.derivations:
+            derive(uow, session_id)
+    except StateError as error:
+        return error
+    return next((error for error, _ in uow.violations(start)), None)
 
 
 def see(variable: Variable | None) -> Seen | None:

@@ -22,6 +22,7 @@ from dspex_persist.state.errors.files import ReadFailedError as ReadFailedError
 from dspex_persist.state.errors.files import StorageError as StorageError
 from dspex_persist.state.errors.files import UpgradeError as UpgradeError
 from dspex_persist.state.errors.hints import Hint as Hint
+from dspex_persist.state.errors.rules import DerivationError as DerivationError
 from dspex_persist.state.errors.rules import InvalidRuleError as InvalidRuleError
 from dspex_persist.state.errors.rules import RuleExistsError as RuleExistsError
 from dspex_persist.state.errors.rules import RuleNotFoundError as RuleNotFoundError

@@ -18,6 +18,16 @@ class RuleViolatedError(StateError):
 
 
 @dataclass(eq=False)
+class DerivationError(StateError):
+    """A variable that is computed from others cannot be computed, or was written itself; nothing was written."""
+
+    template = "variable {name!q} is derived from {inputs}: {reason}"
+    name: str
+    inputs: str
+    reason: str
+
+
+@dataclass(eq=False)
 class InvalidRuleError(StateError):
     """The rule is not one that can be checked, or the session violates it already."""
 
