@@ -506,7 +506,7 @@ EVENTS: Final[Mapping[EventKind, type[Event]]] = {
 """The class of each kind of event."""
 _OWN_KEYS: Final = ("session_key", "variable_key")
 _OF_SESSION: Final = frozenset({EventKind.SESSION_STARTED, EventKind.SESSION_UPDATED, EventKind.SESSION_ENDED})
-_IDS: Final = ("execution_id", "parent_id", "retry_of")
+_IDS: Final = frozenset({"execution_id", "parent_id", "retry_of"})
 
 
 def event_in(kind: str, body: object) -> Event:
@@ -532,8 +532,10 @@ def anonymous(kind: EventKind, body: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def renamed_executions(body: Mapping[str, Any], renamed: Callable[[str], str]) -> Mapping[str, Any]:
     """Return the body of an event with its execution ids mapped by `renamed`."""
+    if _IDS.isdisjoint(body):
+        return body
     ids = {key: renamed(entry) for key, entry in body.items() if key in _IDS and isinstance(entry, str)}
-    return {**body, **ids} if ids else body
+    return {**body, **ids}
 
 
 def spec_body(spec: ToolSpec) -> dict[str, Any]:

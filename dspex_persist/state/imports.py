@@ -2,7 +2,8 @@
 
 An import is one group of the log: all of it or nothing. While it is written, no other caller can write. So everything
 that takes long happens before, on the caller's thread: reading, parsing, and applying every commit to a session that
-nobody sees. What was checked waits in memory, and beyond some megabytes in a temporary file.
+nobody sees. What was checked waits in memory, and beyond some megabytes in a temporary file. Only of a short recording
+the writer checks the commits as it writes them, which takes some hundredths of a second.
 """
 
 import tempfile
@@ -21,6 +22,9 @@ from dspex_persist.state.session_state import SessionState
 from dspex_persist.state.unit_of_work import Drafts, RecordedOutcome, UnitOfWork, VersionQuery
 
 IMPORT: Final = Origin("dspex-persist", "import")
+_FEW: Final = 1_500
+_FEW_BYTES: Final = 1024 * 1024
+"""So many commits, with so large values, are checked by the writer itself, which applies each only once."""
 _PAGE_COMMITS: Final = 500
 _PAGE_BYTES: Final = 2 * 1024 * 1024
 _MEMORY_BYTES: Final = 16 * 1024 * 1024
@@ -80,6 +84,8 @@ class CheckedImport(SessionImport):
         self._page: list[RecordedCommit] = []
         self._page_bytes = 0
         self._content = ContentHash()
+        self._is_checked = False
+        self._size_bytes = 0
 
     @property
     def content_hash(self) -> str:
@@ -87,9 +93,28 @@ class CheckedImport(SessionImport):
         return self._content.hexdigest()
 
     def add(self, commit: RecordedCommit) -> None:
-        """Check the next commit; `RecordingError` if it is inconsistent with those before it, or exceeds a limit."""
-        options, drafts = self._options, self._drafts
+        """Add the next commit; `RecordingError` if it is inconsistent with those before it, or exceeds a limit."""
         self._content.add(commit)
+        size_bytes = sum(version.value.size_bytes for version in commit.versions if version.value is not None)
+        self._size_bytes += size_bytes
+        # The writer does not see answers that are left out.
+        is_left_out = commit.answer is not None and not self._keeps_answers
+        is_much = len(self._page) == _FEW or self._size_bytes > _FEW_BYTES
+        if not self._is_checked and (is_much or is_left_out):
+            self._is_checked = True
+            for each in self._page:
+                self._check(each)
+        if self._is_checked:
+            self._check(commit)
+        if is_left_out:
+            commit = replace(commit, answer=None)
+        self._page.append(commit)
+        self._page_bytes += size_bytes + _PAGE_BYTES // _PAGE_COMMITS
+        if self._page_bytes > _PAGE_BYTES and self._is_checked:
+            self._end_page()
+
+    def _check(self, commit: RecordedCommit) -> None:
+        options, drafts = self._options, self._drafts
         unit = UnitOfWork(
             drafts,
             IMPORT,
@@ -101,17 +126,11 @@ class CheckedImport(SessionImport):
             clock.steady(),
         )
         ImportCommit(self._session_id, commit).apply(unit)
-        size_bytes = sum(change.variable.value.size_bytes for change in unit.versions)
         drafts.versions.clear()
         drafts.executions.clear()
         if commit.answer is not None:
             # Only its key is needed from here on, and the answers may be large.
             drafts.outcomes[self._session_id, commit.answer.key] = _SEEN
-            commit = commit if self._keeps_answers else replace(commit, answer=None)
-        self._page.append(commit)
-        self._page_bytes += size_bytes + _PAGE_BYTES // _PAGE_COMMITS
-        if self._page_bytes > _PAGE_BYTES:
-            self._end_page()
 
     def _end_page(self) -> None:
         self._pages.add(self._page, self._page_bytes)
@@ -119,11 +138,15 @@ class CheckedImport(SessionImport):
 
     def finish(self) -> ImportedSession:
         """Import the session; `RecordingError` if commits are missing."""
-        self._end_page()
         if self._content.commits != self._in_all:
+            if not self._is_checked:
+                # What is wrong with a commit says more.
+                for each in self._page:
+                    self._check(each)
             reason = f"it ends after {self._content.commits} commits of {self._in_all}"
             raise RecordingError("the recording", self._content.commits + 1, reason)
-        return self._run(ImportSession(self._session_id, self._pages, self.content_hash))
+        self._end_page()
+        return self._run(ImportSession(self._session_id, self._pages, self.content_hash, self._is_checked))
 
     def close(self) -> None:
         """Free the memory, and delete the temporary file."""

@@ -18,6 +18,7 @@ from dspex_persist.state.events import (
     RuleAdded,
     RuleRemoved,
     SessionRestored,
+    VariableRegistered,
     portable,
 )
 from dspex_persist.state.graph import Dependencies
@@ -90,6 +91,8 @@ def _recorded(
 
 
 def _event(event: Event, commits: Sequence[PastCommit]) -> RecordedEvent:
+    if type(event) is VariableRegistered:
+        return RecordedEvent.of(event)
     if isinstance(event, SessionRestored):
         event = SessionRestored(bisect_right(commits, event.sequence, key=lambda commit: commit.sequence))
     # Encoded as in a file, so that both backends produce the same recording.

@@ -59,6 +59,13 @@ class RecordedEvent:
     body: Mapping[str, Any]
     _read: Event | None = field(default=None, init=False, repr=False, compare=False)
 
+    @classmethod
+    def of(cls, event: Event) -> "RecordedEvent":
+        """Return an event of plain texts, which need no encoding, as it would be recorded and read again."""
+        recorded = cls(event.kind, event.to_body())
+        object.__setattr__(recorded, "_read", event)
+        return recorded
+
     def read(self) -> Event:
         """Return the event, or raise `MalformedEventError`."""
         if self._read is None:
@@ -183,9 +190,14 @@ class ContentHash:
 
     def add(self, commit: RecordedCommit) -> None:
         """Add the next commit."""
-        document = _commit_document(commit) | {"events": [_anonymous(event) for event in commit.events]}
-        document.pop("answer", None)
-        self._hash.update(json.dumps(document, sort_keys=True, separators=(",", ":")).encode() + b"\n")
+        content = [
+            commit.at.isoformat(),
+            commit.actor,
+            commit.cause,
+            [_version_content(version) for version in commit.versions],
+            [[event.kind.value, anonymous(event.kind, event.body)] for event in commit.events],
+        ]
+        self._hash.update(_CANONICAL.encode(content).encode() + b"\n")
         self.commits += 1
 
     def over(self, commits: Iterable[RecordedCommit]) -> Iterator[RecordedCommit]:
@@ -199,8 +211,20 @@ class ContentHash:
         return self._hash.hexdigest()
 
 
-def _anonymous(event: RecordedEvent) -> list[Any]:
-    return [event.kind.value, anonymous(event.kind, event.body)]
+# Encoded in ASCII, the same by any Python.
+_CANONICAL: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
+
+
+def _version_content(version: RecordedVersion) -> list[Any]:
+    value = version.value
+    binary = value.binary.hex() if value is not None and value.binary is not None else None
+    text, kind, source = (value.json if value is not None else None), version.kind.value, version.source.value
+    facts: list[Any] = [version.variable_id, version.name, version.version, kind, source, text]
+    return (
+        [*facts, binary, dict(version.metadata), version.masked]
+        if binary or version.metadata or version.masked
+        else facts
+    )
 
 
 def read_recording(lines: Iterable[str], name: str = "the recording") -> tuple[Header, Iterator[RecordedCommit]]:
@@ -422,6 +446,8 @@ def is_execution_id(text: str) -> bool:
 
 def renumbered_id(execution_id: str, number_of: Callable[[int], int | None]) -> str:
     """Return an execution id with its number mapped; it stays if the number maps to None."""
+    if not execution_id.startswith("exec_"):
+        return execution_id
     match = _EXECUTION.fullmatch(execution_id)
     number = number_of(int(match[1])) if match is not None else None
     return f"exec_{number}_{match[2]}" if match is not None and number is not None else execution_id

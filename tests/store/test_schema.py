@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, StaticPool, create_engine
 
 from dspex_persist.state.store import migrate, schema
 from dspex_persist.state.store.schema import APPEND_ONLY
 from dspex_persist.state.store.session_store import open_groups
+from tests.assets import make_schema
 
 _GENERATED = 2
 """What table_xinfo calls a virtual generated column."""
@@ -92,3 +94,27 @@ def test_history_refuses_to_be_changed(filled: Path, table: str, statement: str)
         with pytest.raises(sqlite3.IntegrityError, match=f"{table} is append-only"):
             connection.execute(statement)
         assert connection.execute(f"SELECT * FROM {table}").fetchall() == before
+
+
+def content_of(connection: Connection) -> tuple[list[tuple[str, ...]], dict[str, list[tuple[object, ...]]]]:
+    """The schema, and all rows."""
+
+    def rows(statement: str) -> list[tuple[object, ...]]:
+        return [tuple(row) for row in connection.exec_driver_sql(statement)]
+
+    parts = rows("SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY type, name")
+    tables = [str(name) for kind, name, *_ in parts if kind == "table"]
+    return parts, {name: rows(f"SELECT * FROM {name}") for name in tables}  # type: ignore[return-value]
+
+
+def test_an_empty_file_gets_what_the_migrations_make() -> None:
+    """If this fails after a new migration, run `python -m tests.assets.make_schema`."""
+    assert make_schema.SCRIPT.read_text(encoding="utf-8") == make_schema.script()
+    contents = []
+    for make in (migrate._run_migrations, migrate._make_tables):
+        memory = create_engine("sqlite://", poolclass=StaticPool)
+        with memory.connect() as connection:
+            make(connection)
+            contents.append(content_of(connection))
+        memory.dispose()
+    assert contents[0] == contents[1]

@@ -14,6 +14,7 @@ from dspex_persist.state.commands.sessions import MOST_TTL_S, check_session_meta
 from dspex_persist.state.commands.variables import RegisterVariable, check_facts, check_room
 from dspex_persist.state.errors import RecordingError, SessionExistsError, StateError, quote
 from dspex_persist.state.events import (
+    EVENTS,
     DependencyAdded,
     DependencyRemoved,
     Event,
@@ -134,12 +135,14 @@ class ImportSession(Command[ImportedSession]):
     """Import a whole session. It makes many commits, so it is written in a group of its own: see `steps`.
 
     Attributes:
-        pages: The commits, which `imports.CheckedImport` has checked.
+        pages: The commits.
         content_hash: Their hash, for the result.
+        checked: See `ImportCommit`.
     """
 
     pages: Iterable[Sequence[RecordedCommit]]
     content_hash: str
+    checked: bool = False
 
     writes: ClassVar[bool] = True
 
@@ -149,7 +152,7 @@ class ImportSession(Command[ImportedSession]):
     def steps(self) -> Iterator[list[Command[Any]]]:
         """Yield the commands that it consists of, a page at a time. Each makes at most one commit."""
         for page in self.pages:
-            yield [ImportCommit(self.session_id, commit, checked=True) for commit in page]
+            yield [ImportCommit(self.session_id, commit, self.checked) for commit in page]
         yield [FinishImport(self.session_id)]
 
 
@@ -196,8 +199,8 @@ class _Repetition:
             raise ValueError("history was pruned here, so the recording is not whole")
 
     def _repeat(self, event: Event, version: RecordedVersion | None) -> None:
-        for each in fields(event):
-            text = getattr(event, each.name)
+        for name in _FIELDS[type(event)]:
+            text = getattr(event, name)
             if isinstance(text, str):
                 _sound(text)
         self._carry_over(event, version)
@@ -474,9 +477,13 @@ def _numbers(event: ExecutionEnded) -> Iterator[int]:
     return (number for number in numbers if number is not None)
 
 
+_FIELDS: Final = {kind: tuple(each.name for each in fields(kind)) for kind in EVENTS.values()}
+
+
 def _sound(text: str) -> str:
     """Return a text if a file can hold it: without lone surrogates."""
-    text.encode()
+    if not text.isascii():
+        text.encode()
     return text
 
 

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from sqlalchemy import Connection, Engine, StaticPool, create_engine, inspect, text
 
@@ -16,6 +16,9 @@ from dspex_persist.state.store.schema import REVISION
 _OURS = frozenset({"sessions", "variables", "versions", "commits"})
 """Tables that every revision of the schema has."""
 _MOST_NAMED = 5
+_SCRIPT: Final = Path(__file__).with_name("schema.sql")
+"""Makes an empty file what the migrations make of it. `python -m tests.assets.make_schema` writes it."""
+_BETWEEN: Final = ";\n\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +89,12 @@ def upgrade(writer: Engine, path: Path, *, is_copy: bool = False) -> Upgrade:
             revision = current_revision(connection)
         if revision == REVISION:
             return Upgrade(revision)
-        if revision is not None:
+        if revision is None:
+            _make_tables(connection)
+        else:
             refuse_newer(path, revision)
             backup = None if is_copy else backup_before_upgrade(connection, path, revision)
-        _run_migrations(connection)
+            _run_migrations(connection)
     return Upgrade(revision, backup)
 
 
@@ -133,16 +138,46 @@ def parts_of(connection: Connection) -> Mapping[Part, str]:
     return {Part(kind, name, table): " ".join(sql.split()) for kind, name, table, sql in rows}
 
 
+def migrated() -> Engine:
+    """Return a database in memory that the migrations have made. Dispose it at the end."""
+    memory = create_engine("sqlite://", poolclass=StaticPool)
+    with memory.connect() as connection:
+        _run_migrations(connection)
+    return memory
+
+
 @cache
 def made_parts() -> Mapping[Part, str]:
     """Return the parts that a file of `REVISION` has, from a database that the migrations create in memory."""
-    memory = create_engine("sqlite://", poolclass=StaticPool)
+    memory = migrated()
     try:
         with memory.connect() as connection:
-            _run_migrations(connection)
             return parts_of(connection)
     finally:
         memory.dispose()
+
+
+def script_of(connection: Connection) -> str:
+    """Return the statements that create what a file has which the migrations have just made, and its revision."""
+    rows = connection.exec_driver_sql("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL ORDER BY rowid")
+    statements = [str(sql) for (sql,) in rows]
+    revision = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
+    return _BETWEEN.join([f"-- {revision}", *statements, f"INSERT INTO alembic_version VALUES ('{revision}')", ""])
+
+
+def _make_tables(connection: Connection) -> None:
+    """Make the tables of an empty file, with what the migrations make: that takes a tenth of the time."""
+    head, *statements, _ = _SCRIPT.read_text(encoding="utf-8").split(_BETWEEN)
+    if head != f"-- {REVISION}":
+        # Written for another revision, while somebody develops this one.
+        _run_migrations(connection)
+        return
+    try:
+        with connection.begin():
+            for statement in statements:
+                connection.exec_driver_sql(statement)
+    except Exception as error:
+        raise UpgradeError(_path_of(connection), REVISION, str(error)) from error
 
 
 def _run_migrations(connection: Connection) -> None:

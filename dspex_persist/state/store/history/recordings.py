@@ -7,8 +7,9 @@ commits up to when it was begun. Memory holds one page.
 from array import array
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Collection, Iterator
-from typing import Any, Final
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, Final, TypeAlias
 
 from sqlalchemy import Connection, Engine
 
@@ -59,6 +60,16 @@ _VERSIONS: Final = """
     LEFT JOIN blobs AS of_binary ON of_binary.blob_key = versions.binary_blob
     WHERE versions.sequence = ? ORDER BY versions.variable_key, versions.version
 """
+# For commits that follow each other closely, one query for a page takes half of the time of one for each commit.
+_PAGE_VERSIONS: Final = _VERSIONS.replace("SELECT", "SELECT versions.sequence,", 1).replace(
+    "WHERE versions.sequence = ? ORDER BY",
+    "WHERE versions.sequence BETWEEN ? AND ? AND variables.session_key = ? ORDER BY versions.sequence,",
+)
+_PAGE_EVENTS: Final = """
+    SELECT sequence, kind, body FROM events WHERE sequence BETWEEN ? AND ? ORDER BY sequence, ordinal
+"""
+_SPREAD: Final = 4
+"""How many commits of all sessions there may be for each commit of this one, for such a query."""
 # Only a live session has answers; a later one with its id has its own.
 _KEYS: Final = """
     SELECT outcomes.created_at, idempotency_key FROM outcomes JOIN sessions USING (session_id)
@@ -135,6 +146,25 @@ def _find_session(connection: Connection, session_id: str, started: int | None) 
     raise InvalidArgumentError("started", f"session {quote(session_id)} began with commit {commits}, not {started}")
 
 
+_Rows: TypeAlias = Callable[[int], Iterable[Any]]
+
+
+class _Merged:
+    """Rows of many commits, ordered by the numbers of the commits, which come first in each row."""
+
+    def __init__(self, rows: Iterator[Any]) -> None:
+        self._rows = rows
+        self._next: Any = next(rows, None)
+
+    def rows_of(self, sequence: int) -> Iterator[Any]:
+        """Yield the rows of a commit, without its number; the commits come in order."""
+        while self._next is not None and self._next[0] <= sequence:
+            number, *row = self._next
+            self._next = next(self._rows, None)
+            if number == sequence:
+                yield row
+
+
 class _Reading:
     """A recording being read, and how far it is."""
 
@@ -170,13 +200,15 @@ class _Reading:
         """Read the next commits; the number of the last one in the file, and the commits."""
         page: list[RecordedCommit] = []
         size_bytes = 0
-        for sequence, actor, cause, created_at, marker in raw_rows(connection, _COMMITS, self._key, after, self._last):
+        commits = list(raw_rows(connection, _COMMITS, self._key, after, self._last))
+        versions_of, events_of = self._parts(connection, [row[0] for row in commits])
+        for sequence, actor, cause, created_at, marker in commits:
             if marker is not None:
                 raise SessionPrunedError(self._session_id, marker)
             self._number += 1
             after = sequence
-            versions = tuple(map(self._version_of, raw_rows(connection, _VERSIONS, sequence)))
-            event_rows = list(raw_rows(connection, _EVENTS, sequence))
+            versions = tuple(map(self._version_of, versions_of(sequence)))
+            event_rows = list(events_of(sequence))
             events = tuple(self._event_of(connection, sequence, *row) for row in event_rows)
             answer = self._answer_by(connection, created_at)
             facts = (self._number, nearest_time(created_at), actor, cause, versions, events, sequence, answer)
@@ -188,6 +220,16 @@ class _Reading:
             if size_bytes > _PAGE_BYTES:
                 break
         return after, page
+
+    def _parts(self, connection: Connection, sequences: Sequence[int]) -> tuple[_Rows, _Rows]:
+        """Return functions from the number of a commit, in order, to the rows of its versions and of its events."""
+        if not sequences or sequences[-1] - sequences[0] > _SPREAD * len(sequences):
+            return partial(raw_rows, connection, _VERSIONS), partial(raw_rows, connection, _EVENTS)
+        ends = (sequences[0], sequences[-1])
+        return (
+            _Merged(raw_rows(connection, _PAGE_VERSIONS, *ends, self._key)).rows_of,
+            _Merged(raw_rows(connection, _PAGE_EVENTS, *ends)).rows_of,
+        )
 
     def _answer_by(self, connection: Connection, created_at: int) -> RecordedAnswer | None:
         """The next answer, if it was kept by then. The table has the time of its commit, and each has at most one."""

@@ -1,0 +1,254 @@
+-- 0006;
+
+CREATE TABLE alembic_version (
+	version_num VARCHAR(32) NOT NULL, 
+	CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num)
+);
+
+CREATE TABLE sessions (
+        session_key INTEGER PRIMARY KEY,
+        session_id TEXT NOT NULL,
+        created_at INTEGER NOT NULL,
+        started_sequence INTEGER NOT NULL,
+        ended_sequence INTEGER,
+        ttl_s REAL,
+        expires_at INTEGER,
+        metadata TEXT NOT NULL
+    ) STRICT
+    ;
+
+CREATE TABLE variables (
+        variable_key INTEGER PRIMARY KEY,
+        session_key INTEGER NOT NULL REFERENCES sessions,
+        variable_id TEXT NOT NULL,
+        name TEXT NOT NULL,
+        type TEXT NOT NULL,
+        constraints TEXT NOT NULL,
+        metadata TEXT NOT NULL,
+        optimization TEXT,
+        deleted_sequence INTEGER
+    ) STRICT
+    ;
+
+CREATE TABLE commits (
+        sequence INTEGER PRIMARY KEY,
+        session_key INTEGER NOT NULL REFERENCES sessions,
+        actor TEXT NOT NULL,
+        cause TEXT NOT NULL,
+        created_at INTEGER NOT NULL,
+        hash BLOB NOT NULL
+    ) STRICT
+    ;
+
+CREATE TABLE blobs (
+        blob_key INTEGER PRIMARY KEY,
+        digest BLOB NOT NULL UNIQUE,
+        content BLOB NOT NULL
+    ) STRICT
+    ;
+
+CREATE TABLE versions (
+        variable_key INTEGER NOT NULL REFERENCES variables,
+        version INTEGER NOT NULL,
+        sequence INTEGER NOT NULL REFERENCES commits,
+        kind INTEGER NOT NULL,
+        source INTEGER NOT NULL,
+        value TEXT,
+        value_blob INTEGER REFERENCES blobs,
+        binary BLOB,
+        binary_blob INTEGER REFERENCES blobs,
+        metadata TEXT,
+        number REAL GENERATED ALWAYS AS (
+            CASE WHEN value GLOB '[0-9]*' OR value GLOB '-[0-9]*' THEN CAST(value AS REAL) END
+        ) VIRTUAL,
+        PRIMARY KEY (variable_key, version)
+    ) STRICT, WITHOUT ROWID
+    ;
+
+CREATE TABLE events (
+        sequence INTEGER NOT NULL REFERENCES commits,
+        ordinal INTEGER NOT NULL,
+        kind TEXT NOT NULL,
+        body TEXT NOT NULL,
+        PRIMARY KEY (sequence, ordinal)
+    ) STRICT, WITHOUT ROWID
+    ;
+
+CREATE TABLE dependencies (
+        dependency_key INTEGER PRIMARY KEY,
+        session_key INTEGER NOT NULL REFERENCES sessions,
+        from_id TEXT NOT NULL,
+        to_id TEXT NOT NULL,
+        type TEXT NOT NULL,
+        since_sequence INTEGER NOT NULL,
+        until_sequence INTEGER
+    ) STRICT
+    ;
+
+CREATE TABLE outcomes (
+        session_id TEXT NOT NULL,
+        idempotency_key TEXT NOT NULL,
+        cause TEXT NOT NULL,
+        fingerprint TEXT NOT NULL,
+        result TEXT NOT NULL,
+        created_at INTEGER NOT NULL,
+        PRIMARY KEY (session_id, idempotency_key)
+    ) STRICT, WITHOUT ROWID
+    ;
+
+CREATE UNIQUE INDEX sessions_live ON sessions (session_id) WHERE ended_sequence IS NULL;
+
+CREATE INDEX sessions_by_id ON sessions (session_id);
+
+CREATE INDEX sessions_by_expiry ON sessions (expires_at) WHERE ended_sequence IS NULL AND expires_at IS NOT NULL;
+
+CREATE UNIQUE INDEX variables_live ON variables (session_key, name) WHERE deleted_sequence IS NULL;
+
+CREATE INDEX variables_by_session ON variables (session_key);
+
+CREATE INDEX commits_by_session ON commits (session_key, sequence);
+
+CREATE INDEX versions_by_sequence ON versions (sequence);
+
+CREATE INDEX dependencies_by_session ON dependencies (session_key);
+
+CREATE INDEX events_of_locks ON events (json_extract(body, '$.variable_id'), sequence) WHERE kind IN ('optimization_started', 'optimization_stopped');
+
+CREATE INDEX outcomes_by_age ON outcomes (created_at);
+
+CREATE TRIGGER commits_no_update BEFORE UPDATE ON commits BEGIN SELECT RAISE(ABORT, 'commits is append-only: history is never rewritten'); END;
+
+CREATE TRIGGER commits_no_delete BEFORE DELETE ON commits BEGIN SELECT RAISE(ABORT, 'commits is append-only: history is never rewritten'); END;
+
+CREATE TRIGGER versions_no_update BEFORE UPDATE ON versions BEGIN SELECT RAISE(ABORT, 'versions is append-only: history is never rewritten'); END;
+
+CREATE TRIGGER events_no_update BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'events is append-only: history is never rewritten'); END;
+
+CREATE TRIGGER blobs_no_update BEFORE UPDATE ON blobs BEGIN SELECT RAISE(ABORT, 'blobs is append-only: history is never rewritten'); END;
+
+CREATE TABLE executions (
+        began_sequence INTEGER PRIMARY KEY REFERENCES commits,
+        session_key INTEGER NOT NULL REFERENCES sessions,
+        execution_id TEXT NOT NULL,
+        tool TEXT NOT NULL,
+        status TEXT NOT NULL,
+        parent_id TEXT,
+        attempt INTEGER NOT NULL,
+        idempotency_key TEXT,
+        fingerprint TEXT NOT NULL,
+        ended_sequence INTEGER
+    ) STRICT
+    ;
+
+CREATE TABLE tools (
+        session_key INTEGER NOT NULL REFERENCES sessions,
+        name TEXT NOT NULL,
+        worker_id TEXT NOT NULL,
+        address TEXT NOT NULL,
+        spec TEXT NOT NULL,
+        registered_sequence INTEGER NOT NULL,
+        PRIMARY KEY (session_key, name)
+    ) STRICT, WITHOUT ROWID
+    ;
+
+CREATE INDEX executions_running ON executions (session_key) WHERE ended_sequence IS NULL;
+
+CREATE INDEX executions_by_session ON executions (session_key, began_sequence);
+
+CREATE INDEX executions_by_key ON executions (session_key, idempotency_key, began_sequence) WHERE idempotency_key IS NOT NULL;
+
+CREATE TABLE pruned (
+        sequence INTEGER NOT NULL REFERENCES commits,
+        marker_sequence INTEGER NOT NULL REFERENCES commits,
+        residue BLOB NOT NULL,
+        PRIMARY KEY (sequence, marker_sequence)
+    ) STRICT, WITHOUT ROWID
+    ;
+
+CREATE TABLE imports (
+        first_sequence INTEGER PRIMARY KEY REFERENCES commits,
+        last_sequence INTEGER NOT NULL REFERENCES commits
+    ) STRICT
+    ;
+
+CREATE TABLE metadata_entries (
+        key TEXT NOT NULL,
+        value TEXT NOT NULL,
+        sequence INTEGER NOT NULL,
+        variable_key INTEGER NOT NULL,
+        version INTEGER NOT NULL,
+        PRIMARY KEY (key, value, sequence, variable_key, version)
+    ) STRICT, WITHOUT ROWID
+    ;
+
+CREATE INDEX variables_by_id ON variables (variable_id);
+
+CREATE INDEX executions_by_tool ON executions (tool, began_sequence);
+
+CREATE INDEX executions_by_parent ON executions (parent_id) WHERE parent_id IS NOT NULL;
+
+CREATE INDEX versions_by_value_blob ON versions (value_blob) WHERE value_blob IS NOT NULL;
+
+CREATE INDEX versions_by_binary_blob ON versions (binary_blob) WHERE binary_blob IS NOT NULL;
+
+CREATE TRIGGER versions_no_delete BEFORE DELETE ON versions WHEN NOT EXISTS (SELECT 1 FROM pruned WHERE pruned.sequence = OLD.sequence) BEGIN SELECT RAISE(ABORT, 'versions is append-only: history is never rewritten'); END;
+
+CREATE TRIGGER events_no_delete BEFORE DELETE ON events WHEN NOT EXISTS (SELECT 1 FROM pruned WHERE pruned.sequence = OLD.sequence) BEGIN SELECT RAISE(ABORT, 'events is append-only: history is never rewritten'); END;
+
+CREATE TRIGGER blobs_no_delete BEFORE DELETE ON blobs WHEN EXISTS (SELECT 1 FROM versions WHERE value_blob = OLD.blob_key) OR EXISTS (SELECT 1 FROM versions WHERE binary_blob = OLD.blob_key) BEGIN SELECT RAISE(ABORT, 'blobs is append-only: history is never rewritten'); END;
+
+CREATE TRIGGER pruned_no_update BEFORE UPDATE ON pruned BEGIN SELECT RAISE(ABORT, 'pruned is append-only: history is never rewritten'); END;
+
+CREATE TRIGGER pruned_no_delete BEFORE DELETE ON pruned BEGIN SELECT RAISE(ABORT, 'pruned is append-only: history is never rewritten'); END;
+
+CREATE VIEW v_commits AS
+    SELECT commits.sequence, sessions.session_id, commits.actor, commits.cause,
+        printf('%s.%06dZ', strftime('%Y-%m-%dT%H:%M:%S', commits.created_at / 1000000, 'unixepoch'), commits.created_at % 1000000) AS created_at, lower(hex(commits.hash)) AS hash,
+        (SELECT count(*) FROM versions WHERE versions.sequence = commits.sequence) AS versions,
+        (SELECT json_group_array(events.kind) FROM events WHERE events.sequence = commits.sequence) AS events,
+        EXISTS (SELECT 1 FROM pruned WHERE pruned.sequence = commits.sequence) AS pruned
+    FROM commits JOIN sessions ON sessions.session_key = commits.session_key;
+
+CREATE TRIGGER versions_metadata_in AFTER INSERT ON versions WHEN json_valid(NEW.metadata) BEGIN INSERT OR IGNORE INTO metadata_entries SELECT entry.key, entry.value, NEW.sequence, NEW.variable_key, NEW.version FROM json_each(NEW.metadata) AS entry; END;
+
+CREATE TRIGGER versions_metadata_out AFTER DELETE ON versions WHEN json_valid(OLD.metadata) BEGIN DELETE FROM metadata_entries WHERE (key, value) IN (SELECT entry.key, entry.value FROM json_each(OLD.metadata) AS entry) AND sequence = OLD.sequence AND variable_key = OLD.variable_key AND version = OLD.version; END;
+
+CREATE VIEW v_executions AS SELECT sessions.session_id, executions.execution_id, executions.tool, executions.status, executions.attempt, executions.parent_id, executions.idempotency_key, json_extract(iif(json_valid(beginning.body), beginning.body, '{}'), '$.isolation') AS isolation, json_extract(iif(json_valid(beginning.body), beginning.body, '{}'), '$.worker_id') AS worker_id, began.actor, executions.began_sequence, printf('%s.%06dZ', strftime('%Y-%m-%dT%H:%M:%S', began.created_at / 1000000, 'unixepoch'), began.created_at % 1000000) AS began_at, executions.ended_sequence, CASE WHEN ended.sequence IS NOT NULL THEN printf('%s.%06dZ', strftime('%Y-%m-%dT%H:%M:%S', ended.created_at / 1000000, 'unixepoch'), ended.created_at % 1000000) END AS ended_at, json_extract(iif(json_valid(ending.body), ending.body, '{}'), '$.duration_us') AS duration_us, json_extract(iif(json_valid(beginning.body), beginning.body, '{}'), '$.parameters') AS parameters, json_extract(iif(json_valid(beginning.body), beginning.body, '{}'), '$.metadata') AS metadata, CASE WHEN hex(json_extract(iif(json_valid(ending.body), ending.body, '{}'), '$.result.json')) GLOB '*ED[AB]*' THEN iif(json_valid(ending.body), ending.body, '{}') -> '$.result.json' ELSE json_extract(iif(json_valid(ending.body), ending.body, '{}'), '$.result.json') END AS result, CASE WHEN hex(json_extract(iif(json_valid(ending.body), ending.body, '{}'), '$.failure.type')) GLOB '*ED[AB]*' THEN iif(json_valid(ending.body), ending.body, '{}') -> '$.failure.type' ELSE json_extract(iif(json_valid(ending.body), ending.body, '{}'), '$.failure.type') END AS error_type, coalesce(CASE WHEN hex(json_extract(iif(json_valid(ending.body), ending.body, '{}'), '$.failure.message')) GLOB '*ED[AB]*' THEN iif(json_valid(ending.body), ending.body, '{}') -> '$.failure.message' ELSE json_extract(iif(json_valid(ending.body), ending.body, '{}'), '$.failure.message') END, CASE WHEN hex(json_extract(iif(json_valid(ending.body), ending.body, '{}'), '$.reason')) GLOB '*ED[AB]*' THEN iif(json_valid(ending.body), ending.body, '{}') -> '$.reason' ELSE json_extract(iif(json_valid(ending.body), ending.body, '{}'), '$.reason') END, (SELECT group_concat( json_extract(met.value, '$.name') || CASE WHEN json_extract(met.value, '$.reason') <> '' THEN ': ' || json_extract(met.value, '$.reason') ELSE ' (was ' || coalesce('at version ' || json_extract(met.value, '$.expected'), 'not there') || ', is ' || coalesce('at version ' || json_extract(met.value, '$.actual'), 'not there') || ')' END, ', ') FROM json_each(iif(json_valid(ending.body), ending.body, '{}'), '$.conflicts') AS met) , CASE WHEN NOT json_valid(ending.body) THEN 'its entry in the journal is no JSON; dspex-persist audit show reads it' WHEN ending.sequence IS NOT NULL THEN CASE executions.status WHEN 'interrupted' THEN 'the server ended while it ran' WHEN 'cancelled' THEN 'its client gave it up' END END ) AS error, CASE WHEN executions.status = 'conflict' THEN ( SELECT later.execution_id FROM executions AS later CROSS JOIN events AS beginning ON beginning.sequence = later.began_sequence AND beginning.kind = 'execution_began' WHERE later.session_key = executions.session_key AND later.began_sequence > executions.began_sequence AND later.tool = executions.tool AND later.attempt = executions.attempt + 1 AND json_extract(iif(json_valid(beginning.body), beginning.body, '{}'), '$.retry_of') = executions.execution_id ) END AS retried_by, CASE WHEN executions.status <> 'conflict' THEN executions.status ELSE ( WITH RECURSIVE attempts(session_key, began_sequence, tool, attempt, execution_id, status) AS ( SELECT executions.session_key, executions.began_sequence, executions.tool, executions.attempt, executions.execution_id, executions.status UNION ALL SELECT later.session_key, later.began_sequence, later.tool, later.attempt, later.execution_id, later.status FROM attempts CROSS JOIN executions AS later CROSS JOIN events AS beginning ON beginning.sequence = later.began_sequence AND beginning.kind = 'execution_began' WHERE later.session_key = attempts.session_key AND later.began_sequence > attempts.began_sequence AND later.tool = attempts.tool AND later.attempt = attempts.attempt + 1 AND json_extract(iif(json_valid(beginning.body), beginning.body, '{}'), '$.retry_of') = attempts.execution_id ) SELECT status FROM attempts ORDER BY attempt DESC LIMIT 1 ) END AS ended_as FROM executions JOIN sessions ON sessions.session_key = executions.session_key JOIN commits AS began ON began.sequence = executions.began_sequence LEFT JOIN commits AS ended ON ended.sequence = executions.ended_sequence LEFT JOIN events AS beginning ON beginning.sequence = executions.began_sequence AND beginning.kind = 'execution_began' LEFT JOIN events AS ending ON ending.sequence = executions.ended_sequence AND ending.kind = 'execution_ended' AND CASE WHEN json_valid(ending.body) THEN json_extract(ending.body, '$.execution_id') = executions.execution_id ELSE instr(ending.body, executions.execution_id) > 0 END;
+
+CREATE VIEW v_execution_reads AS SELECT sessions.session_id, executions.execution_id, executions.tool, CASE WHEN hex(seen.key) GLOB '*ED[AB]*' THEN seen.fullkey || '' ELSE seen.key END AS asked, json_extract(seen.value, '$[0]') AS name, json_extract(seen.value, '$[1]') AS variable_id, json_extract(seen.value, '$[2]') AS version FROM executions JOIN sessions ON sessions.session_key = executions.session_key JOIN events AS ending ON ending.sequence = executions.ended_sequence AND ending.kind = 'execution_ended' AND CASE WHEN json_valid(ending.body) THEN json_extract(ending.body, '$.execution_id') = executions.execution_id ELSE instr(ending.body, executions.execution_id) > 0 END JOIN json_each(iif(json_valid(ending.body), ending.body, '{}'), '$.reads') AS seen;
+
+CREATE VIEW v_execution_writes AS SELECT sessions.session_id, executions.execution_id, executions.tool, json_extract(written.value, '$[0]') AS name, json_extract(written.value, '$[1]') AS version, place.value = 'published' AS published FROM executions JOIN sessions ON sessions.session_key = executions.session_key JOIN events AS ending ON ending.sequence = executions.ended_sequence AND ending.kind = 'execution_ended' AND CASE WHEN json_valid(ending.body) THEN json_extract(ending.body, '$.execution_id') = executions.execution_id ELSE instr(ending.body, executions.execution_id) > 0 END JOIN json_each('["writes", "published"]') AS place JOIN json_each(iif(json_valid(ending.body), ending.body, '{}'), '$.' || place.value) AS written;
+
+CREATE TABLE rules (
+        session_key INTEGER NOT NULL REFERENCES sessions,
+        name TEXT NOT NULL,
+        expression TEXT NOT NULL,
+        description TEXT NOT NULL,
+        added_sequence INTEGER NOT NULL,
+        PRIMARY KEY (session_key, name)
+    ) STRICT, WITHOUT ROWID
+    ;
+
+CREATE TABLE variable_constraints (
+        variable_key INTEGER NOT NULL REFERENCES variables,
+        since_sequence INTEGER NOT NULL,
+        constraints TEXT NOT NULL,
+        PRIMARY KEY (variable_key, since_sequence)
+    ) STRICT, WITHOUT ROWID
+    ;
+
+CREATE VIEW v_rules AS
+    SELECT sessions.session_id, rules.name, rules.expression, rules.description, rules.added_sequence
+    FROM rules JOIN sessions ON sessions.session_key = rules.session_key
+    WHERE sessions.ended_sequence IS NULL;
+
+CREATE VIEW v_variable_history AS SELECT sessions.session_id, variables.name, variables.variable_id, variables.type, versions.version, CASE versions.kind WHEN 0 THEN 'registered' WHEN 1 THEN 'set' WHEN 2 THEN 'rolled_back' WHEN 3 THEN 'deleted' WHEN 4 THEN 'lock_broken' WHEN 5 THEN 'published' END AS kind, CASE versions.source WHEN 0 THEN 'elixir' ELSE 'python' END AS source, CASE WHEN NOT (CASE WHEN json_valid(variables.metadata) THEN lower(json_extract(variables.metadata, '$.sensitive')) IS 'true' ELSE 1 END) THEN coalesce(versions.value, CAST(of_value.content AS TEXT)) END AS value, CASE WHEN NOT (CASE WHEN json_valid(variables.metadata) THEN lower(json_extract(variables.metadata, '$.sensitive')) IS 'true' ELSE 1 END) THEN versions.number END AS number, length(coalesce(versions.binary, of_binary.content)) AS binary_size_bytes, (CASE WHEN json_valid(variables.metadata) THEN lower(json_extract(variables.metadata, '$.sensitive')) IS 'true' ELSE 1 END) AS sensitive , versions.metadata, versions.sequence, printf('%s.%06dZ', strftime('%Y-%m-%dT%H:%M:%S', commits.created_at / 1000000, 'unixepoch'), commits.created_at % 1000000) AS created_at, commits.actor, commits.cause, executions.execution_id, executions.tool, callers.execution_id AS caller_id, callers.tool AS caller_tool
+    , CASE WHEN json_valid(versions.metadata) THEN json_extract(versions.metadata, '$."dspex.reason"') END AS reason
+ FROM versions JOIN variables ON variables.variable_key = versions.variable_key JOIN sessions ON sessions.session_key = variables.session_key JOIN commits ON commits.sequence = versions.sequence LEFT JOIN executions ON executions.began_sequence = CASE WHEN commits.cause GLOB 'exec_[0-9]*' THEN coalesce( CASE WHEN EXISTS (SELECT 1 FROM executions AS called WHERE called.parent_id = commits.cause) THEN ( SELECT CAST(substr(json_extract(iif(json_valid(ending.body), ending.body, '{}'), '$.execution_id'), 6) AS INTEGER) FROM events AS ending CROSS JOIN json_each(iif(json_valid(ending.body), ending.body, '{}'), '$.writes') AS written WHERE ending.sequence = versions.sequence AND ending.kind = 'execution_ended' AND json_extract(written.value, '$[0]') = variables.name AND json_extract(written.value, '$[1]') = versions.version LIMIT 1 ) END, CAST(substr(commits.cause, 6) AS INTEGER) ) END AND (executions.execution_id = commits.cause OR executions.parent_id IS NOT NULL) LEFT JOIN executions AS callers ON callers.began_sequence = CAST(substr(executions.parent_id, 6) AS INTEGER) AND callers.execution_id = executions.parent_id LEFT JOIN blobs AS of_value ON of_value.blob_key = versions.value_blob LEFT JOIN blobs AS of_binary ON of_binary.blob_key = versions.binary_blob;
+
+CREATE VIEW v_current_variables AS SELECT sessions.session_id, variables.name, variables.variable_id, variables.type, versions.version, CASE versions.kind WHEN 0 THEN 'registered' WHEN 1 THEN 'set' WHEN 2 THEN 'rolled_back' WHEN 3 THEN 'deleted' WHEN 4 THEN 'lock_broken' WHEN 5 THEN 'published' END AS kind, CASE versions.source WHEN 0 THEN 'elixir' ELSE 'python' END AS source, CASE WHEN NOT (CASE WHEN json_valid(variables.metadata) THEN lower(json_extract(variables.metadata, '$.sensitive')) IS 'true' ELSE 1 END) THEN coalesce(versions.value, CAST(of_value.content AS TEXT)) END AS value, CASE WHEN NOT (CASE WHEN json_valid(variables.metadata) THEN lower(json_extract(variables.metadata, '$.sensitive')) IS 'true' ELSE 1 END) THEN versions.number END AS number, length(coalesce(versions.binary, of_binary.content)) AS binary_size_bytes, (CASE WHEN json_valid(variables.metadata) THEN lower(json_extract(variables.metadata, '$.sensitive')) IS 'true' ELSE 1 END) AS sensitive , variables.constraints, variables.metadata, versions.sequence, printf('%s.%06dZ', strftime('%Y-%m-%dT%H:%M:%S', commits.created_at / 1000000, 'unixepoch'), commits.created_at % 1000000) AS created_at, commits.actor, commits.cause, executions.execution_id, executions.tool, callers.execution_id AS caller_id, callers.tool AS caller_tool
+    , CASE WHEN json_valid(versions.metadata) THEN json_extract(versions.metadata, '$."dspex.reason"') END AS reason
+ FROM variables AS live JOIN versions ON versions.variable_key = live.variable_key AND versions.version = ( SELECT max(newest.version) FROM versions AS newest WHERE newest.variable_key = live.variable_key ) JOIN variables ON variables.variable_key = versions.variable_key JOIN sessions ON sessions.session_key = variables.session_key JOIN commits ON commits.sequence = versions.sequence LEFT JOIN executions ON executions.began_sequence = CASE WHEN commits.cause GLOB 'exec_[0-9]*' THEN coalesce( CASE WHEN EXISTS (SELECT 1 FROM executions AS called WHERE called.parent_id = commits.cause) THEN ( SELECT CAST(substr(json_extract(iif(json_valid(ending.body), ending.body, '{}'), '$.execution_id'), 6) AS INTEGER) FROM events AS ending CROSS JOIN json_each(iif(json_valid(ending.body), ending.body, '{}'), '$.writes') AS written WHERE ending.sequence = versions.sequence AND ending.kind = 'execution_ended' AND json_extract(written.value, '$[0]') = variables.name AND json_extract(written.value, '$[1]') = versions.version LIMIT 1 ) END, CAST(substr(commits.cause, 6) AS INTEGER) ) END AND (executions.execution_id = commits.cause OR executions.parent_id IS NOT NULL) LEFT JOIN executions AS callers ON callers.began_sequence = CAST(substr(executions.parent_id, 6) AS INTEGER) AND callers.execution_id = executions.parent_id LEFT JOIN blobs AS of_value ON of_value.blob_key = versions.value_blob LEFT JOIN blobs AS of_binary ON of_binary.blob_key = versions.binary_blob WHERE live.deleted_sequence IS NULL AND sessions.ended_sequence IS NULL;
+
+INSERT INTO alembic_version VALUES ('0006');
+
