@@ -246,7 +246,9 @@ class Backend:
         """Return the backend at a place; see `Context`."""
         if isinstance(place, StateProvider):
             tools = options.get("tools")
-            return cls(place, is_owned=False) if tools is None else cls(_Borrowed(place, tools), is_owned=True)
+            if tools is None:
+                return cls(place, is_owned=False)
+            return cls(_Borrowed(place, tools), is_owned=True, options=options)
         address = _IN_MEMORY if place == LOCAL else place
         provider: StateProvider = open_state(address, **options)
         return cls(provider, is_owned=True, options=options)

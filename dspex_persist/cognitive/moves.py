@@ -12,10 +12,11 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from dspex_persist import clock
 from dspex_persist.cognitive.backends import BRIDGED, EMBEDDED, LOCAL, Backend, Move, Switch
+from dspex_persist.cognitive.carried import CarriedTools
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.opening import open_state
 from dspex_persist.spelling import quote
@@ -124,7 +125,7 @@ def _is_there(backend: Backend, kind: str, address: str) -> bool:
 
 def _carried(backend: Backend, kind: str) -> dict[str, Any]:
     """Return the options of the context that hold at the new place, too."""
-    names = _OF_FILES if kind == EMBEDDED else ()
+    names = _OF_FILES if kind == EMBEDDED else ("tools",)
     return {name: backend.options[name] for name in names if name in backend.options}
 
 
@@ -134,7 +135,7 @@ def _move(backend: Backend, session_id: str, url: str, options: Mapping[str, Any
     Recordable.of(source)
     Holdable.of(source)
     was_owned = backend.is_owned
-    target: StateProvider = open_state(url, **options)
+    target = _opened(url, options)
     _Move(backend, session_id, target, url).carry_out()
     if was_owned:
         try:
@@ -154,6 +155,19 @@ def _refuse_own(backend: Backend) -> None:
                 "a move that blocks an event loop whose calls it waits for",
                 "await it: ctx.ensure_persistent.aio(...) or ctx.ensure_bridged.aio(...)",
             )
+
+
+def _opened(url: str, options: Mapping[str, Any]) -> StateProvider:
+    """Open the backend that a session moves to. Tools run in this process, wherever it is."""
+    tools = options.get("tools")
+    if tools is None or not url.startswith(_SERVERS):
+        return cast(StateProvider, open_state(url, **options))
+    provider: StateProvider = open_state(url, **{name: each for name, each in options.items() if name != "tools"})
+    try:
+        return CarriedTools(provider, tools)
+    except BaseException:
+        provider.discard()
+        raise
 
 
 class _Move:

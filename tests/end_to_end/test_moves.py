@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dspex_persist import Context
+from dspex_persist import Context, tool
+from dspex_persist.audit import ExecutionQuery
 from dspex_persist.cognitive import moves
+from dspex_persist.cognitive.tool_context import ToolContext
 from dspex_persist.state.abilities import Recordable
 from dspex_persist.state.bridge.audit_client import BridgedImport
 from dspex_persist.state.bridged import BridgedState
@@ -18,6 +20,8 @@ from dspex_persist.state.errors import (
     OutcomeUnknownError,
     SessionExistsError,
     StateError,
+    ToolArgumentError,
+    ToolFailedError,
     UnavailableError,
     UnsupportedError,
     VariableLockedError,
@@ -225,3 +229,100 @@ def test_one_program_prints_the_same_on_every_backend(tmp_path: Path, url: str) 
     assert printed(Context(), lambda ctx: ctx.ensure_bridged(url)) == expected
     assert printed(Context(backend=tmp_path / "c.db"), lambda ctx: ctx.ensure_bridged(url)) == expected
     assert moves.TIMEOUT_S == 30
+
+
+# Tools go along
+
+
+@tool(retries=1_000, requires="remote")
+def count(ctx: ToolContext, by: int = 1) -> int:
+    """Counts, and remembers who else was there."""
+    ctx["x"] += by
+    ctx.log("counted", by=by)
+    return int(ctx["x"])
+
+
+@tool
+def count_twice(ctx: ToolContext) -> list[int]:
+    """Calls another tool."""
+    return [ctx.call(count), ctx.call("count", by=2)]
+
+
+@tool
+async def count_later(ctx: ToolContext) -> int:
+    """Calls another tool, asynchronously."""
+    return int(await ctx.call(count))
+
+
+@tool
+def numbers(ctx: ToolContext) -> Iterator[int]:
+    """Streams."""
+    yield from range(int(ctx["x"]))
+
+
+@tool
+def fails(ctx: ToolContext) -> None:
+    """Writes, and fails."""
+    ctx["x"] = 1000
+    raise ValueError("no")
+
+
+@tool
+def forgives(ctx: ToolContext) -> None:
+    """Calls a tool that fails, and goes on."""
+    with contextlib.suppress(StateError, ValueError):
+        ctx.call(fails)
+
+
+TOOLS = [count, count_twice, count_later, numbers, fails, forgives]
+
+
+def test_tools_go_along_to_a_server(url: str, there: BridgedState, name: str) -> None:
+    with Context(name, tools=TOOLS, remote_at=url) as ctx:
+        ctx.define("x", 0)
+        assert ctx.backend.kind == "local"
+        assert ctx.call(count) == 1
+        assert ctx.backend.kind == "bridged"
+        assert there.get_value(name, "x") == 1
+        assert ctx.call("count_twice") == [2, 4]
+        assert ctx.call(count_later) == 5
+        assert ctx.call(numbers) == [0, 1, 2, 3, 4]
+        for broken in (fails, forgives):
+            with pytest.raises(ToolFailedError, match="ValueError: no"):
+                ctx.call(broken)
+        with pytest.raises(ToolArgumentError):
+            ctx.call(count, by="many")
+        assert ctx["x"] == 5
+        with there.audit() as audit:
+            rows = audit.page(ExecutionQuery(session=name, newest_first=True)).rows
+        assert {row.tool for row in rows} == {"transaction"}
+        detail = there.audit().execution(rows[-1].execution_id)
+        assert detail.metadata["tool"] == "count"
+
+
+def call_often(ctx: Context) -> None:
+    for _ in range(5):
+        ctx.call(count)
+
+
+def test_tools_of_this_process_conflict_as_those_of_the_server_do(url: str, name: str) -> None:
+    with Context(name, tools=TOOLS, remote_at=url) as ctx:
+        ctx.define("x", 0)
+        callers = [threading.Thread(target=call_often, args=(ctx,)) for _ in range(2)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join(within(60))
+        assert ctx["x"] == 10
+
+
+def test_a_program_with_tools_prints_the_same_everywhere(tmp_path: Path, url: str) -> None:
+    def run(ctx: Context, move: Callable[[Context], None] = lambda _: None) -> list[object]:
+        with ctx:
+            ctx.define("x", 1)
+            return [ctx.call(count_twice), move(ctx), ctx.call(count_twice), ctx.call(numbers)]
+
+    tools = [tool(name=each.spec.name)(each._function) for each in TOOLS]
+    expected = run(Context(tools=tools))
+    assert run(Context(backend=tmp_path / "a.db", tools=tools)) == expected
+    assert run(Context(tools=tools), lambda ctx: ctx.ensure_bridged(url)) == expected
