@@ -32,7 +32,13 @@ _MOST_BYTES: Final = 1024 * 1024
 """How much JSON the variables of a rule may have together."""
 _MOST_STEPS: Final = 1_000_000
 """Operators times passes of macros over the entries of values: each takes some 0.1 µs."""
+_MOST_SCANNED: Final = 10_000_000
+"""The most entries of lists that the passes of macros may go through together: copying one takes some 0.1 µs."""
+_MOST_COPIED: Final = 20_000_000
+"""The most characters that operators and functions may go through."""
 _MOST_MACROS: Final = 3
+_PATTERN_STEPS: Final = 200
+"""Steps of `matches`, which compiles its pattern each time."""
 _PATTERN_SIZE: Final = 1000
 """The most instructions of a pattern, which is compiled in each pass of a macro."""
 _WEIGHT_BYTES: Final = 500
@@ -43,8 +49,12 @@ _TOKEN: Final = re.compile(
     r"""|`(?P<name>[^`\n]+)`""",
     re.DOTALL,
 )
-_MACRO: Final = re.compile(r"\.\s*(?:all|exists|exists_one|map|filter)\s*\(\s*([A-Za-z_]\w*)\s*,")
+_MACRO: Final = re.compile(r"\.\s*(?:all|exists|exists_one)\s*\(\s*([A-Za-z_]\w*)\s*,")
+# They copy the list for each of its entries.
+_COPYING_MACRO: Final = re.compile(r"\.\s*(map|filter)\s*\(\s*[A-Za-z_]\w*\s*,")
 _MATCHES: Final = re.compile(r"\bmatches\s*\(\s*(\x00\d+\x00)?\s*\)?")
+_SCANS: Final = re.compile(r"\bin\b|==|!=|\b(?:contains|startsWith|endsWith|matches|size|string|bytes)\b")
+_COPIES: Final = re.compile(r"\+|\{|(?:^|[^\w)\]\s\0])\s*\[")
 _FUNCTIONS: Final = frozenset(
     (
         "size",
@@ -83,7 +93,8 @@ class Compiled:
         identifiers: The identifiers that stand for them in the program.
         steps: How many operators and functions it has.
         macros: How many macros it has, which may be nested.
-        growth: By which factor its operators may make lists longer.
+        growth: By which factor its operators may make lists and texts longer.
+        scans: How often a pass of a macro may go through whole lists or texts, as `in` does.
     """
 
     program: cel.Program
@@ -92,6 +103,7 @@ class Compiled:
     steps: int
     macros: int
     growth: int
+    scans: int
 
 
 @lru_cache(maxsize=1024)
@@ -113,6 +125,12 @@ def compile_expression(expression: str) -> Compiled:
         raise RefusedError("its expression contains NUL")
     bare = _TOKEN.sub(replaced, expression)
     _check_patterns(bare, texts)
+    if "//" in bare:
+        # It could hide a macro from what counts them.
+        raise RefusedError("its expression has a comment; say it in the description")
+    copying = _COPYING_MACRO.search(bare)
+    if copying is not None:
+        raise RefusedError(f"its expression has the macro {copying[1]}; a rule has all, exists and exists_one")
     bound = set(_MACRO.findall(bare))
     macros = len(_MACRO.findall(bare))
     if macros > _MOST_MACROS:
@@ -126,8 +144,9 @@ def compile_expression(expression: str) -> Compiled:
     if not identifiers:
         raise RefusedError("its expression reads no variable")
     variables = tuple(names.get(each, each) for each in identifiers)
-    steps = len(re.findall(r"[^\w\s.\0]+|\w+", bare))
-    return Compiled(program, variables, identifiers, steps, macros, 1 + bare.count("+"))
+    steps = len(re.findall(r"[^\w\s.\0]+|\w+", bare)) + _PATTERN_STEPS * len(_MATCHES.findall(bare))
+    scans = steps if _COPIES.search(bare) else 2 if _SCANS.search(bare) else 0
+    return Compiled(program, variables, identifiers, steps, macros, 1 + bare.count("+"), scans)
 
 
 def _program(source: str) -> cel.Program:
@@ -271,10 +290,15 @@ def _reason(compiled: Compiled, variables: list[Variable]) -> str | None:
     size = sum(len(each.value.json) for each in variables)
     if size > _MOST_BYTES:
         return f"its variables have {size} characters of JSON, more than the {_MOST_BYTES} that a rule may read"
+    if compiled.growth**2 * size > _MOST_COPIED:
+        return "its variables are too large to be added so often"
     if compiled.macros:
         entries = compiled.growth * (compiled.steps + sum(each.value.json.count(",") + 1 for each in variables))
-        if compiled.steps * entries**compiled.macros > _MOST_STEPS:
+        passes = entries**compiled.macros
+        if compiled.steps * passes > _MOST_STEPS or compiled.scans * passes * entries > _MOST_SCANNED:
             return "its variables have too many entries for its macros"
+        if compiled.scans and passes * max(map(_longest_text, variables)) > _MOST_COPIED:
+            return "its variables have texts that are too long for its macros"
     given = {identifier: _given(each) for identifier, each in zip(compiled.identifiers, variables, strict=True)}
     try:
         holds = compiled.program.execute(given)
@@ -283,6 +307,21 @@ def _reason(compiled: Compiled, variables: list[Variable]) -> str | None:
     if holds is True:
         return None
     return "it is false" if holds is False else f"it is neither true nor false, but {shown(holds)}"
+
+
+def _longest_text(variable: Variable) -> int:
+    """Return the length of the longest text in a value."""
+    longest, level = 0, [_given(variable)]
+    while level:
+        each = level.pop()
+        if isinstance(each, str):
+            longest = max(longest, len(each))
+        elif isinstance(each, dict):
+            level += each
+            level += each.values()
+        elif isinstance(each, list):
+            level += each
+    return longest
 
 
 def _given(variable: Variable) -> Any:

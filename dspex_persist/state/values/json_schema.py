@@ -24,6 +24,11 @@ _MOST_STEPS: Final = 100_000_000
 _MOST_ERRORS: Final = 20_000
 """The most errors that the alternatives of a schema may collect: each takes some 20 µs, and memory."""
 _LONGEST_CHAIN: Final = 100
+_MOST_COMPUTED: Final = 50_000
+"""For how many subschemas times levels the steps are estimated: each takes some 5 µs, once."""
+_DIVISION: Final = 1000
+"""Steps of `multipleOf`, which divides fractions."""
+_DIVISORS: Final = (1e-15, 1e15)
 _BEYOND: Final = 10**12
 _SHOWN_PATH: Final = 120
 _SHOWN_MESSAGE: Final = 240
@@ -37,19 +42,46 @@ _PATTERNS: Final = jsonschema_rs.RegexOptions(size_limit=_PATTERN_BYTES, dfa_siz
 class _Node:
     """A subschema: what else examines the same value, and what examines the entries of that."""
 
-    __slots__ = ("alternatives", "costs", "errors", "in_place", "of_items", "of_values", "weight")
+    __slots__ = (
+        "alternatives",
+        "costs",
+        "errors",
+        "in_place",
+        "is_leaf",
+        "of_items",
+        "of_values",
+        "own_errors",
+        "weight",
+    )
 
     def __init__(self, schema: object) -> None:
         entries = schema if isinstance(schema, dict) else {}
         self.weight = 1 + sum(len(entries[key]) for key in ("enum", "required") if isinstance(entries.get(key), list))
+        self.weight += _DIVISION * ("multipleOf" in entries)
         self.in_place: list[_Node] = []
         self.alternatives: list[_Node] = []
         # Each a group of subschemas of which one examines an entry; an entry is examined by all groups.
         self.of_items: list[list[_Node]] = []
         self.of_values: list[list[_Node]] = []
+        self.own_errors = 0
+        self.is_leaf = True
         # By the depth of the value.
         self.costs: list[int] = []
         self.errors: list[int] = []
+
+    def simplify(self) -> None:
+        """Keep one leaf of each group, which costs most: there may be thousands of properties."""
+        for groups in (self.of_values, self.of_items):
+            for place, group in enumerate(groups):
+                leaves = [node for node in group if node.is_leaf]
+                heaviest = sorted(leaves, key=lambda node: node.weight)[-1:]
+                groups[place] = [node for node in group if not node.is_leaf] + heaviest
+        leaves = [node for node in self.in_place if node.is_leaf]
+        alternatives = [node for node in self.alternatives if node.is_leaf]
+        self.weight += sum(node.weight for node in leaves)
+        self.own_errors = sum(node.weight for node in alternatives)
+        self.in_place = [node for node in self.in_place if not node.is_leaf]
+        self.alternatives = [node for node in self.alternatives if not node.is_leaf]
 
 
 class _Plan:
@@ -65,16 +97,26 @@ class _Plan:
         self._top = self._node(schema)
         while self._unread:
             self._read(*self._unread.pop())
-        self._all = list(self._nodes.values())
+        for node in self._nodes.values():
+            # It refers to no other subschemas.
+            node.is_leaf = not (node.in_place or any(node.of_values) or any(node.of_items))
+        self._all = [node for node in self._nodes.values() if not node.is_leaf]
+        for node in self._all:
+            node.simplify()
+        self._levels = max(1, _MOST_COMPUTED // max(1, len(self._all)))
         self._extend()
 
     def costs(self, depth: int) -> tuple[int, int]:
         """Return how many steps each entry of a value of this depth may take, and how many errors it may collect."""
-        if len(self._top.errors) <= depth:
+        top = self._top
+        if len(top.errors) <= depth:
             with self._lock:
-                while len(self._top.errors) <= depth:
+                while len(top.errors) <= depth and len(top.errors) < self._levels and top.costs[-1] < _BEYOND:
                     self._extend()
-        return self._top.costs[depth], self._top.errors[depth]
+        if len(top.errors) <= depth:
+            # It only grows with the depth. A large schema is not computed for all depths that a value may have.
+            return _BEYOND, _BEYOND
+        return top.costs[depth], top.errors[depth]
 
     def _node(self, schema: Any) -> _Node:
         node = self._nodes.get(id(schema))
@@ -93,6 +135,9 @@ class _Plan:
         if "pattern" in schema:
             self.patterns.append(schema["pattern"])
         self.patterns += schema.get("patternProperties", {})
+        divisor = schema.get("multipleOf", 1)
+        if not _DIVISORS[0] <= divisor <= _DIVISORS[1]:
+            raise RefusedError(f"schema: multipleOf {shown(divisor)} is not between 1e-15 and 1e15")
         self._read_in_place(node, schema)
         of_names = self._listed(schema.get("properties", {}).values())
         of_patterns = [[each] for each in self._listed(schema.get("patternProperties", {}).values())]
@@ -151,7 +196,7 @@ class _Plan:
     def _extend(self) -> None:
         """Compute the costs for values that are one level deeper."""
         depth = len(self._top.errors)
-        for node in self._all:
+        for node in self._all or [self._top]:
             self._compute(node, depth, 0)
 
     def _compute(self, node: _Node, depth: int, chain: int) -> None:
@@ -162,7 +207,7 @@ class _Plan:
         if chain > _LONGEST_CHAIN:
             raise RefusedError(f"schema: more than {_LONGEST_CHAIN} references in a chain")
         node.costs.append(-1)
-        cost, errors = node.weight, 0
+        cost, errors = node.weight, node.own_errors
         for each in node.in_place:
             self._compute(each, depth, chain + 1)
             cost += each.costs[depth]
@@ -171,14 +216,18 @@ class _Plan:
         if depth:
             below = depth - 1
             sides = (node.of_values, node.of_items)
-            cost += max(sum(_most(group, below, "costs") for group in side) for side in sides)
-            errors += max(sum(_most(group, below, "errors") for group in side) for side in sides)
+            cost += max(sum(_most_steps(group, below) for group in side) for side in sides)
+            errors += max(sum(_most_errors(group, below) for group in side) for side in sides)
         node.costs[depth] = min(cost, _BEYOND)
         node.errors.append(min(errors, _BEYOND))
 
 
-def _most(group: list[_Node], depth: int, what: str) -> int:
-    return max((getattr(each, what)[depth] for each in group), default=0)
+def _most_steps(group: list[_Node], depth: int) -> int:
+    return max((each.weight if each.is_leaf else each.costs[depth] for each in group), default=0)
+
+
+def _most_errors(group: list[_Node], depth: int) -> int:
+    return max((0 if each.is_leaf else each.errors[depth] for each in group), default=0)
 
 
 def _unquoted(part: str) -> str:
