@@ -35,6 +35,7 @@ from dspex_persist.cognitive.transactions import Transacting
 from dspex_persist.cognitive.variables import terms_of
 from dspex_persist.cognitive.watching import Watchable, Watchers
 from dspex_persist.errors import DspexError
+from dspex_persist.infra import forks
 from dspex_persist.opening import Opening
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.abilities import Derives, ExecutesTools
@@ -104,13 +105,36 @@ class Context(Transacting, Watchable, Ruled):
             raise
 
     @classmethod
-    def aopen(cls, session_id: str | None = None, backend: Place = LOCAL, **options: Any) -> Opening[Self]:
-        """Open a context without blocking the event loop, with the arguments of `Context`.
+    def aopen(
+        cls,
+        session_id: str | None = None,
+        backend: Place = LOCAL,
+        *,
+        ttl_s: float | None = None,
+        metadata: Mapping[str, str] | None = None,
+        create: bool = True,
+        actor: str | None = None,
+        tools: object = None,
+        strict: bool = False,
+        **options: Any,
+    ) -> Opening[Self]:
+        """Open a context without blocking the event loop; the arguments are those of `Context`.
 
         Returns:
             What to await, or to use with `async with`.
         """
-        return Opening(cls._aopen(session_id, backend, **options), lambda context: context.aclose())
+        opened = cls._aopen(
+            session_id,
+            backend,
+            ttl_s=ttl_s,
+            metadata=metadata,
+            create=create,
+            actor=actor,
+            tools=tools,
+            strict=strict,
+            **options,
+        )
+        return Opening(opened, lambda context: context.aclose())
 
     @classmethod
     async def _aopen(
@@ -150,14 +174,15 @@ class Context(Transacting, Watchable, Ruled):
         self._terms = DEFAULT if actor is None else Terms(arguments.text("actor", actor))
         self._closed = False
         self._closing = threading.Lock()
+        forks.register(self)
         self._watchers: Watchers | None = None
         self._derived: dict[str, Derived] = {}
         self.resumed = False
 
     def _begin(self, metadata: Mapping[str, str] | None, ttl_s: float | None, create: bool) -> Steps[bool]:
-        facts = {} if metadata is None else metadata
+        facts = {} if metadata is None else arguments.mapping("metadata", metadata)
         if ttl_s is not None:
-            facts = {**facts, _TTL: f"{ttl_s:g}"}
+            facts[_TTL] = f"{arguments.seconds('ttl_s', ttl_s):.15g}"
         if not create:
             yield from ask(commands.GetSession(self.session_id))
         if facts or create:
@@ -350,6 +375,10 @@ class Context(Transacting, Watchable, Ruled):
                 self.backend.close()
 
     # Opening and closing
+
+    def forked(self, *, quiet: bool) -> None:
+        """See `forks.ForkListener`: a thread that is not in the child may hold the lock."""
+        self._closing = threading.Lock()
 
     @property
     def closed(self) -> bool:

@@ -14,3 +14,4 @@ async def wrong(ctx: Context) -> None:
     await ctx.handle("t", float).set.aio("hot")  # error
     ctx.handle("t", float).update(lambda t: str(t))  # error
     len(ctx.set("x", 1))  # error
+    await Context.aopen("s", ttl_s="60")  # error

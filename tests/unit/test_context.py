@@ -272,6 +272,10 @@ def test_only_what_exists_is_opened_on_request() -> None:
     provider = MemoryProvider()
     with pytest.raises(SessionNotFoundError):
         Context("s", provider, create=False)
+    with pytest.raises(InvalidArgumentError, match="ttl_s"):
+        Context("s", provider, ttl_s="60")  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgumentError, match="metadata"):
+        Context("s", provider, metadata=5)  # type: ignore[arg-type]
     Context("s", provider, ttl_s=60)
     assert Context("s", provider, create=False).resumed
     assert provider.get_session("s").metadata == {"ttl_seconds": "60"}

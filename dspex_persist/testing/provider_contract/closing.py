@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dspex_persist.infra.mailbox import LoopMailbox
-from dspex_persist.state import commands, errors
+from dspex_persist.state import abilities, commands, errors
 from dspex_persist.state.commands import Command
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.testing.checks import DEADLINE_S, refused
@@ -55,3 +55,22 @@ class ClosingContract(Contract):
                     watch.pull_ready()
 
         asyncio.run(closed())
+
+    def test_async_with_closes_it(self, provider: StateProvider) -> None:
+        async def use() -> None:
+            async with provider:
+                provider.check_open()
+
+        asyncio.run(use())
+        with pytest.raises(errors.EngineClosedError):
+            provider.check_open()
+
+    def test_it_claims_what_it_has_and_nothing_else(self, provider: StateProvider) -> None:
+        claimed = provider.capabilities
+        assert {"atomic_batches", "watch", "history"} <= claimed
+        kinds = [kind for kind in vars(abilities).values() if isinstance(kind, type) and kind is not abilities.Ability]
+        for kind in kinds:
+            if issubclass(kind, abilities.Ability) and kind.gives and not claimed.isdisjoint(kind.gives):
+                assert isinstance(provider, kind)
+        assert not isinstance(provider, abilities.Durable) or "durable" in claimed
+        assert isinstance(provider.url, str)
