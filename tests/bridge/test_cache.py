@@ -177,6 +177,8 @@ def test_changes_replace_or_drop_what_is_kept(world: World) -> None:
     world.read("s", "x", variable(4))
     stream.send(update(variable(0, token="2")))
     assert world.find() is None, "another variable of this name"
+    world.read("s", "var_x_2", variable(0, token="2"))
+    assert world.find("var_x_2") is None, "by its id, it may be an earlier variable of its name"
     world.read("s", "x", variable(0, token="2"))
     assert world.find("var_x_2") is not None
     stream.send(update(variable(9), UpdateKind.DEPENDENCY_CHANGED))
@@ -193,9 +195,9 @@ def test_an_answer_that_a_change_has_overtaken_is_not_kept(world: World) -> None
     stream = world.live()
     for identifier, overtake in (
         ("x", lambda: stream.send(update(variable(4)))),
-        ("var_x_1", lambda: stream.send(update(variable(4)))),
         ("x", lambda: world.cache.forget(c.SetVariable("s", "x", Value("4")))),
         ("x", lambda: world.cache.forget(c.SetVariable("s", "var_x_1", Value("4")))),
+        ("x", lambda: world.read("s", "var_x_1", variable(4))),
         ("x", lambda: world.cache.forget(c.ExecuteTool("s", "t"))),
         ("x", lambda: world.cache.forget_session("s")),
     ):

@@ -26,6 +26,7 @@ from dspex_persist.state import commands
 from dspex_persist.state.bridge import codec
 from dspex_persist.state.bridge.headers import POSITION
 from dspex_persist.state.commands import Command
+from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.model import Update, UpdateKind, Variable, VariablesFound, VariableVersion, size_of
 
 MAX_BYTES: Final = 32 * 1024 * 1024
@@ -71,10 +72,9 @@ class _Session:
 class _Fill:
     """A read on its way to the server, whose answer may be kept unless something changes meanwhile."""
 
-    __slots__ = ("identifier", "sent_at", "session")
+    __slots__ = ("identifier", "sent_at")
 
-    def __init__(self, session: _Session, identifier: str, sent_at: float) -> None:
-        self.session = session
+    def __init__(self, identifier: str, sent_at: float) -> None:
         self.identifier = identifier
         self.sent_at = sent_at
 
@@ -183,11 +183,12 @@ class ValueCache:
         match command:
             case commands.GetVariable(session_id, identifier, bypass_cache=False):
                 fill = self._begin(session_id, identifier)
-                return lambda variable: self._end(session_id, fill, variable)
+                return lambda variable: self._end(session_id, identifier, fill, variable)
             case commands.GetVariables(session_id, identifiers, bypass_cache=False):
                 fills = [self._begin(session_id, each, is_alone=len(identifiers) == 1) for each in identifiers]
-                return lambda found: self._end_all(session_id, fills, found)
-        return lambda result: self._compare(command.session_id, result)
+                several: commands.GetVariables = command
+                return lambda found: self._end_all(several, fills, found)
+        return lambda result: self._compare(command, result)
 
     def _begin(self, session_id: str, identifier: str, *, is_alone: bool = True) -> _Fill | None:
         with self._lock:
@@ -195,57 +196,94 @@ class ValueCache:
             session = self._followed(session_id)
             if session is None or not session.is_live:
                 return None
-            return session.fills.setdefault(identifier, _Fill(session, identifier, self._now()))
+            return session.fills.setdefault(identifier, _Fill(identifier, self._now()))
 
-    def _end_all(self, session_id: str, fills: Iterable[_Fill | None], found: VariablesFound | None) -> None:
+    def _end_all(self, command: commands.GetVariables, fills: Iterable[_Fill | None], found: Any) -> None:
+        variables = found.variables if found is not None else {}
         for fill in fills:
             if fill is not None:
-                self._end(session_id, fill, found.variables.get(fill.identifier) if found is not None else None)
-        self._compare(session_id, found)
+                self._end(command.session_id, fill.identifier, fill, variables.get(fill.identifier))
+        self._compare(command, found)
 
-    def _end(self, session_id: str, fill: _Fill | None, variable: Variable | None) -> None:
-        with self._lock:
-            if fill is not None and fill.session.fills.get(fill.identifier) is fill:
-                del fill.session.fills[fill.identifier]
-                # A lock may end at any moment, without a change that a watch could report.
-                if variable is not None and variable.optimization is None and fill.session.is_live:
-                    fill.session.fills.pop(variable.name, None)
-                    fill.session.fills.pop(variable.id, None)
-                    self._keep(fill.session, _Entry(variable, fill.sent_at + self.max_age_s))
-                    return
-            if variable is not None:
-                self._outdate(session_id, variable.name, variable.id, variable.version)
-
-    def _compare(self, session_id: str, result: object) -> None:
-        """Drop what is older than the result of another read: no later one may go back behind that."""
-        if isinstance(result, VariablesFound):
-            result = tuple(result.variables.values())
-        if isinstance(result, Variable):
-            result = (result,)
-        if not isinstance(result, tuple | list):
-            return
+    def _end(self, session_id: str, identifier: str, fill: _Fill | None, variable: Variable | None) -> None:
         with self._lock:
             session = self._sessions.get(session_id)
             if session is None:
                 return
-            for each in result:
-                if isinstance(each, Variable):
-                    self._outdate(session_id, each.name, each.id, each.version)
-                elif isinstance(each, VariableVersion) and (name := session.ids.get(each.variable_id)) is not None:
-                    self._outdate(session_id, name, each.variable_id, each.version)
+            is_open = fill is not None and session.fills.pop(identifier, None) is fill
+            if variable is None:
+                self._drop_one(session, identifier)
+            elif (
+                fill is not None
+                and is_open
+                and session.is_live
+                # By an id, it may be an earlier variable of its name.
+                and identifier == variable.name
+                # A lock may end at any moment, without a change that a watch could report.
+                and variable.optimization is None
+            ):
+                self._end_fills(session, variable.name, variable.id)
+                self._keep(session, _Entry(variable, fill.sent_at + self.max_age_s))
+            else:
+                self._see(session, variable)
 
-    def _outdate(self, session_id: str, name: str, variable_id: str, version: int) -> None:
-        """Drop the entry of a variable that has been seen in this version, if it is an older one.
+    def _compare(self, command: Command[Any], result: object) -> None:
+        """Drop what is older than the result of another read: no later one may go back behind that."""
+        with self._lock:
+            session = self._sessions.get(command.session_id)
+            if session is None:
+                return
+            match result:
+                case Variable():
+                    self._see(session, result)
+                case VariablesFound():
+                    for identifier in result.missing:
+                        self._drop_one(session, identifier)
+                    for variable in result.variables.values():
+                        self._see(session, variable)
+                case tuple() if isinstance(command, commands.ListVariables):
+                    self._see_list(session, command.pattern, result)
+                case list():
+                    self._see_versions(session, result)
 
-        Reads of it that have not been answered yet may be older, too.
-        """
-        if (session := self._sessions.get(session_id)) is not None:
-            session.fills.pop(name, None)
-            session.fills.pop(variable_id, None)
-        key = (session_id, name)
+    # What the client has seen by other reads. Those of the same variable that are on their way may be older, too
+
+    def _see(self, session: _Session, variable: Variable) -> None:
+        self._end_fills(session, variable.name, variable.id)
+        key = (session.id, variable.name)
         entry = self._entries.get(key)
-        if entry is not None and (entry.variable.id != variable_id or entry.variable.version < version):
+        if entry is not None and (
+            entry.variable.id != variable.id
+            or entry.variable.version < variable.version
+            or variable.optimization is not None
+        ):
             self._drop(key)
+
+    def _see_list(self, session: _Session, pattern: str, variables: Sequence[Variable]) -> None:
+        # Also those of variables that the list shows to be gone.
+        session.fills.clear()
+        listed, fits = {variable.name for variable in variables}, compile_glob(pattern or "*")
+        for name in [name for name in session.ids.values() if name not in listed and fits(name)]:
+            self._drop_one(session, name)
+        for variable in variables:
+            self._see(session, variable)
+
+    def _see_versions(self, session: _Session, versions: Sequence[object]) -> None:
+        session.fills.clear()
+        for version in versions:
+            if isinstance(version, VariableVersion) and (name := session.ids.get(version.variable_id)) is not None:
+                entry = self._entries[session.id, name]
+                if entry.variable.version < version.version:
+                    self._drop((session.id, name))
+
+    def _drop_one(self, session: _Session, identifier: str) -> None:
+        """Drop a variable that was not found, or could not be read."""
+        session.fills.clear()
+        self._drop((session.id, session.ids.get(identifier, identifier)))
+
+    def _end_fills(self, session: _Session, *identifiers: str) -> None:
+        for identifier in identifiers:
+            session.fills.pop(identifier, None)
 
     def _keep(self, session: _Session, entry: _Entry) -> None:
         variable = entry.variable
@@ -256,6 +294,9 @@ class ValueCache:
             if kept.variable.id == variable.id and kept.variable.version > variable.version:
                 return
             self._drop(key)
+            if kept.variable.id != variable.id:
+                # One of them was deleted, and which one is unknown here.
+                return
         if entry.size_bytes > self.max_bytes:
             return
         self._entries[key] = entry
@@ -369,8 +410,7 @@ class ValueCache:
         if update.kind is UpdateKind.DEPENDENCY_CHANGED:
             return
         with self._lock:
-            session.fills.pop(variable.name, None)
-            session.fills.pop(variable.id, None)
+            self._end_fills(session, variable.name, variable.id)
             key = (session.id, variable.name)
             entry = self._entries.get(key)
             if entry is None or not session.is_live:
