@@ -8,6 +8,8 @@ from dspex_persist import opening as _opening
 if TYPE_CHECKING:
     import os
 
+    from dspex_persist.cognitive.callbacks import Subscription as Subscription
+    from dspex_persist.cognitive.changes import Change as Change
     from dspex_persist.cognitive.context import Context as Context
     from dspex_persist.cognitive.errors import ContextClosedError as ContextClosedError
     from dspex_persist.cognitive.handles import Variable as Variable
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from dspex_persist.cognitive.variables import Definition as Definition
     from dspex_persist.cognitive.variables import Variables as Variables
     from dspex_persist.cognitive.variables import decode as decode
+    from dspex_persist.cognitive.watching import Changes as Changes
     from dspex_persist.errors import DspexError as DspexError
     from dspex_persist.settings import Settings as Settings
     from dspex_persist.settings import load_settings as load_settings
@@ -57,6 +60,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "Breaker": "dspex_persist.state.bridged",
     "BridgedState": "dspex_persist.state.bridged",
+    "Change": "dspex_persist.cognitive.changes",
+    "Changes": "dspex_persist.cognitive.watching",
     "Context": "dspex_persist.cognitive.context",
     "ContextClosedError": "dspex_persist.cognitive.errors",
     "Definition": "dspex_persist.cognitive.variables",
@@ -74,6 +79,7 @@ _HOMES = {
     "Settings": "dspex_persist.settings",
     "StateError": "dspex_persist.state.errors",
     "StateProvider": "dspex_persist.state.provider",
+    "Subscription": "dspex_persist.cognitive.callbacks",
     "Tool": "dspex_persist.cognitive.tools",
     "ToolArgumentError": "dspex_persist.state.errors",
     "ToolContext": "dspex_persist.cognitive.tool_context",

@@ -235,10 +235,16 @@ class Pace:
         """Whether it holds back anything."""
         return self._debounce_s is not None or self._throttle_s is not None
 
-    def offer(self, change: Change[Any], now_s: float) -> Iterator[Taken]:
-        """Take a change that comes now; yields it if it is to be delivered at once."""
+    def offer(self, change: Change[Any], now_s: float, commit: int | None = None) -> Iterator[Taken]:
+        """Take a change that comes now; yields it if it is to be delivered at once.
+
+        Args:
+            change: The change.
+            now_s: The time, in seconds.
+            commit: The number of its commit, if that is another one by now because the session has moved.
+        """
         # The position of a watch that has delivered nothing yet is that of its initial values.
-        taken = Taken(change.commit + change.is_initial, change)
+        taken = Taken((change.commit if commit is None else commit) + change.is_initial, change)
         if not self.is_used or change.is_initial:
             yield taken
             return

@@ -17,7 +17,7 @@ from dspex_persist.cognitive.backends import Backend, Follower
 from dspex_persist.cognitive.callbacks import Callback, Callbacks, Filter, Subscription, now_s
 from dspex_persist.cognitive.changes import Change, Choice, Pace, Taken, read_value
 from dspex_persist.cognitive.errors import ContextClosedError
-from dspex_persist.cognitive.sources import News, Source
+from dspex_persist.cognitive.sources import News, Numbering, Source
 from dspex_persist.errors import DspexError
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.spelling import quote
@@ -61,8 +61,12 @@ class Changes(Generic[T]):
         self._keep = keep
         self._pace = pace
         self._include_initial = include_initial
+        # `_taking` is held while updates are pulled and filtered, `_lock` only while they are pulled.
+        self._taking = threading.Lock()
         self._lock = threading.RLock()
+        self._numberings: list[Numbering] = []
         self._opening = threading.Lock()
+        self._is_open = False
         self._news = News()
         self._source: Source | None = None
         # What was pulled and is to be delivered, or an error of the filter.
@@ -77,23 +81,31 @@ class Changes(Generic[T]):
     def open(self) -> None:
         """Begin to watch, if it has not begun yet."""
         with self._opening:
-            if self._source is not None or self._ended:
+            if self._is_open or self._ended:
                 return
             self._open_source(self._news, self._begin)
             # Nobody may be left to close it. Closing takes locks, so the garbage collector must not do it.
             source = self._source
             assert source is not None, "it has begun"
             weakref.finalize(self, self._dropped.append, source)
+            if self._include_initial:
+                # Not in `_begin`, which passes the gate: the filter may use the context.
+                with self._lock:
+                    updates, moves = initial_updates(source), len(self._numberings)
+                self._take(updates, moves)
+            self._is_open = True
 
     def _begin(self, source: Source) -> None:
         with self._lock:
             self._source = source
-            if self._include_initial:
-                self._take(initial_updates(source), now_s())
+            ended = self._ended
+        if ended:
+            # It was closed meanwhile.
+            source.close()
 
     async def aopen(self) -> None:
         """Do the same without blocking the event loop."""
-        if self._source is None and not self._ended:
+        if not (self._is_open or self._ended):
             await asyncio.to_thread(self.open)
 
     # Taking
@@ -155,26 +167,31 @@ class Changes(Generic[T]):
 
     def _fill(self, *, may_block: bool) -> bool:
         """Pull, unless something is ready; returns False if that would block and must not."""
-        with self._lock:
+        with self._taking:
             source = self._source
             while source is not None and not self._ready and not self._ended:
-                try:
-                    updates = source.pull() if may_block else source.pull_ready()
-                except SessionNotFoundError:
-                    self._has_run_out = True
-                    self._end(None)
-                except StateError as error:
-                    self._end(error)
-                else:
-                    if updates is None:
-                        return False
-                    self._renumber(source)
-                    now = now_s()
-                    self._take(updates, now)
-                    self._ready.extend(self._pace.due(now))
-                    if not updates:
-                        break
+                with self._lock:
+                    updates = self._pull(source, may_block=may_block)
+                    moves = len(self._numberings)
+                if updates is None:
+                    return False
+                self._take(updates, moves)
+                if not updates:
+                    break
         return True
+
+    def _pull(self, source: Source, *, may_block: bool) -> list[Update] | None:
+        try:
+            updates = source.pull() if may_block else source.pull_ready()
+        except SessionNotFoundError:
+            self._has_run_out = True
+            self._end(None)
+            return []
+        except StateError as error:
+            self._end(error)
+            return []
+        self._renumber(source)
+        return updates
 
     def follow(self) -> None:
         """Go on with the backend that the context has moved to."""
@@ -185,21 +202,41 @@ class Changes(Generic[T]):
 
     def _renumber(self, source: Source) -> None:
         for number_of in source.take_numberings():
+            self._numberings.append(number_of)
             self._pace.renumber(number_of)
             for place, taken in enumerate(self._ready):
                 if isinstance(taken, Taken):
                     self._ready[place] = Taken(number_of(taken.first), taken.change)
 
-    def _take(self, updates: list[Update], now: float) -> None:
-        for update in updates:
-            change: Change[Any] = Change(update, read=self._read)
-            if not self._choice.includes(change.name):
-                continue
-            try:
-                if self._keep is None or self._keep(change):
-                    self._ready.extend(self._pace.offer(change, now))
-            except Exception as error:  # noqa: BLE001 - a user's code; raised to the user when it is its turn
-                self._ready.append(error)
+    def _take(self, updates: list[Update], moves: int) -> None:
+        """Take updates that were pulled after so many moves."""
+        wanted = [kept for update in updates if (kept := self._kept(update)) is not None]
+        now = now_s()
+        with self._lock:
+            if self._ended:
+                return
+            for each in wanted:
+                if isinstance(each, Exception):
+                    self._ready.append(each)
+                    continue
+                first = each.commit
+                for number_of in self._numberings[moves:]:
+                    first = number_of(first)
+                self._ready.extend(self._pace.offer(each, now, first))
+            self._ready.extend(self._pace.due(now))
+
+    def _kept(self, update: Update) -> Change[T] | Exception | None:
+        """The change if it is wanted, or an error of the filter, which is raised when it is its turn.
+
+        Called without `_lock`: the filter may use the context, which may be moving and then waits for `_lock`.
+        """
+        change = Change(update, read=self._read)
+        if not self._choice.includes(change.name):
+            return None
+        try:
+            return change if self._keep is None or self._keep(change) else None
+        except Exception as error:  # noqa: BLE001 - a user's code
+            return error
 
     def _pop(self) -> Change[T] | None:
         with self._lock:

@@ -568,6 +568,49 @@ class TestMoves:
         assert list(changes) == []
         ctx.close()
 
+    def test_a_filter_that_uses_the_context_does_not_hold_up_a_move(self, tmp_path: Path) -> None:
+        inside, may_go_on = threading.Event(), threading.Event()
+
+        def keep(change: Change[Any]) -> bool:
+            if change.value == 1:
+                inside.set()
+                may_go_on.wait(DEADLINE_S)
+            return bool(ctx["x"] >= change.value)
+
+        with Context("moves") as ctx, ThreadPoolExecutor(2) as threads:
+            ctx.define("x", 0)
+            changes = ctx.watch("x", filter=keep)
+            ctx["x"] = 1
+            taking = threads.submit(changes.next, DEADLINE_S)
+            assert inside.wait(DEADLINE_S)
+            moving = threads.submit(ctx.ensure_persistent, tmp_path / "target.db")
+            while not ctx.backend.gate.held and not moving.done():
+                threading.Event().wait(0.001)
+            may_go_on.set()
+            moving.result(DEADLINE_S)
+            change = taking.result(DEADLINE_S)
+            assert change is not None
+            assert change.value == 1
+            assert changes.position == ctx.history("x", 1)[0].commit
+            ctx["x"] = 2
+            assert values(taken(changes, 1)) == [2]
+
+    def test_to_a_server(self, tmp_path: Path) -> None:
+        calls = Calls()
+        with ServedDatabase(tmp_path / "served.db") as served, Context("moves") as ctx:
+            ctx.define("x", 0)
+            changes, paced = ctx.watch("x"), ctx.watch("x", debounce_s=1000)
+            ctx.watch("x", on_change=calls)
+            ctx["x"] = 1
+            calls.first(1)
+            ctx.ensure_bridged(served.url)
+            assert ctx.backend.kind == "bridged"
+            ctx["x"] = 2
+            assert values(taken(changes, 2)) == values(calls.first(2)) == [1, 2]
+            ctx.end()
+            assert values(list(paced)) == [2]
+            assert list(changes) == []
+
     def test_one_who_waits_is_not_disturbed(self, tmp_path: Path) -> None:
         async def test() -> None:
             async with Context.aopen() as ctx:
