@@ -20,7 +20,7 @@ OPTIMIZER, OPTIMIZATION, ITERATION, METRICS = "optimizer_id", "optimization_id",
 
 
 class Status:
-    """The lock of an optimization."""
+    """The lock of an optimization. From a server only `optimizer_id` and `started_at` are known."""
 
     __slots__ = ("record",)
 
@@ -188,7 +188,7 @@ class Optimization(Runs):
         number = self._next if iteration is None else arguments.number("iteration", iteration)
         record = yield from ask(commands.GetVariable(self._session_id, self.name))
         lock = record.optimization
-        if lock is None or lock.id != self.id:
+        if lock is None or not self._is_own(lock):
             raise NotOptimizingError(self.name) if lock is None else VariableLockedError(self.name, lock.optimizer_id)
         encoded = values.encode_for(value, lambda: record.type, name=self.name)
         metadata = {
@@ -208,7 +208,11 @@ class Optimization(Runs):
         """Return the status of the lock; None if it holds no more."""
         record = yield from ask(commands.GetVariable(self._session_id, self.name))
         lock = record.optimization
-        return Status(lock) if lock is not None and lock.id == self.id else None
+        return Status(lock) if lock is not None and self._is_own(lock) else None
+
+    def _is_own(self, lock: model.Optimization) -> bool:
+        # A server tells the optimizer of a lock, but not the lock's id.
+        return lock.optimizer_id == self.optimizer_id and lock.id in ("", self.id)
 
     @verb
     def history(self) -> Steps[list[Trial]]:

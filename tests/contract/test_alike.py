@@ -1,5 +1,6 @@
-"""The same program gets the same exceptions on a file and over gRPC."""
+"""The same program gets the same results and exceptions on each backend."""
 
+import asyncio
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -140,3 +141,96 @@ def test_the_actor_of_a_provider(tmp_path: Path) -> None:
         with pytest.raises(errors.InvalidArgumentError, match="actor"):
             dspex_persist.connect(url, actor=5)
     assert not (tmp_path / "other.db").exists()
+
+
+def program(ctx: dspex_persist.Context) -> Iterator[Any]:
+    """Use every verb of a context, and yield what there is to see of it; no line depends on the backend."""
+    yield ctx.resumed, list(ctx), bool(ctx)
+    ctx.define("temperature", 0.7, constraints={"min": 0, "max": 2}, description="how hot", metadata={"unit": "K"})
+    ctx.define_many({"stock": 3, "words": ["a"], "note": dspex_persist.Definition("x", description="y")})
+    ctx["new"] = {"k": [1, 2.5, True]}
+    yield dict(ctx), ctx.get("nothing", 5), ctx.get_many("stock", "nothing"), len(ctx), "stock" in ctx
+    yield ctx.set("temperature", 1, reason="colder", actor="user:bob"), ctx.info("temperature").value
+    yield ctx.update("stock", lambda stock: stock - 1, reason="sold"), ctx.rollback("stock", 0)
+    yield [(each.version, each.value, str(each.kind), each.actor, each.reason) for each in ctx.history("stock")]
+    yield [each.version for each in ctx.history("stock", 1, before=2)]
+    outcome = ctx.update_many({"stock": 9, "temperature": 5}, atomic=False)
+    yield dict(outcome.versions), dict(outcome.errors)
+    for wrong in (
+        lambda: ctx.update_many({"stock": 8, "temperature": 5}),
+        lambda: ctx["nothing"],
+        lambda: ctx.set("stok", 1),
+        lambda: ctx.set("stock", 1, expected_version=0),
+        lambda: ctx.define("stock", 1.0),
+        lambda: ctx.delete("nothing"),
+        lambda: ctx.depends_on("stock", "stock"),
+        lambda: ctx.call("nothing"),
+    ):
+        error = raised(wrong)  # type: ignore[arg-type]
+        yield type(error).__name__, str(error), error.error_code, error.retryable
+    ctx.depends_on("words", "stock", "temperature", kind="uses")
+    ctx.depends_on("note", "words")
+    yield ctx.dependencies("words"), ctx.dependents("stock", transitive=True), ctx.remove_dependency("note", "words")
+    with ctx.optimize("temperature", {"target": 1}, optimizer_id="grid") as run:
+        yield run.report(0, 0.5, {"score": 0.1}), raised(lambda: ctx.set("temperature", 1)).error_code
+    yield (
+        [(trial.iteration, trial.value, dict(trial.metrics)) for trial in run.history()],
+        ctx.optimization("temperature"),
+    )
+    with ctx.transaction() as tx:
+        tx["stock"] += 1
+        tx["note"] = "in a transaction"
+    yield ctx["stock"], ctx["note"], len({ctx.history(name)[0].commit for name in ("stock", "note")})
+    handle = ctx.handle("temperature", float)
+    handle.value = 1.5
+    yield handle.update(lambda value: value / 2), ctx.v.temperature
+    yield (
+        ctx.variables.pop("new"),
+        ctx.variables.setdefault("more", 1),
+        ctx.variables | {"z": 1},
+        ctx.variables.popitem(),
+    )
+    with ctx.watch("stock", include_initial=True) as changes:
+        ctx["stock"] = 20
+        first, second = next(changes), next(changes)
+    yield first.value, second.value, second.old
+    ctx.define("a", 1)
+    ctx.define("b", 1)
+    yield [each.name for each in ctx.list("*o*")]
+    yield str(ctx.describe()).splitlines()[1:]
+
+    async def awaited() -> list[Any]:
+        await ctx.set.aio("stock", 30, reason="awaited")
+        await asyncio.gather(*(ctx.update.aio("stock", lambda stock: stock + 1) for _ in range(5)))
+        return [
+            await ctx.get.aio("stock"),
+            (await ctx.history.aio("stock", 6))[-1].reason,
+            await ctx.call.aio("add", amount=4),
+        ]
+
+    yield asyncio.run(awaited())
+    ctx.end()
+    yield raised(lambda: ctx["stock"]).error_code
+
+
+def test_one_program_prints_the_same_on_each_backend(tmp_path: Path) -> None:
+    tools = {"tools": "dspex_persist.testing.contract_tools"}
+    with ServedDatabase(tmp_path / "served.db", tools) as served:
+        printed = []
+        for url, options in (
+            ("local", {"tools": CONTRACT_TOOLS}),
+            (str(tmp_path / "file.db"), {"tools": CONTRACT_TOOLS}),
+            (served.url, {}),
+        ):
+            with dspex_persist.Context("program", url, actor="user:ann", **options) as ctx:
+                printed.append(list(map(repr, program(ctx))))
+        with dspex_persist.Context("moved", actor="user:ann", tools=CONTRACT_TOOLS) as ctx:
+            running, lines = program(ctx), []
+            for number, line in enumerate(running):
+                lines.append(repr(line).replace("'moved'", "'program'"))
+                if number == 8:
+                    ctx.ensure_persistent(tmp_path / "moved.db")
+                    assert ctx.backend.kind == "embedded"
+            printed.append(lines)
+    for other in printed[1:]:
+        assert other == printed[0]
