@@ -175,6 +175,18 @@ MODULES = {
     "dspy": Kind("DSPy", "Recording the calls of models: see [DSPy programs](../dspy.md).", ("cognitive.dspy",)),
 }
 """Modules with an `__all__` of their own."""
+RETURNED = {
+    "records": ("VariableInfo", "HistoryEntry"),
+    "changes": ("Change",),
+    "watching": ("Changes",),
+    "callbacks": ("Subscription",),
+    "transactions": ("Transaction",),
+    "optimizing": ("Optimization", "Trial", "Status"),
+    "backends": ("Backend", "Switch"),
+    "describing": ("Description", "History"),
+    "mapping": ("VariableMapping",),
+}
+"""What the methods of contexts return, by modules of `cognitive`."""
 PLAIN = "    options: {heading_level: 2, show_root_full_path: false}\n"
 INHERITED = "    options: {heading_level: 2, show_root_full_path: false, inherited_members: true}\n"
 SUITE = '    options: {show_root_full_path: true, heading_level: 2, filters: ["!^_", "!^test_"], show_bases: false}\n'
@@ -198,7 +210,7 @@ def api_pages() -> dict[str, str]:
         names = _exported(module)
         pages[place] = _page(kind, [(module, name, PLAIN) for name in names])
         index.append(_summary(place, kind, names))
-    for place, kind, entries in (_abilities(), _records(), _errors(package), _suites()):
+    for place, kind, entries in (_returned(), _abilities(), _records(), _errors(package), _suites()):
         pages[place] = _page(kind, entries)
         index.append(_summary(place, kind, [name for _, name, _ in entries]))
     pages["index"] = "\n".join(index)
@@ -242,6 +254,12 @@ def _defined(module: str) -> list[str]:
         for name, member in members
         if not name.startswith("_") and (isclass(member) or isfunction(member)) and member.__module__ == module
     ]
+
+
+def _returned() -> tuple[str, Kind, list[tuple[str, str, str]]]:
+    text = "Versions, changes, transactions and the like: see [Contexts](../context.md)."
+    entries = [(f"dspex_persist.cognitive.{module}", name, PLAIN) for module in RETURNED for name in RETURNED[module]]
+    return "returned", Kind("What contexts return", text, ()), entries
 
 
 def _abilities() -> tuple[str, Kind, list[tuple[str, str, str]]]:
