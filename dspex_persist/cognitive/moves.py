@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Final, cast
 
 from dspex_persist import clock
@@ -20,7 +21,7 @@ from dspex_persist.cognitive.carried import CarriedTools
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.opening import open_state
 from dspex_persist.spelling import quote
-from dspex_persist.state.abilities import Holdable, Importable, Recordable, SessionHold
+from dspex_persist.state.abilities import Holdable, Importable, Recordable, SessionHold, SessionImport
 from dspex_persist.state.errors import (
     InternalError,
     InvalidArgumentError,
@@ -31,7 +32,7 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.model import ChangeKind, ImportedSession
 from dspex_persist.state.provider import StateProvider
-from dspex_persist.state.recording import RecordedCommit
+from dspex_persist.state.recording import Header, RecordedCommit
 from dspex_persist.state.tools.session import current_session
 
 TIMEOUT_S: Final = 30.0
@@ -180,20 +181,26 @@ class _Move:
         self._target = target
         self._url = url
         self._moved = _Moved()
+        self._header: Header | None = None
+        self._import: SessionImport | None = None
         self._imported: ImportedSession | None = None
         self._is_unknown = False
 
     def carry_out(self) -> None:
         """Move the session, or leave everything as it was."""
         try:
+            # Nobody has to wait for what is there already.
+            self._begin_copy()
             with self._at_the_gate():
                 began = time.perf_counter()
                 with Holdable.of(self._source).hold_session(self._session_id, timeout_s=TIMEOUT_S) as held:
                     self._go(held, began)
         except BaseException:
+            self._end_copy()
             if self._backend.provider is not self._target:
                 self._target.discard()
             raise
+        self._end_copy()
 
     @contextmanager
     def _at_the_gate(self) -> Iterator[None]:
@@ -221,18 +228,47 @@ class _Move:
             raise
         self._switch(began)
 
-    def _copy(self) -> ImportedSession:
+    def _begin_copy(self) -> None:
         header, commits = Recordable.of(self._source).record(self._session_id, reveal=True)
-        with Importable.of(self._target).begin_import(header) as begun:
-            for commit in self._moved.counting(commits):
-                begun.add(commit)
-            try:
-                self._imported = imported = begun.finish()
-            except OutcomeUnknownError:
-                self._is_unknown = True
-                raise
-            self._moved.content_hash = begun.content_hash
+        self._moved, self._header = _Moved(), header
+        self._import = Importable.of(self._target).begin_import(header)
+        for commit in self._moved.counting(commits):
+            self._import.add(commit)
+
+    def _end_copy(self) -> None:
+        if self._import is not None:
+            self._import.close()
+
+    def _copy(self) -> ImportedSession:
+        """Copy what others have written since `_begin_copy`, and finish."""
+        self._add_rest()
+        assert self._import is not None, "it has begun"
+        try:
+            self._imported = imported = self._import.finish()
+        except OutcomeUnknownError:
+            self._is_unknown = True
+            raise
+        self._moved.content_hash = self._import.content_hash
         return imported
+
+    def _add_rest(self) -> None:
+        moved, begun = self._moved, self._import
+        assert begun is not None, "it has begun"
+        try:
+            header, commits = Recordable.of(self._source).record(
+                self._session_id, started=moved.sequences[0], reveal=True
+            )
+        except InvalidArgumentError:
+            # Another session has this id now.
+            header, commits = None, iter(())
+        if header == self._header:
+            return
+        if header is not None and begun.extend(header):
+            for commit in moved.counting(islice(commits, len(moved.sequences), None)):
+                begun.add(commit)
+        else:
+            begun.close()
+            self._begin_copy()
 
     def _verify(self, imported: ImportedSession) -> None:
         """Check that the new backend has what the old one has."""

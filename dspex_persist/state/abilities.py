@@ -160,6 +160,17 @@ class SessionImport(ABC):
     def add(self, commit: RecordedCommit) -> None:
         """Add the next commit. It is checked, here or by `finish` at the latest."""
 
+    def extend(self, header: Header) -> bool:
+        """Expect more commits, because the session went on after it was recorded.
+
+        Args:
+            header: The header of a longer recording, which begins with the commits that were added.
+
+        Returns:
+            Whether that is possible; if not, begin another import.
+        """
+        return False
+
     @abstractmethod
     def finish(self) -> ImportedSession:
         """Import the session, now that every commit was added."""

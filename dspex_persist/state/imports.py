@@ -136,6 +136,11 @@ class CheckedImport(SessionImport):
         self._pages.add(self._page, self._page_bytes)
         self._page, self._page_bytes = [], 0
 
+    def extend(self, header: Header) -> bool:
+        """See `SessionImport.extend`."""
+        self._in_all = header.commits
+        return True
+
     def finish(self) -> ImportedSession:
         """Import the session; `RecordingError` if commits are missing."""
         if self._content.commits != self._in_all:
