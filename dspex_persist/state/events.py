@@ -530,10 +530,13 @@ def anonymous(kind: EventKind, body: Mapping[str, Any]) -> Mapping[str, Any]:
     return body
 
 
+def names_executions(body: Mapping[str, Any]) -> bool:
+    """Whether the body of an event has execution ids."""
+    return not _IDS.isdisjoint(body)
+
+
 def renamed_executions(body: Mapping[str, Any], renamed: Callable[[str], str]) -> Mapping[str, Any]:
     """Return the body of an event with its execution ids mapped by `renamed`."""
-    if _IDS.isdisjoint(body):
-        return body
     ids = {key: renamed(entry) for key, entry in body.items() if key in _IDS and isinstance(entry, str)}
     return {**body, **ids}
 

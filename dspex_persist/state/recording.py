@@ -25,6 +25,7 @@ from dspex_persist.state.events import (
     VariableRegistered,
     anonymous,
     event_in,
+    names_executions,
     renamed_executions,
 )
 from dspex_persist.state.model import ChangeKind, EventKind, Source, Value
@@ -424,6 +425,9 @@ def _holding(name: str, waiting: Mapping[str, Sequence[RecordedVersion]]) -> lis
 
 def renumbered(commit: RecordedCommit, number_of: Callable[[int], int | None]) -> RecordedCommit:
     """Return the commit with the numbers in its execution ids mapped; ids whose number maps to None stay."""
+    if not (commit.cause.startswith("exec_") or any(names_executions(event.body) for event in commit.events)):
+        # Most commits are about no execution: they keep what has been read of them.
+        return commit
 
     def changed(execution_id: str) -> str:
         return renumbered_id(execution_id, number_of)
@@ -434,7 +438,6 @@ def renumbered(commit: RecordedCommit, number_of: Callable[[int], int | None]) -
 
     cause, events = changed(commit.cause), tuple(map(changed_event, commit.events))
     if cause == commit.cause and all(map(is_, events, commit.events)):
-        # Most commits are about no execution: they keep what has been read of them.
         return commit
     return replace(commit, cause=cause, events=events)
 

@@ -116,6 +116,7 @@ class LogWriter:
         self._versions: list[tuple[Any, ...]] = []
         self._short_versions: list[tuple[Any, ...]] = []
         self._events: list[tuple[Any, ...]] = []
+        self._registered: list[tuple[Any, ...]] = []
         self._merged: dict[int, str] = {}
         self._last_metadata: tuple[Mapping[str, str], str] = {}, "{}"
         self._begun: list[tuple[Any, ...]] = []
@@ -155,6 +156,7 @@ class LogWriter:
     def flush(self) -> None:
         """Write the rows of the added units."""
         write = self._driver.executemany
+        self._write_registered()
         if self._commits:
             write(_INSERT_COMMITS, self._commits)
         if self._short_versions:
@@ -218,9 +220,11 @@ class LogWriter:
         new = {event.variable_id for event in unit.events if isinstance(event, VariableRegistered)}
         keys = [(unit.sequence, state.keys[variable_id]) for variable_id in self._gone - new]
         if keys:
+            self._write_registered()
             self._driver.executemany(_FREE_NAME, keys)
 
     def _delete(self, state: SessionState, version: VariableVersion) -> None:
+        self._write_registered()
         self._driver.execute(_DELETE_VARIABLE, (version.sequence, state.keys[version.variable_id]))
         if state.dependencies:
             self._connection.execute(
@@ -236,6 +240,12 @@ class LogWriter:
         text = storable((logged or event).to_body())
         self._events.append((unit.sequence, ordinal, event.kind.value, text))
         return event_text(ordinal, event.kind.value, text)
+
+    def _write_registered(self) -> None:
+        """Write the rows of new variables, before another statement reads or changes them."""
+        if self._registered:
+            self._driver.executemany(_INSERT_VARIABLE, self._registered)
+            self._registered = []
 
     # What each kind of event changes in the tables of the current state. An event that is returned is logged instead
 
@@ -269,11 +279,12 @@ class LogWriter:
         # A variable that the same unit deletes again is never live, so its name stays free.
         deleted = unit.sequence if event.variable_id in self._gone else None
         facts = (event.variable_id, event.name, event.type, event.constraints)
-        self._driver.execute(_INSERT_VARIABLE, (key, state.key, *facts, "{}", None, deleted))
-        return replace(event, variable_key=key)
+        self._registered.append((key, state.key, *facts, "{}", None, deleted))
+        return VariableRegistered(*facts, key)
 
     def _constrain_variable(self, unit: UnitOfWork, state: SessionState, event: VariableConstrained) -> Event:
         key = state.keys[event.variable_id]
+        self._write_registered()
         self._driver.execute(_KEEP_CONSTRAINTS, (key,))
         self._driver.execute(_ADD_CONSTRAINTS, (key, unit.sequence, event.constraints))
         self._driver.execute(_SET_CONSTRAINTS, (event.constraints, key))
@@ -342,11 +353,13 @@ class LogWriter:
 
     def _prune(self, unit: UnitOfWork, state: SessionState, event: Pruned) -> Event:
         """The event names the rows to delete by this file's keys; the logged one has only their numbers."""
+        self._write_registered()
         self._freed |= pruned.blobs_of(event.going[0])
         return pruned.carry_out(self._connection, state.key, unit.sequence, event)
 
     def _set_lock(self, state: SessionState, variable_id: str, text: str | None) -> None:
         key = state.keys[variable_id]
+        self._write_registered()
         self._connection.execute(update(variables).where(variables.c.variable_key == key).values(optimization=text))
 
 
