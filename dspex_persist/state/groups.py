@@ -295,9 +295,7 @@ class Groups(Generic[S_co]):
         self._cache.evict()
         if units:
             self.hub.advance(self.log.sequence)
-            # A watch that joins from now on finds them in the log.
-            if self.hub.count:
-                self._publish_to_watchers(units)
+            self._publish_to_watchers(units)
 
     def _publish_to_watchers(self, units: Sequence[UnitOfWork]) -> None:
         commits: dict[int, list[CommitChanges]] = {}
@@ -311,7 +309,9 @@ class Groups(Generic[S_co]):
             commits.setdefault(state.session.sequence, []).append(commit)
             if any(event.kind is EventKind.SESSION_ENDED for event in unit.events):
                 ended.append(state.session.sequence)
-        self.hub.publish(commits, ended, self.log.sequence)
+        # A watch that joins from now on finds them in the log.
+        if commits or ended:
+            self.hub.publish(commits, ended, self.log.sequence)
 
     # The `Backing` of units of work, inside a group
 
