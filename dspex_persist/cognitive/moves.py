@@ -1,8 +1,9 @@
 """Moves: a session goes from one backend to another with its whole history, while others use it.
 
-While it moves, the context's own calls wait at its gate, and all other writers of the session at the hold of its
-backend. The old backend is only let go after the new one has been verified: it has the same history, which a content
-hash proves. If a step fails before, the session goes on where it was, and the new place is as it was before.
+What is there is copied first, while everybody goes on. For what others write meanwhile, and until the new backend is
+in use, the context's own calls wait at its gate, and all other writers of the session at the hold of its backend. The
+old backend is only let go after the new one has been verified: it has the same history, which a content hash proves.
+If a step fails before, the session goes on where it was, and the new place is as it was before.
 """
 
 import asyncio
@@ -190,7 +191,7 @@ class _Move:
         """Move the session, or leave everything as it was."""
         try:
             # Nobody has to wait for what is there already.
-            self._begin_copy()
+            self._begin_copy().check()
             with self._at_the_gate():
                 began = time.perf_counter()
                 with Holdable.of(self._source).hold_session(self._session_id, timeout_s=TIMEOUT_S) as held:
@@ -228,12 +229,13 @@ class _Move:
             raise
         self._switch(began)
 
-    def _begin_copy(self) -> None:
+    def _begin_copy(self) -> SessionImport:
         header, commits = Recordable.of(self._source).record(self._session_id, reveal=True)
         self._moved, self._header = _Moved(), header
-        self._import = Importable.of(self._target).begin_import(header)
+        self._import = begun = Importable.of(self._target).begin_import(header)
         for commit in self._moved.counting(commits):
-            self._import.add(commit)
+            begun.add(commit)
+        return begun
 
     def _end_copy(self) -> None:
         if self._import is not None:

@@ -160,6 +160,9 @@ class SessionImport(ABC):
     def add(self, commit: RecordedCommit) -> None:
         """Add the next commit. It is checked, here or by `finish` at the latest."""
 
+    def check(self) -> None:  # noqa: B027 - optional
+        """Do what can be done before `finish`, which then takes less time, for those who do not have to wait yet."""
+
     def extend(self, header: Header) -> bool:
         """Expect more commits, because the session went on after it was recorded.
 

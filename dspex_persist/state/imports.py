@@ -100,10 +100,8 @@ class CheckedImport(SessionImport):
         # The writer does not see answers that are left out.
         is_left_out = commit.answer is not None and not self._keeps_answers
         is_much = len(self._page) == _FEW or self._size_bytes > _FEW_BYTES
-        if not self._is_checked and (is_much or is_left_out):
-            self._is_checked = True
-            for each in self._page:
-                self._check(each)
+        if is_much or is_left_out:
+            self.check()
         if self._is_checked:
             self._check(commit)
         if is_left_out:
@@ -112,6 +110,13 @@ class CheckedImport(SessionImport):
         self._page_bytes += size_bytes + _PAGE_BYTES // _PAGE_COMMITS
         if self._page_bytes > _PAGE_BYTES and self._is_checked:
             self._end_page()
+
+    def check(self) -> None:
+        """See `SessionImport.check`."""
+        if not self._is_checked:
+            self._is_checked = True
+            for each in self._page:
+                self._check(each)
 
     def _check(self, commit: RecordedCommit) -> None:
         options, drafts = self._options, self._drafts
@@ -144,10 +149,8 @@ class CheckedImport(SessionImport):
     def finish(self) -> ImportedSession:
         """Import the session; `RecordingError` if commits are missing."""
         if self._content.commits != self._in_all:
-            if not self._is_checked:
-                # What is wrong with a commit says more.
-                for each in self._page:
-                    self._check(each)
+            # What is wrong with a commit says more.
+            self.check()
             reason = f"it ends after {self._content.commits} commits of {self._in_all}"
             raise RecordingError("the recording", self._content.commits + 1, reason)
         self._end_page()
