@@ -23,6 +23,7 @@ from dspex_persist.state.errors import ExecutionConflictError, InvalidArgumentEr
 from dspex_persist.state.model import ExecutionStatus, Isolation, Origin, RestoredSession
 from dspex_persist.state.provider import TOOL_TIMEOUT_S, SubmitHere
 from dspex_persist.state.tools.ports import ToolCode, name_of
+from dspex_persist.state.tools.session import enter_block, leave_block
 
 R = TypeVar("R")
 
@@ -195,6 +196,7 @@ class Transaction(Variables):
             self._gate.leave_tool()
             raise
         self._gate.let_in()
+        enter_block(self._opened.execution_id)
         return self
 
     async def __aenter__(self) -> Self:
@@ -207,6 +209,7 @@ class Transaction(Variables):
             self._gate.leave_tool()
             raise
         self._gate.let_in()
+        enter_block(self._opened.execution_id)
         return self
 
     def __exit__(
@@ -217,6 +220,7 @@ class Transaction(Variables):
             if ending is not None:
                 self._settle(error, ending.result)
         finally:
+            leave_block(self.execution_id)
             self._gate.let_out()
             self._gate.leave_tool()
 
@@ -230,6 +234,7 @@ class Transaction(Variables):
                 await asyncio.wait((asyncio.ensure_future(asyncio.wrap_future(ending)),))
                 self._settle(error, ending.result)
         finally:
+            leave_block(self.execution_id)
             self._gate.let_out()
             self._gate.leave_tool()
 

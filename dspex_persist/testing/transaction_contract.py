@@ -294,6 +294,30 @@ class TransactionContract(Contract):
         assert tool.result(DEADLINE_S).success
         assert provider.get_value(shop, "a") == 5
 
+    def test_a_block_does_not_wait_for_itself(self, provider: Transacts, shop: str) -> None:
+        with Context(shop, provider, metadata={"dspex.concurrency": "queue"}) as context:
+            with context.transaction() as tx:
+                for act in (lambda: context.call("add"), lambda: context.transaction().__enter__()):
+                    with pytest.raises(errors.SessionBusyError, match="has called this and waits for it"):
+                        act()
+                assert tx.call("add") == 1
+                with ThreadPoolExecutor(1) as pool:
+                    waits = pool.submit(context.call, "add", name="b")
+                    tx.commit()
+                    assert waits.result(DEADLINE_S) == 1
+            assert context.call("add") == 2
+
+            async def run() -> None:
+                async with context.transaction() as tx:
+                    with pytest.raises(errors.SessionBusyError, match="has called this and waits for it"):
+                        await context.call.aio("add")
+                    other = asyncio.create_task(context.call.aio("add", name="b"))
+                    await tx.set.aio("a", 5)
+                assert await other == 2
+
+            asyncio.run(run())
+            assert context.get_many("a", "b") == {"a": 5, "b": 2}
+
     def test_it_is_refused_in_a_session_that_rejects(self, provider: Transacts, shop: str) -> None:
         provider.initialize_session(shop, {"dspex.concurrency": "reject"})
         with provider.begin_transaction(shop) as transaction:

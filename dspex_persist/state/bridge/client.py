@@ -39,6 +39,7 @@ from dspex_persist.state.bridge.headers import (
     ACTOR,
     AFTER_SEQUENCE,
     ARGUMENTS,
+    ASKED_BY,
     BINARY,
     CONTINUES,
     EXECUTION_ID,
@@ -79,6 +80,7 @@ from dspex_persist.state.model import (
 from dspex_persist.state.options import check_count
 from dspex_persist.state.provider import TOOL_TIMEOUT_S, Progress, Who, check_watch, fault_of, or_empty, silent
 from dspex_persist.state.recording import Header, RecordedCommit
+from dspex_persist.state.tools.session import current_execution_id
 
 R = TypeVar("R")
 
@@ -398,7 +400,7 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
         origin: Origin | None = None,
     ) -> Future[Transaction]:
         """See `Transacts.submit_transaction`. The transaction lasts no longer than the connection."""
-        begin = partial(self._begin, session_id, isolation, timeout_s, metadata, origin)
+        begin = partial(self._begin, session_id, isolation, timeout_s, metadata, origin, current_execution_id())
         return on_new_thread(begin, "dspex-persist-transaction")
 
     def _begin(
@@ -408,6 +410,7 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
         timeout_s: float,
         metadata: Mapping[str, str] | None,
         origin: Origin | None,
+        asker_id: str | None,
     ) -> Transaction:
         self.check_open()
         timeout_s = arguments.timeout("timeout_s", timeout_s)
@@ -421,7 +424,7 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
             arguments.member("isolation", isolation, Isolation).value,
             timeout_s,
             arguments.metadata("metadata", or_empty(metadata)),
-            headers=self._headers_of_origin(origin),
+            headers=(*self._headers_of_origin(origin), *_headers({ASKED_BY: asker_id})),
             # It may have to wait for its turn.
             patience_s=timeout_s + _VERDICT_S,
         )

@@ -4,7 +4,7 @@ from typing import Any, Final
 
 from dspex_persist.state.abilities import Transacts
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
-from dspex_persist.state.bridge.headers import EXECUTION_STATUS
+from dspex_persist.state.bridge.headers import ASKED_BY, EXECUTION_STATUS
 from dspex_persist.state.bridge.incoming import Context, RequestHeaders, check_count, origin_of
 from dspex_persist.state.bridge.records import Codec
 from dspex_persist.state.errors import ExecutionNotFoundError, UnsupportedError
@@ -37,11 +37,13 @@ class TransactionRpcs:
         limits = provider.runner.limits
         check_count("metadata entries", request.metadata, limits.metadata_entries, "metadata_entries")
         timeout_s = request.timeout_s if request.HasField("timeout_s") else TOOL_TIMEOUT_S
-        origin = origin_of("BeginTransaction", context, RequestHeaders(context))
+        headers = RequestHeaders(context)
+        origin = origin_of("BeginTransaction", context, headers)
         isolation = request.isolation or Isolation.SERIALIZABLE
         opened = await OpenTransaction.begin(
             provider.runner,
             *provider.transaction_request(request.session, isolation, timeout_s, dict(request.metadata), origin),
+            headers.find(ASKED_BY),
         )
         execution_id = opened.session.execution_id
         self._open[execution_id] = opened

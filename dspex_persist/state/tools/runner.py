@@ -121,24 +121,27 @@ class ToolRunner:
         """Run a coroutine of the runner on its home loop; callable from any thread."""
         return self._home.start(coroutine)
 
-    def submit(self, request: ToolRequest, emit: Emit | None = None) -> "Future[ToolOutcome]":
+    def submit(
+        self, request: ToolRequest, emit: Emit | None = None, *, asker_id: str | None = None
+    ) -> "Future[ToolOutcome]":
         """Execute a tool; callable from any thread.
 
         Args:
             request: What to execute.
             emit: Receives the chunks of a streaming tool, on the home loop.
+            asker_id: See `execute`.
 
         Returns:
             A future of the outcome. It fails with the errors of `execute`, and with `EngineClosedError` if the runner
             is closed first.
         """
-        return self.start(self._execute_until_closed(request, emit))
+        return self.start(self._execute_until_closed(request, emit, asker_id))
 
-    async def _execute_until_closed(self, request: ToolRequest, emit: Emit | None) -> ToolOutcome:
+    async def _execute_until_closed(self, request: ToolRequest, emit: Emit | None, asker_id: str | None) -> ToolOutcome:
         traffic = self._home.mailbox.traffic
         traffic.calls += 1
         try:
-            return await self.execute(request, emit)
+            return await self.execute(request, emit, asker_id=asker_id)
         except asyncio.CancelledError:
             if not self._endings.draining:
                 # The caller cancelled the future.
@@ -188,8 +191,8 @@ class ToolRunner:
         Args:
             request: What to execute.
             emit: Receives the chunks of a streaming tool.
-            asker_id: The execution whose code sent the request, if it came over a wire; within the process the
-                context has it.
+            asker_id: The execution whose code sent the request and waits for it, if it came over a wire, or from the
+                block of a transaction; for tools of this process the context has it.
             tool: What to run; by default the tool that the request names.
 
         Returns:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -9,7 +10,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from datetime import datetime
 from random import Random
-from typing import Any, Final, NoReturn, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, NoReturn, Protocol, TypeVar
 from uuid import UUID
 
 from dspex_persist import clock
@@ -34,10 +35,44 @@ current_session: ContextVar["ToolSession | None"] = ContextVar("dspex_persist_cu
 """The session of the execution whose code runs in this context. A tool that this code asks for reads it here."""
 
 
+class _Block(NamedTuple):
+    """A block of a client's code with a transaction, and where it runs: other threads and tasks only inherit it."""
+
+    execution_id: str
+    thread: int
+    task: "asyncio.Task[Any] | None"
+
+
+_blocks: ContextVar[tuple[_Block, ...]] = ContextVar("dspex_persist_blocks", default=())
+
+
+def enter_block(execution_id: str) -> None:
+    """Note that this thread, or task, runs the code of a client's transaction until `leave_block`."""
+    _blocks.set((*_blocks.get(), _Block(execution_id, *_place())))
+
+
+def leave_block(execution_id: str) -> None:
+    """Note the end of such a block."""
+    _blocks.set(tuple(block for block in _blocks.get() if block.execution_id != execution_id))
+
+
+def _place() -> tuple[int, "asyncio.Task[Any] | None"]:
+    return threading.get_ident(), asyncio.current_task() if is_on_loop() else None
+
+
+def current_transaction_id() -> str | None:
+    """Return the id of the client's transaction in whose block this code runs, or None."""
+    blocks = _blocks.get()
+    if not blocks:
+        return None
+    place = _place()
+    return next((block.execution_id for block in reversed(blocks) if block[1:] == place), None)
+
+
 def current_execution_id() -> str | None:
-    """Return the id of the execution whose code runs in this context, or None outside of tools."""
+    """Return the id of the execution whose code runs in this context: that of a tool, or of a client's transaction."""
     session = current_session.get()
-    return session.execution_id if session is not None else None
+    return session.execution_id if session is not None else current_transaction_id()
 
 
 class Host(Protocol):

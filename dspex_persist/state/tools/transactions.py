@@ -64,19 +64,22 @@ class OpenTransaction:
         self._execution = execution
 
     @classmethod
-    async def begin(cls, runner: ToolRunner, request: ToolRequest, isolation: Isolation) -> "OpenTransaction":
+    async def begin(
+        cls, runner: ToolRunner, request: ToolRequest, isolation: Isolation, asker_id: str | None = None
+    ) -> "OpenTransaction":
         """Begin a transaction, when it is its turn.
 
         Args:
             runner: Runs it.
             request: Who begins it, on which session.
             isolation: What others must not change until it commits.
+            asker_id: The execution whose code waits for it, if one does.
 
         Raises:
             StateError: It could not begin.
         """
         code = _ClientCode(isolation)
-        execution = asyncio.get_running_loop().create_task(runner.execute(request, tool=code))
+        execution = asyncio.get_running_loop().create_task(runner.execute(request, tool=code, asker_id=asker_id))
         execution.add_done_callback(_take_error)
         try:
             await asyncio.wait((code.session, execution), return_when=asyncio.FIRST_COMPLETED)

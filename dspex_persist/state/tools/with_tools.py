@@ -33,6 +33,7 @@ from dspex_persist.state.tools.ports import RemotePort, ToolCode, check_tools
 from dspex_persist.state.tools.remote import RemoteTool
 from dspex_persist.state.tools.requests import ToolRequest, request_of
 from dspex_persist.state.tools.runner import ToolRunner
+from dspex_persist.state.tools.session import current_session, current_transaction_id
 from dspex_persist.state.tools.transactions import LocalTransaction, OpenTransaction
 
 R = TypeVar("R")
@@ -126,7 +127,7 @@ class WithTools(Around, StreamsTools, Transacts):
     def _execute(self, command: commands.ExecuteTool, origin: Origin) -> Future[Any]:
         if self._closed:
             return failed(EngineClosedError())
-        return self.runner.submit(request_of(command, origin))
+        return self.runner.submit(request_of(command, origin), asker_id=_asker_id())
 
     def _register(self, command: commands.RegisterTools, origin: Origin) -> Future[Any]:
         """Reserve the names of this process's tools, so that no worker can register a tool under one of them."""
@@ -162,7 +163,7 @@ class WithTools(Around, StreamsTools, Transacts):
         self._check_runs(command)
         chunks = ChunkQueue()
         request = request_of(command, self.origin("ExecuteStreamingTool", **who))
-        done = self.runner.submit(request, chunks.emit)
+        done = self.runner.submit(request, chunks.emit, asker_id=_asker_id())
         own = self.runner.tools.get(tool)
         result_type = own.result_type if own is not None else ""
         try:
@@ -194,7 +195,7 @@ class WithTools(Around, StreamsTools, Transacts):
             if self._closed:
                 raise EngineClosedError()
             request, level = self.transaction_request(session_id, isolation, timeout_s, or_empty(metadata), origin)
-            return self.runner.start(self._begin(request, level))
+            return self.runner.start(self._begin(request, level, _asker_id()))
         except StateError as error:
             return failed(error)
 
@@ -218,9 +219,9 @@ class WithTools(Around, StreamsTools, Transacts):
             raise InvalidArgumentError("idempotency_key", "a transaction has none, as no call repeats it as a whole")
         return request, arguments.member("isolation", isolation, Isolation)
 
-    async def _begin(self, request: ToolRequest, isolation: Isolation) -> Transaction:
+    async def _begin(self, request: ToolRequest, isolation: Isolation, asker_id: str | None) -> Transaction:
         try:
-            opened = await OpenTransaction.begin(self.runner, request, isolation)
+            opened = await OpenTransaction.begin(self.runner, request, isolation, asker_id)
         except asyncio.CancelledError:
             if not self._closed:
                 raise
@@ -269,3 +270,8 @@ class WithTools(Around, StreamsTools, Transacts):
         self._is_forked = True
         self._own = {}
         self._closing = threading.Lock()
+
+
+def _asker_id() -> str | None:
+    """Return the transaction whose block asks for an execution; the context has the session of a tool that does."""
+    return current_transaction_id() if current_session.get() is None else None
