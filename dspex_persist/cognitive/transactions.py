@@ -231,7 +231,10 @@ class Transaction(Variables):
             ending = self._ending(error)
             if ending is not None:
                 # The end is not cancelled with its caller, who would not know how the transaction has ended.
-                await asyncio.wait((asyncio.ensure_future(asyncio.wrap_future(ending)),))
+                ended = asyncio.wrap_future(ending)
+                # `_settle` takes the error, but asyncio would log that nobody has asked this future for it.
+                ended.add_done_callback(lambda each: each.cancelled() or each.exception())
+                await asyncio.wait((ended,))
                 self._settle(error, ending.result)
         finally:
             leave_block(self.execution_id)
