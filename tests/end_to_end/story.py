@@ -103,7 +103,9 @@ def tell(path: Path, pace_s: float = 0.0) -> None:
         story.rest(3)
         variables.rollback("temperature", 2)
         variables["api_key"] = f"{SECRET}-2"
-        dspex_persist.Context(OTHER_SESSION, story.provider).define("x", 1)
+        other = dspex_persist.Context(OTHER_SESSION, story.provider)
+        other.define("x", 1)
+        other.rule("positive", "x > 0", "it counts")
 
 
 if __name__ == "__main__":

@@ -51,11 +51,16 @@ _EXECUTION: Final = {
     "tool": "the tool's name",
 }
 
+_METADATA: Final = (
+    "the metadata of this version, a JSON object or NULL; after a restore, `metadata ->> '$.\"dspex.metadata\"'` is "
+    "the variable's whole metadata from then on"
+)
+
 VIEWS: Final[Mapping[str, View]] = {
     "v_variable_history": View(
         "Versions of variables",
         "Every version of every variable, and who wrote it.",
-        _VERSION | {"metadata": "the metadata of this version, a JSON object or NULL"} | _COMMIT,
+        _VERSION | {"metadata": _METADATA} | _COMMIT,
         ("session_id", "name", "tool", "kind", "actor"),
         "sequence",
     ),
