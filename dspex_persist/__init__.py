@@ -11,8 +11,13 @@ if TYPE_CHECKING:
     from dspex_persist.cognitive.callbacks import Subscription as Subscription
     from dspex_persist.cognitive.changes import Change as Change
     from dspex_persist.cognitive.context import Context as Context
+    from dspex_persist.cognitive.describing import Description as Description
+    from dspex_persist.cognitive.describing import History as History
     from dspex_persist.cognitive.errors import ContextClosedError as ContextClosedError
     from dspex_persist.cognitive.handles import Variable as Variable
+    from dspex_persist.cognitive.optimizing import Optimization as Optimization
+    from dspex_persist.cognitive.records import HistoryEntry as HistoryEntry
+    from dspex_persist.cognitive.records import VariableInfo as VariableInfo
     from dspex_persist.cognitive.tool_context import ToolContext as ToolContext
     from dspex_persist.cognitive.toolbox import Toolbox as Toolbox
     from dspex_persist.cognitive.tools import Tool as Tool
@@ -65,15 +70,19 @@ _HOMES = {
     "Context": "dspex_persist.cognitive.context",
     "ContextClosedError": "dspex_persist.cognitive.errors",
     "Definition": "dspex_persist.cognitive.variables",
+    "Description": "dspex_persist.cognitive.describing",
     "DspexError": "dspex_persist.errors",
     "EmbeddedState": "dspex_persist.state.embedded",
     "ExecutionConflictError": "dspex_persist.state.errors",
+    "History": "dspex_persist.cognitive.describing",
+    "HistoryEntry": "dspex_persist.cognitive.records",
     "IdempotencyConflictError": "dspex_persist.state.errors",
     "InvalidArgumentError": "dspex_persist.state.errors",
     "InvalidValueError": "dspex_persist.state.errors",
     "LimitExceededError": "dspex_persist.state.errors",
     "Limits": "dspex_persist.state.limits",
     "LocalState": "dspex_persist.state.local",
+    "Optimization": "dspex_persist.cognitive.optimizing",
     "OutcomeUnknownError": "dspex_persist.state.errors",
     "SessionNotFoundError": "dspex_persist.state.errors",
     "Settings": "dspex_persist.settings",
@@ -89,8 +98,9 @@ _HOMES = {
     "Toolbox": "dspex_persist.cognitive.toolbox",
     "UnavailableError": "dspex_persist.state.errors",
     "UnsupportedError": "dspex_persist.state.errors",
-    "VariableLockedError": "dspex_persist.state.errors",
     "Variable": "dspex_persist.cognitive.handles",
+    "VariableInfo": "dspex_persist.cognitive.records",
+    "VariableLockedError": "dspex_persist.state.errors",
     "VariableNotFoundError": "dspex_persist.state.errors",
     "Variables": "dspex_persist.cognitive.variables",
     "VersionConflictError": "dspex_persist.state.errors",
