@@ -173,10 +173,10 @@ def test_accepted_mutants_can_be_used(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_an_import_without_checks_of_values_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unchecked(recorded: RecordedVersion, *_: object) -> Value:
+    def unchecked(_: object, recorded: RecordedVersion, *_more: object) -> Value:
         return recorded.value or Value("null")
 
-    monkeypatch.setattr(commands, "_value", unchecked)
+    monkeypatch.setattr(commands._Repetition, "_value_of", unchecked)
     with pytest.raises(AssertionError, match=r"seed 1: mutant|Problem"):
         _try_mutants(tmp_path, 150, seed=1)
 
