@@ -264,8 +264,8 @@ def test_help_of_each_command_has_its_options(name: str) -> None:
     assert "--json" in result.stdout
 
 
-def test_the_program_on_the_page_prints_what_it_says(tmp_path: Path) -> None:
-    (program,) = programs.programs_of("docs/recordings.md")
+@pytest.mark.parametrize("program", programs.programs_of("docs/recordings.md"), ids=str)
+def test_a_program_on_the_page_prints_what_it_says(program: programs.Program, tmp_path: Path) -> None:
     assert programs.run(program.text, tmp_path) == program.output
 
 

@@ -46,6 +46,7 @@ COMMANDS: dict[str, list[str]] = {
     "session export": ["é✓", "--db", "DB", "-o", "-"],
     "session import": ["DB.jsonl", "--db", "NEW"],
     "session fork": ["é✓", "NEW", "--db", "DB"],
+    "session migrate": ["nothing_here", "--db", "DB"],
     "tools list": ["--tools", "nothing_here"],
     "audit history": ["é✓", "--db", "DB"],
     "audit executions": ["--db", "DB"],
