@@ -4,7 +4,7 @@ import asyncio
 import re
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dspex_persist.cognitive.tool_context import ToolContext
 from dspex_persist.state.abilities import Auditable, Recordable
 from dspex_persist.state.errors import (
     DatabaseInUseError,
+    ExecutionConflictError,
     InternalError,
     InvalidArgumentError,
     OutcomeUnknownError,
@@ -39,6 +40,7 @@ from dspex_persist.state.log_state import LogState, _Hold
 from dspex_persist.state.model import VariableVersion
 from dspex_persist.state.store import maintenance
 from tests.deadline import within
+from tests.end_to_end.old_style import wait_until
 
 
 @tool
@@ -286,6 +288,91 @@ def test_others_on_the_old_backend_wait_and_learn_where_it_is(path: Path, monkey
         (error,) = raised
         assert isinstance(error, SessionMovedError | SessionNotFoundError)
         assert ctx["x"] == 0
+
+
+def test_most_is_copied_before_anybody_waits(ctx: Context, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written meanwhile is copied, too, even in a session that began again."""
+    hold, before = LogState.hold_session, everything(ctx)[0]
+    late: list[Callable[[], object]] = [lambda: ctx.set("x", 9), lambda: ctx.define("late", 1)]
+
+    def write_first(*arguments: Any, **options: Any) -> Any:
+        for write in late:
+            write()
+        return hold(*arguments, **options)
+
+    added: list[int] = []
+    add = CheckedImport.add
+
+    def note(begun: CheckedImport, commit: Any) -> None:
+        added.append(commit.number)
+        add(begun, commit)
+
+    # The gate would have these calls wait for the move that makes them.
+    monkeypatch.setattr(moves._Move, "_at_the_gate", lambda _: nullcontext())
+    monkeypatch.setattr(LogState, "hold_session", write_first)
+    monkeypatch.setattr(CheckedImport, "add", note)
+    ctx.ensure_persistent(path)
+    monkeypatch.undo()
+    assert added == list(range(1, len(added) + 1))
+    assert (ctx["x"], ctx["late"]) == (9, 1)
+    assert everything(ctx)[0] != before
+    assert ctx.backend.switches[0].versions == 9
+
+
+def test_a_session_that_began_again_while_it_was_copied(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hold = LogState.hold_session
+    with connect("memory:") as state, Context("s", state) as ctx:
+        ctx.define("x", 1)
+
+        def begin_again(*arguments: Any, **options: Any) -> Any:
+            state.cleanup_session("s")
+            state.initialize_session("s")
+            state.register_variable("s", "x", "integer", 2)
+            return hold(*arguments, **options)
+
+        monkeypatch.setattr(LogState, "hold_session", begin_again)
+        ctx.ensure_persistent(path)
+        monkeypatch.undo()
+        # The one that was there when everybody waited has moved.
+        assert (ctx["x"], ctx.info("x").version) == (2, 0)
+
+
+def test_tools_of_others_are_waited_for_and_no_new_ones_begin(path: Path) -> None:
+    running, go_on = threading.Event(), threading.Event()
+
+    @tool
+    def slow(ctx: ToolContext) -> None:
+        running.set()
+        assert go_on.wait(within(30))
+        ctx["x"] += 1
+
+    with connect("memory:", tools=[slow]) as state, Context("s", state) as ctx, Context("s", state) as other:
+        ctx.define("x", 0)
+        raised: list[BaseException] = []
+
+        def call() -> None:
+            try:
+                other.call("slow")
+            except StateError as error:
+                raised.append(error)
+
+        first, late = threading.Thread(target=call), threading.Thread(target=call)
+        first.start()
+        assert running.wait(within(30))
+        mover = threading.Thread(target=ctx.ensure_persistent, args=(path,))
+        mover.start()
+        held = state.engine._groups.held  # type: ignore[attr-defined]
+        wait_until(lambda: "s" in held, "the move begins to hold the session")
+        late.start()
+        # The tool that runs may still write, and so may everybody else.
+        other["x"] = other["x"]
+        assert mover.is_alive()
+        go_on.set()
+        for thread in (first, late, mover):
+            thread.join(within(30))
+        # The first conflicts with the write in between; the other one never began.
+        assert {type(error) for error in raised} == {ExecutionConflictError, SessionMovedError}
+        assert (ctx["x"], ctx.backend.kind) == (0, "embedded")
 
 
 # Failures
