@@ -276,9 +276,12 @@ class TestRacesOfWatchesAndTheWriter:
                 watches.append(provider.watch("s", after_sequence=head))
             return answer
 
-        monkeypatch.setattr(hub, "is_watched", joined_too_late)
-        provider.set_variable("s", "x", 1)
-        provider.set_variable("s", "x", 2)
+        provider.initialize_session("other")
+        with provider.watch("other"):
+            # Without any watch, the writer would not check.
+            monkeypatch.setattr(hub, "is_watched", joined_too_late)
+            provider.set_variable("s", "x", 1)
+            provider.set_variable("s", "x", 2)
         (watch,) = watches
         with watch:
             assert pulled_versions(watch) == [1, 2]

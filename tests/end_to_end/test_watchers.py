@@ -255,7 +255,7 @@ def interrupted(served: ServedDatabase, watch: Watch) -> None:
 
 
 def test_a_watch_goes_on_by_itself_over_kills(served: ServedDatabase, caplog: pytest.LogCaptureFixture) -> None:
-    rounds, writes = 3, 100
+    rounds, writes = 2, 100
     with BridgedState(served.target) as state, state.watch(SESSION) as watch, caplog.at_level("INFO"):
         seen = []
         for done in range(1, rounds + 1):
@@ -285,12 +285,20 @@ def test_a_watch_that_was_idle_resumes_with_what_came_meanwhile(served: ServedDa
         assert (update.variable.version, update.variable.value.json) == (1, "7")
 
 
-def test_a_watch_that_cannot_resume_gives_up(served: ServedDatabase) -> None:
-    with BridgedState(served.target, watch_patience_s=0.2) as state, state.watch(SESSION) as watch:
-        served.kill()
+def test_a_watch_that_cannot_resume_gives_up_and_closing_the_state_ends_it(served: ServedDatabase) -> None:
+    with (
+        BridgedState(served.target, watch_patience_s=0.2) as impatient,
+        BridgedState(served.target) as state,
+        impatient.watch(SESSION) as watch,
+        state.watch(SESSION) as patient,
+    ):
+        interrupted(served, patient)
         reason = r"the watch did not get back within 0.2 s; resume with after_sequence=2"
         with pytest.raises(UnavailableError, match=reason):
             pull_until_it_ends(watch)
+        state.close()
+        with pytest.raises(EngineClosedError):
+            pull_until_it_ends(patient)
 
 
 def begin_again(state: StateProvider) -> None:
@@ -316,16 +324,6 @@ def test_a_watch_does_not_hide_what_it_has_missed(
         served.restart()
         with pytest.raises(error):
             pull_until_it_ends(watch)
-
-
-def test_closing_the_state_ends_an_interrupted_watch(served: ServedDatabase) -> None:
-    with BridgedState(served.target) as state:
-        watch = state.watch(SESSION)
-        interrupted(served, watch)
-        state.close()
-        with pytest.raises(EngineClosedError):
-            pull_until_it_ends(watch)
-        watch.close()
 
 
 def test_watches_of_a_context_go_on_over_a_restart(served: ServedDatabase) -> None:
