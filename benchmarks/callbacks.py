@@ -79,7 +79,7 @@ def measure(plan: Plan, folder: Path) -> list[Row]:
                 crowd.run(plan.called_writes)
         stack.callback(server.terminate, _PATIENCE_S)
     titles = {"local": "in memory", "embedded": "a file", "bridged": "a server"}
-    what = f"a set until the last of {plan.callbacks:,} callbacks"
+    what = f"set to last of {plan.callbacks:,} callbacks"
     return [
         percentile_row(f"cognitive.callbacks.{key}", 99, f"{what}, {titles[key]}", crowd.series)
         for key, crowd in crowds.items()

@@ -27,14 +27,14 @@ def measure(plan: Plan, folder: Path) -> list[Row]:
     return [
         Row.of_rounds(
             "cognitive.move.variables",
-            f"a move of {plan.moved_variables:,} variables from memory to a file",
+            f"move of {plan.moved_variables:,} variables, memory to a file",
             "ms",
             waits_ms,
             target=Target("value", "at most", 50),
         ),
         Row.of_rounds(
             "cognitive.move.versions",
-            f"a move of {plan.moved_versions:,} versions from memory to a file",
+            f"move of {plan.moved_versions:,} versions, memory to a file",
             "versions/s",
             rates,
         ),
