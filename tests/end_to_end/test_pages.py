@@ -14,9 +14,17 @@ import typer
 from dspex_persist import Context, cli
 from tests.deadline import within
 from tests.end_to_end.old_style import ROOT, environment, serve, target_of
-from tests.end_to_end.reading import blocks_of, reader
+from tests.end_to_end.programs import run
+from tests.end_to_end.reading import ADDRESS, blocks_of, reader
 
 SERVICE = "docs/fastapi.md"
+TUNING = """
+from dspex_persist import ToolContext, tool
+
+@tool
+def improve(ctx: ToolContext, by: float) -> None:
+    ctx["temperature"] += by
+"""
 DOCS = list((ROOT / "docs").glob("*.md"))
 
 
@@ -126,6 +134,20 @@ def test_the_same_web_service_on_a_server(service: Path) -> None:
         assert place in tests.read_text()
         tests.write_text(tests.read_text().replace(place, repr(f"grpc://{target_of(server)}")))
         assert "4 passed" in run_tests(service)
+
+
+# Clients of a server
+
+
+def test_the_parts_of_the_page_on_clients(tmp_path: Path) -> None:
+    begin, *others = [each.text for each in blocks_of("docs/clients.md") if each.language == "python"]
+    (tmp_path / "tuning.py").write_text(TUNING)
+    session = 'state.initialize_session("s")\nstate.register_variable("s", "temperature", "float", 0.7)\n'
+    end = 'print(*(each.reason for each in state.get_variable_history("s", "temperature")), sep="; ")\nstate.close()\n'
+    with serve(tmp_path / "sessions.db", "--tools", "tuning") as server:
+        program = "".join((begin, session, *others, end)).replace(ADDRESS, target_of(server))
+        output = run(program, tmp_path)
+    assert output == "nightly tuning; ticket 1201: the answers were too long; None\n"
 
 
 # Coming from DSPex
