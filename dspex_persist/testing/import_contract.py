@@ -262,7 +262,7 @@ class ImportContract(Contract):
             for number in range(2, self.limits.variables_per_session + 3)
         ]
         with pytest.raises(errors.RecordingError, match="variables"):
-            anew(provider, header, (first, *more), session_id=other)
+            anew(provider, replace(header, commits=len(more) + 1), (first, *more), session_id=other)
         assert not provider.heartbeat(other)
         anew(provider, replace(header, commits=len(more)), (first, *more[:-1]), session_id=other)
         assert len(provider.list_variables(other)) == self.limits.variables_per_session

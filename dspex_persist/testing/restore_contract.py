@@ -155,7 +155,7 @@ class RestoreContract(Contract):
         }
         assert provider.set_variable(session, "x", 6) == 1
 
-    def test_values_of_all_types_are_exact(self, provider: StateProvider, session: str) -> None:
+    def test_values_of_all_types_come_back_exactly(self, provider: StateProvider, session: str) -> None:
         for number, (type_name, value) in enumerate(EXACT_VALUES):
             provider.register_variable(session, f"v{number}", type_name, value)
         for number, (type_name, binary) in enumerate(BINARY_VALUES):
@@ -240,7 +240,7 @@ class RestoreContract(Contract):
             (update,) = take_until(watch, "end")
         assert (update.variable.name, update.variable.value) == ("x", Value("7"))
 
-    def test_through_a_context(self, provider: StateProvider, session: str) -> None:
+    def test_a_context_goes_back(self, provider: StateProvider, session: str) -> None:
         context = Context(session, provider, actor="ada")
         context["x"] = 1
         before = context.history("x")[0].commit
@@ -271,7 +271,7 @@ class RestoreContract(Contract):
             with pytest.raises(errors.SessionNotFoundError):
                 restore(provider, gone, at)
 
-    def test_a_point_before_it_began(self, provider: StateProvider, session: str) -> None:
+    def test_going_back_to_before_it_began(self, provider: StateProvider, session: str) -> None:
         provider.register_variable(session, "x", "integer", 0)
         with pytest.raises((errors.InvalidArgumentError, errors.NotInHistoryError)):
             restore(provider, session, "0")
@@ -284,13 +284,13 @@ class RestoreContract(Contract):
         assert list(state_of(provider, session)) == ["y"]
 
     @pytest.mark.parametrize("point", ["soon", "-1", "x^", "exec_1_none", str(2**62)])
-    def test_what_is_no_point_in_its_history(self, provider: StateProvider, session: str, point: str) -> None:
+    def test_going_back_to_no_point_in_its_history(self, provider: StateProvider, session: str, point: str) -> None:
         provider.register_variable(session, "x", "integer", 0)
         with pytest.raises((errors.InvalidArgumentError, errors.NotInHistoryError)):
             restore(provider, session, point)
         assert provider.get_variable(session, "x").version == 0
 
-    def test_arguments_of_a_wrong_type(self, provider: StateProvider, session: str) -> None:
+    def test_wrong_arguments_of_going_back(self, provider: StateProvider, session: str) -> None:
         state: Any = Restorable.of(provider)
         for wrong, reason in WRONG_TEXTS:
             check_invalid(lambda wrong=wrong: state.restore_session(wrong, "now"), "session_id", reason)  # type: ignore[misc]

@@ -9,6 +9,7 @@ from dspex_persist import BridgedState, EmbeddedState, LocalState
 from dspex_persist.state.abilities import (
     Ability,
     Auditable,
+    Derives,
     Durable,
     ExecutesTools,
     Forkable,
@@ -22,6 +23,7 @@ from dspex_persist.state.abilities import (
     Transacts,
 )
 from dspex_persist.testing.audit_contract import AuditContract
+from dspex_persist.testing.derive_contract import DeriveContract
 from dspex_persist.testing.durable_contract import DurableContract
 from dspex_persist.testing.fork_contract import ForkContract
 from dspex_persist.testing.hold_contract import HoldContract
@@ -36,6 +38,7 @@ from dspex_persist.testing.transaction_contract import TransactionContract
 from tests.contract import test_bridged, test_documented, test_embedded, test_local
 
 SUITES: Mapping[type[Ability], type] = {
+    Derives: DeriveContract,
     Durable: DurableContract,
     KeepsOrder: OrderContract,
     Auditable: AuditContract,

@@ -17,6 +17,7 @@ from dspex_persist.state.store.session_store import StoreOptions
 from dspex_persist.state.watch import Watch
 from dspex_persist.testing.audit_contract import AuditContract
 from dspex_persist.testing.contract_tools import CONTRACT_TOOLS
+from dspex_persist.testing.derive_contract import DeriveContract
 from dspex_persist.testing.durable_contract import DurableContract, DurableLeaseContract
 from dspex_persist.testing.fork_contract import ForkContract
 from dspex_persist.testing.hold_contract import HoldContract
@@ -96,6 +97,7 @@ class TestEmbeddedHistory(
     EndedRecordingContract,
     ImportContract,
     HoldContract,
+    DeriveContract,
     ForkContract,
     RestoreContract,
     PruneContract,
@@ -232,6 +234,7 @@ def test_no_part_of_the_contract_hides_another_one() -> None:
         EndedRecordingContract,
         ImportContract,
         HoldContract,
+        DeriveContract,
         ForkContract,
         RestoreContract,
         PruneContract,

@@ -18,6 +18,7 @@ from dspex_persist.state.model import Value
 from dspex_persist.state.options import SessionOptions
 from dspex_persist.state.provider import StateProvider
 from dspex_persist.testing.contract_tools import CONTRACT_TOOLS
+from dspex_persist.testing.derive_contract import DeriveContract
 from dspex_persist.testing.fork_contract import ForkContract
 from dspex_persist.testing.hold_contract import HoldContract
 from dspex_persist.testing.import_contract import ImportContract
@@ -57,7 +58,9 @@ class TestLocalLeases(Local, LeaseContract):
     options = SessionOptions(optimization_lease_s=LeaseContract.lease_s)
 
 
-class TestLocalHistory(Local, RecordingContract, ImportContract, HoldContract, ForkContract, RestoreContract):
+class TestLocalHistory(
+    Local, DeriveContract, RecordingContract, ImportContract, HoldContract, ForkContract, RestoreContract
+):
     """The contract of recordings, imports, holds and forks."""
 
 
@@ -118,7 +121,7 @@ def test_connect_opens_an_empty_one_each_time(url: str) -> None:
 
 
 def test_missing_abilities_are_reported() -> None:
-    with pytest.raises(TypeError, match="a state in memory has no option durability; the options are limits"):
+    with pytest.raises(TypeError, match="a state in memory has no option durability; the options are actor, limits"):
         connect("memory:", durability="full")
     with pytest.raises(errors.InvalidArgumentError, match="sweep_interval_s"):
         connect("memory:", sweep_interval_s=0)

@@ -140,7 +140,7 @@ class RuleContract(Contract):
             with pytest.raises(errors.SessionNotFoundError):
                 call()
 
-    def test_a_key_makes_it_once(self, provider: StateProvider, ruled: str) -> None:
+    def test_a_key_adds_a_rule_once(self, provider: StateProvider, ruled: str) -> None:
         provider.add_rule(ruled, "r", "max_tokens > 0", idempotency_key="k")
         provider.remove_rule(ruled, "r")
         provider.add_rule(ruled, "r", "max_tokens > 0", idempotency_key="k")
