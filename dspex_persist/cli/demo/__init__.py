@@ -1,5 +1,6 @@
 """dspex-persist demo: kills a real server while clients write, and checks that nothing is lost."""
 
+import logging
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,6 +35,8 @@ def demo(
     from dspex_persist.cli.demo.play import play
     from dspex_persist.cli.demo.stage import DemoContext, fresh_database
 
+    # The scenes say what happens to the server; clients would log it as well.
+    logging.getLogger("dspex_persist").setLevel(logging.CRITICAL)
     console = Console(width=min(_WIDTH, Console().width), highlight=False)
     began = time.monotonic()
     with ExitStack() as stack:
