@@ -526,10 +526,16 @@ def _unary_stream(rpc: _Rpc) -> Handler:
 
 
 def _stream_stream(rpc: _Rpc) -> Handler:
-    async def handle(requests: AsyncIterator[bytes], context: Context) -> None:
-        await _answer_with_stream(rpc, context, [], lambda: (rpc.parse(request) async for request in requests))
+    async def handle(_requests: AsyncIterator[bytes], context: Context) -> None:
+        await _answer_with_stream(rpc, context, [], lambda: _messages_of(rpc, context))
 
     return grpc.stream_stream_rpc_method_handler(handle, response_serializer=rpc.serialize)
+
+
+async def _messages_of(rpc: _Rpc, context: Context) -> AsyncIterator[Any]:
+    """Yield a client's messages. gRPC's own iterator would keep the last one until the next garbage collection."""
+    while (received := [await context.read()]) != [grpc.aio.EOF]:
+        yield rpc.parse(received.pop())
 
 
 async def _answer_with_stream(

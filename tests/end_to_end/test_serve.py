@@ -305,7 +305,7 @@ def test_sigterm_lets_calls_finish_ends_watches_and_leaves_no_wal(
     health: Any = health_pb2_grpc.HealthStub(stack.enter_context(grpc.insecure_channel(f"127.0.0.1:{server.port}")))
     states = health.Watch(health_pb2.HealthCheckRequest(service="snakepit.bridge.BridgeService"), timeout=DEADLINE_S)
     assert next(states).status == health_pb2.HealthCheckResponse.SERVING
-    watch = stack.enter_context(client_of(server).watch("s"))
+    watch = stack.enter_context(client_of(server, watch_patience_s=0).watch("s"))
     blocker = hold_writes(stack, tmp_path / "sessions.db")
     future = write_in_flight(server, client)
     server.send_signal(signal.SIGTERM)
