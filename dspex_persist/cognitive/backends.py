@@ -125,7 +125,7 @@ class Gate:
             self._tools_held = True
             try:
                 if not self._changed.wait_for(lambda: not self.tools, timeout_s):
-                    raise TimeoutError(f"{len(self.tools)} tools are still running")
+                    raise TimeoutError(f"{len(self.tools)} tools or transactions are still running")
                 self.held = True
                 self._changed.wait_for(lambda: not self.calls)
             except BaseException:

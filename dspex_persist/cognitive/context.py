@@ -39,7 +39,12 @@ from dspex_persist.infra import forks
 from dspex_persist.opening import Opening
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.abilities import Derives, ExecutesTools
-from dspex_persist.state.errors import EngineClosedError, InvalidArgumentError, VariableNotFoundError
+from dspex_persist.state.errors import (
+    DependencyCycleError,
+    EngineClosedError,
+    InvalidArgumentError,
+    VariableNotFoundError,
+)
 from dspex_persist.state.provider import TOOL_TIMEOUT_S, StateProvider
 from dspex_persist.state.tools.ports import ToolCode, name_of
 
@@ -451,11 +456,15 @@ class Context(Transacting, Watchable, Ruled):
 
         Raises:
             VariableNotFoundError: One of the others is not there.
-            DerivationError: The function failed, or the variable would depend on itself.
+            DerivationError: The function failed.
+            DependencyCycleError: The variable would depend on itself.
             UnsupportedError: The session is not in this process.
         """
         Derives.of(self.backend.provider)
         inputs = arguments.texts("from_", from_)
+        arguments.function("fn", fn)
+        if name in inputs:
+            raise DependencyCycleError(f"{name} -> {name}")
         found = yield from ask(commands.GetVariables(self.session_id, (*inputs, name)))
         for missing in found.missing:
             if missing != name:

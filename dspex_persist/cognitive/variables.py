@@ -325,6 +325,7 @@ class Variables(Runs):
             VariableNotFoundError: There is no such variable.
             VersionConflictError: Others wrote the variable during each of the attempts.
         """
+        arguments.function("function", function, also_async=True)
         terms, left = terms_of(actor, reason), arguments.short_number("retries", retries)
         while True:
             record = yield from ask(commands.GetVariable(self.session_id, name))

@@ -485,6 +485,7 @@ class WaitFor:
             SessionNotFoundError: The session has ended.
             ContextClosedError: The context was closed.
         """
+        arguments.function("predicate", predicate)
         left = None if timeout_s is None else arguments.seconds("timeout_s", timeout_s)
         give_up_at = None if left is None else _now() + left
         with self._changes(name) as changes:
@@ -497,6 +498,7 @@ class WaitFor:
 
     async def aio(self, name: str, predicate: Callable[[Any], object], timeout_s: float | None = None) -> Any:
         """Do the same without blocking the event loop. `predicate` is called on the loop."""
+        arguments.function("predicate", predicate)
         left = None if timeout_s is None else arguments.seconds("timeout_s", timeout_s)
         changes = self._changes(name)
         try:
@@ -586,8 +588,11 @@ class Watchable:
         if include_initial and after is not None:
             raise InvalidArgumentError("include_initial", "a watch that resumes with `after` has no initial values")
         choice, pace = Choice(names), Pace(debounce_s, throttle_s)
+        if filter is not None:
+            arguments.function("filter", filter)
         if on_change is None:
             return self.watchers.changes(choice, filter, pace, include_initial=include_initial, after=after)
+        arguments.function("on_change", on_change)
         return self.watchers.subscribe(on_change, choice, filter, pace, include_initial=include_initial, after=after)
 
     @property

@@ -6,6 +6,7 @@ so that nothing changes when the caller changes them later.
 
 import contextlib
 import copy
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -18,6 +19,7 @@ from dspex_persist.state.errors import InvalidArgumentError, LimitExceededError,
 from dspex_persist.state.frozen import FrozenDict
 from dspex_persist.state.model import Origin, Source, Value
 
+C = TypeVar("C", bound=Callable[..., Any])
 E = TypeVar("E", bound=StrEnum)
 
 Check: TypeAlias = Callable[[str, Any], Any]
@@ -117,6 +119,22 @@ def timeout(field: str, argument: object) -> float:
         reason = f"it must be above 0 and at most {_LONGEST_TIMEOUT_S:.0f} seconds, not {timeout_s:g}"
         raise InvalidArgumentError(field, reason)
     return timeout_s
+
+
+def function(field: str, argument: C, *, also_async: bool = False) -> C:
+    """Return a function that the library calls.
+
+    Args:
+        field: The name of the argument.
+        argument: The function, or any other object that can be called.
+        also_async: Whether it may be a coroutine function, whose result is awaited.
+    """
+    if not callable(argument):
+        raise InvalidArgumentError(field, f"it must be a function, not {_kind(argument)}")
+    if not also_async and inspect.iscoroutinefunction(argument):
+        reason = "it must be a function, not a coroutine function (async def): nothing awaits it"
+        raise InvalidArgumentError(field, reason)
+    return argument
 
 
 def member(field: str, argument: object, kind: type[E]) -> E:

@@ -102,7 +102,7 @@ def test_the_example_shop(tmp_path: Path) -> None:
         "apples now: 14",
     ]
     (once, again) = [line for line in lines if line.startswith("count")]
-    assert once.startswith("count_once: conflict: while the tool ran, others changed milk")
+    assert once.startswith("count_once: conflict: meanwhile others changed milk")
     assert once.endswith("(attempts: 1)")
     assert again == "count: 30 (attempts: 2)"
     assert list(tmp_path.iterdir()) == []

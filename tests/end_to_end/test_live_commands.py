@@ -285,7 +285,7 @@ def test_a_call_that_conflicts(server: ServerProcess, run: Run, tmp_path: Path) 
         gate.open()
         out, err = calling.communicate(timeout=within(30))
     assert (calling.returncode, out) == (CONFLICT, "")
-    assert err.startswith("error: conflict: while the tool ran, others changed a ")
+    assert err.startswith("error: conflict: meanwhile others changed a ")
     assert fine(run("get", "conflicts", "a", *place)) == "5\n"
 
 

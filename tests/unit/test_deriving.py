@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from dspex_persist import Context, ToolContext, connect
-from dspex_persist.state.errors import DerivationError, ToolFailedError, UnsupportedError, VariableNotFoundError
+from dspex_persist.state.errors import (
+    DependencyCycleError,
+    DerivationError,
+    ToolFailedError,
+    UnsupportedError,
+    VariableNotFoundError,
+)
 
 
 def times(price: float, count: int) -> float:
@@ -80,6 +86,13 @@ def test_a_function_that_fails_refuses_the_change(ctx: Context) -> None:
         ctx.derive("other", ["count"], lambda count: 1 // (count - 3))
     assert "other" not in ctx
     ctx["count"] = 4
+
+
+def test_a_variable_is_not_derived_from_itself(ctx: Context) -> None:
+    for name in ("price", "new"):
+        with pytest.raises(DependencyCycleError, match=f"{name} -> {name}"):
+            ctx.derive(name, from_=["price", name], fn=max)
+    assert "new" not in ctx
 
 
 def test_without_a_part_it_rests(ctx: Context) -> None:

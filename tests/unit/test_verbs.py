@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -200,3 +200,27 @@ def test_a_verb_shows_what_it_is(ctx: Context) -> None:
     assert repr(ctx.set) == f"<verb set of {ctx!r}>"
     assert (ctx.set.__doc__ or "").startswith("Write a value.")
     assert isinstance(Context.set.__doc__, str)
+
+
+async def _later(_: Any) -> int:
+    return 1
+
+
+def test_what_is_to_be_called_is_a_function(ctx: Context) -> None:
+    ctx["n"] = 0
+    wrong: Any = 5
+    refusals: list[tuple[str, Any, Callable[[Any], object]]] = [
+        ("function", wrong, lambda function: ctx.update("n", function)),
+        ("fn", wrong, lambda function: ctx.derive("double", from_=["n"], fn=function)),
+        ("on_change", wrong, lambda function: ctx.watch("n", on_change=function)),
+        ("on_change", _later, lambda function: ctx.watch("n", on_change=function)),
+        ("filter", wrong, lambda function: ctx.watch("n", filter=function)),
+        ("filter", _later, lambda function: ctx.watch("n", filter=function)),
+        ("predicate", wrong, lambda function: ctx.wait_for("n", function)),
+        ("predicate", _later, lambda function: ctx.wait_for("n", function)),
+    ]
+    for argument, function, call in refusals:
+        with pytest.raises(InvalidArgumentError, match=f"invalid {argument}: .*must be a function, not "):
+            call(function)
+    assert ctx["n"] == 0
+    assert asyncio.run(ctx.update.aio("n", _later)) == 1

@@ -80,7 +80,7 @@ class ExecutionConflictError(StateError):
     """Others changed variables that the execution read or wrote."""
 
     error_code = "CONFLICT"
-    template = "conflict: while the tool ran, others changed {changes}; nothing was written"
+    template = "conflict: meanwhile others changed {changes}; nothing was written"
     advice = Hint.RUN_AGAIN
     retryable = True
     execution_id: str
