@@ -157,6 +157,11 @@ def _fill_rules(provider: EmbeddedState) -> None:
         provider.constrain_variable("ruled", "profile", profile, value, metadata={"to": str(number + 1)})
     provider.constrain_variable("ruled", "max_tokens", {"min": 1, "max": 10_000})
     provider.constrain_variable("ruled", "gone", {"max": 5}, 5)
+    point = str(provider.head_sequence)
+    provider.delete_variable("ruled", "gone")
+    provider.remove_rule("ruled", "positive")
+    provider.set_variable("ruled", "max_tokens", 2)
+    provider.restore_session("ruled", point)
     provider.delete_variable("ruled", "gone")
 
 

@@ -489,9 +489,9 @@ def test_stats_are_true(path: Path) -> None:
     assert next(table for table in report.tables if table.name == "versions_by_sequence").rows is None
     sizes = [table.size_bytes for table in report.tables]
     assert sizes == sorted(sizes, reverse=True)
-    assert (report.sessions_live, report.sessions_ended) == (6, 4)
-    assert report.variables_deleted == 3 + 2, "three deleted, two of sessions that have ended"
-    assert report.variables_live == 24
+    assert (report.sessions_live, report.sessions_ended) == (7, 4)
+    assert report.variables_deleted == 5 + 2, "five deleted, two of sessions that have ended"
+    assert report.variables_live == 27
 
 
 def test_stats_show_what_sharing_saved(path: Path) -> None:

@@ -213,7 +213,7 @@ def test_the_journal_has_the_traceback_of_the_tools_own_code(tmp_path: Path) -> 
         f'File "{__file__}", line {_lead.__code__.co_firstlineno + 1}, in _lead',
         f'File "{__file__}", line {_stumble.__code__.co_firstlineno + 1}, in _stumble',
     ]
-    assert lines[-1] == "KeyError: 'nothing of this name'"
+    assert lines[-1].endswith("VariableNotFoundError: variable not found: 'nothing of this name' in session 's'")
 
 
 def _stumble(ctx: ToolContext) -> None:
