@@ -17,7 +17,8 @@ value, and is written as one commit whose cause is the migration.
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
 from weakref import WeakSet
@@ -209,6 +210,23 @@ def use(session_id: str | None, name: str, kind: Any, holder: object = None) -> 
     return _typed(kind, _version_of(name, kind))
 
 
+@contextmanager
+def undone_on_error(session_id: str, names: Iterable[str]) -> Iterator[None]:
+    """Forget what `use` declares for variables of a session in this block, if the block raises."""
+    before = {(session_id, name): _KNOWN.models.get((session_id, name)) for name in names}
+    try:
+        yield
+    except Exception:
+        with _KNOWN.lock:
+            for key, kind in before.items():
+                if kind is not None:
+                    _KNOWN.models[key] = kind
+                else:
+                    _KNOWN.models.pop(key, None)
+                    _KNOWN.holders.pop(key, None)
+        raise
+
+
 def _forget_unheld() -> None:
     """Forget the models of sessions whose contexts are gone, now and then: a process may serve millions of sessions."""
     if len(_KNOWN.models) > _KNOWN.most_models:
@@ -311,21 +329,23 @@ def define(
 
     `value` is an instance, or what the model makes one of, or `UNSTATED` for its default.
     """
-    typed = use(owner.session_id, name, kind, owner)
-    value = typed.default(name) if value is UNSTATED else typed.instance(name, value)
-    facts = {
-        **arguments.mapping("metadata", metadata or {}),
-        **({} if description is None else {DESCRIPTION: description}),
-    }
-    text, encoded = typed.constraints(constraints), values.encode(value, typed.type_name, name=name)
-    command = commands.RegisterVariable(owner.session_id, name, typed.type_name, encoded, text, facts)
-    try:
-        return (yield from ask(command, terms))
-    except VariableExistsError:
-        record = yield from ask(commands.GetVariable(owner.session_id, name))
-        _check_same(typed, record)
-        yield from read(owner, record, adopt=True)
-        return record.id
+    arguments.text("name", name)
+    with undone_on_error(owner.session_id, (name,)):
+        typed = use(owner.session_id, name, kind, owner)
+        value = typed.default(name) if value is UNSTATED else typed.instance(name, value)
+        facts = {
+            **arguments.mapping("metadata", metadata or {}),
+            **({} if description is None else {DESCRIPTION: description}),
+        }
+        text, encoded = typed.constraints(constraints), values.encode(value, typed.type_name, name=name)
+        command = commands.RegisterVariable(owner.session_id, name, typed.type_name, encoded, text, facts)
+        try:
+            return (yield from ask(command, terms))
+        except VariableExistsError:
+            record = yield from ask(commands.GetVariable(owner.session_id, name))
+            _check_same(typed, record)
+    yield from read(owner, record, adopt=True)
+    return record.id
 
 
 def prepared(owner: Any, name: str, value: object) -> Steps[Any]:

@@ -130,7 +130,7 @@ class Variables(Runs):
             description: What it is for. It is kept in the metadata.
             metadata: Its metadata.
             reason: Why it is defined.
-            actor: Terms defines it; by default the actor of the context.
+            actor: Who defines it; by default the actor of the context.
 
         Returns:
             The id of the variable.
@@ -174,10 +174,13 @@ class Variables(Runs):
         if not given:
             return {}
         known = {name: each if isinstance(each, Definition) else Definition(each) for name, each in given.items()}
-        command = commands.RegisterVariables(
-            self.session_id, tuple(each.command(self.session_id, name, self) for name, each in known.items())
-        )
-        ids = yield from ask(command, terms_of(actor, reason))
+        for name in known:
+            arguments.text("name", name)
+        with typed.undone_on_error(self.session_id, known):
+            command = commands.RegisterVariables(
+                self.session_id, tuple(each.command(self.session_id, name, self) for name, each in known.items())
+            )
+            ids = yield from ask(command, terms_of(actor, reason))
         return dict(zip(known, ids, strict=True))
 
     @verb

@@ -1,7 +1,7 @@
 """Typed state: models of variables, what is written and read, and migrations."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from decimal import Decimal
@@ -355,6 +355,26 @@ def test_another_schema_under_the_same_version(ctx: Context) -> None:
     ctx.define("profile", Same(first="x"))
     with pytest.raises(VariableExistsError, match="the schema of Other is not that of its version 1; give it another"):
         ctx.define("profile", Other(first="x"))
+
+
+def test_a_refused_definition_leaves_the_model(ctx: Context) -> None:
+    class Loose(BaseModel):
+        title: str = "none"
+
+    ctx.define_many({"profile": Old(name="Ada"), "count": 1})
+    refused: list[tuple[type[Exception], Callable[[], object]]] = [
+        (VariableExistsError, lambda: ctx.define("profile", model=Loose)),
+        (VariableExistsError, lambda: ctx.define_many({"profile": Loose()})),
+        (InvalidValueError, lambda: ctx.define("profile", model=New)),
+        (InvalidValueError, lambda: ctx.define("count", model=Old)),
+        (VariableExistsError, lambda: ctx.define("count", model=Loose)),
+    ]
+    for error, define in refused:
+        with pytest.raises(error):
+            define()
+        assert ctx.get_many() == {"profile": Old(name="Ada"), "count": 1}
+    ctx["profile"], ctx["count"] = Old(name="Bob"), 2
+    assert ctx.get_many() == {"profile": Old(name="Bob"), "count": 2}
 
 
 def test_a_stated_version(ctx: Context) -> None:
