@@ -256,7 +256,7 @@ def interrupted(served: ServedDatabase, watch: Watch) -> None:
 
 def test_a_watch_goes_on_by_itself_over_kills(served: ServedDatabase, caplog: pytest.LogCaptureFixture) -> None:
     rounds, writes = 2, 100
-    with BridgedState(served.target) as state, state.watch(SESSION) as watch, caplog.at_level("INFO"):
+    with BridgedState(served.target) as state, state.watch(SESSION) as watch, caplog.at_level("INFO", "dspex_persist"):
         seen = []
         for done in range(1, rounds + 1):
             write(served, writes)
