@@ -134,5 +134,10 @@ def _open_state(url: "str | os.PathLike[str]", /, **options: Any) -> Any:
     return import_module("dspex_persist.wiring").connect(url, **options)
 
 
+def _is_there(url: "str | os.PathLike[str]", /) -> bool:
+    found: bool = import_module("dspex_persist.wiring").is_there(url)
+    return found
+
+
 # Here, because every import of a part of the package runs this file.
-_opening.register(_open_state)
+_opening.register(_open_state, _is_there)

@@ -14,12 +14,24 @@ class Opener(Protocol):
     def __call__(self, url: str | os.PathLike[str], /, **options: Any) -> Any: ...
 
 
+class Finder(Protocol):
+    """Says whether there may be a session state at an address."""
+
+    def __call__(self, url: str | os.PathLike[str], /) -> bool: ...
+
+
 _openers: list[Opener] = []
+_finders: list[Finder] = []
 
 
-def register(opener: Opener) -> None:
-    """Have `open_state` use this opener from now on."""
-    _openers[:] = [opener]
+def register(opener: Opener, finder: Finder) -> None:
+    """Have `open_state` and `is_there` use these from now on."""
+    _openers[:], _finders[:] = [opener], [finder]
+
+
+def is_there(url: str | os.PathLike[str]) -> bool:
+    """Whether there may be a session state at `url`: not if it is a file that does not exist."""
+    return _finders[0](url)
 
 
 def open_state(url: str | os.PathLike[str], /, **options: Any) -> Any:

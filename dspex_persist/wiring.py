@@ -127,6 +127,12 @@ def connect(url: str | os.PathLike[str], **options: Any) -> "StreamsTools":
     return _embedded(place, **options) if isinstance(place, Path) else _bridged(place, **options)
 
 
+def is_there(url: str | os.PathLike[str]) -> bool:
+    """Whether there may be a session state at `url`: not if it is a file that does not exist."""
+    place = "" if url in _IN_MEMORY else _place_of(url, forms=f"memory:, {_FORMS}")
+    return not isinstance(place, Path) or place.exists()
+
+
 def aconnect(url: str | os.PathLike[str], **options: Any) -> "Opening[StreamsTools]":
     """Open the session state at `url` without blocking the event loop; the arguments are those of `connect`.
 

@@ -36,13 +36,14 @@ from dspex_persist.cognitive.variables import terms_of
 from dspex_persist.cognitive.watching import Watchable, Watchers
 from dspex_persist.errors import DspexError
 from dspex_persist.infra import forks
-from dspex_persist.opening import Opening
+from dspex_persist.opening import Opening, is_there
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.abilities import Derives, ExecutesTools
 from dspex_persist.state.errors import (
     DependencyCycleError,
     EngineClosedError,
     InvalidArgumentError,
+    SessionNotFoundError,
     VariableNotFoundError,
 )
 from dspex_persist.state.provider import TOOL_TIMEOUT_S, StateProvider
@@ -102,7 +103,7 @@ class Context(Transacting, Watchable, Ruled):
         self._prepare(session_id, actor, strict)
         self._places = {EMBEDDED: durable_at, BRIDGED: remote_at}
         begin = self._begin(metadata, ttl_s, create)
-        self.backend = _open(backend, tools, options)
+        self.backend = self._open(backend, create, tools, options)
         try:
             self.resumed = run(self, begin)
         except BaseException:
@@ -161,7 +162,7 @@ class Context(Transacting, Watchable, Ruled):
         self._prepare(session_id, actor, strict)
         self._places = {EMBEDDED: durable_at, BRIDGED: remote_at}
         begin = self._begin(metadata, ttl_s, create)
-        self.backend = await asyncio.to_thread(_open, backend, tools, options)
+        self.backend = await asyncio.to_thread(self._open, backend, create, tools, options)
         try:
             self.resumed = await run_aio(self, begin)
         except BaseException:
@@ -183,6 +184,12 @@ class Context(Transacting, Watchable, Ruled):
         self._watchers: Watchers | None = None
         self._derived: dict[str, Derived] = {}
         self.resumed = False
+
+    def _open(self, place: Place, create: bool, tools: object, options: Mapping[str, Any]) -> Backend:
+        # Opening a file would create it.
+        if not create and place != LOCAL and not isinstance(place, StateProvider) and not is_there(place):
+            raise SessionNotFoundError(self.session_id)
+        return _open(place, tools, options)
 
     def _begin(self, metadata: Mapping[str, str] | None, ttl_s: float | None, create: bool) -> Steps[bool]:
         facts = {} if metadata is None else arguments.mapping("metadata", metadata)

@@ -385,7 +385,8 @@ class Variables(Runs):
         )
         outcome = yield from ask(command, terms_of(actor, reason, idempotency_key))
         if atomic and not outcome.success:
-            raise InvalidArgumentError("changes", "; ".join(outcome.errors.values()))
+            # A rule refuses each of its variables for the same reason.
+            raise InvalidArgumentError("changes", "; ".join(dict.fromkeys(outcome.errors.values())))
         return outcome
 
     @verb

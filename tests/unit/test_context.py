@@ -162,6 +162,13 @@ class TestMapping:
             context.update_many({"x": 2, "missing": 3})
         assert context["x"] == 1
 
+    def test_a_refusal_for_several_variables_is_said_once(self, context: Context) -> None:
+        context.define_many({"low": 1, "high": 2})
+        context.rule("order", "low <= high")
+        with pytest.raises(InvalidArgumentError) as refused:
+            context.update_many({"low": 5, "high": 4})
+        assert str(refused.value).count("low <= high") == 1
+
     @pytest.mark.parametrize("wrong", [5, [1, 2], "ab", None])
     def test_an_argument_that_is_not_a_mapping_is_refused(self, context: Context, wrong: Any) -> None:
         reason = "invalid changes: it must be a mapping, such as a dict, not"
@@ -280,6 +287,22 @@ def test_only_what_exists_is_opened_on_request() -> None:
     assert Context("s", provider, create=False).resumed
     assert provider.get_session("s").metadata == {"ttl_seconds": "60"}
     assert Context().session_id != Context().session_id
+
+
+def test_opening_only_what_exists_creates_no_file(tmp_path: Path) -> None:
+    async def open_it() -> None:
+        await Context.aopen("s", path, create=False)
+
+    path = tmp_path / "state.db"
+    for place in (path, str(path), f"sqlite:///{path}"):
+        with pytest.raises(SessionNotFoundError, match="'s'"):
+            Context("s", place, create=False)
+    with pytest.raises(SessionNotFoundError, match="'s'"):
+        asyncio.run(open_it())
+    assert not list(tmp_path.iterdir())
+    Context("s", path).close()
+    with Context("s", path, create=False) as context:
+        assert context.resumed
 
 
 def test_every_verb_can_be_awaited() -> None:

@@ -429,7 +429,10 @@ class ExecuteTool(Command[ToolOutcome]):
     writes: ClassVar[bool] = True
 
     def apply(self, uow: UnitOfWork) -> ToolOutcome:
-        raise UnsupportedError("tools", "this state was opened without any: open it with connect(path, tools=...)")
+        raise UnsupportedError(
+            "tools",
+            "this state was opened without any: open it with Context(..., tools=...) or connect(path, tools=...)",
+        )
 
 
 # Registrations

@@ -130,8 +130,8 @@ IN_PYTHON: Final[Mapping[str, str]] = {
     Hint.UPGRADE_FILE: f"{_MAINTENANCE}.upgrade(path) upgrades it",
     Hint.UPGRADE_PACKAGE: "upgrade dspex-persist",
     Hint.WAIT_FOR_OPTIMIZER: (
-        'its holder writes with metadata["optimizer_id"], others wait or stop it with '
-        "stop_optimization(..., force=True)"
+        'its holder writes with metadata["optimizer_id"], others wait or break the lock with '
+        "optimize(..., force=True) or stop_optimization(..., force=True)"
     ),
     Hint.WATCH_ANEW: "begin a new watch, which starts with the current values",
 }
