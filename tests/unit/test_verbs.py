@@ -224,3 +224,9 @@ def test_what_is_to_be_called_is_a_function(ctx: Context) -> None:
             call(function)
     assert ctx["n"] == 0
     assert asyncio.run(ctx.update.aio("n", _later)) == 1
+
+
+def test_a_block_is_attempted_at_least_once(ctx: Context) -> None:
+    with pytest.raises(InvalidArgumentError, match="-1 is below 0: 0 means one attempt"):
+        next(ctx.transactions(retries=-1))
+    assert len(list(ctx.transactions(retries=0))) == 1
