@@ -512,7 +512,11 @@ class Context(Transacting, Watchable, Ruled):
     def _repr_html_(self) -> str:
         if self._closed:
             return escape(repr(self))
-        return self.describe()._repr_html_()
+        try:
+            return self.describe()._repr_html_()
+        except DspexError as error:
+            # A notebook would show a traceback.
+            return f"{escape(repr(self))}<br>{escape(str(error))}"
 
     def __repr__(self) -> str:
         about = f"<Context of session {self.session_id!r}"

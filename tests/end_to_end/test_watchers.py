@@ -294,8 +294,9 @@ def test_a_watch_that_cannot_resume_gives_up_and_closing_the_state_ends_it(serve
     ):
         interrupted(served, patient)
         reason = r"the watch did not get back within 0.2 s; resume with after_sequence=2"
-        with pytest.raises(UnavailableError, match=reason):
+        with pytest.raises(UnavailableError, match=reason) as given_up:
             pull_until_it_ends(watch)
+        assert str(given_up.value).count("unavailable: ") == 1
         state.close()
         with pytest.raises(EngineClosedError):
             pull_until_it_ends(patient)

@@ -50,6 +50,7 @@ def test_a_repr_shows_a_few_variables(ctx: Context) -> None:
         assert repr(ctx) == "<Context of session 's' on local>"
     ctx.end()
     assert repr(ctx) == "<Context of session 's' on local: SessionNotFoundError>"
+    assert "session not found: &#x27;s&#x27;" in ctx._repr_html_()
     ctx.close()
     assert repr(ctx) == "<Context of session 's', closed>"
     assert ctx._repr_html_() == "&lt;Context of session &#x27;s&#x27;, closed&gt;"

@@ -205,7 +205,7 @@ class BridgedWatch(Watch):
         reason = (
             f"the watch did not get back within {self._patience_s:g} s; resume with after_sequence={self._received}"
         )
-        return UnavailableError(f"{self.interrupted}; {reason}")
+        return UnavailableError(f"{str(self.interrupted).removeprefix('unavailable: ')}; {reason}")
 
     def _is_closed_within(self, pause_s: float) -> bool:
         with self._lock:
