@@ -196,14 +196,14 @@ def test_a_file_that_a_server_has_open(run: Run, tmp_path: Path) -> None:
             assert f"reach it with --target {target_of(server)}" in sentence
         fine(run("set", "s", "x", "2", "--target", target_of(server)))
         assert fine(run("get", "s", "x")) == "2\n"
+    without = run("call", "s", "add")
+    assert (without.returncode, "a file has no tools" in without.stderr) == (USAGE, True)
 
 
 def test_one_place_at_a_time(run: Run) -> None:
     for words in (("get", "s"), ("set", "s", "x", "1"), ("watch", "s"), ("call", "s", "t"), ("sessions", "list")):
         assert run(*words, "--db", "x.db", "--target", "127.0.0.1:1").returncode == USAGE
     assert run("call", "s", "t", "--tools", TOOLS, "--target", "127.0.0.1:1").returncode == USAGE
-    without = run("call", "s", "t", "--db", "x.db")
-    assert (without.returncode, "a file has no tools" in without.stderr) == (USAGE, True)
 
 
 @pytest.mark.parametrize("words", [(), ("get",), ("sessions",), ("sessions", "end"), ("audit", "history")])

@@ -128,9 +128,9 @@ def _opened(place: Place, modules: Sequence[str]) -> "Iterator[StreamsTools]":
     from dspex_persist.settings import load_settings
 
     modules = modules or load_settings(runs_tools=True).tools
-    if not modules:
-        raise typer.BadParameter("a file has no tools: name their module with --tools, or a server with --target")
     with redirect_stdout(sys.stderr), place.opened(tools=modules) as state:
+        if not modules:
+            raise typer.BadParameter("a file has no tools: name their module with --tools, or a server with --target")
         yield state
 
 
