@@ -33,6 +33,11 @@ class Derived:
         self._remove = Derives.of(backend.provider).add_derivation(session_id, self._derivation)
         backend.followers.add(self)
 
+    @property
+    def target(self) -> str:
+        """The name of the variable."""
+        return self._derivation.target
+
     def _compute(self, variables: Mapping[str, Variable]) -> Value:
         result = self._function(*(decode(variables[name]) for name in self._inputs))
         return values.encode_for(result, lambda: self._type, name=self._derivation.target)

@@ -19,6 +19,7 @@ from typing import Any, Final, cast
 from dspex_persist import clock
 from dspex_persist.cognitive.backends import BRIDGED, EMBEDDED, LOCAL, Backend, Move, Switch
 from dspex_persist.cognitive.carried import CarriedTools
+from dspex_persist.cognitive.deriving import Derived
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.opening import open_state
 from dspex_persist.spelling import quote
@@ -79,6 +80,8 @@ def ensure(
     _refuse_own(backend)
     with backend.moving:
         if not _is_there(backend, kind, address):
+            if kind == BRIDGED:
+                _refuse_derived(backend, session_id)
             _move(backend, session_id, address, {**_carried(backend, kind), **options})
 
 
@@ -170,6 +173,17 @@ def _opened(url: str, options: Mapping[str, Any]) -> StateProvider:
     except BaseException:
         provider.discard()
         raise
+
+
+def _refuse_derived(backend: Backend, session_id: str) -> None:
+    """Refuse to leave the process whose functions compute variables: elsewhere these would keep old values."""
+    targets = [follower.target for follower in backend.followers if isinstance(follower, Derived)]
+    found = backend.provider.get_variables(session_id, sorted(targets)).variables if targets else {}
+    if found:
+        raise UnsupportedError(
+            f"a move to a server with derived variables ({', '.join(found)})",
+            "delete them first, and compute them in a watch there: ctx.watch(..., on_change=)",
+        )
 
 
 class _Move:

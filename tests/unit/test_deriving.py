@@ -11,6 +11,7 @@ from dspex_persist.state.errors import (
     DependencyCycleError,
     DerivationError,
     ToolFailedError,
+    UnavailableError,
     UnsupportedError,
     VariableNotFoundError,
 )
@@ -104,6 +105,19 @@ def test_without_a_part_it_rests(ctx: Context) -> None:
     ctx.delete("sum")
     ctx["count"] = 10
     assert "sum" not in ctx
+
+
+def test_a_session_with_one_does_not_move_to_a_server() -> None:
+    with Context("s") as ctx:
+        ctx.define_many({"price": 2.0, "count": 3})
+        ctx.derive("sum", ["price", "count"], times)
+        with pytest.raises(UnsupportedError, match=r"with derived variables \(sum\)"):
+            ctx.ensure_bridged("grpc://127.0.0.1:1")
+        ctx["count"] = 5
+        assert ctx["sum"] == 10.0
+        ctx.delete("sum")
+        with pytest.raises(UnavailableError):
+            ctx.ensure_bridged("grpc://127.0.0.1:1", timeout_s=1)
 
 
 def test_it_moves_with_the_session_and_ends_with_the_context(tmp_path: Path) -> None:
