@@ -37,6 +37,8 @@ _MEASURE_EVERY = 200
 _MOST_GROWTH_MIB = 100
 # gRPC keeps up to this much memory for connections that misuse it, however many there are.
 _MOST_GROWTH_BY_MISUSE_MIB = 400
+_ENDLESS = ("WatchVariables", "BeginTransaction")
+"""Streams that last until the client ends them."""
 _INTERNALS = ("Traceback", "site-packages", 'File "', "sqlite3.", "sqlalchemy", "Error(")
 # Commits of the server itself, and events of executions that failed.
 _HOUSEKEEPING = frozenset({"expiry", "recovery", "pruning"})
@@ -125,14 +127,14 @@ class Fuzz:
                 self._set_up_all()
         elif (after := self._head()) != before and (written := self._written(before)):
             self._complain(number, sent, f"{code}, but commits {before + 1} to {after} were written: {written}")
-        if code in ("INTERNAL", "UNKNOWN", "DATA_LOSS") or (code == "DEADLINE_EXCEEDED" and name != "WatchVariables"):
+        if code in ("INTERNAL", "UNKNOWN", "DATA_LOSS") or (code == "DEADLINE_EXCEEDED" and name not in _ENDLESS):
             self._complain(number, sent, f"{code}: {details}")
         if revealed := [mark for mark in _INTERNALS if mark in details]:
             self._complain(number, sent, f"{code} reveals {revealed}: {details}")
 
     def _call(self, sent: Request) -> tuple[str, str]:
         """Send a request; returns the status code and its details."""
-        endless = sent.method.name == "WatchVariables"
+        endless = sent.method.name in _ENDLESS
         try:
             answer = self._calls[sent.method.full_name](
                 sent.content, timeout=_WATCH_S if endless else _CALL_S, metadata=sent.headers

@@ -23,6 +23,7 @@ from dspex_persist.state.watch import Watch
 _BUFFERED_UPDATES: Final = 256
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 # A stream that has lasted this long counts as restored, even if nothing has arrived on it.
+_END_S: Final = 2.0
 _SETTLED_S: Final = 5.0
 
 Resumption: TypeAlias = tuple[int, int]
@@ -290,7 +291,8 @@ class BridgedWatch(Watch):
             return
         self.end()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            # Ctrl-C may have come while the lock was being taken: nobody releases it then, and the thread waits for it.
+            self._thread.join(_END_S)
 
 
 def _is_passing(error: StateError) -> bool:
