@@ -23,8 +23,9 @@ from dspex_persist.state.watch import Watch
 _BUFFERED_UPDATES: Final = 256
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 # A stream that has lasted this long counts as restored, even if nothing has arrived on it.
-_END_S: Final = 2.0
 _SETTLED_S: Final = 5.0
+# How long closing waits for the thread.
+_END_S: Final = 2.0
 
 Resumption: TypeAlias = tuple[int, int]
 """The commit after which a watch resumes, and the one that began its session (0 if the server does not tell)."""
