@@ -784,7 +784,7 @@ def planted(owner: type, name: str, bug: Callable[..., Any]) -> Iterator[None]:
     ("owner", "name", "bug"),
     [
         (FinishExecution, "_changed", check_nothing),
-        (Execution, "finish", forget_patterns),
+        pytest.param(Execution, "finish", forget_patterns, marks=pytest.mark.thorough),
         (Execution, "finish", drop_steps),
         pytest.param(Execution, "undo", do_nothing, marks=pytest.mark.thorough),
         (Groups, "_interrupt_stale", do_nothing),

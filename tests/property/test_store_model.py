@@ -738,7 +738,7 @@ def commit_in_two(self: LogWriter) -> None:
     ("owner", "name", "planted"),
     [
         pytest.param(Groups, "_apply", publish_before_commit, marks=pytest.mark.thorough),
-        (LogWriter, "flush", commit_in_two),
+        pytest.param(LogWriter, "flush", commit_in_two, marks=pytest.mark.thorough),
     ],
 )
 def test_planted_bugs_are_found(owner: type, name: str, planted: Callable[..., Any]) -> None:
