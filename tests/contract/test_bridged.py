@@ -80,6 +80,7 @@ class Cached(Bridged):
             yield provider
 
 
+@pytest.mark.thorough
 class TestCached(Cached, ProviderContract):
     """The whole provider contract."""
 

@@ -247,6 +247,7 @@ def test_a_file_that_cannot_be_compared_with_is_refused_before_anything_is_measu
         assert reason in done.stderr
 
 
+@pytest.mark.thorough
 def test_peers_are_measured_alone_in_company_and_with_a_long_history(tmp_path: Path) -> None:
     """The other libraries are not installed along with ours: the run reports them and does not fail."""
     options = ["--only", "ours", "--only", "langgraph", "--seconds", "0.05", "--rounds", "1", "--history", "20"]
