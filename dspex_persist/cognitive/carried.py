@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar, Unpack, cast
 from uuid import UUID
 
 from dspex_persist import clock
+from dspex_persist.cognitive.records import result_of
 from dspex_persist.infra.futures import failed
 from dspex_persist.infra.threads import is_on_loop, on_new_thread
 from dspex_persist.state import values
@@ -88,10 +89,7 @@ class CarriedTools(Around, StreamsTools):
             yield from served.stream_tool(session_id, tool, parameters, metadata=metadata, **who)
             return
         outcome = self.execute_tool(session_id, tool, parameters, metadata=metadata, **who)
-        if outcome.error is not None:
-            raise outcome.error
-        assert outcome.result is not None, "it committed"
-        result = values.decode_loosely(outcome.result, outcome.result_type)
+        result = result_of(outcome)
         if outcome.streamed:
             yield from cast("list[object]", result)
         elif result is not None:
@@ -246,7 +244,4 @@ class CarriedSession:
             raise
 
     def _call_served(self, tool: str, parameters: Mapping[str, Value]) -> Any:
-        outcome = self._transaction.run(ExecuteTool(self.session_id, tool, parameters))
-        if outcome.error is not None:
-            raise outcome.error
-        return values.decode_loosely(outcome.result, outcome.result_type) if outcome.result is not None else None
+        return result_of(self._transaction.run(ExecuteTool(self.session_id, tool, parameters)))

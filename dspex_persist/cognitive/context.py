@@ -14,7 +14,7 @@ from dspex_persist.cognitive.backends import BRIDGED, EMBEDDED, LOCAL, Backend, 
 from dspex_persist.cognitive.deriving import DERIVED, Derived
 from dspex_persist.cognitive.describing import Description, in_line, is_numeric, is_sensitive
 from dspex_persist.cognitive.errors import ContextClosedError
-from dspex_persist.cognitive.records import VariableInfo, decode
+from dspex_persist.cognitive.records import VariableInfo, decode, result_of
 from dspex_persist.cognitive.rules import Ruled
 from dspex_persist.cognitive.steps import (
     DEFAULT,
@@ -283,10 +283,7 @@ class Context(Transacting, Watchable, Ruled):
         timeout_s = arguments.timeout("timeout_s", timeout_s)
         facts = {} if metadata is None else metadata
         command = commands.ExecuteTool(self.session_id, name_of(tool), encoded, facts, timeout_s)
-        outcome = yield from ask(command, terms_of(actor, reason, idempotency_key))
-        if outcome.error is not None:
-            raise outcome.error
-        return values.decode_loosely(outcome.result, outcome.result_type) if outcome.result is not None else None
+        return result_of((yield from ask(command, terms_of(actor, reason, idempotency_key))))
 
     @verb
     def call(self, tool: ToolCode | str, /, **arguments: object) -> Steps[Any]:

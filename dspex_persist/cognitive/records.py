@@ -7,10 +7,25 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from dspex_persist.state import values
-from dspex_persist.state.model import REASON, RESTORED_METADATA, ChangeKind, Optimization, Variable, VariableVersion
+from dspex_persist.state.model import (
+    REASON,
+    RESTORED_METADATA,
+    ChangeKind,
+    Optimization,
+    ToolOutcome,
+    Variable,
+    VariableVersion,
+)
 
 DESCRIPTION: Final = "description"
 """The metadata key under which a variable has its description."""
+
+
+def result_of(outcome: ToolOutcome) -> Any:
+    """Return the result of a tool's execution as a Python object, None if it has none; or raise its error."""
+    if outcome.error is not None:
+        raise outcome.error
+    return values.decode_loosely(outcome.result, outcome.result_type) if outcome.result is not None else None
 
 
 def decode(record: Variable | VariableVersion) -> Any:

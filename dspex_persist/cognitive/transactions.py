@@ -12,6 +12,7 @@ from typing import Any, Final, Self, TypeVar
 
 from dspex_persist.cognitive.backends import Backend, origin_of
 from dspex_persist.cognitive.errors import ContextClosedError
+from dspex_persist.cognitive.records import result_of
 from dspex_persist.cognitive.steps import Asked, Step, Steps, Terms, Work, ask, run_work, run_work_aio, verb, work
 from dspex_persist.cognitive.variables import Variables
 from dspex_persist.infra.mailbox import LoopMailbox
@@ -86,10 +87,7 @@ class Transaction(Variables):
             StateError: The tool failed, and wrote nothing. The transaction goes on if you catch the error.
         """
         command = commands.ExecuteTool(self.session_id, name_of(tool), values.encode_arguments(arguments))
-        outcome = yield from ask(command)
-        if outcome.error is not None:
-            raise outcome.error
-        return values.decode_loosely(outcome.result, outcome.result_type) if outcome.result is not None else None
+        return result_of((yield from ask(command)))
 
     def run_step(self, step: Step) -> Any:
         """See `Runs`."""

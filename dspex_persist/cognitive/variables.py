@@ -289,15 +289,19 @@ class Variables(Runs):
         encoded = yield from self._encode(name, value)
         return (yield from ask(commands.SetVariable(self.session_id, name, encoded, facts), terms))
 
-    def _encode(self, name: str, value: object) -> Steps[Value]:
+    def _encode(self, name: str, value: object, *, must_exist: bool = True) -> Steps[Value]:
+        """Encode a value for a variable; one that need not exist has no type then, and the write says that."""
         if name in typed.names:
             value = yield from typed.prepared(self, name, value)
         try:
             return values.encode_for(value, _need_type, name=name)
         except _TypeNeededError:
             pass
-        record = yield from ask(commands.GetVariable(self.session_id, name))
-        return values.encode(value, record.type, name=name)
+        if must_exist:
+            record: Record | None = yield from ask(commands.GetVariable(self.session_id, name))
+        else:
+            record = (yield from ask(commands.GetVariables(self.session_id, (name,)))).variables.get(name)
+        return values.encode(value, None if record is None else record.type, name=name)
 
     @verb
     def update(
@@ -379,7 +383,7 @@ class Variables(Runs):
         """
         encoded = {}
         for name, value in arguments.mapping("changes", changes).items():
-            encoded[name] = yield from self._encode_if_known(name, value)
+            encoded[name] = yield from self._encode(name, value, must_exist=False)
         command = commands.SetVariables(
             self.session_id, encoded, {} if metadata is None else metadata, arguments.flag("atomic", atomic)
         )
@@ -404,17 +408,6 @@ class Variables(Runs):
         if known:
             yield from self.update_many.steps(known)
         yield from self.define_many.steps({name: value for name, value in given.items() if name in new})
-
-    def _encode_if_known(self, name: str, value: object) -> Steps[Value]:
-        if name in typed.names:
-            value = yield from typed.prepared(self, name, value)
-        try:
-            return values.encode_for(value, _need_type, name=name)
-        except _TypeNeededError:
-            pass
-        found = yield from ask(commands.GetVariables(self.session_id, (name,)))
-        record = found.variables.get(name)
-        return values.encode(value, None if record is None else record.type, name=name)
 
     @verb
     def delete(self, name: str, *, reason: str | None = None, actor: str | None = None) -> Steps[None]:

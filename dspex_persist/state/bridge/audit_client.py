@@ -395,16 +395,20 @@ class _Calls:
             # The channel is closed.
             raise EngineClosedError() from error
 
-    def open(self, rpc: str, request: Any, headers: Headers, patience_s: float) -> tuple[Any, Any]:
-        """Begin a stream; returns its call and its first message, which has to come within `patience_s` seconds."""
+    def _start(self, rpc: str, request: Any, **options: Any) -> Any:
+        """Send the request, or begin to send the stream of requests, of a call whose answer is a stream."""
         self._here.check()
         self._line.admit()
-        sent_at = self._line.now()
         try:
-            call = getattr(self._stub, rpc)(request, metadata=headers)
+            return getattr(self._stub, rpc)(request, **options)
         except ValueError as error:
             # The channel is closed.
             raise EngineClosedError() from error
+
+    def open(self, rpc: str, request: Any, headers: Headers, patience_s: float) -> tuple[Any, Any]:
+        """Begin a stream; returns its call and its first message, which has to come within `patience_s` seconds."""
+        sent_at = self._line.now()
+        call = self._start(rpc, request, metadata=headers)
         answers = _Patient(call, patience_s)
         try:
             first = next(answers)
@@ -418,13 +422,7 @@ class _Calls:
 
     def begin(self, rpc: str, requests: Iterator[Any], headers: Headers) -> tuple[Any, OneProcess]:
         """Begin a call with a stream of requests, and return it together with what guards it."""
-        self._here.check()
-        self._line.admit()
-        try:
-            call = getattr(self._stub, rpc)(requests, metadata=headers)
-        except ValueError as error:
-            # The channel is closed.
-            raise EngineClosedError() from error
+        call = self._start(rpc, requests, metadata=headers)
         return call, OneProcess(self._target, call)
 
     def stream(
@@ -438,14 +436,8 @@ class _Calls:
             timeout_s: The time limit of the whole stream; None for none.
             patience_s: The time limit of each message; None for none.
         """
-        self._here.check()
-        self._line.admit()
         sent_at = self._line.now()
-        try:
-            call = getattr(self._stub, rpc)(request, timeout=timeout_s)
-        except ValueError as error:
-            # The channel is closed.
-            raise EngineClosedError() from error
+        call = self._start(rpc, request, timeout=timeout_s)
         here, answers = OneProcess(self._target, call), _Patient(call, patience_s)
         try:
             while (answer := here.next_of(answers)) is not None:
