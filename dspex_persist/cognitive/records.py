@@ -153,7 +153,7 @@ class HistoryEntry:
     @property
     def execution_id(self) -> str | None:
         """The id of the execution that wrote it; None if it was written outside of tools."""
-        return self.record.cause if self.record.cause.startswith("exec_") else None
+        return self.record.execution_id
 
     @property
     def commit(self) -> int:

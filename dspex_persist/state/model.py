@@ -18,6 +18,11 @@ def size_of(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
+def execution_of(cause: str) -> str | None:
+    """Return the cause of a commit if it is the id of an execution, else None."""
+    return cause if cause.startswith("exec_") else None
+
+
 class _Kept:
     """What is kept with a value besides its fields: see `values.scalars`."""
 
@@ -183,6 +188,11 @@ class VariableVersion(NamedTuple):
         return self.metadata.get(REASON)
 
     @property
+    def execution_id(self) -> str | None:
+        """The execution of a tool that wrote it; None if it was a single call."""
+        return execution_of(self.cause)
+
+    @property
     def size_bytes(self) -> int:
         """Its approximate size in an answer, in bytes."""
         texts = (*self.metadata, *self.metadata.values())
@@ -298,7 +308,7 @@ class Update:
     @property
     def execution_id(self) -> str | None:
         """The execution of a tool that made the commit, or None if it was a single call."""
-        return self.cause if self.cause.startswith("exec_") else None
+        return execution_of(self.cause)
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,7 +183,7 @@ def _again(state: "StateProvider", session: str, watched: Sequence[str], positio
 
 
 def _line_of(variable: "Variable", update: "Update | None", reveal: bool) -> Line:
-    from dspex_persist.state.model import REASON, without_reason
+    from dspex_persist.state.model import without_reason
 
     version = update.version if update is not None else None
     is_masked = is_sensitive(variable.metadata) and not reveal
@@ -201,8 +201,8 @@ def _line_of(variable: "Variable", update: "Update | None", reveal: bool) -> Lin
         None if is_masked else version.value,
         version.version,
         version.actor,
-        version.cause if version.cause.startswith("exec_") else None,
-        version.metadata.get(REASON),
+        version.execution_id,
+        version.reason,
         without_reason(version.metadata),
         is_masked,
     )
