@@ -372,8 +372,42 @@ class Backend:
         finally:
             mailbox.traffic.calls -= 1
 
+
+class BackendView:
+    """Where the session of a context is: `ctx.backend`."""
+
+    __slots__ = ("_backend",)
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    @property
+    def kind(self) -> str:
+        """What it is: "local" (memory), "embedded" (a file), "bridged" (a server)."""
+        return self._backend.kind
+
+    @property
+    def url(self) -> str:
+        """Its address; "" if it has none that is known."""
+        return self._backend.url
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What it can do; see `StateProvider.capabilities`."""
+        return self._backend.capabilities
+
+    @property
+    def provider(self) -> StateProvider:
+        """The session state, for what a context has no verb for. It is another one after a move."""
+        return self._backend.provider
+
+    @property
+    def switches(self) -> tuple[Switch, ...]:
+        """The moves of the session from one backend to another, oldest first."""
+        return self._backend.switches
+
     def __repr__(self) -> str:
-        return f"<Backend {self.kind}{f' {self.url}' if self.url else ''}>"
+        return f"<Backend {self._backend.place}>"
 
 
 def origin_of(provider: StateProvider, command: Command[Any], terms: Terms) -> Origin:

@@ -3,14 +3,13 @@
 import asyncio
 import os
 import secrets
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from types import TracebackType
 from typing import Any, Self
 
 from dspex_persist.cognitive import moves
-from dspex_persist.cognitive.backends import BRIDGED, EMBEDDED, LOCAL, Backend, Place
+from dspex_persist.cognitive.backends import BRIDGED, EMBEDDED, LOCAL, Backend, BackendView, Place
 from dspex_persist.cognitive.deriving import DERIVED, Derived
 from dspex_persist.cognitive.describing import Description, in_line, is_numeric, is_sensitive
 from dspex_persist.cognitive.errors import ContextClosedError
@@ -103,11 +102,11 @@ class Context(Transacting, Watchable, Ruled):
         self._prepare(session_id, actor, strict)
         self._places = {EMBEDDED: durable_at, BRIDGED: remote_at}
         begin = self._begin(metadata, ttl_s, create)
-        self.backend = self._open(backend, create, tools, options)
+        self._use(self._open(backend, create, tools, options))
         try:
             self.resumed = run(self, begin)
         except BaseException:
-            self.backend.close()
+            self._backend.close()
             raise
 
     @classmethod
@@ -162,11 +161,11 @@ class Context(Transacting, Watchable, Ruled):
         self._prepare(session_id, actor, strict)
         self._places = {EMBEDDED: durable_at, BRIDGED: remote_at}
         begin = self._begin(metadata, ttl_s, create)
-        self.backend = await asyncio.to_thread(self._open, backend, create, tools, options)
+        self._use(await asyncio.to_thread(self._open, backend, create, tools, options))
         try:
             self.resumed = await run_aio(self, begin)
         except BaseException:
-            await asyncio.to_thread(self.backend.close)
+            await asyncio.to_thread(self._backend.close)
             raise
         return self
 
@@ -179,9 +178,8 @@ class Context(Transacting, Watchable, Ruled):
         self.strict = strict
         self._terms = DEFAULT if actor is None else Terms(arguments.text("actor", actor))
         self._closed = False
-        self._closing = threading.Lock()
-        forks.register(self)
-        self._watchers: Watchers | None = None
+        self._closing = forks.Lock()
+        self._opened_watchers: Watchers | None = None
         self._derived: dict[str, Derived] = {}
         self.resumed = False
 
@@ -190,6 +188,9 @@ class Context(Transacting, Watchable, Ruled):
         if not create and place != LOCAL and not isinstance(place, StateProvider) and not is_there(place):
             raise SessionNotFoundError(self.session_id)
         return _open(place, tools, options)
+
+    def _use(self, backend: Backend) -> None:
+        self._backend, self.backend = backend, BackendView(backend)
 
     def _begin(self, metadata: Mapping[str, str] | None, ttl_s: float | None, create: bool) -> Steps[bool]:
         facts = {} if metadata is None else arguments.mapping("metadata", metadata)
@@ -204,12 +205,12 @@ class Context(Transacting, Watchable, Ruled):
     def _beside(self, session_id: str) -> Self:
         context = type(self).__new__(type(self))
         context._prepare(session_id, self._terms.actor, self.strict)
-        context.backend = Backend(self.backend.provider, is_owned=False, url=self.backend.url)
+        context._use(Backend(self._backend.provider, is_owned=False, url=self._backend.url))
         return context
 
     # Steps
 
-    def run_step(self, step: Step) -> Any:
+    def _run_step(self, step: Step) -> Any:
         """See `Runs`."""
         if self._closed:
             raise ContextClosedError(self.session_id)
@@ -220,13 +221,13 @@ class Context(Transacting, Watchable, Ruled):
             terms = self._signed(step.terms)  # type: ignore[union-attr]
             step = step.command  # type: ignore[union-attr]
         try:
-            return self.backend.run(step, terms)  # type: ignore[arg-type]
+            return self._backend.run(step, terms)  # type: ignore[arg-type]
         except EngineClosedError:
             if self._closed:
                 raise ContextClosedError(self.session_id) from None
             raise
 
-    async def run_step_aio(self, step: Step) -> Any:
+    async def _run_step_aio(self, step: Step) -> Any:
         """See `Runs`."""
         if self._closed:
             raise ContextClosedError(self.session_id)
@@ -234,7 +235,7 @@ class Context(Transacting, Watchable, Ruled):
             return await run_work_aio(step)
         command, terms = (step.command, self._signed(step.terms)) if isinstance(step, Asked) else (step, self._terms)
         try:
-            return await self.backend.run_aio(command, terms)
+            return await self._backend.run_aio(command, terms)
         except EngineClosedError:
             if self._closed:
                 raise ContextClosedError(self.session_id) from None
@@ -276,9 +277,9 @@ class Context(Transacting, Watchable, Ruled):
             UnsupportedError: The backend executes no tools.
         """
         needed = getattr(self._find_tool(tool), "requires", None)
-        if needed is not None and not moves.fulfils(self.backend, needed):
+        if needed is not None and not moves.fulfils(self._backend, needed):
             yield from work(self._fulfil, needed, name_of(tool))
-        ExecutesTools.of(self.backend.provider)
+        ExecutesTools.of(self._backend.provider)
         encoded = values.encode_arguments(arguments.mapping("parameters", parameters))
         timeout_s = arguments.timeout("timeout_s", timeout_s)
         facts = {} if metadata is None else metadata
@@ -300,7 +301,7 @@ class Context(Transacting, Watchable, Ruled):
             StateError: The tool failed or conflicted, and wrote nothing.
             UnsupportedError: The backend executes no tools.
         """
-        return (yield from self.execute.steps(tool, arguments))
+        return (yield from self.execute._steps(tool, arguments))
 
     @verb
     def end(self) -> Steps[None]:
@@ -308,15 +309,15 @@ class Context(Transacting, Watchable, Ruled):
         yield from ask(commands.CleanupSession(self.session_id))
 
     @property
-    def watchers(self) -> Watchers:
+    def _watchers(self) -> Watchers:
         """All its watches."""
-        if self._watchers is None:
+        if self._opened_watchers is None:
             with self._closing:
                 if self._closed:
                     raise ContextClosedError(self.session_id)
-                if self._watchers is None:
-                    self._watchers = Watchers(self.session_id, self.backend)
-        return self._watchers
+                if self._opened_watchers is None:
+                    self._opened_watchers = Watchers(self.session_id, self._backend)
+        return self._opened_watchers
 
     # Moving
 
@@ -361,7 +362,7 @@ class Context(Transacting, Watchable, Ruled):
         """Return the tool, if this context knows its code."""
         if not isinstance(tool, str):
             return tool
-        tools = self.backend.options.get("tools")
+        tools = self._backend.options.get("tools")
         return tools.get(tool) if isinstance(tools, Mapping) else None
 
     def _fulfil(self, needed: str, name: str) -> None:
@@ -377,17 +378,13 @@ class Context(Transacting, Watchable, Ruled):
         if self._closed:
             raise ContextClosedError(self.session_id)
         try:
-            moves.ensure(self.backend, self.session_id, kind, place, options)
+            moves.ensure(self._backend, self.session_id, kind, place, options)
         finally:
             if self._closed:
                 # It was closed meanwhile.
-                self.backend.close()
+                self._backend.close()
 
     # Opening and closing
-
-    def forked(self, *, quiet: bool) -> None:
-        """See `forks.ForkListener`: a thread that is not in the child may hold the lock."""
-        self._closing = threading.Lock()
 
     @property
     def closed(self) -> bool:
@@ -397,14 +394,14 @@ class Context(Transacting, Watchable, Ruled):
     def close(self) -> None:
         """Close what the context opened. The session goes on, and can be opened again. Closing twice is harmless."""
         # Before, because the functions that are called with changes may use the context.
-        if self._watchers is not None:
-            self._watchers.close()
+        if self._opened_watchers is not None:
+            self._opened_watchers.close()
         with self._closing:
             if not self._closed:
                 self._closed = True
                 for derived in self._derived.values():
                     derived.close()
-                self.backend.close()
+                self._backend.close()
 
     async def aclose(self) -> None:
         """Do the same without blocking the event loop."""
@@ -464,7 +461,7 @@ class Context(Transacting, Watchable, Ruled):
             DependencyCycleError: The variable would depend on itself.
             UnsupportedError: The session is not in this process.
         """
-        Derives.of(self.backend.provider)
+        Derives.of(self._backend.provider)
         inputs = arguments.texts("from_", from_)
         arguments.function("fn", fn)
         if name in inputs:
@@ -476,13 +473,13 @@ class Context(Transacting, Watchable, Ruled):
         if name in found.missing:
             first = yield from work(fn, *(decode(found.variables[each]) for each in inputs))
             options: dict[str, Any] = {"type_name": type_name, "description": description}
-            yield from self.define.steps(name, first, reason=reason, actor=actor, **options)
-        yield from self.depends_on.steps(name, *inputs, kind=DERIVED, reason=reason, actor=actor)
+            yield from self.define._steps(name, first, reason=reason, actor=actor, **options)
+        yield from self.depends_on._steps(name, *inputs, kind=DERIVED, reason=reason, actor=actor)
         target = yield from ask(commands.GetVariable(self.session_id, name))
         before = self._derived.pop(name, None)
         if before is not None:
             before.close()
-        derived = self._derived[name] = Derived(self.backend, self.session_id, target, inputs, fn)
+        derived = self._derived[name] = Derived(self._backend, self.session_id, target, inputs, fn)
         try:
             yield from ask(commands.ComputeDerived(self.session_id, name), terms_of(actor, reason))
         except BaseException:
@@ -504,7 +501,7 @@ class Context(Transacting, Watchable, Ruled):
         for info in [each for each in infos if is_numeric(each) and not is_sensitive(each)][:_MOST_SPARKLINES]:
             entries = yield from ask(commands.GetVariableHistory(self.session_id, info.id, _RECENT))
             recent[info.name] = [decode(entry) for entry in reversed(entries) if entry.value is not None]
-        return Description(self.session_id, self.backend.place, infos, lambda info: recent.get(info.name, ()))
+        return Description(self.session_id, self._backend.place, infos, lambda info: recent.get(info.name, ()))
 
     def _repr_html_(self) -> str:
         if self._closed:
@@ -520,13 +517,13 @@ class Context(Transacting, Watchable, Ruled):
         if self._closed:
             return f"{about}, closed>"
         # A debugger must not wait for a server, nor for a move.
-        if not hasattr(self, "backend") or self.backend.kind == BRIDGED or self.backend.gate.held:
-            return f"{about} on {self.backend.place}>" if hasattr(self, "backend") else f"{about}>"
+        if not hasattr(self, "_backend") or self._backend.kind == BRIDGED or self._backend.gate.held:
+            return f"{about} on {self._backend.place}>" if hasattr(self, "_backend") else f"{about}>"
         try:
             infos = self.list()
         except DspexError as error:
-            return f"{about} on {self.backend.place}: {type(error).__name__}>"
-        return f"{about} on {self.backend.place}{': ' if infos else ''}{in_line(infos)}>"
+            return f"{about} on {self._backend.place}: {type(error).__name__}>"
+        return f"{about} on {self._backend.place}{': ' if infos else ''}{in_line(infos)}>"
 
 
 def _open(place: Place, tools: object, options: Mapping[str, Any]) -> Backend:

@@ -35,7 +35,7 @@ class Owner(Runs, Protocol):
     @property
     def rollback(self) -> BoundVerb[..., Any]: ...
     @property
-    def watchers(self) -> Watchers: ...
+    def _watchers(self) -> Watchers: ...
     @property
     def session_id(self) -> str: ...
 
@@ -55,13 +55,13 @@ class Variable(Runs, Generic[T]):
         self.name = name
         self.kind = kind
 
-    def run_step(self, step: Step) -> Any:
+    def _run_step(self, step: Step) -> Any:
         """See `Runs`."""
-        return self._owner.run_step(step)
+        return self._owner._run_step(step)
 
-    async def run_step_aio(self, step: Step) -> Any:
+    async def _run_step_aio(self, step: Step) -> Any:
         """See `Runs`."""
-        return await self._owner.run_step_aio(step)
+        return await self._owner._run_step_aio(step)
 
     @property
     def value(self) -> T:
@@ -80,7 +80,7 @@ class Variable(Runs, Generic[T]):
     @verb
     def get(self) -> Steps[T]:
         """Return the value; raises as `value` does."""
-        info: VariableInfo = yield from self._owner.info.steps(self.name)
+        info: VariableInfo = yield from self._owner.info._steps(self.name)
         kind = self.kind if typed.is_model(self.kind) else None
         if kind is not None or info.name in typed.names:
             return self._read((yield from typed.read(self._owner, info.record, kind=kind)))
@@ -99,7 +99,7 @@ class Variable(Runs, Generic[T]):
         """Write a value, and return the new version; see `Context.set`."""
         written = self._written(value)
         return (
-            yield from self._owner.set.steps(
+            yield from self._owner.set._steps(
                 self.name,
                 written,
                 create=create,
@@ -125,29 +125,29 @@ class Variable(Runs, Generic[T]):
 
         if typed.is_model(self.kind):
             # The value may be of an older version of the model.
-            yield from self.get.steps()
-        value = yield from self._owner.update.steps(self.name, change, retries=retries, reason=reason, actor=actor)
+            yield from self.get._steps()
+        value = yield from self._owner.update._steps(self.name, change, retries=retries, reason=reason, actor=actor)
         return self._read(value)
 
     @verb
     def delete(self, *, reason: str | None = None, actor: str | None = None) -> Steps[None]:
         """Delete the variable. Its history is kept."""
-        yield from self._owner.delete.steps(self.name, reason=reason, actor=actor)
+        yield from self._owner.delete._steps(self.name, reason=reason, actor=actor)
 
     @verb
     def info(self) -> Steps[VariableInfo]:
         """Return the variable itself: its type, version, constraints, metadata, lock."""
-        return (yield from self._owner.info.steps(self.name))
+        return (yield from self._owner.info._steps(self.name))
 
     @verb
     def history(self, limit: int = 0, *, before: int | None = None) -> Steps[History]:
         """Return versions of the variable, newest first; see `Context.history`."""
-        return (yield from self._owner.history.steps(self.name, limit, before=before))
+        return (yield from self._owner.history._steps(self.name, limit, before=before))
 
     @verb
     def rollback(self, version: int, *, reason: str | None = None, actor: str | None = None) -> Steps[T]:
         """Write the value of an earlier version as a new version, and return it."""
-        return self._read((yield from self._owner.rollback.steps(self.name, version, reason=reason, actor=actor)))
+        return self._read((yield from self._owner.rollback._steps(self.name, version, reason=reason, actor=actor)))
 
     def watch(
         self,
@@ -159,7 +159,7 @@ class Variable(Runs, Generic[T]):
         after: int | None = None,
     ) -> Changes[T]:
         """Watch the variable: iterate with `for` or `async for`; see `Context.watch`."""
-        return self._owner.watchers.changes(
+        return self._owner._watchers.changes(
             Choice((self.name,)),
             filter,
             Pace(debounce_s, throttle_s),

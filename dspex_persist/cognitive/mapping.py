@@ -20,7 +20,7 @@ class Holds(Protocol):
     def get_many(self) -> Callable[[], dict[str, Any]]: ...
 
     @property
-    def write_many(self) -> Callable[[Mapping[str, object]], object]: ...
+    def _write_many(self) -> Callable[[Mapping[str, object]], object]: ...
 
 
 class Attributes:
@@ -71,7 +71,7 @@ class VariableMapping(MutableMapping[str, Any]):
     def __init__(self, owner: Holds) -> None:
         self._owner = owner
 
-    def is_of(self, owner: object) -> bool:
+    def _is_of(self, owner: object) -> bool:
         """Whether these are the variables of a context."""
         return self._owner is owner
 
@@ -136,7 +136,7 @@ class VariableMapping(MutableMapping[str, Any]):
         except (TypeError, ValueError):
             kind = type(changes).__name__
             raise InvalidArgumentError("changes", f"it must be a mapping, such as a dict, not {kind}") from None
-        self._owner.write_many(merged)
+        self._owner._write_many(merged)
 
     def __eq__(self, other: object) -> bool:
         return self.copy() == dict(other) if isinstance(other, Mapping) else NotImplemented

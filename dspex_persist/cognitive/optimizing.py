@@ -129,13 +129,13 @@ class Optimization(Runs):
         self._terms = Terms(optimizer_id=self.optimizer_id)
         self._next = 0
 
-    def run_step(self, step: Step) -> Any:
+    def _run_step(self, step: Step) -> Any:
         """See `Runs`."""
-        return self._owner.run_step(step)
+        return self._owner._run_step(step)
 
-    async def run_step_aio(self, step: Step) -> Any:
+    async def _run_step_aio(self, step: Step) -> Any:
         """See `Runs`."""
-        return await self._owner.run_step_aio(step)
+        return await self._owner._run_step_aio(step)
 
     def _begin(self) -> Steps[Self]:
         command = commands.StartOptimization(self._session_id, self.name, self.optimizer_id, self._config)

@@ -8,7 +8,7 @@ A verb's function yields steps, mostly commands, and gets their results; its `re
         return decode(found.variables[name])
 
 `ctx.get("x")` runs the steps here and now. `await ctx.get.aio("x")` runs the same steps from asyncio, without blocking
-the event loop. A verb uses another one by its steps: `yield from self.get.steps("x")`.
+the event loop. A verb uses another one by its steps: `yield from self.get._steps("x")`.
 """
 
 import asyncio
@@ -84,11 +84,11 @@ class Runs(Protocol):
     """An object with verbs: it runs single steps."""
 
     @abstractmethod
-    def run_step(self, step: Step) -> Any:
+    def _run_step(self, step: Step) -> Any:
         """Carry out a step here and now, and return its result."""
 
     @abstractmethod
-    async def run_step_aio(self, step: Step) -> Any:
+    async def _run_step_aio(self, step: Step) -> Any:
         """Carry out a step without blocking the event loop, and return its result."""
 
 
@@ -112,7 +112,7 @@ async def run_work_aio(work: Work) -> Any:
 
 def run(owner: Runs, steps: Steps[R]) -> R:
     """Run steps here and now, and return their result."""
-    run_step = owner.run_step
+    run_step = owner._run_step
     try:
         step = steps.send(None)
         while True:
@@ -129,7 +129,7 @@ def run(owner: Runs, steps: Steps[R]) -> R:
 
 async def run_aio(owner: Runs, steps: Steps[R]) -> R:
     """Run steps from a coroutine, and return their result."""
-    run_step = owner.run_step_aio
+    run_step = owner._run_step_aio
     try:
         step = steps.send(None)
         while True:
@@ -162,7 +162,7 @@ class BoundVerb(Generic[P, R]):
         owner = self._owner
         return run_aio(owner, self.__wrapped__(owner, *args, **kwargs))
 
-    def steps(self, *args: P.args, **kwargs: P.kwargs) -> Steps[R]:
+    def _steps(self, *args: P.args, **kwargs: P.kwargs) -> Steps[R]:
         """Return the steps, for another verb of the same object."""
         return self.__wrapped__(self._owner, *args, **kwargs)
 

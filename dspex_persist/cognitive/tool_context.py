@@ -27,13 +27,13 @@ class ToolContext(Variables):
         self.session_id = session.session_id
         self.strict = True
 
-    def run_step(self, step: Step) -> Any:
+    def _run_step(self, step: Step) -> Any:
         """See `Runs`."""
         if isinstance(step, Work):
             return run_work(step)
         return self._run(step)
 
-    async def run_step_aio(self, step: Step) -> Any:
+    async def _run_step_aio(self, step: Step) -> Any:
         """See `Runs`. Commands run on the transaction's copy in memory."""
         if isinstance(step, Work):
             return await run_work_aio(step)

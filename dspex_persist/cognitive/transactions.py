@@ -62,8 +62,8 @@ class Transaction(Variables):
         self.attempt = attempt
         self.commit_sequence: int | None = None
         self._context = context
-        self._backend = context.backend
-        self._gate = context.backend.gate
+        self._backend = context._backend
+        self._gate = context._backend.gate
         self._terms = terms
         self._options: dict[str, Any] = {"isolation": isolation, "timeout_s": timeout_s, "metadata": metadata}
         self._is_last = is_last
@@ -89,14 +89,14 @@ class Transaction(Variables):
         command = commands.ExecuteTool(self.session_id, name_of(tool), values.encode_arguments(arguments))
         return result_of((yield from ask(command)))
 
-    def run_step(self, step: Step) -> Any:
+    def _run_step(self, step: Step) -> Any:
         """See `Runs`."""
         if isinstance(step, Work):
             return run_work(step)
         command, origin = self._asked(step)
         return self._begun.submit(command, origin).result()
 
-    async def run_step_aio(self, step: Step) -> Any:
+    async def _run_step_aio(self, step: Step) -> Any:
         """See `Runs`."""
         if isinstance(step, Work):
             return await run_work_aio(step)
@@ -246,7 +246,7 @@ class Transaction(Variables):
 class Transacting(Variables):
     """The verbs of a context about the session as a whole: transactions, and its state in the past."""
 
-    backend: Backend
+    _backend: Backend
     _terms: Terms
 
     @property
@@ -347,7 +347,7 @@ class Transacting(Variables):
         return restored
 
     def _restore(self, at: str, terms: Terms) -> RestoredSession:
-        provider = self.backend.provider
+        provider = self._backend.provider
         origin = provider.origin("RestoreSession", actor=terms.actor, reason=terms.reason)
         return Restorable.of(provider).restore_session(self.session_id, at, origin=origin)
 
@@ -381,7 +381,7 @@ class Transacting(Variables):
         return self._beside(new)
 
     def _fork(self, new: str, at: str, terms: Terms) -> None:
-        provider = self.backend.provider
+        provider = self._backend.provider
         origin = provider.origin("ForkSession", actor=terms.actor, reason=terms.reason)
         Forkable.of(provider).fork_session(self.session_id, new, at, origin=origin)
 
@@ -392,7 +392,7 @@ class Transacting(Variables):
     def _through_gate(self, call: Callable[..., R], *arguments: Any) -> R:
         if self.closed:
             raise ContextClosedError(self.session_id)
-        return self.backend.gate.pass_through(lambda: call(*arguments))
+        return self._backend.gate.pass_through(lambda: call(*arguments))
 
     def _terms_of(self, actor: str | None, reason: str | None) -> Terms:
         return Terms(self._terms.actor if actor is None else actor, reason)

@@ -94,11 +94,11 @@ class Variables(Runs):
     strict: bool
 
     @abstractmethod
-    def run_step(self, step: Step) -> Any:
+    def _run_step(self, step: Step) -> Any:
         """See `Runs`."""
 
     @abstractmethod
-    async def run_step_aio(self, step: Step) -> Any:
+    async def _run_step_aio(self, step: Step) -> Any:
         """See `Runs`."""
 
     # Verbs
@@ -394,7 +394,7 @@ class Variables(Runs):
         return outcome
 
     @verb
-    def write_many(self, changes: Mapping[str, object]) -> Steps[None]:
+    def _write_many(self, changes: Mapping[str, object]) -> Steps[None]:
         """Write several values as `ctx.variables.update` does: what is not defined is defined, unless strict.
 
         New variables are defined in a commit of their own, after the others were written.
@@ -406,8 +406,8 @@ class Variables(Runs):
             new = set(found.missing)
         known = {name: value for name, value in given.items() if name not in new}
         if known:
-            yield from self.update_many.steps(known)
-        yield from self.define_many.steps({name: value for name, value in given.items() if name in new})
+            yield from self.update_many._steps(known)
+        yield from self.define_many._steps({name: value for name, value in given.items() if name in new})
 
     @verb
     def delete(self, name: str, *, reason: str | None = None, actor: str | None = None) -> Steps[None]:
@@ -555,7 +555,7 @@ class Variables(Runs):
         return Variable(self, arguments.text("name", name), kind)
 
     @property
-    def watchers(self) -> Watchers:
+    def _watchers(self) -> Watchers:
         """The watches, of a context only: a transaction sees no changes of others."""
         raise UnsupportedError("watching inside a transaction", "watch with the context, outside")
 
@@ -568,11 +568,11 @@ class Variables(Runs):
     def variables(self, mapping: VariableMapping) -> None:
         # `ctx.variables |= {...}` assigns what it has updated.
         given: object = mapping
-        if not isinstance(given, VariableMapping) or not given.is_of(self):
+        if not isinstance(given, VariableMapping) or not given._is_of(self):
             raise AttributeError("the variables cannot be replaced: update them, or use |=")
 
     def __getitem__(self, name: str) -> Any:
-        record = self.run_step(commands.GetVariable(self.session_id, name))
+        record = self._run_step(commands.GetVariable(self.session_id, name))
         return run(self, typed.read(self, record)) if record.name in typed.names else decode(record)
 
     def __setitem__(self, name: str, value: object) -> None:
@@ -584,17 +584,17 @@ class Variables(Runs):
     def __contains__(self, name: object) -> bool:
         if not isinstance(name, str):
             return False
-        return bool(self.run_step(commands.GetVariables(self.session_id, (name,))).variables)
+        return bool(self._run_step(commands.GetVariables(self.session_id, (name,))).variables)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 
     def __len__(self) -> int:
-        return len(self.run_step(commands.ListVariables(self.session_id)))
+        return len(self._run_step(commands.ListVariables(self.session_id)))
 
     def names(self) -> Sequence[str]:
         """Return the names of all variables, oldest first."""
-        return [record.name for record in self.run_step(commands.ListVariables(self.session_id))]
+        return [record.name for record in self._run_step(commands.ListVariables(self.session_id))]
 
     def keys(self) -> KeysView[str]:
         """Return the names of all variables, as of one moment."""

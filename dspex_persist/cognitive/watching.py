@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, Generic, Self, TypeVar, overload
 
-from dspex_persist.cognitive.backends import Backend, Follower
+from dspex_persist.cognitive.backends import Backend
 from dspex_persist.cognitive.callbacks import Callback, Callbacks, Filter, Subscription, now_s
 from dspex_persist.cognitive.changes import Change, Choice, Pace, Taken, read_value
 from dspex_persist.cognitive.errors import ContextClosedError
@@ -193,7 +193,7 @@ class Changes(Generic[T]):
         self._renumber(source)
         return updates
 
-    def follow(self) -> None:
+    def _follow(self) -> None:
         """Go on with the backend that the context has moved to."""
         with self._lock:
             if self._source is not None and not self._ended:
@@ -303,7 +303,7 @@ class Changes(Generic[T]):
                 self._ended, self._error = True, error
         self._news()
 
-    def fail(self, error: DspexError) -> None:
+    def _fail(self, error: DspexError) -> None:
         """End with an error, after what was pulled already."""
         self._end(error)
         if self._source is not None:
@@ -431,10 +431,9 @@ class Watchers:
         """
         with self._lock:
             iterated = list(self._iterated)
-        followers: list[Follower] = [*iterated, *self._callbacks.feeds()]
-        for each in followers:
+        for follow in [*(each._follow for each in iterated), *(each.follow for each in self._callbacks.feeds())]:
             try:
-                each.follow()
+                follow()
             except Exception as error:  # noqa: BLE001 - the session has moved; this one ends with it when it is pulled
                 _logger.warning("a watch did not move along", session_id=self.session_id, reason=str(error))
 
@@ -445,7 +444,7 @@ class Watchers:
             iterated = list(self._iterated)
         self._callbacks.close()
         for changes in iterated:
-            changes.fail(ContextClosedError(self.session_id))
+            changes._fail(ContextClosedError(self.session_id))
         while self._dropped:
             self._dropped.popleft().close()
 
@@ -524,7 +523,7 @@ class Watchable:
     """What has a session that can be watched: a context."""
 
     @property
-    def watchers(self) -> Watchers:
+    def _watchers(self) -> Watchers:
         """All its watches."""
         raise NotImplementedError
 
@@ -591,11 +590,11 @@ class Watchable:
         if filter is not None:
             arguments.function("filter", filter)
         if on_change is None:
-            return self.watchers.changes(choice, filter, pace, include_initial=include_initial, after=after)
+            return self._watchers.changes(choice, filter, pace, include_initial=include_initial, after=after)
         arguments.function("on_change", on_change)
-        return self.watchers.subscribe(on_change, choice, filter, pace, include_initial=include_initial, after=after)
+        return self._watchers.subscribe(on_change, choice, filter, pace, include_initial=include_initial, after=after)
 
     @property
     def wait_for(self) -> WaitFor:
         """Wait until a variable has a value that fits: `wait_for(name, predicate, timeout_s)`; see `WaitFor`."""
-        return WaitFor(self.watchers)
+        return WaitFor(self._watchers)

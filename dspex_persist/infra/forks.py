@@ -57,6 +57,26 @@ def unregister(listener: ForkListener) -> None:
     _listeners.discard(listener)
 
 
+class Lock:
+    """A lock that is free in a forked child, where a thread that held it does not exist. Use it in a `with` block."""
+
+    __slots__ = ("__weakref__", "_lock")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        register(self)
+
+    def forked(self, *, quiet: bool) -> None:
+        """See `ForkListener`."""
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 def keep_forever(thing: object) -> None:
     """Never free `thing`, not even at the end of the interpreter; for objects whose end would affect the parent."""
     # A reference without an owner, which nothing can drop.

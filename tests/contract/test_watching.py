@@ -206,7 +206,7 @@ class TestIteration:
                 break
             ctx["x"] = value
         gc.collect()
-        dropped = ctx.watchers._dropped
+        dropped = ctx._watchers._dropped
         assert len(dropped) > 0
         ctx.watch("x").close()
         assert len(dropped) <= 1, "opening another one closes those before"
@@ -584,7 +584,7 @@ class TestMoves:
             taking = threads.submit(changes.next, DEADLINE_S)
             assert inside.wait(DEADLINE_S)
             moving = threads.submit(ctx.ensure_persistent, tmp_path / "target.db")
-            while not ctx.backend.gate.held and not moving.done():
+            while not ctx._backend.gate.held and not moving.done():
                 threading.Event().wait(0.001)
             may_go_on.set()
             moving.result(DEADLINE_S)

@@ -88,7 +88,7 @@ def move(ctx: Context, path: Path, step: str | None) -> bool:
             owner, name, replacement, _ = STEPS[step]
             faults.enter_context(patch.object(owner, name, replacement))
         try:
-            moves._move(ctx.backend, ctx.session_id, str(path), {"tools": {"write": write}})
+            moves._move(ctx._backend, ctx.session_id, str(path), {"tools": {"write": write}})
         except Exception as error:
             if step is None or not isinstance(error, STEPS[step][3]):
                 raise

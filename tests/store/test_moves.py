@@ -143,7 +143,7 @@ def test_from_a_file_to_another_one(path: Path) -> None:
     """Not by `ensure_persistent`, for which any file will do, but it is the same move."""
     with Context("s", path) as ctx:
         ctx.define("x", 1)
-        moves._move(ctx.backend, "s", str(path.with_name("other.db")), {})
+        moves._move(ctx._backend, "s", str(path.with_name("other.db")), {})
         ctx["x"] = 2
         assert [each.version for each in ctx.history("x")] == [1, 0]
     with connect(path) as state, Auditable.of(state).audit() as audit:
@@ -185,10 +185,10 @@ def test_on_an_event_loop_it_does_not_wait_for_itself(path: Path) -> None:
     async def run() -> None:
         async with Context.aopen("s") as ctx:
             await ctx.define.aio("x", 0)
-            ctx.backend.gate.calls.append(None)
+            ctx._backend.gate.calls.append(None)
             with pytest.raises(UnsupportedError, match="await it"):
                 ctx.ensure_persistent(path)
-            ctx.backend.gate.calls.pop()
+            ctx._backend.gate.calls.pop()
             ctx.ensure_persistent(path)
 
     asyncio.run(run())
@@ -520,8 +520,8 @@ def test_positions_of_watches(ctx: Context, path: Path) -> None:
         other.define("y", 1)
     ctx.ensure_persistent(path)
     new = [each.sequence for each in ctx.backend.provider.get_variable_history("s", "x")][::-1]
-    assert [ctx.backend.position_here(source, each) for each in sequences] == new
-    assert ctx.backend.position_here(ctx.backend.provider, 5) == 5
+    assert [ctx._backend.position_here(source, each) for each in sequences] == new
+    assert ctx._backend.position_here(ctx.backend.provider, 5) == 5
 
 
 # Tools that require more

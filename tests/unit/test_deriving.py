@@ -150,7 +150,7 @@ class _Elsewhere(Context):
         from dspex_persist.cognitive.backends import Backend
 
         self._prepare("s", None, False)
-        self.backend = Backend(state, is_owned=False)
+        self._backend = Backend(state, is_owned=False)
 
 
 def test_from_asyncio() -> None:

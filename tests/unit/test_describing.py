@@ -46,7 +46,7 @@ def test_a_repr_shows_a_few_variables(ctx: Context) -> None:
     assert shown == f"<Context of session 's' on local: temperature=0.7, prompt=\"word word word w..., key={MASKED}>"
     ctx.define_many({f"x{n}": n for n in range(10)})
     assert repr(ctx).endswith("x0=0, x1=1, and 8 more>")
-    with ctx.backend.gate.hold():
+    with ctx._backend.gate.hold():
         assert repr(ctx) == "<Context of session 's' on local>"
     ctx.end()
     assert repr(ctx) == "<Context of session 's' on local: SessionNotFoundError>"
