@@ -52,6 +52,7 @@ def test_a_call_is_in_the_journal_and_the_key_is_nowhere_in_the_file(
     assert answers_of(entry) == ["blue"]
     assert call["response"]["usage"]["dummy"]["total_tokens"] == 0
     assert call["concurrent"] is False
+    assert (call["at"] > 0, call["latency_us"] > 0, call["cached"], "cost" in call) == (True, True, False, False)
     assert len(call["hash"]) == 64
     for file in (path, Path(f"{path}-wal")):
         assert SECRET.encode() not in file.read_bytes()

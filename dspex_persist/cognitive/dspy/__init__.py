@@ -14,8 +14,14 @@ A recorded call is JSON, an entry of an execution's `recorded["lm"]`:
   represented by their SHA-256;
 - `lm`: the LM's `class` and its `defaults`, with which a recording can be played without a configured LM;
 - `concurrent`: whether it came from another thread or task than the tool's;
+- `at`: when it began, in microseconds since the epoch, and `latency_us`: how long it took, retries included;
+- `cost`: in USD, and `cached`: whether DSPy's cache answered, which costs 0.0. Each is left out where nobody says it;
 - `response`: `outputs` (or `typed`, for an `lm15.Request`) and `usage` by model; or
-- `error`: `type` (module and name) and `message`.
+- `error`: `type` (module and name) and `message`;
+- `usage`: tokens by model that DSPy's usage tracker attributes to no answer: those of a call that failed after the
+  provider had counted them, and those that an LM tells in its history only. Usually left out.
+
+Older recordings lack `at`, `latency_us`, `cost`, `cached` and `usage`; playing ignores them.
 
 Playing it back:
 

@@ -8,6 +8,7 @@ no recording, and reaches no LM during a replay.
 import asyncio
 import functools
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,10 @@ from dspy.dsp.utils.settings import thread_local_overrides
 from dspy.dsp.utils.utils import dotdict
 from dspy.utils.usage_tracker import track_usage
 
+from dspex_persist import clock
 from dspex_persist.cognitive import lm_guard
+from dspex_persist.cognitive.dspy import accounts
+from dspex_persist.cognitive.dspy.accounts import ACCOUNT, Account
 from dspex_persist.cognitive.dspy.playback import (
     Playback,
     RecordedCall,
@@ -29,7 +33,15 @@ from dspex_persist.cognitive.dspy.playback import (
     keep_account,
     stand_in,
 )
-from dspex_persist.cognitive.dspy.requests import LmRequest, answer_of, failure_of, request_of, response_of, secrets_of
+from dspex_persist.cognitive.dspy.requests import (
+    LmRequest,
+    answer_of,
+    failure_of,
+    plain,
+    request_of,
+    response_of,
+    secrets_of,
+)
 from dspex_persist.state.tools.session import ToolSession
 
 LM_CALLS: Final = "lm"
@@ -96,6 +108,7 @@ class _Recorder:
             "request": request.request,
             "lm": {"class": request.lm_class, "defaults": dict(request.defaults)},
             "concurrent": _line() != self._line,
+            "at": clock.to_micros(clock.now()),
         }
 
     def end(self, call: Mapping[str, Any], outcome: Mapping[str, Any]) -> None:
@@ -121,6 +134,8 @@ class _Call:
             # Otherwise DSPy's cache would answer.
             self.kwargs = {"cache": False, **kwargs}
         self._entry = None if self._recorder is None else self._recorder.begin(self._request)
+        self._account = Account(lm)
+        self._began = time.monotonic()
 
     @property
     def never_answers(self) -> bool:
@@ -133,24 +148,34 @@ class _Call:
         """Observe the call, which the block makes; it puts the answer into the list."""
         answers: list[Any] = []
         # If the LM calls another LM, only the outer call counts.
-        token = _observe(None, None)
-        usage: Mapping[str, Any] = {}
+        token = _observe(None, None, None if self.is_played else self._account)
+        tracker: Any = None
         try:
             with track_usage() as tracker:
                 yield answers
-            usage = tracker.get_total_tokens()
-        except (Exception, asyncio.CancelledError) as error:
-            self._end({"error": failure_of(error, secrets_of(self.lm, self.kwargs))}, error)
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            failed: dict[str, Any] = {"error": failure_of(error, secrets_of(self.lm, self.kwargs))}
+            # A provider may have charged for a call that failed here.
+            used = {} if tracker is None else tracker.get_total_tokens()
+            self._end({**failed, "usage": plain(used)} if used else failed, error)
             raise
         finally:
             thread_local_overrides.reset(token)
-        self._end({"response": response_of(answers[0], usage)})
+        usage = tracker.get_total_tokens()
+        outcome: dict[str, Any] = {"response": response_of(answers[0], usage)}
+        told = {} if usage else self._account.usage()
+        self._end({**outcome, "usage": told} if told else outcome)
 
     def _end(self, outcome: Mapping[str, Any], error: BaseException | None = None) -> None:
         if self._playback is not None and self._playback.live and not isinstance(error, asyncio.CancelledError):
             self._playback.compare(self._ordinal, self._request, self._recorded, outcome)
         if self._recorder is not None and self._entry is not None:
-            self._recorder.end(self._entry, outcome)
+            latency_us = round((time.monotonic() - self._began) * 1e6)
+            # A playback asks no model, as an answer of the cache.
+            facts = {"cost": 0.0, "cached": True} if self.is_played else self._account.facts()
+            self._recorder.end({**self._entry, "latency_us": latency_us, **facts}, outcome)
 
     def play(self) -> Any:
         """Return the recorded answer, and account for it in DSPy's usage and histories; or raise the recorded error."""
@@ -166,9 +191,9 @@ class _Call:
         return answer
 
 
-def _observe(recorder: _Recorder | None, playback: Playback | None) -> Token[Any]:
-    """Have the LM calls of this context recorded and answered by these."""
-    observers = {_RECORDER: recorder, _PLAYBACK: playback}
+def _observe(recorder: _Recorder | None, playback: Playback | None, account: Account | None = None) -> Token[Any]:
+    """Have the LM calls of this context recorded and answered by these, and what is known of them noted."""
+    observers = {_RECORDER: recorder, _PLAYBACK: playback, ACCOUNT: account}
     token: Token[Any] = thread_local_overrides.set(dotdict({**thread_local_overrides.get(), **observers}))
     return token
 
@@ -319,6 +344,7 @@ def install() -> None:
             _hook(kind)
 
         BaseLM.__init_subclass__ = classmethod(on_subclass)
+        accounts.install()
         _carry_into_threads()
 
 
@@ -328,7 +354,13 @@ def _with_subclasses(kind: type[Any]) -> Iterator[type[Any]]:
         yield from _with_subclasses(each)
 
 
-_WRAPPERS: Final = {"__call__": _observed, "acall": _observed_async, "forward": _guarded, "aforward": _guarded}
+_WRAPPERS: Final = {
+    "__call__": _observed,
+    "acall": _observed_async,
+    "forward": _guarded,
+    "aforward": _guarded,
+    "update_history": accounts.noting,
+}
 
 
 def _hook(kind: Any) -> None:
