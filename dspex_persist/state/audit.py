@@ -7,7 +7,7 @@ began it while it runs), an ISO time, an age ("2h"), or "now". A `^` after it me
 import re
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -150,7 +150,11 @@ class ExecutionDetail:
 class CommitEntry:
     """A commit: who made it, by what request, when, and what it changed.
 
-    `hash` is hexadecimal; `pruned` says whether rows of it were deleted.
+    Attributes:
+        hash: Its hash in the chain, hexadecimal.
+        pruned: Whether rows of it were deleted.
+        reason: Why it was made: the reason of its versions, or that of the execution that it began; None if there is
+            none. Several reasons, which a tool can give, are separated by "; ".
     """
 
     sequence: int
@@ -162,6 +166,7 @@ class CommitEntry:
     versions: tuple[tuple[str, int], ...] = ()
     events: tuple[str, ...] = ()
     pruned: bool = False
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -567,6 +572,11 @@ class Page(Generic[T]):
 def is_glob(text: str) -> bool:
     """Whether a text is a pattern, as opposed to a name."""
     return "*" in text or "?" in text
+
+
+def joined_reasons(reasons: Iterable[str | None]) -> str | None:
+    """Return the reason of a commit, given those in it; see `CommitEntry`."""
+    return "; ".join(dict.fromkeys(filter(None, reasons))) or None
 
 
 def suggestion(name: str, names: Sequence[str], most: int = _NAMED) -> str:

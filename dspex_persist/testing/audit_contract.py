@@ -61,6 +61,16 @@ class AuditContract(Contract):
             provider.set_variable(session, "x", 3)
             assert audit.state(session)[0].reason is None
 
+    def test_why_a_commit_was_made(self, provider: StateProvider, session: str) -> None:
+        for name in ("x", "y"):
+            provider.register_variable(session, name, "integer", 1, reason="begin")
+        provider.set_variables(session, {"x": 2, "y": 2}, reason="both\nat once")
+        provider.set_variable(session, "x", 3)
+        provider.delete_variable(session, "y", reason="done")
+        with Auditable.of(provider).audit() as audit:
+            commits = audit.iterate(CommitQuery(session=session, newest_first=False))
+            assert [each.reason for each in commits] == [None, "begin", "begin", "both\nat once", None, "done"]
+
     def test_page_by_page(self, provider: StateProvider, audited: str) -> None:
         with Auditable.of(provider).audit() as audit:
             query, after, versions = HistoryQuery(session=audited), None, list[int]()

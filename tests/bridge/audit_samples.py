@@ -142,6 +142,7 @@ SAMPLES: Final[dict[str, Any]] = {
     "detail": DETAIL,
     "bare detail": CHILD,
     "commit": COMMIT,
+    "explained commit": replace(COMMIT, reason="ticket 12; naïve"),
     "bare commit": CommitEntry(1, "s", "", "", OLD, ""),
     "session": SESSION,
     "live session": replace(SESSION, ended_sequence=None, ended_at=None, ttl_s=None, metadata={}),

@@ -295,6 +295,11 @@ def test_everything_that_shows_a_change_says_why(
     assert f"set, because: {WHY})" in shown
     assert "dspex.reason" not in shown
     assert WHY in ask("state", SESSION, width=300).out
+    commits = ask("commits", SESSION, "--limit", "1", width=300).out
+    assert "why" in commits.splitlines()[0]
+    assert deletion in commits
+    assert ask("commits", SESSION, "--limit", "1", "--json").rows[0]["reason"] == deletion
+    assert deletion in ask("commits", SESSION, "--limit", "1", "--csv").out
     (found,) = ask("history", SESSION, "--meta", f"dspex.reason={deletion}", "--json").rows
     assert (found["reason"], found["metadata"], found["name"]) == (deletion, {}, "b")
     page = path.parent / "why.html"
@@ -309,7 +314,7 @@ def test_tables_say_that_there_is_more_and_how_to_get_it(ask: Callable[..., Comm
     assert lines[5] == f"more than these 3 rows: --limit 0 shows all, --until {int(last) - 1} continues from here"
     oldest = ask("commits", "--limit", "2", "--oldest-first").out.splitlines()
     assert oldest[-1].endswith("--since 2 continues from here")
-    everything = ask("commits", "--limit", "0").out
+    everything = ask("commits", "--limit", "0", width=200).out
     assert "more than" not in everything
     assert len(everything.splitlines()) == 2 + len(ask("commits", "--json").rows)
 

@@ -365,11 +365,14 @@ def test_the_site_shows_the_newest_commit_of_a_running_server(site: str, served:
     with dspex_persist.connect(f"grpc://{served.target}") as state:
         state.initialize_session("live")
         state.register_variable("live", "fresh", "integer", 41)
-        state.set_variable("live", "fresh", 42)
+        state.set_variable("live", "fresh", 42, reason="the answer")
     assert ">live<" in get(site, "")[1]
     assert "fresh" in get(site, "session", id="live")[1]
     status, text = get(site, "history/v_variable_history.json", _shape="array", name="fresh")
     assert (status, [row["number"] for row in json.loads(text)]) == (200, [42, 41])
+    status, text = get(site, "history/v_commits.json", _shape="array", session_id="live")
+    assert (status, [row["reason"] for row in json.loads(text)]) == (200, ["the answer", None, None])
+    assert "the answer" in get(site, "history/v_commits", session_id="live")[1]
 
 
 @needs_datasette

@@ -160,6 +160,11 @@ VIEWS: Final[Mapping[str, View]] = {
     ),
 }
 
+ADDED: Final[Mapping[str, Mapping[str, str]]] = {
+    "v_commits": {"reason": "why it was made, NULL if nobody gave a reason"},
+}
+"""The columns that only the site's views have."""
+
 QUERIES: Final[Mapping[str, Mapping[str, Any]]] = {
     "who_changed": {
         "title": "Who changed this variable?",
@@ -193,11 +198,11 @@ QUERIES: Final[Mapping[str, Mapping[str, Any]]] = {
 }
 
 
-def _described(view: View) -> dict[str, Any]:
+def _described(name: str, view: View) -> dict[str, Any]:
     described = {
         "title": view.title,
         "description": view.description,
-        "columns": dict(view.columns),
+        "columns": {**view.columns, **ADDED.get(name, {})},
         "facets": list(view.facets),
     }
     return described | ({"sort_desc": view.newest_by} if view.newest_by else {})
@@ -213,7 +218,7 @@ METADATA: Final = {
         DATABASE: {
             "title": "The history as tables",
             "description": "Stable views, independent of the tables behind them.",
-            "tables": {name: _described(view) for name, view in VIEWS.items()},
+            "tables": {name: _described(name, view) for name, view in VIEWS.items()},
             "queries": {name: _with_sql(name, query) for name, query in QUERIES.items()},
         }
     },

@@ -98,8 +98,14 @@ class Site:
 
     @hookimpl
     def prepare_connection(self, conn: Any, database: str) -> None:
-        """With `reveal`, add views that show sensitive values, which take precedence over those that mask them."""
-        if self._source.reveal and database == DATABASE:
+        """Add the reasons of commits and, with `reveal`, sensitive values.
+
+        The views that have them take precedence over those of the file.
+        """
+        if database != DATABASE:
+            return
+        views.explain_commits(conn)
+        if self._source.reveal:
             views.reveal_values(conn)
 
     @hookimpl(hookwrapper=True)

@@ -98,6 +98,7 @@ def commit_columns(look: Renderer, query: CommitQuery) -> list[Column[CommitEntr
         Column("actor", lambda row: plain(row.actor), least=8),
         Column("cause", lambda row: cause_text(row.cause), least=8),
         Column("what", _commit_text, least=12, most=200),
+        Column("why", lambda row: plain(row.reason or ""), least=6, most=80, is_rare=True),
         Column("hash", lambda row: row.hash[:12], least=12),
     ]
     left_out = {"session"} if _is_one(query.session) else set()

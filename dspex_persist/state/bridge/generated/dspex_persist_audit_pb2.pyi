@@ -1453,6 +1453,7 @@ class CommitEntry(_message.Message):
     VERSIONS_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     PRUNED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     session_id: _builtins.str
     actor: _builtins.str
@@ -1461,6 +1462,8 @@ class CommitEntry(_message.Message):
     """SHA-256 over its predecessor's hash and its own content, hexadecimal"""
     pruned: _builtins.bool
     """rows of it were pruned"""
+    reason: _builtins.str
+    """why it was made, if its writer said so"""
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -1479,12 +1482,15 @@ class CommitEntry(_message.Message):
         versions: _abc.Iterable[Global___VersionOf] | None = ...,
         events: _abc.Iterable[_builtins.str] | None = ...,
         pruned: _builtins.bool = ...,
+        reason: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_reason", b"_reason", "created_at", b"created_at", "reason", b"reason"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "cause", b"cause", "created_at", b"created_at", "events", b"events", "hash", b"hash", "pruned", b"pruned", "sequence", b"sequence", "session_id", b"session_id", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reason", b"_reason", "actor", b"actor", "cause", b"cause", "created_at", b"created_at", "events", b"events", "hash", b"hash", "pruned", b"pruned", "reason", b"reason", "sequence", b"sequence", "session_id", b"session_id", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__reason: _TypeAlias = _typing.Literal["reason"]  # noqa: Y015
+    _WhichOneofArgType__reason: _TypeAlias = _typing.Literal["_reason", b"_reason"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reason) -> _WhichOneofReturnType__reason | None: ...
 
 Global___CommitEntry: _TypeAlias = CommitEntry  # noqa: Y015
 

@@ -6,20 +6,34 @@ from typing import Any, Final
 from sqlalchemy import Connection
 
 from dspex_persist.clock import nearest_time
-from dspex_persist.state.audit import CommitEntry, CommitQuery, Cursor, Page, SessionEntry, SessionQuery
+from dspex_persist.state.audit import CommitEntry, CommitQuery, Cursor, Page, SessionEntry, SessionQuery, joined_reasons
+from dspex_persist.state.model import REASON
 from dspex_persist.state.store.history.execution_rows import pairs_in
-from dspex_persist.state.store.history.points import of_session
+from dspex_persist.state.store.history.points import LAST_VERSION, of_session
 from dspex_persist.state.store.history.rows import Bounds, Conditions, page_of, rows_of_page, sound_document
-from dspex_persist.state.values.json_text import stored_texts
+from dspex_persist.state.values.json_text import stored, stored_texts
 
-_COMMITS: Final = """
+# Each reason once, in the order of the variables; as JSON, because `->>` would cut it at its first NUL.
+_REASONS: Final = f"""
+    SELECT json_group_array(reason) FROM (
+        SELECT reason FROM (
+            SELECT {sound_document("versions.metadata")} -> '$."{REASON}"' AS reason, versions.variable_key AS place
+            FROM versions WHERE versions.sequence = commits.sequence
+            UNION ALL
+            SELECT {sound_document("events.body")} -> '$.metadata."{REASON}"', {LAST_VERSION}
+            FROM events WHERE events.sequence = commits.sequence AND events.kind = 'execution_began'
+        ) WHERE reason IS NOT NULL GROUP BY reason ORDER BY min(place)
+    )
+"""
+_COMMITS: Final = f"""
     SELECT commits.sequence, sessions.session_id, commits.actor, commits.cause, commits.created_at,
         lower(hex(commits.hash)) AS hash,
         (SELECT json_group_array(json_array(variables.name, versions.version)) FROM versions
             JOIN variables ON variables.variable_key = versions.variable_key
             WHERE versions.sequence = commits.sequence) AS versions,
         (SELECT json_group_array(events.kind) FROM events WHERE events.sequence = commits.sequence) AS events,
-        EXISTS (SELECT 1 FROM pruned WHERE pruned.sequence = commits.sequence) AS pruned
+        EXISTS (SELECT 1 FROM pruned WHERE pruned.sequence = commits.sequence) AS pruned,
+        ({_REASONS}) AS reasons
     FROM commits JOIN sessions ON sessions.session_key = commits.session_key
 """
 _SESSIONS: Final = """
@@ -58,7 +72,13 @@ def _commit_of(row: Any) -> CommitEntry:
         pairs_in(json.loads(row.versions)),
         tuple(json.loads(row.events)),
         bool(row.pruned),
+        joined_reasons(map(_text_of, json.loads(row.reasons))),
     )
+
+
+def _text_of(reason: str) -> str:
+    text = stored(reason)
+    return text if isinstance(text, str) else reason
 
 
 def session_page(

@@ -6,6 +6,8 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Final
 
+from dspex_persist.state.model import REASON
+
 SqlError: Final = sqlite3.Error
 """The error that SQLite raises for an invalid query, for programs that accept queries from their users."""
 _WITH_VALUES: Final = ("v_variable_history", "v_current_variables")
@@ -14,6 +16,33 @@ _WITH_VALUES: Final = ("v_variable_history", "v_current_variables")
 def connect_read_only(path: Path) -> sqlite3.Connection:
     """Open a read-only connection, usable from any thread, even while a server writes to the file."""
     return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False)
+
+
+def explain_commits(connection: sqlite3.Connection) -> None:
+    """Add a column `reason` to the view of commits, on this connection only.
+
+    It is not in the file's view, because every file would have to be upgraded for it.
+    """
+    columns = [row[1] for row in connection.execute("PRAGMA main.table_info(v_commits)")]
+    connection.execute(f"""
+        CREATE TEMP VIEW v_commits AS
+        SELECT {", ".join(f"plain.{column}" for column in columns)}, (
+            SELECT group_concat(reason, '; ') FROM (
+                SELECT reason FROM (
+                    SELECT {_reason("versions.metadata", "$")} AS reason, versions.variable_key AS place
+                    FROM main.versions WHERE versions.sequence = plain.sequence
+                    UNION ALL
+                    SELECT {_reason("events.body", "$.metadata")}, 9e18
+                    FROM main.events WHERE events.sequence = plain.sequence AND events.kind = 'execution_began'
+                ) WHERE reason IS NOT NULL GROUP BY reason ORDER BY min(place)
+            )
+        ) AS reason
+        FROM main.v_commits AS plain
+    """)
+
+
+def _reason(column: str, path: str) -> str:
+    return f"CASE WHEN json_valid({column}) THEN {column} ->> '{path}.\"{REASON}\"' END"
 
 
 def reveal_values(connection: sqlite3.Connection) -> None:
