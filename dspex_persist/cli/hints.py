@@ -36,6 +36,7 @@ IN_COMMANDS: "Final[Mapping[str, str]]" = {
     "mend_file": "`dspex-persist db upgrade --db {path}` repairs it",
     "name_backup": "name a copy made by `dspex-persist db backup`",
     "new_key": "a key belongs to one request: use a new one",
+    "new_transaction": "begin another one",
     "open_again": "everything acknowledged has been moved into the file: open it again",
     "prune_on_server": (
         "stop that server to prune it now, or have the server do it: with --target ADDRESS, or by itself with the "

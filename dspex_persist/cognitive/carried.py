@@ -25,10 +25,15 @@ from dspex_persist.state.abilities import ExecutesTools, StreamsTools, Transacti
 from dspex_persist.state.around import Around
 from dspex_persist.state.commands import Command, ExecuteTool
 from dspex_persist.state.errors import (
+    DerivationError,
     ExecutionConflictError,
+    ExecutionEndedError,
     LimitExceededError,
+    RuleViolatedError,
     StateError,
     ToolArgumentError,
+    ToolInterruptedError,
+    TransactionEndedError,
     UnsupportedError,
 )
 from dspex_persist.state.limits import Limits
@@ -139,12 +144,25 @@ class CarriedTools(Around, StreamsTools):
         except ExecutionConflictError as error:
             return ToolOutcome(ExecutionStatus.CONFLICT, error=error, error_code=error.error_code, **facts)
         except StateError as error:
-            return ToolOutcome(ExecutionStatus.FAILED, error=error, error_code=error.error_code, **facts)
+            return _refused(error, facts)
         facts |= {"commit_sequence": sequence, "streamed": spec.streaming, "result_type": code.result_type}
         return ToolOutcome(ExecutionStatus.COMMITTED, result, **facts)
 
 
 _LIMITS: Final = Limits()
+
+
+def _refused(error: StateError, facts: dict[str, Any]) -> ToolOutcome:
+    """Return the outcome of a tool whose transaction did not commit, as the server reports those of its own tools."""
+    execution_id, status = str(facts["execution_id"]), ExecutionStatus.FAILED
+    reported: StateError = error
+    if isinstance(error, RuleViolatedError | DerivationError):
+        reported = reported_error(execution_id, *raised_of(error))
+        reported.__cause__ = error
+    elif isinstance(error, TransactionEndedError) and error.status == ExecutionStatus.INTERRUPTED:
+        status = ExecutionStatus.INTERRUPTED
+        reported = ToolInterruptedError(execution_id, "the session ended while the tool ran; nothing was written")
+    return ToolOutcome(status, error=reported, error_code=reported.error_code, **facts)
 
 
 def _run(code: ToolCode, session: "CarriedSession", arguments: Mapping[str, object]) -> Value:
@@ -199,10 +217,13 @@ class CarriedSession:
 
     def run(self, command: Command[R], *, reason: str | None = None) -> R:
         """Run a command inside the transaction."""
-        if reason is None:
-            return self._transaction.run(command)
-        origin = Origin(self._origin.actor, self.execution_id, self._origin.source, reason=reason)
-        return self._transaction.submit(command, origin).result()
+        origin = None
+        if reason is not None:
+            origin = Origin(self._origin.actor, self.execution_id, self._origin.source, reason=reason)
+        try:
+            return self._transaction.submit(command, origin).result()
+        except TransactionEndedError as error:
+            raise ExecutionEndedError(error.execution_id, error.status) from None
 
     def now(self) -> datetime:
         """Return the time."""

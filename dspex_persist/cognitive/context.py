@@ -407,8 +407,13 @@ class Context(Transacting, Watchable, Ruled):
         """Do the same without blocking the event loop."""
         await asyncio.to_thread(self.close)
 
-    def __enter__(self) -> Self:
+    def _check_open(self) -> Self:
+        if self._closed:
+            raise ContextClosedError(self.session_id)
         return self
+
+    def __enter__(self) -> Self:
+        return self._check_open()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -416,7 +421,7 @@ class Context(Transacting, Watchable, Ruled):
         self.close()
 
     async def __aenter__(self) -> Self:
-        return self
+        return self._check_open()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -20,7 +20,13 @@ from dspex_persist.state import abilities, arguments, commands, values
 from dspex_persist.state.abilities import Forkable, Restorable, Transacts
 from dspex_persist.state.audit import PointLike, point_text
 from dspex_persist.state.commands import Command
-from dspex_persist.state.errors import ExecutionConflictError, InvalidArgumentError
+from dspex_persist.state.errors import (
+    EngineClosedError,
+    ExecutionConflictError,
+    InvalidArgumentError,
+    StateError,
+    TransactionEndedError,
+)
 from dspex_persist.state.model import ExecutionStatus, Isolation, Origin, RestoredSession
 from dspex_persist.state.provider import TOOL_TIMEOUT_S, SubmitHere
 from dspex_persist.state.tools.ports import ToolCode, name_of
@@ -93,18 +99,28 @@ class Transaction(Variables):
         """See `Runs`."""
         if isinstance(step, Work):
             return run_work(step)
+        begun = self._usable
         command, origin = self._asked(step)
-        return self._begun.submit(command, origin).result()
+        try:
+            return begun.submit(command, origin).result()
+        except (EngineClosedError, TransactionEndedError):
+            self._check_context()
+            raise
 
     async def _run_step_aio(self, step: Step) -> Any:
         """See `Runs`."""
         if isinstance(step, Work):
             return await run_work_aio(step)
+        begun = self._usable
         loop = asyncio.get_running_loop()
         if self._loop is None or self._loop[0] is not loop:
-            self._loop = loop, self._begun.on_loop(LoopMailbox(loop))
+            self._loop = loop, begun.on_loop(LoopMailbox(loop))
         command, origin = self._asked(step)
-        return await self._loop[1](command, origin)
+        try:
+            return await self._loop[1](command, origin)
+        except (EngineClosedError, TransactionEndedError):
+            self._check_context()
+            raise
 
     def _asked(self, step: Command[Any] | Asked) -> tuple[Command[Any], Origin | None]:
         if not isinstance(step, Asked):
@@ -118,7 +134,19 @@ class Transaction(Variables):
             return step.command, None
         return step.command, origin_of(self._backend.provider, step.command, step.terms)
 
+    def _check_context(self) -> None:
+        if self._context.closed:
+            # Whatever else has come of it: this is why.
+            raise ContextClosedError(self.session_id) from None
+
     # Beginning and ending
+
+    @property
+    def _usable(self) -> abilities.Transaction:
+        begun = self._begun
+        if not begun.is_decided:
+            self._check_context()
+        return begun
 
     @property
     def _begun(self) -> abilities.Transaction:
@@ -144,19 +172,24 @@ class Transaction(Variables):
 
         Raises:
             ExecutionConflictError: Others have changed what the transaction depends on; nothing was written.
-            ExecutionEndedError: It has ended before.
+            RuleViolatedError: A rule of the session does not hold after its changes; nothing was written.
+            TransactionEndedError: It has ended before.
+            ContextClosedError: The context was closed; nothing was written.
         """
-        self.commit_sequence = yield from work(self._begun.commit)
+        self.commit_sequence = yield from work(self._usable.commit)
         return self.commit_sequence
 
     @verb
     def abort(self) -> Steps[None]:
         """End the transaction without writing anything; does nothing if it has ended."""
-        yield from work(self._begun.abort)
+        try:
+            yield from work(self._begun.abort)
+        except EngineClosedError:
+            # It has ended with the backend.
+            return
 
     def _submit(self) -> "Future[abilities.Transaction]":
-        if self._context.closed:
-            raise ContextClosedError(self.session_id)
+        self._check_context()
         if self._opened is not None:
             raise InvalidArgumentError("transaction", "it has begun before: each block needs a new one")
         provider = self._backend.provider
@@ -172,17 +205,32 @@ class Transaction(Variables):
         opened = self._begun
         if error is not None:
             return opened.submit_abort(error)
-        return None if opened.is_decided else opened.submit_commit()
+        if opened.is_decided:
+            return None
+        if self._context.closed:
+            # Others may have closed it in the middle of the block, which then has written half of what it should.
+            return opened.submit_abort(ContextClosedError(self.session_id))
+        return opened.submit_commit()
 
     def _settle(self, error: BaseException | None, result: Callable[[], Any]) -> None:
         """Take the result of the end of the block, whose own error was `error`."""
         try:
             ended = result()
-            if error is None:
-                self.commit_sequence = ended
         except ExecutionConflictError:
             if self._is_last:
                 raise
+        except StateError:
+            if error is not None:
+                # The block's own error says what went wrong first, and nothing is written.
+                return
+            self._check_context()
+            raise
+        else:
+            if error is not None:
+                return
+            if ended is None:
+                self._check_context()
+            self.commit_sequence = ended
 
     def __enter__(self) -> Self:
         time.sleep(self._pause_s())

@@ -15,8 +15,9 @@ from typing import ClassVar, Final, Self, TypeVar, Unpack
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.commands import Command
-from dspex_persist.state.errors import UnsupportedError
+from dspex_persist.state.errors import TransactionEndedError, UnsupportedError
 from dspex_persist.state.model import (
+    ExecutionStatus,
     ImportedSession,
     Isolation,
     Origin,
@@ -487,6 +488,22 @@ class StreamsTools(ExecutesTools):
         """
 
 
+_WHY_ENDED: Final[Mapping[str, str]] = {
+    ExecutionStatus.INTERRUPTED.value: "the session or the server has ended",
+    ExecutionStatus.TIMED_OUT.value: "it took longer than its timeout_s",
+}
+
+
+def transaction_ended(execution_id: str, status: str) -> TransactionEndedError:
+    """Return the error for a transaction that has ended.
+
+    Args:
+        execution_id: Its id.
+        status: How it has ended; "" if it is about to.
+    """
+    return TransactionEndedError(execution_id, status or "it is ending", _WHY_ENDED.get(status, ""))
+
+
 class Transaction(Submits):
     """An open transaction of a client. Usable from any thread until it ends.
 
@@ -520,7 +537,7 @@ class Transaction(Submits):
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
         """Run a command as part of the transaction; raises as `Submits.submit` does.
 
-        The future fails with `ExecutionEndedError` once the transaction has ended.
+        The future fails with `TransactionEndedError` once the transaction has ended.
         """
 
     def run(self, command: Command[R]) -> R:
@@ -543,7 +560,8 @@ class Transaction(Submits):
 
         Raises:
             ExecutionConflictError: Others have changed what the transaction depends on; nothing was written.
-            ExecutionEndedError: It has ended before.
+            RuleViolatedError: A rule of the session does not hold after its changes; nothing was written.
+            TransactionEndedError: It has ended before.
             OutcomeUnknownError: The connection broke; the journal says whether it has committed.
         """
         self._decided = True

@@ -5,6 +5,7 @@ The provider executes the tools of `CONTRACT_TOOLS`, as for `ToolContract`.
 
 import asyncio
 import concurrent.futures
+import contextlib
 import gc
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from dspex_persist.testing.checks import DEADLINE_S, let_pass, names_of, take
 from dspex_persist.testing.provider_contract.arguments import WRONG_METADATA, WRONG_TEXTS
 from dspex_persist.testing.provider_contract.base import Contract
 
-ENDED: Final = errors.ExecutionEndedError
+ENDED: Final = errors.TransactionEndedError
 
 
 def value_in(transaction: Transaction, name: str) -> Any:
@@ -205,9 +206,23 @@ class TransactionContract(Contract):
         transaction = provider.begin_transaction(shop)
         write(transaction, "a", 1)
         provider.cleanup_session(shop)
-        with pytest.raises((errors.ToolInterruptedError, ENDED)):
+        with pytest.raises(ENDED, match="the session or the server has ended"):
             transaction.commit()
         assert transaction.status == "interrupted"
+
+    def test_a_rule_refuses_the_commit_as_it_refuses_a_write(self, provider: Transacts, shop: str) -> None:
+        provider.add_rule(shop, "ordered", "a <= b", "b is the limit")
+        with pytest.raises(errors.RuleViolatedError) as refused:
+            provider.set_variable(shop, "a", 1)
+        transaction = provider.begin_transaction(shop)
+        write(transaction, "a", 1)
+        with pytest.raises(errors.RuleViolatedError) as caught:
+            transaction.commit()
+        assert str(caught.value) == str(refused.value)
+        assert (transaction.status, provider.get_value(shop, "a")) == ("failed", 0)
+        with pytest.raises(errors.RuleViolatedError), Context(shop, provider).transaction() as tx:
+            tx["a"] = 1
+        assert (tx.status, tx.commit_sequence) == ("failed", None)
 
     def test_one_that_is_forgotten_writes_nothing(self, provider: Transacts, shop: str) -> None:
         transaction = provider.begin_transaction(shop)
@@ -374,9 +389,45 @@ class TransactionContract(Contract):
         with context.transaction() as tx:
             tx["a"] = 1
             assert tx.commit() == tx.commit_sequence
-            with pytest.raises(ENDED):
+            with pytest.raises(ENDED) as caught:
                 tx["a"] = 2
         assert (tx.status, context["a"]) == ("committed", 1)
+        # Whoever writes `with ctx.transaction()` knows nothing of executions.
+        assert str(caught.value).startswith("the transaction has ended (committed): ")
+        assert "execution" not in str(caught.value)
+
+    @pytest.mark.parametrize("end", ["block", "commit", "abort", "error"])
+    def test_closing_the_context_in_a_block_writes_nothing(self, provider: Transacts, shop: str, end: str) -> None:
+        context = Context(shop, provider)
+        expected = ZeroDivisionError if end == "error" else ContextClosedError
+
+        def use() -> None:
+            with context.transaction() as tx:
+                tx["a"] = 1
+                context.close()
+                with pytest.raises(ContextClosedError):
+                    tx["a"] = 2
+                if end == "error":
+                    tx["b"] = 1 // 0
+                elif end != "block":
+                    getattr(tx, end)()
+
+        with contextlib.nullcontext() if end == "abort" else pytest.raises(expected):
+            use()
+        assert (provider.get_value(shop, "a"), context.closed) == (0, True)
+
+    def test_closing_the_context_in_an_asynchronous_block(self, provider: Transacts, shop: str) -> None:
+        async def use() -> None:
+            context = await Context.aopen(shop, provider)
+            async with context.transaction() as tx:
+                await tx.set.aio("a", 1)
+                await context.aclose()
+                with pytest.raises(ContextClosedError):
+                    await tx.get.aio("a")
+
+        with pytest.raises(ContextClosedError):
+            asyncio.run(use())
+        assert provider.get_value(shop, "a") == 0
 
     def test_a_block_is_repeated_after_conflicts(self, provider: Transacts, shop: str) -> None:
         context, attempts = Context(shop, provider), []

@@ -83,6 +83,30 @@ def test_a_context_begins_its_session_and_says_whether_it_resumed() -> None:
     assert provider.submitted == [commands.InitializeSession("s", {"who": "me"})]
 
 
+def test_a_closed_context_is_not_entered_again() -> None:
+    context = Context("s")
+    context.close()
+    with pytest.raises(ContextClosedError, match="'s' is closed"), context:
+        pytest.fail("it was entered")
+
+    async def enter() -> None:
+        async with context:
+            pytest.fail("it was entered")
+
+    with pytest.raises(ContextClosedError, match="'s' is closed"):
+        asyncio.run(enter())
+
+
+def test_a_transaction_ends_with_its_context() -> None:
+    """The backend is the context's own here, and is closed with it."""
+    for error in (ContextClosedError, KeyError):
+        with pytest.raises(error), Context() as context, context.transaction() as tx:  # noqa: PT012
+            tx["x"] = 1
+            context.close()
+            if error is KeyError:
+                raise KeyError("the block's own error")
+
+
 def test_writing_sends_one_command() -> None:
     provider = ScriptedProvider(SetVariable=4)
     Context("s", provider)["t"] = 0.5

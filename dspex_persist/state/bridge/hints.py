@@ -34,6 +34,7 @@ IN_RPCS: Final[Mapping[str, str]] = {
     Hint.MEND_FILE: "`dspex-persist db upgrade` repairs it",
     Hint.NAME_BACKUP: "name a copy made by `dspex-persist db backup`",
     Hint.NEW_KEY: "a key belongs to one request: use a new one",
+    Hint.NEW_TRANSACTION: "begin another one, with BeginTransaction",
     Hint.OPEN_AGAIN: "everything acknowledged has been moved into the file: start the server again",
     Hint.PRUNE_ON_SERVER: "have its server prune it: with Prune, or by itself with a retention setting",
     Hint.PUT_BACK_FILE: (

@@ -58,6 +58,7 @@ CODES: dict[type[StateError], StatusCode] = {
     errors.SessionBusyError: StatusCode.ABORTED,
     errors.ExecutionNotFoundError: StatusCode.FAILED_PRECONDITION,
     errors.ExecutionEndedError: StatusCode.FAILED_PRECONDITION,
+    errors.TransactionEndedError: StatusCode.FAILED_PRECONDITION,
     errors.ExecutionConflictError: StatusCode.ABORTED,
     errors.ToolFailedError: StatusCode.ABORTED,
     errors.ToolInterruptedError: StatusCode.ABORTED,

@@ -8,7 +8,7 @@ from typing import Any, Final, Protocol, TypeVar
 import grpc
 
 from dspex_persist.state import commands
-from dspex_persist.state.abilities import Transaction, part_of
+from dspex_persist.state.abilities import Transaction, part_of, transaction_ended
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
 from dspex_persist.state.bridge.generated.dspex_persist_audit_pb2_grpc import AuditServiceStub
 from dspex_persist.state.bridge.headers import EXECUTION_ID, EXECUTION_STATUS, Headers
@@ -23,8 +23,8 @@ from dspex_persist.state.errors import (
     ExecutionNotFoundError,
     OutcomeUnknownError,
     StateError,
-    ToolInterruptedError,
     ToolTimedOutError,
+    TransactionEndedError,
 )
 from dspex_persist.state.model import ExecutionStatus, Origin
 from dspex_persist.state.tools.failures import failure_of
@@ -34,8 +34,7 @@ R = TypeVar("R")
 
 _ENDS: Final[Mapping[type[StateError], ExecutionStatus]] = {
     ExecutionConflictError: ExecutionStatus.CONFLICT,
-    ExecutionEndedError: ExecutionStatus.INTERRUPTED,
-    ToolInterruptedError: ExecutionStatus.INTERRUPTED,
+    TransactionEndedError: ExecutionStatus.INTERRUPTED,
     ToolTimedOutError: ExecutionStatus.TIMED_OUT,
 }
 """How a transaction has ended, by the error of its commit."""
@@ -103,8 +102,8 @@ class BridgedTransaction(Transaction):
         self._here.close()
         self._stream.cancel()
 
-    def _ended(self) -> ExecutionEndedError:
-        return ExecutionEndedError(self.execution_id, self.status or "it is ending")
+    def _ended(self) -> TransactionEndedError:
+        return transaction_ended(self.execution_id, self.status)
 
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
         """See `Transaction.submit`."""
@@ -130,7 +129,7 @@ class BridgedTransaction(Transaction):
         if error is None:
             future.set_result(answered.result())
             return
-        if isinstance(error, ExecutionNotFoundError):
+        if isinstance(error, ExecutionNotFoundError | ExecutionEndedError):
             error = self._ended()
         elif isinstance(error, OutcomeUnknownError):
             # The server may have it, or not: the transaction cannot go on, and nothing of it is written.
@@ -180,7 +179,7 @@ class BridgedTransaction(Transaction):
             self._begin_end()
             request = pb.AbortTransactionRequest(execution_id=self.execution_id, failure=failure)
             self._call(self._stub.AbortTransaction, request, settle)
-        except ExecutionEndedError:
+        except TransactionEndedError:
             future.set_result(None)
         except StateError as refusal:
             future.set_exception(refusal)
@@ -211,4 +210,4 @@ class BridgedTransaction(Transaction):
         if isinstance(unknown, OutcomeUnknownError):
             return unknown
         # It was not sent. Without a connection, there is no transaction.
-        return ExecutionEndedError(self.execution_id, ExecutionStatus.INTERRUPTED.value)
+        return transaction_ended(self.execution_id, ExecutionStatus.INTERRUPTED.value)

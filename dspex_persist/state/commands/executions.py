@@ -205,6 +205,7 @@ class Verdict:
         published: Names and versions that it published before its commit.
         duration_us: How long it ran, in microseconds.
         conflicts: Set by the store, whose verdict is final.
+        refusal: Set by the store: the error of a rule or a derivation that its changes violate.
         sequence: The commit that ended it; set by the store.
     """
 
@@ -220,6 +221,7 @@ class Verdict:
     attempt: int = 1
     duration_us: int = 0
     conflicts: tuple[Conflict, ...] = ()
+    refusal: StateError | None = field(default=None, compare=False)
     sequence: int | None = None
 
     def ended(self, writes: Sequence[tuple[str, int]]) -> ExecutionEnded:
@@ -295,7 +297,11 @@ class FinishExecution(Command[Verdict]):
                 verdict = replace(verdict, status=ExecutionStatus.CONFLICT, result=None, conflicts=conflicts)
             if broken is not None:
                 failure = Failure(type(broken).__name__, broken.sentence, "")
-                verdict = replace(verdict, status=ExecutionStatus.FAILED, failure=failure, conflicts=())
+                # Its traceback would keep the unit of work alive.
+                refusal = broken.with_traceback(None)
+                verdict = replace(
+                    verdict, status=ExecutionStatus.FAILED, failure=failure, conflicts=(), refusal=refusal
+                )
         for child in self.children:
             self._end(uow, self._child(child, verdict), writes.get(child.execution_id, []))
         self._end(uow, verdict, writes.get(verdict.execution_id, []))

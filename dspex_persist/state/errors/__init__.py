@@ -56,6 +56,7 @@ from dspex_persist.state.errors.tools import ToolFailedError as ToolFailedError
 from dspex_persist.state.errors.tools import ToolInterruptedError as ToolInterruptedError
 from dspex_persist.state.errors.tools import ToolNotFoundError as ToolNotFoundError
 from dspex_persist.state.errors.tools import ToolTimedOutError as ToolTimedOutError
+from dspex_persist.state.errors.tools import TransactionEndedError as TransactionEndedError
 from dspex_persist.state.errors.variables import DependencyCycleError as DependencyCycleError
 from dspex_persist.state.errors.variables import InvalidConstraintsError as InvalidConstraintsError
 from dspex_persist.state.errors.variables import InvalidValueError as InvalidValueError

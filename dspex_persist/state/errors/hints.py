@@ -36,6 +36,7 @@ class Hint(StrEnum):
     NAME_BACKUP = "name_backup"
     """There is no such backup."""
     NEW_KEY = "new_key"
+    NEW_TRANSACTION = "new_transaction"
     OPEN_AGAIN = "open_again"
     """Everything acknowledged is in the file."""
     PRUNE_ON_SERVER = "prune_on_server"
@@ -98,6 +99,7 @@ IN_PYTHON: Final[Mapping[str, str]] = {
     Hint.MEND_FILE: f"{_MAINTENANCE}.upgrade(path) repairs it",
     Hint.NAME_BACKUP: f"name a copy made by {_MAINTENANCE}.backup(path, copy)",
     Hint.NEW_KEY: "a key belongs to one request: use a new idempotency_key",
+    Hint.NEW_TRANSACTION: "begin another one, with ctx.transaction() or begin_transaction",
     Hint.OPEN_AGAIN: "everything acknowledged has been moved into the file: open it again",
     Hint.PRUNE_ON_SERVER: (
         "stop that server to prune it now, or have the server do it: connect('grpc://HOST:PORT').prune(...), or by "

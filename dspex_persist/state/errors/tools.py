@@ -76,6 +76,15 @@ class ExecutionEndedError(StateError):
 
 
 @dataclass(eq=False)
+class TransactionEndedError(ExecutionEndedError):
+    """The transaction has ended: nothing can be read or written in it any more."""
+
+    template = "the transaction has ended ({status}){reason!o:, because %}: it can no longer read or write"
+    advice = Hint.NEW_TRANSACTION
+    reason: str = ""
+
+
+@dataclass(eq=False)
 class ExecutionConflictError(StateError):
     """Others changed variables that the execution read or wrote."""
 

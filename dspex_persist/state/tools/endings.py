@@ -156,4 +156,5 @@ def _outcome(verdict: Verdict, raised: BaseException | None) -> ToolOutcome:
         error: StateError = ExecutionConflictError(execution_id, ", ".join(map(str, verdict.conflicts)))
     else:
         error = reported_error(execution_id, raised, verdict.failure)
+        error.__cause__ = verdict.refusal or error.__cause__
     return ToolOutcome(status, None, error, error.error_code, execution_id, None, verdict.attempt)

@@ -4,15 +4,30 @@ import asyncio
 import weakref
 from collections.abc import Mapping
 from concurrent.futures import Future
-from typing import Any, Final, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from dspex_persist.infra.futures import failed
 from dspex_persist.infra.threads import is_on_loop, on_new_thread
 from dspex_persist.state import commands
-from dspex_persist.state.abilities import Transaction, part_of
+from dspex_persist.state.abilities import Transaction, part_of, transaction_ended
 from dspex_persist.state.commands import Command
-from dspex_persist.state.errors import ExecutionEndedError, ExecutionNotFoundError, StateError, ToolFailedError
-from dspex_persist.state.model import TRANSACTION, Failure, Isolation, Origin, ToolOutcome, ToolSpec, Value
+from dspex_persist.state.errors import (
+    ExecutionEndedError,
+    ExecutionNotFoundError,
+    StateError,
+    ToolFailedError,
+    TransactionEndedError,
+)
+from dspex_persist.state.model import (
+    TRANSACTION,
+    ExecutionStatus,
+    Failure,
+    Isolation,
+    Origin,
+    ToolOutcome,
+    ToolSpec,
+    Value,
+)
 from dspex_persist.state.tools.failures import AbortedError, RaisedError, failure_of
 from dspex_persist.state.tools.home import Home
 from dspex_persist.state.tools.ports import RunnableTool
@@ -23,8 +38,6 @@ from dspex_persist.state.tools.session import ToolSession
 from dspex_persist.state.tools.touched import may_block
 
 R = TypeVar("R")
-
-_ENDING: Final = "it is ending"
 
 
 class _ClientCode(RunnableTool):
@@ -96,15 +109,20 @@ class OpenTransaction:
 
         Raises:
             ExecutionConflictError: Others have changed what it depends on.
-            ExecutionEndedError: It has ended before.
+            RuleViolatedError: A rule of the session does not hold after its changes.
+            TransactionEndedError: It has ended before.
             StateError: The store failed.
         """
         self._check_undecided()
         self._code.decision.set_result(None)
         outcome = await self.outcome()
-        if outcome.commit_sequence is None:
-            raise outcome.error or ToolFailedError(outcome.execution_id, outcome.error_code)
-        return outcome.commit_sequence
+        if outcome.commit_sequence is not None:
+            return outcome.commit_sequence
+        if outcome.status is ExecutionStatus.INTERRUPTED:
+            raise transaction_ended(outcome.execution_id, outcome.status.value)
+        error = outcome.error or ToolFailedError(outcome.execution_id, outcome.error_code)
+        # What refuses the changes is about the client's own code: no tool has failed.
+        raise error.__cause__ if isinstance(error.__cause__, StateError) else error
 
     async def abort(self, failure: Failure | None = None) -> None:
         """End it without writing anything; does nothing if it has ended.
@@ -119,7 +137,7 @@ class OpenTransaction:
 
     def _check_undecided(self) -> None:
         if self._code.decision.done() or self._execution.done():
-            raise ExecutionEndedError(self.session.execution_id, self.session.execution.ended or _ENDING)
+            raise transaction_ended(self.session.execution_id, self.session.execution.ended)
 
     async def outcome(self) -> ToolOutcome:
         """Wait for its end. Cancelling this does not cancel the transaction."""
@@ -154,6 +172,15 @@ class LocalTransaction(Transaction):
         """See `Transaction.status`."""
         return self._session.execution.ended
 
+    def _ended(self) -> TransactionEndedError:
+        return transaction_ended(self.execution_id, self.status)
+
+    def _check_running(self) -> None:
+        try:
+            self._session.execution.check_running()
+        except ExecutionEndedError:
+            raise self._ended() from None
+
     def submit(self, command: Command[R], origin: Origin | None = None) -> Future[R]:
         """See `Transaction.submit`."""
         origin = part_of(self._session.origin, origin)
@@ -161,18 +188,24 @@ class LocalTransaction(Transaction):
             return cast(Future[R], self._execute(command, origin))
         if is_on_loop() and may_block(command):
             name = f"dspex-persist-{self.execution_id}"
-            return on_new_thread(lambda: self._session.execution.run(command, origin), name)
+            return on_new_thread(lambda: self._run(command, origin), name)
         future: Future[R] = Future()
         try:
-            future.set_result(self._session.execution.run(command, origin))
+            future.set_result(self._run(command, origin))
         except StateError as error:
             future.set_exception(error)
         return future
 
+    def _run(self, command: Command[R], origin: Origin) -> R:
+        try:
+            return self._session.execution.run(command, origin)
+        except ExecutionEndedError:
+            raise self._ended() from None
+
     def _execute(self, command: commands.ExecuteTool, origin: Origin) -> Future[Any]:
         try:
             command.check()
-            self._session.execution.check_running()
+            self._check_running()
             return self._home.start(self._execute_within(request_of(command, origin)))
         except StateError as error:
             return failed(error)
@@ -180,13 +213,13 @@ class LocalTransaction(Transaction):
     async def _execute_within(self, request: ToolRequest) -> ToolOutcome:
         try:
             return await self._runner.execute_within(self.execution_id, request)
-        except ExecutionNotFoundError:
-            raise ExecutionEndedError(self.execution_id, self.status or _ENDING) from None
+        except (ExecutionNotFoundError, ExecutionEndedError):
+            raise self._ended() from None
 
     def submit_commit(self) -> Future[int]:
         """See `Transaction.submit_commit`."""
         try:
-            self._session.execution.check_running()
+            self._check_running()
             future = self._home.start(self._opened.commit())
         except StateError as error:
             return failed(error)
@@ -202,7 +235,7 @@ class LocalTransaction(Transaction):
             return future
         failure = failure_of(error) if error is not None else None
         try:
-            self._session.execution.check_running()
+            self._check_running()
             return self._home.start(self._opened.abort(failure))
         except StateError as refusal:
             return failed(refusal)
