@@ -20,6 +20,7 @@ from dspex_persist import clock
 from dspex_persist.cognitive.backends import BRIDGED, EMBEDDED, LOCAL, Backend, Move, Switch
 from dspex_persist.cognitive.carried import CarriedTools
 from dspex_persist.cognitive.deriving import Derived
+from dspex_persist.infra.garbage import uncollected
 from dspex_persist.infra.logs import get_logger
 from dspex_persist.opening import open_state
 from dspex_persist.spelling import quote
@@ -228,6 +229,10 @@ class _Move:
 
     def _go(self, held: SessionHold, began: float) -> None:
         """Move, now that everybody waits."""
+        with uncollected:
+            self._go_on(held, began)
+
+    def _go_on(self, held: SessionHold, began: float) -> None:
         leaving = False
         try:
             imported = self._copy()
@@ -247,6 +252,9 @@ class _Move:
         header, commits = Recordable.of(self._source).record(self._session_id, reveal=True)
         self._moved, self._header = _Moved(), header
         self._import = begun = Importable.of(self._target).begin_import(header)
+        if not self._url.startswith(_SERVERS):
+            # This move has opened the file, and nobody else uses it yet.
+            begun.write_ahead()
         for commit in self._moved.counting(commits):
             begun.add(commit)
         return begun
@@ -261,8 +269,9 @@ class _Move:
         assert self._import is not None, "it has begun"
         try:
             self._imported = imported = self._import.finish()
-        except OutcomeUnknownError:
-            self._is_unknown = True
+        except BaseException as error:
+            # Interrupted, it goes on.
+            self._is_unknown = isinstance(error, OutcomeUnknownError) or not isinstance(error, Exception)
             raise
         self._moved.content_hash = self._import.content_hash
         return imported
@@ -312,6 +321,7 @@ class _Move:
 
     def _undo(self) -> None:
         """End the session on the new backend, if it has begun there."""
+        self._end_copy()
         with suppress(StateError):
             if self._imported is not None or (self._is_unknown and self._has_arrived()):
                 self._target.cleanup_session(self._session_id)

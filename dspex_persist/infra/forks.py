@@ -139,6 +139,30 @@ def busy() -> AbstractContextManager[None]:
     return _BUSY
 
 
+class _Aside:
+    """The end of a critical section that begins again."""
+
+    __slots__ = ("_depth",)
+
+    def __enter__(self) -> None:
+        with _turn:
+            self._depth = _inside.pop(threading.get_ident(), 0)
+            if self._depth and _forkers:
+                _turn.notify_all()
+
+    def __exit__(self, *_: object) -> None:
+        with _turn:
+            while _forkers:
+                _turn.wait()
+            if self._depth:
+                _inside[threading.get_ident()] = self._depth
+
+
+def aside() -> AbstractContextManager[None]:
+    """Leave the critical sections of this thread while it waits for another one, which may need a fork to end."""
+    return _Aside()
+
+
 def guard_signals(*numbers: signal.Signals) -> None:
     """Reset these signals to their default action in children.
 

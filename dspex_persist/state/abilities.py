@@ -161,6 +161,12 @@ class SessionImport(ABC):
     def add(self, commit: RecordedCommit) -> None:
         """Add the next commit. It is checked, here or by `finish` at the latest."""
 
+    def write_ahead(self) -> None:  # noqa: B027 - optional
+        """Write commits as they are added, so that `finish` has less to do. Nobody sees them before that.
+
+        Other writers of the backend wait until the import has ended, so this is for one that nobody else uses.
+        """
+
     def check(self) -> None:  # noqa: B027 - optional
         """Do what can be done before `finish`, which then takes less time, for those who do not have to wait yet."""
 

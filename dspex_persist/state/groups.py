@@ -170,7 +170,7 @@ class Groups(Generic[S_co]):
             OutcomeUnknownError: It is unknown whether the group was written. Abandon the store.
             FileChangedError: Something else changed the log. Abandon the store.
         """
-        drafts, at, before = Drafts(self), self._moment(), self.log.sequence
+        drafts, at, before = Drafts(self), self.moment(), self.log.sequence
         try:
             with self.log.group(wait=wait):
                 results, units = self._apply(jobs, drafts, at)
@@ -218,7 +218,7 @@ class Groups(Generic[S_co]):
 
     def _write_import(self, command: ImportSession, wait: bool) -> Outcome:
         before = self.log.sequence
-        importing = _Importing(self, command, self._moment())
+        importing = _Importing(self, command, self.moment())
         try:
             with self.log.group(wait=wait):
                 result = importing.write()
@@ -350,7 +350,7 @@ class Groups(Generic[S_co]):
         """Apply a reading command to a published state."""
         try:
             sequence, limits = self.log.sequence, self.options.limits
-            return command.apply(Reading(command.session_id, state, origin, sequence, limits, self._moment))
+            return command.apply(Reading(command.session_id, state, origin, sequence, limits, self.moment))
         except StateError:
             raise
         except Exception as error:
@@ -369,7 +369,7 @@ class Groups(Generic[S_co]):
                 drafts = Drafts(past, lambda _: state)
                 if state is None:
                     drafts.states[command.session_id] = self._load_with_lease(past, command.session_id)
-                return command.apply(unit_of(self.options, drafts, origin, self._moment(), self.log.sequence))
+                return command.apply(unit_of(self.options, drafts, origin, self.moment(), self.log.sequence))
         except StateError:
             raise
         except self.log.driver_errors:
@@ -384,7 +384,8 @@ class Groups(Generic[S_co]):
             state.lease = loaded.lease
         return state
 
-    def _moment(self) -> GroupMoment:
+    def moment(self) -> GroupMoment:
+        """Return the current moment, as far as the log is concerned."""
         return GroupMoment.after(self._last_at)
 
     def had(self, state: SessionState, identifier: str) -> bool:
@@ -472,6 +473,8 @@ class _Importing:
                 self._take(step)
             if self._log.takes_pages:
                 self._append([])
+            # Its pages may come for as long as the session is copied.
+            self.at = self._groups.moment()
         state = self.drafts.states.get(command.session_id)
         self._append([state] if state is not None and state.lease is not None else [])
         if self._sequence >= first:

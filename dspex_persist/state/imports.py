@@ -4,17 +4,25 @@ An import is one group of the log: all of it or nothing. While it is written, no
 that takes long happens before, on the caller's thread: reading, parsing, and applying every commit to a session that
 nobody sees. What was checked waits in memory, and beyond some megabytes in a temporary file. Only of a short recording
 the writer checks the commits as it writes them, which takes some hundredths of a second.
+
+Into a backend that nobody else uses, the commits can be written while they come (`write_ahead`): its transaction is
+open until then, and nobody waits for it. Then each is applied once, and nothing waits in a file.
 """
 
 import tempfile
+import threading
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from typing import IO, Final
 
 from dspex_persist import clock
+from dspex_persist.infra import forks
 from dspex_persist.state.abilities import SessionImport
 from dspex_persist.state.commands import ImportCommit, ImportSession
-from dspex_persist.state.errors import Hint, RecordingError
+from dspex_persist.state.errors import Hint, RecordingError, UnavailableError
 from dspex_persist.state.model import ImportedSession, JournalEntry, Origin, VariableVersion
 from dspex_persist.state.options import SessionOptions
 from dspex_persist.state.recording import ContentHash, Header, RecordedCommit, commit_in, commit_line
@@ -29,6 +37,9 @@ _PAGE_COMMITS: Final = 500
 _PAGE_BYTES: Final = 2 * 1024 * 1024
 _MEMORY_BYTES: Final = 16 * 1024 * 1024
 """About how many bytes of checked commits stay in memory."""
+_AHEAD_COMMITS: Final = 100
+_MOST_WAITING: Final = 4
+"""So many commits make a page that is written ahead, and so many pages wait for the writer."""
 
 
 class _Nothing:
@@ -57,7 +68,7 @@ class CheckedImport(SessionImport):
         header: The header of the recording.
         options: The limits of the backend that imports it.
         session_id: The id of the new session; None to keep the recorded one.
-        run: Runs the command that imports the checked commits.
+        submit: Submits the command that imports the checked commits.
 
     Raises:
         RecordingError: Values were left out of the recording.
@@ -68,7 +79,7 @@ class CheckedImport(SessionImport):
         header: Header,
         options: SessionOptions,
         session_id: str | None,
-        run: Callable[[ImportSession], ImportedSession],
+        submit: Callable[[ImportSession], "Future[ImportedSession]"],
     ) -> None:
         if header.masked:
             reason = "values of sensitive variables were left out of it, and an import needs them"
@@ -77,7 +88,8 @@ class CheckedImport(SessionImport):
         # The requests that the answers belong to named the session.
         self._keeps_answers = self._session_id == header.session_id
         self._options = options
-        self._run = run
+        self._submit = submit
+        self._ahead: _Ahead | None = None
         self._in_all = header.commits
         self._drafts = Drafts(_Nothing())
         self._pages = _Pages()
@@ -95,6 +107,9 @@ class CheckedImport(SessionImport):
     def add(self, commit: RecordedCommit) -> None:
         """Add the next commit; `RecordingError` if it is inconsistent with those before it, or exceeds a limit."""
         self._content.add(commit)
+        if self._ahead is not None:
+            self._ahead.add(commit)
+            return
         size_bytes = sum(version.value.size_bytes for version in commit.versions if version.value is not None)
         self._size_bytes += size_bytes
         # The writer does not see answers that are left out.
@@ -111,9 +126,16 @@ class CheckedImport(SessionImport):
         if self._page_bytes > _PAGE_BYTES and self._is_checked:
             self._end_page()
 
+    def write_ahead(self) -> None:
+        """See `SessionImport.write_ahead`. Answers that are left out are not written, and have to be checked before."""
+        if self._ahead is None and self._keeps_answers and self._content.commits == 0:
+            self._ahead = _Ahead(self._session_id, self._submit)
+
     def check(self) -> None:
         """See `SessionImport.check`."""
-        if not self._is_checked:
+        if self._ahead is not None:
+            self._ahead.settle()
+        elif not self._is_checked:
             self._is_checked = True
             for each in self._page:
                 self._check(each)
@@ -153,15 +175,113 @@ class CheckedImport(SessionImport):
             self.check()
             reason = f"it ends after {self._content.commits} commits of {self._in_all}"
             raise RecordingError("the recording", self._content.commits + 1, reason)
+        if self._ahead is not None:
+            return replace(self._ahead.finish(), content_hash=self.content_hash)
         self._end_page()
-        return self._run(ImportSession(self._session_id, self._pages, self.content_hash, self._is_checked))
+        command = ImportSession(self._session_id, self._pages, self.content_hash, self._is_checked)
+        return self._submit(command).result()
 
     def close(self) -> None:
         """Free the memory, and delete the temporary file."""
+        if self._ahead is not None:
+            self._ahead.close()
         self._pages.close()
 
 
 _SEEN: Final = RecordedOutcome("", "", "", "", "")
+
+
+class Feed:
+    """Pages of commits that the writer writes while others are still being added."""
+
+    def __init__(self) -> None:
+        self._pages: deque[Sequence[RecordedCommit]] = deque()
+        self._changed = threading.Condition()
+        self._is_awaited = self._is_complete = self._has_ended = False
+
+    def put(self, page: Sequence[RecordedCommit]) -> None:
+        """Add a page, when there is room for it. Nothing happens if no more are written."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_ended or len(self._pages) < _MOST_WAITING)
+            self._pages.append(page)
+            self._changed.notify_all()
+
+    def settle(self) -> None:
+        """Wait until all pages are written, or no more are."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_ended or (self._is_awaited and not self._pages))
+
+    def complete(self) -> None:
+        """End the pages: these are all."""
+        with self._changed:
+            self._is_complete = True
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Have nothing of it written, unless it is complete."""
+        with self._changed:
+            self._has_ended = True
+            self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[Sequence[RecordedCommit]]:
+        while (page := self._next()) is not None:
+            yield page
+
+    def _next(self) -> Sequence[RecordedCommit] | None:
+        with forks.aside(), self._changed:
+            self._is_awaited = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._pages or self._is_complete or self._has_ended)
+            self._is_awaited = False
+            if self._has_ended and not self._is_complete:
+                raise UnavailableError("the import was given up")
+            return self._pages.popleft() if self._pages else None
+
+
+class _Ahead:
+    """An import that is written while its commits come: its group is open, and the writer waits for more."""
+
+    def __init__(self, session_id: str, submit: Callable[[ImportSession], "Future[ImportedSession]"]) -> None:
+        self._page: list[RecordedCommit] = []
+        self._page_bytes = 0
+        self._feed = feed = Feed()
+        # However this object ends, the writer must not wait for it.
+        self._end = weakref.finalize(self, feed.stop)
+        self._imported = submit(ImportSession(session_id, feed, ""))
+        self._imported.add_done_callback(lambda _: feed.stop())
+
+    def add(self, commit: RecordedCommit) -> None:
+        """Add the next commit. The error of an earlier one is raised here at the latest, or by `settle`."""
+        self._page.append(commit)
+        self._page_bytes += sum(version.value.size_bytes for version in commit.versions if version.value is not None)
+        if len(self._page) == _AHEAD_COMMITS or self._page_bytes > _PAGE_BYTES:
+            self._put()
+
+    def _put(self) -> None:
+        self._feed.put(self._page)
+        self._page, self._page_bytes = [], 0
+        self._raise()
+
+    def settle(self) -> None:
+        """Wait until all commits so far are written."""
+        self._put()
+        self._feed.settle()
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._imported.done():
+            self._imported.result()
+
+    def finish(self) -> ImportedSession:
+        """Wait until everything is stored."""
+        self._feed.put(self._page)
+        self._feed.complete()
+        return self._imported.result()
+
+    def close(self) -> None:
+        """Have nothing written, unless it is finished. Then the writer is done with it."""
+        self._end()
+        wait((self._imported,))
 
 
 class _Pages:

@@ -20,6 +20,7 @@ from dspex_persist.state.commands import (
     EndMovedSession,
     GetVariableHistory,
     HoldSession,
+    ImportSession,
     ListVariables,
     ReadState,
     TouchSession,
@@ -42,10 +43,10 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.groups import Groups, Job
 from dspex_persist.state.holds import Held
-from dspex_persist.state.imports import IMPORT, CheckedImport
+from dspex_persist.state.imports import IMPORT, CheckedImport, Feed
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.log_store import LogStore
-from dspex_persist.state.model import Origin, Source, Update, Variable
+from dspex_persist.state.model import ImportedSession, Origin, Source, Update, Variable
 from dspex_persist.state.options import check_seconds
 from dspex_persist.state.provider import StateProvider, Who, check_watch, fault_of
 from dspex_persist.state.recording import Header
@@ -107,6 +108,8 @@ class LogState(StateProvider, KeepsOrder, Importable, Holdable, Derives):
         self._deriving = threading.Lock()
         self._closed = False
         self._origins: dict[str, Origin] = {}
+        # Imports for which the writer waits.
+        self._feeds: weakref.WeakSet[Feed] = weakref.WeakSet()
         self._readers = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="dspex-persist-reader")
         self._writer = Writer(
             groups.write_group,
@@ -251,9 +254,17 @@ class LogState(StateProvider, KeepsOrder, Importable, Holdable, Derives):
         """See `Importable.begin_import`."""
         self.check_open()
         session_id = arguments.text("session_id", header.session_id if session_id is None else session_id)
-        return CheckedImport(
-            header, self._groups.options, session_id, lambda command: self.submit(command, IMPORT).result()
-        )
+        return CheckedImport(header, self._groups.options, session_id, self._submit_import)
+
+    def _submit_import(self, command: ImportSession) -> Future[ImportedSession]:
+        feed = command.pages
+        if isinstance(feed, Feed):
+            self._feeds.add(feed)
+        future = self.submit(command, IMPORT)
+        if self._closed and isinstance(feed, Feed):
+            # Closing has not seen it.
+            feed.stop()
+        return future
 
     def _write_job(self, command: Command[Any], origin: Origin) -> Job:
         known = command.ahead is not None and command.ahead.limits is self.limits
@@ -333,6 +344,8 @@ class LogState(StateProvider, KeepsOrder, Importable, Holdable, Derives):
             self._closed = True
             for held in tuple(self._groups.held.values()):
                 held.release()
+            for feed in tuple(self._feeds):
+                feed.stop()
             self._writer.close()
             self._on_close()
             self._readers.shutdown()

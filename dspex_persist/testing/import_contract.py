@@ -45,6 +45,18 @@ def anew(provider: StateProvider, header: Header, commits: Iterable[RecordedComm
     return Importable.of(provider).import_session(header, commits, **more)
 
 
+def anew_ahead(
+    provider: StateProvider, header: Header, commits: Iterable[RecordedCommit], **more: Any
+) -> ImportedSession:
+    """Import a recording whose commits are written as they come, where that is possible."""
+    with Importable.of(provider).begin_import(header, **more) as begun:
+        begun.write_ahead()
+        for commit in commits:
+            begun.add(commit)
+        begun.check()
+        return begun.finish()
+
+
 def ended(provider: StateProvider, session: str) -> tuple[Header, Commits]:
     """Record a session, then end it, so that it can be imported under its own id."""
     recording = recording_of(provider, session)
@@ -230,9 +242,10 @@ class ImportContract(Contract):
         provider.initialize_session(f"{other}-other")
         (before,) = recording_of(provider, f"{other}-other")[1]
         for header, commits in damages:
-            with pytest.raises(errors.RecordingError):
-                anew(provider, header, commits(), session_id=other)
-            assert not provider.heartbeat(other)
+            for way in (anew, anew_ahead):
+                with pytest.raises(errors.RecordingError):
+                    way(provider, header, commits(), session_id=other)
+                assert not provider.heartbeat(other)
         provider.register_variable(f"{other}-other", "x", "integer", 0)
         # No number was used up.
         assert recording_of(provider, f"{other}-other")[1][1].sequence == before.sequence + 1
@@ -241,8 +254,9 @@ class ImportContract(Contract):
         header, commits = recording_of(provider, story)
         provider.initialize_session(other)
         for existing in (None, other):
-            with pytest.raises(errors.SessionExistsError):
-                anew(provider, header, commits, session_id=existing)
+            for way in (anew, anew_ahead):
+                with pytest.raises(errors.SessionExistsError):
+                    way(provider, header, commits, session_id=existing)
         assert provider.list_variables(other) == ()
         assert recording_of(provider, story) == (header, commits)
 
@@ -266,6 +280,32 @@ class ImportContract(Contract):
         assert not provider.heartbeat(other)
         anew(provider, replace(header, commits=len(more)), (first, *more[:-1]), session_id=other)
         assert len(provider.list_variables(other)) == self.limits.variables_per_session
+
+    def test_written_as_it_comes(self, provider: StateProvider, story: str) -> None:
+        provider.set_variable(story, "x", 4, idempotency_key="key")
+        header, commits = ended(provider, story)
+        imported = anew_ahead(provider, header, commits)
+        assert (imported.commits, imported.answers) == (len(commits), 1)
+        assert imported.content_hash == Recordable.of(provider).content_hash(story)
+        assert recording_of(provider, story) == (header, commits)
+        assert provider.set_variable(story, "x", 4, idempotency_key="key") == 4
+        assert provider.set_variable(story, "x", 5) == 5
+
+    @pytest.mark.parametrize("closes", [True, False], ids=["closed", "forgotten"])
+    def test_written_in_part_and_given_up(
+        self, provider: StateProvider, story: str, other: str, *, closes: bool
+    ) -> None:
+        header, commits = recording_of(provider, story)
+        begun = Importable.of(provider).begin_import(header, other)
+        begun.write_ahead()
+        for commit in commits[:3]:
+            begun.add(commit)
+        begun.check()
+        if closes:
+            begun.close()
+        del begun
+        assert provider.set_variable(story, "x", 9) == 4
+        assert not provider.heartbeat(other)
 
     def test_progress_that_raises_ends_it(self, provider: StateProvider, story: str, other: str) -> None:
         def refuse(*_: object) -> None:

@@ -55,8 +55,8 @@ class Connections:
         """See `forks.ForkListener`."""
         self._inherited = True
         for connection in list(self._open):
-            if quiet:
-                # It has no transaction, and the parent has the file open, so closing writes nothing.
+            if quiet and not connection.in_transaction:
+                # The parent has the file open, so closing writes nothing.
                 connection.close()
             else:
                 forks.keep_forever(connection)

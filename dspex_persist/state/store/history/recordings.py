@@ -53,15 +53,16 @@ _COMMITS: Final = f"""
     WHERE session_key = ? AND sequence > ? AND sequence <= ? ORDER BY sequence LIMIT {_PAGE_COMMITS}
 """
 _VERSIONS: Final = """
-    SELECT versions.variable_key, variables.variable_id, variables.name, versions.version, versions.kind,
-        versions.source, versions.value, of_value.content, versions.binary, of_binary.content, versions.metadata
+    SELECT versions.sequence, versions.variable_key, variables.variable_id, variables.name, versions.version,
+        versions.kind, versions.source, versions.value, of_value.content, versions.binary, of_binary.content,
+        versions.metadata
     FROM versions JOIN variables ON variables.variable_key = versions.variable_key
     LEFT JOIN blobs AS of_value ON of_value.blob_key = versions.value_blob
     LEFT JOIN blobs AS of_binary ON of_binary.blob_key = versions.binary_blob
     WHERE versions.sequence = ? ORDER BY versions.variable_key, versions.version
 """
 # For commits that follow each other closely, one query for a page takes half of the time of one for each commit.
-_PAGE_VERSIONS: Final = _VERSIONS.replace("SELECT", "SELECT versions.sequence,", 1).replace(
+_PAGE_VERSIONS: Final = _VERSIONS.replace(
     "WHERE versions.sequence = ? ORDER BY",
     "WHERE versions.sequence BETWEEN ? AND ? AND variables.session_key = ? ORDER BY versions.sequence,",
 )
@@ -81,7 +82,7 @@ _LAST_COMMIT: Final = """
     SELECT max(sequence) FROM commits JOIN sessions USING (session_key)
     WHERE session_id = ? AND ended_sequence IS NULL AND sequence <= ?
 """
-_EVENTS: Final = "SELECT kind, body FROM events WHERE sequence = ? ORDER BY ordinal"
+_EVENTS: Final = "SELECT sequence, kind, body FROM events WHERE sequence = ? ORDER BY ordinal"
 _DEPENDENCIES: Final = """
     SELECT from_id, to_id, type, since_sequence FROM dependencies JOIN sessions USING (session_key)
     WHERE session_id = ?1 AND started_sequence <= ?2 AND (ended_sequence IS NULL OR ended_sequence > ?2)
@@ -156,13 +157,15 @@ class _Merged:
         self._rows = rows
         self._next: Any = next(rows, None)
 
-    def rows_of(self, sequence: int) -> Iterator[Any]:
-        """Yield the rows of a commit, without its number; the commits come in order."""
-        while self._next is not None and self._next[0] <= sequence:
-            number, *row = self._next
-            self._next = next(self._rows, None)
-            if number == sequence:
-                yield row
+    def rows_of(self, sequence: int) -> list[Any]:
+        """Return the rows of a commit; the commits come in order."""
+        found, row, rows = [], self._next, self._rows
+        while row is not None and row[0] <= sequence:
+            if row[0] == sequence:
+                found.append(row)
+            row = next(rows, None)
+        self._next = row
+        return found
 
 
 class _Reading:
@@ -209,13 +212,13 @@ class _Reading:
             after = sequence
             versions = tuple(map(self._version_of, versions_of(sequence)))
             event_rows = list(events_of(sequence))
-            events = tuple(self._event_of(connection, sequence, *row) for row in event_rows)
+            events = tuple(self._event_of(connection, *row) for row in event_rows)
             answer = self._answer_by(connection, created_at)
             facts = (self._number, nearest_time(created_at), actor, cause, versions, events, sequence, answer)
             commit = RecordedCommit(*facts)
             page.append(renumbered(commit, self._number_of))
             size_bytes += sum(each.value.size_bytes for each in versions if each.value is not None)
-            size_bytes += sum(len(body) for _, body in event_rows)
+            size_bytes += sum(len(body) for _, _, body in event_rows)
             size_bytes += len(answer.result) if answer is not None else 0
             if size_bytes > _PAGE_BYTES:
                 break
@@ -241,7 +244,7 @@ class _Reading:
         return None
 
     def _version_of(self, row: Any) -> RecordedVersion:
-        key, variable_id, name, version, kind, source, inline, large, binary, large_binary, metadata = row
+        _, key, variable_id, name, version, kind, source, inline, large, binary, large_binary, metadata = row
         text = inline if large is None else large.decode()
         value = None if text is None else Value(text, binary if large_binary is None else large_binary)
         masked = value is not None and key in self._hidden

@@ -3,10 +3,11 @@
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO, cast
+from typing import TextIO
 
 from dspex_persist.state.abilities import Importable, reported
 from dspex_persist.state.commands import ImportSession
@@ -210,12 +211,17 @@ class _Offline(CheckedImport):
         super().__init__(header, options, session_id, self._write)
         self._path, self._store_options = path, options
 
-    def _write(self, command: ImportSession) -> ImportedSession:
+    def write_ahead(self) -> None:
+        """Do nothing: the file is only opened at the end."""
+
+    def _write(self, command: ImportSession) -> Future[ImportedSession]:
         with _opened(self._path, self._store_options) as groups:
             (outcome,) = groups.write_group([Job(command, IMPORT)])
             if outcome.error is not None:
                 raise outcome.error
-            return cast(ImportedSession, outcome.result)
+            future = Future[ImportedSession]()
+            future.set_result(outcome.result)
+            return future
 
 
 @contextmanager
