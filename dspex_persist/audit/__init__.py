@@ -12,7 +12,7 @@ running server, and on a backup. An open provider has `provider.audit()`, if it 
 (`dspex_persist.state.abilities`). `verify` checks that a history has not been altered.
 """
 
-from dspex_persist.audit.documents import document, value_of
+from dspex_persist.audit.documents import cost_text, document, value_of
 from dspex_persist.audit.heads import KeptHead, Verification, verify
 from dspex_persist.state.audit import (
     AuditSource,
@@ -36,6 +36,7 @@ from dspex_persist.state.audit import (
     VariableState,
     parse_predicate,
 )
+from dspex_persist.state.lm_calls import LmCall, LmMessage, lm_calls_of
 from dspex_persist.state.model import ChangeKind, ExecutionStatus, Source
 
 __all__ = [
@@ -53,6 +54,8 @@ __all__ = [
     "HistoryQuery",
     "KeptHead",
     "LineageNode",
+    "LmCall",
+    "LmMessage",
     "Operator",
     "Page",
     "Predicate",
@@ -63,7 +66,9 @@ __all__ = [
     "Source",
     "VariableState",
     "Verification",
+    "cost_text",
     "document",
+    "lm_calls_of",
     "parse_predicate",
     "value_of",
     "verify",

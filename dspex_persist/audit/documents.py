@@ -4,6 +4,7 @@ from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from datetime import datetime
+from decimal import Decimal
 from enum import Enum
 from typing import Any
 
@@ -26,6 +27,15 @@ def document(answer: Any) -> Any:
     if isinstance(answer, tuple | list):
         return [document(each) for each in answer]
     return answer
+
+
+def cost_text(cost: float | None) -> str:
+    """Return a cost in USD for people, with three digits of a small one: $0.0000318; "" for none."""
+    if cost is None:
+        return ""
+    if cost == 0 or abs(cost) >= 1:
+        return f"${cost:,.2f}"
+    return f"${Decimal(f'{cost:.3g}'):f}"
 
 
 def value_of(value: Value) -> Any:

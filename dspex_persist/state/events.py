@@ -13,6 +13,7 @@ from dspex_persist.clock import from_micros
 from dspex_persist.state import bodies
 from dspex_persist.state.bodies import MalformedEventError as MalformedEventError
 from dspex_persist.state.frozen import FrozenDict
+from dspex_persist.state.masking import Secrets
 from dspex_persist.state.model import (
     Conflict,
     Dependency,
@@ -521,6 +522,12 @@ def event_in(kind: str, body: object) -> Event:
 def portable(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return the body of an event without the keys that are only valid in one file."""
     return {key: entry for key, entry in body.items() if key not in _OWN_KEYS}
+
+
+def without_secrets(kind: EventKind, body: Mapping[str, Any], secrets: Secrets) -> Mapping[str, Any]:
+    """Return the body of an event with these values masked in its LM calls, if it has any."""
+    recorded = body.get("recorded") if kind is EventKind.EXECUTION_ENDED and secrets else None
+    return {**body, "recorded": secrets.masked_recorded(recorded)} if isinstance(recorded, Mapping) else body
 
 
 def anonymous(kind: EventKind, body: Mapping[str, Any]) -> Mapping[str, Any]:

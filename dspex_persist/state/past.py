@@ -20,8 +20,10 @@ from dspex_persist.state.events import (
     SessionRestored,
     VariableRegistered,
     portable,
+    without_secrets,
 )
 from dspex_persist.state.graph import Dependencies
+from dspex_persist.state.masking import Secrets
 from dspex_persist.state.model import Change, ChangeKind, Dependency, Rule, Variable
 from dspex_persist.state.recording import (
     Header,
@@ -66,7 +68,13 @@ def record(
     ages = {variable_id: age for age, variable_id in enumerate(newest)}
     # An answer may quote a value that has to be left out.
     answers = {} if hidden else answers
-    return Header(session_id, len(commits), masked=bool(hidden)), _recorded(commits, answers, hidden, ages)
+    secrets = Secrets(
+        change.version.value
+        for commit in commits
+        for change in commit.changes
+        if change.variable.id in hidden and change.version.value is not None
+    )
+    return Header(session_id, len(commits), masked=bool(hidden)), _recorded(commits, answers, hidden, ages, secrets)
 
 
 def _is_sensitive(variable: Variable) -> bool:
@@ -78,6 +86,7 @@ def _recorded(
     answers: Mapping[int, RecordedAnswer],
     hidden: Collection[str],
     ages: Mapping[str, int],
+    secrets: Secrets,
 ) -> Iterator[RecordedCommit]:
     began: dict[int, int] = {}
     for number, commit in enumerate(commits, 1):
@@ -85,18 +94,19 @@ def _recorded(
             began[commit.sequence] = number
         changes = sorted(commit.changes, key=lambda change: (ages[change.variable.id], change.version.version))
         versions = tuple(_version(change, hidden) for change in changes)
-        events = tuple(_event(event, commits) for event in commit.events)
+        events = tuple(_event(event, commits, secrets) for event in commit.events)
         facts = (number, commit.at, commit.actor, commit.cause, versions, events, commit.sequence)
         yield renumbered(RecordedCommit(*facts, answers.get(commit.sequence)), began.get)
 
 
-def _event(event: Event, commits: Sequence[PastCommit]) -> RecordedEvent:
+def _event(event: Event, commits: Sequence[PastCommit], secrets: Secrets) -> RecordedEvent:
     if type(event) is VariableRegistered:
         return RecordedEvent.of(event)
     if isinstance(event, SessionRestored):
         event = SessionRestored(bisect_right(commits, event.sequence, key=lambda commit: commit.sequence))
     # Encoded as in a file, so that both backends produce the same recording.
-    return RecordedEvent(event.kind, portable(stored(storable(event.to_body()))))
+    body = portable(stored(storable(event.to_body())))
+    return RecordedEvent(event.kind, without_secrets(event.kind, body, secrets))
 
 
 def _version(change: Change, hidden: Collection[str]) -> RecordedVersion:

@@ -16,7 +16,7 @@ from dspex_persist.cli.output import counted, progress_bar, say, say_json
 from dspex_persist.cli.places import Db, database_of
 
 if TYPE_CHECKING:
-    from dspex_persist.audit import Verification
+    from dspex_persist.audit import ExecutionDetail, Verification
 
 T = TypeVar("T")
 
@@ -33,6 +33,7 @@ EPILOG = (
     "dspex-persist audit history '*' --where '> 0.9' --since 2h --json\n\n"
     "dspex-persist audit executions s1 --status failed\n\n"
     "dspex-persist audit show exec_1234    everything about one execution; a prefix of the id is enough\n\n"
+    "dspex-persist audit show exec_1234 --lm    what models were asked in it, what they answered, what that cost\n\n"
     "dspex-persist audit diff s1 --from exec_1234^ --to exec_1234    what its commit changed\n\n"
     "dspex-persist audit diff s1 --from 1234 --to exec_1234    all that changed while it ran\n\n"
     "dspex-persist audit blame s1 temperature --depth 3    which values it was derived from\n\n"
@@ -245,11 +246,14 @@ def sessions(
 @app.command(
     help=(
         "Show one execution in full: parameters, reads, writes, published values, calls, log and outcome.\n\n"
-        "The number in its id is enough: exec_1234, or 1234.\n\n"
+        "The number in its id is enough: exec_1234, or 1234. --lm shows its LM calls instead, and those of the tools "
+        "that it called: messages, answers, options, tokens, cost, and the variables that each used.\n\n"
     )
 )
 def show(
     execution: Annotated[str, typer.Argument(metavar="EXECUTION", help="Its id.", show_default=False)],
+    lm: Annotated[bool, typer.Option("--lm", help="Show the recorded calls of language models.")] = False,
+    full: options.Full = False,
     as_json: options.Json = False,
     as_csv: options.Csv = False,
     utc: options.Utc = False,
@@ -262,13 +266,26 @@ def show(
 
     request = AuditOptions(db, target, as_json, as_csv, utc, reveal)
     with asking(request) as audit:
-        detail = audit.execution(f"exec_{execution}" if execution.isdecimal() else execution)
+        detail = audit.execution(options.execution_id(execution))
+        if lm:
+            _show_calls(detail, request, full)
+            return
         if request.form is not Form.TABLE:
             _say_all(request, ExecutionDetail, [detail])
             return
         from dspex_persist.cli.audit.details import show_execution
 
         show_execution(audit, detail, request.look())
+
+
+def _show_calls(detail: "ExecutionDetail", request: AuditOptions, full: bool) -> None:
+    from dspex_persist.audit import LmCall
+    from dspex_persist.cli.audit import calls
+
+    if request.form is Form.TABLE:
+        calls.show_calls(detail, request.look(), full=full)
+    else:
+        _say_all(request, LmCall, calls.all_calls(detail))
 
 
 def _say_all(request: AuditOptions, kind: type[T], rows: Iterable[T]) -> None:

@@ -4,7 +4,8 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from dspex_persist.audit import AuditSource, ExecutionDetail, HistoryEntry, ReadEntry
+from dspex_persist.audit import AuditSource, ExecutionDetail, HistoryEntry, ReadEntry, lm_calls_of
+from dspex_persist.cli.audit.calls import totals_text
 from dspex_persist.cli.audit.rendering import (
     STYLES,
     Renderer,
@@ -96,7 +97,8 @@ def _sections(detail: ExecutionDetail, changes: _Changes, look: Renderer) -> Ite
     yield "wrote", changes.lines(detail.writes)
     yield "published", changes.lines(detail.published)
     yield "logged", (_logged(entry, look) for entry in detail.log)
-    yield "drew", (_drawn(name, drawn) for name, drawn in detail.recorded.items() if drawn)
+    yield "drew", (_drawn(name, drawn) for name, drawn in detail.recorded.items() if drawn and name != "lm")
+    yield "LM calls", (f"{totals_text(calls)}: --lm shows them",) if (calls := lm_calls_of(detail)) else ()
     yield "conflicts", map(str, detail.conflicts)
     yield "result", () if detail.result is None else (value_text(detail.result),)
     yield "error", _error(detail)

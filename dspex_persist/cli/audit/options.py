@@ -32,6 +32,9 @@ Reveal = Annotated[
     bool,
     typer.Option("--reveal", rich_help_panel=_FORM, help="Show the values of sensitive variables instead of masking."),
 ]
+Full = Annotated[
+    bool, typer.Option("--full", rich_help_panel=_FORM, help="Do not shorten the messages and answers of LM calls.")
+]
 Follow = Annotated[
     bool,
     typer.Option("--follow", rich_help_panel=_FORM, help="Keep following new rows, oldest first, until Ctrl-C."),
@@ -160,6 +163,11 @@ TopOnly = Annotated[
     bool,
     typer.Option("--top", rich_help_panel=_FILTER, help="Leave out executions called by other executions."),
 ]
+
+
+def execution_id(text: str) -> str:
+    """Return the id of an execution, of which the number is enough."""
+    return f"exec_{text}" if text.isdecimal() else text
 
 
 def metadata_of(entries: Sequence[str] | None) -> Mapping[str, str]:

@@ -72,9 +72,9 @@ class Renderer:
         sys.stdout.flush()
 
 
-def shortened(text: str, most: int = _SHOWN) -> str:
-    """Return the beginning of a long text, and how much is missing."""
-    return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} more characters: --json)"
+def shortened(text: str, most: int = _SHOWN, option: str = "--json") -> str:
+    """Return the beginning of a long text, how much is missing, and the option that shows it."""
+    return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} more characters: {option})"
 
 
 def value_text(value: Value | None, masked: bool = False) -> str:

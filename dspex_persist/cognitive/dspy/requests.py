@@ -1,7 +1,6 @@
 """Requests to LMs and their answers as JSON, with enough to recognize a request, but without secrets."""
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from math import isfinite
 from typing import Any, Final
 
 from pydantic import BaseModel
+
+from dspex_persist.state.masking import hash_of
 
 # fmt: off
 OPTIONS: Final = frozenset((
@@ -50,12 +51,6 @@ class LmRequest:
     def hash(self) -> str:
         """The hash by which a recorded call is found."""
         return hash_of(self.model, self.request)
-
-
-def hash_of(model: str, request: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a request as canonical JSON, in hexadecimal."""
-    text = json.dumps({"model": model, "request": request}, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def request_of(lm: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> LmRequest:

@@ -28,6 +28,7 @@ from dspex_persist.state.audit import (
     is_glob,
 )
 from dspex_persist.state.errors import UnsupportedError, VersionNotFoundError, VersionPrunedError
+from dspex_persist.state.masking import Secrets
 from dspex_persist.state.store import damage
 from dspex_persist.state.store import variables as stored_variables
 from dspex_persist.state.store.engine import snapshot
@@ -46,6 +47,7 @@ from dspex_persist.state.store.history.points import (
     version_at,
 )
 from dspex_persist.state.store.history.rows import Bounds, all_rows, records_of
+from dspex_persist.state.store.history.secrets import secrets_of
 from dspex_persist.state.store.history.versions import HistoryPage, entry_of, one_version
 
 
@@ -125,8 +127,11 @@ class StoredAudit(AuditSource):
     def execution(self, execution_id: str) -> ExecutionDetail:
         """See `AuditSource.execution`."""
         history = tuple(self.iterate(HistoryQuery(execution_id=execution_id, newest_first=False)))
-        with self._snapshot() as connection, damage.reading(execution_row(connection, execution_id).session_id):
-            return detail_of(connection, execution_id, history)
+        with self._snapshot() as connection:
+            row = execution_row(connection, execution_id)
+            with damage.reading(row.session_id):
+                secrets = Secrets(()) if self.reveal else secrets_of(connection, row.session_key)
+                return detail_of(connection, execution_id, history, secrets)
 
     def state(self, session: str, at: PointLike = "") -> tuple[VariableState, ...]:
         """See `AuditSource.state`."""

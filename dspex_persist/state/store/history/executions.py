@@ -18,6 +18,7 @@ from dspex_persist.state.audit import (
 )
 from dspex_persist.state.errors import NotInHistoryError
 from dspex_persist.state.events import Event, ExecutionBegan, ExecutionEnded, conflicts_in
+from dspex_persist.state.masking import Secrets
 from dspex_persist.state.model import ExecutionStatus, Seen
 from dspex_persist.state.store.history.execution_rows import IN_FULL, SUMMARIES, execution_row
 from dspex_persist.state.store.history.points import of_session
@@ -90,7 +91,10 @@ def execution_page(
     return page_of(rows, most, _summary_of, lambda row: (row.began_sequence,))
 
 
-def detail_of(connection: Connection, execution_id: str, history: tuple[HistoryEntry, ...]) -> ExecutionDetail:
+def detail_of(
+    connection: Connection, execution_id: str, history: tuple[HistoryEntry, ...], secrets: Secrets
+) -> ExecutionDetail:
+    """Return an execution in full, with `secrets` masked in its LM calls and in those of the tools that it called."""
     row = execution_row(connection, execution_id)
     began, ended = _event_in(ExecutionBegan, row.beginning), _event_in(ExecutionEnded, row.ending)
     children = all_rows(
@@ -99,9 +103,9 @@ def detail_of(connection: Connection, execution_id: str, history: tuple[HistoryE
     return ExecutionDetail(
         _summary_of(row),
         **(_fields_of_beginning(began) if began is not None else _NO_BEGINNING),
-        **(_fields_of_end(ended) if ended is not None else {}),
+        **(_fields_of_end(ended, secrets) if ended is not None else {}),
         attempts=_attempts(connection, row, began),
-        children=tuple(detail_of(connection, each[0], ()) for each in children),
+        children=tuple(detail_of(connection, each[0], (), secrets) for each in children),
         history=history,
     )
 
@@ -124,7 +128,7 @@ def _fields_of_beginning(event: ExecutionBegan) -> dict[str, Any]:
     }
 
 
-def _fields_of_end(event: ExecutionEnded) -> dict[str, Any]:
+def _fields_of_end(event: ExecutionEnded, secrets: Secrets) -> dict[str, Any]:
     return {
         "result": event.result,
         "failure": event.failure,
@@ -135,7 +139,7 @@ def _fields_of_end(event: ExecutionEnded) -> dict[str, Any]:
         "writes": event.writes,
         "published": event.published,
         "log": tuple(replace(line, message=_text_of(line.message)) for line in event.log),
-        "recorded": event.recorded,
+        "recorded": secrets.masked_recorded(event.recorded),
     }
 
 

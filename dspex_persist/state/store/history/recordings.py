@@ -16,7 +16,8 @@ from sqlalchemy import Connection, Engine
 from dspex_persist.clock import nearest_time
 from dspex_persist.state.commands import ForkSession, RestoreSession
 from dspex_persist.state.errors import InvalidArgumentError, NotInHistoryError, SessionPrunedError, quote
-from dspex_persist.state.events import RuleAdded, RuleRemoved, event_in, portable
+from dspex_persist.state.events import RuleAdded, RuleRemoved, event_in, portable, without_secrets
+from dspex_persist.state.masking import Secrets
 from dspex_persist.state.model import Dependency, EventKind, Rule, Value, Variable
 from dspex_persist.state.recording import (
     Header,
@@ -30,6 +31,7 @@ from dspex_persist.state.rules import Rules
 from dspex_persist.state.store import damage
 from dspex_persist.state.store.engine import raw_rows, snapshot
 from dspex_persist.state.store.history.answers import StoredAudit
+from dspex_persist.state.store.history.secrets import secrets_of
 from dspex_persist.state.store.schema import is_unicode
 from dspex_persist.state.store.variables import KIND_OF, SOURCE_OF, is_sensitive
 from dspex_persist.state.values.json_text import stored, stored_object
@@ -108,7 +110,8 @@ def read_session(
         readers: Read-only connections to the file.
         session_id: The session.
         started: If several sessions had this id, the commit with which the wanted one began; None for the newest.
-        reveal: Whether to include the values of variables that are now marked as sensitive.
+        reveal: Whether to include the values of variables that are now marked as sensitive, also where recorded LM
+            calls quote them.
 
     Returns:
         The header, and an iterator that reads the commits as it goes.
@@ -124,10 +127,11 @@ def read_session(
             raise SessionPrunedError(session_id, marker)
         count, last = _first(connection, _EXTENT, key)
         hidden = frozenset() if reveal else frozenset(row[0] for row in raw_rows(connection, _SENSITIVE, key))
+        secrets = secrets_of(connection, key) if hidden else Secrets(())
         # An answer may quote a value that has to be left out.
         keys = deque[tuple[int, str]]() if hidden else deque(raw_rows(connection, _KEYS, key))
     header = Header(session_id, count, masked=bool(hidden))
-    return header, _Reading(readers, session_id, key, last, hidden, keys).commits()
+    return header, _Reading(readers, session_id, key, last, hidden, keys, secrets).commits()
 
 
 def _first(connection: Connection, statement: str, *parameters: object) -> Any:
@@ -179,6 +183,7 @@ class _Reading:
         last: int,
         hidden: Collection[int],
         keys: deque[tuple[int, str]],
+        secrets: Secrets,
     ) -> None:
         self._readers = readers
         self._session_id = session_id
@@ -187,6 +192,7 @@ class _Reading:
         self._hidden = hidden
         # The idempotency keys of requests whose commits are still to come, and when those were made.
         self._keys = keys
+        self._secrets = secrets
         self._number = 0
         # The commits in which the executions so far began, by their numbers in the file and in the recording.
         self._began = array("q")
@@ -266,7 +272,7 @@ class _Reading:
         if kind == EventKind.EXECUTION_BEGAN:
             self._began.append(sequence)
             self._numbers.append(self._number)
-        return RecordedEvent(EventKind(kind), portable(stored(text)))
+        return RecordedEvent(EventKind(kind), without_secrets(EventKind(kind), portable(stored(text)), self._secrets))
 
     def _number_of(self, sequence: int) -> int | None:
         place = bisect_left(self._began, sequence)

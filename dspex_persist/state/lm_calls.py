@@ -1,0 +1,211 @@
+"""Recorded LM calls, in a form for people and for sums: what a model was asked, what it answered, what that cost.
+
+An entry of an execution's `recorded["lm"]` has more (docs/dspy.md), and parts of it may be missing: older releases
+recorded less, and an import accepts any. So everything here has a default.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from dspex_persist.state.audit import ExecutionDetail
+
+_MOST: Final = 2**53
+"""The largest count: a double, as which they are summed, has it exactly."""
+_INPUT: Final = ("prompt_tokens", "input_tokens")
+_OUTPUT: Final = ("completion_tokens", "output_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class LmMessage:
+    """A message to a model. `text` also tells what is no text in it, such as a tool call or an image."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class LmCall:
+    """A recorded LM call.
+
+    Attributes:
+        execution_id: The execution that made it.
+        tool: The tool of that execution.
+        ordinal: Its number in the execution, from 0.
+        predictor: The path of the predictor that made it, such as "generate.predict"; "" if unknown.
+        at: When it began; None if unknown.
+        latency_us: How long it took, in microseconds; None if unknown.
+        cached: Whether a cache answered it; None if unknown.
+        cost: In USD, as the LM says; 0 from a cache. None if nobody says it.
+        input_tokens: Tokens of the request.
+        output_tokens: Tokens of the answer.
+        total_tokens: Both, and what the model counts besides. All are 0 where nothing was counted, as from a cache.
+        options: The options that affect the answer, such as the temperature.
+        variables: The variables that the call used, with their versions.
+        messages: What the model was asked.
+        answers: Its answers; more than one with the option `n`.
+        error_type: The type of the error that the LM raised; "" if it answered.
+        error: The message of that error.
+        concurrent: Whether it came from another thread or task than the tool's own.
+        hash: SHA-256 of model and request, by which replays find it.
+    """
+
+    execution_id: str
+    tool: str
+    ordinal: int
+    model: str
+    model_type: str
+    predictor: str
+    at: datetime | None
+    latency_us: int | None
+    cached: bool | None
+    cost: float | None
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    variables: Mapping[str, int] = field(default_factory=dict)
+    messages: tuple[LmMessage, ...] = ()
+    answers: tuple[str, ...] = ()
+    error_type: str = ""
+    error: str = ""
+    concurrent: bool = False
+    hash: str = ""
+
+
+def lm_calls_of(execution: ExecutionDetail) -> tuple[LmCall, ...]:
+    """Return the LM calls of an execution, in the order in which they began, without those of tools that it called."""
+    entries = execution.recorded.get("lm")
+    summary = execution.summary
+    calls = [
+        lm_call_of(entry, summary.execution_id, summary.tool) for entry in _items(entries) if isinstance(entry, Mapping)
+    ]
+    return tuple(sorted(calls, key=lambda call: call.ordinal))
+
+
+def lm_call_of(entry: Mapping[str, Any], execution_id: str = "", tool: str = "") -> LmCall:
+    """Return the call in an entry of `recorded["lm"]`."""
+    request, response, error = (_object(entry.get(name)) for name in ("request", "response", "error"))
+    begin = _count(entry.get("at"))
+    return LmCall(
+        execution_id,
+        tool,
+        _count(entry.get("ordinal")) or 0,
+        _text(entry.get("model")),
+        _text(request.get("model_type")),
+        _text(entry.get("predictor")),
+        None if begin is None else _moment(begin),
+        _count(entry.get("latency_us")),
+        entry["cached"] if isinstance(entry.get("cached"), bool) else None,
+        _number(entry.get("cost")),
+        # Those of a call that failed, or that only the LM's history tells, are beside its answer.
+        *_tokens([*_object(response.get("usage")).values(), *_object(entry.get("usage")).values()]),
+        _object(request.get("options")),
+        {name: version for name, version in _object(entry.get("variables")).items() if isinstance(version, int)},
+        tuple(map(_message, _items(request.get("messages")))),
+        tuple(map(_said, _answers(response))),
+        _text(error.get("type")),
+        _text(error.get("message")),
+        entry.get("concurrent") is True,
+        _text(entry.get("hash")),
+    )
+
+
+def _object(document: Any) -> Mapping[str, Any]:
+    return document if isinstance(document, Mapping) else {}
+
+
+def _items(document: Any) -> Sequence[Any]:
+    return document if isinstance(document, list | tuple) else ()
+
+
+def _text(document: Any) -> str:
+    if document is None:
+        return ""
+    return document if isinstance(document, str) else json.dumps(document, ensure_ascii=False)
+
+
+def _number(document: Any) -> float | None:
+    if not isinstance(document, int | float) or isinstance(document, bool):
+        return None
+    # Old releases wrote NaN; and an integer may be larger than any double.
+    bounded = max(min(document, _MOST), -_MOST)
+    return float(bounded) if bounded == bounded else None
+
+
+def _count(document: Any) -> int | None:
+    return document if isinstance(document, int) and not isinstance(document, bool) else None
+
+
+def _moment(micros: int) -> datetime | None:
+    try:
+        return datetime.fromtimestamp(micros // 1_000_000, UTC).replace(microsecond=micros % 1_000_000)
+    except (OverflowError, ValueError, OSError):
+        return None
+
+
+# Tokens
+
+
+def _tokens(usage: Sequence[Any]) -> tuple[int, int, int]:
+    """Return the tokens of the request, of the answer, and all, from the counts of each model that a call used."""
+    asked = answered = total = 0
+    for counts in usage:
+        of_request, of_answer = _sum_of(counts, _INPUT), _sum_of(counts, _OUTPUT)
+        asked, answered = asked + of_request, answered + of_answer
+        total += _sum_of(counts, ("total_tokens",)) or of_request + of_answer
+    return min(asked, _MOST), min(answered, _MOST), min(total, _MOST)
+
+
+def _sum_of(counts: Any, names: Sequence[str]) -> int:
+    """Return the first of these counts that is one."""
+    found = (_number(_object(counts).get(name)) for name in names)
+    return int(max(next((each for each in found if each is not None), 0), 0))
+
+
+# Texts
+
+
+def _message(message: Any) -> LmMessage:
+    if not isinstance(message, Mapping):
+        return LmMessage("", _text(message))
+    return LmMessage(_text(message.get("role")), _said(message))
+
+
+def _answers(response: Mapping[str, Any]) -> Sequence[Any]:
+    if "typed" in response:
+        return (_object(response["typed"]).get("message"),)
+    outputs = response.get("outputs")
+    return outputs if isinstance(outputs, list | tuple) else () if outputs is None else (outputs,)
+
+
+def _said(said: Any) -> str:
+    """Return a message or an answer as text: its parts, then the tools that it calls."""
+    return "\n".join(part for part in _parts(said) if part)
+
+
+def _parts(said: Any) -> Iterator[str]:
+    if isinstance(said, list | tuple):
+        for each in said:
+            yield from _parts(each)
+    elif not isinstance(said, Mapping):
+        yield _text(said)
+    elif "function" in said or said.get("type") in ("tool_call", "function_call"):
+        yield _call_text(said)
+    else:
+        known = [said[name] for name in ("reasoning_content", "text", "content", "parts") if said.get(name)]
+        calls = _items(said.get("tool_calls"))
+        for each in (*known, *calls):
+            yield from _parts(each)
+        if not known and not calls and set(said) - {"role", "text", "content", "parts", "tool_calls"}:
+            # A part of another kind, such as an image.
+            yield _text({name: each for name, each in said.items() if name != "role"})
+
+
+def _call_text(call: Mapping[str, Any]) -> str:
+    function = call.get("function")
+    facts = function if isinstance(function, Mapping) else call
+    arguments = next((facts[name] for name in ("arguments", "input", "args") if name in facts), "")
+    return f"calls {_text(facts.get('name'))}({_text(arguments)})"
