@@ -172,7 +172,7 @@ KINDS = {
 MODULES = {
     "audit": Kind("Audits", "Queries of the history: see [Queries](../audit.md).", ("audit",)),
     "replay": Kind("Replay", "Running recordings again: see [Replay](../replay.md).", ("replay",)),
-    "dspy": Kind("DSPy", "Recording the calls of models: see [DSPy programs](../dspy.md).", ("cognitive.dspy",)),
+    "dspy": Kind("DSPy", "`dspex_persist.dspy`: see [DSPy programs](../dspy.md).", ("dspy",)),
 }
 """Modules with an `__all__` of their own."""
 RETURNED = {
@@ -238,6 +238,8 @@ def _summary(place: str, kind: Kind, names: Sequence[str]) -> str:
 def _exported(module: str) -> list[str]:
     """Return the `__all__` of a module without importing it: DSPy takes seconds."""
     file = ROOT / module.replace(".", "/") / "__init__.py"
+    if not file.exists():
+        file = file.parent.with_suffix(".py")
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and any(
             isinstance(each, ast.Name) and each.id == "__all__" for each in node.targets

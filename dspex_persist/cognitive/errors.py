@@ -58,6 +58,20 @@ class DspyMissingError(DspexError):
 
 
 @dataclass(eq=False)
+class BindingError(DspexError):
+    """A DSPy program cannot be bound like this, or the value of a variable is none that it can use.
+
+    Attributes:
+        reason: Why.
+    """
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"cannot bind: {self.reason}"
+
+
+@dataclass(eq=False)
 class TypedValueError(DspexError):
     """The value of a variable is of no version that its model, or a migration, can read.
 

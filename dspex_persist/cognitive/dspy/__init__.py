@@ -51,6 +51,7 @@ except ModuleNotFoundError as error:
 
     raise DspyMissingError() from error
 
+from dspex_persist.cognitive.dspy.binding import bind, unbind
 from dspex_persist.cognitive.dspy.hook import install, playing, record_calls
 from dspex_persist.cognitive.dspy.playback import (
     LmDivergence,
@@ -66,7 +67,9 @@ __all__ = [
     "RecordedLmError",
     "UnexpectedLmCallError",
     "UnseenLmCallError",
+    "bind",
     "install",
     "playing",
     "record_calls",
+    "unbind",
 ]

@@ -24,6 +24,7 @@ from dspex_persist import clock
 from dspex_persist.cognitive import lm_guard
 from dspex_persist.cognitive.dspy import accounts
 from dspex_persist.cognitive.dspy.accounts import ACCOUNT, Account
+from dspex_persist.cognitive.dspy.enforcing import enforced, enforced_async
 from dspex_persist.cognitive.dspy.playback import (
     Playback,
     RecordedCall,
@@ -42,11 +43,13 @@ from dspex_persist.cognitive.dspy.requests import (
     response_of,
     secrets_of,
 )
+from dspex_persist.cognitive.dspy.snapshots import SCOPE
 from dspex_persist.state.tools.session import ToolSession
 
 LM_CALLS: Final = "lm"
 """The key of LM calls in an execution's `recorded`."""
 _RECORDER, _PLAYBACK = "dspex_persist_lm_recorder", "dspex_persist_lm_playback"
+_CARRIED: Final = frozenset((_RECORDER, _PLAYBACK, SCOPE))
 _CANCELLED: Final = "asyncio.exceptions.CancelledError"
 
 
@@ -282,11 +285,12 @@ def _guarded(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _carried() -> dict[str, Any]:
-    """Return the settings that a thread gets from the caller that starts it: the observers, and a stand-in LM."""
+    """Return the settings that a thread gets from the caller that starts it.
+
+    They are the observers, a stand-in LM, and what variables set in the call of a bound program.
+    """
     overrides = thread_local_overrides.get()
-    return {
-        name: each for name, each in overrides.items() if name in (_RECORDER, _PLAYBACK) or isinstance(each, StandIn)
-    }
+    return {name: each for name, each in overrides.items() if name in _CARRIED or isinstance(each, StandIn)}
 
 
 def _run_carrying(
@@ -354,9 +358,10 @@ def _with_subclasses(kind: type[Any]) -> Iterator[type[Any]]:
         yield from _with_subclasses(each)
 
 
-_WRAPPERS: Final = {
-    "__call__": _observed,
-    "acall": _observed_async,
+# A call is recorded, and played, as it reaches the LM: after variables have set its options.
+_WRAPPERS: Final[Mapping[str, Callable[..., Any]]] = {
+    "__call__": lambda call: enforced(_observed(call)),
+    "acall": lambda call: enforced_async(_observed_async(call)),
     "forward": _guarded,
     "aforward": _guarded,
     "update_history": accounts.noting,

@@ -1,0 +1,150 @@
+"""`bind` and `unbind`: options of DSPy programs that variables set."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, TypeVar
+
+from dspy import Module
+
+from dspex_persist.cognitive.dspy import enforcing, hook
+from dspex_persist.cognitive.dspy.options import LM_OPTIONS
+from dspex_persist.cognitive.dspy.paths import modules_in, predictors_in
+from dspex_persist.cognitive.dspy.snapshots import ATTRIBUTE, Binding, binding_of, reading
+from dspex_persist.cognitive.errors import BindingError
+from dspex_persist.cognitive.steps import run
+from dspex_persist.cognitive.variables import Variables
+from dspex_persist.spelling import closest, did_you_mean, quote
+
+M = TypeVar("M")
+
+_PRECEDENCES: Final = ("variable", "default")
+
+
+def bind(
+    module: M,
+    ctx: Variables,
+    *,
+    per: Mapping[str, Mapping[str, str]] | None = None,
+    precedence: str = "variable",
+    live: bool = False,
+    **options: str,
+) -> M:
+    """Have variables set options of a DSPy program, whoever changes them meanwhile.
+
+        bind(program, ctx, temperature="temperature", per={"draft.predict": {"max_tokens": "draft_tokens"}})
+
+    The module stays what it is, with its names, its state and its identity; its copies have the same binding. It takes
+    effect where the LM is called, after DSPy has merged all options. One outermost call of a bound module, or one
+    `batch`, uses the values of one moment. If the module was bound, this binding replaces the old one.
+
+    Args:
+        module: A DSPy module, such as a predictor or a whole program.
+        ctx: The context that has the variables; also that of a tool, or a transaction.
+        per: By the path of a predictor, or of a module in the program, options that apply there only. The longest path
+            counts most, and each counts more than `options`. A binding of a module in the program counts more still.
+        precedence: "variable": variables beat what the LM, the predictor and the call say; "default": they set only
+            what none of these says.
+        live: Read the variables for each call of an LM, instead of once for each outermost call.
+        options: By the name of an option, the variable that sets it.
+
+    Returns:
+        The module.
+
+    Raises:
+        BindingError: There is no such option, or nothing at a path, or a value does not fit its option.
+        VariableNotFoundError: There is no such variable.
+    """
+    program: Any = module
+    if not isinstance(program, Module):
+        raise BindingError(f"it is not a DSPy module, but {type(program).__name__}")
+    if not isinstance(ctx, Variables):
+        raise BindingError(f"ctx must be a context, not {type(ctx).__name__}")
+    if precedence not in _PRECEDENCES:
+        raise BindingError(f"precedence must be one of {', '.join(_PRECEDENCES)}, not {precedence!r}")
+    there = _checked_per(program, {} if per is None else per)
+    binding = Binding(ctx, _checked_options(options, ""), there, is_default=precedence == "default", live=bool(live))
+    if not binding.names:
+        raise BindingError('it names no variable: say which one sets what, such as temperature="temperature"')
+    readings = run(ctx, reading(ctx, binding.names))
+    for option, variable in _pairs(binding):
+        check(option, variable, readings[variable].value)
+    hook.install()
+    enforcing.install()
+    setattr(program, ATTRIBUTE, binding)
+    return module
+
+
+def unbind(module: M, *options: str) -> M:
+    """Undo a binding of a module, in all of the program's copies that are made afterwards as well.
+
+    Args:
+        module: The module that was bound. If it was not, nothing happens.
+        options: The options that variables no longer set, anywhere in the module; without any, all of them.
+
+    Returns:
+        The module.
+
+    Raises:
+        BindingError: No variable sets such an option.
+    """
+    program: Any = module
+    binding = binding_of(program)
+    if binding is None:
+        return module
+    bound = dict.fromkeys(option for option, _ in _pairs(binding))
+    for option in options:
+        if option not in bound:
+            raise BindingError(f"no variable sets {quote(option)}{_suggestion(option, bound)}")
+    kept = _without(binding.options, options) if options else {}
+    per = {path: rest for path, each in binding.per.items() if (rest := _without(each, options))} if options else {}
+    if kept or per:
+        setattr(program, ATTRIBUTE, binding.replace(kept, per))
+    else:
+        delattr(program, ATTRIBUTE)
+    return module
+
+
+def _without(options: Mapping[str, str], gone: Iterable[str]) -> dict[str, str]:
+    return {option: variable for option, variable in options.items() if option not in gone}
+
+
+def _pairs(binding: Binding) -> list[tuple[str, str]]:
+    """Return all pairs of an option and its variable."""
+    return [pair for options in (binding.options, *binding.per.values()) for pair in options.items()]
+
+
+def check(option: str, variable: str, value: Any) -> None:
+    """Raise `BindingError` if a value does not fit an option."""
+    kind = LM_OPTIONS[option]
+    if not kind.accepts(value):
+        raise BindingError(f"{option} must be {kind.description}, but variable {quote(variable)} is {_brief(value)}")
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _checked_options(options: Mapping[str, str], path: str) -> dict[str, str]:
+    where = f" of {quote(path)}" if path else ""
+    for option, variable in options.items():
+        if option not in LM_OPTIONS:
+            raise BindingError(f"there is no option {quote(option)}{where}{_suggestion(option, LM_OPTIONS)}")
+        given: object = variable
+        if not isinstance(given, str) or not given:
+            raise BindingError(f"{option}{where} takes the name of a variable, not {_brief(variable)}")
+    return dict(options)
+
+
+def _checked_per(program: Any, per: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    paths = dict(modules_in(program)) if per else {}
+    for path in per:
+        if path not in paths:
+            names = [name for name, _ in predictors_in(program)]
+            listed = f"its predictors are {', '.join(map(quote, names))}" if names else "it has no predictors"
+            raise BindingError(f"the program has no predictor {quote(path)}{_suggestion(path, paths)}; {listed}")
+    return {path: _checked_options(options, path) for path, options in per.items()}
+
+
+def _suggestion(name: str, names: Iterable[str]) -> str:
+    meant = did_you_mean(closest(str(name), names))
+    return f": {meant}" if meant else ""

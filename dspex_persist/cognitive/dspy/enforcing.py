@@ -1,0 +1,226 @@
+"""The hooks by which variables take effect: in calls of modules, in predictors, and in calls of LMs."""
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from dspy import Module, Predict, settings
+from dspy.dsp.utils.settings import thread_local_overrides
+
+from dspex_persist.cognitive.dspy import snapshots
+from dspex_persist.cognitive.dspy.options import LM_OPTIONS, synonyms, wire_name
+from dspex_persist.cognitive.dspy.snapshots import Choice, Entry, Reading, Scope, binding_of
+
+# Calls of LMs
+
+
+def enforced(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `__call__` of an LM class: the options of a bound program's calls become those that its variables say."""
+
+    @functools.wraps(call)
+    def enforcing(lm: Any, *args: Any, **kwargs: Any) -> Any:
+        scope = snapshots.current()
+        if scope is None or _is_apart(scope, lm):
+            return call(lm, *args, **kwargs)
+        if _reads_here(scope):
+            entry = Entry(scope.module, scope, reads_live=True)
+            entry.read()
+            scope = entry.scope()
+        with _calling(scope, lm, kwargs) as options:
+            return call(lm, *args, **options)
+
+    return enforcing
+
+
+def enforced_async(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `acall` of an LM class."""
+
+    @functools.wraps(call)
+    async def enforcing(lm: Any, *args: Any, **kwargs: Any) -> Any:
+        scope = snapshots.current()
+        if scope is None or _is_apart(scope, lm):
+            return await call(lm, *args, **kwargs)
+        if _reads_here(scope):
+            entry = Entry(scope.module, scope, reads_live=True)
+            await entry.read_aio()
+            scope = entry.scope()
+        with _calling(scope, lm, kwargs) as options:
+            return await call(lm, *args, **options)
+
+    return enforcing
+
+
+def _is_apart(scope: Scope, lm: Any) -> bool:
+    """Whether an LM is called by another LM, or as the second LM of a `TwoStepAdapter`, which is not the program's."""
+    if scope.is_calling:
+        return True
+    return scope.lm is not None and scope.lm is not lm and getattr(settings.adapter, "extraction_model", None) is lm
+
+
+def _reads_here(scope: Scope) -> bool:
+    """Whether this call of an LM is one of the program's own code; a predictor has read before it makes its call."""
+    return scope.is_live and not isinstance(scope.module, Predict)
+
+
+@contextmanager
+def _calling(scope: Scope, lm: Any, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the options of a call."""
+    options = _options(scope, lm, kwargs)
+    token = snapshots.put(scope.calling())
+    try:
+        yield options
+    finally:
+        thread_local_overrides.reset(token)
+
+
+def _options(scope: Scope, lm: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    options = kwargs
+    for option, choice, reading in _set_by(scope):
+        name = wire_name(option, lm)
+        if not _applies(choice, synonyms(name), kwargs, lm):
+            continue
+        if options is kwargs:
+            options = dict(kwargs)
+        for synonym in synonyms(name):
+            options.pop(synonym, None)
+        options[name] = reading.value
+    return options
+
+
+def _set_by(scope: Scope) -> Iterator[tuple[str, Choice, Reading]]:
+    """Yield the options of LM calls that variables set."""
+    for option, choice in scope.choices.items():
+        if option in LM_OPTIONS:
+            yield option, choice, scope.reading(choice)
+
+
+def _applies(choice: Choice, names: tuple[str, ...], said: Mapping[str, Any], lm: Any) -> bool:
+    """Whether the variable sets an option: with `precedence="default"` only if nothing else does."""
+    if not choice.binding.is_default:
+        return True
+    defaults = getattr(lm, "kwargs", {})
+    return all(said.get(name) is None and defaults.get(name) is None for name in names)
+
+
+# Calls of modules
+
+
+def _has_to_enter(module: Any, scope: Scope | None) -> bool:
+    """Whether something applies in a module's call that does not in its caller's."""
+    if binding_of(module) is not None:
+        return scope is None or scope.module is not module or scope.snapshot.ended
+    if scope is None or scope.module is module:
+        return False
+    return isinstance(module, Predict) or any(frame.targets for frame in scope.frames)
+
+
+@contextmanager
+def _inside(entry: Entry) -> Iterator[None]:
+    scope = entry.scope()
+    token = snapshots.put(scope)
+    try:
+        yield
+    finally:
+        thread_local_overrides.reset(token)
+        if entry.is_outermost:
+            scope.snapshot.ended = True
+
+
+def _entering(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a function of a module class whose calls are calls of the module."""
+
+    @functools.wraps(call)
+    def entering(module: Any, *args: Any, **kwargs: Any) -> Any:
+        scope = snapshots.current()
+        if not _has_to_enter(module, scope):
+            return call(module, *args, **kwargs)
+        entry = Entry(module, scope, reads_live=isinstance(module, Predict))
+        entry.read()
+        with _inside(entry):
+            return call(module, *args, **kwargs)
+
+    return entering
+
+
+def _entering_async(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    async def entering(module: Any, *args: Any, **kwargs: Any) -> Any:
+        scope = snapshots.current()
+        if not _has_to_enter(module, scope):
+            return await call(module, *args, **kwargs)
+        entry = Entry(module, scope, reads_live=isinstance(module, Predict))
+        await entry.read_aio()
+        with _inside(entry):
+            return await call(module, *args, **kwargs)
+
+    return entering
+
+
+def _batching(batch: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `Module.batch`, so that one snapshot is valid for all calls of a batch."""
+
+    @functools.wraps(batch)
+    def batching(module: Any, *args: Any, **kwargs: Any) -> Any:
+        scope = snapshots.current()
+        if not _has_to_enter(module, scope):
+            return batch(module, *args, **kwargs)
+        entry = Entry(module, scope, reads_live=False)
+        entry.read()
+        with _inside(entry):
+            snapshots.put(entry.scope().between_calls())
+            return batch(module, *args, **kwargs)
+
+    return batching
+
+
+# Predictors
+
+
+def _preparing(preprocess: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap what merges the options of a predictor's call, so that adapters and DSPy's defaults take the variables in.
+
+    DSPy raises a temperature of 0.0 to 0.7 when it asks for several answers; what a variable says stays.
+    """
+
+    @functools.wraps(preprocess)
+    def preparing(predict: Any, **kwargs: Any) -> Any:
+        scope = snapshots.current()
+        if scope is None or scope.module is not predict:
+            return preprocess(predict, **kwargs)
+        lm = kwargs.get("lm", predict.lm) or settings.lm
+        said = {**predict.config, **kwargs.get("config", {})}
+        set_here = {}
+        for option, choice, reading in _set_by(scope):
+            name = wire_name(option, lm)
+            if _applies(choice, synonyms(name), said, lm):
+                set_here[name] = reading.value
+        if set_here:
+            kwargs = {**kwargs, "config": {**kwargs.get("config", {}), **set_here}}
+        scope.lm, config, signature, demos, inputs = preprocess(predict, **kwargs)
+        return scope.lm, {**config, **set_here}, signature, demos, inputs
+
+    return preparing
+
+
+_installing = threading.Lock()
+_installed = False
+
+
+def install() -> None:
+    """Hook DSPy's module classes, permanently. Calls of modules that are not bound cost little more."""
+    global _installed
+    with _installing:
+        if _installed:
+            return
+        _installed = True
+        for kind, name, wrapper in (
+            (Module, "__call__", _entering),
+            (Module, "batch", _batching),
+            (Module, "acall", _entering_async),
+            (Predict, "forward", _entering),
+            (Predict, "aforward", _entering_async),
+            (Predict, "_forward_preprocess", _preparing),
+        ):
+            setattr(kind, name, wrapper(vars(kind)[name]))
