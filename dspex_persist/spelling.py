@@ -3,12 +3,19 @@
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from itertools import islice
-from typing import Final
+from typing import Final, Literal
 
 _QUOTED = 60
 _COMPARED_LENGTH, _MOST_COMPARED = 60, 1_000
 _LIKENESS: Final = 0.6
 _SHORT: Final = 2
+_IN_MEMORY: Final = ("local", "memory")
+_PLACES: Final[dict[str, Literal["memory", "file", "server"]]] = {
+    **dict.fromkeys(("inmemory", "mem", "ram"), "memory"),
+    **dict.fromkeys(("embedded", "file", "sqlite"), "file"),
+    **dict.fromkeys(("bridged", "grpc", "localhost", "remote", "server"), "server"),
+}
+_PLACE_LIKENESS: Final = 0.8
 
 
 def closest(asked: str, names: Iterable[str], likeness: float = _LIKENESS, *, most: int = 20) -> str | None:
@@ -49,6 +56,20 @@ def _is_plain(asked: str, name: str) -> bool:
     if len(name) == _SHORT:
         return asked.lower() == name.lower() or asked == name[::-1]
     return len(name) == _SHORT + 1 and asked in (name[1:], name[:-1], name[0] + name[2])
+
+
+def place_meant(word: str) -> Literal["", "memory", "file", "server"]:
+    """Return what an address that is a bare word was probably meant to be, although it could be the name of a file.
+
+    Returns:
+        "" if it is the name of a file, as every word with a suffix or a folder is, or if it is an address.
+    """
+    if word in ("memory:", ":memory:"):
+        return ""
+    plain = "".join(each for each in word.lower() if each not in "-_ :")
+    if not plain.isalpha():
+        return ""
+    return "memory" if closest(plain, _IN_MEMORY, _PLACE_LIKENESS) else _PLACES.get(plain, "")
 
 
 def quote(text: object) -> str:

@@ -26,7 +26,7 @@ from dspex_persist.infra.listen import ListenError, is_loopback, parse_listen, p
 from dspex_persist.infra.logs import configure_logs, get_logger, quiet_grpc
 from dspex_persist.opening import Opening
 from dspex_persist.settings import Settings, SettingsError
-from dspex_persist.spelling import closest, did_you_mean, quote
+from dspex_persist.spelling import closest, did_you_mean, place_meant, quote
 from dspex_persist.state.errors import CheckpointError, FileChangedError, InvalidArgumentError, OutcomeUnknownError
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.options import SessionOptions
@@ -265,6 +265,7 @@ def _place_of(url: str | os.PathLike[str], forms: str = _FORMS) -> Path | str:
         return Path(url)
     match, meant = _SCHEME.match(url), _meant(url)
     if match is None and not meant and url not in ("", *_IN_MEMORY):
+        _refuse_word(url)
         return Path(url)
     scheme, rest = (match["scheme"], match["rest"]) if match is not None else ("", "")
     if scheme == "sqlite" and len(rest) > 3 and rest.startswith("///"):
@@ -278,6 +279,14 @@ def _place_of(url: str | os.PathLike[str], forms: str = _FORMS) -> Path | str:
     else:
         hint = did_you_mean(meant, spell=str) or did_you_mean(_respelled(scheme, rest))
     raise InvalidArgumentError("url", "; ".join(filter(None, (f"{quote(url)} is not {forms}", hint))))
+
+
+def _refuse_word(url: str) -> None:
+    """Refuse a word that was hardly meant to be the name of a file: the file would appear without a hint."""
+    meant = {"": "", "memory": "memory:", "file": "sqlite:///PATH", "server": "grpc://HOST:PORT"}[place_meant(url)]
+    if meant:
+        hint = f"{did_you_mean(meant, spell=str)} For the file, write {quote(f'./{url}')}"
+        raise InvalidArgumentError("url", f"{quote(url)} would be the name of a file; {hint}")
 
 
 def _respelled(scheme: str, rest: str) -> str | None:

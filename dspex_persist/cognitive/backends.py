@@ -15,8 +15,10 @@ from weakref import WeakSet
 from dspex_persist.cognitive.steps import DEFAULT, Terms
 from dspex_persist.infra import forks
 from dspex_persist.infra.mailbox import LoopMailbox
-from dspex_persist.opening import open_state
+from dspex_persist.opening import is_there, open_state
+from dspex_persist.spelling import did_you_mean, place_meant, quote
 from dspex_persist.state.commands import Command, ExecuteTool
+from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.model import Origin
 from dspex_persist.state.provider import StateProvider, SubmitHere
 from dspex_persist.state.tools.session import current_session
@@ -31,6 +33,12 @@ LOCAL: Final = "local"
 EMBEDDED: Final = "embedded"
 BRIDGED: Final = "bridged"
 _IN_MEMORY: Final = "memory:"
+_MEANT: Final = {
+    "": "",
+    "memory": f'"{LOCAL}"',
+    "file": 'a path, such as "sessions.db"',
+    "server": '"grpc://HOST:PORT"',
+}
 
 _LONG: Final = frozenset[type]({ExecuteTool})
 """Commands that may take as long as a tool does."""
@@ -250,7 +258,10 @@ class Backend:
                 return cls(place, is_owned=False)
             return cls(_Borrowed(place, tools), is_owned=True, options=options)
         address = _IN_MEMORY if place == LOCAL else place
-        provider: StateProvider = open_state(address, **options)
+        try:
+            provider: StateProvider = open_state(address, **options)
+        except InvalidArgumentError as error:
+            raise _about_backend(error) from None
         return cls(provider, is_owned=True, options=options)
 
     @property
@@ -408,6 +419,37 @@ class BackendView:
 
     def __repr__(self) -> str:
         return f"<Backend {self._backend.place}>"
+
+
+def check_place(place: object) -> None:
+    """Refuse what can be no place, and a word that was hardly meant to be the name of a file."""
+    if isinstance(place, StateProvider) or place == LOCAL:
+        return
+    if isinstance(place, bytes) or not isinstance(place, str | os.PathLike):
+        kind = "None" if place is None else type(place).__name__
+        reason = f'it must be "{LOCAL}", a path, the URL of a server, or a provider, not {kind}'
+        raise InvalidArgumentError("backend", reason)
+    meant = _MEANT[place_meant(place)] if isinstance(place, str) else ""
+    if meant:
+        hint = f"{did_you_mean(meant, spell=str)} For the file, write {quote(f'./{place}')}"
+        raise InvalidArgumentError("backend", f"{quote(place)} would be the name of a file; {hint}")
+
+
+def is_place_there(place: Place) -> bool:
+    """Return whether there may be a session at a place; see `is_there`."""
+    if place == LOCAL or isinstance(place, StateProvider):
+        return True
+    try:
+        return is_there(place)
+    except InvalidArgumentError as error:
+        raise _about_backend(error) from None
+
+
+def _about_backend(error: InvalidArgumentError) -> InvalidArgumentError:
+    """The error about an address, as one about the argument of a context."""
+    if error.field != "url":
+        return error
+    return InvalidArgumentError("backend", error.reason.replace(f"{_IN_MEMORY},", f'"{LOCAL}",'))
 
 
 def origin_of(provider: StateProvider, command: Command[Any], terms: Terms) -> Origin:

@@ -9,7 +9,16 @@ from types import TracebackType
 from typing import Any, Self
 
 from dspex_persist.cognitive import moves
-from dspex_persist.cognitive.backends import BRIDGED, EMBEDDED, LOCAL, Backend, BackendView, Place
+from dspex_persist.cognitive.backends import (
+    BRIDGED,
+    EMBEDDED,
+    LOCAL,
+    Backend,
+    BackendView,
+    Place,
+    check_place,
+    is_place_there,
+)
 from dspex_persist.cognitive.deriving import DERIVED, Derived
 from dspex_persist.cognitive.describing import Description, in_line, is_numeric, is_sensitive
 from dspex_persist.cognitive.errors import ContextClosedError
@@ -35,9 +44,10 @@ from dspex_persist.cognitive.variables import terms_of
 from dspex_persist.cognitive.watching import Watchable, Watchers
 from dspex_persist.errors import DspexError
 from dspex_persist.infra import forks
-from dspex_persist.opening import Opening, is_there
+from dspex_persist.opening import Opening
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.abilities import Derives, ExecutesTools
+from dspex_persist.state.commands.sessions import MOST_TTL_S
 from dspex_persist.state.errors import (
     DependencyCycleError,
     EngineClosedError,
@@ -184,8 +194,9 @@ class Context(Transacting, Watchable, Ruled):
         self.resumed = False
 
     def _open(self, place: Place, create: bool, tools: object, options: Mapping[str, Any]) -> Backend:
+        check_place(place)
         # Opening a file would create it.
-        if not create and place != LOCAL and not isinstance(place, StateProvider) and not is_there(place):
+        if not create and not is_place_there(place):
             raise SessionNotFoundError(self.session_id)
         return _open(place, tools, options)
 
@@ -195,7 +206,7 @@ class Context(Transacting, Watchable, Ruled):
     def _begin(self, metadata: Mapping[str, str] | None, ttl_s: float | None, create: bool) -> Steps[bool]:
         facts = {} if metadata is None else arguments.mapping("metadata", metadata)
         if ttl_s is not None:
-            facts[_TTL] = f"{arguments.seconds('ttl_s', ttl_s):.15g}"
+            facts[_TTL] = f"{_checked_ttl(ttl_s):.15g}"
         if not create:
             yield from ask(commands.GetSession(self.session_id))
         if facts or create:
@@ -529,6 +540,13 @@ class Context(Transacting, Watchable, Ruled):
         except DspexError as error:
             return f"{about} on {self._backend.place}: {type(error).__name__}>"
         return f"{about} on {self._backend.place}{': ' if infos else ''}{in_line(infos)}>"
+
+
+def _checked_ttl(ttl_s: float) -> float:
+    seconds = arguments.seconds("ttl_s", ttl_s)
+    if not 0 <= seconds <= MOST_TTL_S:
+        raise InvalidArgumentError("ttl_s", f"it must be from 0 (for ever) to {MOST_TTL_S} seconds, not {seconds:g}")
+    return seconds
 
 
 def _open(place: Place, tools: object, options: Mapping[str, Any]) -> Backend:

@@ -72,9 +72,10 @@ class Typed:
     type_name: str
     schema: Mapping[str, Any]
 
-    def constraints(self, more: Mapping[str, Any] | None = None) -> str:
-        """Return the constraints of the variable, as JSON."""
-        return json.dumps({**(more or {}), "schema": self.schema, "schema_version": self.version}, sort_keys=True)
+    def constraints(self, more: Mapping[str, Any] | str | None = None) -> str:
+        """Return the constraints of the variable, as JSON. `more` are further ones, by keyword or as JSON."""
+        others = json.loads(more) if isinstance(more, str) and more else more
+        return json.dumps({**(others or {}), "schema": self.schema, "schema_version": self.version}, sort_keys=True)
 
     def instance(self, name: str, value: object) -> Any:
         """Return a value of a program as an instance, or raise `InvalidValueError`."""
@@ -337,6 +338,8 @@ def define(
             **arguments.mapping("metadata", metadata or {}),
             **({} if description is None else {DESCRIPTION: description}),
         }
+        values.constraints_json(name, constraints)
+        values.check_keywords(name, typed.type_name, constraints)
         text, encoded = typed.constraints(constraints), values.encode(value, typed.type_name, name=name)
         command = commands.RegisterVariable(owner.session_id, name, typed.type_name, encoded, text, facts)
         try:

@@ -60,6 +60,7 @@ class Definition:
         type_name = arguments.text("type_name", type_name)
         encoded = values.encode(self.value, type_name, name=name)
         text = values.constraints_json(name, self.constraints)
+        values.check_keywords(name, type_name, self.constraints)
         if typed.is_model(type(self.value)):
             text = typed.use(session_id, name, type(self.value), holder).constraints(self.constraints)
         facts = {} if self.metadata is None else self.metadata
@@ -126,7 +127,7 @@ class Variables(Runs):
                 `value` if that is a model. A value that an older version of the model wrote is migrated. See
                 `typed.migration`.
             type_name: Its type; by default it is inferred from `value`.
-            constraints: The constraints that every value must satisfy, by keyword.
+            constraints: The constraints that every value must satisfy, by keyword: those that the type has.
             description: What it is for. It is kept in the metadata.
             metadata: Its metadata.
             reason: Why it is defined.
@@ -369,7 +370,8 @@ class Variables(Runs):
 
         Args:
             changes: The values by name.
-            atomic: Write all of them or none. Otherwise those that are valid are written.
+            atomic: Write all of them or none, and raise the error of one that is refused, as `set` does. Otherwise
+                those that are valid are written.
             metadata: The metadata of the new versions.
             reason: Why they are written.
             actor: Who writes; by default the actor of the context.
@@ -379,17 +381,24 @@ class Variables(Runs):
             The outcome: `versions` by name and, unless `atomic`, `errors` by name.
 
         Raises:
-            InvalidArgumentError: `atomic`, and a value was refused: nothing was written.
+            VariableNotFoundError: `atomic`, and there is no such variable; nothing was written.
+            RuleViolatedError: `atomic`, and a rule of the session would not hold; nothing was written.
+            StateError: `atomic`, and a value is invalid, or a variable locked; nothing was written.
         """
         encoded = {}
         for name, value in arguments.mapping("changes", changes).items():
             encoded[name] = yield from self._encode(name, value, must_exist=False)
+        facts = {} if metadata is None else metadata
         command = commands.SetVariables(
-            self.session_id, encoded, {} if metadata is None else metadata, arguments.flag("atomic", atomic)
+            self.session_id, encoded, facts, arguments.flag("atomic", atomic), raises=atomic
         )
-        outcome = yield from ask(command, terms_of(actor, reason, idempotency_key))
+        try:
+            outcome = yield from ask(command, terms_of(actor, reason, idempotency_key))
+        except VariableNotFoundError as error:
+            error.hint = _advice(error, error.identifier)
+            raise
         if atomic and not outcome.success:
-            # A rule refuses each of its variables for the same reason.
+            # The outcome that was recorded under the key, or the answer of a server that raises nothing.
             raise InvalidArgumentError("changes", "; ".join(dict.fromkeys(outcome.errors.values())))
         return outcome
 

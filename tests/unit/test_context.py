@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dspex_persist import LocalState, aconnect, connect
+from dspex_persist import Definition, LocalState, aconnect, connect
 from dspex_persist.cognitive import Context
 from dspex_persist.cognitive.backends import Gate
 from dspex_persist.cognitive.errors import ContextClosedError
@@ -19,6 +19,8 @@ from dspex_persist.state import commands
 from dspex_persist.state.errors import (
     DatabaseInUseError,
     InvalidArgumentError,
+    InvalidConstraintsError,
+    RuleViolatedError,
     SessionNotFoundError,
     StateError,
     VariableNotFoundError,
@@ -83,6 +85,50 @@ def test_a_context_begins_its_session_and_says_whether_it_resumed() -> None:
     assert provider.submitted == [commands.InitializeSession("s", {"who": "me"})]
 
 
+@pytest.mark.parametrize(
+    ("place", "meant"),
+    [
+        *((word, '"local"') for word in ("locl", "memory", "LOCAL", "local ", "memroy", ":memory", "in-memory")),
+        ("embedded", '"sessions.db"'),
+        *((word, '"grpc://HOST:PORT"') for word in ("bridged", "grpc", "localhost")),
+    ],
+)
+def test_a_word_that_is_no_place_makes_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, meant: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for create in (True, False):
+        with pytest.raises(InvalidArgumentError) as refused:
+            Context("s", place, create=create)
+        assert refused.value.field == "backend"
+        assert f"did you mean {meant}" in str(refused.value).replace("a path, such as ", "")
+        assert f"For the file, write './{place}'" in str(refused.value)
+    with pytest.raises(InvalidArgumentError, match=r"invalid url: .* would be the name of a file; did you mean"):
+        connect(place)
+    assert list(tmp_path.iterdir()) == []
+    Context("s", f"./{place}").close()
+    assert (tmp_path / place).exists()
+
+
+@pytest.mark.parametrize("place", ["memory:", ":memory:", "sessions", "locations", "memories", Path("memory")])
+def test_other_words_are_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str | Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    Context("s", place).close()
+
+
+@pytest.mark.parametrize("place", [5, None, b"x.db", [], "", "grcp://h:1"])
+def test_what_is_no_place_is_refused_as_the_backend(place: Any) -> None:
+    with pytest.raises(InvalidArgumentError) as refused:
+        Context("s", place)
+    assert refused.value.field == "backend"
+
+
+@pytest.mark.parametrize("ttl_s", [-1, float("nan"), float("inf"), 1e30, 10**400, "5", True])
+def test_a_wrong_ttl_is_named(ttl_s: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"^invalid ttl_s: it "):
+        Context("s", ttl_s=ttl_s)
+
+
 def test_a_closed_context_is_not_entered_again() -> None:
     context = Context("s")
     context.close()
@@ -142,7 +188,7 @@ def test_history_and_batches_go_through() -> None:
     assert context.update_many({"a": 1, "b": "x"}) is outcome
     assert provider.submitted[-2:] == [
         commands.GetVariableHistory("s", "t", 5),
-        commands.SetVariables("s", {"a": Value("1"), "b": Value('"x"')}, {}, True),
+        commands.SetVariables("s", {"a": Value("1"), "b": Value('"x"')}, {}, True, raises=True),
     ]
 
 
@@ -182,14 +228,57 @@ class TestMapping:
 
     def test_updates_are_atomic(self, context: Context) -> None:
         context.define("x", 1)
-        with pytest.raises(InvalidArgumentError, match="'missing'"):
+        with pytest.raises(VariableNotFoundError, match="'missing'"):
             context.update_many({"x": 2, "missing": 3})
         assert context["x"] == 1
+
+    def test_a_batch_raises_what_a_single_write_raises(self, context: Context) -> None:
+        context.define_many({"temperature": 1, "top": 2, "mood": "calm"})
+        context.rule("order", "temperature <= top")
+        for name, value in (("temprature", 1), ("temperature", 3), ("mood", 5), ("temperature", 0.5)):
+            with pytest.raises(StateError) as single:
+                context.set(name, value)
+            with pytest.raises(StateError) as batch:
+                context.update_many({name: value})
+            assert (type(batch.value), str(batch.value)) == (type(single.value), str(single.value))
+        with pytest.raises(VariableNotFoundError, match="did you mean 'temperature'"):
+            context.update_many({"top": 5, "temprature": 1})
+        assert context["top"] == 2
+
+    @pytest.mark.parametrize(
+        ("value", "type_name", "constraints", "reason"),
+        [
+            (1, None, {"mn": 1}, "type integer has no constraint 'mn'; did you mean min? It can have max, min"),
+            (1.0, None, {"MAX": 1}, "no constraint 'MAX'; did you mean max? It can have max, min"),
+            ("x", None, {"min": 1}, "no constraint 'min'; it can have enum, max_length, min_length, pattern"),
+            ("x", None, {"minLength": 1}, "did you mean min_length?"),
+            ("x", "choice", {"enum": ["x"]}, "type choice has no constraint 'enum'; it can have choices"),
+            (True, None, {"min": 0}, "type boolean has no constraint 'min'; it has no constraints"),
+            (1, None, '{"min": 0, "step": 1}', "no constraint 'step'"),
+        ],
+    )
+    def test_a_misspelt_constraint_is_refused(
+        self, context: Context, value: object, type_name: str | None, constraints: Any, reason: str
+    ) -> None:
+        definition = Definition(value, type_name=type_name, constraints=constraints)
+        for define in (
+            lambda: context.define("x", value, type_name=type_name, constraints=constraints),
+            lambda: context.define_many({"x": definition}),
+        ):
+            with pytest.raises(InvalidConstraintsError) as refused:
+                define()
+            assert reason in str(refused.value)
+        assert "x" not in context
+
+    def test_other_clients_may_keep_unknown_keys_with_constraints(self, context: Context) -> None:
+        """The protocol wants it so."""
+        context.backend.provider.register_variable("s", "x", "float", 0.5, constraints={"min": 0, "step": 0.1})
+        assert context.info("x").constraints == {"min": 0, "step": 0.1}
 
     def test_a_refusal_for_several_variables_is_said_once(self, context: Context) -> None:
         context.define_many({"low": 1, "high": 2})
         context.rule("order", "low <= high")
-        with pytest.raises(InvalidArgumentError) as refused:
+        with pytest.raises(RuleViolatedError) as refused:
             context.update_many({"low": 5, "high": 4})
         assert str(refused.value).count("low <= high") == 1
 

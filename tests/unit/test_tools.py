@@ -30,7 +30,6 @@ from dspex_persist.cognitive.errors import ToolDefinitionError, ToolLoadError
 from dspex_persist.errors import DspexError
 from dspex_persist.state.commands import Command, InitializeSession, RegisterVariable
 from dspex_persist.state.errors import (
-    InvalidArgumentError,
     InvalidValueError,
     ToolArgumentError,
     VariableNotFoundError,
@@ -900,7 +899,7 @@ def test_batches_are_atomic(ctx: ToolContext) -> None:
     assert ctx.get_many() == {"temperature": 0.5, "n": 1}
     assert ctx.get_many("n", "gone", "lost") == {"n": 1}
     assert ctx.update_many({"n": 5, "temperature": 0.1}).versions == {"n": 1, "temperature": 1}
-    with pytest.raises(InvalidArgumentError, match=r"not found: 'gone'.*maximum"):
+    with pytest.raises(VariableNotFoundError, match=r"not found: 'gone'"):
         ctx.update_many({"n": 6, "gone": 1, "temperature": 5})
     assert ctx["n"] == 5
     partly = ctx.update_many({"n": 6, "gone": 1}, atomic=False)

@@ -49,11 +49,11 @@ class TestDefining:
         ctx["a"] = 1
         ctx.variables.update({"a": 2, "b": "x"}, c=[1])
         assert ctx.variables == {"a": 2, "b": "x", "c": [1]}
-        with pytest.raises(InvalidArgumentError, match="whole number"):
+        with pytest.raises(InvalidValueError, match="whole number"):
             ctx.variables.update({"a": "no", "d": 1})
         assert "d" not in ctx
         ctx.strict = True
-        with pytest.raises(InvalidArgumentError, match="not found: 'e'"):
+        with pytest.raises(KeyError, match="not found: 'e'"):
             ctx.variables.update(a=3, e=1)
         assert ctx["a"] == 2
 

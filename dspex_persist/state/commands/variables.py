@@ -366,13 +366,20 @@ def _name_migration(uow: UnitOfWork, variable: Variable, constraints: str) -> No
 class SetVariables(Command[BatchOutcome]):
     """Write several values in one commit: all or none if `atomic`, else the valid ones.
 
-    `refused`: error messages by identifier for entries that could not even be decoded.
+    Attributes:
+        updates: The values by name or id.
+        metadata: Metadata for each version.
+        atomic: Whether to write nothing if one of them is refused.
+        refused: Error messages by identifier for entries that could not even be decoded.
+        raises: Whether an atomic batch fails with the error of an entry that is refused, as SetVariable does. Otherwise
+            its outcome has the messages of all.
     """
 
     updates: Mapping[str, Value]
     metadata: Mapping[str, str] = field(default_factory=dict)
     atomic: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
+    raises: bool = False
 
     writes: ClassVar[bool] = True
     returns: ClassVar[Any] = BatchOutcome
@@ -390,7 +397,7 @@ class SetVariables(Command[BatchOutcome]):
         left = dict(self.updates)
         for round_number in range(_MOST_ROUNDS):
             versions = self._stage(uow, left, metadata, source, errors)
-            if self.atomic and errors:
+            if self.atomic and (errors or self.raises):
                 break
             refused = self._refused_by_rules(uow, versions, start, every=round_number == _MOST_ROUNDS - 1)
             if not refused:
@@ -414,19 +421,23 @@ class SetVariables(Command[BatchOutcome]):
         errors: dict[str, str],
     ) -> dict[str, int]:
         """Write the updates that are valid, and return their versions; add the errors of the others to `errors`."""
-        start, versions = uow.savepoint(), dict[str, int]()
+        start, versions, refusals = uow.savepoint(), dict[str, int](), dict[str, StateError]()
         for identifier, value in updates.items():
             before = uow.savepoint()
             try:
-                variable = uow.variable(self.session_id, identifier, hint=len(errors) < _MOST_HINTS)
+                variable = uow.variable(self.session_id, identifier, hint=len(refusals) < _MOST_HINTS)
                 versions[identifier] = _write(uow, self, variable, value, metadata, source).version
             except VariableReplacedError:
                 uow.rollback_to(start)
                 raise
             except StateError as error:
                 uow.rollback_to(before)
-                # Without the advice, which is worded differently at each interface: this is stored as the outcome.
-                errors[identifier] = error.sentence
+                refusals[identifier] = error
+        if refusals and self.atomic and self.raises:
+            # By name, as a request over gRPC has no order.
+            raise refusals[min(refusals)]
+        # Without the advice, which is worded differently at each interface: this is stored as the outcome.
+        errors |= {identifier: error.sentence for identifier, error in refusals.items()}
         return versions
 
     def _refused_by_rules(
@@ -458,6 +469,12 @@ class SetVariables(Command[BatchOutcome]):
         """See `Command.canonical_form`: with the values in a canonical spelling."""
         spelled = {name: spell(name, find_type(name), value) for name, value in self.updates.items()}
         return replace(self, updates=spelled)
+
+    def _request(self) -> dict[str, Any]:
+        # It changes how a refusal is reported, and refusals that are raised are not recorded.
+        request = asdict(self)
+        del request["raises"]
+        return request
 
 
 @dataclass(frozen=True, slots=True)

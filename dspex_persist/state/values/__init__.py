@@ -6,7 +6,13 @@ A value is transmitted and stored as the protocol's JSON text (`Value.json`), or
 
 from dspex_persist.state.values.ahead import LONG_JSON, SHORT_JSON, Described, Find, FindType, ReadAhead, Spell
 from dspex_persist.state.values.binary import check_content
-from dspex_persist.state.values.constraints import Constraints, compile_constraints, constraints_json, schema_version
+from dspex_persist.state.values.constraints import (
+    Constraints,
+    check_keywords,
+    compile_constraints,
+    constraints_json,
+    schema_version,
+)
 from dspex_persist.state.values.documents import BinaryValue
 from dspex_persist.state.values.json_schema import is_linear
 from dspex_persist.state.values.json_text import check_binary_size, depth_if_above, parse_json
@@ -46,6 +52,7 @@ __all__ = [
     "ValueType",
     "check_binary_size",
     "check_content",
+    "check_keywords",
     "compile_constraints",
     "constraints_json",
     "decode",

@@ -1,7 +1,8 @@
 """Constraints: compiled once for each type and text, then checked for every value.
 
 The `ValueType` says which constraints a type has. Null, an empty list of strings and an empty string mean no
-constraint. Keys that a type does not have are stored but not checked, because clients store other data there.
+constraint. Keys that a type does not have are stored but not checked, because clients store other data there; the
+Python API of contexts refuses them (`check_keywords`).
 """
 
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from dspex_persist.spelling import closest, did_you_mean, quote
 from dspex_persist.state.errors import InvalidConstraintsError, InvalidValueError
 from dspex_persist.state.values.json_schema import SCHEMA_DEPTH
 from dspex_persist.state.values.json_text import (
@@ -20,7 +22,7 @@ from dspex_persist.state.values.json_text import (
     utf8_size_bytes,
 )
 from dspex_persist.state.values.keywords import Check
-from dspex_persist.state.values.registry import ValueType, get_type, states_nothing
+from dspex_persist.state.values.registry import ValueType, find_type, get_type, states_nothing
 from dspex_persist.state.values.tensors import Dtype, Shape
 
 _JSON_DEPTH = 20
@@ -110,6 +112,33 @@ def constraints_json(name: str, constraints: object) -> str:
         return canonical(dict(constraints))
     except RefusedError as error:
         raise InvalidConstraintsError(name, error.reason) from error
+
+
+def check_keywords(name: str, type_name: str, constraints: Mapping[str, Any] | str | None) -> None:
+    """Refuse keys that are no constraints of a type. Variables may have such keys, which are kept and not checked.
+
+    Args:
+        name: The variable's name, for errors.
+        type_name: The name of the type. One that does not exist is refused elsewhere.
+        constraints: As for `constraints_json`, which has accepted them.
+
+    Raises:
+        InvalidConstraintsError: It names the key, the one that was probably meant, and those of the type.
+    """
+    value_type = find_type(type_name)
+    if not constraints or value_type is None:
+        return
+    try:
+        stated = _read_object(constraints, SCHEMA_DEPTH) if isinstance(constraints, str) else constraints
+    except RefusedError as error:
+        raise InvalidConstraintsError(name, error.reason) from error
+    for key in stated:
+        if key not in value_type.constrain:
+            known = sorted(value_type.constrain)
+            meant = did_you_mean(closest(key.lower(), known), spell=str)
+            has = f"can have {', '.join(known)}" if known else "has no constraints"
+            has = f"{meant} It {has}" if meant else f"it {has}"
+            raise InvalidConstraintsError(name, f"type {type_name} has no constraint {quote(key)}; {has}")
 
 
 def schema_version(constraints_json: str) -> int | None:

@@ -4,7 +4,7 @@ import uuid
 
 import pytest
 
-from dspex_persist.state import errors
+from dspex_persist.state import commands, errors
 from dspex_persist.state.commands import RegisterVariable
 from dspex_persist.state.model import Value
 from dspex_persist.state.provider import StateProvider
@@ -52,6 +52,27 @@ class BatchContract(Contract):
         outcome = provider.set_variables(bounded, {"y": 10, "unknown": 1})
         assert (outcome.success, outcome.versions) == (False, {})
         assert set(outcome.errors) == {"y", "unknown"}
+
+    def test_one_that_raises_fails_as_a_single_write_does(self, provider: StateProvider, bounded: str) -> None:
+        refused: dict[str, Value] = {"x": Value("10"), "unknwn": Value("1"), "y": Value('"text"')}
+        for name, value in refused.items():
+            with pytest.raises(errors.StateError) as single:
+                provider.submit(commands.SetVariable(bounded, name, value)).result()
+            batch = commands.SetVariables(bounded, {name: value, "z": Value("1")}, atomic=True, raises=True)
+            with pytest.raises(errors.StateError) as whole:
+                provider.submit(batch).result()
+            assert (type(whole.value), str(whole.value)) == (type(single.value), str(single.value))
+        # Of several it is always the same one, as a map has no order.
+        with pytest.raises(errors.VariableNotFoundError):
+            provider.submit(
+                commands.SetVariables(bounded, refused | {"a": Value("1")}, atomic=True, raises=True)
+            ).result()
+        assert [provider.get_value(bounded, name) for name in "xyz"] == [0, 0, 0]
+        fits = commands.SetVariables(bounded, {"x": Value("1"), "y": Value("2")}, atomic=True, raises=True)
+        assert dict(provider.submit(fits).result().versions) == {"x": 1, "y": 1}
+        # Without `atomic` it changes nothing.
+        partly = commands.SetVariables(bounded, {"x": Value("2"), "unknown": Value("1")}, raises=True)
+        assert provider.submit(partly).result().errors.keys() == {"unknown"}
 
     @pytest.mark.parametrize("atomic", [True, False])
     def test_an_empty_one_succeeds(self, provider: StateProvider, bounded: str, atomic: bool) -> None:

@@ -8,7 +8,7 @@ from google.protobuf.message import Message
 from dspex_persist.state import commands
 from dspex_persist.state.bridge import codec
 from dspex_persist.state.bridge.generated import snakepit_bridge_pb2 as pb
-from dspex_persist.state.bridge.headers import BEFORE_VERSION, EXPECTED_VERSION
+from dspex_persist.state.bridge.headers import AS_STATUS, BEFORE_VERSION, ERRORS, EXPECTED_VERSION
 from dspex_persist.state.bridge.incoming import Call, check_count, check_together
 from dspex_persist.state.bridge.rpcs.base import Rpc, Trailer, identified
 from dspex_persist.state.commands.variables import DEFAULT_HISTORY
@@ -98,6 +98,10 @@ def _batch_request(command: commands.SetVariables) -> Message:
     )
 
 
+def _batch_headers(command: commands.SetVariables) -> dict[str, str]:
+    return {ERRORS: AS_STATUS} if command.raises else {}
+
+
 def _batch_size(request: pb.BatchSetVariablesRequest, limits: Limits) -> int:
     binary = request.binary_updates
     for entries in (request.updates, binary):
@@ -115,13 +119,18 @@ def _batch_command(request: pb.BatchSetVariablesRequest, call: Call) -> commands
             reason = f"{quote(identifier)} has binary content but no entry in updates that describes it"
             raise InvalidArgumentError("binary_updates", reason)
     updates: dict[str, Value] = {}
-    refused: dict[str, str] = {}
+    refused: dict[str, StateError] = {}
     for identifier, wire in request.updates.items():
         try:
             updates[identifier] = codec.value_of(identifier, wire, binary.get(identifier, b""), call.limits)
         except StateError as error:
-            refused[identifier] = error.sentence
-    return commands.SetVariables(request.session_id, updates, call.metadata(request.metadata), request.atomic, refused)
+            refused[identifier] = error
+    raises = call.header(ERRORS) == AS_STATUS
+    if refused and request.atomic and raises:
+        raise refused[min(refused)]
+    messages = {identifier: error.sentence for identifier, error in refused.items()}
+    metadata = call.metadata(request.metadata)
+    return commands.SetVariables(request.session_id, updates, metadata, request.atomic, messages, raises)
 
 
 def _variables_found(
@@ -221,6 +230,7 @@ RPCS: Final[tuple[Rpc[Any, Any], ...]] = (
         result_of=lambda _, response, _trailer: BatchOutcome(
             response.success, dict(response.new_versions), dict(response.errors)
         ),
+        headers_of=_batch_headers,
         size_of=_batch_size,
     ),
     Rpc(
