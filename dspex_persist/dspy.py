@@ -10,10 +10,33 @@ from dspex_persist.cognitive.dspy import (
     playing,
     unbind,
 )
+from dspex_persist.cognitive.dspy.program_loading import LoadReport
+from dspex_persist.cognitive.dspy.programs import Programs
+from dspex_persist.cognitive.programs.catalog import ProgramHistory, ProgramInfo, ProgramVersion
+from dspex_persist.cognitive.programs.diff import PredictorDiff, ProgramDiff
+from dspex_persist.cognitive.programs.errors import (
+    DamagedProgramError,
+    ProgramError,
+    ProgramMismatchError,
+    ProgramNotFoundError,
+    ProgramNotSavedError,
+)
 
 __all__ = [
+    "DamagedProgramError",
     "LmDivergence",
+    "LoadReport",
     "Playback",
+    "PredictorDiff",
+    "ProgramDiff",
+    "ProgramError",
+    "ProgramHistory",
+    "ProgramInfo",
+    "ProgramMismatchError",
+    "ProgramNotFoundError",
+    "ProgramNotSavedError",
+    "ProgramVersion",
+    "Programs",
     "RecordedLmError",
     "UnexpectedLmCallError",
     "UnseenLmCallError",

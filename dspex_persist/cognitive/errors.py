@@ -51,10 +51,10 @@ class ModelLoadError(ToolLoadError):
 
 @dataclass(eq=False)
 class DspyMissingError(DspexError):
-    """LM calls are to be recorded, or played, without DSPy."""
+    """LM calls are to be recorded or played, or programs saved or loaded, without DSPy."""
 
     def __str__(self) -> str:
-        return "LM calls are recorded through DSPy, which is not installed: pip install 'dspex-persist[dspy]'"
+        return "this needs DSPy, which is not installed: pip install 'dspex-persist[dspy]'"
 
 
 @dataclass(eq=False)

@@ -6,15 +6,15 @@ from random import Random
 from typing import Any
 from uuid import UUID
 
+from dspex_persist.cognitive.program_access import WithPrograms
 from dspex_persist.cognitive.steps import Asked, Step, Work, run_work, run_work_aio
-from dspex_persist.cognitive.variables import Variables
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.tools.ports import ToolCode, name_of
 from dspex_persist.state.tools.session import ToolSession
 
 
-class ToolContext(Variables):
+class ToolContext(WithPrograms):
     """The transaction of a tool's execution: the variables of its session, and what else a tool needs.
 
     Reads come from a snapshot, with the tool's own writes on top. The writes become visible together when the tool

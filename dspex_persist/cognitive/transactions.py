@@ -12,9 +12,9 @@ from typing import Any, Final, Self, TypeVar
 
 from dspex_persist.cognitive.backends import Backend, origin_of
 from dspex_persist.cognitive.errors import ContextClosedError
+from dspex_persist.cognitive.program_access import WithPrograms
 from dspex_persist.cognitive.records import result_of
 from dspex_persist.cognitive.steps import Asked, Step, Steps, Terms, Work, ask, run_work, run_work_aio, verb, work
-from dspex_persist.cognitive.variables import Variables
 from dspex_persist.infra.mailbox import LoopMailbox
 from dspex_persist.state import abilities, arguments, commands, values
 from dspex_persist.state.abilities import Forkable, Restorable, Transacts
@@ -39,7 +39,7 @@ RETRIES: Final = 10
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.25
 
 
-class Transaction(Variables):
+class Transaction(WithPrograms):
     """Several reads and writes of a session that take effect together, or not at all.
 
     It begins and ends with a block: `with ctx.transaction() as tx:`, or `async with`. In the block, `tx` has the verbs
@@ -291,7 +291,7 @@ class Transaction(Variables):
         return f"<Transaction on session {self.session_id!r}{f', {self.status}' if self.status else ''}>"
 
 
-class Transacting(Variables):
+class Transacting(WithPrograms):
     """The verbs of a context about the session as a whole: transactions, and its state in the past."""
 
     _backend: Backend

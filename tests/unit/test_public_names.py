@@ -13,7 +13,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 VARIABLES = {
     *("define", "define_many", "delete", "dependencies", "dependents", "depends_on", "get", "get_many", "handle"),
     *("history", "info", "items", "keys", "list", "names", "optimization", "optimize", "remove_dependency", "rollback"),
-    *("session_id", "set", "strict", "update", "update_many", "v", "values", "variables"),
+    *("programs", "session_id", "set", "strict", "update", "update_many", "v", "values", "variables"),
 }
 CONTEXT = VARIABLES | {
     *("aclose", "aopen", "backend", "call", "close", "closed", "derive", "describe", "end", "ensure_bridged"),

@@ -1,0 +1,395 @@
+"""Loading programs: holds a saved program against a module, and changes the module as a whole or not at all."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Final
+
+import dspy
+from dspy.adapters.decision_state import DecisionState
+from dspy.signatures.signature import make_signature
+
+from dspex_persist.cognitive.dspy.program_parts import ROOT, Parts, kind_of, settings_of, source_of, tools_of
+from dspex_persist.cognitive.dspy.program_state import CONFIG, adapter_name, annotations_of, model_of, saved_signature
+from dspex_persist.cognitive.dspy.program_types import Classes
+from dspex_persist.cognitive.dspy.program_values import UnreadableError, decode
+from dspex_persist.cognitive.programs.documents import (
+    SavedDemo,
+    SavedLm,
+    SavedModule,
+    SavedPredictor,
+    SavedProgram,
+    SavedSignature,
+)
+from dspex_persist.spelling import closest, did_you_mean
+
+_TOOL_NAME_FIELD: Final = "next_tool_name"
+_MOST_LISTED: Final = 8
+
+
+@dataclass
+class LoadReport:
+    """What loading a program into a module does, or would do.
+
+    Attributes:
+        version: The version of the program.
+        differences: What does not fit, one sentence each: with `strict`, nothing is loaded because of them, otherwise
+            all the rest.
+        notes: What fits, but may work differently, one sentence each.
+    """
+
+    version: int
+    differences: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return not self.differences
+
+    def __str__(self) -> str:
+        lines = [f"version {self.version}: {'it fits' if self else 'it does not fit'}"]
+        lines += [f"- {each}" for each in self.differences]
+        lines += [f"- note: {each}" for each in self.notes]
+        return "\n".join(lines)
+
+
+class Loading:
+    """Holds a saved program against a module. Creating it changes nothing.
+
+    Args:
+        saved: The program.
+        version: Its version.
+        program: The module.
+        lms: LMs of this process by name.
+
+    Attributes:
+        report: What does not fit.
+    """
+
+    def __init__(self, saved: SavedProgram, version: int, program: dspy.Module, lms: Mapping[str, Any]) -> None:
+        self._saved = saved
+        self._parts = Parts(program)
+        self._lms = lms
+        self.report = LoadReport(version)
+        # Attributes to set, which cannot fail any more.
+        self._changes: list[tuple[Any, str, Any]] = []
+        self._check_releases()
+        self._check_modules()
+        self._match_predictors()
+        self._match_retrievers()
+
+    def apply(self) -> None:
+        """Change the module; if that fails, it is as before."""
+        done: list[tuple[Any, str, Any]] = []
+        try:
+            for part, name, value in self._changes:
+                done.append((part, name, getattr(part, name)))
+                setattr(part, name, value)
+        except BaseException:
+            for part, name, value in reversed(done):
+                setattr(part, name, value)
+            raise
+
+    def _differs(self, text: str) -> None:
+        self.report.differences.append(text)
+
+    def _note(self, text: str) -> None:
+        self.report.notes.append(text)
+
+    # The whole
+
+    def _check_releases(self) -> None:
+        saved, here = self._saved.dspy, dspy.__version__
+        if saved != here:
+            if _release(saved)[:2] > _release(here)[:2]:
+                self._differs(f"DSPy {saved:.40} has saved it, and this is {here}: upgrade DSPy")
+            else:
+                self._note(f"DSPy {saved:.40} has saved it, and this is {here}, which may word its requests otherwise")
+        adapter = adapter_name()
+        if self._saved.adapter != adapter:
+            self._note(
+                f"the adapter was {self._saved.adapter:.80}, and is {adapter}: requests are worded otherwise unless "
+                "dspy.configure(adapter=...) says the same"
+            )
+
+    def _check_modules(self) -> None:
+        for path, saved in self._saved.modules.items():
+            module = self._parts.modules.get(path)
+            if module is None:
+                # Its predictors are reported.
+                if not any(each.startswith(path) for each in self._saved.predictors):
+                    self._note(f"the saved program has a module {path!r}, a {saved.kind:.80}, and this one has not")
+                continue
+            self._check_class(path, saved, module)
+            self._match_settings(path, saved, module)
+            self._check_tools(path, saved, module)
+        for path, module in self._parts.modules.items():
+            listed = self._saved.modules.get(path)
+            compiled = listed is not None and listed.compiled
+            if getattr(module, "_compiled", False) is not compiled:
+                self._changes.append((module, "_compiled", compiled))
+
+    def _check_class(self, path: str, saved: SavedModule, module: dspy.Module) -> None:
+        here = kind_of(module)
+        if saved.kind.rpartition(".")[2] != here.rpartition(".")[2]:
+            self._note(
+                f"{_called(path)} was a {saved.kind:.80}, and is a {here}: what it does with its predictors may differ"
+            )
+        elif saved.source is not None and source_of(module) not in (None, saved.source):
+            self._note(f"the source of {here} has changed since it was saved: what it does may differ")
+
+    def _match_settings(self, path: str, saved: SavedModule, module: dspy.Module) -> None:
+        here = settings_of(module)
+        for name, value in saved.settings.items():
+            if name not in here:
+                self._differs(
+                    f"{name}={value} is saved for {_called(path)}, and a {kind_of(module)} has no such setting"
+                )
+            elif isinstance(value, bool) or (value is not None and value < 0):
+                self._differs(f"{name}={value} is saved for {_called(path)}, which makes no sense")
+            elif here[name] != value:
+                self._changes.append((module, name, value))
+
+    def _check_tools(self, path: str, saved: SavedModule, module: dspy.Module) -> None:
+        here = tools_of(module)
+        if saved.tools is None or here is None:
+            return
+        gone, new = saved.tools.keys() - here.keys(), here.keys() - saved.tools.keys()
+        if gone or new:
+            parts = [f"it lacks {_listed(gone)}"] if gone else []
+            parts += [f"{_listed(new)} came later"] if new else []
+            self._differs(
+                f"the tools of {_called(path)} are others, and the saved instructions name them: {', '.join(parts)}; "
+                "make the module with the same tools, or optimize it again"
+            )
+            return
+        changed = [name for name, digest in saved.tools.items() if here[name] != digest]
+        if changed:
+            self._note(f"the saved instructions of {_called(path)} describe tools as they were: {_listed(changed)}")
+
+    # Predictors
+
+    def _match_predictors(self) -> None:
+        by_path = {path: path for path in self._saved.predictors}
+        by_path |= {also: path for path, saved in self._saved.predictors.items() for also in saved.also}
+        used: set[str] = set()
+        here = self._parts.predictors
+        for path, predictor in here.items():
+            matches = dict.fromkeys(by_path[each] for each in (path, *self._parts.also[path]) if each in by_path)
+            if not matches:
+                near = did_you_mean(closest(path, set(by_path) - set(here)))
+                self._differs(
+                    f"the module has a predictor {path!r}, and the saved program has not{near and f' ({near})'}"
+                )
+                continue
+            if len(matches) > 1:
+                paths = _listed(matches)
+                self._differs(f"{paths} were several predictors, and are one in the module, {path!r}")
+            used.update(matches)
+            self._match(path, predictor, self._saved.predictors[next(iter(matches))])
+        for path in self._saved.predictors:
+            if path not in used:
+                near = did_you_mean(closest(path, set(here) - set(by_path)))
+                self._differs(
+                    f"the saved program has a predictor {path!r}, and the module has not{near and f' ({near})'}"
+                )
+
+    def _match(self, path: str, predictor: dspy.Predict, saved: SavedPredictor) -> None:
+        changed = self._check_signature(path, predictor, saved.signature)
+        signature = _signature(predictor.signature, saved.signature)
+        demos = self._demos(path, predictor, saved, changed)
+        config = self._config(path, predictor, saved)
+        decisions = self._decisions(path, predictor, saved)
+        lm = self._lm(path, predictor, saved.lm)
+        new = {"signature": signature, "demos": demos, "config": config, "fields": decisions, "lm": lm}
+        self._changes.extend((predictor, name, value) for name, value in new.items())
+
+    def _check_signature(self, path: str, predictor: dspy.Predict, saved: SavedSignature) -> set[str]:
+        """Report how the fields differ; returns the names of those whose values do not fit."""
+        here = saved_signature(predictor.signature)
+        were, are = ({each.name: each for each in one.fields} for one in (saved, here))
+        changed: set[str] = set()
+        for name, was in were.items():
+            now = are.get(name)
+            if now is None:
+                near = did_you_mean(closest(name, are.keys() - were.keys()))
+                self._differs(f"{path!r} has lost the {was.role} field {name!r} ({was.type:.80}){near and f'; {near}'}")
+            elif now.role != was.role:
+                changed.add(name)
+                self._differs(f"field {name!r} of {path!r} was an {was.role}, and is an {now.role}")
+            elif now.type != was.type:
+                changed.add(name)
+                if not (
+                    name == _TOOL_NAME_FIELD and was.type.startswith("Literal[") and now.type.startswith("Literal[")
+                ):
+                    self._differs(f"field {name!r} of {path!r} was a {was.type:.120}, and is a {now.type:.120}")
+        for name, now in are.items():
+            if name not in were:
+                self._differs(f"{path!r} has a new {now.role} field {name!r} ({now.type:.80})")
+        if were.keys() == are.keys() and list(were) != list(are):
+            self._differs(
+                f"the fields of {path!r} were in the order {_listed(were)}, and are in the order {_listed(are)}"
+            )
+        self._check_types(path, saved, here)
+        return changed
+
+    def _check_types(self, path: str, saved: SavedSignature, here: SavedSignature) -> None:
+        for name, was in saved.types.items():
+            now = here.types.get(name)
+            if now is None or now == was:
+                continue  # Without it, the type of a field is another one.
+            parts = [f"{each} is gone" for each in was if each not in now]
+            parts += [f"{each} is new" for each in now if each not in was]
+            parts += [
+                f"{each} was {was[each]:.60}, and is {now[each]:.60}"
+                for each in was
+                if now.get(each, was[each]) != was[each]
+            ]
+            what = ", ".join(islice(parts, _MOST_LISTED)) or "its parts are in another order"
+            self._differs(f"the class {name:.80}, which fields of {path!r} have, has changed: {what}")
+
+    def _demos(self, path: str, predictor: dspy.Predict, saved: SavedPredictor, changed: set[str]) -> list[Any]:
+        classes = Classes(annotations_of(predictor.signature))
+        demos = []
+        for number, demo in enumerate(saved.demos):
+            unfit = changed.intersection(name for name, _ in demo.values)
+            if unfit:
+                continue  # Reported once, with the field.
+            try:
+                demos.append(_demo(demo, predictor, classes))
+            except UnreadableError as error:
+                self._differs(f"demo {number} of {path!r} cannot be read: {error}")
+        return demos
+
+    def _config(self, path: str, predictor: dspy.Predict, saved: SavedPredictor) -> dict[str, Any]:
+        classes = Classes(annotations_of(predictor.signature))
+        # What is not saved is as the module was made with.
+        config = {name: value for name, value in predictor.config.items() if name not in CONFIG}
+        for name, document in saved.config.items():
+            if name not in CONFIG:
+                self._differs(f"{path!r} has the option {name!r:.60} saved, which is none that is loaded")
+                continue
+            try:
+                config[name] = decode(document, classes)
+            except UnreadableError as error:
+                self._differs(f"the option {name!r} of {path!r} cannot be read: {error}")
+        for left in self._saved.left_out:
+            if left.path != path or left.what.startswith("lm."):
+                continue
+            if left.what in predictor.config:
+                config[left.what] = predictor.config[left.what]
+            elif left.why == "object":
+                self._differs(
+                    f"{path!r} had an option {left.what!r:.60} that is no data: make the module with it, as before"
+                )
+            else:
+                self._note(f"{path!r} had an option {left.what!r:.60}, which is not saved; the module has none")
+        return config
+
+    def _decisions(self, path: str, predictor: dspy.Predict, saved: SavedPredictor) -> dict[str, Any]:
+        classes = Classes(annotations_of(predictor.signature))
+        try:
+            decisions = {name: decode(document, classes) for name, document in saved.decisions.items()}
+            DecisionState(predictor.signature, decisions)
+        except (UnreadableError, ValueError, TypeError, KeyError, AttributeError) as error:
+            self._differs(f"the decisions of {path!r} do not fit: {error!s:.200}")
+            return dict(predictor.fields)
+        return decisions
+
+    def _lm(self, path: str, predictor: dspy.Predict, saved: SavedLm | None) -> Any:
+        """Return the LM: one of this process, as what is stored must not decide where requests go."""
+        if saved is None:
+            if predictor.lm is not None:
+                self._note(f"{path!r} had no LM of its own, and keeps that of the module, {model_of(predictor.lm)}")
+            return predictor.lm
+        lm = self._find_lm(predictor, saved)
+        if lm is None:
+            name = saved.name or saved.model
+            how = f"lms={{{name!r:.80}: dspy.LM(...)}}"
+            self._differs(
+                f"{path!r} has an LM of its own, {saved.model:.80}, and none is given for it: load with {how}"
+            )
+            return predictor.lm
+        options = getattr(lm, "kwargs", {})
+        differing = [name for name, value in saved.options.items() if options.get(name) != value]
+        if model_of(lm) != saved.model:
+            self._note(f"the LM of {path!r} was {saved.model:.80}, and is {model_of(lm)}")
+        if differing:
+            self._note(f"the LM of {path!r} has other options than it had: {_listed(differing)}")
+        return lm
+
+    def _find_lm(self, predictor: dspy.Predict, saved: SavedLm) -> Any:
+        for name in (saved.name, saved.model):
+            if name is not None and name in self._lms:
+                return self._lms[name]
+        near = (*self._lms.values(), predictor.lm, dspy.settings.lm)
+        return next((lm for lm in near if lm is not None and saved.name is None and model_of(lm) == saved.model), None)
+
+    def _match_retrievers(self) -> None:
+        here = {path: part for path, part in self._parts.parameters.items() if isinstance(part, dspy.Retrieve)}
+        for path, k in self._saved.retrievers.items():
+            if path not in here:
+                self._differs(f"the saved program has a retriever {path!r}, and the module has not")
+            elif here[path].k != k:
+                self._changes.append((here[path], "k", k))
+        for path in here.keys() - self._saved.retrievers.keys():
+            self._differs(f"the module has a retriever {path!r}, and the saved program has not")
+
+
+def _demo(saved: SavedDemo, predictor: dspy.Predict, classes: Classes) -> Any:
+    values = {}
+    for name, document in saved.values:
+        known = predictor.signature.fields.get(name)
+        try:
+            values[name] = decode(document, classes, None if known is None else known.annotation)
+        except UnreadableError as error:
+            raise UnreadableError(f"its field {name!r:.60}: {error}") from None
+    if saved.kind == "dict":
+        return values
+    demo = dspy.Example(values)
+    return demo if saved.inputs is None else demo.with_inputs(*saved.inputs)
+
+
+def _signature(signature: Any, saved: SavedSignature) -> Any:
+    """Return the module's signature with the instructions, prefixes and descriptions that were saved, by field name."""
+    were = {each.name: each for each in saved.fields}
+    extras: dict[str, dict[str, str]] = {
+        name: {"prefix": were[name].prefix, "desc": were[name].desc}
+        for name, each in signature.fields.items()
+        if name in were
+        and (each.json_schema_extra["prefix"], each.json_schema_extra["desc"]) != (were[name].prefix, were[name].desc)
+    }
+    if signature.instructions == saved.instructions and not extras:
+        return signature
+    fields = {}
+    for name, each in signature.fields.items():
+        own = deepcopy(each)
+        own.json_schema_extra = {**own.json_schema_extra, **extras.get(name, {})}
+        fields[name] = (own.annotation, own)
+    return make_signature(fields, saved.instructions, signature.__name__)
+
+
+def _called(path: str) -> str:
+    return "the program" if path == ROOT else repr(path)
+
+
+def _listed(names: Any) -> str:
+    listed: Sequence[str] = list(names) if isinstance(names, dict | list) else sorted(names)
+    more = len(listed) - _MOST_LISTED
+    shown = ", ".join(f"{each!s:.60}" for each in listed[:_MOST_LISTED])
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _release(version: str) -> tuple[int, ...]:
+    parts = []
+    for part in version.split(".")[:3]:
+        digits = "".join(islice(_digits(part), 9))
+        parts.append(int(digits or 0))
+    return tuple(parts)
+
+
+def _digits(text: str) -> Iterator[str]:
+    for each in text:
+        if not "0" <= each <= "9":
+            return
+        yield each

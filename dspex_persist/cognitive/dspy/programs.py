@@ -1,0 +1,199 @@
+"""`ctx.programs`: DSPy programs as versioned state of a session."""
+
+from collections.abc import Mapping
+from typing import Any, Final, TypeAlias
+
+import dspy
+
+from dspex_persist.cognitive.dspy.program_loading import Loading, LoadReport
+from dspex_persist.cognitive.dspy.program_state import Saving
+from dspex_persist.cognitive.programs.catalog import At, Catalog, checked_tag
+from dspex_persist.cognitive.programs.documents import SavedProgram, size_of, variable_of
+from dspex_persist.cognitive.programs.errors import ProgramMismatchError, ProgramNotSavedError
+from dspex_persist.cognitive.steps import Steps, Terms, verb, work
+from dspex_persist.infra.logs import get_logger
+from dspex_persist.state.errors import (
+    InvalidArgumentError,
+    LimitExceededError,
+    VariableNotFoundError,
+    VersionConflictError,
+)
+
+_logger = get_logger(__name__)
+
+_LARGEST_PARTS: Final = 3
+_ATTEMPTS: Final = 100
+Into: TypeAlias = Any
+"""A module, or what makes one: its class, or a function without parameters."""
+
+
+class Programs(Catalog):
+    """The DSPy programs of a session: each is a variable, so it has versions, who and why, and forks and moves along.
+
+    Each verb can be called, or awaited by its `aio`: `ctx.programs.save("qa", module)`,
+    `await ctx.programs.save.aio("qa", module)`.
+
+    A program is stored as JSON: instructions, demos with the types of their values, configuration and settings, those
+    of frozen modules included; never code, keys, or addresses. It is loaded into a module that you make.
+    """
+
+    @verb
+    def save(
+        self,
+        name: str,
+        module: dspy.Module,
+        *,
+        tag: str | None = None,
+        lms: Mapping[str, Any] | None = None,
+        reason: str | None = None,
+        actor: str | None = None,
+    ) -> Steps[int]:
+        """Save a program as a new version.
+
+        Args:
+            name: The name of the program: 1 to 200 printable characters.
+            module: The program.
+            tag: A tag to put on the version, such as "production".
+            lms: Names for LMs that predictors have of their own, under which `load` is to find them. An LM without a
+                name is found by its model.
+            reason: Why it is saved. The history keeps it.
+            actor: Who saves it; by default the actor of the context.
+
+        Returns:
+            The number of the version.
+
+        Raises:
+            ProgramNotSavedError: Something in it cannot be stored as data, or it is larger than a variable may be.
+        """
+        variable = variable_of(name)
+        if not isinstance(module, dspy.Module):
+            raise InvalidArgumentError("module", f"it must be a dspy.Module, not a {type(module).__name__}")
+        if tag is not None:
+            checked_tag(tag)
+        saved: SavedProgram = yield from work(_saved, name, module, lms or {})
+        terms = None if actor is None and reason is None else Terms(actor, reason)
+        try:
+            version = yield from self._write_newest(name, variable, saved.document(), terms)
+        except LimitExceededError as error:
+            raise ProgramNotSavedError(name, f"{error.sentence}{_how_to_shrink(saved)}") from error
+        if tag is not None:
+            yield from self.tag._steps(name, tag, version, reason=reason, actor=actor)
+        return version
+
+    def _write_newest(self, name: str, variable: str, document: object, terms: Terms | None) -> Steps[int]:
+        for attempt in range(_ATTEMPTS + 1):
+            try:
+                current = yield from self._current_or_none(name)
+                return (yield from self._write(variable, document, current, terms))
+            except (VersionConflictError, VariableNotFoundError):
+                # Another client saved it, or deleted it, in the meantime.
+                if attempt == _ATTEMPTS:
+                    raise
+        raise AssertionError
+
+    @verb
+    def load(
+        self,
+        name: str,
+        into: Into,
+        version: At = None,
+        *,
+        strict: bool = True,
+        lms: Mapping[str, Any] | None = None,
+    ) -> Steps[Any]:
+        """Load a program into a module.
+
+        Predictors and their fields are found by name. If anything fails, the module is unchanged.
+
+        Args:
+            name: The name of the program.
+            into: A module like the saved one; or its class, or a function without parameters, which makes one.
+            version: The number of the version, or a tag; None for the newest.
+            strict: Whether everything has to fit. Otherwise what fits is loaded, and a warning is logged for each
+                thing that does not.
+            lms: LMs by the names with which the program was saved, or by their models. What is stored never says where
+                requests go, so an LM that a predictor has of its own has to be given here, unless the module, or
+                `dspy.configure`, has one of its model.
+
+        Returns:
+            The module.
+
+        Raises:
+            ProgramNotFoundError: There is no such program, version or tag.
+            ProgramMismatchError: It does not fit the module; the error says why.
+            DamagedProgramError: It is no program that this release can read.
+        """
+        module = yield from work(_module, into)
+        loading = yield from self._loading(name, module, version, lms)
+        report = loading.report
+        if strict and report.differences:
+            raise ProgramMismatchError(name, report.version, tuple(report.differences))
+        loading.apply()
+        for text in (*report.differences, *report.notes):
+            _logger.warning(f"loaded, but: {text}", program=name, version=report.version)
+        return module
+
+    @verb
+    def check(
+        self, name: str, into: Into, version: At = None, *, lms: Mapping[str, Any] | None = None
+    ) -> Steps[LoadReport]:
+        """Say what loading a program into a module would do, without changing it.
+
+        Args:
+            name: The name of the program.
+            into: See `load`.
+            version: See `load`.
+            lms: See `load`.
+
+        Returns:
+            What does not fit, and what may work differently. True if all fits.
+
+        Raises:
+            ProgramNotFoundError: There is no such program, version or tag.
+            DamagedProgramError: It is no program that this release can read.
+        """
+        module = yield from work(_module, into)
+        return (yield from self._loading(name, module, version, lms)).report
+
+    def _loading(self, name: str, module: dspy.Module, version: At, lms: Mapping[str, Any] | None) -> Steps[Loading]:
+        number, value = yield from self._find(name, version)
+        return (yield from work(Loading, self._read(name, number, value), number, module, lms or {}))
+
+
+def _saved(name: str, module: dspy.Module, lms: Mapping[str, Any]) -> SavedProgram:
+    saved = Saving(name, module, lms).saved()
+    # What is saved has to load again, into this module at least.
+    differences = Loading(saved, 0, module, lms).report.differences
+    if differences:
+        raise ProgramNotSavedError(name, f"it would not load again: {'; '.join(differences)}")
+    for left in saved.left_out:
+        _logger.warning(
+            "not saved: it may be secret" if left.why == "secret" else "not saved",
+            program=name,
+            predictor=left.path,
+            option=left.what,
+        )
+    return saved
+
+
+def _module(into: Any) -> Any:
+    if isinstance(into, dspy.Module):
+        return into
+    if not callable(into):
+        reason = f"it must be a module, its class, or a function that makes one, not a {type(into).__name__}"
+        raise InvalidArgumentError("into", reason)
+    module = into()
+    if not isinstance(module, dspy.Module):
+        raise InvalidArgumentError("into", f"it made a {type(module).__name__}, not a dspy.Module")
+    return module
+
+
+def _how_to_shrink(saved: SavedProgram) -> str:
+    sizes = {
+        f"{len(each.demos)} demos of {path!r}": size_of([demo.model_dump(mode="json") for demo in each.demos])
+        for path, each in saved.predictors.items()
+        if each.demos
+    }
+    largest = sorted(sizes, key=lambda what: sizes[what], reverse=True)[:_LARGEST_PARTS]
+    parts = ", ".join(f"{what} ({sizes[what]:,} bytes)" for what in largest)
+    return f"; its largest parts are {parts}: keep fewer, or raise the limit" if parts else ""
