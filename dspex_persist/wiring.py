@@ -23,7 +23,7 @@ from dspex_persist.errors import DspexError
 from dspex_persist.infra import forks, streams
 from dspex_persist.infra.interrupts import interrupts
 from dspex_persist.infra.listen import ListenError, is_loopback, parse_listen, prepare, settled
-from dspex_persist.infra.logs import configure_logs, get_logger, quiet_grpc
+from dspex_persist.infra.logs import get_logger, quiet_grpc
 from dspex_persist.opening import Opening
 from dspex_persist.settings import Settings, SettingsError
 from dspex_persist.spelling import closest, did_you_mean, place_meant, quote
@@ -384,6 +384,8 @@ def serve(settings: Settings) -> None:
         ListenError: The address is in use, or cannot be bound.
         StorageFailedError: The storage failed while the server was running.
     """
+    from dspex_persist.infra.log_output import configure_logs
+
     _check_listen(settings)
     quiet_grpc()
     # With it, gRPC would restart its threads in processes that tools fork, on the server's sockets, and crash there.

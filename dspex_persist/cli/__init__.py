@@ -1,5 +1,6 @@
 """The command line: arguments in, exit codes out. Commands import heavy modules themselves, so that help is fast."""
 
+import gc
 import os
 import sys
 import threading
@@ -24,6 +25,8 @@ from dspex_persist.infra import streams
 _LIVE: Final = "Live sessions"
 _PATIENCE_S: Final = 2.0
 """How long a finished command waits for the interpreter to exit, in seconds."""
+_COLLECT_AFTER: Final = 20_000
+"""After how many new objects the garbage collector looks for cycles while a command runs."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -85,12 +88,17 @@ def main() -> None:
 
 def _end_in_time(code: int) -> None:
     """End the process after a while. The interpreter would wait for thread pools that tools used, without limit."""
+    # The interpreter would look for cycles several times among all modules: a quarter of the time of a short command.
+    gc.freeze()
     deadline = threading.Timer(_PATIENCE_S, os._exit, (code,))
     deadline.daemon = True
     deadline.start()
 
 
 def _run(words: list[str]) -> int:
+    threshold = gc.get_threshold()
+    # The modules that a command imports are not garbage, and with the default of 700 a tenth of its start is looking.
+    gc.set_threshold(_COLLECT_AFTER, *threshold[1:])
     try:
         decoded = streams.decoded(words)
         command, subcommand = _command(decoded)
@@ -106,6 +114,8 @@ def _run(words: list[str]) -> int:
         if code != streams.READER_GONE:
             complain(streams.sentence_of(error) if isinstance(error, OSError) else error)
         return code
+    finally:
+        gc.set_threshold(*threshold)
     return 0
 
 

@@ -558,6 +558,20 @@ def test_the_package_imports_nothing_heavy_and_has_its_names() -> None:
     assert result.stdout == "[]\n[]\n"
 
 
+def test_a_client_imports_no_shell_and_no_log_output() -> None:
+    """The rules take only what compiles from the package of CEL, which stays usable."""
+    script = (
+        "import sys, dspex_persist.wiring; from dspex_persist.state.rules import compile_expression;"
+        "program = compile_expression('a <= b').program;"
+        "print(sorted({'prompt_toolkit', 'structlog', 'grpc', 'sqlalchemy'} & set(sys.modules)));"
+        "import cel; print(type(program) is cel.Program)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=within(60), check=True
+    )
+    assert result.stdout == "[]\nTrue\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

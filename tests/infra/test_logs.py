@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import structlog
 
-from dspex_persist.infra.logs import LogStyle, configure_logs, get_logger, quiet_grpc
+from dspex_persist.infra.log_output import LogStyle, configure_logs
+from dspex_persist.infra.logs import get_logger, quiet_grpc
 
 _SECRET = "the-users-value"
 
