@@ -34,7 +34,7 @@ TESTS_store := tests/store tests/contract/test_embedded.py tests/contract/test_l
 	tests/contract/test_audit.py tests/contract/test_value_types.py tests/property/test_audit_model.py \
 	tests/property/test_restore.py tests/property/test_rules.py
 TESTS_bridge := tests/bridge tests/infra tests/contract/test_bridged.py tests/contract/test_abilities.py tests/contract/test_alike.py \
-	tests/contract/test_watching.py tests/property/test_watching.py \
+	tests/contract/test_binding.py tests/contract/test_watching.py tests/property/test_watching.py \
 	tests/end_to_end/test_audit_service.py tests/end_to_end/test_old_client.py \
 	tests/end_to_end/test_transactions.py tests/end_to_end/test_typed_state.py
 TESTS_replay := tests/contract/test_programs.py tests/unit/test_program_loading.py tests/unit/test_program_values.py \

@@ -127,7 +127,7 @@ class CarriedTools(Around, StreamsTools):
             metadata={**command.metadata, NAME: spec.name},
             origin=origin,
         )
-        session = CarriedSession(transaction, self._tools, command.metadata, origin, attempt)
+        session = CarriedSession(self.provider, transaction, self._tools, command.metadata, origin, attempt)
         facts: dict[str, Any] = {"execution_id": transaction.execution_id, "attempts": attempt}
         try:
             result = _run(code, session, arguments)
@@ -192,12 +192,14 @@ class CarriedSession:
 
     def __init__(
         self,
+        store: StateProvider,
         transaction: Transaction,
         tools: Mapping[str, ToolCode],
         metadata: Mapping[str, str],
         origin: Origin,
         attempt: int,
     ) -> None:
+        self.store = store
         self.session_id = transaction.session_id
         self.execution_id = transaction.execution_id
         self.metadata = dict(metadata)

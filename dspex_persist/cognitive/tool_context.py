@@ -6,45 +6,18 @@ from random import Random
 from typing import Any
 from uuid import UUID
 
+from dspex_persist.cognitive.joining import InExecution
 from dspex_persist.cognitive.program_access import WithPrograms
-from dspex_persist.cognitive.steps import Asked, Step, Work, run_work, run_work_aio
-from dspex_persist.state.commands import Command
-from dspex_persist.state.errors import InvalidArgumentError
 from dspex_persist.state.tools.ports import ToolCode, name_of
-from dspex_persist.state.tools.session import ToolSession
 
 
-class ToolContext(WithPrograms):
+class ToolContext(WithPrograms, InExecution):
     """The transaction of a tool's execution: the variables of its session, and what else a tool needs.
 
     Reads come from a snapshot, with the tool's own writes on top. The writes become visible together when the tool
     returns, and never if it fails. Usable from any thread until the execution ends; afterwards everything raises
     `ExecutionEndedError`.
     """
-
-    def __init__(self, session: ToolSession) -> None:
-        self._session = session
-        self.session_id = session.session_id
-        self.strict = True
-
-    def _run_step(self, step: Step) -> Any:
-        """See `Runs`."""
-        if isinstance(step, Work):
-            return run_work(step)
-        return self._run(step)
-
-    async def _run_step_aio(self, step: Step) -> Any:
-        """See `Runs`. Commands run on the transaction's copy in memory."""
-        if isinstance(step, Work):
-            return await run_work_aio(step)
-        return self._run(step)
-
-    def _run(self, step: Command[Any] | Asked) -> Any:
-        if not isinstance(step, Asked):
-            return self._session.run(step)
-        if step.terms.actor is not None or step.terms.idempotency_key is not None:
-            raise InvalidArgumentError("actor", "what a tool does is done by the caller of the tool, under its key")
-        return self._session.run(step.command, reason=step.terms.reason)
 
     @property
     def execution_id(self) -> str:

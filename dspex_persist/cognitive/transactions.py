@@ -12,6 +12,7 @@ from typing import Any, Final, Self, TypeVar
 
 from dspex_persist.cognitive.backends import Backend, origin_of
 from dspex_persist.cognitive.errors import ContextClosedError
+from dspex_persist.cognitive.joining import InTransaction, open_transactions
 from dspex_persist.cognitive.program_access import WithPrograms
 from dspex_persist.cognitive.records import result_of
 from dspex_persist.cognitive.steps import Asked, Step, Steps, Terms, Work, ask, run_work, run_work_aio, verb, work
@@ -28,9 +29,9 @@ from dspex_persist.state.errors import (
     TransactionEndedError,
 )
 from dspex_persist.state.model import ExecutionStatus, Isolation, Origin, RestoredSession
-from dspex_persist.state.provider import TOOL_TIMEOUT_S, SubmitHere
+from dspex_persist.state.provider import TOOL_TIMEOUT_S, StateProvider, SubmitHere
 from dspex_persist.state.tools.ports import ToolCode, name_of
-from dspex_persist.state.tools.session import enter_block, leave_block
+from dspex_persist.state.tools.session import current_session, enter_block, leave_block
 
 R = TypeVar("R")
 
@@ -39,7 +40,7 @@ RETRIES: Final = 10
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.002, 0.25
 
 
-class Transaction(WithPrograms):
+class Transaction(WithPrograms, InTransaction):
     """Several reads and writes of a session that take effect together, or not at all.
 
     It begins and ends with a block: `with ctx.transaction() as tx:`, or `async with`. In the block, `tx` has the verbs
@@ -232,6 +233,24 @@ class Transaction(WithPrograms):
                 self._check_context()
             self.commit_sequence = ended
 
+    def _is_open_on(self, session_id: str, provider: StateProvider) -> bool:
+        if self.session_id != session_id or self._backend.provider is not provider:
+            return False
+        opened = self._opened
+        return opened is not None and not opened.is_decided and not opened.status
+
+    def _enter_block(self, opened: abilities.Transaction) -> None:
+        self._gate.let_in()
+        enter_block(opened.execution_id)
+        self._asker = current_session.get()
+        open_transactions.set((*open_transactions.get(), self))
+
+    def _leave_block(self) -> None:
+        open_transactions.set(tuple(each for each in open_transactions.get() if each is not self))
+        leave_block(self.execution_id)
+        self._gate.let_out()
+        self._gate.leave_tool()
+
     def __enter__(self) -> Self:
         time.sleep(self._pause_s())
         # A move of the session waits for its transactions, as it does for tools.
@@ -241,8 +260,7 @@ class Transaction(WithPrograms):
         except BaseException:
             self._gate.leave_tool()
             raise
-        self._gate.let_in()
-        enter_block(self._opened.execution_id)
+        self._enter_block(self._opened)
         return self
 
     async def __aenter__(self) -> Self:
@@ -254,8 +272,7 @@ class Transaction(WithPrograms):
         except BaseException:
             self._gate.leave_tool()
             raise
-        self._gate.let_in()
-        enter_block(self._opened.execution_id)
+        self._enter_block(self._opened)
         return self
 
     def __exit__(
@@ -266,9 +283,7 @@ class Transaction(WithPrograms):
             if ending is not None:
                 self._settle(error, ending.result)
         finally:
-            leave_block(self.execution_id)
-            self._gate.let_out()
-            self._gate.leave_tool()
+            self._leave_block()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -283,9 +298,7 @@ class Transaction(WithPrograms):
                 await asyncio.wait((ended,))
                 self._settle(error, ending.result)
         finally:
-            leave_block(self.execution_id)
-            self._gate.let_out()
-            self._gate.leave_tool()
+            self._leave_block()
 
     def __repr__(self) -> str:
         return f"<Transaction on session {self.session_id!r}{f', {self.status}' if self.status else ''}>"
@@ -295,6 +308,11 @@ class Transacting(WithPrograms):
     """The verbs of a context about the session as a whole: transactions, and its state in the past."""
 
     _backend: Backend
+
+    @property
+    def _provider(self) -> StateProvider | None:
+        return self._backend.provider
+
     _terms: Terms
 
     @property

@@ -23,6 +23,7 @@ from dspex_persist.state.errors import (
 )
 from dspex_persist.state.model import BatchOutcome, Value
 from dspex_persist.state.model import Variable as Record
+from dspex_persist.state.provider import StateProvider
 
 __all__ = ["Definition", "Variables", "decode"]
 
@@ -101,6 +102,11 @@ class Variables(Runs):
     @abstractmethod
     async def _run_step_aio(self, step: Step) -> Any:
         """See `Runs`."""
+
+    @property
+    def _provider(self) -> StateProvider | None:
+        """The provider that a context reads from; None for what is part of an execution."""
+        return None
 
     # Verbs
 

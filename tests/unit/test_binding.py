@@ -13,45 +13,10 @@ import pytest
 from dspex_persist import Context
 from dspex_persist.errors import BindingError, VariableNotFoundError
 from tests.late import Late
-from tests.lms import AsyncEngine
+from tests.receiver import Receiver, lm_on
 
-dspy, lm15 = Late("dspy"), Late("dspy.lm15")
+dspy = Late("dspy")
 ours = Late("dspex_persist.dspy")
-
-FIELDS = {
-    "answer": "42",
-    "next_thought": "done",
-    "next_tool_name": "finish",
-    "next_tool_args": "{}",
-    "reasoning": "so",
-    "generated_code": "x = 1",
-}
-
-
-class Receiver:
-    """The backend of an LM: it keeps the options of each request, and answers with all fields that are asked for."""
-
-    def __init__(self) -> None:
-        self.configs: list[Any] = []
-        self.threads: list[int] = []
-        self.before: Callable[[], object] = lambda: None
-
-    def complete(self, request: Any) -> Any:
-        self.before()
-        self.configs.append(request.config)
-        self.threads.append(threading.get_ident())
-        asked = str(request.system) + str(request.messages)
-        text = "\n\n".join(f"[[ ## {name} ## ]]\n{value}" for name, value in FIELDS.items() if f"## {name} ##" in asked)
-        usage = lm15.Usage(input_tokens=3, output_tokens=2, total_tokens=5)
-        message = lm15.Message.assistant([lm15.TextPart(text or "as you like")])
-        return lm15.Response(id=None, model="m", message=message, finish_reason="stop", usage=usage)
-
-    def stream(self, request: Any) -> Any:
-        return lm15.response_to_events(self.complete(request))
-
-    @property
-    def temperatures(self) -> list[float | None]:
-        return [config.temperature for config in self.configs]
 
 
 @pytest.fixture
@@ -59,12 +24,6 @@ def receiver() -> Iterator[Receiver]:
     receiver = Receiver()
     with dspy.context(lm=lm_on(receiver)):
         yield receiver
-
-
-def lm_on(receiver: Receiver, model: str = "test/m", **options: Any) -> Any:
-    return dspy.LM(
-        model, engine=receiver, async_engine=AsyncEngine(receiver), **{"cache": False, "num_retries": 0} | options
-    )
 
 
 @pytest.fixture

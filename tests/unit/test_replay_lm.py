@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from dspex_persist import ToolContext, tool
+from dspex_persist import Context, ToolContext, tool
 from dspex_persist.replay import Aspect, Recording, ReplayOutcome, replay
 from tests.deadline import within
 from tests.late import Late
 from tests.unit.replays import recorded, session, with_start_value
 
-dspy = Late("dspy")
+dspy, ours = Late("dspy"), Late("dspex_persist.dspy")
 
 
 def qa() -> Any:
@@ -233,3 +233,21 @@ def test_a_live_model_is_called_and_different_answers_are_reported(colour: Any, 
     report = replay(recording, [green], live_lm=True)
     assert [each.what for each in report.divergences] == [Aspect.LM, Aspect.WRITES]
     assert "LM call 0 gets another answer than recorded call 0" in report.divergences[0].summary
+
+
+def test_a_bound_program_reads_what_it_read_in_the_execution() -> None:
+    program, lm = qa(), dspy.utils.DummyLM([{"answer": "blue"}])
+
+    @tool(record_lm=True)
+    def colour(ctx: ToolContext) -> str:
+        with dspy.context(lm=lm):
+            return str(program(question="What colour is the sky?").answer)
+
+    with session(colour, temperature=0.3) as state, Context("s", state) as ctx:
+        ours.bind(program, ctx, temperature="temperature")
+        ctx.call("colour")
+        recording = state.recording()
+        ctx["temperature"] = 0.9
+        report = replay(recording, [colour])
+        assert report.ok, report.describe()
+        assert report.count(ReplayOutcome.SAME) == 1

@@ -22,7 +22,7 @@ from dspy.utils.usage_tracker import track_usage
 
 from dspex_persist import clock
 from dspex_persist.cognitive import lm_guard
-from dspex_persist.cognitive.dspy import accounts
+from dspex_persist.cognitive.dspy import accounts, snapshots
 from dspex_persist.cognitive.dspy.accounts import ACCOUNT, Account
 from dspex_persist.cognitive.dspy.enforcing import enforced, enforced_async
 from dspex_persist.cognitive.dspy.playback import (
@@ -43,13 +43,12 @@ from dspex_persist.cognitive.dspy.requests import (
     response_of,
     secrets_of,
 )
-from dspex_persist.cognitive.dspy.snapshots import SCOPE
 from dspex_persist.state.tools.session import ToolSession
 
 LM_CALLS: Final = "lm"
 """The key of LM calls in an execution's `recorded`."""
 _RECORDER, _PLAYBACK = "dspex_persist_lm_recorder", "dspex_persist_lm_playback"
-_CARRIED: Final = frozenset((_RECORDER, _PLAYBACK, SCOPE))
+_CARRIED: Final = frozenset((_RECORDER, _PLAYBACK))
 _CANCELLED: Final = "asyncio.exceptions.CancelledError"
 
 
@@ -290,7 +289,8 @@ def _carried() -> dict[str, Any]:
     They are the observers, a stand-in LM, and what variables set in the call of a bound program.
     """
     overrides = thread_local_overrides.get()
-    return {name: each for name, each in overrides.items() if name in _CARRIED or isinstance(each, StandIn)}
+    observers = {name: each for name, each in overrides.items() if name in _CARRIED or isinstance(each, StandIn)}
+    return {**observers, **snapshots.carried()}
 
 
 def _run_carrying(

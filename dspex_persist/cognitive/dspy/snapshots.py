@@ -14,6 +14,7 @@ from dspy.dsp.utils.utils import dotdict
 
 from dspex_persist.cognitive import typed
 from dspex_persist.cognitive.dspy.paths import is_within, modules_in
+from dspex_persist.cognitive.joining import NOTHING, Surroundings, joined, surroundings
 from dspex_persist.cognitive.records import decode
 from dspex_persist.cognitive.steps import Steps, ask, run, run_aio
 from dspex_persist.cognitive.variables import Variables
@@ -21,6 +22,8 @@ from dspex_persist.state import commands
 
 SCOPE: Final = "dspex_persist_scope"
 """The key of the scope in DSPy's settings."""
+_AROUND: Final = "dspex_persist_surroundings"
+"""The key of the execution, or the transaction, that code in a thread is part of."""
 ATTRIBUTE: Final = "_dspex_persist_binding"
 """The attribute of a module that has its binding."""
 
@@ -121,11 +124,13 @@ class Snapshot:
         readings: By context and name. Modules that join the call later, because they are not in the program's
             attributes, add theirs.
         ended: Whether the call has ended. Code that goes on afterwards keeps it, but the next call takes a new one.
+        around: What the call is part of.
     """
 
-    __slots__ = ("ended", "readings")
+    __slots__ = ("around", "ended", "readings")
 
-    def __init__(self) -> None:
+    def __init__(self, around: Surroundings) -> None:
+        self.around = around
         self.readings: _Readings = {}
         self.ended = False
 
@@ -199,9 +204,30 @@ class Scope:
         return Scope(None, self.frames, self.choices, self.snapshot, self.live)
 
 
+def around() -> Surroundings:
+    """Return the execution, or the transaction, that the running code is part of."""
+    here = surroundings()
+    if here is NOTHING:
+        carried: Surroundings = thread_local_overrides.get().get(_AROUND, NOTHING)
+        return carried
+    return here
+
+
+def carried() -> dict[str, Any]:
+    """Return the settings that the code of another thread needs for its share in the call that is in progress."""
+    overrides, here = thread_local_overrides.get(), around()
+    scope = {SCOPE: overrides[SCOPE]} if SCOPE in overrides else {}
+    return scope if here is NOTHING else {**scope, _AROUND: here}
+
+
 def current() -> Scope | None:
-    """Return the scope of the running code, if a call of a bound program is in progress."""
+    """Return the scope of the running code, if a call of a bound program is in progress.
+
+    The execution of a tool that the program calls is no part of that: it reads variables in its own transaction.
+    """
     scope: Scope | None = thread_local_overrides.get().get(SCOPE)
+    if scope is None or scope.snapshot.around.session is not around().session:
+        return None
     return scope
 
 
@@ -220,7 +246,7 @@ _Wanted = dict[Variables, dict[str, None]]
 class Entry:
     """The beginning of a module's call: which variables it has to read, and the scope that it makes of them."""
 
-    __slots__ = ("_binding", "_is_new", "_live", "_module", "_outer", "_snapshot", "wanted", "wanted_live")
+    __slots__ = ("_around", "_binding", "_is_new", "_live", "_module", "_names", "_names_live", "_outer", "_snapshot")
 
     def __init__(self, module: Any, outer: Scope | None, *, reads_live: bool) -> None:
         self._module, self._binding = module, binding_of(module)
@@ -230,24 +256,25 @@ class Entry:
         self._is_new = self._binding is not None and not any(
             frame.module is module for frame in (() if outer is None else outer.frames[-1:])
         )
-        self._snapshot = Snapshot() if outer is None else outer.snapshot
+        self._around = around()
+        self._snapshot = Snapshot(self._around) if outer is None else outer.snapshot
         self._live: _Readings = {}
-        self.wanted: _Wanted = {}
-        self.wanted_live: _Wanted = {}
+        self._names: _Wanted = {}
+        self._names_live: _Wanted = {}
         if outer is None:
             for _, each in modules_in(module):
                 if (binding := binding_of(each)) is not None and not binding.live:
-                    self.wanted.setdefault(binding.ctx, {}).update(dict.fromkeys(binding.names))
+                    self._names.setdefault(binding.ctx, {}).update(dict.fromkeys(binding.names))
         elif self._binding is not None and not self._binding.live:
             known, ctx = self._snapshot.readings, self._binding.ctx
             missing = {name: None for name in self._binding.names if (ctx, name) not in known}
             if missing:
-                self.wanted[ctx] = missing
+                self._names[ctx] = missing
         if reads_live or self._binding is not None:
             bindings = [] if outer is None else [frame.binding for frame in outer.frames]
             for binding in (*bindings, self._binding):
                 if binding is not None and binding.live:
-                    self.wanted_live.setdefault(binding.ctx, {}).update(dict.fromkeys(binding.names))
+                    self._names_live.setdefault(binding.ctx, {}).update(dict.fromkeys(binding.names))
 
     @property
     def is_outermost(self) -> bool:
@@ -256,17 +283,21 @@ class Entry:
 
     def read(self) -> None:
         """Read the variables."""
-        for ctx, names in self.wanted.items():
-            self._take(ctx, run(ctx, reading(ctx, names)), self._snapshot.readings)
-        for ctx, names in self.wanted_live.items():
-            self._take(ctx, run(ctx, reading(ctx, names)), self._live)
+        for ctx, names, readings in self._wanted():
+            where = joined(ctx, self._around)
+            self._take(ctx, run(where, reading(where, names)), readings)
 
     async def read_aio(self) -> None:
         """Read the variables without blocking the event loop."""
-        for ctx, names in self.wanted.items():
-            self._take(ctx, await run_aio(ctx, reading(ctx, names)), self._snapshot.readings)
-        for ctx, names in self.wanted_live.items():
-            self._take(ctx, await run_aio(ctx, reading(ctx, names)), self._live)
+        for ctx, names, readings in self._wanted():
+            where = joined(ctx, self._around)
+            self._take(ctx, await run_aio(where, reading(where, names)), readings)
+
+    def _wanted(self) -> Iterator[tuple[Variables, Iterable[str], _Readings]]:
+        for ctx, names in self._names.items():
+            yield ctx, names, self._snapshot.readings
+        for ctx, names in self._names_live.items():
+            yield ctx, names, self._live
 
     @staticmethod
     def _take(ctx: Variables, found: Mapping[str, Reading], readings: _Readings) -> None:

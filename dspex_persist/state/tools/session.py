@@ -155,6 +155,11 @@ class ToolSession:
         )
 
     @property
+    def store(self) -> Submits:
+        """What has the session, below the execution of tools."""
+        return self._host.store
+
+    @property
     def is_durable(self) -> bool:
         """Whether the session outlives the process that has it."""
         return isinstance(self._host.store, Durable)
