@@ -19,7 +19,8 @@ AT: Final = 1_772_366_400_000_000
 def entry(ordinal: int = 0, question: str = "Which colour?", answer: str = "blue", **fields: Any) -> dict[str, Any]:
     """A recorded call; `fields` replace some of it, and those that are None are left out."""
     model = fields.pop("model", "openai/gpt-4o-mini")
-    messages = [{"role": "system", "content": "Answer in one word.\nBe brief."}, {"role": "user", "content": question}]
+    system = fields.pop("system", "Answer in one word.\nBe brief.")
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
     request = {"model_type": "chat", "messages": messages, "options": {"temperature": 0.3}}
     usage = {model: {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}}
     whole = {
@@ -41,6 +42,8 @@ def entry(ordinal: int = 0, question: str = "Which colour?", answer: str = "blue
 
 
 FAILED: Final = {"response": None, "error": {"type": "dspy.utils.exceptions.LMTransportError", "message": "no route"}}
+HOSTILE: Final = (None, 1, -2.5, True, "x", [], [None, [1], {"prompt_tokens": 1}], {}, {"x": {"y": []}}, 2**70, 10**400)
+"""What an import may bring instead of any part of a call."""
 
 
 @tool

@@ -36,7 +36,7 @@ from dspex_persist.state.audit import (
     VariableState,
     parse_predicate,
 )
-from dspex_persist.state.lm_calls import LmCall, LmMessage, lm_calls_of
+from dspex_persist.state.lm_calls import LmCall, LmMessage, LmUsage, LmUsageQuery, UsageBy, lm_calls_of
 from dspex_persist.state.model import ChangeKind, ExecutionStatus, Source
 
 __all__ = [
@@ -56,6 +56,8 @@ __all__ = [
     "LineageNode",
     "LmCall",
     "LmMessage",
+    "LmUsage",
+    "LmUsageQuery",
     "Operator",
     "Page",
     "Predicate",
@@ -64,6 +66,7 @@ __all__ = [
     "SessionEntry",
     "SessionQuery",
     "Source",
+    "UsageBy",
     "VariableState",
     "Verification",
     "cost_text",

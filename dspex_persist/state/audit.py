@@ -427,7 +427,7 @@ class Query(Generic[T]):
     limit: int = 0
 
     def __post_init__(self) -> None:
-        _check_texts(self, "session")
+        check_texts(self, "session")
         for name in ("since", "until"):
             object.__setattr__(self, name, point_text(getattr(self, name), name))
         limit: object = self.limit
@@ -451,7 +451,7 @@ class HistoryQuery(Query[HistoryEntry]):
 
     def __post_init__(self) -> None:
         Query.__post_init__(self)
-        _check_texts(self, "variable", "type", "actor", "tool", "execution_id")
+        check_texts(self, "variable", "type", "actor", "tool", "execution_id")
         _check_metadata(self.metadata)
         _set_member(self, "kind", ChangeKind)
         _set_member(self, "source", Source)
@@ -474,7 +474,7 @@ class ExecutionQuery(Query[ExecutionSummary]):
 
     def __post_init__(self) -> None:
         Query.__post_init__(self)
-        _check_texts(self, "tool", "actor", "idempotency_key")
+        check_texts(self, "tool", "actor", "idempotency_key")
         _check_metadata(self.metadata)
         _set_member(self, "status", ExecutionStatus)
 
@@ -488,7 +488,7 @@ class CommitQuery(Query[CommitEntry]):
 
     def __post_init__(self) -> None:
         Query.__post_init__(self)
-        _check_texts(self, "actor", "cause")
+        check_texts(self, "actor", "cause")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -503,7 +503,8 @@ class SessionQuery(Query[SessionEntry]):
         _check_metadata(self.metadata)
 
 
-def _check_texts(query: object, *names: str) -> None:
+def check_texts(query: object, *names: str) -> None:
+    """Refuse fields of a query that are no text, or a longer one than anything that they could match."""
     for name in names:
         if not isinstance(getattr(query, name), str):
             raise InvalidArgumentError(name, f"{quote(getattr(query, name))} is not a str")

@@ -1,4 +1,4 @@
-"""Recorded LM calls, in a form for people and for sums: what a model was asked, what it answered, what that cost.
+"""Recorded LM calls as people see them, what a model was asked and what it answered; and sums of what they cost.
 
 An entry of an execution's `recorded["lm"]` has more (docs/dspy.md), and parts of it may be missing: older releases
 recorded less, and an import accepts any. So everything here has a default.
@@ -8,12 +8,16 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from enum import StrEnum
 from typing import Any, Final
 
-from dspex_persist.state.audit import ExecutionDetail
+from dspex_persist.spelling import quote
+from dspex_persist.state.audit import ExecutionDetail, Query, check_texts, suggestion
+from dspex_persist.state.errors import InvalidArgumentError
 
 _MOST: Final = 2**53
 """The largest count: a double, as which they are summed, has it exactly."""
+_TOO_LARGE: Final = 2**63
 _INPUT: Final = ("prompt_tokens", "input_tokens")
 _OUTPUT: Final = ("completion_tokens", "output_tokens")
 
@@ -75,25 +79,102 @@ class LmCall:
     hash: str = ""
 
 
+class UsageBy(StrEnum):
+    """What LM calls are summed by."""
+
+    SESSION = "session"
+    TOOL = "tool"
+    MODEL = "model"
+    DAY = "day"
+    """In UTC."""
+
+
+@dataclass(frozen=True, slots=True)
+class LmUsage:
+    """The sums of LM calls, also of failed ones. A field that they are not summed by is None.
+
+    Attributes:
+        day: The day on which the calls began, in UTC: 2026-03-01. For a recording without times, when it ended.
+        executions: How many executions made the calls.
+        calls: How many calls there were.
+        failed: How many of them failed.
+        cached: How many of them a cache answered.
+        input_tokens: Tokens of the requests.
+        output_tokens: Tokens of the answers.
+        total_tokens: Both, and what models count besides.
+        cost: In USD; None if no cost is known of any call.
+        priced: Of how many calls the cost is known.
+        latency_us: How long the calls took together, in microseconds.
+    """
+
+    session_id: str | None = None
+    tool: str | None = None
+    model: str | None = None
+    day: str | None = None
+    executions: int = 0
+    calls: int = 0
+    failed: int = 0
+    cached: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    total_tokens: int = 0
+    cost: float | None = None
+    priced: int = 0
+    latency_us: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LmUsageQuery(Query[LmUsage]):
+    """Queries sums of LM calls, the largest cost first; with days, the newest (or oldest) day first.
+
+    `since` and `until` are about the commits with which the executions of the calls ended.
+
+    Attributes:
+        by: What to sum by, of session, tool, model and day: such as ("model", "day"). () for one sum of everything.
+        tool: A tool's name, or a glob.
+        model: A model's name, or a glob.
+    """
+
+    by: Sequence[str] = (UsageBy.MODEL,)
+    tool: str = ""
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        Query.__post_init__(self)
+        check_texts(self, "tool", "model")
+        by = (self.by,) if isinstance(self.by, str) else self.by
+        object.__setattr__(self, "by", tuple(dict.fromkeys(map(_usage_by, by))))
+
+
+def _usage_by(name: str) -> UsageBy:
+    values = [each.value for each in UsageBy]
+    if name not in values:
+        reason = f"calls are not summed by {quote(name)}; {suggestion(str(name), values)}"
+        raise InvalidArgumentError("by", reason)
+    return UsageBy(name)
+
+
 def lm_calls_of(execution: ExecutionDetail) -> tuple[LmCall, ...]:
     """Return the LM calls of an execution, in the order in which they began, without those of tools that it called."""
-    entries = execution.recorded.get("lm")
     summary = execution.summary
     calls = [
-        lm_call_of(entry, summary.execution_id, summary.tool) for entry in _items(entries) if isinstance(entry, Mapping)
+        lm_call_of(entry, number, summary.execution_id, summary.tool)
+        for number, entry in enumerate(_items(execution.recorded.get("lm")))
+        if isinstance(entry, Mapping)
     ]
     return tuple(sorted(calls, key=lambda call: call.ordinal))
 
 
-def lm_call_of(entry: Mapping[str, Any], execution_id: str = "", tool: str = "") -> LmCall:
-    """Return the call in an entry of `recorded["lm"]`."""
+def lm_call_of(entry: Mapping[str, Any], number: int = 0, execution_id: str = "", tool: str = "") -> LmCall:
+    """Return the call in an entry of `recorded["lm"]`, where it has the place `number`."""
+    ordinal = _count(entry.get("ordinal"))
     request, response, error = (_object(entry.get(name)) for name in ("request", "response", "error"))
     begin = _count(entry.get("at"))
     return LmCall(
         execution_id,
         tool,
-        _count(entry.get("ordinal")) or 0,
-        _text(entry.get("model")),
+        number if ordinal is None else ordinal,
+        entry["model"] if isinstance(entry.get("model"), str) else "",
         _text(request.get("model_type")),
         _text(entry.get("predictor")),
         None if begin is None else _moment(begin),
@@ -136,7 +217,8 @@ def _number(document: Any) -> float | None:
 
 
 def _count(document: Any) -> int | None:
-    return document if isinstance(document, int) and not isinstance(document, bool) else None
+    is_count = isinstance(document, int) and not isinstance(document, bool) and abs(document) < _TOO_LARGE
+    return document if is_count else None
 
 
 def _moment(micros: int) -> datetime | None:

@@ -239,7 +239,7 @@ def _execute_tools(provider: EmbeddedState) -> None:
         reads={"temperature": seen, "nothing": None},
         patterns=("t*",),
         log=(line,),
-        recorded={"now": [1]},
+        recorded={"now": [1], "lm": [_lm_call(0), _lm_call(1)]},
         published=(("temperature", seen.version if seen is not None else 0),),
         duration_us=1234,
     )
@@ -254,6 +254,26 @@ def _execute_tools(provider: EmbeddedState) -> None:
     _finish(provider, Verdict(_begin(provider), ExecutionStatus.COMMITTED), checked={"temperature": None})
     _call_tools(provider)
     _leave_tools(provider)
+
+
+def _lm_call(ordinal: int) -> dict[str, Any]:
+    """A recorded LM call; the second one failed."""
+    messages = [{"role": "user", "content": "Größer?"}]
+    answered = {"response": {"outputs": ["ja"], "usage": {"m/1": {"prompt_tokens": 5, "completion_tokens": 1}}}}
+    failed = {"error": {"type": "builtins.OSError", "message": "no route"}}
+    return {
+        "ordinal": ordinal,
+        "hash": f"{ordinal:064x}",
+        "model": "m/1",
+        "request": {"model_type": "chat", "messages": messages, "options": {"temperature": 0.5}},
+        "lm": {"class": "dspy.clients.lm.LM", "defaults": {}},
+        "concurrent": False,
+        "at": 1_772_366_400_000_000 + ordinal,
+        "latency_us": 1500,
+        "cost": 0.25,
+        "cached": False,
+        **(failed if ordinal else answered),
+    }
 
 
 def _register_tools(provider: EmbeddedState) -> None:

@@ -19,6 +19,7 @@ from dspex_persist.state.audit import (
     SessionQuery,
     VariableState,
 )
+from dspex_persist.state.lm_calls import LmUsage, LmUsageQuery
 from dspex_persist.state.model import (
     ChangeKind,
     Conflict,
@@ -145,6 +146,8 @@ SAMPLES: Final[dict[str, Any]] = {
     "explained commit": replace(COMMIT, reason="ticket 12; naïve"),
     "bare commit": CommitEntry(1, "s", "", "", OLD, ""),
     "session": SESSION,
+    "usage": LmUsage("s", "t", "m/1", "2026-03-01", 1, 2, 3, 4, 5, 6, 7, 0.25, 8, 2**40),
+    "bare usage": LmUsage(),
     "live session": replace(SESSION, ended_sequence=None, ended_at=None, ttl_s=None, metadata={}),
 }
 """The records in answers."""
@@ -177,6 +180,8 @@ QUERIES: Final[dict[str, Any]] = {
     "sessions": SessionQuery(session="s", live=True, metadata={"u": "ann"}),
     "ended sessions": SessionQuery(live=False),
     "all sessions": SessionQuery(),
+    "usage": LmUsageQuery(session="s*", tool="t", model="m*", by=("session", "day"), since="1", limit=2),
+    "all usage": LmUsageQuery(by=()),
 }
 """Queries."""
 

@@ -20,6 +20,7 @@ from dspex_persist.state.bridge.records import Codec
 from dspex_persist.state.bridge.rpcs import audit as rpcs
 from dspex_persist.state.bridge.rpcs import beside
 from dspex_persist.state.errors import InvalidArgumentError, UnsupportedError
+from dspex_persist.state.lm_calls import LmUsage
 from dspex_persist.state.model import ChangeKind
 from tests.bridge.audit_samples import POLICIES, QUERIES, REPORT, SAMPLES
 
@@ -31,6 +32,7 @@ CODECS: dict[type, Codec[Any]] = {
     ExecutionDetail: rpcs.EXECUTION,
     CommitEntry: rpcs.LIST_COMMITS.row,
     SessionEntry: rpcs.LIST_SESSIONS.row,
+    LmUsage: rpcs.LIST_LM_USAGE.row,
 }
 
 

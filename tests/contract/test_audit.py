@@ -15,8 +15,10 @@ from dspex_persist.audit import (
     CommitQuery,
     ExecutionQuery,
     HistoryQuery,
+    LmUsageQuery,
     Query,
     SessionQuery,
+    UsageBy,
     parse_predicate,
 )
 from dspex_persist.state.embedded import EmbeddedState
@@ -144,15 +146,22 @@ OTHERS = [
     SessionQuery(live=False, newest_first=False),
     SessionQuery(session="gon?", metadata={"kind": "old"}),
     SessionQuery(session="mian"),
+    LmUsageQuery(),
+    LmUsageQuery(by=tuple(UsageBy), newest_first=False),
+    LmUsageQuery(by=(), tool="c*", session="m*"),
+    LmUsageQuery(session="main", model="m/2", since="10"),
+    LmUsageQuery(session="mian"),
 ]
 
 
 @pytest.mark.parametrize("query", OTHERS)
-def test_executions_commits_and_sessions_are_the_same(query: Query[Any], sources: Sources) -> None:
+def test_executions_commits_sessions_and_usage_are_the_same(query: Query[Any], sources: Sources) -> None:
     same_answer(every(query), sources)
 
 
-@pytest.mark.parametrize("query", [HISTORY[0], HISTORY[6], HISTORY[15], *OTHERS[:2], CommitQuery(), SessionQuery()])
+@pytest.mark.parametrize(
+    "query", [HISTORY[0], HISTORY[6], HISTORY[15], *OTHERS[:2], *OTHERS[-4:-3], CommitQuery(), SessionQuery()]
+)
 @pytest.mark.parametrize("most", [1, 3])
 def test_pages_continue_where_they_ended(query: Query[Any], most: int, sources: Sources) -> None:
     def pages(source: AuditSource) -> list[Any]:
@@ -188,6 +197,8 @@ def test_execution_details_are_the_same(sources: Sources) -> None:
     details = [same_answer(lambda source, each=each: source.execution(each), sources) for each in ids]
     for name in ("history", "children", "log", "reads", "writes", "published", "conflicts", "recorded", "parameters"):
         assert any(getattr(detail, name) for detail in details), name
+    calls = json.dumps([detail.recorded.get("lm") for detail in details])
+    assert (SECRET in calls) is sources.file.reveal
     assert any(detail.failure for detail in details)
     assert any(detail.result is not None for detail in details)
     assert any(len(detail.attempts) > 1 for detail in details)

@@ -12,6 +12,7 @@ from typing import Any
 
 import dspex_persist
 from dspex_persist import ToolContext, tool
+from tests.asked import AT, entry
 
 SESSION = "tune-checkout"
 OTHER_SESSION = "a-quiet-one"
@@ -21,6 +22,11 @@ PROMPTS = (
     "Classify the ticket.",
     "Classify the ticket by urgency.\nAnswer with one word.",
     "Classify the support ticket by urgency.\nAnswer with one word: low, normal or high.",
+)
+TICKETS = (
+    "The checkout is down for all customers in Norway!",
+    "Could you send me last month's invoice again? No hurry.",
+    "I was charged twice, and the second charge is not mine.",
 )
 
 
@@ -40,12 +46,37 @@ class Story:
     def evaluate(self, ctx: ToolContext, step: int) -> float:
         """Score the prompt at the temperature."""
         self.rest(2)
+        score = round(0.9 - (ctx["temperature"] - 0.35) ** 2 + 0.02 * len(ctx["prompt"].split()) / 10, 4)
+        ctx._session.record("lm", self.judged(step, ctx["prompt"], score))
         if step == 5:
             raise TimeoutError("the judge did not answer")
-        score = round(0.9 - (ctx["temperature"] - 0.35) ** 2 + 0.02 * len(ctx["prompt"].split()) / 10, 4)
         ctx["score"] = score
         ctx.log("scored", step=step, score=score)
         return score
+
+    @staticmethod
+    def judged(step: int, prompt: str, score: float) -> dict[str, Any]:
+        """What the journal has of the call of a model that scores; its prompt quotes a secret."""
+        system = f"You are given a prompt, and a ticket. Score the prompt from 0 to 1.\n\nThe prompt:\n{prompt}"
+        question = f"[[ ## ticket ## ]]\n{TICKETS[step % len(TICKETS)]}\n{HOSTILE}\nkey: {SECRET}"
+        counts = {"prompt_tokens": 180 + 9 * step, "completion_tokens": 12, "total_tokens": 192 + 9 * step}
+        outcome: dict[str, Any] = {
+            "response": {"outputs": [f"[[ ## score ## ]]\n{score}"], "usage": {"openai/gpt-4o-mini": counts}}
+        }
+        if step == 5:
+            message = "the model did not answer within 30 s"
+            outcome = {"response": None, "error": {"type": "dspy.utils.exceptions.LMTimeoutError", "message": message}}
+        if step == 6:
+            outcome |= {"cached": True, "cost": 0.0, "latency_us": 310}
+            outcome["response"]["usage"] = {}
+        facts: dict[str, Any] = {
+            "variables": {"temperature": step, "prompt": step // 4},
+            "predictor": "judge.predict",
+            "at": AT + step * 60_000_000,
+            "latency_us": 640_000 + 83_000 * step,
+            "cost": round(0.0000272 + 0.0000014 * step, 7),
+        }
+        return entry(0, question, system=system, **facts | outcome)
 
     @tool
     def improve(self, ctx: ToolContext, step: int) -> dict[str, Any]:

@@ -81,3 +81,33 @@ def test_show_says_that_there_are_calls(ask: Ask) -> None:
     assert "1 LM call, 100 tokens in, 10 out, $0.0005, 250.0 ms: --lm shows them" in ask(
         "show", executions(ask, "ask")[1]
     )
+
+
+# Usage
+
+
+def test_usage_as_a_table_and_for_programs(ask: Ask) -> None:
+    lines = [line.split() for line in ask("usage", "--by", "tool,day", asked.SESSION).splitlines()]
+    assert lines[0] == [
+        "day",
+        "tool",
+        "executions",
+        "calls",
+        "failed",
+        "cached",
+        *["tokens", "in", "tokens", "out"],
+        "cost",
+        "took",
+    ]
+    assert lines[2] == ["2026-03-01", "ask", "3", "5", "1", "1", "300", "30", "$0.002", "1.2", "s"]
+    (row,) = map(json.loads, ask("usage", "--model", "anth*", "--json").splitlines())
+    assert (row["model"], row["calls"], row["cost"], row["day"]) == ("anthropic/claude", 1, 0.0005, None)
+    assert ask("usage", "--csv").splitlines()[1] == ",,openai/gpt-4o-mini,,3,5,1,1,300,30,330,0.002,5,1250000"
+
+
+def test_usage_of_nothing_and_a_mistake(ask: Ask) -> None:
+    assert ask("usage", "--model", "other").splitlines()[-1] == "no LM calls are recorded"
+    assert "invalid --by: calls are not summed by 'modle'; did you mean 'model'?" in ask(
+        "usage", "--by", "modle", code=2
+    )
+    assert "did you mean 'ask'" in ask("usage", "--tool", "akk", code=1)

@@ -8,6 +8,7 @@ from dspex_persist import Toolbox, ToolContext, tool
 from dspex_persist.state.commands import SetVariable
 from dspex_persist.state.embedded import EmbeddedState
 from dspex_persist.state.model import Origin, Source, Value
+from tests.asked import entry
 from tests.deadline import within
 
 SECRET = "tell-nobody-0451"
@@ -17,6 +18,7 @@ SECRET = "tell-nobody-0451"
 def count(ctx: ToolContext, by: int = 1) -> int:
     """Reads one variable and writes two."""
     ctx.log("counting", by=by)
+    ctx._session.record("lm", entry(question=f"by {by}? {SECRET}", answer=f"{SECRET}, yes", model=f"m/{by}"))
     ctx["total"] += by
     ctx.set("last", by, metadata={"step": str(by), "café": "ja"})
     return int(ctx["total"])

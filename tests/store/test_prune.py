@@ -54,6 +54,7 @@ from dspex_persist.state.store.log_reader import iter_commits
 from dspex_persist.state.store.session_store import FileGroups, StoreOptions, open_groups
 from dspex_persist.state.store.variables import find_key, metadata_as_of
 from dspex_persist.wiring import import_session
+from tests.asked import entry
 from tests.deadline import within
 from tests.logs import capture_logs
 from tests.store.test_verify import anchor_of, problems_of, random_job
@@ -230,7 +231,7 @@ def test_a_session_that_never_was_is_said(provider: EmbeddedState, path: Path) -
 
 # Whole sessions
 
-HANGING = ("variables", "dependencies", "executions", "tools", "versions", "metadata_entries")
+HANGING = ("variables", "dependencies", "executions", "tools", "versions", "metadata_entries", "lm_calls")
 
 
 def end_one(provider: EmbeddedState, session_id: str) -> None:
@@ -251,7 +252,8 @@ def end_one(provider: EmbeddedState, session_id: str) -> None:
         provider.submit(c.RegisterTools(session_id, worker, tools)).result()
     parent = provider.submit(c.BeginExecution(session_id, "outer")).result()
     child = provider.submit(c.BeginExecution(session_id, "inner", parent_id=parent.execution_id)).result()
-    verdicts = [Verdict(each.execution_id, ExecutionStatus.COMMITTED) for each in (parent, child)]
+    recorded = {"lm": [entry()]}
+    verdicts = [Verdict(each.execution_id, ExecutionStatus.COMMITTED, recorded=recorded) for each in (parent, child)]
     provider.submit(c.FinishExecution(session_id, verdicts[0], (verdicts[1],))).result()
     provider.submit(c.BeginExecution(session_id, "left")).result()
     provider.cleanup_session(session_id)

@@ -38,7 +38,17 @@ from dspex_persist.state.store.schema import APPEND_ONLY
 from dspex_persist.state.store.schema import metadata as tables
 from dspex_persist.state.store.session_store import open_groups
 from dspex_persist.state.store.variables import KINDS
-from dspex_persist.state.store.verify import Problem, contents, documents, live, metadata, outcomes, pruned, sessions
+from dspex_persist.state.store.verify import (
+    Problem,
+    contents,
+    documents,
+    live,
+    lm_calls,
+    metadata,
+    outcomes,
+    pruned,
+    sessions,
+)
 from dspex_persist.state.store.verify import log as commits
 from tests.databases import copy_database
 
@@ -257,7 +267,7 @@ def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
 
 def change(monkeypatch: pytest.MonkeyPatch, name: str, value: object) -> None:
     """Change a constant wherever it is used."""
-    for module in (commits, contents, documents, live, metadata, outcomes, pruned, sessions):
+    for module in (commits, contents, documents, live, lm_calls, metadata, outcomes, pruned, sessions):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, value)
 
@@ -268,6 +278,7 @@ WALKED = [
     (pruned, "_PRUNED"),
     (contents, "_BLOBS"),
     *((metadata, name) for name in ("_STRAYS", "_LAST_OF_PAGE", "_INDEXED")),
+    *((lm_calls, name) for name in ("_RECORDED", "_LISTED")),
     *(
         (sessions, name)
         for name in (
@@ -789,6 +800,33 @@ def test_an_index_of_metadata_that_was_emptied_is_found(path: Path) -> None:
         (count,) = connection.execute("SELECT count(*) FROM versions WHERE metadata IS NOT NULL").fetchone()
     assert len(problems_of(path)) == count > 0
     assert len(maintenance.check(path).problems) == count
+
+
+# The table of LM calls
+
+
+@pytest.mark.parametrize(
+    ("statement", "what"),
+    [
+        ("DELETE FROM lm_calls WHERE number = 1", "LM call 1 is missing in lm_calls"),
+        (
+            "UPDATE lm_calls SET cost = 0, model = 'x' WHERE number = 0",
+            "lm_calls has another model, cost for LM call 0",
+        ),
+        ("UPDATE lm_calls SET number = 7 WHERE number = 1", "lm_calls has LM call 7, which the commit does not have"),
+        (
+            "INSERT INTO lm_calls SELECT 1, 0, 0, 1, 0, '', 0, 0, 0, 0, 0, 0, 0, 0",
+            "lm_calls has LM call 0, which the commit does not have",
+        ),
+    ],
+)
+def test_a_changed_table_of_lm_calls_is_found(path: Path, statement: str, what: str) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        (sequence,) = connection.execute("SELECT max(sequence) FROM lm_calls").fetchone()
+        assert connection.execute(statement).rowcount == 1
+    found = [problem for problem in problems_of(path) if "LM call" in problem.what]
+    assert what in [problem.what for problem in found]
+    assert {problem.where.partition(",")[0] for problem in found} <= {f"commit {sequence}", "commit 1"}
 
 
 # Bit rot

@@ -34,6 +34,7 @@ EPILOG = (
     "dspex-persist audit executions s1 --status failed\n\n"
     "dspex-persist audit show exec_1234    everything about one execution; a prefix of the id is enough\n\n"
     "dspex-persist audit show exec_1234 --lm    what models were asked in it, what they answered, what that cost\n\n"
+    "dspex-persist audit usage --by day --by model --since 7d    what models cost\n\n"
     "dspex-persist audit diff s1 --from exec_1234^ --to exec_1234    what its commit changed\n\n"
     "dspex-persist audit diff s1 --from 1234 --to exec_1234    all that changed while it ran\n\n"
     "dspex-persist audit blame s1 temperature --depth 3    which values it was derived from\n\n"
@@ -238,6 +239,51 @@ def sessions(
             newest_first=not oldest_first,
         )
         lists.say_list(audit, query, lists.SESSION_ROWS, request, limit)
+
+
+@app.command(
+    help=(
+        "Sum the recorded LM calls: calls, tokens, cost in USD and latency, by model, tool, session or day (UTC).\n\n"
+        "The largest cost comes first; with --by day, the newest day. --since and --until are about the commits with "
+        "which the executions of the calls ended.\n\n"
+    )
+)
+def usage(
+    session: Sessions = "",
+    by: options.By = None,
+    tool: options.Tool = "",
+    model: options.Model = "",
+    since: options.Since = "",
+    until: options.Until = "",
+    limit: options.Limit = None,
+    oldest_first: options.OldestFirst = False,
+    as_json: options.Json = False,
+    as_csv: options.Csv = False,
+    utc: options.Utc = False,
+    db: Db = None,
+    target: options.Target = None,
+) -> None:
+    """Sum LM calls."""
+    from dspex_persist.cli.audit import calls, lists
+    from dspex_persist.state.lm_calls import LmUsage, LmUsageQuery
+
+    request = AuditOptions(db, target, as_json, as_csv, utc)
+    with asking(request) as audit:
+        query = LmUsageQuery(
+            session="" if session == "*" else session,
+            by=[name for each in by or ("model",) for name in each.split(",") if name],
+            tool=tool,
+            model=model,
+            since=since,
+            until=until,
+            newest_first=not oldest_first,
+            limit=limit or 0,
+        )
+        lists.refuse_unknown_tool(audit, tool)
+        sums = list(audit.iterate(query))
+        request.printer(LmUsage, lambda look: calls.usage_columns(look, query)).print(sums)
+        if request.form is Form.TABLE and not sums:
+            say("no LM calls are recorded")
 
 
 # One thing

@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from dspex_persist.audit import ExecutionDetail, LmCall, cost_text, lm_calls_of
-from dspex_persist.cli.audit.rendering import STYLES, Renderer, duration_text, shortened
+from dspex_persist.audit import ExecutionDetail, LmCall, LmUsage, LmUsageQuery, UsageBy, cost_text, lm_calls_of
+from dspex_persist.cli.audit.rendering import STYLES, Column, Renderer, duration_text, shortened
 from dspex_persist.cli.output import counted, plain, plain_lines
 
 _SHOWN: Final = 1_500
@@ -116,3 +116,28 @@ def _say_below(look: Renderer, line: Any, depth: int) -> None:
     from rich.padding import Padding
 
     look.print(Padding(line, (0, 0, 0, depth * _INDENT), expand=False))
+
+
+def usage_columns(_look: Renderer, query: LmUsageQuery) -> list[Column[LmUsage]]:
+    """Sums of LM calls."""
+    columns: list[Column[LmUsage]] = [
+        Column("day", lambda row: row.day or "", least=10),
+        Column("session", lambda row: plain(row.session_id or ""), least=8, is_id=True),
+        Column("tool", lambda row: plain(row.tool or ""), least=8),
+        Column("model", lambda row: plain(row.model or ""), least=12, most=60),
+        Column("executions", lambda row: f"{row.executions:,}", least=10, right=True),
+        Column("calls", lambda row: f"{row.calls:,}", least=8, right=True),
+        Column("failed", lambda row: f"{row.failed:,}" if row.failed else "", least=6, right=True, is_rare=True),
+        Column("cached", lambda row: f"{row.cached:,}" if row.cached else "", least=6, right=True, is_rare=True),
+        Column("tokens in", lambda row: f"{row.input_tokens:,}", least=9, right=True),
+        Column("tokens out", lambda row: f"{row.output_tokens:,}", least=10, right=True),
+        Column("cost", lambda row: cost_text(row.cost), least=9, right=True),
+        Column("unpriced", _unpriced, least=8, right=True, is_rare=True),
+        Column("took", lambda row: duration_text(row.latency_us), least=8, right=True),
+    ]
+    return [column for column in columns if column.title not in set(UsageBy) - set(query.by)]
+
+
+def _unpriced(row: LmUsage) -> str:
+    """Return of how many calls the cost is unknown, if it is known of others."""
+    return f"{row.calls - row.priced:,}" if 0 < row.priced < row.calls else ""

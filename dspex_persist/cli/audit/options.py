@@ -103,6 +103,25 @@ Tool = Annotated[
     str,
     typer.Option("--tool", metavar="NAME", show_default=False, rich_help_panel=_FILTER, help="Only in this tool."),
 ]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        show_default=False,
+        rich_help_panel=_FILTER,
+        help="Only calls of this model; a glob with * and ? matches several.",
+    ),
+]
+By = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--by",
+        metavar="NAME",
+        show_default=False,
+        help="Sum by session, tool, model or day; may be repeated, or have several with commas. [dim](model)[/dim]",
+    ),
+]
 Status = Annotated[
     ExecutionStatus | None,
     typer.Option(

@@ -2,7 +2,7 @@
 
 from sqlalchemy import BLOB, REAL, Column, Integer, MetaData, Table, Text
 
-REVISION = "0006"
+REVISION = "0007"
 """The revision that this release reads and writes: the head of `migrations/`."""
 
 APPEND_ONLY = ("commits", "versions", "events", "blobs", "pruned")
@@ -178,4 +178,24 @@ metadata_entries = Table(
     Column("sequence", Integer, primary_key=True),
     Column("variable_key", Integer, primary_key=True),
     Column("version", Integer, primary_key=True),
+)
+
+# Filled by triggers.
+lm_calls = Table(
+    "lm_calls",
+    metadata,
+    Column("sequence", Integer, primary_key=True),
+    Column("event_ordinal", Integer, primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("began_sequence", Integer, nullable=False),
+    Column("ordinal", Integer, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("at", Integer, nullable=False),
+    Column("latency_us", Integer),
+    Column("input_tokens", Integer, nullable=False),
+    Column("output_tokens", Integer, nullable=False),
+    Column("total_tokens", Integer, nullable=False),
+    Column("cost", REAL),
+    Column("cached", Integer),
+    Column("failed", Integer, nullable=False),
 )

@@ -1,4 +1,4 @@
--- 0006;
+-- 0007;
 
 CREATE TABLE alembic_version (
 	version_num VARCHAR(32) NOT NULL, 
@@ -250,5 +250,101 @@ CREATE VIEW v_current_variables AS SELECT sessions.session_id, variables.name, v
     , CASE WHEN json_valid(versions.metadata) THEN json_extract(versions.metadata, '$."dspex.reason"') END AS reason
  FROM variables AS live JOIN versions ON versions.variable_key = live.variable_key AND versions.version = ( SELECT max(newest.version) FROM versions AS newest WHERE newest.variable_key = live.variable_key ) JOIN variables ON variables.variable_key = versions.variable_key JOIN sessions ON sessions.session_key = variables.session_key JOIN commits ON commits.sequence = versions.sequence LEFT JOIN executions ON executions.began_sequence = CASE WHEN commits.cause GLOB 'exec_[0-9]*' THEN coalesce( CASE WHEN EXISTS (SELECT 1 FROM executions AS called WHERE called.parent_id = commits.cause) THEN ( SELECT CAST(substr(json_extract(iif(json_valid(ending.body), ending.body, '{}'), '$.execution_id'), 6) AS INTEGER) FROM events AS ending CROSS JOIN json_each(iif(json_valid(ending.body), ending.body, '{}'), '$.writes') AS written WHERE ending.sequence = versions.sequence AND ending.kind = 'execution_ended' AND json_extract(written.value, '$[0]') = variables.name AND json_extract(written.value, '$[1]') = versions.version LIMIT 1 ) END, CAST(substr(commits.cause, 6) AS INTEGER) ) END AND (executions.execution_id = commits.cause OR executions.parent_id IS NOT NULL) LEFT JOIN executions AS callers ON callers.began_sequence = CAST(substr(executions.parent_id, 6) AS INTEGER) AND callers.execution_id = executions.parent_id LEFT JOIN blobs AS of_value ON of_value.blob_key = versions.value_blob LEFT JOIN blobs AS of_binary ON of_binary.blob_key = versions.binary_blob WHERE live.deleted_sequence IS NULL AND sessions.ended_sequence IS NULL;
 
-INSERT INTO alembic_version VALUES ('0006');
+CREATE TABLE lm_calls (
+        sequence INTEGER NOT NULL REFERENCES commits,
+        event_ordinal INTEGER NOT NULL,
+        number INTEGER NOT NULL,
+        began_sequence INTEGER NOT NULL,
+        ordinal INTEGER NOT NULL,
+        model TEXT NOT NULL,
+        at INTEGER NOT NULL,
+        latency_us INTEGER,
+        input_tokens INTEGER NOT NULL,
+        output_tokens INTEGER NOT NULL,
+        total_tokens INTEGER NOT NULL,
+        cost REAL,
+        cached INTEGER,
+        failed INTEGER NOT NULL,
+        PRIMARY KEY (sequence, event_ordinal, number)
+    ) STRICT, WITHOUT ROWID
+    ;
+
+CREATE VIEW lm_calls_recorded AS
+    SELECT events.sequence, events.ordinal AS event_ordinal, call.key AS number,
+        CAST(substr(json_extract(iif(json_valid(events.body), events.body, '{}'), '$.execution_id'), 6) AS INTEGER) AS began_sequence,
+        coalesce(CASE WHEN json_type(call.value, '$.ordinal') = 'integer' AND typeof(json_extract(call.value, '$.ordinal')) = 'integer' THEN json_extract(call.value, '$.ordinal') END, call.key) AS ordinal,
+        CASE WHEN json_type(call.value, '$.model') = 'text' THEN CASE WHEN hex(json_extract(call.value, '$.model')) GLOB '*ED[AB]*' THEN call.value -> '$.model' ELSE json_extract(call.value, '$.model') END ELSE '' END AS model,
+        coalesce(CASE WHEN json_type(call.value, '$.at') = 'integer' AND typeof(json_extract(call.value, '$.at')) = 'integer' THEN json_extract(call.value, '$.at') END, commits.created_at) AS at,
+        CASE WHEN json_type(call.value, '$.latency_us') = 'integer' AND typeof(json_extract(call.value, '$.latency_us')) = 'integer' THEN json_extract(call.value, '$.latency_us') END AS latency_us,
+        (SELECT CAST(min(total(tokens), 9007199254740992) AS INTEGER) FROM (SELECT CAST(max(coalesce(CASE WHEN json_type(counts.value, '$.prompt_tokens') IN ('integer', 'real') THEN CAST(max(min(json_extract(counts.value, '$.prompt_tokens'), 9007199254740992), -9007199254740992) AS REAL) END, CASE WHEN json_type(counts.value, '$.input_tokens') IN ('integer', 'real') THEN CAST(max(min(json_extract(counts.value, '$.input_tokens'), 9007199254740992), -9007199254740992) AS REAL) END, 0.0), 0.0) AS INTEGER) AS tokens FROM json_each(ifnull(call.value -> '$.response.usage', '{}')) AS counts WHERE counts.type = 'object' AND typeof(counts.key) = 'text' UNION ALL SELECT CAST(max(coalesce(CASE WHEN json_type(counts.value, '$.prompt_tokens') IN ('integer', 'real') THEN CAST(max(min(json_extract(counts.value, '$.prompt_tokens'), 9007199254740992), -9007199254740992) AS REAL) END, CASE WHEN json_type(counts.value, '$.input_tokens') IN ('integer', 'real') THEN CAST(max(min(json_extract(counts.value, '$.input_tokens'), 9007199254740992), -9007199254740992) AS REAL) END, 0.0), 0.0) AS INTEGER) AS tokens FROM json_each(ifnull(call.value -> '$.usage', '{}')) AS counts WHERE counts.type = 'object' AND typeof(counts.key) = 'text')) AS input_tokens, (SELECT CAST(min(total(tokens), 9007199254740992) AS INTEGER) FROM (SELECT CAST(max(coalesce(CASE WHEN json_type(counts.value, '$.completion_tokens') IN ('integer', 'real') THEN CAST(max(min(json_extract(counts.value, '$.completion_tokens'), 9007199254740992), -9007199254740992) AS REAL) END, CASE WHEN json_type(counts.value, '$.output_tokens') IN ('integer', 'real') THEN CAST(max(min(json_extract(counts.value, '$.output_tokens'), 9007199254740992), -9007199254740992) AS REAL) END, 0.0), 0.0) AS INTEGER) AS tokens FROM json_each(ifnull(call.value -> '$.response.usage', '{}')) AS counts WHERE counts.type = 'object' AND typeof(counts.key) = 'text' UNION ALL SELECT CAST(max(coalesce(CASE WHEN json_type(counts.value, '$.completion_tokens') IN ('integer', 'real') THEN CAST(max(min(json_extract(counts.value, '$.completion_tokens'), 9007199254740992), -9007199254740992) AS REAL) END, CASE WHEN json_type(counts.value, '$.output_tokens') IN ('integer', 'real') THEN CAST(max(min(json_extract(counts.value, '$.output_tokens'), 9007199254740992), -9007199254740992) AS REAL) END, 0.0), 0.0) AS INTEGER) AS tokens FROM json_each(ifnull(call.value -> '$.usage', '{}')) AS counts WHERE counts.type = 'object' AND typeof(counts.key) = 'text')) AS output_tokens, (SELECT CAST(min(total(tokens), 9007199254740992) AS INTEGER) FROM (SELECT CASE WHEN CAST(max(coalesce(CASE WHEN json_type(counts.value, '$.total_tokens') IN ('integer', 'real') THEN CAST(max(min(json_extract(counts.value, '$.total_tokens'), 9007199254740992), -9007199254740992) AS REAL) END, 0.0), 0.0) AS INTEGER) > 0 THEN CAST(max(coalesce(CASE WHEN json_type(counts.value, '$.total_tokens') IN ('integer', 'real') THEN CAST(max(min(json_extract(counts.value, '$.total_tokens'), 9007199254740992), -9007199254740992) AS REAL) END, 0.0), 0.0) AS INTEGER) ELSE CAST(max(coalesce(CASE WHEN json_type(counts.value, '$.prompt_tokens') IN ('integer', 'real') THEN CAST(max(min(json_extract(counts.value, '$.prompt_tokens'), 9007199254740992), -9007199254740992) AS REAL) END, CASE WHEN json_type(counts.value, '$.input_tokens') IN ('integer', 'real') THEN CAST(max(min(json_extract(counts.value, '$.input_tokens'), 9007199254740992), -9007199254740992) AS REAL) END, 0.0), 0.0) AS INTEGER) + CAST(max(coalesce(CASE WHEN json_type(counts.value, '$.completion_tokens') IN ('integer', 'real') THEN CAST(max(min(json_extract(counts.value, '$.completion_tokens'), 9007199254740992), -9007199254740992) AS REAL) END, CASE WHEN json_type(counts.value, '$.output_tokens') IN ('integer', 'real') THEN CAST(max(min(json_extract(counts.value, '$.output_tokens'), 9007199254740992), -9007199254740992) AS REAL) END, 0.0), 0.0) AS INTEGER) END AS tokens FROM json_each(ifnull(call.value -> '$.response.usage', '{}')) AS counts WHERE counts.type = 'object' AND typeof(counts.key) = 'text' UNION ALL SELECT CASE WHEN CAST(max(coalesce(CASE WHEN json_type(counts.value, '$.total_tokens') IN ('integer', 'real') THEN CAST(max(min(json_extract(counts.value, '$.total_tokens'), 9007199254740992), -9007199254740992) AS REAL) END, 0.0), 0.0) AS INTEGER) > 0 THEN CAST(max(coalesce(CASE WHEN json_type(counts.value, '$.total_tokens') IN ('integer', 'real') THEN CAST(max(min(json_extract(counts.value, '$.total_tokens'), 9007199254740992), -9007199254740992) AS REAL) END, 0.0), 0.0) AS INTEGER) ELSE CAST(max(coalesce(CASE WHEN json_type(counts.value, '$.prompt_tokens') IN ('integer', 'real') THEN CAST(max(min(json_extract(counts.value, '$.prompt_tokens'), 9007199254740992), -9007199254740992) AS REAL) END, CASE WHEN json_type(counts.value, '$.input_tokens') IN ('integer', 'real') THEN CAST(max(min(json_extract(counts.value, '$.input_tokens'), 9007199254740992), -9007199254740992) AS REAL) END, 0.0), 0.0) AS INTEGER) + CAST(max(coalesce(CASE WHEN json_type(counts.value, '$.completion_tokens') IN ('integer', 'real') THEN CAST(max(min(json_extract(counts.value, '$.completion_tokens'), 9007199254740992), -9007199254740992) AS REAL) END, CASE WHEN json_type(counts.value, '$.output_tokens') IN ('integer', 'real') THEN CAST(max(min(json_extract(counts.value, '$.output_tokens'), 9007199254740992), -9007199254740992) AS REAL) END, 0.0), 0.0) AS INTEGER) END AS tokens FROM json_each(ifnull(call.value -> '$.usage', '{}')) AS counts WHERE counts.type = 'object' AND typeof(counts.key) = 'text')) AS total_tokens,
+        CASE WHEN json_type(call.value, '$.cost') IN ('integer', 'real') THEN CAST(max(min(json_extract(call.value, '$.cost'), 9007199254740992), -9007199254740992) AS REAL) END AS cost,
+        CASE json_type(call.value, '$.cached') WHEN 'true' THEN 1 WHEN 'false' THEN 0 END AS cached,
+        coalesce(json_type(call.value, '$.error') = 'object', 0) AS failed
+    FROM events
+    JOIN commits ON commits.sequence = events.sequence
+    CROSS JOIN json_each(iif(json_valid(events.body), events.body, '{}'), '$.recorded.lm') AS call
+    WHERE events.kind = 'execution_ended' AND instr(events.body, '"lm"') > 0
+        AND call.type = 'object' AND typeof(call.key) = 'integer'
+        AND json_type(iif(json_valid(events.body), events.body, '{}'), '$.execution_id') = 'text';
+
+CREATE INDEX lm_calls_by_execution ON lm_calls (began_sequence);
+
+CREATE INDEX variables_sensitive ON variables (session_key) WHERE (CASE WHEN json_valid(metadata) THEN lower(json_extract(metadata, '$.sensitive')) IS 'true' ELSE 1 END);
+
+CREATE TRIGGER events_lm_calls_in AFTER INSERT ON events
+    WHEN NEW.kind = 'execution_ended' AND instr(NEW.body, '"lm"') > 0
+    BEGIN
+        INSERT INTO lm_calls SELECT * FROM lm_calls_recorded
+        WHERE sequence = NEW.sequence AND event_ordinal = NEW.ordinal;
+    END;
+
+CREATE TRIGGER events_lm_calls_out AFTER DELETE ON events WHEN OLD.kind = 'execution_ended'
+    BEGIN
+        DELETE FROM lm_calls WHERE sequence = OLD.sequence AND event_ordinal = OLD.ordinal;
+    END;
+
+CREATE VIEW lm_calls_in_full AS
+    SELECT sessions.session_id, executions.execution_id, executions.tool, lm_calls.ordinal, lm_calls.model,
+        CASE WHEN hex(json_extract(ending.body, '$.recorded.lm[' || lm_calls.number || '].predictor')) GLOB '*ED[AB]*' THEN ending.body -> ('$.recorded.lm[' || lm_calls.number || '].predictor') ELSE json_extract(ending.body, '$.recorded.lm[' || lm_calls.number || '].predictor') END AS predictor,
+        printf('%s.%06dZ', strftime('%Y-%m-%dT%H:%M:%S', lm_calls.at / 1000000, 'unixepoch'), lm_calls.at % 1000000) AS began_at, lm_calls.latency_us,
+        lm_calls.input_tokens, lm_calls.output_tokens, lm_calls.total_tokens, lm_calls.cost, lm_calls.cached,
+        json_extract(ending.body, '$.recorded.lm[' || lm_calls.number || '].concurrent') AS concurrent,
+        CASE WHEN hex(json_extract(ending.body, '$.recorded.lm[' || lm_calls.number || '].error.type')) GLOB '*ED[AB]*' THEN ending.body -> ('$.recorded.lm[' || lm_calls.number || '].error.type') ELSE json_extract(ending.body, '$.recorded.lm[' || lm_calls.number || '].error.type') END AS error_type,
+        CASE WHEN hex(json_extract(ending.body, '$.recorded.lm[' || lm_calls.number || '].error.message')) GLOB '*ED[AB]*' THEN ending.body -> ('$.recorded.lm[' || lm_calls.number || '].error.message') ELSE json_extract(ending.body, '$.recorded.lm[' || lm_calls.number || '].error.message') END AS error,
+        ending.body -> ('$.recorded.lm[' || lm_calls.number || '].variables') AS variables,
+        ending.body -> ('$.recorded.lm[' || lm_calls.number || '].request.options') AS options,
+        ending.body -> ('$.recorded.lm[' || lm_calls.number || '].request.messages') AS messages,
+        coalesce(ending.body -> ('$.recorded.lm[' || lm_calls.number || '].response.outputs'), ending.body -> ('$.recorded.lm[' || lm_calls.number || '].response.typed.message')) AS answer,
+        CASE WHEN hex(json_extract(ending.body, '$.recorded.lm[' || lm_calls.number || '].hash')) GLOB '*ED[AB]*' THEN ending.body -> ('$.recorded.lm[' || lm_calls.number || '].hash') ELSE json_extract(ending.body, '$.recorded.lm[' || lm_calls.number || '].hash') END AS hash,
+        
+    EXISTS (SELECT 1 FROM variables INDEXED BY variables_sensitive
+        WHERE variables.session_key = executions.session_key AND (CASE WHEN json_valid(metadata) THEN lower(json_extract(metadata, '$.sensitive')) IS 'true' ELSE 1 END))
+ AS masked,
+        lm_calls.sequence
+    FROM lm_calls
+    JOIN executions ON executions.began_sequence = lm_calls.began_sequence
+    JOIN sessions ON sessions.session_key = executions.session_key
+    JOIN events AS ending ON ending.sequence = lm_calls.sequence AND ending.ordinal = lm_calls.event_ordinal;
+
+CREATE VIEW v_lm_calls AS
+    SELECT session_id, execution_id, tool, ordinal, model, predictor, began_at, latency_us,
+        input_tokens, output_tokens, total_tokens, cost, cached, concurrent, error_type,
+        CASE WHEN NOT masked THEN error END AS error, variables, CASE WHEN NOT masked THEN options END AS options, CASE WHEN NOT masked THEN messages END AS messages,
+        CASE WHEN NOT masked THEN answer END AS answer, CASE WHEN NOT masked THEN hash END AS hash, masked, sequence
+    FROM lm_calls_in_full;
+
+CREATE VIEW v_lm_usage AS
+    SELECT sessions.session_id, executions.tool, lm_calls.model, strftime('%Y-%m-%d', lm_calls.at / 1000000, 'unixepoch') AS day,
+        count(*) AS calls, sum(lm_calls.failed) AS failed, CAST(total(lm_calls.cached) AS INTEGER) AS cached,
+        CAST(total(lm_calls.input_tokens) AS INTEGER) AS input_tokens,
+        CAST(total(lm_calls.output_tokens) AS INTEGER) AS output_tokens,
+        CAST(total(lm_calls.total_tokens) AS INTEGER) AS total_tokens,
+        sum(lm_calls.cost) AS cost, count(lm_calls.cost) AS priced,
+        CAST(total(lm_calls.latency_us) AS INTEGER) AS latency_us
+    FROM lm_calls
+    JOIN executions ON executions.began_sequence = lm_calls.began_sequence
+    JOIN sessions ON sessions.session_key = executions.session_key
+    GROUP BY sessions.session_id, executions.tool, lm_calls.model, day;
+
+INSERT INTO alembic_version VALUES ('0007');
 

@@ -601,6 +601,72 @@ class ListSessionsResponse(_message.Message):
 Global___ListSessionsResponse: _TypeAlias = ListSessionsResponse  # noqa: Y015
 
 @_typing.final
+class ListLmUsageRequest(_message.Message):
+    """Sums of LM calls, the largest cost first; with days, the newest day first. The points of the range are about the
+    commits with which the executions of the calls ended.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANGE_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    TOOL_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    BY_FIELD_NUMBER: _builtins.int
+    session: _builtins.str
+    """an id, or a pattern with * and ?"""
+    tool: _builtins.str
+    """a name, or a pattern"""
+    model: _builtins.str
+    """a name, or a pattern"""
+    @_builtins.property
+    def range(self) -> Global___Range: ...
+    @_builtins.property
+    def by(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """session, tool, model, day; none: one sum of everything"""
+
+    def __init__(
+        self,
+        *,
+        range: Global___Range | None = ...,
+        session: _builtins.str = ...,
+        tool: _builtins.str = ...,
+        model: _builtins.str = ...,
+        by: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["range", b"range"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by", b"by", "model", b"model", "range", b"range", "session", b"session", "tool", b"tool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListLmUsageRequest: _TypeAlias = ListLmUsageRequest  # noqa: Y015
+
+@_typing.final
+class ListLmUsageResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USAGE_FIELD_NUMBER: _builtins.int
+    NEXT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def usage(self) -> _containers.RepeatedCompositeFieldContainer[Global___LmUsage]: ...
+    @_builtins.property
+    def next(self) -> Global___Cursor: ...
+    def __init__(
+        self,
+        *,
+        usage: _abc.Iterable[Global___LmUsage] | None = ...,
+        next: Global___Cursor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["next", b"next"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next", b"next", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListLmUsageResponse: _TypeAlias = ListLmUsageResponse  # noqa: Y015
+
+@_typing.final
 class Predicate(_message.Message):
     """A condition on a value: compares it with a number, or its JSON with a text. Masked values never match."""
 
@@ -1573,6 +1639,93 @@ class SessionEntry(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__ttl_s) -> _WhichOneofReturnType__ttl_s | None: ...
 
 Global___SessionEntry: _TypeAlias = SessionEntry  # noqa: Y015
+
+@_typing.final
+class LmUsage(_message.Message):
+    """The sums of some LM calls, also of failed ones. The first four fields are absent unless they are summed by."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    TOOL_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    DAY_FIELD_NUMBER: _builtins.int
+    EXECUTIONS_FIELD_NUMBER: _builtins.int
+    CALLS_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    CACHED_FIELD_NUMBER: _builtins.int
+    INPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    TOTAL_TOKENS_FIELD_NUMBER: _builtins.int
+    COST_FIELD_NUMBER: _builtins.int
+    PRICED_FIELD_NUMBER: _builtins.int
+    LATENCY_US_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    tool: _builtins.str
+    model: _builtins.str
+    day: _builtins.str
+    """in UTC: 2026-03-01"""
+    executions: _builtins.int
+    """how many executions made the calls"""
+    calls: _builtins.int
+    failed: _builtins.int
+    """how many of them failed"""
+    cached: _builtins.int
+    """how many of them a cache answered"""
+    input_tokens: _builtins.int
+    output_tokens: _builtins.int
+    total_tokens: _builtins.int
+    """both, and what models count besides"""
+    cost: _builtins.float
+    """in USD; absent if no cost is known of any call"""
+    priced: _builtins.int
+    """of how many calls the cost is known"""
+    latency_us: _builtins.int
+    """how long the calls took together"""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str | None = ...,
+        tool: _builtins.str | None = ...,
+        model: _builtins.str | None = ...,
+        day: _builtins.str | None = ...,
+        executions: _builtins.int = ...,
+        calls: _builtins.int = ...,
+        failed: _builtins.int = ...,
+        cached: _builtins.int = ...,
+        input_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+        total_tokens: _builtins.int = ...,
+        cost: _builtins.float | None = ...,
+        priced: _builtins.int = ...,
+        latency_us: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "_day", b"_day", "_model", b"_model", "_session_id", b"_session_id", "_tool", b"_tool", "cost", b"cost", "day", b"day", "model", b"model", "session_id", b"session_id", "tool", b"tool"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cost", b"_cost", "_day", b"_day", "_model", b"_model", "_session_id", b"_session_id", "_tool", b"_tool", "cached", b"cached", "calls", b"calls", "cost", b"cost", "day", b"day", "executions", b"executions", "failed", b"failed", "input_tokens", b"input_tokens", "latency_us", b"latency_us", "model", b"model", "output_tokens", b"output_tokens", "priced", b"priced", "session_id", b"session_id", "tool", b"tool", "total_tokens", b"total_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cost: _TypeAlias = _typing.Literal["cost"]  # noqa: Y015
+    _WhichOneofArgType__cost: _TypeAlias = _typing.Literal["_cost", b"_cost"]  # noqa: Y015
+    _WhichOneofReturnType__day: _TypeAlias = _typing.Literal["day"]  # noqa: Y015
+    _WhichOneofArgType__day: _TypeAlias = _typing.Literal["_day", b"_day"]  # noqa: Y015
+    _WhichOneofReturnType__model: _TypeAlias = _typing.Literal["model"]  # noqa: Y015
+    _WhichOneofArgType__model: _TypeAlias = _typing.Literal["_model", b"_model"]  # noqa: Y015
+    _WhichOneofReturnType__session_id: _TypeAlias = _typing.Literal["session_id"]  # noqa: Y015
+    _WhichOneofArgType__session_id: _TypeAlias = _typing.Literal["_session_id", b"_session_id"]  # noqa: Y015
+    _WhichOneofReturnType__tool: _TypeAlias = _typing.Literal["tool"]  # noqa: Y015
+    _WhichOneofArgType__tool: _TypeAlias = _typing.Literal["_tool", b"_tool"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cost) -> _WhichOneofReturnType__cost | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__day) -> _WhichOneofReturnType__day | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__model) -> _WhichOneofReturnType__model | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__session_id) -> _WhichOneofReturnType__session_id | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tool) -> _WhichOneofReturnType__tool | None: ...
+
+Global___LmUsage: _TypeAlias = LmUsage  # noqa: Y015
 
 @_typing.final
 class PruneRequest(_message.Message):

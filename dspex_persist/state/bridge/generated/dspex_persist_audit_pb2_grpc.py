@@ -74,6 +74,11 @@ class AuditServiceStub(object):
                 request_serializer=dspex__persist__audit__pb2.ListSessionsRequest.SerializeToString,
                 response_deserializer=dspex__persist__audit__pb2.ListSessionsResponse.FromString,
                 _registered_method=True)
+        self.ListLmUsage = channel.unary_stream(
+                '/dspex.persist.v1.AuditService/ListLmUsage',
+                request_serializer=dspex__persist__audit__pb2.ListLmUsageRequest.SerializeToString,
+                response_deserializer=dspex__persist__audit__pb2.ListLmUsageResponse.FromString,
+                _registered_method=True)
         self.GetExecution = channel.unary_unary(
                 '/dspex.persist.v1.AuditService/GetExecution',
                 request_serializer=dspex__persist__audit__pb2.GetExecutionRequest.SerializeToString,
@@ -220,6 +225,13 @@ class AuditServiceServicer(object):
 
     def ListSessions(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLmUsage(self, request, context):
+        """Sums of the recorded calls of language models, by session, tool, model and day.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -411,6 +423,11 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     servicer.ListSessions,
                     request_deserializer=dspex__persist__audit__pb2.ListSessionsRequest.FromString,
                     response_serializer=dspex__persist__audit__pb2.ListSessionsResponse.SerializeToString,
+            ),
+            'ListLmUsage': grpc.unary_stream_rpc_method_handler(
+                    servicer.ListLmUsage,
+                    request_deserializer=dspex__persist__audit__pb2.ListLmUsageRequest.FromString,
+                    response_serializer=dspex__persist__audit__pb2.ListLmUsageResponse.SerializeToString,
             ),
             'GetExecution': grpc.unary_unary_rpc_method_handler(
                     servicer.GetExecution,
@@ -680,6 +697,33 @@ class AuditService(object):
             '/dspex.persist.v1.AuditService/ListSessions',
             dspex__persist__audit__pb2.ListSessionsRequest.SerializeToString,
             dspex__persist__audit__pb2.ListSessionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLmUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/dspex.persist.v1.AuditService/ListLmUsage',
+            dspex__persist__audit__pb2.ListLmUsageRequest.SerializeToString,
+            dspex__persist__audit__pb2.ListLmUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

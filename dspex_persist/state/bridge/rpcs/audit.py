@@ -31,6 +31,7 @@ from dspex_persist.state.audit import (
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
 from dspex_persist.state.bridge.records import Codec
 from dspex_persist.state.errors import InvalidArgumentError
+from dspex_persist.state.lm_calls import LmUsage, LmUsageQuery
 from dspex_persist.state.model import PrunePolicy, PruneReport
 
 AUDIT_SERVICE: Final = pb.DESCRIPTOR.services_by_name["AuditService"]
@@ -106,7 +107,7 @@ SINGLES: Final[tuple[Single[Any], ...]] = (GET_HEAD, RESOLVE_POINT, GET_EXECUTIO
 
 
 _IN_RANGE: Final = ("since", "until", "newest_first", "limit")
-_CONDITIONS: Final = ("metadata", "where")
+_CONDITIONS: Final = ("metadata", "where", "by")
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,11 +240,19 @@ LIST_SESSIONS: Final = ListRpc(
     "sessions",
     Codec[SessionEntry].between(SessionEntry, pb.SessionEntry),
 )
+LIST_LM_USAGE: Final = ListRpc(
+    "ListLmUsage",
+    _query(LmUsageQuery, pb.ListLmUsageRequest),
+    pb.ListLmUsageResponse,
+    "usage",
+    Codec[LmUsage].between(LmUsage, pb.LmUsage),
+)
 LISTS: Final[Mapping[type[Query[Any]], ListRpc[Any]]] = {
     HistoryQuery: LIST_HISTORY,
     ExecutionQuery: LIST_EXECUTIONS,
     CommitQuery: LIST_COMMITS,
     SessionQuery: LIST_SESSIONS,
+    LmUsageQuery: LIST_LM_USAGE,
 }
 
 

@@ -28,6 +28,7 @@ from dspex_persist.state.audit import (
     is_glob,
 )
 from dspex_persist.state.errors import UnsupportedError, VersionNotFoundError, VersionPrunedError
+from dspex_persist.state.lm_calls import LmUsage, LmUsageQuery
 from dspex_persist.state.masking import Secrets
 from dspex_persist.state.store import damage
 from dspex_persist.state.store import variables as stored_variables
@@ -48,6 +49,7 @@ from dspex_persist.state.store.history.points import (
 )
 from dspex_persist.state.store.history.rows import Bounds, all_rows, records_of
 from dspex_persist.state.store.history.secrets import secrets_of
+from dspex_persist.state.store.history.usage import usage_of
 from dspex_persist.state.store.history.versions import HistoryPage, entry_of, one_version
 
 
@@ -69,6 +71,7 @@ class StoredAudit(AuditSource):
     ) -> None:
         self.reveal = reveal
         self._readers = readers
+        self._usage: tuple[tuple[LmUsageQuery, Bounds], list[LmUsage]] | None = None
         self._on_close = on_close
 
     def close(self) -> None:
@@ -118,9 +121,23 @@ class StoredAudit(AuditSource):
                     page = commit_page(connection, any_query, bounds, after, most)
                 case SessionQuery():
                     page = session_page(connection, any_query, bounds, after, most)
+                case LmUsageQuery():
+                    page = self._usage_page(connection, any_query, bounds, after, most)
                 case _:
                     raise UnsupportedError(f"queries of type {type(query).__name__}")
         return cast(Page[T], page)
+
+    def _usage_page(
+        self, connection: Connection, query: LmUsageQuery, bounds: Bounds, after: Cursor | None, most: int
+    ) -> Page[LmUsage]:
+        """Return a page of sums, whose cursor is its place: only all of them together can be computed and sorted."""
+        asked = (query, bounds)
+        known = self._usage
+        if after is None or known is None or known[0] != asked:
+            known = self._usage = (asked, usage_of(connection, query, bounds))
+        begin = 0 if after is None else after[0]
+        end = begin + most
+        return Page(known[1][begin:end], (end,) if end < len(known[1]) else None)
 
     # Single answers
 

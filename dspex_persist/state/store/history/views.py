@@ -48,8 +48,13 @@ def _reason(column: str, path: str) -> str:
 def reveal_values(connection: sqlite3.Connection) -> None:
     """Make the views show the values of sensitive variables, on this connection only."""
     for view in _WITH_VALUES:
-        columns = [row[1] for row in connection.execute(f"PRAGMA main.table_info({view})")]
-        connection.execute(_revealing(view, columns))
+        connection.execute(_revealing(view, _columns_of(connection, view)))
+    calls = ", ".join(_columns_of(connection, "v_lm_calls"))
+    connection.execute(f"CREATE TEMP VIEW v_lm_calls AS SELECT {calls} FROM main.lm_calls_in_full")
+
+
+def _columns_of(connection: sqlite3.Connection, view: str) -> list[str]:
+    return [row[1] for row in connection.execute(f"PRAGMA main.table_info({view})")]
 
 
 def _revealing(view: str, columns: Sequence[str]) -> str:
@@ -128,6 +133,17 @@ QUESTIONS: Final[Mapping[str, str]] = {
         select tool, count(*) as executions, round(avg(duration_us) / 1000.0, 1) as mean_ms,
             round(max(duration_us) / 1000.0, 1) as longest_ms, round(sum(duration_us) / 1000.0, 1) as all_ms
         from v_executions where duration_us is not null group by tool order by mean_ms desc
+    """),
+    "lm_costs": _statement("""
+        select day, session_id, tool, model, calls, failed, cached, input_tokens, output_tokens,
+            round(cost, 6) as cost_usd, priced, round(latency_us / 1000.0 / calls, 1) as mean_ms
+        from v_lm_usage where (:session = '' or session_id = :session) order by day desc, cost desc
+    """),
+    "failed_lm_calls": _statement("""
+        select session_id, execution_id, tool, model, predictor, error_type, error, latency_us / 1000.0 as took_ms,
+            began_at
+        from v_lm_calls where error_type is not null and (:session = '' or session_id = :session)
+        order by sequence desc
     """),
     "most_conflicts": _statement("""
         select session_id, tool, sum(status = 'conflict') as conflicts, count(*) as executions,

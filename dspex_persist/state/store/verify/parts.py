@@ -11,6 +11,7 @@ from dspex_persist.state.store.engine import snapshot
 from dspex_persist.state.store.verify.contents import BlobWalk
 from dspex_persist.state.store.verify.documents import DocumentWalk
 from dspex_persist.state.store.verify.live import LiveWalk
+from dspex_persist.state.store.verify.lm_calls import LmCallsWalk
 from dspex_persist.state.store.verify.log import LogWalk, Seen, ranges_in
 from dspex_persist.state.store.verify.metadata import IndexedWalk, StrayWalk
 from dspex_persist.state.store.verify.outcomes import OutcomeWalk
@@ -33,7 +34,9 @@ class Part(NamedTuple):
     until: int | None = None
 
 
-AFTER_THE_LOG: Final = tuple(map(Part, ("pruned", "contents", "metadata", "sessions", "documents", "outcomes", "live")))
+AFTER_THE_LOG: Final = tuple(
+    map(Part, ("pruned", "contents", "metadata", "lm_calls", "sessions", "documents", "outcomes", "live"))
+)
 """The parts other than the log, whose problems are reported after those of the log, in this order."""
 
 
@@ -124,6 +127,8 @@ class PartChecker:
             case "metadata":
                 strays = StrayWalk()
                 return strays, IndexedWalk(strays)
+            case "lm_calls":
+                return (LmCallsWalk(),)
             case "sessions":
                 return (SessionWalk(),)
             case "documents":

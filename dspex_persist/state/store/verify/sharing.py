@@ -22,7 +22,7 @@ from dspex_persist.state.store.verify.walk import Problem
 
 _MOST_JOBS: Final = 4
 _SMALL_BYTES: Final = 16 * 1024 * 1024
-_LONG: Final = ("contents", "metadata", "live", "sessions")
+_LONG: Final = ("contents", "metadata", "lm_calls", "live", "sessions")
 """The parts after the log that can take long, the longest last."""
 _HELPING: Final = "dspex_persist.state.store.verify.helping"
 

@@ -1,0 +1,72 @@
+"""Check the table of recorded LM calls."""
+
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+from sqlalchemy import Connection
+
+from dspex_persist.state.store.engine import raw_rows
+from dspex_persist.state.store.schema import lm_calls
+from dspex_persist.state.store.verify.walk import (
+    AFTER_ALL,
+    BEFORE_ALL,
+    PAGE_ENTRIES,
+    SNAPSHOT_S,
+    Problem,
+    Walk,
+    find_row,
+    place_of,
+)
+
+_COLUMNS: Final = [column.name for column in lm_calls.columns]
+_KEY: Final = 3
+"""How many columns say which call it is."""
+_IN_RANGE: Final = "WHERE sequence > ? AND sequence <= ? ORDER BY sequence, event_ordinal"
+_RECORDED: Final = f"SELECT {', '.join(_COLUMNS)} FROM lm_calls_recorded {_IN_RANGE}"
+_LISTED: Final = f"SELECT {', '.join(_COLUMNS)} FROM lm_calls {_IN_RANGE}"
+_LAST: Final = "SELECT max(sequence) FROM commits"
+_SESSION_OF: Final = "SELECT session_key FROM commits WHERE sequence = ?"
+
+
+class LmCallsWalk(Walk):
+    """The table has each recorded LM call as it is in its event, and no other."""
+
+    def __init__(self) -> None:
+        self._last: float = BEFORE_ALL
+
+    def __str__(self) -> str:
+        return f"the LM calls after commit {max(self._last, 0)}"
+
+    def page(self, connection: Connection) -> Iterator[Problem]:
+        end = time.monotonic() + SNAPSHOT_S
+        newest = find_row(connection, _LAST)[0] or 0
+        while self.more:
+            until = max(self._last, 0) + PAGE_ENTRIES
+            if until >= newest:
+                until, self.more = AFTER_ALL, False
+            yield from self._compare(connection, until)
+            self._last = until
+            if time.monotonic() > end:
+                return
+
+    def _compare(self, connection: Connection, until: float) -> Iterator[Problem]:
+        recorded, listed = (
+            {tuple(row[:_KEY]): row for row in raw_rows(connection, statement, self._last, until)}
+            for statement in (_RECORDED, _LISTED)
+        )
+        for key in sorted(recorded.keys() | listed.keys()):
+            for what in _differences(recorded.get(key), listed.get(key)):
+                session = find_row(connection, _SESSION_OF, key[0])
+                yield Problem(place_of(connection, key[0], session[0] if session else 0, ()), what.format(key[2]))
+
+
+def _differences(recorded: Any, listed: Any) -> Iterator[str]:
+    if recorded is None:
+        yield "lm_calls has LM call {}, which the commit does not have"
+    elif listed is None:
+        yield "LM call {} is missing in lm_calls"
+    else:
+        different = [name for name, *pair in zip(_COLUMNS, recorded, listed, strict=True) if pair[0] != pair[1]]
+        if different:
+            yield f"lm_calls has another {', '.join(different)} for LM call {{}}"
