@@ -21,7 +21,15 @@ from dspex_persist.replay.tools import RunAgain, refused_lm_calls, stand_ins_for
 from dspex_persist.state.commands.globs import compile_glob
 from dspex_persist.state.errors import InvalidArgumentError, quote
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.model import REASON, TRANSACTION, ExecutionStatus, Origin, ToolOutcome, without_reason
+from dspex_persist.state.model import (
+    REASON,
+    RECORDING_ID,
+    TRANSACTION,
+    ExecutionStatus,
+    Origin,
+    ToolOutcome,
+    without_reason,
+)
 from dspex_persist.state.provider import TOOL_TIMEOUT_S
 from dspex_persist.state.tools.home import Home
 from dspex_persist.state.tools.invoke import Invoker
@@ -242,6 +250,8 @@ def _why_not(root: RecordedExecution, tools: Collection[str]) -> str:
     """The reason why an execution cannot be run again; "" if it can."""
     if root.tool == TRANSACTION and TRANSACTION not in tools:
         return "it was a transaction of a client, whose code is not among the tools"
+    if RECORDING_ID in root.metadata:
+        return "it recorded the LM calls of a program, which is not a tool: play them back (docs/lm-calls.md)"
     if not root.ended:
         return "it had not ended when the recording was made"
     if root.worker_id:

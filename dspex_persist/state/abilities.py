@@ -5,18 +5,20 @@ that has it, or raises `UnsupportedError`, which says what to do instead. A wrap
 abilities of the provider that it wraps. `dspex_persist.testing` has a test suite for each ability.
 """
 
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from types import TracebackType
-from typing import ClassVar, Final, Self, TypeVar, Unpack
+from typing import Any, ClassVar, Final, Self, TypeVar, Unpack
 
 from dspex_persist.state import arguments, commands, values
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.commands import Command
-from dspex_persist.state.errors import TransactionEndedError, UnsupportedError
+from dspex_persist.state.errors import InvalidArgumentError, TransactionEndedError, UnsupportedError
 from dspex_persist.state.model import (
+    RECORDING,
     ExecutionStatus,
     ImportedSession,
     Isolation,
@@ -551,6 +553,25 @@ class Transaction(Submits):
         return self.submit(command).result()
 
     @abstractmethod
+    def submit_record(self, kind: str, entry: Mapping[str, Any]) -> Future[None]:
+        """Begin to record; the future ends as `record` does."""
+
+    def record(self, kind: str, entry: Mapping[str, Any]) -> None:
+        """Record an input from outside, such as a call of a language model, in the journal entry.
+
+        It is kept however the transaction ends; on a server, even if this process disappears.
+
+        Args:
+            kind: The list in the journal's `recorded` to append to, such as "lm".
+            entry: The input, as JSON objects.
+
+        Raises:
+            ExecutionEndedError: It has ended.
+            LimitExceededError: The journal entry becomes too large.
+        """
+        self.submit_record(kind, entry).result()
+
+    @abstractmethod
     def submit_commit(self) -> Future[int]:
         """Begin to commit; the future has the result of `commit`."""
 
@@ -611,6 +632,19 @@ def part_of(transaction: Origin, origin: Origin | None) -> Origin:
     )
 
 
+def new_recording_id() -> str:
+    """Return an id for a recording: its executions get other ids when their session moves."""
+    return f"rec_{secrets.token_hex(8)}"
+
+
+def checked_kind(kind: object) -> str:
+    """Return a kind of recorded inputs; `InvalidArgumentError` if it cannot be one."""
+    name = arguments.text("kind", kind)
+    if not name or name == "now":
+        raise InvalidArgumentError("kind", f"{name!r} is not a kind of inputs that clients record, such as 'lm'")
+    return name
+
+
 class Transacts(StateProvider, Ability):
     """Clients can read and write a session in transactions, under the conflict rules of tools."""
 
@@ -658,3 +692,39 @@ class Transacts(StateProvider, Ability):
         return self.submit_transaction(
             session_id, isolation=isolation, timeout_s=timeout_s, metadata=metadata, origin=origin
         ).result()
+
+    @abstractmethod
+    def submit_recording(
+        self,
+        session_id: str,
+        name: str = RECORDING,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        origin: Origin | None = None,
+    ) -> Future[Transaction]:
+        """Begin to open a recording; the future has the result of `begin_recording`."""
+
+    def begin_recording(
+        self,
+        session_id: str,
+        name: str = RECORDING,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        origin: Origin | None = None,
+    ) -> Transaction:
+        """Open a recording: a transaction whose purpose is `Transaction.record`.
+
+        Unlike others it waits for no execution, whatever concurrency the session demands, no execution waits for it,
+        and it has no time limit. As long as it reads and writes nothing, it never conflicts.
+
+        Args:
+            session_id: The session.
+            name: What the journal has as its tool.
+            metadata: Texts to record with it in the journal.
+            origin: Who makes the request; the provider's default if None.
+
+        Raises:
+            SessionNotFoundError: The session does not exist, or has ended.
+            InvalidArgumentError: An argument is wrong.
+        """
+        return self.submit_recording(session_id, name, metadata=metadata, origin=origin).result()

@@ -28,6 +28,7 @@ from dspex_persist.state.abilities import (
 from dspex_persist.state.audit import AuditSource
 from dspex_persist.state.commands import Command, Derivation
 from dspex_persist.state.model import (
+    RECORDING,
     Isolation,
     Origin,
     PrunePolicy,
@@ -227,6 +228,17 @@ class TransactsAround(HandedOn, Transacts):
         return Transacts.of(self.provider).submit_transaction(
             session_id, isolation=isolation, timeout_s=timeout_s, metadata=metadata, origin=origin
         )
+
+    def submit_recording(
+        self,
+        session_id: str,
+        name: str = RECORDING,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        origin: Origin | None = None,
+    ) -> Future[Transaction]:
+        """See `Transacts.submit_recording`."""
+        return Transacts.of(self.provider).submit_recording(session_id, name, metadata=metadata, origin=origin)
 
 
 _PARTS: Final[Mapping[type[Ability], type[HandedOn]]] = {

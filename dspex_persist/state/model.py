@@ -586,6 +586,14 @@ class ToolOutcome:
 
 TRANSACTION = "transaction"
 """What the journal has as the tool of a client's transaction."""
+RECORDING = "recording"
+"""What the journal has as the tool of a client's recording, unless that has a name."""
+RECORDING_ID = "dspex.recording"
+"""The key of an execution's metadata that marks it as a recording; the entry is the id that all its parts have."""
+PART = "dspex.part"
+"""The key of an execution's metadata with the number of the recording's part that it is, from 1."""
+OF_RECORDINGS = frozenset((RECORDING_ID, PART))
+"""The keys that only recordings have in their metadata."""
 PINNED = "pinned"
 """The metadata key of a change that exempts its version from pruning; the entry is then "true"."""
 

@@ -18,7 +18,7 @@ from dspex_persist.cognitive.context import Context
 from dspex_persist.cognitive.errors import ContextClosedError
 from dspex_persist.infra.mailbox import LoopMailbox
 from dspex_persist.state import commands, errors, values
-from dspex_persist.state.abilities import Transaction, Transacts
+from dspex_persist.state.abilities import Recordable, Transaction, Transacts
 from dspex_persist.state.model import ChangeKind, Value
 from dspex_persist.testing.checks import DEADLINE_S, let_pass, names_of, take
 from dspex_persist.testing.provider_contract.arguments import WRONG_METADATA, WRONG_TEXTS
@@ -36,6 +36,14 @@ def value_in(transaction: Transaction, name: str) -> Any:
 def write(transaction: Transaction, name: str, value: int) -> None:
     """Write an integer as part of the transaction."""
     transaction.run(commands.SetVariable(transaction.session_id, name, Value(str(value))))
+
+
+def executions_of(provider: Any, session: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the journal has of the beginnings and the ends of executions, by id."""
+    _, commits = Recordable.of(provider).record(session)
+    facts = [event.body for commit in commits for event in commit.events if "execution_id" in event.body]
+    begun = {each["execution_id"]: each for each in facts if "tool" in each}
+    return begun, {each["execution_id"]: each for each in facts if "recorded" in each}
 
 
 class TransactionContract(Contract):
@@ -342,6 +350,71 @@ class TransactionContract(Contract):
         with provider.begin_transaction(shop) as transaction:
             write(transaction, "a", value_in(transaction, "a") + 1)
         assert provider.get_value(shop, "a") == 2
+
+    # Recordings
+
+    def test_what_is_recorded_is_in_the_journal_however_it_ends(self, provider: Transacts, shop: str) -> None:
+        def end(each: Transaction, way: str) -> None:
+            if way == "commit":
+                each.commit()
+            else:
+                each.abort(ZeroDivisionError("no") if way == "fail" else None)
+
+        expected = {}
+        for way, status in (("commit", "committed"), ("abort", "aborted"), ("fail", "failed")):
+            recording = provider.begin_recording(shop, f"my {way}", metadata={"run": "7"})
+            transaction = provider.begin_transaction(shop)
+            for each in (recording, transaction):
+                each.record("lm", {"ordinal": 0, "text": "ü", "deep": {"x": [1, None, 0.5]}})
+                each.record("lm", {"ordinal": 1})
+                each.record("other", {})
+                end(each, way)
+                assert each.status == status
+                with pytest.raises(ENDED):
+                    each.record("lm", {})
+            expected[recording.execution_id] = (f"my {way}", status)
+            expected[transaction.execution_id] = ("transaction", status)
+        begun, ended = executions_of(provider, shop)
+        lm = [{"ordinal": 0, "text": "ü", "deep": {"x": [1, None, 0.5]}}, {"ordinal": 1}]
+        assert {each: (begun[each]["tool"], ended[each]["status"]) for each in begun} == expected
+        assert [each["recorded"] for each in ended.values()] == [{"now": [], "lm": lm, "other": [{}]}] * 6
+        assert [each["metadata"].get("dspex.part") for each in begun.values()] == ["1", None] * 3
+        assert len({each["metadata"].get("dspex.recording") for each in begun.values()}) == 4
+        assert next(iter(begun.values()))["metadata"]["run"] == "7"
+
+    @pytest.mark.parametrize("demanded", ["queue", "reject"])
+    def test_a_recording_waits_for_nobody_and_nobody_for_it(
+        self, provider: Transacts, shop: str, demanded: str
+    ) -> None:
+        provider.initialize_session(shop, {"dspex.concurrency": demanded})
+        with provider.begin_transaction(shop) as transaction:
+            within = provider.begin_recording(shop)
+            write(transaction, "a", 1)
+        assert provider.submit(commands.ExecuteTool(shop, "add")).result().success
+        with provider.begin_transaction(shop) as transaction:
+            write(transaction, "a", value_in(transaction, "a") + 1)
+        within.record("lm", {})
+        within.commit()
+        assert provider.get_value(shop, "a") == 3
+
+    def test_wrong_recordings_are_refused(self, provider: Transacts, session: str) -> None:
+        for wrong in ("", "x" * 10_000, "\x00", "\ud800"):
+            with pytest.raises(errors.StateError):
+                provider.begin_recording(session, wrong)
+        for metadata in WRONG_METADATA:
+            with pytest.raises(errors.InvalidArgumentError):
+                provider.begin_recording(session, metadata=cast("Any", metadata))
+        with pytest.raises(errors.SessionNotFoundError):
+            provider.begin_recording("nowhere")
+        with provider.begin_recording(session) as recording:
+            for kind in ("", "now", *WRONG_TEXTS):
+                with pytest.raises(errors.InvalidArgumentError):
+                    recording.record(cast("Any", kind), {})
+            for entry in ({"x": float("nan")}, {"x": object()}, {"x": "\ud800"}):
+                with pytest.raises(errors.StateError):
+                    recording.record("lm", entry)
+            with pytest.raises(errors.LimitExceededError, match="journal_size_bytes"):
+                recording.record("lm", {"x": "x" * 2 * 1024 * 1024})
 
     # Through a context
 

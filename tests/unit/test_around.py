@@ -99,6 +99,9 @@ def test_transactions_are_passed_on() -> None:
         with wrapper.begin_transaction("s", isolation="snapshot") as transaction:
             transaction.run(RegisterVariable("s", "x", "integer", Value("1")))
         assert (transaction.status, wrapper.get_value("s", "x")) == ("committed", 1)
+        with wrapper.begin_recording("s", "mine") as recording:
+            recording.record("lm", {})
+        assert recording.status == "committed"
 
 
 def test_a_custom_wrapper_takes_a_few_lines() -> None:

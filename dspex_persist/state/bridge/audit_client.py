@@ -318,8 +318,9 @@ def begin(
     line: Line,
     session_id: str,
     isolation: str,
-    timeout_s: float,
+    timeout_s: float | None,
     metadata: Mapping[str, str],
+    recording: str | None,
     *,
     headers: Headers,
     patience_s: float,
@@ -333,12 +334,13 @@ def begin(
         isolation: See `Transacts.begin_transaction`.
         timeout_s: How long the transaction may last, in seconds.
         metadata: Texts to record with it.
+        recording: The name of the recording, if it is one.
         headers: Who begins it.
         patience_s: How long to wait until it has begun, in seconds.
     """
     request = _built(
         lambda: pb.BeginTransactionRequest(
-            session=session_id, isolation=isolation, timeout_s=timeout_s, metadata=metadata
+            session=session_id, isolation=isolation, timeout_s=timeout_s, metadata=metadata, recording=recording
         )
     )
     call, begun = _Calls(channel, line).open("BeginTransaction", request, headers, patience_s)

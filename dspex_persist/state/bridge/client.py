@@ -67,6 +67,7 @@ from dspex_persist.state.errors import (
     UnsupportedError,
 )
 from dspex_persist.state.model import (
+    RECORDING,
     Isolation,
     Origin,
     PrunePolicy,
@@ -403,17 +404,32 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
         begin = partial(self._begin, session_id, isolation, timeout_s, metadata, origin, current_execution_id())
         return on_new_thread(begin, "dspex-persist-transaction")
 
+    def submit_recording(
+        self,
+        session_id: str,
+        name: str = RECORDING,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        origin: Origin | None = None,
+    ) -> Future[Transaction]:
+        """See `Transacts.submit_recording`. The server keeps what it has if the connection breaks."""
+        begin = partial(self._begin, session_id, Isolation.SNAPSHOT, None, metadata, origin, None, recording=name)
+        return on_new_thread(begin, "dspex-persist-recording")
+
     def _begin(
         self,
         session_id: str,
         isolation: Isolation | str,
-        timeout_s: float,
+        timeout_s: float | None,
         metadata: Mapping[str, str] | None,
         origin: Origin | None,
         asker_id: str | None,
+        *,
+        recording: str | None = None,
     ) -> Transaction:
         self.check_open()
-        timeout_s = arguments.timeout("timeout_s", timeout_s)
+        if timeout_s is not None:
+            timeout_s = arguments.timeout("timeout_s", timeout_s)
         if origin is not None:
             arguments.origin(origin)
         origin = origin or self.default_origin("BeginTransaction")
@@ -424,9 +440,10 @@ class BridgedState(StreamsTools, Durable, Auditable, Recordable, Importable, For
             arguments.member("isolation", isolation, Isolation).value,
             timeout_s,
             arguments.metadata("metadata", or_empty(metadata)),
+            None if recording is None else arguments.text("name", recording),
             headers=(*self._headers_of_origin(origin), *_headers({ASKED_BY: asker_id})),
             # It may have to wait for its turn.
-            patience_s=timeout_s + _VERDICT_S,
+            patience_s=self._timeout_s if timeout_s is None else timeout_s + _VERDICT_S,
         )
         stub = AuditServiceStub(self._channel)
         own = replace(origin, cause=execution_id)

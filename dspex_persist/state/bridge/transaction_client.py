@@ -7,8 +7,9 @@ from typing import Any, Final, Protocol, TypeVar
 
 import grpc
 
-from dspex_persist.state import commands
-from dspex_persist.state.abilities import Transaction, part_of, transaction_ended
+from dspex_persist.infra.futures import failed
+from dspex_persist.state import commands, values
+from dspex_persist.state.abilities import Transaction, checked_kind, part_of, transaction_ended
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
 from dspex_persist.state.bridge.generated.dspex_persist_audit_pb2_grpc import AuditServiceStub
 from dspex_persist.state.bridge.headers import EXECUTION_ID, EXECUTION_STATUS, Headers
@@ -138,6 +139,40 @@ class BridgedTransaction(Transaction):
         elif self.status:
             error = self._ended()
         future.set_exception(error)
+
+    def submit_record(self, kind: str, entry: Mapping[str, Any]) -> Future[None]:
+        """See `Transaction.submit_record`. It is sent once: if the connection breaks, the transaction ends."""
+        try:
+            text = values.encode(entry, "map", name=checked_kind(kind)).json
+        except StateError as error:
+            return failed(error)
+        request = pb.RecordInputsRequest(execution_id=self.execution_id, kind=kind, entries_json=[text])
+        return self._ask(self._stub.RecordInputs, request)
+
+    def _ask(self, rpc: Any, request: Any) -> Future[None]:
+        """Call an rpc on the transaction, which goes on."""
+        future: Future[None] = Future()
+        future.set_running_or_notify_cancel()
+
+        def settle(call: Any) -> None:
+            error = self._error_of(call)
+            if isinstance(error, OutcomeUnknownError):
+                self._end(ExecutionStatus.INTERRUPTED.value)
+            if isinstance(error, OutcomeUnknownError | ExecutionNotFoundError | ExecutionEndedError):
+                error = self._ended()
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+
+        try:
+            self._here.check()
+            if self._is_ending or self.status:
+                raise self._ended()
+            self._call(rpc, request, settle)
+        except StateError as error:
+            future.set_exception(error)
+        return future
 
     def submit_commit(self) -> Future[int]:
         """See `Transaction.submit_commit`."""

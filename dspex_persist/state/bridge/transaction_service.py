@@ -1,19 +1,27 @@
 """TransactionRpcs: transactions of clients over gRPC, as part of the audit service. Contains no rules."""
 
+import asyncio
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
-from dspex_persist.state.abilities import Transacts
+from dspex_persist.state import values
+from dspex_persist.state.abilities import Transacts, checked_kind
 from dspex_persist.state.bridge.generated import dspex_persist_audit_pb2 as pb
 from dspex_persist.state.bridge.headers import ASKED_BY, EXECUTION_STATUS
 from dspex_persist.state.bridge.incoming import Context, RequestHeaders, check_count, origin_of
 from dspex_persist.state.bridge.records import Codec
-from dspex_persist.state.errors import ExecutionNotFoundError, UnsupportedError
+from dspex_persist.state.errors import ExecutionNotFoundError, InvalidArgumentError, UnsupportedError
+from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import ExecutionStatus, Failure, Isolation
 from dspex_persist.state.provider import TOOL_TIMEOUT_S, StateProvider
 from dspex_persist.state.tools.transactions import OpenTransaction
 from dspex_persist.state.tools.with_tools import WithTools
 
 FAILURE: Final[Codec[Failure]] = Codec.between(Failure, pb.Failure)
+_MOST_BYTES: Final = sys.maxsize
 
 
 class TransactionRpcs:
@@ -36,14 +44,19 @@ class TransactionRpcs:
             raise UnsupportedError(Transacts.lacking, Transacts.instead)
         limits = provider.runner.limits
         check_count("metadata entries", request.metadata, limits.metadata_entries, "metadata_entries")
-        timeout_s = request.timeout_s if request.HasField("timeout_s") else TOOL_TIMEOUT_S
+        recording = request.recording if request.HasField("recording") else None
+        default_s = TOOL_TIMEOUT_S if recording is None else None
+        timeout_s = request.timeout_s if request.HasField("timeout_s") else default_s
         headers = RequestHeaders(context)
         origin = origin_of("BeginTransaction", context, headers)
         isolation = request.isolation or Isolation.SERIALIZABLE
         opened = await OpenTransaction.begin(
             provider.runner,
-            *provider.transaction_request(request.session, isolation, timeout_s, dict(request.metadata), origin),
+            *provider.transaction_request(
+                request.session, isolation, timeout_s, dict(request.metadata), origin, recording=recording
+            ),
             headers.find(ASKED_BY),
+            takes_turns=recording is None,
         )
         execution_id = opened.session.execution_id
         self._open[execution_id] = opened
@@ -65,8 +78,31 @@ class TransactionRpcs:
         await self._opened(request.execution_id).abort(failure)
         return pb.AbortTransactionResponse()
 
+    async def RecordInputs(self, request: pb.RecordInputsRequest, context: Context) -> Any:
+        session = self._opened(request.execution_id).session
+        kind = checked_kind(request.kind)
+        read = partial(_objects, list(request.entries_json), session.execution.overlay.unit.limits)
+        is_long = sum(map(len, request.entries_json)) > values.LONG_JSON
+        entries = await asyncio.to_thread(read) if is_long else read()
+        for entry in entries:
+            session.execution.check_running()
+            session.record(kind, entry)
+        return pb.RecordInputsResponse()
+
     def _opened(self, execution_id: str) -> OpenTransaction:
         opened = self._open.get(execution_id)
         if opened is None:
             raise ExecutionNotFoundError(execution_id)
         return opened
+
+
+def _objects(texts: Sequence[str], limits: Limits) -> list[Mapping[str, Any]]:
+    return [_object(text, limits) for text in texts]
+
+
+def _object(text: str, limits: Limits) -> Mapping[str, Any]:
+    # The journal's limit counts them.
+    entry = values.parse_json(text, name="entries_json", limits=replace(limits, value_size_bytes=_MOST_BYTES))
+    if not isinstance(entry, dict):
+        raise InvalidArgumentError("entries_json", "each entry must be a JSON object")
+    return entry

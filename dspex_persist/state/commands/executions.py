@@ -22,6 +22,7 @@ from dspex_persist.state.frozen import freeze
 from dspex_persist.state.limits import Limits
 from dspex_persist.state.model import (
     CONCURRENCY,
+    OF_RECORDINGS,
     REASON,
     Concurrency,
     Conflict,
@@ -94,7 +95,7 @@ class BeginExecution(Command[Begun]):
 
     def apply(self, uow: UnitOfWork) -> Begun:
         state = uow.session(self.session_id)
-        check_metadata(self.metadata, uow.limits)
+        check_metadata(self.metadata, uow.limits, OF_RECORDINGS)
         if self.parent_id is not None and self.parent_id not in state.executions:
             raise ExecutionEndedError(self.parent_id, "not running")
         fingerprint = ""

@@ -35,6 +35,7 @@ from dspex_persist.state.events import (
 )
 from dspex_persist.state.frozen import freeze
 from dspex_persist.state.model import (
+    OF_RECORDINGS,
     REASON,
     RESTORED_METADATA,
     ChangeKind,
@@ -392,7 +393,7 @@ class _Repetition:
             raise ValueError(f"execution {quote(execution_id)} was called by {quote(parent_id)}, which is not running")
         if event.idempotency_key is not None:
             check_text("idempotency key", event.idempotency_key, uow.limits.name_length, "name_length")
-        check_metadata(without_reason(event.metadata), uow.limits)
+        check_metadata(without_reason(event.metadata), uow.limits, OF_RECORDINGS)
         if not 1 <= event.attempt <= self._commit.number:
             # Each attempt began in a separate commit.
             reason = f"cannot be attempt {event.attempt} in commit {self._commit.number}"

@@ -34,7 +34,12 @@ class RunnableTool(ABC):
         spec: The name, the parameters and the options of the tool.
         result_type: See `ToolCode.result_type`.
         worker_id: The worker that registered it; "" for a tool of this process.
+
+    Attributes:
+        takes_turns: Whether it follows the `Concurrency` of its session.
     """
+
+    takes_turns = True
 
     def __init__(self, spec: ToolSpec, *, result_type: str = "", worker_id: str = "") -> None:
         self.spec = spec

@@ -210,6 +210,9 @@ class ToolRunner:
         self._count += 1
         request = self._timed(request)
         place = self._turns.place(request, current_session.get())
+        if tool is not None and not tool.takes_turns:
+            # In no line, and no session demands more than that.
+            place.concurrency = Concurrency.REJECT
         try:
             if emit is not None:
                 request = replace(request, outlet=Outlet(emit))

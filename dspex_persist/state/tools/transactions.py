@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 from dspex_persist.infra.futures import failed
 from dspex_persist.infra.threads import is_on_loop, on_new_thread
 from dspex_persist.state import commands
-from dspex_persist.state.abilities import Transaction, part_of, transaction_ended
+from dspex_persist.state.abilities import Transaction, checked_kind, part_of, transaction_ended
 from dspex_persist.state.commands import Command
 from dspex_persist.state.errors import (
     ExecutionEndedError,
@@ -19,7 +19,6 @@ from dspex_persist.state.errors import (
     TransactionEndedError,
 )
 from dspex_persist.state.model import (
-    TRANSACTION,
     ExecutionStatus,
     Failure,
     Isolation,
@@ -43,8 +42,9 @@ R = TypeVar("R")
 class _ClientCode(RunnableTool):
     """What stands for a tool in a transaction: it waits until the client has decided how that ends."""
 
-    def __init__(self, isolation: Isolation) -> None:
-        super().__init__(ToolSpec(TRANSACTION, isolation=isolation))
+    def __init__(self, name: str, isolation: Isolation, *, takes_turns: bool) -> None:
+        super().__init__(ToolSpec(name, isolation=isolation))
+        self.takes_turns = takes_turns
         loop = asyncio.get_running_loop()
         self.session: asyncio.Future[ToolSession] = loop.create_future()
         self.decision: asyncio.Future[None] = loop.create_future()
@@ -78,7 +78,13 @@ class OpenTransaction:
 
     @classmethod
     async def begin(
-        cls, runner: ToolRunner, request: ToolRequest, isolation: Isolation, asker_id: str | None = None
+        cls,
+        runner: ToolRunner,
+        request: ToolRequest,
+        isolation: Isolation,
+        asker_id: str | None = None,
+        *,
+        takes_turns: bool = True,
     ) -> "OpenTransaction":
         """Begin a transaction, when it is its turn.
 
@@ -87,11 +93,12 @@ class OpenTransaction:
             request: Who begins it, on which session.
             isolation: What others must not change until it commits.
             asker_id: The execution whose code waits for it, if one does.
+            takes_turns: Whether it follows the concurrency that its session demands.
 
         Raises:
             StateError: It could not begin.
         """
-        code = _ClientCode(isolation)
+        code = _ClientCode(request.tool, isolation, takes_turns=takes_turns)
         execution = asyncio.get_running_loop().create_task(runner.execute(request, tool=code, asker_id=asker_id))
         execution.add_done_callback(_take_error)
         try:
@@ -215,6 +222,17 @@ class LocalTransaction(Transaction):
             return await self._runner.execute_within(self.execution_id, request)
         except (ExecutionNotFoundError, ExecutionEndedError):
             raise self._ended() from None
+
+    def submit_record(self, kind: str, entry: Mapping[str, Any]) -> Future[None]:
+        """See `Transaction.submit_record`."""
+        future: Future[None] = Future()
+        try:
+            self._check_running()
+            self._session.record(checked_kind(kind), entry)
+            future.set_result(None)
+        except StateError as error:
+            future.set_exception(error)
+        return future
 
     def submit_commit(self) -> Future[int]:
         """See `Transaction.submit_commit`."""

@@ -11,9 +11,10 @@ from dspex_persist.infra import forks
 from dspex_persist.infra.futures import failed, mapped
 from dspex_persist.infra.mailbox import LoopMailbox, Reply
 from dspex_persist.state import arguments, commands, values
-from dspex_persist.state.abilities import StreamsTools, Transaction, Transacts
+from dspex_persist.state.abilities import StreamsTools, Transaction, Transacts, new_recording_id
 from dspex_persist.state.around import Around
 from dspex_persist.state.commands import Command
+from dspex_persist.state.commands.base import check_text
 from dspex_persist.state.errors import (
     EngineClosedError,
     InvalidArgumentError,
@@ -22,7 +23,7 @@ from dspex_persist.state.errors import (
     UnsupportedError,
 )
 from dspex_persist.state.limits import Limits
-from dspex_persist.state.model import TRANSACTION, Isolation, Origin, ToolSpec
+from dspex_persist.state.model import PART, RECORDING, RECORDING_ID, TRANSACTION, Isolation, Origin, ToolSpec
 from dspex_persist.state.options import check_count
 from dspex_persist.state.provider import TOOL_TIMEOUT_S, StateProvider, SubmitHere, Who, fault_of, or_empty
 from dspex_persist.state.tools.chunks import ChunkQueue
@@ -199,6 +200,26 @@ class WithTools(Around, StreamsTools, Transacts):
         except StateError as error:
             return failed(error)
 
+    def submit_recording(
+        self,
+        session_id: str,
+        name: str = RECORDING,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        origin: Origin | None = None,
+    ) -> Future[Transaction]:
+        """See `Transacts.submit_recording`."""
+        try:
+            self.provider.check_open()
+            if self._closed:
+                raise EngineClosedError()
+            request, level = self.transaction_request(
+                session_id, Isolation.SNAPSHOT, None, or_empty(metadata), origin, recording=name
+            )
+            return self.runner.start(self._begin(request, level, None, takes_turns=False))
+        except StateError as error:
+            return failed(error)
+
     def transaction_request(
         self,
         session_id: str,
@@ -206,22 +227,41 @@ class WithTools(Around, StreamsTools, Transacts):
         timeout_s: float | None,
         metadata: Mapping[str, str],
         origin: Origin | None,
+        *,
+        recording: str | None = None,
     ) -> tuple[ToolRequest, Isolation]:
-        """Return the request for a transaction, and its isolation; raises for arguments that are wrong."""
-        command = commands.ExecuteTool(session_id, TRANSACTION, {}, metadata, timeout_s)
+        """Return the request for a transaction, and its isolation; raises for arguments that are wrong.
+
+        Args:
+            session_id: The session.
+            isolation: See `submit_transaction`.
+            timeout_s: How long it may last, in seconds; None for as long as its client wants.
+            metadata: Texts to record with it.
+            origin: Who makes the request.
+            recording: The name of the recording, if it is one.
+        """
+        tool = TRANSACTION if recording is None else recording
+        command = commands.ExecuteTool(session_id, tool, {}, metadata, timeout_s)
         fault = fault_of(command, origin)
         if fault is not None:
             raise fault
         if timeout_s is not None:
             arguments.timeout("timeout_s", timeout_s)
+        if recording is not None:
+            check_text("name", recording, self.runner.limits.name_length, "name_length")
+            # The name may be that of a tool.
+            known = {RECORDING_ID: new_recording_id(), PART: "1"}
+            command = replace(command, metadata={**known, **metadata})
         request = request_of(command, origin or self.default_origin("BeginTransaction"))
         if request.idempotency_key is not None:
             raise InvalidArgumentError("idempotency_key", "a transaction has none, as no call repeats it as a whole")
         return request, arguments.member("isolation", isolation, Isolation)
 
-    async def _begin(self, request: ToolRequest, isolation: Isolation, asker_id: str | None) -> Transaction:
+    async def _begin(
+        self, request: ToolRequest, isolation: Isolation, asker_id: str | None, *, takes_turns: bool = True
+    ) -> Transaction:
         try:
-            opened = await OpenTransaction.begin(self.runner, request, isolation, asker_id)
+            opened = await OpenTransaction.begin(self.runner, request, isolation, asker_id, takes_turns=takes_turns)
         except asyncio.CancelledError:
             if not self._closed:
                 raise

@@ -174,6 +174,11 @@ class AuditServiceStub(object):
                 request_serializer=dspex__persist__audit__pb2.ListRulesRequest.SerializeToString,
                 response_deserializer=dspex__persist__audit__pb2.ListRulesResponse.FromString,
                 _registered_method=True)
+        self.RecordInputs = channel.unary_unary(
+                '/dspex.persist.v1.AuditService/RecordInputs',
+                request_serializer=dspex__persist__audit__pb2.RecordInputsRequest.SerializeToString,
+                response_deserializer=dspex__persist__audit__pb2.RecordInputsResponse.FromString,
+                _registered_method=True)
 
 
 class AuditServiceServicer(object):
@@ -391,6 +396,15 @@ class AuditServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecordInputs(self, request, context):
+        """Keep inputs from outside, such as calls of language models, in the journal entry of an open transaction or recording
+        (docs/lm-calls.md): however it ends, and if the client disconnects, too. FAILED_PRECONDITION if no such one is
+        open, RESOURCE_EXHAUSTED if the entry becomes larger than journal_size_bytes. Send x-dspex-execution-id as well.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AuditServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -523,6 +537,11 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     servicer.ListRules,
                     request_deserializer=dspex__persist__audit__pb2.ListRulesRequest.FromString,
                     response_serializer=dspex__persist__audit__pb2.ListRulesResponse.SerializeToString,
+            ),
+            'RecordInputs': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecordInputs,
+                    request_deserializer=dspex__persist__audit__pb2.RecordInputsRequest.FromString,
+                    response_serializer=dspex__persist__audit__pb2.RecordInputsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -1237,6 +1256,33 @@ class AuditService(object):
             '/dspex.persist.v1.AuditService/ListRules',
             dspex__persist__audit__pb2.ListRulesRequest.SerializeToString,
             dspex__persist__audit__pb2.ListRulesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordInputs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dspex.persist.v1.AuditService/RecordInputs',
+            dspex__persist__audit__pb2.RecordInputsRequest.SerializeToString,
+            dspex__persist__audit__pb2.RecordInputsResponse.FromString,
             options,
             channel_credentials,
             insecure,

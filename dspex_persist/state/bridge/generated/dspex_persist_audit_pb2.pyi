@@ -5,7 +5,7 @@ Queries of a server's history: who changed what, when, in which tool execution, 
 
 A second service on the port of the unified bridge (snakepit_bridge.proto), which it does not change.
 Prune, ForkSession, RestoreSession, ImportSession, ConstrainVariable, AddRule, RemoveRule and the rpcs of transactions
-write; all other rpcs only read.
+and recordings write; all other rpcs only read.
 
 Field numbers are stable: fields may be added, but none is ever changed or reused.
 """
@@ -2084,11 +2084,16 @@ class BeginTransactionRequest(_message.Message):
     ISOLATION_FIELD_NUMBER: _builtins.int
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
+    RECORDING_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     isolation: _builtins.str
     """serializable, which "" means, too, or snapshot"""
     timeout_s: _builtins.float
     """how long it may last; 300 s if absent"""
+    recording: _builtins.str
+    """Begin a recording under this name instead, which is there for RecordInputs: it waits for no other execution, no
+    other waits for it, and it lasts as long as the stream if timeout_s is absent.
+    """
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """recorded with it in the journal"""
@@ -2100,13 +2105,19 @@ class BeginTransactionRequest(_message.Message):
         isolation: _builtins.str = ...,
         timeout_s: _builtins.float | None = ...,
         metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        recording: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_recording", b"_recording", "_timeout_s", b"_timeout_s", "recording", b"recording", "timeout_s", b"timeout_s"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s", "isolation", b"isolation", "metadata", b"metadata", "session", b"session", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_recording", b"_recording", "_timeout_s", b"_timeout_s", "isolation", b"isolation", "metadata", b"metadata", "recording", b"recording", "session", b"session", "timeout_s", b"timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__recording: _TypeAlias = _typing.Literal["recording"]  # noqa: Y015
+    _WhichOneofArgType__recording: _TypeAlias = _typing.Literal["_recording", b"_recording"]  # noqa: Y015
     _WhichOneofReturnType__timeout_s: _TypeAlias = _typing.Literal["timeout_s"]  # noqa: Y015
     _WhichOneofArgType__timeout_s: _TypeAlias = _typing.Literal["_timeout_s", b"_timeout_s"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__recording) -> _WhichOneofReturnType__recording | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout_s) -> _WhichOneofReturnType__timeout_s | None: ...
 
 Global___BeginTransactionRequest: _TypeAlias = BeginTransactionRequest  # noqa: Y015
@@ -2208,6 +2219,50 @@ class AbortTransactionResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AbortTransactionResponse: _TypeAlias = AbortTransactionResponse  # noqa: Y015
+
+@_typing.final
+class RecordInputsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXECUTION_ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    ENTRIES_JSON_FIELD_NUMBER: _builtins.int
+    execution_id: _builtins.str
+    kind: _builtins.str
+    """the list in the entry's recorded inputs to append to, such as lm"""
+    @_builtins.property
+    def entries_json(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """JSON objects"""
+
+    def __init__(
+        self,
+        *,
+        execution_id: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        entries_json: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries_json", b"entries_json", "execution_id", b"execution_id", "kind", b"kind"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordInputsRequest: _TypeAlias = RecordInputsRequest  # noqa: Y015
+
+@_typing.final
+class RecordInputsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordInputsResponse: _TypeAlias = RecordInputsResponse  # noqa: Y015
 
 @_typing.final
 class ImportSessionRequest(_message.Message):
